@@ -1,0 +1,206 @@
+"""One sample: its arrays and images in memory, and the members that hold them in a tar.
+
+A sample `<key>` is a run of adjacent tar members, always in this order:
+
+    <key>.json          metadata and text, for people and for tools; the training path skips it
+    <key>.spans.npy     int32 [S, 8], the table below
+    <key>.tokens.npy    int32 [T], every distinct token run of the sample, end to end
+    <key>.jpg           the image; `<key>.0.jpg`, `<key>.1.jpg` ... where a dataset has several
+                        (.png, .webp, or .image.npy for uncompressed uint8 [H, W, 3])
+
+A row of `spans` is one of two kinds (column 0):
+
+    TEXT   (0, branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight)
+    IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
+
+TEXT rows that share (branch, turn) are the *baked variants* of one exchange: the loader draws one
+of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption that
+answers eight prompts is stored once. A *branch* is one conversation about the sample's images. The
+weight is the branch's loss weight in millionths. Rows are sorted; IMAGE rows come last, in order.
+
+The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
+the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from shardspec.errors import ShardError
+
+ARRAY_HEADER_BYTES = 128
+"""Length of the .npy header of every array member (format: numpy.lib.format, version 1.0)."""
+
+KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,60}")
+"""What a key may be: no dot (readers split names there), no upper case, short enough for ustar."""
+
+SPAN_COLUMNS = 8
+WEIGHT_ONE = 1_000_000
+"""The loss weight 1.0 in the units of the spans table."""
+
+Codec = Literal["jpeg", "png", "webp", "raw"]
+CODEC_SUFFIX: Mapping[str, str] = {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}
+LOSSLESS_CODECS = frozenset({"png", "webp", "raw"})
+"""webp is always written lossless here; lossy pictures are JPEG's job (it decodes 3.5 x faster)."""
+
+
+class SpanKind(enum.IntEnum):
+    """What a row of the spans table describes."""
+
+    TEXT = 0
+    IMAGE = 1
+
+
+class Geometry(enum.IntFlag):
+    """Which augmentations leave a sample's text true; stored per image by the formatter."""
+
+    NONE = 0
+    FLIP = 1
+    """A horizontal flip: no text, pointing or left/right in sight."""
+    CROP = 2
+    """A free crop: the text does not depend on the borders of the picture."""
+    COLOR = 4
+    """Brightness, contrast, saturation and hue may change."""
+    ALL = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedImage:
+    """One image of a prepared sample: upright, sRGB, at its stored size."""
+
+    pixels: np.ndarray
+    """uint8 [H, W, 3], C-contiguous."""
+    source_width: int
+    """Width of the upright original, in pixels: tiling is chosen by the original's shape."""
+    source_height: int
+    """Height of the upright original, in pixels."""
+    geometry: Geometry = Geometry.NONE
+    kept: bytes | None = None
+    """The original file where it can be stored unchanged; it decodes to `pixels`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedSample:
+    """One sample after the offline half: what a shard stores, and what `assemble` takes."""
+
+    key: str
+    tokens: np.ndarray
+    """int32 [T]."""
+    spans: np.ndarray
+    """int32 [S, 8], the table of the module docstring (num_bytes is 0 until stored)."""
+    images: tuple[PreparedImage, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Metadata and text in plain JSON types: `messages`, `metadata`, `style`."""
+
+
+def text_rows(spans: np.ndarray) -> np.ndarray:
+    """Selects the TEXT rows of a spans table, as a view: int32 [N, 8]."""
+    return spans[: len(spans) - num_images(spans)]
+
+
+def image_rows(spans: np.ndarray) -> np.ndarray:
+    """Selects the IMAGE rows of a spans table, as a view: int32 [M, 8]."""
+    return spans[len(spans) - num_images(spans) :]
+
+
+def num_images(spans: np.ndarray) -> int:
+    """Counts the images of a spans table."""
+    return int(np.count_nonzero(spans[:, 0] == SpanKind.IMAGE))
+
+
+def image_suffix(codec: str, *, image: int, several: bool) -> str:
+    """Names the member of an image behind its key.
+
+    >>> image_suffix("jpeg", image=0, several=False), image_suffix("raw", image=1, several=True)
+    ('jpg', '1.image.npy')
+    """
+    suffix = CODEC_SUFFIX[codec]
+    return f"{image}.{suffix}" if several else suffix
+
+
+def encode_array(array: np.ndarray) -> bytes:
+    """Serialises an array as .npy with a 128-byte header.
+
+    Raises:
+      ValueError: Too many dimensions for a header of that length (never with ours).
+    """
+    array = np.ascontiguousarray(array)
+    shape = "(" + ", ".join(str(n) for n in array.shape) + ("," if array.ndim == 1 else "") + ")"
+    header = f"{{'descr': {array.dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    room = ARRAY_HEADER_BYTES - 11
+    if len(header) > room:
+        raise ValueError(f"array of shape {array.shape} does not fit a 128-byte .npy header")
+    text = header.ljust(room) + "\n"
+    prefix = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+    return prefix + text.encode("latin1") + array.tobytes()
+
+
+def decode_array(
+    payload: bytes | memoryview, *, dtype: str, columns: int | None = None, where: str = ""
+) -> np.ndarray:
+    """Views the payload of an array member without copying.
+
+    Args:
+      payload: The whole member.
+      dtype: NumPy type string the member must have, such as "<i4".
+      columns: Length of the second axis of a two-dimensional array; None for one axis.
+      where: Named in the error.
+
+    Raises:
+      ShardError: `array_header` or `array_size`.
+    """
+    start = bytes(payload[:ARRAY_HEADER_BYTES])
+    body = memoryview(payload)[ARRAY_HEADER_BYTES:]
+    if not start.startswith(b"\x93NUMPY\x01\x00") or f"'descr': {dtype!r}".encode() not in start:
+        raise ShardError(
+            "array member has an unexpected header",
+            reason="array_header",
+            where=where,
+            facts={"want_dtype": dtype, "got": start[:64]},
+            fix="run `python -m preprocess verify` on the dataset",
+        )
+    width = np.dtype(dtype).itemsize * (columns or 1)
+    if len(body) % width:
+        raise ShardError(
+            "array member has a broken length",
+            reason="array_size",
+            where=where,
+            facts={"got_bytes": len(body), "want_multiple_of": width},
+            fix="run `python -m preprocess verify` on the dataset",
+        )
+    array = np.frombuffer(body, dtype=dtype)
+    return array.reshape(-1, columns) if columns else array
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """Serialises the record canonically: sorted keys, UTF-8, no spaces, one final newline."""
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return text.encode() + b"\n"
+
+
+def spans_table(
+    texts: Sequence[tuple[int, int, int, int, int, int, int]],
+    images: Sequence[PreparedImage],
+) -> np.ndarray:
+    """Builds the spans table of a sample.
+
+    Args:
+      texts: (branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight).
+      images: In order; their num_bytes stays 0 until the codec has run.
+
+    Returns:
+      int32 [S, 8].
+    """
+    rows = [(int(SpanKind.TEXT), *text) for text in texts]
+    for i, image in enumerate(images):
+        height, width = image.pixels.shape[:2]
+        source = (image.source_width, image.source_height)
+        rows.append((int(SpanKind.IMAGE), i, *source, width, height, 0, int(image.geometry)))
+    return np.array(rows, dtype="<i4").reshape(-1, SPAN_COLUMNS)
