@@ -14,9 +14,10 @@ A row of `spans` is one of two kinds (column 0):
     IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
 
 TEXT rows that share (branch, turn) are the *baked variants* of one exchange: the loader draws one
-of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption that
-answers eight prompts is stored once. A *branch* is one conversation about the sample's images. The
-weight is the branch's loss weight in millionths. Rows are sorted; IMAGE rows come last, in order.
+of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption
+that answers eight prompts is stored once. A *branch* is one conversation about the sample's
+images. The weight is the branch's loss weight in millionths. Rows are sorted; IMAGE rows come
+last, in order.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -183,6 +184,32 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
     """Serialises the record canonically: sorted keys, UTF-8, no spaces, one final newline."""
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return text.encode() + b"\n"
+
+
+def sample_members(
+    sample: PreparedSample, encoded: Sequence[bytes], *, codec: str, several: bool
+) -> list[tuple[str, bytes]]:
+    """Lays out a sample as tar members, in the contract's order.
+
+    Args:
+      sample: What to store; the byte counts of its IMAGE rows are filled in here.
+      encoded: Its images, encoded.
+      codec: Of the images.
+      several: Whether the dataset's samples may have several images; their names get numbers.
+
+    Returns:
+      (member name, payload), json first.
+    """
+    spans = sample.spans.copy()
+    image_rows(spans)[:, 6] = [len(payload) for payload in encoded]
+    members = [
+        ("json", encode_record(sample.record)),
+        ("spans.npy", encode_array(spans)),
+        ("tokens.npy", encode_array(sample.tokens)),
+    ]
+    for i, payload in enumerate(encoded):
+        members.append((image_suffix(codec, image=i, several=several), payload))
+    return [(f"{sample.key}.{suffix}", payload) for suffix, payload in members]
 
 
 def spans_table(

@@ -1,0 +1,1 @@
+"""The training half: shards to batches."""

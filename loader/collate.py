@@ -1,0 +1,338 @@
+"""Collation: examples of different lengths and image counts become one batch of tensors.
+
+Pads text at the right and images at the end of their axis, and nothing else: no value is computed,
+no randomness, no state. The batch has exactly these keys, whatever the examples hold:
+
+    input_ids        int64   [B, L]           padding: pad_token_id
+    labels           int64   [B, L]           padding: -100 (aligned with input_ids, see below)
+    images           as given [B, M, C, H, W] padding: 0
+    image_masks      float32 [B, M, patches]  padding: 0
+    image_input_idx  int64   [B, M]           padding: -1
+    attention_mask   int64   [B, L]           1 for tokens of the example, 0 for padding
+
+and, where asked for, `position_ids` (0), `subsegment_ids` (-1), `loss_weights` (0) and `metadata`
+(a list of dictionaries). L follows from the pad mode, M is the batch's maximum or a fixed number.
+
+`labels[t]` is the target of input position t: examples come shifted, and the model must not shift
+them again.
+
+Pictures usually come as [n, C, H, W] views of [n, H, W, C] memory. The batch keeps that order: its
+memory is [B, M, H, W, C], and `images` is a permuted view (channels last, as convolutions like it),
+so that pictures are copied row by row and no value is ever moved by itself.
+"""
+
+# Shape letters: B examples, L tokens, M images per example, C channels, H x W pixels, n images of
+# one example.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from shardspec.errors import ConfigError, SampleError, nearest
+
+IGNORE_INDEX = -100
+"""Label of positions without loss: the default `ignore_index` of torch.nn.CrossEntropyLoss."""
+
+EXTRA_KEYS: Mapping[str, tuple[type[np.generic], float]] = {
+    "position_ids": (np.int64, 0),
+    "subsegment_ids": (np.int64, -1),
+    "loss_weights": (np.float32, 0.0),
+}
+"""Optional keys of one value per token: their type in the batch and their padding."""
+
+IMAGE_KEYS = ("images", "image_masks", "image_input_idx")
+
+Example = Mapping[str, Any]
+
+
+class MMCollator:
+    """Collates multimodal examples; stateless, picklable and safe to call from several threads.
+
+    An example maps `input_ids` and `labels` (integers [n_tokens]), and for pictures `images` (uint8
+    or float32 [n, C, H, W]), `image_masks` ([n, patches]) and `image_input_idx` (integers [n], the
+    position in `input_ids` of each image's first patch token) to numpy arrays. Without pictures
+    these three are absent or have n == 0. `image_end` (integers [n], one past the last token of
+    each image), where present, makes the check of "truncate" exact. Extra keys are [n_tokens].
+    """
+
+    def __init__(
+        self,
+        *,
+        sequence_length: int,
+        pad_mode: str = "to_128",
+        pad_token_id: int = 0,
+        image_shape: tuple[int, int, int] = (3, 336, 336),
+        num_patches: int = 576,
+        max_images: int | None = None,
+        overlong: Literal["error", "truncate"] = "error",
+        with_metadata: bool = False,
+        extra_keys: tuple[str, ...] = (),
+    ) -> None:
+        """Builds the collator.
+
+        Args:
+          sequence_length: Most tokens of an example, >= 1.
+          pad_mode: "max_len" pads to `sequence_length`; "batch_max" to the longest example;
+            "to_N" to the next multiple of N from there, but never beyond `sequence_length`.
+          pad_token_id: Padding of `input_ids`.
+          image_shape: (C, H, W) of every image.
+          num_patches: Patches of one image, the second axis of `image_masks`.
+          max_images: Fixed number of images per row of the batch; None takes the most of the batch.
+          overlong: What happens to an example longer than `sequence_length`: refused, or cut where
+            that loses no image and leaves something to learn.
+          with_metadata: Hand over the examples' `metadata`, {} where there is none.
+          extra_keys: Names of `EXTRA_KEYS` to hand over; every example must have them.
+
+        Raises:
+          ConfigError: `pad_mode`, `overlong`, `extra_key` or `collator_range`.
+        """
+        numbers = {"sequence_length": sequence_length, "num_patches": num_patches}
+        numbers |= dict(zip(("channels", "height", "width"), image_shape, strict=True))
+        bad: dict[str, object] = {name: value for name, value in numbers.items() if value < 1}
+        if max_images is not None and max_images < 0:
+            bad["max_images"] = max_images
+        if bad:
+            raise ConfigError(
+                "collator sizes are out of range",
+                reason="collator_range",
+                facts=bad,
+                fix="use sizes of 1 or more (max_images: 0 or more, or None)",
+            )
+        if overlong not in ("error", "truncate"):
+            raise ConfigError(
+                "collator has an unknown setting for overlong examples",
+                reason="overlong",
+                facts={"got": repr(overlong)},
+                fix='use "error" or "truncate"',
+            )
+        for name in extra_keys:
+            if name not in EXTRA_KEYS:
+                raise ConfigError(
+                    "collator has an unknown extra key",
+                    reason="extra_key",
+                    facts={"got": name},
+                    fix=nearest(name, EXTRA_KEYS),
+                )
+        self.sequence_length = sequence_length
+        self.pad_mode = pad_mode
+        self.pad_token_id = pad_token_id
+        self.image_shape = tuple(image_shape)
+        self.num_patches = num_patches
+        self.max_images = max_images
+        self.overlong = overlong
+        self.with_metadata = with_metadata
+        self.extra_keys = tuple(extra_keys)
+        self._multiple = _parse_pad_mode(pad_mode, sequence_length=sequence_length)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Collates examples into a batch: the keys of the module docstring.
+
+        The tensors own their memory; the examples are only read.
+
+        Raises:
+          SampleError: `too_long`, `image_cut`, `no_loss` or `too_many_images`, naming the example
+            by the `key` of its metadata, or else by its row.
+          ConfigError: `empty_batch`; `example_mismatch`, for examples whose arrays do not fit each
+            other or the collator, listing all of them.
+        """
+        if not examples:
+            raise ConfigError(
+                "batch has no examples",
+                reason="empty_batch",
+                fix="hand over at least one example",
+            )
+        self._check(examples)
+        lengths = [self._kept_length(row, example) for row, example in enumerate(examples)]
+        batch = self._collate_text(examples, lengths)
+        batch |= self._collate_images(examples)
+        if self.with_metadata:
+            batch["metadata"] = [example.get("metadata") or {} for example in examples]
+        return batch
+
+    def _collate_text(self, examples: Sequence[Example], lengths: list[int]) -> dict[str, Any]:
+        longest = max(lengths)
+        padded = -(-longest // self._multiple) * self._multiple
+        shape = (len(examples), min(padded, self.sequence_length))
+        specs: dict[str, tuple[type[np.generic], float]] = {
+            "input_ids": (np.int64, self.pad_token_id),
+            "labels": (np.int64, IGNORE_INDEX),
+            **{name: EXTRA_KEYS[name] for name in self.extra_keys},
+        }
+        arrays = {name: np.full(shape, pad, dtype) for name, (dtype, pad) in specs.items()}
+        attention_mask = np.zeros(shape, np.int64)
+        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+            for name, array in arrays.items():
+                array[row, :length] = example[name][:length]
+            attention_mask[row, :length] = 1
+        arrays["attention_mask"] = attention_mask
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _collate_images(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        counts = [_num_images(example) for example in examples]
+        num = max(counts) if self.max_images is None else self.max_images
+        first = next((ex["images"] for ex, n in zip(examples, counts, strict=True) if n), None)
+        images = self._image_buffer(len(examples), num, first)
+        masks = np.zeros((len(examples), num, self.num_patches), np.float32)
+        input_idx = np.full((len(examples), num), -1, np.int64)
+        for row, (example, n) in enumerate(zip(examples, counts, strict=True)):
+            if n:
+                np.copyto(images[row, :n], example["images"])
+                masks[row, :n] = example["image_masks"]
+                input_idx[row, :n] = example["image_input_idx"]
+            images[row, n:] = 0
+        return {
+            "images": torch.from_numpy(images),
+            "image_masks": torch.from_numpy(masks),
+            "image_input_idx": torch.from_numpy(input_idx),
+        }
+
+    def _image_buffer(self, num_rows: int, num: int, first: np.ndarray | None) -> np.ndarray:
+        """Allocates [B, M, C, H, W] with the type and the memory order of the first pictures.
+
+        Batches without pictures are uint8 with channels last.
+        """
+        channels, height, width = self.image_shape
+        dtype = np.dtype(np.uint8) if first is None else first.dtype
+        if first is not None and first.strides[1] > first.strides[3]:  # channels lie apart
+            return np.empty((num_rows, num, channels, height, width), dtype)
+        buffer = np.empty((num_rows, num, height, width, channels), dtype)
+        return np.moveaxis(buffer, -1, 2)
+
+    def _kept_length(self, row: int, example: Example) -> int:
+        """Counts the tokens to keep of an example, at most `sequence_length`."""
+        limit, length = self.sequence_length, len(example["input_ids"])
+        num = _num_images(example)
+        if self.max_images is not None and num > self.max_images:
+            raise SampleError(
+                "example has more images than the batch has room for",
+                reason="too_many_images",
+                where=_name(row, example),
+                facts={"images": num, "max_images": self.max_images},
+                fix="raise max_images, or lower the crop budget of the view",
+            )
+        if length <= limit:
+            return length
+        facts = {"tokens": length, "sequence_length": limit}
+        if self.overlong == "error":
+            raise SampleError(
+                "example is longer than the sequence length",
+                reason="too_long",
+                where=_name(row, example),
+                facts=facts,
+                fix='raise sequence_length, or cut with overlong="truncate"',
+            )
+        if num:
+            # Without image_end the first token of an image is all that is known of its place.
+            end = example.get("image_end", example["image_input_idx"] + 1)
+            if np.max(end) > limit:
+                raise SampleError(
+                    "cutting the example at the sequence length would cut an image",
+                    reason="image_cut",
+                    where=_name(row, example),
+                    facts=facts | {"image_end": int(np.max(end))},
+                    fix="raise sequence_length, or lower the crop budget of the view",
+                )
+        if not np.any(example["labels"][:limit] != IGNORE_INDEX):
+            raise SampleError(
+                "cutting the example at the sequence length leaves nothing to learn",
+                reason="no_loss",
+                where=_name(row, example),
+                facts=facts,
+                fix="raise sequence_length",
+            )
+        return limit
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        """Refuses examples that do not fit each other or the collator, and lists all of them."""
+        problems = [problem for example in examples for problem in self._problems(example)]
+        with_images = [example["images"] for example in examples if _num_images(example)]
+        if len({images.dtype for images in with_images}) > 1:
+            problems.append("images of several types")
+        if problems:
+            specs = {_name(row, example): _spec(example) for row, example in enumerate(examples)}
+            raise ConfigError(
+                "examples of a batch do not fit together",
+                reason="example_mismatch",
+                where="; ".join(dict.fromkeys(problems)),
+                facts={
+                    "want": f"images uint8 or float32 [n, {_joined(self.image_shape)}], "
+                    f"image_masks [n, {self.num_patches}], image_input_idx [n]",
+                    **specs,
+                },
+                fix="give the collator and every dataset of the mixture the same view",
+            )
+
+    def _problems(self, example: Example) -> list[str]:
+        """Lists what is wrong with one example by itself."""
+        missing = [k for k in ("input_ids", "labels", *self.extra_keys) if k not in example]
+        num = _num_images(example)
+        if num:
+            missing += [key for key in IMAGE_KEYS if key not in example]
+        if missing:
+            return [f"{key} is missing" for key in missing]
+        if num and len({len(example[key]) for key in IMAGE_KEYS}) > 1:
+            return [f"{', '.join(IMAGE_KEYS)} differ in length"]
+        length = len(example["input_ids"])
+        want: dict[str, tuple[int, ...]] = {
+            key: (length,) for key in ("input_ids", "labels", *self.extra_keys)
+        }
+        if num:
+            want["images"] = (num, *self.image_shape)
+            want["image_masks"] = (num, self.num_patches)
+            want["image_input_idx"] = (num,)
+            if "image_end" in example:
+                want["image_end"] = (num,)
+        found = [f"{key} has another shape" for key in want if example[key].shape != want[key]]
+        integers = ("input_ids", "labels", "image_input_idx")
+        found += [
+            f"{key} is not of integers"
+            for key in integers
+            if key in want and example[key].dtype.kind not in "iu"
+        ]
+        if num and example["images"].dtype not in (np.uint8, np.float32):
+            found.append("images of a type that is neither uint8 nor float32")
+        return found
+
+
+def _parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
+    """Turns a pad mode into the number that lengths are rounded up to a multiple of.
+
+    >>> [_parse_pad_mode(m, sequence_length=2048) for m in ("max_len", "batch_max", "to_128")]
+    [2048, 1, 128]
+    """
+    if pad_mode == "max_len":
+        return sequence_length
+    if pad_mode == "batch_max":
+        return 1
+    multiple = pad_mode.removeprefix("to_")
+    if pad_mode.startswith("to_") and multiple.isascii() and multiple.isdigit() and int(multiple):
+        return int(multiple)
+    raise ConfigError(
+        "collator has an unknown pad mode",
+        reason="pad_mode",
+        facts={"got": repr(pad_mode)},
+        fix='use "max_len", "batch_max", or "to_N" with N >= 1, such as "to_128"',
+    )
+
+
+def _num_images(example: Example) -> int:
+    return max((len(example[key]) for key in IMAGE_KEYS if key in example), default=0)
+
+
+def _name(row: int, example: Example) -> str:
+    key = (example.get("metadata") or {}).get("key")
+    return f"row {row} of the batch" if key is None else f"sample {key} (row {row} of the batch)"
+
+
+def _spec(example: Example) -> str:
+    """Describes the arrays of an example: "input_ids int64 [12], images uint8 [1, 3, 336, 336]"."""
+    arrays = {key: value for key, value in example.items() if isinstance(value, np.ndarray)}
+    return ", ".join(f"{key} {a.dtype} [{_joined(a.shape)}]" for key, a in arrays.items())
+
+
+def _joined(shape: Sequence[int]) -> str:
+    return ", ".join(str(n) for n in shape)

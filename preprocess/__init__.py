@@ -1,0 +1,1 @@
+"""The offline half: datasets, formatting, tokenization, resizing, and the job of building."""

@@ -1,0 +1,349 @@
+"""The command line of the offline half: `python -m preprocess <verb>`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+from collections import Counter
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from preprocess.datasets import dataset_names
+from preprocess.fetch import FetchPolicy
+from preprocess.formatter import TextPolicy
+from preprocess.image import ImagePolicy
+from preprocess.job import JobSettings
+from preprocess.pipeline import Outcome, run_job
+from preprocess.recipe import Recipe
+from preprocess.survey import Survey, survey_job
+from preprocess.tokens import EMBEDDED
+from preprocess.verify import verify
+from shardspec.errors import ConfigError, ShardsError
+from shardspec.tiling import ImageView
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it (128 + SIGINT)."""
+
+_EPILOG = """
+examples:
+  python -m preprocess shards pixmo_cap --source sample --limit 64
+  python -m preprocess shards pixmo_cap --source /data/pixmo-cap --out s3://bucket/pixmo_cap
+  python -m preprocess plan pixmo_cap --source hub
+  python -m preprocess verify shards/pixmo_cap --deep
+
+exit codes:
+  0 done (or nothing to do)      1 the request cannot be honoured
+  2 too many failures            3 the output holds the result of another job
+  4 stored data is damaged     130 interrupted: the same command goes on
+"""
+
+
+class TqdmReporter:
+    """Shows a job's stages as progress bars on standard error."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._reasons: Counter[str] = Counter()
+
+    def stage(self, name: str, total: int | None) -> None:
+        """Begins a bar."""
+        self.close()
+        self._reasons.clear()
+        self._bar = tqdm(total=total, desc=name, unit="row", smoothing=0.05, dynamic_ncols=True)
+
+    def step(self, reason: str) -> None:
+        """Moves the bar; failures are counted behind it, the most frequent first."""
+        if self._bar is None:
+            return
+        if reason:
+            self._reasons[reason] += 1
+            top = " ".join(f"{name}={n}" for name, n in self._reasons.most_common(3))
+            self._bar.set_postfix_str(f"failed: {top}", refresh=False)
+        self._bar.update()
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb and returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    options = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    report = TqdmReporter()
+    try:
+        code: int = options.run(options, report)
+    except ShardsError as error:
+        report.close()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        report.close()
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        report.close()
+    return code
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001
+    raise KeyboardInterrupt
+
+
+def _shards(options: argparse.Namespace, report: TqdmReporter) -> int:
+    settings = _settings(options)
+    outcome = run_job(settings, report)
+    report.close()
+    print(_summary(settings, outcome))
+    return 0
+
+
+def _plan(options: argparse.Namespace, report: TqdmReporter) -> int:
+    settings = _settings(options)
+    survey = survey_job(settings, report)
+    report.close()
+    print(_survey_table(settings, survey))
+    return 0
+
+
+def _verify(options: argparse.Namespace, report: TqdmReporter) -> int:
+    findings = verify(options.out, report, deep=options.deep)
+    report.close()
+    for error in findings:
+        print(f"error: {error}", file=sys.stderr)
+    if findings:
+        return findings[0].exit_code
+    print(f"{options.out}: every shard is what the manifest promises")
+    return 0
+
+
+def _datasets(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa: ARG001
+    print("\n".join(dataset_names()))
+    return 0
+
+
+def _summary(settings: JobSettings, outcome: Outcome) -> str:
+    split, shards = outcome.result.split, outcome.result.manifest.select(settings.split)
+    lines = [
+        f"{settings.out}: {split.num_samples:,} samples in {len(shards)} shards, "
+        f"{_bytes(split.num_bytes)}, {split.num_tokens:,} tokens",
+        f"manifest sha256 {outcome.result.sha256}",
+    ]
+    lost = sum(split.quarantined.values())
+    if lost:
+        reasons = ", ".join(f"{name} {n}" for name, n in split.quarantined.items())
+        lines.append(f"{lost} rows left out ({reasons}); see {settings.out}/quarantine")
+    if not outcome.built_shards:
+        lines.append("nothing to do: all of it was here already")
+    return "\n".join(lines)
+
+
+def _survey_table(settings: JobSettings, survey: Survey) -> str:
+    rows: list[tuple[str, object]] = [
+        ("dataset", f"{settings.dataset}, split {settings.split}, source {settings.source}"),
+        ("output", settings.out),
+        ("rows", f"{survey.num_rows:,}"),
+        ("image URLs", f"{survey.num_urls:,}"),
+    ]
+    rows += [(f"  {state}", f"{n:,}") for state, n in survey.urls_known.items()]
+    if survey.mean_sample_bytes is None or survey.shards is None:
+        rows.append(("estimate", "none: no image is at hand before FETCH has run"))
+    else:
+        total = survey.mean_sample_bytes * survey.num_rows
+        rows += [
+            ("bytes per sample", _bytes(survey.mean_sample_bytes)),
+            ("tokens per sample", f"{survey.mean_tokens:.0f}"),
+            ("shards", f"{survey.shards.num_shards} ({survey.shards.rule})"),
+            ("total", _bytes(total)),
+        ]
+    if survey.free_bytes is not None:
+        rows.append(("free at the output", _bytes(survey.free_bytes)))
+    return "\n".join(f"{name:<20} {value}" for name, value in rows)
+
+
+def _settings(options: argparse.Namespace) -> JobSettings:
+    bound = options.image_bound
+    view = ImageView(size_px=options.image_size, fit=options.image_fit)
+    headroom, max_side = 1.0, None
+    if bound.startswith("canvas"):
+        headroom = _number(bound.removeprefix("canvas").removeprefix("*") or "1", "--image-bound")
+    else:
+        max_side = int(_number(bound, "--image-bound"))
+    image = ImagePolicy(
+        views=(view,),
+        headroom=headroom,
+        max_side_px=max_side,
+        codec=options.codec,
+        quality=options.quality,
+        keep=options.keep,
+    )
+    text = TextPolicy(
+        prompt_templates=options.prompts,
+        system_prompt=options.system_prompt,
+        message_format=options.message_format,
+        num_variants=options.variants,
+    )
+    return JobSettings(
+        dataset=options.dataset,
+        out=options.out or f"shards/{options.dataset}",
+        source=options.source,
+        split=options.split,
+        mode=options.mode,
+        limit=options.limit,
+        tokenizer=options.tokenizer,
+        pad_to=options.pad_vocab,
+        recipe=Recipe(text=text, image=image, seed=options.seed),
+        shard_bytes=parse_bytes(options.shard_size),
+        num_shards=options.num_shards,
+        num_workers=options.workers or len(os.sched_getaffinity(0)),
+        cache=options.cache,
+        fetch=FetchPolicy(
+            allow_hosts=frozenset(options.allow_hosts.split(",")) - {""},
+            user_agent=options.user_agent,
+            read_timeout_s=options.read_timeout,
+            wall_timeout_s=options.wall_timeout,
+        ),
+        max_dead_links=options.max_dead_links,
+        max_bad_samples=options.max_bad_samples,
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a size such as 256MiB, 1GiB, 512MB or a plain number of bytes.
+
+    >>> parse_bytes("256MiB") == 256 * 2**20
+    True
+
+    Raises:
+      ConfigError: `size_text`.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in units:
+        raise ConfigError(
+            "size is not understood",
+            reason="size_text",
+            facts={"got": text},
+            fix="write it as 256MiB, 1GiB or a number of bytes",
+        )
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def _number(text: str, flag: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{flag} is not understood",
+            reason="number_text",
+            facts={"got": text},
+            fix="write canvas, canvas*1.5, or the longest side in pixels, such as 1024",
+        ) from error
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # 1, not argparse's 2: that one means a spent error budget here.
+        self.print_usage(sys.stderr)
+        self.exit(1, f"error: {message}\n  fix:   see `python -m preprocess --help`\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m preprocess",
+        description="Prepare a vision-language dataset into tar shards, ready to stream.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb", parser_class=_Parser)
+    shards = verbs.add_parser(
+        "shards", help="build the shards of a dataset, or finish an interrupted job"
+    )
+    _add_job_flags(shards)
+    shards.set_defaults(run=_shards)
+    plan = verbs.add_parser("plan", help="print what `shards` would do; writes nothing")
+    _add_job_flags(plan)
+    plan.set_defaults(run=_plan)
+    check = verbs.add_parser("verify", help="compare every stored byte with the manifest")
+    check.add_argument("out", help="URL or folder of the dataset")
+    check.add_argument("--deep", action="store_true", help="decode every image as well")
+    check.set_defaults(run=_verify)
+    names = verbs.add_parser("datasets", help="list the datasets")
+    names.set_defaults(run=_datasets)
+    return parser
+
+
+def _add_job_flags(parser: argparse.ArgumentParser) -> None:
+    def add(group: Any, flag: str, text: str, **settings: Any) -> None:
+        group.add_argument(flag, help=text + " (default: %(default)s)", **settings)
+
+    parser.add_argument("dataset", help="name of the dataset; the verb `datasets` lists them")
+    data = parser.add_argument_group("what to build")
+    add(data, "--source", "hub, sample (generated, no network) or a local folder", default="hub")
+    add(data, "--split", "split to build", default="train")
+    add(data, "--mode", "what a row becomes, e.g. captions or transcript_and_caption")
+    add(data, "--limit", "rows to use, from the first on", type=int)
+    add(data, "--out", "folder or URL; shards/DATASET when not given")
+    add(data, "--seed", "seed of the baked draws and of the stored order", type=int, default=0)
+
+    text = parser.add_argument_group("text")
+    add(text, "--tokenizer", "hub id, folder with tokenizer.json, or embedded", default=EMBEDDED)
+    add(text, "--pad-vocab", "rows of the model's embedding: image symbols start there", type=int)
+    choices = ["role", "chatml", "template", "none"]
+    add(text, "--message-format", "markup around turns", choices=choices, default="role")
+    add(text, "--prompts", "prompt templates", choices=["none", "uber_model"], default="none")
+    choices = ["none", "style", "demo_or_style", "style_and_length"]
+    add(text, "--system-prompt", "prefix", choices=choices, default="style_and_length")
+    add(text, "--variants", "baked variants per response", type=int, default=8)
+
+    image = parser.add_argument_group("images")
+    add(image, "--image-size", "side of the model's input in pixels", type=int, default=336)
+    choices = ["stretch", "pad", "center-crop"]
+    add(image, "--image-fit", "how the image meets it", choices=choices, default="stretch")
+    bound = "stored size: canvas, canvas*1.5 (head room to crop), or the longest side in px"
+    add(image, "--image-bound", bound, default="canvas")
+    choices = ["jpeg", "png", "webp", "raw"]
+    add(image, "--codec", "how images are stored", choices=choices, default="jpeg")
+    add(image, "--quality", "JPEG quality; chroma is always 4:4:4", type=int, default=95)
+    keep = "keep original bytes where nothing needs to change"
+    add(image, "--keep", keep, choices=["auto", "never"], default="auto")
+
+    job = parser.add_argument_group("the job")
+    add(job, "--workers", "processes; all cores when not given", type=int)
+    add(job, "--shard-size", "wanted length of a shard", default="256MiB")
+    add(job, "--num-shards", "exact number of shards instead", type=int)
+    add(job, "--cache", "folder of downloaded images", default="~/.cache/vlm-shards")
+    add(job, "--max-dead-links", "share of image URLs that may fail", type=float, default=0.4)
+    add(job, "--max-bad-samples", "share of samples that may fail", type=float, default=0.01)
+
+    fetch = parser.add_argument_group("downloading images")
+    agent = "name yourself and a contact when fetching from public hosts"
+    add(fetch, "--user-agent", agent, default="vlm-shards")
+    add(fetch, "--allow-hosts", "hosts that may have private addresses, by commas", default="")
+    add(fetch, "--read-timeout", "longest silence of a server, s", type=float, default=15.0)
+    add(fetch, "--wall-timeout", "longest download of one image, s", type=float, default=60.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""BUILD: one task makes one shard: tar, index, quarantine list, receipt.
+
+A task is a pure function of the plan's rows, the images and the recipe; it may run anywhere, any
+number of times. Its files appear whole under their final names, the receipt last: a shard without
+a valid receipt does not exist. Rows that cannot become samples are written to the quarantine list
+with the reason, never dropped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.blobs import BlobCache
+from preprocess.datasets.base import SceneImage
+from preprocess.plan import shard_name
+from preprocess.recipe import Preparer, read_path
+from shardspec import storage
+from shardspec.errors import SampleError, StorageError
+from shardspec.index import INDEX_DTYPE, encode_index, index_row, longest_text
+from shardspec.manifest import (
+    INDEX_SUFFIX,
+    Receipt,
+    ShardEntry,
+    canonical_json,
+    encode_receipt,
+    parse_receipt,
+)
+from shardspec.sample import PreparedSample, sample_members
+from shardspec.tar import TarWriter
+
+SCRATCH = ".scratch"
+"""Folder of unfinished files below a local output; emptied when a job starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildContext:
+    """What every task of a job shares; sent to worker processes."""
+
+    preparer: Preparer
+    dataset: str
+    split: str
+    out: str
+    num_shards: int
+    build_key: str
+    blobs: str
+    """Root of the blob cache."""
+    several_images: bool = False
+
+    @cached_property
+    def cache(self) -> BlobCache:
+        """The blob cache, opened in this process."""
+        return BlobCache(self.blobs)
+
+    def name(self, shard: int) -> str:
+        """Names a shard."""
+        return shard_name(self.dataset, self.split, shard, num_shards=self.num_shards)
+
+    def receipt_url(self, shard: int) -> str:
+        """URL of a shard's receipt."""
+        return storage.join(self.out, "receipts", self.name(shard) + ".json")
+
+    def quarantine_url(self, shard: int) -> str:
+        """URL of a shard's quarantine list."""
+        return storage.join(self.out, "quarantine", self.name(shard) + ".jsonl")
+
+
+def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]) -> Receipt:
+    """Builds one shard and publishes it.
+
+    Args:
+      context: The job.
+      shard: Its number.
+      on_row: Called after each row with "" or the reason why it was quarantined.
+
+    Raises:
+      StorageError: The output cannot be written.
+    """
+    lines = storage.read_bytes(rows_url(context.out, context.split, shard)).splitlines()
+    rows = sorted(map(json.loads, lines), key=lambda row: int(row["position"]))
+    name = f"{context.split}/{context.name(shard)}"
+    quarantined: list[dict[str, Any]] = []
+    index = []
+    codec = context.preparer.recipe.image.codec
+    with scratch_folder(context.out) as folder:
+        path = folder / "shard.tar"
+        with storage.naming_errors(str(path)), path.open("wb") as stream:
+            writer = TarWriter(stream)
+            for row in rows:
+                try:
+                    sample = prepare_row(context.preparer, row, cache=context.cache)
+                except SampleError as error:
+                    quarantined.append(quarantine_line(row, stage="build", error=error))
+                    on_row(error.reason)
+                    continue
+                encode = context.preparer.image_preprocessor.encode
+                encoded = [encode(image) for image in sample.images]
+                members = sample_members(
+                    sample, encoded, codec=codec, several=context.several_images
+                )
+                place = writer.write_sample(members)
+                sizes = [len(payload) for payload in encoded]
+                json_bytes = len(members[0][1])
+                index.append(
+                    index_row(sample, place=place, json_bytes=json_bytes, image_sizes=sizes)
+                )
+                on_row("")
+            sha256 = writer.finish()
+        table = np.concatenate(index) if index else np.zeros(0, dtype=INDEX_DTYPE)
+        encoded_index = encode_index(table)
+        storage.publish_file(storage.join(context.out, name + ".tar"), path)
+    storage.publish_bytes(storage.join(context.out, name + INDEX_SUFFIX), encoded_index)
+    lines = [canonical_json(line) for line in quarantined]
+    if lines:
+        storage.publish_bytes(context.quarantine_url(shard), b"".join(lines))
+    receipt = Receipt(
+        build_key=context.build_key,
+        shard=ShardEntry(
+            url=name + ".tar",
+            split=context.split,
+            nsamples=len(table),
+            num_bytes=writer.num_bytes,
+            sha256=sha256,
+            index_bytes=len(encoded_index),
+            index_sha256=hashlib.sha256(encoded_index).hexdigest(),
+            num_images=int(table["num_images"].sum()),
+            num_tokens=int(table["num_tokens"].sum()),
+            num_loss_tokens=int(table["num_loss_tokens"].sum()),
+        ),
+        quarantined=dict(sorted(Counter(line["reason"] for line in quarantined).items())),
+    )
+    storage.publish_bytes(context.receipt_url(shard), encode_receipt(receipt))
+    return receipt
+
+
+def rows_url(out: str, split: str, shard: int) -> str:
+    """URL of the planned rows of a shard."""
+    return storage.join(out, "plan", split, f"rows-{shard:05d}.jsonl")
+
+
+def find_receipt(context: BuildContext, shard: int) -> Receipt | None:
+    """Finds the receipt of a finished shard: of this very build, and with the shard in place."""
+    url = context.receipt_url(shard)
+    try:
+        receipt = parse_receipt(storage.read_bytes(url), where=url)
+    except FileNotFoundError:
+        return None
+    if receipt is None or receipt.build_key != context.build_key:
+        return None
+    entry = receipt.shard
+    if storage.size(storage.join(context.out, entry.url)) != entry.num_bytes:
+        return None
+    if storage.size(storage.join(context.out, entry.index_url)) != entry.index_bytes:
+        return None
+    return receipt
+
+
+def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> PreparedSample:
+    """Prepares one row of a plan.
+
+    Raises:
+      SampleError: The row cannot become a sample.
+    """
+    example = dict(row["example"])
+    image = row["image"]
+    if image is not None:
+        example["image"] = _open_image(image, cache=cache, key=row["key"])
+    return preparer(example, key=row["key"])
+
+
+def sample_size(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> tuple[int, int]:
+    """Builds one sample without storing it.
+
+    Returns:
+      Its length in the tar in bytes, and its text tokens at their longest.
+
+    Raises:
+      SampleError: The row cannot become a sample.
+    """
+    sample = prepare_row(preparer, row, cache=cache)
+    encoded = [preparer.image_preprocessor.encode(image) for image in sample.images]
+    codec = preparer.recipe.image.codec
+    members = sample_members(sample, encoded, codec=codec, several=False)
+    place = TarWriter(io.BytesIO()).write_sample(members)
+    return place.num_bytes, longest_text(sample.spans)[0]
+
+
+def quarantine_line(row: Mapping[str, Any], *, stage: str, error: SampleError) -> dict[str, Any]:
+    """Records why a row did not become a sample."""
+    return {
+        "key": row["key"],
+        "image": row["image"],
+        "metadata": row["example"].get("metadata", {}),
+        "stage": stage,
+        "reason": error.reason,
+        "message": error.what,
+        "facts": {name: str(value) for name, value in error.facts.items()},
+    }
+
+
+@contextmanager
+def scratch_folder(out: str) -> Iterator[Path]:
+    """Makes a folder for unfinished files, on the output's own disk where that is local."""
+    parent = None
+    if storage.is_local(out):
+        parent = storage.local_path(out) / SCRATCH
+        with storage.naming_errors(out):
+            parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _open_image(image: Mapping[str, Any], *, cache: BlobCache, key: str) -> Any:
+    if image["kind"] == "scene":
+        return SceneImage(seed=image["seed"], idx=image["idx"])
+    if image["kind"] == "blob":
+        try:
+            return cache.get(image["sha256"])
+        except StorageError as error:
+            raise SampleError(
+                "image is no longer in the blob cache",
+                reason="blob_missing",
+                where=key,
+                facts=error.facts,
+                fix="remove the output's plan folder and run the same command again",
+            ) from error
+    payload = read_path(Path(image["path"]))
+    if hashlib.sha256(payload).hexdigest() != image["sha256"]:
+        raise SampleError(
+            "image file has changed since the job was planned",
+            reason="image_changed",
+            where=image["path"],
+            fix="remove the output's plan folder and run the same command again",
+        )
+    return payload

@@ -1,0 +1,59 @@
+"""The datasets by name. Each module of this package that defines `DATASET` is one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from preprocess.datasets.base import Dataset, DatasetBase, HfDataset, ImageSource, SceneImage
+from shardspec.errors import ConfigError, nearest
+
+__all__ = [
+    "Dataset",
+    "DatasetBase",
+    "HfDataset",
+    "ImageSource",
+    "SceneImage",
+    "dataset_names",
+    "get_dataset",
+]
+
+
+def dataset_names() -> list[str]:
+    """Lists the datasets, sorted."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return sorted(name for name in names if name not in ("base", "rows"))
+
+
+def get_dataset(
+    name: str,
+    split: str = "train",
+    *,
+    source: str = "hub",
+    limit: int | None = None,
+    mode: str | None = None,
+) -> DatasetBase:
+    """Opens a dataset by name.
+
+    Args:
+      name: One of `dataset_names()`.
+      split: Split to open.
+      source: "hub", "sample" or a local folder.
+      limit: Rows of the split to use.
+      mode: What a row becomes, where the dataset has several modes; None for its default.
+
+    Raises:
+      ConfigError: `unknown_dataset`, `unknown_mode`.
+      SourceError: As the dataset's constructor.
+    """
+    names = dataset_names()
+    if name not in names:
+        raise ConfigError(
+            f"there is no dataset {name!r}",
+            reason="unknown_dataset",
+            fix=nearest(name, names) + "; `python -m preprocess datasets` lists them",
+        )
+    kind = importlib.import_module(f"{__name__}.{name}").DATASET
+    options = {} if mode is None else {"mode": mode}
+    dataset: DatasetBase = kind(split, source=source, limit=limit, **options)
+    return dataset

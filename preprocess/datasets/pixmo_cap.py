@@ -1,0 +1,93 @@
+"""PixMo-Cap: long captions of web images, with the spoken descriptions that they were made from.
+
+Public schema (card of allenai/pixmo-cap): image_url str, caption str, transcripts list[str]. The
+card has one split; Molmo sets 2,048 of about 717,000 rows aside for validation. Here the share is
+the same but the choice is a hash of the image's identity, so it does not depend on which links
+are alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from preprocess.datasets.base import HfDataset, SceneImage, row_image, scene_texts
+from shardspec.errors import ConfigError
+
+Mode = Literal[
+    "captions", "transcripts", "transcript", "transcript_and_caption", "transcript1_and_caption"
+]
+MODES: tuple[Mode, ...] = (
+    "captions",
+    "transcripts",
+    "transcript",
+    "transcript_and_caption",
+    "transcript1_and_caption",
+)
+
+
+class PixMoCap(HfDataset):
+    """PixMo-Cap in one of five modes.
+
+    captions: the caption. transcripts: every transcript, each a conversation. transcript: the
+    first.
+    transcript_and_caption: the caption, and one transcript drawn in each epoch (Molmo's
+    pre-training). transcript1_and_caption: the caption and the first transcript.
+    """
+
+    name: ClassVar[str] = "pixmo_cap"
+    PATH: ClassVar[str] = "allenai/pixmo-cap"
+    COLUMNS: ClassVar[tuple[str, ...]] = ("image|image_url", "caption", "transcripts")
+    validation_share: ClassVar[float] = 2048 / 717_042
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        source: str = "hub",
+        limit: int | None = None,
+        mode: Mode = "transcript_and_caption",
+    ) -> None:
+        """Opens the rows of a split; see `DatasetBase`."""
+        if mode not in MODES:
+            raise ConfigError(
+                f"pixmo_cap has no mode {mode!r}",
+                reason="unknown_mode",
+                facts={"modes": ", ".join(MODES)},
+                fix="choose one of them with MODE=",
+            )
+        self.mode = mode
+        super().__init__(split, source=source, limit=limit)
+
+    def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Turns a row into an example."""
+        transcripts = [text for text in row["transcripts"] or () if text and text.strip()]
+        caption = {"style": "long_caption", "text": row["caption"]}
+        messages: list[dict[str, Any]] = []
+        if "caption" in self.mode:
+            messages.append(caption)
+        if transcripts:
+            if self.mode == "transcript_and_caption":
+                messages.append({"style": "transcript", "alternatives": transcripts})
+            elif self.mode == "transcripts":
+                messages += [{"style": "transcript", "text": text} for text in transcripts]
+            elif self.mode != "captions":
+                messages.append({"style": "transcript", "text": transcripts[0]})
+        return {
+            "image": row_image(row, base=self.rows.base),
+            "message_list": messages,
+            "metadata": {"image_url": row.get("image_url") or ""},
+        }
+
+    def sample_row(self, seed: int, idx: int) -> dict[str, Any]:
+        """Generates a row: a drawn scene, its caption and its transcripts."""
+        caption, transcripts = scene_texts(seed, idx)
+        return {
+            "image": SceneImage(seed=seed, idx=idx),
+            "image_url": f"scene://{seed}/{idx}",
+            "caption": caption,
+            "transcripts": list(transcripts),
+        }
+
+
+DATASET = PixMoCap

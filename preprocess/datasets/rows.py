@@ -1,0 +1,221 @@
+"""Rows of a source: Parquet and Arrow files of a folder, or a dataset of the hub, read in pieces.
+
+`Rows` is a sequence made of *pieces* (a Parquet row group, an Arrow record batch); one piece is in
+memory at a time, so that reading in order costs one pass whatever the size, and reading at random
+costs a piece per jump.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardspec.errors import SourceError
+
+Piece = Sequence[Mapping[str, Any]]
+
+_HUB_EXTRA = "pip install 'vlm-shards[hub]'"
+
+
+class Rows(Sequence[Mapping[str, Any]]):
+    """A sequence of rows that holds one piece in memory."""
+
+    def __init__(
+        self,
+        pieces: Sequence[Callable[[], Piece]],
+        *,
+        lengths: Sequence[int],
+        kind: Mapping[str, Any],
+        base: Path | None = None,
+    ) -> None:
+        """Joins pieces.
+
+        Args:
+          pieces: Functions that read a piece.
+          lengths: Rows of each.
+          kind: What the manifest says of the source.
+          base: Folder that relative image paths start from.
+        """
+        self._pieces = pieces
+        self._starts = [0]
+        for length in lengths:
+            self._starts.append(self._starts[-1] + length)
+        self._loaded: tuple[int, Piece] | None = None
+        self.kind = dict(kind)
+        self.base = base
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        p = bisect_right(self._starts, i) - 1
+        return self._piece(p)[i - self._starts[p]]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for p in range(len(self._pieces)):
+            yield from self._piece(p)
+
+    def _piece(self, p: int) -> Piece:
+        if self._loaded is None or self._loaded[0] != p:
+            self._loaded = (p, self._pieces[p]())
+        return self._loaded[1]
+
+
+def local_rows(folder: Path, *, split: str, want: Sequence[str]) -> Rows:
+    """Opens the Parquet or Arrow files of a folder laid out as the hub or `save_to_disk` does it.
+
+    Files whose path below the folder names a split (`train-00000-of-00002.parquet`,
+    `train/data-00000.arrow`) are taken for that split only; files that name none are all taken.
+
+    Raises:
+      SourceError: `source_missing`, `source_empty`, `source_split`, `source_unreadable`,
+        `source_schema`.
+    """
+    pa = _pyarrow()
+    if not folder.is_dir():
+        raise SourceError(
+            "source folder is not there or cannot be read",
+            reason="source_missing",
+            where=str(folder),
+            fix="give SOURCE=hub, SOURCE=sample, or a folder with Parquet or Arrow files",
+        )
+    try:
+        found = [p for p in sorted(folder.rglob("*")) if p.suffix in (".parquet", ".arrow")]
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if not found:
+        raise SourceError(
+            "source folder holds no Parquet or Arrow file",
+            reason="source_empty",
+            where=str(folder),
+            fix="download the dataset's Parquet files there, or use SOURCE=hub or SOURCE=sample",
+        )
+    named = {path: _split_in(path.relative_to(folder)) for path in found}
+    files = [path for path, name in named.items() if name in (None, split)]
+    if not files:
+        raise SourceError(
+            f"source folder has no files of the split {split!r}",
+            reason="source_split",
+            where=str(folder),
+            facts={"splits": sorted({str(name) for name in named.values()})},
+            fix="choose one of them with SPLIT=",
+        )
+    pieces: list[Callable[[], Piece]] = []
+    lengths: list[int] = []
+    for path in files:
+        try:
+            schema, parts = _open_file(path)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+        _check_columns(schema, want, where=str(path))
+        for length, read in parts:
+            pieces.append(read)
+            lengths.append(length)
+    return Rows(pieces, lengths=lengths, kind={"kind": "folder"}, base=folder)
+
+
+def hub_rows(path: str, *, revision: str | None, split: str, want: Sequence[str]) -> Rows:
+    """Opens a dataset of the hub through the `datasets` library, memory-mapped, images undecoded.
+
+    Raises:
+      SourceError: `source_missing`, `source_schema`.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SourceError(
+            "reading from the hub needs the `datasets` library",
+            reason="source_missing",
+            where=path,
+            fix=_HUB_EXTRA,
+        ) from error
+    try:
+        table = datasets.load_dataset(path, revision=revision, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise SourceError(
+            "dataset cannot be loaded from the hub",
+            reason="source_missing",
+            where=path,
+            facts={"error": str(error).strip().splitlines()[0]},
+            fix="check the network and the login (`hf auth login`), or give SOURCE= a local folder",
+        ) from error
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    _check_columns(table.column_names, want, where=path)
+    kind = {"kind": "hub", "path": path, "revision": revision or str(table.version)}
+    return Rows([lambda: table], lengths=[len(table)], kind=kind)
+
+
+def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piece]]]]:
+    """Lists the pieces of a file: column names, then (rows, reader) per piece."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path, memory_map=True)
+        return file.schema_arrow.names, [
+            (
+                file.metadata.row_group(g).num_rows,
+                lambda g=g: file.read_row_group(g).to_pylist(),  # type: ignore[misc]
+            )
+            for g in range(file.num_row_groups)
+        ]
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    try:
+        reader = pa.ipc.open_stream(source)
+        batches = list(reader)
+    except pa.ArrowInvalid:
+        reader = pa.ipc.open_file(source)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    return reader.schema.names, [
+        (batch.num_rows, lambda batch=batch: batch.to_pylist())  # type: ignore[misc]
+        for batch in batches
+    ]
+
+
+def _split_in(path: Path) -> str | None:
+    """Finds the split that a file's path names, if any."""
+    for part in (*path.parts[:-1], path.stem.split("-")[0]):
+        if part in ("train", "validation", "val", "test"):
+            return "validation" if part == "val" else part
+    return None
+
+
+def _check_columns(names: Sequence[str], want: Sequence[str], *, where: str) -> None:
+    missing = [column for column in want if not set(column.split("|")) & set(names)]
+    if missing:
+        raise SourceError(
+            "source has another schema than the dataset",
+            reason="source_schema",
+            where=where,
+            facts={"missing": missing, "got": list(names)},
+            fix="give the folder of this dataset, or rename the columns",
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> SourceError:
+    return SourceError(
+        "source file cannot be read",
+        reason="source_unreadable",
+        where=str(path),
+        facts={"error": str(error).splitlines()[0]},
+        fix="check the file and its rights, or download it again",
+    )
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise SourceError(
+            "reading Parquet and Arrow files needs pyarrow",
+            reason="source_missing",
+            fix=_HUB_EXTRA,
+        ) from error
+    return pyarrow

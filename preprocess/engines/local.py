@@ -1,0 +1,174 @@
+"""Runs tasks in supervised processes on this machine.
+
+Each worker takes one task at a time from its own pipe. A worker that dies (killed, out of memory)
+costs its task's work only: the task goes to a new worker, up to `MAX_ATTEMPTS` times. Nothing
+hangs when a process vanishes, as multiprocessing.Pool would. Workers ignore Ctrl-C; the
+supervisor ends them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from shardspec.errors import ShardsError, StorageError
+
+MAX_ATTEMPTS = 3
+"""Times that a task may take its worker down before the job stops."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDone:
+    """A task's result."""
+
+    task: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskProgress:
+    """What a task reported on its way."""
+
+    task: int
+    note: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskLost:
+    """A worker died with this task; it will run again."""
+
+    task: int
+    exit_code: int | None
+
+
+Event = TaskDone | TaskProgress | TaskLost
+Work = Callable[[Any, int, Callable[[Any], None]], Any]
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: Any
+    pipe: Connection
+    task: int | None = None
+
+
+@dataclass
+class _Crew:
+    work: Work
+    context: Any
+    workers: list[_Worker] = field(default_factory=list)
+
+    def hire(self) -> None:
+        # spawn: forked children would inherit locks held by the parent's threads.
+        spawn = multiprocessing.get_context("spawn")
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(theirs, self.work, self.context), daemon=True)
+        process.start()
+        theirs.close()
+        self.workers.append(_Worker(process=process, pipe=ours))
+
+    def dismiss(self) -> None:
+        for worker in self.workers:
+            worker.pipe.close()
+            worker.process.terminate()
+        for worker in self.workers:
+            worker.process.join()
+        self.workers.clear()
+
+
+def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> Iterator[Event]:
+    """Runs tasks in any order and yields what happens.
+
+    Args:
+      tasks: Numbers of the tasks.
+      work: A module-level function `(context, task, report) -> value`; `report` sends progress.
+      context: Sent to each worker once, pickled.
+      num_workers: Processes, >= 1.
+
+    Raises:
+      ShardsError: A task raised it; the other workers are ended.
+    """
+    todo = deque(tasks)
+    attempts = dict.fromkeys(tasks, 0)
+    left = len(attempts)
+    crew = _Crew(work=work, context=context)
+    try:
+        for _ in range(min(num_workers, len(todo))):
+            crew.hire()
+        for worker in crew.workers:
+            _assign(worker, todo)
+        while left:
+            ready = wait([worker.pipe for worker in crew.workers])
+            for worker in [w for w in crew.workers if w.pipe in ready]:
+                try:
+                    kind, value = worker.pipe.recv()
+                except (EOFError, OSError):
+                    yield _bury(crew, worker, attempts, todo)
+                    continue
+                assert worker.task is not None
+                if kind == "progress":
+                    yield TaskProgress(task=worker.task, note=value)
+                elif kind == "failed":
+                    raise value
+                else:
+                    left -= 1
+                    yield TaskDone(task=worker.task, value=value)
+                    _assign(worker, todo)
+    finally:
+        crew.dismiss()
+
+
+def _assign(worker: _Worker, todo: deque[int]) -> None:
+    worker.task = todo.popleft() if todo else None
+    if worker.task is not None:
+        worker.pipe.send(worker.task)
+
+
+def _bury(crew: _Crew, worker: _Worker, attempts: dict[int, int], todo: deque[int]) -> TaskLost:
+    worker.process.join()
+    worker.pipe.close()
+    crew.workers.remove(worker)
+    task, code = worker.task, worker.process.exitcode
+    if task is None:
+        raise StorageError("an idle worker died", reason="worker_died", facts={"exit_code": code})
+    attempts[task] += 1
+    if attempts[task] >= MAX_ATTEMPTS:
+        raise StorageError(
+            "a build task took down its worker again and again",
+            reason="worker_died",
+            where=f"task {task}",
+            facts={"attempts": attempts[task], "exit_code": code},
+            fix="exit code -9 is mostly lack of memory: use fewer WORKERS=",
+        )
+    todo.appendleft(task)
+    crew.hire()
+    _assign(crew.workers[-1], todo)
+    return TaskLost(task=task, exit_code=code)
+
+
+def _serve(pipe: Connection, work: Work, context: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return  # the supervisor is gone
+        try:
+            message = ("done", work(context, task, lambda note: pipe.send(("progress", note))))
+        except ShardsError as error:
+            message = ("failed", error)
+        except BrokenPipeError:
+            return
+        except Exception as error:  # noqa: BLE001 - the task border: it becomes a value
+            text = "".join(traceback.format_exception(error))
+            message = ("failed", RuntimeError(f"task {task} failed:\n{text}"))
+        try:
+            pipe.send(message)
+        except BrokenPipeError:
+            return

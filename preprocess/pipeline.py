@@ -1,0 +1,130 @@
+"""The job: FETCH, PLAN, BUILD, COMMIT, each idempotent, so the same command always goes on.
+
+1. The job's identity (dataset, source, recipe, tokenizer, libraries) is compared with what the
+output
+   holds: equal and committed means there is nothing to do; different is refused, field by field.
+2. FETCH downloads image URLs into the blob cache; the ledger remembers how each ended.
+3. PLAN freezes what will be built: rows with keys, dealt to shards. It is written once and reused
+   until commit, so links that die or revive in between change nothing.
+4. BUILD makes the shards that have no valid receipt, in worker processes.
+5. COMMIT adds the split to the manifest, last.
+
+Anything that interrupts leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+
+from preprocess.build import SCRATCH, BuildContext, build_shard, find_receipt
+from preprocess.commit import Committed, check_bad_samples, commit, committed
+from preprocess.engines import local
+from preprocess.job import Job, JobSettings, Reporter
+from preprocess.plan import shard_borders
+from preprocess.planner import Plan, drop_plan, load_plan, make_plan, read_json
+from shardspec import storage
+from shardspec.errors import ConflictError
+from shardspec.manifest import Receipt, canonical_json, differences, load_manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended."""
+
+    result: Committed
+    built_shards: int
+    """Shards built in this run; 0 when there was nothing to do."""
+    seconds: float
+
+
+def run_job(settings: JobSettings, report: Reporter) -> Outcome:
+    """Builds a split of a dataset, or finishes what an interrupted run began.
+
+    Raises:
+      ConfigError, SourceError: The request cannot be honoured.
+      ConflictError: The output holds something else.
+      BudgetError: Too many failures; nothing was committed.
+      StorageError: The output cannot be written.
+    """
+    started = time.monotonic()
+    job = Job(settings)
+    _check_conflict(job)
+    result = committed(job)
+    built = 0
+    if result is None:
+        if storage.is_local(settings.out):
+            storage.delete(job.url(SCRATCH))
+        plan = load_plan(job) or make_plan(job, report)
+        receipts, built = _build(job, plan, report)
+        check_bad_samples(job, plan, receipts)
+        result = commit(job, plan, receipts)
+    drop_plan(job)
+    if storage.is_local(settings.out):
+        storage.delete(job.url(SCRATCH))
+    outcome = Outcome(result=result, built_shards=built, seconds=time.monotonic() - started)
+    if built:
+        _write_run(job, outcome)
+    return outcome
+
+
+def _check_conflict(job: Job) -> None:
+    """Refuses an output that holds the result of another job under this split's name."""
+    manifest = load_manifest(job.settings.out)
+    if manifest is None or job.settings.split not in manifest.splits:
+        return
+    found = differences(read_json(job.identity_url) or {}, job.identity, "job")
+    if found:
+        raise ConflictError(
+            "this output already holds the result of another job",
+            reason="job_conflict",
+            where=job.settings.out,
+            facts={"differences": "; ".join(found)},
+            fix="use another OUT=, or remove the old dataset",
+        )
+
+
+def _build(job: Job, plan: Plan, report: Reporter) -> tuple[list[Receipt], int]:
+    """Builds what is missing; returns every receipt in shard order, and how many are new."""
+    context = BuildContext(
+        preparer=job.preparer,
+        dataset=job.settings.dataset,
+        split=job.settings.split,
+        out=job.settings.out,
+        num_shards=plan.num_shards,
+        build_key=plan.build_key,
+        blobs=str(job.blobs.root),
+    )
+    receipts = {shard: find_receipt(context, shard) for shard in range(plan.num_shards)}
+    missing = [shard for shard, receipt in receipts.items() if receipt is None]
+    if len(missing) < plan.num_shards:
+        report.note(f"{plan.num_shards - len(missing)} of {plan.num_shards} shards are finished")
+    borders = shard_borders(plan.num_samples, num_shards=plan.num_shards)
+    report.stage("build", int(sum(borders[shard + 1] - borders[shard] for shard in missing)))
+    for event in local.run(
+        missing, work=build_shard, context=context, num_workers=job.settings.num_workers
+    ):
+        if isinstance(event, local.TaskProgress):
+            report.step(event.note)
+        elif isinstance(event, local.TaskLost):
+            report.note(f"a worker died (exit code {event.exit_code}); its shard is built again")
+        else:
+            receipts[event.task] = event.value
+    return [receipt for receipt in receipts.values() if receipt is not None], len(missing)
+
+
+def _write_run(job: Job, outcome: Outcome) -> None:
+    """Notes what differs from run to run: for people, read by nothing."""
+    run = {
+        "finished_unix_s": round(time.time()),
+        "seconds": round(outcome.seconds, 3),
+        "built_shards": outcome.built_shards,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "num_workers": job.settings.num_workers,
+        "pid": os.getpid(),
+        "manifest_sha256": outcome.result.sha256,
+    }
+    storage.publish_bytes(job.url("run.json"), canonical_json(run, indent=1))

@@ -1,0 +1,92 @@
+"""The arithmetic of a plan: which sample stands where, in how many shards, under which names.
+
+Pure. A sample's place follows from a keyed hash of its key, so the order is a uniform shuffle that
+stays put when other samples come or go; shards take equal shares of it, to within one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardspec.keyed import hash_text, keyed
+
+SHARD_MULTIPLE = 8
+"""Shard counts are rounded up to a multiple of this, for readers that deal out whole shards."""
+
+MIN_SHARD_BYTES = 4 * 2**20
+"""Shards are not made smaller than this to reach a multiple."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardCount:
+    """How many shards, and which rule decided."""
+
+    num_shards: int
+    rule: str
+    """One sentence for people."""
+
+
+def order_hash(key: str, *, seed: int) -> int:
+    """Gives a sample's place in the shuffled order: sort by it, then by key."""
+    return keyed(seed, hash_text(key))
+
+
+def count_shards(
+    total_bytes: int, *, target_bytes: int, num_samples: int, num_shards: int | None = None
+) -> ShardCount:
+    """Chooses the number of shards; exactly one rule binds.
+
+    Args:
+      total_bytes: Estimated length of all shards together.
+      target_bytes: Wanted length of a shard.
+      num_samples: No shard is left empty.
+      num_shards: Asked for by the user, or None.
+
+    >>> count_shards(10 * 2**30, target_bytes=2**28, num_samples=10**5).num_shards
+    40
+    >>> count_shards(2**20, target_bytes=2**28, num_samples=64).num_shards
+    1
+    """
+    if num_shards is not None:
+        count = min(num_shards, num_samples)
+        return ShardCount(num_shards=max(1, count), rule=f"{num_shards} shards were asked for")
+    by_target = -(-total_bytes // target_bytes)
+    rounded = -(-by_target // SHARD_MULTIPLE) * SHARD_MULTIPLE
+    if total_bytes >= rounded * MIN_SHARD_BYTES:
+        count, rule = rounded, f"shard size, rounded up to a multiple of {SHARD_MULTIPLE}"
+    else:
+        count, rule = total_bytes // MIN_SHARD_BYTES, "smallest shard size of 4 MiB"
+    return ShardCount(num_shards=max(1, min(count, num_samples)), rule=rule)
+
+
+def shard_borders(num_samples: int, *, num_shards: int) -> np.ndarray:
+    """Deals samples to shards: int64 [num_shards + 1], lengths differ by at most one.
+
+    >>> shard_borders(10, num_shards=4).tolist()
+    [0, 2, 5, 7, 10]
+    """
+    return np.arange(num_shards + 1, dtype=np.int64) * num_samples // num_shards
+
+
+def shard_name(dataset: str, split: str, shard: int, *, num_shards: int) -> str:
+    """Names a shard, without its suffix.
+
+    >>> shard_name("pixmo_cap", "train", 17, num_shards=256)
+    'pixmo_cap-train-00017-of-00256'
+    """
+    return f"{dataset}-{split}-{shard:05d}-of-{num_shards:05d}"
+
+
+def plan_order(keys: Sequence[str], *, seed: int) -> list[int]:
+    """Orders samples for their shards.
+
+    Returns:
+      Indices into `keys`, in stored order.
+
+    >>> sorted(plan_order(["a", "b", "c"], seed=1))
+    [0, 1, 2]
+    """
+    return sorted(range(len(keys)), key=lambda i: (order_hash(keys[i], seed=seed), keys[i]))

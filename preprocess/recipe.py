@@ -1,0 +1,179 @@
+"""The recipe: everything that decides what a sample's bytes are, and `prepare`, which applies it.
+
+`Preparer` is the offline half of the pipeline as one pure callable: format, tokenize, resize. The
+build job calls it for each row; the unsharded path hands it to the loader's `MolmoPreprocessor`.
+Nothing that training redraws is drawn here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.datasets.base import ImageSource, SceneImage
+from preprocess.formatter import DataFormatter, TextPolicy, chat_frame, message_texts, safe_geometry
+from preprocess.image import ImagePolicy, ImagePreprocessor
+from preprocess.text import InterleavedTextPreprocessor
+from preprocess.tokens import ChatFrame, Tokenizer
+from shardspec.errors import SampleError
+from shardspec.manifest import canonical_json
+from shardspec.sample import PreparedImage, PreparedSample, spans_table
+
+KEY_BYTES = 12
+"""96 bits: among 10**10 samples the chance of any collision is about 10**-9."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The settings that a sample's bytes follow from."""
+
+    text: TextPolicy = field(default_factory=TextPolicy)
+    image: ImagePolicy = field(default_factory=ImagePolicy)
+    seed: int = 0
+    """Seed of the baked draws and of the order in the shards."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives the recipe in plain JSON types, for hashing and for the manifest."""
+        image = {
+            f.name: getattr(self.image, f.name)
+            for f in dataclasses.fields(self.image)
+            if f.name != "views"
+        }
+        views = [view.to_dict() for view in self.image.views]
+        text = dataclasses.asdict(self.text)
+        return {"text": text, "image": {**image, "views": views}, "seed": self.seed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparer:
+    """Turns an example into a prepared sample. A value: it can be sent to worker processes."""
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    read_url: Callable[[str], bytes] | None = None
+    """Gives the bytes behind a URL, such as a blob cache's reader; None refuses URLs."""
+
+    @cached_property
+    def frame(self) -> ChatFrame:
+        """The markup that the message format puts around turns."""
+        return chat_frame(self.recipe.text.message_format, self.tokenizer.chat)
+
+    @cached_property
+    def image_preprocessor(self) -> ImagePreprocessor:
+        """The image half."""
+        return ImagePreprocessor(self.recipe.image)
+
+    def __call__(self, example: Mapping[str, Any], *, key: str | None = None) -> PreparedSample:
+        """Prepares one example.
+
+        Args:
+          example: As `preprocess.datasets.base` describes it.
+          key: The sample's key; None computes it from the image's bytes and the text.
+
+        Raises:
+          SampleError: The example cannot become a sample; `reason` says why.
+        """
+        image = example.get("image")
+        source = None if image is None else self._read(image)
+        if key is None:
+            key = sample_key(example, image_id=image_identity(image, source))
+        formatter = DataFormatter(policy=self.recipe.text, frame=self.frame, seed=self.recipe.seed)
+        branches = formatter(example, key=key)
+        texts = message_texts(example)
+        for text in texts:
+            control = self.tokenizer.control_token(text)
+            if control:
+                raise SampleError(
+                    f"text spells out the control token {control}",
+                    reason="control_token",
+                    where=key,
+                    fix="remove it from the row: it would be read as markup",
+                )
+        tokenized = InterleavedTextPreprocessor(tokenizer=self.tokenizer)(branches, key=key)
+        images: tuple[PreparedImage, ...] = ()
+        if source is not None:
+            geometry = safe_geometry(texts)
+            images = (self.image_preprocessor(source, geometry=geometry, where=key),)
+        record = {
+            "key": key,
+            "message_list": example["message_list"],
+            "metadata": example.get("metadata", {}),
+        }
+        return PreparedSample(
+            key=key,
+            tokens=tokenized.tokens,
+            spans=spans_table(tokenized.rows, images),
+            images=images,
+            record=record,
+        )
+
+    def _read(self, image: ImageSource) -> Any:
+        if isinstance(image, SceneImage):
+            return image.read()
+        if isinstance(image, Path):
+            return read_path(image)
+        if isinstance(image, str):
+            if self.read_url is None:
+                raise SampleError(
+                    "image is a URL and there is nothing to read it with",
+                    reason="image_url",
+                    where=image,
+                    fix="build shards, which fetches it, or pass read_url=",
+                )
+            return self.read_url(image)
+        return image
+
+
+def read_path(path: Path) -> bytes:
+    """Reads a local image file.
+
+    Raises:
+      SampleError: `image_missing`.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError(
+            "image file cannot be read",
+            reason="image_missing",
+            where=str(path),
+            facts={"error": error},
+            fix="check the path; relative paths start from the source folder",
+        ) from error
+
+
+def image_identity(image: ImageSource | None, encoded: Any) -> str:
+    """Names what an image is, for keys, splits and duplicates.
+
+    Args:
+      image: The example's image.
+      encoded: Its bytes or pixels.
+
+    Returns:
+      sha256 of the encoded bytes (of shape and pixels for arrays); the numbers of a generated
+      scene; "" without an image.
+    """
+    if image is None:
+        return ""
+    if isinstance(image, SceneImage):
+        return f"scene:{image.seed}:{image.idx}"
+    if isinstance(encoded, bytes):
+        return hashlib.sha256(encoded).hexdigest()
+    pixels = np.ascontiguousarray(np.asarray(encoded))
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:
+    """Names a sample by its content: image identity and messages, 24 hex digits.
+
+    The same row gives the same key in every source that delivers the same bytes.
+    """
+    text = canonical_json({"image": image_id, "message_list": example["message_list"]})
+    return hashlib.blake2b(text, digest_size=KEY_BYTES).hexdigest()

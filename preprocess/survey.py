@@ -1,0 +1,91 @@
+"""The dry run behind `make plan`: what a job would do, without writing or downloading anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from preprocess.blobs import FetchResult, read_ledger
+from preprocess.build import sample_size
+from preprocess.datasets import SceneImage
+from preprocess.job import Job, JobSettings, Reporter
+from preprocess.plan import ShardCount, count_shards
+from preprocess.planner import PROBE_ROWS, image_urls
+from shardspec import storage
+from shardspec.errors import SampleError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What a job would do, as `make plan` prints it."""
+
+    num_rows: int
+    num_urls: int
+    urls_known: Mapping[str, int]
+    """URLs by what the ledger says of them: ok, a reason of failure, or "unknown"."""
+    mean_sample_bytes: float | None
+    """From really built samples; None where no image is at hand yet."""
+    mean_tokens: float | None
+    shards: ShardCount | None
+    free_bytes: int | None
+
+
+def survey_job(settings: JobSettings, report: Reporter) -> Survey:
+    """Finds out what a job would do; writes and downloads nothing."""
+    job = Job(settings)
+    known = read_ledger(job.ledger_path()) if job.ledger_path().exists() else {}
+    urls = set(image_urls(job, report))
+    states = Counter(_url_state(known.get(url)) for url in urls)
+    samples: list[tuple[int, int]] = []
+    for row in islice(_survey_rows(job, known), PROBE_ROWS):
+        try:
+            samples.append(sample_size(job.preparer, row, cache=job.blobs))
+        except SampleError as error:
+            report.note(f"a sample cannot be built: {error.what}")
+    mean = sum(size for size, _ in samples) / len(samples) if samples else None
+    tokens = sum(count for _, count in samples) / len(samples) if samples else None
+    count = None
+    alive = len(job.dataset) - sum(n for s, n in states.items() if s not in ("ok", "unknown"))
+    if mean is not None and alive > 0:
+        count = count_shards(
+            round(mean * alive),
+            target_bytes=settings.shard_bytes,
+            num_samples=alive,
+            num_shards=settings.num_shards,
+        )
+    return Survey(
+        num_rows=len(job.dataset),
+        num_urls=len(urls),
+        urls_known=dict(sorted(states.items())),
+        mean_sample_bytes=mean,
+        mean_tokens=tokens,
+        shards=count,
+        free_bytes=storage.free_bytes(settings.out),
+    )
+
+
+def _survey_rows(job: Job, known: Mapping[str, FetchResult]) -> Iterator[dict[str, Any]]:
+    """Gives rows whose image is at hand without the network."""
+    for i in range(len(job.dataset)):
+        example = job.dataset[i]
+        image = example.pop("image", None)
+        row: dict[str, Any] = {"key": f"row-{i}", "example": example, "image": None}
+        if isinstance(image, SceneImage):
+            row["image"] = {"kind": "scene", "seed": image.seed, "idx": image.idx}
+        elif isinstance(image, str):
+            result = known.get(image)
+            if result is None or result.status != "ok" or result.sha256 is None:
+                continue
+            row["image"] = {"kind": "blob", "sha256": result.sha256}
+        elif image is not None:
+            row["example"]["image"] = image
+        yield row
+
+
+def _url_state(result: FetchResult | None) -> str:
+    if result is None:
+        return "unknown"
+    return "ok" if result.status == "ok" else result.reason

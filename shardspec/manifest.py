@@ -1,0 +1,350 @@
+"""The manifest of a dataset: what was built, from what, and the list of its shards.
+
+`manifest.json` is written last, in one piece: a shard that no manifest names does not exist. It
+is also a valid wids index (`shardlist` with `url` and `nsamples`). Every value is a function of
+the job's inputs, so the same inputs give the same bytes; clocks and host names go to run.json.
+
+A *receipt* is the same statement about one shard, written when that shard is complete; commit
+gathers the receipts of a split and adds the split to the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from shardspec import storage
+from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
+
+FORMAT_VERSION = 1
+"""Version of the on-disk contract; readers refuse any other."""
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer/tokenizer.json"
+"""Where a dataset keeps a copy of its tokenizer, so that its text can be read back anywhere."""
+
+INDEX_SUFFIX = ".index.npy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEntry:
+    """One shard as the manifest names it."""
+
+    url: str
+    """Path of the tar, relative to the manifest."""
+    split: str
+    nsamples: int
+    num_bytes: int
+    """Length of the tar."""
+    sha256: str
+    index_bytes: int
+    index_sha256: str
+    num_images: int
+    num_tokens: int
+    """Text tokens, each turn at its longest variant."""
+    num_loss_tokens: int
+
+    @property
+    def index_url(self) -> str:
+        """Path of the index, relative to the manifest."""
+        return self.url.removesuffix(".tar") + INDEX_SUFFIX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a finished build task says of its shard."""
+
+    build_key: str
+    """Hash of everything the shard's bytes depend on."""
+    shard: ShardEntry
+    quarantined: Mapping[str, int] = field(default_factory=dict)
+    """Samples that could not be built, by reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitEntry:
+    """One split of the dataset."""
+
+    build_key: str
+    source: Mapping[str, Any]
+    """Where the rows came from: kind, location or revision, fingerprint, limit."""
+    num_samples: int
+    num_images: int
+    num_tokens: int
+    num_loss_tokens: int
+    num_bytes: int
+    quarantined: Mapping[str, int]
+    """Rows that did not become samples, by reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerEntry:
+    """The tokenizer as the loader must know it."""
+
+    name: str
+    sha256: str
+    """Of the canonical tokenizer.json."""
+    probe_sha256: str
+    """Of the ids that it gives for a fixed set of texts: its behaviour."""
+    vocab_size: int
+    """Ids of the tokenizer itself are below this."""
+    embedding_size: int
+    """Rows that a model's embedding must have: every id of the dataset is below this."""
+    special_ids: Mapping[str, int]
+    """bos, eos, pad, and the image symbols such as <im_patch>."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything a reader needs to trust and to use a dataset."""
+
+    dataset: str
+    recipe: Mapping[str, Any]
+    """The effective recipe: every byte of a sample follows from it."""
+    tokenizer: TokenizerEntry
+    libraries: Mapping[str, str]
+    """Versions of the libraries that touch bytes, and the hash of our own code that does."""
+    splits: Mapping[str, SplitEntry]
+    shards: tuple[ShardEntry, ...]
+    format_version: int = FORMAT_VERSION
+
+    def select(self, split: str) -> tuple[ShardEntry, ...]:
+        """Lists the shards of a split in order.
+
+        Raises:
+          ConfigError: `unknown_split`.
+        """
+        if split not in self.splits:
+            raise ConfigError(
+                f"dataset {self.dataset!r} has no split {split!r}",
+                reason="unknown_split",
+                facts={"splits": sorted(self.splits)},
+                fix=nearest(split, self.splits) + f"; or build it: make shards SPLIT={split}",
+            )
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def with_split(self, split: str, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> Manifest:
+        """Adds or replaces a split; shards stay sorted by URL."""
+        others = tuple(shard for shard in self.shards if shard.split != split)
+        return replace(
+            self,
+            splits={**self.splits, split: entry},
+            shards=tuple(sorted(others + shards, key=lambda shard: shard.url)),
+        )
+
+    def encode(self) -> bytes:
+        """Serialises the manifest canonically."""
+        return canonical_json(
+            {
+                "__kind__": "wids-shard-index-v1",
+                "wids_version": 1,
+                "name": self.dataset,
+                "format_version": self.format_version,
+                "dataset": self.dataset,
+                "recipe": self.recipe,
+                "tokenizer": asdict(self.tokenizer),
+                "libraries": self.libraries,
+                "splits": {name: asdict(entry) for name, entry in self.splits.items()},
+                "shardlist": [asdict(shard) for shard in self.shards],
+            },
+            indent=1,
+        )
+
+
+def canonical_json(value: object, *, indent: int | None = None) -> bytes:
+    """Serialises plain JSON types in one way only: sorted keys, UTF-8, a final newline."""
+    separators = (",", ": ") if indent else (",", ":")
+    text = json.dumps(
+        value, sort_keys=True, ensure_ascii=False, indent=indent, separators=separators
+    )
+    return text.encode() + b"\n"
+
+
+def fingerprint(value: object) -> str:
+    """Hashes plain JSON types: sha256 of their canonical form."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def parse_manifest(payload: bytes, *, where: str) -> Manifest:
+    """Reads a manifest and checks it completely.
+
+    Raises:
+      ManifestError: `manifest_json`, `manifest_version`, `manifest_fields` (names every problem).
+    """
+    try:
+        document = json.loads(payload)
+    except ValueError as error:
+        raise ManifestError(
+            "manifest is no JSON document",
+            reason="manifest_json",
+            where=where,
+            facts={"error": error},
+            fix="build the dataset again with `make shards`",
+        ) from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise ManifestError(
+            "manifest has a format version that this release does not read",
+            reason="manifest_version",
+            where=where,
+            facts={"got": version, "want": FORMAT_VERSION},
+            fix="read it with the release that wrote it, or build the dataset again",
+        )
+    problems: list[str] = []
+    tokenizer = _record(TokenizerEntry, document.get("tokenizer"), "tokenizer", problems)
+    splits = {
+        str(name): _record(SplitEntry, entry, f"splits.{name}", problems)
+        for name, entry in _mapping(document, "splits", problems).items()
+    }
+    listed = document.get("shardlist")
+    if not isinstance(listed, list):
+        problems.append("shardlist: want a list")
+        listed = []
+    shards = [_record(ShardEntry, e, f"shardlist[{i}]", problems) for i, e in enumerate(listed)]
+    recipe = _mapping(document, "recipe", problems)
+    libraries = _mapping(document, "libraries", problems)
+    for shard in shards:
+        if shard and shard.split not in splits:
+            problems.append(f"shardlist: {shard.url} is of split {shard.split!r}, not in splits")
+    if problems:
+        raise ManifestError(
+            "manifest is malformed",
+            reason="manifest_fields",
+            where=where,
+            facts={"problems": "; ".join(problems)},
+            fix="build the dataset again with `make shards`",
+        )
+    assert tokenizer is not None
+    return Manifest(
+        dataset=str(document.get("dataset")),
+        recipe=recipe,
+        tokenizer=tokenizer,
+        libraries=libraries,
+        splits={name: entry for name, entry in splits.items() if entry},
+        shards=tuple(shard for shard in shards if shard),
+    )
+
+
+def load_manifest(url: str) -> Manifest | None:
+    """Reads the manifest below a dataset's URL; None where there is none."""
+    where = storage.join(url, MANIFEST_NAME)
+    try:
+        payload = storage.read_bytes(where)
+    except FileNotFoundError:
+        return None
+    return parse_manifest(payload, where=where)
+
+
+def require_manifest(url: str) -> Manifest:
+    """Reads the manifest below a dataset's URL.
+
+    Raises:
+      ManifestError: `manifest_missing`, or as `parse_manifest`.
+    """
+    manifest = load_manifest(url)
+    if manifest is None:
+        raise ManifestError(
+            "no dataset here: there is no manifest",
+            reason="manifest_missing",
+            where=storage.join(url, MANIFEST_NAME),
+            fix="run `make shards DATASET=...`; an unfinished job goes on with the same command",
+        )
+    return manifest
+
+
+def encode_receipt(receipt: Receipt) -> bytes:
+    """Serialises a receipt canonically."""
+    return canonical_json(asdict(receipt), indent=1)
+
+
+def parse_receipt(payload: bytes, *, where: str) -> Receipt | None:
+    """Reads a receipt; None when it is not one (the shard is then built again)."""
+    problems: list[str] = []
+    try:
+        document = json.loads(payload)
+    except ValueError:
+        return None
+    if not isinstance(document, dict):
+        return None
+    shard = _record(ShardEntry, document.get("shard"), where, problems)
+    if problems or shard is None:
+        return None
+    return Receipt(
+        build_key=str(document.get("build_key")),
+        shard=shard,
+        quarantined=dict(document.get("quarantined") or {}),
+    )
+
+
+def check_same(old: Manifest, new: Manifest, *, where: str) -> None:
+    """Refuses to join splits that were made by different recipes, naming each difference.
+
+    Raises:
+      ConflictError: `recipe_conflict`.
+    """
+    pairs = {
+        "dataset": (old.dataset, new.dataset),
+        "recipe": (dict(old.recipe), dict(new.recipe)),
+        "tokenizer": (asdict(old.tokenizer), asdict(new.tokenizer)),
+        "libraries": (dict(old.libraries), dict(new.libraries)),
+    }
+    found = [d for name, (a, b) in pairs.items() for d in differences(a, b, name)]
+    if found:
+        raise ConflictError(
+            "this output already holds a dataset that was made in another way",
+            reason="recipe_conflict",
+            where=where,
+            facts={"differences": "; ".join(found)},
+            fix="use another OUT=, or remove the old dataset",
+        )
+
+
+def differences(old: object, new: object, name: str) -> list[str]:
+    """Lists where two JSON values differ, field by field.
+
+    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}, "recipe")
+    ['recipe.b.c: 2 here, 3 asked']
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = sorted(set(old) | set(new))
+        return [d for n in names for d in differences(old.get(n), new.get(n), f"{name}.{n}")]
+    if isinstance(old, tuple | list) and isinstance(new, tuple | list):
+        return [] if list(old) == list(new) else [f"{name}: {list(old)} here, {list(new)} asked"]
+    return [] if old == new else [f"{name}: {old} here, {new} asked"]
+
+
+def _mapping(document: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    value = document.get(name)
+    if isinstance(value, dict):
+        return value
+    problems.append(f"{name}: want an object")
+    return {}
+
+
+_CHECKS: Mapping[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "Mapping[str, Any]": dict,
+    "Mapping[str, int]": dict,
+}
+
+
+def _record(kind: Any, value: object, where: str, problems: list[str]) -> Any:
+    """Builds a dataclass from a JSON object, or notes every reason why it cannot."""
+    if not isinstance(value, dict):
+        problems.append(f"{where}: want an object")
+        return None
+    known = {f.name: f for f in fields(kind)}
+    before = len(problems)
+    for name in sorted(set(value) - set(known)):
+        problems.append(f"{where}.{name}: unknown field")
+    for name, spec in known.items():
+        want = _CHECKS[str(spec.type)]
+        if name not in value:
+            problems.append(f"{where}.{name}: missing")
+        elif not isinstance(value[name], want) or isinstance(value[name], bool):
+            problems.append(f"{where}.{name}: want {spec.type}, got {value[name]!r}")
+    return kind(**value) if len(problems) == before else None

@@ -1,0 +1,301 @@
+"""Stored images: bytes <-> uint8 pixels, for both halves.
+
+`encode_stored` writes the image members of a shard, `decode_stored` reads them. Decoding is exact
+and strict: the same bytes give the same pixels whichever decoder reads them, and bytes that are
+short or damaged raise instead of giving a half-grey picture:
+
+* jpeg: simplejpeg where it is installed (libjpeg-turbo straight into the caller's buffer, without
+  the GIL; its strict mode also notices a flipped bit that upsets the entropy coding), else Pillow,
+  which notices missing bytes only. Both give the same pixels.
+* png: Pillow, after the CRC of every chunk has been checked (Pillow skips those of IDAT).
+* webp: Pillow, after the length in the RIFF header has been checked; the format has no checksum.
+* raw: a .npy with a 128-byte header; its length is checked. The shard's sha256 guards the rest.
+
+A stored image is RGB or greyscale, 8 bits, upright. What else pictures can be (orientation, colour
+profiles, transparency, CMYK) is settled before, by the offline half. Metadata is neither read nor
+written.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Literal, NoReturn
+
+import numpy as np
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from shardspec.errors import ConfigError, SampleError, ShardError
+from shardspec.sample import ARRAY_HEADER_BYTES, Codec, encode_array
+
+JpegDecoder = Literal["simplejpeg", "pillow"]
+
+MAX_STORED_PIXELS = 200_000_000
+"""Most pixels of a stored image: 600 MB decoded. More is a broken or hostile header."""
+
+CODEC_MAX_SIDE_PX = {"jpeg": 65_500, "webp": 16_383}
+"""Longest side a codec can write: libjpeg's JPEG_MAX_DIMENSION, libwebp's WEBP_MAX_DIMENSION."""
+
+PNG_COMPRESS_LEVEL = 6
+WEBP_EFFORT = 80
+WEBP_METHOD = 4
+"""Effort (0 to 100) and method (0 to 6) of lossless webp; they change the size, never pixels."""
+
+PILLOW_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's plugins raise for broken files; they have no common base below Exception."""
+
+# The plugins' classes, not Image.open: no sniffing and no second, process-wide limit on pixels.
+_PILLOW_CLASSES: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+    "jpeg": JpegImagePlugin.JpegImageFile,
+    "png": PngImagePlugin.PngImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+}
+_RAW_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00v\x00"
+    rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n"
+)
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def decode_stored(
+    payload: bytes | memoryview,
+    *,
+    codec: Codec,
+    out: np.ndarray | None = None,
+    where: str = "",
+    decoder: JpegDecoder | None = None,
+) -> np.ndarray:
+    """Decodes a stored image.
+
+    Args:
+      payload: The whole member.
+      codec: How it was stored; bytes of another format are refused.
+      out: uint8 [H, W, 3] to fill and return, of exactly the image's size; any strides, but only a
+        C-contiguous one is filled without a copy. After an error its content is undefined.
+      where: Shard and key, named in the error.
+      decoder: Which JPEG decoder; None takes `jpeg_decoder()`.
+
+    Returns:
+      uint8 [H, W, 3]: `out`, or a new array; for raw without `out` a view of the payload,
+      read-only where the payload is.
+
+    Raises:
+      ShardError: `image_decode`: damaged, short, not the codec's format, neither RGB nor grey, more
+        than `MAX_STORED_PIXELS`, or not of the size of `out`.
+      TypeError: `out` is not writable uint8.
+      ConfigError: `decoder_missing`: simplejpeg asked for and not installed.
+    """
+    if codec == "raw":
+        return _decode_raw(payload, out, where)
+    if codec == "jpeg" and (decoder or jpeg_decoder()) == "simplejpeg":
+        return _decode_simplejpeg(payload, out, where)
+    return _decode_pillow(payload, out, codec, where)
+
+
+def encode_stored(pixels: np.ndarray, *, codec: Codec, quality: int = 95) -> bytes:
+    """Encodes pixels for storing; the same pixels give the same bytes.
+
+    jpeg is baseline with 4:4:4 chroma and the standard Huffman tables; png and webp are lossless
+    (webp has no alpha here, so `exact` would change nothing); raw is uncompressed .npy. None of
+    them carries metadata.
+
+    Args:
+      pixels: uint8 [H, W, 3], H and W >= 1.
+      codec: The format.
+      quality: JPEG quality, 1 to 100; the others ignore it.
+
+    Raises:
+      SampleError: `image_size`: a side is longer than the codec can write.
+      ValueError: Pixels of another shape or type.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"pixels must be uint8 [H, W, 3], not {pixels.dtype} {pixels.shape}")
+    limit_px = CODEC_MAX_SIDE_PX.get(codec)
+    if limit_px is not None and max(pixels.shape) > limit_px:
+        raise SampleError(
+            f"image is too long for {codec}",
+            reason="image_size",
+            facts={"height_px": pixels.shape[0], "width_px": pixels.shape[1], "most_px": limit_px},
+            fix="bound the stored size (max_side_px), or store it as png",
+        )
+    if codec == "raw":
+        return encode_array(pixels)
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    if codec == "jpeg":
+        image.save(
+            buffer, "JPEG", quality=quality, subsampling=0, optimize=False, progressive=False
+        )
+    elif codec == "png":
+        image.save(buffer, "PNG", compress_level=PNG_COMPRESS_LEVEL, optimize=False)
+    else:
+        image.save(buffer, "WEBP", lossless=True, quality=WEBP_EFFORT, method=WEBP_METHOD)
+    return buffer.getvalue()
+
+
+def jpeg_decoder() -> JpegDecoder:
+    """Names the JPEG decoder that `decode_stored` uses in this environment."""
+    return "pillow" if _simplejpeg() is None else "simplejpeg"
+
+
+def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:
+    """Checks the chunks of a PNG file and lists them.
+
+    Returns:
+      (type, start, stop) of each chunk, length and CRC included, IHDR first and IEND last.
+
+    Raises:
+      ValueError: No PNG, cut short, or a chunk whose CRC differs.
+    """
+    if bytes(payload[:8]) != _PNG_SIGNATURE:
+        raise ValueError("no PNG signature")
+    chunks = []
+    view = memoryview(payload)
+    start, kind = 8, b""
+    while kind != b"IEND":
+        if start + 12 > len(view):
+            raise ValueError("truncated PNG: no IEND chunk")
+        length = int.from_bytes(view[start : start + 4], "big")
+        kind = bytes(view[start + 4 : start + 8])
+        stop = start + 12 + length
+        if stop > len(view):
+            raise ValueError(f"truncated PNG chunk {kind!r}")
+        crc = int.from_bytes(view[stop - 4 : stop], "big")
+        if zlib.crc32(view[start + 4 : stop - 4]) != crc:
+            raise ValueError(f"PNG chunk {kind!r} fails its CRC")
+        chunks.append((kind, start, stop))
+        start = stop
+    return chunks
+
+
+def check_webp(payload: bytes | memoryview) -> None:
+    """Checks that a WebP file is as long as its header says (the format has no checksum).
+
+    Raises:
+      ValueError: No WebP, or cut short.
+    """
+    if bytes(payload[:4]) != b"RIFF" or bytes(payload[8:12]) != b"WEBP":
+        raise ValueError("no WebP signature")
+    want = 8 + int.from_bytes(payload[4:8], "little")
+    if len(payload) < want:
+        raise ValueError(f"truncated WebP: {len(payload)} of {want} bytes")
+
+
+@functools.cache
+def _simplejpeg() -> ModuleType | None:
+    # Looked for once per process: a failing import costs a search of the whole path.
+    try:
+        return importlib.import_module("simplejpeg")
+    except ImportError:
+        return None
+
+
+def _decode_simplejpeg(
+    payload: bytes | memoryview, out: np.ndarray | None, where: str
+) -> np.ndarray:
+    library = _simplejpeg()
+    if library is None:
+        raise ConfigError(
+            "the simplejpeg decoder is not installed",
+            reason="decoder_missing",
+            where=where,
+            fix="install vlm-shards[fast], or use decoder='pillow' (same pixels)",
+        )
+    buffer = out if out is not None and out.flags.c_contiguous else None
+    try:
+        # The header costs 1 µs and is read before anything is allocated.
+        height, width, colorspace, _ = library.decode_jpeg_header(payload)
+        if colorspace in ("CMYK", "YCCK"):
+            raise ValueError(f"stored JPEG in {colorspace}")
+        _check_size(width, height)
+        _check_out(out, (height, width, 3), "jpeg", where)
+        pixels: np.ndarray = library.decode_jpeg(
+            payload, colorspace="RGB", strict=True, buffer=buffer
+        )
+    except ValueError as error:
+        _refuse("jpeg", str(error), where)
+    if out is not None and buffer is None:
+        np.copyto(out, pixels)
+    return pixels if out is None else out
+
+
+def _decode_pillow(
+    payload: bytes | memoryview, out: np.ndarray | None, codec: Codec, where: str
+) -> np.ndarray:
+    try:
+        if codec == "png":
+            check_png(payload)
+        elif codec == "webp":
+            check_webp(payload)
+        with _PILLOW_CLASSES[codec](io.BytesIO(payload)) as image:
+            _check_size(image.width, image.height)
+            if image.mode not in ("RGB", "L"):
+                raise ValueError(f"stored image in mode {image.mode}")
+            image.load()
+    except PILLOW_DECODE_ERRORS as error:
+        _refuse(codec, str(error), where)
+    _check_out(out, (image.height, image.width, 3), codec, where)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if out is None:
+        return np.array(rgb)
+    np.copyto(out, np.asarray(rgb))
+    return out
+
+
+def _decode_raw(payload: bytes | memoryview, out: np.ndarray | None, where: str) -> np.ndarray:
+    match = _RAW_HEADER.fullmatch(bytes(payload[:ARRAY_HEADER_BYTES]))
+    if match is None:
+        _refuse("raw", "no 128-byte .npy header of uint8 [H, W, 3]", where)
+    shape = (int(match[1]), int(match[2]), 3)
+    got = len(payload) - ARRAY_HEADER_BYTES
+    if got != shape[0] * shape[1] * 3 or not 0 < got <= MAX_STORED_PIXELS * 3:
+        _refuse("raw", f"{got} bytes of pixels for shape {shape}", where)
+    _check_out(out, shape, "raw", where)
+    pixels = np.frombuffer(payload, dtype=np.uint8, offset=ARRAY_HEADER_BYTES).reshape(shape)
+    if out is None:
+        return pixels
+    np.copyto(out, pixels)
+    return out
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_STORED_PIXELS:
+        raise ValueError(f"{width} x {height} pixels")
+
+
+def _check_out(out: np.ndarray | None, shape: tuple[int, int, int], codec: str, where: str) -> None:
+    if out is None:
+        return
+    if out.dtype != np.uint8 or not out.flags.writeable:
+        raise TypeError(f"out must be writable uint8, not {out.dtype}")
+    if out.shape != shape:
+        _refuse(codec, f"image of shape {shape} for out of shape {out.shape}", where)
+
+
+def _refuse(codec: str, cause: str, where: str) -> NoReturn:
+    raise ShardError(
+        "stored image cannot be decoded",
+        reason="image_decode",
+        where=where,
+        facts={"codec": codec, "cause": cause},
+        fix="run `python -m preprocess verify` on the dataset, then rebuild the shard",
+    )

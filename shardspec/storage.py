@@ -1,0 +1,248 @@
+"""The one door to bytes: local paths and every fsspec URL, read, and published whole or not at all.
+
+Local files are written under a temporary name in the same directory, flushed to disk and renamed.
+On object stores an object appears only when its upload is complete: large files go through a
+multipart upload that is committed after the last byte and aborted on any exception (the plain
+`with fs.open(url, "wb")` would publish the partial object when its body raises).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+
+from shardspec.errors import StorageError
+
+_SINGLE_PUT_BYTES = 8 * 2**20
+"""Up to here one PUT carries the object; S3 multipart parts must have at least 5 MiB."""
+
+
+def is_local(url: str) -> bool:
+    """Tells whether a URL names a local path (no scheme, or file://)."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """Turns a local URL into a path."""
+    return Path(url.removeprefix("file://")).expanduser()
+
+
+def join(url: str, *parts: str) -> str:
+    """Appends path components to a URL.
+
+    >>> join("s3://bucket/set/", "train", "a.tar")
+    's3://bucket/set/train/a.tar'
+    """
+    return posixpath.join(url.rstrip("/") or "/", *parts)
+
+
+def exists(url: str) -> bool:
+    """Tells whether an object or a directory is there."""
+    with naming_errors(url):
+        if is_local(url):
+            return local_path(url).exists()
+        fs, path = _remote(url)
+        return bool(fs.exists(path))
+
+
+def size(url: str) -> int | None:
+    """Returns the length of an object in bytes, or None where there is none."""
+    with naming_errors(url):
+        if is_local(url):
+            path = local_path(url)
+            return path.stat().st_size if path.is_file() else None
+        fs, remote = _remote(url)
+        try:
+            return int(fs.info(remote)["size"])
+        except FileNotFoundError:
+            return None
+
+
+def read_bytes(url: str) -> bytes:
+    """Reads a whole object.
+
+    Raises:
+      FileNotFoundError: There is none.
+      StorageError: The store refused or failed.
+    """
+    with naming_errors(url):
+        if is_local(url):
+            return local_path(url).read_bytes()
+        fs, path = _remote(url)
+        return bytes(fs.cat_file(path))
+
+
+def list_names(url: str) -> list[str]:
+    """Lists the names of the objects directly below a URL, sorted; [] where there is nothing."""
+    with naming_errors(url):
+        if is_local(url):
+            directory = local_path(url)
+            return sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+        fs, path = _remote(url)
+        try:
+            return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+
+
+def delete(url: str) -> None:
+    """Removes an object, or a directory with all it holds; nothing happens where there is none."""
+    with naming_errors(url):
+        if is_local(url):
+            path = local_path(url)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            return
+        fs, remote = _remote(url)
+        if fs.exists(remote):
+            fs.rm(remote, recursive=True)
+
+
+def publish_bytes(url: str, payload: bytes) -> None:
+    """Puts a small object in place, whole; an old one is replaced in the same moment."""
+    with naming_errors(url):
+        if is_local(url):
+            with _replacing(local_path(url)) as temporary:
+                _write_synced(temporary, payload)
+            return
+        fs, path = _remote(url)
+        fs.pipe_file(path, payload)
+
+
+def publish_file(url: str, source: Path) -> None:
+    """Moves a finished local file to its place, whole; `source` is gone afterwards.
+
+    Raises:
+      StorageError: `no_space`, `permission` or `storage_failed`; nothing appeared under `url`.
+    """
+    with naming_errors(url):
+        if is_local(url):
+            _publish_local(local_path(url), source)
+            return
+        fs, path = _remote(url)
+        want = source.stat().st_size
+        if want <= _SINGLE_PUT_BYTES:
+            fs.pipe_file(path, source.read_bytes())
+        else:
+            _upload(fs, path, source)
+        fs.invalidate_cache()
+        got = fs.info(path)["size"]
+        if got != want:
+            fs.rm(path)
+            raise StorageError(
+                "object has another length than the file that was uploaded",
+                reason="upload_size",
+                where=url,
+                facts={"got_bytes": got, "want_bytes": want},
+                fix="run the same command again",
+            )
+        source.unlink()
+
+
+def free_bytes(url: str) -> int | None:
+    """Tells the free space of the disk that a local URL lies on; None for object stores."""
+    if not is_local(url):
+        return None
+    path = local_path(url).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _publish_local(path: Path, source: Path) -> None:
+    with _replacing(path) as temporary:
+        try:
+            os.rename(source, temporary)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.copyfile(source, temporary)
+            source.unlink()
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+
+
+def _upload(fs: fsspec.AbstractFileSystem, path: str, source: Path) -> None:
+    target = fs.open(path, "wb", autocommit=False)
+    try:
+        with source.open("rb") as stream:
+            shutil.copyfileobj(stream, target, length=_SINGLE_PUT_BYTES)
+        target.close()
+    except BaseException:
+        target.discard()
+        raise
+    target.commit()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _write_synced(path: Path, payload: bytes) -> None:
+    with path.open("xb") as stream:
+        stream.write(payload)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _remote(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise StorageError(
+            "no file system is installed for this kind of URL",
+            reason="unknown_scheme",
+            where=url,
+            facts={"error": error},
+            fix="use a local path, s3://, gs:// or another scheme that fsspec knows",
+        ) from error
+    return fs, path
+
+
+@contextmanager
+def naming_errors(url: str) -> Iterator[None]:
+    """Turns the operating system's errors into ours; a missing object stays FileNotFoundError.
+
+    Raises:
+      StorageError: `no_space`, `permission` or `storage_failed`, naming the URL.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason, what, fix = "no_space", "no space is left on the device", "free some space"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason, what, fix = "permission", "access was refused", "check the owner and the rights"
+        else:
+            reason, what, fix = "storage_failed", "the storage failed", "see the error"
+        raise StorageError(
+            what,
+            reason=reason,
+            where=url,
+            facts={"error": error},
+            fix=f"{fix}, then run the same command again",
+        ) from error
