@@ -34,7 +34,9 @@ import io
 import ipaddress
 import logging
 import re
+import signal
 import socket
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -209,7 +211,10 @@ def fetch_all(
         else:
             todo.append(url)
     if todo:
-        asyncio.run(run.fetch(deal_hosts(todo)))
+        try:
+            asyncio.run(run.fetch(deal_hosts(todo)))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None  # see _cancel_on_sigint
     counts = Counter(result.reason or result.status for result in run.results.values())
     logger.info("%d URLs, %d asked for: %s", len(run.results), len(todo), dict(counts))
     return {url: run.results[name] for url, name in names.items()}
@@ -403,6 +408,7 @@ class _Run:
 
     async def fetch(self, hosts: list[Host]) -> None:
         """Fetches all URLs of the hosts."""
+        _cancel_on_sigint()
         policy = self.policy
         ring = deque(
             host for turn in range(policy.per_host) for host in hosts if len(host.urls) > turn
@@ -555,7 +561,7 @@ class _Run:
                     location = response.headers.get("Location")
                     if response.status not in _REDIRECTS or location is None:
                         return await self._read(response)
-            except (aiohttp.ClientError, OSError) as error:
+            except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise _Failure(_reason_of(error)) from error
             url = _checked_url(location, base=url, allow_hosts=self.policy.allow_hosts)
         raise _Failure("too_many_redirects")
@@ -613,6 +619,19 @@ def _checked_url(text: str, *, allow_hosts: frozenset[str], base: URL | None = N
     return url
 
 
+def _cancel_on_sigint() -> None:
+    """Makes Ctrl-C cancel the running task, as asyncio.run does from Python 3.11 on.
+
+    Before, KeyboardInterrupt struck in the middle of any task and left its pieces unclosed. The
+    loop takes the handler away when it closes.
+    """
+    task = asyncio.current_task()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # From 3.11 on the handler is asyncio's by now; an embedding program's is left alone.
+    if task and in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
+
+
 async def _wait_until_welcome(host: Host) -> None:
     now_s = asyncio.get_running_loop().time
     while (pause_s := host.resume_at_s - now_s()) > 0:
@@ -628,7 +647,7 @@ def _reason_of(error: Exception) -> str:
         if isinstance(error.os_error, _RefusedError):
             return error.os_error.reason
         return "dns" if isinstance(error.os_error, socket.gaierror) else "connect"
-    if isinstance(error, aiohttp.InvalidURL):
+    if isinstance(error, ValueError):  # aiohttp.InvalidURL, and texts that it cannot encode
         return "bad_url"
     if isinstance(error, (aiohttp.ClientConnectionError, OSError)):
         return "connect"

@@ -52,8 +52,8 @@ SOURCE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000
 """Formats that are opened. Pillow knows more, some of which start other programs (EPS)."""
 
 SRGB_TOLERANCE = 2
-"""A profile that moves no colour by more levels than this is sRGB: profiles of sRGB differ in their
-rounding by 1 to 2 of 255, while Adobe RGB and Display P3 move colours by tens."""
+"""A profile that moves no colour by more levels (of 255) than this is sRGB: the many profiles of
+sRGB differ in rounding, while Adobe RGB and Display P3 move saturated colours by tens."""
 
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
@@ -122,7 +122,6 @@ class ImagePreprocessor:
     def __init__(self, policy: ImagePolicy) -> None:
         self.policy = policy
         self._warned: set[str] = set()
-        Image.init()  # registers the plugins of SOURCE_FORMATS; done once per process
 
     def __call__(
         self,
@@ -401,6 +400,7 @@ def _open(payload: bytes, where: str) -> ImageFile.ImageFile:
     """Reads a picture's header. Not Image.open: its pixel limit is a setting of the process."""
     if not payload:
         raise SampleError("file is empty", reason="image_empty", where=where)
+    Image.init()  # registers the plugins; does so once per process, and only looks after that
     for name in SOURCE_FORMATS:
         if name not in Image.OPEN:  # a Pillow built without it
             continue

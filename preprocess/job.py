@@ -18,7 +18,7 @@ import PIL.features
 
 from preprocess.blobs import BlobCache
 from preprocess.build import rows_url
-from preprocess.datasets import DatasetBase, get_dataset
+from preprocess.datasets import DatasetBase, dataset_class, get_dataset
 from preprocess.fetch import FetchPolicy
 from preprocess.recipe import Preparer, Recipe
 from preprocess.tokens import EMBEDDED, load_tokenizer
@@ -99,7 +99,7 @@ class Job:
         self.tokenizer = tokenizer.entry
         self.recipe = {
             **settings.recipe.to_dict(),
-            "mode": settings.mode,
+            "mode": dataset_class(settings.dataset).resolve_mode(settings.mode),
             "frame": dataclasses.asdict(self.preparer.frame),
         }
         self.libraries = library_versions()

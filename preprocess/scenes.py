@@ -267,7 +267,7 @@ class Scene:
     pixels: np.ndarray
     """uint8 [H, W, 3], sRGB, C-contiguous."""
     caption: str
-    """Several sentences, 35 to 140 words."""
+    """Several sentences, about 40 to 140 words."""
     transcripts: tuple[str, ...]
     """One to three descriptions as one would speak them."""
     objects: tuple[SceneObject, ...]
@@ -492,10 +492,11 @@ def _relations(plan: ScenePlan, rng: np.random.RandomState, *, sides: Sides) -> 
     for a, b in itertools.permutations(ones, 2):
         first, second = names[a.label], names[b.label]
         if a.box_px[2] <= b.box_px[0] and sides == "told":
-            found.append(f"{first} is to the left of {second}.")
-            found.append(f"{second} is to the right of {first}.")
+            words = f"{first} is to the left of {second}.", f"{second} is to the right of {first}."
+            found.append(_pick(rng, words))
         if a.box_px[3] <= b.box_px[1]:
-            found += [f"{first} is above {second}.", f"{second} is below {first}."]
+            words = f"{first} is above {second}.", f"{second} is below {first}."
+            found.append(_pick(rng, words))
     covers = [
         f"{names[plan.objects[front].label]} is in front of {names[plan.objects[back].label]}"
         " and hides a part of it."

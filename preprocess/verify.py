@@ -17,7 +17,7 @@ from shardspec.index import open_index, sample_layout
 from shardspec.manifest import ShardEntry, require_manifest
 from shardspec.media import decode_stored
 from shardspec.sample import SPAN_COLUMNS, SpanKind, decode_array, image_rows
-from shardspec.tar import walk_tar
+from shardspec.tar import TarMember, walk_tar
 
 
 def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsError]:
@@ -66,7 +66,7 @@ def _verify_shard(url: str, shard: ShardEntry, *, codec: str | None) -> None:
 
 
 def _verify_sample(
-    tar: bytes, row: np.void, members: Iterator, *, codec: str | None, where: str
+    tar: bytes, row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
 ) -> None:
     key, start = row["key"].decode(), int(row["offset"])
     where = f"{where} sample {key}"

@@ -14,6 +14,7 @@ __all__ = [
     "HfDataset",
     "ImageSource",
     "SceneImage",
+    "dataset_class",
     "dataset_names",
     "get_dataset",
 ]
@@ -46,6 +47,15 @@ def get_dataset(
       ConfigError: `unknown_dataset`, `unknown_mode`.
       SourceError: As the dataset's constructor.
     """
+    return dataset_class(name)(split, source=source, limit=limit, mode=mode)
+
+
+def dataset_class(name: str) -> type[DatasetBase]:
+    """Finds a dataset's class by name.
+
+    Raises:
+      ConfigError: `unknown_dataset`.
+    """
     names = dataset_names()
     if name not in names:
         raise ConfigError(
@@ -53,7 +63,5 @@ def get_dataset(
             reason="unknown_dataset",
             fix=nearest(name, names) + "; `python -m preprocess datasets` lists them",
         )
-    kind = importlib.import_module(f"{__name__}.{name}").DATASET
-    options = {} if mode is None else {"mode": mode}
-    dataset: DatasetBase = kind(split, source=source, limit=limit, **options)
-    return dataset
+    kind: type[DatasetBase] = importlib.import_module(f"{__name__}.{name}").DATASET
+    return kind

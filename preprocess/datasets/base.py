@@ -28,7 +28,7 @@ from PIL import Image
 
 from preprocess.datasets.rows import Rows, hub_rows, local_rows
 from preprocess.scenes import plan_scene, render
-from shardspec.errors import SourceError
+from shardspec.errors import ConfigError, SourceError
 from shardspec.keyed import hash_text, keyed
 
 SAMPLE_ROWS = 256
@@ -78,6 +78,8 @@ class Dataset(abc.ABC):
 class DatasetBase(Dataset):
     """A dataset over rows: a subclass says where rows come from and what a row means."""
 
+    modes: ClassVar[tuple[str, ...]] = ()
+    """What a row may become, the default first; () where there is only one way."""
     split_salt: ClassVar[str] = "vlm-shards"
     """Shared by datasets so that an image is in the same split in all of them."""
     validation_share: ClassVar[float] = 0.0
@@ -85,7 +87,12 @@ class DatasetBase(Dataset):
     source's own splits are used."""
 
     def __init__(
-        self, split: str = "train", *, source: str = "hub", limit: int | None = None
+        self,
+        split: str = "train",
+        *,
+        source: str = "hub",
+        limit: int | None = None,
+        mode: str | None = None,
     ) -> None:
         """Opens the rows of a split.
 
@@ -93,10 +100,13 @@ class DatasetBase(Dataset):
           split: "train", "validation" or another split of the source.
           source: "hub", "sample" (generated rows, no network) or a local folder.
           limit: Rows of the split to use, from the first on; None for all.
+          mode: One of `modes`; None for the first.
 
         Raises:
+          ConfigError: `unknown_mode`.
           SourceError: `source_missing`, `source_empty`, `source_schema`, `source_split`.
         """
+        self.mode = self.resolve_mode(mode)
         self.split = split
         self.source = source
         self.rows = self._sample_rows(limit) if source == "sample" else self.load()
@@ -109,6 +119,24 @@ class DatasetBase(Dataset):
                 facts={"rows_in_source": len(self.rows)},
                 fix="check the folder and SPLIT=, or raise LIMIT=",
             )
+
+    @classmethod
+    def resolve_mode(cls, mode: str | None) -> str:
+        """Gives the mode's name, the default's for None; "" where there is only one way.
+
+        Raises:
+          ConfigError: `unknown_mode`.
+        """
+        if mode is None:
+            return cls.modes[0] if cls.modes else ""
+        if mode not in cls.modes:
+            raise ConfigError(
+                f"{cls.name} has no mode {mode!r}",
+                reason="unknown_mode",
+                facts={"modes": ", ".join(cls.modes) or "none"},
+                fix="choose one of them with MODE=, or leave it out",
+            )
+        return mode
 
     @abc.abstractmethod
     def load(self) -> Rows:

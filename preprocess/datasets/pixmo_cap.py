@@ -9,21 +9,9 @@ are alive.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from preprocess.datasets.base import HfDataset, SceneImage, row_image, scene_texts
-from shardspec.errors import ConfigError
-
-Mode = Literal[
-    "captions", "transcripts", "transcript", "transcript_and_caption", "transcript1_and_caption"
-]
-MODES: tuple[Mode, ...] = (
-    "captions",
-    "transcripts",
-    "transcript",
-    "transcript_and_caption",
-    "transcript1_and_caption",
-)
 
 
 class PixMoCap(HfDataset):
@@ -38,26 +26,14 @@ class PixMoCap(HfDataset):
     name: ClassVar[str] = "pixmo_cap"
     PATH: ClassVar[str] = "allenai/pixmo-cap"
     COLUMNS: ClassVar[tuple[str, ...]] = ("image|image_url", "caption", "transcripts")
+    modes: ClassVar[tuple[str, ...]] = (
+        "transcript_and_caption",
+        "captions",
+        "transcripts",
+        "transcript",
+        "transcript1_and_caption",
+    )
     validation_share: ClassVar[float] = 2048 / 717_042
-
-    def __init__(
-        self,
-        split: str = "train",
-        *,
-        source: str = "hub",
-        limit: int | None = None,
-        mode: Mode = "transcript_and_caption",
-    ) -> None:
-        """Opens the rows of a split; see `DatasetBase`."""
-        if mode not in MODES:
-            raise ConfigError(
-                f"pixmo_cap has no mode {mode!r}",
-                reason="unknown_mode",
-                facts={"modes": ", ".join(MODES)},
-                fix="choose one of them with MODE=",
-            )
-        self.mode = mode
-        super().__init__(split, source=source, limit=limit)
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""

@@ -139,15 +139,15 @@ def test_ranks_read_parts_of_a_large_dataset_of_their_own():
     runs = 0
     total = 0
     for rank in range(8):
-        slots = order.slots(np.arange(7500)[:, None], rank_positions(rank, 8, 64))
+        slots = order.slots(np.arange(8000)[:, None], rank_positions(rank, 8, 64))
         samples = np.sort(slots.sample[(slots.dataset == 0) & (slots.epoch == 0)])
         runs += 1 + int((np.diff(samples) > 1).sum())
         total += len(samples)
     info = order.describe()[0]
-    assert total == pytest.approx(384_000, rel=0.01)
+    assert total == 400_000
     assert info["block_size"] >= 40
     borders = 16 * 8 * 8
-    assert runs <= total // info["block_size"] + 3 * borders
+    assert runs <= total // info["block_size"] + 2 * borders
 
 
 def test_change_of_weights_and_batch_counts_on():
@@ -245,8 +245,8 @@ def test_datasets_of_equal_size_have_different_orders():
 
 def test_mixture_of_one_dataset_is_that_dataset():
     order = mixed((1000,), batch=8, ranks=2)
-    seen = rows(order, np.arange(125), 8)
-    assert np.array_equal(np.sort(seen[:, 2]), np.arange(1000))
+    seen = rows(order, np.arange(140), 8)
+    assert np.array_equal(np.sort(seen[seen[:, 1] == 0][:, 2]), np.arange(1000))
 
 
 def test_word_does_not_lock_a_dataset_to_a_rank():

@@ -248,6 +248,19 @@ def test_samples_are_the_ones_of_the_first_release():
     ]
 
 
+def test_short_block_at_the_end_holds_other_samples_each_epoch():
+    config = OrderConfig(
+        num_samples=100,
+        global_batch_size=20,
+        seed=0,
+        canonical_workers=1,
+        active_blocks=1,
+        block_size=40,
+    )
+    last = {frozenset(batches(Order(config), [5 * e + 4])[..., 1].ravel()) for e in range(4)}
+    assert len(last) == 4
+
+
 def test_epochs_and_seeds_have_orders_of_their_own():
     def first_epochs(seed):
         order = Order(plan_order(6400, global_batch_size=64, seed=seed, canonical_ranks=2))

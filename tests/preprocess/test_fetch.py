@@ -274,6 +274,11 @@ def test_url_is_refused_without_an_attempt(run, url, reason):
     assert (result.status, result.reason, result.attempts) == ("failed", reason, 0)
 
 
+def test_url_that_only_the_client_refuses_is_a_failure_like_others(server, run):
+    url = server.url("/ok/a.png").replace("//", "//\u3002@")  # no Latin-1, so no Basic credentials
+    assert one(run(url)).reason == "bad_url"
+
+
 def test_loopback_is_refused_unless_allowed(server, run):
     assert one(run(server.url("/ok/a.png"), allow_hosts=frozenset())).reason == "private_addr"
     assert not server.requests

@@ -283,7 +283,9 @@ def test_grey_with_transparency_is_laid_over_white():
     pixels[0, 0] = (100, 255)
     pixels[0, 1] = (100, 0)
     pixels[1, 1] = (0, 51)
-    image = LARGE(saved(Image.fromarray(pixels, "LA"), "PNG"))
+    image = LARGE(
+        saved(Image.merge("LA", [Image.fromarray(pixels[..., i].copy()) for i in (0, 1)]), "PNG")
+    )
     np.testing.assert_array_equal(image.pixels[..., 0], [[100, 255], [255, 204]])
     assert (image.pixels == image.pixels[..., :1]).all()
 
@@ -704,11 +706,22 @@ def test_policy_names_the_field_it_refuses(name, settings_):
     assert caught.value.where == name
 
 
-def test_preprocessor_travels_to_other_processes():
-    LARGE(saved(scene(), "PNG", icc_profile=linear_rgb_profile()))
-    clone = pickle.loads(pickle.dumps(LARGE))
-    assert clone.policy == LARGE.policy
-    same(clone(scene()).pixels, scene())
+@pytest.mark.parametrize("fmt", ["JPEG", "GIF", "TIFF", "AVIF"])
+def test_preprocessor_travels_to_a_fresh_process(fmt):
+    payload = saved(scene(), fmt)
+    LARGE(saved(scene(), "PNG", icc_profile=linear_rgb_profile()))  # has parsed a profile
+    script = (
+        "import pickle, sys\n"
+        "prepare, payload = pickle.loads(sys.stdin.buffer.read())\n"
+        "sys.stdout.buffer.write(prepare(payload).pixels.tobytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=pickle.dumps((LARGE, payload)),
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == LARGE(payload).pixels.tobytes()
 
 
 def test_pictures_are_the_same_without_simplejpeg():

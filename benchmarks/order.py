@@ -1,0 +1,243 @@
+"""Measures the order: its cost at full size, and the quality of its shuffle beside simple peers.
+
+    python benchmarks/order.py
+
+Cost is measured for 1e10 samples in 1e6 shards on 16,384 ranks, in a fresh interpreter. Quality is
+measured on 1,024 shards of 1,000 samples, 8 nodes of 8 ranks with 4 workers, 8 samples per rank:
+
+* pairs: pairs of samples from one shard in a batch, relative to a global shuffle (1 is ideal);
+* met again: pairs of one batch that share a batch of the next epoch too, relative to chance.
+
+The peers are written here from their documented behaviour: webdataset's split of shuffled shards
+over workers with a shuffle buffer of 1000, and whole shards in random order, shuffled inside.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from loader.mixture import MixtureOrder, MixtureSource, plan_mixture
+from loader.order import Order, plan_order, rank_positions
+from loader.packing import PackConfig, balance_ranks, plan_run
+from loader.permutation import _by_feistel, keyed_array, permute
+
+SHARDS, PER_SHARD = 1024, 1000
+SAMPLES = SHARDS * PER_SHARD
+RANKS, WORKERS, PER_RANK = 64, 4, 8
+BATCH = RANKS * PER_RANK
+
+
+def main() -> None:
+    print(f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}\n")
+    cost_at_full_size()
+    cost_of_permutations()
+    shuffle_quality()
+    mixture_and_packing()
+
+
+def cost_at_full_size() -> None:
+    run = subprocess.run(
+        [sys.executable, __file__, "--full-size"], check=True, capture_output=True, text=True
+    )
+    print("1e10 samples, 1e6 shards, 16,384 ranks")
+    for name, value in json.loads(run.stdout).items():
+        print(f"  {name:<44}{value:>10.2f}")
+    print()
+
+
+def full_size() -> None:
+    """Prints the cost as JSON; runs alone in its process, so that memory can be told."""
+    start_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    # What a loader needs to turn a sample id into (shard, offset): 8 bytes per shard.
+    borders = np.arange(10**6 + 1, dtype=np.int64) * 10**4
+    order = Order(plan_order(10**10, global_batch_size=131_072, seed=1, canonical_ranks=16_384))
+    positions = rank_positions(9_999, 16_384, 131_072)
+    samples = order.slots(1_000_000, positions).sample
+    np.searchsorted(borders, samples, side="right")
+    first_ms = (time.perf_counter() - begin) * 1e3
+    begin = time.perf_counter()
+    for step in range(100):
+        order.slots(step, positions)
+    batch_ms = (time.perf_counter() - begin) * 10
+    steps = np.arange(1024)[:, None]
+    begin = time.perf_counter()
+    order.slots(steps, positions)
+    ahead_us = (time.perf_counter() - begin) * 1e6 / (1024 * len(positions))
+    end_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = {
+        "first batch of a rank after load, ms": first_ms,
+        "next batch of a rank, ms": batch_ms,
+        "1,024 steps ahead, us per sample": ahead_us,
+        "peak memory over the interpreter, MB": (end_kb - start_kb) / 1024,
+        "state, bytes": len(json.dumps(order.config.to_dict())),
+    }
+    print(json.dumps(result))
+
+
+def cost_of_permutations() -> None:
+    print("permutations       us per index   bias   bias of the Feistel network alone")
+    for size in (5, 17, 64, 256, 4096, 4097, 10**6, 10**10):
+        index = (keyed_array(5, np.arange(500_000)) % np.uint64(size)).astype(np.int64)
+        begin = time.perf_counter()
+        permute(index, size=size, key=1)
+        cost = (time.perf_counter() - begin) * 2
+        print(
+            f"  n = {size:<14,}{cost:>11.3f}{bias(size, permute):>7.2f}{bias(size, feistel):>12.2f}"
+        )
+    print()
+
+
+def bias(size: int, method: Callable[..., np.ndarray]) -> float:
+    """Chi-square / df of the distance of the images of 0 and n-1 over 40,000 keys; 1 is none."""
+    keys = keyed_array(3, np.arange(40_000))
+    apart = method(size - 1, size=size, key=keys) - method(0, size=size, key=keys)
+    apart = apart % size - 1  # 0 to n-2, each equally likely
+    bins = min(64, size - 1)
+    seen = np.bincount(apart * bins // (size - 1), minlength=bins)
+    edges = -(-np.arange(bins + 1) * (size - 1) // bins)
+    expected = len(keys) * np.diff(edges) / (size - 1)
+    return float(((seen - expected) ** 2 / expected).sum()) / (bins - 1)
+
+
+def feistel(index: int, *, size: int, key: np.ndarray) -> np.ndarray:
+    return _by_feistel(np.full(len(key), index), np.full(len(key), size), key)
+
+
+def shuffle_quality() -> None:
+    print("shuffle quality             pairs in rank batch   in global batch   met again")
+    rows = {
+        "global shuffle": lambda epoch: global_shuffle(epoch),
+        "lanes (plan_order)": lambda epoch: lanes(epoch, canonical_ranks=None, block_size=64),
+        "lanes, 64 ranks, block 16": lambda epoch: lanes(epoch, canonical_ranks=64, block_size=16),
+        "shard split + buffer 1000": shard_split_with_buffer,
+        "whole shards": whole_shards,
+    }
+    for name, make in rows.items():
+        epochs = [make(epoch) for epoch in (0, 1)]
+        shards = np.concatenate(epochs) // PER_SHARD
+        by_rank = same_shard_pairs(shards.reshape(-1, PER_RANK))
+        print(
+            f"  {name:<26}{by_rank:>18.2f}{same_shard_pairs(shards):>18.2f}"
+            f"{met_again(*epochs):>12.2f}"
+        )
+    print()
+
+
+def same_shard_pairs(shards: np.ndarray) -> float:
+    size = shards.shape[1]
+    pairs = sum(int((n * (n - 1) // 2).sum()) for n in map(np.bincount, shards))
+    return pairs / (len(shards) * size * (size - 1) / 2 * (PER_SHARD - 1) / (SAMPLES - 1))
+
+
+def met_again(first: np.ndarray, second: np.ndarray) -> float:
+    batch_of = np.full((2, SAMPLES), -1, np.int64)
+    for epoch, batches in enumerate((first, second)):
+        batch_of[epoch, batches.ravel()] = np.repeat(np.arange(len(batches)), BATCH)
+    batch_of = batch_of[:, (batch_of >= 0).all(axis=0)]
+    together = np.unique(batch_of[0] * len(second) + batch_of[1], return_counts=True)[1]
+    seen = batch_of.shape[1]
+    chance = seen * (seen - 1) / 2 / (len(first) * len(second))
+    return float((together * (together - 1) // 2).sum() / chance)
+
+
+def global_shuffle(epoch: int) -> np.ndarray:
+    order = np.random.RandomState(epoch).permutation(SAMPLES)
+    return order[: SAMPLES // BATCH * BATCH].reshape(-1, BATCH)
+
+
+def lanes(epoch: int, *, canonical_ranks: int | None, block_size: int) -> np.ndarray:
+    config = plan_order(
+        SAMPLES,
+        global_batch_size=BATCH,
+        seed=7,
+        tail="drop_last",
+        canonical_ranks=canonical_ranks,
+        block_size=block_size,
+    )
+    order = Order(config)
+    steps = np.arange(config.steps_per_epoch) + order.epoch_start(epoch)
+    return order.slots(steps[:, None], np.arange(BATCH)).sample
+
+
+def shard_split_with_buffer(epoch: int) -> np.ndarray:
+    rng = np.random.RandomState(epoch)
+    shards = rng.permutation(SHARDS).reshape(-1, RANKS * WORKERS)
+    return from_workers([_buffered(shards[:, w], rng) for w in range(RANKS * WORKERS)])
+
+
+def _buffered(shards: np.ndarray, rng: np.random.RandomState, size: int = 1000) -> np.ndarray:
+    stream = (shards[:, None] * PER_SHARD + np.arange(PER_SHARD)).ravel().tolist()
+    buffer, out = stream[:size], []
+    for sample, i in zip(stream[size:], rng.randint(0, size, len(stream) - size), strict=True):
+        out.append(buffer[i])
+        buffer[i] = sample
+    return np.array(out + [buffer[i] for i in rng.permutation(size)])
+
+
+def whole_shards(epoch: int) -> np.ndarray:
+    rng = np.random.RandomState(epoch)
+    shards = rng.permutation(SHARDS).reshape(-1, RANKS * WORKERS)
+    inside = [
+        np.concatenate([shard * PER_SHARD + rng.permutation(PER_SHARD) for shard in shards[:, w]])
+        for w in range(RANKS * WORKERS)
+    ]
+    return from_workers(inside)
+
+
+def from_workers(streams: list[np.ndarray]) -> np.ndarray:
+    """Batches of all ranks; a rank's workers deliver in turn."""
+    batches = np.stack(streams).reshape(RANKS, WORKERS, -1, PER_RANK)
+    return batches.transpose(2, 1, 0, 3).reshape(-1, BATCH)
+
+
+def mixture_and_packing() -> None:
+    sources = [MixtureSource(name=f"d{i}", num_samples=int(2000 * 1.3**i)) for i in range(40)]
+    begin = time.perf_counter()
+    order = MixtureOrder(plan_mixture(sources, global_batch_size=256, seed=1))
+    build_ms = (time.perf_counter() - begin) * 1e3
+    begin = time.perf_counter()
+    slots = order.slots(np.arange(1024)[:, None], np.arange(32))
+    ahead_us = (time.perf_counter() - begin) * 1e6 / slots.sample.size
+    print("mixture of 40 datasets, batch 256")
+    print(f"  build, ms{build_ms:>45.1f}\n  1,024 steps ahead, us per sample{ahead_us:>22.2f}\n")
+
+    rng = np.random.RandomState(0)
+    tokens = np.clip(rng.lognormal(np.log(650), 0.35, 65_536), 300, 1400).astype(np.int64)
+    crops = np.clip(tokens // 170, 1, 8)
+    print("packing captions with images (lognormal, median 650 tokens)")
+    for length in (4096, 16_384):
+        for window in (256, 1024):
+            config = PackConfig(sequence_length=length, max_crops=length // 100, window=window)
+            begin = time.perf_counter()
+            packs = 0
+            for start in range(0, len(tokens), config.run):
+                part = slice(start, start + config.run)
+                packs += len(plan_run(tokens[part], crops[part], config=config))
+            cost = (time.perf_counter() - begin) * 1e6 / len(tokens)
+            fill = tokens.sum() / (packs * length)
+            print(f"  length {length:<7} window {window:<6} fill {fill:.4f}{cost:>8.2f} us/sample")
+    cost_of = rng.lognormal(0, 0.5, 512)
+    for name, costs in (("as they come", cost_of), ("balanced", None)):
+        if costs is None:
+            costs = cost_of[balance_ranks(cost_of, world_size=64)]
+        by_rank = costs.reshape(64, -1).sum(axis=1)
+        print(f"  dearest rank / mean, {name:<16}{by_rank.max() / by_rank.mean():>8.3f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--full-size"]:
+        full_size()
+    else:
+        main()
