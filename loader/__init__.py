@@ -1,1 +1,20 @@
-"""The training half: shards to batches."""
+"""The training half: from shards to batches, in an order that no number of ranks changes."""
+
+from loader.assemble import View, assemble
+from loader.augment import Augment
+from loader.collate import MMCollator
+from loader.dataloader import StreamLoader, make_dataloader
+from loader.molmo import DeterministicDataset, MolmoPreprocessor
+from loader.stream import StreamingDataset
+
+__all__ = [
+    "Augment",
+    "DeterministicDataset",
+    "MMCollator",
+    "MolmoPreprocessor",
+    "StreamLoader",
+    "StreamingDataset",
+    "View",
+    "assemble",
+    "make_dataloader",
+]

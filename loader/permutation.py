@@ -13,10 +13,9 @@ Two methods, by size:
   are sent through again ("cycle walking") until they fall inside; on average this takes less than
   1/sqrt(n) extra passes.
 
-Eight rounds, and tables below 4096, because a Feistel network on a handful of values is visibly
-biased: the distance between the images of 0 and n-1 misses uniformity by a chi-square per degree
-of freedom of 70 at n = 5 and 2.2 at n = 17 with eight rounds, and is 1.0 from n = 256 up
-(benchmarks/order.py prints the table).
+Tables for small sizes, because a Feistel network on a handful of values is visibly biased: at
+n = 5 the distance between the images of 0 and n-1 has a chi-square per degree of freedom of 55
+where 1 is fair, even with eight rounds (benchmarks/order.py prints the table).
 
 Only 64-bit integer arithmetic defined in this project is used: the results are the same on every
 machine and in every version of NumPy. Changing them is a breaking change, and tests pin them.

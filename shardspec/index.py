@@ -10,6 +10,7 @@ meaning.
 from __future__ import annotations
 
 import io
+import tokenize
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,7 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int) -> np.ndarray:
       ShardError: `index_missing`, `index_format`, `index_count`, `index_range`.
     """
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         raise ShardError(
             "index of a shard is missing",
@@ -127,11 +128,17 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int) -> np.ndarray:
             where=path,
             fix="run `make verify`, then build the shard again with `make shards`",
         ) from error
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, TypeError, OSError, SyntaxError, tokenize.TokenError) as error:
+        # All of these come out of NumPy's header parser, depending on which byte is wrong.
         raise _broken(path, "index_format", {"error": error}) from error
-    missing = set(INDEX_DTYPE.names or ()) - set(rows.dtype.names or ())
-    if rows.ndim != 1 or missing:
-        raise _broken(path, "index_format", {"missing_columns": sorted(missing)})
+    known = set(rows.dtype.names or ())
+    wrong = [
+        name
+        for name in INDEX_DTYPE.names or ()
+        if name not in known or rows.dtype[name] != INDEX_DTYPE[name]
+    ]
+    if rows.ndim != 1 or wrong:
+        raise _broken(path, "index_format", {"ndim": rows.ndim, "wrong_columns": wrong})
     if len(rows) != num_samples:
         raise _broken(path, "index_count", {"got_rows": len(rows), "want_rows": num_samples})
     if len(rows):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -206,9 +207,11 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
     shards = [_record(ShardEntry, e, f"shardlist[{i}]", problems) for i, e in enumerate(listed)]
     recipe = _mapping(document, "recipe", problems)
     libraries = _mapping(document, "libraries", problems)
-    for shard in shards:
-        if shard and shard.split not in splits:
-            problems.append(f"shardlist: {shard.url} is of split {shard.split!r}, not in splits")
+    dataset = document.get("dataset")
+    if not isinstance(dataset, str):
+        problems.append(f"dataset: want str, got {dataset!r}")
+    if not problems:
+        problems = _contradictions(splits, shards)
     if problems:
         raise ManifestError(
             "manifest is malformed",
@@ -219,12 +222,12 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         )
     assert tokenizer is not None
     return Manifest(
-        dataset=str(document.get("dataset")),
+        dataset=str(dataset),
         recipe=recipe,
         tokenizer=tokenizer,
         libraries=libraries,
-        splits={name: entry for name, entry in splits.items() if entry},
-        shards=tuple(shard for shard in shards if shard),
+        splits=splits,
+        shards=tuple(shards),
     )
 
 
@@ -270,13 +273,12 @@ def parse_receipt(payload: bytes, *, where: str) -> Receipt | None:
     if not isinstance(document, dict):
         return None
     shard = _record(ShardEntry, document.get("shard"), where, problems)
-    if problems or shard is None:
+    build_key = document.get("build_key")
+    quarantined = document.get("quarantined")
+    good = isinstance(build_key, str) and _CHECKS["Mapping[str, int]"](quarantined)
+    if problems or not good:
         return None
-    return Receipt(
-        build_key=str(document.get("build_key")),
-        shard=shard,
-        quarantined=dict(document.get("quarantined") or {}),
-    )
+    return Receipt(build_key=str(build_key), shard=shard, quarantined=dict(quarantined))
 
 
 def check_same(old: Manifest, new: Manifest, *, where: str) -> None:
@@ -310,10 +312,35 @@ def differences(old: object, new: object, name: str) -> list[str]:
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = sorted(set(old) | set(new))
-        return [d for n in names for d in differences(old.get(n), new.get(n), f"{name}.{n}")]
+        none = "(nothing)"
+        return [
+            d for n in names for d in differences(old.get(n, none), new.get(n, none), f"{name}.{n}")
+        ]
     if isinstance(old, tuple | list) and isinstance(new, tuple | list):
         return [] if list(old) == list(new) else [f"{name}: {list(old)} here, {list(new)} asked"]
     return [] if old == new else [f"{name}: {old} here, {new} asked"]
+
+
+def _contradictions(splits: Mapping[str, SplitEntry], shards: Sequence[ShardEntry]) -> list[str]:
+    """Lists where the parts of a manifest, each well-formed, do not go together."""
+    problems = []
+    names = Counter(shard.url for shard in shards)
+    num_samples = Counter({name: 0 for name in splits})
+    for shard in shards:
+        num_samples[shard.split] += shard.nsamples
+        if shard.split not in splits:
+            problems.append(f"shardlist: {shard.url} is of split {shard.split!r}, not in splits")
+        if names[shard.url] > 1:
+            problems.append(f"shardlist: {shard.url} is named {names[shard.url]} times")
+        # A reader joins this to the dataset's URL; it must not lead out of there.
+        parts = shard.url.split("/")
+        if not shard.url.endswith(".tar") or not {"", ".", ".."}.isdisjoint(parts):
+            problems.append(f"shardlist: {shard.url!r} is no path of a .tar below the manifest")
+    for name, entry in splits.items():
+        if entry.num_samples != num_samples[name]:
+            got = f"{entry.num_samples}, its shards have {num_samples[name]}"
+            problems.append(f"splits.{name}.num_samples: {got}")
+    return problems
 
 
 def _mapping(document: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
@@ -324,11 +351,17 @@ def _mapping(document: dict[str, Any], name: str, problems: list[str]) -> dict[s
     return {}
 
 
-_CHECKS: Mapping[str, type | tuple[type, ...]] = {
-    "str": str,
-    "int": int,
-    "Mapping[str, Any]": dict,
-    "Mapping[str, int]": dict,
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0  # not a bool, which is an int to isinstance
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": _is_count,
+    "Mapping[str, Any]": lambda value: isinstance(value, dict),
+    "Mapping[str, int]": lambda value: (
+        isinstance(value, dict) and all(map(_is_count, value.values()))
+    ),
 }
 
 
@@ -342,9 +375,8 @@ def _record(kind: Any, value: object, where: str, problems: list[str]) -> Any:
     for name in sorted(set(value) - set(known)):
         problems.append(f"{where}.{name}: unknown field")
     for name, spec in known.items():
-        want = _CHECKS[str(spec.type)]
         if name not in value:
             problems.append(f"{where}.{name}: missing")
-        elif not isinstance(value[name], want) or isinstance(value[name], bool):
+        elif not _CHECKS[str(spec.type)](value[name]):
             problems.append(f"{where}.{name}: want {spec.type}, got {value[name]!r}")
     return kind(**value) if len(problems) == before else None

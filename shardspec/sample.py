@@ -133,14 +133,17 @@ def encode_array(array: np.ndarray) -> bytes:
       ValueError: Too many dimensions for a header of that length (never with ours).
     """
     array = np.ascontiguousarray(array)
-    shape = "(" + ", ".join(str(n) for n in array.shape) + ("," if array.ndim == 1 else "") + ")"
-    header = f"{{'descr': {array.dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    return _array_header(array.dtype.str, array.shape) + array.tobytes()
+
+
+def _array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    # The repr of a tuple is what the format wants: (3,) with the comma, (3, 8) without.
+    header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
     room = ARRAY_HEADER_BYTES - 11
     if len(header) > room:
-        raise ValueError(f"array of shape {array.shape} does not fit a 128-byte .npy header")
+        raise ValueError(f"array of shape {shape} does not fit a 128-byte .npy header")
     text = header.ljust(room) + "\n"
-    prefix = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
-    return prefix + text.encode("latin1") + array.tobytes()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
 
 
 def decode_array(
@@ -155,25 +158,26 @@ def decode_array(
       where: Named in the error.
 
     Raises:
-      ShardError: `array_header` or `array_size`.
+      ShardError: `array_size` (no whole number of rows), `array_header` (not the header that
+        `encode_array` makes for that type and as many rows as there are).
     """
     start = bytes(payload[:ARRAY_HEADER_BYTES])
     body = memoryview(payload)[ARRAY_HEADER_BYTES:]
-    if not start.startswith(b"\x93NUMPY\x01\x00") or f"'descr': {dtype!r}".encode() not in start:
-        raise ShardError(
-            "array member has an unexpected header",
-            reason="array_header",
-            where=where,
-            facts={"want_dtype": dtype, "got": start[:64]},
-            fix="run `python -m preprocess verify` on the dataset",
-        )
-    width = np.dtype(dtype).itemsize * (columns or 1)
-    if len(body) % width:
+    num_rows, rest = divmod(len(body), np.dtype(dtype).itemsize * (columns or 1))
+    if rest:
         raise ShardError(
             "array member has a broken length",
             reason="array_size",
             where=where,
-            facts={"got_bytes": len(body), "want_multiple_of": width},
+            facts={"got_bytes": len(body), "rest_bytes": rest},
+            fix="run `python -m preprocess verify` on the dataset",
+        )
+    if start != _array_header(dtype, (num_rows, columns) if columns else (num_rows,)):
+        raise ShardError(
+            "array member has an unexpected header",
+            reason="array_header",
+            where=where,
+            facts={"want_dtype": dtype, "want_rows": num_rows, "got": start[10:].rstrip()},
             fix="run `python -m preprocess verify` on the dataset",
         )
     array = np.frombuffer(body, dtype=dtype)

@@ -41,7 +41,7 @@ def join(url: str, *parts: str) -> str:
     >>> join("s3://bucket/set/", "train", "a.tar")
     's3://bucket/set/train/a.tar'
     """
-    return posixpath.join(url.rstrip("/") or "/", *parts)
+    return posixpath.join(url, *parts)
 
 
 def exists(url: str) -> bool:

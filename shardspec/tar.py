@@ -76,12 +76,13 @@ def member_header(name: str, num_bytes: int) -> bytes:
     """Makes the 512-byte ustar header of a regular file: mode 0644, mtime 0, uid = gid = 0.
 
     Raises:
-      ValueError: The name is longer than 100 bytes or the payload than 8 GiB.
+      ValueError: The name is empty, longer than 100 bytes or holds a NUL, or the payload is longer
+        than 8 GiB.
     """
     encoded = name.encode()
-    if len(encoded) > MAX_NAME or not encoded:
-        raise ValueError(f"tar member name must have 1 to {MAX_NAME} bytes: {name!r}")
-    if num_bytes > MAX_MEMBER_BYTES:
+    if not 0 < len(encoded) <= MAX_NAME or b"\0" in encoded:
+        raise ValueError(f"tar member name must have 1 to {MAX_NAME} bytes, no NUL: {name!r}")
+    if not 0 <= num_bytes <= MAX_MEMBER_BYTES:
         raise ValueError(f"tar member {name!r} is too large: {num_bytes} bytes")
     header = bytearray(BLOCK)
     header[0 : len(encoded)] = encoded
@@ -128,23 +129,21 @@ class TarWriter:
 
 
 def walk_tar(stream: IO[bytes], *, where: str = "") -> Iterator[TarMember]:
-    """Lists the members of a ustar file by its headers, without reading the payloads.
+    """Lists the members of a shard by its headers, without reading the payloads.
 
     Raises:
-      ShardError: `tar_header` (a header that is no ustar file header), `tar_truncated` (the file
-        ends inside a member, or without its end-of-archive blocks).
+      ShardError: `tar_header` (not the header that `member_header` makes, or a lone zero block),
+        `tar_truncated` (the file ends inside a member, or without its end-of-archive blocks).
     """
     position = 0
     size = stream.seek(0, 2)
     while True:
         stream.seek(position)
-        header = stream.read(BLOCK)
-        if header == bytes(BLOCK):
-            tail = stream.read(BLOCK)
-            if tail == bytes(BLOCK):
-                return
-            header = tail
-        if len(header) < BLOCK:
+        blocks = stream.read(len(END_OF_ARCHIVE))
+        if blocks == END_OF_ARCHIVE:
+            return
+        header = blocks[:BLOCK]
+        if len(blocks) < len(END_OF_ARCHIVE) and (len(header) < BLOCK or not any(header)):
             raise ShardError(
                 "tar ends without its end-of-archive blocks",
                 reason="tar_truncated",
@@ -152,24 +151,32 @@ def walk_tar(stream: IO[bytes], *, where: str = "") -> Iterator[TarMember]:
                 facts={"num_bytes": size},
                 fix="build or copy the shard again",
             )
-        checksum = sum(header[:148]) + 8 * 32 + sum(header[156:])
-        digits = header[148:156].strip(b" \0")
-        if header[257:262] != b"ustar" or not digits.isdigit() or int(digits, 8) != checksum:
+        member = _parse_header(header, position)
+        if member is None:
             raise ShardError(
                 "tar header is damaged",
                 reason="tar_header",
                 where=f"{where} byte {position}",
                 fix="build or copy the shard again",
             )
-        num_bytes = int(header[124:136].strip(b" \0") or b"0", 8)
-        name = header[:100].rstrip(b"\0").decode()
-        if position + BLOCK + num_bytes > size:
+        if member.offset + member.num_bytes > size:
             raise ShardError(
                 "tar ends inside a member",
                 reason="tar_truncated",
-                where=f"{where} member {name}",
-                facts={"got_bytes": size, "want_bytes": position + BLOCK + num_bytes},
+                where=f"{where} member {member.name}",
+                facts={"got_bytes": size, "want_bytes": member.offset + member.num_bytes},
                 fix="build or copy the shard again",
             )
-        yield TarMember(name=name, offset=position + BLOCK, num_bytes=num_bytes)
-        position += BLOCK + padded(num_bytes)
+        yield member
+        position = member.offset + padded(member.num_bytes)
+
+
+def _parse_header(header: bytes, position: int) -> TarMember | None:
+    """Reads a header by making it again: what differs in any byte (a link, an owner) is refused."""
+    try:
+        name = header[:MAX_NAME].rstrip(b"\0").decode()
+        num_bytes = int(header[124:135], 8)
+        same = header == member_header(name, num_bytes)
+    except ValueError:
+        return None
+    return TarMember(name=name, offset=position + BLOCK, num_bytes=num_bytes) if same else None

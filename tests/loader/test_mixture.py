@@ -1,6 +1,7 @@
 """Mixtures: exact proportions for ever, exactly once per epoch, one answer for every topology."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -134,12 +135,13 @@ def test_stop_rules_name_the_step_that_holds_the_last_sample():
     assert order.num_steps("all_exhausted") == max(ends) == len(seen) // 16
 
 
-def test_ranks_read_parts_of_a_large_dataset_of_their_own():
+def test_workers_of_ranks_read_parts_of_a_large_dataset_of_their_own():
     order = mixed((400_000, 100_000), by="size", batch=64, ranks=16)
     runs = 0
     total = 0
-    for rank in range(8):
-        slots = order.slots(np.arange(8000)[:, None], rank_positions(rank, 8, 64))
+    for rank, worker in itertools.product(range(8), range(4)):
+        steps = np.arange(worker, 8000, 4)
+        slots = order.slots(steps[:, None], rank_positions(rank, 8, 64))
         samples = np.sort(slots.sample[(slots.dataset == 0) & (slots.epoch == 0)])
         runs += 1 + int((np.diff(samples) > 1).sum())
         total += len(samples)

@@ -1,0 +1,96 @@
+"""Shows a batch as a person can read it: keys, shapes, types, and each sequence decoded.
+
+Runs of patch tokens are shortened to `<image 3x336x336, 144 tokens>`, text under loss is marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def describe_batch(batch: Mapping[str, Any]) -> str:
+    """Tabulates the tensors of a batch: key, dtype, shape, range of values."""
+    rows = []
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            shape = "[" + ", ".join(map(str, value.shape)) + "]"
+            span = f"{value.min():g} to {value.max():g}" if value.numel() else "empty"
+            dtype = str(value.dtype).removeprefix("torch.")
+            rows.append(f"{key:<18} {dtype:<8} {shape:<24} {span}")
+        else:
+            rows.append(f"{key:<18} {type(value).__name__:<8} {len(value)}")
+    return "\n".join(rows)
+
+
+def readable_rows(
+    batch: Mapping[str, Any],
+    *,
+    decode: Callable[[list[int]], str],
+    image_ids: Mapping[int, str],
+    picture: str,
+) -> list[str]:
+    """Turns the sequences of a batch back into text.
+
+    Args:
+      batch: As `MMCollator` makes it.
+      decode: Ids to text.
+      image_ids: The image symbols by id.
+      picture: What an image block is shown as, such as "3x336x336".
+
+    Returns:
+      One text per row; the tokens that are learned stand between ⟦ and ⟧.
+    """
+    texts = []
+    for ids, labels, mask in zip(
+        batch["input_ids"].tolist(),
+        batch["labels"].tolist(),
+        batch["attention_mask"].tolist(),
+        strict=True,
+    ):
+        length = sum(mask)
+        # A branch's last target is its EOS, which is not the token that stands next.
+        learned = [False] + [
+            label == token for label, token in zip(labels, ids[1:length], strict=False)
+        ]
+        texts.append(_readable(ids, learned, decode, image_ids, picture))
+    return texts
+
+
+def _readable(
+    ids: list[int],
+    learned: list[bool],
+    decode: Callable[[list[int]], str],
+    image_ids: Mapping[int, str],
+    picture: str,
+) -> str:
+    parts: list[str] = []
+    start = 0
+    while start < len(ids):
+        kind = _kind(ids[start], learned[start], image_ids)
+        stop = start
+        while stop < len(ids) and _kind(ids[stop], learned[stop], image_ids) == kind:
+            stop += 1
+        run = ids[start:stop]
+        if kind == "image":
+            parts.append(_readable_images(run, image_ids, picture))
+        else:
+            parts.append(f"⟦{decode(run)}⟧" if kind == "learned" else decode(run))
+        start = stop
+    return "".join(parts)
+
+
+def _kind(token: int, learned: bool, image_ids: Mapping[int, str]) -> str:
+    if token in image_ids:
+        return "image"
+    return "learned" if learned else "given"
+
+
+def _readable_images(run: list[int], image_ids: Mapping[int, str], picture: str) -> str:
+    names = [image_ids[token] for token in run]
+    blocks = max(1, names.count("<im_end>"))
+    patches = names.count("<im_patch>")
+    several = f"{blocks} blocks, " if blocks > 1 else ""
+    return f"<image {picture}, {several}{patches} tokens>"
