@@ -50,12 +50,10 @@ def readable_rows(
         batch["attention_mask"].tolist(),
         strict=True,
     ):
-        length = sum(mask)
+        row = ids[: sum(mask)]
         # A branch's last target is its EOS, which is not the token that stands next.
-        learned = [False] + [
-            label == token for label, token in zip(labels, ids[1:length], strict=False)
-        ]
-        texts.append(_readable(ids, learned, decode, image_ids, picture))
+        learned = [False, *(labels[i] == token for i, token in enumerate(row[1:]))]
+        texts.append(_readable(row, learned, decode, image_ids, picture))
     return texts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import re
 import signal
@@ -244,7 +245,10 @@ def parse_bytes(text: str) -> int:
 
 def _number(text: str, flag: str) -> float:
     try:
-        return float(text)
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
     except ValueError as error:
         raise ConfigError(
             f"{flag} is not understood",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ import numpy as np
 from preprocess.tokens import ChatFrame
 from preprocess.toml import load_toml
 from shardspec.errors import ConfigError, SampleError
-from shardspec.keyed import hash_text, keyed
+from shardspec.keyed import SampleRng, hash_text, keyed
 from shardspec.sample import WEIGHT_ONE, Geometry
 
 PromptTemplates = Literal["none", "uber_model"]
@@ -52,9 +52,9 @@ LENGTH_UNIT_CHARS = 15
 _SIDED = re.compile(
     r"\b(left|right|leftmost|rightmost|left-hand|right-hand|clockwise|counterclockwise|"
     r"anticlockwise|east|west|eastern|western|mirror\w*|facing|"
-    r"text|word|words|letter|letters|reads?|reading|says?|written|writing|sign|label\w*|logo|"
-    r"number|numbers|numeral\w*|digit\w*|clock|watch|map|caption\w*|title\w*|spell\w*|"
-    r"read(?:s|ing)?|printed|inscri\w*|lettering|font)\b",
+    r"texts?|words?|letters?|lettering|reads?|reading|says?|written|writing|signs?|signage|"
+    r"label\w*|logos?|numbers?|numbered|numeral\w*|digit\w*|clocks?|watch|watches|maps?|"
+    r"caption\w*|title\w*|spell\w*|printed|inscri\w*|fonts?)\b",
     re.IGNORECASE,
 )
 
@@ -107,6 +107,8 @@ class DataFormatter:
     frame: ChatFrame
     seed: int = 0
     """Seed of the baked draws; part of the recipe."""
+    rng: SampleRng = field(default_factory=SampleRng, repr=False, compare=False)
+    """Gives the generator of each draw."""
 
     def __call__(self, example: Mapping[str, Any], *, key: str) -> tuple[Branch, ...]:
         """Formats every message of an example, each a conversation of its own.
@@ -155,7 +157,7 @@ class DataFormatter:
         variants = []
         for r, response in enumerate(responses):
             for v in range(self.policy.num_variants):
-                rng = np.random.RandomState(keyed(base, r, v) >> 32)
+                rng = self.rng(keyed(base, r, v) >> 32)
                 prompt = self.format_caption(message, response, rng)
                 variants.append(self._framed(prompt, response))
         return tuple(variants)
@@ -207,7 +209,7 @@ def chat_frame(message_format: MessageFormat, template: ChatFrame | None) -> Cha
         )
     if template is None:
         raise ConfigError(
-            "the tokenizer has no chat template",
+            "the tokenizer has no usable chat template",
             reason="no_chat_template",
             fix="use message_format role or chatml, or a tokenizer with a template",
         )
@@ -230,8 +232,10 @@ def safe_geometry(texts: Sequence[str]) -> Geometry:
 
 
 def message_texts(example: Mapping[str, Any]) -> list[str]:
-    """Lists every response text of an example."""
-    return [text for message in example["message_list"] for text in _responses(message, "")]
+    """Lists every text that an example brings along: explicit prompts and responses."""
+    messages = example["message_list"]
+    prompts = [message["prompt"] for message in messages if message.get("prompt")]
+    return prompts + [text for message in messages for text in _responses(message, "")]
 
 
 def _responses(message: Mapping[str, Any], key: str) -> Sequence[str]:

@@ -51,15 +51,21 @@ def count_shards(
     1
     """
     if num_shards is not None:
-        count = min(num_shards, num_samples)
-        return ShardCount(num_shards=max(1, count), rule=f"{num_shards} shards were asked for")
+        return _at_most(num_samples, num_shards, rule=f"{num_shards} shards were asked for")
     by_target = -(-total_bytes // target_bytes)
     rounded = -(-by_target // SHARD_MULTIPLE) * SHARD_MULTIPLE
     if total_bytes >= rounded * MIN_SHARD_BYTES:
         count, rule = rounded, f"shard size, rounded up to a multiple of {SHARD_MULTIPLE}"
     else:
         count, rule = total_bytes // MIN_SHARD_BYTES, "smallest shard size of 4 MiB"
-    return ShardCount(num_shards=max(1, min(count, num_samples)), rule=rule)
+    return _at_most(num_samples, count, rule=rule)
+
+
+def _at_most(num_samples: int, count: int, *, rule: str) -> ShardCount:
+    """Lowers a count so that no shard is empty; one shard there is always."""
+    if max(1, num_samples) < count:
+        return ShardCount(num_shards=max(1, num_samples), rule="one sample a shard")
+    return ShardCount(num_shards=max(1, count), rule=rule)
 
 
 def shard_borders(num_samples: int, *, num_shards: int) -> np.ndarray:

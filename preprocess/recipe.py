@@ -66,6 +66,11 @@ class Preparer:
         return chat_frame(self.recipe.text.message_format, self.tokenizer.chat)
 
     @cached_property
+    def formatter(self) -> DataFormatter:
+        """The text half: kept, because its generator is costly to make."""
+        return DataFormatter(policy=self.recipe.text, frame=self.frame, seed=self.recipe.seed)
+
+    @cached_property
     def image_preprocessor(self) -> ImagePreprocessor:
         """The image half."""
         return ImagePreprocessor(self.recipe.image)
@@ -84,8 +89,7 @@ class Preparer:
         source = None if image is None else self._read(image)
         if key is None:
             key = sample_key(example, image_id=image_identity(image, source))
-        formatter = DataFormatter(policy=self.recipe.text, frame=self.frame, seed=self.recipe.seed)
-        branches = formatter(example, key=key)
+        branches = self.formatter(example, key=key)
         texts = message_texts(example)
         for text in texts:
             control = self.tokenizer.control_token(text)

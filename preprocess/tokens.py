@@ -47,6 +47,9 @@ IMAGE_SYMBOLS = (
 )
 """The fourteen symbols of Molmo 2, in its id order; the first four and <|image|> are Molmo 1's."""
 
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError)
+"""What transformers raises for a name, a download or a file that it cannot use."""
+
 VOCAB_MULTIPLE = 128
 """Default rounding of the vocabulary: embeddings are commonly padded to multiples of 128."""
 
@@ -183,7 +186,10 @@ def load_tokenizer(name: str = EMBEDDED, *, pad_to: int | None = None) -> Tokeni
     location = str(EMBEDDED_PATH) if name == EMBEDDED else name
     try:
         loaded = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # The tokenizers library reports a malformed file as a bare Exception.
+        if type(error) is not Exception and not isinstance(error, _LOAD_ERRORS):
+            raise
         raise ConfigError(
             f"tokenizer {name!r} cannot be loaded",
             reason="tokenizer_missing",
@@ -255,16 +261,23 @@ def _template_frame(loaded: Any) -> tuple[ChatFrame, str | None] | None:
     """
     if not getattr(loaded, "chat_template", None):
         return None
+    from jinja2 import TemplateError
+
     user, answer, again = "\ufdd0u", "\ufdd0a", "\ufdd0v"  # noncharacters: in no real text
     turns = [("user", user), ("assistant", answer), ("user", again)]
     messages = [{"role": role, "content": text} for role, text in turns]
-    first = loaded.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    whole = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        first = loaded.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        whole = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # malformed, or it refuses such a conversation
+        return None
     if first.count(user) != 1 or any(whole.count(text) != 1 for _, text in turns):
         return None
     before, suffix = first.split(user)
     later = whole.split(answer)[1].split(again)[0]
-    specials = [t for t in loaded.all_special_tokens if t and later.startswith(t)]
+    # Not all_special_tokens: that lists only those with a role, so <|end|> may be missing there.
+    control = [token.content for token in loaded.added_tokens_decoder.values() if token.special]
+    specials = [token for token in control if token and later.startswith(token)]
     end_of_turn = max(specials, key=len) if specials else None
     frame = ChatFrame(
         first=before,

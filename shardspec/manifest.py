@@ -274,11 +274,10 @@ def parse_receipt(payload: bytes, *, where: str) -> Receipt | None:
         return None
     shard = _record(ShardEntry, document.get("shard"), where, problems)
     build_key = document.get("build_key")
-    quarantined = document.get("quarantined")
-    good = isinstance(build_key, str) and _CHECKS["Mapping[str, int]"](quarantined)
-    if problems or not good:
+    quarantined: Any = document.get("quarantined")
+    if problems or not isinstance(build_key, str) or not _CHECKS["Mapping[str, int]"](quarantined):
         return None
-    return Receipt(build_key=str(build_key), shard=shard, quarantined=dict(quarantined))
+    return Receipt(build_key=build_key, shard=shard, quarantined=quarantined)
 
 
 def check_same(old: Manifest, new: Manifest, *, where: str) -> None:

@@ -176,6 +176,8 @@ class DatasetBase(Dataset):
 
     def _split_of(self, row: Mapping[str, Any]) -> str:
         image = self.to_example(row).get("image")
+        if isinstance(image, Path) and self.rows.base and image.is_relative_to(self.rows.base):
+            image = image.relative_to(self.rows.base)  # the same wherever the folder lies
         identity = image.decode("latin1") if isinstance(image, bytes) else str(image)
         share = hash_text(f"{self.split_salt}\0{identity}") / 2**64
         return "validation" if share < self.validation_share else "train"

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -73,6 +75,11 @@ class _Crew:
         theirs.close()
         self.workers.append(_Worker(process=process, pipe=ours))
 
+    def release(self, worker: _Worker) -> None:
+        worker.process.join()
+        worker.pipe.close()
+        self.workers.remove(worker)
+
     def dismiss(self) -> None:
         for worker in self.workers:
             worker.pipe.close()
@@ -109,7 +116,9 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
                 try:
                     kind, value = worker.pipe.recv()
                 except (EOFError, OSError):
-                    yield _bury(crew, worker, attempts, todo)
+                    crew.release(worker)
+                    if worker.task is not None:
+                        yield _requeue(crew, worker, attempts, todo)
                     continue
                 assert worker.task is not None
                 if kind == "progress":
@@ -127,16 +136,13 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
 def _assign(worker: _Worker, todo: deque[int]) -> None:
     worker.task = todo.popleft() if todo else None
     if worker.task is not None:
-        worker.pipe.send(worker.task)
+        with suppress(ConnectionError):  # it died between tasks: its pipe says so to `wait`
+            worker.pipe.send(worker.task)
 
 
-def _bury(crew: _Crew, worker: _Worker, attempts: dict[int, int], todo: deque[int]) -> TaskLost:
-    worker.process.join()
-    worker.pipe.close()
-    crew.workers.remove(worker)
+def _requeue(crew: _Crew, worker: _Worker, attempts: dict[int, int], todo: deque[int]) -> TaskLost:
     task, code = worker.task, worker.process.exitcode
-    if task is None:
-        raise StorageError("an idle worker died", reason="worker_died", facts={"exit_code": code})
+    assert task is not None
     attempts[task] += 1
     if attempts[task] >= MAX_ATTEMPTS:
         raise StorageError(
@@ -154,17 +160,22 @@ def _bury(crew: _Crew, worker: _Worker, attempts: dict[int, int], todo: deque[in
 
 def _serve(pipe: Connection, work: Work, context: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def report(note: Any) -> None:
+        try:
+            pipe.send(("progress", note))
+        except BrokenPipeError:
+            sys.exit()  # the supervisor is gone
+
     while True:
         try:
             task = pipe.recv()
         except EOFError:
             return  # the supervisor is gone
         try:
-            message = ("done", work(context, task, lambda note: pipe.send(("progress", note))))
+            message = ("done", work(context, task, report))
         except ShardsError as error:
             message = ("failed", error)
-        except BrokenPipeError:
-            return
         except Exception as error:  # noqa: BLE001 - the task border: it becomes a value
             text = "".join(traceback.format_exception(error))
             message = ("failed", RuntimeError(f"task {task} failed:\n{text}"))

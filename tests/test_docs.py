@@ -1,0 +1,54 @@
+"""The README says what is true: its Python runs, its targets and variables exist."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_every_make_target_of_the_readme_exists():
+    named = set(re.findall(r"\bmake ([a-z]+)", README))
+    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
+    assert {"shards", "test", "plan", "verify"} <= named
+    assert named <= targets
+
+
+def test_every_variable_of_the_readme_is_known_to_the_makefile():
+    named = set(re.findall(r"`([A-Z][A-Z_]+)=?`", README))
+    assert "MAX_DEAD_LINKS" in named
+    assert {name for name in named if not re.search(rf"\b{name}\b", MAKEFILE)} == set()
+
+
+def test_every_makefile_flag_is_a_flag_of_the_command_line():
+    from preprocess.__main__ import _parser
+
+    flags = re.search(r"FLAGS := (.*?)\nGIVEN", MAKEFILE, flags=re.DOTALL)
+    assert flags
+    for pair in flags[1].replace("\\\n", " ").split():
+        _, flag = pair.split("=")
+        value = {"keep": "auto", "codec": "png", "prompts": "none", "message-format": "role"}
+        value |= {"system-prompt": "none", "image-fit": "pad"}
+        _parser().parse_args(["shards", "pixmo_cap", f"--{flag}", value.get(flag, "1")])
+
+
+def test_the_streaming_example_of_the_readme_runs(tiny_dataset, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert code
+    source = code[1].replace('"shards/pixmo_cap"', repr(str(tiny_dataset)))
+    names: dict = {}
+    exec(compile(source, "README.md", "exec"), names)
+    assert names["batch"]["images"].shape[2:] == (3, 336, 336)
+    assert names["state"]["step"] >= 1
+
+
+def test_every_file_that_the_architecture_names_exists():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for package in ("shardspec", "preprocess", "loader"):
+        table = text.split(f"| {package}/ | |")[1].split("\n\n")[0]
+        for name in re.findall(r"`([a-z_/]+(?:\.py|/))`", table):
+            assert (ROOT / package / name).exists(), f"{package}/{name}"
+        for path in (ROOT / package).glob("*.py"):
+            if path.name != "__init__.py" and path.name != "toml.py":
+                assert path.name in table, f"{path} is not in ARCHITECTURE.md"
