@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from shardspec.errors import ConfigError
-from shardspec.manifest import TokenizerEntry, canonical_json
+from shardspec.manifest import TokenizerEntry
+from shardspec.probe import probe_sha256
 
 EMBEDDED = "embedded"
 """Name of the small byte-level BPE tokenizer that the package ships."""
@@ -52,40 +53,6 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
 VOCAB_MULTIPLE = 128
 """Default rounding of the vocabulary: embeddings are commonly padded to multiples of 128."""
-
-_PROBE = (
-    "",
-    " ",
-    "  two  spaces",
-    "\n\n\ttab",
-    "Hello world",
-    "hello WORLD",
-    "don't",
-    "3.14159",
-    "1,000,000",
-    "naïve café",
-    "Grüße aus Köln",
-    "こんにちは世界",
-    "你好，世界",
-    "Привет",
-    "مرحبا",
-    "👩‍👩‍👧‍👦🏳️‍🌈",
-    "𝔘𝔫𝔦",
-    "def f(x):\n    return x ** 2",
-    '<p class="a">b</p>',
-    "https://example.org/a?b=c#d",
-    "a" * 40,
-    "<|image|>",
-    "<im_patch>",
-    "<|endoftext|>",
-    "<|im_start|>user\n",
-    "User: hi Assistant:",
-    "long_caption 82:",
-    '<point x="10.0" y="20.0" alt="cat">cat</point>',
-    "\u00a0\u200b",
-    "\r\n",
-    "e\u0301",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +126,10 @@ class Tokenizer:
     @property
     def entry(self) -> TokenizerEntry:
         """Describes the tokenizer for the manifest, with its fingerprints."""
-        probe = [self.encode(text) for text in _PROBE]
         return TokenizerEntry(
             name=self.name,
             sha256=hashlib.sha256(self.json.encode()).hexdigest(),
-            probe_sha256=hashlib.sha256(canonical_json(probe)).hexdigest(),
+            probe_sha256=probe_sha256(self.encode),
             vocab_size=self.vocab_size,
             embedding_size=max(self.special_ids.values()) + 1,
             special_ids=dict(sorted(self.special_ids.items())),

@@ -10,6 +10,7 @@ meaning.
 from __future__ import annotations
 
 import io
+import os
 import tokenize
 from dataclasses import dataclass
 
@@ -139,6 +140,10 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int) -> np.ndarray:
     ]
     if rows.ndim != 1 or wrong:
         raise _broken(path, "index_format", {"ndim": rows.ndim, "wrong_columns": wrong})
+    # A damaged header length would shift every row; the rows must end where the file does.
+    got, want = os.path.getsize(path), rows.offset + rows.nbytes
+    if got != want:
+        raise _broken(path, "index_format", {"got_bytes": got, "want_bytes": want})
     if len(rows) != num_samples:
         raise _broken(path, "index_count", {"got_rows": len(rows), "want_rows": num_samples})
     if len(rows):

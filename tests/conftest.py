@@ -1,5 +1,6 @@
 """Fixtures that several test files share: the command line as a real process, and small sources."""
 
+import contextlib
 import io
 import os
 import signal
@@ -72,10 +73,8 @@ class Running:
         return [int(child) for child in children if b"spawn_main" in _command(int(child))]
 
     def close(self):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             self.signal_group(signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait(30)
 
 
@@ -189,3 +188,14 @@ def captioned_rows():
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(session_cli, tmp_path_factory):
+    """The folder of a small finished dataset: 24 generated rows in 3 shards, split "train"."""
+    folder = tmp_path_factory.mktemp("tiny")
+    session_cli.good(
+        *("shards", "pixmo_cap", "--source", "sample", "--limit", 24, "--num-shards", 3),
+        *("--out", folder / "out", "--cache", folder / "cache", "--workers", 2),
+    )
+    return folder / "out"

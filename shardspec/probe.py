@@ -1,0 +1,103 @@
+"""The tokenizer's fingerprint by behaviour: what it makes of a fixed set of texts.
+
+File hashes change with harmless re-saves; ids do not. A loader that is given the tokenizer of the
+training run compares it with the one that the shards were made with, field by field, before the
+first batch: text tokenized by another one would train without an error, and badly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from shardspec.errors import ConfigError
+from shardspec.manifest import TokenizerEntry, canonical_json, differences
+
+PROBE_TEXTS = (
+    "",
+    " ",
+    "  two  spaces",
+    "\n\n\ttab",
+    "Hello world",
+    "hello WORLD",
+    "don't",
+    "3.14159",
+    "1,000,000",
+    "naïve café",
+    "Grüße aus Köln",
+    "こんにちは世界",
+    "你好，世界",
+    "Привет",
+    "مرحبا",
+    "👩‍👩‍👧‍👦🏳️‍🌈",
+    "𝔘𝔫𝔦",
+    "def f(x):\n    return x ** 2",
+    '<p class="a">b</p>',
+    "https://example.org/a?b=c#d",
+    "a" * 40,
+    "<|image|>",
+    "<im_patch>",
+    "<|endoftext|>",
+    "<|im_start|>user\n",
+    "User: hi Assistant:",
+    "long_caption 82:",
+    '<point x="10.0" y="20.0" alt="cat">cat</point>',
+    "\u00a0\u200b",
+    "\r\n",
+    "e\u0301",
+)
+"""Spaces, case, digits, accents, scripts, emoji, code, markup, control tokens spelled out. Never
+changed without a new format version."""
+
+
+class TrainingTokenizer(Protocol):
+    """What a Hugging Face tokenizer offers, as far as the comparison needs it."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __len__(self) -> int:
+        """Counts the ids."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Sequence[int]:
+        """Turns a text into ids."""
+
+
+def probe_sha256(encode: Callable[[str], Sequence[int]]) -> str:
+    """Hashes the ids that a tokenizer gives for the probe texts."""
+    ids = [[int(i) for i in encode(text)] for text in PROBE_TEXTS]
+    return hashlib.sha256(canonical_json(ids)).hexdigest()
+
+
+def check_tokenizer(entry: TokenizerEntry, tokenizer: TrainingTokenizer, *, where: str) -> None:
+    """Refuses a tokenizer that is not the one that the shards were made with.
+
+    Image symbols that were added to it above the recorded vocabulary do not count.
+
+    Args:
+      entry: From the manifest.
+      tokenizer: Of the training run.
+      where: The dataset, for the error.
+
+    Raises:
+      ConfigError: `tokenizer_mismatch`, naming every field that differs.
+    """
+    # len() counts symbols that the run has added; ids below the recorded size are what matters.
+    longer = len(tokenizer) > entry.vocab_size
+    got: dict[str, Any] = {
+        "vocab_size": entry.vocab_size if longer else len(tokenizer),
+        "probe_sha256": probe_sha256(lambda t: tokenizer.encode(t, add_special_tokens=False)),
+    }
+    want: dict[str, Any] = {"vocab_size": entry.vocab_size, "probe_sha256": entry.probe_sha256}
+    if tokenizer.bos_token_id is not None:
+        got["bos"], want["bos"] = tokenizer.bos_token_id, entry.special_ids["bos"]
+    found = differences(want, got, "tokenizer")
+    if found:
+        raise ConfigError(
+            "the tokenizer of this run is not the one that the shards were made with",
+            reason="tokenizer_mismatch",
+            where=where,
+            facts={"shards": entry.name, "differences": "; ".join(found)},
+            fix="train with that tokenizer, or build the shards again with TOKENIZER=",
+        )
