@@ -44,18 +44,29 @@ def prompts(message, **settings):
     return [variant.prompt for variant in variants(message, **settings)]
 
 
+def pooled(message, **settings):
+    """Prompts of 20 samples, 500 variants each: a share is of the samples, not of one key."""
+    keys = [f"key-{i}" for i in range(20)]
+    return [p for key in keys for p in prompts(message, key=key, num_variants=500, **settings)]
+
+
+def near(count, *, num, share):
+    """Whether a count is within four standard deviations of its binomial mean."""
+    return abs(count - num * share) < 4 * (num * share * (1 - share)) ** 0.5
+
+
 def test_length_hint_counts_characters_in_fifteens_with_noise():
-    drawn = prompts(CAPTION_1200, num_variants=1000)
+    drawn = pooled(CAPTION_1200)
     hints = [int(p.split()[1].rstrip(":")) for p in drawn if " " in p]
     assert all(re.fullmatch(r"long_caption( \d+)?:", prompt) for prompt in drawn)
     # (1200 + noise) // 15: mean 79.5, and the noise's 25 characters are 1.67 units.
-    assert 79.2 < np.mean(hints) < 79.8
-    assert 1.5 < np.std(hints) < 1.85
+    assert 79.4 < np.mean(hints) < 79.6
+    assert 1.6 < np.std(hints) < 1.8
 
 
 def test_length_hint_is_on_nine_prompts_in_ten():
-    drawn = prompts(CAPTION_1200, num_variants=1000)
-    assert 870 <= sum(" " in prompt for prompt in drawn) <= 930
+    drawn = pooled(CAPTION_1200)
+    assert near(sum(" " in prompt for prompt in drawn), num=len(drawn), share=0.9)
 
 
 def test_length_hint_equals_the_formula_on_the_same_draws():
@@ -81,9 +92,9 @@ def test_length_hint_measures_each_alternative_on_its_own():
 
 
 def test_demo_styles_are_named_in_one_prompt_of_ten():
-    drawn = prompts(CAPTION_1200, system_prompt="demo_or_style", num_variants=1000)
+    drawn = pooled(CAPTION_1200, system_prompt="demo_or_style")
     assert set(drawn) == {"", "long_caption:"}
-    assert 70 <= drawn.count("long_caption:") <= 130
+    assert near(drawn.count("long_caption:"), num=len(drawn), share=0.1)
 
 
 def test_other_styles_are_always_named():
@@ -101,10 +112,10 @@ def test_modes_without_draws_give_one_prompt(mode, prompt):
 def test_templates_of_a_style_are_drawn_uniformly(style):
     message = {"style": style, "text": "A cat."}
     settings = {"prompt_templates": "uber_model", "system_prompt": "none"}
-    counts = Counter(prompts(message, num_variants=1000, **settings))
-    want = len(TEMPLATES[style]) and 1000 / len(TEMPLATES[style])
+    counts = Counter(pooled(message, **settings))
+    share = 1 / len(TEMPLATES[style])
     assert set(counts) == set(TEMPLATES[style])
-    assert all(abs(count - want) < 4.5 * want**0.5 for count in counts.values())
+    assert all(near(n, num=counts.total(), share=share) for n in counts.values())
 
 
 def test_template_follows_the_prefix_after_one_space():
