@@ -17,8 +17,10 @@ and subsegment[q] <= subsegment[k], which lets branches see the prefix and not o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -28,6 +30,13 @@ from shardspec.tiling import ImageTokenIds
 
 IGNORED = -100
 """Label without loss: the default `ignore_index` of torch.nn.CrossEntropyLoss."""
+
+Tree = Literal["molmo2", "molmo1"]
+"""How branches stand side by side. "molmo2": numbered from 0, each ends in front of its EOS.
+"molmo1": numbered from 1, the EOS of all but the last stands in the input."""
+
+LossScale = Literal["flat", "root_subsegments", "root_length", "root_both"]
+"""Weight of a branch's tokens: 1; 1 / sqrt(branches); 2 / sqrt(tokens under loss); both."""
 
 PREFIX_SUBSEGMENT = 10_000
 """Subsegment of BOS and images, above every branch's (Molmo's number)."""
@@ -40,6 +49,8 @@ class TokenIds:
     bos: int
     eos: int
     pad: int
+    placeholder: int
+    """<|image|>: where a text wants its next image."""
     image: ImageTokenIds
 
     @classmethod
@@ -49,6 +60,7 @@ class TokenIds:
             bos=ids["bos"],
             eos=ids["eos"],
             pad=ids["pad"],
+            placeholder=ids["<|image|>"],
             image=ImageTokenIds(
                 im_start=ids["<im_start>"],
                 im_end=ids["<im_end>"],
@@ -105,7 +117,10 @@ def lay_out(
     branches: Sequence[BranchTurns],
     *,
     ids: TokenIds,
+    leads: Sequence[np.ndarray] = (),
     limit: int | None = None,
+    tree: Tree = "molmo2",
+    loss: LossScale = "flat",
     where: str = "",
 ) -> Sequence1d:
     """Lays out one sequence.
@@ -114,38 +129,52 @@ def lay_out(
       blocks: int32 token block of each image.
       branches: Conversations, in the order in which they should stand.
       ids: Special ids.
+      leads: int32 tokens in front of each block; () for none.
       limit: Longest sequence; None for any.
+      tree: Whose rules for branches.
+      loss: How `loss_weights` scale with branches and their lengths.
       where: The sample's key, for errors.
 
     Raises:
-      SampleError: `image_cut` (the images alone exceed the limit), `no_loss` (nothing to learn is
-        left within it).
+      SampleError: `image_cut` (the images do not fit the limit), `no_loss` (nothing to learn is
+        left within it), `image_placeholder` (a text asks for another number of images).
     """
-    prefix = np.concatenate([[ids.bos], *blocks]).astype(np.int64)
-    edges = np.cumsum([1, *(len(block) for block in blocks)]).tolist()
-    if limit is not None and len(prefix) > limit:
-        raise SampleError(
-            "the images of a sample are longer than a sequence may be",
-            reason="image_cut",
-            where=where,
-            facts={"image_tokens": len(prefix), "sequence_length": limit},
-            fix="raise sequence_length, or use a view with fewer crops",
-        )
-    parts = [_Part(ids=prefix, targets=np.full(len(prefix), IGNORED), weight=0.0)]
-    length, dropped = len(prefix), 0
+    placed = _count_placeholders(branches, ids, num_blocks=len(blocks), where=where)
+    prefix = _Prefix(ids=[np.array([ids.bos])], starts=[], ends=[])
+    if not placed:
+        for b, block in enumerate(blocks):
+            prefix.add(leads[b] if leads else block[:0], block)
+    head = prefix.joined()
+    parts = [_Part(ids=head, targets=np.full(len(head), IGNORED), weight=0.0)]
+    length, dropped = len(head), 0
     for branch in branches:
-        part = _branch_part(branch, eos=ids.eos)
         prompt = len(branch.turns[0].prompt)
         if limit is not None and len(parts) > 1 and length + prompt >= limit:
             dropped += 1
             continue
+        part = _branch_part(branch, eos=ids.eos)
+        if placed:
+            part = _with_blocks(part, blocks, ids.placeholder, start=length, prefix=prefix)
         parts.append(part)
         length += len(part.ids)
+    if limit is not None and prefix.ends and prefix.ends[-1] > limit:
+        raise SampleError(
+            "the images of a sample do not fit the sequence",
+            reason="image_cut",
+            where=where,
+            facts={"images_end": prefix.ends[-1], "sequence_length": limit},
+            fix="raise sequence_length, or use a view with fewer crops",
+        )
+    _scale(parts[1:], loss)
     # The first token of the first branch is predicted from the end of the prefix.
     if len(parts) > 1 and len(branches[0].turns[0].prompt) == 0:
         parts[0].targets[-1] = parts[1].ids[0]
         parts[0].weight = parts[1].weight
-    sequence = _joined(parts, edges=edges, dropped=dropped, limit=limit)
+    if tree == "molmo1":
+        for part in parts[1:-1]:
+            part.ids = np.append(part.ids, ids.eos)
+            part.targets = np.append(part.targets, IGNORED)
+    sequence = _joined(parts, prefix, tree=tree, dropped=dropped, limit=limit)
     if not np.any(sequence.labels != IGNORED):
         raise SampleError(
             "nothing to learn is left of a sample within the sequence length",
@@ -166,6 +195,43 @@ class _Part:
     weight: float
 
 
+@dataclass(slots=True, kw_only=True)
+class _Prefix:
+    """BOS and the image blocks, and where the blocks stand in the sequence."""
+
+    ids: list[np.ndarray]
+    starts: list[int]
+    ends: list[int]
+
+    def add(self, lead: np.ndarray, block: np.ndarray) -> None:
+        start = sum(map(len, self.ids)) + len(lead)
+        self.ids += [lead, block]
+        self.starts.append(start)
+        self.ends.append(start + len(block))
+
+    def joined(self) -> np.ndarray:
+        return np.concatenate(self.ids).astype(np.int64)
+
+
+def _count_placeholders(
+    branches: Sequence[BranchTurns], ids: TokenIds, *, num_blocks: int, where: str
+) -> int:
+    counts = [
+        sum(int(np.count_nonzero(turn.prompt == ids.placeholder)) for turn in branch.turns)
+        for branch in branches
+    ]
+    count = sum(counts)
+    if count and (count != num_blocks or len(branches) > 1):
+        raise SampleError(
+            "a text may place its images only in a lone branch, and all of them",
+            reason="image_placeholder",
+            where=where,
+            facts={"placeholders": counts, "images": num_blocks},
+            fix="correct the row, or leave the placeholders out",
+        )
+    return count
+
+
 def _branch_part(branch: BranchTurns, *, eos: int) -> _Part:
     tokens: list[np.ndarray] = []
     learned: list[np.ndarray] = []
@@ -181,22 +247,56 @@ def _branch_part(branch: BranchTurns, *, eos: int) -> _Part:
     return _Part(ids=sequence[:-1], targets=targets, weight=branch.weight / WEIGHT_ONE)
 
 
+def _with_blocks(
+    part: _Part, blocks: Sequence[np.ndarray], placeholder: int, *, start: int, prefix: _Prefix
+) -> _Part:
+    """Puts the blocks where a branch's placeholders stand, and notes where that is."""
+    ids: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    done = 0
+    for block, at in zip(blocks, np.flatnonzero(part.ids == placeholder).tolist(), strict=True):
+        ids += [part.ids[done:at], block.astype(np.int64)]
+        targets += [part.targets[done:at], np.full(len(block), IGNORED)]
+        # The token behind the placeholder is now predicted from the block's last one.
+        targets[-1][-1] = part.targets[at]
+        prefix.starts.append(start + sum(map(len, ids[:-1])))
+        prefix.ends.append(prefix.starts[-1] + len(block))
+        done = at + 1
+    return _Part(
+        ids=np.concatenate([*ids, part.ids[done:]]),
+        targets=np.concatenate([*targets, part.targets[done:]]),
+        weight=part.weight,
+    )
+
+
+def _scale(branches: Sequence[_Part], loss: LossScale) -> None:
+    for branch in branches:
+        if loss in ("root_subsegments", "root_both"):
+            branch.weight /= math.sqrt(len(branches))
+        if loss in ("root_length", "root_both"):
+            branch.weight *= 2 / math.sqrt(max(1, int(np.count_nonzero(branch.targets != IGNORED))))
+
+
 def _joined(
-    parts: Sequence[_Part], *, edges: list[int], dropped: int, limit: int | None
+    parts: Sequence[_Part], prefix: _Prefix, *, tree: Tree, dropped: int, limit: int | None
 ) -> Sequence1d:
     sizes = [len(part.ids) for part in parts]
     start = sizes[0]
     positions = [np.arange(start)] + [np.arange(start, start + size) for size in sizes[1:]]
-    segments = [PREFIX_SUBSEGMENT, *range(len(parts) - 1)]
+    first = 1 if tree == "molmo1" else 0
+    segments = np.repeat([PREFIX_SUBSEGMENT, *range(first, first + len(parts) - 1)], sizes)
+    if prefix.ends:
+        # Images placed inside the text: what stands up to the last one is the prefix.
+        segments[: prefix.ends[-1]] = PREFIX_SUBSEGMENT
     labels = np.concatenate([part.targets for part in parts])[:limit]
     weights = np.repeat([part.weight for part in parts], sizes)[:limit]
     return Sequence1d(
         input_ids=np.concatenate([part.ids for part in parts])[:limit],
         labels=labels,
         position_ids=np.concatenate(positions)[:limit],
-        subsegment_ids=np.repeat(segments, sizes)[:limit],
+        subsegment_ids=segments[:limit],
         loss_weights=np.where(labels != IGNORED, weights, 0.0).astype(np.float32),
-        image_starts=tuple(edges[:-1]),
-        image_ends=tuple(edges[1:]),
+        image_starts=tuple(prefix.starts),
+        image_ends=tuple(prefix.ends),
         dropped_branches=dropped,
     )
