@@ -49,9 +49,9 @@ class TokenIds:
     bos: int
     eos: int
     pad: int
-    placeholder: int
-    """<|image|>: where a text wants its next image."""
     image: ImageTokenIds
+    placeholder: int = -1
+    """<|image|>: where a text wants its next image; -1 where texts never say so."""
 
     @classmethod
     def from_special_ids(cls, ids: Mapping[str, int]) -> TokenIds:
