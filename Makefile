@@ -14,7 +14,8 @@ FLAGS := SOURCE=source SPLIT=split MODE=mode LIMIT=limit SEED=seed TOKENIZER=tok
 	VARIANTS=variants IMAGE_SIZE=image-size IMAGE_FIT=image-fit IMAGE_BOUND=image-bound CODEC=codec \
 	QUALITY=quality KEEP=keep WORKERS=workers SHARD_SIZE=shard-size NUM_SHARDS=num-shards \
 	CACHE=cache MAX_DEAD_LINKS=max-dead-links MAX_BAD_SAMPLES=max-bad-samples \
-	USER_AGENT=user-agent ALLOW_HOSTS=allow-hosts READ_TIMEOUT=read-timeout WALL_TIMEOUT=wall-timeout
+	USER_AGENT=user-agent ALLOW_HOSTS=allow-hosts READ_TIMEOUT=read-timeout WALL_TIMEOUT=wall-timeout \
+	ATTEMPTS=attempts
 GIVEN = $(foreach f,$(FLAGS),$(if $($(firstword $(subst =, ,$f))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))'))
 
 .DEFAULT_GOAL := help

@@ -162,7 +162,7 @@ def lay_out(
             "the images of a sample do not fit the sequence",
             reason="image_cut",
             where=where,
-            facts={"images_end": prefix.ends[-1], "sequence_length": limit},
+            facts={"image_tokens": prefix.ends[-1], "sequence_length": limit},
             fix="raise sequence_length, or use a view with fewer crops",
         )
     _scale(parts[1:], loss)

@@ -215,6 +215,7 @@ def _settings(options: argparse.Namespace) -> JobSettings:
             user_agent=options.user_agent,
             read_timeout_s=options.read_timeout,
             wall_timeout_s=options.wall_timeout,
+            attempts=options.attempts,
         ),
         max_dead_links=options.max_dead_links,
         max_bad_samples=options.max_bad_samples,
@@ -347,6 +348,7 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     add(fetch, "--allow-hosts", "hosts that may have private addresses, by commas", default="")
     add(fetch, "--read-timeout", "longest silence of a server, s", type=float, default=15.0)
     add(fetch, "--wall-timeout", "longest download of one image, s", type=float, default=60.0)
+    add(fetch, "--attempts", "most attempts at one image in one run", type=int, default=4)
 
 
 if __name__ == "__main__":

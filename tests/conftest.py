@@ -199,3 +199,135 @@ def tiny_dataset(session_cli, tmp_path_factory):
         *("--out", folder / "out", "--cache", folder / "cache", "--workers", 2),
     )
     return folder / "out"
+
+
+def _tiny_sample(i, *, num_images=1, num_branches=1, num_variants=2, size=(28, 28)):
+    """Makes a sample of random pixels and ids 10 to 99; the same number gives the same sample."""
+    from shardspec.sample import WEIGHT_ONE, Geometry, PreparedImage, PreparedSample, spans_table
+
+    rng = np.random.RandomState(i)
+    tokens = []
+
+    def run(length):
+        start = len(tokens)
+        tokens.extend(rng.randint(10, 100, length).tolist())
+        return start, len(tokens)
+
+    rows = []
+    for branch in range(num_branches):
+        response = run(rng.randint(2, 9))
+        for _ in range(num_variants):
+            rows.append((branch, 0, *run(rng.randint(1, 5)), *response, WEIGHT_ONE))
+    images = tuple(
+        PreparedImage(
+            pixels=rng.randint(0, 256, (size[1], size[0], 3), np.uint8),
+            source_width=size[0],
+            source_height=size[1],
+            geometry=Geometry.ALL,
+        )
+        for _ in range(num_images)
+    )
+    return PreparedSample(
+        key=f"sample-{i:04d}",
+        tokens=np.array(tokens, dtype="<i4"),
+        spans=spans_table(rows, images),
+        images=images,
+        record={"key": f"sample-{i:04d}", "metadata": {"number": i}},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sample():
+    """A function from a number to a prepared sample, another for each number."""
+    return _tiny_sample
+
+
+def _write_dataset(
+    folder, samples, *, num_shards=1, codec="raw", several=False, name="tiny", view=None
+):
+    from shardspec.index import INDEX_DTYPE, encode_index, index_row
+    from shardspec.manifest import Manifest, ShardEntry, SplitEntry, TokenizerEntry
+    from shardspec.media import encode_stored
+    from shardspec.sample import sample_members
+    from shardspec.tar import TarWriter
+    from shardspec.tiling import ImageView
+
+    view = view or ImageView(size_px=28, patch_px=14, pool=(1, 1))
+    (folder / "train").mkdir(parents=True)
+    entries = []
+    for shard in range(num_shards):
+        borders = [len(samples) * k // num_shards for k in (shard, shard + 1)]
+        url = f"train/{name}-train-{shard:05d}-of-{num_shards:05d}.tar"
+        rows = [np.zeros(0, dtype=INDEX_DTYPE)]
+        with (folder / url).open("wb") as stream:
+            writer = TarWriter(stream)
+            for sample in samples[slice(*borders)]:
+                encoded = [encode_stored(image.pixels, codec=codec) for image in sample.images]
+                members = sample_members(sample, encoded, codec=codec, several=several)
+                place = writer.write_sample(members)
+                sizes = [len(payload) for payload in encoded]
+                json_bytes = len(members[0][1])
+                rows.append(
+                    index_row(sample, place=place, json_bytes=json_bytes, image_sizes=sizes)
+                )
+            sha256 = writer.finish()
+        table = np.concatenate(rows)
+        index = encode_index(table)
+        entry = ShardEntry(
+            url=url,
+            split="train",
+            nsamples=len(table),
+            num_bytes=writer.num_bytes,
+            sha256=sha256,
+            index_bytes=len(index),
+            index_sha256="",
+            num_images=int(table["num_images"].sum()),
+            num_tokens=int(table["num_tokens"].sum()),
+            num_loss_tokens=int(table["num_loss_tokens"].sum()),
+        )
+        (folder / entry.index_url).write_bytes(index)
+        entries.append(entry)
+    totals = ("num_images", "num_tokens", "num_loss_tokens", "num_bytes")
+    symbols = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>")
+    special_ids = {"bos": 1, "eos": 2, "pad": 0, **{s: 128 + i for i, s in enumerate(symbols)}}
+    manifest = Manifest(
+        dataset=name,
+        recipe={
+            "image": {
+                "codec": codec,
+                "views": [view.to_dict()],
+                "headroom": 1.0,
+                "max_side_px": None,
+            }
+        },
+        tokenizer=TokenizerEntry(
+            name="numbers",
+            sha256="",
+            probe_sha256="",
+            vocab_size=100,
+            embedding_size=133,
+            special_ids=special_ids,
+        ),
+        libraries={},
+        splits={
+            "train": SplitEntry(
+                build_key="-".join(entry.sha256[:8] for entry in entries[:4]),
+                source={"kind": "synthetic"},
+                num_samples=len(samples),
+                quarantined={},
+                **{t: sum(getattr(entry, t) for entry in entries) for t in totals},
+            )
+        },
+        shards=tuple(entries),
+    )
+    (folder / "manifest.json").write_bytes(manifest.encode())
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def write_dataset():
+    """A function that writes prepared samples as a dataset and returns its URL.
+
+    Its view is a crop of 28 px with 4 image tokens, unless another is given.
+    """
+    return _write_dataset

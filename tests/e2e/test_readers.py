@@ -153,6 +153,7 @@ def test_python_tarfile_reads_adjacent_members_in_one_order_with_plain_headers(b
 
 
 @foreign
+@pytest.mark.filterwarnings("ignore:String specifications for transformations:UserWarning")
 def test_wids_opens_our_manifest_and_leaves_the_shards_alone(tiny_dataset, tmp_path, monkeypatch):
     import wids
 
@@ -183,7 +184,8 @@ table = datasets.load_dataset(
 rows = {}
 for row in table:
     rows[row["__key__"]] = row["json"]
-    arrays = {name: np.asarray(row[name]) for name in row if name not in ("json", "__key__", "__url__")}
+    names = set(row) - {"json", "__key__", "__url__"}
+    arrays = {name: np.asarray(row[name]) for name in names}
     np.savez(f"{out}/{row['__key__']}.npz", **arrays)
 json.dump(rows, open(f"{out}/rows.json", "w"))
 """
@@ -207,8 +209,13 @@ def check_hugging_face(folder, tmp_path, *, streaming):
     want = members(folder)
     assert records.keys() == want.keys()
     for key, record in records.items():
-        arrays = np.load(out / f"{key}.npz")
-        check_sample(key, {"json": record, **arrays}, want[key])
+        # A table has one schema: fields that other messages have are there, empty.
+        record["message_list"] = [
+            {name: value for name, value in message.items() if value is not None}
+            for message in record["message_list"]
+        ]
+        with np.load(out / f"{key}.npz") as arrays:
+            check_sample(key, {"json": record, **arrays}, want[key])
 
 
 def test_hugging_face_datasets_streams_the_shards(tiny_dataset, tmp_path):
@@ -226,13 +233,10 @@ def test_hugging_face_datasets_reads_every_codec(by_codec, codec, tmp_path):
 
 
 def test_lossless_codecs_store_the_same_pixels(by_codec):
-    stored = [
-        {
-            key: pixels(sample[CODEC_SUFFIX[codec]])
-            for key, sample in members(by_codec(codec)).items()
-        }
-        for codec in ("png", "webp", "raw")
-    ]
+    stored = []
+    for codec in ("png", "webp", "raw"):
+        samples = members(by_codec(codec))
+        stored.append({key: pixels(s[CODEC_SUFFIX[codec]]) for key, s in samples.items()})
     assert len(stored[0]) == 8
     for other in stored[1:]:
         assert other.keys() == stored[0].keys()
