@@ -13,6 +13,10 @@ no randomness, no state. The batch has exactly these keys, whatever the examples
 and, where asked for, `position_ids` (0), `subsegment_ids` (-1), `loss_weights` (0) and `metadata`
 (a list of dictionaries). L follows from the pad mode, M is the batch's maximum or a fixed number.
 
+Two other forms of pictures are taken as the view gives them: `images` as patches [B, M, P, D], and
+maps from image to tokens: `image_input_idx` per token [B, M, T] (padding -100, as for tokens of
+other crops), or `token_pooling` int64 [B, R, pool] (padding -1), R the batch's most image tokens.
+
 `labels[t]` is the target of input position t: examples come shifted, and the model must not shift
 them again.
 
@@ -33,6 +37,7 @@ import numpy as np
 import torch
 
 from shardspec.errors import ConfigError, SampleError, nearest
+from shardspec.tiling import EXCLUDED, NO_PATCH
 
 IGNORE_INDEX = -100
 """Label of positions without loss: the default `ignore_index` of torch.nn.CrossEntropyLoss."""
@@ -65,8 +70,10 @@ class MMCollator:
         sequence_length: int,
         pad_mode: str = "to_128",
         pad_token_id: int = 0,
-        image_shape: tuple[int, int, int] = (3, 336, 336),
+        image_shape: tuple[int, ...] = (3, 336, 336),
         num_patches: int = 576,
+        tokens_per_crop: int | None = None,
+        pool: int | None = None,
         max_images: int | None = None,
         overlong: Literal["error", "truncate"] = "error",
         with_metadata: bool = False,
@@ -79,8 +86,10 @@ class MMCollator:
           pad_mode: "max_len" pads to `sequence_length`; "batch_max" to the longest example;
             "to_N" to the next multiple of N from there, but never beyond `sequence_length`.
           pad_token_id: Padding of `input_ids`.
-          image_shape: (C, H, W) of every image.
+          image_shape: (C, H, W) of every image, or (patches, dim) for images as patches.
           num_patches: Patches of one image, the second axis of `image_masks`.
+          tokens_per_crop: Second axis of `image_input_idx` where it maps every token of a crop.
+          pool: Second axis of `token_pooling`; None leaves that key out.
           max_images: Fixed number of images per row of the batch; None takes the most of the batch.
           overlong: What happens to an example longer than `sequence_length`: refused, or cut where
             that loses no image and leaves something to learn.
@@ -91,7 +100,10 @@ class MMCollator:
           ConfigError: `pad_mode`, `overlong`, `extra_key` or `collator_range`.
         """
         numbers = {"sequence_length": sequence_length, "num_patches": num_patches}
-        numbers |= dict(zip(("channels", "height", "width"), image_shape, strict=True))
+        axes = ("channels", "height", "width") if len(image_shape) == 3 else ("patches", "dim")
+        numbers |= dict(zip(axes, image_shape, strict=True))
+        numbers |= {"tokens_per_crop": 1 if tokens_per_crop is None else tokens_per_crop}
+        numbers |= {"pool": 1 if pool is None else pool}
         bad: dict[str, object] = {name: value for name, value in numbers.items() if value < 1}
         if max_images is not None and max_images < 0:
             bad["max_images"] = max_images
@@ -122,6 +134,8 @@ class MMCollator:
         self.pad_token_id = pad_token_id
         self.image_shape = tuple(image_shape)
         self.num_patches = num_patches
+        self.tokens_per_crop = tokens_per_crop
+        self.pool = pool
         self.max_images = max_images
         self.overlong = overlong
         self.with_metadata = with_metadata
@@ -177,28 +191,40 @@ class MMCollator:
         first = next((ex["images"] for ex, n in zip(examples, counts, strict=True) if n), None)
         images = self._image_buffer(len(examples), num, first)
         masks = np.zeros((len(examples), num, self.num_patches), np.float32)
-        input_idx = np.full((len(examples), num), -1, np.int64)
+        index_shape = (len(examples), num)
+        if self.tokens_per_crop is None:
+            input_idx = np.full(index_shape, -1, np.int64)
+        else:
+            input_idx = np.full((*index_shape, self.tokens_per_crop), EXCLUDED, np.int64)
         for row, (example, n) in enumerate(zip(examples, counts, strict=True)):
             if n:
                 np.copyto(images[row, :n], example["images"])
                 masks[row, :n] = example["image_masks"]
                 input_idx[row, :n] = example["image_input_idx"]
             images[row, n:] = 0
-        return {
-            "images": torch.from_numpy(images),
-            "image_masks": torch.from_numpy(masks),
-            "image_input_idx": torch.from_numpy(input_idx),
-        }
+        arrays = {"images": images, "image_masks": masks, "image_input_idx": input_idx}
+        if self.pool is not None:
+            arrays["token_pooling"] = self._collate_pooling(examples, self.pool)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _collate_pooling(self, examples: Sequence[Example], pool: int) -> np.ndarray:
+        rows = [example.get("token_pooling", np.zeros((0, pool))) for example in examples]
+        pooling = np.full((len(rows), max(map(len, rows)), pool), NO_PATCH, np.int64)
+        for row, array in enumerate(rows):
+            pooling[row, : len(array)] = array
+        return pooling
 
     def _image_buffer(self, num_rows: int, num: int, first: np.ndarray | None) -> np.ndarray:
         """Allocates [B, M, C, H, W] with the type and the memory order of the first pictures.
 
         Batches without pictures are uint8 with channels last.
         """
-        channels, height, width = self.image_shape
         dtype = np.dtype(np.uint8) if first is None else first.dtype
-        if first is not None and first.strides[1] > first.strides[3]:  # channels lie apart
-            return np.empty((num_rows, num, channels, height, width), dtype)
+        if len(self.image_shape) == 2 or (
+            first is not None and first.strides[1] > first.strides[3]  # channels lie apart
+        ):
+            return np.empty((num_rows, num, *self.image_shape), dtype)
+        channels, height, width = self.image_shape
         buffer = np.empty((num_rows, num, height, width, channels), dtype)
         return np.moveaxis(buffer, -1, 2)
 
@@ -227,7 +253,7 @@ class MMCollator:
             )
         if num:
             # Without image_end the first token of an image is all that is known of its place.
-            end = example.get("image_end", example["image_input_idx"] + 1)
+            end = example["image_end"] if "image_end" in example else _image_starts(example) + 1
             if np.max(end) > limit:
                 raise SampleError(
                     "cutting the example at the sequence length would cut an image",
@@ -260,7 +286,8 @@ class MMCollator:
                 where="; ".join(dict.fromkeys(problems)),
                 facts={
                     "want": f"images uint8 or float32 [n, {_joined(self.image_shape)}], "
-                    f"image_masks [n, {self.num_patches}], image_input_idx [n]",
+                    f"image_masks [n, {self.num_patches}], image_input_idx [n"
+                    + (f", {self.tokens_per_crop}]" if self.tokens_per_crop else "]"),
                     **specs,
                 },
                 fix="give the collator and every dataset of the mixture the same view",
@@ -283,7 +310,12 @@ class MMCollator:
         if num:
             want["images"] = (num, *self.image_shape)
             want["image_masks"] = (num, self.num_patches)
-            want["image_input_idx"] = (num,)
+            per_token = () if self.tokens_per_crop is None else (self.tokens_per_crop,)
+            want["image_input_idx"] = (num, *per_token)
+            if self.pool is not None:
+                if "token_pooling" not in example:
+                    return ["token_pooling is missing"]
+                want["token_pooling"] = (len(example["token_pooling"]), self.pool)
             if "image_end" in example:
                 want["image_end"] = (num,)
         found = [f"{key} has another shape" for key in want if example[key].shape != want[key]]
@@ -321,6 +353,10 @@ def _parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
 
 def _num_images(example: Example) -> int:
     return max((len(example[key]) for key in IMAGE_KEYS if key in example), default=0)
+
+
+def _image_starts(example: Example) -> np.ndarray:
+    return np.asarray(example["image_input_idx"])
 
 
 def _name(row: int, example: Example) -> str:

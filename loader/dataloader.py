@@ -7,6 +7,7 @@ ranks, threads and workers.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from loader.assemble import View
 from loader.collate import MMCollator
 from loader.order import Order, OrderConfig
 from loader.stream import StreamingDataset
@@ -62,13 +64,11 @@ def make_dataloader(
             facts={"global_batch_size": global_batch_size, "world_size": world_size},
             fix=f"use {max(below, world_size)} or {below + world_size}",
         )
-    size = dataset.view.image.size_px
-    collator = MMCollator(
+    collator = view_collator(
+        dataset.view,
         sequence_length=sequence_length,
         pad_mode=pad_mode,
         pad_token_id=dataset.ids.pad,
-        image_shape=(3, size, size),
-        num_patches=dataset.view.image.num_patches,
         extra_keys=extra_keys,
         with_metadata=with_metadata,
     )
@@ -76,6 +76,32 @@ def make_dataloader(
         global_batch_size // world_size, sequence_length=sequence_length
     )
     return StreamLoader(dataset, collator, decode_threads=decode_threads, workers=workers)
+
+
+def view_collator(
+    view: View,
+    *,
+    sequence_length: int,
+    pad_mode: str = "to_128",
+    pad_token_id: int = 0,
+    extra_keys: tuple[str, ...] = (),
+    with_metadata: bool = False,
+) -> MMCollator:
+    """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
+    image = view.image
+    side, patch, rows_cols = image.size_px, image.patch_px, image.crop_tokens
+    patches = view.pixels == "patches"
+    return MMCollator(
+        sequence_length=sequence_length,
+        pad_mode=pad_mode,
+        pad_token_id=pad_token_id,
+        image_shape=(image.num_patches, patch * patch * 3) if patches else (3, side, side),
+        num_patches=image.num_patches,
+        tokens_per_crop=math.prod(rows_cols) if view.image_map == "per_token" else None,
+        pool=math.prod(image.pool) if view.image_map == "pooling" else None,
+        extra_keys=extra_keys,
+        with_metadata=with_metadata,
+    )
 
 
 class StreamLoader:

@@ -127,10 +127,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
     @property
     def order(self) -> Order:
         """The order of the run at this batch size and world size."""
+        batch_size = 1 if self.batch_size is None else self.batch_size
         return Order(
             plan_order(
                 len(self.reader),
-                global_batch_size=(self.batch_size or 1) * self.topology.world_size,
+                global_batch_size=batch_size * self.topology.world_size,
                 seed=self._base_seed,
                 tail=self.tail,
                 shuffle=self.shuffle,
@@ -199,14 +200,17 @@ def check_view(manifest: Manifest, view: ImageView, *, where: str) -> None:
     """
     image = manifest.recipe["image"]
     views = [ImageView.from_dict(stored) for stored in image["views"]]
+    if view in views:
+        return
     for width, height in _PROBE_SIZES:
         if image["max_side_px"]:
-            scale = min(1.0, image["max_side_px"] / max(width, height))
-            have = (int(width * scale), int(height * scale))
+            # It bounds the longer side; the other one is whatever the picture's shape leaves.
+            have = (image["max_side_px"], image["max_side_px"])
         else:
             have = stored_size(width, height, views, headroom=image["headroom"])
         want = canvas_size(width, height, view)
-        if want[0] > have[0] or want[1] > have[1]:
+        # No side is ever stored larger than the source's: views enlarge such pictures at load.
+        if min(want[0], width) > have[0] or min(want[1], height) > have[1]:
             raise ConfigError(
                 "the view asks for more pixels than the shards hold",
                 reason="view_bound",

@@ -8,16 +8,18 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
     <key>.jpg           the image; `<key>.0.jpg`, `<key>.1.jpg` ... where a dataset has several
                         (.png, .webp, or .image.npy for uncompressed uint8 [H, W, 3])
 
-A row of `spans` is one of two kinds (column 0):
+A row of `spans` is one of three kinds (column 0):
 
     TEXT   (0, branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight)
+    LEAD   (2, image, start, stop, 0, 0, 0, 0)
     IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
 
 TEXT rows that share (branch, turn) are the *baked variants* of one exchange: the loader draws one
 of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption
 that answers eight prompts is stored once. A *branch* is one conversation about the sample's
-images. The weight is the branch's loss weight in millionths. Rows are sorted; IMAGE rows come
-last, in order.
+images. The weight is the branch's loss weight in millionths. LEAD rows name the tokens that stand
+in front of an image, such as "Image 2"; there is one per image, or none. Rows are sorted: TEXT,
+LEAD, then IMAGE rows.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -57,6 +59,7 @@ class SpanKind(enum.IntEnum):
 
     TEXT = 0
     IMAGE = 1
+    LEAD = 2
 
 
 class Geometry(enum.IntFlag):
@@ -98,12 +101,17 @@ class PreparedSample:
     """int32 [S, 8], the table of the module docstring (num_bytes is 0 until stored)."""
     images: tuple[PreparedImage, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
-    """Metadata and text in plain JSON types: `messages`, `metadata`, `style`."""
+    """Metadata and text in plain JSON types: `key`, `message_list`, `metadata`."""
 
 
 def text_rows(spans: np.ndarray) -> np.ndarray:
     """Selects the TEXT rows of a spans table, as a view: int32 [N, 8]."""
-    return spans[: len(spans) - num_images(spans)]
+    return spans[: np.count_nonzero(spans[:, 0] == SpanKind.TEXT)]
+
+
+def lead_rows(spans: np.ndarray) -> np.ndarray:
+    """Selects the LEAD rows of a spans table, as a view: int32 [M or 0, 8]."""
+    return spans[len(text_rows(spans)) : len(spans) - num_images(spans)]
 
 
 def image_rows(spans: np.ndarray) -> np.ndarray:
@@ -219,17 +227,21 @@ def sample_members(
 def spans_table(
     texts: Sequence[tuple[int, int, int, int, int, int, int]],
     images: Sequence[PreparedImage],
+    *,
+    leads: Sequence[tuple[int, int]] = (),
 ) -> np.ndarray:
     """Builds the spans table of a sample.
 
     Args:
       texts: (branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight).
       images: In order; their num_bytes stays 0 until the codec has run.
+      leads: (start, stop) of the tokens in front of each image, or ().
 
     Returns:
       int32 [S, 8].
     """
     rows = [(int(SpanKind.TEXT), *text) for text in texts]
+    rows += [(int(SpanKind.LEAD), i, *lead, 0, 0, 0, 0) for i, lead in enumerate(leads)]
     for i, image in enumerate(images):
         height, width = image.pixels.shape[:2]
         source = (image.source_width, image.source_height)

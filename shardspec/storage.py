@@ -14,7 +14,7 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -98,14 +98,22 @@ def delete(url: str) -> None:
     with naming_errors(url):
         if is_local(url):
             path = local_path(url)
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            while path.is_dir():
+                # What a dying process still tidies up vanishes under our hands.
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(path)
+            path.unlink(missing_ok=True)
             return
         fs, remote = _remote(url)
         if fs.exists(remote):
             fs.rm(remote, recursive=True)
+
+
+def delete_temporaries(url: str) -> None:
+    """Removes the unfinished files of killed writers below a local directory."""
+    with naming_errors(url):
+        for path in local_path(url).rglob(".*.tmp-" + "[0-9a-f]" * 32):
+            path.unlink(missing_ok=True)
 
 
 def publish_bytes(url: str, payload: bytes) -> None:

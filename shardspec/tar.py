@@ -132,15 +132,16 @@ def walk_tar(stream: IO[bytes], *, where: str = "") -> Iterator[TarMember]:
     """Lists the members of a shard by its headers, without reading the payloads.
 
     Raises:
-      ShardError: `tar_header` (not the header that `member_header` makes, or a lone zero block),
-        `tar_truncated` (the file ends inside a member, or without its end-of-archive blocks).
+      ShardError: `tar_header` (not the header that `member_header` makes, or zero blocks elsewhere
+        than at the end), `tar_truncated` (the file ends inside a member, or without its
+        end-of-archive blocks).
     """
     position = 0
     size = stream.seek(0, 2)
     while True:
         stream.seek(position)
         blocks = stream.read(len(END_OF_ARCHIVE))
-        if blocks == END_OF_ARCHIVE:
+        if blocks == END_OF_ARCHIVE and position + len(blocks) == size:
             return
         header = blocks[:BLOCK]
         if len(blocks) < len(END_OF_ARCHIVE) and (len(header) < BLOCK or not any(header)):
