@@ -159,9 +159,8 @@ class VisionLanguageModel(nn.Module):
     ) -> Tensor:
         """Puts image features in the place of the embeddings of patch tokens."""
         example_N, image_N = (image_input_idx >= 0).nonzero(as_tuple=True)
-        if len(example_N) == 0:
-            return x_BLD
-        # Pictures come as uint8, a quarter of the bytes to move; here they become numbers.
+        # Pictures come as uint8, a quarter of the bytes to move. A batch without any goes the same
+        # way, so that the encoder has (zero) gradients on every rank.
         pixels = normalize(images[example_N, image_N], kind="siglip")
         features = self.vision(pixels, image_masks[example_N, image_N])
         start_N1 = image_input_idx[example_N, image_N][:, None]

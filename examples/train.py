@@ -99,10 +99,10 @@ def parse_options() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("shards", help="folder made by `make shards`")
-    parser.add_argument("--steps", type=int, default=80, help="steps in all, resumed ones included")
+    parser.add_argument("--steps", type=int, default=60, help="steps in all, resumed ones included")
     parser.add_argument("--batch-size", type=int, default=8, help="samples per step, all ranks")
     parser.add_argument("--sequence-length", type=int, default=512, help="longest sequence, tokens")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate after the warm-up")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate after the warm-up")
     parser.add_argument("--seed", type=int, default=0, help="seed of the model and of the order")
     parser.add_argument("--checkpoint", type=Path, help="file to save to, and to resume from")
     return parser.parse_args()
@@ -136,7 +136,7 @@ def total(number: torch.Tensor) -> torch.Tensor:
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
     """Writes a checkpoint. The loader's state is a few numbers, the same on every rank."""
     parts = {"model": model, "optimizer": optimizer, "loader": loader}
-    unfinished = path.with_suffix(".part")
+    unfinished = path.with_name(path.name + ".part")
     torch.save({name: part.state_dict() for name, part in parts.items()}, unfinished)
     unfinished.replace(path)
 

@@ -19,7 +19,7 @@ from loader.assemble import View
 from loader.collate import MMCollator
 from loader.order import Order, OrderConfig
 from loader.stream import StreamingDataset
-from shardspec.errors import ConfigError, StateError
+from shardspec.errors import ConfigError, ShardsError, StateError
 from shardspec.manifest import differences
 
 STATE_VERSION = 1
@@ -58,11 +58,12 @@ def make_dataloader(
     world_size = dataset.topology.world_size
     if global_batch_size % world_size:
         below = global_batch_size // world_size * world_size
+        near = [str(batch) for batch in (below, below + world_size) if batch > 0]
         raise ConfigError(
             "the global batch cannot be dealt evenly to the ranks",
             reason="batch_not_divisible",
             facts={"global_batch_size": global_batch_size, "world_size": world_size},
-            fix=f"use {max(below, world_size)} or {below + world_size}",
+            fix=f"use {' or '.join(near)}",
         )
     collator = view_collator(
         dataset.view,
@@ -209,13 +210,16 @@ class StreamLoader:
 
     def _by_workers(self, stop: int) -> Iterator[dict[str, Any]]:
         steps = _Steps(self, range(self.step, stop))
-        yield from DataLoader(
+        for batch in DataLoader(
             steps,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self.workers,
             # spawn: a forked child would inherit locks that the parent's threads hold.
             multiprocessing_context="spawn",
-        )
+        ):
+            if isinstance(batch, ShardsError):
+                raise batch
+            yield batch
 
 
 class _Steps:
@@ -228,5 +232,9 @@ class _Steps:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self._collator(self._dataset.batch(self._order, self._steps[i]))
+    def __getitem__(self, i: int) -> dict[str, Any] | ShardsError:
+        try:
+            return self._collator(self._dataset.batch(self._order, self._steps[i]))
+        except ShardsError as error:
+            # Sent as a value: what a worker raises reaches the caller as a RuntimeError.
+            return error

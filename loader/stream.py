@@ -8,9 +8,11 @@ K, ... of the pass, which is the sequence in which a DataLoader takes them.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +24,18 @@ from loader.order import Order, Tail, plan_order, rank_positions
 from loader.reader import Check, ShardReader
 from loader.topology import Topology, find_topology, find_worker
 from shardspec import storage
-from shardspec.errors import ConfigError
-from shardspec.keyed import SampleRng, dataset_seed, sample_seed
+from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
 from shardspec.manifest import Manifest, require_manifest
+from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import ImageView, canvas_size, stored_size
+
+logger = logging.getLogger(__name__)
+
+OnBad = Literal["raise", "substitute"]
+
+MAX_SUBSTITUTES = 8
+"""Substitutes tried for one slot: with one sample in two bad, 1 slot in 500 would still fail."""
 
 _PROBE_SIZES = ((4000, 3000), (3000, 4000), (4000, 4000), (6000, 1000), (1000, 6000))
 """Source sizes (width, height) on which a view is compared with the stored bound."""
@@ -47,6 +57,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         rank: int | None = None,
         world_size: int | None = None,
         check: Check = "size",
+        on_bad: OnBad = "raise",
+        tokenizer: TrainingTokenizer | None = None,
     ) -> None:
         """Reads the manifest; opens no shard yet.
 
@@ -63,10 +75,14 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             last batch has labels -100 throughout).
           rank, world_size: Data-parallel place; by default torch.distributed or the environment.
           check: "crc" verifies each sample's checksum as it is read.
+          on_bad: What a sample that cannot be read or laid out does: it raises, or another sample,
+            chosen by hash, takes its slot, which `metadata["substitutes"]` and `bad` record.
+          tokenizer: The run's Hugging Face tokenizer, to be compared with the shards'.
 
         Raises:
           ManifestError: There is no readable manifest.
-          ConfigError: `unknown_split`, `view_bound`, `topology`, `remote_url`.
+          ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
+            `remote_url`.
         """
         super().__init__()
         if not storage.is_local(url):
@@ -88,6 +104,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.ids = TokenIds.from_special_ids(self.manifest.tokenizer.special_ids)
         self.view = view or View(image=stored_view(self.manifest))
         check_view(self.manifest, self.view.image, where=self.url)
+        if tokenizer is not None:
+            check_tokenizer(self.manifest.tokenizer, tokenizer, where=self.url)
+        self.on_bad: OnBad = on_bad
+        self.bad: Counter[str] = Counter()
+        """Samples substituted in this process, by reason."""
         self._base_seed = dataset_seed(seed, self.manifest.dataset)
         self._rng = SampleRng()
         # Shared memory, so that persistent workers see a new epoch as well.
@@ -117,6 +138,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             rank=self.topology.rank,
             world_size=self.topology.world_size,
             check=self.reader.check,
+            on_bad=self.on_bad,
         )
 
     @property
@@ -182,9 +204,33 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           ShardError: The sample cannot be read; see `ShardReader.read`.
           SampleError: It cannot be laid out; see `assemble`.
         """
-        seed = sample_seed(self._base_seed, idx=sample_id, length=len(self.reader), epoch=epoch)
-        sample = self.reader.read(sample_id)
-        return assemble(sample, self._rng(seed), view=self.view, ids=self.ids)
+        first: ShardsError | None = None
+        for attempt in range(1 + MAX_SUBSTITUTES):
+            number = sample_id
+            if attempt:
+                number = keyed(self._base_seed, sample_id, epoch, attempt) % len(self.reader)
+            try:
+                example = self._example(number, epoch)
+            except (SampleError, ShardError) as error:
+                if self.on_bad == "raise":
+                    raise
+                self._count(error)
+                first = first or error
+                continue
+            if first is not None:
+                example["metadata"]["substitutes"] = {"sample": sample_id, "reason": first.reason}
+            return example
+        assert first is not None
+        raise first
+
+    def _example(self, number: int, epoch: int) -> dict[str, Any]:
+        seed = sample_seed(self._base_seed, idx=number, length=len(self.reader), epoch=epoch)
+        return assemble(self.reader.read(number), self._rng(seed), view=self.view, ids=self.ids)
+
+    def _count(self, error: ShardsError) -> None:
+        if error.reason not in self.bad:
+            logger.warning("a sample is substituted (logged once per reason): %s", error)
+        self.bad[error.reason] += 1
 
 
 def stored_view(manifest: Manifest) -> ImageView:

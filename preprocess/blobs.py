@@ -126,7 +126,7 @@ class BlobCache:
                 "blob is missing from the cache",
                 reason="blob_missing",
                 where=str(path),
-                fix="run the fetch again: it downloads what is missing",
+                fix="run the same command again: it fetches what is missing",
             ) from error
         got = hashlib.sha256(payload).hexdigest()
         if got != sha256:
@@ -136,7 +136,7 @@ class BlobCache:
                 reason="blob_corrupt",
                 where=str(path),
                 facts={"got_sha256": got, "num_bytes": len(payload)},
-                fix="run the fetch again: it downloads what is missing",
+                fix="run the same command again: it fetches what is missing",
             )
         return payload
 

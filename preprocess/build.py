@@ -27,7 +27,7 @@ from preprocess.datasets.base import SceneImage
 from preprocess.plan import shard_name
 from preprocess.recipe import Preparer, read_path
 from shardspec import storage
-from shardspec.errors import SampleError, StorageError
+from shardspec.errors import SampleError
 from shardspec.index import INDEX_DTYPE, encode_index, index_row, longest_text
 from shardspec.manifest import (
     INDEX_SUFFIX,
@@ -57,6 +57,7 @@ class BuildContext:
     blobs: str
     """Root of the blob cache."""
     several_images: bool = False
+    """Whether the members of images carry numbers."""
 
     @cached_property
     def cache(self) -> BlobCache:
@@ -85,7 +86,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
       on_row: Called after each row with "" or the reason why it was quarantined.
 
     Raises:
-      StorageError: The output cannot be written.
+      StorageError: The output cannot be written, or the cache has lost an image.
     """
     lines = storage.read_bytes(rows_url(context.out, context.split, shard)).splitlines()
     rows = sorted(map(json.loads, lines), key=lambda row: int(row["position"]))
@@ -124,6 +125,8 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     lines = [canonical_json(line) for line in quarantined]
     if lines:
         storage.publish_bytes(context.quarantine_url(shard), b"".join(lines))
+    else:
+        storage.delete(context.quarantine_url(shard))  # an earlier, uncommitted build's
     receipt = Receipt(
         build_key=context.build_key,
         shard=ShardEntry(
@@ -171,11 +174,14 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
 
     Raises:
       SampleError: The row cannot become a sample.
+      StorageError: `blob_missing`, `blob_corrupt`: that is the cache's fault, not the row's.
     """
     example = dict(row["example"])
     image = row["image"]
-    if image is not None:
-        example["image"] = _open_image(image, cache=cache, key=row["key"])
+    if isinstance(image, list):
+        example["image"] = [_open_image(each, cache=cache, key=row["key"]) for each in image]
+    elif image is not None:
+        example["image"] = _open_image(image, cache=cache)
     return preparer(example, key=row["key"])
 
 
@@ -191,7 +197,7 @@ def sample_size(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
     sample = prepare_row(preparer, row, cache=cache)
     encoded = [preparer.image_preprocessor.encode(image) for image in sample.images]
     codec = preparer.recipe.image.codec
-    members = sample_members(sample, encoded, codec=codec, several=False)
+    members = sample_members(sample, encoded, codec=codec, several=len(encoded) > 1)
     place = TarWriter(io.BytesIO()).write_sample(members)
     return place.num_bytes, longest_text(sample.spans)[0]
 
@@ -221,20 +227,11 @@ def scratch_folder(out: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _open_image(image: Mapping[str, Any], *, cache: BlobCache, key: str) -> Any:
+def _open_image(image: Mapping[str, Any], *, cache: BlobCache) -> Any:
     if image["kind"] == "scene":
         return SceneImage(seed=image["seed"], idx=image["idx"])
     if image["kind"] == "blob":
-        try:
-            return cache.get(image["sha256"])
-        except StorageError as error:
-            raise SampleError(
-                "image is no longer in the blob cache",
-                reason="blob_missing",
-                where=key,
-                facts=error.facts,
-                fix="remove the output's plan folder and run the same command again",
-            ) from error
+        return cache.get(image["sha256"])
     payload = read_path(Path(image["path"]))
     if hashlib.sha256(payload).hexdigest() != image["sha256"]:
         raise SampleError(

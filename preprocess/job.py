@@ -97,12 +97,14 @@ class Job:
         self.blobs = BlobCache(Path(settings.cache).expanduser())
         self.preparer = Preparer(recipe=settings.recipe, tokenizer=tokenizer)
         self.tokenizer = tokenizer.entry
+        kind = dataset_class(settings.dataset)
         self.recipe = {
             **settings.recipe.to_dict(),
-            "mode": dataset_class(settings.dataset).resolve_mode(settings.mode),
+            "mode": kind.resolve_mode(settings.mode),
+            "several_images": kind.several_images,
             "frame": dataclasses.asdict(self.preparer.frame),
         }
-        self.libraries = library_versions()
+        self.libraries = library_versions(settings.dataset)
 
     @cached_property
     def dataset(self) -> DatasetBase:
@@ -144,12 +146,17 @@ class Job:
         return self.blobs.root / "ledgers" / f"{self.settings.dataset}.jsonl"
 
 
-def library_versions() -> dict[str, str]:
-    """Lists what touches bytes: libraries by version, our own code by the hash of its sources."""
+def library_versions(dataset: str) -> dict[str, str]:
+    """Lists what touches bytes: libraries by version, our own code by the hash of its sources.
+
+    Of the datasets' modules only the one being built counts: a new adapter changes no other output.
+    """
     code = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for name in _BYTE_MODULES:
-        code.update((root / name).read_bytes())
+    templates = sorted((root / "preprocess/templates").glob("*.toml"))
+    own = root / f"preprocess/datasets/{dataset}.py"
+    for path in (*(root / name for name in _BYTE_MODULES), *templates, own):
+        code.update(path.read_bytes())
     versions = {
         name: importlib.metadata.version(name) for name in ("numpy", "pillow", "tokenizers")
     }
@@ -164,14 +171,15 @@ def library_versions() -> dict[str, str]:
 
 _BYTE_MODULES = (
     "preprocess/build.py",
+    "preprocess/choices.py",
     "preprocess/datasets/base.py",
-    "preprocess/datasets/pixmo_cap.py",
     "preprocess/formatter.py",
     "preprocess/image.py",
     "preprocess/plan.py",
+    "preprocess/points.py",
     "preprocess/recipe.py",
+    "preprocess/scene_questions.py",
     "preprocess/scenes.py",
-    "preprocess/templates/caption.toml",
     "preprocess/text.py",
     "preprocess/tokens.py",
     "shardspec/index.py",
@@ -181,7 +189,7 @@ _BYTE_MODULES = (
     "shardspec/tar.py",
     "shardspec/tiling.py",
 )
-"""Sources whose change may change the bytes of a shard."""
+"""Sources whose change may change the bytes of a shard, whatever the dataset."""
 
 
 def source_stamp(source: str) -> str:

@@ -14,10 +14,11 @@ Anything that interrupts leaves the old state or the new one.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from preprocess.build import SCRATCH, BuildContext, build_shard, find_receipt
 from preprocess.commit import Committed, check_bad_samples, commit, committed
@@ -26,8 +27,15 @@ from preprocess.job import Job, JobSettings, Reporter
 from preprocess.plan import shard_borders
 from preprocess.planner import Plan, drop_plan, load_plan, make_plan, read_json
 from shardspec import storage
-from shardspec.errors import ConflictError
-from shardspec.manifest import Receipt, canonical_json, differences, load_manifest
+from shardspec.errors import ConflictError, StorageError
+from shardspec.manifest import (
+    MANIFEST_NAME,
+    Receipt,
+    canonical_json,
+    check_same,
+    differences,
+    load_manifest,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,30 +59,50 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
     """
     started = time.monotonic()
     job = Job(settings)
-    _check_conflict(job)
+    promised = _check_conflict(job)
     result = committed(job)
     built = 0
     if result is None:
         if storage.is_local(settings.out):
             storage.delete(job.url(SCRATCH))
-        plan = load_plan(job) or make_plan(job, report)
-        receipts, built = _build(job, plan, report)
+        plan = load_plan(job) or make_plan(job, report, promised=promised)
+        try:
+            receipts, built = _build(job, plan, report)
+        except StorageError as error:
+            if error.reason in ("blob_missing", "blob_corrupt"):
+                drop_plan(job)  # so that the same command fetches it again
+            raise
         check_bad_samples(job, plan, receipts)
         result = commit(job, plan, receipts)
     drop_plan(job)
     if storage.is_local(settings.out):
         storage.delete(job.url(SCRATCH))
+        storage.delete_temporaries(settings.out)
     outcome = Outcome(result=result, built_shards=built, seconds=time.monotonic() - started)
     if built:
         _write_run(job, outcome)
     return outcome
 
 
-def _check_conflict(job: Job) -> None:
-    """Refuses an output that holds the result of another job under this split's name."""
+def _check_conflict(job: Job) -> str | None:
+    """Refuses an output that holds the result of another job.
+
+    Returns:
+      The build key of the split that the output names already, or None.
+    """
     manifest = load_manifest(job.settings.out)
-    if manifest is None or job.settings.split not in manifest.splits:
-        return
+    if manifest is None:
+        return None
+    if job.settings.split not in manifest.splits:
+        ours = replace(
+            manifest,
+            dataset=job.settings.dataset,
+            recipe=json.loads(canonical_json(job.recipe)),
+            tokenizer=job.tokenizer,
+            libraries=job.libraries,
+        )
+        check_same(manifest, ours, where=job.url(MANIFEST_NAME))
+        return None
     found = differences(read_json(job.identity_url) or {}, job.identity, "job")
     if found:
         raise ConflictError(
@@ -84,6 +112,7 @@ def _check_conflict(job: Job) -> None:
             facts={"differences": "; ".join(found)},
             fix="use another OUT=, or remove the old dataset",
         )
+    return manifest.splits[job.settings.split].build_key
 
 
 def _build(job: Job, plan: Plan, report: Reporter) -> tuple[list[Receipt], int]:
@@ -96,6 +125,7 @@ def _build(job: Job, plan: Plan, report: Reporter) -> tuple[list[Receipt], int]:
         num_shards=plan.num_shards,
         build_key=plan.build_key,
         blobs=str(job.blobs.root),
+        several_images=job.recipe["several_images"],
     )
     receipts = {shard: find_receipt(context, shard) for shard in range(plan.num_shards)}
     missing = [shard for shard, receipt in receipts.items() if receipt is None]

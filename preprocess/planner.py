@@ -17,7 +17,8 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ import numpy as np
 
 from preprocess.blobs import FetchResult, Ledger
 from preprocess.build import quarantine_line, sample_size, scratch_folder
-from preprocess.datasets import SceneImage
-from preprocess.fetch import fetch_all
+from preprocess.datasets import ImageSource, SceneImage, example_images
+from preprocess.fetch import FetchPolicy, fetch_all
 from preprocess.job import SMALL_JOB_FAILURES, Job, Reporter
 from preprocess.plan import count_shards, plan_order, shard_borders
-from preprocess.recipe import image_identity, read_path, sample_key
+from preprocess.recipe import image_identity, images_identity, read_path, sample_key
 from shardspec import storage
-from shardspec.errors import BudgetError, ConfigError, SampleError, StorageError
+from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleError, StorageError
 from shardspec.manifest import canonical_json, differences, fingerprint
 
 PROBE_ROWS = 32
@@ -65,16 +66,26 @@ def load_plan(job: Job) -> Plan | None:
     return Plan(**document)
 
 
-def make_plan(job: Job, report: Reporter) -> Plan:
+def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Plan:
     """Fetches the images and freezes a plan.
+
+    Args:
+      job: The job.
+      report: Gets the progress.
+      promised: Build key of the split that the output already names, to be repaired. Links that
+        had failed then are not asked again.
 
     Raises:
       BudgetError: `dead_links`, `nothing_left`, `probe_failed`.
+      ConflictError: `source_changed`: the plan is not the one that was promised.
       StorageError: `no_space`, and others of the storage.
     """
     drop_plan(job)
     storage.publish_bytes(job.identity_url, canonical_json(job.identity, indent=1))
-    results = _fetch(job, report)
+    policy = job.settings.fetch
+    if promised is not None:
+        policy = dataclasses.replace(policy, retry="none")
+    results = _fetch(job, policy, report)
     with scratch_folder(job.settings.out) as folder:
         spool = _Spool(folder / "spool.jsonl")
         rows = _spool_rows(job, results, spool, report)
@@ -96,8 +107,17 @@ def make_plan(job: Job, report: Reporter) -> Plan:
         "tokenizer": dataclasses.asdict(job.tokenizer),
         "libraries": job.libraries,
     }
+    build_key = fingerprint(build)
+    if promised not in (None, build_key):
+        raise ConflictError(
+            "shards of this split are damaged, and the source gives other rows or images now",
+            reason="source_changed",
+            where=job.settings.out,
+            facts={"got_build_key": build_key[:16], "want_build_key": str(promised)[:16]},
+            fix="restore the shards that `make verify` names, or build anew with another OUT=",
+        )
     plan = Plan(
-        build_key=fingerprint(build),
+        build_key=build_key,
         num_shards=count.num_shards,
         num_samples=len(order),
         source={
@@ -106,7 +126,7 @@ def make_plan(job: Job, report: Reporter) -> Plan:
             "limit": job.settings.limit,
             "rows_sha256": rows_sha256,
         },
-        quarantined=dict(sorted(Counter(rows.reasons).items())),
+        quarantined=dict(sorted((Counter(rows.reasons) + job.dataset.left_out).items())),
     )
     name = f"{job.settings.dataset}-{job.settings.split}-plan.jsonl"
     if rows.lost:
@@ -119,6 +139,8 @@ def make_plan(job: Job, report: Reporter) -> Plan:
 
 def drop_plan(job: Job) -> None:
     """Removes the rows of a plan; its job's identity stays."""
+    # First what makes it a plan: an interruption must not leave one that lacks some of its rows.
+    storage.delete(_plan_url(job))
     storage.delete(job.url("plan", job.settings.split))
 
 
@@ -188,6 +210,8 @@ def _spool_rows(
             found.keys.append(row["key"])
             yield canonical_json(row)
 
+    for reason, count in sorted(job.dataset.left_out.items()):
+        report.note(f"{count} rows of the source left out: {reason}")
     report.stage("plan", len(job.dataset))
     spool.write(good_rows())
     if not found.keys:
@@ -205,45 +229,90 @@ def _planned_rows(
 ) -> Iterator[tuple[dict[str, Any], SampleError | None]]:
     """Gives each row of the dataset as the plan keeps it, with its error if it cannot be built."""
     for i in range(len(job.dataset)):
-        example = job.dataset[i]
-        image = example.pop("image", None)
-        planned: dict[str, Any] | None = None
-        identity = ""
-        error: SampleError | None = None
-        if isinstance(image, SceneImage):
-            planned = {"kind": "scene", "seed": image.seed, "idx": image.idx}
-            identity = image_identity(image, None)
-        elif isinstance(image, bytes):
-            identity = hashlib.sha256(image).hexdigest()
-            if not job.blobs.has(identity, num_bytes=len(image)):
-                job.blobs.put(image)
-            planned = {"kind": "blob", "sha256": identity}
-        elif isinstance(image, Path):
-            planned = {"kind": "path", "path": str(image.absolute())}
-            try:
-                identity = hashlib.sha256(read_path(image)).hexdigest()
-                planned["sha256"] = identity
-            except SampleError as unreadable:
-                error = unreadable
-        elif isinstance(image, str):
-            result = results[image]
-            planned = {"kind": "blob", "url": result.url, "sha256": result.sha256}
-            identity = result.sha256 or ""
-            if result.status != "ok":
-                error = SampleError(
-                    "image could not be fetched",
-                    reason=result.reason,
-                    facts={"url": result.url, "http_status": result.http_status},
-                )
-        elif image is not None:
-            raise ConfigError(
-                "datasets for shards must give images as bytes, paths or URLs",
-                reason="image_type",
-                facts={"got": type(image).__name__},
-                fix="correct the dataset adapter",
+        try:
+            example = job.dataset[i]
+        except SampleError as error:
+            row = {"key": f"row-{i}", "image": None, "example": {}}
+            yield row, error
+            continue
+        images = example_images(example)
+        example.pop("image", None)
+        _check_number(job, images)
+        planned = [_plan_image(job, image, results) for image in images]
+        key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
+        row = {"key": key, "image": [image.place for image in planned], "example": example}
+        if not job.dataset.several_images:
+            row["image"] = row["image"][0] if planned else None
+        errors = [image.error for image in planned if image.error is not None]
+        yield row, errors[0] if errors else _changed_image(example, planned)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PlannedImage:
+    place: dict[str, Any]
+    """Where the build finds it."""
+    identity: str
+    error: SampleError | None = None
+
+
+def _plan_image(job: Job, image: ImageSource, results: Mapping[str, FetchResult]) -> _PlannedImage:
+    if isinstance(image, SceneImage):
+        place: dict[str, Any] = {"kind": "scene", "seed": image.seed, "idx": image.idx}
+        return _PlannedImage(place=place, identity=image_identity(image, None))
+    if isinstance(image, bytes):
+        identity = hashlib.sha256(image).hexdigest()
+        if not job.blobs.has(identity, num_bytes=len(image)):
+            job.blobs.put(image)
+        return _PlannedImage(place={"kind": "blob", "sha256": identity}, identity=identity)
+    if isinstance(image, Path):
+        place = {"kind": "path", "path": str(image.absolute())}
+        try:
+            identity = hashlib.sha256(read_path(image)).hexdigest()
+        except SampleError as error:
+            return _PlannedImage(place=place, identity="", error=error)
+        return _PlannedImage(place={**place, "sha256": identity}, identity=identity)
+    if isinstance(image, str):
+        result = results[image]
+        place = {"kind": "blob", "url": result.url, "sha256": result.sha256}
+        error = None
+        if result.status != "ok":
+            error = SampleError(
+                "image could not be fetched",
+                reason=result.reason,
+                facts={"url": result.url, "http_status": result.http_status},
             )
-        key = sample_key(example, image_id=identity)
-        yield {"key": key, "image": planned, "example": example}, error
+        return _PlannedImage(place=place, identity=result.sha256 or "", error=error)
+    raise ConfigError(
+        "datasets for shards must give images as bytes, paths or URLs",
+        reason="image_type",
+        facts={"got": type(image).__name__},
+        fix="correct the dataset adapter",
+    )
+
+
+def _check_number(job: Job, images: Sequence[ImageSource]) -> None:
+    if len(images) > 1 and not job.dataset.several_images:
+        raise ConfigError(
+            "example has several images in a dataset of single ones",
+            reason="image_number",
+            facts={"got": len(images), "dataset": job.dataset.name},
+            fix="set several_images in the dataset adapter",
+        )
+
+
+def _changed_image(
+    example: Mapping[str, Any], planned: Sequence[_PlannedImage]
+) -> SampleError | None:
+    """Finds a fetched image that is not the one that was annotated."""
+    want = example.get("metadata", {}).get("image_sha256")
+    for image in planned:
+        if want and "url" in image.place and image.identity != want:
+            return SampleError(
+                "the image behind the link is not the one that was annotated",
+                reason="image_sha256",
+                facts={"url": image.place["url"], "got": image.identity, "want": want},
+            )
+    return None
 
 
 def _probe(job: Job, spool: _Spool, numbers: list[int], report: Reporter) -> float:
@@ -315,16 +384,15 @@ def _deal_rows(job: Job, spool: _Spool, order: list[int], num_shards: int, folde
 def image_urls(job: Job, report: Reporter) -> list[str]:
     """Lists the image URLs of the dataset, duplicates included."""
     report.stage("rows", len(job.dataset))
-    urls = []
+    urls: list[str] = []
     for i in range(len(job.dataset)):
-        image = job.dataset[i].get("image")
-        if isinstance(image, str):
-            urls.append(image)
+        with suppress(SampleError):  # the plan asks for the row again and counts the error
+            urls += [image for image in example_images(job.dataset[i]) if isinstance(image, str)]
         report.step("")
     return urls
 
 
-def _fetch(job: Job, report: Reporter) -> dict[str, FetchResult]:
+def _fetch(job: Job, policy: FetchPolicy, report: Reporter) -> dict[str, FetchResult]:
     urls = image_urls(job, report)
     if not urls:
         return {}
@@ -334,7 +402,7 @@ def _fetch(job: Job, report: Reporter) -> dict[str, FetchResult]:
             urls,
             cache=job.blobs,
             ledger=ledger,
-            policy=job.settings.fetch,
+            policy=policy,
             on_result=lambda result: report.step(result.reason),
         )
     dead = Counter(result.reason for result in results.values() if result.status != "ok")

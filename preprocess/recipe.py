@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.datasets.base import ImageSource, SceneImage
+from preprocess.datasets.base import ImageSource, SceneImage, example_images
 from preprocess.formatter import DataFormatter, TextPolicy, chat_frame, message_texts, safe_geometry
 from preprocess.image import ImagePolicy, ImagePreprocessor
 from preprocess.text import InterleavedTextPreprocessor
@@ -85,10 +85,11 @@ class Preparer:
         Raises:
           SampleError: The example cannot become a sample; `reason` says why.
         """
-        image = example.get("image")
-        source = None if image is None else self._read(image)
+        found = example_images(example)
+        sources = [self._read(image) for image in found]
         if key is None:
-            key = sample_key(example, image_id=image_identity(image, source))
+            identities = map(image_identity, found, sources)
+            key = sample_key(example, image_id=images_identity(identities))
         branches = self.formatter(example, key=key)
         texts = message_texts(example)
         for text in texts:
@@ -101,10 +102,10 @@ class Preparer:
                     fix="remove it from the row: it would be read as markup",
                 )
         tokenized = InterleavedTextPreprocessor(tokenizer=self.tokenizer)(branches, key=key)
-        images: tuple[PreparedImage, ...] = ()
-        if source is not None:
-            geometry = safe_geometry(texts)
-            images = (self.image_preprocessor(source, geometry=geometry, where=key),)
+        geometry = safe_geometry(texts)
+        images = tuple(
+            self.image_preprocessor(source, geometry=geometry, where=key) for source in sources
+        )
         record = {
             "key": key,
             "message_list": example["message_list"],
@@ -153,7 +154,12 @@ def read_path(path: Path) -> bytes:
         ) from error
 
 
-def image_identity(image: ImageSource | None, encoded: Any) -> str:
+def images_identity(identities: Iterable[str]) -> str:
+    """Names a list of images in their order; a single image keeps its own name, no image is ""."""
+    return " ".join(identities)
+
+
+def image_identity(image: ImageSource, encoded: Any) -> str:
     """Names what an image is, for keys, splits and duplicates.
 
     Args:
@@ -162,10 +168,8 @@ def image_identity(image: ImageSource | None, encoded: Any) -> str:
 
     Returns:
       sha256 of the encoded bytes (of shape and pixels for arrays); the numbers of a generated
-      scene; "" without an image.
+      scene.
     """
-    if image is None:
-        return ""
     if isinstance(image, SceneImage):
         return f"scene:{image.seed}:{image.idx}"
     if isinstance(encoded, bytes):

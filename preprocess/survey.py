@@ -10,12 +10,12 @@ from typing import Any
 
 from preprocess.blobs import FetchResult, read_ledger
 from preprocess.build import sample_size
-from preprocess.datasets import SceneImage
+from preprocess.datasets import ImageSource, example_images
 from preprocess.job import Job, JobSettings, Reporter
 from preprocess.plan import ShardCount, count_shards
 from preprocess.planner import PROBE_ROWS, image_urls
 from shardspec import storage
-from shardspec.errors import SampleError
+from shardspec.errors import SampleError, StorageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,19 +70,28 @@ def survey_job(settings: JobSettings, report: Reporter) -> Survey:
 def _survey_rows(job: Job, known: Mapping[str, FetchResult]) -> Iterator[dict[str, Any]]:
     """Gives rows whose image is at hand without the network."""
     for i in range(len(job.dataset)):
-        example = job.dataset[i]
-        image = example.pop("image", None)
-        row: dict[str, Any] = {"key": f"row-{i}", "example": example, "image": None}
-        if isinstance(image, SceneImage):
-            row["image"] = {"kind": "scene", "seed": image.seed, "idx": image.idx}
-        elif isinstance(image, str):
-            result = known.get(image)
-            if result is None or result.status != "ok" or result.sha256 is None:
-                continue
-            row["image"] = {"kind": "blob", "sha256": result.sha256}
-        elif image is not None:
-            row["example"]["image"] = image
-        yield row
+        try:
+            example = job.dataset[i]
+        except SampleError:
+            continue
+        images = [_at_hand(job, image, known) for image in example_images(example)]
+        if any(image is None for image in images):
+            continue
+        if images:
+            example["image"] = images if job.dataset.several_images else images[0]
+        yield {"key": f"row-{i}", "example": example, "image": None}
+
+
+def _at_hand(job: Job, image: ImageSource, known: Mapping[str, FetchResult]) -> ImageSource | None:
+    if not isinstance(image, str):
+        return image
+    result = known.get(image)
+    if result is None or result.status != "ok" or result.sha256 is None:
+        return None
+    try:
+        return job.blobs.get(result.sha256)
+    except StorageError:
+        return None
 
 
 def _url_state(result: FetchResult | None) -> str:

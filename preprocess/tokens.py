@@ -147,11 +147,15 @@ def load_tokenizer(name: str = EMBEDDED, *, pad_to: int | None = None) -> Tokeni
     Raises:
       ConfigError: `tokenizer_missing`, `tokenizer_slow`, `tokenizer_eos`, `tokenizer_pad_to`.
     """
-    from transformers import AutoTokenizer
-
+    loader: Any
+    if name == EMBEDDED:
+        # The class that AutoTokenizer would choose, without the 2 s in which that imports torch.
+        from transformers import PreTrainedTokenizerFast as loader
+    else:
+        from transformers import AutoTokenizer as loader
     location = str(EMBEDDED_PATH) if name == EMBEDDED else name
     try:
-        loaded = AutoTokenizer.from_pretrained(location)
+        loaded = loader.from_pretrained(location)
     except Exception as error:
         # The tokenizers library reports a malformed file as a bare Exception.
         if type(error) is not Exception and not isinstance(error, _LOAD_ERRORS):

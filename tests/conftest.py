@@ -12,9 +12,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+# Read when huggingface_hub is first imported: a test that asks the hub fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# No deadline: the machine may be busy; pytest-timeout ends what hangs.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
+
+
+@pytest.fixture
+def golden():
+    """Compares a text with tests/golden/NAME; UPDATE_GOLDEN=1 writes the file instead."""
+
+    def check(name, text):
+        path = GOLDEN / name
+        if os.environ.get("UPDATE_GOLDEN"):
+            path.write_text(text, encoding="utf-8")
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +310,14 @@ def _write_dataset(
         (folder / entry.index_url).write_bytes(index)
         entries.append(entry)
     totals = ("num_images", "num_tokens", "num_loss_tokens", "num_bytes")
-    symbols = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>")
+    symbols = (
+        "<im_start>",
+        "<im_end>",
+        "<im_patch>",
+        "<im_col>",
+        "<low_res_im_start>",
+        "<|image|>",
+    )
     special_ids = {"bos": 1, "eos": 2, "pad": 0, **{s: 128 + i for i, s in enumerate(symbols)}}
     manifest = Manifest(
         dataset=name,
@@ -305,7 +334,7 @@ def _write_dataset(
             sha256="",
             probe_sha256="",
             vocab_size=100,
-            embedding_size=133,
+            embedding_size=134,
             special_ids=special_ids,
         ),
         libraries={},

@@ -5,7 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from preprocess.datasets.base import Dataset, DatasetBase, HfDataset, ImageSource, SceneImage
+from preprocess.datasets.base import (
+    Dataset,
+    DatasetBase,
+    HfDataset,
+    ImageSource,
+    SceneImage,
+    example_images,
+)
 from shardspec.errors import ConfigError, nearest
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "SceneImage",
     "dataset_class",
     "dataset_names",
+    "example_images",
     "get_dataset",
 ]
 
@@ -40,7 +48,7 @@ def get_dataset(
       name: One of `dataset_names()`.
       split: Split to open.
       source: "hub", "sample" or a local folder.
-      limit: Rows of the split to use.
+      limit: Examples of the split to use.
       mode: What a row becomes, where the dataset has several modes; None for its default.
 
     Raises:

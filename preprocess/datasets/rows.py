@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Rows(Sequence[Mapping[str, Any]]):
 
     def _piece(self, p: int) -> Piece:
         if self._loaded is None or self._loaded[0] != p:
+            self._loaded = None  # the old piece goes before the new one comes
             self._loaded = (p, self._pieces[p]())
         return self._loaded[1]
 
@@ -113,7 +115,7 @@ def local_rows(folder: Path, *, split: str, want: Sequence[str]) -> Rows:
             raise _unreadable(path, error) from error
         _check_columns(schema, want, where=str(path))
         for length, read in parts:
-            pieces.append(read)
+            pieces.append(partial(_read_piece, path, read))
             lengths.append(length)
     return Rows(pieces, lengths=lengths, kind={"kind": "folder"}, base=folder)
 
@@ -177,6 +179,15 @@ def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piec
         (batch.num_rows, lambda batch=batch: batch.to_pylist())  # type: ignore[misc]
         for batch in batches
     ]
+
+
+def _read_piece(path: Path, read: Callable[[], Piece]) -> Piece:
+    import pyarrow as pa
+
+    try:
+        return read()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _split_in(path: Path) -> str | None:

@@ -25,6 +25,7 @@ from shardspec.sample import (
     encode_record,
     image_rows,
     image_suffix,
+    lead_rows,
     num_images,
     sample_members,
     spans_table,
@@ -161,15 +162,18 @@ def test_record_keeps_text_readable():
     assert encode_record({"b": "Grüße 猫", "a": [1, 2]}) == '{"a":[1,2],"b":"Grüße 猫"}\n'.encode()
 
 
-@given(texts=st.integers(0, 5), images=st.integers(0, 4))
-def test_rows_of_a_table_are_split_into_texts_and_images(texts, images):
+@given(texts=st.integers(0, 5), images=st.integers(0, 4), led=st.booleans())
+def test_rows_of_a_table_are_split_into_texts_leads_and_images(texts, images, led):
+    leads = [(i, i + 2) for i in range(images if led else 0)]
     table = spans_table(
         [(0, t, 1, 2, 3, 4, 5) for t in range(texts)],
         [picture(3 + i, 7) for i in range(images)],
+        leads=leads,
     )
-    assert (table.dtype.str, table.shape) == ("<i4", (texts + images, SPAN_COLUMNS))
+    assert (table.dtype.str, table.shape) == ("<i4", (texts + len(leads) + images, SPAN_COLUMNS))
     assert num_images(table) == images
     assert text_rows(table).tolist() == [[0, 0, t, 1, 2, 3, 4, 5] for t in range(texts)]
+    assert lead_rows(table).tolist() == [[2, i, i, i + 2, 0, 0, 0, 0] for i in range(len(leads))]
     assert image_rows(table).tolist() == [
         [1, i, 6 + 2 * i, 14, 3 + i, 7, 0, 0] for i in range(images)
     ]
@@ -183,7 +187,7 @@ def test_row_selections_are_views():
 
 
 def test_numbers_of_the_contract_never_change():
-    assert (SpanKind.TEXT, SpanKind.IMAGE) == (0, 1)
+    assert (SpanKind.TEXT, SpanKind.IMAGE, SpanKind.LEAD) == (0, 1, 2)
     assert (Geometry.FLIP, Geometry.CROP, Geometry.COLOR, Geometry.ALL) == (1, 2, 4, 7)
     assert (ARRAY_HEADER_BYTES, SPAN_COLUMNS) == (128, 8)
     assert CODEC_SUFFIX == {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}

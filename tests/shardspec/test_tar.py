@@ -213,6 +213,11 @@ def test_lone_zero_block_between_members_is_refused():
     assert refusal(payload[:middle] + bytes(BLOCK) + payload[middle:]) == "tar_header"
 
 
+@pytest.mark.parametrize("rest", [b"x", bytes(8 * BLOCK), whole(TWO)[0]])
+def test_whatever_follows_the_end_of_the_archive_is_refused(rest):
+    assert refusal(whole(TWO)[0] + rest) == "tar_header"
+
+
 def test_member_that_promises_more_than_the_file_holds_is_refused():
     header = member_header("a.jpg", 10**9)
     with pytest.raises(ShardError) as raised:

@@ -1,0 +1,256 @@
+"""Measures the offline job beside the bare work on pixels that it cannot avoid.
+
+    python benchmarks/job.py
+
+The bare loop decodes, resizes and encodes the same JPEG files from memory, with the same decoder,
+resizer and encoder, and does nothing else. A ratio of 1 would mean that reading, hashing, formatting,
+tokenizing, packing and publishing are free. Rows of the tables:
+
+* one core: `build_shard` in this process, from planned rows to a published shard with its index;
+* whole job: `run_job` from a Parquet folder to the committed manifest, tokenizer and worker
+  start-up included; per core, so that two workers are ideal at the ratio of one.
+
+Pictures are generated scenes (JPEG quality 92, about 290 KB at 1280 px), drawn before any clock runs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from preprocess.build import BuildContext, build_shard
+from preprocess.image import ImagePolicy
+from preprocess.job import Job, JobSettings
+from preprocess.pipeline import run_job
+from preprocess.planner import make_plan
+from preprocess.recipe import Recipe
+from preprocess.scenes import make_scene
+from shardspec.media import decode_stored, encode_stored
+from shardspec.tiling import ImageView, stored_size
+
+PICTURES = 64
+JOB_ROWS = 512
+CORE_ROUNDS, JOB_ROUNDS = 7, 3
+
+TILED = ImageView(size_px=378, crop_mode="overlap-and-resize-c2", max_crops=8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One recipe and the pictures it is fed with."""
+
+    name: str
+    view: ImageView
+    side_px: int
+    """Longer side of the source pictures."""
+
+
+CASES = (
+    Case(name="336 px canvas", view=ImageView(), side_px=1280),
+    Case(name="378 px, 8 + 1 crops", view=TILED, side_px=1280),
+    Case(name="kept files (640 px)", view=TILED, side_px=640),
+)
+
+
+def main() -> None:
+    print(f"{machine()}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        one_core(Path(folder))
+        whole_job(Path(folder))
+
+
+def machine() -> str:
+    """Describes what the numbers were measured on, without naming the host."""
+    names = ("torch", "pillow", "numpy", "simplejpeg", "tokenizers")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    cores = f"{os.cpu_count()} cores {platform.machine()}"
+    return ", ".join([cores, f"Python {platform.python_version()}", *versions])
+
+
+def paired(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int, warm: bool = True
+) -> dict[str, np.ndarray]:
+    """Times functions in turn, so that a busy moment of the machine meets all of them alike.
+
+    Returns:
+      Per function, seconds of each round: float64 [rounds]. Divide them before taking a median.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(-1 if warm else 0, rounds):
+        order = list(functions) if i % 2 else list(reversed(functions))
+        for name in order:
+            start = time.perf_counter()
+            functions[name]()
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def one_core(folder: Path) -> None:
+    print(f"{'one core':<24}{'bare, ms':>10}{'job, ms':>10}{'images/s':>10}{'ratio':>8}")
+    for i, case in enumerate(CASES):
+        files = draw(case.side_px)
+        settings = write_source(folder / f"core-{i}", files, rows=len(files), view=case.view)
+        job = Job(settings)
+        plan = make_plan(job, Silent())
+        context = BuildContext(
+            preparer=job.preparer,
+            dataset=settings.dataset,
+            split=settings.split,
+            out=settings.out,
+            num_shards=plan.num_shards,
+            build_key=plan.build_key,
+            blobs=str(job.blobs.root),
+        )
+        seconds = paired(
+            {
+                "bare": lambda files=files, case=case: bare(files, case.view),
+                "job": lambda context=context: build_shard(context, 0, lambda reason: None),
+            },
+            rounds=CORE_ROUNDS,
+        )
+        # A few rows fall into the validation split; the bare loop takes them all.
+        bare_ms = 1e3 * seconds["bare"] / len(files)
+        job_ms = 1e3 * seconds["job"] / plan.num_samples
+        print(
+            f"  {case.name:<22}{np.median(bare_ms):>10.2f}{np.median(job_ms):>10.2f}"
+            f"{1e3 / np.median(job_ms):>10.0f}{np.median(bare_ms / job_ms):>8.2f}"
+        )
+    print()
+
+
+def whole_job(folder: Path) -> None:
+    case = CASES[0]
+    files = draw(case.side_px)
+    settings = write_source(folder / "whole", files, rows=JOB_ROWS, view=case.view)
+    runs: list[tuple[int, Stages]] = []
+
+    def job(num_workers: int) -> None:
+        name = f"{settings.out}-{len(runs)}"
+        stages = Stages()
+        run_job(replace(settings, out=name, cache=f"{name}-cache", num_workers=num_workers), stages)
+        runs.append((num_workers, stages))
+
+    seconds = paired(
+        {"bare": lambda: bare(files, case.view), "1": lambda: job(1), "2": lambda: job(2)},
+        rounds=JOB_ROUNDS,
+        warm=False,
+    )
+    bare_s = seconds["bare"] / len(files)
+    print(f"whole job, {case.name}, {JOB_ROWS} rows: seconds to and in each stage, then ratios")
+    print(f"  {'':<22}{'plan':>8}{'build':>8}{'total':>8}{'images/s':>10}{'total':>8}{'build':>8}")
+    for num_workers in (1, 2):
+        total = seconds[str(num_workers)]
+        plan = np.array([stages.build_at for n, stages in runs if n == num_workers])
+        build = np.array([stages.built_at for n, stages in runs if n == num_workers]) - plan
+        rows = runs[0][1].rows
+        ratios = [np.median(bare_s * rows / (part * num_workers)) for part in (total, build)]
+        print(
+            f"  {num_workers} worker{'s'[: num_workers - 1]:<14}{np.median(plan):>8.1f}"
+            f"{np.median(build):>8.1f}{np.median(total):>8.1f}{rows / np.median(total):>10.0f}"
+            f"{ratios[0]:>8.2f}{ratios[1]:>8.2f}"
+        )
+
+
+def bare(files: list[bytes], view: ImageView) -> None:
+    """Decodes, resizes and encodes; a picture that has its stored size already is only decoded."""
+    for payload in files:
+        pixels = decode_stored(payload, codec="jpeg")
+        size = (pixels.shape[1], pixels.shape[0])
+        stored = stored_size(*size, [view])
+        if stored != size:
+            image = Image.fromarray(pixels).resize(stored, Image.Resampling.LANCZOS)
+            encode_stored(np.asarray(image), codec="jpeg", quality=95)
+
+
+def draw(side_px: int) -> list[bytes]:
+    """Draws scenes whose longer side is exactly `side_px`, as JPEG files."""
+    files = []
+    for i in range(PICTURES):
+        image = Image.fromarray(make_scene(1, i).pixels)
+        scale = side_px / max(image.size)
+        if scale != 1.0:
+            image = image.resize((round(image.width * scale), round(image.height * scale)))
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=92)
+        files.append(stream.getvalue())
+    return files
+
+
+def write_source(folder: Path, files: list[bytes], *, rows: int, view: ImageView) -> JobSettings:
+    """Writes rows of PixMo-Cap as Parquet and names the job that builds them as one shard each."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table: list[dict[str, Any]] = []
+    for i in range(rows):
+        scene = make_scene(1, i % len(files), max_side_px=128)
+        table.append(
+            {
+                "image": {"bytes": files[i % len(files)], "path": None},
+                "caption": f"Picture {i}. {scene.caption}",
+                "transcripts": list(scene.transcripts),
+            }
+        )
+    source = folder / "source"
+    source.mkdir(parents=True)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(table), source / "train-00000-of-00001.parquet", row_group_size=64
+    )
+    return JobSettings(
+        dataset="pixmo_cap",
+        out=str(folder / "out"),
+        source=str(source),
+        cache=str(folder / "cache"),
+        recipe=Recipe(image=ImagePolicy(views=(view,))),
+        num_shards=max(1, rows // PICTURES),
+    )
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """Ignores it."""
+
+    def step(self, reason: str) -> None:
+        """Ignores it."""
+
+    def note(self, text: str) -> None:
+        """Ignores it."""
+
+
+class Stages(Silent):
+    """A reporter that notes when the building starts and ends, in seconds from its creation."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.build_at = self.built_at = 0.0
+        self.rows = 0
+
+    def stage(self, name: str, total: int | None) -> None:
+        """Notes the start of the building."""
+        if name == "build":
+            self.build_at, self.rows = time.perf_counter() - self.start, total or 0
+
+    def step(self, reason: str) -> None:
+        """Notes the last row so far."""
+        self.built_at = time.perf_counter() - self.start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Points as text: the two notations of the Molmo family, and the sentences around them.
+
+    xml     percent of the image with one decimal (Molmo 1):
+            <point x="10.0" y="20.0" alt="cat">cat</point>
+            <points x1="10.3" y1="33.3" x2="90.0" y2="20.0" alt="dog">dog</points>
+    coords  thousandths of the image in one attribute, "image id x y id x y ..." (Molmo 2):
+            <points coords="1 1 900 400 2 911 800">dog</points>
+
+Points are sorted by (x, y) *after* rounding: sorted before, two points that round to the same x
+could come out in an order that the text does not show. Ids run on over the images of a group.
+
+Neither notation escapes its label, as in Molmo; coordinates never hold a quote or a bracket, so
+they can be read back whatever the label says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shardspec.errors import ConfigError, SampleError
+
+PointFormat = Literal["xml", "coords"]
+PointMode = Literal["point", "point_then_count", "count_then_point", "count"]
+
+PLACEHOLDER = "<|POINT|>"
+"""Stands in an answer where a tag belongs (PixMo-Point-Explanations)."""
+
+NO_POINTS = "There are none."
+"""The answer where nothing is to be pointed at, in every mode (Molmo 1 and 2)."""
+
+GROUP_SEPARATOR = ";"
+"""Between the images of a coords attribute (Molmo 2's fine-tuning; its pre-training has a tab)."""
+
+_SENTENCES: Mapping[PointMode, str] = {
+    "point": "{tag}",
+    "point_then_count": "Counting the {tag} shows a total of {count}.",
+    "count_then_point": "There are {count} {tag}.",
+    "count": "{count}",
+}
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointGroup:
+    """The points of one image."""
+
+    points: Sequence[Point]
+    """(x, y), in the units of `scale`."""
+    scale: tuple[float, float]
+    """What x and y are fractions of: (100, 100) for percent, (width, height) for pixels."""
+    image: int = 1
+    """Number of the image in its example, from 1."""
+
+    def clipped(self) -> PointGroup:
+        """Moves points that lie outside of the image to its border, on both axes."""
+        width, height = self.scale
+        inside = [(min(max(x, 0.0), width), min(max(y, 0.0), height)) for x, y in self.points]
+        return PointGroup(points=inside, scale=self.scale, image=self.image)
+
+
+def parse_points(points: Any) -> list[Point]:
+    """Reads a message's points.
+
+    Args:
+      points: [n, 2] as nested sequences of numbers.
+
+    Raises:
+      SampleError: `points_shape` (not pairs of finite numbers).
+    """
+    try:
+        # The sums refuse texts, which float() would read.
+        pairs = [(float(x + 0.0), float(y + 0.0)) for x, y in points]
+    except (TypeError, ValueError, OverflowError):
+        pairs = [(math.nan, math.nan)]
+    if not all(math.isfinite(x) and math.isfinite(y) for x, y in pairs):
+        raise SampleError(
+            "points are not pairs of finite numbers",
+            reason="points_shape",
+            facts={"got": repr(points)[:80], "want": "[[x, y], ...]"},
+            fix="correct the row or the dataset adapter",
+        )
+    return pairs
+
+
+def point_tag(
+    groups: Sequence[PointGroup],
+    *,
+    label: str,
+    alt: str | None = None,
+    point_format: PointFormat = "coords",
+) -> str:
+    """Writes the tag of at least one point.
+
+    Args:
+      groups: Per image, its points; images without points are left out of the text.
+      label: Text between the tags.
+      alt: Alternative text. None: the label in xml, no such attribute in coords.
+      point_format: The notation.
+
+    Raises:
+      ConfigError: `point_format` (xml cannot say which of several images it means).
+
+    >>> cat = PointGroup(points=[(64, 48)], scale=(640, 480))
+    >>> point_tag([cat], label="cat", point_format="xml")
+    '<point x="10.0" y="10.0" alt="cat">cat</point>'
+    >>> point_tag([cat], label="cat", point_format="coords")
+    '<points coords="1 1 100 100">cat</points>'
+    """
+    return _TAGS[point_format](groups, label, alt)
+
+
+def point_sentence(tag: str, *, count: int, mode: PointMode) -> str:
+    """Writes the answer to a pointing or counting question.
+
+    >>> point_sentence("<points ...>cats</points>", count=2, mode="count_then_point")
+    'There are 2 <points ...>cats</points>.'
+    """
+    return _SENTENCES[mode].replace("{count}", str(count)).replace("{tag}", tag, 1)
+
+
+def fill_placeholders(text: str, tags: Sequence[str]) -> str:
+    """Puts one tag at each placeholder, in order.
+
+    Raises:
+      SampleError: `message_fields` (another number of tags than of placeholders).
+
+    >>> fill_placeholders("It is <|POINT|>.", ["<point ...>here</point>"])
+    'It is <point ...>here</point>.'
+    """
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) != len(tags) + 1:
+        raise SampleError(
+            "answer and annotations disagree on the number of points",
+            reason="message_fields",
+            facts={"placeholders": len(pieces) - 1, "answer_annotations": len(tags)},
+            fix="correct the row, or let it be skipped",
+        )
+    return "".join(piece + tag for piece, tag in zip(pieces, [*tags, ""], strict=True))
+
+
+def _xml_tag(groups: Sequence[PointGroup], label: str, alt: str | None) -> str:
+    if len(groups) > 1:
+        raise ConfigError(
+            "points in several images cannot be written as xml",
+            reason="point_format",
+            facts={"images": len(groups)},
+            fix="set point_format to coords",
+        )
+    alt = label if alt is None else alt
+    points = sorted(_percent(point, groups[0].scale) for point in groups[0].points)
+    if len(points) == 1:
+        x, y = points[0]
+        return f'<point x="{x:.1f}" y="{y:.1f}" alt="{alt}">{label}</point>'
+    pairs = (f'x{i}="{x:.1f}" y{i}="{y:.1f}"' for i, (x, y) in enumerate(points, start=1))
+    return f'<points {" ".join(pairs)} alt="{alt}">{label}</points>'
+
+
+def _coords_tag(groups: Sequence[PointGroup], label: str, alt: str | None) -> str:
+    written = []
+    number = 0
+    for group in groups:
+        words = [str(group.image)]
+        for x, y in sorted(_thousandths(point, group.scale) for point in group.points):
+            number += 1
+            words.append(f"{number} {x:03d} {y:03d}")
+        if group.points:
+            written.append(" ".join(words))
+    attribute = "" if alt is None else f' alt="{alt}"'
+    return f'<points{attribute} coords="{GROUP_SEPARATOR.join(written)}">{label}</points>'
+
+
+_TAGS: Mapping[PointFormat, Callable[[Sequence[PointGroup], str, str | None], str]] = {
+    "xml": _xml_tag,
+    "coords": _coords_tag,
+}
+
+
+def _percent(point: Point, scale: tuple[float, float]) -> Point:
+    # Divided by scale / 100, which is exactly 1 for percentages; + 0.0 turns -0.0 into 0.0.
+    x, y = (round(value / (full / 100), 1) + 0.0 for value, full in zip(point, scale, strict=True))
+    return x, y
+
+
+def _thousandths(point: Point, scale: tuple[float, float]) -> tuple[int, int]:
+    # Clamped on both axes: Molmo 2 means to, but its check lets a y outside of the image pass.
+    x, y = (
+        round(1000 * min(max(value / full, 0.0), 1.0))
+        for value, full in zip(point, scale, strict=True)
+    )
+    return x, y

@@ -1,0 +1,397 @@
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from loader.assemble import View
+from loader.augment import Augment
+from loader.collate import MMCollator
+from loader.dataloader import make_dataloader
+from loader.stream import StreamingDataset, stored_view
+from shardspec.errors import ConfigError, ShardError, StateError
+from shardspec.index import open_index
+from shardspec.manifest import require_manifest
+
+NUM = 23
+BATCH = 4
+STEPS = (6, 6, 6, 5)
+"""Steps of the first epochs: 23 samples in batches of 4, no sample dropped or repeated."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """Tiny pictures are not worth torch's threads, which wait for each other on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_sample):
+    return [tiny_sample(i, num_images=i % 3, num_branches=1 + i % 2) for i in range(NUM)]
+
+
+@pytest.fixture(scope="module")
+def url(samples, write_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataloader") / "set"
+    return write_dataset(folder, samples, num_shards=3, several=True)
+
+
+def make(url, *, rank=0, world_size=1, seed=7, tail="wrap", check="size", **options):
+    view = View(image=stored_view(require_manifest(url)), augment=Augment.standard())
+    dataset = StreamingDataset(
+        url, seed=seed, view=view, tail=tail, rank=rank, world_size=world_size, check=check
+    )
+    settings = {
+        "global_batch_size": BATCH,
+        "sequence_length": 64,
+        "pad_mode": "max_len",
+        "extra_keys": ("position_ids", "loss_weights"),
+        "with_metadata": True,
+    }
+    return make_dataloader(dataset, **{**settings, **options})
+
+
+def rows(batches):
+    """Gives every row of every batch in a form that can be compared; images to their number."""
+    found = []
+    for batch in batches:
+        counts = (batch["image_input_idx"] >= 0).sum(dim=1).tolist()
+        for row, count in enumerate(counts):
+            tensors = {k: v[row] for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            parts = [(k, v[:count] if "image" in k else v) for k, v in sorted(tensors.items())]
+            key = batch["metadata"][row]["key"]
+            found.append((key, *(v.contiguous().numpy().tobytes() for _, v in parts)))
+    return found
+
+
+def take(loader, count):
+    """Takes batches over the epochs' ends, and leaves the last epoch where it stands."""
+    batches = []
+    while len(batches) < count:
+        batches += itertools.islice(loader, count - len(batches))
+    return batches
+
+
+def decode_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(url):
+    """The rows of three epochs, made by one thread without a stop."""
+    return rows(take(make(url, decode_threads=1), sum(STEPS[:3])))
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_give_the_same_batches_as_one_alone(num_threads, url, undisturbed):
+    loader = make(url, decode_threads=num_threads)
+    passes = [list(loader) for _ in range(4)]
+    assert tuple(map(len, passes)) == STEPS
+    assert rows(batch for batches in passes[:3] for batch in batches) == undisturbed
+
+
+def test_batches_are_the_collated_examples_of_the_order(url):
+    loader = make(url, decode_threads=3)
+    collate = MMCollator(
+        sequence_length=64,
+        pad_mode="max_len",
+        image_shape=(3, 28, 28),
+        num_patches=4,
+        extra_keys=("position_ids", "loss_weights"),
+        with_metadata=True,
+    )
+    dataset = loader.dataset
+    for step, batch in enumerate(take(loader, 8)):
+        slots = dataset.order.slots(step, range(BATCH))
+        pairs = zip(slots.sample.tolist(), slots.epoch.tolist(), strict=True)
+        want = collate([dataset.example(sample, epoch=epoch) for sample, epoch in pairs])
+        assert batch.keys() == want.keys()
+        assert rows([batch]) == rows([want])
+
+
+def test_every_sample_comes_once_per_epoch(undisturbed):
+    keys = [row[0] for row in undisturbed]
+    for epoch in range(3):
+        seen = keys[epoch * NUM : (epoch + 1) * NUM]
+        assert sorted(seen) == [f"sample-{i:04d}" for i in range(NUM)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_give_the_batches_of_one_rank(world_size, url, undisturbed):
+    loaders = [make(url, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [len(loader) for loader in loaders] == [STEPS[0]] * world_size
+    joined = []
+    for parts in zip(*(take(loader, 12) for loader in loaders), strict=True):
+        joined += [row for part in parts for row in rows([part])]
+    assert joined == undisturbed[: 12 * BATCH]
+
+
+def test_length_is_the_steps_of_the_epoch_that_comes_next(url):
+    loader = make(url)
+    for epoch, steps in enumerate(STEPS):
+        assert (loader.epoch, len(loader)) == (epoch, steps)
+        assert len(list(loader)) == steps
+
+
+@pytest.mark.parametrize("tail, steps", [("drop_last", 5), ("pad", 6)])
+def test_tails_end_each_epoch_alike(tail, steps, url):
+    loader = make(url, tail=tail)
+    for epoch in range(3):
+        assert loader.epoch == epoch
+        batches = list(loader)
+        assert len(batches) == steps
+        real = [bool((row != -100).any()) for batch in batches for row in batch["labels"]]
+        assert sum(real) == (NUM if tail == "pad" else 20)
+
+
+def test_shorter_sequences_are_cut_by_the_loader(url):
+    batch = next(iter(make(url, sequence_length=16)))
+    assert batch["input_ids"].shape == (BATCH, 16)
+
+
+def saved_after(loader, count):
+    """Takes batches and gives the state as a checkpoint would bring it back."""
+    batches = take(loader, count)
+    return batches, json.loads(json.dumps(loader.state_dict()))
+
+
+@pytest.mark.parametrize("stop", range(13))
+def test_run_goes_on_after_any_batch_and_once_more(stop, url, undisturbed):
+    # Batches are made ahead by three threads when the first run stops.
+    _, state = saved_after(make(url, decode_threads=3), stop)
+    second = make(url, decode_threads=1)
+    second.load_state_dict(state)
+    batches, state = saved_after(second, 2)
+    assert rows(batches) == undisturbed[stop * BATCH : (stop + 2) * BATCH]
+    third = make(url, decode_threads=2)
+    third.load_state_dict(state)
+    assert rows(take(third, 3)) == undisturbed[(stop + 2) * BATCH : (stop + 5) * BATCH]
+
+
+@pytest.mark.parametrize("stop", [0, 3, 6, 11])
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 2), (2, 1)])
+def test_run_goes_on_with_another_number_of_ranks(stop, before, after, url, undisturbed):
+    states = []
+    for rank in range(before):
+        states.append(saved_after(make(url, rank=rank, world_size=before), stop)[1])
+    assert all(state == states[0] for state in states)
+    loaders = [make(url, rank=rank, world_size=after) for rank in range(after)]
+    for loader in loaders:
+        loader.load_state_dict(states[0])
+    joined = []
+    for parts in zip(*(take(loader, 4) for loader in loaders), strict=True):
+        joined += [row for part in parts for row in rows([part])]
+    assert joined == undisturbed[stop * BATCH : (stop + 4) * BATCH]
+
+
+def test_state_in_the_loop_counts_the_batch_in_hand_as_done(url, undisturbed):
+    loader = make(url, decode_threads=3)
+    for step, batch in enumerate(loader):
+        inside = loader.state_dict()
+        assert inside["step"] == step + 1
+        assert rows([batch]) == undisturbed[step * BATCH : (step + 1) * BATCH]
+        if step == 2:
+            break
+    assert loader.state_dict() == inside
+    assert rows(take(loader, 1)) == undisturbed[3 * BATCH : 4 * BATCH]
+
+
+def test_loop_that_was_left_goes_on_with_the_next_batch(url, undisturbed):
+    loader = make(url, decode_threads=4)
+    batches = []
+    while len(batches) < 6:
+        for batch in loader:
+            batches.append(batch)
+            break
+    assert rows(batches) == undisturbed[: 6 * BATCH]
+
+
+def test_state_at_the_end_of_an_epoch_begins_the_next_one(url, undisturbed):
+    loader = make(url)
+    for _ in loader:
+        state = loader.state_dict()  # in the last turn: the epoch is done
+    assert state == loader.state_dict()
+    resumed = make(url)
+    resumed.load_state_dict(state)
+    assert (resumed.epoch, len(resumed)) == (1, STEPS[1])
+    batches = list(resumed)
+    assert len(batches) == STEPS[1]
+    assert rows(batches) == undisturbed[6 * BATCH : 12 * BATCH]
+
+
+def test_state_is_a_few_hundred_bytes_of_plain_json(url):
+    loader = make(url)
+    take(loader, 8)
+    state = loader.state_dict()
+    text = json.dumps(state)
+    assert len(text) < 1024
+    assert json.loads(text) == state
+    assert next(iter(state)) == "version"
+
+
+def test_state_can_be_loaded_where_it_came_from(url, undisturbed):
+    loader = make(url)
+    take(loader, 3)
+    state = loader.state_dict()
+    take(loader, 5)
+    loader.load_state_dict(state)
+    assert rows(take(loader, 2)) == undisturbed[3 * BATCH : 5 * BATCH]
+
+
+@pytest.mark.parametrize(
+    "options, fields",
+    [
+        ({"seed": 8}, ["state.seed: 7 here, 8 asked", "state.order.seed"]),
+        ({"global_batch_size": 8}, ["state.order.global_batch_size: 4 here, 8 asked"]),
+        ({"tail": "pad"}, ["state.order.tail: wrap here, pad asked"]),
+    ],
+)
+def test_state_of_other_settings_is_refused_field_by_field(options, fields, url):
+    state = make(url).state_dict()
+    loader = make(url, **options)
+    own = loader.state_dict()
+    with pytest.raises(StateError) as caught:
+        loader.load_state_dict(state)
+    assert caught.value.reason == "state_mismatch"
+    for field in fields:
+        assert field in caught.value.facts["differences"]
+    assert loader.state_dict() == own
+
+
+def test_state_of_other_data_is_refused(url, samples, write_dataset, tmp_path):
+    fewer = write_dataset(tmp_path / "fewer", samples[:-1], several=True)
+    renamed = write_dataset(tmp_path / "renamed", samples, several=True, num_shards=3, name="other")
+    for other, field in ((fewer, "state.build_key"), (renamed, "state.dataset: tiny here, other")):
+        with pytest.raises(StateError) as caught:
+            make(other).load_state_dict(make(url).state_dict())
+        assert caught.value.reason == "state_mismatch"
+        assert field in caught.value.facts["differences"]
+
+
+@pytest.mark.parametrize("version", [0, 2, None])
+def test_state_of_another_version_is_refused(version, url):
+    loader = make(url)
+    with pytest.raises(StateError) as caught:
+        loader.load_state_dict({**loader.state_dict(), "version": version})
+    assert caught.value.reason == "state_version"
+    assert caught.value.facts == {"got": version, "want": 1}
+
+
+def test_state_without_a_field_is_refused(url):
+    loader = make(url)
+    for name in ("seed", "dataset", "split", "build_key", "order"):
+        state = {k: v for k, v in loader.state_dict().items() if k != name}
+        with pytest.raises(StateError) as caught:
+            loader.load_state_dict(state)
+        assert f"state.{name}" in caught.value.facts["differences"]
+
+
+def test_leaving_the_loop_early_ends_the_threads(url):
+    loader = make(url, decode_threads=4)
+    for _ in loader:
+        assert decode_threads()
+        break
+    assert decode_threads() == []
+    with pytest.raises(KeyError):
+        for _ in loader:
+            raise KeyError("the training step failed")
+    assert decode_threads() == []
+    list(loader)
+    assert decode_threads() == []
+
+
+def break_sample(url, number):
+    """Flips a byte of a sample; gives its key."""
+    entry = require_manifest(url).shards[0]
+    index = str(Path(url, entry.index_url))
+    row = open_index(index, num_samples=entry.nsamples, shard_bytes=entry.num_bytes)[number]
+    path = Path(url, entry.url)
+    payload = bytearray(path.read_bytes())
+    payload[int(row["offset"]) + 700] ^= 1
+    path.write_bytes(payload)
+    return row["key"].decode()
+
+
+@pytest.fixture
+def broken(samples, write_dataset, tmp_path):
+    """A dataset with one broken sample, and the step it stands in."""
+    url = write_dataset(tmp_path / "set", samples, several=True)
+    keys = [row[0] for row in rows(make(url))]
+    key = break_sample(url, 13)
+    return url, key, keys.index(key) // BATCH
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_broken_sample_stops_the_loop_with_its_own_error(num_threads, broken):
+    url, key, step = broken
+    loader = make(url, decode_threads=num_threads, check="crc")
+    for _ in range(2):  # it is met again: the state stands in front of it
+        with pytest.raises(ShardError) as caught:
+            list(loader)
+        assert caught.value.reason == "sample_crc"
+        assert caught.value.where.endswith(key)
+        assert loader.state_dict()["step"] == step
+        assert decode_threads() == []
+
+
+def test_worker_processes_give_the_same_batches_and_their_own_errors(url, undisturbed, broken):
+    _, state = saved_after(make(url), 2)
+    loader = make(url, workers=2)
+    loader.load_state_dict(state)
+    batches = []
+    for batch in loader:
+        batches.append(batch)
+        assert loader.state_dict()["step"] == 2 + len(batches)
+    assert rows(batches) == undisturbed[2 * BATCH : 6 * BATCH]
+    assert batches[0]["images"].stride() == next(iter(make(url)))["images"].stride()
+    assert multiprocessing.active_children() == []
+
+    broken_url, key, step = broken
+    loader = make(broken_url, workers=1, check="crc")
+    with pytest.raises(ShardError) as caught:
+        list(loader)
+    assert caught.value.reason == "sample_crc"
+    assert caught.value.where.endswith(key)
+    assert loader.state_dict()["step"] == step
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_can_be_left_and_resumed_at_any_batch(workers, url, undisturbed):
+    for stop in (1, 5, 6):
+        batches, state = saved_after(make(url, workers=workers), stop)
+        assert rows(batches) == undisturbed[: stop * BATCH]
+        loader = make(url, workers=3 - workers)
+        loader.load_state_dict(state)
+        assert rows(take(loader, 3)) == undisturbed[stop * BATCH : (stop + 3) * BATCH]
+
+
+@pytest.mark.parametrize("batch, near", [(6, "use 4 or 8"), (3, "use 4"), (9, "use 8 or 12")])
+def test_batch_that_ranks_cannot_share_is_refused_with_the_nearest_ones(batch, near, url):
+    with pytest.raises(ConfigError) as caught:
+        make(url, rank=1, world_size=4, global_batch_size=batch)
+    assert caught.value.reason == "batch_not_divisible"
+    assert caught.value.facts == {"global_batch_size": batch, "world_size": 4}
+    assert caught.value.fix == near
+
+
+@pytest.mark.parametrize("batch", [0, -4])
+def test_batch_below_1_is_refused(batch, url):
+    with pytest.raises(ConfigError) as caught:
+        make(url, global_batch_size=batch)
+    assert caught.value.reason == "order_count"
+
+
+def test_dataset_that_was_given_stays_as_it_is(url):
+    dataset = StreamingDataset(url, batch_size=3)
+    before = dataclasses.replace(dataset.view)
+    make_dataloader(dataset, global_batch_size=2, sequence_length=32)
+    assert (dataset.batch_size, dataset.view) == (3, before)

@@ -1,0 +1,243 @@
+"""The import rules: three rooms, one arrow each, one door to storage, one owner of randomness."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("shardspec", "preprocess", "loader")
+
+FORBIDDEN = {
+    "shardspec": {
+        "preprocess",
+        "loader",
+        "torch",
+        "torchvision",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "webdataset",
+    },
+    "preprocess": {"loader", "torch", "torchvision", "webdataset"},
+    "loader": {"preprocess", "transformers", "tokenizers", "datasets"},
+}
+COMPOSITION_ROOTS = {"loader/__main__.py"}
+"""May import both halves."""
+
+CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "shardspec"}
+"""All that shardspec may import beside the standard library; simplejpeg by name, if installed."""
+
+PURE = {
+    "shardspec/errors.py",
+    "shardspec/keyed.py",
+    "shardspec/sample.py",
+    "shardspec/tar.py",
+    "shardspec/tiling.py",
+    "preprocess/plan.py",
+    "preprocess/text.py",
+    "loader/mixture.py",
+    "loader/order.py",
+    "loader/packing.py",
+    "loader/permutation.py",
+}
+OUTSIDE_WORLD = {
+    "aiohttp",
+    "fsspec",
+    "multiprocessing",
+    "os",
+    "pathlib",
+    "shardspec.storage",
+    "shutil",
+    "socket",
+    "subprocess",
+    "tempfile",
+    "time",
+    "torch",
+}
+"""What a pure module has no business with."""
+
+CLOCKS = {"preprocess/blobs.py", "preprocess/fetch.py", "preprocess/pipeline.py"}
+"""May look at the clock: for ledgers, timeouts and run.json, never for what a shard holds."""
+
+ENVIRONMENT = {"loader/topology.py"}
+"""Reads environment variables, those of the launcher."""
+
+
+def sources() -> dict[str, ast.Module]:
+    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in paths}
+
+
+SOURCES = sources()
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Lists every dotted name that a module imports, wherever in it the import stands."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def tops(tree: ast.AST) -> set[str]:
+    return {name.split(".")[0] for name in imported(tree)}
+
+
+def dotted(node: ast.AST) -> str:
+    """Spells an attribute chain such as np.random.rand; "" where it hangs on something else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        head = dotted(node.value)
+        return f"{head}.{node.attr}" if head else ""
+    return ""
+
+
+def chains(tree: ast.AST) -> set[str]:
+    return {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def room(name: str) -> str:
+    return name.split("/")[0]
+
+
+def test_the_rules_see_the_sources():
+    assert {room(name) for name in SOURCES} == set(ROOMS)
+    assert set(SOURCES) >= PURE | CLOCKS | ENVIRONMENT | COMPOSITION_ROOTS
+    probe = ast.parse("import a.b\ndef f():\n    from c.d import e\n    np.random.rand(3)")
+    assert imported(probe) == {"a.b", "c.d", "c.d.e"}
+    assert "np.random.rand" in chains(probe)
+
+
+def test_no_room_imports_what_it_must_live_without():
+    wrong = {
+        name: found
+        for name, tree in SOURCES.items()
+        if name not in COMPOSITION_ROOTS and (found := tops(tree) & FORBIDDEN[room(name)])
+    }
+    assert not wrong
+
+
+def test_contract_needs_numpy_pillow_and_fsspec_only():
+    allowed = CORE_NEEDS | set(sys.stdlib_module_names)
+    wrong = {
+        name: found
+        for name, tree in SOURCES.items()
+        if room(name) == "shardspec" and (found := tops(tree) - allowed)
+    }
+    assert not wrong
+
+
+def test_storage_is_the_one_door_to_fsspec():
+    assert [name for name, tree in SOURCES.items() if "fsspec" in tops(tree)] == [
+        "shardspec/storage.py"
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_pure_module_touches_nothing_outside(name):
+    assert not imported(SOURCES[name]) & OUTSIDE_WORLD
+    assert not tops(SOURCES[name]) & OUTSIDE_WORLD
+    calls = {dotted(node.func) for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Call)}
+    assert "open" not in calls
+
+
+def test_no_module_draws_from_a_global_generator():
+    wrong = {}
+    for name, tree in SOURCES.items():
+        found = {
+            chain
+            for chain in chains(tree)
+            if chain.startswith(("np.random.", "numpy.random.", "torch.rand", "torch.manual_seed"))
+            and not chain.startswith(("np.random.RandomState", "numpy.random.RandomState"))
+        }
+        found |= {n for n in imported(tree) if n.startswith(("random", "secrets", "numpy.random"))}
+        if found:
+            wrong[name] = found
+    assert not wrong
+
+
+def test_only_named_modules_look_at_the_clock():
+    found = {name for name, tree in SOURCES.items() if tops(tree) & {"time", "datetime"}}
+    assert {name for name in found if room(name) != "loader"} <= CLOCKS
+
+
+def test_no_clock_says_what_day_it_is_to_the_loader():
+    # Durations (perf_counter, monotonic) are for timings; wall clocks could leak into an order.
+    wall = {"time.time", "time.time_ns", "datetime.now", "datetime.datetime.now"}
+    assert not {n for n, t in SOURCES.items() if room(n) != "preprocess" and chains(t) & wall}
+
+
+def test_only_the_topology_reads_the_environment():
+    wrong = {
+        name
+        for name, tree in SOURCES.items()
+        if chains(tree) & {"os.environ", "os.getenv", "os.putenv"}
+    }
+    assert wrong <= ENVIRONMENT
+
+
+def test_only_command_lines_print():
+    wrong = {
+        name
+        for name, tree in SOURCES.items()
+        if not name.endswith("__main__.py")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and dotted(node.func) in ("print", "pprint.pprint")
+    }
+    assert not wrong
+
+
+def test_no_pickle_is_loaded():
+    wrong = {}
+    for name, tree in SOURCES.items():
+        found = tops(tree) & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                found |= {dotted(node.func)} & {"eval", "exec", "torch.load"}
+                found |= {
+                    f"{k.arg}=True"
+                    for k in node.keywords
+                    if k.arg in ("allow_pickle", "trust_remote_code")
+                    and not (isinstance(k.value, ast.Constant) and k.value.value is False)
+                }
+        if found:
+            wrong[name] = found
+    assert not wrong
+
+
+def test_no_module_is_a_drawer():
+    assert not [
+        n for n in SOURCES if Path(n).stem in ("utils", "util", "helpers", "misc", "common")
+    ]
+
+
+HEAVY = {"torch", "torchvision", "transformers", "datasets", "webdataset", "pandas", "ray"}
+
+
+# What an import costs is paid by every worker of a job and at every start of a training run.
+@pytest.mark.parametrize(
+    "module, absent",
+    [
+        ("shardspec", HEAVY | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "preprocess", "loader"}),
+        ("shardspec.storage", HEAVY | {"s3fs", "gcsfs", "aiohttp"}),
+        ("preprocess.__main__", HEAVY | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "loader"}),
+        ("preprocess.build", HEAVY | {"loader"}),
+        ("loader", (HEAVY - {"torch"}) | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "preprocess"}),
+    ],
+)
+def test_import_leaves_heavy_packages_unloaded(module, absent):
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert module.split(".")[0] in loaded
+    assert not loaded & absent
