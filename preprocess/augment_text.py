@@ -3,8 +3,8 @@
 The table (templates/paraphrase.toml) holds groups of expressions that may stand for each other.
 Each occurrence of one is replaced by a member of its group, itself included, drawn uniformly.
 Only whole words count; the case of the first letter, or of a text in capitals, is kept. What
-stands in quotes, tags or backticks, and every stretch the caller names, stays as it is: a label or an
-option must read the same in the question and in the answer. Responses are never passed in here.
+stands in quotes, tags or backticks, and every stretch the caller names, stays as it is: a label or
+an option must read the same in the question and in the answer. Responses are never passed in here.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from preprocess.plan import shard_name
 from preprocess.recipe import Preparer, read_path
 from shardspec import storage
 from shardspec.errors import SampleError
-from shardspec.index import INDEX_DTYPE, encode_index, index_row, longest_text
+from shardspec.index import encode_index, index_dtype, index_row, longest_text
 from shardspec.manifest import (
     INDEX_SUFFIX,
     Receipt,
@@ -94,6 +94,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     quarantined: list[dict[str, Any]] = []
     index = []
     codec = context.preparer.recipe.image.codec
+    views = context.preparer.recipe.image.views
     with scratch_folder(context.out) as folder:
         path = folder / "shard.tar"
         with storage.naming_errors(str(path)), path.open("wb") as stream:
@@ -114,11 +115,18 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
                 sizes = [len(payload) for payload in encoded]
                 json_bytes = len(members[0][1])
                 index.append(
-                    index_row(sample, place=place, json_bytes=json_bytes, image_sizes=sizes)
+                    index_row(
+                        sample,
+                        place=place,
+                        json_bytes=json_bytes,
+                        image_sizes=sizes,
+                        views=views,
+                        placeholder=context.preparer.tokenizer.special_ids["<|image|>"],
+                    )
                 )
                 on_row("")
             sha256 = writer.finish()
-        table = np.concatenate(index) if index else np.zeros(0, dtype=INDEX_DTYPE)
+        table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(len(views)))
         encoded_index = encode_index(table)
         storage.publish_file(storage.join(context.out, name + ".tar"), path)
     storage.publish_bytes(storage.join(context.out, name + INDEX_SUFFIX), encoded_index)
@@ -179,7 +187,7 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
     example = dict(row["example"])
     image = row["image"]
     if isinstance(image, list):
-        example["image"] = [_open_image(each, cache=cache, key=row["key"]) for each in image]
+        example["image"] = [_open_image(each, cache=cache) for each in image]
     elif image is not None:
         example["image"] = _open_image(image, cache=cache)
     return preparer(example, key=row["key"])

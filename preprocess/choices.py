@@ -1,7 +1,7 @@
 """Multiple-choice questions as text: one fixed form to be asked in, and a generator of others.
 
-    standard  the question, an instruction, `A. option` lines; the answer is `A. option`. This is how
-              Molmo 2 is evaluated; nothing is drawn.
+    standard  the question, an instruction, `A. option` lines; the answer is `A. option`. This is
+              how Molmo 2 is evaluated; nothing is drawn.
     letter    the question, `A: option` lines; the answer is `A` (Molmo 1); nothing is drawn.
     varied    one draw in ten is the standard form. The others draw the order of the options,
               whether and how they are labelled, the layout, the wording, and the form of the answer
@@ -188,7 +188,7 @@ def _labels(count: int) -> Sequence[str]:
 
 def _drawn_labels(count: int, rng: np.random.RandomState) -> Sequence[str]:
     fitting = [alphabet for alphabet in _ALPHABETS if len(alphabet) >= count]
-    return _one(fitting, rng)[:count] if fitting else _labels(count)
+    return fitting[rng.randint(0, len(fitting))][:count] if fitting else _labels(count)
 
 
 def _drawn_marker(texts: Mapping[str, list[str]], rng: np.random.RandomState) -> str:
@@ -204,7 +204,7 @@ def _labelled(options: Sequence[str], names: Sequence[str], marker: str) -> list
     ]
 
 
-def _one(texts: Sequence, rng: np.random.RandomState) -> str:
+def _one(texts: Sequence[str], rng: np.random.RandomState) -> str:
     return texts[rng.randint(0, len(texts))]
 
 

@@ -92,6 +92,8 @@ class Style:
     """Form of the answer of pointing and counting styles."""
     grouped: bool = False
     """Whether `points` has a list per image."""
+    explained: bool = False
+    """Whether an explanation must stand before the answer."""
     rigid: bool = False
     """Whether a flip or a crop would make the text wrong: coordinates, or pages to be read."""
 
@@ -114,14 +116,27 @@ _QA = Style(family="qa")
 _COUNTED = Style(family="qa", rigid=True)
 _DOCUMENT = Style(family="document", rigid=True)
 _EXPLAINED = Style(
-    family="document", template="question.explained", since="uber_model_v2", rigid=True
+    family="document",
+    template="question.explained",
+    since="uber_model_v2",
+    explained=True,
+    rigid=True,
 )
 _CHOICE = Style(family="multiple_choice")
 _DIAGRAM = Style(family="multiple_choice", rigid=True)
 _INSTRUCTION = Style(family="instruction")
 _COSYN = (
-    "chart chemical circuit diagram document graphic math music nutrition table"  # CoSyn-400K
-).split()
+    "chart",
+    "chemical",
+    "circuit",
+    "diagram",
+    "document",
+    "graphic",
+    "math",
+    "music",
+    "nutrition",
+    "table",
+)
 
 STYLES: Mapping[str, Style] = {
     "long_caption": _caption("long_caption"),
@@ -252,9 +267,9 @@ _SIDED = re.compile(
 _COUNTING = re.compile(
     r"\bhow many\b|"
     r"^\W*(?:please |can you |could you )?count\b|"
-    r"\b(?:total|exact|overall)? ?(?:number|count) of\b.*\?|"
+    r"\b(?:number|count) of (?!the\b|this\b|that\b)[^?]*\?|"
     r"\b(?:tell|give) me the (?:total |exact )?(?:number|count) of\b",
-    re.IGNORECASE | re.DOTALL,
+    re.IGNORECASE,
 )
 
 
@@ -365,7 +380,8 @@ class DataFormatter:
         ('', 'A red ball.')
         """
         message = self._one(message, rng)
-        return self._ask(message, rng), _text(message, "text")
+        # A question of its own, where a row has one, stands for the template.
+        return self._ask(message, rng, plain=message.get("question", "")), _text(message, "text")
 
     def format_qa(self, message: Message, rng: np.random.RandomState) -> Exchange:
         """Draws a question with a short answer.
@@ -377,7 +393,7 @@ class DataFormatter:
         question = "" if message.get("prompt") else _text(message, "question")
         user = self._ask(message, rng, plain=question, question=question)
         response = _text(message, "answer" if "answer" in message else "text")
-        if "explanation" in message or STYLES[message["style"]] is _EXPLAINED:
+        if "explanation" in message or STYLES[message["style"]].explained:
             response = f"{_text(message, 'explanation')} Answer: {response}"
         return user, response
 
@@ -441,14 +457,12 @@ class DataFormatter:
         An explicit `prompt` is taken as it is, with the answer of the fixed form.
         """
         labelled = "unlabelled_options" not in message
-        options = _field(message, "options" if labelled else "unlabelled_options")
-        if not isinstance(options, Sequence) or not all(isinstance(o, str) for o in options):
-            raise _fields_error(message, "options", "a list of texts")
+        options = _texts(message, "options" if labelled else "unlabelled_options", blank=True)
         prompt = message.get("prompt")
         form = "standard" if prompt and self.policy.choices == "varied" else self.policy.choices
         user, response = write_choices(
             "" if prompt else _text(message, "question"),
-            [option.strip() for option in options],
+            options,
             _field(message, "answer_idx"),
             labelled=labelled,
             form=form,
@@ -542,18 +556,17 @@ class DataFormatter:
 
     def _alternatives(self, message: Message) -> list[Message]:
         """Lists the message once for each of its equally likely responses."""
-        for plural, singular, choose in (
-            ("alternatives", "text", list),
-            ("answers", "answer", _SELECT[self.policy.select_answer]),
-        ):
-            if plural in message:
-                texts = message[plural]
-                rest = {name: value for name, value in message.items() if name != plural}
-                if not isinstance(texts, Sequence) or isinstance(texts, str) or not texts:
-                    raise _fields_error(message, plural, "a list of texts")
-                if not all(isinstance(text, str) and text.strip() for text in texts):
-                    raise _fields_error(message, plural, "a list of texts")
-                return [{**rest, singular: text} for text in choose(texts)]
+        for several, single in (("alternatives", "text"), ("answers", "answer")):
+            if several in message:
+                texts = _texts(message, several, blank=several == "answers")
+                if several == "answers":
+                    # One empty vote of ten is no reason to lose the row.
+                    votes = [text for text in texts if text]
+                    if not votes:
+                        raise _fields_error(message, several, "a list of texts")
+                    texts = _SELECT[self.policy.select_answer](votes)
+                rest = {name: value for name, value in message.items() if name != several}
+                return [{**rest, single: text} for text in texts]
         return [message]
 
     def _one(self, message: Message, rng: np.random.RandomState) -> Message:
@@ -705,14 +718,14 @@ def asks_for_count(text: str) -> bool:
     return bool(_COUNTING.search(text))
 
 
-def action_text(action: Sequence[float] | Sequence[Sequence[float]]) -> str:
+def action_text(action: Any) -> str:
     """Writes a robot's action as integers: one per value, steps apart by semicolons.
 
     [-1, 1] is cut into 256 bins of equal width, numbered from 0; values outside go to the outer
     bins. Bin b stands for its middle, (b + 0.5) / 128 - 1, which is at most 1/256 away.
 
     Args:
-      action: [values] of one step, or [steps, values].
+      action: Numbers: [values] of one step, or [steps, values].
 
     Raises:
       ValueError: No step, a step without values, or values that are no finite numbers.
@@ -722,14 +735,15 @@ def action_text(action: Sequence[float] | Sequence[Sequence[float]]) -> str:
     >>> action_text([[0.5, -2.0], [0.25, 0.0]])
     '192 0; 160 128'
     """
-    steps = action if action and isinstance(action[0], Sequence) else [action]
-    if not isinstance(action, Sequence) or not all(isinstance(s, Sequence) and s for s in steps):
+    nested = isinstance(action, list | tuple) and action and isinstance(action[0], list | tuple)
+    steps = action if nested else [action]
+    if not all(isinstance(step, list | tuple) and step for step in steps):
         raise ValueError("an action is one or more steps of one or more values")
     return "; ".join(" ".join(str(_bin(value)) for value in step) for step in steps)
 
 
 def _bin(value: Any) -> int:
-    if isinstance(value, bool | str) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError("an action value is a finite number")
     share = (min(max(value, -1.0), 1.0) + 1.0) / 2.0
     return min(int(share * ACTION_BINS), ACTION_BINS - 1)
@@ -772,7 +786,7 @@ def _split_turns(message: Message, image_sizes: Sequence[ImageSize]) -> list[Mes
 
 def _check_style(message: Message) -> None:
     style = message.get("style")
-    if style not in STYLES:
+    if not isinstance(style, str) or style not in STYLES:
         raise SampleError(
             f"no formatter for the style {style!r}",
             reason="message_style",
@@ -783,7 +797,7 @@ def _check_style(message: Message) -> None:
 
 def _point_groups(message: Message) -> list[PointGroup]:
     points = _field(message, "points")
-    if not STYLES[message["style"]].grouped:
+    if not STYLES[message["style"]].grouped or not isinstance(points, Sequence):
         points = [points]
     sizes = message.get("image_sizes", ())
     if sizes and len(points) > len(sizes):
@@ -804,7 +818,9 @@ def _scale(message: Message, image: int) -> tuple[float, float]:
     if "point_scale" in message:
         scale = _positive(message["point_scale"], message)
         return scale, scale
-    width, height = _field(message, "image_sizes")[image]
+    if not message.get("image_sizes"):
+        raise _fields_error(message, "point_scale", "a scale, or images whose pixels are meant")
+    width, height = message["image_sizes"][image]
     return float(width), float(height)
 
 
@@ -826,20 +842,23 @@ def _label(message: Message, *, grouped: bool) -> str:
 def _kept(message: Message) -> list[str]:
     """The texts that must read the same in the question and in the answer."""
     named = [message.get("label"), message.get("label_cased")]
-    options = [*message.get("options", ()), *message.get("unlabelled_options", ())]
-    return [text for text in (*named, *options) if isinstance(text, str) and text.strip()]
+    options = [*(message.get("options") or ()), *(message.get("unlabelled_options") or ())]
+    # Without a label, the question itself stands between the tags.
+    asked = [message.get("question")] if "points" in message else []
+    texts = [*named, *options, *asked]
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 def _most_common(answers: Sequence[str]) -> list[str]:
     """The answers that most people gave, in the order in which they came up."""
-    counts = Counter(answer.strip() for answer in answers)
+    counts = Counter(answers)
     most = max(counts.values())
     return [answer for answer, count in counts.items() if count == most]
 
 
 _SELECT: Mapping[SelectAnswer, Callable[[Sequence[str]], list[str]]] = {
     "best": _most_common,
-    "first": lambda answers: [min(answer.strip() for answer in answers)],
+    "first": lambda answers: [min(answers)],
 }
 
 
@@ -854,6 +873,15 @@ def _text(message: Message, name: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise _fields_error(message, name, "a text")
     return text.strip()
+
+
+def _texts(message: Message, name: str, *, blank: bool = False) -> list[str]:
+    texts = message.get(name)
+    if not isinstance(texts, list | tuple) or not texts:
+        raise _fields_error(message, name, "a list of texts")
+    if not all(isinstance(text, str) and (blank or text.strip()) for text in texts):
+        raise _fields_error(message, name, "a list of texts")
+    return [text.strip() for text in texts]
 
 
 def _fields_error(message: Message, name: str, want: str) -> SampleError:

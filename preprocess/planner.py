@@ -232,17 +232,16 @@ def _planned_rows(
         try:
             example = job.dataset[i]
         except SampleError as error:
-            row = {"key": f"row-{i}", "image": None, "example": {}}
-            yield row, error
+            yield {"key": f"row-{i}", "image": None, "example": {}}, error
             continue
         images = example_images(example)
         example.pop("image", None)
         _check_number(job, images)
         planned = [_plan_image(job, image, results) for image in images]
         key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
-        row = {"key": key, "image": [image.place for image in planned], "example": example}
-        if not job.dataset.several_images:
-            row["image"] = row["image"][0] if planned else None
+        places = [image.place for image in planned]
+        place = places if job.dataset.several_images else next(iter(places), None)
+        row = {"key": key, "image": place, "example": example}
         errors = [image.error for image in planned if image.error is not None]
         yield row, errors[0] if errors else _changed_image(example, planned)
 
@@ -268,8 +267,8 @@ def _plan_image(job: Job, image: ImageSource, results: Mapping[str, FetchResult]
         place = {"kind": "path", "path": str(image.absolute())}
         try:
             identity = hashlib.sha256(read_path(image)).hexdigest()
-        except SampleError as error:
-            return _PlannedImage(place=place, identity="", error=error)
+        except SampleError as unreadable:
+            return _PlannedImage(place=place, identity="", error=unreadable)
         return _PlannedImage(place={**place, "sha256": identity}, identity=identity)
     if isinstance(image, str):
         result = results[image]

@@ -18,13 +18,20 @@ from typing import Any
 import numpy as np
 
 from preprocess.datasets.base import ImageSource, SceneImage, example_images
-from preprocess.formatter import DataFormatter, TextPolicy, chat_frame, message_texts, safe_geometry
+from preprocess.formatter import (
+    DataFormatter,
+    TextPolicy,
+    chat_frame,
+    message_styles,
+    message_texts,
+    safe_geometry,
+)
 from preprocess.image import ImagePolicy, ImagePreprocessor
 from preprocess.text import InterleavedTextPreprocessor
 from preprocess.tokens import ChatFrame, Tokenizer
 from shardspec.errors import SampleError
 from shardspec.manifest import canonical_json
-from shardspec.sample import PreparedImage, PreparedSample, spans_table
+from shardspec.sample import PreparedSample, spans_table
 
 KEY_BYTES = 12
 """96 bits: among 10**10 samples the chance of any collision is about 10**-9."""
@@ -90,7 +97,6 @@ class Preparer:
         if key is None:
             identities = map(image_identity, found, sources)
             key = sample_key(example, image_id=images_identity(identities))
-        branches = self.formatter(example, key=key)
         texts = message_texts(example)
         for text in texts:
             control = self.tokenizer.control_token(text)
@@ -101,11 +107,13 @@ class Preparer:
                     where=key,
                     fix="remove it from the row: it would be read as markup",
                 )
-        tokenized = InterleavedTextPreprocessor(tokenizer=self.tokenizer)(branches, key=key)
-        geometry = safe_geometry(texts)
+        geometry = safe_geometry(texts, styles=message_styles(example))
         images = tuple(
             self.image_preprocessor(source, geometry=geometry, where=key) for source in sources
         )
+        sizes = [(image.source_width, image.source_height) for image in images]
+        branches = self.formatter(example, key=key, image_sizes=sizes)
+        tokenized = InterleavedTextPreprocessor(tokenizer=self.tokenizer)(branches, key=key)
         record = {
             "key": key,
             "message_list": example["message_list"],

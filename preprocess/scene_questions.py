@@ -54,6 +54,17 @@ class SceneTarget:
     """All that the label fits; none where the scene has no such thing."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointedAnswer:
+    """A question with an answer that points."""
+
+    question: str
+    answer: str
+    """With a POINT_MARK for each phrase."""
+    phrases: tuple[SceneTarget, ...]
+    """What stands at the marks, in order, at least one."""
+
+
 @lru_cache(maxsize=64)
 def scene_plan(seed: int, idx: int) -> ScenePlan:
     """Plans a scene as `plan_scene` does; the rows about one picture follow each other."""
@@ -106,6 +117,85 @@ def percent_points(plan: ScenePlan, objects: Sequence[SceneObject]) -> list[dict
 def scene_questions(plan: ScenePlan) -> list[SceneQuestion]:
     """Lists the questions that a scene answers, at least 18; without chance."""
     return [*_counts(plan), *_colors_present(plan), *_attributes(plan), *_relations(plan)]
+
+
+def pointed_answers(plan: ScenePlan) -> list[PointedAnswer]:
+    """Lists questions about a scene with answers that point, at least two."""
+    kinds: dict[str, list[SceneObject]] = {}
+    for thing in plan.objects:
+        kinds.setdefault(thing.label, []).append(thing)
+    phrases = tuple(
+        SceneTarget(
+            label=f"{NUMBERS[len(things)]} {plural(label, len(things))}", objects=tuple(things)
+        )
+        for label, things in kinds.items()
+    )
+    found = [
+        PointedAnswer(
+            question="What can be seen in this picture, and where?",
+            answer=f"I can see {listed([POINT_MARK] * len(phrases))}.",
+            phrases=phrases,
+        )
+    ]
+    for asked in _counts(plan):
+        if asked.objects:
+            noun = plural(asked.objects[0].shape, len(asked.objects))
+            label = plural("shape", len(asked.objects)) if "shapes" in asked.question else noun
+            found.append(
+                PointedAnswer(
+                    question=asked.question,
+                    answer=asked.sentence.replace(label, POINT_MARK, 1),
+                    phrases=(SceneTarget(label=label, objects=asked.objects),),
+                )
+            )
+    for asked in _relations(plan):
+        answer = asked.sentence
+        for thing in asked.objects:
+            answer = answer.replace(_name(thing), POINT_MARK, 1)
+        named = tuple(SceneTarget(label=_name(thing), objects=(thing,)) for thing in asked.objects)
+        found.append(PointedAnswer(question=asked.question, answer=answer, phrases=named))
+    return found
+
+
+def compared_scenes(plans: Sequence[ScenePlan]) -> list[tuple[str, str]]:
+    """Lists questions about several scenes and their answers, at least eight.
+
+    Args:
+      plans: Two or more; they are called image 1, image 2 and so on.
+    """
+    counts = [len(plan.objects) for plan in plans]
+    found = [
+        (
+            f"How many shapes are there in the {NUMBERS[len(plans)]} images together?",
+            f"There are {sum(counts)} shapes in all.",
+        )
+    ]
+    if counts.count(max(counts)) == 1:
+        most = counts.index(max(counts))
+        shapes = plural("shape", counts[most])
+        answer = f"Image {most + 1}, with {NUMBERS[counts[most]]} {shapes}."
+        found.append(("Which image shows the most shapes?", answer))
+    for number, plan in enumerate(plans, start=1):
+        question = f"What is the background of image {number}?"
+        found.append((question, f"Image {number} shows {plan.background.phrase}."))
+    for shape in SHAPES:
+        having = [
+            str(number)
+            for number, plan in enumerate(plans, start=1)
+            if any(thing.shape == shape for thing in plan.objects)
+        ]
+        answer = f"In {plural('image', len(having))} {listed(having)}." if having else "In none."
+        found.append((f"In which of the images is there {_article(shape)}?", answer))
+    return found
+
+
+def listed(words: Sequence[str]) -> str:
+    """Joins words as one writes them.
+
+    >>> listed(["1"]), listed(["1", "2"]), listed(["1", "2", "5"])
+    ('1', '1 and 2', '1, 2 and 5')
+    """
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def choose(

@@ -12,13 +12,15 @@ from __future__ import annotations
 import io
 import os
 import tokenize
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from shardspec.errors import ShardError
-from shardspec.sample import ARRAY_HEADER_BYTES, PreparedSample, image_rows, text_rows
+from shardspec.sample import ARRAY_HEADER_BYTES, PreparedSample, image_rows, lead_rows, text_rows
 from shardspec.tar import TarRange, payload_offsets
+from shardspec.tiling import ImageView, num_crops, num_image_tokens
 
 INDEX_DTYPE = np.dtype(
     [
@@ -41,6 +43,23 @@ INDEX_DTYPE = np.dtype(
 """Columns of a row. Little-endian, packed: 112 bytes."""
 
 
+def index_dtype(num_views: int) -> np.dtype:
+    """Gives the row type of a dataset whose recipe has so many views.
+
+    Behind INDEX_DTYPE stand, for planning batches and packs without reading data: `view_length`
+    u4 [views] and `view_crops` u2 [views], the longest sequence and the crops that a sample has in
+    each view, and `loss_length` u4, the most positions under loss.
+    """
+    if not num_views:
+        return INDEX_DTYPE
+    lengths = [
+        ("view_length", "<u4", (num_views,)),
+        ("view_crops", "<u2", (num_views,)),
+        ("loss_length", "<u4"),
+    ]
+    return np.dtype(INDEX_DTYPE.descr + lengths)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleLayout:
     """Where the payloads of one sample start, counted from its first header."""
@@ -53,14 +72,28 @@ class SampleLayout:
 
 
 def index_row(
-    sample: PreparedSample, *, place: TarRange, json_bytes: int, image_sizes: list[int]
+    sample: PreparedSample,
+    *,
+    place: TarRange,
+    json_bytes: int,
+    image_sizes: list[int],
+    views: Sequence[ImageView] = (),
+    placeholder: int = -1,
 ) -> np.ndarray:
     """Makes the row of a sample that has just been written.
 
+    Args:
+      sample: The sample.
+      place: Where it stands in the tar.
+      json_bytes: Length of its record.
+      image_sizes: Lengths of its encoded images.
+      views: The recipe's views, for the lengths of sequences.
+      placeholder: Id of <|image|>, which an image block replaces.
+
     Returns:
-      INDEX_DTYPE [1].
+      index_dtype(len(views)) [1].
     """
-    row = np.zeros(1, dtype=INDEX_DTYPE)
+    row = np.zeros(1, dtype=index_dtype(len(views)))
     pictures = image_rows(sample.spans)
     num_tokens, num_loss_tokens = longest_text(sample.spans)
     first = pictures[0] if len(pictures) else np.zeros(8, dtype="<i4")
@@ -73,7 +106,43 @@ def index_row(
     row["num_images"] = len(pictures)
     row["num_tokens"], row["num_loss_tokens"] = num_tokens, num_loss_tokens
     row["key"] = sample.key.encode()
+    if views:
+        text, loss = longest_sequence(sample.tokens, sample.spans, placeholder=placeholder)
+        row["loss_length"] = loss
+        sizes = [(int(p[2]), int(p[3])) for p in pictures]
+        for v, view in enumerate(views):
+            image_tokens = sum(num_image_tokens(*size, view) for size in sizes)
+            row["view_length"][0, v] = text + image_tokens
+            row["view_crops"][0, v] = sum(num_crops(*size, view) for size in sizes)
     return row
+
+
+def longest_sequence(
+    tokens: np.ndarray, spans: np.ndarray, *, placeholder: int = -1
+) -> tuple[int, int]:
+    """Counts the positions of a sample's sequence, image blocks left out, at its longest draw.
+
+    Args:
+      tokens: int32 [T].
+      spans: int32 [S, 8].
+      placeholder: Id of <|image|>: its positions are the image block's.
+
+    Returns:
+      (positions: BOS, leads, texts and the EOS between the turns of a branch; positions under
+      loss: responses and their EOS), each turn drawing its longest variant. No draw exceeds them.
+    """
+    positions: dict[tuple[int, int], int] = {}
+    loss: dict[tuple[int, int], int] = {}
+    for _, branch, turn, prompt_start, prompt_stop, start, stop, _ in text_rows(spans).tolist():
+        at = (branch, turn)
+        marks = np.count_nonzero(tokens[prompt_start:prompt_stop] == placeholder)
+        length = prompt_stop - prompt_start + stop - start - int(marks)
+        positions[at] = max(positions.get(at, 0), length)
+        loss[at] = max(loss.get(at, 0), stop - start + 1)
+    branches = len({branch for branch, _ in positions})
+    leads = sum(stop - start for _, _, start, stop, *_ in lead_rows(spans).tolist())
+    inner_eos = len(positions) - branches
+    return 1 + leads + sum(positions.values()) + inner_eos, sum(loss.values())
 
 
 def longest_text(spans: np.ndarray) -> tuple[int, int]:
@@ -102,7 +171,7 @@ def sample_layout(row: np.void) -> SampleLayout:
 def encode_index(rows: np.ndarray) -> bytes:
     """Serialises index rows as .npy bytes; the same rows give the same bytes."""
     stream = io.BytesIO()
-    np.save(stream, rows.astype(INDEX_DTYPE, copy=False), allow_pickle=False)
+    np.save(stream, rows, allow_pickle=False)
     return stream.getvalue()
 
 

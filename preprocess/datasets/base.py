@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -56,6 +56,8 @@ class SceneImage:
         Image.fromarray(pixels).save(stream, "JPEG", quality=SCENE_QUALITY)
         return stream.getvalue()
 
+
+Value = TypeVar("Value")
 
 ImageSource = bytes | str | Path | SceneImage | Image.Image | np.ndarray
 """Encoded bytes, an http(s) URL, a local path, a generated scene, or pixels (uint8 [H, W, 3])."""
@@ -305,6 +307,8 @@ def row_image(row: Mapping[str, Any], *, base: Path | None = None) -> ImageSourc
       SourceError: `row_image`.
     """
     image = row.get("image")
+    if isinstance(image, Mapping):  # the hub's; both of its fields may be empty
+        image = image.get("bytes") or image.get("path")
     return _image_source(row.get("image_url") if image is None else image, row, base)
 
 
@@ -342,6 +346,22 @@ def example_images(example: Mapping[str, Any]) -> list[ImageSource]:
     if image is None:
         return []
     return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def image_facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Collects what a row says of its image, for the example's metadata."""
+    return {name: row[name] for name in ("image_url", "image_sha256") if row.get(name)}
+
+
+def required(value: Value, *, reason: str) -> Value:
+    """Gives a value back if there is anything in it.
+
+    Raises:
+      SampleError: `reason`.
+    """
+    if not value:
+        raise SampleError("row lacks what its example needs", reason=reason)
+    return value
 
 
 def as_records(value: Any) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Shards change speed, never content.
 
-With a lossless codec, what comes out of shards equals, bit for bit, what the unsharded path gives for
-the same (seed, samples, epoch): every array, with augmentation on, in several epochs. A sample's
+With a lossless codec, what comes out of shards equals, bit for bit, what the unsharded path gives
+for the same (seed, samples, epoch): every array, with augmentation on, in several epochs. A sample's
 number in its seed is its place in the stored order, so the unsharded rows are put in that order
 first, by their keys.
 """
@@ -181,7 +181,8 @@ def row(i, image):
     return {
         "image": {"bytes": image, "path": None},
         "image_url": f"http://example.com/{i}",
-        "caption": f"Picture {i}: a smooth field of colours{place}, café 你好. " + "And so on. " * i,
+        "caption": f"Picture {i}: a smooth field of colours{place}, café 你好. "
+        + "And so on. " * i,
         "transcripts": [f"so, {n}, this is picture {i}{place}" for n in range(1 + i % 3)],
     }
 

@@ -299,9 +299,17 @@ def test_leaving_the_loop_early_ends_the_threads(url):
         assert decode_threads()
         break
     assert decode_threads() == []
-    with pytest.raises(KeyError):
+
+
+def test_failing_training_step_ends_the_threads_too(url):
+    loader = make(url, decode_threads=4)
+
+    def train():
         for _ in loader:
             raise KeyError("the training step failed")
+
+    with pytest.raises(KeyError):
+        train()
     assert decode_threads() == []
     list(loader)
     assert decode_threads() == []
@@ -350,7 +358,8 @@ def test_worker_processes_give_the_same_batches_and_their_own_errors(url, undist
         batches.append(batch)
         assert loader.state_dict()["step"] == 2 + len(batches)
     assert rows(batches) == undisturbed[2 * BATCH : 6 * BATCH]
-    assert batches[0]["images"].stride() == next(iter(make(url)))["images"].stride()
+    strides = {batch["images"].stride()[2:] for batch in (*batches, *make(url))}
+    assert strides == {(1, 28 * 3, 3)}  # channels last on this side of the queue too
     assert multiprocessing.active_children() == []
 
     broken_url, key, step = broken

@@ -1,0 +1,225 @@
+"""The command line: help as golden files, exit codes, errors as one block, sizes."""
+
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocess.__main__ import main, parse_bytes
+from shardspec.errors import ConfigError
+
+SAMPLE = ("shards", "pixmo_cap", "--source", "sample")
+
+
+def check_one_block(err):
+    """An error is told once, in the form of the project, with a remedy and without a traceback."""
+    assert "Traceback" not in err
+    lines = err.strip().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    assert len(starts) == 1
+    block = lines[starts[0] + 1 :]
+    assert all(line.startswith(("  where: ", "  facts: ", "  fix:   ")) for line in block)
+    assert block[-1].startswith("  fix:   ")
+
+
+# --- help
+
+
+@pytest.mark.parametrize("verb", ["", "shards", "plan", "verify", "datasets"])
+def test_help_is_the_golden_file(monkeypatch, capsys, golden, verb):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as caught:
+        main([*([verb] if verb else []), "--help"])
+    assert caught.value.code == 0
+    golden(f"help-{verb or 'program'}.txt", capsys.readouterr().out)
+
+
+def test_datasets_are_listed(cli):
+    finished = cli.good("datasets")
+    assert "pixmo_cap" in finished.out.splitlines()
+    assert finished.err == ""
+
+
+# --- exit code 1: the request cannot be honoured
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (("shards", "pixmo_cpa"), "did you mean 'pixmo_cap'?"),
+        ((*SAMPLE, "--mode", "caption"), "has no mode 'caption'"),
+        ((*SAMPLE, "--tokenizer", "nobody/nothing"), "cannot be loaded"),
+        ((*SAMPLE, "--message-format", "chatml", "--pad-vocab", "7"), "got_pad_to=7"),
+        (("shards", "pixmo_cap", "--source", "/no/such/folder"), "source folder is not there"),
+    ],
+)
+def test_request_that_cannot_be_honoured_is_code_1(cli, tmp_path, args, text):
+    finished = cli.run(*args, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert (finished.code, finished.out) == (1, "")
+    assert text in finished.err
+    check_one_block(finished.err)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flag, value, text",
+    [
+        ("--shard-size", "big", "got=big"),
+        ("--shard-size", "5 parsecs", "got=5 parsecs"),
+        ("--image-bound", "wide", "got=wide"),
+        ("--image-bound", "canvas*wide", "got=wide"),
+        ("--image-bound", "nan", "got=nan"),
+        ("--image-bound", "inf", "got=inf"),
+        ("--image-bound", "canvas*0.5", "headroom"),
+        ("--image-size", "335", "patch_px"),
+        ("--variants", "0", "got=0"),
+        ("--quality", "101", "quality"),
+        ("--limit", "0", "limit=0"),
+        ("--workers", "-1", "num_workers=-1"),
+        ("--num-shards", "0", "num_shards=0"),
+        ("--max-dead-links", "1.5", "max_dead_links=1.5"),
+    ],
+)
+def test_value_out_of_range_is_code_1_before_anything_is_loaded(
+    capsys, restored_signals, flag, value, text
+):
+    assert main([*SAMPLE, flag, value]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert text in printed.err
+    check_one_block(printed.err)
+
+
+@pytest.fixture
+def restored_signals():
+    """Gives pytest its own handler of SIGTERM back after `main` has run in this process."""
+    import signal
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("build",),
+        ("shards",),
+        (*SAMPLE, "--colour", "red"),
+        (*SAMPLE, "--codec", "tiff"),
+        (*SAMPLE, "--limit", "many"),
+        ("verify",),
+    ],
+)
+def test_bad_flag_is_code_1_with_usage_and_a_remedy(capsys, args):
+    # argparse's own 2 would read as a spent error budget.
+    with pytest.raises(SystemExit) as caught:
+        main(list(args))
+    assert caught.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("usage: ")
+    check_one_block(printed.err)
+
+
+def test_verify_without_a_dataset_is_code_1(cli, tmp_path):
+    finished = cli.run("verify", tmp_path / "none")
+    assert (finished.code, finished.out) == (1, "")
+    check_one_block(finished.err)
+
+
+def test_output_below_a_file_is_code_1(cli, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    finished = cli.run(*SAMPLE, "--limit", 2, "--out", tmp_path / "file" / "out")
+    assert finished.code == 1
+    check_one_block(finished.err)
+
+
+# --- exit code 3: the output holds the result of another job
+
+
+@pytest.fixture
+def dataset(tiny_dataset, tmp_path):
+    """A copy of a finished dataset, to be damaged."""
+    return shutil.copytree(tiny_dataset, tmp_path / "copy")
+
+
+def test_output_of_another_job_is_code_3_with_the_difference(cli, dataset):
+    before = (dataset / "manifest.json").read_bytes()
+    asked = (*SAMPLE, "--limit", 24, "--num-shards", 3, "--seed", 1, "--out", dataset)
+    finished = cli.run(*asked)
+    assert (finished.code, finished.out) == (3, "")
+    assert "job.recipe.seed: 0 here, 1 asked" in finished.err
+    check_one_block(finished.err)
+    assert (dataset / "manifest.json").read_bytes() == before
+
+
+def test_same_command_again_has_nothing_to_do(cli, dataset):
+    finished = cli.good(*SAMPLE, "--limit", 24, "--num-shards", 3, "--out", dataset)
+    assert "nothing to do" in finished.out
+
+
+# --- exit code 4: stored data is damaged
+
+
+@pytest.mark.parametrize("flags", [(), ("--deep",)])
+def test_verify_of_a_whole_dataset_is_code_0(cli, dataset, flags):
+    finished = cli.good("verify", dataset, *flags)
+    assert finished.out == f"{dataset}: every shard is what the manifest promises\n"
+
+
+def flip_byte(path):
+    payload = bytearray(path.read_bytes())
+    payload[len(payload) // 2] ^= 1
+    path.write_bytes(payload)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-512])
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".index.npy"])
+@pytest.mark.parametrize("damage", [flip_byte, cut, lambda path: path.unlink()])
+def test_verify_of_a_damaged_shard_is_code_4_and_names_it(cli, dataset, suffix, damage):
+    path = dataset / "train" / f"pixmo_cap-train-00001-of-00003{suffix}"
+    damage(path)
+    finished = cli.run("verify", dataset)
+    assert (finished.code, finished.out) == (4, "")
+    assert f"  where: {path}" in finished.err
+    check_one_block(finished.err)
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize(
+    "text, num_bytes",
+    [
+        ("0", 0),
+        ("1048576", 2**20),
+        ("256MiB", 256 * 2**20),
+        ("1GiB", 2**30),
+        ("64KiB", 2**16),
+        ("512MB", 512_000_000),
+        ("2GB", 2_000_000_000),
+        ("1.5MiB", 3 * 2**19),
+        (" 256 mib ", 2**28),
+    ],
+)
+def test_sizes_are_read(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@given(st.integers(0, 2**50))
+def test_plain_numbers_of_bytes_are_read(count):
+    assert parse_bytes(str(count)) == count
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e6", "1 MiB 2", "12QiB", "0x10", "1,000"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_bytes(text)
+    assert caught.value.reason == "size_text"
+    assert caught.value.facts == {"got": text}
