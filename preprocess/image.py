@@ -85,7 +85,7 @@ _PNG_MEANING_CHUNKS = frozenset({b"tRNS", b"acTL"})
 class ImagePolicy:
     """How pictures are stored."""
 
-    views: tuple[ImageView, ...] = ()
+    views: tuple[ImageView, ...] = (ImageView(),)
     """What training may ask for; the stored size serves all of them."""
     headroom: float = 1.0
     """Factor >= 1 on both sides of the largest canvas, for training that crops or resizes again."""

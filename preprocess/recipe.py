@@ -22,12 +22,13 @@ from preprocess.formatter import (
     DataFormatter,
     TextPolicy,
     chat_frame,
+    image_prefixes,
     message_styles,
     message_texts,
     safe_geometry,
 )
 from preprocess.image import ImagePolicy, ImagePreprocessor
-from preprocess.text import InterleavedTextPreprocessor
+from preprocess.text import InterleavedTextPreprocessor, check_placeholders
 from preprocess.tokens import ChatFrame, Tokenizer
 from shardspec.errors import SampleError
 from shardspec.manifest import canonical_json
@@ -113,7 +114,10 @@ class Preparer:
         )
         sizes = [(image.source_width, image.source_height) for image in images]
         branches = self.formatter(example, key=key, image_sizes=sizes)
-        tokenized = InterleavedTextPreprocessor(tokenizer=self.tokenizer)(branches, key=key)
+        check_placeholders(branches, num_images=len(images), key=key)
+        leads = image_prefixes(len(images))
+        text_preprocessor = InterleavedTextPreprocessor(tokenizer=self.tokenizer)
+        tokenized = text_preprocessor(branches, key=key, leads=leads)
         record = {
             "key": key,
             "message_list": example["message_list"],
@@ -122,7 +126,7 @@ class Preparer:
         return PreparedSample(
             key=key,
             tokens=tokenized.tokens,
-            spans=spans_table(tokenized.rows, images),
+            spans=spans_table(tokenized.rows, images, leads=tokenized.leads),
             images=images,
             record=record,
         )

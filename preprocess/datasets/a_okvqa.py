@@ -1,8 +1,9 @@
 """A-OKVQA: questions about COCO pictures that need some knowledge of the world.
 
 Public schema (HuggingFaceM4/A-OKVQA): image, question_id str, question str, choices list[str],
-correct_choice_idx int8, direct_answers str (a Python list of ten strings, written out; a real list
-in other copies), difficult_direct_answer bool, rationales list[str]. The split "test" has no answers.
+correct_choice_idx int8, direct_answers str (a Python list of ten strings, written out; other copies
+have a real list), difficult_direct_answer bool, rationales list[str]. The split "test" has no
+answers.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Public schema (card of allenai/pixmo-point-explanations): image_url str, image_sha256 str, question
 str, response str (with the points written out), parsed_response str (each point replaced by
 <|POINT|>; null where parsing failed), and per placeholder alt_text list[str], inline_text list[str]
-and points list[list[{x, y}]], in percent of the width and height. Rows repeat an image. Rows without
-a parsed response are left out, as Molmo does it; it also splits the questions of an image into two
-examples, here they stay together.
+and points list[list[{x, y}]], in percent of the width and height. Rows repeat an image. Rows
+without a parsed response are left out, as Molmo does it; it also splits the questions of an image
+into two examples, here they stay together.
 """
 
 from __future__ import annotations

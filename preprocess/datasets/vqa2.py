@@ -47,7 +47,7 @@ class Vqa2(HfDataset):
         """Generates a row: five to twelve questions about a drawn scene."""
         rng = row_rng(seed, idx)
         questions = scene_questions(scene_plan(seed, idx))
-        messages = []
+        messages: list[dict[str, Any]] = []
         for i in rng.permutation(len(questions))[: rng.randint(5, 13)]:
             question = questions[i]
             agreeing = int(rng.randint(NUM_ANSWERS // 2, NUM_ANSWERS + 1))

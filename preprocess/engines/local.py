@@ -70,7 +70,7 @@ class _Crew:
         # spawn: forked children would inherit locks held by the parent's threads.
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_serve, args=(theirs, self.work, self.context), daemon=True)
+        process = spawn.Process(target=_serve, args=(theirs, self.work), daemon=True)
         process.start()
         theirs.close()
         self.workers.append(_Worker(process=process, pipe=ours))
@@ -109,7 +109,7 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
         for _ in range(min(num_workers, len(todo))):
             crew.hire()
         for worker in crew.workers:
-            _assign(worker, todo)
+            _begin(crew, worker, todo)
         while left:
             ready = wait([worker.pipe for worker in crew.workers])
             for worker in [w for w in crew.workers if w.pipe in ready]:
@@ -133,6 +133,14 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
         crew.dismiss()
 
 
+def _begin(crew: _Crew, worker: _Worker, todo: deque[int]) -> None:
+    # Not as an argument of the process: that pipe's reading end is open in this process as well, so
+    # sending more than fits to a child that dies at its start would wait forever.
+    with suppress(ConnectionError):
+        worker.pipe.send(crew.context)
+    _assign(worker, todo)
+
+
 def _assign(worker: _Worker, todo: deque[int]) -> None:
     worker.task = todo.popleft() if todo else None
     if worker.task is not None:
@@ -154,23 +162,27 @@ def _requeue(crew: _Crew, worker: _Worker, attempts: dict[int, int], todo: deque
         )
     todo.appendleft(task)
     crew.hire()
-    _assign(crew.workers[-1], todo)
+    _begin(crew, crew.workers[-1], todo)
     return TaskLost(task=task, exit_code=code)
 
 
-def _serve(pipe: Connection, work: Work, context: Any) -> None:
+def _serve(pipe: Connection, work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        context = pipe.recv()
+    except EOFError:
+        return  # the supervisor is gone
 
     def report(note: Any) -> None:
         try:
             pipe.send(("progress", note))
-        except BrokenPipeError:
+        except ConnectionError:
             sys.exit()  # the supervisor is gone
 
     while True:
         try:
             task = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return  # the supervisor is gone
         try:
             message = ("done", work(context, task, report))
@@ -181,5 +193,5 @@ def _serve(pipe: Connection, work: Work, context: Any) -> None:
             message = ("failed", RuntimeError(f"task {task} failed:\n{text}"))
         try:
             pipe.send(message)
-        except BrokenPipeError:
+        except ConnectionError:
             return

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from preprocess.image import ImagePolicy
 from preprocess.job import Job, JobSettings
 from preprocess.planner import Plan, drop_plan, load_plan
+from preprocess.recipe import Recipe
 from shardspec.manifest import canonical_json, load_manifest
+from shardspec.tiling import ImageView
 
 ROWS = 240
 SHARDS = 24
@@ -283,10 +286,11 @@ def test_killed_while_repairing_leaves_the_old_manifest_and_can_be_repeated(
 
 
 def test_interrupted_removal_of_a_plan_leaves_no_plan_without_rows(tmp_path, monkeypatch):
-    settings = JobSettings(
-        dataset="pixmo_cap", out=str(tmp_path / "out"), source="sample", cache=str(tmp_path)
+    recipe = Recipe(image=ImagePolicy(views=(ImageView(),)))
+    out, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+    job = Job(
+        JobSettings(dataset="pixmo_cap", out=out, source="sample", cache=cache, recipe=recipe)
     )
-    job = Job(settings)
     folder = tmp_path / "out" / "plan" / "train"
     folder.mkdir(parents=True)
     plan = {"build_key": "k", "num_shards": 1, "num_samples": 1, "source": {}, "quarantined": {}}

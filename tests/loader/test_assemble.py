@@ -8,7 +8,7 @@ from loader.augment import Augment, Draw, draw
 from loader.collate import MMCollator
 from loader.layout import TokenIds
 from loader.pixels import normalize, render
-from shardspec.errors import SampleError
+from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, PreparedImage, image_rows, spans_table, text_rows
 from shardspec.tiling import (
     ImageTokenIds,
@@ -77,10 +77,11 @@ def test_same_seed_gives_the_same_example_and_another_one_does_not(rich):
     assert first["metadata"] == {"key": "sample-0007", "dropped_branches": 0}
 
 
-def test_variants_are_drawn_branch_by_branch_and_then_each_image(rich):
+def test_variants_are_drawn_then_the_order_of_branches_and_then_each_image(rich):
     for seed in range(20):
         rng = np.random.RandomState(seed)
         chosen = [rng.randint(0, 3) for _ in range(2)]
+        order = rng.permutation(2).tolist()
         draws = [
             draw(Augment.standard(), rng, geometry=Geometry.ALL, width=60, height=40)
             for _ in range(2)
@@ -88,11 +89,7 @@ def test_variants_are_drawn_branch_by_branch_and_then_each_image(rich):
         example = example_of(rich, seed=seed)
         rows = text_rows(rich.spans).reshape(2, 3, 8)
         text = np.concatenate(
-            [
-                rich.tokens[slice(*rows[b, variant, c : c + 2])]
-                for b, variant in enumerate(chosen)
-                for c in (3, 5)
-            ]
+            [rich.tokens[slice(*rows[b, chosen[b], c : c + 2])] for b in order for c in (3, 5)]
         )
         assert example["input_ids"][13:].tolist() == text.tolist()
         crops = [
@@ -116,26 +113,27 @@ def test_flags_of_the_images_change_neither_the_text_nor_the_next_image(rich):
         assert not np.array_equal(free["images"][0], fixed["images"][0])
 
 
-def test_every_variant_is_drawn_equally_often(tiny_sample):
+def test_every_variant_and_every_order_of_branches_is_drawn_equally_often(tiny_sample):
     sample = tiny_sample(1, num_images=0, num_branches=2, num_variants=4)
     rows = text_rows(sample.spans)
     rng = np.random.RandomState()
-    counts = np.zeros((4, 4), dtype=int)
+    counts = np.zeros((4, 4, 2), dtype=int)
     prompts = [sample.tokens[slice(*row[3:5])].tolist() for row in rows]
     responses = [sample.tokens[slice(*row[5:7])].tolist() for row in rows]
-    outcomes = {
-        tuple(prompts[i] + responses[i] + prompts[4 + j] + responses[4 + j]): (i, j)
-        for i in range(4)
-        for j in range(4)
-    }
-    assert len(outcomes) == 16
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    outcomes = {}
+    for i in range(4):
+        for j in range(4, 8):
+            outcomes[tuple(texts[i] + texts[j])] = (i, j - 4, 0)
+            outcomes[tuple(texts[j] + texts[i])] = (i, j - 4, 1)
+    assert len(outcomes) == 32
     draws = 3200
     for seed in range(draws):
         rng.seed(seed)  # neighbouring seeds, as neighbouring samples have
         example = assemble(sample, rng, view=View(image=SMALL), ids=IDS)
         counts[outcomes[tuple(example["input_ids"][1:].tolist())]] += 1
-    chi_square = ((counts - draws / 16) ** 2 / (draws / 16)).sum()
-    assert chi_square < 44.3  # 15 degrees of freedom, p = 10**-4
+    chi_square = ((counts - draws / 32) ** 2 / (draws / 32)).sum()
+    assert chi_square < 70.0  # 31 degrees of freedom, p below 10**-4
 
 
 def test_inference_takes_the_first_variant_and_leaves_pictures_alone(rich):
@@ -254,3 +252,78 @@ def test_images_beyond_the_sequence_length_name_the_sample(rich):
         example_of(rich, view=View(image=SMALL, sequence_length=12))
     assert caught.value.reason == "image_cut"
     assert caught.value.where == "sample-0007"
+
+
+def test_stored_order_of_branches_is_kept_where_asked_for(tiny_sample):
+    sample = tiny_sample(4, num_branches=3, num_variants=1, num_images=0)
+    rows = text_rows(sample.spans)
+    text = [sample.tokens[slice(*row[c : c + 2])] for row in rows for c in (3, 5)]
+    stored = View(image=SMALL, branch_order="stored")
+    for seed in range(10):
+        example = example_of(sample, seed=seed, view=stored)
+        assert example["input_ids"][1:].tolist() == np.concatenate(text).tolist()
+
+
+def test_high_resolution_is_drawn_for_its_share_of_the_samples(rich):
+    view = View(image=SMALL, high_res=replace(SMALL, pool=(2, 2)), high_res_probability=0.25)
+    lengths = [len(example_of(rich, seed=seed, view=view)["image_masks"]) for seed in range(4)]
+    tokens = [(example_of(rich, seed=s, view=view)["input_ids"] == 130).sum() for s in range(400)]
+    assert lengths == [2] * 4
+    assert set(tokens) == {2, 8}
+    assert 70 <= tokens.count(2) <= 130
+    always = replace(view, high_res_probability=1.0)
+    assert (example_of(rich, view=always)["input_ids"] == 130).sum() == 2
+    inference = replace(always, purpose="inference")
+    assert (example_of(rich, view=inference)["input_ids"] == 130).sum() == 8
+
+
+def test_molmo_2_map_names_the_patches_of_every_image_token(rich):
+    two = replace(SMALL, size_px=56, pool=(2, 2))
+    example = example_of(rich, view=View(image=two, image_map="pooling"))
+    pooled = token_pooling(60, 40, two)
+    want = np.concatenate([pooled, np.where(pooled < 0, -1, pooled + two.num_patches)])
+    assert example["token_pooling"].tolist() == want.tolist()
+    assert len(want) == (example["input_ids"] == 130).sum()
+
+
+def test_molmo_1_map_places_every_token_of_every_crop(rich):
+    example = example_of(rich, view=View(image=SMALL, image_map="per_token"))
+    assert example["image_input_idx"].tolist() == [[2, 3, 4, 5], [8, 9, 10, 11]]
+
+
+def test_patches_are_the_crops_cut_up(rich):
+    crops = example_of(rich, view=View(image=SMALL))["images"]
+    patches = example_of(rich, view=View(image=SMALL, pixels="patches"))["images"]
+    assert patches.shape == (2, 4, 14 * 14 * 3)
+    corner = crops[1, :, 14:, :14].transpose(1, 2, 0)
+    assert patches[1, 2].tolist() == corner.ravel().tolist()
+
+
+def test_weight_of_the_view_multiplies_the_loss_and_nothing_else(rich):
+    plain, light = (example_of(rich, view=View(image=SMALL, weight=w)) for w in (1.0, 0.25))
+    assert light["loss_weights"].dtype == np.float32
+    assert light["loss_weights"].tolist() == (plain["loss_weights"] / 4).tolist()
+    assert light["labels"].tolist() == plain["labels"].tolist()
+
+
+def test_sample_of_too_many_images_is_refused_by_its_key(rich):
+    example_of(rich, view=View(image=SMALL, max_images=2))
+    with pytest.raises(SampleError) as caught:
+        example_of(rich, view=View(image=SMALL, max_images=1))
+    assert caught.value.reason == "too_many_images"
+    assert caught.value.where == "sample-0007"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"high_res_probability": 1.5, "high_res": SMALL},
+        {"high_res_probability": 0.5},
+        {"high_res": replace(SMALL, size_px=42)},
+        {"weight": -0.1},
+    ],
+)
+def test_impossible_settings_of_a_view_are_refused(settings):
+    with pytest.raises(ConfigError) as caught:
+        View(image=SMALL, **settings)
+    assert caught.value.reason == "view"

@@ -233,3 +233,83 @@ def test_sample_without_anything_to_learn_is_refused(branches, limit):
     # One token more, and the last token of the prompt predicts the response.
     if branches:
         assert lay_out([BLOCK], branches, ids=IDS, limit=8).labels[-1] == 20
+
+
+def test_molmo_1_numbers_branches_from_1_and_keeps_the_eos_between_them():
+    branches = [branch(([10, 11], [20, 21, 22])), branch(([12], [23]))]
+    sequence = lay_out([BLOCK], branches, ids=IDS, tree="molmo1", loss="root_subsegments")
+    no = IGNORED
+    assert sequence.input_ids.tolist() == [1, 90, 92, 92, 91, 10, 11, 20, 21, 22, EOS, 12, 23]
+    assert sequence.labels.tolist() == [no] * 6 + [20, 21, 22, EOS, no, 23, EOS]
+    assert sequence.subsegment_ids.tolist() == [10_000] * 5 + [1] * 6 + [2] * 2
+    assert sequence.position_ids.tolist() == [*range(11), 5, 6]
+    root = float(np.float32(0.5**0.5))
+    assert sequence.loss_weights.tolist() == [0.0] * 6 + [root] * 4 + [0.0] + [root] * 2
+
+
+@pytest.mark.parametrize(
+    "loss, first, second",
+    [
+        ("flat", 1, 0.2),
+        ("root_subsegments", 2**-0.5, 0.2 * 2**-0.5),
+        ("root_length", 2 / 3**0.5, 0.2 * 2 / 4**0.5),
+        ("root_both", 2**0.5 / 3**0.5, 0.2 * 2**0.5 / 4**0.5),
+    ],
+)
+def test_loss_is_scaled_by_branches_and_their_lengths(loss, first, second):
+    branches = [branch(([10, 11], [20, 21])), branch(([12], [22, 23, 24]), weight=200_000)]
+    sequence = lay_out([], branches, ids=IDS, loss=loss)
+    weights = sequence.loss_weights[sequence.labels != IGNORED]
+    assert weights.tolist() == pytest.approx([first] * 3 + [second] * 4)
+
+
+def test_branches_that_were_dropped_do_not_count_in_the_scale():
+    sequence = lay_out([BLOCK], TWO_BRANCHES, ids=IDS, loss="root_subsegments", limit=10)
+    assert sequence.dropped_branches == 1
+    assert sequence.loss_weights.max() == 1.0
+
+
+PLACED = TokenIds(bos=1, eos=EOS, pad=0, image=IDS.image, placeholder=95)
+
+
+def test_images_stand_where_a_text_wants_them():
+    one = branch(([10, 95, 11, 95], [20]))
+    sequence = lay_out([BLOCK, BLOCK[1:]], [one], ids=PLACED)
+    assert sequence.input_ids.tolist() == [1, 10, 90, 92, 92, 91, 11, 92, 92, 91, 20]
+    assert sequence.labels.tolist() == [IGNORED] * 9 + [20, EOS]
+    assert (sequence.image_starts, sequence.image_ends) == ((2, 7), (6, 10))
+    assert sequence.position_ids.tolist() == list(range(11))
+    assert sequence.subsegment_ids.tolist() == [10_000] * 10 + [0]
+
+
+@pytest.mark.parametrize(
+    "blocks, branches",
+    [
+        ([BLOCK], [branch(([95, 95], [20]))]),
+        ([], [branch(([95], [20]))]),
+        ([BLOCK, BLOCK], [branch(([95], [20]))]),
+        ([BLOCK], [branch(([95], [20])), branch(([10], [21]))]),
+    ],
+    ids=["too many", "no image", "too few", "two branches"],
+)
+def test_texts_that_want_other_images_than_there_are_are_refused(blocks, branches):
+    with pytest.raises(SampleError) as caught:
+        lay_out(blocks, branches, ids=PLACED, where="some-key")
+    assert caught.value.reason == "image_placeholder"
+    assert caught.value.where == "some-key"
+
+
+def test_image_inside_the_text_is_not_cut_either():
+    one = branch(([10] * 6 + [95], [20]))
+    assert lay_out([BLOCK], [one], ids=PLACED, limit=11).image_ends == (11,)
+    with pytest.raises(SampleError) as caught:
+        lay_out([BLOCK], [one], ids=PLACED, limit=10)
+    assert caught.value.reason == "image_cut"
+
+
+def test_leads_stand_in_front_of_their_images():
+    leads = [np.array([30, 31], dtype=np.int32), np.array([32], dtype=np.int32)]
+    sequence = lay_out([BLOCK, BLOCK], [branch(([10], [20]))], ids=IDS, leads=leads)
+    assert sequence.input_ids[:12].tolist() == [1, 30, 31, 90, 92, 92, 91, 32, 90, 92, 92, 91]
+    assert (sequence.image_starts, sequence.image_ends) == ((3, 8), (7, 12))
+    assert sequence.subsegment_ids[:12].tolist() == [10_000] * 12

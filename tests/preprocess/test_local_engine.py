@@ -62,6 +62,16 @@ def break_pipe(context, task, report):
     raise BrokenPipeError("the upload broke off")
 
 
+class Unreadable:
+    def __reduce__(self):
+        return os._exit, (7,)
+
+
+def sleep_silently(context, task, report):
+    report("asleep")
+    time.sleep(600)
+
+
 def second_waits(folder, task, report):
     (Path(folder) / f"pid-{task}").write_text(str(os.getpid()))
     while task == 1 and not (Path(folder) / "go").exists():
@@ -144,6 +154,13 @@ def test_task_that_always_takes_its_worker_down_stops_the_job(work, name, exit_c
     assert list(events) == []
 
 
+def test_worker_that_dies_before_it_has_read_its_context_stops_the_job(work):
+    context = (work.Unreadable(), bytes(4 * 2**20))  # more than fits into any pipe
+    with pytest.raises(StorageError) as caught:
+        list(run([3], work=work.square, context=context, num_workers=1))
+    assert caught.value.facts == {"attempts": MAX_ATTEMPTS, "exit_code": 7}
+
+
 def test_worker_killed_between_two_tasks_costs_nothing_but_a_new_one(work):
     events = run(range(3), work=work.tell_pid, context=None, num_workers=1)
     first = next(events)
@@ -196,8 +213,8 @@ def test_failure_of_one_task_ends_the_workers_of_the_others(work, tmp_path):
     assert multiprocessing.active_children() == []
 
 
-def test_closing_the_events_early_ends_the_processes(work, tmp_path):
-    events = run(range(2), work=work.second_waits, context=str(tmp_path), num_workers=2)
+def test_closing_the_events_early_ends_even_silent_processes(work):
+    events = run(range(2), work=work.sleep_silently, context=None, num_workers=2)
     next(event for event in events if isinstance(event, TaskProgress))
     events.close()
     assert multiprocessing.active_children() == []

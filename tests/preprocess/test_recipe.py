@@ -213,6 +213,10 @@ OTHER_TEXT = {
     "system_prompt": "style",
     "message_format": "chatml",
     "num_variants": 3,
+    "point_format": "xml",
+    "choices": "varied",
+    "select_answer": "first",
+    "paraphrase": 0.5,
 }
 OTHER_IMAGE = {
     "views": (VIEW, ImageView(size_px=112)),
