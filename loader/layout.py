@@ -156,7 +156,7 @@ def lay_out(
         if placed:
             part = _with_blocks(part, blocks, ids.placeholder, start=length, prefix=prefix)
         parts.append(part)
-        length += len(part.ids)
+        length += len(part.ids) + (tree == "molmo1")
     if limit is not None and prefix.ends and prefix.ends[-1] > limit:
         raise SampleError(
             "the images of a sample do not fit the sequence",
@@ -165,9 +165,10 @@ def lay_out(
             facts={"image_tokens": prefix.ends[-1], "sequence_length": limit},
             fix="raise sequence_length, or use a view with fewer crops",
         )
-    _scale(parts[1:], loss)
     # The first token of the first branch is predicted from the end of the prefix.
-    if len(parts) > 1 and len(branches[0].turns[0].prompt) == 0:
+    from_prefix = len(parts) > 1 and len(branches[0].turns[0].prompt) == 0
+    _scale(parts[1:], loss, from_prefix=from_prefix)
+    if from_prefix:
         parts[0].targets[-1] = parts[1].ids[0]
         parts[0].weight = parts[1].weight
     if tree == "molmo1":
@@ -269,12 +270,14 @@ def _with_blocks(
     )
 
 
-def _scale(branches: Sequence[_Part], loss: LossScale) -> None:
-    for branch in branches:
+def _scale(branches: Sequence[_Part], loss: LossScale, *, from_prefix: bool) -> None:
+    for b, branch in enumerate(branches):
         if loss in ("root_subsegments", "root_both"):
             branch.weight /= math.sqrt(len(branches))
         if loss in ("root_length", "root_both"):
-            branch.weight *= 2 / math.sqrt(max(1, int(np.count_nonzero(branch.targets != IGNORED))))
+            learned = int(np.count_nonzero(branch.targets != IGNORED))
+            learned += int(from_prefix and b == 0)
+            branch.weight *= 2 / math.sqrt(max(1, learned))
 
 
 def _joined(

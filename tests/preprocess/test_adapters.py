@@ -452,18 +452,18 @@ def as_stored(row):
 
 @pytest.mark.parametrize("name", ["vqa2", "pixmo_points", "pixmo_count", "pixmo_multi_image_qa"])
 def test_generated_rows_in_parquet_give_the_same_examples(name, write_parquet, tmp_path):
-    generated = get_dataset(name, source="sample", limit=4)
+    generated = get_dataset(name, source="sample", limit=3)
     folder = write_parquet(tmp_path, [as_stored(row) for row in generated.rows])
     want = {}
-    for i in range(4):
+    for i in range(3):
         images = [image.read() for image in example_images(generated[i])]
         want[tuple(images)] = generated[i]["message_list"]
     got = {}
-    # An image may be in the other split by its hash; "validation" is empty without one.
+    # Where the split goes by the image's hash, one of the three may be in the other split.
     stored = get_dataset(name, source=str(folder))
     for i in range(len(stored)):
         got[tuple(example_images(stored[i]))] = stored[i]["message_list"]
-    assert len(got) >= 3
+    assert len(got) >= 2
     assert got.items() <= want.items()
     assert generated.validation_share or got == want
 
@@ -483,7 +483,7 @@ def build(tmp_path_factory):
                 text=TextPolicy(prompt_templates="uber_model", num_variants=2),
                 image=ImagePolicy(views=(ImageView(size_px=336),)),
             ),
-            **{"source": "sample", "limit": 3, **options},
+            **{"source": "sample", "limit": 2, **options},
         )
         run_job(settings, Silent())
         return out / "out"
@@ -496,13 +496,13 @@ def test_a_job_builds_generated_rows(name, build):
     out = build(name)
     manifest = require_manifest(str(out))
     several = name == "pixmo_multi_image_qa"
-    assert manifest.splits["train"].num_samples == 3
+    assert manifest.splits["train"].num_samples == 2
     assert manifest.recipe["several_images"] is several
     assert verify(str(out), Silent(), deep=True) == []
-    dataset = get_dataset(name, source="sample", limit=3)
+    dataset = get_dataset(name, source="sample", limit=2)
     want = sorted(
         (len(example_images(dataset[i])), dataset[i]["message_list"][0].get("question", ""))
-        for i in range(3)
+        for i in range(2)
     )
     got = []
     for path in sorted((out / "train").glob("*.tar")):
@@ -536,13 +536,13 @@ def test_rows_that_become_no_example_are_counted_in_the_manifest(
 
 
 def test_rows_left_out_of_a_group_are_counted_in_the_manifest(build):
-    out = build("pixmo_point_explanations", limit=16)
-    rows = get_dataset("pixmo_point_explanations", source="sample", limit=16).rows
+    out = build("pixmo_point_explanations", limit=5)
+    rows = get_dataset("pixmo_point_explanations", source="sample", limit=5).rows
     unparsed = sum(row["parsed_response"] is None for row in rows)
     split = require_manifest(str(out)).splits["train"]
     assert unparsed > 0
     assert split.quarantined == {"no_parsed_response": unparsed}
-    assert split.num_samples == 16
+    assert split.num_samples == 5
 
 
 def test_a_group_with_a_dead_image_is_quarantined_whole(build, write_parquet, tmp_path):
