@@ -11,7 +11,8 @@ OUT    ?= shards/$(DATASET)
 # upper-case variable -> flag of `python -m preprocess`
 FLAGS := SOURCE=source SPLIT=split MODE=mode LIMIT=limit SEED=seed TOKENIZER=tokenizer \
 	PAD_VOCAB=pad-vocab MESSAGE_FORMAT=message-format PROMPTS=prompts SYSTEM_PROMPT=system-prompt \
-	VARIANTS=variants IMAGE_SIZE=image-size IMAGE_FIT=image-fit IMAGE_BOUND=image-bound CODEC=codec \
+	VARIANTS=variants POINT_FORMAT=point-format CHOICES=choices PARAPHRASE=paraphrase \
+	IMAGE_SIZE=image-size PATCH_SIZE=patch-size CROPS=crops HIGH_RES_CROPS=high-res-crops IMAGE_FIT=image-fit IMAGE_BOUND=image-bound CODEC=codec \
 	QUALITY=quality KEEP=keep WORKERS=workers SHARD_SIZE=shard-size NUM_SHARDS=num-shards \
 	CACHE=cache MAX_DEAD_LINKS=max-dead-links MAX_BAD_SAMPLES=max-bad-samples \
 	USER_AGENT=user-agent ALLOW_HOSTS=allow-hosts READ_TIMEOUT=read-timeout WALL_TIMEOUT=wall-timeout \

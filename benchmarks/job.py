@@ -3,14 +3,16 @@
     python benchmarks/job.py
 
 The bare loop decodes, resizes and encodes the same JPEG files from memory, with the same decoder,
-resizer and encoder, and does nothing else. A ratio of 1 would mean that reading, hashing, formatting,
-tokenizing, packing and publishing are free. Rows of the tables:
+resizer and encoder, and does nothing else. A ratio of 1 would mean that reading, hashing,
+formatting, tokenizing, packing and publishing are free. Ratios are of processor time, so that other
+programs on the machine disturb them little; waiting for the disk is in the wall's column.
 
 * one core: `build_shard` in this process, from planned rows to a published shard with its index;
-* whole job: `run_job` from a Parquet folder to the committed manifest, tokenizer and worker
-  start-up included; per core, so that two workers are ideal at the ratio of one.
+* whole job: `run_job` from a Parquet folder to the committed manifest, with the rows' planning, the
+  tokenizer's loading and the workers' start, on one worker and on two.
 
-Pictures are generated scenes (JPEG quality 92, about 290 KB at 1280 px), drawn before any clock runs.
+Pictures are generated scenes (JPEG quality 92, about 290 KB at 1280 px), drawn before any clock
+runs.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ import importlib.metadata
 import io
 import os
 import platform
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -66,6 +69,14 @@ CASES = (
 )
 
 
+class Timing(NamedTuple):
+    """Seconds of each round of one function, float64 [rounds]."""
+
+    wall: np.ndarray
+    cpu: np.ndarray
+    """Processor time, children included: what a row costs, whoever else uses the machine."""
+
+
 def main() -> None:
     print(f"{machine()}\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -81,27 +92,36 @@ def machine() -> str:
     return ", ".join([cores, f"Python {platform.python_version()}", *versions])
 
 
+def row(name: str, *cells: str) -> None:
+    """Prints one row of a table."""
+    print(f"{name:<26}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+
+
 def paired(
     functions: Mapping[str, Callable[[], object]], *, rounds: int, warm: bool = True
-) -> dict[str, np.ndarray]:
+) -> dict[str, Timing]:
     """Times functions in turn, so that a busy moment of the machine meets all of them alike.
 
-    Returns:
-      Per function, seconds of each round: float64 [rounds]. Divide them before taking a median.
+    Divide the rounds of two functions before taking a median.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    readings: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for i in range(-1 if warm else 0, rounds):
-        order = list(functions) if i % 2 else list(reversed(functions))
-        for name in order:
-            start = time.perf_counter()
+        for name in list(functions)[:: 1 if i % 2 else -1]:
+            wall, cpu = time.perf_counter(), cpu_seconds()
             functions[name]()
             if i >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
+                readings[name].append((time.perf_counter() - wall, cpu_seconds() - cpu))
+    return {name: Timing(*np.array(values).T) for name, values in readings.items()}
+
+
+def cpu_seconds() -> float:
+    """Reads the processor time of this process, its threads and its finished children."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def one_core(folder: Path) -> None:
-    print(f"{'one core':<24}{'bare, ms':>10}{'job, ms':>10}{'images/s':>10}{'ratio':>8}")
+    row("one core", "bare, ms", "job, ms", "images/s", "ratio", "by wall")
     for i, case in enumerate(CASES):
         files = draw(case.side_px)
         settings = write_source(folder / f"core-{i}", files, rows=len(files), view=case.view)
@@ -119,16 +139,21 @@ def one_core(folder: Path) -> None:
         seconds = paired(
             {
                 "bare": lambda files=files, case=case: bare(files, case.view),
-                "job": lambda context=context: build_shard(context, 0, lambda reason: None),
+                "job": lambda context=context: build_shard(context, 0, lambda _: None),
             },
             rounds=CORE_ROUNDS,
         )
         # A few rows fall into the validation split; the bare loop takes them all.
-        bare_ms = 1e3 * seconds["bare"] / len(files)
-        job_ms = 1e3 * seconds["job"] / plan.num_samples
-        print(
-            f"  {case.name:<22}{np.median(bare_ms):>10.2f}{np.median(job_ms):>10.2f}"
-            f"{1e3 / np.median(job_ms):>10.0f}{np.median(bare_ms / job_ms):>8.2f}"
+        bare_ms = 1e3 * seconds["bare"].cpu / len(files)
+        job_ms = 1e3 * seconds["job"].cpu / plan.num_samples
+        wall = seconds["bare"].wall / len(files) / (seconds["job"].wall / plan.num_samples)
+        row(
+            case.name,
+            f"{np.median(bare_ms):.2f}",
+            f"{np.median(job_ms):.2f}",
+            f"{1e3 / np.median(job_ms):.0f}",
+            f"{np.median(bare_ms / job_ms):.2f}",
+            f"{np.median(wall):.2f}",
         )
     print()
 
@@ -150,19 +175,19 @@ def whole_job(folder: Path) -> None:
         rounds=JOB_ROUNDS,
         warm=False,
     )
-    bare_s = seconds["bare"] / len(files)
-    print(f"whole job, {case.name}, {JOB_ROWS} rows: seconds to and in each stage, then ratios")
-    print(f"  {'':<22}{'plan':>8}{'build':>8}{'total':>8}{'images/s':>10}{'total':>8}{'build':>8}")
+    bare_s = seconds["bare"].cpu / len(files)
+    rows = runs[0][1].rows
+    row(f"whole job, {rows} rows", "plan, s", "build, s", "images/s", "ratio")
     for num_workers in (1, 2):
-        total = seconds[str(num_workers)]
+        wall, cpu = seconds[str(num_workers)]
         plan = np.array([stages.build_at for n, stages in runs if n == num_workers])
         build = np.array([stages.built_at for n, stages in runs if n == num_workers]) - plan
-        rows = runs[0][1].rows
-        ratios = [np.median(bare_s * rows / (part * num_workers)) for part in (total, build)]
-        print(
-            f"  {num_workers} worker{'s'[: num_workers - 1]:<14}{np.median(plan):>8.1f}"
-            f"{np.median(build):>8.1f}{np.median(total):>8.1f}{rows / np.median(total):>10.0f}"
-            f"{ratios[0]:>8.2f}{ratios[1]:>8.2f}"
+        row(
+            f"{num_workers} worker{'s'[: num_workers - 1]}",
+            f"{np.median(plan):.1f}",
+            f"{np.median(build):.1f}",
+            f"{rows / np.median(wall):.0f}",
+            f"{np.median(bare_s * rows / cpu):.2f}",
         )
 
 
@@ -247,7 +272,7 @@ class Stages(Silent):
         if name == "build":
             self.build_at, self.rows = time.perf_counter() - self.start, total or 0
 
-    def step(self, reason: str) -> None:
+    def step(self, reason: str) -> None:  # noqa: ARG002
         """Notes the last row so far."""
         self.built_at = time.perf_counter() - self.start
 

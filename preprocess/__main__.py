@@ -10,16 +10,18 @@ import re
 import signal
 import sys
 from collections import Counter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from tqdm import tqdm
 
+from preprocess.choices import ChoiceForm
 from preprocess.datasets import dataset_names
 from preprocess.fetch import FetchPolicy
-from preprocess.formatter import TextPolicy
+from preprocess.formatter import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
 from preprocess.image import ImagePolicy
 from preprocess.job import JobSettings
 from preprocess.pipeline import Outcome, run_job
+from preprocess.points import PointFormat
 from preprocess.recipe import Recipe
 from preprocess.survey import Survey, survey_job
 from preprocess.tokens import EMBEDDED
@@ -176,14 +178,16 @@ def _survey_table(settings: JobSettings, survey: Survey) -> str:
 
 def _settings(options: argparse.Namespace) -> JobSettings:
     bound = options.image_bound
-    view = ImageView(size_px=options.image_size, fit=options.image_fit)
+    views = [_view(options, options.crops)]
+    if options.high_res_crops:
+        views.append(_view(options, options.high_res_crops))
     headroom, max_side = 1.0, None
     if bound.startswith("canvas"):
         headroom = _number(bound.removeprefix("canvas").removeprefix("*") or "1", "--image-bound")
     else:
         max_side = int(_number(bound, "--image-bound"))
     image = ImagePolicy(
-        views=(view,),
+        views=tuple(views),
         headroom=headroom,
         max_side_px=max_side,
         codec=options.codec,
@@ -195,6 +199,9 @@ def _settings(options: argparse.Namespace) -> JobSettings:
         system_prompt=options.system_prompt,
         message_format=options.message_format,
         num_variants=options.variants,
+        point_format=options.point_format,
+        choices=options.choices,
+        paraphrase=options.paraphrase,
     )
     return JobSettings(
         dataset=options.dataset,
@@ -219,6 +226,16 @@ def _settings(options: argparse.Namespace) -> JobSettings:
         ),
         max_dead_links=options.max_dead_links,
         max_bad_samples=options.max_bad_samples,
+    )
+
+
+def _view(options: argparse.Namespace, crops: int) -> ImageView:
+    """Makes the view of one resolution: a single crop, or an overview and so many tiles."""
+    sizes = {"size_px": options.image_size, "patch_px": options.patch_size}
+    if not crops:
+        return ImageView(**sizes, fit=options.image_fit)
+    return ImageView(
+        **sizes, fit=options.image_fit, crop_mode="overlap-and-resize-c2", max_crops=crops
     )
 
 
@@ -301,7 +318,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     def add(group: Any, flag: str, text: str, **settings: Any) -> None:
-        group.add_argument(flag, help=text + " (default: %(default)s)", **settings)
+        default = " (default: %(default)s)" if settings.get("default") not in (None, "") else ""
+        group.add_argument(flag, help=text + default, **settings)
 
     parser.add_argument("dataset", help="name of the dataset; the verb `datasets` lists them")
     data = parser.add_argument_group("what to build")
@@ -315,15 +333,30 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text")
     add(text, "--tokenizer", "hub id, folder with tokenizer.json, or embedded", default=EMBEDDED)
     add(text, "--pad-vocab", "rows of the model's embedding: image symbols start there", type=int)
-    choices = ["role", "chatml", "template", "none"]
-    add(text, "--message-format", "markup around turns", choices=choices, default="role")
-    add(text, "--prompts", "prompt templates", choices=["none", "uber_model"], default="none")
-    choices = ["none", "style", "demo_or_style", "style_and_length"]
-    add(text, "--system-prompt", "prefix", choices=choices, default="style_and_length")
+    policy = TextPolicy()
+    for flag, what, kind, default in (
+        ("--message-format", "markup around turns", MessageFormat, policy.message_format),
+        ("--prompts", "prompt templates", PromptTemplates, policy.prompt_templates),
+        ("--system-prompt", "style and length prefix", SystemPrompt, policy.system_prompt),
+        ("--point-format", "how points are written", PointFormat, policy.point_format),
+        ("--choices", "how multiple choices are asked", ChoiceForm, policy.choices),
+    ):
+        add(text, flag, what, choices=get_args(kind), default=default)
+    add(
+        text,
+        "--paraphrase",
+        "share of variants with a paraphrased user text",
+        type=float,
+        default=0.0,
+    )
     add(text, "--variants", "baked variants per response", type=int, default=8)
 
     image = parser.add_argument_group("images")
     add(image, "--image-size", "side of the model's input in pixels", type=int, default=336)
+    add(image, "--patch-size", "side of a vision patch in pixels", type=int, default=14)
+    crops = "most high-resolution tiles beside the overview; 0 for a single crop"
+    add(image, "--crops", crops, type=int, default=0)
+    add(image, "--high-res-crops", "tiles of a second resolution, drawn when training", type=int)
     choices = ["stretch", "pad", "center-crop"]
     add(image, "--image-fit", "how the image meets it", choices=choices, default="stretch")
     bound = "stored size: canvas, canvas*1.5 (head room to crop), or the longest side in px"

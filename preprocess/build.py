@@ -230,7 +230,7 @@ def scratch_folder(out: str) -> Iterator[Path]:
     if storage.is_local(out):
         parent = storage.local_path(out) / SCRATCH
         with storage.naming_errors(out):
-            parent.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(parent)
     with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -273,6 +273,17 @@ _COUNTING = re.compile(
 )
 
 
+_POLICY_NAMES: Mapping[str, Sequence[str]] = {
+    "prompt_templates": get_args(PromptTemplates),
+    "system_prompt": get_args(SystemPrompt),
+    "message_format": get_args(MessageFormat),
+    "point_format": get_args(PointFormat),
+    "choices": get_args(ChoiceForm),
+    "select_answer": get_args(SelectAnswer),
+}
+"""The settings that are names, and the names they take."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPolicy:
     """How messages become text."""
@@ -295,6 +306,15 @@ class TextPolicy:
     """Share of variants whose user text is paraphrased, 0 to 1."""
 
     def __post_init__(self) -> None:
+        for name, known in _POLICY_NAMES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(
+                    f"{name} has no setting {value!r}",
+                    reason="text_policy",
+                    facts={"got": value, "want": ", ".join(known)},
+                    fix=f"choose one of them; {nearest(str(value), known)}",
+                )
         if not 1 <= self.num_variants <= 1000:
             raise ConfigError(
                 "number of baked variants is out of range",

@@ -170,6 +170,7 @@ def library_versions(dataset: str) -> dict[str, str]:
 
 
 _BYTE_MODULES = (
+    "preprocess/augment_text.py",
     "preprocess/build.py",
     "preprocess/choices.py",
     "preprocess/datasets/base.py",

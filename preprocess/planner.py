@@ -243,6 +243,8 @@ def _planned_rows(
         place = places if job.dataset.several_images else next(iter(places), None)
         row = {"key": key, "image": place, "example": example}
         errors = [image.error for image in planned if image.error is not None]
+        if not example["message_list"]:
+            errors.append(SampleError("row has nothing to say in this mode", reason="no_message"))
         yield row, errors[0] if errors else _changed_image(example, planned)
 
 

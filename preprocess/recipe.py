@@ -114,6 +114,13 @@ class Preparer:
         )
         sizes = [(image.source_width, image.source_height) for image in images]
         branches = self.formatter(example, key=key, image_sizes=sizes)
+        if not branches:
+            raise SampleError(
+                "row has no message to learn from",
+                reason="no_message",
+                where=key,
+                fix="leave it out, or choose another MODE=",
+            )
         check_placeholders(branches, num_images=len(images), key=key)
         leads = image_prefixes(len(images))
         text_preprocessor = InterleavedTextPreprocessor(tokenizer=self.tokenizer)

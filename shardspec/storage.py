@@ -167,6 +167,18 @@ def free_bytes(url: str) -> int | None:
     return shutil.disk_usage(path).free
 
 
+def make_folder(path: Path) -> None:
+    """Makes a local folder and its parents.
+
+    Raises:
+      OSError: It cannot be made; never FileNotFoundError, which means a missing object here.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise OSError(errno.EACCES, "folder cannot be made", str(path)) from error
+
+
 def _publish_local(path: Path, source: Path) -> None:
     with _replacing(path) as temporary:
         try:
@@ -194,7 +206,7 @@ def _upload(fs: fsspec.AbstractFileSystem, path: str, source: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         yield temporary

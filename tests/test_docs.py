@@ -30,6 +30,7 @@ def test_every_makefile_flag_is_a_flag_of_the_command_line():
         _, flag = pair.split("=")
         value = {"keep": "auto", "codec": "png", "prompts": "none", "message-format": "role"}
         value |= {"system-prompt": "none", "image-fit": "pad"}
+        value |= {"point-format": "xml", "choices": "varied"}
         _parser().parse_args(["shards", "pixmo_cap", f"--{flag}", value.get(flag, "1")])
 
 

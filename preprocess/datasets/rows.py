@@ -1,8 +1,9 @@
 """Rows of a source: Parquet and Arrow files of a folder, or a dataset of the hub, read in pieces.
 
-`Rows` is a sequence made of *pieces* (a Parquet row group, an Arrow record batch); one piece is in
-memory at a time, so that reading in order costs one pass whatever the size, and reading at random
-costs a piece per jump.
+`Rows` is a sequence made of *pieces* (a Parquet row group, an Arrow record batch). Arrow pieces
+stay in memory as they are stored, up to `HELD_BYTES`; of other pieces one. So reading in order
+costs one pass whatever the size, and reading at random a piece per jump only where the source is
+larger than that.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ from shardspec.errors import SourceError
 
 Piece = Sequence[Mapping[str, Any]]
 
+HELD_BYTES = 2**30
+"""Pieces kept: all of PixMo-Points (669 MB), whose rows are read image by image in any order."""
+
+ROWS_AT_ONCE = 16
+"""Rows of an Arrow piece that become Python objects together; they may hold images of megabytes."""
+
 _HUB_EXTRA = "pip install 'vlm-shards[hub]'"
 
 
 class Rows(Sequence[Mapping[str, Any]]):
-    """A sequence of rows that holds one piece in memory."""
+    """A sequence of rows that holds the pieces last read."""
 
     def __init__(
         self,
@@ -43,7 +50,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         self._starts = [0]
         for length in lengths:
             self._starts.append(self._starts[-1] + length)
-        self._loaded: tuple[int, Piece] | None = None
+        self._held: dict[int, Piece] = {}
         self.kind = dict(kind)
         self.base = base
 
@@ -61,10 +68,42 @@ class Rows(Sequence[Mapping[str, Any]]):
             yield from self._piece(p)
 
     def _piece(self, p: int) -> Piece:
-        if self._loaded is None or self._loaded[0] != p:
-            self._loaded = None  # the old piece goes before the new one comes
-            self._loaded = (p, self._pieces[p]())
-        return self._loaded[1]
+        if p not in self._held:
+            while sum(map(_num_bytes, self._held.values())) >= HELD_BYTES:
+                del self._held[next(iter(self._held))]  # old pieces go before the new one comes
+            self._held[p] = self._pieces[p]()
+        return self._held[p]
+
+
+class ArrowRows(Sequence[Mapping[str, Any]]):
+    """The rows of an Arrow table or batch, made into Python objects a few at a time.
+
+    Measured on rows of five points: 6 us per row in order, 37 us per jump; one at a time would be
+    18 us for either.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self._start = 0
+        self._rows: list[dict[str, Any]] = []
+        self.num_bytes = int(table.nbytes)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i - self._start < len(self._rows):
+            self._start = i - i % ROWS_AT_ONCE
+            self._rows = self._table.slice(self._start, ROWS_AT_ONCE).to_pylist()
+        return self._rows[i - self._start]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            yield from self._table.slice(start, ROWS_AT_ONCE).to_pylist()
+
+
+def _num_bytes(piece: Piece) -> int:
+    return piece.num_bytes if isinstance(piece, ArrowRows) else HELD_BYTES
 
 
 def local_rows(folder: Path, *, split: str, want: Sequence[str]) -> Rows:
@@ -162,7 +201,7 @@ def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piec
         return file.schema_arrow.names, [
             (
                 file.metadata.row_group(g).num_rows,
-                lambda g=g: file.read_row_group(g).to_pylist(),  # type: ignore[misc]
+                lambda g=g: ArrowRows(file.read_row_group(g)),  # type: ignore[misc]
             )
             for g in range(file.num_row_groups)
         ]
@@ -176,7 +215,7 @@ def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piec
         reader = pa.ipc.open_file(source)
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
     return reader.schema.names, [
-        (batch.num_rows, lambda batch=batch: batch.to_pylist())  # type: ignore[misc]
+        (batch.num_rows, lambda batch=batch: ArrowRows(batch))  # type: ignore[misc]
         for batch in batches
     ]
 

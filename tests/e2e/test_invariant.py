@@ -1,9 +1,9 @@
 """Shards change speed, never content.
 
 With a lossless codec, what comes out of shards equals, bit for bit, what the unsharded path gives
-for the same (seed, samples, epoch): every array, with augmentation on, in several epochs. A sample's
-number in its seed is its place in the stored order, so the unsharded rows are put in that order
-first, by their keys.
+for the same (seed, samples, epoch): every array, with augmentation on, in several epochs. The number
+of a sample in its seed is its place in the stored order, so the unsharded rows are put in that
+order first, by their keys.
 """
 
 import io
@@ -32,6 +32,7 @@ from preprocess.job import JobSettings
 from preprocess.pipeline import run_job
 from preprocess.recipe import Preparer, Recipe
 from preprocess.tokens import load_tokenizer
+from shardspec.errors import SampleError
 from shardspec.keyed import dataset_seed
 from shardspec.tiling import ImageView
 
@@ -225,12 +226,11 @@ class InStoredOrder:
         return self.rows.get(self.items[item], rng)
 
 
-def open_both(case, sources, folder):
-    source, url = sources[case.source], str(folder / "shards")
-    limit = 5 if case.source == "sample" else None
+def build(case, source, folder, *, limit=None):
+    """Runs the job of a case; its shards are in `folder / "shards"`."""
     settings = JobSettings(
         dataset="pixmo_cap",
-        out=url,
+        out=str(folder / "shards"),
         source=source,
         mode=case.mode,
         limit=limit,
@@ -238,7 +238,13 @@ def open_both(case, sources, folder):
         num_shards=2,
         cache=str(folder / "cache"),
     )
-    run_job(settings, Silent())
+    return run_job(settings, Silent())
+
+
+def open_both(case, sources, folder):
+    source, url = sources[case.source], str(folder / "shards")
+    limit = 5 if case.source == "sample" else None
+    build(case, source, folder, limit=limit)
     stream = StreamingDataset(url, seed=SEED, view=case.view)
 
     tokenizer = load_tokenizer()
@@ -372,3 +378,20 @@ def test_jpeg_touches_pixels_only_and_only_where_they_are_encoded_anew(jpeg):
     else:
         assert not any(jpeg.kept)
         assert 35 < worst_db < 60, worst_db
+
+
+def test_row_without_a_message_in_its_mode_is_refused_by_both_paths(tmp_path, write_parquet):
+    """Stored, it would stop every training run that meets it: there is nothing to learn."""
+    rows = [row(i, image) for i, image in enumerate(mixed_pictures()[:3])]
+    rows[1]["transcripts"] = []
+    source = str(write_parquet(tmp_path / "source", rows))
+    case = Case(image=stored("png", **SMALL), mode="transcripts")
+    outcome = build(case, source, tmp_path)
+    assert outcome.result.split.quarantined == {"no_message": 1}
+    assert StreamingDataset(str(tmp_path / "shards")).num_samples == 2
+
+    unsharded = get_dataset("pixmo_cap", source=source, mode="transcripts")
+    prepare = Preparer(recipe=case.recipe, tokenizer=load_tokenizer())
+    with pytest.raises(SampleError) as caught:
+        prepare(unsharded.get(1))
+    assert caught.value.reason == "no_message"

@@ -31,7 +31,8 @@ from preprocess.formatter import (
     message_texts,
     safe_geometry,
 )
-from preprocess.tokens import ChatFrame
+from preprocess.recipe import Preparer, Recipe
+from preprocess.tokens import ChatFrame, load_tokenizer
 from preprocess.toml import load_toml
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry
@@ -706,6 +707,25 @@ def test_share_of_paraphrases_out_of_range_is_refused(share):
     assert caught.value.reason == "paraphrase"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prompt_templates",
+        "system_prompt",
+        "message_format",
+        "point_format",
+        "choices",
+        "select_answer",
+    ],
+)
+def test_settings_that_do_not_exist_are_refused_by_name(name):
+    with pytest.raises(ConfigError) as caught:
+        TextPolicy(**{name: "styles"})
+    assert caught.value.reason == "text_policy"
+    assert caught.value.facts["got"] == "styles"
+    assert name in str(caught.value)
+
+
 # --- geometry, texts, images
 
 
@@ -751,6 +771,18 @@ def test_images_are_named_where_there_are_several():
     assert image_prefixes(0) == []
     assert image_prefixes(1) == [""]
     assert image_prefixes(3) == ["Image 1", "Image 2", "Image 3"]
+
+
+def test_prepared_sample_has_pixel_points_by_the_upright_image_and_rigid_geometry():
+    recipe = Recipe(text=TextPolicy(**PLAIN, num_variants=1))
+    tokenizer = load_tokenizer()
+    example = {
+        "image": np.zeros((480, 640, 3), np.uint8),
+        "message_list": [{"style": "pointing", "label": "cat", "points": [[64, 48]]}],
+    }
+    sample = Preparer(recipe=recipe, tokenizer=tokenizer)(example)
+    assert '<points coords="1 1 100 100">cat</points>' in tokenizer.decode(sample.tokens.tolist())
+    assert sample.images[0].geometry == Geometry.COLOR
 
 
 # --- draws
