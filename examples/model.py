@@ -39,7 +39,8 @@ class Block(nn.Module):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         x_BLD = x_BLD + self.out(mixed.transpose(1, 2).flatten(2))
-        return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+        mapped: Tensor = self.mlp(self.mlp_norm(x_BLD))
+        return x_BLD + mapped
 
 
 class ImageEncoder(nn.Module):
@@ -70,7 +71,8 @@ class ImageEncoder(nn.Module):
         x = self.norm(x) * image_masks[..., None]
         rows, cols = self.pool
         grid = x.unflatten(1, (self.side // rows, rows, self.side // cols, cols))
-        return self.project(grid.transpose(2, 3).flatten(3).flatten(1, 2))
+        features: Tensor = self.project(grid.transpose(2, 3).flatten(3).flatten(1, 2))
+        return features
 
 
 class VisionLanguageModel(nn.Module):

@@ -46,7 +46,6 @@ def _peek(options: argparse.Namespace) -> str:
         batch,
         decode=tokenizer.decode,
         image_ids={ids[symbol]: symbol for symbol in IMAGE_SYMBOLS},
-        picture="x".join(map(str, batch["images"].shape[2:])),
     )
     keys = [metadata["key"] for metadata in batch.pop("metadata")]
     split = manifest.splits[options.split]

@@ -35,6 +35,7 @@ from shardspec.tiling import (
     NO_PATCH,
     ImageTokenIds,
     ImageView,
+    first_patch_tokens,
     image_input_idx,
     image_masks,
     image_token_ids,
@@ -233,7 +234,14 @@ def assemble(
         ),
         "image_input_idx": plan.first_patches,
         "image_end": np.repeat(np.array(sequence.image_ends, dtype=np.int64), plan.crops),
-        "metadata": {"key": sample.key, "dropped_branches": sequence.dropped_branches},
+        "metadata": {
+            "key": sample.key,
+            "images": [
+                {"width": width, "height": height, "crops": crops}
+                for (width, height), crops in zip(plan.sizes, plan.crops, strict=True)
+            ],
+            "dropped_branches": sequence.dropped_branches,
+        },
     }
     if view.image_map == "per_token":
         example["image_input_idx"] = _token_positions(plan)
@@ -314,9 +322,5 @@ def _first_patches(
 ) -> np.ndarray:
     """Finds each crop's first patch token in its image's block: int64 [crops]."""
     patches = np.flatnonzero(block == ids.im_patch)
-    if view.crop_mode == "resize":
-        return patches[:1]
-    pooled = token_pooling(width, height, view)
-    crop_of = np.where(pooled == NO_PATCH, -1, pooled // view.num_patches)
-    count = num_crops(width, height, view)
-    return np.array([patches[np.argmax((crop_of == c).any(axis=1))] for c in range(count)])
+    firsts: np.ndarray = patches[first_patch_tokens(width, height, view)]
+    return firsts

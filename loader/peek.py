@@ -1,11 +1,11 @@
 """Shows a batch as a person can read it: keys, shapes, types, and each sequence decoded.
 
-Runs of patch tokens are shortened to `<image 3x336x336, 144 tokens>`, text under loss is marked.
+An image's tokens are shortened to `<image 784×1008, 12 crops>`, text under loss is marked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,31 +30,41 @@ def readable_rows(
     *,
     decode: Callable[[list[int]], str],
     image_ids: Mapping[int, str],
-    picture: str,
 ) -> list[str]:
     """Turns the sequences of a batch back into text.
 
     Args:
-      batch: As `MMCollator` makes it.
+      batch: As `MMCollator` makes it, with `metadata`.
       decode: Ids to text.
       image_ids: The image symbols by id.
-      picture: What an image block is shown as, such as "3x336x336".
 
     Returns:
       One text per row; the tokens that are learned stand between ⟦ and ⟧.
     """
     texts = []
-    for ids, labels, mask in zip(
+    for ids, labels, mask, metadata in zip(
         batch["input_ids"].tolist(),
         batch["labels"].tolist(),
         batch["attention_mask"].tolist(),
+        batch["metadata"],
         strict=True,
     ):
         row = ids[: sum(mask)]
         # A branch's last target is its EOS, which is not the token that stands next.
         learned = [False, *(labels[i] == token for i, token in enumerate(row[1:]))]
-        texts.append(_readable(row, learned, decode, image_ids, picture))
+        pictures = iter(_named_images(metadata))
+        texts.append(_readable(row, learned, decode, image_ids, pictures))
     return texts
+
+
+def _named_images(metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Names each image of a sample, with the number of token blocks that it has."""
+    named = []
+    for image in metadata["images"]:
+        crops = image["crops"]
+        size = f"{image['width']}×{image['height']}"
+        named.append((f"<image {size}, {crops} crop{'s' if crops > 1 else ''}>", min(crops, 2)))
+    return named
 
 
 def _readable(
@@ -62,7 +72,7 @@ def _readable(
     learned: list[bool],
     decode: Callable[[list[int]], str],
     image_ids: Mapping[int, str],
-    picture: str,
+    pictures: Iterator[tuple[str, int]],
 ) -> str:
     parts: list[str] = []
     start = 0
@@ -73,7 +83,7 @@ def _readable(
             stop += 1
         run = ids[start:stop]
         if kind == "image":
-            parts.append(_readable_images(run, image_ids, picture))
+            parts.append(_readable_images([image_ids[token] for token in run], pictures))
         else:
             parts.append(f"⟦{decode(run)}⟧" if kind == "learned" else decode(run))
         start = stop
@@ -86,9 +96,12 @@ def _kind(token: int, learned: bool, image_ids: Mapping[int, str]) -> str:
     return "learned" if learned else "given"
 
 
-def _readable_images(run: list[int], image_ids: Mapping[int, str], picture: str) -> str:
-    names = [image_ids[token] for token in run]
-    blocks = max(1, names.count("<im_end>"))
-    patches = names.count("<im_patch>")
-    several = f"{blocks} blocks, " if blocks > 1 else ""
-    return f"<image {picture}, {several}{patches} tokens>"
+def _readable_images(symbols: list[str], pictures: Iterator[tuple[str, int]]) -> str:
+    """Names the images of one run of image symbols: an overview and its tiles are two blocks."""
+    blocks = symbols.count("<im_end>")
+    names = []
+    while blocks > 0:
+        name, own = next(pictures, ("<image?>", 1))
+        names.append(name)
+        blocks -= own
+    return "".join(names)

@@ -122,10 +122,12 @@ def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     """
     if pixels.shape[:2] == (height, width):
         return pixels
-    # Torch warns about read-only memory, and leaves the fast kernel for row gaps: copy those.
-    image_HWC = torch.from_numpy(np.require(pixels, np.uint8, ["C", "W"]))
+    # Torch warns about read-only memory, and leaves the fast kernel for row gaps: copy those. The
+    # axis of one image comes first: added after the permutation it would get a stride by which
+    # torch no longer sees channels last, and the result would be transposed twice.
+    image_1HWC = torch.from_numpy(np.require(pixels, np.uint8, ["C", "W"]))[None]
     resized = torch.nn.functional.interpolate(
-        image_HWC.permute(2, 0, 1)[None],
+        image_1HWC.permute(0, 3, 1, 2),
         size=(height, width),
         mode="bicubic",
         antialias=True,

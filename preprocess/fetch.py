@@ -148,6 +148,7 @@ class FetchPolicy:
                 "settings of the fetch policy are out of range",
                 reason="bad_policy",
                 facts={name: getattr(self, name) for name in wrong},
+                fix="see `python -m preprocess shards --help`",
             )
 
 

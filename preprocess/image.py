@@ -559,4 +559,5 @@ def _reject(name: str, got: object, want: str) -> NoReturn:
         reason="image_policy",
         where=name,
         facts={"got": got, "want": want},
+        fix=f"change {name} of the image policy",
     )

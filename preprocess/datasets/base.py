@@ -96,7 +96,7 @@ class DatasetBase(Dataset):
     grouped: ClassVar[bool] = False
     """Whether the source has a row per annotation: all rows of an image become one example.
 
-    Opening such a dataset reads every row once. It holds 16 bytes a row, about 60 at the peak:
+    Opening such a dataset reads every row once. It holds 16 bytes a row, about 80 at the peak:
     PixMo-Points' 2.4 million rows take 40 MB. Images are told apart by 64-bit hashes; among 10**7
     images the chance that any two are taken for one is 3 in 10**6.
     """

@@ -11,11 +11,13 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -71,9 +73,10 @@ class _Crew:
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=_serve, args=(theirs, self.work), daemon=True)
-        process.start()
-        theirs.close()
-        self.workers.append(_Worker(process=process, pipe=ours))
+        with _sigint_held():
+            process.start()
+            theirs.close()
+            self.workers.append(_Worker(process=process, pipe=ours))
 
     def release(self, worker: _Worker) -> None:
         worker.process.join()
@@ -139,6 +142,31 @@ def _begin(crew: _Crew, worker: _Worker, todo: deque[int]) -> None:
     with suppress(ConnectionError):
         worker.pipe.send(crew.context)
     _assign(worker, todo)
+
+
+@contextmanager
+def _sigint_held() -> Iterator[None]:
+    """Holds Ctrl-C back until the block ends; processes started in it never see one.
+
+    They inherit the mask: interrupted in the middle of its imports, a worker would print a
+    traceback before it gets to ignore the signal.
+    """
+    resource_tracker.ensure_running()  # spawn starts it on first use, and that lifts the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    held: list[int] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        # The mask is this thread's alone: another may take the signal, and Python's part of the
+        # handler then runs here all the same.
+        handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _assign(worker: _Worker, todo: deque[int]) -> None:

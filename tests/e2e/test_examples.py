@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ EXAMPLES = ROOT / "examples"
 STEP = re.compile(r"step +(\d+) +loss (\S+) +\S+ samples/s +data wait +\d+%")
 STEPS = 12
 
-# Adam divides by the size of a gradient, so a few of the last bits reach the fourth decimal.
-SUM_ORDER = 2e-3
+# Sums over ranks round otherwise; measured: the four decimals are equal for 1, 2 and 4 processes.
+SUM_ORDER = 3e-4
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +62,25 @@ def test_two_processes_print_the_losses_of_one(shards, losses):
     )
 
 
-def test_stopped_and_resumed_run_prints_the_losses_of_the_whole_one(shards, losses, tmp_path):
-    checkpoint = tmp_path / "run.pt"
-    first = run_training(shards, "--steps", 6, "--checkpoint", checkpoint)
-    second = run_training(shards, "--steps", STEPS, "--checkpoint", checkpoint)
-    assert list(first) == [1, 2, 3, 4, 5, 6]
-    assert first | second == losses
-    assert list(tmp_path.iterdir()) == [checkpoint]
+@pytest.fixture(scope="module")
+def stopped(shards, tmp_path_factory):
+    """The checkpoint of a run that ended at half the steps, and the losses until there."""
+    checkpoint = tmp_path_factory.mktemp("stopped") / "run.pt"
+    half = run_training(shards, "--steps", STEPS // 2, "--checkpoint", checkpoint)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    return checkpoint, half
 
 
-def test_run_of_one_process_is_resumed_by_two(shards, losses, tmp_path):
-    checkpoint = tmp_path / "run.pt"
-    run_training(shards, "--steps", 6, "--checkpoint", checkpoint)
-    resumed = run_training(shards, "--steps", 8, "--checkpoint", checkpoint, processes=2)
-    assert resumed == pytest.approx({step: losses[step] for step in (7, 8)}, abs=SUM_ORDER)
+@pytest.mark.parametrize(("processes", "tolerance"), [(1, 0.0), (2, SUM_ORDER)])
+def test_resumed_run_prints_the_losses_of_the_whole_one(
+    processes, tolerance, stopped, shards, losses, tmp_path
+):
+    checkpoint, half = stopped
+    assert list(half) == list(range(1, STEPS // 2 + 1))
+    copy = shutil.copy(checkpoint, tmp_path / "run.pt")
+    flags = ("--steps", STEPS, "--checkpoint", copy)
+    rest = run_training(shards, *flags, processes=processes)
+    assert half | rest == pytest.approx(losses, abs=tolerance)
 
 
 @pytest.fixture

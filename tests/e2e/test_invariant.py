@@ -1,9 +1,9 @@
 """Shards change speed, never content.
 
 With a lossless codec, what comes out of shards equals, bit for bit, what the unsharded path gives
-for the same (seed, samples, epoch): every array, with augmentation on, in several epochs. The number
-of a sample in its seed is its place in the stored order, so the unsharded rows are put in that
-order first, by their keys.
+for the same (seed, samples, epoch): every array, with augmentation on, in several epochs. The
+number of a sample in its seed is its place in the stored order, so the unsharded rows are put in
+that order first, by their keys.
 """
 
 import io

@@ -74,7 +74,8 @@ def test_same_seed_gives_the_same_example_and_another_one_does_not(rich):
     first, again, other = (example_of(rich, seed=seed) for seed in (3, 3, 4))
     assert arrays(first) == arrays(again)
     assert arrays(first) != arrays(other)
-    assert first["metadata"] == {"key": "sample-0007", "dropped_branches": 0}
+    sizes = [dict(width=i.source_width, height=i.source_height, crops=1) for i in rich.images]
+    assert first["metadata"] == {"key": "sample-0007", "images": sizes, "dropped_branches": 0}
 
 
 def test_variants_are_drawn_then_the_order_of_branches_and_then_each_image(rich):

@@ -13,7 +13,7 @@ def decode(ids):
     return "".join(map(chr, ids))
 
 
-def example(*parts):
+def example(*parts, images=()):
     """Makes an example of texts, (learned text,) tuples and image blocks, aligned as `lay_out`."""
     ids, learned = [ord("^")], [False]
     for part in parts:
@@ -24,7 +24,8 @@ def example(*parts):
     labels = [t if m else -100 for t, m in zip(ids[1:], learned[1:], strict=True)] + [-100]
     for end in ends:
         labels[end] = ord("$")  # the branch's EOS, a target only
-    return {"input_ids": np.array(ids), "labels": np.array(labels)}
+    metadata = {"images": [dict(zip(("width", "height", "crops"), i, strict=True)) for i in images]}
+    return {"input_ids": np.array(ids), "labels": np.array(labels), "metadata": metadata}
 
 
 def batch_of(*examples, pad_mode="batch_max"):
@@ -34,13 +35,14 @@ def batch_of(*examples, pad_mode="batch_max"):
         pad_token_id=PAD,
         image_shape=(3, 28, 28),
         num_patches=4,
+        with_metadata=True,
     )
     return collate(examples)
 
 
 def readable(*examples, pad_mode="batch_max"):
     batch = batch_of(*examples, pad_mode=pad_mode)
-    return readable_rows(batch, decode=decode, image_ids=IMAGE_IDS, picture="3x28x28")
+    return readable_rows(batch, decode=decode, image_ids=IMAGE_IDS)
 
 
 def test_learned_text_is_marked_and_nothing_else():
@@ -48,13 +50,20 @@ def test_learned_text_is_marked_and_nothing_else():
 
 
 def test_image_block_becomes_one_word():
-    (row,) = readable(example(BLOCK, "say: ", ("hello",)))
-    assert row == "^<image 3x28x28, 4 tokens>say: ⟦hello⟧"
+    (row,) = readable(example(BLOCK, "say: ", ("hello",), images=[(640, 480, 1)]))
+    assert row == "^<image 640×480, 1 crop>say: ⟦hello⟧"
 
 
-def test_image_of_an_overview_and_tiles_counts_its_blocks():
-    (row,) = readable(example(BLOCK, [128, 130, 130, 131, 130, 130, 131, 129], ("x",)))
-    assert row == "^<image 3x28x28, 2 blocks, 8 tokens>⟦x⟧"
+def test_an_overview_and_its_tiles_are_one_image():
+    tiles = [128, 130, 130, 131, 130, 130, 131, 129]
+    (row,) = readable(example(BLOCK, tiles, ("x",), images=[(784, 1008, 12)]))
+    assert row == "^<image 784×1008, 12 crops>⟦x⟧"
+
+
+def test_several_images_are_named_in_order():
+    parts = (BLOCK, "and ", BLOCK, BLOCK, ("x",))
+    (row,) = readable(example(*parts, images=[(1, 2, 1), (3, 4, 1), (5, 6, 1)]))
+    assert row == "^<image 1×2, 1 crop>and <image 3×4, 1 crop><image 5×6, 1 crop>⟦x⟧"
 
 
 def test_every_branch_shows_what_is_learned_of_it():

@@ -1,5 +1,6 @@
 """The dataset adapters: what a row of each becomes, and that generated rows say what is true."""
 
+import ast
 import functools
 import hashlib
 import json
@@ -10,8 +11,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.datasets import (
@@ -24,12 +26,12 @@ from preprocess.datasets import (
 )
 from preprocess.datasets.base import row_image
 from preprocess.datasets.pixmo_cap_qa import user_turns
-from preprocess.datasets.rows import Rows
+from preprocess.datasets.rows import ArrowRows, Rows
 from preprocess.datasets.text_sft import alternating
 from preprocess.fetch import FetchPolicy
 from preprocess.formatter import STYLES, TextPolicy
 from preprocess.image import ImagePolicy
-from preprocess.job import JobSettings, library_versions
+from preprocess.job import _BYTE_MODULES, Job, JobSettings, library_versions
 from preprocess.pipeline import run_job
 from preprocess.recipe import Recipe
 from preprocess.scene_questions import POINT_MARK, scene_targets
@@ -39,7 +41,13 @@ from shardspec.errors import SampleError
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("preprocess/", "shardspec/")
+GOLDEN = ROOT / "tests" / "golden"
+RECIPE = Recipe(
+    text=TextPolicy(prompt_templates="uber_model", num_variants=2),
+    image=ImagePolicy(views=(ImageView(size_px=336),)),
+)
 GOLDEN_NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/rows.json"))
 MODES = [(name, mode) for name in dataset_names() for mode in dataset_class(name).modes or ("",)]
 
@@ -319,6 +327,7 @@ def test_limit_counts_examples_and_each_keeps_all_its_rows():
     assert found == [("b", ["1", "3"]), ("a", ["2", "5"])]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdefg"), st.sampled_from(["x", "y", "bad"]))))
 def test_grouping_keeps_every_good_row_once_in_its_order(pairs):
     good = [(url, label) for url, label in pairs if label != "bad"]
@@ -347,6 +356,35 @@ def test_grouped_images_are_divided_into_splits_whole():
     assert not urls[0] & urls[1]
     assert len(urls[0] | urls[1]) == 20
     assert all(len(side[i]["message_list"]) == 3 for side in sides for i in range(len(side)))
+
+
+def scattered_rows(reads):
+    """1,000 rows in pieces of 100, of 50 images in turn; `reads` lists the pieces that are read."""
+
+    def read(p):
+        reads.append(p)
+        return ArrowRows(pa.Table.from_pylist([{"i": 100 * p + k} for k in range(100)]))
+
+    pieces = [functools.partial(read, p) for p in range(10)]
+    return Rows(pieces, lengths=[100] * 10, kind={})
+
+
+def test_scattered_rows_of_a_source_that_fits_are_read_once():
+    reads = []
+    rows = scattered_rows(reads)
+    order = [50 * k + image for image in range(50) for k in range(20)]
+    assert [rows[i]["i"] for i in order] == order
+    assert [row["i"] for row in rows] == list(range(1000))
+    assert reads == list(range(10))
+
+
+def test_pieces_beyond_the_bound_are_dropped_oldest_first(monkeypatch):
+    reads = []
+    rows = scattered_rows(reads)
+    monkeypatch.setattr("preprocess.datasets.rows.HELD_BYTES", 2 * 100 * 8)
+    for i in (0, 100, 0, 200, 100, 0):
+        assert rows[i]["i"] == i
+    assert reads == [0, 1, 2, 0]
 
 
 # Rows that cannot become examples
@@ -473,19 +511,17 @@ def test_generated_rows_in_parquet_give_the_same_examples(name, write_parquet, t
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
+    @functools.cache
     def run(name, **options):
         out = tmp_path_factory.mktemp(name)
-        settings = JobSettings(
+        job = JobSettings(
             dataset=name,
             out=str(out / "out"),
             cache=str(out / "cache"),
-            recipe=Recipe(
-                text=TextPolicy(prompt_templates="uber_model", num_variants=2),
-                image=ImagePolicy(views=(ImageView(size_px=336),)),
-            ),
+            recipe=RECIPE,
             **{"source": "sample", "limit": 2, **options},
         )
-        run_job(settings, Silent())
+        run_job(job, Silent())
         return out / "out"
 
     return run
@@ -595,7 +631,44 @@ def test_an_image_that_is_not_the_annotated_one_is_quarantined(
     assert split.quarantined == {"image_sha256": 1}
 
 
+@pytest.mark.parametrize("name", ["pixmo_multi_image_qa", "text_sft"])
+def test_keys_in_shards_are_those_of_the_unsharded_path(name, build):
+    job = Job(JobSettings(dataset=name, out="unused", source="sample", limit=2, recipe=RECIPE))
+    want = {job.preparer(job.dataset[i]).key for i in range(2)}
+    with tarfile.open(next((build(name) / "train").glob("*.tar"))) as tar:
+        assert {member.split(".")[0] for member in tar.getnames()} == want
+
+
+# The identity of a job
+
+
 def test_code_of_other_datasets_does_not_count_as_ours():
     ours, theirs = (library_versions(name)["code_sha256"] for name in ("vqa2", "a_okvqa"))
     assert ours != theirs
     assert library_versions("vqa2")["code_sha256"] == ours
+
+
+def imported(path):
+    """Modules of the two packages that a source file names, as paths."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            paths = [name.replace(".", "/") + ".py" for name in names]
+            yield from (p for p in paths if p.startswith(PACKAGES) and (ROOT / p).exists())
+
+
+@pytest.mark.parametrize("name", dataset_names())
+def test_all_code_that_makes_bytes_counts(name):
+    # These move, name or check bytes, or find rows; what they give is hashed with the plan.
+    passive = {
+        *(f"preprocess/{name}.py" for name in ("blobs", "datasets/rows", "toml")),
+        *(f"shardspec/{name}.py" for name in ("errors", "manifest", "probe", "storage")),
+    }
+    own = f"preprocess/datasets/{name}.py"
+    found, waiting = set(), ["preprocess/build.py", own]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += imported(path)
+    assert found - passive - {own} <= set(_BYTE_MODULES)

