@@ -121,7 +121,7 @@ def image_rows(spans: np.ndarray) -> np.ndarray:
 
 def num_images(spans: np.ndarray) -> int:
     """Counts the images of a spans table."""
-    # The plain integer: NumPy takes 10 µs to find out what a member of an enum is.
+    # A plain integer: NumPy takes 2 µs to find out that a member of an enum is one.
     return int(np.count_nonzero(spans[:, 0] == SpanKind.IMAGE.value))
 
 
