@@ -1,0 +1,105 @@
+"""Shards equal the unsharded path, bit for bit, for every dataset family, augmentation on."""
+
+import numpy as np
+import pytest
+
+from loader import Augment, MolmoPreprocessor, StreamingDataset, View
+from preprocess.datasets import dataset_names, get_dataset
+from preprocess.formatter import TextPolicy
+from preprocess.image import ImagePolicy
+from preprocess.job import JobSettings
+from preprocess.pipeline import run_job
+from preprocess.recipe import Preparer, Recipe
+from preprocess.tokens import load_tokenizer
+from shardspec.keyed import SampleRng, dataset_seed, sample_seed
+from shardspec.tiling import ImageView
+
+LIMIT = 6
+TILES = ImageView(
+    size_px=112, crop_mode="overlap-and-resize-c2", max_crops=4, margin_patches=(2, 2)
+)
+MORE = ImageView(size_px=112, crop_mode="overlap-and-resize-c2", max_crops=8, margin_patches=(2, 2))
+POLICY = TextPolicy(
+    num_variants=4,
+    prompt_templates="uber_model_v2",
+    system_prompt="demo_or_style_v2",
+    choices="varied",
+    paraphrase=0.3,
+)
+
+
+class Silent:
+    def stage(self, name, total):
+        pass
+
+    def step(self, reason):
+        assert not reason
+
+    def note(self, text):
+        pass
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    def make(name):
+        recipe = Recipe(text=POLICY, image=ImagePolicy(views=(TILES, MORE), codec="raw"), seed=3)
+        out = str(tmp_path_factory.mktemp(name) / "set")
+        settings = JobSettings(
+            dataset=name,
+            source="sample",
+            limit=LIMIT,
+            out=out,
+            recipe=recipe,
+            num_shards=2,
+            cache=str(tmp_path_factory.mktemp("cache")),
+        )
+        run_job(settings, Silent())
+        return out, recipe
+
+    return make
+
+
+@pytest.mark.parametrize("name", dataset_names())
+def test_shards_equal_the_unsharded_path(build, name):
+    out, recipe = build(name)
+    view = View(
+        image=TILES,
+        high_res=MORE,
+        high_res_probability=0.5,
+        augment=Augment.standard(),
+        image_map="pooling",
+        loss="root_both",
+        sequence_length=1024,
+    )
+    stream = StreamingDataset(out, seed=11, view=view)
+    tokenizer = load_tokenizer()
+    prepare = Preparer(recipe=recipe, tokenizer=tokenizer)
+    preprocess = MolmoPreprocessor(prepare, special_ids=tokenizer.special_ids, view=view)
+    dataset = get_dataset(name, source="sample", limit=LIMIT)
+    item_of = {prepare(dataset.get(item)).key: item for item in range(len(dataset))}
+    assert len(item_of) == stream.num_samples == len(dataset)
+
+    rng, base, crops = SampleRng(), dataset_seed(11, name), set()
+    for epoch in range(2):
+        for number in range(stream.num_samples):
+            got = stream.example(number, epoch=epoch)
+            item = item_of[got["metadata"]["key"]]
+            seed = sample_seed(base, idx=number, length=stream.num_samples, epoch=epoch)
+            want = preprocess(dataset.get(item), rng(seed))
+            assert got.keys() == want.keys()
+            for key, value in want.items():
+                if key == "metadata":
+                    assert got[key] == value
+                else:
+                    assert got[key].dtype == value.dtype
+                    assert np.array_equal(got[key], value), key
+            crops.add(len(got["images"]))
+    assert len(crops) > 1 or name == "text_sft"
+
+
+def test_a_tree_of_a_dozen_question_answer_pairs_is_among_them(build):
+    out, _ = build("vqa2")
+    stream = StreamingDataset(out)
+    spans = [stream.reader.read(i).spans for i in range(stream.num_samples)]
+    branches = [len(np.unique(s[s[:, 0] == 0, 1])) for s in spans]
+    assert max(branches) >= 8
