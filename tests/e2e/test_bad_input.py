@@ -128,7 +128,7 @@ def test_folder_without_rights_is_refused(cli, sources):
     check_refused(cli.run(*arguments), says=("rights",))
 
 
-@pytest.mark.parametrize("inside", ("", "deeper/still"))
+@pytest.mark.parametrize("inside", ("", slow("deeper/still")))
 def test_output_that_is_a_file_is_refused_and_left_alone(cli, tmp_path, inside):
     (tmp_path / "taken").write_text("mine")
     out = tmp_path / "taken" / inside
@@ -145,7 +145,7 @@ def test_output_of_an_unknown_kind_is_refused(cli, tmp_path):
     "payload",
     (
         b"{",
-        b'{"format_version": 1}',
+        slow(b'{"format_version": 1}'),
         slow(b""),
         slow(b"[]"),
         slow(b"\xff\xfe"),
@@ -161,7 +161,7 @@ def test_output_with_a_manifest_that_is_none_is_refused_and_left_alone(cli, tmp_
     check_refused(cli.run("verify", out), says=("manifest.json",))
 
 
-@pytest.mark.parametrize("name", ("absent", "file"))
+@pytest.mark.parametrize("name", ("absent", slow("file")))
 def test_verify_of_what_is_no_dataset_is_refused(cli, tmp_path, name):
     (tmp_path / "file").write_text("no dataset")
     check_refused(cli.run("verify", tmp_path / name), says=(name,))
@@ -174,7 +174,9 @@ def small_dataset(session_cli, tmp_path_factory):
     return folder / "out"
 
 
-@pytest.mark.parametrize("damage", ("shard cut", "index cut", "shard gone", "bytes swapped"))
+@pytest.mark.parametrize(
+    "damage", ("shard cut", "bytes swapped", slow("index cut"), slow("shard gone"))
+)
 def test_verify_names_the_damaged_file_and_exits_with_4(cli, small_dataset, tmp_path, damage):
     out = shutil.copytree(small_dataset, tmp_path / "out")
     shard = load_manifest(str(out)).shards[1]
@@ -222,6 +224,7 @@ def test_shards_that_will_not_fit_are_refused_before_the_build(cli, small_disk, 
     check_nothing_made(disk / "out")
 
 
+@pytest.mark.slow
 def test_disk_that_fills_up_leaves_no_dataset_and_the_same_command_finishes_with_more_space(
     cli, small_disk, write_parquet, captioned_rows, tmp_path
 ):

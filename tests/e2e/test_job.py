@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -52,11 +53,12 @@ def one_split(session_cli, tmp_path_factory):
     return out
 
 
-def test_two_splits_share_an_output_and_their_order_leaves_no_trace(cli, tmp_path):
+def test_two_splits_share_an_output_and_their_order_leaves_no_trace(cli, one_split, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    for out, splits in ((first, ("train", "validation")), (second, ("validation", "train"))):
-        for split in splits:
-            cli.good(*sample_job(out, split=split))
+    shutil.copytree(one_split, first)
+    cli.good(*sample_job(first, split="validation"))
+    cli.good(*sample_job(second, split="validation"))
+    cli.good(*sample_job(second, split="train"))
     assert manifest_bytes(first) == manifest_bytes(second)
     manifest = load_manifest(str(first))
     assert {name: entry.num_samples for name, entry in manifest.splits.items()} == {
@@ -64,17 +66,14 @@ def test_two_splits_share_an_output_and_their_order_leaves_no_trace(cli, tmp_pat
         "validation": 4,
     }
     assert len(manifest.shards) == 4
-    assert "nothing to do" in cli.good(*sample_job(first)).out
-    assert manifest_bytes(first) == manifest_bytes(second)
-    cli.good("verify", first, "--deep")
 
 
 @pytest.mark.parametrize(
     ("more", "field"),
     [
         (("--quality", 80), "recipe.image.quality: 95 here, 80 asked"),
-        (("--seed", 7), "recipe.seed: 0 here, 7 asked"),
-        (("--limit", 5), "limit: 4 here, 5 asked"),
+        slow(("--seed", 7), "recipe.seed: 0 here, 7 asked"),
+        slow(("--limit", 5), "limit: 4 here, 5 asked"),
     ],
 )
 def test_other_job_into_the_same_output_is_refused_by_field(cli, one_split, more, field):
@@ -124,7 +123,6 @@ def finish(cli, source, out):
     cli.good(*parquet_job(source, out))
     manifest = load_manifest(str(out))
     assert manifest.splits["train"].num_samples == 160
-    cli.good("verify", out, "--deep")
 
 
 def num_receipts(out):
@@ -141,7 +139,7 @@ def test_ctrl_c_while_building_exits_with_130_and_the_same_command_finishes(cli,
     assert json.loads((out / "run.json").read_text())["built_shards"] <= 20 - 2
 
 
-@pytest.mark.parametrize("library", ("libc", "numpy", slow("_imaging"), slow("tokenizers")))
+@pytest.mark.parametrize("library", ("numpy", slow("libc"), slow("_imaging"), slow("tokenizers")))
 def test_ctrl_c_while_workers_start_is_quiet(cli, source, tmp_path, library):
     """A worker that is still importing when Ctrl-C comes has no say, and no traceback."""
 
@@ -196,6 +194,7 @@ def test_more_broken_pictures_than_the_budget_stop_the_job_and_accepting_them_go
     assert {line["reason"] for line in listed} == {"image_decode"}
 
 
+@pytest.mark.slow
 def test_ten_broken_pictures_are_within_the_budget_of_the_smallest_job(
     cli, write_parquet, captioned_rows, tmp_path
 ):
@@ -205,6 +204,7 @@ def test_ten_broken_pictures_are_within_the_budget_of_the_smallest_job(
     assert (split.num_samples, dict(split.quarantined)) == (30, {"image_decode": 10})
 
 
+@pytest.mark.slow
 def test_mended_source_leaves_no_list_of_what_was_broken_before(
     cli, write_parquet, captioned_rows, tmp_path
 ):

@@ -107,7 +107,7 @@ def check_webdataset(folder, decoder):
 
 
 @foreign
-@pytest.mark.parametrize("decoder", ("pil", "rgb8"))
+@pytest.mark.parametrize("decoder", ("pil", pytest.param("rgb8", marks=pytest.mark.slow)))
 def test_webdataset_decodes_every_member_of_every_sample(tiny_dataset, decoder):
     check_webdataset(tiny_dataset, decoder)
 
@@ -222,6 +222,7 @@ def test_hugging_face_datasets_streams_the_shards(tiny_dataset, tmp_path):
     check_hugging_face(tiny_dataset, tmp_path, streaming=True)
 
 
+@pytest.mark.slow
 def test_hugging_face_datasets_loads_the_shards_as_a_table(tiny_dataset, tmp_path):
     check_hugging_face(tiny_dataset, tmp_path, streaming=False)
 

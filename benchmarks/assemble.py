@@ -1,0 +1,114 @@
+"""Measures `assemble`, pixels already decoded, beside the copying that it cannot avoid.
+
+    python benchmarks/assemble.py
+
+The view has crops of 378 px, at most 8 and the overview. Per picture, on one core:
+
+* copy: the bytes of its crops, from one warm buffer into another;
+* copy and overview: the same, and the resize of the stored picture to the overview;
+* assemble: draws, token layout, crops and masks into new arrays, from a decoded sample;
+* unsharded path: prepare (decode, resize, format, tokenize) and assemble, as `MolmoPreprocessor`.
+
+Ratios are of processor time.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.job import TILED, draw, machine, paired, row
+from loader.assemble import View, assemble
+from loader.layout import TokenIds
+from loader.pixels import resize
+from preprocess.image import ImagePolicy
+from preprocess.recipe import Preparer, Recipe
+from preprocess.scenes import plan_scene
+from preprocess.tokens import load_tokenizer
+from shardspec.sample import PreparedSample
+from shardspec.tiling import num_crops
+
+ROUNDS = 9
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"{machine()}\n")
+    tokenizer = load_tokenizer()
+    prepare = Preparer(recipe=Recipe(image=ImagePolicy(views=(TILED,))), tokenizer=tokenizer)
+    examples = [
+        {"image": payload, "message_list": messages(i)} for i, payload in enumerate(draw(1280))
+    ]
+    samples = [decoded(prepare(example)) for example in examples]
+    images = [sample.images[0] for sample in samples]
+    counts = [num_crops(image.source_width, image.source_height, TILED) for image in images]
+    view, ids = View(image=TILED), TokenIds.from_special_ids(tokenizer.special_ids)
+    rng = np.random.RandomState(0)
+    side = TILED.size_px
+    source = np.ones((max(counts), side, side, 3), np.uint8)
+    target = np.ones_like(source)
+
+    def copy() -> None:
+        for count in counts:
+            np.copyto(target[:count], source[:count])
+
+    def copy_and_overview() -> None:
+        for count, image in zip(counts, images, strict=True):
+            np.copyto(target[:count], source[:count])
+            resize(image.pixels, side, side)
+
+    def alone() -> None:
+        for i, sample in enumerate(samples):
+            rng.seed(i)
+            assemble(sample, rng, view=view, ids=ids)
+
+    def unsharded() -> None:
+        for i, example in enumerate(examples):
+            rng.seed(i)
+            assemble(prepare(example), rng, view=view, ids=ids)
+
+    times = paired(
+        {
+            "copy": copy,
+            "copy and overview": copy_and_overview,
+            "assemble": alone,
+            "unsharded path": unsharded,
+        },
+        rounds=ROUNDS,
+    )
+    print(
+        f"{np.mean(counts):.1f} crops a picture, {np.mean(counts) * side * side * 3 / 1e6:.1f} MB"
+    )
+    row("", "CPU, ms", "to copy", "to both")
+    for name, (_, cpu) in times.items():
+        row(
+            name,
+            f"{1e3 * np.median(cpu) / len(samples):.2f}",
+            f"{np.median(times['copy'].cpu / cpu):.2f}",
+            f"{np.median(times['copy and overview'].cpu / cpu):.2f}",
+        )
+
+
+def messages(i: int) -> list[dict[str, object]]:
+    """The texts of a scene, as PixMo-Cap has them."""
+    scene = plan_scene(1, i)
+    return [
+        {"style": "long_caption", "text": scene.caption},
+        {"style": "transcript", "alternatives": list(scene.transcripts)},
+    ]
+
+
+def decoded(sample: PreparedSample) -> PreparedSample:
+    """Gives a sample as a shard's reader does: its pixels in an array of their own."""
+    images = tuple(replace(image, pixels=image.pixels.copy()) for image in sample.images)
+    return replace(sample, images=images)
+
+
+if __name__ == "__main__":
+    main()
