@@ -211,7 +211,7 @@ class _Prefix:
         self.ends.append(start + len(block))
 
     def joined(self) -> np.ndarray:
-        return np.concatenate(self.ids).astype(np.int64)
+        return np.concatenate(self.ids, dtype=np.int64, casting="same_kind")
 
 
 def _count_placeholders(

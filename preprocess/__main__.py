@@ -167,6 +167,7 @@ def _survey_table(settings: JobSettings, survey: Survey) -> str:
         total = survey.mean_sample_bytes * survey.num_rows
         rows += [
             ("bytes per sample", _bytes(survey.mean_sample_bytes)),
+            ("  of them variants", _bytes(survey.mean_variant_bytes or 0)),
             ("tokens per sample", f"{survey.mean_tokens:.0f}"),
             ("shards", f"{survey.shards.num_shards} ({survey.shards.rule})"),
             ("total", _bytes(total)),

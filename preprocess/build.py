@@ -13,7 +13,7 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ from shardspec.manifest import (
     encode_receipt,
     parse_receipt,
 )
-from shardspec.sample import PreparedSample, sample_members
+from shardspec.sample import SPAN_COLUMNS, PreparedSample, sample_members, text_rows
 from shardspec.tar import TarWriter
 
 SCRATCH = ".scratch"
@@ -193,11 +193,20 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
     return preparer(example, key=row["key"])
 
 
-def sample_size(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> tuple[int, int]:
-    """Builds one sample without storing it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSize:
+    """What one sample costs."""
 
-    Returns:
-      Its length in the tar in bytes, and its text tokens at their longest.
+    num_bytes: int
+    """Length in the tar: headers, payloads and padding."""
+    num_tokens: int
+    """Text tokens, each turn at its longest variant."""
+    variant_bytes: int
+    """Bytes of the arrays that one variant per turn would not need."""
+
+
+def sample_size(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> SampleSize:
+    """Builds one sample without storing it, and measures it.
 
     Raises:
       SampleError: The row cannot become a sample.
@@ -207,7 +216,34 @@ def sample_size(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
     codec = preparer.recipe.image.codec
     members = sample_members(sample, encoded, codec=codec, several=len(encoded) > 1)
     place = TarWriter(io.BytesIO()).write_sample(members)
-    return place.num_bytes, longest_text(sample.spans)[0]
+    return SampleSize(
+        num_bytes=place.num_bytes,
+        num_tokens=longest_text(sample.spans)[0],
+        variant_bytes=variant_bytes(sample.spans),
+    )
+
+
+def variant_bytes(spans: np.ndarray) -> int:
+    """Counts the bytes of a sample's arrays that only its further variants need.
+
+    Args:
+      spans: int32 [S, 8].
+
+    Returns:
+      The rows beyond the first of each turn, and the tokens that no first variant uses.
+    """
+    rows = text_rows(spans).tolist()
+    first: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        first.setdefault((row[1], row[2]), row)
+
+    def runs(chosen: Iterable[list[int]]) -> set[tuple[int, int]]:
+        return {pair for row in chosen for pair in ((row[3], row[4]), (row[5], row[6]))}
+
+    further = runs(rows) - runs(first.values())
+    tokens = sum(stop - start for start, stop in further)
+    row_bytes = int(spans.itemsize) * SPAN_COLUMNS
+    return (len(rows) - len(first)) * row_bytes + tokens * int(spans.itemsize)
 
 
 def quarantine_line(row: Mapping[str, Any], *, stage: str, error: SampleError) -> dict[str, Any]:

@@ -321,7 +321,7 @@ def _probe(job: Job, spool: _Spool, numbers: list[int], report: Reporter) -> flo
     sizes, errors = [], []
     for i in numbers:
         try:
-            sizes.append(sample_size(job.preparer, spool.read(i), cache=job.blobs)[0])
+            sizes.append(sample_size(job.preparer, spool.read(i), cache=job.blobs).num_bytes)
         except SampleError as error:
             errors.append(error)
     if not sizes:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from preprocess.blobs import FetchResult, read_ledger
-from preprocess.build import sample_size
+from preprocess.build import SampleSize, sample_size
 from preprocess.datasets import ImageSource, example_images
 from preprocess.job import Job, JobSettings, Reporter
 from preprocess.plan import ShardCount, count_shards
@@ -29,6 +29,8 @@ class Survey:
     mean_sample_bytes: float | None
     """From really built samples; None where no image is at hand yet."""
     mean_tokens: float | None
+    mean_variant_bytes: float | None
+    """Of these bytes, what the baked variants beyond the first cost."""
     shards: ShardCount | None
     free_bytes: int | None
 
@@ -39,14 +41,13 @@ def survey_job(settings: JobSettings, report: Reporter) -> Survey:
     known = read_ledger(job.ledger_path()) if job.ledger_path().exists() else {}
     urls = set(image_urls(job, report))
     states = Counter(_url_state(known.get(url)) for url in urls)
-    samples: list[tuple[int, int]] = []
+    samples: list[SampleSize] = []
     for row in islice(_survey_rows(job, known), PROBE_ROWS):
         try:
             samples.append(sample_size(job.preparer, row, cache=job.blobs))
         except SampleError as error:
             report.note(f"a sample cannot be built: {error.what}")
-    mean = sum(size for size, _ in samples) / len(samples) if samples else None
-    tokens = sum(count for _, count in samples) / len(samples) if samples else None
+    mean = _mean([sample.num_bytes for sample in samples])
     count = None
     alive = len(job.dataset) - sum(n for s, n in states.items() if s not in ("ok", "unknown"))
     if mean is not None and alive > 0:
@@ -61,7 +62,8 @@ def survey_job(settings: JobSettings, report: Reporter) -> Survey:
         num_urls=len(urls),
         urls_known=dict(sorted(states.items())),
         mean_sample_bytes=mean,
-        mean_tokens=tokens,
+        mean_tokens=_mean([sample.num_tokens for sample in samples]),
+        mean_variant_bytes=_mean([sample.variant_bytes for sample in samples]),
         shards=count,
         free_bytes=storage.free_bytes(settings.out),
     )
@@ -98,3 +100,7 @@ def _url_state(result: FetchResult | None) -> str:
     if result is None:
         return "unknown"
     return "ok" if result.status == "ok" else result.reason
+
+
+def _mean(values: list[int]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -190,7 +190,7 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int) -> np.ndarray:
       ShardError: `index_missing`, `index_format`, `index_count`, `index_range`.
     """
     try:
-        rows = np.lib.format.open_memmap(path, mode="r")
+        rows = np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
     except FileNotFoundError as error:
         raise ShardError(
             "index of a shard is missing",

@@ -16,6 +16,7 @@ from shardspec.tiling import (
     ImageView,
     canvas_size,
     crop_boxes,
+    first_patch_tokens,
     frame_size,
     image_bounds,
     image_input_idx,
@@ -205,6 +206,19 @@ def test_grid_text_and_pooling_equal_the_construction_crop_by_crop(view, width, 
     assert pooling.dtype == np.int64
     assert pooling.tolist() == [patches for _, _, patches in tokens]
     assert len(pooling) == np.count_nonzero(ids == IDS.im_patch)
+
+
+@given(view=views(), width=sides, height=sides)
+@pure
+def test_first_token_of_each_crop_is_the_first_that_pools_a_patch_of_it(view, width, height):
+    first_of: dict[int, int] = {}
+    for token, patches in enumerate(token_pooling(width, height, view).tolist()):
+        for patch in patches:
+            if patch >= 0:
+                first_of.setdefault(patch // view.num_patches, token)
+    found = first_patch_tokens(width, height, view)
+    assert found.tolist() == [first_of[crop] for crop in range(num_crops(width, height, view))]
+    assert not found.flags.writeable
 
 
 @given(view=views(poolings=("per-crop",)), width=sides, height=sides, offset=st.integers(0, 999))
