@@ -148,7 +148,7 @@ def _summary(settings: JobSettings, outcome: Outcome) -> str:
     if lost:
         reasons = ", ".join(f"{name} {n}" for name, n in split.quarantined.items())
         lines.append(f"{lost} rows left out ({reasons}); see {settings.out}/quarantine")
-    if not outcome.built_shards:
+    if not outcome.fresh:
         lines.append("nothing to do: all of it was here already")
     return "\n".join(lines)
 

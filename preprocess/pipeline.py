@@ -1,8 +1,8 @@
 """The job: FETCH, PLAN, BUILD, COMMIT, each idempotent, so the same command always goes on.
 
 1. The job's identity (dataset, source, recipe, tokenizer, libraries) is compared with what the
-output
-   holds: equal and committed means there is nothing to do; different is refused, field by field.
+   output holds: equal and committed means there is nothing to do; different is refused, field by
+   field.
 2. FETCH downloads image URLs into the blob cache; the ledger remembers how each ended.
 3. PLAN freezes what will be built: rows with keys, dealt to shards. It is written once and reused
    until commit, so links that die or revive in between change nothing.
@@ -44,7 +44,9 @@ class Outcome:
 
     result: Committed
     built_shards: int
-    """Shards built in this run; 0 when there was nothing to do."""
+    """Shards built in this run."""
+    fresh: bool
+    """Whether this run committed; False when there was nothing to do."""
     seconds: float
 
 
@@ -61,27 +63,45 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
     job = Job(settings)
     promised = _check_conflict(job)
     result = committed(job)
-    built = 0
-    if result is None:
-        if storage.is_local(settings.out):
-            storage.delete(job.url(SCRATCH))
-        plan = load_plan(job) or make_plan(job, report, promised=promised)
-        try:
-            receipts, built = _build(job, plan, report)
-        except StorageError as error:
-            if error.reason in ("blob_missing", "blob_corrupt"):
-                drop_plan(job)  # so that the same command fetches it again
-            raise
-        check_bad_samples(job, plan, receipts)
-        result = commit(job, plan, receipts)
-    drop_plan(job)
-    if storage.is_local(settings.out):
-        storage.delete(job.url(SCRATCH))
-        storage.delete_temporaries(settings.out)
-    outcome = Outcome(result=result, built_shards=built, seconds=time.monotonic() - started)
-    if built:
-        _write_run(job, outcome)
+    if result is not None:
+        if storage.exists(job.url("plan", settings.split)):  # a run ended between commit and here
+            with storage.exclusive(settings.out):
+                _tidy(job)
+        return Outcome(result=result, built_shards=0, fresh=False, seconds=_since(started))
+    with storage.exclusive(settings.out):
+        result, built = _make(job, report, promised)
+    outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
+    _write_run(job, outcome)
     return outcome
+
+
+def _make(job: Job, report: Reporter, promised: str | None) -> tuple[Committed, int]:
+    """Plans, builds and commits what is missing; returns the result and the shards built."""
+    if storage.is_local(job.settings.out):
+        storage.delete(job.url(SCRATCH))
+    plan = load_plan(job) or make_plan(job, report, promised=promised)
+    try:
+        receipts, built = _build(job, plan, report)
+    except StorageError as error:
+        if error.reason in ("blob_missing", "blob_corrupt"):
+            drop_plan(job)  # so that the same command fetches it again
+        raise
+    check_bad_samples(job, plan, receipts)
+    result = commit(job, plan, receipts)
+    _tidy(job)
+    return result, built
+
+
+def _tidy(job: Job) -> None:
+    """Removes what only an unfinished job needs."""
+    drop_plan(job)
+    if storage.is_local(job.settings.out):
+        storage.delete(job.url(SCRATCH))
+        storage.delete_temporaries(job.settings.out)
+
+
+def _since(started: float) -> float:
+    return time.monotonic() - started
 
 
 def _check_conflict(job: Job) -> str | None:

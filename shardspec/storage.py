@@ -9,6 +9,8 @@ multipart upload that is committed after the last byte and aborted on any except
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
 import posixpath
 import shutil
@@ -20,6 +22,8 @@ from pathlib import Path
 import fsspec
 
 from shardspec.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 _SINGLE_PUT_BYTES = 8 * 2**20
 """Up to here one PUT carries the object; S3 multipart parts must have at least 5 MiB."""
@@ -155,6 +159,38 @@ def publish_file(url: str, source: Path) -> None:
                 fix="run the same command again",
             )
         source.unlink()
+
+
+@contextmanager
+def exclusive(url: str) -> Iterator[None]:
+    """Holds a local folder for this process, which makes it if need be; the kernel lets go of it.
+
+    Object stores and file systems without locks are not held.
+
+    Raises:
+      StorageError: `output_busy`: another process holds it.
+    """
+    if not is_local(url):
+        yield
+        return
+    with naming_errors(url):
+        make_folder(local_path(url))
+        folder = os.open(local_path(url), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                "another job is writing to this output",
+                reason="output_busy",
+                where=url,
+                fix="wait until it has ended, or use another OUT=",
+            ) from error
+        except OSError as error:
+            logger.warning("%s: the file system has no locks (%s)", url, error)
+        yield
+    finally:
+        os.close(folder)
 
 
 def free_bytes(url: str) -> int | None:

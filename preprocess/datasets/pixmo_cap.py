@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from preprocess.datasets.base import HfDataset, SceneImage, row_image, scene_texts
+from shardspec.errors import SampleError
 
 
 class PixMoCap(HfDataset):
@@ -37,7 +38,7 @@ class PixMoCap(HfDataset):
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
-        transcripts = [text for text in row["transcripts"] or () if text and text.strip()]
+        transcripts = _texts(row["transcripts"])
         caption = {"style": "long_caption", "text": row["caption"]}
         messages: list[dict[str, Any]] = []
         if "caption" in self.mode:
@@ -64,6 +65,20 @@ class PixMoCap(HfDataset):
             "caption": caption,
             "transcripts": list(transcripts),
         }
+
+
+def _texts(transcripts: Any) -> list[str]:
+    """Checks the column `transcripts` and drops its empty entries."""
+    if transcripts is None:
+        return []
+    if isinstance(transcripts, str) or not all(isinstance(t, str | None) for t in transcripts):
+        raise SampleError(
+            "transcripts must be a list of texts",
+            reason="row_field",
+            facts={"got": type(transcripts).__name__},
+            fix="correct the row",
+        )
+    return [text for text in transcripts if text and text.strip()]
 
 
 DATASET = PixMoCap

@@ -365,3 +365,23 @@ def test_local_urls_name_paths(monkeypatch, tmp_path):
         False,
         False,
     ]
+
+
+def test_a_folder_is_held_by_one_process_and_free_when_it_is_gone(tmp_path):
+    hold = (
+        "import sys, time; from shardspec import storage\n"
+        f"with storage.exclusive({str(tmp_path / 'out')!r}):\n"
+        "    print('held', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(StorageError) as caught, storage.exclusive(str(tmp_path / "out")):
+            pass
+        assert caught.value.reason == "output_busy"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with storage.exclusive(str(tmp_path / "out")):
+        pass
