@@ -1,7 +1,9 @@
 """The token layout: from chosen texts and image blocks to the arrays of one training sequence.
 
-    [BOS] [image blocks] [branch 0] [branch 1] ...        branch = prompt response prompt response
-    ...
+    [BOS] [lead, image block] ... [branch 0] [branch 1] ...      branch = prompt response ...
+
+A lead is text in front of an image, such as "Image 2". Where a text says itself where its images
+stand (the symbol `<|image|>`), the blocks go there instead; only a lone branch may do so.
 
 1. The *prefix* is BOS and the image blocks; every branch is a conversation that sees the prefix and
    itself. Its positions count on from the prefix, as if it stood there alone.
