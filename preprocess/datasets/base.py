@@ -18,6 +18,7 @@ To add a dataset, add one module to this package that defines `DATASET`, a subcl
 from __future__ import annotations
 
 import abc
+import hashlib
 import io
 import json
 from array import array
@@ -260,7 +261,7 @@ class DatasetBase(Dataset):
     def _image_name(self, image: ImageSource) -> str:
         if isinstance(image, Path) and self.rows.base and image.is_relative_to(self.rows.base):
             image = image.relative_to(self.rows.base)  # the same wherever the folder lies
-        return image.decode("latin1") if isinstance(image, bytes) else str(image)
+        return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
 
 
 class HfDataset(DatasetBase):
