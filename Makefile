@@ -17,7 +17,8 @@ FLAGS := SOURCE=source SPLIT=split MODE=mode LIMIT=limit SEED=seed TOKENIZER=tok
 	CACHE=cache MAX_DEAD_LINKS=max-dead-links MAX_BAD_SAMPLES=max-bad-samples \
 	USER_AGENT=user-agent ALLOW_HOSTS=allow-hosts READ_TIMEOUT=read-timeout WALL_TIMEOUT=wall-timeout \
 	ATTEMPTS=attempts
-GIVEN = $(foreach f,$(FLAGS),$(if $($(firstword $(subst =, ,$f))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))'))
+# Only what stands on make's command line counts: an exported SEED or CACHE must not change a job.
+GIVEN = $(foreach f,$(FLAGS),$(if $(filter command,$(origin $(firstword $(subst =, ,$f)))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))'))
 
 .DEFAULT_GOAL := help
 .PHONY: help shards plan verify datasets stream train test check bench setup

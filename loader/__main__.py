@@ -12,7 +12,7 @@ from loader.peek import describe_batch, readable_rows
 from loader.stream import StreamingDataset, stored_view
 from preprocess.tokens import IMAGE_SYMBOLS, tokenizer_from_entry
 from shardspec import storage
-from shardspec.errors import ShardsError
+from shardspec.errors import ShardError, ShardsError
 from shardspec.manifest import TOKENIZER_NAME, require_manifest
 
 
@@ -39,7 +39,7 @@ def _peek(options: argparse.Namespace) -> str:
         with_metadata=True,
     )
     batch = next(iter(loader))
-    text = storage.read_bytes(storage.join(options.shards, TOKENIZER_NAME)).decode()
+    text = _tokenizer_json(options.shards)
     tokenizer = tokenizer_from_entry(text, manifest.tokenizer)
     ids = manifest.tokenizer.special_ids
     rows = readable_rows(
@@ -56,6 +56,19 @@ def _peek(options: argparse.Namespace) -> str:
     shown = [f"--- {key}\n{row}" for key, row in zip(keys, rows, strict=True)]
     legend = "tokens under loss stand between ⟦ and ⟧"
     return "\n".join([head, "", describe_batch(batch), "", legend, *shown])
+
+
+def _tokenizer_json(url: str) -> str:
+    where = storage.join(url, TOKENIZER_NAME)
+    try:
+        return storage.read_bytes(where).decode()
+    except FileNotFoundError as error:
+        raise ShardError(
+            "the dataset's copy of its tokenizer is missing",
+            reason="tokenizer_file",
+            where=where,
+            fix="run the `make shards` command that made the dataset: it puts it back",
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -272,7 +272,7 @@ def _lock(fd: int, path: Path) -> None:
             "another process is writing this ledger",
             reason="ledger_locked",
             where=str(path),
-            fix="wait for it, or give this job its own ledger (the blobs may be shared)",
+            fix="wait for it, or give this job another CACHE=",
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):

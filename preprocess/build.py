@@ -128,6 +128,8 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
             sha256 = writer.finish()
         table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(len(views)))
         encoded_index = encode_index(table)
+        # Another job's receipt must not vouch for this one's bytes, wherever it is interrupted.
+        storage.delete(context.receipt_url(shard))
         storage.publish_file(storage.join(context.out, name + ".tar"), path)
     storage.publish_bytes(storage.join(context.out, name + INDEX_SUFFIX), encoded_index)
     lines = [canonical_json(line) for line in quarantined]
@@ -282,6 +284,6 @@ def _open_image(image: Mapping[str, Any], *, cache: BlobCache) -> Any:
             "image file has changed since the job was planned",
             reason="image_changed",
             where=image["path"],
-            fix="remove the output's plan folder and run the same command again",
+            fix="remove the folder plan/SPLIT of the output and run the same command again",
         )
     return payload

@@ -85,9 +85,7 @@ def commit(job: Job, plan: Plan, receipts: list[Receipt]) -> Committed:
     ).with_split(split, entry, shards)
     if old is not None:
         check_same(old, manifest, where=job.url(MANIFEST_NAME))
-    tokenizer = job.preparer.tokenizer.json.encode()
-    if storage.size(job.url(TOKENIZER_NAME)) != len(tokenizer):
-        storage.publish_bytes(job.url(TOKENIZER_NAME), tokenizer)
+    storage.publish_bytes(job.url(TOKENIZER_NAME), job.preparer.tokenizer.json.encode())
     payload = manifest.encode()
     storage.publish_bytes(job.url(MANIFEST_NAME), payload)
     return Committed(manifest=manifest, split=entry, sha256=hashlib.sha256(payload).hexdigest())
@@ -102,9 +100,20 @@ def committed(job: Job) -> Committed | None:
         for url, want in ((shard.url, shard.num_bytes), (shard.index_url, shard.index_bytes)):
             if storage.size(job.url(url)) != want:
                 return None
+    if not tokenizer_in_place(job.settings.out, manifest):
+        return None
     payload = storage.read_bytes(job.url(MANIFEST_NAME))
     return Committed(
         manifest=manifest,
         split=manifest.splits[job.settings.split],
         sha256=hashlib.sha256(payload).hexdigest(),
     )
+
+
+def tokenizer_in_place(url: str, manifest: Manifest) -> bool:
+    """Tells whether a dataset's copy of its tokenizer is the one that the manifest names."""
+    try:
+        payload = storage.read_bytes(storage.join(url, TOKENIZER_NAME))
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(payload).hexdigest() == manifest.tokenizer.sha256

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +71,7 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         checks = {
+            "split": re.fullmatch(r"[A-Za-z0-9_-]+", self.split) is not None,
             "limit": self.limit is None or self.limit >= 1,
             "shard_bytes": self.shard_bytes >= 2**20,
             "num_shards": self.num_shards is None or self.num_shards >= 1,
@@ -174,9 +176,11 @@ _BYTE_MODULES = (
     "preprocess/build.py",
     "preprocess/choices.py",
     "preprocess/datasets/base.py",
+    "preprocess/datasets/rows.py",
     "preprocess/formatter.py",
     "preprocess/image.py",
     "preprocess/plan.py",
+    "preprocess/planner.py",
     "preprocess/points.py",
     "preprocess/recipe.py",
     "preprocess/scene_questions.py",

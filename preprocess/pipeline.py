@@ -69,6 +69,7 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
                 _tidy(job)
         return Outcome(result=result, built_shards=0, fresh=False, seconds=_since(started))
     with storage.exclusive(settings.out):
+        promised = _check_conflict(job)  # once more: another job may have ended in between
         result, built = _make(job, report, promised)
     outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
     _write_run(job, outcome)

@@ -221,7 +221,25 @@ def _spool_rows(
             facts=dict(Counter(found.reasons).most_common()),
             fix="see the reasons: dead links, unreadable files or an empty source",
         )
+    _check_lost(job, Counter(found.reasons))
     return found
+
+
+def _check_lost(job: Job, reasons: Counter[str]) -> None:
+    """Refuses a plan that has lost more rows than links may die; links have been counted before.
+
+    Rows that stand in the source twice or have nothing to say are no losses.
+    """
+    lost = Counter({name: n for name, n in reasons.items() if name not in ("twin", "no_message")})
+    allowed = max(SMALL_JOB_FAILURES, job.settings.max_dead_links * len(job.dataset))
+    if sum(lost.values()) > allowed:
+        raise BudgetError(
+            "too many rows of the source cannot become samples",
+            reason="lost_rows",
+            where=job.settings.source,
+            facts={"rows": len(job.dataset), "allowed": int(allowed), **dict(lost.most_common())},
+            fix="check that the image folder is in place; to accept it, raise MAX_DEAD_LINKS=",
+        )
 
 
 def _planned_rows(

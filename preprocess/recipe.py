@@ -163,7 +163,7 @@ def read_path(path: Path) -> bytes:
     """
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise SampleError(
             "image file cannot be read",
             reason="image_missing",

@@ -10,11 +10,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from preprocess.commit import tokenizer_in_place
 from preprocess.job import Reporter
 from shardspec import storage
 from shardspec.errors import ShardError, ShardsError
 from shardspec.index import open_index, sample_layout
-from shardspec.manifest import ShardEntry, require_manifest
+from shardspec.manifest import TOKENIZER_NAME, ShardEntry, require_manifest
 from shardspec.media import decode_stored
 from shardspec.sample import SPAN_COLUMNS, SpanKind, decode_array, image_rows
 from shardspec.tar import TarMember, walk_tar
@@ -37,6 +38,15 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     manifest = require_manifest(url)
     codec = str(manifest.recipe["image"]["codec"])
     findings: list[ShardsError] = []
+    if not tokenizer_in_place(url, manifest):
+        findings.append(
+            ShardError(
+                "the dataset's copy of its tokenizer is missing or changed",
+                reason="tokenizer_file",
+                where=storage.join(url, TOKENIZER_NAME),
+                fix="run the `make shards` command that made the dataset: it puts it back",
+            )
+        )
     report.stage("verify", len(manifest.shards))
     for shard in manifest.shards:
         try:

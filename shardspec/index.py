@@ -129,7 +129,8 @@ def longest_sequence(
 
     Returns:
       (positions: BOS, leads, texts and the EOS between the turns of a branch; positions under
-      loss: responses and their EOS), each turn drawing its longest variant. No draw exceeds them.
+      loss: responses and their EOS), each turn drawing its longest variant. No draw exceeds them
+      in trees of Molmo 2's kind; Molmo 1's keep one more EOS per branch behind the first.
     """
     positions: dict[tuple[int, int], int] = {}
     loss: dict[tuple[int, int], int] = {}

@@ -183,7 +183,7 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
             reason="manifest_json",
             where=where,
             facts={"error": error},
-            fix="build the dataset again with `make shards`",
+            fix="remove it, and run the `make shards` command that made the dataset",
         ) from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
@@ -218,7 +218,7 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
             reason="manifest_fields",
             where=where,
             facts={"problems": "; ".join(problems)},
-            fix="build the dataset again with `make shards`",
+            fix="remove it, and run the `make shards` command that made the dataset",
         )
     assert tokenizer is not None
     return Manifest(

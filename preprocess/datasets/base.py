@@ -305,7 +305,7 @@ def row_image(row: Mapping[str, Any], *, base: Path | None = None) -> ImageSourc
       base: Folder that relative paths start from.
 
     Raises:
-      SourceError: `row_image`.
+      SampleError: `row_image`.
     """
     image = row.get("image")
     if isinstance(image, Mapping):  # the hub's; both of its fields may be empty
@@ -321,7 +321,7 @@ def row_images(row: Mapping[str, Any], *, base: Path | None = None) -> list[Imag
       base: Folder that relative paths start from.
 
     Raises:
-      SourceError: `row_image`.
+      SampleError: `row_image`.
     """
     return [_image_source(image, row, base) for image in row.get("images") or row["image_urls"]]
 
@@ -333,10 +333,10 @@ def _image_source(image: Any, row: Mapping[str, Any], base: Path | None) -> Imag
         return (base or Path()) / image.removeprefix("file://")
     if isinstance(image, bytes | str | Path | SceneImage | Image.Image | np.ndarray):
         return image
-    raise SourceError(
+    raise SampleError(
         "row has no image",
         reason="row_image",
-        facts={"fields": sorted(row)},
+        facts={"fields": sorted(row), "got": type(image).__name__},
         fix="a row needs `image` (bytes or a path) or `image_url`",
     )
 

@@ -16,7 +16,7 @@ from preprocess.datasets import (
 from preprocess.datasets.base import SAMPLE_ROWS, row_image
 from preprocess.datasets.pixmo_cap import PixMoCap
 from preprocess.datasets.rows import Rows
-from shardspec.errors import ConfigError, SourceError
+from shardspec.errors import ConfigError, SampleError, SourceError
 
 
 class QuarterOut(PixMoCap):
@@ -260,8 +260,8 @@ def test_pixels_are_handed_on(image):
 
 
 @pytest.mark.parametrize("row", [{}, {"image": None}, {"image": 3}, {"image_url": None}])
-def test_row_without_an_image_is_a_source_error(row):
-    with pytest.raises(SourceError) as caught:
+def test_row_without_an_image_is_one_bad_row_not_a_bad_source(row):
+    with pytest.raises(SampleError) as caught:
         row_image(row)
     assert caught.value.reason == "row_image"
 

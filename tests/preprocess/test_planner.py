@@ -18,3 +18,39 @@ def test_rows_without_a_message_in_the_chosen_mode_are_counted_not_built(
     split = json.loads((out / "manifest.json").read_text())["splits"]["train"]
     assert (split["num_samples"], split["quarantined"]) == (3, {"no_message": 3})
     assert len(list((out / "quarantine").iterdir())) == 1
+
+
+def test_a_row_without_an_image_is_counted_and_stops_nothing(
+    cli, tmp_path, captioned_rows, write_parquet
+):
+    rows = captioned_rows(5)
+    rows[2]["image"] = None
+    rows[2]["image_url"] = None
+    rows[3] = {**rows[3], "image": {"bytes": None, "path": "bad\0name.jpg"}, "image_url": None}
+    source, out = write_parquet(tmp_path / "source", rows), tmp_path / "out"
+    cli.good("shards", "pixmo_cap", "--source", source, "--out", out)
+    split = json.loads((out / "manifest.json").read_text())["splits"]["train"]
+    assert split["num_samples"] == 3
+    assert split["quarantined"] == {"image_missing": 1, "row_image": 1}
+
+
+def test_an_image_folder_that_is_not_there_stops_the_job(
+    cli, tmp_path, captioned_rows, write_parquet
+):
+    rows = [
+        {**row, "image": {"bytes": None, "path": f"gone/{i}.jpg"}}
+        for i, row in enumerate(captioned_rows(30))
+    ]
+    source, out = write_parquet(tmp_path / "source", rows), tmp_path / "out"
+    done = cli.run("shards", "pixmo_cap", "--source", source, "--out", out)
+    assert done.code == 2
+    assert "image_missing=" in done.err
+    assert not (out / "manifest.json").exists()
+
+
+def test_a_split_cannot_lead_out_of_the_output(cli, tmp_path):
+    out = tmp_path / "out"
+    done = cli.run("shards", "pixmo_cap", "--source", "sample", "--split", "../evil", "--out", out)
+    assert done.code == 1
+    assert "split=../evil" in done.err
+    assert list(tmp_path.iterdir()) == []
