@@ -9,6 +9,7 @@ TORCH_INDEX ?=
 OUT    ?= shards/$(DATASET)
 
 # upper-case variable -> flag of `python -m preprocess`
+# Only what stands on make's command line counts: an exported SEED or CACHE must not change a job.
 FLAGS := SOURCE=source SPLIT=split MODE=mode LIMIT=limit SEED=seed TOKENIZER=tokenizer \
 	PAD_VOCAB=pad-vocab MESSAGE_FORMAT=message-format PROMPTS=prompts SYSTEM_PROMPT=system-prompt \
 	VARIANTS=variants POINT_FORMAT=point-format CHOICES=choices PARAPHRASE=paraphrase \
@@ -17,7 +18,6 @@ FLAGS := SOURCE=source SPLIT=split MODE=mode LIMIT=limit SEED=seed TOKENIZER=tok
 	CACHE=cache MAX_DEAD_LINKS=max-dead-links MAX_BAD_SAMPLES=max-bad-samples \
 	USER_AGENT=user-agent ALLOW_HOSTS=allow-hosts READ_TIMEOUT=read-timeout WALL_TIMEOUT=wall-timeout \
 	ATTEMPTS=attempts
-# Only what stands on make's command line counts: an exported SEED or CACHE must not change a job.
 GIVEN = $(foreach f,$(FLAGS),$(if $(filter command,$(origin $(firstword $(subst =, ,$f)))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))'))
 
 .DEFAULT_GOAL := help

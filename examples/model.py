@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loader.pixels import normalize
+from shardspec.errors import ConfigError
 from shardspec.tiling import ImageView
 
 
@@ -100,12 +101,17 @@ class VisionLanguageModel(nn.Module):
           vision_dim, vision_layers: Width and depth of the image encoder.
 
         Raises:
-          ValueError: The patch tokens of the view's pictures do not stand in one run.
+          ConfigError: The patch tokens of the view's pictures do not stand in one run.
         """
         super().__init__()
         divided = all(view.patches_per_side % pool == 0 for pool in view.pool)
         if view.crop_mode != "resize" or view.overview_column_tokens or not divided:
-            raise ValueError(f"this model needs single crops without column tokens, not {view}")
+            raise ConfigError(
+                "this model needs single crops without column tokens",
+                reason="model_view",
+                facts=view.to_dict(),
+                fix="build the shards without CROPS=",
+            )
         self.vision = ImageEncoder(view, dim=vision_dim, num_layers=vision_layers, out_dim=dim)
         self.tokens = nn.Embedding(vocab_size, dim)
         self.positions = nn.Embedding(sequence_length, dim)

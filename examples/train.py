@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from model import VisionLanguageModel
 from torch import nn
 
 from loader import StreamingDataset, StreamLoader, make_dataloader
+from shardspec import ShardsError
 
 WARMUP_STEPS = 10
 SAVE_EVERY = 100
@@ -149,4 +151,7 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loade
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ShardsError as error:
+        sys.exit(f"error: {error}")

@@ -3,7 +3,7 @@
 from loader.assemble import View, assemble
 from loader.augment import Augment
 from loader.collate import MMCollator
-from loader.dataloader import StreamLoader, make_dataloader
+from loader.dataloader import StreamLoader, make_dataloader, view_collator
 from loader.molmo import DeterministicDataset, MolmoPreprocessor
 from loader.stream import StreamingDataset
 
@@ -17,4 +17,5 @@ __all__ = [
     "View",
     "assemble",
     "make_dataloader",
+    "view_collator",
 ]

@@ -165,7 +165,7 @@ def lay_out(
             reason="image_cut",
             where=where,
             facts={"image_tokens": prefix.ends[-1], "sequence_length": limit},
-            fix="raise sequence_length, or use a view with fewer crops",
+            fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
     # The first token of the first branch is predicted from the end of the prefix.
     from_prefix = len(parts) > 1 and len(branches[0].turns[0].prompt) == 0
@@ -184,7 +184,7 @@ def lay_out(
             reason="no_loss",
             where=where,
             facts={"length": length, "sequence_length": limit},
-            fix="raise sequence_length, or use a view with fewer crops",
+            fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
     return sequence
 

@@ -47,6 +47,7 @@ PUBLIC = {
         "View",
         "assemble",
         "make_dataloader",
+        "view_collator",
     ],
 }
 
