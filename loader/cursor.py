@@ -29,6 +29,8 @@ class Cursor:
         # Epoch, and steps of it that are left out.
         self._place = torch.zeros(2, dtype=torch.int64)
         self._place.share_memory_()  # type: ignore[no-untyped-call]
+        # Epoch and steps left out of the pass that was begun last, and examples handed out of it.
+        self._pass: tuple[int, int] | None = None
         self._taken = 0
         self._resume: tuple[int, int, int] | None = None
 
@@ -48,7 +50,7 @@ class Cursor:
 
     def remaining(self, order: Passes) -> int:
         """Counts the steps of the next pass."""
-        epoch, skipped = self._place.tolist()
+        epoch, skipped = self.epoch, int(self._place[1].item())
         return order.epoch_start(epoch + 1) - order.epoch_start(epoch) - skipped
 
     def examples(
@@ -63,17 +65,26 @@ class Cursor:
         """
         epoch, skipped = self._place.tolist()
         taken = 0
-        if self._resume is not None and self._resume[:2] == (epoch, skipped):
-            taken = self._resume[2]
-        self._resume = None
-        self._taken = taken
+        # Now, not with the first example: loaders may make an iterator and never use it.
+        if self._resume is not None:
+            (epoch, skipped, taken), self._resume = self._resume, None
+        self._pass, self._taken = (epoch, skipped), taken
         worker, num_workers = find_worker()
         start = order.epoch_start(epoch) + skipped + worker
         steps = range(start, order.epoch_start(epoch + 1), num_workers)
+        return self._hand_out(steps, batch, taken=taken, batch_size=batch_size)
+
+    def _hand_out(
+        self,
+        steps: range,
+        batch: Callable[[int], list[dict[str, Any]]],
+        *,
+        taken: int,
+        batch_size: int,
+    ) -> Iterator[dict[str, Any]]:
         whole, part = divmod(taken, batch_size)
         for step in steps[whole:]:
-            examples = batch(step)
-            for example in examples[part:]:
+            for example in batch(step)[part:]:
                 # Counted before it is handed out: whoever has it may ask for the state.
                 self._taken += 1
                 yield example
@@ -81,7 +92,7 @@ class Cursor:
 
     def state_dict(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Describes this process's place in its pass, in plain JSON types."""
-        epoch, skipped = self._place.tolist()
+        epoch, skipped = self._pass or self._place.tolist()
         return {
             "version": STATE_VERSION,
             "epoch": epoch,
@@ -91,16 +102,14 @@ class Cursor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-        """Goes to a place that `state_dict` gave, for the next pass.
+        """Goes to a place that `state_dict` gave, for the next pass; then `set_epoch` counts again.
 
         Raises:
           StateError: `state_version`, `state_mismatch`.
         """
         require_state(state, {"data": dict(data)})
-        epoch, skipped = int(state["epoch"]), int(state["skipped_steps"])
-        self._place[0], self._place[1] = epoch, skipped
-        self._resume = (epoch, skipped, int(state["taken"]))
-        self._taken = int(state["taken"])
+        self._resume = (int(state["epoch"]), int(state["skipped_steps"]), int(state["taken"]))
+        self._pass, self._taken = self._resume[:2], self._resume[2]
 
 
 def require_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -292,7 +292,8 @@ class StreamLoader:
         require_state(state, own)
         if isinstance(self.order, MixtureOrder):
             config = MixtureConfig.from_dict(state["order"])
-            self.order = MixtureOrder(config, stop=self.order.stop)
+            if config != self.order.config:
+                self.order = MixtureOrder(config, stop=self.order.stop)
         else:
             self.order = Order(OrderConfig.from_dict(state["order"]))
         self.step = int(state["step"])
