@@ -2,10 +2,11 @@
 
 The proportions are spelled out once, as the *word*: M slots (a whole number of batches) in which
 dataset d occurs m_d = round(w_d M) times, evenly spread. Occurrence i of d gets the key
-(i + a hash in [0, 1)) / m_d, and all keys are sorted. The run reads the word over and over, so
+(i + a hash in [1/4, 3/4)) / m_d, and all keys are sorted. The run reads the word over and over, so
 
-* any prefix of the run holds each dataset's share m_d / M to within two samples, for ever (tested
-  with 40 datasets; a random draw per sample is off by hundreds after some thousand steps);
+* any prefix of the run holds each dataset's share m_d / M to within two samples, for ever
+  (measured with 40 datasets: 1.6 by the root of their sizes, 2.5 where one has a quarter and the
+  smallest one slot of the word; a random draw per sample is off by hundreds);
 * how many samples of d came before a slot is `words * m_d + its rank in the word`, and in the
   slot's lane `words * quota + its rank among the lane's`: two tables of M numbers make every slot
   of the run O(1), and the state is the step.
@@ -540,7 +541,8 @@ class _Word:
             np.cumsum(self.quotas) - self.quotas, self.quotas
         )
         jitter = keyed_array(seed, _KEY_WORD, first_step, dataset, rank) >> np.uint64(11)
-        keys = (rank + jitter * 2.0**-53) / self.quotas[dataset]
+        # Half a place of jitter: a whole one doubles how far sums of many datasets drift.
+        keys = (rank + 0.25 + jitter * 2.0**-54) / self.quotas[dataset]
         order = np.argsort(keys, kind="stable")
         self.dataset = dataset[order].astype(np.int32)
         self.rank = rank[order].astype(np.int32)
