@@ -182,6 +182,7 @@ def test_every_rank_count_resumes_at_every_step_twice(kind, world_size, urls, un
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_worker_processes_of_any_number_give_the_same_batches(kind, urls, undisturbed):
     state = None
