@@ -9,7 +9,11 @@ measured on 1,024 shards of 1,000 samples, 8 nodes of 8 ranks with 4 workers, 8 
 * met again: pairs of one batch that share a batch of the next epoch too, relative to chance.
 
 The peers are written here from their documented behaviour: webdataset's split of shuffled shards
-over workers with a shuffle buffer of 1000, and whole shards in random order, shuffled inside.
+over workers with a shuffle buffer of 1000; the same with four shards read side by side, as Hugging
+Face datasets does; whole shards in random order, shuffled inside (litData); MosaicML's py1e, which
+moves every sample by up to half a block of 32,768 within its node's sequence of shards.
+
+Resuming is measured at 90 % of an epoch of 1e8 samples. ORDER.md holds the numbers.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loader.mixture import MixtureOrder, MixtureSource, plan_mixture
+from loader.mixture import MixtureGroup, MixtureOrder, MixtureSource, plan_mixture
 from loader.order import Order, plan_order, rank_positions
 from loader.packing import PackConfig, balance_ranks, plan_run
 from loader.permutation import _by_feistel, keyed_array, permute
+from loader.schedule import PackSchedule, SlotSchedule, plan_packing
+from loader.topology import Topology
 
 SHARDS, PER_SHARD = 1024, 1000
 SAMPLES = SHARDS * PER_SHARD
@@ -42,8 +48,10 @@ def main() -> None:
     print(f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}\n")
     cost_at_full_size()
     cost_of_permutations()
+    resuming()
     shuffle_quality()
     mixture_and_packing()
+    mixture_deviations()
 
 
 def cost_at_full_size() -> None:
@@ -115,6 +123,85 @@ def feistel(index: int, *, size: int, key: np.ndarray) -> np.ndarray:
     return _by_feistel(np.full(len(key), index), np.full(len(key), size), key)
 
 
+def resuming() -> None:
+    size, batch = 10**8, 4096
+    tokens, crops = captions(10**6)
+
+    def lengths(_: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tokens[sample % len(tokens)], crops[sample % len(crops)]
+
+    def unpacked(step: int) -> None:
+        order = Order(plan_order(size, global_batch_size=batch, seed=1))
+        SlotSchedule(order).rows(step, Topology(rank=3, world_size=64))
+
+    def packed(step: int) -> PackSchedule:
+        order = Order(plan_order(size, global_batch_size=512, seed=1))
+        config = plan_packing(order, sequence_length=4096, max_crops=48)
+        schedule = PackSchedule(order, lengths, config, patches_per_crop=576, balance=False)
+        if step:
+            # The places that a state saves: the run that holds the step's first pack.
+            share = 512 // schedule.num_streams
+            run = step * share * 6 // config.run
+            schedule.go_to([[u, run, step * share] for u in range(schedule.num_streams)])
+        schedule.rows(step, Topology(rank=3, world_size=64))
+        return schedule
+
+    print("resuming at 90 % of an epoch of 1e8 samples, ms to the first rows of a rank of 64")
+    for name, start, late in (
+        ("batches of 4,096", unpacked, size // batch * 9 // 10),
+        ("packs of 4,096 tokens, saved places", packed, 30_000),
+    ):
+        times = {step: [] for step in (0, late)}
+        for _ in range(15):
+            for step, found in times.items():
+                begin = time.perf_counter()
+                start(step)
+                found.append((time.perf_counter() - begin) * 1e3)
+        zero, later = (float(np.median(times[step])) for step in (0, late))
+        print(f"  {name:<38}{zero:>8.1f} at 0{later:>8.1f} at 90 %   ratio {later / zero:.2f}")
+    order = Order(plan_order(size, global_batch_size=8, seed=1, canonical_ranks=8))
+    config = plan_packing(order, sequence_length=4096, max_crops=48)
+    schedule = PackSchedule(order, lengths, config, patches_per_crop=576, balance=False)
+    begin = time.perf_counter()
+    step = 0
+    while not schedule.places() or schedule.places()[0][1] * config.run < 10**6:
+        step += 1000
+        schedule.rows(step, Topology(rank=0, world_size=8))
+    spent = time.perf_counter() - begin
+    planned = schedule.places()[0][1] * config.run / 1e6
+    print(f"  without saved places, s per million samples of a stream{spent / planned:>8.2f}\n")
+
+
+def captions(count: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.RandomState(0)
+    tokens = np.clip(rng.lognormal(np.log(650), 0.35, count), 300, 1400).astype(np.int64)
+    return tokens, np.clip(tokens // 170, 1, 8)
+
+
+def mixture_deviations() -> None:
+    print("\nmixture of 40 datasets by the root of their sizes (2,000 to 55 million samples)")
+    print("  counts per global batch: standard deviation, relative to independent draws")
+    sources = [MixtureSource(name=f"d{i}", num_samples=int(2000 * 1.3**i)) for i in range(40)]
+    group = MixtureGroup(sources=tuple(sources), by="root_size")
+    for batch, steps in ((256, 2000), (512, 2000), (4096, 500), (16_384, 125)):
+        order = MixtureOrder(plan_mixture(group, global_batch_size=batch, seed=1))
+        share = np.array([row["share"] for row in order.describe()])
+        found = order.slots(np.arange(steps)[:, None], np.arange(batch)).dataset
+        counts = np.stack([np.bincount(row, minlength=40) for row in found])
+        relative = counts.std(axis=0) / np.sqrt(batch * share * (1 - share))
+        worst = 0.0
+        taken = np.arange(1, found.size + 1)
+        flat = found.ravel()
+        for d in range(40):
+            worst = max(worst, np.abs(np.cumsum(flat == d) - share[d] * taken).max())
+        drawn = np.random.RandomState(0).choice(40, size=found.size, p=share)
+        by_chance = max(np.abs(np.cumsum(drawn == d) - share[d] * taken).max() for d in range(40))
+        print(
+            f"  batch {batch:<7}median {np.median(relative):.2f}, most {relative.max():.2f};"
+            f" farthest from the proportion: {worst:.1f} samples, drawn: {by_chance:.0f}"
+        )
+
+
 def shuffle_quality() -> None:
     print("shuffle quality             pairs in rank batch   in global batch   met again")
     rows = {
@@ -122,7 +209,9 @@ def shuffle_quality() -> None:
         "lanes (plan_order)": lambda epoch: lanes(epoch, canonical_ranks=None, block_size=64),
         "lanes, 64 ranks, block 16": lambda epoch: lanes(epoch, canonical_ranks=64, block_size=16),
         "shard split + buffer 1000": shard_split_with_buffer,
+        "the same, 4 shards at once": lambda epoch: shard_split_with_buffer(epoch, side_by_side=4),
         "whole shards": whole_shards,
+        "py1e, block 32,768": py1e,
     }
     for name, make in rows.items():
         epochs = [make(epoch) for epoch in (0, 1)]
@@ -171,14 +260,34 @@ def lanes(epoch: int, *, canonical_ranks: int | None, block_size: int) -> np.nda
     return order.slots(steps[:, None], np.arange(BATCH)).sample
 
 
-def shard_split_with_buffer(epoch: int) -> np.ndarray:
+def py1e(epoch: int, *, nodes: int = 8, block: int = 32_768) -> np.ndarray:
+    rng = np.random.RandomState(epoch)
+    shards = rng.permutation(SHARDS).reshape(nodes, -1)
+    streams = []
+    for own in shards:
+        stream = (own[:, None] * PER_SHARD + np.arange(PER_SHARD)).ravel()
+        moved = np.arange(len(stream)) + rng.uniform(-block / 2, block / 2, len(stream))
+        streams.append(stream[np.argsort(moved, kind="stable")])
+    # A node's ranks take turns in its stream, batch after batch.
+    per_node = np.stack(streams)[:, : SAMPLES // nodes // (BATCH // nodes) * (BATCH // nodes)]
+    return per_node.reshape(nodes, -1, BATCH // nodes).transpose(1, 0, 2).reshape(-1, BATCH)
+
+
+def shard_split_with_buffer(epoch: int, *, side_by_side: int = 1) -> np.ndarray:
     rng = np.random.RandomState(epoch)
     shards = rng.permutation(SHARDS).reshape(-1, RANKS * WORKERS)
-    return from_workers([_buffered(shards[:, w], rng) for w in range(RANKS * WORKERS)])
+    return from_workers(
+        [_buffered(shards[:, w], rng, side_by_side=side_by_side) for w in range(RANKS * WORKERS)]
+    )
 
 
-def _buffered(shards: np.ndarray, rng: np.random.RandomState, size: int = 1000) -> np.ndarray:
-    stream = (shards[:, None] * PER_SHARD + np.arange(PER_SHARD)).ravel().tolist()
+def _buffered(
+    shards: np.ndarray, rng: np.random.RandomState, size: int = 1000, *, side_by_side: int = 1
+) -> np.ndarray:
+    groups = (shards[:, None] * PER_SHARD + np.arange(PER_SHARD)).reshape(
+        -1, side_by_side, PER_SHARD
+    )
+    stream = groups.transpose(0, 2, 1).ravel().tolist()
     buffer, out = stream[:size], []
     for sample, i in zip(stream[size:], rng.randint(0, size, len(stream) - size), strict=True):
         out.append(buffer[i])
@@ -214,8 +323,7 @@ def mixture_and_packing() -> None:
     print(f"  build, ms{build_ms:>45.1f}\n  1,024 steps ahead, us per sample{ahead_us:>22.2f}\n")
 
     rng = np.random.RandomState(0)
-    tokens = np.clip(rng.lognormal(np.log(650), 0.35, 65_536), 300, 1400).astype(np.int64)
-    crops = np.clip(tokens // 170, 1, 8)
+    tokens, crops = captions(65_536)
     print("packing captions with images (lognormal, median 650 tokens)")
     for length in (4096, 16_384):
         for window in (256, 1024):

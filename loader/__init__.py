@@ -4,12 +4,14 @@ from loader.assemble import View, assemble
 from loader.augment import Augment
 from loader.collate import MMCollator
 from loader.dataloader import StreamLoader, make_dataloader, view_collator
+from loader.mixture_stream import IterableDatasetMixture
 from loader.molmo import DeterministicDataset, MolmoPreprocessor
 from loader.stream import StreamingDataset
 
 __all__ = [
     "Augment",
     "DeterministicDataset",
+    "IterableDatasetMixture",
     "MMCollator",
     "MolmoPreprocessor",
     "StreamLoader",

@@ -9,6 +9,7 @@ from loader.assemble import View
 from loader.augment import Augment
 from loader.dataloader import make_dataloader
 from loader.peek import describe_batch, readable_rows
+from loader.plan import Cluster, describe_plan, plan_cluster
 from loader.stream import StreamingDataset, stored_view
 from preprocess.tokens import IMAGE_SYMBOLS, tokenizer_from_entry
 from shardspec import storage
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
     options = _parser().parse_args(argv)
     try:
-        print(_peek(options))
+        print(_plan(options) if options.verb == "plan" else _peek(options))
     except ShardsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -71,23 +72,42 @@ def _tokenizer_json(url: str) -> str:
         ) from error
 
 
+def _plan(options: argparse.Namespace) -> str:
+    plan = plan_cluster(
+        require_manifest(options.shards),
+        split=options.split,
+        cluster=Cluster(nodes=options.nodes, ranks=options.ranks, workers=options.workers),
+        global_batch_size=options.global_batch,
+        canonical_ranks=options.canonical_ranks,
+        seed=options.seed,
+    )
+    return describe_plan(plan)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m loader", description="Look at shards the way training sees them."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
     peek = verbs.add_parser("peek", help="print one batch: keys, shapes, types, decoded text")
-    peek.add_argument("shards", help="folder of the dataset")
+    plan = verbs.add_parser("plan", help="print what a cluster would read, from the manifest alone")
 
-    def add(flag: str, text: str, default: str | int) -> None:
+    def add(verb: argparse.ArgumentParser, flag: str, text: str, default: str | int) -> None:
         help_text = f"{text} (default: %(default)s)"
-        peek.add_argument(flag, help=help_text, default=default, type=type(default))
+        verb.add_argument(flag, help=help_text, default=default, type=type(default))
 
-    add("--split", "split to read", "train")
-    add("--batch-size", "samples in the batch", 4)
-    add("--sequence-length", "longest sequence", 2048)
-    add("--seed", "seed of the order and of the draws", 0)
+    for verb in (peek, plan):
+        verb.add_argument("shards", help="folder of the dataset")
+        add(verb, "--split", "split to read", "train")
+        add(verb, "--seed", "seed of the order and of the draws", 0)
+    add(peek, "--batch-size", "samples in the batch", 4)
+    add(peek, "--sequence-length", "longest sequence", 2048)
     peek.add_argument("--augment", action="store_true", help="augment images as in training")
+    add(plan, "--nodes", "machines", 1)
+    add(plan, "--ranks", "data-parallel ranks per machine", 8)
+    add(plan, "--workers", "threads or worker processes per rank", 4)
+    add(plan, "--global-batch", "samples per step over all ranks", 256)
+    plan.add_argument("--canonical-ranks", type=int, help="width of the order (default: chosen)")
     return parser
 
 

@@ -1,6 +1,7 @@
-"""`make_dataloader`: batches of a StreamingDataset, made ahead by threads or by worker processes.
+"""`make_dataloader`: batches of a dataset or a mixture, made ahead by threads or worker processes.
 
-Batches come in the order of the run whatever makes them, and the state counts the batches that were
+The consumer's thread plans (which samples make up the next batches), the others make them. Batches
+come in the order of the run whatever makes them, and the state counts the batches that were
 *delivered*, never those made ahead. A state is a few hundred bytes and valid for any number of
 ranks, threads and workers.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,20 +18,29 @@ from torch.utils.data import DataLoader
 
 from loader.assemble import View
 from loader.collate import MMCollator
-from loader.order import Order, OrderConfig
+from loader.cursor import STATE_VERSION, require_state
+from loader.mixture import MixtureConfig, MixtureOrder
+from loader.mixture_stream import IterableDatasetMixture
+from loader.order import Order, OrderConfig, epoch_of, rank_positions
+from loader.packed import fitting, join_examples
+from loader.packing import PackConfig
+from loader.schedule import (
+    BucketSchedule,
+    PackSchedule,
+    Row,
+    Schedule,
+    SlotSchedule,
+    plan_packing,
+)
 from loader.stream import StreamingDataset
 from shardspec.errors import ConfigError, ShardsError, StateError
-from shardspec.manifest import differences
-
-STATE_VERSION = 1
-"""Version of the state; any other is refused."""
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
 
 
 def make_dataloader(
-    dataset: StreamingDataset,
+    dataset: StreamingDataset | IterableDatasetMixture,
     *,
     global_batch_size: int,
     sequence_length: int,
@@ -39,21 +49,34 @@ def make_dataloader(
     workers: int = 0,
     extra_keys: tuple[str, ...] = (),
     with_metadata: bool = False,
+    pack: bool = False,
+    max_crops: int | None = None,
+    balance: bool = True,
+    bucket_steps: int = 0,
 ) -> StreamLoader:
     """Makes the loader of this rank.
 
     Args:
       dataset: What to stream.
-      global_batch_size: Samples per step over all ranks; the number of ranks must divide it.
-      sequence_length: Longest sequence; text is cut there.
+      global_batch_size: Rows per step over all ranks; the number of ranks must divide it. A row is
+        a sample, or a pack.
+      sequence_length: Longest sequence; text is cut there, and packs are filled up to there.
       pad_mode: "max_len", "batch_max" or "to_N"; see `MMCollator`.
       decode_threads: Threads that make batches, where workers is 0.
       workers: Worker processes instead of threads.
       extra_keys: Further keys of the batch; see `MMCollator`.
       with_metadata: Add `metadata`, a list with each sample's key.
+      pack: Fill each row with several samples, planned from the lengths in the indexes; adds
+        `position_ids` and `subsegment_ids` to the batch. Needs tail "wrap".
+      max_crops: Most crops in a pack; None: any number.
+      balance: Exchange packs between the ranks of a step, so that all have equal work. Off, rows
+        keep their places for every number of ranks, and a rank plans its own packs only.
+      bucket_steps: Deal the samples of so many steps to these steps by length, so that batches pad
+        less: the lighter alternative to packs. 0: do not.
 
     Raises:
-      ConfigError: `batch_not_divisible`, and as `MMCollator`.
+      ConfigError: `batch_not_divisible`, `packing_tail`, `packing_and_buckets`, and as
+        `MMCollator`.
     """
     world_size = dataset.topology.world_size
     if global_batch_size % world_size:
@@ -65,6 +88,15 @@ def make_dataloader(
             facts={"global_batch_size": global_batch_size, "world_size": world_size},
             fix=f"use {' or '.join(near)}",
         )
+    if pack and bucket_steps:
+        raise ConfigError(
+            "packs need no buckets",
+            reason="packing_and_buckets",
+            facts={"bucket_steps": bucket_steps},
+            fix="choose pack=True or bucket_steps",
+        )
+    if pack:
+        extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
     collator = view_collator(
         dataset.view,
         sequence_length=sequence_length,
@@ -76,7 +108,25 @@ def make_dataloader(
     dataset = dataset.with_batch_size(
         global_batch_size // world_size, sequence_length=sequence_length
     )
-    return StreamLoader(dataset, collator, decode_threads=decode_threads, workers=workers)
+    order = dataset.order
+    packs: PackSchedule | None = None
+    if pack:
+        packs = PackSchedule(
+            order,
+            dataset.lengths,
+            plan_packing(order, sequence_length=sequence_length, max_crops=max_crops),
+            patches_per_crop=dataset.view.image.num_patches,
+            balance=balance,
+        )
+    return StreamLoader(
+        dataset,
+        collator,
+        order=order,
+        packs=packs,
+        bucket_steps=bucket_steps,
+        decode_threads=decode_threads,
+        workers=workers,
+    )
 
 
 def view_collator(
@@ -110,97 +160,195 @@ class StreamLoader:
 
     def __init__(
         self,
-        dataset: StreamingDataset,
+        dataset: StreamingDataset | IterableDatasetMixture,
         collator: MMCollator,
         *,
+        order: Order | MixtureOrder,
+        packs: PackSchedule | None = None,
+        bucket_steps: int = 0,
         decode_threads: int,
         workers: int,
     ) -> None:
-        """Joins dataset and collator; see `make_dataloader`."""
+        """Joins dataset, order and collator; see `make_dataloader`."""
         self.dataset = dataset
         self.collator = collator
         self.decode_threads = max(1, decode_threads)
         self.workers = workers
-        self.order: Order = dataset.order
+        self.order = order
         self.step = 0
         """The next step to be delivered, counted through all epochs."""
+        self._bucket_steps = bucket_steps
+        self._packs = packs
+        self._schedule: Schedule = packs or self._unpacked()
+        # Where the packs' streams stood when the last delivered batch was planned, and the step
+        # that is planned next.
+        self._streams: list[list[int]] = []
+        self._planned = 0
 
     @property
     def epoch(self) -> int:
         """The epoch that the next step belongs to."""
-        return self._epoch_of(self.step)
+        return epoch_of(self._schedule, self.step)
 
     def __len__(self) -> int:
         """Counts the steps of the current epoch."""
-        return self.order.num_steps(self.epoch)
+        epoch = self.epoch
+        return self._schedule.epoch_start(epoch + 1) - self._schedule.epoch_start(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Gives the rest of the current epoch; equally many batches on every rank."""
-        stop = self.order.epoch_start(self.epoch + 1)
-        batches = self._by_workers(stop) if self.workers else self._by_threads(stop)
+        stop = self._schedule.epoch_start(self.epoch + 1)
+        if self._packs is not None and self._planned != self.step:
+            self._packs.go_to(self._streams)
+        plans = _Plans(self, range(self.step, stop))
+        batches = self._by_workers(plans) if self.workers else self._by_threads(plans)
         for batch in batches:
             self.step += 1
+            self._streams = plans.delivered()
             yield batch
 
+    def change(
+        self, *, global_batch_size: int | None = None, weights: Sequence[float] | None = None
+    ) -> None:
+        """Changes the batch size, or the weights of a mixture, from the next step on.
+
+        The change becomes part of the state: a resumed run makes its loader with the settings it
+        began with, and the state brings the changes. With another batch size every sample of the
+        epoch still comes once; of a mixture, datasets in lanes begin their next epoch. Leave a
+        running `for` first: its batches are already planned.
+
+        Args:
+          global_batch_size: Rows per step over all ranks; None: as it is.
+          weights: One for each dataset of the flat mixture; None: as they are.
+
+        Raises:
+          ConfigError: `batch_not_divisible`; `change_weights`, there is no mixture, or it is
+            packed; as `Order.changed`, `MixtureOrder.changed`.
+        """
+        batch = global_batch_size or self._schedule.batch_at(self.step)[0]
+        rank_positions(0, self.dataset.topology.world_size, batch)
+        if weights is not None and (self._packs or not isinstance(self.order, MixtureOrder)):
+            raise ConfigError(
+                "only the weights of a mixture without packing can change during a run",
+                reason="change_weights",
+                fix="leave weights out, or start a new run",
+            )
+        if self._packs is not None:
+            before = [size for size in self._packs.sizes if size[0] < self.step]
+            self._packs.set_sizes([*before, (self.step, batch)])
+        elif isinstance(self.order, MixtureOrder):
+            self.order = self.order.changed(
+                step=self.step, global_batch_size=batch, weights=weights
+            )
+            self._schedule = self._unpacked()
+        else:
+            self.order = self.order.changed(step=self.step, global_batch_size=batch)
+            self._schedule = self._unpacked()
+
     def state_dict(self) -> dict[str, Any]:
-        """Describes the place in the run; the same on every rank, so saving one is enough."""
-        split = self.dataset.manifest.splits[self.dataset.split]
-        return {
+        """Describes the place in the run.
+
+        It is the same on every rank (with packs that are not balanced: but for `streams`, which
+        saves time on resuming and is not needed), so saving rank 0's is enough.
+        """
+        state = {
             "version": STATE_VERSION,
             "step": self.step,
-            "order": self.order.config.to_dict(),
             "seed": self.dataset.seed,
-            "dataset": self.dataset.manifest.dataset,
-            "split": self.dataset.split,
-            "build_key": split.build_key,
+            "data": self.dataset.fingerprint(),
+            "order": self.order.config.to_dict(),
+            "bucket_steps": self._bucket_steps,
+            "packing": None,
         }
+        if self._packs is not None:
+            state["packing"] = {
+                **_limits(self._packs.config),
+                "sizes": [list(size) for size in self._packs.sizes],
+            }
+            state["streams"] = self._streams
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a saved place, whatever the number of ranks, threads and workers now.
 
+        Changes that the state's run made (`change`) are taken over where this loader has made
+        none itself.
+
         Raises:
-          StateError: `state_version`, `state_mismatch` (names every differing field).
+          StateError: `state_version`; `state_appended`, the dataset has grown since;
+            `state_canonical_ranks`; `state_mismatch` (names every differing field).
         """
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                "the loader's state has a version that this release does not read",
-                reason="state_version",
-                facts={"got": state.get("version"), "want": STATE_VERSION},
-                fix="resume with the release that wrote it",
-            )
         own = self.state_dict()
-        names = ("seed", "dataset", "split", "build_key", "order")
-        found = differences(
-            {name: state.get(name) for name in names}, {name: own[name] for name in names}, "state"
-        )
-        if found:
-            raise StateError(
-                "the loader's state belongs to another run",
-                reason="state_mismatch",
-                facts={"differences": "; ".join(found)},
-                fix="resume with the data, the seed and the global batch size that it was saved "
-                "with",
-            )
-        self.order = Order(OrderConfig.from_dict(state["order"]))
+        own = {name: own[name] for name in own if name not in ("version", "step", "streams")}
+        saved_order, saved_packing = state.get("order"), state.get("packing")
+        for changes in ("ramp", "changes"):
+            if own["order"].get(changes) == [] and isinstance(saved_order, Mapping):
+                own["order"] = {**own["order"], changes: saved_order.get(changes, [])}
+        if isinstance(saved_packing, Mapping) and own["packing"]:
+            sizes = saved_packing.get("sizes", [])
+            if sizes[:1] == own["packing"]["sizes"]:
+                own["packing"] = {**own["packing"], "sizes": sizes}
+        self._explain(state, own)
+        require_state(state, own)
+        if isinstance(self.order, MixtureOrder):
+            config = MixtureConfig.from_dict(state["order"])
+            if config != self.order.config:
+                self.order = MixtureOrder(config, stop=self.order.stop)
+        else:
+            self.order = Order(OrderConfig.from_dict(state["order"]))
         self.step = int(state["step"])
+        if self._packs is None:
+            self._schedule = self._unpacked()
+        else:
+            self._packs.set_sizes([(int(s), int(b)) for s, b in state["packing"]["sizes"]])
+            self._streams = [list(map(int, place)) for place in state.get("streams", [])]
+            self._packs.go_to(self._streams)
+            self._planned = self.step
 
-    def _epoch_of(self, step: int) -> int:
-        epoch = step * self.order.config.global_batch_size // self.dataset.num_samples
-        while self.order.epoch_start(epoch) > step:
-            epoch -= 1
-        while self.order.epoch_start(epoch + 1) <= step:
-            epoch += 1
-        return epoch
+    def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Refuses what differs for a reason that can be told."""
+        if state.get("version") != STATE_VERSION:
+            return
+        data, order = state.get("data"), state.get("order")
+        if isinstance(data, Mapping) and self.dataset.has_grown_from(data):
+            then = data.get("num_samples") or {n: entry["num_samples"] for n, entry in data.items()}
+            raise StateError(
+                "samples were appended to the dataset since the state was saved",
+                reason="state_appended",
+                facts={"then": then, "now": self.dataset.num_samples},
+                fix="pass max_samples=, the number of then, to StreamingDataset: the run goes on "
+                "exactly; the new samples can only join a new run",
+            )
+        if not isinstance(order, Mapping):
+            return
+        name = "canonical_ranks"
+        saved, ours = order.get(name), own["order"][name]
+        same_batch = order.get("global_batch_size") == own["order"]["global_batch_size"]
+        if isinstance(saved, int) and saved != ours and same_batch:
+            raise StateError(
+                "the state's run has another number of canonical ranks, which its order depends on",
+                reason="state_canonical_ranks",
+                facts={"saved": saved, "here": ours},
+                fix=f"pass canonical_ranks={saved} to the dataset or mixture",
+            )
 
-    def _make(self, step: int) -> dict[str, Any]:
-        return self.collator(self.dataset.batch(self.order, step))
+    def _unpacked(self) -> Schedule:
+        if self._bucket_steps:
+            return BucketSchedule(self.order, self.dataset.lengths, steps=self._bucket_steps)
+        return SlotSchedule(self.order)
 
-    def _by_threads(self, stop: int) -> Iterator[dict[str, Any]]:
+    def _plan(self, step: int) -> tuple[list[Row], list[list[int]]]:
+        rows = self._schedule.rows(step, self.dataset.topology)
+        self._planned = step + 1
+        return rows, [] if self._packs is None else self._packs.places()
+
+    def _by_threads(self, plans: _Plans) -> Iterator[dict[str, Any]]:
+        make = _Maker(self)
         ahead: deque[Future[dict[str, Any]]] = deque()
         pool = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
         try:
-            for step in range(self.step, stop):
-                ahead.append(pool.submit(self._make, step))
+            for rows in plans:
+                ahead.append(pool.submit(make.batch, rows))
                 if len(ahead) > _AHEAD * self.decode_threads:
                     yield ahead.popleft().result()
             while ahead:
@@ -208,10 +356,11 @@ class StreamLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _by_workers(self, stop: int) -> Iterator[dict[str, Any]]:
-        steps = _Steps(self, range(self.step, stop))
+    def _by_workers(self, plans: _Plans) -> Iterator[dict[str, Any]]:
         for batch in DataLoader(
-            steps,  # type: ignore[arg-type]
+            _Maker(self),  # type: ignore[arg-type]
+            # What it asks the dataset for is the rows themselves: workers plan nothing.
+            sampler=plans,
             batch_size=None,
             num_workers=self.workers,
             # spawn: a forked child would inherit locks that the parent's threads hold.
@@ -222,19 +371,55 @@ class StreamLoader:
             yield batch
 
 
-class _Steps:
-    """The batches of some steps as a map-style dataset, for worker processes."""
+class _Plans:
+    """The rows of some steps, and for each the place of the packs behind it."""
 
     def __init__(self, loader: StreamLoader, steps: range) -> None:
-        self._dataset, self._collator = loader.dataset, loader.collator
-        self._order, self._steps = loader.order, steps
+        self._loader, self._steps = loader, steps
+        self._behind: deque[list[list[int]]] = deque()
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __getitem__(self, i: int) -> dict[str, Any] | ShardsError:
+    def __iter__(self) -> Iterator[list[Row]]:
+        for step in self._steps:
+            rows, streams = self._loader._plan(step)
+            self._behind.append(streams)
+            yield rows
+
+    def delivered(self) -> list[list[int]]:
+        """Gives the place of the packs behind the next batch that is delivered."""
+        return self._behind.popleft()
+
+
+class _Maker:
+    """Makes batches of rows; what worker processes are given, and all they need."""
+
+    def __init__(self, loader: StreamLoader) -> None:
+        self._dataset, self._collator = loader.dataset, loader.collator
+        self._limits = None if loader._packs is None else loader._packs.config
+
+    def batch(self, rows: list[Row]) -> dict[str, Any]:
+        """Makes the batch."""
+        return self._collator([self._example(row) for row in rows])
+
+    def __getitem__(self, rows: list[Row]) -> dict[str, Any] | ShardsError:
         try:
-            return self._collator(self._dataset.batch(self._order, self._steps[i]))
+            return self.batch(rows)
         except ShardsError as error:
             # Sent as a value: what a worker raises reaches the caller as a RuntimeError.
             return error
+
+    def _example(self, row: Row) -> dict[str, Any]:
+        examples = [self._dataset.at(place) for place in row]
+        if self._limits is None:
+            return examples[0]
+        limits = self._limits
+        return join_examples(
+            fitting(examples, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
+        )
+
+
+def _limits(config: PackConfig) -> dict[str, Any]:
+    names = ("sequence_length", "max_crops", "window", "windows_per_run", "seed")
+    return {name: getattr(config, name) for name in names}

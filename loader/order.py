@@ -40,8 +40,8 @@ length N exists. This module decides no reading, no mixing (mixture.py) and no p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -343,6 +343,33 @@ class Order:
         """Counts the steps of a pass over the data; exact, from the numbers alone."""
         return self.epoch_start(epoch + 1) - self.epoch_start(epoch)
 
+    def batch_at(self, step: int) -> tuple[int, int]:
+        """Returns the global batch size of a step, and the first step that has had it since."""
+        segment = int(np.searchsorted(self._starts, step, side="right")) - 1
+        return int(self._batches[segment]), int(self._starts[segment])
+
+    def changed(self, *, step: int, global_batch_size: int) -> Order:
+        """Returns the order with another global batch size from a step on.
+
+        Every lane goes on where it stands, so the epoch still shows each sample once.
+
+        Raises:
+          ConfigError: `order_ramp`, `batch_not_divisible`.
+        """
+        if step == 0:
+            return Order(replace(self.config, global_batch_size=global_batch_size, ramp=()))
+        kept = tuple(change for change in self.config.ramp if change.step < step)
+        change = RampStep(step=step, global_batch_size=global_batch_size)
+        return Order(replace(self.config, ramp=(*kept, change)))
+
+    def blocks(self, slots: Slots) -> np.ndarray:
+        """Numbers the blocks that the samples of slots are read in: int64, of the slots' shape.
+
+        Block j of an epoch is `block_size` consecutive samples; numbers of different epochs have
+        nothing to do with each other.
+        """
+        return self._line.blocks(slots.sample, epoch=slots.epoch)
+
     def describe(self) -> dict[str, int | str]:
         """Summarises one epoch for people and logs, in plain JSON types."""
         config = self.config
@@ -449,10 +476,42 @@ class Line:
         key = keyed_array(self.seed, _KEY_INSIDE, epoch, block)
         shuffled = permute(inside, size=self.block_size, key=key)
         scattered = np.where(whole, moved * self.block_size + shuffled, place)
-        rotation = keyed_array(self.seed, _KEY_ROTATION, epoch) % np.uint64(2**62)
-        # Below 2**62 the hash stays positive as int64, and the sum cannot overflow.
-        rotated: np.ndarray = (scattered + rotation.astype(np.int64)) % self.num_samples
+        rotated: np.ndarray = (scattered + self._rotation(epoch)) % self.num_samples
         return rotated
+
+    def blocks(self, sample: np.ndarray, *, epoch: np.ndarray) -> np.ndarray:
+        """Undoes the rotation: int64 samples to the numbers of their blocks."""
+        unrotated: np.ndarray = (sample - self._rotation(epoch)) % self.num_samples
+        blocks: np.ndarray = unrotated // self.block_size
+        return blocks
+
+    def _rotation(self, epoch: np.ndarray) -> np.ndarray:
+        # Below 2**62 the hash stays positive as int64, and sums cannot overflow.
+        rotation = keyed_array(self.seed, _KEY_ROTATION, epoch) % np.uint64(2**62)
+        signed: np.ndarray = rotation.astype(np.int64)
+        return signed
+
+
+class Passes(Protocol):
+    """What knows where passes over the data begin."""
+
+    def epoch_start(self, epoch: int) -> int:
+        """Returns the step at which a pass begins: 0 for epoch 0, never less for later ones."""
+
+
+def epoch_of(passes: Passes, step: int) -> int:
+    """Finds the pass that a step belongs to: the last one that has begun."""
+    above = 1
+    while passes.epoch_start(above) <= step:
+        above *= 2
+    below = above // 2
+    while above - below > 1:
+        middle = (below + above) // 2
+        if passes.epoch_start(middle) <= step:
+            below = middle
+        else:
+            above = middle
+    return below
 
 
 def rank_positions(rank: int, world_size: int, global_batch_size: int) -> np.ndarray:

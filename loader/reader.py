@@ -132,6 +132,42 @@ class ShardReader:
         )
         return document
 
+    def column(self, name: str, sample_ids: np.ndarray) -> np.ndarray:
+        """Reads a column of the indexes for many samples at once, and nothing else.
+
+        Args:
+          name: Of the column; see `shardspec.index.index_dtype`.
+          sample_ids: int64 [n], each 0 to len - 1, in any sequence.
+
+        Returns:
+          [n, ...] of the column's type.
+
+        Raises:
+          ShardError: `index_column`, indexes of an earlier release lack it; as `open_index`.
+        """
+        sample_ids = np.asarray(sample_ids, np.int64)
+        by_id = np.argsort(sample_ids, kind="stable")
+        ordered = sample_ids[by_id]
+        number_of = np.searchsorted(self.starts, ordered, side="right") - 1
+        numbers, first = np.unique(number_of, return_index=True)
+        values: np.ndarray | None = None
+        for number, begin, end in zip(
+            numbers.tolist(), first.tolist(), [*first[1:].tolist(), len(ordered)], strict=True
+        ):
+            shard = self._open.get(number) or self._open_shard(number)
+            if name not in (shard.rows.dtype.names or ()):
+                raise ShardError(
+                    f"the index has no column {name!r}",
+                    reason="index_column",
+                    where=shard.url,
+                    fix="build the shards again with this release",
+                )
+            column = shard.rows[name]
+            if values is None:
+                values = np.zeros((len(ordered), *column.shape[1:]), column.dtype)
+            values[by_id[begin:end]] = column[ordered[begin:end] - self.starts[number]]
+        return np.zeros(0, np.int64) if values is None else values
+
     def _locate(self, sample_id: int) -> tuple[_OpenShard, np.void]:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")

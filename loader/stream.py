@@ -8,20 +8,23 @@ K, ... of the pass, which is the sequence in which a DataLoader takes them.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset
 
 from loader.assemble import View, assemble
+from loader.cursor import Cursor
+from loader.fingerprint import keys_fingerprint, split_fingerprint
 from loader.layout import IGNORED, TokenIds
-from loader.order import Order, Tail, plan_order, rank_positions
+from loader.order import Order, Tail, plan_order
 from loader.reader import Check, ShardReader
+from loader.schedule import Place, SlotSchedule
 from loader.topology import Topology, find_topology, find_worker
 from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
@@ -59,6 +62,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         check: Check = "size",
         on_bad: OnBad = "raise",
         tokenizer: TrainingTokenizer | None = None,
+        canonical_ranks: int | None = None,
+        max_samples: int | None = None,
     ) -> None:
         """Reads the manifest; opens no shard yet.
 
@@ -78,11 +83,15 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           on_bad: What a sample that cannot be read or laid out does: it raises, or another sample,
             chosen by hash, takes its slot, which `metadata["substitutes"]` and `bad` record.
           tokenizer: The run's Hugging Face tokenizer, to be compared with the shards'.
+          canonical_ranks: See `plan_order`; set it where the default does not suit the numbers of
+            ranks that the run may have. It cannot change during a run.
+          max_samples: Use only the first so many samples: goes on with a run whose dataset has
+            grown since.
 
         Raises:
           ManifestError: There is no readable manifest.
           ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
-            `remote_url`.
+            `remote_url`, `max_samples`.
         """
         super().__init__()
         if not storage.is_local(url):
@@ -109,42 +118,58 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.on_bad: OnBad = on_bad
         self.bad: Counter[str] = Counter()
         """Samples substituted in this process, by reason."""
+        self.canonical_ranks = canonical_ranks
+        if max_samples is not None and not 1 <= max_samples <= len(self.reader):
+            raise ConfigError(
+                "max_samples is not a number of samples of the split",
+                reason="max_samples",
+                where=self.url,
+                facts={"got": max_samples, "samples": len(self.reader)},
+                fix=f"use 1 to {len(self.reader)}",
+            )
+        self.num_samples = len(self.reader) if max_samples is None else max_samples
+        """Samples in use: those of the split, or the first `max_samples` of them."""
         self._base_seed = dataset_seed(seed, self.manifest.dataset)
         self._rng = SampleRng()
-        # Shared memory, so that persistent workers see a new epoch as well.
-        self._epoch = torch.zeros(1, dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._cursor = Cursor()
+        self._fingerprint: dict[str, Any] | None = None
 
     @property
     def epoch(self) -> int:
         """The epoch that the next pass gives."""
-        return int(self._epoch.item())
+        return self._cursor.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass, as DistributedSampler's method does."""
-        self._epoch.fill_(epoch)
+        self._cursor.set_epoch(epoch)
+
+    def set_step(self, step: int) -> None:
+        """Lets the next pass begin at a step of the run, for resuming under a plain DataLoader.
+
+        Args:
+          step: Batches that the run has taken so far, over all epochs. The pass ends with that
+            step's epoch; `set_epoch` chooses the next one.
+        """
+        self._cursor.set_step(self.order, step)
 
     def with_batch_size(self, batch_size: int, *, sequence_length: int | None) -> StreamingDataset:
         """Makes a dataset that shares the manifest, for another batch size or sequence length."""
         length = sequence_length or self.view.sequence_length
-        return StreamingDataset(
-            self.url,
-            split=self.split,
-            seed=self.seed,
-            batch_size=batch_size,
-            view=replace(self.view, sequence_length=length),
-            shuffle=self.shuffle,
-            tail=self.tail,
-            rank=self.topology.rank,
-            world_size=self.topology.world_size,
-            check=self.reader.check,
-            on_bad=self.on_bad,
+        return self._copy(
+            batch_size=batch_size, view=replace(self.view, sequence_length=length), seed=self.seed
         )
 
-    @property
-    def num_samples(self) -> int:
-        """Samples in the split."""
-        return len(self.reader)
+    def with_seed(self, seed: int) -> StreamingDataset:
+        """Makes a dataset that shares the manifest, in a run of another seed."""
+        return self._copy(batch_size=self.batch_size, view=self.view, seed=seed)
+
+    def _copy(self, *, batch_size: int | None, view: View, seed: int) -> StreamingDataset:
+        other = copy.copy(self)
+        other.batch_size, other.view, other.seed = batch_size, view, seed
+        other.bad = Counter()
+        other._base_seed = dataset_seed(seed, self.manifest.dataset)
+        other._cursor = Cursor()
+        return other
 
     @property
     def order(self) -> Order:
@@ -152,50 +177,108 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         batch_size = 1 if self.batch_size is None else self.batch_size
         return Order(
             plan_order(
-                len(self.reader),
+                self.num_samples,
                 global_batch_size=batch_size * self.topology.world_size,
                 seed=self._base_seed,
                 tail=self.tail,
                 shuffle=self.shuffle,
+                canonical_ranks=self.canonical_ranks,
             )
         )
 
     def __len__(self) -> int:
-        """Counts the samples that this rank gets in the current epoch; equal on all ranks."""
-        return self.order.num_steps(self.epoch) * (self.batch_size or 1)
+        """Counts the samples that this rank gets in the next pass; equal on all ranks."""
+        return self._cursor.remaining(self.order) * (self.batch_size or 1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Gives this worker's share of the current epoch."""
-        worker, num_workers = find_worker()
-        if num_workers > 1 and self.batch_size is None:
-            raise ConfigError(
-                "with several workers the dataset must know the batch size",
-                reason="batch_size",
-                facts={"num_workers": num_workers},
-                fix="pass the DataLoader's batch_size to StreamingDataset too: the order must not "
-                "depend on the number of workers",
-            )
-        order, epoch = self.order, self.epoch
-        start = order.epoch_start(epoch)
-        stop = start + order.num_steps(epoch)
-        for step in range(start + worker, stop, num_workers):
-            yield from self.batch(order, step)
+        require_batch_size(self.batch_size)
+        order = self.order
+        return self._cursor.examples(
+            order, lambda step: self.batch(order, step), batch_size=self.batch_size or 1
+        )
 
     def batch(self, order: Order, step: int) -> list[dict[str, Any]]:
         """Makes this rank's examples of one step."""
-        batch_size = order.config.global_batch_size
-        positions = rank_positions(self.topology.rank, self.topology.world_size, batch_size)
-        slots = order.slots(step, positions)
-        examples = []
-        for sample, epoch, real in zip(
-            slots.sample.tolist(), slots.epoch.tolist(), slots.real.tolist(), strict=True
-        ):
-            example = self.example(sample, epoch=epoch)
-            if not real:
-                example["labels"] = np.full_like(example["labels"], IGNORED)
-                example["loss_weights"] = np.zeros_like(example["loss_weights"])
-            examples.append(example)
-        return examples
+        rows = SlotSchedule(order).rows(step, self.topology)
+        return [self.at(place) for row in rows for place in row]
+
+    def at(self, place: Place) -> dict[str, Any]:
+        """Makes the example of one place of the order; padding has nothing to learn."""
+        example = self.example(place.sample, epoch=place.epoch)
+        if not place.real:
+            example["labels"] = np.full_like(example["labels"], IGNORED)
+            example["loss_weights"] = np.zeros_like(example["loss_weights"])
+        return example
+
+    def lengths(
+        self,
+        dataset: np.ndarray,  # noqa: ARG002 - a mixture has several
+        sample: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Looks up how long samples are at most, in the indexes.
+
+        Args:
+          dataset: int64 [n], 0: the only one.
+          sample: int64 [n].
+
+        Returns:
+          (tokens, crops), int64 [n]: what the longest draws in this view have.
+
+        Raises:
+          ConfigError: `view_lengths`, the indexes have no lengths for this view.
+          ShardError: `index_column`, or as `open_index`.
+        """
+        stored = [ImageView.from_dict(v) for v in self.manifest.recipe["image"]["views"]]
+        views = [self.view.image, *([self.view.high_res] if self.view.high_res else [])]
+        missing = [view for view in views if view not in stored]
+        if missing:
+            raise ConfigError(
+                "lengths are known only for the views that the shards were made for",
+                reason="view_lengths",
+                where=self.url,
+                facts={"view": missing[0].to_dict()},
+                fix="use such a view, or build the shards for this one",
+            )
+        columns = [stored.index(view) for view in views]
+        tokens = self.reader.column("view_length", sample)[:, columns].max(axis=1)
+        crops = self.reader.column("view_crops", sample)[:, columns].max(axis=1)
+        return tokens.astype(np.int64), crops.astype(np.int64)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describes the data for states: the sequence of samples, whatever the shards' borders.
+
+        Raises:
+          ShardError: An index cannot be read.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = split_fingerprint(
+                self.manifest, self.reader, split=self.split, num_samples=self.num_samples
+            )
+        return self._fingerprint
+
+    def has_grown_from(self, data: Mapping[str, Any]) -> bool:
+        """Tells whether a fingerprint is that of this data before samples were appended."""
+        then, own = data.get("num_samples"), self.fingerprint()
+        if not isinstance(then, int) or not 0 < then < self.num_samples:
+            return False
+        return dict(data) == {
+            **own,
+            "num_samples": then,
+            "keys": keys_fingerprint(self.reader, then),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
+        return self._cursor.state_dict({"seed": self.seed, **self.fingerprint()})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to a place that `state_dict` gave, for the next pass.
+
+        Raises:
+          StateError: `state_version`, `state_mismatch`.
+        """
+        self._cursor.load_state_dict(state, {"seed": self.seed, **self.fingerprint()})
 
     def example(self, sample_id: int, *, epoch: int = 0) -> dict[str, Any]:
         """Makes the example of one sample in one epoch, whoever asks.
@@ -208,7 +291,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         for attempt in range(1 + MAX_SUBSTITUTES):
             number = sample_id
             if attempt:
-                number = keyed(self._base_seed, sample_id, epoch, attempt) % len(self.reader)
+                number = keyed(self._base_seed, sample_id, epoch, attempt) % self.num_samples
             try:
                 example = self._example(number, epoch)
             except (SampleError, ShardError) as error:
@@ -224,13 +307,30 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         raise first
 
     def _example(self, number: int, epoch: int) -> dict[str, Any]:
-        seed = sample_seed(self._base_seed, idx=number, length=len(self.reader), epoch=epoch)
+        seed = sample_seed(self._base_seed, idx=number, length=self.num_samples, epoch=epoch)
         return assemble(self.reader.read(number), self._rng(seed), view=self.view, ids=self.ids)
 
     def _count(self, error: ShardsError) -> None:
         if error.reason not in self.bad:
             logger.warning("a sample is substituted (logged once per reason): %s", error)
         self.bad[error.reason] += 1
+
+
+def require_batch_size(batch_size: int | None) -> None:
+    """Refuses several workers where the dataset does not know the batch size.
+
+    Raises:
+      ConfigError: `batch_size`.
+    """
+    _, num_workers = find_worker()
+    if num_workers > 1 and batch_size is None:
+        raise ConfigError(
+            "with several workers the dataset must know the batch size",
+            reason="batch_size",
+            facts={"num_workers": num_workers},
+            fix="pass the DataLoader's batch_size to the dataset too: the order must not depend "
+            "on the number of workers",
+        )
 
 
 def stored_view(manifest: Manifest) -> ImageView:

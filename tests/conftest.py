@@ -269,7 +269,7 @@ def tiny_sample():
 def _write_dataset(
     folder, samples, *, num_shards=1, codec="raw", several=False, name="tiny", view=None
 ):
-    from shardspec.index import INDEX_DTYPE, encode_index, index_row
+    from shardspec.index import encode_index, index_dtype, index_row
     from shardspec.manifest import Manifest, ShardEntry, SplitEntry, TokenizerEntry
     from shardspec.media import encode_stored
     from shardspec.sample import sample_members
@@ -282,7 +282,7 @@ def _write_dataset(
     for shard in range(num_shards):
         borders = [len(samples) * k // num_shards for k in (shard, shard + 1)]
         url = f"train/{name}-train-{shard:05d}-of-{num_shards:05d}.tar"
-        rows = [np.zeros(0, dtype=INDEX_DTYPE)]
+        rows = [np.zeros(0, dtype=index_dtype(1))]
         with (folder / url).open("wb") as stream:
             writer = TarWriter(stream)
             for sample in samples[slice(*borders)]:
@@ -292,7 +292,13 @@ def _write_dataset(
                 sizes = [len(payload) for payload in encoded]
                 json_bytes = len(members[0][1])
                 rows.append(
-                    index_row(sample, place=place, json_bytes=json_bytes, image_sizes=sizes)
+                    index_row(
+                        sample,
+                        place=place,
+                        json_bytes=json_bytes,
+                        image_sizes=sizes,
+                        views=(view,),
+                    )
                 )
             sha256 = writer.finish()
         table = np.concatenate(rows)

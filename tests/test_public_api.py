@@ -40,6 +40,7 @@ PUBLIC = {
     "loader": [
         "Augment",
         "DeterministicDataset",
+        "IterableDatasetMixture",
         "MMCollator",
         "MolmoPreprocessor",
         "StreamLoader",

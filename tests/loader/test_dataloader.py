@@ -124,6 +124,64 @@ def test_batches_are_the_collated_examples_of_the_order(url):
         assert rows([batch]) == rows([want])
 
 
+def test_packed_batches_are_the_joined_examples_that_the_indexes_let_fit(url):
+    loader = make(url, pack=True, max_crops=4, decode_threads=3)
+    dataset = loader.dataset
+    keys = []
+    for batch in take(loader, 6):
+        assert batch["subsegment_ids"].shape == batch["input_ids"].shape == (BATCH, 64)
+        assert (batch["image_input_idx"] >= 0).sum(dim=1).max() <= 4
+        for row, entry in enumerate(batch["metadata"]):
+            own = [part["key"] for part in entry["examples"]]
+            assert entry["key"] == "+".join(own)
+            keys += own
+            length = int(batch["attention_mask"][row].sum())
+            starts = (batch["position_ids"][row, :length] == 0).nonzero().flatten().tolist()
+            assert len(starts) == len(own)
+            for name, start, stop in zip(own, starts, [*starts[1:], length], strict=True):
+                # Which epoch a sample is in is the order's affair; it is one of the first.
+                found = batch["input_ids"][row, start:stop].tolist()
+                number = int(name[-4:])
+                drawn = [dataset.example(number, epoch=e)["input_ids"].tolist() for e in range(6)]
+                assert found in drawn
+    assert len(keys) > 6 * BATCH * 1.2
+    assert set(keys) == {f"sample-{i:04d}" for i in range(NUM)}
+
+
+def test_packs_and_buckets_are_not_asked_for_together(url):
+    with pytest.raises(ConfigError) as caught:
+        make(url, pack=True, bucket_steps=4)
+    assert caught.value.reason == "packing_and_buckets"
+
+
+def test_view_without_lengths_in_the_indexes_cannot_be_packed(url):
+    image = dataclasses.replace(stored_view(require_manifest(url)), column_tokens=False)
+    dataset = StreamingDataset(url, view=View(image=image))
+    loader = make_dataloader(dataset, global_batch_size=2, sequence_length=64, pack=True)
+    with pytest.raises(ConfigError) as caught:
+        next(iter(loader))
+    assert caught.value.reason == "view_lengths"
+
+
+def test_substitutes_in_packs_are_recorded_and_fit(broken):
+    url, key, _ = broken
+    view = View(image=stored_view(require_manifest(url)))
+    dataset = StreamingDataset(url, seed=7, view=view, check="crc", on_bad="substitute")
+    loader = make_dataloader(
+        dataset,
+        global_batch_size=BATCH,
+        sequence_length=64,
+        pad_mode="max_len",
+        with_metadata=True,
+        pack=True,
+    )
+    parts = [
+        part for batch in take(loader, 6) for row in batch["metadata"] for part in row["examples"]
+    ]
+    assert key not in {part["key"] for part in parts}
+    assert loader.dataset.bad["sample_crc"] >= 1
+
+
 def test_every_sample_comes_once_per_epoch(undisturbed):
     keys = [row[0] for row in undisturbed]
     for epoch in range(3):
@@ -276,7 +334,10 @@ def test_state_of_other_settings_is_refused_field_by_field(options, fields, url)
 def test_state_of_other_data_is_refused(url, samples, write_dataset, tmp_path):
     fewer = write_dataset(tmp_path / "fewer", samples[:-1], several=True)
     renamed = write_dataset(tmp_path / "renamed", samples, several=True, num_shards=3, name="other")
-    for other, field in ((fewer, "state.build_key"), (renamed, "state.dataset: tiny here, other")):
+    for other, field in (
+        (fewer, "state.data.num_samples"),
+        (renamed, "state.data.dataset: tiny here"),
+    ):
         with pytest.raises(StateError) as caught:
             make(other).load_state_dict(make(url).state_dict())
         assert caught.value.reason == "state_mismatch"
@@ -294,7 +355,7 @@ def test_state_of_another_version_is_refused(version, url):
 
 def test_state_without_a_field_is_refused(url):
     loader = make(url)
-    for name in ("seed", "dataset", "split", "build_key", "order"):
+    for name in ("seed", "data", "order"):
         state = {k: v for k, v in loader.state_dict().items() if k != name}
         with pytest.raises(StateError) as caught:
             loader.load_state_dict(state)

@@ -1,0 +1,283 @@
+"""IterableDatasetMixture: several StreamingDatasets as one, in proportions that never drift.
+
+The mixture decides weights; mixture.py turns them into the order; each dataset makes its own
+examples, with its own seed (of the run's seed and its name), its own epochs and its own settings.
+What must agree is what a batch is made of: the tokenizer and the shapes of the view.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from loader.assemble import View
+from loader.cursor import Cursor
+from loader.layout import TokenIds
+from loader.mixture import MixtureGroup, MixtureOrder, MixtureSource, Stop, Weighting, plan_mixture
+from loader.schedule import Place, SlotSchedule
+from loader.stream import StreamingDataset, require_batch_size
+from loader.topology import Topology
+from shardspec.errors import ConfigError
+from shardspec.manifest import differences
+
+_TOKENIZER = ("sha256", "special_ids")
+_RANKS = ("rank", "world_size")
+_VIEW = ("image", "pixels", "normalize", "image_map")
+
+
+class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
+    """Streams several datasets, or mixtures of them, in fixed proportions."""
+
+    def __init__(
+        self,
+        datasets: Sequence[StreamingDataset | IterableDatasetMixture],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int,
+        by: Weighting = "rate",
+        unit: Literal["samples", "tokens"] = "samples",
+        stop: Stop | int = "first_exhausted",
+        batch_size: int | None = None,
+        canonical_ranks: int | None = None,
+    ) -> None:
+        """Joins datasets; opens no shard yet.
+
+        Args:
+          datasets: Datasets of different names, with tail "wrap" and shuffled. They are copied for
+            the run's seed and stay as they are. A mixture among them takes its share as a whole and
+            deals it to its own datasets by its own weights.
+          weights: A rate >= 0 for each; None: all the same.
+          seed: Of the run: of the order and of every draw. Seeds given to the datasets have no
+            effect.
+          by: What rates multiply: nothing ("rate"), the square root of the number of samples
+            ("root_size", as in the Molmo family) or the number itself ("size").
+          unit: Whether weights are shares of samples or of tokens; a dataset's tokens per sample
+            are its manifest's: text, each turn at its longest variant.
+          stop: Where a pass ends: when the first, or the last ("all_exhausted"), dataset has been
+            seen once, or after a number of steps. The next pass goes on from there.
+          batch_size: Samples per batch of this rank, the same as the DataLoader's.
+          canonical_ranks: See `StreamingDataset`.
+
+        Raises:
+          ConfigError: `mixture_view`, `mixture_tokenizer` (naming the differences),
+            `mixture_topology`, `mixture_tail`; `mixture_empty`, `mixture_twice`, `mixture_weights`,
+            `mixture_mean_tokens`, as `mixture_weights`.
+        """
+        super().__init__()
+        rates = [1.0] * len(datasets) if weights is None else list(weights)
+        if len(rates) != len(datasets):
+            raise ConfigError(
+                "a mixture needs one weight per dataset",
+                reason="mixture_weights",
+                facts={"datasets": len(datasets), "weights": len(rates)},
+                fix="give as many weights as datasets, or none",
+            )
+        self.group = MixtureGroup(
+            sources=tuple(_source(d, rate) for d, rate in zip(datasets, rates, strict=True)),
+            by=by,
+        )
+        """The weights as they were given, for `plan_mixture`."""
+        flat = [member for dataset in datasets for member in _members(dataset)]
+        self.seed = seed
+        self.unit: Literal["samples", "tokens"] = unit
+        self.stop: Stop | int = stop
+        self.batch_size = batch_size
+        self.canonical_ranks = canonical_ranks
+        self.datasets = tuple(dataset.with_seed(seed) for dataset in flat)
+        """The datasets of the flat mixture, as the order numbers them."""
+        self._cursor = Cursor()
+        self._order: MixtureOrder | None = None
+        # Refuses what cannot be mixed now, not at the first batch.
+        plan_mixture(self.group, global_batch_size=1, seed=seed, unit=unit)
+        self._require_alike()
+
+    @property
+    def topology(self) -> Topology:
+        """The data-parallel place of this process."""
+        return self.datasets[0].topology
+
+    @property
+    def ids(self) -> TokenIds:
+        """The special ids of all datasets."""
+        return self.datasets[0].ids
+
+    @property
+    def view(self) -> View:
+        """The first dataset's view: its shapes are all datasets'."""
+        return self.datasets[0].view
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all datasets."""
+        return sum(dataset.num_samples for dataset in self.datasets)
+
+    @property
+    def epoch(self) -> int:
+        """The pass that is given next."""
+        return self._cursor.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the next pass, as DistributedSampler's method does."""
+        self._cursor.set_epoch(epoch)
+
+    def set_step(self, step: int) -> None:
+        """Lets the next pass begin at a step of the run; see `StreamingDataset.set_step`."""
+        self._cursor.set_step(self.order, step)
+
+    def with_batch_size(
+        self, batch_size: int, *, sequence_length: int | None
+    ) -> IterableDatasetMixture:
+        """Makes a mixture of the same datasets, for another batch size or sequence length."""
+        other = copy.copy(self)
+        other.batch_size = batch_size
+        other.datasets = tuple(
+            dataset.with_batch_size(batch_size, sequence_length=sequence_length)
+            for dataset in self.datasets
+        )
+        other._cursor, other._order = Cursor(), None
+        return other
+
+    @property
+    def order(self) -> MixtureOrder:
+        """The order of the run at this batch size and world size."""
+        if self._order is None:
+            batch_size = 1 if self.batch_size is None else self.batch_size
+            config = plan_mixture(
+                self.group,
+                global_batch_size=batch_size * self.topology.world_size,
+                seed=self.seed,
+                unit=self.unit,
+                canonical_ranks=self.canonical_ranks,
+            )
+            self._order = MixtureOrder(config, stop=self.stop)
+        return self._order
+
+    def __len__(self) -> int:
+        """Counts the samples that this rank gets in the next pass; equal on all ranks."""
+        return self._cursor.remaining(self.order) * (self.batch_size or 1)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Gives this worker's share of the pass."""
+        require_batch_size(self.batch_size)
+        order = self.order
+        return self._cursor.examples(
+            order, lambda step: self.batch(order, step), batch_size=self.batch_size or 1
+        )
+
+    def batch(self, order: MixtureOrder, step: int) -> list[dict[str, Any]]:
+        """Makes this rank's examples of one step."""
+        rows = SlotSchedule(order).rows(step, self.topology)
+        return [self.at(place) for row in rows for place in row]
+
+    def at(self, place: Place) -> dict[str, Any]:
+        """Makes the example of one place of the order; its metadata name the dataset."""
+        dataset = self.datasets[place.dataset]
+        example = dataset.at(place)
+        example["metadata"]["dataset"] = dataset.manifest.dataset
+        return example
+
+    def lengths(self, dataset: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Looks up how long samples are at most, in the indexes of their datasets.
+
+        Args:
+          dataset: int64 [n], numbers of the datasets.
+          sample: int64 [n].
+
+        Returns:
+          (tokens, crops), int64 [n].
+        """
+        tokens, crops = np.zeros(len(sample), np.int64), np.zeros(len(sample), np.int64)
+        for number in np.unique(dataset).tolist():
+            own = np.flatnonzero(dataset == number)
+            tokens[own], crops[own] = self.datasets[number].lengths(dataset[own], sample[own])
+        return tokens, crops
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describes the data for states: each dataset by its name."""
+        return {dataset.manifest.dataset: dataset.fingerprint() for dataset in self.datasets}
+
+    def has_grown_from(self, data: Mapping[str, Any]) -> bool:
+        """Tells whether a fingerprint is that of these datasets before samples were appended."""
+        own = self.fingerprint()
+        if set(data) != set(own) or dict(data) == own:
+            return False
+        return all(
+            data[dataset.manifest.dataset] == own[dataset.manifest.dataset]
+            or dataset.has_grown_from(data[dataset.manifest.dataset])
+            for dataset in self.datasets
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
+        return self._cursor.state_dict({"seed": self.seed, **self.fingerprint()})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to a place that `state_dict` gave, for the next pass.
+
+        Raises:
+          StateError: `state_version`, `state_mismatch`.
+        """
+        self._cursor.load_state_dict(state, {"seed": self.seed, **self.fingerprint()})
+
+    def _require_alike(self) -> None:
+        first, *others = self.datasets
+        for other in others:
+            tokenizers = [d.manifest.tokenizer for d in (first, other)]
+            _compare(first, other, "tokenizer", tokenizers, _TOKENIZER, "build one of them again")
+            views = [d.view for d in (first, other)]
+            _compare(first, other, "view", views, _VIEW, "give all of them views of one shape")
+            topologies = [d.topology for d in (first, other)]
+            _compare(first, other, "topology", topologies, _RANKS, "make all of them on one rank")
+        for dataset in self.datasets:
+            if dataset.tail != "wrap" or not dataset.shuffle:
+                raise ConfigError(
+                    'a mixture takes datasets with tail "wrap" that are shuffled',
+                    reason="mixture_tail",
+                    where=dataset.manifest.dataset,
+                    facts={"tail": dataset.tail, "shuffle": dataset.shuffle},
+                    fix="leave tail and shuffle at their defaults, or evaluate it alone",
+                )
+
+
+def _source(
+    dataset: StreamingDataset | IterableDatasetMixture, rate: float
+) -> MixtureSource | MixtureGroup:
+    if isinstance(dataset, IterableDatasetMixture):
+        return MixtureGroup(sources=dataset.group.sources, by=dataset.group.by, rate=rate)
+    split = dataset.manifest.splits[dataset.split]
+    return MixtureSource(
+        name=dataset.manifest.dataset,
+        num_samples=dataset.num_samples,
+        rate=rate,
+        mean_tokens=split.num_tokens / max(1, split.num_samples),
+    )
+
+
+def _members(dataset: StreamingDataset | IterableDatasetMixture) -> tuple[StreamingDataset, ...]:
+    return dataset.datasets if isinstance(dataset, IterableDatasetMixture) else (dataset,)
+
+
+def _compare(
+    first: StreamingDataset,
+    other: StreamingDataset,
+    what: str,
+    values: Sequence[Any],
+    fields: tuple[str, ...],
+    fix: str,
+) -> None:
+    """Refuses two datasets whose values differ in one of the fields, and names these."""
+    ours, theirs = ({name: asdict(value)[name] for name in fields} for value in values)
+    found = differences(ours, theirs, what)
+    if found:
+        raise ConfigError(
+            f"datasets of a mixture differ in their {what}",
+            reason=f"mixture_{what}",
+            where=f"{first.manifest.dataset} and {other.manifest.dataset}",
+            facts={"differences": "; ".join(found)},
+            fix=fix,
+        )

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+
+from loader.assemble import View, assemble
+from loader.attention import PACKED_STRIDE, build_attention_mask
+from loader.layout import TokenIds
+from loader.packed import fitting, join_examples
+from shardspec.tiling import ImageView
+
+SYMBOLS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>")
+IDS = TokenIds.from_special_ids(
+    {"bos": 1, "eos": 2, "pad": 0, **{s: 128 + i for i, s in enumerate(SYMBOLS)}}
+)
+IMAGE = ImageView(size_px=28, patch_px=14, pool=(1, 1))
+
+
+@pytest.fixture
+def examples(tiny_sample):
+    def make(**options):
+        view = View(image=IMAGE, **options)
+        samples = [tiny_sample(i, num_images=i, num_branches=1 + i % 2) for i in (1, 0, 2)]
+        return [assemble(s, np.random.RandomState(0), view=view, ids=IDS) for s in samples]
+
+    return make
+
+
+def test_rows_stand_one_after_the_other_and_positions_begin_anew(examples):
+    parts = examples()
+    row = join_examples(parts)
+    start = 0
+    for e, part in enumerate(parts):
+        own = slice(start, start + len(part["input_ids"]))
+        for name in ("input_ids", "labels", "position_ids", "loss_weights"):
+            assert row[name][own].tolist() == part[name].tolist()
+        assert (row["subsegment_ids"][own] - part["subsegment_ids"] == e * PACKED_STRIDE).all()
+        start = own.stop
+    assert len(row["input_ids"]) == start
+    assert row["metadata"]["key"] == "sample-0001+sample-0000+sample-0002"
+    assert row["metadata"]["examples"] == [part["metadata"] for part in parts]
+
+
+@pytest.mark.parametrize("pixels", ["crops", "patches"])
+def test_images_are_found_where_their_tokens_went(pixels, examples):
+    parts = examples(pixels=pixels)
+    row = join_examples(parts)
+    assert row["images"].tobytes() == b"".join(part["images"].tobytes() for part in parts)
+    assert len(row["image_masks"]) == len(row["images"]) == len(row["image_input_idx"])
+    assert (row["input_ids"][row["image_input_idx"]] == IDS.image.im_patch).all()
+    ends = np.concatenate([part["input_ids"][part["image_end"] - 1] for part in parts])
+    assert row["input_ids"][row["image_end"] - 1].tolist() == ends.tolist()
+    if pixels == "crops":  # channels last in memory, as single examples are
+        assert row["images"].strides[1] == 1
+
+
+def test_maps_of_single_tokens_and_of_pooled_patches_move_along(examples):
+    per_token = join_examples(examples(image_map="per_token"))
+    at = per_token["image_input_idx"]
+    assert (per_token["input_ids"][at[at >= 0]] == IDS.image.im_patch).all()
+    parts = examples(image_map="pooling")
+    pooled = join_examples(parts)["token_pooling"]
+    # Every patch of every crop is pooled once, counted through all crops.
+    assert sorted(pooled.ravel().tolist()) == list(range(3 * IMAGE.num_patches))
+
+
+def test_no_example_of_a_pack_sees_another(examples):
+    parts = examples()
+    row = join_examples(parts)
+    subsegments = torch.from_numpy(row["subsegment_ids"])[None]
+    mask = build_attention_mask(subsegments, torch.ones_like(subsegments))[0].numpy()
+    start = 0
+    for part in parts:
+        stop = start + len(part["input_ids"])
+        own = torch.from_numpy(part["subsegment_ids"])[None]
+        alone = build_attention_mask(own, torch.ones_like(own))[0].numpy()
+        assert (mask[start:stop, start:stop] == alone).all()
+        assert not mask[start:stop, :start].any()
+        assert not mask[start:stop, stop:].any()
+        start = stop
+
+
+def test_substitutes_that_do_not_fit_are_left_out(examples):
+    parts = examples()
+    parts[1]["metadata"]["substitutes"] = {"sample": 9, "reason": "sample_crc"}
+    total = sum(len(part["input_ids"]) for part in parts)
+    assert fitting(parts, sequence_length=total, max_crops=3) == parts
+    kept = fitting(parts, sequence_length=total - 1, max_crops=3)
+    assert [part["metadata"]["key"] for part in kept] == ["sample-0001", "sample-0002"]
+    assert len(fitting(parts, sequence_length=1, max_crops=None)) == 1
+    assert len(fitting(parts, sequence_length=total, max_crops=1)) == 1
