@@ -40,7 +40,15 @@ OnBad = Literal["raise", "substitute"]
 MAX_SUBSTITUTES = 8
 """Substitutes tried for one slot: with one sample in two bad, 1 slot in 500 would still fail."""
 
-_PROBE_SIZES = ((4000, 3000), (3000, 4000), (4000, 4000), (6000, 1000), (1000, 6000))
+_PROBE_SIZES = (
+    (4000, 3000),
+    (3000, 4000),
+    (4000, 4000),
+    (6000, 1000),
+    (1000, 6000),
+    (8000, 200),
+    (200, 8000),
+)
 """Source sizes (width, height) on which a view is compared with the stored bound."""
 
 
@@ -112,12 +120,13 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.reader = ShardReader(self.url, self.manifest, split=split, check=check)
         self.ids = TokenIds.from_special_ids(self.manifest.tokenizer.special_ids)
         self.view = view or View(image=stored_view(self.manifest))
-        check_view(self.manifest, self.view.image, where=self.url)
+        for image in filter(None, (self.view.image, self.view.high_res)):
+            check_view(self.manifest, image, where=self.url)
         if tokenizer is not None:
             check_tokenizer(self.manifest.tokenizer, tokenizer, where=self.url)
         self.on_bad: OnBad = on_bad
         self.bad: Counter[str] = Counter()
-        """Samples substituted in this process, by reason."""
+        """Samples substituted in this process, by reason; shared with the loader's copy."""
         self.canonical_ranks = canonical_ranks
         if max_samples is not None and not 1 <= max_samples <= len(self.reader):
             raise ConfigError(
@@ -166,7 +175,6 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
     def _copy(self, *, batch_size: int | None, view: View, seed: int) -> StreamingDataset:
         other = copy.copy(self)
         other.batch_size, other.view, other.seed = batch_size, view, seed
-        other.bad = Counter()
         other._base_seed = dataset_seed(seed, self.manifest.dataset)
         other._cursor = Cursor()
         return other
@@ -229,6 +237,14 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           ConfigError: `view_lengths`, the indexes have no lengths for this view.
           ShardError: `index_column`, or as `open_index`.
         """
+        if self.view.tree == "molmo1":
+            raise ConfigError(
+                "lengths are recorded for trees of Molmo 2's kind: Molmo 1's are longer",
+                reason="view_lengths",
+                where=self.url,
+                facts={"tree": self.view.tree},
+                fix='use View(tree="molmo2")',
+            )
         stored = [ImageView.from_dict(v) for v in self.manifest.recipe["image"]["views"]]
         views = [self.view.image, *([self.view.high_res] if self.view.high_res else [])]
         missing = [view for view in views if view not in stored]

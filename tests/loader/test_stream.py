@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from loader.assemble import View
 from loader.augment import Augment
+from loader.dataloader import make_dataloader
 from loader.stream import StreamingDataset, check_view, stored_view
 from shardspec.errors import ConfigError, ManifestError, ShardError
 from shardspec.manifest import require_manifest
@@ -391,3 +392,29 @@ def test_other_batch_size_keeps_every_other_setting(url, augmented):
     assert other.view.sequence_length == 77
     assert other.view.augment == augmented.augment
     assert dataset.batch_size == 6
+
+
+def test_second_resolution_beyond_the_stored_bound_is_refused_too(
+    write_dataset, tiny_sample, tmp_path
+):
+    few = ImageView(
+        size_px=56, crop_mode="overlap-and-resize-c2", max_crops=4, margin_patches=(1, 1)
+    )
+    many = dataclasses.replace(few, max_crops=24)
+    samples = [tiny_sample(i) for i in range(3)]
+    url = write_dataset(tmp_path / "set", samples, view=few)
+    StreamingDataset(url, view=View(image=few))
+    for view in (View(image=many), View(image=few, high_res=many, high_res_probability=0.1)):
+        with pytest.raises(ConfigError) as caught:
+            StreamingDataset(url, view=view)
+        assert caught.value.reason == "view_bound"
+
+
+def test_substitutions_of_a_loader_are_counted_at_the_dataset_that_was_given(
+    write_dataset, tiny_sample, tmp_path
+):
+    url = write_dataset(tmp_path / "set", [tiny_sample(i, num_images=i % 2) for i in range(8)])
+    view = View(image=stored_view(require_manifest(url)), max_images=0)
+    dataset = StreamingDataset(url, view=view, on_bad="substitute")
+    list(make_dataloader(dataset, global_batch_size=4, sequence_length=64))
+    assert dataset.bad["too_many_images"] >= 4
