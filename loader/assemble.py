@@ -33,13 +33,11 @@ from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, PreparedSample, image_rows, lead_rows, text_rows
 from shardspec.tiling import (
     NO_PATCH,
-    ImageTokenIds,
     ImageView,
-    first_patch_tokens,
+    first_patch_positions,
     image_input_idx,
     image_masks,
     image_token_ids,
-    num_crops,
     token_pooling,
 )
 
@@ -184,17 +182,18 @@ def plan_example(
         loss=view.loss,
         where=key,
     )
-    firsts = [
-        start + _first_patches(block, *size, image, ids.image)
-        for block, size, start in zip(blocks, sizes, sequence.image_starts, strict=True)
-    ]
+    firsts = [first_patch_positions(*size, image, ids.image) for size in sizes]
+    starts = sequence.image_starts
     return ExamplePlan(
         sequence=sequence,
         view=image,
         draws=draws,
         sizes=sizes,
-        crops=tuple(num_crops(*size, image) for size in sizes),
-        first_patches=np.concatenate([np.zeros(0, dtype=np.int64), *firsts]),
+        crops=tuple(map(len, firsts)),
+        first_patches=_stacked(
+            [first + start for first, start in zip(firsts, starts, strict=True)],
+            empty=np.zeros(0, dtype=np.int64),
+        ),
     )
 
 
@@ -228,10 +227,7 @@ def assemble(
         "subsegment_ids": sequence.subsegment_ids,
         "loss_weights": sequence.loss_weights * np.float32(view.weight),
         "images": _images(sample, plan, view),
-        "image_masks": _stacked(
-            [image_masks(*size, plan.view) for size in plan.sizes],
-            empty=np.zeros((0, plan.view.num_patches), dtype=np.float32),
-        ),
+        "image_masks": _masks(plan),
         "image_input_idx": plan.first_patches,
         "image_end": np.repeat(np.array(sequence.image_ends, dtype=np.int64), plan.crops),
         "metadata": {
@@ -263,6 +259,7 @@ def _images(sample: PreparedSample, plan: ExamplePlan, view: View) -> np.ndarray
             source_height=height,
             view=plan.view,
             draw=own,
+            overview=image.overview,
             out=crops[done : done + count],
         )
         done += count
@@ -271,6 +268,14 @@ def _images(sample: PreparedSample, plan: ExamplePlan, view: View) -> np.ndarray
         return patchify(pixels, plan.view.patch_px)
     channels_first: np.ndarray = pixels.transpose(0, 3, 1, 2)
     return channels_first
+
+
+def _masks(plan: ExamplePlan) -> np.ndarray:
+    """Share of each patch that is picture: float32 [n, patches]."""
+    view = plan.view
+    if view.fit == "pad" and plan.sizes:
+        return np.concatenate([image_masks(*size, view) for size in plan.sizes])
+    return np.ones((plan.num_crops, view.num_patches), dtype=np.float32)
 
 
 def _choose(
@@ -315,12 +320,3 @@ def _pooled_patches(plan: ExamplePlan) -> np.ndarray:
 
 def _stacked(arrays: Sequence[np.ndarray], *, empty: np.ndarray) -> np.ndarray:
     return np.concatenate(arrays) if arrays else empty
-
-
-def _first_patches(
-    block: np.ndarray, width: int, height: int, view: ImageView, ids: ImageTokenIds
-) -> np.ndarray:
-    """Finds each crop's first patch token in its image's block: int64 [crops]."""
-    patches = np.flatnonzero(block == ids.im_patch)
-    firsts: np.ndarray = patches[first_patch_tokens(width, height, view)]
-    return firsts
