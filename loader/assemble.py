@@ -30,7 +30,7 @@ from loader.layout import (
 )
 from loader.pixels import Normalization, normalize, patchify, render
 from shardspec.errors import ConfigError, SampleError
-from shardspec.sample import Geometry, PreparedSample, image_rows, lead_rows, text_rows
+from shardspec.sample import Geometry, PreparedSample, SpanKind
 from shardspec.tiling import (
     NO_PATCH,
     ImageView,
@@ -40,6 +40,9 @@ from shardspec.tiling import (
     image_token_ids,
     token_pooling,
 )
+
+# Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
+_TEXT, _IMAGE, _LEAD = SpanKind.TEXT.value, SpanKind.IMAGE.value, SpanKind.LEAD.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +153,8 @@ def plan_example(
       SampleError: `too_many_images`, and as `lay_out`.
     """
     training = view.purpose == "train"
-    pictures = image_rows(spans).tolist()
+    rows = spans.tolist()
+    pictures = [row for row in rows if row[0] == _IMAGE]
     if view.max_images is not None and len(pictures) > view.max_images:
         raise SampleError(
             "sample has more images than the view takes",
@@ -159,7 +163,8 @@ def plan_example(
             facts={"images": len(pictures), "max_images": view.max_images},
             fix="raise max_images, or leave such samples out when building",
         )
-    branches = _choose(tokens, spans, rng if training else None)
+    texts = [row for row in rows if row[0] == _TEXT]
+    branches = _choose(tokens, texts, rng if training else None)
     if training and view.branch_order == "shuffled" and len(branches) > 1:
         branches = [branches[b] for b in rng.permutation(len(branches))]
     image = view.image
@@ -176,7 +181,7 @@ def plan_example(
         blocks,
         branches,
         ids=ids,
-        leads=[tokens[row[2] : row[3]] for row in lead_rows(spans).tolist()],
+        leads=[tokens[row[2] : row[3]] for row in rows if row[0] == _LEAD],
         limit=view.sequence_length,
         tree=view.tree,
         loss=view.loss,
@@ -279,11 +284,11 @@ def _masks(plan: ExamplePlan) -> np.ndarray:
 
 
 def _choose(
-    tokens: np.ndarray, spans: np.ndarray, rng: np.random.RandomState | None
+    tokens: np.ndarray, texts: Sequence[Sequence[int]], rng: np.random.RandomState | None
 ) -> list[BranchTurns]:
     """Draws one variant of every turn, branch by branch; the first one without a generator."""
-    grouped: dict[tuple[int, int], list[list[int]]] = {}
-    for row in text_rows(spans).tolist():
+    grouped: dict[tuple[int, int], list[Sequence[int]]] = {}
+    for row in texts:
         grouped.setdefault((row[1], row[2]), []).append(row)
     branches: dict[int, BranchTurns] = {}
     turns: dict[int, list[Turn]] = {}

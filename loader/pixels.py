@@ -98,8 +98,10 @@ def render(
     rows, cols = select_tiling(*shape, view)
     out = _checked_out(out, (1 + rows * cols, view.size_px, view.size_px, 3))
     small, crop = overview_size(*shape, view), (view.size_px, view.size_px)
-    serves = overview is not None and draw.crop is None and overview.shape == (*small[::-1], 3)
-    whole = _fit(overview if serves else picture, canvas=small, frame=crop)
+    whole = picture
+    if overview is not None and draw.crop is None and overview.shape == (*small[::-1], 3):
+        whole = overview
+    whole = _fit(whole, canvas=small, frame=crop)
     # One mean per picture, so that overview and tiles keep the same colours.
     grey_mean = mean_grey(whole) if draw.contrast != 1.0 else 0.0
     np.copyto(out[0], _finish(whole, draw, grey_mean, frame=crop))

@@ -125,8 +125,10 @@ class ImagePolicy:
 
 
 class ImagePreprocessor:
-    """Turns a picture into what is stored of it: one decode, and a resize and an encode for each
-    of the picture and its overview, where it takes them."""
+    """Turns a picture into what is stored of it: one decode, at most one resize, one encode.
+
+    An overview takes a resize and an encode of its own.
+    """
 
     def __init__(self, policy: ImagePolicy) -> None:
         self.policy = policy

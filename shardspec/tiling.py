@@ -534,7 +534,8 @@ def image_token_ids(width: int, height: int, view: ImageView, ids: ImageTokenIds
       int32 [num_image_tokens]; read-only.
     """
     rows, cols = select_tiling(width, height, view)
-    return _image_token_ids(rows, cols, view, ids)
+    block: np.ndarray = _image_token_ids(rows, cols, view, ids)
+    return block
 
 
 @functools.lru_cache(maxsize=1024)
@@ -545,7 +546,7 @@ def _image_token_ids(rows: int, cols: int, view: ImageView, ids: ImageTokenIds) 
         token_rows = _tokens_along(rows, view, view.pool[0])
         token_cols = _tokens_along(cols, view, view.pool[1])
         parts.append(_block_ids(token_rows, token_cols, ids.im_start, view.column_tokens, ids))
-    block = np.concatenate(parts)
+    block: np.ndarray = np.concatenate(parts)
     block.setflags(write=False)
     return block
 
@@ -628,7 +629,7 @@ def first_patch_positions(
 @functools.lru_cache(maxsize=1024)
 def _first_patch_positions(rows: int, cols: int, view: ImageView, ids: ImageTokenIds) -> np.ndarray:
     patches = np.flatnonzero(_image_token_ids(rows, cols, view, ids) == ids.im_patch)
-    positions = patches[_first_patch_tokens(rows, cols, view)]
+    positions: np.ndarray = patches[_first_patch_tokens(rows, cols, view)]
     positions.setflags(write=False)
     return positions
 
