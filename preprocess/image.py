@@ -179,11 +179,15 @@ class ImagePreprocessor:
                 source = _read(source, where)
             picture, kept = self._from_file(source, where)
         width, height = _size(picture)
-        overview = self._overview(picture)
-        stored = self._stored_size(width, height)
-        if stored != (width, height):
-            kept = None
-            picture = _resized(picture, stored)
+        stored, small = self._stored_size(width, height), self._overview_size(width, height)
+        overview = None
+        if small is not None or stored != (width, height):
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            if small is not None:
+                overview = np.asarray(image.resize(small, Image.Resampling.LANCZOS))
+            if stored != (width, height):
+                kept = None
+                picture = image.resize(stored, Image.Resampling.LANCZOS)
         return PreparedImage(
             pixels=np.asarray(picture),
             source_width=width,
@@ -291,13 +295,13 @@ class ImagePreprocessor:
             return None
         return profile
 
-    def _overview(self, picture: Image.Image | np.ndarray) -> np.ndarray | None:
+    def _overview_size(self, width: int, height: int) -> tuple[int, int] | None:
         views = self.policy.views
         tiled = any(view.crop_mode != "resize" for view in views)
         alike = len({(view.size_px, view.fit) for view in views}) == 1
         if self.policy.overview == "resized" or not tiled or not alike:
             return None
-        return np.asarray(_resized(picture, overview_size(*_size(picture), views[0])))
+        return overview_size(width, height, views[0])
 
     def _stored_size(self, width: int, height: int) -> tuple[int, int]:
         limit_px, longest_px = self.policy.max_side_px, max(width, height)
@@ -557,11 +561,6 @@ def _size(picture: Image.Image | np.ndarray) -> tuple[int, int]:
     if isinstance(picture, Image.Image):
         return picture.size
     return picture.shape[1], picture.shape[0]
-
-
-def _resized(picture: Image.Image | np.ndarray, size: tuple[int, int]) -> Image.Image:
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _refuse_file(cause: Exception | str, where: str) -> NoReturn:
