@@ -30,18 +30,19 @@ from loader.layout import (
 )
 from loader.pixels import Normalization, normalize, patchify, render
 from shardspec.errors import ConfigError, SampleError
-from shardspec.sample import Geometry, PreparedSample, image_rows, lead_rows, text_rows
+from shardspec.sample import Geometry, PreparedSample, SpanKind
 from shardspec.tiling import (
     NO_PATCH,
-    ImageTokenIds,
     ImageView,
-    first_patch_tokens,
+    first_patch_positions,
     image_input_idx,
     image_masks,
     image_token_ids,
-    num_crops,
     token_pooling,
 )
+
+# Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
+_TEXT, _IMAGE, _LEAD = SpanKind.TEXT.value, SpanKind.IMAGE.value, SpanKind.LEAD.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +153,8 @@ def plan_example(
       SampleError: `too_many_images`, and as `lay_out`.
     """
     training = view.purpose == "train"
-    pictures = image_rows(spans).tolist()
+    rows = spans.tolist()
+    pictures = [row for row in rows if row[0] == _IMAGE]
     if view.max_images is not None and len(pictures) > view.max_images:
         raise SampleError(
             "sample has more images than the view takes",
@@ -161,7 +163,8 @@ def plan_example(
             facts={"images": len(pictures), "max_images": view.max_images},
             fix="raise max_images, or leave such samples out when building",
         )
-    branches = _choose(tokens, spans, rng if training else None)
+    texts = [row for row in rows if row[0] == _TEXT]
+    branches = _choose(tokens, texts, rng if training else None)
     if training and view.branch_order == "shuffled" and len(branches) > 1:
         branches = [branches[b] for b in rng.permutation(len(branches))]
     image = view.image
@@ -178,23 +181,24 @@ def plan_example(
         blocks,
         branches,
         ids=ids,
-        leads=[tokens[row[2] : row[3]] for row in lead_rows(spans).tolist()],
+        leads=[tokens[row[2] : row[3]] for row in rows if row[0] == _LEAD],
         limit=view.sequence_length,
         tree=view.tree,
         loss=view.loss,
         where=key,
     )
-    firsts = [
-        start + _first_patches(block, *size, image, ids.image)
-        for block, size, start in zip(blocks, sizes, sequence.image_starts, strict=True)
-    ]
+    firsts = [first_patch_positions(*size, image, ids.image) for size in sizes]
+    starts = sequence.image_starts
     return ExamplePlan(
         sequence=sequence,
         view=image,
         draws=draws,
         sizes=sizes,
-        crops=tuple(num_crops(*size, image) for size in sizes),
-        first_patches=np.concatenate([np.zeros(0, dtype=np.int64), *firsts]),
+        crops=tuple(map(len, firsts)),
+        first_patches=_stacked(
+            [first + start for first, start in zip(firsts, starts, strict=True)],
+            empty=np.zeros(0, dtype=np.int64),
+        ),
     )
 
 
@@ -228,10 +232,7 @@ def assemble(
         "subsegment_ids": sequence.subsegment_ids,
         "loss_weights": sequence.loss_weights * np.float32(view.weight),
         "images": _images(sample, plan, view),
-        "image_masks": _stacked(
-            [image_masks(*size, plan.view) for size in plan.sizes],
-            empty=np.zeros((0, plan.view.num_patches), dtype=np.float32),
-        ),
+        "image_masks": _masks(plan),
         "image_input_idx": plan.first_patches,
         "image_end": np.repeat(np.array(sequence.image_ends, dtype=np.int64), plan.crops),
         "metadata": {
@@ -263,6 +264,7 @@ def _images(sample: PreparedSample, plan: ExamplePlan, view: View) -> np.ndarray
             source_height=height,
             view=plan.view,
             draw=own,
+            overview=image.overview,
             out=crops[done : done + count],
         )
         done += count
@@ -273,12 +275,20 @@ def _images(sample: PreparedSample, plan: ExamplePlan, view: View) -> np.ndarray
     return channels_first
 
 
+def _masks(plan: ExamplePlan) -> np.ndarray:
+    """Share of each patch that is picture: float32 [n, patches]."""
+    view = plan.view
+    if view.fit == "pad" and plan.sizes:
+        return np.concatenate([image_masks(*size, view) for size in plan.sizes])
+    return np.ones((plan.num_crops, view.num_patches), dtype=np.float32)
+
+
 def _choose(
-    tokens: np.ndarray, spans: np.ndarray, rng: np.random.RandomState | None
+    tokens: np.ndarray, texts: Sequence[Sequence[int]], rng: np.random.RandomState | None
 ) -> list[BranchTurns]:
     """Draws one variant of every turn, branch by branch; the first one without a generator."""
-    grouped: dict[tuple[int, int], list[list[int]]] = {}
-    for row in text_rows(spans).tolist():
+    grouped: dict[tuple[int, int], list[Sequence[int]]] = {}
+    for row in texts:
         grouped.setdefault((row[1], row[2]), []).append(row)
     branches: dict[int, BranchTurns] = {}
     turns: dict[int, list[Turn]] = {}
@@ -315,12 +325,3 @@ def _pooled_patches(plan: ExamplePlan) -> np.ndarray:
 
 def _stacked(arrays: Sequence[np.ndarray], *, empty: np.ndarray) -> np.ndarray:
     return np.concatenate(arrays) if arrays else empty
-
-
-def _first_patches(
-    block: np.ndarray, width: int, height: int, view: ImageView, ids: ImageTokenIds
-) -> np.ndarray:
-    """Finds each crop's first patch token in its image's block: int64 [crops]."""
-    patches = np.flatnonzero(block == ids.im_patch)
-    firsts: np.ndarray = patches[first_patch_tokens(width, height, view)]
-    return firsts

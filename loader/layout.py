@@ -236,18 +236,20 @@ def _count_placeholders(
 
 
 def _branch_part(branch: BranchTurns, *, eos: int) -> _Part:
-    tokens: list[np.ndarray] = []
-    learned: list[np.ndarray] = []
+    length = sum(len(turn.prompt) + len(turn.response) + 1 for turn in branch.turns)
+    ids = np.empty(length, dtype=np.int64)
+    learned = np.full(length, IGNORED)
+    start = 0
     for turn in branch.turns:
-        tokens += [turn.prompt, turn.response, np.array([eos])]
-        learned += [
-            np.zeros(len(turn.prompt), dtype=bool),
-            np.ones(len(turn.response) + 1, dtype=bool),
-        ]
-    sequence = np.concatenate(tokens).astype(np.int64)
-    mask = np.concatenate(learned)
-    targets = np.where(mask[1:], sequence[1:], IGNORED)
-    return _Part(ids=sequence[:-1], targets=targets, weight=branch.weight / WEIGHT_ONE)
+        response = start + len(turn.prompt)
+        end = response + len(turn.response)
+        ids[start:response] = turn.prompt
+        ids[response:end] = turn.response
+        ids[end] = eos
+        learned[response : end + 1] = ids[response : end + 1]
+        start = end + 1
+    # Position t predicts the token behind it, and nothing stands behind the last one.
+    return _Part(ids=ids[:-1], targets=learned[1:], weight=branch.weight / WEIGHT_ONE)
 
 
 def _with_blocks(
@@ -285,22 +287,28 @@ def _scale(branches: Sequence[_Part], loss: LossScale, *, from_prefix: bool) -> 
 def _joined(
     parts: Sequence[_Part], prefix: _Prefix, *, tree: Tree, dropped: int, limit: int | None
 ) -> Sequence1d:
-    sizes = [len(part.ids) for part in parts]
-    start = sizes[0]
-    positions = [np.arange(start)] + [np.arange(start, start + size) for size in sizes[1:]]
+    labels = np.concatenate([part.targets for part in parts])
+    positions = np.arange(len(labels))
+    segments = np.full(len(labels), PREFIX_SUBSEGMENT)
+    weights = (labels != IGNORED).astype(np.float32)
     first = 1 if tree == "molmo1" else 0
-    segments = np.repeat([PREFIX_SUBSEGMENT, *range(first, first + len(parts) - 1)], sizes)
+    prefix_end = start = len(parts[0].ids)
+    weights[:start] *= parts[0].weight
+    for b, part in enumerate(parts[1:]):
+        stop = start + len(part.ids)
+        positions[start:stop] -= start - prefix_end
+        segments[start:stop] = first + b
+        weights[start:stop] *= part.weight
+        start = stop
     if prefix.ends:
         # Images placed inside the text: what stands up to the last one is the prefix.
         segments[: prefix.ends[-1]] = PREFIX_SUBSEGMENT
-    labels = np.concatenate([part.targets for part in parts])[:limit]
-    weights = np.repeat([part.weight for part in parts], sizes)[:limit]
     return Sequence1d(
         input_ids=np.concatenate([part.ids for part in parts])[:limit],
-        labels=labels,
-        position_ids=np.concatenate(positions)[:limit],
+        labels=labels[:limit],
+        position_ids=positions[:limit],
         subsegment_ids=segments[:limit],
-        loss_weights=np.where(labels != IGNORED, weights, 0.0).astype(np.float32),
+        loss_weights=weights[:limit],
         image_starts=tuple(prefix.starts),
         image_ends=tuple(prefix.ends),
         dropped_branches=dropped,

@@ -32,9 +32,9 @@ from shardspec.errors import ConfigError, SampleError, nearest
 from shardspec.tiling import (
     ImageView,
     canvas_size,
-    crop_boxes,
     frame_size,
     overview_size,
+    select_tiling,
 )
 
 Normalization = Literal["imagenet", "openai", "siglip"]
@@ -47,6 +47,10 @@ MEAN_STD: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, flo
 """Mean and standard deviation of R, G and B on the scale 0..1: those of ImageNet (torchvision,
 DINOv2), of the preprocessing in openai/CLIP, and SigLIP's x * 2 - 1."""
 
+_BAND_PX = 128
+"""Lines of a frame that tiles are copied from at a time: a band of it stays in the second-level
+cache for all the tiles that share it (0.31 instead of 0.38 ms for 7.6 crops of 378 px)."""
+
 _Array = TypeVar("_Array", np.ndarray, torch.Tensor)
 
 
@@ -57,6 +61,7 @@ def render(
     source_height: int,
     view: ImageView,
     draw: Draw | None = None,
+    overview: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Renders the crops of one picture.
@@ -67,6 +72,8 @@ def render(
       source_height: Height of the upright original, in pixels.
       view: What the model sees.
       draw: The augmentation, drawn for the source's size; None changes nothing.
+      overview: The stored overview, uint8 [h, w, 3]; never written to. It takes the place of a
+        resized `pixels` where it has the view's `overview_size` and nothing is cut off.
       out: uint8 [N, S, S, 3], a slice of a batch perhaps; None makes a new one.
 
     Returns:
@@ -87,21 +94,25 @@ def render(
             fix="run `python -m preprocess verify` on the dataset",
         )
     picture = _cut(pixels, draw, source_width=source_width, source_height=source_height)
-    boxes = crop_boxes(source_width, source_height, view)
-    out = _checked_out(out, (1 + len(boxes), view.size_px, view.size_px, 3))
-
     shape = (source_width, source_height)
-    overview = _fit(picture, canvas=overview_size(*shape, view), frame=(view.size_px, view.size_px))
+    rows, cols = select_tiling(*shape, view)
+    out = _checked_out(out, (1 + rows * cols, view.size_px, view.size_px, 3))
+    small, crop = overview_size(*shape, view), (view.size_px, view.size_px)
+    whole = picture
+    if overview is not None and draw.crop is None and overview.shape == (*small[::-1], 3):
+        whole = overview
+    whole = _fit(whole, canvas=small, frame=crop)
     # One mean per picture, so that overview and tiles keep the same colours.
-    grey_mean = mean_grey(overview) if draw.contrast != 1.0 else 0.0
-    frame = _finish(overview, draw, grey_mean, frame=(view.size_px, view.size_px))
-    np.copyto(out[0], frame)
-    if len(boxes):
+    grey_mean = mean_grey(whole) if draw.contrast != 1.0 else 0.0
+    np.copyto(out[0], _finish(whole, draw, grey_mean, frame=crop))
+    if rows:
         size = frame_size(*shape, view)
         canvas = _fit(picture, canvas=canvas_size(*shape, view), frame=size)
-        frame = _finish(canvas, draw, grey_mean, frame=size)
-        for crop, (x0, y0, x1, y1) in zip(out[1:], boxes.tolist(), strict=True):
-            np.copyto(crop, frame[y0:y1, x0:x1])
+        _tile(
+            _finish(canvas, draw, grey_mean, frame=size),
+            out[1:].reshape(rows, cols, *out.shape[1:]),
+            step_px=view.window_px,
+        )
     return out
 
 
@@ -254,6 +265,17 @@ def _finish(
     x, y = (frame_width - width) // 2, (frame_height - height) // 2
     framed[y : y + height, x : x + width] = content
     return framed
+
+
+def _tile(frame: np.ndarray, tiles_RCSS3: np.ndarray, *, step_px: int) -> None:
+    """Copies the tiles out of their frame; neighbours begin `step_px` apart."""
+    rows, cols, side = tiles_RCSS3.shape[:3]
+    for r in range(rows):
+        for y in range(0, side, _BAND_PX):
+            stop = min(y + _BAND_PX, side)
+            band = frame[r * step_px + y : r * step_px + stop]
+            for c in range(cols):
+                tiles_RCSS3[r, c, y:stop] = band[:, c * step_px : c * step_px + side]
 
 
 def _scaled(start: int, stop: int, *, of: int, to: int) -> slice:

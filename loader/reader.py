@@ -28,6 +28,7 @@ from shardspec.sample import (
     PreparedSample,
     decode_array,
     image_rows,
+    overview_rows,
 )
 from shardspec.tar import BLOCK, padded
 
@@ -108,17 +109,24 @@ class ShardReader:
         )
         images = []
         position = start + at.image
-        for picture in image_rows(spans).tolist():
-            payload = _part(shard.tar, position, picture[6])
+        overview_bytes = {row[1]: row[4] for row in overview_rows(spans).tolist()}
+        for i, picture in enumerate(image_rows(spans).tolist()):
+            pictures = []
+            # The overview stands directly behind its image.
+            for length in (picture[6], overview_bytes.get(i)):
+                if length is not None:
+                    payload = _part(shard.tar, position, length)
+                    pictures.append(decode_stored(payload, codec=self.codec, where=where))
+                    position += padded(length) + BLOCK
             images.append(
                 PreparedImage(
-                    pixels=decode_stored(payload, codec=self.codec, where=where),
+                    pixels=pictures[0],
                     source_width=picture[2],
                     source_height=picture[3],
                     geometry=Geometry(picture[7]),
+                    overview=pictures[1] if len(pictures) > 1 else None,
                 )
             )
-            position += padded(picture[6]) + BLOCK
         return PreparedSample(
             key=row["key"].decode(), tokens=tokens, spans=spans, images=tuple(images)
         )

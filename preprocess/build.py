@@ -106,10 +106,13 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
                     quarantined.append(quarantine_line(row, stage="build", error=error))
                     on_row(error.reason)
                     continue
-                encode = context.preparer.image_preprocessor.encode
-                encoded = [encode(image) for image in sample.images]
+                encoded, overviews = encode_images(context.preparer, sample)
                 members = sample_members(
-                    sample, encoded, codec=codec, several=context.several_images
+                    sample,
+                    encoded,
+                    overviews=overviews,
+                    codec=codec,
+                    several=context.several_images,
                 )
                 place = writer.write_sample(members)
                 sizes = [len(payload) for payload in encoded]
@@ -195,6 +198,16 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
     return preparer(example, key=row["key"])
 
 
+def encode_images(preparer: Preparer, sample: PreparedSample) -> tuple[list[bytes], list[bytes]]:
+    """Encodes the images of a sample, and the overviews that go with them."""
+    preprocessor = preparer.image_preprocessor
+    overviews = [image.overview for image in sample.images if image.overview is not None]
+    return (
+        [preprocessor.encode(image) for image in sample.images],
+        [preprocessor.encode_overview(overview) for overview in overviews],
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSize:
     """What one sample costs."""
@@ -214,9 +227,14 @@ def sample_size(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
       SampleError: The row cannot become a sample.
     """
     sample = prepare_row(preparer, row, cache=cache)
-    encoded = [preparer.image_preprocessor.encode(image) for image in sample.images]
-    codec = preparer.recipe.image.codec
-    members = sample_members(sample, encoded, codec=codec, several=len(encoded) > 1)
+    encoded, overviews = encode_images(preparer, sample)
+    members = sample_members(
+        sample,
+        encoded,
+        overviews=overviews,
+        codec=preparer.recipe.image.codec,
+        several=len(encoded) > 1,
+    )
     place = TarWriter(io.BytesIO()).write_sample(members)
     return SampleSize(
         num_bytes=place.num_bytes,

@@ -9,13 +9,14 @@ What is decided here, in this order:
 3. Orientation: EXIF is applied, so that coordinates in annotations mean what people saw.
 4. Colour: grey of 16 bits by `>> 8` (Pillow's own conversion saturates), an embedded profile other
    than sRGB converted (perceptual intent), transparency laid over white, the rest to RGB.
-5. Size: one Pillow LANCZOS resize to the size that training can ask for; downscale only.
+5. Size: one Pillow LANCZOS resize to the size that training can ask for; downscale only. Where
+   views tile, another one of the original gives the overview.
 
 Where steps 3 to 5 change nothing and the file is of the recipe's codec, its compressed data is kept
 as it is: no loss, no encoding. Metadata (EXIF with places and names, thumbnails, comments, text) is
 left out of what is kept.
 
-The result is a function of the picture and the policy alone; nothing is drawn, nothing is tiled.
+The result is a function of the picture and the policy alone; nothing is drawn, nothing is cut.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from shardspec.media import (
     jpeg_decoder,
 )
 from shardspec.sample import Codec, Geometry, PreparedImage
-from shardspec.tiling import ImageView, stored_size
+from shardspec.tiling import ImageView, overview_size, stored_size
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,10 @@ class ImagePolicy:
     """JPEG quality, 1 to 100."""
     keep: Literal["auto", "never"] = "auto"
     """"auto": compressed data that needs no change is stored as it is; "never": always encode."""
+    overview: Literal["stored", "resized"] = "stored"
+    """"stored": where views tile, and share size_px and fit, the overview is stored beside the
+    picture. For about a fifth more bytes nothing is resized at load, and the overview is made from
+    the original. "resized": the loader makes it from the stored picture in each epoch."""
     max_megapixels: int = 200
     """Pictures with more are refused from their header, 1 to 200."""
 
@@ -113,12 +118,17 @@ class ImagePolicy:
             _reject("quality", self.quality, "1 to 100")
         if self.keep not in ("auto", "never"):
             _reject("keep", self.keep, "'auto' or 'never'")
+        if self.overview not in ("stored", "resized"):
+            _reject("overview", self.overview, "'stored' or 'resized'")
         if not 1 <= self.max_megapixels <= MAX_STORED_PIXELS // 1_000_000:
             _reject("max_megapixels", self.max_megapixels, "1 to 200")
 
 
 class ImagePreprocessor:
-    """Turns a picture into what is stored of it: one decode, at most one resize, one encode."""
+    """Turns a picture into what is stored of it: one decode, at most one resize, one encode.
+
+    An overview takes a resize and an encode of its own.
+    """
 
     def __init__(self, policy: ImagePolicy) -> None:
         self.policy = policy
@@ -169,17 +179,22 @@ class ImagePreprocessor:
                 source = _read(source, where)
             picture, kept = self._from_file(source, where)
         width, height = _size(picture)
-        stored = self._stored_size(width, height)
-        if stored != (width, height):
-            kept = None
+        stored, small = self._stored_size(width, height), self._overview_size(width, height)
+        overview = None
+        if small is not None or stored != (width, height):
             image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-            picture = image.resize(stored, Image.Resampling.LANCZOS)
+            if small is not None:
+                overview = np.asarray(image.resize(small, Image.Resampling.LANCZOS))
+            if stored != (width, height):
+                kept = None
+                picture = image.resize(stored, Image.Resampling.LANCZOS)
         return PreparedImage(
             pixels=np.asarray(picture),
             source_width=width,
             source_height=height,
             geometry=geometry,
             kept=kept,
+            overview=overview,
         )
 
     def encode(self, image: PreparedImage) -> bytes:
@@ -191,6 +206,10 @@ class ImagePreprocessor:
         if image.kept is not None:
             return image.kept
         return encode_stored(image.pixels, codec=self.policy.codec, quality=self.policy.quality)
+
+    def encode_overview(self, overview: np.ndarray) -> bytes:
+        """Encodes an overview, uint8 [h, w, 3], in the policy's codec."""
+        return encode_stored(overview, codec=self.policy.codec, quality=self.policy.quality)
 
     def _from_file(
         self, payload: bytes, where: str
@@ -275,6 +294,14 @@ class ImagePreprocessor:
             self._warn_once("a colour profile of another mode was ignored", image.mode, where)
             return None
         return profile
+
+    def _overview_size(self, width: int, height: int) -> tuple[int, int] | None:
+        views = self.policy.views
+        tiled = any(view.crop_mode != "resize" for view in views)
+        alike = len({(view.size_px, view.fit) for view in views}) == 1
+        if self.policy.overview == "resized" or not tiled or not alike:
+            return None
+        return overview_size(width, height, views[0])
 
     def _stored_size(self, width: int, height: int) -> tuple[int, int]:
         limit_px, longest_px = self.policy.max_side_px, max(width, height)

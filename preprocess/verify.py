@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,13 @@ from shardspec.errors import ShardError, ShardsError
 from shardspec.index import open_index, sample_layout
 from shardspec.manifest import TOKENIZER_NAME, ShardEntry, require_manifest
 from shardspec.media import decode_stored
-from shardspec.sample import SPAN_COLUMNS, SpanKind, decode_array, image_rows
+from shardspec.sample import (
+    SPAN_COLUMNS,
+    SpanKind,
+    decode_array,
+    image_rows,
+    overview_rows,
+)
 from shardspec.tar import TarMember, walk_tar
 
 
@@ -80,24 +87,33 @@ def _verify_sample(
 ) -> None:
     key, start = row["key"].decode(), int(row["offset"])
     where = f"{where} sample {key}"
-    found = [next(members, None) for _ in range(3 + int(row["num_images"]))]
     layout = sample_layout(row)
     want = [start + layout.json, start + layout.spans, start + layout.tokens]
-    got = [member.offset for member in found[:3] if member is not None]
-    if got != want or any(m is None or not m.name.startswith(f"{key}.") for m in found):
+    found = list(itertools.islice(members, 3))
+    got = [member.offset for member in found]
+    if got != want:
         raise _wrong(where, "member_layout", {"got_offsets": got, "want_offsets": want})
     view = memoryview(tar)
-    payloads = [view[m.offset : m.offset + m.num_bytes] for m in found if m is not None]
+    payloads = [view[m.offset : m.offset + m.num_bytes] for m in found]
     spans = decode_array(payloads[1], dtype="<i4", columns=SPAN_COLUMNS, where=where)
     tokens = decode_array(payloads[2], dtype="<i4", where=where)
     texts = spans[spans[:, 0] == SpanKind.TEXT, 3:7]
-    sizes = [len(payload) for payload in payloads[3:]]
     if len(texts) and (texts.min() < 0 or texts.max() > len(tokens)):
         raise _wrong(where, "span_range", {"num_tokens": len(tokens), "max": int(texts.max())})
-    if image_rows(spans)[:, 6].tolist() != sizes:
-        raise _wrong(where, "image_sizes", {"got": sizes})
+    overview_bytes = {row[1]: row[4] for row in overview_rows(spans).tolist()}
+    want = []
+    for i, picture in enumerate(image_rows(spans).tolist()):
+        want += [picture[6], overview_bytes[i]] if i in overview_bytes else [picture[6]]
+    pictures = list(itertools.islice(members, len(want)))
+    sizes = [member.num_bytes for member in pictures]
+    if sizes != want or len(image_rows(spans)) != int(row["num_images"]):
+        raise _wrong(where, "image_sizes", {"got": sizes, "want": want})
+    misnamed = [m.name for m in (*found, *pictures) if not m.name.startswith(f"{key}.")]
+    if misnamed:
+        raise _wrong(where, "member_layout", {"members": misnamed})
     if codec is not None:
-        for payload in payloads[3:]:
+        for m in pictures:
+            payload = view[m.offset : m.offset + m.num_bytes]
             decode_stored(payload, codec=codec, where=where)  # type: ignore[arg-type]
 
 

@@ -7,19 +7,22 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
     <key>.tokens.npy    int32 [T], every distinct token run of the sample, end to end
     <key>.jpg           the image; `<key>.0.jpg`, `<key>.1.jpg` ... where a dataset has several
                         (.png, .webp, or .image.npy for uncompressed uint8 [H, W, 3])
+    <key>.overview.jpg  where the dataset's views tile: the image at the size of a crop, directly
+                        behind it; `<key>.0.overview.jpg` where a dataset has several
 
-A row of `spans` is one of three kinds (column 0):
+A row of `spans` is one of four kinds (column 0):
 
     TEXT   (0, branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight)
     LEAD   (2, image, start, stop, 0, 0, 0, 0)
+    OVERVIEW (3, image, width, height, num_bytes, 0, 0, 0)
     IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
 
 TEXT rows that share (branch, turn) are the *baked variants* of one exchange: the loader draws one
 of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption
 that answers eight prompts is stored once. A *branch* is one conversation about the sample's
 images. The weight is the branch's loss weight in millionths. LEAD rows name the tokens that stand
-in front of an image, such as "Image 2"; there is one per image, or none. Rows are sorted: TEXT,
-LEAD, then IMAGE rows.
+in front of an image, such as "Image 2"; there is one per image, or none. OVERVIEW rows describe
+the overviews that are stored. Rows are sorted: TEXT, LEAD, OVERVIEW, then IMAGE rows.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -60,6 +63,7 @@ class SpanKind(enum.IntEnum):
     TEXT = 0
     IMAGE = 1
     LEAD = 2
+    OVERVIEW = 3
 
 
 class Geometry(enum.IntFlag):
@@ -88,6 +92,8 @@ class PreparedImage:
     geometry: Geometry = Geometry.NONE
     kept: bytes | None = None
     """The original file where it can be stored unchanged; it decodes to `pixels`."""
+    overview: np.ndarray | None = None
+    """uint8 [h, w, 3], the original at the size of a view's overview; None where none is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +117,14 @@ def text_rows(spans: np.ndarray) -> np.ndarray:
 
 def lead_rows(spans: np.ndarray) -> np.ndarray:
     """Selects the LEAD rows of a spans table, as a view: int32 [M or 0, 8]."""
-    return spans[len(text_rows(spans)) : len(spans) - num_images(spans)]
+    start = len(text_rows(spans))
+    return spans[start : start + np.count_nonzero(spans[:, 0] == SpanKind.LEAD.value)]
+
+
+def overview_rows(spans: np.ndarray) -> np.ndarray:
+    """Selects the OVERVIEW rows of a spans table, as a view: int32 [images or fewer, 8]."""
+    stop = len(spans) - num_images(spans)
+    return spans[stop - np.count_nonzero(spans[:, 0] == SpanKind.OVERVIEW.value) : stop]
 
 
 def image_rows(spans: np.ndarray) -> np.ndarray:
@@ -125,13 +138,15 @@ def num_images(spans: np.ndarray) -> int:
     return int(np.count_nonzero(spans[:, 0] == SpanKind.IMAGE.value))
 
 
-def image_suffix(codec: str, *, image: int, several: bool) -> str:
-    """Names the member of an image behind its key.
+def image_suffix(codec: str, *, image: int, several: bool, overview: bool = False) -> str:
+    """Names the member of an image, or that of its overview, behind its key.
 
     >>> image_suffix("jpeg", image=0, several=False), image_suffix("raw", image=1, several=True)
     ('jpg', '1.image.npy')
+    >>> image_suffix("png", image=0, several=True, overview=True)
+    '0.overview.png'
     """
-    suffix = CODEC_SUFFIX[codec]
+    suffix = f"overview.{CODEC_SUFFIX[codec]}" if overview else CODEC_SUFFIX[codec]
     return f"{image}.{suffix}" if several else suffix
 
 
@@ -200,13 +215,19 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
 
 
 def sample_members(
-    sample: PreparedSample, encoded: Sequence[bytes], *, codec: str, several: bool
+    sample: PreparedSample,
+    encoded: Sequence[bytes],
+    *,
+    overviews: Sequence[bytes] = (),
+    codec: str,
+    several: bool,
 ) -> list[tuple[str, bytes]]:
     """Lays out a sample as tar members, in the contract's order.
 
     Args:
-      sample: What to store; the byte counts of its IMAGE rows are filled in here.
+      sample: What to store; the byte counts of its images and overviews are filled in here.
       encoded: Its images, encoded.
+      overviews: Their overviews, encoded: one per OVERVIEW row.
       codec: Of the images.
       several: Whether the dataset's samples may have several images; their names get numbers.
 
@@ -215,6 +236,8 @@ def sample_members(
     """
     spans = sample.spans.copy()
     image_rows(spans)[:, 6] = [len(payload) for payload in encoded]
+    overview_rows(spans)[:, 4] = [len(payload) for payload in overviews]
+    overview_of = dict(zip(overview_rows(spans)[:, 1].tolist(), overviews, strict=True))
     members = [
         ("json", encode_record(sample.record)),
         ("spans.npy", encode_array(spans)),
@@ -222,6 +245,9 @@ def sample_members(
     ]
     for i, payload in enumerate(encoded):
         members.append((image_suffix(codec, image=i, several=several), payload))
+        if i in overview_of:
+            suffix = image_suffix(codec, image=i, several=several, overview=True)
+            members.append((suffix, overview_of[i]))
     return [(f"{sample.key}.{suffix}", payload) for suffix, payload in members]
 
 
@@ -243,6 +269,10 @@ def spans_table(
     """
     rows = [(int(SpanKind.TEXT), *text) for text in texts]
     rows += [(int(SpanKind.LEAD), i, *lead, 0, 0, 0, 0) for i, lead in enumerate(leads)]
+    for i, image in enumerate(images):
+        if image.overview is not None:
+            height, width = image.overview.shape[:2]
+            rows.append((int(SpanKind.OVERVIEW), i, width, height, 0, 0, 0, 0))
     for i, image in enumerate(images):
         height, width = image.pixels.shape[:2]
         source = (image.source_width, image.source_height)

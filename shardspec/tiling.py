@@ -531,16 +531,24 @@ def image_token_ids(width: int, height: int, view: ImageView, ids: ImageTokenIds
     where the view says so, each row ends with `im_col`.
 
     Returns:
-      int32 [num_image_tokens].
+      int32 [num_image_tokens]; read-only.
     """
     rows, cols = select_tiling(width, height, view)
+    block: np.ndarray = _image_token_ids(rows, cols, view, ids)
+    return block
+
+
+@functools.lru_cache(maxsize=1024)
+def _image_token_ids(rows: int, cols: int, view: ImageView, ids: ImageTokenIds) -> np.ndarray:
     start = ids.im_start if view.overview_start == "im_start" else ids.low_res_im_start
     parts = [_block_ids(*view.crop_tokens, start, view.overview_column_tokens, ids)]
     if rows:
         token_rows = _tokens_along(rows, view, view.pool[0])
         token_cols = _tokens_along(cols, view, view.pool[1])
         parts.append(_block_ids(token_rows, token_cols, ids.im_start, view.column_tokens, ids))
-    return np.concatenate(parts)
+    block: np.ndarray = np.concatenate(parts)
+    block.setflags(write=False)
+    return block
 
 
 def _block_ids(
@@ -604,6 +612,26 @@ def _first_patch_tokens(rows: int, cols: int, view: ImageView) -> np.ndarray:
     array = np.array(firsts, np.int64)
     array.setflags(write=False)
     return array
+
+
+def first_patch_positions(
+    width: int, height: int, view: ImageView, ids: ImageTokenIds
+) -> np.ndarray:
+    """Finds the tokens of `first_patch_tokens` in the block of `image_token_ids`.
+
+    Returns:
+      int64 [num_crops], positions in the block; read-only.
+    """
+    rows, cols = select_tiling(width, height, view)
+    return _first_patch_positions(rows, cols, view, ids)
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_patch_positions(rows: int, cols: int, view: ImageView, ids: ImageTokenIds) -> np.ndarray:
+    patches = np.flatnonzero(_image_token_ids(rows, cols, view, ids) == ids.im_patch)
+    positions: np.ndarray = patches[_first_patch_tokens(rows, cols, view)]
+    positions.setflags(write=False)
+    return positions
 
 
 def _pool_global(grid_HW: np.ndarray, pool: tuple[int, int]) -> np.ndarray:

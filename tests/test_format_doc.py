@@ -1,7 +1,7 @@
 """docs/format.md says what the code does: its names, numbers and reason codes."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,22 +89,30 @@ def test_members_of_a_sample_are_the_codes_in_order():
     image = sample.PreparedImage(
         pixels=np.zeros((1, 1, 3), np.uint8), source_width=1, source_height=1
     )
-    made = sample.PreparedSample(
-        key="<key>",
-        tokens=np.zeros(0, "<i4"),
-        spans=sample.spans_table([], [image, image]),
-        images=(image, image),
-    )
+    tiled = replace(image, overview=np.zeros((1, 1, 3), np.uint8))
     described = list(table(section("The sample"), "member"))
 
-    def members(count, several):
-        made_now = sample.PreparedSample(
-            key="<key>", tokens=made.tokens, spans=made.spans[:count], images=made.images[:count]
+    def members(images, several):
+        made = sample.PreparedSample(
+            key="<key>",
+            tokens=np.zeros(0, "<i4"),
+            spans=sample.spans_table([], images),
+            images=tuple(images),
         )
-        found = sample.sample_members(made_now, [b""] * count, codec="png", several=several)
+        overviews = [b"" for image in images if image.overview is not None]
+        found = sample.sample_members(
+            made, [b""] * len(images), overviews=overviews, codec="png", several=several
+        )
         return [name.replace(".png", ".<suffix>") for name, _ in found]
 
-    assert described == [*members(1, False), *members(2, True)[3:]]
+    plain, with_overviews = members([image] * 2, True)[3:], members([tiled] * 2, True)[3:]
+    assert described == [
+        *members([tiled], False),
+        *plain,
+        *(name for name in with_overviews if name not in plain),
+    ]
+    # Each directly behind its image.
+    assert with_overviews == [described[i] for i in (5, 7, 6, 8)]
 
 
 def test_array_header_is_the_codes():

@@ -32,6 +32,7 @@ from preprocess.job import JobSettings
 from preprocess.pipeline import run_job
 from preprocess.recipe import Preparer, Recipe
 from preprocess.tokens import load_tokenizer
+from preprocess.verify import verify
 from shardspec.errors import SampleError
 from shardspec.keyed import dataset_seed
 from shardspec.tiling import ImageView
@@ -115,6 +116,11 @@ LOSSLESS = {
         text=TextPolicy(
             system_prompt="none", prompt_templates="uber_model", message_format="chatml"
         ),
+    ),
+    # Without random crops: every picture shows its stored overview.
+    "png-tiles-uncropped": Case(
+        image=stored("png", **TILED),
+        augment=Augment(flip_probability=0.5, brightness=0.2, contrast=0.2),
     ),
     "png-longest-side-cut-sequence": Case(
         image=stored("png", max_side_px=300, **SMALL), sequence_length=60
@@ -293,6 +299,15 @@ def test_examples_from_lossless_shards_equal_the_unsharded_ones(lossless):
         for epoch in EPOCHS:
             want = lossless.unsharded.get(number, epoch=epoch)
             assert_same_example(lossless.stream.example(number, epoch=epoch), want)
+
+
+def test_tiled_pictures_are_stored_with_their_overviews(lossless):
+    tiled = lossless.case.image.views[0].crop_mode != "resize"
+    reader = lossless.stream.reader
+    for number in range(len(reader)):
+        (image,) = reader.read(number).images
+        assert (image.overview is not None) == tiled
+    assert verify(lossless.url, Silent(), deep=True) == []
 
 
 def test_augmentation_changes_what_is_compared(lossless):

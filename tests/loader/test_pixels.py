@@ -17,6 +17,7 @@ from shardspec.tiling import (
     frame_size,
     image_masks,
     num_crops,
+    overview_size,
 )
 
 SMALL = ImageView(size_px=56)
@@ -155,6 +156,37 @@ def test_overview_is_the_whole_picture():
     picture = photo(300, 200)
     crops = render(picture, source_width=300, source_height=200, view=TILED)
     assert np.array_equal(crops[0], resize(picture, 56, 56))
+
+
+@pytest.mark.parametrize("view", [TILED, PADDED_TILED], ids=["stretch", "pad"])
+def test_stored_overview_takes_the_place_of_a_resized_one(view, no_resizing):
+    size = {"source_width": 300, "source_height": 200, "view": view}
+    picture = noise(*canvas_size(300, 200, view))
+    overview = noise(*overview_size(300, 200, view), seed=1)
+    top = (56 - len(overview)) // 2
+    plain = render(picture, **size, overview=overview)
+    assert np.array_equal(plain[0, top : top + len(overview)], overview)
+
+    flipped = render(picture, **size, draw=Draw(flip=True), overview=overview)
+    assert np.array_equal(flipped[0, top : top + len(overview)], overview[:, ::-1])
+
+    change = Draw(contrast=0.3, hue=0.05)
+    colored = render(picture, **size, draw=change, overview=overview)
+    want = apply_color(plain, change, grey_mean=mean_grey(overview))
+    shown = plain.any(axis=-1)  # all but the padding
+    assert np.array_equal(colored[shown], want[shown])
+
+
+@pytest.mark.parametrize(
+    "change, shape",
+    [(Draw(crop=(0, 0, 150, 200)), (56, 56)), (Draw(), (55, 56))],
+    ids=["crop", "other size"],
+)
+def test_overview_is_resized_where_the_stored_one_does_not_serve(change, shape):
+    size = {"source_width": 300, "source_height": 200, "view": TILED, "draw": change}
+    picture = photo(300, 200)
+    crops = render(picture, **size, overview=noise(*shape[::-1]))
+    assert np.array_equal(crops, render(picture, **size))
 
 
 @pytest.mark.parametrize("stored", [(300, 200), None], ids=["resized", "exact"])

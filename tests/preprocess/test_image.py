@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import pickle
@@ -21,7 +22,7 @@ from preprocess.image import ImagePolicy, ImagePreprocessor
 from shardspec.errors import ConfigError, SampleError, StorageError
 from shardspec.media import check_png, decode_stored, encode_stored
 from shardspec.sample import Geometry
-from shardspec.tiling import ImageView, stored_size
+from shardspec.tiling import ImageView, overview_size, stored_size
 
 LARGE = ImagePreprocessor(ImagePolicy(max_side_px=4000))
 """Leaves the size of every test picture alone."""
@@ -405,6 +406,31 @@ def test_pixels_are_pillows_lanczos_at_the_stored_size(height, width, headroom):
     want = Image.fromarray(scene(height, width)).resize(size, Image.Resampling.LANCZOS)
     same(image.pixels, np.asarray(want))
     assert (image.source_width, image.source_height) == (width, height)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("source", [(1200, 900), (100, 75)], ids=["larger", "smaller"])
+def test_overview_of_tiled_views_is_pillows_lanczos_of_the_original(fit, source):
+    views = tuple(dataclasses.replace(TILED, fit=fit, max_crops=n) for n in (4, 8))
+    pixels = scene(*source[::-1])
+    image = ImagePreprocessor(ImagePolicy(views=views))(pixels)
+    size = overview_size(*source, views[0])
+    want = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+    same(image.overview, np.asarray(want))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ImagePolicy(),
+        ImagePolicy(views=(TILED,), overview="resized"),
+        ImagePolicy(views=(TILED, ImageView(size_px=378))),
+        ImagePolicy(views=(TILED, ImageView(fit="pad"))),
+    ],
+    ids=["one crop", "resized", "other size", "other fit"],
+)
+def test_no_overview_is_made_where_it_could_not_serve_every_view(policy):
+    assert ImagePreprocessor(policy)(scene(600, 800)).overview is None
 
 
 def test_jpeg_is_resized_from_pillows_pixels():

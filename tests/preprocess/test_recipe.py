@@ -225,6 +225,7 @@ OTHER_IMAGE = {
     "codec": "png",
     "quality": 90,
     "keep": "never",
+    "overview": "resized",
     "max_megapixels": 10,
 }
 

@@ -27,6 +27,7 @@ from shardspec.sample import (
     image_suffix,
     lead_rows,
     num_images,
+    overview_rows,
     sample_members,
     spans_table,
     text_rows,
@@ -162,6 +163,10 @@ def test_record_keeps_text_readable():
     assert encode_record({"b": "Grüße 猫", "a": [1, 2]}) == '{"a":[1,2],"b":"Grüße 猫"}\n'.encode()
 
 
+def with_overview(image):
+    return dataclasses.replace(image, overview=np.zeros((2, 3, 3), np.uint8))
+
+
 @given(texts=st.integers(0, 5), images=st.integers(0, 4), led=st.booleans())
 def test_rows_of_a_table_are_split_into_texts_leads_and_images(texts, images, led):
     leads = [(i, i + 2) for i in range(images if led else 0)]
@@ -180,14 +185,54 @@ def test_rows_of_a_table_are_split_into_texts_leads_and_images(texts, images, le
 
 
 def test_row_selections_are_views():
-    table = spans_table([(0, 0, 0, 1, 1, 2, 3)], [picture(4, 4)])
+    table = spans_table([(0, 0, 0, 1, 1, 2, 3)], [with_overview(picture(4, 4))])
     text_rows(table)[:, 1] = 9
+    overview_rows(table)[:, 4] = 7
     image_rows(table)[:, 6] = 8
-    assert (table[0, 1], table[1, 6]) == (9, 8)
+    assert (table[0, 1], table[1, 4], table[2, 6]) == (9, 7, 8)
+
+
+@pytest.mark.parametrize("leads", [(), [(0, 1), (1, 2), (2, 3)]], ids=["bare", "led"])
+def test_overviews_have_rows_of_their_own_between_leads_and_images(leads):
+    images = [with_overview(picture(8, 4)), picture(6, 6), with_overview(picture(4, 9))]
+    table = spans_table([(0, 0, 0, 1, 1, 2, 3)], images, leads=leads)
+    assert overview_rows(table).tolist() == [[3, 0, 3, 2, 0, 0, 0, 0], [3, 2, 3, 2, 0, 0, 0, 0]]
+    assert len(text_rows(table)) == 1
+    assert len(lead_rows(table)) == len(leads)
+    assert image_rows(table)[:, 1].tolist() == [0, 1, 2]
+    assert num_images(table) == 3
+
+
+def test_overview_is_stored_directly_behind_its_image():
+    images = [picture(8, 4), with_overview(picture(6, 6))]
+    members = sample_members(
+        sample(images=images),
+        [b"first", b"second!"],
+        overviews=[b"small"],
+        codec="jpeg",
+        several=True,
+    )
+    assert members[3:] == [
+        ("set-0001.0.jpg", b"first"),
+        ("set-0001.1.jpg", b"second!"),
+        ("set-0001.1.overview.jpg", b"small"),
+    ]
+    stored = decode_array(members[1][1], dtype="<i4", columns=SPAN_COLUMNS)
+    assert overview_rows(stored).tolist() == [[3, 1, 3, 2, 5, 0, 0, 0]]
+    assert image_rows(stored)[:, 6].tolist() == [5, 7]
+
+
+def test_sample_with_another_number_of_encoded_overviews_is_refused():
+    images = [with_overview(picture(8, 4)), with_overview(picture(6, 6))]
+    with pytest.raises(ValueError):
+        sample_members(
+            sample(images=images), [b"1", b"2"], overviews=[b"3"], codec="png", several=True
+        )
 
 
 def test_numbers_of_the_contract_never_change():
-    assert (SpanKind.TEXT, SpanKind.IMAGE, SpanKind.LEAD) == (0, 1, 2)
+    kinds = (SpanKind.TEXT, SpanKind.IMAGE, SpanKind.LEAD, SpanKind.OVERVIEW)
+    assert kinds == (0, 1, 2, 3)
     assert (Geometry.FLIP, Geometry.CROP, Geometry.COLOR, Geometry.ALL) == (1, 2, 4, 7)
     assert (ARRAY_HEADER_BYTES, SPAN_COLUMNS) == (128, 8)
     assert CODEC_SUFFIX == {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}
