@@ -20,6 +20,7 @@ from shardspec.errors import ShardsError
 from shardspec.index import INDEX_DTYPE, encode_index, index_row
 from shardspec.manifest import (
     MANIFEST_NAME,
+    TOKENIZER_NAME,
     Manifest,
     ShardEntry,
     SplitEntry,
@@ -76,6 +77,10 @@ def samples():
     return made
 
 
+TOKENIZER = b"{}\n"
+"""Stands for a tokenizer.json: the contract knows its hash only."""
+
+
 def write_dataset(folder):
     """Writes the dataset of version 1 from its samples."""
     stream, rows = io.BytesIO(), []
@@ -113,7 +118,7 @@ def write_dataset(folder):
         recipe={"image": {"codec": "raw"}},
         tokenizer=TokenizerEntry(
             name="none",
-            sha256="0" * 64,
+            sha256=hashlib.sha256(TOKENIZER).hexdigest(),
             probe_sha256="0" * 64,
             vocab_size=100,
             embedding_size=108,
@@ -126,12 +131,14 @@ def write_dataset(folder):
     (folder / "train").mkdir(parents=True)
     (folder / TAR).write_bytes(stream.getvalue())
     (folder / INDEX).write_bytes(index)
+    (folder / TOKENIZER_NAME).parent.mkdir()
+    (folder / TOKENIZER_NAME).write_bytes(TOKENIZER)
     (folder / MANIFEST_NAME).write_bytes(manifest.encode())
 
 
 def test_writers_still_make_version_1_byte_for_byte(tmp_path):
     write_dataset(tmp_path / "now")
-    for name in (MANIFEST_NAME, TAR, INDEX):
+    for name in (MANIFEST_NAME, TOKENIZER_NAME, TAR, INDEX):
         assert (tmp_path / "now" / name).read_bytes() == (V1 / name).read_bytes(), name
 
 
