@@ -290,14 +290,14 @@ def same_shard_pairs(shards, num_samples, samples_per_shard):
 
 
 def test_batches_hold_as_few_samples_of_one_shard_as_a_global_shuffle():
-    """Relative to a global shuffle: at most 1.05 (clumps) and at least 0.9 (spread on purpose).
+    """Relative to a global shuffle within 5 %: more is clumps, less is spread on purpose.
 
     About 57,000 pairs are expected, a standard error of 0.4 %; rank batches have 13,400, 0.9 %.
     """
     order = Order(plan_order(512_000, global_batch_size=512, seed=8))
     assert order.config.block_size > 4
     shards = batches(order, np.arange(400))[..., 1] // 1000
-    assert 0.9 < same_shard_pairs(shards, 512_000, 1000) < 1.05
+    assert 0.95 < same_shard_pairs(shards, 512_000, 1000) < 1.05
     by_rank = shards.reshape(-1, 32)  # 16 ranks
     assert 0.8 < same_shard_pairs(by_rank, 512_000, 1000) < 1.1
 
