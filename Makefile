@@ -6,7 +6,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 # A machine without an NVIDIA GPU needs no CUDA build of torch; an index may be named by TORCH_INDEX.
 TORCH_INDEX ?=
-OUT    ?= shards/$(DATASET)
+OUT    = shards/$(DATASET)
 
 # upper-case variable -> flag of `python -m preprocess`
 # Only what stands on make's command line counts: an exported SEED or CACHE must not change a job.
