@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shardspec import storage
 from shardspec.manifest import load_manifest
 
 
@@ -245,18 +246,15 @@ def test_plan_of_links_asks_nobody_and_writes_nothing(cli, write_parquet, tmp_pa
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_a_second_job_in_the_same_output_is_refused_while_the_first_one_runs(
+def test_a_job_is_refused_while_another_one_holds_its_output(
     cli, tmp_path, captioned_rows, write_parquet
 ):
-    source, out = write_parquet(tmp_path / "source", captioned_rows(60)), tmp_path / "out"
+    source, out = write_parquet(tmp_path / "source", captioned_rows(6)), tmp_path / "out"
     job = ("shards", "pixmo_cap", "--source", source, "--out", out, "--workers", "1")
-    first = cli.start(*job, "--num-shards", "4")
-    assert first.wait_until(lambda: (out / "plan" / "train" / "plan.json").exists())
-    second = cli.run(*job, "--num-shards", "4")
-    first_end = first.wait()
-    if second.code:  # the first one may have ended in between on a fast machine
-        assert "another job is writing to this output" in second.err
-        assert "Traceback" not in second.err
-    else:
-        assert "nothing to do" in second.out
-    assert first_end.code == 0, first_end.err
+    with storage.exclusive(str(out)):
+        refused = cli.run(*job)
+    assert refused.code == 1
+    assert "another job is writing to this output" in refused.err
+    assert "Traceback" not in refused.err
+    assert list(out.iterdir()) == []
+    cli.good(*job)
