@@ -23,6 +23,7 @@ from shardspec.manifest import Manifest, ShardEntry
 from shardspec.media import decode_stored
 from shardspec.sample import (
     SPAN_COLUMNS,
+    Codec,
     Geometry,
     PreparedImage,
     PreparedSample,
@@ -38,6 +39,23 @@ Check = Literal["size", "crc"]
 _MAX_OPEN = 256
 """Shards kept open: two descriptors each, half of the 1024 that Linux commonly grants a process.
 Opening one again takes 0.2 ms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSample:
+    """One sample as its shard holds it."""
+
+    key: str
+    tokens: np.ndarray
+    """int32 [T], read-only."""
+    spans: np.ndarray
+    """int32 [S, 8], read-only; see `shardspec.sample`."""
+    pictures: tuple[memoryview, ...]
+    """Each image in the codec of the dataset."""
+    overviews: tuple[memoryview | None, ...]
+    """The overview of each image, None where none is stored."""
+    where: str
+    """Shard and key, for errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,46 +107,52 @@ class ShardReader:
           sample_id: 0 to len - 1, counted through the shards.
 
         Raises:
-          ShardError: `shard_missing`, `shard_size`, `sample_crc`, `image_decode`, or as
-            `open_index` and `decode_array`.
+          ShardError: As `stored`, and `image_decode`.
+        """
+        return decode_sample(self.stored(sample_id), codec=self.codec)
+
+    def stored(self, sample_id: int) -> StoredSample:
+        """Reads one sample as it is stored: its arrays, and its pictures still encoded.
+
+        Args:
+          sample_id: 0 to len - 1, counted through the shards.
+
+        Raises:
+          ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index` and
+            `decode_array`.
         """
         shard, row = self._locate(sample_id)
-        start = int(row["offset"])
         where = f"{shard.url} sample {row['key'].decode()}"
+        members = _part(shard.tar, int(row["offset"]), int(row["num_bytes"]))
         if self.check == "crc":
-            _check_crc(shard.tar, row, where)
+            _check_crc(members, row, where)
         at = sample_layout(row)
         spans = decode_array(
-            _part(shard.tar, start + at.spans, int(row["spans_bytes"])),
+            _part(members, at.spans, int(row["spans_bytes"])),
             dtype="<i4",
             columns=SPAN_COLUMNS,
             where=where,
         )
         tokens = decode_array(
-            _part(shard.tar, start + at.tokens, int(row["tokens_bytes"])), dtype="<i4", where=where
+            _part(members, at.tokens, int(row["tokens_bytes"])), dtype="<i4", where=where
         )
-        images = []
-        position = start + at.image
+        pictures, overviews = [], []
+        position = at.image
         overview_bytes = {row[1]: row[4] for row in overview_rows(spans).tolist()}
         for i, picture in enumerate(image_rows(spans).tolist()):
-            pictures = []
+            pictures.append(_part(members, position, picture[6]))
+            position += padded(picture[6]) + BLOCK
             # The overview stands directly behind its image.
-            for length in (picture[6], overview_bytes.get(i)):
-                if length is not None:
-                    payload = _part(shard.tar, position, length)
-                    pictures.append(decode_stored(payload, codec=self.codec, where=where))
-                    position += padded(length) + BLOCK
-            images.append(
-                PreparedImage(
-                    pixels=pictures[0],
-                    source_width=picture[2],
-                    source_height=picture[3],
-                    geometry=Geometry(picture[7]),
-                    overview=pictures[1] if len(pictures) > 1 else None,
-                )
-            )
-        return PreparedSample(
-            key=row["key"].decode(), tokens=tokens, spans=spans, images=tuple(images)
+            length = overview_bytes.get(i)
+            overviews.append(None if length is None else _part(members, position, length))
+            position += 0 if length is None else padded(length) + BLOCK
+        return StoredSample(
+            key=row["key"].decode(),
+            tokens=tokens,
+            spans=spans,
+            pictures=tuple(pictures),
+            overviews=tuple(overviews),
+            where=where,
         )
 
     def record(self, sample_id: int) -> dict[str, Any]:
@@ -193,6 +217,32 @@ class ShardReader:
             return self._open[number]
 
 
+def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
+    """Decodes the pictures of a stored sample.
+
+    Raises:
+      ShardError: `image_decode`.
+    """
+    images = []
+    for picture, overview, row in zip(
+        stored.pictures, stored.overviews, image_rows(stored.spans).tolist(), strict=True
+    ):
+        images.append(
+            PreparedImage(
+                pixels=decode_stored(picture, codec=codec, where=stored.where),
+                source_width=row[2],
+                source_height=row[3],
+                geometry=Geometry(row[7]),
+                overview=None
+                if overview is None
+                else decode_stored(overview, codec=codec, where=stored.where),
+            )
+        )
+    return PreparedSample(
+        key=stored.key, tokens=stored.tokens, spans=stored.spans, images=tuple(images)
+    )
+
+
 def _open_local(url: str, entry: ShardEntry) -> _OpenShard:
     where = storage.join(url, entry.url)
     _check_size(where, entry.num_bytes)
@@ -225,8 +275,8 @@ def _part(tar: memoryview, start: int, length: int) -> memoryview:
     return tar[start : start + length]
 
 
-def _check_crc(tar: memoryview, row: np.void, where: str) -> None:
-    got = zlib.crc32(_part(tar, int(row["offset"]), int(row["num_bytes"])))
+def _check_crc(members: memoryview, row: np.void, where: str) -> None:
+    got = zlib.crc32(members)
     if got != int(row["crc32"]):
         raise ShardError(
             "a sample's bytes are not the ones that were written",
