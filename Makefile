@@ -21,7 +21,7 @@ FLAGS := SOURCE=source SPLIT=split MODE=mode LIMIT=limit SEED=seed TOKENIZER=tok
 GIVEN = $(foreach f,$(FLAGS),$(if $(filter command,$(origin $(firstword $(subst =, ,$f)))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))'))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards plan verify datasets stream train test check bench setup
+.PHONY: help shards plan verify gc datasets stream train test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ plan: $(VENV)/ready ## print what `make shards` would do
 
 verify: $(VENV)/ready ## compare every stored byte of OUT with its manifest
 	@$(PY) -m preprocess verify '$(OUT)' $(if $(DEEP),--deep)
+
+gc: $(VENV)/ready ## remove what interrupted jobs have left in OUT (DRY_RUN=1 lists it)
+	@$(PY) -m preprocess gc '$(OUT)' $(if $(DRY_RUN),--dry-run) $(if $(OLDER_THAN),--older-than '$(OLDER_THAN)')
 
 datasets: $(VENV)/ready ## list the datasets
 	@$(PY) -m preprocess datasets

@@ -134,6 +134,21 @@ def read_bytes(url: str) -> bytes:
         return _patiently(url, lambda: bytes(fs.cat_file(path)))
 
 
+def fetch_file(url: str, target: Path) -> None:
+    """Copies an object to a local file, which then holds all of it; memory holds a part at most.
+
+    Raises:
+      FileNotFoundError: There is none.
+      StorageError: The store refused or failed, or the local disk is full.
+    """
+    with naming_errors(url):
+        if is_local(url):
+            shutil.copyfile(local_path(url), target)
+            return
+        fs, path = filesystem(url)
+        _patiently(url, lambda: fs.get_file(path, str(target)))
+
+
 def list_names(url: str) -> list[str]:
     """Lists the names of the objects directly below a URL, sorted; [] where there is nothing."""
     with naming_errors(url):

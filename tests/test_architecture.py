@@ -61,12 +61,13 @@ OUTSIDE_WORLD = {
 """What a pure module has no business with."""
 
 CLOCKS = {
+    "preprocess/__main__.py",
     "preprocess/blobs.py",
     "preprocess/fetch.py",
     "preprocess/pipeline.py",
     "shardspec/retries.py",
 }
-"""May look at the clock: for ledgers, timeouts and run.json, never for what a shard holds."""
+"""May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
 ENVIRONMENT = {"loader/topology.py", "shardspec/stores.py"}
 """Read environment variables: those of the launcher, and those that name stores."""

@@ -1,9 +1,10 @@
 """COMMIT and what it trusts: receipts of this very build, and the dataset's own tokenizer."""
 
-import contextlib
 import shutil
 
-from preprocess.build import BuildContext, build_shard, find_receipt
+import pytest
+
+from preprocess.build import BuildContext, build_shard, find_receipts, publish_shard
 from preprocess.formatter import TextPolicy
 from preprocess.job import Job, JobSettings
 from preprocess.pipeline import run_job
@@ -18,6 +19,9 @@ class Silent:
         pass
 
     def step(self, reason):
+        pass
+
+    def sent(self, num_bytes):
         pass
 
     def note(self, text):
@@ -45,27 +49,29 @@ def context_of(job):
         num_shards=plan.num_shards,
         build_key=plan.build_key,
         blobs=str(job.blobs.root),
+        scratch=job.scratch,
     )
+
+
+def make_shard(context):
+    publish_shard(context, 0, build_shard(context, 0, lambda reason: None), lambda part: None)
 
 
 def test_a_receipt_does_not_outlive_the_bytes_of_its_shard(tmp_path, monkeypatch):
     first = context_of(Job(settings(tmp_path, seed=0)))
-    build_shard(first, 0, lambda reason: None)
-    assert find_receipt(first, 0) is not None
+    make_shard(first)
+    assert [*find_receipts(first)] == [0]
 
     second = context_of(Job(settings(tmp_path, seed=1)))
-    publish = storage.publish_bytes
 
-    def dies_before_the_receipt(url, payload):
-        if "receipts" in url:
-            raise KeyboardInterrupt
-        publish(url, payload)
+    def dies_before_the_receipt(url, payload, *, replacing):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "publish_bytes", dies_before_the_receipt)
-    with contextlib.suppress(KeyboardInterrupt):
-        build_shard(second, 0, lambda reason: None)
+    monkeypatch.setattr(storage, "swap_bytes", dies_before_the_receipt)
+    with pytest.raises(KeyboardInterrupt):
+        make_shard(second)
     monkeypatch.undo()
-    assert find_receipt(first, 0) is None
+    assert find_receipts(first) == find_receipts(second) == {}
 
     outcome = run_job(settings(tmp_path, seed=0), Silent())
     assert outcome.built_shards == 1
