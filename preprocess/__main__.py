@@ -6,7 +6,6 @@ import argparse
 import logging
 import math
 import os
-import re
 import signal
 import sys
 from collections import Counter
@@ -23,6 +22,10 @@ from preprocess.job import JobSettings
 from preprocess.pipeline import Outcome, run_job
 from preprocess.points import PointFormat
 from preprocess.recipe import Recipe
+from preprocess.reshard import reshard
+from preprocess.reshard_plan import plan_reshard
+from preprocess.reshard_verbs import add_verbs, outcome_text, plan_text, reshard_settings
+from preprocess.sizes import parse_bytes, size_text
 from preprocess.survey import Survey, survey_job
 from preprocess.tokens import EMBEDDED
 from preprocess.verify import verify
@@ -38,6 +41,8 @@ examples:
   python -m preprocess shards pixmo_cap --source /data/pixmo-cap --out s3://bucket/pixmo_cap
   python -m preprocess plan pixmo_cap --source hub
   python -m preprocess verify shards/pixmo_cap --deep
+  python -m preprocess reshard shards/pixmo_cap shards/by_16 --nodes 16 --ranks 8 --workers 4 --copy
+  python -m preprocess filter shards/pixmo_cap shards/short --where "num_tokens < 1024"
 
 exit codes:
   0 done (or nothing to do)      1 the request cannot be honoured
@@ -137,11 +142,23 @@ def _datasets(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa
     return 0
 
 
+def _reshard(options: argparse.Namespace, report: TqdmReporter) -> int:
+    plan = plan_reshard(reshard_settings(options), report)
+    report.close()
+    print(plan_text(plan), flush=True)
+    if options.dry_run:
+        return 0
+    outcome = reshard(plan, report)
+    report.close()
+    print(outcome_text(plan, outcome))
+    return 0
+
+
 def _summary(settings: JobSettings, outcome: Outcome) -> str:
     split, shards = outcome.result.split, outcome.result.manifest.select(settings.split)
     lines = [
         f"{settings.out}: {split.num_samples:,} samples in {len(shards)} shards, "
-        f"{_bytes(split.num_bytes)}, {split.num_tokens:,} tokens",
+        f"{size_text(split.num_bytes)}, {split.num_tokens:,} tokens",
         f"manifest sha256 {outcome.result.sha256}",
     ]
     lost = sum(split.quarantined.values())
@@ -166,14 +183,14 @@ def _survey_table(settings: JobSettings, survey: Survey) -> str:
     else:
         total = survey.mean_sample_bytes * survey.num_rows
         rows += [
-            ("bytes per sample", _bytes(survey.mean_sample_bytes)),
-            ("  of them variants", _bytes(survey.mean_variant_bytes or 0)),
+            ("bytes per sample", size_text(survey.mean_sample_bytes)),
+            ("  of them variants", size_text(survey.mean_variant_bytes or 0)),
             ("tokens per sample", f"{survey.mean_tokens:.0f}"),
             ("shards", f"{survey.shards.num_shards} ({survey.shards.rule})"),
-            ("total", _bytes(total)),
+            ("total", size_text(total)),
         ]
     if survey.free_bytes is not None:
-        rows.append(("free at the output", _bytes(survey.free_bytes)))
+        rows.append(("free at the output", size_text(survey.free_bytes)))
     return "\n".join(f"{name:<20} {value}" for name, value in rows)
 
 
@@ -240,28 +257,6 @@ def _view(options: argparse.Namespace, crops: int) -> ImageView:
     )
 
 
-def parse_bytes(text: str) -> int:
-    """Reads a size such as 256MiB, 1GiB, 512MB or a plain number of bytes.
-
-    >>> parse_bytes("256MiB") == 256 * 2**20
-    True
-
-    Raises:
-      ConfigError: `size_text`.
-    """
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in units:
-        raise ConfigError(
-            "size is not understood",
-            reason="size_text",
-            facts={"got": text},
-            fix="write it as 256MiB, 1GiB or a number of bytes",
-        )
-    return int(float(match[1]) * units[match[2].upper()])
-
-
 def _number(text: str, flag: str) -> float:
     try:
         number = float(text)
@@ -275,14 +270,6 @@ def _number(text: str, flag: str) -> float:
             facts={"got": text},
             fix="write canvas, canvas*1.5, or the longest side in pixels, such as 1024",
         ) from error
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -312,6 +299,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("out", help="URL or folder of the dataset")
     check.add_argument("--deep", action="store_true", help="decode every image as well")
     check.set_defaults(run=_verify)
+    for verb in add_verbs(verbs):
+        verb.set_defaults(run=_reshard)
     names = verbs.add_parser("datasets", help="list the datasets")
     names.set_defaults(run=_datasets)
     return parser

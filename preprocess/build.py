@@ -167,17 +167,21 @@ def rows_url(out: str, split: str, shard: int) -> str:
 
 def find_receipt(context: BuildContext, shard: int) -> Receipt | None:
     """Finds the receipt of a finished shard: of this very build, and with the shard in place."""
-    url = context.receipt_url(shard)
+    return valid_receipt(context.out, context.receipt_url(shard), build_key=context.build_key)
+
+
+def valid_receipt(out: str, url: str, *, build_key: str) -> Receipt | None:
+    """Reads a receipt; None unless it is of this very build, and its shard is in place."""
     try:
         receipt = parse_receipt(storage.read_bytes(url), where=url)
     except FileNotFoundError:
         return None
-    if receipt is None or receipt.build_key != context.build_key:
+    if receipt is None or receipt.build_key != build_key:
         return None
     entry = receipt.shard
-    if storage.size(storage.join(context.out, entry.url)) != entry.num_bytes:
+    if storage.size(storage.join(out, entry.url)) != entry.num_bytes:
         return None
-    if storage.size(storage.join(context.out, entry.index_url)) != entry.index_bytes:
+    if storage.size(storage.join(out, entry.index_url)) != entry.index_bytes:
         return None
     return receipt
 

@@ -189,9 +189,7 @@ def encode_index(rows: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def open_index(
-    path: str, *, num_samples: int, shard_bytes: int, raw: bool = False
-) -> np.ndarray:
+def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = False) -> np.ndarray:
     """Memory-maps an index and checks that it fits its shard.
 
     Args:

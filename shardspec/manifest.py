@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 """Version of the on-disk contract: a dataset that owns its shards, of prepared samples."""
 
 EXTENDED_VERSION = 2
-"""Version of manifests that readers of version 1 must refuse: views, and datasets of raw samples."""
+"""Version of the manifests that readers of version 1 must refuse: views and raw datasets."""
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
