@@ -3,7 +3,7 @@
 Pure. The text is parsed by Python's own grammar and then walked: names of index columns, numbers,
 comparisons, `and`, `or`, `not`, arithmetic and `&` (to test flags). Nothing else is accepted, and
 nothing is ever evaluated as code. Columns are taken as 64-bit integers, so differences of counts
-may be negative; a division by zero keeps no sample.
+may be negative; a division by zero is no number, and every comparison with it fails, but `!=`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from shardspec.errors import ConfigError, nearest
 MAX_FILTER_CHARACTERS = 2000
 """Longer texts could nest deeper than the parser's stack."""
 
+
+def _divided(divide: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: np.where(b == 0, np.nan, divide(a, np.where(b == 0, 1, b)))
+
+
 _ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: np.true_divide,
-    ast.FloorDiv: np.floor_divide,
-    ast.Mod: np.mod,
+    ast.Div: _divided(np.true_divide),
+    ast.FloorDiv: _divided(np.floor_divide),
+    ast.Mod: _divided(np.mod),
     ast.BitAnd: operator.and_,
 }
 _COMPARISONS: Mapping[type, Callable[[Any, Any], Any]] = {
@@ -61,11 +66,10 @@ def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _refused(text, str(error), getattr(error, "offset", 0) or 0) from error
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        try:
-            kept = _condition(tree.body, text, columns)
-        except (TypeError, OverflowError, RecursionError) as error:
-            raise _refused(text, str(error), 0) from error
+    try:
+        kept = _condition(tree.body, text, columns)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise _refused(text, str(error), 0) from error
     length = len(next(iter(columns.values()))) if columns else 0
     return np.array(np.broadcast_to(kept, (length,)))
 

@@ -141,7 +141,7 @@ def portable_url(out: str, url: str) -> str:
         return url
     here, there = absolute_url(out), absolute_url(url)
     parent = posixpath.dirname(here)
-    if not there.startswith(parent + "/") or parent.endswith(":/"):
+    if not there.startswith(parent + "/") or parent.endswith(":"):  # a bucket is the root
         return there
     return posixpath.relpath(there, here)
 
