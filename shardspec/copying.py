@@ -403,13 +403,17 @@ def _join_in_s3(fs: Any, path: str, pieces: Sequence[Piece], stamps: dict[str, S
 
 def _copy_part(fs: Any, piece: Piece, stamps: dict[str, Stamp], **part: Any) -> str:
     bucket, key, _ = fs.split_path(storage.filesystem(piece.url)[1])
-    done = fs.call_s3(
-        "upload_part_copy",
-        CopySource={"Bucket": bucket, "Key": key},
-        CopySourceRange=f"bytes={piece.start}-{piece.stop - 1}",
-        CopySourceIfMatch=stamps[piece.url].version,
-        **part,
-    )
+    try:
+        done = fs.call_s3(
+            "upload_part_copy",
+            CopySource={"Bucket": bucket, "Key": key},
+            CopySourceRange=f"bytes={piece.start}-{piece.stop - 1}",
+            CopySourceIfMatch=stamps[piece.url].version,
+            **part,
+        )
+    except OSError:
+        require_stamp(piece.url, stamps[piece.url])  # says it better, if that was the cause
+        raise
     return str(done["CopyPartResult"]["ETag"])
 
 
