@@ -157,6 +157,23 @@ class ShardReader:
             where=where,
         )
 
+    def members(self, sample_id: int) -> tuple[str, memoryview, str]:
+        """Gives the bytes of a sample in its tar, with the headers of its members.
+
+        Returns:
+          (key, bytes, where for errors).
+
+        Raises:
+          ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index`.
+        """
+        shard, row = self._locate(sample_id)
+        key = row["key"].decode()
+        where = f"{shard.url} sample {key}"
+        members = _part(shard.tar, int(row["offset"]), int(row["num_bytes"]))
+        if self.check == "crc":
+            _check_crc(members, row, where)
+        return key, members, where
+
     def record(self, sample_id: int) -> dict[str, Any]:
         """Reads a sample's metadata and text, for people and for tools."""
         shard, row = self._locate(sample_id)
@@ -200,6 +217,8 @@ class ShardReader:
             column = shard.rows[name]
             if values is None:
                 values = np.zeros((len(ordered), *column.shape[1:]), column.dtype)
+            elif column.dtype.itemsize > values.dtype.itemsize:
+                values = values.astype(column.dtype)  # keys of foreign tars differ in length
             rows = ordered[begin:end] - self.starts[number] + segment.first_row
             values[by_id[begin:end]] = column[rows]
         return np.zeros(0, np.int64) if values is None else values

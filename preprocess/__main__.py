@@ -16,6 +16,7 @@ from tqdm import tqdm
 from preprocess.choices import ChoiceForm
 from preprocess.datasets import dataset_names
 from preprocess.fetch import FetchPolicy
+from preprocess.foreign import ImportSettings, import_tars
 from preprocess.formatter import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
 from preprocess.image import ImagePolicy
 from preprocess.job import JobSettings
@@ -42,6 +43,7 @@ examples:
   python -m preprocess plan pixmo_cap --source hub
   python -m preprocess verify shards/pixmo_cap --deep
   python -m preprocess reshard shards/pixmo_cap shards/by_16 --nodes 16 --ranks 8 --workers 4 --copy
+  python -m preprocess import /data/laion --out shards/laion --name laion
   python -m preprocess filter shards/pixmo_cap shards/short --where "num_tokens < 1024"
 
 exit codes:
@@ -151,6 +153,29 @@ def _reshard(options: argparse.Namespace, report: TqdmReporter) -> int:
     outcome = reshard(plan, report)
     report.close()
     print(outcome_text(plan, outcome))
+    return 0
+
+
+def _import(options: argparse.Namespace, report: TqdmReporter) -> int:
+    settings = ImportSettings(
+        tars=tuple(options.tars),
+        out=options.out,
+        name=options.name,
+        split=options.split,
+        num_workers=options.jobs or len(os.sched_getaffinity(0)),
+    )
+    imported = import_tars(settings, report)
+    report.close()
+    split = imported.manifest.splits[settings.split]
+    lines = [
+        f"{settings.out}: {split.num_samples:,} samples in {len(imported.manifest.shards)} tars, "
+        f"{size_text(split.num_bytes)}",
+        f"manifest sha256 {imported.sha256}",
+    ]
+    lines += [f"{n:,} files passed over: {reason}" for reason, n in imported.skipped.items()]
+    if imported.repeated is not None:
+        lines.append(f"several samples have the key {imported.repeated}: do not filter by keys")
+    print("\n".join(lines))
     return 0
 
 
@@ -301,6 +326,15 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_verify)
     for verb in add_verbs(verbs):
         verb.set_defaults(run=_reshard)
+    foreign = verbs.add_parser(
+        "import", help="index WebDataset tars where they lie, to stream them"
+    )
+    foreign.add_argument("tars", help="tars, or folders of them; URLs too", nargs="+")
+    foreign.add_argument("--out", required=True, help="folder or URL for manifest and indexes")
+    foreign.add_argument("--name", required=True, help="name of the dataset")
+    foreign.add_argument("--split", default="train", help="split (default: %(default)s)")
+    foreign.add_argument("--jobs", type=int, help="processes; all cores when not given")
+    foreign.set_defaults(run=_import)
     names = verbs.add_parser("datasets", help="list the datasets")
     names.set_defaults(run=_datasets)
     return parser
