@@ -45,13 +45,16 @@ class ForeignFile:
 def split_name(name: str) -> tuple[str, str] | None:
     """Splits the name of a file into the key of its sample and its suffix; None where it has none.
 
-    >>> split_name("a.b/0001.cls.TXT"), split_name("README"), split_name("a/.hidden")
+    >>> split_name("a.b/0001.cls.TXT"), split_name("README"), split_name("__meta__/0.txt")
     (('a.b/0001', 'cls.txt'), None, None)
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
-    if not (stem and dot and suffix):
+    first = name.partition("/")[0]
+    if not dot or (len(first) > 3 and first.startswith("__") and first.endswith("__")):
         return None
+    if not stem and (not folder or "." in folder):
+        return None  # a hidden file; webdataset takes those of a folder without a dot, as we do
     return folder + slash + stem, suffix.lower()
 
 
