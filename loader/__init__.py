@@ -6,6 +6,7 @@ from loader.collate import MMCollator
 from loader.dataloader import StreamLoader, make_dataloader, view_collator
 from loader.mixture_stream import IterableDatasetMixture
 from loader.molmo import DeterministicDataset, MolmoPreprocessor
+from loader.raw import RawDataset, RawSample
 from loader.stream import StreamingDataset
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "IterableDatasetMixture",
     "MMCollator",
     "MolmoPreprocessor",
+    "RawDataset",
+    "RawSample",
     "StreamLoader",
     "StreamingDataset",
     "View",

@@ -45,4 +45,6 @@ def keys_fingerprint(reader: ShardReader, num_samples: int) -> str:
     count = min(num_samples, _MOST_KEYS)
     chosen = np.arange(count, dtype=np.int64) * num_samples // max(1, count)
     keys = reader.column("key", chosen)
-    return hashlib.sha256(keys.tobytes()).hexdigest()[:_DIGITS]
+    # How wide the column of a foreign tar's keys is depends on the tar.
+    payload = b"\n".join(keys.tolist()) if reader.raw else keys.tobytes()
+    return hashlib.sha256(payload).hexdigest()[:_DIGITS]

@@ -1,5 +1,6 @@
 """ShardReader: a sample of a dataset by its number, from local shards.
 
+Where a sample lies is asked of `Manifest.segments`, so a view reads like the dataset that it shows.
 Shards and indexes are memory-mapped when first touched, after their lengths have been checked
 against the manifest; a shard that is missing, short or too long is refused before a byte of it is
 used. The hot path reads three ranges per sample: no tar header is parsed, and no JSON.
@@ -19,7 +20,7 @@ import numpy as np
 from shardspec import storage
 from shardspec.errors import ShardError
 from shardspec.index import open_index, sample_layout
-from shardspec.manifest import Manifest, ShardEntry
+from shardspec.manifest import FileEntry, Manifest
 from shardspec.media import decode_stored
 from shardspec.sample import (
     SPAN_COLUMNS,
@@ -81,13 +82,14 @@ class ShardReader:
           ConfigError: `unknown_split`.
         """
         self.url = url
-        self.codec: Any = manifest.recipe["image"]["codec"]
+        self.raw = manifest.raw
+        self.codec: Any = None if manifest.raw else manifest.recipe["image"]["codec"]
         self.check: Check = check
-        self.shards = manifest.select(split)
-        counts = [shard.nsamples for shard in self.shards]
+        self.segments = manifest.segments(split)
+        counts = [segment.num_rows for segment in self.segments]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        """int64 [shards + 1], number of each shard's first sample."""
-        self._open: dict[int, _OpenShard] = {}
+        """int64 [segments + 1], number of each segment's first sample."""
+        self._open: dict[str, _OpenShard] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -155,6 +157,23 @@ class ShardReader:
             where=where,
         )
 
+    def members(self, sample_id: int) -> tuple[str, memoryview, str]:
+        """Gives the bytes of a sample in its tar, with the headers of its members.
+
+        Returns:
+          (key, bytes, where for errors).
+
+        Raises:
+          ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index`.
+        """
+        shard, row = self._locate(sample_id)
+        key = row["key"].decode()
+        where = f"{shard.url} sample {key}"
+        members = _part(shard.tar, int(row["offset"]), int(row["num_bytes"]))
+        if self.check == "crc":
+            _check_crc(members, row, where)
+        return key, members, where
+
     def record(self, sample_id: int) -> dict[str, Any]:
         """Reads a sample's metadata and text, for people and for tools."""
         shard, row = self._locate(sample_id)
@@ -186,7 +205,8 @@ class ShardReader:
         for number, begin, end in zip(
             numbers.tolist(), first.tolist(), [*first[1:].tolist(), len(ordered)], strict=True
         ):
-            shard = self._open.get(number) or self._open_shard(number)
+            segment = self.segments[number]
+            shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
             if name not in (shard.rows.dtype.names or ()):
                 raise ShardError(
                     f"the index has no column {name!r}",
@@ -197,24 +217,28 @@ class ShardReader:
             column = shard.rows[name]
             if values is None:
                 values = np.zeros((len(ordered), *column.shape[1:]), column.dtype)
-            values[by_id[begin:end]] = column[ordered[begin:end] - self.starts[number]]
+            elif column.dtype.itemsize > values.dtype.itemsize:
+                values = values.astype(column.dtype)  # keys of foreign tars differ in length
+            rows = ordered[begin:end] - self.starts[number] + segment.first_row
+            values[by_id[begin:end]] = column[rows]
         return np.zeros(0, np.int64) if values is None else values
 
     def _locate(self, sample_id: int) -> tuple[_OpenShard, np.void]:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
-        shard = self._open.get(number) or self._open_shard(number)
-        return shard, shard.rows[sample_id - int(self.starts[number])]
+        segment = self.segments[number]
+        shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
+        return shard, shard.rows[sample_id - int(self.starts[number]) + segment.first_row]
 
-    def _open_shard(self, number: int) -> _OpenShard:
+    def _open_shard(self, file: FileEntry) -> _OpenShard:
         with self._lock:
-            if number not in self._open:
+            if file.url not in self._open:
                 if len(self._open) >= _MAX_OPEN:
                     # The oldest; samples that still view its bytes keep the map alive.
                     del self._open[next(iter(self._open))]
-                self._open[number] = _open_local(self.url, self.shards[number])
-            return self._open[number]
+                self._open[file.url] = _open_local(self.url, file, raw=self.raw)
+            return self._open[file.url]
 
 
 def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
@@ -243,14 +267,15 @@ def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
     )
 
 
-def _open_local(url: str, entry: ShardEntry) -> _OpenShard:
-    where = storage.join(url, entry.url)
-    _check_size(where, entry.num_bytes)
-    _check_size(storage.join(url, entry.index_url), entry.index_bytes)
+def _open_local(url: str, file: FileEntry, *, raw: bool) -> _OpenShard:
+    where, index = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
+    _check_size(where, file.num_bytes)
+    _check_size(index, file.index_bytes)
     rows = open_index(
-        str(storage.local_path(storage.join(url, entry.index_url))),
-        num_samples=entry.nsamples,
-        shard_bytes=entry.num_bytes,
+        str(storage.local_path(index)),
+        num_samples=file.nsamples,
+        shard_bytes=file.num_bytes,
+        raw=raw,
     )
     with storage.local_path(where).open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

@@ -99,7 +99,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         Raises:
           ManifestError: There is no readable manifest.
           ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
-            `remote_url`, `max_samples`.
+            `remote_url`, `raw_dataset`, `max_samples`.
         """
         super().__init__()
         if not storage.is_local(url):
@@ -111,6 +111,13 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             )
         self.url = str(url)
         self.manifest = require_manifest(self.url)
+        if self.manifest.raw:
+            raise ConfigError(
+                "the dataset holds raw samples: nothing was tokenized or resized",
+                reason="raw_dataset",
+                where=self.url,
+                fix="stream it with loader.RawDataset, which hands its fields to your function",
+            )
         self.split = split
         self.seed = seed
         self.batch_size = batch_size

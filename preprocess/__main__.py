@@ -18,6 +18,7 @@ from tqdm import tqdm
 from preprocess.choices import ChoiceForm
 from preprocess.datasets import dataset_names
 from preprocess.fetch import FetchPolicy
+from preprocess.foreign import ImportSettings, import_tars
 from preprocess.formatter import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
 from preprocess.gc import find_strays, remove_strays
 from preprocess.image import ImagePolicy
@@ -26,6 +27,10 @@ from preprocess.lease import held
 from preprocess.pipeline import Outcome, run_job
 from preprocess.points import PointFormat
 from preprocess.recipe import Recipe
+from preprocess.reshard import reshard
+from preprocess.reshard_plan import plan_reshard
+from preprocess.reshard_verbs import add_verbs, outcome_text, plan_text, reshard_settings
+from preprocess.sizes import parse_bytes, size_text
 from preprocess.survey import Survey, survey_job
 from preprocess.tokens import EMBEDDED
 from preprocess.verify import verify
@@ -42,6 +47,9 @@ examples:
   python -m preprocess plan pixmo_cap --source hub
   python -m preprocess verify shards/pixmo_cap --deep
   python -m preprocess gc s3://bucket/pixmo_cap --dry-run
+  python -m preprocess reshard shards/pixmo_cap shards/by_16 --nodes 16 --ranks 8 --workers 4 --copy
+  python -m preprocess import /data/laion --out shards/laion --name laion
+  python -m preprocess filter shards/pixmo_cap shards/short --where "num_tokens < 1024"
 
 exit codes:
   0 done (or nothing to do)      1 the request cannot be honoured
@@ -84,7 +92,7 @@ class TqdmReporter:
             return
         told = []
         if self._sent_bytes:
-            told.append(f"sent {_bytes(self._sent_bytes)}")
+            told.append(f"sent {size_text(self._sent_bytes)}")
         if self._reasons:
             top = " ".join(f"{name}={n}" for name, n in self._reasons.most_common(3))
             told.append(f"failed: {top}")
@@ -160,7 +168,7 @@ def _gc(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa: ARG0
     with held(options.out):
         strays = find_strays(options.out, written_before_unix_s=before)
         for each in strays.objects:
-            print(f"{_bytes(each.num_bytes):>10}  {each.name}")
+            print(f"{size_text(each.num_bytes):>10}  {each.name}")
         for upload in strays.uploads:
             print(f"{'upload':>10}  {upload.name}")
         if not options.dry_run:
@@ -168,7 +176,7 @@ def _gc(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa: ARG0
     objects, uploads = len(strays.objects), len(strays.uploads)
     verbs = ("would remove", "abort") if options.dry_run else ("removed", "aborted")
     print(
-        f"{options.out}: {verbs[0]} {objects} objects ({_bytes(strays.num_bytes)}), "
+        f"{options.out}: {verbs[0]} {objects} objects ({size_text(strays.num_bytes)}), "
         f"{verbs[1]} {uploads} unfinished uploads"
     )
     if options.out.startswith("gs://"):
@@ -181,11 +189,46 @@ def _datasets(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa
     return 0
 
 
+def _reshard(options: argparse.Namespace, report: TqdmReporter) -> int:
+    plan = plan_reshard(reshard_settings(options), report)
+    report.close()
+    print(plan_text(plan), flush=True)
+    if options.dry_run:
+        return 0
+    outcome = reshard(plan, report)
+    report.close()
+    print(outcome_text(plan, outcome))
+    return 0
+
+
+def _import(options: argparse.Namespace, report: TqdmReporter) -> int:
+    settings = ImportSettings(
+        tars=tuple(options.tars),
+        out=options.out,
+        name=options.name,
+        split=options.split,
+        num_workers=options.jobs or len(os.sched_getaffinity(0)),
+    )
+    imported = import_tars(settings, report)
+    report.close()
+    split = imported.manifest.splits[settings.split]
+    lines = [
+        f"{settings.out}: {split.num_samples:,} samples in {len(imported.manifest.shards)} tars, "
+        f"{size_text(split.num_bytes)}",
+        f"manifest sha256 {imported.sha256}",
+    ]
+    lines += [f"{n:,} files passed over: {reason}" for reason, n in imported.skipped.items()]
+    if imported.repeated is not None:
+        lines.append(f"several samples have the key {imported.repeated}: do not filter by keys")
+    print("\n".join(lines))
+    return 0
+
+
 def _summary(settings: JobSettings, outcome: Outcome) -> str:
     split, shards = outcome.result.split, outcome.result.manifest.select(settings.split)
     lines = [
         f"{settings.out}: {split.num_samples:,} samples in {len(shards)} shards, "
-        f"{_bytes(split.num_bytes)}, {split.num_tokens:,} tokens",
+        f"{size_text(split.num_bytes)}, {split.num_tokens:,} tokens",
         f"manifest sha256 {outcome.result.sha256}",
     ]
     lost = sum(split.quarantined.values())
@@ -210,14 +253,14 @@ def _survey_table(settings: JobSettings, survey: Survey) -> str:
     else:
         total = survey.mean_sample_bytes * survey.num_rows
         rows += [
-            ("bytes per sample", _bytes(survey.mean_sample_bytes)),
-            ("  of them variants", _bytes(survey.mean_variant_bytes or 0)),
+            ("bytes per sample", size_text(survey.mean_sample_bytes)),
+            ("  of them variants", size_text(survey.mean_variant_bytes or 0)),
             ("tokens per sample", f"{survey.mean_tokens:.0f}"),
             ("shards", f"{survey.shards.num_shards} ({survey.shards.rule})"),
-            ("total", _bytes(total)),
+            ("total", size_text(total)),
         ]
     if survey.free_bytes is not None:
-        rows.append(("free at the output", _bytes(survey.free_bytes)))
+        rows.append(("free at the output", size_text(survey.free_bytes)))
     return "\n".join(f"{name:<20} {value}" for name, value in rows)
 
 
@@ -284,28 +327,6 @@ def _view(options: argparse.Namespace, crops: int) -> ImageView:
     )
 
 
-def parse_bytes(text: str) -> int:
-    """Reads a size such as 256MiB, 1GiB, 512MB or a plain number of bytes.
-
-    >>> parse_bytes("256MiB") == 256 * 2**20
-    True
-
-    Raises:
-      ConfigError: `size_text`.
-    """
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in units:
-        raise ConfigError(
-            "size is not understood",
-            reason="size_text",
-            facts={"got": text},
-            fix="write it as 256MiB, 1GiB or a number of bytes",
-        )
-    return int(float(match[1]) * units[match[2].upper()])
-
-
 def parse_age_s(text: str) -> float:
     """Reads an age such as 90s, 30m, 24h or 7d, in seconds.
 
@@ -341,14 +362,6 @@ def _number(text: str, flag: str) -> float:
         ) from error
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # 1, not argparse's 2: that one means a spent error budget here.
@@ -381,6 +394,17 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="only list it")
     sweep.add_argument("--older-than", metavar="AGE", help="pass over what is younger, e.g. 24h")
     sweep.set_defaults(run=_gc)
+    for verb in add_verbs(verbs):
+        verb.set_defaults(run=_reshard)
+    foreign = verbs.add_parser(
+        "import", help="index WebDataset tars where they lie, to stream them"
+    )
+    foreign.add_argument("tars", help="tars, or folders of them; URLs too", nargs="+")
+    foreign.add_argument("--out", required=True, help="folder or URL for manifest and indexes")
+    foreign.add_argument("--name", required=True, help="name of the dataset")
+    foreign.add_argument("--split", default="train", help="split (default: %(default)s)")
+    foreign.add_argument("--jobs", type=int, help="processes; all cores when not given")
+    foreign.set_defaults(run=_import)
     names = verbs.add_parser("datasets", help="list the datasets")
     names.set_defaults(run=_datasets)
     return parser

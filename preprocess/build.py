@@ -220,12 +220,34 @@ def rows_url(out: str, split: str, shard: int) -> str:
 
 def find_receipts(context: BuildContext) -> dict[int, Receipt]:
     """Finds the receipts of finished shards: of this very build, and with their shards in place."""
-    names = {f"{context.name(shard)}.json": shard for shard in range(context.num_shards)}
-    present = [n for n in storage.list_names(storage.join(context.out, "receipts")) if n in names]
-    sizes = stored_sizes(context.out, context.split)
+    return valid_receipts(
+        context.out,
+        {context.name(shard): shard for shard in range(context.num_shards)},
+        split=context.split,
+        build_key=context.build_key,
+    )
+
+
+def valid_receipts(
+    out: str, shards: Mapping[str, int], *, split: str, build_key: str
+) -> dict[int, Receipt]:
+    """Finds receipts that are of one build, and whose shards are in place.
+
+    Args:
+      out: The output.
+      shards: Names of the split's shards, without suffix, to their numbers.
+      split: The split.
+      build_key: The build's.
+
+    Returns:
+      Number of each finished shard to its receipt.
+    """
+    names = {f"{name}.json": shard for name, shard in shards.items()}
+    present = [n for n in storage.list_names(storage.join(out, "receipts")) if n in names]
+    sizes = stored_sizes(out, split)
 
     def read(name: str) -> Receipt | None:
-        url = storage.join(context.out, "receipts", name)
+        url = storage.join(out, "receipts", name)
         try:
             return parse_receipt(storage.read_bytes(url), where=url)
         except FileNotFoundError:
@@ -237,7 +259,7 @@ def find_receipts(context: BuildContext) -> dict[int, Receipt]:
             names[name]: receipt
             for name, receipt in found
             if receipt is not None
-            and receipt.build_key == context.build_key
+            and receipt.build_key == build_key
             and is_in_place(receipt.shard, sizes)
         }
 

@@ -43,6 +43,19 @@ INDEX_DTYPE = np.dtype(
 """Columns of a row. Little-endian, packed: 112 bytes."""
 
 
+RAW_COLUMNS = ("offset", "num_bytes", "crc32")
+"""Columns that the index of a raw dataset has in common; its keys are as long as need be."""
+
+
+def raw_index_dtype(key_bytes: int) -> np.dtype:
+    """Gives the row type of a foreign tar whose longest key has so many bytes.
+
+    `num_members` counts the files of the sample.
+    """
+    own = [(name, INDEX_DTYPE[name].str) for name in RAW_COLUMNS]
+    return np.dtype([*own, ("num_members", "<u4"), ("key", f"S{max(1, key_bytes)}")])
+
+
 def index_dtype(num_views: int) -> np.dtype:
     """Gives the row type of a dataset whose recipe has so many views.
 
@@ -176,16 +189,17 @@ def encode_index(rows: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def open_index(path: str, *, num_samples: int, shard_bytes: int) -> np.ndarray:
+def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = False) -> np.ndarray:
     """Memory-maps an index and checks that it fits its shard.
 
     Args:
       path: Local path of the .npy file.
       num_samples: Rows that the manifest promises.
       shard_bytes: Length of the tar.
+      raw: Whether the samples are a foreign tar's, with fewer columns.
 
     Returns:
-      INDEX_DTYPE [num_samples], read-only.
+      INDEX_DTYPE [num_samples], read-only; `raw_index_dtype` for a raw dataset.
 
     Raises:
       ShardError: `index_missing`, `index_format`, `index_count`, `index_range`.
@@ -205,9 +219,11 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int) -> np.ndarray:
     known = set(rows.dtype.names or ())
     wrong = [
         name
-        for name in INDEX_DTYPE.names or ()
+        for name in (RAW_COLUMNS if raw else INDEX_DTYPE.names or ())
         if name not in known or rows.dtype[name] != INDEX_DTYPE[name]
     ]
+    if raw and ("key" not in known or rows.dtype["key"].kind != "S"):
+        wrong.append("key")
     if rows.ndim != 1 or wrong:
         raise _broken(path, "index_format", {"ndim": rows.ndim, "wrong_columns": wrong})
     # A damaged header length would shift every row; the rows must end where the file does.

@@ -6,22 +6,31 @@ the job's inputs, so the same inputs give the same bytes; clocks and host names 
 
 A *receipt* is the same statement about one shard, written when that shard is complete; commit
 gathers the receipts of a split and adds the split to the manifest.
+
+A *view* is a manifest whose shards are runs of samples of other datasets' files: nothing was
+copied. A *raw* dataset holds the members of foreign tars as they were found, without recipe and
+tokenizer. Readers see both through `Manifest.segments`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
 
 FORMAT_VERSION = 1
-"""Version of the on-disk contract; readers refuse any other."""
+"""Version of the on-disk contract: a dataset that owns its shards, of prepared samples."""
+
+EXTENDED_VERSION = 2
+"""Version of the manifests that readers of version 1 must refuse: views and raw datasets."""
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
@@ -31,16 +40,49 @@ INDEX_SUFFIX = ".index.npy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """A tar and its index, wherever they lie."""
+
+    url: str
+    """Path of the tar from the manifest's folder, or a URL of its own."""
+    index_url: str
+    nsamples: int
+    num_bytes: int
+    """Length of the tar."""
+    sha256: str
+    """Of the tar; "" where nobody has read it as a whole."""
+    index_bytes: int
+    index_sha256: str
+
+    @property
+    def content_sha256(self) -> str:
+        """Names the content of the tar: two files that differ have different ones."""
+        # The index holds every sample's key, place, length and checksum.
+        return self.sha256 or self.index_sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Consecutive samples of one file."""
+
+    file: FileEntry
+    first_row: int
+    """Row of the file's index where they begin."""
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEntry:
     """One shard as the manifest names it."""
 
     url: str
-    """Path of the tar, relative to the manifest."""
+    """Path of the tar, relative to the manifest. The shards of a view have none."""
     split: str
     nsamples: int
     num_bytes: int
     """Length of the tar."""
     sha256: str
+    """Of the tar; "" where it was joined from parts of others without being read as a whole."""
     index_bytes: int
     index_sha256: str
     num_images: int
@@ -52,6 +94,12 @@ class ShardEntry:
     def index_url(self) -> str:
         """Path of the index, relative to the manifest."""
         return self.url.removesuffix(".tar") + INDEX_SUFFIX
+
+    @property
+    def file(self) -> FileEntry:
+        """The tar and the index of a shard that its dataset owns."""
+        own = {field.name: getattr(self, field.name) for field in fields(FileEntry)}
+        return FileEntry(**own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +146,22 @@ class TokenizerEntry:
     """bos, eos, pad, and the image symbols such as <im_patch>."""
 
 
+NO_TOKENIZER = TokenizerEntry(
+    name="", sha256="", probe_sha256="", vocab_size=0, embedding_size=0, special_ids={}
+)
+"""What stands for the tokenizer of a raw dataset; `null` in its manifest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Where the samples of a view's shards lie."""
+
+    files: tuple[FileEntry, ...]
+    parts: Mapping[str, tuple[tuple[int, int, int], ...]]
+    """URL of each shard of the view -> its runs of samples: (number of the file, first row, rows).
+    No sample stands in a split twice."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything a reader needs to trust and to use a dataset."""
@@ -110,7 +174,15 @@ class Manifest:
     """Versions of the libraries that touch bytes, and the hash of our own code that does."""
     splits: Mapping[str, SplitEntry]
     shards: tuple[ShardEntry, ...]
-    format_version: int = FORMAT_VERSION
+    view: View | None = None
+    """Where the samples lie, if the dataset does not own its shards."""
+    raw: bool = False
+    """Whether samples are members of foreign tars, as they were found."""
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version whose readers understand this manifest."""
+        return EXTENDED_VERSION if self.raw or self.view else FORMAT_VERSION
 
     def select(self, split: str) -> tuple[ShardEntry, ...]:
         """Lists the shards of a split in order.
@@ -127,6 +199,21 @@ class Manifest:
             )
         return tuple(shard for shard in self.shards if shard.split == split)
 
+    def segments(self, split: str) -> tuple[Segment, ...]:
+        """Lists where the samples of a split lie, in order.
+
+        Raises:
+          ConfigError: `unknown_split`.
+        """
+        shards = self.select(split)
+        if self.view is None:
+            return tuple(Segment(file=s.file, first_row=0, num_rows=s.nsamples) for s in shards)
+        return tuple(
+            Segment(file=self.view.files[number], first_row=first, num_rows=rows)
+            for shard in shards
+            for number, first, rows in self.view.parts[shard.url]
+        )
+
     def with_split(self, split: str, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> Manifest:
         """Adds or replaces a split; shards stay sorted by URL."""
         others = tuple(shard for shard in self.shards if shard.split != split)
@@ -138,21 +225,26 @@ class Manifest:
 
     def encode(self) -> bytes:
         """Serialises the manifest canonically."""
-        return canonical_json(
-            {
-                "__kind__": "wids-shard-index-v1",
-                "wids_version": 1,
-                "name": self.dataset,
-                "format_version": self.format_version,
-                "dataset": self.dataset,
-                "recipe": self.recipe,
-                "tokenizer": asdict(self.tokenizer),
-                "libraries": self.libraries,
-                "splits": {name: asdict(entry) for name, entry in self.splits.items()},
-                "shardlist": [asdict(shard) for shard in self.shards],
-            },
-            indent=1,
-        )
+        document: dict[str, Any] = {
+            "format_version": self.format_version,
+            "dataset": self.dataset,
+            "recipe": self.recipe,
+            "tokenizer": None if self.raw else asdict(self.tokenizer),
+            "libraries": self.libraries,
+            "splits": {name: asdict(entry) for name, entry in self.splits.items()},
+            "shardlist": [asdict(shard) for shard in self.shards],
+        }
+        if self.view is None:
+            document |= {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": self.dataset}
+        if self.format_version == EXTENDED_VERSION:
+            document |= {"raw": self.raw, "view": self.view and _encode_view(self.view)}
+        return canonical_json(document, indent=1)
+
+
+def _encode_view(view: View) -> dict[str, Any]:
+    # One text per shard and not three lines per run: a view may list many thousands of runs.
+    parts = {url: " ".join(f"{f}:{a}+{n}" for f, a, n in runs) for url, runs in view.parts.items()}
+    return {"files": [asdict(file) for file in view.files], "parts": parts}
 
 
 def canonical_json(value: object, *, indent: int | None = None) -> bytes:
@@ -186,16 +278,25 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
             fix="remove it, and run the `make shards` command that made the dataset",
         ) from error
     version = document.get("format_version") if isinstance(document, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, EXTENDED_VERSION):
         raise ManifestError(
             "manifest has a format version that this release does not read",
             reason="manifest_version",
             where=where,
-            facts={"got": version, "want": FORMAT_VERSION},
+            facts={"got": version, "want": f"{FORMAT_VERSION} or {EXTENDED_VERSION}"},
             fix="read it with the release that wrote it, or build the dataset again",
         )
     problems: list[str] = []
-    tokenizer = _record(TokenizerEntry, document.get("tokenizer"), "tokenizer", problems)
+    raw, view = False, None
+    if version == EXTENDED_VERSION:
+        raw = document.get("raw")
+        if not isinstance(raw, bool):
+            problems.append(f"raw: want true or false, got {raw!r}")
+        if document.get("view") is not None:
+            view = _parse_view(_mapping(document, "view", problems), problems)
+    tokenizer = NO_TOKENIZER
+    if not raw:
+        tokenizer = _record(TokenizerEntry, document.get("tokenizer"), "tokenizer", problems)
     splits = {
         str(name): _record(SplitEntry, entry, f"splits.{name}", problems)
         for name, entry in _mapping(document, "splits", problems).items()
@@ -212,6 +313,8 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         problems.append(f"dataset: want str, got {dataset!r}")
     if not problems:
         problems = _contradictions(splits, shards)
+    if not problems and view is not None:
+        problems = _view_contradictions(view, shards)
     if problems:
         raise ManifestError(
             "manifest is malformed",
@@ -220,7 +323,6 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
             facts={"problems": "; ".join(problems)},
             fix="remove it, and run the `make shards` command that made the dataset",
         )
-    assert tokenizer is not None
     return Manifest(
         dataset=str(dataset),
         recipe=recipe,
@@ -228,6 +330,8 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         libraries=libraries,
         splits=splits,
         shards=tuple(shards),
+        view=view,
+        raw=raw,
     )
 
 
@@ -340,6 +444,46 @@ def _contradictions(splits: Mapping[str, SplitEntry], shards: Sequence[ShardEntr
             got = f"{entry.num_samples}, its shards have {num_samples[name]}"
             problems.append(f"splits.{name}.num_samples: {got}")
     return problems
+
+
+def _parse_view(document: dict[str, Any], problems: list[str]) -> View:
+    listed = document.get("files")
+    if not isinstance(listed, list):
+        problems.append("view.files: want a list")
+        listed = []
+    files = [_record(FileEntry, e, f"view.files[{i}]", problems) for i, e in enumerate(listed)]
+    parts: dict[str, tuple[tuple[int, int, int], ...]] = {}
+    for url, text in _mapping(document, "parts", problems).items():
+        runs = [_RUN.fullmatch(run) for run in text.split()] if isinstance(text, str) else [None]
+        if not all(runs):
+            problems.append(f"view.parts.{url}: want runs such as 0:16+8, got {text!r:.80}")
+            continue
+        parts[url] = tuple((int(m[1]), int(m[2]), int(m[3])) for m in runs if m)
+    return View(files=tuple(files), parts=parts)
+
+
+def _view_contradictions(view: View, shards: Sequence[ShardEntry]) -> list[str]:
+    """Lists where a view's parts do not fit its files and shards."""
+    problems = [f"view.parts: no {shard.url}" for shard in shards if shard.url not in view.parts]
+    taken: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for shard in shards:
+        runs = view.parts.get(shard.url, ())
+        got = sum(rows for *_, rows in runs)
+        if got != shard.nsamples:
+            problems.append(f"view.parts.{shard.url}: {got} rows, the shard {shard.nsamples}")
+        for number, first, rows in runs:
+            if number >= len(view.files) or first + rows > view.files[number].nsamples or not rows:
+                problems.append(f"view.parts.{shard.url}: no rows {first}+{rows} in file {number}")
+            taken.setdefault((shard.split, number), []).append((first, first + rows))
+    for (split, number), spans in taken.items():
+        spans.sort()
+        if any(stop > start for (_, stop), (start, _) in pairwise(spans)):
+            problems.append(f"view.parts: split {split} has rows of file {number} twice")
+    return problems
+
+
+_RUN = re.compile(r"([0-9]+):([0-9]+)\+([0-9]+)")
+"""A run of a view: number of the file, first row, rows."""
 
 
 def _mapping(document: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:

@@ -80,6 +80,22 @@ def join(url: str, *parts: str) -> str:
     return posixpath.join(url, *parts)
 
 
+def resolve(base: str, url: str) -> str:
+    """Gives a URL that may be relative to a folder as one that stands alone.
+
+    >>> resolve("s3://bucket/views/a", "../b/train/x.tar")
+    's3://bucket/views/b/train/x.tar'
+    >>> resolve("/data/a", "s3://bucket/x.tar"), resolve("/data/a", "train/x.tar")
+    ('s3://bucket/x.tar', '/data/a/train/x.tar')
+    """
+    if "://" in url or url.startswith("/"):
+        return url
+    if is_local(base):
+        return join(base, url)  # the system knows where ".." leads, over symbolic links too
+    scheme, _, path = base.partition("://")
+    return f"{scheme}://{posixpath.normpath(posixpath.join(path, url))}"
+
+
 def exists(url: str) -> bool:
     """Tells whether an object or a directory is there."""
     with naming_errors(url):

@@ -43,6 +43,8 @@ PUBLIC = {
         "IterableDatasetMixture",
         "MMCollator",
         "MolmoPreprocessor",
+        "RawDataset",
+        "RawSample",
         "StreamLoader",
         "StreamingDataset",
         "View",

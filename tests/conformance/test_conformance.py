@@ -242,8 +242,8 @@ BROKEN = {
         lambda d: (d / MANIFEST_NAME).write_bytes(cut(MANIFEST_NAME, 5)),
         "manifest_json",
     ),
-    "manifest is of the next version": (
-        lambda d: rewrite(d, document={"format_version": 2}),
+    "manifest is of an unknown version": (
+        lambda d: rewrite(d, document={"format_version": 3}),
         "manifest_version",
     ),
     "manifest has no tokenizer": (

@@ -27,9 +27,10 @@ def index_rows(url, shard=0):
 
 def change_entry(reader, shard, **values):
     """Makes the reader believe something else of a shard."""
-    shards = list(reader.shards)
-    shards[shard] = dataclasses.replace(shards[shard], **values)
-    reader.shards = tuple(shards)
+    segments = list(reader.segments)
+    file = dataclasses.replace(segments[shard].file, **values)
+    segments[shard] = dataclasses.replace(segments[shard], file=file)
+    reader.segments = tuple(segments)
 
 
 def assert_same(got, want):
@@ -142,7 +143,7 @@ def test_file_of_another_length_than_promised_is_refused(suffix, change, reason,
 
 def test_index_with_another_number_of_rows_is_refused(url):
     reader = open_reader(url)
-    change_entry(reader, 0, nsamples=reader.shards[0].nsamples - 1)
+    change_entry(reader, 0, nsamples=reader.segments[0].num_rows - 1)
     with pytest.raises(ShardError) as caught:
         reader.read(0)
     assert caught.value.reason == "index_count"

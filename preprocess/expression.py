@@ -1,0 +1,121 @@
+"""What a filter such as "num_tokens < 2048 and width >= 336" says of samples.
+
+Pure. The text is parsed by Python's own grammar and then walked: names of index columns, numbers,
+comparisons, `and`, `or`, `not`, arithmetic and `&` (to test flags). Nothing else is accepted, and
+nothing is ever evaluated as code. Columns are taken as 64-bit integers, so differences of counts
+may be negative; a division by zero is no number, and every comparison with it fails, but `!=`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from shardspec.errors import ConfigError, nearest
+
+MAX_FILTER_CHARACTERS = 2000
+"""Longer texts could nest deeper than the parser's stack."""
+
+
+def _divided(divide: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: np.where(b == 0, np.nan, divide(a, np.where(b == 0, 1, b)))
+
+
+_ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: _divided(np.true_divide),
+    ast.FloorDiv: _divided(np.floor_divide),
+    ast.Mod: _divided(np.mod),
+    ast.BitAnd: operator.and_,
+}
+_COMPARISONS: Mapping[type, Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+
+
+def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Tells which samples a filter keeps.
+
+    Args:
+      text: The filter.
+      columns: Numbers of the samples by name, each [n].
+
+    Returns:
+      bool [n].
+
+    Raises:
+      ConfigError: `filter_expression`: the text is no condition on these columns.
+
+    >>> select("2 < a < 9 and not a == b", {"a": np.array([1, 5, 7]), "b": np.array([0, 5, 0])})
+    array([False, False,  True])
+    """
+    if len(text) > MAX_FILTER_CHARACTERS:
+        raise _refused(text, f"longer than {MAX_FILTER_CHARACTERS} characters", 0)
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _refused(text, str(error), getattr(error, "offset", 0) or 0) from error
+    try:
+        kept = _condition(tree.body, text, columns)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise _refused(text, str(error), 0) from error
+    length = len(next(iter(columns.values()))) if columns else 0
+    return np.array(np.broadcast_to(kept, (length,)))
+
+
+def _condition(node: ast.expr, text: str, columns: Mapping[str, np.ndarray]) -> Any:
+    """Evaluates a part that says yes or no."""
+    if isinstance(node, ast.BoolOp):
+        parts = [_condition(value, text, columns) for value in node.values]
+        join = np.logical_and if isinstance(node.op, ast.And) else np.logical_or
+        return join.reduce(np.broadcast_arrays(*parts))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return np.logical_not(_condition(node.operand, text, columns))
+    if isinstance(node, ast.Compare):
+        values = [_number(each, text, columns) for each in (node.left, *node.comparators)]
+        kept: Any = np.True_
+        for compare, left, right in zip(node.ops, values[:-1], values[1:], strict=True):
+            if type(compare) not in _COMPARISONS:
+                raise _refused(text, "only < <= > >= == != compare", node.col_offset)
+            kept = kept & _COMPARISONS[type(compare)](left, right)
+        return kept
+    raise _refused(text, "a comparison is wanted here", node.col_offset)
+
+
+def _number(node: ast.expr, text: str, columns: Mapping[str, np.ndarray]) -> Any:
+    """Evaluates a part that is a number for each sample, or one for all."""
+    if isinstance(node, ast.Constant) and type(node.value) is float:
+        return node.value
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return np.int64(node.value)
+    if isinstance(node, ast.Name):
+        if node.id not in columns:
+            raise _refused(text, f"no column {node.id!r}: {nearest(node.id, columns)}", 0)
+        return columns[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_number(node.operand, text, columns)
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        left, right = (_number(each, text, columns) for each in (node.left, node.right))
+        return _ARITHMETIC[type(node.op)](left, right)
+    raise _refused(text, "a number or a column is wanted here", node.col_offset)
+
+
+def _refused(text: str, problem: str, position: int) -> ConfigError:
+    return ConfigError(
+        "filter is not understood",
+        reason="filter_expression",
+        where=f"character {position} of {text[:200]!r}",
+        facts={"problem": problem},
+        fix='write it like "num_tokens < 2048 and (width >= 336 or num_images == 0)"',
+    )

@@ -1,0 +1,283 @@
+"""RESHARD: new shards out of old ones, without touching a pixel: view or copy, then commit.
+
+A *view* is a manifest that names runs of samples in the old files; no byte moves. A *copy* makes
+each new shard of byte ranges (reshard_copy.py), one task per shard, so that the same command goes
+on after any interruption. The manifest is written last, once all sources are still the versions
+that were planned with.
+
+Sources are only read. Samples keep their bytes, keys and order, so a run's state goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from preprocess.build import SCRATCH, scratch_folder, valid_receipts
+from preprocess.engines import local
+from preprocess.job import Reporter
+from preprocess.lease import held
+from preprocess.reshard_copy import CopyContext, CopyTask, copy_shard, shard_entry
+from preprocess.reshard_plan import ReshardPlan, SplitPlan, absolute_url, shard_rows
+from shardspec import storage
+from shardspec.copying import require_stamp
+from shardspec.errors import ConflictError
+from shardspec.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    Receipt,
+    ShardEntry,
+    SplitEntry,
+    View,
+    differences,
+    load_manifest,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resharded:
+    """How it ended."""
+
+    manifest: Manifest
+    sha256: str
+    """Of the manifest."""
+    copied_shards: int
+    """Copied in this run."""
+    fresh: bool
+    """Whether this run wrote the manifest; False when there was nothing to do."""
+
+
+def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
+    """Carries a plan out, or finishes what an interrupted run began.
+
+    Raises:
+      ConflictError: `job_conflict`: the output holds something else.
+      ShardError: `sample_crc`, `source_changed`, `tar_truncated`: a source is not what it was.
+      StorageError: The output cannot be written.
+    """
+    out = plan.settings.out
+    done = _finished(plan)
+    if done is not None:
+        return done
+    with held(out) as check_held:
+        done = _finished(plan)  # once more: another job may have ended in between
+        if done is not None:
+            return done
+        if storage.is_local(out):
+            storage.delete(storage.join(out, SCRATCH))
+        if plan.view:
+            shards, view, copied = [], _view(plan), 0
+            for each in plan.splits:
+                shards += [_view_entry(plan, each, shard) for shard in range(each.num_shards)]
+        else:
+            view = None
+            receipts, copied = _copy(plan, report)
+            shards = [receipt.shard for receipt in receipts]
+        for url, want in plan.stamps.items():
+            require_stamp(url, want)
+        manifest = _manifest(plan, shards, view)
+        _publish_tokenizer(plan, report)
+        payload = manifest.encode()
+        check_held()
+        if not storage.swap_bytes(storage.join(out, MANIFEST_NAME), payload, replacing=None):
+            raise ConflictError(
+                "another job has written this output's manifest in the meantime",
+                reason="manifest_conflict",
+                where=out,
+                fix="run the same command again: it tells what is there now",
+            )
+        if storage.is_local(out):
+            storage.delete(storage.join(out, SCRATCH))
+            storage.delete_temporaries(out)
+    return Resharded(
+        manifest=manifest,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        copied_shards=copied,
+        fresh=True,
+    )
+
+
+def _view(plan: ReshardPlan) -> View:
+    out = plan.settings.out
+    files = {url: file for split in plan.splits for url, file in split.files.items()}
+    numbers = {url: i for i, url in enumerate(files)}
+    parts: dict[str, tuple[tuple[int, int, int], ...]] = {}
+    for split in plan.splits:
+        for shard in range(split.num_shards):
+            parts[_shard_url(plan, split, shard)] = tuple(
+                (
+                    numbers[split.segments[segment].file.url],
+                    split.segments[segment].first_row + first,
+                    rows,
+                )
+                for segment, first, rows in split.runs(shard).tolist()
+            )
+    entries = tuple(
+        replace(
+            file,
+            url=portable_url(out, file.url),
+            index_url=portable_url(out, file.index_url),
+        )
+        for file in files.values()
+    )
+    return View(files=entries, parts=parts)
+
+
+def _view_entry(plan: ReshardPlan, split: SplitPlan, shard: int) -> ShardEntry:
+    rows, _ = shard_rows(plan, split, shard)
+    return shard_entry(
+        rows, url=_shard_url(plan, split, shard), split=split.split, sha256="", index=b""
+    )
+
+
+def portable_url(out: str, url: str) -> str:
+    """Names a file as a view does: from its own folder if both lie in the same one, else in full.
+
+    So a folder with datasets and their views may be moved as a whole.
+
+    >>> portable_url("s3://bucket/sets/view", "s3://bucket/sets/old/train/a.tar")
+    '../old/train/a.tar'
+    >>> portable_url("s3://bucket/view", "s3://other/old/a.tar")
+    's3://other/old/a.tar'
+    """
+    if storage.is_local(out) != storage.is_local(url):
+        return url
+    here, there = absolute_url(out), absolute_url(url)
+    parent = posixpath.dirname(here)
+    if not there.startswith(parent + "/") or parent.endswith(":"):  # a bucket is the root
+        return there
+    return posixpath.relpath(there, here)
+
+
+def _shard_url(plan: ReshardPlan, split: SplitPlan, shard: int) -> str:
+    return f"{split.split}/{plan.name(split, shard)}.tar"
+
+
+def _copy(plan: ReshardPlan, report: Reporter) -> tuple[list[Receipt], int]:
+    """Copies what has no receipt; returns every receipt in order, and how many are new."""
+    tasks = tuple(
+        CopyTask(split=split.split, name=plan.name(split, shard), build_key=key)
+        for split in plan.splits
+        for key in [plan.build_key(split)]
+        for shard in range(split.num_shards)
+    )
+    places = [(split, shard) for split in plan.splits for shard in range(split.num_shards)]
+    files = {url: file for split in plan.splits for url, file in split.files.items()}
+    with scratch_folder(plan.settings.out) as folder:
+        context = CopyContext(
+            out=plan.settings.out,
+            tasks=tasks,
+            urls=tuple(plan.tables),
+            stamps=plan.stamps,
+            folder=str(folder),
+            through=plan.settings.through,
+            sha256=plan.settings.sha256,
+            source_sha256={url: file.sha256 for url, file in files.items()},
+        )
+        receipts: dict[int, Receipt | None] = dict.fromkeys(range(len(tasks)))
+        for split in plan.splits:
+            names = {task.name: i for i, task in enumerate(tasks) if task.split == split.split}
+            key = plan.build_key(split)
+            receipts |= valid_receipts(context.out, names, split=split.split, build_key=key)
+        missing = [i for i, receipt in receipts.items() if receipt is None]
+        if len(missing) < len(tasks):
+            report.note(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished")
+        for i in missing:
+            rows, numbers = shard_rows(plan, *places[i])
+            np.save(folder / f"{i}.rows.npy", rows, allow_pickle=False)
+            np.save(folder / f"{i}.files.npy", numbers, allow_pickle=False)
+        report.stage("copy", len(missing))
+        for event in local.run(
+            missing, work=copy_shard, context=context, num_workers=plan.settings.num_workers
+        ):
+            if isinstance(event, local.TaskLost):
+                report.note(
+                    f"a worker died (exit code {event.exit_code}); its shard is copied again"
+                )
+            elif isinstance(event, local.TaskDone):
+                receipts[event.task] = event.value
+                report.step("")
+    return [receipt for receipt in receipts.values() if receipt is not None], len(missing)
+
+
+def _manifest(plan: ReshardPlan, shards: Sequence[ShardEntry], view: View | None) -> Manifest:
+    first = plan.sources[0].manifest
+    versions: dict[str, set[str]] = {}
+    for source in plan.sources:
+        for name, version in source.manifest.libraries.items():
+            versions.setdefault(name, set()).update(version.split(" | "))
+    splits = {}
+    for split in plan.splits:
+        own = [shard for shard in shards if shard.split == split.split]
+        splits[split.split] = SplitEntry(
+            build_key=plan.build_key(split),
+            source=plan.source_of(split),
+            num_samples=sum(shard.nsamples for shard in own),
+            num_images=sum(shard.num_images for shard in own),
+            num_tokens=sum(shard.num_tokens for shard in own),
+            num_loss_tokens=sum(shard.num_loss_tokens for shard in own),
+            num_bytes=sum(shard.num_bytes for shard in own),
+            quarantined=split.quarantined,
+        )
+    return Manifest(
+        dataset=plan.dataset,
+        recipe=first.recipe,
+        tokenizer=first.tokenizer,
+        libraries={name: " | ".join(sorted(found)) for name, found in versions.items()},
+        splits=splits,
+        shards=tuple(sorted(shards, key=lambda shard: shard.url)),
+        view=view,
+        raw=plan.raw,
+    )
+
+
+def _publish_tokenizer(plan: ReshardPlan, report: Reporter) -> None:
+    if plan.raw:
+        return
+    try:
+        payload = storage.read_bytes(storage.join(plan.sources[0].url, TOKENIZER_NAME))
+    except FileNotFoundError:
+        report.note("the source has no copy of its tokenizer: its texts cannot be read back")
+        return
+    storage.publish_bytes(storage.join(plan.settings.out, TOKENIZER_NAME), payload)
+
+
+def _finished(plan: ReshardPlan) -> Resharded | None:
+    """Finds the result of this very plan in place; None where the output is still empty.
+
+    Raises:
+      ConflictError: `job_conflict`.
+    """
+    out = plan.settings.out
+    manifest = load_manifest(out)
+    if manifest is None:
+        return None
+    want = {split.split: plan.build_key(split) for split in plan.splits}
+    if {name: entry.build_key for name, entry in manifest.splits.items()} != want:
+        ours = {split.split: plan.source_of(split) for split in plan.splits}
+        theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
+        found = differences(theirs, ours, "splits") or ["other shards"]
+        raise ConflictError(
+            "this output already holds the result of another job",
+            reason="job_conflict",
+            where=out,
+            facts={"differences": "; ".join(found)},
+            fix="use another output, or remove the old dataset",
+        )
+    if manifest.view is None:
+        for shard in manifest.shards:
+            for url, size in ((shard.url, shard.num_bytes), (shard.index_url, shard.index_bytes)):
+                if storage.size(storage.join(out, url)) != size:
+                    return None
+    payload = storage.read_bytes(storage.join(out, MANIFEST_NAME))
+    return Resharded(
+        manifest=manifest,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        copied_shards=0,
+        fresh=False,
+    )

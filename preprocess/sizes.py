@@ -1,0 +1,42 @@
+"""Sizes in bytes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from shardspec.errors import ConfigError
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a size such as 256MiB, 1GiB, 512MB or a plain number of bytes.
+
+    >>> parse_bytes("256MiB") == 256 * 2**20
+    True
+
+    Raises:
+      ConfigError: `size_text`.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in units:
+        raise ConfigError(
+            "size is not understood",
+            reason="size_text",
+            facts={"got": text},
+            fix="write it as 256MiB, 1GiB or a number of bytes",
+        )
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def size_text(count: float) -> str:
+    """Writes a size in the unit that suits it.
+
+    >>> size_text(512), size_text(256 * 2**20)
+    ('512 B', '256.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,0 +1,157 @@
+"""Foreign tars: what a sample is in a WebDataset file that somebody else wrote.
+
+Files that stand together and whose names agree up to the first dot of their last part are one
+sample, as webdataset has it: `a/0001.jpg` and `a/0001.cls.txt` are the fields `jpg` and `cls.txt`
+of the sample `a/0001`. Headers may be of any kind that Python's tarfile knows (PAX, GNU's long
+names); folders and links are passed over. Nothing is ever unpacked to a disk, and no pickle is
+opened: fields whose suffix says that they are one are left out.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+from shardspec.errors import ShardError
+from shardspec.tar import BLOCK, padded
+
+PICKLE_SUFFIXES = frozenset({"pickle", "pkl", "pk", "pyd", "pt", "pth", "joblib", "dill"})
+"""Last parts of suffixes that readers of WebDataset files unpickle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignFile:
+    """A file of a foreign tar that belongs to a sample."""
+
+    key: str
+    suffix: str
+    """In lower case."""
+    header: int
+    """Byte position of its first header, extended ones included."""
+    offset: int
+    """Byte position of the payload."""
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        """Byte position behind the padded payload."""
+        return self.offset + padded(self.num_bytes)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Splits the name of a file into the key of its sample and its suffix; None where it has none.
+
+    >>> split_name("a.b/0001.cls.TXT"), split_name("README"), split_name("__meta__/0.txt")
+    (('a.b/0001', 'cls.txt'), None, None)
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    first = name.partition("/")[0]
+    if not dot or (len(first) > 3 and first.startswith("__") and first.endswith("__")):
+        return None
+    if not stem and (not folder or "." in folder):
+        return None  # a hidden file; webdataset takes those of a folder without a dot, as we do
+    return folder + slash + stem, suffix.lower()
+
+
+def walk_foreign(
+    stream: IO[bytes], *, where: str, skipped: Counter[str] | None = None
+) -> Iterator[ForeignFile]:
+    """Lists the files of a foreign tar that belong to samples, in order, by the headers alone.
+
+    Args:
+      stream: The tar, or the bytes of one sample.
+      where: Named in errors.
+      skipped: Counts what is passed over, by reason.
+
+    Raises:
+      ShardError: `foreign_tar`: this is no uncompressed tar, or it is cut or damaged.
+    """
+    counts: Counter[str] = Counter() if skipped is None else skipped
+    size = stream.seek(0, 2)
+    stream.seek(0)
+    end = 0
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            for entry in archive:
+                end = entry.offset_data + (padded(entry.size) if entry.isreg() else 0)
+                if end > size:
+                    raise _no_tar(where, f"it ends inside {entry.name!r}")
+                name = None if entry.issparse() else split_name(entry.name)
+                if entry.isdir():
+                    continue
+                if not entry.isreg() or name is None or not _is_text(entry.name):
+                    counts[_why_skipped(entry)] += 1
+                    continue
+                yield ForeignFile(
+                    key=name[0],
+                    suffix=name[1],
+                    header=entry.offset,
+                    offset=entry.offset_data,
+                    num_bytes=entry.size,
+                )
+    except tarfile.TarError as error:
+        raise _no_tar(where, str(error)) from error
+    # tarfile takes a damaged header behind the first for the end.
+    stream.seek(end)
+    behind = stream.read(BLOCK)
+    if behind and any(behind):
+        raise _no_tar(where, f"the header at byte {end} is damaged")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return False
+    return True
+
+
+def _why_skipped(entry: tarfile.TarInfo) -> str:
+    if not entry.isreg() or entry.issparse():
+        return "no_regular_file"
+    return "no_suffix" if _is_text(entry.name) else "name_encoding"
+
+
+def is_pickle(suffix: str) -> bool:
+    """Tells whether readers of WebDataset files would unpickle a field.
+
+    >>> is_pickle("pyd"), is_pickle("x.pkl"), is_pickle("json")
+    (True, True, False)
+    """
+    return suffix.rpartition(".")[2] in PICKLE_SUFFIXES
+
+
+def sample_fields(payload: memoryview, *, where: str) -> dict[str, memoryview]:
+    """Finds the fields of a sample in its bytes.
+
+    Args:
+      payload: From its first header on; see `index.raw_index_dtype`.
+      where: Named in errors.
+
+    Returns:
+      Suffix to payload, without copying, in the order of the tar; pickles are left out.
+
+    Raises:
+      ShardError: `foreign_tar`.
+    """
+    files = walk_foreign(io.BytesIO(payload), where=where)
+    return {
+        file.suffix: payload[file.offset : file.offset + file.num_bytes]
+        for file in files
+        if not is_pickle(file.suffix)
+    }
+
+
+def _no_tar(where: str, problem: str) -> ShardError:
+    return ShardError(
+        "file is no whole, uncompressed tar",
+        reason="foreign_tar",
+        where=where,
+        facts={"problem": problem},
+        fix="unpack compressed tars first; copy or write a cut or damaged one again",
+    )

@@ -1,0 +1,268 @@
+"""Resharding in and between object stores, on real servers, with the bytes counted on the wire."""
+
+import hashlib
+import json
+import select
+import socket
+import socketserver
+import threading
+from pathlib import Path
+
+import pytest
+
+from preprocess import reshard as job
+from preprocess.engines.local import TaskDone
+from preprocess.reshard import reshard
+from preprocess.reshard_plan import ReshardSettings, plan_reshard
+from preprocess.verify import verify
+from shardspec import copying, storage
+from shardspec.copying import Piece, join_in_store, stamp
+from shardspec.errors import ConfigError, ShardError
+from shardspec.manifest import load_manifest, require_manifest
+
+MIB = 2**20
+
+
+class Quiet:
+    """A reporter of nothing."""
+
+    def stage(self, name, total):
+        pass
+
+    def step(self, reason):
+        pass
+
+    def note(self, text):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch):
+    """Runs tasks here, so that they go through the relay that the test made."""
+
+    def run(tasks, *, work, context, num_workers):
+        for task in tasks:
+            yield TaskDone(task=task, value=work(context, task, lambda note: None))
+
+    monkeypatch.setattr(job.local, "run", run)
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes TCP connections on to a server and counts the bytes of both directions."""
+
+    daemon_threads = False  # closing waits for them
+
+    def __init__(self, target_port):
+        self.target_port = target_port
+        self.num_bytes = 0
+        self.ends = False
+        self._lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), RelayedConnection)
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
+        self._thread.start()
+
+    def count(self, num_bytes):
+        with self._lock:
+            self.num_bytes += num_bytes
+
+    def close(self):
+        self.ends = True
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class RelayedConnection(socketserver.BaseRequestHandler):
+    """One connection of a client."""
+
+    def handle(self):
+        with socket.create_connection(("127.0.0.1", self.server.target_port)) as upstream:
+            other = {self.request: upstream, upstream: self.request}
+            while not self.server.ends:
+                for source in select.select(list(other), [], [], 0.05)[0]:
+                    try:
+                        payload = source.recv(2**18)
+                        if not payload:
+                            return
+                        self.server.count(len(payload))
+                        other[source].sendall(payload)
+                    except ConnectionError:
+                        return
+
+
+@pytest.fixture
+def relayed(s3_server, monkeypatch):
+    """The S3 server behind a relay; clients of this process go through it."""
+    relay = Relay(s3_server.ports["s3.port"])
+    monkeypatch.setitem(
+        s3_server.env, "AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{relay.server_address[1]}"
+    )
+    with s3_server.entered():
+        yield relay
+    relay.close()
+
+
+def upload(folder, url):
+    """Puts a dataset into a store, its manifest last."""
+    paths = [p for p in sorted(Path(folder).rglob("*")) if p.is_file()]
+    for path in sorted(paths, key=lambda p: p.name == "manifest.json"):
+        storage.publish_bytes(f"{url}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def recut(source, out, **options):
+    wanted = ReshardSettings(sources=(source,), out=out, **{"form": "copy", **options})
+    return reshard(plan_reshard(wanted, Quiet()), Quiet())
+
+
+def tars(url):
+    return {
+        shard.url: storage.read_bytes(storage.join(url, shard.url))
+        for shard in require_manifest(url).shards
+    }
+
+
+@pytest.fixture(scope="module")
+def large(tiny_sample, write_dataset, tmp_path_factory):
+    """Three shards of 40 MiB: 42 samples of 2.8 MiB, uncompressed."""
+    folder = tmp_path_factory.mktemp("large") / "source"
+    samples = [tiny_sample(i, size=(1024, 960)) for i in range(42)]
+    return write_dataset(folder, samples, num_shards=3)
+
+
+@pytest.fixture(scope="module")
+def small(tiny_sample, write_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "source"
+    return write_dataset(folder, [tiny_sample(i) for i in range(20)], num_shards=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_shards", [2, 3, 5])
+def test_an_s3_store_copies_and_the_client_moves_next_to_nothing(
+    num_shards, large, s3_server, relayed, tmp_path
+):
+    bucket = s3_server.make_bucket()
+    upload(large, f"{bucket}/source")
+    before = s3_server.objects(f"{bucket}/source")
+    relayed.num_bytes = 0
+    recut(f"{bucket}/source", f"{bucket}/out", num_shards=num_shards)
+    moved = relayed.num_bytes
+    data = sum(size for name, size in before.items() if name.endswith(".tar"))
+    assert data > 115 * MIB
+    assert moved <= data / 100 + num_shards * 5 * MIB
+    # The same bytes as a copy on a local disk.
+    recut(large, str(tmp_path / "out"), num_shards=num_shards)
+    assert tars(f"{bucket}/out") == tars(str(tmp_path / "out"))
+    assert s3_server.uploads(bucket) == []
+    assert s3_server.objects(f"{bucket}/source") == before
+    findings = verify(f"{bucket}/out", Quiet())
+    assert [finding.reason for finding in findings] == ["tokenizer_file"]
+
+
+@pytest.mark.slow
+def test_whole_shards_keep_their_hash_in_a_store(large, s3_server, relayed):
+    bucket = s3_server.make_bucket()
+    upload(large, f"{bucket}/source")
+    done = recut(f"{bucket}/source", f"{bucket}/out", num_shards=3)
+    before = require_manifest(large).shards
+    assert [shard.sha256 for shard in done.manifest.shards] == [shard.sha256 for shard in before]
+    for shard in done.manifest.shards:
+        payload = storage.read_bytes(f"{bucket}/out/{shard.url}")
+        assert hashlib.sha256(payload).hexdigest() == shard.sha256
+
+
+@pytest.mark.parametrize("order", ["keep", "shuffle"])
+def test_short_ranges_pass_through_the_client_with_their_checksums(
+    order, small, s3_server, tmp_path
+):
+    bucket = s3_server.make_bucket()
+    with s3_server.entered():
+        upload(small, f"{bucket}/source")
+        recut(f"{bucket}/source", f"{bucket}/out", num_shards=2, order=order)
+        recut(small, str(tmp_path / "out"), num_shards=2, order=order)
+        assert tars(f"{bucket}/out") == tars(str(tmp_path / "out"))
+        shard = require_manifest(f"{bucket}/source").shards[0]
+        payload = bytearray(storage.read_bytes(f"{bucket}/source/{shard.url}"))
+        payload[1500] ^= 1
+        storage.publish_bytes(f"{bucket}/source/{shard.url}", bytes(payload))
+        with pytest.raises(ShardError) as caught:
+            recut(f"{bucket}/source", f"{bucket}/other", num_shards=2, order=order)
+        assert caught.value.reason == "sample_crc"
+        assert load_manifest(f"{bucket}/other") is None
+
+
+def test_what_changes_while_the_store_copies_is_refused_and_no_upload_stays(s3_server):
+    bucket = s3_server.make_bucket()
+    with s3_server.entered():
+        url = f"{bucket}/a.tar"
+        storage.publish_bytes(url, bytes(12 * MIB))
+        old = stamp(url)
+        storage.publish_bytes(url, b"1" * (12 * MIB))
+        pieces = [Piece(url=url, start=0, stop=11 * MIB)]
+        with pytest.raises(ShardError) as caught:
+            join_in_store(f"{bucket}/out.tar", pieces, {url: old})
+        assert caught.value.reason == "source_changed"
+        assert storage.size(f"{bucket}/out.tar") is None
+        assert s3_server.uploads(bucket) == []
+
+
+def test_an_upload_that_a_killed_process_left_is_ended_by_the_next(s3_server):
+    bucket = s3_server.make_bucket()
+    with s3_server.entered():
+        url = f"{bucket}/a.tar"
+        storage.publish_bytes(url, bytes(12 * MIB))
+        fs, _ = storage.filesystem(url)
+        name = bucket.removeprefix("s3://")
+        for key in ("out.tar", "out.tar.other"):
+            fs.call_s3("create_multipart_upload", Bucket=name, Key=key)
+        assert s3_server.uploads(bucket) == ["out.tar", "out.tar.other"]
+        pieces = [Piece(url=url, start=0, stop=11 * MIB)]
+        join_in_store(f"{bucket}/out.tar", pieces, {url: stamp(url)})
+        assert s3_server.uploads(bucket) == ["out.tar.other"]
+        assert storage.size(f"{bucket}/out.tar") == 11 * MIB + 1024
+
+
+def test_stores_that_cannot_copy_ranges_say_so_when_they_must(small, s3_server):
+    bucket = s3_server.make_bucket()
+    with s3_server.entered(), pytest.raises(ConfigError) as caught:
+        recut(small, f"{bucket}/out", through="store")
+    assert caught.value.reason == "not_in_store"
+
+
+def test_a_gcs_store_copies_whole_shards_and_streams_ranges(
+    small, gcs_server, tmp_path, monkeypatch
+):
+    bucket = gcs_server.make_bucket()
+    with gcs_server.entered():
+        upload(small, f"{bucket}/source")
+        copied = []
+        monkeypatch.setattr(
+            copying, "require_stamp", lambda url, want: copied.append(url)
+        )  # called where the store copies
+        recut(f"{bucket}/source", f"{bucket}/same", num_shards=3)
+        assert len(set(copied)) == 3
+        copied.clear()
+        recut(f"{bucket}/source", f"{bucket}/out", num_shards=2)
+        assert copied == []
+        recut(small, str(tmp_path / "out"), num_shards=2)
+        assert tars(f"{bucket}/same") == tars(small)
+        assert tars(f"{bucket}/out") == tars(str(tmp_path / "out"))
+
+
+def test_from_one_kind_of_store_to_another(small, s3_server, gcs_server, tmp_path):
+    s3, gcs = s3_server.make_bucket(), gcs_server.make_bucket()
+    with s3_server.entered(), gcs_server.entered():
+        recut(small, f"{s3}/a", num_shards=2)
+        recut(f"{s3}/a", f"{gcs}/b", num_shards=4)
+        recut(f"{gcs}/b", str(tmp_path / "c"), num_shards=3)
+        assert tars(str(tmp_path / "c")) == tars(small)
+
+
+def test_a_view_beside_its_dataset_in_a_store_names_it_relatively(small, s3_server):
+    bucket = s3_server.make_bucket()
+    with s3_server.entered():
+        upload(small, f"{bucket}/sets/source")
+        recut(f"{bucket}/sets/source", f"{bucket}/sets/view", num_shards=2, form="view")
+        document = json.loads(storage.read_bytes(f"{bucket}/sets/view/manifest.json"))
+        urls = [file["url"] for file in document["view"]["files"]]
+        assert all(url.startswith("../source/train/") for url in urls)
+        assert verify(f"{bucket}/sets/view", Quiet())[1:] == []
