@@ -109,7 +109,10 @@ class _Crew:
     def dismiss(self) -> None:
         for worker in self.workers:
             worker.pipe.close()
-            worker.process.terminate()
+            if worker.tasks:
+                worker.process.terminate()
+            else:
+                worker.process.kill()  # it has nothing to tidy up
         for worker in self.workers:
             worker.process.join(TIDY_S)
             worker.process.kill()

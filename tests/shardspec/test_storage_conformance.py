@@ -133,6 +133,7 @@ def test_listings_tell_lengths_and_times_and_keep_to_their_folder(place):
     assert [each.name for each in storage.list_objects(place)] == ["set2/c"]
 
 
+@pytest.mark.slow
 def test_more_objects_than_a_page_holds_are_listed_and_deleted(s3):
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda i: storage.publish_bytes(f"{s3}/{i:04d}", b"x"), range(1050)))
@@ -167,9 +168,15 @@ class Stopped(BaseException):
     """No Exception, as Ctrl-C and the end of a worker are none."""
 
 
-@pytest.mark.parametrize("old", [None, b"old"])
-@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt, OSError])
-def test_an_upload_that_is_broken_off_leaves_the_old_state(place, tmp_path, old, error):
+@pytest.mark.parametrize(
+    "error, old",
+    [
+        (KeyboardInterrupt, None),
+        (OSError, b"old"),
+        pytest.param(Stopped, b"old", marks=pytest.mark.slow),
+    ],
+)
+def test_an_upload_that_is_broken_off_leaves_the_old_state(place, tmp_path, error, old):
     if storage.is_local(place) or place.startswith("memory"):
         pytest.skip("there it takes one step")
     source = big_file(tmp_path)
