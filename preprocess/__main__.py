@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from preprocess.choices import ChoiceForm
 from preprocess.datasets import dataset_names
+from preprocess.export import ExportFormat, export_index
 from preprocess.fetch import FetchPolicy
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.formatter import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
@@ -224,6 +225,13 @@ def _import(options: argparse.Namespace, report: TqdmReporter) -> int:
     return 0
 
 
+def _export_index(options: argparse.Namespace, report: TqdmReporter) -> int:
+    written = export_index(options.dataset, options.format, report)
+    report.close()
+    print("\n".join(written) or f"an index beside each shard of {options.dataset}")
+    return 0
+
+
 def _summary(settings: JobSettings, outcome: Outcome) -> str:
     split, shards = outcome.result.split, outcome.result.manifest.select(settings.split)
     lines = [
@@ -405,6 +413,11 @@ def _parser() -> argparse.ArgumentParser:
     foreign.add_argument("--split", default="train", help="split (default: %(default)s)")
     foreign.add_argument("--jobs", type=int, help="processes; all cores when not given")
     foreign.set_defaults(run=_import)
+    export = verbs.add_parser("export-index", help="write the index files of other readers")
+    export.add_argument("dataset", help="URL or folder of the dataset")
+    text = "whose: wids, Megatron-Energon or NVIDIA DALI"
+    export.add_argument("--format", required=True, choices=get_args(ExportFormat), help=text)
+    export.set_defaults(run=_export_index)
     names = verbs.add_parser("datasets", help="list the datasets")
     names.set_defaults(run=_datasets)
     return parser

@@ -224,7 +224,7 @@ def index_tar(context: ImportContext, task: int, report: Callable[[Any], None]) 
     """
     url, name = context.tars[task], f"{context.split}/{context.names[task]}"
     skipped: Counter[str] = Counter()
-    with _local_copy(url) as stream:
+    with opened(url) as stream:
         rows = index_rows(walk_foreign(stream, where=url, skipped=skipped), where=url)
         rows["crc32"] = [_crc32(stream, int(row["offset"]), int(row["num_bytes"])) for row in rows]
         sha256 = _sha256(stream)
@@ -316,7 +316,7 @@ def _sha256(stream: IO[bytes]) -> str:
 
 
 @contextmanager
-def _local_copy(url: str) -> Iterator[IO[bytes]]:
+def opened(url: str) -> Iterator[IO[bytes]]:
     """Opens a tar; one in an object store is fetched to a local disk first."""
     with storage.naming_errors(url):
         if storage.is_local(url):
