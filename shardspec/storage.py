@@ -53,7 +53,7 @@ def exists(url: str) -> bool:
     with naming_errors(url):
         if is_local(url):
             return local_path(url).exists()
-        fs, path = _remote(url)
+        fs, path = filesystem(url)
         return bool(fs.exists(path))
 
 
@@ -63,7 +63,7 @@ def size(url: str) -> int | None:
         if is_local(url):
             path = local_path(url)
             return path.stat().st_size if path.is_file() else None
-        fs, remote = _remote(url)
+        fs, remote = filesystem(url)
         try:
             return int(fs.info(remote)["size"])
         except FileNotFoundError:
@@ -80,7 +80,7 @@ def read_bytes(url: str) -> bytes:
     with naming_errors(url):
         if is_local(url):
             return local_path(url).read_bytes()
-        fs, path = _remote(url)
+        fs, path = filesystem(url)
         return bytes(fs.cat_file(path))
 
 
@@ -90,7 +90,7 @@ def list_names(url: str) -> list[str]:
         if is_local(url):
             directory = local_path(url)
             return sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
-        fs, path = _remote(url)
+        fs, path = filesystem(url)
         try:
             return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False))
         except FileNotFoundError:
@@ -108,7 +108,7 @@ def delete(url: str) -> None:
                     shutil.rmtree(path)
             path.unlink(missing_ok=True)
             return
-        fs, remote = _remote(url)
+        fs, remote = filesystem(url)
         if fs.exists(remote):
             fs.rm(remote, recursive=True)
 
@@ -127,7 +127,7 @@ def publish_bytes(url: str, payload: bytes) -> None:
             with _replacing(local_path(url)) as temporary:
                 _write_synced(temporary, payload)
             return
-        fs, path = _remote(url)
+        fs, path = filesystem(url)
         fs.pipe_file(path, payload)
 
 
@@ -141,7 +141,7 @@ def publish_file(url: str, source: Path) -> None:
         if is_local(url):
             _publish_local(local_path(url), source)
             return
-        fs, path = _remote(url)
+        fs, path = filesystem(url)
         want = source.stat().st_size
         if want <= _SINGLE_PUT_BYTES:
             fs.pipe_file(path, source.read_bytes())
@@ -191,6 +191,27 @@ def exclusive(url: str) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Finds the client of a URL's store and the object's path there; local URLs too.
+
+    Listings are never answered from a cache: other processes write to the same stores.
+
+    Raises:
+      StorageError: `unknown_scheme`.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise StorageError(
+            "no file system is installed for this kind of URL",
+            reason="unknown_scheme",
+            where=url,
+            facts={"error": error},
+            fix="use a local path, s3://, gs:// or another scheme that fsspec knows",
+        ) from error
+    return fs, path
 
 
 def free_bytes(url: str) -> int | None:
@@ -261,20 +282,6 @@ def _write_synced(path: Path, payload: bytes) -> None:
         stream.write(payload)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _remote(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise StorageError(
-            "no file system is installed for this kind of URL",
-            reason="unknown_scheme",
-            where=url,
-            facts={"error": error},
-            fix="use a local path, s3://, gs:// or another scheme that fsspec knows",
-        ) from error
-    return fs, path
 
 
 @contextmanager
