@@ -1,8 +1,9 @@
-"""ShardReader: a sample of a dataset by its number, from local shards.
+"""ShardReader: a sample of a dataset by its number.
 
-Shards and indexes are memory-mapped when first touched, after their lengths have been checked
-against the manifest; a shard that is missing, short or too long is refused before a byte of it is
-used. The hot path reads three ranges per sample: no tar header is parsed, and no JSON.
+Local shards and indexes are memory-mapped when first touched, after their lengths have been
+checked against the manifest; a shard that is missing, short or too long is refused before a byte
+of it is used. Shards in an object store are remote.py's. The hot path reads three ranges per
+sample: no tar header is parsed, and no JSON.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import json
 import mmap
 import threading
 import zlib
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from loader.prefetch import Network, Prefetcher
+from loader.remote import RemoteShards
 from shardspec import storage
 from shardspec.errors import ShardError
 from shardspec.index import open_index, sample_layout
@@ -33,12 +39,11 @@ from shardspec.sample import (
 )
 from shardspec.tar import BLOCK, padded
 
+_OPENED_AHEAD = 64
+"""Indexes of remote shards that are fetched at a time."""
+
 Check = Literal["size", "crc"]
 """How much of a shard is verified: its length and count, or each sample's checksum as well."""
-
-_MAX_OPEN = 256
-"""Shards kept open: two descriptors each, half of the 1024 that Linux commonly grants a process.
-Opening one again takes 0.2 ms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,24 +63,41 @@ class StoredSample:
     """Shard and key, for errors."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _OpenShard:
-    tar: memoryview
-    rows: np.ndarray
-    url: str
+class _OpenShard(Protocol):
+    """A shard whose index is here."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def rows(self) -> np.ndarray:
+        """INDEX_DTYPE [n]."""
+
+    def sample(self, row: int, *, where: str) -> memoryview:
+        """Gives the members of one sample."""
 
 
 class ShardReader:
     """Random access to the samples of one split. Safe to share between threads."""
 
-    def __init__(self, url: str, manifest: Manifest, *, split: str, check: Check = "size") -> None:
+    def __init__(
+        self,
+        url: str,
+        manifest: Manifest,
+        *,
+        split: str,
+        check: Check = "size",
+        cache: str | None = None,
+        cache_bytes: int = 0,
+        network: Network | None = None,
+    ) -> None:
         """Names the shards; opens none yet.
 
         Args:
           url: The dataset.
           manifest: Its manifest.
           split: Split to read.
-          check: "crc" verifies every sample that is read.
+          check: "crc" verifies every sample that is read; of remote ones that is always done.
+          cache, cache_bytes, network: For remote shards; see `StreamingDataset`.
 
         Raises:
           ConfigError: `unknown_split`.
@@ -87,8 +109,19 @@ class ShardReader:
         counts = [shard.nsamples for shard in self.shards]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [shards + 1], number of each shard's first sample."""
+        self.prefetcher: Prefetcher | None = None
+        """What fetches remote shards."""
+        self._source: _LocalShards | RemoteShards = _LocalShards(url, check)
+        if not storage.is_local(url):
+            self.prefetcher = Prefetcher(network or Network(), cache=cache, cache_bytes=cache_bytes)
+            self._source = RemoteShards(url, self.prefetcher)
         self._open: dict[int, _OpenShard] = {}
         self._lock = threading.Lock()
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What this process has read over the network and how; empty for local shards."""
+        return Counter() if self.prefetcher is None else self.prefetcher.counters
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -120,12 +153,12 @@ class ShardReader:
         Raises:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index` and
             `decode_array`.
+          StorageError: The store does not answer; see `Prefetcher.read`.
         """
-        shard, row = self._locate(sample_id)
+        shard, number = self._locate(sample_id)
+        row = shard.rows[number]
         where = f"{shard.url} sample {row['key'].decode()}"
-        members = _part(shard.tar, int(row["offset"]), int(row["num_bytes"]))
-        if self.check == "crc":
-            _check_crc(members, row, where)
+        members = shard.sample(number, where=where)
         at = sample_layout(row)
         spans = decode_array(
             _part(members, at.spans, int(row["spans_bytes"])),
@@ -157,12 +190,46 @@ class ShardReader:
 
     def record(self, sample_id: int) -> dict[str, Any]:
         """Reads a sample's metadata and text, for people and for tools."""
-        shard, row = self._locate(sample_id)
-        start = int(row["offset"]) + sample_layout(row).json
-        document: dict[str, Any] = json.loads(
-            bytes(_part(shard.tar, start, int(row["json_bytes"])))
-        )
+        shard, number = self._locate(sample_id)
+        row = shard.rows[number]
+        members = shard.sample(number, where=shard.url)
+        payload = _part(members, sample_layout(row).json, int(row["json_bytes"]))
+        document: dict[str, Any] = json.loads(bytes(payload))
         return document
+
+    def name(self, sample_id: int) -> tuple[str, str]:
+        """Names a sample for people: its shard and its key; "" where the index cannot be read."""
+        shard = self.shards[int(np.searchsorted(self.starts, sample_id, side="right")) - 1]
+        try:
+            opened, number = self._locate(sample_id)
+        except ShardError:
+            return shard.url, ""
+        return shard.url, opened.rows[number]["key"].decode()
+
+    def will_read(self, step: int, sample_ids: Iterable[int]) -> None:
+        """Says what a step will read, so that it is fetched ahead; local shards need no help.
+
+        Args:
+          step: Of the run; steps come in increasing order.
+          sample_ids: Each 0 to len - 1.
+        """
+        if self.prefetcher is None:
+            return
+        ids = np.fromiter(sample_ids, np.int64)
+        numbers = np.searchsorted(self.starts, ids, side="right") - 1
+        self._open_soon(np.unique(numbers).tolist())
+        spans = []
+        for sample_id, number in zip(ids.tolist(), numbers.tolist(), strict=True):
+            # A shard that is missing or wrong is an error of the samples that are read from it.
+            with suppress(ShardError):
+                shard: Any = self._open.get(number) or self._open_shard(number)
+                spans.append(shard.place(sample_id - int(self.starts[number])))
+        self.prefetcher.will_read(step, spans)
+
+    def was_read(self, step: int) -> None:
+        """Says that a step has read what it needs."""
+        if self.prefetcher is not None:
+            self.prefetcher.was_read(step)
 
     def column(self, name: str, sample_ids: np.ndarray) -> np.ndarray:
         """Reads a column of the indexes for many samples at once, and nothing else.
@@ -182,10 +249,14 @@ class ShardReader:
         ordered = sample_ids[by_id]
         number_of = np.searchsorted(self.starts, ordered, side="right") - 1
         numbers, first = np.unique(number_of, return_index=True)
+        waiting = numbers.tolist()
         values: np.ndarray | None = None
         for number, begin, end in zip(
             numbers.tolist(), first.tolist(), [*first[1:].tolist(), len(ordered)], strict=True
         ):
+            if number in waiting[:1]:
+                self._open_soon(waiting[:_OPENED_AHEAD])
+                del waiting[:_OPENED_AHEAD]
             shard = self._open.get(number) or self._open_shard(number)
             if name not in (shard.rows.dtype.names or ()):
                 raise ShardError(
@@ -200,20 +271,25 @@ class ShardReader:
             values[by_id[begin:end]] = column[ordered[begin:end] - self.starts[number]]
         return np.zeros(0, np.int64) if values is None else values
 
-    def _locate(self, sample_id: int) -> tuple[_OpenShard, np.void]:
+    def _locate(self, sample_id: int) -> tuple[_OpenShard, int]:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         shard = self._open.get(number) or self._open_shard(number)
-        return shard, shard.rows[sample_id - int(self.starts[number])]
+        return shard, sample_id - int(self.starts[number])
+
+    def _open_soon(self, numbers: list[int]) -> None:
+        if isinstance(self._source, RemoteShards):
+            missing = [self.shards[number] for number in numbers if number not in self._open]
+            self._source.open_soon(missing)
 
     def _open_shard(self, number: int) -> _OpenShard:
         with self._lock:
             if number not in self._open:
-                if len(self._open) >= _MAX_OPEN:
+                if len(self._open) >= self._source.max_open:
                     # The oldest; samples that still view its bytes keep the map alive.
                     del self._open[next(iter(self._open))]
-                self._open[number] = _open_local(self.url, self.shards[number])
+                self._open[number] = self._source.open(self.shards[number])
             return self._open[number]
 
 
@@ -243,18 +319,43 @@ def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
     )
 
 
-def _open_local(url: str, entry: ShardEntry) -> _OpenShard:
-    where = storage.join(url, entry.url)
-    _check_size(where, entry.num_bytes)
-    _check_size(storage.join(url, entry.index_url), entry.index_bytes)
-    rows = open_index(
-        str(storage.local_path(storage.join(url, entry.index_url))),
-        num_samples=entry.nsamples,
-        shard_bytes=entry.num_bytes,
-    )
-    with storage.local_path(where).open("rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return _OpenShard(tar=memoryview(mapped), rows=rows, url=where)
+class _LocalShards:
+    """Opens shards on a local disk."""
+
+    max_open = 256
+    """Shards kept open: two descriptors each, half of the 1024 that Linux commonly grants a
+    process. Opening one again takes 0.2 ms."""
+
+    def __init__(self, url: str, check: Check) -> None:
+        self._url, self._check = url, check
+
+    def open(self, entry: ShardEntry) -> _LocalShard:
+        where = storage.join(self._url, entry.url)
+        _check_size(where, entry.num_bytes)
+        _check_size(storage.join(self._url, entry.index_url), entry.index_bytes)
+        rows = open_index(
+            str(storage.local_path(storage.join(self._url, entry.index_url))),
+            num_samples=entry.nsamples,
+            shard_bytes=entry.num_bytes,
+        )
+        with storage.local_path(where).open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return _LocalShard(tar=memoryview(mapped), rows=rows, url=where, check=self._check)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LocalShard:
+    tar: memoryview
+    rows: np.ndarray
+    url: str
+    check: Check
+
+    def sample(self, row: int, *, where: str) -> memoryview:
+        place = self.rows[row]
+        members = _part(self.tar, int(place["offset"]), int(place["num_bytes"]))
+        if self.check == "crc":
+            _check_crc(members, place, where)
+        return members
 
 
 def _check_size(where: str, want: int) -> None:

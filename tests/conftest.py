@@ -334,7 +334,7 @@ def _write_dataset(
             num_bytes=writer.num_bytes,
             sha256=sha256,
             index_bytes=len(index),
-            index_sha256="",
+            index_sha256=hashlib.sha256(index).hexdigest(),
             num_images=int(table["num_images"].sum()),
             num_tokens=int(table["num_tokens"].sum()),
             num_loss_tokens=int(table["num_loss_tokens"].sum()),

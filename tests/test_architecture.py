@@ -38,6 +38,8 @@ PURE = {
     "shardspec/tiling.py",
     "preprocess/plan.py",
     "preprocess/text.py",
+    "loader/ahead.py",
+    "loader/blocks.py",
     "loader/mixture.py",
     "loader/order.py",
     "loader/packing.py",
@@ -59,7 +61,12 @@ OUTSIDE_WORLD = {
 }
 """What a pure module has no business with."""
 
-CLOCKS = {"preprocess/blobs.py", "preprocess/fetch.py", "preprocess/pipeline.py"}
+CLOCKS = {
+    "preprocess/blobs.py",
+    "preprocess/fetch.py",
+    "preprocess/pipeline.py",
+    "shardspec/ranges.py",
+}
 """May look at the clock: for ledgers, timeouts and run.json, never for what a shard holds."""
 
 ENVIRONMENT = {"loader/topology.py"}
