@@ -17,10 +17,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from loader.ahead import LookAhead
 from loader.assemble import View
 from loader.collate import MMCollator
 from loader.cursor import STATE_VERSION, require_state
+from loader.horizon import Horizon
 from loader.mixture import MixtureConfig, MixtureOrder
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
@@ -422,10 +422,10 @@ class _Plans:
     def __iter__(self) -> Iterator[_Task]:
         loader, stop = self._loader, self._steps.stop
         # Worker processes take turns, threads share what is fetched.
-        look = LookAhead(loader.dataset.ahead_steps, stride=max(1, loader.workers))
+        horizon = Horizon(loader.dataset.ahead_steps, stride=max(1, loader.workers))
         planned: deque[tuple[list[Row], list[list[int]]]] = deque()
         for step in self._steps:
-            soon = look.soon(step, stop=stop)
+            soon = horizon.soon(step, stop=stop)
             last = soon[-1] if soon else step
             while step + len(planned) <= last:
                 planned.append(loader._plan(step + len(planned)))

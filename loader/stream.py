@@ -17,10 +17,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.ahead import LookAhead
 from loader.assemble import View, assemble
 from loader.cursor import Cursor
 from loader.fingerprint import keys_fingerprint, split_fingerprint
+from loader.horizon import Horizon
 from loader.layout import IGNORED, TokenIds
 from loader.mixture import MixtureOrder
 from loader.order import Order, Tail, epoch_of, plan_order
@@ -415,12 +415,12 @@ def batches_ahead(
     The worker's next steps are said to the reader before it waits for the present one.
     """
     schedule = SlotSchedule(order)
-    look = LookAhead(dataset.ahead_steps, stride=find_worker()[1])
+    horizon = Horizon(dataset.ahead_steps, stride=find_worker()[1])
 
     def batch(step: int) -> list[dict[str, Any]]:
         if dataset.ahead_steps:
             stop = order.epoch_start(epoch_of(order, step) + 1)
-            for soon in look.soon(step, stop=stop):
+            for soon in horizon.soon(step, stop=stop):
                 dataset.will_read(soon, schedule.rows(soon, dataset.topology))
         rows = schedule.rows(step, dataset.topology)
         examples = [dataset.at(place) for row in rows for place in row]

@@ -235,7 +235,7 @@ class RangeReader:
 
     async def _receive(
         self,
-        store: _Store,
+        store: _Client,
         path: str,
         flight: Flight,
         target: memoryview,
@@ -247,6 +247,8 @@ class RangeReader:
         def wait_s() -> float:
             return max(0.001, min(self.policy.idle_s, stop_s - time.monotonic()))
 
+        # Making a client is work of this machine, half a second where it is busy: no idle store.
+        await asyncio.wait_for(self._prepare(store, path), limit_s)
         opening = store.open(
             path, flight.start + flight.received, flight.stop, self._pins.get(flight.url)
         )
@@ -267,6 +269,11 @@ class RangeReader:
             with suppress(OSError, asyncio.TimeoutError):
                 await opening.__aexit__(None, None, None)
 
+    async def _prepare(self, store: _Client, path: str) -> None:
+        # Else every range that begins before the first client is there makes one more.
+        async with store.preparing:
+            await store.prepare(path)
+
     def _arrived(self, flight: Flight, num_bytes: int) -> None:
         with self._lock:
             flight.received += num_bytes
@@ -276,18 +283,18 @@ class RangeReader:
     def _check(self, answer: _Answer, flight: Flight, total: int | None) -> None:
         """Refuses an answer that is not for the range, or not of the object that was meant."""
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.content_range or "")
+        length: int | None
         begin = flight.start + flight.received
-        if found is None:
-            # Without the header only a whole object can be told from a wrong part.
-            if begin or answer.length is None or answer.length != flight.stop:
-                raise _Garbled("wrong_range")
-            length = answer.length
+        if found is not None:
+            first, stop = int(found[1]), int(found[2]) + 1
+            length = total if found[3] == "*" else int(found[3])
         else:
-            if (int(found[1]), int(found[2]) + 1) != (begin, flight.stop):
-                raise _Garbled("wrong_range")
-            length = int(found[3]) if found[3] != "*" else total or 0
+            # Without the header only a whole object can be told from a wrong part.
+            first, stop, length = 0, answer.length or 0, answer.length or 0
         if total is not None and length != total:
             raise _wrong_size(flight.url, length, total)
+        if (first, stop) != (begin, flight.stop):
+            raise _Garbled("wrong_range")
         _check_pin(self._pins, flight.url, answer.version)
 
     def _store(self, url: str) -> tuple[_Store, str]:
@@ -349,13 +356,17 @@ class _S3:
         }
         self.fs = _own(shared, config_kwargs=config)
         self.loop = self.fs.loop
+        self.preparing = asyncio.Lock()
+
+    async def prepare(self, path: str) -> None:
+        await self.fs.set_session()
+        await self.fs.get_s3(self.fs.split_path(path)[0])
 
     @asynccontextmanager
     async def open(
         self, path: str, start: int, stop: int, pin: str | None
     ) -> AsyncIterator[_Answer]:
         bucket, key, version = self.fs.split_path(path)
-        await self.fs.set_session()
         client = await self.fs.get_s3(bucket)
         wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}"}
         if version:
@@ -384,7 +395,12 @@ class _Http:
         del policy  # aiohttp retries nothing by itself
         self.fs = _own(shared)
         self.loop = self.fs.loop
+        self.preparing = asyncio.Lock()
         self.is_google = hasattr(self.fs, "credentials")
+
+    async def prepare(self, path: str) -> None:
+        del path
+        await (self.fs._set_session() if self.is_google else self.fs.set_session())
 
     @asynccontextmanager
     async def open(
@@ -392,14 +408,13 @@ class _Http:
     ) -> AsyncIterator[_Answer]:
         wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         if self.is_google:
-            await self.fs._set_session()
             request = self.fs.session.get(
                 self.fs.url(path, generation=pin),
                 headers=self.fs._get_headers(wanted),
                 params=self.fs._get_params({}),
             )
         else:
-            session = await self.fs.set_session()
+            session = await self.fs.set_session()  # made before
             if pin:
                 wanted["If-Match"] = pin
             options = {**self.fs.kwargs}
@@ -423,8 +438,6 @@ class _Http:
 class _Plain:
     """Any other file system of fsspec: one call for the whole range."""
 
-    loop: Any = None
-
     def __init__(self, shared: Any) -> None:
         self.fs = shared
 
@@ -446,11 +459,9 @@ class _Plain:
             raise _Garbled("short_body")
         target[:] = chunk
 
-    def open(self, path: str, start: int, stop: int, pin: str | None) -> Any:
-        raise NotImplementedError
 
-
-_Store = _S3 | _Http | _Plain
+_Client = _S3 | _Http
+_Store = _Client | _Plain
 
 
 def _open_store(shared: Any, policy: RetryPolicy) -> _Store:
@@ -592,7 +603,7 @@ def _given_up(
     )
 
 
-def _wrong_size(url: str, got: int, want: int) -> ShardError:
+def _wrong_size(url: str, got: int | None, want: int) -> ShardError:
     return ShardError(
         "file has the wrong length",
         reason="shard_size",

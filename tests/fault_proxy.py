@@ -17,13 +17,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import random
 import re
 import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
 from urllib.parse import urlsplit
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests import servers
 
 FAULTS = (
     "status_503",
@@ -110,6 +118,20 @@ class FaultProxy:
     def endpoint(self):
         return f"http://127.0.0.1:{self.port}"
 
+    def env(self, server):
+        """The environment that points clients of a server of servers.py here instead."""
+        return {k: v.replace(server.endpoint, self.endpoint) for k, v in server.env.items()}
+
+    @contextlib.contextmanager
+    def entered(self, server):
+        """Points the clients of this process here; no client outlives the block."""
+        with mock.patch.dict(os.environ, self.env(server)):
+            servers.forget_clients()
+            try:
+                yield self
+            finally:
+                servers.forget_clients()
+
     async def _serve(self):
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
@@ -126,23 +148,19 @@ class FaultProxy:
     async def _accept(self, reader, writer):
         task = asyncio.current_task()
         self._tasks.add(task)
-        upstream = None
+        upstream = _Upstream(self.upstream.hostname, self.upstream.port)
         try:
             while True:
-                upstream = await self._exchange(reader, writer, upstream)
-                if upstream is None:
-                    break
+                await self._exchange(reader, writer, upstream)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError, _Hangup):
             pass
         finally:
             self._tasks.discard(task)
-            for each in (writer, upstream[1] if upstream else None):
-                if each is not None:
-                    with contextlib.suppress(OSError):
-                        each.close()
+            writer.close()
+            upstream.close()
 
     async def _exchange(self, reader, writer, upstream):
-        """Passes on a request and its answer; returns the connection to the store, if it lives."""
+        """Passes on a request and its answer."""
         head = await reader.readuntil(b"\r\n\r\n")
         method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
         self.counts["requests"] += 1
@@ -161,34 +179,27 @@ class FaultProxy:
             after = f"Retry-After: {self.retry_after_s:g}\r\n" if fault == "status_429" else ""
             writer.write(f"HTTP/1.1 {status}\r\n{after}Content-Length: 0\r\n\r\n".encode())
             await writer.drain()
-            return upstream or await self._connect()
-        if upstream is None:
-            upstream = await self._connect()
+            return
+        await upstream.connect()
         if not self.keep_host:
             host = b"\r\nHost: " + self.upstream.netloc.encode()
             head = re.sub(rb"(?i)\r\nHost:[^\r]*", host, head)
-        upstream[1].write(head)
-        await self._pass_body(reader, upstream[1], head, asked="request")
-        answer = await self._answer_head(upstream[0])
+        upstream.writer.write(head)
+        await self._pass_body(reader, upstream.writer, head, asked="request")
+        answer = await self._answer_head(upstream.reader)
         if b" 100 " in answer.split(b"\r\n", 1)[0]:
             writer.write(answer)
-            answer = await self._answer_head(upstream[0])
+            answer = await self._answer_head(upstream.reader)
         if fault == "wrong_range":
             # A signature covers the request: it is the answer that is about other bytes.
             answer = re.sub(rb"(?i)(\r\nContent-Range: bytes )\d+", rb"\g<1>7", answer)
         writer.write(answer)
         await writer.drain()
         if method != "HEAD" and not re.match(rb"HTTP/1.1 (204|304)", answer):
-            await self._pass_body(upstream[0], writer, answer, asked="answer", fault=fault)
+            await self._pass_body(upstream.reader, writer, answer, asked="answer", fault=fault)
         await writer.drain()
         if re.search(rb"(?i)\r\nConnection: close", answer):
             raise _Hangup
-        return upstream
-
-    async def _connect(self):
-        return await asyncio.open_connection(
-            self.upstream.hostname, self.upstream.port, limit=2 * _CHUNK
-        )
 
     async def _answer_head(self, reader):
         return await reader.readuntil(b"\r\n\r\n")
@@ -256,6 +267,24 @@ class FaultProxy:
         # Shorter sleeps than the timer's grain would make the link slower than it says.
         if self._free_s - now > 0.002:
             await asyncio.sleep(self._free_s - now)
+
+
+class _Upstream:
+    """A connection to the store, made when it is needed."""
+
+    def __init__(self, host, port):
+        self.host, self.port = host, port
+        self.reader = self.writer = None
+
+    async def connect(self):
+        if self.writer is None:
+            self.reader, self.writer = await asyncio.open_connection(
+                self.host, self.port, limit=2 * _CHUNK
+            )
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
 
 
 class _Hangup(Exception):

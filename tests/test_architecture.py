@@ -38,7 +38,7 @@ PURE = {
     "shardspec/tiling.py",
     "preprocess/plan.py",
     "preprocess/text.py",
-    "loader/ahead.py",
+    "loader/horizon.py",
     "loader/blocks.py",
     "loader/mixture.py",
     "loader/order.py",

@@ -1,4 +1,4 @@
-"""LookAhead: which steps are planned before which step is made. Pure.
+"""Horizon: which steps are planned before which step is made. Pure.
 
 Reading ahead needs to know the steps to come; whoever makes batch after batch says them a few at
 a time, so that the first batch does not wait for the planning of all. With K makers that take
@@ -11,7 +11,7 @@ _GROWTH = 4
 """Steps by which the horizon grows with each one that is made."""
 
 
-class LookAhead:
+class Horizon:
     """Gives, for steps in increasing order, the ones that are to be said now."""
 
     def __init__(self, ahead_steps: int, *, stride: int = 1) -> None:
@@ -31,8 +31,8 @@ class LookAhead:
           step: That is made next, at most K steps ahead of those before it.
           stop: End of the pass.
 
-        >>> look = LookAhead(8)
-        >>> [list(look.soon(step, stop=100)) for step in (0, 1, 2)]
+        >>> horizon = Horizon(8)
+        >>> [list(horizon.soon(step, stop=100)) for step in (0, 1, 2)]
         [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10]]
         """
         if not self._ahead_steps:
