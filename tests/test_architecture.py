@@ -39,6 +39,8 @@ PURE = {
     "shardspec/tiling.py",
     "preprocess/plan.py",
     "preprocess/text.py",
+    "loader/horizon.py",
+    "loader/blocks.py",
     "loader/mixture.py",
     "loader/order.py",
     "loader/packing.py",
@@ -65,6 +67,7 @@ CLOCKS = {
     "preprocess/blobs.py",
     "preprocess/fetch.py",
     "preprocess/pipeline.py",
+    "shardspec/ranges.py",
     "shardspec/retries.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
