@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from loader.assemble import View
 from loader.collate import MMCollator
-from loader.cursor import STATE_VERSION, require_state
+from loader.cursor import STATE_VERSION, Allowed, require_state
 from loader.mixture import MixtureConfig, MixtureOrder
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
@@ -259,6 +259,8 @@ class StreamLoader:
             "order": self.order.config.to_dict(),
             "bucket_steps": self._bucket_steps,
             "packing": None,
+            "view": self.dataset.view_fingerprint(),
+            "pad_mode": self.collator.pad_mode,
         }
         if self._packs is not None:
             state["packing"] = {
@@ -268,15 +270,24 @@ class StreamLoader:
             state["streams"] = self._streams
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
         """Goes to a saved place, whatever the number of ranks, threads and workers now.
 
         Changes that the state's run made (`change`) are taken over where this loader has made
         none itself.
 
+        Args:
+          state: A `state_dict` of any rank.
+          allow: ("view",) takes a state whose run made other examples of the samples: other crops,
+            augmentation, sequence length, padding. The same samples go on in the view at hand.
+            Which samples share a pack or a bucket follows from their lengths: there, crops and
+            the sequence length must agree in any case.
+
         Raises:
           StateError: `state_version`; `state_appended`, the dataset has grown since;
-            `state_canonical_ranks`; `state_mismatch` (names every differing field).
+            `state_canonical_ranks`; `state_mismatch`, other samples would come; `state_view`, they
+            would come in another view (both name every differing field).
+          ConfigError: `state_allow`.
         """
         own = self.state_dict()
         own = {name: own[name] for name in own if name not in ("version", "step", "streams")}
@@ -289,7 +300,8 @@ class StreamLoader:
             if sizes[:1] == own["packing"]["sizes"]:
                 own["packing"] = {**own["packing"], "sizes": sizes}
         self._explain(state, own)
-        require_state(state, own)
+        lengths_matter = self._packs is not None or self._bucket_steps > 0
+        require_state(state, own, allow=allow, lengths_matter=lengths_matter)
         if isinstance(self.order, MixtureOrder):
             config = MixtureConfig.from_dict(state["order"])
             if config != self.order.config:

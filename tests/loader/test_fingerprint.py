@@ -1,14 +1,18 @@
+import dataclasses
 import itertools
 import json
 
 import pytest
 
 from loader.assemble import View
+from loader.augment import Augment
 from loader.dataloader import make_dataloader
-from loader.fingerprint import keys_fingerprint
+from loader.fingerprint import keys_fingerprint, view_differences, view_fingerprint
+from loader.mixture_stream import IterableDatasetMixture
 from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import ConfigError, ShardError, StateError
 from shardspec.manifest import require_manifest
+from shardspec.tiling import ImageView
 
 NUM = 30
 
@@ -26,10 +30,11 @@ def write(samples, write_dataset, tmp_path):
     return write
 
 
-def make(url, *, batch=4, canonical_ranks=None, **options):
-    view = View(image=stored_view(require_manifest(url)))
+def make(url, *, batch=4, canonical_ranks=None, changes=None, settings=None, **options):
+    view = View(image=stored_view(require_manifest(url)), **(changes or {}))
     dataset = StreamingDataset(url, seed=1, view=view, canonical_ranks=canonical_ranks, **options)
-    return make_dataloader(dataset, global_batch_size=batch, sequence_length=64, with_metadata=True)
+    settings = {"sequence_length": 64, **(settings or {})}
+    return make_dataloader(dataset, global_batch_size=batch, with_metadata=True, **settings)
 
 
 def keys(loader, count):
@@ -146,3 +151,169 @@ def test_indexes_without_a_column_are_refused(write):
     with pytest.raises(ShardError) as caught:
         make(write("set")).dataset.reader.column("colour", [0])
     assert caught.value.reason == "index_column"
+
+
+IMAGE = {
+    "size_px": 448,
+    "patch_px": 28,
+    "crop_mode": "overlap-and-resize-c2",
+    "fit": "pad",
+    "max_crops": 24,
+    "margin_patches": (4, 3),
+    "pool": (3, 3),
+    "pooling": "per-crop",
+    "overview_start": "low_res_im_start",
+    "overview_column_tokens": True,
+    "column_tokens": False,
+}
+AUGMENT = {
+    "crop_scale": (0.5, 1.0),
+    "crop_ratio": (1.0, 1.0),
+    "flip_probability": 0.5,
+    "brightness": 0.1,
+    "contrast": 0.1,
+    "saturation": 0.1,
+    "hue": 0.1,
+}
+OTHERS = {
+    "normalize": "siglip",
+    "pixels": "patches",
+    "image_map": "pooling",
+    "sequence_length": 128,
+    "max_images": 3,
+    "branch_order": "stored",
+    "tree": "molmo1",
+    "loss": "root_length",
+    "weight": 2.0,
+    "purpose": "inference",
+}
+
+
+def changed_views():
+    """A view for each field, with only that field off its default."""
+    for name, value in IMAGE.items():
+        yield f"image.{name}", View(image=ImageView(**{name: value}))
+    for name, value in AUGMENT.items():
+        yield f"augment.{name}", View(augment=Augment(**{name: value}))
+    for name, value in OTHERS.items():
+        yield name, View(**{name: value})
+
+
+def test_fields_below_are_all_there_are():
+    tables = (ImageView, IMAGE), (Augment, AUGMENT)
+    assert all({f.name for f in dataclasses.fields(kind)} == set(t) for kind, t in tables)
+    parts = {"image", "augment", "high_res", "high_res_probability"}
+    assert {f.name for f in dataclasses.fields(View)} == parts | set(OTHERS)
+
+
+@pytest.mark.parametrize(("field", "view"), list(changed_views()))
+def test_each_field_of_a_view_is_noticed_by_name(field, view):
+    own, other = view_fingerprint(View()), json.loads(json.dumps(view_fingerprint(view)))
+    assert own["hash"] != other["hash"]
+    assert set(other) == {"hash", field}
+    assert list(view_differences(other, own)) == [field]
+    assert list(view_differences(own, other)) == [field]
+    assert view_differences(other, other) == view_differences(own, own) == {}
+
+
+def test_second_resolution_is_noticed_field_by_field():
+    low, high = (
+        View(high_res=ImageView(max_crops=crops), high_res_probability=p)
+        for crops, p in ((12, 0.3), (24, 0.2))
+    )
+    found = view_differences(view_fingerprint(low), view_fingerprint(high))
+    assert found == {
+        "high_res.max_crops": "view.high_res.max_crops: 12 here, 24 asked",
+        "high_res_probability": "view.high_res_probability: 0.3 here, 0.2 asked",
+    }
+    found = view_differences(view_fingerprint(View()), view_fingerprint(high))
+    assert found["high_res.max_crops"] == "view.high_res.max_crops: (nothing) here, 24 asked"
+
+
+def test_view_of_a_release_with_other_fields_is_noticed():
+    own = view_fingerprint(View())
+    assert list(view_differences({**own, "hash": "0"}, own)) == ["hash"]
+    assert list(view_differences({**own, "colour": "red"}, own)) == ["colour"]
+    assert list(view_differences(None, own)) == ["hash"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "told"),
+    [
+        ({"augment": Augment(hue=0.1)}, {}, "state.view.augment.hue: 0.0 here, 0.1 asked"),
+        ({"branch_order": "stored"}, {}, "state.view.branch_order: shuffled here, stored asked"),
+        ({}, {"sequence_length": 32}, "state.view.sequence_length: 64 here, 32 asked"),
+        ({}, {"pad_mode": "max_len"}, "state.pad_mode: to_128 here, max_len asked"),
+    ],
+)
+def test_run_in_another_view_is_refused_unless_that_is_asked_for(changes, settings, told, write):
+    url = write("set")
+    want = keys(make(url), 9)
+    state = saved(make(url), 4)
+    assert len(json.dumps(state)) < 900
+    loader = make(url, changes=changes, settings=settings)
+    with pytest.raises(StateError) as caught:
+        loader.load_state_dict(state)
+    assert caught.value.reason == "state_view"
+    assert caught.value.facts["differences"] == told
+    assert 'allow=("view",)' in caught.value.fix
+    assert loader.step == 0
+
+    loader.load_state_dict(state, allow=("view",))
+    assert keys(loader, 2) == want[4:6]
+    # The view at hand is the run's from here on.
+    state = json.loads(json.dumps(loader.state_dict()))
+    again = make(url, changes=changes, settings=settings)
+    again.load_state_dict(state)
+    assert keys(again, 3) == want[6:]
+    with pytest.raises(StateError) as caught:
+        make(url).load_state_dict(state)
+    assert caught.value.reason == "state_view"
+
+
+@pytest.mark.parametrize("settings", [{"pack": True}, {"bucket_steps": 4}])
+def test_view_whose_lengths_decide_which_samples_come_cannot_differ(settings, write):
+    url = write("set")
+    state = saved(make(url, settings=settings), 1)
+    augmented = make(url, changes={"augment": Augment(hue=0.1)}, settings=settings)
+    augmented.load_state_dict(state, allow=("view",))
+    image = dataclasses.replace(stored_view(require_manifest(url)), column_tokens=False)
+    dataset = StreamingDataset(url, seed=1, view=View(image=image))
+    other = make_dataloader(dataset, global_batch_size=4, sequence_length=64, **settings)
+    with pytest.raises(StateError) as caught:
+        other.load_state_dict(state, allow=("view",))
+    assert caught.value.reason == "state_mismatch"
+    assert caught.value.facts["differences"] == (
+        "state.view.image.column_tokens: True here, False asked"
+    )
+
+
+def test_views_of_a_mixture_are_told_apart_by_dataset(write, samples, monkeypatch):
+    monkeypatch.setattr("loader.mixture._MIN_WORD_SLOTS", 1)
+    urls = [write(name, name=name) for name in ("first", "second")]
+
+    def mixture(weight):
+        image = stored_view(require_manifest(urls[0]))
+        parts = [
+            StreamingDataset(url, view=View(image=image, weight=w))
+            for url, w in zip(urls, (1.0, weight), strict=True)
+        ]
+        return make_dataloader(
+            IterableDatasetMixture(parts, seed=1), global_batch_size=4, sequence_length=64
+        )
+
+    state = mixture(1.0).state_dict()
+    with pytest.raises(StateError) as caught:
+        mixture(3.0).load_state_dict(state)
+    assert caught.value.reason == "state_view"
+    told = "state.view.weight: 1.0 here, 3.0 asked (second)"
+    assert caught.value.facts["differences"] == told
+    mixture(3.0).load_state_dict(state, allow=("view",))
+
+
+def test_only_what_may_differ_can_be_allowed(write):
+    loader = make(write("set"))
+    with pytest.raises(ConfigError) as caught:
+        loader.load_state_dict(loader.state_dict(), allow=("views",))
+    assert caught.value.reason == "state_allow"
+    assert "view" in caught.value.fix
