@@ -22,7 +22,7 @@ from shardspec.manifest import differences
 STATE_VERSION = 2
 """Version of the states of loaders and datasets; any other is refused."""
 
-Allowed = Literal["view"]
+Allowed = Literal["view", "order", "appended"]
 """What may differ from the state's run where that is asked for."""
 
 
@@ -135,7 +135,7 @@ def require_state(
       state: A saved state.
       own: The fields of ours that must agree; `view` and `pad_mode` say what examples and batches
         are made of the samples, the others which samples come.
-      allow: ("view",) lets `view` and `pad_mode` differ.
+      allow: With "view", `view` and `pad_mode` may differ. Others are the caller's affair.
       lengths_matter: Which samples come depends on their lengths, and these on the crops of the
         view: `image` and `high_res` must agree in any case.
 

@@ -35,6 +35,9 @@ from loader.schedule import (
 from loader.stream import StreamingDataset
 from shardspec.errors import ConfigError, ShardsError, StateError
 
+_WIDTH = ("layout", "canonical_ranks", "canonical_workers", "active_blocks", "block_size")
+"""Fields of an order that decide how an epoch is dealt, and not of which samples."""
+
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
 
@@ -278,37 +281,45 @@ class StreamLoader:
 
         Args:
           state: A `state_dict` of any rank.
-          allow: ("view",) takes a state whose run made other examples of the samples: other crops,
-            augmentation, sequence length, padding. The same samples go on in the view at hand.
-            Which samples share a pack or a bucket follows from their lengths: there, crops and
-            the sequence length must agree in any case.
+          allow: What may differ from the state's run, on purpose.
+            "view": what examples and batches are made of the samples: crops, augmentation,
+            sequence length, padding. The same samples go on in the view at hand. Which samples
+            share a pack or a bucket follows from their lengths: there, crops and the sequence
+            length must agree in any case.
+            "order": the global batch size and the canonical ranks. The epoch is finished first:
+            what is left of it is dealt anew, every sample once.
+            "appended": the dataset may have grown since. The new samples come from the next epoch
+            on.
+            The latter two for one dataset with tail "wrap", without packs.
 
         Raises:
           StateError: `state_version`; `state_appended`, the dataset has grown since;
             `state_canonical_ranks`; `state_mismatch`, other samples would come; `state_view`, they
             would come in another view (both name every differing field).
-          ConfigError: `state_allow`.
+          ConfigError: `state_allow`; `order_before`, the orders have nothing in common.
         """
         own = self.state_dict()
         own = {name: own[name] for name in own if name not in ("version", "step", "streams")}
         saved_order, saved_packing = state.get("order"), state.get("packing")
-        for changes in ("ramp", "changes"):
-            if own["order"].get(changes) == [] and isinstance(saved_order, Mapping):
-                own["order"] = {**own["order"], changes: saved_order.get(changes, [])}
+        if isinstance(saved_order, Mapping):
+            own["order"] = {**own["order"], **_brought(saved_order, own["order"])}
         if isinstance(saved_packing, Mapping) and own["packing"]:
             sizes = saved_packing.get("sizes", [])
             if sizes[:1] == own["packing"]["sizes"]:
                 own["packing"] = {**own["packing"], "sizes": sizes}
+        goes_on = self._goes_on(state, own, allow)
         self._explain(state, own)
         lengths_matter = self._packs is not None or self._bucket_steps > 0
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
+        step = int(state["step"])
         if isinstance(self.order, MixtureOrder):
             config = MixtureConfig.from_dict(state["order"])
             if config != self.order.config:
                 self.order = MixtureOrder(config, stop=self.order.stop)
         else:
-            self.order = Order(OrderConfig.from_dict(state["order"]))
-        self.step = int(state["step"])
+            order = Order(OrderConfig.from_dict(state["order"]))
+            self.order = order.continued(self.order.config, step=step) if goes_on else order
+        self.step = step
         if self._packs is None:
             self._schedule = self._unpacked()
         else:
@@ -317,19 +328,44 @@ class StreamLoader:
             self._packs.go_to(self._streams)
             self._planned = self.step
 
+    def _goes_on(
+        self, state: Mapping[str, Any], own: dict[str, Any], allow: Sequence[Allowed]
+    ) -> bool:
+        """Tells whether the state's order is to be continued by ours; takes over what may differ.
+
+        What may not differ stays in `own`, to be refused.
+        """
+        data, order = state.get("data"), state.get("order")
+        if self._packs is not None or not isinstance(self.order, Order):
+            return False
+        if not (isinstance(data, Mapping) and isinstance(order, Mapping)) or order == own["order"]:
+            return False
+        may_differ: set[str] = set()
+        if "order" in allow:
+            may_differ |= {"global_batch_size", *_WIDTH}
+        if "appended" in allow and self.dataset.has_grown_from(data):
+            may_differ |= {"num_samples", "layout", "block_size"}
+            own["data"] = dict(data)
+        if order.get("tail") != "wrap" or self.order.config.ramp:
+            return False
+        own["order"] |= {name: order[name] for name in may_differ if name in order}
+        return bool(may_differ)
+
     def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Refuses what differs for a reason that can be told."""
         if state.get("version") != STATE_VERSION:
             return
         data, order = state.get("data"), state.get("order")
-        if isinstance(data, Mapping) and self.dataset.has_grown_from(data):
+        grown = isinstance(data, Mapping) and self.dataset.has_grown_from(data)
+        if isinstance(data, Mapping) and grown and own["data"] != data:
             then = data.get("num_samples") or {n: entry["num_samples"] for n, entry in data.items()}
             raise StateError(
                 "samples were appended to the dataset since the state was saved",
                 reason="state_appended",
                 facts={"then": then, "now": self.dataset.num_samples},
                 fix="pass max_samples=, the number of then, to StreamingDataset: the run goes on "
-                "exactly; the new samples can only join a new run",
+                'exactly; or load with allow=("appended",): one dataset without packs takes the '
+                "new samples from the next epoch on",
             )
         if not isinstance(order, Mapping):
             return
@@ -341,7 +377,8 @@ class StreamLoader:
                 "the state's run has another number of canonical ranks, which its order depends on",
                 reason="state_canonical_ranks",
                 facts={"saved": saved, "here": ours},
-                fix=f"pass canonical_ranks={saved} to the dataset or mixture",
+                fix=f"pass canonical_ranks={saved} to the dataset or mixture; or load with "
+                'allow=("order",): one dataset without packs deals the rest of its epoch anew',
             )
 
     def _unpacked(self) -> Schedule:
@@ -430,6 +467,17 @@ class _Maker:
         return join_examples(
             fitting(examples, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
         )
+
+
+def _brought(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists the changes that a state brings, where a loader has made none itself."""
+    brought: dict[str, Any] = {}
+    for name in ("ramp", "changes"):
+        if own.get(name) == []:
+            brought[name] = saved.get(name, [])
+    if "before" in own and own["before"] is None:
+        brought |= {name: saved.get(name) for name in ("since", "before")}
+    return brought
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

@@ -91,6 +91,42 @@ def test_appended_samples_are_named_and_the_run_can_go_on_without_them(write, sa
     assert keys(resumed, 8) == want[4:]
 
 
+@pytest.mark.parametrize("start", [0, 2, 5, 6, 9])
+def test_appended_samples_join_with_the_next_epoch_where_that_is_asked_for(start, write, samples):
+    before = write("before", samples[:23], num_shards=2)
+    grown = write("grown", num_shards=3)
+    loader = make(before)
+    shown = keys(loader, start)
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make(grown)
+    resumed.load_state_dict(state, allow=("appended",))
+    shown += keys(resumed, 9)
+    # The next state is of the grown dataset alone.
+    again = make(grown)
+    again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
+    shown += keys(again, 9)
+    flat = [key for batch in shown for key in batch]
+    begun = -(-4 * start // 23)  # epochs of 23 samples; then epochs of 30
+    for epoch in range(begun):
+        assert sorted(flat[epoch * 23 : epoch * 23 + 23]) == [f"sample-{i:04d}" for i in range(23)]
+    whole = flat[begun * 23 : begun * 23 + 30]
+    assert sorted(whole) == [f"sample-{i:04d}" for i in range(30)]
+    with pytest.raises(StateError) as caught:
+        make(before).load_state_dict(again.state_dict(), allow=("appended",))
+    assert caught.value.reason == "state_mismatch"
+
+
+def test_appended_samples_with_another_batch_need_both_to_be_asked_for(write, samples):
+    state = saved(make(write("before", samples[:23])), 2)
+    loader = make(write("grown"), batch=6)
+    with pytest.raises(StateError) as caught:
+        loader.load_state_dict(state, allow=("appended",))
+    assert caught.value.reason == "state_mismatch"
+    assert "state.order.global_batch_size: 4 here, 6 asked" in caught.value.facts["differences"]
+    loader.load_state_dict(state, allow=("appended", "order"))
+    assert len(keys(loader, 1)[0]) == 6
+
+
 def test_dataset_that_grew_at_its_front_is_another_one(write, samples):
     before, grown = write("before", samples[7:]), write("grown", samples)
     with pytest.raises(StateError) as caught:
@@ -117,6 +153,57 @@ def test_another_canonical_width_is_refused_with_the_one_to_use(write):
     resumed = make(url, canonical_ranks=2)
     resumed.load_state_dict(state)
     assert resumed.step == 3
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 7, 8, 11])
+def test_another_width_finishes_the_epoch_where_that_is_asked_for(start, write):
+    """From batches of 4 on 4 canonical ranks to batches of 6 on 6, and to 9 on 3."""
+    url = write("set", num_shards=3)
+    loader = make(url)
+    shown = keys(loader, start)
+    state = json.loads(json.dumps(loader.state_dict()))
+    with pytest.raises(StateError) as caught:
+        make(url, batch=6).load_state_dict(state)
+    assert caught.value.reason == "state_mismatch"
+    for batch, canonical_ranks in ((6, 6), (9, 3)):
+        options = {"batch": batch, "canonical_ranks": canonical_ranks}
+        loaders = [make(url, rank=r, world_size=3, **options) for r in range(3)]
+        for part in loaders:
+            part.load_state_dict(state, allow=("order",))
+        parts = [keys(part, 2) for part in loaders]
+        shown += [[key for part in step for key in part] for step in zip(*parts, strict=True)]
+        state = json.loads(json.dumps(loaders[1].state_dict()))
+        # From here on nothing needs to be allowed.
+        loader = make(url, **options)
+        loader.load_state_dict(state)
+        shown += keys(loader, 2)
+        state = json.loads(json.dumps(loader.state_dict()))
+    loader = make(url, **options)
+    loader.load_state_dict(state)
+    assert loader.step == start + 8
+    assert loader.epoch == sum(map(len, shown)) // NUM
+    shown += keys(loader, 8)
+    flat = [key for batch in shown for key in batch]
+    for epoch in range(4):
+        assert len(set(flat[epoch * NUM : epoch * NUM + NUM])) == NUM
+    assert len(json.dumps(state)) < 1500
+
+
+def test_width_of_mixtures_and_packs_stays(write, monkeypatch):
+    monkeypatch.setattr("loader.mixture._MIN_WORD_SLOTS", 1)
+    url = write("set")
+
+    def mixture(batch):
+        view = View(image=stored_view(require_manifest(url)))
+        whole = IterableDatasetMixture([StreamingDataset(url, view=view)], seed=1)
+        return make_dataloader(whole, global_batch_size=batch, sequence_length=64)
+
+    packed = [make(url, batch=batch, settings={"pack": True}) for batch in (4, 6)]
+    evaluation = [make(url, batch=batch, tail="pad") for batch in (4, 6)]
+    for old, new in ([mixture(4), mixture(6)], packed, evaluation):
+        with pytest.raises(StateError) as caught:
+            new.load_state_dict(old.state_dict(), allow=("order",))
+        assert caught.value.reason == "state_mismatch"
 
 
 def test_batch_size_can_grow_and_every_sample_still_comes_once(write):
