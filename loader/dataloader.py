@@ -35,8 +35,8 @@ from loader.schedule import (
 from loader.stream import StreamingDataset
 from shardspec.errors import ConfigError, ShardsError, StateError
 
-_WIDTH = ("layout", "canonical_ranks", "canonical_workers", "active_blocks", "block_size")
-"""Fields of an order that decide how an epoch is dealt, and not of which samples."""
+_WIDTH = ("layout", "canonical_ranks", "block_size")
+"""The canonical ranks, and fields of an order that follow from them."""
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -217,8 +217,7 @@ class StreamLoader:
 
         The change becomes part of the state: a resumed run makes its loader with the settings it
         began with, and the state brings the changes. With another batch size every sample of the
-        epoch still comes once; of a mixture, datasets in lanes begin their next epoch. Leave a
-        running `for` first: its batches are already planned.
+        epoch still comes once. Leave a running `for` first: its batches are already planned.
 
         Args:
           global_batch_size: Rows per step over all ranks; None: as it is.
@@ -286,11 +285,11 @@ class StreamLoader:
             sequence length, padding. The same samples go on in the view at hand. Which samples
             share a pack or a bucket follows from their lengths: there, crops and the sequence
             length must agree in any case.
-            "order": the global batch size and the canonical ranks. The epoch is finished first:
-            what is left of it is dealt anew, every sample once.
-            "appended": the dataset may have grown since. The new samples come from the next epoch
-            on.
-            The latter two for one dataset with tail "wrap", without packs.
+            "order": the global batch size and the canonical ranks, with tail "wrap" and without
+            packs. Every dataset finishes its epoch first: what is left of it is dealt anew, every
+            sample once.
+            "appended": one dataset, no mixture, may have grown since; otherwise as "order". The
+            new samples come from the next epoch on.
 
         Raises:
           StateError: `state_version`; `state_appended`, the dataset has grown since;
@@ -313,9 +312,11 @@ class StreamLoader:
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
         step = int(state["step"])
         if isinstance(self.order, MixtureOrder):
-            config = MixtureConfig.from_dict(state["order"])
-            if config != self.order.config:
-                self.order = MixtureOrder(config, stop=self.order.stop)
+            mixture = MixtureConfig.from_dict(state["order"])
+            if goes_on:
+                mixture = mixture.with_width(self.order.config, step=step)
+            if mixture != self.order.config:
+                self.order = MixtureOrder(mixture, stop=self.order.stop)
         else:
             order = Order(OrderConfig.from_dict(state["order"]))
             self.order = order.continued(self.order.config, step=step) if goes_on else order
@@ -336,20 +337,25 @@ class StreamLoader:
         What may not differ stays in `own`, to be refused.
         """
         data, order = state.get("data"), state.get("order")
-        if self._packs is not None or not isinstance(self.order, Order):
-            return False
         if not (isinstance(data, Mapping) and isinstance(order, Mapping)) or order == own["order"]:
+            return False
+        if self._packs is not None or self._own_changes():
             return False
         may_differ: set[str] = set()
         if "order" in allow:
             may_differ |= {"global_batch_size", *_WIDTH}
-        if "appended" in allow and self.dataset.has_grown_from(data):
-            may_differ |= {"num_samples", "layout", "block_size"}
-            own["data"] = dict(data)
-        if order.get("tail") != "wrap" or self.order.config.ramp:
-            return False
+        if isinstance(self.order, Order):
+            if order.get("tail") != "wrap":
+                return False
+            if "appended" in allow and self.dataset.has_grown_from(data):
+                may_differ |= {"num_samples", "layout", "block_size"}
+                own["data"] = dict(data)
         own["order"] |= {name: order[name] for name in may_differ if name in order}
         return bool(may_differ)
+
+    def _own_changes(self) -> bool:
+        config = self.order.config
+        return bool(config.changes if isinstance(config, MixtureConfig) else config.ramp)
 
     def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Refuses what differs for a reason that can be told."""
@@ -364,8 +370,8 @@ class StreamLoader:
                 reason="state_appended",
                 facts={"then": then, "now": self.dataset.num_samples},
                 fix="pass max_samples=, the number of then, to StreamingDataset: the run goes on "
-                'exactly; or load with allow=("appended",): one dataset without packs takes the '
-                "new samples from the next epoch on",
+                'exactly; or, without packs and mixture, load with allow=("appended",): the new '
+                "samples come from the next epoch on",
             )
         if not isinstance(order, Mapping):
             return
@@ -378,7 +384,7 @@ class StreamLoader:
                 reason="state_canonical_ranks",
                 facts={"saved": saved, "here": ours},
                 fix=f"pass canonical_ranks={saved} to the dataset or mixture; or load with "
-                'allow=("order",): one dataset without packs deals the rest of its epoch anew',
+                'allow=("order",), without packs: what is left of the epoch is dealt anew',
             )
 
     def _unpacked(self) -> Schedule:

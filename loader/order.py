@@ -316,7 +316,7 @@ class Order:
         self._rest: Rest | None = None
         if config.before is not None:
             self._before = Order(config.before)
-            self._rest = Rest(self._before, step=config.since)
+            self._rest = Rest(self._before, taken=self._before.taken(config.since))
         self.first_epoch: int = 0 if self._rest is None else self._rest.first_epoch
         """The first epoch that is laid out here; what comes before is another order's rest."""
         batches = [config.global_batch_size, *(c.global_batch_size for c in config.ramp)]

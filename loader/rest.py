@@ -24,9 +24,6 @@ class Lanes(Protocol):
     def first_epoch(self) -> int:
         """The first epoch that the order lays out itself."""
 
-    def taken(self, step: int) -> np.ndarray:
-        """Counts what each track has taken before a step: int64 [tracks]."""
-
     def ends(self, epoch: int) -> np.ndarray:
         """Counts what each track has taken when it has finished an epoch: int64 [tracks]."""
 
@@ -35,11 +32,11 @@ class Lanes(Protocol):
 
 
 class Rest:
-    """What an order owes at a step."""
+    """What an order owes."""
 
-    def __init__(self, order: Lanes, *, step: int) -> None:
+    def __init__(self, order: Lanes, *, taken: np.ndarray) -> None:
+        """Joins an order and int64 [tracks], what each track has taken of it."""
         self._order = order
-        taken = order.taken(step)
         begun = np.flatnonzero(taken)
         last = order.first_epoch - 1
         if len(begun):
@@ -51,6 +48,7 @@ class Rest:
         self._offset = taken - (self._ends - owed)
         self.length = int(self._ends[-1])
         """Places of the line."""
+        self.num_tracks = len(taken)
 
     def take(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Finds (epoch, sample) of places of the line: int64, 0 to length - 1."""

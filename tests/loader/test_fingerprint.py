@@ -189,21 +189,57 @@ def test_another_width_finishes_the_epoch_where_that_is_asked_for(start, write):
     assert len(json.dumps(state)) < 1500
 
 
-def test_width_of_mixtures_and_packs_stays(write, monkeypatch):
-    monkeypatch.setattr("loader.mixture._MIN_WORD_SLOTS", 1)
+def test_width_of_packs_and_of_an_evaluation_stays(write):
     url = write("set")
-
-    def mixture(batch):
-        view = View(image=stored_view(require_manifest(url)))
-        whole = IterableDatasetMixture([StreamingDataset(url, view=view)], seed=1)
-        return make_dataloader(whole, global_batch_size=batch, sequence_length=64)
-
     packed = [make(url, batch=batch, settings={"pack": True}) for batch in (4, 6)]
     evaluation = [make(url, batch=batch, tail="pad") for batch in (4, 6)]
-    for old, new in ([mixture(4), mixture(6)], packed, evaluation):
+    for old, new in (packed, evaluation):
         with pytest.raises(StateError) as caught:
             new.load_state_dict(old.state_dict(), allow=("order",))
         assert caught.value.reason == "state_mismatch"
+
+
+@pytest.mark.parametrize("start", [1, 7, 12])
+def test_mixture_of_another_width_finishes_the_epochs_of_its_datasets(
+    start, write, samples, tiny_sample, monkeypatch
+):
+    monkeypatch.setattr("loader.mixture._MIN_WORD_SLOTS", 1)
+    more = [tiny_sample(100 + i, num_images=0) for i in range(45)]
+    urls = [write("first", name="first"), write("second", more, name="second")]
+
+    def mixture(batch, *, weights=(1.0, 2.0), rank=0, world_size=1):
+        parts = [StreamingDataset(url, rank=rank, world_size=world_size) for url in urls]
+        return make_dataloader(
+            IterableDatasetMixture(parts, weights, seed=1, stop=5),
+            global_batch_size=batch,
+            sequence_length=64,
+            with_metadata=True,
+        )
+
+    loader = mixture(4)
+    shown = keys(loader, start)
+    state = json.loads(json.dumps(loader.state_dict()))
+    for options in ({"batch": 6, "weights": (1.0, 1.0)}, {"batch": 6}):
+        allow = ("order",) if "weights" in options else ()
+        with pytest.raises(StateError) as caught:
+            mixture(**options).load_state_dict(state, allow=allow)
+        assert caught.value.reason == "state_mismatch"
+    for _ in range(2):  # the second time nothing changes any more
+        loaders = [mixture(6, rank=r, world_size=3) for r in range(3)]
+        for part in loaders:
+            part.load_state_dict(state, allow=("order",))
+        parts = [keys(part, 3) for part in loaders]
+        shown += [[key for part in step for key in part] for step in zip(*parts, strict=True)]
+        state = json.loads(json.dumps(loaders[2].state_dict()))
+    assert [change["step"] for change in state["order"]["changes"]] == [start]
+    loader = mixture(6)
+    loader.load_state_dict(state, allow=("order",))
+    shown += keys(loader, 30)
+    flat = [key for batch in shown for key in batch]
+    for size, own in ((30, [k for k in flat if k < "sample-0100"]), (45, [])):
+        own = own or [k for k in flat if k >= "sample-0100"]
+        for epoch in range(len(own) // size):
+            assert len(set(own[epoch * size : epoch * size + size])) == size
 
 
 def test_batch_size_can_grow_and_every_sample_still_comes_once(write):

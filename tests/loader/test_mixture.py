@@ -193,8 +193,12 @@ def test_workers_of_ranks_read_parts_of_a_large_dataset_of_their_own():
 
 def test_change_of_weights_and_batch_counts_on():
     base = mixed((300, 5000, 20_000), batch=16, ranks=2).config
-    change = MixtureChange(step=1000, global_batch_size=32, weights=(1.0, 0.0, 1.0))
-    again = MixtureChange(step=1500, global_batch_size=16, weights=(1.0, 1.0, 1.0))
+    change = MixtureChange(
+        step=1000, global_batch_size=32, weights=(1.0, 0.0, 1.0), canonical_ranks=2
+    )
+    again = MixtureChange(
+        step=1500, global_batch_size=16, weights=(1.0, 1.0, 1.0), canonical_ranks=2
+    )
     order = MixtureOrder(dataclasses.replace(base, changes=(change, again)))
     unchanged = MixtureOrder(base)
     before = rows(order, np.arange(1000), 16)
@@ -207,18 +211,71 @@ def test_change_of_weights_and_batch_counts_on():
     small = seen[seen[:, 0] == 0]
     assert np.array_equal(small[:, 1], np.arange(len(small)) // 300)
     assert np.array_equal(order.counts(3000), np.bincount(seen[:, 0], minlength=3))
-    # A set in lanes opens its next epoch with the change.
-    laned = [row["layout"] for row in order.describe()].index("lanes")
-    last = before[before[:, 0] == laned][:, 1].max()
-    assert after[after[:, 0] == laned][:, 1].min() > last
+    # Those in lanes finish the epoch that they had begun: every sample once per epoch.
+    assert [row["layout"] for row in order.describe()] == ["global", "lanes", "lanes"]
+    for dataset, size in ((1, 5000), (2, 20_000)):
+        own = seen[seen[:, 0] == dataset]
+        assert np.array_equal(np.sort(own[own[:, 1] == 0][:, 2]), np.arange(size))
     mixed_call = order.slots(np.array([[999], [1000], [1500]]), np.arange(16))
     assert np.array_equal(mixed_call.sample[1], middle[:16, 2])
     assert np.array_equal(mixed_call.sample[2], after[:16, 2])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 5, 40, 600, 1100, 2500]), min_size=1, max_size=4),
+    changes=st.lists(
+        st.tuples(
+            st.integers(1, 90),
+            st.sampled_from([(4, 2), (4, 1), (6, 3), (12, 12), (8, 4)]),
+            st.lists(st.sampled_from([0, 1, 1, 2, 5]), min_size=4, max_size=4),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    workers=st.sampled_from([1, 4]),
+)
+def test_any_change_lets_every_dataset_finish_its_epoch(sizes, changes, workers):
+    """Weights, batches and widths; datasets that get lanes, lose them, or pause."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loader.mixture._MIN_WORD_SLOTS", 1)
+        base = MixtureConfig(
+            members=tuple(member(f"d{i}", n, 1.0) for i, n in enumerate(sizes)),
+            global_batch_size=8,
+            seed=1,
+            canonical_ranks=8,
+            canonical_workers=workers,
+            active_blocks=3,
+            block_size=4,
+        )
+        order = MixtureOrder(base)
+        step, parts = 0, []
+        for length, (batch, ranks), weights in changes:
+            parts.append(rows(order, np.arange(step, step + length), order.batch_at(step)[0]))
+            step += length
+            weights = weights[: len(sizes)] if any(weights[: len(sizes)]) else [1] * len(sizes)
+            order = order.changed(
+                step=step, global_batch_size=batch, weights=weights, canonical_ranks=ranks
+            )
+        parts.append(rows(order, np.arange(step, step + 30), batch))
+        step += 30
+        # At the end all weigh the same, until each has finished its epoch and shown the next.
+        order = order.changed(
+            step=step, global_batch_size=8, weights=[1] * len(sizes), canonical_ranks=8
+        )
+        slots = (3 * max(sizes) + 64) * len(sizes) + 64 * 8 * workers
+        parts.append(rows(order, np.arange(step, step + slots // 8), 8))
+    seen = np.concatenate(parts)
+    assert len(np.unique(seen, axis=0)) == len(seen)
+    for dataset, size in enumerate(sizes):
+        own = seen[seen[:, 0] == dataset]
+        for epoch in range(int(order._segments[-1].first_epoch[dataset]) + 1):
+            assert np.array_equal(np.sort(own[own[:, 1] == epoch][:, 2]), np.arange(size))
+
+
 def test_exhaustion_is_found_across_a_change_of_weights():
     base = mixed((300, 5000), by="rate", batch=16, ranks=2).config
-    change = MixtureChange(step=10, global_batch_size=16, weights=(0.0, 1.0))
+    change = MixtureChange(step=10, global_batch_size=16, weights=(0.0, 1.0), canonical_ranks=2)
     order = MixtureOrder(dataclasses.replace(base, changes=(change,)))
     assert order.num_steps() == 10 + -(-(5000 - 80) // 16)
     with pytest.raises(ConfigError) as caught:
@@ -309,12 +366,18 @@ def test_no_dataset_is_tied_to_a_rank_or_a_lane(rates):
 
 
 def test_saved_mixture_comes_back_equal_or_is_refused():
-    change = MixtureChange(step=9, global_batch_size=64, weights=(1.0, 2.0))
+    change = MixtureChange(step=9, global_batch_size=64, weights=(1.0, 2.0), canonical_ranks=2)
     config = dataclasses.replace(mixed((10, 20)).config, changes=(change,))
     assert MixtureConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(StateError) as caught:
         MixtureConfig.from_dict({**config.to_dict(), "version": 0})
     assert caught.value.reason == "order_version"
+
+
+def change(*, step=1, weights=(1.0,), canonical_ranks=2):
+    return MixtureChange(
+        step=step, global_batch_size=8, weights=weights, canonical_ranks=canonical_ranks
+    )
 
 
 def member(name="a", num_samples=10, weight=1.0):
@@ -334,11 +397,12 @@ def member(name="a", num_samples=10, weight=1.0):
         ({"active_blocks": 0}, "mixture_count"),
         ({"canonical_ranks": 3}, "batch_not_divisible"),
         (
-            {"changes": (MixtureChange(step=0, global_batch_size=8, weights=(1.0,)),)},
+            {"changes": (change(step=0),)},
             "mixture_changes",
         ),
+        ({"changes": (change(canonical_ranks=3),)}, "batch_not_divisible"),
         (
-            {"changes": (MixtureChange(step=1, global_batch_size=8, weights=(1.0, 1.0)),)},
+            {"changes": (change(weights=(1.0, 1.0)),)},
             "mixture_weights",
         ),
     ],
