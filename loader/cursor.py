@@ -8,18 +8,22 @@ their datasets for a state (torchdata's StatefulDataLoader asks each worker's co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 
+from loader.fingerprint import view_differences
 from loader.order import Passes, epoch_of
 from loader.topology import find_worker
-from shardspec.errors import StateError
+from shardspec.errors import ConfigError, StateError, nearest
 from shardspec.manifest import differences
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Version of the states of loaders and datasets; any other is refused."""
+
+Allowed = Literal["view", "order", "appended"]
+"""What may differ from the state's run where that is asked for."""
 
 
 class Cursor:
@@ -90,34 +94,64 @@ class Cursor:
                 yield example
             part = 0
 
-    def state_dict(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Describes this process's place in its pass, in plain JSON types."""
+    def state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Describes this process's place in its pass, in plain JSON types.
+
+        Args:
+          own: What the place means something for: `data`, `order`, `view` and so on.
+        """
         epoch, skipped = self._pass or self._place.tolist()
         return {
             "version": STATE_VERSION,
             "epoch": epoch,
             "skipped_steps": skipped,
             "taken": self._taken,
-            "data": dict(data),
+            **own,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], own: Mapping[str, Any], *, allow: Sequence[Allowed] = ()
+    ) -> None:
         """Goes to a place that `state_dict` gave, for the next pass; then `set_epoch` counts again.
 
         Raises:
-          StateError: `state_version`, `state_mismatch`.
+          StateError, ConfigError: As `require_state`.
         """
-        require_state(state, {"data": dict(data)})
+        require_state(state, own, allow=allow)
         self._resume = (int(state["epoch"]), int(state["skipped_steps"]), int(state["taken"]))
         self._pass, self._taken = self._resume[:2], self._resume[2]
 
 
-def require_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def require_state(
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    *,
+    allow: Sequence[Allowed] = (),
+    lengths_matter: bool = False,
+) -> None:
     """Refuses a state of another version, or one that differs from ours in a field.
 
+    Args:
+      state: A saved state.
+      own: The fields of ours that must agree; `view` and `pad_mode`, where there are any, say what
+        examples and batches are made of the samples, the others which samples come.
+      allow: With "view", `view` and `pad_mode` may differ. Others are the caller's affair.
+      lengths_matter: Which samples come depends on their lengths, and these on the crops of the
+        view: `image` and `high_res` must agree in any case.
+
     Raises:
-      StateError: `state_version`, `state_mismatch` (names every differing field).
+      StateError: `state_version`; `state_mismatch`, other samples would come; `state_view`, the
+        same samples in another view. Every differing field is named.
+      ConfigError: `state_allow`.
     """
+    for name in allow:
+        if name not in get_args(Allowed):
+            raise ConfigError(
+                "nothing of this name may differ from a state",
+                reason="state_allow",
+                facts={"got": name},
+                fix=nearest(name, get_args(Allowed)),
+            )
     if state.get("version") != STATE_VERSION:
         raise StateError(
             "the loader's state has a version that this release does not read",
@@ -125,12 +159,27 @@ def require_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             facts={"got": state.get("version"), "want": STATE_VERSION},
             fix="resume with the release that wrote it",
         )
-    found = differences({name: state.get(name) for name in own}, own, "state")
+    shown = {name: value for name, value in own.items() if name not in ("view", "pad_mode")}
+    found = differences({name: state.get(name) for name in shown}, shown, "state")
+    seen: list[str] = []
+    for field, text in view_differences(state.get("view"), own.get("view")).items():
+        crops = field.startswith(("image.", "high_res"))
+        (found if lengths_matter and crops else seen).append(f"state.{text}")
+    if "pad_mode" in own:
+        seen += differences(state.get("pad_mode"), own["pad_mode"], "state.pad_mode")
     if found:
         raise StateError(
             "the loader's state belongs to another run",
             reason="state_mismatch",
-            facts={"differences": "; ".join(found)},
+            facts={"differences": "; ".join(found + seen)},
             fix="resume with the data, the seed, the global batch size and the canonical ranks "
             "that it was saved with",
+        )
+    if seen and "view" not in allow:
+        raise StateError(
+            "the state's run saw the samples in another view",
+            reason="state_view",
+            facts={"differences": "; ".join(seen)},
+            fix='resume with its view, or load the state with allow=("view",): the same samples '
+            "then go on in the new one",
         )

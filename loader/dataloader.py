@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from loader.assemble import View
 from loader.collate import MMCollator
-from loader.cursor import STATE_VERSION, require_state
+from loader.cursor import STATE_VERSION, Allowed, require_state
 from loader.horizon import Horizon
 from loader.mixture import MixtureConfig, MixtureOrder
 from loader.mixture_stream import IterableDatasetMixture
@@ -40,6 +40,9 @@ from shardspec.errors import ConfigError, ShardsError, StateError
 
 _FREE = ("version", "step", "streams", "bad")
 """Of a state: what may differ from this loader's."""
+
+_WIDTH = ("layout", "canonical_ranks", "block_size")
+"""The canonical ranks, and fields of an order that follow from them."""
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -225,8 +228,7 @@ class StreamLoader:
 
         The change becomes part of the state: a resumed run makes its loader with the settings it
         began with, and the state brings the changes. With another batch size every sample of the
-        epoch still comes once; of a mixture, datasets in lanes begin their next epoch. Leave a
-        running `for` first: its batches are already planned.
+        epoch still comes once. Leave a running `for` first: its batches are already planned.
 
         Args:
           global_batch_size: Rows per step over all ranks; None: as it is.
@@ -272,6 +274,8 @@ class StreamLoader:
             "order": self.order.config.to_dict(),
             "bucket_steps": self._bucket_steps,
             "packing": None,
+            "view": self.dataset.view_fingerprint(),
+            "pad_mode": self.collator.pad_mode,
         }
         if self._packs is not None:
             state["packing"] = {
@@ -283,35 +287,55 @@ class StreamLoader:
             state["bad"] = [dict(record) for record in self.bad_samples]
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
         """Goes to a saved place, whatever the number of ranks, threads and workers now.
 
         Changes that the state's run made (`change`) are taken over where this loader has made
         none itself.
 
+        Args:
+          state: A `state_dict` of any rank.
+          allow: What may differ from the state's run, on purpose.
+            "view": what examples and batches are made of the samples: crops, augmentation,
+            sequence length, padding. The same samples go on in the view at hand. Which samples
+            share a pack or a bucket follows from their lengths: there, crops and the sequence
+            length must agree in any case.
+            "order": the global batch size and the canonical ranks, with tail "wrap" and without
+            packs. Every dataset finishes its epoch first: what is left of it is dealt anew, every
+            sample once.
+            "appended": one dataset, no mixture, may have grown since; otherwise as "order". The
+            new samples come from the next epoch on.
+
         Raises:
           StateError: `state_version`; `state_appended`, the dataset has grown since;
-            `state_canonical_ranks`; `state_mismatch` (names every differing field).
+            `state_canonical_ranks`; `state_mismatch`, other samples would come; `state_view`, they
+            would come in another view (both name every differing field).
+          ConfigError: `state_allow`; `order_before`, the orders have nothing in common.
         """
         own = self.state_dict()
         own = {name: own[name] for name in own if name not in _FREE}
         saved_order, saved_packing = state.get("order"), state.get("packing")
-        for changes in ("ramp", "changes"):
-            if own["order"].get(changes) == [] and isinstance(saved_order, Mapping):
-                own["order"] = {**own["order"], changes: saved_order.get(changes, [])}
+        if isinstance(saved_order, Mapping):
+            own["order"] = {**own["order"], **_brought(saved_order, own["order"])}
         if isinstance(saved_packing, Mapping) and own["packing"]:
             sizes = saved_packing.get("sizes", [])
             if sizes[:1] == own["packing"]["sizes"]:
                 own["packing"] = {**own["packing"], "sizes": sizes}
+        goes_on = self._goes_on(state, own, allow)
         self._explain(state, own)
-        require_state(state, own)
+        lengths_matter = self._packs is not None or self._bucket_steps > 0
+        require_state(state, own, allow=allow, lengths_matter=lengths_matter)
+        step = int(state["step"])
         if isinstance(self.order, MixtureOrder):
-            config = MixtureConfig.from_dict(state["order"])
-            if config != self.order.config:
-                self.order = MixtureOrder(config, stop=self.order.stop)
+            mixture = MixtureConfig.from_dict(state["order"])
+            if goes_on:
+                mixture = mixture.with_width(self.order.config, step=step)
+            if mixture != self.order.config:
+                self.order = MixtureOrder(mixture, stop=self.order.stop)
         else:
-            self.order = Order(OrderConfig.from_dict(state["order"]))
-        self.step = int(state["step"])
+            order = Order(OrderConfig.from_dict(state["order"]))
+            self.order = order.continued(self.order.config, step=step) if goes_on else order
+        self.step = step
         self.bad_samples = [dict(record) for record in state.get("bad", [])]
         self.dataset.restore_bad(self.bad_samples)
         if self._packs is None:
@@ -322,19 +346,49 @@ class StreamLoader:
             self._packs.go_to(self._streams)
             self._planned = self.step
 
+    def _goes_on(
+        self, state: Mapping[str, Any], own: dict[str, Any], allow: Sequence[Allowed]
+    ) -> bool:
+        """Tells whether the state's order is to be continued by ours; takes over what may differ.
+
+        What may not differ stays in `own`, to be refused.
+        """
+        data, order = state.get("data"), state.get("order")
+        if not (isinstance(data, Mapping) and isinstance(order, Mapping)) or order == own["order"]:
+            return False
+        if self._packs is not None or self._own_changes():
+            return False
+        may_differ: set[str] = set()
+        if "order" in allow:
+            may_differ |= {"global_batch_size", *_WIDTH}
+        if isinstance(self.order, Order):
+            if order.get("tail") != "wrap":
+                return False
+            if "appended" in allow and self.dataset.has_grown_from(data):
+                may_differ |= {"num_samples", "layout", "block_size"}
+                own["data"] = dict(data)
+        own["order"] |= {name: order[name] for name in may_differ if name in order}
+        return bool(may_differ)
+
+    def _own_changes(self) -> bool:
+        config = self.order.config
+        return bool(config.changes if isinstance(config, MixtureConfig) else config.ramp)
+
     def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Refuses what differs for a reason that can be told."""
         if state.get("version") != STATE_VERSION:
             return
         data, order = state.get("data"), state.get("order")
-        if isinstance(data, Mapping) and self.dataset.has_grown_from(data):
+        grown = isinstance(data, Mapping) and self.dataset.has_grown_from(data)
+        if isinstance(data, Mapping) and grown and own["data"] != data:
             then = data.get("num_samples") or {n: entry["num_samples"] for n, entry in data.items()}
             raise StateError(
                 "samples were appended to the dataset since the state was saved",
                 reason="state_appended",
                 facts={"then": then, "now": self.dataset.num_samples},
                 fix="pass max_samples=, the number of then, to StreamingDataset: the run goes on "
-                "exactly; the new samples can only join a new run",
+                'exactly; or, without packs and mixture, load with allow=("appended",): the new '
+                "samples come from the next epoch on",
             )
         if not isinstance(order, Mapping):
             return
@@ -346,7 +400,8 @@ class StreamLoader:
                 "the state's run has another number of canonical ranks, which its order depends on",
                 reason="state_canonical_ranks",
                 facts={"saved": saved, "here": ours},
-                fix=f"pass canonical_ranks={saved} to the dataset or mixture",
+                fix=f"pass canonical_ranks={saved} to the dataset or mixture; or load with "
+                'allow=("order",), without packs: what is left of the epoch is dealt anew',
             )
 
     def _note_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -473,6 +528,17 @@ class _Maker:
         return join_examples(
             fitting(examples, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
         )
+
+
+def _brought(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists the changes that a state brings, where a loader has made none itself."""
+    brought: dict[str, Any] = {}
+    for name in ("ramp", "changes"):
+        if own.get(name) == []:
+            brought[name] = saved.get(name, [])
+    if "before" in own and own["before"] is None:
+        brought |= {name: saved.get(name) for name in ("since", "before")}
+    return brought
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

@@ -1,23 +1,23 @@
 """Mixtures of datasets in closed form: which dataset, epoch and sample stands in a slot.
 
-The proportions are spelled out once, as the *word*: M slots (a whole number of batches) in which
-dataset d occurs m_d = round(w_d M) times, evenly spread. Occurrence i of d gets the key
-(i + a hash in [1/4, 3/4)) / m_d, and all keys are sorted. The run reads the word over and over, so
+The proportions are spelled out once, as the *word* (word.py): M slots, a whole number of batches,
+in which dataset d occurs m_d times, m_d / M being its weight to within one slot. The run reads the
+word over and over, so
 
-* any prefix of the run holds each dataset's share m_d / M to within two samples, for ever
-  (measured with 40 datasets: 1.6 by the root of their sizes, 2.5 where one has a quarter and the
-  smallest one slot of the word; a random draw per sample is off by hundreds);
+* any prefix of the run holds each dataset's share m_d / M of the slots to within two samples, for
+  ever (proven in word.py; a random draw per sample is off by hundreds);
 * how many samples of d came before a slot is `words * m_d + its rank in the word`, and in the
   slot's lane `words * quota + its rank among the lane's`: two tables of M numbers make every slot
   of the run O(1), and the state is the step.
 
 Lane w of dataset d owns a part of d's epoch line in proportion to its quota, so all lanes of d
-finish an epoch together; inside, order.py's stages apply. Datasets too small for lanes are
-shuffled as a whole and counted over the run. Each dataset shuffles by its own seed.
+finish an epoch together; inside, order.py's stages apply. A dataset too small for lanes has one
+for the whole run, and is shuffled as a whole. Each dataset shuffles by its own seed.
 
 Weights come from `mixture_weights`: rates, root-of-size groups as in the Molmo family, nested,
-by samples or by tokens. A change of weights or batch size begins a new word at a given step:
-whole-shuffled datasets continue exactly, datasets in lanes begin their next epoch.
+by samples or by tokens. A change of weights, batch size or width begins a new word at a given step,
+from which proportions are counted anew. Each dataset finishes its epoch first: what its lanes still
+owe (rest.py) is dealt to its new lanes, so that every sample comes once per epoch all the same.
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 
 from loader.order import (
     MIN_LANE_LENGTH,
-    ORDER_VERSION,
     Line,
     Slots,
     default_canonical_ranks,
     pick_block_size,
     require_slots,
 )
-from loader.permutation import keyed_array
+from loader.permutation import keyed_array, permute
+from loader.rest import Rest
+from loader.word import MOST_SLOTS, share_out, spread
 from shardspec.errors import ConfigError, StateError
-from shardspec.keyed import dataset_seed
+from shardspec.keyed import dataset_seed, keyed
+
+MIXTURE_VERSION = 2
+"""Version of the order of mixtures: the same configuration and version mean the same samples."""
 
 Weighting = Literal["rate", "root_size", "size"]
 Stop = Literal["first_exhausted", "all_exhausted"]
 
-_KEY_WORD = 16
+_KEY_WORD, _KEY_REST = 16, 19
 _MIN_WORD_BATCHES = 64
-_MIN_WORD_SLOTS = 2**18  # a weight of 1e-4 is then met to 2 %; the tables take 5 MB
+_MIN_WORD_SLOTS = 2**18  # shares are then within 4e-6 of the weights; the tables take 5 MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +94,15 @@ class MixtureMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureChange:
-    """Other weights or another global batch size from one step on."""
+    """Other weights, another global batch size or another width from one step on."""
 
     step: int
     """First step of the change, >= 1."""
     global_batch_size: int
     weights: tuple[float, ...]
     """One weight per member; 0 leaves a dataset out."""
+    canonical_ranks: int
+    """A divisor of the global batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +136,9 @@ class MixtureConfig:
             _require(member.num_samples >= 1, f"dataset {member.name!r} is empty", "mixture_empty")
         steps = [0, *(change.step for change in self.changes)]
         _require(sorted(set(steps)) == steps, "steps of changes must increase", "mixture_changes")
-        for _, batch, weights in self.segments():
+        for segment in self.segments():
+            weights, batch = segment.weights, segment.global_batch_size
+            ranks = segment.canonical_ranks
             _require(
                 len(weights) == len(self.members)
                 and all(math.isfinite(w) and w >= 0 for w in weights)
@@ -140,21 +147,67 @@ class MixtureConfig:
                 "mixture_weights",
             )
             _require(
-                batch >= 1 and batch % self.canonical_ranks == 0,
-                f"the global batch {batch} is not a multiple of the canonical ranks "
-                f"({self.canonical_ranks})",
+                batch >= 1 and ranks >= 1 and batch % ranks == 0,
+                f"the global batch {batch} is not a multiple of the canonical ranks ({ranks})",
                 "batch_not_divisible",
             )
 
-    def segments(self) -> list[tuple[int, int, tuple[float, ...]]]:
-        """Lists (first step, global batch size, weights), the run's start first."""
-        first = (0, self.global_batch_size, tuple(member.weight for member in self.members))
-        return [first, *((c.step, c.global_batch_size, c.weights) for c in self.changes)]
+    def segments(self) -> list[MixtureChange]:
+        """Lists the parts of the run, its start first."""
+        first = MixtureChange(
+            step=0,
+            global_batch_size=self.global_batch_size,
+            weights=tuple(member.weight for member in self.members),
+            canonical_ranks=self.canonical_ranks,
+        )
+        return [first, *self.changes]
+
+    def changed(
+        self,
+        *,
+        step: int,
+        global_batch_size: int,
+        weights: Sequence[float] | None = None,
+        canonical_ranks: int | None = None,
+    ) -> MixtureConfig:
+        """Returns the mixture with a change from a step on; later ones are forgotten.
+
+        Raises:
+          ConfigError: `mixture_weights`, `mixture_changes`, `batch_not_divisible`.
+        """
+        kept = tuple(change for change in self.changes if change.step < step)
+        last = replace(self, changes=kept).segments()[-1]
+        change = MixtureChange(
+            step=step,
+            global_batch_size=global_batch_size,
+            weights=last.weights if weights is None else tuple(weights),
+            canonical_ranks=canonical_ranks or last.canonical_ranks,
+        )
+        if step:
+            return replace(self, changes=(*kept, change))
+        same = len(change.weights) == len(self.members)
+        _require(same, "a mixture needs one weight per dataset", "mixture_weights")
+        pairs = zip(self.members, change.weights, strict=True)
+        return replace(
+            self,
+            members=tuple(replace(member, weight=weight) for member, weight in pairs),
+            global_batch_size=global_batch_size,
+            canonical_ranks=change.canonical_ranks,
+            changes=(),
+        )
+
+    def with_width(self, other: MixtureConfig, *, step: int) -> MixtureConfig:
+        """Returns the mixture with another one's global batch and width from a step on."""
+        last = self.segments()[-1]
+        wanted = (other.global_batch_size, other.canonical_ranks)
+        if (last.global_batch_size, last.canonical_ranks) == wanted:
+            return self
+        return self.changed(step=step, global_batch_size=wanted[0], canonical_ranks=wanted[1])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration in plain JSON types, `version` first."""
         return {
-            "version": ORDER_VERSION,
+            "version": MIXTURE_VERSION,
             **asdict(self),
             "members": [asdict(member) for member in self.members],
             "changes": [
@@ -170,13 +223,13 @@ class MixtureConfig:
           StateError: `order_version` or `order_fields`.
         """
         known = {field.name for field in fields(cls)}
-        if state.get("version") != ORDER_VERSION or set(state) - {"version"} != known:
+        if state.get("version") != MIXTURE_VERSION or set(state) - {"version"} != known:
             raise StateError(
                 "the saved mixture is of another version",
                 reason="order_version",
                 facts={
                     "got": state.get("version"),
-                    "want": ORDER_VERSION,
+                    "want": MIXTURE_VERSION,
                     "other_fields": sorted((set(state) - {"version"}) ^ known),
                 },
                 fix="resume with the release that wrote the state, or start a new run",
@@ -292,24 +345,12 @@ class MixtureOrder:
                 for size, active in zip(self._sizes, self._active, strict=True)
             ]
         )
-        words = [
-            _Word(
-                segment_weights,
-                global_batch_size=batch,
-                first_step=step,
-                seed=config.seed,
-                canonical_ranks=config.canonical_ranks,
-                canonical_workers=config.canonical_workers,
-            )
-            for step, batch, segment_weights in config.segments()
-        ]
-        # A lane that visits a rare dataset far less than others do would own no sample of it.
-        self._laned = self._sizes >= MIN_LANE_LENGTH * lanes
-        for word in words:
-            self._laned &= word.shortest_lanes(self._sizes) >= 1
         self._segments: list[_Segment] = []
-        for (step, _, _), word in zip(config.segments(), words, strict=True):
-            self._segments.append(self._continue(word, step))
+        for part in config.segments():
+            word = _Word(
+                part, sizes=self._sizes, seed=config.seed, workers=config.canonical_workers
+            )
+            self._segments.append(self._continue(word, part.step))
         self._starts = np.array([segment.step for segment in self._segments], np.int64)
 
     def slots(self, step: int | np.ndarray, positions: int | np.ndarray) -> Slots:
@@ -365,30 +406,26 @@ class MixtureOrder:
         return self._segments[i].word.global_batch_size, self._segments[i].step
 
     def changed(
-        self, *, step: int, global_batch_size: int, weights: Sequence[float] | None = None
+        self,
+        *,
+        step: int,
+        global_batch_size: int,
+        weights: Sequence[float] | None = None,
+        canonical_ranks: int | None = None,
     ) -> MixtureOrder:
-        """Returns the order with another global batch size or other weights from a step on.
+        """Returns the order with another global batch size, weights or width from a step on.
 
-        Datasets that are shuffled as a whole go on exactly; those in lanes begin their next epoch.
+        Every dataset finishes its epoch first.
 
         Raises:
           ConfigError: `mixture_weights`, `mixture_changes`, `batch_not_divisible`.
         """
-        config = self.config
-        kept = tuple(change for change in config.changes if change.step < step)
-        last = kept[-1].weights if kept else tuple(member.weight for member in config.members)
-        wanted = last if weights is None else tuple(weights)
-        if step == 0:
-            same = len(wanted) == len(config.members)
-            _require(same, "a mixture needs one weight per dataset", "mixture_weights")
-            pairs = zip(config.members, wanted, strict=True)
-            members = tuple(replace(member, weight=weight) for member, weight in pairs)
-            config = replace(
-                config, members=members, global_batch_size=global_batch_size, changes=()
-            )
-        else:
-            change = MixtureChange(step=step, global_batch_size=global_batch_size, weights=wanted)
-            config = replace(config, changes=(*kept, change))
+        config = self.config.changed(
+            step=step,
+            global_batch_size=global_batch_size,
+            weights=weights,
+            canonical_ranks=canonical_ranks,
+        )
         return MixtureOrder(config, stop=self.stop)
 
     def counts(self, step: int) -> np.ndarray:
@@ -426,7 +463,6 @@ class MixtureOrder:
     def describe(self) -> list[dict[str, Any]]:
         """Summarises the datasets at the start of the run: weight asked and met, epoch, layout."""
         word = self._segments[0].word
-        laned = self._laned
         total = math.fsum(member.weight for member in self.config.members)
         return [
             {
@@ -435,8 +471,8 @@ class MixtureOrder:
                 "weight": member.weight / total,
                 "share": int(word.quotas[d]) / word.num_slots,
                 "samples_per_step": int(word.quotas[d]) / word.num_slots * word.global_batch_size,
-                "layout": "lanes" if laned[d] else "global",
-                "block_size": int(self._blocks[d]) if laned[d] else 1,
+                "layout": "lanes" if word.laned[d] else "global",
+                "block_size": int(self._blocks[d]) if word.laned[d] else 1,
             }
             for d, member in enumerate(self.config.members)
         ]
@@ -444,20 +480,24 @@ class MixtureOrder:
     def _continue(self, word: _Word, step: int) -> _Segment:
         """Begins a segment where the one before ends."""
         counted = np.zeros(len(self._sizes), np.int64)
-        first_epoch = np.zeros(len(self._sizes), np.int64)
+        rests: list[Rest | None] = [None] * len(self._sizes)
         if self._segments:
             before = self._segments[-1]
             slots = (step - before.step) * before.word.global_batch_size
             counted = before.counted + before.word.counts(slots)
-            # The last visit of every lane lies in the last word's length of slots.
-            slot = np.arange(max(0, slots - before.word.num_slots), slots)
-            words, x = np.divmod(slot, before.word.num_slots)
-            dataset = before.word.dataset[x]
-            _, length = before.word.lane_slice(x, self._sizes)
-            epoch = before.word.lane_taken(words, x) // np.maximum(length, 1)
-            first_epoch = before.first_epoch.copy()
-            np.maximum.at(first_epoch, dataset, before.first_epoch[dataset] + epoch + 1)
-        return _Segment(word=word, step=step, counted=counted, first_epoch=first_epoch)
+            taken = before.word.taken(slots)
+            rests = list(before.rests)
+            for dataset in np.flatnonzero(before.word.quotas).tolist():
+                lanes = _Lanes(mixture=self, segment=before, dataset=dataset)
+                rests[dataset] = Rest(lanes, taken=taken[lanes.cells])
+        return _Segment(
+            word=word,
+            step=step,
+            counted=counted,
+            rests=rests,
+            owed=np.array([rest.length if rest else 0 for rest in rests], np.int64),
+            first_epoch=np.array([rest.first_epoch if rest else 0 for rest in rests], np.int64),
+        )
 
     def _find(
         self, segment: _Segment, slot: np.ndarray
@@ -465,23 +505,60 @@ class MixtureOrder:
         """Finds (dataset, epoch, sample) of slots counted from the segment's start."""
         word = segment.word
         words, x = np.divmod(slot, word.num_slots)
-        dataset = word.dataset[x].astype(np.int64)
-        epoch, sample = np.empty_like(slot), np.empty_like(slot)
+        cell = word.cell[x]
+        epoch, sample = self._take(segment, cell, words * word.cell_quota[cell] + word.cell_rank[x])
+        return word.dataset[x].astype(np.int64), epoch, sample
 
-        here = np.flatnonzero(self._laned[dataset])
-        line = self._line(dataset[here])
-        start, length = word.lane_slice(x[here], self._sizes)
-        epoch[here], taken = np.divmod(word.lane_taken(words[here], x[here]), length)
-        epoch[here] += segment.first_epoch[dataset[here]]
-        sample[here] = line.samples(start, length, epoch=epoch[here], taken=taken)
+    def _take(
+        self, segment: _Segment, cell: np.ndarray, count: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds (epoch, sample) of what lanes take after `count` others of the segment."""
+        word = segment.word
+        dataset = word.cell_dataset[cell]
+        epoch, sample = np.empty_like(count), np.empty_like(count)
+        new = np.arange(len(count))
+        if segment.owed.any():
+            start, length = word.slices(cell, segment.owed)
+            old, new = np.flatnonzero(count < length), np.flatnonzero(count >= length)
+            place = self._rest_place(segment, dataset[old], start[old], length[old], count[old])
+            for number in np.unique(dataset[old]).tolist():
+                rest, own = segment.rests[number], dataset[old] == number
+                assert rest is not None
+                epoch[old[own]], sample[old[own]] = rest.take(place[own])
+            count, dataset, cell = count[new] - length[new], dataset[new], cell[new]
+        start, length = word.slices(cell, self._sizes)
+        passed, count = np.divmod(count, length)
+        epoch[new] = passed + segment.first_epoch[dataset]
+        for laned, part in _by_layout(word.laned[dataset]):
+            line, e = self._line(dataset[part]), epoch[new[part]]
+            if laned:
+                found = line.samples(start[part], length[part], epoch=e, taken=count[part])
+            else:
+                found = line.shuffled(count[part], epoch=e)
+            sample[new[part]] = found
+        return epoch, sample
 
-        here = np.flatnonzero(~self._laned[dataset])
-        line = self._line(dataset[here])
-        taken = words[here] * word.quotas[dataset[here]] + word.rank[x[here]]
-        taken += segment.counted[dataset[here]]
-        epoch[here], taken = np.divmod(taken, self._sizes[dataset[here]])
-        sample[here] = line.shuffled(taken, epoch=epoch[here])
-        return dataset, epoch, sample
+    def _rest_place(
+        self,
+        segment: _Segment,
+        dataset: np.ndarray,
+        start: np.ndarray,
+        length: np.ndarray,
+        count: np.ndarray,
+    ) -> np.ndarray:
+        """Finds the places that lanes take of the lines that their datasets owe."""
+        place: np.ndarray = count.copy()  # what was shuffled as a whole goes on as it would have
+        since = np.array([segment.step])
+        for laned, part in _by_layout(segment.word.laned[dataset]):
+            if laned:
+                line = self._line(dataset[part])
+                place[part] = line.places(start[part], length[part], epoch=since, taken=count[part])
+                continue
+            split = np.array([rest is not None and rest.num_tracks > 1 for rest in segment.rests])
+            part = part[split[dataset[part]]]
+            key = keyed_array(self._seeds[dataset[part]], _KEY_REST, since)
+            place[part] = permute(count[part], size=length[part], key=key)
+        return place
 
     def _line(self, dataset: np.ndarray) -> Line:
         return Line(
@@ -496,7 +573,7 @@ class MixtureOrder:
         size = int(self._sizes[dataset])
         ends = [*self._starts.tolist()[1:], None]
         for segment, end in zip(self._segments, ends, strict=True):
-            word = segment.word
+            word: _Word = segment.word
             rest = size - 1 - int(segment.counted[dataset])
             if not word.quotas[dataset]:
                 continue
@@ -514,76 +591,110 @@ class _Segment:
     step: int
     counted: np.ndarray
     """int64 [datasets], slots of each dataset before the segment."""
+    rests: list[Rest | None]
+    """What each dataset owes when the segment begins; None where it was not begun."""
+    owed: np.ndarray
+    """int64 [datasets], the lengths of the rests."""
     first_epoch: np.ndarray
-    """int64 [datasets], epoch with which datasets in lanes begin the segment."""
+    """int64 [datasets], the epochs behind the rests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lanes:
+    """The lanes of one dataset in a segment, as `Rest` asks for them."""
+
+    mixture: MixtureOrder
+    segment: _Segment
+    dataset: int
+
+    @property
+    def cells(self) -> slice:
+        bounds = np.searchsorted(self.segment.word.cell_dataset, [self.dataset, self.dataset + 1])
+        return slice(int(bounds[0]), int(bounds[1]))
+
+    @property
+    def first_epoch(self) -> int:
+        return int(self.segment.first_epoch[self.dataset])
+
+    def ends(self, epoch: int) -> np.ndarray:
+        word, cells = self.segment.word, np.arange(self.cells.start, self.cells.stop)
+        owed = word.slices(cells, self.segment.owed)[1]
+        length = word.slices(cells, self.mixture._sizes)[1]
+        ends: np.ndarray = owed + (epoch + 1 - self.first_epoch) * length
+        return ends
+
+    def take(self, track: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.mixture._take(self.segment, self.cells.start + track, count)
 
 
 class _Word:
-    """The quota word and what a slot x of it needs to know; all tables are [M]."""
+    """The word of a segment and what a slot x of it needs to know; tables are [M] or [cells].
+
+    A cell is a dataset in a lane, or a dataset that has no lanes.
+    """
 
     def __init__(
-        self,
-        weights: Sequence[float],
-        *,
-        global_batch_size: int,
-        first_step: int,
-        seed: int,
-        canonical_ranks: int,
-        canonical_workers: int,
+        self, segment: MixtureChange, *, sizes: np.ndarray, seed: int, workers: int
     ) -> None:
-        batches = max(_MIN_WORD_BATCHES, -(-_MIN_WORD_SLOTS // global_batch_size))
-        batches = -(-batches // canonical_workers) * canonical_workers
-        self.global_batch_size = global_batch_size
-        self.num_slots = batches * global_batch_size
-        self.quotas = _largest_remainder(weights, self.num_slots)
-        dataset = np.repeat(np.arange(len(weights)), self.quotas)
-        rank = np.arange(self.num_slots) - np.repeat(
-            np.cumsum(self.quotas) - self.quotas, self.quotas
-        )
-        jitter = keyed_array(seed, _KEY_WORD, first_step, dataset, rank) >> np.uint64(11)
-        # Half a place of jitter: a whole one doubles how far sums of many datasets drift.
-        keys = (rank + 0.25 + jitter * 2.0**-54) / self.quotas[dataset]
-        order = np.argsort(keys, kind="stable")
-        self.dataset = dataset[order].astype(np.int32)
-        self.rank = rank[order].astype(np.int32)
-        # Neighbours by (dataset, lane): a group's size is the quota, its offset inside the
-        # dataset is what earlier lanes own.
+        batch = self.global_batch_size = segment.global_batch_size
+        batches = max(_MIN_WORD_BATCHES, -(-_MIN_WORD_SLOTS // batch))
+        batches = min(batches, MOST_SLOTS // batch - workers + 1)
+        _require(batches > 0, "a mixture's global batch is too large", "mixture_batch")
+        batches = -(-batches // workers) * workers
+        self.num_slots = batches * batch
+        self.quotas = share_out(segment.weights, self.num_slots)
+        key = keyed(seed, _KEY_WORD, segment.step)
+        self.dataset = spread(self.quotas, batch=batch, key=key)
         x = np.arange(self.num_slots)
-        share = global_batch_size // canonical_ranks
-        worker = (x // global_batch_size + first_step) % canonical_workers
-        lane = x % global_batch_size // share * canonical_workers + worker
-        cell = dataset[order] * (canonical_ranks * canonical_workers) + lane
-        by_cell = np.argsort(cell, kind="stable")
-        _, group_start, group, group_size = np.unique(
-            cell[by_cell], return_index=True, return_inverse=True, return_counts=True
-        )
-        first_of_dataset = (np.cumsum(self.quotas) - self.quotas)[self.dataset[by_cell]]
-        self.lane_rank, self.lane_quota, self.lane_before = (
-            np.empty(self.num_slots, np.int32) for _ in range(3)
-        )
-        self.lane_rank[by_cell] = x - group_start[group]
-        self.lane_quota[by_cell] = group_size[group]
-        self.lane_before[by_cell] = group_start[group] - first_of_dataset
+        worker = (x // batch + segment.step) % workers
+        lane = x % batch // (batch // segment.canonical_ranks) * workers + worker
+        num_lanes = segment.canonical_ranks * workers
 
-    def lane_slice(self, x: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds (start, length) of the part of the dataset's line that the slots' lanes own."""
-        dataset = self.dataset[x]
-        size, quota = sizes[dataset], self.quotas[dataset]
-        before = self.lane_before[x].astype(np.int64)
-        start = before * size // quota
-        return start, (before + self.lane_quota[x]) * size // quota - start
+        # Slots by dataset, by lane, by place; sixteen bits are sorted by radix, the fastest way.
+        short = self.dataset.astype(np.uint16)
+        by_lane = np.argsort(lane.astype(np.min_scalar_type(num_lanes)), kind="stable")
+        by_cell = by_lane[np.argsort(short[by_lane], kind="stable")]
+        name = (self.dataset * np.int64(num_lanes) + lane)[by_cell]
+        start = np.flatnonzero(np.diff(name, prepend=-1))
+        group = np.repeat(np.arange(len(start)), np.diff(start, append=self.num_slots))
+        first = np.cumsum(self.quotas) - self.quotas
 
-    def lane_taken(self, words: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Counts what the slots' lanes took of the slots' datasets before them: int64."""
-        taken: np.ndarray = words * self.lane_quota[x] + self.lane_rank[x]
-        return taken
-
-    def shortest_lanes(self, sizes: np.ndarray) -> np.ndarray:
-        """Finds the length of each dataset's shortest lane, of those that visit it at all."""
+        self.cell_dataset = name[start] // num_lanes
+        self.cell_before = start - first[self.cell_dataset]
+        """Slots of the dataset in lanes before: how much of its line these own."""
+        self.cell_quota = np.diff(start, append=self.num_slots)
         shortest = np.full(len(sizes), np.iinfo(np.int64).max)
-        _, length = self.lane_slice(np.arange(self.num_slots), sizes)
-        np.minimum.at(shortest, self.dataset, length)
-        return shortest
+        every_cell = np.arange(len(start))
+        np.minimum.at(shortest, self.cell_dataset, self.slices(every_cell, sizes)[1])
+        # A lane that visits a rare dataset far less than others do would own no sample of it.
+        self.laned: np.ndarray = (sizes >= MIN_LANE_LENGTH * num_lanes) & (shortest >= 1)
+
+        # A dataset without lanes keeps its first cell, for all its slots.
+        kept = self.laned[self.cell_dataset] | (self.cell_before == 0)
+        self.cell, self.cell_rank = (np.empty(self.num_slots, np.int32) for _ in range(2))
+        self.cell[by_cell] = (np.cumsum(kept) - 1)[group]
+        self.cell_rank[by_cell] = x - start[group]
+        by_dataset = np.argsort(short, kind="stable")
+        whole = by_dataset[~self.laned[short[by_dataset]]]
+        self.cell_rank[whole] = (x - np.repeat(first, self.quotas))[~self.laned[short[by_dataset]]]
+        self.cell_dataset, self.cell_before = self.cell_dataset[kept], self.cell_before[kept]
+        self.cell_quota = np.where(
+            self.laned[self.cell_dataset], self.cell_quota[kept], self.quotas[self.cell_dataset]
+        )
+
+    def slices(self, cell: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finds (start, length) of what cells own of lines of int64 [datasets] places."""
+        dataset = self.cell_dataset[cell]
+        size, quota, before = places[dataset], self.quotas[dataset], self.cell_before[cell]
+        start: np.ndarray = before * size // quota
+        return start, (before + self.cell_quota[cell]) * size // quota - start
+
+    def taken(self, slots: int) -> np.ndarray:
+        """Counts what the cells took of the first `slots`: int64 [cells]."""
+        words, rest = divmod(slots, self.num_slots)
+        part = np.bincount(self.cell[:rest], minlength=len(self.cell_quota))
+        taken: np.ndarray = words * self.cell_quota + part
+        return taken
 
     def counts(self, slots: int) -> np.ndarray:
         """Counts the datasets' slots among the first `slots`: int64 [datasets]."""
@@ -593,24 +704,9 @@ class _Word:
         return total
 
 
-def _largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
-    """Shares out `total` slots by weight, exactly: int64, at least 1 where the weight is not 0.
-
-    >>> _largest_remainder([1.0, 1.0, 1.0], 10).tolist()
-    [4, 3, 3]
-    """
-    exact = [Fraction(weight) for weight in weights]
-    whole = sum(exact)
-    wanted = [weight * total / whole for weight in exact]
-    quotas = [max(int(share), int(share > 0)) for share in wanted]
-    # The largest remainders get one more; if the minimum of 1 took too much, the largest give.
-    by_remainder = sorted(range(len(quotas)), key=lambda d: (quotas[d] - wanted[d], d))
-    for d in by_remainder[: max(0, total - sum(quotas))]:
-        quotas[d] += 1
-    while sum(quotas) > total:
-        quotas[max(range(len(quotas)), key=lambda d: (quotas[d], -d))] -= 1
-    _require(min(quotas) >= 0, "a mixture has more datasets than slots", "mixture_weights")
-    return np.array(quotas, np.int64)
+def _by_layout(laned: np.ndarray) -> list[tuple[bool, np.ndarray]]:
+    """Splits places by whether their datasets have lanes."""
+    return [(kind, np.flatnonzero(laned == kind)) for kind in (True, False)]
 
 
 def _flatten(group: MixtureGroup, weight: float) -> list[tuple[MixtureSource, float]]:

@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from loader.assemble import View
-from loader.cursor import Cursor
+from loader.cursor import Allowed, Cursor
 from loader.layout import TokenIds
 from loader.mixture import MixtureGroup, MixtureOrder, MixtureSource, Stop, Weighting, plan_mixture
 from loader.schedule import Place, Row
@@ -222,6 +222,10 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         """Describes the data for states: each dataset by its name."""
         return {dataset.manifest.dataset: dataset.fingerprint() for dataset in self.datasets}
 
+    def view_fingerprint(self) -> dict[str, Any]:
+        """Describes the views for states: each dataset's by its name."""
+        return {dataset.manifest.dataset: dataset.view_fingerprint() for dataset in self.datasets}
+
     def has_grown_from(self, data: Mapping[str, Any]) -> bool:
         """Tells whether a fingerprint is that of these datasets before samples were appended."""
         own = self.fingerprint()
@@ -235,15 +239,28 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
-        return self._cursor.state_dict({"seed": self.seed, **self.fingerprint()})
+        return self._cursor.state_dict(self._own_state())
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
         """Goes to a place that `state_dict` gave, for the next pass.
 
+        Args:
+          state: A state of this rank and worker.
+          allow: ("view",) takes a state that was saved with other views.
+
         Raises:
-          StateError: `state_version`, `state_mismatch`.
+          StateError, ConfigError: As `require_state`.
         """
-        self._cursor.load_state_dict(state, {"seed": self.seed, **self.fingerprint()})
+        self._cursor.load_state_dict(state, self._own_state(), allow=allow)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "data": self.fingerprint(),
+            "order": self.order.config.to_dict(),
+            "view": self.view_fingerprint(),
+        }
 
     def _require_alike(self) -> None:
         first, *others = self.datasets

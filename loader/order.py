@@ -26,6 +26,9 @@ Every stage is a bijection for each epoch, so **every sample stands in exactly o
 Samples are numbered through the concatenated shards, which may be uneven; a block is a range of
 one shard (two where it crosses a border), the unit in which remote data is read.
 
+An order can go on with another one (`Order.continued`): it then shows what that one still owed of
+its epoch (rest.py), dealt to its own lanes, before its own epochs begin.
+
 The layout "global" is for datasets too small to fill the lanes: slot g of the run is place g mod N
 of a shuffle of the whole epoch g div N. "sequential" is "global" without the shuffle.
 
@@ -46,6 +49,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from loader.permutation import keyed_array, permute
+from loader.rest import Rest
 from shardspec.errors import ConfigError, StateError
 
 ORDER_VERSION = 1
@@ -58,7 +62,7 @@ MIN_LANE_LENGTH = 32
 """Shorter lanes are not planned: their borders would cost more than 3 % of padding or drops."""
 
 # Purposes of the keyed hash, so that no two draws share a stream.
-_KEY_BLOCKS, _KEY_INSIDE, _KEY_ROTATION, _KEY_ROWS, _KEY_ALL = 1, 2, 3, 4, 5
+_KEY_BLOCKS, _KEY_INSIDE, _KEY_ROTATION, _KEY_ROWS, _KEY_ALL, _KEY_REST = 1, 2, 3, 4, 5, 6
 
 _MAX_CANONICAL_RANKS = 192  # default width: 2**6 * 3, divided by 14 numbers of ranks
 _BLOCKS_PER_SUBSLICE = 4
@@ -100,6 +104,10 @@ class OrderConfig:
     """c, samples per block; 1 is a full global shuffle."""
     ramp: tuple[RampStep, ...] = ()
     """Later global batch sizes, by increasing step; tail "wrap" only."""
+    since: int = 0
+    """First step that this order lays out, >= 0."""
+    before: OrderConfig | None = None
+    """The order of the steps before, of the same seed; its epoch is finished first (rest.py)."""
 
     def __post_init__(self) -> None:
         counts = ("num_samples", "global_batch_size", "canonical_ranks", "canonical_workers")
@@ -130,7 +138,8 @@ class OrderConfig:
             )
         for batch in (self.global_batch_size, *(change.global_batch_size for change in self.ramp)):
             _require_multiple(batch, self.canonical_ranks, of="canonical ranks")
-        steps = [0, *(change.step for change in self.ramp)]
+        self._check_before()
+        steps = [self.since, *(change.step for change in self.ramp)]
         if self.ramp and (self.tail != "wrap" or sorted(set(steps)) != steps):
             raise ConfigError(
                 'a batch ramp needs increasing steps and tail "wrap"',
@@ -144,6 +153,25 @@ class OrderConfig:
                 reason="order_empty",
                 facts={"num_samples": self.num_samples, "batch": self.global_batch_size},
                 fix='set tail="wrap" or tail="pad", or lower the global batch',
+            )
+
+    def _check_before(self) -> None:
+        before = self.before
+        if before is None and self.since == 0:
+            return
+        if before is None or not (
+            before.tail == self.tail == "wrap"
+            and before.seed == self.seed
+            and before.num_samples <= self.num_samples
+            and (before.layout == "sequential") == (self.layout == "sequential")
+            and before.since < self.since
+            and all(change.step < self.since for change in before.ramp)
+        ):
+            raise ConfigError(
+                "an order can go on only with one of the same data, seed and shuffle",
+                reason="order_before",
+                facts={"since": self.since, "before": before and before.to_dict()},
+                fix='keep tail "wrap", the seed and shuffle; samples may only be appended',
             )
 
     @property
@@ -165,7 +193,12 @@ class OrderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration in plain JSON types, `version` first."""
-        return {"version": ORDER_VERSION, **asdict(self), "ramp": [asdict(c) for c in self.ramp]}
+        return {
+            "version": ORDER_VERSION,
+            **asdict(self),
+            "ramp": [asdict(c) for c in self.ramp],
+            "before": self.before and self.before.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> OrderConfig:
@@ -192,7 +225,9 @@ class OrderConfig:
                 fix="resume with the release that wrote the state, or start a new run",
             )
         values = {name: state[name] for name in known}
-        return cls(**{**values, "ramp": tuple(RampStep(**change) for change in state["ramp"])})
+        values["ramp"] = tuple(RampStep(**change) for change in state["ramp"])
+        values["before"] = state["before"] and cls.from_dict(state["before"])
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,8 +312,15 @@ class Order:
 
     def __init__(self, config: OrderConfig) -> None:
         self.config = config
+        self._before: Order | None = None
+        self._rest: Rest | None = None
+        if config.before is not None:
+            self._before = Order(config.before)
+            self._rest = Rest(self._before, taken=self._before.taken(config.since))
+        self.first_epoch: int = 0 if self._rest is None else self._rest.first_epoch
+        """The first epoch that is laid out here; what comes before is another order's rest."""
         batches = [config.global_batch_size, *(c.global_batch_size for c in config.ramp)]
-        self._starts = np.array([0, *(c.step for c in config.ramp)], np.int64)
+        self._starts = np.array([config.since, *(c.step for c in config.ramp)], np.int64)
         self._batches = np.array(batches, np.int64)
         self._line = Line(
             num_samples=config.num_samples,
@@ -300,7 +342,7 @@ class Order:
         """Evaluates the order at slots: O(1) at any step, vectorised over many.
 
         Args:
-          step: Optimizer steps from 0, int64.
+          step: Optimizer steps from `since` on, int64.
           positions: Positions in the global batch, 0 to B - 1; broadcasts with `step`, so
             `slots(np.arange(4)[:, None], positions)` looks four steps ahead.
 
@@ -315,15 +357,63 @@ class Order:
             np.atleast_1d(np.asarray(step, np.int64)), np.asarray(positions, np.int64)
         )
         segment = np.searchsorted(self._starts, steps, side="right") - 1
-        require_slots(steps, places, self._batches[segment])
+        require_slots(steps, places, self._batches[segment], since=config.since)
         pass_number: np.ndarray | None = None
         if config.tail != "wrap":
             pass_number, steps = np.divmod(steps, config.steps_per_epoch)
-        if config.layout == "lanes":
-            epoch, sample, real = self._by_lanes(steps, places, segment, pass_number)
+        track, count = self._track(steps, places, segment)
+        real = np.ones(steps.shape, np.bool_)
+        if pass_number is None:
+            epoch, sample = self.take(track, count)
         else:
-            epoch, sample, real = self._by_count(steps, places, segment, pass_number)
+            # What exceeds the epoch is padding that repeats from its start.
+            beyond, count = np.divmod(count, self._lengths(track))
+            epoch, real = pass_number, beyond == 0
+            sample = self._find(track, epoch, count)
         return Slots(dataset=np.zeros_like(epoch), epoch=epoch, sample=sample, real=real)
+
+    def take(self, track: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finds what tracks take: a lane is a track, and without lanes the whole run is one.
+
+        Args:
+          track: int64, numbers of the tracks.
+          count: int64, what they have taken before, since the step `since`.
+
+        Returns:
+          (epoch, sample), int64 of the arguments' shape.
+        """
+        if self._rest is None:
+            epoch, count = np.divmod(count, self._lengths(track))
+            return epoch, self._find(track, epoch, count)
+        start, length = self._rest_slice(track)
+        epoch, sample = np.empty_like(count), np.empty_like(count)
+        old = count < length
+        place = self._rest_place(start[old], length[old], count[old])
+        epoch[old], sample[old] = self._rest.take(place)
+        track, count = track[~old], count[~old] - length[~old]
+        passed, count = np.divmod(count, self._lengths(track))
+        epoch[~old] = passed + self.first_epoch
+        sample[~old] = self._find(track, epoch[~old], count)
+        return epoch, sample
+
+    def taken(self, step: int) -> np.ndarray:
+        """Counts what each track has taken from step `since` up to a step: int64 [tracks]."""
+        config = self.config
+        segment = max(0, int(np.searchsorted(self._starts, step)) - 1)
+        batch, since = self._batches[segment], self._starts[segment]
+        if config.layout != "lanes":
+            return np.array([self._taken[segment] + (step - since) * batch], np.int64)
+        workers = np.arange(config.canonical_workers)
+        turns = _turns_before(np.array(step), workers, len(workers))
+        turns = turns - _turns_before(np.array(since), workers, len(workers))
+        by_worker = self._lane_taken[segment] + turns * (batch // config.canonical_ranks)
+        return np.tile(by_worker, config.canonical_ranks)
+
+    def ends(self, epoch: int) -> np.ndarray:
+        """Counts what each track has taken when it has finished an epoch: int64 [tracks]."""
+        tracks = np.arange(self.config.num_lanes if self.config.layout == "lanes" else 1)
+        ends = (epoch + 1 - self.first_epoch) * self._lengths(tracks)
+        return ends if self._rest is None else ends + self._rest_slice(tracks)[1]
 
     def epoch_start(self, epoch: int) -> int:
         """Returns the step at which a pass over the data begins; epoch 0 begins at step 0.
@@ -334,10 +424,20 @@ class Order:
         config = self.config
         if config.tail != "wrap":
             return epoch * config.steps_per_epoch
-        wanted = epoch * config.num_samples
+        wanted = self._counted(epoch)
+        if self._before is not None and wanted <= 0:
+            return self._before.epoch_start(epoch)
         segment = int(np.searchsorted(self._taken, wanted, side="right")) - 1
         rest = wanted - int(self._taken[segment])
         return int(self._starts[segment]) + -(-rest // int(self._batches[segment]))
+
+    def _counted(self, epoch: int) -> int:
+        """Counts the slots between the step `since` and the start of an epoch."""
+        if self._before is None or self._rest is None:
+            return epoch * self.config.num_samples
+        if epoch < self.first_epoch:
+            return self._before._counted(epoch) - int(self._before.taken(self.config.since).sum())
+        return self._rest.length + (epoch - self.first_epoch) * self.config.num_samples
 
     def num_steps(self, epoch: int = 0) -> int:
         """Counts the steps of a pass over the data; exact, from the numbers alone."""
@@ -348,6 +448,22 @@ class Order:
         segment = int(np.searchsorted(self._starts, step, side="right")) - 1
         return int(self._batches[segment]), int(self._starts[segment])
 
+    def continued(self, config: OrderConfig, *, step: int) -> Order:
+        """Returns the order that goes on from a step as another configuration lays it out.
+
+        The epoch is finished first: what this order still owes is laid out anew in the other
+        width, then the other order's epochs follow. Every sample comes once per epoch; samples
+        that the other configuration has more come from the next epoch on.
+
+        Raises:
+          ConfigError: `order_before`.
+        """
+        if step <= self.config.since:
+            return Order(replace(config, since=self.config.since, before=self.config.before))
+        ramp = tuple(change for change in self.config.ramp if change.step < step)
+        before = replace(self.config, ramp=ramp)
+        return Order(replace(config, since=step, before=before))
+
     def changed(self, *, step: int, global_batch_size: int) -> Order:
         """Returns the order with another global batch size from a step on.
 
@@ -356,7 +472,7 @@ class Order:
         Raises:
           ConfigError: `order_ramp`, `batch_not_divisible`.
         """
-        if step == 0:
+        if step == self.config.since:
             return Order(replace(self.config, global_batch_size=global_batch_size, ramp=()))
         kept = tuple(change for change in self.config.ramp if change.step < step)
         change = RampStep(step=step, global_batch_size=global_batch_size)
@@ -391,39 +507,58 @@ class Order:
             ),
         }
 
-    def _by_lanes(
-        self,
-        steps: np.ndarray,
-        places: np.ndarray,
-        segment: np.ndarray,
-        pass_number: np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _track(
+        self, steps: np.ndarray, places: np.ndarray, segment: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the track of slots, and what it has taken before them."""
         config = self.config
-        share = self._batches[segment] // config.canonical_ranks
+        since, batch = self._starts[segment], self._batches[segment]
+        if config.layout != "lanes":
+            count = self._taken[segment] + places + (steps - since) * batch
+            return np.zeros_like(count), count
+        share = batch // config.canonical_ranks
         rank, place = np.divmod(places, share)
         worker = steps % config.canonical_workers
         turns = _turns_before(steps, worker, config.canonical_workers)
-        turns = turns - _turns_before(self._starts[segment], worker, config.canonical_workers)
-        taken = self._lane_taken[segment, worker] + turns * share + place
-        lane = rank * config.canonical_workers + worker
-        start = lane * config.num_samples // config.num_lanes
-        length = (lane + 1) * config.num_samples // config.num_lanes - start
-        epoch, taken, real = _end_of_epoch(taken, length, pass_number)
-        return epoch, self._line.samples(start, length, epoch=epoch, taken=taken), real
+        turns = turns - _turns_before(since, worker, config.canonical_workers)
+        count = self._lane_taken[segment, worker] + turns * share + place
+        return rank * config.canonical_workers + worker, count
 
-    def _by_count(
-        self,
-        steps: np.ndarray,
-        places: np.ndarray,
-        segment: np.ndarray,
-        pass_number: np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        taken = self._taken[segment] + places
-        taken = taken + (steps - self._starts[segment]) * self._batches[segment]
-        epoch, place, real = _end_of_epoch(taken, self.config.num_samples, pass_number)
+    def _lengths(self, track: np.ndarray) -> np.ndarray:
+        """Counts what tracks take in an epoch: int64."""
+        return self._slice(track, self.config.num_samples)[1]
+
+    def _slice(self, track: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
+        """Finds (start, length) of the part that tracks own of a line: equal parts."""
+        num_tracks = self.config.num_lanes if self.config.layout == "lanes" else 1
+        start = track * places // num_tracks
+        return start, (track + 1) * places // num_tracks - start
+
+    def _find(self, track: np.ndarray, epoch: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Finds the samples that tracks take in an epoch after `count` others of it."""
+        if self.config.layout == "lanes":
+            start, length = self._slice(track, self.config.num_samples)
+            return self._line.samples(start, length, epoch=epoch, taken=count)
         if self.config.layout == "global":
-            place = self._line.shuffled(place, epoch=epoch)
-        return epoch, place, real
+            return self._line.shuffled(count, epoch=epoch)
+        return count
+
+    def _rest_slice(self, track: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert self._rest is not None
+        return self._slice(track, self._rest.length)
+
+    def _rest_place(self, start: np.ndarray, length: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Finds the places of the rest's line that tracks take, in the manner of the layout."""
+        assert self._rest is not None
+        config = self.config
+        since = np.full(count.shape, config.since)
+        if config.layout == "lanes":
+            # No blocks to be shuffled: old lanes are, and each had its own.
+            return self._line.places(start, length, epoch=since, taken=count)
+        if config.layout == "global":
+            key = keyed_array(config.seed, _KEY_REST, config.since)
+            return permute(count, size=max(1, self._rest.length), key=key)
+        return count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,13 +587,20 @@ class Line:
         Returns:
           int64 sample ids, of the arguments' shape.
         """
+        return self._scatter(self.places(start, length, epoch=epoch, taken=taken), epoch)
+
+    def places(
+        self, start: np.ndarray, length: np.ndarray, *, epoch: np.ndarray, taken: np.ndarray
+    ) -> np.ndarray:
+        """Finds the places on the line that lanes take: stage 3 alone; as `samples`."""
         long, extra = np.divmod(length, self.active_blocks)
         row, column = np.divmod(taken, self.active_blocks)
         # The first `extra` sub-slices are one longer; they alone reach the last, partial row.
         width = np.where(row < long, self.active_blocks, extra)
         key = keyed_array(self.seed, _KEY_ROWS, epoch, start + row)
         column = permute(column, size=width, key=key)
-        return self._scatter(start + column * long + np.minimum(column, extra) + row, epoch)
+        places: np.ndarray = start + column * long + np.minimum(column, extra) + row
+        return places
 
     def shuffled(self, place: np.ndarray, *, epoch: np.ndarray) -> np.ndarray:
         """Shuffles the whole line at once: int64 places to int64 sample ids."""
@@ -592,13 +734,15 @@ def _turns_before(steps: np.ndarray, worker: np.ndarray, num_workers: int) -> np
     return turns
 
 
-def require_slots(steps: np.ndarray, positions: np.ndarray, batches: np.ndarray) -> None:
-    """Refuses slots outside the run.
+def require_slots(
+    steps: np.ndarray, positions: np.ndarray, batches: np.ndarray, *, since: int = 0
+) -> None:
+    """Refuses slots outside the run, or before the step from which an order lays it out.
 
     Raises:
       ConfigError: `order_slot`.
     """
-    if steps.size and (steps.min() < 0 or positions.min() < 0 or (positions >= batches).any()):
+    if steps.size and (steps.min() < since or positions.min() < 0 or (positions >= batches).any()):
         raise ConfigError(
             "a slot lies outside the run",
             reason="order_slot",
@@ -607,22 +751,8 @@ def require_slots(steps: np.ndarray, positions: np.ndarray, batches: np.ndarray)
                 "positions": f"{int(positions.min())} to {int(positions.max())}",
                 "global_batch_size": int(batches.min()),
             },
-            fix="take steps from 0 on and positions from rank_positions(...)",
+            fix=f"take steps from {since} on and positions from rank_positions(...)",
         )
-
-
-def _end_of_epoch(
-    taken: np.ndarray, length: int | np.ndarray, pass_number: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Splits a count of samples into (epoch, samples before in it, is it real).
-
-    Without a pass number counts run on for ever ("wrap"); with one they are of that pass, and
-    what exceeds the length is padding that repeats from the start.
-    """
-    epoch, taken = np.divmod(taken, length)
-    if pass_number is None:
-        return epoch, taken, np.ones(taken.shape, np.bool_)
-    return pass_number, taken, epoch == 0
 
 
 def _require_count(name: str, value: int) -> None:

@@ -32,6 +32,9 @@ from shardspec.errors import ConfigError
 _KEY_PACKS = 32
 _FULL = 0.98  # packs below this may wait for the next window
 _MOST_CARRIED = 8  # one pack in eight at most, so that windows stay small
+_PACK_BITS = 32
+_PACK_MASK = 2**_PACK_BITS - 1
+_RUNS_AHEAD = 16  # runs whose lengths are looked up together where they are only counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,55 +105,17 @@ def plan_window(
     >>> sorted(pack.tolist() for pack in plan.packs)
     [[0, 2], [1, 3]]
     """
-    limit = config.sequence_length
-    crop_limit = config.max_crops or max(1, int(np.max(crops, initial=0)))
-    token_of = np.minimum(tokens, limit).tolist()
-    crop_of = np.minimum(crops, crop_limit).tolist()
-    share = np.maximum(
-        np.minimum(tokens, limit) / limit, np.minimum(crops, crop_limit) / crop_limit
-    )
-    # The carried first: their packs are sure to leave, so the others fill them up.
-    by_share = np.lexsort((-share, np.arange(len(share)) >= num_carried)).tolist()
-
-    members: list[list[int]] = []
-    crops_left: list[int] = []
-    room: list[tuple[int, int]] = []  # (tokens left, pack) of packs with room, ascending
-    tokens_left: list[int] = []
-    for sample in by_share:
-        need, crop = token_of[sample], crop_of[sample]
-        place = bisect_left(room, (need, -1))
-        while place < len(room) and crops_left[room[place][1]] < crop:
-            place += 1
-        if place < len(room):
-            left, pack = room.pop(place)
-        else:
-            left, pack = limit, len(members)
-            members.append([])
-            crops_left.append(crop_limit)
-            tokens_left.append(limit)
-        members[pack].append(sample)
-        crops_left[pack] -= crop
-        tokens_left[pack] = left - need
-        if left > need:
-            insort(room, (left - need, pack))
-
-    waiting: set[int] = set()
-    if not last:
-        emptiest = sorted(range(len(members)), key=lambda pack: (-tokens_left[pack], pack))
-        fresh = [
-            pack
-            for pack in emptiest
-            if min(members[pack]) >= num_carried
-            and tokens_left[pack] > (1 - _FULL) * limit
-            and crops_left[pack] > (1 - _FULL) * crop_limit
-        ]
-        waiting = set(fresh[: -(-len(members) // _MOST_CARRIED)])
-    leaving = [pack for pack in range(len(members)) if pack not in waiting]
+    filled = _fill(tokens, crops, config=config, num_carried=num_carried)
+    waiting = set() if last else filled.waiting(num_carried)
+    leaving = [pack for pack in range(filled.num_packs) if pack not in waiting]
     shuffled = permute(np.arange(len(leaving)), size=max(1, len(leaving)), key=key)
-    carried = sorted(sample for pack in waiting for sample in members[pack])
+    pack_of = np.array(filled.pack_of, np.int64)
+    by_pack = np.argsort(pack_of, kind="stable")
+    ends = np.cumsum(np.bincount(pack_of, minlength=filled.num_packs)).tolist()
+    members = [by_pack[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return WindowPlan(
-        packs=[np.array(sorted(members[leaving[i]]), np.int64) for i in shuffled.tolist()],
-        carried=np.array(carried, np.int64),
+        packs=[members[leaving[i]] for i in shuffled.tolist()],
+        carried=filled.members(waiting),
     )
 
 
@@ -184,6 +149,98 @@ def plan_run(
         packs.extend(samples[pack] for pack in plan.packs)
         carried = samples[plan.carried]
     return packs
+
+
+def count_run(tokens: np.ndarray, crops: np.ndarray, *, config: PackConfig) -> int:
+    """Counts the packs that `plan_run` makes, in a third of its time: none is listed."""
+    count = 0
+    carried = np.zeros(0, np.int64)
+    for start in range(0, len(tokens), config.window):
+        stop = min(start + config.window, len(tokens))
+        samples = np.concatenate([carried, np.arange(start, stop)])
+        num_carried = len(carried)
+        filled = _fill(tokens[samples], crops[samples], config=config, num_carried=num_carried)
+        count += filled.num_packs
+        if stop < len(tokens):
+            waiting = filled.waiting(num_carried)
+            count -= len(waiting)
+            carried = samples[filled.members(waiting)]
+    return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Filled:
+    """The samples of a window in packs."""
+
+    pack_of: list[int]
+    """Pack of each sample."""
+    tokens_left: list[int]
+    """Room of each pack, in tokens."""
+    crops_left: list[int]
+    least_left: tuple[float, float]
+    """(tokens, crops) that a pack has more of where it may wait."""
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.tokens_left)
+
+    def waiting(self, num_carried: int) -> set[int]:
+        """Chooses the emptiest packs without carried samples."""
+        bound = set(self.pack_of[:num_carried])
+        tokens, crops = self.least_left
+        fresh = [
+            (-left, pack)
+            for pack, left in enumerate(self.tokens_left)
+            if left > tokens and self.crops_left[pack] > crops and pack not in bound
+        ]
+        return {pack for _, pack in sorted(fresh)[: -(-self.num_packs // _MOST_CARRIED)]}
+
+    def members(self, packs: set[int]) -> np.ndarray:
+        """Lists the samples of packs: int64, ascending."""
+        return np.array([i for i, pack in enumerate(self.pack_of) if pack in packs], np.int64)
+
+
+def _fill(
+    tokens: np.ndarray, crops: np.ndarray, *, config: PackConfig, num_carried: int
+) -> _Filled:
+    """Packs a window by best fit, largest first: the arguments are `plan_window`'s."""
+    limit = config.sequence_length
+    crop_limit = config.max_crops or max(1, int(np.max(crops, initial=0)))
+    tokens, crops = np.minimum(tokens, limit), np.minimum(crops, crop_limit)
+    share = np.maximum(tokens / limit, crops / crop_limit)
+    # The carried first: their packs are sure to leave, so the others fill them up.
+    share[:num_carried] += 2
+    by_share = np.argsort(-share, kind="stable").tolist()
+    token_of, crop_of = tokens.tolist(), crops.tolist()
+
+    pack_of = [0] * len(token_of)
+    tokens_left: list[int] = []
+    crops_left: list[int] = []
+    # Packs with room, ascending by tokens left, then by number: one integer compares faster.
+    room: list[int] = []
+    for sample in by_share:
+        need, crop = token_of[sample], crop_of[sample]
+        place = bisect_left(room, need << _PACK_BITS)
+        while place < len(room) and crops_left[room[place] & _PACK_MASK] < crop:
+            place += 1
+        if place < len(room):
+            pack = room.pop(place) & _PACK_MASK
+            tokens_left[pack] -= need
+            crops_left[pack] -= crop
+        else:
+            pack = len(tokens_left)
+            tokens_left.append(limit - need)
+            crops_left.append(crop_limit - crop)
+        pack_of[sample] = pack
+        left = tokens_left[pack]
+        if left:
+            insort(room, (left << _PACK_BITS) + pack)
+    return _Filled(
+        pack_of=pack_of,
+        tokens_left=tokens_left,
+        crops_left=crops_left,
+        least_left=((1 - _FULL) * limit, (1 - _FULL) * crop_limit),
+    )
 
 
 class PackStream:
@@ -225,13 +282,29 @@ class PackStream:
         """Returns the samples of pack n: int64, numbers in the stream, ascending."""
         if n < self._place[1]:
             self._place, self._packs = (0, 0), None
-        while True:
+        if self._packs is None:
+            self._packs = self._plan(self._place[0])
+        while n >= self._place[1] + len(self._packs):
             run, first = self._place
-            if self._packs is None:
-                self._packs = self._plan(run)
-            if n < first + len(self._packs):
-                return self._packs[n - first]
-            self._place, self._packs = (run + 1, first + len(self._packs)), None
+            between = (n - first) // len(self._packs) - 1
+            self._place = (run + 1, first + len(self._packs))
+            self._pass(n, most=min(between, _RUNS_AHEAD))
+            self._packs = self._plan(self._place[0])
+        return self._packs[n - self._place[1]]
+
+    def _pass(self, n: int, *, most: int) -> None:
+        """Passes runs before the one that holds pack n, by counting: `most` of them."""
+        size = self._config.run
+        start = self._place[0] * size
+        if most < 1:
+            return
+        tokens, crops = self._lengths(start, start + most * size)
+        for i in range(0, most * size, size):
+            count = count_run(tokens[i : i + size], crops[i : i + size], config=self._config)
+            run, first = self._place
+            if n < first + count:
+                return
+            self._place = (run + 1, first + count)
 
     def _plan(self, run: int) -> list[np.ndarray]:
         start = run * self._config.run

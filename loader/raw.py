@@ -171,7 +171,7 @@ class RawDataset(IterableDataset[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
-        return self._cursor.state_dict({"seed": self.seed, **self.fingerprint()})
+        return self._cursor.state_dict(self._own_state())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a place that `state_dict` gave, for the next pass.
@@ -179,4 +179,12 @@ class RawDataset(IterableDataset[Any]):
         Raises:
           StateError: `state_version`, `state_mismatch`.
         """
-        self._cursor.load_state_dict(state, {"seed": self.seed, **self.fingerprint()})
+        self._cursor.load_state_dict(state, self._own_state())
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "data": self.fingerprint(),
+            "order": self.order.config.to_dict(),
+        }

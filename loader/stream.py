@@ -18,8 +18,8 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from loader.assemble import View, assemble
-from loader.cursor import Cursor
-from loader.fingerprint import keys_fingerprint, split_fingerprint
+from loader.cursor import Allowed, Cursor
+from loader.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
 from loader.horizon import Horizon
 from loader.layout import IGNORED, TokenIds
 from loader.mixture import MixtureOrder
@@ -331,6 +331,10 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             )
         return self._fingerprint
 
+    def view_fingerprint(self) -> dict[str, Any]:
+        """Describes the view for states."""
+        return view_fingerprint(self.view)
+
     def has_grown_from(self, data: Mapping[str, Any]) -> bool:
         """Tells whether a fingerprint is that of this data before samples were appended."""
         then, own = data.get("num_samples"), self.fingerprint()
@@ -344,15 +348,28 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
-        return self._cursor.state_dict({"seed": self.seed, **self.fingerprint()})
+        return self._cursor.state_dict(self._own_state())
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
         """Goes to a place that `state_dict` gave, for the next pass.
 
+        Args:
+          state: A state of this rank and worker.
+          allow: ("view",) takes a state that was saved with another view.
+
         Raises:
-          StateError: `state_version`, `state_mismatch`.
+          StateError, ConfigError: As `require_state`.
         """
-        self._cursor.load_state_dict(state, {"seed": self.seed, **self.fingerprint()})
+        self._cursor.load_state_dict(state, self._own_state(), allow=allow)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "data": self.fingerprint(),
+            "order": self.order.config.to_dict(),
+            "view": self.view_fingerprint(),
+        }
 
     def example(self, sample_id: int, *, epoch: int = 0) -> dict[str, Any]:
         """Makes the example of one sample in one epoch, whoever asks.

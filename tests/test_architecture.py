@@ -45,6 +45,8 @@ PURE = {
     "loader/order.py",
     "loader/packing.py",
     "loader/permutation.py",
+    "loader/rest.py",
+    "loader/word.py",
 }
 OUTSIDE_WORLD = {
     "aiohttp",

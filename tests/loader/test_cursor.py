@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from loader.assemble import View
 from loader.mixture_stream import IterableDatasetMixture
 from loader.stream import StreamingDataset
 from shardspec.errors import StateError
@@ -168,6 +169,38 @@ def test_state_of_other_data_or_another_version_is_refused(urls):
     with pytest.raises(StateError) as caught:
         first.load_state_dict({**state, "version": 0})
     assert caught.value.reason == "state_version"
+
+
+def test_state_of_another_view_order_or_batch_is_refused(urls):
+    def make(*, batch_size=BATCH, **options):
+        return StreamingDataset(urls[0], seed=1, batch_size=batch_size, **options)
+
+    state = json.loads(json.dumps(make().state_dict()))
+    image = make().view.image
+    stored = View(image=image, branch_order="stored")
+    for other, reason, told in (
+        (make(view=stored), "state_view", "state.view.branch_order: shuffled here, stored asked"),
+        (make(batch_size=2), "state_mismatch", "state.batch_size: 4 here, 2 asked"),
+        (make(canonical_ranks=2), "state_mismatch", "state.order.canonical_ranks: 4 here, 2 asked"),
+    ):
+        with pytest.raises(StateError) as caught:
+            other.load_state_dict(state)
+        assert caught.value.reason == reason
+        assert told in caught.value.facts["differences"]
+    make(view=stored).load_state_dict(state, allow=("view",))
+
+
+def test_state_of_a_mixture_of_other_weights_is_refused(urls, monkeypatch):
+    monkeypatch.setattr("loader.mixture._MIN_WORD_SLOTS", 1)
+
+    def make(weights):
+        parts = [StreamingDataset(url) for url in urls]
+        return IterableDatasetMixture(parts, weights, seed=1, batch_size=BATCH)
+
+    with pytest.raises(StateError) as caught:
+        make([3, 1]).load_state_dict(make([2, 1]).state_dict())
+    assert caught.value.reason == "state_mismatch"
+    assert "state.order.members" in caught.value.facts["differences"]
 
 
 def test_shared_place_is_seen_by_persistent_workers(urls):

@@ -229,6 +229,8 @@ def test_samples_are_the_ones_of_the_first_release():
         "active_blocks": 8,
         "block_size": 25,
         "ramp": (),
+        "since": 0,
+        "before": None,
     }
     slots = lanes.slots(np.array([[0], [1], [5000]]), np.array([0, 1, 2, 128, 255]))
     assert slots.sample.tolist() == [
@@ -429,4 +431,141 @@ def test_rank_outside_the_world_is_refused(rank, world_size):
 def test_slot_outside_the_run_is_refused(step, position):
     with pytest.raises(ConfigError) as caught:
         Order(plan_order(100, global_batch_size=8, seed=0)).slots(step, position)
+    assert caught.value.reason == "order_slot"
+
+
+@st.composite
+def continuations(draw):
+    """Orders that go on with one another: (configuration, step from which it holds) each."""
+    first = draw(configs(tail="wrap"))
+    chain = [(first, 0)]
+    step = 0
+    for _ in range(draw(st.integers(1, 3))):
+        step += draw(st.integers(1, 60))
+        other = draw(configs(tail="wrap"))
+        appended = draw(st.sampled_from([0, 0, 1, 50]))
+        layout = "sequential" if first.layout == "sequential" else other.layout
+        if first.layout != "sequential" and layout == "sequential":
+            layout = "global"
+        num_samples = chain[-1][0].num_samples + appended
+        if layout == "lanes" and num_samples < other.num_lanes:
+            layout = "global"
+        config = dataclasses.replace(other, num_samples=num_samples, seed=first.seed, layout=layout)
+        chain.append((config, step))
+    return chain
+
+
+def continued(chain):
+    order = Order(chain[0][0])
+    orders = [order]
+    for config, step in chain[1:]:
+        order = order.continued(config, step=step)
+        orders.append(order)
+    return orders
+
+
+@settings(max_examples=150, deadline=None)
+@given(chain=continuations())
+def test_another_width_shows_every_sample_once_per_epoch_all_the_same(chain):
+    orders = continued(chain)
+    order = orders[-1]
+    config = order.config
+    # Two epochs of the last order, and what its lanes may be apart.
+    rest = order._rest.length
+    lanes = config.num_lanes if config.layout == "lanes" else 1
+    turns = (rest + 2 * config.num_samples) // lanes + 4
+    enough = config.since + config.canonical_workers * turns
+    enough += -(-(rest + 2 * config.num_samples) // config.global_batch_size)
+    bounds = [step for _, step in chain] + [enough]
+    seen = []
+    for each, start, stop in zip(orders, bounds[:-1], bounds[1:], strict=True):
+        slots = each.slots(
+            np.arange(start, stop)[:, None], np.arange(each.config.global_batch_size)
+        )
+        seen.append(np.stack([slots.epoch.ravel(), slots.sample.ravel()], axis=1))
+    rows = np.concatenate(seen)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    first_epochs = [each.first_epoch for each in orders]
+    for epoch in range(order.first_epoch + 2):
+        # The samples of an epoch are those of the last order that laid it out.
+        i = max(i for i in range(len(orders)) if first_epochs[i] <= epoch)
+        samples = rows[rows[:, 0] == epoch][:, 1]
+        assert np.array_equal(np.sort(samples), np.arange(orders[i].config.num_samples)), epoch
+
+
+@settings(max_examples=100, deadline=None)
+@given(chain=continuations())
+def test_passes_after_a_change_of_width_begin_where_their_samples_are_counted(chain):
+    orders = continued(chain)
+    order = orders[-1]
+    starts = [order.epoch_start(epoch) for epoch in range(order.first_epoch + 3)]
+    assert starts[0] == 0
+    assert starts == sorted(starts)
+    steps = np.arange(starts[-1] + 1)
+    sizes = np.zeros(len(steps), np.int64)
+    for each, (_, step) in zip(orders, chain, strict=True):
+        sizes[step:] = each.config.global_batch_size
+    counted = np.concatenate([[0], np.cumsum(sizes)])
+    wanted = 0
+    for epoch, start in enumerate(starts):
+        assert counted[start] >= wanted
+        assert start == 0 or counted[start - 1] < wanted
+        i = max(i for i in range(len(orders)) if orders[i].first_epoch <= epoch)
+        wanted += orders[i].config.num_samples
+
+
+@settings(max_examples=30, deadline=None)
+@given(chain=continuations())
+def test_state_with_earlier_widths_comes_back_equal(chain):
+    config = continued(chain)[-1].config
+    assert OrderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_ranks_of_another_width_read_no_smaller_pieces_while_they_finish_the_epoch():
+    old = Order(plan_order(200_000, global_batch_size=64, seed=5, canonical_ranks=16))
+    new = plan_order(200_000, global_batch_size=72, seed=5, canonical_ranks=24)
+
+    def runs_of_rank(order, stop):
+        """Consecutive samples that one of eight ranks reads, and how many samples they are."""
+        positions = rank_positions(3, 8, order.config.global_batch_size)
+        slots = order.slots(np.arange(1000, stop)[:, None], positions)
+        assert (slots.epoch == 0).all()
+        samples = np.sort(slots.sample.ravel())
+        return (np.diff(samples) > 1).sum() / len(samples)
+
+    order = old.continued(new, step=1000)
+    one, other = runs_of_rank(old, 3100), runs_of_rank(order, order.epoch_start(1) - 9)
+    assert other < 1.1 * one < 0.2
+
+
+def test_order_goes_on_from_its_first_step_on_without_a_trace_of_the_one_before():
+    old = Order(plan_order(5000, global_batch_size=8, seed=1))
+    new = plan_order(5000, global_batch_size=12, seed=1)
+    assert old.continued(new, step=0).config == new
+    twice = old.continued(old.config, step=9).continued(new, step=9)
+    assert twice.config == old.continued(new, step=9).config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 2},
+        {"num_samples": 99},
+        {"tail": "pad"},
+        {"layout": "sequential"},
+    ],
+)
+def test_orders_that_cannot_go_on_with_each_other_are_refused(changes):
+    old = Order(OrderConfig(num_samples=100, global_batch_size=8, seed=0, layout="global"))
+    with pytest.raises(ConfigError) as caught:
+        old.continued(dataclasses.replace(old.config, **changes), step=5)
+    assert caught.value.reason == "order_before"
+
+
+def test_slot_before_the_change_is_refused():
+    old = Order(plan_order(100, global_batch_size=8, seed=0))
+    order = old.continued(plan_order(100, global_batch_size=6, seed=0), step=5)
+    assert order.slots(5, np.arange(6)).sample.shape == (6,)
+    with pytest.raises(ConfigError) as caught:
+        order.slots(4, 0)
     assert caught.value.reason == "order_slot"

@@ -9,6 +9,7 @@ from loader.packing import (
     PackConfig,
     PackStream,
     balance_ranks,
+    count_run,
     plan_run,
     plan_window,
     too_long,
@@ -71,6 +72,18 @@ def test_run_places_every_sample_once_and_none_waits_more_than_a_window(lengths,
         assert windows.max() - windows.min() <= 1
         latest = max(latest, int(windows.max()))
         assert windows.min() >= latest - 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=LENGTHS,
+    window=st.integers(1, 50),
+    max_crops=st.sampled_from([None, 1, 8]),
+)
+def test_packs_of_a_run_are_counted_without_being_made(lengths, window, max_crops):
+    tokens, crops = arrays(lengths)
+    config = PackConfig(sequence_length=100, max_crops=max_crops, window=window)
+    assert count_run(tokens, crops, config=config) == len(plan_run(tokens, crops, config=config))
 
 
 @pytest.mark.parametrize("lengths", [captions, mixed])
@@ -160,6 +173,13 @@ def test_stream_can_be_asked_in_any_order():
     later = ahead.pack(500)
     assert np.array_equal(ahead.pack(3), stream().pack(3))
     assert np.array_equal(ahead.pack(500), later)
+    walked = stream()
+    for n in range(1500):
+        pack = walked.pack(n)
+        if n % 97 == 0:
+            jumped = stream()
+            assert np.array_equal(jumped.pack(n), pack)
+            assert jumped.place == walked.place
 
 
 def test_streams_shuffle_their_packs_differently():
