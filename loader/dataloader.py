@@ -11,18 +11,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from loader.assemble import View
+from loader.buffers import BufferPool
 from loader.collate import MMCollator
 from loader.cursor import STATE_VERSION, require_state
+from loader.making import BatchMaker, LookAhead, make_in_threads
 from loader.mixture import MixtureConfig, MixtureOrder
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
-from loader.packed import fitting, join_examples
 from loader.packing import PackConfig
 from loader.schedule import (
     BucketSchedule,
@@ -34,6 +35,7 @@ from loader.schedule import (
 )
 from loader.stream import StreamingDataset
 from shardspec.errors import ConfigError, ShardsError, StateError
+from shardspec.tiling import image_bounds
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -168,17 +170,21 @@ class StreamLoader:
         bucket_steps: int = 0,
         decode_threads: int,
         workers: int,
+        prefetch_bytes: int = 1 << 30,
     ) -> None:
         """Joins dataset, order and collator; see `make_dataloader`."""
         self.dataset = dataset
         self.collator = collator
-        self.decode_threads = max(1, decode_threads)
+        self.decode_threads = decode_threads
         self.workers = workers
         self.order = order
         self.step = 0
         """The next step to be delivered, counted through all epochs."""
         self._bucket_steps = bucket_steps
         self._packs = packs
+        self._maker = BatchMaker(dataset, collator, packing=packs.config if packs else None)
+        self.prefetch_bytes = prefetch_bytes
+        self._pool = BufferPool(keep_bytes=prefetch_bytes)
         self._schedule: Schedule = packs or self._unpacked()
         # Where the packs' streams stood when the last delivered batch was planned, and the step
         # that is planned next.
@@ -201,11 +207,35 @@ class StreamLoader:
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
         plans = _Plans(self, range(self.step, stop))
-        batches = self._by_workers(plans) if self.workers else self._by_threads(plans)
+        if self.workers:
+            batches = self._by_workers(plans)
+        else:
+            batches = (
+                m.batch
+                for m, _ in make_in_threads(
+                    iter(plans),
+                    self._maker,
+                    threads=self.decode_threads,
+                    allocate=self._pool.empty,
+                    ahead=self._ahead(),
+                )
+            )
         for batch in batches:
             self.step += 1
             self._streams = plans.delivered()
             yield batch
+            del batch
+
+    def _ahead(self) -> LookAhead:
+        """Begins with the guess that each row has as many crops as one picture can have."""
+        image = self.dataset.view.image
+        crop_bytes = image.size_px**2 * 3 * (1 if self.dataset.view.normalize is None else 4)
+        rows = self._schedule.batch_at(self.step)[0] // self.dataset.topology.world_size
+        return LookAhead(
+            most=_AHEAD * self.decode_threads + 1,
+            most_bytes=self.prefetch_bytes,
+            batch_bytes=rows * image_bounds(image).num_crops * crop_bytes,
+        )
 
     def change(
         self, *, global_batch_size: int | None = None, weights: Sequence[float] | None = None
@@ -342,23 +372,9 @@ class StreamLoader:
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places()
 
-    def _by_threads(self, plans: _Plans) -> Iterator[dict[str, Any]]:
-        make = _Maker(self)
-        ahead: deque[Future[dict[str, Any]]] = deque()
-        pool = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
-        try:
-            for rows in plans:
-                ahead.append(pool.submit(make.batch, rows))
-                if len(ahead) > _AHEAD * self.decode_threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
     def _by_workers(self, plans: _Plans) -> Iterator[dict[str, Any]]:
         for batch in DataLoader(
-            _Maker(self),  # type: ignore[arg-type]
+            _Worker(self._maker),  # type: ignore[arg-type]
             # What it asks the dataset for is the rows themselves: workers plan nothing.
             sampler=plans,
             batch_size=None,
@@ -392,32 +408,18 @@ class _Plans:
         return self._behind.popleft()
 
 
-class _Maker:
-    """Makes batches of rows; what worker processes are given, and all they need."""
+class _Worker:
+    """What worker processes are given, and all they need."""
 
-    def __init__(self, loader: StreamLoader) -> None:
-        self._dataset, self._collator = loader.dataset, loader.collator
-        self._limits = None if loader._packs is None else loader._packs.config
-
-    def batch(self, rows: list[Row]) -> dict[str, Any]:
-        """Makes the batch."""
-        return self._collator([self._example(row) for row in rows])
+    def __init__(self, maker: BatchMaker) -> None:
+        self.maker = maker
 
     def __getitem__(self, rows: list[Row]) -> dict[str, Any] | ShardsError:
         try:
-            return self.batch(rows)
+            return self.maker.make(rows, allocate=np.empty).batch
         except ShardsError as error:
             # Sent as a value: what a worker raises reaches the caller as a RuntimeError.
             return error
-
-    def _example(self, row: Row) -> dict[str, Any]:
-        examples = [self._dataset.at(place) for place in row]
-        if self._limits is None:
-            return examples[0]
-        limits = self._limits
-        return join_examples(
-            fitting(examples, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
-        )
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

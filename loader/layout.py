@@ -20,9 +20,9 @@ and subsegment[q] <= subsegment[k], which lets branches see the prefix and not o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -73,8 +73,11 @@ class TokenIds:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+# Tuples, and dataclasses that are not frozen: a frozen one takes 1 µs more to make, and each sample
+# makes several.
+
+
+class Turn(NamedTuple):
     """One exchange, as chosen."""
 
     prompt: np.ndarray
@@ -83,16 +86,15 @@ class Turn:
     """int32 [R]."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BranchTurns:
+class BranchTurns(NamedTuple):
     """One conversation, as chosen."""
 
-    turns: Sequence[Turn]
+    turns: list[Turn]
     weight: int = WEIGHT_ONE
     """Loss weight in millionths."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Sequence1d:
     """The arrays of one sequence, all [L]."""
 
@@ -142,174 +144,186 @@ def lay_out(
         left within it), `image_placeholder` (a text asks for another number of images).
     """
     placed = _count_placeholders(branches, ids, num_blocks=len(blocks), where=where)
-    prefix = _Prefix(ids=[np.array([ids.bos])], starts=[], ends=[])
+    draft = _Draft(eos=ids.eos, placeholder=ids.placeholder)
+    draft.add(_ONE * ids.bos)
     if not placed:
         for b, block in enumerate(blocks):
-            prefix.add(leads[b] if leads else block[:0], block)
-    head = prefix.joined()
-    parts = [_Part(ids=head, targets=np.full(len(head), IGNORED), weight=0.0)]
-    length, dropped = len(head), 0
+            if leads:
+                draft.add(leads[b])
+            draft.add_block(block)
+    prefix_end = draft.length
+    spans: list[_Span] = []
+    dropped = 0
     for branch in branches:
         prompt = len(branch.turns[0].prompt)
-        if limit is not None and len(parts) > 1 and length + prompt >= limit:
+        length = draft.length + (tree == "molmo1")
+        if limit is not None and spans and length + prompt >= limit:
             dropped += 1
             continue
-        part = _branch_part(branch, eos=ids.eos)
-        if placed:
-            part = _with_blocks(part, blocks, ids.placeholder, start=length, prefix=prefix)
-        parts.append(part)
-        length += len(part.ids) + (tree == "molmo1")
-    if limit is not None and prefix.ends and prefix.ends[-1] > limit:
+        if spans and tree == "molmo1":
+            # The EOS behind a branch is a target only; Molmo 1 keeps it between branches.
+            draft.add_eos(spans[-1])
+        spans.append(draft.add_branch(branch, blocks=blocks if placed else (), lone=not spans))
+    if limit is not None and draft.image_ends and draft.image_ends[-1] > limit:
         raise SampleError(
             "the images of a sample do not fit the sequence",
             reason="image_cut",
             where=where,
-            facts={"image_tokens": prefix.ends[-1], "sequence_length": limit},
+            facts={"image_tokens": draft.image_ends[-1], "sequence_length": limit},
             fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
-    # The first token of the first branch is predicted from the end of the prefix.
-    from_prefix = len(parts) > 1 and len(branches[0].turns[0].prompt) == 0
-    _scale(parts[1:], loss, from_prefix=from_prefix)
-    if from_prefix:
-        parts[0].targets[-1] = parts[1].ids[0]
-        parts[0].weight = parts[1].weight
-    if tree == "molmo1":
-        for part in parts[1:-1]:
-            part.ids = np.append(part.ids, ids.eos)
-            part.targets = np.append(part.targets, IGNORED)
-    sequence = _joined(parts, prefix, tree=tree, dropped=dropped, limit=limit)
-    if not np.any(sequence.labels != IGNORED):
+    learned = [at for span in spans for at, _ in span.learned]
+    if not learned or (limit is not None and learned[0] >= limit):
         raise SampleError(
             "nothing to learn is left of a sample within the sequence length",
             reason="no_loss",
             where=where,
-            facts={"length": length, "sequence_length": limit},
+            facts={"length": draft.length, "sequence_length": limit},
             fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
-    return sequence
+    _scale(spans, loss)
+    sequence = draft.written(spans, prefix_end, first=1 if tree == "molmo1" else 0)
+    return Sequence1d(
+        **{name: array[:limit] for name, array in sequence.items()},
+        image_starts=tuple(draft.image_starts),
+        image_ends=tuple(draft.image_ends),
+        dropped_branches=dropped,
+    )
 
 
-@dataclass(slots=True, kw_only=True)
-class _Part:
-    """The prefix or a branch: inputs, and the targets aligned with them."""
+@dataclass(slots=True)
+class _Span:
+    """A branch in the sequence."""
 
-    ids: np.ndarray
-    targets: np.ndarray
+    start: int
+    stop: int
+    learned: list[tuple[int, np.ndarray]]
+    """(Position, targets) of each response, in front of the EOS that ends it."""
     weight: float
 
 
-@dataclass(slots=True, kw_only=True)
-class _Prefix:
-    """BOS and the image blocks, and where the blocks stand in the sequence."""
+_ONE = np.ones(1, dtype=np.int64)
 
-    ids: list[np.ndarray]
-    starts: list[int]
-    ends: list[int]
 
-    def add(self, lead: np.ndarray, block: np.ndarray) -> None:
-        start = sum(map(len, self.ids)) + len(lead)
-        self.ids += [lead, block]
-        self.starts.append(start)
-        self.ends.append(start + len(block))
+class _Draft:
+    """A sequence as runs of tokens and where they go, before any array is made."""
 
-    def joined(self) -> np.ndarray:
-        return np.concatenate(self.ids, dtype=np.int64, casting="same_kind")
+    def __init__(self, *, eos: int, placeholder: int) -> None:
+        self.length = 0
+        self.runs: list[tuple[int, np.ndarray]] = []
+        """(Position, tokens) of the input."""
+        self.image_starts: list[int] = []
+        self.image_ends: list[int] = []
+        self._eos, self._placeholder = eos, placeholder
+        self._eos_run = _ONE * eos
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Appends tokens."""
+        self.runs.append((self.length, tokens))
+        self.length += len(tokens)
+
+    def add_block(self, block: np.ndarray) -> None:
+        """Appends an image."""
+        self.image_starts.append(self.length)
+        self.add(block)
+        self.image_ends.append(self.length)
+
+    def add_eos(self, span: _Span) -> None:
+        """Appends an EOS to the branch that was added last."""
+        self.add(self._eos_run)
+        span.stop = self.length
+
+    def add_branch(self, branch: BranchTurns, *, blocks: Sequence[np.ndarray], lone: bool) -> _Span:
+        """Appends a conversation without its last EOS.
+
+        Args:
+          branch: The conversation.
+          blocks: Images that go where its placeholders stand; () for none.
+          lone: Whether it stands right behind the prefix, which then predicts its first token.
+        """
+        span = _Span(self.length, self.length, [], branch.weight / WEIGHT_ONE)
+        images = iter(blocks)
+        for turn in branch.turns:
+            if span.learned:
+                self.add(self._eos_run)
+            if blocks:
+                self._add_placed(turn.prompt, images)
+            else:
+                self.add(turn.prompt)
+            # Position t predicts the token behind it.
+            response, at = turn.response, self.length
+            self.add(response)
+            skipped = int(at == span.start and not lone)
+            span.learned.append((at - 1 + skipped, response[skipped:]))
+        span.stop = self.length
+        return span
+
+    def _add_placed(self, prompt: np.ndarray, images: Iterator[np.ndarray]) -> None:
+        done = 0
+        for at in np.flatnonzero(prompt == self._placeholder).tolist():
+            self.add(prompt[done:at])
+            self.add_block(next(images))
+            done = at + 1
+        self.add(prompt[done:])
+
+    def written(self, spans: list[_Span], prefix_end: int, *, first: int) -> dict[str, np.ndarray]:
+        """Makes the arrays, each [length]; branches are numbered from `first` on."""
+        length = self.length
+        ids = np.empty(length, dtype=np.int64)
+        labels = np.empty(length, dtype=np.int64)
+        labels.fill(IGNORED)
+        positions = np.arange(length)
+        segments = np.empty(length, dtype=np.int64)
+        weights = np.zeros(length, dtype=np.float32)
+        for at, tokens in self.runs:
+            ids[at : at + len(tokens)] = tokens
+        segments[:prefix_end] = PREFIX_SUBSEGMENT
+        for b, span in enumerate(spans):
+            if b:
+                positions[span.start : span.stop] -= span.start - prefix_end
+            segments[span.start : span.stop] = first + b
+            for at, targets in span.learned:
+                stop = at + len(targets)
+                labels[at:stop] = targets
+                labels[stop] = self._eos
+                weights[at : stop + 1] = span.weight
+        if self.image_ends:
+            # Images placed inside the text: what stands up to the last one is the prefix.
+            segments[: self.image_ends[-1]] = PREFIX_SUBSEGMENT
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": positions,
+            "subsegment_ids": segments,
+            "loss_weights": weights,
+        }
 
 
 def _count_placeholders(
     branches: Sequence[BranchTurns], ids: TokenIds, *, num_blocks: int, where: str
 ) -> int:
-    counts = [
-        sum(int(np.count_nonzero(turn.prompt == ids.placeholder)) for turn in branch.turns)
-        for branch in branches
-    ]
-    count = sum(counts)
+    count = sum(
+        [
+            np.count_nonzero(turn.prompt == ids.placeholder)
+            for branch in branches
+            for turn in branch.turns
+        ]
+    )
     if count and (count != num_blocks or len(branches) > 1):
         raise SampleError(
             "a text may place its images only in a lone branch, and all of them",
             reason="image_placeholder",
             where=where,
-            facts={"placeholders": counts, "images": num_blocks},
+            facts={"placeholders": count, "images": num_blocks, "branches": len(branches)},
             fix="correct the row, or leave the placeholders out",
         )
     return count
 
 
-def _branch_part(branch: BranchTurns, *, eos: int) -> _Part:
-    length = sum(len(turn.prompt) + len(turn.response) + 1 for turn in branch.turns)
-    ids = np.empty(length, dtype=np.int64)
-    learned = np.full(length, IGNORED)
-    start = 0
-    for turn in branch.turns:
-        response = start + len(turn.prompt)
-        end = response + len(turn.response)
-        ids[start:response] = turn.prompt
-        ids[response:end] = turn.response
-        ids[end] = eos
-        learned[response : end + 1] = ids[response : end + 1]
-        start = end + 1
-    # Position t predicts the token behind it, and nothing stands behind the last one.
-    return _Part(ids=ids[:-1], targets=learned[1:], weight=branch.weight / WEIGHT_ONE)
-
-
-def _with_blocks(
-    part: _Part, blocks: Sequence[np.ndarray], placeholder: int, *, start: int, prefix: _Prefix
-) -> _Part:
-    """Puts the blocks where a branch's placeholders stand, and notes where that is."""
-    ids: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    done = 0
-    for block, at in zip(blocks, np.flatnonzero(part.ids == placeholder).tolist(), strict=True):
-        ids += [part.ids[done:at], block.astype(np.int64)]
-        targets += [part.targets[done:at], np.full(len(block), IGNORED)]
-        # The token behind the placeholder is now predicted from the block's last one.
-        targets[-1][-1] = part.targets[at]
-        prefix.starts.append(start + sum(map(len, ids[:-1])))
-        prefix.ends.append(prefix.starts[-1] + len(block))
-        done = at + 1
-    return _Part(
-        ids=np.concatenate([*ids, part.ids[done:]]),
-        targets=np.concatenate([*targets, part.targets[done:]]),
-        weight=part.weight,
-    )
-
-
-def _scale(branches: Sequence[_Part], loss: LossScale, *, from_prefix: bool) -> None:
-    for b, branch in enumerate(branches):
+def _scale(spans: Sequence[_Span], loss: LossScale) -> None:
+    for span in spans:
         if loss in ("root_subsegments", "root_both"):
-            branch.weight /= math.sqrt(len(branches))
+            span.weight /= math.sqrt(len(spans))
         if loss in ("root_length", "root_both"):
-            learned = int(np.count_nonzero(branch.targets != IGNORED))
-            learned += int(from_prefix and b == 0)
-            branch.weight *= 2 / math.sqrt(max(1, learned))
-
-
-def _joined(
-    parts: Sequence[_Part], prefix: _Prefix, *, tree: Tree, dropped: int, limit: int | None
-) -> Sequence1d:
-    labels = np.concatenate([part.targets for part in parts])
-    positions = np.arange(len(labels))
-    segments = np.full(len(labels), PREFIX_SUBSEGMENT)
-    weights = (labels != IGNORED).astype(np.float32)
-    first = 1 if tree == "molmo1" else 0
-    prefix_end = start = len(parts[0].ids)
-    weights[:start] *= parts[0].weight
-    for b, part in enumerate(parts[1:]):
-        stop = start + len(part.ids)
-        positions[start:stop] -= start - prefix_end
-        segments[start:stop] = first + b
-        weights[start:stop] *= part.weight
-        start = stop
-    if prefix.ends:
-        # Images placed inside the text: what stands up to the last one is the prefix.
-        segments[: prefix.ends[-1]] = PREFIX_SUBSEGMENT
-    return Sequence1d(
-        input_ids=np.concatenate([part.ids for part in parts])[:limit],
-        labels=labels[:limit],
-        position_ids=positions[:limit],
-        subsegment_ids=segments[:limit],
-        loss_weights=weights[:limit],
-        image_starts=tuple(prefix.starts),
-        image_ends=tuple(prefix.ends),
-        dropped_branches=dropped,
-    )
+            learned = sum(len(targets) + 1 for _, targets in span.learned)
+            span.weight *= 2 / math.sqrt(max(1, learned))

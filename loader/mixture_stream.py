@@ -20,7 +20,7 @@ from loader.cursor import Cursor
 from loader.layout import TokenIds
 from loader.mixture import MixtureGroup, MixtureOrder, MixtureSource, Stop, Weighting, plan_mixture
 from loader.schedule import Place, SlotSchedule
-from loader.stream import StreamingDataset, require_batch_size
+from loader.stream import Pending, StreamingDataset, require_batch_size, with_pictures
 from loader.topology import Topology
 from shardspec.errors import ConfigError
 from shardspec.manifest import differences
@@ -176,10 +176,14 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
 
     def at(self, place: Place) -> dict[str, Any]:
         """Makes the example of one place of the order; its metadata name the dataset."""
+        return with_pictures(self, place)
+
+    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+        """Makes the same, but for its pictures; see `StreamingDataset.pending`."""
         dataset = self.datasets[place.dataset]
-        example = dataset.at(place)
-        example["metadata"]["dataset"] = dataset.manifest.dataset
-        return example
+        made = dataset.pending(place, behind=behind)
+        made.example["metadata"]["dataset"] = dataset.manifest.dataset
+        return made
 
     def lengths(self, dataset: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Looks up how long samples are at most, in the indexes of their datasets.

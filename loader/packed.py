@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from loader.assemble import Pictures
 from loader.attention import PACKED_STRIDE
 from shardspec.tiling import NO_PATCH
 
@@ -25,7 +26,7 @@ def join_examples(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Joins examples to one packed example.
 
     Args:
-      examples: As `assemble` makes them, at least one.
+      examples: As `assemble` or `draft` makes them, at least one.
 
     Returns:
       The same keys: input_ids, labels, position_ids, subsegment_ids, loss_weights [sum of L];
@@ -79,10 +80,12 @@ def fitting(
     return kept
 
 
-def _concatenated(examples: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+def _concatenated(examples: Sequence[Mapping[str, Any]], name: str) -> np.ndarray | Pictures:
     arrays = [example[name] for example in examples]
     if name != "images":
         return np.concatenate(arrays)
+    if isinstance(arrays[0], Pictures):
+        return Pictures.joined(arrays)
     with_images = [images for images in arrays if len(images)] or arrays[:1]
     if len(with_images) == 1 or with_images[0].ndim != 4:
         return np.concatenate(with_images)

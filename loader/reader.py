@@ -7,15 +7,17 @@ used. The hot path reads three ranges per sample: no tar header is parsed, and n
 
 from __future__ import annotations
 
+import bisect
 import json
 import mmap
 import threading
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from loader.pixels import Encoded
 from shardspec import storage
 from shardspec.errors import ShardError
 from shardspec.index import open_index, sample_layout
@@ -27,21 +29,24 @@ from shardspec.sample import (
     Geometry,
     PreparedImage,
     PreparedSample,
+    SpanKind,
     decode_array,
     image_rows,
-    overview_rows,
 )
 from shardspec.tar import BLOCK, padded
 
 Check = Literal["size", "crc"]
 """How much of a shard is verified: its length and count, or each sample's checksum as well."""
 
+# Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
+_IMAGE, _OVERVIEW = SpanKind.IMAGE.value, SpanKind.OVERVIEW.value
+
 _MAX_OPEN = 256
 """Shards kept open: two descriptors each, half of the 1024 that Linux commonly grants a process.
 Opening one again takes 0.2 ms."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StoredSample:
     """One sample as its shard holds it."""
 
@@ -50,18 +55,36 @@ class StoredSample:
     """int32 [T], read-only."""
     spans: np.ndarray
     """int32 [S, 8], read-only; see `shardspec.sample`."""
+    rows: list[list[int]]
+    """The spans as plain integers."""
     pictures: tuple[memoryview, ...]
     """Each image in the codec of the dataset."""
     overviews: tuple[memoryview | None, ...]
     """The overview of each image, None where none is stored."""
     where: str
     """Shard and key, for errors."""
+    num_bytes: int
+    """Of its part of the shard."""
+
+
+class SamplePlace(NamedTuple):
+    """Where a sample and its array members are: the columns of its index row, as plain values."""
+
+    offset: int
+    num_bytes: int
+    crc32: int
+    json_bytes: int
+    spans_bytes: int
+    tokens_bytes: int
+    key: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OpenShard:
     tar: memoryview
     rows: np.ndarray
+    places: np.ndarray
+    """The columns of `SamplePlace`; one row of it is read at once, which takes 1 µs."""
     url: str
 
 
@@ -87,11 +110,13 @@ class ShardReader:
         counts = [shard.nsamples for shard in self.shards]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [shards + 1], number of each shard's first sample."""
+        # The same for one sample: NumPy takes 4 µs to look a single number up.
+        self._borders: list[int] = self.starts.tolist()
         self._open: dict[int, _OpenShard] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self._borders[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}, "_lock": None}
@@ -121,43 +146,15 @@ class ShardReader:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index` and
             `decode_array`.
         """
-        shard, row = self._locate(sample_id)
-        where = f"{shard.url} sample {row['key'].decode()}"
-        members = _part(shard.tar, int(row["offset"]), int(row["num_bytes"]))
-        if self.check == "crc":
-            _check_crc(members, row, where)
-        at = sample_layout(row)
-        spans = decode_array(
-            _part(members, at.spans, int(row["spans_bytes"])),
-            dtype="<i4",
-            columns=SPAN_COLUMNS,
-            where=where,
-        )
-        tokens = decode_array(
-            _part(members, at.tokens, int(row["tokens_bytes"])), dtype="<i4", where=where
-        )
-        pictures, overviews = [], []
-        position = at.image
-        overview_bytes = {row[1]: row[4] for row in overview_rows(spans).tolist()}
-        for i, picture in enumerate(image_rows(spans).tolist()):
-            pictures.append(_part(members, position, picture[6]))
-            position += padded(picture[6]) + BLOCK
-            # The overview stands directly behind its image.
-            length = overview_bytes.get(i)
-            overviews.append(None if length is None else _part(members, position, length))
-            position += 0 if length is None else padded(length) + BLOCK
-        return StoredSample(
-            key=row["key"].decode(),
-            tokens=tokens,
-            spans=spans,
-            pictures=tuple(pictures),
-            overviews=tuple(overviews),
-            where=where,
-        )
+        shard, i = self._locate(sample_id)
+        place = SamplePlace(*shard.places[i].item())
+        members = _part(shard.tar, place.offset, place.num_bytes)
+        return read_sample(members, place, shard_url=shard.url, check=self.check)
 
     def record(self, sample_id: int) -> dict[str, Any]:
         """Reads a sample's metadata and text, for people and for tools."""
-        shard, row = self._locate(sample_id)
+        shard, i = self._locate(sample_id)
+        row = shard.rows[i]
         start = int(row["offset"]) + sample_layout(row).json
         document: dict[str, Any] = json.loads(
             bytes(_part(shard.tar, start, int(row["json_bytes"])))
@@ -200,12 +197,12 @@ class ShardReader:
             values[by_id[begin:end]] = column[ordered[begin:end] - self.starts[number]]
         return np.zeros(0, np.int64) if values is None else values
 
-    def _locate(self, sample_id: int) -> tuple[_OpenShard, np.void]:
+    def _locate(self, sample_id: int) -> tuple[_OpenShard, int]:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
-        number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        number = bisect.bisect_right(self._borders, sample_id) - 1
         shard = self._open.get(number) or self._open_shard(number)
-        return shard, shard.rows[sample_id - int(self.starts[number])]
+        return shard, sample_id - self._borders[number]
 
     def _open_shard(self, number: int) -> _OpenShard:
         with self._lock:
@@ -215,6 +212,53 @@ class ShardReader:
                     del self._open[next(iter(self._open))]
                 self._open[number] = _open_local(self.url, self.shards[number])
             return self._open[number]
+
+
+def read_sample(
+    members: memoryview, place: SamplePlace, *, shard_url: str, check: Check
+) -> StoredSample:
+    """Finds the parts of a sample in its bytes; copies nothing.
+
+    Args:
+      members: The sample's part of its shard, from its first header on.
+      place: Its row of the index.
+      shard_url: For errors.
+      check: "crc" compares the bytes with their checksum.
+
+    Raises:
+      ShardError: `sample_crc`, or as `decode_array`.
+    """
+    key = place.key.decode()
+    where = f"{shard_url} sample {key}"
+    if check == "crc":
+        _check_crc(members, place.crc32, where)
+    spans_at = 2 * BLOCK + padded(place.json_bytes)
+    tokens_at = spans_at + padded(place.spans_bytes) + BLOCK
+    position = tokens_at + padded(place.tokens_bytes) + BLOCK
+    spans = decode_array(
+        _part(members, spans_at, place.spans_bytes), dtype="<i4", columns=SPAN_COLUMNS, where=where
+    )
+    tokens = decode_array(_part(members, tokens_at, place.tokens_bytes), dtype="<i4", where=where)
+    pictures, overviews = [], []
+    rows = spans.tolist()
+    overview_bytes = {row[1]: row[4] for row in rows if row[0] == _OVERVIEW}
+    for _, image, _, _, _, _, length, _ in [row for row in rows if row[0] == _IMAGE]:
+        pictures.append(_part(members, position, length))
+        position += padded(length) + BLOCK
+        # The overview stands directly behind its image.
+        small = overview_bytes.get(image)
+        overviews.append(None if small is None else _part(members, position, small))
+        position += 0 if small is None else padded(small) + BLOCK
+    return StoredSample(
+        key=key,
+        tokens=tokens,
+        spans=spans,
+        rows=rows,
+        pictures=tuple(pictures),
+        overviews=tuple(overviews),
+        where=where,
+        num_bytes=place.num_bytes,
+    )
 
 
 def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
@@ -243,6 +287,21 @@ def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
     )
 
 
+def encoded_pictures(stored: StoredSample, *, codec: Codec) -> list[tuple[Encoded, Encoded | None]]:
+    """Gives each picture of a stored sample, and its overview, ready to be decoded."""
+    pairs = []
+    small = {row[1]: row for row in stored.rows if row[0] == _OVERVIEW}
+    images = (row for row in stored.rows if row[0] == _IMAGE)
+    for payload, own, row in zip(stored.pictures, stored.overviews, images, strict=True):
+        picture = Encoded(payload, codec=codec, width=row[4], height=row[5], where=stored.where)
+        overview = None
+        if own is not None:
+            _, _, width, height, *_ = small[row[1]]
+            overview = Encoded(own, codec=codec, width=width, height=height, where=stored.where)
+        pairs.append((picture, overview))
+    return pairs
+
+
 def _open_local(url: str, entry: ShardEntry) -> _OpenShard:
     where = storage.join(url, entry.url)
     _check_size(where, entry.num_bytes)
@@ -254,7 +313,9 @@ def _open_local(url: str, entry: ShardEntry) -> _OpenShard:
     )
     with storage.local_path(where).open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return _OpenShard(tar=memoryview(mapped), rows=rows, url=where)
+    # A plain array: rows of a memmap are memmaps again, at 2 µs each.
+    places = np.asarray(rows)[list(SamplePlace._fields)]
+    return _OpenShard(tar=memoryview(mapped), rows=rows, places=places, url=where)
 
 
 def _check_size(where: str, want: int) -> None:
@@ -275,13 +336,13 @@ def _part(tar: memoryview, start: int, length: int) -> memoryview:
     return tar[start : start + length]
 
 
-def _check_crc(members: memoryview, row: np.void, where: str) -> None:
+def _check_crc(members: memoryview, want: int, where: str) -> None:
     got = zlib.crc32(members)
-    if got != int(row["crc32"]):
+    if got != want:
         raise ShardError(
             "a sample's bytes are not the ones that were written",
             reason="sample_crc",
             where=where,
-            facts={"got": got, "want": int(row["crc32"])},
+            facts={"got": got, "want": want},
             fix="run `make verify`, then copy or build the shard again",
         )

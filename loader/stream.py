@@ -12,18 +12,20 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.assemble import View, assemble
+from loader.assemble import PictureSet, View, draft, plan_example
+from loader.buffers import Scratch
 from loader.cursor import Cursor
 from loader.fingerprint import keys_fingerprint, split_fingerprint
 from loader.layout import IGNORED, TokenIds
 from loader.order import Order, Tail, plan_order
-from loader.reader import Check, ShardReader
+from loader.reader import Check, ShardReader, encoded_pictures
 from loader.schedule import Place, SlotSchedule
 from loader.topology import Topology, find_topology, find_worker
 from shardspec import storage
@@ -50,6 +52,51 @@ _PROBE_SIZES = (
     (200, 8000),
 )
 """Source sizes (width, height) on which a view is compared with the stored bound."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Pending:
+    """An example whose pictures are still encoded, and what it took to make it."""
+
+    example: dict[str, Any]
+    """As `draft` makes it."""
+    attempt: int = 0
+    """0, or the number of the substitute."""
+    first: ShardsError | None = None
+    """Why it is a substitute."""
+    read_s: float
+    """Seconds spent on reading."""
+    plan_s: float
+    """Seconds spent on draws and layout."""
+    num_bytes: int
+    """Of the sample as it is stored."""
+
+    @property
+    def pictures(self) -> PictureSet:
+        """The pictures, which know why they cannot be rendered."""
+        part: PictureSet = self.example["images"].parts[0]
+        return part
+
+
+class PendingSource(Protocol):
+    """What makes pending examples: a dataset or a mixture."""
+
+    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+        """Makes the example of a place, or the one behind it."""
+
+
+def with_pictures(source: PendingSource, place: Place) -> dict[str, Any]:
+    """Makes the whole example of a place; broken pictures are substituted as the source wants.
+
+    Raises:
+      ShardError, SampleError: As `StreamingDataset.pending`.
+    """
+    made = source.pending(place)
+    while True:
+        try:
+            return {**made.example, "images": made.example["images"].array()}
+        except (SampleError, ShardError):
+            made = source.pending(place, behind=made)
 
 
 class StreamingDataset(IterableDataset[dict[str, Any]]):
@@ -140,6 +187,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """Samples in use: those of the split, or the first `max_samples` of them."""
         self._base_seed = dataset_seed(seed, self.manifest.dataset)
         self._rng = SampleRng()
+        self._scratch = Scratch()
         self._cursor = Cursor()
         self._fingerprint: dict[str, Any] | None = None
 
@@ -213,11 +261,26 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 
     def at(self, place: Place) -> dict[str, Any]:
         """Makes the example of one place of the order; padding has nothing to learn."""
-        example = self.example(place.sample, epoch=place.epoch)
+        return with_pictures(self, place)
+
+    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+        """Makes the example of one place of the order, but for its pictures.
+
+        Args:
+          place: Of the order.
+          behind: What was made for the place before and turned out to have broken pictures: the
+            next substitute is chosen.
+
+        Raises:
+          ShardError: The sample cannot be read, and is not to be substituted.
+          SampleError: It cannot be laid out, likewise.
+        """
+        made = self._pending(place.sample, place.epoch, behind=behind)
         if not place.real:
-            example["labels"] = np.full_like(example["labels"], IGNORED)
-            example["loss_weights"] = np.zeros_like(example["loss_weights"])
-        return example
+            labels, weights = made.example["labels"], made.example["loss_weights"]
+            made.example["labels"] = np.full_like(labels, IGNORED)
+            made.example["loss_weights"] = np.zeros_like(weights)
+        return made
 
     def lengths(
         self,
@@ -303,13 +366,24 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           ShardError: The sample cannot be read; see `ShardReader.read`.
           SampleError: It cannot be laid out; see `assemble`.
         """
+        return self.at(Place(0, epoch, sample_id))
+
+    def _pending(self, sample_id: int, epoch: int, *, behind: Pending | None) -> Pending:
         first: ShardsError | None = None
-        for attempt in range(1 + MAX_SUBSTITUTES):
+        start = 0
+        if behind is not None:
+            broken = behind.pictures.error
+            assert broken is not None
+            if self.on_bad == "raise":
+                raise broken
+            self._count(broken)
+            first, start = behind.first or broken, behind.attempt + 1
+        for attempt in range(start, 1 + MAX_SUBSTITUTES):
             number = sample_id
             if attempt:
                 number = keyed(self._base_seed, sample_id, epoch, attempt) % self.num_samples
             try:
-                example = self._example(number, epoch)
+                made = self._draft(number, epoch)
             except (SampleError, ShardError) as error:
                 if self.on_bad == "raise":
                     raise
@@ -317,14 +391,41 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
                 first = first or error
                 continue
             if first is not None:
-                example["metadata"]["substitutes"] = {"sample": sample_id, "reason": first.reason}
-            return example
+                made.example["metadata"]["substitutes"] = {
+                    "sample": sample_id,
+                    "reason": first.reason,
+                }
+                made = replace(made, attempt=attempt, first=first)
+            return made
         assert first is not None
         raise first
 
-    def _example(self, number: int, epoch: int) -> dict[str, Any]:
+    def _draft(self, number: int, epoch: int) -> Pending:
+        start_s = perf_counter()
+        stored = self.reader.stored(number)
+        read_s = perf_counter()
         seed = sample_seed(self._base_seed, idx=number, length=self.num_samples, epoch=epoch)
-        return assemble(self.reader.read(number), self._rng(seed), view=self.view, ids=self.ids)
+        plan = plan_example(
+            stored.tokens,
+            stored.rows,
+            self._rng(seed),
+            view=self.view,
+            ids=self.ids,
+            key=stored.key,
+        )
+        example = draft(
+            plan,
+            encoded_pictures(stored, codec=self.reader.codec),
+            view=self.view,
+            key=stored.key,
+            scratch=self._scratch,
+        )
+        return Pending(
+            example=example,
+            read_s=read_s - start_s,
+            plan_s=perf_counter() - read_s,
+            num_bytes=stored.num_bytes,
+        )
 
     def _count(self, error: ShardsError) -> None:
         if error.reason not in self.bad:

@@ -1,0 +1,182 @@
+"""BatchMaker: from planned rows to a batch, and the threads that run it ahead of the consumer.
+
+All rows of a batch are planned first, from tokens and spans alone: then the shapes are known,
+memory is taken from a pool, and each picture is decoded into its place. Which thread makes which
+batch has no influence on what is in it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from loader.buffers import Allocate
+from loader.collate import MMCollator
+from loader.packed import fitting, join_examples
+from loader.packing import PackConfig
+from loader.schedule import Row
+from loader.stats import Spent
+from loader.stream import Pending, PendingSource
+from shardspec.errors import SampleError, ShardError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A batch and what it took."""
+
+    batch: dict[str, Any]
+    spent: Spent
+
+
+class BatchMaker:
+    """Makes batches of rows; picklable, and safe to share between threads."""
+
+    def __init__(
+        self, source: PendingSource, collator: MMCollator, *, packing: PackConfig | None
+    ) -> None:
+        """Joins what examples come from and how they are collated.
+
+        Args:
+          source: The dataset or mixture.
+          collator: Of the same view.
+          packing: The limits of a row of several samples; None where a row is one.
+        """
+        self.source, self.collator, self.packing = source, collator, packing
+
+    def make(self, rows: list[Row], *, allocate: Allocate) -> Made:
+        """Makes a batch.
+
+        Args:
+          rows: Of the schedule.
+          allocate: Gives the memory of its tensors.
+
+        Raises:
+          ShardError, SampleError: A sample cannot be read, laid out or decoded, and is not to be
+            substituted.
+        """
+        start_s = perf_counter()
+        made = [[self.source.pending(place) for place in row] for row in rows]
+        while True:
+            examples = [self._joined([one.example for one in row]) for row in made]
+            try:
+                batch = self.collator.collate(examples, allocate=allocate)
+                break
+            except (SampleError, ShardError):
+                if not self._replace_broken(rows, made):
+                    raise
+        return Made(batch=batch, spent=_spent(made, batch, perf_counter() - start_s))
+
+    def _replace_broken(self, rows: list[Row], made: list[list[Pending]]) -> bool:
+        """Substitutes the sample whose pictures could not be rendered; tells if there was one."""
+        for row, own in zip(rows, made, strict=True):
+            for i, (place, one) in enumerate(zip(row, own, strict=True)):
+                if one.pictures.error is not None:
+                    own[i] = self.source.pending(place, behind=one)
+                    return True
+        return False
+
+    def _joined(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.packing is None:
+            return examples[0]
+        limits = self.packing
+        return join_examples(
+            fitting(examples, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
+        )
+
+
+class LookAhead:
+    """How many batches may be made or wait: by number, and by the bytes of the largest so far."""
+
+    def __init__(self, *, most: int, most_bytes: int, batch_bytes: int) -> None:
+        """Begins with a guess.
+
+        Args:
+          most: Most batches, >= 1.
+          most_bytes: Most bytes in all of them; one batch is always made.
+          batch_bytes: What a batch may take, until one has been seen.
+        """
+        self._most, self._most_bytes = most, most_bytes
+        self._batch_bytes = batch_bytes
+
+    def seen(self, batch_bytes: int) -> None:
+        """Takes note of a batch."""
+        self._batch_bytes = max(self._batch_bytes, batch_bytes)
+
+    @property
+    def batches(self) -> int:
+        """Batches that may be on their way now, >= 1."""
+        return max(1, min(self._most, self._most_bytes // max(1, self._batch_bytes)))
+
+
+def make_in_threads(
+    plans: Iterator[list[Row]],
+    maker: BatchMaker,
+    *,
+    threads: int,
+    allocate: Allocate,
+    ahead: LookAhead,
+) -> Iterator[tuple[Made, int]]:
+    """Makes batches ahead of the consumer, in their sequence.
+
+    Args:
+      plans: The rows of each batch; planned in the consumer's thread, when there is room for more.
+      maker: Makes them.
+      threads: Number of threads; 0: each batch is made when it is asked for, in this thread.
+      allocate: Gives memory.
+      ahead: How far to go ahead.
+
+    Yields:
+      A batch, and how many behind it were ready by then.
+    """
+    if not threads:
+        for rows in plans:
+            yield maker.make(rows, allocate=allocate), 0
+        return
+    futures: deque[Future[Made]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=one_torch_thread)
+    try:
+        more = True
+        while more or futures:
+            while more and len(futures) < ahead.batches:
+                rows = next(plans, None)
+                more = rows is not None
+                if rows is not None:
+                    futures.append(pool.submit(maker.make, rows, allocate=allocate))
+            if futures:
+                ready = sum(future.done() for future in futures)
+                made = futures.popleft().result()
+                ahead.seen(made.spent.batch_bytes)
+                yield made, max(0, ready - 1)
+                del made
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def one_torch_thread() -> None:
+    """Keeps this thread's torch work in this thread."""
+
+
+def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> Spent:
+    parts = [one for row in made for one in row]
+    read_s = sum(one.read_s for one in parts)
+    plan_s = sum(one.plan_s for one in parts)
+    decode_s = sum(one.pictures.decode_s for one in parts)
+    render_s = sum(one.pictures.render_s for one in parts) - decode_s
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    return Spent(
+        batches=1,
+        samples=len(parts),
+        read_bytes=sum(one.num_bytes for one in parts),
+        batch_bytes=sum(tensor.nbytes for tensor in tensors),
+        read_s=read_s,
+        layout_s=plan_s,
+        decode_s=decode_s,
+        render_s=render_s,
+        collate_s=total_s - read_s - plan_s - decode_s - render_s,
+    )
