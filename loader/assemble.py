@@ -13,7 +13,7 @@ to, such as into the batch that they are for. `assemble` writes them into an arr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
@@ -23,8 +23,10 @@ import numpy as np
 from loader.augment import Augment, Draw, draw
 from loader.buffers import Scratch
 from loader.layout import (
+    COLUMNS,
     IGNORED,
     BranchTurns,
+    Column,
     LossScale,
     Sequence1d,
     TokenIds,
@@ -123,7 +125,7 @@ class ExamplePlan:
     @property
     def num_tokens(self) -> int:
         """Length of the sequence."""
-        return len(self.sequence.input_ids)
+        return self.sequence.length
 
     @property
     def num_loss_tokens(self) -> int:
@@ -336,8 +338,7 @@ def assemble(
     )
     sources = [(image.pixels, image.overview) for image in sample.images]
     example = draft(plan, sources, view=view, key=sample.key, scratch=Scratch())
-    example["images"] = example["images"].array()
-    return example
+    return finished(example)
 
 
 def draft(
@@ -358,16 +359,13 @@ def draft(
       scratch: Memory for pictures that are not decoded into their places.
 
     Returns:
-      What `assemble` returns, but `images` is a `Pictures`.
+      What `assemble` returns, but the arrays of one value per token are `Column`s, and `images` is
+      a `Pictures`.
     """
-    sequence = plan.sequence
-    weights = sequence.loss_weights
-    example = {
-        "input_ids": sequence.input_ids,
-        "labels": sequence.labels,
-        "position_ids": sequence.position_ids,
-        "subsegment_ids": sequence.subsegment_ids,
-        "loss_weights": weights if view.weight == 1.0 else weights * np.float32(view.weight),
+    sequences = [plan.sequence]
+    plan.sequence.weight = view.weight
+    example: dict[str, Any] = {
+        **{name: Column(name, sequences) for name in COLUMNS},
         "images": Pictures([PictureSet(sources, plan, scratch)], view),
         "image_masks": _masks(plan),
         "image_input_idx": plan.first_patches,
@@ -378,7 +376,7 @@ def draft(
                 {"width": width, "height": height, "crops": crops}
                 for (width, height), crops in zip(plan.sizes, plan.crops, strict=True)
             ],
-            "dropped_branches": sequence.dropped_branches,
+            "dropped_branches": plan.sequence.dropped_branches,
         },
     }
     if view.image_map == "per_token":
@@ -386,6 +384,18 @@ def draft(
     elif view.image_map == "pooling":
         example["token_pooling"] = _pooled_patches(plan)
     return example
+
+
+def finished(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes every array of a `draft`.
+
+    Raises:
+      ShardError, SampleError: As `Pictures.write`.
+    """
+    return {
+        name: value.array() if isinstance(value, Column | Pictures) else value
+        for name, value in example.items()
+    }
 
 
 def _image_ends(plan: ExamplePlan) -> np.ndarray:

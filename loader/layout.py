@@ -19,6 +19,7 @@ and subsegment[q] <= subsegment[k], which lets branches see the prefix and not o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,26 +95,173 @@ class BranchTurns(NamedTuple):
     """Loss weight in millionths."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Sequence1d:
-    """The arrays of one sequence, all [L]."""
+COLUMNS: Mapping[str, np.dtype] = {
+    "input_ids": np.dtype(np.int64),
+    "labels": np.dtype(np.int64),
+    "position_ids": np.dtype(np.int64),
+    "subsegment_ids": np.dtype(np.int64),
+    "loss_weights": np.dtype(np.float32),
+}
+"""The arrays of one value per token, and their types."""
 
-    input_ids: np.ndarray
-    """int64."""
-    labels: np.ndarray
-    """int64, -100 where there is no loss."""
-    position_ids: np.ndarray
-    """int64."""
-    subsegment_ids: np.ndarray
-    """int64: 10000 in the prefix, k in branch k."""
-    loss_weights: np.ndarray
-    """float32, 0 where there is no loss."""
-    image_starts: tuple[int, ...]
-    """Position of each image block's first token."""
-    image_ends: tuple[int, ...]
-    """One past each image block's last token."""
-    dropped_branches: int
-    """Branches that did not fit the limit."""
+
+class Sequence1d:
+    """One sequence as it was laid out; its arrays are made on demand, or piece by piece.
+
+    input_ids, labels (-100 where there is no loss), position_ids, subsegment_ids (10000 in the
+    prefix, k in branch k): int64 [L]; loss_weights: float32 [L], 0 where there is no loss.
+    """
+
+    __slots__ = (
+        *("_first", "_prefix_stop", "_runs", "_spans", "_total", "dropped_branches", "image_ends"),
+        *("image_starts", "learns", "length", "weight"),
+    )
+
+    def __init__(
+        self,
+        draft: _Draft,
+        spans: list[_Span],
+        *,
+        prefix_end: int,
+        first: int,
+        limit: int | None,
+        dropped: int,
+    ) -> None:
+        """Takes over what `lay_out` decided."""
+        self._runs, self._spans, self._first = draft.runs, spans, first
+        self._total = draft.length
+        self.length = draft.length if limit is None else min(limit, draft.length)
+        """Tokens, L."""
+        self.image_starts = tuple(draft.image_starts)
+        """Position of each image block's first token."""
+        self.image_ends = tuple(draft.image_ends)
+        """One past each image block's last token."""
+        # Images placed inside the text: what stands up to the last one is the prefix.
+        self._prefix_stop = max(prefix_end, *draft.image_ends[-1:], 0)
+        self.dropped_branches = dropped
+        """Branches that did not fit the limit."""
+        self.weight = 1.0
+        """Factor of all loss weights."""
+        self.learns = True
+        """False leaves no loss at all, as for padding."""
+
+    def array(self, name: str) -> np.ndarray:
+        """Makes one of the `COLUMNS`, [L]."""
+        joined: np.ndarray = np.concatenate(
+            self.pieces(name), dtype=COLUMNS[name], casting="unsafe"
+        )
+        return joined
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        return self.array("input_ids")
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.array("labels")
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        return self.array("position_ids")
+
+    @property
+    def subsegment_ids(self) -> np.ndarray:
+        return self.array("subsegment_ids")
+
+    @property
+    def loss_weights(self) -> np.ndarray:
+        return self.array("loss_weights")
+
+    def pieces(self, name: str) -> list[np.ndarray]:
+        """Lists the arrays that one of the `COLUMNS` consists of; they are only to be read."""
+        if name == "input_ids":
+            found = self._runs
+        elif name == "labels":
+            found = self._labels()
+        elif name == "position_ids":
+            found = self._positions()
+        elif name == "subsegment_ids":
+            found = self._segments()
+        else:
+            found = self._weights()
+        return found if self.length == self._total else _cut(found, self.length)
+
+    def _labels(self) -> list[np.ndarray]:
+        if not self.learns:
+            return [np.full(self._total, IGNORED)]
+        found: list[np.ndarray] = []
+        done = 0
+        for span in self._spans:
+            for at, targets, end in span.learned:
+                found += (_ignored(at - done), targets, end)
+                done = at + len(targets) + 1
+        found.append(_ignored(self._total - done))
+        return found
+
+    def _positions(self) -> list[np.ndarray]:
+        start = self._spans[0].start
+        first, *others = self._spans
+        found = [np.arange(first.stop)]
+        found += [np.arange(start, start + span.stop - span.start) for span in others]
+        return found
+
+    def _segments(self) -> list[np.ndarray]:
+        found = [np.full(self._prefix_stop, PREFIX_SUBSEGMENT)]
+        for b, span in enumerate(self._spans):
+            begin = max(span.start, self._prefix_stop)
+            found.append(np.full(span.stop - begin, self._first + b))
+        return found
+
+    def _weights(self) -> list[np.ndarray]:
+        if not self.learns:
+            return [np.zeros(self._total, np.float32)]
+        found: list[np.ndarray] = []
+        done = 0
+        for span in self._spans:
+            weight = np.float32(span.weight) * np.float32(self.weight)
+            for at, targets, _ in span.learned:
+                found += (
+                    np.zeros(at - done, np.float32),
+                    np.full(len(targets) + 1, weight, np.float32),
+                )
+                done = at + len(targets) + 1
+        found.append(np.zeros(self._total - done, np.float32))
+        return found
+
+
+class Column:
+    """One of the `COLUMNS` of some sequences end to end, before its array is made."""
+
+    __slots__ = ("dtype", "name", "sequences", "step")
+
+    def __init__(self, name: str, sequences: Sequence[Sequence1d], *, step: int = 0) -> None:
+        """Names a column.
+
+        Args:
+          name: Of `COLUMNS`.
+          sequences: One, or those of a packed row.
+          step: Sequence number k is moved by k * step.
+        """
+        self.name, self.sequences, self.step = name, sequences, step
+        self.dtype = COLUMNS[name]
+
+    def __len__(self) -> int:
+        return sum([sequence.length for sequence in self.sequences])
+
+    def pieces(self) -> list[np.ndarray]:
+        """Lists the arrays that it consists of; they are only to be read."""
+        if len(self.sequences) == 1:
+            return self.sequences[0].pieces(self.name)
+        found: list[np.ndarray] = []
+        for k, sequence in enumerate(self.sequences):
+            own = sequence.pieces(self.name)
+            found += [piece + k * self.step for piece in own] if self.step else own
+        return found
+
+    def array(self) -> np.ndarray:
+        """Makes the array."""
+        joined: np.ndarray = np.concatenate(self.pieces(), dtype=self.dtype, casting="unsafe")
+        return joined
 
 
 def lay_out(
@@ -144,8 +292,8 @@ def lay_out(
         left within it), `image_placeholder` (a text asks for another number of images).
     """
     placed = _count_placeholders(branches, ids, num_blocks=len(blocks), where=where)
-    draft = _Draft(eos=ids.eos, placeholder=ids.placeholder)
-    draft.add(_ONE * ids.bos)
+    draft = _Draft(eos=_single(ids.eos), placeholder=ids.placeholder)
+    draft.add(_single(ids.bos))
     if not placed:
         for b, block in enumerate(blocks):
             if leads:
@@ -172,8 +320,8 @@ def lay_out(
             facts={"image_tokens": draft.image_ends[-1], "sequence_length": limit},
             fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
-    learned = [at for span in spans for at, _ in span.learned]
-    if not learned or (limit is not None and learned[0] >= limit):
+    learned = next((span.learned[0][0] for span in spans if span.learned), None)
+    if learned is None or (limit is not None and learned >= limit):
         raise SampleError(
             "nothing to learn is left of a sample within the sequence length",
             reason="no_loss",
@@ -182,12 +330,9 @@ def lay_out(
             fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
     _scale(spans, loss)
-    sequence = draft.written(spans, prefix_end, first=1 if tree == "molmo1" else 0)
+    first = 1 if tree == "molmo1" else 0
     return Sequence1d(
-        **{name: array[:limit] for name, array in sequence.items()},
-        image_starts=tuple(draft.image_starts),
-        image_ends=tuple(draft.image_ends),
-        dropped_branches=dropped,
+        draft, spans, prefix_end=prefix_end, first=first, limit=limit, dropped=dropped
     )
 
 
@@ -197,29 +342,47 @@ class _Span:
 
     start: int
     stop: int
-    learned: list[tuple[int, np.ndarray]]
-    """(Position, targets) of each response, in front of the EOS that ends it."""
+    learned: list[tuple[int, np.ndarray, np.ndarray]]
+    """(Position, targets, EOS) of each response."""
     weight: float
 
 
-_ONE = np.ones(1, dtype=np.int64)
+_FILL = np.full(1 << 15, IGNORED)
+_FILL.setflags(write=False)
+
+
+def _ignored(length: int) -> np.ndarray:
+    return _FILL[:length] if length <= len(_FILL) else np.full(length, IGNORED)
+
+
+@functools.lru_cache(maxsize=64)
+def _single(token: int) -> np.ndarray:
+    run = np.array([token])
+    run.setflags(write=False)
+    return run
+
+
+def _cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+    found = []
+    for piece in pieces:
+        found.append(piece[:length])
+        length -= len(found[-1])
+    return found
 
 
 class _Draft:
-    """A sequence as runs of tokens and where they go, before any array is made."""
+    """The runs of tokens that make up a sequence, and where its images stand."""
 
-    def __init__(self, *, eos: int, placeholder: int) -> None:
+    def __init__(self, *, eos: np.ndarray, placeholder: int) -> None:
         self.length = 0
-        self.runs: list[tuple[int, np.ndarray]] = []
-        """(Position, tokens) of the input."""
+        self.runs: list[np.ndarray] = []
         self.image_starts: list[int] = []
         self.image_ends: list[int] = []
         self._eos, self._placeholder = eos, placeholder
-        self._eos_run = _ONE * eos
 
     def add(self, tokens: np.ndarray) -> None:
         """Appends tokens."""
-        self.runs.append((self.length, tokens))
+        self.runs.append(tokens)
         self.length += len(tokens)
 
     def add_block(self, block: np.ndarray) -> None:
@@ -230,7 +393,7 @@ class _Draft:
 
     def add_eos(self, span: _Span) -> None:
         """Appends an EOS to the branch that was added last."""
-        self.add(self._eos_run)
+        self.add(self._eos)
         span.stop = self.length
 
     def add_branch(self, branch: BranchTurns, *, blocks: Sequence[np.ndarray], lone: bool) -> _Span:
@@ -244,8 +407,8 @@ class _Draft:
         span = _Span(self.length, self.length, [], branch.weight / WEIGHT_ONE)
         images = iter(blocks)
         for turn in branch.turns:
-            if span.learned:
-                self.add(self._eos_run)
+            if self.length > span.start:
+                self.add(self._eos)
             if blocks:
                 self._add_placed(turn.prompt, images)
             else:
@@ -253,8 +416,10 @@ class _Draft:
             # Position t predicts the token behind it.
             response, at = turn.response, self.length
             self.add(response)
-            skipped = int(at == span.start and not lone)
-            span.learned.append((at - 1 + skipped, response[skipped:]))
+            if at == span.start and not lone:
+                response, at = response[1:], at + 1
+            if at <= self.length:
+                span.learned.append((at - 1, response, self._eos))
         span.stop = self.length
         return span
 
@@ -266,49 +431,14 @@ class _Draft:
             done = at + 1
         self.add(prompt[done:])
 
-    def written(self, spans: list[_Span], prefix_end: int, *, first: int) -> dict[str, np.ndarray]:
-        """Makes the arrays, each [length]; branches are numbered from `first` on."""
-        length = self.length
-        ids = np.empty(length, dtype=np.int64)
-        labels = np.empty(length, dtype=np.int64)
-        labels.fill(IGNORED)
-        positions = np.arange(length)
-        segments = np.empty(length, dtype=np.int64)
-        weights = np.zeros(length, dtype=np.float32)
-        for at, tokens in self.runs:
-            ids[at : at + len(tokens)] = tokens
-        segments[:prefix_end] = PREFIX_SUBSEGMENT
-        for b, span in enumerate(spans):
-            if b:
-                positions[span.start : span.stop] -= span.start - prefix_end
-            segments[span.start : span.stop] = first + b
-            for at, targets in span.learned:
-                stop = at + len(targets)
-                labels[at:stop] = targets
-                labels[stop] = self._eos
-                weights[at : stop + 1] = span.weight
-        if self.image_ends:
-            # Images placed inside the text: what stands up to the last one is the prefix.
-            segments[: self.image_ends[-1]] = PREFIX_SUBSEGMENT
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "position_ids": positions,
-            "subsegment_ids": segments,
-            "loss_weights": weights,
-        }
-
 
 def _count_placeholders(
     branches: Sequence[BranchTurns], ids: TokenIds, *, num_blocks: int, where: str
 ) -> int:
-    count = sum(
-        [
-            np.count_nonzero(turn.prompt == ids.placeholder)
-            for branch in branches
-            for turn in branch.turns
-        ]
-    )
+    count = 0
+    for branch in branches:
+        for turn in branch.turns:
+            count += int(np.count_nonzero(turn.prompt == ids.placeholder))
     if count and (count != num_blocks or len(branches) > 1):
         raise SampleError(
             "a text may place its images only in a lone branch, and all of them",
@@ -325,5 +455,5 @@ def _scale(spans: Sequence[_Span], loss: LossScale) -> None:
         if loss in ("root_subsegments", "root_both"):
             span.weight /= math.sqrt(len(spans))
         if loss in ("root_length", "root_both"):
-            learned = sum(len(targets) + 1 for _, targets in span.learned)
+            learned = sum(len(targets) + 1 for _, targets, _ in span.learned)
             span.weight *= 2 / math.sqrt(max(1, learned))

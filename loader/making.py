@@ -144,9 +144,9 @@ def make_in_threads(
         more = True
         while more or futures:
             while more and len(futures) < ahead.batches:
-                rows = next(plans, None)
-                more = rows is not None
-                if rows is not None:
+                rows = next(plans, [])
+                more = bool(rows)
+                if more:
                     futures.append(pool.submit(maker.make, rows, allocate=allocate))
             if futures:
                 ready = sum(future.done() for future in futures)

@@ -52,7 +52,7 @@ class Spent:
     @property
     def busy_s(self) -> float:
         """Seconds of all stages."""
-        return sum(getattr(self, f"{stage}_s") for stage in STAGES)
+        return self.read_s + self.layout_s + self.decode_s + self.render_s + self.collate_s
 
 
 _SPENT = fields(Spent)

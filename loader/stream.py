@@ -19,11 +19,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.assemble import PictureSet, View, draft, plan_example
+from loader.assemble import PictureSet, View, draft, finished, plan_example
 from loader.buffers import Scratch
 from loader.cursor import Cursor
 from loader.fingerprint import keys_fingerprint, split_fingerprint
-from loader.layout import IGNORED, TokenIds
+from loader.layout import TokenIds
 from loader.order import Order, Tail, plan_order
 from loader.reader import Check, ShardReader, encoded_pictures
 from loader.schedule import Place, SlotSchedule
@@ -94,7 +94,7 @@ def with_pictures(source: PendingSource, place: Place) -> dict[str, Any]:
     made = source.pending(place)
     while True:
         try:
-            return {**made.example, "images": made.example["images"].array()}
+            return finished(made.example)
         except (SampleError, ShardError):
             made = source.pending(place, behind=made)
 
@@ -277,9 +277,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """
         made = self._pending(place.sample, place.epoch, behind=behind)
         if not place.real:
-            labels, weights = made.example["labels"], made.example["loss_weights"]
-            made.example["labels"] = np.full_like(labels, IGNORED)
-            made.example["loss_weights"] = np.zeros_like(weights)
+            made.pictures.plan.sequence.learns = False
         return made
 
     def lengths(
