@@ -4,23 +4,25 @@ The consumer's thread plans (which samples make up the next batches), the others
 come in the order of the run whatever makes them, and the state counts the batches that were
 *delivered*, never those made ahead. A state is a few hundred bytes and valid for any number of
 ranks, threads and workers.
+
+A batch belongs to the consumer for as long as it keeps any part of it; then its memory carries
+another one (buffers.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from time import perf_counter
 from typing import Any
-
-import numpy as np
-from torch.utils.data import DataLoader
 
 from loader.assemble import View
 from loader.buffers import BufferPool
 from loader.collate import MMCollator
 from loader.cursor import STATE_VERSION, require_state
-from loader.making import BatchMaker, LookAhead, make_in_threads
+from loader.making import BatchMaker, LookAhead, Made, make_in_threads
 from loader.mixture import MixtureConfig, MixtureOrder
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
@@ -33,8 +35,10 @@ from loader.schedule import (
     SlotSchedule,
     plan_packing,
 )
+from loader.stats import Stats
 from loader.stream import StreamingDataset
-from shardspec.errors import ConfigError, ShardsError, StateError
+from loader.workers import make_in_workers
+from shardspec.errors import ConfigError, StateError
 from shardspec.tiling import image_bounds
 
 _AHEAD = 2
@@ -55,6 +59,7 @@ def make_dataloader(
     max_crops: int | None = None,
     balance: bool = True,
     bucket_steps: int = 0,
+    prefetch_bytes: int = 1 << 30,
 ) -> StreamLoader:
     """Makes the loader of this rank.
 
@@ -64,8 +69,9 @@ def make_dataloader(
         a sample, or a pack.
       sequence_length: Longest sequence; text is cut there, and packs are filled up to there.
       pad_mode: "max_len", "batch_max" or "to_N"; see `MMCollator`.
-      decode_threads: Threads that make batches, where workers is 0.
-      workers: Worker processes instead of threads.
+      decode_threads: Threads that make batches, where workers is 0. With 0 threads each batch is
+        made when it is asked for, in the consumer's thread.
+      workers: Worker processes instead of threads, for Python code that holds the interpreter.
       extra_keys: Further keys of the batch; see `MMCollator`.
       with_metadata: Add `metadata`, a list with each sample's key.
       pack: Fill each row with several samples, planned from the lengths in the indexes; adds
@@ -75,6 +81,8 @@ def make_dataloader(
         keep their places for every number of ranks, and a rank plans its own packs only.
       bucket_steps: Deal the samples of so many steps to these steps by length, so that batches pad
         less: the lighter alternative to packs. 0: do not.
+      prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
+        to be used again. One batch is always made, however large.
 
     Raises:
       ConfigError: `batch_not_divisible`, `packing_tail`, `packing_and_buckets`, and as
@@ -128,6 +136,7 @@ def make_dataloader(
         bucket_steps=bucket_steps,
         decode_threads=decode_threads,
         workers=workers,
+        prefetch_bytes=prefetch_bytes,
     )
 
 
@@ -170,7 +179,7 @@ class StreamLoader:
         bucket_steps: int = 0,
         decode_threads: int,
         workers: int,
-        prefetch_bytes: int = 1 << 30,
+        prefetch_bytes: int,
     ) -> None:
         """Joins dataset, order and collator; see `make_dataloader`."""
         self.dataset = dataset
@@ -184,6 +193,7 @@ class StreamLoader:
         self._packs = packs
         self._maker = BatchMaker(dataset, collator, packing=packs.config if packs else None)
         self.prefetch_bytes = prefetch_bytes
+        self._stats = Stats(makers=max(1, workers or decode_threads))
         self._pool = BufferPool(keep_bytes=prefetch_bytes)
         self._schedule: Schedule = packs or self._unpacked()
         # Where the packs' streams stood when the last delivered batch was planned, and the step
@@ -207,24 +217,47 @@ class StreamLoader:
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
         plans = _Plans(self, range(self.step, stop))
-        if self.workers:
-            batches = self._by_workers(plans)
-        else:
-            batches = (
-                m.batch
-                for m, _ in make_in_threads(
-                    iter(plans),
-                    self._maker,
-                    threads=self.decode_threads,
-                    allocate=self._pool.empty,
-                    ahead=self._ahead(),
-                )
-            )
-        for batch in batches:
+        begin_s = perf_counter()
+        for made, ready in self._made(plans):
+            given_s = perf_counter()
             self.step += 1
             self._streams = plans.delivered()
+            batch = made.batch
+            self._stats.made += made.spent
+            self._stats.wait_s += given_s - begin_s
+            self._stats.ready += ready
+            del made
             yield batch
+            # What the consumer does not keep is free for the next batches.
             del batch
+            begin_s = perf_counter()
+            self._stats.use_s += begin_s - given_s
+
+    def stats(self) -> Stats:
+        """Tells what the time went into since this loader was made; see `Stats`."""
+        readers = self.dataset.readers
+        counters: Counter[str] = Counter()
+        for reader in readers:
+            counters.update(getattr(reader, "counters", {}))
+        return replace(self._stats, counters=dict(counters))
+
+    def _made(self, plans: _Plans) -> Iterator[tuple[Made, int]]:
+        ahead = self._ahead()
+        if self.workers:
+            return make_in_workers(
+                iter(plans),
+                self._maker,
+                workers=self.workers,
+                keep_bytes=self.prefetch_bytes,
+                ahead=ahead,
+            )
+        return make_in_threads(
+            iter(plans),
+            self._maker,
+            threads=self.decode_threads,
+            allocate=self._pool.empty,
+            ahead=ahead,
+        )
 
     def _ahead(self) -> LookAhead:
         """Begins with the guess that each row has as many crops as one picture can have."""
@@ -232,7 +265,7 @@ class StreamLoader:
         crop_bytes = image.size_px**2 * 3 * (1 if self.dataset.view.normalize is None else 4)
         rows = self._schedule.batch_at(self.step)[0] // self.dataset.topology.world_size
         return LookAhead(
-            most=_AHEAD * self.decode_threads + 1,
+            most=_AHEAD * (self.workers or self.decode_threads) + 1,
             most_bytes=self.prefetch_bytes,
             batch_bytes=rows * image_bounds(image).num_crops * crop_bytes,
         )
@@ -368,23 +401,11 @@ class StreamLoader:
         return SlotSchedule(self.order)
 
     def _plan(self, step: int) -> tuple[list[Row], list[list[int]]]:
+        start_s = perf_counter()
         rows = self._schedule.rows(step, self.dataset.topology)
+        self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places()
-
-    def _by_workers(self, plans: _Plans) -> Iterator[dict[str, Any]]:
-        for batch in DataLoader(
-            _Worker(self._maker),  # type: ignore[arg-type]
-            # What it asks the dataset for is the rows themselves: workers plan nothing.
-            sampler=plans,
-            batch_size=None,
-            num_workers=self.workers,
-            # spawn: a forked child would inherit locks that the parent's threads hold.
-            multiprocessing_context="spawn",
-        ):
-            if isinstance(batch, ShardsError):
-                raise batch
-            yield batch
 
 
 class _Plans:
@@ -406,20 +427,6 @@ class _Plans:
     def delivered(self) -> list[list[int]]:
         """Gives the place of the packs behind the next batch that is delivered."""
         return self._behind.popleft()
-
-
-class _Worker:
-    """What worker processes are given, and all they need."""
-
-    def __init__(self, maker: BatchMaker) -> None:
-        self.maker = maker
-
-    def __getitem__(self, rows: list[Row]) -> dict[str, Any] | ShardsError:
-        try:
-            return self.maker.make(rows, allocate=np.empty).batch
-        except ShardsError as error:
-            # Sent as a value: what a worker raises reaches the caller as a RuntimeError.
-            return error
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

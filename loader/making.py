@@ -7,6 +7,7 @@ batch has no influence on what is in it.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -139,7 +140,7 @@ def make_in_threads(
             yield maker.make(rows, allocate=allocate), 0
         return
     futures: deque[Future[Made]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=one_torch_thread)
+    pool = _start_threads(threads)
     try:
         more = True
         while more or futures:
@@ -158,8 +159,22 @@ def make_in_threads(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def one_torch_thread() -> None:
-    """Keeps this thread's torch work in this thread."""
+def _start_threads(count: int) -> ThreadPoolExecutor:
+    """Starts threads in which torch does not start others: they would fight for the same cores.
+
+    Torch keeps the number per thread, and the number set last for threads to come; that one is put
+    back, so that nothing changes outside of these threads.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        count, thread_name_prefix="decode", initializer=torch.set_num_threads, initargs=(1,)
+    )
+    # An executor starts a thread when no other one is idle: all wait until all are there.
+    all_there = threading.Barrier(count)
+    for future in [pool.submit(all_there.wait) for _ in range(count)]:
+        future.result()
+    torch.set_num_threads(before)
+    return pool
 
 
 def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> Spent:

@@ -19,6 +19,7 @@ from loader.assemble import View
 from loader.cursor import Cursor
 from loader.layout import TokenIds
 from loader.mixture import MixtureGroup, MixtureOrder, MixtureSource, Stop, Weighting, plan_mixture
+from loader.reader import ShardReader
 from loader.schedule import Place, SlotSchedule
 from loader.stream import Pending, StreamingDataset, require_batch_size, with_pictures
 from loader.topology import Topology
@@ -110,6 +111,11 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
     def view(self) -> View:
         """The first dataset's view: its shapes are all datasets'."""
         return self.datasets[0].view
+
+    @property
+    def readers(self) -> list[ShardReader]:
+        """What reads the shards of all datasets."""
+        return [reader for dataset in self.datasets for reader in dataset.readers]
 
     @property
     def num_samples(self) -> int:

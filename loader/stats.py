@@ -58,7 +58,7 @@ class Spent:
 _SPENT = fields(Spent)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Stats:
     """A loader's account, from its making or since an earlier one (`since`)."""
 

@@ -192,6 +192,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self._fingerprint: dict[str, Any] | None = None
 
     @property
+    def readers(self) -> list[ShardReader]:
+        """What reads the shards."""
+        return [self.reader]
+
+    @property
     def epoch(self) -> int:
         """The epoch that the next pass gives."""
         return self._cursor.epoch
