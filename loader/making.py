@@ -166,15 +166,19 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
     back, so that nothing changes outside of these threads.
     """
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(
-        count, thread_name_prefix="decode", initializer=torch.set_num_threads, initargs=(1,)
-    )
+    pool = ThreadPoolExecutor(count, thread_name_prefix="decode", initializer=_one_torch_thread)
     # An executor starts a thread when no other one is idle: all wait until all are there.
     all_there = threading.Barrier(count)
     for future in [pool.submit(all_there.wait) for _ in range(count)]:
         future.result()
     torch.set_num_threads(before)
     return pool
+
+
+def _one_torch_thread() -> None:
+    # Asked first: a thread takes the number of threads to come when it needs its own at last.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> Spent:
