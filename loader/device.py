@@ -3,7 +3,8 @@
     loader -> pinned staging (used again) -> device, on a stream of its own -> normalised there
 
 The next batch is asked for, staged and sent before the current one is handed out; the consumer's
-stream waits for the copy, never the consumer. Pictures travel as uint8 in the memory order of the
+stream waits for the copy, never the consumer. So the loader is a batch further than the consumer:
+states are taken from here (`DevicePrefetcher.state_dict`). Pictures travel as uint8 in the memory order of the
 batch, and become contiguous tensors of the wanted type on the device. On a CPU the same happens
 without staging and streams.
 """
@@ -34,8 +35,7 @@ class DevicePrefetcher:
         """Wraps a loader.
 
         Args:
-          loader: Such as a `StreamLoader`; its state is unchanged by what is on its way here, so
-            save it between two batches as always: one batch was asked for ahead.
+          loader: A `StreamLoader`, or anything else that gives batches.
           device: Where batches should be.
           normalization: Maps uint8 crops there to what the encoder was trained with; None leaves
             them as they are. For crops only: patches have no axis of channels.
@@ -56,22 +56,42 @@ class DevicePrefetcher:
         self.device = torch.device(device)
         self.normalization, self.dtype = normalization, dtype
         self._staging = _Staging()
+        self._state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Describes the loader's place in the run behind the batch that was handed out last."""
+        loader: Any = self.loader
+        state: dict[str, Any] = loader.state_dict() if self._state is None else self._state
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Lets the loader go to a saved place; see `StreamLoader.load_state_dict`."""
+        loader: Any = self.loader
+        loader.load_state_dict(state)
+        self._state = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Gives a pass of the loader; tensors are on the device and contiguous."""
         if self.device.type != "cuda":
             for batch in self.loader:
+                self._state = None
                 yield self._finished({name: self._moved(value) for name, value in batch.items()})
             return
+        yield from self._from_stream()
+
+    def _from_stream(self) -> Iterator[dict[str, Any]]:
+        take_state = getattr(self.loader, "state_dict", dict)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        ahead: deque[tuple[dict[str, Any], torch.cuda.Event]] = deque()
+        ahead: deque[tuple[dict[str, Any], torch.cuda.Event, dict[str, Any]]] = deque()
         for batch in self.loader:
-            ahead.append(self._sent(batch, stream))
+            ahead.append((*self._sent(batch, stream), take_state()))
             del batch
             if len(ahead) > 1:
-                yield self._arrived(*ahead.popleft())
+                sent, done, self._state = ahead.popleft()
+                yield self._arrived(sent, done)
         while ahead:
-            yield self._arrived(*ahead.popleft())
+            sent, done, self._state = ahead.popleft()
+            yield self._arrived(sent, done)
 
     def _sent(
         self, batch: Mapping[str, Any], stream: torch.cuda.Stream

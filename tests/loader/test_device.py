@@ -70,3 +70,14 @@ def test_unknown_normalisation_is_refused_at_once(url):
     with pytest.raises(ConfigError) as caught:
         DevicePrefetcher(make(url), "cpu", normalization="siglap")
     assert caught.value.reason == "normalization"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_state_is_that_behind_the_batch_handed_out_last(device, url):
+    want = list(make(url))
+    first = DevicePrefetcher(make(url), device)
+    next(iter(first))
+    second = DevicePrefetcher(make(url), device)
+    second.load_state_dict(first.state_dict())
+    got = next(iter(second))
+    assert torch.equal(got["input_ids"].cpu(), want[1]["input_ids"])
