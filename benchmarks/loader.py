@@ -1,172 +1,246 @@
-"""Measures the loader beside the bare decoding of the same pictures.
+"""Measures the loader beside the limits that physics sets.
 
-    python benchmarks/loader.py
+    python benchmarks/loader.py [--quick]
 
-The bare loop decodes the shards' JPEG payloads from memory into one recycled buffer, one after
-another, on one core. The loader reads them from local shards in a shuffled order, draws, lays out
-tokens and makes whole batches; nobody consumes them. Every loader makes one epoch per round.
+W1 to W3 of benchmarks/workloads.py. Every function makes one epoch per round; nobody consumes the
+batches. The limits:
 
-* ratio: processor time of a sample in the bare loop / in the loader, so that other programs on the
-  machine disturb it little; 1 would mean that everything but decoding is free.
-* by wall: the same in samples per second, which is where two threads show, on an idle machine.
+* decode: `decode_stored` on the same payloads from memory, each into its place in one batch;
+* decode + memcpy (W2): the same for canvases and overviews into one buffer each, and a copy of as
+  many bytes as the crops have, between warm buffers;
+* unsharded path (W2): prepare and assemble and collate, from the source rows, in one process.
 
-A second table says where the processor time of a sample goes.
+"ratio" is of processor time per sample, limit / loader, so that other programs on the machine
+disturb it little. "by wall" is what threads and processes gain, against one core's limit times
+their number; it needs an idle machine. The rows "GIL held" keep the interpreter busy in another
+thread for half of the time, 5 ms on and 5 ms off, as a training loop in Python may.
 """
 
 from __future__ import annotations
 
-import pkgutil
+import argparse
 import sys
 import tempfile
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.job import PICTURES, Silent, machine, paired, row, write_source
-from loader import StreamingDataset, make_dataloader
+from benchmarks.job import TILED, machine, paired, row
+from benchmarks.workloads import SEQUENCE_LENGTH, Workload, single_crops, tiles
+from loader import DeterministicDataset, MolmoPreprocessor, View
+from loader.dataloader import StreamLoader, view_collator
+from loader.stats import STAGES
+from preprocess.datasets import get_dataset
 from preprocess.image import ImagePolicy
-from preprocess.pipeline import run_job
-from preprocess.recipe import Recipe
-from preprocess.scenes import make_scene
-from shardspec.media import decode_stored, encode_stored
-from shardspec.sample import Codec
-from shardspec.tiling import ImageView
+from preprocess.recipe import Preparer, Recipe
+from preprocess.tokens import load_tokenizer
+from shardspec.media import decode_stored
+from shardspec.tiling import num_crops
 
-ROWS = 1024
-BATCH = 32
-ROUNDS = 9
-
-STAGES = {
-    "read": "loader.reader.ShardReader.read",
-    "decode": "loader.reader.decode_stored",
-    "layout": "loader.assemble.plan_example",
-    "render": "loader.assemble.render",
-    "the rest of assemble": "loader.stream.assemble",
-    "collate": "loader.collate.MMCollator.__call__",
-}
-"""What is timed in the second table; each without the parts that are listed themselves."""
+HELD_S = 0.005
+"""Seconds for which a thread holds the interpreter, and then lets go of it for as long."""
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the loader beside its limits.")
+    parser.add_argument("--quick", action="store_true", help="few rows, two rounds")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}\n")
-    view = ImageView()
-    payloads = []
-    for i in range(PICTURES):
-        picture = Image.fromarray(make_scene(1, i).pixels)
-        stored = picture.resize((view.size_px, view.size_px), Image.Resampling.LANCZOS)
-        payloads.append(encode_stored(np.asarray(stored), codec="jpeg", quality=95))
-    mean_kb = np.mean([len(payload) for payload in payloads]) / 1e3
-    with tempfile.TemporaryDirectory() as folder:
-        urls = {codec: build(Path(folder), payloads, codec, view) for codec in ("jpeg", "raw")}
-        print(f"{view.size_px} px pictures, JPEG of {mean_kb:.0f} KB or raw, batches of {BATCH}")
-        against_decoding(urls, payloads, view)
-        by_stage(urls)
+    rows, tiled_rows, rounds = (512, 64, 2) if options.quick else (2048, 256, 7)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        one = single_crops(folder / "W1", rows=rows)
+        raw = single_crops(folder / "W3", rows=rows, raw=True)
+        tiled = tiles(folder / "W2", rows=tiled_rows)
+        single(one, raw, rounds=rounds)
+        many(tiled, rounds=min(rounds, 5))
+        stages([one, raw, tiled])
 
 
-def against_decoding(urls: dict[str, str], payloads: list[bytes], view: ImageView) -> None:
-    # A few rows may have fallen into the validation split.
-    num_samples = StreamingDataset(urls["jpeg"]).num_samples
-    buffer = np.empty((view.size_px, view.size_px, 3), np.uint8)
+def single(one: Workload, raw: Workload, *, rounds: int) -> None:
+    """W1 and W3."""
+    payloads, num = pictures(one)
+    places = np.zeros((one.batch, 336, 336, 3), np.uint8)
 
-    def bare() -> None:
-        for i in range(num_samples):
-            decode_stored(payloads[i % len(payloads)], codec="jpeg", out=buffer)
+    def decode() -> None:
+        for i, payload in enumerate(payloads):
+            decode_stored(payload, codec="jpeg", out=places[i % len(places)])
 
-    epochs = {
-        f"{codec}, {threads} thread{'s'[: threads - 1]}": epoch(url, threads)
-        for codec, url in urls.items()
-        for threads in (1, 2)
-    }
-    times = paired({"bare decoding": bare, **epochs}, rounds=ROUNDS)
+    functions: dict[str, Callable[[], None]] = {"W1 decode, one core": decode}
+    cores: dict[str, int] = {}
+    for name, workload, settings in (
+        ("W1 no threads", one, {"decode_threads": 0}),
+        ("W1 1 thread", one, {"decode_threads": 1}),
+        ("W1 2 threads", one, {"decode_threads": 2}),
+        ("W3 no threads", raw, {"decode_threads": 0}),
+        ("W3 2 threads", raw, {"decode_threads": 2}),
+    ):
+        functions[name] = partial(consume, workload.loader(**settings))
+        cores[name] = max(1, settings["decode_threads"])
+    functions["W1 1 thread, GIL held"] = partial(hold, one.loader(decode_threads=1))
+    functions["W1 2 threads, GIL held"] = partial(hold, one.loader(decode_threads=2))
+    cores |= {"W1 1 thread, GIL held": 1, "W1 2 threads, GIL held": 2}
+    times = paired(functions, rounds=rounds)
+    limit = times["W1 decode, one core"]
     row("", "CPU, us", "ratio", "samples/s", "by wall")
     for name, (wall, cpu) in times.items():
         row(
             name,
-            f"{1e6 * np.median(cpu) / num_samples:.0f}",
-            f"{np.median(times['bare decoding'].cpu / cpu):.2f}",
-            f"{num_samples / np.median(wall):.0f}",
-            f"{np.median(times['bare decoding'].wall / wall):.2f}",
+            f"{1e6 * np.median(cpu) / num:.0f}",
+            # The consumer's own work is not the loader's.
+            "" if "held" in name else f"{np.median(limit.cpu / cpu):.2f}",
+            f"{num / np.median(wall):.0f}",
+            f"{np.median(limit.wall / wall) / cores.get(name, 1):.2f}",
         )
+    for threads in ("1 thread", "2 threads"):
+        free, held = times[f"W1 {threads}"].wall, times[f"W1 {threads}, GIL held"].wall
+        print(f"GIL held half of the time, {threads}: {np.median(free / held):.2f} of the rate")
+    for name, workload in (("W1", one), ("W3", raw)):
+        rates = [steady(workload.loader(workers=2)) for _ in range(max(1, rounds // 2))]
+        share = np.median(rates) / (2 * num / np.median(limit.wall))
+        print(f"{name} 2 workers: {np.median(rates):.0f} samples/s, {share:.2f} of 2 x decode")
     print()
 
 
-def by_stage(urls: dict[str, str]) -> None:
-    row("CPU of a sample, us", *urls)
-    num_samples = StreamingDataset(urls["jpeg"]).num_samples
-    columns = []
-    for url in urls.values():
-        run = epoch(url, threads=1)
-        run()
-        with timed_stages() as own:
-            start = time.process_time()
-            run()
-            whole = time.process_time() - start
-        columns.append({**own, "order, threads, timers": whole - sum(own.values())})
-    for name in columns[0]:
-        row(name, *(f"{1e6 * column[name] / num_samples:.0f}" for column in columns))
+def many(tiled: Workload, *, rounds: int) -> None:
+    """W2."""
+    loader = tiled.loader(decode_threads=0)
+    stored = [loader.dataset.reader.stored(i) for i in range(loader.dataset.num_samples)]
+    num = len(stored)
+    crops, jobs = 0, []
+    for sample in stored:
+        image = next(line for line in sample.rows if line[0] == 1)
+        small = next(line for line in sample.rows if line[0] == 3)
+        crops += num_crops(image[2], image[3], TILED)
+        jobs.append((bytes(sample.pictures[0]), np.zeros((image[5], image[4], 3), np.uint8)))
+        jobs.append(
+            (bytes(sample.overviews[0] or b""), np.zeros((small[3], small[2], 3), np.uint8))
+        )
+    side = TILED.size_px
+    source = np.ones((9, side, side, 3), np.uint8)
+    target = np.ones_like(source)
 
+    def limit() -> None:
+        for payload, out in jobs:
+            decode_stored(payload, codec="jpeg", out=out)
+        for _ in range(crops // 9):
+            np.copyto(target, source)
+        np.copyto(target[: crops % 9], source[: crops % 9])
 
-def epoch(url: str, threads: int) -> Callable[[], None]:
-    """Makes a function that runs a loader for one epoch and drops its batches."""
-    dataset = StreamingDataset(url, seed=1)
-    batches = make_dataloader(
-        dataset, global_batch_size=BATCH, sequence_length=2048, decode_threads=threads
+    times = paired(
+        {
+            "W2 decode + memcpy": limit,
+            "W2 no threads": partial(consume, loader),
+            "W2 2 threads": partial(consume, tiled.loader(decode_threads=2)),
+            "unsharded path": unsharded(tiled, rows=min(num, 32)),
+        },
+        rounds=rounds,
     )
+    counts = {"unsharded path": min(num, 32)}
+    bound = times["W2 decode + memcpy"]
+    path = times["unsharded path"].cpu / counts["unsharded path"]
+    row("", "CPU, ms", "ratio", "samples/s", "x unsharded")
+    for name, (wall, cpu) in times.items():
+        own = cpu / counts.get(name, num)
+        row(
+            name,
+            f"{1e3 * np.median(own):.2f}",
+            f"{np.median(bound.cpu / num / own):.2f}",
+            f"{counts.get(name, num) / np.median(wall):.0f}",
+            f"{np.median(path / own):.1f}",
+        )
+    print(f"{crops / num:.1f} crops a sample\n")
+
+
+def unsharded(tiled: Workload, *, rows: int) -> Callable[[], None]:
+    """The reference path on the rows that W2 was built from."""
+    tokenizer = load_tokenizer()
+    source = str(Path(tiled.url).parent / "source")
+    recipe = Recipe(image=ImagePolicy(views=(TILED,)))
+    view = View(image=TILED, sequence_length=SEQUENCE_LENGTH)
+    preprocess = MolmoPreprocessor(
+        Preparer(recipe=recipe, tokenizer=tokenizer), special_ids=tokenizer.special_ids, view=view
+    )
+    dataset = DeterministicDataset(get_dataset("pixmo_cap", source=source), preprocess, seed=1)
+    collate = view_collator(view, sequence_length=SEQUENCE_LENGTH)
 
     def run() -> None:
-        for _ in batches:
-            pass
+        for start in range(0, rows, tiled.batch):
+            collate([dataset[i] for i in range(start, min(start + tiled.batch, rows))])
 
     return run
 
 
-@contextmanager
-def timed_stages() -> Iterator[dict[str, float]]:
-    """Times the functions of `STAGES` while they run in one thread.
-
-    Gives a dictionary of seconds that is complete when the context ends.
-    """
-    own: dict[str, float] = defaultdict(float)
-    inner = [0.0]
-
-    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **settings: Any) -> Any:
-            inner.append(0.0)
-            start = time.thread_time()
-            try:
-                return function(*args, **settings)
-            finally:
-                took = time.thread_time() - start
-                own[stage] += took - inner.pop()
-                inner[-1] += took
-
-        return wrapper
-
-    with ExitStack() as stack:
-        for stage, target in STAGES.items():
-            wrapper = timed(stage, pkgutil.resolve_name(target))
-            stack.enter_context(mock.patch(target, wrapper))
-        yield own
+def stages(workloads: list[Workload]) -> None:
+    """Prints where the time of a sample goes, as `loader.stats()` tells it."""
+    columns = []
+    for workload in workloads:
+        loader = workload.loader(decode_threads=0)
+        consume(loader)
+        first = loader.stats()
+        consume(loader)
+        columns.append(loader.stats().since(first))
+    row("time of a sample, us", *(workload.name for workload in workloads))
+    for stage in STAGES:
+        row(
+            stage, *(f"{1e6 * getattr(c.made, f'{stage}_s') / c.made.samples:.0f}" for c in columns)
+        )
+    row("plan", *(f"{1e6 * c.plan_s / c.made.samples:.0f}" for c in columns))
+    rest = [c.wait_s - c.made.busy_s - c.plan_s for c in columns]
+    row(
+        "the rest", *(f"{1e6 * r / c.made.samples:.0f}" for r, c in zip(rest, columns, strict=True))
+    )
+    print(f"\n{columns[0].verdict}\n{columns[0].line()}")
 
 
-def build(folder: Path, payloads: list[bytes], codec: Codec, view: ImageView) -> str:
-    """Builds a dataset whose JPEG files are kept as they are, or decoded once for raw."""
-    settings = write_source(folder / codec, payloads, rows=ROWS, view=view)
-    policy = ImagePolicy(views=(view,), codec=codec)
-    run_job(replace(settings, recipe=Recipe(image=policy)), Silent())
-    return settings.out
+def pictures(workload: Workload) -> tuple[list[bytes], int]:
+    """Reads the encoded pictures of a workload into memory."""
+    dataset = workload.loader(decode_threads=0).dataset
+    payloads = [bytes(dataset.reader.stored(i).pictures[0]) for i in range(dataset.num_samples)]
+    return payloads, dataset.num_samples
+
+
+def consume(loader: StreamLoader) -> None:
+    """Runs one epoch and drops its batches."""
+    for _ in loader:
+        pass
+
+
+def hold(loader: StreamLoader) -> None:
+    """Runs one epoch while another thread computes in Python for half of the time."""
+    over = threading.Event()
+
+    def compute() -> None:
+        while not over.is_set():
+            stop_s = time.perf_counter() + HELD_S
+            while time.perf_counter() < stop_s:
+                pass
+            time.sleep(HELD_S)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    consume(loader)
+    over.set()
+    thread.join()
+
+
+def steady(loader: StreamLoader) -> float:
+    """Measures samples per second behind the first batches, which wait for processes to start."""
+    start_s, batches, last = 0.0, 0, 0
+    for batch in loader:
+        batches += 1
+        last = len(batch["input_ids"])
+        if batches == 6:
+            start_s = time.perf_counter()
+    return (batches - 6) * last / (time.perf_counter() - start_s)
 
 
 if __name__ == "__main__":

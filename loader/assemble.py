@@ -6,21 +6,27 @@ the augmentation of each image. The rest follows from the draws. It needs no tok
 formatter, and it does not know whether the sample came out of a shard or straight from `prepare`.
 
 It works in two steps: `plan_example` decides everything from the spans and the tokens alone (so
-lengths are known without a pixel), `assemble` then makes the arrays.
+lengths are known without a pixel), then the arrays are made. The pictures come last: `draft` gives
+an example whose `images` is a `Pictures`, which knows their shape and writes them where it is told
+to, such as into the batch that they are for. `assemble` writes them into an array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 
 from loader.augment import Augment, Draw, draw
+from loader.buffers import Scratch
 from loader.layout import (
+    COLUMNS,
     IGNORED,
     BranchTurns,
+    Column,
     LossScale,
     Sequence1d,
     TokenIds,
@@ -28,9 +34,9 @@ from loader.layout import (
     Turn,
     lay_out,
 )
-from loader.pixels import Normalization, normalize, patchify, render
-from shardspec.errors import ConfigError, SampleError
-from shardspec.sample import Geometry, PreparedSample, SpanKind
+from loader.pixels import Encoded, Normalization, normalize, patch_cells, render
+from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.sample import PreparedSample, SpanKind
 from shardspec.tiling import (
     NO_PATCH,
     ImageView,
@@ -42,6 +48,8 @@ from shardspec.tiling import (
 )
 
 # Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
+_UNCHANGED = Augment()
+
 _TEXT, _IMAGE, _LEAD = SpanKind.TEXT.value, SpanKind.IMAGE.value, SpanKind.LEAD.value
 
 
@@ -98,18 +106,18 @@ class View:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ExamplePlan:
     """Everything about an example but its pixels."""
 
     sequence: Sequence1d
     view: ImageView
     """The resolution that was drawn."""
-    draws: tuple[Draw, ...]
+    draws: list[Draw]
     """Augmentation of each image."""
-    sizes: tuple[tuple[int, int], ...]
+    sizes: list[tuple[int, int]]
     """Source (width, height) of each image, in pixels."""
-    crops: tuple[int, ...]
+    crops: list[int]
     """Crops of each image."""
     first_patches: np.ndarray
     """int64 [n], position of each crop's first patch token."""
@@ -117,7 +125,7 @@ class ExamplePlan:
     @property
     def num_tokens(self) -> int:
         """Length of the sequence."""
-        return len(self.sequence.input_ids)
+        return self.sequence.length
 
     @property
     def num_loss_tokens(self) -> int:
@@ -132,7 +140,7 @@ class ExamplePlan:
 
 def plan_example(
     tokens: np.ndarray,
-    spans: np.ndarray,
+    rows: Sequence[Sequence[int]],
     rng: np.random.RandomState,
     *,
     view: View,
@@ -143,7 +151,7 @@ def plan_example(
 
     Args:
       tokens: int32 [T], the sample's.
-      spans: int32 [S, 8], the sample's.
+      rows: The sample's spans, as plain integers [S][8].
       rng: The sample's generator for this epoch.
       view: What the run wants.
       ids: Special ids of the dataset's tokenizer.
@@ -153,7 +161,6 @@ def plan_example(
       SampleError: `too_many_images`, and as `lay_out`.
     """
     training = view.purpose == "train"
-    rows = spans.tolist()
     pictures = [row for row in rows if row[0] == _IMAGE]
     if view.max_images is not None and len(pictures) > view.max_images:
         raise SampleError(
@@ -163,22 +170,17 @@ def plan_example(
             facts={"images": len(pictures), "max_images": view.max_images},
             fix="raise max_images, or leave such samples out when building",
         )
-    texts = [row for row in rows if row[0] == _TEXT]
-    branches = _choose(tokens, texts, rng if training else None)
+    branches = _choose(tokens, rows, rng if training else None)
     if training and view.branch_order == "shuffled" and len(branches) > 1:
-        branches = [branches[b] for b in rng.permutation(len(branches))]
+        branches = [branches[b] for b in rng.permutation(len(branches)).tolist()]
     image = view.image
     if training and view.high_res is not None:
         image = view.high_res if rng.random_sample() < view.high_res_probability else image
-    augment = view.augment if training else Augment()
-    draws = tuple(
-        draw(augment, rng, geometry=Geometry(row[7]), width=row[2], height=row[3])
-        for row in pictures
-    )
-    sizes = tuple((row[2], row[3]) for row in pictures)
-    blocks = [image_token_ids(*size, image, ids.image) for size in sizes]
+    augment = view.augment if training else _UNCHANGED
+    draws = [draw(augment, rng, geometry=row[7], width=row[2], height=row[3]) for row in pictures]
+    sizes = [(row[2], row[3]) for row in pictures]
     sequence = lay_out(
-        blocks,
+        [image_token_ids(*size, image, ids.image) for size in sizes],
         branches,
         ids=ids,
         leads=[tokens[row[2] : row[3]] for row in rows if row[0] == _LEAD],
@@ -187,19 +189,127 @@ def plan_example(
         loss=view.loss,
         where=key,
     )
-    firsts = [first_patch_positions(*size, image, ids.image) for size in sizes]
-    starts = sequence.image_starts
+    firsts = [
+        first_patch_positions(*size, image, ids.image) + start
+        for size, start in zip(sizes, sequence.image_starts, strict=True)
+    ]
     return ExamplePlan(
         sequence=sequence,
         view=image,
         draws=draws,
         sizes=sizes,
-        crops=tuple(map(len, firsts)),
-        first_patches=_stacked(
-            [first + start for first, start in zip(firsts, starts, strict=True)],
-            empty=np.zeros(0, dtype=np.int64),
-        ),
+        crops=[len(first) for first in firsts],
+        first_patches=_stacked(firsts, empty=np.zeros(0, dtype=np.int64)),
     )
+
+
+class Pictures:
+    """The pictures of an example before they are rendered; stands where their array will be."""
+
+    def __init__(self, parts: Sequence[PictureSet], view: View) -> None:
+        """Joins the pictures of samples that are seen in the same view."""
+        self.parts = tuple(parts)
+        image, num = view.image, sum(part.plan.num_crops for part in parts)
+        self.shape: tuple[int, ...] = (num, 3, image.size_px, image.size_px)
+        if view.pixels == "patches":
+            self.shape = (num, image.num_patches, image.patch_px**2 * 3)
+        self.dtype = np.dtype(np.uint8 if view.normalize is None else np.float32)
+        self._view = view
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def write(self, out: np.ndarray) -> None:
+        """Renders the pictures into `out`, an array of their shape and type.
+
+        Crops are written as [n, S, S, 3]: memory in that order is filled without a copy.
+
+        Raises:
+          ShardError, SampleError: As `render`; the part says which one it was.
+        """
+        if self._view.pixels == "patches":
+            cells = patch_cells(out, self._view.image.patch_px)
+        else:
+            cells = out.transpose(0, 2, 3, 1)
+        done = 0
+        for part in self.parts:
+            stop = done + part.plan.num_crops
+            part.render(cells[done:stop], self._view)
+            done = stop
+
+    def array(self) -> np.ndarray:
+        """Renders the pictures into a new array, crops with channels last in memory."""
+        if self._view.pixels == "patches":
+            pixels = np.empty(self.shape, self.dtype)
+        else:
+            num, _, side, _ = self.shape
+            pixels = np.empty((num, side, side, 3), self.dtype).transpose(0, 3, 1, 2)
+        self.write(pixels)
+        return pixels
+
+    @classmethod
+    def joined(cls, several: Sequence[Pictures]) -> Pictures:
+        """Joins the pictures of several examples."""
+        return cls([part for one in several for part in one.parts], several[0]._view)
+
+
+class PictureSet:
+    """The pictures of one sample and what becomes of them."""
+
+    __slots__ = ("error", "plan", "render_s", "scratch", "sources")
+
+    def __init__(
+        self, sources: Sequence[PictureSource], plan: ExamplePlan, scratch: Scratch
+    ) -> None:
+        """Takes (picture, overview) for each image of the plan."""
+        self.sources, self.plan, self.scratch = sources, plan, scratch
+        self.error: ShardsError | None = None
+        """Why they cannot be rendered, after an attempt."""
+        self.render_s = 0.0
+        """Seconds spent, decoding included."""
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds spent on decoding."""
+        return sum(one.decode_s for pair in self.sources for one in pair if type(one) is Encoded)
+
+    def render(self, cells: np.ndarray, view: View) -> None:
+        """Writes the crops into [n, S, S, 3], or into patches viewed as [n, P, p, P, p, 3].
+
+        Raises:
+          ShardError, SampleError: As `render`, and kept as `error`.
+        """
+        start_s = perf_counter()
+        plan, done = self.plan, 0
+        crops = cells
+        if view.normalize is not None:
+            side = plan.view.size_px
+            crops = self.scratch("crops", (plan.num_crops, side, side, 3))
+        try:
+            for (picture, overview), (width, height), own, count in zip(
+                self.sources, plan.sizes, plan.draws, plan.crops, strict=True
+            ):
+                render(
+                    picture,
+                    source_width=width,
+                    source_height=height,
+                    view=plan.view,
+                    draw=own,
+                    overview=overview,
+                    out=crops[done : done + count],
+                    scratch=self.scratch,
+                )
+                done += count
+        except (ShardError, SampleError) as error:
+            self.error = error
+            raise
+        if view.normalize is not None:
+            normalize(crops.reshape(cells.shape), kind=view.normalize, out=cells)
+        self.render_s += perf_counter() - start_s
+
+
+PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
+"""A stored picture, uint8 [H, W, 3] or encoded, and its stored overview."""
 
 
 def assemble(
@@ -221,27 +331,52 @@ def assemble(
       one past the last token of the crop's image; metadata.
 
     Raises:
-      SampleError: As `plan_example`.
+      SampleError: As `plan_example`, and as `render`.
     """
-    plan = plan_example(sample.tokens, sample.spans, rng, view=view, ids=ids, key=sample.key)
-    sequence = plan.sequence
-    example = {
-        "input_ids": sequence.input_ids,
-        "labels": sequence.labels,
-        "position_ids": sequence.position_ids,
-        "subsegment_ids": sequence.subsegment_ids,
-        "loss_weights": sequence.loss_weights * np.float32(view.weight),
-        "images": _images(sample, plan, view),
+    plan = plan_example(
+        sample.tokens, sample.spans.tolist(), rng, view=view, ids=ids, key=sample.key
+    )
+    sources = [(image.pixels, image.overview) for image in sample.images]
+    example = draft(plan, sources, view=view, key=sample.key, scratch=Scratch())
+    return finished(example)
+
+
+def draft(
+    plan: ExamplePlan,
+    sources: Sequence[PictureSource],
+    *,
+    view: View,
+    key: str,
+    scratch: Scratch,
+) -> dict[str, Any]:
+    """Makes an example whose pictures are not rendered yet.
+
+    Args:
+      plan: As `plan_example` makes it for the same view.
+      sources: A picture and its overview for each image of the sample.
+      view: What the run wants.
+      key: The sample's.
+      scratch: Memory for pictures that are not decoded into their places.
+
+    Returns:
+      What `assemble` returns, but the arrays of one value per token are `Column`s, and `images` is
+      a `Pictures`.
+    """
+    sequences = [plan.sequence]
+    plan.sequence.weight = view.weight
+    example: dict[str, Any] = {
+        **{name: Column(name, sequences) for name in COLUMNS},
+        "images": Pictures([PictureSet(sources, plan, scratch)], view),
         "image_masks": _masks(plan),
         "image_input_idx": plan.first_patches,
-        "image_end": np.repeat(np.array(sequence.image_ends, dtype=np.int64), plan.crops),
+        "image_end": _image_ends(plan),
         "metadata": {
-            "key": sample.key,
+            "key": key,
             "images": [
                 {"width": width, "height": height, "crops": crops}
                 for (width, height), crops in zip(plan.sizes, plan.crops, strict=True)
             ],
-            "dropped_branches": sequence.dropped_branches,
+            "dropped_branches": plan.sequence.dropped_branches,
         },
     }
     if view.image_map == "per_token":
@@ -251,28 +386,24 @@ def assemble(
     return example
 
 
-def _images(sample: PreparedSample, plan: ExamplePlan, view: View) -> np.ndarray:
-    side = plan.view.size_px
-    crops = np.empty((plan.num_crops, side, side, 3), dtype=np.uint8)
-    done = 0
-    for image, (width, height), own, count in zip(
-        sample.images, plan.sizes, plan.draws, plan.crops, strict=True
-    ):
-        render(
-            image.pixels,
-            source_width=width,
-            source_height=height,
-            view=plan.view,
-            draw=own,
-            overview=image.overview,
-            out=crops[done : done + count],
-        )
-        done += count
-    pixels = crops if view.normalize is None else normalize(crops, kind=view.normalize)
-    if view.pixels == "patches":
-        return patchify(pixels, plan.view.patch_px)
-    channels_first: np.ndarray = pixels.transpose(0, 3, 1, 2)
-    return channels_first
+def finished(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes every array of a `draft`.
+
+    Raises:
+      ShardError, SampleError: As `Pictures.write`.
+    """
+    return {
+        name: value.array() if isinstance(value, Column | Pictures) else value
+        for name, value in example.items()
+    }
+
+
+def _image_ends(plan: ExamplePlan) -> np.ndarray:
+    """One past the last token of each crop's image: int64 [n]."""
+    ends = plan.sequence.image_ends
+    return np.array(
+        [end for end, n in zip(ends, plan.crops, strict=True) for _ in range(n)], np.int64
+    )
 
 
 def _masks(plan: ExamplePlan) -> np.ndarray:
@@ -280,23 +411,33 @@ def _masks(plan: ExamplePlan) -> np.ndarray:
     view = plan.view
     if view.fit == "pad" and plan.sizes:
         return np.concatenate([image_masks(*size, view) for size in plan.sizes])
-    return np.ones((plan.num_crops, view.num_patches), dtype=np.float32)
+    masks = np.empty((plan.num_crops, view.num_patches), dtype=np.float32)
+    masks.fill(1.0)
+    return masks
 
 
 def _choose(
-    tokens: np.ndarray, texts: Sequence[Sequence[int]], rng: np.random.RandomState | None
+    tokens: np.ndarray, rows: Sequence[Sequence[int]], rng: np.random.RandomState | None
 ) -> list[BranchTurns]:
     """Draws one variant of every turn, branch by branch; the first one without a generator."""
-    grouped: dict[tuple[int, int], list[Sequence[int]]] = {}
-    for row in texts:
-        grouped.setdefault((row[1], row[2]), []).append(row)
+    variants: dict[tuple[int, int], list[Sequence[int]]] = {}
+    for row in rows:
+        if row[0] == _TEXT:
+            at = (row[1], row[2])
+            if at in variants:
+                variants[at].append(row)
+            else:
+                variants[at] = [row]
     branches: dict[int, BranchTurns] = {}
-    turns: dict[int, list[Turn]] = {}
-    for (branch, _), variants in grouped.items():
-        row = variants[0 if rng is None else rng.randint(0, len(variants))]
-        turn = Turn(prompt=tokens[row[3] : row[4]], response=tokens[row[5] : row[6]])
-        turns.setdefault(branch, []).append(turn)
-        branches[branch] = BranchTurns(turns=turns[branch], weight=row[7])
+    for (branch, _), own in variants.items():
+        _, _, _, start, stop, response, end, weight = own[
+            0 if rng is None else rng.randint(0, len(own))
+        ]
+        turn = Turn(tokens[start:stop], tokens[response:end])
+        if branch in branches:
+            branches[branch].turns.append(turn)
+        else:
+            branches[branch] = BranchTurns([turn], weight)
     return list(branches.values())
 
 
@@ -324,4 +465,6 @@ def _pooled_patches(plan: ExamplePlan) -> np.ndarray:
 
 
 def _stacked(arrays: Sequence[np.ndarray], *, empty: np.ndarray) -> np.ndarray:
+    if len(arrays) == 1:
+        return arrays[0]
     return np.concatenate(arrays) if arrays else empty

@@ -141,11 +141,18 @@ class Draw:
         return (self.brightness, self.contrast, self.saturation, self.hue) != (1.0, 1.0, 1.0, 0.0)
 
 
+NO_CHANGE = Draw()
+"""The draw that changes nothing."""
+
+_OFF = Augment()
+_FLIP, _CROP, _COLOR = Geometry.FLIP.value, Geometry.CROP.value, Geometry.COLOR.value
+
+
 def draw(
     augment: Augment,
     rng: np.random.RandomState,
     *,
-    geometry: Geometry,
+    geometry: Geometry | int,
     width: int,
     height: int,
 ) -> Draw:
@@ -161,14 +168,16 @@ def draw(
     >>> draw(Augment(), np.random.RandomState(0), geometry=Geometry.ALL, width=640, height=480)
     Draw(crop=None, flip=False, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0)
     """
-    area, ratio, x, y, flip, brightness, contrast, saturation, hue = rng.random_sample(
-        NUM_DRAWS
-    ).tolist()
+    uniform = rng.random_sample(NUM_DRAWS)
+    if augment == _OFF:
+        return NO_CHANGE
+    area, ratio, x, y, flip, brightness, contrast, saturation, hue = uniform.tolist()
+    flags = int(geometry)  # members of an enum take 1 µs to combine
     crop = None
-    if geometry & Geometry.CROP:
+    if flags & _CROP:
         crop = _crop_box(augment, area, ratio, x, y, width=width, height=height)
-    flipped = bool(geometry & Geometry.FLIP) and flip < augment.flip_probability
-    if not geometry & Geometry.COLOR:
+    flipped = bool(flags & _FLIP) and flip < augment.flip_probability
+    if not flags & _COLOR:
         return Draw(crop=crop, flip=flipped)
     return Draw(
         crop=crop,

@@ -4,27 +4,29 @@ The consumer's thread plans (which samples make up the next batches), the others
 come in the order of the run whatever makes them, and the state counts the batches that were
 *delivered*, never those made ahead. A state is a few hundred bytes and valid for any number of
 ranks, threads and workers.
+
+A batch belongs to the consumer for as long as it keeps any part of it; then its memory carries
+another one (buffers.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from loader.assemble import View
+from loader.buffers import BufferPool
 from loader.collate import MMCollator
 from loader.cursor import STATE_VERSION, Allowed, require_state
 from loader.horizon import Horizon
+from loader.making import BatchMaker, LookAhead, Made, Task, make_in_threads
 from loader.mixture import MixtureConfig, MixtureOrder
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
-from loader.packed import fitting, join_examples
 from loader.packing import PackConfig
 from loader.quarantine import MOST_RECORDS
 from loader.schedule import (
@@ -35,8 +37,11 @@ from loader.schedule import (
     SlotSchedule,
     plan_packing,
 )
+from loader.stats import Stats
 from loader.stream import StreamingDataset
-from shardspec.errors import ConfigError, ShardsError, StateError
+from loader.workers import make_in_workers
+from shardspec.errors import ConfigError, StateError
+from shardspec.tiling import image_bounds
 
 _FREE = ("version", "step", "streams", "bad")
 """Of a state: what may differ from this loader's."""
@@ -62,6 +67,7 @@ def make_dataloader(
     max_crops: int | None = None,
     balance: bool = True,
     bucket_steps: int = 0,
+    prefetch_bytes: int = 1 << 30,
 ) -> StreamLoader:
     """Makes the loader of this rank.
 
@@ -71,8 +77,9 @@ def make_dataloader(
         a sample, or a pack.
       sequence_length: Longest sequence; text is cut there, and packs are filled up to there.
       pad_mode: "max_len", "batch_max" or "to_N"; see `MMCollator`.
-      decode_threads: Threads that make batches, where workers is 0.
-      workers: Worker processes instead of threads.
+      decode_threads: Threads that make batches, where workers is 0. With 0 threads each batch is
+        made when it is asked for, in the consumer's thread.
+      workers: Worker processes instead of threads, for Python code that holds the interpreter.
       extra_keys: Further keys of the batch; see `MMCollator`.
       with_metadata: Add `metadata`, a list with each sample's key.
       pack: Fill each row with several samples, planned from the lengths in the indexes; adds
@@ -82,6 +89,8 @@ def make_dataloader(
         keep their places for every number of ranks, and a rank plans its own packs only.
       bucket_steps: Deal the samples of so many steps to these steps by length, so that batches pad
         less: the lighter alternative to packs. 0: do not.
+      prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
+        to be used again. One batch is always made, however large.
 
     Raises:
       ConfigError: `batch_not_divisible`, `packing_tail`, `packing_and_buckets`, and as
@@ -135,6 +144,7 @@ def make_dataloader(
         bucket_steps=bucket_steps,
         decode_threads=decode_threads,
         workers=workers,
+        prefetch_bytes=prefetch_bytes,
     )
 
 
@@ -177,20 +187,25 @@ class StreamLoader:
         bucket_steps: int = 0,
         decode_threads: int,
         workers: int,
+        prefetch_bytes: int,
     ) -> None:
         """Joins dataset, order and collator; see `make_dataloader`."""
         self.dataset = dataset
         self.collator = collator
-        self.decode_threads = max(1, decode_threads)
+        self.decode_threads = decode_threads
         self.workers = workers
         self.order = order
         self.step = 0
         """The next step to be delivered, counted through all epochs."""
         self.bad_samples: list[dict[str, Any]] = []
         """Samples that others took the place of in batches of this rank: step, dataset, sample,
-        shard, key, reason. The first thousand; a state keeps them."""
+        shard, key, stage, reason. The first thousand; a state keeps them."""
         self._bucket_steps = bucket_steps
         self._packs = packs
+        self._maker = BatchMaker(dataset, collator, packing=packs.config if packs else None)
+        self.prefetch_bytes = prefetch_bytes
+        self._stats = Stats(makers=max(1, workers or decode_threads))
+        self._pool = BufferPool(keep_bytes=prefetch_bytes)
         self._schedule: Schedule = packs or self._unpacked()
         # Where the packs' streams stood when the last delivered batch was planned, and the step
         # that is planned next.
@@ -214,12 +229,58 @@ class StreamLoader:
             self._packs.go_to(self._streams)
         self.dataset.forget()
         plans = _Plans(self, range(self.step, stop))
-        made = self._by_workers(plans) if self.workers else self._by_threads(plans)
-        for delivered in made:
-            self._note_bad(delivered.bad)
+        begin_s = perf_counter()
+        for made, ready in self._made(plans):
+            given_s = perf_counter()
+            self._note_bad(made.bad)
             self.step += 1
             self._streams = plans.delivered()
-            yield delivered.batch
+            batch = made.batch
+            self._stats.made += made.spent
+            self._stats.wait_s += given_s - begin_s
+            self._stats.ready += ready
+            del made
+            yield batch
+            # What the consumer does not keep is free for the next batches.
+            del batch
+            begin_s = perf_counter()
+            self._stats.use_s += begin_s - given_s
+
+    def stats(self) -> Stats:
+        """Tells what the time went into since this loader was made; see `Stats`."""
+        counters: Counter[str] = Counter()
+        for reader in self.dataset.readers:
+            counters.update(reader.counters)
+        return replace(self._stats, counters=dict(counters))
+
+    def _made(self, plans: _Plans) -> Iterator[tuple[Made, int]]:
+        ahead = self._ahead()
+        if self.workers:
+            return make_in_workers(
+                iter(plans),
+                self._maker,
+                workers=self.workers,
+                keep_bytes=self.prefetch_bytes,
+                ahead=ahead,
+            )
+        return make_in_threads(
+            iter(plans),
+            self._maker,
+            threads=self.decode_threads,
+            allocate=self._pool.empty,
+            ahead=ahead,
+        )
+
+    def _ahead(self) -> LookAhead:
+        """Begins with the guess that each row has as many crops as one picture can have."""
+        image = self.dataset.view.image
+        crop_bytes = image.size_px**2 * 3 * (1 if self.dataset.view.normalize is None else 4)
+        rows = self._schedule.batch_at(self.step)[0] // self.dataset.topology.world_size
+        return LookAhead(
+            most=_AHEAD * (self.workers or self.decode_threads) + 1,
+            most_bytes=self.prefetch_bytes,
+            batch_bytes=rows * image_bounds(image).num_crops * crop_bytes,
+        )
 
     def change(
         self, *, global_batch_size: int | None = None, weights: Sequence[float] | None = None
@@ -414,54 +475,11 @@ class StreamLoader:
         return SlotSchedule(self.order)
 
     def _plan(self, step: int) -> tuple[list[Row], list[list[int]]]:
+        start_s = perf_counter()
         rows = self._schedule.rows(step, self.dataset.topology)
+        self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places()
-
-    def _by_threads(self, plans: _Plans) -> Iterator[_Made]:
-        make = _Maker(self)
-        ahead: deque[Future[_Made]] = deque()
-        pool = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
-        try:
-            for task in plans:
-                ahead.append(pool.submit(make.batch, task))
-                if len(ahead) > _AHEAD * self.decode_threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _by_workers(self, plans: _Plans) -> Iterator[_Made]:
-        for made in DataLoader(
-            _Maker(self),  # type: ignore[arg-type]
-            # What it asks the dataset for are the rows themselves: workers plan nothing.
-            sampler=plans,
-            batch_size=None,
-            num_workers=self.workers,
-            # spawn: a forked child would inherit locks that the parent's threads hold.
-            multiprocessing_context="spawn",
-        ):
-            if isinstance(made, ShardsError):
-                raise made
-            yield made
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """A batch to be made."""
-
-    step: int
-    rows: list[Row]
-    ahead: list[tuple[int, list[Row]]]
-    """Steps that its maker will make later, or now, and has not been told of."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Made:
-    batch: dict[str, Any]
-    bad: list[dict[str, Any]]
-    """The samples that others took the place of."""
 
 
 class _Plans:
@@ -474,7 +492,7 @@ class _Plans:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[_Task]:
+    def __iter__(self) -> Iterator[Task]:
         loader, stop = self._loader, self._steps.stop
         # Worker processes take turns, threads share what is fetched.
         horizon = Horizon(loader.dataset.ahead_steps, stride=max(1, loader.workers))
@@ -487,47 +505,11 @@ class _Plans:
             ahead = [(later, planned[later - step][0]) for later in soon]
             rows, streams = planned.popleft()
             self._behind.append(streams)
-            yield _Task(step=step, rows=rows, ahead=ahead)
+            yield Task(step=step, rows=rows, ahead=ahead)
 
     def delivered(self) -> list[list[int]]:
         """Gives the place of the packs behind the next batch that is delivered."""
         return self._behind.popleft()
-
-
-class _Maker:
-    """Makes batches of rows; what worker processes are given, and all they need."""
-
-    def __init__(self, loader: StreamLoader) -> None:
-        self._dataset, self._collator = loader.dataset, loader.collator
-        self._limits = None if loader._packs is None else loader._packs.config
-
-    def batch(self, task: _Task) -> _Made:
-        """Makes the batch of a task, and lets the reader know of the next ones first."""
-        for step, rows in task.ahead:
-            self._dataset.will_read(step, rows)
-        bad: list[dict[str, Any]] = []
-        batch = self._collator([self._example(row, bad) for row in task.rows])
-        self._dataset.was_read(task.step)
-        return _Made(batch=batch, bad=bad)
-
-    def __getitem__(self, task: _Task) -> _Made | ShardsError:
-        try:
-            return self.batch(task)
-        except ShardsError as error:
-            # Sent as a value: what a worker raises reaches the caller as a RuntimeError.
-            return error
-
-    def _example(self, row: Row, bad: list[dict[str, Any]]) -> dict[str, Any]:
-        examples = [self._dataset.at(place) for place in row]
-        for place, example in zip(row, examples, strict=True):
-            if "substitutes" in example["metadata"]:
-                bad.append({"dataset": place.dataset, **example["metadata"]["substitutes"]})
-        if self._limits is None:
-            return examples[0]
-        limits = self._limits
-        return join_examples(
-            fitting(examples, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
-        )
 
 
 def _brought(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

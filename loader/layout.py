@@ -19,10 +19,11 @@ and subsegment[q] <= subsegment[k], which lets branches see the prefix and not o
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -73,8 +74,11 @@ class TokenIds:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+# Tuples, and dataclasses that are not frozen: a frozen one takes 1 µs more to make, and each sample
+# makes several.
+
+
+class Turn(NamedTuple):
     """One exchange, as chosen."""
 
     prompt: np.ndarray
@@ -83,35 +87,181 @@ class Turn:
     """int32 [R]."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BranchTurns:
+class BranchTurns(NamedTuple):
     """One conversation, as chosen."""
 
-    turns: Sequence[Turn]
+    turns: list[Turn]
     weight: int = WEIGHT_ONE
     """Loss weight in millionths."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sequence1d:
-    """The arrays of one sequence, all [L]."""
+COLUMNS: Mapping[str, np.dtype] = {
+    "input_ids": np.dtype(np.int64),
+    "labels": np.dtype(np.int64),
+    "position_ids": np.dtype(np.int64),
+    "subsegment_ids": np.dtype(np.int64),
+    "loss_weights": np.dtype(np.float32),
+}
+"""The arrays of one value per token, and their types."""
 
-    input_ids: np.ndarray
-    """int64."""
-    labels: np.ndarray
-    """int64, -100 where there is no loss."""
-    position_ids: np.ndarray
-    """int64."""
-    subsegment_ids: np.ndarray
-    """int64: 10000 in the prefix, k in branch k."""
-    loss_weights: np.ndarray
-    """float32, 0 where there is no loss."""
-    image_starts: tuple[int, ...]
-    """Position of each image block's first token."""
-    image_ends: tuple[int, ...]
-    """One past each image block's last token."""
-    dropped_branches: int
-    """Branches that did not fit the limit."""
+
+class Sequence1d:
+    """One sequence as it was laid out; its arrays are made on demand, or piece by piece.
+
+    input_ids, labels (-100 where there is no loss), position_ids, subsegment_ids (10000 in the
+    prefix, k in branch k): int64 [L]; loss_weights: float32 [L], 0 where there is no loss.
+    """
+
+    __slots__ = (
+        *("_first", "_prefix_stop", "_runs", "_spans", "_total", "dropped_branches", "image_ends"),
+        *("image_starts", "learns", "length", "weight"),
+    )
+
+    def __init__(
+        self,
+        draft: _Draft,
+        spans: list[_Span],
+        *,
+        prefix_end: int,
+        first: int,
+        limit: int | None,
+        dropped: int,
+    ) -> None:
+        """Takes over what `lay_out` decided."""
+        self._runs, self._spans, self._first = draft.runs, spans, first
+        self._total = draft.length
+        self.length = draft.length if limit is None else min(limit, draft.length)
+        """Tokens, L."""
+        self.image_starts = tuple(draft.image_starts)
+        """Position of each image block's first token."""
+        self.image_ends = tuple(draft.image_ends)
+        """One past each image block's last token."""
+        # Images placed inside the text: what stands up to the last one is the prefix.
+        self._prefix_stop = max(prefix_end, *draft.image_ends[-1:], 0)
+        self.dropped_branches = dropped
+        """Branches that did not fit the limit."""
+        self.weight = 1.0
+        """Factor of all loss weights."""
+        self.learns = True
+        """False leaves no loss at all, as for padding."""
+
+    def array(self, name: str) -> np.ndarray:
+        """Makes one of the `COLUMNS`, [L]."""
+        joined: np.ndarray = np.concatenate(
+            self.pieces(name), dtype=COLUMNS[name], casting="unsafe"
+        )
+        return joined
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        return self.array("input_ids")
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.array("labels")
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        return self.array("position_ids")
+
+    @property
+    def subsegment_ids(self) -> np.ndarray:
+        return self.array("subsegment_ids")
+
+    @property
+    def loss_weights(self) -> np.ndarray:
+        return self.array("loss_weights")
+
+    def pieces(self, name: str) -> list[np.ndarray]:
+        """Lists the arrays that one of the `COLUMNS` consists of; they are only to be read."""
+        if name == "input_ids":
+            found = self._runs
+        elif name == "labels":
+            found = self._labels()
+        elif name == "position_ids":
+            found = self._positions()
+        elif name == "subsegment_ids":
+            found = self._segments()
+        else:
+            found = self._weights()
+        return found if self.length == self._total else _cut(found, self.length)
+
+    def _labels(self) -> list[np.ndarray]:
+        if not self.learns:
+            return [np.full(self._total, IGNORED)]
+        found: list[np.ndarray] = []
+        done = 0
+        for span in self._spans:
+            for at, targets, end in span.learned:
+                found += (_ignored(at - done), targets, end)
+                done = at + len(targets) + 1
+        found.append(_ignored(self._total - done))
+        return found
+
+    def _positions(self) -> list[np.ndarray]:
+        start = self._spans[0].start
+        first, *others = self._spans
+        found = [np.arange(first.stop)]
+        found += [np.arange(start, start + span.stop - span.start) for span in others]
+        return found
+
+    def _segments(self) -> list[np.ndarray]:
+        found = [np.full(self._prefix_stop, PREFIX_SUBSEGMENT)]
+        for b, span in enumerate(self._spans):
+            begin = max(span.start, self._prefix_stop)
+            found.append(np.full(span.stop - begin, self._first + b))
+        return found
+
+    def _weights(self) -> list[np.ndarray]:
+        if not self.learns:
+            return [np.zeros(self._total, np.float32)]
+        found: list[np.ndarray] = []
+        done = 0
+        for span in self._spans:
+            weight = np.float32(span.weight) * np.float32(self.weight)
+            for at, targets, _ in span.learned:
+                found += (
+                    np.zeros(at - done, np.float32),
+                    np.full(len(targets) + 1, weight, np.float32),
+                )
+                done = at + len(targets) + 1
+        found.append(np.zeros(self._total - done, np.float32))
+        return found
+
+
+class Column:
+    """One of the `COLUMNS` of some sequences end to end, before its array is made."""
+
+    __slots__ = ("dtype", "name", "sequences", "step")
+
+    def __init__(self, name: str, sequences: Sequence[Sequence1d], *, step: int = 0) -> None:
+        """Names a column.
+
+        Args:
+          name: Of `COLUMNS`.
+          sequences: One, or those of a packed row.
+          step: Sequence number k is moved by k * step.
+        """
+        self.name, self.sequences, self.step = name, sequences, step
+        self.dtype = COLUMNS[name]
+
+    def __len__(self) -> int:
+        return sum([sequence.length for sequence in self.sequences])
+
+    def pieces(self) -> list[np.ndarray]:
+        """Lists the arrays that it consists of; they are only to be read."""
+        if len(self.sequences) == 1:
+            return self.sequences[0].pieces(self.name)
+        found: list[np.ndarray] = []
+        for k, sequence in enumerate(self.sequences):
+            own = sequence.pieces(self.name)
+            found += [piece + k * self.step for piece in own] if self.step else own
+        return found
+
+    def array(self) -> np.ndarray:
+        """Makes the array."""
+        joined: np.ndarray = np.concatenate(self.pieces(), dtype=self.dtype, casting="unsafe")
+        return joined
 
 
 def lay_out(
@@ -142,174 +292,168 @@ def lay_out(
         left within it), `image_placeholder` (a text asks for another number of images).
     """
     placed = _count_placeholders(branches, ids, num_blocks=len(blocks), where=where)
-    prefix = _Prefix(ids=[np.array([ids.bos])], starts=[], ends=[])
+    draft = _Draft(eos=_single(ids.eos), placeholder=ids.placeholder)
+    draft.add(_single(ids.bos))
     if not placed:
         for b, block in enumerate(blocks):
-            prefix.add(leads[b] if leads else block[:0], block)
-    head = prefix.joined()
-    parts = [_Part(ids=head, targets=np.full(len(head), IGNORED), weight=0.0)]
-    length, dropped = len(head), 0
+            if leads:
+                draft.add(leads[b])
+            draft.add_block(block)
+    prefix_end = draft.length
+    spans: list[_Span] = []
+    dropped = 0
     for branch in branches:
         prompt = len(branch.turns[0].prompt)
-        if limit is not None and len(parts) > 1 and length + prompt >= limit:
+        length = draft.length + (tree == "molmo1")
+        if limit is not None and spans and length + prompt >= limit:
             dropped += 1
             continue
-        part = _branch_part(branch, eos=ids.eos)
-        if placed:
-            part = _with_blocks(part, blocks, ids.placeholder, start=length, prefix=prefix)
-        parts.append(part)
-        length += len(part.ids) + (tree == "molmo1")
-    if limit is not None and prefix.ends and prefix.ends[-1] > limit:
+        if spans and tree == "molmo1":
+            # The EOS behind a branch is a target only; Molmo 1 keeps it between branches.
+            draft.add_eos(spans[-1])
+        spans.append(draft.add_branch(branch, blocks=blocks if placed else (), lone=not spans))
+    if limit is not None and draft.image_ends and draft.image_ends[-1] > limit:
         raise SampleError(
             "the images of a sample do not fit the sequence",
             reason="image_cut",
             where=where,
-            facts={"image_tokens": prefix.ends[-1], "sequence_length": limit},
+            facts={"image_tokens": draft.image_ends[-1], "sequence_length": limit},
             fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
-    # The first token of the first branch is predicted from the end of the prefix.
-    from_prefix = len(parts) > 1 and len(branches[0].turns[0].prompt) == 0
-    _scale(parts[1:], loss, from_prefix=from_prefix)
-    if from_prefix:
-        parts[0].targets[-1] = parts[1].ids[0]
-        parts[0].weight = parts[1].weight
-    if tree == "molmo1":
-        for part in parts[1:-1]:
-            part.ids = np.append(part.ids, ids.eos)
-            part.targets = np.append(part.targets, IGNORED)
-    sequence = _joined(parts, prefix, tree=tree, dropped=dropped, limit=limit)
-    if not np.any(sequence.labels != IGNORED):
+    learned = next((span.learned[0][0] for span in spans if span.learned), None)
+    if learned is None or (limit is not None and learned >= limit):
         raise SampleError(
             "nothing to learn is left of a sample within the sequence length",
             reason="no_loss",
             where=where,
-            facts={"length": length, "sequence_length": limit},
+            facts={"length": draft.length, "sequence_length": limit},
             fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
-    return sequence
+    _scale(spans, loss)
+    first = 1 if tree == "molmo1" else 0
+    return Sequence1d(
+        draft, spans, prefix_end=prefix_end, first=first, limit=limit, dropped=dropped
+    )
 
 
-@dataclass(slots=True, kw_only=True)
-class _Part:
-    """The prefix or a branch: inputs, and the targets aligned with them."""
+@dataclass(slots=True)
+class _Span:
+    """A branch in the sequence."""
 
-    ids: np.ndarray
-    targets: np.ndarray
+    start: int
+    stop: int
+    learned: list[tuple[int, np.ndarray, np.ndarray]]
+    """(Position, targets, EOS) of each response."""
     weight: float
 
 
-@dataclass(slots=True, kw_only=True)
-class _Prefix:
-    """BOS and the image blocks, and where the blocks stand in the sequence."""
+_FILL = np.full(1 << 15, IGNORED)
+_FILL.setflags(write=False)
 
-    ids: list[np.ndarray]
-    starts: list[int]
-    ends: list[int]
 
-    def add(self, lead: np.ndarray, block: np.ndarray) -> None:
-        start = sum(map(len, self.ids)) + len(lead)
-        self.ids += [lead, block]
-        self.starts.append(start)
-        self.ends.append(start + len(block))
+def _ignored(length: int) -> np.ndarray:
+    return _FILL[:length] if length <= len(_FILL) else np.full(length, IGNORED)
 
-    def joined(self) -> np.ndarray:
-        return np.concatenate(self.ids, dtype=np.int64, casting="same_kind")
+
+@functools.lru_cache(maxsize=64)
+def _single(token: int) -> np.ndarray:
+    run = np.array([token])
+    run.setflags(write=False)
+    return run
+
+
+def _cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+    found = []
+    for piece in pieces:
+        found.append(piece[:length])
+        length -= len(found[-1])
+    return found
+
+
+class _Draft:
+    """The runs of tokens that make up a sequence, and where its images stand."""
+
+    def __init__(self, *, eos: np.ndarray, placeholder: int) -> None:
+        self.length = 0
+        self.runs: list[np.ndarray] = []
+        self.image_starts: list[int] = []
+        self.image_ends: list[int] = []
+        self._eos, self._placeholder = eos, placeholder
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Appends tokens."""
+        self.runs.append(tokens)
+        self.length += len(tokens)
+
+    def add_block(self, block: np.ndarray) -> None:
+        """Appends an image."""
+        self.image_starts.append(self.length)
+        self.add(block)
+        self.image_ends.append(self.length)
+
+    def add_eos(self, span: _Span) -> None:
+        """Appends an EOS to the branch that was added last."""
+        self.add(self._eos)
+        span.stop = self.length
+
+    def add_branch(self, branch: BranchTurns, *, blocks: Sequence[np.ndarray], lone: bool) -> _Span:
+        """Appends a conversation without its last EOS.
+
+        Args:
+          branch: The conversation.
+          blocks: Images that go where its placeholders stand; () for none.
+          lone: Whether it stands right behind the prefix, which then predicts its first token.
+        """
+        span = _Span(self.length, self.length, [], branch.weight / WEIGHT_ONE)
+        images = iter(blocks)
+        for turn in branch.turns:
+            if self.length > span.start:
+                self.add(self._eos)
+            if blocks:
+                self._add_placed(turn.prompt, images)
+            else:
+                self.add(turn.prompt)
+            # Position t predicts the token behind it.
+            response, at = turn.response, self.length
+            self.add(response)
+            if at == span.start and not lone:
+                response, at = response[1:], at + 1
+            if at <= self.length:
+                span.learned.append((at - 1, response, self._eos))
+        span.stop = self.length
+        return span
+
+    def _add_placed(self, prompt: np.ndarray, images: Iterator[np.ndarray]) -> None:
+        done = 0
+        for at in np.flatnonzero(prompt == self._placeholder).tolist():
+            self.add(prompt[done:at])
+            self.add_block(next(images))
+            done = at + 1
+        self.add(prompt[done:])
 
 
 def _count_placeholders(
     branches: Sequence[BranchTurns], ids: TokenIds, *, num_blocks: int, where: str
 ) -> int:
-    counts = [
-        sum(int(np.count_nonzero(turn.prompt == ids.placeholder)) for turn in branch.turns)
-        for branch in branches
-    ]
-    count = sum(counts)
+    count = 0
+    for branch in branches:
+        for turn in branch.turns:
+            count += int(np.count_nonzero(turn.prompt == ids.placeholder))
     if count and (count != num_blocks or len(branches) > 1):
         raise SampleError(
             "a text may place its images only in a lone branch, and all of them",
             reason="image_placeholder",
             where=where,
-            facts={"placeholders": counts, "images": num_blocks},
+            facts={"placeholders": count, "images": num_blocks, "branches": len(branches)},
             fix="correct the row, or leave the placeholders out",
         )
     return count
 
 
-def _branch_part(branch: BranchTurns, *, eos: int) -> _Part:
-    length = sum(len(turn.prompt) + len(turn.response) + 1 for turn in branch.turns)
-    ids = np.empty(length, dtype=np.int64)
-    learned = np.full(length, IGNORED)
-    start = 0
-    for turn in branch.turns:
-        response = start + len(turn.prompt)
-        end = response + len(turn.response)
-        ids[start:response] = turn.prompt
-        ids[response:end] = turn.response
-        ids[end] = eos
-        learned[response : end + 1] = ids[response : end + 1]
-        start = end + 1
-    # Position t predicts the token behind it, and nothing stands behind the last one.
-    return _Part(ids=ids[:-1], targets=learned[1:], weight=branch.weight / WEIGHT_ONE)
-
-
-def _with_blocks(
-    part: _Part, blocks: Sequence[np.ndarray], placeholder: int, *, start: int, prefix: _Prefix
-) -> _Part:
-    """Puts the blocks where a branch's placeholders stand, and notes where that is."""
-    ids: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    done = 0
-    for block, at in zip(blocks, np.flatnonzero(part.ids == placeholder).tolist(), strict=True):
-        ids += [part.ids[done:at], block.astype(np.int64)]
-        targets += [part.targets[done:at], np.full(len(block), IGNORED)]
-        # The token behind the placeholder is now predicted from the block's last one.
-        targets[-1][-1] = part.targets[at]
-        prefix.starts.append(start + sum(map(len, ids[:-1])))
-        prefix.ends.append(prefix.starts[-1] + len(block))
-        done = at + 1
-    return _Part(
-        ids=np.concatenate([*ids, part.ids[done:]]),
-        targets=np.concatenate([*targets, part.targets[done:]]),
-        weight=part.weight,
-    )
-
-
-def _scale(branches: Sequence[_Part], loss: LossScale, *, from_prefix: bool) -> None:
-    for b, branch in enumerate(branches):
+def _scale(spans: Sequence[_Span], loss: LossScale) -> None:
+    for span in spans:
         if loss in ("root_subsegments", "root_both"):
-            branch.weight /= math.sqrt(len(branches))
+            span.weight /= math.sqrt(len(spans))
         if loss in ("root_length", "root_both"):
-            learned = int(np.count_nonzero(branch.targets != IGNORED))
-            learned += int(from_prefix and b == 0)
-            branch.weight *= 2 / math.sqrt(max(1, learned))
-
-
-def _joined(
-    parts: Sequence[_Part], prefix: _Prefix, *, tree: Tree, dropped: int, limit: int | None
-) -> Sequence1d:
-    labels = np.concatenate([part.targets for part in parts])
-    positions = np.arange(len(labels))
-    segments = np.full(len(labels), PREFIX_SUBSEGMENT)
-    weights = (labels != IGNORED).astype(np.float32)
-    first = 1 if tree == "molmo1" else 0
-    prefix_end = start = len(parts[0].ids)
-    weights[:start] *= parts[0].weight
-    for b, part in enumerate(parts[1:]):
-        stop = start + len(part.ids)
-        positions[start:stop] -= start - prefix_end
-        segments[start:stop] = first + b
-        weights[start:stop] *= part.weight
-        start = stop
-    if prefix.ends:
-        # Images placed inside the text: what stands up to the last one is the prefix.
-        segments[: prefix.ends[-1]] = PREFIX_SUBSEGMENT
-    return Sequence1d(
-        input_ids=np.concatenate([part.ids for part in parts])[:limit],
-        labels=labels[:limit],
-        position_ids=positions[:limit],
-        subsegment_ids=segments[:limit],
-        loss_weights=weights[:limit],
-        image_starts=tuple(prefix.starts),
-        image_ends=tuple(prefix.ends),
-        dropped_branches=dropped,
-    )
+            learned = sum(len(targets) + 1 for _, targets, _ in span.learned)
+            span.weight *= 2 / math.sqrt(max(1, learned))

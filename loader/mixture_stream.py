@@ -19,8 +19,15 @@ from loader.assemble import View
 from loader.cursor import Allowed, Cursor
 from loader.layout import TokenIds
 from loader.mixture import MixtureGroup, MixtureOrder, MixtureSource, Stop, Weighting, plan_mixture
+from loader.reader import ShardReader
 from loader.schedule import Place, Row
-from loader.stream import StreamingDataset, batches_ahead, require_batch_size
+from loader.stream import (
+    Pending,
+    StreamingDataset,
+    batches_ahead,
+    require_batch_size,
+    with_pictures,
+)
 from loader.topology import Topology
 from shardspec.errors import ConfigError
 from shardspec.manifest import differences
@@ -112,6 +119,11 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         return self.datasets[0].view
 
     @property
+    def readers(self) -> list[ShardReader]:
+        """What reads the shards of all datasets."""
+        return [reader for dataset in self.datasets for reader in dataset.readers]
+
+    @property
     def num_samples(self) -> int:
         """Samples of all datasets."""
         return sum(dataset.num_samples for dataset in self.datasets)
@@ -197,10 +209,14 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
 
     def at(self, place: Place) -> dict[str, Any]:
         """Makes the example of one place of the order; its metadata name the dataset."""
+        return with_pictures(self, place)
+
+    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+        """Makes the same, but for its pictures; see `StreamingDataset.pending`."""
         dataset = self.datasets[place.dataset]
-        example = dataset.at(place)
-        example["metadata"]["dataset"] = dataset.manifest.dataset
-        return example
+        made = dataset.pending(place, behind=behind)
+        made.example["metadata"]["dataset"] = dataset.manifest.dataset
+        return made
 
     def lengths(self, dataset: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Looks up how long samples are at most, in the indexes of their datasets.

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from loader.assemble import Pictures
 from loader.attention import PACKED_STRIDE
+from loader.layout import Column
 from shardspec.tiling import NO_PATCH
 
 _JOINED = (
@@ -25,7 +27,7 @@ def join_examples(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Joins examples to one packed example.
 
     Args:
-      examples: As `assemble` makes them, at least one.
+      examples: As `assemble` or `draft` makes them, at least one.
 
     Returns:
       The same keys: input_ids, labels, position_ids, subsegment_ids, loss_weights [sum of L];
@@ -35,9 +37,7 @@ def join_examples(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {name: _concatenated(examples, name) for name in _JOINED}
     lengths = [len(example["input_ids"]) for example in examples]
     before = np.cumsum([0, *lengths[:-1]])
-    joined["subsegment_ids"] = np.concatenate(
-        [example["subsegment_ids"] + e * PACKED_STRIDE for e, example in enumerate(examples)]
-    )
+    joined["subsegment_ids"] = _moved_apart([example["subsegment_ids"] for example in examples])
     for name in ("image_input_idx", "image_end"):
         joined[name] = np.concatenate(
             [
@@ -79,8 +79,12 @@ def fitting(
     return kept
 
 
-def _concatenated(examples: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+def _concatenated(examples: Sequence[Mapping[str, Any]], name: str) -> Any:
     arrays = [example[name] for example in examples]
+    if isinstance(arrays[0], Pictures):
+        return Pictures.joined(arrays)
+    if isinstance(arrays[0], Column):
+        return Column(name, [sequence for column in arrays for sequence in column.sequences])
     if name != "images":
         return np.concatenate(arrays)
     with_images = [images for images in arrays if len(images)] or arrays[:1]
@@ -88,8 +92,14 @@ def _concatenated(examples: Sequence[Mapping[str, Any]], name: str) -> np.ndarra
         return np.concatenate(with_images)
     # Crops are [n, C, H, W] views of [n, H, W, C] memory; joined, they stay so.
     last = [images.transpose(0, 2, 3, 1) for images in with_images]
-    joined: np.ndarray = np.concatenate(last).transpose(0, 3, 1, 2)
-    return joined
+    return np.concatenate(last).transpose(0, 3, 1, 2)
+
+
+def _moved_apart(arrays: Sequence[Any]) -> np.ndarray | Column:
+    if isinstance(arrays[0], Column):
+        sequences = [sequence for column in arrays for sequence in column.sequences]
+        return Column("subsegment_ids", sequences, step=PACKED_STRIDE)
+    return np.concatenate([array + e * PACKED_STRIDE for e, array in enumerate(arrays)])
 
 
 def _moved(positions: np.ndarray, *, by: int) -> np.ndarray:

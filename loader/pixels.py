@@ -13,6 +13,9 @@
 A stored picture shows the whole of its original, at any size and without padding. Everything is
 uint8 in [..., H, W, 3] memory, as decoders write it; models that want channels first get a
 transposed view of it (`loader.collate`). No thread counts are set here: the caller decides.
+
+A picture may come encoded (`Encoded`). Where nothing is left to do to it, it is decoded straight
+into its crop; otherwise into scratch memory, from where each crop is written once.
 """
 
 # Shape letters: N crops, S side of a crop, H x W pixels, P patches per side, p side of a patch.
@@ -20,15 +23,20 @@ transposed view of it (`loader.collate`). No thread counts are set here: the cal
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
+from time import perf_counter
 from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
 import torch.nn.functional
 
-from loader.augment import Draw, apply_color, mean_grey
+from loader.augment import NO_CHANGE, Draw, apply_color, mean_grey
+from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, nearest
+from shardspec.media import decode_stored
+from shardspec.sample import Codec
 from shardspec.tiling import (
     ImageView,
     canvas_size,
@@ -54,64 +62,127 @@ cache for all the tiles that share it (0.31 instead of 0.38 ms for 7.6 crops of 
 _Array = TypeVar("_Array", np.ndarray, torch.Tensor)
 
 
+class Encoded:
+    """A stored picture, not decoded yet."""
+
+    __slots__ = ("codec", "decode_s", "height", "payload", "where", "width")
+
+    def __init__(
+        self, payload: memoryview, *, codec: Codec, width: int, height: int, where: str = ""
+    ) -> None:
+        """Names a picture.
+
+        Args:
+          payload: The whole member.
+          codec: How it is stored.
+          width: Stored width, in pixels; another one in the payload is an error.
+          height: Stored height, in pixels.
+          where: Shard and key, for errors.
+        """
+        self.payload, self.codec, self.where = payload, codec, where
+        self.width, self.height = width, height
+        self.decode_s = 0.0
+        """Seconds spent on decoding it."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+        return self.height, self.width, 3
+
+    def decode(self, out: np.ndarray) -> np.ndarray:
+        """Decodes into `out`, uint8 [H, W, 3], and returns it.
+
+        Raises:
+          ShardError: `image_decode`.
+        """
+        start_s = perf_counter()
+        try:
+            return decode_stored(self.payload, codec=self.codec, out=out, where=self.where)
+        finally:
+            self.decode_s += perf_counter() - start_s
+
+    def pixels(self, scratch: Scratch, purpose: str) -> np.ndarray:
+        """Gives its pixels: a view of the payload for raw ones, otherwise in scratch memory.
+
+        Raises:
+          ShardError: `image_decode`.
+        """
+        if self.codec != "raw":
+            return self.decode(scratch(purpose, self.shape))
+        return decode_stored(self.payload, codec=self.codec, where=self.where)
+
+
 def render(
-    pixels: np.ndarray,
+    picture: np.ndarray | Encoded,
     *,
     source_width: int,
     source_height: int,
     view: ImageView,
-    draw: Draw | None = None,
-    overview: np.ndarray | None = None,
+    draw: Draw = NO_CHANGE,
+    overview: np.ndarray | Encoded | None = None,
     out: np.ndarray | None = None,
+    scratch: Scratch | None = None,
 ) -> np.ndarray:
     """Renders the crops of one picture.
 
     Args:
-      pixels: The stored picture, uint8 [H, W, 3], at any size; never written to.
+      picture: The stored picture, uint8 [H, W, 3], at any size; never written to.
       source_width: Width of the upright original, in pixels: tiling follows its shape.
       source_height: Height of the upright original, in pixels.
       view: What the model sees.
-      draw: The augmentation, drawn for the source's size; None changes nothing.
+      draw: The augmentation, drawn for the source's size; the default changes nothing.
       overview: The stored overview, uint8 [h, w, 3]; never written to. It takes the place of a
-        resized `pixels` where it has the view's `overview_size` and nothing is cut off.
-      out: uint8 [N, S, S, 3], a slice of a batch perhaps; None makes a new one.
+        resized `picture` where it has the view's `overview_size` and nothing is cut off.
+      out: uint8 [N, S, S, 3], a slice of a batch perhaps, or the `patch_cells` of patches; None
+        makes a new array of crops.
+      scratch: Where encoded pictures are decoded that need more than that; None: a new one.
 
     Returns:
-      `out`, uint8 [N, S, S, 3]: the overview, then the tiles in row-major order. One crop for
-      crop_mode "resize".
+      `out`: the overview, then the tiles in row-major order. One crop for crop_mode "resize".
 
     Raises:
+      ShardError: `image_decode`, for encoded pictures.
       SampleError: `image_pixels`, for anything but uint8 [H, W, 3] with pixels in it.
       ConfigError: `render_out`, for an `out` of another shape or type; `draw_box`, for a crop that
         reaches out of the source.
     """
-    draw = draw or Draw()
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise SampleError(
-            "stored picture is not an RGB array",
-            reason="image_pixels",
-            facts={"got": f"{pixels.dtype} {list(pixels.shape)}", "want": "uint8 [H, W, 3]"},
-            fix="run `python -m preprocess verify` on the dataset",
-        )
-    picture = _cut(pixels, draw, source_width=source_width, source_height=source_height)
-    shape = (source_width, source_height)
-    rows, cols = select_tiling(*shape, view)
-    out = _checked_out(out, (1 + rows * cols, view.size_px, view.size_px, 3))
-    small, crop = overview_size(*shape, view), (view.size_px, view.size_px)
+    size = (source_width, source_height)
+    rows, cols = select_tiling(*size, view)
+    out = _checked_out(out, 1 + rows * cols, view)
+    small, crop = overview_size(*size, view), (view.size_px, view.size_px)
     whole = picture
     if overview is not None and draw.crop is None and overview.shape == (*small[::-1], 3):
         whole = overview
-    whole = _fit(whole, canvas=small, frame=crop)
+    in_place = (
+        isinstance(whole, Encoded)
+        and (whole is overview or not rows)
+        and out.ndim == 4
+        and whole.shape == (*crop, 3) == (*small, 3)
+        and not (draw.crop or draw.flip or draw.changes_color)
+    )
+    if in_place:
+        assert isinstance(whole, Encoded)
+        whole.decode(out[0])
+        if not rows:
+            return out
+    scratch = scratch or Scratch()
+    if rows or whole is picture:
+        pixels = _decoded(picture, scratch, "picture")
+        kept = _cut(pixels, draw, source_width=source_width, source_height=source_height)
     # One mean per picture, so that overview and tiles keep the same colours.
-    grey_mean = mean_grey(whole) if draw.contrast != 1.0 else 0.0
-    np.copyto(out[0], _finish(whole, draw, grey_mean, frame=crop))
+    grey_mean = 0.0
+    if not in_place:
+        shown = kept if whole is picture else _decoded(whole, scratch, "overview")
+        shown = _fit(shown, canvas=small, frame=crop)
+        grey_mean = mean_grey(shown) if draw.contrast != 1.0 else 0.0
+        _put(out[0], _finish(shown, draw, grey_mean, frame=crop))
     if rows:
-        size = frame_size(*shape, view)
-        canvas = _fit(picture, canvas=canvas_size(*shape, view), frame=size)
+        frame = frame_size(*size, view)
+        canvas = _fit(kept, canvas=canvas_size(*size, view), frame=frame)
         _tile(
-            _finish(canvas, draw, grey_mean, frame=size),
+            _finish(canvas, draw, grey_mean, frame=frame),
             out[1:].reshape(rows, cols, *out.shape[1:]),
-            step_px=view.window_px,
+            view=view,
         )
     return out
 
@@ -164,11 +235,29 @@ def patchify(crops: _Array, patch_px: int) -> _Array:
     return patches
 
 
+def patch_cells(patches_NLD: np.ndarray, patch_px: int) -> np.ndarray:
+    """Views the memory of patches as crops: [N, P, p, P, p, 3], for `render` to write to.
+
+    Args:
+      patches_NLD: C-contiguous [N, (S / p)**2, p * p * 3], as `patchify` gives them.
+      patch_px: Side p of a patch, in pixels.
+    """
+    num, cells = patches_NLD.shape[:2]
+    side = math.isqrt(cells)
+    grid = patches_NLD.reshape(num, side, side, patch_px, patch_px, 3)
+    view: np.ndarray = grid.swapaxes(2, 3)
+    return view
+
+
 @overload
-def normalize(images: np.ndarray, *, kind: Normalization) -> np.ndarray: ...
+def normalize(
+    images: np.ndarray, *, kind: Normalization, out: np.ndarray | None = None
+) -> np.ndarray: ...
 @overload
 def normalize(images: torch.Tensor, *, kind: Normalization) -> torch.Tensor: ...
-def normalize(images: np.ndarray | torch.Tensor, *, kind: Normalization) -> object:
+def normalize(
+    images: np.ndarray | torch.Tensor, *, kind: Normalization, out: np.ndarray | None = None
+) -> object:
     """Maps 0..255 to what a vision encoder was trained with: (x / 255 - mean) / std.
 
     Args:
@@ -176,11 +265,12 @@ def normalize(images: np.ndarray | torch.Tensor, *, kind: Normalization) -> obje
         as batches have, in any memory order and on any device; a numpy array has channels last,
         [..., H, W, 3], as crops have.
       kind: A name of `MEAN_STD`.
+      out: For numpy arrays, float32 of their shape to fill and return; None makes a new one.
 
     Returns:
-      A new float32 tensor or array of the same shape (and memory order). The map is folded into one
-      multiplication and one addition per value, which differs from the formula by a few units in
-      the last place.
+      `out`, or a new float32 tensor or array of the same shape (and memory order). The map is
+      folded into one multiplication and one addition per value, which differs from the formula by
+      a few units in the last place.
 
     Raises:
       ConfigError: `normalization`, for an unknown name.
@@ -196,7 +286,7 @@ def normalize(images: np.ndarray | torch.Tensor, *, kind: Normalization) -> obje
         scale, offset = _affine(kind, images.device)
         return torch.addcmul(offset, images.to(torch.float32), scale)
     scale_C, offset_C = (part.numpy().ravel() for part in _affine(kind, torch.device("cpu")))
-    normalized = np.multiply(images, scale_C, dtype=np.float32)
+    normalized = np.multiply(images, scale_C, out=out, dtype=np.float32)
     normalized += offset_C
     return normalized
 
@@ -267,15 +357,45 @@ def _finish(
     return framed
 
 
-def _tile(frame: np.ndarray, tiles_RCSS3: np.ndarray, *, step_px: int) -> None:
-    """Copies the tiles out of their frame; neighbours begin `step_px` apart."""
-    rows, cols, side = tiles_RCSS3.shape[:3]
+def _tile(frame: np.ndarray, tiles: np.ndarray, *, view: ImageView) -> None:
+    """Copies the tiles out of their frame.
+
+    Args:
+      frame: uint8 [H, W, 3].
+      tiles: uint8 [R, C, S, S, 3] or [R, C, P, p, P, p, 3].
+      view: Says where neighbours begin.
+    """
+    rows, cols = tiles.shape[:2]
+    side, step_px, patch_px = view.size_px, view.window_px, view.patch_px
+    # Whole patches, so that a band of a tile is a band of its cells too.
+    band_px = max(1, _BAND_PX // patch_px) * patch_px
     for r in range(rows):
-        for y in range(0, side, _BAND_PX):
-            stop = min(y + _BAND_PX, side)
+        for y in range(0, side, band_px):
+            stop = min(y + band_px, side)
             band = frame[r * step_px + y : r * step_px + stop]
             for c in range(cols):
-                tiles_RCSS3[r, c, y:stop] = band[:, c * step_px : c * step_px + side]
+                lines = band[:, c * step_px : c * step_px + side]
+                if tiles.ndim == 5:
+                    tiles[r, c, y:stop] = lines
+                else:
+                    _put(tiles[r, c, y // patch_px : stop // patch_px], lines)
+
+
+def _put(out: np.ndarray, lines: np.ndarray) -> None:
+    """Copies lines [h, S, 3] to crops of the same shape, or to cells [h / p, p, P, p, 3]."""
+    out[...] = lines.reshape(out.shape)
+
+
+def _decoded(picture: np.ndarray | Encoded, scratch: Scratch, purpose: str) -> np.ndarray:
+    pixels = picture.pixels(scratch, purpose) if isinstance(picture, Encoded) else picture
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise SampleError(
+            "stored picture is not an RGB array",
+            reason="image_pixels",
+            facts={"got": f"{pixels.dtype} {list(pixels.shape)}", "want": "uint8 [H, W, 3]"},
+            fix="run `python -m preprocess verify` on the dataset",
+        )
+    return pixels
 
 
 def _scaled(start: int, stop: int, *, of: int, to: int) -> slice:
@@ -291,14 +411,16 @@ def _scaled(start: int, stop: int, *, of: int, to: int) -> slice:
     return slice(first, max(last, first + 1))
 
 
-def _checked_out(out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+def _checked_out(out: np.ndarray | None, count: int, view: ImageView) -> np.ndarray:
+    crops = (count, view.size_px, view.size_px, 3)
     if out is None:
-        return np.empty(shape, np.uint8)
-    if out.shape != shape or out.dtype != np.uint8:
+        return np.empty(crops, np.uint8)
+    side, patch = view.patches_per_side, view.patch_px
+    if out.shape not in (crops, (count, side, patch, side, patch, 3)) or out.dtype != np.uint8:
         raise ConfigError(
             "buffer does not fit the crops of the picture",
             reason="render_out",
-            facts={"got": f"{out.dtype} {list(out.shape)}", "want": f"uint8 {list(shape)}"},
+            facts={"got": f"{out.dtype} {list(out.shape)}", "want": f"uint8 {list(crops)}"},
             fix="size the buffer with shardspec.tiling.num_crops and the view's size_px",
         )
     return out

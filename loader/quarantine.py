@@ -1,8 +1,10 @@
 """Quarantine: the bad samples of a dataset in this process, and when there are too many.
 
-A bad sample is one whose bytes are wrong or that cannot be laid out; a store that does not answer
-makes no sample bad. Once bad, a sample stays bad for the run, in the run's states too: a replay
-substitutes what the run has substituted, even where the data was repaired in between.
+A bad sample is one whose bytes are wrong (stage "read") or that cannot be laid out (stage
+"layout"); a store that does not answer makes no sample bad. Once its bytes were wrong, a sample
+stays bad for the run, in the run's states too: a replay substitutes what the run has substituted,
+even where the data was repaired in between. Whether a layout fits can depend on the epoch's draws,
+so that is found out anew each time, the same on every rank.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Quarantine:
         self._lock = threading.Lock()
 
     def record(self, sample: int) -> dict[str, Any] | None:
-        """Gives what is known of a bad sample: {sample, shard, key, reason}; None if it is good."""
+        """Gives {sample, shard, key, stage, reason} of a sample that stays bad; None for others."""
         return self._records.get(sample)
 
     def asked(self) -> None:
@@ -67,7 +69,7 @@ class Quarantine:
         with self._lock:
             first = not self.counts[reason]
             self.counts[reason] += 1
-            if len(self._records) < MOST_RECORDS:
+            if record["stage"] == "read" and len(self._records) < MOST_RECORDS:
                 self._records.setdefault(record["sample"], dict(record))
             num_bad = sum(self.counts.values())
         if first and error is not None:
@@ -92,5 +94,5 @@ class Quarantine:
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Takes over what a state knows to be bad."""
         with self._lock:
-            for record in records:
+            for record in (each for each in records if each["stage"] == "read"):
                 self._records.setdefault(int(record["sample"]), dict(record))

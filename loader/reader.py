@@ -9,6 +9,7 @@ sample: no tar header is parsed, and no JSON.
 
 from __future__ import annotations
 
+import bisect
 import json
 import mmap
 import threading
@@ -21,11 +22,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from loader.pixels import Encoded
 from loader.prefetch import Network, Prefetcher
 from loader.remote import RemoteShards
 from shardspec import storage
 from shardspec.errors import ShardError
-from shardspec.index import open_index, sample_layout
+from shardspec.index import SamplePlace, open_index, sample_layout, sample_places
 from shardspec.manifest import FileEntry, Manifest
 from shardspec.media import decode_stored
 from shardspec.sample import (
@@ -34,9 +36,9 @@ from shardspec.sample import (
     Geometry,
     PreparedImage,
     PreparedSample,
+    SpanKind,
     decode_array,
     image_rows,
-    overview_rows,
 )
 from shardspec.tar import BLOCK, padded
 
@@ -46,8 +48,11 @@ _OPENED_AHEAD = 64
 Check = Literal["size", "crc"]
 """How much of a shard is verified: its length and count, or each sample's checksum as well."""
 
+# Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
+_IMAGE, _OVERVIEW = SpanKind.IMAGE.value, SpanKind.OVERVIEW.value
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(slots=True, kw_only=True)
 class StoredSample:
     """One sample as its shard holds it."""
 
@@ -56,12 +61,16 @@ class StoredSample:
     """int32 [T], read-only."""
     spans: np.ndarray
     """int32 [S, 8], read-only; see `shardspec.sample`."""
+    rows: list[list[int]]
+    """The spans as plain integers."""
     pictures: tuple[memoryview, ...]
     """Each image in the codec of the dataset."""
     overviews: tuple[memoryview | None, ...]
     """The overview of each image, None where none is stored."""
     where: str
     """Shard and key, for errors."""
+    num_bytes: int
+    """Of its part of the shard."""
 
 
 class _OpenShard(Protocol):
@@ -71,7 +80,12 @@ class _OpenShard(Protocol):
     def url(self) -> str: ...
     @property
     def rows(self) -> np.ndarray:
-        """INDEX_DTYPE [n]."""
+        """INDEX_DTYPE [n], or `raw_index_dtype`."""
+
+    @property
+    def places(self) -> np.ndarray:
+        """The columns of `SamplePlace` [n], a plain array: rows of a memmap are memmaps again, at
+        2 µs each."""
 
     def sample(self, row: int, *, where: str) -> memoryview:
         """Gives the members of one sample."""
@@ -111,6 +125,8 @@ class ShardReader:
         counts = [segment.num_rows for segment in self.segments]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [segments + 1], number of each segment's first sample."""
+        # The same for one sample: NumPy takes 4 µs to look a single number up.
+        self._borders: list[int] = self.starts.tolist()
         self._places = {
             file.url: storage.resolve(url, file.url)
             for file in {segment.file.url: segment.file for segment in self.segments}.values()
@@ -132,7 +148,7 @@ class ShardReader:
         return Counter() if self.prefetcher is None else self.prefetcher.counters
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self._borders[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}, "_lock": None}
@@ -163,38 +179,10 @@ class ShardReader:
             `decode_array`.
           StorageError: The store does not answer; see `Prefetcher.read`.
         """
-        shard, number = self._locate(sample_id)
-        row = shard.rows[number]
-        where = f"{shard.url} sample {row['key'].decode()}"
-        members = shard.sample(number, where=where)
-        at = sample_layout(row)
-        spans = decode_array(
-            _part(members, at.spans, int(row["spans_bytes"])),
-            dtype="<i4",
-            columns=SPAN_COLUMNS,
-            where=where,
-        )
-        tokens = decode_array(
-            _part(members, at.tokens, int(row["tokens_bytes"])), dtype="<i4", where=where
-        )
-        pictures, overviews = [], []
-        position = at.image
-        overview_bytes = {row[1]: row[4] for row in overview_rows(spans).tolist()}
-        for i, picture in enumerate(image_rows(spans).tolist()):
-            pictures.append(_part(members, position, picture[6]))
-            position += padded(picture[6]) + BLOCK
-            # The overview stands directly behind its image.
-            length = overview_bytes.get(i)
-            overviews.append(None if length is None else _part(members, position, length))
-            position += 0 if length is None else padded(length) + BLOCK
-        return StoredSample(
-            key=row["key"].decode(),
-            tokens=tokens,
-            spans=spans,
-            pictures=tuple(pictures),
-            overviews=tuple(overviews),
-            where=where,
-        )
+        shard, i = self._locate(sample_id)
+        place = SamplePlace(*shard.places[i].item())
+        where = f"{shard.url} sample {place.key.decode()}"
+        return read_sample(shard.sample(i, where=where), place, where=where)
 
     def members(self, sample_id: int) -> tuple[str, memoryview, str]:
         """Gives the bytes of a sample in its tar, with the headers of its members.
@@ -212,9 +200,9 @@ class ShardReader:
 
     def record(self, sample_id: int) -> dict[str, Any]:
         """Reads a sample's metadata and text, for people and for tools."""
-        shard, number = self._locate(sample_id)
-        row = shard.rows[number]
-        members = shard.sample(number, where=shard.url)
+        shard, i = self._locate(sample_id)
+        row = shard.rows[i]
+        members = shard.sample(i, where=shard.url)
         payload = _part(members, sample_layout(row).json, int(row["json_bytes"]))
         document: dict[str, Any] = json.loads(bytes(payload))
         return document
@@ -304,10 +292,10 @@ class ShardReader:
     def _locate(self, sample_id: int) -> tuple[_OpenShard, int]:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
-        number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        number = bisect.bisect_right(self._borders, sample_id) - 1
         segment = self.segments[number]
         shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
-        return shard, sample_id - int(self.starts[number]) + segment.first_row
+        return shard, sample_id - self._borders[number] + segment.first_row
 
     def _open_soon(self, numbers: list[int]) -> None:
         if self._remote is not None:
@@ -331,6 +319,46 @@ class ShardReader:
                     del self._open[next(iter(self._open))]
                 self._open[file.url] = source.open(file)
             return self._open[file.url]
+
+
+def read_sample(members: memoryview, place: SamplePlace, *, where: str) -> StoredSample:
+    """Finds the parts of a sample in its bytes; copies nothing.
+
+    Args:
+      members: The sample's part of its shard, from its first header on.
+      place: Its row of the index.
+      where: Shard and key, for errors.
+
+    Raises:
+      ShardError: As `decode_array`.
+    """
+    spans_at = 2 * BLOCK + padded(place.json_bytes)
+    tokens_at = spans_at + padded(place.spans_bytes) + BLOCK
+    position = tokens_at + padded(place.tokens_bytes) + BLOCK
+    spans = decode_array(
+        _part(members, spans_at, place.spans_bytes), dtype="<i4", columns=SPAN_COLUMNS, where=where
+    )
+    tokens = decode_array(_part(members, tokens_at, place.tokens_bytes), dtype="<i4", where=where)
+    pictures, overviews = [], []
+    rows = spans.tolist()
+    overview_bytes = {row[1]: row[4] for row in rows if row[0] == _OVERVIEW}
+    for _, image, _, _, _, _, length, _ in [row for row in rows if row[0] == _IMAGE]:
+        pictures.append(_part(members, position, length))
+        position += padded(length) + BLOCK
+        # The overview stands directly behind its image.
+        small = overview_bytes.get(image)
+        overviews.append(None if small is None else _part(members, position, small))
+        position += 0 if small is None else padded(small) + BLOCK
+    return StoredSample(
+        key=place.key.decode(),
+        tokens=tokens,
+        spans=spans,
+        rows=rows,
+        pictures=tuple(pictures),
+        overviews=tuple(overviews),
+        where=where,
+        num_bytes=place.num_bytes,
+    )
 
 
 def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
@@ -359,6 +387,21 @@ def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
     )
 
 
+def encoded_pictures(stored: StoredSample, *, codec: Codec) -> list[tuple[Encoded, Encoded | None]]:
+    """Gives each picture of a stored sample, and its overview, ready to be decoded."""
+    pairs = []
+    small = {row[1]: row for row in stored.rows if row[0] == _OVERVIEW}
+    images = (row for row in stored.rows if row[0] == _IMAGE)
+    for payload, own, row in zip(stored.pictures, stored.overviews, images, strict=True):
+        picture = Encoded(payload, codec=codec, width=row[4], height=row[5], where=stored.where)
+        overview = None
+        if own is not None:
+            _, _, width, height, *_ = small[row[1]]
+            overview = Encoded(own, codec=codec, width=width, height=height, where=stored.where)
+        pairs.append((picture, overview))
+    return pairs
+
+
 class _LocalShards:
     """Opens shards on a local disk."""
 
@@ -382,21 +425,28 @@ class _LocalShards:
         )
         with storage.local_path(where).open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        return _LocalShard(tar=memoryview(mapped), rows=rows, url=where, check=self._check)
+        return _LocalShard(
+            tar=memoryview(mapped),
+            rows=rows,
+            places=sample_places(rows),
+            url=where,
+            check=self._check,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LocalShard:
     tar: memoryview
     rows: np.ndarray
+    places: np.ndarray
     url: str
     check: Check
 
     def sample(self, row: int, *, where: str) -> memoryview:
-        place = self.rows[row]
-        members = _part(self.tar, int(place["offset"]), int(place["num_bytes"]))
+        offset, num_bytes, crc32, *_ = self.places[row].item()
+        members = _part(self.tar, offset, num_bytes)
         if self.check == "crc":
-            _check_crc(members, place, where)
+            _check_crc(members, crc32, where)
         return members
 
 
@@ -418,13 +468,13 @@ def _part(tar: memoryview, start: int, length: int) -> memoryview:
     return tar[start : start + length]
 
 
-def _check_crc(members: memoryview, row: np.void, where: str) -> None:
+def _check_crc(members: memoryview, want: int, where: str) -> None:
     got = zlib.crc32(members)
-    if got != int(row["crc32"]):
+    if got != want:
         raise ShardError(
             "a sample's bytes are not the ones that were written",
             reason="sample_crc",
             where=where,
-            facts={"got": got, "want": int(row["crc32"])},
+            facts={"got": got, "want": want},
             fix="run `make verify`, then copy or build the shard again",
         )

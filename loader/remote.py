@@ -23,7 +23,7 @@ from loader.blocks import Block, Span, block_rows
 from loader.prefetch import Prefetcher
 from shardspec import storage
 from shardspec.errors import ShardError
-from shardspec.index import parse_index
+from shardspec.index import parse_index, sample_places
 from shardspec.manifest import FileEntry
 
 _FRESH_READS = 3
@@ -78,6 +78,7 @@ class RemoteShards:
             url=storage.resolve(self.url, file.url),
             file=file,
             rows=rows,
+            places=sample_places(rows),
             offsets=np.ascontiguousarray(rows["offset"]),
             prefetcher=self.prefetcher,
         )
@@ -100,7 +101,9 @@ class RemoteShard:
     url: str
     file: FileEntry
     rows: np.ndarray
-    """INDEX_DTYPE [n]."""
+    """INDEX_DTYPE [n], or `raw_index_dtype`."""
+    places: np.ndarray
+    """See `sample_places`."""
     offsets: np.ndarray
     """uint64 [n], where the samples begin."""
     prefetcher: Prefetcher

@@ -37,6 +37,7 @@ Lengths = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 _KEY_GROUP = 48
 _LEAST_WINDOW = 16
+_STEPS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,28 @@ class SlotSchedule:
         self._order = order
         self.batch_at = order.batch_at
         self.epoch_start = order.epoch_start
+        # Rows by step, of the rank that asked last.
+        self._planned: tuple[Topology | None, dict[int, list[Row]]] = (None, {})
 
     def rows(self, step: int, topology: Topology) -> list[Row]:
         """Lists the rows of a rank in a step."""
-        positions = _positions(topology, self.batch_at(step)[0])
-        return [(place,) for place in places(self._order.slots(step, positions))]
+        if topology != self._planned[0] or step not in self._planned[1]:
+            self._planned = (topology, self._plan(step, topology))
+        return self._planned[1][step]
+
+    def _plan(self, step: int, topology: Topology) -> dict[int, list[Row]]:
+        """Plans some steps at once: the order takes as long for one as for a few."""
+        batch = self.batch_at(step)
+        stop = step + 1
+        while stop < step + _STEPS_AT_ONCE and self.batch_at(stop) == batch:
+            stop += 1
+        steps, positions = np.arange(step, stop), _positions(topology, batch[0])
+        found = places(self._order.slots(steps[:, None], positions))
+        size = len(positions)
+        return {
+            step + i: [(place,) for place in found[i * size : (i + 1) * size]]
+            for i in range(stop - step)
+        }
 
 
 class BucketSchedule:

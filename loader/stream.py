@@ -11,22 +11,24 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.assemble import View, assemble
+from loader.assemble import PictureSet, View, draft, finished, plan_example
+from loader.buffers import Scratch
 from loader.cursor import Allowed, Cursor
 from loader.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
 from loader.horizon import Horizon
-from loader.layout import IGNORED, TokenIds
+from loader.layout import TokenIds
 from loader.mixture import MixtureOrder
 from loader.order import Order, Tail, epoch_of, plan_order
 from loader.prefetch import Network
 from loader.quarantine import Quarantine
-from loader.reader import Check, ShardReader
+from loader.reader import Check, ShardReader, encoded_pictures
 from loader.schedule import Place, Row, SlotSchedule
 from loader.topology import Topology, find_topology, find_worker
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
@@ -53,6 +55,51 @@ _PROBE_SIZES = (
     (200, 8000),
 )
 """Source sizes (width, height) on which a view is compared with the stored bound."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Pending:
+    """An example whose pictures are still encoded, and what it took to make it."""
+
+    example: dict[str, Any]
+    """As `draft` makes it."""
+    attempt: int = 0
+    """0, or the number of the substitute."""
+    first: dict[str, Any] | None = None
+    """Whom it is a substitute for: `Quarantine.record`."""
+    read_s: float
+    """Seconds spent on reading."""
+    plan_s: float
+    """Seconds spent on draws and layout."""
+    num_bytes: int
+    """Of the sample as it is stored."""
+
+    @property
+    def pictures(self) -> PictureSet:
+        """The pictures, which know why they cannot be rendered."""
+        part: PictureSet = self.example["images"].parts[0]
+        return part
+
+
+class PendingSource(Protocol):
+    """What makes pending examples: a dataset or a mixture."""
+
+    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+        """Makes the example of a place, or the one behind it."""
+
+
+def with_pictures(source: PendingSource, place: Place) -> dict[str, Any]:
+    """Makes the whole example of a place; broken pictures are substituted as the source wants.
+
+    Raises:
+      ShardError, SampleError: As `StreamingDataset.pending`.
+    """
+    made = source.pending(place)
+    while True:
+        try:
+            return finished(made.example)
+        except (SampleError, ShardError):
+            made = source.pending(place, behind=made)
 
 
 class StreamingDataset(IterableDataset[dict[str, Any]]):
@@ -175,6 +222,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """Samples in use: those of the split, or the first `max_samples` of them."""
         self._base_seed = dataset_seed(seed, self.manifest.dataset)
         self._rng = SampleRng()
+        self._scratch = Scratch()
         self._cursor = Cursor()
         self._fingerprint: dict[str, Any] | None = None
 
@@ -182,6 +230,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
     def bad(self) -> Counter[str]:
         """Samples substituted in this process, by reason."""
         return self.quarantine.counts
+
+    @property
+    def readers(self) -> list[ShardReader]:
+        """What reads the shards."""
+        return [self.reader]
 
     @property
     def epoch(self) -> int:
@@ -271,11 +324,24 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 
     def at(self, place: Place) -> dict[str, Any]:
         """Makes the example of one place of the order; padding has nothing to learn."""
-        example = self.example(place.sample, epoch=place.epoch)
+        return with_pictures(self, place)
+
+    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+        """Makes the example of one place of the order, but for its pictures.
+
+        Args:
+          place: Of the order.
+          behind: What was made for the place before and turned out to have broken pictures: the
+            next substitute is chosen.
+
+        Raises:
+          ShardError: The sample cannot be read, and is not to be substituted.
+          SampleError: It cannot be laid out, likewise.
+        """
+        made = self._pending(place.sample, place.epoch, behind=behind)
         if not place.real:
-            example["labels"] = np.full_like(example["labels"], IGNORED)
-            example["loss_weights"] = np.zeros_like(example["loss_weights"])
-        return example
+            made.pictures.plan.sequence.learns = False
+        return made
 
     def lengths(
         self,
@@ -378,17 +444,29 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           ShardError: The sample cannot be read; see `ShardReader.read`.
           SampleError: It cannot be laid out; see `assemble`.
         """
+        return self.at(Place(0, epoch, sample_id))
+
+    def _pending(self, sample_id: int, epoch: int, *, behind: Pending | None) -> Pending:
         first: dict[str, Any] | None = None
         failure: ShardsError | None = None
-        self.quarantine.asked()
-        for attempt in range(1 + MAX_SUBSTITUTES):
-            number = sample_id
-            if attempt:
-                number = keyed(self._base_seed, sample_id, epoch, attempt) % self.num_samples
+        start = 0
+        if behind is None:
+            self.quarantine.asked()
+        else:
+            failure = behind.pictures.error
+            assert failure is not None
+            if self.on_bad == "raise":
+                raise failure
+            number = self._candidate(sample_id, epoch, behind.attempt)
+            broken = self._record(number, failure)
+            self.quarantine.add(broken, failure)
+            first, start = behind.first or broken, behind.attempt + 1
+        for attempt in range(start, 1 + MAX_SUBSTITUTES):
+            number = self._candidate(sample_id, epoch, attempt)
             known = self.quarantine.record(number) if self.on_bad == "substitute" else None
             if known is None:
                 try:
-                    example = self._example(number, epoch)
+                    made = self._draft(number, epoch)
                 except (SampleError, ShardError) as error:
                     if self.on_bad == "raise":
                         raise
@@ -397,8 +475,9 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
                     self.quarantine.add(known, error)
                 else:
                     if first is not None:
-                        example["metadata"]["substitutes"] = first
-                    return example
+                        made.example["metadata"]["substitutes"] = first
+                        made = replace(made, attempt=attempt, first=first)
+                    return made
             else:
                 self.quarantine.add(known)
             first = first or known
@@ -410,13 +489,44 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             fix="run `make verify`, and build or copy the shard again",
         )
 
-    def _example(self, number: int, epoch: int) -> dict[str, Any]:
+    def _candidate(self, sample_id: int, epoch: int, attempt: int) -> int:
+        """Gives the sample itself, and then its substitutes."""
+        if not attempt:
+            return sample_id
+        return keyed(self._base_seed, sample_id, epoch, attempt) % self.num_samples
+
+    def _draft(self, number: int, epoch: int) -> Pending:
+        start_s = perf_counter()
+        stored = self.reader.stored(number)
+        read_s = perf_counter()
         seed = sample_seed(self._base_seed, idx=number, length=self.num_samples, epoch=epoch)
-        return assemble(self.reader.read(number), self._rng(seed), view=self.view, ids=self.ids)
+        plan = plan_example(
+            stored.tokens,
+            stored.rows,
+            self._rng(seed),
+            view=self.view,
+            ids=self.ids,
+            key=stored.key,
+        )
+        example = draft(
+            plan,
+            encoded_pictures(stored, codec=self.reader.codec),
+            view=self.view,
+            key=stored.key,
+            scratch=self._scratch,
+        )
+        return Pending(
+            example=example,
+            read_s=read_s - start_s,
+            plan_s=perf_counter() - read_s,
+            num_bytes=stored.num_bytes,
+        )
 
     def _record(self, number: int, error: ShardsError) -> dict[str, Any]:
         shard, key = self.reader.name(number)
-        return {"sample": number, "shard": shard, "key": key, "reason": error.reason}
+        stage = "read" if isinstance(error, ShardError) else "layout"
+        names = {"sample": number, "shard": shard, "key": key}
+        return {**names, "stage": stage, "reason": error.reason}
 
 
 class _Ahead(Protocol):

@@ -10,7 +10,8 @@
     ├── ManifestError     a manifest that is missing, malformed or of an unknown version
     ├── ConflictError     the output holds the result of another configuration
     ├── BudgetError       more failures than the job's budget allows
-    └── StateError        a loader state that does not fit this dataset or these settings
+    ├── StateError        a loader state that does not fit this dataset or these settings
+    └── WorkerError       a worker process of the loader that failed or died
 
 `str(error)` is the whole story on a few lines: what is wrong, where, the facts, the fix.
 `error.reason` is a stable code for programs and tests. All of them survive pickling, since they
@@ -119,6 +120,10 @@ class BudgetError(ShardsError):
 
 class StateError(ShardsError):
     """A loader state that does not fit this dataset or these settings."""
+
+
+class WorkerError(ShardsError):
+    """A worker process of the loader that failed or died."""
 
 
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]*(?=@)")

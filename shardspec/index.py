@@ -15,6 +15,7 @@ import mmap
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,6 +75,18 @@ def index_dtype(num_views: int) -> np.dtype:
         ("loss_length", "<u4"),
     ]
     return np.dtype(INDEX_DTYPE.descr + lengths)
+
+
+class SamplePlace(NamedTuple):
+    """Where a sample and its array members are: columns of its index row, as plain values."""
+
+    offset: int
+    num_bytes: int
+    crc32: int
+    json_bytes: int
+    spans_bytes: int
+    tokens_bytes: int
+    key: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +189,18 @@ def longest_text(spans: np.ndarray) -> tuple[int, int]:
         old = longest.get((branch, turn), (0, 0))
         longest[branch, turn] = max(old, (total, response))
     return sum(n for n, _ in longest.values()), sum(n for _, n in longest.values())
+
+
+def sample_places(rows: np.ndarray) -> np.ndarray:
+    """Views the columns of `SamplePlace`, of which one row is read at once (`.item()`: 1 µs).
+
+    Args:
+      rows: Of an index; of a raw dataset's, only the columns that it has are left.
+    """
+    # A plain array: rows of a memmap are memmaps again, at 2 µs each.
+    columns = [name for name in SamplePlace._fields if name in (rows.dtype.names or ())]
+    places: np.ndarray = np.asarray(rows)[columns]
+    return places
 
 
 def sample_layout(row: np.void) -> SampleLayout:

@@ -88,7 +88,7 @@ def test_recorded_lengths_are_those_of_assemble(built, number):
         plans = [
             plan_example(
                 sample.tokens,
-                sample.spans,
+                sample.spans.tolist(),
                 np.random.RandomState(keyed(i, draw) >> 32),
                 view=view,
                 ids=ids,

@@ -1,0 +1,166 @@
+"""DevicePrefetcher: batches on the device while the step before still runs.
+
+    loader -> pinned staging (used again) -> device, on a stream of its own -> normalised there
+
+The next batch is asked for, staged and sent before the current one is handed out; the consumer's
+stream waits for the copy, never the consumer. So the loader is a batch further than the consumer:
+states are taken from here (`DevicePrefetcher.state_dict`). Pictures travel as uint8 in the memory
+order of the batch, and become contiguous tensors of the wanted type on the device. On a CPU the
+same happens without staging and streams.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from loader.pixels import MEAN_STD, Normalization, normalize
+from shardspec.errors import ConfigError, nearest
+
+
+class DevicePrefetcher:
+    """Iterates over a loader and gives its batches on a device."""
+
+    def __init__(
+        self,
+        loader: Iterable[Mapping[str, Any]],
+        device: torch.device | str,
+        *,
+        normalization: Normalization | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Wraps a loader.
+
+        Args:
+          loader: A `StreamLoader`, or anything else that gives batches.
+          device: Where batches should be.
+          normalization: Maps uint8 crops there to what the encoder was trained with; None leaves
+            them as they are. For crops only: patches have no axis of channels.
+          dtype: Of `images` there, such as torch.bfloat16; None: float32 where they are normalised,
+            otherwise as they come.
+
+        Raises:
+          ConfigError: `normalization`, for an unknown name.
+        """
+        if normalization is not None and normalization not in MEAN_STD:
+            raise ConfigError(
+                "normalisation has an unknown name",
+                reason="normalization",
+                facts={"got": normalization},
+                fix=nearest(normalization, MEAN_STD),
+            )
+        self.loader = loader
+        self.device = torch.device(device)
+        self.normalization, self.dtype = normalization, dtype
+        self._staging = _Staging()
+        self._state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Describes the loader's place in the run behind the batch that was handed out last."""
+        loader: Any = self.loader
+        state: dict[str, Any] = loader.state_dict() if self._state is None else self._state
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Lets the loader go to a saved place; see `StreamLoader.load_state_dict`."""
+        loader: Any = self.loader
+        loader.load_state_dict(state)
+        self._state = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Gives a pass of the loader; tensors are on the device and contiguous."""
+        if self.device.type != "cuda":
+            for batch in self.loader:
+                self._state = None
+                yield self._finished({name: self._moved(value) for name, value in batch.items()})
+            return
+        yield from self._from_stream()
+
+    def _from_stream(self) -> Iterator[dict[str, Any]]:
+        take_state = getattr(self.loader, "state_dict", dict)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        ahead: deque[tuple[dict[str, Any], torch.cuda.Event, dict[str, Any]]] = deque()
+        for batch in self.loader:
+            ahead.append((*self._sent(batch, stream), take_state()))
+            del batch
+            if len(ahead) > 1:
+                sent, done, self._state = ahead.popleft()
+                yield self._arrived(sent, done)
+        while ahead:
+            sent, done, self._state = ahead.popleft()
+            yield self._arrived(sent, done)
+
+    def _sent(
+        self, batch: Mapping[str, Any], stream: torch.cuda.Stream
+    ) -> tuple[dict[str, Any], torch.cuda.Event]:
+        sent: dict[str, Any] = {}
+        with torch.cuda.stream(stream):
+            for name, value in batch.items():
+                sent[name] = value
+                if isinstance(value, torch.Tensor):
+                    sent[name] = self._staging.send(value, self.device, stream)
+            sent = self._finished(sent)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(stream)
+        return sent, done
+
+    def _arrived(self, batch: dict[str, Any], done: torch.cuda.Event) -> dict[str, Any]:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(done)
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                # Its memory belongs to the copying stream: it must outlive the consumer's work too.
+                value.record_stream(current)
+        return batch
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+    def _finished(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Normalises and converts the pictures where they are; all tensors contiguous."""
+        images = batch["images"]
+        if self.normalization is not None and images.dtype == torch.uint8 and images.ndim == 5:
+            images = normalize(images, kind=self.normalization)
+        if self.dtype is not None:
+            images = images.to(self.dtype)
+        batch["images"] = images
+        return {
+            name: value.contiguous() if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+
+class _Staging:
+    """Pinned buffers, each free again when the copy out of it is done."""
+
+    def __init__(self) -> None:
+        self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+
+    def send(
+        self, tensor: torch.Tensor, device: torch.device, stream: torch.cuda.Stream
+    ) -> torch.Tensor:
+        """Copies a tensor to the device without waiting for it; its memory order is kept."""
+        strides = tensor.stride()
+        order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
+        memory = tensor.permute(order)  # contiguous, as batches are
+        if not memory.is_contiguous():
+            memory = memory.contiguous()
+        buffer, event = self._take(memory.nbytes)
+        staged = buffer[: memory.nbytes].view(memory.dtype).view(memory.shape)
+        staged.copy_(memory)
+        sent = staged.to(device, non_blocking=True)
+        event.record(stream)
+        self._buffers.append((buffer, event))
+        back = sorted(range(tensor.ndim), key=order.__getitem__)
+        return sent.permute(back)
+
+    def _take(self, num_bytes: int) -> tuple[torch.Tensor, torch.cuda.Event]:
+        size = 1 << max(0, num_bytes - 1).bit_length()
+        for i, (buffer, event) in enumerate(self._buffers):
+            if buffer.nbytes == size and event.query():  # type: ignore[no-untyped-call]
+                return self._buffers.pop(i)
+        fresh = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True), fresh

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from loader import StreamingDataset, make_dataloader
+from loader.device import DevicePrefetcher
+from loader.pixels import normalize
+from shardspec.errors import ConfigError
+
+NUM, BATCH = 12, 4
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def only_where_there_is_one(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def url(tiny_sample, write_dataset, tmp_path_factory):
+    samples = [tiny_sample(i, num_images=i % 3) for i in range(NUM)]
+    return write_dataset(tmp_path_factory.mktemp("device") / "set", samples, several=True)
+
+
+def make(url):
+    dataset = StreamingDataset(url, seed=7, rank=0, world_size=1)
+    return make_dataloader(dataset, global_batch_size=BATCH, sequence_length=64, with_metadata=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_arrive_unchanged_contiguous_and_in_their_sequence(device, url):
+    want = list(make(url))
+    got = list(DevicePrefetcher(make(url), device))
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        assert list(one) == list(other)
+        assert one["metadata"] == other["metadata"]
+        for name in set(one) - {"metadata"}:
+            assert one[name].device.type == device
+            assert one[name].is_contiguous(), name
+            assert torch.equal(one[name].cpu(), other[name]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_pictures_are_normalised_and_converted_there(device, dtype, url):
+    for got, want in zip(
+        DevicePrefetcher(make(url), device, normalization="siglip", dtype=dtype),
+        make(url),
+        strict=True,
+    ):
+        images = normalize(want["images"], kind="siglip").to(dtype or torch.float32)
+        assert got["images"].dtype == images.dtype
+        assert torch.allclose(got["images"].cpu(), images, atol=1e-6)
+        assert got["images"].is_contiguous()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_that_are_kept_stay_what_they_were(device, url):
+    loader = make(url)
+    kept, copies = [], []
+    for _ in range(4):
+        for batch in DevicePrefetcher(loader, device):
+            kept.append(batch["images"])
+            copies.append(batch["images"].clone())
+    assert all(map(torch.equal, kept, copies))
+
+
+def test_unknown_normalisation_is_refused_at_once(url):
+    with pytest.raises(ConfigError) as caught:
+        DevicePrefetcher(make(url), "cpu", normalization="siglap")
+    assert caught.value.reason == "normalization"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_state_is_that_behind_the_batch_handed_out_last(device, url):
+    want = list(make(url))
+    first = DevicePrefetcher(make(url), device)
+    next(iter(first))
+    second = DevicePrefetcher(make(url), device)
+    second.load_state_dict(first.state_dict())
+    got = next(iter(second))
+    assert torch.equal(got["input_ids"].cpu(), want[1]["input_ids"])

@@ -1,0 +1,86 @@
+import json
+import time
+
+import pytest
+
+from loader import StreamingDataset, make_dataloader
+from loader.stats import STAGES, Spent, Stats
+
+NUM, BATCH = 24, 4
+
+
+@pytest.fixture(scope="module")
+def url(tiny_sample, write_dataset, tmp_path_factory):
+    samples = [tiny_sample(i) for i in range(NUM)]
+    return write_dataset(tmp_path_factory.mktemp("stats") / "set", samples)
+
+
+def make(url, **options):
+    dataset = StreamingDataset(url, rank=0, world_size=1)
+    return make_dataloader(dataset, global_batch_size=BATCH, sequence_length=64, **options)
+
+
+def spent(**seconds):
+    return Spent(batches=10, samples=320, **{f"{stage}_s": s for stage, s in seconds.items()})
+
+
+@pytest.mark.parametrize("options", [{"decode_threads": 0}, {"decode_threads": 2}, {"workers": 1}])
+def test_account_holds_what_was_delivered(options, url):
+    loader = make(url, **options)
+    tensor_bytes = 0
+    for batch in loader:
+        tensor_bytes += sum(tensor.nbytes for tensor in batch.values())
+        time.sleep(0.002)
+    stats = loader.stats()
+    assert (stats.made.batches, stats.made.samples) == (NUM // BATCH, NUM)
+    assert stats.made.batch_bytes == tensor_bytes
+    assert stats.made.read_bytes == loader.dataset.manifest.shards[0].num_bytes - 1024
+    for stage in ("read", "layout", "decode", "collate"):
+        assert getattr(stats.made, f"{stage}_s") > 0, stage
+    assert stats.use_s > NUM // BATCH * 0.002
+    assert stats.wait_s > 0
+    assert 0 < stats.wait_share < 1
+
+
+def test_account_goes_on_and_earlier_ones_can_be_taken_off(url):
+    loader = make(url)
+    assert loader.stats().verdict == "nothing delivered yet"
+    list(loader)
+    first = loader.stats()
+    list(loader)
+    second = loader.stats().since(first)
+    assert first.made.samples == second.made.samples == NUM
+    assert loader.stats().made.samples == 2 * NUM
+    assert second.wait_s == pytest.approx(loader.stats().wait_s - first.wait_s)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_busiest_stage_is_named_where_the_consumer_waits(stage):
+    seconds = {name: 0.1 for name in STAGES} | {stage: 1.5}
+    stats = Stats(made=spent(**seconds), makers=2, wait_s=0.9, use_s=0.1)
+    assert stats.bottleneck == stage
+    assert stats.verdict.startswith(f"{stage}-bound: 2 makers busy 95%, the consumer waits 90%")
+
+
+def test_consumer_that_hardly_waits_is_served_well():
+    stats = Stats(made=spent(decode=1.0), makers=2, wait_s=0.01, use_s=0.99)
+    assert stats.bottleneck == "none"
+    assert stats.verdict == "keeps up: the consumer waits 1% of its time"
+
+
+def test_planning_runs_in_one_thread_alone():
+    stats = Stats(made=spent(decode=1.0), makers=4, plan_s=0.5, wait_s=0.9, use_s=0.1)
+    assert stats.bottleneck == "plan"
+
+
+def test_makers_that_are_kept_from_working_are_not_called_slow():
+    stats = Stats(made=spent(decode=0.3), makers=2, wait_s=0.9, use_s=0.1)
+    assert stats.verdict.startswith("starved: 2 makers busy 15% while the consumer waits 90%")
+
+
+def test_line_and_numbers_are_ready_for_bars_and_loggers(url):
+    stats = Stats(made=spent(decode=1.6), makers=2, wait_s=0.8, use_s=0.2, ready=5)
+    assert stats.line() == "320 samples/s, wait 80%, busy 80%, ready 0.5, decode"
+    flat = stats.to_dict()
+    assert json.loads(json.dumps(flat)) == flat
+    assert (flat["decode_s"], flat["wait_share"], flat["mean_ready"]) == (1.6, 0.8, 0.5)
