@@ -496,7 +496,7 @@ def _named_store(url: str, scheme: str) -> Store:
             "no file system and no named store has this kind of URL",
             reason="unknown_scheme",
             where=url,
-            facts={"known": ", ".join(known) + " and what fsspec knows"},
+            facts={"known": ", ".join(f"{name}://" for name in known) + " and fsspec's others"},
             fix=f"{nearest(scheme, known)}; a store is given a name in {STORES_FILE}",
         )
     return stores[scheme]

@@ -120,7 +120,7 @@ def test_an_unknown_scheme_lists_the_known_ones(stores_file):
     with pytest.raises(StorageError) as caught:
         storage.read_bytes("weca://bucket/a")
     assert caught.value.reason == "unknown_scheme"
-    assert "s3, gs, memory, weka" in caught.value.facts["known"]
+    assert "s3://, gs://, memory://, weka://" in caught.value.facts["known"]
     assert "did you mean 'weka'?" in caught.value.fix
 
 
