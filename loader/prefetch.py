@@ -556,7 +556,6 @@ class Prefetcher:
     def _fetch_pieces(self, entry: _Entry, spans: list[Span], step: int) -> None:
         if entry.claiming and not self._claim(entry, step):
             return
-        block = entry.block
         with self._arrived:
             others = [*entry.pieces, *(span for span in entry.coming if span not in spans)]
         for joined in coalesce(spans, gap=_GAP_BYTES, most=self.network.block_bytes):
