@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -19,11 +20,13 @@ from torch.utils.data import DataLoader
 from loader.assemble import View
 from loader.collate import MMCollator
 from loader.cursor import STATE_VERSION, require_state
+from loader.horizon import Horizon
 from loader.mixture import MixtureConfig, MixtureOrder
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
 from loader.packed import fitting, join_examples
 from loader.packing import PackConfig
+from loader.quarantine import MOST_RECORDS
 from loader.schedule import (
     BucketSchedule,
     PackSchedule,
@@ -34,6 +37,9 @@ from loader.schedule import (
 )
 from loader.stream import StreamingDataset
 from shardspec.errors import ConfigError, ShardsError, StateError
+
+_FREE = ("version", "step", "streams", "bad")
+"""Of a state: what may differ from this loader's."""
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -177,6 +183,9 @@ class StreamLoader:
         self.order = order
         self.step = 0
         """The next step to be delivered, counted through all epochs."""
+        self.bad_samples: list[dict[str, Any]] = []
+        """Samples that others took the place of in batches of this rank: step, dataset, sample,
+        shard, key, reason. The first thousand; a state keeps them."""
         self._bucket_steps = bucket_steps
         self._packs = packs
         self._schedule: Schedule = packs or self._unpacked()
@@ -200,12 +209,14 @@ class StreamLoader:
         stop = self._schedule.epoch_start(self.epoch + 1)
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
+        self.dataset.forget()
         plans = _Plans(self, range(self.step, stop))
-        batches = self._by_workers(plans) if self.workers else self._by_threads(plans)
-        for batch in batches:
+        made = self._by_workers(plans) if self.workers else self._by_threads(plans)
+        for delivered in made:
+            self._note_bad(delivered.bad)
             self.step += 1
             self._streams = plans.delivered()
-            yield batch
+            yield delivered.batch
 
     def change(
         self, *, global_batch_size: int | None = None, weights: Sequence[float] | None = None
@@ -249,7 +260,9 @@ class StreamLoader:
         """Describes the place in the run.
 
         It is the same on every rank (with packs that are not balanced: but for `streams`, which
-        saves time on resuming and is not needed), so saving rank 0's is enough.
+        saves time on resuming and is not needed), so saving rank 0's is enough. Where samples were
+        substituted, `bad` names those of this rank: a replay substitutes them again, even if they
+        can be read by then.
         """
         state = {
             "version": STATE_VERSION,
@@ -266,6 +279,8 @@ class StreamLoader:
                 "sizes": [list(size) for size in self._packs.sizes],
             }
             state["streams"] = self._streams
+        if self.bad_samples:
+            state["bad"] = [dict(record) for record in self.bad_samples]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -279,7 +294,7 @@ class StreamLoader:
             `state_canonical_ranks`; `state_mismatch` (names every differing field).
         """
         own = self.state_dict()
-        own = {name: own[name] for name in own if name not in ("version", "step", "streams")}
+        own = {name: own[name] for name in own if name not in _FREE}
         saved_order, saved_packing = state.get("order"), state.get("packing")
         for changes in ("ramp", "changes"):
             if own["order"].get(changes) == [] and isinstance(saved_order, Mapping):
@@ -297,6 +312,8 @@ class StreamLoader:
         else:
             self.order = Order(OrderConfig.from_dict(state["order"]))
         self.step = int(state["step"])
+        self.bad_samples = [dict(record) for record in state.get("bad", [])]
+        self.dataset.restore_bad(self.bad_samples)
         if self._packs is None:
             self._schedule = self._unpacked()
         else:
@@ -332,6 +349,10 @@ class StreamLoader:
                 fix=f"pass canonical_ranks={saved} to the dataset or mixture",
             )
 
+    def _note_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
+        room = MOST_RECORDS - len(self.bad_samples)
+        self.bad_samples += [{"step": self.step, **record} for record in records[:room]]
+
     def _unpacked(self) -> Schedule:
         if self._bucket_steps:
             return BucketSchedule(self.order, self.dataset.lengths, steps=self._bucket_steps)
@@ -342,13 +363,13 @@ class StreamLoader:
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places()
 
-    def _by_threads(self, plans: _Plans) -> Iterator[dict[str, Any]]:
+    def _by_threads(self, plans: _Plans) -> Iterator[_Made]:
         make = _Maker(self)
-        ahead: deque[Future[dict[str, Any]]] = deque()
+        ahead: deque[Future[_Made]] = deque()
         pool = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
         try:
-            for rows in plans:
-                ahead.append(pool.submit(make.batch, rows))
+            for task in plans:
+                ahead.append(pool.submit(make.batch, task))
                 if len(ahead) > _AHEAD * self.decode_threads:
                     yield ahead.popleft().result()
             while ahead:
@@ -356,23 +377,40 @@ class StreamLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _by_workers(self, plans: _Plans) -> Iterator[dict[str, Any]]:
-        for batch in DataLoader(
+    def _by_workers(self, plans: _Plans) -> Iterator[_Made]:
+        for made in DataLoader(
             _Maker(self),  # type: ignore[arg-type]
-            # What it asks the dataset for is the rows themselves: workers plan nothing.
+            # What it asks the dataset for are the rows themselves: workers plan nothing.
             sampler=plans,
             batch_size=None,
             num_workers=self.workers,
             # spawn: a forked child would inherit locks that the parent's threads hold.
             multiprocessing_context="spawn",
         ):
-            if isinstance(batch, ShardsError):
-                raise batch
-            yield batch
+            if isinstance(made, ShardsError):
+                raise made
+            yield made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """A batch to be made."""
+
+    step: int
+    rows: list[Row]
+    ahead: list[tuple[int, list[Row]]]
+    """Steps that its maker will make later, or now, and has not been told of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    batch: dict[str, Any]
+    bad: list[dict[str, Any]]
+    """The samples that others took the place of."""
 
 
 class _Plans:
-    """The rows of some steps, and for each the place of the packs behind it."""
+    """The tasks of some steps, and for each the place of the packs behind it."""
 
     def __init__(self, loader: StreamLoader, steps: range) -> None:
         self._loader, self._steps = loader, steps
@@ -381,11 +419,20 @@ class _Plans:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[_Task]:
+        loader, stop = self._loader, self._steps.stop
+        # Worker processes take turns, threads share what is fetched.
+        horizon = Horizon(loader.dataset.ahead_steps, stride=max(1, loader.workers))
+        planned: deque[tuple[list[Row], list[list[int]]]] = deque()
         for step in self._steps:
-            rows, streams = self._loader._plan(step)
+            soon = horizon.soon(step, stop=stop)
+            last = soon[-1] if soon else step
+            while step + len(planned) <= last:
+                planned.append(loader._plan(step + len(planned)))
+            ahead = [(later, planned[later - step][0]) for later in soon]
+            rows, streams = planned.popleft()
             self._behind.append(streams)
-            yield rows
+            yield _Task(step=step, rows=rows, ahead=ahead)
 
     def delivered(self) -> list[list[int]]:
         """Gives the place of the packs behind the next batch that is delivered."""
@@ -399,19 +446,27 @@ class _Maker:
         self._dataset, self._collator = loader.dataset, loader.collator
         self._limits = None if loader._packs is None else loader._packs.config
 
-    def batch(self, rows: list[Row]) -> dict[str, Any]:
-        """Makes the batch."""
-        return self._collator([self._example(row) for row in rows])
+    def batch(self, task: _Task) -> _Made:
+        """Makes the batch of a task, and lets the reader know of the next ones first."""
+        for step, rows in task.ahead:
+            self._dataset.will_read(step, rows)
+        bad: list[dict[str, Any]] = []
+        batch = self._collator([self._example(row, bad) for row in task.rows])
+        self._dataset.was_read(task.step)
+        return _Made(batch=batch, bad=bad)
 
-    def __getitem__(self, rows: list[Row]) -> dict[str, Any] | ShardsError:
+    def __getitem__(self, task: _Task) -> _Made | ShardsError:
         try:
-            return self.batch(rows)
+            return self.batch(task)
         except ShardsError as error:
             # Sent as a value: what a worker raises reaches the caller as a RuntimeError.
             return error
 
-    def _example(self, row: Row) -> dict[str, Any]:
+    def _example(self, row: Row, bad: list[dict[str, Any]]) -> dict[str, Any]:
         examples = [self._dataset.at(place) for place in row]
+        for place, example in zip(row, examples, strict=True):
+            if "substitutes" in example["metadata"]:
+                bad.append({"dataset": place.dataset, **example["metadata"]["substitutes"]})
         if self._limits is None:
             return examples[0]
         limits = self._limits

@@ -19,8 +19,8 @@ from loader.assemble import View
 from loader.cursor import Cursor
 from loader.layout import TokenIds
 from loader.mixture import MixtureGroup, MixtureOrder, MixtureSource, Stop, Weighting, plan_mixture
-from loader.schedule import Place, SlotSchedule
-from loader.stream import StreamingDataset, require_batch_size
+from loader.schedule import Place, Row
+from loader.stream import StreamingDataset, batches_ahead, require_batch_size
 from loader.topology import Topology
 from shardspec.errors import ConfigError
 from shardspec.manifest import differences
@@ -166,13 +166,34 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         require_batch_size(self.batch_size)
         order = self.order
         return self._cursor.examples(
-            order, lambda step: self.batch(order, step), batch_size=self.batch_size or 1
+            order, batches_ahead(self, order), batch_size=self.batch_size or 1
         )
 
-    def batch(self, order: MixtureOrder, step: int) -> list[dict[str, Any]]:
-        """Makes this rank's examples of one step."""
-        rows = SlotSchedule(order).rows(step, self.topology)
-        return [self.at(place) for row in rows for place in row]
+    @property
+    def ahead_steps(self) -> int:
+        """Steps that are best said ahead of their reading; 0 where all shards are local."""
+        return max(dataset.ahead_steps for dataset in self.datasets)
+
+    def will_read(self, step: int, rows: Sequence[Row]) -> None:
+        """Says which samples a step will need; steps come in increasing order."""
+        for number, dataset in enumerate(self.datasets):
+            own = [tuple(place for place in row if place.dataset == number) for row in rows]
+            dataset.will_read(step, own)
+
+    def was_read(self, step: int) -> None:
+        """Says that a step's batch is made."""
+        for dataset in self.datasets:
+            dataset.was_read(step)
+
+    def restore_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over the bad samples that a state knows; they are substituted unread."""
+        for number, dataset in enumerate(self.datasets):
+            dataset.restore_bad([r for r in records if r.get("dataset") == number])
+
+    def forget(self) -> None:
+        """Drops what was said to be read: the run goes on at another step."""
+        for dataset in self.datasets:
+            dataset.forget()
 
     def at(self, place: Place) -> dict[str, Any]:
         """Makes the example of one place of the order; its metadata name the dataset."""

@@ -1,9 +1,10 @@
-"""ShardReader: a sample of a dataset by its number, from local shards.
+"""ShardReader: a sample of a dataset by its number.
 
 Where a sample lies is asked of `Manifest.segments`, so a view reads like the dataset that it shows.
-Shards and indexes are memory-mapped when first touched, after their lengths have been checked
-against the manifest; a shard that is missing, short or too long is refused before a byte of it is
-used. The hot path reads three ranges per sample: no tar header is parsed, and no JSON.
+Local shards and indexes are memory-mapped when first touched, after their lengths have been
+checked against the manifest; a shard that is missing, short or too long is refused before a byte
+of it is used. Shards in an object store are remote.py's. The hot path reads three ranges per
+sample: no tar header is parsed, and no JSON.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ import json
 import mmap
 import threading
 import zlib
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from loader.prefetch import Network, Prefetcher
+from loader.remote import RemoteShard, RemoteShards
 from shardspec import storage
 from shardspec.errors import ShardError
-from shardspec.index import open_index, sample_layout
-from shardspec.manifest import FileEntry, Manifest
+from shardspec.index import open_index, parse_index, sample_layout
+from shardspec.manifest import FileEntry, Manifest, Segment
 from shardspec.media import decode_stored
 from shardspec.sample import (
     SPAN_COLUMNS,
@@ -34,12 +40,11 @@ from shardspec.sample import (
 )
 from shardspec.tar import BLOCK, padded
 
+_OPENED_AHEAD = 64
+"""Indexes of remote shards that are fetched at a time."""
+
 Check = Literal["size", "crc"]
 """How much of a shard is verified: its length and count, or each sample's checksum as well."""
-
-_MAX_OPEN = 256
-"""Shards kept open: two descriptors each, half of the 1024 that Linux commonly grants a process.
-Opening one again takes 0.2 ms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,24 +64,41 @@ class StoredSample:
     """Shard and key, for errors."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _OpenShard:
-    tar: memoryview
-    rows: np.ndarray
-    url: str
+class _OpenShard(Protocol):
+    """A shard whose index is here."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def rows(self) -> np.ndarray:
+        """INDEX_DTYPE [n]."""
+
+    def sample(self, row: int, *, where: str) -> memoryview:
+        """Gives the members of one sample."""
 
 
 class ShardReader:
     """Random access to the samples of one split. Safe to share between threads."""
 
-    def __init__(self, url: str, manifest: Manifest, *, split: str, check: Check = "size") -> None:
+    def __init__(
+        self,
+        url: str,
+        manifest: Manifest,
+        *,
+        split: str,
+        check: Check = "size",
+        cache: str | None = None,
+        cache_bytes: int = 0,
+        network: Network | None = None,
+    ) -> None:
         """Names the shards; opens none yet.
 
         Args:
           url: The dataset.
           manifest: Its manifest.
           split: Split to read.
-          check: "crc" verifies every sample that is read.
+          check: "crc" verifies every sample that is read; of remote ones that is always done.
+          cache, cache_bytes, network: For remote shards; see `StreamingDataset`.
 
         Raises:
           ConfigError: `unknown_split`.
@@ -85,12 +107,24 @@ class ShardReader:
         self.raw = manifest.raw
         self.codec: Any = None if manifest.raw else manifest.recipe["image"]["codec"]
         self.check: Check = check
-        self.segments = manifest.segments(split)
+        self.segments = tuple(_standing_alone(s, url) for s in manifest.segments(split))
         counts = [segment.num_rows for segment in self.segments]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [segments + 1], number of each segment's first sample."""
+        self.prefetcher: Prefetcher | None = None
+        """What fetches remote shards."""
+        self._local = _LocalShards(check, raw=manifest.raw)
+        self._remote: RemoteShards | None = None
+        if not all(storage.is_local(segment.file.url) for segment in self.segments):
+            self.prefetcher = Prefetcher(network or Network(), cache=cache, cache_bytes=cache_bytes)
+            self._remote = RemoteShards(self.prefetcher, raw=manifest.raw)
         self._open: dict[str, _OpenShard] = {}
         self._lock = threading.Lock()
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What this process has read over the network and how; empty for local shards."""
+        return Counter() if self.prefetcher is None else self.prefetcher.counters
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -122,12 +156,12 @@ class ShardReader:
         Raises:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index` and
             `decode_array`.
+          StorageError: The store does not answer; see `Prefetcher.read`.
         """
-        shard, row = self._locate(sample_id)
+        shard, number = self._locate(sample_id)
+        row = shard.rows[number]
         where = f"{shard.url} sample {row['key'].decode()}"
-        members = _part(shard.tar, int(row["offset"]), int(row["num_bytes"]))
-        if self.check == "crc":
-            _check_crc(members, row, where)
+        members = shard.sample(number, where=where)
         at = sample_layout(row)
         spans = decode_array(
             _part(members, at.spans, int(row["spans_bytes"])),
@@ -166,22 +200,56 @@ class ShardReader:
         Raises:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index`.
         """
-        shard, row = self._locate(sample_id)
-        key = row["key"].decode()
+        shard, number = self._locate(sample_id)
+        key = shard.rows[number]["key"].decode()
         where = f"{shard.url} sample {key}"
-        members = _part(shard.tar, int(row["offset"]), int(row["num_bytes"]))
-        if self.check == "crc":
-            _check_crc(members, row, where)
+        members = shard.sample(number, where=where)
         return key, members, where
 
     def record(self, sample_id: int) -> dict[str, Any]:
         """Reads a sample's metadata and text, for people and for tools."""
-        shard, row = self._locate(sample_id)
-        start = int(row["offset"]) + sample_layout(row).json
-        document: dict[str, Any] = json.loads(
-            bytes(_part(shard.tar, start, int(row["json_bytes"])))
-        )
+        shard, number = self._locate(sample_id)
+        row = shard.rows[number]
+        members = shard.sample(number, where=shard.url)
+        payload = _part(members, sample_layout(row).json, int(row["json_bytes"]))
+        document: dict[str, Any] = json.loads(bytes(payload))
         return document
+
+    def name(self, sample_id: int) -> tuple[str, str]:
+        """Names a sample for people: its shard and its key; "" where the index cannot be read."""
+        number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        url = self.segments[number].file.url
+        try:
+            shard, row = self._locate(sample_id)
+        except ShardError:
+            return url, ""
+        return url, shard.rows[row]["key"].decode()
+
+    def will_read(self, step: int, sample_ids: Iterable[int]) -> None:
+        """Says what a step will read, so that it is fetched ahead; local shards need no help.
+
+        Args:
+          step: Of the run; steps come in increasing order.
+          sample_ids: Each 0 to len - 1.
+        """
+        if self.prefetcher is None:
+            return
+        ids = np.fromiter(sample_ids, np.int64)
+        numbers = np.searchsorted(self.starts, ids, side="right") - 1
+        self._open_soon(np.unique(numbers).tolist())
+        spans = []
+        for sample_id in ids.tolist():
+            # A shard that is missing or wrong is an error of the samples that are read from it.
+            with suppress(ShardError):
+                shard, row = self._locate(sample_id)
+                if isinstance(shard, RemoteShard):
+                    spans.append(shard.place(row))
+        self.prefetcher.will_read(step, spans)
+
+    def was_read(self, step: int) -> None:
+        """Says that a step has read what it needs."""
+        if self.prefetcher is not None:
+            self.prefetcher.was_read(step)
 
     def column(self, name: str, sample_ids: np.ndarray) -> np.ndarray:
         """Reads a column of the indexes for many samples at once, and nothing else.
@@ -201,11 +269,15 @@ class ShardReader:
         ordered = sample_ids[by_id]
         number_of = np.searchsorted(self.starts, ordered, side="right") - 1
         numbers, first = np.unique(number_of, return_index=True)
+        waiting = numbers.tolist()
         values: np.ndarray | None = None
         for number, begin, end in zip(
             numbers.tolist(), first.tolist(), [*first[1:].tolist(), len(ordered)], strict=True
         ):
             segment = self.segments[number]
+            if number in waiting[:1]:
+                self._open_soon(waiting[:_OPENED_AHEAD])
+                del waiting[:_OPENED_AHEAD]
             shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
             if name not in (shard.rows.dtype.names or ()):
                 raise ShardError(
@@ -223,22 +295,43 @@ class ShardReader:
             values[by_id[begin:end]] = column[rows]
         return np.zeros(0, np.int64) if values is None else values
 
-    def _locate(self, sample_id: int) -> tuple[_OpenShard, np.void]:
+    def _locate(self, sample_id: int) -> tuple[_OpenShard, int]:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         segment = self.segments[number]
         shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
-        return shard, shard.rows[sample_id - int(self.starts[number]) + segment.first_row]
+        return shard, sample_id - int(self.starts[number]) + segment.first_row
+
+    def _open_soon(self, numbers: list[int]) -> None:
+        if self._remote is not None:
+            files = {file.url: file for file in (self.segments[i].file for i in numbers)}
+            missing = [files[url] for url in files if url not in self._open]
+            self._remote.open_soon([file for file in missing if not storage.is_local(file.url)])
 
     def _open_shard(self, file: FileEntry) -> _OpenShard:
         with self._lock:
             if file.url not in self._open:
-                if len(self._open) >= _MAX_OPEN:
+                local = storage.is_local(file.url)
+                source = self._local if local or self._remote is None else self._remote
+                if len(self._open) >= source.max_open:
                     # The oldest; samples that still view its bytes keep the map alive.
                     del self._open[next(iter(self._open))]
-                self._open[file.url] = _open_local(self.url, file, raw=self.raw)
+                self._open[file.url] = source.open(file)
             return self._open[file.url]
+
+
+def _standing_alone(segment: Segment, url: str) -> Segment:
+    """Names the file of a segment by URLs that do not depend on the dataset's."""
+    file = segment.file
+    return replace(
+        segment,
+        file=replace(
+            file,
+            url=storage.resolve(url, file.url),
+            index_url=storage.resolve(url, file.index_url),
+        ),
+    )
 
 
 def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
@@ -267,19 +360,43 @@ def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
     )
 
 
-def _open_local(url: str, file: FileEntry, *, raw: bool) -> _OpenShard:
-    where, index = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
-    _check_size(where, file.num_bytes)
-    _check_size(index, file.index_bytes)
-    rows = open_index(
-        str(storage.local_path(index)),
-        num_samples=file.nsamples,
-        shard_bytes=file.num_bytes,
-        raw=raw,
-    )
-    with storage.local_path(where).open("rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return _OpenShard(tar=memoryview(mapped), rows=rows, url=where)
+class _LocalShards:
+    """Opens shards on a local disk."""
+
+    max_open = 256
+    """Shards kept open: two descriptors each, half of the 1024 that Linux commonly grants a
+    process. Opening one again takes 0.2 ms."""
+
+    def __init__(self, check: Check, *, raw: bool) -> None:
+        self._check, self._raw = check, raw
+
+    def open(self, file: FileEntry) -> _LocalShard:
+        _check_size(file.url, file.num_bytes)
+        _check_size(file.index_url, file.index_bytes)
+        counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
+        if storage.is_local(file.index_url):
+            rows = open_index(str(storage.local_path(file.index_url)), raw=self._raw, **counts)
+        else:  # tars that were imported into a store's dataset
+            payload = memoryview(storage.read_bytes(file.index_url))
+            rows = parse_index(payload, where=file.index_url, raw=self._raw, **counts)
+        with storage.local_path(file.url).open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return _LocalShard(tar=memoryview(mapped), rows=rows, url=file.url, check=self._check)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LocalShard:
+    tar: memoryview
+    rows: np.ndarray
+    url: str
+    check: Check
+
+    def sample(self, row: int, *, where: str) -> memoryview:
+        place = self.rows[row]
+        members = _part(self.tar, int(place["offset"]), int(place["num_bytes"]))
+        if self.check == "crc":
+            _check_crc(members, place, where)
+        return members
 
 
 def _check_size(where: str, want: int) -> None:

@@ -9,11 +9,10 @@ K, ... of the pass, which is the sequence in which a DataLoader takes them.
 from __future__ import annotations
 
 import copy
-import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset
@@ -21,24 +20,28 @@ from torch.utils.data import IterableDataset
 from loader.assemble import View, assemble
 from loader.cursor import Cursor
 from loader.fingerprint import keys_fingerprint, split_fingerprint
+from loader.horizon import Horizon
 from loader.layout import IGNORED, TokenIds
-from loader.order import Order, Tail, plan_order
+from loader.mixture import MixtureOrder
+from loader.order import Order, Tail, epoch_of, plan_order
+from loader.prefetch import Network
+from loader.quarantine import Quarantine
 from loader.reader import Check, ShardReader
-from loader.schedule import Place, SlotSchedule
+from loader.schedule import Place, Row, SlotSchedule
 from loader.topology import Topology, find_topology, find_worker
-from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
 from shardspec.manifest import Manifest, require_manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import ImageView, canvas_size, stored_size
 
-logger = logging.getLogger(__name__)
-
 OnBad = Literal["raise", "substitute"]
 
 MAX_SUBSTITUTES = 8
 """Substitutes tried for one slot: with one sample in two bad, 1 slot in 500 would still fail."""
+
+CACHE_BYTES = 64 * 2**30
+"""Default bound of a cache."""
 
 _PROBE_SIZES = (
     (4000, 3000),
@@ -69,6 +72,10 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         world_size: int | None = None,
         check: Check = "size",
         on_bad: OnBad = "raise",
+        max_bad_rate: float | None = None,
+        cache: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        network: Network | None = None,
         tokenizer: TrainingTokenizer | None = None,
         canonical_ranks: int | None = None,
         max_samples: int | None = None,
@@ -76,7 +83,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """Reads the manifest; opens no shard yet.
 
         Args:
-          url: Folder of the dataset.
+          url: Folder of the dataset, or its place in an object store (s3://, gs://, ...).
           split: Split to stream.
           seed: Of the order and of every draw; with the dataset's name it makes the base seed.
           batch_size: Samples per batch of this rank, the same as the DataLoader's. Needed with
@@ -87,9 +94,18 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             or repeated), "drop_last", or "pad" (evaluation: every sample once, and what fills the
             last batch has labels -100 throughout).
           rank, world_size: Data-parallel place; by default torch.distributed or the environment.
-          check: "crc" verifies each sample's checksum as it is read.
+          check: "crc" verifies each sample's checksum as it is read; of remote ones that is always
+            done.
           on_bad: What a sample that cannot be read or laid out does: it raises, or another sample,
-            chosen by hash, takes its slot, which `metadata["substitutes"]` and `bad` record.
+            chosen by hash, takes its slot, which `metadata["substitutes"]` and `bad` record. A
+            store that does not answer is no bad sample: it always raises.
+          max_bad_rate: With on_bad "substitute": share of bad samples, counted per process, above
+            which to stop after all; None: never.
+          cache: Folder on the node's disk, shared by its ranks and workers, that keeps what was
+            fetched of a remote dataset; None: only memory. Best a fast disk with room for the
+            node's share of the data.
+          cache_bytes: Most bytes in the cache.
+          network: How remote shards are read.
           tokenizer: The run's Hugging Face tokenizer, to be compared with the shards'.
           canonical_ranks: See `plan_order`; set it where the default does not suit the numbers of
             ranks that the run may have. It cannot change during a run.
@@ -99,15 +115,19 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         Raises:
           ManifestError: There is no readable manifest.
           ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
-            `remote_url`, `raw_dataset`, `max_samples`.
+            `cache_bytes`, `raw_dataset`, `max_samples`.
+          StorageError: The store does not answer.
         """
         super().__init__()
-        if not storage.is_local(url):
+        network = network or Network()
+        least = 16 * network.block_bytes
+        if cache is not None and cache_bytes < least:
             raise ConfigError(
-                "streaming from object stores is not there yet",
-                reason="remote_url",
-                where=url,
-                fix="copy the dataset to a local disk",
+                "a cache so small would evict its blocks before they are read",
+                reason="cache_bytes",
+                where=cache,
+                facts={"cache_bytes": cache_bytes, "block_bytes": network.block_bytes},
+                fix=f"use at least {least}, better the size of the node's share of the data",
             )
         self.url = str(url)
         self.manifest = require_manifest(self.url)
@@ -124,7 +144,15 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.shuffle = shuffle
         self.tail: Tail = tail
         self.topology: Topology = find_topology(rank=rank, world_size=world_size)
-        self.reader = ShardReader(self.url, self.manifest, split=split, check=check)
+        self.reader = ShardReader(
+            self.url,
+            self.manifest,
+            split=split,
+            check=check,
+            cache=cache,
+            cache_bytes=cache_bytes,
+            network=network,
+        )
         self.ids = TokenIds.from_special_ids(self.manifest.tokenizer.special_ids)
         self.view = view or View(image=stored_view(self.manifest))
         for image in filter(None, (self.view.image, self.view.high_res)):
@@ -132,8 +160,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         if tokenizer is not None:
             check_tokenizer(self.manifest.tokenizer, tokenizer, where=self.url)
         self.on_bad: OnBad = on_bad
-        self.bad: Counter[str] = Counter()
-        """Samples substituted in this process, by reason; shared with the loader's copy."""
+        self.quarantine = Quarantine(max_rate=max_bad_rate)
+        """Samples substituted in this process; shared with the loader's copy."""
         self.canonical_ranks = canonical_ranks
         if max_samples is not None and not 1 <= max_samples <= len(self.reader):
             raise ConfigError(
@@ -149,6 +177,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self._rng = SampleRng()
         self._cursor = Cursor()
         self._fingerprint: dict[str, Any] | None = None
+
+    @property
+    def bad(self) -> Counter[str]:
+        """Samples substituted in this process, by reason."""
+        return self.quarantine.counts
 
     @property
     def epoch(self) -> int:
@@ -210,13 +243,31 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         require_batch_size(self.batch_size)
         order = self.order
         return self._cursor.examples(
-            order, lambda step: self.batch(order, step), batch_size=self.batch_size or 1
+            order, batches_ahead(self, order), batch_size=self.batch_size or 1
         )
 
-    def batch(self, order: Order, step: int) -> list[dict[str, Any]]:
-        """Makes this rank's examples of one step."""
-        rows = SlotSchedule(order).rows(step, self.topology)
-        return [self.at(place) for row in rows for place in row]
+    @property
+    def ahead_steps(self) -> int:
+        """Steps that are best said ahead of their reading (`will_read`); 0 for local shards."""
+        prefetcher = self.reader.prefetcher
+        return 0 if prefetcher is None else prefetcher.network.ahead_steps
+
+    def will_read(self, step: int, rows: Sequence[Row]) -> None:
+        """Says which samples a step will need; steps come in increasing order."""
+        self.reader.will_read(step, [place.sample for row in rows for place in row])
+
+    def was_read(self, step: int) -> None:
+        """Says that a step's batch is made."""
+        self.reader.was_read(step)
+
+    def restore_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over the bad samples that a state knows; they are substituted unread."""
+        self.quarantine.restore(records)
+
+    def forget(self) -> None:
+        """Drops what was said to be read: the run goes on at another step."""
+        if self.reader.prefetcher is not None:
+            self.reader.prefetcher.forget()
 
     def at(self, place: Place) -> dict[str, Any]:
         """Makes the example of one place of the order; padding has nothing to learn."""
@@ -310,33 +361,80 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           ShardError: The sample cannot be read; see `ShardReader.read`.
           SampleError: It cannot be laid out; see `assemble`.
         """
-        first: ShardsError | None = None
+        first: dict[str, Any] | None = None
+        failure: ShardsError | None = None
+        self.quarantine.asked()
         for attempt in range(1 + MAX_SUBSTITUTES):
             number = sample_id
             if attempt:
                 number = keyed(self._base_seed, sample_id, epoch, attempt) % self.num_samples
-            try:
-                example = self._example(number, epoch)
-            except (SampleError, ShardError) as error:
-                if self.on_bad == "raise":
-                    raise
-                self._count(error)
-                first = first or error
-                continue
-            if first is not None:
-                example["metadata"]["substitutes"] = {"sample": sample_id, "reason": first.reason}
-            return example
+            known = self.quarantine.record(number) if self.on_bad == "substitute" else None
+            if known is None:
+                try:
+                    example = self._example(number, epoch)
+                except (SampleError, ShardError) as error:
+                    if self.on_bad == "raise":
+                        raise
+                    failure = failure or error
+                    known = self._record(number, error)
+                    self.quarantine.add(known, error)
+                else:
+                    if first is not None:
+                        example["metadata"]["substitutes"] = first
+                    return example
+            else:
+                self.quarantine.add(known)
+            first = first or known
         assert first is not None
-        raise first
+        raise failure or ShardError(
+            "a sample and all its substitutes are known to be bad",
+            reason=first["reason"],
+            where=f"{first['shard']} sample {first['key']}",
+            fix="run `make verify`, and build or copy the shard again",
+        )
 
     def _example(self, number: int, epoch: int) -> dict[str, Any]:
         seed = sample_seed(self._base_seed, idx=number, length=self.num_samples, epoch=epoch)
         return assemble(self.reader.read(number), self._rng(seed), view=self.view, ids=self.ids)
 
-    def _count(self, error: ShardsError) -> None:
-        if error.reason not in self.bad:
-            logger.warning("a sample is substituted (logged once per reason): %s", error)
-        self.bad[error.reason] += 1
+    def _record(self, number: int, error: ShardsError) -> dict[str, Any]:
+        shard, key = self.reader.name(number)
+        return {"sample": number, "shard": shard, "key": key, "reason": error.reason}
+
+
+class _Ahead(Protocol):
+    """A dataset or a mixture, as far as reading ahead goes."""
+
+    @property
+    def topology(self) -> Topology: ...
+    @property
+    def ahead_steps(self) -> int: ...
+    def at(self, place: Place) -> dict[str, Any]: ...
+    def will_read(self, step: int, rows: Sequence[Row]) -> None: ...
+    def was_read(self, step: int) -> None: ...
+
+
+def batches_ahead(
+    dataset: _Ahead, order: Order | MixtureOrder
+) -> Callable[[int], list[dict[str, Any]]]:
+    """Makes the function that gives this rank's examples of a step, for this worker's steps.
+
+    The worker's next steps are said to the reader before it waits for the present one.
+    """
+    schedule = SlotSchedule(order)
+    horizon = Horizon(dataset.ahead_steps, stride=find_worker()[1])
+
+    def batch(step: int) -> list[dict[str, Any]]:
+        if dataset.ahead_steps:
+            stop = order.epoch_start(epoch_of(order, step) + 1)
+            for soon in horizon.soon(step, stop=stop):
+                dataset.will_read(soon, schedule.rows(soon, dataset.topology))
+        rows = schedule.rows(step, dataset.topology)
+        examples = [dataset.at(place) for row in rows for place in row]
+        dataset.was_read(step)
+        return examples
+
+    return batch
 
 
 def require_batch_size(batch_size: int | None) -> None:

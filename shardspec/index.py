@@ -10,7 +10,8 @@ meaning.
 from __future__ import annotations
 
 import io
-import os
+import math
+import mmap
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 """Columns of a row. Little-endian, packed: 112 bytes."""
+
+_MOST_HEADER_BYTES = 64 * 1024  # of a .npy; ours have some 600
 
 
 RAW_COLUMNS = ("offset", "num_bytes", "crc32")
@@ -205,7 +208,8 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = Fal
       ShardError: `index_missing`, `index_format`, `index_count`, `index_range`.
     """
     try:
-        rows = np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
+        with open(path, "rb") as stream:
+            payload = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise ShardError(
             "index of a shard is missing",
@@ -213,9 +217,42 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = Fal
             where=path,
             fix="run `make verify`, then build the shard again with `make shards`",
         ) from error
-    except (ValueError, TypeError, OSError, SyntaxError, tokenize.TokenError) as error:
-        # All of these come out of NumPy's header parser, depending on which byte is wrong.
+    except (ValueError, OSError) as error:  # an empty file cannot be mapped
         raise _broken(path, "index_format", {"error": error}) from error
+    return parse_index(
+        memoryview(payload),
+        where=path,
+        num_samples=num_samples,
+        shard_bytes=shard_bytes,
+        raw=raw,
+    )
+
+
+def parse_index(
+    payload: memoryview, *, where: str, num_samples: int, shard_bytes: int, raw: bool = False
+) -> np.ndarray:
+    """Reads an index from memory; arguments, result and errors otherwise as `open_index`.
+
+    Args:
+      payload: The whole .npy file; the rows are a view of it.
+      where: Its URL, for errors.
+      num_samples, shard_bytes, raw: As `open_index`.
+    """
+    stream = io.BytesIO(payload[:_MOST_HEADER_BYTES])
+    try:
+        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+        start = stream.tell()
+        # A damaged header length would shift every row; the rows must end where the file does.
+        if dtype.hasobject or len(payload) != start + dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{len(payload)} bytes do not hold {shape} of {dtype}")
+        rows = np.frombuffer(payload[start:], dtype).reshape(shape)
+        # All of these come out of NumPy's header parser, depending on which byte is wrong.
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise _broken(where, "index_format", {"error": error}) from error
     known = set(rows.dtype.names or ())
     wrong = [
         name
@@ -225,19 +262,14 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = Fal
     if raw and ("key" not in known or rows.dtype["key"].kind != "S"):
         wrong.append("key")
     if rows.ndim != 1 or wrong:
-        raise _broken(path, "index_format", {"ndim": rows.ndim, "wrong_columns": wrong})
-    # A damaged header length would shift every row; the rows must end where the file does.
-    got, want = os.path.getsize(path), rows.offset + rows.nbytes
-    if got != want:
-        raise _broken(path, "index_format", {"got_bytes": got, "want_bytes": want})
+        raise _broken(where, "index_format", {"ndim": rows.ndim, "wrong_columns": wrong})
     if len(rows) != num_samples:
-        raise _broken(path, "index_count", {"got_rows": len(rows), "want_rows": num_samples})
+        raise _broken(where, "index_count", {"got_rows": len(rows), "want_rows": num_samples})
     if len(rows):
         end = int(rows[-1]["offset"]) + int(rows[-1]["num_bytes"])
         if end > shard_bytes:
-            raise _broken(path, "index_range", {"last_byte": end, "shard_bytes": shard_bytes})
-    checked: np.ndarray = rows
-    return checked
+            raise _broken(where, "index_range", {"last_byte": end, "shard_bytes": shard_bytes})
+    return rows
 
 
 def _broken(path: str, reason: str, facts: dict[str, object]) -> ShardError:

@@ -348,16 +348,16 @@ def test_bound_of_the_longer_side_is_a_bound_on_views(url):
         assert caught.value.reason == "view_bound"
 
 
-def test_missing_dataset_split_and_remote_urls_are_refused(url, tmp_path):
+def test_missing_dataset_and_split_are_refused(url, tmp_path):
     with pytest.raises(ManifestError) as caught:
         StreamingDataset(str(tmp_path / "nothing"))
     assert caught.value.reason == "manifest_missing"
     with pytest.raises(ConfigError) as unknown:
         StreamingDataset(url, split="validation")
     assert unknown.value.reason == "unknown_split"
-    with pytest.raises(ConfigError) as remote:
-        StreamingDataset("memory://bucket/set")
-    assert remote.value.reason == "remote_url"
+    with pytest.raises(ConfigError) as small:
+        StreamingDataset(url, cache=str(tmp_path / "cache"), cache_bytes=2**20)
+    assert small.value.reason == "cache_bytes"
 
 
 def test_checksums_are_verified_where_asked_for(tiny_sample, write_dataset, tmp_path):

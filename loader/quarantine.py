@@ -1,0 +1,96 @@
+"""Quarantine: the bad samples of a dataset in this process, and when there are too many.
+
+A bad sample is one whose bytes are wrong or that cannot be laid out; a store that does not answer
+makes no sample bad. Once bad, a sample stays bad for the run, in the run's states too: a replay
+substitutes what the run has substituted, even where the data was repaired in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from shardspec.errors import BudgetError, ShardsError
+
+logger = logging.getLogger(__name__)
+
+MOST_RECORDS = 1000
+"""Records kept; beyond it bad samples are only counted."""
+
+_LEAST_SAMPLES = 1000
+"""A rate is of at least so many samples: one bad sample among the first ten says little."""
+
+
+class Quarantine:
+    """Bad samples, by number. Threads may share it; copies in processes part ways."""
+
+    def __init__(self, *, max_rate: float | None) -> None:
+        """Begins with none.
+
+        Args:
+          max_rate: Share of bad samples above which to stop; None: any number.
+        """
+        self.max_rate = max_rate
+        self.counts: Counter[str] = Counter()
+        """Substitutions by reason."""
+        self.num_samples = 0
+        """Samples that were asked for."""
+        self._records: dict[int, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def record(self, sample: int) -> dict[str, Any] | None:
+        """Gives what is known of a bad sample: {sample, shard, key, reason}; None if it is good."""
+        return self._records.get(sample)
+
+    def asked(self) -> None:
+        """Counts a sample, good or bad."""
+        with self._lock:
+            self.num_samples += 1
+
+    def add(self, record: Mapping[str, Any], error: ShardsError | None = None) -> None:
+        """Notes that a sample was found bad, or found to be known as such.
+
+        Raises:
+          BudgetError: `bad_rate`.
+        """
+        reason = record["reason"]
+        with self._lock:
+            first = not self.counts[reason]
+            self.counts[reason] += 1
+            if len(self._records) < MOST_RECORDS:
+                self._records.setdefault(record["sample"], dict(record))
+            num_bad = sum(self.counts.values())
+        if first and error is not None:
+            logger.warning("a sample is substituted (logged once per reason): %s", error)
+        if self.max_rate is None:
+            return
+        allowed = self.max_rate * max(self.num_samples, _LEAST_SAMPLES)
+        if num_bad > allowed:
+            raise BudgetError(
+                "more samples are bad than max_bad_rate allows",
+                reason="bad_rate",
+                where=record["shard"],
+                facts={
+                    "bad": num_bad,
+                    "samples": self.num_samples,
+                    "max_bad_rate": self.max_rate,
+                    "reasons": dict(self.counts),
+                },
+                fix="run `make verify`, and build or copy the named shards again",
+            )
+
+    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Takes over what a state knows to be bad."""
+        with self._lock:
+            for record in records:
+                self._records.setdefault(int(record["sample"]), dict(record))

@@ -1,0 +1,613 @@
+"""RangeReader: bytes [start, stop) of an object in a store, right even where the network is not.
+
+1. A range is asked for through a client of ours, whose own retries are off: those of botocore and
+   s3fs would multiply with ours (5 x 5 x ours), and would throw away what had already come.
+2. The answer must be for the very range: status, Content-Range and the object's length are checked
+   before a byte is used. What arrives is written straight to its place.
+3. When the connection is lost, stalls, or the store asks for patience (408, 425, 429, 5xx), the
+   range is asked for again *from the first missing byte on*, after an exponential wait with full
+   jitter, or after Retry-After where the answer has it. Other refusals are final.
+4. A range is given up after `attempts` attempts in a row that brought nothing, or after `wall_s`.
+5. The version of an object (ETag, or generation) is pinned when it is first touched: later ranges
+   ask for that version, and another one is refused (`object_changed`), so that no sample is ever
+   pieced together from two versions.
+
+Safe to share between threads; a forked or spawned child makes clients of its own. What is in
+flight can be looked at (`in_flight`), and everything is counted (`counters`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, Protocol
+
+from shardspec import storage
+from shardspec.errors import ConfigError, ShardError, StorageError
+from shardspec.keyed import keyed
+
+_CHUNK_BYTES = 256 * 1024
+_CONNECTIONS = 64
+"""Connections that a client keeps; botocore's default of 10 would queue the rest."""
+
+_TRANSIENT_STATUS = frozenset({408, 425, 429})
+_TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable"})
+_TRANSIENT_KINDS = {
+    # By name: their packages are imported only where a URL needs them.
+    "botocore.ReadTimeoutError": "timeout",
+    "botocore.ConnectTimeoutError": "timeout",
+    "botocore.IncompleteReadError": "short_body",
+    "botocore.ResponseStreamingError": "reset",
+    "botocore.ConnectionClosedError": "reset",
+    "botocore.EndpointConnectionError": "connect",
+    "botocore.ConnectionError": "connect",
+    "botocore.HTTPClientError": "reset",
+    "botocore.ResponseParserError": "reset",
+    "aiohttp.ServerTimeoutError": "timeout",
+    "aiohttp.ClientPayloadError": "short_body",
+    "aiohttp.ClientConnectorError": "connect",
+    "aiohttp.ClientError": "reset",
+    "google.TransportError": "connect",
+}
+"""Failures of the way to the store, most special first, and what they are counted as."""
+
+
+_REBUILD = "run `make verify`, then build it again with the `make shards` command that made it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """How long to try for one range."""
+
+    attempts: int = 8
+    """Attempts in a row that bring no byte, >= 1."""
+    wall_s: float = 120.0
+    """Longest time for one range over all attempts, in seconds."""
+    idle_s: float = 20.0
+    """A connection that brings nothing for so long is given up, in seconds."""
+    first_wait_s: float = 0.1
+    """Upper bound of the first wait, doubled with each attempt; drawn from 0 on (full jitter)."""
+    longest_wait_s: float = 10.0
+    """Upper bound of any wait, but for a Retry-After."""
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in ("attempts", "wall_s", "idle_s") if getattr(self, name) <= 0]
+        wrong += [n for n in ("first_wait_s", "longest_wait_s") if getattr(self, n) < 0]
+        if wrong:
+            raise ConfigError(
+                "a retry policy needs positive limits",
+                reason="retry_policy",
+                facts={name: getattr(self, name) for name in wrong},
+                fix="give seconds above 0 and at least one attempt",
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class Flight:
+    """A range that is being read; changes while it is."""
+
+    url: str
+    start: int
+    stop: int
+    received: int = 0
+    """Bytes that have arrived."""
+    attempts: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
+    """What attempts failed of, by kind."""
+
+
+class RangeReader:
+    """Reads ranges of objects. Counts what it does; remembers versions, but no bytes."""
+
+    def __init__(self, policy: RetryPolicy | None = None) -> None:
+        """Opens nothing yet.
+
+        Args:
+          policy: How long to try; None: the defaults.
+        """
+        self.policy = policy or RetryPolicy()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+        self._flights: dict[int, Flight] = {}
+        # The clients that they were made after are kept with them: ids are unique while they live.
+        self._stores: dict[int, tuple[Any, _Store]] = {}
+        self._pins: dict[str, str] = {}
+        self._progress_s = time.monotonic()
+        self.counters: Counter[str] = Counter()
+        """requests, bytes, retries, and `retry_KIND` by what failed."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"policy": self.policy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.policy = state["policy"]
+        self._begin()
+
+    def read(self, url: str, start: int, stop: int, *, total: int | None = None) -> bytearray:
+        """Reads bytes [start, stop) of an object.
+
+        Args:
+          url: Of the object; no local path.
+          start, stop: 0 <= start <= stop.
+          total: Length that the object must have, where it is known.
+
+        Raises:
+          FileNotFoundError: There is no such object.
+          ShardError: `shard_size`, the object's length is not `total`.
+          StorageError: `range_failed`, given up; `object_changed`; `permission`; `storage_failed`.
+        """
+        target = bytearray(stop - start)
+        self.read_into(url, start, memoryview(target), total=total)
+        return target
+
+    def read_into(
+        self, url: str, start: int, target: memoryview, *, total: int | None = None
+    ) -> None:
+        """Reads as many bytes as `target` has, from `start` on; errors as `read`."""
+        if self._pid != os.getpid():
+            # A forked child: connections, threads and locks are the parent's.
+            self._begin()
+        if not len(target):
+            return
+        flight = Flight(url=url, start=start, stop=start + len(target))
+        with self._lock:
+            self._flights[id(flight)] = flight
+        try:
+            self._read(flight, target, total)
+        finally:
+            with self._lock:
+                del self._flights[id(flight)]
+
+    def close(self) -> None:
+        """Lets what still waits between two attempts fail at once."""
+        self._ending.set()
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Adds to a counter, from any thread."""
+        with self._lock:
+            self.counters[name] += number
+
+    def in_flight(self) -> list[Flight]:
+        """Lists what is being read now, the longest in flight first."""
+        with self._lock:
+            return list(self._flights.values())
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since the last byte of any range arrived."""
+        return time.monotonic() - self._progress_s
+
+    def _read(self, flight: Flight, target: memoryview, total: int | None) -> None:
+        policy = self.policy
+        began_s = time.monotonic()
+        in_vain = 0
+        while True:
+            before = flight.received
+            flight.attempts += 1
+            self.count("requests")
+            left_s = policy.wall_s - (time.monotonic() - began_s)
+            try:
+                return self._attempt(flight, target, total, limit_s=max(left_s, 0.001))
+            except Exception as error:
+                kind = _transient(error)
+                if kind is None:
+                    raise _final(error, flight) from error
+                flight.causes[kind] += 1
+                in_vain = 0 if flight.received > before else in_vain + 1
+                left_s = policy.wall_s - (time.monotonic() - began_s)
+                wait_s = _jitter() * min(
+                    policy.longest_wait_s, policy.first_wait_s * 2 ** min(in_vain, 30)
+                )
+                wait_s = max(wait_s, _retry_after_s(_refusal(error)[2]))
+                if in_vain >= policy.attempts or wait_s >= left_s or self._ending.wait(wait_s):
+                    seconds = time.monotonic() - began_s
+                    raise _given_up(error, flight, policy, seconds) from error
+                self.count("retries")
+                self.count(f"retry_{kind}")
+
+    def _attempt(
+        self, flight: Flight, target: memoryview, total: int | None, *, limit_s: float
+    ) -> None:
+        store, path = self._store(flight.url)
+        if isinstance(store, _Plain):
+            store.fetch(path, flight, target, total, self._pins)
+            return self._arrived(flight, len(target) - flight.received)
+        # The clients are coroutines on the thread that fsspec keeps for them.
+        work = asyncio.run_coroutine_threadsafe(
+            self._receive(store, path, flight, target, total, limit_s), store.loop
+        )
+        try:
+            return work.result()
+        finally:
+            work.cancel()
+
+    async def _receive(
+        self,
+        store: _Client,
+        path: str,
+        flight: Flight,
+        target: memoryview,
+        total: int | None,
+        limit_s: float,
+    ) -> None:
+        stop_s = time.monotonic() + limit_s
+
+        def wait_s() -> float:
+            return max(0.001, min(self.policy.idle_s, stop_s - time.monotonic()))
+
+        # Making a client is work of this machine, half a second where it is busy: no idle store.
+        await asyncio.wait_for(self._prepare(store, path), limit_s)
+        opening = store.open(
+            path, flight.start + flight.received, flight.stop, self._pins.get(flight.url)
+        )
+        answer = await asyncio.wait_for(opening.__aenter__(), wait_s())
+        try:
+            self._check(answer, flight, total)
+            while flight.received < len(target):
+                chunk = await asyncio.wait_for(answer.read(_CHUNK_BYTES), wait_s())
+                end = flight.received + len(chunk)
+                if not chunk:
+                    raise _Garbled("short_body")
+                if end > len(target):
+                    raise _Garbled("wrong_range")
+                target[flight.received : end] = chunk
+                self._arrived(flight, len(chunk))
+        finally:
+            # What breaks while a broken connection is closed is no news.
+            with suppress(OSError, asyncio.TimeoutError):
+                await opening.__aexit__(None, None, None)
+
+    async def _prepare(self, store: _Client, path: str) -> None:
+        # Else every range that begins before the first client is there makes one more.
+        async with store.preparing:
+            await store.prepare(path)
+
+    def _arrived(self, flight: Flight, num_bytes: int) -> None:
+        with self._lock:
+            flight.received += num_bytes
+            self.counters["bytes"] += num_bytes
+            self._progress_s = time.monotonic()
+
+    def _check(self, answer: _Answer, flight: Flight, total: int | None) -> None:
+        """Refuses an answer that is not for the range, or not of the object that was meant."""
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.content_range or "")
+        length: int | None
+        begin = flight.start + flight.received
+        if found is not None:
+            first, stop = int(found[1]), int(found[2]) + 1
+            length = total if found[3] == "*" else int(found[3])
+        else:
+            # Without the header only a whole object can be told from a wrong part.
+            first, stop, length = 0, answer.length or 0, answer.length or 0
+        if total is not None and length != total:
+            raise _wrong_size(flight.url, length, total)
+        if (first, stop) != (begin, flight.stop):
+            raise _Garbled("wrong_range")
+        _check_pin(self._pins, flight.url, answer.version)
+
+    def _store(self, url: str) -> tuple[_Store, str]:
+        shared, path = storage.filesystem(url)
+        with self._lock:
+            if id(shared) not in self._stores:
+                self._stores[id(shared)] = shared, _open_store(shared, self.policy)
+            return self._stores[id(shared)][1], path
+
+
+class _Garbled(Exception):
+    """An answer that is not what was asked for; worth another attempt."""
+
+
+class _Refused(Exception):
+    """A status that is no success."""
+
+    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(f"HTTP status {status}")
+        self.status, self.headers = status, headers
+
+
+class _Changed(Exception):
+    """The object is there in another version."""
+
+
+class _Answer(Protocol):
+    """The head of an answer, and its body bit by bit."""
+
+    content_range: str | None
+    length: int | None
+    version: str | None
+
+    async def read(self, most: int) -> bytes: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class _Body:
+    content_range: str | None
+    length: int | None
+    version: str | None
+    body: Any
+
+    async def read(self, most: int) -> bytes:
+        chunk: bytes = await self.body.read(most)
+        return chunk
+
+
+class _S3:
+    """Amazon's protocol, through s3fs's client."""
+
+    def __init__(self, shared: Any, policy: RetryPolicy) -> None:
+        config = {
+            **shared.storage_options.get("config_kwargs", {}),
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": policy.idle_s,
+            "read_timeout": policy.idle_s,
+            "max_pool_connections": _CONNECTIONS,
+        }
+        self.fs = _own(shared, config_kwargs=config)
+        self.loop = self.fs.loop
+        self.preparing = asyncio.Lock()
+
+    async def prepare(self, path: str) -> None:
+        await self.fs.set_session()
+        await self.fs.get_s3(self.fs.split_path(path)[0])
+
+    @asynccontextmanager
+    async def open(
+        self, path: str, start: int, stop: int, pin: str | None
+    ) -> AsyncIterator[_Answer]:
+        bucket, key, version = self.fs.split_path(path)
+        client = await self.fs.get_s3(bucket)
+        wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}"}
+        if version:
+            wanted["VersionId"] = version
+        if pin:
+            wanted["IfMatch"] = pin
+        answer = await client.get_object(
+            **self.fs._get_s3_method_kwargs(client.get_object, **wanted)
+        )
+        body = answer["Body"]
+        try:
+            yield _Body(
+                content_range=answer.get("ContentRange"),
+                length=answer.get("ContentLength"),
+                version=answer.get("ETag"),
+                body=body,
+            )
+        finally:
+            body.close()
+
+
+class _Http:
+    """Plain HTTP ranges through an aiohttp session: Google's store and web servers."""
+
+    def __init__(self, shared: Any, policy: RetryPolicy) -> None:
+        del policy  # aiohttp retries nothing by itself
+        self.fs = _own(shared)
+        self.loop = self.fs.loop
+        self.preparing = asyncio.Lock()
+        self.is_google = hasattr(self.fs, "credentials")
+
+    async def prepare(self, path: str) -> None:
+        del path
+        await (self.fs._set_session() if self.is_google else self.fs.set_session())
+
+    @asynccontextmanager
+    async def open(
+        self, path: str, start: int, stop: int, pin: str | None
+    ) -> AsyncIterator[_Answer]:
+        wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        if self.is_google:
+            request = self.fs.session.get(
+                self.fs.url(path, generation=pin),
+                headers=self.fs._get_headers(wanted),
+                params=self.fs._get_params({}),
+            )
+        else:
+            session = await self.fs.set_session()  # made before
+            if pin:
+                wanted["If-Match"] = pin
+            options = {**self.fs.kwargs}
+            options["headers"] = {**options.get("headers", {}), **wanted}
+            request = session.get(self.fs.encode_url(path), **options)
+        async with request as answer:
+            if answer.status == 404 and pin:
+                # Google's store forgets an old generation when a new one replaces it.
+                raise _Changed
+            if answer.status not in (200, 206):
+                raise _Refused(answer.status, answer.headers)
+            version = answer.headers.get("x-goog-generation") or answer.headers.get("ETag")
+            yield _Body(
+                content_range=answer.headers.get("Content-Range"),
+                length=answer.content_length,
+                version=None if (version or "").startswith("W/") else version,
+                body=answer.content,
+            )
+
+
+class _Plain:
+    """Any other file system of fsspec: one call for the whole range."""
+
+    def __init__(self, shared: Any) -> None:
+        self.fs = shared
+
+    def fetch(
+        self,
+        path: str,
+        flight: Flight,
+        target: memoryview,
+        total: int | None,
+        pins: dict[str, str],
+    ) -> None:
+        found = self.fs.info(path)
+        if total is not None and found["size"] != total:
+            raise _wrong_size(flight.url, found["size"], total)
+        names = ("ETag", "etag", "generation", "mtime", "created")
+        _check_pin(pins, flight.url, str([found[name] for name in names if name in found]))
+        chunk = self.fs.cat_file(path, start=flight.start, end=flight.stop)
+        if len(chunk) != len(target):
+            raise _Garbled("short_body")
+        target[:] = chunk
+
+
+_Client = _S3 | _Http
+_Store = _Client | _Plain
+
+
+def _open_store(shared: Any, policy: RetryPolicy) -> _Store:
+    protocols = {shared.protocol} if isinstance(shared.protocol, str) else set(shared.protocol)
+    if "s3" in protocols:
+        return _S3(shared, policy)
+    if protocols & {"gs", "http", "https"}:
+        return _Http(shared, policy)
+    return _Plain(shared)
+
+
+def _own(shared: Any, **options: Any) -> Any:
+    """Makes a client like the shared one that is ours alone, so that its settings may differ."""
+    options = {**shared.storage_options, **options, "skip_instance_cache": True}
+    return type(shared)(*shared.storage_args, **options)
+
+
+def _check_pin(pins: dict[str, str], url: str, version: str | None) -> None:
+    # Two threads that touch an object first at the same time compare with whoever was first.
+    if version is not None and pins.setdefault(url, version) != version:
+        raise _Changed
+
+
+def _jitter() -> float:
+    """Draws from [0, 1): processes and moments differ, and nothing depends on it but a wait."""
+    parts = (os.getpid(), threading.get_ident(), time.monotonic_ns())
+    return keyed(*parts) / 2**64
+
+
+def _kinds(error: BaseException) -> list[str]:
+    return [f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__]
+
+
+def _transient(error: Exception) -> str | None:
+    """Names the kind of a failure that another attempt may cure; None for a final one."""
+    if isinstance(error, _Garbled):
+        return str(error)
+    status, code, _ = _refusal(error)
+    if status is not None:
+        passing = status in _TRANSIENT_STATUS or status >= 500 or code in _TRANSIENT_CODES
+        return f"http_{status}" if passing else None
+    for kind in _kinds(error):
+        if kind in _TRANSIENT_KINDS:
+            return _TRANSIENT_KINDS[kind]
+    if isinstance(error, asyncio.TimeoutError | TimeoutError):
+        return "timeout"
+    if isinstance(error, ConnectionError):
+        return "reset"
+    return None
+
+
+def _refusal(error: Exception) -> tuple[int | None, str, Mapping[str, str]]:
+    """Finds the status, S3's code and the headers of an answer that is no success."""
+    if isinstance(error, _Refused):
+        return error.status, "", error.headers
+    response = getattr(error, "response", None)  # botocore's
+    if isinstance(response, dict):
+        head = response.get("ResponseMetadata", {})
+        code = str(response.get("Error", {}).get("Code", ""))
+        return head.get("HTTPStatusCode"), code, head.get("HTTPHeaders", {})
+    status = getattr(error, "status", None)  # aiohttp's
+    return (status, "", {}) if isinstance(status, int) and status >= 400 else (None, "", {})
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """Reads a Retry-After header: seconds, or a date."""
+    text = next((v for name, v in headers.items() if name.lower() == "retry-after"), "")
+    if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
+        return float(text)
+    # A date counts from the answer's own: the clocks of two machines may differ.
+    now = next((v for name, v in headers.items() if name.lower() == "date"), "")
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - parsedate_to_datetime(now)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _final(error: Exception, flight: Flight) -> Exception:
+    """Says what a failure means that no further attempt would cure."""
+    if isinstance(error, ShardError | StorageError | FileNotFoundError):
+        return error
+    status, code, _ = _refusal(error)
+    if isinstance(error, _Changed) or status == 412:
+        return StorageError(
+            "an object was replaced while it was being read",
+            reason="object_changed",
+            where=flight.url,
+            facts={"range": f"{flight.start}-{flight.stop}"},
+            fix="start again: what was read before belongs to the old version; shards must not "
+            "be rebuilt under a run that reads them",
+        )
+    if status == 404:
+        return FileNotFoundError(flight.url)
+    facts = {"status": status, "code": code, "error": error}
+    facts = {name: value for name, value in facts.items() if value}
+    if status in (401, 403) or isinstance(error, PermissionError):
+        return StorageError(
+            "the store refused access",
+            reason="permission",
+            where=flight.url,
+            facts=facts,
+            fix="check the credentials that the store's own client finds, and their rights",
+        )
+    if status == 416:
+        return ShardError(
+            "object is shorter than the range that was asked for",
+            reason="shard_size",
+            where=flight.url,
+            facts={"range": f"{flight.start}-{flight.stop}"},
+            fix=_REBUILD,
+        )
+    return StorageError(
+        "the storage failed",
+        reason="storage_failed",
+        where=flight.url,
+        facts=facts,
+        fix="see the error, then run the same command again",
+    )
+
+
+def _given_up(
+    error: Exception, flight: Flight, policy: RetryPolicy, seconds: float
+) -> StorageError:
+    causes = ", ".join(f"{kind} x {n}" for kind, n in sorted(flight.causes.items()))
+    return StorageError(
+        "the store did not give the bytes",
+        reason="range_failed",
+        where=flight.url,
+        facts={
+            "range": f"{flight.start}-{flight.stop}",
+            "received_bytes": flight.received,
+            "attempts": flight.attempts,
+            "seconds": f"{seconds:.1f}",
+            "causes": causes,
+            "last": repr(error),
+        },
+        fix=f"see whether the store answers; the limits were {policy.attempts} attempts in vain "
+        f"and {policy.wall_s:g} s",
+    )
+
+
+def _wrong_size(url: str, got: int | None, want: int) -> ShardError:
+    return ShardError(
+        "file has the wrong length",
+        reason="shard_size",
+        where=url,
+        facts={"got_bytes": got, "want_bytes": want},
+        fix=_REBUILD,
+    )

@@ -1,0 +1,309 @@
+"""A real HTTP proxy on loopback between a client and a store, that misbehaves on purpose.
+
+It understands just enough HTTP to know where an answer begins and ends. Which GET gets which fault
+is drawn by a seeded generator, so that a run can be had again. Everything is counted: requests,
+bytes of bodies, faults by kind, and the range of each GET.
+
+    with FaultProxy(server.endpoint, faults={"reset": 0.05}, seed=1) as proxy:
+        ... proxy.endpoint ...
+        proxy.counts["reset"]
+
+As a program (`python tests/fault_proxy.py http://127.0.0.1:PORT --latency 0.02 --rate 1e8`) it is a
+process of its own, so that a benchmark does not share its interpreter; it prints its endpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import re
+import sys
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+from urllib.parse import urlsplit
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests import servers
+
+FAULTS = (
+    "status_503",
+    "status_429",
+    "drop",
+    "reset",
+    "short",
+    "wrong_range",
+    "corrupt",
+    "stall",
+)
+"""Refused; refused with Retry-After; closed before the answer; reset in the middle of the body;
+fewer bytes than Content-Length says; another range than was asked for; one byte of the body
+changed; silence in the middle of the body."""
+
+_CHUNK = 256 * 1024
+_HEAD_LIMIT = 64 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A GET as it came."""
+
+    path: str
+    start: int | None
+    stop: int | None
+    fault: str | None
+
+
+class FaultProxy:
+    """Runs in a thread until the `with` block ends."""
+
+    def __init__(
+        self,
+        upstream,
+        *,
+        faults=None,
+        seed=0,
+        latency_s=0.0,
+        bytes_per_s=None,
+        retry_after_s=0.05,
+        keep_host=True,
+        only="",
+    ):
+        """Names what goes wrong.
+
+        Args:
+          upstream: "http://host:port" of the store.
+          faults: Share of the GETs by kind of fault.
+          seed: Of the generator that draws them.
+          latency_s: Wait before each request is passed on.
+          bytes_per_s: Limit over all bodies together.
+          retry_after_s: What a 429 asks for.
+          keep_host: Leave the Host header alone: signatures cover it.
+          only: Faults strike only GETs whose path contains this.
+        """
+        self.upstream = urlsplit(upstream)
+        self.faults = dict(faults or {})
+        assert set(self.faults) <= set(FAULTS)
+        self.latency_s, self.bytes_per_s = latency_s, bytes_per_s
+        self.retry_after_s, self.keep_host, self.only = retry_after_s, keep_host, only
+        self.dead = False
+        """Set it, and connections are accepted but never answered."""
+        self.counts: Counter[str] = Counter()
+        self.gets: list[Request] = []
+        self.body_bytes = 0
+        """Bytes of bodies that were sent to clients."""
+        self._rng = random.Random(seed)
+        self._free_s = 0.0
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._started.wait(10)
+        return self
+
+    def __exit__(self, *_):
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    @property
+    def endpoint(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def env(self, server):
+        """The environment that points clients of a server of servers.py here instead."""
+        return {k: v.replace(server.endpoint, self.endpoint) for k, v in server.env.items()}
+
+    @contextlib.contextmanager
+    def entered(self, server):
+        """Points the clients of this process here; no client outlives the block."""
+        with mock.patch.dict(os.environ, self.env(server)):
+            servers.forget_clients()
+            try:
+                yield self
+            finally:
+                servers.forget_clients()
+
+    async def _serve(self):
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._tasks = set()
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=2 * _CHUNK)
+        self.port = server.sockets[0].getsockname()[1]
+        self._started.set()
+        await self._stop.wait()
+        server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader, writer):
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        upstream = _Upstream(self.upstream.hostname, self.upstream.port)
+        try:
+            while True:
+                await self._exchange(reader, writer, upstream)
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError, _Hangup):
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+            upstream.close()
+
+    async def _exchange(self, reader, writer, upstream):
+        """Passes on a request and its answer."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
+        self.counts["requests"] += 1
+        if self.dead:
+            await self._stop.wait()
+            raise _Hangup
+        fault = None
+        if method == "GET":
+            fault = self._draw(path, head)
+        if self.latency_s:
+            await asyncio.sleep(self.latency_s)
+        if fault == "drop":
+            raise _Hangup
+        if fault in ("status_503", "status_429"):
+            status = "503 Slow Down" if fault == "status_503" else "429 Too Many Requests"
+            after = f"Retry-After: {self.retry_after_s:g}\r\n" if fault == "status_429" else ""
+            writer.write(f"HTTP/1.1 {status}\r\n{after}Content-Length: 0\r\n\r\n".encode())
+            await writer.drain()
+            return
+        await upstream.connect()
+        if not self.keep_host:
+            host = b"\r\nHost: " + self.upstream.netloc.encode()
+            head = re.sub(rb"(?i)\r\nHost:[^\r]*", host, head)
+        upstream.writer.write(head)
+        await self._pass_body(reader, upstream.writer, head, asked="request")
+        answer = await self._answer_head(upstream.reader)
+        if b" 100 " in answer.split(b"\r\n", 1)[0]:
+            writer.write(answer)
+            answer = await self._answer_head(upstream.reader)
+        if fault == "wrong_range":
+            # A signature covers the request: it is the answer that is about other bytes.
+            answer = re.sub(rb"(?i)(\r\nContent-Range: bytes )\d+", rb"\g<1>7", answer)
+        writer.write(answer)
+        await writer.drain()
+        if method != "HEAD" and not re.match(rb"HTTP/1.1 (204|304)", answer):
+            await self._pass_body(upstream.reader, writer, answer, asked="answer", fault=fault)
+        await writer.drain()
+        if re.search(rb"(?i)\r\nConnection: close", answer):
+            raise _Hangup
+
+    async def _answer_head(self, reader):
+        return await reader.readuntil(b"\r\n\r\n")
+
+    def _draw(self, path, head):
+        found = re.search(rb"(?i)\r\nRange: bytes=(\d+)-(\d+)", head)
+        start, stop = (int(found[1]), int(found[2]) + 1) if found else (None, None)
+        fault, mark = None, self._rng.random()
+        for kind, share in self.faults.items():
+            if mark < share and self.only in path and found:
+                fault = kind
+                break
+            mark -= share
+        self.gets.append(Request(path=path, start=start, stop=stop, fault=fault))
+        self.counts["gets"] += 1
+        if fault:
+            self.counts[fault] += 1
+        return fault
+
+    async def _pass_body(self, reader, writer, head, *, asked, fault=None):
+        length = re.search(rb"(?i)\r\nContent-Length: (\d+)", head)
+        if length:
+            await self._pass_bytes(reader, writer, int(length[1]), asked, fault)
+        elif re.search(rb"(?i)\r\nTransfer-Encoding: chunked", head):
+            while True:
+                line = await reader.readuntil(b"\r\n")
+                writer.write(line)
+                size = int(line.split(b";")[0], 16)
+                await self._pass_bytes(reader, writer, size + 2, asked, None)
+                if not size:
+                    break
+
+    async def _pass_bytes(self, reader, writer, length, asked, fault):
+        stop = length
+        if fault in ("reset", "short", "stall"):
+            stop = self._rng.randrange(length) if length else 0
+        place = 0
+        while place < stop:
+            chunk = await reader.read(min(_CHUNK, stop - place))
+            if not chunk:
+                raise _Hangup
+            if fault == "corrupt" and place == 0:
+                chunk = bytes([chunk[0] ^ 0x55]) + chunk[1:]
+            if asked == "answer":
+                await self._pace(len(chunk))
+                self.body_bytes += len(chunk)
+            writer.write(chunk)
+            await writer.drain()
+            place += len(chunk)
+        if stop == length and fault not in ("reset", "short", "stall"):
+            return
+        if fault == "stall":
+            await self._stop.wait()
+        if fault == "reset":
+            # The rest of the body that is buffered is thrown away, and the peer gets a reset.
+            writer.transport.abort()
+        raise _Hangup
+
+    async def _pace(self, num_bytes):
+        """Lets bytes pass at the rate of the link, whoever sends them."""
+        if self.bytes_per_s is None:
+            return
+        now = self._loop.time()
+        self._free_s = max(self._free_s, now) + num_bytes / self.bytes_per_s
+        # Shorter sleeps than the timer's grain would make the link slower than it says.
+        if self._free_s - now > 0.002:
+            await asyncio.sleep(self._free_s - now)
+
+
+class _Upstream:
+    """A connection to the store, made when it is needed."""
+
+    def __init__(self, host, port):
+        self.host, self.port = host, port
+        self.reader = self.writer = None
+
+    async def connect(self):
+        if self.writer is None:
+            self.reader, self.writer = await asyncio.open_connection(
+                self.host, self.port, limit=2 * _CHUNK
+            )
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
+
+
+class _Hangup(Exception):
+    """The connection ends here."""
+
+
+def main():
+    """Runs until the standard input is closed; prints the endpoint, and the counts at the end."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("upstream")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds per request")
+    parser.add_argument("--rate", type=float, help="bytes per second of all bodies")
+    options = parser.parse_args()
+    proxy = FaultProxy(options.upstream, latency_s=options.latency, bytes_per_s=options.rate)
+    with proxy:
+        print(proxy.endpoint, flush=True)
+        for _ in sys.stdin:
+            print(proxy.counts["requests"], proxy.body_bytes, flush=True)
+
+
+if __name__ == "__main__":
+    main()
