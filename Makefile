@@ -20,12 +20,20 @@ FLAGS := SOURCE=source SPLIT=split MODE=mode LIMIT=limit SEED=seed TOKENIZER=tok
 	ATTEMPTS=attempts
 GIVEN = $(foreach f,$(FLAGS),$(if $(filter command,$(origin $(firstword $(subst =, ,$f)))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))'))
 
+# The same for the verbs that cut datasets anew; there WORKERS is what reads, JOBS what copies.
+RESHARD_FLAGS := SPLIT=split SHARDS=shards SHARD_SIZE=shard-size NODES=nodes RANKS=ranks \
+	WORKERS=workers ORDER=order SEED=seed THROUGH=through JOBS=jobs INTO=into SALT=salt \
+	WHERE=where KEYS=keys NAME=name
+RESHARD = $(foreach f,$(RESHARD_FLAGS),$(if $(filter command,$(origin $(firstword $(subst =, ,$f)))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))')) \
+	$(if $(filter 1,$(VIEW)),--view) $(if $(filter 0,$(VIEW)),--copy) $(if $(DRY_RUN),--dry-run)
+
 .DEFAULT_GOAL := help
-.PHONY: help shards plan verify gc datasets stream train test check bench setup
+.PHONY: help shards plan verify gc reshard merge split filter import export-index datasets stream train test check bench setup
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo; echo "variables: DATASET OUT $(foreach f,$(FLAGS),$(firstword $(subst =, ,$f)))"
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo; echo "variables: DATASET OUT SRC DST VIEW DRY_RUN $(foreach f,$(RESHARD_FLAGS),$(firstword $(subst =, ,$f)))"
+	@echo "of shards and plan: $(foreach f,$(FLAGS),$(firstword $(subst =, ,$f)))"
 
 shards: $(VENV)/ready ## build the shards of DATASET (or finish an interrupted job)
 	@$(PY) -m preprocess shards $(DATASET) --out '$(OUT)' $(GIVEN)
@@ -38,6 +46,24 @@ verify: $(VENV)/ready ## compare every stored byte of OUT with its manifest
 
 gc: $(VENV)/ready ## remove what interrupted jobs have left in OUT (DRY_RUN=1 lists it)
 	@$(PY) -m preprocess gc '$(OUT)' $(if $(DRY_RUN),--dry-run) $(if $(OLDER_THAN),--older-than '$(OLDER_THAN)')
+
+reshard: $(VENV)/ready ## cut SRC anew into DST: SHARDS=, or NODES= RANKS= WORKERS= (VIEW=0: files of its own)
+	@$(PY) -m preprocess reshard '$(SRC)' '$(DST)' $(RESHARD)
+
+merge: $(VENV)/ready ## join the datasets SRC="a b" of one recipe into DST
+	@$(PY) -m preprocess merge $(SRC) '$(DST)' $(RESHARD)
+
+split: $(VENV)/ready ## deal SRC to the splits INTO=train=0.95,validation=0.05 of DST
+	@$(PY) -m preprocess split '$(SRC)' '$(DST)' $(RESHARD)
+
+filter: $(VENV)/ready ## keep of SRC, in DST, what WHERE='num_tokens < 2048' or KEYS=file says
+	@$(PY) -m preprocess filter '$(SRC)' '$(DST)' $(RESHARD)
+
+import: $(VENV)/ready ## index the WebDataset tars SRC where they lie; OUT= NAME=
+	@$(PY) -m preprocess import $(SRC) --out '$(OUT)' --name '$(NAME)' $(if $(SPLIT),--split '$(SPLIT)')
+
+export-index: $(VENV)/ready ## write the index files of FORMAT=wids, energon or dali into OUT
+	@$(PY) -m preprocess export-index '$(OUT)' --format '$(FORMAT)'
 
 datasets: $(VENV)/ready ## list the datasets
 	@$(PY) -m preprocess datasets

@@ -28,7 +28,7 @@ class Block:
     total: int
     """Length of the object."""
     sha256: str
-    """Of the whole object: with the range it names the block by content."""
+    """Of the whole object, or what stands for it: with the range it names the block by content."""
     kind: str = "block"
     """"block" or "index"."""
 

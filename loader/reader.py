@@ -17,18 +17,24 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from loader.pixels import Encoded
 from loader.prefetch import Network, Prefetcher
-from loader.remote import RemoteShards
+from loader.remote import RemoteShard, RemoteShards
 from shardspec import storage
 from shardspec.errors import ShardError
-from shardspec.index import SamplePlace, open_index, sample_layout, sample_places
-from shardspec.manifest import FileEntry, Manifest
+from shardspec.index import (
+    SamplePlace,
+    open_index,
+    parse_index,
+    sample_layout,
+    sample_places,
+)
+from shardspec.manifest import FileEntry, Manifest, Segment
 from shardspec.media import decode_stored
 from shardspec.sample import (
     SPAN_COLUMNS,
@@ -121,24 +127,20 @@ class ShardReader:
         self.raw = manifest.raw
         self.codec: Any = None if manifest.raw else manifest.recipe["image"]["codec"]
         self.check: Check = check
-        self.segments = manifest.segments(split)
+        self.segments = tuple(_standing_alone(s, url) for s in manifest.segments(split))
         counts = [segment.num_rows for segment in self.segments]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [segments + 1], number of each segment's first sample."""
         # The same for one sample: NumPy takes 4 µs to look a single number up.
         self._borders: list[int] = self.starts.tolist()
-        self._places = {
-            file.url: storage.resolve(url, file.url)
-            for file in {segment.file.url: segment.file for segment in self.segments}.values()
-        }
         self.prefetcher: Prefetcher | None = None
         """What fetches remote shards."""
-        self._local = _LocalShards(url, check, raw=manifest.raw)
+        self._local = _LocalShards(check, raw=manifest.raw)
         self._remote: RemoteShards | None = None
         # A view may lie on a disk, and its files in a store.
-        if not all(map(storage.is_local, self._places.values())):
+        if not all(storage.is_local(segment.file.url) for segment in self.segments):
             self.prefetcher = Prefetcher(network or Network(), cache=cache, cache_bytes=cache_bytes)
-            self._remote = RemoteShards(url, self.prefetcher, raw=manifest.raw)
+            self._remote = RemoteShards(self.prefetcher, raw=manifest.raw)
         self._open: dict[str, _OpenShard] = {}
         self._lock = threading.Lock()
 
@@ -230,13 +232,11 @@ class ShardReader:
         numbers = np.searchsorted(self.starts, ids, side="right") - 1
         self._open_soon(np.unique(numbers).tolist())
         spans = []
-        for sample_id, number in zip(ids.tolist(), numbers.tolist(), strict=True):
+        for sample_id in ids.tolist():
             # A shard that is missing or wrong is an error of the samples that are read from it.
             with suppress(ShardError):
-                segment = self.segments[number]
-                if self._is_remote(segment.file.url):
-                    shard: Any = self._open.get(segment.file.url) or self._open_shard(segment.file)
-                    row = sample_id - int(self.starts[number]) + segment.first_row
+                shard, row = self._locate(sample_id)
+                if isinstance(shard, RemoteShard):
                     spans.append(shard.place(row))
         self.prefetcher.will_read(step, spans)
 
@@ -268,10 +268,10 @@ class ShardReader:
         for number, begin, end in zip(
             numbers.tolist(), first.tolist(), [*first[1:].tolist(), len(ordered)], strict=True
         ):
+            segment = self.segments[number]
             if number in waiting[:1]:
                 self._open_soon(waiting[:_OPENED_AHEAD])
                 del waiting[:_OPENED_AHEAD]
-            segment = self.segments[number]
             shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
             if name not in (shard.rows.dtype.names or ()):
                 raise ShardError(
@@ -299,21 +299,15 @@ class ShardReader:
 
     def _open_soon(self, numbers: list[int]) -> None:
         if self._remote is not None:
-            files = {self.segments[n].file.url: self.segments[n].file for n in numbers}
-            self._remote.open_soon(
-                file
-                for url, file in files.items()
-                if url not in self._open and self._is_remote(url)
-            )
-
-    def _is_remote(self, url: str) -> bool:
-        return not storage.is_local(self._places[url])
+            files = {file.url: file for file in (self.segments[i].file for i in numbers)}
+            missing = [files[url] for url in files if url not in self._open]
+            self._remote.open_soon([file for file in missing if not storage.is_local(file.url)])
 
     def _open_shard(self, file: FileEntry) -> _OpenShard:
         with self._lock:
             if file.url not in self._open:
-                source = self._remote if self._is_remote(file.url) else self._local
-                assert source is not None
+                local = storage.is_local(file.url)
+                source = self._local if local or self._remote is None else self._remote
                 if len(self._open) >= source.max_open:
                     # The oldest; samples that still view its bytes keep the map alive.
                     del self._open[next(iter(self._open))]
@@ -358,6 +352,19 @@ def read_sample(members: memoryview, place: SamplePlace, *, where: str) -> Store
         overviews=tuple(overviews),
         where=where,
         num_bytes=place.num_bytes,
+    )
+
+
+def _standing_alone(segment: Segment, url: str) -> Segment:
+    """Names the file of a segment by URLs that do not depend on the dataset's."""
+    file = segment.file
+    return replace(
+        segment,
+        file=replace(
+            file,
+            url=storage.resolve(url, file.url),
+            index_url=storage.resolve(url, file.index_url),
+        ),
     )
 
 
@@ -409,27 +416,25 @@ class _LocalShards:
     """Shards kept open: two descriptors each, half of the 1024 that Linux commonly grants a
     process. Opening one again takes 0.2 ms."""
 
-    def __init__(self, url: str, check: Check, *, raw: bool) -> None:
-        self._url, self._check, self._raw = url, check, raw
+    def __init__(self, check: Check, *, raw: bool) -> None:
+        self._check, self._raw = check, raw
 
     def open(self, file: FileEntry) -> _LocalShard:
-        where = storage.resolve(self._url, file.url)
-        index = storage.resolve(self._url, file.index_url)
-        _check_size(where, file.num_bytes)
-        _check_size(index, file.index_bytes)
-        rows = open_index(
-            str(storage.local_path(index)),
-            num_samples=file.nsamples,
-            shard_bytes=file.num_bytes,
-            raw=self._raw,
-        )
-        with storage.local_path(where).open("rb") as stream:
+        _check_size(file.url, file.num_bytes)
+        _check_size(file.index_url, file.index_bytes)
+        counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
+        if storage.is_local(file.index_url):
+            rows = open_index(str(storage.local_path(file.index_url)), raw=self._raw, **counts)
+        else:  # tars that were imported into a store's dataset
+            payload = memoryview(storage.read_bytes(file.index_url))
+            rows = parse_index(payload, where=file.index_url, raw=self._raw, **counts)
+        with storage.local_path(file.url).open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return _LocalShard(
             tar=memoryview(mapped),
             rows=rows,
             places=sample_places(rows),
-            url=where,
+            url=file.url,
             check=self._check,
         )
 

@@ -23,7 +23,7 @@ from loader.blocks import Block, Span, block_rows
 from loader.prefetch import Prefetcher
 from shardspec import storage
 from shardspec.errors import ShardError
-from shardspec.index import parse_index, sample_places
+from shardspec.index import open_index, parse_index, sample_places
 from shardspec.manifest import FileEntry
 
 _FRESH_READS = 3
@@ -36,14 +36,14 @@ class RemoteShards:
     max_open = 1024
     """Indexes kept, at some 1 MB for 10,000 samples."""
 
-    def __init__(self, url: str, prefetcher: Prefetcher, *, raw: bool = False) -> None:
-        self.url = url
+    def __init__(self, prefetcher: Prefetcher, *, raw: bool = False) -> None:
         self.prefetcher = prefetcher
-        self._raw = raw
+        self.raw = raw
 
     def open_soon(self, files: Iterable[FileEntry]) -> None:
         """Fetches the indexes of shards that will be opened next, all of them at once."""
-        self.prefetcher.fetch_soon([self._index(file) for file in files])
+        remote = [file for file in files if not storage.is_local(file.index_url)]
+        self.prefetcher.fetch_soon([self._index(file) for file in remote])
 
     def open(self, file: FileEntry) -> RemoteShard:
         """Fetches the index of a shard.
@@ -52,6 +52,26 @@ class RemoteShards:
           ShardError: `shard_missing`, `shard_size`, `index_sha256`, or as `parse_index`.
           StorageError: As `Prefetcher.read`.
         """
+        rows = self._open_local(file) if storage.is_local(file.index_url) else self._fetch(file)
+        return RemoteShard(
+            url=file.url,
+            file=file,
+            rows=rows,
+            places=sample_places(rows),
+            offsets=np.ascontiguousarray(rows["offset"]),
+            prefetcher=self.prefetcher,
+        )
+
+    def _open_local(self, file: FileEntry) -> np.ndarray:
+        """Opens the index of an imported tar, which is kept apart from it."""
+        return open_index(
+            str(storage.local_path(file.index_url)),
+            num_samples=file.nsamples,
+            shard_bytes=file.num_bytes,
+            raw=self.raw,
+        )
+
+    def _fetch(self, file: FileEntry) -> np.ndarray:
         block = self._index(file)
         span = block.start, block.stop
         payload = _named(self.prefetcher.read, block, span)
@@ -67,25 +87,17 @@ class RemoteShards:
                 facts={"got": got, "want": file.index_sha256},
                 fix="run `make verify`, then build the shard again with `make shards`",
             )
-        rows = parse_index(
+        return parse_index(
             payload,
             where=block.url,
             num_samples=file.nsamples,
             shard_bytes=file.num_bytes,
-            raw=self._raw,
-        )
-        return RemoteShard(
-            url=storage.resolve(self.url, file.url),
-            file=file,
-            rows=rows,
-            places=sample_places(rows),
-            offsets=np.ascontiguousarray(rows["offset"]),
-            prefetcher=self.prefetcher,
+            raw=self.raw,
         )
 
     def _index(self, file: FileEntry) -> Block:
         return Block(
-            url=storage.resolve(self.url, file.index_url),
+            url=file.index_url,
             start=0,
             stop=file.index_bytes,
             total=file.index_bytes,

@@ -9,8 +9,8 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 def test_every_make_target_of_the_readme_exists():
-    named = set(re.findall(r"\bmake ([a-z]+)", README))
-    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", README))
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
     assert {"shards", "test", "plan", "verify"} <= named
     assert named <= targets
 
@@ -32,6 +32,20 @@ def test_every_makefile_flag_is_a_flag_of_the_command_line():
         value |= {"system-prompt": "none", "image-fit": "pad"}
         value |= {"point-format": "xml", "choices": "varied"}
         _parser().parse_args(["shards", "pixmo_cap", f"--{flag}", value.get(flag, "1")])
+
+
+def test_every_makefile_flag_of_resharding_is_one_of_its_verbs():
+    from preprocess.__main__ import _parser
+
+    flags = re.search(r"RESHARD_FLAGS := (.*?)\nRESHARD =", MAKEFILE, flags=re.DOTALL)
+    assert flags
+    value = {"order": "keep", "through": "auto"}
+    verbs = {"into": "split", "salt": "split", "where": "filter", "keys": "filter", "name": "merge"}
+    for pair in flags[1].replace("\\\n", " ").split():
+        _, flag = pair.split("=")
+        verb = verbs.get(flag, "reshard")
+        more = ["--into", "a=1"] if verb == "split" else []
+        _parser().parse_args([verb, "old", "new", *more, f"--{flag}", value.get(flag, "1")])
 
 
 def test_the_streaming_examples_of_the_readme_run(tiny_dataset):

@@ -64,7 +64,18 @@ def test_manifest_entries_have_the_fields_of_the_code(head, kind):
 
 def test_manifest_has_the_fields_of_the_code():
     described = set(table(section("The manifest"), "field"))
-    assert described == set(names(manifest.Manifest)) - {"shards"} | {"shardlist"}
+    stored = set(names(manifest.Manifest)) - {"shards"}
+    assert described == stored | {"shardlist", "format_version"}
+
+
+def test_views_and_raw_datasets_are_the_codes():
+    said = section("Views and raw datasets")
+    assert f"Manifests of version {manifest.EXTENDED_VERSION}" in said
+    assert f"Version {manifest.EXTENDED_VERSION} is version {manifest.FORMAT_VERSION} with" in TEXT
+    assert sorted(table(said, "of a file")) == sorted(names(manifest.FileEntry))
+    assert {f"`{name}`" for name in names(manifest.View)} <= set(re.findall("`[^`]+`", said))
+    for name in index.raw_index_dtype(1).names:
+        assert f"`{name}`" in said
 
 
 def test_receipt_has_the_fields_of_the_code():

@@ -41,7 +41,11 @@ def call(capsys):
 # --- help
 
 
-@pytest.mark.parametrize("verb", ["", "shards", "plan", "verify", "gc", "datasets"])
+@pytest.mark.parametrize(
+    "verb",
+    ["", "shards", "plan", "verify", "gc", "datasets", "reshard", "merge", "split", "filter"]
+    + ["import", "export-index"],
+)
 def test_help_is_the_golden_file(monkeypatch, capsys, golden, verb):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")

@@ -78,12 +78,8 @@ def contents(url, split="train"):
     reader = ShardReader(str(url), require_manifest(str(url)), split=split, check="crc")
     found = []
     for i in range(len(reader)):
-        reader.stored(i)  # compares its checksum
-        shard, row = reader._locate(i)
-        start, length = int(row["offset"]), int(row["num_bytes"])
-        found.append(
-            (row["key"].decode(), hashlib.sha256(shard.tar[start : start + length]).hexdigest())
-        )
+        key, members, _ = reader.members(i)  # compares its checksum
+        found.append((key, hashlib.sha256(members).hexdigest()))
     return found
 
 

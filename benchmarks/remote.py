@@ -1,0 +1,284 @@
+"""Measures reading from an object store over a slow link, beside other loaders on the same server.
+
+    pip install -e ".[bench]"
+    python benchmarks/remote.py
+
+An S3 server on loopback stands behind a proxy, a process of its own, that lets each request wait
+20 ms and all bodies together pass at 100 MB/s. Pictures are stored as raw pixels, so that the link
+and not the decoder is what limits. Every contender has its own copy in its own format with shards
+of 64 MB, an empty cache, and a fresh process that has imported everything before the clock starts.
+
+* first batch: from building the dataset to the first batch in hand.
+* steady: bytes of samples per second from the first batch to the end of the epoch, against the
+  link.
+
+Shuffles differ: ours is of the whole dataset, mosaicml-streaming's and litdata's of shards and
+inside them, webdataset's of a buffer that is filled first, or none at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.job import Silent, machine, row, write_source
+from loader import StreamingDataset, make_dataloader
+from preprocess.image import ImagePolicy
+from preprocess.pipeline import run_job
+from preprocess.recipe import Recipe
+from preprocess.scenes import make_scene
+from shardspec.media import encode_stored
+from shardspec.tiling import ImageView
+from tests import servers
+
+ROWS = 1024
+PICTURES = 32
+BATCH = 32
+ROUNDS = 3
+SHARD_BYTES = 64 * 10**6
+LATENCY_S = 0.02
+LINK_BYTES_PER_S = 100e6
+
+
+def main() -> None:
+    print(f"{machine()}\n")
+    contenders = sys.argv[1:] or list(CONTENDERS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        num_samples, sample_bytes = build(folder / "data")
+        print(f"{num_samples} samples of {sample_bytes / 1e3:.0f} KB, batches of {BATCH}; ")
+        print(f"{LATENCY_S * 1e3:.0f} ms per request, {LINK_BYTES_PER_S / 1e6:.0f} MB/s\n")
+        with servers.s3_server(folder / "s3") as server, behind(server.endpoint) as endpoint:
+            bucket = server.make_bucket("bench")
+            server.client().put(str(folder / "data"), bucket + "/data", recursive=True)
+            env = {**os.environ, **server.env, "AWS_ENDPOINT_URL_S3": endpoint}
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+            for i in range(ROUNDS):
+                for contender in contenders[:: 1 if i % 2 else -1]:
+                    with tempfile.TemporaryDirectory(dir=folder) as cache:
+                        found[contender].append(run(contender, cache, env))
+    row("", "first, s", "steady", "of link", "samples")
+    for contender, runs in found.items():
+        steady = np.median([r["bytes_per_s"] for r in runs])
+        row(
+            contender,
+            f"{np.median([r['first_s'] for r in runs]):.2f}",
+            f"{steady / 1e6:.0f} MB/s",
+            f"{steady / LINK_BYTES_PER_S:.2f}",
+            f"{runs[0]['samples']:.0f}",
+        )
+
+
+@contextmanager
+def behind(endpoint: str) -> Iterator[str]:
+    """Starts the slow link to a server and gives the address of its near end."""
+    options = ("--latency", str(LATENCY_S), "--rate", str(LINK_BYTES_PER_S))
+    command = [sys.executable, str(ROOT / "tests/fault_proxy.py"), endpoint, *options]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as proxy:
+        assert proxy.stdout is not None
+        try:
+            yield proxy.stdout.readline().strip()
+        finally:
+            proxy.kill()
+
+
+def run(contender: str, cache: str, env: dict[str, str]) -> dict[str, float]:
+    """Runs a contender for one epoch in a process of its own."""
+    command = [sys.executable, __file__, "--contender", contender, cache]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"{contender}: {done.stderr[-2000:]}")
+    measured: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def build(folder: Path) -> tuple[int, float]:
+    """Writes the same samples in every contender's format."""
+    view = ImageView()
+    payloads = []
+    for i in range(PICTURES):
+        picture = Image.fromarray(make_scene(1, i).pixels)
+        stored = picture.resize((view.size_px, view.size_px), Image.Resampling.LANCZOS)
+        payloads.append(encode_stored(np.asarray(stored), codec="jpeg", quality=95))
+    settings = write_source(folder.parent / "source", payloads, rows=ROWS, view=view)
+    recipe = Recipe(image=ImagePolicy(views=(view,), codec="raw"))
+    out = str(folder / "ours")
+    settings = replace(settings, recipe=recipe, out=out, shard_bytes=SHARD_BYTES)
+    run_job(settings, Silent())
+    dataset = StreamingDataset(out)
+    samples = []
+    for i in range(dataset.num_samples):
+        sample = dataset.reader.read(i)
+        pixels = np.ascontiguousarray(sample.images[0].pixels).tobytes()
+        samples.append({"pixels": pixels, "tokens": sample.tokens.tobytes()})
+    write_webdataset(folder / "webdataset", samples)
+    write_mosaic(folder / "mosaic", samples)
+    write_litdata(folder / "litdata", samples)
+    size = np.mean([len(s["pixels"]) + len(s["tokens"]) for s in samples])
+    return len(samples), float(size)
+
+
+def write_webdataset(folder: Path, samples: list[dict[str, bytes]]) -> None:
+    import webdataset as wds
+
+    folder.mkdir(parents=True)
+    with wds.ShardWriter(
+        str(folder / "%05d.tar"), maxsize=SHARD_BYTES, maxcount=10**6, verbose=0
+    ) as writer:
+        for i, sample in enumerate(samples):
+            writer.write({"__key__": f"{i:08d}", "pix": sample["pixels"], "tok": sample["tokens"]})
+
+
+def write_mosaic(folder: Path, samples: list[dict[str, bytes]]) -> None:
+    streaming = import_mosaic()
+    columns = {"pixels": "bytes", "tokens": "bytes"}
+    with streaming.MDSWriter(out=str(folder), columns=columns, size_limit=SHARD_BYTES) as writer:
+        for sample in samples:
+            writer.write(sample)
+
+
+def write_litdata(folder: Path, samples: list[dict[str, bytes]]) -> None:
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(str(folder), chunk_bytes=SHARD_BYTES)
+    for i, sample in enumerate(samples):
+        cache[i] = sample
+    cache.done()
+    cache.merge()
+
+
+def import_mosaic() -> Any:
+    """Imports mosaicml-streaming; torchvision, which it names and we do not use, is left out."""
+
+    import transformers.feature_extraction_utils  # noqa: F401 - it would look for torchvision
+
+    class Absent(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+    for name in ("", ".datasets", ".transforms", ".transforms.functional", ".datasets.folder"):
+        sys.modules.setdefault(f"torchvision{name}", Absent(f"torchvision{name}"))
+    import streaming
+
+    return streaming
+
+
+def ours(cache: str | None) -> Iterator[int]:
+    dataset = StreamingDataset("s3://bench/data/ours", seed=1, cache=cache)
+    batches = make_dataloader(dataset, global_batch_size=BATCH, sequence_length=1024)
+    for batch in batches:
+        yield len(batch["input_ids"])
+
+
+def webdataset(buffer: int) -> Iterator[int]:
+    import webdataset as wds
+
+    fs = _s3fs()
+    names = sorted(fs.ls("bench/data/webdataset", detail=False))
+    urls = [f"pipe:curl -s -f '{fs.sign(name, expiration=3600)}'" for name in names]
+    dataset = wds.WebDataset(urls, shardshuffle=len(urls) if buffer else False, seed=1)
+    if buffer:
+        dataset = dataset.shuffle(buffer, initial=buffer)
+    for batch in dataset.to_tuple("pix", "tok").batched(BATCH, collation_fn=_stack):
+        yield len(batch)
+
+
+def mosaic(cache: str) -> Iterator[int]:
+    streaming = import_mosaic()
+    os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL_S3"]
+    dataset = streaming.StreamingDataset(
+        remote="s3://bench/data/mosaic", local=cache, shuffle=True, batch_size=BATCH
+    )
+    yield from _batched(dataset)
+
+
+def litdata(cache: str) -> Iterator[int]:
+    import litdata
+
+    dataset = litdata.StreamingDataset(
+        "s3://bench/data/litdata",
+        cache_dir=cache,
+        shuffle=True,
+        storage_options={"endpoint_url": os.environ["AWS_ENDPOINT_URL_S3"]},
+    )
+    yield from _batched(dataset)
+
+
+def _batched(dataset: Any) -> Iterator[int]:
+    held = []
+    for sample in dataset:
+        held.append((sample["pixels"], sample["tokens"]))
+        if len(held) == BATCH:
+            yield len(_stack(held))
+            held = []
+    if held:
+        yield len(held)
+
+
+def _stack(samples: list[Any]) -> np.ndarray:
+    """Makes a batch of the pixels, as every loader has to."""
+    return np.stack([np.frombuffer(sample[0], np.uint8) for sample in samples])
+
+
+def _s3fs() -> Any:
+    import s3fs
+
+    return s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL_S3"])
+
+
+CONTENDERS = {
+    "ours, cache": lambda cache: ours(cache),
+    "ours, no cache": lambda cache: ours(None),
+    "webdataset, curl, 1000": lambda cache: webdataset(1000),
+    "webdataset, curl, no order": lambda cache: webdataset(0),
+    "mosaicml-streaming": mosaic,
+    "litdata": litdata,
+}
+
+
+def contend(contender: str, cache: str) -> None:
+    """Measures one contender in this process and prints the result as JSON."""
+    import boto3  # noqa: F401 - clients are imported before the clock starts
+    import litdata  # noqa: F401
+    import s3fs  # noqa: F401
+    import webdataset  # noqa: F401
+
+    import_mosaic()
+    start_s = time.perf_counter()
+    first_s, samples, first = 0.0, 0, 0
+    for count in CONTENDERS[contender](str(Path(cache) / "cache")):
+        samples += count
+        if not first_s:
+            first_s, first = time.perf_counter() - start_s, count
+    rest_s = time.perf_counter() - start_s - first_s
+    size = ImageView().size_px ** 2 * 3
+    rate = (samples - first) * size / rest_s
+    print(json.dumps({"first_s": first_s, "bytes_per_s": rate, "samples": samples}), flush=True)
+    os._exit(0)  # some leave threads or processes behind that wait for each other
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contender"]:
+        contend(*sys.argv[2:])
+    else:
+        main()
