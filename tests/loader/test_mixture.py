@@ -85,7 +85,6 @@ def test_counts_in_closed_form_equal_counts_by_counting():
 @pytest.mark.parametrize(
     "sizes",
     [
-        tuple(int(1000 * 1.2**i) for i in range(40)),
         tuple(int(1000 * 1.3**i) for i in range(40)),
         (90_000, *[270] * 1000, 1),
     ],
