@@ -324,6 +324,10 @@ class MixtureOrder:
           config: The mixture.
           stop: Where a pass ends: when the first, or the last, dataset has been seen once, or
             after a number of steps.
+
+        Raises:
+          ConfigError: `mixture_weights`, more datasets than a word can hold; `mixture_batch`, a
+            global batch of which it cannot hold one per canonical worker.
         """
         self.config = config
         self.stop: Stop | int = stop

@@ -434,6 +434,13 @@ def test_groups_that_give_no_weights_are_refused(group, unit, reason):
     assert caught.value.reason == reason
 
 
+def test_batch_that_no_word_holds_is_refused():
+    config = plan_mixture(sources((10, 20)), global_batch_size=2**21, seed=0)
+    with pytest.raises(ConfigError) as caught:
+        MixtureOrder(config)
+    assert caught.value.reason == "mixture_batch"
+
+
 def test_slot_outside_the_run_is_refused():
     order = mixed((10, 20))
     for step, position in ((-1, 0), (0, 64), (0, -1)):
