@@ -186,17 +186,34 @@ def mixture_deviations() -> None:
         found = order.slots(np.arange(steps)[:, None], np.arange(batch)).dataset
         counts = np.stack([np.bincount(row, minlength=40) for row in found])
         relative = counts.std(axis=0) / np.sqrt(batch * share * (1 - share))
-        worst = 0.0
-        taken = np.arange(1, found.size + 1)
-        flat = found.ravel()
-        for d in range(40):
-            worst = max(worst, np.abs(np.cumsum(flat == d) - share[d] * taken).max())
         drawn = np.random.RandomState(0).choice(40, size=found.size, p=share)
-        by_chance = max(np.abs(np.cumsum(drawn == d) - share[d] * taken).max() for d in range(40))
         print(
             f"  batch {batch:<7}median {np.median(relative):.2f}, most {relative.max():.2f};"
-            f" farthest from the proportion: {worst:.1f} samples, drawn: {by_chance:.0f}"
+            f" farthest from the proportion: {farthest(found.ravel(), share):.1f} samples,"
+            f" drawn: {farthest(drawn, share):.0f}"
         )
+    print("mixtures made to drift, batch 256: farthest from the proportion, in samples")
+    for name, rates in {
+        "a quarter, 1,000 small, one slot": [0.25, *[0.75e-3] * 1000, 1e-9],
+        "halves of halves": [2.0**-i for i in range(30)],
+        "all but a thousandth, ten small": [0.999, *[1e-4] * 10],
+    }.items():
+        sources = [
+            MixtureSource(name=f"d{i}", num_samples=10**6, rate=rate)
+            for i, rate in enumerate(rates)
+        ]
+        order = MixtureOrder(plan_mixture(sources, global_batch_size=256, seed=1))
+        share = np.array([row["share"] for row in order.describe()])
+        found = order.slots(np.arange(1100)[:, None], np.arange(256)).dataset.ravel()
+        print(f"  {name:<36}{farthest(found, share):.1f}")
+
+
+def farthest(dataset: np.ndarray, share: np.ndarray) -> float:
+    """The farthest that any prefix is from the proportion, in samples of any dataset."""
+    taken = np.arange(1, len(dataset) + 1)
+    return max(
+        float(np.abs(np.cumsum(dataset == d) - part * taken).max()) for d, part in enumerate(share)
+    )
 
 
 def shuffle_quality() -> None:
@@ -310,14 +327,19 @@ def from_workers(streams: list[np.ndarray]) -> np.ndarray:
 
 def mixture_and_packing() -> None:
     sources = [MixtureSource(name=f"d{i}", num_samples=int(2000 * 1.3**i)) for i in range(40)]
-    begin = time.perf_counter()
-    order = MixtureOrder(plan_mixture(sources, global_batch_size=256, seed=1))
-    build_ms = (time.perf_counter() - begin) * 1e3
-    begin = time.perf_counter()
-    slots = order.slots(np.arange(1024)[:, None], np.arange(32))
-    ahead_us = (time.perf_counter() - begin) * 1e6 / slots.sample.size
-    print("mixture of 40 datasets, batch 256")
-    print(f"  build, ms{build_ms:>45.1f}\n  1,024 steps ahead, us per sample{ahead_us:>22.2f}\n")
+    print("mixture of 40 datasets")
+    for batch in (256, 16_384):
+        begin = time.perf_counter()
+        order = MixtureOrder(plan_mixture(sources, global_batch_size=batch, seed=1))
+        build_ms = (time.perf_counter() - begin) * 1e3
+        begin = time.perf_counter()
+        slots = order.slots(np.arange(1024)[:, None], np.arange(32))
+        ahead_us = (time.perf_counter() - begin) * 1e6 / slots.sample.size
+        print(
+            f"  batch {batch:<7}built in {build_ms:.0f} ms;"
+            f" 1,024 steps ahead {ahead_us:.2f} us per sample"
+        )
+    print()
 
     rng = np.random.RandomState(0)
     tokens, crops = captions(65_536)

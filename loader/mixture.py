@@ -324,6 +324,10 @@ class MixtureOrder:
           config: The mixture.
           stop: Where a pass ends: when the first, or the last, dataset has been seen once, or
             after a number of steps.
+
+        Raises:
+          ConfigError: `mixture_weights`, more datasets than a word can hold; `mixture_batch`, a
+            global batch of which it cannot hold one per canonical worker.
         """
         self.config = config
         self.stop: Stop | int = stop
@@ -513,29 +517,38 @@ class MixtureOrder:
         self, segment: _Segment, cell: np.ndarray, count: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds (epoch, sample) of what lanes take after `count` others of the segment."""
+        if not segment.owed.any():
+            return self._take_new(segment, cell, count)
+        dataset = segment.word.cell_dataset[cell]
+        epoch, sample = np.empty_like(count), np.empty_like(count)
+        start, length = segment.word.slices(cell, segment.owed)
+        old, new = np.flatnonzero(count < length), np.flatnonzero(count >= length)
+        place = self._rest_place(segment, dataset[old], start[old], length[old], count[old])
+        for number in np.unique(dataset[old]).tolist():
+            rest, own = segment.rests[number], dataset[old] == number
+            assert rest is not None
+            epoch[old[own]], sample[old[own]] = rest.take(place[own])
+        epoch[new], sample[new] = self._take_new(segment, cell[new], count[new] - length[new])
+        return epoch, sample
+
+    def _take_new(
+        self, segment: _Segment, cell: np.ndarray, count: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds what lanes take once nothing is owed."""
         word = segment.word
         dataset = word.cell_dataset[cell]
-        epoch, sample = np.empty_like(count), np.empty_like(count)
-        new = np.arange(len(count))
-        if segment.owed.any():
-            start, length = word.slices(cell, segment.owed)
-            old, new = np.flatnonzero(count < length), np.flatnonzero(count >= length)
-            place = self._rest_place(segment, dataset[old], start[old], length[old], count[old])
-            for number in np.unique(dataset[old]).tolist():
-                rest, own = segment.rests[number], dataset[old] == number
-                assert rest is not None
-                epoch[old[own]], sample[old[own]] = rest.take(place[own])
-            count, dataset, cell = count[new] - length[new], dataset[new], cell[new]
         start, length = word.slices(cell, self._sizes)
-        passed, count = np.divmod(count, length)
-        epoch[new] = passed + segment.first_epoch[dataset]
+        epoch, count = np.divmod(count, length)
+        epoch += segment.first_epoch[dataset]
+        sample = np.empty_like(count)
         for laned, part in _by_layout(word.laned[dataset]):
-            line, e = self._line(dataset[part]), epoch[new[part]]
+            line = self._line(dataset[part])
             if laned:
-                found = line.samples(start[part], length[part], epoch=e, taken=count[part])
+                sample[part] = line.samples(
+                    start[part], length[part], epoch=epoch[part], taken=count[part]
+                )
             else:
-                found = line.shuffled(count[part], epoch=e)
-            sample[new[part]] = found
+                sample[part] = line.shuffled(count[part], epoch=epoch[part])
         return epoch, sample
 
     def _rest_place(

@@ -367,9 +367,10 @@ class Order:
             epoch, sample = self.take(track, count)
         else:
             # What exceeds the epoch is padding that repeats from its start.
-            beyond, count = np.divmod(count, self._lengths(track))
+            start, length = self._slice(track, config.num_samples)
+            beyond, count = np.divmod(count, length)
             epoch, real = pass_number, beyond == 0
-            sample = self._find(track, epoch, count)
+            sample = self._find(start, length, epoch, count)
         return Slots(dataset=np.zeros_like(epoch), epoch=epoch, sample=sample, real=real)
 
     def take(self, track: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -383,17 +384,13 @@ class Order:
           (epoch, sample), int64 of the arguments' shape.
         """
         if self._rest is None:
-            epoch, count = np.divmod(count, self._lengths(track))
-            return epoch, self._find(track, epoch, count)
-        start, length = self._rest_slice(track)
+            return self._take_new(track, count)
+        start, length = self._slice(track, self._rest.length)
         epoch, sample = np.empty_like(count), np.empty_like(count)
         old = count < length
         place = self._rest_place(start[old], length[old], count[old])
         epoch[old], sample[old] = self._rest.take(place)
-        track, count = track[~old], count[~old] - length[~old]
-        passed, count = np.divmod(count, self._lengths(track))
-        epoch[~old] = passed + self.first_epoch
-        sample[~old] = self._find(track, epoch[~old], count)
+        epoch[~old], sample[~old] = self._take_new(track[~old], count[~old] - length[~old])
         return epoch, sample
 
     def taken(self, step: int) -> np.ndarray:
@@ -412,8 +409,8 @@ class Order:
     def ends(self, epoch: int) -> np.ndarray:
         """Counts what each track has taken when it has finished an epoch: int64 [tracks]."""
         tracks = np.arange(self.config.num_lanes if self.config.layout == "lanes" else 1)
-        ends = (epoch + 1 - self.first_epoch) * self._lengths(tracks)
-        return ends if self._rest is None else ends + self._rest_slice(tracks)[1]
+        ends = (epoch + 1 - self.first_epoch) * self._slice(tracks, self.config.num_samples)[1]
+        return ends if self._rest is None else ends + self._slice(tracks, self._rest.length)[1]
 
     def epoch_start(self, epoch: int) -> int:
         """Returns the step at which a pass over the data begins; epoch 0 begins at step 0.
@@ -524,28 +521,28 @@ class Order:
         count = self._lane_taken[segment, worker] + turns * share + place
         return rank * config.canonical_workers + worker, count
 
-    def _lengths(self, track: np.ndarray) -> np.ndarray:
-        """Counts what tracks take in an epoch: int64."""
-        return self._slice(track, self.config.num_samples)[1]
-
     def _slice(self, track: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
         """Finds (start, length) of the part that tracks own of a line: equal parts."""
         num_tracks = self.config.num_lanes if self.config.layout == "lanes" else 1
         start = track * places // num_tracks
         return start, (track + 1) * places // num_tracks - start
 
-    def _find(self, track: np.ndarray, epoch: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Finds the samples that tracks take in an epoch after `count` others of it."""
+    def _take_new(self, track: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finds what tracks take once nothing is owed."""
+        start, length = self._slice(track, self.config.num_samples)
+        epoch, count = np.divmod(count, length)
+        epoch += self.first_epoch
+        return epoch, self._find(start, length, epoch, count)
+
+    def _find(
+        self, start: np.ndarray, length: np.ndarray, epoch: np.ndarray, count: np.ndarray
+    ) -> np.ndarray:
+        """Finds the samples that slices of the line give in an epoch after `count` others."""
         if self.config.layout == "lanes":
-            start, length = self._slice(track, self.config.num_samples)
             return self._line.samples(start, length, epoch=epoch, taken=count)
         if self.config.layout == "global":
             return self._line.shuffled(count, epoch=epoch)
         return count
-
-    def _rest_slice(self, track: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        assert self._rest is not None
-        return self._slice(track, self._rest.length)
 
     def _rest_place(self, start: np.ndarray, length: np.ndarray, count: np.ndarray) -> np.ndarray:
         """Finds the places of the rest's line that tracks take, in the manner of the layout."""

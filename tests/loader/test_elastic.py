@@ -172,11 +172,19 @@ def test_balancing_moves_packs_between_ranks_but_never_between_batches(kind, url
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_every_rank_count_resumes_at_every_step_twice(kind, world_size, urls, undisturbed):
+def test_every_rank_count_resumes_at_every_step_of_all_others(kind, world_size, urls, undisturbed):
+    """Every step is a resume, from the state of a run that was resumed itself at the step before.
+
+    It goes back and forth between this number of ranks and each other one, with other threads.
+    """
+    others, threads = itertools.cycle(WORLDS), itertools.cycle(THREADS)
     state = None
-    for step in range(STEPS + 4):
-        got, states = run(urls, kind, world_size=world_size, count=1, state=state)
-        assert got == undisturbed[kind][step : step + 1], step
+    for step in range(STEPS + 5):
+        ranks = next(others) if step % 2 else world_size
+        got, states = run(
+            urls, kind, world_size=ranks, count=1, state=state, decode_threads=next(threads)
+        )
+        assert got == undisturbed[kind][step : step + 1], (step, ranks)
         state = states[0]
 
 
@@ -190,6 +198,17 @@ def test_worker_processes_of_any_number_give_the_same_batches(kind, urls, undist
         got, states = run(urls, kind, world_size=1, count=3, state=state, workers=workers)
         assert got == undisturbed[kind][3 * i : 3 * i + 3], workers
         state = states[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("kind", ["mixture", "packed"])
+def test_ranks_with_worker_processes_go_on_from_a_run_with_threads(kind, urls, undisturbed):
+    _, states = run(urls, kind, world_size=1, count=4, decode_threads=3)
+    got, states = run(urls, kind, world_size=3, count=3, state=states[0], workers=2)
+    assert got == undisturbed[kind][4:7]
+    got, _ = run(urls, kind, world_size=2, count=3, state=states[0], decode_threads=5)
+    assert got == undisturbed[kind][7:10]
 
 
 @pytest.mark.parametrize("kind", ["one", "buckets", "packed"])

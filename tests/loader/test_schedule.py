@@ -211,6 +211,19 @@ def test_packs_of_a_mixture_hold_its_proportions():
     assert shown[0] / (shown[0] + shown[1]) == pytest.approx(0.5, abs=0.05)
 
 
+def test_resuming_late_in_a_hundred_million_samples_takes_no_longer_than_starting():
+    def seconds(step):
+        begin = time.process_time()
+        order = Order(plan_order(10**8, global_batch_size=4096, seed=1))
+        SlotSchedule(order).rows(step, Topology(rank=3, world_size=64))
+        return time.process_time() - begin
+
+    late = 10**8 // 4096 * 9 // 10
+    times = [(seconds(0), seconds(late)) for _ in range(40)]
+    start, resume = (min(column) for column in zip(*times, strict=True))
+    assert resume / start < 1.2
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 8, 16])
 def test_state_of_one_balanced_rank_lets_any_rank_go_on_where_it_was(world_size):
     saving = packed(40_000, batch=16, balance=True)
