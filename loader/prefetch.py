@@ -5,10 +5,10 @@ that a step is done (`was_read`). Between that stand two queues, each by step, w
 own:
 
 * *Pieces*: single samples, neighbours joined. Without a cache everything comes this way, into
-  memory. With one, the samples of the next few steps do whose blocks have not come yet: the first
-  batch waits for its own bytes and not for whole blocks.
-* *Blocks*: whole blocks for the cache. Pieces that have come already are not fetched again. No
-  block is begun while a piece waits.
+  memory. With one, the samples of the first few steps do: the first batch waits for its own bytes
+  and not for whole blocks.
+* *Blocks*: whole blocks for the cache, the ones that are needed first first. Pieces that have come
+  already are not fetched again. No block is begun while a piece waits.
 
 A process that finds a block being written by another one waits for it, so a node fetches every
 byte once; after `_PATIENCE_S` it fetches the sample by itself. A block that was evicted before all
@@ -65,7 +65,7 @@ class Network:
     ahead_bytes: int = 256 * 2**20
     """Most memory for samples that are read ahead without a cache."""
     cold_steps: int = 4
-    """Samples of so many next steps are fetched alone while their blocks are not there."""
+    """Samples of so many steps at the start of a run or pass are fetched before their blocks."""
     requests: int = 16
     """Requests for single samples at a time."""
     streams: int = 8
@@ -146,6 +146,11 @@ class Prefetcher:
         self._cache_path, self._cache_bytes = cache, cache_bytes
         self._begin()
 
+    @property
+    def settings(self) -> tuple[Network, str | None, int]:
+        """What it was made with: those that are alike can be shared."""
+        return self.network, self._cache_path, self._cache_bytes
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("network", "_cache_path", "_cache_bytes")}
 
@@ -167,6 +172,7 @@ class Prefetcher:
         self._maps: OrderedDict[str, _Entry] = OrderedDict()
         self._plan: dict[int, list[tuple[_Entry, Span]]] = {}
         self._now = 0
+        self._cold_until: int | None = None
         self._held_bytes = 0
         # How much of a block was read since it was last used up, and how often it was.
         self._read_bytes: defaultdict[str, int] = defaultdict(int)
@@ -185,6 +191,7 @@ class Prefetcher:
         self._alive()
         with self._arrived:
             self._plan.clear()
+            self._cold_until = None
             for queue in self._queues.values():
                 # Rights to write are not left unused: others may wait for these blocks.
                 queue[:] = [queued for queued in queue if queued[2].fill]
@@ -205,7 +212,8 @@ class Prefetcher:
             cache = self._open_cache()
             if not self._plan:
                 self._now = step
-            near = step < self._now + self.network.cold_steps
+            if self._cold_until is None:
+                self._cold_until = step + self.network.cold_steps
             for block, span in spans:
                 entry = self._entry(block)
                 self._plan.setdefault(step, []).append((entry, span))
@@ -220,10 +228,7 @@ class Prefetcher:
                     del self._read_bytes[block.name]
                     entry.direct = True
                     self.ranges.count("cache_evicted_early")
-                if near or cache is None or entry.direct:
-                    self._want(entry, span, step)
-                elif not (entry.queued or entry.filling or entry.fill or entry.claiming):
-                    self._queue_block(entry, step)
+                self._fetch_for(entry, span, step)
 
     def was_read(self, step: int) -> None:
         """Says that a step is done: what only it needed may go."""
@@ -244,7 +249,7 @@ class Prefetcher:
             for near in range(self._now, self._now + self.network.cold_steps):
                 for entry, span in self._plan.get(near, []):
                     if not entry.is_there:
-                        self._want(entry, span, near)
+                        self._fetch_for(entry, span, near)
 
     def fetch_soon(self, blocks: Iterable[Block]) -> None:
         """Begins to fetch whole blocks that will be read next, all of them at once."""
@@ -284,7 +289,9 @@ class Prefetcher:
                 waited_s = time.monotonic() - began_s
                 if entry.elsewhere and waited_s > _PATIENCE_S:
                     entry.direct = True
-                if waited_s >= ask_s or not entry.elsewhere:
+                # A block that is next in its queue comes as soon as its sample would.
+                soon = entry.queued and min(entry.steps, default=self._now + 2) <= self._now + 1
+                if not soon and (waited_s >= ask_s or not entry.elsewhere):
                     ask_s = waited_s + _POLL_S
                     self._want(entry, span, -1)
                 self._watch(entry, span, waited_s)
@@ -345,6 +352,14 @@ class Prefetcher:
     def _settle(self, entry: _Entry) -> None:
         if entry.is_idle:
             self._entries.pop(entry.block.name, None)
+
+    def _fetch_for(self, entry: _Entry, span: Span, step: int) -> None:
+        """Gets a planned sample under way: by itself, or with its block."""
+        cold = self._cold_until is not None and step < self._cold_until
+        if cold or entry.direct or self._open_cache() is None:
+            self._want(entry, span, step)
+        elif not (entry.queued or entry.filling or entry.fill or entry.claiming):
+            self._queue_block(entry, step)
 
     def _want(self, entry: _Entry, span: Span, step: int) -> None:
         if entry.filling or span in entry.coming or span in entry.pieces:

@@ -86,9 +86,7 @@ class ShardReader:
         *,
         split: str,
         check: Check = "size",
-        cache: str | None = None,
-        cache_bytes: int = 0,
-        network: Network | None = None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         """Names the shards; opens none yet.
 
@@ -97,7 +95,7 @@ class ShardReader:
           manifest: Its manifest.
           split: Split to read.
           check: "crc" verifies every sample that is read; of remote ones that is always done.
-          cache, cache_bytes, network: For remote shards; see `StreamingDataset`.
+          prefetcher: Fetches remote shards; several readers may share one.
 
         Raises:
           ConfigError: `unknown_split`.
@@ -109,14 +107,20 @@ class ShardReader:
         counts = [shard.nsamples for shard in self.shards]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [shards + 1], number of each shard's first sample."""
-        self.prefetcher: Prefetcher | None = None
-        """What fetches remote shards."""
         self._source: _LocalShards | RemoteShards = _LocalShards(url, check)
         if not storage.is_local(url):
-            self.prefetcher = Prefetcher(network or Network(), cache=cache, cache_bytes=cache_bytes)
-            self._source = RemoteShards(url, self.prefetcher)
+            prefetcher = prefetcher or Prefetcher(Network())
+            self._source = RemoteShards(url, prefetcher)
+        self.prefetcher = prefetcher
+        """Fetches remote shards; None for local ones."""
         self._open: dict[int, _OpenShard] = {}
         self._lock = threading.Lock()
+
+    def use_prefetcher(self, prefetcher: Prefetcher) -> None:
+        """Lets another reader's prefetcher fetch the remote shards of this one too."""
+        assert isinstance(self._source, RemoteShards)
+        self.prefetcher = self._source.prefetcher = prefetcher
+        self._open = {}
 
     @property
     def counters(self) -> Counter[str]:
