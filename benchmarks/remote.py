@@ -1,7 +1,8 @@
 """Measures reading from an object store over a slow link, beside other loaders on the same server.
 
-    pip install -e ".[bench]"
-    python benchmarks/remote.py
+    python benchmarks/remote.py [CONTENDER ...]
+
+It needs litdata, mosaicml-streaming and boto3 beside the development packages.
 
 An S3 server on loopback stands behind a proxy, a process of its own, that lets each request wait
 20 ms and all bodies together pass at 100 MB/s. Pictures are stored as raw pixels, so that the link

@@ -6,7 +6,9 @@ from loader.collate import MMCollator
 from loader.dataloader import StreamLoader, make_dataloader, view_collator
 from loader.mixture_stream import IterableDatasetMixture
 from loader.molmo import DeterministicDataset, MolmoPreprocessor
+from loader.prefetch import Network
 from loader.stream import StreamingDataset
+from shardspec.ranges import RetryPolicy
 
 __all__ = [
     "Augment",
@@ -14,6 +16,8 @@ __all__ = [
     "IterableDatasetMixture",
     "MMCollator",
     "MolmoPreprocessor",
+    "Network",
+    "RetryPolicy",
     "StreamLoader",
     "StreamingDataset",
     "View",

@@ -43,6 +43,8 @@ PUBLIC = {
         "IterableDatasetMixture",
         "MMCollator",
         "MolmoPreprocessor",
+        "Network",
+        "RetryPolicy",
         "StreamLoader",
         "StreamingDataset",
         "View",
