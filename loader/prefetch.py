@@ -186,6 +186,16 @@ class Prefetcher:
         cache_full, cache_evicted_early, cache_corrupt, cache_failed (blocks), where not 0."""
         return self.ranges.counters
 
+    def open(self) -> None:
+        """Opens the cache now rather than with the first read.
+
+        Raises:
+          ConfigError: `cache_foreign`.
+        """
+        self._alive()
+        with self._arrived:
+            self._open_cache()
+
     def forget(self) -> None:
         """Drops what was planned and not read: the run goes on elsewhere."""
         self._alive()
@@ -224,8 +234,7 @@ class Prefetcher:
                 if entry.is_there:
                     continue
                 if cache is not None and not entry.direct and block.name in self._read_bytes:
-                    # It was here before, and others of its samples will still be read.
-                    del self._read_bytes[block.name]
+                    # It was here before and is not used up: it would be evicted again.
                     entry.direct = True
                     self.ranges.count("cache_evicted_early")
                 self._fetch_for(entry, span, step)
@@ -326,11 +335,11 @@ class Prefetcher:
 
     def _open_cache(self) -> BlockCache | None:
         if not self._cache_opened and self._cache_path is not None:
-            self._cache_opened = True
             try:
                 self._cache = BlockCache(self._cache_path, max_bytes=self._cache_bytes)
             except OSError as error:
                 self._disk_failed(error)
+            self._cache_opened = True
         return self._cache
 
     def _disk_failed(self, error: OSError) -> None:
@@ -424,7 +433,7 @@ class Prefetcher:
 
     def _note_use(self, cache: BlockCache, entry: _Entry, span: Span) -> None:
         block = entry.block
-        if not entry.is_there:
+        if not entry.is_there and block.name not in self._read_bytes:
             return
         self._read_bytes[block.name] += span[1] - span[0]
         if self._read_bytes[block.name] >= block.num_bytes:

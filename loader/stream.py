@@ -116,7 +116,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         Raises:
           ManifestError: There is no readable manifest.
           ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
-            `cache_bytes`, `max_samples`.
+            `cache_bytes`, `cache_foreign`, `max_samples`.
           StorageError: The store does not answer.
         """
         super().__init__()
@@ -136,6 +136,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             self.manifest = require_manifest(self.url)
         else:
             prefetcher = Prefetcher(network, cache=cache, cache_bytes=cache_bytes)
+            prefetcher.open()
             # By the same client as all the rest: making one takes a quarter of a second.
             self.manifest = fetch_manifest(self.url, prefetcher.ranges)
         self.split = split

@@ -121,7 +121,6 @@ class RangeReader:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._ending = threading.Event()
         self._flights: dict[int, Flight] = {}
         # The clients that they were made after are kept with them: ids are unique while they live.
         self._stores: dict[int, tuple[Any, _Store]] = {}
@@ -168,10 +167,6 @@ class RangeReader:
         found: list[bytes] = []
         self._try(flight, lambda limit_s: found.append(self._whole(flight, limit_s)))
         return found[-1]
-
-    def close(self) -> None:
-        """Lets what still waits between two attempts fail at once."""
-        self._ending.set()
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to a counter, from any thread."""
@@ -223,9 +218,10 @@ class RangeReader:
                     policy.longest_wait_s, policy.first_wait_s * 2 ** min(in_vain, 30)
                 )
                 wait_s = max(wait_s, _retry_after_s(_refusal(error)[2]))
-                if in_vain >= policy.attempts or wait_s >= left_s or self._ending.wait(wait_s):
+                if in_vain >= policy.attempts or wait_s >= left_s:
                     seconds = time.monotonic() - began_s
                     raise _given_up(error, flight, policy, seconds) from error
+                time.sleep(wait_s)
                 self.count("retries")
                 self.count(f"retry_{kind}")
 

@@ -98,10 +98,12 @@ def test_a_cache_that_is_too_small_costs_no_more_than_twice_the_bytes(url, block
         cache_bytes=blocks_held * BLOCK,
     )
     with mock.patch("loader.prefetch._GAP_BYTES", 0):
-        run(prefetcher, url, shuffled())
+        for seed in (1, 2, 3):
+            run(prefetcher, url, shuffled(seed))
+            prefetcher.forget()
     held = sum(path.stat().st_size for path in (tmp_path / "cache/blocks").iterdir())
     assert held <= blocks_held * BLOCK
-    assert prefetcher.counters["bytes"] <= 2 * len(OBJECT)
+    assert prefetcher.counters["bytes"] <= 3 * 2 * len(OBJECT)
 
 
 def test_memory_for_reading_ahead_is_bounded(url):
@@ -179,6 +181,17 @@ def test_a_cache_that_cannot_be_made_costs_one_warning(url, tmp_path, caplog):
     )
     run(prefetcher, url, shuffled())
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
+def test_a_folder_that_is_no_cache_is_refused_each_time(url, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    prefetcher = Prefetcher(Network(), cache=str(tmp_path), cache_bytes=10**7)
+    for _ in range(2):
+        with pytest.raises(ConfigError) as caught:
+            prefetcher.open()
+        assert caught.value.reason == "cache_foreign"
+        with pytest.raises(ConfigError):
+            prefetcher.read(*place(url, 3))
 
 
 def test_a_failure_ahead_of_time_is_forgotten_if_the_reader_fares_better(url):
