@@ -107,9 +107,7 @@ class ShardReader:
         *,
         split: str,
         check: Check = "size",
-        cache: str | None = None,
-        cache_bytes: int = 0,
-        network: Network | None = None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         """Names the shards; opens none yet.
 
@@ -118,7 +116,7 @@ class ShardReader:
           manifest: Its manifest.
           split: Split to read.
           check: "crc" verifies every sample that is read; of remote ones that is always done.
-          cache, cache_bytes, network: For remote shards; see `StreamingDataset`.
+          prefetcher: Fetches remote shards; several readers may share one.
 
         Raises:
           ConfigError: `unknown_split`.
@@ -133,16 +131,26 @@ class ShardReader:
         """int64 [segments + 1], number of each segment's first sample."""
         # The same for one sample: NumPy takes 4 µs to look a single number up.
         self._borders: list[int] = self.starts.tolist()
-        self.prefetcher: Prefetcher | None = None
-        """What fetches remote shards."""
         self._local = _LocalShards(check, raw=manifest.raw)
         self._remote: RemoteShards | None = None
         # A view may lie on a disk, and its files in a store.
         if not all(storage.is_local(segment.file.url) for segment in self.segments):
-            self.prefetcher = Prefetcher(network or Network(), cache=cache, cache_bytes=cache_bytes)
-            self._remote = RemoteShards(self.prefetcher, raw=manifest.raw)
+            prefetcher = prefetcher or Prefetcher(Network())
+            prefetcher.open()
+            self._remote = RemoteShards(prefetcher, raw=manifest.raw)
         self._open: dict[str, _OpenShard] = {}
         self._lock = threading.Lock()
+
+    def use_prefetcher(self, prefetcher: Prefetcher) -> None:
+        """Lets another reader's prefetcher fetch the remote shards of this one too."""
+        assert self._remote is not None
+        self._remote.prefetcher = prefetcher
+        self._open = {}
+
+    @property
+    def prefetcher(self) -> Prefetcher | None:
+        """Fetches remote shards; None where all are local."""
+        return None if self._remote is None else self._remote.prefetcher
 
     @property
     def counters(self) -> Counter[str]:

@@ -26,14 +26,15 @@ from loader.horizon import Horizon
 from loader.layout import TokenIds
 from loader.mixture import MixtureOrder
 from loader.order import Order, Tail, epoch_of, plan_order
-from loader.prefetch import Network
+from loader.prefetch import Network, Prefetcher
 from loader.quarantine import Quarantine
 from loader.reader import Check, ShardReader, encoded_pictures
 from loader.schedule import Place, Row, SlotSchedule
 from loader.topology import Topology, find_topology, find_worker
+from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
-from shardspec.manifest import Manifest, require_manifest
+from shardspec.manifest import Manifest, fetch_manifest, require_manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import ImageView, canvas_size, stored_size
 
@@ -162,7 +163,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         Raises:
           ManifestError: There is no readable manifest.
           ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
-            `cache_bytes`, `raw_dataset`, `max_samples`.
+            `cache_bytes`, `cache_foreign`, `raw_dataset`, `max_samples`.
           StorageError: The store does not answer.
         """
         super().__init__()
@@ -177,7 +178,13 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
                 fix=f"use at least {least}, better the size of the node's share of the data",
             )
         self.url = str(url)
-        self.manifest = require_manifest(self.url)
+        prefetcher = Prefetcher(network, cache=cache, cache_bytes=cache_bytes)
+        if storage.is_local(self.url):
+            self.manifest = require_manifest(self.url)
+        else:
+            prefetcher.open()
+            # By the same client as all the rest: making one takes a quarter of a second.
+            self.manifest = fetch_manifest(self.url, prefetcher.ranges)
         if self.manifest.raw:
             raise ConfigError(
                 "the dataset holds raw samples: nothing was tokenized or resized",
@@ -196,9 +203,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             self.manifest,
             split=split,
             check=check,
-            cache=cache,
-            cache_bytes=cache_bytes,
-            network=network,
+            prefetcher=prefetcher,
         )
         self.ids = TokenIds.from_special_ids(self.manifest.tokenizer.special_ids)
         self.view = view or View(image=stored_view(self.manifest))
