@@ -4,9 +4,9 @@
 
 The next batch is asked for, staged and sent before the current one is handed out; the consumer's
 stream waits for the copy, never the consumer. So the loader is a batch further than the consumer:
-states are taken from here (`DevicePrefetcher.state_dict`). Pictures travel as uint8 in the memory order of the
-batch, and become contiguous tensors of the wanted type on the device. On a CPU the same happens
-without staging and streams.
+states are taken from here (`DevicePrefetcher.state_dict`). Pictures travel as uint8 in the memory
+order of the batch, and become contiguous tensors of the wanted type on the device. On a CPU the
+same happens without staging and streams.
 """
 
 from __future__ import annotations
