@@ -7,7 +7,9 @@ The view has crops of 378 px, at most 8 and the overview. Per picture, on one co
 * copy: as many bytes as its crops have, from one warm buffer into another;
 * copy of its crops: its own, cut before, into one warm buffer: like the stored pictures they have
   left the second-level cache since they were made;
-* assemble: draws, token layout, crops and masks into new arrays, from a decoded sample;
+* as the loader does: draws, token layout, the text's arrays, and crops into the place in a batch
+  whose memory is used again (two batches of 16 take turns);
+* assemble: the same into new arrays, as users of single examples have it;
 * unsharded path: prepare (decode, resize, format, tokenize) and assemble, as `MolmoPreprocessor`.
 
 Ratios are of processor time.
@@ -25,7 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import TILED, draw, machine, paired, row
-from loader.assemble import View, assemble
+from loader.assemble import View, assemble, draft, plan_example
+from loader.buffers import Scratch
 from loader.layout import TokenIds
 from loader.pixels import render
 from preprocess.image import ImagePolicy
@@ -35,6 +38,7 @@ from preprocess.tokens import load_tokenizer
 from shardspec.sample import PreparedImage, PreparedSample
 from shardspec.tiling import num_crops
 
+BATCH = 16
 ROUNDS = 9
 
 
@@ -64,6 +68,20 @@ def main() -> None:
         for crops in own:
             np.copyto(target[: len(crops)], crops)
 
+    batches = np.ones((2, BATCH, max(counts), side, side, 3), np.uint8)
+    scratch = Scratch()
+
+    def in_place() -> None:
+        for i, sample in enumerate(samples):
+            rng.seed(i)
+            plan = plan_example(sample.tokens, sample.spans.tolist(), rng, view=view, ids=ids)
+            sources = [(image.pixels, image.overview) for image in sample.images]
+            example = draft(plan, sources, view=view, key=sample.key, scratch=scratch)
+            for name in ("input_ids", "labels"):
+                example[name].array()
+            row = batches[i // BATCH % 2, i % BATCH]
+            example["images"].write(row[: plan.num_crops].transpose(0, 3, 1, 2))
+
     def alone() -> None:
         for i, sample in enumerate(samples):
             rng.seed(i)
@@ -78,6 +96,7 @@ def main() -> None:
         {
             "copy": copy,
             "copy of its crops": copy_own,
+            "as the loader does": in_place,
             "assemble": alone,
             "unsharded path": unsharded,
         },

@@ -4,16 +4,20 @@ from loader.assemble import View, assemble
 from loader.augment import Augment
 from loader.collate import MMCollator
 from loader.dataloader import StreamLoader, make_dataloader, view_collator
+from loader.device import DevicePrefetcher
 from loader.mixture_stream import IterableDatasetMixture
 from loader.molmo import DeterministicDataset, MolmoPreprocessor
+from loader.stats import Stats
 from loader.stream import StreamingDataset
 
 __all__ = [
     "Augment",
     "DeterministicDataset",
+    "DevicePrefetcher",
     "IterableDatasetMixture",
     "MMCollator",
     "MolmoPreprocessor",
+    "Stats",
     "StreamLoader",
     "StreamingDataset",
     "View",

@@ -38,10 +38,12 @@ PURE = {
     "shardspec/tiling.py",
     "preprocess/plan.py",
     "preprocess/text.py",
+    "loader/layout.py",
     "loader/mixture.py",
     "loader/order.py",
     "loader/packing.py",
     "loader/permutation.py",
+    "loader/stats.py",
 }
 OUTSIDE_WORLD = {
     "aiohttp",

@@ -24,6 +24,7 @@ PUBLIC = {
         "SourceError",
         "StateError",
         "StorageError",
+        "WorkerError",
         "load_manifest",
     ],
     "preprocess.datasets": [
@@ -40,9 +41,11 @@ PUBLIC = {
     "loader": [
         "Augment",
         "DeterministicDataset",
+        "DevicePrefetcher",
         "IterableDatasetMixture",
         "MMCollator",
         "MolmoPreprocessor",
+        "Stats",
         "StreamLoader",
         "StreamingDataset",
         "View",
