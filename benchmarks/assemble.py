@@ -7,8 +7,9 @@ The view has crops of 378 px, at most 8 and the overview. Per picture, on one co
 * copy: as many bytes as its crops have, from one warm buffer into another;
 * copy of its crops: its own, cut before, into one warm buffer: like the stored pictures they have
   left the second-level cache since they were made;
-* as the loader does: draws, token layout, the text's arrays, and crops into the place in a batch
-  whose memory is used again (two batches of 16 take turns);
+* copy into the batch: the same into its place in a batch whose memory is used again (two batches of
+  16 take turns), which is the least that training can do with crops that it has;
+* as the loader does: draws, token layout, the text's arrays, and crops into their place there;
 * assemble: the same into new arrays, as users of single examples have it;
 * unsharded path: prepare (decode, resize, format, tokenize) and assemble, as `MolmoPreprocessor`.
 
@@ -59,6 +60,7 @@ def main() -> None:
     source = np.ones((max(counts), side, side, 3), np.uint8)
     target = np.ones_like(source)
     own = [rendered(image) for image in images]
+    batches = np.ones((2, BATCH, max(counts), side, side, 3), np.uint8)
 
     def copy() -> None:
         for count in counts:
@@ -68,7 +70,10 @@ def main() -> None:
         for crops in own:
             np.copyto(target[: len(crops)], crops)
 
-    batches = np.ones((2, BATCH, max(counts), side, side, 3), np.uint8)
+    def copy_to_batch() -> None:
+        for i, crops in enumerate(own):
+            np.copyto(batches[i // BATCH % 2, i % BATCH, : len(crops)], crops)
+
     scratch = Scratch()
 
     def in_place() -> None:
@@ -96,6 +101,7 @@ def main() -> None:
         {
             "copy": copy,
             "copy of its crops": copy_own,
+            "copy into the batch": copy_to_batch,
             "as the loader does": in_place,
             "assemble": alone,
             "unsharded path": unsharded,
@@ -105,13 +111,14 @@ def main() -> None:
     print(
         f"{np.mean(counts):.1f} crops a picture, {np.mean(counts) * side * side * 3 / 1e6:.1f} MB"
     )
-    row("", "CPU, ms", "to copy", "to its crops")
+    row("", "CPU, ms", "to copy", "to its crops", "to the batch")
     for name, (_, cpu) in times.items():
         row(
             name,
             f"{1e3 * np.median(cpu) / len(samples):.2f}",
             f"{np.median(times['copy'].cpu / cpu):.2f}",
             f"{np.median(times['copy of its crops'].cpu / cpu):.2f}",
+            f"{np.median(times['copy into the batch'].cpu / cpu):.2f}",
         )
 
 
