@@ -182,20 +182,26 @@ def _one_torch_thread() -> None:
 
 
 def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> Spent:
-    parts = [one for row in made for one in row]
-    read_s = sum(one.read_s for one in parts)
-    plan_s = sum(one.plan_s for one in parts)
-    decode_s = sum(one.pictures.decode_s for one in parts)
-    render_s = sum(one.pictures.render_s for one in parts) - decode_s
+    read_s = layout_s = decode_s = render_s = 0.0
+    samples = read_bytes = 0
+    for row in made:
+        for one in row:
+            samples += 1
+            read_bytes += one.num_bytes
+            read_s += one.read_s
+            layout_s += one.plan_s
+            decode_s += one.pictures.decode_s
+            render_s += one.pictures.render_s
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     return Spent(
         batches=1,
-        samples=len(parts),
-        read_bytes=sum(one.num_bytes for one in parts),
+        samples=samples,
+        read_bytes=read_bytes,
         batch_bytes=sum(tensor.nbytes for tensor in tensors),
         read_s=read_s,
-        layout_s=plan_s,
+        layout_s=layout_s,
         decode_s=decode_s,
-        render_s=render_s,
-        collate_s=total_s - read_s - plan_s - decode_s - render_s,
+        # It includes decoding.
+        render_s=render_s - decode_s,
+        collate_s=total_s - read_s - layout_s - render_s,
     )
