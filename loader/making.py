@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
@@ -122,7 +122,7 @@ def make_in_threads(
     threads: int,
     allocate: Allocate,
     ahead: LookAhead,
-) -> Iterator[tuple[Made, int]]:
+) -> Generator[tuple[Made, int], None, None]:
     """Makes batches ahead of the consumer, in their sequence.
 
     Args:
