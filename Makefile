@@ -80,14 +80,20 @@ test: $(VENV)/ready-dev ## the test suite; ARGS= goes to pytest
 check: $(VENV)/ready-dev ## lint, format, types and tests
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest $(ARGS)
 
-bench: $(VENV)/ready-dev ## run the benchmarks
-	@for file in benchmarks/*.py; do $(PY) $$file; done
+bench: $(VENV)/ready-bench ## measure the loader beside its limits and beside other loaders; ARGS=--quick
+	@$(PY) benchmarks/loader.py $(ARGS) && $(PY) benchmarks/assemble.py && $(PY) benchmarks/peers.py --plot benchmarks/peers.png $(ARGS)
 
 setup: $(VENV)/ready-dev ## make the virtual environment
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[hub,fast]'
+	@touch $@
+
+$(VENV)/ready-bench: $(VENV)/ready-dev
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(PY) -m pip uninstall --quiet --yes torchvision
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps mosaicml-streaming
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready

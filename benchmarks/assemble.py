@@ -7,7 +7,10 @@ The view has crops of 378 px, at most 8 and the overview. Per picture, on one co
 * copy: as many bytes as its crops have, from one warm buffer into another;
 * copy of its crops: its own, cut before, into one warm buffer: like the stored pictures they have
   left the second-level cache since they were made;
-* assemble: draws, token layout, crops and masks into new arrays, from a decoded sample;
+* copy into the batch: the same into its place in a batch whose memory is used again (two batches of
+  16 take turns), which is the least that training can do with crops that it has;
+* as the loader does: draws, token layout, the text's arrays, and crops into their place there;
+* assemble: the same into new arrays, as users of single examples have it;
 * unsharded path: prepare (decode, resize, format, tokenize) and assemble, as `MolmoPreprocessor`.
 
 Ratios are of processor time.
@@ -25,7 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import TILED, draw, machine, paired, row
-from loader.assemble import View, assemble
+from loader.assemble import View, assemble, draft, plan_example
+from loader.buffers import Scratch
 from loader.layout import TokenIds
 from loader.pixels import render
 from preprocess.image import ImagePolicy
@@ -35,6 +39,7 @@ from preprocess.tokens import load_tokenizer
 from shardspec.sample import PreparedImage, PreparedSample
 from shardspec.tiling import num_crops
 
+BATCH = 16
 ROUNDS = 9
 
 
@@ -55,6 +60,7 @@ def main() -> None:
     source = np.ones((max(counts), side, side, 3), np.uint8)
     target = np.ones_like(source)
     own = [rendered(image) for image in images]
+    batches = np.ones((2, BATCH, max(counts), side, side, 3), np.uint8)
 
     def copy() -> None:
         for count in counts:
@@ -63,6 +69,23 @@ def main() -> None:
     def copy_own() -> None:
         for crops in own:
             np.copyto(target[: len(crops)], crops)
+
+    def copy_to_batch() -> None:
+        for i, crops in enumerate(own):
+            np.copyto(batches[i // BATCH % 2, i % BATCH, : len(crops)], crops)
+
+    scratch = Scratch()
+
+    def in_place() -> None:
+        for i, sample in enumerate(samples):
+            rng.seed(i)
+            plan = plan_example(sample.tokens, sample.spans.tolist(), rng, view=view, ids=ids)
+            sources = [(image.pixels, image.overview) for image in sample.images]
+            example = draft(plan, sources, view=view, key=sample.key, scratch=scratch)
+            for name in ("input_ids", "labels"):
+                example[name].array()
+            row = batches[i // BATCH % 2, i % BATCH]
+            example["images"].write(row[: plan.num_crops].transpose(0, 3, 1, 2))
 
     def alone() -> None:
         for i, sample in enumerate(samples):
@@ -78,6 +101,8 @@ def main() -> None:
         {
             "copy": copy,
             "copy of its crops": copy_own,
+            "copy into the batch": copy_to_batch,
+            "as the loader does": in_place,
             "assemble": alone,
             "unsharded path": unsharded,
         },
@@ -86,13 +111,14 @@ def main() -> None:
     print(
         f"{np.mean(counts):.1f} crops a picture, {np.mean(counts) * side * side * 3 / 1e6:.1f} MB"
     )
-    row("", "CPU, ms", "to copy", "to its crops")
+    row("", "CPU, ms", "to copy", "to its crops", "to the batch")
     for name, (_, cpu) in times.items():
         row(
             name,
             f"{1e3 * np.median(cpu) / len(samples):.2f}",
             f"{np.median(times['copy'].cpu / cpu):.2f}",
             f"{np.median(times['copy of its crops'].cpu / cpu):.2f}",
+            f"{np.median(times['copy into the batch'].cpu / cpu):.2f}",
         )
 
 

@@ -330,26 +330,28 @@ def _stand_in_for_torchvision() -> None:
 
 def rate(batches: Iterable[Any], *, batch: int, most: int) -> float:
     """Counts samples per second behind the first batches, of at most so many batches."""
+    skipped = min(SKIPPED, most // 4)
     start_s, count = 0.0, 0
-    for count, _ in enumerate(batches, 1):  # noqa: B007 - it is what is counted
-        if count == min(SKIPPED, most // 4):
+    for _ in batches:
+        count += 1
+        if count == skipped:
             start_s = time.perf_counter()
         if count == most:
             break
-    return (count - min(SKIPPED, most // 4)) * batch / (time.perf_counter() - start_s)
+    return (count - skipped) * batch / (time.perf_counter() - start_s)
 
 
 def measure(workload: Workload, folder: Path, *, rounds: int, view: ImageView | None) -> dict:
     """Gives the rates of all loaders, float64 [rounds] each."""
     samples = samples_of(workload)
-    most = max(len(samples) // workload.batch, SKIPPED + 2)
+    most = len(samples) // workload.batch
     codec = "raw" if workload.name == "W3" else "jpeg"
     decoders: dict[str, Decode] = {"": pillow, " +": ours} if codec == "jpeg" else {"": raw}
     if not samples[0]["images"]:
         decoders = {"": pillow}
     runs: dict[str, Callable[[], Iterable[Any]]] = {
-        "vlm-shards, 2 threads": partial(iter, workload.loader(decode_threads=WORKERS)),
-        "vlm-shards, 2 workers": partial(iter, workload.loader(workers=WORKERS)),
+        "vlm-shards, 2 threads": partial(workload.loader, decode_threads=WORKERS),
+        "vlm-shards, 2 workers": partial(workload.loader, workers=WORKERS),
     }
     for name, (module, make) in PEERS.items():
         if importlib.util.find_spec(module) is None:
@@ -358,7 +360,7 @@ def measure(workload: Workload, folder: Path, *, rounds: int, view: ImageView | 
         for sign, decode in decoders.items():
             try:
                 made = make(samples, folder / name, Transform(decode, view), workload.batch)
-                rate(made(), batch=workload.batch, most=SKIPPED + 2)
+                rate(made(), batch=workload.batch, most=8)
             except Exception as error:  # noqa: BLE001 - a peer that fails is left out, and named
                 print(f"{name}{sign} failed: {type(error).__name__}: {error}", flush=True)
                 continue

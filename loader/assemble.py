@@ -69,6 +69,10 @@ class View:
     """"imagenet", "openai" or "siglip" give float32; None leaves uint8 for the device."""
     pixels: Literal["crops", "patches"] = "crops"
     """"crops": [n, 3, S, S]; "patches": [n, patches, patch * patch * 3], for a linear layer."""
+    reduced_decoding: bool = False
+    """Decode a stored JPEG at 1/2, 1/4 or 1/8 of its sides where they divide by that and the view
+    needs no more: less time, and pixels that are within 40 dB of those of the whole picture resized
+    (measured on scenes, tests/loader/test_pixels.py). The unsharded path has no use for it."""
     image_map: Literal["first", "per_token", "pooling"] = "first"
     """How a model finds its image tokens. "first": `image_input_idx` [n], the first patch token of
     each crop. "per_token" (Molmo 1): `image_input_idx` [n, tokens per crop], -100 where a token
@@ -271,7 +275,12 @@ class PictureSet:
     @property
     def decode_s(self) -> float:
         """Seconds spent on decoding."""
-        return sum(one.decode_s for pair in self.sources for one in pair if type(one) is Encoded)
+        spent_s = 0.0
+        for pair in self.sources:
+            for one in pair:
+                if type(one) is Encoded:
+                    spent_s += one.decode_s
+        return spent_s
 
     def render(self, cells: np.ndarray, view: View) -> None:
         """Writes the crops into [n, S, S, 3], or into patches viewed as [n, P, p, P, p, 3].
@@ -298,6 +307,7 @@ class PictureSet:
                     overview=overview,
                     out=crops[done : done + count],
                     scratch=self.scratch,
+                    reduced=view.reduced_decoding,
                 )
                 done += count
         except (ShardError, SampleError) as error:

@@ -196,10 +196,14 @@ class MMCollator:
                 reason="empty_batch",
                 fix="hand over at least one example",
             )
-        self._check(examples)
-        lengths = [self._kept_length(row, example) for row, example in enumerate(examples)]
+        counts = [_num_images(example) for example in examples]
+        self._check(examples, counts)
+        lengths = [
+            self._kept_length(row, example, num)
+            for row, (example, num) in enumerate(zip(examples, counts, strict=True))
+        ]
         batch: dict[str, Any] = {**self._collate_text(examples, lengths, allocate)}
-        batch |= self._collate_images(examples, allocate)
+        batch |= self._collate_images(examples, counts, allocate)
         if self.with_metadata:
             batch["metadata"] = [example.get("metadata") or {} for example in examples]
         return batch
@@ -225,9 +229,8 @@ class MMCollator:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _collate_images(
-        self, examples: Sequence[Example], allocate: Allocate
+        self, examples: Sequence[Example], counts: list[int], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
-        counts = [_num_images(example) for example in examples]
         num = max(counts) if self.max_images is None else self.max_images
         first = next((ex["images"] for ex, n in zip(examples, counts, strict=True) if n), None)
         images = self._image_buffer(len(examples), num, first, allocate)
@@ -284,10 +287,9 @@ class MMCollator:
         buffer = allocate((num_rows, num, height, width, channels), dtype)
         return np.moveaxis(buffer, -1, 2)
 
-    def _kept_length(self, row: int, example: Example) -> int:
-        """Counts the tokens to keep of an example, at most `sequence_length`."""
+    def _kept_length(self, row: int, example: Example, num: int) -> int:
+        """Counts the tokens to keep of an example of `num` images, at most `sequence_length`."""
         limit, length = self.sequence_length, len(example["input_ids"])
-        num = _num_images(example)
         if self.max_images is not None and num > self.max_images:
             raise SampleError(
                 "example has more images than the batch has room for",
@@ -329,11 +331,12 @@ class MMCollator:
             )
         return limit
 
-    def _check(self, examples: Sequence[Example]) -> None:
+    def _check(self, examples: Sequence[Example], counts: list[int]) -> None:
         """Refuses examples that do not fit each other or the collator, and lists all of them."""
-        problems = [problem for example in examples for problem in self._problems(example)]
-        with_images = [example["images"] for example in examples if _num_images(example)]
-        if len({images.dtype for images in with_images}) > 1:
+        pairs = list(zip(examples, counts, strict=True))
+        problems = [problem for pair in pairs for problem in self._problems(*pair)]
+        types = {example["images"].dtype for example, num in pairs if num and "images" in example}
+        if len(types) > 1:
             problems.append("images of several types")
         if problems:
             specs = {_name(row, example): _spec(example) for row, example in enumerate(examples)}
@@ -350,10 +353,9 @@ class MMCollator:
                 fix="give the collator and every dataset of the mixture the same view",
             )
 
-    def _problems(self, example: Example) -> list[str]:
-        """Lists what is wrong with one example by itself."""
-        missing = [k for k in ("input_ids", "labels", *self.extra_keys) if k not in example]
-        num = _num_images(example)
+    def _problems(self, example: Example, num: int) -> list[str]:
+        """Lists what is wrong with one example of `num` images by itself."""
+        missing = [key for key in self._text_specs if key not in example]
         if num:
             missing += [key for key in IMAGE_KEYS if key not in example]
         if missing:
@@ -417,7 +419,11 @@ def _parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
 
 
 def _num_images(example: Example) -> int:
-    return max((len(example[key]) for key in IMAGE_KEYS if key in example), default=0)
+    most = 0
+    for key in IMAGE_KEYS:
+        if key in example:
+            most = max(most, len(example[key]))
+    return most
 
 
 def _image_starts(example: Example) -> np.ndarray:

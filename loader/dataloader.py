@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -93,8 +94,8 @@ def make_dataloader(
         to be used again. One batch is always made, however large.
 
     Raises:
-      ConfigError: `batch_not_divisible`, `packing_tail`, `packing_and_buckets`, and as
-        `MMCollator`.
+      ConfigError: `batch_not_divisible`, `loader_range`, `packing_tail`, `packing_and_buckets`, and
+        as `MMCollator`.
     """
     world_size = dataset.topology.world_size
     if global_batch_size % world_size:
@@ -105,6 +106,17 @@ def make_dataloader(
             reason="batch_not_divisible",
             facts={"global_batch_size": global_batch_size, "world_size": world_size},
             fix=f"use {' or '.join(near)}",
+        )
+    if decode_threads < 0 or workers < 0 or prefetch_bytes < 1:
+        raise ConfigError(
+            "numbers of threads, workers and bytes are out of range",
+            reason="loader_range",
+            facts={
+                "decode_threads": decode_threads,
+                "workers": workers,
+                "prefetch_bytes": prefetch_bytes,
+            },
+            fix="use 0 or more threads and workers, and 1 byte or more",
         )
     if pack and bucket_steps:
         raise ConfigError(
@@ -230,21 +242,23 @@ class StreamLoader:
         self.dataset.forget()
         plans = _Plans(self, range(self.step, stop))
         begin_s = perf_counter()
-        for made, ready in self._made(plans):
-            given_s = perf_counter()
-            self._note_bad(made.bad)
-            self.step += 1
-            self._streams = plans.delivered()
-            batch = made.batch
-            self._stats.made += made.spent
-            self._stats.wait_s += given_s - begin_s
-            self._stats.ready += ready
-            del made
-            yield batch
-            # What the consumer does not keep is free for the next batches.
-            del batch
-            begin_s = perf_counter()
-            self._stats.use_s += begin_s - given_s
+        # Threads and processes end with the loop, however it is left.
+        with closing(self._made(plans)) as batches:
+            for made, ready in batches:
+                given_s = perf_counter()
+                self._note_bad(made.bad)
+                self.step += 1
+                self._streams = plans.delivered()
+                batch = made.batch
+                self._stats.made += made.spent
+                self._stats.wait_s += given_s - begin_s
+                self._stats.ready += ready
+                del made
+                yield batch
+                # What the consumer does not keep is free for the next batches.
+                del batch
+                begin_s = perf_counter()
+                self._stats.use_s += begin_s - given_s
 
     def stats(self) -> Stats:
         """Tells what the time went into since this loader was made; see `Stats`."""
@@ -254,7 +268,7 @@ class StreamLoader:
             counters.update(each)
         return replace(self._stats, counters=dict(counters))
 
-    def _made(self, plans: _Plans) -> Iterator[tuple[Made, int]]:
+    def _made(self, plans: _Plans) -> Generator[tuple[Made, int], None, None]:
         ahead = self._ahead()
         if self.workers:
             return make_in_workers(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -147,7 +147,7 @@ def make_in_threads(
     threads: int,
     allocate: Allocate,
     ahead: LookAhead,
-) -> Iterator[tuple[Made, int]]:
+) -> Generator[tuple[Made, int], None, None]:
     """Makes batches ahead of the consumer, in their sequence.
 
     Args:
@@ -216,20 +216,26 @@ def _substituted(rows: list[Row], made: list[list[Pending]]) -> list[dict[str, A
 
 
 def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> Spent:
-    parts = [one for row in made for one in row]
-    read_s = sum(one.read_s for one in parts)
-    plan_s = sum(one.plan_s for one in parts)
-    decode_s = sum(one.pictures.decode_s for one in parts)
-    render_s = sum(one.pictures.render_s for one in parts) - decode_s
+    read_s = layout_s = decode_s = render_s = 0.0
+    samples = read_bytes = 0
+    for row in made:
+        for one in row:
+            samples += 1
+            read_bytes += one.num_bytes
+            read_s += one.read_s
+            layout_s += one.plan_s
+            decode_s += one.pictures.decode_s
+            render_s += one.pictures.render_s
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     return Spent(
         batches=1,
-        samples=len(parts),
-        read_bytes=sum(one.num_bytes for one in parts),
+        samples=samples,
+        read_bytes=read_bytes,
         batch_bytes=sum(tensor.nbytes for tensor in tensors),
         read_s=read_s,
-        layout_s=plan_s,
+        layout_s=layout_s,
         decode_s=decode_s,
-        render_s=render_s,
-        collate_s=total_s - read_s - plan_s - decode_s - render_s,
+        # It includes decoding.
+        render_s=render_s - decode_s,
+        collate_s=total_s - read_s - layout_s - render_s,
     )

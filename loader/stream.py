@@ -75,11 +75,8 @@ class Pending:
     num_bytes: int
     """Of the sample as it is stored."""
 
-    @property
-    def pictures(self) -> PictureSet:
-        """The pictures, which know why they cannot be rendered."""
-        part: PictureSet = self.example["images"].parts[0]
-        return part
+    pictures: PictureSet
+    """Its pictures, which know why they cannot be rendered."""
 
 
 class PendingSource(Protocol):
@@ -522,6 +519,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         )
         return Pending(
             example=example,
+            pictures=example["images"].parts[0],
             read_s=read_s - start_s,
             plan_s=perf_counter() - read_s,
             num_bytes=stored.num_bytes,

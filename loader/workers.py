@@ -24,7 +24,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -105,7 +105,7 @@ def make_in_workers(
     workers: int,
     keep_bytes: int,
     ahead: LookAhead,
-) -> Iterator[tuple[Made, int]]:
+) -> Generator[tuple[Made, int], None, None]:
     """Makes batches in worker processes, in their sequence.
 
     Args:

@@ -15,6 +15,7 @@ from shardspec.errors import (
     SourceError,
     StateError,
     StorageError,
+    WorkerError,
 )
 from shardspec.manifest import FORMAT_VERSION, Manifest, load_manifest
 from shardspec.sample import Geometry, PreparedImage, PreparedSample
@@ -38,5 +39,6 @@ __all__ = [
     "SourceError",
     "StateError",
     "StorageError",
+    "WorkerError",
     "load_manifest",
 ]

@@ -36,6 +36,9 @@ from shardspec.sample import ARRAY_HEADER_BYTES, Codec, encode_array
 
 JpegDecoder = Literal["simplejpeg", "pillow"]
 
+Reduction = Literal[1, 2, 4, 8]
+"""Factor by which the sides of a JPEG are reduced while it is decoded."""
+
 MAX_STORED_PIXELS = 200_000_000
 """Most pixels of a stored image: 600 MB decoded. More is a broken or hostile header."""
 
@@ -83,20 +86,24 @@ def decode_stored(
     out: np.ndarray | None = None,
     where: str = "",
     decoder: JpegDecoder | None = None,
+    reduce: Reduction = 1,
 ) -> np.ndarray:
     """Decodes a stored image.
 
     Args:
       payload: The whole member.
       codec: How it was stored; bytes of another format are refused.
-      out: uint8 [H, W, 3] to fill and return, of exactly the image's size; any strides, but only a
-        C-contiguous one is filled without a copy. After an error its content is undefined.
+      out: uint8 [H, W, 3] to fill and return, of exactly the image's (reduced) size; any strides,
+        but only a C-contiguous one is filled without a copy. After an error its content is
+        undefined.
       where: Shard and key, named in the error.
       decoder: Which JPEG decoder; None takes `jpeg_decoder()`.
+      reduce: Decode a JPEG at 1/2, 1/4 or 1/8 of its sides, which must divide by it, straight from
+        its coefficients; the same pixels from both decoders. Other codecs must be decoded whole.
 
     Returns:
-      uint8 [H, W, 3]: `out`, or a new array; for raw without `out` a view of the payload,
-      read-only where the payload is.
+      uint8 [H, W, 3], of the reduced size: `out`, or a new array; for raw without `out` a view of
+      the payload, read-only where the payload is.
 
     Raises:
       ShardError: `image_decode`: damaged, short, not the codec's format, neither RGB nor grey, more
@@ -104,11 +111,13 @@ def decode_stored(
       TypeError: `out` is not writable uint8.
       ConfigError: `decoder_missing`: simplejpeg asked for and not installed.
     """
+    if reduce != 1 and codec != "jpeg":
+        raise ValueError(f"{codec} cannot be decoded at a reduced size")
     if codec == "raw":
         return _decode_raw(payload, out, where)
     if codec == "jpeg" and (decoder or jpeg_decoder()) == "simplejpeg":
-        return _decode_simplejpeg(payload, out, where)
-    return _decode_pillow(payload, out, codec, where)
+        return _decode_simplejpeg(payload, out, where, reduce)
+    return _decode_pillow(payload, out, codec, where, reduce)
 
 
 def encode_stored(pixels: np.ndarray, *, codec: Codec, quality: int = 95) -> bytes:
@@ -210,7 +219,7 @@ def _simplejpeg() -> ModuleType | None:
 
 
 def _decode_simplejpeg(
-    payload: bytes | memoryview, out: np.ndarray | None, where: str
+    payload: bytes | memoryview, out: np.ndarray | None, where: str, reduce: Reduction
 ) -> np.ndarray:
     library = _simplejpeg()
     if library is None:
@@ -227,9 +236,13 @@ def _decode_simplejpeg(
         if colorspace in ("CMYK", "YCCK"):
             raise ValueError(f"stored JPEG in {colorspace}")
         _check_size(width, height)
+        _check_reducible(width, height, reduce)
+        width, height = width // reduce, height // reduce
         _check_out(out, (height, width, 3), "jpeg", where)
+        # The smallest size that is no smaller than asked for: the reduced one exactly.
+        least = {} if reduce == 1 else {"min_height": height, "min_width": width}
         pixels: np.ndarray = library.decode_jpeg(
-            payload, colorspace="RGB", strict=True, buffer=buffer
+            payload, colorspace="RGB", strict=True, buffer=buffer, **least
         )
     except ValueError as error:
         _refuse("jpeg", str(error), where)
@@ -239,7 +252,11 @@ def _decode_simplejpeg(
 
 
 def _decode_pillow(
-    payload: bytes | memoryview, out: np.ndarray | None, codec: Codec, where: str
+    payload: bytes | memoryview,
+    out: np.ndarray | None,
+    codec: Codec,
+    where: str,
+    reduce: Reduction,
 ) -> np.ndarray:
     try:
         if codec == "png":
@@ -250,6 +267,9 @@ def _decode_pillow(
             _check_size(image.width, image.height)
             if image.mode not in ("RGB", "L"):
                 raise ValueError(f"stored image in mode {image.mode}")
+            _check_reducible(image.width, image.height, reduce)
+            if reduce != 1:
+                image.draft(None, (image.width // reduce, image.height // reduce))
             image.load()
     except PILLOW_DECODE_ERRORS as error:
         _refuse(codec, str(error), where)
@@ -280,6 +300,12 @@ def _decode_raw(payload: bytes | memoryview, out: np.ndarray | None, where: str)
 def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_STORED_PIXELS:
         raise ValueError(f"{width} x {height} pixels")
+
+
+def _check_reducible(width: int, height: int, reduce: Reduction) -> None:
+    # Otherwise the last block reaches out of the picture, and everything in it is shifted a little.
+    if width % reduce or height % reduce:
+        raise ValueError(f"{width} x {height} pixels at 1/{reduce}")
 
 
 def _check_out(out: np.ndarray | None, shape: tuple[int, int, int], codec: str, where: str) -> None:

@@ -42,13 +42,15 @@ PURE = {
     "preprocess/recut.py",
     "preprocess/sizes.py",
     "preprocess/text.py",
-    "loader/horizon.py",
     "loader/blocks.py",
+    "loader/horizon.py",
+    "loader/layout.py",
     "loader/mixture.py",
     "loader/order.py",
     "loader/packing.py",
     "loader/permutation.py",
     "loader/rest.py",
+    "loader/stats.py",
     "loader/word.py",
 }
 OUTSIDE_WORLD = {

@@ -24,6 +24,7 @@ PUBLIC = {
         "SourceError",
         "StateError",
         "StorageError",
+        "WorkerError",
         "load_manifest",
     ],
     "preprocess.datasets": [
@@ -40,6 +41,7 @@ PUBLIC = {
     "loader": [
         "Augment",
         "DeterministicDataset",
+        "DevicePrefetcher",
         "IterableDatasetMixture",
         "MMCollator",
         "MolmoPreprocessor",
@@ -47,6 +49,7 @@ PUBLIC = {
         "RawDataset",
         "RawSample",
         "RetryPolicy",
+        "Stats",
         "StreamLoader",
         "StreamingDataset",
         "View",

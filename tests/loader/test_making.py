@@ -14,7 +14,7 @@ from loader.augment import Augment
 from loader.collate import MMCollator
 from loader.making import LookAhead, Task, make_in_threads
 from loader.reader import ShardReader
-from shardspec.errors import ShardError
+from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
 
@@ -206,6 +206,15 @@ def test_broken_picture_stops_the_loop_where_it_is_not_to_be_substituted(broken)
         list(make(stream(url)))
     assert caught.value.reason == "image_decode"
     assert any(caught.value.where.endswith(key) for key in keys)
+
+
+@pytest.mark.parametrize(
+    "options", [{"decode_threads": -1}, {"workers": -1}, {"prefetch_bytes": 0}]
+)
+def test_impossible_numbers_are_refused(options, url):
+    with pytest.raises(ConfigError) as caught:
+        make(stream(url), **options)
+    assert caught.value.reason == "loader_range"
 
 
 def test_look_ahead_is_bounded_in_batches_and_in_bytes():

@@ -7,8 +7,10 @@ from PIL import Image
 
 from loader import pixels as pixels_module
 from loader.augment import Augment, Draw, apply_color, draw, mean_grey, transform_points
-from loader.pixels import MEAN_STD, normalize, patchify, render, resize
+from loader.pixels import MEAN_STD, Encoded, normalize, patchify, render, resize
+from preprocess.scenes import make_scene
 from shardspec.errors import ConfigError, SampleError
+from shardspec.media import decode_stored, encode_stored
 from shardspec.sample import Geometry
 from shardspec.tiling import (
     ImageView,
@@ -412,3 +414,39 @@ def test_scaled_ranges_cover_a_line_without_gaps():
         assert all(part.start < part.stop <= to for part in parts)
         if to >= 11:
             assert [p.stop for p in parts[:-1]] == [p.start for p in parts[1:]]
+
+
+@pytest.mark.parametrize("size, reduced", [((1344, 1008), 2), ((672, 800), 2), ((672, 801), 1)])
+def test_reduced_decoding_keeps_40_db_where_the_view_needs_no_more(size, reduced, monkeypatch):
+    scene = Image.fromarray(make_scene(1, 3).pixels).resize(size)
+    payload = memoryview(encode_stored(np.asarray(scene), codec="jpeg", quality=95))
+    asked = []
+    decode = pixels_module.decode_stored
+
+    def noted(*args, **options):
+        asked.append(options["reduce"])
+        return decode(*args, **options)
+
+    monkeypatch.setattr(pixels_module, "decode_stored", noted)
+    made = [
+        render(
+            Encoded(payload, codec="jpeg", width=size[0], height=size[1]),
+            source_width=size[0],
+            source_height=size[1],
+            view=ImageView(),
+            reduced=choice,
+        )
+        for choice in (False, True)
+    ]
+    assert asked == [1, reduced]
+    error = np.mean((made[0].astype(float) - made[1]) ** 2)
+    assert error < 255**2 / 10**4
+
+
+def test_crop_is_cut_out_of_the_whole_picture():
+    payload = memoryview(encode_stored(np.zeros((672, 672, 3), np.uint8), codec="jpeg"))
+    picture = Encoded(payload, codec="jpeg", width=672, height=672)
+    crop = Draw(crop=(0, 0, 336, 336))
+    shape = {"source_width": 672, "source_height": 672, "view": ImageView()}
+    want = render(decode_stored(payload, codec="jpeg"), draw=crop, **shape)
+    assert np.array_equal(render(picture, draw=crop, reduced=True, **shape), want)

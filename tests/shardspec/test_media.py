@@ -354,3 +354,28 @@ def test_decoder_in_use_is_named_and_can_be_missing():
     )
     assert done.stderr.decode() == "decoder_missing"
     assert done.stdout == decode_stored(payload, codec="jpeg").tobytes()
+
+
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_both_decoders_reduce_to_the_same_pixels(reduce, subsampling):
+    payload = jpeg(scene(160, 224), subsampling=subsampling)
+    small = [
+        decode_stored(payload, codec="jpeg", decoder=decoder, reduce=reduce) for decoder in DECODERS
+    ]
+    assert small[0].shape == (160 // reduce, 224 // reduce, 3)
+    assert np.array_equal(*small)
+    out = np.empty_like(small[0])
+    assert decode_stored(payload, codec="jpeg", out=out, reduce=reduce) is out
+    assert np.array_equal(out, small[0])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_sides_that_do_not_divide_are_not_reduced(decoder):
+    with pytest.raises(ShardError, match="83 x 61 pixels at 1/4"):
+        decode_stored(jpeg(scene()), codec="jpeg", decoder=decoder, reduce=4)
+
+
+def test_other_codecs_are_decoded_whole():
+    with pytest.raises(ValueError, match="png cannot be decoded at a reduced size"):
+        decode_stored(encode_stored(scene(), codec="png"), codec="png", reduce=2)
