@@ -26,8 +26,8 @@ batches differ no more than beats do anyway; and no faster than the dataset's ow
 move forward.
 
 **Shares and weights.** m_d is M times the weight, rounded down or up: the share is off by less than
-one slot of the word. With 2**18 slots a weight of 1e-3 is met to 0.4 %, one of 1e-4 to 4 %; a
-weight of less than one slot gets one.
+one slot of the word, and the run by less than one sample per word. With 2**18 slots a weight of
+1e-3 is met to 0.4 %, one of 1e-4 to 4 %; one of less than one slot gets one, from those with most.
 
 Integer arithmetic only, like the order's.
 """
