@@ -28,7 +28,7 @@ RESHARD = $(foreach f,$(RESHARD_FLAGS),$(if $(filter command,$(origin $(firstwor
 	$(if $(filter 1,$(VIEW)),--view) $(if $(filter 0,$(VIEW)),--copy) $(if $(DRY_RUN),--dry-run)
 
 .DEFAULT_GOAL := help
-.PHONY: help shards plan verify reshard merge split filter import export-index datasets stream train test check bench setup
+.PHONY: help shards plan verify gc reshard merge split filter import export-index datasets stream train test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ plan: $(VENV)/ready ## print what `make shards` would do
 
 verify: $(VENV)/ready ## compare every stored byte of OUT with its manifest
 	@$(PY) -m preprocess verify '$(OUT)' $(if $(DEEP),--deep)
+
+gc: $(VENV)/ready ## remove what interrupted jobs have left in OUT (DRY_RUN=1 lists it)
+	@$(PY) -m preprocess gc '$(OUT)' $(if $(DRY_RUN),--dry-run) $(if $(OLDER_THAN),--older-than '$(OLDER_THAN)')
 
 reshard: $(VENV)/ready ## cut SRC anew into DST: SHARDS=, or NODES= RANKS= WORKERS= (VIEW=0: files of its own)
 	@$(PY) -m preprocess reshard '$(SRC)' '$(DST)' $(RESHARD)

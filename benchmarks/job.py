@@ -7,7 +7,7 @@ resizer and encoder, and does nothing else. A ratio of 1 would mean that reading
 formatting, tokenizing, packing and publishing are free. Ratios are of processor time, so that other
 programs on the machine disturb them little; waiting for the disk is in the wall's column.
 
-* one core: `build_shard` in this process, from planned rows to a published shard with its index;
+* one core: a build task in this process, from planned rows to a published shard with its index;
 * whole job: `run_job` from a Parquet folder to the committed manifest, with the rows' planning, the
   tokenizer's loading and the workers' start, on one worker and on two.
 
@@ -35,7 +35,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocess.build import BuildContext, build_shard
+from preprocess.build import BuildContext, build_shard, publish_shard
 from preprocess.image import ImagePolicy
 from preprocess.job import Job, JobSettings
 from preprocess.pipeline import run_job
@@ -120,6 +120,10 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def build_and_publish(context: BuildContext) -> None:
+    publish_shard(context, 0, build_shard(context, 0, lambda _: None), lambda _: None)
+
+
 def one_core(folder: Path) -> None:
     row("one core", "bare, ms", "job, ms", "images/s", "ratio", "by wall")
     for i, case in enumerate(CASES):
@@ -135,11 +139,12 @@ def one_core(folder: Path) -> None:
             num_shards=plan.num_shards,
             build_key=plan.build_key,
             blobs=str(job.blobs.root),
+            scratch=job.scratch,
         )
         seconds = paired(
             {
                 "bare": lambda files=files, case=case: bare(files, case.view),
-                "job": lambda context=context: build_shard(context, 0, lambda _: None),
+                "job": lambda context=context: build_and_publish(context),
             },
             rounds=CORE_ROUNDS,
         )

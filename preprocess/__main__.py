@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from typing import Any, NoReturn, get_args
 
@@ -19,15 +20,17 @@ from preprocess.export import ExportFormat, export_index
 from preprocess.fetch import FetchPolicy
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.formatter import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
+from preprocess.gc import find_strays, remove_strays
 from preprocess.image import ImagePolicy
 from preprocess.job import JobSettings
+from preprocess.lease import held
 from preprocess.pipeline import Outcome, run_job
 from preprocess.points import PointFormat
 from preprocess.recipe import Recipe
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import plan_reshard
 from preprocess.reshard_verbs import add_verbs, outcome_text, plan_text, reshard_settings
-from preprocess.sizes import parse_bytes, size_text
+from preprocess.sizes import parse_age_s, parse_bytes, size_text
 from preprocess.survey import Survey, survey_job
 from preprocess.tokens import EMBEDDED
 from preprocess.verify import verify
@@ -43,6 +46,7 @@ examples:
   python -m preprocess shards pixmo_cap --source /data/pixmo-cap --out s3://bucket/pixmo_cap
   python -m preprocess plan pixmo_cap --source hub
   python -m preprocess verify shards/pixmo_cap --deep
+  python -m preprocess gc s3://bucket/pixmo_cap --dry-run
   python -m preprocess reshard shards/pixmo_cap shards/by_16 --nodes 16 --ranks 8 --workers 4 --copy
   python -m preprocess import /data/laion --out shards/laion --name laion
   python -m preprocess filter shards/pixmo_cap shards/short --where "num_tokens < 1024"
@@ -60,11 +64,13 @@ class TqdmReporter:
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._reasons: Counter[str] = Counter()
+        self._sent_bytes = 0
 
     def stage(self, name: str, total: int | None) -> None:
         """Begins a bar."""
         self.close()
         self._reasons.clear()
+        self._sent_bytes = 0
         self._bar = tqdm(total=total, desc=name, unit="row", smoothing=0.05, dynamic_ncols=True)
 
     def step(self, reason: str) -> None:
@@ -73,9 +79,24 @@ class TqdmReporter:
             return
         if reason:
             self._reasons[reason] += 1
-            top = " ".join(f"{name}={n}" for name, n in self._reasons.most_common(3))
-            self._bar.set_postfix_str(f"failed: {top}", refresh=False)
+            self._tell()
         self._bar.update()
+
+    def sent(self, num_bytes: int) -> None:
+        """Tells behind the bar how much has gone to an object store."""
+        self._sent_bytes += num_bytes
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._bar is None:
+            return
+        told = []
+        if self._sent_bytes:
+            told.append(f"sent {size_text(self._sent_bytes)}")
+        if self._reasons:
+            top = " ".join(f"{name}={n}" for name, n in self._reasons.most_common(3))
+            told.append(f"failed: {top}")
+        self._bar.set_postfix_str(", ".join(told), refresh=bool(self._sent_bytes))
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -137,6 +158,29 @@ def _verify(options: argparse.Namespace, report: TqdmReporter) -> int:
     if findings:
         return findings[0].exit_code
     print(f"{options.out}: every shard is what the manifest promises")
+    return 0
+
+
+def _gc(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa: ARG001
+    before = None
+    if options.older_than is not None:
+        before = time.time() - parse_age_s(options.older_than)
+    with held(options.out):
+        strays = find_strays(options.out, written_before_unix_s=before)
+        for each in strays.objects:
+            print(f"{size_text(each.num_bytes):>10}  {each.name}")
+        for upload in strays.uploads:
+            print(f"{'upload':>10}  {upload.name}")
+        if not options.dry_run:
+            remove_strays(options.out, strays)
+    objects, uploads = len(strays.objects), len(strays.uploads)
+    verbs = ("would remove", "abort") if options.dry_run else ("removed", "aborted")
+    print(
+        f"{options.out}: {verbs[0]} {objects} objects ({size_text(strays.num_bytes)}), "
+        f"{verbs[1]} {uploads} unfinished uploads"
+    )
+    if options.out.startswith("gs://"):
+        print("unfinished uploads to Google Cloud Storage end by themselves after a week")
     return 0
 
 
@@ -332,6 +376,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("out", help="URL or folder of the dataset")
     check.add_argument("--deep", action="store_true", help="decode every image as well")
     check.set_defaults(run=_verify)
+    sweep = verbs.add_parser("gc", help="remove what interrupted jobs have left behind")
+    sweep.add_argument("out", help="URL or folder of the dataset")
+    sweep.add_argument("--dry-run", action="store_true", help="only list it")
+    sweep.add_argument("--older-than", metavar="AGE", help="pass over what is younger, e.g. 24h")
+    sweep.set_defaults(run=_gc)
     for verb in add_verbs(verbs):
         verb.set_defaults(run=_reshard)
     foreign = verbs.add_parser(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.toml import load_toml
+from shardspec.toml import load_toml
 
 # A straight single quote opens a quotation only where no letter stands before it: don't, dogs'.
 _QUOTED = r"""<[^<>]*>|"[^"]*"|“[^”]*”|‘[^’]*’|`[^`]*`|(?<!\w)'[^'\n]+'(?!\w)"""

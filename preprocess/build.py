@@ -1,9 +1,10 @@
 """BUILD: one task makes one shard: tar, index, quarantine list, receipt.
 
 A task is a pure function of the plan's rows, the images and the recipe; it may run anywhere, any
-number of times. Its files appear whole under their final names, the receipt last: a shard without
-a valid receipt does not exist. Rows that cannot become samples are written to the quarantine list
-with the reason, never dropped in silence.
+number of times. It has two parts: `build_shard` makes the files in a scratch folder, which takes a
+processor; `publish_shard` puts them in place, which takes a network. They appear whole under their
+final names, the receipt last: a shard without a valid receipt does not exist. Rows that cannot
+become samples are written to the quarantine list with the reason, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +29,9 @@ from preprocess.datasets.base import SceneImage
 from preprocess.plan import shard_name
 from preprocess.recipe import Preparer, read_path
 from shardspec import storage
-from shardspec.errors import SampleError
+from shardspec.errors import SampleError, StorageError
 from shardspec.index import encode_index, index_dtype, index_row, longest_text
 from shardspec.manifest import (
-    INDEX_SUFFIX,
     Receipt,
     ShardEntry,
     canonical_json,
@@ -42,6 +43,8 @@ from shardspec.tar import TarWriter
 
 SCRATCH = ".scratch"
 """Folder of unfinished files below a local output; emptied when a job starts."""
+
+_READS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class BuildContext:
     build_key: str
     blobs: str
     """Root of the blob cache."""
+    scratch: str
+    """Local folder for unfinished files."""
     several_images: bool = False
     """Whether the members of images carry numbers."""
 
@@ -68,17 +73,31 @@ class BuildContext:
         """Names a shard."""
         return shard_name(self.dataset, self.split, shard, num_shards=self.num_shards)
 
-    def receipt_url(self, shard: int) -> str:
-        """URL of a shard's receipt."""
-        return storage.join(self.out, "receipts", self.name(shard) + ".json")
+    def receipt_name(self, shard: int) -> str:
+        """Where the output keeps a shard's receipt."""
+        return f"receipts/{self.name(shard)}.json"
 
-    def quarantine_url(self, shard: int) -> str:
-        """URL of a shard's quarantine list."""
-        return storage.join(self.out, "quarantine", self.name(shard) + ".jsonl")
+    def quarantine_name(self, shard: int) -> str:
+        """Where the output keeps a shard's quarantine list."""
+        return f"quarantine/{self.name(shard)}.jsonl"
 
 
-def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]) -> Receipt:
-    """Builds one shard and publishes it.
+@dataclass(frozen=True, kw_only=True)
+class BuiltShard:
+    """A shard that is built and not yet in place."""
+
+    path: Path
+    """The tar, in a scratch folder."""
+    index: bytes
+    quarantined: list[bytes]
+    """Lines of the quarantine list."""
+    receipt: Receipt
+    scratch: ExitStack
+    """Removes the folder."""
+
+
+def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]) -> BuiltShard:
+    """Builds one shard in a scratch folder.
 
     Args:
       context: The job.
@@ -86,7 +105,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
       on_row: Called after each row with "" or the reason why it was quarantined.
 
     Raises:
-      StorageError: The output cannot be written, or the cache has lost an image.
+      StorageError: The disk is full, or the cache has lost an image.
     """
     lines = storage.read_bytes(rows_url(context.out, context.split, shard)).splitlines()
     rows = sorted(map(json.loads, lines), key=lambda row: int(row["position"]))
@@ -95,8 +114,8 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     index = []
     codec = context.preparer.recipe.image.codec
     views = context.preparer.recipe.image.views
-    with scratch_folder(context.out) as folder:
-        path = folder / "shard.tar"
+    with ExitStack() as stack:
+        path = stack.enter_context(scratch_folder(context.scratch)) / "shard.tar"
         with storage.naming_errors(str(path)), path.open("wb") as stream:
             writer = TarWriter(stream)
             for row in rows:
@@ -131,18 +150,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
             sha256 = writer.finish()
         table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(len(views)))
         encoded_index = encode_index(table)
-        # Another job's receipt must not vouch for this one's bytes, wherever it is interrupted.
-        storage.delete(context.receipt_url(shard))
-        storage.publish_file(storage.join(context.out, name + ".tar"), path)
-    storage.publish_bytes(storage.join(context.out, name + INDEX_SUFFIX), encoded_index)
-    lines = [canonical_json(line) for line in quarantined]
-    if lines:
-        storage.publish_bytes(context.quarantine_url(shard), b"".join(lines))
-    else:
-        storage.delete(context.quarantine_url(shard))  # an earlier, uncommitted build's
-    receipt = Receipt(
-        build_key=context.build_key,
-        shard=ShardEntry(
+        entry = ShardEntry(
             url=name + ".tar",
             split=context.split,
             nsamples=len(table),
@@ -153,11 +161,56 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
             num_images=int(table["num_images"].sum()),
             num_tokens=int(table["num_tokens"].sum()),
             num_loss_tokens=int(table["num_loss_tokens"].sum()),
-        ),
-        quarantined=dict(sorted(Counter(line["reason"] for line in quarantined).items())),
-    )
-    storage.publish_bytes(context.receipt_url(shard), encode_receipt(receipt))
-    return receipt
+        )
+        return BuiltShard(
+            path=path,
+            index=encoded_index,
+            quarantined=[canonical_json(line) for line in quarantined],
+            receipt=Receipt(
+                build_key=context.build_key,
+                shard=entry,
+                quarantined=dict(sorted(Counter(line["reason"] for line in quarantined).items())),
+            ),
+            scratch=stack.pop_all(),
+        )
+
+
+def publish_shard(
+    context: BuildContext, shard: int, built: BuiltShard, on_part: Callable[[int], None]
+) -> Receipt:
+    """Puts a built shard in place, its receipt last.
+
+    Args:
+      context: The job.
+      shard: Its number.
+      built: What `build_shard` has made; its scratch folder is gone afterwards.
+      on_part: Hears how many bytes have arrived at an object store, part by part.
+
+    Raises:
+      StorageError: The output cannot be written; `output_busy`: another job writes to it.
+    """
+    receipt_name, quarantine_name = context.receipt_name(shard), context.quarantine_name(shard)
+    entry = built.receipt.shard
+    with built.scratch:
+        # Another job's receipt must not vouch for this one's bytes, wherever it is interrupted.
+        storage.delete_objects(context.out, [receipt_name])
+        storage.publish_file(storage.join(context.out, entry.url), built.path, on_part=on_part)
+    storage.publish_bytes(storage.join(context.out, entry.index_url), built.index)
+    if built.quarantined:
+        url = storage.join(context.out, quarantine_name)
+        storage.publish_bytes(url, b"".join(built.quarantined))
+    else:
+        # An earlier, uncommitted build's.
+        storage.delete_objects(context.out, [quarantine_name])
+    url = storage.join(context.out, receipt_name)
+    if not storage.swap_bytes(url, encode_receipt(built.receipt), replacing=None):
+        raise StorageError(
+            "another job is writing to this output",
+            reason="output_busy",
+            where=url,
+            fix="wait until it has ended, or use another OUT=",
+        )
+    return built.receipt
 
 
 def rows_url(out: str, split: str, shard: int) -> str:
@@ -165,25 +218,55 @@ def rows_url(out: str, split: str, shard: int) -> str:
     return storage.join(out, "plan", split, f"rows-{shard:05d}.jsonl")
 
 
-def find_receipt(context: BuildContext, shard: int) -> Receipt | None:
-    """Finds the receipt of a finished shard: of this very build, and with the shard in place."""
-    return valid_receipt(context.out, context.receipt_url(shard), build_key=context.build_key)
+def find_receipts(context: BuildContext) -> dict[int, Receipt]:
+    """Finds the receipts of finished shards: of this very build, and with their shards in place."""
+    names = {context.name(shard): shard for shard in range(context.num_shards)}
+    found = valid_receipts(context.out, names, keys={context.build_key})
+    return {names[name]: receipt for name, receipt in found.items()}
 
 
-def valid_receipt(out: str, url: str, *, build_key: str) -> Receipt | None:
-    """Reads a receipt; None unless it is of this very build, and its shard is in place."""
-    try:
-        receipt = parse_receipt(storage.read_bytes(url), where=url)
-    except FileNotFoundError:
-        return None
-    if receipt is None or receipt.build_key != build_key:
-        return None
-    entry = receipt.shard
-    if storage.size(storage.join(out, entry.url)) != entry.num_bytes:
-        return None
-    if storage.size(storage.join(out, entry.index_url)) != entry.index_bytes:
-        return None
-    return receipt
+def valid_receipts(out: str, names: Iterable[str], *, keys: Container[str]) -> dict[str, Receipt]:
+    """Finds the receipts of finished shards by the shards' names.
+
+    Args:
+      out: The output.
+      names: Of the shards.
+      keys: Build keys that count.
+    """
+    wanted = {f"{name}.json": name for name in names}
+    present = [n for n in storage.list_names(storage.join(out, "receipts")) if n in wanted]
+
+    def read(name: str) -> Receipt | None:
+        url = storage.join(out, "receipts", name)
+        try:
+            return parse_receipt(storage.read_bytes(url), where=url)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        read_ones = zip(present, pool.map(read, present), strict=True)
+        found = {wanted[name]: receipt for name, receipt in read_ones if receipt is not None}
+    splits = sorted({receipt.shard.split for receipt in found.values()})
+    sizes: dict[str, int] = {}
+    for split in splits:
+        sizes |= stored_sizes(out, split)
+    return {
+        name: receipt
+        for name, receipt in found.items()
+        if receipt.build_key in keys and is_in_place(receipt.shard, sizes)
+    }
+
+
+def stored_sizes(out: str, split: str) -> dict[str, int]:
+    """Lists the files of a split: their paths, as the manifest has them, to their lengths."""
+    listed = storage.list_objects(storage.join(out, split))
+    return {f"{split}/{each.name}": each.num_bytes for each in listed}
+
+
+def is_in_place(entry: ShardEntry, sizes: Mapping[str, int]) -> bool:
+    """Tells whether a shard and its index are there, at their lengths."""
+    wanted = {entry.url: entry.num_bytes, entry.index_url: entry.index_bytes}
+    return all(sizes.get(url) == num_bytes for url, num_bytes in wanted.items())
 
 
 def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> PreparedSample:
@@ -283,15 +366,19 @@ def quarantine_line(row: Mapping[str, Any], *, stage: str, error: SampleError) -
     }
 
 
-@contextmanager
-def scratch_folder(out: str) -> Iterator[Path]:
-    """Makes a folder for unfinished files, on the output's own disk where that is local."""
-    parent = None
+def scratch_root(out: str, *, cache: Path) -> Path:
+    """Names the folder for unfinished files: on a local output's own disk, else in the cache."""
     if storage.is_local(out):
-        parent = storage.local_path(out) / SCRATCH
-        with storage.naming_errors(out):
-            storage.make_folder(parent)
-    with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as folder:
+        return storage.local_path(out) / SCRATCH
+    return cache / "scratch" / hashlib.sha256(out.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def scratch_folder(root: str) -> Iterator[Path]:
+    """Makes a folder of its own for unfinished files."""
+    with storage.naming_errors(root):
+        storage.make_folder(Path(root))
+    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 

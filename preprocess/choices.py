@@ -22,8 +22,8 @@ from typing import Literal
 
 import numpy as np
 
-from preprocess.toml import load_toml
 from shardspec.errors import SampleError
+from shardspec.toml import load_toml
 
 ChoiceForm = Literal["standard", "letter", "varied"]
 

@@ -42,10 +42,10 @@ from preprocess.points import (
     point_tag,
 )
 from preprocess.tokens import ChatFrame
-from preprocess.toml import load_toml
 from shardspec.errors import ConfigError, SampleError, nearest
 from shardspec.keyed import SampleRng, hash_text, keyed
 from shardspec.sample import WEIGHT_ONE, Geometry
+from shardspec.toml import load_toml
 
 PromptTemplates = Literal["none", "uber_model", "uber_model_v2"]
 SystemPrompt = Literal[

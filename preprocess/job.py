@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import PIL.features
 
 from preprocess.blobs import BlobCache
-from preprocess.build import rows_url
+from preprocess.build import rows_url, scratch_root
 from preprocess.datasets import DatasetBase, dataset_class, get_dataset
 from preprocess.fetch import FetchPolicy
 from preprocess.recipe import Preparer, Recipe
@@ -39,6 +39,9 @@ class Reporter(Protocol):
 
     def step(self, reason: str) -> None:
         """One step is done; `reason` is "" or why it failed."""
+
+    def sent(self, num_bytes: int) -> None:
+        """So many bytes more have arrived at an object store."""
 
     def note(self, text: str) -> None:
         """Something that a person should know."""
@@ -133,6 +136,11 @@ class Job:
     def url(self, *parts: str) -> str:
         """Names an object of the output."""
         return storage.join(self.settings.out, *parts)
+
+    @property
+    def scratch(self) -> str:
+        """Local folder for unfinished files, emptied when the job starts."""
+        return str(scratch_root(self.settings.out, cache=self.blobs.root))
 
     @property
     def identity_url(self) -> str:

@@ -6,7 +6,8 @@
 2. FETCH downloads image URLs into the blob cache; the ledger remembers how each ended.
 3. PLAN freezes what will be built: rows with keys, dealt to shards. It is written once and reused
    until commit, so links that die or revive in between change nothing.
-4. BUILD makes the shards that have no valid receipt, in worker processes.
+4. BUILD makes the shards that have no valid receipt, in worker processes; a finished one goes to
+   its place while its worker builds the next.
 5. COMMIT adds the split to the manifest, last.
 
 Anything that interrupts leaves the old state or the new one.
@@ -18,12 +19,15 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
-from preprocess.build import SCRATCH, BuildContext, build_shard, find_receipt
+from preprocess.build import BuildContext, build_shard, find_receipts, publish_shard
 from preprocess.commit import Committed, check_bad_samples, commit, committed
 from preprocess.engines import local
 from preprocess.job import Job, JobSettings, Reporter
+from preprocess.lease import held
 from preprocess.plan import shard_borders
 from preprocess.planner import Plan, drop_plan, load_plan, make_plan, read_json
 from shardspec import storage
@@ -65,29 +69,31 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
     result = committed(job)
     if result is not None:
         if storage.exists(job.url("plan", settings.split)):  # a run ended between commit and here
-            with storage.exclusive(settings.out):
+            with held(settings.out):
                 _tidy(job)
         return Outcome(result=result, built_shards=0, fresh=False, seconds=_since(started))
-    with storage.exclusive(settings.out):
+    with held(settings.out) as check_held:
         promised = _check_conflict(job)  # once more: another job may have ended in between
-        result, built = _make(job, report, promised)
+        result, built = _make(job, report, promised, check_held)
     outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
     _write_run(job, outcome)
     return outcome
 
 
-def _make(job: Job, report: Reporter, promised: str | None) -> tuple[Committed, int]:
+def _make(
+    job: Job, report: Reporter, promised: str | None, check_held: Callable[[], None]
+) -> tuple[Committed, int]:
     """Plans, builds and commits what is missing; returns the result and the shards built."""
-    if storage.is_local(job.settings.out):
-        storage.delete(job.url(SCRATCH))
+    storage.delete(job.scratch)
     plan = load_plan(job) or make_plan(job, report, promised=promised)
     try:
-        receipts, built = _build(job, plan, report)
+        receipts, built = _build(job, plan, report, check_held)
     except StorageError as error:
         if error.reason in ("blob_missing", "blob_corrupt"):
             drop_plan(job)  # so that the same command fetches it again
         raise
     check_bad_samples(job, plan, receipts)
+    check_held()
     result = commit(job, plan, receipts)
     _tidy(job)
     return result, built
@@ -96,8 +102,8 @@ def _make(job: Job, report: Reporter, promised: str | None) -> tuple[Committed, 
 def _tidy(job: Job) -> None:
     """Removes what only an unfinished job needs."""
     drop_plan(job)
+    storage.delete(job.scratch)
     if storage.is_local(job.settings.out):
-        storage.delete(job.url(SCRATCH))
         storage.delete_temporaries(job.settings.out)
 
 
@@ -136,7 +142,9 @@ def _check_conflict(job: Job) -> str | None:
     return manifest.splits[job.settings.split].build_key
 
 
-def _build(job: Job, plan: Plan, report: Reporter) -> tuple[list[Receipt], int]:
+def _build(
+    job: Job, plan: Plan, report: Reporter, check_held: Callable[[], None]
+) -> tuple[list[Receipt], int]:
     """Builds what is missing; returns every receipt in shard order, and how many are new."""
     context = BuildContext(
         preparer=job.preparer,
@@ -146,24 +154,36 @@ def _build(job: Job, plan: Plan, report: Reporter) -> tuple[list[Receipt], int]:
         num_shards=plan.num_shards,
         build_key=plan.build_key,
         blobs=str(job.blobs.root),
+        scratch=job.scratch,
         several_images=job.recipe["several_images"],
     )
-    receipts = {shard: find_receipt(context, shard) for shard in range(plan.num_shards)}
-    missing = [shard for shard, receipt in receipts.items() if receipt is None]
-    if len(missing) < plan.num_shards:
-        report.note(f"{plan.num_shards - len(missing)} of {plan.num_shards} shards are finished")
+    receipts = find_receipts(context)
+    missing = [shard for shard in range(plan.num_shards) if shard not in receipts]
+    if receipts:
+        report.note(f"{len(receipts)} of {plan.num_shards} shards are finished")
     borders = shard_borders(plan.num_samples, num_shards=plan.num_shards)
     report.stage("build", int(sum(borders[shard + 1] - borders[shard] for shard in missing)))
     for event in local.run(
-        missing, work=build_shard, context=context, num_workers=job.settings.num_workers
+        missing, work=_build_task, context=context, num_workers=job.settings.num_workers
     ):
-        if isinstance(event, local.TaskProgress):
-            report.step(event.note)
-        elif isinstance(event, local.TaskLost):
+        check_held()
+        if isinstance(event, local.TaskLost):
             report.note(f"a worker died (exit code {event.exit_code}); its shard is built again")
-        else:
+        elif isinstance(event, local.TaskDone):
             receipts[event.task] = event.value
-    return [receipt for receipt in receipts.values() if receipt is not None], len(missing)
+        elif isinstance(event.note, int):
+            report.sent(event.note)
+        else:
+            report.step(event.note)
+    return [receipts[shard] for shard in range(plan.num_shards)], len(missing)
+
+
+def _build_task(
+    context: BuildContext, shard: int, report: Callable[[str | int], None]
+) -> local.Later:
+    """Builds a shard; the rest is to publish it. Reports a text per row, a number per part sent."""
+    built = build_shard(context, shard, report)
+    return local.Later(finish=partial(publish_shard, context, shard, built, report))
 
 
 def _write_run(job: Job, outcome: Outcome) -> None:

@@ -86,7 +86,7 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
     if promised is not None:
         policy = dataclasses.replace(policy, retry="none")
     results = _fetch(job, policy, report)
-    with scratch_folder(job.settings.out) as folder:
+    with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
         rows = _spool_rows(job, results, spool, report)
         order = plan_order(rows.keys, seed=job.settings.recipe.seed)

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from preprocess.build import SCRATCH, scratch_folder, valid_receipt
+from preprocess.build import SCRATCH, scratch_folder, valid_receipts
 from preprocess.engines import local
 from preprocess.job import Reporter
+from preprocess.lease import held
 from preprocess.reshard_copy import CopyContext, CopyTask, copy_shard, shard_entry
 from preprocess.reshard_plan import ReshardPlan, SplitPlan, absolute_url, shard_rows
 from shardspec import storage
@@ -63,7 +64,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
     done = _finished(plan)
     if done is not None:
         return done
-    with storage.exclusive(out):
+    with held(out) as require_held:
         done = _finished(plan)  # once more: another job may have ended in between
         if done is not None:
             return done
@@ -82,6 +83,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
         manifest = _manifest(plan, shards, view)
         _publish_tokenizer(plan, report)
         payload = manifest.encode()
+        require_held()
         storage.publish_bytes(storage.join(out, MANIFEST_NAME), payload)
         if storage.is_local(out):
             storage.delete(storage.join(out, SCRATCH))
@@ -171,10 +173,10 @@ def _copy(plan: ReshardPlan, report: Reporter) -> tuple[list[Receipt], int]:
             sha256=plan.settings.sha256,
             source_sha256={url: file.sha256 for url, file in files.items()},
         )
-        receipts = {
-            i: valid_receipt(context.out, context.receipt_url(i), build_key=task.build_key)
-            for i, task in enumerate(tasks)
-        }
+        found = valid_receipts(
+            context.out, [task.name for task in tasks], keys={task.build_key for task in tasks}
+        )
+        receipts = {i: found.get(task.name) for i, task in enumerate(tasks)}
         missing = [i for i, receipt in receipts.items() if receipt is None]
         if len(missing) < len(tasks):
             report.note(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished")

@@ -1,14 +1,18 @@
-"""VERIFY: reads a finished dataset and compares every byte with what the manifest promises."""
+"""VERIFY: reads a finished dataset and compares every byte with what the manifest promises.
+
+Shards of object stores are copied to the local disk for it, one at a time; none is held in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
+import mmap
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 import numpy as np
 
@@ -67,36 +71,37 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
 
 
 def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
-    where = storage.resolve(url, file.url)
-    tar = _fetch(where, file.num_bytes, file.sha256)
-    index_url = storage.resolve(url, file.index_url)
-    index = _fetch(index_url, file.index_bytes, file.index_sha256)
+    tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
+    counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "index.npy"
-        path.write_bytes(index)
-        counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
-        rows = np.array(open_index(str(path), raw=raw, **counts))
-    members = walk_tar(io.BytesIO(tar), where=where)
-    if not raw:  # foreign headers have forms that ours never do
-        for row in rows:
-            _verify_sample(tar, row, members, codec=codec, where=where)
-        extra = next(members, None)
-        if extra is not None:
-            raise _wrong(where, "member_extra", {"member": extra.name})
-    for row in rows:
-        _verify_crc(tar, row, where=where)
+        tar_path = _at_hand(tar_url, Path(folder) / "shard.tar")
+        _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
+        index_path = _at_hand(index_url, Path(folder) / "index.npy")
+        _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
+        rows = np.array(open_index(str(index_path), raw=raw, **counts))
+        with tar_path.open("rb") as stream:
+            tar = _view(stream, file.num_bytes)
+            if not raw:  # foreign headers have forms that ours never do
+                members = walk_tar(stream, where=tar_url)
+                for row in rows:
+                    _verify_sample(tar, row, members, codec=codec, where=tar_url)
+                extra = next(members, None)
+                if extra is not None:
+                    raise _wrong(tar_url, "member_extra", {"member": extra.name})
+            for row in rows:
+                _verify_crc(tar, row, where=tar_url)
 
 
-def _verify_crc(tar: bytes, row: np.void, *, where: str) -> None:
+def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:
     start, length = int(row["offset"]), int(row["num_bytes"])
-    got = zlib.crc32(memoryview(tar)[start : start + length])
+    got = zlib.crc32(tar[start : start + length])
     if got != int(row["crc32"]):
         facts: dict[str, object] = {"got": got, "want": int(row["crc32"])}
         raise _wrong(f"{where} sample {row['key'].decode()}", "sample_crc", facts)
 
 
 def _verify_sample(
-    tar: bytes, row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
+    view: memoryview, row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
 ) -> None:
     key, start = row["key"].decode(), int(row["offset"])
     where = f"{where} sample {key}"
@@ -106,7 +111,6 @@ def _verify_sample(
     got = [member.offset for member in found]
     if got != want:
         raise _wrong(where, "member_layout", {"got_offsets": got, "want_offsets": want})
-    view = memoryview(tar)
     payloads = [view[m.offset : m.offset + m.num_bytes] for m in found]
     spans = decode_array(payloads[1], dtype="<i4", columns=SPAN_COLUMNS, where=where)
     tokens = decode_array(payloads[2], dtype="<i4", where=where)
@@ -130,17 +134,38 @@ def _verify_sample(
             decode_stored(payload, codec=codec, where=where)  # type: ignore[arg-type]
 
 
-def _fetch(url: str, num_bytes: int, sha256: str) -> bytes:
+def _view(stream: IO[bytes], num_bytes: int) -> memoryview:
+    """Maps a file; it is unmapped when the last view of it is gone."""
+    if not num_bytes:
+        return memoryview(b"")  # nothing can be mapped of an empty file
+    return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _at_hand(url: str, copy: Path) -> Path:
+    """Gives a local file with an object's bytes: its own, or a copy."""
+    if storage.is_local(url):
+        return storage.local_path(url)
     try:
-        payload = storage.read_bytes(url)
+        storage.fetch_file(url, copy)
     except FileNotFoundError as error:
         raise _wrong(url, "shard_missing", {}) from error
-    if len(payload) != num_bytes:
-        raise _wrong(url, "shard_size", {"got_bytes": len(payload), "want_bytes": num_bytes})
-    got = hashlib.sha256(payload).hexdigest() if sha256 else ""  # then its samples' sums stand in
-    if got != sha256:
-        raise _wrong(url, "shard_sha256", {"got": got, "want": sha256})
-    return payload
+    return copy
+
+
+def _check_file(path: Path, num_bytes: int, sha256: str, *, where: str) -> None:
+    got_bytes = storage.size(str(path))
+    if got_bytes is None:
+        raise _wrong(where, "shard_missing", {})
+    if got_bytes != num_bytes:
+        raise _wrong(where, "shard_size", {"got_bytes": got_bytes, "want_bytes": num_bytes})
+    if not sha256:
+        return  # nobody has read it as a whole: the checksums of its samples stand for it
+    digest = hashlib.sha256()
+    with storage.naming_errors(where), path.open("rb") as stream:
+        for block in iter(lambda: stream.read(2**20), b""):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        raise _wrong(where, "shard_sha256", {"got": digest.hexdigest(), "want": sha256})
 
 
 def _wrong(where: str, reason: str, facts: dict[str, object]) -> ShardError:

@@ -14,12 +14,13 @@
 
 `str(error)` is the whole story on a few lines: what is wrong, where, the facts, the fix.
 `error.reason` is a stable code for programs and tests. All of them survive pickling, since they
-cross process borders.
+cross process borders. Passwords and signatures that stand in URLs are left out of what is shown.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 
@@ -49,7 +50,7 @@ class ShardsError(Exception):
         super().__init__(what)
         self.what = what
         self.reason = reason
-        self.where = where
+        self.where = redacted(where)
         self.facts = dict(facts or {})
         self.fix = fix
 
@@ -59,7 +60,7 @@ class ShardsError(Exception):
             lines.append(f"  where: {self.where}")
         if self.facts:
             facts = ", ".join(f"{name}={value}" for name, value in self.facts.items())
-            lines.append(f"  facts: {facts}")
+            lines.append(f"  facts: {redacted(facts)}")
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
@@ -118,6 +119,25 @@ class BudgetError(ShardsError):
 
 class StateError(ShardsError):
     """A loader state that does not fit this dataset or these settings."""
+
+
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]*(?=@)")
+_SIGNATURE = re.compile(
+    r"(?<=[?&])((?:x-amz-|x-goog-)[\w-]+|awsaccesskeyid|googleaccessid|signature|sig|token|"
+    r"access_token|key|secret|password)=[^&\s#'\"]*",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: str) -> str:
+    """Leaves the passwords and signatures of URLs out of a text.
+
+    >>> redacted("s3://me:hunter2@bucket/a")
+    's3://***@bucket/a'
+    >>> redacted("https://h/a.jpg?w=9&X-Amz-Signature=1f&token=xyz")
+    'https://h/a.jpg?w=9&X-Amz-Signature=***&token=***'
+    """
+    return _SIGNATURE.sub(r"\1=***", _PASSWORD.sub("***", text))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -53,6 +53,7 @@ class Server:
         self.endpoint = endpoint
         self.folder = folder
         self._numbers = itertools.count()
+        self._client = None
         self.process = None
 
     def start(self):
@@ -102,7 +103,10 @@ class Server:
 
     def client(self):
         """A client for looking at the server from outside, apart from those that are tested."""
-        return fsspec.filesystem(self.protocol, **self.options, skip_instance_cache=True)
+        if self._client is None:
+            options = {**self.options, "skip_instance_cache": True}
+            self._client = fsspec.filesystem(self.protocol, **options)
+        return self._client
 
     def make_bucket(self, name=None):
         """Makes a bucket, with a new name unless one is given, and returns its URL."""

@@ -1,9 +1,11 @@
 """Runs tasks in supervised processes on this machine.
 
-Each worker takes one task at a time from its own pipe. A worker that dies (killed, out of memory)
-costs its task's work only: the task goes to a new worker, up to `MAX_ATTEMPTS` times. Nothing
-hangs when a process vanishes, as multiprocessing.Pool would. Workers ignore Ctrl-C; the
-supervisor ends them.
+Each worker works on one task at a time, from its own pipe. A task may return the rest of itself
+(`Later`): that waits for storage in a thread of the worker while the next task is worked on, one
+such rest at a time. A worker that dies (killed, out of memory) costs its tasks' work only: they go
+to a new worker, up to `MAX_ATTEMPTS` times. Nothing hangs when a process vanishes, as
+multiprocessing.Pool would. Workers ignore Ctrl-C; the supervisor ends them, with time to tidy up:
+the next `report` of whatever they are at raises SystemExit.
 """
 
 from __future__ import annotations
@@ -15,16 +17,29 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NoReturn
 
 from shardspec.errors import ShardsError, StorageError
 
 MAX_ATTEMPTS = 3
 """Times that a task may take its worker down before the job stops."""
+
+TIDY_S = 10.0
+"""Seconds that a worker has to tidy up before it is killed: uploads end between two parts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Later:
+    """The rest of a task, which waits for storage more than it works."""
+
+    finish: Callable[[], Any]
+    """Gives the task's value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +75,14 @@ class _Worker:
     process: Any
     pipe: Connection
     task: int | None = None
+    """What it works on."""
+    later: list[int] = field(default_factory=list)
+    """Tasks that it has worked on, whose rest is under way."""
+
+    @property
+    def tasks(self) -> list[int]:
+        """All that would be lost with it."""
+        return self.later if self.task is None else [*self.later, self.task]
 
 
 @dataclass
@@ -86,8 +109,13 @@ class _Crew:
     def dismiss(self) -> None:
         for worker in self.workers:
             worker.pipe.close()
-            worker.process.terminate()
+            if worker.tasks:
+                worker.process.terminate()
+            else:
+                worker.process.kill()  # it has nothing to tidy up
         for worker in self.workers:
+            worker.process.join(TIDY_S)
+            worker.process.kill()
             worker.process.join()
         self.workers.clear()
 
@@ -97,7 +125,8 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
 
     Args:
       tasks: Numbers of the tasks.
-      work: A module-level function `(context, task, report) -> value`; `report` sends progress.
+      work: A module-level function `(context, task, report) -> value`, or `-> Later` for a value
+        that is still to come; `report` sends progress.
       context: Sent to each worker once, pickled.
       num_workers: Processes, >= 1.
 
@@ -117,20 +146,26 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
             ready = wait([worker.pipe for worker in crew.workers])
             for worker in [w for w in crew.workers if w.pipe in ready]:
                 try:
-                    kind, value = worker.pipe.recv()
+                    kind, task, value = worker.pipe.recv()
                 except (EOFError, OSError):
                     crew.release(worker)
-                    if worker.task is not None:
-                        yield _requeue(crew, worker, attempts, todo)
+                    yield from _requeue(crew, worker, attempts, todo)
                     continue
-                assert worker.task is not None
                 if kind == "progress":
-                    yield TaskProgress(task=worker.task, note=value)
+                    yield TaskProgress(task=task, note=value)
                 elif kind == "failed":
                     raise value
+                elif kind == "later":
+                    worker.task = None
+                    worker.later.append(task)
                 else:
                     left -= 1
-                    yield TaskDone(task=worker.task, value=value)
+                    if worker.task == task:
+                        worker.task = None
+                    else:
+                        worker.later.remove(task)
+                    yield TaskDone(task=task, value=value)
+                if worker.task is None:
                     _assign(worker, todo)
     finally:
         crew.dismiss()
@@ -176,50 +211,83 @@ def _assign(worker: _Worker, todo: deque[int]) -> None:
             worker.pipe.send(worker.task)
 
 
-def _requeue(crew: _Crew, worker: _Worker, attempts: dict[int, int], todo: deque[int]) -> TaskLost:
-    task, code = worker.task, worker.process.exitcode
-    assert task is not None
-    attempts[task] += 1
-    if attempts[task] >= MAX_ATTEMPTS:
-        raise StorageError(
-            "a build task took down its worker again and again",
-            reason="worker_died",
-            where=f"task {task}",
-            facts={"attempts": attempts[task], "exit_code": code},
-            fix="exit code -9 is mostly lack of memory: use fewer WORKERS=",
-        )
-    todo.appendleft(task)
-    crew.hire()
-    _begin(crew, crew.workers[-1], todo)
-    return TaskLost(task=task, exit_code=code)
+def _requeue(
+    crew: _Crew, worker: _Worker, attempts: dict[int, int], todo: deque[int]
+) -> Iterator[TaskLost]:
+    code = worker.process.exitcode
+    for task in worker.tasks:
+        attempts[task] += 1
+        if attempts[task] >= MAX_ATTEMPTS:
+            raise StorageError(
+                "a build task took down its worker again and again",
+                reason="worker_died",
+                where=f"task {task}",
+                facts={"attempts": attempts[task], "exit_code": code},
+                fix="exit code -9 is mostly lack of memory: use fewer WORKERS=",
+            )
+        todo.appendleft(task)
+    if worker.tasks:
+        crew.hire()
+        _begin(crew, crew.workers[-1], todo)
+    yield from (TaskLost(task=task, exit_code=code) for task in worker.tasks)
 
 
 def _serve(pipe: Connection, work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ending = threading.Event()
+
+    def end(number: int, frame: object) -> NoReturn:  # noqa: ARG001
+        ending.set()
+        sys.exit()
+
+    signal.signal(signal.SIGTERM, end)
+    sending = threading.Lock()
+
+    def send(kind: str, task: int, value: Any = None) -> None:
+        with sending:
+            pipe.send((kind, task, value))
+
+    def report(task: int, note: Any) -> None:
+        if ending.is_set():
+            sys.exit()
+        try:
+            send("progress", task, note)
+        except ConnectionError:
+            sys.exit()  # the supervisor is gone
+
     try:
         context = pipe.recv()
     except EOFError:
         return  # the supervisor is gone
+    rest: Future[None] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="later") as pool:
+        while True:
+            try:
+                task = pipe.recv()
+                value = _value_of(task, partial(work, context, task, partial(report, task)))
+                if rest is not None:
+                    rest.result()  # no more than one waits for storage
+                    rest = None
+                if isinstance(value, Later):
+                    rest = pool.submit(_finish, send, task, value)
+                    send("later", task)
+                else:
+                    send("failed" if isinstance(value, Exception) else "done", task, value)
+            except (EOFError, ConnectionError):
+                return  # the supervisor is gone
 
-    def report(note: Any) -> None:
-        try:
-            pipe.send(("progress", note))
-        except ConnectionError:
-            sys.exit()  # the supervisor is gone
 
-    while True:
-        try:
-            task = pipe.recv()
-        except (EOFError, ConnectionError):
-            return  # the supervisor is gone
-        try:
-            message = ("done", work(context, task, report))
-        except ShardsError as error:
-            message = ("failed", error)
-        except Exception as error:  # noqa: BLE001 - the task border: it becomes a value
-            text = "".join(traceback.format_exception(error))
-            message = ("failed", RuntimeError(f"task {task} failed:\n{text}"))
-        try:
-            pipe.send(message)
-        except ConnectionError:
-            return
+def _finish(send: Callable[[str, int, Any], None], task: int, later: Later) -> None:
+    value = _value_of(task, later.finish)
+    with suppress(ConnectionError):
+        send("failed" if isinstance(value, Exception) else "done", task, value)
+
+
+def _value_of(task: int, action: Callable[[], Any]) -> Any:
+    """Gives what a part of a task returns, or its error as one that can cross processes."""
+    try:
+        return action()
+    except ShardsError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - the task border: it becomes a value
+        return RuntimeError(f"task {task} failed:\n{''.join(traceback.format_exception(error))}")

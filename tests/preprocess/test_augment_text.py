@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import preprocess.augment_text
 from preprocess.augment_text import paraphrase
-from preprocess.toml import load_toml
+from shardspec.toml import load_toml
 
 GROUPS = load_toml(Path(preprocess.augment_text.__file__).parent / "templates" / "paraphrase.toml")[
     "groups"

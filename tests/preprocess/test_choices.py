@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import preprocess.choices
 from preprocess.choices import STANDARD_INSTRUCTION, fill, write_choices
-from preprocess.toml import load_toml
 from shardspec.errors import SampleError
+from shardspec.toml import load_toml
 
 TEXTS = load_toml(Path(preprocess.choices.__file__).parent / "templates" / "choices.toml")
 WORDS = ["zebra", "yacht", "xylophone", "walnut", "violin", "unicorn", "teapot", "saddle"]

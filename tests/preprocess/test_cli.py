@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.__main__ import main
-from preprocess.sizes import parse_bytes
+from preprocess.sizes import parse_age_s, parse_bytes
 from shardspec.errors import ConfigError
 
 SAMPLE = ("shards", "pixmo_cap", "--source", "sample")
@@ -43,8 +43,8 @@ def call(capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "shards", "plan", "verify", "datasets", "reshard", "merge", "split", "filter", "import"]
-    + ["export-index"],
+    ["", "shards", "plan", "verify", "gc", "datasets", "reshard", "merge", "split", "filter"]
+    + ["import", "export-index"],
 )
 def test_help_is_the_golden_file(monkeypatch, capsys, golden, verb):
     monkeypatch.setenv("COLUMNS", "100")
@@ -219,6 +219,18 @@ def test_verify_of_a_damaged_shard_is_code_4_and_names_it(cli, dataset, suffix, 
 )
 def test_sizes_are_read(text, num_bytes):
     assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text, age_s", [("90s", 90), ("1.5m", 90), ("24h", 86400), ("7d", 604800)])
+def test_ages_are_read(text, age_s):
+    assert parse_age_s(text) == age_s
+
+
+@pytest.mark.parametrize("text", ["", "24", "h", "-1h", "1 h", "1w"])
+def test_other_ages_are_refused(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_age_s(text)
+    assert (caught.value.reason, caught.value.facts) == ("age_text", {"got": text})
 
 
 @given(st.integers(0, 2**50))

@@ -20,9 +20,9 @@ from preprocess.formatter import (
     safe_geometry,
 )
 from preprocess.tokens import ChatFrame
-from preprocess.toml import load_toml
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry
+from shardspec.toml import load_toml
 
 BARE = ChatFrame(first="", later="", suffix="", response_prefix="")
 TEMPLATES = load_toml(Path(preprocess.formatter.__file__).parent / "templates" / "caption.toml")

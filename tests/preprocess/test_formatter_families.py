@@ -33,9 +33,9 @@ from preprocess.formatter import (
 )
 from preprocess.recipe import Preparer, Recipe
 from preprocess.tokens import ChatFrame, load_tokenizer
-from preprocess.toml import load_toml
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry
+from shardspec.toml import load_toml
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = Path(preprocess.formatter.__file__).parent / "templates"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from preprocess.engines import local
 from preprocess.engines.local import MAX_ATTEMPTS, TaskDone, TaskLost, TaskProgress, run
 from shardspec.errors import SampleError, StorageError
 
@@ -22,7 +23,64 @@ import signal
 import time
 from pathlib import Path
 
+from preprocess.engines.local import Later
 from shardspec.errors import SampleError
+
+
+def finish_later(folder, task, report):
+    (Path(folder) / f"begun-{task}").touch()
+
+    def rest():
+        while task == 0 and not (Path(folder) / "begun-1").exists():
+            report("waits")
+            time.sleep(0.01)
+        seen = sorted(path.name for path in Path(folder).glob("begun-*"))
+        (Path(folder) / f"finished-{task}").touch()
+        return seen
+
+    return Later(finish=rest)
+
+
+def fail_later(folder, task, report):
+    def rest():
+        raise SampleError("the store is gone", reason="gone", where=f"task {task}")
+
+    return Later(finish=rest)
+
+
+def die_later(folder, task, report):
+    def rest():
+        marker = Path(folder) / str(task)
+        if task == 0 and not marker.exists():
+            while not (Path(folder) / "next").exists():
+                time.sleep(0.01)
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
+    if task == 1:
+        (Path(folder) / "next").touch()
+        time.sleep(0.2 if not (Path(folder) / "0").exists() else 0)
+    return Later(finish=rest)
+
+
+def tidy_up(folder, task, report):
+    def rest():
+        try:
+            while True:
+                report("a part")
+                time.sleep(0.01)
+        except BaseException as error:
+            (Path(folder) / "tidied").write_text(type(error).__name__)
+            raise
+
+    return Later(finish=rest)
+
+
+def never_tidies(folder, task, report):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    report("deaf")
+    time.sleep(600)
 
 
 def square(context, task, report):
@@ -181,6 +239,42 @@ def test_idle_worker_that_is_killed_does_not_stop_the_others(work, tmp_path):
     rest = [event for event in events if not isinstance(event, TaskProgress)]
     assert [event.task for event in rest] == [1]
     assert isinstance(rest[0], TaskDone)
+
+
+def test_the_rest_of_a_task_runs_beside_the_next_one_and_only_one_does(work, tmp_path):
+    context = str(tmp_path)
+    events = list(run(range(4), work=work.finish_later, context=context, num_workers=1))
+    seen = {event.task: event.value for event in events if isinstance(event, TaskDone)}
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert "begun-1" in seen[0]  # it went on while task 1 was worked on
+    assert "begun-2" not in seen[0]  # task 2 waits for it
+
+
+def test_a_rest_that_fails_stops_the_job(work, tmp_path):
+    with pytest.raises(SampleError) as caught:
+        list(run(range(3), work=work.fail_later, context=str(tmp_path), num_workers=1))
+    assert caught.value.reason == "gone"
+
+
+def test_a_worker_that_dies_costs_what_it_worked_on_and_what_was_under_way(work, tmp_path):
+    events = list(run(range(3), work=work.die_later, context=str(tmp_path), num_workers=1))
+    assert {e.task for e in events if isinstance(e, TaskLost)} == {0, 1}
+    assert sorted(e.task for e in events if isinstance(e, TaskDone)) == [0, 1, 2]
+
+
+def test_a_worker_that_is_ended_tidies_up_first(work, tmp_path):
+    events = run([0], work=work.tidy_up, context=str(tmp_path), num_workers=1)
+    next(event for event in events if isinstance(event, TaskProgress))
+    events.close()
+    assert (tmp_path / "tidied").read_text() == "SystemExit"
+
+
+def test_a_worker_that_does_not_listen_is_killed(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "TIDY_S", 0.2)
+    events = run([0], work=work.never_tidies, context=str(tmp_path), num_workers=1)
+    next(event for event in events if isinstance(event, TaskProgress))
+    events.close()
+    assert multiprocessing.active_children() == []
 
 
 def test_error_of_the_project_crosses_as_itself(work):

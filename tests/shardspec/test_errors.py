@@ -59,6 +59,24 @@ def test_facts_are_a_copy_of_the_callers_mapping():
     assert error.facts == {"got": 1}
 
 
+def test_passwords_and_signatures_of_urls_are_not_shown():
+    signed = "https://h/a.tar?X-Amz-Credential=AKIA&X-Amz-Signature=f00d&part=1"
+    error = StorageError(
+        "the storage failed",
+        reason="storage_failed",
+        where="s3://me:hunter2@bucket/a.tar",
+        facts={"error": OSError(f"cannot open {signed}"), "url": signed},
+    )
+    assert error.where == "s3://***@bucket/a.tar"
+    assert not re.search("hunter2|AKIA|f00d", str(error) + repr(error) + repr(error.where))
+    assert str(error).count("part=1") == 2
+
+
+@given(st.from_regex(r"(s3|gs|https?)://[a-z0-9./-]{1,20}", fullmatch=True))
+def test_urls_without_secrets_are_shown_as_they_are(url):
+    assert errors.redacted(url) == url
+
+
 def test_tree_in_the_docstring_is_the_tree_in_the_code():
     drawn = re.findall(r"[├└]── (\w+)", errors.__doc__)
     assert sorted(drawn) == sorted(kind.__name__ for kind in TREE if kind is not ShardsError)

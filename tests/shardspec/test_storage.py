@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from shardspec import storage
+from shardspec import retries, storage, upload
 from shardspec.errors import StorageError
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_published_bytes_read_back(url):
 @pytest.mark.parametrize("single_put_bytes", [2**20, 1000])
 def test_published_file_is_moved(url, tmp_path, monkeypatch, single_put_bytes):
     # With the small bound the file goes up in parts.
-    monkeypatch.setattr(storage, "_SINGLE_PUT_BYTES", single_put_bytes)
+    monkeypatch.setattr(upload, "SINGLE_PUT_BYTES", single_put_bytes)
     source = tmp_path / "source"
     payload = bytes(range(256)) * 64
     for _ in range(2):
@@ -324,13 +324,16 @@ def test_object_that_arrives_shorter_is_removed_and_named(tmp_path):
 @pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize("old", [None, b"old"])
 def test_upload_that_breaks_off_leaves_the_old_object(tmp_path, monkeypatch, old):
-    monkeypatch.setattr(storage, "_SINGLE_PUT_BYTES", 1000)
+    monkeypatch.setattr(upload, "SINGLE_PUT_BYTES", 1000)
     source = tmp_path / "source"
     source.write_bytes(bytes(5000))
     if old is not None:
         storage.publish_bytes("memory://b/a.tar", old)
+    patience = retries.Patience(wait_s=0.01)
+    monkeypatch.setattr(retries, "Patience", lambda: patience)
     error = refusal(storage.publish_file, "breaking://b/a.tar", source)
-    assert (error.reason, error.where) == ("storage_failed", "breaking://b/a.tar")
+    assert (error.reason, error.where) == ("store_unavailable", "breaking://b/a.tar")
+    assert error.facts["attempts"] == 4
     found = storage.read_bytes("memory://b/a.tar") if storage.list_names("memory://b") else None
     assert found == old
     assert source.exists()

@@ -1,0 +1,204 @@
+"""Holds an output for one job: by the kernel's lock on local disk, by a lease on object stores.
+
+Two jobs on one output would mix their plans: each shard is named by its number, whatever its rows.
+So a job on an object store keeps an object `.lease` in its output, which it alone may have made:
+
+1. It is created on the condition that there is none. The store decides between two that try.
+2. While the job runs, the lease is rewritten every `BEAT_S`.
+3. A job that finds a lease looks whether its holder lives. On this machine the kernel knows. Any
+   other's is watched: one that changes is held; one that stands still for `TTL_S` belonged to a job
+   that died, and is taken over, on the condition that it is still the one that was seen.
+4. A holder that finds another's lease in place of its own, or cannot renew its own for `TTL_S`, has
+   lost it: `check` raises, and the job stops before it writes a manifest.
+
+No clock is compared with another machine's. A store that ignores conditions cannot decide between
+two jobs that start at once: it is noticed, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from shardspec import storage
+from shardspec.errors import StorageError
+from shardspec.manifest import canonical_json
+
+logger = logging.getLogger(__name__)
+
+LEASE_NAME = ".lease"
+
+BEAT_S = 15.0
+"""Between two renewals."""
+
+TTL_S = 60.0
+"""A lease that has not changed for so long belongs to nobody."""
+
+
+@contextmanager
+def held(url: str) -> Iterator[Callable[[], None]]:
+    """Holds an output for this process.
+
+    Yields:
+      A function that raises StorageError `lease_lost` once the output is no longer held.
+
+    Raises:
+      StorageError: `output_busy`: another job holds it.
+    """
+    if storage.is_local(url):
+        with storage.exclusive(url):
+            yield lambda: None
+        return
+    lease = _Lease(url)
+    lease.take()
+    try:
+        yield lease.check
+    finally:
+        lease.give_back()
+
+
+class _Lease:
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self._url = storage.join(output, LEASE_NAME)
+        self._holder = {"job": uuid.uuid4().hex, "host": platform.node(), **_this_process()}
+        self._beats = 0
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+        self._heart = threading.Thread(target=self._beat_on, name="lease", daemon=True)
+
+    def take(self) -> None:
+        while True:
+            version = storage.version(self._url)
+            if version is not None:
+                holder = self._read()
+                if holder is not None and not _is_dead(holder):
+                    self._watch(version, holder)
+            if storage.swap_bytes(self._url, self._payload(), replacing=version):
+                break
+        if storage.swap_bytes(self._url, self._payload(), replacing=None):
+            logger.warning(
+                "%s: this store ignores conditional writes; see to it yourself that no two jobs "
+                "write to one output",
+                self._output,
+            )
+        self._heart.start()
+
+    def check(self) -> None:
+        if self._lost.is_set():
+            raise StorageError(
+                "this job no longer holds its output",
+                reason="lease_lost",
+                where=self._output,
+                fix="another job took it over, or the store was out of reach for long: "
+                "see that no other job runs, then run the same command again",
+            )
+
+    def give_back(self) -> None:
+        self._stop.set()
+        self._heart.join()
+        if not self._lost.is_set():
+            with suppress(StorageError):  # it is given up by standing still as well
+                storage.delete_objects(self._output, [LEASE_NAME])
+
+    def _beat_on(self) -> None:
+        silent_s = 0.0
+        while not self._stop.wait(BEAT_S):
+            try:
+                if not self._renew():
+                    self._lost.set()
+                    return
+                silent_s = 0.0
+            except StorageError as error:
+                silent_s += BEAT_S
+                logger.warning("%s: the lease could not be renewed: %s", self._output, error.what)
+                if silent_s >= TTL_S:
+                    self._lost.set()
+                    return
+
+    def _renew(self) -> bool:
+        version = storage.version(self._url)
+        holder = self._read()
+        if version is None or holder is None or holder.get("job") != self._holder["job"]:
+            return False
+        return storage.swap_bytes(self._url, self._payload(), replacing=version)
+
+    def _payload(self) -> bytes:
+        self._beats += 1  # so that no two writes are equal
+        return canonical_json({**self._holder, "beats": self._beats})
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            document = json.loads(storage.read_bytes(self._url))
+        except (FileNotFoundError, ValueError):
+            return None
+        return document if isinstance(document, dict) else None
+
+    def _watch(self, version: str, holder: dict[str, Any]) -> None:
+        """Waits until a lease has stood still long enough; raises as soon as its holder lives."""
+        if not _is_alive(holder):
+            logger.warning(
+                "%s: held by a job on %s; waiting %.0f s to see whether it lives",
+                self._output,
+                holder.get("host"),
+                TTL_S,
+            )
+            looks = 20
+            for _ in range(looks):
+                self._stop.wait(TTL_S / looks)
+                if storage.version(self._url) != version:
+                    break
+            else:
+                return
+        raise StorageError(
+            "another job is writing to this output",
+            reason="output_busy",
+            where=self._output,
+            facts={"host": holder.get("host"), "pid": holder.get("pid")},
+            fix="wait until it has ended, or use another OUT=",
+        )
+
+
+def _this_process() -> dict[str, Any]:
+    """Names this process so that another one on this machine can tell whether it lives."""
+    pid = os.getpid()
+    return {"pid": pid, "born": _born(pid), **_this_machine()}
+
+
+def _this_machine() -> dict[str, str | None]:
+    """Names what process numbers are valid in: this boot of the kernel, and the namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"boot": boot, "pids": os.readlink("/proc/self/ns/pid")}
+    except OSError:
+        return {"boot": None, "pids": None}
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    here = _this_machine()
+    return here["boot"] is not None and all(holder.get(name) == here[name] for name in here)
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    return _is_here(holder) and _born(holder.get("pid")) != holder.get("born")
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    return _is_here(holder) and _born(holder.get("pid")) == holder.get("born")
+
+
+def _born(pid: object) -> str | None:
+    """Tells when a process of this machine began, in the kernel's ticks; None when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # fields 3 and 22 of proc(5)

@@ -1,0 +1,207 @@
+"""Named stores: what `weka://bucket/key` means, and any other name given to an S3-compatible store.
+
+A store is a name for an endpoint that speaks S3. Names come from one TOML file, a table each:
+
+    [weka]
+    endpoint_url = "https://weka.example.org:9000"
+    profile = "weka"        # of the S3 client's own files; without it, its usual search
+    region = "us-east-1"
+    addressing = "path"     # or "virtual": where the bucket stands in requests; default "auto"
+
+The file is `~/.config/vlm-shards/stores.toml`, or the one that VLM_SHARDS_STORES names. Variables
+VLM_SHARDS_STORE_WEKA_ENDPOINT_URL, ..._PROFILE, ..._REGION and ..._ADDRESSING stand above it, field
+by field, and make a store by themselves. These are all the environment variables that the contract
+reads, and this module is their only reader.
+
+Credentials have no place here: the client finds them by its own means (profiles, environment,
+the machine's role), so nothing of ours can log them or write them down.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from shardspec.errors import ConfigError, nearest
+from shardspec.toml import load_toml
+
+STORES_FILE = "~/.config/vlm-shards/stores.toml"
+"""Where the names are looked up, unless the variable VLM_SHARDS_STORES names another file."""
+
+FILE_VARIABLE = "VLM_SHARDS_STORES"
+VARIABLE_PREFIX = "VLM_SHARDS_STORE_"
+
+Addressing = Literal["auto", "path", "virtual"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """An S3-compatible store that has a name."""
+
+    name: str
+    """The scheme of its URLs: lower-case letters, digits and "-"."""
+    endpoint_url: str
+    profile: str | None = None
+    """Of the S3 client's configuration and credentials files."""
+    region: str | None = None
+    addressing: Addressing = "auto"
+    """Whether the bucket stands in the path of a request or before its host."""
+
+    def __post_init__(self) -> None:
+        where = f"store {self.name!r}"
+        address = urlsplit(self.endpoint_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ConfigError(
+                "endpoint of a store is no http or https URL",
+                reason="store_endpoint",
+                where=where,
+                facts={"endpoint_url": self.endpoint_url},
+                fix='write it as "https://host:port"',
+            )
+        if address.username or address.password or address.query:
+            raise ConfigError(
+                "endpoint of a store holds credentials",
+                reason="store_credentials",
+                where=where,
+                fix="take them out; name a profile, or leave them to the client's environment",
+            )
+        if self.addressing not in get_args(Addressing):
+            raise ConfigError(
+                "addressing of a store is unknown",
+                reason="store_field",
+                where=where,
+                facts={"got": self.addressing},
+                fix=nearest(self.addressing, get_args(Addressing)),
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Gives the settings of an S3 file system for this store; none of them is secret."""
+        options: dict[str, Any] = {"endpoint_url": self.endpoint_url}
+        if self.profile is not None:
+            options["profile"] = self.profile
+        if self.region is not None:
+            options["client_kwargs"] = {"region_name": self.region}
+        if self.addressing != "auto":
+            options["config_kwargs"] = {"s3": {"addressing_style": self.addressing}}
+        return options
+
+
+def named_stores() -> dict[str, Store]:
+    """Reads the stores that this machine has names for: the file, then the environment.
+
+    Raises:
+      ConfigError: `stores_file`, `store_name`, `store_field`, `store_endpoint` and
+        `store_credentials`.
+    """
+    place = os.environ.get(FILE_VARIABLE)
+    path = Path(place or STORES_FILE).expanduser()
+    try:
+        document = load_toml(path)
+    except FileNotFoundError as error:
+        if place:
+            raise ConfigError(
+                f"the file that {FILE_VARIABLE} names is not there",
+                reason="stores_file",
+                where=str(path),
+                fix=f"correct or unset {FILE_VARIABLE}",
+            ) from error
+        document = {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "the file of named stores cannot be read",
+            reason="stores_file",
+            where=str(path),
+            facts={"error": error},
+            fix="correct it; docs/stores.md shows one",
+        ) from error
+    return parse_stores(document, environment=os.environ, where=str(path))
+
+
+def parse_stores(
+    document: Mapping[str, Any], *, environment: Mapping[str, str], where: str
+) -> dict[str, Store]:
+    """Makes stores of a TOML document and of environment variables.
+
+    >>> stores = parse_stores({"weka": {"endpoint_url": "https://w:9000"}}, where="stores.toml",
+    ...     environment={"VLM_SHARDS_STORE_WEKA_PROFILE": "lab"})
+    >>> stores["weka"].options()
+    {'endpoint_url': 'https://w:9000', 'profile': 'lab'}
+
+    Raises:
+      ConfigError: As `named_stores`.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    for name, table in document.items():
+        if not isinstance(table, dict):
+            raise ConfigError(
+                "the file of named stores holds something that is no table",
+                reason="store_field",
+                where=where,
+                facts={"field": name},
+                fix=f"write a table: [{name}]",
+            )
+        tables[name] = dict(table)
+    for variable, value in sorted(environment.items()):
+        if variable.startswith(VARIABLE_PREFIX):
+            name, field = _split_variable(variable)
+            tables.setdefault(name, {})[field] = value
+    return {name: _store(name, table, where=where) for name, table in sorted(tables.items())}
+
+
+_FIELDS = tuple(f.name for f in fields(Store) if f.name != "name")
+
+
+def _split_variable(variable: str) -> tuple[str, str]:
+    rest = variable.removeprefix(VARIABLE_PREFIX).lower()
+    for field in _FIELDS:
+        name = rest.removesuffix(f"_{field}")
+        if name and name != rest:
+            return name.replace("_", "-"), field
+    raise ConfigError(
+        "environment variable names no field of a store",
+        reason="store_field",
+        where=variable,
+        fix=f"end it in one of {', '.join(field.upper() for field in _FIELDS)}, or unset it",
+    )
+
+
+def _store(name: str, table: Mapping[str, Any], *, where: str) -> Store:
+    where = f"{where} [{name}]"
+    if re.fullmatch(r"[a-z][a-z0-9-]*", name) is None:
+        raise ConfigError(
+            "name of a store cannot be the scheme of a URL",
+            reason="store_name",
+            where=where,
+            fix="use lower-case letters, digits and -, beginning with a letter",
+        )
+    for field, value in table.items():
+        if field not in _FIELDS:
+            # The value stays out of the message: it may be a secret in the wrong place.
+            raise ConfigError(
+                "a store has no such field",
+                reason="store_field",
+                where=where,
+                facts={"field": field},
+                fix=nearest(field, _FIELDS) + "; credentials are left to the client",
+            )
+        if not isinstance(value, str):
+            raise ConfigError(
+                "field of a store is no text",
+                reason="store_field",
+                where=where,
+                facts={"field": field},
+                fix='write it in quotes: "..."',
+            )
+    if "endpoint_url" not in table:
+        raise ConfigError(
+            "a store has no endpoint",
+            reason="store_endpoint",
+            where=where,
+            fix='add endpoint_url = "https://host:port"',
+        )
+    return Store(name=name, **table)

@@ -1,0 +1,486 @@
+"""How bytes become an object: whole or not at all, checked, and on a condition where one is asked.
+
+Three kinds of store are told apart, by what their file system calls itself.
+
+* S3 and what speaks it. One PUT up to `SINGLE_PUT_BYTES`, with the MD5 of the body, which the store
+  compares; beyond that a multipart upload, whose parts are read from the file as they go, several
+  at a time, each with its MD5. The object appears when the parts are put together; any exception
+  before that, Ctrl-C included, aborts the upload, so that no parts are left to be paid for.
+* Google Cloud Storage. One request, or a resumable upload in chunks, with the MD5 of the whole; the
+  answer's own MD5 is compared as well. An upload that breaks off is cancelled.
+* Any other file system of fsspec: its plain write for small objects and for `memory://`, for large
+  ones its write that appears on commit. The length is compared.
+
+Conditions ("only where there is none", "only in place of this very one") are decided by the store
+(If-None-Match, If-Match, ifGenerationMatch). S3-compatible stores exist that ignore them: such a
+store takes the last writer. Other file systems know no conditions; there the check and the write
+are two steps, apart for other processes.
+
+Failures that may pass are tried again (`shardspec.retries`); every request here bears that.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from shardspec.errors import StorageError
+from shardspec.retries import is_condition_refused, persist
+
+logger = logging.getLogger(__name__)
+
+SINGLE_PUT_BYTES = 8 * 2**20
+"""Up to here one request carries the object; S3 parts must have at least 5 MiB."""
+
+PART_BYTES = 8 * 2**20
+"""Of a part, or a chunk (a multiple of 256 KiB, as GCS asks); larger where parts would be many."""
+
+MAX_PARTS = 10_000
+"""S3 takes no more."""
+
+PARTS_AT_ONCE = 4
+"""So one upload holds 32 MiB of the file in memory."""
+
+OnPart = Callable[[int], None]
+"""Hears how many bytes of a file that goes up in parts have arrived; what it raises ends the
+upload, which is then aborted."""
+
+_HERE = threading.Lock()
+
+
+def kind_of(fs: Any) -> str:
+    """Tells what kind of store a file system leads to: "s3", "gs" or "other"."""
+    names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return "s3" if "s3" in names else "gs" if "gs" in names else "other"
+
+
+def version_of(fs: Any, path: str) -> str | None:
+    """Names the version of an object by what the store changes with each write.
+
+    Returns:
+      The ETag (S3), the generation (GCS) or the length and time of writing; None where there is no
+      object.
+    """
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        return None
+    if info["type"] != "file":
+        return None
+    kind = kind_of(fs)
+    if kind == "s3":
+        return str(info["ETag"])
+    if kind == "gs":
+        return str(info["generation"])
+    return f"{info['size']}-{info.get('mtime', info.get('created'))}"
+
+
+def put_bytes(fs: Any, path: str, payload: bytes, *, where: str) -> None:
+    """Puts a small object in place, whatever was there before.
+
+    Raises:
+      StorageError: `store_unavailable`, `upload_size`, `upload_checksum`; other errors as the
+        client has them.
+    """
+    if kind_of(fs) == "s3":
+        _put_s3(fs, path, payload, where=where)
+    elif kind_of(fs) == "gs":
+        _put_gs(fs, path, payload, where=where)
+    else:
+        persist(lambda: fs.pipe_file(path, payload), where=where)
+        _check_size(fs, path, len(payload), where=where)
+
+
+def swap_bytes(fs: Any, path: str, payload: bytes, *, replacing: str | None, where: str) -> bool:
+    """Puts a small object in place of one known version, or of none.
+
+    Args:
+      fs: The file system.
+      path: The object.
+      payload: What it shall be.
+      replacing: What `version_of` has said; None where no object may be.
+      where: The URL that an error names.
+
+    Returns:
+      Whether the object is now `payload`; False where it was another version.
+    """
+    kind = kind_of(fs)
+    try:
+        if kind == "s3":
+            condition = {"IfNoneMatch": "*"} if replacing is None else {"IfMatch": replacing}
+            _put_s3(fs, path, payload, where=where, **condition)
+        elif kind == "gs":
+            _put_gs(fs, path, payload, where=where, ifGenerationMatch=replacing or "0")
+        else:
+            with _HERE:
+                if version_of(fs, path) != replacing:
+                    return _holds(fs, path, payload)
+                put_bytes(fs, path, payload, where=where)
+    except FileNotFoundError:
+        if replacing is None:
+            raise
+        return False  # S3 says 404, not 412, where the object to be replaced is gone
+    except Exception as error:
+        if not is_condition_refused(error):
+            raise
+        # An answer may have been lost on its way: the try before this one was the winner.
+        return _holds(fs, path, payload)
+    return True
+
+
+def put_file(
+    fs: Any, path: str, source: Path, *, where: str, on_part: OnPart | None = None
+) -> None:
+    """Puts a local file in place as an object, whatever was there before.
+
+    Raises:
+      StorageError: `store_unavailable`, `upload_size`, `upload_checksum`: nothing is left of it.
+    """
+    on_part = on_part or (lambda _: None)
+    num_bytes = source.stat().st_size
+    if num_bytes <= SINGLE_PUT_BYTES or fs.protocol == "memory":
+        put_bytes(fs, path, source.read_bytes(), where=where)
+    elif kind_of(fs) == "s3":
+        _put_parts_s3(fs, path, source, where=where, on_part=on_part)
+    elif kind_of(fs) == "gs":
+        _put_chunks_gs(fs, path, source, where=where, on_part=on_part)
+    else:
+        persist(lambda: _stream(fs, path, source, on_part), where=where)
+        _check_size(fs, path, num_bytes, where=where)
+
+
+def open_uploads(fs: Any, path: str) -> list[tuple[str, str, float]]:
+    """Lists the multipart uploads that were begun below a path and neither ended nor aborted.
+
+    Returns:
+      Path, upload id and time of beginning (Unix seconds) of each; only S3 has any to list: GCS
+      forgets what is unfinished by itself, after a week, and shows it to nobody.
+    """
+    if kind_of(fs) != "s3":
+        return []
+    bucket, prefix, _ = fs.split_path(path)
+    found = []
+    page: dict[str, str] = {}
+    while True:
+        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
+        for each in answer.get("Uploads", []):
+            # Bucket/set2/... has the prefix bucket/set as well.
+            if f"{each['Key']}/".startswith(f"{prefix}/" if prefix else ""):
+                began = each["Initiated"].timestamp()
+                found.append((f"{bucket}/{each['Key']}", str(each["UploadId"]), float(began)))
+        if not answer.get("IsTruncated"):
+            return sorted(found)
+        page = {
+            "KeyMarker": answer["NextKeyMarker"],
+            "UploadIdMarker": answer["NextUploadIdMarker"],
+        }
+
+
+def abort_upload(fs: Any, path: str, upload_id: str, *, where: str) -> None:
+    """Drops the parts of an unfinished multipart upload; one that is gone is no error."""
+    bucket, key, _ = fs.split_path(path)
+    try:
+        persist(
+            lambda: fs.call_s3(
+                "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id
+            ),
+            where=where,
+        )
+    except FileNotFoundError:
+        return
+
+
+def part_bytes(num_bytes: int) -> int:
+    """Chooses the length of the parts of an object.
+
+    >>> part_bytes(256 * 2**20) == PART_BYTES
+    True
+    >>> -(-200 * 2**30 // part_bytes(200 * 2**30)) <= MAX_PARTS
+    True
+    """
+    least = -(-num_bytes // MAX_PARTS)
+    return max(PART_BYTES, -(-least // 2**20) * 2**20)
+
+
+def _put_s3(fs: Any, path: str, payload: bytes, *, where: str, **condition: str) -> None:
+    bucket, key, _ = fs.split_path(path)
+    md5 = hashlib.md5(payload, usedforsecurity=False)
+    answer = persist(
+        lambda: fs.call_s3(
+            "put_object",
+            Bucket=bucket,
+            Key=key,
+            Body=payload,
+            ContentMD5=_base64(md5),
+            **condition,
+        ),
+        where=where,
+    )
+    # Encrypted objects have ETags of another kind; then the store's own comparison has to do.
+    etag = str(answer["ETag"]).strip('"')
+    if _is_md5(etag) and etag != md5.hexdigest() and "SSEKMSKeyId" not in answer:
+        raise _not_what_was_sent(fs, path, got=etag, want=md5.hexdigest(), where=where)
+
+
+def _put_gs(fs: Any, path: str, payload: bytes, *, where: str, **condition: str) -> None:
+    bucket, key, _ = fs.split_path(path)
+    md5 = _base64(hashlib.md5(payload, usedforsecurity=False))
+    border = "vlm-shards-" + hashlib.sha256(payload).hexdigest()
+    head = json.dumps({"name": key, "md5Hash": md5})
+    body = (
+        f"--{border}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{head}\r\n"
+        f"--{border}\r\nContent-Type: application/octet-stream\r\n\r\n"
+    ).encode()
+    answer = persist(
+        lambda: fs.call(
+            "POST",
+            _gs_upload_url(fs, bucket),
+            uploadType="multipart",
+            headers={"Content-Type": f'multipart/related; boundary="{border}"'},
+            data=_Body(body + payload + f"\r\n--{border}--".encode()),
+            json_out=True,
+            **condition,
+        ),
+        where=where,
+    )
+    _check_gs(fs, path, answer, md5=md5, where=where)
+
+
+def _put_parts_s3(fs: Any, path: str, source: Path, *, where: str, on_part: OnPart) -> None:
+    bucket, key, _ = fs.split_path(path)
+    num_bytes = source.stat().st_size
+    length = part_bytes(num_bytes)
+    place = {"Bucket": bucket, "Key": key}
+
+    def send(number: int, upload_id: str, descriptor: int) -> tuple[str, bytes]:
+        payload = os.pread(descriptor, length, (number - 1) * length)
+        if len(payload) != min(length, num_bytes - (number - 1) * length):
+            raise _changed_source(source, where=where)
+        md5 = hashlib.md5(payload, usedforsecurity=False)
+        answer = persist(
+            lambda: fs.call_s3(
+                "upload_part",
+                **place,
+                UploadId=upload_id,
+                PartNumber=number,
+                Body=payload,
+                ContentMD5=_base64(md5),
+            ),
+            where=where,
+        )
+        return str(answer["ETag"]), md5.digest()
+
+    begun = persist(lambda: fs.call_s3("create_multipart_upload", **place), where=where)
+    upload_id = str(begun["UploadId"])
+    try:
+        with source.open("rb") as stream:
+            parts = _in_parallel(
+                -(-num_bytes // length),
+                lambda number: send(number, upload_id, stream.fileno()),
+                after=lambda number: on_part(min(length, num_bytes - (number - 1) * length)),
+            )
+        listed = [{"PartNumber": i, "ETag": etag} for i, (etag, _) in enumerate(parts, 1)]
+        digests = b"".join(digest for _, digest in parts)
+        want = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"
+        try:
+            answer = persist(
+                lambda: fs.call_s3(
+                    "complete_multipart_upload",
+                    **place,
+                    UploadId=upload_id,
+                    MultipartUpload={"Parts": listed},
+                ),
+                where=where,
+            )
+            etag = str(answer["ETag"])
+        except FileNotFoundError:
+            # No such upload: the try before this one has ended it, and its answer was lost.
+            etag = want
+    except BaseException:
+        _abort_quietly(fs, path, upload_id, where=where)
+        raise
+    _check_size(fs, path, num_bytes, where=where)
+    got = version_of(fs, path)
+    if str(got).strip('"') != etag.strip('"'):
+        raise _not_what_was_sent(fs, path, got=str(got), want=etag, where=where)
+
+
+def _abort_quietly(fs: Any, path: str, upload_id: str, *, where: str) -> None:
+    """Aborts while another exception is on its way: that one is to be seen, not this one's."""
+    try:
+        abort_upload(fs, path, upload_id, where=where)
+    except Exception as error:  # noqa: BLE001 - the exception under way says what went wrong
+        logger.warning("%s: unfinished upload is left behind for `gc`: %s", where, error)
+
+
+def _put_chunks_gs(fs: Any, path: str, source: Path, *, where: str, on_part: OnPart) -> None:
+    bucket, key, _ = fs.split_path(path)
+    num_bytes = source.stat().st_size
+    md5 = hashlib.md5(usedforsecurity=False)
+    with source.open("rb") as stream:
+        for block in iter(lambda: stream.read(2**20), b""):
+            md5.update(block)
+    headers, _ = persist(
+        lambda: fs.call(
+            "POST",
+            _gs_upload_url(fs, bucket),
+            uploadType="resumable",
+            name=key,
+            json={"name": key, "md5Hash": _base64(md5)},
+            headers={"X-Upload-Content-Type": "application/octet-stream"},
+        ),
+        where=where,
+    )
+    session = headers["Location"]
+    answer = b""
+    try:
+        with source.open("rb") as stream:
+            for start in range(0, num_bytes, PART_BYTES):
+                chunk = stream.read(PART_BYTES)
+                if len(chunk) != min(PART_BYTES, num_bytes - start):
+                    raise _changed_source(source, where=where)
+                answer = _send_chunk_gs(fs, session, chunk, start, num_bytes, where=where)
+                on_part(len(chunk))
+    except BaseException:
+        try:
+            fs.call("DELETE", session)
+        except Exception as error:  # noqa: BLE001 - the exception under way says what went wrong
+            logger.warning("%s: unfinished upload is left to expire: %s", where, error)
+        raise
+    _check_gs(fs, path, json.loads(answer), md5=_base64(md5), where=where)
+
+
+def _send_chunk_gs(
+    fs: Any, session: str, chunk: bytes, start: int, total: int, *, where: str
+) -> bytes:
+    """Sends a chunk until the store says that it has kept all of it."""
+    stop = start + len(chunk)
+    while True:
+        left = memoryview(chunk)[start - stop :]
+        span = f"bytes {start}-{stop - 1}/{total}"
+        headers, answer = persist(
+            lambda span=span, left=left: fs.call(  # type: ignore[misc]
+                "PUT", session, headers={"Content-Range": span}, data=_Body(left)
+            ),
+            where=where,
+        )
+        kept = headers.get("Range")
+        if stop == total or kept is None or int(kept.split("-")[1]) + 1 >= stop:
+            return bytes(answer)
+        start = int(kept.split("-")[1]) + 1
+
+
+def _stream(fs: Any, path: str, source: Path, on_part: OnPart) -> None:
+    # The plain `with fs.open(path, "wb")` would publish what was written when its body raises.
+    target = fs.open(path, "wb", autocommit=False)
+    try:
+        with source.open("rb") as stream:
+            for block in iter(lambda: stream.read(PART_BYTES), b""):
+                target.write(block)
+                on_part(len(block))
+        target.close()
+    except BaseException:
+        target.discard()
+        raise
+    target.commit()
+
+
+def _in_parallel(count: int, send: Callable[[int], Any], *, after: Callable[[int], None]) -> list:
+    """Does numbers 1 to `count`, a few at a time; gives the results in order.
+
+    An exception, of a task or of `after`, waits for the tasks under way and begins no other.
+    """
+    results: dict[int, Any] = {}
+    pool = ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="upload")
+    running: dict[Future, int] = {}
+    try:
+        for number in range(1, count + 1):
+            running[pool.submit(send, number)] = number
+            while running and (len(running) == PARTS_AT_ONCE or number == count):
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    finished = running.pop(future)
+                    results[finished] = future.result()
+                    after(finished)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [results[number] for number in range(1, count + 1)]
+
+
+class _Body(io.BytesIO):
+    """What a request carries: aiohttp closes it behind a try, and the next try begins anew."""
+
+    def close(self) -> None:
+        pass
+
+
+def _gs_upload_url(fs: Any, bucket: str) -> str:
+    return f"{fs.base.removesuffix('/storage/v1/')}/upload/storage/v1/b/{quote(bucket)}/o"
+
+
+def _check_size(fs: Any, path: str, want: int, *, where: str) -> None:
+    try:
+        got = int(fs.info(path)["size"])
+    except FileNotFoundError:
+        got = None
+    if got != want:
+        if got is not None:
+            fs.rm_file(path)
+        raise StorageError(
+            "object has another length than what was uploaded",
+            reason="upload_size",
+            where=where,
+            facts={"got_bytes": got, "want_bytes": want},
+            fix="run the same command again",
+        )
+
+
+def _check_gs(fs: Any, path: str, answer: dict[str, Any], *, md5: str, where: str) -> None:
+    if answer.get("md5Hash", md5) != md5:
+        raise _not_what_was_sent(fs, path, got=answer["md5Hash"], want=md5, where=where)
+
+
+def _not_what_was_sent(fs: Any, path: str, *, got: str, want: str, where: str) -> StorageError:
+    fs.rm_file(path)
+    return StorageError(
+        "object has another checksum than what was uploaded",
+        reason="upload_checksum",
+        where=where,
+        facts={"got": got, "want": want},
+        fix="run the same command again; if it happens again, look at what stands in between",
+    )
+
+
+def _changed_source(source: Path, *, where: str) -> StorageError:
+    return StorageError(
+        "file became shorter while it was uploaded",
+        reason="upload_source",
+        where=where,
+        facts={"file": source},
+        fix="let nothing else write to it",
+    )
+
+
+def _holds(fs: Any, path: str, payload: bytes) -> bool:
+    try:
+        return bytes(fs.cat_file(path)) == payload
+    except FileNotFoundError:
+        return False
+
+
+def _is_md5(etag: str) -> bool:
+    return len(etag) == 32 and all(c in "0123456789abcdef" for c in etag)
+
+
+def _base64(md5: Any) -> str:
+    return base64.b64encode(md5.digest()).decode()
