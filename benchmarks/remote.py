@@ -1,7 +1,8 @@
 """Measures reading from an object store over a slow link, beside other loaders on the same server.
 
-    pip install -e ".[bench]"
-    python benchmarks/remote.py
+    python benchmarks/remote.py [CONTENDER ...]
+
+It needs litdata, mosaicml-streaming and boto3 beside the development packages.
 
 An S3 server on loopback stands behind a proxy, a process of its own, that lets each request wait
 20 ms and all bodies together pass at 100 MB/s. Pictures are stored as raw pixels, so that the link
@@ -9,8 +10,9 @@ and not the decoder is what limits. Every contender has its own copy in its own 
 of 64 MB, an empty cache, and a fresh process that has imported everything before the clock starts.
 
 * first batch: from building the dataset to the first batch in hand.
-* steady: bytes of samples per second from the first batch to the end of the epoch, against the
-  link.
+* epoch: bytes of samples per second from the first batch to the end of the epoch, for loaders that
+  fetch while they give; those that fetch whole shards first give bursts above the link here.
+* whole: the same from the start to the end of the epoch, against the link.
 
 Shuffles differ: ours is of the whole dataset, mosaicml-streaming's and litdata's of shards and
 inside them, webdataset's of a buffer that is filled first, or none at all.
@@ -25,17 +27,17 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import Silent, machine, row, write_source
 from loader import StreamingDataset, make_dataloader
@@ -47,6 +49,7 @@ from shardspec.media import encode_stored
 from shardspec.tiling import ImageView
 from tests import servers
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = 1024
 PICTURES = 32
 BATCH = 32
@@ -73,15 +76,16 @@ def main() -> None:
                 for contender in contenders[:: 1 if i % 2 else -1]:
                     with tempfile.TemporaryDirectory(dir=folder) as cache:
                         found[contender].append(run(contender, cache, env))
-    row("", "first, s", "steady", "of link", "samples")
+    row("", "first, s", "epoch", "whole", "of link", "samples")
     for contender, runs in found.items():
-        steady = np.median([r["bytes_per_s"] for r in runs])
+        median = {name: np.median([r[name] for r in runs]) for name in runs[0]}
         row(
             contender,
-            f"{np.median([r['first_s'] for r in runs]):.2f}",
-            f"{steady / 1e6:.0f} MB/s",
-            f"{steady / LINK_BYTES_PER_S:.2f}",
-            f"{runs[0]['samples']:.0f}",
+            f"{median['first_s']:.2f}",
+            f"{median['bytes_per_s'] / 1e6:.0f} MB/s",
+            f"{median['whole_bytes_per_s'] / 1e6:.0f} MB/s",
+            f"{median['whole_bytes_per_s'] / LINK_BYTES_PER_S:.2f}",
+            f"{median['samples']:.0f}",
         )
 
 
@@ -246,11 +250,16 @@ def _s3fs() -> Any:
     return s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL_S3"])
 
 
+def _without_cache(run: Callable[[Any], Iterator[int]], argument: Any, cache: str) -> Iterator[int]:
+    del cache
+    return run(argument)
+
+
 CONTENDERS = {
-    "ours, cache": lambda cache: ours(cache),
-    "ours, no cache": lambda cache: ours(None),
-    "webdataset, curl, 1000": lambda cache: webdataset(1000),
-    "webdataset, curl, no order": lambda cache: webdataset(0),
+    "ours, cache": ours,
+    "ours, no cache": partial(_without_cache, ours, None),
+    "webdataset, buffer": partial(_without_cache, webdataset, 1000),
+    "webdataset, no shuffle": partial(_without_cache, webdataset, 0),
     "mosaicml-streaming": mosaic,
     "litdata": litdata,
 }
@@ -272,8 +281,13 @@ def contend(contender: str, cache: str) -> None:
             first_s, first = time.perf_counter() - start_s, count
     rest_s = time.perf_counter() - start_s - first_s
     size = ImageView().size_px ** 2 * 3
-    rate = (samples - first) * size / rest_s
-    print(json.dumps({"first_s": first_s, "bytes_per_s": rate, "samples": samples}), flush=True)
+    measured = {
+        "first_s": first_s,
+        "bytes_per_s": (samples - first) * size / rest_s,
+        "whole_bytes_per_s": samples * size / (first_s + rest_s),
+        "samples": samples,
+    }
+    print(json.dumps(measured), flush=True)
     os._exit(0)  # some leave threads or processes behind that wait for each other
 
 

@@ -6,8 +6,10 @@ from loader.collate import MMCollator
 from loader.dataloader import StreamLoader, make_dataloader, view_collator
 from loader.mixture_stream import IterableDatasetMixture
 from loader.molmo import DeterministicDataset, MolmoPreprocessor
+from loader.prefetch import Network
 from loader.raw import RawDataset, RawSample
 from loader.stream import StreamingDataset
+from shardspec.ranges import RetryPolicy
 
 __all__ = [
     "Augment",
@@ -15,8 +17,10 @@ __all__ = [
     "IterableDatasetMixture",
     "MMCollator",
     "MolmoPreprocessor",
+    "Network",
     "RawDataset",
     "RawSample",
+    "RetryPolicy",
     "StreamLoader",
     "StreamingDataset",
     "View",

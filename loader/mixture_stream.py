@@ -90,6 +90,7 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         self.canonical_ranks = canonical_ranks
         self.datasets = tuple(dataset.with_seed(seed) for dataset in flat)
         """The datasets of the flat mixture, as the order numbers them."""
+        _share_prefetchers(self.datasets)
         self._cursor = Cursor()
         self._order: MixtureOrder | None = None
         # Refuses what cannot be mixed now, not at the first batch.
@@ -277,6 +278,15 @@ def _source(
         rate=rate,
         mean_tokens=split.num_tokens / max(1, split.num_samples),
     )
+
+
+def _share_prefetchers(datasets: Sequence[StreamingDataset]) -> None:
+    """Lets datasets that are fetched alike share threads, connections and memory."""
+    shared: dict[Any, Any] = {}
+    for dataset in datasets:
+        fetched = dataset.reader.prefetcher
+        if fetched is not None:
+            dataset.reader.use_prefetcher(shared.setdefault(fetched.settings, fetched))
 
 
 def _members(dataset: StreamingDataset | IterableDatasetMixture) -> tuple[StreamingDataset, ...]:

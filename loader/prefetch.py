@@ -5,10 +5,10 @@ that a step is done (`was_read`). Between that stand two queues, each by step, w
 own:
 
 * *Pieces*: single samples, neighbours joined. Without a cache everything comes this way, into
-  memory. With one, the samples of the next few steps do whose blocks have not come yet: the first
-  batch waits for its own bytes and not for whole blocks.
-* *Blocks*: whole blocks for the cache. Pieces that have come already are not fetched again. No
-  block is begun while a piece waits.
+  memory. With one, the samples of the first few steps do: the first batch waits for its own bytes
+  and not for whole blocks.
+* *Blocks*: whole blocks for the cache, the ones that are needed first first. Pieces that have come
+  already are not fetched again. No block is begun while a piece waits.
 
 A process that finds a block being written by another one waits for it, so a node fetches every
 byte once; after `_PATIENCE_S` it fetches the sample by itself. A block that was evicted before all
@@ -65,7 +65,7 @@ class Network:
     ahead_bytes: int = 256 * 2**20
     """Most memory for samples that are read ahead without a cache."""
     cold_steps: int = 4
-    """Samples of so many next steps are fetched alone while their blocks are not there."""
+    """Samples of so many steps at the start of a run or pass are fetched before their blocks."""
     requests: int = 16
     """Requests for single samples at a time."""
     streams: int = 8
@@ -146,6 +146,11 @@ class Prefetcher:
         self._cache_path, self._cache_bytes = cache, cache_bytes
         self._begin()
 
+    @property
+    def settings(self) -> tuple[Network, str | None, int]:
+        """What it was made with: those that are alike can be shared."""
+        return self.network, self._cache_path, self._cache_bytes
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("network", "_cache_path", "_cache_bytes")}
 
@@ -167,6 +172,7 @@ class Prefetcher:
         self._maps: OrderedDict[str, _Entry] = OrderedDict()
         self._plan: dict[int, list[tuple[_Entry, Span]]] = {}
         self._now = 0
+        self._cold_until: int | None = None
         self._held_bytes = 0
         # How much of a block was read since it was last used up, and how often it was.
         self._read_bytes: defaultdict[str, int] = defaultdict(int)
@@ -180,11 +186,22 @@ class Prefetcher:
         cache_full, cache_evicted_early, cache_corrupt, cache_failed (blocks), where not 0."""
         return self.ranges.counters
 
+    def open(self) -> None:
+        """Opens the cache now rather than with the first read.
+
+        Raises:
+          ConfigError: `cache_foreign`.
+        """
+        self._alive()
+        with self._arrived:
+            self._open_cache()
+
     def forget(self) -> None:
         """Drops what was planned and not read: the run goes on elsewhere."""
         self._alive()
         with self._arrived:
             self._plan.clear()
+            self._cold_until = None
             for queue in self._queues.values():
                 # Rights to write are not left unused: others may wait for these blocks.
                 queue[:] = [queued for queued in queue if queued[2].fill]
@@ -205,7 +222,8 @@ class Prefetcher:
             cache = self._open_cache()
             if not self._plan:
                 self._now = step
-            near = step < self._now + self.network.cold_steps
+            if self._cold_until is None:
+                self._cold_until = step + self.network.cold_steps
             for block, span in spans:
                 entry = self._entry(block)
                 self._plan.setdefault(step, []).append((entry, span))
@@ -216,14 +234,10 @@ class Prefetcher:
                 if entry.is_there:
                     continue
                 if cache is not None and not entry.direct and block.name in self._read_bytes:
-                    # It was here before, and others of its samples will still be read.
-                    del self._read_bytes[block.name]
+                    # It was here before and is not used up: it would be evicted again.
                     entry.direct = True
                     self.ranges.count("cache_evicted_early")
-                if near or cache is None or entry.direct:
-                    self._want(entry, span, step)
-                elif not (entry.queued or entry.filling or entry.fill or entry.claiming):
-                    self._queue_block(entry, step)
+                self._fetch_for(entry, span, step)
 
     def was_read(self, step: int) -> None:
         """Says that a step is done: what only it needed may go."""
@@ -244,7 +258,7 @@ class Prefetcher:
             for near in range(self._now, self._now + self.network.cold_steps):
                 for entry, span in self._plan.get(near, []):
                     if not entry.is_there:
-                        self._want(entry, span, near)
+                        self._fetch_for(entry, span, near)
 
     def fetch_soon(self, blocks: Iterable[Block]) -> None:
         """Begins to fetch whole blocks that will be read next, all of them at once."""
@@ -284,7 +298,9 @@ class Prefetcher:
                 waited_s = time.monotonic() - began_s
                 if entry.elsewhere and waited_s > _PATIENCE_S:
                     entry.direct = True
-                if waited_s >= ask_s or not entry.elsewhere:
+                # A block that is next in its queue comes as soon as its sample would.
+                soon = entry.queued and min(entry.steps, default=self._now + 2) <= self._now + 1
+                if not soon and (waited_s >= ask_s or not entry.elsewhere):
                     ask_s = waited_s + _POLL_S
                     self._want(entry, span, -1)
                 self._watch(entry, span, waited_s)
@@ -319,11 +335,11 @@ class Prefetcher:
 
     def _open_cache(self) -> BlockCache | None:
         if not self._cache_opened and self._cache_path is not None:
-            self._cache_opened = True
             try:
                 self._cache = BlockCache(self._cache_path, max_bytes=self._cache_bytes)
             except OSError as error:
                 self._disk_failed(error)
+            self._cache_opened = True
         return self._cache
 
     def _disk_failed(self, error: OSError) -> None:
@@ -345,6 +361,14 @@ class Prefetcher:
     def _settle(self, entry: _Entry) -> None:
         if entry.is_idle:
             self._entries.pop(entry.block.name, None)
+
+    def _fetch_for(self, entry: _Entry, span: Span, step: int) -> None:
+        """Gets a planned sample under way: by itself, or with its block."""
+        cold = self._cold_until is not None and step < self._cold_until
+        if cold or entry.direct or self._open_cache() is None:
+            self._want(entry, span, step)
+        elif not (entry.queued or entry.filling or entry.fill or entry.claiming):
+            self._queue_block(entry, step)
 
     def _want(self, entry: _Entry, span: Span, step: int) -> None:
         if entry.filling or span in entry.coming or span in entry.pieces:
@@ -409,7 +433,7 @@ class Prefetcher:
 
     def _note_use(self, cache: BlockCache, entry: _Entry, span: Span) -> None:
         block = entry.block
-        if not entry.is_there:
+        if not entry.is_there and block.name not in self._read_bytes:
             return
         self._read_bytes[block.name] += span[1] - span[0]
         if self._read_bytes[block.name] >= block.num_bytes:

@@ -87,9 +87,7 @@ class ShardReader:
         *,
         split: str,
         check: Check = "size",
-        cache: str | None = None,
-        cache_bytes: int = 0,
-        network: Network | None = None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         """Names the shards; opens none yet.
 
@@ -98,7 +96,7 @@ class ShardReader:
           manifest: Its manifest.
           split: Split to read.
           check: "crc" verifies every sample that is read; of remote ones that is always done.
-          cache, cache_bytes, network: For remote shards; see `StreamingDataset`.
+          prefetcher: Fetches remote shards; several readers may share one.
 
         Raises:
           ConfigError: `unknown_split`.
@@ -111,15 +109,21 @@ class ShardReader:
         counts = [segment.num_rows for segment in self.segments]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [segments + 1], number of each segment's first sample."""
-        self.prefetcher: Prefetcher | None = None
-        """What fetches remote shards."""
         self._local = _LocalShards(check, raw=manifest.raw)
         self._remote: RemoteShards | None = None
         if not all(storage.is_local(segment.file.url) for segment in self.segments):
-            self.prefetcher = Prefetcher(network or Network(), cache=cache, cache_bytes=cache_bytes)
-            self._remote = RemoteShards(self.prefetcher, raw=manifest.raw)
+            prefetcher = prefetcher or Prefetcher(Network())
+            self._remote = RemoteShards(prefetcher, raw=manifest.raw)
+        self.prefetcher = None if self._remote is None else prefetcher
+        """Fetches remote shards; None for local ones."""
         self._open: dict[str, _OpenShard] = {}
         self._lock = threading.Lock()
+
+    def use_prefetcher(self, prefetcher: Prefetcher) -> None:
+        """Lets another reader's prefetcher fetch the remote shards of this one too."""
+        assert self._remote is not None
+        self.prefetcher = self._remote.prefetcher = prefetcher
+        self._open = {}
 
     @property
     def counters(self) -> Counter[str]:

@@ -59,9 +59,8 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
                 fix="run the `make shards` command that made the dataset: it puts it back",
             )
         )
-    files = manifest.view.files if manifest.view else [shard.file for shard in manifest.shards]
-    report.stage("verify", len(files))
-    for file in files:
+    report.stage("verify", len(manifest.files))
+    for file in manifest.files:
         try:
             _verify_file(url, file, codec=codec if deep else None, raw=manifest.raw)
         except ShardsError as error:

@@ -25,6 +25,7 @@ from typing import Any
 
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
+from shardspec.ranges import RangeReader
 
 FORMAT_VERSION = 1
 """Version of the on-disk contract: a dataset that owns its shards, of prepared samples."""
@@ -183,6 +184,11 @@ class Manifest:
     def format_version(self) -> int:
         """The oldest version whose readers understand this manifest."""
         return EXTENDED_VERSION if self.raw or self.view else FORMAT_VERSION
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """The files that hold its samples."""
+        return self.view.files if self.view else tuple(shard.file for shard in self.shards)
 
     def select(self, split: str) -> tuple[ShardEntry, ...]:
         """Lists the shards of a split in order.
@@ -353,13 +359,32 @@ def require_manifest(url: str) -> Manifest:
     """
     manifest = load_manifest(url)
     if manifest is None:
-        raise ManifestError(
-            "no dataset here: there is no manifest",
-            reason="manifest_missing",
-            where=storage.join(url, MANIFEST_NAME),
-            fix="run `make shards DATASET=...`; an unfinished job goes on with the same command",
-        )
+        raise _no_manifest(storage.join(url, MANIFEST_NAME))
     return manifest
+
+
+def fetch_manifest(url: str, ranges: RangeReader) -> Manifest:
+    """Reads the manifest of a dataset in an object store, patiently.
+
+    Raises:
+      ManifestError: As `require_manifest`.
+      StorageError: As `RangeReader.read_all`.
+    """
+    where = storage.join(url, MANIFEST_NAME)
+    try:
+        payload = ranges.read_all(where)
+    except FileNotFoundError as error:
+        raise _no_manifest(where) from error
+    return parse_manifest(payload, where=where)
+
+
+def _no_manifest(where: str) -> ManifestError:
+    return ManifestError(
+        "no dataset here: there is no manifest",
+        reason="manifest_missing",
+        where=where,
+        fix="run `make shards DATASET=...`; an unfinished job goes on with the same command",
+    )
 
 
 def encode_receipt(receipt: Receipt) -> bytes:

@@ -24,15 +24,17 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.keyed import keyed
+
+_T = TypeVar("_T")
 
 _CHUNK_BYTES = 256 * 1024
 _CONNECTIONS = 64
@@ -119,7 +121,6 @@ class RangeReader:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._ending = threading.Event()
         self._flights: dict[int, Flight] = {}
         # The clients that they were made after are kept with them: ids are unique while they live.
         self._stores: dict[int, tuple[Any, _Store]] = {}
@@ -156,23 +157,16 @@ class RangeReader:
         self, url: str, start: int, target: memoryview, *, total: int | None = None
     ) -> None:
         """Reads as many bytes as `target` has, from `start` on; errors as `read`."""
-        if self._pid != os.getpid():
-            # A forked child: connections, threads and locks are the parent's.
-            self._begin()
-        if not len(target):
-            return
-        flight = Flight(url=url, start=start, stop=start + len(target))
-        with self._lock:
-            self._flights[id(flight)] = flight
-        try:
-            self._read(flight, target, total)
-        finally:
-            with self._lock:
-                del self._flights[id(flight)]
+        if len(target):
+            flight = Flight(url=url, start=start, stop=start + len(target))
+            self._try(flight, lambda limit_s: self._part(flight, target, total, limit_s))
 
-    def close(self) -> None:
-        """Lets what still waits between two attempts fail at once."""
-        self._ending.set()
+    def read_all(self, url: str) -> bytes:
+        """Reads a whole small object, whose length need not be known; errors as `read`."""
+        flight = Flight(url=url, start=0, stop=0)
+        found: list[bytes] = []
+        self._try(flight, lambda limit_s: found.append(self._whole(flight, limit_s)))
+        return found[-1]
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to a counter, from any thread."""
@@ -189,7 +183,20 @@ class RangeReader:
         """Seconds since the last byte of any range arrived."""
         return time.monotonic() - self._progress_s
 
-    def _read(self, flight: Flight, target: memoryview, total: int | None) -> None:
+    def _try(self, flight: Flight, attempt: Callable[[float], None]) -> None:
+        """Makes attempts, each within so many seconds, until one succeeds or none may follow."""
+        if self._pid != os.getpid():
+            # A forked child: connections, threads and locks are the parent's.
+            self._begin()
+        with self._lock:
+            self._flights[id(flight)] = flight
+        try:
+            self._insist(flight, attempt)
+        finally:
+            with self._lock:
+                del self._flights[id(flight)]
+
+    def _insist(self, flight: Flight, attempt: Callable[[float], None]) -> None:
         policy = self.policy
         began_s = time.monotonic()
         in_vain = 0
@@ -199,7 +206,7 @@ class RangeReader:
             self.count("requests")
             left_s = policy.wall_s - (time.monotonic() - began_s)
             try:
-                return self._attempt(flight, target, total, limit_s=max(left_s, 0.001))
+                return attempt(max(left_s, 0.001))
             except Exception as error:
                 kind = _transient(error)
                 if kind is None:
@@ -211,27 +218,40 @@ class RangeReader:
                     policy.longest_wait_s, policy.first_wait_s * 2 ** min(in_vain, 30)
                 )
                 wait_s = max(wait_s, _retry_after_s(_refusal(error)[2]))
-                if in_vain >= policy.attempts or wait_s >= left_s or self._ending.wait(wait_s):
+                if in_vain >= policy.attempts or wait_s >= left_s:
                     seconds = time.monotonic() - began_s
                     raise _given_up(error, flight, policy, seconds) from error
+                time.sleep(wait_s)
                 self.count("retries")
                 self.count(f"retry_{kind}")
 
-    def _attempt(
-        self, flight: Flight, target: memoryview, total: int | None, *, limit_s: float
-    ) -> None:
+    def _part(self, flight: Flight, target: memoryview, total: int | None, limit_s: float) -> None:
         store, path = self._store(flight.url)
         if isinstance(store, _Plain):
             store.fetch(path, flight, target, total, self._pins)
             return self._arrived(flight, len(target) - flight.received)
-        # The clients are coroutines on the thread that fsspec keeps for them.
-        work = asyncio.run_coroutine_threadsafe(
-            self._receive(store, path, flight, target, total, limit_s), store.loop
-        )
-        try:
-            return work.result()
-        finally:
-            work.cancel()
+        return _run(self._receive(store, path, flight, target, total, limit_s), store)
+
+    def _whole(self, flight: Flight, limit_s: float) -> bytes:
+        store, path = self._store(flight.url)
+        if isinstance(store, _Plain):
+            payload = bytes(store.fs.cat_file(path))
+            self._arrived(flight, len(payload))
+            return payload
+        return _run(self._receive_all(store, path, flight, limit_s), store)
+
+    async def _receive_all(
+        self, store: _Client, path: str, flight: Flight, limit_s: float
+    ) -> bytes:
+        flight.received, parts = 0, []
+        async with self._asking(store, path, flight, None, limit_s) as (answer, wait_s):
+            flight.stop = answer.length or 0
+            while chunk := await asyncio.wait_for(answer.read(_CHUNK_BYTES), wait_s()):
+                parts.append(chunk)
+                self._arrived(flight, len(chunk))
+            if answer.length is not None and flight.received != answer.length:
+                raise _Garbled("short_body")
+        return b"".join(parts)
 
     async def _receive(
         self,
@@ -242,18 +262,7 @@ class RangeReader:
         total: int | None,
         limit_s: float,
     ) -> None:
-        stop_s = time.monotonic() + limit_s
-
-        def wait_s() -> float:
-            return max(0.001, min(self.policy.idle_s, stop_s - time.monotonic()))
-
-        # Making a client is work of this machine, half a second where it is busy: no idle store.
-        await asyncio.wait_for(self._prepare(store, path), limit_s)
-        opening = store.open(
-            path, flight.start + flight.received, flight.stop, self._pins.get(flight.url)
-        )
-        answer = await asyncio.wait_for(opening.__aenter__(), wait_s())
-        try:
+        async with self._asking(store, path, flight, flight.stop, limit_s) as (answer, wait_s):
             self._check(answer, flight, total)
             while flight.received < len(target):
                 chunk = await asyncio.wait_for(answer.read(_CHUNK_BYTES), wait_s())
@@ -264,6 +273,24 @@ class RangeReader:
                     raise _Garbled("wrong_range")
                 target[flight.received : end] = chunk
                 self._arrived(flight, len(chunk))
+
+    @asynccontextmanager
+    async def _asking(
+        self, store: _Client, path: str, flight: Flight, stop: int | None, limit_s: float
+    ) -> AsyncIterator[tuple[_Answer, Callable[[], float]]]:
+        """Sends a request; gives the answer, and how long to wait for each part of its body."""
+        stop_s = time.monotonic() + limit_s
+
+        def wait_s() -> float:
+            return max(0.001, min(self.policy.idle_s, stop_s - time.monotonic()))
+
+        # Making a client is work of this machine, half a second where it is busy: no idle store.
+        await asyncio.wait_for(self._prepare(store, path), limit_s)
+        pin = None if stop is None else self._pins.get(flight.url)
+        opening = store.open(path, flight.start + flight.received, stop, pin)
+        answer = await asyncio.wait_for(opening.__aenter__(), wait_s())
+        try:
+            yield answer, wait_s
         finally:
             # What breaks while a broken connection is closed is no news.
             with suppress(OSError, asyncio.TimeoutError):
@@ -303,6 +330,15 @@ class RangeReader:
             if id(shared) not in self._stores:
                 self._stores[id(shared)] = shared, _open_store(shared, self.policy)
             return self._stores[id(shared)][1], path
+
+
+def _run(work: Coroutine[Any, Any, _T], store: _Client) -> _T:
+    """Waits for a coroutine on the thread that fsspec keeps for its clients."""
+    running = asyncio.run_coroutine_threadsafe(work, store.loop)
+    try:
+        return running.result()
+    finally:
+        running.cancel()
 
 
 class _Garbled(Exception):
@@ -364,11 +400,13 @@ class _S3:
 
     @asynccontextmanager
     async def open(
-        self, path: str, start: int, stop: int, pin: str | None
+        self, path: str, start: int, stop: int | None, pin: str | None
     ) -> AsyncIterator[_Answer]:
         bucket, key, version = self.fs.split_path(path)
         client = await self.fs.get_s3(bucket)
-        wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}"}
+        wanted = {"Bucket": bucket, "Key": key}
+        if stop is not None:
+            wanted["Range"] = f"bytes={start}-{stop - 1}"
         if version:
             wanted["VersionId"] = version
         if pin:
@@ -404,9 +442,11 @@ class _Http:
 
     @asynccontextmanager
     async def open(
-        self, path: str, start: int, stop: int, pin: str | None
+        self, path: str, start: int, stop: int | None, pin: str | None
     ) -> AsyncIterator[_Answer]:
-        wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        wanted = {"Accept-Encoding": "identity"}
+        if stop is not None:
+            wanted["Range"] = f"bytes={start}-{stop - 1}"
         if self.is_google:
             request = self.fs.session.get(
                 self.fs.url(path, generation=pin),

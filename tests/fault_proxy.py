@@ -93,6 +93,8 @@ class FaultProxy:
         assert set(self.faults) <= set(FAULTS)
         self.latency_s, self.bytes_per_s = latency_s, bytes_per_s
         self.retry_after_s, self.keep_host, self.only = retry_after_s, keep_host, only
+        self.whole = False
+        """Set it, and faults strike GETs without a range too."""
         self.dead = False
         """Set it, and connections are accepted but never answered."""
         self.counts: Counter[str] = Counter()
@@ -209,7 +211,7 @@ class FaultProxy:
         start, stop = (int(found[1]), int(found[2]) + 1) if found else (None, None)
         fault, mark = None, self._rng.random()
         for kind, share in self.faults.items():
-            if mark < share and self.only in path and found:
+            if mark < share and self.only in path and (found or self.whole):
                 fault = kind
                 break
             mark -= share

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from loader import IterableDatasetMixture, StreamingDataset, make_dataloader, view_collator
 from loader.prefetch import Network
 from shardspec import storage
-from shardspec.errors import ShardError, StorageError
+from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.ranges import RetryPolicy
 from tests import servers
 from tests.fault_proxy import FaultProxy
@@ -240,6 +240,26 @@ def test_a_dead_store_ends_the_run_in_time_and_is_no_bad_sample(s3):
     assert caught.value.facts["attempts"] >= 3
     assert "timeout" in caught.value.facts["causes"]
     assert loader.bad_samples == []
+
+
+def test_a_dead_store_is_given_up_in_time_when_a_dataset_is_opened(s3):
+    url, proxy = s3
+    proxy.dead = True
+    network = Network(retry=RetryPolicy(idle_s=0.5, wall_s=2, first_wait_s=0.01))
+    begin_s = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        StreamingDataset(url, network=network)
+    assert time.monotonic() - begin_s < 4
+    assert caught.value.where == url + "/manifest.json"
+    assert "timeout" in caught.value.facts["causes"]
+
+
+def test_a_cache_that_is_no_cache_is_refused_at_once(s3, tmp_path):
+    url, _ = s3
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError) as caught:
+        StreamingDataset(url, cache=str(tmp_path))
+    assert caught.value.reason == "cache_foreign"
 
 
 def test_nothing_arriving_is_a_stall_that_names_the_object_and_dumps_all_stacks(s3, caplog):

@@ -114,6 +114,17 @@ def test_what_has_arrived_is_not_asked_for_again(store):
             assert after.stop == before.stop
 
 
+def test_a_whole_object_is_read_through_faults_without_knowing_its_length(store):
+    store.proxy.whole = True
+    store.proxy.faults = {"status_503": 0.2, "short": 0.3, "stall": 0.1}
+    reader = RangeReader(QUICK)
+    for _ in range(6):
+        assert reader.read_all(store.url) == PAYLOAD
+    assert reader.counters["retries"] >= 3
+    with pytest.raises(FileNotFoundError):
+        reader.read_all(store.url + ".not")
+
+
 def test_retry_after_is_honoured(store):
     store.proxy.faults, store.proxy.retry_after_s = {"status_429": 0.99}, 1
     reader = RangeReader(QUICK)
@@ -243,13 +254,6 @@ def test_a_copy_begins_anew():
     reader = pickle.loads(pickle.dumps(RangeReader(QUICK)))
     assert reader.policy == QUICK
     assert reader.counters == {}
-
-
-def test_closing_ends_the_waiting(store):
-    store.proxy.faults = {"status_503": 1.0}
-    reader = RangeReader(RetryPolicy(first_wait_s=60, longest_wait_s=60))
-    threading.Timer(0.3, reader.close).start()
-    assert refusal(StorageError, reader, store.url, 0, 9).reason == "range_failed"
 
 
 @pytest.mark.parametrize("wrong", [{"attempts": 0}, {"wall_s": 0}, {"longest_wait_s": -1}])

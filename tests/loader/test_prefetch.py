@@ -1,0 +1,276 @@
+"""The prefetcher by itself: what it fetches when, on a store in memory."""
+
+import logging
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from loader.blocks import Block
+from loader.prefetch import Network, Prefetcher
+from shardspec import storage
+from shardspec.errors import ConfigError
+from shardspec.ranges import RangeReader
+
+ROOT = Path(__file__).parents[2]
+OBJECT = np.random.RandomState(0).bytes(400_000)
+SAMPLE = 1000
+BLOCK = 10_000
+
+
+@pytest.fixture
+def url(request):
+    url = f"memory://prefetch/{request.node.name}"
+    fs, path = storage.filesystem(url)
+    fs.pipe_file(path, OBJECT)
+    return url
+
+
+def place(url, sample):
+    first = sample * SAMPLE // BLOCK * BLOCK
+    block = Block(url=url, start=first, stop=first + BLOCK, total=len(OBJECT), sha256="ab" * 32)
+    return block, (sample * SAMPLE, (sample + 1) * SAMPLE)
+
+
+def read(prefetcher, url, sample):
+    block, span = place(url, sample)
+    found = bytes(prefetcher.read(block, span))
+    assert found == OBJECT[slice(*span)], sample
+
+
+def run(prefetcher, url, steps):
+    """Reads steps of samples, each said up to eight steps ahead."""
+    for step in range(len(steps)):
+        for soon in range(0 if step == 0 else step + 8, min(step + 9, len(steps))):
+            prefetcher.will_read(soon, [place(url, sample) for sample in steps[soon]])
+        for sample in steps[step]:
+            read(prefetcher, url, sample)
+        prefetcher.was_read(step)
+
+
+def shuffled(seed=1, batch=8):
+    order = np.random.RandomState(seed).permutation(400)
+    return [order[i : i + batch].tolist() for i in range(0, 400, batch)]
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["memory", "cache"])
+def test_a_shuffled_pass_reads_every_sample_and_fetches_every_byte_once(url, cached, tmp_path):
+    cache = str(tmp_path / "cache") if cached else None
+    prefetcher = Prefetcher(Network(block_bytes=BLOCK), cache=cache, cache_bytes=10**7)
+    with mock.patch("loader.prefetch._GAP_BYTES", 0):
+        run(prefetcher, url, shuffled())
+    assert prefetcher.counters["bytes"] == len(OBJECT)
+
+
+def test_a_sequential_pass_joins_neighbours(url):
+    prefetcher = Prefetcher(Network(block_bytes=BLOCK))
+    run(prefetcher, url, [list(range(i, i + 8)) for i in range(0, 400, 8)])
+    assert prefetcher.counters["requests"] < 150
+    assert prefetcher.counters["bytes"] == len(OBJECT)
+
+
+def test_the_second_pass_comes_from_the_cache(url, tmp_path):
+    prefetcher = Prefetcher(
+        Network(block_bytes=BLOCK), cache=str(tmp_path / "cache"), cache_bytes=10**7
+    )
+    run(prefetcher, url, shuffled())
+    before = prefetcher.counters["bytes"]
+    prefetcher.forget()
+    run(prefetcher, url, shuffled(2))
+    assert prefetcher.counters["bytes"] == before
+    assert prefetcher.counters["cache_hits"] >= 400
+
+
+@pytest.mark.parametrize("blocks_held", [4, 10, 20])
+def test_a_cache_that_is_too_small_costs_no_more_than_twice_the_bytes(url, blocks_held, tmp_path):
+    prefetcher = Prefetcher(
+        Network(block_bytes=BLOCK),
+        cache=str(tmp_path / "cache"),
+        cache_bytes=blocks_held * BLOCK,
+    )
+    with mock.patch("loader.prefetch._GAP_BYTES", 0):
+        for seed in (1, 2, 3):
+            run(prefetcher, url, shuffled(seed))
+            prefetcher.forget()
+    held = sum(path.stat().st_size for path in (tmp_path / "cache/blocks").iterdir())
+    assert held <= blocks_held * BLOCK
+    assert prefetcher.counters["bytes"] <= 3 * 2 * len(OBJECT)
+
+
+def test_memory_for_reading_ahead_is_bounded(url):
+    network = Network(block_bytes=BLOCK, ahead_bytes=20 * SAMPLE, cold_steps=1)
+    prefetcher = Prefetcher(network)
+    most = []
+    original = prefetcher.read
+
+    def watched(block, span):
+        most.append(prefetcher._held_bytes)
+        return original(block, span)
+
+    with mock.patch.object(prefetcher, "read", watched):
+        run(prefetcher, url, shuffled())
+    # Beside it may be held what is needed now, and what one request fetches with it: 72 samples
+    # are planned at a time.
+    assert max(most) <= 50 * SAMPLE
+    assert prefetcher._held_bytes == 0
+
+
+def test_what_was_planned_and_not_read_is_forgotten(url):
+    prefetcher = Prefetcher(Network(block_bytes=BLOCK))
+    for step, samples in enumerate(shuffled()[:8]):
+        prefetcher.will_read(step, [place(url, sample) for sample in samples])
+    read(prefetcher, url, shuffled()[0][0])
+    prefetcher.forget()
+    deadline_s = time.monotonic() + 10
+    while prefetcher._entries and time.monotonic() < deadline_s:
+        prefetcher.forget()
+        threading.Event().wait(0.01)
+    assert prefetcher._entries == {}
+    assert prefetcher._held_bytes == 0
+
+
+def test_a_spoilt_block_in_the_cache_is_fetched_again(url, tmp_path):
+    cache = tmp_path / "cache"
+    prefetcher = Prefetcher(Network(block_bytes=BLOCK), cache=str(cache), cache_bytes=10**7)
+    run(prefetcher, url, shuffled())
+    block, _ = place(url, 0)
+    prefetcher.reject(block)
+    assert not (cache / "blocks" / block.name).exists()
+    assert prefetcher.counters["cache_corrupt"] == 1
+    read(prefetcher, url, 0)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_one_warning_and_no_sample(url, tiny_disk, caplog):
+    prefetcher = Prefetcher(
+        Network(block_bytes=BLOCK), cache=str(tiny_disk / "cache"), cache_bytes=10**7
+    )
+    with caplog.at_level(logging.WARNING):
+        run(prefetcher, url, shuffled())
+        run(prefetcher, url, shuffled(2))
+    warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "No space left" in warnings[0].getMessage()
+    assert prefetcher.counters["cache_failed"] == 1
+    assert not list((tiny_disk / "cache/blocks").glob("*.part"))
+
+
+def test_a_cache_that_cannot_be_made_costs_one_warning(url, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    prefetcher = Prefetcher(
+        Network(block_bytes=BLOCK), cache=str(tmp_path / "file/cache"), cache_bytes=10**7
+    )
+    run(prefetcher, url, shuffled())
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
+def test_a_folder_that_is_no_cache_is_refused_each_time(url, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    prefetcher = Prefetcher(Network(), cache=str(tmp_path), cache_bytes=10**7)
+    for _ in range(2):
+        with pytest.raises(ConfigError) as caught:
+            prefetcher.open()
+        assert caught.value.reason == "cache_foreign"
+        with pytest.raises(ConfigError):
+            prefetcher.read(*place(url, 3))
+
+
+def test_a_failure_ahead_of_time_is_forgotten_if_the_reader_fares_better(url):
+    prefetcher = Prefetcher(Network(block_bytes=BLOCK))
+    failing = threading.Event()
+    failing.set()
+    original = RangeReader.read
+
+    def sometimes(self, *args, **options):
+        if failing.is_set():
+            raise OSError("the network is away")
+        return original(self, *args, **options)
+
+    with mock.patch.object(RangeReader, "read", sometimes):
+        prefetcher.will_read(0, [place(url, 5)])
+        deadline_s = time.monotonic() + 10
+        while not any(e.failures for e in prefetcher._entries.values()):
+            assert time.monotonic() < deadline_s
+        failing.clear()
+        read(prefetcher, url, 5)
+
+
+def test_a_copy_takes_the_settings_and_nothing_else(url, tmp_path):
+    prefetcher = Prefetcher(Network(ahead_steps=3), cache=str(tmp_path / "c"), cache_bytes=10**7)
+    run(prefetcher, url, shuffled()[:3])
+    copy = pickle.loads(pickle.dumps(prefetcher))
+    assert copy.settings == prefetcher.settings
+    assert copy.counters == {}
+    run(copy, url, shuffled())
+
+
+def test_settings_that_cannot_work_are_refused():
+    for wrong in ({"streams": 0}, {"stall_s": 0}, {"block_bytes": -1}):
+        with pytest.raises(ConfigError) as caught:
+            Network(**wrong)
+        assert caught.value.reason == "network"
+
+
+READER = """
+import sys
+from tests.loader.test_prefetch import *
+url = "memory://prefetch/killed"
+fs, path = storage.filesystem(url)
+fs.pipe_file(path, OBJECT)
+prefetcher = Prefetcher(Network(block_bytes=BLOCK), cache=sys.argv[1], cache_bytes=30 * BLOCK)
+print("ready", flush=True)
+seed = int(sys.argv[2])
+while True:
+    seed += 1
+    prefetcher.forget()
+    run(prefetcher, url, shuffled(seed))
+    print(seed, flush=True)
+"""
+
+
+# A run that is killed while it fills its cache must leave nothing that another run believes.
+@pytest.mark.slow
+def test_readers_killed_at_random_points_leave_nothing_that_is_trusted(url, tmp_path):
+    moments = random.Random(7)
+    cache = str(tmp_path / "cache")
+    for i in range(8):
+        readers = [
+            subprocess.Popen(
+                [sys.executable, "-c", READER, cache, str(100 * i + k)],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+            )
+            for k in range(2)
+        ]
+        for reader in readers:
+            assert reader.stdout.readline() == b"ready\n"
+        time.sleep(moments.uniform(0, 0.5))
+        for reader in readers:
+            reader.send_signal(signal.SIGKILL)
+            reader.wait(30)
+            reader.stdout.close()
+        for path in Path(cache, "blocks").glob("*.block"):
+            _, start, stop = path.stem.split("-")
+            assert path.read_bytes() == OBJECT[int(start) : int(stop)]
+    after = Prefetcher(Network(block_bytes=BLOCK), cache=cache, cache_bytes=30 * BLOCK)
+    run(after, url, shuffled())
