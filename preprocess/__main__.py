@@ -34,7 +34,8 @@ from preprocess.sizes import parse_age_s, parse_bytes, size_text
 from preprocess.survey import Survey, survey_job
 from preprocess.tokens import EMBEDDED
 from preprocess.verify import verify
-from shardspec.errors import ConfigError, ShardsError
+from shardspec import storage
+from shardspec.errors import ConfigError, ShardsError, redacted
 from shardspec.tiling import ImageView
 
 INTERRUPTED = 130
@@ -157,7 +158,7 @@ def _verify(options: argparse.Namespace, report: TqdmReporter) -> int:
         print(f"error: {error}", file=sys.stderr)
     if findings:
         return findings[0].exit_code
-    print(f"{options.out}: every shard is what the manifest promises")
+    print(f"{redacted(options.out)}: every shard is what the manifest promises")
     return 0
 
 
@@ -165,6 +166,8 @@ def _gc(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa: ARG0
     before = None
     if options.older_than is not None:
         before = time.time() - parse_age_s(options.older_than)
+    if not storage.exists(options.out):
+        find_strays(options.out)  # says so; to hold the output would make it
     with held(options.out):
         strays = find_strays(options.out, written_before_unix_s=before)
         for each in strays.objects:
@@ -176,7 +179,7 @@ def _gc(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa: ARG0
     objects, uploads = len(strays.objects), len(strays.uploads)
     verbs = ("would remove", "abort") if options.dry_run else ("removed", "aborted")
     print(
-        f"{options.out}: {verbs[0]} {objects} objects ({size_text(strays.num_bytes)}), "
+        f"{redacted(options.out)}: {verbs[0]} {objects} objects ({size_text(strays.num_bytes)}), "
         f"{verbs[1]} {uploads} unfinished uploads"
     )
     if options.out.startswith("gs://"):
@@ -213,7 +216,8 @@ def _import(options: argparse.Namespace, report: TqdmReporter) -> int:
     report.close()
     split = imported.manifest.splits[settings.split]
     lines = [
-        f"{settings.out}: {split.num_samples:,} samples in {len(imported.manifest.shards)} tars, "
+        f"{redacted(settings.out)}: {split.num_samples:,} samples in "
+        f"{len(imported.manifest.shards)} tars, "
         f"{size_text(split.num_bytes)}",
         f"manifest sha256 {imported.sha256}",
     ]
@@ -227,21 +231,22 @@ def _import(options: argparse.Namespace, report: TqdmReporter) -> int:
 def _export_index(options: argparse.Namespace, report: TqdmReporter) -> int:
     written = export_index(options.dataset, options.format, report)
     report.close()
-    print("\n".join(written) or f"an index beside each shard of {options.dataset}")
+    beside = f"an index beside each shard of {options.dataset}"
+    print(redacted("\n".join(written) or beside))
     return 0
 
 
 def _summary(settings: JobSettings, outcome: Outcome) -> str:
     split, shards = outcome.result.split, outcome.result.manifest.select(settings.split)
     lines = [
-        f"{settings.out}: {split.num_samples:,} samples in {len(shards)} shards, "
+        f"{redacted(settings.out)}: {split.num_samples:,} samples in {len(shards)} shards, "
         f"{size_text(split.num_bytes)}, {split.num_tokens:,} tokens",
         f"manifest sha256 {outcome.result.sha256}",
     ]
     lost = sum(split.quarantined.values())
     if lost:
         reasons = ", ".join(f"{name} {n}" for name, n in split.quarantined.items())
-        lines.append(f"{lost} rows left out ({reasons}); see {settings.out}/quarantine")
+        lines.append(f"{lost} rows left out ({reasons}); see {redacted(settings.out)}/quarantine")
     if not outcome.fresh:
         lines.append("nothing to do: all of it was here already")
     return "\n".join(lines)
@@ -250,7 +255,7 @@ def _summary(settings: JobSettings, outcome: Outcome) -> str:
 def _survey_table(settings: JobSettings, survey: Survey) -> str:
     rows: list[tuple[str, object]] = [
         ("dataset", f"{settings.dataset}, split {settings.split}, source {settings.source}"),
-        ("output", settings.out),
+        ("output", redacted(settings.out)),
         ("rows", f"{survey.num_rows:,}"),
         ("image URLs", f"{survey.num_urls:,}"),
     ]

@@ -25,7 +25,7 @@ from preprocess.reshard_copy import CopyContext, CopyTask, copy_shard, shard_ent
 from preprocess.reshard_plan import ReshardPlan, SplitPlan, absolute_url, shard_rows
 from shardspec import storage
 from shardspec.copying import require_stamp
-from shardspec.errors import ConflictError
+from shardspec.errors import ConfigError, ConflictError, redacted
 from shardspec.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -134,18 +134,27 @@ def portable_url(out: str, url: str) -> str:
 
     So a folder with datasets and their views may be moved as a whole.
 
+    Raises:
+      ConfigError: `url_secret`: the URL holds a password, which would be written down.
+
     >>> portable_url("s3://bucket/sets/view", "s3://bucket/sets/old/train/a.tar")
     '../old/train/a.tar'
     >>> portable_url("s3://bucket/view", "s3://other/old/a.tar")
     's3://other/old/a.tar'
     """
-    if storage.is_local(out) != storage.is_local(url):
-        return url
     here, there = absolute_url(out), absolute_url(url)
     parent = posixpath.dirname(here)
-    if not there.startswith(parent + "/") or parent.endswith(":"):  # a bucket is the root
-        return there
-    return posixpath.relpath(there, here)
+    beside = there.startswith(parent + "/") and not parent.endswith(":")  # a bucket is the root
+    if beside and storage.is_local(out) == storage.is_local(url):
+        return posixpath.relpath(there, here)
+    if redacted(there) != there:
+        raise ConfigError(
+            "a view would keep the password of a URL",
+            reason="url_secret",
+            where=there,
+            fix="give the password to the store's client (a profile, the environment), or --copy",
+        )
+    return there
 
 
 def _shard_url(plan: ReshardPlan, split: SplitPlan, shard: int) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from shardspec.errors import StorageError
+from shardspec.errors import StorageError, redacted
 from shardspec.keyed import hash_text
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ def persist(action: Callable[[], T], *, where: str, patience: Patience | None = 
                     },
                     fix="see whether it can be reached, then run the same command again",
                 ) from error
-            logger.warning("%s: %s; trying again in %.1f s", where, error, wait_s)
+            told = redacted(f"{where}: {error}")
+            logger.warning("%s; trying again in %.1f s", told, wait_s)
             threading.Event().wait(wait_s)
 
 

@@ -147,6 +147,13 @@ def test_the_command_lists_then_removes(cli, tiny_dataset, tmp_path):
     assert not (out / STRAYS[0]).exists()
 
 
+def test_the_command_makes_nothing_where_nothing_is(cli, tmp_path):
+    finished = cli.run("gc", tmp_path / "typo")
+    assert finished.code == 1
+    assert "no dataset here" in finished.err
+    assert not (tmp_path / "typo").exists()
+
+
 def test_the_command_is_refused_while_a_job_runs(cli, tiny_dataset, tmp_path):
     out = shutil.copytree(tiny_dataset, tmp_path / "out")
     put(str(out), STRAYS)
