@@ -158,10 +158,11 @@ def plan_text(plan: ReshardPlan) -> str:
 def outcome_text(plan: ReshardPlan, outcome: Resharded) -> str:
     """Says how a reshard ended."""
     lines = []
+    out = redacted(plan.settings.out)
     for name, split in outcome.manifest.splits.items():
         shards = outcome.manifest.select(name)
         lines.append(
-            f"{redacted(plan.settings.out)}: {name} has {split.num_samples:,} samples in {len(shards)} "
+            f"{out}: {name} has {split.num_samples:,} samples in {len(shards)} "
             f"shards, {size_text(split.num_bytes)}, {split.num_tokens:,} tokens"
         )
     lines.append(f"manifest sha256 {outcome.sha256}")
