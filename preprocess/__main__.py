@@ -6,7 +6,6 @@ import argparse
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -31,7 +30,7 @@ from preprocess.recipe import Recipe
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import plan_reshard
 from preprocess.reshard_verbs import add_verbs, outcome_text, plan_text, reshard_settings
-from preprocess.sizes import parse_bytes, size_text
+from preprocess.sizes import parse_age_s, parse_bytes, size_text
 from preprocess.survey import Survey, survey_job
 from preprocess.tokens import EMBEDDED
 from preprocess.verify import verify
@@ -217,7 +216,8 @@ def _import(options: argparse.Namespace, report: TqdmReporter) -> int:
     report.close()
     split = imported.manifest.splits[settings.split]
     lines = [
-        f"{settings.out}: {split.num_samples:,} samples in {len(imported.manifest.shards)} tars, "
+        f"{redacted(settings.out)}: {split.num_samples:,} samples in "
+        f"{len(imported.manifest.shards)} tars, "
         f"{size_text(split.num_bytes)}",
         f"manifest sha256 {imported.sha256}",
     ]
@@ -231,7 +231,8 @@ def _import(options: argparse.Namespace, report: TqdmReporter) -> int:
 def _export_index(options: argparse.Namespace, report: TqdmReporter) -> int:
     written = export_index(options.dataset, options.format, report)
     report.close()
-    print("\n".join(written) or f"an index beside each shard of {options.dataset}")
+    beside = f"an index beside each shard of {options.dataset}"
+    print(redacted("\n".join(written) or beside))
     return 0
 
 
@@ -336,26 +337,6 @@ def _view(options: argparse.Namespace, crops: int) -> ImageView:
     return ImageView(
         **sizes, fit=options.image_fit, crop_mode="overlap-and-resize-c2", max_crops=crops
     )
-
-
-def parse_age_s(text: str) -> float:
-    """Reads an age such as 90s, 30m, 24h or 7d, in seconds.
-
-    >>> parse_age_s("24h")
-    86400.0
-
-    Raises:
-      ConfigError: `age_text`.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
-    if match is None:
-        raise ConfigError(
-            "age is not understood",
-            reason="age_text",
-            facts={"got": text},
-            fix="write it as 90s, 30m, 24h or 7d",
-        )
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def _number(text: str, flag: str) -> float:

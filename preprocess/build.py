@@ -14,7 +14,7 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -220,31 +220,21 @@ def rows_url(out: str, split: str, shard: int) -> str:
 
 def find_receipts(context: BuildContext) -> dict[int, Receipt]:
     """Finds the receipts of finished shards: of this very build, and with their shards in place."""
-    return valid_receipts(
-        context.out,
-        {context.name(shard): shard for shard in range(context.num_shards)},
-        split=context.split,
-        build_key=context.build_key,
-    )
+    names = {context.name(shard): shard for shard in range(context.num_shards)}
+    found = valid_receipts(context.out, names, keys={context.build_key})
+    return {names[name]: receipt for name, receipt in found.items()}
 
 
-def valid_receipts(
-    out: str, shards: Mapping[str, int], *, split: str, build_key: str
-) -> dict[int, Receipt]:
-    """Finds receipts that are of one build, and whose shards are in place.
+def valid_receipts(out: str, names: Iterable[str], *, keys: Container[str]) -> dict[str, Receipt]:
+    """Finds the receipts of finished shards by the shards' names.
 
     Args:
       out: The output.
-      shards: Names of the split's shards, without suffix, to their numbers.
-      split: The split.
-      build_key: The build's.
-
-    Returns:
-      Number of each finished shard to its receipt.
+      names: Of the shards.
+      keys: Build keys that count.
     """
-    names = {f"{name}.json": shard for name, shard in shards.items()}
-    present = [n for n in storage.list_names(storage.join(out, "receipts")) if n in names]
-    sizes = stored_sizes(out, split)
+    wanted = {f"{name}.json": name for name in names}
+    present = [n for n in storage.list_names(storage.join(out, "receipts")) if n in wanted]
 
     def read(name: str) -> Receipt | None:
         url = storage.join(out, "receipts", name)
@@ -254,14 +244,17 @@ def valid_receipts(
             return None
 
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-        found = zip(present, pool.map(read, present), strict=True)
-        return {
-            names[name]: receipt
-            for name, receipt in found
-            if receipt is not None
-            and receipt.build_key == build_key
-            and is_in_place(receipt.shard, sizes)
-        }
+        read_ones = zip(present, pool.map(read, present), strict=True)
+        found = {wanted[name]: receipt for name, receipt in read_ones if receipt is not None}
+    splits = sorted({receipt.shard.split for receipt in found.values()})
+    sizes: dict[str, int] = {}
+    for split in splits:
+        sizes |= stored_sizes(out, split)
+    return {
+        name: receipt
+        for name, receipt in found.items()
+        if receipt.build_key in keys and is_in_place(receipt.shard, sizes)
+    }
 
 
 def stored_sizes(out: str, split: str) -> dict[str, int]:

@@ -117,18 +117,19 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
     )
     build_key = fingerprint([context.build_key(task) for task in range(len(tars))])
     _check_conflict(settings, build_key)
-    with held(settings.out):
+    with held(settings.out) as require_held:
         receipts = _index_all(context, settings, report)
-    if not any(receipt.shard.nsamples for receipt in receipts):
-        raise ConfigError(
-            "the tars hold no sample",
-            reason="import_tars",
-            where=settings.out,
-            fix="names of files are KEY.SUFFIX; see docs/format.md",
-        )
-    manifest = _manifest(context, settings, receipts, build_key)
-    payload = manifest.encode()
-    storage.publish_bytes(storage.join(settings.out, MANIFEST_NAME), payload)
+        if not any(receipt.shard.nsamples for receipt in receipts):
+            raise ConfigError(
+                "the tars hold no sample",
+                reason="import_tars",
+                where=settings.out,
+                fix="names of files are KEY.SUFFIX; see docs/format.md",
+            )
+        manifest = _manifest(context, settings, receipts, build_key)
+        payload = manifest.encode()
+        require_held()
+        storage.publish_bytes(storage.join(settings.out, MANIFEST_NAME), payload)
     keys = [_load_keys(settings.out, receipt.shard) for receipt in receipts]
     twice = repeated_key(np.concatenate(keys))
     return Imported(
@@ -323,10 +324,9 @@ def opened(url: str) -> Iterator[IO[bytes]]:
             with storage.local_path(url).open("rb") as stream:
                 yield stream
             return
-        fs, path = storage.filesystem(url)
         with TemporaryDirectory() as folder:
             copy = Path(folder) / "foreign.tar"
-            fs.get_file(path, str(copy))
+            storage.fetch_file(url, copy)
             with copy.open("rb") as stream:
                 yield stream
 

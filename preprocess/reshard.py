@@ -25,7 +25,7 @@ from preprocess.reshard_copy import CopyContext, CopyTask, copy_shard, shard_ent
 from preprocess.reshard_plan import ReshardPlan, SplitPlan, absolute_url, shard_rows
 from shardspec import storage
 from shardspec.copying import require_stamp
-from shardspec.errors import ConflictError
+from shardspec.errors import ConfigError, ConflictError, redacted
 from shardspec.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -64,7 +64,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
     done = _finished(plan)
     if done is not None:
         return done
-    with held(out) as check_held:
+    with held(out) as require_held:
         done = _finished(plan)  # once more: another job may have ended in between
         if done is not None:
             return done
@@ -83,7 +83,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
         manifest = _manifest(plan, shards, view)
         _publish_tokenizer(plan, report)
         payload = manifest.encode()
-        check_held()
+        require_held()
         if not storage.swap_bytes(storage.join(out, MANIFEST_NAME), payload, replacing=None):
             raise ConflictError(
                 "another job has written this output's manifest in the meantime",
@@ -140,18 +140,27 @@ def portable_url(out: str, url: str) -> str:
 
     So a folder with datasets and their views may be moved as a whole.
 
+    Raises:
+      ConfigError: `url_secret`: the URL holds a password, which would be written down.
+
     >>> portable_url("s3://bucket/sets/view", "s3://bucket/sets/old/train/a.tar")
     '../old/train/a.tar'
     >>> portable_url("s3://bucket/view", "s3://other/old/a.tar")
     's3://other/old/a.tar'
     """
-    if storage.is_local(out) != storage.is_local(url):
-        return url
     here, there = absolute_url(out), absolute_url(url)
     parent = posixpath.dirname(here)
-    if not there.startswith(parent + "/") or parent.endswith(":"):  # a bucket is the root
-        return there
-    return posixpath.relpath(there, here)
+    beside = there.startswith(parent + "/") and not parent.endswith(":")  # a bucket is the root
+    if beside and storage.is_local(out) == storage.is_local(url):
+        return posixpath.relpath(there, here)
+    if redacted(there) != there:
+        raise ConfigError(
+            "a view would keep the password of a URL",
+            reason="url_secret",
+            where=there,
+            fix="give the password to the store's client (a profile, the environment), or --copy",
+        )
+    return there
 
 
 def _shard_url(plan: ReshardPlan, split: SplitPlan, shard: int) -> str:
@@ -179,11 +188,10 @@ def _copy(plan: ReshardPlan, report: Reporter) -> tuple[list[Receipt], int]:
             sha256=plan.settings.sha256,
             source_sha256={url: file.sha256 for url, file in files.items()},
         )
-        receipts: dict[int, Receipt | None] = dict.fromkeys(range(len(tasks)))
-        for split in plan.splits:
-            names = {task.name: i for i, task in enumerate(tasks) if task.split == split.split}
-            key = plan.build_key(split)
-            receipts |= valid_receipts(context.out, names, split=split.split, build_key=key)
+        found = valid_receipts(
+            context.out, [task.name for task in tasks], keys={task.build_key for task in tasks}
+        )
+        receipts = {i: found.get(task.name) for i, task in enumerate(tasks)}
         missing = [i for i, receipt in receipts.items() if receipt is None]
         if len(missing) < len(tasks):
             report.note(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished")

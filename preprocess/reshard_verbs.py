@@ -11,7 +11,7 @@ from preprocess.reshard import Resharded
 from preprocess.reshard_plan import ReshardPlan, ReshardSettings, Through
 from preprocess.sizes import parse_bytes, size_text
 from shardspec import storage
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, redacted
 
 
 def add_verbs(verbs: Any) -> list[argparse.ArgumentParser]:
@@ -133,8 +133,8 @@ def _read_keys(url: str) -> frozenset[str]:
 
 def plan_text(plan: ReshardPlan) -> str:
     """Describes a plan for people."""
-    rows: list[tuple[str, str]] = [("source", source.url) for source in plan.sources]
-    rows.append(("output", plan.settings.out))
+    rows: list[tuple[str, str]] = [("source", redacted(source.url)) for source in plan.sources]
+    rows.append(("output", redacted(plan.settings.out)))
     for split in plan.splits:
         counts = f"{len(split.numbers):,} samples, {size_text(split.num_bytes)}"
         rows.append((f"split {split.split}", counts))
@@ -158,10 +158,11 @@ def plan_text(plan: ReshardPlan) -> str:
 def outcome_text(plan: ReshardPlan, outcome: Resharded) -> str:
     """Says how a reshard ended."""
     lines = []
+    out = redacted(plan.settings.out)
     for name, split in outcome.manifest.splits.items():
         shards = outcome.manifest.select(name)
         lines.append(
-            f"{plan.settings.out}: {name} has {split.num_samples:,} samples in {len(shards)} "
+            f"{out}: {name} has {split.num_samples:,} samples in {len(shards)} "
             f"shards, {size_text(split.num_bytes)}, {split.num_tokens:,} tokens"
         )
     lines.append(f"manifest sha256 {outcome.sha256}")

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them."""
+"""Sizes in bytes and ages as people write and read them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,26 @@ def parse_bytes(text: str) -> int:
             fix="write it as 256MiB, 1GiB or a number of bytes",
         )
     return int(float(match[1]) * units[match[2].upper()])
+
+
+def parse_age_s(text: str) -> float:
+    """Reads an age such as 90s, 30m, 24h or 7d, in seconds.
+
+    >>> parse_age_s("24h")
+    86400.0
+
+    Raises:
+      ConfigError: `age_text`.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if match is None:
+        raise ConfigError(
+            "age is not understood",
+            reason="age_text",
+            facts={"got": text},
+            fix="write it as 90s, 30m, 24h or 7d",
+        )
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def size_text(count: float) -> str:

@@ -59,9 +59,8 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
                 fix="run the `make shards` command that made the dataset: it puts it back",
             )
         )
-    files = manifest.view.files if manifest.view else [shard.file for shard in manifest.shards]
-    report.stage("verify", len(files))
-    for file in files:
+    report.stage("verify", len(manifest.files))
+    for file in manifest.files:
         try:
             _verify_file(url, file, codec=codec if deep else None, raw=manifest.raw)
         except ShardsError as error:
@@ -71,26 +70,25 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
 
 
 def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
-    where = storage.resolve(url, file.url)
-    index_url = storage.resolve(url, file.index_url)
+    tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
+    counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
-        tar_path = _at_hand(where, Path(folder) / "shard.tar")
-        _check_file(tar_path, file.num_bytes, file.sha256, where=where)
+        tar_path = _at_hand(tar_url, Path(folder) / "shard.tar")
+        _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
         index_path = _at_hand(index_url, Path(folder) / "index.npy")
         _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
-        counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
         rows = np.array(open_index(str(index_path), raw=raw, **counts))
         with tar_path.open("rb") as stream:
             tar = _view(stream, file.num_bytes)
             if not raw:  # foreign headers have forms that ours never do
-                members = walk_tar(stream, where=where)
+                members = walk_tar(stream, where=tar_url)
                 for row in rows:
-                    _verify_sample(tar, row, members, codec=codec, where=where)
+                    _verify_sample(tar, row, members, codec=codec, where=tar_url)
                 extra = next(members, None)
                 if extra is not None:
-                    raise _wrong(where, "member_extra", {"member": extra.name})
-    for row in rows:
-        _verify_crc(tar, row, where=where)
+                    raise _wrong(tar_url, "member_extra", {"member": extra.name})
+            for row in rows:
+                _verify_crc(tar, row, where=tar_url)
 
 
 def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:
@@ -160,7 +158,7 @@ def _check_file(path: Path, num_bytes: int, sha256: str, *, where: str) -> None:
     if got_bytes != num_bytes:
         raise _wrong(where, "shard_size", {"got_bytes": got_bytes, "want_bytes": num_bytes})
     if not sha256:
-        return  # nobody has read the file as a whole: the sums of its samples stand in
+        return  # nobody has read it as a whole: the checksums of its samples stand for it
     digest = hashlib.sha256()
     with storage.naming_errors(where), path.open("rb") as stream:
         for block in iter(lambda: stream.read(2**20), b""):

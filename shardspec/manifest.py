@@ -185,6 +185,11 @@ class Manifest:
         """The oldest version whose readers understand this manifest."""
         return EXTENDED_VERSION if self.raw or self.view else FORMAT_VERSION
 
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """The files that hold its samples."""
+        return self.view.files if self.view else tuple(shard.file for shard in self.shards)
+
     def select(self, split: str) -> tuple[ShardEntry, ...]:
         """Lists the shards of a split in order.
 

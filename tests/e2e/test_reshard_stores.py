@@ -1,17 +1,22 @@
 """Resharding in and between object stores, on real servers, with the bytes counted on the wire."""
 
 import hashlib
+import io
 import json
 import select
 import socket
 import socketserver
+import tarfile
 import threading
 from pathlib import Path
 
 import pytest
 
+from loader import RawDataset, StreamingDataset, make_dataloader
+from preprocess import foreign
 from preprocess import reshard as job
 from preprocess.engines.local import TaskDone
+from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from preprocess.verify import verify
@@ -45,6 +50,7 @@ def _in_this_process(monkeypatch):
             yield TaskDone(task=task, value=work(context, task, lambda note: None))
 
     monkeypatch.setattr(job.local, "run", run)
+    monkeypatch.setattr(foreign.local, "run", run)
 
 
 class Relay(socketserver.ThreadingTCPServer):
@@ -266,3 +272,66 @@ def test_a_view_beside_its_dataset_in_a_store_names_it_relatively(small, s3_serv
         urls = [file["url"] for file in document["view"]["files"]]
         assert all(url.startswith("../source/train/") for url in urls)
         assert verify(f"{bucket}/sets/view", Quiet())[1:] == []
+
+
+def streamed(url, **options):
+    """Digests of the batches of an epoch."""
+    dataset = StreamingDataset(url, seed=5, **options)
+    loader = make_dataloader(dataset, global_batch_size=4, sequence_length=64, with_metadata=True)
+    return [
+        (
+            [each["key"] for each in batch["metadata"]],
+            hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest(),
+            hashlib.sha256(batch["images"].numpy().tobytes()).hexdigest(),
+        )
+        for batch in loader
+    ]
+
+
+def test_views_are_streamed_wherever_they_and_their_files_lie(small, s3_server, tmp_path):
+    bucket = s3_server.make_bucket()
+    want = streamed(small)
+    assert len(want) == 5
+    with s3_server.entered():
+        upload(small, f"{bucket}/sets/source")
+        recut(f"{bucket}/sets/source", f"{bucket}/sets/view", num_shards=2, form="view")
+        recut(f"{bucket}/sets/source", str(tmp_path / "view"), num_shards=5, form="view")
+        recut(f"{bucket}/sets/source", f"{bucket}/sets/copy", num_shards=2)
+        for url in (f"{bucket}/sets/view", str(tmp_path / "view"), f"{bucket}/sets/copy"):
+            assert streamed(url) == want
+            assert streamed(url, cache=str(tmp_path / "cache"), cache_bytes=2**30) == want
+
+
+def test_two_copies_without_a_hash_do_not_share_blocks_of_a_cache(small, s3_server, tmp_path):
+    bucket = s3_server.make_bucket()
+    with s3_server.entered():
+        upload(small, f"{bucket}/source")
+        for name, order in (("a", "keep"), ("b", "length")):
+            done = recut(f"{bucket}/source", f"{bucket}/{name}", num_shards=1, order=order)
+            assert done.manifest.shards[0].sha256 == ""
+        cached = {"cache": str(tmp_path / "cache"), "cache_bytes": 2**30}
+        for name in ("a", "b"):
+            assert streamed(f"{bucket}/{name}", **cached) == streamed(f"{bucket}/{name}")
+
+
+def test_tars_in_a_store_are_imported_and_streamed_raw(s3_server, tmp_path):
+    bucket = s3_server.make_bucket()
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for i in range(9):
+            entry = tarfile.TarInfo(f"{i:04d}.txt")
+            entry.size = 7
+            archive.addfile(entry, io.BytesIO(b"text %02d" % i))
+    want = [(f"{i:04d}", b"text %02d" % i) for i in range(9)]
+
+    def decode(sample, rng):
+        return sample.key, bytes(sample.fields["txt"])
+
+    with s3_server.entered():
+        storage.publish_bytes(f"{bucket}/tars/x.tar", stream.getvalue())
+        for out in (f"{bucket}/index", str(tmp_path / "index")):
+            settings = ImportSettings(tars=(f"{bucket}/tars",), out=out, name="foreign")
+            import_tars(settings, Quiet())
+            options = {"shuffle": False, "tail": "pad", "decode": decode}
+            assert list(RawDataset(out, **options)) == want
+            assert verify(out, Quiet()) == []

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.__main__ import main, parse_age_s
-from preprocess.sizes import parse_bytes
+from preprocess.__main__ import main
+from preprocess.sizes import parse_age_s, parse_bytes
 from shardspec.errors import ConfigError
 
 SAMPLE = ("shards", "pixmo_cap", "--source", "sample")

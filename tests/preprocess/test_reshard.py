@@ -334,6 +334,13 @@ def test_a_view_elsewhere_names_its_files_in_full(tmp_path):
     assert portable_url("s3://bucket", "s3://other/a.tar") == "s3://other/a.tar"
 
 
+def test_a_view_keeps_no_password(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        portable_url(str(tmp_path / "view"), "s3://me:hunter2@bucket/a.tar")
+    assert caught.value.reason == "url_secret"
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_view_tells_old_readers_that_it_is_not_for_them(dataset, tmp_path):
     recut(dataset, tmp_path / "view", num_shards=2, form="view")
     document = json.loads((tmp_path / "view" / "manifest.json").read_bytes())
