@@ -23,7 +23,7 @@ from loader.assemble import View
 from loader.buffers import BufferPool
 from loader.collate import MMCollator
 from loader.cursor import STATE_VERSION, require_state
-from loader.making import BatchMaker, LookAhead, Made, make_in_threads
+from loader.making import BatchMaker, LookAhead, Made, Task, make_in_threads
 from loader.mixture import MixtureConfig, MixtureOrder
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
@@ -423,7 +423,7 @@ class StreamLoader:
 
 
 class _Plans:
-    """The rows of some steps, and for each the place of the packs behind it."""
+    """The tasks of some steps, and for each the place of the packs behind it."""
 
     def __init__(self, loader: StreamLoader, steps: range) -> None:
         self._loader, self._steps = loader, steps
@@ -432,11 +432,11 @@ class _Plans:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[Task]:
         for step in self._steps:
             rows, streams = self._loader._plan(step)
             self._behind.append(streams)
-            yield rows
+            yield Task(step=step, rows=rows)
 
     def delivered(self) -> list[list[int]]:
         """Gives the place of the packs behind the next batch that is delivered."""

@@ -28,6 +28,14 @@ from shardspec.errors import SampleError, ShardError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A batch to be made."""
+
+    step: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     """A batch and what it took."""
 
@@ -50,11 +58,11 @@ class BatchMaker:
         """
         self.source, self.collator, self.packing = source, collator, packing
 
-    def make(self, rows: list[Row], *, allocate: Allocate) -> Made:
+    def make(self, task: Task, *, allocate: Allocate) -> Made:
         """Makes a batch.
 
         Args:
-          rows: Of the schedule.
+          task: Its step and rows.
           allocate: Gives the memory of its tensors.
 
         Raises:
@@ -62,14 +70,14 @@ class BatchMaker:
             substituted.
         """
         start_s = perf_counter()
-        made = [[self.source.pending(place) for place in row] for row in rows]
+        made = [[self.source.pending(place) for place in row] for row in task.rows]
         while True:
             examples = [self._joined([one.example for one in row]) for row in made]
             try:
                 batch = self.collator.collate(examples, allocate=allocate)
                 break
             except (SampleError, ShardError):
-                if not self._replace_broken(rows, made):
+                if not self._replace_broken(task.rows, made):
                     raise
         return Made(batch=batch, spent=_spent(made, batch, perf_counter() - start_s))
 
@@ -116,7 +124,7 @@ class LookAhead:
 
 
 def make_in_threads(
-    plans: Iterator[list[Row]],
+    plans: Iterator[Task],
     maker: BatchMaker,
     *,
     threads: int,
@@ -126,7 +134,7 @@ def make_in_threads(
     """Makes batches ahead of the consumer, in their sequence.
 
     Args:
-      plans: The rows of each batch; planned in the consumer's thread, when there is room for more.
+      plans: What to make; planned in the consumer's thread, when there is room for more.
       maker: Makes them.
       threads: Number of threads; 0: each batch is made when it is asked for, in this thread.
       allocate: Gives memory.
@@ -136,8 +144,8 @@ def make_in_threads(
       A batch, and how many behind it were ready by then.
     """
     if not threads:
-        for rows in plans:
-            yield maker.make(rows, allocate=allocate), 0
+        for task in plans:
+            yield maker.make(task, allocate=allocate), 0
         return
     futures: deque[Future[Made]] = deque()
     pool = _start_threads(threads)
@@ -145,10 +153,10 @@ def make_in_threads(
         more = True
         while more or futures:
             while more and len(futures) < ahead.batches:
-                rows = next(plans, [])
-                more = bool(rows)
-                if more:
-                    futures.append(pool.submit(maker.make, rows, allocate=allocate))
+                following = next(plans, None)
+                more = following is not None
+                if following is not None:
+                    futures.append(pool.submit(maker.make, following, allocate=allocate))
             if futures:
                 ready = sum(future.done() for future in futures)
                 made = futures.popleft().result()

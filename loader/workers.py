@@ -35,8 +35,7 @@ import numpy as np
 import torch
 
 from loader.buffers import LEAST_POOLED_BYTES
-from loader.making import BatchMaker, LookAhead, Made
-from loader.schedule import Row
+from loader.making import BatchMaker, LookAhead, Made, Task
 from loader.stats import Spent
 from shardspec.errors import ShardsError, WorkerError
 
@@ -51,10 +50,10 @@ _JOIN_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True)
-class _Task:
+class _Order:
     """What a worker is asked for."""
 
-    rows: list[Row]
+    task: Task
     freed: list[int]
     """Buffers that the consumer has let go of."""
 
@@ -99,7 +98,7 @@ class _Answer:
 
 
 def make_in_workers(
-    plans: Iterator[list[Row]],
+    plans: Iterator[Task],
     maker: BatchMaker,
     *,
     workers: int,
@@ -109,7 +108,7 @@ def make_in_workers(
     """Makes batches in worker processes, in their sequence.
 
     Args:
-      plans: The rows of each batch; planned here, when there is room for more.
+      plans: What to make; planned here, when there is room for more.
       maker: Makes them; it is sent to the workers.
       workers: Number of processes, >= 1.
       keep_bytes: Most bytes that wait to be used again, in all workers.
@@ -124,15 +123,15 @@ def make_in_workers(
     crew = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
     try:
         asked: deque[_Worker] = deque()
-        more, step = True, 0
+        more, number = True, 0
         while more or asked:
             while more and len(asked) < ahead.batches:
-                rows = next(plans, [])
-                more = bool(rows)
-                if more:
-                    asked.append(crew[step % workers])
-                    asked[-1].ask(rows)
-                    step += 1
+                task = next(plans, None)
+                more = task is not None
+                if task is not None:
+                    asked.append(crew[number % workers])
+                    asked[-1].ask(task)
+                    number += 1
             if asked:
                 ready = sum(worker.is_ready() for worker in crew)
                 made = asked.popleft().answer()
@@ -161,10 +160,10 @@ class _Worker:
         # Filled by finalizers, wherever a tensor's last reference goes.
         self._freed: deque[int] = deque()
 
-    def ask(self, rows: list[Row]) -> None:
+    def ask(self, task: Task) -> None:
         """Asks for a batch."""
         try:
-            self._pipe.send(_Task(rows=rows, freed=self._take_back()))
+            self._pipe.send(_Order(task=task, freed=self._take_back()))
         except OSError as error:
             raise self._death() from error
 
@@ -256,13 +255,13 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     memory = _SharedMemory(keep_bytes)
-    tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+    orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
     # Read at once: while this process waits for room in the pipe for an answer, the consumer must
     # not wait for room for a task.
-    threading.Thread(target=_receive, args=(pipe, tasks), daemon=True).start()
-    while (task := tasks.get()) is not None:
-        memory.free(task.freed)
-        answer = _answered(maker, task.rows, memory)
+    threading.Thread(target=_receive, args=(pipe, orders), daemon=True).start()
+    while (order := orders.get()) is not None:
+        memory.free(order.freed)
+        answer = _answered(maker, order.task, memory)
         descriptors = memory.settle(answer)
         try:
             pipe.send(answer)
@@ -273,17 +272,17 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
             return  # nobody asks any more
 
 
-def _receive(pipe: Connection, tasks: queue.SimpleQueue[_Task | None]) -> None:
+def _receive(pipe: Connection, orders: queue.SimpleQueue[_Order | None]) -> None:
     try:
         while True:
-            tasks.put(pipe.recv())
+            orders.put(pipe.recv())
     except (EOFError, OSError):
-        tasks.put(None)
+        orders.put(None)
 
 
-def _answered(maker: BatchMaker, rows: list[Row], memory: _SharedMemory) -> _Answer:
+def _answered(maker: BatchMaker, task: Task, memory: _SharedMemory) -> _Answer:
     try:
-        made = maker.make(rows, allocate=memory.empty)
+        made = maker.make(task, allocate=memory.empty)
     except ShardsError as error:
         return _Answer(error=error)
     except Exception:  # noqa: BLE001 - the border of the process: the consumer raises it

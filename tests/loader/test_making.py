@@ -12,7 +12,7 @@ from loader import StreamingDataset, make_dataloader
 from loader.assemble import View
 from loader.augment import Augment
 from loader.collate import MMCollator
-from loader.making import LookAhead, make_in_threads
+from loader.making import LookAhead, Task, make_in_threads
 from loader.reader import ShardReader
 from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import require_manifest
@@ -238,7 +238,7 @@ def test_no_more_is_made_ahead_than_the_bytes_allow(prefetch_bytes, most, url):
     def plans():
         for step in range(6):
             planned.append(step)
-            yield loader._plan(step)[0]
+            yield Task(step=step, rows=loader._plan(step)[0])
 
     made = make_in_threads(plans(), loader._maker, threads=2, allocate=np.empty, ahead=ahead)
     for taken in range(1, 7):
