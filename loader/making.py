@@ -92,7 +92,7 @@ class BatchMaker:
                 batch = self.collator.collate(examples, allocate=allocate)
                 break
             except (SampleError, ShardError):
-                if not self._replace_broken(rows, made):
+                if not self._replace_broken(task.rows, made):
                     raise
         self.source.was_read(task.step)
         spent = _spent(made, batch, perf_counter() - start_s)

@@ -124,15 +124,15 @@ def make_in_workers(
     crew = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
     try:
         asked: deque[_Worker] = deque()
-        more, step = True, 0
+        more, number = True, 0
         while more or asked:
             while more and len(asked) < ahead.batches:
                 planned = next(plans, None)
                 more = planned is not None
                 if planned is not None:
-                    asked.append(crew[step % workers])
+                    asked.append(crew[number % workers])
                     asked[-1].ask(planned)
-                    step += 1
+                    number += 1
             if asked:
                 ready = sum(worker.is_ready() for worker in crew)
                 made = asked.popleft().answer()

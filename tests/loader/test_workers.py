@@ -126,14 +126,14 @@ class NoMemory:
     def __init__(self, maker):
         self.maker = maker
 
-    def make(self, rows, *, allocate):
+    def make(self, task, *, allocate):
         import loader.workers
 
         def refuse():
             raise OSError("no space left")
 
         loader.workers._anonymous_file = refuse
-        return self.maker.make(rows, allocate=allocate)
+        return self.maker.make(task, allocate=allocate)
 
 
 def test_without_shared_memory_batches_are_copied_with_one_warning(url, undisturbed, caplog):
