@@ -8,7 +8,7 @@ prepare offline (`MolmoPreprocessor`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,14 @@ from torch.utils.data import IterableDataset
 from loader.cursor import Cursor
 from loader.fingerprint import split_fingerprint
 from loader.order import Order, Tail, plan_order
-from loader.reader import Check, ShardReader
-from loader.schedule import Place, SlotSchedule
-from loader.stream import require_batch_size
+from loader.prefetch import Network
+from loader.reader import Check, open_dataset
+from loader.schedule import Place, Row
+from loader.stream import CACHE_BYTES, batches_ahead, require_batch_size
 from loader.topology import find_topology
 from shardspec.errors import ConfigError
 from shardspec.foreign import sample_fields
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
-from shardspec.manifest import require_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,9 @@ class RawDataset(IterableDataset[Any]):
         rank: int | None = None,
         world_size: int | None = None,
         check: Check = "size",
+        cache: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        network: Network | None = None,
         canonical_ranks: int | None = None,
     ) -> None:
         """Reads the manifest; opens no tar yet.
@@ -66,8 +69,9 @@ class RawDataset(IterableDataset[Any]):
         Args:
           url: The dataset.
           decode: Makes an example of a sample. In worker processes it must be picklable.
-          split, seed, batch_size, shuffle, tail, rank, world_size, check, canonical_ranks: As in
-            `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats.
+          split, seed, batch_size, shuffle, tail, rank, world_size, check, cache, cache_bytes,
+            network, canonical_ranks: As in `StreamingDataset`; with tail "pad", samples that fill
+            the last batch are repeats.
 
         Raises:
           ManifestError: There is no readable manifest.
@@ -75,7 +79,14 @@ class RawDataset(IterableDataset[Any]):
         """
         super().__init__()
         self.url = str(url)
-        self.manifest = require_manifest(self.url)
+        self.manifest, self.reader = open_dataset(
+            self.url,
+            split=split,
+            check=check,
+            cache=cache,
+            cache_bytes=cache_bytes,
+            network=network,
+        )
         if not self.manifest.raw:
             raise ConfigError(
                 "the dataset holds prepared samples",
@@ -90,7 +101,6 @@ class RawDataset(IterableDataset[Any]):
         self.shuffle = shuffle
         self.tail: Tail = tail
         self.topology = find_topology(rank=rank, world_size=world_size)
-        self.reader = ShardReader(self.url, self.manifest, split=split, check=check)
         self.canonical_ranks = canonical_ranks
         self.num_samples = len(self.reader)
         self._base_seed = dataset_seed(seed, self.manifest.dataset)
@@ -133,13 +143,21 @@ class RawDataset(IterableDataset[Any]):
         require_batch_size(self.batch_size)
         order = self.order
         return self._cursor.examples(
-            order, lambda step: self.batch(order, step), batch_size=self.batch_size or 1
+            order, batches_ahead(self, order), batch_size=self.batch_size or 1
         )
 
-    def batch(self, order: Order, step: int) -> list[Any]:
-        """Makes this rank's examples of one step."""
-        rows = SlotSchedule(order).rows(step, self.topology)
-        return [self.at(place) for row in rows for place in row]
+    @property
+    def ahead_steps(self) -> int:
+        """Steps that are best said ahead of their reading; 0 for local tars."""
+        return self.reader.ahead_steps
+
+    def will_read(self, step: int, rows: Sequence[Row]) -> None:
+        """Says which samples a step will need; steps come in increasing order."""
+        self.reader.will_read(step, [place.sample for row in rows for place in row])
+
+    def was_read(self, step: int) -> None:
+        """Says that a step's examples are made."""
+        self.reader.was_read(step)
 
     def at(self, place: Place) -> Any:
         """Makes the example of one place of the order."""

@@ -26,7 +26,7 @@ from loader.pixels import Encoded
 from loader.prefetch import Network, Prefetcher
 from loader.remote import RemoteShard, RemoteShards
 from shardspec import storage
-from shardspec.errors import ShardError
+from shardspec.errors import ConfigError, ShardError
 from shardspec.index import (
     SamplePlace,
     open_index,
@@ -34,7 +34,13 @@ from shardspec.index import (
     sample_layout,
     sample_places,
 )
-from shardspec.manifest import FileEntry, Manifest, Segment
+from shardspec.manifest import (
+    FileEntry,
+    Manifest,
+    Segment,
+    fetch_manifest,
+    require_manifest,
+)
 from shardspec.media import decode_stored
 from shardspec.sample import (
     SPAN_COLUMNS,
@@ -227,6 +233,11 @@ class ShardReader:
             return url, ""
         return url, opened.rows[row]["key"].decode()
 
+    @property
+    def ahead_steps(self) -> int:
+        """Steps that are best said ahead of their reading (`will_read`); 0 for local shards."""
+        return 0 if self.prefetcher is None else self.prefetcher.network.ahead_steps
+
     def will_read(self, step: int, sample_ids: Iterable[int]) -> None:
         """Says what a step will read, so that it is fetched ahead; local shards need no help.
 
@@ -374,6 +385,42 @@ def _standing_alone(segment: Segment, url: str) -> Segment:
             index_url=storage.resolve(url, file.index_url),
         ),
     )
+
+
+def open_dataset(
+    url: str,
+    *,
+    split: str,
+    check: Check,
+    cache: str | None,
+    cache_bytes: int,
+    network: Network | None,
+) -> tuple[Manifest, ShardReader]:
+    """Reads the manifest of a dataset and makes its reader; see `StreamingDataset`.
+
+    Raises:
+      ManifestError: There is no readable manifest.
+      ConfigError: `unknown_split`, `cache_bytes`, `cache_foreign`.
+      StorageError: The store does not answer.
+    """
+    network = network or Network()
+    least = 16 * network.block_bytes
+    if cache is not None and cache_bytes < least:
+        raise ConfigError(
+            "a cache so small would evict its blocks before they are read",
+            reason="cache_bytes",
+            where=cache,
+            facts={"cache_bytes": cache_bytes, "block_bytes": network.block_bytes},
+            fix=f"use at least {least}, better the size of the node's share of the data",
+        )
+    prefetcher = Prefetcher(network, cache=cache, cache_bytes=cache_bytes)
+    if storage.is_local(url):
+        manifest = require_manifest(url)
+    else:
+        prefetcher.open()
+        # By the same client as all the rest: making one takes a quarter of a second.
+        manifest = fetch_manifest(url, prefetcher.ranges)
+    return manifest, ShardReader(url, manifest, split=split, check=check, prefetcher=prefetcher)
 
 
 def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:

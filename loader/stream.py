@@ -26,15 +26,14 @@ from loader.horizon import Horizon
 from loader.layout import TokenIds
 from loader.mixture import MixtureOrder
 from loader.order import Order, Tail, epoch_of, plan_order
-from loader.prefetch import Network, Prefetcher
+from loader.prefetch import Network
 from loader.quarantine import Quarantine
-from loader.reader import Check, ShardReader, encoded_pictures
+from loader.reader import Check, ShardReader, encoded_pictures, open_dataset
 from loader.schedule import Place, Row, SlotSchedule
 from loader.topology import Topology, find_topology, find_worker
-from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
-from shardspec.manifest import Manifest, fetch_manifest, require_manifest
+from shardspec.manifest import Manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import ImageView, canvas_size, stored_size
 
@@ -164,24 +163,15 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           StorageError: The store does not answer.
         """
         super().__init__()
-        network = network or Network()
-        least = 16 * network.block_bytes
-        if cache is not None and cache_bytes < least:
-            raise ConfigError(
-                "a cache so small would evict its blocks before they are read",
-                reason="cache_bytes",
-                where=cache,
-                facts={"cache_bytes": cache_bytes, "block_bytes": network.block_bytes},
-                fix=f"use at least {least}, better the size of the node's share of the data",
-            )
         self.url = str(url)
-        prefetcher = Prefetcher(network, cache=cache, cache_bytes=cache_bytes)
-        if storage.is_local(self.url):
-            self.manifest = require_manifest(self.url)
-        else:
-            prefetcher.open()
-            # By the same client as all the rest: making one takes a quarter of a second.
-            self.manifest = fetch_manifest(self.url, prefetcher.ranges)
+        self.manifest, self.reader = open_dataset(
+            self.url,
+            split=split,
+            check=check,
+            cache=cache,
+            cache_bytes=cache_bytes,
+            network=network,
+        )
         if self.manifest.raw:
             raise ConfigError(
                 "the dataset holds raw samples: nothing was tokenized or resized",
@@ -195,13 +185,6 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.shuffle = shuffle
         self.tail: Tail = tail
         self.topology: Topology = find_topology(rank=rank, world_size=world_size)
-        self.reader = ShardReader(
-            self.url,
-            self.manifest,
-            split=split,
-            check=check,
-            prefetcher=prefetcher,
-        )
         self.ids = TokenIds.from_special_ids(self.manifest.tokenizer.special_ids)
         self.view = view or View(image=stored_view(self.manifest))
         for image in filter(None, (self.view.image, self.view.high_res)):
@@ -304,8 +287,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
     @property
     def ahead_steps(self) -> int:
         """Steps that are best said ahead of their reading (`will_read`); 0 for local shards."""
-        prefetcher = self.reader.prefetcher
-        return 0 if prefetcher is None else prefetcher.network.ahead_steps
+        return self.reader.ahead_steps
 
     def will_read(self, step: int, rows: Sequence[Row]) -> None:
         """Says which samples a step will need; steps come in increasing order."""
@@ -539,14 +521,12 @@ class _Ahead(Protocol):
     def topology(self) -> Topology: ...
     @property
     def ahead_steps(self) -> int: ...
-    def at(self, place: Place) -> dict[str, Any]: ...
+    def at(self, place: Place) -> Any: ...
     def will_read(self, step: int, rows: Sequence[Row]) -> None: ...
     def was_read(self, step: int) -> None: ...
 
 
-def batches_ahead(
-    dataset: _Ahead, order: Order | MixtureOrder
-) -> Callable[[int], list[dict[str, Any]]]:
+def batches_ahead(dataset: _Ahead, order: Order | MixtureOrder) -> Callable[[int], list[Any]]:
     """Makes the function that gives this rank's examples of a step, for this worker's steps.
 
     The worker's next steps are said to the reader before it waits for the present one.
@@ -554,7 +534,7 @@ def batches_ahead(
     schedule = SlotSchedule(order)
     horizon = Horizon(dataset.ahead_steps, stride=find_worker()[1])
 
-    def batch(step: int) -> list[dict[str, Any]]:
+    def batch(step: int) -> list[Any]:
         if dataset.ahead_steps:
             stop = order.epoch_start(epoch_of(order, step) + 1)
             for soon in horizon.soon(step, stop=stop):
