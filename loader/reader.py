@@ -131,7 +131,9 @@ class ShardReader:
         self.raw = manifest.raw
         self.codec: Any = None if manifest.raw else manifest.recipe["image"]["codec"]
         self.check: Check = check
-        self.segments = tuple(_standing_alone(s, url) for s in manifest.segments(split))
+        named = manifest.segments(split)
+        self._names = [segment.file.url for segment in named]
+        self.segments = tuple(_standing_alone(segment, url) for segment in named)
         counts = [segment.num_rows for segment in self.segments]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [segments + 1], number of each segment's first sample."""
@@ -224,9 +226,12 @@ class ShardReader:
         return document
 
     def name(self, sample_id: int) -> tuple[str, str]:
-        """Names a sample for people: its shard and its key; "" where the index cannot be read."""
+        """Names a sample for people: its shard as the manifest does, and its key.
+
+        The key is "" where the index cannot be read.
+        """
         number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
-        url = self.segments[number].file.url
+        url = self._names[number]
         try:
             opened, row = self._locate(sample_id)
         except ShardError:

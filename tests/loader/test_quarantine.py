@@ -11,8 +11,9 @@ from shardspec.index import open_index
 from shardspec.manifest import require_manifest
 
 
-def record(sample, reason="sample_crc"):
-    return {"sample": sample, "shard": "train/a.tar", "key": f"k{sample}", "reason": reason}
+def record(sample, reason="sample_crc", stage="read"):
+    place = {"sample": sample, "shard": "train/a.tar", "key": f"k{sample}"}
+    return {**place, "stage": stage, "reason": reason}
 
 
 def test_bad_samples_are_counted_by_reason_and_known_from_then_on():
@@ -23,6 +24,16 @@ def test_bad_samples_are_counted_by_reason_and_known_from_then_on():
     assert quarantine.counts == {"sample_crc": 2, "image_decode": 1}
     assert quarantine.record(3) == record(3)
     assert quarantine.record(4) is None
+
+
+def test_a_layout_that_does_not_fit_is_tried_again_with_other_draws():
+    quarantine = Quarantine(max_rate=None)
+    quarantine.add(record(3, "too_long", stage="layout"))
+    quarantine.restore([record(4, "too_long", stage="layout"), record(5)])
+    assert quarantine.counts == {"too_long": 1}
+    assert quarantine.record(3) is None
+    assert quarantine.record(4) is None
+    assert quarantine.record(5) == record(5)
 
 
 def test_too_many_of_them_stop_the_run():
