@@ -13,6 +13,7 @@ environment but inside `entered()`. Clients are handed it explicitly, subprocess
 """
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -113,6 +114,11 @@ class Server:
         name = name or f"bucket-{next(self._numbers)}"
         self.create(name)
         return f"{self.protocol}://{name}"
+
+    @functools.cached_property
+    def bucket(self):
+        """A bucket for all who keep to a folder of their own: its first object takes a while."""
+        return self.make_bucket()
 
     def objects(self, url):
         """Lists the objects below a URL: names relative to it, to lengths in bytes."""

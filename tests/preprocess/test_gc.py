@@ -42,7 +42,7 @@ def out(request, tiny_dataset, tmp_path):
         return
     server = request.getfixturevalue(f"{request.param}_server")
     with server.entered():
-        url = server.make_bucket() + "/out"
+        url = f"{server.bucket}/{tmp_path.name}/out"
         for path in sorted(tiny_dataset.rglob("*")):
             if path.is_file():
                 name = path.relative_to(tiny_dataset).as_posix()

@@ -27,13 +27,13 @@ def out(request, tmp_path):
         return
     server = request.getfixturevalue(f"{request.param}_server")
     with server.entered():
-        yield server.make_bucket() + "/out"
+        yield f"{server.bucket}/{tmp_path.name}/out"
 
 
 @pytest.fixture
-def s3_out(s3_server):
+def s3_out(s3_server, tmp_path):
     with s3_server.entered():
-        yield s3_server.make_bucket() + "/out"
+        yield f"{s3_server.bucket}/{tmp_path.name}/out"
 
 
 @pytest.fixture
