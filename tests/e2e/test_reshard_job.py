@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -70,9 +71,8 @@ def test_a_killed_copy_goes_on_and_ends_as_if_nothing_had_been(cli, source, undi
     assert "nothing to do" in cli.good(*copying(source, out)).out
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_shard_only(cli, source, undisturbed, tmp_path):
-    import os
-
     out = tmp_path / "out"
     running = cli.start(*copying(source, out))
     assert running.wait_until(lambda: receipts(out) >= 3 and running.workers())
