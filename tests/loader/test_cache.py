@@ -105,6 +105,15 @@ def test_no_block_is_evicted_for_one_that_is_needed_later(cache):
     assert isinstance(put(cache, 11, step=3), Fill)
 
 
+def test_indexes_are_not_evicted(cache):
+    index = "f" * 32 + "-0-100.index"
+    cache.begin(index, 100, step=0, now=0).commit(payload(7), step=0)
+    for i in range(50):
+        put(cache, i, step=i, now=i)
+    assert bytes(cache.find(index, 100)) == payload(7)
+    assert sum(path.stat().st_size for path in cache.blocks.iterdir()) <= 1000
+
+
 @given(
     uses=st.lists(st.integers(0, 400), min_size=2, max_size=30, unique=True),
     now=st.integers(0, 400),
