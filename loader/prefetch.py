@@ -151,11 +151,6 @@ class Prefetcher:
         """What it was made with: those that are alike can be shared."""
         return self.network, self._cache_path, self._cache_bytes
 
-    @property
-    def has_cache(self) -> bool:
-        """A cache was asked for."""
-        return self._cache_path is not None
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("network", "_cache_path", "_cache_bytes")}
 

@@ -33,15 +33,13 @@ _FRESH_READS = 3
 class RemoteShards:
     """Opens shards; a copy in another process begins with nothing."""
 
+    max_open = 384
+    """Indexes kept. Without a cache each takes some 1 MB for 10,000 samples; mapped from one it holds
+    a descriptor, of which processes often have 1,024 and blocks take 256."""
+
     def __init__(self, url: str, prefetcher: Prefetcher) -> None:
         self.url = url
         self.prefetcher = prefetcher
-
-    @property
-    def max_open(self) -> int:
-        """Indexes kept: mapped from a cache they hold a descriptor each, else some 1 MB of memory
-        for 10,000 samples."""
-        return 256 if self.prefetcher.has_cache else 1024
 
     def open_soon(self, entries: Iterable[ShardEntry]) -> None:
         """Fetches the indexes of shards that will be opened next, all of them at once."""
