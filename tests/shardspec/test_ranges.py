@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -6,6 +7,7 @@ import threading
 import time
 from unittest import mock
 
+import aiohttp.web
 import numpy as np
 import pytest
 
@@ -207,6 +209,53 @@ def test_an_object_in_memory_that_was_replaced_is_refused():
     assert refusal(ShardError, reader, url, 0, 5, total=9).reason == "shard_size"
     fs.pipe_file(path, b"9876543210")
     assert refusal(StorageError, reader, url, 2, 6).reason == "object_changed"
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The address of a web server with one file, and the file."""
+    (tmp_path / "web").mkdir()
+    path = tmp_path / "web/object.bin"
+    path.write_bytes(PAYLOAD)
+    started, ports = threading.Event(), []
+
+    async def serve():
+        ending = asyncio.Event()
+        ports.append((asyncio.get_running_loop(), ending))
+        app = aiohttp.web.Application()
+        app.router.add_static("/", path.parent)
+        runner = aiohttp.web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        ports.append(site._server.sockets[0].getsockname()[1])
+        started.set()
+        await ending.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert started.wait(10)
+    (loop, ending), port = ports
+    yield f"http://127.0.0.1:{port}", path
+    loop.call_soon_threadsafe(ending.set)
+    thread.join(10)
+
+
+def test_a_web_server_that_knows_ranges_is_a_store_too(web):
+    endpoint, path = web
+    with FaultProxy(endpoint, faults={"short": 0.3, "status_503": 0.3}, seed=6) as proxy:
+        reader = RangeReader(QUICK)
+        url = proxy.endpoint + "/object.bin"
+        assert reader.read_all(url) == PAYLOAD
+        for start in range(0, 900_000, 100_000):
+            got = reader.read(url, start, start + 90_000, total=len(PAYLOAD))
+            assert got == PAYLOAD[start : start + 90_000]
+        assert reader.counters["retries"] >= 3
+        with pytest.raises(FileNotFoundError):
+            reader.read(url + ".not", 0, 9)
+        path.write_bytes(PAYLOAD[::-1])
+        assert refusal(StorageError, reader, url, 0, 9).reason == "object_changed"
 
 
 def test_threads_share_a_reader(store):
