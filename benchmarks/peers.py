@@ -330,7 +330,7 @@ def _stand_in_for_torchvision() -> None:
 
 def rate(batches: Iterable[Any], *, batch: int, most: int) -> float:
     """Counts samples per second behind the first batches, of at most so many batches."""
-    skipped = min(SKIPPED, most // 4)
+    skipped = max(1, min(SKIPPED, most // 4))
     start_s, count = 0.0, 0
     for _ in batches:
         count += 1
