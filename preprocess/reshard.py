@@ -17,11 +17,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from preprocess.build import SCRATCH, scratch_folder, valid_receipts
+from preprocess.build import scratch_folder, valid_receipts
 from preprocess.engines import local
 from preprocess.job import Reporter
 from preprocess.lease import held
-from preprocess.reshard_copy import CopyContext, CopyTask, copy_shard, shard_entry
+from preprocess.reshard_copy import (
+    CopyContext,
+    CopyTask,
+    copy_shard,
+    scratch_of,
+    shard_entry,
+)
 from preprocess.reshard_plan import ReshardPlan, SplitPlan, absolute_url, shard_rows
 from shardspec import storage
 from shardspec.copying import require_stamp
@@ -68,8 +74,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
         done = _finished(plan)  # once more: another job may have ended in between
         if done is not None:
             return done
-        if storage.is_local(out):
-            storage.delete(storage.join(out, SCRATCH))
+        storage.delete(scratch_of(out))
         if plan.view:
             shards, view, copied = [], _view(plan), 0
             for each in plan.splits:
@@ -91,8 +96,8 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
                 where=out,
                 fix="run the same command again: it tells what is there now",
             )
+        storage.delete(scratch_of(out))
         if storage.is_local(out):
-            storage.delete(storage.join(out, SCRATCH))
             storage.delete_temporaries(out)
     return Resharded(
         manifest=manifest,
@@ -177,7 +182,7 @@ def _copy(plan: ReshardPlan, report: Reporter) -> tuple[list[Receipt], int]:
     )
     places = [(split, shard) for split in plan.splits for shard in range(split.num_shards)]
     files = {url: file for split in plan.splits for url, file in split.files.items()}
-    with scratch_folder(plan.settings.out) as folder:
+    with scratch_folder(scratch_of(plan.settings.out)) as folder:
         context = CopyContext(
             out=plan.settings.out,
             tasks=tasks,

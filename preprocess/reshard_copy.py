@@ -8,6 +8,7 @@ BUILD, files appear whole under their final names, the receipt last.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.build import scratch_folder
+from preprocess.build import scratch_folder, scratch_root
 from preprocess.reshard_plan import Through
 from shardspec import storage
 from shardspec.copying import (
@@ -85,7 +86,7 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -
     if _stays_in_store(context, url, pieces):
         join_in_store(url, pieces, dict(context.stamps))
     else:
-        with scratch_folder(context.out) as folder:
+        with scratch_folder(scratch_of(context.out)) as folder:
             path = folder / "shard.tar"
             if context.through == "store":
                 join_in_kernel(path, pieces)
@@ -102,6 +103,11 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -
     receipt = Receipt(build_key=own.build_key, shard=entry)
     storage.publish_bytes(context.receipt_url(task), encode_receipt(receipt))
     return receipt
+
+
+def scratch_of(out: str) -> str:
+    """Names the local folder of an output's unfinished files, which is emptied at each start."""
+    return str(scratch_root(out, cache=Path(tempfile.gettempdir()) / "vlm-shards"))
 
 
 def find_pieces(rows: np.ndarray, files: np.ndarray, urls: Sequence[str]) -> list[Piece]:

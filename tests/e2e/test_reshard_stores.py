@@ -3,10 +3,12 @@
 import hashlib
 import io
 import json
+import os
 import select
 import socket
 import socketserver
 import tarfile
+import tempfile
 import threading
 from pathlib import Path
 
@@ -113,6 +115,18 @@ def upload(folder, url):
     paths = [p for p in sorted(Path(folder).rglob("*")) if p.is_file()]
     for path in sorted(paths, key=lambda p: p.name == "manifest.json"):
         storage.publish_bytes(f"{url}/{path.relative_to(folder)}", path.read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(tmp_path, monkeypatch):
+    """Unfinished files lie in the machine's temporary folder, and nothing of them stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    here = set(os.listdir())
+    yield
+    left = [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+    assert left == []
+    assert set(os.listdir()) == here
 
 
 def recut(source, out, **options):
