@@ -249,7 +249,7 @@ def test_a_dead_store_is_given_up_in_time_when_a_dataset_is_opened(s3):
     begin_s = time.monotonic()
     with pytest.raises(StorageError) as caught:
         StreamingDataset(url, network=network)
-    assert time.monotonic() - begin_s < 4
+    assert time.monotonic() - begin_s < 6  # making a client is not in the limit of a range
     assert caught.value.where == url + "/manifest.json"
     assert "timeout" in caught.value.facts["causes"]
 
