@@ -151,13 +151,16 @@ def test_a_mixture_streams_from_two_stores(s3_url, gs_url, s3_server, gcs_server
     assert_same(got, want)
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
+@pytest.mark.parametrize(
+    "cached", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no cache", "cache"]
+)
 def test_worker_processes_get_the_same_batches(s3, local, cached, tmp_path):
     url, _ = s3
     cache = str(tmp_path / "cache") if cached else None
     assert_same(batches_of(url, 12, workers=2, cache=cache), batches_of(local, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_plain_dataloader_that_forks_its_workers_gets_them_too(s3, local, tmp_path):
     url, _ = s3
