@@ -224,7 +224,9 @@ def test_two_epochs_are_right_with_one_faulty_answer_in_twenty(s3, local, cached
     assert faults >= 3
     # A corrupt body is no retry of a range, and the client itself may mend a dropped connection.
     at_least = faults - proxy.counts["corrupt"] - proxy.counts["drop"]
-    assert at_least <= counters["retries"] <= faults
+    assert at_least <= counters["retries"]
+    # A machine that is busy enough makes pauses of its own.
+    assert counters["retries"] - counters["retry_timeout"] <= faults
 
 
 def test_a_dead_store_ends_the_run_in_time_and_is_no_bad_sample(s3):

