@@ -88,9 +88,11 @@ def test_every_fault_is_retried_and_counted_by_its_kind(store, fault, cause):
         assert reader.read(store.url, start, start + 90_000) == PAYLOAD[start : start + 90_000]
     faults = store.proxy.counts[fault]
     assert faults >= 2
-    assert reader.counters["retries"] == faults, reader.counters
+    # A machine that is busy enough makes pauses of its own.
+    pauses = 0 if cause == "timeout" else reader.counters["retry_timeout"]
+    assert reader.counters["retries"] - pauses == faults
     assert reader.counters[f"retry_{cause}"] == faults
-    assert reader.counters["requests"] == 8 + faults
+    assert reader.counters["requests"] == 8 + faults + pauses
 
 
 def test_a_connection_that_closes_before_the_answer_is_retried(store):
@@ -128,10 +130,15 @@ def test_a_whole_object_is_read_through_faults_without_knowing_its_length(store)
 
 
 def test_retry_after_is_honoured(store):
-    store.proxy.faults, store.proxy.retry_after_s = {"status_429": 0.99}, 1
+    store.proxy.faults, store.proxy.retry_after_s = {"status_429": 1.0}, 1
     reader = RangeReader(QUICK)
-    done = threading.Timer(0.5, store.proxy.faults.clear)
-    done.start()
+
+    def forgive():
+        while not store.proxy.counts["status_429"]:
+            time.sleep(0.001)
+        store.proxy.faults = {}
+
+    threading.Thread(target=forgive).start()
     begin_s = time.monotonic()
     assert reader.read(store.url, 0, 10) == PAYLOAD[:10]
     # One refusal, and the second it asked for; without the header there would be dozens.
@@ -140,16 +147,17 @@ def test_retry_after_is_honoured(store):
 
 
 def test_a_dead_store_is_given_up_in_time_and_the_error_says_what_was_tried(store):
+    reader = RangeReader(RetryPolicy(idle_s=0.4, wall_s=2, first_wait_s=0.01))
+    reader.read(store.url, 0, 1)
     store.proxy.dead = True
-    policy = RetryPolicy(idle_s=0.4, wall_s=2, first_wait_s=0.01)
     begin_s = time.monotonic()
-    error = refusal(StorageError, RangeReader(policy), store.url, 5, 50)
+    error = refusal(StorageError, reader, store.url, 5, 50)
     assert time.monotonic() - begin_s < 2.5
     assert error.reason == "range_failed"
     assert error.where == store.url
     assert error.facts["range"] == "5-50"
     assert error.facts["received_bytes"] == 0
-    assert error.facts["attempts"] >= 4
+    assert error.facts["attempts"] >= 3
     assert error.facts["causes"] == f"timeout x {error.facts['attempts']}"
 
 
