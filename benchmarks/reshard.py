@@ -144,10 +144,8 @@ def rewrite(tars: list[Path], out: Path) -> None:
         import webdataset as wds
 
         out.mkdir()
-        size = -(-len(tars) * SAMPLES // NEW_SHARDS)
-        with wds.ShardWriter(
-            str(out / "%05d.tar"), maxcount=size, maxsize=2**40, verbose=0
-        ) as sink:
+        pattern = str(out / "%05d.tar")
+        with wds.ShardWriter(pattern, maxcount=SAMPLES, maxsize=2**40, verbose=0) as sink:
             for sample in wds.WebDataset([str(tar) for tar in tars], shardshuffle=False):
                 sink.write({name: v for name, v in sample.items() if name != "__url__"})
 
