@@ -14,7 +14,8 @@ is remembered, so the cache serves any run, order and number of processes, and o
 * *Planned eviction.* Who plans a block's use says so in the file's modification time, and who has
   used all of a block in this epoch too. First go the blocks that are used up, then those whose
   planned use is long past (the oldest first), then those that are needed last. Never one that is
-  needed before the block that wants its room: that one is then read without the cache.
+  needed before the block that wants its room: that one is then read without the cache. Indexes
+  stay: they have a hundredth of the bytes, and every read needs one.
 
 Only files of these names inside a folder that carries our marker are ever removed; a folder with
 anything else in it is refused.
@@ -22,7 +23,6 @@ anything else in it is refused.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import mmap
@@ -113,19 +113,21 @@ class BlockCache:
         self._claim()
 
     def find(self, name: str, num_bytes: int) -> memoryview | None:
-        """Maps a block into memory; None where there is none.
+        """Maps a block into memory; None where there is none, or the disk does not give it.
 
         A block of another length is removed: a disk that filled up or a power cut made it.
         """
         try:
             descriptor = os.open(self.blocks / name, os.O_RDONLY)
-        except FileNotFoundError:
+        except OSError:
             return None
         try:
             if os.fstat(descriptor).st_size != num_bytes:
                 self.discard(name)
                 return None
             return memoryview(mmap.mmap(descriptor, num_bytes, access=mmap.ACCESS_READ))
+        except OSError:
+            return None
         finally:
             os.close(descriptor)
 
@@ -191,11 +193,9 @@ class BlockCache:
         """Removes a block."""
         found = _NAME.fullmatch(name)
         assert found is not None
-        try:
+        with suppress(OSError):
             os.unlink(self.blocks / name)
-        except FileNotFoundError:
-            return
-        self.give_back(int(found[2]) - int(found[1]))
+            self.give_back(int(found[2]) - int(found[1]))
 
     def give_back(self, num_bytes: int) -> None:
         """Takes removed bytes off the counter."""
@@ -225,10 +225,11 @@ class BlockCache:
                     # The caller's own one is locked by itself, but not yet reserved.
                     used += 0 if _remove_stale(entry.path) else length
                     continue
-                with suppress(FileNotFoundError):
-                    rank = eviction_rank(int(entry.stat().st_mtime), now=now)
-                    found.append((rank, entry.name, length))
-                    used += length
+                used += length
+                if match[3] == "block":
+                    with suppress(FileNotFoundError):
+                        rank = eviction_rank(int(entry.stat().st_mtime), now=now)
+                        found.append((rank, entry.name, length))
         # The block that asks has its .part file in the folder already.
         used -= num_bytes
         if used + num_bytes <= self.max_bytes:
@@ -246,7 +247,7 @@ class BlockCache:
     def _mark(self, name: str, mark: int) -> bool:
         try:
             os.utime(self.blocks / name, times=(mark, mark))
-        except FileNotFoundError:
+        except OSError:
             return False
         return True
 
@@ -307,12 +308,6 @@ def eviction_rank(mark: int, *, now: int) -> tuple[int, int]:
         return 0, mark
     step = _PLANNED - mark
     return (1, step) if step < now else (2, -step)
-
-
-def is_full(error: OSError) -> bool:
-    """Tells whether an error says that a disk has no room, or takes no writes."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-    return error.errno in full
 
 
 class _Counter:

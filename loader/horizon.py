@@ -1,8 +1,8 @@
 """Horizon: which steps are planned before which step is made. Pure.
 
 Reading ahead needs to know the steps to come; whoever makes batch after batch says them a few at
-a time, so that the first batch does not wait for the planning of all. With K makers that take
-turns, each says the steps that it will make itself.
+a time, the first step alone, so that the first batch waits for nothing else. With K makers that
+take turns, each says the steps that it will make itself.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ class Horizon:
 
         >>> horizon = Horizon(8)
         >>> [list(horizon.soon(step, stop=100)) for step in (0, 1, 2)]
-        [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10]]
+        [[0], [1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
         """
         if not self._ahead_steps:
             return range(0)
         maker = step % self._stride
         begin = max(step, self._said.get(maker, step))
         most = step + (self._ahead_steps + 1) * self._stride
-        end = min(stop, most, begin + (1 + _GROWTH) * self._stride)
+        growth = _GROWTH if maker in self._said else 0
+        end = min(stop, most, begin + (1 + growth) * self._stride)
         soon = range(begin, max(begin, end), self._stride)
         self._said[maker] = begin + len(soon) * self._stride
         return soon

@@ -298,9 +298,10 @@ class Prefetcher:
                 waited_s = time.monotonic() - began_s
                 if entry.elsewhere and waited_s > _PATIENCE_S:
                     entry.direct = True
-                # A block that is next in its queue comes as soon as its sample would.
-                soon = entry.queued and min(entry.steps, default=self._now + 2) <= self._now + 1
-                if not soon and (waited_s >= ask_s or not entry.elsewhere):
+                # A block that is among the first of its queue comes as soon as its sample would.
+                soon = self._now + self.network.cold_steps
+                is_soon = entry.queued and min(entry.steps, default=soon) < soon
+                if not is_soon and (waited_s >= ask_s or not entry.elsewhere):
                     ask_s = waited_s + _POLL_S
                     self._want(entry, span, -1)
                 self._watch(entry, span, waited_s)

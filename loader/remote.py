@@ -33,8 +33,9 @@ _FRESH_READS = 3
 class RemoteShards:
     """Opens shards; a copy in another process begins with nothing."""
 
-    max_open = 1024
-    """Indexes kept, at some 1 MB for 10,000 samples."""
+    max_open = 384
+    """Indexes kept. Without a cache each takes some 1 MB for 10,000 samples; mapped from one it
+    holds a descriptor, of which processes often have 1,024 and blocks take 256."""
 
     def __init__(self, prefetcher: Prefetcher, *, raw: bool = False) -> None:
         self.prefetcher = prefetcher

@@ -26,5 +26,7 @@ def test_every_maker_says_each_of_its_steps_once_and_in_time(ahead, stride, star
         assert not any(said.values())
 
 
-def test_the_first_step_does_not_wait_for_the_planning_of_all():
-    assert len(Horizon(64).soon(0, stop=10_000)) <= 8
+def test_the_first_step_does_not_wait_for_the_planning_of_others():
+    horizon = Horizon(64)
+    assert list(horizon.soon(7, stop=10_000)) == [7]
+    assert len(horizon.soon(8, stop=10_000)) <= 8

@@ -252,7 +252,7 @@ while True:
 def test_readers_killed_at_random_points_leave_nothing_that_is_trusted(url, tmp_path):
     moments = random.Random(7)
     cache = str(tmp_path / "cache")
-    for i in range(8):
+    for i in range(5):
         readers = [
             subprocess.Popen(
                 [sys.executable, "-c", READER, cache, str(100 * i + k)],

@@ -151,13 +151,16 @@ def test_a_mixture_streams_from_two_stores(s3_url, gs_url, s3_server, gcs_server
     assert_same(got, want)
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
+@pytest.mark.parametrize(
+    "cached", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no cache", "cache"]
+)
 def test_worker_processes_get_the_same_batches(s3, local, cached, tmp_path):
     url, _ = s3
     cache = str(tmp_path / "cache") if cached else None
     assert_same(batches_of(url, 12, workers=2, cache=cache), batches_of(local, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_plain_dataloader_that_forks_its_workers_gets_them_too(s3, local, tmp_path):
     url, _ = s3
@@ -221,7 +224,9 @@ def test_two_epochs_are_right_with_one_faulty_answer_in_twenty(s3, local, cached
     assert faults >= 3
     # A corrupt body is no retry of a range, and the client itself may mend a dropped connection.
     at_least = faults - proxy.counts["corrupt"] - proxy.counts["drop"]
-    assert at_least <= counters["retries"] <= faults
+    assert at_least <= counters["retries"]
+    # A machine that is busy enough makes pauses of its own.
+    assert counters["retries"] - counters["retry_timeout"] <= faults
 
 
 def test_a_dead_store_ends_the_run_in_time_and_is_no_bad_sample(s3):
@@ -249,7 +254,7 @@ def test_a_dead_store_is_given_up_in_time_when_a_dataset_is_opened(s3):
     begin_s = time.monotonic()
     with pytest.raises(StorageError) as caught:
         StreamingDataset(url, network=network)
-    assert time.monotonic() - begin_s < 4
+    assert time.monotonic() - begin_s < 6  # making a client is not in the limit of a range
     assert caught.value.where == url + "/manifest.json"
     assert "timeout" in caught.value.facts["causes"]
 

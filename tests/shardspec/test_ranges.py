@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -6,6 +7,7 @@ import threading
 import time
 from unittest import mock
 
+import aiohttp.web
 import numpy as np
 import pytest
 
@@ -86,9 +88,11 @@ def test_every_fault_is_retried_and_counted_by_its_kind(store, fault, cause):
         assert reader.read(store.url, start, start + 90_000) == PAYLOAD[start : start + 90_000]
     faults = store.proxy.counts[fault]
     assert faults >= 2
-    assert reader.counters["retries"] == faults, reader.counters
+    # A machine that is busy enough makes pauses of its own.
+    pauses = 0 if cause == "timeout" else reader.counters["retry_timeout"]
+    assert reader.counters["retries"] - pauses == faults
     assert reader.counters[f"retry_{cause}"] == faults
-    assert reader.counters["requests"] == 8 + faults
+    assert reader.counters["requests"] == 8 + faults + pauses
 
 
 def test_a_connection_that_closes_before_the_answer_is_retried(store):
@@ -126,10 +130,15 @@ def test_a_whole_object_is_read_through_faults_without_knowing_its_length(store)
 
 
 def test_retry_after_is_honoured(store):
-    store.proxy.faults, store.proxy.retry_after_s = {"status_429": 0.99}, 1
+    store.proxy.faults, store.proxy.retry_after_s = {"status_429": 1.0}, 1
     reader = RangeReader(QUICK)
-    done = threading.Timer(0.5, store.proxy.faults.clear)
-    done.start()
+
+    def forgive():
+        while not store.proxy.counts["status_429"]:
+            time.sleep(0.001)
+        store.proxy.faults = {}
+
+    threading.Thread(target=forgive).start()
     begin_s = time.monotonic()
     assert reader.read(store.url, 0, 10) == PAYLOAD[:10]
     # One refusal, and the second it asked for; without the header there would be dozens.
@@ -138,16 +147,17 @@ def test_retry_after_is_honoured(store):
 
 
 def test_a_dead_store_is_given_up_in_time_and_the_error_says_what_was_tried(store):
+    reader = RangeReader(RetryPolicy(idle_s=0.4, wall_s=2, first_wait_s=0.01))
+    reader.read(store.url, 0, 1)
     store.proxy.dead = True
-    policy = RetryPolicy(idle_s=0.4, wall_s=2, first_wait_s=0.01)
     begin_s = time.monotonic()
-    error = refusal(StorageError, RangeReader(policy), store.url, 5, 50)
+    error = refusal(StorageError, reader, store.url, 5, 50)
     assert time.monotonic() - begin_s < 2.5
     assert error.reason == "range_failed"
     assert error.where == store.url
     assert error.facts["range"] == "5-50"
     assert error.facts["received_bytes"] == 0
-    assert error.facts["attempts"] >= 4
+    assert error.facts["attempts"] >= 3
     assert error.facts["causes"] == f"timeout x {error.facts['attempts']}"
 
 
@@ -207,6 +217,53 @@ def test_an_object_in_memory_that_was_replaced_is_refused():
     assert refusal(ShardError, reader, url, 0, 5, total=9).reason == "shard_size"
     fs.pipe_file(path, b"9876543210")
     assert refusal(StorageError, reader, url, 2, 6).reason == "object_changed"
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The address of a web server with one file, and the file."""
+    (tmp_path / "web").mkdir()
+    path = tmp_path / "web/object.bin"
+    path.write_bytes(PAYLOAD)
+    started, ports = threading.Event(), []
+
+    async def serve():
+        ending = asyncio.Event()
+        ports.append((asyncio.get_running_loop(), ending))
+        app = aiohttp.web.Application()
+        app.router.add_static("/", path.parent)
+        runner = aiohttp.web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        ports.append(site._server.sockets[0].getsockname()[1])
+        started.set()
+        await ending.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert started.wait(10)
+    (loop, ending), port = ports
+    yield f"http://127.0.0.1:{port}", path
+    loop.call_soon_threadsafe(ending.set)
+    thread.join(10)
+
+
+def test_a_web_server_that_knows_ranges_is_a_store_too(web):
+    endpoint, path = web
+    with FaultProxy(endpoint, faults={"short": 0.3, "status_503": 0.3}, seed=6) as proxy:
+        reader = RangeReader(QUICK)
+        url = proxy.endpoint + "/object.bin"
+        assert reader.read_all(url) == PAYLOAD
+        for start in range(0, 900_000, 100_000):
+            got = reader.read(url, start, start + 90_000, total=len(PAYLOAD))
+            assert got == PAYLOAD[start : start + 90_000]
+        assert reader.counters["retries"] >= 3
+        with pytest.raises(FileNotFoundError):
+            reader.read(url + ".not", 0, 9)
+        path.write_bytes(PAYLOAD[::-1])
+        assert refusal(StorageError, reader, url, 0, 9).reason == "object_changed"
 
 
 def test_threads_share_a_reader(store):
