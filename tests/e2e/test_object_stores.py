@@ -277,10 +277,12 @@ def test_two_jobs_on_one_store_do_not_mix(cli, s3_server, source, large):
     out = s3_server.make_bucket() + "/out"
     first = cli.start(*large_job(source, out))
     assert first.wait_until(lambda: ".lease" in s3_server.objects(out))
+    first.signal_group(signal.SIGSTOP)  # or it might end before the others have begun
     second = cli.run(*large_job(source, out), "--quality", 80)
     assert second.code == 1
     assert "another job is writing to this output" in second.err
     refused = cli.run("gc", out)
     assert refused.code == 1
+    first.signal_group(signal.SIGCONT)
     assert first.wait().code == 0
     assert sha256(s3_server.read(f"{out}/manifest.json")) == large
