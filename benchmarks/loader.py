@@ -234,13 +234,14 @@ def hold(loader: StreamLoader) -> None:
 
 def steady(loader: StreamLoader) -> float:
     """Measures samples per second behind the first batches, which wait for processes to start."""
-    start_s, batches, last = 0.0, 0, 0
-    for batch in loader:
-        batches += 1
-        last = len(batch["input_ids"])
-        if batches == 6:
-            start_s = time.perf_counter()
-    return (batches - 6) * last / (time.perf_counter() - start_s)
+    start_s, stop_s, samples = 0.0, 0.0, 0
+    for number, batch in enumerate(loader):
+        stop_s = time.perf_counter()  # not behind the loop: it waits for processes to end
+        if number < 6:
+            start_s = stop_s
+        else:
+            samples += len(batch["input_ids"])
+    return samples / (stop_s - start_s)
 
 
 if __name__ == "__main__":

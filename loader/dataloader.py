@@ -68,7 +68,7 @@ def make_dataloader(
     max_crops: int | None = None,
     balance: bool = True,
     bucket_steps: int = 0,
-    prefetch_bytes: int = 1 << 30,
+    prefetch_bytes: int = 1 << 32,
 ) -> StreamLoader:
     """Makes the loader of this rank.
 
@@ -91,7 +91,8 @@ def make_dataloader(
       bucket_steps: Deal the samples of so many steps to these steps by length, so that batches pad
         less: the lighter alternative to packs. 0: do not.
       prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
-        to be used again. One batch is always made, however large.
+        to be used again. One batch is always made, however large; where fewer fit than there are
+        threads or workers, some of these have nothing to do.
 
     Raises:
       ConfigError: `batch_not_divisible`, `loader_range`, `packing_tail`, `packing_and_buckets`, and
