@@ -35,7 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preprocess import reshard as job
-from preprocess.engines.local import TaskDone
+from preprocess.engines.local import Later, TaskDone
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
@@ -65,7 +65,10 @@ class Quiet:
 def here(tasks, *, work, context, num_workers):  # noqa: ARG001
     """Runs tasks in this process."""
     for task in tasks:
-        yield TaskDone(task=task, value=work(context, task, print))
+        value = work(context, task, print)
+        if isinstance(value, Later):
+            value = value.finish()
+        yield TaskDone(task=task, value=value)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.build import scratch_folder, scratch_root
+from preprocess.engines.local import Later
 from preprocess.reshard_plan import Through
 from shardspec import storage
 from shardspec.copying import (
@@ -66,8 +68,10 @@ class CopyContext:
         return storage.join(self.out, "receipts", self.tasks[shard].name + ".json")
 
 
-def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -> Receipt:  # noqa: ARG001
-    """Copies one shard and publishes it: tar, index, receipt.
+def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -> Later:  # noqa: ARG001
+    """Copies one shard; what it returns publishes tar, index and receipt, and gives the receipt.
+
+    Disks and stores take their time for that: the next shard is copied meanwhile.
 
     Raises:
       ShardError: `sample_crc`, `tar_truncated`, `source_changed`.
@@ -83,18 +87,33 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -
     sha256 = "" if whole is None else context.source_sha256[whole]
     # Another job's receipt must not vouch for this one's bytes, wherever it is interrupted.
     storage.delete(context.receipt_url(task))
-    if _stays_in_store(context, url, pieces):
-        join_in_store(url, pieces, dict(context.stamps))
-    else:
-        with scratch_folder(scratch_of(context.out)) as folder:
-            path = folder / "shard.tar"
+    path: Path | None = None
+    with ExitStack() as stack:
+        if not _stays_in_store(context, url, pieces):
+            path = stack.enter_context(scratch_folder(scratch_of(context.out))) / "shard.tar"
             if context.through == "store":
                 join_in_kernel(path, pieces)
             else:
                 sha256 = join_here(path, pieces, rows, hashed=context.sha256) or sha256
             for source in sorted({piece.url for piece in pieces}):
                 require_stamp(source, context.stamps[source])
-            storage.publish_file(url, path)
+        scratch = stack.pop_all()
+
+    def publish() -> Receipt:
+        with scratch:
+            if path is None:
+                join_in_store(url, pieces, dict(context.stamps))
+            else:
+                storage.publish_file(url, path)
+        return _publish_rows(context, task, rows, sha256=sha256)
+
+    return Later(finish=publish)
+
+
+def _publish_rows(context: CopyContext, task: int, rows: np.ndarray, *, sha256: str) -> Receipt:
+    """Publishes index and receipt of a shard that is in place."""
+    own = context.tasks[task]
+    name = f"{own.split}/{own.name}"
     sizes = rows["num_bytes"].astype(np.int64)
     rows["offset"] = np.cumsum(sizes) - sizes
     index = encode_index(rows)

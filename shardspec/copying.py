@@ -37,6 +37,8 @@ MAX_PARTS = 10_000
 
 _LOCAL_CHUNK_BYTES = 512 * 2**10  # read, checked and written while it is in the core's cache
 _REMOTE_CHUNK_BYTES = 8 * 2**20
+_KERNEL_CHUNK_BYTES = 16 * 2**20
+_FLUSH_BYTES = 16 * 2**20
 _OPEN_FILES = 64
 
 
@@ -138,7 +140,7 @@ def join_here(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: 
     digest = hashlib.sha256() if hashed else None
     ends = np.cumsum(rows["num_bytes"].astype(np.int64))
     sizes, sums = rows["num_bytes"].tolist(), rows["crc32"].tolist()
-    done, sample = 0, 0
+    done, sample, flushed = 0, 0, 0
     with storage.naming_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
         for piece in pieces:
             chunk = _LOCAL_CHUNK_BYTES if storage.is_local(piece.url) else _REMOTE_CHUNK_BYTES
@@ -156,6 +158,7 @@ def join_here(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: 
                         raise _wrong_sample(piece.url, rows[i])
                     at += sizes[i]
                 _write_all(out.fileno(), payload)
+                flushed = _begin_flush(out.fileno(), flushed, done + length)
                 if digest is not None:
                     digest.update(payload)
                 position, done, sample = position + length, done + length, last
@@ -219,6 +222,24 @@ class _Sources:
         return view
 
 
+def _begin_flush(descriptor: int, start: int, stop: int) -> int:
+    """Lets the disk begin with what was written, so that the fsync at the end waits less.
+
+    Args:
+      descriptor: Of the file.
+      start: What has been given to the disk before.
+      stop: What has been written.
+
+    Returns:
+      What has been given to the disk now.
+    """
+    if stop - start < _FLUSH_BYTES or not hasattr(os, "posix_fadvise"):
+        return start
+    # Linux starts to write dirty pages out when it is told that nobody needs them.
+    os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
+    return stop
+
+
 def _write_all(descriptor: int, payload: memoryview) -> None:
     while payload:
         payload = payload[os.write(descriptor, payload) :]
@@ -244,12 +265,13 @@ def join_in_kernel(path: Path, pieces: Sequence[Piece]) -> None:
       StorageError: A file cannot be read or written.
     """
     with storage.naming_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
-        copy = _copy_file_range
+        copy, done, flushed = _copy_file_range, 0, 0
         for piece in pieces:
             source, position = read.descriptor(piece.url), piece.start
             while position < piece.stop:
+                most = min(piece.stop - position, _KERNEL_CHUNK_BYTES)
                 try:
-                    count = copy(source, out.fileno(), piece.stop - position, position)
+                    count = copy(source, out.fileno(), most, position)
                 except OSError as error:
                     if copy is _sendfile or error.errno not in _NO_COPY_FILE_RANGE:
                         raise
@@ -257,7 +279,8 @@ def join_in_kernel(path: Path, pieces: Sequence[Piece]) -> None:
                     continue
                 if not count:
                     read(piece.url, position, 1)  # says that it ends early
-                position += count
+                position, done = position + count, done + count
+                flushed = _begin_flush(out.fileno(), flushed, done)
         _write_all(out.fileno(), memoryview(END_OF_ARCHIVE))
 
 

@@ -17,7 +17,7 @@ import pytest
 from loader import RawDataset, StreamingDataset, make_dataloader
 from preprocess import foreign
 from preprocess import reshard as job
-from preprocess.engines.local import TaskDone
+from preprocess.engines.local import Later, TaskDone
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
@@ -49,7 +49,10 @@ def _in_this_process(monkeypatch):
 
     def run(tasks, *, work, context, num_workers):
         for task in tasks:
-            yield TaskDone(task=task, value=work(context, task, lambda note: None))
+            value = work(context, task, lambda note: None)
+            if isinstance(value, Later):
+                value = value.finish()
+            yield TaskDone(task=task, value=value)
 
     monkeypatch.setattr(job.local, "run", run)
     monkeypatch.setattr(foreign.local, "run", run)

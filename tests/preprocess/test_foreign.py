@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loader.raw import RawDataset
 from preprocess import foreign as job
 from preprocess import reshard as reshard_job
-from preprocess.engines.local import TaskDone
+from preprocess.engines.local import Later, TaskDone
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
@@ -47,7 +47,10 @@ class Quiet:
 def _in_this_process(monkeypatch):
     def run(tasks, *, work, context, num_workers):
         for task in tasks:
-            yield TaskDone(task=task, value=work(context, task, lambda note: None))
+            value = work(context, task, lambda note: None)
+            if isinstance(value, Later):
+                value = value.finish()
+            yield TaskDone(task=task, value=value)
 
     monkeypatch.setattr(job.local, "run", run)
     monkeypatch.setattr(reshard_job.local, "run", run)

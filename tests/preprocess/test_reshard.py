@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from loader.fingerprint import split_fingerprint
 from loader.reader import ShardReader
 from preprocess import reshard as job
-from preprocess.engines.local import TaskDone
+from preprocess.engines.local import Later, TaskDone
 from preprocess.recut import Cluster
 from preprocess.reshard import portable_url, reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
@@ -52,7 +52,10 @@ def _in_this_process(monkeypatch, request):
 
     def run(tasks, *, work, context, num_workers):
         for task in tasks:
-            yield TaskDone(task=task, value=work(context, task, lambda note: None))
+            value = work(context, task, lambda note: None)
+            if isinstance(value, Later):
+                value = value.finish()
+            yield TaskDone(task=task, value=value)
 
     monkeypatch.setattr(job.local, "run", run)
 
