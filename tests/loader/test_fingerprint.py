@@ -299,6 +299,7 @@ AUGMENT = {
     "hue": 0.1,
 }
 OTHERS = {
+    "reduced_decoding": True,
     "normalize": "siglip",
     "pixels": "patches",
     "image_map": "pooling",
