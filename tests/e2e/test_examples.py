@@ -56,6 +56,7 @@ def test_loss_falls_when_the_example_trains_on_shards(losses):
     assert max(values[-3:]) < values[0] - 1.0
 
 
+@pytest.mark.slow
 def test_two_processes_print_the_losses_of_one(shards, losses):
     assert run_training(shards, "--steps", STEPS, processes=2) == pytest.approx(
         losses, abs=SUM_ORDER
@@ -71,7 +72,9 @@ def stopped(shards, tmp_path_factory):
     return checkpoint, half
 
 
-@pytest.mark.parametrize(("processes", "tolerance"), [(1, 0.0), (2, SUM_ORDER)])
+@pytest.mark.parametrize(
+    ("processes", "tolerance"), [(1, 0.0), pytest.param(2, SUM_ORDER, marks=pytest.mark.slow)]
+)
 def test_resumed_run_prints_the_losses_of_the_whole_one(
     processes, tolerance, stopped, shards, losses, tmp_path
 ):

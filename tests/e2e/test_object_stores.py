@@ -39,7 +39,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(params=["s3", "gs", slow("weka")])
+@pytest.fixture(params=["s3", slow("gs"), slow("weka")])
 def store(request, cli):
     """A server, and a place on it as a URL; the command line knows the way there."""
     server = request.getfixturevalue("gcs_server" if request.param == "gs" else "s3_server")
@@ -171,6 +171,7 @@ def large(session_cli, source, tmp_path_factory):
     return sha256((out / "manifest.json").read_bytes())
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_upload_open_and_the_same_command_goes_on(cli, s3_server, source, large):
     cli.env.update(s3_server.env)
     out = s3_server.make_bucket() + "/out"
@@ -272,6 +273,7 @@ def test_a_job_killed_ten_times_never_lies_and_ends_in_the_same_bytes(
     print(json.dumps({"uploads left open": left_open, "jobs that ended first": finished}))
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_store_do_not_mix(cli, s3_server, source, large):
     cli.env.update(s3_server.env)
     out = s3_server.make_bucket() + "/out"

@@ -227,7 +227,8 @@ def test_picture_files_that_are_missing_or_broken_are_listed(
     assert missing == {str(source / row["image"]) for row in rows[12:]}
 
 
-@pytest.mark.parametrize("damage", ("gone", pytest.param("rotten", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ("gone", "rotten"))
 def test_lost_blob_costs_a_download_and_no_sample(cli, server, write_parquet, tmp_path, damage):
     source = write_parquet(tmp_path / "source", captioned(take(40, server.url("/jpeg"))))
     arguments = job(source, tmp_path / "lost", "--num-shards", 20)

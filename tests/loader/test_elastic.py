@@ -127,6 +127,12 @@ def undisturbed(urls):
     }
 
 
+EVERYDAY = [
+    pytest.param(kind, marks=pytest.mark.slow if "packed" in kind else ()) for kind in KINDS
+]
+"""Packs take most of the time; the everyday suite tests their states elsewhere."""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_of_ranks_gives_the_same_global_batches(kind, urls, undisturbed):
     for i, world_size in enumerate(WORLDS):
@@ -138,7 +144,7 @@ def test_every_number_of_ranks_gives_the_same_global_batches(kind, urls, undistu
             assert all(state == states[0] for state in states)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERYDAY)
 def test_every_step_of_two_epochs_is_a_place_to_resume_from_on_other_ranks(kind, urls, undisturbed):
     pairs = itertools.cycle(itertools.product(THREADS, (1, 2, 3, 4)))
     for stop in range(STEPS + 1):

@@ -77,7 +77,7 @@ def test_a_range_is_read_with_one_request_or_none(store, start, stop):
         ("reset", "short_body"),
         ("short", "short_body"),
         ("wrong_range", "wrong_range"),
-        ("stall", "timeout"),
+        pytest.param("stall", "timeout", marks=pytest.mark.slow),
     ],
 )
 def test_every_fault_is_retried_and_counted_by_its_kind(store, fault, cause):
