@@ -218,6 +218,7 @@ def _fill(
     crops_left: list[int] = []
     # Packs with room, ascending by tokens left, then by number: one integer compares faster.
     room: list[int] = []
+    least = max(1, min(token_of, default=1))  # a pack with less room is full
     for sample in by_share:
         need, crop = token_of[sample], crop_of[sample]
         place = bisect_left(room, need << _PACK_BITS)
@@ -233,7 +234,7 @@ def _fill(
             crops_left.append(crop_limit - crop)
         pack_of[sample] = pack
         left = tokens_left[pack]
-        if left:
+        if left >= least:
             insort(room, (left << _PACK_BITS) + pack)
     return _Filled(
         pack_of=pack_of,
