@@ -261,8 +261,8 @@ def _serve(pipe: Connection, work: Work) -> None:
         return  # the supervisor is gone
     rest: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="later") as pool:
-        while True:
-            try:
+        try:
+            while True:
                 task = pipe.recv()
                 value = _value_of(task, partial(work, context, task, partial(report, task)))
                 if rest is not None:
@@ -273,8 +273,13 @@ def _serve(pipe: Connection, work: Work) -> None:
                     send("later", task)
                 else:
                     send("failed" if isinstance(value, Exception) else "done", task, value)
-            except (EOFError, ConnectionError):
-                return  # the supervisor is gone
+        except (EOFError, ConnectionError):
+            pass  # the supervisor is gone
+        finally:
+            # From here on the thread is joined. A handler that raises there makes Python take the
+            # thread for ended (https://github.com/python/cpython/issues/90882), and it would die
+            # with the process in the middle of tidying up.
+            signal.signal(signal.SIGTERM, lambda number, frame: ending.set())  # noqa: ARG005
 
 
 def _finish(send: Callable[[str, int, Any], None], task: int, later: Later) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ TASKS = """
 import os
 import signal
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from preprocess.engines.local import Later
@@ -71,6 +73,20 @@ def tidy_up(folder, task, report):
                 report("a part")
                 time.sleep(0.01)
         except BaseException as error:
+            (Path(folder) / "tidied").write_text(type(error).__name__)
+            raise
+
+    return Later(finish=rest)
+
+
+def tidy_slowly(folder, task, report):
+    def rest():
+        try:
+            while True:
+                report("a part")
+                time.sleep(0.01)
+        except BaseException as error:
+            time.sleep(2)
             (Path(folder) / "tidied").write_text(type(error).__name__)
             raise
 
@@ -265,6 +281,17 @@ def test_a_worker_that_dies_costs_what_it_worked_on_and_what_was_under_way(work,
 def test_a_worker_that_is_ended_tidies_up_first(work, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "TIDY_S", 120.0)  # the machine may be busy
     events = run([0], work=work.tidy_up, context=str(tmp_path), num_workers=1)
+    next(event for event in events if isinstance(event, TaskProgress))
+    events.close()
+    assert (tmp_path / "tidied").read_text() == "SystemExit"
+
+
+def test_a_worker_ended_while_it_waits_for_the_rest_lets_that_tidy_up(work, tmp_path, monkeypatch):
+    # Without the wait, the signal mostly comes before the worker sees that its pipe was closed.
+    terminate = BaseProcess.terminate
+    monkeypatch.setattr(BaseProcess, "terminate", lambda self: (time.sleep(0.5), terminate(self)))
+    monkeypatch.setattr(local, "TIDY_S", 120.0)
+    events = run([0], work=work.tidy_slowly, context=str(tmp_path), num_workers=1)
     next(event for event in events if isinstance(event, TaskProgress))
     events.close()
     assert (tmp_path / "tidied").read_text() == "SystemExit"
