@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import TILED, draw, machine, paired, row
-from loader.assemble import View, assemble, draft, plan_example
+from loader.assemble import Planner, View, assemble, draft
 from loader.buffers import Scratch
 from loader.layout import TokenIds
 from loader.pixels import render
@@ -74,12 +74,12 @@ def main() -> None:
         for i, crops in enumerate(own):
             np.copyto(batches[i // BATCH % 2, i % BATCH, : len(crops)], crops)
 
-    scratch = Scratch()
+    scratch, planner = Scratch(), Planner(view, ids)
 
     def in_place() -> None:
         for i, sample in enumerate(samples):
             rng.seed(i)
-            plan = plan_example(sample.tokens, sample.spans.tolist(), rng, view=view, ids=ids)
+            plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key)
             sources = [(image.pixels, image.overview) for image in sample.images]
             example = draft(plan, sources, view=view, key=sample.key, scratch=scratch)
             for name in ("input_ids", "labels"):

@@ -42,6 +42,7 @@ from preprocess.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
 from preprocess.tokens import load_tokenizer
 from shardspec.media import decode_stored
+from shardspec.sample import image_rows
 from shardspec.tiling import num_crops
 
 HELD_S = 0.005
@@ -117,13 +118,11 @@ def many(tiled: Workload, *, rounds: int) -> None:
     num = len(stored)
     crops, jobs = 0, []
     for sample in stored:
-        image = next(line for line in sample.rows if line[0] == 1)
-        small = next(line for line in sample.rows if line[0] == 3)
-        crops += num_crops(image[2], image[3], TILED)
-        jobs.append((bytes(sample.pictures[0]), np.zeros((image[5], image[4], 3), np.uint8)))
-        jobs.append(
-            (bytes(sample.overviews[0] or b""), np.zeros((small[3], small[2], 3), np.uint8))
-        )
+        _, _, width, height, *_ = image_rows(sample.spans)[0].tolist()
+        crops += num_crops(width, height, TILED)
+        for picture in filter(None, (*sample.pictures, *sample.overviews)):
+            place = np.zeros((picture.height, picture.width, 3), np.uint8)
+            jobs.append((bytes(picture.payload), place))
     side = TILED.size_px
     source = np.ones((9, side, side, 3), np.uint8)
     target = np.ones_like(source)
@@ -204,7 +203,9 @@ def stages(workloads: list[Workload]) -> None:
 def pictures(workload: Workload) -> tuple[list[bytes], int]:
     """Reads the encoded pictures of a workload into memory."""
     dataset = workload.loader(decode_threads=0).dataset
-    payloads = [bytes(dataset.reader.stored(i).pictures[0]) for i in range(dataset.num_samples)]
+    payloads = [
+        bytes(dataset.reader.stored(i).pictures[0].payload) for i in range(dataset.num_samples)
+    ]
     return payloads, dataset.num_samples
 
 

@@ -43,6 +43,7 @@ from benchmarks.job import machine, row
 from benchmarks.workloads import SEQUENCE_LENGTH, Workload, clips, single_crops, texts, tiles
 from loader.pixels import render
 from shardspec.media import decode_stored
+from shardspec.sample import image_rows
 from shardspec.tiling import ImageView
 
 WORKERS = 2
@@ -79,8 +80,8 @@ def samples_of(workload: Workload) -> list[Sample]:
         example = dataset.example(number)
         found.append(
             {
-                "images": [bytes(picture) for picture in stored.pictures],
-                "sizes": [row[2:4] for row in stored.rows if row[0] == 1],
+                "images": [bytes(picture.payload) for picture in stored.pictures],
+                "sizes": image_rows(stored.spans)[:, 2:4].tolist(),
                 "ids": example["input_ids"].astype(np.int32),
                 "labels": example["labels"].astype(np.int32),
             }

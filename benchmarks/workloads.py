@@ -109,7 +109,7 @@ def clips(folder: Path, *, rows: int, like: Workload) -> Workload:
                 )
                 for _ in frames
             ]
-            text = next(row for row in frames[0].rows if row[0] == 0)
+            text = frames[0].spans[0].tolist()
             tokens = np.array(frames[0].tokens)
             sample = PreparedSample(
                 key=f"clip-{i:06d}",
@@ -118,7 +118,7 @@ def clips(folder: Path, *, rows: int, like: Workload) -> Workload:
                 images=tuple(images),
                 record={"key": f"clip-{i:06d}"},
             )
-            encoded = [bytes(frame.pictures[0]) for frame in frames]
+            encoded = [bytes(frame.pictures[0].payload) for frame in frames]
             members = sample_members(sample, encoded, codec="jpeg", several=True)
             place = writer.write_sample(members)
             table.append(

@@ -5,7 +5,7 @@ generator and in this order: a variant of each turn, the order of the branches, 
 the augmentation of each image. The rest follows from the draws. It needs no tokenizer and no
 formatter, and it does not know whether the sample came out of a shard or straight from `prepare`.
 
-It works in two steps: `plan_example` decides everything from the spans and the tokens alone (so
+It works in two steps: a `Planner` decides everything from the spans and the tokens alone (so
 lengths are known without a pixel), then the arrays are made. The pictures come last: `draft` gives
 an example whose `images` is a `Pictures`, which knows their shape and writes them where it is told
 to, such as into the batch that they are for. `assemble` writes them into an array.
@@ -13,14 +13,16 @@ to, such as into the batch that they are for. `assemble` writes them into an arr
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from loader.augment import Augment, Draw, draw
+from loader.augment import NO_CHANGE, Augment, Draw, draw
 from loader.buffers import Scratch
 from loader.layout import (
     COLUMNS,
@@ -47,10 +49,15 @@ from shardspec.tiling import (
     token_pooling,
 )
 
-# Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
 _UNCHANGED = Augment()
 
+# Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
 _TEXT, _IMAGE, _LEAD = SpanKind.TEXT.value, SpanKind.IMAGE.value, SpanKind.LEAD.value
+
+_UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+
+_MOST_SIZES = 1 << 14
+"""Sizes of pictures that a planner remembers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +117,81 @@ class View:
             )
 
 
-@dataclass(slots=True, kw_only=True)
+class Planner:
+    """Makes every draw of the examples of one view and lays out their tokens.
+
+    Safe to share between threads. It remembers what the view makes of pictures of the sizes that it
+    has met: asking `shardspec.tiling` takes longer than all the rest.
+    """
+
+    def __init__(self, view: View, ids: TokenIds) -> None:
+        """Joins what the run wants and the special ids of the dataset's tokenizer."""
+        self.view, self.ids = view, ids
+        self._training = view.purpose == "train"
+        self._augments = self._training and view.augment != _UNCHANGED
+        self._images = _Seen(view.image, ids)
+        self._high_res = None
+        if self._training and view.high_res is not None:
+            self._high_res = _Seen(view.high_res, ids)
+
+    def plan(
+        self, tokens: np.ndarray, spans: np.ndarray, rng: np.random.RandomState, *, key: str = ""
+    ) -> ExamplePlan:
+        """Plans one example.
+
+        Args:
+          tokens: int32 [T], the sample's.
+          spans: int32 [S, 8], the sample's.
+          rng: The sample's generator for this epoch.
+          key: The sample's, for errors.
+
+        Raises:
+          SampleError: `too_many_images`, and as `lay_out`.
+        """
+        view = self.view
+        kinds = spans[:, 0].tolist()
+        num_texts, num_images = kinds.count(_TEXT), kinds.count(_IMAGE)
+        if view.max_images is not None and num_images > view.max_images:
+            raise SampleError(
+                "sample has more images than the view takes",
+                reason="too_many_images",
+                where=key,
+                facts={"images": num_images, "max_images": view.max_images},
+                fix="raise max_images, or leave such samples out when building",
+            )
+        branches = _choose(tokens, spans[:num_texts], rng if self._training else None)
+        if self._training and view.branch_order == "shuffled" and len(branches) > 1:
+            branches = [branches[b] for b in rng.permutation(len(branches)).tolist()]
+        images = self._images
+        if self._high_res is not None and rng.random_sample() < view.high_res_probability:
+            images = self._high_res
+        pictures = spans[len(kinds) - num_images :].tolist() if num_images else []
+        draws = [NO_CHANGE] * num_images
+        if self._augments:
+            draws = [
+                draw(view.augment, rng, geometry=row[7], width=row[2], height=row[3])
+                for row in pictures
+            ]
+        sizes = [(row[2], row[3]) for row in pictures]
+        seen = [images.of(size) for size in sizes]
+        leads: list[np.ndarray] = []
+        if num_texts + num_images < len(kinds):
+            leads = [tokens[row[2] : row[3]] for row in spans.tolist() if row[0] == _LEAD]
+        sequence = lay_out(
+            [each.block for each in seen],
+            branches,
+            ids=self.ids,
+            leads=leads,
+            limit=view.sequence_length,
+            tree=view.tree,
+            loss=view.loss,
+            where=key,
+        )
+        sequence.weight = view.weight
+        return ExamplePlan(sequence, images.view, draws, sizes, seen)
+
+
+@dataclass(slots=True)
 class ExamplePlan:
     """Everything about an example but its pixels."""
 
@@ -121,10 +202,8 @@ class ExamplePlan:
     """Augmentation of each image."""
     sizes: list[tuple[int, int]]
     """Source (width, height) of each image, in pixels."""
-    crops: list[int]
-    """Crops of each image."""
-    first_patches: np.ndarray
-    """int64 [n], position of each crop's first patch token."""
+    seen: list[_Size]
+    """What the view makes of each image."""
 
     @property
     def num_tokens(self) -> int:
@@ -139,72 +218,36 @@ class ExamplePlan:
     @property
     def num_crops(self) -> int:
         """Crops of all images."""
-        return sum(self.crops)
+        return sum([each.crops for each in self.seen])
 
 
-def plan_example(
-    tokens: np.ndarray,
-    rows: Sequence[Sequence[int]],
-    rng: np.random.RandomState,
-    *,
-    view: View,
-    ids: TokenIds,
-    key: str = "",
-) -> ExamplePlan:
-    """Makes every draw of an example and lays out its tokens.
+class _Size(NamedTuple):
+    """What a view makes of pictures of one size."""
 
-    Args:
-      tokens: int32 [T], the sample's.
-      rows: The sample's spans, as plain integers [S][8].
-      rng: The sample's generator for this epoch.
-      view: What the run wants.
-      ids: Special ids of the dataset's tokenizer.
-      key: The sample's, for errors.
+    crops: int
+    block: np.ndarray
+    """int32 [tokens], the image's token block; read-only."""
+    first_patches: np.ndarray
+    """int64 [crops], where in the block each crop's first patch token stands; read-only."""
 
-    Raises:
-      SampleError: `too_many_images`, and as `lay_out`.
-    """
-    training = view.purpose == "train"
-    pictures = [row for row in rows if row[0] == _IMAGE]
-    if view.max_images is not None and len(pictures) > view.max_images:
-        raise SampleError(
-            "sample has more images than the view takes",
-            reason="too_many_images",
-            where=key,
-            facts={"images": len(pictures), "max_images": view.max_images},
-            fix="raise max_images, or leave such samples out when building",
-        )
-    branches = _choose(tokens, rows, rng if training else None)
-    if training and view.branch_order == "shuffled" and len(branches) > 1:
-        branches = [branches[b] for b in rng.permutation(len(branches)).tolist()]
-    image = view.image
-    if training and view.high_res is not None:
-        image = view.high_res if rng.random_sample() < view.high_res_probability else image
-    augment = view.augment if training else _UNCHANGED
-    draws = [draw(augment, rng, geometry=row[7], width=row[2], height=row[3]) for row in pictures]
-    sizes = [(row[2], row[3]) for row in pictures]
-    sequence = lay_out(
-        [image_token_ids(*size, image, ids.image) for size in sizes],
-        branches,
-        ids=ids,
-        leads=[tokens[row[2] : row[3]] for row in rows if row[0] == _LEAD],
-        limit=view.sequence_length,
-        tree=view.tree,
-        loss=view.loss,
-        where=key,
-    )
-    firsts = [
-        first_patch_positions(*size, image, ids.image) + start
-        for size, start in zip(sizes, sequence.image_starts, strict=True)
-    ]
-    return ExamplePlan(
-        sequence=sequence,
-        view=image,
-        draws=draws,
-        sizes=sizes,
-        crops=[len(first) for first in firsts],
-        first_patches=_stacked(firsts, empty=np.zeros(0, dtype=np.int64)),
-    )
+
+class _Seen:
+    """What a view makes of pictures, by their sizes."""
+
+    def __init__(self, view: ImageView, ids: TokenIds) -> None:
+        self.view, self._ids = view, ids.image
+        self._sizes: dict[tuple[int, int], _Size] = {}
+
+    def of(self, size: tuple[int, int]) -> _Size:
+        """Looks up what becomes of pictures of a source's (width, height), in pixels."""
+        found = self._sizes.get(size)
+        if found is None:
+            firsts = first_patch_positions(*size, self.view, self._ids)
+            block = image_token_ids(*size, self.view, self._ids)
+            if len(self._sizes) >= _MOST_SIZES:
+                self._sizes.clear()
+            found = self._sizes[size] = _Size(len(firsts), block, firsts)
+        return found
 
 
 class Pictures:
@@ -213,11 +256,11 @@ class Pictures:
     def __init__(self, parts: Sequence[PictureSet], view: View) -> None:
         """Joins the pictures of samples that are seen in the same view."""
         self.parts = tuple(parts)
-        image, num = view.image, sum(part.plan.num_crops for part in parts)
+        image, num = view.image, sum([part.plan.num_crops for part in parts])
         self.shape: tuple[int, ...] = (num, 3, image.size_px, image.size_px)
         if view.pixels == "patches":
             self.shape = (num, image.num_patches, image.patch_px**2 * 3)
-        self.dtype = np.dtype(np.uint8 if view.normalize is None else np.float32)
+        self.dtype = _UINT8 if view.normalize is None else _FLOAT32
         self._view = view
 
     def __len__(self) -> int:
@@ -275,12 +318,7 @@ class PictureSet:
     @property
     def decode_s(self) -> float:
         """Seconds spent on decoding."""
-        spent_s = 0.0
-        for pair in self.sources:
-            for one in pair:
-                if type(one) is Encoded:
-                    spent_s += one.decode_s
-        return spent_s
+        return sum([one.decode_s for pair in self.sources for one in pair if type(one) is Encoded])
 
     def render(self, cells: np.ndarray, view: View) -> None:
         """Writes the crops into [n, S, S, 3], or into patches viewed as [n, P, p, P, p, 3].
@@ -295,9 +333,10 @@ class PictureSet:
             side = plan.view.size_px
             crops = self.scratch("crops", (plan.num_crops, side, side, 3))
         try:
-            for (picture, overview), (width, height), own, count in zip(
-                self.sources, plan.sizes, plan.draws, plan.crops, strict=True
+            for (picture, overview), (width, height), own, seen in zip(
+                self.sources, plan.sizes, plan.draws, plan.seen, strict=True
             ):
+                count = seen.crops
                 render(
                     picture,
                     source_width=width,
@@ -341,14 +380,17 @@ def assemble(
       one past the last token of the crop's image; metadata.
 
     Raises:
-      SampleError: As `plan_example`, and as `render`.
+      SampleError: As `Planner.plan`, and as `render`.
     """
-    plan = plan_example(
-        sample.tokens, sample.spans.tolist(), rng, view=view, ids=ids, key=sample.key
-    )
+    plan = _planner(view, ids).plan(sample.tokens, sample.spans, rng, key=sample.key)
     sources = [(image.pixels, image.overview) for image in sample.images]
     example = draft(plan, sources, view=view, key=sample.key, scratch=Scratch())
     return finished(example)
+
+
+@functools.lru_cache(maxsize=16)
+def _planner(view: View, ids: TokenIds) -> Planner:
+    return Planner(view, ids)
 
 
 def draft(
@@ -362,7 +404,7 @@ def draft(
     """Makes an example whose pictures are not rendered yet.
 
     Args:
-      plan: As `plan_example` makes it for the same view.
+      plan: As a `Planner` of the same view makes it.
       sources: A picture and its overview for each image of the sample.
       view: What the run wants.
       key: The sample's.
@@ -373,21 +415,18 @@ def draft(
       a `Pictures`.
     """
     sequences = [plan.sequence]
-    plan.sequence.weight = view.weight
-    example: dict[str, Any] = {
-        **{name: Column(name, sequences) for name in COLUMNS},
-        "images": Pictures([PictureSet(sources, plan, scratch)], view),
-        "image_masks": _masks(plan),
-        "image_input_idx": plan.first_patches,
-        "image_end": _image_ends(plan),
-        "metadata": {
-            "key": key,
-            "images": [
-                {"width": width, "height": height, "crops": crops}
-                for (width, height), crops in zip(plan.sizes, plan.crops, strict=True)
-            ],
-            "dropped_branches": plan.sequence.dropped_branches,
-        },
+    example: dict[str, Any] = {name: Column(name, sequences) for name in COLUMNS}
+    example["images"] = Pictures([PictureSet(sources, plan, scratch)], view)
+    example["image_masks"] = _masks(plan)
+    example["image_input_idx"] = _first_patches(plan)
+    example["image_end"] = _image_ends(plan)
+    example["metadata"] = {
+        "key": key,
+        "images": [
+            {"width": width, "height": height, "crops": seen.crops}
+            for (width, height), seen in zip(plan.sizes, plan.seen, strict=True)
+        ],
+        "dropped_branches": plan.sequence.dropped_branches,
     }
     if view.image_map == "per_token":
         example["image_input_idx"] = _token_positions(plan)
@@ -408,12 +447,22 @@ def finished(example: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _first_patches(plan: ExamplePlan) -> np.ndarray:
+    """Position of each crop's first patch token: int64 [n]."""
+    starts = plan.sequence.image_starts
+    if len(starts) == 1:
+        first: np.ndarray = plan.seen[0].first_patches + starts[0]
+        return first
+    found = [seen.first_patches + at for seen, at in zip(plan.seen, starts, strict=True)]
+    return np.concatenate([np.zeros(0, np.int64), *found])
+
+
 def _image_ends(plan: ExamplePlan) -> np.ndarray:
     """One past the last token of each crop's image: int64 [n]."""
-    ends = plan.sequence.image_ends
-    return np.array(
-        [end for end, n in zip(ends, plan.crops, strict=True) for _ in range(n)], np.int64
-    )
+    ends: list[int] = []
+    for seen, end in zip(plan.seen, plan.sequence.image_ends, strict=True):
+        ends += [end] * seen.crops
+    return np.array(ends, np.int64)
 
 
 def _masks(plan: ExamplePlan) -> np.ndarray:
@@ -427,28 +476,28 @@ def _masks(plan: ExamplePlan) -> np.ndarray:
 
 
 def _choose(
-    tokens: np.ndarray, rows: Sequence[Sequence[int]], rng: np.random.RandomState | None
+    tokens: np.ndarray, texts: np.ndarray, rng: np.random.RandomState | None
 ) -> list[BranchTurns]:
     """Draws one variant of every turn, branch by branch; the first one without a generator."""
-    variants: dict[tuple[int, int], list[Sequence[int]]] = {}
-    for row in rows:
-        if row[0] == _TEXT:
-            at = (row[1], row[2])
-            if at in variants:
-                variants[at].append(row)
-            else:
-                variants[at] = [row]
-    branches: dict[int, BranchTurns] = {}
-    for (branch, _), own in variants.items():
-        _, _, _, start, stop, response, end, weight = own[
-            0 if rng is None else rng.randint(0, len(own))
-        ]
+    branches: list[BranchTurns] = []
+    turns = texts[:, 1:3].tolist()
+    last = -1
+    first = 0
+    while first < len(turns):
+        # The variants of a turn stand side by side.
+        behind = bisect_right(turns, turns[first], first)
+        drawn = first
+        if rng is not None and behind - first > 1:
+            drawn += rng.randint(0, behind - first)
+        _, branch, _, start, stop, response, end, weight = texts[drawn].tolist()
         turn = Turn(tokens[start:stop], tokens[response:end])
-        if branch in branches:
-            branches[branch].turns.append(turn)
+        if branch == last:
+            branches[-1].turns.append(turn)
         else:
-            branches[branch] = BranchTurns([turn], weight)
-    return list(branches.values())
+            branches.append(BranchTurns([turn], weight))
+            last = branch
+        first = behind
+    return branches
 
 
 def _token_positions(plan: ExamplePlan) -> np.ndarray:
@@ -465,11 +514,11 @@ def _pooled_patches(plan: ExamplePlan) -> np.ndarray:
     """Molmo 2's map: int64 [image tokens, pool], patches of all crops counted through, or -1."""
     found = []
     crops_before = 0
-    for size, count in zip(plan.sizes, plan.crops, strict=True):
+    for size, seen in zip(plan.sizes, plan.seen, strict=True):
         pooled = token_pooling(*size, plan.view)
         shift = crops_before * plan.view.num_patches
         found.append(np.where(pooled == NO_PATCH, NO_PATCH, pooled + shift))
-        crops_before += count
+        crops_before += seen.crops
     pool = plan.view.pool[0] * plan.view.pool[1]
     return _stacked(found, empty=np.zeros((0, pool), dtype=np.int64))
 

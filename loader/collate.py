@@ -242,17 +242,19 @@ class MMCollator:
         input_idx = allocate(index_shape, np.int64)
         for row, (example, n) in enumerate(zip(examples, counts, strict=True)):
             if n:
-                own = example["images"]
-                if isinstance(own, np.ndarray):
-                    np.copyto(images[row, :n], own)
-                else:
-                    own.write(images[row, :n])
                 masks[row, :n] = example["image_masks"]
                 input_idx[row, :n] = example["image_input_idx"]
             if n < num:
                 images[row, n:] = 0
                 masks[row, n:] = 0
                 input_idx[row, n:] = index_pad
+        # By themselves: a decoder drives everything else out of the caches.
+        for row, (example, n) in enumerate(zip(examples, counts, strict=True)):
+            own = example["images"] if n else None
+            if isinstance(own, np.ndarray):
+                np.copyto(images[row, :n], own)
+            elif own is not None:
+                own.write(images[row, :n])
         arrays = {"images": images, "image_masks": masks, "image_input_idx": input_idx}
         if self.pool is not None:
             arrays["token_pooling"] = self._collate_pooling(examples, self.pool, allocate)
@@ -353,8 +355,24 @@ class MMCollator:
                 fix="give the collator and every dataset of the mixture the same view",
             )
 
+    def _fits(self, example: Example, num: int) -> bool:
+        """Tells whether the pictures of a draft fit; its other arrays are of one layout."""
+        if not num:
+            return True
+        index_shape = (num,) if self.tokens_per_crop is None else (num, self.tokens_per_crop)
+        fits: bool = (
+            example["images"].shape == (num, *self.image_shape)
+            and example["image_masks"].shape == (num, self.num_patches)
+            and example["image_input_idx"].shape == index_shape
+            and (self.pool is None or "token_pooling" in example)
+            and (self.pool is None or example["token_pooling"].shape[1:] == (self.pool,))
+        )
+        return fits
+
     def _problems(self, example: Example, num: int) -> list[str]:
         """Lists what is wrong with one example of `num` images by itself."""
+        if type(example.get("input_ids")) is Column and self._fits(example, num):
+            return []
         missing = [key for key in self._text_specs if key not in example]
         if num:
             missing += [key for key in IMAGE_KEYS if key not in example]
@@ -364,7 +382,6 @@ class MMCollator:
             return [f"{', '.join(IMAGE_KEYS)} differ in length"]
         want: dict[str, tuple[int, ...]] = {}
         if not isinstance(example["input_ids"], Column):
-            # Those of one layout fit each other.
             want = dict.fromkeys(self._text_specs, (len(example["input_ids"]),))
         if num:
             want["images"] = (num, *self.image_shape)

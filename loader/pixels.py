@@ -70,15 +70,15 @@ class Encoded:
     __slots__ = ("codec", "decode_s", "height", "payload", "where", "width")
 
     def __init__(
-        self, payload: memoryview, *, codec: Codec, width: int, height: int, where: str = ""
+        self, payload: memoryview, width: int, height: int, *, codec: Codec, where: str = ""
     ) -> None:
         """Names a picture.
 
         Args:
           payload: The whole member.
-          codec: How it is stored.
           width: Stored width, in pixels; another one in the payload is an error.
           height: Stored height, in pixels.
+          codec: How it is stored.
           where: Shard and key, for errors.
         """
         self.payload, self.codec, self.where = payload, codec, where

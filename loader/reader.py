@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,7 +64,16 @@ Check = Literal["size", "crc"]
 _IMAGE, _OVERVIEW = SpanKind.IMAGE.value, SpanKind.OVERVIEW.value
 
 
-@dataclass(slots=True, kw_only=True)
+class StoredPicture(NamedTuple):
+    """One picture as its shard holds it."""
+
+    payload: memoryview
+    width: int
+    """In pixels."""
+    height: int
+
+
+@dataclass(slots=True)
 class StoredSample:
     """One sample as its shard holds it."""
 
@@ -73,11 +82,9 @@ class StoredSample:
     """int32 [T], read-only."""
     spans: np.ndarray
     """int32 [S, 8], read-only; see `shardspec.sample`."""
-    rows: list[list[int]]
-    """The spans as plain integers."""
-    pictures: tuple[memoryview, ...]
+    pictures: tuple[StoredPicture, ...]
     """Each image in the codec of the dataset."""
-    overviews: tuple[memoryview | None, ...]
+    overviews: tuple[StoredPicture | None, ...]
     """The overview of each image, None where none is stored."""
     where: str
     """Shard and key, for errors."""
@@ -198,9 +205,10 @@ class ShardReader:
           StorageError: The store does not answer; see `Prefetcher.read`.
         """
         shard, i = self._locate(sample_id)
-        place = SamplePlace(*shard.places[i].item())
-        where = f"{shard.url} sample {place.key.decode()}"
-        return read_sample(shard.sample(i, where=where), place, where=where)
+        place = shard.places[i].item()
+        key = place[-1].decode()
+        where = f"{shard.url} sample {key}"
+        return read_sample(shard.sample(i, where=where), SamplePlace(*place), key, where=where)
 
     def members(self, sample_id: int) -> tuple[str, memoryview, str]:
         """Gives the bytes of a sample in its tar, with the headers of its members.
@@ -339,44 +347,46 @@ class ShardReader:
             return self._open[file.url]
 
 
-def read_sample(members: memoryview, place: SamplePlace, *, where: str) -> StoredSample:
+def read_sample(members: memoryview, place: SamplePlace, key: str, *, where: str) -> StoredSample:
     """Finds the parts of a sample in its bytes; copies nothing.
 
     Args:
       members: The sample's part of its shard, from its first header on.
       place: Its row of the index.
+      key: The sample's.
       where: Shard and key, for errors.
 
     Raises:
       ShardError: As `decode_array`.
     """
-    spans_at = 2 * BLOCK + padded(place.json_bytes)
-    tokens_at = spans_at + padded(place.spans_bytes) + BLOCK
-    position = tokens_at + padded(place.tokens_bytes) + BLOCK
+    _, num_bytes, _, json_bytes, spans_bytes, tokens_bytes, _ = place
+    spans_at = 2 * BLOCK + padded(json_bytes)
+    tokens_at = spans_at + padded(spans_bytes) + BLOCK
     spans = decode_array(
-        _part(members, spans_at, place.spans_bytes), dtype="<i4", columns=SPAN_COLUMNS, where=where
+        members[spans_at : spans_at + spans_bytes], dtype="<i4", columns=SPAN_COLUMNS, where=where
     )
-    tokens = decode_array(_part(members, tokens_at, place.tokens_bytes), dtype="<i4", where=where)
-    pictures, overviews = [], []
-    rows = spans.tolist()
-    overview_bytes = {row[1]: row[4] for row in rows if row[0] == _OVERVIEW}
-    for _, image, _, _, _, _, length, _ in [row for row in rows if row[0] == _IMAGE]:
-        pictures.append(_part(members, position, length))
-        position += padded(length) + BLOCK
-        # The overview stands directly behind its image.
-        small = overview_bytes.get(image)
-        overviews.append(None if small is None else _part(members, position, small))
-        position += 0 if small is None else padded(small) + BLOCK
-    return StoredSample(
-        key=place.key.decode(),
-        tokens=tokens,
-        spans=spans,
-        rows=rows,
-        pictures=tuple(pictures),
-        overviews=tuple(overviews),
-        where=where,
-        num_bytes=place.num_bytes,
-    )
+    tokens = decode_array(members[tokens_at : tokens_at + tokens_bytes], dtype="<i4", where=where)
+    kinds = spans[:, 0].tolist()
+    num_images, num_overviews = kinds.count(_IMAGE), kinds.count(_OVERVIEW)
+    pictures: list[StoredPicture] = []
+    overviews: list[StoredPicture | None] = []
+    if num_images:
+        position = tokens_at + padded(tokens_bytes) + BLOCK
+        rows = spans[len(kinds) - num_images - num_overviews :].tolist()
+        small = {row[1]: row for row in rows[:num_overviews]}
+        for _, image, _, _, width, height, length, _ in rows[num_overviews:]:
+            payload = members[position : position + length]
+            pictures.append(StoredPicture(payload, width, height))
+            position += padded(length) + BLOCK
+            # The overview stands directly behind its image.
+            overview = None
+            if image in small:
+                _, _, width, height, length, *_ = small[image]
+                payload = members[position : position + length]
+                overview = StoredPicture(payload, width, height)
+                position += padded(length) + BLOCK
+            overviews.append(overview)
+    return StoredSample(key, tokens, spans, tuple(pictures), tuple(overviews), where, num_bytes)
 
 
 def _standing_alone(segment: Segment, url: str) -> Segment:
@@ -440,13 +450,13 @@ def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
     ):
         images.append(
             PreparedImage(
-                pixels=decode_stored(picture, codec=codec, where=stored.where),
+                pixels=decode_stored(picture.payload, codec=codec, where=stored.where),
                 source_width=row[2],
                 source_height=row[3],
                 geometry=Geometry(row[7]),
                 overview=None
                 if overview is None
-                else decode_stored(overview, codec=codec, where=stored.where),
+                else decode_stored(overview.payload, codec=codec, where=stored.where),
             )
         )
     return PreparedSample(
@@ -456,17 +466,14 @@ def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
 
 def encoded_pictures(stored: StoredSample, *, codec: Codec) -> list[tuple[Encoded, Encoded | None]]:
     """Gives each picture of a stored sample, and its overview, ready to be decoded."""
-    pairs = []
-    small = {row[1]: row for row in stored.rows if row[0] == _OVERVIEW}
-    images = (row for row in stored.rows if row[0] == _IMAGE)
-    for payload, own, row in zip(stored.pictures, stored.overviews, images, strict=True):
-        picture = Encoded(payload, codec=codec, width=row[4], height=row[5], where=stored.where)
-        overview = None
-        if own is not None:
-            _, _, width, height, *_ = small[row[1]]
-            overview = Encoded(own, codec=codec, width=width, height=height, where=stored.where)
-        pairs.append((picture, overview))
-    return pairs
+    where = stored.where
+    return [
+        (
+            Encoded(*picture, codec=codec, where=where),
+            None if overview is None else Encoded(*overview, codec=codec, where=where),
+        )
+        for picture, overview in zip(stored.pictures, stored.overviews, strict=True)
+    ]
 
 
 class _LocalShards:

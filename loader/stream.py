@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.assemble import PictureSet, View, draft, finished, plan_example
+from loader.assemble import PictureSet, Planner, View, draft, finished
 from loader.buffers import Scratch
 from loader.cursor import Allowed, Cursor
 from loader.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
@@ -206,6 +206,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.num_samples = len(self.reader) if max_samples is None else max_samples
         """Samples in use: those of the split, or the first `max_samples` of them."""
         self._base_seed = dataset_seed(seed, self.manifest.dataset)
+        self._planner = Planner(self.view, self.ids)
         self._rng = SampleRng()
         self._scratch = Scratch()
         self._cursor = Cursor()
@@ -253,6 +254,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
     def _copy(self, *, batch_size: int | None, view: View, seed: int) -> StreamingDataset:
         other = copy.copy(self)
         other.batch_size, other.view, other.seed = batch_size, view, seed
+        other._planner = Planner(view, self.ids)
         other._base_seed = dataset_seed(seed, self.manifest.dataset)
         other._cursor = Cursor()
         return other
@@ -484,14 +486,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         stored = self.reader.stored(number)
         read_s = perf_counter()
         seed = sample_seed(self._base_seed, idx=number, length=self.num_samples, epoch=epoch)
-        plan = plan_example(
-            stored.tokens,
-            stored.rows,
-            self._rng(seed),
-            view=self.view,
-            ids=self.ids,
-            key=stored.key,
-        )
+        plan = self._planner.plan(stored.tokens, stored.spans, self._rng(seed), key=stored.key)
         example = draft(
             plan,
             encoded_pictures(stored, codec=self.reader.codec),

@@ -29,6 +29,7 @@ from shardspec.sample import (
     decode_array,
     image_rows,
     overview_rows,
+    text_rows,
 )
 from shardspec.tar import TarMember, walk_tar
 
@@ -113,9 +114,12 @@ def _verify_sample(
     payloads = [view[m.offset : m.offset + m.num_bytes] for m in found]
     spans = decode_array(payloads[1], dtype="<i4", columns=SPAN_COLUMNS, where=where)
     tokens = decode_array(payloads[2], dtype="<i4", where=where)
-    texts = spans[spans[:, 0] == SpanKind.TEXT, 3:7]
-    if len(texts) and (texts.min() < 0 or texts.max() > len(tokens)):
-        raise _wrong(where, "span_range", {"num_tokens": len(tokens), "max": int(texts.max())})
+    ranges = spans[spans[:, 0] == SpanKind.TEXT, 3:7]
+    if len(ranges) and (ranges.min() < 0 or ranges.max() > len(tokens)):
+        raise _wrong(where, "span_range", {"num_tokens": len(tokens), "max": int(ranges.max())})
+    turns = text_rows(spans)[:, 1:3].tolist()
+    if turns != sorted(turns) or len(turns) != len(ranges):
+        raise _wrong(where, "span_order", {"turns": turns[:20]})
     overview_bytes = {row[1]: row[4] for row in overview_rows(spans).tolist()}
     want = []
     for i, picture in enumerate(image_rows(spans).tolist()):

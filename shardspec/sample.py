@@ -22,7 +22,7 @@ of them, each equally likely. Starts and stops index `tokens`; variants share ru
 that answers eight prompts is stored once. A *branch* is one conversation about the sample's
 images. The weight is the branch's loss weight in millionths. LEAD rows name the tokens that stand
 in front of an image, such as "Image 2"; there is one per image, or none. OVERVIEW rows describe
-the overviews that are stored. Rows are sorted: TEXT, LEAD, OVERVIEW, then IMAGE rows.
+the overviews that are stored. Rows are sorted: TEXT (by branch and turn), LEAD, OVERVIEW, IMAGE.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -173,6 +173,11 @@ def _array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
 
 
+@functools.lru_cache(maxsize=8)
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(name)
+
+
 def decode_array(
     payload: bytes | memoryview, *, dtype: str, columns: int | None = None, where: str = ""
 ) -> np.ndarray:
@@ -188,17 +193,18 @@ def decode_array(
       ShardError: `array_size` (no whole number of rows), `array_header` (not the header that
         `encode_array` makes for that type and as many rows as there are).
     """
-    start = payload[:ARRAY_HEADER_BYTES]
-    body = memoryview(payload)[ARRAY_HEADER_BYTES:]
-    num_rows, rest = divmod(len(body), np.dtype(dtype).itemsize * (columns or 1))
+    kind = _dtype(dtype)
+    body_bytes = max(0, len(payload) - ARRAY_HEADER_BYTES)
+    num_rows, rest = divmod(body_bytes, kind.itemsize * (columns or 1))
     if rest:
         raise ShardError(
             "array member has a broken length",
             reason="array_size",
             where=where,
-            facts={"got_bytes": len(body), "rest_bytes": rest},
+            facts={"got_bytes": body_bytes, "rest_bytes": rest},
             fix="run `python -m preprocess verify` on the dataset",
         )
+    start = payload[:ARRAY_HEADER_BYTES]
     if start != _array_header(dtype, (num_rows, columns) if columns else (num_rows,)):
         raise ShardError(
             "array member has an unexpected header",
@@ -207,8 +213,8 @@ def decode_array(
             facts={"want_dtype": dtype, "want_rows": num_rows, "got": bytes(start[10:]).rstrip()},
             fix="run `python -m preprocess verify` on the dataset",
         )
-    array = np.frombuffer(body, dtype=dtype)
-    return array.reshape(-1, columns) if columns else array
+    array = np.frombuffer(payload, kind, offset=ARRAY_HEADER_BYTES)
+    return array.reshape(num_rows, columns) if columns else array
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:

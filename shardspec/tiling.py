@@ -567,10 +567,18 @@ def token_pooling(width: int, height: int, view: ImageView) -> np.ndarray:
 
     Returns:
       int64 [num_pooled, pool rows * pool columns], row-major inside a group: indices into the
-      flattened (crop, patch) list, -1 (`NO_PATCH`) beyond the border.
+      flattened (crop, patch) list, -1 (`NO_PATCH`) beyond the border; read-only.
     """
     rows, cols = select_tiling(width, height, view)
-    return _token_pooling(rows, cols, view)
+    pooling: np.ndarray = _kept_pooling(rows, cols, view)
+    return pooling
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_pooling(rows: int, cols: int, view: ImageView) -> np.ndarray:
+    pooling = _token_pooling(rows, cols, view)
+    pooling.setflags(write=False)
+    return pooling
 
 
 def _token_pooling(rows: int, cols: int, view: ImageView) -> np.ndarray:

@@ -315,6 +315,13 @@ BROKEN = {
         ),
         "span_range",
     ),
+    "texts are out of order": (
+        lambda d: rewrite(
+            d,
+            tar=edited(TAR, at=member_start("spans.npy") + 128 + 4 * 1, payload=b"\x01"),
+        ),
+        "span_order",
+    ),
     "picture's size is another": (
         lambda d: rewrite(
             d,

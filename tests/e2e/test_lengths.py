@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from loader.assemble import View, plan_example
+from loader.assemble import Planner, View
 from loader.layout import TokenIds
 from loader.reader import ShardReader
 from preprocess.formatter import TextPolicy
@@ -70,7 +70,7 @@ def test_recorded_lengths_are_those_of_assemble(built, number):
     manifest = require_manifest(built)
     reader = ShardReader(built, manifest, split="train")
     ids = TokenIds.from_special_ids(manifest.tokenizer.special_ids)
-    view = View(image=(TILES, MORE_TILES)[number])
+    planner = Planner(View(image=(TILES, MORE_TILES)[number]), ids)
     rows = np.concatenate(
         [
             open_index(
@@ -86,13 +86,7 @@ def test_recorded_lengths_are_those_of_assemble(built, number):
         texts = text_rows(sample.spans)
         choices = len(texts) - len({(b, t) for _, b, t, *_ in texts.tolist()})
         plans = [
-            plan_example(
-                sample.tokens,
-                sample.spans.tolist(),
-                np.random.RandomState(keyed(i, draw) >> 32),
-                view=view,
-                ids=ids,
-            )
+            planner.plan(sample.tokens, sample.spans, np.random.RandomState(keyed(i, draw) >> 32))
             for draw in range(60 if choices else 1)
         ]
         assert {plan.num_crops for plan in plans} == {int(row["view_crops"][number])}

@@ -158,7 +158,7 @@ def break_picture(url, number):
     stored = reader.stored(number)
     path = Path(url, reader.segments[0].file.url)
     payload = path.read_bytes()
-    at = payload.index(bytes(stored.pictures[0])) + len(stored.pictures[0]) // 2
+    at = payload.index(bytes(stored.pictures[0].payload)) + len(stored.pictures[0].payload) // 2
     path.write_bytes(payload[:at] + bytes([payload[at] ^ 1]) + payload[at + 1 :])
     return stored.key
 
