@@ -2,13 +2,17 @@
 
     python benchmarks/assemble.py
 
-The view has crops of 378 px, at most 8 and the overview. Per picture, on one core:
+The view has crops of 378 px, at most 8 and the overview. Pictures of 2048 px fill the canvases that
+their crops are cut from; of those of 1280 px some are enlarged first, which no copy compares with.
+Per picture, on one core:
 
 * copy: as many bytes as its crops have, from one warm buffer into another;
 * copy of its crops: its own, cut before, into one warm buffer: like the stored pictures they have
   left the second-level cache since they were made;
 * copy into the batch: the same into its place in a batch whose memory is used again (two batches of
   16 take turns), which is the least that training can do with crops that it has;
+* cut: the crops copied out of the stored pictures by NumPy, into one warm buffer, where nothing is
+  enlarged: what `assemble` cannot avoid, as it begins with pictures;
 * as the loader does: draws, token layout, the text's arrays, and crops into their place there;
 * assemble: the same into new arrays, as users of single examples have it;
 * unsharded path: prepare (decode, resize, format, tokenize) and assemble, as `MolmoPreprocessor`.
@@ -19,6 +23,7 @@ Ratios are of processor time.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +42,7 @@ from preprocess.recipe import Preparer, Recipe
 from preprocess.scenes import plan_scene
 from preprocess.tokens import load_tokenizer
 from shardspec.sample import PreparedImage, PreparedSample
-from shardspec.tiling import num_crops
+from shardspec.tiling import canvas_size, num_crops, select_tiling
 
 BATCH = 16
 ROUNDS = 9
@@ -46,10 +51,16 @@ ROUNDS = 9
 def main() -> None:
     torch.set_num_threads(1)
     print(f"{machine()}\n")
+    for side_px in (2048, 1280):
+        measure(side_px)
+
+
+def measure(side_px: int) -> None:
+    """Prints the table of pictures whose longer side is `side_px`."""
     tokenizer = load_tokenizer()
     prepare = Preparer(recipe=Recipe(image=ImagePolicy(views=(TILED,))), tokenizer=tokenizer)
     examples = [
-        {"image": payload, "message_list": messages(i)} for i, payload in enumerate(draw(1280))
+        {"image": payload, "message_list": messages(i)} for i, payload in enumerate(draw(side_px))
     ]
     samples = [decoded(prepare(example)) for example in examples]
     images = [sample.images[0] for sample in samples]
@@ -60,6 +71,7 @@ def main() -> None:
     source = np.ones((max(counts), side, side, 3), np.uint8)
     target = np.ones_like(source)
     own = [rendered(image) for image in images]
+    overviews = [crops[0].copy() for crops in own]
     batches = np.ones((2, BATCH, max(counts), side, side, 3), np.uint8)
 
     def copy() -> None:
@@ -73,6 +85,14 @@ def main() -> None:
     def copy_to_batch() -> None:
         for i, crops in enumerate(own):
             np.copyto(batches[i // BATCH % 2, i % BATCH, : len(crops)], crops)
+
+    def cut() -> None:
+        for image, small in zip(images, overviews, strict=True):
+            np.copyto(target[0], small)
+            rows, cols = select_tiling(image.source_width, image.source_height, TILED)
+            for tile in range(rows * cols):
+                y, x = (TILED.window_px * at for at in divmod(tile, cols))
+                np.copyto(target[1 + tile], image.pixels[y : y + side, x : x + side])
 
     scratch, planner = Scratch(), Planner(view, ids)
 
@@ -97,19 +117,21 @@ def main() -> None:
             rng.seed(i)
             assemble(prepare(example), rng, view=view, ids=ids)
 
-    times = paired(
-        {
-            "copy": copy,
-            "copy of its crops": copy_own,
-            "copy into the batch": copy_to_batch,
-            "as the loader does": in_place,
-            "assemble": alone,
-            "unsharded path": unsharded,
-        },
-        rounds=ROUNDS,
-    )
+    functions: dict[str, Callable[[], None]] = {
+        "copy": copy,
+        "copy of its crops": copy_own,
+        "copy into the batch": copy_to_batch,
+        "as the loader does": in_place,
+        "assemble": alone,
+    }
+    if all(image.pixels.shape[1::-1] == canvas(image) for image in images):
+        functions["cut"] = cut
+    else:
+        functions["unsharded path"] = unsharded
+    times = paired(functions, rounds=ROUNDS)
     print(
-        f"{np.mean(counts):.1f} crops a picture, {np.mean(counts) * side * side * 3 / 1e6:.1f} MB"
+        f"{side_px} px: {np.mean(counts):.1f} crops a picture, "
+        f"{np.mean(counts) * side * side * 3 / 1e6:.1f} MB"
     )
     row("", "CPU, ms", "to copy", "to its crops", "to the batch")
     for name, (_, cpu) in times.items():
@@ -120,6 +142,7 @@ def main() -> None:
             f"{np.median(times['copy of its crops'].cpu / cpu):.2f}",
             f"{np.median(times['copy into the batch'].cpu / cpu):.2f}",
         )
+    print()
 
 
 def messages(i: int) -> list[dict[str, object]]:
@@ -142,6 +165,11 @@ def decoded(sample: PreparedSample) -> PreparedSample:
         for image in sample.images
     )
     return replace(sample, images=images)
+
+
+def canvas(image: PreparedImage) -> tuple[int, int]:
+    """Gives the (width, height) that a picture is cut at, in pixels."""
+    return canvas_size(image.source_width, image.source_height, TILED)
 
 
 def rendered(image: PreparedImage) -> np.ndarray:
