@@ -33,14 +33,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import TILED, machine, paired, row
-from benchmarks.workloads import SEQUENCE_LENGTH, Workload, single_crops, tiles
-from loader import DeterministicDataset, MolmoPreprocessor, View
-from loader.dataloader import StreamLoader, view_collator
+from benchmarks.workloads import Workload, single_crops, tiles, unsharded
+from loader.dataloader import StreamLoader
 from loader.stats import STAGES
-from preprocess.datasets import get_dataset
-from preprocess.image import ImagePolicy
-from preprocess.recipe import Preparer, Recipe
-from preprocess.tokens import load_tokenizer
 from shardspec.media import decode_stored
 from shardspec.sample import image_rows
 from shardspec.tiling import num_crops
@@ -139,7 +134,7 @@ def many(tiled: Workload, *, rounds: int) -> None:
             "W2 decode + memcpy": limit,
             "W2 no threads": partial(consume, loader),
             "W2 2 threads": partial(consume, tiled.loader(decode_threads=2)),
-            "unsharded path": unsharded(tiled, rows=min(num, 32)),
+            "unsharded path": by_itself(tiled, rows=min(num, 32)),
         },
         rounds=rounds,
     )
@@ -159,17 +154,9 @@ def many(tiled: Workload, *, rounds: int) -> None:
     print(f"{crops / num:.1f} crops a sample\n")
 
 
-def unsharded(tiled: Workload, *, rows: int) -> Callable[[], None]:
-    """The reference path on the rows that W2 was built from."""
-    tokenizer = load_tokenizer()
-    source = str(Path(tiled.url).parent / "source")
-    recipe = Recipe(image=ImagePolicy(views=(TILED,)))
-    view = View(image=TILED, sequence_length=SEQUENCE_LENGTH)
-    preprocess = MolmoPreprocessor(
-        Preparer(recipe=recipe, tokenizer=tokenizer), special_ids=tokenizer.special_ids, view=view
-    )
-    dataset = DeterministicDataset(get_dataset("pixmo_cap", source=source), preprocess, seed=1)
-    collate = view_collator(view, sequence_length=SEQUENCE_LENGTH)
+def by_itself(tiled: Workload, *, rows: int) -> Callable[[], None]:
+    """The path without shards, on the rows that W2 was built from."""
+    dataset, collate = unsharded(tiled)
 
     def run() -> None:
         for start in range(0, rows, tiled.batch):

@@ -6,7 +6,8 @@ Every loader gives batches of the same size with the same tensors: pictures uint
 `input_ids` and `labels` padded to a multiple of 128, from a shuffled epoch on a local disk, made by
 two workers. The peers' samples hold ids and labels laid out beforehand, so that they only pad; ours
 draws variants and lays out tokens. A peer runs as its documentation recommends, with Pillow where
-it leaves decoding to the user, and once more with our decoder ("+").
+it leaves decoding to the user, and once more with our decoder ("+"). "Unsharded path" is the
+map-style dataset that decodes, resizes, formats and tokenizes at load time, under a DataLoader.
 
 A rate is that of the batches behind the first few, so that the start of processes is left out. The
 loaders take turns; ratios are medians over rounds of ours / the peer's rate.
@@ -40,7 +41,15 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import machine, row
-from benchmarks.workloads import SEQUENCE_LENGTH, Workload, clips, single_crops, texts, tiles
+from benchmarks.workloads import (
+    SEQUENCE_LENGTH,
+    Workload,
+    clips,
+    single_crops,
+    texts,
+    tiles,
+    unsharded,
+)
 from loader.pixels import render
 from shardspec.media import decode_stored
 from shardspec.sample import image_rows
@@ -354,6 +363,8 @@ def measure(workload: Workload, folder: Path, *, rounds: int, view: ImageView | 
         "vlm-shards, 2 threads": partial(workload.loader, decode_threads=WORKERS),
         "vlm-shards, 2 workers": partial(workload.loader, workers=WORKERS),
     }
+    if workload.source:
+        runs["unsharded path"] = partial(without_shards, workload)
     for name, (module, make) in PEERS.items():
         if importlib.util.find_spec(module) is None:
             print(f"{name} is not installed", flush=True)
@@ -371,6 +382,13 @@ def measure(workload: Workload, folder: Path, *, rounds: int, view: ImageView | 
         for name in list(runs)[:: 1 if i % 2 else -1]:
             rates[name].append(rate(runs[name](), batch=workload.batch, most=most))
     return {name: np.array(found) for name, found in rates.items()}
+
+
+def without_shards(workload: Workload) -> Iterable[Any]:
+    """Begins a pass of the map-style dataset that does everything at load time."""
+    dataset, collator = unsharded(workload)
+    settings = {"batch_size": workload.batch, "shuffle": True, "num_workers": WORKERS}
+    return DataLoader(dataset, collate_fn=collator, **settings)
 
 
 def report(workload: Workload, rates: dict[str, np.ndarray]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,22 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import PICTURES, TILED, Silent, draw, write_source
-from loader import StreamingDataset, make_dataloader
-from loader.dataloader import StreamLoader
+from loader import (
+    DeterministicDataset,
+    MMCollator,
+    MolmoPreprocessor,
+    StreamingDataset,
+    View,
+    make_dataloader,
+)
+from loader.dataloader import StreamLoader, view_collator
+from preprocess.datasets import get_dataset
 from preprocess.image import ImagePolicy
 from preprocess.job import JobSettings
 from preprocess.pipeline import run_job
-from preprocess.recipe import Recipe
+from preprocess.recipe import Preparer, Recipe
 from preprocess.scenes import make_scene
+from preprocess.tokens import load_tokenizer
 from shardspec.index import encode_index, index_dtype, index_row
 from shardspec.manifest import ShardEntry, load_manifest
 from shardspec.media import encode_stored
@@ -45,6 +54,10 @@ class Workload:
     name: str
     url: str
     batch: int
+    dataset: str = "pixmo_cap"
+    source: str = ""
+    """Where its rows come from; "" where it was not built from a source."""
+    view: ImageView = field(default_factory=ImageView)
 
     def loader(self, **options: int) -> StreamLoader:
         """Opens it with the same order each time."""
@@ -52,6 +65,23 @@ class Workload:
         return make_dataloader(
             dataset, global_batch_size=self.batch, sequence_length=SEQUENCE_LENGTH, **options
         )
+
+
+def unsharded(workload: Workload) -> tuple[DeterministicDataset, MMCollator]:
+    """Gives the path without shards over a workload's rows: a map-style dataset and its collator.
+
+    Each picture is decoded, resized and tiled from its source and each text formatted and tokenized
+    whenever a sample is asked for.
+    """
+    tokenizer = load_tokenizer()
+    recipe = Recipe(image=ImagePolicy(views=(workload.view,)))
+    view = View(image=workload.view, sequence_length=SEQUENCE_LENGTH)
+    preprocess = MolmoPreprocessor(
+        Preparer(recipe=recipe, tokenizer=tokenizer), special_ids=tokenizer.special_ids, view=view
+    )
+    rows = get_dataset(workload.dataset, source=workload.source)
+    collator = view_collator(view, sequence_length=SEQUENCE_LENGTH)
+    return DeterministicDataset(rows, preprocess, seed=1), collator
 
 
 def single_crops(folder: Path, *, rows: int, raw: bool = False) -> Workload:
@@ -64,14 +94,15 @@ def single_crops(folder: Path, *, rows: int, raw: bool = False) -> Workload:
     settings = write_source(folder, files, rows=rows, view=view)
     policy = ImagePolicy(views=(view,), codec="raw" if raw else "jpeg")
     run_job(replace(settings, recipe=Recipe(image=policy)), Silent())
-    return Workload(name="W3" if raw else "W1", url=settings.out, batch=32)
+    name = "W3" if raw else "W1"
+    return Workload(name=name, url=settings.out, batch=32, source=settings.source)
 
 
 def tiles(folder: Path, *, rows: int) -> Workload:
     """Builds W2 from pictures of 1280 px."""
     settings = write_source(folder, draw(1280), rows=rows, view=TILED)
     run_job(settings, Silent())
-    return Workload(name="W2", url=settings.out, batch=16)
+    return Workload(name="W2", url=settings.out, batch=16, source=settings.source, view=TILED)
 
 
 def texts(folder: Path, *, rows: int) -> Workload:
@@ -85,7 +116,9 @@ def texts(folder: Path, *, rows: int) -> Workload:
         num_shards=4,
     )
     run_job(settings, Silent())
-    return Workload(name="W4", url=settings.out, batch=32)
+    return Workload(
+        name="W4", url=settings.out, batch=32, dataset="text_sft", source=settings.source
+    )
 
 
 def clips(folder: Path, *, rows: int, like: Workload) -> Workload:
