@@ -194,9 +194,17 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(count, thread_name_prefix="decode", initializer=_one_torch_thread)
     # An executor starts a thread when no other one is idle: all wait until all are there.
     all_there = threading.Barrier(count)
-    for future in [pool.submit(all_there.wait) for _ in range(count)]:
-        future.result()
-    torch.set_num_threads(before)
+    try:
+        for future in [pool.submit(all_there.wait) for _ in range(count)]:
+            future.result()
+    except BaseException:
+        # The system grants no more threads, or Ctrl-C: those that wait would wait for ever, and
+        # the end of the process for them.
+        all_there.abort()
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(before)
     return pool
 
 
