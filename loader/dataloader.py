@@ -224,6 +224,8 @@ class StreamLoader:
         # that is planned next.
         self._streams: list[list[int]] = []
         self._planned = 0
+        # Counts what ends the passes that are under way.
+        self._turn = 0
 
     @property
     def epoch(self) -> int:
@@ -236,12 +238,20 @@ class StreamLoader:
         return self._schedule.epoch_start(epoch + 1) - self._schedule.epoch_start(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Gives the rest of the current epoch; equally many batches on every rank."""
+        """Gives the rest of the current epoch; equally many batches on every rank.
+
+        Raises:
+          StateError: `stale_iterator`, an iterator is used further although another one has begun
+            since, or the loader has gone to another place.
+        """
+        self._turn += 1
+        turn = self._turn
         stop = self._schedule.epoch_start(self.epoch + 1)
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
         self.dataset.forget()
         plans = _Plans(self, range(self.step, stop))
+        left = len(plans)
         begin_s = perf_counter()
         # Threads and processes end with the loop, however it is left.
         with closing(self._made(plans)) as batches:
@@ -249,6 +259,7 @@ class StreamLoader:
                 given_s = perf_counter()
                 self._note_bad(made.bad)
                 self.step += 1
+                left -= 1
                 self._streams = plans.delivered()
                 batch = made.batch
                 self._stats.made += made.spent
@@ -260,6 +271,16 @@ class StreamLoader:
                 del batch
                 begin_s = perf_counter()
                 self._stats.use_s += begin_s - given_s
+                if left and turn != self._turn:
+                    # Its batches would come twice, and count for the state.
+                    raise StateError(
+                        "an iterator of the loader is used further, but the loader has left its "
+                        "place",
+                        reason="stale_iterator",
+                        facts={"step": self.step},
+                        fix="use one iterator at a time, and a new one behind load_state_dict and "
+                        "change; for two passes at once make two loaders",
+                    )
 
     def stats(self) -> Stats:
         """Tells what the time went into since this loader was made; see `Stats`."""
@@ -305,7 +326,8 @@ class StreamLoader:
 
         The change becomes part of the state: a resumed run makes its loader with the settings it
         began with, and the state brings the changes. With another batch size every sample of the
-        epoch still comes once. Leave a running `for` first: its batches are already planned.
+        epoch still comes once. It ends a running `for`, whose batches are already planned: leave
+        that first.
 
         Args:
           global_batch_size: Rows per step over all ranks; None: as it is.
@@ -323,6 +345,7 @@ class StreamLoader:
                 reason="change_weights",
                 fix="leave weights out, or start a new run",
             )
+        self._turn += 1
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             self._packs.set_sizes([*before, (self.step, batch)])
@@ -402,6 +425,7 @@ class StreamLoader:
         self._explain(state, own)
         lengths_matter = self._packs is not None or self._bucket_steps > 0
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
+        self._turn += 1
         step = int(state["step"])
         if isinstance(self.order, MixtureOrder):
             mixture = MixtureConfig.from_dict(state["order"])
