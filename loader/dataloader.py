@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from time import perf_counter
@@ -30,6 +30,7 @@ from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
 from loader.packing import PackConfig
 from loader.quarantine import MOST_RECORDS
+from loader.reader import count_reading
 from loader.schedule import (
     BucketSchedule,
     PackSchedule,
@@ -217,7 +218,11 @@ class StreamLoader:
         self._packs = packs
         self._maker = BatchMaker(dataset, collator, packing=packs.config if packs else None)
         self.prefetch_bytes = prefetch_bytes
-        self._stats = Stats(makers=max(1, workers or decode_threads))
+        maker = "worker process" if workers else "thread"
+        self._stats = Stats(makers=max(1, workers or decode_threads), maker=maker)
+        # What worker processes have read.
+        self._counters: Counter[str] = Counter()
+        self._watcher: tuple[Callable[[int, Stats], None], int, Stats] | None = None
         self._pool = BufferPool(keep_bytes=prefetch_bytes)
         self._schedule: Schedule = packs or self._unpacked()
         # Where the packs' streams stood when the last delivered batch was planned, and the step
@@ -263,9 +268,11 @@ class StreamLoader:
                 self._streams = plans.delivered()
                 batch = made.batch
                 self._stats.made += made.spent
+                self._counters.update(made.counters)
                 self._stats.wait_s += given_s - begin_s
                 self._stats.ready += ready
                 del made
+                self._tell()
                 yield batch
                 # What the consumer does not keep is free for the next batches.
                 del batch
@@ -284,11 +291,27 @@ class StreamLoader:
 
     def stats(self) -> Stats:
         """Tells what the time went into since this loader was made; see `Stats`."""
-        counters: Counter[str] = Counter()
-        # Datasets that are fetched alike share what fetches them.
-        for each in {id(r.counters): r.counters for r in self.dataset.readers}.values():
-            counters.update(each)
+        counters = count_reading(self.dataset.readers) + self._counters
         return replace(self._stats, counters=dict(counters))
+
+    def watch(self, hook: Callable[[int, Stats], None], *, every_steps: int) -> None:
+        """Lets a logger know what the time goes into.
+
+        Args:
+          hook: Called in the consumer's thread with the number of steps delivered so far and the
+            account of the last `every_steps` of them; the time it takes counts as the consumer's.
+          every_steps: >= 1; counted from now on.
+        """
+        self._watcher = hook, every_steps, self.stats()
+
+    def _tell(self) -> None:
+        if self._watcher is None:
+            return
+        hook, every_steps, before = self._watcher
+        if self._stats.made.batches - before.made.batches >= every_steps:
+            now = self.stats()
+            self._watcher = hook, every_steps, now
+            hook(self.step, now.since(before))
 
     def _made(self, plans: _Plans) -> Generator[tuple[Made, int], None, None]:
         ahead = self._ahead()

@@ -351,6 +351,16 @@ class ShardReader:
             return self._open[file.url]
 
 
+def count_reading(readers: Iterable[ShardReader]) -> Counter[str]:
+    """Adds up what this process has read over the network; readers that share count once."""
+    counters: Counter[str] = Counter()
+    for prefetcher in {id(r.prefetcher): r.prefetcher for r in readers}.values():
+        if prefetcher is not None:
+            # A copy first, which is made at once: threads go on counting.
+            counters.update(dict(prefetcher.counters))
+    return counters
+
+
 class _OpenShards(dict[str, _OpenShard]):
     """Shards that are open, by URL, the oldest first; a copy in another process has none."""
 

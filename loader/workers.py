@@ -25,7 +25,7 @@ import tempfile
 import threading
 import traceback
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,6 +40,7 @@ import torch
 
 from loader.buffers import LEAST_POOLED_BYTES
 from loader.making import BatchMaker, LookAhead, Made, Task
+from loader.reader import count_reading
 from loader.stats import Spent
 from shardspec.errors import ShardsError, WorkerError
 
@@ -91,6 +92,8 @@ class _Answer:
     """Tensors are `_Shared`, or `_Sent` where they are small."""
     bad: list[dict[str, Any]] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
+    counters: dict[str, int] = field(default_factory=dict)
+    """See `Made.counters`."""
     new: list[tuple[int, int]] = field(default_factory=list)
     """(Buffer, bytes)."""
     dropped: list[int] = field(default_factory=list)
@@ -208,7 +211,7 @@ class _Worker:
                 fix="workers=0 shows where, in one process",
             )
         batch = {name: self._opened(value) for name, value in answer.batch.items()}
-        return Made(batch=batch, bad=answer.bad, spent=answer.spent)
+        return Made(batch=batch, bad=answer.bad, spent=answer.spent, counters=answer.counters)
 
     def hang_up(self) -> None:
         """Lets the process know that nothing more is wanted."""
@@ -270,6 +273,7 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     memory = _SharedMemory(keep_bytes)
+    told: Counter[str] = Counter()
     requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
     # Read at once: while this process waits for room in the pipe for an answer, the consumer must
     # not wait for room for a task.
@@ -277,6 +281,8 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     while (request := requests.get()) is not None:
         memory.free(request.freed)
         answer = _answered(maker, request.task, memory)
+        counted = count_reading(maker.source.readers)
+        answer.counters, told = dict(counted - told), counted
         descriptors = memory.settle(answer)
         try:
             pipe.send(answer)

@@ -124,7 +124,7 @@ class Busy:
     """A maker whose batches behind the first take long."""
 
     def __init__(self, maker):
-        self.maker = maker
+        self.maker, self.source = maker, maker.source
 
     def make(self, task, *, allocate):
         if task.step:
@@ -163,7 +163,7 @@ def test_workers_end_at_once_although_a_forked_child_has_their_pipes_too(url):
 
 class Talking:
     def __init__(self, maker):
-        self.maker = maker
+        self.maker, self.source = maker, maker.source
 
     def make(self, task, *, allocate):
         print(f"step {task.step}")
@@ -183,7 +183,7 @@ class NoMemory:
     """A maker in whose process no shared memory can be had."""
 
     def __init__(self, maker):
-        self.maker = maker
+        self.maker, self.source = maker, maker.source
 
     def make(self, task, *, allocate):
         import loader.workers
