@@ -106,6 +106,7 @@ class RawDataset(IterableDataset[Any]):
         self._base_seed = dataset_seed(seed, self.manifest.dataset)
         self._rng = SampleRng()
         self._cursor = Cursor()
+        self._fingerprint: dict[str, Any] | None = None
 
     @property
     def epoch(self) -> int:
@@ -183,9 +184,11 @@ class RawDataset(IterableDataset[Any]):
         Raises:
           ShardError: An index cannot be read.
         """
-        return split_fingerprint(
-            self.manifest, self.reader, split=self.split, num_samples=self.num_samples
-        )
+        if self._fingerprint is None:
+            self._fingerprint = split_fingerprint(
+                self.manifest, self.reader, split=self.split, num_samples=self.num_samples
+            )
+        return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
