@@ -160,6 +160,11 @@ class RawDataset(IterableDataset[Any]):
         """Says that a step's examples are made."""
         self.reader.was_read(step)
 
+    def forget(self) -> None:
+        """Drops what was said to be read: the run goes on at another step."""
+        if self.reader.prefetcher is not None:
+            self.reader.prefetcher.forget()
+
     def at(self, place: Place) -> Any:
         """Makes the example of one place of the order."""
         return self.example(place.sample, epoch=place.epoch)

@@ -1,5 +1,6 @@
 """Streaming from real object stores: the batches of a local disk, whatever the network does."""
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -429,3 +430,20 @@ def test_stats_hold_what_worker_processes_have_read(s3):
     # A second pass has other processes, whose counts are added.
     list(loader)
     assert loader.stats().counters["cache_misses"] >= 400
+
+
+def test_passes_that_are_left_hold_nothing_for_the_rest_of_the_run(s3):
+    url, _ = s3
+    dataset = StreamingDataset(url, seed=3, rank=0, world_size=1, network=SMALL, batch_size=4)
+    prefetcher = dataset.reader.prefetcher
+    held = []
+    for epoch in range(4):
+        dataset.set_epoch(epoch)
+        list(itertools.islice(dataset, 8))
+        deadline_s = time.monotonic() + 10
+        while any(entry.coming or entry.wanted for entry in list(prefetcher._entries.values())):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        held.append((len(prefetcher._plan), prefetcher._held_bytes))
+    assert max(steps for steps, _ in held) == held[0][0]
+    assert max(size for _, size in held[1:]) <= 2 * held[0][1]
