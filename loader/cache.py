@@ -258,6 +258,9 @@ class BlockCache:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for as long as a folder takes to list
             yield _Counter(descriptor)
         finally:
+            # Closing alone would not do: a child that was forked meanwhile has the descriptor too,
+            # and would hold the lock, and all processes of the node, for as long as it lives.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def _claim(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from time import perf_counter
@@ -30,6 +30,7 @@ from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, epoch_of, rank_positions
 from loader.packing import PackConfig
 from loader.quarantine import MOST_RECORDS
+from loader.reader import count_reading
 from loader.schedule import (
     BucketSchedule,
     PackSchedule,
@@ -217,13 +218,19 @@ class StreamLoader:
         self._packs = packs
         self._maker = BatchMaker(dataset, collator, packing=packs.config if packs else None)
         self.prefetch_bytes = prefetch_bytes
-        self._stats = Stats(makers=max(1, workers or decode_threads))
+        maker = "worker process" if workers else "thread"
+        self._stats = Stats(makers=max(1, workers or decode_threads), maker=maker)
+        # What worker processes have read.
+        self._counters: Counter[str] = Counter()
+        self._watcher: tuple[Callable[[int, Stats], None], int, Stats] | None = None
         self._pool = BufferPool(keep_bytes=prefetch_bytes)
         self._schedule: Schedule = packs or self._unpacked()
         # Where the packs' streams stood when the last delivered batch was planned, and the step
         # that is planned next.
         self._streams: list[list[int]] = []
         self._planned = 0
+        # Counts what ends the passes that are under way.
+        self._turn = 0
 
     @property
     def epoch(self) -> int:
@@ -236,12 +243,20 @@ class StreamLoader:
         return self._schedule.epoch_start(epoch + 1) - self._schedule.epoch_start(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Gives the rest of the current epoch; equally many batches on every rank."""
+        """Gives the rest of the current epoch; equally many batches on every rank.
+
+        Raises:
+          StateError: `stale_iterator`, an iterator is used further although another one has begun
+            since, or the loader has gone to another place.
+        """
+        self._turn += 1
+        turn = self._turn
         stop = self._schedule.epoch_start(self.epoch + 1)
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
         self.dataset.forget()
         plans = _Plans(self, range(self.step, stop))
+        left = len(plans)
         begin_s = perf_counter()
         # Threads and processes end with the loop, however it is left.
         with closing(self._made(plans)) as batches:
@@ -249,25 +264,54 @@ class StreamLoader:
                 given_s = perf_counter()
                 self._note_bad(made.bad)
                 self.step += 1
+                left -= 1
                 self._streams = plans.delivered()
                 batch = made.batch
                 self._stats.made += made.spent
+                self._counters.update(made.counters)
                 self._stats.wait_s += given_s - begin_s
                 self._stats.ready += ready
                 del made
+                self._tell()
                 yield batch
                 # What the consumer does not keep is free for the next batches.
                 del batch
                 begin_s = perf_counter()
                 self._stats.use_s += begin_s - given_s
+                if left and turn != self._turn:
+                    # Its batches would come twice, and count for the state.
+                    raise StateError(
+                        "an iterator of the loader is used further, but the loader has left its "
+                        "place",
+                        reason="stale_iterator",
+                        facts={"step": self.step},
+                        fix="use one iterator at a time, and a new one behind load_state_dict and "
+                        "change; for two passes at once make two loaders",
+                    )
 
     def stats(self) -> Stats:
         """Tells what the time went into since this loader was made; see `Stats`."""
-        counters: Counter[str] = Counter()
-        # Datasets that are fetched alike share what fetches them.
-        for each in {id(r.counters): r.counters for r in self.dataset.readers}.values():
-            counters.update(each)
+        counters = count_reading(self.dataset.readers) + self._counters
         return replace(self._stats, counters=dict(counters))
+
+    def watch(self, hook: Callable[[int, Stats], None], *, every_steps: int) -> None:
+        """Lets a logger know what the time goes into.
+
+        Args:
+          hook: Called in the consumer's thread with the number of steps delivered so far and the
+            account of the last `every_steps` of them; the time it takes counts as the consumer's.
+          every_steps: >= 1; counted from now on.
+        """
+        self._watcher = hook, every_steps, self.stats()
+
+    def _tell(self) -> None:
+        if self._watcher is None:
+            return
+        hook, every_steps, before = self._watcher
+        if self._stats.made.batches - before.made.batches >= every_steps:
+            now = self.stats()
+            self._watcher = hook, every_steps, now
+            hook(self.step, now.since(before))
 
     def _made(self, plans: _Plans) -> Generator[tuple[Made, int], None, None]:
         ahead = self._ahead()
@@ -305,7 +349,8 @@ class StreamLoader:
 
         The change becomes part of the state: a resumed run makes its loader with the settings it
         began with, and the state brings the changes. With another batch size every sample of the
-        epoch still comes once. Leave a running `for` first: its batches are already planned.
+        epoch still comes once. It ends a running `for`, whose batches are already planned: leave
+        that first.
 
         Args:
           global_batch_size: Rows per step over all ranks; None: as it is.
@@ -323,6 +368,7 @@ class StreamLoader:
                 reason="change_weights",
                 fix="leave weights out, or start a new run",
             )
+        self._turn += 1
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             self._packs.set_sizes([*before, (self.step, batch)])
@@ -402,6 +448,7 @@ class StreamLoader:
         self._explain(state, own)
         lengths_matter = self._packs is not None or self._bucket_steps > 0
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
+        self._turn += 1
         step = int(state["step"])
         if isinstance(self.order, MixtureOrder):
             mixture = MixtureConfig.from_dict(state["order"])

@@ -12,13 +12,16 @@ same happens without staging and streams.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 
+from loader.dataloader import StreamLoader
 from loader.pixels import MEAN_STD, Normalization, normalize
 from shardspec.errors import ConfigError, nearest
+
+_Sent = TypeVar("_Sent")
 
 
 class DevicePrefetcher:
@@ -80,18 +83,28 @@ class DevicePrefetcher:
         yield from self._from_stream()
 
     def _from_stream(self) -> Iterator[dict[str, Any]]:
-        take_state = getattr(self.loader, "state_dict", dict)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        ahead: deque[tuple[dict[str, Any], torch.cuda.Event, dict[str, Any]]] = deque()
-        for batch in self.loader:
-            ahead.append((*self._sent(batch, stream), take_state()))
+        for sent, done in self._one_ahead(lambda batch: self._sent(batch, stream)):
+            yield self._arrived(sent, done)
+
+    def _one_ahead(self, send: Callable[[Mapping[str, Any]], _Sent]) -> Iterator[_Sent]:
+        """Sends each batch while the one before is still to be handed out."""
+        loader = self.loader
+        take_state = getattr(loader, "state_dict", dict)
+        state = self._state
+        if state and isinstance(loader, StreamLoader) and loader.step == state["step"] + 1:
+            # The pass before was left: its last batch was sent and never handed out.
+            loader.load_state_dict(state)
+        ahead: deque[tuple[_Sent, dict[str, Any]]] = deque()
+        for batch in loader:
+            ahead.append((send(batch), take_state()))
             del batch
             if len(ahead) > 1:
-                sent, done, self._state = ahead.popleft()
-                yield self._arrived(sent, done)
+                sent, self._state = ahead.popleft()
+                yield sent
         while ahead:
-            sent, done, self._state = ahead.popleft()
-            yield self._arrived(sent, done)
+            sent, self._state = ahead.popleft()
+            yield sent
 
     def _sent(
         self, batch: Mapping[str, Any], stream: torch.cuda.Stream

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -21,6 +21,7 @@ from loader.buffers import Allocate
 from loader.collate import MMCollator
 from loader.packed import fitting, join_examples
 from loader.packing import PackConfig
+from loader.reader import ShardReader
 from loader.schedule import Row
 from loader.stats import Spent
 from loader.stream import Pending, PendingSource
@@ -45,10 +46,16 @@ class Made:
     bad: list[dict[str, Any]]
     """The samples that others took the place of."""
     spent: Spent
+    counters: Mapping[str, int] = field(default_factory=dict)
+    """What a worker process has counted of its reading since its batch before; threads count where
+    the consumer can look."""
 
 
 class Source(PendingSource, Protocol):
     """What examples come from: a dataset or a mixture."""
+
+    @property
+    def readers(self) -> list[ShardReader]: ...
 
     def will_read(self, step: int, rows: Sequence[Row]) -> None:
         """Hears which samples a step will need; steps come in increasing order."""
@@ -194,9 +201,17 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(count, thread_name_prefix="decode", initializer=_one_torch_thread)
     # An executor starts a thread when no other one is idle: all wait until all are there.
     all_there = threading.Barrier(count)
-    for future in [pool.submit(all_there.wait) for _ in range(count)]:
-        future.result()
-    torch.set_num_threads(before)
+    try:
+        for future in [pool.submit(all_there.wait) for _ in range(count)]:
+            future.result()
+    except BaseException:
+        # The system grants no more threads, or Ctrl-C: those that wait would wait for ever, and
+        # the end of the process for them.
+        all_there.abort()
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(before)
     return pool
 
 

@@ -97,7 +97,7 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         self.canonical_ranks = canonical_ranks
         self.datasets = tuple(dataset.with_seed(seed) for dataset in flat)
         """The datasets of the flat mixture, as the order numbers them."""
-        _share_prefetchers(self.datasets)
+        _share_readers(self.datasets)
         self._cursor = Cursor()
         self._order: MixtureOrder | None = None
         # Refuses what cannot be mixed now, not at the first batch.
@@ -313,13 +313,11 @@ def _source(
     )
 
 
-def _share_prefetchers(datasets: Sequence[StreamingDataset]) -> None:
-    """Lets datasets that are fetched alike share threads, connections and memory."""
-    shared: dict[Any, Any] = {}
+def _share_readers(datasets: Sequence[StreamingDataset]) -> None:
+    """Lets datasets that are read alike share descriptors, threads, connections and memory."""
+    first: dict[object, ShardReader] = {}
     for dataset in datasets:
-        fetched = dataset.reader.prefetcher
-        if fetched is not None:
-            dataset.reader.use_prefetcher(shared.setdefault(fetched.settings, fetched))
+        dataset.reader.share(first.setdefault(dataset.reader.settings, dataset.reader))
 
 
 def _members(dataset: StreamingDataset | IterableDatasetMixture) -> tuple[StreamingDataset, ...]:

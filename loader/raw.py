@@ -106,6 +106,7 @@ class RawDataset(IterableDataset[Any]):
         self._base_seed = dataset_seed(seed, self.manifest.dataset)
         self._rng = SampleRng()
         self._cursor = Cursor()
+        self._fingerprint: dict[str, Any] | None = None
 
     @property
     def epoch(self) -> int:
@@ -159,6 +160,11 @@ class RawDataset(IterableDataset[Any]):
         """Says that a step's examples are made."""
         self.reader.was_read(step)
 
+    def forget(self) -> None:
+        """Drops what was said to be read: the run goes on at another step."""
+        if self.reader.prefetcher is not None:
+            self.reader.prefetcher.forget()
+
     def at(self, place: Place) -> Any:
         """Makes the example of one place of the order."""
         return self.example(place.sample, epoch=place.epoch)
@@ -183,9 +189,11 @@ class RawDataset(IterableDataset[Any]):
         Raises:
           ShardError: An index cannot be read.
         """
-        return split_fingerprint(
-            self.manifest, self.reader, split=self.split, num_samples=self.num_samples
-        )
+        if self._fingerprint is None:
+            self._fingerprint = split_fingerprint(
+                self.manifest, self.reader, split=self.split, num_samples=self.num_samples
+            )
+        return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""

@@ -10,8 +10,10 @@ sample: no tar header is parsed, and no JSON.
 from __future__ import annotations
 
 import bisect
+import errno
 import json
 import mmap
+import resource
 import threading
 import zlib
 from collections import Counter
@@ -153,14 +155,23 @@ class ShardReader:
             prefetcher = prefetcher or Prefetcher(Network())
             prefetcher.open()
             self._remote = RemoteShards(prefetcher, raw=manifest.raw)
-        self._open: dict[str, _OpenShard] = {}
-        self._lock = threading.Lock()
+        self._open = _OpenShards()
 
-    def use_prefetcher(self, prefetcher: Prefetcher) -> None:
-        """Lets another reader's prefetcher fetch the remote shards of this one too."""
-        assert self._remote is not None
-        self._remote.prefetcher = prefetcher
-        self._open = {}
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """How it reads: readers that are alike may share what they have open."""
+        return self.check, self.raw, self.prefetcher and self.prefetcher.settings
+
+    def share(self, other: ShardReader) -> None:
+        """Shares another, alike reader's open shards, and what fetches remote ones.
+
+        Descriptors are granted to a process, not to each of its datasets.
+        """
+        if self._open is not other._open:
+            self._open = other._open
+            self._open.num_readers += 1
+        if self._remote is not None and other.prefetcher is not None:
+            self._remote.prefetcher = other.prefetcher
 
     @property
     def prefetcher(self) -> Prefetcher | None:
@@ -174,13 +185,6 @@ class ShardReader:
 
     def __len__(self) -> int:
         return self._borders[-1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
     def read(self, sample_id: int) -> PreparedSample:
         """Reads one sample and decodes its images.
@@ -336,15 +340,46 @@ class ShardReader:
             self._remote.open_soon([file for file in missing if not storage.is_local(file.url)])
 
     def _open_shard(self, file: FileEntry) -> _OpenShard:
-        with self._lock:
+        with self._open.lock:
             if file.url not in self._open:
                 local = storage.is_local(file.url)
                 source = self._local if local or self._remote is None else self._remote
-                if len(self._open) >= source.max_open:
+                if len(self._open) >= source.max_open(self._open.num_readers):
                     # The oldest; samples that still view its bytes keep the map alive.
                     del self._open[next(iter(self._open))]
-                self._open[file.url] = source.open(file)
+                try:
+                    opened = source.open(file)
+                except OSError as error:
+                    if error.errno != errno.EMFILE:
+                        raise
+                    # Other parts of the process have taken more than their half.
+                    self._open.clear()
+                    opened = source.open(file)
+                self._open[file.url] = opened
             return self._open[file.url]
+
+
+def count_reading(readers: Iterable[ShardReader]) -> Counter[str]:
+    """Adds up what this process has read over the network; readers that share count once."""
+    counters: Counter[str] = Counter()
+    for prefetcher in {id(r.prefetcher): r.prefetcher for r in readers}.values():
+        if prefetcher is not None:
+            # A copy first, which is made at once: threads go on counting.
+            counters.update(dict(prefetcher.counters))
+    return counters
+
+
+class _OpenShards(dict[str, _OpenShard]):
+    """Shards that are open, by URL, the oldest first; a copy in another process has none."""
+
+    def __init__(self, num_readers: int = 1) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.num_readers = num_readers
+        """Readers that share it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_OpenShards, (self.num_readers,))
 
 
 def read_sample(members: memoryview, place: SamplePlace, key: str, *, where: str) -> StoredSample:
@@ -479,12 +514,18 @@ def encoded_pictures(stored: StoredSample, *, codec: Codec) -> list[tuple[Encode
 class _LocalShards:
     """Opens shards on a local disk."""
 
-    max_open = 256
-    """Shards kept open: two descriptors each, half of the 1024 that Linux commonly grants a
-    process. Opening one again takes 0.2 ms."""
-
     def __init__(self, check: Check, *, raw: bool) -> None:
         self._check, self._raw = check, raw
+
+    def max_open(self, num_readers: int) -> int:
+        """Counts the shards kept open for so many readers, with two descriptors each.
+
+        256 for each, but all together no more than half of the descriptors that the system grants
+        the process (`ulimit -n`, commonly 1024). Opening a shard again takes 0.2 ms.
+        """
+        granted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 256 * num_readers
+        return most if granted < 0 else max(1, min(most, granted // 4))
 
     def open(self, file: FileEntry) -> _LocalShard:
         _check_size(file.url, file.num_bytes)

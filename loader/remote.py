@@ -33,13 +33,17 @@ _FRESH_READS = 3
 class RemoteShards:
     """Opens shards; a copy in another process begins with nothing."""
 
-    max_open = 384
-    """Indexes kept. Without a cache each takes some 1 MB for 10,000 samples; mapped from one it
-    holds a descriptor, of which processes often have 1,024 and blocks take 256."""
-
     def __init__(self, prefetcher: Prefetcher, *, raw: bool = False) -> None:
         self.prefetcher = prefetcher
         self.raw = raw
+
+    def max_open(self, num_readers: int) -> int:  # noqa: ARG002 - as for local shards
+        """Counts the indexes kept, however many readers share them.
+
+        Without a cache each takes some 1 MB for 10,000 samples; mapped from one it holds a
+        descriptor, of which processes often have 1,024 and blocks take 256.
+        """
+        return 384
 
     def open_soon(self, files: Iterable[FileEntry]) -> None:
         """Fetches the indexes of shards that will be opened next, all of them at once."""

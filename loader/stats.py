@@ -66,6 +66,8 @@ class Stats:
     """What making the delivered batches took."""
     makers: int = 1
     """Threads or worker processes; 1 where the consumer's thread does it all."""
+    maker: str = "thread"
+    """What each of them is: "thread" or "worker process"."""
     plan_s: float = 0.0
     """Seconds in which the consumer's thread planned."""
     wait_s: float = 0.0
@@ -75,7 +77,8 @@ class Stats:
     ready: int = 0
     """Batches that waited behind the delivered ones, summed over deliveries."""
     counters: Mapping[str, int] = field(default_factory=dict)
-    """What the readers count, such as requests and bytes."""
+    """What the readers count, such as requests, bytes and retries, in this process and in worker
+    processes."""
 
     def since(self, earlier: Stats) -> Stats:
         """Gives the account of what came behind an earlier one."""
@@ -83,6 +86,7 @@ class Stats:
         return Stats(
             made=self.made - earlier.made,
             makers=self.makers,
+            maker=self.maker,
             plan_s=self.plan_s - earlier.plan_s,
             wait_s=self.wait_s - earlier.wait_s,
             use_s=self.use_s - earlier.use_s,
@@ -129,7 +133,9 @@ class Stats:
         stage = self.bottleneck
         if stage == "none":
             return f"keeps up: the consumer waits {self.wait_share:.0%} of its time"
-        who = f"{self.makers} thread or process" if self.makers == 1 else f"{self.makers} makers"
+        who = f"{self.makers} {self.maker}"
+        if self.makers > 1:
+            who = f"{self.makers} {self.maker}{'es' if self.maker.endswith('s') else 's'}"
         if stage != "plan" and self.busy_share < 0.5:
             return (
                 f"starved: {who} busy {self.busy_share:.0%} while the consumer waits "

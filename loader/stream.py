@@ -517,6 +517,7 @@ class _Ahead(Protocol):
     @property
     def ahead_steps(self) -> int: ...
     def at(self, place: Place) -> Any: ...
+    def forget(self) -> None: ...
     def will_read(self, step: int, rows: Sequence[Row]) -> None: ...
     def was_read(self, step: int) -> None: ...
 
@@ -526,6 +527,8 @@ def batches_ahead(dataset: _Ahead, order: Order | MixtureOrder) -> Callable[[int
 
     The worker's next steps are said to the reader before it waits for the present one.
     """
+    # What a pass that was left has planned would be held for the rest of the run.
+    dataset.forget()
     schedule = SlotSchedule(order)
     horizon = Horizon(dataset.ahead_steps, stride=find_worker()[1])
 

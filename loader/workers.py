@@ -19,16 +19,20 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
+import sys
 import tempfile
 import threading
 import traceback
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -36,6 +40,7 @@ import torch
 
 from loader.buffers import LEAST_POOLED_BYTES
 from loader.making import BatchMaker, LookAhead, Made, Task
+from loader.reader import count_reading
 from loader.stats import Spent
 from shardspec.errors import ShardsError, WorkerError
 
@@ -46,7 +51,7 @@ _MOST_MAPPED = 48
 the 1024 that Linux commonly grants. A consumer that keeps more batches gets copies."""
 
 _JOIN_S = 5.0
-"""Seconds for a worker to end by itself, once nobody asks for its batches."""
+"""Seconds for workers to end by themselves, once nobody asks for their batches."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,6 +92,8 @@ class _Answer:
     """Tensors are `_Shared`, or `_Sent` where they are small."""
     bad: list[dict[str, Any]] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
+    counters: dict[str, int] = field(default_factory=dict)
+    """See `Made.counters`."""
     new: list[tuple[int, int]] = field(default_factory=list)
     """(Buffer, bytes)."""
     dropped: list[int] = field(default_factory=list)
@@ -142,8 +149,9 @@ def make_in_workers(
     finally:
         for worker in crew:
             worker.hang_up()
+        stop_s = monotonic() + _JOIN_S
         for worker in crew:
-            worker.close()
+            worker.close(stop_s=stop_s)
 
 
 class _Worker:
@@ -203,15 +211,19 @@ class _Worker:
                 fix="workers=0 shows where, in one process",
             )
         batch = {name: self._opened(value) for name, value in answer.batch.items()}
-        return Made(batch=batch, bad=answer.bad, spent=answer.spent)
+        return Made(batch=batch, bad=answer.bad, spent=answer.spent, counters=answer.counters)
 
     def hang_up(self) -> None:
         """Lets the process know that nothing more is wanted."""
+        # Closing alone would not do: the end that a forked child of the consumer has inherited
+        # stays open. Shut down is the connection itself.
+        with suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
         self._pipe.close()
 
-    def close(self) -> None:
-        """Waits for the end of the process, behind `hang_up`."""
-        self._process.join(_JOIN_S)
+    def close(self, *, stop_s: float) -> None:
+        """Waits for the end of the process, behind `hang_up`, up to a time of `monotonic`."""
+        self._process.join(max(0.0, stop_s - monotonic()))
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -261,6 +273,7 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     memory = _SharedMemory(keep_bytes)
+    told: Counter[str] = Counter()
     requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
     # Read at once: while this process waits for room in the pipe for an answer, the consumer must
     # not wait for room for a task.
@@ -268,6 +281,8 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     while (request := requests.get()) is not None:
         memory.free(request.freed)
         answer = _answered(maker, request.task, memory)
+        counted = count_reading(maker.source.readers)
+        answer.counters, told = dict(counted - told), counted
         descriptors = memory.settle(answer)
         try:
             pipe.send(answer)
@@ -276,7 +291,11 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
                 os.close(descriptor)
         except OSError:
             break  # nobody asks any more
-    # There is nothing left to put in order, and taking torch down takes half a second.
+    # What the user's code has printed; there is nothing else left to put in order, and taking torch
+    # down takes half a second.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):
+            stream.flush()
     os._exit(0)
 
 

@@ -9,6 +9,7 @@ meaning.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import mmap
@@ -243,6 +244,8 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = Fal
             fix="run `make verify`, then build the shard again with `make shards`",
         ) from error
     except (ValueError, OSError) as error:  # an empty file cannot be mapped
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # the system's limits say nothing of the index
         raise _broken(path, "index_format", {"error": error}) from error
     return parse_index(
         memoryview(payload),

@@ -149,6 +149,22 @@ def test_a_lost_counter_is_counted_anew(cache):
     assert len(held(cache)) == 9
 
 
+def test_a_child_forked_while_the_counter_is_locked_holds_up_nobody(cache):
+    with cache._counter():
+        child = os.fork()
+        if not child:  # a DataLoader's worker, which lives on
+            time.sleep(60)
+            os._exit(0)
+    try:
+        counting = threading.Thread(target=cache.give_back, args=(0,), daemon=True)
+        counting.start()
+        counting.join(10)
+        assert not counting.is_alive()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError) as caught:

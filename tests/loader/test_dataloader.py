@@ -473,3 +473,42 @@ def test_dataset_that_was_given_stays_as_it_is(url):
     before = dataclasses.replace(dataset.view)
     make_dataloader(dataset, global_batch_size=2, sequence_length=32)
     assert (dataset.batch_size, dataset.view) == (3, before)
+
+
+def test_only_the_iterator_begun_last_goes_on(url, undisturbed):
+    loader = make(url)
+    first = iter(loader)
+    got = [next(first)]
+    second = iter(loader)
+    got += [next(second)]
+    with pytest.raises(StateError) as caught:
+        next(first)
+    assert caught.value.reason == "stale_iterator"
+    got += second
+    assert rows(got) == undisturbed[: STEPS[0] * BATCH]
+    assert decode_threads() == []
+
+
+@pytest.mark.parametrize("go", ["load_state_dict", "change"])
+def test_loader_that_goes_elsewhere_ends_the_pass_under_way(go, url):
+    loader = make(url)
+    state = loader.state_dict()
+    batches = iter(loader)
+    next(batches)
+    if go == "change":
+        loader.change(global_batch_size=8)
+    else:
+        loader.load_state_dict(state)
+    with pytest.raises(StateError) as caught:
+        next(batches)
+    assert caught.value.reason == "stale_iterator"
+    assert loader.step == (go == "change")
+
+
+def test_behind_the_last_batch_of_an_epoch_the_loader_may_change_without_leaving_the_loop(url):
+    loader = make(url)
+    for _ in loader:
+        if loader.epoch == 1:
+            loader.change(global_batch_size=8)
+    assert loader.step == STEPS[0]
+    assert len(next(iter(loader))["input_ids"]) == 8

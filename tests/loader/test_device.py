@@ -81,3 +81,28 @@ def test_state_is_that_behind_the_batch_handed_out_last(device, url):
     second.load_state_dict(first.state_dict())
     got = next(iter(second))
     assert torch.equal(got["input_ids"].cpu(), want[1]["input_ids"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pass_that_was_left_goes_on_behind_the_batch_handed_out_last(device, url):
+    want = [batch["metadata"] for batch in make(url)]
+    prefetcher = DevicePrefetcher(make(url), device)
+    got = []
+    for _ in want:
+        for batch in prefetcher:
+            got.append(batch["metadata"])
+            break
+    assert got == want
+
+
+def test_batch_that_was_sent_ahead_is_sent_again_where_the_pass_was_left(url):
+    """The same without a device to send to."""
+    want = [batch["metadata"] for batch in make(url)]
+    prefetcher = DevicePrefetcher(make(url), "cpu")
+    got = []
+    for _ in want:
+        for batch in prefetcher._one_ahead(dict):
+            got.append(batch["metadata"])
+            break
+    assert got == want
+    assert prefetcher.state_dict()["step"] == len(want)

@@ -152,6 +152,22 @@ def test_torch_starts_no_threads_in_ours_and_as_many_as_before_elsewhere(url, mo
     assert outside == [3, 3]
 
 
+def test_system_that_grants_no_more_threads_is_an_error_and_leaves_none_behind(url, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(self):
+        if self.name == "decode_1":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    batches = iter(make(stream(url), decode_threads=3))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        next(batches)
+    # One that still waited for the others would keep the process from ending.
+    assert not [each for each in threading.enumerate() if each.name.startswith("decode")]
+
+
 def break_picture(url, number):
     """Flips a bit in the middle of a sample's first picture; gives its key."""
     reader = ShardReader(url, require_manifest(url), split="train")

@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
 import json
+import os
+import resource
 from collections import Counter
 
 import pytest
@@ -256,3 +258,30 @@ def test_packs_mix_datasets(urls):
         assert (batch["image_input_idx"] >= 0).sum(dim=1).max() <= 3
         assert set(batch) >= {"position_ids", "subsegment_ids"}
         assert isinstance(batch["subsegment_ids"], torch.Tensor)
+
+
+@pytest.fixture
+def granted():
+    """Lets the system grant this process few more descriptors; tells how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 60, hard))
+    yield num_open + 60
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_datasets_of_many_shards_share_the_descriptors_of_the_process(
+    tiny_sample, write_dataset, tmp_path, granted
+):
+    samples = [tiny_sample(i) for i in range(40)]
+    datasets = [
+        dataset(
+            write_dataset(tmp_path / name, samples, num_shards=40, name=name), on_bad="substitute"
+        )
+        for name in SIZES
+    ]
+    loader = make(IterableDatasetMixture(datasets, seed=1), decode_threads=0)
+    assert len(take(loader, 60)) == 60
+    # A lack of descriptors makes no sample bad.
+    assert loader.bad_samples == []
+    assert len(os.listdir("/proc/self/fd")) <= granted

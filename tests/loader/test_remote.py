@@ -1,5 +1,6 @@
 """Streaming from real object stores: the batches of a local disk, whatever the network does."""
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -412,3 +413,37 @@ def test_two_ranks_of_four_workers_fetch_every_byte_once(s3, local, tmp_path):
         want = [[m["key"] for m in b["metadata"]] for b in batches_of(local, 25, rank=rank)]
         assert got[rank] == want
     assert_fetched_once(proxy, local)
+
+
+def test_stats_hold_what_worker_processes_have_read(s3):
+    url, proxy = s3
+    loader = loader_of(url, world_size=1, workers=2)
+    told = []
+    proxy.faults = {"status_503": 0.2}
+    for _ in loader:
+        told.append(loader.stats().counters["requests"])
+    counters = loader.stats().counters
+    assert told == sorted(told)
+    assert counters["cache_misses"] >= 200  # each sample once, and the indexes
+    assert counters["bytes"] >= loader.stats().made.read_bytes
+    assert counters["retries"] >= proxy.counts["status_503"] > 0
+    # A second pass has other processes, whose counts are added.
+    list(loader)
+    assert loader.stats().counters["cache_misses"] >= 400
+
+
+def test_passes_that_are_left_hold_nothing_for_the_rest_of_the_run(s3):
+    url, _ = s3
+    dataset = StreamingDataset(url, seed=3, rank=0, world_size=1, network=SMALL, batch_size=4)
+    prefetcher = dataset.reader.prefetcher
+    held = []
+    for epoch in range(4):
+        dataset.set_epoch(epoch)
+        list(itertools.islice(dataset, 8))
+        deadline_s = time.monotonic() + 10
+        while any(entry.coming or entry.wanted for entry in list(prefetcher._entries.values())):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        held.append((len(prefetcher._plan), prefetcher._held_bytes))
+    assert max(steps for steps, _ in held) == held[0][0]
+    assert max(size for _, size in held[1:]) <= 2 * held[0][1]

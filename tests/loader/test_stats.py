@@ -59,7 +59,7 @@ def test_busiest_stage_is_named_where_the_consumer_waits(stage):
     seconds = {name: 0.1 for name in STAGES} | {stage: 1.5}
     stats = Stats(made=spent(**seconds), makers=2, wait_s=0.9, use_s=0.1)
     assert stats.bottleneck == stage
-    assert stats.verdict.startswith(f"{stage}-bound: 2 makers busy 95%, the consumer waits 90%")
+    assert stats.verdict.startswith(f"{stage}-bound: 2 threads busy 95%, the consumer waits 90%")
 
 
 def test_consumer_that_hardly_waits_is_served_well():
@@ -75,7 +75,7 @@ def test_planning_runs_in_one_thread_alone():
 
 def test_makers_that_are_kept_from_working_are_not_called_slow():
     stats = Stats(made=spent(decode=0.3), makers=2, wait_s=0.9, use_s=0.1)
-    assert stats.verdict.startswith("starved: 2 makers busy 15% while the consumer waits 90%")
+    assert stats.verdict.startswith("starved: 2 threads busy 15% while the consumer waits 90%")
 
 
 def test_line_and_numbers_are_ready_for_bars_and_loggers(url):
@@ -84,3 +84,20 @@ def test_line_and_numbers_are_ready_for_bars_and_loggers(url):
     flat = stats.to_dict()
     assert json.loads(json.dumps(flat)) == flat
     assert (flat["decode_s"], flat["wait_share"], flat["mean_ready"]) == (1.6, 0.8, 0.5)
+
+
+def test_verdict_says_what_the_makers_are():
+    stats = Stats(made=spent(decode=1.0), maker="worker process", wait_s=0.9, use_s=0.1)
+    assert "decode-bound: 1 worker process busy 100%" in stats.verdict
+    stats.makers = 2
+    assert "decode-bound: 2 worker processes busy 50%" in stats.verdict
+
+
+@pytest.mark.parametrize("options", [{"decode_threads": 2}, {"workers": 1}])
+def test_logger_hears_of_every_so_many_steps(options, url):
+    loader = make(url, **options)
+    heard = []
+    loader.watch(lambda step, stats: heard.append((step, stats.made.samples)), every_steps=2)
+    steps = [len(heard) for _ in loader]
+    assert heard == [(2, 2 * BATCH), (4, 2 * BATCH), (6, 2 * BATCH)]
+    assert steps == [0, 1, 1, 2, 2, 3]

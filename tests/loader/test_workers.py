@@ -120,11 +120,70 @@ def test_other_exceptions_of_a_worker_come_with_their_traceback(url):
     assert multiprocessing.active_children() == []
 
 
+class Busy:
+    """A maker whose batches behind the first take long."""
+
+    def __init__(self, maker):
+        self.maker, self.source = maker, maker.source
+
+    def make(self, task, *, allocate):
+        if task.step:
+            time.sleep(60)
+        return self.maker.make(task, allocate=allocate)
+
+
+def test_busy_workers_are_waited_for_together(url, monkeypatch):
+    monkeypatch.setattr("loader.workers._JOIN_S", 1.0)
+    loader = make(url, workers=4)
+    loader._maker = Busy(loader._maker)
+    batches = iter(loader)
+    next(batches)
+    start_s = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start_s < 2.5
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_end_at_once_although_a_forked_child_has_their_pipes_too(url):
+    loader = make(url, workers=2)
+    batches = iter(loader)
+    next(batches)
+    child = os.fork()
+    if not child:  # such as a worker of a torch DataLoader that evaluates in between
+        time.sleep(60)
+        os._exit(0)
+    try:
+        start_s = time.monotonic()
+        batches.close()
+        assert time.monotonic() - start_s < 4  # half a second; not the five of who must be killed
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+class Talking:
+    def __init__(self, maker):
+        self.maker, self.source = maker, maker.source
+
+    def make(self, task, *, allocate):
+        print(f"step {task.step}")
+        return self.maker.make(task, allocate=allocate)
+
+
+def test_what_the_users_code_prints_is_not_lost(url, capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    loader = make(url)
+    loader._maker = Talking(loader._maker)
+    steps = [step for step, _ in enumerate(loader)]
+    # Its output is a file here, and not written line by line.
+    assert capfd.readouterr().out.split("\n") == [*(f"step {step}" for step in steps), ""]
+
+
 class NoMemory:
     """A maker in whose process no shared memory can be had."""
 
     def __init__(self, maker):
-        self.maker = maker
+        self.maker, self.source = maker, maker.source
 
     def make(self, task, *, allocate):
         import loader.workers

@@ -219,6 +219,16 @@ def test_states_fit_raw_data_that_was_cut_anew(tmp_path):
             assert list(resumed) == want[9:]
 
 
+def test_states_of_raw_data_read_the_keys_once(tmp_path, monkeypatch):
+    img2dataset(tmp_path / "tars")
+    imported([tmp_path / "tars"], tmp_path / "out")
+    run = raw(tmp_path / "out")
+    first = run.state_dict()
+    # StatefulDataLoader asks for a state at every batch.
+    monkeypatch.setattr(type(run.reader), "column", None)
+    assert run.state_dict() == first
+
+
 def test_ranks_share_raw_samples_and_draws_are_the_samples_own(tmp_path):
     img2dataset(tmp_path / "tars")
     imported([tmp_path / "tars"], tmp_path / "out")
