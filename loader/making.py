@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -77,14 +78,18 @@ class BatchMaker:
         """
         self.source, self.collator, self.packing = source, collator, packing
 
-    def make(self, task: Task, *, allocate: Allocate) -> Made:
+    def make(
+        self, task: Task, *, allocate: Allocate, unwanted: threading.Event | None = None
+    ) -> Made:
         """Makes a batch, and lets the readers know of the next ones first.
 
         Args:
           task: What it is made of.
           allocate: Gives the memory of its tensors.
+          unwanted: Once set, the next row is not begun.
 
         Raises:
+          CancelledError: The batch became unwanted.
           ShardError, SampleError: A sample cannot be read, laid out or decoded, and is not to be
             substituted.
         """
@@ -92,7 +97,11 @@ class BatchMaker:
         for step, rows in task.ahead:
             self.source.will_read(step, rows)
         rows = task.rows
-        made = [[self.source.pending(place) for place in row] for row in rows]
+        made: list[list[Pending]] = []
+        for row in rows:
+            if unwanted is not None and unwanted.is_set():
+                raise CancelledError
+            made.append([self.source.pending(place) for place in row])
         while True:
             examples = [self._joined([one.example for one in row]) for row in made]
             try:
@@ -172,6 +181,8 @@ def make_in_threads(
             yield maker.make(task, allocate=allocate), 0
         return
     futures: deque[Future[Made]] = deque()
+    unwanted = threading.Event()
+    make = partial(maker.make, allocate=allocate, unwanted=unwanted)
     pool = _start_threads(threads)
     try:
         more = True
@@ -180,7 +191,7 @@ def make_in_threads(
                 planned = next(plans, None)
                 more = planned is not None
                 if planned is not None:
-                    futures.append(pool.submit(maker.make, planned, allocate=allocate))
+                    futures.append(pool.submit(make, planned))
             if futures:
                 ready = sum(future.done() for future in futures)
                 made = futures.popleft().result()
@@ -188,6 +199,7 @@ def make_in_threads(
                 yield made, max(0, ready - 1)
                 del made
     finally:
+        unwanted.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

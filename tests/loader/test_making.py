@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -127,6 +128,25 @@ def test_without_threads_batches_are_made_in_the_consumers_own(url, monkeypatch)
     next(batches)
     assert makers == {threading.current_thread()}
     assert loader._planned == 1  # nothing is made ahead, and nothing planned
+
+
+def test_leaving_a_pass_waits_for_no_more_than_the_samples_at_hand(url, monkeypatch):
+    stored = ShardReader.stored
+    left = threading.Event()
+    late = []
+
+    def slow(self, sample_id):
+        if left.is_set():
+            late.append(sample_id)
+        time.sleep(0.02)
+        return stored(self, sample_id)
+
+    monkeypatch.setattr(ShardReader, "stored", slow)
+    batches = iter(make(stream(url), decode_threads=2))
+    next(batches)
+    left.set()
+    batches.close()
+    assert len(late) <= 4  # one sample in each thread, or two where the flag came in between
 
 
 def test_torch_starts_no_threads_in_ours_and_as_many_as_before_elsewhere(url, monkeypatch):
