@@ -35,11 +35,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preprocess import reshard as job
-from preprocess.engines.local import Later, TaskDone
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from shardspec.tar import TarWriter
+from tests import inline
+from tests.inline import Quiet
 
 SHARDS, SAMPLES, ROUNDS = 32, 1000, 3
 REWRITTEN = 2
@@ -47,28 +48,6 @@ REWRITTEN = 2
 OLD_PER_NEW = 3.4
 """Old shards, of 65 MB, in a new one: about 220 MB, near the job's own 256 MiB."""
 SAMPLE_BYTES = 64_000  # a JPEG of 336 px at quality 95 and its arrays
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
-
-
-def here(tasks, *, work, context, num_workers):  # noqa: ARG001
-    """Runs tasks in this process."""
-    for task in tasks:
-        value = work(context, task, print)
-        if isinstance(value, Later):
-            value = value.finish()
-        yield TaskDone(task=task, value=value)
 
 
 def main() -> None:
@@ -137,7 +116,7 @@ def recut(source: Path, out: Path, *, through: str, num_workers: int = 1) -> Non
 
 
 def recut_here(source: Path, out: Path, *, through: str) -> None:
-    with mock.patch.object(job.local, "run", here):
+    with mock.patch.object(job.local, "run", inline.run):
         recut(source, out, through=through)
 
 

@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 
 from loader import RawDataset, StreamingDataset, make_dataloader
-from preprocess import foreign
-from preprocess import reshard as job
-from preprocess.engines.local import Later, TaskDone
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
@@ -26,36 +23,13 @@ from shardspec import copying, storage
 from shardspec.copying import Piece, join_in_store, stamp
 from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import load_manifest, require_manifest
+from tests.inline import Quiet
 
 MIB = 2**20
 
 
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch):
-    """Runs tasks here, so that they go through the relay that the test made."""
-
-    def run(tasks, *, work, context, num_workers):
-        for task in tasks:
-            value = work(context, task, lambda note: None)
-            if isinstance(value, Later):
-                value = value.finish()
-            yield TaskDone(task=task, value=value)
-
-    monkeypatch.setattr(job.local, "run", run)
-    monkeypatch.setattr(foreign.local, "run", run)
+# Tasks run here, so that they go through the relay that a test makes.
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 class Relay(socketserver.ThreadingTCPServer):

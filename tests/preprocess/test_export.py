@@ -13,22 +13,10 @@ from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from shardspec.errors import ConfigError, ConflictError
 from shardspec.manifest import require_manifest
+from tests.inline import Quiet
 
 # Not ours to mend: files that foreign readers leave to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
 
 
 @pytest.fixture

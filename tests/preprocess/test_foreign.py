@@ -13,9 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loader.raw import RawDataset
-from preprocess import foreign as job
-from preprocess import reshard as reshard_job
-from preprocess.engines.local import Later, TaskDone
+from preprocess import foreign
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
@@ -23,37 +21,15 @@ from preprocess.verify import verify
 from shardspec.errors import ConfigError, ConflictError, ShardError
 from shardspec.foreign import walk_foreign
 from shardspec.manifest import require_manifest
+from tests.inline import Quiet
 
 # Not ours to mend: files that webdataset leaves to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch):
-    def run(tasks, *, work, context, num_workers):
-        for task in tasks:
-            value = work(context, task, lambda note: None)
-            if isinstance(value, Later):
-                value = value.finish()
-            yield TaskDone(task=task, value=value)
-
-    monkeypatch.setattr(job.local, "run", run)
-    monkeypatch.setattr(reshard_job.local, "run", run)
+pytestmark = [
+    pytest.mark.usefixtures("in_this_process"),
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 
 
 def add(archive, name, payload, **fields):
@@ -331,7 +307,7 @@ def test_an_import_goes_on_and_another_is_refused(tmp_path, monkeypatch):
     first = imported(paths, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
     calls = []
-    monkeypatch.setattr(job, "index_tar", lambda context, task, report: calls.append(task))
+    monkeypatch.setattr(foreign, "index_tar", lambda context, task, report: calls.append(task))
     again = imported(paths, tmp_path / "out")
     assert calls == []
     assert again.sha256 == first.sha256

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 
 from loader.fingerprint import split_fingerprint
 from loader.reader import ShardReader
-from preprocess import reshard as job
-from preprocess.engines.local import Later, TaskDone
 from preprocess.recut import Cluster
 from preprocess.reshard import portable_url, reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
@@ -28,36 +26,9 @@ from preprocess.verify import verify
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ManifestError, ShardError
 from shardspec.manifest import load_manifest, require_manifest
+from tests.inline import Quiet
 
-
-class Quiet:
-    """A reporter that keeps what it was told."""
-
-    def __init__(self):
-        self.notes = []
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch, request):
-    """Runs tasks here: the engine has its tests, and a process costs half a second to start."""
-
-    def run(tasks, *, work, context, num_workers):
-        for task in tasks:
-            value = work(context, task, lambda note: None)
-            if isinstance(value, Later):
-                value = value.finish()
-            yield TaskDone(task=task, value=value)
-
-    monkeypatch.setattr(job.local, "run", run)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def recut(sources, out, **options):
