@@ -2,7 +2,9 @@
 
 import io
 import json
+import subprocess
 import tarfile
+import tracemalloc
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -14,12 +16,12 @@ from hypothesis import strategies as st
 
 from loader.raw import RawDataset
 from preprocess import foreign
-from preprocess.foreign import ImportSettings, import_tars
+from preprocess.foreign import ImportSettings, import_tars, index_rows
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from preprocess.verify import verify
 from shardspec.errors import ConfigError, ConflictError, ShardError
-from shardspec.foreign import walk_foreign
+from shardspec.foreign import ForeignFile, walk_foreign
 from shardspec.manifest import require_manifest
 from tests.inline import Quiet
 
@@ -406,3 +408,64 @@ def test_folders_of_other_files_hold_no_tars(tmp_path):
     with pytest.raises(ConfigError) as caught:
         imported([tmp_path / "folder"], tmp_path / "out")
     assert caught.value.reason == "import_tars"
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+@pytest.mark.parametrize("last", ["b.bin", "c.txt"])
+def test_files_with_holes_are_passed_over_wherever_they_stand(form, last, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"first")
+    with (folder / "b.bin").open("wb") as stream:
+        stream.truncate(10 * 2**20)
+        stream.seek(5 * 2**20)
+        stream.write(b"x")
+    (folder / "c.txt").write_bytes(b"last")
+    names = ["a.txt", "b.bin", "c.txt"] if last == "c.txt" else ["a.txt", "b.bin"]
+    tar = tmp_path / "holes.tar"
+    command = ["tar", "--sparse", f"--format={form}", "-cf", str(tar), *names]
+    subprocess.run(command, cwd=folder, check=True)
+    assert tar.stat().st_size < 2**20
+    done = imported([tar], tmp_path / "out")
+    assert done.skipped == {"no_regular_file": 1}
+    assert [key for key, _ in raw(tmp_path / "out")] == [n[0] for n in names if n != "b.bin"]
+
+
+def test_walking_a_tar_holds_none_of_its_headers(tmp_path):
+    path = write_tar(tmp_path / "many.tar", [(f"{i:06d}.x", b"") for i in range(20_000)])
+    with path.open("rb") as stream:
+        tracemalloc.start()
+        assert sum(1 for _ in walk_foreign(stream, where="")) == 20_000
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_sample_of_one_file_beyond_4_gib_is_refused():
+    long = ForeignFile(key="a", suffix="bin", header=0, offset=512, num_bytes=2**32 - 512)
+    with pytest.raises(ShardError) as caught:
+        index_rows([long], where="x.tar")
+    assert caught.value.reason == "foreign_sample"
+
+
+def test_a_folder_without_tars_is_named_and_not_passed_over(tmp_path):
+    img2dataset(tmp_path / "tars")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        imported([tmp_path / "tars", tmp_path / "empty"], tmp_path / "out")
+    assert caught.value.reason == "import_tars"
+    assert caught.value.where == str(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("wrong", [{"name": "../../x"}, {"name": "A.b"}, {"split": "a/b"}])
+def test_names_that_lead_elsewhere_are_refused(wrong, tmp_path):
+    img2dataset(tmp_path / "tars")
+    before = sorted(tmp_path.rglob("*"))
+    options = {"name": "foreign", "split": "train", **wrong}
+    with pytest.raises(ConfigError) as caught:
+        import_tars(
+            ImportSettings(tars=(str(tmp_path / "tars"),), out=str(tmp_path / "out"), **options),
+            Quiet(),
+        )
+    assert caught.value.reason == "dataset_name"
+    assert sorted(tmp_path.rglob("*")) == before
