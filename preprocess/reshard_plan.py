@@ -21,7 +21,7 @@ import numpy as np
 
 from preprocess.expression import select
 from preprocess.job import Reporter
-from preprocess.plan import ShardCount, shard_borders, shard_name
+from preprocess.plan import ShardCount, require_name, shard_borders, shard_name
 from preprocess.recut import (
     Advice,
     Cluster,
@@ -302,7 +302,9 @@ def _name(settings: ReshardSettings, sources: Sequence[Source]) -> str:
             facts={"names": names},
             fix="name the result with --name: orders and draws are seeded by it",
         )
-    return settings.name or names[0]
+    name = names[0] if settings.name is None else settings.name
+    require_name(name, of="dataset")
+    return name
 
 
 def _split_names(settings: ReshardSettings, sources: Sequence[Source]) -> list[str]:
