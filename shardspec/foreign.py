@@ -78,7 +78,8 @@ def walk_foreign(
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members.clear()  # else the headers of the whole tar stay in memory
+                # Else the headers of the whole tar stay in memory.
+                archive.members.clear()  # type: ignore[attr-defined]
                 # Not by the size of the file: one with holes takes less.
                 end = archive.offset
                 if end > size:
