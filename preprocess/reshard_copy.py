@@ -25,8 +25,8 @@ from shardspec.copying import (
     Piece,
     Stamp,
     join_here,
-    join_in_kernel,
     join_in_store,
+    join_unchecked,
     joins_in_store,
     require_stamp,
     whole_file,
@@ -92,7 +92,7 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -
         if not _stays_in_store(context, url, pieces):
             path = stack.enter_context(scratch_folder(scratch_of(context.out))) / "shard.tar"
             if context.through == "store":
-                join_in_kernel(path, pieces)
+                join_unchecked(path, pieces)
             else:
                 sha256 = join_here(path, pieces, rows, hashed=context.sha256) or sha256
             for source in sorted({piece.url for piece in pieces}):
