@@ -75,7 +75,7 @@ def find_strays(url: str, *, written_before_unix_s: float | None = None) -> Stra
     names = {each.name for each in listed}
     plans = sorted(n.split("/")[1] for n in names if re.fullmatch(r"plan/[^/]+/plan\.json", n))
     begun = [n for n in names if re.fullmatch(r"plan/[^/]+\.json", n)]
-    if manifest is None and not begun:
+    if manifest is None and not begun and not plans:
         raise ManifestError(
             "no dataset here, and no job that would make one: nothing can be told from anything",
             reason="manifest_missing",

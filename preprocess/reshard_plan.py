@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -155,6 +155,8 @@ class ReshardPlan:
     """Version of each tar."""
     advice: Advice
     num_runs: int
+    num_unknown_keys: int
+    """Keys that were asked for and that no sample has."""
 
     @property
     def view(self) -> bool:
@@ -164,6 +166,11 @@ class ReshardPlan:
     def name(self, plan: SplitPlan, shard: int) -> str:
         """Names a shard."""
         return shard_name(self.dataset, plan.split, shard, num_shards=plan.num_shards)
+
+    def shard_bytes(self, plan: SplitPlan, shard: int) -> int:
+        """Tells the length of a shard, about: its samples are taken for equally long."""
+        share = len(plan.shard_numbers(shard)) / max(1, len(plan.numbers))
+        return round(plan.num_bytes * share)
 
     @property
     def raw(self) -> bool:
@@ -224,9 +231,11 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
     for url, file in files.items():
         tables[url], stamps[url] = _open_table(file, raw=raw)
         report.step("")
+    keys = {split: _keys(segments, tables) for split, segments in gathered.items()}
+    _check_keys_apart(sources, splits, tables)
     plans: list[SplitPlan] = []
     for split, segments in gathered.items():
-        plans += _plan_split(settings, sources, split, segments, tables)
+        plans += _plan_split(settings, sources, split, segments, tables, keys[split])
     num_runs = sum(len(plan.runs(shard)) for plan in plans for shard in range(plan.num_shards))
     return ReshardPlan(
         settings=settings,
@@ -237,6 +246,7 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
         stamps=stamps,
         advice=advise(num_runs),
         num_runs=num_runs,
+        num_unknown_keys=_count_unknown(settings.keys or frozenset(), keys.values()),
     )
 
 
@@ -386,25 +396,42 @@ def _keys(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> np.n
     return keys if keys.dtype.kind == "S" else keys.astype("S1")
 
 
+def _check_keys_apart(
+    sources: Sequence[Source], splits: Sequence[str], tables: Mapping[str, np.ndarray]
+) -> None:
+    """Refuses sources that share a sample, in any splits: it might be trained and tested on."""
+    own = []
+    for source in sources:
+        segments = [segment for split in splits for segment in _segments([source], split)]
+        own.append(np.unique(_keys(segments, tables)))
+    twice = repeated_key(np.concatenate(own))
+    if twice is not None:
+        raise ConflictError(
+            "the sources have samples with the same key",
+            reason="key_collision",
+            facts={"key": twice.decode()},
+            fix="join datasets that share no sample, or filter one of them first",
+        )
+
+
+def _count_unknown(wanted: frozenset[str], keys: Iterable[np.ndarray]) -> int:
+    """Counts the wanted keys that no sample has."""
+    if not wanted:
+        return 0
+    asked = np.array(sorted(key.encode() for key in wanted), dtype=bytes)
+    return int((~np.isin(asked, np.concatenate(list(keys)))).sum())
+
+
 def _plan_split(
     settings: ReshardSettings,
     sources: Sequence[Source],
     split: str,
     segments: tuple[Segment, ...],
     tables: Mapping[str, np.ndarray],
+    keys: np.ndarray,
 ) -> Iterator[SplitPlan]:
     total = sum(segment.num_rows for segment in segments)
     kept = np.ones(total, dtype=bool)
-    keys = _keys(segments, tables)
-    twice = repeated_key(keys) if len(settings.sources) > 1 else None
-    if twice is not None:
-        raise ConflictError(
-            "the sources have samples with the same key",
-            reason="key_collision",
-            where=f"split {split}",
-            facts={"key": twice.decode()},
-            fix="join datasets that share no sample, or filter one of them first",
-        )
     if settings.keys is not None:
         wanted = np.array(sorted(key.encode() for key in settings.keys), dtype=bytes)
         kept &= np.isin(keys, wanted)
