@@ -119,8 +119,8 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
         out=settings.out, split=settings.split, tars=tars, stamps=stamps, names=names
     )
     build_key = fingerprint([context.build_key(task) for task in range(len(tars))])
-    _check_conflict(settings, build_key)
     with held(settings.out) as require_held:
+        _check_conflict(settings, build_key)
         receipts = _index_all(context, settings, report)
         if not any(receipt.shard.nsamples for receipt in receipts):
             raise ConfigError(

@@ -482,7 +482,8 @@ def _join_in_s3(
             return _copy_part(fs, part.piece, stamps, upload)
         return send_part_s3(fs, b"".join([*map(_read_whole, part.pieces), part.end]), upload, where)
 
-    for _, upload_id, _ in open_uploads(fs, path):  # that a killed process has left
+    left = persist(lambda: open_uploads(fs, path), where=where)
+    for _, upload_id, _ in left:  # by a killed process
         abort_upload(fs, path, upload_id, where=where)
     put_in_parts_s3(
         fs,

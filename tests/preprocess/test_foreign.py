@@ -7,6 +7,7 @@ import tarfile
 import tracemalloc
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -469,3 +470,22 @@ def test_names_that_lead_elsewhere_are_refused(wrong, tmp_path):
         )
     assert caught.value.reason == "dataset_name"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_two_imports_into_one_output_the_later_one_leaves_the_first(tmp_path, monkeypatch):
+    ours = img2dataset(tmp_path / "ours", samples=2)
+    theirs = img2dataset(tmp_path / "theirs", samples=5)
+
+    @contextmanager
+    def held(url):
+        monkeypatch.undo()
+        imported(theirs, url)  # it began and ended just before this one got the output
+        with real(url) as check:
+            yield check
+
+    real = foreign.held
+    monkeypatch.setattr(foreign, "held", held)
+    with pytest.raises(ConflictError) as caught:
+        imported(ours, tmp_path / "out")
+    assert caught.value.reason == "job_conflict"
+    assert [key for key, _ in raw(tmp_path / "out")] == [key for key, _ in by_webdataset(theirs)]
