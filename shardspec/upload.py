@@ -48,6 +48,9 @@ PART_BYTES = 8 * 2**20
 MAX_PARTS = 10_000
 """S3 takes no more."""
 
+CHUNK_TRIES = 8
+"""Times that a chunk is sent to a store that answers and keeps less of it."""
+
 PARTS_AT_ONCE = 4
 """So one upload holds 32 MiB of the file in memory."""
 
@@ -397,21 +400,32 @@ def _put_chunks_gs(fs: Any, path: str, source: Path, *, where: str, on_part: OnP
 def _send_chunk_gs(
     fs: Any, session: str, chunk: bytes, start: int, total: int, *, where: str
 ) -> bytes:
-    """Sends a chunk until the store says that it has kept all of it."""
-    stop = start + len(chunk)
-    while True:
-        left = memoryview(chunk)[start - stop :]
-        span = f"bytes {start}-{stop - 1}/{total}"
+    """Sends a chunk until the store has kept all of it; the last one's answer is the object."""
+    first, stop = start, start + len(chunk)
+    for _ in range(CHUNK_TRIES):
+        span = f"{start}-{stop - 1}" if start < stop else "*"
+        body = chunk[start - first :]
         headers, answer = persist(
-            lambda span=span, left=left: fs.call(  # type: ignore[misc]
-                "PUT", session, headers={"Content-Range": span}, data=_Body(left)
+            lambda span=span, body=body: fs.call(  # type: ignore[misc]
+                "PUT", session, headers={"Content-Range": f"bytes {span}/{total}"}, data=_Body(body)
             ),
             where=where,
         )
-        kept = headers.get("Range")
-        if stop == total or kept is None or int(kept.split("-")[1]) + 1 >= stop:
+        if answer:
             return bytes(answer)
-        start = int(kept.split("-")[1]) + 1
+        # Without an object it says how far it has come; nothing where nothing was kept.
+        start = int(headers["Range"].split("-")[1]) + 1 if "Range" in headers else 0
+        if start < first:
+            break
+        if start >= stop and stop < total:
+            return b""
+    raise StorageError(
+        "the store does not keep what it is sent",
+        reason="store_unavailable",
+        where=where,
+        facts={"kept_bytes": start, "sent_bytes": stop, "tries": CHUNK_TRIES},
+        fix="see whether it can be reached, then run the same command again",
+    )
 
 
 def _stream(fs: Any, path: str, source: Path, on_part: OnPart) -> None:
