@@ -5,7 +5,7 @@
 * cp: `cp` of every shard, then fsync of the copies, as every shard of ours is flushed before it
   gets its name. "cp, unflushed" leaves that out.
 * reshard, 1 core: the job's own tasks in kept order, in this process: each sample's checksum
-  compared, index, receipt, fsync. "in the kernel" (`--through store`) reads no sample and compares
+  compared, index, receipt, fsync. "unchecked" (`--through store`) looks at no sample and compares
   versions only.
 * reshard, 2 jobs: as `make reshard JOBS=2` runs it, with the start of its processes.
 * webdataset: `WebDataset` read of raw bytes into `ShardWriter`, shards of the same size; of the
@@ -62,11 +62,9 @@ def main() -> None:
             "cp": lambda out: copy(tars, out, flush=True),
             "cp, unflushed": lambda out: copy(tars, out, flush=False),
             "reshard, 1 core": lambda out: recut_here(source, out, through="client"),
-            "  in the kernel": lambda out: recut_here(source, out, through="store"),
+            "  unchecked": lambda out: recut_here(source, out, through="store"),
             "reshard, 2 jobs": lambda out: recut(source, out, through="client", num_workers=2),
-            "  in the kernel, 2 jobs": lambda out: recut(
-                source, out, through="store", num_workers=2
-            ),
+            "  unchecked, 2 jobs": lambda out: recut(source, out, through="store", num_workers=2),
             "webdataset": lambda out: rewrite(tars[:REWRITTEN], out),
         }
         num_bytes = sum(tar.stat().st_size for tar in tars)

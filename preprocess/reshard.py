@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from preprocess.build import scratch_folder, valid_receipts
+from preprocess.build import is_in_place, scratch_folder, stored_sizes, valid_receipts
 from preprocess.engines import local
 from preprocess.job import Reporter
 from preprocess.lease import held
@@ -45,6 +46,8 @@ from shardspec.manifest import (
     differences,
     load_manifest,
 )
+
+_LOOKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +93,8 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
                 storage.publish_bytes(_note_url(plan, split), canonical_json(note, indent=1))
             receipts, copied = _copy(plan, report, require_held)
             shards = [receipt.shard for receipt in receipts]
-        for url, want in plan.stamps.items():
-            require_stamp(url, want)
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            list(pool.map(require_stamp, *zip(*plan.stamps.items(), strict=True)))
         manifest = _manifest(plan, shards, view)
         _publish_tokenizer(plan, report)
         payload = manifest.encode()
@@ -335,10 +338,10 @@ def _finished(plan: ReshardPlan) -> Resharded | None:
             fix="use another output, or remove the old dataset",
         )
     if manifest.view is None:
-        for shard in manifest.shards:
-            for url, size in ((shard.url, shard.num_bytes), (shard.index_url, shard.index_bytes)):
-                if storage.size(storage.join(out, url)) != size:
-                    return None
+        for split in manifest.splits:
+            sizes = stored_sizes(out, split)
+            if not all(is_in_place(shard, sizes) for shard in manifest.select(split)):
+                return None
     payload = storage.read_bytes(storage.join(out, MANIFEST_NAME))
     return Resharded(
         manifest=manifest,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,12 +48,15 @@ from shardspec.manifest import (
     parse_manifest,
 )
 
+_READS_AT_ONCE = 16
+
 Form = Literal["auto", "view", "copy"]
 """What becomes of the samples: a view where that suffices, always a view, or always files."""
 
 Through = Literal["auto", "client", "store"]
-"""Which way bytes go: past this process, which checks each sample, or inside the kernel or the
-store. "auto" takes the store's way between objects and checks where bytes pass anyway."""
+"""Which way bytes go: past this process, which checks each sample, or unchecked, inside of the
+store or of a file system that can. "auto" takes the store's way between objects and checks where
+bytes pass anyway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +232,11 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
     report.stage("read indexes", len(files))
     raw = sources[0].manifest.raw
     tables, stamps = {}, {}
-    for url, file in files.items():
-        tables[url], stamps[url] = _open_table(file, raw=raw)
-        report.step("")
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        opened = pool.map(lambda file: _open_table(file, raw=raw), files.values())
+        for url, (table, found) in zip(files, opened, strict=True):
+            tables[url], stamps[url] = table, found
+            report.step("")
     keys = {split: _keys(segments, tables) for split, segments in gathered.items()}
     _check_keys_apart(sources, splits, tables)
     plans: list[SplitPlan] = []

@@ -59,8 +59,9 @@ def _add_flags(verb: argparse.ArgumentParser) -> None:
     text = "make files of their own"
     form.add_argument("--copy", dest="form", action="store_const", const="copy", help=text)
     text = (
-        "client: bytes pass here and every sample is checked; store: the kernel or the object "
-        "store copies; auto: the store's way between objects (default: %(default)s)"
+        "client: bytes pass here and every sample is checked; store: no sample is checked, and the "
+        "file system or the object store copies what it can by itself; auto: the store's way "
+        "between objects (default: %(default)s)"
     )
     how.add_argument("--through", choices=get_args(Through), default="auto", help=text)
     text = "hash the new shards as a whole too (slower; samples are always checksummed)"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 import warnings
 from collections import Counter
@@ -84,6 +85,13 @@ def samples(tiny_sample):
 def dataset(samples, write_dataset, tmp_path_factory):
     """A dataset of 23 samples in 4 shards, which no test may change."""
     return write_dataset(tmp_path_factory.mktemp("reshard") / "source", samples, num_shards=4)
+
+
+@pytest.fixture(scope="module")
+def other(tiny_sample, write_dataset, tmp_path_factory):
+    """Nine other samples of the same recipe, as a later run would append them."""
+    folder = tmp_path_factory.mktemp("other") / "later"
+    return write_dataset(folder, [tiny_sample(100 + i) for i in range(9)], num_shards=2)
 
 
 @pytest.fixture
@@ -188,13 +196,38 @@ def test_a_cluster_gets_a_shard_for_every_reader(dataset, tmp_path):
     assert len(done.manifest.shards) == 12
 
 
-def test_webdataset_wids_and_gnu_tar_read_what_was_cut_anew(tiny_dataset, tmp_path, monkeypatch):
-    import subprocess
+RESULTS = {
+    "fewer shards": {"num_shards": 2},
+    "more shards": {"num_shards": 7},
+    "as many": {"num_shards": 4},
+    "one sample each": {"num_shards": 23},
+    "shuffled": {"num_shards": 5, "order": "shuffle", "seed": 1},
+    "by length": {"num_shards": 5, "order": "length"},
+    "unchecked": {"num_shards": 3, "through": "store"},
+    "hashed": {"num_shards": 3, "sha256": True},
+    "filtered": {"where": "width >= 30"},
+    "by keys": {"keys": frozenset({"sample-0003", "sample-0011"})},
+    "dealt out": {"into": {"train": 0.6, "held-out": 0.4}},
+    "merged": {"num_shards": 3},
+}
 
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("between", ["", "view"])
+def test_webdataset_wids_and_gnu_tar_read_every_result(
+    name, between, dataset, other, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
-    done = recut(str(tiny_dataset), out, num_shards=5, order="shuffle", seed=1)
-    keys = [key for key, _ in contents(out)]
-    urls = [str(out / shard.url) for shard in done.manifest.shards]
+    sources = [dataset, other] if name == "merged" else [dataset]
+    if between:
+        recut(sources, tmp_path / "view", form="view", **RESULTS[name])
+        recut(str(tmp_path / "view"), out)
+    else:
+        recut(sources, out, **RESULTS[name])
+    manifest = require_manifest(str(out))
+    keys = [key for split in sorted(manifest.splits) for key, _ in contents(out, split)]
+    urls = [str(out / shard.url) for shard in manifest.shards]
     want = {}
     for url in urls:
         with tarfile.open(url, "r:") as archive:
@@ -205,10 +238,10 @@ def test_webdataset_wids_and_gnu_tar_read_what_was_cut_anew(tiny_dataset, tmp_pa
         import webdataset as wds
         import wids
 
-        samples = list(wds.WebDataset(urls, shardshuffle=False))
+        samples = list(wds.WebDataset(urls, shardshuffle=False, empty_check=False))
         monkeypatch.setenv("WIDS_CACHE", str(tmp_path / "cache"))
-        dataset = wids.ShardListDataset(str(out / "manifest.json"))
-        assert [dataset[i]["__key__"] for i in range(len(dataset))] == keys
+        listed = wids.ShardListDataset(str(out / "manifest.json"))
+        assert [listed[i]["__key__"] for i in range(len(listed))] == keys
     assert [sample["__key__"] for sample in samples] == keys
     got = {
         f"{sample['__key__']}.{name}": payload
@@ -219,13 +252,13 @@ def test_webdataset_wids_and_gnu_tar_read_what_was_cut_anew(tiny_dataset, tmp_pa
     assert got == want
     (tmp_path / "files").mkdir()
     for url in urls:
-        listed = subprocess.run(
+        done = subprocess.run(
             ["tar", "-xf", url, "-C", tmp_path / "files"],
             capture_output=True,
             text=True,
             check=True,
         )
-        assert listed.stderr == ""
+        assert done.stderr == ""
     assert {p.name: p.read_bytes() for p in (tmp_path / "files").iterdir()} == want
 
 
@@ -333,13 +366,6 @@ def test_a_view_tells_old_readers_that_it_is_not_for_them(dataset, tmp_path):
 
 
 # --- merge, split, filter
-
-
-@pytest.fixture(scope="module")
-def other(tiny_sample, write_dataset, tmp_path_factory):
-    """Nine other samples of the same recipe, as a later run would append them."""
-    folder = tmp_path_factory.mktemp("other") / "later"
-    return write_dataset(folder, [tiny_sample(100 + i) for i in range(9)], num_shards=2)
 
 
 @pytest.mark.parametrize("form", ["view", "copy"])
