@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -233,9 +234,11 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
     raw = sources[0].manifest.raw
     tables, stamps = {}, {}
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-        opened = pool.map(lambda file: _open_table(file, raw=raw), files.values())
-        for url, (table, found) in zip(files, opened, strict=True):
-            tables[url], stamps[url] = table, found
+        for file, (stamps[file.url], payload) in zip(
+            files.values(), pool.map(_look_at, files.values()), strict=True
+        ):
+            # Not in the threads: Python 3.11 cannot parse two headers at once.
+            tables[file.url] = _open_table(file, payload, raw=raw)
             report.step("")
     keys = {split: _keys(segments, tables) for split, segments in gathered.items()}
     _check_keys_apart(sources, splits, tables)
@@ -354,8 +357,12 @@ def _segments(sources: Sequence[Source], split: str) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _open_table(file: FileEntry, *, raw: bool) -> tuple[np.ndarray, Stamp]:
-    """Opens the index of a file after comparing both with what the manifest says."""
+def _look_at(file: FileEntry) -> tuple[Stamp, bytes]:
+    """Compares a file and its index with what the manifest says.
+
+    Returns:
+      The file's version, and its index; b"" where that is local, and can be opened in place.
+    """
     found = stamp(file.url)
     if found is None or found.num_bytes != file.num_bytes:
         raise _not_as_promised(
@@ -371,14 +378,17 @@ def _open_table(file: FileEntry, *, raw: bool) -> tuple[np.ndarray, Stamp]:
     if len(payload) != file.index_bytes or got != file.index_sha256:
         facts = {"got": got, "want": file.index_sha256}
         raise _not_as_promised(file.index_url, "index_sha256", facts)
+    return found, b"" if storage.is_local(file.index_url) else payload
+
+
+def _open_table(file: FileEntry, payload: bytes, *, raw: bool) -> np.ndarray:
     counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     if storage.is_local(file.index_url):
-        local = storage.local_path(file.index_url)
-        return open_index(str(local), raw=raw, **counts), found
+        return open_index(str(storage.local_path(file.index_url)), raw=raw, **counts)
     with TemporaryDirectory() as folder:
         copied = Path(folder) / "index.npy"
         copied.write_bytes(payload)
-        return np.array(open_index(str(copied), raw=raw, **counts)), found
+        return np.array(open_index(str(copied), raw=raw, **counts))
 
 
 def _not_as_promised(where: str, reason: str, facts: Mapping[str, object]) -> ShardError:
@@ -424,8 +434,7 @@ def _count_unknown(wanted: frozenset[str], keys: Iterable[np.ndarray]) -> int:
     """Counts the wanted keys that no sample has."""
     if not wanted:
         return 0
-    asked = np.array(sorted(key.encode() for key in wanted), dtype=bytes)
-    return int((~np.isin(asked, np.concatenate(list(keys)))).sum())
+    return int((~np.isin(_encoded(wanted), np.concatenate(list(keys)))).sum())
 
 
 def _plan_split(
@@ -436,20 +445,13 @@ def _plan_split(
     tables: Mapping[str, np.ndarray],
     keys: np.ndarray,
 ) -> Iterator[SplitPlan]:
-    total = sum(segment.num_rows for segment in segments)
-    kept = np.ones(total, dtype=bool)
-    if settings.keys is not None:
-        wanted = np.array(sorted(key.encode() for key in settings.keys), dtype=bytes)
-        kept &= np.isin(keys, wanted)
-    if settings.where:
-        kept &= select(settings.where, _numbers_of(segments, tables))
-    numbers = np.flatnonzero(kept).astype(np.int64)
-    chosen = {split: numbers}
-    if settings.into is not None:
-        names = [key.decode() for key in keys[numbers].tolist()]
-        dealt = split_numbers(names, settings.into, salt=settings.salt)
-        chosen = {name: numbers[positions] for name, positions in dealt.items()}
+    chosen = _choose(settings, split, segments, tables, keys)
+    total, num_chosen = len(keys), sum(map(len, chosen.values()))
     sizes = _column(segments, tables, "num_bytes").astype(np.int64)
+    having = [source for source in sources if split in source.manifest.splits]
+    quarantined: Counter[str] = Counter()
+    for source in having if settings.into is None else ():
+        quarantined.update(source.manifest.splits[split].quarantined)
     for name, own in chosen.items():
         if not len(own):
             raise ConfigError(
@@ -457,15 +459,14 @@ def _plan_split(
                 reason="empty_result",
                 where=f"split {name}",
                 facts={"samples": total},
-                fix="loosen the filter, or give the split a larger share",
+                fix="loosen the filter, raise the share, or name the other split with --split",
             )
+        shuffled = keys[own].tolist() if settings.order == "shuffle" else []
         ordered = order_numbers(
             own,
             order=settings.order,
             seed=settings.seed,
-            keys=[key.decode() for key in keys[own].tolist()]
-            if settings.order == "shuffle"
-            else [],
+            keys=[key.decode() for key in shuffled],
             lengths=_lengths(segments, tables)[own] if settings.order == "length" else own,
         )
         num_bytes = int(sizes[own].sum())
@@ -476,11 +477,6 @@ def _plan_split(
             num_shards=settings.num_shards,
             cluster=settings.cluster,
         )
-        having = [source for source in sources if split in source.manifest.splits]
-        quarantined: dict[str, int] = {}
-        for source in having if settings.into is None else ():
-            for reason, n in source.manifest.splits[split].quarantined.items():
-                quarantined[reason] = quarantined.get(reason, 0) + n
         yield SplitPlan(
             split=name,
             segments=segments,
@@ -488,7 +484,7 @@ def _plan_split(
             borders=shard_borders(len(own), num_shards=count.num_shards),
             count=count,
             num_bytes=num_bytes,
-            num_left_out=total - len(numbers),
+            num_left_out=total - num_chosen,
             quarantined=dict(sorted(quarantined.items())),
             origin=tuple(
                 {
@@ -501,13 +497,38 @@ def _plan_split(
         )
 
 
+def _choose(
+    settings: ReshardSettings,
+    split: str,
+    segments: tuple[Segment, ...],
+    tables: Mapping[str, np.ndarray],
+    keys: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Filters the samples of a split, and deals them out: new split -> int64 [n], ascending."""
+    kept = np.ones(len(keys), dtype=bool)
+    if settings.keys is not None:
+        kept &= np.isin(keys, _encoded(settings.keys))
+    if settings.where:
+        kept &= select(settings.where, _numbers_of(segments, tables))
+    numbers = np.flatnonzero(kept).astype(np.int64)
+    if settings.into is None:
+        return {split: numbers}
+    names = [key.decode() for key in keys[numbers].tolist()]
+    dealt = split_numbers(names, settings.into, salt=settings.salt)
+    return {name: numbers[positions] for name, positions in dealt.items()}
+
+
+def _encoded(keys: Iterable[str]) -> np.ndarray:
+    return np.array(sorted(key.encode() for key in keys), dtype=bytes)
+
+
 def _numbers_of(
     segments: Sequence[Segment], tables: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Gives the columns that a filter may name: of several views the largest value counts."""
-    first = next(iter(tables.values())).dtype
-    names = [n for n in first.names or () if n not in ("offset", "crc32", "key")]
-    columns = {name: _column(segments, tables, name).astype(np.int64) for name in names}
+    every = [set(tables[segment.file.url].dtype.names or ()) for segment in segments]
+    names = set.intersection(*every) - {"offset", "crc32", "key"} if every else set()
+    columns = {name: _column(segments, tables, name).astype(np.int64) for name in sorted(names)}
     return {name: c.max(axis=1) if c.ndim > 1 else c for name, c in columns.items()}
 
 
