@@ -75,6 +75,9 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
     out = plan.settings.out
     done = _finished(plan)
     if done is not None:
+        if any(storage.exists(_note_url(plan, split)) for split in plan.splits):
+            with held(out):  # a run ended between its commit and here
+                _tidy(plan)
         return done
     with held(out) as require_held:
         done = _finished(plan)  # once more: another job may have ended in between

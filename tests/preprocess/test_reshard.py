@@ -655,3 +655,14 @@ def test_samples_of_two_sources_with_one_key_are_refused_in_any_two_splits(datas
     with pytest.raises(ConflictError) as caught:
         recut([dataset, str(tmp_path / "held-out")], tmp_path / "out")
     assert caught.value.reason == "key_collision"
+
+
+def test_what_a_kill_behind_the_commit_has_left_goes_with_the_next_run(dataset, tmp_path):
+    out = tmp_path / "out"
+    recut(dataset, out, num_shards=3)
+    want = tree(out)
+    for name in ("plan/train/plan.json", ".scratch/x/shard.tar"):
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text('{"kind": "reshard"}')
+    assert not recut(dataset, out, num_shards=3).fresh
+    assert tree(out) == want
