@@ -5,7 +5,7 @@
 * cp: `cp` of every shard, then fsync of the copies, as every shard of ours is flushed before it
   gets its name. "cp, unflushed" leaves that out.
 * reshard, 1 core: the job's own tasks in kept order, in this process: each sample's checksum
-  compared, index, receipt, fsync. "in the kernel" (`--through store`) reads no sample and compares
+  compared, index, receipt, fsync. "unchecked" (`--through store`) looks at no sample and compares
   versions only.
 * reshard, 2 jobs: as `make reshard JOBS=2` runs it, with the start of its processes.
 * webdataset: `WebDataset` read of raw bytes into `ShardWriter`, shards of the same size; of the
@@ -35,11 +35,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preprocess import reshard as job
-from preprocess.engines.local import Later, TaskDone
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from shardspec.tar import TarWriter
+from tests import inline
+from tests.inline import Quiet
 
 SHARDS, SAMPLES, ROUNDS = 32, 1000, 3
 REWRITTEN = 2
@@ -47,28 +48,6 @@ REWRITTEN = 2
 OLD_PER_NEW = 3.4
 """Old shards, of 65 MB, in a new one: about 220 MB, near the job's own 256 MiB."""
 SAMPLE_BYTES = 64_000  # a JPEG of 336 px at quality 95 and its arrays
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
-
-
-def here(tasks, *, work, context, num_workers):  # noqa: ARG001
-    """Runs tasks in this process."""
-    for task in tasks:
-        value = work(context, task, print)
-        if isinstance(value, Later):
-            value = value.finish()
-        yield TaskDone(task=task, value=value)
 
 
 def main() -> None:
@@ -83,11 +62,9 @@ def main() -> None:
             "cp": lambda out: copy(tars, out, flush=True),
             "cp, unflushed": lambda out: copy(tars, out, flush=False),
             "reshard, 1 core": lambda out: recut_here(source, out, through="client"),
-            "  in the kernel": lambda out: recut_here(source, out, through="store"),
+            "  unchecked": lambda out: recut_here(source, out, through="store"),
             "reshard, 2 jobs": lambda out: recut(source, out, through="client", num_workers=2),
-            "  in the kernel, 2 jobs": lambda out: recut(
-                source, out, through="store", num_workers=2
-            ),
+            "  unchecked, 2 jobs": lambda out: recut(source, out, through="store", num_workers=2),
             "webdataset": lambda out: rewrite(tars[:REWRITTEN], out),
         }
         num_bytes = sum(tar.stat().st_size for tar in tars)
@@ -137,7 +114,7 @@ def recut(source: Path, out: Path, *, through: str, num_workers: int = 1) -> Non
 
 
 def recut_here(source: Path, out: Path, *, through: str) -> None:
-    with mock.patch.object(job.local, "run", here):
+    with mock.patch.object(job.local, "run", inline.run):
         recut(source, out, through=through)
 
 

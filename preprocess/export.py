@@ -48,7 +48,8 @@ def export_index(url: str, form: ExportFormat, report: Reporter) -> list[str]:
       URLs of the files that are new, those beside the shards left out.
 
     Raises:
-      ConfigError: `export_view`: the dataset has no shards of its own.
+      ConfigError: `export_view`: the dataset has no shards of its own; `export_name`: DALI cannot
+        name a file.
       ConflictError: `key_collision`: energon wants keys that differ over all splits.
     """
     manifest = require_manifest(url)
@@ -66,6 +67,7 @@ def export_index(url: str, form: ExportFormat, report: Reporter) -> list[str]:
     if form == "energon":
         return _energon(url, manifest, found)
     for shard, samples in found:
+        _check_words(url, samples)
         name = shard.url.removesuffix(".tar") + ".idx"
         storage.publish_bytes(storage.join(url, name), dali_index(samples))
     return []
@@ -104,6 +106,18 @@ def _wids(url: str, manifest: Manifest) -> list[str]:
         written.append(storage.join(url, f"wids-{split}.json"))
         storage.publish_bytes(written[-1], canonical_json(document, indent=1))
     return written
+
+
+def _check_words(url: str, samples: Samples) -> None:
+    for file in (file for files in samples for file in files):
+        if len(f"{file.key}.{file.suffix}".split()) != 1:
+            raise ConfigError(
+                "the index of DALI separates by spaces, and this name holds one",
+                reason="export_name",
+                where=f"{url} sample {file.key!r}",
+                facts={"field": file.suffix},
+                fix="rename such files where the tars are made",
+            )
 
 
 def dali_index(samples: Samples) -> bytes:

@@ -3,7 +3,8 @@
 Pure. The text is parsed by Python's own grammar and then walked: names of index columns, numbers,
 comparisons, `and`, `or`, `not`, arithmetic and `&` (to test flags). Nothing else is accepted, and
 nothing is ever evaluated as code. Columns are taken as 64-bit integers, so differences of counts
-may be negative; a division by zero is no number, and every comparison with it fails, but `!=`.
+may be negative, and results beyond 64 bits are refused; a division by zero is no number, and every
+comparison with it fails, but `!=`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,23 @@ def _divided(divide: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda a, b: np.where(b == 0, np.nan, divide(a, np.where(b == 0, 1, b)))
 
 
+def _checked(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Refuses results that 64-bit integers do not hold: numpy would wrap them in silence."""
+
+    def checked(a: Any, b: Any) -> Any:
+        if np.result_type(a, b).kind != "f":
+            about = compute(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
+            if np.any(np.abs(about) >= 2.0**63):
+                raise OverflowError("a result is beyond 64 bits")
+        return compute(a, b)
+
+    return checked
+
+
 _ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
+    ast.Add: _checked(operator.add),
+    ast.Sub: _checked(operator.sub),
+    ast.Mult: _checked(operator.mul),
     ast.Div: _divided(np.true_divide),
     ast.FloorDiv: _divided(np.floor_divide),
     ast.Mod: _divided(np.mod),
@@ -67,7 +81,8 @@ def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _refused(text, str(error), getattr(error, "offset", 0) or 0) from error
     try:
-        kept = _condition(tree.body, text, columns)
+        with np.errstate(over="ignore", invalid="ignore"):  # of floats: they become inf and nan
+            kept = _condition(tree.body, text, columns)
     except (TypeError, OverflowError, RecursionError) as error:
         raise _refused(text, str(error), 0) from error
     length = len(next(iter(columns.values()))) if columns else 0

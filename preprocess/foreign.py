@@ -24,7 +24,7 @@ import numpy as np
 from preprocess.engines import local
 from preprocess.job import Reporter
 from preprocess.lease import held
-from preprocess.plan import shard_name
+from preprocess.plan import require_name, shard_name
 from preprocess.recut import repeated_key
 from preprocess.reshard import portable_url
 from preprocess.reshard_plan import absolute_url
@@ -103,10 +103,13 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
     """Indexes tars in place, or finishes what an interrupted run began.
 
     Raises:
-      ConfigError: `import_tars`: a tar is missing, or named twice, or all of them are empty.
+      ConfigError: `import_tars`: a tar is missing, or named twice, or all of them are empty;
+        `dataset_name`.
       ConflictError: `job_conflict`: the output holds something else.
       ShardError: `foreign_tar`, `foreign_sample`: a tar cannot be used.
     """
+    require_name(settings.name, of="dataset")
+    require_name(settings.split, of="split")
     tars = _find_tars(settings.tars)
     stamps = tuple(_require_there(url) for url in tars)
     names = tuple(
@@ -116,8 +119,8 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
         out=settings.out, split=settings.split, tars=tars, stamps=stamps, names=names
     )
     build_key = fingerprint([context.build_key(task) for task in range(len(tars))])
-    _check_conflict(settings, build_key)
     with held(settings.out) as require_held:
+        _check_conflict(settings, build_key)
         receipts = _index_all(context, settings, report)
         if not any(receipt.shard.nsamples for receipt in receipts):
             raise ConfigError(
@@ -148,15 +151,22 @@ def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
             found.append(url)
         else:
             names = [name for name in storage.list_names(url) if name.endswith(".tar")]
+            if not names:
+                raise ConfigError(
+                    "no .tar lies directly in this folder",
+                    reason="import_tars",
+                    where=url,
+                    fix="name tars, or folders that hold .tar files; unpack compressed ones first",
+                )
             found += [storage.join(url, name) for name in names]
     absolute = [absolute_url(url) for url in found]
     twice = [url for url, n in Counter(absolute).items() if n > 1]
-    if twice or not found:
+    if twice:
         raise ConfigError(
-            "a tar is named twice" if twice else "no tar is named",
+            "a tar is named twice",
             reason="import_tars",
-            where=twice[0] if twice else ", ".join(urls),
-            fix="name each tar once, or folders that hold .tar files",
+            where=twice[0],
+            fix="name each tar once",
         )
     return tuple(absolute)
 
@@ -270,9 +280,8 @@ def index_rows(files: Iterable[ForeignFile], *, where: str) -> np.ndarray:
     key: str | None = None
     for file in files:
         if file.key != key:
-            samples.append((file.header, file.end, 1, file.key.encode()))
-            key, suffixes = file.key, {file.suffix}
-            continue
+            samples.append((file.header, file.end, 0, file.key.encode()))
+            key, suffixes = file.key, set()
         start, _, members, encoded = samples[-1]
         if file.suffix in suffixes or file.end - start >= 2**32:
             what = "has a field twice" if file.suffix in suffixes else "is longer than 4 GiB"

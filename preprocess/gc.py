@@ -35,11 +35,11 @@ from shardspec.manifest import (
 from shardspec.storage import OpenUpload, StoredObject
 
 _SHARD = re.compile(
-    r"(?P<split>[A-Za-z0-9_-]+)/(?P<name>[a-z0-9_-]+-(?P=split)-\d{5}-of-\d{5})"
+    r"(?P<split>[A-Za-z0-9_-]+)/(?P<name>[A-Za-z0-9_-]+-(?P=split)-\d{5,}-of-\d{5,})"
     + rf"(?:\.tar|{re.escape(INDEX_SUFFIX)})"
 )
-_RECEIPT = re.compile(r"receipts/(?P<name>[a-z0-9_-]+-[A-Za-z0-9_-]+-\d{5}-of-\d{5})\.json")
-_QUARANTINE = re.compile(r"quarantine/(?P<name>[a-z0-9_-]+-[A-Za-z0-9_-]+-\d{5}-of-\d{5})\.jsonl")
+_RECEIPT = re.compile(r"receipts/(?P<name>[A-Za-z0-9_-]+-\d{5,}-of-\d{5,})\.json")
+_QUARANTINE = re.compile(r"quarantine/(?P<name>[A-Za-z0-9_-]+-\d{5,}-of-\d{5,})\.jsonl")
 _ROWS = re.compile(r"plan/(?P<split>[A-Za-z0-9_-]+)/(?:rows-\d{5,}\.jsonl|plan\.json)")
 _UNFINISHED = re.compile(r"(?:.*/)?\.[^/]+\.tmp-[0-9a-f]{32}")
 
@@ -75,7 +75,7 @@ def find_strays(url: str, *, written_before_unix_s: float | None = None) -> Stra
     names = {each.name for each in listed}
     plans = sorted(n.split("/")[1] for n in names if re.fullmatch(r"plan/[^/]+/plan\.json", n))
     begun = [n for n in names if re.fullmatch(r"plan/[^/]+\.json", n)]
-    if manifest is None and not begun:
+    if manifest is None and not begun and not plans:
         raise ManifestError(
             "no dataset here, and no job that would make one: nothing can be told from anything",
             reason="manifest_missing",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from preprocess.blobs import BlobCache
 from preprocess.build import rows_url, scratch_root
 from preprocess.datasets import DatasetBase, dataset_class, get_dataset
 from preprocess.fetch import FetchPolicy
+from preprocess.plan import is_name
 from preprocess.recipe import Preparer, Recipe
 from preprocess.tokens import EMBEDDED, load_tokenizer
 from shardspec import storage
@@ -74,7 +74,7 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         checks = {
-            "split": re.fullmatch(r"[A-Za-z0-9_-]+", self.split) is not None,
+            "split": is_name(self.split),
             "limit": self.limit is None or self.limit >= 1,
             "shard_bytes": self.shard_bytes >= 2**20,
             "num_shards": self.num_shards is None or self.num_shards >= 1,

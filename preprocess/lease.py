@@ -11,8 +11,9 @@ So a job on an object store keeps an object `.lease` in its output, which it alo
 4. A holder that finds another's lease in place of its own, or cannot renew its own for `TTL_S`, has
    lost it: `check` raises, and the job stops before it writes a manifest.
 
-No clock is compared with another machine's. A store that ignores conditions cannot decide between
-two jobs that start at once: it is noticed, and said.
+No clock is compared with another machine's; one's own says how long a renewal has been under way. A
+store that ignores conditions cannot decide between two jobs that start at once: it is noticed, and
+said.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import logging
 import os
 import platform
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from shardspec import storage
-from shardspec.errors import StorageError
+from shardspec.errors import StorageError, redacted
 from shardspec.manifest import canonical_json
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ class _Lease:
         self._beats = 0
         self._stop = threading.Event()
         self._lost = threading.Event()
+        self._renewed_s = 0.0
+        """When the renewal began that was the last to succeed; others count from then at most."""
         self._heart = threading.Thread(target=self._beat_on, name="lease", daemon=True)
 
     def take(self) -> None:
@@ -82,6 +86,7 @@ class _Lease:
                 holder = self._read()
                 if holder is not None and not _is_dead(holder):
                     self._watch(version, holder)
+            self._renewed_s = time.monotonic()
             if storage.swap_bytes(self._url, self._payload(), replacing=version):
                 break
         if storage.swap_bytes(self._url, self._payload(), replacing=None):
@@ -93,7 +98,7 @@ class _Lease:
         self._heart.start()
 
     def check(self) -> None:
-        if self._lost.is_set():
+        if self._lost.is_set() or time.monotonic() - self._renewed_s >= TTL_S:
             raise StorageError(
                 "this job no longer holds its output",
                 reason="lease_lost",
@@ -105,29 +110,29 @@ class _Lease:
     def give_back(self) -> None:
         self._stop.set()
         self._heart.join()
-        if not self._lost.is_set():
-            with suppress(StorageError):  # it is given up by standing still as well
+        with suppress(StorageError):  # it is given up by standing still as well
+            if not self._lost.is_set() and self._is_ours():
                 storage.delete_objects(self._output, [LEASE_NAME])
 
     def _beat_on(self) -> None:
-        silent_s = 0.0
         while not self._stop.wait(BEAT_S):
+            began_s = time.monotonic()
             try:
                 if not self._renew():
                     self._lost.set()
                     return
-                silent_s = 0.0
-            except StorageError as error:
-                silent_s += BEAT_S
-                logger.warning("%s: the lease could not be renewed: %s", self._output, error.what)
-                if silent_s >= TTL_S:
-                    self._lost.set()
-                    return
+                self._renewed_s = began_s
+            except Exception as error:  # noqa: BLE001 - whatever it was, the lease stands still
+                told = redacted(str(getattr(error, "what", error)))
+                logger.warning("%s: the lease could not be renewed: %s", self._output, told)
+
+    def _is_ours(self) -> bool:
+        holder = self._read()
+        return holder is not None and holder.get("job") == self._holder["job"]
 
     def _renew(self) -> bool:
         version = storage.version(self._url)
-        holder = self._read()
-        if version is None or holder is None or holder.get("job") != self._holder["job"]:
+        if version is None or not self._is_ours():
             return False
         return storage.swap_bytes(self._url, self._payload(), replacing=version)
 

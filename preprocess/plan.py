@@ -6,11 +6,13 @@ stays put when other samples come or go; shards take equal shares of it, to with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from shardspec.errors import ConfigError
 from shardspec.keyed import hash_text, keyed
 
 SHARD_MULTIPLE = 8
@@ -84,6 +86,34 @@ def shard_name(dataset: str, split: str, shard: int, *, num_shards: int) -> str:
     'pixmo_cap-train-00017-of-00256'
     """
     return f"{dataset}-{split}-{shard:05d}-of-{num_shards:05d}"
+
+
+def is_name(text: str) -> bool:
+    """Tells whether a dataset or a split may be called so: its files are.
+
+    >>> is_name("pixmo_cap"), is_name("../x"), is_name("")
+    (True, False, False)
+    """
+    return re.fullmatch(r"[A-Za-z0-9_-]+", text) is not None
+
+
+def require_name(name: str, *, of: str) -> None:
+    """Refuses a name of a dataset or a split that would not do in the names of files.
+
+    Args:
+      name: The name.
+      of: What has it, for the message.
+
+    Raises:
+      ConfigError: `dataset_name`.
+    """
+    if not is_name(name):
+        raise ConfigError(
+            f"the name of a {of} goes into the names of files",
+            reason="dataset_name",
+            facts={"got": name},
+            fix="use letters, digits, - and _",
+        )
 
 
 def plan_order(keys: Sequence[str], *, seed: int) -> list[int]:

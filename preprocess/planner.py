@@ -98,7 +98,7 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
             num_samples=len(order),
             num_shards=job.settings.num_shards,
         )
-        _check_space(job, total_bytes)
+        require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
         rows_sha256 = _deal_rows(job, spool, order, count.num_shards, folder)
     build = {
@@ -356,15 +356,20 @@ def _probe(job: Job, spool: _Spool, numbers: list[int], report: Reporter) -> flo
     return sum(sizes) / len(sizes)
 
 
-def _check_space(job: Job, total_bytes: int) -> None:
-    free = storage.free_bytes(job.settings.out)
+def require_space(out: str, total_bytes: int) -> None:
+    """Refuses to begin what will not fit on the disk of a local output.
+
+    Raises:
+      StorageError: `no_space`.
+    """
+    free = storage.free_bytes(out)
     if free is not None and free < total_bytes:
         raise StorageError(
             "the shards will not fit on the disk",
             reason="no_space",
-            where=job.settings.out,
+            where=out,
             facts={"free_bytes": free, "need_bytes": total_bytes},
-            fix="free some space, choose another OUT=, or set LIMIT=",
+            fix="free some space, choose another output, or make less of it (LIMIT=, a view)",
         )
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from preprocess.plan import ShardCount, count_shards, plan_order
+from preprocess.plan import ShardCount, count_shards, is_name, plan_order
 from shardspec.errors import ConfigError
 from shardspec.keyed import hash_text
 
@@ -161,7 +161,7 @@ def parse_shares(text: str) -> dict[str, float]:
             share = float(number)
         except ValueError:
             share = -1.0
-        if not (mark and name.replace("-", "").replace("_", "").isalnum() and 0 < share <= 1):
+        if not (mark and is_name(name) and 0 < share <= 1):
             raise _bad_shares(text)
         shares[name] = share
     if len(shares) != len(text.split(",")) or abs(sum(shares.values()) - 1) > 1e-9:

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from preprocess.build import scratch_folder, valid_receipts
+from preprocess.build import is_in_place, scratch_folder, stored_sizes, valid_receipts
 from preprocess.engines import local
 from preprocess.job import Reporter
 from preprocess.lease import held
+from preprocess.planner import read_json, require_space
 from preprocess.reshard_copy import (
     CopyContext,
     CopyTask,
@@ -31,7 +33,7 @@ from preprocess.reshard_copy import (
 from preprocess.reshard_plan import ReshardPlan, SplitPlan, absolute_url, shard_rows
 from shardspec import storage
 from shardspec.copying import require_stamp
-from shardspec.errors import ConfigError, ConflictError, redacted
+from shardspec.errors import ConfigError, ConflictError, ShardError, redacted
 from shardspec.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -40,9 +42,12 @@ from shardspec.manifest import (
     ShardEntry,
     SplitEntry,
     View,
+    canonical_json,
     differences,
     load_manifest,
 )
+
+_LOOKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,17 +68,22 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
 
     Raises:
       ConflictError: `job_conflict`: the output holds something else.
-      ShardError: `sample_crc`, `source_changed`, `tar_truncated`: a source is not what it was.
-      StorageError: The output cannot be written.
+      ShardError: `sample_crc`, `source_changed`, `tar_truncated`, `tokenizer_file`: a source is not
+        what it was.
+      StorageError: `no_space`; the output cannot be written.
     """
     out = plan.settings.out
     done = _finished(plan)
     if done is not None:
+        if any(storage.exists(_note_url(plan, split)) for split in plan.splits):
+            with held(out):  # a run ended between its commit and here
+                _tidy(plan)
         return done
     with held(out) as require_held:
         done = _finished(plan)  # once more: another job may have ended in between
         if done is not None:
             return done
+        _check_unfinished(plan)
         storage.delete(scratch_of(out))
         if plan.view:
             shards, view, copied = [], _view(plan), 0
@@ -81,10 +91,13 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
                 shards += [_view_entry(plan, each, shard) for shard in range(each.num_shards)]
         else:
             view = None
-            receipts, copied = _copy(plan, report)
+            for split in plan.splits:
+                note = {"kind": "reshard", "build_key": plan.build_key(split)}
+                storage.publish_bytes(_note_url(plan, split), canonical_json(note, indent=1))
+            receipts, copied = _copy(plan, report, require_held)
             shards = [receipt.shard for receipt in receipts]
-        for url, want in plan.stamps.items():
-            require_stamp(url, want)
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            list(pool.map(require_stamp, *zip(*plan.stamps.items(), strict=True)))
         manifest = _manifest(plan, shards, view)
         _publish_tokenizer(plan, report)
         payload = manifest.encode()
@@ -96,15 +109,45 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
                 where=out,
                 fix="run the same command again: it tells what is there now",
             )
-        storage.delete(scratch_of(out))
-        if storage.is_local(out):
-            storage.delete_temporaries(out)
+        _tidy(plan)
     return Resharded(
         manifest=manifest,
         sha256=hashlib.sha256(payload).hexdigest(),
         copied_shards=copied,
         fresh=True,
     )
+
+
+def _note_url(plan: ReshardPlan, split: SplitPlan) -> str:
+    """Where the output says what copy is under way, for `gc` and for other jobs."""
+    return storage.join(plan.settings.out, "plan", split.split, "plan.json")
+
+
+def _check_unfinished(plan: ReshardPlan) -> None:
+    """Refuses an output where `make shards` has not ended; a copy that was given up is no matter.
+
+    Raises:
+      ConflictError: `job_conflict`.
+    """
+    for split in plan.splits:
+        note = read_json(_note_url(plan, split))
+        if note is not None and note.get("kind") != "reshard":
+            raise ConflictError(
+                "this output holds the unfinished work of another job",
+                reason="job_conflict",
+                where=_note_url(plan, split),
+                fix="use another output, or finish that job first",
+            )
+
+
+def _tidy(plan: ReshardPlan) -> None:
+    """Removes what only an unfinished copy needs."""
+    out = plan.settings.out
+    for split in plan.splits:
+        storage.delete(posixpath.dirname(_note_url(plan, split)))
+    storage.delete(scratch_of(out))
+    if storage.is_local(out):
+        storage.delete_temporaries(out)
 
 
 def _view(plan: ReshardPlan) -> View:
@@ -172,7 +215,9 @@ def _shard_url(plan: ReshardPlan, split: SplitPlan, shard: int) -> str:
     return f"{split.split}/{plan.name(split, shard)}.tar"
 
 
-def _copy(plan: ReshardPlan, report: Reporter) -> tuple[list[Receipt], int]:
+def _copy(
+    plan: ReshardPlan, report: Reporter, require_held: Callable[[], None]
+) -> tuple[list[Receipt], int]:
     """Copies what has no receipt; returns every receipt in order, and how many are new."""
     tasks = tuple(
         CopyTask(split=split.split, name=plan.name(split, shard), build_key=key)
@@ -200,6 +245,7 @@ def _copy(plan: ReshardPlan, report: Reporter) -> tuple[list[Receipt], int]:
         missing = [i for i, receipt in receipts.items() if receipt is None]
         if len(missing) < len(tasks):
             report.note(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished")
+        require_space(context.out, sum(plan.shard_bytes(*places[i]) for i in missing))
         for i in missing:
             rows, numbers = shard_rows(plan, *places[i])
             np.save(folder / f"{i}.rows.npy", rows, allow_pickle=False)
@@ -208,6 +254,7 @@ def _copy(plan: ReshardPlan, report: Reporter) -> tuple[list[Receipt], int]:
         for event in local.run(
             missing, work=copy_shard, context=context, num_workers=plan.settings.num_workers
         ):
+            require_held()
             if isinstance(event, local.TaskLost):
                 report.note(
                     f"a worker died (exit code {event.exit_code}); its shard is copied again"
@@ -215,6 +262,8 @@ def _copy(plan: ReshardPlan, report: Reporter) -> tuple[list[Receipt], int]:
             elif isinstance(event, local.TaskDone):
                 receipts[event.task] = event.value
                 report.step("")
+            else:
+                report.sent(event.note)
     return [receipt for receipt in receipts.values() if receipt is not None], len(missing)
 
 
@@ -257,6 +306,15 @@ def _publish_tokenizer(plan: ReshardPlan, report: Reporter) -> None:
     except FileNotFoundError:
         report.note("the source has no copy of its tokenizer: its texts cannot be read back")
         return
+    want, got = plan.sources[0].manifest.tokenizer.sha256, hashlib.sha256(payload).hexdigest()
+    if got != want:
+        raise ShardError(
+            "the source's copy of its tokenizer is not the one that its manifest names",
+            reason="tokenizer_file",
+            where=storage.join(plan.sources[0].url, TOKENIZER_NAME),
+            facts={"got": got, "want": want},
+            fix="put the right file there, or remove it",
+        )
     storage.publish_bytes(storage.join(plan.settings.out, TOKENIZER_NAME), payload)
 
 
@@ -283,10 +341,10 @@ def _finished(plan: ReshardPlan) -> Resharded | None:
             fix="use another output, or remove the old dataset",
         )
     if manifest.view is None:
-        for shard in manifest.shards:
-            for url, size in ((shard.url, shard.num_bytes), (shard.index_url, shard.index_bytes)):
-                if storage.size(storage.join(out, url)) != size:
-                    return None
+        for split in manifest.splits:
+            sizes = stored_sizes(out, split)
+            if not all(is_in_place(shard, sizes) for shard in manifest.select(split)):
+                return None
     payload = storage.read_bytes(storage.join(out, MANIFEST_NAME))
     return Resharded(
         manifest=manifest,

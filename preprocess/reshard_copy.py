@@ -8,12 +8,12 @@ BUILD, files appear whole under their final names, the receipt last.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from shardspec.copying import (
     Piece,
     Stamp,
     join_here,
-    join_in_kernel,
     join_in_store,
+    join_unchecked,
     joins_in_store,
     require_stamp,
     whole_file,
@@ -68,10 +68,11 @@ class CopyContext:
         return storage.join(self.out, "receipts", self.tasks[shard].name + ".json")
 
 
-def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -> Later:  # noqa: ARG001
+def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -> Later:
     """Copies one shard; what it returns publishes tar, index and receipt, and gives the receipt.
 
-    Disks and stores take their time for that: the next shard is copied meanwhile.
+    Disks and stores take their time for that: the next shard is copied meanwhile. Reports a number
+    per part of an object that has arrived, in bytes; what that raises ends the upload.
 
     Raises:
       ShardError: `sample_crc`, `tar_truncated`, `source_changed`.
@@ -83,7 +84,7 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -
     pieces = find_pieces(rows, files, context.urls)
     name = f"{own.split}/{own.name}"
     url = storage.join(context.out, name + ".tar")
-    whole = whole_file(pieces, dict(context.stamps))
+    whole = whole_file(pieces, context.stamps)
     sha256 = "" if whole is None else context.source_sha256[whole]
     # Another job's receipt must not vouch for this one's bytes, wherever it is interrupted.
     storage.delete(context.receipt_url(task))
@@ -92,7 +93,7 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -
         if not _stays_in_store(context, url, pieces):
             path = stack.enter_context(scratch_folder(scratch_of(context.out))) / "shard.tar"
             if context.through == "store":
-                join_in_kernel(path, pieces)
+                join_unchecked(path, pieces)
             else:
                 sha256 = join_here(path, pieces, rows, hashed=context.sha256) or sha256
             for source in sorted({piece.url for piece in pieces}):
@@ -102,9 +103,9 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[Any], None]) -
     def publish() -> Receipt:
         with scratch:
             if path is None:
-                join_in_store(url, pieces, dict(context.stamps))
+                join_in_store(url, pieces, context.stamps, on_part=report)
             else:
-                storage.publish_file(url, path)
+                storage.publish_file(url, path, on_part=report)
         return _publish_rows(context, task, rows, sha256=sha256)
 
     return Later(finish=publish)
@@ -126,7 +127,9 @@ def _publish_rows(context: CopyContext, task: int, rows: np.ndarray, *, sha256: 
 
 def scratch_of(out: str) -> str:
     """Names the local folder of an output's unfinished files, which is emptied at each start."""
-    return str(scratch_root(out, cache=Path(tempfile.gettempdir()) / "vlm-shards"))
+    # The machine's folder is everybody's: what another user has made there cannot be written to.
+    own = f"vlm-shards-{os.getuid()}"
+    return str(scratch_root(out, cache=Path(tempfile.gettempdir()) / own))
 
 
 def find_pieces(rows: np.ndarray, files: np.ndarray, urls: Sequence[str]) -> list[Piece]:
@@ -156,7 +159,7 @@ def find_pieces(rows: np.ndarray, files: np.ndarray, urls: Sequence[str]) -> lis
 def _stays_in_store(context: CopyContext, url: str, pieces: Sequence[Piece]) -> bool:
     if context.through == "client" or (context.through == "auto" and context.sha256):
         return False
-    possible = joins_in_store(url, pieces, dict(context.stamps))
+    possible = joins_in_store(url, pieces, context.stamps)
     everything_local = storage.is_local(url) and all(storage.is_local(p.url) for p in pieces)
     if context.through == "store" and not possible and not everything_local:
         raise ConfigError(

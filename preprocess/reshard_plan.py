@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +23,7 @@ import numpy as np
 
 from preprocess.expression import select
 from preprocess.job import Reporter
-from preprocess.plan import ShardCount, shard_borders, shard_name
+from preprocess.plan import ShardCount, require_name, shard_borders, shard_name
 from preprocess.recut import (
     Advice,
     Cluster,
@@ -47,12 +49,15 @@ from shardspec.manifest import (
     parse_manifest,
 )
 
+_READS_AT_ONCE = 16
+
 Form = Literal["auto", "view", "copy"]
 """What becomes of the samples: a view where that suffices, always a view, or always files."""
 
 Through = Literal["auto", "client", "store"]
-"""Which way bytes go: past this process, which checks each sample, or inside the kernel or the
-store. "auto" takes the store's way between objects and checks where bytes pass anyway."""
+"""Which way bytes go: past this process, which checks each sample, or unchecked, inside of the
+store or of a file system that can. "auto" takes the store's way between objects and checks where
+bytes pass anyway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +160,8 @@ class ReshardPlan:
     """Version of each tar."""
     advice: Advice
     num_runs: int
+    num_unknown_keys: int
+    """Keys that were asked for and that no sample has."""
 
     @property
     def view(self) -> bool:
@@ -164,6 +171,11 @@ class ReshardPlan:
     def name(self, plan: SplitPlan, shard: int) -> str:
         """Names a shard."""
         return shard_name(self.dataset, plan.split, shard, num_shards=plan.num_shards)
+
+    def shard_bytes(self, plan: SplitPlan, shard: int) -> int:
+        """Tells the length of a shard, about: its samples are taken for equally long."""
+        share = len(plan.shard_numbers(shard)) / max(1, len(plan.numbers))
+        return round(plan.num_bytes * share)
 
     @property
     def raw(self) -> bool:
@@ -221,12 +233,18 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
     report.stage("read indexes", len(files))
     raw = sources[0].manifest.raw
     tables, stamps = {}, {}
-    for url, file in files.items():
-        tables[url], stamps[url] = _open_table(file, raw=raw)
-        report.step("")
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        for file, (stamps[file.url], payload) in zip(
+            files.values(), pool.map(_look_at, files.values()), strict=True
+        ):
+            # Not in the threads: Python 3.11 cannot parse two headers at once.
+            tables[file.url] = _open_table(file, payload, raw=raw)
+            report.step("")
+    keys = {split: _keys(segments, tables) for split, segments in gathered.items()}
+    _check_keys_apart(sources, splits, tables)
     plans: list[SplitPlan] = []
     for split, segments in gathered.items():
-        plans += _plan_split(settings, sources, split, segments, tables)
+        plans += _plan_split(settings, sources, split, segments, tables, keys[split])
     num_runs = sum(len(plan.runs(shard)) for plan in plans for shard in range(plan.num_shards))
     return ReshardPlan(
         settings=settings,
@@ -237,6 +255,7 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
         stamps=stamps,
         advice=advise(num_runs),
         num_runs=num_runs,
+        num_unknown_keys=_count_unknown(settings.keys or frozenset(), keys.values()),
     )
 
 
@@ -302,7 +321,9 @@ def _name(settings: ReshardSettings, sources: Sequence[Source]) -> str:
             facts={"names": names},
             fix="name the result with --name: orders and draws are seeded by it",
         )
-    return settings.name or names[0]
+    name = names[0] if settings.name is None else settings.name
+    require_name(name, of="dataset")
+    return name
 
 
 def _split_names(settings: ReshardSettings, sources: Sequence[Source]) -> list[str]:
@@ -336,8 +357,12 @@ def _segments(sources: Sequence[Source], split: str) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _open_table(file: FileEntry, *, raw: bool) -> tuple[np.ndarray, Stamp]:
-    """Opens the index of a file after comparing both with what the manifest says."""
+def _look_at(file: FileEntry) -> tuple[Stamp, bytes]:
+    """Compares a file and its index with what the manifest says.
+
+    Returns:
+      The file's version, and its index; b"" where that is local, and can be opened in place.
+    """
     found = stamp(file.url)
     if found is None or found.num_bytes != file.num_bytes:
         raise _not_as_promised(
@@ -353,14 +378,17 @@ def _open_table(file: FileEntry, *, raw: bool) -> tuple[np.ndarray, Stamp]:
     if len(payload) != file.index_bytes or got != file.index_sha256:
         facts = {"got": got, "want": file.index_sha256}
         raise _not_as_promised(file.index_url, "index_sha256", facts)
+    return found, b"" if storage.is_local(file.index_url) else payload
+
+
+def _open_table(file: FileEntry, payload: bytes, *, raw: bool) -> np.ndarray:
     counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     if storage.is_local(file.index_url):
-        local = storage.local_path(file.index_url)
-        return open_index(str(local), raw=raw, **counts), found
+        return open_index(str(storage.local_path(file.index_url)), raw=raw, **counts)
     with TemporaryDirectory() as folder:
         copied = Path(folder) / "index.npy"
         copied.write_bytes(payload)
-        return np.array(open_index(str(copied), raw=raw, **counts)), found
+        return np.array(open_index(str(copied), raw=raw, **counts))
 
 
 def _not_as_promised(where: str, reason: str, facts: Mapping[str, object]) -> ShardError:
@@ -384,37 +412,46 @@ def _keys(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> np.n
     return keys if keys.dtype.kind == "S" else keys.astype("S1")
 
 
+def _check_keys_apart(
+    sources: Sequence[Source], splits: Sequence[str], tables: Mapping[str, np.ndarray]
+) -> None:
+    """Refuses sources that share a sample, in any splits: it might be trained and tested on."""
+    own = []
+    for source in sources:
+        segments = [segment for split in splits for segment in _segments([source], split)]
+        own.append(np.unique(_keys(segments, tables)))
+    twice = repeated_key(np.concatenate(own))
+    if twice is not None:
+        raise ConflictError(
+            "the sources have samples with the same key",
+            reason="key_collision",
+            facts={"key": twice.decode()},
+            fix="join datasets that share no sample, or filter one of them first",
+        )
+
+
+def _count_unknown(wanted: frozenset[str], keys: Iterable[np.ndarray]) -> int:
+    """Counts the wanted keys that no sample has."""
+    if not wanted:
+        return 0
+    return int((~np.isin(_encoded(wanted), np.concatenate(list(keys)))).sum())
+
+
 def _plan_split(
     settings: ReshardSettings,
     sources: Sequence[Source],
     split: str,
     segments: tuple[Segment, ...],
     tables: Mapping[str, np.ndarray],
+    keys: np.ndarray,
 ) -> Iterator[SplitPlan]:
-    total = sum(segment.num_rows for segment in segments)
-    kept = np.ones(total, dtype=bool)
-    keys = _keys(segments, tables)
-    twice = repeated_key(keys) if len(settings.sources) > 1 else None
-    if twice is not None:
-        raise ConflictError(
-            "the sources have samples with the same key",
-            reason="key_collision",
-            where=f"split {split}",
-            facts={"key": twice.decode()},
-            fix="join datasets that share no sample, or filter one of them first",
-        )
-    if settings.keys is not None:
-        wanted = np.array(sorted(key.encode() for key in settings.keys), dtype=bytes)
-        kept &= np.isin(keys, wanted)
-    if settings.where:
-        kept &= select(settings.where, _numbers_of(segments, tables))
-    numbers = np.flatnonzero(kept).astype(np.int64)
-    chosen = {split: numbers}
-    if settings.into is not None:
-        names = [key.decode() for key in keys[numbers].tolist()]
-        dealt = split_numbers(names, settings.into, salt=settings.salt)
-        chosen = {name: numbers[positions] for name, positions in dealt.items()}
+    chosen = _choose(settings, split, segments, tables, keys)
+    total, num_chosen = len(keys), sum(map(len, chosen.values()))
     sizes = _column(segments, tables, "num_bytes").astype(np.int64)
+    having = [source for source in sources if split in source.manifest.splits]
+    quarantined: Counter[str] = Counter()
+    for source in having if settings.into is None else ():
+        quarantined.update(source.manifest.splits[split].quarantined)
     for name, own in chosen.items():
         if not len(own):
             raise ConfigError(
@@ -422,15 +459,14 @@ def _plan_split(
                 reason="empty_result",
                 where=f"split {name}",
                 facts={"samples": total},
-                fix="loosen the filter, or give the split a larger share",
+                fix="loosen the filter, raise the share, or name the other split with --split",
             )
+        shuffled = keys[own].tolist() if settings.order == "shuffle" else []
         ordered = order_numbers(
             own,
             order=settings.order,
             seed=settings.seed,
-            keys=[key.decode() for key in keys[own].tolist()]
-            if settings.order == "shuffle"
-            else [],
+            keys=[key.decode() for key in shuffled],
             lengths=_lengths(segments, tables)[own] if settings.order == "length" else own,
         )
         num_bytes = int(sizes[own].sum())
@@ -441,11 +477,6 @@ def _plan_split(
             num_shards=settings.num_shards,
             cluster=settings.cluster,
         )
-        having = [source for source in sources if split in source.manifest.splits]
-        quarantined: dict[str, int] = {}
-        for source in having if settings.into is None else ():
-            for reason, n in source.manifest.splits[split].quarantined.items():
-                quarantined[reason] = quarantined.get(reason, 0) + n
         yield SplitPlan(
             split=name,
             segments=segments,
@@ -453,7 +484,7 @@ def _plan_split(
             borders=shard_borders(len(own), num_shards=count.num_shards),
             count=count,
             num_bytes=num_bytes,
-            num_left_out=total - len(numbers),
+            num_left_out=total - num_chosen,
             quarantined=dict(sorted(quarantined.items())),
             origin=tuple(
                 {
@@ -466,13 +497,38 @@ def _plan_split(
         )
 
 
+def _choose(
+    settings: ReshardSettings,
+    split: str,
+    segments: tuple[Segment, ...],
+    tables: Mapping[str, np.ndarray],
+    keys: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Filters the samples of a split, and deals them out: new split -> int64 [n], ascending."""
+    kept = np.ones(len(keys), dtype=bool)
+    if settings.keys is not None:
+        kept &= np.isin(keys, _encoded(settings.keys))
+    if settings.where:
+        kept &= select(settings.where, _numbers_of(segments, tables))
+    numbers = np.flatnonzero(kept).astype(np.int64)
+    if settings.into is None:
+        return {split: numbers}
+    names = [key.decode() for key in keys[numbers].tolist()]
+    dealt = split_numbers(names, settings.into, salt=settings.salt)
+    return {name: numbers[positions] for name, positions in dealt.items()}
+
+
+def _encoded(keys: Iterable[str]) -> np.ndarray:
+    return np.array(sorted(key.encode() for key in keys), dtype=bytes)
+
+
 def _numbers_of(
     segments: Sequence[Segment], tables: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Gives the columns that a filter may name: of several views the largest value counts."""
-    first = next(iter(tables.values())).dtype
-    names = [n for n in first.names or () if n not in ("offset", "crc32", "key")]
-    columns = {name: _column(segments, tables, name).astype(np.int64) for name in names}
+    every = [set(tables[segment.file.url].dtype.names or ()) for segment in segments]
+    names = set.intersection(*every) - {"offset", "crc32", "key"} if every else set()
+    columns = {name: _column(segments, tables, name).astype(np.int64) for name in sorted(names)}
     return {name: c.max(axis=1) if c.ndim > 1 else c for name, c in columns.items()}
 
 

@@ -59,8 +59,9 @@ def _add_flags(verb: argparse.ArgumentParser) -> None:
     text = "make files of their own"
     form.add_argument("--copy", dest="form", action="store_const", const="copy", help=text)
     text = (
-        "client: bytes pass here and every sample is checked; store: the kernel or the object "
-        "store copies; auto: the store's way between objects (default: %(default)s)"
+        "client: bytes pass here and every sample is checked; store: no sample is checked, and the "
+        "file system or the object store copies what it can by itself; auto: the store's way "
+        "between objects (default: %(default)s)"
     )
     how.add_argument("--through", choices=get_args(Through), default="auto", help=text)
     text = "hash the new shards as a whole too (slower; samples are always checksummed)"
@@ -85,6 +86,14 @@ def reshard_settings(options: argparse.Namespace) -> ReshardSettings:
                 facts={"got": value},
                 fix="leave it out for the default",
             )
+    shard_bytes = parse_bytes(options.shard_size)
+    if shard_bytes < 1:
+        raise ConfigError(
+            "--shard-size is at least one byte",
+            reason="reshard_settings",
+            facts={"got": options.shard_size},
+            fix="leave it out for the default",
+        )
     sizes = (options.nodes, options.ranks, options.workers)
     cluster = None
     if any(size is not None for size in sizes):
@@ -96,6 +105,13 @@ def reshard_settings(options: argparse.Namespace) -> ReshardSettings:
             reason="reshard_settings",
             fix="give --where or --keys",
         )
+    if options.sha256 and options.through == "store":
+        raise ConfigError(
+            "nobody hashes what this machine does not read",
+            reason="reshard_settings",
+            facts={"--through": "store", "--sha256": True},
+            fix="leave one of both out",
+        )
     return ReshardSettings(
         sources=tuple(options.source),
         out=options.out,
@@ -103,7 +119,7 @@ def reshard_settings(options: argparse.Namespace) -> ReshardSettings:
         name=options.name,
         num_shards=options.shards,
         cluster=cluster,
-        shard_bytes=parse_bytes(options.shard_size),
+        shard_bytes=shard_bytes,
         order=options.order,
         seed=options.seed,
         where=options.where,
@@ -128,7 +144,7 @@ def _read_keys(url: str) -> frozenset[str]:
             facts={"error": error},
             fix="name a text file with one key a line",
         ) from error
-    return frozenset(text.split())
+    return frozenset(line.removesuffix("\r") for line in text.split("\n")) - {""}
 
 
 def plan_text(plan: ReshardPlan) -> str:
@@ -141,6 +157,9 @@ def plan_text(plan: ReshardPlan) -> str:
         if split.num_left_out:
             rows.append(("  left out", f"{split.num_left_out:,}"))
         rows.append(("  shards", f"{split.num_shards} ({split.count.rule})"))
+    if plan.num_unknown_keys:
+        of = len(plan.settings.keys or ())
+        rows.append(("keys", f"{plan.num_unknown_keys:,} of {of:,} keys belong to no sample"))
     rows.append(("order", plan.settings.order))
     rows.append(("runs of samples", f"{plan.num_runs:,}"))
     if plan.view:

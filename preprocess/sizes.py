@@ -26,7 +26,15 @@ def parse_bytes(text: str) -> int:
             facts={"got": text},
             fix="write it as 256MiB, 1GiB or a number of bytes",
         )
-    return int(float(match[1]) * units[match[2].upper()])
+    count = float(match[1]) * units[match[2].upper()]
+    if count >= 2**63:
+        raise ConfigError(
+            "size is beyond all disks",
+            reason="size_text",
+            facts={"got": text[:80]},
+            fix="write it as 256MiB, 1GiB or a number of bytes",
+        )
+    return int(count)
 
 
 def parse_age_s(text: str) -> float:

@@ -77,8 +77,11 @@ def walk_foreign(
     end = 0
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
-            for entry in archive:
-                end = entry.offset_data + (padded(entry.size) if entry.isreg() else 0)
+            while (entry := archive.next()) is not None:
+                # Else the headers of the whole tar stay in memory.
+                archive.members.clear()  # type: ignore[attr-defined]
+                # Not by the size of the file: one with holes takes less.
+                end = archive.offset
                 if end > size:
                     raise _no_tar(where, f"it ends inside {entry.name!r}")
                 name = None if entry.issparse() else split_name(entry.name)

@@ -28,7 +28,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ PART_BYTES = 8 * 2**20
 
 MAX_PARTS = 10_000
 """S3 takes no more."""
+
+CHUNK_TRIES = 8
+"""Times that a chunk is sent to a store that answers and keeps less of it."""
 
 PARTS_AT_ONCE = 4
 """So one upload holds 32 MiB of the file in memory."""
@@ -75,14 +78,16 @@ def version_of(fs: Any, path: str) -> str | None:
         info = fs.info(path)
     except FileNotFoundError:
         return None
-    if info["type"] != "file":
-        return None
-    kind = kind_of(fs)
-    if kind == "s3":
-        return str(info["ETag"])
-    if kind == "gs":
-        return str(info["generation"])
-    return f"{info['size']}-{info.get('mtime', info.get('created'))}"
+    return version_of_entry(fs, info) if info["type"] == "file" else None
+
+
+def version_of_entry(fs: Any, info: Mapping[str, Any]) -> str:
+    """Names the version of an object as `version_of` does, by its entry in a listing."""
+    if kind_of(fs) == "s3":
+        return str(info.get("ETag"))
+    if kind_of(fs) == "gs":
+        return str(info.get("generation"))
+    return str(info.get("etag") or f"{info['size']}-{info.get('mtime', info.get('created'))}")
 
 
 def put_bytes(fs: Any, path: str, payload: bytes, *, where: str) -> None:
@@ -98,7 +103,7 @@ def put_bytes(fs: Any, path: str, payload: bytes, *, where: str) -> None:
         _put_gs(fs, path, payload, where=where)
     else:
         persist(lambda: fs.pipe_file(path, payload), where=where)
-        _check_size(fs, path, len(payload), where=where)
+        check_size(fs, path, len(payload), where=where)
 
 
 def swap_bytes(fs: Any, path: str, payload: bytes, *, replacing: str | None, where: str) -> bool:
@@ -156,7 +161,7 @@ def put_file(
         _put_chunks_gs(fs, path, source, where=where, on_part=on_part)
     else:
         persist(lambda: _stream(fs, path, source, on_part), where=where)
-        _check_size(fs, path, num_bytes, where=where)
+        check_size(fs, path, num_bytes, where=where)
 
 
 def open_uploads(fs: Any, path: str) -> list[tuple[str, str, float]]:
@@ -257,62 +262,94 @@ def _put_gs(fs: Any, path: str, payload: bytes, *, where: str, **condition: str)
 
 
 def _put_parts_s3(fs: Any, path: str, source: Path, *, where: str, on_part: OnPart) -> None:
-    bucket, key, _ = fs.split_path(path)
     num_bytes = source.stat().st_size
     length = part_bytes(num_bytes)
+    sizes = [min(length, num_bytes - start) for start in range(0, num_bytes, length)]
+    with source.open("rb") as stream:
+
+        def send(number: int, upload: Mapping[str, Any]) -> str:
+            payload = os.pread(stream.fileno(), length, (number - 1) * length)
+            if len(payload) != sizes[number - 1]:
+                raise _changed_source(source, where=where)
+            return send_part_s3(fs, payload, upload, where)
+
+        put_in_parts_s3(fs, path, sizes, send, num_bytes=num_bytes, where=where, on_part=on_part)
+
+
+def put_in_parts_s3(
+    fs: Any,
+    path: str,
+    sizes: Sequence[int],
+    send: Callable[[int, Mapping[str, Any]], str],
+    *,
+    num_bytes: int,
+    where: str,
+    on_part: OnPart,
+    before_end: Callable[[], None] = lambda: None,
+) -> None:
+    """Makes an object of parts, a few at a time; any exception aborts the upload.
+
+    Args:
+      fs: The file system.
+      path: The object.
+      sizes: Of the parts, for `on_part`.
+      send: Makes a part, given its number, from 1 on, and the arguments of a request that name it;
+        gives the ETag.
+      num_bytes: Of the object.
+      where: The URL that an error names.
+      on_part: Hears of each part.
+      before_end: Called when all parts are there and the object is not.
+
+    Raises:
+      StorageError: `store_unavailable`, `upload_size`, `upload_checksum`: nothing is left of it.
+    """
+    bucket, key, _ = fs.split_path(path)
     place = {"Bucket": bucket, "Key": key}
-
-    def send(number: int, upload_id: str, descriptor: int) -> tuple[str, bytes]:
-        payload = os.pread(descriptor, length, (number - 1) * length)
-        if len(payload) != min(length, num_bytes - (number - 1) * length):
-            raise _changed_source(source, where=where)
-        md5 = hashlib.md5(payload, usedforsecurity=False)
-        answer = persist(
-            lambda: fs.call_s3(
-                "upload_part",
-                **place,
-                UploadId=upload_id,
-                PartNumber=number,
-                Body=payload,
-                ContentMD5=_base64(md5),
-            ),
-            where=where,
-        )
-        return str(answer["ETag"]), md5.digest()
-
     begun = persist(lambda: fs.call_s3("create_multipart_upload", **place), where=where)
-    upload_id = str(begun["UploadId"])
+    upload = {**place, "UploadId": str(begun["UploadId"])}
     try:
-        with source.open("rb") as stream:
-            parts = _in_parallel(
-                -(-num_bytes // length),
-                lambda number: send(number, upload_id, stream.fileno()),
-                after=lambda number: on_part(min(length, num_bytes - (number - 1) * length)),
-            )
-        listed = [{"PartNumber": i, "ETag": etag} for i, (etag, _) in enumerate(parts, 1)]
-        digests = b"".join(digest for _, digest in parts)
-        want = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"
+        etags = _in_parallel(
+            len(sizes),
+            lambda number: send(number, {**upload, "PartNumber": number}),
+            after=lambda number: on_part(sizes[number - 1]),
+        )
+        before_end()
+        parts = {"Parts": [{"PartNumber": i, "ETag": etag} for i, etag in enumerate(etags, 1)]}
         try:
             answer = persist(
-                lambda: fs.call_s3(
-                    "complete_multipart_upload",
-                    **place,
-                    UploadId=upload_id,
-                    MultipartUpload={"Parts": listed},
-                ),
+                lambda: fs.call_s3("complete_multipart_upload", **upload, MultipartUpload=parts),
                 where=where,
             )
-            etag = str(answer["ETag"])
+            want = str(answer["ETag"])
         except FileNotFoundError:
             # No such upload: the try before this one has ended it, and its answer was lost.
-            etag = want
+            want = _etag_of_parts(etags)
     except BaseException:
-        _abort_quietly(fs, path, upload_id, where=where)
+        _abort_quietly(fs, path, upload["UploadId"], where=where)
         raise
-    _check_size(fs, path, num_bytes, where=where)
-    got = version_of(fs, path)
-    if str(got).strip('"') != etag.strip('"'):
-        raise _not_what_was_sent(fs, path, got=str(got), want=etag, where=where)
+    fs.invalidate_cache(path)
+    check_size(fs, path, num_bytes, where=where)
+    got = str(persist(lambda: version_of(fs, path), where=where))
+    if want and got.strip('"') != want.strip('"'):
+        raise _not_what_was_sent(fs, path, got=got, want=want, where=where)
+
+
+def send_part_s3(fs: Any, payload: bytes, upload: Mapping[str, Any], where: str) -> str:
+    """Sends a part with its MD5, which the store compares; gives its ETag."""
+    md5 = _base64(hashlib.md5(payload, usedforsecurity=False))
+    answer = persist(
+        lambda: fs.call_s3("upload_part", Body=payload, ContentMD5=md5, **upload), where=where
+    )
+    return str(answer["ETag"])
+
+
+def _etag_of_parts(etags: Sequence[str]) -> str:
+    """Gives the ETag of the object that parts make; "" where theirs are no MD5 (encrypted ones)."""
+    digests = [etag.strip('"') for etag in etags]
+    if not all(map(_is_md5, digests)):
+        return ""
+    joined = hashlib.md5(bytes.fromhex("".join(digests)), usedforsecurity=False)
+    return f"{joined.hexdigest()}-{len(etags)}"
 
 
 def _abort_quietly(fs: Any, path: str, upload_id: str, *, where: str) -> None:
@@ -363,21 +400,32 @@ def _put_chunks_gs(fs: Any, path: str, source: Path, *, where: str, on_part: OnP
 def _send_chunk_gs(
     fs: Any, session: str, chunk: bytes, start: int, total: int, *, where: str
 ) -> bytes:
-    """Sends a chunk until the store says that it has kept all of it."""
-    stop = start + len(chunk)
-    while True:
-        left = memoryview(chunk)[start - stop :]
-        span = f"bytes {start}-{stop - 1}/{total}"
+    """Sends a chunk until the store has kept all of it; the last one's answer is the object."""
+    first, stop = start, start + len(chunk)
+    for _ in range(CHUNK_TRIES):
+        span = f"{start}-{stop - 1}" if start < stop else "*"
+        body = chunk[start - first :]
         headers, answer = persist(
-            lambda span=span, left=left: fs.call(  # type: ignore[misc]
-                "PUT", session, headers={"Content-Range": span}, data=_Body(left)
+            lambda span=span, body=body: fs.call(  # type: ignore[misc]
+                "PUT", session, headers={"Content-Range": f"bytes {span}/{total}"}, data=_Body(body)
             ),
             where=where,
         )
-        kept = headers.get("Range")
-        if stop == total or kept is None or int(kept.split("-")[1]) + 1 >= stop:
+        if answer:
             return bytes(answer)
-        start = int(kept.split("-")[1]) + 1
+        # Without an object it says how far it has come; nothing where nothing was kept.
+        start = int(headers["Range"].split("-")[1]) + 1 if "Range" in headers else 0
+        if start < first:
+            break
+        if start >= stop and stop < total:
+            return b""
+    raise StorageError(
+        "the store does not keep what it is sent",
+        reason="store_unavailable",
+        where=where,
+        facts={"kept_bytes": start, "sent_bytes": stop, "tries": CHUNK_TRIES},
+        fix="see whether it can be reached, then run the same command again",
+    )
 
 
 def _stream(fs: Any, path: str, source: Path, on_part: OnPart) -> None:
@@ -428,9 +476,14 @@ def _gs_upload_url(fs: Any, bucket: str) -> str:
     return f"{fs.base.removesuffix('/storage/v1/')}/upload/storage/v1/b/{quote(bucket)}/o"
 
 
-def _check_size(fs: Any, path: str, want: int, *, where: str) -> None:
+def check_size(fs: Any, path: str, want: int, *, where: str) -> None:
+    """Removes an object that has another length than what was put there.
+
+    Raises:
+      StorageError: `upload_size`.
+    """
     try:
-        got = int(fs.info(path)["size"])
+        got = int(persist(lambda: fs.info(path), where=where)["size"])
     except FileNotFoundError:
         got = None
     if got != want:

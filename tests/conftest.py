@@ -16,7 +16,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from tests import servers
+from preprocess.engines import local
+from tests import inline, servers
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,6 +50,12 @@ def gcs_server(tmp_path_factory):
 def s3_servers(tmp_path):
     """A function that starts another S3 server, one that a test may kill."""
     return lambda: servers.s3_server(tmp_path / "server")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs the tasks of jobs in this process: the engine has tests of its own."""
+    monkeypatch.setattr(local, "run", inline.run)
 
 
 @pytest.fixture

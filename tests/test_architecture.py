@@ -73,6 +73,7 @@ CLOCKS = {
     "preprocess/__main__.py",
     "preprocess/blobs.py",
     "preprocess/fetch.py",
+    "preprocess/lease.py",
     "preprocess/pipeline.py",
     "shardspec/ranges.py",
     "shardspec/retries.py",

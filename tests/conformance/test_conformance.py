@@ -30,23 +30,11 @@ from shardspec.manifest import (
 from shardspec.media import encode_stored
 from shardspec.sample import Geometry, PreparedImage, PreparedSample, sample_members, spans_table
 from shardspec.tar import BLOCK, END_OF_ARCHIVE, TarWriter
+from tests.inline import Quiet
 
 V1 = Path(__file__).parent / "v1"
 TAR = "train/tiny-train-00000-of-00001.tar"
 INDEX = "train/tiny-train-00000-of-00001.index.npy"
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
 
 
 def samples():

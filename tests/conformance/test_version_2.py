@@ -15,22 +15,10 @@ from loader.reader import ShardReader
 from preprocess.verify import verify
 from shardspec.errors import ManifestError, ShardsError
 from shardspec.manifest import MANIFEST_NAME, require_manifest
+from tests.inline import Quiet
 
 HERE = Path(__file__).parent
 VIEW, RAW = HERE / "v2-view", HERE / "v2-raw" / "index"
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
 
 
 def texts(sample, rng):

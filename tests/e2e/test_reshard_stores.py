@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 
 from loader import RawDataset, StreamingDataset, make_dataloader
-from preprocess import foreign
-from preprocess import reshard as job
-from preprocess.engines.local import Later, TaskDone
+from preprocess.engines import local
 from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
@@ -26,36 +24,13 @@ from shardspec import copying, storage
 from shardspec.copying import Piece, join_in_store, stamp
 from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import load_manifest, require_manifest
+from tests.inline import Quiet
 
 MIB = 2**20
 
 
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch):
-    """Runs tasks here, so that they go through the relay that the test made."""
-
-    def run(tasks, *, work, context, num_workers):
-        for task in tasks:
-            value = work(context, task, lambda note: None)
-            if isinstance(value, Later):
-                value = value.finish()
-            yield TaskDone(task=task, value=value)
-
-    monkeypatch.setattr(job.local, "run", run)
-    monkeypatch.setattr(foreign.local, "run", run)
+# Tasks run here, so that they go through the relay that a test makes.
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 class Relay(socketserver.ThreadingTCPServer):
@@ -352,3 +327,75 @@ def test_tars_in_a_store_are_imported_and_streamed_raw(s3_server, tmp_path):
             options = {"shuffle": False, "tail": "pad", "decode": decode}
             assert list(RawDataset(out, **options)) == want
             assert verify(out, Quiet()) == []
+
+
+def test_what_is_told_to_end_in_the_middle_of_an_upload_leaves_nothing(large, s3_server):
+    """As Ctrl-C does: the next thing that a worker reports raises SystemExit."""
+    bucket = s3_server.make_bucket()
+
+    def run(tasks, *, work, context, num_workers):
+        def report(num_bytes):
+            arrived.append(num_bytes)
+            raise SystemExit
+
+        work(context, tasks[0], report).finish()
+        yield
+
+    arrived = []
+    with s3_server.entered(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "run", run)
+        with pytest.raises(SystemExit):
+            recut(large, f"{bucket}/out", num_shards=2)
+        assert arrived
+        assert s3_server.uploads(bucket) == []
+        assert not [name for name in s3_server.objects(bucket) if name.endswith(".tar")]
+
+
+def test_joins_in_a_store_outlast_its_passing_refusals(s3_server, monkeypatch):
+    bucket = s3_server.make_bucket()
+    with s3_server.entered():
+        url = f"{bucket}/a.tar"
+        storage.publish_bytes(url, bytes(12 * MIB))
+        fs, _ = storage.filesystem(url)
+        real, refused = fs.call_s3, set()
+
+        def call(method, **arguments):
+            if method not in refused:
+                refused.add(method)
+                raise TimeoutError("the store is busy")
+            return real(method, **arguments)
+
+        monkeypatch.setattr(fs, "call_s3", call)
+        pieces = [Piece(url=url, start=0, stop=6 * MIB), Piece(url=url, start=0, stop=512)]
+        join_in_store(f"{bucket}/out.tar", pieces, {url: stamp(url)})
+        assert {"upload_part", "upload_part_copy", "complete_multipart_upload"} <= refused
+        assert storage.size(f"{bucket}/out.tar") == 6 * MIB + 512 + 1024
+        assert s3_server.uploads(bucket) == []
+
+
+@pytest.mark.parametrize("source_bytes", [3 * MIB, 8 * MIB])
+def test_no_ranges_of_objects_shorter_than_a_part_are_asked_for(
+    source_bytes, s3_server, monkeypatch
+):
+    # S3 refuses these; the server of these tests does not.
+    bucket = s3_server.make_bucket()
+    with s3_server.entered():
+        long, last = f"{bucket}/long.tar", f"{bucket}/last.tar"
+        storage.publish_bytes(long, bytes(12 * MIB))
+        storage.publish_bytes(last, bytes(source_bytes))
+        fs, _ = storage.filesystem(long)
+        real, copied = fs.call_s3, []
+
+        def call(method, **arguments):
+            if method == "upload_part_copy":
+                copied.append(arguments["CopySource"]["Key"])
+            return real(method, **arguments)
+
+        monkeypatch.setattr(fs, "call_s3", call)
+        pieces = [
+            Piece(url=long, start=0, stop=6 * MIB),
+            Piece(url=last, start=1 * MIB, stop=source_bytes - 1024),
+        ]
+        join_in_store(f"{bucket}/out.tar", pieces, {u: stamp(u) for u in (long, last)})
+        assert storage.size(f"{bucket}/out.tar") == 6 * MIB + source_bytes - 1 * MIB
+        assert copied == (["long.tar"] if source_bytes < 5 * MIB else ["long.tar", "last.tar"])

@@ -6,19 +6,7 @@ from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from shardspec.manifest import require_manifest
 from tests.e2e.test_elastic_processes import torchrun
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
+from tests.inline import Quiet
 
 
 @pytest.fixture(scope="module")

@@ -9,26 +9,15 @@ from pathlib import Path
 import pytest
 
 from preprocess.export import export_index
+from preprocess.foreign import ImportSettings, import_tars
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from shardspec.errors import ConfigError, ConflictError
 from shardspec.manifest import require_manifest
+from tests.inline import Quiet
 
 # Not ours to mend: files that foreign readers leave to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
 
 
 @pytest.fixture
@@ -177,3 +166,16 @@ def test_a_view_cannot_be_exported(dataset, tmp_path):
     with pytest.raises(ConfigError) as caught:
         export_index(str(tmp_path / "view"), "wids", Quiet())
     assert caught.value.reason == "export_view"
+
+
+def test_names_that_the_index_of_dali_cannot_hold_are_refused(tmp_path):
+    path = tmp_path / "tars" / "a.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("two words.txt"))
+    import_tars(ImportSettings(tars=(str(path),), out=str(tmp_path / "raw"), name="raw"), Quiet())
+    cut = ReshardSettings(sources=(str(tmp_path / "raw"),), out=str(tmp_path / "out"), form="copy")
+    reshard(plan_reshard(cut, Quiet()), Quiet())
+    with pytest.raises(ConfigError) as caught:
+        export_index(str(tmp_path / "out"), "dali", Quiet())
+    assert caught.value.reason == "export_name"

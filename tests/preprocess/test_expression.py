@@ -129,3 +129,21 @@ def test_an_unknown_column_is_refused_with_the_nearest_name():
 def test_a_longer_text_is_refused_unread():
     with pytest.raises(ConfigError):
         select("1 < 2" + " " * MAX_FILTER_CHARACTERS, columns((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a * 9000000000000000000 > 0",
+        "a + 9223372036854775807 > 0",
+        "-a - 9223372036854775807 < 0",
+        "a * a * a * a > 1",
+        "9223372036854775807 + 9223372036854775807 > 0",
+    ],
+)
+def test_numbers_beyond_64_bits_are_refused_and_do_not_wrap(text):
+    columns = {"a": np.array([2, 2**31], dtype=np.int64)}
+    with pytest.raises(ConfigError) as caught:
+        select(text, columns)
+    assert "beyond 64 bits" in caught.value.facts["problem"]
+    assert select("a * 4000000000 > a + 1 and a * 0.5e300 > 1", columns).tolist() == [True, True]

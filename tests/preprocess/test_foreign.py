@@ -2,9 +2,12 @@
 
 import io
 import json
+import subprocess
 import tarfile
+import tracemalloc
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,47 +16,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loader.raw import RawDataset
-from preprocess import foreign as job
-from preprocess import reshard as reshard_job
-from preprocess.engines.local import Later, TaskDone
-from preprocess.foreign import ImportSettings, import_tars
+from preprocess import foreign
+from preprocess.foreign import ImportSettings, import_tars, index_rows
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from preprocess.verify import verify
 from shardspec.errors import ConfigError, ConflictError, ShardError
-from shardspec.foreign import walk_foreign
+from shardspec.foreign import ForeignFile, walk_foreign
 from shardspec.manifest import require_manifest
+from tests.inline import Quiet
 
 # Not ours to mend: files that webdataset leaves to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
-
-class Quiet:
-    """A reporter of nothing."""
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch):
-    def run(tasks, *, work, context, num_workers):
-        for task in tasks:
-            value = work(context, task, lambda note: None)
-            if isinstance(value, Later):
-                value = value.finish()
-            yield TaskDone(task=task, value=value)
-
-    monkeypatch.setattr(job.local, "run", run)
-    monkeypatch.setattr(reshard_job.local, "run", run)
+pytestmark = [
+    pytest.mark.usefixtures("in_this_process"),
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 
 
 def add(archive, name, payload, **fields):
@@ -341,7 +320,7 @@ def test_an_import_goes_on_and_another_is_refused(tmp_path, monkeypatch):
     first = imported(paths, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
     calls = []
-    monkeypatch.setattr(job, "index_tar", lambda context, task, report: calls.append(task))
+    monkeypatch.setattr(foreign, "index_tar", lambda context, task, report: calls.append(task))
     again = imported(paths, tmp_path / "out")
     assert calls == []
     assert again.sha256 == first.sha256
@@ -440,3 +419,83 @@ def test_folders_of_other_files_hold_no_tars(tmp_path):
     with pytest.raises(ConfigError) as caught:
         imported([tmp_path / "folder"], tmp_path / "out")
     assert caught.value.reason == "import_tars"
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+@pytest.mark.parametrize("last", ["b.bin", "c.txt"])
+def test_files_with_holes_are_passed_over_wherever_they_stand(form, last, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"first")
+    with (folder / "b.bin").open("wb") as stream:
+        stream.truncate(10 * 2**20)
+        stream.seek(5 * 2**20)
+        stream.write(b"x")
+    (folder / "c.txt").write_bytes(b"last")
+    names = ["a.txt", "b.bin", "c.txt"] if last == "c.txt" else ["a.txt", "b.bin"]
+    tar = tmp_path / "holes.tar"
+    command = ["tar", "--sparse", f"--format={form}", "-cf", str(tar), *names]
+    subprocess.run(command, cwd=folder, check=True)
+    assert tar.stat().st_size < 2**20
+    done = imported([tar], tmp_path / "out")
+    assert done.skipped == {"no_regular_file": 1}
+    assert [key for key, _ in raw(tmp_path / "out")] == [n[0] for n in names if n != "b.bin"]
+
+
+def test_walking_a_tar_holds_none_of_its_headers(tmp_path):
+    path = write_tar(tmp_path / "many.tar", [(f"{i:06d}.x", b"") for i in range(20_000)])
+    with path.open("rb") as stream:
+        tracemalloc.start()
+        assert sum(1 for _ in walk_foreign(stream, where="")) == 20_000
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_sample_of_one_file_beyond_4_gib_is_refused():
+    long = ForeignFile(key="a", suffix="bin", header=0, offset=512, num_bytes=2**32 - 512)
+    with pytest.raises(ShardError) as caught:
+        index_rows([long], where="x.tar")
+    assert caught.value.reason == "foreign_sample"
+
+
+def test_a_folder_without_tars_is_named_and_not_passed_over(tmp_path):
+    img2dataset(tmp_path / "tars")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        imported([tmp_path / "tars", tmp_path / "empty"], tmp_path / "out")
+    assert caught.value.reason == "import_tars"
+    assert caught.value.where == str(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("wrong", [{"name": "../../x"}, {"name": "A.b"}, {"split": "a/b"}])
+def test_names_that_lead_elsewhere_are_refused(wrong, tmp_path):
+    img2dataset(tmp_path / "tars")
+    before = sorted(tmp_path.rglob("*"))
+    options = {"name": "foreign", "split": "train", **wrong}
+    with pytest.raises(ConfigError) as caught:
+        import_tars(
+            ImportSettings(tars=(str(tmp_path / "tars"),), out=str(tmp_path / "out"), **options),
+            Quiet(),
+        )
+    assert caught.value.reason == "dataset_name"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_two_imports_into_one_output_the_later_one_leaves_the_first(tmp_path, monkeypatch):
+    ours = img2dataset(tmp_path / "ours", samples=2)
+    theirs = img2dataset(tmp_path / "theirs", samples=5)
+
+    @contextmanager
+    def held(url):
+        monkeypatch.undo()
+        imported(theirs, url)  # it began and ended just before this one got the output
+        with real(url) as check:
+            yield check
+
+    real = foreign.held
+    monkeypatch.setattr(foreign, "held", held)
+    with pytest.raises(ConflictError) as caught:
+        imported(ours, tmp_path / "out")
+    assert caught.value.reason == "job_conflict"
+    assert [key for key, _ in raw(tmp_path / "out")] == [key for key, _ in by_webdataset(theirs)]

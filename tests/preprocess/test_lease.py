@@ -193,3 +193,44 @@ def test_a_local_output_is_held_by_the_kernel(tmp_path):
         check()
         refused(str(tmp_path / "out"))
         assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_job_whose_store_keeps_silent_has_lost_its_lease(out, monkeypatch):
+    silent, real = threading.Event(), storage.version
+
+    def version(url):
+        silent.wait(20)  # as a store does whose answers are tried for again and again
+        return real(url)
+
+    try:
+        with held(out) as check:
+            monkeypatch.setattr(storage, "version", version)
+            threading.Event().wait(1.5)
+            with pytest.raises(StorageError) as caught:
+                check()
+            assert caught.value.reason == "lease_lost"
+            silent.set()
+    finally:
+        silent.set()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lease_that_cannot_be_renewed_for_whatever_reason_is_lost(out, monkeypatch):
+    def broken(url):
+        raise RuntimeError("no more threads")
+
+    with held(out) as check:
+        monkeypatch.setattr(storage, "version", broken)
+        threading.Event().wait(1.5)
+        with pytest.raises(StorageError) as caught:
+            check()
+        assert caught.value.reason == "lease_lost"
+        monkeypatch.undo()
+
+
+def test_a_lease_that_another_has_taken_over_is_not_given_back(out):
+    with held(out):  # between two beats
+        holder_of_another_machine(out)
+    assert read(out)["job"] == "other"

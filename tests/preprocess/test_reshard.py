@@ -1,10 +1,12 @@
 """Resharding real datasets on disk: the same samples, bytes and order in other shards."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 import warnings
 from collections import Counter
@@ -19,45 +21,25 @@ from hypothesis import strategies as st
 from loader.fingerprint import split_fingerprint
 from loader.reader import ShardReader
 from preprocess import reshard as job
-from preprocess.engines.local import Later, TaskDone
+from preprocess.gc import find_strays, remove_strays
 from preprocess.recut import Cluster
 from preprocess.reshard import portable_url, reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
-from preprocess.reshard_verbs import plan_text
+from preprocess.reshard_verbs import add_verbs, plan_text, reshard_settings
 from preprocess.verify import verify
 from shardspec import storage
-from shardspec.errors import ConfigError, ConflictError, ManifestError, ShardError
+from shardspec.errors import (
+    ConfigError,
+    ConflictError,
+    ManifestError,
+    ShardError,
+    StorageError,
+)
 from shardspec.manifest import load_manifest, require_manifest
+from tests import inline
+from tests.inline import Quiet
 
-
-class Quiet:
-    """A reporter that keeps what it was told."""
-
-    def __init__(self):
-        self.notes = []
-
-    def stage(self, name, total):
-        pass
-
-    def step(self, reason):
-        pass
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch, request):
-    """Runs tasks here: the engine has its tests, and a process costs half a second to start."""
-
-    def run(tasks, *, work, context, num_workers):
-        for task in tasks:
-            value = work(context, task, lambda note: None)
-            if isinstance(value, Later):
-                value = value.finish()
-            yield TaskDone(task=task, value=value)
-
-    monkeypatch.setattr(job.local, "run", run)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def recut(sources, out, **options):
@@ -103,6 +85,13 @@ def samples(tiny_sample):
 def dataset(samples, write_dataset, tmp_path_factory):
     """A dataset of 23 samples in 4 shards, which no test may change."""
     return write_dataset(tmp_path_factory.mktemp("reshard") / "source", samples, num_shards=4)
+
+
+@pytest.fixture(scope="module")
+def other(tiny_sample, write_dataset, tmp_path_factory):
+    """Nine other samples of the same recipe, as a later run would append them."""
+    folder = tmp_path_factory.mktemp("other") / "later"
+    return write_dataset(folder, [tiny_sample(100 + i) for i in range(9)], num_shards=2)
 
 
 @pytest.fixture
@@ -207,13 +196,38 @@ def test_a_cluster_gets_a_shard_for_every_reader(dataset, tmp_path):
     assert len(done.manifest.shards) == 12
 
 
-def test_webdataset_wids_and_gnu_tar_read_what_was_cut_anew(tiny_dataset, tmp_path, monkeypatch):
-    import subprocess
+RESULTS = {
+    "fewer shards": {"num_shards": 2},
+    "more shards": {"num_shards": 7},
+    "as many": {"num_shards": 4},
+    "one sample each": {"num_shards": 23},
+    "shuffled": {"num_shards": 5, "order": "shuffle", "seed": 1},
+    "by length": {"num_shards": 5, "order": "length"},
+    "unchecked": {"num_shards": 3, "through": "store"},
+    "hashed": {"num_shards": 3, "sha256": True},
+    "filtered": {"where": "width >= 30"},
+    "by keys": {"keys": frozenset({"sample-0003", "sample-0011"})},
+    "dealt out": {"into": {"train": 0.6, "held-out": 0.4}},
+    "merged": {"num_shards": 3},
+}
 
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("between", ["", "view"])
+def test_webdataset_wids_and_gnu_tar_read_every_result(
+    name, between, dataset, other, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
-    done = recut(str(tiny_dataset), out, num_shards=5, order="shuffle", seed=1)
-    keys = [key for key, _ in contents(out)]
-    urls = [str(out / shard.url) for shard in done.manifest.shards]
+    sources = [dataset, other] if name == "merged" else [dataset]
+    if between:
+        recut(sources, tmp_path / "view", form="view", **RESULTS[name])
+        recut(str(tmp_path / "view"), out)
+    else:
+        recut(sources, out, **RESULTS[name])
+    manifest = require_manifest(str(out))
+    keys = [key for split in sorted(manifest.splits) for key, _ in contents(out, split)]
+    urls = [str(out / shard.url) for shard in manifest.shards]
     want = {}
     for url in urls:
         with tarfile.open(url, "r:") as archive:
@@ -224,10 +238,10 @@ def test_webdataset_wids_and_gnu_tar_read_what_was_cut_anew(tiny_dataset, tmp_pa
         import webdataset as wds
         import wids
 
-        samples = list(wds.WebDataset(urls, shardshuffle=False))
+        samples = list(wds.WebDataset(urls, shardshuffle=False, empty_check=False))
         monkeypatch.setenv("WIDS_CACHE", str(tmp_path / "cache"))
-        dataset = wids.ShardListDataset(str(out / "manifest.json"))
-        assert [dataset[i]["__key__"] for i in range(len(dataset))] == keys
+        listed = wids.ShardListDataset(str(out / "manifest.json"))
+        assert [listed[i]["__key__"] for i in range(len(listed))] == keys
     assert [sample["__key__"] for sample in samples] == keys
     got = {
         f"{sample['__key__']}.{name}": payload
@@ -238,13 +252,13 @@ def test_webdataset_wids_and_gnu_tar_read_what_was_cut_anew(tiny_dataset, tmp_pa
     assert got == want
     (tmp_path / "files").mkdir()
     for url in urls:
-        listed = subprocess.run(
+        done = subprocess.run(
             ["tar", "-xf", url, "-C", tmp_path / "files"],
             capture_output=True,
             text=True,
             check=True,
         )
-        assert listed.stderr == ""
+        assert done.stderr == ""
     assert {p.name: p.read_bytes() for p in (tmp_path / "files").iterdir()} == want
 
 
@@ -352,13 +366,6 @@ def test_a_view_tells_old_readers_that_it_is_not_for_them(dataset, tmp_path):
 
 
 # --- merge, split, filter
-
-
-@pytest.fixture(scope="module")
-def other(tiny_sample, write_dataset, tmp_path_factory):
-    """Nine other samples of the same recipe, as a later run would append them."""
-    folder = tmp_path_factory.mktemp("other") / "later"
-    return write_dataset(folder, [tiny_sample(100 + i) for i in range(9)], num_shards=2)
 
 
 @pytest.mark.parametrize("form", ["view", "copy"])
@@ -548,3 +555,114 @@ def test_indexes_with_other_columns_cannot_be_joined(dataset, other, tmp_path):
 def test_settings_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ReshardSettings(sources=(), out="").out = "x"
+
+
+# --- requests that cannot be honoured, and what an interrupted one leaves
+
+
+def options_of(*words):
+    parser = argparse.ArgumentParser()
+    add_verbs(parser.add_subparsers(dest="verb"))
+    return reshard_settings(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--shard-size", "0"), ("--sha256", "--through", "store"), ("--shard-size", "9" * 400)],
+)
+def test_requests_that_make_no_sense_are_refused(words, dataset, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        options_of("reshard", dataset, tmp_path / "out", "--copy", *words)
+    assert caught.value.fix
+
+
+def test_keys_are_whole_lines_and_those_that_no_sample_has_are_counted(dataset, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_bytes(b"sample-0003\r\nsample 0004\nsample-0005\n\n")
+    settings = options_of("filter", dataset, tmp_path / "out", "--keys", keys)
+    assert settings.keys == {"sample-0003", "sample 0004", "sample-0005"}
+    plan = plan_reshard(settings, Quiet())
+    assert [len(split.numbers) for split in plan.splits] == [2]
+    assert "1 of 3 keys belong to no sample" in plan_text(plan)
+
+
+def test_a_copy_that_will_not_fit_is_refused_before_it_begins(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "free_bytes", lambda url: 1000)
+    with pytest.raises(StorageError) as caught:
+        recut(dataset, tmp_path / "out", num_shards=2)
+    assert caught.value.reason == "no_space"
+    assert caught.value.facts["free_bytes"] == 1000
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    recut(dataset, tmp_path / "view", num_shards=2, form="view")
+
+
+def interrupted(source, out, **options):
+    """A copy that ends behind its second shard, as a kill would end it."""
+
+    def run(tasks, **settings):
+        yield from list(inline.run(tasks[:2], **settings))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.local, "run", run)
+        with pytest.raises(KeyboardInterrupt):
+            recut(source, out, **options)
+
+
+def test_gc_keeps_what_an_interrupted_copy_goes_on_from_and_removes_the_rest(dataset, tmp_path):
+    out = tmp_path / "out"
+    interrupted(dataset, out, num_shards=5)
+    tars = sorted((out / "train").glob("*.tar"))
+    assert len(tars) == 2
+    half = out / "train" / tars[1].name.replace("00001", "00002")
+    half.write_bytes(b"its receipt was not written")
+    assert [each.name for each in find_strays(str(out)).objects] == [f"train/{half.name}"]
+    # Another request gives the first one up.
+    interrupted(dataset, out, num_shards=4)
+    strays = {each.name for each in find_strays(str(out)).objects}
+    assert {f"train/{tar.name}" for tar in [*tars, half]} <= strays
+    remove_strays(str(out), find_strays(str(out)))
+    report = Quiet()
+    settings = ReshardSettings(sources=(dataset,), out=str(out), num_shards=4, form="copy")
+    done = reshard(plan_reshard(settings, report), report)
+    assert (done.copied_shards, report.notes[0]) == (2, "2 of 4 shards are finished")
+    recut(dataset, tmp_path / "undisturbed", num_shards=4)
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_the_unfinished_work_of_another_job_is_not_mixed_with_a_copy(dataset, tmp_path):
+    plan = tmp_path / "out" / "plan" / "train" / "plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text(json.dumps({"build_key": "k", "num_shards": 3}))
+    with pytest.raises(ConflictError) as caught:
+        recut(dataset, tmp_path / "out", num_shards=3)
+    assert caught.value.reason == "job_conflict"
+    assert plan.exists()
+
+
+def test_a_tokenizer_that_is_not_the_one_of_the_manifest_is_not_passed_on(own, tmp_path):
+    path = Path(own) / "tokenizer" / "tokenizer.json"
+    path.parent.mkdir()
+    path.write_bytes(b"{}")
+    with pytest.raises(ShardError) as caught:
+        recut(own, tmp_path / "out", num_shards=2)
+    assert caught.value.reason == "tokenizer_file"
+    assert load_manifest(str(tmp_path / "out")) is None
+
+
+def test_samples_of_two_sources_with_one_key_are_refused_in_any_two_splits(dataset, own, tmp_path):
+    recut(own, tmp_path / "held-out", into={"held-out": 1.0}, num_shards=1)
+    with pytest.raises(ConflictError) as caught:
+        recut([dataset, str(tmp_path / "held-out")], tmp_path / "out")
+    assert caught.value.reason == "key_collision"
+
+
+def test_what_a_kill_behind_the_commit_has_left_goes_with_the_next_run(dataset, tmp_path):
+    out = tmp_path / "out"
+    recut(dataset, out, num_shards=3)
+    want = tree(out)
+    for name in ("plan/train/plan.json", ".scratch/x/shard.tar"):
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text('{"kind": "reshard"}')
+    assert not recut(dataset, out, num_shards=3).fresh
+    assert tree(out) == want
