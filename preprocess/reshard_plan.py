@@ -237,7 +237,6 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
         for file, (stamps[file.url], payload) in zip(
             files.values(), pool.map(_look_at, files.values()), strict=True
         ):
-            # Not in the threads: Python 3.11 cannot parse two headers at once.
             tables[file.url] = _open_table(file, payload, raw=raw)
             report.step("")
     keys = {split: _keys(segments, tables) for split, segments in gathered.items()}

@@ -13,6 +13,8 @@ import errno
 import io
 import math
 import mmap
+import os
+import threading
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +78,24 @@ def index_dtype(num_views: int) -> np.dtype:
         ("loss_length", "<u4"),
     ]
     return np.dtype(INDEX_DTYPE.descr + lengths)
+
+
+class _OneHeader:
+    """Lets one thread at a time parse a header.
+
+    NumPy asks Python's parser, and that of Python 3.11 fails where two threads meet in it
+    (https://github.com/python/cpython/issues/106905).
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)  # another thread may hold it at a fork
+
+    def renew(self) -> None:
+        self.lock = threading.Lock()
+
+
+_one_header = _OneHeader()
 
 
 class SamplePlace(NamedTuple):
@@ -269,10 +289,11 @@ def parse_index(
     stream = io.BytesIO(payload[:_MOST_HEADER_BYTES])
     try:
         version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+        with _one_header.lock:
+            if version == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            else:
+                shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
         start = stream.tell()
         # A damaged header length would shift every row; the rows must end where the file does.
         if dtype.hasobject or len(payload) != start + dtype.itemsize * math.prod(shape):

@@ -1,5 +1,8 @@
+import gc
 import io
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from shardspec.index import (
     index_row,
     longest_text,
     open_index,
+    parse_index,
     sample_layout,
 )
 from shardspec.sample import (
@@ -304,3 +308,25 @@ def test_damaged_header_is_refused_or_harmless(index_path):
         else:
             assert opened.tobytes() == rows(3).tobytes()
     assert refused > 1000
+
+
+def test_threads_may_open_indexes_at_once():
+    # A collection in the middle of Python 3.11's parser lets another thread into it.
+    payload = memoryview(encode_index(rows(3)))
+    thresholds = gc.get_threshold()
+
+    def let_go(phase, info):
+        time.sleep(1e-5)
+
+    gc.callbacks.append(let_go)
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            opened = pool.map(
+                lambda _: parse_index(payload, where="x", num_samples=3, shard_bytes=3 * 2048),
+                range(200),
+            )
+            assert all(len(each) == 3 for each in opened)
+    finally:
+        gc.callbacks.remove(let_go)
+        gc.set_threshold(*thresholds)
