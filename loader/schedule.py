@@ -211,7 +211,7 @@ class PackSchedule:
         """
         if self._pass_steps is None:
             run = min(self.config.run, self._samples_per_stream())
-            tokens, crops = self._stream(0, fresh=True).lengths(0, run)
+            tokens, crops = self._samples(0).lengths(0, run)
             packs = len(plan_run(tokens, crops, config=self.config))
             whole = self._samples_per_stream() * self.num_streams * packs
             self._pass_steps = max(1, -(-whole // (run * self._order.config.global_batch_size)))
@@ -264,60 +264,45 @@ class PackSchedule:
         stream = self._stream(number)
         return stream.row(before + (step - since) * share + place, patches=self._patches)
 
-    def _stream(self, number: int, *, fresh: bool = False) -> _Stream:
-        share = self._order.config.global_batch_size // self.num_streams
-        if fresh:
-            return _Stream(self._order, self._lengths, self.config, number=number, share=share)
+    def _stream(self, number: int) -> _Stream:
         if number not in self._streams:
-            self._streams[number] = _Stream(
-                self._order,
-                self._lengths,
-                self.config,
-                number=number,
-                share=share,
-                place=self._saved.get(number, (0, 0)),
-            )
+            place = self._saved.get(number, (0, 0))
+            self._streams[number] = _Stream(self._samples(number), self.config, place=place)
         return self._streams[number]
+
+    def _samples(self, number: int) -> _Samples:
+        share = self._order.config.global_batch_size // self.num_streams
+        return _Samples(self._order, self._lengths, number=number, share=share)
 
     def _samples_per_stream(self) -> int:
         return _pass_samples(self._order) // self.num_streams or 1
 
 
-class _Stream:
-    """The samples of one canonical rank as packs; keeps the slots of the current run only."""
+class _Samples:
+    """The samples of one canonical rank, one after the other; keeps those asked for last."""
 
     def __init__(
-        self,
-        order: Order | MixtureOrder,
-        lengths: Lengths,
-        config: PackConfig,
-        *,
-        number: int,
-        share: int,
-        place: tuple[int, int] = (0, 0),
+        self, order: Order | MixtureOrder, lengths: Lengths, *, number: int, share: int
     ) -> None:
         self._order, self._lengths = order, lengths
-        self._number, self._share = number, share
-        # Of the current run, filled by its planning.
+        self.number, self._share = number, share
         self._start = 0
         self._slots: Slots
         self._tokens: np.ndarray
         self._crops: np.ndarray
-        self._limit = config.sequence_length
-        self.packs = PackStream(self.lengths, config, stream=number, place=place)
 
     def lengths(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Looks up the lengths of the stream's samples, and keeps what they are."""
         steps, inside = np.divmod(np.arange(start, stop), self._share)
-        slots = self._order.slots(steps, self._number * self._share + inside)
+        slots = self._order.slots(steps, self.number * self._share + inside)
         self._start, self._slots = start, slots
         self._tokens, self._crops = self._lengths(slots.dataset, slots.sample)
         return self._tokens, self._crops
 
-    def row(self, n: int, *, patches: int) -> tuple[Row, int]:
-        """Gives the places of pack n and its cost."""
-        members = self.packs.pack(n) - self._start
-        tokens = np.minimum(self._tokens[members], self._limit)
+    def row(self, samples: np.ndarray, *, limit: int, patches: int) -> tuple[Row, int]:
+        """Gives the places of some of the samples kept, and their cost as a pack."""
+        members = samples - self._start
+        tokens = np.minimum(self._tokens[members], limit)
         cost = int(tokens.sum() + patches * self._crops[members].sum())
         slots = self._slots
         row = places(
@@ -329,6 +314,23 @@ class _Stream:
             )
         )
         return tuple(row), cost
+
+
+class _Stream:
+    """The samples of one canonical rank as packs."""
+
+    # Two objects, as packs ask for lengths and rows for packs: one that asks itself would stay,
+    # with all files of its dataset, until Python looks for such circles.
+
+    def __init__(self, samples: _Samples, config: PackConfig, *, place: tuple[int, int]) -> None:
+        self._samples, self._limit = samples, config.sequence_length
+        self.packs = PackStream(samples.lengths, config, stream=samples.number, place=place)
+
+    def row(self, n: int, *, patches: int) -> tuple[Row, int]:
+        """Gives the places of pack n and its cost."""
+        # Planning the pack's run leaves its samples in mind.
+        samples = self.packs.pack(n)
+        return self._samples.row(samples, limit=self._limit, patches=patches)
 
 
 def plan_packing(

@@ -10,6 +10,7 @@ from loader.assemble import View
 from loader.dataloader import make_dataloader
 from loader.mixture_stream import IterableDatasetMixture
 from loader.stream import StreamingDataset, stored_view
+from loader.workers import _Worker
 from shardspec.manifest import require_manifest
 
 BATCH = 48
@@ -17,7 +18,7 @@ SIZES = {"large": 290, "middle": 61, "small": 5}
 """Samples; with 48 per step two epochs of the large one take 13 steps."""
 STEPS = 13
 WORLDS = (1, 2, 3, 4, 6, 8, 12, 24, 48)
-THREADS = (1, 2, 3, 5, 8)
+THREADS = (0, 1, 2, 3, 5, 8)
 KINDS = ("one", "mixture", "packed", "packed mixture", "buckets")
 
 
@@ -192,6 +193,102 @@ def test_every_rank_count_resumes_at_every_step_of_all_others(kind, world_size, 
         )
         assert got == undisturbed[kind][step : step + 1], (step, ranks)
         state = states[0]
+
+
+class StandingWorker(_Worker):
+    """A worker process that goes to the next loader instead of ending with the pass."""
+
+    def __init__(self, maker, *, keep_bytes, idle):
+        super().__init__(maker, keep_bytes=keep_bytes)
+        self.asked, self.idle = 0, idle
+
+    def ask(self, task):
+        self.asked += 1
+        super().ask(task)
+
+    def answer(self):
+        self.asked -= 1
+        return super().answer()
+
+    def hang_up(self):
+        while self.asked:  # batches that were made ahead, and that nobody takes
+            self.answer()
+
+    def close(self):
+        self.idle.append(self)
+
+    def end(self):
+        super().hang_up()
+        super().close()
+
+
+@pytest.fixture
+def standing_workers(monkeypatch):
+    """Lets loaders of one kind, of any rank, take over each other's worker processes."""
+    idle = []
+
+    def hire(maker, *, keep_bytes):
+        if idle:
+            return idle.pop()
+        return StandingWorker(maker, keep_bytes=keep_bytes, idle=idle)
+
+    monkeypatch.setattr("loader.workers._Worker", hire)
+    yield idle
+    for worker in idle:
+        worker.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("makers", ["threads", "workers"])
+@pytest.mark.parametrize("kind", ["one", "mixture", "packed"])
+def test_all_numbers_of_ranks_and_threads_or_workers_resume_at_every_step(
+    kind, makers, urls, undisturbed, standing_workers
+):
+    """The product of WORLDS and THREADS, threads or processes, at every step of two epochs.
+
+    A state was saved one step behind a resume, while other batches were made ahead, and is the same
+    for all numbers of threads or workers. Up to 4 ranks all have the same number of these, and all
+    numbers in turn; from 6 ranks on all numbers stand side by side, dealt anew at each step. Packs
+    take longest: 2 to 4 ranks have other numbers at each step, and each number every few steps.
+
+    What is real: the loaders of all ranks, their states, and eight processes that make what these
+    plan, with their pipes and shared memory. What is not: ranks take turns in this process. A
+    rank's loader is made once for all states, and its number of threads or workers is set on it;
+    the tests above make loaders anew. And worker processes do not end with a pass, as starting them
+    would take an hour: the next one goes on with them, also another rank's.
+    `test_worker_processes_of_any_number_give_the_same_batches` starts and ends them.
+    """
+    numbers = THREADS if makers == "threads" else THREADS[1:]
+    for world_size in WORLDS:
+        loaders = [make(urls, kind, rank=r, world_size=world_size) for r in range(world_size)]
+        state = loaders[0].state_dict()
+        # Worker k makes batch k of those that are taken here.
+        count = max(numbers) if world_size == 1 else 2
+        for step in range(STEPS + 1):
+            turns = [(number,) for number in numbers]
+            if world_size >= len(numbers) or (kind == "packed" and world_size > 1):
+                turns = [numbers[step % len(numbers) :] + numbers[: step % len(numbers)]]
+            want = undisturbed[kind][step : step + min(count, STEPS + 6 - step)]
+            saved = []
+            for turn in turns:
+                parts = []
+                for loader, number in zip(loaders, itertools.cycle(turn), strict=False):
+                    loader.decode_threads = loader.workers = 0
+                    setattr(loader, "workers" if makers == "workers" else "decode_threads", number)
+                    loader.load_state_dict(state)
+                    parts.append([])
+                    while len(parts[-1]) < len(want):
+                        for batch in itertools.islice(loader, len(want) - len(parts[-1])):
+                            parts[-1].append(rows(batch))
+                            if loader is loaders[0] and len(parts[-1]) == 1:
+                                saved.append(json.loads(json.dumps(loader.state_dict())))
+                steps = zip(*parts, strict=True)
+                got = [[row for part in batches for row in part] for batches in steps]
+                assert got == want, (world_size, step, turn)
+            assert all(one == saved[0] for one in saved)
+            state = saved[0]
+    assert len(standing_workers) == (max(numbers) if makers == "workers" else 0)
 
 
 @pytest.mark.slow

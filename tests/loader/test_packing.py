@@ -9,11 +9,12 @@ from loader.packing import (
     PackConfig,
     PackStream,
     balance_ranks,
-    count_run,
+    count_runs,
     plan_run,
     plan_window,
     too_long,
 )
+from loader.permutation import keyed_array, permute
 from shardspec.errors import ConfigError
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 130), st.integers(0, 9)), min_size=0, max_size=120)
@@ -74,16 +75,90 @@ def test_run_places_every_sample_once_and_none_waits_more_than_a_window(lengths,
         assert windows.min() >= latest - 1
 
 
-@settings(max_examples=60, deadline=None)
+def straightforward_run(tokens, crops, *, config, key):
+    """Packs a run as the rule says it, one sample after the other, looking at every pack."""
+    limit = config.sequence_length
+    packs, carried = [], []
+    for start in range(0, len(tokens), config.window):
+        stop = min(start + config.window, len(tokens))
+        samples = [*carried, *range(start, stop)]
+        crop_limit = config.max_crops or max(1, *(int(crops[s]) for s in samples))
+        need = {s: (min(int(tokens[s]), limit), min(int(crops[s]), crop_limit)) for s in samples}
+
+        def share(s, need=need, crop_limit=crop_limit):
+            return max(need[s][0] / limit, need[s][1] / crop_limit)
+
+        rest = [s for s in samples if s not in carried]
+        opened = []  # [tokens left, crops left, samples]
+        for s in sorted(carried, key=share, reverse=True) + sorted(rest, key=share, reverse=True):
+            fits = [p for p in opened if p[0] >= max(1, need[s][0]) and p[1] >= need[s][1]]
+            if not fits:
+                opened.append([limit, crop_limit, []])
+                fits = opened[-1:]
+            best = min(fits, key=lambda p: p[0])
+            best[0] -= need[s][0]
+            best[1] -= need[s][1]
+            best[2].append(s)
+        waiting = []
+        if stop < len(tokens):
+            may = [
+                p
+                for p in opened
+                if p[0] > 0.02 * limit and p[1] > 0.02 * crop_limit and not set(carried) & set(p[2])
+            ]
+            waiting = sorted(may, key=lambda p: -p[0])[: -(-len(opened) // 8)]
+        leaving = [sorted(p[2]) for p in opened if not any(p is w for w in waiting)]
+        window_key = int(keyed_array(key, start)[0])
+        moved = permute(np.arange(len(leaving)), size=max(1, len(leaving)), key=window_key)
+        packs += [leaving[i] for i in moved.tolist()]
+        carried = sorted(s for p in waiting for s in p[2])
+    return packs
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     lengths=LENGTHS,
     window=st.integers(1, 50),
     max_crops=st.sampled_from([None, 1, 8]),
+    key=st.integers(0, 2**64 - 1),
 )
-def test_packs_of_a_run_are_counted_without_being_made(lengths, window, max_crops):
+def test_packs_are_those_of_the_straightforward_algorithm(lengths, window, max_crops, key):
     tokens, crops = arrays(lengths)
     config = PackConfig(sequence_length=100, max_crops=max_crops, window=window)
-    assert count_run(tokens, crops, config=config) == len(plan_run(tokens, crops, config=config))
+    packs = plan_run(tokens, crops, config=config, key=key)
+    want = straightforward_run(tokens, crops, config=config, key=key)
+    assert [pack.tolist() for pack in packs] == want
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_runs=st.integers(1, 7),
+    size=st.integers(1, 90),
+    window=st.integers(1, 50),
+    limits=st.sampled_from([(100, None), (100, 1), (100, 8), (2**24, 2**16)]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_packs_of_runs_are_counted_without_being_made(num_runs, size, window, limits, seed):
+    rng = np.random.RandomState(seed)
+    scale = limits[0] // 100
+    tokens = rng.randint(0, rng.randint(2, 131), (num_runs, size)) * scale
+    crops = rng.randint(0, rng.randint(1, 10), (num_runs, size))
+    config = PackConfig(sequence_length=limits[0], max_crops=limits[1], window=window)
+    pairs = zip(tokens, crops, strict=True)
+    want = [len(plan_run(*pair, config=config)) for pair in pairs]
+    assert count_runs(tokens, crops, config=config).tolist() == want
+
+
+@pytest.mark.parametrize("lengths", [captions, mixed])
+@pytest.mark.parametrize(("sequence_length", "max_crops"), [(4096, 48), (4096, None), (16_384, 20)])
+def test_packs_of_realistic_runs_are_counted_exactly(lengths, sequence_length, max_crops):
+    config = PackConfig(
+        sequence_length=sequence_length, max_crops=max_crops, window=256, windows_per_run=3
+    )
+    tokens, crops = (column.reshape(-1, config.run) for column in lengths(12 * config.run))
+    pairs = zip(tokens, crops, strict=True)
+    want = [len(plan_run(*pair, config=config)) for pair in pairs]
+    assert count_runs(tokens, crops, config=config).tolist() == want
 
 
 @pytest.mark.parametrize("lengths", [captions, mixed])
@@ -220,3 +295,14 @@ def test_limits_below_one_are_refused(name):
     with pytest.raises(ConfigError) as caught:
         PackConfig(**{"sequence_length": 10, name: 0})
     assert caught.value.reason == "packing_limit"
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("sequence_length", 2**24), ("max_crops", 2**16), ("window", 2**20)]
+)
+def test_limits_that_a_pack_cannot_be_counted_up_to_are_refused(name, most):
+    PackConfig(**{"sequence_length": 10, name: most})
+    with pytest.raises(ConfigError) as caught:
+        PackConfig(**{"sequence_length": 10, name: most + 1})
+    assert caught.value.reason == "packing_limit"
+    assert str(most) in caught.value.fix

@@ -1,6 +1,8 @@
 """Schedules over synthetic lengths: nothing is read."""
 
+import gc
 import time
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -264,3 +266,22 @@ def test_settings_that_cannot_be_honoured_are_refused():
     with pytest.raises(ConfigError) as caught:
         packed(100, batch=4, ranks=4).set_sizes([(0, 6)])
     assert caught.value.reason == "batch_not_divisible"
+
+
+def test_schedule_of_packs_lets_go_of_its_dataset_without_the_garbage_collector():
+    class Dataset:  # it holds open files
+        def lengths(self, dataset, sample):
+            return looked_up(*captions(100))(dataset, sample)
+
+    dataset = Dataset()
+    order = Order(plan_order(100, global_batch_size=4, seed=0))
+    config = plan_packing(order, sequence_length=4096, max_crops=48)
+    schedule = PackSchedule(order, dataset.lengths, config, patches_per_crop=576, balance=False)
+    schedule.rows(1, ALONE)
+    alive = weakref.ref(dataset)
+    gc.disable()
+    try:
+        del dataset, schedule
+        assert alive() is None
+    finally:
+        gc.enable()
