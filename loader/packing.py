@@ -341,14 +341,15 @@ def _fill_side_by_side(
 def _limited(
     tokens: np.ndarray, crops: np.ndarray, *, config: PackConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts int [n, runs] to the limits.
+    """Cuts int [n, runs] to the limits; without a limit of crops they do not count.
 
     Returns:
       (tokens, crops, limit of crops [runs], the larger share of the two limits).
     """
     limit = config.sequence_length
-    largest = np.maximum(1, crops.max(axis=0, initial=0))
-    crop_limits = largest if config.max_crops is None else np.full(len(largest), config.max_crops)
+    if config.max_crops is None:
+        crops = np.zeros_like(crops)
+    crop_limits = np.full(crops.shape[1], config.max_crops or 1)
     tokens = np.minimum(tokens, limit).astype(np.int64)
     crops = np.minimum(crops, crop_limits).astype(np.int64)
     return tokens, crops, crop_limits, np.maximum(tokens / limit, crops / crop_limits)

@@ -82,8 +82,11 @@ def straightforward_run(tokens, crops, *, config, key):
     for start in range(0, len(tokens), config.window):
         stop = min(start + config.window, len(tokens))
         samples = [*carried, *range(start, stop)]
-        crop_limit = config.max_crops or max(1, *(int(crops[s]) for s in samples))
-        need = {s: (min(int(tokens[s]), limit), min(int(crops[s]), crop_limit)) for s in samples}
+        crop_limit = config.max_crops or 1 + int(crops.sum())
+        need = {
+            s: (min(int(tokens[s]), limit), min(int(crops[s]), crop_limit) * bool(config.max_crops))
+            for s in samples
+        }
 
         def share(s, need=need, crop_limit=crop_limit):
             return max(need[s][0] / limit, need[s][1] / crop_limit)
@@ -164,7 +167,8 @@ def test_packs_of_realistic_runs_are_counted_exactly(lengths, sequence_length, m
 @pytest.mark.parametrize("lengths", [captions, mixed])
 @pytest.mark.parametrize("window", [256, 512, 1024])
 @pytest.mark.parametrize(
-    ("sequence_length", "max_crops", "least"), [(4096, 48, 0.98), (16_384, 128, 0.97)]
+    ("sequence_length", "max_crops", "least"),
+    [(4096, 48, 0.98), (4096, None, 0.98), (16_384, 128, 0.97), (16_384, None, 0.97)],
 )
 def test_packs_of_realistic_lengths_are_full(lengths, window, sequence_length, max_crops, least):
     config = PackConfig(sequence_length=sequence_length, max_crops=max_crops, window=window)
@@ -197,7 +201,8 @@ def test_sample_over_the_limit_is_flagged_and_has_a_pack_of_its_own():
 
 def test_packs_are_the_ones_of_the_first_release():
     tokens, crops = mixed(60)
-    packs = plan_run(tokens, crops, config=PackConfig(sequence_length=4096, window=20), key=9)
+    config = PackConfig(sequence_length=4096, max_crops=9, window=20)
+    packs = plan_run(tokens, crops, config=config, key=9)
     assert [pack.tolist() for pack in packs] == [
         [0, 1, 2, 4, 7, 9, 12, 14, 17],
         [16],
@@ -217,6 +222,14 @@ def test_packs_are_the_ones_of_the_first_release():
         [44, 48, 55],
         [23],
     ]
+
+
+def test_crops_have_no_influence_where_there_is_no_limit_of_them():
+    tokens, crops = mixed(60)
+    config = PackConfig(sequence_length=4096, window=20)
+    packs = [pack.tolist() for pack in plan_run(tokens, crops, config=config, key=9)]
+    assert packs == [pack.tolist() for pack in plan_run(tokens, 0 * crops, config=config, key=9)]
+    assert packs[:3] == [[6, 13, 16], [0, 4, 8, 14, 15, 17], [3, 10, 11]]
 
 
 def stream(place=(0, 0), number=0):
