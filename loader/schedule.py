@@ -20,8 +20,7 @@ Balancing exchanges rows between the ranks of a global batch, never between batc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -40,9 +39,11 @@ _LEAST_WINDOW = 16
 _STEPS_AT_ONCE = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One sample in one epoch, as a part of a batch."""
+class Place(NamedTuple):
+    """One sample in one epoch, as a part of a batch.
+
+    A tuple: worker processes are sent each, and a dataclass takes far longer to pickle.
+    """
 
     dataset: int
     """Number of the dataset in the mixture; 0 without a mixture."""
@@ -355,7 +356,7 @@ def plan_packing(
 def places(slots: Slots) -> list[Place]:
     """Lists slots one by one, in plain integers."""
     columns = (slots.dataset, slots.epoch, slots.sample, slots.real)
-    return [Place(*values) for values in zip(*(c.ravel().tolist() for c in columns), strict=True)]
+    return list(map(Place._make, zip(*(c.ravel().tolist() for c in columns), strict=True)))
 
 
 def _pass_samples(order: Order | MixtureOrder) -> int:
