@@ -12,16 +12,19 @@ from __future__ import annotations
 import bisect
 import json
 import mmap
+import os
 import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from loader.blocks import Block, Span
 from loader.pixels import Encoded
 from loader.prefetch import Network, Prefetcher
 from loader.remote import RemoteShard, RemoteShards
@@ -147,6 +150,7 @@ class ShardReader:
             prefetcher.open()
             self._remote = RemoteShards(prefetcher, raw=manifest.raw)
         self._open: dict[str, _OpenShard] = {}
+        self._opening: dict[tuple[int, str], Future[_OpenShard]] = {}
         self._lock = threading.Lock()
 
     def use_prefetcher(self, prefetcher: Prefetcher) -> None:
@@ -169,7 +173,7 @@ class ShardReader:
         return self._borders[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_lock": None}
+        return {**self.__dict__, "_open": {}, "_opening": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -246,6 +250,8 @@ class ShardReader:
     def will_read(self, step: int, sample_ids: Iterable[int]) -> None:
         """Says what a step will read, so that it is fetched ahead; local shards need no help.
 
+        Returns at once: indexes that have to be fetched first are waited for elsewhere.
+
         Args:
           step: Of the run; steps come in increasing order.
           sample_ids: Each 0 to len - 1.
@@ -255,14 +261,17 @@ class ShardReader:
         ids = np.fromiter(sample_ids, np.int64)
         numbers = np.searchsorted(self.starts, ids, side="right") - 1
         self._open_soon(np.unique(numbers).tolist())
+        self.prefetcher.will_read(step, lambda: self._places(ids.tolist()))
+
+    def _places(self, sample_ids: list[int]) -> list[tuple[Block, Span]]:
         spans = []
-        for sample_id in ids.tolist():
+        for sample_id in sample_ids:
             # A shard that is missing or wrong is an error of the samples that are read from it.
             with suppress(ShardError):
                 shard, row = self._locate(sample_id)
                 if isinstance(shard, RemoteShard):
                     spans.append(shard.place(row))
-        self.prefetcher.will_read(step, spans)
+        return spans
 
     def was_read(self, step: int) -> None:
         """Says that a step has read what it needs."""
@@ -328,15 +337,32 @@ class ShardReader:
             self._remote.open_soon([file for file in missing if not storage.is_local(file.url)])
 
     def _open_shard(self, file: FileEntry) -> _OpenShard:
+        local = storage.is_local(file.url)
+        source = self._local if local or self._remote is None else self._remote
+        # Who waits for one index keeps nobody from another one; two who wait for the same share
+        # its fetching, and its failure. What a forked child finds is its parent's to finish.
+        key = os.getpid(), file.url
         with self._lock:
-            if file.url not in self._open:
-                local = storage.is_local(file.url)
-                source = self._local if local or self._remote is None else self._remote
+            if file.url in self._open:
+                return self._open[file.url]
+            is_first = key not in self._opening
+            opening = self._opening.setdefault(key, Future())
+        if is_first:
+            try:
+                opened = source.open(file)
+            except BaseException as error:
+                with self._lock:
+                    del self._opening[key]
+                opening.set_exception(error)
+                raise
+            with self._lock:
                 if len(self._open) >= source.max_open:
                     # The oldest; samples that still view its bytes keep the map alive.
                     del self._open[next(iter(self._open))]
-                self._open[file.url] = source.open(file)
-            return self._open[file.url]
+                self._open[file.url] = opened
+                del self._opening[key]
+            opening.set_result(opened)
+        return opening.result()
 
 
 def read_sample(members: memoryview, place: SamplePlace, *, where: str) -> StoredSample:
