@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
@@ -78,6 +78,11 @@ class BatchMaker:
         """
         self.source, self.collator, self.packing = source, collator, packing
 
+    def announce(self, task: Task) -> None:
+        """Lets the readers know of the steps that a task names."""
+        for step, rows in task.ahead:
+            self.source.will_read(step, rows)
+
     def make(
         self, task: Task, *, allocate: Allocate, unwanted: threading.Event | None = None
     ) -> Made:
@@ -94,8 +99,7 @@ class BatchMaker:
             substituted.
         """
         start_s = perf_counter()
-        for step, rows in task.ahead:
-            self.source.will_read(step, rows)
+        self.announce(task)
         rows = task.rows
         made: list[list[Pending]] = []
         for row in rows:
@@ -191,6 +195,10 @@ def make_in_threads(
                 planned = next(plans, None)
                 more = planned is not None
                 if planned is not None:
+                    # Said here: threads that said it themselves would overtake each other, and
+                    # the first batch wait for bytes of the second.
+                    maker.announce(planned)
+                    planned = replace(planned, ahead=[])
                     futures.append(pool.submit(make, planned))
             if futures:
                 ready = sum(future.done() for future in futures)

@@ -1,8 +1,9 @@
 """Prefetcher: gets parts of remote objects to where samples are read, in the order of their use.
 
 Who knows the order says what will be read in which step (`will_read`), reads it (`read`), and says
-that a step is done (`was_read`). Between that stand two queues, each by step, with threads of its
-own:
+that a step is done (`was_read`). Saying costs no time: where the bytes of a step lie is found out
+by a thread, since the indexes that tell may have to be fetched first. Between that stand two
+queues, each by step, with threads of its own:
 
 * *Pieces*: single samples, neighbours joined. Without a cache everything comes this way, into
   memory. With one, the samples of the first few steps do: the first batch waits for its own bytes
@@ -33,7 +34,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 _GAP_BYTES = 64 * 1024
 """Joined over: at 100 MB/s so many bytes take as long as 0.6 ms of another request's 20."""
+_BESIDE = 1
+"""Requests for later steps that begin while the first batch waits for its own: they share a link.
+Behind it all requests are used: one link's latency is hidden by the bytes of other steps."""
 _PATIENCE_S = 5.0
 _POLL_S = 0.01
 _IDLE_S = 10.0
@@ -88,6 +92,9 @@ class Network:
 
 
 _Kind = Literal["piece", "block"]
+
+Locate = Callable[[], Iterable[tuple[Block, Span]]]
+"""Finds the blocks and the parts of them that a step needs."""
 
 
 class _Entry:
@@ -170,10 +177,17 @@ class Prefetcher:
         self._idle: Counter[str] = Counter()
         self._entries: dict[str, _Entry] = {}
         self._maps: OrderedDict[str, _Entry] = OrderedDict()
+        # Steps that were said and not located yet, and how often all was forgotten.
+        self._said: list[tuple[int, int, Locate]] = []
+        self._locating: int | None = None
+        self._is_locating = False
+        self._passed = 0
         self._plan: dict[int, list[tuple[_Entry, Span]]] = {}
         self._now = 0
         self._cold_until: int | None = None
         self._held_bytes = 0
+        # Requests under way, by whether a batch waits for them.
+        self._under_way: Counter[bool] = Counter()
         # How much of a block was read since it was last used up, and how often it was.
         self._read_bytes: defaultdict[str, int] = defaultdict(int)
         self._passes: Counter[str] = Counter()
@@ -200,8 +214,10 @@ class Prefetcher:
         """Drops what was planned and not read: the run goes on elsewhere."""
         self._alive()
         with self._arrived:
+            self._said.clear()
+            self._passed += 1
             self._plan.clear()
-            self._cold_until = None
+            self._cold_until, self._now = None, 0
             for queue in self._queues.values():
                 # Rights to write are not left unused: others may wait for these blocks.
                 queue[:] = [queued for queued in queue if queued[2].fill]
@@ -215,13 +231,45 @@ class Prefetcher:
                     self._drop_pieces(entry, list(entry.pieces))
                 self._settle(entry)
 
-    def will_read(self, step: int, spans: Iterable[tuple[Block, Span]]) -> None:
-        """Says what a step will read; steps come in increasing order."""
+    def will_read(self, step: int, locate: Locate) -> None:
+        """Says what a step will read; returns at once.
+
+        Args:
+          step: Of the run. Steps come in increasing order.
+          locate: Finds the places, in another thread; what it raises, the reader will meet too.
+        """
         self._alive()
         with self._arrived:
-            cache = self._open_cache()
-            if not self._plan:
+            if not (self._plan or self._is_locating):
                 self._now = step
+            heapq.heappush(self._said, (step, next(self._numbers), locate))
+            if not self._is_locating:
+                self._is_locating = True
+                threading.Thread(target=self._locate_said, name="locate", daemon=True).start()
+
+    def _locate_said(self) -> None:
+        while True:
+            with self._arrived:
+                self._locating = None
+                self._arrived.notify_all()
+                if not self._said:
+                    self._is_locating = False
+                    return
+                step, _, locate = heapq.heappop(self._said)
+                self._locating, passed = step, self._passed
+            try:
+                spans = list(locate())
+            except Exception as error:  # noqa: BLE001 - a thread's border: its reader raises it
+                logger.debug("step %d cannot be read ahead: %s", step, error)
+                continue
+            with self._arrived:
+                # It may have been forgotten, or read, in the meantime.
+                if passed == self._passed and step >= self._now:
+                    self._plan_step(step, spans)
+
+    def _plan_step(self, step: int, spans: Iterable[tuple[Block, Span]]) -> None:
+        with self._arrived:
+            cache = self._open_cache()
             if self._cold_until is None:
                 self._cold_until = step + self.network.cold_steps
             for block, span in spans:
@@ -296,6 +344,11 @@ class Prefetcher:
                 if entry.failures != failures and entry.error is not None:
                     raise entry.error
                 waited_s = time.monotonic() - began_s
+                if block.kind == "block" and self._is_now_being_located():
+                    # It will be asked for with its neighbours in a moment.
+                    self._watch(entry, span, waited_s)
+                    self._arrived.wait(0.5)
+                    continue
                 if entry.elsewhere and waited_s > _PATIENCE_S:
                     entry.direct = True
                 # A block that is among the first of its queue comes as soon as its sample would.
@@ -353,6 +406,10 @@ class Prefetcher:
                 error,
             )
 
+    def _is_now_being_located(self) -> bool:
+        soonest = self._said[0][0] if self._said else None
+        return self._now in (self._locating, soonest)
+
     def _entry(self, block: Block) -> _Entry:
         entry = self._entries.get(block.name)
         if entry is None:
@@ -360,8 +417,9 @@ class Prefetcher:
         return entry
 
     def _settle(self, entry: _Entry) -> None:
-        if entry.is_idle:
-            self._entries.pop(entry.block.name, None)
+        # A thread may let go of an entry whose place another one has taken meanwhile.
+        if entry.is_idle and self._entries.get(entry.block.name) is entry:
+            del self._entries[entry.block.name]
 
     def _fetch_for(self, entry: _Entry, span: Span, step: int) -> None:
         """Gets a planned sample under way: by itself, or with its block."""
@@ -481,8 +539,13 @@ class Prefetcher:
                     self._threads[kind] -= 1
                     return
                 if kind == "piece":
-                    spans = list(entry.wanted)
-                    entry.wanted.clear()
+                    # What is needed at once does not wait for what lies beside it.
+                    nearest = max(self._now, min(entry.wanted.values()))
+                    spans = [span for span, step in entry.wanted.items() if step <= nearest]
+                    if nearest > self._now:
+                        spans = list(entry.wanted)
+                    for span in spans:
+                        del entry.wanted[span]
                     entry.coming.update(spans)
                     self._held_bytes += sum(stop - start for start, stop in spans)
                     entry.claiming = self._open_cache() is not None and not (
@@ -491,6 +554,8 @@ class Prefetcher:
                 else:
                     entry.queued, entry.filling = False, True
                 step = min(entry.steps, default=self._now)
+                is_urgent = step <= self._now
+                self._under_way[is_urgent] += 1
             try:
                 if kind == "piece":
                     self._fetch_pieces(entry, spans, step)
@@ -504,6 +569,10 @@ class Prefetcher:
                         entry.fill = None
             with self._arrived:
                 entry.claiming = entry.filling = False
+                self._under_way[is_urgent] -= 1
+                if is_urgent and not self._under_way[True]:
+                    for work in self._work.values():
+                        work.notify_all()
                 if kind == "piece":
                     # What did not come does not count as held.
                     lost = [span for span in spans if span in entry.coming]
@@ -548,10 +617,14 @@ class Prefetcher:
         return not taken
 
     def _may_start(self, kind: _Kind, queued: tuple[int, int, _Entry]) -> bool:
+        step, _, entry = queued
+        is_first = self._cold_until == self._now + self.network.cold_steps
+        is_waited_for = is_first and self._under_way[True] > 0
+        if is_waited_for and step > self._now and self._under_way[False] >= _BESIDE:
+            return False
         if kind == "block":
             pieces = self._queues["piece"]
             return not (pieces and self._may_start("piece", pieces[0]))
-        step, _, entry = queued
         more = sum(stop - start for start, stop in entry.wanted)
         urgent = step < self._now + self.network.cold_steps
         return urgent or self._held_bytes + more <= self.network.ahead_bytes

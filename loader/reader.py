@@ -13,17 +13,20 @@ import bisect
 import errno
 import json
 import mmap
+import os
 import resource
 import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from loader.blocks import Block, Span
 from loader.pixels import Encoded
 from loader.prefetch import Network, Prefetcher
 from loader.remote import RemoteShard, RemoteShards
@@ -258,6 +261,8 @@ class ShardReader:
     def will_read(self, step: int, sample_ids: Iterable[int]) -> None:
         """Says what a step will read, so that it is fetched ahead; local shards need no help.
 
+        Returns at once: indexes that have to be fetched first are waited for elsewhere.
+
         Args:
           step: Of the run; steps come in increasing order.
           sample_ids: Each 0 to len - 1.
@@ -267,14 +272,17 @@ class ShardReader:
         ids = np.fromiter(sample_ids, np.int64)
         numbers = np.searchsorted(self.starts, ids, side="right") - 1
         self._open_soon(np.unique(numbers).tolist())
+        self.prefetcher.will_read(step, lambda: self._places(ids.tolist()))
+
+    def _places(self, sample_ids: list[int]) -> list[tuple[Block, Span]]:
         spans = []
-        for sample_id in ids.tolist():
+        for sample_id in sample_ids:
             # A shard that is missing or wrong is an error of the samples that are read from it.
             with suppress(ShardError):
                 shard, row = self._locate(sample_id)
                 if isinstance(shard, RemoteShard):
                     spans.append(shard.place(row))
-        self.prefetcher.will_read(step, spans)
+        return spans
 
     def was_read(self, step: int) -> None:
         """Says that a step has read what it needs."""
@@ -340,23 +348,41 @@ class ShardReader:
             self._remote.open_soon([file for file in missing if not storage.is_local(file.url)])
 
     def _open_shard(self, file: FileEntry) -> _OpenShard:
-        with self._open.lock:
-            if file.url not in self._open:
-                local = storage.is_local(file.url)
-                source = self._local if local or self._remote is None else self._remote
-                if len(self._open) >= source.max_open(self._open.num_readers):
-                    # The oldest; samples that still view its bytes keep the map alive.
-                    del self._open[next(iter(self._open))]
+        shards = self._open
+        local = storage.is_local(file.url)
+        source = self._local if local or self._remote is None else self._remote
+        # Who waits for one index keeps nobody from another one; two who wait for the same share
+        # its fetching, and its failure. What a forked child finds is its parent's to finish.
+        key = os.getpid(), file.url
+        with shards.lock:
+            if file.url in shards:
+                return shards[file.url]
+            is_first = key not in shards.opening
+            opening = shards.opening.setdefault(key, Future())
+        if is_first:
+            try:
                 try:
                     opened = source.open(file)
                 except OSError as error:
                     if error.errno != errno.EMFILE:
                         raise
                     # Other parts of the process have taken more than their half.
-                    self._open.clear()
+                    with shards.lock:
+                        shards.clear()
                     opened = source.open(file)
-                self._open[file.url] = opened
-            return self._open[file.url]
+            except BaseException as error:
+                with shards.lock:
+                    del shards.opening[key]
+                opening.set_exception(error)
+                raise
+            with shards.lock:
+                if len(shards) >= source.max_open(shards.num_readers):
+                    # The oldest; samples that still view its bytes keep the map alive.
+                    del shards[next(iter(shards))]
+                shards[file.url] = opened
+                del shards.opening[key]
+            opening.set_result(opened)
+        return opening.result()
 
 
 def count_reading(readers: Iterable[ShardReader]) -> Counter[str]:
@@ -375,6 +401,8 @@ class _OpenShards(dict[str, _OpenShard]):
     def __init__(self, num_readers: int = 1) -> None:
         super().__init__()
         self.lock = threading.Lock()
+        self.opening: dict[tuple[int, str], Future[_OpenShard]] = {}
+        """What is being opened, by process and URL."""
         self.num_readers = num_readers
         """Readers that share it."""
 

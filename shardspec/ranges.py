@@ -1,7 +1,10 @@
 """RangeReader: bytes [start, stop) of an object in a store, right even where the network is not.
 
-1. A range is asked for through a client of ours, whose own retries are off: those of botocore and
-   s3fs would multiply with ours (5 x 5 x ours), and would throw away what had already come.
+1. S3's client signs a URL for each object, and ranges of it are asked for over connections of ours
+   (wire.py), at a third of the processor time. What that does not get (a proxy is in the way, the
+   bucket lies in another region, the signature has expired) the client is asked for itself, as
+   every other store's is. Its own retries are off: those of botocore and s3fs would multiply with
+   ours (5 x 5 x ours), and would throw away what had already come.
 2. The answer must be for the very range: status, Content-Range and the object's length are checked
    before a byte is used. What arrives is written straight to its place.
 3. When the connection is lost, stalls, or the store asks for patience (408, 425, 429, 5xx), the
@@ -21,18 +24,22 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import ssl
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
-from shardspec.keyed import keyed
+from shardspec.retries import jitter, passing_kind, refusal_of
+from shardspec.wire import Connections
 
 _T = TypeVar("_T")
 
@@ -40,27 +47,12 @@ _CHUNK_BYTES = 256 * 1024
 _CONNECTIONS = 64
 """Connections that a client keeps; botocore's default of 10 would queue the rest."""
 
-_TRANSIENT_STATUS = frozenset({408, 425, 429})
-_TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable"})
-_TRANSIENT_KINDS = {
-    # By name: their packages are imported only where a URL needs them.
-    "botocore.ReadTimeoutError": "timeout",
-    "botocore.ConnectTimeoutError": "timeout",
-    "botocore.IncompleteReadError": "short_body",
-    "botocore.ResponseStreamingError": "reset",
-    "botocore.ConnectionClosedError": "reset",
-    "botocore.EndpointConnectionError": "connect",
-    "botocore.ConnectionError": "connect",
-    "botocore.HTTPClientError": "reset",
-    "botocore.ResponseParserError": "reset",
-    "aiohttp.ServerTimeoutError": "timeout",
-    "aiohttp.ClientPayloadError": "short_body",
-    "aiohttp.ClientConnectorError": "connect",
-    "aiohttp.ClientError": "reset",
-    "google.TransportError": "connect",
-}
-"""Failures of the way to the store, most special first, and what they are counted as."""
+_SIGNED_S = 3600
+"""How long a signed URL is valid; half of it is used, as clocks differ."""
+_MOST_SIGNED = 4096
 
+_ASK_CLIENT = frozenset({301, 302, 307, 308, 400, 401, 403})
+"""Answers to a signed URL that the client may know a way around, or else explains better."""
 
 _REBUILD = "run `make verify`, then build it again with the `make shards` command that made it"
 
@@ -208,16 +200,17 @@ class RangeReader:
             try:
                 return attempt(max(left_s, 0.001))
             except Exception as error:
-                kind = _transient(error)
+                kind = str(error) if isinstance(error, _Garbled) else passing_kind(error)
                 if kind is None:
                     raise _final(error, flight) from error
                 flight.causes[kind] += 1
                 in_vain = 0 if flight.received > before else in_vain + 1
                 left_s = policy.wall_s - (time.monotonic() - began_s)
-                wait_s = _jitter() * min(
+                wait_s = jitter(flight.url, flight.attempts) * min(
                     policy.longest_wait_s, policy.first_wait_s * 2 ** min(in_vain, 30)
                 )
-                wait_s = max(wait_s, _retry_after_s(_refusal(error)[2]))
+                refusal = refusal_of(error)
+                wait_s = max(wait_s, 0.0 if refusal is None else _retry_after_s(refusal.headers))
                 if in_vain >= policy.attempts or wait_s >= left_s:
                     seconds = time.monotonic() - began_s
                     raise _given_up(error, flight, policy, seconds) from error
@@ -230,6 +223,10 @@ class RangeReader:
         if isinstance(store, _Plain):
             store.fetch(path, flight, target, total, self._pins)
             return self._arrived(flight, len(target) - flight.received)
+        if isinstance(store, _S3) and (
+            self._receive_signed(store, path, flight, target, total, limit_s) is not None
+        ):
+            return None
         return _run(self._receive(store, path, flight, target, total, limit_s), store)
 
     def _whole(self, flight: Flight, limit_s: float) -> bytes:
@@ -238,18 +235,76 @@ class RangeReader:
             payload = bytes(store.fs.cat_file(path))
             self._arrived(flight, len(payload))
             return payload
+        if isinstance(store, _S3):
+            found = self._receive_signed(store, path, flight, None, None, limit_s)
+            if found is not None:
+                return bytes(found)
         return _run(self._receive_all(store, path, flight, limit_s), store)
+
+    def _receive_signed(
+        self,
+        store: _S3,
+        path: str,
+        flight: Flight,
+        target: memoryview | None,
+        total: int | None,
+        limit_s: float,
+    ) -> memoryview | None:
+        """Reads by a signed URL, into `target` or the whole object into new memory.
+
+        Returns:
+          Where it was read to; None where the client has to be asked instead.
+        """
+        stop_s = time.monotonic() + limit_s
+
+        def wait_s() -> float:
+            return max(0.001, min(self.policy.idle_s, stop_s - time.monotonic()))
+
+        url = store.signed(path, limit_s)
+        if url is None or store.connections is None:
+            return None
+        headers = {}
+        if target is not None:
+            headers["Range"] = f"bytes={flight.start + flight.received}-{flight.stop - 1}"
+            if flight.url in self._pins:
+                headers["If-Match"] = self._pins[flight.url]
+        try:
+            with store.connections.get(url, headers, wait_s=wait_s) as answer:
+                if answer.status in _ASK_CLIENT:
+                    store.forget(path)
+                    return None
+                if answer.status not in (200, 206):
+                    raise _Refused(answer.status, dict(answer.headers.items()))
+                found = answer.headers
+                head = _Head(found.get("Content-Range"), answer.length, found.get("ETag"))
+                if target is None:
+                    if head.length is None:
+                        return None
+                    flight.received, flight.stop = 0, head.length
+                    target = memoryview(bytearray(head.length))
+                else:
+                    self._check(head, flight, total)
+                while flight.received < len(target):
+                    rest = target[flight.received : flight.received + _CHUNK_BYTES]
+                    num_bytes = answer.readinto(rest)
+                    if not num_bytes:
+                        raise _Garbled("short_body")
+                    self._arrived(flight, num_bytes)
+        except ssl.SSLCertVerificationError:
+            store.connections = None  # the client may trust other certificates
+            return None
+        return target
 
     async def _receive_all(
         self, store: _Client, path: str, flight: Flight, limit_s: float
     ) -> bytes:
         flight.received, parts = 0, []
         async with self._asking(store, path, flight, None, limit_s) as (answer, wait_s):
-            flight.stop = answer.length or 0
+            flight.stop = answer.head.length or 0
             while chunk := await asyncio.wait_for(answer.read(_CHUNK_BYTES), wait_s()):
                 parts.append(chunk)
                 self._arrived(flight, len(chunk))
-            if answer.length is not None and flight.received != answer.length:
+            if answer.head.length is not None and flight.received != answer.head.length:
                 raise _Garbled("short_body")
         return b"".join(parts)
 
@@ -263,7 +318,7 @@ class RangeReader:
         limit_s: float,
     ) -> None:
         async with self._asking(store, path, flight, flight.stop, limit_s) as (answer, wait_s):
-            self._check(answer, flight, total)
+            self._check(answer.head, flight, total)
             while flight.received < len(target):
                 chunk = await asyncio.wait_for(answer.read(_CHUNK_BYTES), wait_s())
                 end = flight.received + len(chunk)
@@ -307,9 +362,9 @@ class RangeReader:
             self.counters["bytes"] += num_bytes
             self._progress_s = time.monotonic()
 
-    def _check(self, answer: _Answer, flight: Flight, total: int | None) -> None:
+    def _check(self, head: _Head, flight: Flight, total: int | None) -> None:
         """Refuses an answer that is not for the range, or not of the object that was meant."""
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.content_range or "")
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", head.content_range or "")
         length: int | None
         begin = flight.start + flight.received
         if found is not None:
@@ -317,12 +372,12 @@ class RangeReader:
             length = total if found[3] == "*" else int(found[3])
         else:
             # Without the header only a whole object can be told from a wrong part.
-            first, stop, length = 0, answer.length or 0, answer.length or 0
+            first, stop, length = 0, head.length or 0, head.length or 0
         if total is not None and length != total:
             raise _wrong_size(flight.url, length, total)
-        if (first, stop) != (begin, flight.stop):
+        if (first, stop) != (begin, flight.stop) or head.length not in (None, stop - first):
             raise _Garbled("wrong_range")
-        _check_pin(self._pins, flight.url, answer.version)
+        _check_pin(self._pins, flight.url, head.version)
 
     def _store(self, url: str) -> tuple[_Store, str]:
         shared, path = storage.filesystem(url)
@@ -357,21 +412,28 @@ class _Changed(Exception):
     """The object is there in another version."""
 
 
-class _Answer(Protocol):
-    """The head of an answer, and its body bit by bit."""
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What an answer says of its body."""
 
     content_range: str | None
     length: int | None
+    """Of the body."""
     version: str | None
+
+
+class _Answer(Protocol):
+    """The head of an answer, and its body bit by bit."""
+
+    @property
+    def head(self) -> _Head: ...
 
     async def read(self, most: int) -> bytes: ...
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Body:
-    content_range: str | None
-    length: int | None
-    version: str | None
+    head: _Head
     body: Any
 
     async def read(self, most: int) -> bytes:
@@ -384,6 +446,8 @@ class _S3:
 
     def __init__(self, shared: Any, policy: RetryPolicy) -> None:
         config = {
+            # What URLs are signed by; requests are in any case.
+            "signature_version": "s3v4",
             **shared.storage_options.get("config_kwargs", {}),
             "retries": {"total_max_attempts": 1},
             "connect_timeout": policy.idle_s,
@@ -393,10 +457,64 @@ class _S3:
         self.fs = _own(shared, config_kwargs=config)
         self.loop = self.fs.loop
         self.preparing = asyncio.Lock()
+        self.connections: Connections | None = None
+        """For signed URLs; None until the client is there, and where there is no such way."""
+        self._is_ready = False
+        self._signed: dict[str, tuple[float, str]] = {}
 
     async def prepare(self, path: str) -> None:
         await self.fs.set_session()
-        await self.fs.get_s3(self.fs.split_path(path)[0])
+        client = await self.fs.get_s3(self.fs.split_path(path)[0])
+        if not self._is_ready:
+            self._is_ready = True
+            self.connections = self._plain_way(client)
+
+    def _plain_way(self, client: Any) -> Connections | None:
+        """Opens a way of our own to the store, unless it would differ from the client's."""
+        server = urlsplit(client.meta.endpoint_url)
+        config = client.meta.config
+        by_proxy = urllib.request.getproxies().get(server.scheme) and not (
+            urllib.request.proxy_bypass(server.hostname or "")
+        )
+        verify = self.fs.client_kwargs.get("verify")
+        if verify is None:
+            verify = self.fs.session.get_config_variable("ca_bundle")
+        if by_proxy or config.proxies or config.client_cert or verify is False:
+            return None
+        return Connections(ca_file=verify if isinstance(verify, str) else None)
+
+    def signed(self, path: str, limit_s: float) -> str | None:
+        """Gives a URL that an object can be had by; None where only the client can ask for it."""
+        now_s = time.monotonic()
+        found_s, url = self._signed.get(path, (0.0, ""))
+        if found_s > now_s:
+            return url
+        made = _run(asyncio.wait_for(self._sign(path), limit_s), self)
+        if made is not None:
+            if len(self._signed) >= _MOST_SIGNED:
+                self._signed.clear()
+            self._signed[path] = now_s + _SIGNED_S / 2, made
+        return made
+
+    def forget(self, path: str) -> None:
+        """Drops the URL of an object that has been refused."""
+        self._signed.pop(path, None)
+
+    async def _sign(self, path: str) -> str | None:
+        async with self.preparing:
+            await self.prepare(path)
+        bucket, key, version = self.fs.split_path(path)
+        client = await self.fs.get_s3(bucket)
+        wanted = {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
+        if self.connections is None or wanted != self.fs._get_s3_method_kwargs(
+            client.get_object, **wanted
+        ):
+            # Requester pays, keys of the caller's own: they travel in headers of the client's.
+            return None
+        url: str = await client.generate_presigned_url(
+            "get_object", Params=wanted, ExpiresIn=_SIGNED_S
+        )
+        return url
 
     @asynccontextmanager
     async def open(
@@ -416,12 +534,10 @@ class _S3:
         )
         body = answer["Body"]
         try:
-            yield _Body(
-                content_range=answer.get("ContentRange"),
-                length=answer.get("ContentLength"),
-                version=answer.get("ETag"),
-                body=body,
+            head = _Head(
+                answer.get("ContentRange"), answer.get("ContentLength"), answer.get("ETag")
             )
+            yield _Body(head, body)
         finally:
             body.close()
 
@@ -467,12 +583,12 @@ class _Http:
             if answer.status not in (200, 206):
                 raise _Refused(answer.status, answer.headers)
             version = answer.headers.get("x-goog-generation") or answer.headers.get("ETag")
-            yield _Body(
-                content_range=answer.headers.get("Content-Range"),
-                length=answer.content_length,
-                version=None if (version or "").startswith("W/") else version,
-                body=answer.content,
+            head = _Head(
+                answer.headers.get("Content-Range"),
+                answer.content_length,
+                None if (version or "").startswith("W/") else version,
             )
+            yield _Body(head, answer.content)
 
 
 class _Plain:
@@ -525,47 +641,6 @@ def _check_pin(pins: dict[str, str], url: str, version: str | None) -> None:
         raise _Changed
 
 
-def _jitter() -> float:
-    """Draws from [0, 1): processes and moments differ, and nothing depends on it but a wait."""
-    parts = (os.getpid(), threading.get_ident(), time.monotonic_ns())
-    return keyed(*parts) / 2**64
-
-
-def _kinds(error: BaseException) -> list[str]:
-    return [f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__]
-
-
-def _transient(error: Exception) -> str | None:
-    """Names the kind of a failure that another attempt may cure; None for a final one."""
-    if isinstance(error, _Garbled):
-        return str(error)
-    status, code, _ = _refusal(error)
-    if status is not None:
-        passing = status in _TRANSIENT_STATUS or status >= 500 or code in _TRANSIENT_CODES
-        return f"http_{status}" if passing else None
-    for kind in _kinds(error):
-        if kind in _TRANSIENT_KINDS:
-            return _TRANSIENT_KINDS[kind]
-    if isinstance(error, asyncio.TimeoutError | TimeoutError):
-        return "timeout"
-    if isinstance(error, ConnectionError):
-        return "reset"
-    return None
-
-
-def _refusal(error: Exception) -> tuple[int | None, str, Mapping[str, str]]:
-    """Finds the status, S3's code and the headers of an answer that is no success."""
-    if isinstance(error, _Refused):
-        return error.status, "", error.headers
-    response = getattr(error, "response", None)  # botocore's
-    if isinstance(response, dict):
-        head = response.get("ResponseMetadata", {})
-        code = str(response.get("Error", {}).get("Code", ""))
-        return head.get("HTTPStatusCode"), code, head.get("HTTPHeaders", {})
-    status = getattr(error, "status", None)  # aiohttp's
-    return (status, "", {}) if isinstance(status, int) and status >= 400 else (None, "", {})
-
-
 def _retry_after_s(headers: Mapping[str, str]) -> float:
     """Reads a Retry-After header: seconds, or a date."""
     text = next((v for name, v in headers.items() if name.lower() == "retry-after"), "")
@@ -583,7 +658,8 @@ def _final(error: Exception, flight: Flight) -> Exception:
     """Says what a failure means that no further attempt would cure."""
     if isinstance(error, ShardError | StorageError | FileNotFoundError):
         return error
-    status, code, _ = _refusal(error)
+    refusal = refusal_of(error)
+    status = None if refusal is None else refusal.status
     if isinstance(error, _Changed) or status == 412:
         return StorageError(
             "an object was replaced while it was being read",
@@ -595,6 +671,7 @@ def _final(error: Exception, flight: Flight) -> Exception:
         )
     if status == 404:
         return FileNotFoundError(flight.url)
+    code = "" if refusal is None else refusal.code
     facts = {"status": status, "code": code, "error": error}
     facts = {name: value for name, value in facts.items() if value}
     if status in (401, 403) or isinstance(error, PermissionError):

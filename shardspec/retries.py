@@ -10,12 +10,13 @@ goes on beyond that, with full jitter, until its attempts or its time are spent.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shardspec.errors import StorageError, redacted
@@ -25,22 +26,40 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_PASSING_STATUS = frozenset({408, 425, 429})
+_LASTING_STATUS = frozenset({501, 505})
+"""Not implemented: of those from 500 on, the ones that no waiting cures."""
 
-_TRANSIENT_NAMES = frozenset(
-    {
-        "ConnectionError",  # builtin, botocore's and requests'
-        "TimeoutError",  # builtin, asyncio's, fsspec's
-        "HTTPClientError",  # botocore: connection closed, read timeout, proxy
-        "IncompleteRead",
-        "ResponseParserError",  # botocore: a proxy's page where XML was due
-        "ClientConnectionError",  # aiohttp
-        "ClientPayloadError",
-        "ConnectTimeout",  # requests
-        "ReadTimeout",
-        "ChecksumError",  # gcsfs: another checksum arrived
-    }
-)
+_PASSING_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable"})
+"""S3's own words, whatever status they come with."""
+
+_PASSING_NAMES = {
+    # By name: their packages are imported only where a URL needs them.
+    "TimeoutError": "timeout",  # builtin, asyncio's, fsspec's
+    "ReadTimeoutError": "timeout",  # botocore
+    "ConnectTimeoutError": "timeout",
+    "ConnectTimeout": "timeout",  # requests
+    "ReadTimeout": "timeout",
+    "ServerTimeoutError": "timeout",  # aiohttp
+    "IncompleteRead": "short_body",  # http.client
+    "IncompleteReadError": "short_body",  # botocore
+    "ClientPayloadError": "short_body",  # aiohttp
+    "ChecksumError": "checksum",  # gcsfs: another checksum arrived
+    "ConnectionRefusedError": "connect",
+    "gaierror": "connect",  # no name service
+    "EndpointConnectionError": "connect",  # botocore
+    "ClientConnectorError": "connect",  # aiohttp
+    "TransportError": "connect",  # google
+    "ConnectionError": "reset",  # builtin, botocore's and requests'
+    "HTTPException": "reset",  # http.client: what came is no answer
+    "SSLEOFError": "reset",
+    "HTTPClientError": "reset",  # botocore: connection closed, proxy
+    "ResponseParserError": "reset",  # botocore: a proxy's page where XML was due
+    "ClientConnectionError": "reset",  # aiohttp
+}
+"""Failures of the way to the store by the class or the nearest base that stands here."""
+
+_PASSING_ERRNO = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
 
 _CREDENTIALS_NAMES = frozenset(
     {
@@ -90,10 +109,10 @@ def persist(action: Callable[[], T], *, where: str, patience: Patience | None = 
         try:
             return action()
         except Exception as error:
-            if not is_transient(error):
+            if passing_kind(error) is None:
                 raise
             passed_s = time.monotonic() - began_s
-            wait_s = _draw(where, attempt) * patience.wait_s * 2 ** (attempt - 1)
+            wait_s = jitter(where, attempt) * patience.wait_s * 2 ** (attempt - 1)
             if attempt >= patience.attempts or passed_s + wait_s > patience.wall_s:
                 raise StorageError(
                     "the store does not answer as it should",
@@ -111,33 +130,71 @@ def persist(action: Callable[[], T], *, where: str, patience: Patience | None = 
             threading.Event().wait(wait_s)
 
 
-def http_status(error: BaseException) -> int | None:
-    """Finds the HTTP status that an error of a client stands for; None where there is none."""
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer that is no success."""
+
+    status: int
+    code: str = ""
+    """S3's word for it."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def refusal_of(error: BaseException) -> Refusal | None:
+    """Finds the answer of a store that an error of its client stands for."""
     seen: BaseException | None = error
     while seen is not None:
-        response = getattr(seen, "response", None)
-        if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if isinstance(status, int):
-                return status
-        for name in ("code", "status"):
-            code = getattr(seen, name, None)
-            if isinstance(code, int | str) and str(code).isdigit():
-                return int(code)
+        found = _own_refusal(seen)
+        if found is not None:
+            return found
         seen = seen.__cause__
     if isinstance(error, FileExistsError):
-        return 412  # gcsfs says so; what the local disk means by it is the same
+        return Refusal(412)  # gcsfs says so; what the local disk means by it is the same
     if isinstance(error, OSError) and str(error).startswith("Forbidden"):
-        return 403  # gcsfs keeps no number
+        return Refusal(403)  # gcsfs keeps no number
     return None
 
 
-def is_transient(error: BaseException) -> bool:
-    """Tells whether a failure may pass by itself."""
-    status = http_status(error)
-    if status is not None:
-        return status in _TRANSIENT_STATUS
-    return not _names(error).isdisjoint(_TRANSIENT_NAMES)
+def _own_refusal(error: BaseException) -> Refusal | None:
+    response = getattr(error, "response", None)  # botocore's
+    if isinstance(response, dict):
+        head = response.get("ResponseMetadata", {})
+        if isinstance(head.get("HTTPStatusCode"), int):
+            code = str(response.get("Error", {}).get("Code", ""))
+            return Refusal(head["HTTPStatusCode"], code, head.get("HTTPHeaders", {}))
+    for name in ("status", "code"):  # aiohttp's, gcsfs's
+        status = getattr(error, name, None)
+        if isinstance(status, int | str) and str(status).isdigit() and int(status) >= 300:
+            headers = getattr(error, "headers", None)
+            return Refusal(int(status), "", {} if headers is None else headers)
+    return None
+
+
+def http_status(error: BaseException) -> int | None:
+    """Finds the HTTP status that an error of a client stands for; None where there is none."""
+    refusal = refusal_of(error)
+    return None if refusal is None else refusal.status
+
+
+def passing_kind(error: BaseException) -> str | None:
+    """Names the kind of a failure that may pass by itself; None for one that lasts.
+
+    >>> passing_kind(ConnectionResetError()), passing_kind(TimeoutError()), passing_kind(KeyError())
+    ('reset', 'timeout', None)
+    """
+    # What a failure on the way was caused by may call itself a refusal: aiohttp gives a body that
+    # ended early the status 400.
+    if _own_refusal(error) is None:
+        for kind in type(error).__mro__:
+            if kind.__name__ in _PASSING_NAMES:
+                return _PASSING_NAMES[kind.__name__]
+    refusal = refusal_of(error)
+    if refusal is not None:
+        status = refusal.status
+        passing = status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS)
+        return f"http_{status}" if passing or refusal.code in _PASSING_CODES else None
+    unreachable = isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+    return "connect" if unreachable else None
 
 
 def is_condition_refused(error: BaseException) -> bool:
@@ -163,6 +220,9 @@ def _names(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _draw(where: str, attempt: int) -> float:
-    """Draws from [0, 1), in every process and at every moment another number."""
+def jitter(where: str, attempt: int) -> float:
+    """Draws from [0, 1), in every process and at every moment another number.
+
+    Nothing depends on it but how long somebody waits.
+    """
     return hash_text(f"{where}\0{attempt}\0{os.getpid()}\0{time.monotonic_ns()}") / 2**64

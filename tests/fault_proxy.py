@@ -8,28 +8,21 @@ bytes of bodies, faults by kind, and the range of each GET.
         ... proxy.endpoint ...
         proxy.counts["reset"]
 
-As a program (`python tests/fault_proxy.py http://127.0.0.1:PORT --latency 0.02 --rate 1e8`) it is a
-process of its own, so that a benchmark does not share its interpreter; it prints its endpoint.
+A link that is slow and nothing else, for measurements, is slow_link.py's.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
 import random
 import re
-import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 from urllib.parse import urlsplit
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests import servers
 
@@ -291,21 +284,3 @@ class _Upstream:
 
 class _Hangup(Exception):
     """The connection ends here."""
-
-
-def main():
-    """Runs until the standard input is closed; prints the endpoint, and the counts at the end."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("upstream")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds per request")
-    parser.add_argument("--rate", type=float, help="bytes per second of all bodies")
-    options = parser.parse_args()
-    proxy = FaultProxy(options.upstream, latency_s=options.latency, bytes_per_s=options.rate)
-    with proxy:
-        print(proxy.endpoint, flush=True)
-        for _ in sys.stdin:
-            print(proxy.counts["requests"], proxy.body_bytes, flush=True)
-
-
-if __name__ == "__main__":
-    main()

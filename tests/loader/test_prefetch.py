@@ -41,6 +41,10 @@ def place(url, sample):
     return block, (sample * SAMPLE, (sample + 1) * SAMPLE)
 
 
+def located(url, samples):
+    return lambda: [place(url, sample) for sample in samples]
+
+
 def read(prefetcher, url, sample):
     block, span = place(url, sample)
     found = bytes(prefetcher.read(block, span))
@@ -51,7 +55,7 @@ def run(prefetcher, url, steps):
     """Reads steps of samples, each said up to eight steps ahead."""
     for step in range(len(steps)):
         for soon in range(0 if step == 0 else step + 8, min(step + 9, len(steps))):
-            prefetcher.will_read(soon, [place(url, sample) for sample in steps[soon]])
+            prefetcher.will_read(soon, located(url, steps[soon]))
         for sample in steps[step]:
             read(prefetcher, url, sample)
         prefetcher.was_read(step)
@@ -69,6 +73,85 @@ def test_a_shuffled_pass_reads_every_sample_and_fetches_every_byte_once(url, cac
     with mock.patch("loader.prefetch._GAP_BYTES", 0):
         run(prefetcher, url, shuffled())
     assert prefetcher.counters["bytes"] == len(OBJECT)
+
+
+def test_saying_a_step_never_waits_and_its_reader_waits_for_the_saying(url):
+    prefetcher, there = Prefetcher(Network(block_bytes=BLOCK)), threading.Event()
+
+    def locate():
+        assert there.wait(10)
+        return [place(url, sample) for sample in (3, 4, 5)]
+
+    begin_s = time.monotonic()
+    prefetcher.will_read(0, locate)
+    assert time.monotonic() - begin_s < 1
+    threading.Timer(0.2, there.set).start()
+    for sample in (3, 4, 5):
+        read(prefetcher, url, sample)
+    prefetcher.was_read(0)
+    # One request for all of them, which a reader that did not wait would have asked for singly.
+    assert prefetcher.counters["requests"] == 1
+
+
+def test_a_step_that_cannot_be_located_is_its_readers_matter(url):
+    prefetcher = Prefetcher(Network(block_bytes=BLOCK))
+
+    def locate():
+        raise OSError("no index")
+
+    prefetcher.will_read(0, locate)
+    read(prefetcher, url, 3)
+
+
+class Watched:
+    """Ranges as they are asked for; those of the first sample wait until they are let go."""
+
+    def __init__(self, first):
+        self.first, self.let_go, self.asked = first, threading.Event(), []
+        self.original = RangeReader.read
+
+    def read(self, reader, url, start, stop, **options):
+        self.asked.append((start // SAMPLE, stop // SAMPLE))
+        if start == self.first * SAMPLE:
+            assert self.let_go.wait(10)
+        return self.original(reader, url, start, stop, **options)
+
+
+def test_the_first_batch_shares_the_link_with_few_others(url):
+    watched = Watched(first=0)
+    with mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)):
+        prefetcher = Prefetcher(Network(block_bytes=BLOCK))
+        prefetcher.will_read(0, located(url, [0]))
+        while not watched.asked:
+            time.sleep(0.001)
+        for step in range(1, 30):
+            prefetcher.will_read(step, located(url, [10 * step]))
+        deadline_s = time.monotonic() + 0.5
+        others = 1
+        while time.monotonic() < deadline_s:
+            under_way = prefetcher._under_way[False]
+            assert under_way <= others
+        watched.let_go.set()
+        read(prefetcher, url, 0)
+        for step in range(1, 30):
+            read(prefetcher, url, 10 * step)
+
+
+def test_what_a_batch_waits_for_is_not_joined_with_what_later_ones_need(url):
+    watched = Watched(first=399)
+    with mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)):
+        prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1))
+        prefetcher.will_read(0, located(url, [399]))
+        while not watched.asked:
+            time.sleep(0.001)
+        prefetcher.will_read(0, located(url, [0]))
+        prefetcher.will_read(1, located(url, [1, 2]))
+        while 1 not in prefetcher._plan:
+            time.sleep(0.001)
+        watched.let_go.set()
+        for sample in (399, 0, 1, 2):
+            read(prefetcher, url, sample)
+    assert watched.asked == [(399, 400), (0, 1), (1, 3)]
 
 
 def test_a_sequential_pass_joins_neighbours(url):
@@ -127,7 +210,7 @@ def test_memory_for_reading_ahead_is_bounded(url):
 def test_what_was_planned_and_not_read_is_forgotten(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK))
     for step, samples in enumerate(shuffled()[:8]):
-        prefetcher.will_read(step, [place(url, sample) for sample in samples])
+        prefetcher.will_read(step, located(url, samples))
     read(prefetcher, url, shuffled()[0][0])
     prefetcher.forget()
     deadline_s = time.monotonic() + 10
@@ -206,9 +289,9 @@ def test_a_failure_ahead_of_time_is_forgotten_if_the_reader_fares_better(url):
         return original(self, *args, **options)
 
     with mock.patch.object(RangeReader, "read", sometimes):
-        prefetcher.will_read(0, [place(url, 5)])
+        prefetcher.will_read(0, located(url, [5]))
         deadline_s = time.monotonic() + 10
-        while not any(e.failures for e in prefetcher._entries.values()):
+        while not any(e.failures for e in list(prefetcher._entries.values())):
             assert time.monotonic() < deadline_s
         failing.clear()
         read(prefetcher, url, 5)

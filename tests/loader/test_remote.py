@@ -65,7 +65,7 @@ def s3(s3_server, s3_url):
         yield s3_url, proxy
 
 
-def loader_of(url, *, rank=0, world_size=2, workers=0, network=SMALL, **options):
+def loader_of(url, *, rank=0, world_size=2, workers=0, decode_threads=2, network=SMALL, **options):
     dataset = StreamingDataset(
         url, seed=3, rank=rank, world_size=world_size, network=network, **options
     )
@@ -75,6 +75,7 @@ def loader_of(url, *, rank=0, world_size=2, workers=0, network=SMALL, **options)
         sequence_length=128,
         pad_mode="max_len",
         workers=workers,
+        decode_threads=decode_threads,
         with_metadata=True,
     )
 
@@ -370,6 +371,31 @@ def test_a_sample_that_is_spoilt_in_the_store_is_bad_and_only_it(
         good = StreamingDataset(local)
         for number in (69, 71):
             assert np.array_equal(dataset.example(number)["images"], good.example(number)["images"])
+
+
+@pytest.mark.parametrize("told_by", ["file", "environment"])
+def test_a_named_store_is_read_by_its_name(
+    told_by, s3_server, s3_url, local, tmp_path, monkeypatch
+):
+    with s3_server.entered():
+        monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+        if told_by == "file":
+            path = tmp_path / "stores.toml"
+            path.write_text(f'[weka]\nendpoint_url = "{s3_server.endpoint}"\naddressing = "path"\n')
+            monkeypatch.setenv("VLM_SHARDS_STORES", str(path))
+        else:
+            monkeypatch.setenv("VLM_SHARDS_STORE_WEKA_ENDPOINT_URL", s3_server.endpoint)
+        url = s3_url.replace("s3://", "weka://")
+        for cache in (None, str(tmp_path / "cache")):
+            assert_same(batches_of(url, 30, cache=cache), batches_of(local, 30))
+
+
+def test_threads_that_need_the_same_index_fetch_it_once(s3, local):
+    url, proxy = s3
+    loader = loader_of(url)
+    assert_same(take(loader, 25), batches_of(local, 25))
+    asked = [get.path for get in proxy.gets if ".npy" in get.path]
+    assert len(asked) == len({path.split("?")[0] for path in asked}) == 3
 
 
 def test_memory_urls_stream_too(local):

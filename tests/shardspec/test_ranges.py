@@ -198,6 +198,49 @@ def test_wrong_credentials_are_final(s3_server):
     assert error.facts["status"] == 403
 
 
+def signed_by(reader, url):
+    store, path = reader._store(url)
+    return store, path, store.signed(path, 10)
+
+
+def test_a_signature_that_is_refused_leaves_it_to_the_client_and_is_made_anew(s3_server):
+    url = s3_server.make_bucket() + "/set/a b+c"
+    s3_server.client().pipe_file(url, PAYLOAD)
+    with FaultProxy(s3_server.endpoint) as proxy, proxy.entered(s3_server):
+        reader = RangeReader(QUICK)
+        store, path, good = signed_by(reader, url)
+        assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in good
+        for read in (
+            lambda: reader.read(url, 5, 50) == PAYLOAD[5:50],
+            lambda: reader.read_all(url),
+        ):
+            store._signed[path] = (time.monotonic() + 60, good[:-4] + "dead")
+            gets = proxy.counts["gets"]
+            assert read()
+            assert proxy.counts["gets"] == gets + 2
+            assert read()
+            assert proxy.counts["gets"] == gets + 3
+        assert reader.counters["retries"] == 0
+
+
+def test_where_a_proxy_is_in_the_way_the_client_is_left_to_find_it(s3_server):
+    with entered({**s3_server.env, "http_proxy": "http://127.0.0.1:1"}):
+        assert signed_by(RangeReader(QUICK), "s3://bucket/a")[2] is None
+    with entered({**s3_server.env, "http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1"}):
+        assert signed_by(RangeReader(QUICK), "s3://bucket/a")[2] is not None
+
+
+def test_ranges_of_one_object_share_connections(s3_server):
+    url = s3_server.make_bucket() + "/a"
+    s3_server.client().pipe_file(url, PAYLOAD)
+    with s3_server.entered():
+        reader = RangeReader(QUICK)
+        for start in range(0, 900_000, 100_000):
+            assert reader.read(url, start, start + 9) == PAYLOAD[start : start + 9]
+        idle = reader._store(url)[0].connections._idle
+        assert [len(connections) for connections in idle.values()] == [1]
+
+
 def test_an_object_that_was_replaced_is_refused(store):
     reader = RangeReader(QUICK)
     assert reader.read(store.url, 0, 10) == PAYLOAD[:10]

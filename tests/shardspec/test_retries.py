@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import http.client
+import socket
 
 import aiohttp
 import botocore.exceptions
@@ -52,6 +54,12 @@ PASSING = [
     TimeoutError(),
     ConnectionResetError(errno.ECONNRESET, "reset"),
     requests.exceptions.ConnectionError(),
+    gcs_error(425),
+    s3_error(400, "RequestTimeout"),
+    socket.gaierror(socket.EAI_AGAIN, "no name service"),
+    http.client.IncompleteRead(b""),
+    http.client.BadStatusLine("no"),
+    OSError(errno.ENETUNREACH, "unreachable"),
 ]
 LASTING = [
     *(s3_error(*each) for each in [(403, "AccessDenied"), (400, "BadDigest"), (404, "NoSuchKey")]),
@@ -117,7 +125,7 @@ def test_patience_ends_with_its_time():
 
 
 def test_waits_are_drawn_from_the_whole_span():
-    draws = [retries._draw("s3://b/a", attempt) for attempt in range(200)]
+    draws = [retries.jitter("s3://b/a", attempt) for attempt in range(200)]
     assert 0 <= min(draws) < 0.1 < 0.9 < max(draws) < 1
     assert len(set(draws)) == 200
 

@@ -1,0 +1,155 @@
+"""Connections: GETs over connections that are kept, their bodies straight into given memory.
+
+What an object store's own client does for a range (build, sign, parse, hand on in small pieces)
+costs several times the processor time of the bytes themselves, and most of it holds the
+interpreter that a training process needs. Here a GET of a URL that is ready to be asked for costs
+a request line, and its body is received by the system into the memory that the caller gives.
+
+Safe to share between threads. Nothing is tried again but a request that met a connection which the
+server had closed meanwhile. URLs are never logged: they may carry a signature.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.message import Message
+from urllib.parse import urlsplit
+
+_KEPT = 64
+"""Most idle connections to one server."""
+_SHORT = 64 * 1024
+"""A refusal with so short a body is read to its end, so that its connection can be used again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The head of an answer, and its body bit by bit."""
+
+    status: int
+    headers: Message
+    _answer: http.client.HTTPResponse
+    _connection: http.client.HTTPConnection
+    _wait_s: Callable[[], float]
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body that are still to come, where the server says so."""
+        return self._answer.length
+
+    def readinto(self, target: memoryview) -> int:
+        """Receives into `target`, which it fills unless the body ends; 0 at its end.
+
+        Raises:
+          TimeoutError, OSError, http.client.HTTPException: The connection broke.
+        """
+        _limit(self._connection, self._wait_s())
+        return self._answer.readinto(target)
+
+
+class Connections:
+    """Idle connections by server."""
+
+    def __init__(self, *, ca_file: str | None = None) -> None:
+        """Opens nothing yet.
+
+        Args:
+          ca_file: Certificates that servers are trusted by; None: the system's.
+        """
+        self._ca_file = ca_file
+        self._context: ssl.SSLContext | None = None
+        self._idle: defaultdict[tuple[str, str], list[http.client.HTTPConnection]]
+        self._idle = defaultdict(list)
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._idle)
+
+    @contextmanager
+    def get(
+        self, url: str, headers: Mapping[str, str], *, wait_s: Callable[[], float]
+    ) -> Iterator[Answer]:
+        """Asks for a URL; its connection is kept if the body has been read when the block ends.
+
+        Args:
+          url: http or https.
+          headers: Of the request, beside Host.
+          wait_s: Tells how long to wait now for the next part of the answer, in seconds.
+
+        Raises:
+          TimeoutError, OSError, http.client.HTTPException: No answer came.
+        """
+        at = urlsplit(url)
+        server = at.scheme, at.netloc
+        target = f"{at.path or '/'}?{at.query}" if at.query else at.path or "/"
+        connection, answer = self._ask(server, target, headers, wait_s)
+        try:
+            yield Answer(answer.status, answer.headers, answer, connection, wait_s)
+            if answer.status >= 300 and (answer.length or _SHORT) < _SHORT:
+                answer.read()
+        except BaseException:
+            connection.close()
+            raise
+        self._keep(server, connection, answer)
+
+    def _ask(
+        self,
+        server: tuple[str, str],
+        target: str,
+        headers: Mapping[str, str],
+        wait_s: Callable[[], float],
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        while True:
+            with self._lock:
+                idle = self._idle[server]
+                kept = idle.pop() if idle else None
+            connection = kept or self._open(server)
+            try:
+                _limit(connection, wait_s())
+                connection.request("GET", target, headers=dict(headers))
+                return connection, connection.getresponse()
+            except (ConnectionError, http.client.BadStatusLine):
+                connection.close()
+                # A server closes idle connections without a word; a new one tells what is true.
+                if kept is None:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+
+    def _open(self, server: tuple[str, str]) -> http.client.HTTPConnection:
+        scheme, netloc = server
+        if scheme == "http":
+            return http.client.HTTPConnection(netloc)
+        with self._lock:
+            if self._context is None:
+                self._context = ssl.create_default_context(cafile=self._ca_file)
+            return http.client.HTTPSConnection(netloc, context=self._context)
+
+    def _keep(
+        self,
+        server: tuple[str, str],
+        connection: http.client.HTTPConnection,
+        answer: http.client.HTTPResponse,
+    ) -> None:
+        with self._lock:
+            if answer.isclosed() and len(self._idle[server]) < _KEPT:
+                self._idle[server].append(connection)
+                return
+        connection.close()
+
+
+def _close_all(idle: Mapping[tuple[str, str], list[http.client.HTTPConnection]]) -> None:
+    for connections in idle.values():
+        for connection in connections:
+            connection.close()
+
+
+def _limit(connection: http.client.HTTPConnection, seconds: float) -> None:
+    connection.timeout = seconds
+    if connection.sock is not None:
+        connection.sock.settimeout(seconds)

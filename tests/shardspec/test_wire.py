@@ -1,0 +1,132 @@
+"""Connections, against a real web server: when one is used again, and when not."""
+
+import http.server
+import threading
+
+import pytest
+
+from shardspec.wire import Connections
+
+BODY = bytes(range(256)) * 1000
+
+
+class Web(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.connections = 0
+        self.hangs_up = False
+        self.stalls = threading.Event()
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        super().setup()
+        self.server.connections += 1
+
+    def do_GET(self):  # noqa: N802 - the name is the library's
+        missing = self.path.startswith("/missing")
+        body = b"there is none" if missing else BODY
+        self.send_response(404 if missing else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Asked", self.path + " " + self.headers.get("X-Name", ""))
+        self.end_headers()
+        if self.path == "/stall":
+            self.wfile.write(body[:10])
+            self.server.stalls.wait(30)
+        else:
+            self.wfile.write(body)
+        # Without a word to the client, as servers do with connections that were idle for long.
+        self.close_connection = self.server.hangs_up
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def web():
+    server = Web()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.stalls.set()
+    server.shutdown()
+    thread.join(10)
+    server.server_close()
+
+
+def get(connections, url, *, most=None, wait_s=10.0, **headers):
+    most = most or len(BODY)
+    with connections.get(url, headers, wait_s=lambda: wait_s) as answer:
+        target = memoryview(bytearray(most))
+        place = 0
+        while place < most:
+            received = answer.readinto(target[place:])
+            if not received:
+                break
+            place += received
+        return answer.status, bytes(target[:place]), answer.headers["X-Asked"]
+
+
+def test_a_connection_is_used_again_when_its_answer_was_read(web):
+    connections = Connections()
+    for i in range(5):
+        got = get(connections, f"{web.endpoint}/a?b=c%20{i}", **{"X-Name": "n"})
+        assert got == (200, BODY, f"/a?b=c%20{i} n")
+    assert web.connections == 1
+
+
+def test_a_short_refusal_costs_no_connection(web):
+    connections = Connections()
+    for _ in range(3):
+        with connections.get(f"{web.endpoint}/missing", {}, wait_s=lambda: 10.0) as answer:
+            assert answer.status == 404
+    assert web.connections == 1
+
+
+def test_an_answer_that_was_left_unread_ends_its_connection(web):
+    connections = Connections()
+    for _ in range(3):
+        assert get(connections, f"{web.endpoint}/a", most=100)[1] == BODY[:100]
+    assert web.connections == 3
+
+
+def test_connections_that_the_server_has_closed_are_replaced(web):
+    connections = Connections()
+    web.hangs_up = True
+    for _ in range(4):
+        assert get(connections, f"{web.endpoint}/a")[1] == BODY
+    assert web.connections == 4
+
+
+def test_nobody_listening_and_silence_are_errors(web):
+    connections = Connections()
+    with pytest.raises(TimeoutError):
+        get(connections, f"{web.endpoint}/stall", wait_s=0.2)
+    get(connections, f"{web.endpoint}/a")
+    web.stalls.set()
+    web.shutdown()
+    web.server_close()
+    with pytest.raises(ConnectionRefusedError):
+        get(Connections(), f"{web.endpoint}/a")
+
+
+def test_threads_have_connections_of_their_own(web):
+    connections, wrong = Connections(), []
+
+    def work():
+        for _ in range(10):
+            if get(connections, f"{web.endpoint}/a")[1] != BODY:
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert 1 <= web.connections <= 4
