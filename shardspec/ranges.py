@@ -39,6 +39,7 @@ from urllib.parse import urlsplit
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.retries import jitter, passing_kind, refusal_of
+from shardspec.wire import Answer as WireAnswer
 from shardspec.wire import Connections
 
 _T = TypeVar("_T")
@@ -50,6 +51,8 @@ _CONNECTIONS = 64
 _SIGNED_S = 3600
 """How long a signed URL is valid; half of it is used, as clocks differ."""
 _MOST_SIGNED = 4096
+_MOST_REFUSALS = 3
+_NEW_S = 60.0
 
 _ASK_CLIENT = frozenset({301, 302, 307, 308, 400, 401, 403})
 """Answers to a signed URL that the client may know a way around, or else explains better."""
@@ -115,7 +118,7 @@ class RangeReader:
         self._lock = threading.Lock()
         self._flights: dict[int, Flight] = {}
         # The clients that they were made after are kept with them: ids are unique while they live.
-        self._stores: dict[int, tuple[Any, _Store]] = {}
+        self._stores: dict[tuple[int, bool], tuple[Any, _Store]] = {}
         self._pins: dict[str, str] = {}
         self._progress_s = time.monotonic()
         self.counters: Counter[str] = Counter()
@@ -260,8 +263,8 @@ class RangeReader:
         def wait_s() -> float:
             return max(0.001, min(self.policy.idle_s, stop_s - time.monotonic()))
 
-        url = store.signed(path, limit_s)
-        if url is None or store.connections is None:
+        url, connections = store.signed(path, limit_s), store.connections
+        if url is None or connections is None:
             return None
         headers = {}
         if target is not None:
@@ -269,30 +272,42 @@ class RangeReader:
             if flight.url in self._pins:
                 headers["If-Match"] = self._pins[flight.url]
         try:
-            with store.connections.get(url, headers, wait_s=wait_s) as answer:
-                if answer.status in _ASK_CLIENT:
-                    store.forget(path)
-                    return None
-                if answer.status not in (200, 206):
-                    raise _Refused(answer.status, dict(answer.headers.items()))
-                found = answer.headers
-                head = _Head(found.get("Content-Range"), answer.length, found.get("ETag"))
-                if target is None:
-                    if head.length is None:
-                        return None
-                    flight.received, flight.stop = 0, head.length
-                    target = memoryview(bytearray(head.length))
-                else:
-                    self._check(head, flight, total)
-                while flight.received < len(target):
-                    rest = target[flight.received : flight.received + _CHUNK_BYTES]
-                    num_bytes = answer.readinto(rest)
-                    if not num_bytes:
-                        raise _Garbled("short_body")
-                    self._arrived(flight, num_bytes)
+            with connections.get(url, headers, wait_s=wait_s) as answer:
+                if answer.status in (200, 206):
+                    return self._take(answer, flight, target, total)
+                refused = _Refused(answer.status, dict(answer.headers.items()))
         except ssl.SSLCertVerificationError:
             store.connections = None  # the client may trust other certificates
             return None
+        except OSError as error:
+            if passing_kind(error) is None:  # a broken record, no descriptor, no buffer, no route
+                raise _Garbled("reset") from error
+            raise
+        # Behind the block: a short refusal has been read there, and costs no connection.
+        if refused.status in _ASK_CLIENT:
+            store.refused(path)
+            return None
+        raise refused
+
+    def _take(
+        self, answer: WireAnswer, flight: Flight, target: memoryview | None, total: int | None
+    ) -> memoryview | None:
+        """Receives a body; without a target the whole object's, if its length is known."""
+        found = answer.headers
+        head = _Head(found.get("Content-Range"), answer.length, found.get("ETag"))
+        if target is None:
+            if head.length is None:
+                return None
+            flight.received, flight.stop = 0, head.length
+            target = memoryview(bytearray(head.length))
+        else:
+            self._check(head, flight, total)
+        while flight.received < len(target):
+            rest = target[flight.received : flight.received + _CHUNK_BYTES]
+            num_bytes = answer.readinto(rest)
+            if not num_bytes:
+                raise _Garbled("short_body")
+            self._arrived(flight, num_bytes)
         return target
 
     async def _receive_all(
@@ -381,10 +396,14 @@ class RangeReader:
 
     def _store(self, url: str) -> tuple[_Store, str]:
         shared, path = storage.filesystem(url)
+        # S3 Express and access points of several regions have signatures of their own, which only
+        # the client knows how to choose.
+        signs = not re.match(r"arn:|[^/]*--x-s3(/|$)", path)
+        key = id(shared), signs
         with self._lock:
-            if id(shared) not in self._stores:
-                self._stores[id(shared)] = shared, _open_store(shared, self.policy)
-            return self._stores[id(shared)][1], path
+            if key not in self._stores:
+                self._stores[key] = shared, _open_store(shared, self.policy, signs=signs)
+            return self._stores[key][1], path
 
 
 def _run(work: Coroutine[Any, Any, _T], store: _Client) -> _T:
@@ -444,10 +463,10 @@ class _Body:
 class _S3:
     """Amazon's protocol, through s3fs's client."""
 
-    def __init__(self, shared: Any, policy: RetryPolicy) -> None:
+    def __init__(self, shared: Any, policy: RetryPolicy, *, signs: bool) -> None:
+        """Makes a client of the reader's own; `signs` lets it sign URLs as well."""
         config = {
-            # What URLs are signed by; requests are in any case.
-            "signature_version": "s3v4",
+            **({"signature_version": "s3v4"} if signs else {}),
             **shared.storage_options.get("config_kwargs", {}),
             "retries": {"total_max_attempts": 1},
             "connect_timeout": policy.idle_s,
@@ -459,8 +478,12 @@ class _S3:
         self.preparing = asyncio.Lock()
         self.connections: Connections | None = None
         """For signed URLs; None until the client is there, and where there is no such way."""
+        self._signs, self._idle_s = signs, policy.idle_s
         self._is_ready = False
-        self._signed: dict[str, tuple[float, str]] = {}
+        self._signed: dict[str, tuple[float, str | None]] = {}
+        """Until when, in the monotonic clock's seconds, and the URL; None where there is none."""
+        self._refusals: Counter[str] = Counter()
+        """By bucket, of URLs that were new."""
 
     async def prepare(self, path: str) -> None:
         await self.fs.set_session()
@@ -485,20 +508,31 @@ class _S3:
 
     def signed(self, path: str, limit_s: float) -> str | None:
         """Gives a URL that an object can be had by; None where only the client can ask for it."""
+        if not self._signs or self._refusals[self._bucket(path)] >= _MOST_REFUSALS:
+            return None
         now_s = time.monotonic()
-        found_s, url = self._signed.get(path, (0.0, ""))
-        if found_s > now_s:
+        stop_s, url = self._signed.get(path, (0.0, None))
+        if stop_s > now_s:
             return url
-        made = _run(asyncio.wait_for(self._sign(path), limit_s), self)
-        if made is not None:
-            if len(self._signed) >= _MOST_SIGNED:
-                self._signed.clear()
-            self._signed[path] = now_s + _SIGNED_S / 2, made
+        # Making the client is work of this machine; later on only credentials are waited for.
+        within_s = min(limit_s, self._idle_s) if self._is_ready else limit_s
+        made = _run(asyncio.wait_for(self._sign(path), within_s), self)
+        if len(self._signed) >= _MOST_SIGNED:
+            self._signed.clear()
+        self._signed[path] = now_s + _SIGNED_S / 2, made
         return made
 
-    def forget(self, path: str) -> None:
-        """Drops the URL of an object that has been refused."""
-        self._signed.pop(path, None)
+    def refused(self, path: str) -> None:
+        """Drops the URL of an object that was refused; a bucket that refuses new ones gets no more.
+
+        Old ones are refused when their credentials have expired.
+        """
+        stop_s, _ = self._signed.pop(path, (0.0, None))
+        if stop_s - _SIGNED_S / 2 > time.monotonic() - _NEW_S:
+            self._refusals[self._bucket(path)] += 1
+
+    def _bucket(self, path: str) -> str:
+        return path.partition("/")[0]
 
     async def _sign(self, path: str) -> str | None:
         async with self.preparing:
@@ -620,10 +654,10 @@ _Client = _S3 | _Http
 _Store = _Client | _Plain
 
 
-def _open_store(shared: Any, policy: RetryPolicy) -> _Store:
+def _open_store(shared: Any, policy: RetryPolicy, *, signs: bool) -> _Store:
     protocols = {shared.protocol} if isinstance(shared.protocol, str) else set(shared.protocol)
     if "s3" in protocols:
-        return _S3(shared, policy)
+        return _S3(shared, policy, signs=signs)
     if protocols & {"gs", "http", "https"}:
         return _Http(shared, policy)
     return _Plain(shared)

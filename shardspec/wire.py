@@ -14,16 +14,21 @@ from __future__ import annotations
 import http.client
 import ssl
 import threading
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 _KEPT = 64
 """Most idle connections to one server."""
+_IDLE_S = 10.0
+"""Longer idle connections are not used again: what stands in the way of them forgets some silently,
+and each would then take its user's whole patience."""
 _SHORT = 64 * 1024
 """A refusal with so short a body is read to its end, so that its connection can be used again."""
 
@@ -44,13 +49,26 @@ class Answer:
         return self._answer.length
 
     def readinto(self, target: memoryview) -> int:
-        """Receives into `target`, which it fills unless the body ends; 0 at its end.
+        """Receives what comes next into `target`; 0 bytes at the end of the body.
 
         Raises:
           TimeoutError, OSError, http.client.HTTPException: The connection broke.
         """
+        # `readinto` of http.client goes on until the target is full: what had come before a reset
+        # would be lost, and a server that drips would never meet a limit.
         _limit(self._connection, self._wait_s())
-        return self._answer.readinto(target)
+        payload = self._answer.read1(len(target))
+        target[: len(payload)] = payload
+        if self._answer.length == 0:
+            self._answer.read()  # tells the answer that it has ended
+        return len(payload)
+
+
+class _Kept(NamedTuple):
+    """An idle connection."""
+
+    connection: http.client.HTTPConnection
+    since_s: float
 
 
 class Connections:
@@ -64,8 +82,7 @@ class Connections:
         """
         self._ca_file = ca_file
         self._context: ssl.SSLContext | None = None
-        self._idle: defaultdict[tuple[str, str], list[http.client.HTTPConnection]]
-        self._idle = defaultdict(list)
+        self._idle: defaultdict[tuple[str, str], list[_Kept]] = defaultdict(list)
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._idle)
 
@@ -89,8 +106,8 @@ class Connections:
         connection, answer = self._ask(server, target, headers, wait_s)
         try:
             yield Answer(answer.status, answer.headers, answer, connection, wait_s)
-            if answer.status >= 300 and (answer.length or _SHORT) < _SHORT:
-                answer.read()
+            if answer.status >= 300 and (answer.length is None or answer.length < _SHORT):
+                answer.read(_SHORT)
         except BaseException:
             connection.close()
             raise
@@ -104,9 +121,7 @@ class Connections:
         wait_s: Callable[[], float],
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         while True:
-            with self._lock:
-                idle = self._idle[server]
-                kept = idle.pop() if idle else None
+            kept = self._kept(server)
             connection = kept or self._open(server)
             try:
                 _limit(connection, wait_s())
@@ -117,9 +132,33 @@ class Connections:
                 # A server closes idle connections without a word; a new one tells what is true.
                 if kept is None:
                     raise
+            except TimeoutError:
+                connection.close()
+                if kept is not None:
+                    self._drop(server)  # the others have been as silent
+                raise
             except BaseException:
                 connection.close()
                 raise
+
+    def _kept(self, server: tuple[str, str]) -> http.client.HTTPConnection | None:
+        """Takes the connection that was used last, unless that is long ago."""
+        with self._lock:
+            idle = self._idle[server]
+            if not idle:
+                return None
+            last = idle.pop()
+        if time.monotonic() - last.since_s < _IDLE_S:
+            return last.connection
+        last.connection.close()
+        self._drop(server)
+        return None
+
+    def _drop(self, server: tuple[str, str]) -> None:
+        with self._lock:
+            dropped = self._idle.pop(server, [])
+        for kept in dropped:
+            kept.connection.close()
 
     def _open(self, server: tuple[str, str]) -> http.client.HTTPConnection:
         scheme, netloc = server
@@ -138,15 +177,15 @@ class Connections:
     ) -> None:
         with self._lock:
             if answer.isclosed() and len(self._idle[server]) < _KEPT:
-                self._idle[server].append(connection)
+                self._idle[server].append(_Kept(connection, time.monotonic()))
                 return
         connection.close()
 
 
-def _close_all(idle: Mapping[tuple[str, str], list[http.client.HTTPConnection]]) -> None:
+def _close_all(idle: Mapping[tuple[str, str], list[_Kept]]) -> None:
     for connections in idle.values():
-        for connection in connections:
-            connection.close()
+        for kept in connections:
+            kept.connection.close()
 
 
 def _limit(connection: http.client.HTTPConnection, seconds: float) -> None:

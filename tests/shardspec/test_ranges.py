@@ -1,8 +1,10 @@
 import asyncio
 import contextlib
+import errno
 import multiprocessing
 import os
 import pickle
+import ssl
 import threading
 import time
 from unittest import mock
@@ -14,6 +16,7 @@ import pytest
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.ranges import RangeReader, RetryPolicy
+from shardspec.wire import Answer
 from tests import servers
 from tests.fault_proxy import FaultProxy
 
@@ -221,6 +224,48 @@ def test_a_signature_that_is_refused_leaves_it_to_the_client_and_is_made_anew(s3
             assert read()
             assert proxy.counts["gets"] == gets + 3
         assert reader.counters["retries"] == 0
+
+
+def test_a_bucket_that_refuses_signatures_is_left_to_the_client(s3_server):
+    url = s3_server.make_bucket() + "/a"
+    s3_server.client().pipe_file(url, PAYLOAD)
+    with FaultProxy(s3_server.endpoint) as proxy, proxy.entered(s3_server):
+        reader = RangeReader(QUICK)
+        for _ in range(5):
+            store, path, good = signed_by(reader, url)
+            if good is not None:
+                until_s, _ = store._signed[path]
+                store._signed[path] = until_s, good[:-4] + "dead"
+            gets = proxy.counts["gets"]
+            assert reader.read(url, 5, 50) == PAYLOAD[5:50]
+        assert good is None
+        assert proxy.counts["gets"] == gets + 1
+
+
+@pytest.mark.parametrize("bucket", ["set--use1-az4--x-s3", "arn:aws:s3::1:accesspoint/m.mrap"])
+def test_buckets_with_signatures_of_their_own_are_left_to_the_client(bucket, s3_server):
+    with s3_server.entered():
+        store, _ = RangeReader(QUICK)._store(f"s3://{bucket}/a")
+        assert store.signed(f"{bucket}/a", 10) is None
+        assert "signature_version" not in store.fs.config_kwargs
+
+
+def test_a_broken_record_is_tried_again(s3_server, monkeypatch):
+    url = s3_server.make_bucket() + "/a"
+    s3_server.client().pipe_file(url, PAYLOAD)
+    receive = Answer.readinto
+    broken = [ssl.SSLError(1, "bad record mac"), OSError(errno.ENOBUFS, "no buffers")]
+
+    def once(self, target):
+        if broken:
+            raise broken.pop()
+        return receive(self, target)
+
+    monkeypatch.setattr(Answer, "readinto", once)
+    with s3_server.entered():
+        reader = RangeReader(QUICK)
+        assert reader.read(url, 5, 50) == PAYLOAD[5:50]
+        assert reader.counters["retry_reset"] == 2
 
 
 def test_where_a_proxy_is_in_the_way_the_client_is_left_to_find_it(s3_server):

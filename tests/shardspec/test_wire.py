@@ -17,6 +17,8 @@ class Web(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.connections = 0
         self.hangs_up = False
+        self.silent = 0
+        """Of the first so many connections nothing is heard any more."""
         self.stalls = threading.Event()
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -27,8 +29,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.server.connections += 1
+        self.number = self.server.connections
 
     def do_GET(self):  # noqa: N802 - the name is the library's
+        if self.number <= self.server.silent:
+            self.server.stalls.wait(30)
+        if self.path == "/busy":
+            self.send_response(503)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"4\r\nbusy\r\n0\r\n\r\n")
+            return
         missing = self.path.startswith("/missing")
         body = b"there is none" if missing else BODY
         self.send_response(404 if missing else 200)
@@ -80,12 +91,43 @@ def test_a_connection_is_used_again_when_its_answer_was_read(web):
     assert web.connections == 1
 
 
-def test_a_short_refusal_costs_no_connection(web):
+@pytest.mark.parametrize(("path", "status"), [("/missing", 404), ("/busy", 503)])
+def test_a_short_refusal_costs_no_connection(web, path, status):
     connections = Connections()
     for _ in range(3):
-        with connections.get(f"{web.endpoint}/missing", {}, wait_s=lambda: 10.0) as answer:
-            assert answer.status == 404
+        with connections.get(web.endpoint + path, {}, wait_s=lambda: 10.0) as answer:
+            assert answer.status == status
     assert web.connections == 1
+
+
+def test_connections_that_fell_silent_cost_one_wait(web):
+    connections = Connections()
+    threads = [
+        threading.Thread(target=get, args=(connections, f"{web.endpoint}/a")) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    web.silent = web.connections
+    with pytest.raises(TimeoutError):
+        get(connections, f"{web.endpoint}/a", wait_s=0.2)
+    assert get(connections, f"{web.endpoint}/a", wait_s=10)[1] == BODY
+
+
+def test_connections_that_were_idle_for_long_are_not_used_again(web, monkeypatch):
+    connections = Connections()
+    get(connections, f"{web.endpoint}/a")
+    monkeypatch.setattr("shardspec.wire._IDLE_S", 0.0)
+    get(connections, f"{web.endpoint}/a")
+    assert web.connections == 2
+
+
+def test_what_came_before_a_stall_is_told(web):
+    target = memoryview(bytearray(1000))
+    with Connections().get(f"{web.endpoint}/stall", {}, wait_s=lambda: 2.0) as answer:
+        assert answer.readinto(target) == 10
+    assert target[:10] == BODY[:10]
 
 
 def test_an_answer_that_was_left_unread_ends_its_connection(web):
