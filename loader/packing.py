@@ -398,8 +398,10 @@ class PackStream:
             self._packs = self._plan(self._place[0])
         while n >= self._place[1] + len(self._packs):
             run, first = self._place
-            between = (n - first) // len(self._packs) - 1
-            self._place = (run + 1, first + len(self._packs))
+            num_packs = len(self._packs)
+            between = (n - first) // num_packs - 1
+            # Looking lengths up may fail: packs of one run must never stand for another's.
+            self._packs, self._place = None, (run + 1, first + num_packs)
             self._pass(n, most=min(between, max(1, _PASSED // self._config.run)))
             self._packs = self._plan(self._place[0])
         return self._packs[n - self._place[1]]

@@ -87,7 +87,11 @@ def version_of_entry(fs: Any, info: Mapping[str, Any]) -> str:
         return str(info.get("ETag"))
     if kind_of(fs) == "gs":
         return str(info.get("generation"))
-    return str(info.get("etag") or f"{info['size']}-{info.get('mtime', info.get('created'))}")
+    # Web servers' answers are listed with the names of their headers.
+    for name in ("etag", "ETag", "Last-Modified"):
+        if info.get(name):
+            return str(info[name])
+    return f"{info['size']}-{info.get('mtime', info.get('created'))}"
 
 
 def put_bytes(fs: Any, path: str, payload: bytes, *, where: str) -> None:
@@ -301,7 +305,8 @@ def put_in_parts_s3(
       before_end: Called when all parts are there and the object is not.
 
     Raises:
-      StorageError: `store_unavailable`, `upload_size`, `upload_checksum`: nothing is left of it.
+      StorageError: `store_unavailable`, `upload_size`, `upload_checksum`: nothing is left of it;
+        `upload_lost`: somebody else has ended it.
     """
     bucket, key, _ = fs.split_path(path)
     place = {"Bucket": bucket, "Key": key}
@@ -322,8 +327,11 @@ def put_in_parts_s3(
             )
             want = str(answer["ETag"])
         except FileNotFoundError:
-            # No such upload: the try before this one has ended it, and its answer was lost.
-            want = _etag_of_parts(etags)
+            # No such upload: the try before this one has ended it and its answer was lost, or
+            # another job has aborted it, and what lies there is that one's.
+            fs.invalidate_cache(path)
+            _require_parts(fs, path, etags, num_bytes=num_bytes, where=where)
+            return
     except BaseException:
         _abort_quietly(fs, path, upload["UploadId"], where=where)
         raise
@@ -332,6 +340,24 @@ def put_in_parts_s3(
     got = str(persist(lambda: version_of(fs, path), where=where))
     if want and got.strip('"') != want.strip('"'):
         raise _not_what_was_sent(fs, path, got=got, want=want, where=where)
+
+
+def _require_parts(fs: Any, path: str, etags: Sequence[str], *, num_bytes: int, where: str) -> None:
+    """Accepts an object that is made of parts with these ETags; never removes another one."""
+    want = _etag_of_parts(etags)
+    try:
+        info = persist(lambda: fs.info(path), where=where)
+    except FileNotFoundError:
+        info = {"size": None}
+    got = str(info.get("ETag")).strip('"')
+    if info["size"] != num_bytes or got != (want or got):
+        raise StorageError(
+            "the upload is gone, and what lies there is not what was sent",
+            reason="upload_lost",
+            where=where,
+            facts={"got": got, "want": want, "got_bytes": info["size"], "want_bytes": num_bytes},
+            fix="see that no other job writes to this output, then run the same command again",
+        )
 
 
 def send_part_s3(fs: Any, payload: bytes, upload: Mapping[str, Any], where: str) -> str:

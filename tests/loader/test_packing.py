@@ -1,5 +1,7 @@
 """Packs: nothing lost, nothing over the limits, nothing waiting, and full."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -254,6 +256,24 @@ def test_stream_shows_every_sample_once_and_resumes_at_every_pack():
     assert np.array_equal(np.sort(placed)[:complete], np.arange(complete))
     for n in range(300):
         assert np.array_equal(stream(place=places[n]).pack(n), packs[n])
+
+
+def test_lengths_that_cannot_be_read_for_once_move_no_pack():
+    whole = stream()
+    lengths, fails = whole._lengths, []
+
+    def refused(start, stop):
+        if fails:
+            raise OSError(fails.pop())
+        return lengths(start, stop)
+
+    whole._lengths = refused
+    for n in range(300):
+        fails.append("too many open files")
+        with contextlib.suppress(OSError):
+            whole.pack(n)
+        fails.clear()
+        assert np.array_equal(whole.pack(n), stream().pack(n))
 
 
 def test_stream_can_be_asked_in_any_order():

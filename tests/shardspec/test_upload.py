@@ -3,11 +3,20 @@
 import base64
 import hashlib
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from shardspec import storage
 from shardspec.errors import StorageError
-from shardspec.upload import PART_BYTES, put_file
+from shardspec.upload import (
+    PART_BYTES,
+    put_file,
+    put_in_parts_s3,
+    send_part_s3,
+    version_of_entry,
+)
 
 
 class Bucket:
@@ -73,3 +82,49 @@ def test_a_store_that_keeps_nothing_is_given_up(tmp_path):
         put_file(store, "bucket/a", tmp_path / "a", where="gs://bucket/a")
     assert caught.value.reason == "store_unavailable"
     assert store.cancelled
+
+
+PART = bytes(2**16)
+
+
+@pytest.mark.parametrize("ended_by", ["itself", "another"])
+def test_an_upload_whose_end_was_not_heard_of_removes_nothing(s3_server, monkeypatch, ended_by):
+    url = s3_server.make_bucket() + "/shard"
+    with s3_server.entered():
+        fs, path = storage.filesystem(url)
+        call = fs.call_s3
+
+        def unheard(method, *args, **options):
+            if method == "complete_multipart_upload":
+                if ended_by == "itself":
+                    call(method, *args, **options)
+                else:  # it was aborted, and another job's shard is there by now
+                    place = {name: options[name] for name in ("Bucket", "Key", "UploadId")}
+                    call("abort_multipart_upload", **place)
+                    fs.pipe_file(path, b"another")
+                raise FileNotFoundError("NoSuchUpload")
+            return call(method, *args, **options)
+
+        monkeypatch.setattr(fs, "call_s3", unheard)
+
+        def send(number, upload):
+            return send_part_s3(fs, PART, upload, url)
+
+        put = partial(
+            put_in_parts_s3, num_bytes=len(PART), where=url, on_part=lambda num_bytes: None
+        )
+        if ended_by == "itself":
+            put(fs, path, [len(PART)], send)
+            assert fs.cat_file(path) == PART
+        else:
+            with pytest.raises(StorageError) as caught:
+                put(fs, path, [len(PART)], send)
+            assert caught.value.reason == "upload_lost"
+            assert fs.cat_file(path) == b"another"
+
+
+def test_versions_of_web_servers_are_what_their_headers_say():
+    web = SimpleNamespace(protocol=("http", "https"))
+    assert version_of_entry(web, {"size": 10, "ETag": '"abc"'}) == '"abc"'
+    assert version_of_entry(web, {"size": 10, "Last-Modified": "then"}) == "then"
+    assert version_of_entry(web, {"size": 10, "mtime": 3}) == "10-3"
