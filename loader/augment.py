@@ -5,8 +5,7 @@ Three steps, each a function of its arguments alone:
 1. `draw` turns the settings and the sample's generator into a `Draw`. It always takes the same nine
    numbers from the generator, in the same order, whatever the settings and the sample's geometry
    flags say; the flags only decide which of them are used. So a flag of one picture never shifts
-   what is drawn after it. A view that augments nothing draws nothing here: these are a sample's last
-   draws.
+   what is drawn after it. A view that augments nothing draws nothing: these are the last draws.
 2. `loader.pixels.render` applies the crop and the flip while it resizes, and calls `apply_color`.
 3. `transform_points` moves points along with the crop and the flip.
 

@@ -77,6 +77,7 @@ CLOCKS = {
     "preprocess/pipeline.py",
     "shardspec/ranges.py",
     "shardspec/retries.py",
+    "shardspec/wire.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
