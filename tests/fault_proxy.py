@@ -248,6 +248,9 @@ class FaultProxy:
             return
         if fault == "stall":
             await self._stop.wait()
+        if fault == "short":
+            # Clients throw away what arrives together with the end; here it arrives before.
+            await asyncio.sleep(0.05)
         if fault == "reset":
             # The rest of the body that is buffered is thrown away, and the peer gets a reset.
             writer.transport.abort()
