@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
         done = _finished(plan)  # once more: another job may have ended in between
         if done is not None:
             return done
-        _check_unfinished(plan)
+        _check_unfinished(out)
         storage.delete(scratch_of(out))
         if plan.view:
             shards, view, copied = [], _view(plan), 0
@@ -123,19 +124,25 @@ def _note_url(plan: ReshardPlan, split: SplitPlan) -> str:
     return storage.join(plan.settings.out, "plan", split.split, "plan.json")
 
 
-def _check_unfinished(plan: ReshardPlan) -> None:
+def _check_unfinished(out: str) -> None:
     """Refuses an output where `make shards` has not ended; a copy that was given up is no matter.
 
     Raises:
       ConflictError: `job_conflict`.
     """
-    for split in plan.splits:
-        note = read_json(_note_url(plan, split))
-        if note is not None and note.get("kind") != "reshard":
+    folder = storage.join(out, "plan")
+    for each in storage.list_objects(folder):
+        where = storage.join(folder, each.name)
+        # `make shards` says first who it is, in SPLIT.json; its plan follows when it has fetched.
+        begun = re.fullmatch(r"[^/]+\.json", each.name) is not None
+        if not begun and re.fullmatch(r"[^/]+/plan\.json", each.name):
+            note = read_json(where)
+            begun = note is not None and note.get("kind") != "reshard"
+        if begun:
             raise ConflictError(
                 "this output holds the unfinished work of another job",
                 reason="job_conflict",
-                where=_note_url(plan, split),
+                where=where,
                 fix="use another output, or finish that job first",
             )
 

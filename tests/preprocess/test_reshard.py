@@ -640,6 +640,22 @@ def test_the_unfinished_work_of_another_job_is_not_mixed_with_a_copy(dataset, tm
     assert plan.exists()
 
 
+@pytest.mark.parametrize("name", ["train.json", "held-out.json", "held-out/plan.json"])
+@pytest.mark.parametrize("form", ["copy", "view"])
+def test_an_output_that_another_job_has_begun_is_refused_whatever_its_split(
+    name, form, dataset, tmp_path
+):
+    # `make shards` names itself first, and plans when it has fetched.
+    begun = tmp_path / "out" / "plan" / name
+    begun.parent.mkdir(parents=True)
+    begun.write_text(json.dumps({"dataset": "pixmo_cap"}))
+    with pytest.raises(ConflictError) as caught:
+        recut(dataset, tmp_path / "out", num_shards=3, form=form)
+    assert caught.value.reason == "job_conflict"
+    assert caught.value.where == str(begun)
+    assert list(tree(tmp_path / "out")) == [f"plan/{name}"]
+
+
 def test_a_tokenizer_that_is_not_the_one_of_the_manifest_is_not_passed_on(own, tmp_path):
     path = Path(own) / "tokenizer" / "tokenizer.json"
     path.parent.mkdir()
