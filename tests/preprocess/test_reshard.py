@@ -682,3 +682,22 @@ def test_what_a_kill_behind_the_commit_has_left_goes_with_the_next_run(dataset, 
         (out / name).write_text('{"kind": "reshard"}')
     assert not recut(dataset, out, num_shards=3).fresh
     assert tree(out) == want
+
+
+@pytest.mark.parametrize("form", ["copy", "view"])
+def test_notes_of_a_copy_that_was_given_up_go_whatever_its_splits(form, dataset, tmp_path):
+    out = tmp_path / "out"
+    interrupted(dataset, out, num_shards=3, into={"a": 0.5, "b": 0.5})
+    assert len(list(out.glob("plan/*/plan.json"))) == 2
+    recut(dataset, out, num_shards=2, form=form)
+    assert list(out.glob("plan/*")) == []
+    remove_strays(str(out), find_strays(str(out)))
+    recut(dataset, tmp_path / "undisturbed", num_shards=2, form=form)
+    assert tree(out) == tree(tmp_path / "undisturbed")
+    # Also where a run was killed behind its commit.
+    (out / "plan" / "b").mkdir(parents=True)
+    (out / "plan" / "b" / "plan.json").write_text('{"kind": "reshard"}')
+    (out / "plan" / "c").mkdir()
+    (out / "plan" / "c" / "plan.json").write_text('{"kind": "another"}')
+    assert not recut(dataset, out, num_shards=2, form=form).fresh
+    assert [path.name for path in out.glob("plan/*")] == ["c"]
