@@ -7,7 +7,8 @@ gives are looked at; any other file is left alone, whatever it is.
 
 Kept are the manifest and all it names, the tokenizer, run.json, the identities of the jobs that
 made the splits, receipts and quarantine lists of shards that are named, and all that belongs to a
-plan that is not committed yet: the same `make shards` goes on from there.
+plan that is not committed yet: the same `make shards` goes on from there. An import may name tars
+that lie in its own output: whatever lies beside them is somebody else's too, and stays.
 
 Google Cloud Storage keeps its unfinished uploads to itself and drops them after a week; there is
 nothing to abort there.
@@ -15,6 +16,7 @@ nothing to abort there.
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,19 +25,21 @@ from dataclasses import dataclass
 from preprocess.build import SCRATCH
 from preprocess.lease import LEASE_NAME
 from preprocess.planner import read_json
+from preprocess.reshard_plan import absolute_url
 from shardspec import storage
 from shardspec.errors import ManifestError
 from shardspec.manifest import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
     Manifest,
+    ShardEntry,
     load_manifest,
     parse_receipt,
 )
 from shardspec.storage import OpenUpload, StoredObject
 
 _SHARD = re.compile(
-    r"(?P<split>[A-Za-z0-9_-]+)/(?P<name>[A-Za-z0-9_-]+-(?P=split)-\d{5,}-of-\d{5,})"
+    r"(?P<split>[A-Za-z0-9_-]+)/[A-Za-z0-9_-]+-(?P=split)-\d{5,}-of-\d{5,}"
     + rf"(?:\.tar|{re.escape(INDEX_SUFFIX)})"
 )
 _RECEIPT = re.compile(r"receipts/(?P<name>[A-Za-z0-9_-]+-\d{5,}-of-\d{5,})\.json")
@@ -82,8 +86,8 @@ def find_strays(url: str, *, written_before_unix_s: float | None = None) -> Stra
             where=storage.join(url, MANIFEST_NAME),
             fix="name the folder that holds manifest.json",
         )
-    kept = _named(manifest) | _planned(url, plans, names)
-    strays = [each for each in listed if _is_stray(each.name, kept=kept, plans=plans)]
+    kept = _kept(url, manifest, _planned(url, plans, names))
+    strays = [each for each in listed if _is_stray(url, each.name, kept=kept, plans=plans)]
     uploads = [
         each
         for each in storage.list_uploads(url)
@@ -103,14 +107,38 @@ def remove_strays(url: str, strays: Strays) -> None:
     storage.delete_objects(url, (each.name for each in strays.objects))
 
 
-def _named(manifest: Manifest | None) -> set[str]:
-    """Lists the shards that the manifest names, as their files are called without suffix."""
-    if manifest is None:
-        return set()
-    return {shard.url.rsplit("/")[-1].removesuffix(".tar") for shard in manifest.shards}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """What is needed, of all that is called like a job's."""
+
+    files: frozenset[str]
+    """Tars and indexes, by their absolute URLs: a view may name any, and over links."""
+    folders: frozenset[str]
+    """Absolute URLs of the folders where others have put the tars of a view."""
+    shards: frozenset[str]
+    """Names of the shards whose receipts and quarantine lists are needed."""
 
 
-def _planned(url: str, plans: Iterable[str], names: set[str]) -> set[str]:
+def _kept(url: str, manifest: Manifest | None, planned: list[ShardEntry]) -> _Kept:
+    """Gathers what the manifest names, and the shards that plans under way have finished."""
+    shards = [*planned, *(manifest.shards if manifest else ())]
+    # The shards of a view are no files.
+    files = [*(shard.file for shard in planned), *(manifest.files if manifest else ())]
+    tars = manifest.view.files if manifest and manifest.view else ()
+    return _Kept(
+        files=frozenset(
+            _absolute(url, each) for file in files for each in (file.url, file.index_url)
+        ),
+        folders=frozenset(posixpath.dirname(_absolute(url, tar.url)) for tar in tars),
+        shards=frozenset(posixpath.basename(shard.url).removesuffix(".tar") for shard in shards),
+    )
+
+
+def _absolute(url: str, name: str) -> str:
+    return absolute_url(storage.resolve(url, name))
+
+
+def _planned(url: str, plans: Iterable[str], names: set[str]) -> list[ShardEntry]:
     """Lists the shards that plans under way have finished: those with a receipt of theirs."""
     keys = set()
     for split in plans:
@@ -119,26 +147,28 @@ def _planned(url: str, plans: Iterable[str], names: set[str]) -> set[str]:
             keys.add(document.get("build_key"))
     receipts = sorted(name for name in names if _RECEIPT.fullmatch(name)) if keys else []
 
-    def finished(name: str) -> str | None:
+    def finished(name: str) -> ShardEntry | None:
         where = storage.join(url, name)
         receipt = parse_receipt(storage.read_bytes(where), where=where)
         if receipt is None or receipt.build_key not in keys:
             return None
-        return receipt.shard.url.rsplit("/")[-1].removesuffix(".tar")
+        return receipt.shard
 
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-        return {name for name in pool.map(finished, receipts) if name is not None}
+        return [shard for shard in pool.map(finished, receipts) if shard is not None]
 
 
-def _is_stray(name: str, *, kept: set[str], plans: list[str]) -> bool:
+def _is_stray(url: str, name: str, *, kept: _Kept, plans: list[str]) -> bool:
     if name == LEASE_NAME:
         return False
     if _UNFINISHED.fullmatch(name) or name.startswith(f"{SCRATCH}/"):
-        return True
-    for pattern in (_SHARD, _RECEIPT, _QUARANTINE):
-        match = pattern.fullmatch(name)
-        if match:
-            return match["name"] not in kept
+        return _absolute(url, name) not in kept.files
+    if _SHARD.fullmatch(name):
+        where = _absolute(url, name)
+        return where not in kept.files and posixpath.dirname(where) not in kept.folders
+    match = _RECEIPT.fullmatch(name) or _QUARANTINE.fullmatch(name)
+    if match:
+        return match["name"] not in kept.shards
     match = _ROWS.fullmatch(name)
     return match is not None and match["split"] not in plans
 

@@ -86,7 +86,7 @@ class _Lease:
                 holder = self._read()
                 if holder is not None and not _is_dead(holder):
                     self._watch(version, holder)
-            self._renewed_s = time.monotonic()
+            self._renewed_s = _now_s()
             if storage.swap_bytes(self._url, self._payload(), replacing=version):
                 break
         if storage.swap_bytes(self._url, self._payload(), replacing=None):
@@ -98,7 +98,7 @@ class _Lease:
         self._heart.start()
 
     def check(self) -> None:
-        if self._lost.is_set() or time.monotonic() - self._renewed_s >= TTL_S:
+        if self._lost.is_set() or _now_s() - self._renewed_s >= TTL_S:
             raise StorageError(
                 "this job no longer holds its output",
                 reason="lease_lost",
@@ -116,7 +116,7 @@ class _Lease:
 
     def _beat_on(self) -> None:
         while not self._stop.wait(BEAT_S):
-            began_s = time.monotonic()
+            began_s = _now_s()
             try:
                 if not self._renew():
                     self._lost.set()
@@ -170,6 +170,13 @@ class _Lease:
             facts={"host": holder.get("host"), "pid": holder.get("pid")},
             fix="wait until it has ended, or use another OUT=",
         )
+
+
+def _now_s() -> float:
+    """Reads a clock that goes on while this machine is suspended: those who watch a lease go on."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
 
 
 def _this_process() -> dict[str, Any]:

@@ -58,8 +58,19 @@ class Plan:
 
 
 def load_plan(job: Job) -> Plan | None:
-    """Finds the frozen plan of this very job."""
+    """Finds the frozen plan of this very job.
+
+    Raises:
+      ConflictError: `job_conflict`: a reshard has been begun in this output.
+    """
     document = read_json(_plan_url(job))
+    if document is not None and document.get("kind") == "reshard":
+        raise ConflictError(
+            "this output holds a reshard that has not ended",
+            reason="job_conflict",
+            where=_plan_url(job),
+            fix="use another OUT=, or finish that reshard first; remove this file to give it up",
+        )
     identity = read_json(job.identity_url)
     if document is None or identity is None or differences(identity, job.identity, "job"):
         return None

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -75,15 +77,15 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
     out = plan.settings.out
     done = _finished(plan)
     if done is not None:
-        if any(storage.exists(_note_url(plan, split)) for split in plan.splits):
+        if any(map(_is_reshard, _notes(out).values())):
             with held(out):  # a run ended between its commit and here
-                _tidy(plan)
+                _tidy(out)
         return done
     with held(out) as require_held:
         done = _finished(plan)  # once more: another job may have ended in between
         if done is not None:
             return done
-        _check_unfinished(plan)
+        _check_unfinished(out)
         storage.delete(scratch_of(out))
         if plan.view:
             shards, view, copied = [], _view(plan), 0
@@ -109,7 +111,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
                 where=out,
                 fix="run the same command again: it tells what is there now",
             )
-        _tidy(plan)
+        _tidy(out)
     return Resharded(
         manifest=manifest,
         sha256=hashlib.sha256(payload).hexdigest(),
@@ -123,28 +125,43 @@ def _note_url(plan: ReshardPlan, split: SplitPlan) -> str:
     return storage.join(plan.settings.out, "plan", split.split, "plan.json")
 
 
-def _check_unfinished(plan: ReshardPlan) -> None:
+def _notes(out: str) -> dict[str, dict[str, Any]]:
+    """Reads what the output's `plan` folder says of jobs under way: URL -> document.
+
+    Of a `make shards` that is SPLIT.json, from its begin, and SPLIT/plan.json, when it has fetched;
+    of a reshard only the latter. A broken one is {}, for nobody can tell whose it is.
+    """
+    folder = storage.join(out, "plan")
+    names = [each.name for each in storage.list_objects(folder)]
+    urls = [storage.join(folder, n) for n in names if re.fullmatch(r"[^/]+(/plan)?\.json", n)]
+    return {url: read_json(url) or {} for url in urls}
+
+
+def _is_reshard(note: Mapping[str, Any]) -> bool:
+    return note.get("kind") == "reshard"
+
+
+def _check_unfinished(out: str) -> None:
     """Refuses an output where `make shards` has not ended; a copy that was given up is no matter.
 
     Raises:
       ConflictError: `job_conflict`.
     """
-    for split in plan.splits:
-        note = read_json(_note_url(plan, split))
-        if note is not None and note.get("kind") != "reshard":
+    for url, note in _notes(out).items():
+        if not _is_reshard(note):
             raise ConflictError(
                 "this output holds the unfinished work of another job",
                 reason="job_conflict",
-                where=_note_url(plan, split),
+                where=url,
                 fix="use another output, or finish that job first",
             )
 
 
-def _tidy(plan: ReshardPlan) -> None:
-    """Removes what only an unfinished copy needs."""
-    out = plan.settings.out
-    for split in plan.splits:
-        storage.delete(posixpath.dirname(_note_url(plan, split)))
+def _tidy(out: str) -> None:
+    """Removes what only an unfinished copy needs, this one or one that was given up."""
+    for url, note in _notes(out).items():
+        if _is_reshard(note):
+            storage.delete(posixpath.dirname(url))
     storage.delete(scratch_of(out))
     if storage.is_local(out):
         storage.delete_temporaries(out)

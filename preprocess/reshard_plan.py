@@ -225,7 +225,7 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
       ShardError: A file of a source is missing, cut or changed.
     """
     sources = tuple(map(_open_source, settings.sources))
-    _check_apart(settings)
+    _check_apart(settings, sources)
     _check_alike(sources)
     splits = _split_names(settings, sources)
     gathered = {split: _segments(sources, split) for split in splits}
@@ -273,18 +273,33 @@ def _open_source(url: str) -> Source:
     return Source(url=url, manifest=manifest, sha256=hashlib.sha256(payload).hexdigest())
 
 
-def _check_apart(settings: ReshardSettings) -> None:
+def _check_apart(settings: ReshardSettings, sources: Sequence[Source]) -> None:
+    """Refuses an output in a source, around one, or where the files lie that one names."""
     out = absolute_url(settings.out)
-    for url in settings.sources:
-        source = absolute_url(url)
-        if out == source or out.startswith(source + "/") or source.startswith(out + "/"):
-            raise ConfigError(
-                "source and output lie in one another",
-                reason="reshard_in_place",
-                where=url,
-                facts={"out": settings.out},
-                fix="use another output: sources are never changed",
-            )
+    for source in sources:
+        folder = absolute_url(source.url)
+        if _lies_in(out, folder) or _lies_in(folder, out):
+            raise _in_place(source.url, settings.out, "source and output lie in one another")
+        # An import or a view names files elsewhere. Those of every split count: none may change.
+        for file in source.manifest.files:
+            for url in (file.url, file.index_url):
+                where = absolute_url(storage.resolve(source.url, url))
+                if _lies_in(where, out):
+                    raise _in_place(where, settings.out, "a file of a source lies in the output")
+
+
+def _lies_in(url: str, folder: str) -> bool:
+    return url == folder or url.startswith(folder.rstrip("/") + "/")
+
+
+def _in_place(where: str, out: str, what: str) -> ConfigError:
+    return ConfigError(
+        what,
+        reason="reshard_in_place",
+        where=where,
+        facts={"out": out},
+        fix="use another output: sources are never changed",
+    )
 
 
 def absolute_url(url: str) -> str:

@@ -174,6 +174,40 @@ def test_what_img2dataset_wrote_is_streamed_cut_anew_merged_and_verified(tmp_pat
     assert {path: path.read_bytes() for path in paths} == before
 
 
+@pytest.mark.parametrize("form", ["copy", "view"])
+@pytest.mark.parametrize("out", ["set", "set/train", ".", "link"])
+def test_an_output_where_the_source_has_its_tars_is_refused(out, form, tmp_path):
+    tars = tmp_path / "set" / "train"
+    for i, path in enumerate(img2dataset(tars)):
+        path.rename(tars / f"foreign-train-{i:05d}-of-00003.tar")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    (tmp_path / "else").mkdir()
+    imported([tars], tmp_path / "else" / "idx")
+    before = {path: path.read_bytes() for path in tars.iterdir()}
+    with pytest.raises(ConfigError) as caught:
+        recut(tmp_path / "else" / "idx", tmp_path / out, num_shards=3, order="shuffle", form=form)
+    assert caught.value.reason == "reshard_in_place"
+    assert {path: path.read_bytes() for path in tars.iterdir()} == before
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["train"]
+
+
+def test_an_output_where_a_split_that_is_not_asked_for_lies_is_refused(tmp_path):
+    imported(img2dataset(tmp_path / "set"), tmp_path / "a")
+    recut(tmp_path / "a", tmp_path / "b", into={"train": 0.5, "held-out": 0.5})
+    recut(tmp_path / "b", tmp_path / "view", form="view", num_shards=1)
+    with pytest.raises(ConfigError) as caught:
+        recut(tmp_path / "view", tmp_path / "b" / "held-out", split="train")
+    assert caught.value.reason == "reshard_in_place"
+
+
+def test_an_import_into_the_folder_of_its_tars_is_cut_anew_elsewhere(tmp_path):
+    paths = img2dataset(tmp_path / "set" / "train")
+    imported([tmp_path / "set" / "train"], tmp_path / "set")
+    assert list(raw(tmp_path / "set")) == by_webdataset(paths)
+    recut(tmp_path / "set", tmp_path / "out", num_shards=2)
+    assert list(raw(tmp_path / "out")) == by_webdataset(paths)
+
+
 def _fields(settings):
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 
+from preprocess.foreign import ImportSettings, import_tars
 from preprocess.gc import find_strays, remove_strays
 from preprocess.lease import held
+from preprocess.verify import verify
 from shardspec import storage
 from shardspec.errors import ManifestError
+from tests.inline import Quiet
 
 HEX = "0" * 32
 STRAYS = [
@@ -100,6 +103,48 @@ def test_an_uncommitted_plan_keeps_its_rows_and_its_finished_shards(out):
     for name, text in (kept | gone).items():
         storage.publish_bytes(storage.join(out, name), text.encode())
     assert [each.name for each in find_strays(out).objects] == sorted(gone)
+
+
+def imported(tars, out, **options):
+    import_tars(ImportSettings(tars=tars, out=out, name="mine", **options), Quiet())
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_tars_of_others_stay_where_the_output_is_their_own_folder(out):
+    storage.delete(storage.join(out, "manifest.json"))
+    before = [name for name in names(out) if name.startswith("train/")]
+    # One of them is not named; but nobody can tell that it is ours.
+    tars = [storage.join(out, name) for name in before if name.endswith(".tar")][1:]
+    assert len(tars) == 2
+    imported(tuple(tars), out)
+    put(out, ["validation/mine-validation-00000-of-00001.tar"])
+    strays = find_strays(out)
+    assert {each.name.split("/")[0] for each in strays.objects} == {"receipts", "validation"}
+    remove_strays(out, strays)
+    assert set(before) <= set(names(out))
+    assert verify(out, Quiet()) == []
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_tars_that_an_import_names_stay_though_the_output_is_reached_over_a_link(
+    tiny_dataset, tmp_path
+):
+    out = shutil.copytree(tiny_dataset, tmp_path / "out")
+    (out / "manifest.json").unlink()
+    imported((str(out / "train"),), str(out))
+    (tmp_path / "link").symlink_to(out)
+    assert {each.name.split("/")[0] for each in find_strays(str(tmp_path / "link")).objects} == {
+        "receipts"
+    }
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_name_that_is_needed_in_one_folder_is_not_in_another(tiny_dataset, tmp_path):
+    out = str(tmp_path / "out")
+    imported((str(tiny_dataset / "train"),), out, split="held-out")
+    stray = "out/mine-held-out-00000-of-00003.index.npy"
+    put(out, [stray])
+    assert [each.name for each in find_strays(out).objects] == [stray]
 
 
 def test_without_manifest_and_plan_nothing_is_touched(out):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -234,3 +235,30 @@ def test_a_lease_that_another_has_taken_over_is_not_given_back(out):
     with held(out):  # between two beats
         holder_of_another_machine(out)
     assert read(out)["job"] == "other"
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="has no clock that counts suspends")
+def test_a_lease_that_a_machine_has_slept_through_is_lost(out, monkeypatch):
+    real = time.clock_gettime
+
+    def woken(clock):  # the monotonic clock stands still while the machine is suspended
+        return real(clock) + (lease.TTL_S if clock == time.CLOCK_BOOTTIME else 0)
+
+    with held(out) as check:
+        check()
+        monkeypatch.setattr(time, "clock_gettime", woken)
+        with pytest.raises(StorageError) as caught:
+            check()
+        assert caught.value.reason == "lease_lost"
+
+
+def test_where_no_clock_counts_suspends_a_lease_goes_by_the_monotonic_one(out, monkeypatch):
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
+    with held(out) as check:
+        check()
+        now_s = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now_s + lease.TTL_S)
+        with pytest.raises(StorageError) as caught:
+            check()
+        assert caught.value.reason == "lease_lost"
+        monkeypatch.undo()

@@ -54,3 +54,20 @@ def test_a_split_cannot_lead_out_of_the_output(cli, tmp_path):
     assert done.code == 1
     assert "split=../evil" in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_note_of_an_unfinished_reshard_is_no_plan(cli, tmp_path):
+    out = tmp_path / "out"
+    job = ("shards", "pixmo_cap", "--source", "sample", "--limit", 4, "--out", out)
+    cli.good(*job)
+    (out / "manifest.json").unlink()  # what the job is stays known, as while it fetches
+    note = out / "plan" / "train" / "plan.json"
+    note.parent.mkdir()
+    note.write_text('{"build_key": "k", "kind": "reshard"}')
+    for name in ("plan/train.json", "no such file"):
+        done = cli.run(*job)
+        assert done.code == 3
+        assert "holds a reshard that has not ended" in done.err
+        assert str(note) in done.err
+        assert note.exists()
+        (out / name).unlink(missing_ok=True)

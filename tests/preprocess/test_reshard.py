@@ -640,6 +640,22 @@ def test_the_unfinished_work_of_another_job_is_not_mixed_with_a_copy(dataset, tm
     assert plan.exists()
 
 
+@pytest.mark.parametrize("name", ["train.json", "held-out.json", "held-out/plan.json"])
+@pytest.mark.parametrize("form", ["copy", "view"])
+def test_an_output_that_another_job_has_begun_is_refused_whatever_its_split(
+    name, form, dataset, tmp_path
+):
+    # `make shards` names itself first, and plans when it has fetched.
+    begun = tmp_path / "out" / "plan" / name
+    begun.parent.mkdir(parents=True)
+    begun.write_text(json.dumps({"dataset": "pixmo_cap"}))
+    with pytest.raises(ConflictError) as caught:
+        recut(dataset, tmp_path / "out", num_shards=3, form=form)
+    assert caught.value.reason == "job_conflict"
+    assert caught.value.where == str(begun)
+    assert list(tree(tmp_path / "out")) == [f"plan/{name}"]
+
+
 def test_a_tokenizer_that_is_not_the_one_of_the_manifest_is_not_passed_on(own, tmp_path):
     path = Path(own) / "tokenizer" / "tokenizer.json"
     path.parent.mkdir()
@@ -666,3 +682,22 @@ def test_what_a_kill_behind_the_commit_has_left_goes_with_the_next_run(dataset, 
         (out / name).write_text('{"kind": "reshard"}')
     assert not recut(dataset, out, num_shards=3).fresh
     assert tree(out) == want
+
+
+@pytest.mark.parametrize("form", ["copy", "view"])
+def test_notes_of_a_copy_that_was_given_up_go_whatever_its_splits(form, dataset, tmp_path):
+    out = tmp_path / "out"
+    interrupted(dataset, out, num_shards=3, into={"a": 0.5, "b": 0.5})
+    assert len(list(out.glob("plan/*/plan.json"))) == 2
+    recut(dataset, out, num_shards=2, form=form)
+    assert list(out.glob("plan/*")) == []
+    remove_strays(str(out), find_strays(str(out)))
+    recut(dataset, tmp_path / "undisturbed", num_shards=2, form=form)
+    assert tree(out) == tree(tmp_path / "undisturbed")
+    # Also where a run was killed behind its commit.
+    (out / "plan" / "b").mkdir(parents=True)
+    (out / "plan" / "b" / "plan.json").write_text('{"kind": "reshard"}')
+    (out / "plan" / "c").mkdir()
+    (out / "plan" / "c" / "plan.json").write_text('{"kind": "another"}')
+    assert not recut(dataset, out, num_shards=2, form=form).fresh
+    assert [path.name for path in out.glob("plan/*")] == ["c"]
