@@ -262,6 +262,7 @@ class StreamLoader:
         with closing(self._made(plans)) as batches:
             for made, ready in batches:
                 given_s = perf_counter()
+                before, num_bad = (self.step, self._streams), len(self.bad_samples)
                 self._note_bad(made.bad)
                 self.step += 1
                 left -= 1
@@ -272,7 +273,14 @@ class StreamLoader:
                 self._stats.wait_s += given_s - begin_s
                 self._stats.ready += ready
                 del made
-                self._tell()
+                try:
+                    self._tell()
+                except BaseException:
+                    if turn == self._turn:
+                        # The batch was not delivered: the next pass begins with it.
+                        self.step, self._streams = before
+                        del self.bad_samples[num_bad:]
+                    raise
                 yield batch
                 # What the consumer does not keep is free for the next batches.
                 del batch
@@ -300,6 +308,7 @@ class StreamLoader:
         Args:
           hook: Called in the consumer's thread with the number of steps delivered so far and the
             account of the last `every_steps` of them; the time it takes counts as the consumer's.
+            What it raises ends the pass; the next one goes on with the batch that was due.
           every_steps: >= 1; counted from now on.
         """
         self._watcher = hook, every_steps, self.stats()

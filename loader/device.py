@@ -12,7 +12,8 @@ same happens without staging and streams.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any, TypeVar
 
 import torch
@@ -60,6 +61,7 @@ class DevicePrefetcher:
         self.normalization, self.dtype = normalization, dtype
         self._staging = _Staging()
         self._state: dict[str, Any] | None = None
+        self._pass = _Pass()
 
     def state_dict(self) -> dict[str, Any]:
         """Describes the loader's place in the run behind the batch that was handed out last."""
@@ -71,40 +73,66 @@ class DevicePrefetcher:
         """Lets the loader go to a saved place; see `StreamLoader.load_state_dict`."""
         loader: Any = self.loader
         loader.load_state_dict(state)
-        self._state = None
+        self._pass.ahead.clear()
+        self._state, self._pass = None, _Pass()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Gives a pass of the loader; tensors are on the device and contiguous."""
         if self.device.type != "cuda":
             for batch in self.loader:
-                self._state = None
                 yield self._finished({name: self._moved(value) for name, value in batch.items()})
             return
         yield from self._from_stream()
 
     def _from_stream(self) -> Iterator[dict[str, Any]]:
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        for sent, done in self._one_ahead(lambda batch: self._sent(batch, stream)):
-            yield self._arrived(sent, done)
+        with closing(self._one_ahead(lambda batch: self._sent(batch, stream))) as batches:
+            for sent, done in batches:
+                yield self._arrived(sent, done)
 
-    def _one_ahead(self, send: Callable[[Mapping[str, Any]], _Sent]) -> Iterator[_Sent]:
+    def _one_ahead(
+        self, send: Callable[[Mapping[str, Any]], _Sent]
+    ) -> Generator[_Sent, None, None]:
         """Sends each batch while the one before is still to be handed out."""
         loader = self.loader
         take_state = getattr(loader, "state_dict", dict)
-        state = self._state
-        if state and isinstance(loader, StreamLoader) and loader.step == state["step"] + 1:
-            # The pass before was left: its last batch was sent and never handed out.
-            loader.load_state_dict(state)
-        ahead: deque[tuple[_Sent, dict[str, Any]]] = deque()
-        for batch in loader:
-            ahead.append((send(batch), take_state()))
-            del batch
-            if len(ahead) > 1:
-                sent, self._state = ahead.popleft()
+        self._go_back()  # where a pass before was left, and its iterator is still kept
+        self._state = take_state()
+        self._pass = this = _Pass()
+        try:
+            for batch in loader:
+                this.behind, this.turn = take_state(), getattr(loader, "_turn", 0)
+                this.ahead.append((send(batch), this.behind))
+                del batch
+                if len(this.ahead) > 1:
+                    sent, self._state = this.ahead.popleft()
+                    yield sent
+            while this.ahead:
+                sent, self._state = this.ahead.popleft()
                 yield sent
-        while ahead:
-            sent, self._state = ahead.popleft()
-            yield sent
+        finally:
+            if self._pass is this:
+                self._go_back()
+
+    def _go_back(self) -> None:
+        """Lets the loader go back to behind the batch that was handed out last.
+
+        Not where the user has let it go to another place meanwhile. A change that was made
+        meanwhile stays, and begins at the step that it was made for.
+        """
+        loader, state, left = self.loader, self._state, self._pass
+        if not isinstance(loader, StreamLoader):
+            return  # other loaders cannot: the state that is kept is right all the same
+        self._state, self._pass = None, _Pass()
+        left.ahead.clear()  # an iterator that is still kept gives no batch twice
+        if state is None or left.behind is None or state["step"] == left.behind["step"]:
+            return
+        here = loader.state_dict()
+        was_loaded = loader._turn != left.turn and here == left.behind
+        if here["step"] == left.behind["step"] and not was_loaded:
+            place = ("step", "streams", "bad")
+            kept = {name: here[name] for name in here if name not in place}
+            loader.load_state_dict({**kept, **{n: state[n] for n in place if n in state}})
 
     def _sent(
         self, batch: Mapping[str, Any], stream: torch.cuda.Stream
@@ -134,16 +162,29 @@ class DevicePrefetcher:
 
     def _finished(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Normalises and converts the pictures where they are; all tensors contiguous."""
-        images = batch["images"]
-        if self.normalization is not None and images.dtype == torch.uint8 and images.ndim == 5:
-            images = normalize(images, kind=self.normalization)
-        if self.dtype is not None:
-            images = images.to(self.dtype)
-        batch["images"] = images
+        images = batch.get("images")
+        if images is not None:  # other loaders' batches may be of text alone
+            if self.normalization is not None and images.dtype == torch.uint8 and images.ndim == 5:
+                images = normalize(images, kind=self.normalization)
+            if self.dtype is not None:
+                images = images.to(self.dtype)
+            batch["images"] = images
         return {
             name: value.contiguous() if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
+
+
+class _Pass:
+    """How far a pass is ahead of its consumer."""
+
+    def __init__(self) -> None:
+        self.ahead: deque[tuple[Any, dict[str, Any]]] = deque()
+        """What was sent and not handed out, each with the loader's state behind it."""
+        self.behind: dict[str, Any] | None = None
+        """The loader's state behind the batch that it gave last."""
+        self.turn = 0
+        """The loader's then: it has another one where something else has moved it."""
 
 
 class _Staging:

@@ -10,7 +10,9 @@ so that is found out anew each time, the same on every rank.
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -41,14 +43,19 @@ class Quarantine:
         self.num_samples = 0
         """Samples that were asked for."""
         self._records: dict[int, dict[str, Any]] = {}
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Begins with a lock that nobody holds."""
         self._lock = threading.Lock()
+        _all.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self.renew_lock()
 
     def record(self, sample: int) -> dict[str, Any] | None:
         """Gives {sample, shard, key, stage, reason} of a sample that stays bad; None for others."""
@@ -96,3 +103,15 @@ class Quarantine:
         with self._lock:
             for record in (each for each in records if each["stage"] == "read"):
                 self._records.setdefault(int(record["sample"]), dict(record))
+
+
+_all: weakref.WeakSet[Quarantine] = weakref.WeakSet()
+"""Those of this process."""
+
+
+def _renew_locks() -> None:
+    for quarantine in list(_all):
+        quarantine.renew_lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)  # another thread may hold one at a fork

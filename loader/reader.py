@@ -16,6 +16,7 @@ import mmap
 import os
 import resource
 import threading
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -61,6 +62,13 @@ from shardspec.tar import BLOCK, padded
 
 _OPENED_AHEAD = 64
 """Indexes of remote shards that are fetched at a time."""
+
+_MOST_OPEN = 16_000
+"""Local shards that are open at a time: two maps each, of the 65,530 that Linux lets a process have
+(`vm.max_map_count`)."""
+
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""The system grants no further descriptor or map."""
 
 Check = Literal["size", "crc"]
 """How much of a shard is verified: its length and count, or each sample's checksum as well."""
@@ -364,9 +372,9 @@ class ShardReader:
                 try:
                     opened = source.open(file)
                 except OSError as error:
-                    if error.errno != errno.EMFILE:
+                    if error.errno not in _LIMITS:
                         raise
-                    # Other parts of the process have taken more than their half.
+                    # Others have taken more than their half.
                     with shards.lock:
                         shards.clear()
                     opened = source.open(file)
@@ -401,6 +409,7 @@ class _OpenShards(dict[str, _OpenShard]):
     def __init__(self, num_readers: int = 1) -> None:
         super().__init__()
         self.lock = threading.Lock()
+        _all_open[id(self)] = self
         self.opening: dict[tuple[int, str], Future[_OpenShard]] = {}
         """What is being opened, by process and URL."""
         self.num_readers = num_readers
@@ -408,6 +417,18 @@ class _OpenShards(dict[str, _OpenShard]):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_OpenShards, (self.num_readers,))
+
+
+_all_open: weakref.WeakValueDictionary[int, _OpenShards] = weakref.WeakValueDictionary()
+"""Those of this process, by id."""
+
+
+def _renew_locks() -> None:
+    for shards in list(_all_open.values()):
+        shards.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)  # another thread may hold one at a fork
 
 
 def read_sample(members: memoryview, place: SamplePlace, key: str, *, where: str) -> StoredSample:
@@ -549,10 +570,11 @@ class _LocalShards:
         """Counts the shards kept open for so many readers, with two descriptors each.
 
         256 for each, but all together no more than half of the descriptors that the system grants
-        the process (`ulimit -n`, commonly 1024). Opening a shard again takes 0.2 ms.
+        the process (`ulimit -n`, commonly 1024), and half of the maps. Opening a shard again takes
+        0.2 ms.
         """
         granted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = 256 * num_readers
+        most = min(256 * num_readers, _MOST_OPEN)
         return most if granted < 0 else max(1, min(most, granted // 4))
 
     def open(self, file: FileEntry) -> _LocalShard:

@@ -22,9 +22,11 @@ def url(tiny_sample, write_dataset, tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("device") / "set", samples, several=True)
 
 
-def make(url):
-    dataset = StreamingDataset(url, seed=7, rank=0, world_size=1)
-    return make_dataloader(dataset, global_batch_size=BATCH, sequence_length=64, with_metadata=True)
+def make(url, **options):
+    dataset = StreamingDataset(url, seed=7, rank=0, world_size=1, canonical_ranks=1)
+    return make_dataloader(
+        dataset, global_batch_size=BATCH, sequence_length=64, with_metadata=True, **options
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,3 +108,114 @@ def test_batch_that_was_sent_ahead_is_sent_again_where_the_pass_was_left(url):
             break
     assert got == want
     assert prefetcher.state_dict()["step"] == len(want)
+
+
+def leave(prefetcher, num=1):
+    """Takes so many batches of a pass without a device, and leaves it."""
+    got = []
+    for batch in prefetcher._one_ahead(dict):
+        got.append(batch["metadata"])
+        if len(got) == num:
+            break
+    return got
+
+
+def rest(prefetcher):
+    return [batch["metadata"] for batch in prefetcher._one_ahead(dict)]
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": True, "max_crops": 2}, {"bucket_steps": 2}])
+def test_change_behind_a_pass_that_was_left_begins_at_the_next_batch(url, options):
+    plain = make(url, **options)
+    for _ in plain:
+        break
+    plain.change(global_batch_size=2)
+    want = [batch["metadata"] for batch in plain]
+    loader = make(url, **options)
+    prefetcher = DevicePrefetcher(loader, "cpu")
+    leave(prefetcher)
+    assert loader.step == 1
+    loader.change(global_batch_size=2)
+    assert prefetcher.state_dict() == loader.state_dict()
+    assert rest(prefetcher) == want
+
+
+def test_change_within_a_pass_loses_no_batch(url):
+    want = [key for batch in make(url) for key in batch["metadata"]]
+    loader = make(url)
+    prefetcher = DevicePrefetcher(loader, "cpu")
+    got = []
+    for batch in prefetcher._one_ahead(dict):
+        got += batch["metadata"]
+        loader.change(global_batch_size=2)
+        break
+    sizes = [len(batch) for batch in rest(prefetcher)]
+    assert sizes == [BATCH, 2, 2]
+    assert len(want) == len(got) + sum(sizes)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("is_kept", [False, True], ids=["left", "iterator kept"])
+def test_loader_that_was_sent_elsewhere_between_two_passes_stays_there(url, step, is_kept):
+    want = [batch["metadata"] for batch in make(url)]
+    loader = make(url)
+    states = [loader.state_dict()] + [loader.state_dict() for _ in loader]
+    loader.load_state_dict(states[0])
+    prefetcher = DevicePrefetcher(loader, "cpu")
+    first = prefetcher._one_ahead(dict)
+    next(first)
+    if not is_kept:
+        del first
+    loader.load_state_dict(states[step])
+    assert rest(prefetcher) == want[step:]
+
+
+def test_iterator_that_is_still_kept_gives_no_batch_twice(url):
+    want = [batch["metadata"] for batch in make(url)]
+    prefetcher = DevicePrefetcher(make(url), "cpu")
+    first = prefetcher._one_ahead(dict)
+    got = [next(first)["metadata"] for _ in range(2)]
+    got += rest(prefetcher)
+    assert list(first) == []
+    assert got == want
+    assert prefetcher.state_dict()["step"] == len(want)
+
+
+def test_batch_that_was_sent_is_not_lost_where_the_next_one_fails(url):
+    want = [batch["metadata"] for batch in make(url)]
+    prefetcher = DevicePrefetcher(make(url), "cpu")
+    got = []
+    sent = []
+
+    def send(batch):
+        sent.append(batch["metadata"])
+        if len(sent) == 3:
+            raise RuntimeError("out of memory")
+        return dict(batch)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        got.extend(batch["metadata"] for batch in prefetcher._one_ahead(send))
+    assert got == want[:1]
+    assert prefetcher.state_dict()["step"] == 1
+    assert got + rest(prefetcher) == want
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_change_behind_a_pass_on_the_device_begins_at_the_next_batch(device, url):
+    loader = make(url)
+    prefetcher = DevicePrefetcher(loader, device)
+    for _ in prefetcher:
+        break
+    loader.change(global_batch_size=2)
+    assert [len(batch["input_ids"]) for batch in prefetcher] == [2] * 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_without_pictures_are_sent_too(device):
+    batches = [{"input_ids": torch.arange(6).reshape(2, 3).T, "names": ["a"]}] * 3
+    got = list(DevicePrefetcher(batches, device, normalization="siglip", dtype=torch.bfloat16))
+    assert len(got) == 3
+    for batch in got:
+        assert list(batch) == ["input_ids", "names"]
+        assert batch["input_ids"].is_contiguous()
+        assert torch.equal(batch["input_ids"].cpu(), batches[0]["input_ids"])

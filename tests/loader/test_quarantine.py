@@ -1,5 +1,10 @@
 import copy
+import gc
+import os
 import pickle
+import signal
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -71,6 +76,43 @@ def test_a_copy_in_another_process_knows_what_was_known():
     other.add(record(4))
     assert other.record(3) == record(3)
     assert quarantine.record(4) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_forked_while_a_thread_counts_goes_on_counting():
+    quarantine = Quarantine(max_rate=None)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with quarantine._lock:
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert entered.wait(10)
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)  # ends it where it hangs
+            try:
+                quarantine.asked()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        leave.set()
+        thread.join()
+
+
+def test_none_is_kept_alive_for_the_sake_of_forks():
+    quarantine = Quarantine(max_rate=None)
+    kept = weakref.ref(quarantine)
+    del quarantine
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.fixture

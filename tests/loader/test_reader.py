@@ -1,8 +1,15 @@
 import dataclasses
+import errno
+import gc
+import mmap
 import os
 import pickle
+import resource
+import signal
 import threading
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -240,3 +247,83 @@ def test_descriptors_stay_few_however_many_shards_there_are(tiny_sample, write_d
     assert len(os.listdir("/proc/self/fd")) - before <= 2 * 257
     # What was read from a shard that is closed by now is still there.
     assert_same(held[0], samples[0])
+
+
+# Python 3.12 warns of forking beside threads.
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_child_forked_while_a_thread_opens_a_shard_reads_all_the_same(url):
+    reader = open_reader(url)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with reader._open.lock:
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert entered.wait(10)
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)  # ends it where it hangs
+            try:
+                reader.read(0)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        leave.set()
+        thread.join()
+    assert reader.read(0).key == "sample-0000"
+
+
+def test_readers_are_not_kept_alive_for_the_sake_of_forks(url):
+    reader = open_reader(url)
+    reader.read(0)
+    kept = weakref.ref(reader._open)
+    del reader
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("limit", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_shards_are_closed_where_a_limit_of_the_system_is_met(limit, url, samples):
+    reader = open_reader(url)
+
+    def open_few(*args, **options):
+        if len(reader._open) >= 2:
+            raise OSError(limit, os.strerror(limit))
+        return open_index(*args, **options)
+
+    with mock.patch("loader.reader.open_index", open_few):
+        for i in (0, 9, *range(10)):
+            assert_same(reader.read(i), samples[i])
+    assert 1 <= len(reader._open) <= 2
+
+
+def test_maps_of_shards_stay_few_where_descriptors_are_many(url):
+    most = open_reader(url)._local.max_open
+    for granted in (1 << 20, resource.RLIM_INFINITY):
+        with mock.patch("resource.getrlimit", return_value=(granted, granted)):
+            assert most(1) == 256
+            # Two maps each, of 65,530 that Linux lets a process have.
+            assert most(10_000) == 16_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")
+def test_memory_that_is_left_for_maps_may_be_little(tiny_sample, write_dataset, tmp_path):
+    samples = [tiny_sample(i, size=(2000, 2000)) for i in range(8)]  # of 12 MB each
+    reader = open_reader(write_dataset(tmp_path / "set", samples, num_shards=8))
+    reader.stored(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + 40_000_000, hard))
+    try:
+        keys = [reader.stored(i).key for i in range(8)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert keys == [sample.key for sample in samples]
+    assert len(reader._open) < 8

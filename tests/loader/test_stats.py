@@ -1,10 +1,13 @@
 import json
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from loader import StreamingDataset, make_dataloader
 from loader.stats import STAGES, Spent, Stats
+from shardspec.manifest import require_manifest
 
 NUM, BATCH = 24, 4
 
@@ -101,3 +104,60 @@ def test_logger_hears_of_every_so_many_steps(options, url):
     steps = [len(heard) for _ in loader]
     assert heard == [(2, 2 * BATCH), (4, 2 * BATCH), (6, 2 * BATCH)]
     assert steps == [0, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "options", [{"decode_threads": 0}, {"decode_threads": 2}, {"pack": True, "max_crops": 2}]
+)
+def test_logger_that_fails_loses_no_batch(options, url):
+    want = [batch["input_ids"].tolist() for batch in make(url, **options)]
+    assert len(want) > 2
+    loader = make(url, **options)
+
+    def fail(step, stats):
+        raise OSError(f"no space left for step {step}")
+
+    loader.watch(fail, every_steps=2)
+    got, states = [], []
+
+    def take(batch):
+        got.append(batch["input_ids"].tolist())
+        states.append(loader.state_dict())
+
+    with pytest.raises(OSError, match="step 2"):
+        list(map(take, loader))
+    assert [loader.state_dict()] == states
+    got.append(next(iter(loader))["input_ids"].tolist())
+    assert got == want[:2]
+
+
+def test_samples_of_a_batch_that_a_failing_logger_held_back_are_listed_once(
+    tiny_sample, write_dataset, tmp_path
+):
+    url = write_dataset(tmp_path / "set", [tiny_sample(i) for i in range(NUM)])
+    path = Path(url, require_manifest(url).shards[0].url)
+    payload = bytearray(path.read_bytes())
+    payload[5000] ^= 1
+    path.write_bytes(payload)
+
+    def make_broken():
+        dataset = StreamingDataset(url, check="crc", on_bad="substitute", rank=0, world_size=1)
+        return make_dataloader(dataset, global_batch_size=BATCH, sequence_length=64)
+
+    plain = make_broken()
+    list(plain)
+    assert plain.bad_samples
+    loader = make_broken()
+    failures = []
+
+    def fail(step, stats):
+        if step not in failures:
+            failures.append(step)
+            raise OSError("no space left")
+
+    loader.watch(fail, every_steps=1)
+    while loader.epoch == 0:
+        with suppress(OSError):
+            list(loader)
+    assert failures == list(range(1, NUM // BATCH + 1))
+    assert loader.bad_samples == plain.bad_samples
