@@ -133,14 +133,14 @@ def measure(side_px: int) -> None:
         f"{side_px} px: {np.mean(counts):.1f} crops a picture, "
         f"{np.mean(counts) * side * side * 3 / 1e6:.1f} MB"
     )
-    row("", "CPU, ms", "to copy", "to its crops", "to the batch")
+    limits = {"copy": "copy", "copy of its crops": "its crops", "copy into the batch": "batch"}
+    limits |= {"cut": "cut"} if "cut" in times else {}
+    row("", "CPU, ms", *(f"to {short}" for short in limits.values()))
     for name, (_, cpu) in times.items():
         row(
             name,
             f"{1e3 * np.median(cpu) / len(samples):.2f}",
-            f"{np.median(times['copy'].cpu / cpu):.2f}",
-            f"{np.median(times['copy of its crops'].cpu / cpu):.2f}",
-            f"{np.median(times['copy into the batch'].cpu / cpu):.2f}",
+            *(f"{np.median(times[limit].cpu / cpu):.2f}" for limit in limits),
         )
     print()
 

@@ -12,6 +12,7 @@ that dies is an error that names its exit code. Workers live for one pass.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import mmap
@@ -272,6 +273,8 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     # Ctrl-C goes to the whole group; the consumer decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # What the imports have made stays: looking through it takes 0.1 s each time Python does.
+    gc.freeze()
     memory = _SharedMemory(keep_bytes)
     told: Counter[str] = Counter()
     requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
