@@ -1,6 +1,6 @@
 """Measures loaders of other projects and ours on the same pictures and texts, in one run.
 
-    python benchmarks/peers.py [--quick] [--only W1,W4]
+    python benchmarks/peers.py [--quick] [--rounds 3] [--only W1,W4]
 
 Every loader gives batches of the same size with the same tensors: pictures uint8 [B, ..., H, W, C],
 `input_ids` and `labels` padded to a multiple of 128, from a shuffled epoch on a local disk, made by
@@ -423,12 +423,14 @@ def plot(rates: dict[str, dict[str, np.ndarray]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure loaders side by side.")
     parser.add_argument("--quick", action="store_true", help="few rows, one round")
+    parser.add_argument("--rounds", type=int, help="turns of each loader; medians are shown")
     parser.add_argument("--only", default="W1,W2,W3,W4,W5", help="workloads")
     parser.add_argument("--plot", help="PNG file to draw the rates into")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}\n")
     scale, rounds = (1, 1) if options.quick else (4, 5)
+    rounds = options.rounds or rounds
     wanted = options.only.split(",")
     all_rates = {}
     with tempfile.TemporaryDirectory() as name:
@@ -453,7 +455,7 @@ def _build(name: str, folder: Path, scale: int) -> tuple[Workload, ImageView | N
 
         return tiles(place, rows=160 * scale), TILED
     if name == "W4":
-        return texts(place, rows=2048 * scale), None
+        return texts(place, rows=8192 * scale), None
     like = single_crops(folder / "W5-source", rows=64)
     return clips(place, rows=64 * scale, like=like), None
 
