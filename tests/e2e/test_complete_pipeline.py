@@ -136,6 +136,7 @@ def test_every_parameter_of_the_model_gets_a_finite_gradient(example, tokenizer,
         assert parameter.grad.any(), name
 
 
+@pytest.mark.slow
 def test_example_runs_and_its_loss_falls():
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / "unsharded.py")]

@@ -441,6 +441,7 @@ def test_two_ranks_of_four_workers_fetch_every_byte_once(s3, local, tmp_path):
     assert_fetched_once(proxy, local)
 
 
+@pytest.mark.slow
 def test_stats_hold_what_worker_processes_have_read(s3):
     url, proxy = s3
     loader = loader_of(url, world_size=1, workers=2)

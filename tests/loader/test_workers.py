@@ -132,6 +132,7 @@ class Busy:
         return self.maker.make(task, allocate=allocate)
 
 
+@pytest.mark.slow
 def test_busy_workers_are_waited_for_together(url, monkeypatch):
     monkeypatch.setattr("loader.workers._JOIN_S", 1.0)
     loader = make(url, workers=4)

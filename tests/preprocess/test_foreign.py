@@ -476,6 +476,7 @@ def test_files_with_holes_are_passed_over_wherever_they_stand(form, last, tmp_pa
     assert [key for key, _ in raw(tmp_path / "out")] == [n[0] for n in names if n != "b.bin"]
 
 
+@pytest.mark.slow
 def test_walking_a_tar_holds_none_of_its_headers(tmp_path):
     path = write_tar(tmp_path / "many.tar", [(f"{i:06d}.x", b"") for i in range(20_000)])
     with path.open("rb") as stream:
