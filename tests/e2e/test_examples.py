@@ -72,9 +72,8 @@ def stopped(shards, tmp_path_factory):
     return checkpoint, half
 
 
-@pytest.mark.parametrize(
-    ("processes", "tolerance"), [(1, 0.0), pytest.param(2, SUM_ORDER, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "tolerance"), [(1, 0.0), (2, SUM_ORDER)])
 def test_resumed_run_prints_the_losses_of_the_whole_one(
     processes, tolerance, stopped, shards, losses, tmp_path
 ):

@@ -60,7 +60,17 @@ def build(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", dataset_names())
+# Where each family of texts and images is met once; the others follow in the slow run.
+EVERYDAY = {"pixmo_cap", "pixmo_points", "pixmo_count", "a_okvqa", "vqa2", "text_sft"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in EVERYDAY else pytest.mark.slow)
+        for name in dataset_names()
+    ],
+)
 def test_shards_equal_the_unsharded_path(build, name):
     out, recipe = build(name)
     view = View(

@@ -54,6 +54,7 @@ def one_split(session_cli, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_two_splits_share_an_output_and_their_order_leaves_no_trace(cli, one_split, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(one_split, first)

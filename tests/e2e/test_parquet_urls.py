@@ -150,6 +150,7 @@ def test_every_bad_link_is_counted_and_listed_and_none_is_asked_twice(
     assert (server.requests, manifest_bytes(tmp_path)) == before
 
 
+@pytest.mark.slow
 def test_kill_while_fetching_costs_no_finished_download(cli, server, write_parquet, tmp_path):
     urls = take(80, server.url("/slow"))
     source = write_parquet(tmp_path / "source", captioned(urls))

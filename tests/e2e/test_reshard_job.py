@@ -118,6 +118,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_verbs_can_follow_one_another(cli, source, tmp_path):
     a, b, c, d = (tmp_path / name for name in "abcd")
     cli.good("split", source, a, "--into", "train=0.75,validation=0.25", "--salt", "x")
