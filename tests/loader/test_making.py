@@ -138,7 +138,7 @@ def test_leaving_a_pass_waits_for_no_more_than_the_samples_at_hand(url, monkeypa
     def slow(self, sample_id):
         if left.is_set():
             late.append(sample_id)
-        time.sleep(0.02)
+        time.sleep(0.2)
         return stored(self, sample_id)
 
     monkeypatch.setattr(ShardReader, "stored", slow)
