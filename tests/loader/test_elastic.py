@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import pytest
 import torch
@@ -214,12 +215,12 @@ class StandingWorker(_Worker):
         while self.asked:  # batches that were made ahead, and that nobody takes
             self.answer()
 
-    def close(self):
+    def close(self, *, stop_s):
         self.idle.append(self)
 
     def end(self):
         super().hang_up()
-        super().close()
+        super().close(stop_s=time.monotonic() + 10)
 
 
 @pytest.fixture
