@@ -141,7 +141,7 @@ def many(tiled: Workload, *, rounds: int) -> None:
             "W2 decode + memcpy": limit,
             "W2 no threads": partial(consume, loader),
             "W2 2 threads": partial(consume, tiled.loader(decode_threads=2)),
-            "unsharded path": by_itself(tiled, rows=min(num, 32)),
+            "unsharded path": without_shards(tiled, rows=min(num, 32)),
         },
         rounds=rounds,
     )
@@ -161,7 +161,7 @@ def many(tiled: Workload, *, rounds: int) -> None:
     print(f"{crops / num:.1f} crops a sample\n")
 
 
-def by_itself(tiled: Workload, *, rows: int) -> Callable[[], None]:
+def without_shards(tiled: Workload, *, rows: int) -> Callable[[], None]:
     """The path without shards, on the rows that W2 was built from."""
     dataset, collate = unsharded(tiled)
 
