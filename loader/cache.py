@@ -77,7 +77,7 @@ class Fill:
             while view:
                 view = view[os.write(self.descriptor, view) :]
             os.utime(self.descriptor, times=(_planned(step), _planned(step)))
-            os.rename(part, self.cache.blocks / self.name)
+            self.cache.put(part, self.name)
         except OSError:
             self.abandon()
             raise
@@ -86,10 +86,8 @@ class Fill:
     def abandon(self) -> None:
         """Gives the right and the room back."""
         with suppress(OSError):
-            os.unlink(self.cache.blocks / (self.name + _PART))
+            self.cache.remove(self.name + _PART, self.num_bytes)
         os.close(self.descriptor)
-        with suppress(OSError):
-            self.cache.give_back(self.num_bytes)
 
 
 class BlockCache:
@@ -194,12 +192,20 @@ class BlockCache:
         found = _NAME.fullmatch(name)
         assert found is not None
         with suppress(OSError):
-            os.unlink(self.blocks / name)
-            self.give_back(int(found[2]) - int(found[1]))
+            self.remove(name, int(found[2]) - int(found[1]))
 
-    def give_back(self, num_bytes: int) -> None:
-        """Takes removed bytes off the counter."""
+    # Both hold the counter: who counts the folder anew would otherwise miss a file that changes
+    # its name meanwhile, or take one off that he has not counted.
+
+    def put(self, part: Path, name: str) -> None:
+        """Gives a block that was written, and whose room is reserved, its name."""
+        with self._counter():
+            os.rename(part, self.blocks / name)
+
+    def remove(self, name: str, num_bytes: int) -> None:
+        """Removes a file whose bytes are counted."""
         with self._counter() as counter:
+            os.unlink(self.blocks / name)
             counter.write(max(0, (counter.read() or 0) - num_bytes))
 
     def _reserve(self, num_bytes: int, *, step: int, now: int) -> bool:
