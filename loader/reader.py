@@ -279,7 +279,7 @@ class ShardReader:
             return
         ids = np.fromiter(sample_ids, np.int64)
         numbers = np.searchsorted(self.starts, ids, side="right") - 1
-        self._open_soon(np.unique(numbers).tolist())
+        self._open_soon(sorted(set(numbers.tolist())))
         self.prefetcher.will_read(step, lambda: self._places(ids.tolist()))
 
     def _places(self, sample_ids: list[int]) -> list[tuple[Block, Span]]:
@@ -517,6 +517,8 @@ def open_dataset(
         manifest = require_manifest(url)
     else:
         prefetcher.open()
+        # While the manifest travels: what it names will be asked for all at once.
+        prefetcher.ranges.connect_soon(url, network.requests)
         # By the same client as all the rest: making one takes a quarter of a second.
         manifest = fetch_manifest(url, prefetcher.ranges)
     return manifest, ShardReader(url, manifest, split=split, check=check, prefetcher=prefetcher)

@@ -1,10 +1,11 @@
 """RangeReader: bytes [start, stop) of an object in a store, right even where the network is not.
 
-1. S3's client signs a URL for each object, and ranges of it are asked for over connections of ours
-   (wire.py), at a third of the processor time. What that does not get (a proxy is in the way, the
-   bucket lies in another region, the signature has expired) the client is asked for itself, as
-   every other store's is. Its own retries are off: those of botocore and s3fs would multiply with
-   ours (5 x 5 x ours), and would throw away what had already come.
+1. On S3 each object has a signed URL (signing.py; the client's own where that cannot), and ranges
+   of it are asked for over connections of ours (wire.py), at a third of the processor time. What
+   that does not get (a proxy is in the way, the bucket lies in another region, the signature has
+   expired) the client is asked for itself, as every other store's is. Its own retries are off:
+   those of botocore and s3fs would multiply with ours (5 x 5 x ours), and would throw away what had
+   already come.
 2. The answer must be for the very range: status, Content-Range and the object's length are checked
    before a byte is used. What arrives is written straight to its place.
 3. When the connection is lost, stalls, or the store asks for patience (408, 425, 429, 5xx), the
@@ -39,6 +40,7 @@ from urllib.parse import urlsplit
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.retries import jitter, passing_kind, refusal_of
+from shardspec.signing import Signer, make_signer
 from shardspec.wire import Answer as WireAnswer
 from shardspec.wire import Connections
 
@@ -162,6 +164,17 @@ class RangeReader:
         found: list[bytes] = []
         self._try(flight, lambda limit_s: found.append(self._whole(flight, limit_s)))
         return found[-1]
+
+    def connect_soon(self, url: str, number: int) -> None:
+        """Begins to open connections to an object's store, where they are ours; returns at once.
+
+        Args:
+          url: Of an object.
+          number: How many.
+        """
+        store, _ = self._store(url)
+        if isinstance(store, _S3):
+            store.connect_soon(number, self.policy.wall_s)
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to a counter, from any thread."""
@@ -464,7 +477,7 @@ class _S3:
     """Amazon's protocol, through s3fs's client."""
 
     def __init__(self, shared: Any, policy: RetryPolicy, *, signs: bool) -> None:
-        """Makes a client of the reader's own; `signs` lets it sign URLs as well."""
+        """Makes a client of the reader's own; `signs` lets URLs be signed as well."""
         config = {
             **({"signature_version": "s3v4"} if signs else {}),
             **shared.storage_options.get("config_kwargs", {}),
@@ -477,9 +490,12 @@ class _S3:
         self.loop = self.fs.loop
         self.preparing = asyncio.Lock()
         self.connections: Connections | None = None
-        """For signed URLs; None until the client is there, and where there is no such way."""
+        """For signed URLs; None until their store is known, and where there is no such way."""
         self._signs, self._idle_s = signs, policy.idle_s
-        self._is_ready = False
+        self._options = shared.storage_options
+        self._lock = threading.Lock()
+        self._signer: Signer | None = None
+        self._is_begun = self._is_ready = self._has_way = False
         self._signed: dict[str, tuple[float, str | None]] = {}
         """Until when, in the monotonic clock's seconds, and the URL; None where there is none."""
         self._refusals: Counter[str] = Counter()
@@ -490,21 +506,24 @@ class _S3:
         client = await self.fs.get_s3(self.fs.split_path(path)[0])
         if not self._is_ready:
             self._is_ready = True
-            self.connections = self._plain_way(client)
+            config, verify = client.meta.config, self.fs.client_kwargs.get("verify")
+            if verify is None:
+                verify = self.fs.session.get_config_variable("ca_bundle")
+            if not (config.proxies or config.client_cert or verify is False):
+                self._open_way(client.meta.endpoint_url, verify)
 
-    def _plain_way(self, client: Any) -> Connections | None:
-        """Opens a way of our own to the store, unless it would differ from the client's."""
-        server = urlsplit(client.meta.endpoint_url)
-        config = client.meta.config
+    def _open_way(self, endpoint: str, ca_file: object) -> None:
+        """Opens a way of our own to the store, once, unless it would differ from the client's."""
+        server = urlsplit(endpoint)
         by_proxy = urllib.request.getproxies().get(server.scheme) and not (
             urllib.request.proxy_bypass(server.hostname or "")
         )
-        verify = self.fs.client_kwargs.get("verify")
-        if verify is None:
-            verify = self.fs.session.get_config_variable("ca_bundle")
-        if by_proxy or config.proxies or config.client_cert or verify is False:
-            return None
-        return Connections(ca_file=verify if isinstance(verify, str) else None)
+        with self._lock:
+            if not (self._has_way or by_proxy):
+                self._has_way = True
+                self.connections = Connections(
+                    ca_file=ca_file if isinstance(ca_file, str) else None
+                )
 
     def signed(self, path: str, limit_s: float) -> str | None:
         """Gives a URL that an object can be had by; None where only the client can ask for it."""
@@ -514,13 +533,40 @@ class _S3:
         stop_s, url = self._signed.get(path, (0.0, None))
         if stop_s > now_s:
             return url
-        # Making the client is work of this machine; later on only credentials are waited for.
+        # Making a client is work of this machine; later on only credentials are waited for.
         within_s = min(limit_s, self._idle_s) if self._is_ready else limit_s
-        made = _run(asyncio.wait_for(self._sign(path), within_s), self)
+        signer = self._begun(within_s)
+        if signer is None:
+            made = _run(asyncio.wait_for(self._sign(path), within_s), self)
+        elif self.connections is None:
+            made = None
+        else:
+            bucket, key, _ = self.fs.split_path(path)
+            made = signer.sign(bucket, key, expires_s=_SIGNED_S, limit_s=within_s)
         if len(self._signed) >= _MOST_SIGNED:
             self._signed.clear()
         self._signed[path] = now_s + _SIGNED_S / 2, made
         return made
+
+    def _begun(self, limit_s: float) -> Signer | None:
+        """Gives the signer that needs no client, if the store is one of those that have one."""
+        with self._lock:
+            if self._is_begun:
+                return self._signer
+        # Two threads may both make one; that is better than to wait for each other's credentials.
+        signer = make_signer(self._options, limit_s=limit_s)
+        if signer is not None:
+            self._open_way(signer.endpoint, signer.ca_bundle)
+        with self._lock:
+            if not self._is_begun:
+                self._signer, self._is_begun = signer, True
+            return self._signer
+
+    def connect_soon(self, number: int, limit_s: float) -> None:
+        """Begins to open connections, unless the client would first have to say where to."""
+        signer = self._begun(limit_s) if self._signs else None
+        if signer is not None and self.connections is not None:
+            self.connections.open_soon(signer.endpoint, number, wait_s=self._idle_s)
 
     def refused(self, path: str) -> None:
         """Drops the URL of an object that was refused; a bucket that refuses new ones gets no more.

@@ -86,6 +86,32 @@ class Connections:
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._idle)
 
+    def open_soon(self, url: str, number: int, *, wait_s: float) -> None:
+        """Begins to open connections to a server, which wait for their first use; returns at once.
+
+        What comes of it is not told: who asks finds an open connection, or opens one.
+
+        Args:
+          url: Any of the server's.
+          number: How many.
+          wait_s: How long to try, in seconds.
+        """
+        at = urlsplit(url)
+        server = at.scheme, at.netloc
+
+        def connect() -> None:
+            connection = self._open(server)
+            try:
+                _limit(connection, wait_s)
+                connection.connect()
+            except (OSError, http.client.HTTPException):
+                connection.close()
+            else:
+                self._put(server, connection)
+
+        for _ in range(number):
+            threading.Thread(target=connect, name="connect", daemon=True).start()
+
     @contextmanager
     def get(
         self, url: str, headers: Mapping[str, str], *, wait_s: Callable[[], float]
@@ -175,8 +201,14 @@ class Connections:
         connection: http.client.HTTPConnection,
         answer: http.client.HTTPResponse,
     ) -> None:
+        if answer.isclosed():
+            self._put(server, connection)
+        else:
+            connection.close()
+
+    def _put(self, server: tuple[str, str], connection: http.client.HTTPConnection) -> None:
         with self._lock:
-            if answer.isclosed() and len(self._idle[server]) < _KEPT:
+            if len(self._idle[server]) < _KEPT:
                 self._idle[server].append(_Kept(connection, time.monotonic()))
                 return
         connection.close()

@@ -81,6 +81,9 @@ CLOCKS = {
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
+OF_CLIENTS = {"shardspec/signing.py": {"botocore"}}
+"""Parts of the contract that use what a store's client brings along, once that store is used."""
+
 ENVIRONMENT = {"loader/topology.py", "shardspec/stores.py"}
 """Read environment variables: those of the launcher, and those that name stores."""
 
@@ -149,9 +152,20 @@ def test_contract_needs_numpy_pillow_and_fsspec_only():
     wrong = {
         name: found
         for name, tree in SOURCES.items()
-        if room(name) == "shardspec" and (found := tops(tree) - allowed)
+        if room(name) == "shardspec"
+        and (found := tops(tree) - allowed - OF_CLIENTS.get(name, set()))
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("name", OF_CLIENTS)
+def test_what_comes_with_a_client_is_imported_only_where_it_is_used(name):
+    functions = [n for n in ast.walk(SOURCES[name]) if isinstance(n, ast.FunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
+    imports = [n for n in ast.walk(SOURCES[name]) if isinstance(n, ast.Import | ast.ImportFrom)]
+    outside = {top for node in imports if node not in inside for top in tops(ast.Module([node]))}
+    assert not outside & OF_CLIENTS[name]
+    assert tops(SOURCES[name]) >= OF_CLIENTS[name]
 
 
 def test_storage_is_the_one_door_to_fsspec():

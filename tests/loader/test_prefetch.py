@@ -117,6 +117,30 @@ class Watched:
         return self.original(reader, url, start, stop, **options)
 
 
+def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
+    prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1, cold_steps=2))
+    watched = Watched(first=390)
+    with (
+        mock.patch("loader.prefetch._PIECE_BYTES", 4 * SAMPLE),
+        mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
+    ):
+        # The only thread is busy until all has been said.
+        steps = {0: [390], 3: [5, 6, 7, 8, 9], 4: [0, 1], 5: [3], 9: [2, 4]}
+        for step, samples in steps.items():
+            prefetcher.will_read(step, located(url, samples))
+        stop_s = time.monotonic() + 10
+        while sum(map(len, prefetcher._plan.values())) < 11:
+            assert time.monotonic() < stop_s
+            time.sleep(0.01)
+        watched.let_go.set()
+        for step, samples in steps.items():
+            for sample in samples:
+                read(prefetcher, url, sample)
+            prefetcher.was_read(step)
+    # 5 is due first, with as much behind it as makes a piece; 2 comes with what is around it.
+    assert watched.asked == [(390, 391), (5, 9), (9, 10), (0, 4), (4, 5)]
+
+
 def test_the_first_batch_shares_the_link_with_few_others(url):
     watched = Watched(first=0)
     with mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)):

@@ -2,10 +2,13 @@
 
 import http.server
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from shardspec.wire import Connections
+from tests.servers import free_ports
 
 BODY = bytes(range(256)) * 1000
 
@@ -172,3 +175,25 @@ def test_threads_have_connections_of_their_own(web):
         thread.join()
     assert wrong == []
     assert 1 <= web.connections <= 4
+
+
+def test_connections_that_were_opened_ahead_are_used(web):
+    connections = Connections()
+    connections.open_soon(web.endpoint, 3, wait_s=5)
+    stop_s = time.monotonic() + 10
+    while web.connections < 3 or sum(map(len, connections._idle.values())) < 3:
+        assert time.monotonic() < stop_s
+        time.sleep(0.01)
+    with ThreadPoolExecutor(3) as pool:
+        bodies = list(pool.map(lambda _: get(connections, web.endpoint + "/a"), range(12)))
+    assert [body for _, body, _ in bodies] == [BODY] * 12
+    assert web.connections == 3
+
+
+def test_connections_that_cannot_be_opened_ahead_are_the_askers_matter():
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    connections = Connections()
+    connections.open_soon(nobody, 2, wait_s=5)
+    with pytest.raises(ConnectionError):
+        get(connections, nobody + "/a")
+    assert not any(connections._idle.values())
