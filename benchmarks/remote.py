@@ -2,7 +2,7 @@
 
     python benchmarks/remote.py [CONTENDER ...]
 
-Peers that are not installed are left out; `make bench` installs all of them. It takes five minutes.
+Peers that are not installed are left out; `make bench` installs all of them. It takes ten minutes.
 
 An S3 server on loopback stands behind a slow link (tests/slow_link.py), a process of its own, that
 lets each request and each new connection wait 20 ms and all answers together pass at 100 MB/s.
@@ -20,7 +20,8 @@ process. They take turns; medians are shown.
   away, by URLs that were signed before.
 
 Shuffles differ: ours is of the whole dataset, mosaicml-streaming's and litdata's of shards and
-inside them, webdataset's of a buffer that is filled first. Rows "in order" do not shuffle.
+inside them, webdataset's of shards and of a buffer of 1,000 samples, from which it gives the first
+one when 100 are there, its default, or when it is full. Rows "in order" do not shuffle.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from shardspec.wire import Connections
 from tests import servers
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = 1024
+ROWS = 3072
 PICTURES = 32
 BATCH = 32
 ROUNDS = 3
@@ -256,7 +257,7 @@ def ours(cache: str | None, *, shuffle: bool = True) -> Iterator[int]:
         yield len(batch["input_ids"])
 
 
-def webdataset(buffer: int) -> Iterator[int]:
+def webdataset(buffer: int, *, initial: int = 0) -> Iterator[int]:
     import webdataset as wds
 
     fs = _s3fs()
@@ -264,7 +265,7 @@ def webdataset(buffer: int) -> Iterator[int]:
     urls = [f"pipe:curl -s -f '{fs.sign(name, expiration=3600)}'" for name in names]
     dataset = wds.WebDataset(urls, shardshuffle=len(urls) if buffer else False, seed=1)
     if buffer:
-        dataset = dataset.shuffle(buffer, initial=buffer)
+        dataset = dataset.shuffle(buffer, initial=initial)
     for batch in dataset.to_tuple("pix", "tok").batched(BATCH, collation_fn=_stack):
         yield len(batch)
 
@@ -326,7 +327,8 @@ CONTENDERS = {
     "ours, cache": ours,
     "ours, no cache": partial(_without_cache, ours, None),
     "ours, in order": partial(_without_cache, partial(ours, shuffle=False), None),
-    "webdataset, buffer": partial(_without_cache, webdataset, 1000),
+    "webdataset, full buffer": partial(_without_cache, partial(webdataset, initial=1000), 1000),
+    "webdataset, buffer": partial(_without_cache, partial(webdataset, initial=100), 1000),
     "webdataset, in order": partial(_without_cache, webdataset, 0),
     "mosaicml-streaming": mosaic,
     "litdata": litdata,

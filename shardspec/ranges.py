@@ -174,7 +174,7 @@ class RangeReader:
         """
         store, _ = self._store(url)
         if isinstance(store, _S3):
-            store.connect_soon(number, self.policy.wall_s)
+            store.connect_soon(number)
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to a counter, from any thread."""
@@ -533,16 +533,17 @@ class _S3:
         stop_s, url = self._signed.get(path, (0.0, None))
         if stop_s > now_s:
             return url
-        # Making a client is work of this machine; later on only credentials are waited for.
-        within_s = min(limit_s, self._idle_s) if self._is_ready else limit_s
-        signer = self._begun(within_s)
+        patience_s = min(limit_s, self._idle_s)
+        signer = self._begun(patience_s)
         if signer is None:
+            # Making a client is work of this machine; later on only credentials are waited for.
+            within_s = patience_s if self._is_ready else limit_s
             made = _run(asyncio.wait_for(self._sign(path), within_s), self)
         elif self.connections is None:
             made = None
         else:
             bucket, key, _ = self.fs.split_path(path)
-            made = signer.sign(bucket, key, expires_s=_SIGNED_S, limit_s=within_s)
+            made = signer.sign(bucket, key, expires_s=_SIGNED_S, limit_s=patience_s)
         if len(self._signed) >= _MOST_SIGNED:
             self._signed.clear()
         self._signed[path] = now_s + _SIGNED_S / 2, made
@@ -562,9 +563,9 @@ class _S3:
                 self._signer, self._is_begun = signer, True
             return self._signer
 
-    def connect_soon(self, number: int, limit_s: float) -> None:
+    def connect_soon(self, number: int) -> None:
         """Begins to open connections, unless the client would first have to say where to."""
-        signer = self._begun(limit_s) if self._signs else None
+        signer = self._begun(self._idle_s) if self._signs else None
         if signer is not None and self.connections is not None:
             self.connections.open_soon(signer.endpoint, number, wait_s=self._idle_s)
 
