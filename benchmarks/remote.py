@@ -18,6 +18,8 @@ process. They take turns; medians are shown.
 * whole: the same from building the dataset to the end of the epoch.
 * of limit: whole, to the bare reader's: eight threads that receive ranges of 4 MB and throw them
   away, by URLs that were signed before.
+* link: all that the link has passed for it, by the time from the first byte to the last, in percent
+  of its rate. A loader that has fetched everything may still have batches to give.
 
 Shuffles differ: ours is of the whole dataset, mosaicml-streaming's and litdata's of shards and
 inside them, webdataset's of shards and of a buffer of 1,000 samples, from which it gives the first
@@ -78,16 +80,20 @@ def main() -> None:
         num_samples, sample_bytes = build(folder / "data", contenders)
         print(f"{num_samples} samples of {sample_bytes / 1e3:.0f} KB, batches of {BATCH}; ")
         print(f"{LATENCY_S * 1e3:.0f} ms per request, {LINK_BYTES_PER_S / 1e6:.0f} MB/s\n")
-        with servers.s3_server(folder / "s3") as server, behind(server.endpoint) as endpoint:
+        with servers.s3_server(folder / "s3") as server, behind(server.endpoint) as link:
             bucket = server.make_bucket("bench")
             server.client().put(str(folder / "data"), bucket + "/data", recursive=True)
-            env = {**os.environ, **server.env, "AWS_ENDPOINT_URL_S3": endpoint}
+            env = {**os.environ, **server.env, "AWS_ENDPOINT_URL_S3": link.endpoint}
             found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
             for i in range(ROUNDS):
                 for contender in contenders[:: 1 if i % 2 else -1]:
                     with tempfile.TemporaryDirectory(dir=folder) as cache:
-                        found[contender].append(run(contender, cache, env))
-    row("", "first, s", "from start, s", "epoch", "whole", "of limit", "CPU, s", "samples")
+                        link.used()
+                        measured = run(contender, cache, env)
+                        if contender != LIMIT and measured["samples"] != num_samples:
+                            raise RuntimeError(f"{contender}: {measured['samples']} samples")
+                        found[contender].append(measured | {"link": link.used()})
+    row("", "first, s", "from start, s", "epoch", "whole", "of limit", "link", "CPU, s")
     limit = np.median([run["whole_bytes_per_s"] for run in found.get(LIMIT, [])] or [0])
     for contender, runs in found.items():
         median = {name: np.median([r[name] for r in runs]) for name in runs[0]}
@@ -100,24 +106,42 @@ def main() -> None:
             f"{median['bytes_per_s'] / 1e6:.0f} MB/s",
             f"{median['whole_bytes_per_s'] / 1e6:.0f} MB/s",
             f"{median['whole_bytes_per_s'] / limit:.2f}" if limit else "",
+            f"{median['link']:.0%}",
             f"{median['cpu_s']:.2f}",
-            f"{median['samples']:.0f}",
         )
 
 
+class Link:
+    """The slow link, which runs in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.endpoint = self._read()
+
+    def used(self) -> float:
+        """Tells how much of its rate was used since this was asked last."""
+        assert self._process.stdin is not None
+        print(file=self._process.stdin, flush=True)
+        num_bytes, seconds = map(float, self._read().split())
+        return num_bytes / seconds / LINK_BYTES_PER_S if seconds else 0.0
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
 @contextmanager
-def behind(endpoint: str) -> Iterator[str]:
-    """Starts the slow link to a server and gives the address of its near end."""
+def behind(endpoint: str) -> Iterator[Link]:
+    """Starts the slow link to a server."""
     options = ("--latency", str(LATENCY_S), "--rate", str(LINK_BYTES_PER_S))
     command = [sys.executable, str(ROOT / "tests/slow_link.py"), endpoint, *options]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as link:
-        assert link.stdout is not None
+    ) as process:
         try:
-            yield link.stdout.readline().strip()
+            yield Link(process)
         finally:
-            link.kill()
+            process.kill()
 
 
 def run(contender: str, cache: str, env: dict[str, str]) -> dict[str, float]:

@@ -255,6 +255,8 @@ class Prefetcher:
             with self._arrived:
                 self._locating = None
                 self._arrived.notify_all()
+                if self._is_first:
+                    self._wake()
                 if not self._said:
                     self._is_locating = False
                     return
@@ -311,14 +313,19 @@ class Prefetcher:
                     if not entry.is_there:
                         self._fetch_for(entry, span, near)
 
-    def fetch_soon(self, blocks: Iterable[Block]) -> None:
-        """Begins to fetch whole blocks that will be read next, all of them at once."""
+    def fetch_soon(self, blocks: Iterable[Block], *, step: int = -1) -> None:
+        """Begins to fetch whole blocks, all of them at once.
+
+        Args:
+          blocks: What will be read next.
+          step: That needs them; what nearer steps need comes first. -1: they are waited for.
+        """
         self._alive()
         with self._arrived:
             for block in blocks:
                 entry = self._entry(block)
                 if not self._map(entry):
-                    self._want(entry, (block.start, block.stop), -1)
+                    self._want(entry, (block.start, block.stop), step)
 
     def read(self, block: Block, span: Span) -> memoryview:
         """Gives bytes of a block, and waits for them where it must.
@@ -409,6 +416,11 @@ class Prefetcher:
                 error,
             )
 
+    @property
+    def _is_first(self) -> bool:
+        """Tells whether a run or pass still waits for its first step."""
+        return self._cold_until in (None, self._now + self.network.cold_steps)
+
     def _is_now_being_located(self) -> bool:
         soonest = self._said[0][0] if self._said else None
         return self._now in (self._locating, soonest)
@@ -452,6 +464,11 @@ class Prefetcher:
                 target=self._serve, args=(kind,), name=f"fetch-{kind}", daemon=True
             ).start()
         self._work[kind].notify()
+
+    def _wake(self) -> None:
+        """Lets the threads look whether they may begin what they had to leave."""
+        for work in self._work.values():
+            work.notify_all()
 
     def _have(self, entry: _Entry, span: Span) -> memoryview | None:
         start = entry.block.start
@@ -541,15 +558,15 @@ class Prefetcher:
                 if entry is None:
                     self._threads[kind] -= 1
                     return
+                step = min(entry.steps, default=self._now)
                 if kind == "piece":
-                    spans = self._take(entry)
+                    spans, step = self._take(entry)
                     self._held_bytes += sum(stop - start for start, stop in spans)
                     entry.claiming = self._open_cache() is not None and not (
                         entry.direct or entry.fill
                     )
                 else:
                     entry.queued, entry.filling = False, True
-                step = min(entry.steps, default=self._now)
                 is_urgent = step <= self._now
                 self._under_way[is_urgent] += 1
             try:
@@ -567,8 +584,7 @@ class Prefetcher:
                 entry.claiming = entry.filling = False
                 self._under_way[is_urgent] -= 1
                 if is_urgent and not self._under_way[True]:
-                    for work in self._work.values():
-                        work.notify_all()
+                    self._wake()
                 if kind == "piece":
                     # What did not come does not count as held.
                     lost = [span for span in spans if span in entry.coming]
@@ -583,8 +599,8 @@ class Prefetcher:
                 self._settle(entry)
                 self._arrived.notify_all()
 
-    def _take(self, entry: _Entry) -> list[Span]:
-        """Chooses what of a block is fetched by the next request; the rest is queued again."""
+    def _take(self, entry: _Entry) -> tuple[list[Span], int]:
+        """Chooses what of a block the next request fetches, and for which step; the rest waits."""
         first = min(entry.wanted, key=lambda span: (entry.wanted[span], span))
         # What is needed at once does not wait for what lies beside it, and no step for what lies
         # beside it and is needed much later.
@@ -602,7 +618,7 @@ class Prefetcher:
         entry.coming.update(spans)
         if entry.wanted:
             self._queue("piece", entry, min(entry.wanted.values()))
-        return spans
+        return spans, step
 
     def _next(self, kind: _Kind) -> _Entry | None:
         """Waits for the next block to work on; None when there was nothing to do for long."""
@@ -635,9 +651,9 @@ class Prefetcher:
 
     def _may_start(self, kind: _Kind, queued: tuple[int, int, _Entry]) -> bool:
         step, _, entry = queued
-        is_first = self._cold_until == self._now + self.network.cold_steps
-        is_waited_for = is_first and self._under_way[True] > 0
-        if is_waited_for and step > self._now and self._under_way[False] >= _BESIDE:
+        is_awaited = self._under_way[True] > 0 or self._is_now_being_located()
+        is_later = step > self._now and self._under_way[False] >= _BESIDE
+        if self._is_first and is_awaited and is_later:
             return False
         if kind == "block":
             pieces = self._queues["piece"]

@@ -279,8 +279,8 @@ class ShardReader:
             return
         ids = np.fromiter(sample_ids, np.int64)
         numbers = np.searchsorted(self.starts, ids, side="right") - 1
-        self._open_soon(sorted(set(numbers.tolist())))
         self.prefetcher.will_read(step, lambda: self._places(ids.tolist()))
+        self._open_soon(sorted(set(numbers.tolist())), step=step)
 
     def _places(self, sample_ids: list[int]) -> list[tuple[Block, Span]]:
         spans = []
@@ -322,7 +322,7 @@ class ShardReader:
         ):
             segment = self.segments[number]
             if number in waiting[:1]:
-                self._open_soon(waiting[:_OPENED_AHEAD])
+                self._open_soon(waiting[:_OPENED_AHEAD], step=-1)
                 del waiting[:_OPENED_AHEAD]
             shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
             if name not in (shard.rows.dtype.names or ()):
@@ -349,11 +349,12 @@ class ShardReader:
         shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
         return shard, sample_id - self._borders[number] + segment.first_row
 
-    def _open_soon(self, numbers: list[int]) -> None:
+    def _open_soon(self, numbers: list[int], *, step: int) -> None:
         if self._remote is not None:
             files = {file.url: file for file in (self.segments[i].file for i in numbers)}
             missing = [files[url] for url in files if url not in self._open]
-            self._remote.open_soon([file for file in missing if not storage.is_local(file.url)])
+            remote = [file for file in missing if not storage.is_local(file.url)]
+            self._remote.open_soon(remote, step=step)
 
     def _open_shard(self, file: FileEntry) -> _OpenShard:
         shards = self._open

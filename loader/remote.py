@@ -45,10 +45,10 @@ class RemoteShards:
         """
         return 384
 
-    def open_soon(self, files: Iterable[FileEntry]) -> None:
-        """Fetches the indexes of shards that will be opened next, all of them at once."""
+    def open_soon(self, files: Iterable[FileEntry], *, step: int) -> None:
+        """Fetches the indexes of shards that a step will open, as `Prefetcher.fetch_soon`."""
         remote = [file for file in files if not storage.is_local(file.index_url)]
-        self.prefetcher.fetch_soon([self._index(file) for file in remote])
+        self.prefetcher.fetch_soon([self._index(file) for file in remote], step=step)
 
     def open(self, file: FileEntry) -> RemoteShard:
         """Fetches the index of a shard.

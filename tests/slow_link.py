@@ -5,7 +5,9 @@
 What a client sends waits `latency` before it is passed on, and so does a new connection: a request
 waits once, as if the store were so far away. What the server sends passes at `rate`, all
 connections together. Bodies move from socket to socket inside the kernel (splice) and are never
-looked at. It prints its address and runs until its standard input ends.
+looked at. It prints its address and runs until its standard input ends. To each line of that it
+answers with the bytes that have passed since the line before, and the seconds between the first and
+the last of them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class SlowLink:
         self._latency_s, self._bytes_per_s = latency_s, bytes_per_s
         self._lock = threading.Lock()
         self._free_s = 0.0
+        self._passed, self._first_s, self._last_s = 0, 0.0, 0.0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
@@ -39,6 +42,12 @@ class SlowLink:
         while True:
             client, _ = self._listener.accept()
             threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def account(self):
+        """Tells (bytes, seconds) of what has passed since it was asked last."""
+        with self._lock:
+            passed, self._passed = self._passed, 0
+            return passed, self._last_s - self._first_s
 
     def _connect(self, client):
         time.sleep(self._latency_s)
@@ -72,7 +81,11 @@ class SlowLink:
     def _pace(self, num_bytes):
         with self._lock:
             now = time.monotonic()
+            if not self._passed:
+                self._first_s = now
+            self._passed += num_bytes
             self._free_s = max(self._free_s, now) + num_bytes / self._bytes_per_s
+            self._last_s = self._free_s
             wait_s = self._free_s - now
         if wait_s > _GRAIN_S:
             time.sleep(wait_s)
@@ -93,7 +106,8 @@ def main():
     link = SlowLink(options.upstream, latency_s=options.latency, bytes_per_s=options.rate)
     print(link.endpoint, flush=True)
     threading.Thread(target=link.serve, daemon=True).start()
-    sys.stdin.read()
+    for _ in sys.stdin:
+        print(*link.account(), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -106,14 +107,17 @@ def test_a_step_that_cannot_be_located_is_its_readers_matter(url):
 class Watched:
     """Ranges as they are asked for; those of the first sample wait until they are let go."""
 
-    def __init__(self, first):
-        self.first, self.let_go, self.asked = first, threading.Event(), []
+    def __init__(self, first, *, others_s=0.0):
+        self.first, self.others_s = first, others_s
+        self.let_go, self.asked = threading.Event(), []
         self.original = RangeReader.read
 
     def read(self, reader, url, start, stop, **options):
         self.asked.append((start // SAMPLE, stop // SAMPLE))
         if start == self.first * SAMPLE:
             assert self.let_go.wait(10)
+        else:
+            time.sleep(self.others_s)
         return self.original(reader, url, start, stop, **options)
 
 
@@ -159,6 +163,33 @@ def test_the_first_batch_shares_the_link_with_few_others(url):
         read(prefetcher, url, 0)
         for step in range(1, 30):
             read(prefetcher, url, 10 * step)
+
+
+def test_the_first_batch_waits_for_its_own_indexes_only(url):
+    index = {step: place(url, 100 + 10 * step)[0] for step in range(9)}
+    watched = Watched(first=100, others_s=0.5)
+
+    def locate(step):
+        block = index[step]
+        prefetcher.read(block, (block.start, block.stop))
+        return [place(url, 10 * step)]
+
+    with mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)):
+        prefetcher = Prefetcher(Network(block_bytes=BLOCK))
+        for step in range(9):
+            prefetcher.will_read(step, partial(locate, step))
+            prefetcher.fetch_soon([index[step]], step=step)
+        time.sleep(0.2)
+        before = list(watched.asked)
+        watched.let_go.set()
+        for step in range(9):
+            read(prefetcher, url, 10 * step)
+            prefetcher.was_read(step)
+    # Its index, with one of another step at most; behind it its sample.
+    assert (100, 110) in before
+    assert len(before) <= 2
+    assert (0, 1) in watched.asked[len(before) : len(before) + 2]
+    assert len(watched.asked) == 9 + 9
 
 
 def test_what_a_batch_waits_for_is_not_joined_with_what_later_ones_need(url):
