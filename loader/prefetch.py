@@ -232,6 +232,9 @@ class Prefetcher:
                 entry.queued = entry.queued and entry.fill is not None
                 if entry.fill is None:
                     self._drop_pieces(entry, list(entry.pieces))
+                elif not (entry.queued or entry.coming or entry.filling):
+                    # Nobody else would write it, and others may wait for it.
+                    self._queue_block(entry, self._now)
                 self._settle(entry)
 
     def will_read(self, step: int, locate: Locate) -> None:
@@ -658,7 +661,8 @@ class Prefetcher:
         if kind == "block":
             pieces = self._queues["piece"]
             return not (pieces and self._may_start("piece", pieces[0]))
-        more = min(_PIECE_BYTES, sum(stop - start for start, stop in entry.wanted))
+        lengths = [stop - start for start, stop in entry.wanted]
+        more = min(sum(lengths), max(_PIECE_BYTES, *lengths)) if lengths else 0
         urgent = step < self._now + self.network.cold_steps
         return urgent or self._held_bytes + more <= self.network.ahead_bytes
 

@@ -42,7 +42,7 @@ from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.retries import jitter, passing_kind, refusal_of
 from shardspec.signing import Signer, make_signer
 from shardspec.wire import Answer as WireAnswer
-from shardspec.wire import Connections
+from shardspec.wire import Connections, shared_connections
 
 _T = TypeVar("_T")
 
@@ -170,11 +170,17 @@ class RangeReader:
 
         Args:
           url: Of an object.
-          number: How many.
+          number: How many there shall be, for all who read from that store in this process.
         """
-        store, _ = self._store(url)
-        if isinstance(store, _S3):
-            store.connect_soon(number)
+
+        def connect() -> None:
+            # Whatever fails here, who reads from the store meets it, and can say what it means.
+            with suppress(Exception):
+                store, _ = self._store(url)
+                if isinstance(store, _S3):
+                    store.connect_soon(number)
+
+        threading.Thread(target=connect, name="connect", daemon=True).start()
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to a counter, from any thread."""
@@ -409,9 +415,9 @@ class RangeReader:
 
     def _store(self, url: str) -> tuple[_Store, str]:
         shared, path = storage.filesystem(url)
-        # S3 Express and access points of several regions have signatures of their own, which only
-        # the client knows how to choose.
-        signs = not re.match(r"arn:|[^/]*--x-s3(/|$)", path)
+        # S3 Express, Outposts and access points of several regions have signatures or addresses of
+        # their own, which only the client knows how to choose.
+        signs = not re.match(r"arn:|[^/]*--(x|op)-s3(/|$)", path)
         key = id(shared), signs
         with self._lock:
             if key not in self._stores:
@@ -495,7 +501,7 @@ class _S3:
         self._options = shared.storage_options
         self._lock = threading.Lock()
         self._signer: Signer | None = None
-        self._is_begun = self._is_ready = self._has_way = False
+        self._is_begun = self._is_ready = False
         self._signed: dict[str, tuple[float, str | None]] = {}
         """Until when, in the monotonic clock's seconds, and the URL; None where there is none."""
         self._refusals: Counter[str] = Counter()
@@ -509,21 +515,9 @@ class _S3:
             config, verify = client.meta.config, self.fs.client_kwargs.get("verify")
             if verify is None:
                 verify = self.fs.session.get_config_variable("ca_bundle")
-            if not (config.proxies or config.client_cert or verify is False):
-                self._open_way(client.meta.endpoint_url, verify)
-
-    def _open_way(self, endpoint: str, ca_file: object) -> None:
-        """Opens a way of our own to the store, once, unless it would differ from the client's."""
-        server = urlsplit(endpoint)
-        by_proxy = urllib.request.getproxies().get(server.scheme) and not (
-            urllib.request.proxy_bypass(server.hostname or "")
-        )
-        with self._lock:
-            if not (self._has_way or by_proxy):
-                self._has_way = True
-                self.connections = Connections(
-                    ca_file=ca_file if isinstance(ca_file, str) else None
-                )
+            has_way = not (config.proxies or config.client_cert or verify is False)
+            if has_way and self._signer is None:
+                self.connections = _way(client.meta.endpoint_url, verify)
 
     def signed(self, path: str, limit_s: float) -> str | None:
         """Gives a URL that an object can be had by; None where only the client can ask for it."""
@@ -533,39 +527,34 @@ class _S3:
         stop_s, url = self._signed.get(path, (0.0, None))
         if stop_s > now_s:
             return url
-        patience_s = min(limit_s, self._idle_s)
-        signer = self._begun(patience_s)
+        # Making a client is work of this machine, and credentials may need the user; later on only
+        # a service that gives them is waited for.
+        within_s = min(limit_s, self._idle_s) if self._signed else limit_s
+        made, signer = None, self._begun()
         if signer is None:
-            # Making a client is work of this machine; later on only credentials are waited for.
-            within_s = patience_s if self._is_ready else limit_s
             made = _run(asyncio.wait_for(self._sign(path), within_s), self)
-        elif self.connections is None:
-            made = None
-        else:
+        elif self.connections is not None:
             bucket, key, _ = self.fs.split_path(path)
-            made = signer.sign(bucket, key, expires_s=_SIGNED_S, limit_s=patience_s)
+            made = signer.sign(bucket, key, expires_s=_SIGNED_S, limit_s=within_s)
         if len(self._signed) >= _MOST_SIGNED:
             self._signed.clear()
         self._signed[path] = now_s + _SIGNED_S / 2, made
         return made
 
-    def _begun(self, limit_s: float) -> Signer | None:
+    def _begun(self) -> Signer | None:
         """Gives the signer that needs no client, if the store is one of those that have one."""
         with self._lock:
-            if self._is_begun:
-                return self._signer
-        # Two threads may both make one; that is better than to wait for each other's credentials.
-        signer = make_signer(self._options, limit_s=limit_s)
-        if signer is not None:
-            self._open_way(signer.endpoint, signer.ca_bundle)
-        with self._lock:
             if not self._is_begun:
-                self._signer, self._is_begun = signer, True
+                signer = make_signer(self._options)
+                way = None if signer is None else _way(signer.endpoint, signer.ca_bundle)
+                if way is not None:
+                    self._signer, self.connections = signer, way
+                self._is_begun = True
             return self._signer
 
     def connect_soon(self, number: int) -> None:
         """Begins to open connections, unless the client would first have to say where to."""
-        signer = self._begun(self._idle_s) if self._signs else None
+        signer = self._begun() if self._signs else None
         if signer is not None and self.connections is not None:
             self.connections.open_soon(signer.endpoint, number, wait_s=self._idle_s)
 
@@ -708,6 +697,15 @@ def _open_store(shared: Any, policy: RetryPolicy, *, signs: bool) -> _Store:
     if protocols & {"gs", "http", "https"}:
         return _Http(shared, policy)
     return _Plain(shared)
+
+
+def _way(endpoint: str, ca_file: object) -> Connections | None:
+    """Opens a way of our own to a store; None where a proxy is in the way: the client knows it."""
+    server = urlsplit(endpoint)
+    proxy = urllib.request.getproxies().get(server.scheme)
+    if proxy and not urllib.request.proxy_bypass(server.hostname or ""):
+        return None
+    return shared_connections(endpoint, ca_file=ca_file if isinstance(ca_file, str) else None)
 
 
 def _own(shared: Any, **options: Any) -> Any:

@@ -9,13 +9,13 @@ compares them); wherever that is not certain there is no signer, and the client 
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent import futures
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, urlsplit
-
-_T = TypeVar("_T")
 
 _IGNORED = frozenset({"use_listings_cache"})
 """Options of an S3 file system that have no say in a URL."""
@@ -37,50 +37,85 @@ _SPECIAL = ("use_dualstack_endpoint", "use_fips_endpoint", "sigv4a_signing_regio
 class Signer:
     """Signs for one store. Safe to share between threads."""
 
-    def __init__(self, session: Any, credentials: Any, *, endpoint: str, region: str) -> None:
-        """Joins what `make_signer` has found."""
+    def __init__(self, session: Any, *, endpoint: str, region: str) -> None:
+        """Joins what `make_signer` has found; asks for no credentials yet."""
         self.endpoint = endpoint
         self.region = region
         self.ca_bundle: str | None = session.get_config_variable("ca_bundle")
         """File of certificates that the store's own is to be checked with; None: the system's."""
-        self._credentials = credentials
-        # Those of a role are fetched anew when they run out.
-        self._can_wait = hasattr(credentials, "refresh_needed")
+        self._session = session
+        self._credentials: Any = None
+        self._lock = threading.Lock()
+        self._coming: Future[Any] | None = None
 
-    def sign(self, bucket: str, key: str, *, expires_s: int, limit_s: float) -> str:
-        """Gives the URL of a GET.
+    def sign(self, bucket: str, key: str, *, expires_s: int, limit_s: float) -> str | None:
+        """Gives the URL of a GET; None where there are no credentials.
 
         Args:
           bucket: As it is named in the store.
           key: Of the object, unquoted.
           expires_s: How long the URL is valid, in seconds.
-          limit_s: How long to wait for credentials that have run out, in seconds.
+          limit_s: How long to wait for credentials, in seconds.
 
         Raises:
-          TimeoutError: They did not come.
+          TimeoutError: They did not come; who asks again waits for the same ones.
           botocore.exceptions.BotoCoreError: They are not to be had.
         """
         from botocore.auth import S3SigV4QueryAuth
         from botocore.awsrequest import AWSRequest
 
-        frozen = self._credentials.get_frozen_credentials
-        credentials = _within(limit_s, frozen) if self._can_wait else frozen()
+        credentials = self._frozen(limit_s)
+        if credentials is None:
+            return None
         path = quote(f"{bucket}/{key}", safe="/~")
         request = AWSRequest("GET", f"{self.endpoint}/{path}")
         S3SigV4QueryAuth(credentials, "s3", self.region, expires=expires_s).add_auth(request)
         return str(request.url)
 
+    def _frozen(self, limit_s: float) -> Any:
+        """Gives the credentials as they are now; those of a role run out and are fetched anew."""
+        known = self._credentials
+        if known is not None and not (hasattr(known, "refresh_needed") and known.refresh_needed()):
+            return known.get_frozen_credentials()
+        # A thread fetches them, once for all who wait: it may ask a service, or the user.
+        with self._lock:
+            coming = self._coming
+            if coming is None:
+                coming = self._coming = Future()
+                args = (coming,)
+                threading.Thread(target=self._fetch, args=args, name="sign-in", daemon=True).start()
+        try:
+            return coming.result(limit_s)
+        except futures.TimeoutError as error:
+            if coming.done():
+                raise  # the service's own
+            raise TimeoutError("credentials did not come in time") from error
 
-def make_signer(options: Mapping[str, Any], *, limit_s: float) -> Signer | None:
+    def _fetch(self, coming: Future[Any]) -> None:
+        frozen, failure = None, None
+        try:
+            if self._credentials is None:
+                self._credentials = self._session.get_credentials()
+            if self._credentials is not None:
+                frozen = self._credentials.get_frozen_credentials()
+        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait
+            failure = error
+        with self._lock:
+            self._coming = None
+        if failure is None:
+            coming.set_result(frozen)
+        else:
+            coming.set_exception(failure)
+
+
+def make_signer(options: Mapping[str, Any]) -> Signer | None:
     """Makes the signer of an S3 file system; None where only its client knows what to ask for.
 
     Args:
       options: What the file system was made with (`storage_options` of s3fs).
-      limit_s: How long to wait for credentials, in seconds.
 
     Raises:
-      TimeoutError: Credentials did not come in time.
-      botocore.exceptions.BotoCoreError: The profile or the credentials are not to be had.
+      botocore.exceptions.BotoCoreError: There is no such profile, or its files cannot be read.
     """
     options = {name: value for name, value in options.items() if name not in _IGNORED}
     profile, endpoint = options.pop("profile", None), options.pop("endpoint_url", None)
@@ -96,18 +131,36 @@ def make_signer(options: Mapping[str, Any], *, limit_s: float) -> Signer | None:
     session = botocore.session.Session(profile=profile)
     section = dict(session.get_config_variable("s3") or {})
     addressing = section.pop("addressing_style", None) if addressing is None else addressing
-    endpoint = endpoint or _configured_endpoint(session)
     special = any(session.get_config_variable(name) for name in _SPECIAL)
-    if not endpoint or special or addressing == "virtual" or section.keys() - _TRANSFER:
+    if special or addressing == "virtual" or section.keys() - _TRANSFER:
         return None
-    server = urlsplit(endpoint)
-    if server.scheme not in ("http", "https") or server.query or server.fragment:
-        return None
-    credentials = _within(limit_s, session.get_credentials)
-    if credentials is None:
-        return None
+    endpoint = endpoint or _configured_endpoint(session)
     region = region or session.get_config_variable("region") or "us-east-1"
-    return Signer(session, credentials, endpoint=endpoint.rstrip("/"), region=region)
+    if not (endpoint and _is_plain(endpoint, region)):
+        return None
+    return Signer(session, endpoint=endpoint.rstrip("/"), region=region)
+
+
+def _is_plain(endpoint: str, region: str) -> bool:
+    """Tells whether a URL at this endpoint is endpoint, bucket and key, and nothing else."""
+    from botocore.exceptions import InvalidRegionError
+    from botocore.utils import is_valid_endpoint_url, validate_region_name
+
+    try:
+        validate_region_name(region)
+        server = urlsplit(endpoint)
+        _ = server.port  # raises where it is no number
+    except (InvalidRegionError, ValueError):
+        return False
+    host = server.hostname or ""
+    return (
+        is_valid_endpoint_url(endpoint)
+        and server.scheme in ("http", "https")
+        and not (server.query or server.fragment or "%" in server.path or "@" in server.netloc)
+        # Amazon's own have rules by name: acceleration, regions that are none.
+        and not re.search(r"\.amazonaws\.com(\.|$)", host)
+        and "fips" not in region
+    )
 
 
 def _configured_endpoint(session: Any) -> str | None:
@@ -123,17 +176,3 @@ def _configured_endpoint(session: Any) -> str | None:
     )
     found: str | None = provider.provide()
     return found
-
-
-def _within(limit_s: float, work: Callable[[], _T]) -> _T:
-    """Does some work in a thread, which is left alone if it takes too long."""
-    future: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - it belongs to who waits
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="credentials", daemon=True).start()
-    return future.result(limit_s)

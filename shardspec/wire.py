@@ -12,11 +12,12 @@ server had closed meanwhile. URLs are never logged: they may carry a signature.
 from __future__ import annotations
 
 import http.client
+import os
 import ssl
 import threading
 import time
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class Connections:
         self._ca_file = ca_file
         self._context: ssl.SSLContext | None = None
         self._idle: defaultdict[tuple[str, str], list[_Kept]] = defaultdict(list)
+        self._opening: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._idle)
 
@@ -93,24 +95,37 @@ class Connections:
 
         Args:
           url: Any of the server's.
-          number: How many.
+          number: How many shall be open and idle.
           wait_s: How long to try, in seconds.
         """
         at = urlsplit(url)
         server = at.scheme, at.netloc
+        with self._lock:
+            number = max(0, number - len(self._idle[server]) - self._opening[server])
+            self._opening[server] += number
 
         def connect() -> None:
-            connection = self._open(server)
+            connection = None
             try:
+                connection = self._open(server)
                 _limit(connection, wait_s)
                 connection.connect()
-            except (OSError, http.client.HTTPException):
-                connection.close()
-            else:
                 self._put(server, connection)
+            except (OSError, http.client.HTTPException, ValueError):
+                # A name that no host can have is a ValueError.
+                if connection is not None:
+                    connection.close()
+            finally:
+                with self._lock:
+                    self._opening[server] -= 1
 
         for _ in range(number):
             threading.Thread(target=connect, name="connect", daemon=True).start()
+        if number:
+            # Those that nobody has used by then would be kept, and never used.
+            closing = threading.Timer(wait_s + _IDLE_S, self._close_old, args=(server,))
+            closing.daemon = True
+            closing.start()
 
     @contextmanager
     def get(
@@ -152,7 +167,11 @@ class Connections:
             try:
                 _limit(connection, wait_s())
                 connection.request("GET", target, headers=dict(headers))
-                return connection, connection.getresponse()
+                answer = connection.getresponse()
+                if answer.status != 408 or kept is None:
+                    return connection, answer
+                # What some servers say to a connection that has been idle for long.
+                connection.close()
             except (ConnectionError, http.client.BadStatusLine):
                 connection.close()
                 # A server closes idle connections without a word; a new one tells what is true.
@@ -179,6 +198,15 @@ class Connections:
         last.connection.close()
         self._drop(server)
         return None
+
+    def _close_old(self, server: tuple[str, str]) -> None:
+        oldest_s = time.monotonic() - _IDLE_S
+        with self._lock:
+            idle = self._idle.get(server, [])
+            old = [kept for kept in idle if kept.since_s <= oldest_s]
+            idle[:] = [kept for kept in idle if kept.since_s > oldest_s]
+        for kept in old:
+            kept.connection.close()
 
     def _drop(self, server: tuple[str, str]) -> None:
         with self._lock:
@@ -212,6 +240,25 @@ class Connections:
                 self._idle[server].append(_Kept(connection, time.monotonic()))
                 return
         connection.close()
+
+
+_shared: weakref.WeakValueDictionary[tuple[object, ...], Connections]
+_shared = weakref.WeakValueDictionary()
+
+
+def shared_connections(url: str, *, ca_file: str | None) -> Connections:
+    """Gives the connections of this process to a server, for all who read from it.
+
+    Args:
+      url: Any of the server's.
+      ca_file: As of `Connections`.
+    """
+    at = urlsplit(url)
+    # By process: what a forked child has are its parent's. Two threads that make them at the same
+    # time may have one set each.
+    return _shared.setdefault(
+        (os.getpid(), at.scheme, at.netloc, ca_file), Connections(ca_file=ca_file)
+    )
 
 
 def _close_all(idle: Mapping[tuple[str, str], list[_Kept]]) -> None:

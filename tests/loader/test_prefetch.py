@@ -121,6 +121,58 @@ class Watched:
         return self.original(reader, url, start, stop, **options)
 
 
+def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_path):
+    cache = str(tmp_path / "cache")
+    watched, second = Watched(first=0), threading.Event()
+
+    def read(reader, url, start, stop, **options):
+        if start == 200 * SAMPLE:
+            assert second.wait(10)
+        return watched.read(reader, url, start, stop, **options)
+
+    with (
+        mock.patch("loader.prefetch._GAP_BYTES", 0),
+        mock.patch.object(RangeReader, "read", read),
+    ):
+        prefetcher = Prefetcher(
+            Network(block_bytes=BLOCK, requests=1), cache=cache, cache_bytes=10**7
+        )
+        prefetcher.will_read(0, located(url, [0, 200]))
+        wait_until(lambda: watched.asked)
+        prefetcher.will_read(1, located(url, [5]))
+        wait_until(lambda: 1 in prefetcher._plan)
+        watched.let_go.set()
+        entry = prefetcher._entries[place(url, 0)[0].name]
+        # The block of samples 0 and 5 is claimed; 5 waits behind 200, and is forgotten.
+        wait_until(lambda: entry.fill is not None and entry.wanted and not entry.coming)
+        prefetcher.forget()
+        second.set()
+        wait_until(lambda: entry.fill is None and entry.on_disk)
+
+
+def test_what_shares_a_block_with_the_first_batch_does_not_pass_for_urgent(url):
+    watched = Watched(first=0, others_s=0.5)
+    with (
+        mock.patch("loader.prefetch._GAP_BYTES", 0),
+        mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
+    ):
+        prefetcher = Prefetcher(Network(block_bytes=BLOCK))
+        for step in range(5):
+            prefetcher.will_read(step, located(url, [2 * step]))
+        time.sleep(0.2)
+        assert len(watched.asked) <= 2
+        watched.let_go.set()
+        for step in range(5):
+            read(prefetcher, url, 2 * step)
+
+
+def wait_until(is_true):
+    stop_s = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < stop_s
+        time.sleep(0.001)
+
+
 def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1, cold_steps=2))
     watched = Watched(first=390)

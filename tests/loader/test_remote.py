@@ -4,6 +4,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -17,6 +18,7 @@ from loader import IterableDatasetMixture, StreamingDataset, make_dataloader, vi
 from loader.prefetch import Network
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
+from shardspec.index import parse_index
 from shardspec.ranges import RetryPolicy
 from tests import servers
 from tests.fault_proxy import FaultProxy
@@ -120,6 +122,28 @@ def assert_fetched_once(proxy, local):
         # Behind the last sample stands the end of the tar, which belongs to no block.
         (path,) = Path(local, "train").glob(name)
         assert path.stat().st_size - asked[-1][1] in (0, 10240 - 10240 % 512, 1024), name
+
+
+def test_an_index_that_is_being_opened_is_not_fetched_again(s3):
+    url, proxy = s3
+    reader = StreamingDataset(url, network=SMALL).reader
+    opening, opened = threading.Event(), threading.Event()
+
+    def parse(*args, **options):
+        opening.set()
+        assert opened.wait(10)
+        return parse_index(*args, **options)
+
+    with mock.patch("loader.remote.parse_index", parse):
+        reader.will_read(0, [0])
+        assert opening.wait(10)
+        reader.will_read(1, [1])  # of the same shard, whose index has come and is not parsed yet
+        opened.set()
+        for sample in (0, 1):
+            reader.stored(sample)
+            reader.was_read(sample)
+    assert sum(".index.npy" in get.path for get in proxy.gets) == 1
+    assert reader.prefetcher._held_bytes == 0
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])

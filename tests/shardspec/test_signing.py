@@ -1,8 +1,11 @@
 """Signed URLs, beside those of the store's own client, which they must not differ from."""
 
+import contextlib
 import datetime
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import botocore.session
@@ -12,8 +15,11 @@ from botocore.credentials import RefreshableCredentials
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loader import StreamingDataset
+from shardspec.errors import StorageError
 from shardspec.ranges import RangeReader
 from shardspec.signing import make_signer
+from tests import servers
 
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "secret"}
 NOWHERE = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
@@ -62,7 +68,7 @@ def by_client(options, bucket, key):
 
 
 def by_signer(options, bucket, key):
-    signer = make_signer(options, limit_s=10)
+    signer = make_signer(options)
     if signer is None:
         return None
     with mock.patch("botocore.auth.get_current_datetime", return_value=NOW):
@@ -108,7 +114,7 @@ def client():
     with environment(**KEYS):
         session = botocore.session.Session()
         config = Config(signature_version="s3v4")
-        yield session.create_client("s3", endpoint_url=ENDPOINT, config=config)
+        return session.create_client("s3", endpoint_url=ENDPOINT, config=config)
 
 
 # Surrogates are no text that a store could have taken; a key must not begin with a slash, which
@@ -131,7 +137,13 @@ def test_any_key_is_quoted_as_the_client_does(client, key):
     "options, variables",
     [
         ({}, KEYS),  # Amazon's own: the region decides about the address
-        ({"endpoint_url": ENDPOINT}, {}),
+        ({"endpoint_url": "https://s3-accelerate.amazonaws.com"}, KEYS),
+        ({"endpoint_url": "https://s3.cn-north-1.amazonaws.com.cn"}, KEYS),
+        ({"endpoint_url": "https://weka.example.org/a%20b"}, KEYS),
+        ({"endpoint_url": "https://weka.example.org "}, KEYS),
+        ({"endpoint_url": "http://localhost:99999"}, KEYS),
+        ({"endpoint_url": ENDPOINT, "client_kwargs": {"region_name": "us-west-2-fips"}}, KEYS),
+        ({"endpoint_url": ENDPOINT, "client_kwargs": {"region_name": "no_region"}}, KEYS),
         ({"endpoint_url": ENDPOINT, "anon": True}, KEYS),
         ({"endpoint_url": ENDPOINT, "requester_pays": True}, KEYS),
         ({"endpoint_url": ENDPOINT, "client_kwargs": {"verify": False}}, KEYS),
@@ -143,9 +155,14 @@ def test_any_key_is_quoted_as_the_client_does(client, key):
     ],
 )
 def test_what_only_the_client_knows_is_left_to_it(options, variables):
-    # Without keys the machine that this runs on might be asked for a role.
-    with environment(**variables, AWS_EC2_METADATA_DISABLED="true"):
-        assert make_signer(options, limit_s=10) is None
+    with environment(**variables):
+        assert make_signer(options) is None
+
+
+def test_without_credentials_nothing_is_signed():
+    # The machine that this runs on might be asked for a role otherwise.
+    with environment(AWS_EC2_METADATA_DISABLED="true"):
+        assert by_signer({"endpoint_url": ENDPOINT}, "bucket", "a") is None
 
 
 class Role:
@@ -176,13 +193,68 @@ def test_credentials_that_run_out_are_fetched_anew_and_waited_for_so_long_only()
         environment(),
         mock.patch("botocore.session.Session.get_credentials", return_value=role.credentials),
     ):
-        signer = make_signer({"endpoint_url": ENDPOINT}, limit_s=10)
+        signer = make_signer({"endpoint_url": ENDPOINT})
         assert "AKID2%2F" in signer.sign("bucket", "a", expires_s=60, limit_s=10)
         role.answers.clear()
-        with pytest.raises(TimeoutError):
-            signer.sign("bucket", "a", expires_s=60, limit_s=0.1)
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                signer.sign("bucket", "a", expires_s=60, limit_s=0.1)
+        assert role.asked == 3  # once for all who wait
         role.answers.set()
         assert "X-Amz-Security-Token=token" in signer.sign("bucket", "a", expires_s=60, limit_s=10)
+
+
+ASKED = """#!/bin/sh
+echo asked >> {log}
+sleep 0.3
+{answer}
+"""
+GIVEN = 'echo \'{"Version": 1, "AccessKeyId": "test-access-key", "SecretAccessKey": "%s"}\''
+
+
+@pytest.fixture
+def signing_in(tmp_path, s3_server):
+    """A profile whose credentials a program gives; the program's log."""
+    program, log, config = tmp_path / "program", tmp_path / "log", tmp_path / "config"
+    config.write_text(f"[profile lab]\ncredential_process = {program}\n")
+
+    @contextlib.contextmanager
+    def enter(answer):
+        program.write_text(ASKED.format(log=log, answer=answer))
+        program.chmod(0o755)
+        env = {**s3_server.env, "AWS_CONFIG_FILE": str(config), "AWS_PROFILE": "lab"}
+        env = {name: value for name, value in env.items() if "KEY" not in name}
+        with mock.patch.dict(os.environ, env):
+            servers.forget_clients()
+            try:
+                yield log
+            finally:
+                servers.forget_clients()
+
+    return enter
+
+
+def test_credentials_are_asked_for_once_for_all_readers(signing_in, s3_server):
+    bucket = s3_server.make_bucket()
+    for i in range(16):
+        s3_server.client().pipe_file(f"{bucket}/{i}", b"0123456789")
+    with signing_in(GIVEN % servers.SECRET_KEY) as log:
+        reader = RangeReader()
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(lambda i: reader.read(f"{bucket}/{i}", 2, 5), range(16)))
+        assert found == [b"234"] * 16
+        assert log.read_text() == "asked\n"
+
+
+@pytest.mark.parametrize("profile", ["lab", "nobody"], ids=["no credentials", "no profile"])
+def test_what_fails_before_the_first_byte_is_a_storage_error(profile, signing_in):
+    with (
+        signing_in("exit 3"),
+        mock.patch.dict(os.environ, {"AWS_PROFILE": profile}),
+        pytest.raises(StorageError) as caught,
+    ):
+        StreamingDataset("s3://bucket/set")
+    assert caught.value.where == "s3://bucket/set/manifest.json"
 
 
 def test_a_store_with_an_endpoint_is_read_without_its_client(s3_server):
@@ -191,8 +263,25 @@ def test_a_store_with_an_endpoint_is_read_without_its_client(s3_server):
     with s3_server.entered():
         reader = RangeReader()
         reader.connect_soon(url, 4)
+        store, _ = reader._store(url)
+        wait_until(lambda: store.connections and len(idle(store.connections)) >= 4)
+        # Whoever reads from that store in this process uses them, and opens no more.
+        number = len(idle(store.connections))
+        RangeReader().connect_soon(url, 4)
+        time.sleep(0.2)
+        assert len(idle(store.connections)) == number
         assert reader.read(url, 2, 5, total=10) == b"234"
         assert reader.read_all(url) == b"0123456789"
-        store, _ = reader._store(url)
         assert store.fs._s3 is None
-        assert store.connections is not None
+        assert len(idle(store.connections)) == number
+
+
+def idle(connections):
+    return [one for kept in connections._idle.values() for one in kept]
+
+
+def wait_until(is_true):
+    stop_s = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < stop_s
+        time.sleep(0.01)

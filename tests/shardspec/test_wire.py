@@ -1,12 +1,15 @@
 """Connections, against a real web server: when one is used again, and when not."""
 
 import http.server
+import socketserver
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 
+from shardspec import wire
 from shardspec.wire import Connections
 from tests.servers import free_ports
 
@@ -188,6 +191,56 @@ def test_connections_that_were_opened_ahead_are_used(web):
         bodies = list(pool.map(lambda _: get(connections, web.endpoint + "/a"), range(12)))
     assert [body for _, body, _ in bodies] == [BODY] * 12
     assert web.connections == 3
+
+
+def test_connections_that_nobody_used_are_closed(web, monkeypatch):
+    monkeypatch.setattr(wire, "_IDLE_S", 0.2)
+    connections = Connections()
+    connections.open_soon(web.endpoint, 3, wait_s=0.1)
+    stop_s = time.monotonic() + 10
+    while web.connections < 3 or any(connections._idle.values()):
+        assert time.monotonic() < stop_s
+        time.sleep(0.01)
+
+
+class Impatient(socketserver.BaseRequestHandler):
+    """Says so, as some front ends do, when a new connection is silent for long; then hangs up."""
+
+    def handle(self):
+        self.request.settimeout(self.server.patience_s)
+        try:
+            asked = self.request.recv(65536)
+        except TimeoutError:
+            self.request.sendall(b"HTTP/1.0 408 Request Time-out\r\nConnection: close\r\n\r\nslow")
+            return
+        if asked:
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody")
+
+
+def test_a_complaint_about_an_idle_connection_is_no_answer():
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Impatient) as server:
+        server.daemon_threads, server.patience_s = True, 0.2
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        connections = Connections()
+        connections.open_soon(endpoint, 8, wait_s=5)
+        time.sleep(0.6)
+        assert get(connections, endpoint, most=4)[:2] == (200, b"body")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("fault", ["no certificates", "no port", "no host"])
+def test_what_fails_while_opening_ahead_fails_silently(fault, web, tmp_path):
+    url = {"no port": "http://127.0.0.1:port", "no host": f"http://{'a' * 70}.example"}
+    certificates = str(tmp_path / "nothing.pem") if fault == "no certificates" else None
+    connections = Connections(ca_file=certificates)
+    with mock.patch.object(threading, "excepthook") as loud:
+        connections.open_soon(url.get(fault, "https://127.0.0.1:1"), 2, wait_s=1)
+        stop_s = time.monotonic() + 10
+        while any(connections._opening.values()):
+            assert time.monotonic() < stop_s
+            time.sleep(0.01)
+    assert not loud.called
 
 
 def test_connections_that_cannot_be_opened_ahead_are_the_askers_matter():
