@@ -145,6 +145,21 @@ def test_tars_that_an_import_names_stay_though_the_output_is_reached_over_a_link
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_tars_that_an_import_names_stay_though_it_gave_their_store_another_name(
+    s3_server, tiny_dataset, tmp_path
+):
+    out = f"{s3_server.bucket}/{tmp_path.name}/out"
+    with s3_server.entered():
+        tars = [f"train/{path.name}" for path in sorted((tiny_dataset / "train").glob("*.tar"))]
+        for name in tars:
+            storage.publish_bytes(storage.join(out, name), (tiny_dataset / name).read_bytes())
+        imported((storage.join(out, "train").replace("s3://", "s3a://"),), out)
+        assert find_strays(out).objects == ()
+        assert set(tars) <= set(names(out))
+        assert verify(out, Quiet()) == []
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_name_that_is_needed_in_one_folder_is_not_in_another(tiny_dataset, tmp_path):
     out = str(tmp_path / "out")
     imported((str(tiny_dataset / "train"),), out, split="held-out")
