@@ -222,7 +222,9 @@ class StreamLoader:
         self._stats = Stats(makers=max(1, workers or decode_threads), maker=maker)
         # What worker processes have read.
         self._counters: Counter[str] = Counter()
-        self._watcher: tuple[Callable[[int, Stats], None], int, Stats] | None = None
+        # The hook, how often it is called, and the account when it was; None: that is to be taken
+        # behind the batch that it held back.
+        self._watcher: tuple[Callable[[int, Stats], None], int, Stats | None] | None = None
         self._pool = BufferPool(keep_bytes=prefetch_bytes)
         self._schedule: Schedule = packs or self._unpacked()
         # Where the packs' streams stood when the last delivered batch was planned, and the step
@@ -263,6 +265,7 @@ class StreamLoader:
             for made, ready in batches:
                 given_s = perf_counter()
                 before, num_bad = (self.step, self._streams), len(self.bad_samples)
+                account = replace(self._stats), self._counters.copy()
                 self._note_bad(made.bad)
                 self.step += 1
                 left -= 1
@@ -276,8 +279,11 @@ class StreamLoader:
                 try:
                     self._tell()
                 except BaseException:
+                    # The batch was not delivered: the next pass begins with it, and it counts then.
+                    self._stats, self._counters = account
+                    if self._watcher is not None:
+                        self._watcher = (*self._watcher[:2], None)
                     if turn == self._turn:
-                        # The batch was not delivered: the next pass begins with it.
                         self.step, self._streams = before
                         del self.bad_samples[num_bad:]
                     raise
@@ -308,7 +314,8 @@ class StreamLoader:
         Args:
           hook: Called in the consumer's thread with the number of steps delivered so far and the
             account of the last `every_steps` of them; the time it takes counts as the consumer's.
-            What it raises ends the pass; the next one goes on with the batch that was due.
+            What it raises ends the pass; the next one goes on with the batch that was due, which
+            counts then and is not told again.
           every_steps: >= 1; counted from now on.
         """
         self._watcher = hook, every_steps, self.stats()
@@ -317,7 +324,9 @@ class StreamLoader:
         if self._watcher is None:
             return
         hook, every_steps, before = self._watcher
-        if self._stats.made.batches - before.made.batches >= every_steps:
+        if before is None:
+            self._watcher = hook, every_steps, self.stats()
+        elif self._stats.made.batches - before.made.batches >= every_steps:
             now = self.stats()
             self._watcher = hook, every_steps, now
             hook(self.step, now.since(before))

@@ -72,10 +72,13 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
 
         Raises:
           ConfigError: `mixture_view`, `mixture_tokenizer` (naming the differences),
-            `mixture_topology`, `mixture_tail`; `mixture_empty`, `mixture_twice`, `mixture_weights`,
-            `mixture_mean_tokens`, as `mixture_weights`.
+            `mixture_topology`, `mixture_tail`; `mixture_dataset`, one of them is something else;
+            `mixture_empty`, `mixture_twice`, `mixture_weights`, `mixture_mean_tokens`, as
+            `mixture_weights`.
         """
         super().__init__()
+        for number, dataset in enumerate(datasets):
+            _require_mixable(dataset, number)
         rates = [1.0] * len(datasets) if weights is None else list(weights)
         if len(rates) != len(datasets):
             raise ConfigError(
@@ -297,6 +300,18 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
                     facts={"tail": dataset.tail, "shuffle": dataset.shuffle},
                     fix="leave tail and shuffle at their defaults, or evaluate it alone",
                 )
+
+
+def _require_mixable(dataset: object, number: int) -> None:
+    if not isinstance(dataset, StreamingDataset | IterableDatasetMixture):
+        raise ConfigError(
+            "a mixture takes datasets of prepared samples, and mixtures of these",
+            reason="mixture_dataset",
+            where=dataset if isinstance(dataset, str) else getattr(dataset, "url", ""),
+            facts={"number": number, "type": type(dataset).__name__},
+            fix="pass StreamingDatasets and mixtures; a RawDataset, whose samples have no tokens "
+            "and no view to agree on, cannot join: stream it by itself, in a DataLoader of its own",
+        )
 
 
 def _source(

@@ -12,6 +12,7 @@ that dies is an error that names its exit code. Workers live for one pass.
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import math
@@ -19,6 +20,7 @@ import mmap
 import multiprocessing
 import os
 import queue
+import resource
 import signal
 import socket
 import sys
@@ -28,7 +30,7 @@ import traceback
 import weakref
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -43,7 +45,7 @@ from loader.buffers import LEAST_POOLED_BYTES
 from loader.making import BatchMaker, LookAhead, Made, Task
 from loader.reader import count_reading
 from loader.stats import Spent
-from shardspec.errors import ShardsError, WorkerError
+from shardspec.errors import ConfigError, ShardsError, WorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +129,8 @@ def make_in_workers(
       A batch, and how many behind it were ready by then.
 
     Raises:
-      ShardsError: What a worker met; `worker_died`; `worker_crash`, any other exception there.
+      ShardsError: What a worker met; `worker_died`; `worker_crash`, any other exception there;
+        `descriptor_limit`, this process may open no further file.
     """
     crew = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
     try:
@@ -187,14 +190,17 @@ class _Worker:
         """Waits for the next batch.
 
         Raises:
-          ShardsError: What the worker met; `worker_died`, `worker_crash`.
+          ShardsError: What the worker met; `worker_died`, `worker_crash`, `descriptor_limit`.
         """
         try:
             answer: _Answer = self._pipe.recv()
             for number, num_bytes in answer.new:
-                descriptor = reduction.recv_handle(self._pipe)
-                self._buffers[number] = mmap.mmap(descriptor, num_bytes)
-                os.close(descriptor)
+                with _naming_limit():
+                    descriptor = reduction.recv_handle(self._pipe)
+                    try:
+                        self._buffers[number] = mmap.mmap(descriptor, num_bytes)
+                    finally:
+                        os.close(descriptor)
         except (EOFError, OSError) as error:
             raise self._death() from error
         for number in answer.dropped:
@@ -266,6 +272,25 @@ class _Worker:
             "prefetch_bytes; an exit code of 1 with a traceback about __main__ means that the "
             'script needs `if __name__ == "__main__":`',
         )
+
+
+@contextmanager
+def _naming_limit() -> Iterator[None]:
+    """Names the limit that keeps this process from taking a worker's descriptor."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        # RuntimeError: a message came without its descriptor, for which the system had no room.
+        if isinstance(error, OSError) and error.errno != errno.EMFILE:
+            raise
+        limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise ConfigError(
+            "the process may open no further file, so it cannot take its workers' batches",
+            reason="descriptor_limit",
+            facts={"limit": limit, "hard_limit": hard_limit},
+            fix="raise the limit where the run is started (`ulimit -n`), keep fewer batches, or "
+            f"use fewer workers: each may take {_MOST_MAPPED} descriptors",
+        ) from error
 
 
 def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:

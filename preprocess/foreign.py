@@ -26,7 +26,7 @@ from preprocess.job import Reporter
 from preprocess.lease import held
 from preprocess.plan import require_name, shard_name
 from preprocess.recut import repeated_key
-from preprocess.reshard import portable_url
+from preprocess.reshard import portable_url, read_notes
 from preprocess.reshard_plan import absolute_url
 from shardspec import storage
 from shardspec.copying import Stamp, require_stamp, stamp
@@ -186,6 +186,7 @@ def _require_there(url: str) -> Stamp:
 def _check_conflict(settings: ImportSettings, build_key: str) -> None:
     manifest = load_manifest(settings.out)
     if manifest is None:
+        _check_unfinished(settings.out)
         return
     entry = manifest.splits.get(settings.split)
     if entry is None or entry.build_key != build_key or manifest.dataset != settings.name:
@@ -195,6 +196,22 @@ def _check_conflict(settings: ImportSettings, build_key: str) -> None:
             where=settings.out,
             facts={"dataset": manifest.dataset, "splits": sorted(manifest.splits)},
             fix="use another output, or remove the old dataset",
+        )
+
+
+def _check_unfinished(out: str) -> None:
+    """Refuses an output where a job that makes shards has not ended.
+
+    The import's manifest would bar that job from ending, and both would write the same names.
+    """
+    noted = sorted(read_notes(out))
+    if noted:
+        raise ConflictError(
+            "this output holds the unfinished work of another job",
+            reason="job_conflict",
+            where=out,
+            facts={"noted_in": ", ".join(noted)},
+            fix="use another output; to give that job up, remove the folder `plan` in this one",
         )
 
 

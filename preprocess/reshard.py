@@ -77,7 +77,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
     out = plan.settings.out
     done = _finished(plan)
     if done is not None:
-        if any(map(_is_reshard, _notes(out).values())):
+        if any(map(_is_reshard, read_notes(out).values())):
             with held(out):  # a run ended between its commit and here
                 _tidy(out)
         return done
@@ -125,7 +125,7 @@ def _note_url(plan: ReshardPlan, split: SplitPlan) -> str:
     return storage.join(plan.settings.out, "plan", split.split, "plan.json")
 
 
-def _notes(out: str) -> dict[str, dict[str, Any]]:
+def read_notes(out: str) -> dict[str, dict[str, Any]]:
     """Reads what the output's `plan` folder says of jobs under way: URL -> document.
 
     Of a `make shards` that is SPLIT.json, from its begin, and SPLIT/plan.json, when it has fetched;
@@ -147,7 +147,7 @@ def _check_unfinished(out: str) -> None:
     Raises:
       ConflictError: `job_conflict`.
     """
-    for url, note in _notes(out).items():
+    for url, note in read_notes(out).items():
         if not _is_reshard(note):
             raise ConflictError(
                 "this output holds the unfinished work of another job",
@@ -159,7 +159,7 @@ def _check_unfinished(out: str) -> None:
 
 def _tidy(out: str) -> None:
     """Removes what only an unfinished copy needs, this one or one that was given up."""
-    for url, note in _notes(out).items():
+    for url, note in read_notes(out).items():
         if _is_reshard(note):
             storage.delete(posixpath.dirname(url))
     storage.delete(scratch_of(out))

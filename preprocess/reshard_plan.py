@@ -51,6 +51,9 @@ from shardspec.manifest import (
 
 _READS_AT_ONCE = 16
 
+_OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
+"""Schemes that reach the same stores, with the same client of fsspec's."""
+
 Form = Literal["auto", "view", "copy"]
 """What becomes of the samples: a view where that suffices, always a view, or always files."""
 
@@ -303,8 +306,15 @@ def _in_place(where: str, out: str, what: str) -> ConfigError:
 
 
 def absolute_url(url: str) -> str:
-    """Gives a URL in one way only: a local path without links, no slash behind it."""
-    return os.path.realpath(storage.local_path(url)) if storage.is_local(url) else url.rstrip("/")
+    """Gives a URL in one way only: a local path without links, no slash behind it, a store's name.
+
+    >>> absolute_url("s3a://bucket/set/"), absolute_url("gcs://bucket")
+    ('s3://bucket/set', 'gs://bucket')
+    """
+    if storage.is_local(url):
+        return os.path.realpath(storage.local_path(url))
+    scheme, mark, place = url.rstrip("/").partition("://")
+    return f"{_OTHER_NAMES.get(scheme, scheme)}{mark}{place}"
 
 
 def _check_alike(sources: Sequence[Source]) -> None:

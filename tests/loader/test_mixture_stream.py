@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from loader.augment import Augment
 from loader.dataloader import make_dataloader
 from loader.mixture import mixture_weights
 from loader.mixture_stream import IterableDatasetMixture
+from loader.raw import RawDataset
 from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import ConfigError, StateError
 from shardspec.manifest import MANIFEST_NAME, require_manifest
 from shardspec.tiling import ImageView
 
+RAW = Path(__file__).parents[1] / "conformance" / "v2-raw" / "index"
 SIZES = {"ant": 16, "bee": 36, "cat": 4}
 
 
@@ -285,3 +288,15 @@ def test_datasets_of_many_shards_share_the_descriptors_of_the_process(
     # A lack of descriptors makes no sample bad.
     assert loader.bad_samples == []
     assert len(os.listdir("/proc/self/fd")) <= granted
+
+
+def test_what_a_mixture_does_not_take_is_refused_by_its_type(urls):
+    raw = RawDataset(str(RAW), decode=lambda sample, rng: sample.key)
+    error = refused([dataset(urls["ant"]), raw])
+    assert error.reason == "mixture_dataset"
+    assert error.where == str(RAW)
+    assert error.facts == {"number": 1, "type": "RawDataset"}
+    assert "stream it by itself" in error.fix
+    url = urls["ant"]
+    error = refused([url])
+    assert (error.where, error.facts) == (url, {"number": 0, "type": "str"})

@@ -1,9 +1,6 @@
 import copy
 import gc
-import os
 import pickle
-import signal
-import threading
 import weakref
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from loader.quarantine import MOST_RECORDS, Quarantine
 from shardspec.errors import BudgetError, ShardError
 from shardspec.index import open_index
 from shardspec.manifest import require_manifest
+from tests.forks import goes_on_in_a_child
 
 
 def record(sample, reason="sample_crc", stage="read"):
@@ -81,30 +79,7 @@ def test_a_copy_in_another_process_knows_what_was_known():
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_child_forked_while_a_thread_counts_goes_on_counting():
     quarantine = Quarantine(max_rate=None)
-    entered, leave = threading.Event(), threading.Event()
-
-    def hold():
-        with quarantine._lock:
-            entered.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    try:
-        assert entered.wait(10)
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(10)  # ends it where it hangs
-            try:
-                quarantine.asked()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitpid(child, 0)[1] == 0
-    finally:
-        leave.set()
-        thread.join()
+    assert goes_on_in_a_child(quarantine.asked, forked_under=quarantine._lock)
 
 
 def test_none_is_kept_alive_for_the_sake_of_forks():

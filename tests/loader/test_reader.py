@@ -5,7 +5,6 @@ import mmap
 import os
 import pickle
 import resource
-import signal
 import threading
 import weakref
 from pathlib import Path
@@ -20,6 +19,7 @@ from shardspec.index import open_index
 from shardspec.manifest import require_manifest
 from shardspec.media import decode_stored, encode_stored
 from shardspec.sample import image_rows
+from tests.forks import goes_on_in_a_child
 
 
 def open_reader(url, **options):
@@ -253,30 +253,7 @@ def test_descriptors_stay_few_however_many_shards_there_are(tiny_sample, write_d
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_child_forked_while_a_thread_opens_a_shard_reads_all_the_same(url):
     reader = open_reader(url)
-    entered, leave = threading.Event(), threading.Event()
-
-    def hold():
-        with reader._open.lock:
-            entered.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    try:
-        assert entered.wait(10)
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(10)  # ends it where it hangs
-            try:
-                reader.read(0)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitpid(child, 0)[1] == 0
-    finally:
-        leave.set()
-        thread.join()
+    assert goes_on_in_a_child(lambda: reader.read(0), forked_under=reader._open.lock)
     assert reader.read(0).key == "sample-0000"
 
 

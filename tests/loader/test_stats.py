@@ -1,6 +1,7 @@
 import json
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,50 @@ def test_logger_that_fails_loses_no_batch(options, url):
     assert [loader.state_dict()] == states
     got.append(next(iter(loader))["input_ids"].tolist())
     assert got == want[:2]
+
+
+def counts(stats):
+    """What does not depend on time."""
+    made = stats.made
+    return made.batches, made.samples, made.read_bytes, made.batch_bytes, dict(stats.counters)
+
+
+@pytest.mark.parametrize("options", [{"decode_threads": 0}, {"decode_threads": 2}, {"workers": 1}])
+def test_batch_that_a_failing_logger_held_back_counts_once(options, url):
+    def make_counting():
+        loader = make(url, **options)
+        made = loader._made
+
+        def with_counters(plans):
+            for each, ready in made(plans):
+                yield replace(each, counters={"requests": 1}), ready
+
+        loader._made = with_counters
+        return loader
+
+    plain = make_counting()
+    want = []
+    for _ in plain:
+        want.append(plain.stats())
+    loader, heard = make_counting(), []
+
+    def fail_first(step, stats):
+        heard.append((step, stats.made.batches))
+        if len(heard) == 1:
+            raise OSError("no space left")
+
+    loader.watch(fail_first, every_steps=2)
+    batches = iter(loader)
+    next(batches)
+    first = loader.stats()
+    with pytest.raises(OSError, match="no space left"):
+        next(batches)
+    assert counts(loader.stats()) == counts(want[0])
+    assert loader.stats().wait_s == first.wait_s
+    list(loader)
+    assert counts(loader.stats()) == counts(want[-1])
+    # It was told of that batch already, and hears of the ones behind it.
+    assert heard == [(2, 2), (4, 2), (6, 2)]
 
 
 def test_samples_of_a_batch_that_a_failing_logger_held_back_are_listed_once(

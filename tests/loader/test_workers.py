@@ -1,6 +1,7 @@
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from loader import StreamingDataset, make_dataloader
 from loader.assemble import View
 from loader.collate import MMCollator
-from shardspec.errors import WorkerError
+from shardspec.errors import ConfigError, WorkerError
 from shardspec.tiling import ImageView
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,25 @@ def test_killed_worker_is_an_error_that_names_the_signal(url):
             pass
     assert caught.value.reason == "worker_died"
     assert caught.value.facts == {"exit_code": -9, "signal": "SIGKILL"}
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_descriptors_that_run_out_are_an_error_that_names_their_limit(left, url):
+    batches = iter(make(url))
+    kept = [next(batches)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest one
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + left, hard))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            kept.extend(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.reason == "descriptor_limit"
+    assert caught.value.facts == {"limit": free + left, "hard_limit": hard}
+    assert "`ulimit -n`" in caught.value.fix
     assert multiprocessing.active_children() == []
 
 

@@ -16,11 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loader.raw import RawDataset
-from preprocess import foreign
+from preprocess import foreign, pipeline
 from preprocess.foreign import ImportSettings, import_tars, index_rows
+from preprocess.job import JobSettings
 from preprocess.reshard import reshard
 from preprocess.reshard_plan import ReshardSettings, plan_reshard
 from preprocess.verify import verify
+from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ShardError
 from shardspec.foreign import ForeignFile, walk_foreign
 from shardspec.manifest import require_manifest
@@ -361,6 +363,41 @@ def test_an_import_goes_on_and_another_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConflictError) as caught:
         imported(paths[:2], tmp_path / "out")
     assert caught.value.reason == "job_conflict"
+
+
+def begin_shards(source, out):  # noqa: ARG001 - as begin_reshard
+    settings = {"source": "sample", "limit": 8, "cache": str(out.parent / "cache")}
+    pipeline.run_job(JobSettings(dataset="pixmo_cap", out=str(out), **settings), Quiet())
+
+
+def begin_reshard(source, out):
+    recut(source, out, num_shards=2)
+
+
+@pytest.mark.parametrize("begin", [begin_shards, begin_reshard])
+def test_an_output_with_an_unfinished_dataset_of_ours_is_refused(begin, tmp_path, monkeypatch):
+    tars = img2dataset(tmp_path / "tars")
+    imported(tars, tmp_path / "a")
+    out = tmp_path / "out"
+    swap = storage.swap_bytes
+
+    def interrupted(url, payload, *, replacing):
+        if url.endswith("manifest.json"):
+            raise KeyboardInterrupt
+        return swap(url, payload, replacing=replacing)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "swap_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            begin(tmp_path / "a", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert list((out / "receipts").iterdir())
+    with pytest.raises(ConflictError) as caught:
+        imported(tars, out)
+    assert caught.value.reason == "job_conflict"
+    assert caught.value.where == str(out)
+    assert "another output" in caught.value.fix
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("tars", [(), ("none",), ("a.tar",), ("x.tar", "./x.tar")])

@@ -105,13 +105,19 @@ def test_an_uncommitted_plan_keeps_its_rows_and_its_finished_shards(out):
     assert [each.name for each in find_strays(out).objects] == sorted(gone)
 
 
+def give_up(out):
+    """Takes away what makes an output a dataset of ours, or one that is not finished."""
+    storage.delete(storage.join(out, "manifest.json"))
+    storage.delete(storage.join(out, "plan"))
+
+
 def imported(tars, out, **options):
     import_tars(ImportSettings(tars=tars, out=out, name="mine", **options), Quiet())
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_tars_of_others_stay_where_the_output_is_their_own_folder(out):
-    storage.delete(storage.join(out, "manifest.json"))
+    give_up(out)
     before = [name for name in names(out) if name.startswith("train/")]
     # One of them is not named; but nobody can tell that it is ours.
     tars = [storage.join(out, name) for name in before if name.endswith(".tar")][1:]
@@ -130,12 +136,27 @@ def test_tars_that_an_import_names_stay_though_the_output_is_reached_over_a_link
     tiny_dataset, tmp_path
 ):
     out = shutil.copytree(tiny_dataset, tmp_path / "out")
-    (out / "manifest.json").unlink()
+    give_up(str(out))
     imported((str(out / "train"),), str(out))
     (tmp_path / "link").symlink_to(out)
     assert {each.name.split("/")[0] for each in find_strays(str(tmp_path / "link")).objects} == {
         "receipts"
     }
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_tars_that_an_import_names_stay_though_it_gave_their_store_another_name(
+    s3_server, tiny_dataset, tmp_path
+):
+    out = f"{s3_server.bucket}/{tmp_path.name}/out"
+    with s3_server.entered():
+        tars = [f"train/{path.name}" for path in sorted((tiny_dataset / "train").glob("*.tar"))]
+        for name in tars:
+            storage.publish_bytes(storage.join(out, name), (tiny_dataset / name).read_bytes())
+        imported((storage.join(out, "train").replace("s3://", "s3a://"),), out)
+        assert find_strays(out).objects == ()
+        assert set(tars) <= set(names(out))
+        assert verify(out, Quiet()) == []
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -148,8 +169,7 @@ def test_a_name_that_is_needed_in_one_folder_is_not_in_another(tiny_dataset, tmp
 
 
 def test_without_manifest_and_plan_nothing_is_touched(out):
-    storage.delete(storage.join(out, "manifest.json"))
-    storage.delete(storage.join(out, "plan"))
+    give_up(out)
     with pytest.raises(ManifestError) as caught:
         find_strays(out)
     assert caught.value.reason == "manifest_missing"

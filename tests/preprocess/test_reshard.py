@@ -464,6 +464,18 @@ def test_an_output_in_its_source_is_refused(out, dataset):
     assert tree(dataset) == before
 
 
+@pytest.mark.parametrize("names", [("s3", "s3a"), ("s3a", "s3"), ("gs", "gcs"), ("gcs", "gs")])
+@pytest.mark.parametrize("out", ["set", "set/inside", ""])
+def test_an_output_in_its_source_is_refused_by_any_name_of_the_store(
+    names, out, dataset, monkeypatch
+):
+    manifest = Path(dataset, "manifest.json").read_bytes()
+    monkeypatch.setattr(storage, "read_bytes", lambda url: manifest)
+    with pytest.raises(ConfigError) as caught:
+        recut(f"{names[0]}://bucket/set", f"{names[1]}://bucket/{out}")
+    assert caught.value.reason == "reshard_in_place"
+
+
 def test_a_source_without_a_manifest_is_refused(tmp_path):
     with pytest.raises(ManifestError) as caught:
         recut(str(tmp_path), tmp_path / "out")
