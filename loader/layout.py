@@ -184,7 +184,7 @@ class Sequence1d:
             found = self._segments()
         else:
             found = self._weights()
-        return found if self.length == self._total else _cut(found, self.length)
+        return found if self.length == self._total else cut(found, self.length)
 
     def _labels(self) -> list[np.ndarray]:
         if not self.learns:
@@ -227,41 +227,6 @@ class Sequence1d:
                 done = at + len(targets) + 1
         found.append(np.zeros(self._total - done, np.float32))
         return found
-
-
-class Column:
-    """One of the `COLUMNS` of some sequences end to end, before its array is made."""
-
-    __slots__ = ("dtype", "name", "sequences", "step")
-
-    def __init__(self, name: str, sequences: Sequence[Sequence1d], *, step: int = 0) -> None:
-        """Names a column.
-
-        Args:
-          name: Of `COLUMNS`.
-          sequences: One, or those of a packed row.
-          step: Sequence number k is moved by k * step.
-        """
-        self.name, self.sequences, self.step = name, sequences, step
-        self.dtype = COLUMNS[name]
-
-    def __len__(self) -> int:
-        return sum([sequence.length for sequence in self.sequences])
-
-    def pieces(self) -> list[np.ndarray]:
-        """Lists the arrays that it consists of; they are only to be read."""
-        if len(self.sequences) == 1:
-            return self.sequences[0].pieces(self.name)
-        found: list[np.ndarray] = []
-        for k, sequence in enumerate(self.sequences):
-            own = sequence.pieces(self.name)
-            found += [piece + k * self.step for piece in own] if self.step else own
-        return found
-
-    def array(self) -> np.ndarray:
-        """Makes the array."""
-        joined: np.ndarray = np.concatenate(self.pieces(), dtype=self.dtype, casting="unsafe")
-        return joined
 
 
 def lay_out(
@@ -367,7 +332,8 @@ def _token_bytes(token: int) -> bytes:
     return token.to_bytes(4, "little", signed=True)
 
 
-def _cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+def cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+    """Cuts arrays that stand end to end to their first `length` values."""
     found = []
     for piece in pieces:
         found.append(piece[:length])

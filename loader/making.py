@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 import torch
 
+from loader.assemble import Draft
 from loader.buffers import Allocate
 from loader.collate import MMCollator
-from loader.packed import fitting, join_examples
+from loader.packed import Pack, fitting
 from loader.packing import PackConfig
 from loader.reader import ShardReader
 from loader.schedule import Row
@@ -107,7 +108,7 @@ class BatchMaker:
                 raise CancelledError
             made.append([self.source.pending(place) for place in row])
         while True:
-            examples = [self._joined([one.example for one in row]) for row in made]
+            examples = [self._joined([one.draft for one in row]) for row in made]
             try:
                 batch = self.collator.collate(examples, allocate=allocate)
                 break
@@ -122,17 +123,17 @@ class BatchMaker:
         """Substitutes the sample whose pictures could not be rendered; tells if there was one."""
         for row, own in zip(rows, made, strict=True):
             for i, (place, one) in enumerate(zip(row, own, strict=True)):
-                if one.pictures.error is not None:
+                if one.draft.error is not None:
                     own[i] = self.source.pending(place, behind=one)
                     return True
         return False
 
-    def _joined(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def _joined(self, drafts: list[Draft]) -> Draft | Pack:
         if self.packing is None:
-            return examples[0]
+            return drafts[0]
         limits = self.packing
-        return join_examples(
-            fitting(examples, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
+        return Pack(
+            fitting(drafts, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
         )
 
 
@@ -243,10 +244,10 @@ def _one_torch_thread() -> None:
 
 def _substituted(rows: list[Row], made: list[list[Pending]]) -> list[dict[str, Any]]:
     return [
-        {"dataset": place.dataset, **one.first}
+        {"dataset": place.dataset, **one.draft.substitutes}
         for row, own in zip(rows, made, strict=True)
         for place, one in zip(row, own, strict=True)
-        if one.first is not None
+        if one.draft.substitutes is not None
     ]
 
 
@@ -259,8 +260,8 @@ def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> 
             read_bytes += one.num_bytes
             read_s += one.read_s
             layout_s += one.plan_s
-            decode_s += one.pictures.decode_s
-            render_s += one.pictures.render_s
+            decode_s += one.draft.decode_s
+            render_s += one.draft.render_s
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     return Spent(
         batches=1,
