@@ -29,7 +29,7 @@ from loader.mixture import MixtureOrder
 from loader.order import Order, Tail, epoch_of, plan_order
 from loader.prefetch import Network
 from loader.quarantine import Quarantine
-from loader.reader import Check, ShardReader, encoded_pictures, open_dataset
+from loader.reader import Check, ShardReader, open_dataset
 from loader.schedule import Place, Row, SlotSchedule
 from loader.topology import Topology, find_topology, find_worker
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
@@ -483,7 +483,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         plan = self._planner.plan(stored.tokens, stored.spans, self._rng(seed), key=stored.key)
         draft = Draft(
             plan,
-            encoded_pictures(stored, codec=self.reader.codec),
+            list(zip(stored.pictures, stored.overviews, strict=True)),
             view=self.view,
             key=stored.key,
             scratch=self._scratch,
