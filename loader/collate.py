@@ -279,7 +279,7 @@ class MMCollator:
             index_shape, index_pad = (*index_shape, self.tokens_per_crop), EXCLUDED
         input_idx = allocate(index_shape, np.int64)
         # Most batches without pictures have no room for any.
-        places = enumerate(examples) if num else ()
+        places = list(enumerate(examples)) if num else []
         for row, example in places:
             n = example.num_crops
             if n:
@@ -289,14 +289,15 @@ class MMCollator:
                 images[row, n:] = 0
                 masks[row, n:] = 0
                 input_idx[row, n:] = index_pad
-        # By themselves: a decoder drives everything else out of the caches.
-        for row, example in enumerate(examples):
-            if n := example.num_crops:
-                example.write_images(images[row, :n])
         arrays = {"images": images, "image_masks": masks, "image_input_idx": input_idx}
         if self.pool is not None:
             arrays["token_pooling"] = self._collate_pooling(examples, self.pool, allocate)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        # Behind all the rest: a decoder drives everything else out of the caches.
+        for row, example in places:
+            if n := example.num_crops:
+                example.write_images(images[row, :n])
+        return tensors
 
     def _collate_pooling(
         self, examples: Sequence[Unmade], pool: int, allocate: Allocate

@@ -108,9 +108,8 @@ class BatchMaker:
                 raise CancelledError
             made.append([self.source.pending(place) for place in row])
         while True:
-            examples = [self._joined([one.draft for one in row]) for row in made]
             try:
-                batch = self.collator.collate(examples, allocate=allocate)
+                batch = self.collator.collate(self._joined(made), allocate=allocate)
                 break
             except (SampleError, ShardError):
                 if not self._replace_broken(task.rows, made):
@@ -128,13 +127,21 @@ class BatchMaker:
                     return True
         return False
 
-    def _joined(self, drafts: list[Draft]) -> Draft | Pack:
-        if self.packing is None:
-            return drafts[0]
+    def _joined(self, made: list[list[Pending]]) -> Sequence[Draft | Pack]:
+        """Gives the examples of the rows."""
         limits = self.packing
-        return Pack(
-            fitting(drafts, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
-        )
+        if limits is None:
+            return [row[0].draft for row in made]
+        return [
+            Pack(
+                fitting(
+                    [one.draft for one in row],
+                    sequence_length=limits.sequence_length,
+                    max_crops=limits.max_crops,
+                )
+            )
+            for row in made
+        ]
 
 
 class LookAhead:
@@ -252,21 +259,16 @@ def _substituted(rows: list[Row], made: list[list[Pending]]) -> list[dict[str, A
 
 
 def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> Spent:
-    read_s = layout_s = decode_s = render_s = 0.0
-    samples = read_bytes = 0
-    for row in made:
-        for one in row:
-            samples += 1
-            read_bytes += one.num_bytes
-            read_s += one.read_s
-            layout_s += one.plan_s
-            decode_s += one.draft.decode_s
-            render_s += one.draft.render_s
+    all_made = [one for row in made for one in row]
+    read_s = sum([one.read_s for one in all_made])
+    layout_s = sum([one.plan_s for one in all_made])
+    render_s = sum([one.draft.render_s for one in all_made])
+    decode_s = sum([one.draft.decode_s for one in all_made if one.draft.num_crops])
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     return Spent(
         batches=1,
-        samples=samples,
-        read_bytes=read_bytes,
+        samples=len(all_made),
+        read_bytes=sum([one.num_bytes for one in all_made]),
         batch_bytes=sum(tensor.nbytes for tensor in tensors),
         read_s=read_s,
         layout_s=layout_s,

@@ -1,14 +1,17 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from loader.assemble import Draft, Planner, View
 from loader.attention import PACKED_STRIDE, build_attention_mask
 from loader.buffers import Scratch
-from loader.collate import finished
+from loader.collate import EXTRA_KEYS, finished
+from loader.dataloader import view_collator
 from loader.layout import TokenIds
 from loader.packed import Pack, fitting
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, SampleError
 from shardspec.tiling import ImageView
 
 SYMBOLS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>")
@@ -18,8 +21,8 @@ IDS = TokenIds.from_special_ids(
 IMAGE = ImageView(size_px=28, patch_px=14, pool=(1, 1))
 
 
-def draft_of(sample, view):
-    planner, rng = Planner(view, IDS), np.random.RandomState(0)
+def draft_of(sample, view, *, seed=0):
+    planner, rng = Planner(view, IDS), np.random.RandomState(seed)
     plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key)
     sources = [(image.pixels, image.overview) for image in sample.images]
     return Draft(plan, sources, view=view, key=sample.key, scratch=Scratch())
@@ -95,6 +98,47 @@ def test_no_example_of_a_pack_sees_another(examples):
         assert not mask[start:stop, :start].any()
         assert not mask[start:stop, stop:].any()
         start = stop
+
+
+kinds = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 2)), min_size=1, max_size=4)
+views = st.fixed_dictionaries(
+    {
+        "image_map": st.sampled_from(["first", "per_token", "pooling"]),
+        "pixels": st.sampled_from(["crops", "patches"]),
+        "normalize": st.sampled_from([None, "siglip"]),
+        "loss": st.sampled_from(["flat", "root_both"]),
+        "tree": st.sampled_from(["molmo2", "molmo1"]),
+        "sequence_length": st.sampled_from([None, 24]),
+    }
+)
+
+
+@given(rows=st.lists(kinds, min_size=1, max_size=3), options=views, seed=st.integers(0, 99))
+def test_drafts_and_packs_are_collated_as_the_arrays_that_they_stand_for(
+    rows, options, seed, tiny_sample
+):
+    view = View(image=IMAGE, **options)
+    made = []
+    for row in rows:
+        samples = [
+            tiny_sample(i, num_images=images, num_branches=branches, num_variants=3)
+            for i, (images, branches) in enumerate(row)
+        ]
+        try:
+            drafts = [draft_of(sample, view, seed=seed) for sample in samples]
+        except SampleError:  # the images leave no room
+            continue
+        made.append(drafts[0] if len(drafts) == 1 else Pack(drafts))
+    assume(made)
+    keys = tuple(EXTRA_KEYS)
+    collator = view_collator(view, sequence_length=256, extra_keys=keys, with_metadata=True)
+    got, want = collator.collate(made), collator([finished(each) for each in made])
+    assert got.keys() == want.keys()
+    assert got.pop("metadata") == want.pop("metadata")
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype
+        assert got[name].stride() == tensor.stride()
+        assert torch.equal(got[name], tensor), name
 
 
 def test_resolutions_with_other_patches_do_not_go_into_one_row(tiny_sample):
