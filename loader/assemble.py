@@ -38,6 +38,7 @@ from loader.layout import (
 )
 from loader.pixels import Encoded, Normalization, normalize, patch_cells, render
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.keyed import draw_below, draw_order
 from shardspec.sample import PreparedSample, SpanKind
 from shardspec.tiling import (
     NO_PATCH,
@@ -174,7 +175,7 @@ class Planner:
             )
         branches = _choose(tokens, spans[:num_texts], rng if self._training else None)
         if self._training and view.branch_order == "shuffled" and len(branches) > 1:
-            branches = [branches[b] for b in rng.permutation(len(branches)).tolist()]
+            branches = [branches[b] for b in draw_order(rng, len(branches))]
         images = self._images
         if self._high_res is not None and rng.random_sample() < view.high_res_probability:
             images = self._high_res
@@ -484,7 +485,7 @@ def _choose(
         behind = bisect_right(turns, turns[first], first)
         drawn = first
         if rng is not None and behind - first > 1:
-            drawn += rng.randint(0, behind - first)
+            drawn += draw_below(rng, behind - first)
         _, branch, _, start, stop, response, end, weight = texts[drawn].tolist()
         turn = Turn(tokens[start:stop], tokens[response:end])
         if branch == last:
