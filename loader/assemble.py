@@ -279,6 +279,8 @@ class Draft:
         *("shapes", "sources", "substitutes", "view"),
     )
 
+    channels_first = False
+
     def __init__(
         self,
         plan: ExamplePlan,
@@ -312,8 +314,6 @@ class Draft:
         """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
         """Seconds spent on pictures, decoding included."""
-
-    channels_first = False
 
     @property
     def decode_s(self) -> float:

@@ -11,7 +11,9 @@ from loader.collate import EXTRA_KEYS, finished
 from loader.dataloader import view_collator
 from loader.layout import TokenIds
 from loader.packed import Pack, fitting
+from loader.pixels import Encoded
 from shardspec.errors import ConfigError, SampleError
+from shardspec.media import decode_stored, encode_stored
 from shardspec.tiling import ImageView
 
 SYMBOLS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>")
@@ -139,6 +141,18 @@ def test_drafts_and_packs_are_collated_as_the_arrays_that_they_stand_for(
         assert got[name].dtype == tensor.dtype
         assert got[name].stride() == tensor.stride()
         assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "png", "raw"])
+@pytest.mark.parametrize("options", [{}, {"pixels": "patches"}, {"normalize": "siglip"}])
+def test_picture_that_is_its_crop_already_is_decoded_as_any_other(codec, options, tiny_sample):
+    view = View(image=IMAGE, **options)
+    sample = tiny_sample(1, num_images=1, size=(28, 28))
+    stored = memoryview(encode_stored(sample.images[0].pixels, codec=codec))
+    plain, encoded = draft_of(sample, view), draft_of(sample, view)
+    plain.sources = [(decode_stored(stored, codec=codec), None)]
+    encoded.sources = [(Encoded(stored, 28, 28, codec=codec), None)]
+    assert np.array_equal(finished(plain)["images"], finished(encoded)["images"])
 
 
 def test_resolutions_with_other_patches_do_not_go_into_one_row(tiny_sample):
