@@ -105,7 +105,8 @@ class Unmade(Protocol):
     def pooling(self) -> np.ndarray:
         """Makes `token_pooling`: integers [image tokens, pool]."""
 
-    def metadata(self) -> Mapping[str, Any]: ...
+    def metadata(self) -> Mapping[str, Any]:
+        """Describes the example; its `key` names it in errors."""
 
 
 class MMCollator:
@@ -278,7 +279,7 @@ class MMCollator:
         if self.tokens_per_crop is not None:
             index_shape, index_pad = (*index_shape, self.tokens_per_crop), EXCLUDED
         input_idx = allocate(index_shape, np.int64)
-        # Most batches without pictures have no room for any.
+        # Batches of texts mostly have no room for pictures: nothing to write.
         places = list(enumerate(examples)) if num else []
         for row, example in places:
             n = example.num_crops

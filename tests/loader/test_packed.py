@@ -143,6 +143,20 @@ def test_drafts_and_packs_are_collated_as_the_arrays_that_they_stand_for(
         assert torch.equal(got[name], tensor), name
 
 
+@pytest.mark.parametrize("options", [{"normalize": "siglip"}, {"image_map": "per_token"}])
+def test_drafts_that_do_not_fit_together_are_refused_by_what_is_wrong_with_them(
+    options, tiny_sample
+):
+    views = [View(image=IMAGE), View(image=IMAGE, **options)]
+    parts = [draft_of(tiny_sample(i, num_images=1), view) for i, view in enumerate(views)]
+    with pytest.raises(ConfigError) as caught:
+        view_collator(views[0], sequence_length=256).collate(parts)
+    assert caught.value.reason == "example_mismatch"
+    wrong = "images of several types" if "normalize" in options else "image_input_idx"
+    assert wrong in caught.value.where
+    assert "sample sample-0001 (row 1 of the batch)" in caught.value.facts
+
+
 @pytest.mark.parametrize("codec", ["jpeg", "png", "raw"])
 @pytest.mark.parametrize("options", [{}, {"pixels": "patches"}, {"normalize": "siglip"}])
 def test_picture_that_is_its_crop_already_is_decoded_as_any_other(codec, options, tiny_sample):
