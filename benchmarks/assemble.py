@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import TILED, draw, machine, paired, row
-from loader.assemble import Planner, View, assemble, draft
+from loader.assemble import Draft, Planner, View, assemble
 from loader.buffers import Scratch
 from loader.layout import TokenIds
 from loader.pixels import render
@@ -101,11 +101,11 @@ def measure(side_px: int) -> None:
             rng.seed(i)
             plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key)
             sources = [(image.pixels, image.overview) for image in sample.images]
-            example = draft(plan, sources, view=view, key=sample.key, scratch=scratch)
+            draft = Draft(plan, sources, view=view, key=sample.key, scratch=scratch)
             for name in ("input_ids", "labels"):
-                example[name].array()
+                plan.sequence.array(name)
             row = batches[i // BATCH % 2, i % BATCH]
-            example["images"].write(row[: plan.num_crops].transpose(0, 3, 1, 2))
+            draft.write_images(row[: plan.num_crops].transpose(0, 3, 1, 2))
 
     def alone() -> None:
         for i, sample in enumerate(samples):

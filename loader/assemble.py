@@ -6,16 +6,17 @@ the augmentation of each image. The rest follows from the draws. It needs no tok
 formatter, and it does not know whether the sample came out of a shard or straight from `prepare`.
 
 It works in two steps: a `Planner` decides everything from the spans and the tokens alone (so
-lengths are known without a pixel), then the arrays are made. The pictures come last: `draft` gives
-an example whose `images` is a `Pictures`, which knows their shape and writes them where it is told
-to, such as into the batch that they are for. `assemble` writes them into an array.
+lengths are known without a pixel), then the arrays are made. A `Draft` stands between them: it
+knows their shapes and writes each where it is told to, such as into the batch that it is for, so
+that no array of a single sample is made on the way there. `assemble` has it write into new ones.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -24,11 +25,10 @@ import numpy as np
 
 from loader.augment import NO_CHANGE, Augment, Draw, draw
 from loader.buffers import Scratch
+from loader.collate import Shapes, finished
 from loader.layout import (
-    COLUMNS,
     IGNORED,
     BranchTurns,
-    Column,
     LossScale,
     Sequence1d,
     TokenIds,
@@ -38,6 +38,7 @@ from loader.layout import (
 )
 from loader.pixels import Encoded, Normalization, normalize, patch_cells, render
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.keyed import draw_below, draw_order
 from shardspec.sample import PreparedSample, SpanKind
 from shardspec.tiling import (
     NO_PATCH,
@@ -46,6 +47,7 @@ from shardspec.tiling import (
     image_input_idx,
     image_masks,
     image_token_ids,
+    overview_size,
     token_pooling,
 )
 
@@ -116,6 +118,18 @@ class View:
                 fix="a probability needs a high_res view with the same size_px; weights are >= 0",
             )
 
+    def shapes(self, image: ImageView) -> Shapes:
+        """Tells the shapes of what an example in one of the resolutions has for each crop."""
+        crops = (3, image.size_px, image.size_px)
+        patches = (image.num_patches, image.patch_px**2 * 3)
+        return Shapes(
+            image=patches if self.pixels == "patches" else crops,
+            dtype=_UINT8 if self.normalize is None else _FLOAT32,
+            num_patches=image.num_patches,
+            tokens_per_crop=math.prod(image.crop_tokens) if self.image_map == "per_token" else None,
+            pool=math.prod(image.pool) if self.image_map == "pooling" else None,
+        )
+
 
 class Planner:
     """Makes every draw of the examples of one view and lays out their tokens.
@@ -129,10 +143,10 @@ class Planner:
         self.view, self.ids = view, ids
         self._training = view.purpose == "train"
         self._augments = self._training and view.augment != _UNCHANGED
-        self._images = _Seen(view.image, ids)
+        self._images = _Seen(view.image, view, ids)
         self._high_res = None
         if self._training and view.high_res is not None:
-            self._high_res = _Seen(view.high_res, ids)
+            self._high_res = _Seen(view.high_res, view, ids)
 
     def plan(
         self, tokens: np.ndarray, spans: np.ndarray, rng: np.random.RandomState, *, key: str = ""
@@ -161,7 +175,7 @@ class Planner:
             )
         branches = _choose(tokens, spans[:num_texts], rng if self._training else None)
         if self._training and view.branch_order == "shuffled" and len(branches) > 1:
-            branches = [branches[b] for b in rng.permutation(len(branches)).tolist()]
+            branches = [branches[b] for b in draw_order(rng, len(branches))]
         images = self._images
         if self._high_res is not None and rng.random_sample() < view.high_res_probability:
             images = self._high_res
@@ -188,7 +202,7 @@ class Planner:
             where=key,
         )
         sequence.weight = view.weight
-        return ExamplePlan(sequence, images.view, draws, sizes, seen)
+        return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes)
 
 
 @dataclass(slots=True)
@@ -204,6 +218,8 @@ class ExamplePlan:
     """Source (width, height) of each image, in pixels."""
     seen: list[_Size]
     """What the view makes of each image."""
+    shapes: Shapes
+    """Of what it has for each crop."""
 
     @property
     def num_tokens(self) -> int:
@@ -229,13 +245,15 @@ class _Size(NamedTuple):
     """int32 [tokens], the image's token block; read-only."""
     first_patches: np.ndarray
     """int64 [crops], where in the block each crop's first patch token stands; read-only."""
+    ready: tuple[int, int, int] | None
+    """Shape of a stored picture that is its only crop as it is; None where there is no such."""
 
 
 class _Seen:
     """What a view makes of pictures, by their sizes."""
 
-    def __init__(self, view: ImageView, ids: TokenIds) -> None:
-        self.view, self._ids = view, ids.image
+    def __init__(self, image: ImageView, view: View, ids: TokenIds) -> None:
+        self.view, self._ids, self.shapes = image, ids.image, view.shapes(image)
         self._sizes: dict[tuple[int, int], _Size] = {}
 
     def of(self, size: tuple[int, int]) -> _Size:
@@ -246,88 +264,80 @@ class _Seen:
             block = image_token_ids(*size, self.view, self._ids)
             if len(self._sizes) >= _MOST_SIZES:
                 self._sizes.clear()
-            found = self._sizes[size] = _Size(len(firsts), block, firsts)
+            side = self.view.size_px
+            alone = len(firsts) == 1 and overview_size(*size, self.view) == (side, side)
+            ready = (side, side, 3) if alone else None
+            found = self._sizes[size] = _Size(len(firsts), block, firsts, ready)
         return found
 
 
-class Pictures:
-    """The pictures of an example before they are rendered; stands where their array will be."""
+class Draft:
+    """The example of one sample before its arrays are made; see `loader.collate.Unmade`."""
 
-    def __init__(self, parts: Sequence[PictureSet], view: View) -> None:
-        """Joins the pictures of samples that are seen in the same view."""
-        self.parts = tuple(parts)
-        image, num = view.image, sum([part.plan.num_crops for part in parts])
-        self.shape: tuple[int, ...] = (num, 3, image.size_px, image.size_px)
-        if view.pixels == "patches":
-            self.shape = (num, image.num_patches, image.patch_px**2 * 3)
-        self.dtype = _UINT8 if view.normalize is None else _FLOAT32
-        self._view = view
+    __slots__ = (
+        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "render_s", "scratch"),
+        *("shapes", "sources", "substitutes", "view"),
+    )
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def write(self, out: np.ndarray) -> None:
-        """Renders the pictures into `out`, an array of their shape and type.
-
-        Crops are written as [n, S, S, 3]: memory in that order is filled without a copy.
-
-        Raises:
-          ShardError, SampleError: As `render`; the part says which one it was.
-        """
-        if self._view.pixels == "patches":
-            cells = patch_cells(out, self._view.image.patch_px)
-        else:
-            cells = out.transpose(0, 2, 3, 1)
-        done = 0
-        for part in self.parts:
-            stop = done + part.plan.num_crops
-            part.render(cells[done:stop], self._view)
-            done = stop
-
-    def array(self) -> np.ndarray:
-        """Renders the pictures into a new array, crops with channels last in memory."""
-        if self._view.pixels == "patches":
-            pixels = np.empty(self.shape, self.dtype)
-        else:
-            num, _, side, _ = self.shape
-            pixels = np.empty((num, side, side, 3), self.dtype).transpose(0, 3, 1, 2)
-        self.write(pixels)
-        return pixels
-
-    @classmethod
-    def joined(cls, several: Sequence[Pictures]) -> Pictures:
-        """Joins the pictures of several examples."""
-        return cls([part for one in several for part in one.parts], several[0]._view)
-
-
-class PictureSet:
-    """The pictures of one sample and what becomes of them."""
-
-    __slots__ = ("error", "plan", "render_s", "scratch", "sources")
+    channels_first = False
 
     def __init__(
-        self, sources: Sequence[PictureSource], plan: ExamplePlan, scratch: Scratch
+        self,
+        plan: ExamplePlan,
+        sources: Sequence[PictureSource],
+        *,
+        view: View,
+        key: str,
+        scratch: Scratch,
     ) -> None:
-        """Takes (picture, overview) for each image of the plan."""
-        self.sources, self.plan, self.scratch = sources, plan, scratch
+        """Joins what was planned and the pictures.
+
+        Args:
+          plan: As a `Planner` of the same view makes it.
+          sources: A picture and its overview for each image of the sample.
+          view: What the run wants.
+          key: The sample's.
+          scratch: Memory for pictures that are not decoded into their places.
+        """
+        self.plan, self.sources, self.view, self.key = plan, sources, view, key
+        self.scratch = scratch
+        self.shapes = plan.shapes
+        self.num_tokens = plan.sequence.length
+        """Length of the sequence, L."""
+        self.num_crops = plan.num_crops
+        """Crops of all pictures, n."""
+        self.substitutes: dict[str, Any] | None = None
+        """The bad sample that it stands for, for its metadata."""
+        self.dataset: str | None = None
+        """The dataset's name, for its metadata."""
         self.error: ShardsError | None = None
-        """Why they cannot be rendered, after an attempt."""
+        """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
-        """Seconds spent, decoding included."""
+        """Seconds spent on pictures, decoding included."""
 
     @property
     def decode_s(self) -> float:
         """Seconds spent on decoding."""
         return sum([one.decode_s for pair in self.sources for one in pair if type(one) is Encoded])
 
-    def render(self, cells: np.ndarray, view: View) -> None:
-        """Writes the crops into [n, S, S, 3], or into patches viewed as [n, P, p, P, p, 3].
+    def pieces(self, name: str) -> list[np.ndarray]:
+        """Lists the arrays that one of the `COLUMNS` consists of; they are only to be read."""
+        return self.plan.sequence.pieces(name)
+
+    def write_images(self, out: np.ndarray) -> None:
+        """Renders the pictures into `out`, of the type and as many crops as there are.
+
+        Crops are written as [n, S, S, 3]: memory in that order is filled without a copy.
 
         Raises:
           ShardError, SampleError: As `render`, and kept as `error`.
         """
         start_s = perf_counter()
-        plan, done = self.plan, 0
+        plan, view, done = self.plan, self.view, 0
+        if view.pixels == "patches":
+            cells = patch_cells(out, view.image.patch_px)
+        else:
+            cells = out.transpose(0, 2, 3, 1)
         crops = cells
         if view.normalize is not None:
             side = plan.view.size_px
@@ -336,25 +346,95 @@ class PictureSet:
             for (picture, overview), (width, height), own, seen in zip(
                 self.sources, plan.sizes, plan.draws, plan.seen, strict=True
             ):
-                count = seen.crops
-                render(
-                    picture,
-                    source_width=width,
-                    source_height=height,
-                    view=plan.view,
-                    draw=own,
-                    overview=overview,
-                    out=crops[done : done + count],
-                    scratch=self.scratch,
-                    reduced=view.reduced_decoding,
-                )
-                done += count
+                stop = done + seen.crops
+                if (
+                    own is NO_CHANGE
+                    and overview is None
+                    and type(picture) is Encoded
+                    and picture.shape == seen.ready == crops.shape[1:]
+                ):
+                    # `render` would find out the same, anew for each picture: 5 µs of 80.
+                    picture.decode(crops[done])
+                else:
+                    render(
+                        picture,
+                        source_width=width,
+                        source_height=height,
+                        view=plan.view,
+                        draw=own,
+                        overview=overview,
+                        out=crops[done:stop],
+                        scratch=self.scratch,
+                        reduced=view.reduced_decoding,
+                    )
+                done = stop
         except (ShardError, SampleError) as error:
             self.error = error
             raise
         if view.normalize is not None:
             normalize(crops.reshape(cells.shape), kind=view.normalize, out=cells)
         self.render_s += perf_counter() - start_s
+
+    def write_masks(self, out: np.ndarray) -> None:
+        """Writes the share of each patch that is picture: float32 [n, patches]."""
+        plan, done = self.plan, 0
+        if plan.view.fit != "pad":
+            out.fill(1.0)
+            return
+        for size, seen in zip(plan.sizes, plan.seen, strict=True):
+            out[done : done + seen.crops] = image_masks(*size, plan.view)
+            done += seen.crops
+
+    def write_input_idx(self, out: np.ndarray) -> None:
+        """Writes where the image tokens stand: int64 [n], or [n, tokens per crop] (Molmo 1)."""
+        plan, done = self.plan, 0
+        per_token = self.view.image_map == "per_token"
+        for size, seen, start in zip(
+            plan.sizes, plan.seen, plan.sequence.image_starts, strict=True
+        ):
+            own = out[done : done + seen.crops]
+            if per_token:
+                own[...] = image_input_idx(*size, plan.view, offset=start)
+            else:
+                np.add(seen.first_patches, start, out=own)
+            done += seen.crops
+
+    def image_ends(self) -> list[int]:
+        """Lists, for each crop, one past the last token of its image."""
+        ends: list[int] = []
+        for seen, end in zip(self.plan.seen, self.plan.sequence.image_ends, strict=True):
+            ends += [end] * seen.crops
+        return ends
+
+    def pooling(self) -> np.ndarray:
+        """Makes Molmo 2's map: int64 [image tokens, pool], patches of all crops counted, or -1."""
+        plan, found, crops_before = self.plan, [], 0
+        for size, seen in zip(plan.sizes, plan.seen, strict=True):
+            pooled = token_pooling(*size, plan.view)
+            shift = crops_before * plan.view.num_patches
+            found.append(np.where(pooled == NO_PATCH, NO_PATCH, pooled + shift))
+            crops_before += seen.crops
+        if len(found) == 1:
+            return found[0]
+        pool = plan.view.pool[0] * plan.view.pool[1]
+        return np.concatenate(found) if found else np.zeros((0, pool), np.int64)
+
+    def metadata(self) -> dict[str, Any]:
+        """Describes the example."""
+        plan = self.plan
+        described: dict[str, Any] = {
+            "key": self.key,
+            "images": [
+                {"width": width, "height": height, "crops": seen.crops}
+                for (width, height), seen in zip(plan.sizes, plan.seen, strict=True)
+            ],
+            "dropped_branches": plan.sequence.dropped_branches,
+        }
+        if self.substitutes is not None:
+            described["substitutes"] = self.substitutes
+        if self.dataset is not None:
+            described["dataset"] = self.dataset
+        return described
 
 
 PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
@@ -384,95 +464,12 @@ def assemble(
     """
     plan = _planner(view, ids).plan(sample.tokens, sample.spans, rng, key=sample.key)
     sources = [(image.pixels, image.overview) for image in sample.images]
-    example = draft(plan, sources, view=view, key=sample.key, scratch=Scratch())
-    return finished(example)
+    return finished(Draft(plan, sources, view=view, key=sample.key, scratch=Scratch()))
 
 
 @functools.lru_cache(maxsize=16)
 def _planner(view: View, ids: TokenIds) -> Planner:
     return Planner(view, ids)
-
-
-def draft(
-    plan: ExamplePlan,
-    sources: Sequence[PictureSource],
-    *,
-    view: View,
-    key: str,
-    scratch: Scratch,
-) -> dict[str, Any]:
-    """Makes an example whose pictures are not rendered yet.
-
-    Args:
-      plan: As a `Planner` of the same view makes it.
-      sources: A picture and its overview for each image of the sample.
-      view: What the run wants.
-      key: The sample's.
-      scratch: Memory for pictures that are not decoded into their places.
-
-    Returns:
-      What `assemble` returns, but the arrays of one value per token are `Column`s, and `images` is
-      a `Pictures`.
-    """
-    sequences = [plan.sequence]
-    example: dict[str, Any] = {name: Column(name, sequences) for name in COLUMNS}
-    example["images"] = Pictures([PictureSet(sources, plan, scratch)], view)
-    example["image_masks"] = _masks(plan)
-    example["image_input_idx"] = _first_patches(plan)
-    example["image_end"] = _image_ends(plan)
-    example["metadata"] = {
-        "key": key,
-        "images": [
-            {"width": width, "height": height, "crops": seen.crops}
-            for (width, height), seen in zip(plan.sizes, plan.seen, strict=True)
-        ],
-        "dropped_branches": plan.sequence.dropped_branches,
-    }
-    if view.image_map == "per_token":
-        example["image_input_idx"] = _token_positions(plan)
-    elif view.image_map == "pooling":
-        example["token_pooling"] = _pooled_patches(plan)
-    return example
-
-
-def finished(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes every array of a `draft`.
-
-    Raises:
-      ShardError, SampleError: As `Pictures.write`.
-    """
-    return {
-        name: value.array() if isinstance(value, Column | Pictures) else value
-        for name, value in example.items()
-    }
-
-
-def _first_patches(plan: ExamplePlan) -> np.ndarray:
-    """Position of each crop's first patch token: int64 [n]."""
-    starts = plan.sequence.image_starts
-    if len(starts) == 1:
-        first: np.ndarray = plan.seen[0].first_patches + starts[0]
-        return first
-    found = [seen.first_patches + at for seen, at in zip(plan.seen, starts, strict=True)]
-    return np.concatenate([np.zeros(0, np.int64), *found])
-
-
-def _image_ends(plan: ExamplePlan) -> np.ndarray:
-    """One past the last token of each crop's image: int64 [n]."""
-    ends: list[int] = []
-    for seen, end in zip(plan.seen, plan.sequence.image_ends, strict=True):
-        ends += [end] * seen.crops
-    return np.array(ends, np.int64)
-
-
-def _masks(plan: ExamplePlan) -> np.ndarray:
-    """Share of each patch that is picture: float32 [n, patches]."""
-    view = plan.view
-    if view.fit == "pad" and plan.sizes:
-        return np.concatenate([image_masks(*size, view) for size in plan.sizes])
-    masks = np.empty((plan.num_crops, view.num_patches), dtype=np.float32)
-    masks.fill(1.0)
-    return masks
 
 
 def _choose(
@@ -488,7 +485,7 @@ def _choose(
         behind = bisect_right(turns, turns[first], first)
         drawn = first
         if rng is not None and behind - first > 1:
-            drawn += rng.randint(0, behind - first)
+            drawn += draw_below(rng, behind - first)
         _, branch, _, start, stop, response, end, weight = texts[drawn].tolist()
         turn = Turn(tokens[start:stop], tokens[response:end])
         if branch == last:
@@ -498,32 +495,3 @@ def _choose(
             last = branch
         first = behind
     return branches
-
-
-def _token_positions(plan: ExamplePlan) -> np.ndarray:
-    """Molmo 1's map: int64 [n, tokens per crop], positions in the sequence or -100."""
-    rows, cols = plan.view.crop_tokens
-    found = [
-        image_input_idx(*size, plan.view, offset=start)
-        for size, start in zip(plan.sizes, plan.sequence.image_starts, strict=True)
-    ]
-    return _stacked(found, empty=np.zeros((0, rows * cols))).astype(np.int64)
-
-
-def _pooled_patches(plan: ExamplePlan) -> np.ndarray:
-    """Molmo 2's map: int64 [image tokens, pool], patches of all crops counted through, or -1."""
-    found = []
-    crops_before = 0
-    for size, seen in zip(plan.sizes, plan.seen, strict=True):
-        pooled = token_pooling(*size, plan.view)
-        shift = crops_before * plan.view.num_patches
-        found.append(np.where(pooled == NO_PATCH, NO_PATCH, pooled + shift))
-        crops_before += seen.crops
-    pool = plan.view.pool[0] * plan.view.pool[1]
-    return _stacked(found, empty=np.zeros((0, pool), dtype=np.int64))
-
-
-def _stacked(arrays: Sequence[np.ndarray], *, empty: np.ndarray) -> np.ndarray:
-    if len(arrays) == 1:
-        return arrays[0]
-    return np.concatenate(arrays) if arrays else empty

@@ -22,8 +22,8 @@ them again.
 
 Pictures usually come as [n, C, H, W] views of [n, H, W, C] memory. The batch keeps that order: its
 memory is [B, M, H, W, C], and `images` is a permuted view (channels last, as convolutions like it),
-so that pictures are copied row by row and no value is ever moved by itself. Pictures that are not
-rendered yet (`loader.assemble.Pictures`) are written straight into their place in the batch.
+so that pictures are copied row by row and no value is ever moved by itself. Examples whose arrays
+are not made yet (`Unmade`) write them straight into their places in the batch.
 """
 
 # Shape letters: B examples, L tokens, M images per example, C channels, H x W pixels, n images of
@@ -32,13 +32,13 @@ rendered yet (`loader.assemble.Pictures`) are written straight into their place 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from loader.buffers import Allocate
-from loader.layout import Column
+from loader.layout import COLUMNS, cut
 from shardspec.errors import ConfigError, SampleError, nearest
 from shardspec.tiling import EXCLUDED, NO_PATCH
 
@@ -59,17 +59,54 @@ IMAGE_KEYS = ("images", "image_masks", "image_input_idx")
 Example = Mapping[str, Any]
 
 
-class Unrendered(Protocol):
-    """Pictures of known shape and type that are still to be written."""
+class Shapes(NamedTuple):
+    """The shapes of what an example has for each crop, without the axis of the crops."""
 
-    shape: tuple[int, ...]
+    image: tuple[int, ...]
+    """(C, H, W), or (patches, dim)."""
     dtype: np.dtype
+    """Of images."""
+    num_patches: int
+    """Of a mask."""
+    tokens_per_crop: int | None
+    """Of `image_input_idx`, where it maps every token."""
+    pool: int | None
+    """Of `token_pooling`'s rows; None without it."""
 
-    def __len__(self) -> int:
-        """Counts the pictures."""
 
-    def write(self, out: np.ndarray) -> None:
-        """Writes them into an array of their shape and type."""
+class Unmade(Protocol):
+    """An example whose arrays are still to be made: a sample's (`Draft`), a row's (`Pack`)."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_crops(self) -> int: ...
+    @property
+    def shapes(self) -> Shapes: ...
+    @property
+    def channels_first(self) -> bool:
+        """Whether its pictures lie in memory as [n, C, H, W]."""
+
+    def pieces(self, name: str) -> list[np.ndarray]:
+        """Lists the arrays that `input_ids`, `labels` or one of `EXTRA_KEYS` consists of."""
+
+    def write_images(self, out: np.ndarray) -> None:
+        """Writes the pictures: [n, C, H, W] or [n, patches, dim], n >= 1."""
+
+    def write_masks(self, out: np.ndarray) -> None:
+        """Writes `image_masks`: float32 [n, patches]."""
+
+    def write_input_idx(self, out: np.ndarray) -> None:
+        """Writes `image_input_idx`: int64 [n] or [n, tokens per crop]."""
+
+    def image_ends(self) -> Sequence[int]:
+        """Lists, for each crop, one past the last token of its image."""
+
+    def pooling(self) -> np.ndarray:
+        """Makes `token_pooling`: integers [image tokens, pool]."""
+
+    def metadata(self) -> Mapping[str, Any]:
+        """Describes the example; its `key` names it in errors."""
 
 
 class MMCollator:
@@ -173,20 +210,22 @@ class MMCollator:
         Raises:
           As `collate`.
         """
-        return self.collate(examples)
+        counts = [_num_images(example) for example in examples]
+        self._check(examples, counts)
+        return self.collate([_Made(*pair) for pair in zip(examples, counts, strict=True)])
 
     def collate(
-        self, examples: Sequence[Example], *, allocate: Allocate = np.empty
+        self, examples: Sequence[Unmade], *, allocate: Allocate = np.empty
     ) -> dict[str, Any]:
-        """Collates examples in memory of the caller's choice.
+        """Collates examples whose arrays are still to be made, in memory of the caller's choice.
 
         Args:
-          examples: As for a call; `images` may be `Unrendered`, values per token a `Column`.
+          examples: At least one.
           allocate: Gives the memory of each tensor, C-contiguous and of any content.
 
         Raises:
           SampleError: `too_long`, `image_cut`, `no_loss` or `too_many_images`, naming the example
-            by the `key` of its metadata, or else by its row.
+            by the `key` of its metadata, or else by its row; as `Unmade.write_images`.
           ConfigError: `empty_batch`; `example_mismatch`, for examples whose arrays do not fit each
             other or the collator, listing all of them.
         """
@@ -196,20 +235,18 @@ class MMCollator:
                 reason="empty_batch",
                 fix="hand over at least one example",
             )
-        counts = [_num_images(example) for example in examples]
-        self._check(examples, counts)
-        lengths = [
-            self._kept_length(row, example, num)
-            for row, (example, num) in enumerate(zip(examples, counts, strict=True))
-        ]
+        self._require_fitting(examples)
+        lengths = [example.num_tokens for example in examples]
+        if max(lengths) > self.sequence_length or self.max_images is not None:
+            lengths = [self._kept_length(row, example) for row, example in enumerate(examples)]
         batch: dict[str, Any] = {**self._collate_text(examples, lengths, allocate)}
-        batch |= self._collate_images(examples, counts, allocate)
+        batch |= self._collate_images(examples, allocate)
         if self.with_metadata:
-            batch["metadata"] = [example.get("metadata") or {} for example in examples]
+            batch["metadata"] = [example.metadata() for example in examples]
         return batch
 
     def _collate_text(
-        self, examples: Sequence[Example], lengths: list[int], allocate: Allocate
+        self, examples: Sequence[Unmade], lengths: list[int], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
         longest = max(lengths)
         padded = -(-longest // self._multiple) * self._multiple
@@ -219,7 +256,8 @@ class MMCollator:
             padding = np.full(shape[1], pad, dtype)
             pieces: list[np.ndarray] = []
             for example, length in zip(examples, lengths, strict=True):
-                pieces += _pieces(example[name], length)
+                own = example.pieces(name)
+                pieces += own if length == example.num_tokens else cut(own, length)
                 pieces.append(padding[length:])
             arrays[name] = allocate(shape, dtype)
             # One call for all rows: writing them one by one takes five times as long.
@@ -229,74 +267,86 @@ class MMCollator:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _collate_images(
-        self, examples: Sequence[Example], counts: list[int], allocate: Allocate
+        self, examples: Sequence[Unmade], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
-        num = max(counts) if self.max_images is None else self.max_images
-        first = next((ex["images"] for ex, n in zip(examples, counts, strict=True) if n), None)
-        images = self._image_buffer(len(examples), num, first, allocate)
+        num = self.max_images
+        if num is None:
+            num = max([example.num_crops for example in examples])
+        images = self._image_buffer(examples, num, allocate)
         masks = allocate((len(examples), num, self.num_patches), np.float32)
         index_shape: tuple[int, ...] = (len(examples), num)
         index_pad = -1
         if self.tokens_per_crop is not None:
             index_shape, index_pad = (*index_shape, self.tokens_per_crop), EXCLUDED
         input_idx = allocate(index_shape, np.int64)
-        for row, (example, n) in enumerate(zip(examples, counts, strict=True)):
+        # Batches of texts mostly have no room for pictures: nothing to write.
+        places = list(enumerate(examples)) if num else []
+        for row, example in places:
+            n = example.num_crops
             if n:
-                masks[row, :n] = example["image_masks"]
-                input_idx[row, :n] = example["image_input_idx"]
+                example.write_masks(masks[row, :n])
+                example.write_input_idx(input_idx[row, :n])
             if n < num:
                 images[row, n:] = 0
                 masks[row, n:] = 0
                 input_idx[row, n:] = index_pad
-        # By themselves: a decoder drives everything else out of the caches.
-        for row, (example, n) in enumerate(zip(examples, counts, strict=True)):
-            own = example["images"] if n else None
-            if isinstance(own, np.ndarray):
-                np.copyto(images[row, :n], own)
-            elif own is not None:
-                own.write(images[row, :n])
         arrays = {"images": images, "image_masks": masks, "image_input_idx": input_idx}
         if self.pool is not None:
             arrays["token_pooling"] = self._collate_pooling(examples, self.pool, allocate)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        # Behind all the rest: a decoder drives everything else out of the caches.
+        for row, example in places:
+            if n := example.num_crops:
+                example.write_images(images[row, :n])
+        return tensors
 
     def _collate_pooling(
-        self, examples: Sequence[Example], pool: int, allocate: Allocate
+        self, examples: Sequence[Unmade], pool: int, allocate: Allocate
     ) -> np.ndarray:
-        rows = [example.get("token_pooling", np.zeros((0, pool))) for example in examples]
+        rows = [example.pooling() for example in examples]
         pooling = allocate((len(rows), max(map(len, rows)), pool), np.int64)
         for row, array in enumerate(rows):
             pooling[row, : len(array)] = array
             pooling[row, len(array) :] = NO_PATCH
         return pooling
 
-    def _image_buffer(
-        self,
-        num_rows: int,
-        num: int,
-        first: np.ndarray | Unrendered | None,
-        allocate: Allocate,
-    ) -> np.ndarray:
+    def _image_buffer(self, examples: Sequence[Unmade], num: int, allocate: Allocate) -> np.ndarray:
         """Allocates [B, M, C, H, W] with the type and the memory order of the first pictures.
 
-        Batches without pictures, and pictures that are not rendered yet, have channels last.
+        Batches without pictures have channels last.
         """
-        dtype = np.dtype(np.uint8) if first is None else first.dtype
-        channels_apart = isinstance(first, np.ndarray) and first.strides[1] > first.strides[-1]
-        if len(self.image_shape) == 2 or channels_apart:
-            return allocate((num_rows, num, *self.image_shape), dtype)
+        first = next((example for example in examples if example.num_crops), None)
+        dtype = np.dtype(np.uint8) if first is None else first.shapes.dtype
+        shape = (len(examples), num)
+        if len(self.image_shape) == 2 or (first is not None and first.channels_first):
+            return allocate((*shape, *self.image_shape), dtype)
         channels, height, width = self.image_shape
-        buffer = allocate((num_rows, num, height, width, channels), dtype)
+        buffer = allocate((*shape, height, width, channels), dtype)
         return np.moveaxis(buffer, -1, 2)
 
-    def _kept_length(self, row: int, example: Example, num: int) -> int:
-        """Counts the tokens to keep of an example of `num` images, at most `sequence_length`."""
-        limit, length = self.sequence_length, len(example["input_ids"])
+    def _require_fitting(self, examples: Sequence[Unmade]) -> None:
+        """Refuses examples with pictures that do not fit each other or the collator."""
+        seen = {example.shapes for example in examples if example.num_crops}
+        if len({shapes.dtype for shapes in seen}) > 1 or not all(map(self._fits, seen)):
+            made = [finished(example) for example in examples]
+            self._check(made, [example.num_crops for example in examples])
+
+    def _fits(self, shapes: Shapes) -> bool:
+        return (
+            shapes.image == self.image_shape
+            and shapes.num_patches == self.num_patches
+            and shapes.tokens_per_crop == self.tokens_per_crop
+            and self.pool in (None, shapes.pool)
+        )
+
+    def _kept_length(self, row: int, example: Unmade) -> int:
+        """Counts the tokens to keep of an example, at most `sequence_length`."""
+        limit, length, num = self.sequence_length, example.num_tokens, example.num_crops
         if self.max_images is not None and num > self.max_images:
             raise SampleError(
                 "example has more images than the batch has room for",
                 reason="too_many_images",
-                where=_name(row, example),
+                where=_name(row, example.metadata()),
                 facts={"images": num, "max_images": self.max_images},
                 fix="raise max_images, or lower the crop budget of the view",
             )
@@ -307,27 +357,25 @@ class MMCollator:
             raise SampleError(
                 "example is longer than the sequence length",
                 reason="too_long",
-                where=_name(row, example),
+                where=_name(row, example.metadata()),
                 facts=facts,
                 fix='raise sequence_length, or cut with overlong="truncate"',
             )
         if num:
-            # Without image_end the first token of an image is all that is known of its place.
-            end = example["image_end"] if "image_end" in example else _image_starts(example) + 1
-            if np.max(end) > limit:
+            end = max(example.image_ends())
+            if end > limit:
                 raise SampleError(
                     "cutting the example at the sequence length would cut an image",
                     reason="image_cut",
-                    where=_name(row, example),
-                    facts=facts | {"image_end": int(np.max(end))},
+                    where=_name(row, example.metadata()),
+                    facts=facts | {"image_end": end},
                     fix="raise sequence_length, or lower the crop budget of the view",
                 )
-        (labels,) = _pieces(example["labels"], limit)
-        if not np.any(labels != IGNORE_INDEX):
+        if not any((piece != IGNORE_INDEX).any() for piece in cut(example.pieces("labels"), limit)):
             raise SampleError(
                 "cutting the example at the sequence length leaves nothing to learn",
                 reason="no_loss",
-                where=_name(row, example),
+                where=_name(row, example.metadata()),
                 facts=facts,
                 fix="raise sequence_length",
             )
@@ -341,7 +389,10 @@ class MMCollator:
         if len(types) > 1:
             problems.append("images of several types")
         if problems:
-            specs = {_name(row, example): _spec(example) for row, example in enumerate(examples)}
+            specs = {
+                _name(row, _metadata(example)): _spec(example)
+                for row, example in enumerate(examples)
+            }
             raise ConfigError(
                 "examples of a batch do not fit together",
                 reason="example_mismatch",
@@ -355,24 +406,8 @@ class MMCollator:
                 fix="give the collator and every dataset of the mixture the same view",
             )
 
-    def _fits(self, example: Example, num: int) -> bool:
-        """Tells whether the pictures of a draft fit; its other arrays are of one layout."""
-        if not num:
-            return True
-        index_shape = (num,) if self.tokens_per_crop is None else (num, self.tokens_per_crop)
-        fits: bool = (
-            example["images"].shape == (num, *self.image_shape)
-            and example["image_masks"].shape == (num, self.num_patches)
-            and example["image_input_idx"].shape == index_shape
-            and (self.pool is None or "token_pooling" in example)
-            and (self.pool is None or example["token_pooling"].shape[1:] == (self.pool,))
-        )
-        return fits
-
     def _problems(self, example: Example, num: int) -> list[str]:
         """Lists what is wrong with one example of `num` images by itself."""
-        if type(example.get("input_ids")) is Column and self._fits(example, num):
-            return []
         missing = [key for key in self._text_specs if key not in example]
         if num:
             missing += [key for key in IMAGE_KEYS if key not in example]
@@ -380,9 +415,8 @@ class MMCollator:
             return [f"{key} is missing" for key in missing]
         if num and len({len(example[key]) for key in IMAGE_KEYS}) > 1:
             return [f"{', '.join(IMAGE_KEYS)} differ in length"]
-        want: dict[str, tuple[int, ...]] = {}
-        if not isinstance(example["input_ids"], Column):
-            want = dict.fromkeys(self._text_specs, (len(example["input_ids"]),))
+        want: dict[str, tuple[int, ...]]
+        want = dict.fromkeys(self._text_specs, (len(example["input_ids"]),))
         if num:
             want["images"] = (num, *self.image_shape)
             want["image_masks"] = (num, self.num_patches)
@@ -405,13 +439,55 @@ class MMCollator:
         return found
 
 
-def _pieces(values: np.ndarray | Column, length: int) -> list[np.ndarray]:
-    """Lists arrays that are the first `length` values end to end."""
-    if isinstance(values, Column):
-        if length == len(values):
-            return values.pieces()
-        values = values.array()
-    return [values[:length]]
+class _Made:
+    """An example whose arrays are there."""
+
+    def __init__(self, example: Example, num_crops: int) -> None:
+        self._example, self.num_crops = example, num_crops
+        self.num_tokens = len(example["input_ids"])
+
+    @property
+    def shapes(self) -> Shapes:
+        images, input_idx = self._example["images"], self._example["image_input_idx"]
+        pooling = self._example.get("token_pooling")
+        return Shapes(
+            image=images.shape[1:],
+            dtype=images.dtype,
+            num_patches=self._example["image_masks"].shape[1],
+            tokens_per_crop=input_idx.shape[1] if input_idx.ndim == 2 else None,
+            pool=None if pooling is None else pooling.shape[1],
+        )
+
+    @property
+    def channels_first(self) -> bool:
+        strides: tuple[int, ...] = self._example["images"].strides
+        return strides[1] > strides[-1]
+
+    def pieces(self, name: str) -> list[np.ndarray]:
+        return [self._example[name]]
+
+    def write_images(self, out: np.ndarray) -> None:
+        np.copyto(out, self._example["images"])
+
+    def write_masks(self, out: np.ndarray) -> None:
+        out[...] = self._example["image_masks"]
+
+    def write_input_idx(self, out: np.ndarray) -> None:
+        out[...] = self._example["image_input_idx"]
+
+    def image_ends(self) -> list[int]:
+        # Without image_end the first token of an image is all that is known of its place.
+        example = self._example
+        ends = example["image_end"] if "image_end" in example else example["image_input_idx"] + 1
+        found: list[int] = np.ravel(ends).tolist()
+        return found
+
+    def pooling(self) -> np.ndarray:
+        found: np.ndarray = self._example.get("token_pooling", np.zeros((0, 1), np.int64))
+        return found
+
+    def metadata(self) -> Mapping[str, Any]:
+        return _metadata(self._example)
 
 
 def _parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
@@ -435,6 +511,37 @@ def _parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
     )
 
 
+def finished(example: Unmade) -> dict[str, Any]:
+    """Makes every array of an example, as `loader.assemble.assemble` describes them.
+
+    Raises:
+      ShardError, SampleError: As `Unmade.write_images`.
+    """
+    num, shapes = example.num_crops, example.shapes
+    made: dict[str, Any] = {
+        name: np.concatenate(example.pieces(name), dtype=dtype, casting="unsafe")
+        for name, dtype in COLUMNS.items()
+    }
+    if len(shapes.image) == 3:
+        channels, height, width = shapes.image
+        images = np.empty((num, height, width, channels), shapes.dtype).transpose(0, 3, 1, 2)
+    else:
+        images = np.empty((num, *shapes.image), shapes.dtype)
+    made["images"] = images
+    made["image_masks"] = np.empty((num, shapes.num_patches), np.float32)
+    per_token = () if shapes.tokens_per_crop is None else (shapes.tokens_per_crop,)
+    made["image_input_idx"] = np.empty((num, *per_token), np.int64)
+    if num:
+        example.write_images(images)
+        example.write_masks(made["image_masks"])
+        example.write_input_idx(made["image_input_idx"])
+    made["image_end"] = np.array(example.image_ends(), np.int64)
+    made["metadata"] = example.metadata()
+    if shapes.pool is not None:
+        made["token_pooling"] = example.pooling()
+    return made
+
+
 def _num_images(example: Example) -> int:
     most = 0
     for key in IMAGE_KEYS:
@@ -443,12 +550,13 @@ def _num_images(example: Example) -> int:
     return most
 
 
-def _image_starts(example: Example) -> np.ndarray:
-    return np.asarray(example["image_input_idx"])
+def _metadata(example: Example) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = example.get("metadata") or {}
+    return found
 
 
-def _name(row: int, example: Example) -> str:
-    key = (example.get("metadata") or {}).get("key")
+def _name(row: int, metadata: Mapping[str, Any]) -> str:
+    key = metadata.get("key")
     return f"row {row} of the batch" if key is None else f"sample {key} (row {row} of the batch)"
 
 

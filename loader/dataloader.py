@@ -11,7 +11,6 @@ another one (buffers.py).
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -172,17 +171,15 @@ def view_collator(
     with_metadata: bool = False,
 ) -> MMCollator:
     """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
-    image = view.image
-    side, patch, rows_cols = image.size_px, image.patch_px, image.crop_tokens
-    patches = view.pixels == "patches"
+    shapes = view.shapes(view.image)
     return MMCollator(
         sequence_length=sequence_length,
         pad_mode=pad_mode,
         pad_token_id=pad_token_id,
-        image_shape=(image.num_patches, patch * patch * 3) if patches else (3, side, side),
-        num_patches=image.num_patches,
-        tokens_per_crop=math.prod(rows_cols) if view.image_map == "per_token" else None,
-        pool=math.prod(image.pool) if view.image_map == "pooling" else None,
+        image_shape=shapes.image,
+        num_patches=shapes.num_patches,
+        tokens_per_crop=shapes.tokens_per_crop,
+        pool=shapes.pool,
         extra_keys=extra_keys,
         with_metadata=with_metadata,
     )

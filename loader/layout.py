@@ -113,31 +113,44 @@ class Sequence1d:
     """
 
     __slots__ = (
-        *("_first", "_prefix_stop", "_runs", "_spans", "_total", "dropped_branches", "image_ends"),
-        *("image_starts", "learns", "length", "weight"),
+        *("_first", "_labels", "_prefix_stop", "_runs", "_spans", "_total", "dropped_branches"),
+        *("image_ends", "image_starts", "learns", "length", "weight"),
     )
 
     def __init__(
         self,
-        draft: _Draft,
+        runs: list[np.ndarray],
+        labels: list[np.ndarray],
         spans: list[_Span],
         *,
-        prefix_end: int,
-        first: int,
+        total: int,
         limit: int | None,
+        prefix_stop: int,
+        first: int,
+        image_starts: tuple[int, ...],
+        image_ends: tuple[int, ...],
         dropped: int,
     ) -> None:
-        """Takes over what `lay_out` decided."""
-        self._runs, self._spans, self._first = draft.runs, spans, first
-        self._total = draft.length
-        self.length = draft.length if limit is None else min(limit, draft.length)
+        """Takes over what `lay_out` decided.
+
+        Args:
+          runs: Tokens, as arrays that stand end to end.
+          labels: The same for the labels: (gap, targets, EOS) for each response, and a last gap.
+          spans: The branches.
+          total: Tokens before the limit.
+          limit: Longest sequence.
+          prefix_stop: Where the prefix ends.
+          first: Subsegment of the first branch.
+          image_starts, image_ends, dropped: See below.
+        """
+        self._runs, self._labels, self._spans, self._first = runs, labels, spans, first
+        self._prefix_stop, self._total = prefix_stop, total
+        self.length = total if limit is None else min(limit, total)
         """Tokens, L."""
-        self.image_starts = tuple(draft.image_starts)
+        self.image_starts = image_starts
         """Position of each image block's first token."""
-        self.image_ends = tuple(draft.image_ends)
+        self.image_ends = image_ends
         """One past each image block's last token."""
-        # Images placed inside the text: what stands up to the last one is the prefix.
-        self._prefix_stop = max(prefix_end, *draft.image_ends[-1:], 0)
         self.dropped_branches = dropped
         """Branches that did not fit the limit."""
         self.weight = 1.0
@@ -177,26 +190,14 @@ class Sequence1d:
         if name == "input_ids":
             found = self._runs
         elif name == "labels":
-            found = self._labels()
+            found = self._labels if self.learns else [np.full(self._total, IGNORED)]
         elif name == "position_ids":
             found = self._positions()
         elif name == "subsegment_ids":
             found = self._segments()
         else:
             found = self._weights()
-        return found if self.length == self._total else _cut(found, self.length)
-
-    def _labels(self) -> list[np.ndarray]:
-        if not self.learns:
-            return [np.full(self._total, IGNORED)]
-        found: list[np.ndarray] = []
-        done = 0
-        for span in self._spans:
-            for at, targets, end in span.learned:
-                found += (_ignored(at - done), targets, end)
-                done = at + len(targets) + 1
-        found.append(_ignored(self._total - done))
-        return found
+        return found if self.length == self._total else cut(found, self.length)
 
     def _positions(self) -> list[np.ndarray]:
         start = self._spans[0].start
@@ -216,52 +217,14 @@ class Sequence1d:
         if not self.learns:
             return [np.zeros(self._total, np.float32)]
         found: list[np.ndarray] = []
-        done = 0
+        gaps = iter(self._labels[::3])
         for span in self._spans:
             weight = np.float32(span.weight) * np.float32(self.weight)
-            for at, targets, _ in span.learned:
-                found += (
-                    np.zeros(at - done, np.float32),
-                    np.full(len(targets) + 1, weight, np.float32),
-                )
-                done = at + len(targets) + 1
-        found.append(np.zeros(self._total - done, np.float32))
+            for length in span.learned:
+                gap = np.zeros(len(next(gaps)), np.float32)
+                found += (gap, np.full(length, weight, np.float32))
+        found.append(np.zeros(len(next(gaps)), np.float32))
         return found
-
-
-class Column:
-    """One of the `COLUMNS` of some sequences end to end, before its array is made."""
-
-    __slots__ = ("dtype", "name", "sequences", "step")
-
-    def __init__(self, name: str, sequences: Sequence[Sequence1d], *, step: int = 0) -> None:
-        """Names a column.
-
-        Args:
-          name: Of `COLUMNS`.
-          sequences: One, or those of a packed row.
-          step: Sequence number k is moved by k * step.
-        """
-        self.name, self.sequences, self.step = name, sequences, step
-        self.dtype = COLUMNS[name]
-
-    def __len__(self) -> int:
-        return sum([sequence.length for sequence in self.sequences])
-
-    def pieces(self) -> list[np.ndarray]:
-        """Lists the arrays that it consists of; they are only to be read."""
-        if len(self.sequences) == 1:
-            return self.sequences[0].pieces(self.name)
-        found: list[np.ndarray] = []
-        for k, sequence in enumerate(self.sequences):
-            own = sequence.pieces(self.name)
-            found += [piece + k * self.step for piece in own] if self.step else own
-        return found
-
-    def array(self) -> np.ndarray:
-        """Makes the array."""
-        joined: np.ndarray = np.concatenate(self.pieces(), dtype=self.dtype, casting="unsafe")
-        return joined
 
 
 def lay_out(
@@ -292,47 +255,93 @@ def lay_out(
         left within it), `image_placeholder` (a text asks for another number of images).
     """
     placed = _count_placeholders(branches, ids, num_blocks=len(blocks), where=where)
-    draft = _Draft(eos=_single(ids.eos), placeholder=ids.placeholder)
-    draft.add(_single(ids.bos))
+    eos, molmo1 = _single(ids.eos), tree == "molmo1"
+    # Everything here is done for each sample: calls and objects that can be spared are.
+    runs, length = [_single(ids.bos)], 1
+    image_starts: list[int] = []
+    image_ends: list[int] = []
     if not placed:
         for b, block in enumerate(blocks):
             if leads:
-                draft.add(leads[b])
-            draft.add_block(block)
-    prefix_end = draft.length
+                runs.append(leads[b])
+                length += len(leads[b])
+            image_starts.append(length)
+            runs.append(block)
+            length += len(block)
+            image_ends.append(length)
+    prefix_stop, images = length, iter(blocks)
+    labels: list[np.ndarray] = []
+    labelled = 0
     spans: list[_Span] = []
     dropped = 0
-    for branch in branches:
-        prompt = len(branch.turns[0].prompt)
-        length = draft.length + (tree == "molmo1")
-        if limit is not None and spans and length + prompt >= limit:
+    for turns, weight in branches:
+        if limit is not None and spans and length + molmo1 + len(turns[0].prompt) >= limit:
             dropped += 1
             continue
-        if spans and tree == "molmo1":
+        if spans and molmo1:
             # The EOS behind a branch is a target only; Molmo 1 keeps it between branches.
-            draft.add_eos(spans[-1])
-        spans.append(draft.add_branch(branch, blocks=blocks if placed else (), lone=not spans))
-    if limit is not None and draft.image_ends and draft.image_ends[-1] > limit:
+            runs.append(eos)
+            length += 1
+            spans[-1].stop = length
+        start = length
+        learned: list[int] = []
+        for prompt, response in turns:
+            if length > start:
+                runs.append(eos)
+                length += 1
+            if placed:
+                for run, is_block in _placed(prompt, images, ids.placeholder):
+                    if is_block:
+                        image_starts.append(length)
+                        image_ends.append(length + len(run))
+                    runs.append(run)
+                    length += len(run)
+            else:
+                runs.append(prompt)
+                length += len(prompt)
+            # Position t predicts the token behind it; a branch that is not the first does not stand
+            # behind the prefix, which would predict its first token.
+            at, targets = length, response
+            runs.append(response)
+            length += len(response)
+            if at == start and spans:
+                at, targets = at + 1, response[1:]
+            if at <= length:
+                labels += (_ignored(at - 1 - labelled), targets, eos)
+                learned.append(len(targets) + 1)
+                labelled = at + len(targets)
+        spans.append(_Span(start, length, learned, weight / WEIGHT_ONE))
+    if limit is not None and image_ends and image_ends[-1] > limit:
         raise SampleError(
             "the images of a sample do not fit the sequence",
             reason="image_cut",
             where=where,
-            facts={"image_tokens": draft.image_ends[-1], "sequence_length": limit},
+            facts={"image_tokens": image_ends[-1], "sequence_length": limit},
             fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
-    learned = next((span.learned[0][0] for span in spans if span.learned), None)
-    if learned is None or (limit is not None and learned >= limit):
+    if not labels or (limit is not None and len(labels[0]) >= limit):
         raise SampleError(
             "nothing to learn is left of a sample within the sequence length",
             reason="no_loss",
             where=where,
-            facts={"length": draft.length, "sequence_length": limit},
+            facts={"length": length, "sequence_length": limit},
             fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
         )
-    _scale(spans, loss)
-    first = 1 if tree == "molmo1" else 0
+    labels.append(_ignored(length - labelled))
+    if loss != "flat":
+        _scale(spans, loss)
     return Sequence1d(
-        draft, spans, prefix_end=prefix_end, first=first, limit=limit, dropped=dropped
+        runs,
+        labels,
+        spans,
+        total=length,
+        limit=limit,
+        # Images placed inside the text: what stands up to the last one is the prefix.
+        prefix_stop=image_ends[-1] if placed else prefix_stop,
+        first=1 if molmo1 else 0,
+        image_starts=tuple(image_starts),
+        image_ends=tuple(image_ends),
+        dropped=dropped,
     )
 
 
@@ -342,8 +351,8 @@ class _Span:
 
     start: int
     stop: int
-    learned: list[tuple[int, np.ndarray, np.ndarray]]
-    """(Position, targets, EOS) of each response."""
+    learned: list[int]
+    """Positions under loss of each response, EOS included."""
     weight: float
 
 
@@ -367,7 +376,8 @@ def _token_bytes(token: int) -> bytes:
     return token.to_bytes(4, "little", signed=True)
 
 
-def _cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+def cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+    """Cuts arrays that stand end to end to their first `length` values."""
     found = []
     for piece in pieces:
         found.append(piece[:length])
@@ -375,66 +385,16 @@ def _cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
     return found
 
 
-class _Draft:
-    """The runs of tokens that make up a sequence, and where its images stand."""
-
-    def __init__(self, *, eos: np.ndarray, placeholder: int) -> None:
-        self.length = 0
-        self.runs: list[np.ndarray] = []
-        self.image_starts: list[int] = []
-        self.image_ends: list[int] = []
-        self._eos, self._placeholder = eos, placeholder
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Appends tokens."""
-        self.runs.append(tokens)
-        self.length += len(tokens)
-
-    def add_block(self, block: np.ndarray) -> None:
-        """Appends an image."""
-        self.image_starts.append(self.length)
-        self.add(block)
-        self.image_ends.append(self.length)
-
-    def add_eos(self, span: _Span) -> None:
-        """Appends an EOS to the branch that was added last."""
-        self.add(self._eos)
-        span.stop = self.length
-
-    def add_branch(self, branch: BranchTurns, *, blocks: Sequence[np.ndarray], lone: bool) -> _Span:
-        """Appends a conversation without its last EOS.
-
-        Args:
-          branch: The conversation.
-          blocks: Images that go where its placeholders stand; () for none.
-          lone: Whether it stands right behind the prefix, which then predicts its first token.
-        """
-        span = _Span(self.length, self.length, [], branch.weight / WEIGHT_ONE)
-        images = iter(blocks)
-        for turn in branch.turns:
-            if self.length > span.start:
-                self.add(self._eos)
-            if blocks:
-                self._add_placed(turn.prompt, images)
-            else:
-                self.add(turn.prompt)
-            # Position t predicts the token behind it.
-            response, at = turn.response, self.length
-            self.add(response)
-            if at == span.start and not lone:
-                response, at = response[1:], at + 1
-            if at <= self.length:
-                span.learned.append((at - 1, response, self._eos))
-        span.stop = self.length
-        return span
-
-    def _add_placed(self, prompt: np.ndarray, images: Iterator[np.ndarray]) -> None:
-        done = 0
-        for at in np.flatnonzero(prompt == self._placeholder).tolist():
-            self.add(prompt[done:at])
-            self.add_block(next(images))
-            done = at + 1
-        self.add(prompt[done:])
+def _placed(
+    prompt: np.ndarray, images: Iterator[np.ndarray], placeholder: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Cuts a prompt at its placeholders: (tokens, whether they are the block of an image)."""
+    done = 0
+    for at in np.flatnonzero(prompt == placeholder).tolist():
+        yield prompt[done:at], False
+        yield next(images), True
+        done = at + 1
+    yield prompt[done:], False
 
 
 def _count_placeholders(
@@ -463,5 +423,4 @@ def _scale(spans: Sequence[_Span], loss: LossScale) -> None:
         if loss in ("root_subsegments", "root_both"):
             span.weight /= math.sqrt(len(spans))
         if loss in ("root_length", "root_both"):
-            learned = sum(len(targets) + 1 for _, targets, _ in span.learned)
-            span.weight *= 2 / math.sqrt(max(1, learned))
+            span.weight *= 2 / math.sqrt(max(1, sum(span.learned)))

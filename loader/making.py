@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 import torch
 
+from loader.assemble import Draft
 from loader.buffers import Allocate
 from loader.collate import MMCollator
-from loader.packed import fitting, join_examples
+from loader.packed import Pack, fitting
 from loader.packing import PackConfig
 from loader.reader import ShardReader
 from loader.schedule import Row
@@ -107,9 +108,8 @@ class BatchMaker:
                 raise CancelledError
             made.append([self.source.pending(place) for place in row])
         while True:
-            examples = [self._joined([one.example for one in row]) for row in made]
             try:
-                batch = self.collator.collate(examples, allocate=allocate)
+                batch = self.collator.collate(self._joined(made), allocate=allocate)
                 break
             except (SampleError, ShardError):
                 if not self._replace_broken(task.rows, made):
@@ -122,18 +122,26 @@ class BatchMaker:
         """Substitutes the sample whose pictures could not be rendered; tells if there was one."""
         for row, own in zip(rows, made, strict=True):
             for i, (place, one) in enumerate(zip(row, own, strict=True)):
-                if one.pictures.error is not None:
+                if one.draft.error is not None:
                     own[i] = self.source.pending(place, behind=one)
                     return True
         return False
 
-    def _joined(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.packing is None:
-            return examples[0]
+    def _joined(self, made: list[list[Pending]]) -> Sequence[Draft | Pack]:
+        """Gives the examples of the rows."""
         limits = self.packing
-        return join_examples(
-            fitting(examples, sequence_length=limits.sequence_length, max_crops=limits.max_crops)
-        )
+        if limits is None:
+            return [row[0].draft for row in made]
+        return [
+            Pack(
+                fitting(
+                    [one.draft for one in row],
+                    sequence_length=limits.sequence_length,
+                    max_crops=limits.max_crops,
+                )
+            )
+            for row in made
+        ]
 
 
 class LookAhead:
@@ -243,29 +251,24 @@ def _one_torch_thread() -> None:
 
 def _substituted(rows: list[Row], made: list[list[Pending]]) -> list[dict[str, Any]]:
     return [
-        {"dataset": place.dataset, **one.first}
+        {"dataset": place.dataset, **one.draft.substitutes}
         for row, own in zip(rows, made, strict=True)
         for place, one in zip(row, own, strict=True)
-        if one.first is not None
+        if one.draft.substitutes is not None
     ]
 
 
 def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> Spent:
-    read_s = layout_s = decode_s = render_s = 0.0
-    samples = read_bytes = 0
-    for row in made:
-        for one in row:
-            samples += 1
-            read_bytes += one.num_bytes
-            read_s += one.read_s
-            layout_s += one.plan_s
-            decode_s += one.pictures.decode_s
-            render_s += one.pictures.render_s
+    all_made = [one for row in made for one in row]
+    read_s = sum([one.read_s for one in all_made])
+    layout_s = sum([one.plan_s for one in all_made])
+    render_s = sum([one.draft.render_s for one in all_made])
+    decode_s = sum([one.draft.decode_s for one in all_made if one.draft.num_crops])
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     return Spent(
         batches=1,
-        samples=samples,
-        read_bytes=read_bytes,
+        samples=len(all_made),
+        read_bytes=sum([one.num_bytes for one in all_made]),
         batch_bytes=sum(tensor.nbytes for tensor in tensors),
         read_s=read_s,
         layout_s=layout_s,

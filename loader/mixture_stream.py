@@ -219,7 +219,7 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         """Makes the same, but for its pictures; see `StreamingDataset.pending`."""
         dataset = self.datasets[place.dataset]
         made = dataset.pending(place, behind=behind)
-        made.example["metadata"]["dataset"] = dataset.manifest.dataset
+        made.draft.dataset = dataset.manifest.dataset
         return made
 
     def lengths(self, dataset: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,101 +7,109 @@ example e adds e * PACKED_STRIDE to its subsegments, which hides the examples in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from loader.assemble import Pictures
+from loader.assemble import Draft
 from loader.attention import PACKED_STRIDE
-from loader.layout import Column
+from shardspec.errors import ConfigError
 from shardspec.tiling import NO_PATCH
 
-_JOINED = (
-    *("input_ids", "labels", "position_ids", "loss_weights"),
-    *("images", "image_masks"),
-)
+
+class Pack:
+    """The packed row of several drafts before its arrays are made; see `loader.collate.Unmade`."""
+
+    channels_first = False
+
+    def __init__(self, parts: Sequence[Draft]) -> None:
+        """Joins drafts of the same view, at least one.
+
+        Raises:
+          ConfigError: `example_mismatch`: two resolutions of the view differ in their patches.
+        """
+        self.parts = tuple(parts)
+        self.num_tokens = sum([part.num_tokens for part in parts])
+        self.num_crops = sum([part.num_crops for part in parts])
+        shapes = {part.shapes for part in parts if part.num_crops} or {parts[0].shapes}
+        if len(shapes) > 1:
+            raise ConfigError(
+                "samples of a packed row do not fit together",
+                reason="example_mismatch",
+                facts={"got": sorted(map(str, shapes))},
+                fix="give high_res as many patches per crop as image",
+            )
+        (self.shapes,) = shapes
+
+    def pieces(self, name: str) -> list[np.ndarray]:
+        """Lists the arrays that a column consists of; they are only to be read."""
+        step = PACKED_STRIDE if name == "subsegment_ids" else 0
+        found: list[np.ndarray] = []
+        for e, part in enumerate(self.parts):
+            own = part.pieces(name)
+            found += [piece + e * step for piece in own] if step else own
+        return found
+
+    def write_images(self, out: np.ndarray) -> None:
+        """Renders the pictures; see `Draft.write_images`."""
+        for part, own in self._slices(out):
+            part.write_images(own)
+
+    def write_masks(self, out: np.ndarray) -> None:
+        """Writes the masks; see `Draft.write_masks`."""
+        for part, own in self._slices(out):
+            part.write_masks(own)
+
+    def write_input_idx(self, out: np.ndarray) -> None:
+        """Writes where the image tokens stand in the row; see `Draft.write_input_idx`."""
+        starts = iter(self._starts())
+        for part, own in self._slices(out):
+            part.write_input_idx(own)
+            own[own >= 0] += next(starts)
+
+    def image_ends(self) -> list[int]:
+        """Lists, for each crop, one past the last token of its image."""
+        pairs = zip(self.parts, self._starts(), strict=True)
+        return [end + start for part, start in pairs for end in part.image_ends()]
+
+    def pooling(self) -> np.ndarray:
+        """Makes Molmo 2's map, with patches counted through all crops of the row."""
+        found, before = [], 0
+        for part in self.parts:
+            own = part.pooling()
+            found.append(np.where(own == NO_PATCH, NO_PATCH, own + before))
+            before += part.num_crops * part.shapes.num_patches
+        return np.concatenate(found)
+
+    def metadata(self) -> dict[str, Any]:
+        """Describes the row and, as `examples`, its parts."""
+        parts = [part.metadata() for part in self.parts]
+        return {"key": "+".join([part["key"] for part in parts]), "examples": parts}
+
+    def _starts(self) -> list[int]:
+        """Lists where the tokens of each part begin."""
+        return list(accumulate([part.num_tokens for part in self.parts[:-1]], initial=0))
+
+    def _slices(self, out: np.ndarray) -> Iterator[tuple[Draft, np.ndarray]]:
+        done = 0
+        for part in self.parts:
+            yield part, out[done : done + part.num_crops]
+            done += part.num_crops
 
 
-def join_examples(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Joins examples to one packed example.
-
-    Args:
-      examples: As `assemble` or `draft` makes them, at least one.
-
-    Returns:
-      The same keys: input_ids, labels, position_ids, subsegment_ids, loss_weights [sum of L];
-      images, image_masks, image_input_idx, image_end [sum of n]; token_pooling where there;
-      `metadata` with the list `examples`.
-    """
-    joined: dict[str, Any] = {name: _concatenated(examples, name) for name in _JOINED}
-    lengths = [len(example["input_ids"]) for example in examples]
-    before = np.cumsum([0, *lengths[:-1]])
-    joined["subsegment_ids"] = _moved_apart([example["subsegment_ids"] for example in examples])
-    for name in ("image_input_idx", "image_end"):
-        joined[name] = np.concatenate(
-            [
-                _moved(example[name], by=int(start))
-                for example, start in zip(examples, before, strict=True)
-            ]
-        )
-    if "token_pooling" in examples[0]:
-        # Patches are counted through all crops of the row.
-        patches = [example["image_masks"].size for example in examples]
-        pooling = []
-        for example, start in zip(examples, np.cumsum([0, *patches[:-1]]), strict=True):
-            own = example["token_pooling"]
-            pooling.append(np.where(own == NO_PATCH, NO_PATCH, own + start))
-        joined["token_pooling"] = np.concatenate(pooling)
-    metadata = [example["metadata"] for example in examples]
-    joined["metadata"] = {
-        "key": "+".join(entry["key"] for entry in metadata),
-        "examples": metadata,
-    }
-    return joined
-
-
-def fitting(
-    examples: Sequence[dict[str, Any]], *, sequence_length: int, max_crops: int | None
-) -> list[dict[str, Any]]:
+def fitting(drafts: Sequence[Draft], *, sequence_length: int, max_crops: int | None) -> list[Draft]:
     """Leaves out substitutes that are longer than the samples they stand for, until all fit.
 
     Packs are planned for the longest draws, so only substitutes can be too long. The first
-    example always stays.
+    draft always stays.
     """
-    kept = list(examples)
+    kept = list(drafts)
     while len(kept) > 1 and (
-        sum(len(example["input_ids"]) for example in kept) > sequence_length
-        or (max_crops is not None and sum(len(example["images"]) for example in kept) > max_crops)
+        sum(draft.num_tokens for draft in kept) > sequence_length
+        or (max_crops is not None and sum(draft.num_crops for draft in kept) > max_crops)
     ):
-        substitutes = [e for e in range(1, len(kept)) if "substitutes" in kept[e]["metadata"]]
+        substitutes = [e for e in range(1, len(kept)) if kept[e].substitutes is not None]
         del kept[substitutes[-1] if substitutes else -1]
     return kept
-
-
-def _concatenated(examples: Sequence[Mapping[str, Any]], name: str) -> Any:
-    arrays = [example[name] for example in examples]
-    if isinstance(arrays[0], Pictures):
-        return Pictures.joined(arrays)
-    if isinstance(arrays[0], Column):
-        return Column(name, [sequence for column in arrays for sequence in column.sequences])
-    if name != "images":
-        return np.concatenate(arrays)
-    with_images = [images for images in arrays if len(images)] or arrays[:1]
-    if len(with_images) == 1 or with_images[0].ndim != 4:
-        return np.concatenate(with_images)
-    # Crops are [n, C, H, W] views of [n, H, W, C] memory; joined, they stay so.
-    last = [images.transpose(0, 2, 3, 1) for images in with_images]
-    return np.concatenate(last).transpose(0, 3, 1, 2)
-
-
-def _moved_apart(arrays: Sequence[Any]) -> np.ndarray | Column:
-    if isinstance(arrays[0], Column):
-        sequences = [sequence for column in arrays for sequence in column.sequences]
-        return Column("subsegment_ids", sequences, step=PACKED_STRIDE)
-    return np.concatenate([array + e * PACKED_STRIDE for e, array in enumerate(arrays)])
-
-
-def _moved(positions: np.ndarray, *, by: int) -> np.ndarray:
-    moved: np.ndarray = np.where(positions < 0, positions, positions + by)
-    return moved

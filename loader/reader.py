@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -34,7 +34,6 @@ from loader.remote import RemoteShard, RemoteShards
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError
 from shardspec.index import (
-    SamplePlace,
     open_index,
     parse_index,
     sample_layout,
@@ -77,15 +76,6 @@ Check = Literal["size", "crc"]
 _IMAGE, _OVERVIEW = SpanKind.IMAGE.value, SpanKind.OVERVIEW.value
 
 
-class StoredPicture(NamedTuple):
-    """One picture as its shard holds it."""
-
-    payload: memoryview
-    width: int
-    """In pixels."""
-    height: int
-
-
 @dataclass(slots=True)
 class StoredSample:
     """One sample as its shard holds it."""
@@ -95,9 +85,9 @@ class StoredSample:
     """int32 [T], read-only."""
     spans: np.ndarray
     """int32 [S, 8], read-only; see `shardspec.sample`."""
-    pictures: tuple[StoredPicture, ...]
-    """Each image in the codec of the dataset."""
-    overviews: tuple[StoredPicture | None, ...]
+    pictures: list[Encoded]
+    """Each image."""
+    overviews: list[Encoded | None]
     """The overview of each image, None where none is stored."""
     where: str
     """Shard and key, for errors."""
@@ -206,7 +196,7 @@ class ShardReader:
         Raises:
           ShardError: As `stored`, and `image_decode`.
         """
-        return decode_sample(self.stored(sample_id), codec=self.codec)
+        return decode_sample(self.stored(sample_id))
 
     def stored(self, sample_id: int) -> StoredSample:
         """Reads one sample as it is stored: its arrays, and its pictures still encoded.
@@ -223,7 +213,8 @@ class ShardReader:
         place = shard.places[i].item()
         key = place[-1].decode()
         where = f"{shard.url} sample {key}"
-        return read_sample(shard.sample(i, where=where), SamplePlace(*place), key, where=where)
+        members = shard.sample(i, where=where)
+        return read_sample(members, place, key, codec=self.codec, where=where)
 
     def members(self, sample_id: int) -> tuple[str, memoryview, str]:
         """Gives the bytes of a sample in its tar, with the headers of its members.
@@ -434,13 +425,21 @@ def _renew_locks() -> None:
 os.register_at_fork(after_in_child=_renew_locks)  # another thread may hold one at a fork
 
 
-def read_sample(members: memoryview, place: SamplePlace, key: str, *, where: str) -> StoredSample:
+def read_sample(
+    members: memoryview,
+    place: tuple[int, int, int, int, int, int, bytes],
+    key: str,
+    *,
+    codec: Codec,
+    where: str,
+) -> StoredSample:
     """Finds the parts of a sample in its bytes; copies nothing.
 
     Args:
       members: The sample's part of its shard, from its first header on.
-      place: Its row of the index.
+      place: Its row of the index: the values of `SamplePlace`.
       key: The sample's.
+      codec: Of its pictures.
       where: Shard and key, for errors.
 
     Raises:
@@ -455,25 +454,25 @@ def read_sample(members: memoryview, place: SamplePlace, key: str, *, where: str
     tokens = decode_array(members[tokens_at : tokens_at + tokens_bytes], dtype="<i4", where=where)
     kinds = spans[:, 0].tolist()
     num_images, num_overviews = kinds.count(_IMAGE), kinds.count(_OVERVIEW)
-    pictures: list[StoredPicture] = []
-    overviews: list[StoredPicture | None] = []
+    pictures: list[Encoded] = []
+    overviews: list[Encoded | None] = []
     if num_images:
         position = tokens_at + padded(tokens_bytes) + BLOCK
         rows = spans[len(kinds) - num_images - num_overviews :].tolist()
         small = {row[1]: row for row in rows[:num_overviews]}
         for _, image, _, _, width, height, length, _ in rows[num_overviews:]:
             payload = members[position : position + length]
-            pictures.append(StoredPicture(payload, width, height))
+            pictures.append(Encoded(payload, width, height, codec=codec, where=where))
             position += padded(length) + BLOCK
             # The overview stands directly behind its image.
             overview = None
             if image in small:
                 _, _, width, height, length, *_ = small[image]
                 payload = members[position : position + length]
-                overview = StoredPicture(payload, width, height)
+                overview = Encoded(payload, width, height, codec=codec, where=where)
                 position += padded(length) + BLOCK
             overviews.append(overview)
-    return StoredSample(key, tokens, spans, tuple(pictures), tuple(overviews), where, num_bytes)
+    return StoredSample(key, tokens, spans, pictures, overviews, where, num_bytes)
 
 
 def _standing_alone(segment: Segment, url: str) -> Segment:
@@ -527,7 +526,7 @@ def open_dataset(
     return manifest, ShardReader(url, manifest, split=split, check=check, prefetcher=prefetcher)
 
 
-def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
+def decode_sample(stored: StoredSample) -> PreparedSample:
     """Decodes the pictures of a stored sample.
 
     Raises:
@@ -539,30 +538,18 @@ def decode_sample(stored: StoredSample, *, codec: Codec) -> PreparedSample:
     ):
         images.append(
             PreparedImage(
-                pixels=decode_stored(picture.payload, codec=codec, where=stored.where),
+                pixels=decode_stored(picture.payload, codec=picture.codec, where=picture.where),
                 source_width=row[2],
                 source_height=row[3],
                 geometry=Geometry(row[7]),
                 overview=None
                 if overview is None
-                else decode_stored(overview.payload, codec=codec, where=stored.where),
+                else decode_stored(overview.payload, codec=overview.codec, where=overview.where),
             )
         )
     return PreparedSample(
         key=stored.key, tokens=stored.tokens, spans=stored.spans, images=tuple(images)
     )
-
-
-def encoded_pictures(stored: StoredSample, *, codec: Codec) -> list[tuple[Encoded, Encoded | None]]:
-    """Gives each picture of a stored sample, and its overview, ready to be decoded."""
-    where = stored.where
-    return [
-        (
-            Encoded(*picture, codec=codec, where=where),
-            None if overview is None else Encoded(*overview, codec=codec, where=where),
-        )
-        for picture, overview in zip(stored.pictures, stored.overviews, strict=True)
-    ]
 
 
 class _LocalShards:

@@ -18,8 +18,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.assemble import PictureSet, Planner, View, draft, finished
+from loader.assemble import Draft, Planner, View
 from loader.buffers import Scratch
+from loader.collate import finished
 from loader.cursor import Allowed, Cursor
 from loader.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
 from loader.horizon import Horizon
@@ -28,7 +29,7 @@ from loader.mixture import MixtureOrder
 from loader.order import Order, Tail, epoch_of, plan_order
 from loader.prefetch import Network
 from loader.quarantine import Quarantine
-from loader.reader import Check, ShardReader, encoded_pictures, open_dataset
+from loader.reader import Check, ShardReader, open_dataset
 from loader.schedule import Place, Row, SlotSchedule
 from loader.topology import Topology, find_topology, find_worker
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
@@ -59,23 +60,18 @@ _PROBE_SIZES = (
 
 @dataclass(slots=True, kw_only=True)
 class Pending:
-    """An example whose pictures are still encoded, and what it took to make it."""
+    """An example whose arrays are not made yet, and what it took to get there."""
 
-    example: dict[str, Any]
-    """As `draft` makes it."""
+    draft: Draft
+    """It names whom it is a substitute for: `Quarantine.record`."""
     attempt: int = 0
     """0, or the number of the substitute."""
-    first: dict[str, Any] | None = None
-    """Whom it is a substitute for: `Quarantine.record`."""
     read_s: float
     """Seconds spent on reading."""
     plan_s: float
     """Seconds spent on draws and layout."""
     num_bytes: int
     """Of the sample as it is stored."""
-
-    pictures: PictureSet
-    """Its pictures, which know why they cannot be rendered."""
 
 
 class PendingSource(Protocol):
@@ -94,7 +90,7 @@ def with_pictures(source: PendingSource, place: Place) -> dict[str, Any]:
     made = source.pending(place)
     while True:
         try:
-            return finished(made.example)
+            return finished(made.draft)
         except (SampleError, ShardError):
             made = source.pending(place, behind=made)
 
@@ -326,7 +322,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """
         made = self._pending(place.sample, place.epoch, behind=behind)
         if not place.real:
-            made.pictures.plan.sequence.learns = False
+            made.draft.plan.sequence.learns = False
         return made
 
     def lengths(
@@ -439,14 +435,14 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         if behind is None:
             self.quarantine.asked()
         else:
-            failure = behind.pictures.error
+            failure = behind.draft.error
             assert failure is not None
             if self.on_bad == "raise":
                 raise failure
             number = self._candidate(sample_id, epoch, behind.attempt)
             broken = self._record(number, failure)
             self.quarantine.add(broken, failure)
-            first, start = behind.first or broken, behind.attempt + 1
+            first, start = behind.draft.substitutes or broken, behind.attempt + 1
         for attempt in range(start, 1 + MAX_SUBSTITUTES):
             number = self._candidate(sample_id, epoch, attempt)
             known = self.quarantine.record(number) if self.on_bad == "substitute" else None
@@ -460,9 +456,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
                     known = self._record(number, error)
                     self.quarantine.add(known, error)
                 else:
-                    if first is not None:
-                        made.example["metadata"]["substitutes"] = first
-                        made = replace(made, attempt=attempt, first=first)
+                    made.attempt, made.draft.substitutes = attempt, first
                     return made
             else:
                 self.quarantine.add(known)
@@ -487,16 +481,15 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         read_s = perf_counter()
         seed = sample_seed(self._base_seed, idx=number, length=self.num_samples, epoch=epoch)
         plan = self._planner.plan(stored.tokens, stored.spans, self._rng(seed), key=stored.key)
-        example = draft(
+        draft = Draft(
             plan,
-            encoded_pictures(stored, codec=self.reader.codec),
+            list(zip(stored.pictures, stored.overviews, strict=True)),
             view=self.view,
             key=stored.key,
             scratch=self._scratch,
         )
         return Pending(
-            example=example,
-            pictures=example["images"].parts[0],
+            draft=draft,
             read_s=read_s - start_s,
             plan_s=perf_counter() - read_s,
             num_bytes=stored.num_bytes,

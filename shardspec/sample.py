@@ -163,7 +163,6 @@ def encode_array(array: np.ndarray) -> bytes:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    # Kept, as readers compare the headers of two arrays per sample: 2 µs a time otherwise.
     # The repr of a tuple is what the format wants: (3,) with the comma, (3, 8) without.
     header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
     room = ARRAY_HEADER_BYTES - 11
@@ -173,9 +172,16 @@ def _array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
 
 
-@functools.lru_cache(maxsize=8)
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(name)
+@functools.lru_cache(maxsize=1 << 14)
+def _array_member(
+    dtype: str, columns: int | None, num_bytes: int
+) -> tuple[np.dtype, tuple[int, ...], bytes, int]:
+    """Tells what a member of so many bytes holds: (type, shape, header, bytes that are left)."""
+    kind = np.dtype(dtype)
+    body_bytes = max(0, num_bytes - ARRAY_HEADER_BYTES)
+    num_rows, rest = divmod(body_bytes, kind.itemsize * (columns or 1))
+    shape = (num_rows, columns) if columns else (num_rows,)
+    return kind, shape, _array_header(dtype, shape), rest
 
 
 def decode_array(
@@ -193,28 +199,26 @@ def decode_array(
       ShardError: `array_size` (no whole number of rows), `array_header` (not the header that
         `encode_array` makes for that type and as many rows as there are).
     """
-    kind = _dtype(dtype)
-    body_bytes = max(0, len(payload) - ARRAY_HEADER_BYTES)
-    num_rows, rest = divmod(body_bytes, kind.itemsize * (columns or 1))
+    kind, shape, header, rest = _array_member(dtype, columns, len(payload))
     if rest:
         raise ShardError(
             "array member has a broken length",
             reason="array_size",
             where=where,
-            facts={"got_bytes": body_bytes, "rest_bytes": rest},
+            facts={"got_bytes": len(payload) - ARRAY_HEADER_BYTES, "rest_bytes": rest},
             fix="run `python -m preprocess verify` on the dataset",
         )
-    start = payload[:ARRAY_HEADER_BYTES]
-    if start != _array_header(dtype, (num_rows, columns) if columns else (num_rows,)):
+    start = bytes(payload[:ARRAY_HEADER_BYTES])  # memoryviews are compared byte by byte
+    if start != header:
         raise ShardError(
             "array member has an unexpected header",
             reason="array_header",
             where=where,
-            facts={"want_dtype": dtype, "want_rows": num_rows, "got": bytes(start[10:]).rstrip()},
+            facts={"want_dtype": dtype, "want_rows": shape[0], "got": start[10:].rstrip()},
             fix="run `python -m preprocess verify` on the dataset",
         )
-    array = np.frombuffer(payload, kind, offset=ARRAY_HEADER_BYTES)
-    return array.reshape(num_rows, columns) if columns else array
+    array: np.ndarray = np.ndarray(shape, kind, payload, ARRAY_HEADER_BYTES)
+    return array
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:

@@ -1,11 +1,19 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from loader.assemble import View, assemble
+from loader.assemble import Draft, Planner, View
 from loader.attention import PACKED_STRIDE, build_attention_mask
+from loader.buffers import Scratch
+from loader.collate import EXTRA_KEYS, finished
+from loader.dataloader import view_collator
 from loader.layout import TokenIds
-from loader.packed import fitting, join_examples
+from loader.packed import Pack, fitting
+from loader.pixels import Encoded
+from shardspec.errors import ConfigError, SampleError
+from shardspec.media import decode_stored, encode_stored
 from shardspec.tiling import ImageView
 
 SYMBOLS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>")
@@ -15,19 +23,36 @@ IDS = TokenIds.from_special_ids(
 IMAGE = ImageView(size_px=28, patch_px=14, pool=(1, 1))
 
 
+def draft_of(sample, view, *, seed=0):
+    planner, rng = Planner(view, IDS), np.random.RandomState(seed)
+    plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key)
+    sources = [(image.pixels, image.overview) for image in sample.images]
+    return Draft(plan, sources, view=view, key=sample.key, scratch=Scratch())
+
+
 @pytest.fixture
-def examples(tiny_sample):
+def drafts(tiny_sample):
     def make(**options):
         view = View(image=IMAGE, **options)
         samples = [tiny_sample(i, num_images=i, num_branches=1 + i % 2) for i in (1, 0, 2)]
-        return [assemble(s, np.random.RandomState(0), view=view, ids=IDS) for s in samples]
+        return [draft_of(sample, view) for sample in samples]
+
+    return make
+
+
+@pytest.fixture
+def examples(drafts):
+    """Makes the examples one by one, and the row of all of them."""
+
+    def make(**options):
+        parts = drafts(**options)
+        return [finished(part) for part in parts], finished(Pack(parts))
 
     return make
 
 
 def test_rows_stand_one_after_the_other_and_positions_begin_anew(examples):
-    parts = examples()
-    row = join_examples(parts)
+    parts, row = examples()
     start = 0
     for e, part in enumerate(parts):
         own = slice(start, start + len(part["input_ids"]))
@@ -42,8 +67,7 @@ def test_rows_stand_one_after_the_other_and_positions_begin_anew(examples):
 
 @pytest.mark.parametrize("pixels", ["crops", "patches"])
 def test_images_are_found_where_their_tokens_went(pixels, examples):
-    parts = examples(pixels=pixels)
-    row = join_examples(parts)
+    parts, row = examples(pixels=pixels)
     assert row["images"].tobytes() == b"".join(part["images"].tobytes() for part in parts)
     assert len(row["image_masks"]) == len(row["images"]) == len(row["image_input_idx"])
     assert (row["input_ids"][row["image_input_idx"]] == IDS.image.im_patch).all()
@@ -54,18 +78,17 @@ def test_images_are_found_where_their_tokens_went(pixels, examples):
 
 
 def test_maps_of_single_tokens_and_of_pooled_patches_move_along(examples):
-    per_token = join_examples(examples(image_map="per_token"))
+    _, per_token = examples(image_map="per_token")
     at = per_token["image_input_idx"]
     assert (per_token["input_ids"][at[at >= 0]] == IDS.image.im_patch).all()
-    parts = examples(image_map="pooling")
-    pooled = join_examples(parts)["token_pooling"]
+    _, row = examples(image_map="pooling")
+    pooled = row["token_pooling"]
     # Every patch of every crop is pooled once, counted through all crops.
     assert sorted(pooled.ravel().tolist()) == list(range(3 * IMAGE.num_patches))
 
 
 def test_no_example_of_a_pack_sees_another(examples):
-    parts = examples()
-    row = join_examples(parts)
+    parts, row = examples()
     subsegments = torch.from_numpy(row["subsegment_ids"])[None]
     mask = build_attention_mask(subsegments, torch.ones_like(subsegments))[0].numpy()
     start = 0
@@ -79,12 +102,87 @@ def test_no_example_of_a_pack_sees_another(examples):
         start = stop
 
 
-def test_substitutes_that_do_not_fit_are_left_out(examples):
-    parts = examples()
-    parts[1]["metadata"]["substitutes"] = {"sample": 9, "reason": "sample_crc"}
-    total = sum(len(part["input_ids"]) for part in parts)
+kinds = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 2)), min_size=1, max_size=4)
+views = st.fixed_dictionaries(
+    {
+        "image_map": st.sampled_from(["first", "per_token", "pooling"]),
+        "pixels": st.sampled_from(["crops", "patches"]),
+        "normalize": st.sampled_from([None, "siglip"]),
+        "loss": st.sampled_from(["flat", "root_both"]),
+        "tree": st.sampled_from(["molmo2", "molmo1"]),
+        "sequence_length": st.sampled_from([None, 24]),
+    }
+)
+
+
+@given(rows=st.lists(kinds, min_size=1, max_size=3), options=views, seed=st.integers(0, 99))
+def test_drafts_and_packs_are_collated_as_the_arrays_that_they_stand_for(
+    rows, options, seed, tiny_sample
+):
+    view = View(image=IMAGE, **options)
+    made = []
+    for row in rows:
+        samples = [
+            tiny_sample(i, num_images=images, num_branches=branches, num_variants=3)
+            for i, (images, branches) in enumerate(row)
+        ]
+        try:
+            drafts = [draft_of(sample, view, seed=seed) for sample in samples]
+        except SampleError:  # the images leave no room
+            continue
+        made.append(drafts[0] if len(drafts) == 1 else Pack(drafts))
+    assume(made)
+    keys = tuple(EXTRA_KEYS)
+    collator = view_collator(view, sequence_length=256, extra_keys=keys, with_metadata=True)
+    got, want = collator.collate(made), collator([finished(each) for each in made])
+    assert got.keys() == want.keys()
+    assert got.pop("metadata") == want.pop("metadata")
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype
+        assert got[name].stride() == tensor.stride()
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("options", [{"normalize": "siglip"}, {"image_map": "per_token"}])
+def test_drafts_that_do_not_fit_together_are_refused_by_what_is_wrong_with_them(
+    options, tiny_sample
+):
+    views = [View(image=IMAGE), View(image=IMAGE, **options)]
+    parts = [draft_of(tiny_sample(i, num_images=1), view) for i, view in enumerate(views)]
+    with pytest.raises(ConfigError) as caught:
+        view_collator(views[0], sequence_length=256).collate(parts)
+    assert caught.value.reason == "example_mismatch"
+    wrong = "images of several types" if "normalize" in options else "image_input_idx"
+    assert wrong in caught.value.where
+    assert "sample sample-0001 (row 1 of the batch)" in caught.value.facts
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "png", "raw"])
+@pytest.mark.parametrize("options", [{}, {"pixels": "patches"}, {"normalize": "siglip"}])
+def test_picture_that_is_its_crop_already_is_decoded_as_any_other(codec, options, tiny_sample):
+    view = View(image=IMAGE, **options)
+    sample = tiny_sample(1, num_images=1, size=(28, 28))
+    stored = memoryview(encode_stored(sample.images[0].pixels, codec=codec))
+    plain, encoded = draft_of(sample, view), draft_of(sample, view)
+    plain.sources = [(decode_stored(stored, codec=codec), None)]
+    encoded.sources = [(Encoded(stored, 28, 28, codec=codec), None)]
+    assert np.array_equal(finished(plain)["images"], finished(encoded)["images"])
+
+
+def test_resolutions_with_other_patches_do_not_go_into_one_row(tiny_sample):
+    views = [View(image=IMAGE), View(image=ImageView(size_px=28, patch_px=7, pool=(1, 1)))]
+    parts = [draft_of(tiny_sample(i, num_images=1), view) for i, view in enumerate(views)]
+    with pytest.raises(ConfigError) as caught:
+        Pack(parts)
+    assert caught.value.reason == "example_mismatch"
+
+
+def test_substitutes_that_do_not_fit_are_left_out(drafts):
+    parts = drafts()
+    parts[1].substitutes = {"sample": 9, "reason": "sample_crc"}
+    total = sum(part.num_tokens for part in parts)
     assert fitting(parts, sequence_length=total, max_crops=3) == parts
     kept = fitting(parts, sequence_length=total - 1, max_crops=3)
-    assert [part["metadata"]["key"] for part in kept] == ["sample-0001", "sample-0002"]
+    assert [part.key for part in kept] == ["sample-0001", "sample-0002"]
     assert len(fitting(parts, sequence_length=1, max_crops=None)) == 1
     assert len(fitting(parts, sequence_length=total, max_crops=1)) == 1

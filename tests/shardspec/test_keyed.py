@@ -11,6 +11,8 @@ from shardspec.keyed import (
     SEED_MODULUS,
     SampleRng,
     dataset_seed,
+    draw_below,
+    draw_order,
     hash_text,
     keyed,
     mix,
@@ -155,3 +157,16 @@ def test_drawing_leaves_numpys_global_generator_alone():
     before = np.random.get_state()[1].tolist()
     SampleRng()(3).random_sample(10)
     assert np.random.get_state()[1].tolist() == before
+
+
+@given(
+    seed=st.integers(0, SEED_MODULUS - 1),
+    counts=st.lists(st.one_of(st.integers(1, 40), st.integers(1, 2**32)), max_size=8),
+    size=st.integers(0, 40),
+)
+def test_own_draws_are_those_of_random_state_and_leave_it_in_the_same_state(seed, counts, size):
+    ours, numpys = np.random.RandomState(seed), np.random.RandomState(seed)
+    for count in counts:
+        assert draw_below(ours, count) == numpys.randint(0, count)
+    assert draw_order(ours, size) == numpys.permutation(size).tolist()
+    assert ours.random_sample() == numpys.random_sample()
