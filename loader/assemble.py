@@ -335,7 +335,7 @@ class Draft:
         start_s = perf_counter()
         plan, view, done = self.plan, self.view, 0
         if view.pixels == "patches":
-            cells = patch_cells(out, view.image.patch_px)
+            cells = patch_cells(out, plan.view.patch_px)
         else:
             cells = out.transpose(0, 2, 3, 1)
         crops = cells

@@ -91,7 +91,7 @@ class Unmade(Protocol):
         """Lists the arrays that `input_ids`, `labels` or one of `EXTRA_KEYS` consists of."""
 
     def write_images(self, out: np.ndarray) -> None:
-        """Writes the pictures: [n, C, H, W] or [n, patches, dim], n >= 1."""
+        """Writes the pictures: [n, C, H, W] or [n, patches, dim]."""
 
     def write_masks(self, out: np.ndarray) -> None:
         """Writes `image_masks`: float32 [n, patches]."""
@@ -202,17 +202,24 @@ class MMCollator:
             **{name: EXTRA_KEYS[name] for name in self.extra_keys},
         }
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def __call__(
+        self, examples: Sequence[Example], *, allocate: Allocate = np.empty
+    ) -> dict[str, Any]:
         """Collates examples into a batch: the keys of the module docstring.
 
-        The tensors own their memory; the examples are only read.
+        The examples are only read, and the tensors share nothing with them.
+
+        Args:
+          examples: At least one.
+          allocate: As of `collate`.
 
         Raises:
           As `collate`.
         """
         counts = [_num_images(example) for example in examples]
         self._check(examples, counts)
-        return self.collate([_Made(*pair) for pair in zip(examples, counts, strict=True)])
+        made = [_Made(*pair) for pair in zip(examples, counts, strict=True)]
+        return self.collate(made, allocate=allocate)
 
     def collate(
         self, examples: Sequence[Unmade], *, allocate: Allocate = np.empty

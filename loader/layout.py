@@ -252,7 +252,9 @@ def lay_out(
 
     Raises:
       SampleError: `image_cut` (the images do not fit the limit), `no_loss` (nothing to learn is
-        left within it), `image_placeholder` (a text asks for another number of images).
+        left within it), `image_placeholder` (a text asks for another number of images),
+        `empty_turn` (one without a token stands before another one: both would be learned at the
+        same position).
     """
     placed = _count_placeholders(branches, ids, num_blocks=len(blocks), where=where)
     eos, molmo1 = _single(ids.eos), tree == "molmo1"
@@ -306,6 +308,14 @@ def lay_out(
             length += len(response)
             if at == start and spans:
                 at, targets = at + 1, response[1:]
+            if at <= labelled:
+                raise SampleError(
+                    "a turn without a token stands before another one",
+                    reason="empty_turn",
+                    where=where,
+                    facts={"position": at},
+                    fix="build the shards again with the data's empty turns left out",
+                )
             if at <= length:
                 labels += (_ignored(at - 1 - labelled), targets, eos)
                 learned.append(len(targets) + 1)

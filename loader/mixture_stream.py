@@ -216,7 +216,7 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         return with_pictures(self, place)
 
     def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
-        """Makes the same, but for its pictures; see `StreamingDataset.pending`."""
+        """Plans the same; see `StreamingDataset.pending`."""
         dataset = self.datasets[place.dataset]
         made = dataset.pending(place, behind=behind)
         made.draft.dataset = dataset.manifest.dataset

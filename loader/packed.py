@@ -38,8 +38,8 @@ class Pack:
             raise ConfigError(
                 "samples of a packed row do not fit together",
                 reason="example_mismatch",
-                facts={"got": sorted(map(str, shapes))},
-                fix="give high_res as many patches per crop as image",
+                facts={"keys": [part.key for part in parts], "got": sorted(map(str, shapes))},
+                fix="give high_res as many patches per crop and the same pooling as image",
             )
         (self.shapes,) = shapes
 

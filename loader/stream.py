@@ -309,7 +309,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         return with_pictures(self, place)
 
     def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
-        """Makes the example of one place of the order, but for its pictures.
+        """Plans the example of one place of the order; the collator makes its arrays.
 
         Args:
           place: Of the order.

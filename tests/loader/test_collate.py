@@ -162,6 +162,21 @@ def test_memory_order_of_the_examples_never_changes_the_values():
     assert torch.equal(collator()([other, first])["images"].flip(0), want)
 
 
+def test_batch_is_made_in_the_memory_that_is_given():
+    given = []
+
+    def allocate(shape, dtype):
+        given.append(np.full(shape, 77, dtype))
+        return given[-1]
+
+    examples = [example(9, 1), example(5)]
+    batch = collator(pad_mode="max_len")(examples, allocate=allocate)
+    places = {array.ctypes.data for array in given}
+    assert {tensor.data_ptr() for tensor in batch.values()} <= places
+    want = collator(pad_mode="max_len")(examples)
+    assert all(torch.equal(batch[name], want[name]) for name in want)
+
+
 def test_batch_owns_its_memory():
     row = example(8, 1)
     batch = collator(pad_mode="batch_max", max_images=1)([row])

@@ -282,6 +282,13 @@ def test_images_stand_where_a_text_wants_them():
     assert sequence.subsegment_ids.tolist() == [10_000] * 10 + [0]
 
 
+def test_an_empty_turn_before_another_one_is_refused():
+    with pytest.raises(SampleError) as caught:
+        lay_out([BLOCK], [branch(([], []), ([], [20]))], ids=IDS, where="some-key")
+    assert caught.value.reason == "empty_turn"
+    assert caught.value.where == "some-key"
+
+
 @pytest.mark.parametrize(
     "blocks, branches",
     [

@@ -169,6 +169,15 @@ def test_picture_that_is_its_crop_already_is_decoded_as_any_other(codec, options
     assert np.array_equal(finished(plain)["images"], finished(encoded)["images"])
 
 
+def test_a_resolution_with_other_patches_is_refused_by_its_shapes(tiny_sample):
+    large = ImageView(size_px=28, patch_px=7, pool=(1, 1))
+    view = View(image=IMAGE, high_res=large, high_res_probability=1.0, pixels="patches")
+    draft = draft_of(tiny_sample(1, num_images=1), view)
+    with pytest.raises(ConfigError) as caught:
+        view_collator(view, sequence_length=256).collate([draft])
+    assert caught.value.reason == "example_mismatch"
+
+
 def test_resolutions_with_other_patches_do_not_go_into_one_row(tiny_sample):
     views = [View(image=IMAGE), View(image=ImageView(size_px=28, patch_px=7, pool=(1, 1)))]
     parts = [draft_of(tiny_sample(i, num_images=1), view) for i, view in enumerate(views)]
