@@ -73,7 +73,7 @@ class Network:
     """Most memory for samples that are read ahead without a cache."""
     cold_steps: int = 4
     """Samples of so many steps at the start of a run or pass are fetched before their blocks."""
-    requests: int = 16
+    requests: int = 32
     """Requests for single samples at a time."""
     streams: int = 8
     """Requests for blocks at a time."""
@@ -256,10 +256,15 @@ class Prefetcher:
     def _locate_said(self) -> None:
         while True:
             with self._arrived:
+                if self._is_first and self._locating == self._now:
+                    self._wake()
                 self._locating = None
                 self._arrived.notify_all()
-                if self._is_first:
-                    self._wake()
+                while self._said and self._is_first and self._said[0][0] > self._now + 1:
+                    # To look so far ahead would take the interpreter from the first batch.
+                    if not self._under_way[True]:
+                        break
+                    self._arrived.wait(_POLL_S)
                 if not self._said:
                     self._is_locating = False
                     return
@@ -326,9 +331,10 @@ class Prefetcher:
         self._alive()
         with self._arrived:
             for block in blocks:
-                entry = self._entry(block)
-                if not self._map(entry):
-                    self._want(entry, (block.start, block.stop), step)
+                entry, span = self._entry(block), (block.start, block.stop)
+                is_coming = span in entry.coming or entry.wanted.get(span, step + 1) <= step
+                if not is_coming and not self._map(entry):
+                    self._want(entry, span, step)
 
     def read(self, block: Block, span: Span) -> memoryview:
         """Gives bytes of a block, and waits for them where it must.

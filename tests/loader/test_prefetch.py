@@ -180,8 +180,11 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
         mock.patch("loader.prefetch._PIECE_BYTES", 4 * SAMPLE),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
-        # The only thread is busy until all has been said.
-        steps = {0: [390], 3: [5, 6, 7, 8, 9], 4: [0, 1], 5: [3], 9: [2, 4]}
+        # Behind the first step, with the only thread busy until all has been said.
+        prefetcher.will_read(0, located(url, [389]))
+        read(prefetcher, url, 389)
+        prefetcher.was_read(0)
+        steps = {1: [390], 3: [5, 6, 7, 8, 9], 4: [0, 1], 5: [3], 9: [2, 4]}
         for step, samples in steps.items():
             prefetcher.will_read(step, located(url, samples))
         stop_s = time.monotonic() + 10
@@ -194,7 +197,7 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
                 read(prefetcher, url, sample)
             prefetcher.was_read(step)
     # 5 is due first, with as much behind it as makes a piece; 2 comes with what is around it.
-    assert watched.asked == [(390, 391), (5, 9), (9, 10), (0, 4), (4, 5)]
+    assert watched.asked == [(389, 390), (390, 391), (5, 9), (9, 10), (0, 4), (4, 5)]
 
 
 def test_the_first_batch_shares_the_link_with_few_others(url):
