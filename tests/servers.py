@@ -55,10 +55,14 @@ class Server:
         self.folder = folder
         self._numbers = itertools.count()
         self._client = None
+        self._buckets = []
         self.process = None
 
     def start(self):
-        """Starts the process, on the same ports and objects as before if it ran before."""
+        """Starts the process, on the same ports and objects as before if it ran before.
+
+        Returns when it answers; one that ran before and has a bucket, when it takes an object.
+        """
         with (self.folder.with_suffix(".log")).open("ab") as log:
             self.process = subprocess.Popen(
                 self.command(),
@@ -73,6 +77,20 @@ class Server:
                 self.kill()
                 raise RuntimeError(self.folder.with_suffix(".log").read_text()[-4000:])
             time.sleep(0.02)
+        # One that is back answers a while before its disks are there.
+        while self._buckets and not self._takes(self._buckets[0]):
+            if time.monotonic() > stop_s:
+                raise RuntimeError(self.folder.with_suffix(".log").read_text()[-4000:])
+            time.sleep(0.1)
+
+    def _takes(self, bucket):
+        probe = f"{bucket}/.probe"
+        try:
+            self.client().pipe_file(probe, b"x")
+            self.client().rm_file(probe)
+        except Exception:  # noqa: BLE001 - whatever its client makes of it
+            return False
+        return True
 
     def kill(self):
         """Kills the process at once, as a power cut would; `start` brings it back."""
@@ -113,6 +131,7 @@ class Server:
         """Makes a bucket, with a new name unless one is given, and returns its URL."""
         name = name or f"bucket-{next(self._numbers)}"
         self.create(name)
+        self._buckets.append(name)
         return f"{self.protocol}://{name}"
 
     @functools.cached_property
