@@ -344,8 +344,9 @@ class ShardReader:
         if self._remote is not None:
             files = {file.url: file for file in (self.segments[i].file for i in numbers)}
             # One that is being opened has been fetched, or will be, for whoever opens it.
-            here = (self._open, {url for _, url in self._open.opening})
-            missing = [files[url] for url in files if not any(url in urls for urls in here)]
+            # Listed in one go: other threads open shards meanwhile.
+            coming = {url for _, url in list(self._open.opening)}
+            missing = [files[url] for url in files if url not in self._open and url not in coming]
             remote = [file for file in missing if not storage.is_local(file.url)]
             self._remote.open_soon(remote, step=step)
 

@@ -501,7 +501,7 @@ class _S3:
         self._options = shared.storage_options
         self._lock = threading.Lock()
         self._signer: Signer | None = None
-        self._is_begun = self._is_ready = False
+        self._has_looked = self._is_ready = False
         self._signed: dict[str, tuple[float, str | None]] = {}
         """Until when, in the monotonic clock's seconds, and the URL; None where there is none."""
         self._refusals: Counter[str] = Counter()
@@ -530,7 +530,7 @@ class _S3:
         # Making a client is work of this machine, and credentials may need the user; later on only
         # a service that gives them is waited for.
         within_s = min(limit_s, self._idle_s) if self._signed else limit_s
-        made, signer = None, self._begun()
+        made, signer = None, self._find_signer()
         if signer is None:
             made = _run(asyncio.wait_for(self._sign(path), within_s), self)
         elif self.connections is not None:
@@ -541,20 +541,20 @@ class _S3:
         self._signed[path] = now_s + _SIGNED_S / 2, made
         return made
 
-    def _begun(self) -> Signer | None:
+    def _find_signer(self) -> Signer | None:
         """Gives the signer that needs no client, if the store is one of those that have one."""
         with self._lock:
-            if not self._is_begun:
+            if not self._has_looked:
                 signer = make_signer(self._options)
                 way = None if signer is None else _way(signer.endpoint, signer.ca_bundle)
                 if way is not None:
                     self._signer, self.connections = signer, way
-                self._is_begun = True
+                self._has_looked = True
             return self._signer
 
     def connect_soon(self, number: int) -> None:
         """Begins to open connections, unless the client would first have to say where to."""
-        signer = self._begun() if self._signs else None
+        signer = self._find_signer() if self._signs else None
         if signer is not None and self.connections is not None:
             self.connections.open_soon(signer.endpoint, number, wait_s=self._idle_s)
 

@@ -6,7 +6,7 @@ interpreter that a training process needs. Here a GET of a URL that is ready to 
 a request line, and its body is received by the system into the memory that the caller gives.
 
 Safe to share between threads. Nothing is tried again but a request that met a connection which the
-server had closed meanwhile. URLs are never logged: they may carry a signature.
+server had closed, or given up (408), meanwhile. URLs are never logged: they may carry a signature.
 """
 
 from __future__ import annotations
