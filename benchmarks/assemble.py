@@ -33,14 +33,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import TILED, draw, machine, paired, row
-from loader.assemble import Draft, Planner, View, assemble
+from loader.assembly.assemble import Draft, Planner, View, assemble
+from loader.assembly.layout import TokenIds
+from loader.assembly.pixels import render
 from loader.buffers import Scratch
-from loader.layout import TokenIds
-from loader.pixels import render
-from preprocess.image import ImagePolicy
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
-from preprocess.scenes import plan_scene
-from preprocess.tokens import load_tokenizer
+from preprocess.synthetic.scenes import plan_scene
+from preprocess.text.tokens import load_tokenizer
 from shardspec.sample import PreparedImage, PreparedSample
 from shardspec.tiling import canvas_size, num_crops, select_tiling
 

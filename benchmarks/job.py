@@ -35,13 +35,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocess.build import BuildContext, build_shard, publish_shard
-from preprocess.image import ImagePolicy
-from preprocess.job import Job, JobSettings
-from preprocess.pipeline import run_job
-from preprocess.planner import make_plan
+from preprocess.job.build import BuildContext, build_shard, publish_shard
+from preprocess.job.job import Job, JobSettings
+from preprocess.job.pipeline import run_job
+from preprocess.job.planner import make_plan
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Recipe
-from preprocess.scenes import make_scene
+from preprocess.synthetic.scenes import make_scene
 from shardspec.media import decode_stored, encode_stored
 from shardspec.tiling import ImageView, stored_size
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.job import TILED, machine, paired, row
 from benchmarks.workloads import Workload, single_crops, tiles, unsharded
 from loader.dataloader import StreamLoader
-from loader.stats import STAGES
+from loader.delivery.stats import STAGES
 from shardspec.media import decode_stored
 from shardspec.sample import image_rows
 from shardspec.tiling import num_crops

@@ -50,7 +50,7 @@ from benchmarks.workloads import (
     tiles,
     unsharded,
 )
-from loader.pixels import render
+from loader.assembly.pixels import render
 from shardspec.media import decode_stored
 from shardspec.sample import image_rows
 from shardspec.tiling import ImageView

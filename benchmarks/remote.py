@@ -52,13 +52,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import Silent, machine, row, write_source
 from loader import StreamingDataset, make_dataloader
-from preprocess.image import ImagePolicy
-from preprocess.pipeline import run_job
+from preprocess.job.pipeline import run_job
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Recipe
-from preprocess.scenes import make_scene
+from preprocess.synthetic.scenes import make_scene
 from shardspec.media import encode_stored
+from shardspec.storage.connections import Connections
 from shardspec.tiling import ImageView
-from shardspec.wire import Connections
 from tests import servers
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,10 +34,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocess import reshard as job
-from preprocess.foreign import ImportSettings, import_tars
-from preprocess.reshard import reshard
-from preprocess.reshard_plan import ReshardSettings, plan_reshard
+from preprocess.exchange.import_tars import ImportSettings, import_tars
+from preprocess.reshard import run as job
+from preprocess.reshard.plan import ReshardSettings, plan_reshard
+from preprocess.reshard.run import reshard
 from shardspec.tar import TarWriter
 from tests import inline
 from tests.inline import Quiet

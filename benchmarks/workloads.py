@@ -30,12 +30,12 @@ from loader import (
 )
 from loader.dataloader import StreamLoader, view_collator
 from preprocess.datasets import get_dataset
-from preprocess.image import ImagePolicy
-from preprocess.job import JobSettings
-from preprocess.pipeline import run_job
+from preprocess.job.job import JobSettings
+from preprocess.job.pipeline import run_job
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
-from preprocess.scenes import make_scene
-from preprocess.tokens import load_tokenizer
+from preprocess.synthetic.scenes import make_scene
+from preprocess.text.tokens import load_tokenizer
 from shardspec.index import encode_index, index_dtype, index_row
 from shardspec.manifest import ShardEntry, load_manifest
 from shardspec.media import encode_stored

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loader.pixels import normalize
+from loader.assembly.pixels import normalize
 from shardspec.errors import ConfigError
 from shardspec.tiling import ImageView
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from loader import Augment, DeterministicDataset, MMCollator, MolmoPreprocessor, View
 from preprocess.datasets import get_dataset
-from preprocess.image import ImagePolicy
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
-from preprocess.tokens import Tokenizer, load_tokenizer
+from preprocess.text.tokens import Tokenizer, load_tokenizer
 from shardspec.tiling import ImageView
 
 VIEW = ImageView(size_px=336)

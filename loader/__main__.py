@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from loader.assemble import View
-from loader.augment import Augment
+from loader.assembly import Augment, View
+from loader.cli import Cluster, describe_batch, describe_plan, plan_cluster, readable_rows
 from loader.dataloader import make_dataloader
-from loader.peek import describe_batch, readable_rows
-from loader.plan import Cluster, describe_plan, plan_cluster
 from loader.stream import StreamingDataset, stored_view
-from preprocess.tokens import IMAGE_SYMBOLS, tokenizer_from_entry
+from preprocess.text import IMAGE_SYMBOLS, tokenizer_from_entry
 from shardspec import storage
 from shardspec.errors import ShardError, ShardsError
 from shardspec.manifest import TOKENIZER_NAME, require_manifest

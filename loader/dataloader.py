@@ -18,29 +18,36 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from loader.assemble import View
+from loader.assembly import MMCollator, View
 from loader.buffers import BufferPool
-from loader.collate import MMCollator
-from loader.cursor import STATE_VERSION, Allowed, require_state
-from loader.horizon import Horizon
-from loader.making import BatchMaker, LookAhead, Made, Task, make_in_threads
-from loader.mixture import MixtureConfig, MixtureOrder
+from loader.delivery import (
+    BatchMaker,
+    LookAhead,
+    Made,
+    Stats,
+    Task,
+    make_in_threads,
+    make_in_workers,
+)
 from loader.mixture_stream import IterableDatasetMixture
-from loader.order import Order, OrderConfig, epoch_of, rank_positions
-from loader.packing import PackConfig
-from loader.quarantine import MOST_RECORDS
-from loader.reader import count_reading
-from loader.schedule import (
+from loader.order import (
     BucketSchedule,
+    MixtureConfig,
+    MixtureOrder,
+    Order,
+    OrderConfig,
+    PackConfig,
     PackSchedule,
     Row,
     Schedule,
     SlotSchedule,
+    epoch_of,
     plan_packing,
+    rank_positions,
 )
-from loader.stats import Stats
+from loader.reading import MOST_RECORDS, Horizon, count_reading
+from loader.state import STATE_VERSION, Allowed, require_state
 from loader.stream import StreamingDataset
-from loader.workers import make_in_workers
 from shardspec.errors import ConfigError, StateError
 from shardspec.tiling import image_bounds
 

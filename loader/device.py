@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from loader.assembly import MEAN_STD, Normalization, normalize
 from loader.dataloader import StreamLoader
-from loader.pixels import MEAN_STD, Normalization, normalize
 from shardspec.errors import ConfigError, nearest
 
 _Sent = TypeVar("_Sent")

@@ -15,12 +15,19 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.assemble import View
-from loader.cursor import Allowed, Cursor
-from loader.layout import TokenIds
-from loader.mixture import MixtureGroup, MixtureOrder, MixtureSource, Stop, Weighting, plan_mixture
-from loader.reader import ShardReader
-from loader.schedule import Place, Row
+from loader.assembly import TokenIds, View
+from loader.order import (
+    MixtureGroup,
+    MixtureOrder,
+    MixtureSource,
+    Place,
+    Row,
+    Stop,
+    Weighting,
+    plan_mixture,
+)
+from loader.reading import ShardReader
+from loader.state import Allowed, Cursor
 from loader.stream import (
     Pending,
     StreamingDataset,

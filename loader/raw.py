@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.cursor import Cursor
-from loader.fingerprint import split_fingerprint
-from loader.order import Order, Tail, plan_order
-from loader.prefetch import Network
-from loader.reader import Check, open_dataset
-from loader.schedule import Place, Row
+from loader.order import Order, Place, Row, Tail, plan_order
+from loader.reading import Check, Network, open_dataset
+from loader.state import Cursor, split_fingerprint
 from loader.stream import CACHE_BYTES, batches_ahead, require_batch_size
 from loader.topology import find_topology
 from shardspec.errors import ConfigError

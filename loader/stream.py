@@ -18,19 +18,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.assemble import Draft, Planner, View
+from loader.assembly import Draft, Planner, TokenIds, View, finished
 from loader.buffers import Scratch
-from loader.collate import finished
-from loader.cursor import Allowed, Cursor
-from loader.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
-from loader.horizon import Horizon
-from loader.layout import TokenIds
-from loader.mixture import MixtureOrder
-from loader.order import Order, Tail, epoch_of, plan_order
-from loader.prefetch import Network
-from loader.quarantine import Quarantine
-from loader.reader import Check, ShardReader, open_dataset
-from loader.schedule import Place, Row, SlotSchedule
+from loader.order import MixtureOrder, Order, Place, Row, SlotSchedule, Tail, epoch_of, plan_order
+from loader.reading import Check, Horizon, Network, Quarantine, ShardReader, open_dataset
+from loader.state import Allowed, Cursor, keys_fingerprint, split_fingerprint, view_fingerprint
 from loader.topology import Topology, find_topology, find_worker
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed

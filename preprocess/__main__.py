@@ -14,26 +14,34 @@ from typing import Any, NoReturn, get_args
 
 from tqdm import tqdm
 
-from preprocess.choices import ChoiceForm
+from preprocess.cli import add_verbs, outcome_text, plan_text, reshard_settings
 from preprocess.datasets import dataset_names
-from preprocess.export import ExportFormat, export_index
+from preprocess.exchange import ExportFormat, ImportSettings, export_index, import_tars
 from preprocess.fetch import FetchPolicy
-from preprocess.foreign import ImportSettings, import_tars
-from preprocess.formatter import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
-from preprocess.gc import find_strays, remove_strays
-from preprocess.image import ImagePolicy
-from preprocess.job import JobSettings
-from preprocess.lease import held
-from preprocess.pipeline import Outcome, run_job
-from preprocess.points import PointFormat
+from preprocess.job import (
+    JobSettings,
+    Outcome,
+    Survey,
+    find_strays,
+    held,
+    remove_strays,
+    run_job,
+    survey_job,
+    verify,
+)
+from preprocess.media import ImagePolicy
 from preprocess.recipe import Recipe
-from preprocess.reshard import reshard
-from preprocess.reshard_plan import plan_reshard
-from preprocess.reshard_verbs import add_verbs, outcome_text, plan_text, reshard_settings
+from preprocess.reshard import plan_reshard, reshard
 from preprocess.sizes import parse_age_s, parse_bytes, size_text
-from preprocess.survey import Survey, survey_job
-from preprocess.tokens import EMBEDDED
-from preprocess.verify import verify
+from preprocess.text import (
+    EMBEDDED,
+    ChoiceForm,
+    MessageFormat,
+    PointFormat,
+    PromptTemplates,
+    SystemPrompt,
+    TextPolicy,
+)
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardsError, redacted
 from shardspec.tiling import ImageView

@@ -17,19 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.datasets.base import ImageSource, SceneImage, example_images
-from preprocess.formatter import (
+from preprocess.datasets import ImageSource, SceneImage, example_images
+from preprocess.media import ImagePolicy, ImagePreprocessor
+from preprocess.text import (
+    ChatFrame,
     DataFormatter,
+    InterleavedTextPreprocessor,
     TextPolicy,
+    Tokenizer,
     chat_frame,
+    check_placeholders,
     image_prefixes,
     message_styles,
     message_texts,
     safe_geometry,
 )
-from preprocess.image import ImagePolicy, ImagePreprocessor
-from preprocess.text import InterleavedTextPreprocessor, check_placeholders
-from preprocess.tokens import ChatFrame, Tokenizer
 from shardspec.errors import SampleError
 from shardspec.manifest import canonical_json
 from shardspec.sample import PreparedSample, spans_table

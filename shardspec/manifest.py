@@ -25,7 +25,7 @@ from typing import Any
 
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
-from shardspec.ranges import RangeReader
+from shardspec.storage import RangeReader
 
 FORMAT_VERSION = 1
 """Version of the on-disk contract: a dataset that owns its shards, of prepared samples."""

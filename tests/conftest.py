@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from preprocess.engines import local
+from preprocess.job.engines import local
 from tests import inline, servers
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """Jobs without processes and without a screen, for tests and benchmarks of what the jobs do."""
 
-from preprocess.engines.local import Later, TaskDone, TaskProgress
+from preprocess.job.engines.local import Later, TaskDone, TaskProgress
 
 
 class Quiet:
@@ -24,7 +24,7 @@ class Quiet:
         self.notes.append(text)
 
 
-def run(tasks, *, work, context, num_workers):  # noqa: ARG001 - as preprocess.engines.local.run
+def run(tasks, *, work, context, num_workers):  # noqa: ARG001 - as preprocess.job.engines.local.run
     """Runs tasks in this process, one after the other: a process takes half a second to start."""
     for task in tasks:
         noted = []

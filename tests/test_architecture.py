@@ -37,21 +37,21 @@ PURE = {
     "shardspec/sample.py",
     "shardspec/tar.py",
     "shardspec/tiling.py",
-    "preprocess/expression.py",
-    "preprocess/plan.py",
-    "preprocess/recut.py",
+    "preprocess/reshard/expression.py",
+    "preprocess/job/plan.py",
+    "preprocess/reshard/assign.py",
     "preprocess/sizes.py",
-    "preprocess/text.py",
-    "loader/blocks.py",
-    "loader/horizon.py",
-    "loader/layout.py",
-    "loader/mixture.py",
-    "loader/order.py",
-    "loader/packing.py",
-    "loader/permutation.py",
-    "loader/rest.py",
-    "loader/stats.py",
-    "loader/word.py",
+    "preprocess/text/interleaved.py",
+    "loader/reading/blocks.py",
+    "loader/reading/lookahead.py",
+    "loader/assembly/layout.py",
+    "loader/order/mixture.py",
+    "loader/order/order.py",
+    "loader/order/packing.py",
+    "loader/order/permutation.py",
+    "loader/order/remainder.py",
+    "loader/delivery/stats.py",
+    "loader/order/interleave.py",
 }
 OUTSIDE_WORLD = {
     "aiohttp",
@@ -71,21 +71,57 @@ OUTSIDE_WORLD = {
 
 CLOCKS = {
     "preprocess/__main__.py",
-    "preprocess/blobs.py",
-    "preprocess/fetch.py",
-    "preprocess/lease.py",
-    "preprocess/pipeline.py",
-    "shardspec/ranges.py",
-    "shardspec/retries.py",
-    "shardspec/wire.py",
+    "preprocess/fetch/blobs.py",
+    "preprocess/fetch/download.py",
+    "preprocess/job/lease.py",
+    "preprocess/job/pipeline.py",
+    "shardspec/storage/ranges.py",
+    "shardspec/storage/retries.py",
+    "shardspec/storage/connections.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
-OF_CLIENTS = {"shardspec/signing.py": {"botocore"}}
+OF_CLIENTS = {"shardspec/storage/signing.py": {"botocore"}}
 """Parts of the contract that use what a store's client brings along, once that store is used."""
 
-ENVIRONMENT = {"loader/topology.py", "shardspec/stores.py"}
+ENVIRONMENT = {"loader/topology.py", "shardspec/storage/stores.py"}
 """Read environment variables: those of the launcher, and those that name stores."""
+
+
+FLOORS = {
+    "shardspec": (
+        {"errors", "keyed", "toml"},
+        {"sample", "tar", "tiling"},
+        {"index", "foreign", "media", "storage"},
+        {"manifest"},
+        {"probe"},
+    ),
+    "preprocess": (
+        {"sizes"},
+        {"media", "fetch", "synthetic"},
+        {"text", "tokenizer", "datasets"},
+        {"recipe"},
+        {"job"},
+        {"reshard"},
+        {"exchange"},
+        {"cli"},
+        {"__main__"},
+    ),
+    "loader": (
+        {"topology", "buffers"},
+        {"order"},
+        {"assembly"},
+        {"reading"},
+        {"state"},
+        {"stream"},
+        {"delivery", "raw", "mixture_stream"},
+        {"dataloader"},
+        {"device"},
+        {"cli"},
+        {"__main__"},
+    ),
+}
+"""The rooms of each package from the ground up: an import goes down, or stays in its room."""
 
 
 def sources() -> dict[str, ast.Module]:
@@ -147,6 +183,84 @@ def test_no_room_imports_what_it_must_live_without():
     assert not wrong
 
 
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+MODULES = {module_name(path): tree for path, tree in SOURCES.items()}
+
+
+def own_imports(module: str) -> set[str]:
+    """Lists the modules of the same package that a module imports (rooms count as modules)."""
+    package = module.split(".")[0]
+    found = set()
+    for name in imported(MODULES[module]):
+        while name not in MODULES and "." in name:
+            name = name.rpartition(".")[0]
+        if name.split(".")[0] == package and name not in (package, module):
+            found.add(name)
+    return found
+
+
+def floor(module: str) -> int:
+    package, *rest = module.split(".")
+    floors = FLOORS[package]
+    return next(i for i, rooms in enumerate(floors) if rest[0] in rooms)
+
+
+def upward(module: str, imports: set[str]) -> set[str]:
+    """Picks the imports of a module that do not go down, other than those of its own room."""
+    mine = module.split(".")[:2]
+    return {
+        name for name in imports if name.split(".")[:2] != mine and floor(name) >= floor(module)
+    }
+
+
+def test_every_module_is_on_a_floor():
+    tops_of = {package: set() for package in FLOORS}
+    for module in MODULES:
+        package, *rest = module.split(".")
+        if rest:
+            tops_of[package].add(rest[0])
+    assert tops_of == {package: set().union(*floors) for package, floors in FLOORS.items()}
+
+
+def test_imports_go_down_the_floors():
+    wrong = {
+        module: found
+        for module in MODULES
+        if "." in module and (found := upward(module, own_imports(module)))
+    }
+    assert not wrong
+    assert upward("loader.order.packing", {"loader.reading.reader"}) == {"loader.reading.reader"}
+
+
+def test_rooms_are_entered_by_their_door():
+    """What another room may use is what the room's `__init__` exports."""
+    rooms = {m for m, p in zip(MODULES, SOURCES, strict=True) if p.endswith("__init__.py")}
+    wrong = {}
+    for module, tree in MODULES.items():
+        doors = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        for name in doors & MODULES.keys():
+            inside = ".".join(name.split(".")[:2])
+            if inside in rooms and name != inside and not f"{module}.".startswith(f"{inside}."):
+                wrong.setdefault(module, set()).add(name)
+    assert not {m: found for m, found in wrong.items() if found - INNER_DOORS}
+
+
+INNER_DOORS = {"preprocess.job.engines", "preprocess.job.engines.local"}
+"""Engines are modules of one function, chosen by name."""
+
+
+def test_modules_import_in_no_circle():
+    left = {module: own_imports(module) for module in MODULES}
+    for module in left:  # a room's `__init__` collects its modules: only those count
+        left[module] -= {module.rpartition(".")[0]}
+    while free := {module for module, needs in left.items() if not needs & left.keys()}:
+        left = {module: needs for module, needs in left.items() if module not in free}
+    assert not left
+
+
 def test_contract_needs_numpy_pillow_and_fsspec_only():
     allowed = CORE_NEEDS | set(sys.stdlib_module_names)
     wrong = {
@@ -170,7 +284,7 @@ def test_what_comes_with_a_client_is_imported_only_where_it_is_used(name):
 
 def test_storage_is_the_one_door_to_fsspec():
     assert [name for name, tree in SOURCES.items() if "fsspec" in tops(tree)] == [
-        "shardspec/storage.py"
+        "shardspec/storage/files.py"
     ]
 
 
@@ -262,7 +376,7 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets", "webdataset", "pand
         ("shardspec", HEAVY | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "preprocess", "loader"}),
         ("shardspec.storage", HEAVY | {"s3fs", "gcsfs", "aiohttp"}),
         ("preprocess.__main__", HEAVY | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "loader"}),
-        ("preprocess.build", HEAVY | {"loader"}),
+        ("preprocess.job.build", HEAVY | {"loader"}),
         ("loader", (HEAVY - {"torch"}) | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "preprocess"}),
     ],
 )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from preprocess.datasets.base import HfDataset, SceneImage, required, row_image
-from preprocess.scene_questions import choose, row_rng, scene_plan, scene_questions
+from preprocess.synthetic import choose, row_rng, scene_plan, scene_questions
 from shardspec.errors import SampleError
 
 NUM_ANSWERS = 10

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets.rows import Rows, hub_rows, local_rows
-from preprocess.scenes import plan_scene, render
+from preprocess.synthetic import plan_scene, render
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.keyed import hash_text, keyed
 

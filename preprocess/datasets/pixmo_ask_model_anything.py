@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from preprocess.datasets.base import HfDataset, SceneImage, image_facts, required, row_image
-from preprocess.scene_questions import row_rng, scene_plan, scene_questions
+from preprocess.synthetic import row_rng, scene_plan, scene_questions
 
 
 class PixMoAskModelAnything(HfDataset):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from preprocess.datasets.base import HfDataset, SceneImage, image_facts, row_image
-from preprocess.scene_questions import row_rng, scene_plan, scene_questions
+from preprocess.synthetic import row_rng, scene_plan, scene_questions
 from shardspec.errors import SampleError
 
 _MARK = re.compile(r"\[(USER|ASSISTANT)\]")

@@ -20,7 +20,7 @@ from preprocess.datasets.base import (
     row_image,
     xy_pairs,
 )
-from preprocess.scene_questions import row_rng, scene_plan, scene_targets
+from preprocess.synthetic import row_rng, scene_plan, scene_targets
 
 
 class PixMoCount(HfDataset):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from preprocess.datasets.base import HfDataset, SceneImage, as_records, required, row_images
-from preprocess.scene_questions import compared_scenes, row_rng, scene_plan
+from preprocess.synthetic import compared_scenes, row_rng, scene_plan
 
 NUM_IMAGES = (2, 5)
 """Least and most images of an example (Molmo 2)."""

@@ -21,13 +21,7 @@ from preprocess.datasets.base import (
     row_image,
     xy_pairs,
 )
-from preprocess.scene_questions import (
-    POINT_MARK,
-    percent_points,
-    pointed_answers,
-    row_rng,
-    scene_plan,
-)
+from preprocess.synthetic import POINT_MARK, percent_points, pointed_answers, row_rng, scene_plan
 from shardspec.errors import SampleError
 
 

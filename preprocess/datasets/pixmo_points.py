@@ -21,7 +21,7 @@ from preprocess.datasets.base import (
     row_image,
     xy_pairs,
 )
-from preprocess.scene_questions import percent_points, row_rng, scene_plan, scene_targets
+from preprocess.synthetic import percent_points, row_rng, scene_plan, scene_targets
 
 _STYLES = {
     "pointing": ("pointing",),

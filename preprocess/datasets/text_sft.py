@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from preprocess.datasets.base import HfDataset, as_records
-from preprocess.scene_questions import listed, row_rng
-from preprocess.scenes import COLORS, SHAPES
+from preprocess.synthetic import COLORS, SHAPES, listed, row_rng
 from shardspec.errors import SampleError
 
 Turns = list[tuple[str, str]]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from preprocess.datasets.base import HfDataset, SceneImage, as_records, required, row_image
-from preprocess.scene_questions import row_rng, scene_plan, scene_questions
+from preprocess.synthetic import row_rng, scene_plan, scene_questions
 
 NUM_ANSWERS = 10
 """People who answered each question (VQA v2)."""

@@ -1,1 +1,1 @@
-"""The embedded tokenizer: two files that `AutoTokenizer` loads, and the script that makes them."""
+"""The embedded tokenizer and the script that trained it."""

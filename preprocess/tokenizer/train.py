@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from preprocess.scenes import plan_scene
+from preprocess.synthetic import plan_scene
 
 VOCAB_SIZE = 2944
 """23 * 128, the largest multiple of 128 that the words below reach (they give 3,001 tokens)."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loader.reader import ShardReader
-from preprocess.verify import verify
+from loader.reading.reader import ShardReader
+from preprocess.job.verify import verify
 from shardspec.errors import ShardsError
 from shardspec.index import INDEX_DTYPE, encode_index, index_row
 from shardspec.manifest import (

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from loader.raw import RawDataset
-from loader.reader import ShardReader
-from preprocess.verify import verify
+from loader.reading.reader import ShardReader
+from preprocess.job.verify import verify
 from shardspec.errors import ManifestError, ShardsError
 from shardspec.manifest import MANIFEST_NAME, require_manifest
 from tests.inline import Quiet

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.image import ImagePolicy
-from preprocess.job import Job, JobSettings
-from preprocess.planner import Plan, drop_plan, load_plan
+from preprocess.job.job import Job, JobSettings
+from preprocess.job.planner import Plan, drop_plan, load_plan
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Recipe
 from shardspec.manifest import canonical_json, load_manifest
 from shardspec.tiling import ImageView

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loader.assemble import View, assemble
-from loader.layout import IGNORED, PREFIX_SUBSEGMENT, TokenIds
-from preprocess.formatter import TextPolicy
+from loader.assembly.assemble import View, assemble
+from loader.assembly.layout import IGNORED, PREFIX_SUBSEGMENT, TokenIds
 from preprocess.recipe import Preparer, Recipe
-from preprocess.tokens import load_tokenizer
+from preprocess.text.formatter import TextPolicy
+from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import SampleError
 from shardspec.tiling import ImageView
 

@@ -26,13 +26,13 @@ from loader import (
     make_dataloader,
 )
 from preprocess.datasets import get_dataset
-from preprocess.formatter import TextPolicy
-from preprocess.image import ImagePolicy
-from preprocess.job import JobSettings
-from preprocess.pipeline import run_job
+from preprocess.job.job import JobSettings
+from preprocess.job.pipeline import run_job
+from preprocess.job.verify import verify
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
-from preprocess.tokens import load_tokenizer
-from preprocess.verify import verify
+from preprocess.text.formatter import TextPolicy
+from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import SampleError
 from shardspec.keyed import dataset_seed
 from shardspec.tiling import ImageView

@@ -5,12 +5,12 @@ import pytest
 
 from loader import Augment, MolmoPreprocessor, StreamingDataset, View
 from preprocess.datasets import dataset_names, get_dataset
-from preprocess.formatter import TextPolicy
-from preprocess.image import ImagePolicy
-from preprocess.job import JobSettings
-from preprocess.pipeline import run_job
+from preprocess.job.job import JobSettings
+from preprocess.job.pipeline import run_job
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
-from preprocess.tokens import load_tokenizer
+from preprocess.text.formatter import TextPolicy
+from preprocess.text.tokens import load_tokenizer
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.tiling import ImageView
 

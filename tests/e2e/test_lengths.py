@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from loader.assemble import Planner, View
-from loader.layout import TokenIds
-from loader.reader import ShardReader
-from preprocess.formatter import TextPolicy
-from preprocess.image import ImagePolicy
-from preprocess.job import JobSettings
-from preprocess.pipeline import run_job
+from loader.assembly.assemble import Planner, View
+from loader.assembly.layout import TokenIds
+from loader.reading.reader import ShardReader
+from preprocess.job.job import JobSettings
+from preprocess.job.pipeline import run_job
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Recipe
+from preprocess.text.formatter import TextPolicy
 from shardspec.index import open_index
 from shardspec.keyed import keyed
 from shardspec.manifest import require_manifest

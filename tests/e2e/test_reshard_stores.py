@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 
 from loader import RawDataset, StreamingDataset, make_dataloader
-from preprocess.engines import local
-from preprocess.foreign import ImportSettings, import_tars
-from preprocess.reshard import reshard
-from preprocess.reshard_plan import ReshardSettings, plan_reshard
-from preprocess.verify import verify
-from shardspec import copying, storage
-from shardspec.copying import Piece, join_in_store, stamp
+from preprocess.exchange.import_tars import ImportSettings, import_tars
+from preprocess.job.engines import local
+from preprocess.job.verify import verify
+from preprocess.reshard.plan import ReshardSettings, plan_reshard
+from preprocess.reshard.run import reshard
+from shardspec import storage
 from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import load_manifest, require_manifest
+from shardspec.storage import copying
+from shardspec.storage.copying import Piece, join_in_store, stamp
 from tests.inline import Quiet
 
 MIB = 2**20

@@ -2,8 +2,8 @@
 
 import pytest
 
-from preprocess.reshard import reshard
-from preprocess.reshard_plan import ReshardSettings, plan_reshard
+from preprocess.reshard.plan import ReshardSettings, plan_reshard
+from preprocess.reshard.run import reshard
 from shardspec.manifest import require_manifest
 from tests.e2e.test_elastic_processes import torchrun
 from tests.inline import Quiet

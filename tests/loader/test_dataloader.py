@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loader.assemble import View
-from loader.augment import Augment
-from loader.collate import MMCollator
+from loader.assembly.assemble import View
+from loader.assembly.augment import Augment
+from loader.assembly.collate import MMCollator
 from loader.dataloader import make_dataloader
 from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import ConfigError, ShardError, StateError

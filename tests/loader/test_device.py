@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from loader import StreamingDataset, make_dataloader
+from loader.assembly.pixels import normalize
 from loader.device import DevicePrefetcher
-from loader.pixels import normalize
 from shardspec.errors import ConfigError
 
 NUM, BATCH = 12, 4

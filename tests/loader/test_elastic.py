@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from loader.assemble import View
+from loader.assembly.assemble import View
 from loader.dataloader import make_dataloader
+from loader.delivery.workers import _Worker
 from loader.mixture_stream import IterableDatasetMixture
 from loader.stream import StreamingDataset, stored_view
-from loader.workers import _Worker
 from shardspec.manifest import require_manifest
 
 BATCH = 48
@@ -36,7 +36,7 @@ def one_torch_thread():
 def short_word():
     """A mixture's word of 3,072 slots: built in 2 ms instead of 100, for hundreds of loaders."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loader.mixture._MIN_WORD_SLOTS", 1)
+        patch.setattr("loader.order.mixture._MIN_WORD_SLOTS", 1)
         yield
 
 
@@ -233,7 +233,7 @@ def standing_workers(monkeypatch):
             return idle.pop()
         return StandingWorker(maker, keep_bytes=keep_bytes, idle=idle)
 
-    monkeypatch.setattr("loader.workers._Worker", hire)
+    monkeypatch.setattr("loader.delivery.workers._Worker", hire)
     yield idle
     for worker in idle:
         worker.end()

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from loader.assemble import View, assemble
-from loader.layout import TokenIds
+from loader.assembly.assemble import View, assemble
+from loader.assembly.layout import TokenIds
 from shardspec.sample import PreparedImage, PreparedSample, spans_table
 from shardspec.tiling import ImageTokenIds, ImageView
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from loader.assemble import View
-from loader.augment import Augment
+from loader.assembly.assemble import View
+from loader.assembly.augment import Augment
 from loader.dataloader import make_dataloader
 from loader.stream import StreamingDataset, check_view, stored_view
 from shardspec.errors import ConfigError, ManifestError, ShardError

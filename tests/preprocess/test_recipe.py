@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from preprocess.datasets import SceneImage, get_dataset
-from preprocess.formatter import TextPolicy
-from preprocess.image import ImagePolicy
+from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe, image_identity, read_path, sample_key
-from preprocess.tokens import load_tokenizer
+from preprocess.text.formatter import TextPolicy
+from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, SpanKind, image_rows, text_rows
 from shardspec.tiling import ImageView

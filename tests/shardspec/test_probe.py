@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from preprocess.tokens import EMBEDDED_PATH, load_tokenizer
+from preprocess.text.tokens import EMBEDDED_PATH, load_tokenizer
 from shardspec.errors import ConfigError
 from shardspec.probe import PROBE_TEXTS, check_tokenizer, probe_sha256
 

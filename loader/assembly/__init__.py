@@ -1,0 +1,32 @@
+"""From stored samples to the arrays of a batch: draws, layout of tokens, pixels, collation.
+
+Decides which variants, crops and augmentations an example gets and where its tokens and pixels go.
+Never decides which sample comes next, and never opens a shard.
+"""
+
+from loader.assembly.assemble import Draft, Planner, View, assemble
+from loader.assembly.augment import Augment
+from loader.assembly.collate import MMCollator, finished
+from loader.assembly.layout import TokenIds
+from loader.assembly.packed import Pack, fitting
+from loader.assembly.pixels import MEAN_STD, Encoded, Normalization, normalize
+from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor
+
+__all__ = [
+    "MEAN_STD",
+    "Augment",
+    "DeterministicDataset",
+    "Draft",
+    "Encoded",
+    "MMCollator",
+    "MolmoPreprocessor",
+    "Normalization",
+    "Pack",
+    "Planner",
+    "TokenIds",
+    "View",
+    "assemble",
+    "finished",
+    "fitting",
+    "normalize",
+]

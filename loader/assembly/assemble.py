@@ -1,0 +1,499 @@
+"""`assemble`: from a prepared sample to the arrays of a training example.
+
+The online half of the pipeline, and the only place that draws, always from the sample's own
+generator and in this order: a variant of each turn, the order of the branches, the resolution,
+the augmentation of each image. The rest follows from the draws. It needs no tokenizer and no
+formatter, and it does not know whether the sample came out of a shard or straight from `prepare`.
+
+It works in two steps: a `Planner` decides everything from the spans and the tokens alone (so
+lengths are known without a pixel), then the arrays are made. A `Draft` stands between them: it
+knows their shapes and writes each where it is told to, such as into the batch that it is for, so
+that no array of a single sample is made on the way there. `assemble` has it write into new ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from loader.assembly.augment import NO_CHANGE, Augment, Draw, draw
+from loader.assembly.collate import Shapes, finished
+from loader.assembly.layout import (
+    IGNORED,
+    BranchTurns,
+    LossScale,
+    Sequence1d,
+    TokenIds,
+    Tree,
+    Turn,
+    lay_out,
+)
+from loader.assembly.pixels import Encoded, Normalization, normalize, patch_cells, render
+from loader.buffers import Scratch
+from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.keyed import draw_below, draw_order
+from shardspec.sample import PreparedSample, SpanKind
+from shardspec.tiling import (
+    NO_PATCH,
+    ImageView,
+    first_patch_positions,
+    image_input_idx,
+    image_masks,
+    image_token_ids,
+    overview_size,
+    token_pooling,
+)
+
+_UNCHANGED = Augment()
+
+# Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
+_TEXT, _IMAGE, _LEAD = SpanKind.TEXT.value, SpanKind.IMAGE.value, SpanKind.LEAD.value
+
+_UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+
+_MOST_SIZES = 1 << 14
+"""Sizes of pictures that a planner remembers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What one training run wants to see of the samples."""
+
+    image: ImageView = field(default_factory=ImageView)
+    """Crops, patches and tokens."""
+    high_res: ImageView | None = None
+    """Another view of the same stored images, such as 24 instead of 8 crops."""
+    high_res_probability: float = 0.0
+    """Share of the samples, 0 to 1, that are seen in the view `high_res`, drawn each epoch."""
+    augment: Augment = field(default_factory=Augment)
+    """Random crops, flips and colour; off by default, and always off for inference."""
+    normalize: Normalization | None = None
+    """"imagenet", "openai" or "siglip" give float32; None leaves uint8 for the device."""
+    pixels: Literal["crops", "patches"] = "crops"
+    """"crops": [n, 3, S, S]; "patches": [n, patches, patch * patch * 3], for a linear layer."""
+    reduced_decoding: bool = False
+    """Decode a stored JPEG at 1/2, 1/4 or 1/8 of its sides where they divide by that and the view
+    needs no more: less time, and pixels that are within 40 dB of those of the whole picture resized
+    (measured on scenes, tests/loader/assembly/test_pixels.py). The unsharded path has no use for
+    it."""
+    image_map: Literal["first", "per_token", "pooling"] = "first"
+    """How a model finds its image tokens. "first": `image_input_idx` [n], the first patch token of
+    each crop. "per_token" (Molmo 1): `image_input_idx` [n, tokens per crop], -100 where a token
+    belongs to another crop. "pooling" (Molmo 2): `token_pooling` as well, whose k-th row lists the
+    patches of the k-th patch token."""
+    sequence_length: int | None = None
+    """Longest sequence; text is cut there, images never are."""
+    max_images: int | None = None
+    """Most images in a sample; None for any."""
+    branch_order: Literal["shuffled", "stored"] = "shuffled"
+    """Order of a sample's conversations: it decides which ones fit the sequence."""
+    tree: Tree = "molmo2"
+    loss: LossScale = "flat"
+    weight: float = 1.0
+    """Factor of `loss_weights` for the whole dataset."""
+    purpose: Literal["train", "inference"] = "train"
+    """"inference" takes the first variant of each turn, in stored order, and augments nothing."""
+
+    def __post_init__(self) -> None:
+        wrong: dict[str, object] = {}
+        if not 0 <= self.high_res_probability <= 1:
+            wrong["high_res_probability"] = self.high_res_probability
+        if self.high_res_probability and self.high_res is None:
+            wrong["high_res"] = None
+        if self.high_res and self.high_res.size_px != self.image.size_px:
+            wrong["high_res.size_px"] = self.high_res.size_px
+        if self.weight < 0:
+            wrong["weight"] = self.weight
+        if wrong:
+            raise ConfigError(
+                "settings of the view are impossible",
+                reason="view",
+                facts=wrong,
+                fix="a probability needs a high_res view with the same size_px; weights are >= 0",
+            )
+
+    def shapes(self, image: ImageView) -> Shapes:
+        """Tells the shapes of what an example in one of the resolutions has for each crop."""
+        crops = (3, image.size_px, image.size_px)
+        patches = (image.num_patches, image.patch_px**2 * 3)
+        return Shapes(
+            image=patches if self.pixels == "patches" else crops,
+            dtype=_UINT8 if self.normalize is None else _FLOAT32,
+            num_patches=image.num_patches,
+            tokens_per_crop=math.prod(image.crop_tokens) if self.image_map == "per_token" else None,
+            pool=math.prod(image.pool) if self.image_map == "pooling" else None,
+        )
+
+
+class Planner:
+    """Makes every draw of the examples of one view and lays out their tokens.
+
+    Safe to share between threads. It remembers what the view makes of pictures of the sizes that it
+    has met: asking `shardspec.tiling` takes longer than all the rest.
+    """
+
+    def __init__(self, view: View, ids: TokenIds) -> None:
+        """Joins what the run wants and the special ids of the dataset's tokenizer."""
+        self.view, self.ids = view, ids
+        self._training = view.purpose == "train"
+        self._augments = self._training and view.augment != _UNCHANGED
+        self._images = _Seen(view.image, view, ids)
+        self._high_res = None
+        if self._training and view.high_res is not None:
+            self._high_res = _Seen(view.high_res, view, ids)
+
+    def plan(
+        self, tokens: np.ndarray, spans: np.ndarray, rng: np.random.RandomState, *, key: str = ""
+    ) -> ExamplePlan:
+        """Plans one example.
+
+        Args:
+          tokens: int32 [T], the sample's.
+          spans: int32 [S, 8], the sample's.
+          rng: The sample's generator for this epoch.
+          key: The sample's, for errors.
+
+        Raises:
+          SampleError: `too_many_images`, and as `lay_out`.
+        """
+        view = self.view
+        kinds = spans[:, 0].tolist()
+        num_texts, num_images = kinds.count(_TEXT), kinds.count(_IMAGE)
+        if view.max_images is not None and num_images > view.max_images:
+            raise SampleError(
+                "sample has more images than the view takes",
+                reason="too_many_images",
+                where=key,
+                facts={"images": num_images, "max_images": view.max_images},
+                fix="raise max_images, or leave such samples out when building",
+            )
+        branches = _choose(tokens, spans[:num_texts], rng if self._training else None)
+        if self._training and view.branch_order == "shuffled" and len(branches) > 1:
+            branches = [branches[b] for b in draw_order(rng, len(branches))]
+        images = self._images
+        if self._high_res is not None and rng.random_sample() < view.high_res_probability:
+            images = self._high_res
+        pictures = spans[len(kinds) - num_images :].tolist() if num_images else []
+        draws = [NO_CHANGE] * num_images
+        if self._augments:
+            draws = [
+                draw(view.augment, rng, geometry=row[7], width=row[2], height=row[3])
+                for row in pictures
+            ]
+        sizes = [(row[2], row[3]) for row in pictures]
+        seen = [images.of(size) for size in sizes]
+        leads: list[np.ndarray] = []
+        if num_texts + num_images < len(kinds):
+            leads = [tokens[row[2] : row[3]] for row in spans.tolist() if row[0] == _LEAD]
+        sequence = lay_out(
+            [each.block for each in seen],
+            branches,
+            ids=self.ids,
+            leads=leads,
+            limit=view.sequence_length,
+            tree=view.tree,
+            loss=view.loss,
+            where=key,
+        )
+        sequence.weight = view.weight
+        return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes)
+
+
+@dataclass(slots=True)
+class ExamplePlan:
+    """Everything about an example but its pixels."""
+
+    sequence: Sequence1d
+    view: ImageView
+    """The resolution that was drawn."""
+    draws: list[Draw]
+    """Augmentation of each image."""
+    sizes: list[tuple[int, int]]
+    """Source (width, height) of each image, in pixels."""
+    seen: list[_Size]
+    """What the view makes of each image."""
+    shapes: Shapes
+    """Of what it has for each crop."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence."""
+        return self.sequence.length
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Positions with loss."""
+        return int(np.count_nonzero(self.sequence.labels != IGNORED))
+
+    @property
+    def num_crops(self) -> int:
+        """Crops of all images."""
+        return sum([each.crops for each in self.seen])
+
+
+class _Size(NamedTuple):
+    """What a view makes of pictures of one size."""
+
+    crops: int
+    block: np.ndarray
+    """int32 [tokens], the image's token block; read-only."""
+    first_patches: np.ndarray
+    """int64 [crops], where in the block each crop's first patch token stands; read-only."""
+    ready: tuple[int, int, int] | None
+    """Shape of a stored picture that is its only crop as it is; None where there is no such."""
+
+
+class _Seen:
+    """What a view makes of pictures, by their sizes."""
+
+    def __init__(self, image: ImageView, view: View, ids: TokenIds) -> None:
+        self.view, self._ids, self.shapes = image, ids.image, view.shapes(image)
+        self._sizes: dict[tuple[int, int], _Size] = {}
+
+    def of(self, size: tuple[int, int]) -> _Size:
+        """Looks up what becomes of pictures of a source's (width, height), in pixels."""
+        found = self._sizes.get(size)
+        if found is None:
+            firsts = first_patch_positions(*size, self.view, self._ids)
+            block = image_token_ids(*size, self.view, self._ids)
+            if len(self._sizes) >= _MOST_SIZES:
+                self._sizes.clear()
+            side = self.view.size_px
+            alone = len(firsts) == 1 and overview_size(*size, self.view) == (side, side)
+            ready = (side, side, 3) if alone else None
+            found = self._sizes[size] = _Size(len(firsts), block, firsts, ready)
+        return found
+
+
+class Draft:
+    """The example of one sample before its arrays are made; see `loader.assembly.collate.Unmade`.
+    The example of one sample before its arrays are made; see `loader.assembly.collate.Unmade`."""
+
+    __slots__ = (
+        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "render_s", "scratch"),
+        *("shapes", "sources", "substitutes", "view"),
+    )
+
+    channels_first = False
+
+    def __init__(
+        self,
+        plan: ExamplePlan,
+        sources: Sequence[PictureSource],
+        *,
+        view: View,
+        key: str,
+        scratch: Scratch,
+    ) -> None:
+        """Joins what was planned and the pictures.
+
+        Args:
+          plan: As a `Planner` of the same view makes it.
+          sources: A picture and its overview for each image of the sample.
+          view: What the run wants.
+          key: The sample's.
+          scratch: Memory for pictures that are not decoded into their places.
+        """
+        self.plan, self.sources, self.view, self.key = plan, sources, view, key
+        self.scratch = scratch
+        self.shapes = plan.shapes
+        self.num_tokens = plan.sequence.length
+        """Length of the sequence, L."""
+        self.num_crops = plan.num_crops
+        """Crops of all pictures, n."""
+        self.substitutes: dict[str, Any] | None = None
+        """The bad sample that it stands for, for its metadata."""
+        self.dataset: str | None = None
+        """The dataset's name, for its metadata."""
+        self.error: ShardsError | None = None
+        """Why its pictures cannot be rendered, after an attempt."""
+        self.render_s = 0.0
+        """Seconds spent on pictures, decoding included."""
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds spent on decoding."""
+        return sum([one.decode_s for pair in self.sources for one in pair if type(one) is Encoded])
+
+    def pieces(self, name: str) -> list[np.ndarray]:
+        """Lists the arrays that one of the `COLUMNS` consists of; they are only to be read."""
+        return self.plan.sequence.pieces(name)
+
+    def write_images(self, out: np.ndarray) -> None:
+        """Renders the pictures into `out`, of the type and as many crops as there are.
+
+        Crops are written as [n, S, S, 3]: memory in that order is filled without a copy.
+
+        Raises:
+          ShardError, SampleError: As `render`, and kept as `error`.
+        """
+        start_s = perf_counter()
+        plan, view, done = self.plan, self.view, 0
+        if view.pixels == "patches":
+            cells = patch_cells(out, plan.view.patch_px)
+        else:
+            cells = out.transpose(0, 2, 3, 1)
+        crops = cells
+        if view.normalize is not None:
+            side = plan.view.size_px
+            crops = self.scratch("crops", (plan.num_crops, side, side, 3))
+        try:
+            for (picture, overview), (width, height), own, seen in zip(
+                self.sources, plan.sizes, plan.draws, plan.seen, strict=True
+            ):
+                stop = done + seen.crops
+                if (
+                    own is NO_CHANGE
+                    and overview is None
+                    and type(picture) is Encoded
+                    and picture.shape == seen.ready == crops.shape[1:]
+                ):
+                    # `render` would find out the same, anew for each picture: 5 µs of 80.
+                    picture.decode(crops[done])
+                else:
+                    render(
+                        picture,
+                        source_width=width,
+                        source_height=height,
+                        view=plan.view,
+                        draw=own,
+                        overview=overview,
+                        out=crops[done:stop],
+                        scratch=self.scratch,
+                        reduced=view.reduced_decoding,
+                    )
+                done = stop
+        except (ShardError, SampleError) as error:
+            self.error = error
+            raise
+        if view.normalize is not None:
+            normalize(crops.reshape(cells.shape), kind=view.normalize, out=cells)
+        self.render_s += perf_counter() - start_s
+
+    def write_masks(self, out: np.ndarray) -> None:
+        """Writes the share of each patch that is picture: float32 [n, patches]."""
+        plan, done = self.plan, 0
+        if plan.view.fit != "pad":
+            out.fill(1.0)
+            return
+        for size, seen in zip(plan.sizes, plan.seen, strict=True):
+            out[done : done + seen.crops] = image_masks(*size, plan.view)
+            done += seen.crops
+
+    def write_input_idx(self, out: np.ndarray) -> None:
+        """Writes where the image tokens stand: int64 [n], or [n, tokens per crop] (Molmo 1)."""
+        plan, done = self.plan, 0
+        per_token = self.view.image_map == "per_token"
+        for size, seen, start in zip(
+            plan.sizes, plan.seen, plan.sequence.image_starts, strict=True
+        ):
+            own = out[done : done + seen.crops]
+            if per_token:
+                own[...] = image_input_idx(*size, plan.view, offset=start)
+            else:
+                np.add(seen.first_patches, start, out=own)
+            done += seen.crops
+
+    def image_ends(self) -> list[int]:
+        """Lists, for each crop, one past the last token of its image."""
+        ends: list[int] = []
+        for seen, end in zip(self.plan.seen, self.plan.sequence.image_ends, strict=True):
+            ends += [end] * seen.crops
+        return ends
+
+    def pooling(self) -> np.ndarray:
+        """Makes Molmo 2's map: int64 [image tokens, pool], patches of all crops counted, or -1."""
+        plan, found, crops_before = self.plan, [], 0
+        for size, seen in zip(plan.sizes, plan.seen, strict=True):
+            pooled = token_pooling(*size, plan.view)
+            shift = crops_before * plan.view.num_patches
+            found.append(np.where(pooled == NO_PATCH, NO_PATCH, pooled + shift))
+            crops_before += seen.crops
+        if len(found) == 1:
+            return found[0]
+        pool = plan.view.pool[0] * plan.view.pool[1]
+        return np.concatenate(found) if found else np.zeros((0, pool), np.int64)
+
+    def metadata(self) -> dict[str, Any]:
+        """Describes the example."""
+        plan = self.plan
+        described: dict[str, Any] = {
+            "key": self.key,
+            "images": [
+                {"width": width, "height": height, "crops": seen.crops}
+                for (width, height), seen in zip(plan.sizes, plan.seen, strict=True)
+            ],
+            "dropped_branches": plan.sequence.dropped_branches,
+        }
+        if self.substitutes is not None:
+            described["substitutes"] = self.substitutes
+        if self.dataset is not None:
+            described["dataset"] = self.dataset
+        return described
+
+
+PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
+"""A stored picture, uint8 [H, W, 3] or encoded, and its stored overview."""
+
+
+def assemble(
+    sample: PreparedSample, rng: np.random.RandomState, *, view: View, ids: TokenIds
+) -> dict[str, Any]:
+    """Makes the example of one sample in one epoch.
+
+    Args:
+      sample: From a shard or from `prepare`.
+      rng: The sample's generator for this epoch.
+      view: What the run wants.
+      ids: Special ids of the dataset's tokenizer.
+
+    Returns:
+      input_ids, labels, position_ids, subsegment_ids: int64 [L]; loss_weights: float32 [L];
+      images: uint8 or float32 [n, 3, S, S] or [n, patches, dim], n crops of all images;
+      image_masks: float32 [n, patches]; image_input_idx: int64 [n] or [n, tokens per crop];
+      token_pooling: int64 [image tokens, pool], with image_map "pooling"; image_end: int64 [n],
+      one past the last token of the crop's image; metadata.
+
+    Raises:
+      SampleError: As `Planner.plan`, and as `render`.
+    """
+    plan = _planner(view, ids).plan(sample.tokens, sample.spans, rng, key=sample.key)
+    sources = [(image.pixels, image.overview) for image in sample.images]
+    return finished(Draft(plan, sources, view=view, key=sample.key, scratch=Scratch()))
+
+
+@functools.lru_cache(maxsize=16)
+def _planner(view: View, ids: TokenIds) -> Planner:
+    return Planner(view, ids)
+
+
+def _choose(
+    tokens: np.ndarray, texts: np.ndarray, rng: np.random.RandomState | None
+) -> list[BranchTurns]:
+    """Draws one variant of every turn, branch by branch; the first one without a generator."""
+    branches: list[BranchTurns] = []
+    turns = texts[:, 1:3].tolist()
+    last = -1
+    first = 0
+    while first < len(turns):
+        # The variants of a turn stand side by side.
+        behind = bisect_right(turns, turns[first], first)
+        drawn = first
+        if rng is not None and behind - first > 1:
+            drawn += draw_below(rng, behind - first)
+        _, branch, _, start, stop, response, end, weight = texts[drawn].tolist()
+        turn = Turn(tokens[start:stop], tokens[response:end])
+        if branch == last:
+            branches[-1].turns.append(turn)
+        else:
+            branches.append(BranchTurns([turn], weight))
+            last = branch
+        first = behind
+    return branches

@@ -1,0 +1,105 @@
+"""The unsharded path: a dataset, prepared and assembled on the fly. What people debug with.
+
+`MolmoPreprocessor` is assemble after prepare; the offline half comes in as an argument, so this
+package never imports it. `DeterministicDataset` gives each item the sample generator of its
+epoch. With a lossless codec the examples equal, bit for bit, the ones that shards give for the
+same seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from loader.assembly.assemble import View, assemble
+from loader.assembly.layout import TokenIds
+from shardspec.keyed import SampleRng, sample_seed
+from shardspec.sample import PreparedSample
+
+
+class ExampleSource(Protocol):
+    """A numbered collection of raw examples, such as `preprocess.get_dataset` opens."""
+
+    def __len__(self) -> int:
+        """Counts the examples."""
+
+    def get(self, item: int, rng: np.random.RandomState) -> Mapping[str, Any]:
+        """Makes raw example `item`."""
+
+
+Prepare = Callable[[Mapping[str, Any]], PreparedSample]
+"""The offline half: `preprocess.recipe.Preparer`, or anything that makes a PreparedSample."""
+
+Preprocess = Callable[[Mapping[str, Any], np.random.RandomState], dict[str, Any]]
+
+
+class MolmoPreprocessor:
+    """Turns a raw example into a training example: prepare, then assemble."""
+
+    def __init__(
+        self, prepare: Prepare, *, special_ids: Mapping[str, int], view: View | None = None
+    ) -> None:
+        """Joins the two halves.
+
+        Args:
+          prepare: The offline half.
+          special_ids: bos, eos, pad and image symbols of the tokenizer that `prepare` uses.
+          view: What to see of the sample; None for single crops of 336 px.
+        """
+        self.prepare = prepare
+        self.ids = TokenIds.from_special_ids(special_ids)
+        self.view = view or View()
+
+    def __call__(self, example: Mapping[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+        """Makes the example that `loader.assembly.assemble.assemble` describes.
+
+        Raises:
+          SampleError: The example cannot be prepared or laid out.
+        """
+        return assemble(self.prepare(example), rng, view=self.view, ids=self.ids)
+
+
+class DeterministicDataset(Dataset[dict[str, Any]]):
+    """A map-style torch dataset whose draws depend on (seed, item, epoch) and on nothing else."""
+
+    def __init__(
+        self, dataset: ExampleSource, preprocessor: Preprocess, *, seed: int = 0, n_pad: int = 0
+    ) -> None:
+        """Wraps a dataset.
+
+        Args:
+          dataset: Raw examples.
+          preprocessor: Such as `MolmoPreprocessor`.
+          seed: Base seed; `shardspec.keyed.dataset_seed` derives one per dataset of a mixture.
+          n_pad: Items past the end, so that every rank of an evaluation has equally many: they
+            are item 0 with metadata["valid"] False.
+        """
+        self.dataset = dataset
+        self.preprocessor = preprocessor
+        self.seed = seed
+        self.n_pad = n_pad
+        self.epoch = 0
+        self._rng = SampleRng()
+
+    def __len__(self) -> int:
+        return len(self.dataset) + self.n_pad
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        return self.get(idx, epoch=self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose draws `[idx]` gives."""
+        self.epoch = epoch
+
+    def get(self, idx: int, *, epoch: int = 0) -> dict[str, Any]:
+        """Makes item `idx` of an epoch: the same on every machine, rank and worker."""
+        if not 0 <= idx < len(self):
+            raise IndexError(f"item {idx} of {len(self)}")
+        valid = idx < len(self.dataset)
+        item = idx if valid else 0
+        seed = sample_seed(self.seed, idx=item, length=len(self.dataset), epoch=epoch)
+        example = self.preprocessor(self.dataset.get(item, self._rng(seed)), self._rng(seed))
+        return {**example, "metadata": {**example["metadata"], "valid": valid}}

@@ -1,0 +1,445 @@
+"""Worker processes that make batches, and the memory they share with the consumer.
+
+For users' Python code that holds the interpreter, and for what threads gain little on. A worker
+writes its batches into anonymous files that it maps and whose descriptors it sends over its pipe:
+no name ever exists, so nothing is left behind, whoever is killed. The consumer maps each file once.
+A tensor's last reference tells the worker, with the next task, that its memory is free: so the same
+pages carry one batch after the other, and none changes while somebody looks at it.
+
+Batch k of a pass is made by worker k modulo their number; plans are made by the consumer. A worker
+that dies is an error that names its exit code. Workers live for one pass.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import math
+import mmap
+import multiprocessing
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+import weakref
+from collections import Counter, deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+
+from loader.buffers import LEAST_POOLED_BYTES
+from loader.delivery.stats import Spent
+from loader.delivery.threads import BatchMaker, LookAhead, Made, Task
+from loader.reading import count_reading
+from shardspec.errors import ConfigError, ShardsError, WorkerError
+
+logger = logging.getLogger(__name__)
+
+_MOST_MAPPED = 48
+"""Buffers of a worker that its consumer may look at: each takes a descriptor in both processes, of
+the 1024 that Linux commonly grants. A consumer that keeps more batches gets copies."""
+
+_JOIN_S = 5.0
+"""Seconds for workers to end by themselves, once nobody asks for their batches."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Request:
+    """What a worker is asked for."""
+
+    task: Task
+    freed: list[int]
+    """Buffers that the consumer has let go of."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shared:
+    """A tensor in a buffer of the worker."""
+
+    buffer: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """In bytes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sent:
+    """A tensor that goes through the pipe."""
+
+    array: np.ndarray
+    """C-contiguous, as pickling leaves it."""
+    axes: tuple[int, ...]
+    """Which of its axes each axis of the tensor is: channels stay last in memory."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Answer:
+    """What a worker sends back; the descriptors of new buffers follow it."""
+
+    batch: dict[str, Any] = field(default_factory=dict)
+    """Tensors are `_Shared`, or `_Sent` where they are small."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    spent: Spent = field(default_factory=Spent)
+    counters: dict[str, int] = field(default_factory=dict)
+    """See `Made.counters`."""
+    new: list[tuple[int, int]] = field(default_factory=list)
+    """(Buffer, bytes)."""
+    dropped: list[int] = field(default_factory=list)
+    """Buffers that are not used any more."""
+    error: ShardsError | None = None
+    crash: str = ""
+    """Traceback of any other exception."""
+    unshared: str = ""
+    """Why there is no shared memory."""
+
+
+def make_in_workers(
+    plans: Iterator[Task],
+    maker: BatchMaker,
+    *,
+    workers: int,
+    keep_bytes: int,
+    ahead: LookAhead,
+) -> Generator[tuple[Made, int], None, None]:
+    """Makes batches in worker processes, in their sequence.
+
+    Args:
+      plans: The batches; planned here, when there is room for more.
+      maker: Makes them; it is sent to the workers.
+      workers: Number of processes, >= 1.
+      keep_bytes: Most bytes that wait to be used again, in all workers.
+      ahead: How far to go ahead.
+
+    Yields:
+      A batch, and how many behind it were ready by then.
+
+    Raises:
+      ShardsError: What a worker met; `worker_died`; `worker_crash`, any other exception there;
+        `descriptor_limit`, this process may open no further file.
+    """
+    crew = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
+    try:
+        asked: deque[_Worker] = deque()
+        more, number = True, 0
+        while more or asked:
+            while more and len(asked) < ahead.batches:
+                planned = next(plans, None)
+                more = planned is not None
+                if planned is not None:
+                    asked.append(crew[number % workers])
+                    asked[-1].ask(planned)
+                    number += 1
+            if asked:
+                ready = sum(worker.is_ready() for worker in crew)
+                made = asked.popleft().answer()
+                ahead.seen(made.spent.batch_bytes)
+                yield made, max(0, ready - 1)
+                del made
+    finally:
+        for worker in crew:
+            worker.hang_up()
+        stop_s = monotonic() + _JOIN_S
+        for worker in crew:
+            worker.close(stop_s=stop_s)
+
+
+class _Worker:
+    """A worker process as the consumer sees it."""
+
+    def __init__(self, maker: BatchMaker, *, keep_bytes: int) -> None:
+        # spawn: a forked child would inherit locks that the parent's threads hold.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=_work, args=(theirs, maker, keep_bytes), name="decode", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._buffers: dict[int, mmap.mmap] = {}
+        self._looked_at = 0
+        # Filled by finalizers, wherever a tensor's last reference goes.
+        self._freed: deque[int] = deque()
+
+    def ask(self, task: Task) -> None:
+        """Asks for a batch."""
+        try:
+            self._pipe.send(_Request(task=task, freed=self._take_back()))
+        except OSError as error:
+            raise self._death() from error
+
+    def is_ready(self) -> bool:
+        """Tells whether an answer waits."""
+        return self._pipe.poll()
+
+    def answer(self) -> Made:
+        """Waits for the next batch.
+
+        Raises:
+          ShardsError: What the worker met; `worker_died`, `worker_crash`, `descriptor_limit`.
+        """
+        try:
+            answer: _Answer = self._pipe.recv()
+            for number, num_bytes in answer.new:
+                with _naming_limit():
+                    descriptor = reduction.recv_handle(self._pipe)
+                    try:
+                        self._buffers[number] = mmap.mmap(descriptor, num_bytes)
+                    finally:
+                        os.close(descriptor)
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        for number in answer.dropped:
+            del self._buffers[number]
+        if answer.unshared:
+            logger.warning(
+                "a worker process has no shared memory, so batches are copied: %s", answer.unshared
+            )
+        if answer.error is not None:
+            raise answer.error
+        if answer.crash:
+            raise WorkerError(
+                f"a worker process failed:\n{answer.crash}",
+                reason="worker_crash",
+                fix="workers=0 shows where, in one process",
+            )
+        batch = {name: self._opened(value) for name, value in answer.batch.items()}
+        return Made(batch=batch, bad=answer.bad, spent=answer.spent, counters=answer.counters)
+
+    def hang_up(self) -> None:
+        """Lets the process know that nothing more is wanted."""
+        # Closing alone would not do: the end that a forked child of the consumer has inherited
+        # stays open. Shut down is the connection itself.
+        with suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+        self._pipe.close()
+
+    def close(self, *, stop_s: float) -> None:
+        """Waits for the end of the process, behind `hang_up`, up to a time of `monotonic`."""
+        self._process.join(max(0.0, stop_s - monotonic()))
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+
+    def _opened(self, value: Any) -> Any:
+        if isinstance(value, _Sent):
+            return torch.from_numpy(value.array.transpose(value.axes))
+        if not isinstance(value, _Shared):
+            return value
+        # The buffer's own root: see `loader.buffers.BufferPool`.
+        root = np.frombuffer(self._buffers[value.buffer], np.uint8)
+        array: np.ndarray = np.ndarray(
+            value.shape, np.dtype(value.dtype), buffer=root, strides=value.strides
+        )
+        self._looked_at += 1
+        if self._looked_at > _MOST_MAPPED:
+            self._freed.append(value.buffer)
+            return torch.from_numpy(array).clone()
+        weakref.finalize(root, self._freed.append, value.buffer).atexit = False
+        return torch.from_numpy(array)
+
+    def _take_back(self) -> list[int]:
+        freed = []
+        while self._freed:
+            freed.append(self._freed.popleft())
+        self._looked_at -= len(freed)
+        return freed
+
+    def _death(self) -> WorkerError:
+        self._process.join(_JOIN_S)
+        code = self._process.exitcode
+        name = signal.Signals(-code).name if code is not None and code < 0 else ""
+        return WorkerError(
+            "a worker process died",
+            reason="worker_died",
+            facts={"exit_code": code, **({"signal": name} if name else {})},
+            fix="SIGKILL and SIGBUS are mostly lack of memory: use fewer workers, or a smaller "
+            "prefetch_bytes; an exit code of 1 with a traceback about __main__ means that the "
+            'script needs `if __name__ == "__main__":`',
+        )
+
+
+@contextmanager
+def _naming_limit() -> Iterator[None]:
+    """Names the limit that keeps this process from taking a worker's descriptor."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        # RuntimeError: a message came without its descriptor, for which the system had no room.
+        if isinstance(error, OSError) and error.errno != errno.EMFILE:
+            raise
+        limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise ConfigError(
+            "the process may open no further file, so it cannot take its workers' batches",
+            reason="descriptor_limit",
+            facts={"limit": limit, "hard_limit": hard_limit},
+            fix="raise the limit where the run is started (`ulimit -n`), keep fewer batches, or "
+            f"use fewer workers: each may take {_MOST_MAPPED} descriptors",
+        ) from error
+
+
+def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
+    """Makes batches until the consumer closes the pipe."""
+    # Ctrl-C goes to the whole group; the consumer decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    # What the imports have made stays: looking through it takes 0.1 s each time Python does.
+    gc.freeze()
+    memory = _SharedMemory(keep_bytes)
+    told: Counter[str] = Counter()
+    requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+    # Read at once: while this process waits for room in the pipe for an answer, the consumer must
+    # not wait for room for a task.
+    threading.Thread(target=_receive, args=(pipe, requests), daemon=True).start()
+    while (request := requests.get()) is not None:
+        memory.free(request.freed)
+        answer = _answered(maker, request.task, memory)
+        counted = count_reading(maker.source.readers)
+        answer.counters, told = dict(counted - told), counted
+        descriptors = memory.settle(answer)
+        try:
+            pipe.send(answer)
+            for descriptor in descriptors:
+                reduction.send_handle(pipe, descriptor, None)
+                os.close(descriptor)
+        except OSError:
+            break  # nobody asks any more
+    # What the user's code has printed; there is nothing else left to put in order, and taking torch
+    # down takes half a second.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(0)
+
+
+def _receive(pipe: Connection, requests: queue.SimpleQueue[_Request | None]) -> None:
+    try:
+        while True:
+            requests.put(pipe.recv())
+    except (EOFError, OSError):
+        requests.put(None)
+
+
+def _answered(maker: BatchMaker, task: Task, memory: _SharedMemory) -> _Answer:
+    try:
+        made = maker.make(task, allocate=memory.empty)
+    except ShardsError as error:
+        return _Answer(error=error)
+    except Exception:  # noqa: BLE001 - the border of the process: the consumer raises it
+        return _Answer(crash=traceback.format_exc())
+    return _Answer(batch=memory.described(made.batch), bad=made.bad, spent=made.spent)
+
+
+class _SharedMemory:
+    """The worker's buffers."""
+
+    def __init__(self, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
+        self._mapped: dict[int, mmap.mmap] = {}
+        self._free: deque[int] = deque()
+        self._taken: dict[int, int] = {}
+        """Address to buffer, of the batch that is being made."""
+        self._new: list[tuple[int, int, int]] = []
+        """(Buffer, bytes, descriptor)."""
+        self._count = 0
+        self._unshared = ""
+        self._told = False
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Gives a C-contiguous array of undefined content in a buffer of its own."""
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if num_bytes < LEAST_POOLED_BYTES or self._unshared:
+            return np.empty(shape, dtype)
+        size = 1 << (num_bytes - 1).bit_length()
+        number = next((n for n in reversed(self._free) if len(self._mapped[n]) == size), None)
+        if number is None:
+            try:
+                number = self._make(size)
+            except OSError as error:
+                self._unshared = str(error)
+                return np.empty(shape, dtype)
+        else:
+            self._free.remove(number)
+        array: np.ndarray = np.ndarray(shape, dtype, buffer=self._mapped[number])
+        self._taken[array.__array_interface__["data"][0]] = number
+        return array
+
+    def free(self, numbers: list[int]) -> None:
+        """Takes buffers back."""
+        self._free += numbers
+
+    def described(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Replaces the tensors of a batch by where they are; small ones are sent themselves."""
+        sent: dict[str, Any] = {}
+        for name, value in batch.items():
+            sent[name] = value
+            if isinstance(value, torch.Tensor):
+                array = value.numpy()
+                number = self._taken.pop(value.data_ptr(), None) if value.numel() else None
+                if number is None:
+                    by_stride = np.argsort([-stride for stride in array.strides], kind="stable")
+                    axes = tuple(np.argsort(by_stride).tolist())
+                    sent[name] = _Sent(array=array.transpose(by_stride), axes=axes)
+                    continue
+                sent[name] = _Shared(
+                    buffer=number, dtype=array.dtype.str, shape=array.shape, strides=array.strides
+                )
+        return sent
+
+    def settle(self, answer: _Answer) -> list[int]:
+        """Adds to an answer what the consumer must know.
+
+        Returns:
+          The descriptors to send behind it.
+        """
+        # What a failed attempt has taken is free again.
+        self._free += self._taken.values()
+        self._taken.clear()
+        answer.new = [(number, size) for number, size, _ in self._new]
+        descriptors = [descriptor for _, _, descriptor in self._new]
+        self._new.clear()
+        kept = sum(len(self._mapped[number]) for number in self._free)
+        while kept > self._keep_bytes and self._free:
+            number = self._free.popleft()
+            answer.dropped.append(number)
+            kept -= len(self._mapped[number])
+            del self._mapped[number]
+        if self._unshared and not self._told:
+            answer.unshared, self._told = self._unshared, True
+        return descriptors
+
+    def _make(self, size: int) -> int:
+        descriptor = _anonymous_file()
+        try:
+            os.ftruncate(descriptor, size)
+            mapped = mmap.mmap(descriptor, size)
+        except (OSError, ValueError) as error:
+            os.close(descriptor)
+            raise OSError(f"{size} bytes cannot be mapped: {error}") from error
+        self._count += 1
+        self._mapped[self._count] = mapped
+        self._new.append((self._count, size, descriptor))
+        return self._count
+
+
+def _anonymous_file() -> int:
+    """Opens a file that has no name: in memory where the system has such (Linux)."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("batch")
+    with tempfile.TemporaryFile() as stream:
+        return os.dup(stream.fileno())

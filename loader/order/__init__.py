@@ -1,0 +1,62 @@
+"""The order of samples: which sample is in which slot of which step, as pure functions.
+
+Decides how an epoch is laid out, how datasets of a mixture take turns, how samples are packed and
+which rows a rank's batch has. Never reads a file, a clock or the environment, and never sees a
+sample's content.
+"""
+
+from loader.order.mixture import (
+    MixtureConfig,
+    MixtureGroup,
+    MixtureOrder,
+    MixtureSource,
+    Stop,
+    Weighting,
+    plan_mixture,
+)
+from loader.order.order import (
+    Order,
+    OrderConfig,
+    Passes,
+    Slots,
+    Tail,
+    epoch_of,
+    plan_order,
+    rank_positions,
+)
+from loader.order.packing import PackConfig
+from loader.order.schedule import (
+    BucketSchedule,
+    PackSchedule,
+    Place,
+    Row,
+    Schedule,
+    SlotSchedule,
+    plan_packing,
+)
+
+__all__ = [
+    "BucketSchedule",
+    "MixtureConfig",
+    "MixtureGroup",
+    "MixtureOrder",
+    "MixtureSource",
+    "Order",
+    "OrderConfig",
+    "PackConfig",
+    "PackSchedule",
+    "Passes",
+    "Place",
+    "Row",
+    "Schedule",
+    "SlotSchedule",
+    "Slots",
+    "Stop",
+    "Tail",
+    "Weighting",
+    "epoch_of",
+    "plan_mixture",
+    "plan_order",
+    "plan_packing",
+    "rank_positions",
+]

@@ -1,0 +1,21 @@
+"""From a sample's number to its stored bytes: local shards, object stores, caches, bad samples.
+
+Decides what is read when, what is kept on the node's disk, and what counts as damaged. Never
+decides which samples are needed, and never changes what was stored.
+"""
+
+from loader.reading.lookahead import Horizon
+from loader.reading.prefetch import Network
+from loader.reading.quarantine import MOST_RECORDS, Quarantine
+from loader.reading.reader import Check, ShardReader, count_reading, open_dataset
+
+__all__ = [
+    "MOST_RECORDS",
+    "Check",
+    "Horizon",
+    "Network",
+    "Quarantine",
+    "ShardReader",
+    "count_reading",
+    "open_dataset",
+]

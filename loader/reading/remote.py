@@ -1,0 +1,185 @@
+"""RemoteShards: the shards of a dataset in an object store.
+
+An index is fetched whole when its shard is first needed, and compared with the manifest's sha256.
+After that every read is of bytes whose place and checksum are known: the checksum of each sample
+is compared *whenever it is read*, whether its bytes come from the network, from memory or from a
+cache that another process has filled. If they are wrong, the sample is read again from the store
+itself: if it is right there, the cached block is thrown away; if the store gives the same wrong
+bytes twice, the sample is bad (`sample_crc`).
+
+This module decides what is read; when, and where it is kept, is prefetch.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from loader.reading.blocks import Block, Span, block_rows
+from loader.reading.prefetch import Prefetcher
+from shardspec import storage
+from shardspec.errors import ShardError
+from shardspec.index import open_index, parse_index, sample_places
+from shardspec.manifest import FileEntry
+
+_FRESH_READS = 3
+"""Times that a sample is read from the store when its checksum is wrong."""
+
+
+class RemoteShards:
+    """Opens shards; a copy in another process begins with nothing."""
+
+    def __init__(self, prefetcher: Prefetcher, *, raw: bool = False) -> None:
+        self.prefetcher = prefetcher
+        self.raw = raw
+
+    def max_open(self, num_readers: int) -> int:  # noqa: ARG002 - as for local shards
+        """Counts the indexes kept, however many readers share them.
+
+        Without a cache each takes some 1 MB for 10,000 samples; mapped from one it holds a
+        descriptor, of which processes often have 1,024 and blocks take 256.
+        """
+        return 384
+
+    def open_soon(self, files: Iterable[FileEntry], *, step: int) -> None:
+        """Fetches the indexes of shards that a step will open, as `Prefetcher.fetch_soon`."""
+        remote = [file for file in files if not storage.is_local(file.index_url)]
+        self.prefetcher.fetch_soon([self._index(file) for file in remote], step=step)
+
+    def open(self, file: FileEntry) -> RemoteShard:
+        """Fetches the index of a shard.
+
+        Raises:
+          ShardError: `shard_missing`, `shard_size`, `index_sha256`, or as `parse_index`.
+          StorageError: As `Prefetcher.read`.
+        """
+        rows = self._open_local(file) if storage.is_local(file.index_url) else self._fetch(file)
+        return RemoteShard(
+            url=file.url,
+            file=file,
+            rows=rows,
+            places=sample_places(rows),
+            offsets=np.ascontiguousarray(rows["offset"]),
+            prefetcher=self.prefetcher,
+        )
+
+    def _open_local(self, file: FileEntry) -> np.ndarray:
+        """Opens the index of an imported tar, which is kept apart from it."""
+        return open_index(
+            str(storage.local_path(file.index_url)),
+            num_samples=file.nsamples,
+            shard_bytes=file.num_bytes,
+            raw=self.raw,
+        )
+
+    def _fetch(self, file: FileEntry) -> np.ndarray:
+        block = self._index(file)
+        span = block.start, block.stop
+        payload = _named(self.prefetcher.read, block, span)
+        if hashlib.sha256(payload).hexdigest() != file.index_sha256:
+            self.prefetcher.reject(block)
+            payload = _named(self.prefetcher.read_anew, block, span)
+        got = hashlib.sha256(payload).hexdigest()
+        if got != file.index_sha256:
+            raise ShardError(
+                "an index is not the one that was written",
+                reason="index_sha256",
+                where=block.url,
+                facts={"got": got, "want": file.index_sha256},
+                fix="run `make verify`, then build the shard again with `make shards`",
+            )
+        return parse_index(
+            payload,
+            where=block.url,
+            num_samples=file.nsamples,
+            shard_bytes=file.num_bytes,
+            raw=self.raw,
+        )
+
+    def _index(self, file: FileEntry) -> Block:
+        return Block(
+            url=file.index_url,
+            start=0,
+            stop=file.index_bytes,
+            total=file.index_bytes,
+            sha256=file.index_sha256,
+            kind="index",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteShard:
+    """One shard whose index is here."""
+
+    url: str
+    file: FileEntry
+    rows: np.ndarray
+    """INDEX_DTYPE [n], or `raw_index_dtype`."""
+    places: np.ndarray
+    """See `sample_places`."""
+    offsets: np.ndarray
+    """uint64 [n], where the samples begin."""
+    prefetcher: Prefetcher
+
+    def sample(self, row: int, *, where: str) -> memoryview:
+        """Reads the members of one sample, whose checksum is right.
+
+        Raises:
+          ShardError: `shard_missing`, `shard_size`, `sample_crc`.
+          StorageError: As `Prefetcher.read`.
+        """
+        block, span = self.place(row)
+        want = int(self.rows[row]["crc32"])
+        members = _named(self.prefetcher.read, block, span)
+        got = zlib.crc32(members)
+        if got == want:
+            return members
+        seen = []
+        for _ in range(_FRESH_READS):
+            members = _named(self.prefetcher.read_anew, block, span)
+            fresh = zlib.crc32(members)
+            if fresh == want:
+                self.prefetcher.reject(block)
+                return members
+            if fresh in seen:
+                break
+            seen.append(fresh)
+        raise ShardError(
+            "a sample's bytes are not the ones that were written",
+            reason="sample_crc",
+            where=where,
+            facts={"got": fresh, "want": want},
+            fix="run `make verify`, then copy or build the shard again",
+        )
+
+    def place(self, row: int) -> tuple[Block, Span]:
+        """Finds the block of a sample, and the sample's bytes in the shard."""
+        first, stop = block_rows(self.offsets, row, block_bytes=self.prefetcher.network.block_bytes)
+        last = self.rows[stop - 1]
+        block = Block(
+            url=self.url,
+            start=int(self.offsets[first]),
+            stop=int(last["offset"]) + int(last["num_bytes"]),
+            total=self.file.num_bytes,
+            sha256=self.file.content_sha256,
+        )
+        start = int(self.offsets[row])
+        return block, (start, start + int(self.rows[row]["num_bytes"]))
+
+
+def _named(read: Callable[[Block, Span], memoryview], block: Block, span: Span) -> memoryview:
+    try:
+        return read(block, span)
+    except FileNotFoundError as error:
+        raise ShardError(
+            "a file that the manifest names is missing",
+            reason="shard_missing",
+            where=block.url,
+            facts={"want_bytes": block.total},
+            fix="run `make verify`, then build it again with the `make shards` command that made "
+            "it",
+        ) from error

@@ -1,0 +1,17 @@
+"""What a checkpoint says of the data: the fingerprint of a dataset, and where a run stands in it.
+
+Decides whether a saved state fits a dataset and its settings. Never reads samples.
+"""
+
+from loader.state.cursor import STATE_VERSION, Allowed, Cursor, require_state
+from loader.state.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
+
+__all__ = [
+    "STATE_VERSION",
+    "Allowed",
+    "Cursor",
+    "keys_fingerprint",
+    "require_state",
+    "split_fingerprint",
+    "view_fingerprint",
+]

@@ -1,0 +1,185 @@
+"""Cursor: where a dataset's next pass begins, and how far this process is in it.
+
+What a torch DataLoader needs of an iterable dataset and the order does not know: the epoch that
+was chosen (in shared memory, so that persistent workers see a new one too), the step to begin at
+after a resume, and a count of the examples that this process has handed out, for loaders that ask
+their datasets for a state (torchdata's StatefulDataLoader asks each worker's copy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+
+from loader.order import Passes, epoch_of
+from loader.state.fingerprint import view_differences
+from loader.topology import find_worker
+from shardspec.errors import ConfigError, StateError, nearest
+from shardspec.manifest import differences
+
+STATE_VERSION = 2
+"""Version of the states of loaders and datasets; any other is refused."""
+
+Allowed = Literal["view", "order", "appended"]
+"""What may differ from the state's run where that is asked for."""
+
+
+class Cursor:
+    """The place of one dataset object; not of the run, which the loader's state describes."""
+
+    def __init__(self) -> None:
+        # Epoch, and steps of it that are left out.
+        self._place = torch.zeros(2, dtype=torch.int64)
+        self._place.share_memory_()  # type: ignore[no-untyped-call]
+        # Epoch and steps left out of the pass that was begun last, and examples handed out of it.
+        self._pass: tuple[int, int] | None = None
+        self._taken = 0
+        self._resume: tuple[int, int, int] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next pass gives."""
+        return int(self._place[0].item())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lets the next pass begin at the start of an epoch."""
+        self._place[0], self._place[1] = epoch, 0
+
+    def set_step(self, order: Passes, step: int) -> None:
+        """Lets the next pass begin at a step of the run, and end with that step's epoch."""
+        epoch = epoch_of(order, step)
+        self._place[0], self._place[1] = epoch, step - order.epoch_start(epoch)
+
+    def remaining(self, order: Passes) -> int:
+        """Counts the steps of the next pass."""
+        epoch, skipped = self.epoch, int(self._place[1].item())
+        return order.epoch_start(epoch + 1) - order.epoch_start(epoch) - skipped
+
+    def examples(
+        self, order: Passes, batch: Callable[[int], list[dict[str, Any]]], *, batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        """Gives this worker's share of the pass: worker k of K makes every K-th batch.
+
+        Args:
+          order: Says where the pass begins and ends.
+          batch: Makes this rank's examples of a step.
+          batch_size: Examples in one of them.
+        """
+        epoch, skipped = self._place.tolist()
+        taken = 0
+        # Now, not with the first example: loaders may make an iterator and never use it.
+        if self._resume is not None:
+            (epoch, skipped, taken), self._resume = self._resume, None
+        self._pass, self._taken = (epoch, skipped), taken
+        worker, num_workers = find_worker()
+        start = order.epoch_start(epoch) + skipped + worker
+        steps = range(start, order.epoch_start(epoch + 1), num_workers)
+        return self._hand_out(steps, batch, taken=taken, batch_size=batch_size)
+
+    def _hand_out(
+        self,
+        steps: range,
+        batch: Callable[[int], list[dict[str, Any]]],
+        *,
+        taken: int,
+        batch_size: int,
+    ) -> Iterator[dict[str, Any]]:
+        whole, part = divmod(taken, batch_size)
+        for step in steps[whole:]:
+            for example in batch(step)[part:]:
+                # Counted before it is handed out: whoever has it may ask for the state.
+                self._taken += 1
+                yield example
+            part = 0
+
+    def state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Describes this process's place in its pass, in plain JSON types.
+
+        Args:
+          own: What the place means something for: `data`, `order`, `view` and so on.
+        """
+        epoch, skipped = self._pass or self._place.tolist()
+        return {
+            "version": STATE_VERSION,
+            "epoch": epoch,
+            "skipped_steps": skipped,
+            "taken": self._taken,
+            **own,
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], own: Mapping[str, Any], *, allow: Sequence[Allowed] = ()
+    ) -> None:
+        """Goes to a place that `state_dict` gave, for the next pass; then `set_epoch` counts again.
+
+        Raises:
+          StateError, ConfigError: As `require_state`.
+        """
+        require_state(state, own, allow=allow)
+        self._resume = (int(state["epoch"]), int(state["skipped_steps"]), int(state["taken"]))
+        self._pass, self._taken = self._resume[:2], self._resume[2]
+
+
+def require_state(
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    *,
+    allow: Sequence[Allowed] = (),
+    lengths_matter: bool = False,
+) -> None:
+    """Refuses a state of another version, or one that differs from ours in a field.
+
+    Args:
+      state: A saved state.
+      own: The fields of ours that must agree; `view` and `pad_mode`, where there are any, say what
+        examples and batches are made of the samples, the others which samples come.
+      allow: With "view", `view` and `pad_mode` may differ. Others are the caller's affair.
+      lengths_matter: Which samples come depends on their lengths, and these on the crops of the
+        view: `image` and `high_res` must agree in any case.
+
+    Raises:
+      StateError: `state_version`; `state_mismatch`, other samples would come; `state_view`, the
+        same samples in another view. Every differing field is named.
+      ConfigError: `state_allow`.
+    """
+    for name in allow:
+        if name not in get_args(Allowed):
+            raise ConfigError(
+                "nothing of this name may differ from a state",
+                reason="state_allow",
+                facts={"got": name},
+                fix=nearest(name, get_args(Allowed)),
+            )
+    if state.get("version") != STATE_VERSION:
+        raise StateError(
+            "the loader's state has a version that this release does not read",
+            reason="state_version",
+            facts={"got": state.get("version"), "want": STATE_VERSION},
+            fix="resume with the release that wrote it",
+        )
+    shown = {name: value for name, value in own.items() if name not in ("view", "pad_mode")}
+    found = differences({name: state.get(name) for name in shown}, shown, "state")
+    seen: list[str] = []
+    for field, text in view_differences(state.get("view"), own.get("view")).items():
+        crops = field.startswith(("image.", "high_res"))
+        (found if lengths_matter and crops else seen).append(f"state.{text}")
+    if "pad_mode" in own:
+        seen += differences(state.get("pad_mode"), own["pad_mode"], "state.pad_mode")
+    if found:
+        raise StateError(
+            "the loader's state belongs to another run",
+            reason="state_mismatch",
+            facts={"differences": "; ".join(found + seen)},
+            fix="resume with the data, the seed, the global batch size and the canonical ranks "
+            "that it was saved with",
+        )
+    if seen and "view" not in allow:
+        raise StateError(
+            "the state's run saw the samples in another view",
+            reason="state_view",
+            facts={"differences": "; ".join(seen)},
+            fix='resume with its view, or load the state with allow=("view",): the same samples '
+            "then go on in the new one",
+        )

@@ -1,0 +1,107 @@
+"""What a state says of the data and of the view, and how it differs from what is at hand.
+
+The fingerprint of a split: what was prepared, how, and the sequence of its samples. It depends on
+the samples and not on the shards, so that shards which were cut anew in the same sequence have the
+same one. Reading it takes the keys of at most 16,384 samples, evenly spaced over the split: every
+key of a small split. An inserted, removed or appended sample changes the number of samples and
+moves all keys behind it; what a large split does not notice is an exchange of a few samples between
+two that were looked at.
+
+Of a view (what examples are made of the samples) a state holds the fields that are not at their
+defaults, to name what differs, and a hash of all fields, since another release may have others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from loader.assembly import View
+from loader.reading import ShardReader
+from shardspec.manifest import Manifest, differences, fingerprint
+
+_MOST_KEYS = 16_384  # 0.1 s from a warm disk, whatever the size of the split
+_DIGITS = 16  # 64 bits: states stay short, and nobody looks for collisions on purpose
+
+
+def split_fingerprint(
+    manifest: Manifest, reader: ShardReader, *, split: str, num_samples: int
+) -> dict[str, Any]:
+    """Describes the first `num_samples` samples of a split, in plain JSON types.
+
+    Raises:
+      ShardError: An index cannot be read.
+    """
+    tokenizer = manifest.tokenizer
+    return {
+        "dataset": manifest.dataset,
+        "split": split,
+        "num_samples": num_samples,
+        "keys": keys_fingerprint(reader, num_samples),
+        "recipe": fingerprint(manifest.recipe)[:_DIGITS],
+        "tokenizer": fingerprint([tokenizer.sha256, dict(tokenizer.special_ids)])[:_DIGITS],
+    }
+
+
+def keys_fingerprint(reader: ShardReader, num_samples: int) -> str:
+    """Hashes the keys of the first `num_samples` samples, in their sequence."""
+    count = min(num_samples, _MOST_KEYS)
+    chosen = np.arange(count, dtype=np.int64) * num_samples // max(1, count)
+    keys = reader.column("key", chosen)
+    # How wide the column of a foreign tar's keys is depends on the tar.
+    payload = b"\n".join(keys.tolist()) if reader.raw else keys.tobytes()
+    return hashlib.sha256(payload).hexdigest()[:_DIGITS]
+
+
+def view_fingerprint(view: View) -> dict[str, Any]:
+    """Describes a view in plain JSON types: a hash, and the fields that are not at their defaults.
+
+    Fields of a part are named `augment.hue`.
+    """
+    fields, defaults = _fields(view), _fields(View())
+    told = {name: v for name, v in fields.items() if name not in defaults or v != defaults[name]}
+    return {"hash": fingerprint(fields)[:_DIGITS], **told}
+
+
+def view_differences(saved: object, own: Mapping[str, Any] | None) -> dict[str, str]:
+    """Compares fingerprints of views, or of the views of several datasets by their names.
+
+    Returns:
+      {field: how it differs}, the field without the name of its dataset.
+    """
+    if own is None:
+        return {}  # samples are handed over as they are stored
+    if not isinstance(saved, Mapping):
+        return {"hash": f"view: {saved} here"}
+    if "hash" not in own:
+        return {
+            field: f"{text} ({name})"
+            for name in own
+            for field, text in view_differences(saved.get(name), own[name]).items()
+        }
+    defaults = _fields(View())
+    told = [{**defaults, **dict(view), "hash": None} for view in (saved, own)]
+    names = sorted({*told[0], *told[1]})
+    found = {}
+    for name in names:
+        ours, theirs = ({name: view[name]} if name in view else {} for view in told)
+        for text in differences(ours, theirs, "view"):
+            found[name] = text
+    if not found and saved.get("hash") != own["hash"]:
+        found["hash"] = f"view.hash: {saved.get('hash')} here, {own['hash']} asked"
+    return found
+
+
+def _fields(view: View) -> dict[str, Any]:
+    """Lists the fields of a view and of its parts by name."""
+    fields: dict[str, Any] = {}
+    for name, value in asdict(view).items():
+        part = value if isinstance(value, dict) else {"": value}
+        for inner, v in part.items():
+            plain = list(v) if isinstance(v, tuple) else v
+            fields[f"{name}.{inner}" if inner else name] = plain
+    return fields

@@ -1,1 +1,0 @@
-"""Engines: ways to run independent build tasks."""

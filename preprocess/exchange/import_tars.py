@@ -1,0 +1,405 @@
+"""IMPORT: makes a dataset of WebDataset tars that somebody else wrote, without moving them.
+
+Each tar is read once: its samples become rows of an index (place, checksum, key), which is kept
+in the output; the manifest is a view that names the tars where they lie. From then on they can be
+streamed raw, cut anew, filtered, merged and verified like any dataset. A receipt per tar lets the
+same command go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+import numpy as np
+
+from preprocess.job import Reporter, held, require_name, shard_name
+from preprocess.job.engines import local
+from preprocess.reshard import portable_url, read_notes, repeated_key
+from shardspec import storage
+from shardspec.errors import ConfigError, ConflictError, ShardError
+from shardspec.foreign import ForeignFile, is_pickle, walk_foreign
+from shardspec.index import encode_index, raw_index_dtype
+from shardspec.manifest import (
+    INDEX_SUFFIX,
+    MANIFEST_NAME,
+    NO_TOKENIZER,
+    FileEntry,
+    Manifest,
+    Receipt,
+    ShardEntry,
+    SplitEntry,
+    View,
+    encode_receipt,
+    fingerprint,
+    load_manifest,
+    parse_receipt,
+)
+from shardspec.storage import Stamp, require_stamp, stamp
+
+_CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportSettings:
+    """Which tars, and what they are called together."""
+
+    tars: tuple[str, ...]
+    """Tars, or folders of them."""
+    out: str
+    name: str
+    split: str = "train"
+    num_workers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """How it ended."""
+
+    manifest: Manifest
+    sha256: str
+    """Of the manifest."""
+    skipped: dict[str, int]
+    """Files that belong to no sample, and fields that readers leave out, by reason."""
+    repeated: str | None
+    """A key that several samples have; nothing but filters and merges goes by keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportContext:
+    """What every task shares; sent to worker processes."""
+
+    out: str
+    split: str
+    tars: tuple[str, ...]
+    stamps: tuple[Stamp, ...]
+    names: tuple[str, ...]
+
+    def receipt_url(self, task: int) -> str:
+        """URL of a tar's receipt."""
+        return storage.join(self.out, "receipts", self.names[task] + ".json")
+
+    def build_key(self, task: int) -> str:
+        """Hashes what the index of a tar follows from."""
+        found = self.stamps[task]
+        return fingerprint(
+            ["import", storage.absolute_url(self.tars[task]), found.num_bytes, found.version]
+        )
+
+
+def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
+    """Indexes tars in place, or finishes what an interrupted run began.
+
+    Raises:
+      ConfigError: `import_tars`: a tar is missing, or named twice, or all of them are empty;
+        `dataset_name`.
+      ConflictError: `job_conflict`: the output holds something else.
+      ShardError: `foreign_tar`, `foreign_sample`: a tar cannot be used.
+    """
+    require_name(settings.name, of="dataset")
+    require_name(settings.split, of="split")
+    tars = _find_tars(settings.tars)
+    stamps = tuple(_require_there(url) for url in tars)
+    names = tuple(
+        shard_name(settings.name, settings.split, i, num_shards=len(tars)) for i in range(len(tars))
+    )
+    context = ImportContext(
+        out=settings.out, split=settings.split, tars=tars, stamps=stamps, names=names
+    )
+    build_key = fingerprint([context.build_key(task) for task in range(len(tars))])
+    with held(settings.out) as require_held:
+        _check_conflict(settings, build_key)
+        receipts = _index_all(context, settings, report)
+        if not any(receipt.shard.nsamples for receipt in receipts):
+            raise ConfigError(
+                "the tars hold no sample",
+                reason="import_tars",
+                where=settings.out,
+                fix="names of files are KEY.SUFFIX; see docs/format.md",
+            )
+        manifest = _manifest(context, settings, receipts, build_key)
+        payload = manifest.encode()
+        require_held()
+        storage.publish_bytes(storage.join(settings.out, MANIFEST_NAME), payload)
+    keys = [_load_keys(settings.out, receipt.shard) for receipt in receipts]
+    twice = repeated_key(np.concatenate(keys))
+    return Imported(
+        manifest=manifest,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        skipped=dict(manifest.splits[settings.split].quarantined),
+        repeated=None if twice is None else twice.decode(),
+    )
+
+
+def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
+    """Lists the tars; a folder stands for all `.tar` directly below it, by name."""
+    found: list[str] = []
+    for url in urls:
+        if url.endswith(".tar"):
+            found.append(url)
+        else:
+            names = [name for name in storage.list_names(url) if name.endswith(".tar")]
+            if not names:
+                raise ConfigError(
+                    "no .tar lies directly in this folder",
+                    reason="import_tars",
+                    where=url,
+                    fix="name tars, or folders that hold .tar files; unpack compressed ones first",
+                )
+            found += [storage.join(url, name) for name in names]
+    absolute = [storage.absolute_url(url) for url in found]
+    twice = [url for url, n in Counter(absolute).items() if n > 1]
+    if twice:
+        raise ConfigError(
+            "a tar is named twice",
+            reason="import_tars",
+            where=twice[0],
+            fix="name each tar once",
+        )
+    return tuple(absolute)
+
+
+def _require_there(url: str) -> Stamp:
+    found = stamp(url)
+    if found is None:
+        raise ConfigError(
+            "a tar is not there",
+            reason="import_tars",
+            where=url,
+            fix="name tars, or folders that hold .tar files",
+        )
+    return found
+
+
+def _check_conflict(settings: ImportSettings, build_key: str) -> None:
+    manifest = load_manifest(settings.out)
+    if manifest is None:
+        _check_unfinished(settings.out)
+        return
+    entry = manifest.splits.get(settings.split)
+    if entry is None or entry.build_key != build_key or manifest.dataset != settings.name:
+        raise ConflictError(
+            "this output already holds another dataset",
+            reason="job_conflict",
+            where=settings.out,
+            facts={"dataset": manifest.dataset, "splits": sorted(manifest.splits)},
+            fix="use another output, or remove the old dataset",
+        )
+
+
+def _check_unfinished(out: str) -> None:
+    """Refuses an output where a job that makes shards has not ended.
+
+    The import's manifest would bar that job from ending, and both would write the same names.
+    """
+    noted = sorted(read_notes(out))
+    if noted:
+        raise ConflictError(
+            "this output holds the unfinished work of another job",
+            reason="job_conflict",
+            where=out,
+            facts={"noted_in": ", ".join(noted)},
+            fix="use another output; to give that job up, remove the folder `plan` in this one",
+        )
+
+
+def _index_all(context: ImportContext, settings: ImportSettings, report: Reporter) -> list[Receipt]:
+    receipts = {task: _find_receipt(context, task) for task in range(len(context.tars))}
+    missing = [task for task, receipt in receipts.items() if receipt is None]
+    if len(missing) < len(receipts):
+        report.note(f"{len(receipts) - len(missing)} of {len(receipts)} tars are indexed already")
+    report.stage("index", len(missing))
+    for event in local.run(
+        missing, work=index_tar, context=context, num_workers=settings.num_workers
+    ):
+        if isinstance(event, local.TaskLost):
+            report.note(f"a worker died (exit code {event.exit_code}); its tar is read again")
+        elif isinstance(event, local.TaskDone):
+            receipts[event.task] = event.value
+            report.step("")
+    return [receipt for receipt in receipts.values() if receipt is not None]
+
+
+def _find_receipt(context: ImportContext, task: int) -> Receipt | None:
+    url = context.receipt_url(task)
+    try:
+        receipt = parse_receipt(storage.read_bytes(url), where=url)
+    except FileNotFoundError:
+        return None
+    if receipt is None or receipt.build_key != context.build_key(task):
+        return None
+    index = storage.join(context.out, receipt.shard.index_url)
+    return receipt if storage.size(index) == receipt.shard.index_bytes else None
+
+
+def index_tar(context: ImportContext, task: int, report: Callable[[Any], None]) -> Receipt:  # noqa: ARG001
+    """Reads one tar and publishes its index and its receipt.
+
+    Raises:
+      ShardError: `foreign_tar`, `foreign_sample`, `source_changed`.
+    """
+    url, name = context.tars[task], f"{context.split}/{context.names[task]}"
+    skipped: Counter[str] = Counter()
+    with opened(url) as stream:
+        rows = index_rows(walk_foreign(stream, where=url, skipped=skipped), where=url)
+        rows["crc32"] = [_crc32(stream, int(row["offset"]), int(row["num_bytes"])) for row in rows]
+        sha256 = _sha256(stream)
+        skipped += _pickles(stream, url)
+    require_stamp(url, context.stamps[task])
+    index = encode_index(rows)
+    storage.publish_bytes(storage.join(context.out, name + INDEX_SUFFIX), index)
+    entry = ShardEntry(
+        url=name + ".tar",
+        split=context.split,
+        nsamples=len(rows),
+        num_bytes=context.stamps[task].num_bytes,
+        sha256=sha256,
+        index_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        num_images=0,
+        num_tokens=0,
+        num_loss_tokens=0,
+    )
+    receipt = Receipt(
+        build_key=context.build_key(task), shard=entry, quarantined=dict(sorted(skipped.items()))
+    )
+    storage.publish_bytes(context.receipt_url(task), encode_receipt(receipt))
+    return receipt
+
+
+def index_rows(files: Iterable[ForeignFile], *, where: str) -> np.ndarray:
+    """Groups the files of a tar to samples.
+
+    Args:
+      files: In the order of the tar.
+      where: Named in errors.
+
+    Returns:
+      `raw_index_dtype` [samples]; `crc32` is still 0.
+
+    Raises:
+      ShardError: `foreign_sample`: a sample has a field twice, or is longer than 4 GiB.
+    """
+    samples: list[tuple[int, int, int, bytes]] = []
+    suffixes: set[str] = set()
+    key: str | None = None
+    for file in files:
+        if file.key != key:
+            samples.append((file.header, file.end, 0, file.key.encode()))
+            key, suffixes = file.key, set()
+        start, _, members, encoded = samples[-1]
+        if file.suffix in suffixes or file.end - start >= 2**32:
+            what = "has a field twice" if file.suffix in suffixes else "is longer than 4 GiB"
+            raise ShardError(
+                f"a sample {what}",
+                reason="foreign_sample",
+                where=f"{where} sample {file.key}",
+                facts={"field": file.suffix},
+                fix="write this tar again, or leave it out",
+            )
+        suffixes.add(file.suffix)
+        samples[-1] = (start, file.end, members + 1, encoded)
+    longest = max((len(encoded) for *_, encoded in samples), default=1)
+    rows = np.zeros(len(samples), dtype=raw_index_dtype(longest))
+    for i, (start, end, members, encoded) in enumerate(samples):
+        rows[i] = (start, end - start, 0, members, encoded)
+    return rows
+
+
+def _pickles(stream: IO[bytes], where: str) -> Counter[str]:
+    """Counts the fields that no reader of ours opens."""
+    found = sum(is_pickle(file.suffix) for file in walk_foreign(stream, where=where))
+    return Counter({"pickle": found}) if found else Counter()
+
+
+def _crc32(stream: IO[bytes], start: int, length: int) -> int:
+    stream.seek(start)
+    crc = 0
+    while length:
+        payload = stream.read(min(length, _CHUNK_BYTES))
+        crc = zlib.crc32(payload, crc)
+        length -= len(payload)
+    return crc
+
+
+def _sha256(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    digest = hashlib.sha256()
+    while payload := stream.read(_CHUNK_BYTES):
+        digest.update(payload)
+    return digest.hexdigest()
+
+
+@contextmanager
+def opened(url: str) -> Iterator[IO[bytes]]:
+    """Opens a tar; one in an object store is fetched to a local disk first."""
+    with storage.naming_errors(url):
+        if storage.is_local(url):
+            with storage.local_path(url).open("rb") as stream:
+                yield stream
+            return
+        with TemporaryDirectory() as folder:
+            copy = Path(folder) / "foreign.tar"
+            storage.fetch_file(url, copy)
+            with copy.open("rb") as stream:
+                yield stream
+
+
+def _load_keys(out: str, shard: ShardEntry) -> np.ndarray:
+    rows = np.lib.format.read_array(
+        io.BytesIO(storage.read_bytes(storage.join(out, shard.index_url))), allow_pickle=False
+    )
+    keys: np.ndarray = rows["key"]
+    return keys
+
+
+def _manifest(
+    context: ImportContext, settings: ImportSettings, receipts: Sequence[Receipt], build_key: str
+) -> Manifest:
+    files, shards, parts = [], [], {}
+    skipped: Counter[str] = Counter()
+    for i, receipt in enumerate(receipts):
+        entry = receipt.shard
+        skipped.update(receipt.quarantined)
+        files.append(
+            FileEntry(
+                url=portable_url(context.out, context.tars[i]),
+                index_url=entry.index_url,
+                nsamples=entry.nsamples,
+                num_bytes=entry.num_bytes,
+                sha256=entry.sha256,
+                index_bytes=entry.index_bytes,
+                index_sha256=entry.index_sha256,
+            )
+        )
+        # Like any shard of a view, it has no files of its own.
+        shards.append(replace(entry, sha256="", index_bytes=0, index_sha256=""))
+        parts[entry.url] = ((i, 0, entry.nsamples),) if entry.nsamples else ()
+    split = SplitEntry(
+        build_key=build_key,
+        source={"kind": "import"},
+        num_samples=sum(shard.nsamples for shard in shards),
+        num_images=0,
+        num_tokens=0,
+        num_loss_tokens=0,
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        quarantined=dict(sorted(skipped.items())),
+    )
+    return Manifest(
+        dataset=settings.name,
+        recipe={},
+        tokenizer=NO_TOKENIZER,
+        libraries={},
+        splits={settings.split: split},
+        shards=tuple(shards),
+        view=View(files=tuple(files), parts=parts),
+        raw=True,
+    )

@@ -1,0 +1,291 @@
+"""What FETCH leaves behind for PLAN and BUILD: image files by content, and a ledger by URL.
+
+    <root>/blobs/ab/abcdef...     one file per distinct content, named by its sha256
+    <ledger>.jsonl                one line per finished URL, appended; the last line of a URL wins
+
+A blob appears under its name only complete. The ledger is append-only: a process that is killed
+can at worst tear the last line, which the next opening drops, so that the URL is fetched again. A
+line is written after its blob is in place; whoever trusts a line still checks the blob, since a
+line may outlive a blob that was deleted.
+
+URLs are written here without credentials (`redact`); what differs in credentials only is one URL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from shardspec import storage
+from shardspec.errors import ConfigError, StorageError
+
+logger = logging.getLogger(__name__)
+
+SYNC_LINES = 1000
+SYNC_INTERVAL_S = 5.0
+"""The ledger is flushed to disk after so many lines or seconds: what a power cut may cost. A killed
+process loses nothing, since every line is handed to the kernel at once."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_USERINFO = re.compile(r"^(\s*(?:[a-zA-Z][a-zA-Z0-9+.-]*:)?[/\\]*)[^/?#\\]*@")
+
+
+def redact(url: str) -> str:
+    """Replaces the credentials in a URL; a URL without any comes back as it is.
+
+    >>> redact("https://me:secret@example.com/a.jpg?size=@2x")
+    'https://***@example.com/a.jpg?size=@2x'
+    """
+    return _USERINFO.sub(r"\1***@", url)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchResult:
+    """How one URL ended; a line of the ledger."""
+
+    url: str
+    """The URL asked for, redacted."""
+    status: Literal["ok", "failed"]
+    reason: str = ""
+    """Class of the failure (`preprocess.fetch.download`); "" for ok, or "sha_mismatch" where only
+    warned."""
+    http_status: int | None = None
+    """Status of the last answer; None where there was none."""
+    sha256: str | None = None
+    """Of the body, also where its content was refused; None where no whole body came."""
+    num_bytes: int = 0
+    """Length of that body."""
+    attempts: int = 0
+    """Times the URL was asked for in the run that wrote this, redirects not counted."""
+    content_type: str = ""
+    """As the server said; nothing is decided by it."""
+    final_url: str = ""
+    """Where the redirects led, redacted; "" where no answer came."""
+
+
+class BlobCache:
+    """Files named by their content, in a local directory that any number of processes share."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Names the directory; it is created by the first `put`."""
+        self.root = Path(root)
+
+    def path(self, sha256: str) -> Path:
+        """Names the file of a content.
+
+        Raises:
+          ConfigError: `bad_sha256`: not 64 lower-case hexadecimal digits.
+        """
+        if not _SHA256.fullmatch(sha256):
+            raise ConfigError(
+                "a blob is named by 64 lower-case hexadecimal digits",
+                reason="bad_sha256",
+                facts={"got": repr(sha256)},
+            )
+        return self.root / "blobs" / sha256[:2] / sha256
+
+    def has(self, sha256: str, *, num_bytes: int | None = None) -> bool:
+        """Tells whether a blob is there (and of that length); its content is not read."""
+        got = storage.size(str(self.path(sha256)))
+        return got is not None and num_bytes in (None, got)
+
+    def put(self, payload: bytes) -> str:
+        """Stores a content and returns its sha256; a damaged copy of it is replaced.
+
+        Raises:
+          StorageError: The disk refused; nothing appeared.
+        """
+        sha256 = hashlib.sha256(payload).hexdigest()
+        storage.publish_bytes(str(self.path(sha256)), payload)
+        return sha256
+
+    def get(self, sha256: str) -> bytes:
+        """Reads a content and checks it.
+
+        A damaged blob is removed, so that the next FETCH downloads it again.
+
+        Raises:
+          StorageError: `blob_missing` or `blob_corrupt`.
+        """
+        path = self.path(sha256)
+        try:
+            payload = storage.read_bytes(str(path))
+        except FileNotFoundError as error:
+            raise StorageError(
+                "blob is missing from the cache",
+                reason="blob_missing",
+                where=str(path),
+                fix="run the same command again: it fetches what is missing",
+            ) from error
+        got = hashlib.sha256(payload).hexdigest()
+        if got != sha256:
+            storage.delete(str(path))
+            raise StorageError(
+                "blob in the cache is damaged and was removed",
+                reason="blob_corrupt",
+                where=str(path),
+                facts={"got_sha256": got, "num_bytes": len(payload)},
+                fix="run the same command again: it fetches what is missing",
+            )
+        return payload
+
+
+class Ledger:
+    """The append-only record of finished URLs, held in memory and open for one writer.
+
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Loads the ledger and opens it for appending; it is created where there is none.
+
+        Raises:
+          StorageError: `ledger_locked`: another process writes it; `ledger_corrupt` (see
+            `read_ledger`); `ledger_io`.
+        """
+        self.path = Path(path)
+        self._unsynced = 0
+        self._synced_at_s = time.monotonic()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _io_error(self.path, error) from error
+        try:
+            _lock(self._fd, self.path)
+            self._results, good_bytes = _parse(self.path)
+            os.ftruncate(self._fd, good_bytes)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __iter__(self) -> Iterator[FetchResult]:
+        """Iterates the last result of each URL, in the order of their first lines."""
+        return iter(self._results.values())
+
+    def get(self, url: str) -> FetchResult | None:
+        """Returns the last result of a URL, or None."""
+        return self._results.get(redact(url))
+
+    def append(self, result: FetchResult) -> None:
+        """Records a result; it survives the death of the process from here on.
+
+        Raises:
+          StorageError: `ledger_io`: the disk refused the line.
+        """
+        line = json.dumps(dataclasses.asdict(result), separators=(",", ":")).encode() + b"\n"
+        try:
+            if os.write(self._fd, line) != len(line):
+                # The next write would say why; it would also join two lines.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unsynced += 1
+            if self._unsynced >= SYNC_LINES or self._age_s() >= SYNC_INTERVAL_S:
+                self.sync()
+        except OSError as error:
+            raise _io_error(self.path, error) from error
+        self._results[result.url] = result
+
+    def sync(self) -> None:
+        """Flushes the lines so far to disk."""
+        os.fsync(self._fd)
+        self._unsynced = 0
+        self._synced_at_s = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes; a second call does nothing."""
+        if self._fd < 0:
+            return
+        try:
+            self.sync()
+        finally:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _age_s(self) -> float:
+        return time.monotonic() - self._synced_at_s
+
+
+def read_ledger(path: str | Path) -> dict[str, FetchResult]:
+    """Reads a ledger without opening it for writing: the last result of each redacted URL.
+
+    Raises:
+      FileNotFoundError: There is none.
+      StorageError: `ledger_corrupt`: a line other than a torn last one cannot be read.
+    """
+    return _parse(Path(path))[0]
+
+
+def _parse(path: Path) -> tuple[dict[str, FetchResult], int]:
+    """Parses a ledger; returns the results and the length in bytes of its whole lines."""
+    results: dict[str, FetchResult] = {}
+    good_bytes = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith(b"\n"):
+                logger.warning("dropped the torn last line of %s; its URL is fetched again", path)
+                break
+            try:
+                result = FetchResult(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise StorageError(
+                    "a line of the ledger cannot be read",
+                    reason="ledger_corrupt",
+                    where=f"{path}:{number}",
+                    facts={"error": error},
+                    fix="delete that line (its URL is fetched again), or restore the file",
+                ) from error
+            results[result.url] = result
+            good_bytes += len(line)
+    return results, good_bytes
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StorageError(
+            "another process is writing this ledger",
+            reason="ledger_locked",
+            where=str(path),
+            fix="wait for it, or give this job another CACHE=",
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise _io_error(path, error) from error
+        logger.warning("this file system has no locks: see that only one job writes %s", path)
+
+
+def _io_error(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        "the ledger cannot be written",
+        reason="ledger_io",
+        where=str(path),
+        facts={"error": error},
+        fix="check the space and the rights, then run the same command again",
+    )

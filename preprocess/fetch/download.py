@@ -1,0 +1,694 @@
+"""FETCH: downloads each image URL once, into blobs by content and a ledger by URL.
+
+The network is the only part of the offline job that differs from run to run, so it stands alone:
+what it found is frozen in the ledger, and everything after is a function of that.
+
+1. URLs are made unique, and those that an earlier run settled are left alone: "ok" with the blob in
+   place, or failed for a reason that asking again would not change.
+2. The rest is dealt out host by host. A host has up to `per_host` *tickets* in one ring; who takes
+   a ticket fetches that host's next URL and puts the ticket back. So hosts take turns, no host is
+   asked more at once than allowed, a slow one holds up nobody, and there are as many tasks as
+   workers however many URLs there are.
+3. A URL is tried `attempts` times while its failures are transient, with exponential backoff and
+   full jitter; Retry-After pauses the whole host. A body counts when it is complete, its header is
+   an image's, and its sha256 is the expected one.
+4. A result goes to the ledger as soon as its blob is in place.
+
+Reasons of failure, stable codes. Transient (`TRANSIENT`), tried again at once and in later runs:
+dns, connect, tls, timeout, protocol (no proper HTTP), truncated, http_429, http_5xx, host_down (not
+asked: its host failed too often in a row), offline (see `BudgetError` below). Permanent, until
+`retry="all"`: http_404 and every other status, bad_url, bad_scheme, private_addr,
+too_many_redirects, too_big, empty, not_image, bomb (more pixels than allowed), sha_mismatch.
+
+A URL list is hostile input: only http and https are spoken, and a connection is made only to the
+very address that was checked to be a public one, at every redirect. Pixels are not decoded here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import email.utils
+import hashlib
+import io
+import ipaddress
+import logging
+import re
+import signal
+import socket
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Literal, get_args
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+from PIL import Image
+from yarl import URL
+
+from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
+from shardspec.errors import BudgetError, ConfigError, nearest
+from shardspec.keyed import hash_text
+from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS
+
+if TYPE_CHECKING:
+    from aiohttp.abc import ResolveResult  # aiohttp 3.10
+
+logger = logging.getLogger(__name__)
+
+Retry = Literal["none", "transient", "all"]
+ShaPolicy = Literal["require", "warn", "ignore"]
+
+TRANSIENT = frozenset(
+    {
+        "connect",
+        "dns",
+        "host_down",
+        "http_429",
+        "http_5xx",
+        "offline",
+        "protocol",
+        "timeout",
+        "tls",
+        "truncated",
+    }
+)
+"""Reasons that another attempt may change."""
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM")
+"""Pillow formats that count as an image: pixels in a file. Left out are those that run or fetch
+something to be drawn (EPS calls Ghostscript) and those without a signature (TGA)."""
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_WORKERS_PER_SLOT = 4
+"""Workers that wait out a backoff or a pause hold no slot; this many let others go on meanwhile."""
+_NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
+"""A last label that makes a host an IPv4 address (URL standard, "ends in a number checker")."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""The well-known prefix under which IPv6-only networks reach IPv4 (RFC 6052)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchPolicy:
+    """How politely, how long and how much FETCH asks."""
+
+    connect_timeout_s: float = 10.0
+    """Longest wait for a TCP connection."""
+    read_timeout_s: float = 15.0
+    """Longest silence of a server."""
+    wall_timeout_s: float = 60.0
+    """Longest attempt, redirects and slow bodies included; also the longest pause between two."""
+    max_bytes: int = 64 * 2**20
+    """Largest body."""
+    max_pixels: int = MAX_STORED_PIXELS
+    """Most pixels that an image's header may announce."""
+    max_redirects: int = 5
+    """Most redirects that are followed."""
+    attempts: int = 4
+    """Most attempts at one URL in one run."""
+    backoff_s: float = 1.0
+    """The wait after attempt n is drawn from 0 to backoff_s * 2**(n - 1)."""
+    per_host: int = 4
+    """Most requests at one host at a time."""
+    concurrency: int = 32
+    """Most requests, and bodies in memory, at a time."""
+    host_failures: int = 20
+    """After this many URLs of a host in a row have failed for transient reasons, the rest of the
+    host is left for a later run (`host_down`): a dead host would cost minutes per URL."""
+    breaker_window: int = 200
+    breaker_hosts: int = 10
+    breaker_success: float = 0.10
+    """Fewer than this share of the last `breaker_window` URLs, from at least `breaker_hosts` hosts,
+    stops the run; 0.0 never does."""
+    user_agent: str = "vlm-shards"
+    """Name the project and a contact when fetching from public hosts."""
+    allow_hosts: frozenset[str] = frozenset()
+    """Hosts, in lower case as they stand in URLs, that may have an address that is not public."""
+    retry: Retry = "transient"
+    """Which failures of earlier runs are tried again."""
+
+    def __post_init__(self) -> None:
+        may_be_zero = {"max_redirects", "backoff_s", "breaker_success"}
+        wrong = []
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            least = 0 if setting.name in may_be_zero else 1e-9
+            if isinstance(value, (int, float)) and value < least:
+                wrong.append(setting.name)
+        if self.breaker_success > 1:
+            wrong.append("breaker_success")
+        if self.retry not in get_args(Retry):
+            wrong.append("retry")
+        if wrong:
+            raise ConfigError(
+                "settings of the fetch policy are out of range",
+                reason="bad_policy",
+                facts={name: getattr(self, name) for name in wrong},
+                fix="see `python -m preprocess shards --help`",
+            )
+
+
+def fetch_all(
+    urls: Iterable[str],
+    *,
+    cache: BlobCache,
+    ledger: Ledger,
+    policy: FetchPolicy,
+    expected_sha256: Mapping[str, str] | None = None,
+    sha_policy: ShaPolicy = "require",
+    on_result: Callable[[FetchResult], None] | None = None,
+) -> dict[str, FetchResult]:
+    """Downloads what is not there yet and tells how each URL ended.
+
+    Interrupted by anything, even SIGKILL, it leaves a valid cache and ledger; the same call goes on
+    where it stopped. It runs an event loop of its own, so call it from plain code.
+
+    Args:
+      urls: In any order, duplicates allowed. Held in memory.
+      cache: Where bodies go.
+      ledger: Where results go, and what settles URLs.
+      policy: Limits and manners.
+      expected_sha256: Hexadecimal sha256 of some URLs' bodies.
+      sha_policy: What another content is: a failure, an ok with reason "sha_mismatch", or nothing.
+      on_result: Called once per unique URL, first for the settled ones, in the calling thread. What
+        it raises ends the run.
+
+    Returns:
+      The result of every URL given, by the URL as it was given.
+
+    Raises:
+      BudgetError: `looks_offline`: hardly any URL works. The failures of the last window are in the
+        ledger as "offline", so the next run asks again.
+      StorageError: The cache or the ledger could not be written.
+      ConfigError: `bad_sha_policy`.
+    """
+    if sha_policy not in get_args(ShaPolicy):
+        raise ConfigError(
+            "sha_policy is unknown",
+            reason="bad_sha_policy",
+            facts={"got": repr(sha_policy)},
+            fix=nearest(sha_policy, get_args(ShaPolicy)),
+        )
+    names = {url: redact(url) for url in urls}
+    expected = {redact(url): sha.lower() for url, sha in (expected_sha256 or {}).items()}
+    run = _Run(
+        cache=cache,
+        ledger=ledger,
+        policy=policy,
+        expected=expected if sha_policy != "ignore" else {},
+        sha_policy=sha_policy,
+        on_result=on_result or _ignore,
+    )
+    todo = []
+    for name, url in {name: url for url, name in names.items()}.items():
+        known = ledger.get(name)
+        if known is not None and run.is_settled(known):
+            run.results[name] = known
+            run.on_result(known)
+        else:
+            todo.append(url)
+    if todo:
+        try:
+            asyncio.run(run.fetch(deal_hosts(todo)))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None  # see _cancel_on_sigint
+    counts = Counter(result.reason or result.status for result in run.results.values())
+    logger.info("%d URLs, %d asked for: %s", len(run.results), len(todo), dict(counts))
+    return {url: run.results[name] for url, name in names.items()}
+
+
+@dataclass(slots=True)
+class Host:
+    """The URLs of one host that wait, and how the host behaves."""
+
+    name: str
+    urls: list[str] = field(default_factory=list)
+    """Taken from the end."""
+    resume_at_s: float = 0.0
+    """Loop time before which the host asked not to be asked."""
+    failures_in_a_row: int = 0
+    """URLs that ended in a transient failure since the last one that did not."""
+
+
+def deal_hosts(urls: Iterable[str]) -> list[Host]:
+    """Groups URLs by host; hosts and the URLs in them stand in an order keyed by their text.
+
+    >>> [(host.name, len(host.urls)) for host in deal_hosts(["http://a/1", "http://b/", "http://a/2"])]
+    [('b', 1), ('a', 2)]
+    """
+    hosts: dict[str, Host] = {}
+    for url in urls:
+        name = _host_of(url)
+        hosts.setdefault(name, Host(name)).urls.append(url)
+    for host in hosts.values():
+        host.urls.sort(key=_text_key)
+    return sorted(hosts.values(), key=lambda host: _text_key(host.name))
+
+
+def is_public(address: str) -> bool:
+    """Tells whether an IP address belongs to the public internet, looking through tunnels.
+
+    >>> is_public("8.8.8.8"), is_public("169.254.169.254"), is_public("::ffff:10.0.0.1")
+    (True, False, False)
+    """
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner:
+            return is_public(str(inner))
+        if ip.is_site_local:
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def image_fault(body: bytes, *, max_pixels: int) -> Literal["", "empty", "not_image", "bomb"]:
+    """Judges a body by its image header; "" is a usable one.
+
+    >>> image_fault(b"<html>", max_pixels=100)
+    'not_image'
+    """
+    if not body:
+        return "empty"
+    Image.init()
+    for name in IMAGE_FORMATS:
+        # The plugins themselves, not Image.open: its pixel limit is one for the whole process.
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or accept is None:
+            continue
+        try:
+            if accept(body[:16]) is not True:  # a text is the excuse of a missing codec
+                continue
+            with factory(io.BytesIO(body), "") as image:
+                width, height = image.size
+        except Image.DecompressionBombError:
+            return "bomb"
+        except (*PILLOW_DECODE_ERRORS, RuntimeError, Warning):
+            continue
+        if width > 0 and height > 0:
+            return "bomb" if width * height > max_pixels else ""
+    return "not_image"
+
+
+class _Failure(Exception):
+    """One attempt that gave no body."""
+
+    def __init__(
+        self, reason: str, *, http_status: int | None = None, pause_s: float = 0.0
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.http_status = http_status
+        self.pause_s = pause_s
+
+
+class _RefusedError(OSError):
+    """A host name that must not be connected to; an OSError because aiohttp passes those on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    body: bytes
+    status: int
+    content_type: str
+    url: URL
+
+
+class _PublicResolver(AbstractResolver):
+    """Resolves names to public addresses only.
+
+    aiohttp connects to what its resolver returns and asks no second time, so an answer that changes
+    between check and use (DNS rebinding) gains nothing.
+    """
+
+    def __init__(self, allow_hosts: frozenset[str]) -> None:
+        self._inner = aiohttp.ThreadedResolver()
+        self._allow_hosts = allow_hosts
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        try:
+            found = await self._inner.resolve(host, port, family)
+        except UnicodeError as error:
+            raise _RefusedError("bad_url") from error
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "no address")
+        if _bare(host) in self._allow_hosts:
+            return found
+        public = [address for address in found if is_public(address["host"])]
+        if not public:
+            raise _RefusedError("private_addr")
+        return public
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+class _Breaker:
+    """Notices that nearly nothing works any more, whatever the host."""
+
+    def __init__(self, policy: FetchPolicy) -> None:
+        self._policy = policy
+        self._window: deque[tuple[str, FetchResult]] = deque(maxlen=policy.breaker_window)
+
+    def add(self, host: str, result: FetchResult) -> None:
+        self._window.append((host, result))
+
+    def tripped(self) -> list[FetchResult]:
+        """Returns the failures of a window that is too bad, else []."""
+        window = self._window
+        failed = [result for _, result in window if result.status == "failed"]
+        num_ok = len(window) - len(failed)
+        full = len(window) == self._policy.breaker_window
+        if not full or num_ok >= self._policy.breaker_success * len(window):
+            return []
+        return failed if len({host for host, _ in window}) >= self._policy.breaker_hosts else []
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One call of `fetch_all`."""
+
+    cache: BlobCache
+    ledger: Ledger
+    policy: FetchPolicy
+    expected: Mapping[str, str]
+    sha_policy: ShaPolicy
+    on_result: Callable[[FetchResult], None]
+    results: dict[str, FetchResult] = field(default_factory=dict)
+    _stopped: bool = False
+    _breaker: _Breaker = field(init=False)
+    _slots: asyncio.Semaphore = field(init=False)
+    _session: aiohttp.ClientSession = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._breaker = _Breaker(self.policy)
+
+    def is_settled(self, known: FetchResult) -> bool:
+        """Tells whether the result of an earlier run stands."""
+        expected = self.expected.get(known.url)
+        differs = self.sha_policy == "require" and expected not in (None, known.sha256)
+        if known.status == "ok":
+            blob = known.sha256 or ""
+            return not differs and self.cache.has(blob, num_bytes=known.num_bytes)
+        if self.policy.retry != "transient":
+            return self.policy.retry == "none"
+        if known.reason == "sha_mismatch":
+            return differs
+        return known.reason not in TRANSIENT
+
+    async def fetch(self, hosts: list[Host]) -> None:
+        """Fetches all URLs of the hosts."""
+        _cancel_on_sigint()
+        policy = self.policy
+        ring = deque(
+            host for turn in range(policy.per_host) for host in hosts if len(host.urls) > turn
+        )
+        # Host names are looked up, and blobs stored, in threads; a slot needs at most one.
+        threads = ThreadPoolExecutor(policy.concurrency, thread_name_prefix="fetch")
+        asyncio.get_running_loop().set_default_executor(threads)
+        self._slots = asyncio.Semaphore(policy.concurrency)
+        connector = aiohttp.TCPConnector(
+            resolver=_PublicResolver(policy.allow_hosts),
+            limit=policy.concurrency,
+            limit_per_host=policy.per_host,  # the tickets do not know where redirects lead
+            ttl_dns_cache=300,
+            keepalive_timeout=2.0,  # idle sockets of a thousand hosts are a thousand descriptors
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=policy.connect_timeout_s, sock_read=policy.read_timeout_s
+            ),
+            # Compression gains nothing on images and would hide their length.
+            headers={"User-Agent": policy.user_agent, "Accept-Encoding": "identity"},
+        )
+        num_workers = min(len(ring), policy.concurrency * _WORKERS_PER_SLOT)
+        async with self._session:
+            workers = [asyncio.create_task(self._work(ring)) for _ in range(num_workers)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                ring.clear()
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _work(self, ring: deque[Host]) -> None:
+        # A worker that finds no ticket may leave: every ticket still out is in the hands of a
+        # worker that will use it again.
+        while ring:
+            host = ring.popleft()
+            if not host.urls:
+                continue
+            url = host.urls.pop()
+            result = await self._fetch(url, host)
+            if self._stopped:
+                return
+            try:
+                self._finish(result, host)
+            except BaseException:
+                # Cancelling takes effect a turn later; until then others may come this far.
+                self._stopped = True
+                raise
+            if host.urls:
+                ring.append(host)
+
+    def _finish(self, result: FetchResult, host: Host) -> None:
+        before = self.ledger.get(result.url)
+        self.ledger.append(result)
+        self.results[result.url] = result
+        self.on_result(result)
+        transient = result.reason in TRANSIENT
+        host.failures_in_a_row = host.failures_in_a_row + 1 if transient else 0
+        # URLs that were never asked for, and those that failed before, say nothing about today.
+        fresh = before is None or before.status == "ok" or before.reason == "offline"
+        if not result.attempts or not fresh:
+            return
+        self._breaker.add(host.name, result)
+        failed = self._breaker.tripped() if result.status == "failed" else []
+        if failed:
+            for failure in failed:
+                self.ledger.append(dataclasses.replace(failure, reason="offline"))
+            counts = Counter(failure.reason for failure in failed)
+            raise BudgetError(
+                "hardly any URL works: this looks like DNS, a proxy, or no network",
+                reason="looks_offline",
+                facts={"window": self.policy.breaker_window, **dict(counts.most_common())},
+                fix="repair the network and run again (nothing of this is recorded as permanent);"
+                " if the links really are dead, lower breaker_success",
+            )
+
+    async def _fetch(self, text: str, host: Host) -> FetchResult:
+        name = redact(text)
+        if host.failures_in_a_row >= self.policy.host_failures:
+            await asyncio.sleep(0)  # a host may have a hundred thousand of these
+            return FetchResult(url=name, status="failed", reason="host_down")
+        try:
+            url = _checked_url(text, allow_hosts=self.policy.allow_hosts)
+        except _Failure as failure:
+            return FetchResult(url=name, status="failed", reason=failure.reason)
+        attempt = 1
+        while True:
+            await _wait_until_welcome(host)
+            async with self._slots:
+                result = await self._attempt(url, name=name, host=host, attempt=attempt)
+            if result.reason not in TRANSIENT or attempt >= self.policy.attempts:
+                return result
+            # Full jitter from the URL's own hash: spread over URLs, and no generator to own.
+            share = _text_key(f"{name} {attempt}") / 2**64
+            backoff_s = self.policy.backoff_s * 2 ** (attempt - 1)
+            await asyncio.sleep(min(share * backoff_s, self.policy.wall_timeout_s))
+            attempt += 1
+
+    async def _attempt(self, url: URL, *, name: str, host: Host, attempt: int) -> FetchResult:
+        try:
+            answer = await asyncio.wait_for(self._download(url), self.policy.wall_timeout_s)
+        except asyncio.TimeoutError:
+            return FetchResult(url=name, status="failed", reason="timeout", attempts=attempt)
+        except _Failure as failure:
+            if failure.pause_s:
+                pause_s = min(failure.pause_s, self.policy.wall_timeout_s)
+                now_s = asyncio.get_running_loop().time()
+                host.resume_at_s = max(host.resume_at_s, now_s + pause_s)
+            return FetchResult(
+                url=name,
+                status="failed",
+                reason=failure.reason,
+                http_status=failure.http_status,
+                attempts=attempt,
+            )
+        # Outside the wall limit: a slow disk is no fault of the server's.
+        loop = asyncio.get_running_loop()
+        reason, sha256 = await loop.run_in_executor(None, self._keep, name, answer.body)
+        only_warned = reason == "sha_mismatch" and self.sha_policy == "warn"
+        return FetchResult(
+            url=name,
+            status="failed" if reason and not only_warned else "ok",
+            reason=reason,
+            http_status=answer.status,
+            sha256=sha256,
+            num_bytes=len(answer.body),
+            attempts=attempt,
+            content_type=answer.content_type,
+            final_url=redact(str(answer.url)),
+        )
+
+    def _keep(self, name: str, body: bytes) -> tuple[str, str]:
+        """Judges a body and stores a usable one; returns the reason against it and its sha256."""
+        sha256 = hashlib.sha256(body).hexdigest()
+        reason: str = image_fault(body, max_pixels=self.policy.max_pixels)
+        if not reason and self.expected.get(name, sha256) != sha256:
+            reason = "sha_mismatch"
+        if not reason or (reason == "sha_mismatch" and self.sha_policy == "warn"):
+            self.cache.put(body)
+        return reason, sha256
+
+    async def _download(self, url: URL) -> _Answer:
+        for _ in range(self.policy.max_redirects + 1):
+            try:
+                async with self._session.get(url, allow_redirects=False) as response:
+                    location = response.headers.get("Location")
+                    if response.status not in _REDIRECTS or location is None:
+                        return await self._read(response)
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise _Failure(_reason_of(error)) from error
+            url = _checked_url(location, base=url, allow_hosts=self.policy.allow_hosts)
+        raise _Failure("too_many_redirects")
+
+    async def _read(self, response: aiohttp.ClientResponse) -> _Answer:
+        status = response.status
+        if status != 200:
+            pause_s = _retry_after_s(response) if status in (429, 503) else 0.0
+            raise _Failure(_status_reason(status), http_status=status, pause_s=pause_s)
+        if (response.content_length or 0) > self.policy.max_bytes:
+            raise _Failure("too_big", http_status=status)
+        body = bytearray()
+        try:
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > self.policy.max_bytes:
+                    raise _Failure("too_big", http_status=status)
+        except (aiohttp.ClientError, OSError) as error:
+            # Whatever breaks a connection in the middle of a body leaves a part of it.
+            reason = _reason_of(error)
+            raise _Failure(
+                "timeout" if reason == "timeout" else "truncated", http_status=status
+            ) from error
+        return _Answer(
+            body=bytes(body), status=status, content_type=response.content_type, url=response.url
+        )
+
+
+def _checked_url(text: str, *, allow_hosts: frozenset[str], base: URL | None = None) -> URL:
+    """Parses a URL, against a base if it may be relative, and refuses what must not be asked.
+
+    Raises:
+      _Failure: bad_url, bad_scheme or private_addr.
+    """
+    try:
+        url = URL(text.strip())
+        url = base.join(url) if base is not None else url
+        scheme, host = url.scheme, _bare(url.host or "")
+    except ValueError as error:
+        raise _Failure("bad_url") from error
+    if scheme not in ("http", "https"):
+        raise _Failure("bad_scheme" if scheme else "bad_url")
+    if not host:
+        raise _Failure("bad_url")
+    try:
+        public = is_public(host)
+    except ValueError:
+        # A name; the resolver checks its addresses. But 0x7f.1, 127.1 and 2130706433 are addresses
+        # to the C library, and whether the resolver gets to see them depends on aiohttp's version.
+        if _NUMERIC_LABEL.fullmatch(host.rpartition(".")[2]):
+            raise _Failure("bad_url") from None
+        return url
+    if not public and host not in allow_hosts:
+        raise _Failure("private_addr")
+    return url
+
+
+def _cancel_on_sigint() -> None:
+    """Makes Ctrl-C cancel the running task, as asyncio.run does from Python 3.11 on.
+
+    Before, KeyboardInterrupt struck in the middle of any task and left its pieces unclosed. The
+    loop takes the handler away when it closes.
+    """
+    task = asyncio.current_task()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # From 3.11 on the handler is asyncio's by now; an embedding program's is left alone.
+    if task and in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
+
+
+async def _wait_until_welcome(host: Host) -> None:
+    now_s = asyncio.get_running_loop().time
+    while (pause_s := host.resume_at_s - now_s()) > 0:
+        await asyncio.sleep(pause_s)
+
+
+def _reason_of(error: Exception) -> str:
+    if isinstance(error, asyncio.TimeoutError):
+        return "timeout"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "tls"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        if isinstance(error.os_error, _RefusedError):
+            return error.os_error.reason
+        return "dns" if isinstance(error.os_error, socket.gaierror) else "connect"
+    if isinstance(error, ValueError):  # aiohttp.InvalidURL, and texts that it cannot encode
+        return "bad_url"
+    if isinstance(error, (aiohttp.ClientConnectionError, OSError)):
+        return "connect"
+    return "protocol"
+
+
+def _status_reason(status: int) -> str:
+    if 500 <= status <= 599:
+        return "http_5xx"
+    return "timeout" if status == 408 else f"http_{status}"
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> float:
+    """Reads Retry-After, seconds or an HTTP date (RFC 9110, 10.2.3); 0.0 where there is none."""
+    text = response.headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    now = datetime.now(timezone.utc)
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or timezone.utc) - now).total_seconds())
+
+
+def _ignore(result: FetchResult) -> None:
+    del result
+
+
+def _host_of(url: str) -> str:
+    try:
+        return _bare(urlsplit(url).hostname or "")
+    except ValueError:
+        return ""
+
+
+def _bare(host: str) -> str:
+    return host.rstrip(".").lower()
+
+
+def _text_key(text: str) -> int:
+    # ascii(): a URL from JSON may hold lone surrogates, which no encoding takes.
+    return hash_text(ascii(text))

@@ -1,0 +1,56 @@
+"""The offline job: FETCH, PLAN, BUILD, COMMIT, and the verbs that look after its output.
+
+Decides what a job's identity is, which sample goes to which shard, and when a dataset counts as
+complete. Never decides what a sample contains: that is the recipe's.
+"""
+
+from preprocess.job.build import (
+    is_in_place,
+    scratch_folder,
+    scratch_root,
+    stored_sizes,
+    valid_receipts,
+)
+from preprocess.job.dry_run import Survey, survey_job
+from preprocess.job.gc import find_strays, remove_strays
+from preprocess.job.job import JobSettings, Reporter
+from preprocess.job.lease import held
+from preprocess.job.pipeline import Outcome, run_job
+from preprocess.job.plan import (
+    ShardCount,
+    count_shards,
+    is_name,
+    plan_order,
+    require_name,
+    shard_borders,
+    shard_name,
+)
+from preprocess.job.planner import read_json, require_space
+from preprocess.job.verify import verify
+
+__all__ = [
+    "JobSettings",
+    "Outcome",
+    "Reporter",
+    "ShardCount",
+    "Survey",
+    "count_shards",
+    "find_strays",
+    "held",
+    "is_in_place",
+    "is_name",
+    "plan_order",
+    "read_json",
+    "remove_strays",
+    "require_name",
+    "require_space",
+    "run_job",
+    "scratch_folder",
+    "scratch_root",
+    "shard_borders",
+    "shard_name",
+    "stored_sizes",
+    "survey_job",
+    "valid_receipts",
+    "verify",
+]

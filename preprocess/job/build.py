@@ -1,0 +1,398 @@
+"""BUILD: one task makes one shard: tar, index, quarantine list, receipt.
+
+A task is a pure function of the plan's rows, the images and the recipe; it may run anywhere, any
+number of times. It has two parts: `build_shard` makes the files in a scratch folder, which takes a
+processor; `publish_shard` puts them in place, which takes a network. They appear whole under their
+final names, the receipt last: a shard without a valid receipt does not exist. Rows that cannot
+become samples are written to the quarantine list with the reason, never dropped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.datasets import SceneImage
+from preprocess.fetch import BlobCache
+from preprocess.job.plan import shard_name
+from preprocess.recipe import Preparer, read_path
+from shardspec import storage
+from shardspec.errors import SampleError, StorageError
+from shardspec.index import encode_index, index_dtype, index_row, longest_text
+from shardspec.manifest import (
+    Receipt,
+    ShardEntry,
+    canonical_json,
+    encode_receipt,
+    parse_receipt,
+)
+from shardspec.sample import SPAN_COLUMNS, PreparedSample, sample_members, text_rows
+from shardspec.tar import TarWriter
+
+SCRATCH = ".scratch"
+"""Folder of unfinished files below a local output; emptied when a job starts."""
+
+_READS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildContext:
+    """What every task of a job shares; sent to worker processes."""
+
+    preparer: Preparer
+    dataset: str
+    split: str
+    out: str
+    num_shards: int
+    build_key: str
+    blobs: str
+    """Root of the blob cache."""
+    scratch: str
+    """Local folder for unfinished files."""
+    several_images: bool = False
+    """Whether the members of images carry numbers."""
+
+    @cached_property
+    def cache(self) -> BlobCache:
+        """The blob cache, opened in this process."""
+        return BlobCache(self.blobs)
+
+    def name(self, shard: int) -> str:
+        """Names a shard."""
+        return shard_name(self.dataset, self.split, shard, num_shards=self.num_shards)
+
+    def receipt_name(self, shard: int) -> str:
+        """Where the output keeps a shard's receipt."""
+        return f"receipts/{self.name(shard)}.json"
+
+    def quarantine_name(self, shard: int) -> str:
+        """Where the output keeps a shard's quarantine list."""
+        return f"quarantine/{self.name(shard)}.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltShard:
+    """A shard that is built and not yet in place."""
+
+    path: Path
+    """The tar, in a scratch folder."""
+    index: bytes
+    quarantined: list[bytes]
+    """Lines of the quarantine list."""
+    receipt: Receipt
+    scratch: ExitStack
+    """Removes the folder."""
+
+
+def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]) -> BuiltShard:
+    """Builds one shard in a scratch folder.
+
+    Args:
+      context: The job.
+      shard: Its number.
+      on_row: Called after each row with "" or the reason why it was quarantined.
+
+    Raises:
+      StorageError: The disk is full, or the cache has lost an image.
+    """
+    lines = storage.read_bytes(rows_url(context.out, context.split, shard)).splitlines()
+    rows = sorted(map(json.loads, lines), key=lambda row: int(row["position"]))
+    name = f"{context.split}/{context.name(shard)}"
+    quarantined: list[dict[str, Any]] = []
+    index = []
+    codec = context.preparer.recipe.image.codec
+    views = context.preparer.recipe.image.views
+    with ExitStack() as stack:
+        path = stack.enter_context(scratch_folder(context.scratch)) / "shard.tar"
+        with storage.naming_errors(str(path)), path.open("wb") as stream:
+            writer = TarWriter(stream)
+            for row in rows:
+                try:
+                    sample = prepare_row(context.preparer, row, cache=context.cache)
+                except SampleError as error:
+                    quarantined.append(quarantine_line(row, stage="build", error=error))
+                    on_row(error.reason)
+                    continue
+                encoded, overviews = encode_images(context.preparer, sample)
+                members = sample_members(
+                    sample,
+                    encoded,
+                    overviews=overviews,
+                    codec=codec,
+                    several=context.several_images,
+                )
+                place = writer.write_sample(members)
+                sizes = [len(payload) for payload in encoded]
+                json_bytes = len(members[0][1])
+                index.append(
+                    index_row(
+                        sample,
+                        place=place,
+                        json_bytes=json_bytes,
+                        image_sizes=sizes,
+                        views=views,
+                        placeholder=context.preparer.tokenizer.special_ids["<|image|>"],
+                    )
+                )
+                on_row("")
+            sha256 = writer.finish()
+        table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(len(views)))
+        encoded_index = encode_index(table)
+        entry = ShardEntry(
+            url=name + ".tar",
+            split=context.split,
+            nsamples=len(table),
+            num_bytes=writer.num_bytes,
+            sha256=sha256,
+            index_bytes=len(encoded_index),
+            index_sha256=hashlib.sha256(encoded_index).hexdigest(),
+            num_images=int(table["num_images"].sum()),
+            num_tokens=int(table["num_tokens"].sum()),
+            num_loss_tokens=int(table["num_loss_tokens"].sum()),
+        )
+        return BuiltShard(
+            path=path,
+            index=encoded_index,
+            quarantined=[canonical_json(line) for line in quarantined],
+            receipt=Receipt(
+                build_key=context.build_key,
+                shard=entry,
+                quarantined=dict(sorted(Counter(line["reason"] for line in quarantined).items())),
+            ),
+            scratch=stack.pop_all(),
+        )
+
+
+def publish_shard(
+    context: BuildContext, shard: int, built: BuiltShard, on_part: Callable[[int], None]
+) -> Receipt:
+    """Puts a built shard in place, its receipt last.
+
+    Args:
+      context: The job.
+      shard: Its number.
+      built: What `build_shard` has made; its scratch folder is gone afterwards.
+      on_part: Hears how many bytes have arrived at an object store, part by part.
+
+    Raises:
+      StorageError: The output cannot be written; `output_busy`: another job writes to it.
+    """
+    receipt_name, quarantine_name = context.receipt_name(shard), context.quarantine_name(shard)
+    entry = built.receipt.shard
+    with built.scratch:
+        # Another job's receipt must not vouch for this one's bytes, wherever it is interrupted.
+        storage.delete_objects(context.out, [receipt_name])
+        storage.publish_file(storage.join(context.out, entry.url), built.path, on_part=on_part)
+    storage.publish_bytes(storage.join(context.out, entry.index_url), built.index)
+    if built.quarantined:
+        url = storage.join(context.out, quarantine_name)
+        storage.publish_bytes(url, b"".join(built.quarantined))
+    else:
+        # An earlier, uncommitted build's.
+        storage.delete_objects(context.out, [quarantine_name])
+    url = storage.join(context.out, receipt_name)
+    if not storage.swap_bytes(url, encode_receipt(built.receipt), replacing=None):
+        raise StorageError(
+            "another job is writing to this output",
+            reason="output_busy",
+            where=url,
+            fix="wait until it has ended, or use another OUT=",
+        )
+    return built.receipt
+
+
+def rows_url(out: str, split: str, shard: int) -> str:
+    """URL of the planned rows of a shard."""
+    return storage.join(out, "plan", split, f"rows-{shard:05d}.jsonl")
+
+
+def find_receipts(context: BuildContext) -> dict[int, Receipt]:
+    """Finds the receipts of finished shards: of this very build, and with their shards in place."""
+    names = {context.name(shard): shard for shard in range(context.num_shards)}
+    found = valid_receipts(context.out, names, keys={context.build_key})
+    return {names[name]: receipt for name, receipt in found.items()}
+
+
+def valid_receipts(out: str, names: Iterable[str], *, keys: Container[str]) -> dict[str, Receipt]:
+    """Finds the receipts of finished shards by the shards' names.
+
+    Args:
+      out: The output.
+      names: Of the shards.
+      keys: Build keys that count.
+    """
+    wanted = {f"{name}.json": name for name in names}
+    present = [n for n in storage.list_names(storage.join(out, "receipts")) if n in wanted]
+
+    def read(name: str) -> Receipt | None:
+        url = storage.join(out, "receipts", name)
+        try:
+            return parse_receipt(storage.read_bytes(url), where=url)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        read_ones = zip(present, pool.map(read, present), strict=True)
+        found = {wanted[name]: receipt for name, receipt in read_ones if receipt is not None}
+    splits = sorted({receipt.shard.split for receipt in found.values()})
+    sizes: dict[str, int] = {}
+    for split in splits:
+        sizes |= stored_sizes(out, split)
+    return {
+        name: receipt
+        for name, receipt in found.items()
+        if receipt.build_key in keys and is_in_place(receipt.shard, sizes)
+    }
+
+
+def stored_sizes(out: str, split: str) -> dict[str, int]:
+    """Lists the files of a split: their paths, as the manifest has them, to their lengths."""
+    listed = storage.list_objects(storage.join(out, split))
+    return {f"{split}/{each.name}": each.num_bytes for each in listed}
+
+
+def is_in_place(entry: ShardEntry, sizes: Mapping[str, int]) -> bool:
+    """Tells whether a shard and its index are there, at their lengths."""
+    wanted = {entry.url: entry.num_bytes, entry.index_url: entry.index_bytes}
+    return all(sizes.get(url) == num_bytes for url, num_bytes in wanted.items())
+
+
+def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> PreparedSample:
+    """Prepares one row of a plan.
+
+    Raises:
+      SampleError: The row cannot become a sample.
+      StorageError: `blob_missing`, `blob_corrupt`: that is the cache's fault, not the row's.
+    """
+    example = dict(row["example"])
+    image = row["image"]
+    if isinstance(image, list):
+        example["image"] = [_open_image(each, cache=cache) for each in image]
+    elif image is not None:
+        example["image"] = _open_image(image, cache=cache)
+    return preparer(example, key=row["key"])
+
+
+def encode_images(preparer: Preparer, sample: PreparedSample) -> tuple[list[bytes], list[bytes]]:
+    """Encodes the images of a sample, and the overviews that go with them."""
+    preprocessor = preparer.image_preprocessor
+    overviews = [image.overview for image in sample.images if image.overview is not None]
+    return (
+        [preprocessor.encode(image) for image in sample.images],
+        [preprocessor.encode_overview(overview) for overview in overviews],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSize:
+    """What one sample costs."""
+
+    num_bytes: int
+    """Length in the tar: headers, payloads and padding."""
+    num_tokens: int
+    """Text tokens, each turn at its longest variant."""
+    variant_bytes: int
+    """Bytes of the arrays that one variant per turn would not need."""
+
+
+def sample_size(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> SampleSize:
+    """Builds one sample without storing it, and measures it.
+
+    Raises:
+      SampleError: The row cannot become a sample.
+    """
+    sample = prepare_row(preparer, row, cache=cache)
+    encoded, overviews = encode_images(preparer, sample)
+    members = sample_members(
+        sample,
+        encoded,
+        overviews=overviews,
+        codec=preparer.recipe.image.codec,
+        several=len(encoded) > 1,
+    )
+    place = TarWriter(io.BytesIO()).write_sample(members)
+    return SampleSize(
+        num_bytes=place.num_bytes,
+        num_tokens=longest_text(sample.spans)[0],
+        variant_bytes=variant_bytes(sample.spans),
+    )
+
+
+def variant_bytes(spans: np.ndarray) -> int:
+    """Counts the bytes of a sample's arrays that only its further variants need.
+
+    Args:
+      spans: int32 [S, 8].
+
+    Returns:
+      The rows beyond the first of each turn, and the tokens that no first variant uses.
+    """
+    rows = text_rows(spans).tolist()
+    first: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        first.setdefault((row[1], row[2]), row)
+
+    def runs(chosen: Iterable[list[int]]) -> set[tuple[int, int]]:
+        return {pair for row in chosen for pair in ((row[3], row[4]), (row[5], row[6]))}
+
+    further = runs(rows) - runs(first.values())
+    tokens = sum(stop - start for start, stop in further)
+    row_bytes = int(spans.itemsize) * SPAN_COLUMNS
+    return (len(rows) - len(first)) * row_bytes + tokens * int(spans.itemsize)
+
+
+def quarantine_line(row: Mapping[str, Any], *, stage: str, error: SampleError) -> dict[str, Any]:
+    """Records why a row did not become a sample."""
+    return {
+        "key": row["key"],
+        "image": row["image"],
+        "metadata": row["example"].get("metadata", {}),
+        "stage": stage,
+        "reason": error.reason,
+        "message": error.what,
+        "facts": {name: str(value) for name, value in error.facts.items()},
+    }
+
+
+def scratch_root(out: str, *, cache: Path) -> Path:
+    """Names the folder for unfinished files: on a local output's own disk, else in the cache."""
+    if storage.is_local(out):
+        return storage.local_path(out) / SCRATCH
+    return cache / "scratch" / hashlib.sha256(out.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def scratch_folder(root: str) -> Iterator[Path]:
+    """Makes a folder of its own for unfinished files."""
+    with storage.naming_errors(root):
+        storage.make_folder(Path(root))
+    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _open_image(image: Mapping[str, Any], *, cache: BlobCache) -> Any:
+    if image["kind"] == "scene":
+        return SceneImage(seed=image["seed"], idx=image["idx"])
+    if image["kind"] == "blob":
+        return cache.get(image["sha256"])
+    payload = read_path(Path(image["path"]))
+    if hashlib.sha256(payload).hexdigest() != image["sha256"]:
+        raise SampleError(
+            "image file has changed since the job was planned",
+            reason="image_changed",
+            where=image["path"],
+            fix="remove the folder plan/SPLIT of the output and run the same command again",
+        )
+    return payload

@@ -1,0 +1,159 @@
+"""COMMIT: from the receipts of a split to the manifest, which is written last.
+
+The manifest replaces the one that was read, or none: two jobs that commit two splits in the same
+moment both end in it. It names no shard that the store does not list at its length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+from preprocess.job.build import is_in_place, stored_sizes
+from preprocess.job.job import SMALL_JOB_FAILURES, Job
+from preprocess.job.planner import Plan
+from shardspec import storage
+from shardspec.errors import BudgetError, ConflictError, StorageError
+from shardspec.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    Receipt,
+    ShardEntry,
+    SplitEntry,
+    canonical_json,
+    check_same,
+    load_manifest,
+)
+
+COMMIT_ATTEMPTS = 10
+"""Times that a manifest is made anew because another was written in between."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """A split that the manifest names."""
+
+    manifest: Manifest
+    split: SplitEntry
+    sha256: str
+    """Of manifest.json."""
+
+
+def check_bad_samples(job: Job, plan: Plan, receipts: list[Receipt]) -> None:
+    """Refuses to commit where more samples failed than the job allows.
+
+    Raises:
+      BudgetError: `bad_samples`.
+    """
+    bad: Counter[str] = Counter()
+    for receipt in receipts:
+        bad.update(receipt.quarantined)
+    allowed = max(SMALL_JOB_FAILURES, job.settings.max_bad_samples * plan.num_samples)
+    if sum(bad.values()) > allowed:
+        raise BudgetError(
+            "too many samples cannot be built; nothing was committed",
+            reason="bad_samples",
+            where=job.url("quarantine"),
+            facts={"samples": plan.num_samples, "allowed": int(allowed), **bad},
+            fix="look at the quarantine lists; to accept the loss, raise MAX_BAD_SAMPLES=",
+        )
+
+
+def commit(job: Job, plan: Plan, receipts: list[Receipt]) -> Committed:
+    """Adds the split to the manifest.
+
+    Raises:
+      ConflictError: The output's other splits were made in another way; `manifest_conflict`: others
+        kept writing the manifest.
+      StorageError: `shards_missing`: what the receipts say is not what the store lists.
+    """
+    shards = tuple(receipt.shard for receipt in receipts)
+    quarantined = Counter(plan.quarantined)
+    for receipt in receipts:
+        quarantined.update(receipt.quarantined)
+    entry = SplitEntry(
+        build_key=plan.build_key,
+        source=plan.source,
+        num_samples=sum(shard.nsamples for shard in shards),
+        num_images=sum(shard.num_images for shard in shards),
+        num_tokens=sum(shard.num_tokens for shard in shards),
+        num_loss_tokens=sum(shard.num_loss_tokens for shard in shards),
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        quarantined=dict(sorted(quarantined.items())),
+    )
+    _check_in_place(job, shards)
+    storage.publish_bytes(job.url(TOKENIZER_NAME), job.preparer.tokenizer.json.encode())
+    url = job.url(MANIFEST_NAME)
+    for _ in range(COMMIT_ATTEMPTS):
+        version = storage.version(url)
+        manifest = _with_split(job, entry, shards)
+        payload = manifest.encode()
+        if storage.swap_bytes(url, payload, replacing=version):
+            sha256 = hashlib.sha256(payload).hexdigest()
+            return Committed(manifest=manifest, split=entry, sha256=sha256)
+    raise ConflictError(
+        "others write this output's manifest all the time",
+        reason="manifest_conflict",
+        where=url,
+        facts={"attempts": COMMIT_ATTEMPTS},
+        fix="wait until they have ended, then run the same command again",
+    )
+
+
+def _check_in_place(job: Job, shards: tuple[ShardEntry, ...]) -> None:
+    sizes = stored_sizes(job.settings.out, job.settings.split)
+    missing = [shard.url for shard in shards if not is_in_place(shard, sizes)]
+    if missing:
+        raise StorageError(
+            "shards that were built are not in place",
+            reason="shards_missing",
+            where=job.url(missing[0]),
+            facts={"shards": len(missing), "of": len(shards)},
+            fix="see that nothing else writes to this output, then run the same command again",
+        )
+
+
+def _with_split(job: Job, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> Manifest:
+    """Makes the manifest that names what the stored one names, and the split."""
+    old = load_manifest(job.settings.out)
+    manifest = Manifest(
+        dataset=job.settings.dataset,
+        recipe=json.loads(canonical_json(job.recipe)),
+        tokenizer=job.tokenizer,
+        libraries=job.libraries,
+        splits=dict(old.splits) if old else {},
+        shards=old.shards if old else (),
+    ).with_split(job.settings.split, entry, shards)
+    if old is not None:
+        check_same(old, manifest, where=job.url(MANIFEST_NAME))
+    return manifest
+
+
+def committed(job: Job) -> Committed | None:
+    """Finds the split that this job would make, complete and in place; None where it is not."""
+    manifest = load_manifest(job.settings.out)
+    if manifest is None or job.settings.split not in manifest.splits:
+        return None
+    sizes = stored_sizes(job.settings.out, job.settings.split)
+    if not all(is_in_place(shard, sizes) for shard in manifest.select(job.settings.split)):
+        return None
+    if not tokenizer_in_place(job.settings.out, manifest):
+        return None
+    payload = storage.read_bytes(job.url(MANIFEST_NAME))
+    return Committed(
+        manifest=manifest,
+        split=manifest.splits[job.settings.split],
+        sha256=hashlib.sha256(payload).hexdigest(),
+    )
+
+
+def tokenizer_in_place(url: str, manifest: Manifest) -> bool:
+    """Tells whether a dataset's copy of its tokenizer is the one that the manifest names."""
+    try:
+        payload = storage.read_bytes(storage.join(url, TOKENIZER_NAME))
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(payload).hexdigest() == manifest.tokenizer.sha256

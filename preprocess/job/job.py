@@ -1,0 +1,219 @@
+"""What a job is: its settings, its identity, and where it keeps what.
+
+The identity is everything that the result follows from. Two runs with the same identity make the
+same bytes; an output that holds another identity is refused, field by field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import PIL.features
+
+from preprocess.datasets import DatasetBase, dataset_class, get_dataset
+from preprocess.fetch import BlobCache, FetchPolicy
+from preprocess.job.build import rows_url, scratch_root
+from preprocess.job.plan import is_name
+from preprocess.recipe import Preparer, Recipe
+from preprocess.text import EMBEDDED, load_tokenizer
+from shardspec import storage
+from shardspec.errors import ConfigError
+from shardspec.manifest import fingerprint
+
+SMALL_JOB_FAILURES = 10
+"""Failures that any job may have, however small: a budget is a share of the rows, or this."""
+
+
+class Reporter(Protocol):
+    """Receives the job's progress; the command line shows it as bars."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """A stage begins, with so many steps."""
+
+    def step(self, reason: str) -> None:
+        """One step is done; `reason` is "" or why it failed."""
+
+    def sent(self, num_bytes: int) -> None:
+        """So many bytes more have arrived at an object store."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSettings:
+    """What to build, from what, where to and with how much."""
+
+    dataset: str
+    out: str
+    source: str = "hub"
+    split: str = "train"
+    mode: str | None = None
+    limit: int | None = None
+    tokenizer: str = EMBEDDED
+    pad_to: int | None = None
+    """Rows of the model's embedding: the image symbols' ids start there."""
+    recipe: Recipe = field(default_factory=Recipe)
+    shard_bytes: int = 256 * 2**20
+    num_shards: int | None = None
+    num_workers: int = 1
+    cache: str = "~/.cache/vlm-shards"
+    """Local folder of downloaded images and their ledgers."""
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    max_dead_links: float = 0.4
+    """Share of image URLs that may fail; in 2025, 22.5 % of PixMo-Cap's had died."""
+    max_bad_samples: float = 0.01
+    """Share of planned samples that may fail to build."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "split": is_name(self.split),
+            "limit": self.limit is None or self.limit >= 1,
+            "shard_bytes": self.shard_bytes >= 2**20,
+            "num_shards": self.num_shards is None or self.num_shards >= 1,
+            "num_workers": self.num_workers >= 1,
+            "max_dead_links": 0 <= self.max_dead_links <= 1,
+            "max_bad_samples": 0 <= self.max_bad_samples <= 1,
+        }
+        wrong = [name for name, good in checks.items() if not good]
+        if wrong:
+            raise ConfigError(
+                "settings of the job are out of range",
+                reason="job_settings",
+                facts={name: getattr(self, name) for name in wrong},
+                fix="see `python -m preprocess shards --help`",
+            )
+
+
+class Job:
+    """One job, opened: the dataset, the tokenizer and the identity of what it will make."""
+
+    def __init__(self, settings: JobSettings) -> None:
+        """Loads the tokenizer and names the job; reads no row yet."""
+        self.settings = settings
+        tokenizer = load_tokenizer(settings.tokenizer, pad_to=settings.pad_to)
+        self.blobs = BlobCache(Path(settings.cache).expanduser())
+        self.preparer = Preparer(recipe=settings.recipe, tokenizer=tokenizer)
+        self.tokenizer = tokenizer.entry
+        kind = dataset_class(settings.dataset)
+        self.recipe = {
+            **settings.recipe.to_dict(),
+            "mode": kind.resolve_mode(settings.mode),
+            "several_images": kind.several_images,
+            "frame": dataclasses.asdict(self.preparer.frame),
+        }
+        self.libraries = library_versions(settings.dataset)
+
+    @cached_property
+    def dataset(self) -> DatasetBase:
+        """The rows, opened when first needed."""
+        s = self.settings
+        return get_dataset(s.dataset, s.split, source=s.source, limit=s.limit, mode=s.mode)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the result follows from, in plain JSON types."""
+        s = self.settings
+        return {
+            "dataset": s.dataset,
+            "source": source_stamp(s.source),
+            "split": s.split,
+            "limit": s.limit,
+            "shard_bytes": s.shard_bytes,
+            "num_shards": s.num_shards,
+            "recipe": self.recipe,
+            "tokenizer": dataclasses.asdict(self.tokenizer),
+            "libraries": self.libraries,
+        }
+
+    def url(self, *parts: str) -> str:
+        """Names an object of the output."""
+        return storage.join(self.settings.out, *parts)
+
+    @property
+    def scratch(self) -> str:
+        """Local folder for unfinished files, emptied when the job starts."""
+        return str(scratch_root(self.settings.out, cache=self.blobs.root))
+
+    @property
+    def identity_url(self) -> str:
+        """Where the output keeps the identity of the job that made the split."""
+        return self.url("plan", f"{self.settings.split}.json")
+
+    def rows_url(self, shard: int) -> str:
+        """URL of the planned rows of a shard."""
+        return rows_url(self.settings.out, self.settings.split, shard)
+
+    def ledger_path(self) -> Path:
+        """Where the results of this dataset's URLs are kept."""
+        return self.blobs.root / "ledgers" / f"{self.settings.dataset}.jsonl"
+
+
+def library_versions(dataset: str) -> dict[str, str]:
+    """Lists what touches bytes: libraries by version, our own code by the hash of its sources.
+
+    Of the datasets' modules only the one being built counts: a new adapter changes no other output.
+    """
+    code = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    templates = sorted((root / "preprocess/text/templates").glob("*.toml"))
+    own = root / f"preprocess/datasets/{dataset}.py"
+    for path in (*(root / name for name in _BYTE_MODULES), *templates, own):
+        code.update(path.read_bytes())
+    versions = {
+        name: importlib.metadata.version(name) for name in ("numpy", "pillow", "tokenizers")
+    }
+    for feature in ("libjpeg_turbo", "zlib", "webp", "littlecms2"):
+        versions[feature] = str(PIL.features.version(feature))
+    try:
+        versions["simplejpeg"] = importlib.metadata.version("simplejpeg")
+    except importlib.metadata.PackageNotFoundError:
+        versions["simplejpeg"] = "absent"
+    return {**versions, "code_sha256": code.hexdigest()}
+
+
+_BYTE_MODULES = (
+    "preprocess/text/paraphrase.py",
+    "preprocess/job/build.py",
+    "preprocess/text/choices.py",
+    "preprocess/datasets/base.py",
+    "preprocess/datasets/rows.py",
+    "preprocess/text/formatter.py",
+    "preprocess/media/image.py",
+    "preprocess/job/plan.py",
+    "preprocess/job/planner.py",
+    "preprocess/text/points.py",
+    "preprocess/recipe.py",
+    "preprocess/synthetic/questions.py",
+    "preprocess/synthetic/scenes.py",
+    "preprocess/text/interleaved.py",
+    "preprocess/text/tokens.py",
+    "shardspec/index.py",
+    "shardspec/keyed.py",
+    "shardspec/media.py",
+    "shardspec/sample.py",
+    "shardspec/tar.py",
+    "shardspec/tiling.py",
+)
+"""Sources whose change may change the bytes of a shard, whatever the dataset."""
+
+
+def source_stamp(source: str) -> str:
+    """Names a source so that a change of its files is noticed: names, sizes, times."""
+    if source in ("hub", "sample"):
+        return source
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(folder.absolute())
+    stats = [
+        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".parquet", ".arrow")
+    ]
+    return f"{folder.absolute()} ({fingerprint(stats)[:16]})"

@@ -1,0 +1,181 @@
+"""VERIFY: reads a finished dataset and compares every byte with what the manifest promises.
+
+Shards of object stores are copied to the local disk for it, one at a time; none is held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import mmap
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO
+
+import numpy as np
+
+from preprocess.job.commit import tokenizer_in_place
+from preprocess.job.job import Reporter
+from shardspec import storage
+from shardspec.errors import ShardError, ShardsError
+from shardspec.index import open_index, sample_layout
+from shardspec.manifest import TOKENIZER_NAME, FileEntry, require_manifest
+from shardspec.media import decode_stored
+from shardspec.sample import (
+    SPAN_COLUMNS,
+    SpanKind,
+    decode_array,
+    image_rows,
+    overview_rows,
+    text_rows,
+)
+from shardspec.tar import TarMember, walk_tar
+
+
+def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsError]:
+    """Checks every shard of a dataset.
+
+    Args:
+      url: The dataset.
+      report: Gets a step per shard.
+      deep: Decode every image as well.
+
+    Returns:
+      What is wrong, at most one finding a shard; [] where all is as promised.
+
+    Raises:
+      ManifestError: There is no readable manifest.
+    """
+    manifest = require_manifest(url)
+    codec = None if manifest.raw else str(manifest.recipe["image"]["codec"])
+    findings: list[ShardsError] = []
+    if not manifest.raw and not tokenizer_in_place(url, manifest):
+        findings.append(
+            ShardError(
+                "the dataset's copy of its tokenizer is missing or changed",
+                reason="tokenizer_file",
+                where=storage.join(url, TOKENIZER_NAME),
+                fix="run the `make shards` command that made the dataset: it puts it back",
+            )
+        )
+    report.stage("verify", len(manifest.files))
+    for file in manifest.files:
+        try:
+            _verify_file(url, file, codec=codec if deep else None, raw=manifest.raw)
+        except ShardsError as error:
+            findings.append(error)
+        report.step(findings[-1].reason if findings and findings[-1].where else "")
+    return findings
+
+
+def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
+    tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
+    counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
+    with TemporaryDirectory() as folder:
+        tar_path = _at_hand(tar_url, Path(folder) / "shard.tar")
+        _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
+        index_path = _at_hand(index_url, Path(folder) / "index.npy")
+        _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
+        rows = np.array(open_index(str(index_path), raw=raw, **counts))
+        with tar_path.open("rb") as stream:
+            tar = _view(stream, file.num_bytes)
+            if not raw:  # foreign headers have forms that ours never do
+                members = walk_tar(stream, where=tar_url)
+                for row in rows:
+                    _verify_sample(tar, row, members, codec=codec, where=tar_url)
+                extra = next(members, None)
+                if extra is not None:
+                    raise _wrong(tar_url, "member_extra", {"member": extra.name})
+            for row in rows:
+                _verify_crc(tar, row, where=tar_url)
+
+
+def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:
+    start, length = int(row["offset"]), int(row["num_bytes"])
+    got = zlib.crc32(tar[start : start + length])
+    if got != int(row["crc32"]):
+        facts: dict[str, object] = {"got": got, "want": int(row["crc32"])}
+        raise _wrong(f"{where} sample {row['key'].decode()}", "sample_crc", facts)
+
+
+def _verify_sample(
+    view: memoryview, row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
+) -> None:
+    key, start = row["key"].decode(), int(row["offset"])
+    where = f"{where} sample {key}"
+    layout = sample_layout(row)
+    want = [start + layout.json, start + layout.spans, start + layout.tokens]
+    found = list(itertools.islice(members, 3))
+    got = [member.offset for member in found]
+    if got != want:
+        raise _wrong(where, "member_layout", {"got_offsets": got, "want_offsets": want})
+    payloads = [view[m.offset : m.offset + m.num_bytes] for m in found]
+    spans = decode_array(payloads[1], dtype="<i4", columns=SPAN_COLUMNS, where=where)
+    tokens = decode_array(payloads[2], dtype="<i4", where=where)
+    ranges = spans[spans[:, 0] == SpanKind.TEXT, 3:7]
+    if len(ranges) and (ranges.min() < 0 or ranges.max() > len(tokens)):
+        raise _wrong(where, "span_range", {"num_tokens": len(tokens), "max": int(ranges.max())})
+    turns = text_rows(spans)[:, 1:3].tolist()
+    if turns != sorted(turns) or len(turns) != len(ranges):
+        raise _wrong(where, "span_order", {"turns": turns[:20]})
+    overview_bytes = {row[1]: row[4] for row in overview_rows(spans).tolist()}
+    want = []
+    for i, picture in enumerate(image_rows(spans).tolist()):
+        want += [picture[6], overview_bytes[i]] if i in overview_bytes else [picture[6]]
+    pictures = list(itertools.islice(members, len(want)))
+    sizes = [member.num_bytes for member in pictures]
+    if sizes != want or len(image_rows(spans)) != int(row["num_images"]):
+        raise _wrong(where, "image_sizes", {"got": sizes, "want": want})
+    misnamed = [m.name for m in (*found, *pictures) if not m.name.startswith(f"{key}.")]
+    if misnamed:
+        raise _wrong(where, "member_layout", {"members": misnamed})
+    if codec is not None:
+        for m in pictures:
+            payload = view[m.offset : m.offset + m.num_bytes]
+            decode_stored(payload, codec=codec, where=where)  # type: ignore[arg-type]
+
+
+def _view(stream: IO[bytes], num_bytes: int) -> memoryview:
+    """Maps a file; it is unmapped when the last view of it is gone."""
+    if not num_bytes:
+        return memoryview(b"")  # nothing can be mapped of an empty file
+    return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _at_hand(url: str, copy: Path) -> Path:
+    """Gives a local file with an object's bytes: its own, or a copy."""
+    if storage.is_local(url):
+        return storage.local_path(url)
+    try:
+        storage.fetch_file(url, copy)
+    except FileNotFoundError as error:
+        raise _wrong(url, "shard_missing", {}) from error
+    return copy
+
+
+def _check_file(path: Path, num_bytes: int, sha256: str, *, where: str) -> None:
+    got_bytes = storage.size(str(path))
+    if got_bytes is None:
+        raise _wrong(where, "shard_missing", {})
+    if got_bytes != num_bytes:
+        raise _wrong(where, "shard_size", {"got_bytes": got_bytes, "want_bytes": num_bytes})
+    if not sha256:
+        return  # nobody has read it as a whole: the checksums of its samples stand for it
+    digest = hashlib.sha256()
+    with storage.naming_errors(where), path.open("rb") as stream:
+        for block in iter(lambda: stream.read(2**20), b""):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        raise _wrong(where, "shard_sha256", {"got": digest.hexdigest(), "want": sha256})
+
+
+def _wrong(where: str, reason: str, facts: dict[str, object]) -> ShardError:
+    return ShardError(
+        "stored data is not what the manifest promises",
+        reason=reason,
+        where=where,
+        facts=facts,
+        fix="remove the shard and its receipt, then run the `make shards` command that made it",
+    )

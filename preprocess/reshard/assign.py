@@ -1,0 +1,212 @@
+"""The arithmetic of resharding: which old samples stand in which new shard.
+
+Pure. The samples of all sources are numbered through, segment after segment. A new split is a list
+of those numbers (chosen, then ordered), cut into shards of equal counts; a shard is a list of runs,
+each some consecutive samples of one segment. Nothing here knows bytes: runs are turned into byte
+ranges by whoever holds the indexes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from preprocess.job import ShardCount, count_shards, is_name, plan_order
+from shardspec.errors import ConfigError
+from shardspec.keyed import hash_text
+
+Order = Literal["keep", "shuffle", "length"]
+"""The sources' own order, a seeded shuffle by key, or short samples first."""
+
+MAX_VIEW_RUNS = 100_000
+"""Most runs of a view: its manifest has about 12 bytes for each, and every rank parses it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Readers that deal out whole shards: so many processes want equally many each."""
+
+    nodes: int = 1
+    ranks: int = 1
+    """Per node."""
+    workers: int = 1
+    """Per rank."""
+
+    def __post_init__(self) -> None:
+        if min(self.nodes, self.ranks, self.workers) < 1:
+            raise ConfigError(
+                "a cluster has at least one node, rank and worker",
+                reason="cluster",
+                facts={"nodes": self.nodes, "ranks": self.ranks, "workers": self.workers},
+                fix="give each as 1 or more",
+            )
+
+    @property
+    def num_readers(self) -> int:
+        """Processes that read."""
+        return self.nodes * self.ranks * self.workers
+
+
+def order_numbers(
+    numbers: np.ndarray, *, order: Order, seed: int, keys: Sequence[str], lengths: np.ndarray
+) -> np.ndarray:
+    """Puts chosen samples into their new order.
+
+    Args:
+      numbers: int64 [n], in the sources' order.
+      order: Which one.
+      seed: Of a shuffle.
+      keys: n keys; a shuffle depends on them and not on where samples stood.
+      lengths: [n], what "length" sorts by; equal ones keep the sources' order.
+
+    Returns:
+      int64 [n], the same numbers.
+    """
+    if order == "shuffle":
+        return numbers[np.asarray(plan_order(keys, seed=seed), dtype=np.int64)]
+    if order == "length":
+        return numbers[np.argsort(lengths, kind="stable")]
+    return numbers
+
+
+def cut_runs(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Finds the runs of a list of samples.
+
+    Args:
+      numbers: int64 [n], numbers of samples.
+      starts: int64 [segments + 1], number of each segment's first sample.
+
+    Returns:
+      int64 [runs, 3]: segment, first sample counted in the segment, samples.
+
+    >>> cut_runs(np.array([3, 4, 5, 6, 0]), np.array([0, 5, 8])).tolist()
+    [[0, 3, 2], [1, 0, 2], [0, 0, 1]]
+    """
+    segment = np.searchsorted(starts, numbers, side="right") - 1
+    begins = np.ones(len(numbers), dtype=bool)
+    begins[1:] = (np.diff(numbers) != 1) | (np.diff(segment) != 0)
+    first = np.flatnonzero(begins)
+    lengths = np.diff([*first, len(numbers)])
+    where = segment[first]
+    return np.stack([where, numbers[first] - starts[where], lengths], axis=1).astype(np.int64)
+
+
+def count_outputs(
+    total_bytes: int,
+    *,
+    num_samples: int,
+    target_bytes: int,
+    num_shards: int | None = None,
+    cluster: Cluster | None = None,
+) -> ShardCount:
+    """Chooses how many shards a split becomes.
+
+    Args:
+      total_bytes: Of its samples.
+      num_samples: No shard is left empty.
+      target_bytes: Wanted length of a shard.
+      num_shards: Asked for by the user.
+      cluster: Readers that each shall have equally many shards.
+
+    >>> count_outputs(2**30, num_samples=10**5, target_bytes=2**28, cluster=Cluster(ranks=8))
+    ShardCount(num_shards=8, rule='1 for each of 8 readers')
+    """
+    if cluster is None or num_shards is not None:
+        return count_shards(
+            total_bytes, target_bytes=target_bytes, num_samples=num_samples, num_shards=num_shards
+        )
+    readers = cluster.num_readers
+    each = max(1, -(-total_bytes // (target_bytes * readers)))
+    if each * readers > num_samples:
+        return ShardCount(num_shards=max(1, num_samples), rule="one sample a shard")
+    return ShardCount(num_shards=each * readers, rule=f"{each} for each of {readers} readers")
+
+
+def split_numbers(
+    keys: Sequence[str], shares: Mapping[str, float], *, salt: str
+) -> dict[str, np.ndarray]:
+    """Deals samples to splits by a hash of their keys.
+
+    A sample stays in its split when others come or go; another salt deals anew.
+
+    Args:
+      keys: Of all samples.
+      shares: Name of each split to its share; they sum to 1.
+      salt: Any text.
+
+    Returns:
+      Name of each split to the positions of its samples, int64, ascending.
+    """
+    points = np.fromiter(
+        (hash_text(f"{salt}\0{key}") / 2**64 for key in keys), np.float64, count=len(keys)
+    )
+    borders = np.cumsum(list(shares.values()))[:-1]
+    chosen = np.searchsorted(borders, points, side="right")
+    return {name: np.flatnonzero(chosen == i) for i, name in enumerate(shares)}
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """Reads shares such as "train=0.95,validation=0.05".
+
+    Raises:
+      ConfigError: `split_shares`.
+    """
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, mark, number = part.strip().partition("=")
+        try:
+            share = float(number)
+        except ValueError:
+            share = -1.0
+        if not (mark and is_name(name) and 0 < share <= 1):
+            raise _bad_shares(text)
+        shares[name] = share
+    if len(shares) != len(text.split(",")) or abs(sum(shares.values()) - 1) > 1e-9:
+        raise _bad_shares(text)
+    return shares
+
+
+def _bad_shares(text: str) -> ConfigError:
+    return ConfigError(
+        "shares of the splits are not understood",
+        reason="split_shares",
+        facts={"got": text},
+        fix="name each split once, with shares that sum to 1: train=0.95,validation=0.05",
+    )
+
+
+def repeated_key(keys: np.ndarray) -> bytes | None:
+    """Finds a key that several samples have.
+
+    Args:
+      keys: bytes [n].
+    """
+    ordered = np.sort(keys)
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    return bytes(ordered[same[0]]) if len(same) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """Whether a view suffices, and why."""
+
+    view: bool
+    why: str
+
+
+def advise(num_runs: int) -> Advice:
+    """Tells whether the result is better described than copied.
+
+    Args:
+      num_runs: Runs of all its shards together.
+    """
+    if num_runs > MAX_VIEW_RUNS:
+        why = (
+            f"a view would list {num_runs:,} runs of samples; more than {MAX_VIEW_RUNS:,} are slow"
+        )
+        return Advice(view=False, why=f"{why} to open")
+    why = "our loader reads byte ranges of the old shards, so no byte needs to move; --copy makes"
+    return Advice(view=True, why=f"{why} files, for other readers or to drop the old ones")

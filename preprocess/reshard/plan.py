@@ -1,0 +1,586 @@
+"""What a reshard will do: its settings, the sources as they are found, and the plan.
+
+1. The sources' manifests and indexes are read, and their files looked at: sizes, versions.
+2. Samples are numbered through all of them; a filter keeps some, an order arranges them, borders
+   cut them into shards (the arithmetic is recut.py's).
+
+A plan can be printed. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+
+from preprocess.job import Reporter, ShardCount, require_name, shard_borders, shard_name
+from preprocess.reshard.assign import (
+    Advice,
+    Cluster,
+    Order,
+    advise,
+    count_outputs,
+    cut_runs,
+    order_numbers,
+    repeated_key,
+    split_numbers,
+)
+from preprocess.reshard.expression import select
+from shardspec import storage
+from shardspec.errors import ConfigError, ConflictError, ManifestError, ShardError
+from shardspec.index import open_index, raw_index_dtype
+from shardspec.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    Segment,
+    differences,
+    fingerprint,
+    parse_manifest,
+)
+from shardspec.storage import Stamp, stamp
+
+_READS_AT_ONCE = 16
+
+Form = Literal["auto", "view", "copy"]
+"""What becomes of the samples: a view where that suffices, always a view, or always files."""
+
+Through = Literal["auto", "client", "store"]
+"""Which way bytes go: past this process, which checks each sample, or unchecked, inside of the
+store or of a file system that can. "auto" takes the store's way between objects and checks where
+bytes pass anyway."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReshardSettings:
+    """What to make of which datasets."""
+
+    sources: tuple[str, ...]
+    """Datasets of one recipe; several are joined, in this order."""
+    out: str
+    split: str | None = None
+    """Only this split; all of them when None."""
+    name: str | None = None
+    """Name of the new dataset, where the sources' differ."""
+    num_shards: int | None = None
+    """Of each split."""
+    cluster: Cluster | None = None
+    shard_bytes: int = 256 * 2**20
+    order: Order = "keep"
+    seed: int = 0
+    where: str = ""
+    """Keep the samples for which this holds; see expression.py."""
+    keys: frozenset[str] | None = None
+    """Keep the samples with these keys."""
+    into: Mapping[str, float] | None = None
+    """Deal the samples of one split to these, by a hash of the key."""
+    salt: str = ""
+    form: Form = "auto"
+    through: Through = "auto"
+    sha256: bool = False
+    """Hash the new shards as a whole too; else the samples' checksums stand for them."""
+    num_workers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A dataset that is read."""
+
+    url: str
+    manifest: Manifest
+    sha256: str
+    """Of its manifest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitPlan:
+    """Where the samples of a new split come from."""
+
+    split: str
+    segments: tuple[Segment, ...]
+    """Of the sources, their files with URLs that stand alone."""
+    numbers: np.ndarray
+    """int64 [n], samples counted through the segments, in their new order."""
+    borders: np.ndarray
+    """int64 [shards + 1], where each shard begins in `numbers`."""
+    count: ShardCount
+    num_bytes: int
+    """Of the samples."""
+    num_left_out: int
+    """Samples that the filter did not keep."""
+    quarantined: Mapping[str, int]
+    origin: tuple[Mapping[str, str], ...]
+    """What the samples were taken from."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 [segments + 1], number of each segment's first sample."""
+        counts = [segment.num_rows for segment in self.segments]
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the split."""
+        return len(self.borders) - 1
+
+    def shard_numbers(self, shard: int) -> np.ndarray:
+        """Gives the samples of a shard."""
+        return self.numbers[self.borders[shard] : self.borders[shard + 1]]
+
+    def runs(self, shard: int) -> np.ndarray:
+        """Gives the runs of a shard; see `cut_runs`."""
+        return cut_runs(self.shard_numbers(shard), self.starts)
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """The files that its samples may lie in, by the URL of the tar."""
+        return {segment.file.url: segment.file for segment in self.segments}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReshardPlan:
+    """Everything that will be done; nothing has been."""
+
+    settings: ReshardSettings
+    sources: tuple[Source, ...]
+    dataset: str
+    splits: tuple[SplitPlan, ...]
+    tables: Mapping[str, np.ndarray]
+    """Index of each file, by the URL of its tar."""
+    stamps: Mapping[str, Stamp]
+    """Version of each tar."""
+    advice: Advice
+    num_runs: int
+    num_unknown_keys: int
+    """Keys that were asked for and that no sample has."""
+
+    @property
+    def view(self) -> bool:
+        """Whether the result is a view."""
+        return self.settings.form == "view" or (self.settings.form == "auto" and self.advice.view)
+
+    def name(self, plan: SplitPlan, shard: int) -> str:
+        """Names a shard."""
+        return shard_name(self.dataset, plan.split, shard, num_shards=plan.num_shards)
+
+    def shard_bytes(self, plan: SplitPlan, shard: int) -> int:
+        """Tells the length of a shard, about: its samples are taken for equally long."""
+        share = len(plan.shard_numbers(shard)) / max(1, len(plan.numbers))
+        return round(plan.num_bytes * share)
+
+    @property
+    def raw(self) -> bool:
+        """Whether the samples are those of foreign tars."""
+        return self.sources[0].manifest.raw
+
+    def build_key(self, plan: SplitPlan) -> str:
+        """Hashes everything that the bytes of a split follow from."""
+        return fingerprint(
+            {
+                "dataset": self.dataset,
+                "split": plan.split,
+                "source": self.source_of(plan),
+                "num_shards": plan.num_shards,
+                "view": self.view,
+                "sha256": self.settings.sha256,
+                # What the user asked for is in `source`; this is what it comes to.
+                "samples": hashlib.sha256(plan.numbers.astype("<i8").tobytes()).hexdigest(),
+            }
+        )
+
+    def source_of(self, plan: SplitPlan) -> dict[str, Any]:
+        """Describes where a split comes from, in plain JSON types."""
+        settings = self.settings
+        found: dict[str, Any] = {"kind": "reshard", "from": [dict(each) for each in plan.origin]}
+        found["order"] = settings.order
+        if settings.order == "shuffle":
+            found["seed"] = settings.seed
+        if settings.where:
+            found["where"] = settings.where
+        if settings.keys is not None:
+            found["keys_sha256"] = fingerprint(sorted(settings.keys))
+        if settings.into is not None:
+            found["into"], found["salt"] = dict(settings.into), settings.salt
+        if plan.num_left_out:
+            found["left_out"] = plan.num_left_out
+        return found
+
+
+def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
+    """Plans a reshard; reads manifests and indexes, writes nothing.
+
+    Raises:
+      ConfigError: The request cannot be honoured.
+      ConflictError: The sources were made by different recipes, or share keys.
+      ManifestError: A source has no readable manifest.
+      ShardError: A file of a source is missing, cut or changed.
+    """
+    sources = tuple(map(_open_source, settings.sources))
+    _check_apart(settings, sources)
+    _check_alike(sources)
+    splits = _split_names(settings, sources)
+    gathered = {split: _segments(sources, split) for split in splits}
+    files = {s.file.url: s.file for segments in gathered.values() for s in segments}
+    report.stage("read indexes", len(files))
+    raw = sources[0].manifest.raw
+    tables, stamps = {}, {}
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        for file, (stamps[file.url], payload) in zip(
+            files.values(), pool.map(_look_at, files.values()), strict=True
+        ):
+            tables[file.url] = _open_table(file, payload, raw=raw)
+            report.step("")
+    keys = {split: _keys(segments, tables) for split, segments in gathered.items()}
+    _check_keys_apart(sources, splits, tables)
+    plans: list[SplitPlan] = []
+    for split, segments in gathered.items():
+        plans += _plan_split(settings, sources, split, segments, tables, keys[split])
+    num_runs = sum(len(plan.runs(shard)) for plan in plans for shard in range(plan.num_shards))
+    return ReshardPlan(
+        settings=settings,
+        sources=sources,
+        dataset=_name(settings, sources),
+        splits=tuple(plans),
+        tables=tables,
+        stamps=stamps,
+        advice=advise(num_runs),
+        num_runs=num_runs,
+        num_unknown_keys=_count_unknown(settings.keys or frozenset(), keys.values()),
+    )
+
+
+def _open_source(url: str) -> Source:
+    where = storage.join(url, MANIFEST_NAME)
+    try:
+        payload = storage.read_bytes(where)
+    except FileNotFoundError as error:
+        raise ManifestError(
+            "no dataset here: there is no manifest",
+            reason="manifest_missing",
+            where=where,
+            fix="name the folder of a finished dataset, or `python -m preprocess import` its tars",
+        ) from error
+    manifest = parse_manifest(payload, where=where)
+    return Source(url=url, manifest=manifest, sha256=hashlib.sha256(payload).hexdigest())
+
+
+def _check_apart(settings: ReshardSettings, sources: Sequence[Source]) -> None:
+    """Refuses an output in a source, around one, or where the files lie that one names."""
+    out = storage.absolute_url(settings.out)
+    for source in sources:
+        folder = storage.absolute_url(source.url)
+        if _lies_in(out, folder) or _lies_in(folder, out):
+            raise _in_place(source.url, settings.out, "source and output lie in one another")
+        # An import or a view names files elsewhere. Those of every split count: none may change.
+        for file in source.manifest.files:
+            for url in (file.url, file.index_url):
+                where = storage.absolute_url(storage.resolve(source.url, url))
+                if _lies_in(where, out):
+                    raise _in_place(where, settings.out, "a file of a source lies in the output")
+
+
+def _lies_in(url: str, folder: str) -> bool:
+    return url == folder or url.startswith(folder.rstrip("/") + "/")
+
+
+def _in_place(where: str, out: str, what: str) -> ConfigError:
+    return ConfigError(
+        what,
+        reason="reshard_in_place",
+        where=where,
+        facts={"out": out},
+        fix="use another output: sources are never changed",
+    )
+
+
+def _check_alike(sources: Sequence[Source]) -> None:
+    first = sources[0].manifest
+    for source in sources[1:]:
+        other = source.manifest
+        found = [
+            *differences({"raw": first.raw}, {"raw": other.raw}, "manifest"),
+            *differences(dict(first.recipe), dict(other.recipe), "recipe"),
+            *differences(asdict(first.tokenizer), asdict(other.tokenizer), "tokenizer"),
+        ]
+        if found:
+            raise ConflictError(
+                "the sources were made in different ways",
+                reason="recipe_conflict",
+                where=source.url,
+                facts={"differences": "; ".join(found)},
+                fix="join datasets of one recipe; train on others together with a mixture",
+            )
+
+
+def _name(settings: ReshardSettings, sources: Sequence[Source]) -> str:
+    names = sorted({source.manifest.dataset for source in sources})
+    if settings.name is None and len(names) > 1:
+        raise ConfigError(
+            "the sources have different names",
+            reason="dataset_name",
+            facts={"names": names},
+            fix="name the result with --name: orders and draws are seeded by it",
+        )
+    name = names[0] if settings.name is None else settings.name
+    require_name(name, of="dataset")
+    return name
+
+
+def _split_names(settings: ReshardSettings, sources: Sequence[Source]) -> list[str]:
+    known = sorted({split for source in sources for split in source.manifest.splits})
+    if settings.split is not None:
+        for source in sources:
+            source.manifest.select(settings.split)
+        return [settings.split]
+    if settings.into is not None and len(known) > 1:
+        raise ConfigError(
+            "which split is to be dealt out?",
+            reason="unknown_split",
+            facts={"splits": known},
+            fix="name it with --split",
+        )
+    return known
+
+
+def _segments(sources: Sequence[Source], split: str) -> tuple[Segment, ...]:
+    found = []
+    for source in sources:
+        if split not in source.manifest.splits:
+            continue
+        for segment in source.manifest.segments(split):
+            file = replace(
+                segment.file,
+                url=storage.resolve(source.url, segment.file.url),
+                index_url=storage.resolve(source.url, segment.file.index_url),
+            )
+            found.append(replace(segment, file=file))
+    return tuple(found)
+
+
+def _look_at(file: FileEntry) -> tuple[Stamp, bytes]:
+    """Compares a file and its index with what the manifest says.
+
+    Returns:
+      The file's version, and its index; b"" where that is local, and can be opened in place.
+    """
+    found = stamp(file.url)
+    if found is None or found.num_bytes != file.num_bytes:
+        raise _not_as_promised(
+            file.url,
+            "shard_missing" if found is None else "shard_size",
+            {"got_bytes": found and found.num_bytes, "want_bytes": file.num_bytes},
+        )
+    try:
+        payload = storage.read_bytes(file.index_url)
+    except FileNotFoundError as error:
+        raise _not_as_promised(file.index_url, "index_missing", {}) from error
+    got = hashlib.sha256(payload).hexdigest()
+    if len(payload) != file.index_bytes or got != file.index_sha256:
+        facts = {"got": got, "want": file.index_sha256}
+        raise _not_as_promised(file.index_url, "index_sha256", facts)
+    return found, b"" if storage.is_local(file.index_url) else payload
+
+
+def _open_table(file: FileEntry, payload: bytes, *, raw: bool) -> np.ndarray:
+    counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
+    if storage.is_local(file.index_url):
+        return open_index(str(storage.local_path(file.index_url)), raw=raw, **counts)
+    with TemporaryDirectory() as folder:
+        copied = Path(folder) / "index.npy"
+        copied.write_bytes(payload)
+        return np.array(open_index(str(copied), raw=raw, **counts))
+
+
+def _not_as_promised(where: str, reason: str, facts: Mapping[str, object]) -> ShardError:
+    return ShardError(
+        "a source is not what its manifest promises",
+        reason=reason,
+        where=where,
+        facts=facts,
+        fix="verify the source, and copy or build again what is wrong",
+    )
+
+
+def _column(segments: Sequence[Segment], tables: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Joins a column over segments: [n, ...]."""
+    parts = [tables[s.file.url][name][s.first_row : s.first_row + s.num_rows] for s in segments]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _keys(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> np.ndarray:
+    keys = _column(segments, tables, "key")
+    return keys if keys.dtype.kind == "S" else keys.astype("S1")
+
+
+def _check_keys_apart(
+    sources: Sequence[Source], splits: Sequence[str], tables: Mapping[str, np.ndarray]
+) -> None:
+    """Refuses sources that share a sample, in any splits: it might be trained and tested on."""
+    own = []
+    for source in sources:
+        segments = [segment for split in splits for segment in _segments([source], split)]
+        own.append(np.unique(_keys(segments, tables)))
+    twice = repeated_key(np.concatenate(own))
+    if twice is not None:
+        raise ConflictError(
+            "the sources have samples with the same key",
+            reason="key_collision",
+            facts={"key": twice.decode()},
+            fix="join datasets that share no sample, or filter one of them first",
+        )
+
+
+def _count_unknown(wanted: frozenset[str], keys: Iterable[np.ndarray]) -> int:
+    """Counts the wanted keys that no sample has."""
+    if not wanted:
+        return 0
+    return int((~np.isin(_encoded(wanted), np.concatenate(list(keys)))).sum())
+
+
+def _plan_split(
+    settings: ReshardSettings,
+    sources: Sequence[Source],
+    split: str,
+    segments: tuple[Segment, ...],
+    tables: Mapping[str, np.ndarray],
+    keys: np.ndarray,
+) -> Iterator[SplitPlan]:
+    chosen = _choose(settings, split, segments, tables, keys)
+    total, num_chosen = len(keys), sum(map(len, chosen.values()))
+    sizes = _column(segments, tables, "num_bytes").astype(np.int64)
+    having = [source for source in sources if split in source.manifest.splits]
+    quarantined: Counter[str] = Counter()
+    for source in having if settings.into is None else ():
+        quarantined.update(source.manifest.splits[split].quarantined)
+    for name, own in chosen.items():
+        if not len(own):
+            raise ConfigError(
+                "no sample is left for a split",
+                reason="empty_result",
+                where=f"split {name}",
+                facts={"samples": total},
+                fix="loosen the filter, raise the share, or name the other split with --split",
+            )
+        shuffled = keys[own].tolist() if settings.order == "shuffle" else []
+        ordered = order_numbers(
+            own,
+            order=settings.order,
+            seed=settings.seed,
+            keys=[key.decode() for key in shuffled],
+            lengths=_lengths(segments, tables)[own] if settings.order == "length" else own,
+        )
+        num_bytes = int(sizes[own].sum())
+        count = count_outputs(
+            num_bytes,
+            num_samples=len(own),
+            target_bytes=settings.shard_bytes,
+            num_shards=settings.num_shards,
+            cluster=settings.cluster,
+        )
+        yield SplitPlan(
+            split=name,
+            segments=segments,
+            numbers=ordered,
+            borders=shard_borders(len(own), num_shards=count.num_shards),
+            count=count,
+            num_bytes=num_bytes,
+            num_left_out=total - num_chosen,
+            quarantined=dict(sorted(quarantined.items())),
+            origin=tuple(
+                {
+                    "manifest_sha256": source.sha256,
+                    "split": split,
+                    "build_key": source.manifest.splits[split].build_key,
+                }
+                for source in having
+            ),
+        )
+
+
+def _choose(
+    settings: ReshardSettings,
+    split: str,
+    segments: tuple[Segment, ...],
+    tables: Mapping[str, np.ndarray],
+    keys: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Filters the samples of a split, and deals them out: new split -> int64 [n], ascending."""
+    kept = np.ones(len(keys), dtype=bool)
+    if settings.keys is not None:
+        kept &= np.isin(keys, _encoded(settings.keys))
+    if settings.where:
+        kept &= select(settings.where, _numbers_of(segments, tables))
+    numbers = np.flatnonzero(kept).astype(np.int64)
+    if settings.into is None:
+        return {split: numbers}
+    names = [key.decode() for key in keys[numbers].tolist()]
+    dealt = split_numbers(names, settings.into, salt=settings.salt)
+    return {name: numbers[positions] for name, positions in dealt.items()}
+
+
+def _encoded(keys: Iterable[str]) -> np.ndarray:
+    return np.array(sorted(key.encode() for key in keys), dtype=bytes)
+
+
+def _numbers_of(
+    segments: Sequence[Segment], tables: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Gives the columns that a filter may name: of several views the largest value counts."""
+    every = [set(tables[segment.file.url].dtype.names or ()) for segment in segments]
+    names = set.intersection(*every) - {"offset", "crc32", "key"} if every else set()
+    columns = {name: _column(segments, tables, name).astype(np.int64) for name in sorted(names)}
+    return {name: c.max(axis=1) if c.ndim > 1 else c for name, c in columns.items()}
+
+
+def _lengths(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Gives what "length" sorts by: the longest sequence in any view, tokens, or bytes."""
+    columns = _numbers_of(segments, tables)
+    name = next(n for n in ("view_length", "num_tokens", "num_bytes") if n in columns)
+    return columns[name]
+
+
+def shard_rows(plan: ReshardPlan, split: SplitPlan, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gathers the index rows of a new shard.
+
+    Returns:
+      (rows as they stand in the sources' indexes, number of each one's file in `plan.tables`).
+
+    Raises:
+      ConflictError: `index_columns`: the sources' indexes have different columns.
+    """
+    numbers, starts = split.shard_numbers(shard), split.starts
+    segment = np.searchsorted(starts, numbers, side="right") - 1
+    used = np.unique(segment).tolist()
+    dtype = _common_dtype([plan.tables[split.segments[i].file.url].dtype for i in used])
+    rows = np.zeros(len(numbers), dtype=dtype)
+    files = np.zeros(len(numbers), dtype=np.int64)
+    file_numbers = {url: i for i, url in enumerate(plan.tables)}
+    for i in used:
+        own = np.flatnonzero(segment == i)
+        source = split.segments[i]
+        table = plan.tables[source.file.url]
+        picked = table[numbers[own] - starts[i] + source.first_row]
+        for name in dtype.names or ():
+            rows[name][own] = picked[name]
+        files[own] = file_numbers[source.file.url]
+    return rows, files
+
+
+def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    if all(dtype.names == raw_index_dtype(1).names for dtype in dtypes):
+        return raw_index_dtype(max(dtype["key"].itemsize for dtype in dtypes))
+    raise ConflictError(
+        "the indexes of the sources have different columns",
+        reason="index_columns",
+        facts={"columns": sorted({str(dtype.names) for dtype in dtypes})},
+        fix="build the older dataset again with this release",
+    )

@@ -1,0 +1,377 @@
+"""RESHARD: new shards out of old ones, without touching a pixel: view or copy, then commit.
+
+A *view* is a manifest that names runs of samples in the old files; no byte moves. A *copy* makes
+each new shard of byte ranges (reshard_copy.py), one task per shard, so that the same command goes
+on after any interruption. The manifest is written last, once all sources are still the versions
+that were planned with.
+
+Sources are only read. Samples keep their bytes, keys and order, so a run's state goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from preprocess.job import (
+    Reporter,
+    held,
+    is_in_place,
+    read_json,
+    require_space,
+    scratch_folder,
+    stored_sizes,
+    valid_receipts,
+)
+from preprocess.job.engines import local
+from preprocess.reshard.copy import (
+    CopyContext,
+    CopyTask,
+    copy_shard,
+    scratch_of,
+    shard_entry,
+)
+from preprocess.reshard.plan import ReshardPlan, SplitPlan, shard_rows
+from shardspec import storage
+from shardspec.errors import ConfigError, ConflictError, ShardError, redacted
+from shardspec.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    Receipt,
+    ShardEntry,
+    SplitEntry,
+    View,
+    canonical_json,
+    differences,
+    load_manifest,
+)
+from shardspec.storage import require_stamp
+
+_LOOKS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resharded:
+    """How it ended."""
+
+    manifest: Manifest
+    sha256: str
+    """Of the manifest."""
+    copied_shards: int
+    """Copied in this run."""
+    fresh: bool
+    """Whether this run wrote the manifest; False when there was nothing to do."""
+
+
+def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
+    """Carries a plan out, or finishes what an interrupted run began.
+
+    Raises:
+      ConflictError: `job_conflict`: the output holds something else.
+      ShardError: `sample_crc`, `source_changed`, `tar_truncated`, `tokenizer_file`: a source is not
+        what it was.
+      StorageError: `no_space`; the output cannot be written.
+    """
+    out = plan.settings.out
+    done = _finished(plan)
+    if done is not None:
+        if any(map(_is_reshard, read_notes(out).values())):
+            with held(out):  # a run ended between its commit and here
+                _tidy(out)
+        return done
+    with held(out) as require_held:
+        done = _finished(plan)  # once more: another job may have ended in between
+        if done is not None:
+            return done
+        _check_unfinished(out)
+        storage.delete(scratch_of(out))
+        if plan.view:
+            shards, view, copied = [], _view(plan), 0
+            for each in plan.splits:
+                shards += [_view_entry(plan, each, shard) for shard in range(each.num_shards)]
+        else:
+            view = None
+            for split in plan.splits:
+                note = {"kind": "reshard", "build_key": plan.build_key(split)}
+                storage.publish_bytes(_note_url(plan, split), canonical_json(note, indent=1))
+            receipts, copied = _copy(plan, report, require_held)
+            shards = [receipt.shard for receipt in receipts]
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            list(pool.map(require_stamp, *zip(*plan.stamps.items(), strict=True)))
+        manifest = _manifest(plan, shards, view)
+        _publish_tokenizer(plan, report)
+        payload = manifest.encode()
+        require_held()
+        if not storage.swap_bytes(storage.join(out, MANIFEST_NAME), payload, replacing=None):
+            raise ConflictError(
+                "another job has written this output's manifest in the meantime",
+                reason="manifest_conflict",
+                where=out,
+                fix="run the same command again: it tells what is there now",
+            )
+        _tidy(out)
+    return Resharded(
+        manifest=manifest,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        copied_shards=copied,
+        fresh=True,
+    )
+
+
+def _note_url(plan: ReshardPlan, split: SplitPlan) -> str:
+    """Where the output says what copy is under way, for `gc` and for other jobs."""
+    return storage.join(plan.settings.out, "plan", split.split, "plan.json")
+
+
+def read_notes(out: str) -> dict[str, dict[str, Any]]:
+    """Reads what the output's `plan` folder says of jobs under way: URL -> document.
+
+    Of a `make shards` that is SPLIT.json, from its begin, and SPLIT/plan.json, when it has fetched;
+    of a reshard only the latter. A broken one is {}, for nobody can tell whose it is.
+    """
+    folder = storage.join(out, "plan")
+    names = [each.name for each in storage.list_objects(folder)]
+    urls = [storage.join(folder, n) for n in names if re.fullmatch(r"[^/]+(/plan)?\.json", n)]
+    return {url: read_json(url) or {} for url in urls}
+
+
+def _is_reshard(note: Mapping[str, Any]) -> bool:
+    return note.get("kind") == "reshard"
+
+
+def _check_unfinished(out: str) -> None:
+    """Refuses an output where `make shards` has not ended; a copy that was given up is no matter.
+
+    Raises:
+      ConflictError: `job_conflict`.
+    """
+    for url, note in read_notes(out).items():
+        if not _is_reshard(note):
+            raise ConflictError(
+                "this output holds the unfinished work of another job",
+                reason="job_conflict",
+                where=url,
+                fix="use another output, or finish that job first",
+            )
+
+
+def _tidy(out: str) -> None:
+    """Removes what only an unfinished copy needs, this one or one that was given up."""
+    for url, note in read_notes(out).items():
+        if _is_reshard(note):
+            storage.delete(posixpath.dirname(url))
+    storage.delete(scratch_of(out))
+    if storage.is_local(out):
+        storage.delete_temporaries(out)
+
+
+def _view(plan: ReshardPlan) -> View:
+    out = plan.settings.out
+    files = {url: file for split in plan.splits for url, file in split.files.items()}
+    numbers = {url: i for i, url in enumerate(files)}
+    parts: dict[str, tuple[tuple[int, int, int], ...]] = {}
+    for split in plan.splits:
+        for shard in range(split.num_shards):
+            parts[_shard_url(plan, split, shard)] = tuple(
+                (
+                    numbers[split.segments[segment].file.url],
+                    split.segments[segment].first_row + first,
+                    rows,
+                )
+                for segment, first, rows in split.runs(shard).tolist()
+            )
+    entries = tuple(
+        replace(
+            file,
+            url=portable_url(out, file.url),
+            index_url=portable_url(out, file.index_url),
+        )
+        for file in files.values()
+    )
+    return View(files=entries, parts=parts)
+
+
+def _view_entry(plan: ReshardPlan, split: SplitPlan, shard: int) -> ShardEntry:
+    rows, _ = shard_rows(plan, split, shard)
+    return shard_entry(
+        rows, url=_shard_url(plan, split, shard), split=split.split, sha256="", index=b""
+    )
+
+
+def portable_url(out: str, url: str) -> str:
+    """Names a file as a view does: from its own folder if both lie in the same one, else in full.
+
+    So a folder with datasets and their views may be moved as a whole.
+
+    Raises:
+      ConfigError: `url_secret`: the URL holds a password, which would be written down.
+
+    >>> portable_url("s3://bucket/sets/view", "s3://bucket/sets/old/train/a.tar")
+    '../old/train/a.tar'
+    >>> portable_url("s3://bucket/view", "s3://other/old/a.tar")
+    's3://other/old/a.tar'
+    """
+    here, there = storage.absolute_url(out), storage.absolute_url(url)
+    parent = posixpath.dirname(here)
+    beside = there.startswith(parent + "/") and not parent.endswith(":")  # a bucket is the root
+    if beside and storage.is_local(out) == storage.is_local(url):
+        return posixpath.relpath(there, here)
+    if redacted(there) != there:
+        raise ConfigError(
+            "a view would keep the password of a URL",
+            reason="url_secret",
+            where=there,
+            fix="give the password to the store's client (a profile, the environment), or --copy",
+        )
+    return there
+
+
+def _shard_url(plan: ReshardPlan, split: SplitPlan, shard: int) -> str:
+    return f"{split.split}/{plan.name(split, shard)}.tar"
+
+
+def _copy(
+    plan: ReshardPlan, report: Reporter, require_held: Callable[[], None]
+) -> tuple[list[Receipt], int]:
+    """Copies what has no receipt; returns every receipt in order, and how many are new."""
+    tasks = tuple(
+        CopyTask(split=split.split, name=plan.name(split, shard), build_key=key)
+        for split in plan.splits
+        for key in [plan.build_key(split)]
+        for shard in range(split.num_shards)
+    )
+    places = [(split, shard) for split in plan.splits for shard in range(split.num_shards)]
+    files = {url: file for split in plan.splits for url, file in split.files.items()}
+    with scratch_folder(scratch_of(plan.settings.out)) as folder:
+        context = CopyContext(
+            out=plan.settings.out,
+            tasks=tasks,
+            urls=tuple(plan.tables),
+            stamps=plan.stamps,
+            folder=str(folder),
+            through=plan.settings.through,
+            sha256=plan.settings.sha256,
+            source_sha256={url: file.sha256 for url, file in files.items()},
+        )
+        found = valid_receipts(
+            context.out, [task.name for task in tasks], keys={task.build_key for task in tasks}
+        )
+        receipts = {i: found.get(task.name) for i, task in enumerate(tasks)}
+        missing = [i for i, receipt in receipts.items() if receipt is None]
+        if len(missing) < len(tasks):
+            report.note(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished")
+        require_space(context.out, sum(plan.shard_bytes(*places[i]) for i in missing))
+        for i in missing:
+            rows, numbers = shard_rows(plan, *places[i])
+            np.save(folder / f"{i}.rows.npy", rows, allow_pickle=False)
+            np.save(folder / f"{i}.files.npy", numbers, allow_pickle=False)
+        report.stage("copy", len(missing))
+        for event in local.run(
+            missing, work=copy_shard, context=context, num_workers=plan.settings.num_workers
+        ):
+            require_held()
+            if isinstance(event, local.TaskLost):
+                report.note(
+                    f"a worker died (exit code {event.exit_code}); its shard is copied again"
+                )
+            elif isinstance(event, local.TaskDone):
+                receipts[event.task] = event.value
+                report.step("")
+            else:
+                report.sent(event.note)
+    return [receipt for receipt in receipts.values() if receipt is not None], len(missing)
+
+
+def _manifest(plan: ReshardPlan, shards: Sequence[ShardEntry], view: View | None) -> Manifest:
+    first = plan.sources[0].manifest
+    versions: dict[str, set[str]] = {}
+    for source in plan.sources:
+        for name, version in source.manifest.libraries.items():
+            versions.setdefault(name, set()).update(version.split(" | "))
+    splits = {}
+    for split in plan.splits:
+        own = [shard for shard in shards if shard.split == split.split]
+        splits[split.split] = SplitEntry(
+            build_key=plan.build_key(split),
+            source=plan.source_of(split),
+            num_samples=sum(shard.nsamples for shard in own),
+            num_images=sum(shard.num_images for shard in own),
+            num_tokens=sum(shard.num_tokens for shard in own),
+            num_loss_tokens=sum(shard.num_loss_tokens for shard in own),
+            num_bytes=sum(shard.num_bytes for shard in own),
+            quarantined=split.quarantined,
+        )
+    return Manifest(
+        dataset=plan.dataset,
+        recipe=first.recipe,
+        tokenizer=first.tokenizer,
+        libraries={name: " | ".join(sorted(found)) for name, found in versions.items()},
+        splits=splits,
+        shards=tuple(sorted(shards, key=lambda shard: shard.url)),
+        view=view,
+        raw=plan.raw,
+    )
+
+
+def _publish_tokenizer(plan: ReshardPlan, report: Reporter) -> None:
+    if plan.raw:
+        return
+    try:
+        payload = storage.read_bytes(storage.join(plan.sources[0].url, TOKENIZER_NAME))
+    except FileNotFoundError:
+        report.note("the source has no copy of its tokenizer: its texts cannot be read back")
+        return
+    want, got = plan.sources[0].manifest.tokenizer.sha256, hashlib.sha256(payload).hexdigest()
+    if got != want:
+        raise ShardError(
+            "the source's copy of its tokenizer is not the one that its manifest names",
+            reason="tokenizer_file",
+            where=storage.join(plan.sources[0].url, TOKENIZER_NAME),
+            facts={"got": got, "want": want},
+            fix="put the right file there, or remove it",
+        )
+    storage.publish_bytes(storage.join(plan.settings.out, TOKENIZER_NAME), payload)
+
+
+def _finished(plan: ReshardPlan) -> Resharded | None:
+    """Finds the result of this very plan in place; None where the output is still empty.
+
+    Raises:
+      ConflictError: `job_conflict`.
+    """
+    out = plan.settings.out
+    manifest = load_manifest(out)
+    if manifest is None:
+        return None
+    want = {split.split: plan.build_key(split) for split in plan.splits}
+    if {name: entry.build_key for name, entry in manifest.splits.items()} != want:
+        ours = {split.split: plan.source_of(split) for split in plan.splits}
+        theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
+        found = differences(theirs, ours, "splits") or ["other shards"]
+        raise ConflictError(
+            "this output already holds the result of another job",
+            reason="job_conflict",
+            where=out,
+            facts={"differences": "; ".join(found)},
+            fix="use another output, or remove the old dataset",
+        )
+    if manifest.view is None:
+        for split in manifest.splits:
+            sizes = stored_sizes(out, split)
+            if not all(is_in_place(shard, sizes) for shard in manifest.select(split)):
+                return None
+    payload = storage.read_bytes(storage.join(out, MANIFEST_NAME))
+    return Resharded(
+        manifest=manifest,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        copied_shards=0,
+        fresh=False,
+    )

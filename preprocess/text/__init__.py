@@ -1,0 +1,52 @@
+"""From annotations to token ids: prompts, answers, points, choices, chat format, tokenization.
+
+Decides every text that a model sees. Draws nothing that training redraws: alternatives are stored
+as variants.
+"""
+
+from preprocess.text.choices import ChoiceForm
+from preprocess.text.formatter import (
+    DataFormatter,
+    MessageFormat,
+    PromptTemplates,
+    SystemPrompt,
+    TextPolicy,
+    chat_frame,
+    image_prefixes,
+    message_styles,
+    message_texts,
+    safe_geometry,
+)
+from preprocess.text.interleaved import InterleavedTextPreprocessor, check_placeholders
+from preprocess.text.points import PointFormat
+from preprocess.text.tokens import (
+    EMBEDDED,
+    IMAGE_SYMBOLS,
+    ChatFrame,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_from_entry,
+)
+
+__all__ = [
+    "EMBEDDED",
+    "IMAGE_SYMBOLS",
+    "ChatFrame",
+    "ChoiceForm",
+    "DataFormatter",
+    "InterleavedTextPreprocessor",
+    "MessageFormat",
+    "PointFormat",
+    "PromptTemplates",
+    "SystemPrompt",
+    "TextPolicy",
+    "Tokenizer",
+    "chat_frame",
+    "check_placeholders",
+    "image_prefixes",
+    "load_tokenizer",
+    "message_styles",
+    "message_texts",
+    "safe_geometry",
+    "tokenizer_from_entry",
+]

@@ -1,0 +1,123 @@
+"""InterleavedTextPreprocessor: from formatted branches to ids and the spans table's TEXT rows.
+
+Each text is tokenized on its own, prompt and response apart, as Molmo does it; so the ids of a
+response do not depend on the prompt that is drawn before it. Equal texts share one run of ids.
+
+A user text may say itself where the images stand, by the placeholder `<|image|>`: that takes a
+lone conversation with one placeholder per image. Otherwise images stand in front of all text, each
+behind its lead ("Image 2"), where there are leads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from preprocess.text.formatter import Branch, Variant
+from preprocess.text.tokens import Tokenizer
+from shardspec.errors import SampleError
+
+IMAGE_PLACEHOLDER = "<|image|>"
+"""Where a user text wants its next image: the symbol that data on the hub uses as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedText:
+    """The text of one sample as ids."""
+
+    tokens: np.ndarray
+    """int32 [T], distinct runs end to end."""
+    rows: tuple[tuple[int, int, int, int, int, int, int], ...]
+    """TEXT rows without their kind: branch, turn, prompt and response spans, weight."""
+    leads: tuple[tuple[int, int], ...]
+    """(start, stop) of the tokens in front of each image, or ()."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterleavedTextPreprocessor:
+    """Tokenizes branches."""
+
+    tokenizer: Tokenizer
+
+    def __call__(
+        self, branches: Sequence[Branch], *, key: str, leads: Sequence[str] = ()
+    ) -> TokenizedText:
+        """Tokenizes every variant of every turn.
+
+        Args:
+          branches: Formatted conversations.
+          key: The sample's, for errors.
+          leads: Texts in front of the images, one per image; () for none.
+
+        Raises:
+          SampleError: `empty_response` (no token to learn from), `image_placeholder`.
+        """
+        ids: list[int] = []
+        spans: dict[str, tuple[int, int]] = {}
+
+        def span(text: str) -> tuple[int, int]:
+            if text not in spans:
+                start = len(ids)
+                ids.extend(self._encode(text))
+                spans[text] = (start, len(ids))
+            return spans[text]
+
+        rows = []
+        for b, branch in enumerate(branches):
+            for t, variants in enumerate(branch.turns):
+                for variant in variants:
+                    prompt, response = span(variant.prompt), span(variant.response)
+                    if response[0] == response[1]:
+                        raise SampleError(
+                            "response has no tokens", reason="empty_response", where=key
+                        )
+                    rows.append((b, t, *prompt, *response, branch.weight))
+        placed = any(IMAGE_PLACEHOLDER in variant.prompt for variant in _variants(branches))
+        return TokenizedText(
+            leads=() if placed or not any(leads) else tuple(span(text) for text in leads),
+            rows=tuple(rows),
+            tokens=np.array(ids, dtype="<i4"),
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        first, *rest = text.split(IMAGE_PLACEHOLDER)
+        ids = self.tokenizer.encode(first)
+        for part in rest:
+            ids += [self.tokenizer.special_ids[IMAGE_PLACEHOLDER], *self.tokenizer.encode(part)]
+        return ids
+
+
+def check_placeholders(branches: Sequence[Branch], *, num_images: int, key: str) -> None:
+    """Refuses placeholders that do not name each image once, or stand where they have no meaning.
+
+    Raises:
+      SampleError: `image_placeholder`.
+    """
+    if not any(
+        IMAGE_PLACEHOLDER in text
+        for variant in _variants(branches)
+        for text in (variant.prompt, variant.response)
+    ):
+        return
+    counts = [
+        sum(turn[v % len(turn)].prompt.count(IMAGE_PLACEHOLDER) for turn in branch.turns)
+        for branch in branches
+        for v in range(max(len(turn) for turn in branch.turns))
+    ]
+    answered = any(IMAGE_PLACEHOLDER in variant.response for variant in _variants(branches))
+    if len(branches) > 1 or answered or set(counts) != {num_images}:
+        raise SampleError(
+            f"{IMAGE_PLACEHOLDER} must stand in a lone conversation's user texts, once an image",
+            reason="image_placeholder",
+            where=key,
+            facts={"images": num_images, "placeholders": sorted(set(counts))},
+            fix="correct the row, or leave the placeholders out",
+        )
+
+
+def _variants(branches: Sequence[Branch]) -> Iterator[Variant]:
+    for branch in branches:
+        for turn in branch.turns:
+            yield from turn

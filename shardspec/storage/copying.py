@@ -1,0 +1,532 @@
+"""Joining: one file made of byte ranges of others, by the cheapest means that their stores have.
+
+* `join_here`: the bytes pass through this process, and every sample's checksum is compared.
+* `join_unchecked`: local files to a local file, by the file system itself where that pays.
+* `join_in_store`: within one S3 store, ranges of 5 MiB and more are copied by the store itself
+  (UploadPartCopy); what is shorter goes through the client, as parts must have 5 MiB. Within one
+  GCS store a whole object is copied by the store; it has no copies of ranges, and composing whole
+  tars would leave their ends in the middle.
+
+A `Stamp` says which version of a file was meant; a file that changes while it is copied is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from shardspec.errors import ShardError
+from shardspec.storage import files
+from shardspec.storage.retries import persist
+from shardspec.storage.upload import (
+    MAX_PARTS,
+    OnPart,
+    abort_upload,
+    check_size,
+    kind_of,
+    open_uploads,
+    put_in_parts_s3,
+    send_part_s3,
+    version_of_entry,
+)
+from shardspec.tar import END_OF_ARCHIVE
+
+MIN_PART_BYTES = 5 * 2**20
+"""Shortest part of a multipart upload but the last (S3's limit)."""
+MAX_PART_BYTES = 5 * 2**30
+"""Longest part (S3's limit)."""
+
+_LOCAL_CHUNK_BYTES = 512 * 2**10  # read and written while it is in the core's cache
+_REMOTE_CHUNK_BYTES = 8 * 2**20
+_KERNEL_CHUNK_BYTES = 16 * 2**20
+_FLUSH_BYTES = 16 * 2**20
+_OPEN_FILES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """Which version of a file this is."""
+
+    num_bytes: int
+    version: str
+    """ETag or generation of an object; the times and the number of a local file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A range of bytes of a file."""
+
+    url: str
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the range."""
+        return self.stop - self.start
+
+    def cut(self, start: int, stop: int) -> Piece:
+        """Takes a part of it, counted from its own start."""
+        return Piece(url=self.url, start=self.start + start, stop=self.start + stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPart:
+    """A part of an upload that the store copies."""
+
+    piece: Piece
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the part."""
+        return self.piece.num_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentPart:
+    """A part of an upload that the client fetches and sends."""
+
+    pieces: tuple[Piece, ...]
+    end: bytes = b""
+    """What follows the pieces."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the part."""
+        return sum(piece.num_bytes for piece in self.pieces) + len(self.end)
+
+
+def stamp(url: str) -> Stamp | None:
+    """Tells the version of a file; None where there is none."""
+    with files.naming_errors(url):
+        if files.is_local(url):
+            try:
+                found = os.stat(files.local_path(url))
+            except FileNotFoundError:
+                return None
+            return Stamp(num_bytes=found.st_size, version=f"{found.st_mtime_ns}-{found.st_ino}")
+        fs, path = files.filesystem(url)
+        fs.invalidate_cache(fs._parent(path))
+        try:
+            entry = persist(lambda: fs.info(path), where=url)
+        except FileNotFoundError:
+            return None
+        return Stamp(num_bytes=int(entry["size"] or 0), version=version_of_entry(fs, entry))
+
+
+def require_stamp(url: str, want: Stamp) -> None:
+    """Refuses a file that is not the version that was meant.
+
+    Raises:
+      ShardError: `source_changed`.
+    """
+    got = stamp(url)
+    if got != want:
+        raise _changed(url, got=got, want=want)
+
+
+def _changed(url: str, **facts: object) -> ShardError:
+    return ShardError(
+        "a source has changed while it was copied",
+        reason="source_changed",
+        where=url,
+        facts=facts,
+        fix="verify the source, then run the same command again",
+    )
+
+
+def join_here(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: bool) -> str:
+    """Writes pieces to a local file, with the end of a tar, and checks every sample on its way.
+
+    Memory holds a chunk, however long the samples are.
+
+    Args:
+      path: File to make.
+      pieces: Of any files; together they are the samples.
+      rows: The samples in order, with columns `num_bytes`, `crc32` and `key`.
+      hashed: Whether to compute the file's sha256 too, which takes more time than all the rest.
+
+    Returns:
+      The sha256, or "".
+
+    Raises:
+      ShardError: `sample_crc`, `tar_truncated`, `source_changed`: a source is not what its index
+        says.
+      StorageError: A file cannot be read or written.
+    """
+    digest = hashlib.sha256() if hashed else None
+    samples = _Samples(rows)
+    with files.naming_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
+        target = _Target(out.fileno())
+        for piece in pieces:
+            position = piece.start
+            while position < piece.stop:
+                payload = read(piece.url, position, piece.stop - position)
+                samples.check(payload, url=piece.url)
+                target.write(payload)
+                if digest is not None:
+                    digest.update(payload)
+                position += len(payload)
+        target.write(memoryview(END_OF_ARCHIVE))
+    if digest is None:
+        return ""
+    digest.update(END_OF_ARCHIVE)
+    return digest.hexdigest()
+
+
+def join_unchecked(path: Path, pieces: Sequence[Piece]) -> None:
+    """Writes pieces of local files to a local file, with the end of a tar; looks at no sample.
+
+    File systems that are not on a disk of this machine are asked to copy by themselves
+    (copy_file_range), as network file systems do it at the server. On a disk the kernel would copy
+    in pieces of a few pages each, with less read ahead: reading and writing long chunks is as cheap
+    there, and faster.
+
+    Raises:
+      ShardError: `tar_truncated`, `source_changed`.
+      StorageError: A file cannot be read or written.
+    """
+    with files.naming_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
+        target = _Target(out.fileno())
+        apart = hasattr(os, "copy_file_range") and not _is_on_disk(out.fileno())
+        for piece in pieces:
+            position = piece.start
+            while position < piece.stop:
+                count, left = 0, piece.stop - position
+                if apart:
+                    try:
+                        count = target.copy(read.descriptor(piece.url), position, left)
+                    except OSError as error:
+                        if error.errno not in _NO_COPY_FILE_RANGE:
+                            raise
+                        apart = False
+                if not count:  # it cannot, or the source ends early: then this says so
+                    payload = read(piece.url, position, left)
+                    target.write(payload)
+                    count = len(payload)
+                position += count
+        target.write(memoryview(END_OF_ARCHIVE))
+
+
+_NO_COPY_FILE_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+"""Between file systems, on one without it, or where a sandbox does not know the call."""
+
+
+def _is_on_disk(descriptor: int) -> bool:
+    """Tells whether a file lies on a block device: other file systems have devices without one."""
+    return os.major(os.fstat(descriptor).st_dev) != 0
+
+
+class _Samples:
+    """Compares samples with their checksums as their bytes come along, in whatever chunks."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows = rows
+        self._sizes, self._sums = rows["num_bytes"].tolist(), rows["crc32"].tolist()
+        self._sample = 0
+        self._crc = 0
+        self._done = 0
+        """Bytes of the sample that have come."""
+
+    def check(self, payload: memoryview, *, url: str) -> None:
+        at = 0
+        while at < len(payload):
+            part = payload[at : at + self._sizes[self._sample] - self._done]
+            self._crc = zlib.crc32(part, self._crc)
+            self._done += len(part)
+            at += len(part)
+            if self._done == self._sizes[self._sample]:
+                if self._crc != self._sums[self._sample]:
+                    raise _wrong_sample(url, self._rows[self._sample])
+                self._sample, self._crc, self._done = self._sample + 1, 0, 0
+
+
+class _Target:
+    """A file that is written from its start on, and given to the disk meanwhile."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._written = 0
+        self._flushed = 0
+
+    def write(self, payload: memoryview) -> None:
+        left = payload
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+        self._moved(len(payload))
+
+    def copy(self, source: int, position: int, length: int) -> int:
+        most = min(length, _KERNEL_CHUNK_BYTES)
+        count = os.copy_file_range(source, self._descriptor, most, position)
+        self._moved(count)
+        return count
+
+    def _moved(self, count: int) -> None:
+        """Lets the disk begin with what was written, so that the fsync at the end waits less."""
+        self._written += count
+        length = self._written - self._flushed
+        if length >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            # Linux starts to write dirty pages out when it is told that nobody needs them.
+            os.posix_fadvise(self._descriptor, self._flushed, length, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written
+
+
+class _Sources:
+    """Reads ranges of files, keeping some of them open."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, int] = {}
+        self._buffer = memoryview(bytearray(_LOCAL_CHUNK_BYTES))
+
+    def __enter__(self) -> _Sources:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def descriptor(self, url: str) -> int:
+        if url not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            with _naming_source(url):
+                self._open[url] = os.open(files.local_path(url), os.O_RDONLY)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._open[url], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._open[url]
+
+    def __call__(self, url: str, start: int, length: int) -> memoryview:
+        """Reads the beginning of a range, at most a chunk; it is valid until the next call."""
+        with _naming_source(url):
+            if files.is_local(url):
+                want = min(length, len(self._buffer))
+                payload = self._buffer[
+                    : os.preadv(self.descriptor(url), [self._buffer[:want]], start)
+                ]
+                whole = len(payload) > 0
+            else:
+                want = min(length, _REMOTE_CHUNK_BYTES)
+                payload = memoryview(_fetch(url, start, start + want))
+                whole = len(payload) == want
+        if not whole:
+            raise ShardError(
+                "a source ends early",
+                reason="tar_truncated",
+                where=url,
+                facts={"got_bytes": start + len(payload), "want_bytes": start + length},
+                fix="verify the source, then run the same command again",
+            )
+        return payload
+
+
+def _fetch(url: str, start: int, stop: int) -> bytes:
+    fs, path = files.filesystem(url)
+    return persist(lambda: bytes(fs.cat_file(path, start=start, end=stop)), where=url)
+
+
+@contextmanager
+def _naming_source(url: str) -> Iterator[None]:
+    try:
+        with files.naming_errors(url):
+            yield
+    except FileNotFoundError as error:
+        raise _changed(url, got=None) from error
+
+
+def _wrong_sample(url: str, row: np.void) -> ShardError:
+    return ShardError(
+        "a sample of a source is not the one that was written",
+        reason="sample_crc",
+        where=f"{url} sample {row['key'].decode()}",
+        facts={"want_crc32": int(row["crc32"])},
+        fix="verify the source; copy or build its shard again",
+    )
+
+
+def plan_parts(pieces: Sequence[Piece], *, end: bytes) -> list[CopyPart | SentPart]:
+    """Plans the parts of an upload so that the store copies all it can.
+
+    Args:
+      pieces: What the object consists of.
+      end: Bytes behind them.
+
+    Returns:
+      Parts within the limits above; at most `MIN_PART_BYTES` of each are sent.
+    """
+    total = sum(piece.num_bytes for piece in pieces)
+    smallest = max(MIN_PART_BYTES, -(-total // (MAX_PARTS - 1)))
+    parts: list[CopyPart | SentPart] = []
+    held: list[Piece] = []
+    missing = smallest
+    for piece in pieces:
+        position = 0
+        if held:
+            position = min(piece.num_bytes, missing)
+            held.append(piece.cut(0, position))
+            missing -= position
+            if missing:
+                continue
+            parts.append(SentPart(pieces=tuple(held)))
+            held, missing = [], smallest
+        while (left := piece.num_bytes - position) >= smallest:
+            count = left
+            if left > MAX_PART_BYTES:
+                count = min(MAX_PART_BYTES, left - smallest)
+            parts.append(CopyPart(piece=piece.cut(position, position + count)))
+            position += count
+        if left:
+            held, missing = [piece.cut(position, position + left)], smallest - left
+    if len(held) == 1 and not end:
+        parts.append(CopyPart(piece=held[0]))  # the last may be short
+    elif held or end:
+        parts.append(SentPart(pieces=tuple(held), end=end))
+    return parts
+
+
+def joins_in_store(url: str, pieces: Sequence[Piece], stamps: Mapping[str, Stamp]) -> bool:
+    """Tells whether the target's store can join the pieces, or most of their bytes, by itself."""
+    if files.is_local(url) or any(files.is_local(piece.url) for piece in pieces):
+        return False
+    fs, _ = files.filesystem(url)
+    if any(files.filesystem(u)[0] is not fs for u in {piece.url for piece in pieces}):
+        return False
+    if kind_of(fs) == "s3":
+        parts = plan_parts(pieces, end=END_OF_ARCHIVE)
+        copied = sum(part.piece.num_bytes for part in parts if isinstance(part, CopyPart))
+        return 2 * copied > sum(piece.num_bytes for piece in pieces)
+    return kind_of(fs) == "gs" and whole_file(pieces, stamps) is not None
+
+
+def whole_file(pieces: Sequence[Piece], stamps: Mapping[str, Stamp]) -> str | None:
+    """Gives the file that the pieces and the end of a tar are all of; None where there is none."""
+    if len(pieces) != 1 or pieces[0].start or not _has_own_end(pieces[0], stamps):
+        return None
+    return pieces[0].url
+
+
+def _has_own_end(piece: Piece, stamps: Mapping[str, Stamp]) -> bool:
+    """Tells whether a file goes on behind a piece with the end of a tar, and nothing else."""
+    stop = piece.stop + len(END_OF_ARCHIVE)
+    if stop != stamps[piece.url].num_bytes:
+        return False
+    # Foreign tars may end in files that belong to no sample, and without an end.
+    return _read_whole(Piece(url=piece.url, start=piece.stop, stop=stop)) == END_OF_ARCHIVE
+
+
+def join_in_store(
+    url: str,
+    pieces: Sequence[Piece],
+    stamps: Mapping[str, Stamp],
+    *,
+    on_part: OnPart | None = None,
+) -> None:
+    """Lets a store join pieces to an object, with the end of a tar; it appears whole or not at all.
+
+    Args:
+      url: The object.
+      pieces: For which `joins_in_store` is true.
+      stamps: Version of each file.
+      on_part: Hears how many bytes have arrived; what it raises ends the upload, and nothing is
+        left of it.
+
+    Raises:
+      ShardError: `source_changed`.
+      StorageError: The store refused or failed.
+    """
+    fs, path = files.filesystem(url)
+    with files.naming_errors(url):
+        if kind_of(fs) == "s3":
+            _join_in_s3(fs, path, pieces, stamps, where=url, on_part=on_part or (lambda _: None))
+            return
+        whole = whole_file(pieces, stamps)
+        assert whole is not None
+        require_stamp(whole, stamps[whole])
+        persist(lambda: fs.cp_file(files.filesystem(whole)[1], path), where=url)
+        require_stamp(whole, stamps[whole])
+        check_size(fs, path, stamps[whole].num_bytes, where=url)
+
+
+def _join_in_s3(
+    fs: Any,
+    path: str,
+    pieces: Sequence[Piece],
+    stamps: Mapping[str, Stamp],
+    *,
+    where: str,
+    on_part: OnPart,
+) -> None:
+    end = END_OF_ARCHIVE
+    num_bytes = sum(piece.num_bytes for piece in pieces) + len(end)
+    last = pieces[-1]
+    # S3 copies no ranges of objects that are shorter than a part.
+    if stamps[last.url].num_bytes > MIN_PART_BYTES and _has_own_end(last, stamps):
+        # The source's own end follows the last sample: nothing needs to be sent for it.
+        pieces, end = [*pieces[:-1], last.cut(0, last.num_bytes + len(end))], b""
+    parts = plan_parts(pieces, end=end)
+
+    def send(number: int, upload: Mapping[str, Any]) -> str:
+        part = parts[number - 1]
+        if isinstance(part, CopyPart):
+            return _copy_part(fs, part.piece, stamps, upload)
+        return send_part_s3(fs, b"".join([*map(_read_whole, part.pieces), part.end]), upload, where)
+
+    left = persist(lambda: open_uploads(fs, path), where=where)
+    for _, upload_id, _ in left:  # by a killed process
+        abort_upload(fs, path, upload_id, where=where)
+    put_in_parts_s3(
+        fs,
+        path,
+        [part.num_bytes for part in parts],
+        send,
+        num_bytes=num_bytes,
+        where=where,
+        on_part=on_part,
+        # Stores that ignore the condition of a copy are caught here.
+        before_end=lambda: _require_all(pieces, stamps),
+    )
+
+
+def _copy_part(
+    fs: Any, piece: Piece, stamps: Mapping[str, Stamp], upload: Mapping[str, Any]
+) -> str:
+    bucket, key, _ = fs.split_path(files.filesystem(piece.url)[1])
+    try:
+        done = persist(
+            lambda: fs.call_s3(
+                "upload_part_copy",
+                CopySource={"Bucket": bucket, "Key": key},
+                CopySourceRange=f"bytes={piece.start}-{piece.stop - 1}",
+                CopySourceIfMatch=stamps[piece.url].version,
+                **upload,
+            ),
+            where=piece.url,
+        )
+    except OSError:
+        require_stamp(piece.url, stamps[piece.url])  # says it better, if that was the cause
+        raise
+    return str(done["CopyPartResult"]["ETag"])
+
+
+def _read_whole(piece: Piece) -> bytes:
+    found = bytearray()
+    with _Sources() as read:
+        while len(found) < piece.num_bytes:
+            found += read(piece.url, piece.start + len(found), piece.num_bytes - len(found))
+    return bytes(found)
+
+
+def _require_all(pieces: Sequence[Piece], stamps: Mapping[str, Stamp]) -> None:
+    for url in sorted({piece.url for piece in pieces}):
+        require_stamp(url, stamps[url])

@@ -1,0 +1,593 @@
+"""The one door to bytes: local paths, every fsspec URL and named stores; whole or not at all.
+
+Local files are written under a temporary name in the same directory, flushed to disk and renamed.
+On object stores an object appears only when its upload is complete (`shardspec.storage.upload`). A
+scheme that fsspec does not know may be the name of a store (`shardspec.storage.stores`).
+
+What a store's client raises becomes a StorageError here, but for a missing object, which is a
+FileNotFoundError everywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import posixpath
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from shardspec.errors import ShardsError, StorageError, nearest
+from shardspec.storage import upload
+from shardspec.storage.retries import is_access_refused, is_client_error, persist
+from shardspec.storage.stores import STORES_FILE, Store, named_stores
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SCHEMES = ("file", "s3", "gs", "memory")
+"""Kinds of URL that the test suite runs against; fsspec knows more."""
+
+_OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
+"""Schemes that reach the same stores, with the same client of fsspec's."""
+
+_DELETES_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredObject:
+    """What a listing says of an object."""
+
+    name: str
+    """Relative to the URL that was listed."""
+    num_bytes: int
+    modified_unix_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenUpload:
+    """A multipart upload that was begun and neither ended nor aborted."""
+
+    name: str
+    """Of the object it would make, relative to the URL that was listed."""
+    upload_id: str
+    began_unix_s: float
+
+
+def is_local(url: str) -> bool:
+    """Tells whether a URL names a local path (no scheme, or file://)."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """Turns a local URL into a path."""
+    return Path(url.removeprefix("file://")).expanduser()
+
+
+def join(url: str, *parts: str) -> str:
+    """Appends path components to a URL.
+
+    >>> join("s3://bucket/set/", "train", "a.tar")
+    's3://bucket/set/train/a.tar'
+    """
+    return posixpath.join(url, *parts)
+
+
+def resolve(base: str, url: str) -> str:
+    """Gives a URL that may be relative to a folder as one that stands alone.
+
+    >>> resolve("s3://bucket/views/a", "../b/train/x.tar")
+    's3://bucket/views/b/train/x.tar'
+    >>> resolve("/data/a", "s3://bucket/x.tar"), resolve("/data/a", "train/x.tar")
+    ('s3://bucket/x.tar', '/data/a/train/x.tar')
+    """
+    if "://" in url or url.startswith("/"):
+        return url
+    if is_local(base):
+        return join(base, url)  # the system knows where ".." leads, over symbolic links too
+    scheme, _, path = base.partition("://")
+    return f"{scheme}://{posixpath.normpath(posixpath.join(path, url))}"
+
+
+def absolute_url(url: str) -> str:
+    """Gives a URL in one way only: a local path without links, no slash behind it, a store's name.
+
+    >>> absolute_url("s3a://bucket/set/"), absolute_url("gcs://bucket")
+    ('s3://bucket/set', 'gs://bucket')
+    """
+    if is_local(url):
+        return os.path.realpath(local_path(url))
+    scheme, mark, place = url.rstrip("/").partition("://")
+    return f"{_OTHER_NAMES.get(scheme, scheme)}{mark}{place}"
+
+
+def exists(url: str) -> bool:
+    """Tells whether an object or a directory is there."""
+    with naming_errors(url):
+        if is_local(url):
+            return local_path(url).exists()
+        fs, path = filesystem(url)
+        return _patiently(url, lambda: bool(fs.exists(path)))
+
+
+def size(url: str) -> int | None:
+    """Returns the length of an object in bytes, or None where there is none."""
+    with naming_errors(url):
+        if is_local(url):
+            path = local_path(url)
+            return path.stat().st_size if path.is_file() else None
+        fs, remote = filesystem(url)
+        try:
+            info = _patiently(url, lambda: fs.info(remote))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+
+def version(url: str) -> str | None:
+    """Names the version of an object by what changes with each write; None where there is none.
+
+    Returns:
+      An opaque text: the ETag on S3, the generation on GCS, elsewhere length and time of writing.
+    """
+    with naming_errors(url):
+        if is_local(url):
+            try:
+                stat = local_path(url).stat()
+            except FileNotFoundError:
+                return None
+            return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
+        fs, path = filesystem(url)
+        return _patiently(url, lambda: upload.version_of(fs, path))
+
+
+def read_bytes(url: str) -> bytes:
+    """Reads a whole object.
+
+    Raises:
+      FileNotFoundError: There is none.
+      StorageError: The store refused or failed.
+    """
+    with naming_errors(url):
+        if is_local(url):
+            return local_path(url).read_bytes()
+        fs, path = filesystem(url)
+        return _patiently(url, lambda: bytes(fs.cat_file(path)))
+
+
+def fetch_file(url: str, target: Path) -> None:
+    """Copies an object to a local file, which then holds all of it; memory holds a part at most.
+
+    Raises:
+      FileNotFoundError: There is none.
+      StorageError: The store refused or failed, or the local disk is full.
+    """
+    with naming_errors(url):
+        if is_local(url):
+            shutil.copyfile(local_path(url), target)
+            return
+        fs, path = filesystem(url)
+        _patiently(url, lambda: fs.get_file(path, str(target)))
+
+
+def list_names(url: str) -> list[str]:
+    """Lists the names of the objects directly below a URL, sorted; [] where there is nothing."""
+    with naming_errors(url):
+        if is_local(url):
+            directory = local_path(url)
+            return sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+        fs, path = filesystem(url)
+        path = path.rstrip("/")
+        try:
+            found = _patiently(url, lambda: fs.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+        # A listing may name the folder itself; and stores sort in ways of their own.
+        names = {name.rstrip("/") for name in found}
+        return sorted(_below(name, path) for name in names if _below(name, path))
+
+
+def list_objects(url: str) -> list[StoredObject]:
+    """Lists the objects below a URL at every depth, sorted by name; [] where there is nothing.
+
+    Unfinished files of local folders are among them.
+    """
+    with naming_errors(url):
+        if is_local(url):
+            root = local_path(url)
+            objects = [
+                StoredObject(
+                    name=path.relative_to(root).as_posix(),
+                    num_bytes=stat.st_size,
+                    modified_unix_s=stat.st_mtime,
+                )
+                for path in root.rglob("*")
+                if path.is_file() and (stat := path.stat())
+            ]
+            return sorted(objects, key=lambda each: each.name)
+        fs, root_path = filesystem(url)
+        root_path = root_path.rstrip("/")
+        try:
+            found = _patiently(url, lambda: fs.find(root_path, detail=True))
+        except FileNotFoundError:
+            return []
+        objects = [
+            StoredObject(
+                name=_below(name, root_path),
+                num_bytes=int(entry["size"]),
+                modified_unix_s=_modified(entry),
+            )
+            for name, entry in found.items()
+            if entry["type"] == "file" and _below(name, root_path)
+        ]
+        return sorted(objects, key=lambda each: each.name)
+
+
+def list_uploads(url: str) -> list[OpenUpload]:
+    """Lists the unfinished multipart uploads below a URL.
+
+    Only S3 has any to list. GCS shows its unfinished uploads to nobody, charges nothing for them
+    and drops them after a week; elsewhere there is no such thing.
+    """
+    if is_local(url):
+        return []
+    with naming_errors(url):
+        fs, path = filesystem(url)
+        path = path.rstrip("/")
+        found = _patiently(url, lambda: upload.open_uploads(fs, path))
+        return [
+            OpenUpload(name=_below(name, path), upload_id=upload_id, began_unix_s=began)
+            for name, upload_id, began in found
+        ]
+
+
+def abort_upload(url: str, upload_id: str) -> None:
+    """Drops the parts of an unfinished multipart upload; one that is gone is no error."""
+    with naming_errors(url):
+        fs, path = filesystem(url)
+        upload.abort_upload(fs, path, upload_id, where=url)
+
+
+def delete(url: str) -> None:
+    """Removes an object, or a directory with all it holds; nothing happens where there is none."""
+    with naming_errors(url):
+        if is_local(url):
+            path = local_path(url)
+            while path.is_dir():
+                # What a dying process still tidies up vanishes under our hands.
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+            return
+        fs, remote = filesystem(url)
+        try:
+            # Not fs.rm: it takes *, ? and [ in names for patterns.
+            found = _patiently(url, lambda: fs.find(remote))
+        except FileNotFoundError:
+            return
+        _delete_all(fs, found, where=url)
+
+
+def delete_objects(url: str, names: Iterable[str]) -> None:
+    """Removes objects by their names below a URL; those that are not there are passed over."""
+    with naming_errors(url):
+        if is_local(url):
+            for name in names:
+                local_path(join(url, name)).unlink(missing_ok=True)
+            return
+        fs, root = filesystem(url)
+        _delete_all(fs, [posixpath.join(root, name) for name in names], where=url)
+
+
+def delete_temporaries(url: str) -> None:
+    """Removes the unfinished files of killed writers below a local directory."""
+    with naming_errors(url):
+        for path in local_path(url).rglob(".*.tmp-" + "[0-9a-f]" * 32):
+            path.unlink(missing_ok=True)
+
+
+def publish_bytes(url: str, payload: bytes) -> None:
+    """Puts a small object in place, whole; an old one is replaced in the same moment."""
+    with naming_errors(url):
+        if is_local(url):
+            with _replacing(local_path(url)) as temporary:
+                _write_synced(temporary, payload)
+            return
+        fs, path = filesystem(url)
+        with _naming_bucket(url):
+            upload.put_bytes(fs, path, payload, where=url)
+
+
+def swap_bytes(url: str, payload: bytes, *, replacing: str | None) -> bool:
+    """Puts a small object in place of one known version, or where there is none.
+
+    Object stores decide this for all writers in the world (`shardspec.storage.upload` names those
+    that do not). On local disk only "where there is none" is decided in one step: hold `exclusive`
+    when replacing.
+
+    Args:
+      url: The object.
+      payload: What it shall be.
+      replacing: What `version` has said, before the old object was read; None for none.
+
+    Returns:
+      Whether the object is now `payload`; False where it was another version.
+    """
+    with naming_errors(url):
+        if not is_local(url):
+            fs, path = filesystem(url)
+            with _naming_bucket(url):
+                return upload.swap_bytes(fs, path, payload, replacing=replacing, where=url)
+        if replacing is not None:
+            if version(url) != replacing:
+                return False
+            publish_bytes(url, payload)
+            return True
+        return _create_local(local_path(url), payload)
+
+
+def publish_file(url: str, source: Path, *, on_part: Callable[[int], None] | None = None) -> None:
+    """Moves a finished local file to its place, whole; `source` is gone afterwards.
+
+    Args:
+      url: Its place.
+      source: The file.
+      on_part: Hears how many bytes have arrived, while a large file goes to an object store; what
+        it raises ends the upload, and nothing is left of it.
+
+    Raises:
+      StorageError: `no_space`, `permission`, `store_unavailable`, `upload_size`, `upload_checksum`
+        or `storage_failed`; nothing appeared under `url`.
+    """
+    with naming_errors(url):
+        if is_local(url):
+            _publish_local(local_path(url), source)
+            return
+        fs, path = filesystem(url)
+        with _naming_bucket(url):
+            upload.put_file(fs, path, source, where=url, on_part=on_part)
+        source.unlink()
+
+
+@contextmanager
+def exclusive(url: str) -> Iterator[None]:
+    """Holds a local folder for this process, which makes it if need be; the kernel lets go of it.
+
+    File systems without locks are not held, nor are object stores (`preprocess.job.lease` holds
+    those).
+
+    Raises:
+      StorageError: `output_busy`: another process holds it.
+    """
+    if not is_local(url):
+        yield
+        return
+    with naming_errors(url):
+        make_folder(local_path(url))
+        folder = os.open(local_path(url), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                "another job is writing to this output",
+                reason="output_busy",
+                where=url,
+                fix="wait until it has ended, or use another OUT=",
+            ) from error
+        except OSError as error:
+            logger.warning("%s: the file system has no locks (%s)", url, error)
+        yield
+    finally:
+        os.close(folder)
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Finds the client of a URL's store and the object's path there; local URLs too.
+
+    Listings are never answered from a cache: other processes write to the same stores.
+
+    Raises:
+      StorageError: `unknown_scheme`.
+    """
+    try:
+        scheme, _, rest = url.partition("://")
+        if rest and "::" not in scheme and not _is_known(scheme):
+            store = _named_store(url, scheme)
+            return fsspec.filesystem("s3", use_listings_cache=False, **store.options()), rest
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ShardsError):
+            raise
+        raise StorageError(
+            "no file system is installed for this kind of URL",
+            reason="unknown_scheme",
+            where=url,
+            facts={"error": error},
+            fix="install the package that the error names, or use s3://, gs:// or a local path",
+        ) from error
+    return fs, path
+
+
+def free_bytes(url: str) -> int | None:
+    """Tells the free space of the disk that a local URL lies on; None for object stores."""
+    if not is_local(url):
+        return None
+    path = local_path(url).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def make_folder(path: Path) -> None:
+    """Makes a local folder and its parents.
+
+    Raises:
+      OSError: It cannot be made; never FileNotFoundError, which means a missing object here.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise OSError(errno.EACCES, "folder cannot be made", str(path)) from error
+
+
+def _publish_local(path: Path, source: Path) -> None:
+    with _replacing(path) as temporary:
+        try:
+            os.rename(source, temporary)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.copyfile(source, temporary)
+            source.unlink()
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+
+
+def _create_local(path: Path, payload: bytes) -> bool:
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        _write_synced(temporary, payload)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return path.read_bytes() == payload
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_synced(path: Path, payload: bytes) -> None:
+    with path.open("xb") as stream:
+        stream.write(payload)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _is_known(scheme: str) -> bool:
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ValueError:
+        return False
+    return True
+
+
+def _named_store(url: str, scheme: str) -> Store:
+    stores = named_stores()
+    if scheme not in stores:
+        known = (*SCHEMES, *stores)
+        raise StorageError(
+            "no file system and no named store has this kind of URL",
+            reason="unknown_scheme",
+            where=url,
+            facts={"known": ", ".join(f"{name}://" for name in known) + " and fsspec's others"},
+            fix=f"{nearest(scheme, known)}; a store is given a name in {STORES_FILE}",
+        )
+    return stores[scheme]
+
+
+def _delete_all(fs: Any, paths: list[str], *, where: str) -> None:
+    def one(path: str) -> None:
+        with suppress(FileNotFoundError):
+            persist(lambda: fs.rm_file(path), where=where)
+
+    # One by one: a bulk delete of s3fs keeps quiet about the objects it may not delete.
+    with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
+        list(pool.map(one, paths))
+
+
+def _below(name: str, root: str) -> str:
+    return name.removeprefix(f"{root}/") if name.startswith(f"{root}/") else ""
+
+
+def _modified(entry: dict[str, Any]) -> float:
+    for field in ("mtime", "LastModified", "created"):
+        if field in entry:
+            return float(getattr(entry[field], "timestamp", lambda v=entry[field]: v)())
+    return 0.0
+
+
+def _patiently(url: str, action: Callable[[], T]) -> T:
+    return persist(action, where=url)
+
+
+@contextmanager
+def _naming_bucket(url: str) -> Iterator[None]:
+    """What is missing when an object is written can only be its bucket."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(
+            "there is no such bucket",
+            reason="bucket_missing",
+            where=url,
+            facts={"error": error},
+            fix="make it, or correct OUT=",
+        ) from error
+
+
+@contextmanager
+def naming_errors(url: str) -> Iterator[None]:
+    """Turns the errors of the system and of stores' clients into ours.
+
+    A missing object stays FileNotFoundError.
+
+    Raises:
+      StorageError: `no_space`, `permission` or `storage_failed`, naming the URL.
+    """
+    try:
+        yield
+    except (FileNotFoundError, StorageError):
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_client_error(error):
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            reason, what, fix = "no_space", "no space is left on the device", "free some space"
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason, what, fix = "permission", "access was refused", "check the owner and the rights"
+        elif is_access_refused(error):
+            reason, what = "permission", "access was refused"
+            fix = "give the store's client credentials with this right (profile, environment, role)"
+        else:
+            reason, what, fix = "storage_failed", "the storage failed", "see the error"
+        raise StorageError(
+            what,
+            reason=reason,
+            where=url,
+            facts={"error": error},
+            fix=f"{fix}, then run the same command again",
+        ) from error

@@ -1,0 +1,322 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loader.assembly.layout import IGNORED, BranchTurns, TokenIds, Turn, lay_out
+from shardspec.errors import SampleError
+from shardspec.tiling import ImageTokenIds
+
+EOS = 2
+IDS = TokenIds(
+    bos=1,
+    eos=EOS,
+    pad=0,
+    image=ImageTokenIds(im_start=90, im_end=91, im_patch=92, im_col=93, low_res_im_start=94),
+)
+BLOCK = np.array([90, 92, 92, 91], dtype=np.int32)
+ARRAYS = ("input_ids", "labels", "position_ids", "subsegment_ids", "loss_weights")
+
+
+def branch(*turns, weight=1_000_000):
+    """Makes a conversation from (prompt, response) pairs of lists."""
+    arrays = [[np.array(ids, dtype=np.int32) for ids in turn] for turn in turns]
+    return BranchTurns(turns=[Turn(prompt=p, response=r) for p, r in arrays], weight=weight)
+
+
+TWO_BRANCHES = [branch(([10, 11], [20, 21])), branch(([12], [22, 23, 24]))]
+
+
+def cut(sequence, limit):
+    return {name: getattr(sequence, name)[:limit].tolist() for name in ARRAYS}
+
+
+def expected(blocks, branches):
+    """Lays out token by token: one long sequence, shifted by one, each branch closed by EOS."""
+    tokens, learned = [IDS.bos, *np.concatenate([[], *blocks]).tolist()], []
+    learned += [False] * len(tokens)
+    prefix = len(tokens)
+    positions, segments, weights = list(range(prefix)), [10_000] * prefix, [0.0] * prefix
+    last = []
+    for k, one in enumerate(branches):
+        start = len(tokens)
+        for t, turn in enumerate(one.turns):
+            tokens += [*turn.prompt.tolist(), *turn.response.tolist()]
+            learned += [False] * len(turn.prompt) + [True] * len(turn.response)
+            if t < len(one.turns) - 1:
+                tokens.append(EOS)
+                learned.append(True)
+        length = len(tokens) - start
+        positions += range(prefix, prefix + length)
+        segments += [k] * length
+        weights += [one.weight / 1e6] * length
+        last.append(len(tokens) - 1)
+    labels = [t if m else IGNORED for t, m in zip(tokens[1:], learned[1:], strict=True)] + [IGNORED]
+    for position in last:
+        labels[position] = EOS
+    if labels[prefix - 1] != IGNORED:
+        weights[prefix - 1] = branches[0].weight / 1e6
+    return {
+        "input_ids": tokens,
+        "labels": labels,
+        "position_ids": positions,
+        "subsegment_ids": segments,
+        "loss_weights": [
+            float(np.float32(w)) if label != IGNORED else 0.0
+            for w, label in zip(weights, labels, strict=True)
+        ],
+    }
+
+
+ids = st.integers(10, 89)
+turns = st.tuples(st.lists(ids, max_size=4), st.lists(ids, min_size=1, max_size=5))
+conversations = st.builds(
+    lambda turns, weight: branch(*turns, weight=weight),
+    st.lists(turns, min_size=1, max_size=3),
+    st.sampled_from([1_000_000, 200_000, 707_107]),
+)
+images = st.lists(st.sampled_from([BLOCK, np.array([90, 92, 91], dtype=np.int32)]), max_size=3)
+samples = st.tuples(images, st.lists(conversations, min_size=1, max_size=4))
+
+
+def test_two_branches_behind_an_image_are_laid_out_as_molmo_2_does():
+    sequence = lay_out([BLOCK], TWO_BRANCHES, ids=IDS)
+    no = IGNORED
+    assert sequence.input_ids.tolist() == [1, 90, 92, 92, 91, 10, 11, 20, 21, 12, 22, 23, 24]
+    assert sequence.labels.tolist() == [no] * 6 + [20, 21, EOS, 22, 23, 24, EOS]
+    assert sequence.position_ids.tolist() == [*range(9), 5, 6, 7, 8]
+    assert sequence.subsegment_ids.tolist() == [10_000] * 5 + [0] * 4 + [1] * 4
+    assert sequence.loss_weights.tolist() == [0.0] * 6 + [1.0] * 7
+    assert (sequence.image_starts, sequence.image_ends) == ((1,), (5,))
+    assert sequence.dropped_branches == 0
+
+
+def test_arrays_have_the_types_that_the_collator_hands_over():
+    sequence = lay_out([BLOCK], TWO_BRANCHES, ids=IDS)
+    types = {name: str(getattr(sequence, name).dtype) for name in ARRAYS}
+    assert types == {name: "int64" for name in ARRAYS[:4]} | {"loss_weights": "float32"}
+
+
+def test_eos_between_turns_stands_in_the_input_and_is_learned():
+    sequence = lay_out([], [branch(([10], [20, 21]), ([11], [22]))], ids=IDS)
+    assert sequence.input_ids.tolist() == [1, 10, 20, 21, EOS, 11, 22]
+    assert sequence.labels.tolist() == [IGNORED, 20, 21, EOS, IGNORED, 22, EOS]
+
+
+def test_response_without_prompt_is_predicted_from_the_end_of_the_prefix():
+    sequence = lay_out([BLOCK], [branch(([], [20, 21]), weight=200_000)], ids=IDS)
+    assert sequence.input_ids.tolist() == [1, 90, 92, 92, 91, 20, 21]
+    assert sequence.labels.tolist() == [IGNORED] * 4 + [20, 21, EOS]
+    assert sequence.loss_weights.tolist() == pytest.approx([0] * 4 + [0.2] * 3)
+
+
+def test_prefix_predicts_nothing_for_the_second_branch():
+    sequence = lay_out([], [branch(([10], [20])), branch(([], [21, 22]))], ids=IDS)
+    assert sequence.input_ids.tolist() == [1, 10, 20, 21, 22]
+    assert sequence.labels.tolist() == [IGNORED, 20, EOS, 22, EOS]
+
+
+def test_text_without_images_gets_bos_positions_and_the_shift_too():
+    sequence = lay_out([], [branch(([10], [20]))], ids=IDS)
+    assert sequence.input_ids.tolist() == [1, 10, 20]
+    assert sequence.labels.tolist() == [IGNORED, 20, EOS]
+    assert sequence.position_ids.tolist() == [0, 1, 2]
+    assert sequence.subsegment_ids.tolist() == [10_000, 0, 0]
+    assert sequence.image_starts == sequence.image_ends == ()
+
+
+def test_images_stand_one_after_another_behind_bos():
+    sequence = lay_out([BLOCK, BLOCK[1:], BLOCK], [branch(([10], [20]))], ids=IDS)
+    assert sequence.image_starts == (1, 5, 8)
+    assert sequence.image_ends == (5, 8, 12)
+    assert sequence.input_ids[8:12].tolist() == BLOCK.tolist()
+
+
+@given(samples)
+def test_layout_equals_the_sequence_that_is_built_token_by_token(sample):
+    blocks, branches = sample
+    assert cut(lay_out(blocks, branches, ids=IDS), None) == expected(blocks, branches)
+
+
+@given(samples)
+def test_labels_are_the_next_inputs_but_for_the_eos_that_ends_a_branch(sample):
+    blocks, branches = sample
+    s = lay_out(blocks, branches, ids=IDS)
+    following = np.append(s.input_ids[1:], EOS)
+    ends = np.append(s.subsegment_ids[1:] != s.subsegment_ids[:-1], True)
+    ends &= s.subsegment_ids != 10_000
+    learned = s.labels != IGNORED
+    assert (s.labels[learned & ~ends] == following[learned & ~ends]).all()
+    assert (s.labels[ends] == EOS).all()
+    assert ((s.loss_weights > 0) == learned).all()
+
+
+@given(samples)
+def test_positions_of_every_branch_go_on_from_the_prefix(sample):
+    blocks, branches = sample
+    s = lay_out(blocks, branches, ids=IDS)
+    prefix = int((s.subsegment_ids == 10_000).sum())
+    for k in range(len(branches)):
+        own = s.position_ids[s.subsegment_ids == k]
+        assert own.tolist() == list(range(prefix, prefix + len(own)))
+
+
+@given(samples, st.integers(1, 60))
+def test_limit_drops_branches_whose_prompt_does_not_fit_and_cuts_the_last(sample, limit):
+    blocks, branches = sample
+    length = 1 + sum(map(len, blocks))
+    kept = []
+    for one in branches:
+        if kept and length + len(one.turns[0].prompt) >= limit:
+            continue
+        kept.append(one)
+        length += sum(len(t.prompt) + len(t.response) + 1 for t in one.turns) - 1
+    whole = lay_out(blocks, kept, ids=IDS)
+    has_loss = (whole.labels[:limit] != IGNORED).any()
+    if 1 + sum(map(len, blocks)) > limit:
+        with pytest.raises(SampleError) as caught:
+            lay_out(blocks, branches, ids=IDS, limit=limit)
+        assert caught.value.reason == "image_cut"
+    elif not has_loss:
+        with pytest.raises(SampleError) as caught:
+            lay_out(blocks, branches, ids=IDS, limit=limit)
+        assert caught.value.reason == "no_loss"
+    else:
+        got = lay_out(blocks, branches, ids=IDS, limit=limit)
+        assert cut(got, None) == cut(whole, limit)
+        assert got.dropped_branches == len(branches) - len(kept)
+        assert got.image_ends == whole.image_ends
+        assert all(end <= limit for end in got.image_ends)
+
+
+def test_limit_that_everything_fits_changes_nothing():
+    whole = lay_out([BLOCK], TWO_BRANCHES, ids=IDS)
+    limited = lay_out([BLOCK], TWO_BRANCHES, ids=IDS, limit=13)
+    assert cut(limited, None) == cut(whole, None)
+    assert limited.dropped_branches == 0
+
+
+def test_branch_is_dropped_when_only_its_prompt_would_fit():
+    # Prefix 5 and branch 4: the second branch's prompt takes token 10, its response none.
+    kept = lay_out([BLOCK], TWO_BRANCHES, ids=IDS, limit=11)
+    dropped = lay_out([BLOCK], TWO_BRANCHES, ids=IDS, limit=10)
+    assert kept.input_ids.tolist()[9:] == [12, 22]
+    assert kept.labels.tolist()[9:] == [22, 23]
+    assert dropped.input_ids.tolist()[5:] == [10, 11, 20, 21]
+    assert (kept.dropped_branches, dropped.dropped_branches) == (0, 1)
+
+
+def test_segments_of_the_branches_that_are_left_have_no_gap():
+    branches = [branch(([10], [20])), branch(([11] * 9, [21])), branch(([12], [22]))]
+    sequence = lay_out([], branches, ids=IDS, limit=6)
+    assert sequence.input_ids.tolist() == [1, 10, 20, 12, 22]
+    assert sequence.subsegment_ids.tolist() == [10_000, 0, 0, 1, 1]
+    assert sequence.dropped_branches == 1
+
+
+def test_images_longer_than_the_limit_are_refused_not_cut():
+    with pytest.raises(SampleError) as caught:
+        lay_out([BLOCK, BLOCK], TWO_BRANCHES, ids=IDS, limit=8, where="some-key")
+    assert caught.value.reason == "image_cut"
+    assert caught.value.where == "some-key"
+    assert caught.value.facts == {"image_tokens": 9, "sequence_length": 8}
+
+
+@pytest.mark.parametrize(
+    "branches, limit", [([branch(([10, 11, 12], [20]))], 7), ([], None)], ids=["cut", "no text"]
+)
+def test_sample_without_anything_to_learn_is_refused(branches, limit):
+    with pytest.raises(SampleError) as caught:
+        lay_out([BLOCK], branches, ids=IDS, limit=limit, where="some-key")
+    assert caught.value.reason == "no_loss"
+    assert caught.value.where == "some-key"
+    # One token more, and the last token of the prompt predicts the response.
+    if branches:
+        assert lay_out([BLOCK], branches, ids=IDS, limit=8).labels[-1] == 20
+
+
+def test_molmo_1_numbers_branches_from_1_and_keeps_the_eos_between_them():
+    branches = [branch(([10, 11], [20, 21, 22])), branch(([12], [23]))]
+    sequence = lay_out([BLOCK], branches, ids=IDS, tree="molmo1", loss="root_subsegments")
+    no = IGNORED
+    assert sequence.input_ids.tolist() == [1, 90, 92, 92, 91, 10, 11, 20, 21, 22, EOS, 12, 23]
+    assert sequence.labels.tolist() == [no] * 6 + [20, 21, 22, EOS, no, 23, EOS]
+    assert sequence.subsegment_ids.tolist() == [10_000] * 5 + [1] * 6 + [2] * 2
+    assert sequence.position_ids.tolist() == [*range(11), 5, 6]
+    root = float(np.float32(0.5**0.5))
+    assert sequence.loss_weights.tolist() == [0.0] * 6 + [root] * 4 + [0.0] + [root] * 2
+
+
+@pytest.mark.parametrize(
+    "loss, first, second",
+    [
+        ("flat", 1, 0.2),
+        ("root_subsegments", 2**-0.5, 0.2 * 2**-0.5),
+        ("root_length", 2 / 3**0.5, 0.2 * 2 / 4**0.5),
+        ("root_both", 2**0.5 / 3**0.5, 0.2 * 2**0.5 / 4**0.5),
+    ],
+)
+def test_loss_is_scaled_by_branches_and_their_lengths(loss, first, second):
+    branches = [branch(([10, 11], [20, 21])), branch(([12], [22, 23, 24]), weight=200_000)]
+    sequence = lay_out([], branches, ids=IDS, loss=loss)
+    weights = sequence.loss_weights[sequence.labels != IGNORED]
+    assert weights.tolist() == pytest.approx([first] * 3 + [second] * 4)
+
+
+def test_branches_that_were_dropped_do_not_count_in_the_scale():
+    sequence = lay_out([BLOCK], TWO_BRANCHES, ids=IDS, loss="root_subsegments", limit=10)
+    assert sequence.dropped_branches == 1
+    assert sequence.loss_weights.max() == 1.0
+
+
+PLACED = TokenIds(bos=1, eos=EOS, pad=0, image=IDS.image, placeholder=95)
+
+
+def test_images_stand_where_a_text_wants_them():
+    one = branch(([10, 95, 11, 95], [20]))
+    sequence = lay_out([BLOCK, BLOCK[1:]], [one], ids=PLACED)
+    assert sequence.input_ids.tolist() == [1, 10, 90, 92, 92, 91, 11, 92, 92, 91, 20]
+    assert sequence.labels.tolist() == [IGNORED] * 9 + [20, EOS]
+    assert (sequence.image_starts, sequence.image_ends) == ((2, 7), (6, 10))
+    assert sequence.position_ids.tolist() == list(range(11))
+    assert sequence.subsegment_ids.tolist() == [10_000] * 10 + [0]
+
+
+def test_an_empty_turn_before_another_one_is_refused():
+    with pytest.raises(SampleError) as caught:
+        lay_out([BLOCK], [branch(([], []), ([], [20]))], ids=IDS, where="some-key")
+    assert caught.value.reason == "empty_turn"
+    assert caught.value.where == "some-key"
+
+
+@pytest.mark.parametrize(
+    "blocks, branches",
+    [
+        ([BLOCK], [branch(([95, 95], [20]))]),
+        ([], [branch(([95], [20]))]),
+        ([BLOCK, BLOCK], [branch(([95], [20]))]),
+        ([BLOCK], [branch(([95], [20])), branch(([10], [21]))]),
+    ],
+    ids=["too many", "no image", "too few", "two branches"],
+)
+def test_texts_that_want_other_images_than_there_are_are_refused(blocks, branches):
+    with pytest.raises(SampleError) as caught:
+        lay_out(blocks, branches, ids=PLACED, where="some-key")
+    assert caught.value.reason == "image_placeholder"
+    assert caught.value.where == "some-key"
+
+
+def test_image_inside_the_text_is_not_cut_either():
+    one = branch(([10] * 6 + [95], [20]))
+    assert lay_out([BLOCK], [one], ids=PLACED, limit=11).image_ends == (11,)
+    with pytest.raises(SampleError) as caught:
+        lay_out([BLOCK], [one], ids=PLACED, limit=10)
+    assert caught.value.reason == "image_cut"
+
+
+def test_leads_stand_in_front_of_their_images():
+    leads = [np.array([30, 31], dtype=np.int32), np.array([32], dtype=np.int32)]
+    sequence = lay_out([BLOCK, BLOCK], [branch(([10], [20]))], ids=IDS, leads=leads)
+    assert sequence.input_ids[:12].tolist() == [1, 30, 31, 90, 92, 92, 91, 32, 90, 92, 92, 91]
+    assert (sequence.image_starts, sequence.image_ends) == ((3, 8), (7, 12))
+    assert sequence.subsegment_ids[:12].tolist() == [10_000] * 12

@@ -1,0 +1,256 @@
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from loader import StreamingDataset, make_dataloader
+from loader.assembly.assemble import View
+from loader.assembly.collate import MMCollator
+from shardspec.errors import ConfigError, WorkerError
+from shardspec.tiling import ImageView
+
+ROOT = Path(__file__).parents[3]
+NUM = 40
+BATCH = 4
+VIEW = ImageView(size_px=112, patch_px=14)
+
+
+@pytest.fixture(scope="module")
+def url(tiny_sample, write_dataset, tmp_path_factory):
+    """Batches of 150 KB: enough to be shared."""
+    samples = [tiny_sample(i, num_images=1 + i % 2, size=(112, 112)) for i in range(NUM)]
+    folder = tmp_path_factory.mktemp("workers") / "set"
+    return write_dataset(folder, samples, several=True, view=VIEW)
+
+
+def make(url, *, workers=1, **options):
+    dataset = StreamingDataset(url, seed=7, view=View(image=VIEW), rank=0, world_size=1)
+    settings = {"global_batch_size": BATCH, "sequence_length": 256, "pad_mode": "max_len"}
+    return make_dataloader(dataset, workers=workers, **{**settings, **options})
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(url):
+    return list(make(url, workers=0, decode_threads=0))
+
+
+def files_of_batches():
+    """Lists the files with batches that this process maps."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    names = {line.split(maxsplit=5)[5] for line in maps if "/" in line}
+    # Not those in folders of tests whose names speak of batches.
+    return {name for name in names if "batch" in Path(name).name}
+
+
+def test_batches_are_the_same_and_stay_what_they_were_for_as_long_as_they_are_kept(
+    url, undisturbed
+):
+    loader = make(url, workers=2)
+    kept = list(loader)  # memory that is looked at carries no other batch
+    # Without a name there is nothing that could be left behind.
+    assert files_of_batches() == {"/memfd:batch (deleted)"}
+    assert all(map(same, kept, undisturbed))
+    again = []
+    for batch in loader:  # here it does
+        again.append(batch["images"].sum().item())
+    assert len(again) == len(undisturbed)
+    assert all(map(same, kept, undisturbed))
+    assert multiprocessing.active_children() == []
+
+
+def test_memory_is_used_again_and_what_is_left_of_a_batch_keeps_it(url, undisturbed):
+    loader = make(url, workers=1)
+    places, labels = [], []
+    for batch in loader:
+        places.append(batch["images"].data_ptr())
+        labels.append(batch["images"][0, 0, 0, 0])  # a row of the pictures keeps all of them
+        del batch
+    assert len(set(places)) == len(places)
+    for got, want in zip(labels, undisturbed, strict=True):
+        assert torch.equal(got, want["images"][0, 0, 0, 0])
+    del labels, got, want
+    places = [batch["images"].data_ptr() for batch in make(url, workers=1)]
+    assert len(set(places)) <= 5
+
+
+def test_consumer_that_keeps_more_than_can_be_mapped_gets_copies(url, undisturbed, monkeypatch):
+    monkeypatch.setattr("loader.delivery.workers._MOST_MAPPED", 4)
+    before = len(os.listdir("/proc/self/fd"))
+    batches = iter(make(url))
+    kept = [next(batches) for _ in range(9)]
+    # The pipe, the process's sentinel, and a file for each buffer in use or on its way.
+    assert len(os.listdir("/proc/self/fd")) - before <= 4 + 10
+    assert all(map(same, [*kept, *batches], undisturbed))
+
+
+def test_killed_worker_is_an_error_that_names_the_signal(url):
+    loader = make(url, workers=2)
+    batches = iter(loader)
+    next(batches)
+    (victim, *_) = multiprocessing.active_children()
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError) as caught:
+        for _ in batches:
+            pass
+    assert caught.value.reason == "worker_died"
+    assert caught.value.facts == {"exit_code": -9, "signal": "SIGKILL"}
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_descriptors_that_run_out_are_an_error_that_names_their_limit(left, url):
+    batches = iter(make(url))
+    kept = [next(batches)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest one
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + left, hard))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            kept.extend(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.reason == "descriptor_limit"
+    assert caught.value.facts == {"limit": free + left, "hard_limit": hard}
+    assert "`ulimit -n`" in caught.value.fix
+    assert multiprocessing.active_children() == []
+
+
+class Failing(MMCollator):
+    def collate(self, examples, **options):
+        raise ZeroDivisionError("in the user's code")
+
+
+def test_other_exceptions_of_a_worker_come_with_their_traceback(url):
+    loader = make(url)
+    loader._maker.collator = Failing(sequence_length=8)
+    with pytest.raises(WorkerError, match="ZeroDivisionError: in the user's code") as caught:
+        list(loader)
+    assert caught.value.reason == "worker_crash"
+    assert multiprocessing.active_children() == []
+
+
+class Busy:
+    """A maker whose batches behind the first take long."""
+
+    def __init__(self, maker):
+        self.maker, self.source = maker, maker.source
+
+    def make(self, task, *, allocate):
+        if task.step:
+            time.sleep(60)
+        return self.maker.make(task, allocate=allocate)
+
+
+@pytest.mark.slow
+def test_busy_workers_are_waited_for_together(url, monkeypatch):
+    monkeypatch.setattr("loader.delivery.workers._JOIN_S", 1.0)
+    loader = make(url, workers=4)
+    loader._maker = Busy(loader._maker)
+    batches = iter(loader)
+    next(batches)
+    start_s = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start_s < 2.5
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_end_at_once_although_a_forked_child_has_their_pipes_too(url):
+    loader = make(url, workers=2)
+    batches = iter(loader)
+    next(batches)
+    child = os.fork()
+    if not child:  # such as a worker of a torch DataLoader that evaluates in between
+        time.sleep(60)
+        os._exit(0)
+    try:
+        start_s = time.monotonic()
+        batches.close()
+        assert time.monotonic() - start_s < 4  # half a second; not the five of who must be killed
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+class Talking:
+    def __init__(self, maker):
+        self.maker, self.source = maker, maker.source
+
+    def make(self, task, *, allocate):
+        print(f"step {task.step}")
+        return self.maker.make(task, allocate=allocate)
+
+
+def test_what_the_users_code_prints_is_not_lost(url, capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    loader = make(url)
+    loader._maker = Talking(loader._maker)
+    steps = [step for step, _ in enumerate(loader)]
+    # Its output is a file here, and not written line by line.
+    assert capfd.readouterr().out.split("\n") == [*(f"step {step}" for step in steps), ""]
+
+
+class NoMemory:
+    """A maker in whose process no shared memory can be had."""
+
+    def __init__(self, maker):
+        self.maker, self.source = maker, maker.source
+
+    def make(self, task, *, allocate):
+        import loader.delivery.workers
+
+        def refuse():
+            raise OSError("no space left")
+
+        loader.delivery.workers._anonymous_file = refuse
+        return self.maker.make(task, allocate=allocate)
+
+
+def test_without_shared_memory_batches_are_copied_with_one_warning(url, undisturbed, caplog):
+    loader = make(url)
+    loader._maker = NoMemory(loader._maker)
+    with caplog.at_level(logging.WARNING, "loader.delivery.workers"):
+        assert all(map(same, loader, undisturbed))
+    assert [record.getMessage() for record in caplog.records] == [
+        "a worker process has no shared memory, so batches are copied: no space left"
+    ]
+
+
+def test_killed_consumer_leaves_no_workers(url, tmp_path):
+    script = tmp_path / "consume.py"
+    script.write_text(
+        "import multiprocessing, sys, time\n"
+        "from loader import StreamingDataset, make_dataloader\n"
+        "if __name__ == '__main__':\n"
+        "    loader = make_dataloader(StreamingDataset(sys.argv[1], rank=0, world_size=1),\n"
+        "        global_batch_size=4, sequence_length=256, workers=2)\n"
+        "    for batch in loader:\n"
+        "        print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    consumer = subprocess.Popen(
+        [sys.executable, script, url],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    workers = [int(pid) for pid in consumer.stdout.readline().split()]
+    assert len(workers) == 2
+    consumer.kill()
+    consumer.wait()
+    consumer.stdout.close()
+    stop_s = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers):
+        assert time.monotonic() < stop_s, "workers outlive their consumer"
+        time.sleep(0.05)

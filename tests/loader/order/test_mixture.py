@@ -1,0 +1,458 @@
+"""Mixtures: exact proportions for ever, exactly once per epoch, one answer for every topology."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loader.order.mixture
+from loader.order.mixture import (
+    MixtureChange,
+    MixtureConfig,
+    MixtureGroup,
+    MixtureMember,
+    MixtureOrder,
+    MixtureSource,
+    mixture_weights,
+    plan_mixture,
+)
+from loader.order.order import rank_positions
+from shardspec.errors import ConfigError, StateError
+
+
+def sources(sizes):
+    return tuple(MixtureSource(name=f"d{i}", num_samples=n) for i, n in enumerate(sizes))
+
+
+def mixed(sizes, *, by="root_size", batch=64, ranks=4, seed=1):
+    group = MixtureGroup(sources=sources(sizes), by=by)
+    return MixtureOrder(
+        plan_mixture(group, global_batch_size=batch, seed=seed, canonical_ranks=ranks)
+    )
+
+
+def rows(order, steps, batch):
+    """int64 [slots, 3]: dataset, epoch, sample."""
+    slots = order.slots(np.asarray(steps)[:, None], np.arange(batch))
+    return np.stack([slots.dataset, slots.epoch, slots.sample], axis=-1).reshape(-1, 3)
+
+
+SIZES = (37, 900, 3001, 20_000, 60_000)
+
+
+def test_every_dataset_shows_every_sample_once_per_epoch():
+    order = mixed(SIZES)
+    assert [row["layout"] for row in order.describe()] == ["global"] * 2 + ["lanes"] * 3
+    seen = rows(order, np.arange(4000), 64)
+    for dataset, size in enumerate(SIZES):
+        own = seen[seen[:, 0] == dataset]
+        complete = own[:, 1].max() - 1  # lanes may be a turn apart in the last two
+        assert complete >= 1
+        for epoch in range(min(complete, 4)):
+            samples = own[own[:, 1] == epoch][:, 2]
+            assert np.array_equal(np.sort(samples), np.arange(size))
+        assert len(np.unique(own, axis=0)) == len(own)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
+    batch=st.sampled_from([2, 8, 24]),
+    by=st.sampled_from(["rate", "root_size", "size"]),
+)
+def test_small_mixtures_repeat_nothing_inside_an_epoch(sizes, batch, by):
+    order = mixed(sizes, by=by, batch=batch, ranks=2)
+    seen = rows(order, np.arange(600), batch)
+    assert len(np.unique(seen, axis=0)) == len(seen)
+    assert (seen[:, 2] < np.array(sizes)[seen[:, 0]]).all()
+    assert np.array_equal(np.bincount(seen[:, 0], minlength=len(sizes)), order.counts(600))
+
+
+def test_counts_in_closed_form_equal_counts_by_counting():
+    order = mixed(SIZES)
+    counts = np.zeros((4201, len(SIZES)), np.int64)
+    dataset = rows(order, np.arange(4200), 64)[:, 0].reshape(4200, 64)
+    for d in range(len(SIZES)):
+        counts[1:, d] = (dataset == d).sum(axis=1).cumsum()
+    for step in (0, 1, 63, 64, 4095, 4096, 4097, 4200):  # the word has 4096 batches
+        assert np.array_equal(order.counts(step), counts[step])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        tuple(int(1000 * 1.3**i) for i in range(40)),
+        (90_000, *[270] * 1000, 1),
+    ],
+)
+@pytest.mark.parametrize("by", ["root_size", "size"])
+def test_proportions_stay_within_two_samples_for_ever(sizes, by):
+    order = mixed(sizes, by=by, batch=256, ranks=32)
+    word = order._segments[0].word
+    share = np.array([row["share"] for row in order.describe()])
+    weight = np.array([row["weight"] for row in order.describe()])
+    assert np.abs(share - weight).max() < 1 / word.num_slots
+    batches = word.num_slots // 256
+    for first in (0, batches - 40, 10**9):  # the second goes over the end of the word
+        dataset = rows(order, np.arange(first, first + 1100), 256)[:, 0]
+        before = order.counts(first)
+        for d in np.unique(dataset)[::7]:
+            count = before[d] + np.cumsum(dataset == d)
+            # In whole numbers: a billion steps leave a float no place for a sample's fraction.
+            expected = int(word.quotas[d]) * (
+                first % batches * 256 + np.arange(1, len(dataset) + 1)
+            )
+            count = count - first // batches * int(word.quotas[d])
+            assert np.abs(count * word.num_slots - expected).max() <= 2 * word.num_slots
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=30),
+    batch=st.sampled_from([2, 6, 48]),
+    by=st.sampled_from(["rate", "root_size", "size"]),
+    change=st.integers(1, 300),
+    again=st.sampled_from([2, 6, 48]),
+)
+def test_every_prefix_of_a_run_and_of_a_change_is_within_two_samples(
+    sizes, batch, by, change, again
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loader.order.mixture._MIN_WORD_SLOTS", 1)  # 64 batches: many borders
+        order = mixed(sizes, by=by, batch=batch, ranks=2)
+        weights = [1 + i % 3 for i in range(len(sizes))]
+        order = order.changed(step=change, global_batch_size=again, weights=weights)
+    for segment, first, steps in zip(order._segments, (0, change), (change, 200), strict=True):
+        word = segment.word
+        dataset = rows(order, np.arange(first, first + steps), word.global_batch_size)[:, 0]
+        slots = np.arange(1, len(dataset) + 1)
+        for d in range(len(sizes)):
+            ahead = np.cumsum(dataset == d) * word.num_slots - slots * word.quotas[d]
+            assert np.abs(ahead).max() <= 2 * word.num_slots
+
+
+def test_global_batches_are_the_same_for_every_number_of_ranks_and_at_every_resume():
+    order = mixed(SIZES, batch=48, ranks=24)
+    steps = np.arange(0, 5000, 7)
+    whole = order.slots(steps[:, None], np.arange(48))
+    resumed = MixtureOrder(MixtureConfig.from_dict(json.loads(json.dumps(order.config.to_dict()))))
+    for world_size in (1, 2, 3, 4, 6, 8, 12, 24, 48):
+        parts = [
+            resumed.slots(steps[:, None], rank_positions(rank, world_size, 48))
+            for rank in range(world_size)
+        ]
+        for name in ("dataset", "epoch", "sample"):
+            joined = np.concatenate([getattr(part, name) for part in parts], axis=1)
+            assert np.array_equal(joined, getattr(whole, name))
+    for i in (0, 5, 99, 700):
+        assert np.array_equal(resumed.slots(steps[i], np.arange(48)).sample, whole.sample[i])
+
+
+def test_samples_are_the_ones_of_the_first_release():
+    slots = mixed(SIZES).slots(np.array([[0], [77], [9000]]), np.array([0, 1, 31, 63]))
+    assert slots.dataset.tolist() == [[4, 3, 4, 3], [3, 4, 4, 3], [4, 2, 1, 4]]
+    assert slots.epoch.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [4, 22, 40, 4]]
+    assert slots.sample.tolist() == [
+        [22314, 13868, 4629, 6692],
+        [7346, 28455, 58210, 2298],
+        [57282, 1002, 263, 7563],
+    ]
+
+
+def test_stop_rules_name_the_step_that_holds_the_last_sample():
+    order = mixed((50, 400, 2500), batch=16, ranks=2)
+    seen = rows(order, np.arange(order.num_steps("all_exhausted")), 16)
+    ends = []
+    for dataset, size in enumerate((50, 400, 2500)):
+        ends.append(int(np.flatnonzero(seen[:, 0] == dataset)[size - 1]) // 16 + 1)
+    assert order.num_steps("first_exhausted") == min(ends)
+    assert order.num_steps("all_exhausted") == max(ends) == len(seen) // 16
+
+
+def test_workers_of_ranks_read_parts_of_a_large_dataset_of_their_own():
+    order = mixed((400_000, 100_000), by="size", batch=64, ranks=16)
+    runs = 0
+    total = 0
+    for rank, worker in itertools.product(range(8), range(4)):
+        steps = np.arange(worker, 8000, 4)
+        slots = order.slots(steps[:, None], rank_positions(rank, 8, 64))
+        samples = np.sort(slots.sample[(slots.dataset == 0) & (slots.epoch == 0)])
+        runs += 1 + int((np.diff(samples) > 1).sum())
+        total += len(samples)
+    info = order.describe()[0]
+    assert total == 400_000
+    assert info["block_size"] >= 40
+    borders = 16 * 8 * 8
+    assert runs <= total // info["block_size"] + 2 * borders
+
+
+def test_change_of_weights_and_batch_counts_on():
+    base = mixed((300, 5000, 20_000), batch=16, ranks=2).config
+    change = MixtureChange(
+        step=1000, global_batch_size=32, weights=(1.0, 0.0, 1.0), canonical_ranks=2
+    )
+    again = MixtureChange(
+        step=1500, global_batch_size=16, weights=(1.0, 1.0, 1.0), canonical_ranks=2
+    )
+    order = MixtureOrder(dataclasses.replace(base, changes=(change, again)))
+    unchanged = MixtureOrder(base)
+    before = rows(order, np.arange(1000), 16)
+    assert np.array_equal(before, rows(unchanged, np.arange(1000), 16))
+    middle, after = rows(order, np.arange(1000, 1500), 32), rows(order, np.arange(1500, 3000), 16)
+    assert np.array_equal(np.bincount(middle[:, 0], minlength=3), [8000, 0, 8000])
+    seen = np.concatenate([before, middle, after])
+    # Nothing repeats inside an epoch, and the set that is shuffled whole loses nothing either.
+    assert len(np.unique(seen, axis=0)) == len(seen)
+    small = seen[seen[:, 0] == 0]
+    assert np.array_equal(small[:, 1], np.arange(len(small)) // 300)
+    assert np.array_equal(order.counts(3000), np.bincount(seen[:, 0], minlength=3))
+    # Those in lanes finish the epoch that they had begun: every sample once per epoch.
+    assert [row["layout"] for row in order.describe()] == ["global", "lanes", "lanes"]
+    for dataset, size in ((1, 5000), (2, 20_000)):
+        own = seen[seen[:, 0] == dataset]
+        assert np.array_equal(np.sort(own[own[:, 1] == 0][:, 2]), np.arange(size))
+    mixed_call = order.slots(np.array([[999], [1000], [1500]]), np.arange(16))
+    assert np.array_equal(mixed_call.sample[1], middle[:16, 2])
+    assert np.array_equal(mixed_call.sample[2], after[:16, 2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 5, 40, 600, 1100, 2500]), min_size=1, max_size=4),
+    changes=st.lists(
+        st.tuples(
+            st.integers(1, 90),
+            st.sampled_from([(4, 2), (4, 1), (6, 3), (12, 12), (8, 4)]),
+            st.lists(st.sampled_from([0, 1, 1, 2, 5]), min_size=4, max_size=4),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    workers=st.sampled_from([1, 4]),
+)
+def test_any_change_lets_every_dataset_finish_its_epoch(sizes, changes, workers):
+    """Weights, batches and widths; datasets that get lanes, lose them, or pause."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loader.order.mixture._MIN_WORD_SLOTS", 1)
+        base = MixtureConfig(
+            members=tuple(member(f"d{i}", n, 1.0) for i, n in enumerate(sizes)),
+            global_batch_size=8,
+            seed=1,
+            canonical_ranks=8,
+            canonical_workers=workers,
+            active_blocks=3,
+            block_size=4,
+        )
+        order = MixtureOrder(base)
+        step, parts = 0, []
+        for length, (batch, ranks), weights in changes:
+            parts.append(rows(order, np.arange(step, step + length), order.batch_at(step)[0]))
+            step += length
+            weights = weights[: len(sizes)] if any(weights[: len(sizes)]) else [1] * len(sizes)
+            order = order.changed(
+                step=step, global_batch_size=batch, weights=weights, canonical_ranks=ranks
+            )
+        parts.append(rows(order, np.arange(step, step + 30), batch))
+        step += 30
+        # At the end all weigh the same, until each has finished its epoch and shown the next.
+        order = order.changed(
+            step=step, global_batch_size=8, weights=[1] * len(sizes), canonical_ranks=8
+        )
+        slots = (3 * max(sizes) + 64) * len(sizes) + 64 * 8 * workers
+        parts.append(rows(order, np.arange(step, step + slots // 8), 8))
+    seen = np.concatenate(parts)
+    assert len(np.unique(seen, axis=0)) == len(seen)
+    for dataset, size in enumerate(sizes):
+        own = seen[seen[:, 0] == dataset]
+        for epoch in range(int(order._segments[-1].first_epoch[dataset]) + 1):
+            assert np.array_equal(np.sort(own[own[:, 1] == epoch][:, 2]), np.arange(size))
+
+
+def test_exhaustion_is_found_across_a_change_of_weights():
+    base = mixed((300, 5000), by="rate", batch=16, ranks=2).config
+    change = MixtureChange(step=10, global_batch_size=16, weights=(0.0, 1.0), canonical_ranks=2)
+    order = MixtureOrder(dataclasses.replace(base, changes=(change,)))
+    assert order.num_steps() == 10 + -(-(5000 - 80) // 16)
+    with pytest.raises(ConfigError) as caught:
+        order.num_steps("all_exhausted")
+    assert caught.value.reason == "mixture_never"
+    assert caught.value.facts["datasets"] == "d0"
+
+
+def test_rare_dataset_has_a_slot_and_the_word_stays_whole():
+    group = MixtureGroup(
+        sources=(*sources((100,)), MixtureSource(name="rare", num_samples=5, rate=1e-9))
+    )
+    order = MixtureOrder(plan_mixture(group, global_batch_size=8, seed=0))
+    info = order.describe()
+    assert info[1]["share"] * 2**18 == 1
+    assert sum(row["share"] for row in info) == 1
+
+
+def test_root_size_groups_follow_the_molmo_recipe():
+    """sqrt(size) inside a group, scaled to the group's rate; sizes may be stood in for."""
+    demo = MixtureGroup(
+        rate=0.15,
+        by="root_size",
+        sources=(
+            MixtureSource(name="ask", num_samples=160_000),
+            MixtureSource(name="cap", num_samples=700_000, size=40_000),
+        ),
+    )
+    points = MixtureGroup(
+        rate=0.35,
+        by="root_size",
+        sources=(
+            MixtureSource(name="points", num_samples=10_000, rate=2.0),
+            MixtureSource(name="count", num_samples=40_000),
+        ),
+    )
+    flat = mixture_weights(MixtureGroup(sources=(demo, points)))
+    weights = {source.name: weight for source, weight in flat}
+    assert weights == pytest.approx({"ask": 0.2, "cap": 0.1, "points": 0.35, "count": 0.35})
+
+
+def test_weights_by_tokens_divide_by_the_mean_length():
+    group = MixtureGroup(
+        sources=(
+            MixtureSource(name="short", num_samples=10, mean_tokens=100),
+            MixtureSource(name="long", num_samples=10, mean_tokens=300),
+        )
+    )
+    weights = [weight for _, weight in mixture_weights(group, unit="tokens")]
+    assert weights == pytest.approx([0.75, 0.25])
+
+
+def test_group_in_a_group_counts_with_its_members_sizes():
+    inner = MixtureGroup(sources=sources((10, 30)), by="size")
+    outer = MixtureGroup(sources=(inner, MixtureSource(name="x", num_samples=60)), by="size")
+    assert [w for _, w in mixture_weights(outer)] == pytest.approx([0.1, 0.3, 0.6])
+
+
+def test_datasets_of_equal_size_have_different_orders():
+    order = mixed((500, 500), batch=10, ranks=2)
+    seen = rows(order, np.arange(150), 10)
+    first, second = (seen[(seen[:, 0] == d) & (seen[:, 1] == 0)][:, 2] for d in (0, 1))
+    assert (first == second).sum() < 10
+
+
+def test_mixture_of_one_dataset_is_that_dataset():
+    order = mixed((1000,), batch=8, ranks=2)
+    seen = rows(order, np.arange(140), 8)
+    assert np.array_equal(np.sort(seen[seen[:, 1] == 0][:, 2]), np.arange(1000))
+
+
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (3.0, 2.0), (5.0, 3.0, 2.0)])
+def test_no_dataset_is_tied_to_a_rank_or_a_lane(rates):
+    """One position per canonical rank, and a beat that divides the batch."""
+    group = MixtureGroup(
+        sources=tuple(
+            MixtureSource(name=f"d{i}", num_samples=10**6, rate=rate)
+            for i, rate in enumerate(rates)
+        )
+    )
+    order = MixtureOrder(plan_mixture(group, global_batch_size=10, seed=1, canonical_ranks=10))
+    steps = 26_216  # the whole word
+    dataset = rows(order, np.arange(steps), 10)[:, 0].reshape(-1, 8, 10)
+    for d, row in enumerate(order.describe()):
+        by_lane = (dataset == d).mean(axis=0) / row["share"]
+        assert np.abs(by_lane.mean(axis=0) - 1).max() < 0.15
+        assert np.abs(by_lane - 1).max() < 0.25
+
+
+def test_saved_mixture_comes_back_equal_or_is_refused():
+    change = MixtureChange(step=9, global_batch_size=64, weights=(1.0, 2.0), canonical_ranks=2)
+    config = dataclasses.replace(mixed((10, 20)).config, changes=(change,))
+    assert MixtureConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(StateError) as caught:
+        MixtureConfig.from_dict({**config.to_dict(), "version": 0})
+    assert caught.value.reason == "order_version"
+
+
+def change(*, step=1, weights=(1.0,), canonical_ranks=2):
+    return MixtureChange(
+        step=step, global_batch_size=8, weights=weights, canonical_ranks=canonical_ranks
+    )
+
+
+def member(name="a", num_samples=10, weight=1.0):
+    return MixtureMember(name=name, num_samples=num_samples, weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"members": ()}, "mixture_empty"),
+        ({"members": (member(), member())}, "mixture_twice"),
+        ({"members": (member(num_samples=0),)}, "mixture_empty"),
+        ({"members": (member(weight=-1.0),)}, "mixture_weights"),
+        ({"members": (member(weight=0.0),)}, "mixture_weights"),
+        ({"members": (member(weight=float("nan")),)}, "mixture_weights"),
+        ({"global_batch_size": 0}, "mixture_count"),
+        ({"active_blocks": 0}, "mixture_count"),
+        ({"canonical_ranks": 3}, "batch_not_divisible"),
+        (
+            {"changes": (change(step=0),)},
+            "mixture_changes",
+        ),
+        ({"changes": (change(canonical_ranks=3),)}, "batch_not_divisible"),
+        (
+            {"changes": (change(weights=(1.0, 1.0)),)},
+            "mixture_weights",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(changes, reason):
+    good = {"members": (member(),), "global_batch_size": 8, "seed": 0, "canonical_ranks": 2}
+    MixtureConfig(**good)
+    with pytest.raises(ConfigError) as caught:
+        MixtureConfig(**{**good, **changes})
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("group", "unit", "reason"),
+    [
+        (MixtureGroup(sources=()), "samples", "mixture_empty"),
+        (MixtureGroup(sources=(*sources((5,)), *sources((5,)))), "samples", "mixture_twice"),
+        (MixtureGroup(sources=sources((5,))), "tokens", "mixture_mean_tokens"),
+        (MixtureGroup(sources=sources((5,)), by="cube"), "samples", "mixture_weights"),
+        (
+            MixtureGroup(sources=(MixtureSource(name="a", num_samples=5, rate=0.0),)),
+            "samples",
+            "mixture_weights",
+        ),
+    ],
+)
+def test_groups_that_give_no_weights_are_refused(group, unit, reason):
+    with pytest.raises(ConfigError) as caught:
+        mixture_weights(group, unit=unit)
+    assert caught.value.reason == reason
+
+
+def test_batch_that_no_word_holds_is_refused():
+    config = plan_mixture(sources((10, 20)), global_batch_size=2**21, seed=0)
+    with pytest.raises(ConfigError) as caught:
+        MixtureOrder(config)
+    assert caught.value.reason == "mixture_batch"
+
+
+def test_slot_outside_the_run_is_refused():
+    order = mixed((10, 20))
+    for step, position in ((-1, 0), (0, 64), (0, -1)):
+        with pytest.raises(ConfigError) as caught:
+            order.slots(step, position)
+        assert caught.value.reason == "order_slot"
+
+
+def test_tables_are_bounded_by_the_word_not_by_the_samples():
+    order = mixed((10**10, 10**9), batch=64, ranks=64)
+    slots = order.slots(10**8, np.arange(64))
+    assert slots.sample.max() > 10**9
+    word = order._segments[0].word
+    tables = [table for table in vars(word).values() if isinstance(table, np.ndarray)]
+    assert sum(table.nbytes for table in tables) < 24 * loader.order.mixture._MIN_WORD_SLOTS

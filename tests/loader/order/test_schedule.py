@@ -1,0 +1,287 @@
+"""Schedules over synthetic lengths: nothing is read."""
+
+import gc
+import time
+import weakref
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loader.order.mixture import MixtureOrder, MixtureSource, plan_mixture
+from loader.order.order import Order, plan_order
+from loader.order.schedule import BucketSchedule, PackSchedule, SlotSchedule, plan_packing
+from loader.topology import Topology
+from shardspec.errors import ConfigError
+
+ALONE = Topology()
+WORLDS = (1, 2, 3, 4, 6, 8, 12, 24, 48)
+
+
+def captions(num_samples, seed=0):
+    """Image captions: lognormal around 650 tokens, and an image's crops by length."""
+    rng = np.random.RandomState(seed)
+    tokens = np.clip(rng.lognormal(np.log(650), 0.35, num_samples), 300, 1400).astype(np.int64)
+    return tokens, np.clip(tokens // 170, 1, 8)
+
+
+def looked_up(tokens, crops):
+    return lambda dataset, sample: (tokens[sample], crops[sample])
+
+
+def packed(num_samples, *, batch, length=4096, max_crops=48, balance=False, ranks=None, seed=0):
+    order = Order(
+        plan_order(num_samples, global_batch_size=batch, seed=seed, canonical_ranks=ranks)
+    )
+    config = plan_packing(order, sequence_length=length, max_crops=max_crops)
+    lengths = looked_up(*captions(num_samples, seed))
+    return PackSchedule(order, lengths, config, patches_per_crop=576, balance=balance)
+
+
+def joined(schedule, step, world_size):
+    ranks = (Topology(rank=rank, world_size=world_size) for rank in range(world_size))
+    return [row for topology in ranks for row in schedule.rows(step, topology)]
+
+
+@pytest.mark.parametrize("length, max_crops, least", [(4096, 48, 0.98), (16_384, 128, 0.97)])
+def test_packs_of_a_run_are_full(length, max_crops, least):
+    schedule = packed(200_000, batch=16, length=length, max_crops=max_crops)
+    tokens, crops = captions(200_000)
+    fills = []
+    for step in range(12):
+        for row in schedule.rows(step, ALONE):
+            samples = [place.sample for place in row]
+            assert crops[samples].sum() <= max_crops
+            assert tokens[samples].sum() <= length
+            fills.append(tokens[samples].sum() / length)
+    assert np.mean(fills) >= least
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_samples=st.integers(1, 400),
+    streams=st.sampled_from([1, 2, 3, 4]),
+    packs=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_packs_show_every_sample_once_per_epoch_for_any_ranks(num_samples, streams, packs, seed):
+    batch = streams * packs
+    schedule = packed(num_samples, batch=batch, length=2000, ranks=streams, seed=seed)
+    shown = Counter()
+    epochs = 2
+    step = 0
+    while sum(n for (epoch, _), n in shown.items() if epoch < epochs) < epochs * num_samples:
+        world_size = (1, batch)[step % 2]
+        for row in joined(schedule, step, world_size):
+            shown.update((place.epoch, place.sample) for place in row)
+        step += 1
+        assert step < 400 * epochs
+    assert set(shown.values()) == {1}
+    assert {key for key in shown if key[0] < epochs} == {
+        (epoch, sample) for epoch in range(epochs) for sample in range(num_samples)
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_samples=st.integers(1, 400),
+    batch=st.integers(1, 24),
+    group=st.integers(2, 9),
+    tail=st.sampled_from(["wrap", "pad"]),
+    change=st.integers(1, 12),
+)
+def test_buckets_deal_the_samples_of_their_group_and_no_others(
+    num_samples, batch, group, tail, change
+):
+    order = Order(
+        plan_order(num_samples, global_batch_size=batch, seed=1, tail=tail, canonical_ranks=1)
+    )
+    if tail == "wrap":
+        order = order.changed(step=change, global_batch_size=2 * batch)
+    tokens, crops = captions(num_samples)
+    slots = SlotSchedule(order)
+    buckets = BucketSchedule(order, looked_up(tokens, crops), steps=group)
+    steps = range(order.epoch_start(2))
+    want = Counter(row for step in steps for row in slots.rows(step, ALONE))
+    got = Counter(row for step in steps for row in buckets.rows(step, ALONE))
+    assert got == want
+    for step in list(steps)[::3]:
+        again = BucketSchedule(order, looked_up(tokens, crops), steps=group)
+        assert again.rows(step, ALONE) == buckets.rows(step, ALONE)
+        assert len(buckets.rows(step, ALONE)) == buckets.batch_at(step)[0]
+
+
+def test_buckets_pad_little():
+    order = Order(plan_order(20_000, global_batch_size=32, seed=1))
+    tokens, crops = captions(20_000)
+
+    def padding(schedule):
+        lengths = [
+            [tokens[row[0].sample] for row in schedule.rows(step, ALONE)] for step in range(64)
+        ]
+        return 1 - np.mean([np.mean(batch) / max(batch) for batch in lengths])
+
+    assert padding(SlotSchedule(order)) > 0.4
+    assert padding(BucketSchedule(order, looked_up(tokens, crops), steps=16)) < 0.12
+
+
+@pytest.mark.parametrize("kind", ["slots", "buckets", "packs"])
+def test_global_batches_are_equal_for_every_number_of_ranks(kind):
+    order = Order(plan_order(3000, global_batch_size=48, seed=2, canonical_ranks=24))
+    lengths = looked_up(*captions(3000))
+    schedule = {
+        "slots": SlotSchedule(order),
+        "buckets": BucketSchedule(order, lengths, steps=8),
+        "packs": packed(3000, batch=48, ranks=24),
+    }[kind]
+    for step in range(4):
+        want = schedule.rows(step, ALONE)
+        for world_size in WORLDS:
+            assert joined(schedule, step, world_size) == want
+
+
+def test_balanced_ranks_have_equal_work_and_the_same_packs():
+    plain, balanced = packed(50_000, batch=64), packed(50_000, batch=64, balance=True)
+    tokens, crops = captions(50_000)
+
+    def work(rows):
+        samples = [place.sample for row in rows for place in row]
+        return (tokens[samples] + 576 * crops[samples]).sum()
+
+    for step in range(5):
+        assert sorted(joined(balanced, step, 8), key=str) == sorted(joined(plain, step, 8), key=str)
+        by_rank = [work(balanced.rows(step, Topology(rank=r, world_size=8))) for r in range(8)]
+        assert max(by_rank) / np.mean(by_rank) < 1.02
+
+
+def test_places_of_the_streams_lead_to_any_later_step():
+    first = packed(5000, batch=8)
+    want = [first.rows(step, ALONE) for step in range(40)]
+    fresh = packed(5000, batch=8)
+    for step in range(40):
+        assert fresh.rows(step, ALONE) == want[step]
+        saved = fresh.places()
+        assert len(saved) == fresh.num_streams
+        resumed = packed(5000, batch=8)
+        resumed.go_to(saved)
+        for later in range(step + 1, min(step + 3, 40)):
+            assert resumed.rows(later, ALONE) == want[later]
+
+
+def test_batch_of_packs_can_grow_without_losing_any():
+    grown = packed(2000, batch=8, ranks=4)
+    grown.set_sizes([(0, 8), (5, 16), (7, 4)])
+    plain = packed(2000, batch=8, ranks=4)
+
+    def by_stream(schedule, steps):
+        found = [[] for _ in range(4)]
+        for step in steps:
+            rows = schedule.rows(step, ALONE)
+            share = len(rows) // 4
+            for stream in range(4):
+                found[stream] += rows[stream * share : (stream + 1) * share]
+        return found
+
+    # 5 steps of 8, 2 of 16 and 2 of 4 are 10 steps of 8.
+    assert by_stream(grown, range(9)) == by_stream(plain, range(10))
+
+
+def test_pass_of_packs_is_about_an_epoch():
+    schedule = packed(20_000, batch=16)
+    steps = schedule.epoch_start(1)
+    assert schedule.epoch_start(3) == 3 * steps
+    shown = sum(len(row) for step in range(steps) for row in schedule.rows(step, ALONE))
+    assert shown == pytest.approx(20_000, rel=0.05)
+
+
+def test_packs_of_a_mixture_hold_its_proportions():
+    sources = [MixtureSource(name="a", num_samples=900), MixtureSource(name="b", num_samples=100)]
+    order = MixtureOrder(plan_mixture(sources, global_batch_size=4, seed=1), stop=50)
+    tokens, crops = captions(1000)
+    schedule = PackSchedule(
+        order,
+        looked_up(tokens, crops),
+        plan_packing(order, sequence_length=4096, max_crops=None),
+        patches_per_crop=1,
+        balance=False,
+    )
+    shown = Counter(
+        place.dataset for step in range(60) for row in schedule.rows(step, ALONE) for place in row
+    )
+    assert shown[0] / (shown[0] + shown[1]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_resuming_late_in_a_hundred_million_samples_takes_no_longer_than_starting():
+    def seconds(step):
+        begin = time.process_time()
+        order = Order(plan_order(10**8, global_batch_size=4096, seed=1))
+        SlotSchedule(order).rows(step, Topology(rank=3, world_size=64))
+        return time.process_time() - begin
+
+    late = 10**8 // 4096 * 9 // 10
+    times = [(seconds(0), seconds(late)) for _ in range(40)]
+    start, resume = (min(column) for column in zip(*times, strict=True))
+    assert resume / start < 1.2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8, 16])
+def test_state_of_one_balanced_rank_lets_any_rank_go_on_where_it_was(world_size):
+    saving = packed(40_000, batch=16, balance=True)
+    saving.rows(900, Topology(rank=0, world_size=2))
+    assert len(saving.places()) == saving.num_streams == 16
+    want = joined(packed(40_000, batch=16), 901, 1)
+
+    looked_up_samples = []
+    resumed = packed(40_000, batch=16, balance=True)
+    lengths = resumed._lengths
+    resumed._lengths = lambda d, s: (looked_up_samples.append(len(s)), lengths(d, s))[1]
+    resumed.go_to(saving.places())
+    assert sorted(joined(resumed, 901, world_size), key=str) == sorted(want, key=str)
+    # The run that each stream stands in, or the next one; 900 steps hold about three.
+    assert sum(looked_up_samples) <= 2 * 16 * resumed.config.run
+
+
+def test_going_on_with_packs_costs_less_than_a_second_per_million_samples_of_a_stream():
+    """Without saved places, 100,000 samples of the only stream are packed again."""
+    schedule = packed(1_000_000, batch=1)
+    schedule.rows(0, ALONE)
+    begin = time.process_time()
+    schedule.rows(100_000 // 7, ALONE)
+    # A busy machine gets four times the second per million samples here.
+    assert time.process_time() - begin < 0.4
+
+
+def test_settings_that_cannot_be_honoured_are_refused():
+    order = Order(plan_order(100, global_batch_size=4, seed=1, tail="pad"))
+    lengths = looked_up(*captions(100))
+    config = plan_packing(order, sequence_length=4096, max_crops=None)
+    with pytest.raises(ConfigError) as caught:
+        PackSchedule(order, lengths, config, patches_per_crop=1, balance=False)
+    assert caught.value.reason == "packing_tail"
+    with pytest.raises(ConfigError) as caught:
+        BucketSchedule(order, lengths, steps=1)
+    assert caught.value.reason == "bucket_steps"
+    with pytest.raises(ConfigError) as caught:
+        packed(100, batch=4, ranks=4).set_sizes([(0, 6)])
+    assert caught.value.reason == "batch_not_divisible"
+
+
+def test_schedule_of_packs_lets_go_of_its_dataset_without_the_garbage_collector():
+    class Dataset:  # it holds open files
+        def lengths(self, dataset, sample):
+            return looked_up(*captions(100))(dataset, sample)
+
+    dataset = Dataset()
+    order = Order(plan_order(100, global_batch_size=4, seed=0))
+    config = plan_packing(order, sequence_length=4096, max_crops=48)
+    schedule = PackSchedule(order, dataset.lengths, config, patches_per_crop=576, balance=False)
+    schedule.rows(1, ALONE)
+    alive = weakref.ref(dataset)
+    gc.disable()
+    try:
+        del dataset, schedule
+        assert alive() is None
+    finally:
+        gc.enable()

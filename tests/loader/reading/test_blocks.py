@@ -1,0 +1,52 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loader.reading.blocks import Block, block_rows, coalesce, missing
+
+SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+SPANS = st.lists(st.tuples(st.integers(0, 500), st.integers(1, 80)), max_size=12).map(
+    lambda pairs: [(start, start + length) for start, length in pairs]
+)
+
+
+def covered(spans):
+    return {byte for start, stop in spans for byte in range(start, stop)}
+
+
+@given(sizes=SIZES, block_bytes=st.integers(1, 500))
+def test_blocks_cover_a_shard_once_and_stay_near_their_size(sizes, block_bytes):
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.uint64)
+    blocks = [block_rows(offsets, row, block_bytes=block_bytes) for row in range(len(sizes))]
+    for row, (first, stop) in enumerate(blocks):
+        assert first <= row < stop
+        assert all(other == (first, stop) for other in blocks[first:stop])
+        # Only the last sample may reach beyond the cut.
+        assert sum(sizes[first : stop - 1]) < block_bytes
+
+
+@given(spans=SPANS, gap=st.integers(0, 50), most=st.integers(1, 200))
+def test_joined_spans_cover_the_single_ones_and_waste_gaps_at_most(spans, gap, most):
+    joined = coalesce(spans, gap=gap, most=most)
+    assert covered(spans) <= covered(joined)
+    assert joined == sorted(joined)
+    for start, stop in joined:
+        inside = [s for s in spans if start <= s[0] and s[1] <= stop]
+        assert min(inside)[0] == start
+        assert max(stop for _, stop in inside) == stop
+        assert stop - start <= most or any(s[1] - s[0] > most for s in inside) or len(inside) > 1
+    for span in spans:
+        assert any(start <= span[0] and span[1] <= stop for start, stop in joined)
+
+
+@given(spans=SPANS, start=st.integers(0, 300), length=st.integers(1, 300))
+def test_missing_spans_are_exactly_what_the_others_leave(spans, start, length):
+    gaps = missing(start, start + length, spans)
+    assert covered(gaps) == set(range(start, start + length)) - covered(spans)
+    assert gaps == sorted(gaps)
+
+
+def test_a_block_is_named_by_content_not_by_place():
+    block = Block(url="s3://a/b.tar", start=5, stop=9, total=20, sha256="ab" * 32)
+    assert block.name == "ab" * 16 + "-5-9.block"
+    assert block.num_bytes == 4

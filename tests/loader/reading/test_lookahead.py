@@ -1,0 +1,32 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loader.reading.lookahead import Horizon
+
+
+@given(
+    ahead=st.integers(0, 20),
+    stride=st.integers(1, 5),
+    start=st.integers(0, 50),
+    length=st.integers(1, 80),
+)
+def test_every_maker_says_each_of_its_steps_once_and_in_time(ahead, stride, start, length):
+    horizon, stop = Horizon(ahead, stride=stride), start + length
+    said = {maker: [] for maker in range(stride)}
+    for step in range(start, stop):
+        own = said[step % stride]
+        own += horizon.soon(step, stop=stop)
+        assert not ahead or step in own
+        assert all(later <= step + (ahead + 1) * stride for later in own)
+    if ahead:
+        for steps in said.values():
+            assert steps == sorted(set(steps))
+        assert sorted(step for steps in said.values() for step in steps) == list(range(start, stop))
+    else:
+        assert not any(said.values())
+
+
+def test_the_first_step_does_not_wait_for_the_planning_of_others():
+    horizon = Horizon(64)
+    assert list(horizon.soon(7, stop=10_000)) == [7]
+    assert len(horizon.soon(8, stop=10_000)) <= 8

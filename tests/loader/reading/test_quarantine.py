@@ -1,0 +1,199 @@
+import copy
+import gc
+import pickle
+import weakref
+from pathlib import Path
+
+import pytest
+
+from loader import StreamingDataset, make_dataloader
+from loader.reading.quarantine import MOST_RECORDS, Quarantine
+from shardspec.errors import BudgetError, ShardError
+from shardspec.index import open_index
+from shardspec.manifest import require_manifest
+from tests.forks import goes_on_in_a_child
+
+
+def record(sample, reason="sample_crc", stage="read"):
+    place = {"sample": sample, "shard": "train/a.tar", "key": f"k{sample}"}
+    return {**place, "stage": stage, "reason": reason}
+
+
+def test_bad_samples_are_counted_by_reason_and_known_from_then_on():
+    quarantine = Quarantine(max_rate=None)
+    quarantine.add(record(3))
+    quarantine.add(record(3))
+    quarantine.add(record(5, "image_decode"))
+    assert quarantine.counts == {"sample_crc": 2, "image_decode": 1}
+    assert quarantine.record(3) == record(3)
+    assert quarantine.record(4) is None
+
+
+def test_a_layout_that_does_not_fit_is_tried_again_with_other_draws():
+    quarantine = Quarantine(max_rate=None)
+    quarantine.add(record(3, "too_long", stage="layout"))
+    quarantine.restore([record(4, "too_long", stage="layout"), record(5)])
+    assert quarantine.counts == {"too_long": 1}
+    assert quarantine.record(3) is None
+    assert quarantine.record(4) is None
+    assert quarantine.record(5) == record(5)
+
+
+def test_too_many_of_them_stop_the_run():
+    quarantine = Quarantine(max_rate=0.01)
+    for _ in range(2000):
+        quarantine.asked()
+    for i in range(20):
+        quarantine.add(record(i))
+    with pytest.raises(BudgetError) as caught:
+        quarantine.add(record(20))
+    assert caught.value.reason == "bad_rate"
+    assert caught.value.facts["bad"] == 21
+    assert caught.value.facts["samples"] == 2000
+
+
+def test_no_rate_of_a_handful_of_samples_stops_a_run():
+    quarantine = Quarantine(max_rate=0.01)
+    for i in range(10):
+        quarantine.asked()
+        quarantine.add(record(i))
+
+
+def test_records_are_bounded_and_counts_are_not():
+    quarantine = Quarantine(max_rate=None)
+    for i in range(MOST_RECORDS + 50):
+        quarantine.add(record(i))
+    assert quarantine.record(MOST_RECORDS) is None
+    assert quarantine.counts["sample_crc"] == MOST_RECORDS + 50
+
+
+def test_a_copy_in_another_process_knows_what_was_known():
+    quarantine = Quarantine(max_rate=0.5)
+    quarantine.add(record(3))
+    other = pickle.loads(pickle.dumps(quarantine))
+    other.add(record(4))
+    assert other.record(3) == record(3)
+    assert quarantine.record(4) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_forked_while_a_thread_counts_goes_on_counting():
+    quarantine = Quarantine(max_rate=None)
+    assert goes_on_in_a_child(quarantine.asked, forked_under=quarantine._lock)
+
+
+def test_none_is_kept_alive_for_the_sake_of_forks():
+    quarantine = Quarantine(max_rate=None)
+    kept = weakref.ref(quarantine)
+    del quarantine
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.fixture
+def broken(tiny_sample, write_dataset, tmp_path):
+    """(URL, a function that repairs it): every fifth sample of 60 has a flipped byte."""
+    url = write_dataset(tmp_path / "set", [tiny_sample(i) for i in range(60)], num_shards=2)
+    good = {}
+    for entry in require_manifest(url).shards:
+        path = Path(url, entry.url)
+        good[path] = path.read_bytes()
+        rows = open_index(
+            str(Path(url, entry.index_url)),
+            num_samples=entry.nsamples,
+            shard_bytes=entry.num_bytes,
+        )
+        payload = bytearray(good[path])
+        for row in rows[::5]:
+            payload[int(row["offset"]) + int(row["num_bytes"]) // 2] ^= 1
+        path.write_bytes(payload)
+    return url, lambda: [path.write_bytes(payload) for path, payload in good.items()]
+
+
+def loader_of(url, *, workers=0, rank=0, world_size=1, **options):
+    dataset = StreamingDataset(
+        url,
+        seed=4,
+        check="crc",
+        on_bad="substitute",
+        rank=rank,
+        world_size=world_size,
+        **options,
+    )
+    return make_dataloader(
+        dataset, global_batch_size=4, sequence_length=128, workers=workers, with_metadata=True
+    )
+
+
+def keys(batches):
+    return [[m["key"] for m in batch["metadata"]] for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_lists_what_was_substituted_and_where(broken, workers):
+    url, _ = broken
+    loader = loader_of(url, workers=workers)
+    substituted = {}
+    for step, batch in enumerate(loader):
+        for metadata in batch["metadata"]:
+            if "substitutes" in metadata:
+                substituted.setdefault(metadata["substitutes"]["key"], step)
+    assert len(substituted) == 12
+    found = {r["key"]: r["step"] for r in loader.bad_samples if r["sample"] % 5 == 0}
+    assert found == substituted
+    first = loader.bad_samples[0]
+    assert first["reason"] == "sample_crc"
+    assert first["shard"] in {entry.url for entry in require_manifest(url).shards}
+
+
+def test_ranks_stay_equal_where_samples_are_bad(broken):
+    url, _ = broken
+    whole = keys(loader_of(url))
+    halves = [keys(loader_of(url, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+
+
+def test_a_replay_substitutes_the_same_even_after_a_repair(broken):
+    url, repair = broken
+    loader = loader_of(url)
+    for _ in loader:
+        pass
+    state = copy.deepcopy(loader.state_dict())
+    assert len(state["bad"]) >= 12
+    second_epoch = keys(loader)
+    repair()
+    replayed = loader_of(url)
+    replayed.load_state_dict(state)
+    assert keys(replayed) == second_epoch
+    # Without the state's knowledge the repaired samples are back.
+    del state["bad"]
+    fresh = loader_of(url)
+    fresh.load_state_dict(state)
+    assert keys(fresh) != second_epoch
+
+
+def test_a_run_stops_above_the_rate_that_is_allowed(broken):
+    url, _ = broken
+    assert len(keys(loader_of(url, max_bad_rate=0.03))) == 15
+    with pytest.raises(BudgetError) as caught:
+        keys(loader_of(url, max_bad_rate=0.003))
+    assert caught.value.reason == "bad_rate"
+
+
+def test_a_state_without_bad_samples_says_nothing_of_them(broken):
+    url, repair = broken
+    repair()
+    loader = loader_of(url)
+    keys(loader)
+    assert "bad" not in loader.state_dict()
+
+
+def test_a_slot_whose_substitutes_are_all_known_as_bad_raises(broken):
+    url, repair = broken
+    repair()
+    dataset = StreamingDataset(url, on_bad="substitute")
+    dataset.restore_bad([record(i) for i in range(60)])
+    with pytest.raises(ShardError) as caught:
+        dataset.example(7)
+    assert caught.value.reason == "sample_crc"
+    assert "k7" in caught.value.where

@@ -1,0 +1,443 @@
+import dataclasses
+import itertools
+import json
+
+import pytest
+
+from loader.assembly.assemble import View
+from loader.assembly.augment import Augment
+from loader.dataloader import make_dataloader
+from loader.mixture_stream import IterableDatasetMixture
+from loader.state.fingerprint import keys_fingerprint, view_differences, view_fingerprint
+from loader.stream import StreamingDataset, stored_view
+from shardspec.errors import ConfigError, ShardError, StateError
+from shardspec.manifest import require_manifest
+from shardspec.tiling import ImageView
+
+NUM = 30
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_sample):
+    return [tiny_sample(i, num_images=0) for i in range(NUM)]
+
+
+@pytest.fixture
+def write(samples, write_dataset, tmp_path):
+    def write(folder, chosen=None, **options):
+        return write_dataset(tmp_path / folder, samples if chosen is None else chosen, **options)
+
+    return write
+
+
+def make(url, *, batch=4, canonical_ranks=None, changes=None, settings=None, **options):
+    view = View(image=stored_view(require_manifest(url)), **(changes or {}))
+    dataset = StreamingDataset(url, seed=1, view=view, canonical_ranks=canonical_ranks, **options)
+    settings = {"sequence_length": 64, **(settings or {})}
+    return make_dataloader(dataset, global_batch_size=batch, with_metadata=True, **settings)
+
+
+def keys(loader, count):
+    batches = []
+    while len(batches) < count:
+        batches += itertools.islice(loader, count - len(batches))
+    return [[entry["key"] for entry in batch["metadata"]] for batch in batches]
+
+
+def saved(loader, count):
+    keys(loader, count)
+    return json.loads(json.dumps(loader.state_dict()))
+
+
+def test_shards_cut_anew_have_the_same_fingerprint_and_order(write):
+    one, other = write("one", num_shards=1), write("other", num_shards=7)
+    assert make(one).dataset.fingerprint() == make(other).dataset.fingerprint()
+    want = keys(make(one), 12)
+    resumed = make(other)
+    resumed.load_state_dict(saved(make(one), 5))
+    assert keys(resumed, 7) == want[5:]
+
+
+def test_another_sequence_or_other_samples_have_another_fingerprint(write, samples, tiny_sample):
+    swapped = [samples[1], samples[0], *samples[2:]]
+    replaced = [*samples[:-1], tiny_sample(NUM, num_images=0)]
+    prints = [
+        make(write(name, chosen)).dataset.fingerprint()
+        for name, chosen in (("a", samples), ("b", swapped), ("c", replaced), ("d", samples[1:]))
+    ]
+    assert len({entry["keys"] for entry in prints}) == 4
+
+
+def test_large_splits_are_judged_by_keys_spread_over_all_of_them(write, monkeypatch, samples):
+    monkeypatch.setattr("loader.state.fingerprint._MOST_KEYS", 5)
+    reader = make(write("a")).dataset.reader
+    later = make(write("b", [*samples[:7], *samples[8:], samples[7]])).dataset.reader
+    assert keys_fingerprint(reader, NUM) != keys_fingerprint(later, NUM)
+    assert keys_fingerprint(reader, 7) == keys_fingerprint(later, 7)
+
+
+def test_appended_samples_are_named_and_the_run_can_go_on_without_them(write, samples):
+    before = write("before", samples[:23], num_shards=2)
+    grown = write("grown", num_shards=3)
+    want = keys(make(before), 12)
+    state = saved(make(before), 4)
+    with pytest.raises(StateError) as caught:
+        make(grown).load_state_dict(state)
+    assert caught.value.reason == "state_appended"
+    assert caught.value.facts == {"then": 23, "now": 30}
+    assert "max_samples" in caught.value.fix
+    resumed = make(grown, max_samples=23)
+    resumed.load_state_dict(state)
+    assert keys(resumed, 8) == want[4:]
+
+
+@pytest.mark.parametrize("start", [0, 2, 5, 6, 9])
+def test_appended_samples_join_with_the_next_epoch_where_that_is_asked_for(start, write, samples):
+    before = write("before", samples[:23], num_shards=2)
+    grown = write("grown", num_shards=3)
+    loader = make(before)
+    shown = keys(loader, start)
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make(grown)
+    resumed.load_state_dict(state, allow=("appended",))
+    shown += keys(resumed, 9)
+    # The next state is of the grown dataset alone.
+    again = make(grown)
+    again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
+    shown += keys(again, 9)
+    flat = [key for batch in shown for key in batch]
+    begun = -(-4 * start // 23)  # epochs of 23 samples; then epochs of 30
+    for epoch in range(begun):
+        assert sorted(flat[epoch * 23 : epoch * 23 + 23]) == [f"sample-{i:04d}" for i in range(23)]
+    whole = flat[begun * 23 : begun * 23 + 30]
+    assert sorted(whole) == [f"sample-{i:04d}" for i in range(30)]
+    with pytest.raises(StateError) as caught:
+        make(before).load_state_dict(again.state_dict(), allow=("appended",))
+    assert caught.value.reason == "state_mismatch"
+
+
+def test_appended_samples_with_another_batch_need_both_to_be_asked_for(write, samples):
+    state = saved(make(write("before", samples[:23])), 2)
+    loader = make(write("grown"), batch=6)
+    with pytest.raises(StateError) as caught:
+        loader.load_state_dict(state, allow=("appended",))
+    assert caught.value.reason == "state_mismatch"
+    assert "state.order.global_batch_size: 4 here, 6 asked" in caught.value.facts["differences"]
+    loader.load_state_dict(state, allow=("appended", "order"))
+    assert len(keys(loader, 1)[0]) == 6
+
+
+def test_dataset_that_grew_at_its_front_is_another_one(write, samples):
+    before, grown = write("before", samples[7:]), write("grown", samples)
+    with pytest.raises(StateError) as caught:
+        make(grown).load_state_dict(saved(make(before), 1))
+    assert caught.value.reason == "state_mismatch"
+    assert "state.data.num_samples: 23 here, 30 asked" in caught.value.facts["differences"]
+
+
+@pytest.mark.parametrize("max_samples", [0, 31])
+def test_more_samples_than_there_are_cannot_be_asked_for(max_samples, write):
+    with pytest.raises(ConfigError) as caught:
+        make(write("set"), max_samples=max_samples)
+    assert caught.value.reason == "max_samples"
+
+
+def test_another_canonical_width_is_refused_with_the_one_to_use(write):
+    url = write("set")
+    state = saved(make(url, canonical_ranks=2), 3)
+    loader = make(url)
+    with pytest.raises(StateError) as caught:
+        loader.load_state_dict(state)
+    assert caught.value.reason == "state_canonical_ranks"
+    assert caught.value.facts == {"saved": 2, "here": 4}
+    resumed = make(url, canonical_ranks=2)
+    resumed.load_state_dict(state)
+    assert resumed.step == 3
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 7, 8, 11])
+def test_another_width_finishes_the_epoch_where_that_is_asked_for(start, write):
+    """From batches of 4 on 4 canonical ranks to batches of 6 on 6, and to 9 on 3."""
+    url = write("set", num_shards=3)
+    loader = make(url)
+    shown = keys(loader, start)
+    state = json.loads(json.dumps(loader.state_dict()))
+    with pytest.raises(StateError) as caught:
+        make(url, batch=6).load_state_dict(state)
+    assert caught.value.reason == "state_mismatch"
+    for batch, canonical_ranks in ((6, 6), (9, 3)):
+        options = {"batch": batch, "canonical_ranks": canonical_ranks}
+        loaders = [make(url, rank=r, world_size=3, **options) for r in range(3)]
+        for part in loaders:
+            part.load_state_dict(state, allow=("order",))
+        parts = [keys(part, 2) for part in loaders]
+        shown += [[key for part in step for key in part] for step in zip(*parts, strict=True)]
+        state = json.loads(json.dumps(loaders[1].state_dict()))
+        # From here on nothing needs to be allowed.
+        loader = make(url, **options)
+        loader.load_state_dict(state)
+        shown += keys(loader, 2)
+        state = json.loads(json.dumps(loader.state_dict()))
+    loader = make(url, **options)
+    loader.load_state_dict(state)
+    assert loader.step == start + 8
+    assert loader.epoch == sum(map(len, shown)) // NUM
+    shown += keys(loader, 8)
+    flat = [key for batch in shown for key in batch]
+    for epoch in range(4):
+        assert len(set(flat[epoch * NUM : epoch * NUM + NUM])) == NUM
+    assert len(json.dumps(state)) < 1500
+
+
+def test_width_of_packs_and_of_an_evaluation_stays(write):
+    url = write("set")
+    packed = [make(url, batch=batch, settings={"pack": True}) for batch in (4, 6)]
+    evaluation = [make(url, batch=batch, tail="pad") for batch in (4, 6)]
+    for old, new in (packed, evaluation):
+        with pytest.raises(StateError) as caught:
+            new.load_state_dict(old.state_dict(), allow=("order",))
+        assert caught.value.reason == "state_mismatch"
+
+
+@pytest.mark.parametrize("start", [1, 7, 12])
+def test_mixture_of_another_width_finishes_the_epochs_of_its_datasets(
+    start, write, samples, tiny_sample, monkeypatch
+):
+    monkeypatch.setattr("loader.order.mixture._MIN_WORD_SLOTS", 1)
+    more = [tiny_sample(100 + i, num_images=0) for i in range(45)]
+    urls = [write("first", name="first"), write("second", more, name="second")]
+
+    def mixture(batch, *, weights=(1.0, 2.0), rank=0, world_size=1):
+        parts = [StreamingDataset(url, rank=rank, world_size=world_size) for url in urls]
+        return make_dataloader(
+            IterableDatasetMixture(parts, weights, seed=1, stop=5),
+            global_batch_size=batch,
+            sequence_length=64,
+            with_metadata=True,
+        )
+
+    loader = mixture(4)
+    shown = keys(loader, start)
+    state = json.loads(json.dumps(loader.state_dict()))
+    for options in ({"batch": 6, "weights": (1.0, 1.0)}, {"batch": 6}):
+        allow = ("order",) if "weights" in options else ()
+        with pytest.raises(StateError) as caught:
+            mixture(**options).load_state_dict(state, allow=allow)
+        assert caught.value.reason == "state_mismatch"
+    for _ in range(2):  # the second time nothing changes any more
+        loaders = [mixture(6, rank=r, world_size=3) for r in range(3)]
+        for part in loaders:
+            part.load_state_dict(state, allow=("order",))
+        parts = [keys(part, 3) for part in loaders]
+        shown += [[key for part in step for key in part] for step in zip(*parts, strict=True)]
+        state = json.loads(json.dumps(loaders[2].state_dict()))
+    assert [change["step"] for change in state["order"]["changes"]] == [start]
+    loader = mixture(6)
+    loader.load_state_dict(state, allow=("order",))
+    shown += keys(loader, 30)
+    flat = [key for batch in shown for key in batch]
+    for size, own in ((30, [k for k in flat if k < "sample-0100"]), (45, [])):
+        own = own or [k for k in flat if k >= "sample-0100"]
+        for epoch in range(len(own) // size):
+            assert len(set(own[epoch * size : epoch * size + size])) == size
+
+
+def test_batch_size_can_grow_and_every_sample_still_comes_once(write):
+    url = write("set")
+    loader = make(url, canonical_ranks=2)
+    shown = keys(loader, 3)
+    loader.change(global_batch_size=8)
+    shown += keys(loader, 2)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["order"]["global_batch_size"] == 4
+    assert state["order"]["ramp"] == [{"step": 3, "global_batch_size": 8}]
+    resumed = make(url, canonical_ranks=2)
+    resumed.load_state_dict(state)
+    assert (resumed.epoch, resumed.step) == (0, 5)
+    shown += keys(resumed, 1)
+    flat = [key for batch in shown for key in batch]
+    assert [len(batch) for batch in shown] == [4, 4, 4, 8, 8, 8]
+    assert len(set(flat[:NUM])) == NUM
+
+
+def test_batch_size_that_ranks_cannot_share_is_refused_during_the_run(write):
+    loader = make(write("set"), canonical_ranks=4)
+    with pytest.raises(ConfigError) as caught:
+        loader.change(global_batch_size=6)
+    assert caught.value.reason == "batch_not_divisible"
+    with pytest.raises(ConfigError) as caught:
+        loader.change(weights=[1.0])
+    assert caught.value.reason == "change_weights"
+
+
+def test_indexes_without_a_column_are_refused(write):
+    with pytest.raises(ShardError) as caught:
+        make(write("set")).dataset.reader.column("colour", [0])
+    assert caught.value.reason == "index_column"
+
+
+IMAGE = {
+    "size_px": 448,
+    "patch_px": 28,
+    "crop_mode": "overlap-and-resize-c2",
+    "fit": "pad",
+    "max_crops": 24,
+    "margin_patches": (4, 3),
+    "pool": (3, 3),
+    "pooling": "per-crop",
+    "overview_start": "low_res_im_start",
+    "overview_column_tokens": True,
+    "column_tokens": False,
+}
+AUGMENT = {
+    "crop_scale": (0.5, 1.0),
+    "crop_ratio": (1.0, 1.0),
+    "flip_probability": 0.5,
+    "brightness": 0.1,
+    "contrast": 0.1,
+    "saturation": 0.1,
+    "hue": 0.1,
+}
+OTHERS = {
+    "reduced_decoding": True,
+    "normalize": "siglip",
+    "pixels": "patches",
+    "image_map": "pooling",
+    "sequence_length": 128,
+    "max_images": 3,
+    "branch_order": "stored",
+    "tree": "molmo1",
+    "loss": "root_length",
+    "weight": 2.0,
+    "purpose": "inference",
+}
+
+
+def changed_views():
+    """A view for each field, with only that field off its default."""
+    for name, value in IMAGE.items():
+        yield f"image.{name}", View(image=ImageView(**{name: value}))
+    for name, value in AUGMENT.items():
+        yield f"augment.{name}", View(augment=Augment(**{name: value}))
+    for name, value in OTHERS.items():
+        yield name, View(**{name: value})
+
+
+def test_fields_below_are_all_there_are():
+    tables = (ImageView, IMAGE), (Augment, AUGMENT)
+    assert all({f.name for f in dataclasses.fields(kind)} == set(t) for kind, t in tables)
+    parts = {"image", "augment", "high_res", "high_res_probability"}
+    assert {f.name for f in dataclasses.fields(View)} == parts | set(OTHERS)
+
+
+@pytest.mark.parametrize(("field", "view"), list(changed_views()))
+def test_each_field_of_a_view_is_noticed_by_name(field, view):
+    own, other = view_fingerprint(View()), json.loads(json.dumps(view_fingerprint(view)))
+    assert own["hash"] != other["hash"]
+    assert set(other) == {"hash", field}
+    assert list(view_differences(other, own)) == [field]
+    assert list(view_differences(own, other)) == [field]
+    assert view_differences(other, other) == view_differences(own, own) == {}
+
+
+def test_second_resolution_is_noticed_field_by_field():
+    low, high = (
+        View(high_res=ImageView(max_crops=crops), high_res_probability=p)
+        for crops, p in ((12, 0.3), (24, 0.2))
+    )
+    found = view_differences(view_fingerprint(low), view_fingerprint(high))
+    assert found == {
+        "high_res.max_crops": "view.high_res.max_crops: 12 here, 24 asked",
+        "high_res_probability": "view.high_res_probability: 0.3 here, 0.2 asked",
+    }
+    found = view_differences(view_fingerprint(View()), view_fingerprint(high))
+    assert found["high_res.max_crops"] == "view.high_res.max_crops: (nothing) here, 24 asked"
+
+
+def test_view_of_a_release_with_other_fields_is_noticed():
+    own = view_fingerprint(View())
+    assert list(view_differences({**own, "hash": "0"}, own)) == ["hash"]
+    assert list(view_differences({**own, "colour": "red"}, own)) == ["colour"]
+    assert list(view_differences(None, own)) == ["hash"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "told"),
+    [
+        ({"augment": Augment(hue=0.1)}, {}, "state.view.augment.hue: 0.0 here, 0.1 asked"),
+        ({"branch_order": "stored"}, {}, "state.view.branch_order: shuffled here, stored asked"),
+        ({}, {"sequence_length": 32}, "state.view.sequence_length: 64 here, 32 asked"),
+        ({}, {"pad_mode": "max_len"}, "state.pad_mode: to_128 here, max_len asked"),
+    ],
+)
+def test_run_in_another_view_is_refused_unless_that_is_asked_for(changes, settings, told, write):
+    url = write("set")
+    want = keys(make(url), 9)
+    state = saved(make(url), 4)
+    assert len(json.dumps(state)) < 900
+    loader = make(url, changes=changes, settings=settings)
+    with pytest.raises(StateError) as caught:
+        loader.load_state_dict(state)
+    assert caught.value.reason == "state_view"
+    assert caught.value.facts["differences"] == told
+    assert 'allow=("view",)' in caught.value.fix
+    assert loader.step == 0
+
+    loader.load_state_dict(state, allow=("view",))
+    assert keys(loader, 2) == want[4:6]
+    # The view at hand is the run's from here on.
+    state = json.loads(json.dumps(loader.state_dict()))
+    again = make(url, changes=changes, settings=settings)
+    again.load_state_dict(state)
+    assert keys(again, 3) == want[6:]
+    with pytest.raises(StateError) as caught:
+        make(url).load_state_dict(state)
+    assert caught.value.reason == "state_view"
+
+
+@pytest.mark.parametrize("settings", [{"pack": True}, {"bucket_steps": 4}])
+def test_view_whose_lengths_decide_which_samples_come_cannot_differ(settings, write):
+    url = write("set")
+    state = saved(make(url, settings=settings), 1)
+    augmented = make(url, changes={"augment": Augment(hue=0.1)}, settings=settings)
+    augmented.load_state_dict(state, allow=("view",))
+    image = dataclasses.replace(stored_view(require_manifest(url)), column_tokens=False)
+    dataset = StreamingDataset(url, seed=1, view=View(image=image))
+    other = make_dataloader(dataset, global_batch_size=4, sequence_length=64, **settings)
+    with pytest.raises(StateError) as caught:
+        other.load_state_dict(state, allow=("view",))
+    assert caught.value.reason == "state_mismatch"
+    assert caught.value.facts["differences"] == (
+        "state.view.image.column_tokens: True here, False asked"
+    )
+
+
+def test_views_of_a_mixture_are_told_apart_by_dataset(write, samples, monkeypatch):
+    monkeypatch.setattr("loader.order.mixture._MIN_WORD_SLOTS", 1)
+    urls = [write(name, name=name) for name in ("first", "second")]
+
+    def mixture(weight):
+        image = stored_view(require_manifest(urls[0]))
+        parts = [
+            StreamingDataset(url, view=View(image=image, weight=w))
+            for url, w in zip(urls, (1.0, weight), strict=True)
+        ]
+        return make_dataloader(
+            IterableDatasetMixture(parts, seed=1), global_batch_size=4, sequence_length=64
+        )
+
+    state = mixture(1.0).state_dict()
+    with pytest.raises(StateError) as caught:
+        mixture(3.0).load_state_dict(state)
+    assert caught.value.reason == "state_view"
+    told = "state.view.weight: 1.0 here, 3.0 asked (second)"
+    assert caught.value.facts["differences"] == told
+    mixture(3.0).load_state_dict(state, allow=("view",))
+
+
+def test_only_what_may_differ_can_be_allowed(write):
+    loader = make(write("set"))
+    with pytest.raises(ConfigError) as caught:
+        loader.load_state_dict(loader.state_dict(), allow=("views",))
+    assert caught.value.reason == "state_allow"
+    assert "view" in caught.value.fix

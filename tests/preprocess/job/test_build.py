@@ -1,0 +1,38 @@
+"""What samples cost: the bytes of baked variants."""
+
+import pytest
+
+from preprocess.fetch.blobs import BlobCache
+from preprocess.job.build import sample_size, variant_bytes
+from preprocess.recipe import Preparer, Recipe
+from preprocess.text.formatter import TextPolicy
+from preprocess.text.tokens import load_tokenizer
+from shardspec.sample import spans_table
+
+ONE = 1_000_000
+
+
+def test_variants_cost_their_rows_and_the_tokens_that_only_they_use():
+    texts = [
+        (0, 0, 0, 3, 3, 9, ONE),  # the first: prompt 0..3, response 3..9
+        (0, 0, 9, 14, 3, 9, ONE),  # another prompt of 5 tokens, the same response
+        (0, 0, 0, 3, 3, 9, ONE),  # a repeated draw: its row only
+        (1, 0, 14, 16, 16, 20, ONE),  # a turn of one variant costs nothing extra
+    ]
+    assert variant_bytes(spans_table(texts, [])) == 2 * 32 + 5 * 4
+
+
+def test_a_sample_of_one_variant_has_no_variant_bytes():
+    assert variant_bytes(spans_table([(0, 0, 0, 3, 3, 9, ONE)], [])) == 0
+
+
+@pytest.mark.parametrize("num_variants", [1, 8])
+def test_measured_sample_counts_the_variants_of_the_recipe(tmp_path, num_variants):
+    policy = TextPolicy(num_variants=num_variants)
+    preparer = Preparer(recipe=Recipe(text=policy), tokenizer=load_tokenizer())
+    message = {"style": "long_caption", "text": "a caption of some words " * 20}
+    row = {"key": "k", "image": None, "example": {"message_list": [message]}}
+    size = sample_size(preparer, row, cache=BlobCache(tmp_path))
+    assert (size.variant_bytes > 0) == (num_variants > 1)
+    # The response is stored once: far less than eight times its tokens.
+    assert size.variant_bytes < 4 * size.num_tokens

@@ -1,0 +1,167 @@
+"""COMMIT and what it trusts: receipts of this very build, and the dataset's own tokenizer."""
+
+import os
+import shutil
+
+import pytest
+
+from preprocess.job.build import BuildContext, build_shard, find_receipts, publish_shard
+from preprocess.job.commit import commit
+from preprocess.job.job import Job, JobSettings
+from preprocess.job.pipeline import run_job
+from preprocess.job.planner import load_plan, make_plan
+from preprocess.job.verify import verify
+from preprocess.recipe import Recipe
+from preprocess.text.formatter import TextPolicy
+from shardspec import storage
+from shardspec.errors import ConflictError, StorageError
+from shardspec.manifest import load_manifest
+
+
+class Silent:
+    def stage(self, name, total):
+        pass
+
+    def step(self, reason):
+        pass
+
+    def sent(self, num_bytes):
+        pass
+
+    def note(self, text):
+        pass
+
+
+def settings(tmp_path, seed, split="train"):
+    return JobSettings(
+        dataset="text_sft",
+        source="sample",
+        split=split,
+        limit=4,
+        out=str(tmp_path / "out"),
+        cache=str(tmp_path / "cache"),
+        recipe=Recipe(text=TextPolicy(num_variants=1), seed=seed),
+    )
+
+
+def context_of(job):
+    plan = make_plan(job, Silent())
+    return BuildContext(
+        preparer=job.preparer,
+        dataset=job.settings.dataset,
+        split=job.settings.split,
+        out=job.settings.out,
+        num_shards=plan.num_shards,
+        build_key=plan.build_key,
+        blobs=str(job.blobs.root),
+        scratch=job.scratch,
+    )
+
+
+def make_shard(context):
+    publish_shard(context, 0, build_shard(context, 0, lambda reason: None), lambda part: None)
+
+
+def test_a_receipt_does_not_outlive_the_bytes_of_its_shard(tmp_path, monkeypatch):
+    first = context_of(Job(settings(tmp_path, seed=0)))
+    make_shard(first)
+    assert [*find_receipts(first)] == [0]
+
+    second = context_of(Job(settings(tmp_path, seed=1)))
+
+    def dies_before_the_receipt(url, payload, *, replacing):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "swap_bytes", dies_before_the_receipt)
+    with pytest.raises(KeyboardInterrupt):
+        make_shard(second)
+    monkeypatch.undo()
+    assert find_receipts(first) == find_receipts(second) == {}
+
+    outcome = run_job(settings(tmp_path, seed=0), Silent())
+    assert outcome.built_shards == 1
+    assert verify(str(tmp_path / "out"), Silent()) == []
+
+
+def test_a_lost_tokenizer_is_noticed_and_put_back(tmp_path):
+    made = run_job(settings(tmp_path, seed=0), Silent())
+    out = tmp_path / "out"
+    shutil.rmtree(out / "tokenizer")
+    (found,) = verify(str(out), Silent())
+    assert found.reason == "tokenizer_file"
+    again = run_job(settings(tmp_path, seed=0), Silent())
+    assert again.result.sha256 == made.result.sha256
+    assert again.built_shards == 0
+    assert verify(str(out), Silent()) == []
+
+
+def built(tmp_path, split):
+    """A job of which nothing is missing but the manifest: job, plan, receipts."""
+    job = Job(settings(tmp_path, seed=0, split=split))
+    context = context_of(job)
+    make_shard(context)
+    return job, load_plan(job), [*find_receipts(context).values()]
+
+
+def test_two_commits_in_the_same_moment_both_end_in_the_manifest(tmp_path, monkeypatch):
+    train, validation = built(tmp_path, "train"), built(tmp_path, "validation")
+    swap, others = storage.swap_bytes, [validation]
+
+    def another_comes_first(url, payload, *, replacing):
+        if url.endswith("manifest.json") and others:
+            commit(*others.pop())
+        return swap(url, payload, replacing=replacing)
+
+    monkeypatch.setattr(storage, "swap_bytes", another_comes_first)
+    commit(*train)
+    assert sorted(load_manifest(str(tmp_path / "out")).splits) == ["train", "validation"]
+    assert verify(str(tmp_path / "out"), Silent()) == []
+
+
+def test_a_manifest_that_others_write_all_the_time_is_given_up(tmp_path, monkeypatch):
+    train = built(tmp_path, "train")
+    monkeypatch.setattr(storage, "swap_bytes", lambda url, payload, *, replacing: False)
+    with pytest.raises(ConflictError) as caught:
+        commit(*train)
+    assert caught.value.reason == "manifest_conflict"
+    assert load_manifest(str(tmp_path / "out")) is None
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".index.npy"])
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 1)])
+def test_no_manifest_names_a_missing_or_short_shard(tmp_path, suffix, damage):
+    train = built(tmp_path, "train")
+    (path,) = (tmp_path / "out" / "train").glob(f"*{suffix}")
+    damage(path)
+    with pytest.raises(StorageError) as caught:
+        commit(*train)
+    assert caught.value.reason == "shards_missing"
+    assert load_manifest(str(tmp_path / "out")) is None
+
+
+def test_a_receipt_of_another_job_is_not_overwritten(tmp_path, monkeypatch):
+    context = context_of(Job(settings(tmp_path, seed=0)))
+    publish = storage.publish_file
+
+    def another_comes_first(url, source, *, on_part):
+        publish(url, source, on_part=on_part)
+        storage.publish_bytes(storage.join(context.out, context.receipt_name(0)), b"another's")
+
+    monkeypatch.setattr(storage, "publish_file", another_comes_first)
+    with pytest.raises(StorageError) as caught:
+        make_shard(context)
+    assert caught.value.reason == "output_busy"
+    assert find_receipts(context) == {}
+
+
+def test_a_shard_that_cannot_be_published_leaves_no_scratch(tmp_path, monkeypatch):
+    context = context_of(Job(settings(tmp_path, seed=0)))
+
+    def refuse(url, source, *, on_part):
+        raise StorageError("no", reason="no")
+
+    monkeypatch.setattr(storage, "publish_file", refuse)
+    with pytest.raises(StorageError):
+        make_shard(context)
+    assert list((tmp_path / "out" / ".scratch").iterdir()) == []
+    assert find_receipts(context) == {}

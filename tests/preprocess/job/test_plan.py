@@ -1,0 +1,136 @@
+"""The arithmetic of a plan: borders, counts, names, and an order that stays put."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocess.job.plan import (
+    MIN_SHARD_BYTES,
+    SHARD_MULTIPLE,
+    count_shards,
+    order_hash,
+    plan_order,
+    shard_borders,
+    shard_name,
+)
+
+MIB = 2**20
+
+keys = st.lists(st.text("abcdef0123456789", min_size=1, max_size=6), unique=True, max_size=60)
+counts = {
+    "total_bytes": st.integers(1, 2**44),
+    "target_bytes": st.integers(MIB, 2**34),
+    "num_samples": st.integers(1, 10**6),
+}
+
+
+@given(num_samples=st.integers(0, 10**9), num_shards=st.integers(1, 5000))
+def test_borders_cover_every_sample_once_and_evenly(num_samples, num_shards):
+    borders = shard_borders(num_samples, num_shards=num_shards)
+    lengths = np.diff(borders)
+    assert (borders.dtype, len(borders)) == (np.int64, num_shards + 1)
+    assert borders[0] == 0
+    assert borders[-1] == num_samples
+    assert lengths.min() >= 0
+    assert lengths.max() - lengths.min() <= 1
+
+
+@given(**counts)
+def test_no_shard_is_left_empty(total_bytes, target_bytes, num_samples):
+    found = count_shards(total_bytes, target_bytes=target_bytes, num_samples=num_samples)
+    assert shard_borders(num_samples, num_shards=found.num_shards).min() >= 0
+    assert np.diff(shard_borders(num_samples, num_shards=found.num_shards)).min() >= 1
+
+
+@given(num_samples=st.integers(1, 10**6), num_shards=st.integers(1, 10**6))
+def test_asked_for_number_is_given_as_far_as_samples_go(num_samples, num_shards):
+    found = count_shards(1, target_bytes=MIB, num_samples=num_samples, num_shards=num_shards)
+    assert found.num_shards == min(num_shards, num_samples)
+    asked = found.rule == f"{num_shards} shards were asked for"
+    assert asked == (num_shards <= num_samples)
+
+
+@given(**counts)
+def test_the_rule_that_is_named_is_the_one_that_binds(total_bytes, target_bytes, num_samples):
+    found = count_shards(total_bytes, target_bytes=target_bytes, num_samples=num_samples)
+    count = found.num_shards
+    if found.rule == "one sample a shard":
+        assert count == num_samples
+        free = count_shards(total_bytes, target_bytes=target_bytes, num_samples=10**12)
+        assert free.num_shards > num_samples
+    elif found.rule == "smallest shard size of 4 MiB":
+        assert count == max(1, total_bytes // MIN_SHARD_BYTES)
+    else:
+        assert found.rule == "shard size, rounded up to a multiple of 8"
+        # Never above the wanted size, nor further below than the rounding takes it.
+        assert count % SHARD_MULTIPLE == 0
+        assert count * target_bytes >= total_bytes
+        assert (count - SHARD_MULTIPLE) * target_bytes < total_bytes
+        assert count * MIN_SHARD_BYTES <= total_bytes
+
+
+@pytest.mark.parametrize(
+    "total_mib, num_samples, num_shards, rule",
+    [
+        (3, 10, 1, "smallest shard size of 4 MiB"),
+        (20, 1000, 5, "smallest shard size of 4 MiB"),
+        (31, 1000, 7, "smallest shard size of 4 MiB"),
+        (32, 1000, 8, "shard size, rounded up to a multiple of 8"),
+        (2048, 10**5, 8, "shard size, rounded up to a multiple of 8"),
+        (2049, 10**5, 16, "shard size, rounded up to a multiple of 8"),
+        (2049, 3, 3, "one sample a shard"),
+        (20, 5, 5, "smallest shard size of 4 MiB"),
+        (20, 4, 4, "one sample a shard"),
+    ],
+)
+def test_counts_around_the_borders_of_the_rules(total_mib, num_samples, num_shards, rule):
+    found = count_shards(total_mib * MIB, target_bytes=256 * MIB, num_samples=num_samples)
+    assert (found.num_shards, found.rule) == (num_shards, rule)
+
+
+@given(keys, st.integers(0, 2**32))
+def test_order_holds_every_sample_once(names, seed):
+    assert sorted(plan_order(names, seed=seed)) == list(range(len(names)))
+
+
+@given(keys, st.randoms(use_true_random=False))
+def test_order_does_not_depend_on_the_order_of_the_rows(names, random):
+    shuffled = list(names)
+    random.shuffle(shuffled)
+    assert [names[i] for i in plan_order(names, seed=5)] == [
+        shuffled[i] for i in plan_order(shuffled, seed=5)
+    ]
+
+
+@given(keys, st.sets(st.integers(0, 59)))
+def test_samples_that_go_leave_the_others_in_order(names, gone):
+    left = [name for i, name in enumerate(names) if i not in gone]
+    whole = [names[i] for i in plan_order(names, seed=5)]
+    assert [left[i] for i in plan_order(left, seed=5)] == [name for name in whole if name in left]
+
+
+def test_order_is_another_for_another_seed_and_not_that_of_the_keys():
+    names = [f"{i:04d}" for i in range(100)]
+    orders = [plan_order(names, seed=seed) for seed in (0, 1)]
+    assert orders[0] != orders[1]
+    assert list(range(100)) not in orders
+
+
+def test_order_of_known_keys_stays_as_it_is():
+    # Stored datasets depend on it: another order here is another manifest for the same inputs.
+    assert order_hash("a", seed=1) == 9895371918849641950
+    assert plan_order(["a", "b", "c", "d", "e"], seed=1) == [3, 1, 2, 0, 4]
+
+
+def test_places_are_spread_evenly():
+    places = [order_hash(f"{i:024x}", seed=0) / 2**64 for i in range(20_000)]
+    found = np.histogram(places, bins=20, range=(0, 1))[0]
+    # 1,000 a bin, standard deviation 31.
+    assert np.all(np.abs(found - 1000) < 4 * 31)
+
+
+def test_shard_names_sort_in_order():
+    names = [shard_name("d", "train", shard, num_shards=11) for shard in range(11)]
+    assert names == sorted(names)
+    assert names[10] == "d-train-00010-of-00011"

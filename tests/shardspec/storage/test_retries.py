@@ -1,0 +1,167 @@
+"""Which failures pass by themselves, told from the errors that real clients raise."""
+
+import asyncio
+import errno
+import http.client
+import socket
+
+import aiohttp
+import botocore.exceptions
+import fsspec.exceptions
+import gcsfs.retry
+import google.auth.exceptions
+import pytest
+import requests.exceptions
+from s3fs.errors import translate_boto_error
+
+from shardspec.errors import StorageError
+from shardspec.storage import retries
+from shardspec.storage.retries import Patience, persist
+
+QUICK = Patience(wait_s=0.001)
+
+
+def s3_error(status, code):
+    response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(botocore.exceptions.ClientError(response, "PutObject"))
+
+
+def gcs_error(status):
+    return gcsfs.retry.HttpError({"code": status, "message": "no"})
+
+
+def gcs_answer(status):
+    try:
+        gcsfs.retry.validate_response(status, b"no", "b/bucket/o/a")
+    except Exception as error:  # noqa: BLE001 - of whatever kind the client makes it
+        return error
+    raise AssertionError
+
+
+CLOSED = botocore.exceptions.ConnectionClosedError(endpoint_url="http://h")
+GONE = botocore.exceptions.EndpointConnectionError(endpoint_url="http://h")
+PASSING = [
+    *(s3_error(*each) for each in [(503, "SlowDown"), (500, "InternalError"), (429, "429")]),
+    *(gcs_error(status) for status in (408, 429, 500, 502, 503, 504)),
+    gcs_answer(502),
+    CLOSED,
+    GONE,
+    botocore.exceptions.ReadTimeoutError(endpoint_url="http://h"),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientPayloadError(),
+    fsspec.exceptions.FSTimeoutError(),
+    asyncio.TimeoutError(),
+    TimeoutError(),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    requests.exceptions.ConnectionError(),
+    gcs_error(425),
+    s3_error(400, "RequestTimeout"),
+    socket.gaierror(socket.EAI_AGAIN, "no name service"),
+    http.client.IncompleteRead(b""),
+    http.client.BadStatusLine("no"),
+    OSError(errno.ENETUNREACH, "unreachable"),
+]
+LASTING = [
+    *(s3_error(*each) for each in [(403, "AccessDenied"), (400, "BadDigest"), (404, "NoSuchKey")]),
+    *(s3_error(*each) for each in [(412, "PreconditionFailed"), (501, "NotImplemented")]),
+    *(gcs_answer(status) for status in (400, 401, 403, 404, 412)),
+    botocore.exceptions.NoCredentialsError(),
+    botocore.exceptions.ParamValidationError(report="no"),
+    google.auth.exceptions.DefaultCredentialsError(),
+    OSError(errno.ENOSPC, "full"),
+    FileNotFoundError(),
+    KeyError("bug"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_what_may_pass_is_tried_again_until_it_does(error):
+    todo = [error, error, None]
+
+    def action():
+        now = todo.pop(0)
+        if now is not None:
+            raise now
+        return "done"
+
+    assert persist(action, where="s3://b/a", patience=QUICK) == "done"
+    assert todo == []
+
+
+@pytest.mark.parametrize("error", LASTING, ids=repr)
+def test_what_lasts_is_raised_at_once(error):
+    calls = []
+
+    def action():
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        persist(action, where="s3://b/a", patience=QUICK)
+    assert caught.value is error
+    assert len(calls) == 1
+
+
+def test_patience_ends_with_what_was_tried():
+    with pytest.raises(StorageError) as caught:
+        persist(lambda: (_ for _ in ()).throw(GONE), where="s3://b/a", patience=QUICK)
+    error = caught.value
+    assert (error.reason, error.where) == ("store_unavailable", "s3://b/a")
+    assert error.facts["attempts"] == QUICK.attempts
+    assert "EndpointConnectionError" in error.facts["error"]
+    assert error.__cause__ is GONE
+
+
+def test_patience_ends_with_its_time():
+    calls = []
+
+    def action():
+        calls.append(1)
+        raise TimeoutError
+
+    with pytest.raises(StorageError):
+        persist(action, where="s3://b/a", patience=Patience(attempts=99, wall_s=0.0, wait_s=1.0))
+    assert len(calls) == 1
+
+
+def test_waits_are_drawn_from_the_whole_span():
+    draws = [retries.jitter("s3://b/a", attempt) for attempt in range(200)]
+    assert 0 <= min(draws) < 0.1 < 0.9 < max(draws) < 1
+    assert len(set(draws)) == 200
+
+
+@pytest.mark.parametrize(
+    "error, refused",
+    [
+        (s3_error(412, "PreconditionFailed"), True),
+        (s3_error(409, "ConditionalRequestConflict"), True),
+        (gcs_answer(412), True),
+        (s3_error(403, "AccessDenied"), False),
+        (s3_error(503, "SlowDown"), False),
+        (OSError(errno.EINVAL, "invalid"), False),
+    ],
+    ids=repr,
+)
+def test_a_refused_condition_is_known_by_its_status(error, refused):
+    assert retries.is_condition_refused(error) == refused
+
+
+@pytest.mark.parametrize(
+    "error, refused",
+    [
+        (s3_error(403, "AccessDenied"), True),
+        (s3_error(403, "SignatureDoesNotMatch"), True),
+        (gcs_answer(403), True),
+        (gcs_answer(401), True),
+        (botocore.exceptions.NoCredentialsError(), True),
+        (botocore.exceptions.ProfileNotFound(profile="lab"), True),
+        (google.auth.exceptions.DefaultCredentialsError(), True),
+        (PermissionError(errno.EACCES, "no"), True),
+        (s3_error(404, "NoSuchBucket"), False),
+        (gcs_answer(404), False),
+        (GONE, False),
+    ],
+    ids=repr,
+)
+def test_refused_access_is_known_whatever_the_client_calls_it(error, refused):
+    assert retries.is_access_refused(error) == refused
