@@ -107,8 +107,8 @@ class VisionLanguageModel(nn.Module):
         divided = all(view.patches_per_side % pool == 0 for pool in view.pool)
         if view.crop_mode != "resize" or view.overview_column_tokens or not divided:
             raise ConfigError(
-                "this model needs single crops without column tokens",
-                reason="model_view",
+                "model_view",
+                what="this model needs single crops without column tokens",
                 facts=view.to_dict(),
                 fix="build the shards without CROPS=",
             )

@@ -62,12 +62,7 @@ def _tokenizer_json(url: str) -> str:
     try:
         return storage.read_bytes(where).decode()
     except FileNotFoundError as error:
-        raise ShardError(
-            "the dataset's copy of its tokenizer is missing",
-            reason="tokenizer_file",
-            where=where,
-            fix="run the `make shards` command that made the dataset: it puts it back",
-        ) from error
+        raise ShardError("tokenizer_file.missing", where=where) from error
 
 
 def _plan(options: argparse.Namespace) -> str:

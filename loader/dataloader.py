@@ -110,29 +110,20 @@ def make_dataloader(
         below = global_batch_size // world_size * world_size
         near = [str(batch) for batch in (below, below + world_size) if batch > 0]
         raise ConfigError(
-            "the global batch cannot be dealt evenly to the ranks",
-            reason="batch_not_divisible",
-            facts={"global_batch_size": global_batch_size, "world_size": world_size},
-            fix=f"use {' or '.join(near)}",
+            "batch_not_divisible.ranks",
+            near=" or ".join(near),
+            global_batch_size=global_batch_size,
+            world_size=world_size,
         )
     if decode_threads < 0 or workers < 0 or prefetch_bytes < 1:
         raise ConfigError(
-            "numbers of threads, workers and bytes are out of range",
-            reason="loader_range",
-            facts={
-                "decode_threads": decode_threads,
-                "workers": workers,
-                "prefetch_bytes": prefetch_bytes,
-            },
-            fix="use 0 or more threads and workers, and 1 byte or more",
+            "loader_range",
+            decode_threads=decode_threads,
+            workers=workers,
+            prefetch_bytes=prefetch_bytes,
         )
     if pack and bucket_steps:
-        raise ConfigError(
-            "packs need no buckets",
-            reason="packing_and_buckets",
-            facts={"bucket_steps": bucket_steps},
-            fix="choose pack=True or bucket_steps",
-        )
+        raise ConfigError("packing_and_buckets", bucket_steps=bucket_steps)
     if pack:
         extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
     collator = view_collator(
@@ -298,14 +289,7 @@ class StreamLoader:
                 self._stats.use_s += begin_s - given_s
                 if left and turn != self._turn:
                     # Its batches would come twice, and count for the state.
-                    raise StateError(
-                        "an iterator of the loader is used further, but the loader has left its "
-                        "place",
-                        reason="stale_iterator",
-                        facts={"step": self.step},
-                        fix="use one iterator at a time, and a new one behind load_state_dict and "
-                        "change; for two passes at once make two loaders",
-                    )
+                    raise StateError("stale_iterator", step=self.step)
 
     def stats(self) -> Stats:
         """Tells what the time went into since this loader was made; see `Stats`."""
@@ -385,11 +369,7 @@ class StreamLoader:
         batch = global_batch_size or self._schedule.batch_at(self.step)[0]
         rank_positions(0, self.dataset.topology.world_size, batch)
         if weights is not None and (self._packs or not isinstance(self.order, MixtureOrder)):
-            raise ConfigError(
-                "only the weights of a mixture without packing can change during a run",
-                reason="change_weights",
-                fix="leave weights out, or start a new run",
-            )
+            raise ConfigError("change_weights")
         self._turn += 1
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
@@ -528,27 +508,14 @@ class StreamLoader:
         grown = isinstance(data, Mapping) and self.dataset.has_grown_from(data)
         if isinstance(data, Mapping) and grown and own["data"] != data:
             then = data.get("num_samples") or {n: entry["num_samples"] for n, entry in data.items()}
-            raise StateError(
-                "samples were appended to the dataset since the state was saved",
-                reason="state_appended",
-                facts={"then": then, "now": self.dataset.num_samples},
-                fix="pass max_samples=, the number of then, to StreamingDataset: the run goes on "
-                'exactly; or, without packs and mixture, load with allow=("appended",): the new '
-                "samples come from the next epoch on",
-            )
+            raise StateError("state_appended", then=then, now=self.dataset.num_samples)
         if not isinstance(order, Mapping):
             return
         name = "canonical_ranks"
         saved, ours = order.get(name), own["order"][name]
         same_batch = order.get("global_batch_size") == own["order"]["global_batch_size"]
         if isinstance(saved, int) and saved != ours and same_batch:
-            raise StateError(
-                "the state's run has another number of canonical ranks, which its order depends on",
-                reason="state_canonical_ranks",
-                facts={"saved": saved, "here": ours},
-                fix=f"pass canonical_ranks={saved} to the dataset or mixture; or load with "
-                'allow=("order",), without packs: what is left of the epoch is dealt anew',
-            )
+            raise StateError("state_canonical_ranks", saved=saved, here=ours)
 
     def _note_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
         room = MOST_RECORDS - len(self.bad_samples)

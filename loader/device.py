@@ -51,10 +51,7 @@ class DevicePrefetcher:
         """
         if normalization is not None and normalization not in MEAN_STD:
             raise ConfigError(
-                "normalisation has an unknown name",
-                reason="normalization",
-                facts={"got": normalization},
-                fix=nearest(normalization, MEAN_STD),
+                "normalization", hint=nearest(normalization, MEAN_STD), got=normalization
             )
         self.loader = loader
         self.device = torch.device(device)

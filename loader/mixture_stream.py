@@ -88,12 +88,7 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
             _require_mixable(dataset, number)
         rates = [1.0] * len(datasets) if weights is None else list(weights)
         if len(rates) != len(datasets):
-            raise ConfigError(
-                "a mixture needs one weight per dataset",
-                reason="mixture_weights",
-                facts={"datasets": len(datasets), "weights": len(rates)},
-                fix="give as many weights as datasets, or none",
-            )
+            raise ConfigError("mixture_weights.count", datasets=len(datasets), weights=len(rates))
         self.group = MixtureGroup(
             sources=tuple(_source(d, rate) for d, rate in zip(datasets, rates, strict=True)),
             by=by,
@@ -293,31 +288,28 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         first, *others = self.datasets
         for other in others:
             tokenizers = [d.manifest.tokenizer for d in (first, other)]
-            _compare(first, other, "tokenizer", tokenizers, _TOKENIZER, "build one of them again")
+            _compare(first, other, "tokenizer", tokenizers, _TOKENIZER)
             views = [d.view for d in (first, other)]
-            _compare(first, other, "view", views, _VIEW, "give all of them views of one shape")
+            _compare(first, other, "view", views, _VIEW)
             topologies = [d.topology for d in (first, other)]
-            _compare(first, other, "topology", topologies, _RANKS, "make all of them on one rank")
+            _compare(first, other, "topology", topologies, _RANKS)
         for dataset in self.datasets:
             if dataset.tail != "wrap" or not dataset.shuffle:
                 raise ConfigError(
-                    'a mixture takes datasets with tail "wrap" that are shuffled',
-                    reason="mixture_tail",
+                    "mixture_tail",
                     where=dataset.manifest.dataset,
-                    facts={"tail": dataset.tail, "shuffle": dataset.shuffle},
-                    fix="leave tail and shuffle at their defaults, or evaluate it alone",
+                    tail=dataset.tail,
+                    shuffle=dataset.shuffle,
                 )
 
 
 def _require_mixable(dataset: object, number: int) -> None:
     if not isinstance(dataset, StreamingDataset | IterableDatasetMixture):
         raise ConfigError(
-            "a mixture takes datasets of prepared samples, and mixtures of these",
-            reason="mixture_dataset",
+            "mixture_dataset",
             where=dataset if isinstance(dataset, str) else getattr(dataset, "url", ""),
-            facts={"number": number, "type": type(dataset).__name__},
-            fix="pass StreamingDatasets and mixtures; a RawDataset, whose samples have no tokens "
-            "and no view to agree on, cannot join: stream it by itself, in a DataLoader of its own",
+            number=number,
+            type=type(dataset).__name__,
         )
 
 
@@ -352,16 +344,13 @@ def _compare(
     what: str,
     values: Sequence[Any],
     fields: tuple[str, ...],
-    fix: str,
 ) -> None:
     """Refuses two datasets whose values differ in one of the fields, and names these."""
     ours, theirs = ({name: asdict(value)[name] for name in fields} for value in values)
     found = differences(ours, theirs, what)
     if found:
         raise ConfigError(
-            f"datasets of a mixture differ in their {what}",
-            reason=f"mixture_{what}",
+            f"mixture_{what}",
             where=f"{first.manifest.dataset} and {other.manifest.dataset}",
-            facts={"differences": "; ".join(found)},
-            fix=fix,
+            differences="; ".join(found),
         )

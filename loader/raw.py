@@ -85,12 +85,7 @@ class RawDataset(IterableDataset[Any]):
             network=network,
         )
         if not self.manifest.raw:
-            raise ConfigError(
-                "the dataset holds prepared samples",
-                reason="prepared_dataset",
-                where=self.url,
-                fix="stream it with loader.StreamingDataset",
-            )
+            raise ConfigError("prepared_dataset", where=self.url)
         self.decode = decode
         self.split = split
         self.seed = seed

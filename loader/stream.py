@@ -161,12 +161,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             network=network,
         )
         if self.manifest.raw:
-            raise ConfigError(
-                "the dataset holds raw samples: nothing was tokenized or resized",
-                reason="raw_dataset",
-                where=self.url,
-                fix="stream it with loader.RawDataset, which hands its fields to your function",
-            )
+            raise ConfigError("raw_dataset", where=self.url)
         self.split = split
         self.seed = seed
         self.batch_size = batch_size
@@ -185,11 +180,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.canonical_ranks = canonical_ranks
         if max_samples is not None and not 1 <= max_samples <= len(self.reader):
             raise ConfigError(
-                "max_samples is not a number of samples of the split",
-                reason="max_samples",
+                "max_samples",
                 where=self.url,
-                facts={"got": max_samples, "samples": len(self.reader)},
-                fix=f"use 1 to {len(self.reader)}",
+                num_reader=len(self.reader),
+                got=max_samples,
+                samples=len(self.reader),
             )
         self.num_samples = len(self.reader) if max_samples is None else max_samples
         """Samples in use: those of the split, or the first `max_samples` of them."""
@@ -336,24 +331,12 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           ShardError: `index_column`, or as `open_index`.
         """
         if self.view.tree == "molmo1":
-            raise ConfigError(
-                "lengths are recorded for trees of Molmo 2's kind: Molmo 1's are longer",
-                reason="view_lengths",
-                where=self.url,
-                facts={"tree": self.view.tree},
-                fix='use View(tree="molmo2")',
-            )
+            raise ConfigError("view_lengths.tree", where=self.url, tree=self.view.tree)
         stored = [ImageView.from_dict(v) for v in self.manifest.recipe["image"]["views"]]
         views = [self.view.image, *([self.view.high_res] if self.view.high_res else [])]
         missing = [view for view in views if view not in stored]
         if missing:
-            raise ConfigError(
-                "lengths are known only for the views that the shards were made for",
-                reason="view_lengths",
-                where=self.url,
-                facts={"view": missing[0].to_dict()},
-                fix="use such a view, or build the shards for this one",
-            )
+            raise ConfigError("view_lengths.view", where=self.url, view=missing[0].to_dict())
         columns = [stored.index(view) for view in views]
         tokens = self.reader.column("view_length", sample)[:, columns].max(axis=1)
         crops = self.reader.column("view_crops", sample)[:, columns].max(axis=1)
@@ -455,10 +438,9 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             first = first or known
         assert first is not None
         raise failure or ShardError(
-            "a sample and all its substitutes are known to be bad",
-            reason=first["reason"],
+            "all_substitutes_bad",
             where=f"{first['shard']} sample {first['key']}",
-            fix="run `make verify`, and build or copy the shard again",
+            first_reason=first["reason"],
         )
 
     def _candidate(self, sample_id: int, epoch: int, attempt: int) -> int:
@@ -538,13 +520,7 @@ def require_batch_size(batch_size: int | None) -> None:
     """
     _, num_workers = find_worker()
     if num_workers > 1 and batch_size is None:
-        raise ConfigError(
-            "with several workers the dataset must know the batch size",
-            reason="batch_size",
-            facts={"num_workers": num_workers},
-            fix="pass the DataLoader's batch_size to the dataset too: the order must not depend "
-            "on the number of workers",
-        )
+        raise ConfigError("batch_size", num_workers=num_workers)
 
 
 def stored_view(manifest: Manifest) -> ImageView:
@@ -572,10 +548,5 @@ def check_view(manifest: Manifest, view: ImageView, *, where: str) -> None:
         # No side is ever stored larger than the source's: views enlarge such pictures at load.
         if min(want[0], width) > have[0] or min(want[1], height) > have[1]:
             raise ConfigError(
-                "the view asks for more pixels than the shards hold",
-                reason="view_bound",
-                where=where,
-                facts={"source": f"{width}x{height}", "stored": have, "wanted": want},
-                fix="use the view that the shards were made for, or build them with a larger "
-                "IMAGE_SIZE= or IMAGE_BOUND=",
+                "view_bound", where=where, source=f"{width}x{height}", stored=have, wanted=want
             )

@@ -26,12 +26,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise ConfigError(
-                "a rank must be less than the number of ranks",
-                reason="rank",
-                facts={"rank": self.rank, "world_size": self.world_size},
-                fix="pass the data-parallel rank and the data-parallel world size",
-            )
+            raise ConfigError("rank", rank=self.rank, world_size=self.world_size)
 
 
 def find_topology(*, rank: int | None = None, world_size: int | None = None) -> Topology:
@@ -45,12 +40,7 @@ def find_topology(*, rank: int | None = None, world_size: int | None = None) -> 
       ConfigError: `rank`, `topology`.
     """
     if (rank is None) != (world_size is None):
-        raise ConfigError(
-            "rank and world_size must be given together",
-            reason="topology",
-            facts={"rank": rank, "world_size": world_size},
-            fix="give both, or neither",
-        )
+        raise ConfigError("topology", rank=rank, world_size=world_size)
     if rank is not None and world_size is not None:
         return Topology(rank=rank, world_size=world_size)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -354,12 +354,7 @@ def _number(text: str, flag: str) -> float:
             raise ValueError
         return number
     except ValueError as error:
-        raise ConfigError(
-            f"{flag} is not understood",
-            reason="number_text",
-            facts={"got": text},
-            fix="write canvas, canvas*1.5, or the longest side in pixels, such as 1024",
-        ) from error
+        raise ConfigError("number_text", flag=flag, got=text) from error
 
 
 class _Parser(argparse.ArgumentParser):

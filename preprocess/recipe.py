@@ -104,12 +104,7 @@ class Preparer:
         for text in texts:
             control = self.tokenizer.control_token(text)
             if control:
-                raise SampleError(
-                    f"text spells out the control token {control}",
-                    reason="control_token",
-                    where=key,
-                    fix="remove it from the row: it would be read as markup",
-                )
+                raise SampleError("control_token", where=key, control=control)
         geometry = safe_geometry(texts, styles=message_styles(example))
         images = tuple(
             self.image_preprocessor(source, geometry=geometry, where=key) for source in sources
@@ -117,12 +112,7 @@ class Preparer:
         sizes = [(image.source_width, image.source_height) for image in images]
         branches = self.formatter(example, key=key, image_sizes=sizes)
         if not branches:
-            raise SampleError(
-                "row has no message to learn from",
-                reason="no_message",
-                where=key,
-                fix="leave it out, or choose another MODE=",
-            )
+            raise SampleError("no_message.row", where=key)
         check_placeholders(branches, num_images=len(images), key=key)
         leads = image_prefixes(len(images))
         text_preprocessor = InterleavedTextPreprocessor(tokenizer=self.tokenizer)
@@ -147,12 +137,7 @@ class Preparer:
             return read_path(image)
         if isinstance(image, str):
             if self.read_url is None:
-                raise SampleError(
-                    "image is a URL and there is nothing to read it with",
-                    reason="image_url",
-                    where=image,
-                    fix="build shards, which fetches it, or pass read_url=",
-                )
+                raise SampleError("image_url", where=image)
             return self.read_url(image)
         return image
 
@@ -166,13 +151,7 @@ def read_path(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        raise SampleError(
-            "image file cannot be read",
-            reason="image_missing",
-            where=str(path),
-            facts={"error": error},
-            fix="check the path; relative paths start from the source folder",
-        ) from error
+        raise SampleError("image_missing.row", where=str(path), error=error) from error
 
 
 def images_identity(identities: Iterable[str]) -> str:

@@ -20,20 +20,10 @@ def parse_bytes(text: str) -> int:
     units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].upper() not in units:
-        raise ConfigError(
-            "size is not understood",
-            reason="size_text",
-            facts={"got": text},
-            fix="write it as 256MiB, 1GiB or a number of bytes",
-        )
+        raise ConfigError("size_text.text", got=text)
     count = float(match[1]) * units[match[2].upper()]
     if count >= 2**63:
-        raise ConfigError(
-            "size is beyond all disks",
-            reason="size_text",
-            facts={"got": text[:80]},
-            fix="write it as 256MiB, 1GiB or a number of bytes",
-        )
+        raise ConfigError("size_text.large", got=text[:80])
     return int(count)
 
 
@@ -48,12 +38,7 @@ def parse_age_s(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
     if match is None:
-        raise ConfigError(
-            "age is not understood",
-            reason="age_text",
-            facts={"got": text},
-            fix="write it as 90s, 30m, 24h or 7d",
-        )
+        raise ConfigError("age_text", got=text)
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 

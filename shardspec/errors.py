@@ -14,8 +14,9 @@
     └── WorkerError       a worker process of the loader that failed or died
 
 `str(error)` is the whole story on a few lines: what is wrong, where, the facts, the fix.
-`error.reason` is a stable code for programs and tests. All of them survive pickling, since they
-cross process borders. Passwords and signatures that stand in URLs are left out of what is shown.
+`error.reason` is a stable code for programs and tests. The texts are in `errors.toml`; call sites
+pass an entry's code and the facts. All errors survive pickling, since they cross process borders.
+Passwords and signatures that stand in URLs are left out of what is shown.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+
+from shardspec.messages import Message, messages
 
 
 class ShardsError(Exception):
@@ -32,48 +35,56 @@ class ShardsError(Exception):
 
     def __init__(
         self,
-        what: str,
+        code: str,
         *,
-        reason: str,
         where: str = "",
-        facts: Mapping[str, object] | None = None,
+        what: str | None = None,
         fix: str = "",
+        facts: Mapping[str, object] | None = None,
+        **more: object,
     ) -> None:
-        """Builds the error.
+        """Builds the error from its entry in `errors.toml`.
 
         Args:
-          what: What is wrong, in one sentence without blame: lower case, no full stop.
-          reason: Stable code in snake_case.
+          code: Name of the entry, "reason" or "reason.variant"; the reason is stable.
           where: URL, path, shard, key or field.
-          facts: What was found and what was wanted.
-          fix: The next command or setting to try.
+          what: What is wrong, in one sentence without blame: lower case, no full stop. Only for
+            errors without an entry, such as those of a dataset outside the project.
+          fix: The next command or setting to try, likewise.
+          facts: What was found and what was wanted, where names are known only when it is made.
+          more: The same, by name. The texts of the entry may name facts; those that they do not
+            name are listed after them.
         """
-        super().__init__(what)
-        self.what = what
-        self.reason = reason
+        facts = {**(facts or {}), **more}
+        entry = messages()[code] if what is None else Message(what=what, fix=fix)
+        texts = entry.filled(facts) if what is None else entry
+        super().__init__(redacted(texts.what))
+        self.reason = code.partition(".")[0]
+        self.what = redacted(texts.what)
+        self.fix = redacted(texts.fix)
         self.where = redacted(where)
-        self.facts = dict(facts or {})
-        self.fix = fix
+        self.facts = facts
+        self.listed = {name: facts[name] for name in facts if name not in entry.fields}
 
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
             lines.append(f"  where: {self.where}")
-        if self.facts:
-            facts = ", ".join(f"{name}={value}" for name, value in self.facts.items())
+        if self.listed:
+            facts = ", ".join(f"{name}={value}" for name, value in self.listed.items())
             lines.append(f"  facts: {redacted(facts)}")
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.what, self.reason, self.where, self.facts, self.fix))
+        return (_rebuild, (type(self), vars(self)))
 
 
-def _rebuild(
-    kind: type[ShardsError], what: str, reason: str, where: str, facts: dict[str, object], fix: str
-) -> ShardsError:
-    return kind(what, reason=reason, where=where, facts=facts, fix=fix)
+def _rebuild(kind: type[ShardsError], state: dict[str, object]) -> ShardsError:
+    error = kind.__new__(kind, state["what"])
+    vars(error).update(state)
+    return error
 
 
 class ConfigError(ShardsError, ValueError):

@@ -151,10 +151,4 @@ def sample_fields(payload: memoryview, *, where: str) -> dict[str, memoryview]:
 
 
 def _no_tar(where: str, problem: str) -> ShardError:
-    return ShardError(
-        "file is no whole, uncompressed tar",
-        reason="foreign_tar",
-        where=where,
-        facts={"problem": problem},
-        fix="unpack compressed tars first; copy or write a cut or damaged one again",
-    )
+    return ShardError("foreign_tar", where=where, problem=problem)

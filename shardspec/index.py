@@ -257,12 +257,7 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = Fal
         with open(path, "rb") as stream:
             payload = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        raise ShardError(
-            "index of a shard is missing",
-            reason="index_missing",
-            where=path,
-            fix="run `make verify`, then build the shard again with `make shards`",
-        ) from error
+        raise ShardError("index_missing.stored", where=path) from error
     except (ValueError, OSError) as error:  # an empty file cannot be mapped
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # the system's limits say nothing of the index
@@ -322,10 +317,4 @@ def parse_index(
 
 
 def _broken(path: str, reason: str, facts: dict[str, object]) -> ShardError:
-    return ShardError(
-        "index does not fit its shard",
-        reason=reason,
-        where=path,
-        facts=facts,
-        fix="run `make verify`, then build the shard again with `make shards`",
-    )
+    return ShardError(reason, where=path, facts=facts)

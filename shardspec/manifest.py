@@ -198,10 +198,11 @@ class Manifest:
         """
         if split not in self.splits:
             raise ConfigError(
-                f"dataset {self.dataset!r} has no split {split!r}",
-                reason="unknown_split",
-                facts={"splits": sorted(self.splits)},
-                fix=nearest(split, self.splits) + f"; or build it: make shards SPLIT={split}",
+                "unknown_split.unknown",
+                dataset=self.dataset,
+                split=split,
+                hint=nearest(split, self.splits),
+                splits=sorted(self.splits),
             )
         return tuple(shard for shard in self.shards if shard.split == split)
 
@@ -276,21 +277,14 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
     try:
         document = json.loads(payload)
     except ValueError as error:
-        raise ManifestError(
-            "manifest is no JSON document",
-            reason="manifest_json",
-            where=where,
-            facts={"error": error},
-            fix="remove it, and run the `make shards` command that made the dataset",
-        ) from error
+        raise ManifestError("manifest_json", where=where, error=error) from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if version not in (FORMAT_VERSION, EXTENDED_VERSION):
         raise ManifestError(
-            "manifest has a format version that this release does not read",
-            reason="manifest_version",
+            "manifest_version",
             where=where,
-            facts={"got": version, "want": f"{FORMAT_VERSION} or {EXTENDED_VERSION}"},
-            fix="read it with the release that wrote it, or build the dataset again",
+            got=version,
+            want=f"{FORMAT_VERSION} or {EXTENDED_VERSION}",
         )
     problems: list[str] = []
     raw, view = False, None
@@ -322,13 +316,7 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
     if not problems and view is not None:
         problems = _view_contradictions(view, shards)
     if problems:
-        raise ManifestError(
-            "manifest is malformed",
-            reason="manifest_fields",
-            where=where,
-            facts={"problems": "; ".join(problems)},
-            fix="remove it, and run the `make shards` command that made the dataset",
-        )
+        raise ManifestError("manifest_fields", where=where, problems="; ".join(problems))
     return Manifest(
         dataset=str(dataset),
         recipe=recipe,
@@ -379,12 +367,7 @@ def fetch_manifest(url: str, ranges: RangeReader) -> Manifest:
 
 
 def _no_manifest(where: str) -> ManifestError:
-    return ManifestError(
-        "no dataset here: there is no manifest",
-        reason="manifest_missing",
-        where=where,
-        fix="run `make shards DATASET=...`; an unfinished job goes on with the same command",
-    )
+    return ManifestError("manifest_missing.shards", where=where)
 
 
 def encode_receipt(receipt: Receipt) -> bytes:
@@ -423,13 +406,7 @@ def check_same(old: Manifest, new: Manifest, *, where: str) -> None:
     }
     found = [d for name, (a, b) in pairs.items() for d in differences(a, b, name)]
     if found:
-        raise ConflictError(
-            "this output already holds a dataset that was made in another way",
-            reason="recipe_conflict",
-            where=where,
-            facts={"differences": "; ".join(found)},
-            fix="use another OUT=, or remove the old dataset",
-        )
+        raise ConflictError("recipe_conflict.output", where=where, differences="; ".join(found))
 
 
 def differences(old: object, new: object, name: str) -> list[str]:

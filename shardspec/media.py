@@ -141,10 +141,11 @@ def encode_stored(pixels: np.ndarray, *, codec: Codec, quality: int = 95) -> byt
     limit_px = CODEC_MAX_SIDE_PX.get(codec)
     if limit_px is not None and max(pixels.shape) > limit_px:
         raise SampleError(
-            f"image is too long for {codec}",
-            reason="image_size",
-            facts={"height_px": pixels.shape[0], "width_px": pixels.shape[1], "most_px": limit_px},
-            fix="bound the stored size (max_side_px), or store it as png",
+            "image_size.codec",
+            codec=codec,
+            height_px=pixels.shape[0],
+            width_px=pixels.shape[1],
+            most_px=limit_px,
         )
     if codec == "raw":
         return encode_array(pixels)
@@ -223,12 +224,7 @@ def _decode_simplejpeg(
 ) -> np.ndarray:
     library = _simplejpeg()
     if library is None:
-        raise ConfigError(
-            "the simplejpeg decoder is not installed",
-            reason="decoder_missing",
-            where=where,
-            fix="install vlm-shards[fast], or use decoder='pillow' (same pixels)",
-        )
+        raise ConfigError("decoder_missing", where=where)
     buffer = out if out is not None and out.flags.c_contiguous else None
     try:
         # The header costs 1 µs and is read before anything is allocated.
@@ -318,10 +314,4 @@ def _check_out(out: np.ndarray | None, shape: tuple[int, int, int], codec: str, 
 
 
 def _refuse(codec: str, cause: str, where: str) -> NoReturn:
-    raise ShardError(
-        "stored image cannot be decoded",
-        reason="image_decode",
-        where=where,
-        facts={"codec": codec, "cause": cause},
-        fix="run `python -m preprocess verify` on the dataset, then rebuild the shard",
-    )
+    raise ShardError("image_decode.stored", where=where, codec=codec, cause=cause)

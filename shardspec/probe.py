@@ -93,9 +93,5 @@ def check_tokenizer(entry: TokenizerEntry, tokenizer: TrainingTokenizer, *, wher
     found = differences(want, got, "tokenizer")
     if found:
         raise ConfigError(
-            "the tokenizer of this run is not the one that the shards were made with",
-            reason="tokenizer_mismatch",
-            where=where,
-            facts={"shards": entry.name, "differences": "; ".join(found)},
-            fix="train with that tokenizer, or build the shards again with TOKENIZER=",
+            "tokenizer_mismatch", where=where, shards=entry.name, differences="; ".join(found)
         )

@@ -202,20 +202,16 @@ def decode_array(
     kind, shape, header, rest = _array_member(dtype, columns, len(payload))
     if rest:
         raise ShardError(
-            "array member has a broken length",
-            reason="array_size",
-            where=where,
-            facts={"got_bytes": len(payload) - ARRAY_HEADER_BYTES, "rest_bytes": rest},
-            fix="run `python -m preprocess verify` on the dataset",
+            "array_size", where=where, got_bytes=len(payload) - ARRAY_HEADER_BYTES, rest_bytes=rest
         )
     start = bytes(payload[:ARRAY_HEADER_BYTES])  # memoryviews are compared byte by byte
     if start != header:
         raise ShardError(
-            "array member has an unexpected header",
-            reason="array_header",
+            "array_header",
             where=where,
-            facts={"want_dtype": dtype, "want_rows": shape[0], "got": start[10:].rstrip()},
-            fix="run `python -m preprocess verify` on the dataset",
+            want_dtype=dtype,
+            want_rows=shape[0],
+            got=start[10:].rstrip(),
         )
     array: np.ndarray = np.ndarray(shape, kind, payload, ARRAY_HEADER_BYTES)
     return array

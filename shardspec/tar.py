@@ -145,28 +145,16 @@ def walk_tar(stream: IO[bytes], *, where: str = "") -> Iterator[TarMember]:
             return
         header = blocks[:BLOCK]
         if len(blocks) < len(END_OF_ARCHIVE) and (len(header) < BLOCK or not any(header)):
-            raise ShardError(
-                "tar ends without its end-of-archive blocks",
-                reason="tar_truncated",
-                where=where,
-                facts={"num_bytes": size},
-                fix="build or copy the shard again",
-            )
+            raise ShardError("tar_truncated.end", where=where, num_bytes=size)
         member = _parse_header(header, position)
         if member is None:
-            raise ShardError(
-                "tar header is damaged",
-                reason="tar_header",
-                where=f"{where} byte {position}",
-                fix="build or copy the shard again",
-            )
+            raise ShardError("tar_header", where=f"{where} byte {position}")
         if member.offset + member.num_bytes > size:
             raise ShardError(
-                "tar ends inside a member",
-                reason="tar_truncated",
+                "tar_truncated.member",
                 where=f"{where} member {member.name}",
-                facts={"got_bytes": size, "want_bytes": member.offset + member.num_bytes},
-                fix="build or copy the shard again",
+                got_bytes=size,
+                want_bytes=member.offset + member.num_bytes,
             )
         yield member
         position = member.offset + padded(member.num_bytes)

@@ -163,11 +163,10 @@ class ImageView:
         for name in fields:
             if name not in known:
                 raise ConfigError(
-                    "image view has an unknown field",
-                    reason="image_view",
+                    "image_view.unknown",
                     where=f"ImageView.{name}",
-                    facts={"got": fields[name]},
-                    fix=nearest(name, known),
+                    hint=nearest(name, known),
+                    got=fields[name],
                 )
         values: dict[str, Any] = {}
         for name, value in fields.items():
@@ -278,12 +277,7 @@ def stored_size(
     (1008, 784)
     """
     if not views or not 1 <= headroom < math.inf:
-        raise ConfigError(
-            "stored size needs at least one view and a finite head room of 1 or more",
-            reason="stored_size",
-            facts={"num_views": len(views), "headroom": headroom},
-            fix="name the views that training will use; 1.0 stores exactly their canvas",
-        )
+        raise ConfigError("stored_size", num_views=len(views), headroom=headroom)
     canvases = [canvas_size(width, height, view) for view in views]
     need_width = math.ceil(headroom * max(w for w, _ in canvases))
     need_height = math.ceil(headroom * max(h for _, h in canvases))
@@ -306,12 +300,7 @@ def _fit_into(width: int, height: int, frame: tuple[int, int], fit: Fit) -> tupl
 
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
-        raise SampleError(
-            "image has no pixels",
-            reason="image_size",
-            facts={"width": width, "height": height},
-            fix="leave the image out of the dataset",
-        )
+        raise SampleError("image_size.empty", width=width, height=height)
 
 
 # ---------------------------------------------------------------------------------------- grids
@@ -760,9 +749,9 @@ def _is_int(value: object, *, at_least: int) -> bool:
 def _require(view: ImageView, name: str, good: bool, want: str) -> None:
     if not good:
         raise ConfigError(
-            f"image view cannot have this {name}",
-            reason="image_view",
+            "image_view.value",
             where=f"ImageView.{name}",
-            facts={"got": repr(getattr(view, name)), "want": want},
-            fix=f"change {name} of the view",
+            name=name,
+            got=repr(getattr(view, name)),
+            want=want,
         )

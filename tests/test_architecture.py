@@ -90,7 +90,9 @@ ENVIRONMENT = {"loader/topology.py", "shardspec/storage/stores.py"}
 
 FLOORS = {
     "shardspec": (
-        {"errors", "keyed", "toml"},
+        {"keyed", "toml"},
+        {"messages"},
+        {"errors"},
         {"sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"manifest"},

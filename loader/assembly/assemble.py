@@ -112,12 +112,7 @@ class View:
         if self.weight < 0:
             wrong["weight"] = self.weight
         if wrong:
-            raise ConfigError(
-                "settings of the view are impossible",
-                reason="view",
-                facts=wrong,
-                fix="a probability needs a high_res view with the same size_px; weights are >= 0",
-            )
+            raise ConfigError("view", facts=wrong)
 
     def shapes(self, image: ImageView) -> Shapes:
         """Tells the shapes of what an example in one of the resolutions has for each crop."""
@@ -168,11 +163,7 @@ class Planner:
         num_texts, num_images = kinds.count(_TEXT), kinds.count(_IMAGE)
         if view.max_images is not None and num_images > view.max_images:
             raise SampleError(
-                "sample has more images than the view takes",
-                reason="too_many_images",
-                where=key,
-                facts={"images": num_images, "max_images": view.max_images},
-                fix="raise max_images, or leave such samples out when building",
+                "too_many_images.view", where=key, images=num_images, max_images=view.max_images
             )
         branches = _choose(tokens, spans[:num_texts], rng if self._training else None)
         if self._training and view.branch_order == "shuffled" and len(branches) > 1:

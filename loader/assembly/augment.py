@@ -98,13 +98,7 @@ class Augment:
         }
         bad = {name: getattr(self, name) for name, fine in good.items() if not fine}
         if bad:
-            raise ConfigError(
-                "augmentation settings are out of range",
-                reason="augment_range",
-                facts=bad,
-                fix="use 0 < least <= most for crop_scale (most 1) and crop_ratio, 0 to 0.5 for "
-                "hue, and 0 to 1 for the others",
-            )
+            raise ConfigError("augment_range", facts=bad)
 
     @classmethod
     def standard(cls) -> Augment:

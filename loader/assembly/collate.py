@@ -163,27 +163,12 @@ class MMCollator:
         if max_images is not None and max_images < 0:
             bad["max_images"] = max_images
         if bad:
-            raise ConfigError(
-                "collator sizes are out of range",
-                reason="collator_range",
-                facts=bad,
-                fix="use sizes of 1 or more (max_images: 0 or more, or None)",
-            )
+            raise ConfigError("collator_range", facts=bad)
         if overlong not in ("error", "truncate"):
-            raise ConfigError(
-                "collator has an unknown setting for overlong examples",
-                reason="overlong",
-                facts={"got": repr(overlong)},
-                fix='use "error" or "truncate"',
-            )
+            raise ConfigError("overlong", got=repr(overlong))
         for name in extra_keys:
             if name not in EXTRA_KEYS:
-                raise ConfigError(
-                    "collator has an unknown extra key",
-                    reason="extra_key",
-                    facts={"got": name},
-                    fix=nearest(name, EXTRA_KEYS),
-                )
+                raise ConfigError("extra_key", hint=nearest(name, EXTRA_KEYS), got=name)
         self.sequence_length = sequence_length
         self.pad_mode = pad_mode
         self.pad_token_id = pad_token_id
@@ -237,11 +222,7 @@ class MMCollator:
             other or the collator, listing all of them.
         """
         if not examples:
-            raise ConfigError(
-                "batch has no examples",
-                reason="empty_batch",
-                fix="hand over at least one example",
-            )
+            raise ConfigError("empty_batch")
         self._require_fitting(examples)
         lengths = [example.num_tokens for example in examples]
         if max(lengths) > self.sequence_length or self.max_images is not None:
@@ -351,41 +332,26 @@ class MMCollator:
         limit, length, num = self.sequence_length, example.num_tokens, example.num_crops
         if self.max_images is not None and num > self.max_images:
             raise SampleError(
-                "example has more images than the batch has room for",
-                reason="too_many_images",
+                "too_many_images.batch",
                 where=_name(row, example.metadata()),
-                facts={"images": num, "max_images": self.max_images},
-                fix="raise max_images, or lower the crop budget of the view",
+                images=num,
+                max_images=self.max_images,
             )
         if length <= limit:
             return length
         facts = {"tokens": length, "sequence_length": limit}
         if self.overlong == "error":
-            raise SampleError(
-                "example is longer than the sequence length",
-                reason="too_long",
-                where=_name(row, example.metadata()),
-                facts=facts,
-                fix='raise sequence_length, or cut with overlong="truncate"',
-            )
+            raise SampleError("too_long", where=_name(row, example.metadata()), facts=facts)
         if num:
             end = max(example.image_ends())
             if end > limit:
                 raise SampleError(
-                    "cutting the example at the sequence length would cut an image",
-                    reason="image_cut",
+                    "image_cut.example",
                     where=_name(row, example.metadata()),
                     facts=facts | {"image_end": end},
-                    fix="raise sequence_length, or lower the crop budget of the view",
                 )
         if not any((piece != IGNORE_INDEX).any() for piece in cut(example.pieces("labels"), limit)):
-            raise SampleError(
-                "cutting the example at the sequence length leaves nothing to learn",
-                reason="no_loss",
-                where=_name(row, example.metadata()),
-                facts=facts,
-                fix="raise sequence_length",
-            )
+            raise SampleError("no_loss.example", where=_name(row, example.metadata()), facts=facts)
         return limit
 
     def _check(self, examples: Sequence[Example], counts: list[int]) -> None:
@@ -401,16 +367,12 @@ class MMCollator:
                 for row, example in enumerate(examples)
             }
             raise ConfigError(
-                "examples of a batch do not fit together",
-                reason="example_mismatch",
+                "example_mismatch.batch",
                 where="; ".join(dict.fromkeys(problems)),
-                facts={
-                    "want": f"images uint8 or float32 [n, {_joined(self.image_shape)}], "
-                    f"image_masks [n, {self.num_patches}], image_input_idx [n"
-                    + (f", {self.tokens_per_crop}]" if self.tokens_per_crop else "]"),
-                    **specs,
-                },
-                fix="give the collator and every dataset of the mixture the same view",
+                want=f"images uint8 or float32 [n, {_joined(self.image_shape)}], "
+                f"image_masks [n, {self.num_patches}], image_input_idx [n"
+                + (f", {self.tokens_per_crop}]" if self.tokens_per_crop else "]"),
+                facts=specs,
             )
 
     def _problems(self, example: Example, num: int) -> list[str]:
@@ -510,12 +472,7 @@ def _parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
     multiple = pad_mode.removeprefix("to_")
     if pad_mode.startswith("to_") and multiple.isascii() and multiple.isdigit() and int(multiple):
         return int(multiple)
-    raise ConfigError(
-        "collator has an unknown pad mode",
-        reason="pad_mode",
-        facts={"got": repr(pad_mode)},
-        fix='use "max_len", "batch_max", or "to_N" with N >= 1, such as "to_128"',
-    )
+    raise ConfigError("pad_mode", got=repr(pad_mode))
 
 
 def finished(example: Unmade) -> dict[str, Any]:

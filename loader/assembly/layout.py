@@ -309,13 +309,7 @@ def lay_out(
             if at == start and spans:
                 at, targets = at + 1, response[1:]
             if at <= labelled:
-                raise SampleError(
-                    "a turn without a token stands before another one",
-                    reason="empty_turn",
-                    where=where,
-                    facts={"position": at},
-                    fix="build the shards again with the data's empty turns left out",
-                )
+                raise SampleError("empty_turn", where=where, position=at)
             if at <= length:
                 labels += (_ignored(at - 1 - labelled), targets, eos)
                 learned.append(len(targets) + 1)
@@ -323,20 +317,10 @@ def lay_out(
         spans.append(_Span(start, length, learned, weight / WEIGHT_ONE))
     if limit is not None and image_ends and image_ends[-1] > limit:
         raise SampleError(
-            "the images of a sample do not fit the sequence",
-            reason="image_cut",
-            where=where,
-            facts={"image_tokens": image_ends[-1], "sequence_length": limit},
-            fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
+            "image_cut.sample", where=where, image_tokens=image_ends[-1], sequence_length=limit
         )
     if not labels or (limit is not None and len(labels[0]) >= limit):
-        raise SampleError(
-            "nothing to learn is left of a sample within the sequence length",
-            reason="no_loss",
-            where=where,
-            facts={"length": length, "sequence_length": limit},
-            fix='raise sequence_length, use a view with fewer crops, or on_bad="substitute"',
-        )
+        raise SampleError("no_loss.sample", where=where, length=length, sequence_length=limit)
     labels.append(_ignored(length - labelled))
     if loss != "flat":
         _scale(spans, loss)
@@ -419,11 +403,11 @@ def _count_placeholders(
                 count += int(np.count_nonzero(turn.prompt == ids.placeholder))
     if count and (count != num_blocks or len(branches) > 1):
         raise SampleError(
-            "a text may place its images only in a lone branch, and all of them",
-            reason="image_placeholder",
+            "image_placeholder.place",
             where=where,
-            facts={"placeholders": count, "images": num_blocks, "branches": len(branches)},
-            fix="correct the row, or leave the placeholders out",
+            placeholders=count,
+            images=num_blocks,
+            branches=len(branches),
         )
     return count
 

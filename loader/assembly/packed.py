@@ -37,10 +37,9 @@ class Pack:
         shapes = {part.shapes for part in parts if part.num_crops} or {parts[0].shapes}
         if len(shapes) > 1:
             raise ConfigError(
-                "samples of a packed row do not fit together",
-                reason="example_mismatch",
-                facts={"keys": [part.key for part in parts], "got": sorted(map(str, shapes))},
-                fix="give high_res as many patches per crop and the same pooling as image",
+                "example_mismatch.pack",
+                keys=[part.key for part in parts],
+                got=sorted(map(str, shapes)),
             )
         (self.shapes,) = shapes
 

@@ -304,12 +304,7 @@ def normalize(
       ConfigError: `normalization`, for an unknown name.
     """
     if kind not in MEAN_STD:
-        raise ConfigError(
-            "normalisation has an unknown name",
-            reason="normalization",
-            facts={"got": kind},
-            fix=nearest(kind, MEAN_STD),
-        )
+        raise ConfigError("normalization", hint=nearest(kind, MEAN_STD), got=kind)
     if isinstance(images, torch.Tensor):
         scale, offset = _affine(kind, images.device)
         return torch.addcmul(offset, images.to(torch.float32), scale)
@@ -336,12 +331,7 @@ def _cut(pixels: np.ndarray, draw: Draw, *, source_width: int, source_height: in
         return pixels
     left, top, right, bottom = draw.crop
     if not (0 <= left < right <= source_width and 0 <= top < bottom <= source_height):
-        raise ConfigError(
-            "crop reaches out of the picture",
-            reason="draw_box",
-            facts={"crop": draw.crop, "source": (source_width, source_height)},
-            fix="draw the augmentation with the width and height of the source",
-        )
+        raise ConfigError("draw_box", crop=draw.crop, source=(source_width, source_height))
     height, width = pixels.shape[:2]
     rows = _scaled(top, bottom, of=source_height, to=height)
     columns = _scaled(left, right, of=source_width, to=width)
@@ -427,10 +417,7 @@ def _decoded(
         pixels = picture
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise SampleError(
-            "stored picture is not an RGB array",
-            reason="image_pixels",
-            facts={"got": f"{pixels.dtype} {list(pixels.shape)}", "want": "uint8 [H, W, 3]"},
-            fix="run `python -m preprocess verify` on the dataset",
+            "image_pixels", got=f"{pixels.dtype} {list(pixels.shape)}", want="uint8 [H, W, 3]"
         )
     return pixels
 
@@ -455,9 +442,6 @@ def _checked_out(out: np.ndarray | None, count: int, view: ImageView) -> np.ndar
     side, patch = view.patches_per_side, view.patch_px
     if out.shape not in (crops, (count, side, patch, side, patch, 3)) or out.dtype != np.uint8:
         raise ConfigError(
-            "buffer does not fit the crops of the picture",
-            reason="render_out",
-            facts={"got": f"{out.dtype} {list(out.shape)}", "want": f"uint8 {list(crops)}"},
-            fix="size the buffer with shardspec.tiling.num_crops and the view's size_px",
+            "render_out", got=f"{out.dtype} {list(out.shape)}", want=f"uint8 {list(crops)}"
         )
     return out

@@ -212,11 +212,7 @@ class _Worker:
         if answer.error is not None:
             raise answer.error
         if answer.crash:
-            raise WorkerError(
-                f"a worker process failed:\n{answer.crash}",
-                reason="worker_crash",
-                fix="workers=0 shows where, in one process",
-            )
+            raise WorkerError("worker_crash", crash=answer.crash)
         batch = {name: self._opened(value) for name, value in answer.batch.items()}
         return Made(batch=batch, bad=answer.bad, spent=answer.spent, counters=answer.counters)
 
@@ -265,12 +261,7 @@ class _Worker:
         code = self._process.exitcode
         name = signal.Signals(-code).name if code is not None and code < 0 else ""
         return WorkerError(
-            "a worker process died",
-            reason="worker_died",
-            facts={"exit_code": code, **({"signal": name} if name else {})},
-            fix="SIGKILL and SIGBUS are mostly lack of memory: use fewer workers, or a smaller "
-            "prefetch_bytes; an exit code of 1 with a traceback about __main__ means that the "
-            'script needs `if __name__ == "__main__":`',
+            "worker_died.loader", exit_code=code, facts={"signal": name} if name else {}
         )
 
 
@@ -285,11 +276,7 @@ def _naming_limit() -> Iterator[None]:
             raise
         limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise ConfigError(
-            "the process may open no further file, so it cannot take its workers' batches",
-            reason="descriptor_limit",
-            facts={"limit": limit, "hard_limit": hard_limit},
-            fix="raise the limit where the run is started (`ulimit -n`), keep fewer batches, or "
-            f"use fewer workers: each may take {_MOST_MAPPED} descriptors",
+            "descriptor_limit", most_mapped=_MOST_MAPPED, limit=limit, hard_limit=hard_limit
         ) from error
 
 

@@ -78,10 +78,7 @@ def share_out(weights: Sequence[float], num_slots: int) -> np.ndarray:
     quotas = [max(int(share), int(share > 0)) for share in wanted]
     if len(quotas) > MOST_DATASETS or sum(share > 0 for share in wanted) > num_slots:
         raise ConfigError(
-            "a mixture has too many datasets",
-            reason="mixture_weights",
-            facts={"datasets": len(quotas), "most": min(MOST_DATASETS, num_slots)},
-            fix="join datasets that belong together when they are built",
+            "mixture_weights.many", datasets=len(quotas), most=min(MOST_DATASETS, num_slots)
         )
     # The largest remainders get one more; if the minimum of 1 took too much, the largest give.
     by_remainder = sorted(range(len(quotas)), key=lambda d: (quotas[d] - wanted[d], d))

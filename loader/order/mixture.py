@@ -125,17 +125,17 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "canonical_ranks", "canonical_workers"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1", "mixture_count")
+            _require(getattr(self, name) >= 1, "mixture_count", name=name)
         for name in ("active_blocks", "block_size"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1", "mixture_count")
-        _require(bool(self.members), "a mixture needs a dataset", "mixture_empty")
+            _require(getattr(self, name) >= 1, "mixture_count", name=name)
+        _require(bool(self.members), "mixture_empty.mixture")
         names = [member.name for member in self.members]
         twice = sorted({name for name in names if names.count(name) > 1})
-        _require(not twice, f"a dataset occurs twice in the mixture: {twice}", "mixture_twice")
+        _require(not twice, "mixture_twice", names=twice)
         for member in self.members:
-            _require(member.num_samples >= 1, f"dataset {member.name!r} is empty", "mixture_empty")
+            _require(member.num_samples >= 1, "mixture_empty.dataset", name=member.name)
         steps = [0, *(change.step for change in self.changes)]
-        _require(sorted(set(steps)) == steps, "steps of changes must increase", "mixture_changes")
+        _require(sorted(set(steps)) == steps, "mixture_changes", steps=steps)
         for segment in self.segments():
             weights, batch = segment.weights, segment.global_batch_size
             ranks = segment.canonical_ranks
@@ -143,13 +143,14 @@ class MixtureConfig:
                 len(weights) == len(self.members)
                 and all(math.isfinite(w) and w >= 0 for w in weights)
                 and sum(weights) > 0,
-                f"a mixture needs one weight >= 0 per dataset, not all 0: {list(weights)}",
-                "mixture_weights",
+                "mixture_weights.values",
+                weights=list(weights),
             )
             _require(
                 batch >= 1 and ranks >= 1 and batch % ranks == 0,
-                f"the global batch {batch} is not a multiple of the canonical ranks ({ranks})",
-                "batch_not_divisible",
+                "batch_not_divisible.canonical_ranks",
+                batch=batch,
+                ranks=ranks,
             )
 
     def segments(self) -> list[MixtureChange]:
@@ -186,7 +187,7 @@ class MixtureConfig:
         if step:
             return replace(self, changes=(*kept, change))
         same = len(change.weights) == len(self.members)
-        _require(same, "a mixture needs one weight per dataset", "mixture_weights")
+        _require(same, "mixture_weights.count", datasets=len(self.members))
         pairs = zip(self.members, change.weights, strict=True)
         return replace(
             self,
@@ -225,14 +226,10 @@ class MixtureConfig:
         known = {field.name for field in fields(cls)}
         if state.get("version") != MIXTURE_VERSION or set(state) - {"version"} != known:
             raise StateError(
-                "the saved mixture is of another version",
-                reason="order_version",
-                facts={
-                    "got": state.get("version"),
-                    "want": MIXTURE_VERSION,
-                    "other_fields": sorted((set(state) - {"version"}) ^ known),
-                },
-                fix="resume with the release that wrote the state, or start a new run",
+                "order_version.mixture",
+                got=state.get("version"),
+                want=MIXTURE_VERSION,
+                other_fields=sorted(set(state) - {"version"} ^ known),
             )
         values = {name: state[name] for name in known}
         values["members"] = tuple(MixtureMember(**member) for member in state["members"])
@@ -296,18 +293,14 @@ def mixture_weights(
     flat = _flatten(group, 1.0)
     names = [source.name for source, _ in flat]
     twice = sorted({name for name in names if names.count(name) > 1})
-    _require(not twice, f"a dataset occurs twice in the mixture: {twice}", "mixture_twice")
+    _require(not twice, "mixture_twice", names=twice)
     if unit == "samples":
         return flat
     shares = []
     for source, weight in flat:
         if not source.mean_tokens or source.mean_tokens <= 0:
             raise ConfigError(
-                "weights by tokens need the mean length of every dataset",
-                reason="mixture_mean_tokens",
-                where=source.name,
-                facts={"mean_tokens": source.mean_tokens},
-                fix='set mean_tokens from the manifest, or mix by unit="samples"',
+                "mixture_mean_tokens", where=source.name, mean_tokens=source.mean_tokens
             )
         shares.append((source, weight / source.mean_tokens))
     total = math.fsum(share for _, share in shares)
@@ -456,12 +449,7 @@ class MixtureOrder:
                 for member, step in zip(self.config.members, steps, strict=True)
                 if step is None
             ]
-            raise ConfigError(
-                "the stop rule waits for datasets that are never read to their end",
-                reason="mixture_never",
-                facts={"stop": stop, "datasets": ", ".join(missing)},
-                fix="give them a weight, leave them out, or train for a number of steps",
-            )
+            raise ConfigError("mixture_never", stop=stop, datasets=", ".join(missing))
         return min(reached) if stop == "first_exhausted" else max(reached)
 
     def describe(self) -> list[dict[str, Any]]:
@@ -652,7 +640,7 @@ class _Word:
         batch = self.global_batch_size = segment.global_batch_size
         batches = max(_MIN_WORD_BATCHES, -(-_MIN_WORD_SLOTS // batch))
         batches = min(batches, MOST_SLOTS // batch - workers + 1)
-        _require(batches > 0, "a mixture's global batch is too large", "mixture_batch")
+        _require(batches > 0, "mixture_batch", global_batch_size=batch)
         batches = -(-batches // workers) * workers
         self.num_slots = batches * batch
         self.quotas = share_out(segment.weights, self.num_slots)
@@ -723,16 +711,16 @@ def _by_layout(laned: np.ndarray) -> list[tuple[bool, np.ndarray]]:
 
 
 def _flatten(group: MixtureGroup, weight: float) -> list[tuple[MixtureSource, float]]:
-    _require(bool(group.sources), "a mixture's group needs a source", "mixture_empty")
+    _require(bool(group.sources), "mixture_empty.group")
     powers = {"rate": 0.0, "root_size": 0.5, "size": 1.0}
-    _require(group.by in powers, f"unknown weighting {group.by!r}", "mixture_weights")
+    _require(group.by in powers, "mixture_weights.by", by=group.by)
     raw = []
     for source in group.sources:
         ok = math.isfinite(source.rate) and source.rate >= 0
-        _require(ok, f"a rate must be a number >= 0, not {source.rate}", "mixture_weights")
+        _require(ok, "mixture_weights.rate", rate=source.rate)
         raw.append(source.rate * _size(source) ** powers[group.by])
     total = math.fsum(raw)
-    _require(total > 0, "the weights of a mixture's group are all 0", "mixture_weights")
+    _require(total > 0, "mixture_weights.zero")
     flat = []
     for source, share in zip(group.sources, raw, strict=True):
         part = weight * share / total
@@ -749,6 +737,6 @@ def _size(source: MixtureSource | MixtureGroup) -> int:
     return source.num_samples if source.size is None else source.size
 
 
-def _require(condition: bool, what: str, reason: str) -> None:
+def _require(condition: bool, code: str, **facts: object) -> None:
     if not condition:
-        raise ConfigError(what, reason=reason, fix="correct the mixture's configuration")
+        raise ConfigError(code, facts=facts)

@@ -114,45 +114,24 @@ class OrderConfig:
         for name in (*counts, "active_blocks", "block_size"):
             _require_count(name, getattr(self, name))
         if not 0 <= self.seed < 2**64:
-            raise ConfigError(
-                "the seed of an order must fit 64 bits",
-                reason="order_seed",
-                facts={"seed": self.seed},
-                fix="choose a seed from 0 to 2**64 - 1",
-            )
+            raise ConfigError("order_seed", seed=self.seed)
         _require_name("tail", self.tail, ("wrap", "drop_last", "pad"))
         _require_name("layout", self.layout, ("lanes", "global", "sequential"))
         if self.num_samples * self.num_lanes >= 2**62:
-            raise ConfigError(
-                "samples times lanes exceed the order's 64-bit arithmetic",
-                reason="order_size",
-                facts={"num_samples": self.num_samples, "num_lanes": self.num_lanes},
-                fix="use fewer canonical ranks",
-            )
+            raise ConfigError("order_size", num_samples=self.num_samples, num_lanes=self.num_lanes)
         if self.layout == "lanes" and self.num_samples < self.num_lanes:
             raise ConfigError(
-                "a dataset of fewer samples than lanes cannot be laid out in lanes",
-                reason="order_layout",
-                facts={"num_samples": self.num_samples, "num_lanes": self.num_lanes},
-                fix='set layout="global"',
+                "order_layout.few", num_samples=self.num_samples, num_lanes=self.num_lanes
             )
         for batch in (self.global_batch_size, *(change.global_batch_size for change in self.ramp)):
             _require_multiple(batch, self.canonical_ranks, of="canonical ranks")
         self._check_before()
         steps = [self.since, *(change.step for change in self.ramp)]
         if self.ramp and (self.tail != "wrap" or sorted(set(steps)) != steps):
-            raise ConfigError(
-                'a batch ramp needs increasing steps and tail "wrap"',
-                reason="order_ramp",
-                facts={"tail": self.tail, "steps": steps[1:]},
-                fix='sort the ramp and set tail="wrap"',
-            )
+            raise ConfigError("order_ramp", tail=self.tail, steps=steps[1:])
         if self.tail == "drop_last" and self.steps_per_epoch == 0:
             raise ConfigError(
-                "the dataset does not fill one batch, so drop_last leaves nothing",
-                reason="order_empty",
-                facts={"num_samples": self.num_samples, "batch": self.global_batch_size},
-                fix='set tail="wrap" or tail="pad", or lower the global batch',
+                "order_empty", num_samples=self.num_samples, batch=self.global_batch_size
             )
 
     def _check_before(self) -> None:
@@ -167,12 +146,7 @@ class OrderConfig:
             and before.since < self.since
             and all(change.step < self.since for change in before.ramp)
         ):
-            raise ConfigError(
-                "an order can go on only with one of the same data, seed and shuffle",
-                reason="order_before",
-                facts={"since": self.since, "before": before and before.to_dict()},
-                fix='keep tail "wrap", the seed and shuffle; samples may only be appended',
-            )
+            raise ConfigError("order_before", since=self.since, before=before and before.to_dict())
 
     @property
     def num_lanes(self) -> int:
@@ -209,20 +183,12 @@ class OrderConfig:
           ConfigError: A value is not valid.
         """
         if state.get("version") != ORDER_VERSION:
-            raise StateError(
-                "the saved order is of another version",
-                reason="order_version",
-                facts={"got": state.get("version"), "want": ORDER_VERSION},
-                fix="resume with the release that wrote the state, or start a new run",
-            )
+            raise StateError("order_version.order", got=state.get("version"), want=ORDER_VERSION)
         known = {field.name for field in fields(cls)}
         given = set(state) - {"version"}
         if given != known:
             raise StateError(
-                "the saved order has other fields",
-                reason="order_fields",
-                facts={"missing": sorted(known - given), "unknown": sorted(given - known)},
-                fix="resume with the release that wrote the state, or start a new run",
+                "order_fields", missing=sorted(known - given), unknown=sorted(given - known)
             )
         values = {name: state[name] for name in known}
         values["ramp"] = tuple(RampStep(**change) for change in state["ramp"])
@@ -666,12 +632,7 @@ def rank_positions(rank: int, world_size: int, global_batch_size: int) -> np.nda
     """
     _require_count("world_size", world_size)
     if not 0 <= rank < world_size:
-        raise ConfigError(
-            "a rank must be less than the number of ranks",
-            reason="rank",
-            facts={"rank": rank, "world_size": world_size},
-            fix="pass the data-parallel rank and the data-parallel world size",
-        )
+        raise ConfigError("rank", rank=rank, world_size=world_size)
     _require_multiple(global_batch_size, world_size, of="ranks")
     share = global_batch_size // world_size
     return np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
@@ -741,36 +702,23 @@ def require_slots(
     """
     if steps.size and (steps.min() < since or positions.min() < 0 or (positions >= batches).any()):
         raise ConfigError(
-            "a slot lies outside the run",
-            reason="order_slot",
-            facts={
-                "min_step": int(steps.min()),
-                "positions": f"{int(positions.min())} to {int(positions.max())}",
-                "global_batch_size": int(batches.min()),
-            },
-            fix=f"take steps from {since} on and positions from rank_positions(...)",
+            "order_slot",
+            since=since,
+            min_step=int(steps.min()),
+            positions=f"{int(positions.min())} to {int(positions.max())}",
+            global_batch_size=int(batches.min()),
         )
 
 
 def _require_count(name: str, value: int) -> None:
     if value < 1:
-        raise ConfigError(
-            f"{name} must be at least 1",
-            reason="order_count",
-            where=name,
-            facts={"got": value},
-            fix=f"set {name} to 1 or more",
-        )
+        raise ConfigError("order_count", where=name, name=name, got=value)
 
 
 def _require_name(field: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         raise ConfigError(
-            f"unknown {field} {name!r}",
-            reason=f"order_{field}",
-            where=field,
-            facts={"known": ", ".join(known)},
-            fix=f"choose {field} from {', '.join(known)}",
+            f"order_{field}.unknown", where=field, field=field, name=name, known=", ".join(known)
         )
 
 
@@ -779,8 +727,9 @@ def _require_multiple(global_batch_size: int, divisor: int, *, of: str) -> None:
         below = global_batch_size // divisor * divisor
         near = [str(batch) for batch in (below, below + divisor) if batch]
         raise ConfigError(
-            f"the global batch is not a multiple of the {of}",
-            reason="batch_not_divisible",
-            facts={"global_batch_size": global_batch_size, of: divisor},
-            fix=f"set the global batch to {' or '.join(near)}",
+            "batch_not_divisible.unit",
+            of=of,
+            near=" or ".join(near),
+            global_batch_size=global_batch_size,
+            facts={of: divisor},
         )

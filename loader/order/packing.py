@@ -459,10 +459,10 @@ def balance_ranks(cost: np.ndarray, *, world_size: int) -> np.ndarray:
     _require_positive("world_size", world_size)
     if len(cost) % world_size:
         raise ConfigError(
-            "the packs of a global batch are not a multiple of the ranks",
-            reason="batch_not_divisible",
-            facts={"packs": len(cost), "ranks": world_size},
-            fix=f"use {-(-len(cost) // world_size) * world_size} packs per global batch",
+            "batch_not_divisible.packs",
+            near=-(-len(cost) // world_size) * world_size,
+            packs=len(cost),
+            ranks=world_size,
         )
     share = len(cost) // world_size
     ranks: list[list[int]] = [[] for _ in range(world_size)]
@@ -477,10 +477,5 @@ def balance_ranks(cost: np.ndarray, *, world_size: int) -> np.ndarray:
 
 def _require_positive(name: str, value: int, *, most: int | None = None) -> None:
     if value < 1 or (most is not None and value > most):
-        raise ConfigError(
-            f"{name} must be at least 1" + (f", and at most {most}" if most else ""),
-            reason="packing_limit",
-            where=name,
-            facts={"got": value},
-            fix=f"set {name} to 1 or more" + (f", up to {most}" if most else ""),
-        )
+        code = "packing_limit.least" if most is None else "packing_limit.most"
+        raise ConfigError(code, where=name, name=name, most=most, got=value)

@@ -113,12 +113,7 @@ class BucketSchedule:
           steps: Steps of a group, >= 2. A sample moves by less than so many steps.
         """
         if steps < 2:
-            raise ConfigError(
-                "a group of steps needs at least two",
-                reason="bucket_steps",
-                facts={"steps": steps},
-                fix="use 8 to 32, or leave it out",
-            )
+            raise ConfigError("bucket_steps", steps=steps)
         self._order, self._lengths, self._steps = order, lengths, steps
         self.batch_at = order.batch_at
         self.epoch_start = order.epoch_start
@@ -177,12 +172,7 @@ class PackSchedule:
             rank then plans all streams, otherwise its own only.
         """
         if isinstance(order, Order) and order.config.tail != "wrap":
-            raise ConfigError(
-                'packs have no end of an epoch: tail must be "wrap"',
-                reason="packing_tail",
-                facts={"tail": order.config.tail},
-                fix='set tail="wrap", or evaluate without packing',
-            )
+            raise ConfigError("packing_tail", tail=order.config.tail)
         self._order, self._lengths = order, lengths
         self.config = config
         self._patches = patches_per_crop

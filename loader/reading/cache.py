@@ -296,13 +296,7 @@ class BlockCache:
             raise self._foreign(version=version, owner=owner)
 
     def _foreign(self, **facts: object) -> ConfigError:
-        return ConfigError(
-            "the cache's folder is not a cache of this user and release",
-            reason="cache_foreign",
-            where=str(self.folder),
-            facts=facts,
-            fix="name an empty or missing folder: what is in this one would be at risk",
-        )
+        return ConfigError("cache_foreign", where=str(self.folder), facts=facts)
 
 
 def eviction_rank(mark: int, *, now: int) -> tuple[int, int]:

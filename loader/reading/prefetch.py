@@ -86,12 +86,7 @@ class Network:
         names = ("block_bytes", "ahead_steps", "ahead_bytes", "cold_steps", "requests", "streams")
         wrong = {name: getattr(self, name) for name in names if getattr(self, name) < 1}
         if wrong or self.stall_s <= 0:
-            raise ConfigError(
-                "network settings must be positive",
-                reason="network",
-                facts=wrong or {"stall_s": self.stall_s},
-                fix="leave them at their defaults",
-            )
+            raise ConfigError("network", facts=wrong or {"stall_s": self.stall_s})
 
 
 _Kind = Literal["piece", "block"]
@@ -543,19 +538,15 @@ class Prefetcher:
             stacks.seek(0)
             logger.error("reading has stalled; all threads:\n%s", stacks.read())
         raise StorageError(
-            "no byte has arrived for too long",
-            reason="stalled",
+            "stalled",
             where=entry.block.url,
-            facts={
-                "range": f"{span[0]}-{span[1]}",
-                "waited_s": f"{waited_s:.0f}",
-                "received_bytes": sum(flight.received for flight in own),
-                "in_flight": "; ".join(
-                    f"{f.url} at {f.start + f.received} of {f.start}-{f.stop}" for f in flights[:4]
-                ),
-                "elsewhere": entry.elsewhere,
-            },
-            fix="see the stacks in the log; Network(stall_s=...) is the limit",
+            range=f"{span[0]}-{span[1]}",
+            waited_s=f"{waited_s:.0f}",
+            received_bytes=sum(flight.received for flight in own),
+            in_flight="; ".join(
+                f"{f.url} at {f.start + f.received} of {f.start}-{f.stop}" for f in flights[:4]
+            ),
+            elsewhere=entry.elsewhere,
         )
 
     # Threads.

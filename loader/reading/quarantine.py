@@ -86,16 +86,12 @@ class Quarantine:
         allowed = self.max_rate * max(self.num_samples, _LEAST_SAMPLES)
         if num_bad > allowed:
             raise BudgetError(
-                "more samples are bad than max_bad_rate allows",
-                reason="bad_rate",
+                "bad_rate",
                 where=record["shard"],
-                facts={
-                    "bad": num_bad,
-                    "samples": self.num_samples,
-                    "max_bad_rate": self.max_rate,
-                    "reasons": dict(self.counts),
-                },
-                fix="run `make verify`, and build or copy the named shards again",
+                bad=num_bad,
+                samples=self.num_samples,
+                max_bad_rate=self.max_rate,
+                reasons=dict(self.counts),
             )
 
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:

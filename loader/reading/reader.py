@@ -317,12 +317,7 @@ class ShardReader:
                 del waiting[:_OPENED_AHEAD]
             shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
             if name not in (shard.rows.dtype.names or ()):
-                raise ShardError(
-                    f"the index has no column {name!r}",
-                    reason="index_column",
-                    where=shard.url,
-                    fix="build the shards again with this release",
-                )
+                raise ShardError("index_column", where=shard.url, name=name)
             column = shard.rows[name]
             if values is None:
                 values = np.zeros((len(ordered), *column.shape[1:]), column.dtype)
@@ -509,11 +504,11 @@ def open_dataset(
     least = 16 * network.block_bytes
     if cache is not None and cache_bytes < least:
         raise ConfigError(
-            "a cache so small would evict its blocks before they are read",
-            reason="cache_bytes",
+            "cache_bytes",
             where=cache,
-            facts={"cache_bytes": cache_bytes, "block_bytes": network.block_bytes},
-            fix=f"use at least {least}, better the size of the node's share of the data",
+            least=least,
+            cache_bytes=cache_bytes,
+            block_bytes=network.block_bytes,
         )
     prefetcher = Prefetcher(network, cache=cache, cache_bytes=cache_bytes)
     if storage.is_local(url):
@@ -610,14 +605,8 @@ def _check_size(where: str, want: int) -> None:
     got = storage.size(where)
     if got == want:
         return
-    missing = got is None
-    raise ShardError(
-        "a file that the manifest names is missing" if missing else "file has the wrong length",
-        reason="shard_missing" if missing else "shard_size",
-        where=where,
-        facts={"got_bytes": got, "want_bytes": want},
-        fix="run `make verify`, then build it again with the `make shards` command that made it",
-    )
+    code = "shard_missing.stored" if got is None else "shard_size.file"
+    raise ShardError(code, where=where, got_bytes=got, want_bytes=want)
 
 
 def _part(tar: memoryview, start: int, length: int) -> memoryview:
@@ -627,10 +616,4 @@ def _part(tar: memoryview, start: int, length: int) -> memoryview:
 def _check_crc(members: memoryview, want: int, where: str) -> None:
     got = zlib.crc32(members)
     if got != want:
-        raise ShardError(
-            "a sample's bytes are not the ones that were written",
-            reason="sample_crc",
-            where=where,
-            facts={"got": got, "want": want},
-            fix="run `make verify`, then copy or build the shard again",
-        )
+        raise ShardError("sample_crc.stored", where=where, got=got, want=want)

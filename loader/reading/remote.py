@@ -86,11 +86,7 @@ class RemoteShards:
         got = hashlib.sha256(payload).hexdigest()
         if got != file.index_sha256:
             raise ShardError(
-                "an index is not the one that was written",
-                reason="index_sha256",
-                where=block.url,
-                facts={"got": got, "want": file.index_sha256},
-                fix="run `make verify`, then build the shard again with `make shards`",
+                "index_sha256.stored", where=block.url, got=got, want=file.index_sha256
             )
         return parse_index(
             payload,
@@ -148,13 +144,7 @@ class RemoteShard:
             if fresh in seen:
                 break
             seen.append(fresh)
-        raise ShardError(
-            "a sample's bytes are not the ones that were written",
-            reason="sample_crc",
-            where=where,
-            facts={"got": fresh, "want": want},
-            fix="run `make verify`, then copy or build the shard again",
-        )
+        raise ShardError("sample_crc.stored", where=where, got=fresh, want=want)
 
     def place(self, row: int) -> tuple[Block, Span]:
         """Finds the block of a sample, and the sample's bytes in the shard."""
@@ -175,11 +165,4 @@ def _named(read: Callable[[Block, Span], memoryview], block: Block, span: Span) 
     try:
         return read(block, span)
     except FileNotFoundError as error:
-        raise ShardError(
-            "a file that the manifest names is missing",
-            reason="shard_missing",
-            where=block.url,
-            facts={"want_bytes": block.total},
-            fix="run `make verify`, then build it again with the `make shards` command that made "
-            "it",
-        ) from error
+        raise ShardError("shard_missing.stored", where=block.url, want_bytes=block.total) from error

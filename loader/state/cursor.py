@@ -146,19 +146,9 @@ def require_state(
     """
     for name in allow:
         if name not in get_args(Allowed):
-            raise ConfigError(
-                "nothing of this name may differ from a state",
-                reason="state_allow",
-                facts={"got": name},
-                fix=nearest(name, get_args(Allowed)),
-            )
+            raise ConfigError("state_allow", hint=nearest(name, get_args(Allowed)), got=name)
     if state.get("version") != STATE_VERSION:
-        raise StateError(
-            "the loader's state has a version that this release does not read",
-            reason="state_version",
-            facts={"got": state.get("version"), "want": STATE_VERSION},
-            fix="resume with the release that wrote it",
-        )
+        raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
     shown = {name: value for name, value in own.items() if name not in ("view", "pad_mode")}
     found = differences({name: state.get(name) for name in shown}, shown, "state")
     seen: list[str] = []
@@ -168,18 +158,6 @@ def require_state(
     if "pad_mode" in own:
         seen += differences(state.get("pad_mode"), own["pad_mode"], "state.pad_mode")
     if found:
-        raise StateError(
-            "the loader's state belongs to another run",
-            reason="state_mismatch",
-            facts={"differences": "; ".join(found + seen)},
-            fix="resume with the data, the seed, the global batch size and the canonical ranks "
-            "that it was saved with",
-        )
+        raise StateError("state_mismatch", differences="; ".join(found + seen))
     if seen and "view" not in allow:
-        raise StateError(
-            "the state's run saw the samples in another view",
-            reason="state_view",
-            facts={"differences": "; ".join(seen)},
-            fix='resume with its view, or load the state with allow=("view",): the same samples '
-            "then go on in the new one",
-        )
+        raise StateError("state_view", differences="; ".join(seen))

@@ -86,38 +86,19 @@ def reshard_settings(options: argparse.Namespace) -> ReshardSettings:
     for name in ("shards", "jobs"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ConfigError(
-                f"--{name} is at least 1",
-                reason="reshard_settings",
-                facts={"got": value},
-                fix="leave it out for the default",
-            )
+            raise ConfigError("reshard_settings.least", name=name, got=value)
     shard_bytes = parse_bytes(options.shard_size)
     if shard_bytes < 1:
-        raise ConfigError(
-            "--shard-size is at least one byte",
-            reason="reshard_settings",
-            facts={"got": options.shard_size},
-            fix="leave it out for the default",
-        )
+        raise ConfigError("reshard_settings.shard_size", got=options.shard_size)
     sizes = (options.nodes, options.ranks, options.workers)
     cluster = None
     if any(size is not None for size in sizes):
         nodes, ranks, workers = (1 if size is None else size for size in sizes)
         cluster = Cluster(nodes=nodes, ranks=ranks, workers=workers)
     if options.verb == "filter" and not options.where and options.keys is None:
-        raise ConfigError(
-            "a filter needs a condition or a list of keys",
-            reason="reshard_settings",
-            fix="give --where or --keys",
-        )
+        raise ConfigError("reshard_settings.condition")
     if options.sha256 and options.through == "store":
-        raise ConfigError(
-            "nobody hashes what this machine does not read",
-            reason="reshard_settings",
-            facts={"--through": "store", "--sha256": True},
-            fix="leave one of both out",
-        )
+        raise ConfigError("reshard_settings.sha256")
     return ReshardSettings(
         sources=tuple(options.source),
         out=options.out,
@@ -143,13 +124,7 @@ def _read_keys(url: str) -> frozenset[str]:
     try:
         text = storage.read_bytes(url).decode()
     except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "the list of keys cannot be read",
-            reason="keys_file",
-            where=url,
-            facts={"error": error},
-            fix="name a text file with one key a line",
-        ) from error
+        raise ConfigError("keys_file", where=url, error=error) from error
     return frozenset(line.removesuffix("\r") for line in text.split("\n")) - {""}
 
 

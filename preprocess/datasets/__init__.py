@@ -66,10 +66,6 @@ def dataset_class(name: str) -> type[DatasetBase]:
     """
     names = dataset_names()
     if name not in names:
-        raise ConfigError(
-            f"there is no dataset {name!r}",
-            reason="unknown_dataset",
-            fix=nearest(name, names) + "; `python -m preprocess datasets` lists them",
-        )
+        raise ConfigError("unknown_dataset", name=name, hint=nearest(name, names))
     kind: type[DatasetBase] = importlib.import_module(f"{__name__}.{name}").DATASET
     return kind

@@ -43,11 +43,8 @@ class AOkVqa(HfDataset):
             message["answer_idx"] = _answer_idx(row)
         else:
             if row.get("difficult_direct_answer") and self.split != "train":
-                raise SampleError(
-                    "question is marked as too difficult for a direct answer",
-                    reason="difficult_direct_answer",
-                )
-            message["answers"] = required(_direct_answers(row), reason="no_answers")
+                raise SampleError("difficult_direct_answer")
+            message["answers"] = required(_direct_answers(row), reason="no_answers.row")
         return {
             "image": row_image(row, base=self.rows.base),
             "message_list": [message],
@@ -77,9 +74,7 @@ def _answer_idx(row: Mapping[str, Any]) -> int:
     found = row.get("correct_choice_idx")
     if found is None or not 0 <= found < len(row["choices"]):
         raise SampleError(
-            "question has no right option",
-            reason="no_answers",
-            facts={"correct_choice_idx": found, "choices": len(row["choices"])},
+            "no_answers.option", correct_choice_idx=found, choices=len(row["choices"])
         )
     return int(found)
 
@@ -90,11 +85,7 @@ def _direct_answers(row: Mapping[str, Any]) -> list[str]:
         try:
             answers = ast.literal_eval(answers)
         except (SyntaxError, ValueError) as error:
-            raise SampleError(
-                "direct answers cannot be read",
-                reason="no_answers",
-                facts={"got": answers[:80]},
-            ) from error
+            raise SampleError("no_answers.direct", got=answers[:80]) from error
     return [str(answer) for answer in answers or ()]
 
 

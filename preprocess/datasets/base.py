@@ -134,11 +134,12 @@ class DatasetBase(Dataset):
         self._numbers, self._borders = self._select(limit)
         if not len(self._numbers):
             raise SourceError(
-                f"split {split!r} of {self.name} has no rows",
-                reason="source_empty",
+                "source_empty.split",
                 where=source,
-                facts={"rows_in_source": len(self.rows), **self.left_out},
-                fix="check the folder and SPLIT=, or raise LIMIT=",
+                split=split,
+                name=self.name,
+                rows_in_source=len(self.rows),
+                facts=self.left_out,
             )
 
     @classmethod
@@ -152,10 +153,7 @@ class DatasetBase(Dataset):
             return cls.modes[0] if cls.modes else ""
         if mode not in cls.modes:
             raise ConfigError(
-                f"{cls.name} has no mode {mode!r}",
-                reason="unknown_mode",
-                facts={"modes": ", ".join(cls.modes) or "none"},
-                fix="choose one of them with MODE=, or leave it out",
+                "unknown_mode", name=cls.name, mode=mode, modes=", ".join(cls.modes) or "none"
             )
         return mode
 
@@ -333,12 +331,7 @@ def _image_source(image: Any, row: Mapping[str, Any], base: Path | None) -> Imag
         return (base or Path()) / image.removeprefix("file://")
     if isinstance(image, bytes | str | Path | SceneImage | Image.Image | np.ndarray):
         return image
-    raise SampleError(
-        "row has no image",
-        reason="row_image",
-        facts={"fields": sorted(row), "got": type(image).__name__},
-        fix="a row needs `image` (bytes or a path) or `image_url`",
-    )
+    raise SampleError("row_image", fields=sorted(row), got=type(image).__name__)
 
 
 def example_images(example: Mapping[str, Any]) -> list[ImageSource]:
@@ -358,10 +351,10 @@ def required(value: Value, *, reason: str) -> Value:
     """Gives a value back if there is anything in it.
 
     Raises:
-      SampleError: `reason`.
+      SampleError: `reason`, such as `no_label`: an entry of its own in `errors.toml`.
     """
     if not value:
-        raise SampleError("row lacks what its example needs", reason=reason)
+        raise SampleError(reason)
     return value
 
 

@@ -72,12 +72,7 @@ def _texts(transcripts: Any) -> list[str]:
     if transcripts is None:
         return []
     if isinstance(transcripts, str) or not all(isinstance(t, str | None) for t in transcripts):
-        raise SampleError(
-            "transcripts must be a list of texts",
-            reason="row_field",
-            facts={"got": type(transcripts).__name__},
-            fix="correct the row",
-        )
+        raise SampleError("row_field", got=type(transcripts).__name__)
     return [text for text in transcripts if text and text.strip()]
 
 

@@ -34,9 +34,7 @@ class PixMoCapQa(HfDataset):
         """Turns a row into an example."""
         turns = [*user_turns(row["question"] or ""), (row["answer"] or "").strip()]
         if not all(turns):
-            raise SampleError(
-                "conversation has an empty turn", reason="conversation", facts={"turns": len(turns)}
-            )
+            raise SampleError("conversation.empty", turns=len(turns))
         return {
             "image": row_image(row, base=self.rows.base),
             "message_list": [{"style": "synthetic_qa", "messages": turns}],
@@ -78,11 +76,7 @@ def user_turns(question: str) -> list[str]:
         speakers, turns = speakers[:-1], turns[:-1]
     rounds = (len(turns) - 1) // 2
     if head.strip() or speakers != ["USER", "ASSISTANT"] * rounds + ["USER"]:
-        raise SampleError(
-            "turns of the conversation do not alternate",
-            reason="conversation",
-            facts={"speakers": " ".join(speakers)},
-        )
+        raise SampleError("conversation.turns", speakers=" ".join(speakers))
     return turns
 
 

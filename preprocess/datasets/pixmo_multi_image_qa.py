@@ -34,7 +34,7 @@ class PixMoMultiImageQa(HfDataset):
         ]
         return {
             "image": row_images(row, base=self.rows.base),
-            "message_list": required(messages, reason="no_answers"),
+            "message_list": required(messages, reason="no_answers.row"),
             "metadata": {"image_urls": list(row.get("image_urls") or ())},
         }
 

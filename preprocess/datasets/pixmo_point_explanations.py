@@ -50,9 +50,7 @@ class PixMoPointExplanations(HfDataset):
         counts = {len(values) for values in lists}
         if counts != {answer.count(POINT_MARK)}:
             raise SampleError(
-                "response and its points do not go together",
-                reason="point_number",
-                facts={"placeholders": answer.count(POINT_MARK), "got": sorted(counts)},
+                "point_number", placeholders=answer.count(POINT_MARK), got=sorted(counts)
             )
         message = {
             "style": "point_qa",

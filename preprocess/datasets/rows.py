@@ -118,32 +118,21 @@ def local_rows(folder: Path, *, split: str, want: Sequence[str]) -> Rows:
     """
     pa = _pyarrow()
     if not folder.is_dir():
-        raise SourceError(
-            "source folder is not there or cannot be read",
-            reason="source_missing",
-            where=str(folder),
-            fix="give SOURCE=hub, SOURCE=sample, or a folder with Parquet or Arrow files",
-        )
+        raise SourceError("source_missing.folder", where=str(folder))
     try:
         found = [p for p in sorted(folder.rglob("*")) if p.suffix in (".parquet", ".arrow")]
     except OSError as error:
         raise _unreadable(folder, error) from error
     if not found:
-        raise SourceError(
-            "source folder holds no Parquet or Arrow file",
-            reason="source_empty",
-            where=str(folder),
-            fix="download the dataset's Parquet files there, or use SOURCE=hub or SOURCE=sample",
-        )
+        raise SourceError("source_empty.folder", where=str(folder))
     named = {path: _split_in(path.relative_to(folder)) for path in found}
     files = [path for path, name in named.items() if name in (None, split)]
     if not files:
         raise SourceError(
-            f"source folder has no files of the split {split!r}",
-            reason="source_split",
+            "source_split",
             where=str(folder),
-            facts={"splits": sorted({str(name) for name in named.values()})},
-            fix="choose one of them with SPLIT=",
+            split=split,
+            splits=sorted({str(name) for name in named.values()}),
         )
     pieces: list[Callable[[], Piece]] = []
     lengths: list[int] = []
@@ -168,21 +157,12 @@ def hub_rows(path: str, *, revision: str | None, split: str, want: Sequence[str]
     try:
         import datasets
     except ImportError as error:
-        raise SourceError(
-            "reading from the hub needs the `datasets` library",
-            reason="source_missing",
-            where=path,
-            fix=_HUB_EXTRA,
-        ) from error
+        raise SourceError("source_missing.hub_package", where=path) from error
     try:
         table = datasets.load_dataset(path, revision=revision, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(
-            "dataset cannot be loaded from the hub",
-            reason="source_missing",
-            where=path,
-            facts={"error": str(error).strip().splitlines()[0]},
-            fix="check the network and the login (`hf auth login`), or give SOURCE= a local folder",
+            "source_missing.hub", where=path, error=str(error).strip().splitlines()[0]
         ) from error
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
@@ -240,32 +220,16 @@ def _split_in(path: Path) -> str | None:
 def _check_columns(names: Sequence[str], want: Sequence[str], *, where: str) -> None:
     missing = [column for column in want if not set(column.split("|")) & set(names)]
     if missing:
-        raise SourceError(
-            "source has another schema than the dataset",
-            reason="source_schema",
-            where=where,
-            facts={"missing": missing, "got": list(names)},
-            fix="give the folder of this dataset, or rename the columns",
-        )
+        raise SourceError("source_schema", where=where, missing=missing, got=list(names))
 
 
 def _unreadable(path: Path, error: Exception) -> SourceError:
-    return SourceError(
-        "source file cannot be read",
-        reason="source_unreadable",
-        where=str(path),
-        facts={"error": str(error).splitlines()[0]},
-        fix="check the file and its rights, or download it again",
-    )
+    return SourceError("source_unreadable", where=str(path), error=str(error).splitlines()[0])
 
 
 def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise SourceError(
-            "reading Parquet and Arrow files needs pyarrow",
-            reason="source_missing",
-            fix=_HUB_EXTRA,
-        ) from error
+        raise SourceError("source_missing.pyarrow") from error
     return pyarrow

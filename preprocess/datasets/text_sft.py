@@ -64,9 +64,9 @@ def alternating(messages: list[dict[str, Any]]) -> list[str]:
         roles, texts = roles[1:], ["\n\n".join(filter(None, texts[:2])), *texts[2:]]
     if not texts or not all(texts) or roles != ["user", "assistant"] * (len(roles) // 2):
         raise SampleError(
-            "conversation does not alternate between user and assistant",
-            reason="conversation",
-            facts={"roles": " ".join(map(str, roles)), "empty": sum(not text for text in texts)},
+            "conversation.order",
+            roles=" ".join(map(str, roles)),
+            empty=sum(not text for text in texts),
         )
     return texts
 

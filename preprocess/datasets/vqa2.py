@@ -39,7 +39,7 @@ class Vqa2(HfDataset):
         ]
         return {
             "image": row_image(row, base=self.rows.base),
-            "message_list": required(messages, reason="no_answers"),
+            "message_list": required(messages, reason="no_answers.row"),
             "metadata": {"image_id": row.get("image_id")},
         }
 

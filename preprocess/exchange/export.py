@@ -54,12 +54,7 @@ def export_index(url: str, form: ExportFormat, report: Reporter) -> list[str]:
     """
     manifest = require_manifest(url)
     if manifest.view is not None:
-        raise ConfigError(
-            "a view has no shards that another reader could read",
-            reason="export_view",
-            where=url,
-            fix="make files with `python -m preprocess reshard ... --copy` first",
-        )
+        raise ConfigError("export_view", where=url)
     if form == "wids":
         return _wids(url, manifest)
     report.stage("read headers", len(manifest.shards))
@@ -111,13 +106,7 @@ def _wids(url: str, manifest: Manifest) -> list[str]:
 def _check_words(url: str, samples: Samples) -> None:
     for file in (file for files in samples for file in files):
         if len(f"{file.key}.{file.suffix}".split()) != 1:
-            raise ConfigError(
-                "the index of DALI separates by spaces, and this name holds one",
-                reason="export_name",
-                where=f"{url} sample {file.key!r}",
-                facts={"field": file.suffix},
-                fix="rename such files where the tars are made",
-            )
+            raise ConfigError("export_name", where=f"{url} sample {file.key!r}", field=file.suffix)
 
 
 def dali_index(samples: Samples) -> bytes:
@@ -213,12 +202,6 @@ def _write_table(path: Path, url: str, found: Iterator[tuple[ShardEntry, Samples
         )
         table.commit()
     except sqlite3.IntegrityError as error:
-        raise ConflictError(
-            "two samples of the dataset have the same key",
-            reason="key_collision",
-            where=url,
-            facts={"error": error},
-            fix="export splits with shared keys apart: reshard one of them with --split first",
-        ) from error
+        raise ConflictError("key_collision.export", where=url, error=error) from error
     finally:
         table.close()

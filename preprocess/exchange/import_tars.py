@@ -119,12 +119,7 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
         _check_conflict(settings, build_key)
         receipts = _index_all(context, settings, report)
         if not any(receipt.shard.nsamples for receipt in receipts):
-            raise ConfigError(
-                "the tars hold no sample",
-                reason="import_tars",
-                where=settings.out,
-                fix="names of files are KEY.SUFFIX; see docs/format.md",
-            )
+            raise ConfigError("import_tars.empty", where=settings.out)
         manifest = _manifest(context, settings, receipts, build_key)
         payload = manifest.encode()
         require_held()
@@ -148,34 +143,19 @@ def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
         else:
             names = [name for name in storage.list_names(url) if name.endswith(".tar")]
             if not names:
-                raise ConfigError(
-                    "no .tar lies directly in this folder",
-                    reason="import_tars",
-                    where=url,
-                    fix="name tars, or folders that hold .tar files; unpack compressed ones first",
-                )
+                raise ConfigError("import_tars.folder", where=url)
             found += [storage.join(url, name) for name in names]
     absolute = [storage.absolute_url(url) for url in found]
     twice = [url for url, n in Counter(absolute).items() if n > 1]
     if twice:
-        raise ConfigError(
-            "a tar is named twice",
-            reason="import_tars",
-            where=twice[0],
-            fix="name each tar once",
-        )
+        raise ConfigError("import_tars.twice", where=twice[0])
     return tuple(absolute)
 
 
 def _require_there(url: str) -> Stamp:
     found = stamp(url)
     if found is None:
-        raise ConfigError(
-            "a tar is not there",
-            reason="import_tars",
-            where=url,
-            fix="name tars, or folders that hold .tar files",
-        )
+        raise ConfigError("import_tars.absent", where=url)
     return found
 
 
@@ -187,11 +167,10 @@ def _check_conflict(settings: ImportSettings, build_key: str) -> None:
     entry = manifest.splits.get(settings.split)
     if entry is None or entry.build_key != build_key or manifest.dataset != settings.name:
         raise ConflictError(
-            "this output already holds another dataset",
-            reason="job_conflict",
+            "job_conflict.dataset",
             where=settings.out,
-            facts={"dataset": manifest.dataset, "splits": sorted(manifest.splits)},
-            fix="use another output, or remove the old dataset",
+            dataset=manifest.dataset,
+            splits=sorted(manifest.splits),
         )
 
 
@@ -202,13 +181,7 @@ def _check_unfinished(out: str) -> None:
     """
     noted = sorted(read_notes(out))
     if noted:
-        raise ConflictError(
-            "this output holds the unfinished work of another job",
-            reason="job_conflict",
-            where=out,
-            facts={"noted_in": ", ".join(noted)},
-            fix="use another output; to give that job up, remove the folder `plan` in this one",
-        )
+        raise ConflictError("job_conflict.unfinished", where=out, noted_in=", ".join(noted))
 
 
 def _index_all(context: ImportContext, settings: ImportSettings, report: Reporter) -> list[Receipt]:
@@ -299,11 +272,10 @@ def index_rows(files: Iterable[ForeignFile], *, where: str) -> np.ndarray:
         if file.suffix in suffixes or file.end - start >= 2**32:
             what = "has a field twice" if file.suffix in suffixes else "is longer than 4 GiB"
             raise ShardError(
-                f"a sample {what}",
-                reason="foreign_sample",
+                "foreign_sample",
                 where=f"{where} sample {file.key}",
-                facts={"field": file.suffix},
-                fix="write this tar again, or leave it out",
+                problem=what,
+                field=file.suffix,
             )
         suffixes.add(file.suffix)
         samples[-1] = (start, file.end, members + 1, encoded)

@@ -89,11 +89,7 @@ class BlobCache:
           ConfigError: `bad_sha256`: not 64 lower-case hexadecimal digits.
         """
         if not _SHA256.fullmatch(sha256):
-            raise ConfigError(
-                "a blob is named by 64 lower-case hexadecimal digits",
-                reason="bad_sha256",
-                facts={"got": repr(sha256)},
-            )
+            raise ConfigError("bad_sha256", got=repr(sha256))
         return self.root / "blobs" / sha256[:2] / sha256
 
     def has(self, sha256: str, *, num_bytes: int | None = None) -> bool:
@@ -123,21 +119,12 @@ class BlobCache:
         try:
             payload = storage.read_bytes(str(path))
         except FileNotFoundError as error:
-            raise StorageError(
-                "blob is missing from the cache",
-                reason="blob_missing",
-                where=str(path),
-                fix="run the same command again: it fetches what is missing",
-            ) from error
+            raise StorageError("blob_missing", where=str(path)) from error
         got = hashlib.sha256(payload).hexdigest()
         if got != sha256:
             storage.delete(str(path))
             raise StorageError(
-                "blob in the cache is damaged and was removed",
-                reason="blob_corrupt",
-                where=str(path),
-                facts={"got_sha256": got, "num_bytes": len(payload)},
-                fix="run the same command again: it fetches what is missing",
+                "blob_corrupt", where=str(path), got_sha256=got, num_bytes=len(payload)
             )
         return payload
 
@@ -254,11 +241,7 @@ def _parse(path: Path) -> tuple[dict[str, FetchResult], int]:
                 result = FetchResult(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise StorageError(
-                    "a line of the ledger cannot be read",
-                    reason="ledger_corrupt",
-                    where=f"{path}:{number}",
-                    facts={"error": error},
-                    fix="delete that line (its URL is fetched again), or restore the file",
+                    "ledger_corrupt", where=f"{path}:{number}", error=error
                 ) from error
             results[result.url] = result
             good_bytes += len(line)
@@ -269,12 +252,7 @@ def _lock(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise StorageError(
-            "another process is writing this ledger",
-            reason="ledger_locked",
-            where=str(path),
-            fix="wait for it, or give this job another CACHE=",
-        ) from error
+        raise StorageError("ledger_locked", where=str(path)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise _io_error(path, error) from error
@@ -282,10 +260,4 @@ def _lock(fd: int, path: Path) -> None:
 
 
 def _io_error(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        "the ledger cannot be written",
-        reason="ledger_io",
-        where=str(path),
-        facts={"error": error},
-        fix="check the space and the rights, then run the same command again",
-    )
+    return StorageError("ledger_io", where=str(path), error=error)

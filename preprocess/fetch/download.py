@@ -144,12 +144,7 @@ class FetchPolicy:
         if self.retry not in get_args(Retry):
             wrong.append("retry")
         if wrong:
-            raise ConfigError(
-                "settings of the fetch policy are out of range",
-                reason="bad_policy",
-                facts={name: getattr(self, name) for name in wrong},
-                fix="see `python -m preprocess shards --help`",
-            )
+            raise ConfigError("bad_policy", facts={name: getattr(self, name) for name in wrong})
 
 
 def fetch_all(
@@ -188,10 +183,7 @@ def fetch_all(
     """
     if sha_policy not in get_args(ShaPolicy):
         raise ConfigError(
-            "sha_policy is unknown",
-            reason="bad_sha_policy",
-            facts={"got": repr(sha_policy)},
-            fix=nearest(sha_policy, get_args(ShaPolicy)),
+            "bad_sha_policy", hint=nearest(sha_policy, get_args(ShaPolicy)), got=repr(sha_policy)
         )
     names = {url: redact(url) for url in urls}
     expected = {redact(url): sha.lower() for url, sha in (expected_sha256 or {}).items()}
@@ -483,11 +475,7 @@ class _Run:
                 self.ledger.append(dataclasses.replace(failure, reason="offline"))
             counts = Counter(failure.reason for failure in failed)
             raise BudgetError(
-                "hardly any URL works: this looks like DNS, a proxy, or no network",
-                reason="looks_offline",
-                facts={"window": self.policy.breaker_window, **dict(counts.most_common())},
-                fix="repair the network and run again (nothing of this is recorded as permanent);"
-                " if the links really are dead, lower breaker_success",
+                "looks_offline", window=self.policy.breaker_window, facts=dict(counts.most_common())
             )
 
     async def _fetch(self, text: str, host: Host) -> FetchResult:

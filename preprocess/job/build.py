@@ -204,12 +204,7 @@ def publish_shard(
         storage.delete_objects(context.out, [quarantine_name])
     url = storage.join(context.out, receipt_name)
     if not storage.swap_bytes(url, encode_receipt(built.receipt), replacing=None):
-        raise StorageError(
-            "another job is writing to this output",
-            reason="output_busy",
-            where=url,
-            fix="wait until it has ended, or use another OUT=",
-        )
+        raise StorageError("output_busy", where=url)
     return built.receipt
 
 
@@ -389,10 +384,5 @@ def _open_image(image: Mapping[str, Any], *, cache: BlobCache) -> Any:
         return cache.get(image["sha256"])
     payload = read_path(Path(image["path"]))
     if hashlib.sha256(payload).hexdigest() != image["sha256"]:
-        raise SampleError(
-            "image file has changed since the job was planned",
-            reason="image_changed",
-            where=image["path"],
-            fix="remove the folder plan/SPLIT of the output and run the same command again",
-        )
+        raise SampleError("image_changed", where=image["path"])
     return payload

@@ -54,11 +54,11 @@ def check_bad_samples(job: Job, plan: Plan, receipts: list[Receipt]) -> None:
     allowed = max(SMALL_JOB_FAILURES, job.settings.max_bad_samples * plan.num_samples)
     if sum(bad.values()) > allowed:
         raise BudgetError(
-            "too many samples cannot be built; nothing was committed",
-            reason="bad_samples",
+            "bad_samples",
             where=job.url("quarantine"),
-            facts={"samples": plan.num_samples, "allowed": int(allowed), **bad},
-            fix="look at the quarantine lists; to accept the loss, raise MAX_BAD_SAMPLES=",
+            samples=plan.num_samples,
+            allowed=int(allowed),
+            facts=bad,
         )
 
 
@@ -94,13 +94,7 @@ def commit(job: Job, plan: Plan, receipts: list[Receipt]) -> Committed:
         if storage.swap_bytes(url, payload, replacing=version):
             sha256 = hashlib.sha256(payload).hexdigest()
             return Committed(manifest=manifest, split=entry, sha256=sha256)
-    raise ConflictError(
-        "others write this output's manifest all the time",
-        reason="manifest_conflict",
-        where=url,
-        facts={"attempts": COMMIT_ATTEMPTS},
-        fix="wait until they have ended, then run the same command again",
-    )
+    raise ConflictError("manifest_conflict.busy", where=url, attempts=COMMIT_ATTEMPTS)
 
 
 def _check_in_place(job: Job, shards: tuple[ShardEntry, ...]) -> None:
@@ -108,11 +102,7 @@ def _check_in_place(job: Job, shards: tuple[ShardEntry, ...]) -> None:
     missing = [shard.url for shard in shards if not is_in_place(shard, sizes)]
     if missing:
         raise StorageError(
-            "shards that were built are not in place",
-            reason="shards_missing",
-            where=job.url(missing[0]),
-            facts={"shards": len(missing), "of": len(shards)},
-            fix="see that nothing else writes to this output, then run the same command again",
+            "shards_missing", where=job.url(missing[0]), shards=len(missing), of=len(shards)
         )
 
 

@@ -79,12 +79,7 @@ def find_strays(url: str, *, written_before_unix_s: float | None = None) -> Stra
     plans = sorted(n.split("/")[1] for n in names if re.fullmatch(r"plan/[^/]+/plan\.json", n))
     begun = [n for n in names if re.fullmatch(r"plan/[^/]+\.json", n)]
     if manifest is None and not begun and not plans:
-        raise ManifestError(
-            "no dataset here, and no job that would make one: nothing can be told from anything",
-            reason="manifest_missing",
-            where=storage.join(url, MANIFEST_NAME),
-            fix="name the folder that holds manifest.json",
-        )
+        raise ManifestError("manifest_missing.nothing", where=storage.join(url, MANIFEST_NAME))
     kept = _kept(url, manifest, _planned(url, plans, names))
     strays = [each for each in listed if _is_stray(url, each.name, kept=kept, plans=plans)]
     uploads = [

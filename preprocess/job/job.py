@@ -83,12 +83,7 @@ class JobSettings:
         }
         wrong = [name for name, good in checks.items() if not good]
         if wrong:
-            raise ConfigError(
-                "settings of the job are out of range",
-                reason="job_settings",
-                facts={name: getattr(self, name) for name in wrong},
-                fix="see `python -m preprocess shards --help`",
-            )
+            raise ConfigError("job_settings", facts={name: getattr(self, name) for name in wrong})
 
 
 class Job:

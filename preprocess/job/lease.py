@@ -99,13 +99,7 @@ class _Lease:
 
     def check(self) -> None:
         if self._lost.is_set() or _now_s() - self._renewed_s >= TTL_S:
-            raise StorageError(
-                "this job no longer holds its output",
-                reason="lease_lost",
-                where=self._output,
-                fix="another job took it over, or the store was out of reach for long: "
-                "see that no other job runs, then run the same command again",
-            )
+            raise StorageError("lease_lost", where=self._output)
 
     def give_back(self) -> None:
         self._stop.set()
@@ -164,11 +158,7 @@ class _Lease:
             else:
                 return
         raise StorageError(
-            "another job is writing to this output",
-            reason="output_busy",
-            where=self._output,
-            facts={"host": holder.get("host"), "pid": holder.get("pid")},
-            fix="wait until it has ended, or use another OUT=",
+            "output_busy", where=self._output, host=holder.get("host"), pid=holder.get("pid")
         )
 
 

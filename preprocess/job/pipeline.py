@@ -133,11 +133,7 @@ def _check_conflict(job: Job) -> str | None:
     found = differences(read_json(job.identity_url) or {}, job.identity, "job")
     if found:
         raise ConflictError(
-            "this output already holds the result of another job",
-            reason="job_conflict",
-            where=job.settings.out,
-            facts={"differences": "; ".join(found)},
-            fix="use another OUT=, or remove the old dataset",
+            "job_conflict.result", where=job.settings.out, differences="; ".join(found)
         )
     return manifest.splits[job.settings.split].build_key
 

@@ -108,12 +108,7 @@ def require_name(name: str, *, of: str) -> None:
       ConfigError: `dataset_name`.
     """
     if not is_name(name):
-        raise ConfigError(
-            f"the name of a {of} goes into the names of files",
-            reason="dataset_name",
-            facts={"got": name},
-            fix="use letters, digits, - and _",
-        )
+        raise ConfigError("dataset_name.letters", of=of, got=name)
 
 
 def plan_order(keys: Sequence[str], *, seed: int) -> list[int]:

@@ -64,12 +64,7 @@ def load_plan(job: Job) -> Plan | None:
     """
     document = read_json(_plan_url(job))
     if document is not None and document.get("kind") == "reshard":
-        raise ConflictError(
-            "this output holds a reshard that has not ended",
-            reason="job_conflict",
-            where=_plan_url(job),
-            fix="use another OUT=, or finish that reshard first; remove this file to give it up",
-        )
+        raise ConflictError("job_conflict.reshard", where=_plan_url(job))
     identity = read_json(job.identity_url)
     if document is None or identity is None or differences(identity, job.identity, "job"):
         return None
@@ -120,11 +115,10 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
     build_key = fingerprint(build)
     if promised not in (None, build_key):
         raise ConflictError(
-            "shards of this split are damaged, and the source gives other rows or images now",
-            reason="source_changed",
+            "source_changed.rebuild",
             where=job.settings.out,
-            facts={"got_build_key": build_key[:16], "want_build_key": str(promised)[:16]},
-            fix="restore the shards that `make verify` names, or build anew with another OUT=",
+            got_build_key=build_key[:16],
+            want_build_key=str(promised)[:16],
         )
     plan = Plan(
         build_key=build_key,
@@ -208,9 +202,7 @@ def _spool_rows(
     def good_rows() -> Iterator[bytes]:
         for row, error in _planned_rows(job, results):
             if error is None and row["key"] in seen:
-                error = SampleError(
-                    "the same image and text stand in the source twice", reason="twin"
-                )
+                error = SampleError("twin")
             report.step(error.reason if error else "")
             if error is not None:
                 found.lost.append(canonical_json(quarantine_line(row, stage="plan", error=error)))
@@ -225,12 +217,7 @@ def _spool_rows(
     report.stage("plan", len(job.dataset))
     spool.write(good_rows())
     if not found.keys:
-        raise BudgetError(
-            "no row of the source can become a sample",
-            reason="nothing_left",
-            facts=dict(Counter(found.reasons).most_common()),
-            fix="see the reasons: dead links, unreadable files or an empty source",
-        )
+        raise BudgetError("nothing_left", facts=dict(Counter(found.reasons).most_common()))
     _check_lost(job, Counter(found.reasons))
     return found
 
@@ -244,11 +231,11 @@ def _check_lost(job: Job, reasons: Counter[str]) -> None:
     allowed = max(SMALL_JOB_FAILURES, job.settings.max_dead_links * len(job.dataset))
     if sum(lost.values()) > allowed:
         raise BudgetError(
-            "too many rows of the source cannot become samples",
-            reason="lost_rows",
+            "lost_rows",
             where=job.settings.source,
-            facts={"rows": len(job.dataset), "allowed": int(allowed), **dict(lost.most_common())},
-            fix="check that the image folder is in place; to accept it, raise MAX_DEAD_LINKS=",
+            rows=len(job.dataset),
+            allowed=int(allowed),
+            facts=dict(lost.most_common()),
         )
 
 
@@ -272,7 +259,7 @@ def _planned_rows(
         row = {"key": key, "image": place, "example": example}
         errors = [image.error for image in planned if image.error is not None]
         if not example["message_list"]:
-            errors.append(SampleError("row has nothing to say in this mode", reason="no_message"))
+            errors.append(SampleError("no_message.mode"))
         yield row, errors[0] if errors else _changed_image(example, planned)
 
 
@@ -306,27 +293,18 @@ def _plan_image(job: Job, image: ImageSource, results: Mapping[str, FetchResult]
         error = None
         if result.status != "ok":
             error = SampleError(
-                "image could not be fetched",
-                reason=result.reason,
-                facts={"url": result.url, "http_status": result.http_status},
+                result.reason,
+                what="image could not be fetched",
+                url=result.url,
+                http_status=result.http_status,
             )
         return _PlannedImage(place=place, identity=result.sha256 or "", error=error)
-    raise ConfigError(
-        "datasets for shards must give images as bytes, paths or URLs",
-        reason="image_type",
-        facts={"got": type(image).__name__},
-        fix="correct the dataset adapter",
-    )
+    raise ConfigError("image_type", got=type(image).__name__)
 
 
 def _check_number(job: Job, images: Sequence[ImageSource]) -> None:
     if len(images) > 1 and not job.dataset.several_images:
-        raise ConfigError(
-            "example has several images in a dataset of single ones",
-            reason="image_number",
-            facts={"got": len(images), "dataset": job.dataset.name},
-            fix="set several_images in the dataset adapter",
-        )
+        raise ConfigError("image_number", got=len(images), dataset=job.dataset.name)
 
 
 def _changed_image(
@@ -337,9 +315,7 @@ def _changed_image(
     for image in planned:
         if want and "url" in image.place and image.identity != want:
             return SampleError(
-                "the image behind the link is not the one that was annotated",
-                reason="image_sha256",
-                facts={"url": image.place["url"], "got": image.identity, "want": want},
+                "image_sha256", url=image.place["url"], got=image.identity, want=want
             )
     return None
 
@@ -355,11 +331,13 @@ def _probe(job: Job, spool: _Spool, numbers: list[int], report: Reporter) -> flo
     if not sizes:
         first = errors[0]
         raise BudgetError(
-            f"none of {len(errors)} probed samples can be built: {first.what}",
-            reason="probe_failed",
+            "probe_failed",
             where=first.where,
-            facts={"reason": first.reason, **first.facts},
-            fix=first.fix or "correct the source or the recipe, then run the same command again",
+            num_errors=len(errors),
+            problem=first.what,
+            remedy=first.fix or "correct the source or the recipe, then run the same command again",
+            first_reason=first.reason,
+            facts=first.facts,
         )
     if errors:
         report.note(f"{len(errors)} of {len(numbers)} probed samples cannot be built")
@@ -374,13 +352,7 @@ def require_space(out: str, total_bytes: int) -> None:
     """
     free = storage.free_bytes(out)
     if free is not None and free < total_bytes:
-        raise StorageError(
-            "the shards will not fit on the disk",
-            reason="no_space",
-            where=out,
-            facts={"free_bytes": free, "need_bytes": total_bytes},
-            fix="free some space, choose another output, or make less of it (LIMIT=, a view)",
-        )
+        raise StorageError("no_space.shards", where=out, free_bytes=free, need_bytes=total_bytes)
 
 
 def _deal_rows(job: Job, spool: _Spool, order: list[int], num_shards: int, folder: Path) -> str:
@@ -443,9 +415,6 @@ def _fetch(job: Job, policy: FetchPolicy, report: Reporter) -> dict[str, FetchRe
     allowed = max(SMALL_JOB_FAILURES, job.settings.max_dead_links * len(results))
     if sum(dead.values()) > allowed:
         raise BudgetError(
-            "too many image links are dead",
-            reason="dead_links",
-            facts={"links": len(results), "allowed": int(allowed), **dict(dead.most_common())},
-            fix="try again later, or raise MAX_DEAD_LINKS= (a share of the links)",
+            "dead_links", links=len(results), allowed=int(allowed), facts=dict(dead.most_common())
         )
     return results

@@ -53,12 +53,7 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     findings: list[ShardsError] = []
     if not manifest.raw and not tokenizer_in_place(url, manifest):
         findings.append(
-            ShardError(
-                "the dataset's copy of its tokenizer is missing or changed",
-                reason="tokenizer_file",
-                where=storage.join(url, TOKENIZER_NAME),
-                fix="run the `make shards` command that made the dataset: it puts it back",
-            )
+            ShardError("tokenizer_file.changed", where=storage.join(url, TOKENIZER_NAME))
         )
     report.stage("verify", len(manifest.files))
     for file in manifest.files:
@@ -172,10 +167,4 @@ def _check_file(path: Path, num_bytes: int, sha256: str, *, where: str) -> None:
 
 
 def _wrong(where: str, reason: str, facts: dict[str, object]) -> ShardError:
-    return ShardError(
-        "stored data is not what the manifest promises",
-        reason=reason,
-        where=where,
-        facts=facts,
-        fix="remove the shard and its receipt, then run the `make shards` command that made it",
-    )
+    return ShardError(f"{reason}.verify", where=where, facts=facts)

@@ -160,11 +160,7 @@ class ImagePreprocessor:
           ConfigError: `load_truncated_images`: the process told Pillow to accept cut-off files.
         """
         if ImageFile.LOAD_TRUNCATED_IMAGES:
-            raise ConfigError(
-                "Pillow is set to accept cut-off pictures",
-                reason="load_truncated_images",
-                fix="leave PIL.ImageFile.LOAD_TRUNCATED_IMAGES False",
-            )
+            raise ConfigError("load_truncated_images")
         kept = None
         picture: Image.Image | np.ndarray
         if isinstance(source, np.ndarray):
@@ -264,11 +260,7 @@ class ImagePreprocessor:
             rgb = _to_rgb(image, profile)
         except (*PILLOW_DECODE_ERRORS, ImageCms.PyCMSError) as error:
             raise SampleError(
-                "picture has colours or numbers with no one meaning",
-                reason="image_mode",
-                where=where,
-                facts={"mode": image.mode, "cause": str(error)},
-                fix="convert the source to 8-bit RGB, or leave the row out",
+                "image_mode.colors", where=where, mode=image.mode, cause=str(error)
             ) from None
         return rgb if turn is None else rgb.transpose(turn)
 
@@ -318,16 +310,13 @@ class ImagePreprocessor:
     def _check_size(self, width: int, height: int, where: str) -> None:
         facts = {"width_px": width, "height_px": height}
         if width < 1 or height < 1:
-            raise SampleError(
-                "picture has no pixels", reason="image_empty", where=where, facts=facts
-            )
+            raise SampleError("image_empty.picture", where=where, facts=facts)
         if width * height > self.policy.max_megapixels * 1_000_000:
             raise SampleError(
-                "picture has more pixels than allowed",
-                reason="image_bomb",
+                "image_bomb.pixels",
                 where=where,
-                facts={**facts, "most_megapixels": self.policy.max_megapixels},
-                fix="raise max_megapixels (to 200 at most), or leave the row out",
+                most_megapixels=self.policy.max_megapixels,
+                facts=facts,
             )
 
     def _warn_once(self, what: str, cause: object, where: str) -> None:
@@ -427,7 +416,7 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
 def _open(payload: bytes, where: str) -> ImageFile.ImageFile:
     """Reads a picture's header. Not Image.open: its pixel limit is a setting of the process."""
     if not payload:
-        raise SampleError("file is empty", reason="image_empty", where=where)
+        raise SampleError("image_empty.file", where=where)
     Image.init()  # registers the plugins; does so once per process, and only looks after that
     for name in SOURCE_FORMATS:
         if name not in Image.OPEN:  # a Pillow built without it
@@ -440,10 +429,10 @@ def _open(payload: bytes, where: str) -> ImageFile.ImageFile:
         except PILLOW_DECODE_ERRORS as error:
             _refuse_file(error, where)
     raise SampleError(
-        "file is no picture of a known format",
-        reason="image_decode",
+        "image_decode.unknown",
         where=where,
-        facts={"first_bytes": payload[:16], "known": ", ".join(SOURCE_FORMATS)},
+        first_bytes=payload[:16],
+        known=", ".join(SOURCE_FORMATS),
     )
 
 
@@ -536,23 +525,18 @@ def _read(path: Path, where: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise SampleError("picture file is missing", reason="image_missing", where=where) from None
+        raise SampleError("image_missing.picture", where=where) from None
     except OSError as error:
-        raise StorageError(
-            "picture file cannot be read",
-            reason="image_read",
-            where=where,
-            facts={"error": str(error)},
-        ) from error
+        raise StorageError("image_read", where=where, error=str(error)) from error
 
 
 def _checked_array(pixels: np.ndarray, where: str) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise SampleError(
-            "array is not an RGB picture",
-            reason="image_mode",
+            "image_mode.array",
             where=where,
-            facts={"got": f"{pixels.dtype} {pixels.shape}", "want": "uint8 [H, W, 3]"},
+            got=f"{pixels.dtype} {pixels.shape}",
+            want="uint8 [H, W, 3]",
         )
     return np.ascontiguousarray(pixels)
 
@@ -566,25 +550,13 @@ def _size(picture: Image.Image | np.ndarray) -> tuple[int, int]:
 def _refuse_file(cause: Exception | str, where: str) -> NoReturn:
     text = str(cause).lower()
     if isinstance(cause, Image.DecompressionBombError):  # Pillow's own bound, for WebP
-        what, reason = "picture has more pixels than allowed", "image_bomb"
+        code = "image_bomb.webp"
     elif "truncated" in text or "premature end of jpeg file" in text:
-        what, reason = "picture file is cut off", "image_truncated"
+        code = "image_truncated"
     else:
-        what, reason = "picture file cannot be decoded", "image_decode"
-    raise SampleError(
-        what,
-        reason=reason,
-        where=where,
-        facts={"cause": str(cause)},
-        fix="fetch the file again, or leave the row out",
-    ) from None
+        code = "image_decode.damaged"
+    raise SampleError(code, where=where, cause=str(cause)) from None
 
 
 def _reject(name: str, got: object, want: str) -> NoReturn:
-    raise ConfigError(
-        f"image policy: {name} cannot be honoured",
-        reason="image_policy",
-        where=name,
-        facts={"got": got, "want": want},
-        fix=f"change {name} of the image policy",
-    )
+    raise ConfigError("image_policy", where=name, name=name, got=got, want=want)

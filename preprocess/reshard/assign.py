@@ -37,12 +37,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if min(self.nodes, self.ranks, self.workers) < 1:
-            raise ConfigError(
-                "a cluster has at least one node, rank and worker",
-                reason="cluster",
-                facts={"nodes": self.nodes, "ranks": self.ranks, "workers": self.workers},
-                fix="give each as 1 or more",
-            )
+            raise ConfigError("cluster", nodes=self.nodes, ranks=self.ranks, workers=self.workers)
 
     @property
     def num_readers(self) -> int:
@@ -170,12 +165,7 @@ def parse_shares(text: str) -> dict[str, float]:
 
 
 def _bad_shares(text: str) -> ConfigError:
-    return ConfigError(
-        "shares of the splits are not understood",
-        reason="split_shares",
-        facts={"got": text},
-        fix="name each split once, with shares that sum to 1: train=0.95,validation=0.05",
-    )
+    return ConfigError("split_shares", got=text)
 
 
 def repeated_key(keys: np.ndarray) -> bytes | None:

@@ -162,12 +162,7 @@ def _stays_in_store(context: CopyContext, url: str, pieces: Sequence[Piece]) -> 
     possible = joins_in_store(url, pieces, context.stamps)
     everything_local = storage.is_local(url) and all(storage.is_local(p.url) for p in pieces)
     if context.through == "store" and not possible and not everything_local:
-        raise ConfigError(
-            "the stores cannot copy these ranges by themselves",
-            reason="not_in_store",
-            where=url,
-            fix="use --through auto: what the store cannot do passes through this machine",
-        )
+        raise ConfigError("not_in_store", where=url)
     return possible
 
 

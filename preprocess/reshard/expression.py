@@ -128,9 +128,5 @@ def _number(node: ast.expr, text: str, columns: Mapping[str, np.ndarray]) -> Any
 
 def _refused(text: str, problem: str, position: int) -> ConfigError:
     return ConfigError(
-        "filter is not understood",
-        reason="filter_expression",
-        where=f"character {position} of {text[:200]!r}",
-        facts={"problem": problem},
-        fix='write it like "num_tokens < 2048 and (width >= 336 or num_images == 0)"',
+        "filter_expression", where=f"character {position} of {text[:200]!r}", problem=problem
     )

@@ -261,12 +261,7 @@ def _open_source(url: str) -> Source:
     try:
         payload = storage.read_bytes(where)
     except FileNotFoundError as error:
-        raise ManifestError(
-            "no dataset here: there is no manifest",
-            reason="manifest_missing",
-            where=where,
-            fix="name the folder of a finished dataset, or `python -m preprocess import` its tars",
-        ) from error
+        raise ManifestError("manifest_missing.import", where=where) from error
     manifest = parse_manifest(payload, where=where)
     return Source(url=url, manifest=manifest, sha256=hashlib.sha256(payload).hexdigest())
 
@@ -277,27 +272,17 @@ def _check_apart(settings: ReshardSettings, sources: Sequence[Source]) -> None:
     for source in sources:
         folder = storage.absolute_url(source.url)
         if _lies_in(out, folder) or _lies_in(folder, out):
-            raise _in_place(source.url, settings.out, "source and output lie in one another")
+            raise ConfigError("reshard_in_place.folder", where=source.url, out=settings.out)
         # An import or a view names files elsewhere. Those of every split count: none may change.
         for file in source.manifest.files:
             for url in (file.url, file.index_url):
                 where = storage.absolute_url(storage.resolve(source.url, url))
                 if _lies_in(where, out):
-                    raise _in_place(where, settings.out, "a file of a source lies in the output")
+                    raise ConfigError("reshard_in_place.file", where=where, out=settings.out)
 
 
 def _lies_in(url: str, folder: str) -> bool:
     return url == folder or url.startswith(folder.rstrip("/") + "/")
-
-
-def _in_place(where: str, out: str, what: str) -> ConfigError:
-    return ConfigError(
-        what,
-        reason="reshard_in_place",
-        where=where,
-        facts={"out": out},
-        fix="use another output: sources are never changed",
-    )
 
 
 def _check_alike(sources: Sequence[Source]) -> None:
@@ -311,23 +296,14 @@ def _check_alike(sources: Sequence[Source]) -> None:
         ]
         if found:
             raise ConflictError(
-                "the sources were made in different ways",
-                reason="recipe_conflict",
-                where=source.url,
-                facts={"differences": "; ".join(found)},
-                fix="join datasets of one recipe; train on others together with a mixture",
+                "recipe_conflict.sources", where=source.url, differences="; ".join(found)
             )
 
 
 def _name(settings: ReshardSettings, sources: Sequence[Source]) -> str:
     names = sorted({source.manifest.dataset for source in sources})
     if settings.name is None and len(names) > 1:
-        raise ConfigError(
-            "the sources have different names",
-            reason="dataset_name",
-            facts={"names": names},
-            fix="name the result with --name: orders and draws are seeded by it",
-        )
+        raise ConfigError("dataset_name.sources", names=names)
     name = names[0] if settings.name is None else settings.name
     require_name(name, of="dataset")
     return name
@@ -340,12 +316,7 @@ def _split_names(settings: ReshardSettings, sources: Sequence[Source]) -> list[s
             source.manifest.select(settings.split)
         return [settings.split]
     if settings.into is not None and len(known) > 1:
-        raise ConfigError(
-            "which split is to be dealt out?",
-            reason="unknown_split",
-            facts={"splits": known},
-            fix="name it with --split",
-        )
+        raise ConfigError("unknown_split.which", splits=known)
     return known
 
 
@@ -399,13 +370,7 @@ def _open_table(file: FileEntry, payload: bytes, *, raw: bool) -> np.ndarray:
 
 
 def _not_as_promised(where: str, reason: str, facts: Mapping[str, object]) -> ShardError:
-    return ShardError(
-        "a source is not what its manifest promises",
-        reason=reason,
-        where=where,
-        facts=facts,
-        fix="verify the source, and copy or build again what is wrong",
-    )
+    return ShardError(f"{reason}.source", where=where, facts=facts)
 
 
 def _column(segments: Sequence[Segment], tables: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -429,12 +394,7 @@ def _check_keys_apart(
         own.append(np.unique(_keys(segments, tables)))
     twice = repeated_key(np.concatenate(own))
     if twice is not None:
-        raise ConflictError(
-            "the sources have samples with the same key",
-            reason="key_collision",
-            facts={"key": twice.decode()},
-            fix="join datasets that share no sample, or filter one of them first",
-        )
+        raise ConflictError("key_collision.sources", key=twice.decode())
 
 
 def _count_unknown(wanted: frozenset[str], keys: Iterable[np.ndarray]) -> int:
@@ -461,13 +421,7 @@ def _plan_split(
         quarantined.update(source.manifest.splits[split].quarantined)
     for name, own in chosen.items():
         if not len(own):
-            raise ConfigError(
-                "no sample is left for a split",
-                reason="empty_result",
-                where=f"split {name}",
-                facts={"samples": total},
-                fix="loosen the filter, raise the share, or name the other split with --split",
-            )
+            raise ConfigError("empty_result", where=f"split {name}", samples=total)
         shuffled = keys[own].tolist() if settings.order == "shuffle" else []
         ordered = order_numbers(
             own,
@@ -578,9 +532,4 @@ def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
         return dtypes[0]
     if all(dtype.names == raw_index_dtype(1).names for dtype in dtypes):
         return raw_index_dtype(max(dtype["key"].itemsize for dtype in dtypes))
-    raise ConflictError(
-        "the indexes of the sources have different columns",
-        reason="index_columns",
-        facts={"columns": sorted({str(dtype.names) for dtype in dtypes})},
-        fix="build the older dataset again with this release",
-    )
+    raise ConflictError("index_columns", columns=sorted({str(dtype.names) for dtype in dtypes}))

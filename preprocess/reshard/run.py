@@ -111,12 +111,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
         payload = manifest.encode()
         require_held()
         if not storage.swap_bytes(storage.join(out, MANIFEST_NAME), payload, replacing=None):
-            raise ConflictError(
-                "another job has written this output's manifest in the meantime",
-                reason="manifest_conflict",
-                where=out,
-                fix="run the same command again: it tells what is there now",
-            )
+            raise ConflictError("manifest_conflict.overtaken", where=out)
         _tidy(out)
     return Resharded(
         manifest=manifest,
@@ -155,12 +150,7 @@ def _check_unfinished(out: str) -> None:
     """
     for url, note in read_notes(out).items():
         if not _is_reshard(note):
-            raise ConflictError(
-                "this output holds the unfinished work of another job",
-                reason="job_conflict",
-                where=url,
-                fix="use another output, or finish that job first",
-            )
+            raise ConflictError("job_conflict.unfinished", where=url)
 
 
 def _tidy(out: str) -> None:
@@ -225,12 +215,7 @@ def portable_url(out: str, url: str) -> str:
     if beside and storage.is_local(out) == storage.is_local(url):
         return posixpath.relpath(there, here)
     if redacted(there) != there:
-        raise ConfigError(
-            "a view would keep the password of a URL",
-            reason="url_secret",
-            where=there,
-            fix="give the password to the store's client (a profile, the environment), or --copy",
-        )
+        raise ConfigError("url_secret", where=there)
     return there
 
 
@@ -332,11 +317,10 @@ def _publish_tokenizer(plan: ReshardPlan, report: Reporter) -> None:
     want, got = plan.sources[0].manifest.tokenizer.sha256, hashlib.sha256(payload).hexdigest()
     if got != want:
         raise ShardError(
-            "the source's copy of its tokenizer is not the one that its manifest names",
-            reason="tokenizer_file",
+            "tokenizer_file.source",
             where=storage.join(plan.sources[0].url, TOKENIZER_NAME),
-            facts={"got": got, "want": want},
-            fix="put the right file there, or remove it",
+            got=got,
+            want=want,
         )
     storage.publish_bytes(storage.join(plan.settings.out, TOKENIZER_NAME), payload)
 
@@ -356,13 +340,7 @@ def _finished(plan: ReshardPlan) -> Resharded | None:
         ours = {split.split: plan.source_of(split) for split in plan.splits}
         theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
         found = differences(theirs, ours, "splits") or ["other shards"]
-        raise ConflictError(
-            "this output already holds the result of another job",
-            reason="job_conflict",
-            where=out,
-            facts={"differences": "; ".join(found)},
-            fix="use another output, or remove the old dataset",
-        )
+        raise ConflictError("job_conflict.result", where=out, differences="; ".join(found))
     if manifest.view is None:
         for split in manifest.splits:
             sizes = stored_sizes(out, split)

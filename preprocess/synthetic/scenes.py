@@ -302,11 +302,11 @@ def plan_scene(seed: int, idx: int, *, max_side_px: int = 1280) -> ScenePlan:
     """
     if max_side_px < MIN_SIDE_PX:
         raise ConfigError(
-            "scenes cannot be drawn that small",
-            reason="scene_size",
+            "scene_size",
             where="max_side_px",
-            facts={"got": max_side_px, "want": f">= {MIN_SIDE_PX}"},
-            fix=f"set max_side_px to {MIN_SIDE_PX} or more",
+            min_side_px=MIN_SIDE_PX,
+            got=max_side_px,
+            want=f">= {MIN_SIDE_PX}",
         )
     rng = np.random.RandomState(keyed(seed, idx, 0) % SEED_MODULUS)
     aspect = ASPECTS[rng.choice(len(ASPECTS), p=ASPECT_SHARES)]

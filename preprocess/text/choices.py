@@ -94,19 +94,9 @@ def write_choices(
     """
     # bool is an int, and True would pass for option 1.
     if type(answer_idx) is not int or not 0 <= answer_idx < len(options):
-        raise SampleError(
-            "the right answer is none of the options",
-            reason="answer_idx",
-            facts={"got": answer_idx, "options": len(options)},
-            fix="correct the row, or let it be skipped",
-        )
+        raise SampleError("answer_idx", got=answer_idx, options=len(options))
     if not labelled and not options[answer_idx].strip():
-        raise SampleError(
-            "the right option is empty and has no label",
-            reason="message_fields",
-            facts={"answer_idx": answer_idx},
-            fix="correct the row, or let it be skipped",
-        )
+        raise SampleError("message_fields.option", answer_idx=answer_idx)
     return _FORMS[form](question, options, answer_idx, labelled, rng)
 
 

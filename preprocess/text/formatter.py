@@ -310,25 +310,17 @@ class TextPolicy:
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(
-                    f"{name} has no setting {value!r}",
-                    reason="text_policy",
-                    facts={"got": value, "want": ", ".join(known)},
-                    fix=f"choose one of them; {nearest(str(value), known)}",
+                    "text_policy",
+                    name=name,
+                    value=value,
+                    hint=nearest(str(value), known),
+                    got=value,
+                    want=", ".join(known),
                 )
         if not 1 <= self.num_variants <= 1000:
-            raise ConfigError(
-                "number of baked variants is out of range",
-                reason="num_variants",
-                facts={"got": self.num_variants, "want": "1 to 1000"},
-                fix="8 keeps most of the variety of drawing anew",
-            )
+            raise ConfigError("num_variants", got=self.num_variants, want="1 to 1000")
         if not 0 <= self.paraphrase <= 1:
-            raise ConfigError(
-                "share of paraphrased variants is out of range",
-                reason="paraphrase",
-                facts={"got": self.paraphrase, "want": "0 to 1"},
-                fix="0 leaves texts as they are",
-            )
+            raise ConfigError("paraphrase", got=self.paraphrase, want="0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -672,11 +664,7 @@ def chat_frame(message_format: MessageFormat, template: ChatFrame | None) -> Cha
             response_prefix="",
         )
     if template is None:
-        raise ConfigError(
-            "the tokenizer has no usable chat template",
-            reason="no_chat_template",
-            fix="use message_format role or chatml, or a tokenizer with a template",
-        )
+        raise ConfigError("no_chat_template")
     return template
 
 
@@ -808,10 +796,7 @@ def _check_style(message: Message) -> None:
     style = message.get("style")
     if not isinstance(style, str) or style not in STYLES:
         raise SampleError(
-            f"no formatter for the style {style!r}",
-            reason="message_style",
-            facts={"fields": sorted(message)},
-            fix=f"correct the dataset adapter; {nearest(str(style), STYLES)}",
+            "message_style", style=style, hint=nearest(str(style), STYLES), fields=sorted(message)
         )
 
 
@@ -822,10 +807,7 @@ def _point_groups(message: Message) -> list[PointGroup]:
     sizes = message.get("image_sizes", ())
     if sizes and len(points) > len(sizes):
         raise SampleError(
-            "points have more groups than there are images",
-            reason="points_shape",
-            facts={"style": message["style"], "groups": len(points), "images": len(sizes)},
-            fix="correct the row or the dataset adapter",
+            "points_shape.groups", style=message["style"], groups=len(points), images=len(sizes)
         )
     groups = [
         PointGroup(points=parse_points(own), scale=_scale(message, i), image=i + 1)
@@ -907,10 +889,12 @@ def _texts(message: Message, name: str, *, blank: bool = False) -> list[str]:
 def _fields_error(message: Message, name: str, want: str) -> SampleError:
     style = message.get("style", "of an annotation")
     return SampleError(
-        f"message of style {style} has no usable field {name!r}",
-        reason="message_fields",
-        facts={"style": style, "field": name, "want": want, "fields": sorted(message)},
-        fix="correct the row, or let it be skipped",
+        "message_fields.field",
+        style=style,
+        name=name,
+        field=name,
+        want=want,
+        fields=sorted(message),
     )
 
 

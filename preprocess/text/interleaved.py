@@ -70,9 +70,7 @@ class InterleavedTextPreprocessor:
                 for variant in variants:
                     prompt, response = span(variant.prompt), span(variant.response)
                     if response[0] == response[1]:
-                        raise SampleError(
-                            "response has no tokens", reason="empty_response", where=key
-                        )
+                        raise SampleError("empty_response", where=key)
                     rows.append((b, t, *prompt, *response, branch.weight))
         placed = any(IMAGE_PLACEHOLDER in variant.prompt for variant in _variants(branches))
         return TokenizedText(
@@ -109,11 +107,7 @@ def check_placeholders(branches: Sequence[Branch], *, num_images: int, key: str)
     answered = any(IMAGE_PLACEHOLDER in variant.response for variant in _variants(branches))
     if len(branches) > 1 or answered or set(counts) != {num_images}:
         raise SampleError(
-            f"{IMAGE_PLACEHOLDER} must stand in a lone conversation's user texts, once an image",
-            reason="image_placeholder",
-            where=key,
-            facts={"images": num_images, "placeholders": sorted(set(counts))},
-            fix="correct the row, or leave the placeholders out",
+            "image_placeholder.turn", where=key, images=num_images, placeholders=sorted(set(counts))
         )
 
 

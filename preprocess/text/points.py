@@ -77,12 +77,7 @@ def parse_points(points: Any) -> list[Point]:
     except (TypeError, ValueError, OverflowError):
         pairs = [(math.nan, math.nan)]
     if not all(math.isfinite(x) and math.isfinite(y) for x, y in pairs):
-        raise SampleError(
-            "points are not pairs of finite numbers",
-            reason="points_shape",
-            facts={"got": repr(points)[:80], "want": "[[x, y], ...]"},
-            fix="correct the row or the dataset adapter",
-        )
+        raise SampleError("points_shape.finite", got=repr(points)[:80], want="[[x, y], ...]")
     return pairs
 
 
@@ -134,22 +129,14 @@ def fill_placeholders(text: str, tags: Sequence[str]) -> str:
     pieces = text.split(PLACEHOLDER)
     if len(pieces) != len(tags) + 1:
         raise SampleError(
-            "answer and annotations disagree on the number of points",
-            reason="message_fields",
-            facts={"placeholders": len(pieces) - 1, "answer_annotations": len(tags)},
-            fix="correct the row, or let it be skipped",
+            "message_fields.count", placeholders=len(pieces) - 1, answer_annotations=len(tags)
         )
     return "".join(piece + tag for piece, tag in zip(pieces, [*tags, ""], strict=True))
 
 
 def _xml_tag(groups: Sequence[PointGroup], label: str, alt: str | None) -> str:
     if len(groups) > 1:
-        raise ConfigError(
-            "points in several images cannot be written as xml",
-            reason="point_format",
-            facts={"images": len(groups)},
-            fix="set point_format to coords",
-        )
+        raise ConfigError("point_format", images=len(groups))
     alt = label if alt is None else alt
     points = sorted(_percent(point, groups[0].scale) for point in groups[0].points)
     if len(points) == 1:

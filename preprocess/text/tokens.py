@@ -161,36 +161,16 @@ def load_tokenizer(name: str = EMBEDDED, *, pad_to: int | None = None) -> Tokeni
         if type(error) is not Exception and not isinstance(error, _LOAD_ERRORS):
             raise
         raise ConfigError(
-            f"tokenizer {name!r} cannot be loaded",
-            reason="tokenizer_missing",
-            where=location,
-            facts={"error": str(error).strip().splitlines()[0]},
-            fix="give a hub id, a folder that holds tokenizer.json, or leave TOKENIZER out",
+            "tokenizer_missing", where=location, name=name, error=str(error).strip().splitlines()[0]
         ) from error
     if not loaded.is_fast:
-        raise ConfigError(
-            f"tokenizer {name!r} has no fast version (no tokenizer.json)",
-            reason="tokenizer_slow",
-            where=location,
-            fix="convert it once with transformers' save_pretrained on a fast tokenizer",
-        )
+        raise ConfigError("tokenizer_slow", where=location, name=name)
     if loaded.eos_token_id is None:
-        raise ConfigError(
-            f"tokenizer {name!r} has no end-of-sequence token",
-            reason="tokenizer_eos",
-            where=location,
-            fix="set eos_token in its tokenizer_config.json",
-        )
+        raise ConfigError("tokenizer_eos", where=location, name=name)
     length = len(loaded)
     start = -(-length // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if pad_to is None else pad_to
     if start < length:
-        raise ConfigError(
-            "the vocabulary is longer than the embedding it should be padded to",
-            reason="tokenizer_pad_to",
-            where=name,
-            facts={"got_pad_to": start, "want_at_least": length},
-            fix="give the number of rows of the model's embedding, or leave it out",
-        )
+        raise ConfigError("tokenizer_pad_to", where=name, got_pad_to=start, want_at_least=length)
     chat = _template_frame(loaded)
     eos = loaded.eos_token_id
     if chat is not None and chat[1] is not None:

@@ -136,13 +136,7 @@ def require_stamp(url: str, want: Stamp) -> None:
 
 
 def _changed(url: str, **facts: object) -> ShardError:
-    return ShardError(
-        "a source has changed while it was copied",
-        reason="source_changed",
-        where=url,
-        facts=facts,
-        fix="verify the source, then run the same command again",
-    )
+    return ShardError("source_changed.copy", where=url, facts=facts)
 
 
 def join_here(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: bool) -> str:
@@ -322,11 +316,10 @@ class _Sources:
                 whole = len(payload) == want
         if not whole:
             raise ShardError(
-                "a source ends early",
-                reason="tar_truncated",
+                "tar_truncated.source",
                 where=url,
-                facts={"got_bytes": start + len(payload), "want_bytes": start + length},
-                fix="verify the source, then run the same command again",
+                got_bytes=start + len(payload),
+                want_bytes=start + length,
             )
         return payload
 
@@ -347,11 +340,9 @@ def _naming_source(url: str) -> Iterator[None]:
 
 def _wrong_sample(url: str, row: np.void) -> ShardError:
     return ShardError(
-        "a sample of a source is not the one that was written",
-        reason="sample_crc",
+        "sample_crc.source",
         where=f"{url} sample {row['key'].decode()}",
-        facts={"want_crc32": int(row["crc32"])},
-        fix="verify the source; copy or build its shard again",
+        want_crc32=int(row["crc32"]),
     )
 
 

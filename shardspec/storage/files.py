@@ -379,12 +379,7 @@ def exclusive(url: str) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StorageError(
-                "another job is writing to this output",
-                reason="output_busy",
-                where=url,
-                fix="wait until it has ended, or use another OUT=",
-            ) from error
+            raise StorageError("output_busy", where=url) from error
         except OSError as error:
             logger.warning("%s: the file system has no locks (%s)", url, error)
         yield
@@ -409,13 +404,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except (ImportError, ValueError) as error:
         if isinstance(error, ShardsError):
             raise
-        raise StorageError(
-            "no file system is installed for this kind of URL",
-            reason="unknown_scheme",
-            where=url,
-            facts={"error": error},
-            fix="install the package that the error names, or use s3://, gs:// or a local path",
-        ) from error
+        raise StorageError("unknown_scheme.package", where=url, error=error) from error
     return fs, path
 
 
@@ -509,11 +498,11 @@ def _named_store(url: str, scheme: str) -> Store:
     if scheme not in stores:
         known = (*SCHEMES, *stores)
         raise StorageError(
-            "no file system and no named store has this kind of URL",
-            reason="unknown_scheme",
+            "unknown_scheme.unknown",
             where=url,
-            facts={"known": ", ".join(f"{name}://" for name in known) + " and fsspec's others"},
-            fix=f"{nearest(scheme, known)}; a store is given a name in {STORES_FILE}",
+            hint=nearest(scheme, known),
+            stores_file=STORES_FILE,
+            known=", ".join(f"{name}://" for name in known) + " and fsspec's others",
         )
     return stores[scheme]
 
@@ -549,13 +538,7 @@ def _naming_bucket(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise StorageError(
-            "there is no such bucket",
-            reason="bucket_missing",
-            where=url,
-            facts={"error": error},
-            fix="make it, or correct OUT=",
-        ) from error
+        raise StorageError("bucket_missing", where=url, error=error) from error
 
 
 @contextmanager
@@ -576,18 +559,11 @@ def naming_errors(url: str) -> Iterator[None]:
             raise
         number = error.errno if isinstance(error, OSError) else None
         if number in (errno.ENOSPC, errno.EDQUOT):
-            reason, what, fix = "no_space", "no space is left on the device", "free some space"
+            code = "no_space.device"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason, what, fix = "permission", "access was refused", "check the owner and the rights"
+            code = "permission.file"
         elif is_access_refused(error):
-            reason, what = "permission", "access was refused"
-            fix = "give the store's client credentials with this right (profile, environment, role)"
+            code = "permission.store"
         else:
-            reason, what, fix = "storage_failed", "the storage failed", "see the error"
-        raise StorageError(
-            what,
-            reason=reason,
-            where=url,
-            facts={"error": error},
-            fix=f"{fix}, then run the same command again",
-        ) from error
+            code = "storage_failed"
+        raise StorageError(code, where=url, error=error) from error

@@ -81,12 +81,7 @@ class RetryPolicy:
         wrong = [name for name in ("attempts", "wall_s", "idle_s") if getattr(self, name) <= 0]
         wrong += [n for n in ("first_wait_s", "longest_wait_s") if getattr(self, n) < 0]
         if wrong:
-            raise ConfigError(
-                "a retry policy needs positive limits",
-                reason="retry_policy",
-                facts={name: getattr(self, name) for name in wrong},
-                fix="give seconds above 0 and at least one attempt",
-            )
+            raise ConfigError("retry_policy", facts={name: getattr(self, name) for name in wrong})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -741,12 +736,7 @@ def _final(error: Exception, flight: Flight) -> Exception:
     status = None if refusal is None else refusal.status
     if isinstance(error, _Changed) or status == 412:
         return StorageError(
-            "an object was replaced while it was being read",
-            reason="object_changed",
-            where=flight.url,
-            facts={"range": f"{flight.start}-{flight.stop}"},
-            fix="start again: what was read before belongs to the old version; shards must not "
-            "be rebuilt under a run that reads them",
+            "object_changed", where=flight.url, range=f"{flight.start}-{flight.stop}"
         )
     if status == 404:
         return FileNotFoundError(flight.url)
@@ -754,28 +744,12 @@ def _final(error: Exception, flight: Flight) -> Exception:
     facts = {"status": status, "code": code, "error": error}
     facts = {name: value for name, value in facts.items() if value}
     if status in (401, 403) or isinstance(error, PermissionError):
-        return StorageError(
-            "the store refused access",
-            reason="permission",
-            where=flight.url,
-            facts=facts,
-            fix="check the credentials that the store's own client finds, and their rights",
-        )
+        return StorageError("permission.answer", where=flight.url, facts=facts)
     if status == 416:
         return ShardError(
-            "object is shorter than the range that was asked for",
-            reason="shard_size",
-            where=flight.url,
-            facts={"range": f"{flight.start}-{flight.stop}"},
-            fix=_REBUILD,
+            "shard_size.object", where=flight.url, range=f"{flight.start}-{flight.stop}"
         )
-    return StorageError(
-        "the storage failed",
-        reason="storage_failed",
-        where=flight.url,
-        facts=facts,
-        fix="see the error, then run the same command again",
-    )
+    return StorageError("storage_failed", where=flight.url, facts=facts)
 
 
 def _given_up(
@@ -783,27 +757,18 @@ def _given_up(
 ) -> StorageError:
     causes = ", ".join(f"{kind} x {n}" for kind, n in sorted(flight.causes.items()))
     return StorageError(
-        "the store did not give the bytes",
-        reason="range_failed",
+        "range_failed",
         where=flight.url,
-        facts={
-            "range": f"{flight.start}-{flight.stop}",
-            "received_bytes": flight.received,
-            "attempts": flight.attempts,
-            "seconds": f"{seconds:.1f}",
-            "causes": causes,
-            "last": repr(error),
-        },
-        fix=f"see whether the store answers; the limits were {policy.attempts} attempts in vain "
-        f"and {policy.wall_s:g} s",
+        attempts=policy.attempts,
+        wall_s=policy.wall_s,
+        range=f"{flight.start}-{flight.stop}",
+        received_bytes=flight.received,
+        tried=flight.attempts,
+        seconds=f"{seconds:.1f}",
+        causes=causes,
+        last=repr(error),
     )
 
 
 def _wrong_size(url: str, got: int | None, want: int) -> ShardError:
-    return ShardError(
-        "file has the wrong length",
-        reason="shard_size",
-        where=url,
-        facts={"got_bytes": got, "want_bytes": want},
-        fix=_REBUILD,
-    )
+    return ShardError("shard_size.file", where=url, got_bytes=got, want_bytes=want)

@@ -115,15 +115,11 @@ def persist(action: Callable[[], T], *, where: str, patience: Patience | None = 
             wait_s = jitter(where, attempt) * patience.wait_s * 2 ** (attempt - 1)
             if attempt >= patience.attempts or passed_s + wait_s > patience.wall_s:
                 raise StorageError(
-                    "the store does not answer as it should",
-                    reason="store_unavailable",
+                    "store_unavailable.answer",
                     where=where,
-                    facts={
-                        "attempts": attempt,
-                        "seconds": round(passed_s, 1),
-                        "error": f"{type(error).__name__}: {error}",
-                    },
-                    fix="see whether it can be reached, then run the same command again",
+                    attempts=attempt,
+                    seconds=round(passed_s, 1),
+                    error=f"{type(error).__name__}: {error}",
                 ) from error
             told = redacted(f"{where}: {error}")
             logger.warning("%s; trying again in %.1f s", told, wait_s)

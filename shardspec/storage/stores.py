@@ -56,27 +56,15 @@ class Store:
         where = f"store {self.name!r}"
         address = urlsplit(self.endpoint_url)
         if address.scheme not in ("http", "https") or not address.hostname:
-            raise ConfigError(
-                "endpoint of a store is no http or https URL",
-                reason="store_endpoint",
-                where=where,
-                facts={"endpoint_url": self.endpoint_url},
-                fix='write it as "https://host:port"',
-            )
+            raise ConfigError("store_endpoint.url", where=where, endpoint_url=self.endpoint_url)
         if address.username or address.password or address.query:
-            raise ConfigError(
-                "endpoint of a store holds credentials",
-                reason="store_credentials",
-                where=where,
-                fix="take them out; name a profile, or leave them to the client's environment",
-            )
+            raise ConfigError("store_credentials", where=where)
         if self.addressing not in get_args(Addressing):
             raise ConfigError(
-                "addressing of a store is unknown",
-                reason="store_field",
+                "store_field.addressing",
                 where=where,
-                facts={"got": self.addressing},
-                fix=nearest(self.addressing, get_args(Addressing)),
+                hint=nearest(self.addressing, get_args(Addressing)),
+                got=self.addressing,
             )
 
     def options(self) -> dict[str, Any]:
@@ -104,21 +92,10 @@ def named_stores() -> dict[str, Store]:
         document = load_toml(path)
     except FileNotFoundError as error:
         if place:
-            raise ConfigError(
-                f"the file that {FILE_VARIABLE} names is not there",
-                reason="stores_file",
-                where=str(path),
-                fix=f"correct or unset {FILE_VARIABLE}",
-            ) from error
+            raise ConfigError("stores_file.missing", where=str(path)) from error
         document = {}
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            "the file of named stores cannot be read",
-            reason="stores_file",
-            where=str(path),
-            facts={"error": error},
-            fix="correct it; docs/stores.md shows one",
-        ) from error
+        raise ConfigError("stores_file.unreadable", where=str(path), error=error) from error
     return parse_stores(document, environment=os.environ, where=str(path))
 
 
@@ -138,13 +115,7 @@ def parse_stores(
     tables: dict[str, dict[str, Any]] = {}
     for name, table in document.items():
         if not isinstance(table, dict):
-            raise ConfigError(
-                "the file of named stores holds something that is no table",
-                reason="store_field",
-                where=where,
-                facts={"field": name},
-                fix=f"write a table: [{name}]",
-            )
+            raise ConfigError("store_field.table", where=where, name=name, field=name)
         tables[name] = dict(table)
     for variable, value in sorted(environment.items()):
         if variable.startswith(VARIABLE_PREFIX):
@@ -163,45 +134,24 @@ def _split_variable(variable: str) -> tuple[str, str]:
         if name and name != rest:
             return name.replace("_", "-"), field
     raise ConfigError(
-        "environment variable names no field of a store",
-        reason="store_field",
+        "store_field.variable",
         where=variable,
-        fix=f"end it in one of {', '.join(field.upper() for field in _FIELDS)}, or unset it",
+        known=", ".join(field.upper() for field in _FIELDS),
     )
 
 
 def _store(name: str, table: Mapping[str, Any], *, where: str) -> Store:
     where = f"{where} [{name}]"
     if re.fullmatch(r"[a-z][a-z0-9-]*", name) is None:
-        raise ConfigError(
-            "name of a store cannot be the scheme of a URL",
-            reason="store_name",
-            where=where,
-            fix="use lower-case letters, digits and -, beginning with a letter",
-        )
+        raise ConfigError("store_name", where=where)
     for field, value in table.items():
         if field not in _FIELDS:
             # The value stays out of the message: it may be a secret in the wrong place.
             raise ConfigError(
-                "a store has no such field",
-                reason="store_field",
-                where=where,
-                facts={"field": field},
-                fix=nearest(field, _FIELDS) + "; credentials are left to the client",
+                "store_field.unknown", where=where, hint=nearest(field, _FIELDS), field=field
             )
         if not isinstance(value, str):
-            raise ConfigError(
-                "field of a store is no text",
-                reason="store_field",
-                where=where,
-                facts={"field": field},
-                fix='write it in quotes: "..."',
-            )
+            raise ConfigError("store_field.text", where=where, field=field)
     if "endpoint_url" not in table:
-        raise ConfigError(
-            "a store has no endpoint",
-            reason="store_endpoint",
-            where=where,
-            fix='add endpoint_url = "https://host:port"',
-        )
+        raise ConfigError("store_endpoint.missing", where=where)
     return Store(name=name, **table)

@@ -352,11 +352,12 @@ def _require_parts(fs: Any, path: str, etags: Sequence[str], *, num_bytes: int, 
     got = str(info.get("ETag")).strip('"')
     if info["size"] != num_bytes or got != (want or got):
         raise StorageError(
-            "the upload is gone, and what lies there is not what was sent",
-            reason="upload_lost",
+            "upload_lost",
             where=where,
-            facts={"got": got, "want": want, "got_bytes": info["size"], "want_bytes": num_bytes},
-            fix="see that no other job writes to this output, then run the same command again",
+            got=got,
+            want=want,
+            got_bytes=info["size"],
+            want_bytes=num_bytes,
         )
 
 
@@ -446,11 +447,7 @@ def _send_chunk_gs(
         if start >= stop and stop < total:
             return b""
     raise StorageError(
-        "the store does not keep what it is sent",
-        reason="store_unavailable",
-        where=where,
-        facts={"kept_bytes": start, "sent_bytes": stop, "tries": CHUNK_TRIES},
-        fix="see whether it can be reached, then run the same command again",
+        "store_unavailable.keep", where=where, kept_bytes=start, sent_bytes=stop, tries=CHUNK_TRIES
     )
 
 
@@ -515,13 +512,7 @@ def check_size(fs: Any, path: str, want: int, *, where: str) -> None:
     if got != want:
         if got is not None:
             fs.rm_file(path)
-        raise StorageError(
-            "object has another length than what was uploaded",
-            reason="upload_size",
-            where=where,
-            facts={"got_bytes": got, "want_bytes": want},
-            fix="run the same command again",
-        )
+        raise StorageError("upload_size", where=where, got_bytes=got, want_bytes=want)
 
 
 def _check_gs(fs: Any, path: str, answer: dict[str, Any], *, md5: str, where: str) -> None:
@@ -531,23 +522,11 @@ def _check_gs(fs: Any, path: str, answer: dict[str, Any], *, md5: str, where: st
 
 def _not_what_was_sent(fs: Any, path: str, *, got: str, want: str, where: str) -> StorageError:
     fs.rm_file(path)
-    return StorageError(
-        "object has another checksum than what was uploaded",
-        reason="upload_checksum",
-        where=where,
-        facts={"got": got, "want": want},
-        fix="run the same command again; if it happens again, look at what stands in between",
-    )
+    return StorageError("upload_checksum", where=where, got=got, want=want)
 
 
 def _changed_source(source: Path, *, where: str) -> StorageError:
-    return StorageError(
-        "file became shorter while it was uploaded",
-        reason="upload_source",
-        where=where,
-        facts={"file": source},
-        fix="let nothing else write to it",
-    )
+    return StorageError("upload_source", where=where, file=source)
 
 
 def _holds(fs: Any, path: str, payload: bytes) -> bool:

@@ -10,12 +10,12 @@ from collections import Counter
 import pytest
 from aiohttp import web
 from PIL import Image
-from tests.preprocess.fetch.faulty_http import FaultyServer
 
 from preprocess.datasets.pixmo_cap import PixMoCap
 from preprocess.fetch.blobs import read_ledger
 from shardspec.keyed import hash_text
 from shardspec.manifest import load_manifest
+from tests.preprocess.fetch.faulty_http import FaultyServer
 
 
 class PictureServer(FaultyServer):

@@ -219,11 +219,7 @@ def _requeue(
         attempts[task] += 1
         if attempts[task] >= MAX_ATTEMPTS:
             raise StorageError(
-                "a build task took down its worker again and again",
-                reason="worker_died",
-                where=f"task {task}",
-                facts={"attempts": attempts[task], "exit_code": code},
-                fix="exit code -9 is mostly lack of memory: use fewer WORKERS=",
+                "worker_died.job", where=f"task {task}", attempts=attempts[task], exit_code=code
             )
         todo.appendleft(task)
     if worker.tasks:

@@ -173,7 +173,7 @@ def test_preprocessor_shows_one_crop_of_336_px_by_default(samples, url):
 
 def test_errors_of_the_offline_half_pass_through(url):
     def refuse(example):
-        raise SampleError("no", reason="refused", where="some-key")
+        raise SampleError("refused", what="no", where="some-key")
 
     ids = require_manifest(url).tokenizer.special_ids
     dataset = DeterministicDataset(Draws(3), MolmoPreprocessor(refuse, special_ids=ids))

@@ -299,7 +299,7 @@ class Pictures(DatasetBase):
 
     def to_example(self, row):
         if row["label"] == "bad":
-            raise SampleError("bad label", reason="bad_label")
+            raise SampleError("bad_label", what="bad label")
         message = {"style": "pointing", "label": row["label"]}
         return {"image": row_image(row), "message_list": [message], "metadata": {}}
 

@@ -19,7 +19,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tests.preprocess.fetch.faulty_http import FaultyServer, picture
 
 from preprocess.fetch import download as fetch
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, read_ledger
@@ -32,6 +31,7 @@ from preprocess.fetch.download import (
     is_public,
 )
 from shardspec.errors import BudgetError, ConfigError, StorageError
+from tests.preprocess.fetch.faulty_http import FaultyServer, picture
 
 POLICY = FetchPolicy(
     backoff_s=0.01,

@@ -158,7 +158,7 @@ def test_a_shard_that_cannot_be_published_leaves_no_scratch(tmp_path, monkeypatc
     context = context_of(Job(settings(tmp_path, seed=0)))
 
     def refuse(url, source, *, on_part):
-        raise StorageError("no", reason="no")
+        raise StorageError("no", what="no")
 
     monkeypatch.setattr(storage, "publish_file", refuse)
     with pytest.raises(StorageError):

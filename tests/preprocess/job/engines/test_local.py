@@ -45,7 +45,7 @@ def finish_later(folder, task, report):
 
 def fail_later(folder, task, report):
     def rest():
-        raise SampleError("the store is gone", reason="gone", where=f"task {task}")
+        raise SampleError("gone", what="the store is gone", where=f"task {task}")
 
     return Later(finish=rest)
 
@@ -125,7 +125,7 @@ def leave(context, task, report):
 
 
 def refuse(context, task, report):
-    raise SampleError("a bad row", reason="bad_row", where=f"row {task}", facts={"got": 1})
+    raise SampleError("bad_row", what="a bad row", where=f"row {task}", got=1)
 
 
 def stumble(context, task, report):
