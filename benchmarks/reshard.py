@@ -34,7 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocess.exchange.import_tars import ImportSettings, import_tars
+from preprocess.exchange.foreign import ImportSettings, import_tars
 from preprocess.reshard import run as job
 from preprocess.reshard.plan import ReshardSettings, plan_reshard
 from preprocess.reshard.run import reshard

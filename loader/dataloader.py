@@ -23,7 +23,7 @@ from loader.buffers import BufferPool
 from loader.delivery import (
     BatchMaker,
     LookAhead,
-    Made,
+    MadeBatch,
     Stats,
     Task,
     make_in_threads,
@@ -45,7 +45,7 @@ from loader.order import (
     plan_packing,
     rank_positions,
 )
-from loader.reading import MOST_RECORDS, Horizon, count_reading
+from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
 from loader.state import STATE_VERSION, Allowed, require_state
 from loader.stream import StreamingDataset
 from shardspec.errors import ConfigError, StateError
@@ -251,7 +251,7 @@ class StreamLoader:
         stop = self._schedule.epoch_start(self.epoch + 1)
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
-        self.dataset.forget()
+        self.dataset.cancel_prefetch()
         plans = _Plans(self, range(self.step, stop))
         left = len(plans)
         begin_s = perf_counter()
@@ -319,7 +319,7 @@ class StreamLoader:
             self._watcher = hook, every_steps, now
             hook(self.step, now.since(before))
 
-    def _made(self, plans: _Plans) -> Generator[tuple[Made, int], None, None]:
+    def _made(self, plans: _Plans) -> Generator[tuple[MadeBatch, int], None, None]:
         ahead = self._ahead()
         if self.workers:
             return make_in_workers(
@@ -547,10 +547,10 @@ class _Plans:
     def __iter__(self) -> Iterator[Task]:
         loader, stop = self._loader, self._steps.stop
         # Worker processes take turns, threads share what is fetched.
-        horizon = Horizon(loader.dataset.ahead_steps, stride=max(1, loader.workers))
+        horizon = LookaheadWindow(loader.dataset.ahead_steps, stride=max(1, loader.workers))
         planned: deque[tuple[list[Row], list[list[int]]]] = deque()
         for step in self._steps:
-            soon = horizon.soon(step, stop=stop)
+            soon = horizon.next_steps(step, stop=stop)
             last = soon[-1] if soon else step
             while step + len(planned) <= last:
                 planned.append(loader._plan(step + len(planned)))

@@ -20,8 +20,8 @@ from loader.order import (
     MixtureGroup,
     MixtureOrder,
     MixtureSource,
-    Place,
     Row,
+    SampleRef,
     Stop,
     Weighting,
     plan_mixture,
@@ -29,7 +29,7 @@ from loader.order import (
 from loader.reading import ShardReader
 from loader.state import Allowed, Cursor
 from loader.stream import (
-    Pending,
+    PlannedExample,
     StreamingDataset,
     batches_ahead,
     require_batch_size,
@@ -192,35 +192,37 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         """Steps that are best said ahead of their reading; 0 where all shards are local."""
         return max(dataset.ahead_steps for dataset in self.datasets)
 
-    def will_read(self, step: int, rows: Sequence[Row]) -> None:
+    def prefetch(self, step: int, rows: Sequence[Row]) -> None:
         """Says which samples a step will need; steps come in increasing order."""
         for number, dataset in enumerate(self.datasets):
             own = [tuple(place for place in row if place.dataset == number) for row in rows]
-            dataset.will_read(step, own)
+            dataset.prefetch(step, own)
 
-    def was_read(self, step: int) -> None:
+    def release(self, step: int) -> None:
         """Says that a step's batch is made."""
         for dataset in self.datasets:
-            dataset.was_read(step)
+            dataset.release(step)
 
     def restore_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Takes over the bad samples that a state knows; they are substituted unread."""
         for number, dataset in enumerate(self.datasets):
             dataset.restore_bad([r for r in records if r.get("dataset") == number])
 
-    def forget(self) -> None:
+    def cancel_prefetch(self) -> None:
         """Drops what was said to be read: the run goes on at another step."""
         for dataset in self.datasets:
-            dataset.forget()
+            dataset.cancel_prefetch()
 
-    def at(self, place: Place) -> dict[str, Any]:
+    def at(self, place: SampleRef) -> dict[str, Any]:
         """Makes the example of one place of the order; its metadata name the dataset."""
         return with_pictures(self, place)
 
-    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+    def plan_example(
+        self, place: SampleRef, *, after_failed: PlannedExample | None = None
+    ) -> PlannedExample:
         """Plans the same; see `StreamingDataset.pending`."""
         dataset = self.datasets[place.dataset]
-        made = dataset.pending(place, behind=behind)
+        made = dataset.plan_example(place, after_failed=after_failed)
         made.draft.dataset = dataset.manifest.dataset
         return made
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.order import Order, Place, Row, Tail, plan_order
+from loader.order import Order, Row, SampleRef, Tail, plan_order
 from loader.reading import Check, Network, open_dataset
 from loader.state import Cursor, split_fingerprint
 from loader.stream import CACHE_BYTES, batches_ahead, require_batch_size
@@ -144,20 +144,20 @@ class RawDataset(IterableDataset[Any]):
         """Steps that are best said ahead of their reading; 0 for local tars."""
         return self.reader.ahead_steps
 
-    def will_read(self, step: int, rows: Sequence[Row]) -> None:
+    def prefetch(self, step: int, rows: Sequence[Row]) -> None:
         """Says which samples a step will need; steps come in increasing order."""
-        self.reader.will_read(step, [place.sample for row in rows for place in row])
+        self.reader.prefetch(step, [place.sample for row in rows for place in row])
 
-    def was_read(self, step: int) -> None:
+    def release(self, step: int) -> None:
         """Says that a step's examples are made."""
-        self.reader.was_read(step)
+        self.reader.release(step)
 
-    def forget(self) -> None:
+    def cancel_prefetch(self) -> None:
         """Drops what was said to be read: the run goes on at another step."""
         if self.reader.prefetcher is not None:
-            self.reader.prefetcher.forget()
+            self.reader.prefetcher.cancel_prefetch()
 
-    def at(self, place: Place) -> Any:
+    def at(self, place: SampleRef) -> Any:
         """Makes the example of one place of the order."""
         return self.example(place.sample, epoch=place.epoch)
 

@@ -20,8 +20,17 @@ from torch.utils.data import IterableDataset
 
 from loader.assembly import Draft, Planner, TokenIds, View, finished
 from loader.buffers import Scratch
-from loader.order import MixtureOrder, Order, Place, Row, SlotSchedule, Tail, epoch_of, plan_order
-from loader.reading import Check, Horizon, Network, Quarantine, ShardReader, open_dataset
+from loader.order import (
+    MixtureOrder,
+    Order,
+    Row,
+    SampleRef,
+    SlotSchedule,
+    Tail,
+    epoch_of,
+    plan_order,
+)
+from loader.reading import Check, LookaheadWindow, Network, Quarantine, ShardReader, open_dataset
 from loader.state import Allowed, Cursor, keys_fingerprint, split_fingerprint, view_fingerprint
 from loader.topology import Topology, find_topology, find_worker
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
@@ -51,7 +60,7 @@ _PROBE_SIZES = (
 
 
 @dataclass(slots=True, kw_only=True)
-class Pending:
+class PlannedExample:
     """An example whose arrays are not made yet, and what it took to get there."""
 
     draft: Draft
@@ -66,25 +75,27 @@ class Pending:
     """Of the sample as it is stored."""
 
 
-class PendingSource(Protocol):
+class ExamplePlanner(Protocol):
     """What makes pending examples: a dataset or a mixture."""
 
-    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+    def plan_example(
+        self, place: SampleRef, *, after_failed: PlannedExample | None = None
+    ) -> PlannedExample:
         """Makes the example of a place, or the one behind it."""
 
 
-def with_pictures(source: PendingSource, place: Place) -> dict[str, Any]:
+def with_pictures(source: ExamplePlanner, place: SampleRef) -> dict[str, Any]:
     """Makes the whole example of a place; broken pictures are substituted as the source wants.
 
     Raises:
       ShardError, SampleError: As `StreamingDataset.pending`.
     """
-    made = source.pending(place)
+    made = source.plan_example(place)
     while True:
         try:
             return finished(made.draft)
         except (SampleError, ShardError):
-            made = source.pending(place, behind=made)
+            made = source.plan_example(place, after_failed=made)
 
 
 class StreamingDataset(IterableDataset[dict[str, Any]]):
@@ -271,43 +282,45 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 
     @property
     def ahead_steps(self) -> int:
-        """Steps that are best said ahead of their reading (`will_read`); 0 for local shards."""
+        """Steps that are best said ahead of their reading (`prefetch`); 0 for local shards."""
         return self.reader.ahead_steps
 
-    def will_read(self, step: int, rows: Sequence[Row]) -> None:
+    def prefetch(self, step: int, rows: Sequence[Row]) -> None:
         """Says which samples a step will need; steps come in increasing order."""
-        self.reader.will_read(step, [place.sample for row in rows for place in row])
+        self.reader.prefetch(step, [place.sample for row in rows for place in row])
 
-    def was_read(self, step: int) -> None:
+    def release(self, step: int) -> None:
         """Says that a step's batch is made."""
-        self.reader.was_read(step)
+        self.reader.release(step)
 
     def restore_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Takes over the bad samples that a state knows; they are substituted unread."""
         self.quarantine.restore(records)
 
-    def forget(self) -> None:
+    def cancel_prefetch(self) -> None:
         """Drops what was said to be read: the run goes on at another step."""
         if self.reader.prefetcher is not None:
-            self.reader.prefetcher.forget()
+            self.reader.prefetcher.cancel_prefetch()
 
-    def at(self, place: Place) -> dict[str, Any]:
+    def at(self, place: SampleRef) -> dict[str, Any]:
         """Makes the example of one place of the order; padding has nothing to learn."""
         return with_pictures(self, place)
 
-    def pending(self, place: Place, *, behind: Pending | None = None) -> Pending:
+    def plan_example(
+        self, place: SampleRef, *, after_failed: PlannedExample | None = None
+    ) -> PlannedExample:
         """Plans the example of one place of the order; the collator makes its arrays.
 
         Args:
           place: Of the order.
-          behind: What was made for the place before and turned out to have broken pictures: the
-            next substitute is chosen.
+          after_failed: What was made for the place before and turned out to have broken pictures:
+            the next substitute is chosen.
 
         Raises:
           ShardError: The sample cannot be read, and is not to be substituted.
           SampleError: It cannot be laid out, likewise.
         """
-        made = self._pending(place.sample, place.epoch, behind=behind)
+        made = self._pending(place.sample, place.epoch, after_failed=after_failed)
         if not place.real:
             made.draft.plan.sequence.learns = False
         return made
@@ -401,23 +414,25 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           ShardError: The sample cannot be read; see `ShardReader.read`.
           SampleError: It cannot be laid out; see `assemble`.
         """
-        return self.at(Place(0, epoch, sample_id))
+        return self.at(SampleRef(0, epoch, sample_id))
 
-    def _pending(self, sample_id: int, epoch: int, *, behind: Pending | None) -> Pending:
+    def _pending(
+        self, sample_id: int, epoch: int, *, after_failed: PlannedExample | None
+    ) -> PlannedExample:
         first: dict[str, Any] | None = None
         failure: ShardsError | None = None
         start = 0
-        if behind is None:
+        if after_failed is None:
             self.quarantine.asked()
         else:
-            failure = behind.draft.error
+            failure = after_failed.draft.error
             assert failure is not None
             if self.on_bad == "raise":
                 raise failure
-            number = self._candidate(sample_id, epoch, behind.attempt)
+            number = self._candidate(sample_id, epoch, after_failed.attempt)
             broken = self._record(number, failure)
             self.quarantine.add(broken, failure)
-            first, start = behind.draft.substitutes or broken, behind.attempt + 1
+            first, start = after_failed.draft.substitutes or broken, after_failed.attempt + 1
         for attempt in range(start, 1 + MAX_SUBSTITUTES):
             number = self._candidate(sample_id, epoch, attempt)
             known = self.quarantine.record(number) if self.on_bad == "substitute" else None
@@ -449,7 +464,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             return sample_id
         return keyed(self._base_seed, sample_id, epoch, attempt) % self.num_samples
 
-    def _draft(self, number: int, epoch: int) -> Pending:
+    def _draft(self, number: int, epoch: int) -> PlannedExample:
         start_s = perf_counter()
         stored = self.reader.stored(number)
         read_s = perf_counter()
@@ -462,7 +477,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             key=stored.key,
             scratch=self._scratch,
         )
-        return Pending(
+        return PlannedExample(
             draft=draft,
             read_s=read_s - start_s,
             plan_s=perf_counter() - read_s,
@@ -483,10 +498,10 @@ class _Ahead(Protocol):
     def topology(self) -> Topology: ...
     @property
     def ahead_steps(self) -> int: ...
-    def at(self, place: Place) -> Any: ...
-    def forget(self) -> None: ...
-    def will_read(self, step: int, rows: Sequence[Row]) -> None: ...
-    def was_read(self, step: int) -> None: ...
+    def at(self, place: SampleRef) -> Any: ...
+    def cancel_prefetch(self) -> None: ...
+    def prefetch(self, step: int, rows: Sequence[Row]) -> None: ...
+    def release(self, step: int) -> None: ...
 
 
 def batches_ahead(dataset: _Ahead, order: Order | MixtureOrder) -> Callable[[int], list[Any]]:
@@ -495,18 +510,18 @@ def batches_ahead(dataset: _Ahead, order: Order | MixtureOrder) -> Callable[[int
     The worker's next steps are said to the reader before it waits for the present one.
     """
     # What a pass that was left has planned would be held for the rest of the run.
-    dataset.forget()
+    dataset.cancel_prefetch()
     schedule = SlotSchedule(order)
-    horizon = Horizon(dataset.ahead_steps, stride=find_worker()[1])
+    horizon = LookaheadWindow(dataset.ahead_steps, stride=find_worker()[1])
 
     def batch(step: int) -> list[Any]:
         if dataset.ahead_steps:
             stop = order.epoch_start(epoch_of(order, step) + 1)
-            for soon in horizon.soon(step, stop=stop):
-                dataset.will_read(soon, schedule.rows(soon, dataset.topology))
+            for soon in horizon.next_steps(step, stop=stop):
+                dataset.prefetch(soon, schedule.rows(soon, dataset.topology))
         rows = schedule.rows(step, dataset.topology)
         examples = [dataset.at(place) for row in rows for place in row]
-        dataset.was_read(step)
+        dataset.release(step)
         return examples
 
     return batch

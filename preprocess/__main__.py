@@ -19,14 +19,14 @@ from preprocess.datasets import dataset_names
 from preprocess.exchange import ExportFormat, ImportSettings, export_index, import_tars
 from preprocess.fetch import FetchPolicy
 from preprocess.job import (
+    DryRun,
     JobSettings,
     Outcome,
-    Survey,
+    dry_run,
     find_strays,
-    held,
+    output_lock,
     remove_strays,
     run_job,
-    survey_job,
     verify,
 )
 from preprocess.media import ImagePolicy
@@ -153,7 +153,7 @@ def _shards(options: argparse.Namespace, report: TqdmReporter) -> int:
 
 def _plan(options: argparse.Namespace, report: TqdmReporter) -> int:
     settings = _settings(options)
-    survey = survey_job(settings, report)
+    survey = dry_run(settings, report)
     report.close()
     print(_survey_table(settings, survey))
     return 0
@@ -176,7 +176,7 @@ def _gc(options: argparse.Namespace, report: TqdmReporter) -> int:  # noqa: ARG0
         before = time.time() - parse_age_s(options.older_than)
     if not storage.exists(options.out):
         find_strays(options.out)  # says so; to hold the output would make it
-    with held(options.out):
+    with output_lock(options.out):
         strays = find_strays(options.out, written_before_unix_s=before)
         for each in strays.objects:
             print(f"{size_text(each.num_bytes):>10}  {each.name}")
@@ -260,7 +260,7 @@ def _summary(settings: JobSettings, outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _survey_table(settings: JobSettings, survey: Survey) -> str:
+def _survey_table(settings: JobSettings, survey: DryRun) -> str:
     rows: list[tuple[str, object]] = [
         ("dataset", f"{settings.dataset}, split {settings.split}, source {settings.source}"),
         ("output", redacted(settings.out)),

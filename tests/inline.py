@@ -1,6 +1,6 @@
 """Jobs without processes and without a screen, for tests and benchmarks of what the jobs do."""
 
-from preprocess.job.engines.local import Later, TaskDone, TaskProgress
+from preprocess.job.engines.local import Deferred, TaskDone, TaskProgress
 
 
 class Quiet:
@@ -29,7 +29,7 @@ def run(tasks, *, work, context, num_workers):  # noqa: ARG001 - as preprocess.j
     for task in tasks:
         noted = []
         value = work(context, task, noted.append)
-        if isinstance(value, Later):
+        if isinstance(value, Deferred):
             value = value.finish()
         yield from (TaskProgress(task=task, note=note) for note in noted)
         yield TaskDone(task=task, value=value)

@@ -264,8 +264,7 @@ class _Seen:
 
 
 class Draft:
-    """The example of one sample before its arrays are made; see `loader.assembly.collate.Unmade`.
-    The example of one sample before its arrays are made; see `loader.assembly.collate.Unmade`."""
+    """The example of one sample before its arrays are made (a `LazyExample`)."""
 
     __slots__ = (
         *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "render_s", "scratch"),

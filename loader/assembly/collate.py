@@ -23,7 +23,7 @@ them again.
 Pictures usually come as [n, C, H, W] views of [n, H, W, C] memory. The batch keeps that order: its
 memory is [B, M, H, W, C], and `images` is a permuted view (channels last, as convolutions like it),
 so that pictures are copied row by row and no value is ever moved by itself. Examples whose arrays
-are not made yet (`Unmade`) write them straight into their places in the batch.
+are not made yet (`LazyExample`) write them straight into their places in the batch.
 """
 
 # Shape letters: B examples, L tokens, M images per example, C channels, H x W pixels, n images of
@@ -74,7 +74,7 @@ class Shapes(NamedTuple):
     """Of `token_pooling`'s rows; None without it."""
 
 
-class Unmade(Protocol):
+class LazyExample(Protocol):
     """An example whose arrays are still to be made: a sample's (`Draft`), a row's (`Pack`)."""
 
     @property
@@ -207,7 +207,7 @@ class MMCollator:
         return self.collate(made, allocate=allocate)
 
     def collate(
-        self, examples: Sequence[Unmade], *, allocate: Allocate = np.empty
+        self, examples: Sequence[LazyExample], *, allocate: Allocate = np.empty
     ) -> dict[str, Any]:
         """Collates examples whose arrays are still to be made, in memory of the caller's choice.
 
@@ -217,7 +217,7 @@ class MMCollator:
 
         Raises:
           SampleError: `too_long`, `image_cut`, `no_loss` or `too_many_images`, naming the example
-            by the `key` of its metadata, or else by its row; as `Unmade.write_images`.
+            by the `key` of its metadata, or else by its row; as `LazyExample.write_images`.
           ConfigError: `empty_batch`; `example_mismatch`, for examples whose arrays do not fit each
             other or the collator, listing all of them.
         """
@@ -234,7 +234,7 @@ class MMCollator:
         return batch
 
     def _collate_text(
-        self, examples: Sequence[Unmade], lengths: list[int], allocate: Allocate
+        self, examples: Sequence[LazyExample], lengths: list[int], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
         longest = max(lengths)
         padded = -(-longest // self._multiple) * self._multiple
@@ -255,7 +255,7 @@ class MMCollator:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _collate_images(
-        self, examples: Sequence[Unmade], allocate: Allocate
+        self, examples: Sequence[LazyExample], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
         num = self.max_images
         if num is None:
@@ -289,7 +289,7 @@ class MMCollator:
         return tensors
 
     def _collate_pooling(
-        self, examples: Sequence[Unmade], pool: int, allocate: Allocate
+        self, examples: Sequence[LazyExample], pool: int, allocate: Allocate
     ) -> np.ndarray:
         rows = [example.pooling() for example in examples]
         pooling = allocate((len(rows), max(map(len, rows)), pool), np.int64)
@@ -298,7 +298,9 @@ class MMCollator:
             pooling[row, len(array) :] = NO_PATCH
         return pooling
 
-    def _image_buffer(self, examples: Sequence[Unmade], num: int, allocate: Allocate) -> np.ndarray:
+    def _image_buffer(
+        self, examples: Sequence[LazyExample], num: int, allocate: Allocate
+    ) -> np.ndarray:
         """Allocates [B, M, C, H, W] with the type and the memory order of the first pictures.
 
         Batches without pictures have channels last.
@@ -312,7 +314,7 @@ class MMCollator:
         buffer = allocate((*shape, height, width, channels), dtype)
         return np.moveaxis(buffer, -1, 2)
 
-    def _require_fitting(self, examples: Sequence[Unmade]) -> None:
+    def _require_fitting(self, examples: Sequence[LazyExample]) -> None:
         """Refuses examples with pictures that do not fit each other or the collator."""
         seen = {example.shapes for example in examples if example.num_crops}
         if len({shapes.dtype for shapes in seen}) > 1 or not all(map(self._fits, seen)):
@@ -327,7 +329,7 @@ class MMCollator:
             and self.pool in (None, shapes.pool)
         )
 
-    def _kept_length(self, row: int, example: Unmade) -> int:
+    def _kept_length(self, row: int, example: LazyExample) -> int:
         """Counts the tokens to keep of an example, at most `sequence_length`."""
         limit, length, num = self.sequence_length, example.num_tokens, example.num_crops
         if self.max_images is not None and num > self.max_images:
@@ -475,11 +477,11 @@ def _parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
     raise ConfigError("pad_mode", got=repr(pad_mode))
 
 
-def finished(example: Unmade) -> dict[str, Any]:
+def finished(example: LazyExample) -> dict[str, Any]:
     """Makes every array of an example, as `loader.assembly.assemble.assemble` describes them.
 
     Raises:
-      ShardError, SampleError: As `Unmade.write_images`.
+      ShardError, SampleError: As `LazyExample.write_images`.
     """
     num, shapes = example.num_crops, example.shapes
     made: dict[str, Any] = {

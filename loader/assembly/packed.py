@@ -21,7 +21,7 @@ from shardspec.tiling import NO_PATCH
 
 class Pack:
     """The packed row of several drafts before its arrays are made; see
-    `loader.assembly.collate.Unmade`."""
+    `loader.assembly.collate.LazyExample`."""
 
     channels_first = False
 

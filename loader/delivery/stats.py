@@ -28,7 +28,7 @@ _ADVICE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spent:
+class StageTimings:
     """Seconds and bytes of some batches."""
 
     batches: int = 0
@@ -43,11 +43,15 @@ class Spent:
     render_s: float = 0.0
     collate_s: float = 0.0
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in _SPENT})
+    def __add__(self, other: StageTimings) -> StageTimings:
+        return StageTimings(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in _SPENT}
+        )
 
-    def __sub__(self, other: Spent) -> Spent:
-        return Spent(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in _SPENT})
+    def __sub__(self, other: StageTimings) -> StageTimings:
+        return StageTimings(
+            **{f.name: getattr(self, f.name) - getattr(other, f.name) for f in _SPENT}
+        )
 
     @property
     def busy_s(self) -> float:
@@ -55,14 +59,14 @@ class Spent:
         return self.read_s + self.layout_s + self.decode_s + self.render_s + self.collate_s
 
 
-_SPENT = fields(Spent)
+_SPENT = fields(StageTimings)
 
 
 @dataclass(slots=True, kw_only=True)
 class Stats:
     """A loader's account, from its making or since an earlier one (`since`)."""
 
-    made: Spent = field(default_factory=Spent)
+    made: StageTimings = field(default_factory=StageTimings)
     """What making the delivered batches took."""
     makers: int = 1
     """Threads or worker processes; 1 where the consumer's thread does it all."""

@@ -20,10 +20,10 @@ import torch
 
 from loader.assembly import Draft, MMCollator, Pack, fitting
 from loader.buffers import Allocate
-from loader.delivery.stats import Spent
+from loader.delivery.stats import StageTimings
 from loader.order import PackConfig, Row
 from loader.reading import ShardReader
-from loader.stream import Pending, PendingSource
+from loader.stream import ExamplePlanner, PlannedExample
 from shardspec.errors import SampleError, ShardError
 
 
@@ -38,28 +38,28 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class MadeBatch:
     """A batch and what it took."""
 
     batch: dict[str, Any]
     bad: list[dict[str, Any]]
     """The samples that others took the place of."""
-    spent: Spent
+    spent: StageTimings
     counters: Mapping[str, int] = field(default_factory=dict)
     """What a worker process has counted of its reading since its batch before; threads count where
     the consumer can look."""
 
 
-class Source(PendingSource, Protocol):
+class Source(ExamplePlanner, Protocol):
     """What examples come from: a dataset or a mixture."""
 
     @property
     def readers(self) -> list[ShardReader]: ...
 
-    def will_read(self, step: int, rows: Sequence[Row]) -> None:
+    def prefetch(self, step: int, rows: Sequence[Row]) -> None:
         """Hears which samples a step will need; steps come in increasing order."""
 
-    def was_read(self, step: int) -> None:
+    def release(self, step: int) -> None:
         """Hears that a step's batch is made."""
 
 
@@ -79,11 +79,11 @@ class BatchMaker:
     def announce(self, task: Task) -> None:
         """Lets the readers know of the steps that a task names."""
         for step, rows in task.ahead:
-            self.source.will_read(step, rows)
+            self.source.prefetch(step, rows)
 
     def make(
         self, task: Task, *, allocate: Allocate, unwanted: threading.Event | None = None
-    ) -> Made:
+    ) -> MadeBatch:
         """Makes a batch, and lets the readers know of the next ones first.
 
         Args:
@@ -99,11 +99,11 @@ class BatchMaker:
         start_s = perf_counter()
         self.announce(task)
         rows = task.rows
-        made: list[list[Pending]] = []
+        made: list[list[PlannedExample]] = []
         for row in rows:
             if unwanted is not None and unwanted.is_set():
                 raise CancelledError
-            made.append([self.source.pending(place) for place in row])
+            made.append([self.source.plan_example(place) for place in row])
         while True:
             try:
                 batch = self.collator.collate(self._joined(made), allocate=allocate)
@@ -111,20 +111,20 @@ class BatchMaker:
             except (SampleError, ShardError):
                 if not self._replace_broken(task.rows, made):
                     raise
-        self.source.was_read(task.step)
+        self.source.release(task.step)
         spent = _spent(made, batch, perf_counter() - start_s)
-        return Made(batch=batch, bad=_substituted(rows, made), spent=spent)
+        return MadeBatch(batch=batch, bad=_substituted(rows, made), spent=spent)
 
-    def _replace_broken(self, rows: list[Row], made: list[list[Pending]]) -> bool:
+    def _replace_broken(self, rows: list[Row], made: list[list[PlannedExample]]) -> bool:
         """Substitutes the sample whose pictures could not be rendered; tells if there was one."""
         for row, own in zip(rows, made, strict=True):
             for i, (place, one) in enumerate(zip(row, own, strict=True)):
                 if one.draft.error is not None:
-                    own[i] = self.source.pending(place, behind=one)
+                    own[i] = self.source.plan_example(place, after_failed=one)
                     return True
         return False
 
-    def _joined(self, made: list[list[Pending]]) -> Sequence[Draft | Pack]:
+    def _joined(self, made: list[list[PlannedExample]]) -> Sequence[Draft | Pack]:
         """Gives the examples of the rows."""
         limits = self.packing
         if limits is None:
@@ -172,7 +172,7 @@ def make_in_threads(
     threads: int,
     allocate: Allocate,
     ahead: LookAhead,
-) -> Generator[tuple[Made, int], None, None]:
+) -> Generator[tuple[MadeBatch, int], None, None]:
     """Makes batches ahead of the consumer, in their sequence.
 
     Args:
@@ -189,7 +189,7 @@ def make_in_threads(
         for task in plans:
             yield maker.make(task, allocate=allocate), 0
         return
-    futures: deque[Future[Made]] = deque()
+    futures: deque[Future[MadeBatch]] = deque()
     unwanted = threading.Event()
     make = partial(maker.make, allocate=allocate, unwanted=unwanted)
     pool = _start_threads(threads)
@@ -246,7 +246,7 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _substituted(rows: list[Row], made: list[list[Pending]]) -> list[dict[str, Any]]:
+def _substituted(rows: list[Row], made: list[list[PlannedExample]]) -> list[dict[str, Any]]:
     return [
         {"dataset": place.dataset, **one.draft.substitutes}
         for row, own in zip(rows, made, strict=True)
@@ -255,14 +255,14 @@ def _substituted(rows: list[Row], made: list[list[Pending]]) -> list[dict[str, A
     ]
 
 
-def _spent(made: list[list[Pending]], batch: dict[str, Any], total_s: float) -> Spent:
+def _spent(made: list[list[PlannedExample]], batch: dict[str, Any], total_s: float) -> StageTimings:
     all_made = [one for row in made for one in row]
     read_s = sum([one.read_s for one in all_made])
     layout_s = sum([one.plan_s for one in all_made])
     render_s = sum([one.draft.render_s for one in all_made])
     decode_s = sum([one.draft.decode_s for one in all_made if one.draft.num_crops])
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-    return Spent(
+    return StageTimings(
         batches=1,
         samples=len(all_made),
         read_bytes=sum([one.num_bytes for one in all_made]),

@@ -42,8 +42,8 @@ import numpy as np
 import torch
 
 from loader.buffers import LEAST_POOLED_BYTES
-from loader.delivery.stats import Spent
-from loader.delivery.threads import BatchMaker, LookAhead, Made, Task
+from loader.delivery.stats import StageTimings
+from loader.delivery.threads import BatchMaker, LookAhead, MadeBatch, Task
 from loader.reading import count_reading
 from shardspec.errors import ConfigError, ShardsError, WorkerError
 
@@ -94,7 +94,7 @@ class _Answer:
     batch: dict[str, Any] = field(default_factory=dict)
     """Tensors are `_Shared`, or `_Sent` where they are small."""
     bad: list[dict[str, Any]] = field(default_factory=list)
-    spent: Spent = field(default_factory=Spent)
+    spent: StageTimings = field(default_factory=StageTimings)
     counters: dict[str, int] = field(default_factory=dict)
     """See `Made.counters`."""
     new: list[tuple[int, int]] = field(default_factory=list)
@@ -115,7 +115,7 @@ def make_in_workers(
     workers: int,
     keep_bytes: int,
     ahead: LookAhead,
-) -> Generator[tuple[Made, int], None, None]:
+) -> Generator[tuple[MadeBatch, int], None, None]:
     """Makes batches in worker processes, in their sequence.
 
     Args:
@@ -186,7 +186,7 @@ class _Worker:
         """Tells whether an answer waits."""
         return self._pipe.poll()
 
-    def answer(self) -> Made:
+    def answer(self) -> MadeBatch:
         """Waits for the next batch.
 
         Raises:
@@ -214,7 +214,7 @@ class _Worker:
         if answer.crash:
             raise WorkerError("worker_crash", crash=answer.crash)
         batch = {name: self._opened(value) for name, value in answer.batch.items()}
-        return Made(batch=batch, bad=answer.bad, spent=answer.spent, counters=answer.counters)
+        return MadeBatch(batch=batch, bad=answer.bad, spent=answer.spent, counters=answer.counters)
 
     def hang_up(self) -> None:
         """Lets the process know that nothing more is wanted."""

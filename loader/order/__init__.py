@@ -28,8 +28,8 @@ from loader.order.packing import PackConfig
 from loader.order.schedule import (
     BucketSchedule,
     PackSchedule,
-    Place,
     Row,
+    SampleRef,
     Schedule,
     SlotSchedule,
     plan_packing,
@@ -46,7 +46,7 @@ __all__ = [
     "PackConfig",
     "PackSchedule",
     "Passes",
-    "Place",
+    "SampleRef",
     "Row",
     "Schedule",
     "SlotSchedule",

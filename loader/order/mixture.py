@@ -39,7 +39,7 @@ from loader.order.order import (
     require_slots,
 )
 from loader.order.permutation import keyed_array, permute
-from loader.order.remainder import Rest
+from loader.order.remainder import EpochRemainder
 from shardspec.errors import ConfigError, StateError
 from shardspec.keyed import dataset_seed, keyed
 
@@ -472,7 +472,7 @@ class MixtureOrder:
     def _continue(self, word: _Word, step: int) -> _Segment:
         """Begins a segment where the one before ends."""
         counted = np.zeros(len(self._sizes), np.int64)
-        rests: list[Rest | None] = [None] * len(self._sizes)
+        rests: list[EpochRemainder | None] = [None] * len(self._sizes)
         if self._segments:
             before = self._segments[-1]
             slots = (step - before.step) * before.word.global_batch_size
@@ -481,7 +481,7 @@ class MixtureOrder:
             rests = list(before.rests)
             for dataset in np.flatnonzero(before.word.quotas).tolist():
                 lanes = _Lanes(mixture=self, segment=before, dataset=dataset)
-                rests[dataset] = Rest(lanes, taken=taken[lanes.cells])
+                rests[dataset] = EpochRemainder(lanes, taken=taken[lanes.cells])
         return _Segment(
             word=word,
             step=step,
@@ -592,7 +592,7 @@ class _Segment:
     step: int
     counted: np.ndarray
     """int64 [datasets], slots of each dataset before the segment."""
-    rests: list[Rest | None]
+    rests: list[EpochRemainder | None]
     """What each dataset owes when the segment begins; None where it was not begun."""
     owed: np.ndarray
     """int64 [datasets], the lengths of the rests."""
@@ -602,7 +602,7 @@ class _Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Lanes:
-    """The lanes of one dataset in a segment, as `Rest` asks for them."""
+    """The lanes of one dataset in a segment, as `EpochRemainder` asks for them."""
 
     mixture: MixtureOrder
     segment: _Segment

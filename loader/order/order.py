@@ -49,7 +49,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from loader.order.permutation import keyed_array, permute
-from loader.order.remainder import Rest
+from loader.order.remainder import EpochRemainder
 from shardspec.errors import ConfigError, StateError
 
 ORDER_VERSION = 1
@@ -279,10 +279,10 @@ class Order:
     def __init__(self, config: OrderConfig) -> None:
         self.config = config
         self._before: Order | None = None
-        self._rest: Rest | None = None
+        self._rest: EpochRemainder | None = None
         if config.before is not None:
             self._before = Order(config.before)
-            self._rest = Rest(self._before, taken=self._before.taken(config.since))
+            self._rest = EpochRemainder(self._before, taken=self._before.taken(config.since))
         self.first_epoch: int = 0 if self._rest is None else self._rest.first_epoch
         """The first epoch that is laid out here; what comes before is another order's rest."""
         batches = [config.global_batch_size, *(c.global_batch_size for c in config.ramp)]

@@ -31,7 +31,7 @@ class Lanes(Protocol):
         """Finds (epoch, sample) of what tracks take after `count` others."""
 
 
-class Rest:
+class EpochRemainder:
     """What an order owes."""
 
     def __init__(self, order: Lanes, *, taken: np.ndarray) -> None:

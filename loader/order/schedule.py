@@ -39,7 +39,7 @@ _LEAST_WINDOW = 16
 _STEPS_AT_ONCE = 8
 
 
-class Place(NamedTuple):
+class SampleRef(NamedTuple):
     """One sample in one epoch, as a part of a batch.
 
     A tuple: worker processes are sent each, and a dataclass takes far longer to pickle.
@@ -53,7 +53,7 @@ class Place(NamedTuple):
     """False for padding, which has nothing to learn."""
 
 
-Row = tuple[Place, ...]
+Row = tuple[SampleRef, ...]
 """What stands in one row of a batch: one place, or a pack of them."""
 
 
@@ -117,7 +117,7 @@ class BucketSchedule:
         self._order, self._lengths, self._steps = order, lengths, steps
         self.batch_at = order.batch_at
         self.epoch_start = order.epoch_start
-        self._group: tuple[range, list[Place]] = (range(0), [])
+        self._group: tuple[range, list[SampleRef]] = (range(0), [])
 
     def rows(self, step: int, topology: Topology) -> list[Row]:
         """Lists the rows of a rank in a step."""
@@ -128,7 +128,7 @@ class BucketSchedule:
         start = (step - steps.start) * batch
         return [(found[start + p],) for p in _positions(topology, batch).tolist()]
 
-    def _plan(self, step: int) -> tuple[range, list[Place]]:
+    def _plan(self, step: int) -> tuple[range, list[SampleRef]]:
         epoch = epoch_of(self._order, step)
         batch, since = self.batch_at(step)
         # Groups begin anew with each pass and each change of the batch size.
@@ -343,10 +343,10 @@ def plan_packing(
     )
 
 
-def places(slots: Slots) -> list[Place]:
+def places(slots: Slots) -> list[SampleRef]:
     """Lists slots one by one, in plain integers."""
     columns = (slots.dataset, slots.epoch, slots.sample, slots.real)
-    return list(map(Place._make, zip(*(c.ravel().tolist() for c in columns), strict=True)))
+    return list(map(SampleRef._make, zip(*(c.ravel().tolist() for c in columns), strict=True)))
 
 
 def _pass_samples(order: Order | MixtureOrder) -> int:

@@ -4,7 +4,7 @@ Decides what is read when, what is kept on the node's disk, and what counts as d
 decides which samples are needed, and never changes what was stored.
 """
 
-from loader.reading.lookahead import Horizon
+from loader.reading.lookahead import LookaheadWindow
 from loader.reading.prefetch import Network
 from loader.reading.quarantine import MOST_RECORDS, Quarantine
 from loader.reading.reader import Check, ShardReader, count_reading, open_dataset
@@ -12,7 +12,7 @@ from loader.reading.reader import Check, ShardReader, count_reading, open_datase
 __all__ = [
     "MOST_RECORDS",
     "Check",
-    "Horizon",
+    "LookaheadWindow",
     "Network",
     "Quarantine",
     "ShardReader",

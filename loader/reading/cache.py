@@ -52,7 +52,7 @@ _MOST_STEPS = 2**29
 
 
 @dataclass(slots=True, kw_only=True)
-class Fill:
+class CacheWriter:
     """The right to write one block, held by a lock; ends with `commit` or `abandon`."""
 
     cache: BlockCache
@@ -131,7 +131,7 @@ class BlockCache:
 
     def begin(
         self, name: str, num_bytes: int, *, step: int, now: int
-    ) -> Fill | Literal["ready", "busy", "full"]:
+    ) -> CacheWriter | Literal["ready", "busy", "full"]:
         """Asks for the right to write a block; never waits.
 
         Args:
@@ -167,7 +167,9 @@ class BlockCache:
             if (self.blocks / name).exists():
                 found: Literal["ready", "full"] = "ready"
             elif self._reserve(num_bytes, step=step, now=now):
-                return Fill(cache=self, name=name, num_bytes=num_bytes, descriptor=descriptor)
+                return CacheWriter(
+                    cache=self, name=name, num_bytes=num_bytes, descriptor=descriptor
+                )
             else:
                 found = "full"
             os.unlink(part)

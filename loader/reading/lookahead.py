@@ -1,4 +1,4 @@
-"""Horizon: which steps are planned before which step is made. Pure.
+"""LookaheadWindow: which steps are planned before which step is made. Pure.
 
 Reading ahead needs to know the steps to come; whoever makes batch after batch says them a few at
 a time, the first step alone, so that the first batch waits for nothing else. With K makers that
@@ -11,7 +11,7 @@ _GROWTH = 4
 """Steps by which the horizon grows with each one that is made."""
 
 
-class Horizon:
+class LookaheadWindow:
     """Gives, for steps in increasing order, the ones that are to be said now."""
 
     def __init__(self, ahead_steps: int, *, stride: int = 1) -> None:
@@ -24,15 +24,15 @@ class Horizon:
         self._ahead_steps, self._stride = ahead_steps, stride
         self._said: dict[int, int] = {}
 
-    def soon(self, step: int, *, stop: int) -> range:
+    def next_steps(self, step: int, *, stop: int) -> range:
         """Lists the steps that the maker of a step has to be told now.
 
         Args:
           step: That is made next, at most K steps ahead of those before it.
           stop: End of the pass.
 
-        >>> horizon = Horizon(8)
-        >>> [list(horizon.soon(step, stop=100)) for step in (0, 1, 2)]
+        >>> horizon = LookaheadWindow(8)
+        >>> [list(horizon.next_steps(step, stop=100)) for step in (0, 1, 2)]
         [[0], [1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
         """
         if not self._ahead_steps:

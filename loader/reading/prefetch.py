@@ -1,7 +1,7 @@
 """Prefetcher: gets parts of remote objects to where samples are read, in the order of their use.
 
-Who knows the order says what will be read in which step (`will_read`), reads it (`read`), and says
-that a step is done (`was_read`). Saying costs no time: where the bytes of a step lie is found out
+Who knows the order says what will be read in which step (`prefetch`), reads it (`read`), and says
+that a step is done (`release`). Saying costs no time: where the bytes of a step lie is found out
 by a thread, since the indexes that tell may have to be fetched first. Between that stand two
 queues, each by step, with threads of its own:
 
@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loader.reading.blocks import Block, Span, coalesce, missing
-from loader.reading.cache import BlockCache, Fill
+from loader.reading.cache import BlockCache, CacheWriter
 from shardspec.errors import ConfigError, StorageError
 from shardspec.storage import RangeReader, RetryPolicy
 
@@ -114,7 +114,7 @@ class _Entry:
         """Planned uses of parts."""
         self.steps: list[int] = []
         """Steps that will use it, increasing."""
-        self.fill: Fill | None = None
+        self.fill: CacheWriter | None = None
         self.claiming = False
         """A thread asks for the right to write it."""
         self.queued = False
@@ -208,7 +208,7 @@ class Prefetcher:
         with self._arrived:
             self._open_cache()
 
-    def forget(self) -> None:
+    def cancel_prefetch(self) -> None:
         """Drops what was planned and not read: the run goes on elsewhere."""
         self._alive()
         with self._arrived:
@@ -232,7 +232,7 @@ class Prefetcher:
                     self._queue_block(entry, self._now)
                 self._settle(entry)
 
-    def will_read(self, step: int, locate: Locate) -> None:
+    def prefetch(self, step: int, locate: Locate) -> None:
         """Says what a step will read; returns at once.
 
         Args:
@@ -295,7 +295,7 @@ class Prefetcher:
                     self.ranges.count("cache_evicted_early")
                 self._fetch_for(entry, span, step)
 
-    def was_read(self, step: int) -> None:
+    def release(self, step: int) -> None:
         """Says that a step is done: what only it needed may go."""
         self._alive()
         with self._arrived:
@@ -675,7 +675,7 @@ class Prefetcher:
                 self._disk_failed(error)
             return True
         with self._arrived:
-            if isinstance(got, Fill):
+            if isinstance(got, CacheWriter):
                 entry.fill, entry.elsewhere = got, False
                 return True
             if got == "full":

@@ -254,10 +254,10 @@ class ShardReader:
 
     @property
     def ahead_steps(self) -> int:
-        """Steps that are best said ahead of their reading (`will_read`); 0 for local shards."""
+        """Steps that are best said ahead of their reading (`prefetch`); 0 for local shards."""
         return 0 if self.prefetcher is None else self.prefetcher.network.ahead_steps
 
-    def will_read(self, step: int, sample_ids: Iterable[int]) -> None:
+    def prefetch(self, step: int, sample_ids: Iterable[int]) -> None:
         """Says what a step will read, so that it is fetched ahead; local shards need no help.
 
         Returns at once: indexes that have to be fetched first are waited for elsewhere.
@@ -270,7 +270,7 @@ class ShardReader:
             return
         ids = np.fromiter(sample_ids, np.int64)
         numbers = np.searchsorted(self.starts, ids, side="right") - 1
-        self.prefetcher.will_read(step, lambda: self._places(ids.tolist()))
+        self.prefetcher.prefetch(step, lambda: self._places(ids.tolist()))
         self._open_soon(sorted(set(numbers.tolist())), step=step)
 
     def _places(self, sample_ids: list[int]) -> list[tuple[Block, Span]]:
@@ -283,10 +283,10 @@ class ShardReader:
                     spans.append(shard.place(row))
         return spans
 
-    def was_read(self, step: int) -> None:
+    def release(self, step: int) -> None:
         """Says that a step has read what it needs."""
         if self.prefetcher is not None:
-            self.prefetcher.was_read(step)
+            self.prefetcher.release(step)
 
     def column(self, name: str, sample_ids: np.ndarray) -> np.ndarray:
         """Reads a column of the indexes for many samples at once, and nothing else.

@@ -4,7 +4,7 @@ Decides what is a sample in a foreign tar. Never rewrites one.
 """
 
 from preprocess.exchange.export import ExportFormat, export_index
-from preprocess.exchange.import_tars import ImportSettings, import_tars
+from preprocess.exchange.foreign import ImportSettings, import_tars
 
 __all__ = [
     "ExportFormat",

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from preprocess.exchange.import_tars import opened
+from preprocess.exchange.foreign import opened
 from preprocess.job import Reporter
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError

@@ -11,10 +11,10 @@ from preprocess.job.build import (
     stored_sizes,
     valid_receipts,
 )
-from preprocess.job.dry_run import Survey, survey_job
+from preprocess.job.dry_run import DryRun, dry_run
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.job import JobSettings, Reporter
-from preprocess.job.lease import held
+from preprocess.job.lease import output_lock
 from preprocess.job.pipeline import Outcome, run_job
 from preprocess.job.plan import (
     ShardCount,
@@ -33,10 +33,10 @@ __all__ = [
     "Outcome",
     "Reporter",
     "ShardCount",
-    "Survey",
+    "DryRun",
     "count_shards",
     "find_strays",
-    "held",
+    "output_lock",
     "is_in_place",
     "is_name",
     "plan_order",
@@ -50,7 +50,7 @@ __all__ = [
     "shard_borders",
     "shard_name",
     "stored_sizes",
-    "survey_job",
+    "dry_run",
     "valid_receipts",
     "verify",
 ]

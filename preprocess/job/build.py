@@ -116,7 +116,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     views = context.preparer.recipe.image.views
     with ExitStack() as stack:
         path = stack.enter_context(scratch_folder(context.scratch)) / "shard.tar"
-        with storage.naming_errors(str(path)), path.open("wb") as stream:
+        with storage.translate_errors(str(path)), path.open("wb") as stream:
             writer = TarWriter(stream)
             for row in rows:
                 try:
@@ -203,7 +203,7 @@ def publish_shard(
         # An earlier, uncommitted build's.
         storage.delete_objects(context.out, [quarantine_name])
     url = storage.join(context.out, receipt_name)
-    if not storage.swap_bytes(url, encode_receipt(built.receipt), replacing=None):
+    if not storage.compare_and_swap(url, encode_receipt(built.receipt), replacing=None):
         raise StorageError("output_busy", where=url)
     return built.receipt
 
@@ -371,7 +371,7 @@ def scratch_root(out: str, *, cache: Path) -> Path:
 @contextmanager
 def scratch_folder(root: str) -> Iterator[Path]:
     """Makes a folder of its own for unfinished files."""
-    with storage.naming_errors(root):
+    with storage.translate_errors(root):
         storage.make_folder(Path(root))
     with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
         yield Path(folder)

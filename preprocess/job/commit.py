@@ -91,7 +91,7 @@ def commit(job: Job, plan: Plan, receipts: list[Receipt]) -> Committed:
         version = storage.version(url)
         manifest = _with_split(job, entry, shards)
         payload = manifest.encode()
-        if storage.swap_bytes(url, payload, replacing=version):
+        if storage.compare_and_swap(url, payload, replacing=version):
             sha256 = hashlib.sha256(payload).hexdigest()
             return Committed(manifest=manifest, split=entry, sha256=sha256)
     raise ConflictError("manifest_conflict.busy", where=url, attempts=COMMIT_ATTEMPTS)

@@ -19,7 +19,7 @@ from shardspec.errors import SampleError, StorageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class DryRun:
     """What a job would do, as `make plan` prints it."""
 
     num_rows: int
@@ -35,7 +35,7 @@ class Survey:
     free_bytes: int | None
 
 
-def survey_job(settings: JobSettings, report: Reporter) -> Survey:
+def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
     """Finds out what a job would do; writes and downloads nothing."""
     job = Job(settings)
     known = read_ledger(job.ledger_path()) if job.ledger_path().exists() else {}
@@ -57,7 +57,7 @@ def survey_job(settings: JobSettings, report: Reporter) -> Survey:
             num_samples=alive,
             num_shards=settings.num_shards,
         )
-    return Survey(
+    return DryRun(
         num_rows=len(job.dataset),
         num_urls=len(urls),
         urls_known=dict(sorted(states.items())),

@@ -46,7 +46,7 @@ TTL_S = 60.0
 
 
 @contextmanager
-def held(url: str) -> Iterator[Callable[[], None]]:
+def output_lock(url: str) -> Iterator[Callable[[], None]]:
     """Holds an output for this process.
 
     Yields:
@@ -87,9 +87,9 @@ class _Lease:
                 if holder is not None and not _is_dead(holder):
                     self._watch(version, holder)
             self._renewed_s = _now_s()
-            if storage.swap_bytes(self._url, self._payload(), replacing=version):
+            if storage.compare_and_swap(self._url, self._payload(), replacing=version):
                 break
-        if storage.swap_bytes(self._url, self._payload(), replacing=None):
+        if storage.compare_and_swap(self._url, self._payload(), replacing=None):
             logger.warning(
                 "%s: this store ignores conditional writes; see to it yourself that no two jobs "
                 "write to one output",
@@ -128,7 +128,7 @@ class _Lease:
         version = storage.version(self._url)
         if version is None or not self._is_ours():
             return False
-        return storage.swap_bytes(self._url, self._payload(), replacing=version)
+        return storage.compare_and_swap(self._url, self._payload(), replacing=version)
 
     def _payload(self) -> bytes:
         self._beats += 1  # so that no two writes are equal

@@ -27,7 +27,7 @@ from preprocess.job.build import BuildContext, build_shard, find_receipts, publi
 from preprocess.job.commit import Committed, check_bad_samples, commit, committed
 from preprocess.job.engines import local
 from preprocess.job.job import Job, JobSettings, Reporter
-from preprocess.job.lease import held
+from preprocess.job.lease import output_lock
 from preprocess.job.plan import shard_borders
 from preprocess.job.planner import Plan, drop_plan, load_plan, make_plan, read_json
 from shardspec import storage
@@ -69,10 +69,10 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
     result = committed(job)
     if result is not None:
         if storage.exists(job.url("plan", settings.split)):  # a run ended between commit and here
-            with held(settings.out):
+            with output_lock(settings.out):
                 _tidy(job)
         return Outcome(result=result, built_shards=0, fresh=False, seconds=_since(started))
-    with held(settings.out) as check_held:
+    with output_lock(settings.out) as check_held:
         promised = _check_conflict(job)  # once more: another job may have ended in between
         result, built = _make(job, report, promised, check_held)
     outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
@@ -176,10 +176,10 @@ def _build(
 
 def _build_task(
     context: BuildContext, shard: int, report: Callable[[str | int], None]
-) -> local.Later:
+) -> local.Deferred:
     """Builds a shard; the rest is to publish it. Reports a text per row, a number per part sent."""
     built = build_shard(context, shard, report)
-    return local.Later(finish=partial(publish_shard, context, shard, built, report))
+    return local.Deferred(finish=partial(publish_shard, context, shard, built, report))
 
 
 def _write_run(job: Job, outcome: Outcome) -> None:

@@ -169,7 +169,7 @@ class _Spool:
         self._starts = [0]
 
     def write(self, rows: Iterator[bytes]) -> None:
-        with storage.naming_errors(str(self._path)), self._path.open("wb") as stream:
+        with storage.translate_errors(str(self._path)), self._path.open("wb") as stream:
             for line in rows:
                 self._starts.append(self._starts[-1] + stream.write(line))
 
@@ -368,7 +368,7 @@ def _deal_rows(job: Job, spool: _Spool, order: list[int], num_shards: int, folde
     def flush() -> None:
         for shard, lines in waiting.items():
             path = folder / str(shard)
-            with storage.naming_errors(str(path)), path.open("ab") as stream:
+            with storage.translate_errors(str(path)), path.open("ab") as stream:
                 stream.writelines(lines)
         waiting.clear()
 

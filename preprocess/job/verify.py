@@ -159,7 +159,7 @@ def _check_file(path: Path, num_bytes: int, sha256: str, *, where: str) -> None:
     if not sha256:
         return  # nobody has read it as a whole: the checksums of its samples stand for it
     digest = hashlib.sha256()
-    with storage.naming_errors(where), path.open("rb") as stream:
+    with storage.translate_errors(where), path.open("rb") as stream:
         for block in iter(lambda: stream.read(2**20), b""):
             digest.update(block)
     if digest.hexdigest() != sha256:

@@ -18,20 +18,20 @@ from pathlib import Path
 import numpy as np
 
 from preprocess.job import scratch_folder, scratch_root
-from preprocess.job.engines.local import Later
+from preprocess.job.engines.local import Deferred
 from preprocess.reshard.plan import Through
 from shardspec import storage
 from shardspec.errors import ConfigError
 from shardspec.index import encode_index
 from shardspec.manifest import INDEX_SUFFIX, Receipt, ShardEntry, encode_receipt
 from shardspec.storage import (
+    ObjectVersion,
     Piece,
-    Stamp,
-    join_here,
-    join_in_store,
-    join_unchecked,
-    joins_in_store,
-    require_stamp,
+    can_multipart_copy,
+    check_unchanged,
+    concat_local,
+    concat_verified,
+    multipart_copy,
     whole_file,
 )
 from shardspec.tar import END_OF_ARCHIVE
@@ -56,7 +56,7 @@ class CopyContext:
     tasks: tuple[CopyTask, ...]
     urls: tuple[str, ...]
     """Of the sources' tars, by number."""
-    stamps: Mapping[str, Stamp]
+    stamps: Mapping[str, ObjectVersion]
     folder: str
     """Local folder with the planned rows of each shard."""
     through: Through
@@ -68,7 +68,7 @@ class CopyContext:
         return storage.join(self.out, "receipts", self.tasks[shard].name + ".json")
 
 
-def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -> Later:
+def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -> Deferred:
     """Copies one shard; what it returns publishes tar, index and receipt, and gives the receipt.
 
     Disks and stores take their time for that: the next shard is copied meanwhile. Reports a number
@@ -93,22 +93,22 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -
         if not _stays_in_store(context, url, pieces):
             path = stack.enter_context(scratch_folder(scratch_of(context.out))) / "shard.tar"
             if context.through == "store":
-                join_unchecked(path, pieces)
+                concat_local(path, pieces)
             else:
-                sha256 = join_here(path, pieces, rows, hashed=context.sha256) or sha256
+                sha256 = concat_verified(path, pieces, rows, hashed=context.sha256) or sha256
             for source in sorted({piece.url for piece in pieces}):
-                require_stamp(source, context.stamps[source])
+                check_unchanged(source, context.stamps[source])
         scratch = stack.pop_all()
 
     def publish() -> Receipt:
         with scratch:
             if path is None:
-                join_in_store(url, pieces, context.stamps, on_part=report)
+                multipart_copy(url, pieces, context.stamps, on_part=report)
             else:
                 storage.publish_file(url, path, on_part=report)
         return _publish_rows(context, task, rows, sha256=sha256)
 
-    return Later(finish=publish)
+    return Deferred(finish=publish)
 
 
 def _publish_rows(context: CopyContext, task: int, rows: np.ndarray, *, sha256: str) -> Receipt:
@@ -159,7 +159,7 @@ def find_pieces(rows: np.ndarray, files: np.ndarray, urls: Sequence[str]) -> lis
 def _stays_in_store(context: CopyContext, url: str, pieces: Sequence[Piece]) -> bool:
     if context.through == "client" or (context.through == "auto" and context.sha256):
         return False
-    possible = joins_in_store(url, pieces, context.stamps)
+    possible = can_multipart_copy(url, pieces, context.stamps)
     everything_local = storage.is_local(url) and all(storage.is_local(p.url) for p in pieces)
     if context.through == "store" and not possible and not everything_local:
         raise ConfigError("not_in_store", where=url)

@@ -45,7 +45,7 @@ from shardspec.manifest import (
     fingerprint,
     parse_manifest,
 )
-from shardspec.storage import Stamp, stamp
+from shardspec.storage import ObjectVersion, object_version
 
 _READS_AT_ONCE = 16
 
@@ -154,7 +154,7 @@ class ReshardPlan:
     splits: tuple[SplitPlan, ...]
     tables: Mapping[str, np.ndarray]
     """Index of each file, by the URL of its tar."""
-    stamps: Mapping[str, Stamp]
+    stamps: Mapping[str, ObjectVersion]
     """Version of each tar."""
     advice: Advice
     num_runs: int
@@ -335,13 +335,13 @@ def _segments(sources: Sequence[Source], split: str) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _look_at(file: FileEntry) -> tuple[Stamp, bytes]:
+def _look_at(file: FileEntry) -> tuple[ObjectVersion, bytes]:
     """Compares a file and its index with what the manifest says.
 
     Returns:
       The file's version, and its index; b"" where that is local, and can be opened in place.
     """
-    found = stamp(file.url)
+    found = object_version(file.url)
     if found is None or found.num_bytes != file.num_bytes:
         raise _not_as_promised(
             file.url,

@@ -22,8 +22,8 @@ import numpy as np
 
 from preprocess.job import (
     Reporter,
-    held,
     is_in_place,
+    output_lock,
     read_json,
     require_space,
     scratch_folder,
@@ -53,7 +53,7 @@ from shardspec.manifest import (
     differences,
     load_manifest,
 )
-from shardspec.storage import require_stamp
+from shardspec.storage import check_unchanged
 
 _LOOKS_AT_ONCE = 16
 
@@ -84,10 +84,10 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
     done = _finished(plan)
     if done is not None:
         if any(map(_is_reshard, read_notes(out).values())):
-            with held(out):  # a run ended between its commit and here
+            with output_lock(out):  # a run ended between its commit and here
                 _tidy(out)
         return done
-    with held(out) as require_held:
+    with output_lock(out) as require_held:
         done = _finished(plan)  # once more: another job may have ended in between
         if done is not None:
             return done
@@ -105,12 +105,12 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
             receipts, copied = _copy(plan, report, require_held)
             shards = [receipt.shard for receipt in receipts]
         with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-            list(pool.map(require_stamp, *zip(*plan.stamps.items(), strict=True)))
+            list(pool.map(check_unchanged, *zip(*plan.stamps.items(), strict=True)))
         manifest = _manifest(plan, shards, view)
         _publish_tokenizer(plan, report)
         payload = manifest.encode()
         require_held()
-        if not storage.swap_bytes(storage.join(out, MANIFEST_NAME), payload, replacing=None):
+        if not storage.compare_and_swap(storage.join(out, MANIFEST_NAME), payload, replacing=None):
             raise ConflictError("manifest_conflict.overtaken", where=out)
         _tidy(out)
     return Resharded(

@@ -1,13 +1,14 @@
 """Joining: one file made of byte ranges of others, by the cheapest means that their stores have.
 
-* `join_here`: the bytes pass through this process, and every sample's checksum is compared.
-* `join_unchecked`: local files to a local file, by the file system itself where that pays.
-* `join_in_store`: within one S3 store, ranges of 5 MiB and more are copied by the store itself
+* `concat_verified`: the bytes pass through this process, and every sample's checksum is compared.
+* `concat_local`: local files to a local file, by the file system itself where that pays.
+* `multipart_copy`: within one S3 store, ranges of 5 MiB and more are copied by the store itself
   (UploadPartCopy); what is shorter goes through the client, as parts must have 5 MiB. Within one
   GCS store a whole object is copied by the store; it has no copies of ranges, and composing whole
   tars would leave their ends in the middle.
 
-A `Stamp` says which version of a file was meant; a file that changes while it is copied is refused.
+A `ObjectVersion` says which version of a file was meant; a file that changes while it is copied is
+refused.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _OPEN_FILES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stamp:
+class ObjectVersion:
     """Which version of a file this is."""
 
     num_bytes: int
@@ -106,31 +107,33 @@ class SentPart:
         return sum(piece.num_bytes for piece in self.pieces) + len(self.end)
 
 
-def stamp(url: str) -> Stamp | None:
+def object_version(url: str) -> ObjectVersion | None:
     """Tells the version of a file; None where there is none."""
-    with files.naming_errors(url):
+    with files.translate_errors(url):
         if files.is_local(url):
             try:
                 found = os.stat(files.local_path(url))
             except FileNotFoundError:
                 return None
-            return Stamp(num_bytes=found.st_size, version=f"{found.st_mtime_ns}-{found.st_ino}")
+            return ObjectVersion(
+                num_bytes=found.st_size, version=f"{found.st_mtime_ns}-{found.st_ino}"
+            )
         fs, path = files.filesystem(url)
         fs.invalidate_cache(fs._parent(path))
         try:
             entry = persist(lambda: fs.info(path), where=url)
         except FileNotFoundError:
             return None
-        return Stamp(num_bytes=int(entry["size"] or 0), version=version_of_entry(fs, entry))
+        return ObjectVersion(num_bytes=int(entry["size"] or 0), version=version_of_entry(fs, entry))
 
 
-def require_stamp(url: str, want: Stamp) -> None:
+def check_unchanged(url: str, want: ObjectVersion) -> None:
     """Refuses a file that is not the version that was meant.
 
     Raises:
       ShardError: `source_changed`.
     """
-    got = stamp(url)
+    got = object_version(url)
     if got != want:
         raise _changed(url, got=got, want=want)
 
@@ -139,7 +142,7 @@ def _changed(url: str, **facts: object) -> ShardError:
     return ShardError("source_changed.copy", where=url, facts=facts)
 
 
-def join_here(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: bool) -> str:
+def concat_verified(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: bool) -> str:
     """Writes pieces to a local file, with the end of a tar, and checks every sample on its way.
 
     Memory holds a chunk, however long the samples are.
@@ -160,7 +163,7 @@ def join_here(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: 
     """
     digest = hashlib.sha256() if hashed else None
     samples = _Samples(rows)
-    with files.naming_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
+    with files.translate_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
         target = _Target(out.fileno())
         for piece in pieces:
             position = piece.start
@@ -178,7 +181,7 @@ def join_here(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: 
     return digest.hexdigest()
 
 
-def join_unchecked(path: Path, pieces: Sequence[Piece]) -> None:
+def concat_local(path: Path, pieces: Sequence[Piece]) -> None:
     """Writes pieces of local files to a local file, with the end of a tar; looks at no sample.
 
     File systems that are not on a disk of this machine are asked to copy by themselves
@@ -190,7 +193,7 @@ def join_unchecked(path: Path, pieces: Sequence[Piece]) -> None:
       ShardError: `tar_truncated`, `source_changed`.
       StorageError: A file cannot be read or written.
     """
-    with files.naming_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
+    with files.translate_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
         target = _Target(out.fileno())
         apart = hasattr(os, "copy_file_range") and not _is_on_disk(out.fileno())
         for piece in pieces:
@@ -332,7 +335,7 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
 @contextmanager
 def _naming_source(url: str) -> Iterator[None]:
     try:
-        with files.naming_errors(url):
+        with files.translate_errors(url):
             yield
     except FileNotFoundError as error:
         raise _changed(url, got=None) from error
@@ -386,7 +389,9 @@ def plan_parts(pieces: Sequence[Piece], *, end: bytes) -> list[CopyPart | SentPa
     return parts
 
 
-def joins_in_store(url: str, pieces: Sequence[Piece], stamps: Mapping[str, Stamp]) -> bool:
+def can_multipart_copy(
+    url: str, pieces: Sequence[Piece], stamps: Mapping[str, ObjectVersion]
+) -> bool:
     """Tells whether the target's store can join the pieces, or most of their bytes, by itself."""
     if files.is_local(url) or any(files.is_local(piece.url) for piece in pieces):
         return False
@@ -400,14 +405,14 @@ def joins_in_store(url: str, pieces: Sequence[Piece], stamps: Mapping[str, Stamp
     return kind_of(fs) == "gs" and whole_file(pieces, stamps) is not None
 
 
-def whole_file(pieces: Sequence[Piece], stamps: Mapping[str, Stamp]) -> str | None:
+def whole_file(pieces: Sequence[Piece], stamps: Mapping[str, ObjectVersion]) -> str | None:
     """Gives the file that the pieces and the end of a tar are all of; None where there is none."""
     if len(pieces) != 1 or pieces[0].start or not _has_own_end(pieces[0], stamps):
         return None
     return pieces[0].url
 
 
-def _has_own_end(piece: Piece, stamps: Mapping[str, Stamp]) -> bool:
+def _has_own_end(piece: Piece, stamps: Mapping[str, ObjectVersion]) -> bool:
     """Tells whether a file goes on behind a piece with the end of a tar, and nothing else."""
     stop = piece.stop + len(END_OF_ARCHIVE)
     if stop != stamps[piece.url].num_bytes:
@@ -416,10 +421,10 @@ def _has_own_end(piece: Piece, stamps: Mapping[str, Stamp]) -> bool:
     return _read_whole(Piece(url=piece.url, start=piece.stop, stop=stop)) == END_OF_ARCHIVE
 
 
-def join_in_store(
+def multipart_copy(
     url: str,
     pieces: Sequence[Piece],
-    stamps: Mapping[str, Stamp],
+    stamps: Mapping[str, ObjectVersion],
     *,
     on_part: OnPart | None = None,
 ) -> None:
@@ -427,7 +432,7 @@ def join_in_store(
 
     Args:
       url: The object.
-      pieces: For which `joins_in_store` is true.
+      pieces: For which `can_multipart_copy` is true.
       stamps: Version of each file.
       on_part: Hears how many bytes have arrived; what it raises ends the upload, and nothing is
         left of it.
@@ -437,15 +442,15 @@ def join_in_store(
       StorageError: The store refused or failed.
     """
     fs, path = files.filesystem(url)
-    with files.naming_errors(url):
+    with files.translate_errors(url):
         if kind_of(fs) == "s3":
             _join_in_s3(fs, path, pieces, stamps, where=url, on_part=on_part or (lambda _: None))
             return
         whole = whole_file(pieces, stamps)
         assert whole is not None
-        require_stamp(whole, stamps[whole])
+        check_unchanged(whole, stamps[whole])
         persist(lambda: fs.cp_file(files.filesystem(whole)[1], path), where=url)
-        require_stamp(whole, stamps[whole])
+        check_unchanged(whole, stamps[whole])
         check_size(fs, path, stamps[whole].num_bytes, where=url)
 
 
@@ -453,7 +458,7 @@ def _join_in_s3(
     fs: Any,
     path: str,
     pieces: Sequence[Piece],
-    stamps: Mapping[str, Stamp],
+    stamps: Mapping[str, ObjectVersion],
     *,
     where: str,
     on_part: OnPart,
@@ -490,7 +495,7 @@ def _join_in_s3(
 
 
 def _copy_part(
-    fs: Any, piece: Piece, stamps: Mapping[str, Stamp], upload: Mapping[str, Any]
+    fs: Any, piece: Piece, stamps: Mapping[str, ObjectVersion], upload: Mapping[str, Any]
 ) -> str:
     bucket, key, _ = fs.split_path(files.filesystem(piece.url)[1])
     try:
@@ -505,7 +510,7 @@ def _copy_part(
             where=piece.url,
         )
     except OSError:
-        require_stamp(piece.url, stamps[piece.url])  # says it better, if that was the cause
+        check_unchanged(piece.url, stamps[piece.url])  # says it better, if that was the cause
         raise
     return str(done["CopyPartResult"]["ETag"])
 
@@ -518,6 +523,6 @@ def _read_whole(piece: Piece) -> bytes:
     return bytes(found)
 
 
-def _require_all(pieces: Sequence[Piece], stamps: Mapping[str, Stamp]) -> None:
+def _require_all(pieces: Sequence[Piece], stamps: Mapping[str, ObjectVersion]) -> None:
     for url in sorted({piece.url for piece in pieces}):
-        require_stamp(url, stamps[url])
+        check_unchanged(url, stamps[url])

@@ -113,7 +113,7 @@ def absolute_url(url: str) -> str:
 
 def exists(url: str) -> bool:
     """Tells whether an object or a directory is there."""
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             return local_path(url).exists()
         fs, path = filesystem(url)
@@ -122,7 +122,7 @@ def exists(url: str) -> bool:
 
 def size(url: str) -> int | None:
     """Returns the length of an object in bytes, or None where there is none."""
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             path = local_path(url)
             return path.stat().st_size if path.is_file() else None
@@ -140,7 +140,7 @@ def version(url: str) -> str | None:
     Returns:
       An opaque text: the ETag on S3, the generation on GCS, elsewhere length and time of writing.
     """
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             try:
                 stat = local_path(url).stat()
@@ -158,7 +158,7 @@ def read_bytes(url: str) -> bytes:
       FileNotFoundError: There is none.
       StorageError: The store refused or failed.
     """
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             return local_path(url).read_bytes()
         fs, path = filesystem(url)
@@ -172,7 +172,7 @@ def fetch_file(url: str, target: Path) -> None:
       FileNotFoundError: There is none.
       StorageError: The store refused or failed, or the local disk is full.
     """
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             shutil.copyfile(local_path(url), target)
             return
@@ -182,7 +182,7 @@ def fetch_file(url: str, target: Path) -> None:
 
 def list_names(url: str) -> list[str]:
     """Lists the names of the objects directly below a URL, sorted; [] where there is nothing."""
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             directory = local_path(url)
             return sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
@@ -202,7 +202,7 @@ def list_objects(url: str) -> list[StoredObject]:
 
     Unfinished files of local folders are among them.
     """
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             root = local_path(url)
             objects = [
@@ -241,7 +241,7 @@ def list_uploads(url: str) -> list[OpenUpload]:
     """
     if is_local(url):
         return []
-    with naming_errors(url):
+    with translate_errors(url):
         fs, path = filesystem(url)
         path = path.rstrip("/")
         found = _patiently(url, lambda: upload.open_uploads(fs, path))
@@ -253,14 +253,14 @@ def list_uploads(url: str) -> list[OpenUpload]:
 
 def abort_upload(url: str, upload_id: str) -> None:
     """Drops the parts of an unfinished multipart upload; one that is gone is no error."""
-    with naming_errors(url):
+    with translate_errors(url):
         fs, path = filesystem(url)
         upload.abort_upload(fs, path, upload_id, where=url)
 
 
 def delete(url: str) -> None:
     """Removes an object, or a directory with all it holds; nothing happens where there is none."""
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             path = local_path(url)
             while path.is_dir():
@@ -280,7 +280,7 @@ def delete(url: str) -> None:
 
 def delete_objects(url: str, names: Iterable[str]) -> None:
     """Removes objects by their names below a URL; those that are not there are passed over."""
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             for name in names:
                 local_path(join(url, name)).unlink(missing_ok=True)
@@ -291,14 +291,14 @@ def delete_objects(url: str, names: Iterable[str]) -> None:
 
 def delete_temporaries(url: str) -> None:
     """Removes the unfinished files of killed writers below a local directory."""
-    with naming_errors(url):
+    with translate_errors(url):
         for path in local_path(url).rglob(".*.tmp-" + "[0-9a-f]" * 32):
             path.unlink(missing_ok=True)
 
 
 def publish_bytes(url: str, payload: bytes) -> None:
     """Puts a small object in place, whole; an old one is replaced in the same moment."""
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             with _replacing(local_path(url)) as temporary:
                 _write_synced(temporary, payload)
@@ -308,7 +308,7 @@ def publish_bytes(url: str, payload: bytes) -> None:
             upload.put_bytes(fs, path, payload, where=url)
 
 
-def swap_bytes(url: str, payload: bytes, *, replacing: str | None) -> bool:
+def compare_and_swap(url: str, payload: bytes, *, replacing: str | None) -> bool:
     """Puts a small object in place of one known version, or where there is none.
 
     Object stores decide this for all writers in the world (`shardspec.storage.upload` names those
@@ -323,11 +323,11 @@ def swap_bytes(url: str, payload: bytes, *, replacing: str | None) -> bool:
     Returns:
       Whether the object is now `payload`; False where it was another version.
     """
-    with naming_errors(url):
+    with translate_errors(url):
         if not is_local(url):
             fs, path = filesystem(url)
             with _naming_bucket(url):
-                return upload.swap_bytes(fs, path, payload, replacing=replacing, where=url)
+                return upload.compare_and_swap(fs, path, payload, replacing=replacing, where=url)
         if replacing is not None:
             if version(url) != replacing:
                 return False
@@ -349,7 +349,7 @@ def publish_file(url: str, source: Path, *, on_part: Callable[[int], None] | Non
       StorageError: `no_space`, `permission`, `store_unavailable`, `upload_size`, `upload_checksum`
         or `storage_failed`; nothing appeared under `url`.
     """
-    with naming_errors(url):
+    with translate_errors(url):
         if is_local(url):
             _publish_local(local_path(url), source)
             return
@@ -372,7 +372,7 @@ def exclusive(url: str) -> Iterator[None]:
     if not is_local(url):
         yield
         return
-    with naming_errors(url):
+    with translate_errors(url):
         make_folder(local_path(url))
         folder = os.open(local_path(url), os.O_RDONLY)
     try:
@@ -542,7 +542,7 @@ def _naming_bucket(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def naming_errors(url: str) -> Iterator[None]:
+def translate_errors(url: str) -> Iterator[None]:
     """Turns the errors of the system and of stores' clients into ours.
 
     A missing object stays FileNotFoundError.

@@ -41,7 +41,7 @@ from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.storage import files
 from shardspec.storage.connections import Answer as WireAnswer
 from shardspec.storage.connections import Connections, shared_connections
-from shardspec.storage.retries import jitter, passing_kind, refusal_of
+from shardspec.storage.retries import jitter, refusal_of, transient_error_kind
 from shardspec.storage.signing import Signer, make_signer
 
 _T = TypeVar("_T")
@@ -217,7 +217,7 @@ class RangeReader:
             try:
                 return attempt(max(left_s, 0.001))
             except Exception as error:
-                kind = str(error) if isinstance(error, _Garbled) else passing_kind(error)
+                kind = str(error) if isinstance(error, _Garbled) else transient_error_kind(error)
                 if kind is None:
                     raise _final(error, flight) from error
                 flight.causes[kind] += 1
@@ -294,7 +294,9 @@ class RangeReader:
             store.connections = None  # the client may trust other certificates
             return None
         except OSError as error:
-            if passing_kind(error) is None:  # a broken record, no descriptor, no buffer, no route
+            if (
+                transient_error_kind(error) is None
+            ):  # a broken record, no descriptor, no buffer, no route
                 raise _Garbled("reset") from error
             raise
         # Behind the block: a short refusal has been read there, and costs no connection.

@@ -109,7 +109,7 @@ def persist(action: Callable[[], T], *, where: str, patience: Patience | None = 
         try:
             return action()
         except Exception as error:
-            if passing_kind(error) is None:
+            if transient_error_kind(error) is None:
                 raise
             passed_s = time.monotonic() - began_s
             wait_s = jitter(where, attempt) * patience.wait_s * 2 ** (attempt - 1)
@@ -172,11 +172,11 @@ def http_status(error: BaseException) -> int | None:
     return None if refusal is None else refusal.status
 
 
-def passing_kind(error: BaseException) -> str | None:
+def transient_error_kind(error: BaseException) -> str | None:
     """Names the kind of a failure that may pass by itself; None for one that lasts.
 
-    >>> passing_kind(ConnectionResetError()), passing_kind(TimeoutError()), passing_kind(KeyError())
-    ('reset', 'timeout', None)
+    >>> [transient_error_kind(kind()) for kind in (ConnectionResetError, TimeoutError, KeyError)]
+    ['reset', 'timeout', None]
     """
     # What a failure on the way was caused by may call itself a refusal: aiohttp gives a body that
     # ended early the status 400.

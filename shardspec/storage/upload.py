@@ -110,7 +110,9 @@ def put_bytes(fs: Any, path: str, payload: bytes, *, where: str) -> None:
         check_size(fs, path, len(payload), where=where)
 
 
-def swap_bytes(fs: Any, path: str, payload: bytes, *, replacing: str | None, where: str) -> bool:
+def compare_and_swap(
+    fs: Any, path: str, payload: bytes, *, replacing: str | None, where: str
+) -> bool:
     """Puts a small object in place of one known version, or of none.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from loader import RawDataset, StreamingDataset, make_dataloader
-from preprocess.exchange.import_tars import ImportSettings, import_tars
+from preprocess.exchange.foreign import ImportSettings, import_tars
 from preprocess.job.engines import local
 from preprocess.job.verify import verify
 from preprocess.reshard.plan import ReshardSettings, plan_reshard
@@ -24,7 +24,7 @@ from shardspec import storage
 from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import load_manifest, require_manifest
 from shardspec.storage import copying
-from shardspec.storage.copying import Piece, join_in_store, stamp
+from shardspec.storage.copying import Piece, multipart_copy, object_version
 from tests.inline import Quiet
 
 MIB = 2**20
@@ -194,11 +194,11 @@ def test_what_changes_while_the_store_copies_is_refused_and_no_upload_stays(s3_s
     with s3_server.entered():
         url = f"{bucket}/a.tar"
         storage.publish_bytes(url, bytes(12 * MIB))
-        old = stamp(url)
+        old = object_version(url)
         storage.publish_bytes(url, b"1" * (12 * MIB))
         pieces = [Piece(url=url, start=0, stop=11 * MIB)]
         with pytest.raises(ShardError) as caught:
-            join_in_store(f"{bucket}/out.tar", pieces, {url: old})
+            multipart_copy(f"{bucket}/out.tar", pieces, {url: old})
         assert caught.value.reason == "source_changed"
         assert storage.size(f"{bucket}/out.tar") is None
         assert s3_server.uploads(bucket) == []
@@ -215,7 +215,7 @@ def test_an_upload_that_a_killed_process_left_is_ended_by_the_next(s3_server):
             fs.call_s3("create_multipart_upload", Bucket=name, Key=key)
         assert s3_server.uploads(bucket) == ["out.tar", "out.tar.other"]
         pieces = [Piece(url=url, start=0, stop=11 * MIB)]
-        join_in_store(f"{bucket}/out.tar", pieces, {url: stamp(url)})
+        multipart_copy(f"{bucket}/out.tar", pieces, {url: object_version(url)})
         assert s3_server.uploads(bucket) == ["out.tar.other"]
         assert storage.size(f"{bucket}/out.tar") == 11 * MIB + 1024
 
@@ -235,7 +235,7 @@ def test_a_gcs_store_copies_whole_shards_and_streams_ranges(
         upload(small, f"{bucket}/source")
         copied = []
         monkeypatch.setattr(
-            copying, "require_stamp", lambda url, want: copied.append(url)
+            copying, "check_unchanged", lambda url, want: copied.append(url)
         )  # called where the store copies
         recut(f"{bucket}/source", f"{bucket}/same", num_shards=3)
         assert len(set(copied)) == 3
@@ -368,7 +368,7 @@ def test_joins_in_a_store_outlast_its_passing_refusals(s3_server, monkeypatch):
 
         monkeypatch.setattr(fs, "call_s3", call)
         pieces = [Piece(url=url, start=0, stop=6 * MIB), Piece(url=url, start=0, stop=512)]
-        join_in_store(f"{bucket}/out.tar", pieces, {url: stamp(url)})
+        multipart_copy(f"{bucket}/out.tar", pieces, {url: object_version(url)})
         assert {"upload_part", "upload_part_copy", "complete_multipart_upload"} <= refused
         assert storage.size(f"{bucket}/out.tar") == 6 * MIB + 512 + 1024
         assert s3_server.uploads(bucket) == []
@@ -397,6 +397,6 @@ def test_no_ranges_of_objects_shorter_than_a_part_are_asked_for(
             Piece(url=long, start=0, stop=6 * MIB),
             Piece(url=last, start=1 * MIB, stop=source_bytes - 1024),
         ]
-        join_in_store(f"{bucket}/out.tar", pieces, {u: stamp(u) for u in (long, last)})
+        multipart_copy(f"{bucket}/out.tar", pieces, {u: object_version(u) for u in (long, last)})
         assert storage.size(f"{bucket}/out.tar") == 6 * MIB + source_bytes - 1 * MIB
         assert copied == (["long.tar"] if source_bytes < 5 * MIB else ["long.tar", "last.tar"])

@@ -1,7 +1,7 @@
 """Runs tasks in supervised processes on this machine.
 
 Each worker works on one task at a time, from its own pipe. A task may return the rest of itself
-(`Later`): that waits for storage in a thread of the worker while the next task is worked on, one
+(`Deferred`): that waits for storage in a thread of the worker while the next task is worked on, one
 such rest at a time. A worker that dies (killed, out of memory) costs its tasks' work only: they go
 to a new worker, up to `MAX_ATTEMPTS` times. Nothing hangs when a process vanishes, as
 multiprocessing.Pool would. Workers ignore Ctrl-C; the supervisor ends them, with time to tidy up:
@@ -35,7 +35,7 @@ TIDY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Later:
+class Deferred:
     """The rest of a task, which waits for storage more than it works."""
 
     finish: Callable[[], Any]
@@ -264,7 +264,7 @@ def _serve(pipe: Connection, work: Work) -> None:
                 if rest is not None:
                     rest.result()  # no more than one waits for storage
                     rest = None
-                if isinstance(value, Later):
+                if isinstance(value, Deferred):
                     rest = pool.submit(_finish, send, task, value)
                     send("later", task)
                 else:
@@ -278,7 +278,7 @@ def _serve(pipe: Connection, work: Work) -> None:
             signal.signal(signal.SIGTERM, lambda number, frame: ending.set())  # noqa: ARG005
 
 
-def _finish(send: Callable[[str, int, Any], None], task: int, later: Later) -> None:
+def _finish(send: Callable[[str, int, Any], None], task: int, later: Deferred) -> None:
     value = _value_of(task, later.finish)
     with suppress(ConnectionError):
         send("failed" if isinstance(value, Exception) else "done", task, value)

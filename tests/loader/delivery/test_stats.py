@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loader import StreamingDataset, make_dataloader
-from loader.delivery.stats import STAGES, Spent, Stats
+from loader.delivery.stats import STAGES, StageTimings, Stats
 from shardspec.manifest import require_manifest
 
 NUM, BATCH = 24, 4
@@ -25,7 +25,9 @@ def make(url, **options):
 
 
 def spent(**seconds):
-    return Spent(batches=10, samples=320, **{f"{stage}_s": s for stage, s in seconds.items()})
+    return StageTimings(
+        batches=10, samples=320, **{f"{stage}_s": s for stage, s in seconds.items()}
+    )
 
 
 @pytest.mark.parametrize("options", [{"decode_threads": 0}, {"decode_threads": 2}, {"workers": 1}])

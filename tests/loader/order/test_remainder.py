@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from loader.order.remainder import Rest
+from loader.order.remainder import EpochRemainder
 
 LENGTHS = np.array([5, 3, 4])
 
@@ -34,13 +34,13 @@ class ThreeLanes:
 def test_rest_is_what_lanes_would_have_taken_up_to_the_end_of_the_last_epoch_begun(
     taken, first_epoch, pairs
 ):
-    rest = Rest(ThreeLanes(), taken=np.array(taken))
+    rest = EpochRemainder(ThreeLanes(), taken=np.array(taken))
     assert (rest.first_epoch, rest.length, rest.num_tracks) == (first_epoch, len(pairs), 3)
     epoch, sample = rest.take(np.arange(len(pairs)))
     assert list(zip(epoch.tolist(), sample.tolist(), strict=True)) == pairs
 
 
 def test_rest_can_be_asked_for_in_any_order():
-    rest = Rest(ThreeLanes(), taken=np.array([1, 1, 1]))
+    rest = EpochRemainder(ThreeLanes(), taken=np.array([1, 1, 1]))
     place = np.array([8, 0, 4, 3])
     assert rest.take(place)[1].tolist() == [203, 1, 101, 4]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.reading.cache import MARKER, BlockCache, Fill, eviction_rank
+from loader.reading.cache import MARKER, BlockCache, CacheWriter, eviction_rank
 from shardspec.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +35,7 @@ def cache(tmp_path):
 
 def put(cache, i, *, step=0, now=0, num_bytes=100):
     fill = cache.begin(name(i, num_bytes), num_bytes, step=step, now=now)
-    if isinstance(fill, Fill):
+    if isinstance(fill, CacheWriter):
         fill.commit(payload(i, num_bytes), step=step)
     return fill
 
@@ -46,7 +46,7 @@ def held(cache):
 
 def test_a_block_is_found_as_it_was_put(cache):
     assert cache.find(name(1), 100) is None
-    assert isinstance(put(cache, 1), Fill)
+    assert isinstance(put(cache, 1), CacheWriter)
     assert bytes(cache.find(name(1), 100)) == payload(1)
     assert put(cache, 1) == "ready"
     cache.discard(name(1))
@@ -58,19 +58,19 @@ def test_what_is_being_written_is_busy_and_not_found(cache):
     assert cache.find(name(1), 100) is None
     assert cache.begin(name(1), 100, step=0, now=0) == "busy"
     fill.abandon()
-    assert isinstance(put(cache, 1), Fill)
+    assert isinstance(put(cache, 1), CacheWriter)
 
 
 def test_a_block_of_another_length_is_thrown_away(cache):
     put(cache, 1)
     (cache.blocks / name(1)).write_bytes(b"short")
     assert cache.find(name(1), 100) is None
-    assert isinstance(put(cache, 1), Fill)
+    assert isinstance(put(cache, 1), CacheWriter)
 
 
 def test_the_bound_holds_whatever_is_put(cache):
     for i in range(100):
-        assert isinstance(put(cache, i, step=i, now=i), Fill)
+        assert isinstance(put(cache, i, step=i, now=i), CacheWriter)
         assert sum(path.stat().st_size for path in cache.blocks.iterdir()) <= 1000
     assert 99 in held(cache)
 
@@ -103,7 +103,7 @@ def test_no_block_is_evicted_for_one_that_is_needed_later(cache):
         put(cache, i, step=i + 1)
     assert put(cache, 10, step=50) == "full"
     assert held(cache) == set(range(10))
-    assert isinstance(put(cache, 11, step=3), Fill)
+    assert isinstance(put(cache, 11, step=3), CacheWriter)
 
 
 def test_indexes_are_not_evicted(cache):
@@ -138,7 +138,7 @@ def test_many_threads_and_one_block_make_one_writer(cache):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(isinstance(one, Fill) for one in found) == 1
+    assert sum(isinstance(one, CacheWriter) for one in found) == 1
     assert bytes(cache.find(name(1), 100)) == payload(1)
 
 
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_nothing_behind(cache, monkeypatch):
             fill.commit(payload(1), step=0)
     assert list(cache.blocks.iterdir()) == []
     for i in range(10):
-        assert isinstance(put(cache, i), Fill)
+        assert isinstance(put(cache, i), CacheWriter)
 
 
 # The module alone: its package would import torch, which takes most of a test's time.
@@ -278,6 +278,6 @@ def test_killed_writers_leave_nothing_that_is_trusted(kills, tmp_path):
     for number in range(40):
         got = cache.begin(f"{number:032x}-0-300000.block", 300_000, step=10**6, now=10**6)
         assert got != "busy"
-        if isinstance(got, Fill):
+        if isinstance(got, CacheWriter):
             got.commit(bytearray([number]) * 300_000, step=10**6)
     assert len(list(cache.blocks.iterdir())) <= 20

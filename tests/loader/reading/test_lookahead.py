@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.reading.lookahead import Horizon
+from loader.reading.lookahead import LookaheadWindow
 
 
 @given(
@@ -11,11 +11,11 @@ from loader.reading.lookahead import Horizon
     length=st.integers(1, 80),
 )
 def test_every_maker_says_each_of_its_steps_once_and_in_time(ahead, stride, start, length):
-    horizon, stop = Horizon(ahead, stride=stride), start + length
+    horizon, stop = LookaheadWindow(ahead, stride=stride), start + length
     said = {maker: [] for maker in range(stride)}
     for step in range(start, stop):
         own = said[step % stride]
-        own += horizon.soon(step, stop=stop)
+        own += horizon.next_steps(step, stop=stop)
         assert not ahead or step in own
         assert all(later <= step + (ahead + 1) * stride for later in own)
     if ahead:
@@ -27,6 +27,6 @@ def test_every_maker_says_each_of_its_steps_once_and_in_time(ahead, stride, star
 
 
 def test_the_first_step_does_not_wait_for_the_planning_of_others():
-    horizon = Horizon(64)
-    assert list(horizon.soon(7, stop=10_000)) == [7]
-    assert len(horizon.soon(8, stop=10_000)) <= 8
+    horizon = LookaheadWindow(64)
+    assert list(horizon.next_steps(7, stop=10_000)) == [7]
+    assert len(horizon.next_steps(8, stop=10_000)) <= 8

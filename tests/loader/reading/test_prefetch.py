@@ -56,10 +56,10 @@ def run(prefetcher, url, steps):
     """Reads steps of samples, each said up to eight steps ahead."""
     for step in range(len(steps)):
         for soon in range(0 if step == 0 else step + 8, min(step + 9, len(steps))):
-            prefetcher.will_read(soon, located(url, steps[soon]))
+            prefetcher.prefetch(soon, located(url, steps[soon]))
         for sample in steps[step]:
             read(prefetcher, url, sample)
-        prefetcher.was_read(step)
+        prefetcher.release(step)
 
 
 def shuffled(seed=1, batch=8):
@@ -84,12 +84,12 @@ def test_saying_a_step_never_waits_and_its_reader_waits_for_the_saying(url):
         return [place(url, sample) for sample in (3, 4, 5)]
 
     begin_s = time.monotonic()
-    prefetcher.will_read(0, locate)
+    prefetcher.prefetch(0, locate)
     assert time.monotonic() - begin_s < 1
     threading.Timer(0.2, there.set).start()
     for sample in (3, 4, 5):
         read(prefetcher, url, sample)
-    prefetcher.was_read(0)
+    prefetcher.release(0)
     # One request for all of them, which a reader that did not wait would have asked for singly.
     assert prefetcher.counters["requests"] == 1
 
@@ -100,7 +100,7 @@ def test_a_step_that_cannot_be_located_is_its_readers_matter(url):
     def locate():
         raise OSError("no index")
 
-    prefetcher.will_read(0, locate)
+    prefetcher.prefetch(0, locate)
     read(prefetcher, url, 3)
 
 
@@ -137,15 +137,15 @@ def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_pa
         prefetcher = Prefetcher(
             Network(block_bytes=BLOCK, requests=1), cache=cache, cache_bytes=10**7
         )
-        prefetcher.will_read(0, located(url, [0, 200]))
+        prefetcher.prefetch(0, located(url, [0, 200]))
         wait_until(lambda: watched.asked)
-        prefetcher.will_read(1, located(url, [5]))
+        prefetcher.prefetch(1, located(url, [5]))
         wait_until(lambda: 1 in prefetcher._plan)
         watched.let_go.set()
         entry = prefetcher._entries[place(url, 0)[0].name]
         # The block of samples 0 and 5 is claimed; 5 waits behind 200, and is forgotten.
         wait_until(lambda: entry.fill is not None and entry.wanted and not entry.coming)
-        prefetcher.forget()
+        prefetcher.cancel_prefetch()
         second.set()
         wait_until(lambda: entry.fill is None and entry.on_disk)
 
@@ -158,7 +158,7 @@ def test_what_shares_a_block_with_the_first_batch_does_not_pass_for_urgent(url):
     ):
         prefetcher = Prefetcher(Network(block_bytes=BLOCK))
         for step in range(5):
-            prefetcher.will_read(step, located(url, [2 * step]))
+            prefetcher.prefetch(step, located(url, [2 * step]))
         time.sleep(0.2)
         assert len(watched.asked) <= 2
         watched.let_go.set()
@@ -181,12 +181,12 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
         # Behind the first step, with the only thread busy until all has been said.
-        prefetcher.will_read(0, located(url, [389]))
+        prefetcher.prefetch(0, located(url, [389]))
         read(prefetcher, url, 389)
-        prefetcher.was_read(0)
+        prefetcher.release(0)
         steps = {1: [390], 3: [5, 6, 7, 8, 9], 4: [0, 1], 5: [3], 9: [2, 4]}
         for step, samples in steps.items():
-            prefetcher.will_read(step, located(url, samples))
+            prefetcher.prefetch(step, located(url, samples))
         stop_s = time.monotonic() + 10
         while sum(map(len, prefetcher._plan.values())) < 11:
             assert time.monotonic() < stop_s
@@ -195,7 +195,7 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
         for step, samples in steps.items():
             for sample in samples:
                 read(prefetcher, url, sample)
-            prefetcher.was_read(step)
+            prefetcher.release(step)
     # 5 is due first, with as much behind it as makes a piece; 2 comes with what is around it.
     assert watched.asked == [(389, 390), (390, 391), (5, 9), (9, 10), (0, 4), (4, 5)]
 
@@ -204,11 +204,11 @@ def test_the_first_batch_shares_the_link_with_few_others(url):
     watched = Watched(first=0)
     with mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)):
         prefetcher = Prefetcher(Network(block_bytes=BLOCK))
-        prefetcher.will_read(0, located(url, [0]))
+        prefetcher.prefetch(0, located(url, [0]))
         while not watched.asked:
             time.sleep(0.001)
         for step in range(1, 30):
-            prefetcher.will_read(step, located(url, [10 * step]))
+            prefetcher.prefetch(step, located(url, [10 * step]))
         deadline_s = time.monotonic() + 0.5
         others = 1
         while time.monotonic() < deadline_s:
@@ -232,14 +232,14 @@ def test_the_first_batch_waits_for_its_own_indexes_only(url):
     with mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)):
         prefetcher = Prefetcher(Network(block_bytes=BLOCK))
         for step in range(9):
-            prefetcher.will_read(step, partial(locate, step))
+            prefetcher.prefetch(step, partial(locate, step))
             prefetcher.fetch_soon([index[step]], step=step)
         time.sleep(0.2)
         before = list(watched.asked)
         watched.let_go.set()
         for step in range(9):
             read(prefetcher, url, 10 * step)
-            prefetcher.was_read(step)
+            prefetcher.release(step)
     # Its index, with one of another step at most; behind it its sample.
     assert (100, 110) in before
     assert len(before) <= 2
@@ -251,11 +251,11 @@ def test_what_a_batch_waits_for_is_not_joined_with_what_later_ones_need(url):
     watched = Watched(first=399)
     with mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)):
         prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1))
-        prefetcher.will_read(0, located(url, [399]))
+        prefetcher.prefetch(0, located(url, [399]))
         while not watched.asked:
             time.sleep(0.001)
-        prefetcher.will_read(0, located(url, [0]))
-        prefetcher.will_read(1, located(url, [1, 2]))
+        prefetcher.prefetch(0, located(url, [0]))
+        prefetcher.prefetch(1, located(url, [1, 2]))
         while 1 not in prefetcher._plan:
             time.sleep(0.001)
         watched.let_go.set()
@@ -277,7 +277,7 @@ def test_the_second_pass_comes_from_the_cache(url, tmp_path):
     )
     run(prefetcher, url, shuffled())
     before = prefetcher.counters["bytes"]
-    prefetcher.forget()
+    prefetcher.cancel_prefetch()
     run(prefetcher, url, shuffled(2))
     assert prefetcher.counters["bytes"] == before
     assert prefetcher.counters["cache_hits"] >= 400
@@ -293,7 +293,7 @@ def test_a_cache_that_is_too_small_costs_no_more_than_twice_the_bytes(url, block
     with mock.patch("loader.reading.prefetch._GAP_BYTES", 0):
         for seed in (1, 2, 3):
             run(prefetcher, url, shuffled(seed))
-            prefetcher.forget()
+            prefetcher.cancel_prefetch()
     held = sum(path.stat().st_size for path in (tmp_path / "cache/blocks").iterdir())
     assert held <= blocks_held * BLOCK
     assert prefetcher.counters["bytes"] <= 3 * 2 * len(OBJECT)
@@ -320,12 +320,12 @@ def test_memory_for_reading_ahead_is_bounded(url):
 def test_what_was_planned_and_not_read_is_forgotten(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK))
     for step, samples in enumerate(shuffled()[:8]):
-        prefetcher.will_read(step, located(url, samples))
+        prefetcher.prefetch(step, located(url, samples))
     read(prefetcher, url, shuffled()[0][0])
-    prefetcher.forget()
+    prefetcher.cancel_prefetch()
     deadline_s = time.monotonic() + 10
     while prefetcher._entries and time.monotonic() < deadline_s:
-        prefetcher.forget()
+        prefetcher.cancel_prefetch()
         threading.Event().wait(0.01)
     assert prefetcher._entries == {}
     assert prefetcher._held_bytes == 0
@@ -399,7 +399,7 @@ def test_a_failure_ahead_of_time_is_forgotten_if_the_reader_fares_better(url):
         return original(self, *args, **options)
 
     with mock.patch.object(RangeReader, "read", sometimes):
-        prefetcher.will_read(0, located(url, [5]))
+        prefetcher.prefetch(0, located(url, [5]))
         deadline_s = time.monotonic() + 10
         while not any(e.failures for e in list(prefetcher._entries.values())):
             assert time.monotonic() < deadline_s

@@ -135,13 +135,13 @@ def test_an_index_that_is_being_opened_is_not_fetched_again(s3):
         return parse_index(*args, **options)
 
     with mock.patch("loader.reading.remote.parse_index", parse):
-        reader.will_read(0, [0])
+        reader.prefetch(0, [0])
         assert opening.wait(10)
-        reader.will_read(1, [1])  # of the same shard, whose index has come and is not parsed yet
+        reader.prefetch(1, [1])  # of the same shard, whose index has come and is not parsed yet
         opened.set()
         for sample in (0, 1):
             reader.stored(sample)
-            reader.was_read(sample)
+            reader.release(sample)
     assert sum(".index.npy" in get.path for get in proxy.gets) == 1
     assert reader.prefetcher._held_bytes == 0
 

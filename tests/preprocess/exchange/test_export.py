@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from preprocess.exchange.export import export_index
-from preprocess.exchange.import_tars import ImportSettings, import_tars
+from preprocess.exchange.foreign import ImportSettings, import_tars
 from preprocess.reshard.plan import ReshardSettings, plan_reshard
 from preprocess.reshard.run import reshard
 from shardspec.errors import ConfigError, ConflictError

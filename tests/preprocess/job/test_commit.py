@@ -72,7 +72,7 @@ def test_a_receipt_does_not_outlive_the_bytes_of_its_shard(tmp_path, monkeypatch
     def dies_before_the_receipt(url, payload, *, replacing):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "swap_bytes", dies_before_the_receipt)
+    monkeypatch.setattr(storage, "compare_and_swap", dies_before_the_receipt)
     with pytest.raises(KeyboardInterrupt):
         make_shard(second)
     monkeypatch.undo()
@@ -105,14 +105,14 @@ def built(tmp_path, split):
 
 def test_two_commits_in_the_same_moment_both_end_in_the_manifest(tmp_path, monkeypatch):
     train, validation = built(tmp_path, "train"), built(tmp_path, "validation")
-    swap, others = storage.swap_bytes, [validation]
+    swap, others = storage.compare_and_swap, [validation]
 
     def another_comes_first(url, payload, *, replacing):
         if url.endswith("manifest.json") and others:
             commit(*others.pop())
         return swap(url, payload, replacing=replacing)
 
-    monkeypatch.setattr(storage, "swap_bytes", another_comes_first)
+    monkeypatch.setattr(storage, "compare_and_swap", another_comes_first)
     commit(*train)
     assert sorted(load_manifest(str(tmp_path / "out")).splits) == ["train", "validation"]
     assert verify(str(tmp_path / "out"), Silent()) == []
@@ -120,7 +120,7 @@ def test_two_commits_in_the_same_moment_both_end_in_the_manifest(tmp_path, monke
 
 def test_a_manifest_that_others_write_all_the_time_is_given_up(tmp_path, monkeypatch):
     train = built(tmp_path, "train")
-    monkeypatch.setattr(storage, "swap_bytes", lambda url, payload, *, replacing: False)
+    monkeypatch.setattr(storage, "compare_and_swap", lambda url, payload, *, replacing: False)
     with pytest.raises(ConflictError) as caught:
         commit(*train)
     assert caught.value.reason == "manifest_conflict"

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from preprocess.exchange.import_tars import ImportSettings, import_tars
+from preprocess.exchange.foreign import ImportSettings, import_tars
 from preprocess.job.gc import find_strays, remove_strays
-from preprocess.job.lease import held
+from preprocess.job.lease import output_lock
 from preprocess.job.verify import verify
 from shardspec import storage
 from shardspec.errors import ManifestError
@@ -222,7 +222,7 @@ def test_the_command_makes_nothing_where_nothing_is(cli, tmp_path):
 def test_the_command_is_refused_while_a_job_runs(cli, tiny_dataset, tmp_path):
     out = shutil.copytree(tiny_dataset, tmp_path / "out")
     put(str(out), STRAYS)
-    with held(str(out)):
+    with output_lock(str(out)):
         finished = cli.run("gc", out)
     assert finished.code == 1
     assert "another job is writing to this output" in finished.err

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from preprocess.job import lease
-from preprocess.job.lease import LEASE_NAME, held
+from preprocess.job.lease import LEASE_NAME, output_lock
 from shardspec import storage
 from shardspec.errors import StorageError
 
@@ -56,19 +56,19 @@ def holder_of_another_machine(out):
 
 
 def refused(out):
-    with pytest.raises(StorageError) as caught, held(out):
+    with pytest.raises(StorageError) as caught, output_lock(out):
         pass
     assert caught.value.reason == "output_busy"
     return caught.value
 
 
 def test_an_output_is_held_by_one_and_free_when_it_is_done(out):
-    with held(out) as check:
+    with output_lock(out) as check:
         check()
         assert refused(out).facts["pid"] == os.getpid()
         check()
     assert storage.list_names(out) == []
-    with held(out):
+    with output_lock(out):
         pass
 
 
@@ -78,7 +78,7 @@ def test_one_of_eight_that_come_at_once_gets_it(out):
     def come(_):
         barrier.wait()
         try:
-            with held(out):
+            with output_lock(out):
                 done.wait(20)
                 return True
         except StorageError as error:
@@ -98,8 +98,8 @@ def test_one_of_eight_that_come_at_once_gets_it(out):
 
 def test_a_job_that_was_killed_on_this_machine_holds_nothing(s3_server, s3_out):
     code = (
-        "import time; from preprocess.job.lease import held\n"
-        f"with held({s3_out!r}):\n"
+        "import time; from preprocess.job.lease import output_lock\n"
+        f"with output_lock({s3_out!r}):\n"
         "    print('held', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen(
@@ -115,14 +115,14 @@ def test_a_job_that_was_killed_on_this_machine_holds_nothing(s3_server, s3_out):
         finally:
             process.send_signal(signal.SIGKILL)
     assert read(s3_out)["pid"] == process.pid
-    with held(s3_out):  # at once, without waiting
+    with output_lock(s3_out):  # at once, without waiting
         assert read(s3_out)["pid"] == os.getpid()
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_lease_of_another_machine_that_stands_still_is_taken_over(s3_out, caplog):
     holder_of_another_machine(s3_out)
-    with held(s3_out):
+    with output_lock(s3_out):
         assert read(s3_out)["pid"] == os.getpid()
     assert "held by a job on elsewhere" in caplog.text
 
@@ -150,7 +150,7 @@ def test_a_lease_of_another_machine_that_beats_is_respected(s3_out):
 
 @pytest.mark.usefixtures("quick")
 def test_a_lease_beats_while_it_is_held(s3_out):
-    with held(s3_out) as check:
+    with output_lock(s3_out) as check:
         first = read(s3_out)["beats"]
         waited = threading.Event()
         for _ in range(100):
@@ -170,7 +170,7 @@ def test_a_job_whose_lease_was_taken_over_stops_and_leaves_it(s3_out):
             check()
             waited.wait(0.1)
 
-    with held(s3_out) as check:
+    with output_lock(s3_out) as check:
         holder_of_another_machine(s3_out)
         with pytest.raises(StorageError) as caught:
             until_lost(check)
@@ -183,14 +183,14 @@ def test_a_store_that_ignores_conditions_is_named(out, monkeypatch, caplog):
         storage.publish_bytes(url, payload)
         return True
 
-    monkeypatch.setattr(storage, "swap_bytes", ignoring)
-    with held(out):
+    monkeypatch.setattr(storage, "compare_and_swap", ignoring)
+    with output_lock(out):
         pass
     assert "ignores conditional writes" in caplog.text
 
 
 def test_a_local_output_is_held_by_the_kernel(tmp_path):
-    with held(str(tmp_path / "out")) as check:
+    with output_lock(str(tmp_path / "out")) as check:
         check()
         refused(str(tmp_path / "out"))
         assert list((tmp_path / "out").iterdir()) == []
@@ -205,7 +205,7 @@ def test_a_job_whose_store_keeps_silent_has_lost_its_lease(out, monkeypatch):
         return real(url)
 
     try:
-        with held(out) as check:
+        with output_lock(out) as check:
             monkeypatch.setattr(storage, "version", version)
             threading.Event().wait(1.5)
             with pytest.raises(StorageError) as caught:
@@ -222,7 +222,7 @@ def test_a_lease_that_cannot_be_renewed_for_whatever_reason_is_lost(out, monkeyp
     def broken(url):
         raise RuntimeError("no more threads")
 
-    with held(out) as check:
+    with output_lock(out) as check:
         monkeypatch.setattr(storage, "version", broken)
         threading.Event().wait(1.5)
         with pytest.raises(StorageError) as caught:
@@ -232,7 +232,7 @@ def test_a_lease_that_cannot_be_renewed_for_whatever_reason_is_lost(out, monkeyp
 
 
 def test_a_lease_that_another_has_taken_over_is_not_given_back(out):
-    with held(out):  # between two beats
+    with output_lock(out):  # between two beats
         holder_of_another_machine(out)
     assert read(out)["job"] == "other"
 
@@ -244,7 +244,7 @@ def test_a_lease_that_a_machine_has_slept_through_is_lost(out, monkeypatch):
     def woken(clock):  # the monotonic clock stands still while the machine is suspended
         return real(clock) + (lease.TTL_S if clock == time.CLOCK_BOOTTIME else 0)
 
-    with held(out) as check:
+    with output_lock(out) as check:
         check()
         monkeypatch.setattr(time, "clock_gettime", woken)
         with pytest.raises(StorageError) as caught:
@@ -254,7 +254,7 @@ def test_a_lease_that_a_machine_has_slept_through_is_lost(out, monkeypatch):
 
 def test_where_no_clock_counts_suspends_a_lease_goes_by_the_monotonic_one(out, monkeypatch):
     monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
-    with held(out) as check:
+    with output_lock(out) as check:
         check()
         now_s = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: now_s + lease.TTL_S)

@@ -21,11 +21,11 @@ from shardspec.storage.copying import (
     MIN_PART_BYTES,
     CopyPart,
     Piece,
-    join_here,
-    join_unchecked,
+    check_unchanged,
+    concat_local,
+    concat_verified,
+    object_version,
     plan_parts,
-    require_stamp,
-    stamp,
     whole_file,
 )
 from shardspec.tar import END_OF_ARCHIVE
@@ -135,7 +135,7 @@ SIZES = [
 @pytest.mark.parametrize("hashed", [True, False])
 def test_bytes_that_pass_here_are_joined_and_hashed(sizes, hashed, tmp_path):
     pieces, rows = make_sources(tmp_path, sizes)
-    sha256 = join_here(tmp_path / "out", pieces, rows, hashed=hashed)
+    sha256 = concat_verified(tmp_path / "out", pieces, rows, hashed=hashed)
     want = joined(pieces)
     assert (tmp_path / "out").read_bytes() == want
     assert sha256 == (hashlib.sha256(want).hexdigest() if hashed else "")
@@ -144,7 +144,7 @@ def test_bytes_that_pass_here_are_joined_and_hashed(sizes, hashed, tmp_path):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_bytes_that_stay_in_the_kernel_are_the_same(sizes, tmp_path):
     pieces, _ = make_sources(tmp_path, sizes)
-    join_unchecked(tmp_path / "out", pieces)
+    concat_local(tmp_path / "out", pieces)
     assert (tmp_path / "out").read_bytes() == joined(pieces)
 
 
@@ -165,7 +165,7 @@ def test_file_systems_without_a_disk_are_asked_to_copy(apart, monkeypatch):
 
     real = os.copy_file_range
     monkeypatch.setattr(copying.os, "copy_file_range", copy)
-    join_unchecked(apart / "out", pieces)
+    concat_local(apart / "out", pieces)
     assert (apart / "out").read_bytes() == joined(pieces)
     assert len(copied) >= len(pieces)
 
@@ -180,7 +180,7 @@ def test_where_they_cannot_the_bytes_are_read_and_written(refusal, apart, monkey
         return 0  # as some do for files that they do not know the length of
 
     monkeypatch.setattr(copying.os, "copy_file_range", refuse)
-    join_unchecked(apart / "out", pieces)
+    concat_local(apart / "out", pieces)
     assert (apart / "out").read_bytes() == joined(pieces)
 
 
@@ -192,7 +192,7 @@ def test_an_error_of_the_disk_is_no_reason_to_try_another_way(apart, monkeypatch
 
     monkeypatch.setattr(copying.os, "copy_file_range", fail)
     with pytest.raises(StorageError) as caught:
-        join_unchecked(apart / "out", pieces)
+        concat_local(apart / "out", pieces)
     assert caught.value.reason == "storage_failed"
 
 
@@ -203,7 +203,7 @@ def test_a_changed_byte_of_any_sample_is_noticed(byte, tmp_path):
     payload[byte] ^= 1
     (tmp_path / "0.bin").write_bytes(payload)
     with pytest.raises(ShardError) as caught:
-        join_here(tmp_path / "out", pieces, rows, hashed=False)
+        concat_verified(tmp_path / "out", pieces, rows, hashed=False)
     assert caught.value.reason == "sample_crc"
     assert caught.value.where.startswith(str(tmp_path / "0.bin"))
 
@@ -211,8 +211,8 @@ def test_a_changed_byte_of_any_sample_is_noticed(byte, tmp_path):
 @pytest.mark.parametrize(
     "join",
     [
-        lambda out, pieces, rows: join_here(out, pieces, rows, hashed=False),
-        lambda out, pieces, rows: join_unchecked(out, pieces),
+        lambda out, pieces, rows: concat_verified(out, pieces, rows, hashed=False),
+        lambda out, pieces, rows: concat_local(out, pieces),
     ],
 )
 def test_a_source_that_ends_early_is_noticed(join, tmp_path):
@@ -230,7 +230,7 @@ def test_a_source_that_ends_early_is_noticed(join, tmp_path):
 def test_more_files_than_may_be_open_are_joined(tmp_path):
     pieces, rows = make_sources(tmp_path, [[100 + i] for i in range(200)])
     before = len(os.listdir("/proc/self/fd"))
-    join_here(tmp_path / "out", pieces, rows, hashed=False)
+    concat_verified(tmp_path / "out", pieces, rows, hashed=False)
     assert (tmp_path / "out").read_bytes() == joined(pieces)
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -242,7 +242,7 @@ def test_memory_grows_neither_with_what_is_joined_nor_with_its_samples(sizes, tm
     code = f"""
 import numpy as np
 from pathlib import Path
-from shardspec.storage.copying import Piece, join_here
+from shardspec.storage.copying import Piece, concat_verified
 pieces = {[(p.url, p.start, p.stop) for p in pieces]!r}
 pieces = [Piece(url=u, start=a, stop=b) for u, a, b in pieces]
 rows = np.load({str(tmp_path / "rows.npy")!r})
@@ -251,7 +251,7 @@ def peak_kib():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 before = peak_kib()
-join_here(Path({str(tmp_path / "out")!r}), pieces, rows, hashed=False)
+concat_verified(Path({str(tmp_path / "out")!r}), pieces, rows, hashed=False)
 print(peak_kib() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -261,13 +261,13 @@ print(peak_kib() - before)
 
 def test_a_stamp_tells_versions_apart(tmp_path):
     path = tmp_path / "a"
-    assert stamp(str(path)) is None
+    assert object_version(str(path)) is None
     path.write_bytes(b"one")
-    first = stamp(str(path))
-    require_stamp(str(path), first)
+    first = object_version(str(path))
+    check_unchanged(str(path), first)
     os.utime(path, ns=(1, 1))
     with pytest.raises(ShardError) as caught:
-        require_stamp(str(path), first)
+        check_unchanged(str(path), first)
     assert caught.value.reason == "source_changed"
 
 
@@ -275,7 +275,7 @@ def test_a_stamp_tells_versions_apart(tmp_path):
 def test_only_a_file_that_is_taken_whole_with_its_end_is_whole(end, tmp_path):
     path = str(tmp_path / "a")
     Path(path).write_bytes(bytes(4096) + end)
-    stamps = {path: stamp(path)}
+    stamps = {path: object_version(path)}
     found = whole_file([Piece(url=path, start=0, stop=4096)], stamps)
     assert found == (path if end == END_OF_ARCHIVE else None)
     assert whole_file([Piece(url=path, start=512, stop=4096)], stamps) is None

@@ -283,7 +283,7 @@ def test_file_without_rights_is_named(unprivileged):
     ],
 )
 def test_errors_of_the_system_have_reasons(number, reason):
-    with pytest.raises(StorageError) as raised, storage.naming_errors("s3://b/a"):
+    with pytest.raises(StorageError) as raised, storage.translate_errors("s3://b/a"):
         raise OSError(number, os.strerror(number)) if number else OSError("no number")
     assert (raised.value.reason, raised.value.where) == (reason, "s3://b/a")
     assert isinstance(raised.value.__cause__, OSError)
@@ -291,7 +291,7 @@ def test_errors_of_the_system_have_reasons(number, reason):
 
 def test_other_exceptions_pass_unchanged():
     for error in (FileNotFoundError("gone"), KeyError("bug"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), storage.naming_errors("a"):
+        with pytest.raises(type(error)), storage.translate_errors("a"):
             raise error
 
 

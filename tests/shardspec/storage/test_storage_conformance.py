@@ -254,7 +254,7 @@ def test_one_of_sixteen_writers_creates_an_object(place):
 
     def create(i):
         barrier.wait()
-        return storage.swap_bytes(url, f"writer {i}".encode(), replacing=None)
+        return storage.compare_and_swap(url, f"writer {i}".encode(), replacing=None)
 
     for _ in range(2):
         with ThreadPoolExecutor(16) as pool:
@@ -276,7 +276,7 @@ def test_one_of_sixteen_writers_replaces_a_version(place):
 
     def replace(i):
         barrier.wait()
-        return storage.swap_bytes(url, f"writer {i}".encode(), replacing=version)
+        return storage.compare_and_swap(url, f"writer {i}".encode(), replacing=version)
 
     with ThreadPoolExecutor(16) as pool:
         won = list(pool.map(replace, range(16)))
@@ -286,21 +286,21 @@ def test_one_of_sixteen_writers_replaces_a_version(place):
 
 def test_a_swap_is_refused_where_another_version_stands(place):
     url = storage.join(place, "a")
-    assert storage.swap_bytes(url, b"1", replacing=None)
+    assert storage.compare_and_swap(url, b"1", replacing=None)
     first = storage.version(url)
-    assert not storage.swap_bytes(url, b"other", replacing=None)
-    assert storage.swap_bytes(url, b"22", replacing=first)
-    assert not storage.swap_bytes(url, b"333", replacing=first)
+    assert not storage.compare_and_swap(url, b"other", replacing=None)
+    assert storage.compare_and_swap(url, b"22", replacing=first)
+    assert not storage.compare_and_swap(url, b"333", replacing=first)
     assert storage.read_bytes(url) == b"22"
     storage.delete(url)
-    assert not storage.swap_bytes(url, b"4444", replacing=first)
+    assert not storage.compare_and_swap(url, b"4444", replacing=first)
     assert not storage.exists(url)
 
 
 def test_a_swap_whose_answer_was_lost_counts_as_done(place):
     url = storage.join(place, "a")
-    assert storage.swap_bytes(url, b"mine", replacing=None)
-    assert storage.swap_bytes(url, b"mine", replacing=None)
+    assert storage.compare_and_swap(url, b"mine", replacing=None)
+    assert storage.compare_and_swap(url, b"mine", replacing=None)
 
 
 # --- refusals
@@ -315,7 +315,7 @@ def test_a_bucket_that_is_not_there_is_named(place, tmp_path):
         lambda: storage.publish_bytes(url, b"x"),
         lambda: storage.publish_file(url, tmp_path / "file"),
         lambda: storage.publish_file(url, big_file(tmp_path)),
-        lambda: storage.swap_bytes(url, b"x", replacing=None),
+        lambda: storage.compare_and_swap(url, b"x", replacing=None),
     ):
         with pytest.raises(StorageError) as caught:
             write()

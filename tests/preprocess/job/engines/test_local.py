@@ -25,7 +25,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from preprocess.job.engines.local import Later
+from preprocess.job.engines.local import Deferred
 from shardspec.errors import SampleError
 
 
@@ -40,14 +40,14 @@ def finish_later(folder, task, report):
         (Path(folder) / f"finished-{task}").touch()
         return seen
 
-    return Later(finish=rest)
+    return Deferred(finish=rest)
 
 
 def fail_later(folder, task, report):
     def rest():
         raise SampleError("gone", what="the store is gone", where=f"task {task}")
 
-    return Later(finish=rest)
+    return Deferred(finish=rest)
 
 
 def die_later(folder, task, report):
@@ -63,7 +63,7 @@ def die_later(folder, task, report):
     if task == 1:
         (Path(folder) / "next").touch()
         time.sleep(0.2 if not (Path(folder) / "0").exists() else 0)
-    return Later(finish=rest)
+    return Deferred(finish=rest)
 
 
 def tidy_up(folder, task, report):
@@ -76,7 +76,7 @@ def tidy_up(folder, task, report):
             (Path(folder) / "tidied").write_text(type(error).__name__)
             raise
 
-    return Later(finish=rest)
+    return Deferred(finish=rest)
 
 
 def tidy_slowly(folder, task, report):
@@ -90,7 +90,7 @@ def tidy_slowly(folder, task, report):
             (Path(folder) / "tidied").write_text(type(error).__name__)
             raise
 
-    return Later(finish=rest)
+    return Deferred(finish=rest)
 
 
 def never_tidies(folder, task, report):

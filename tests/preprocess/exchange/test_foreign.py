@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loader.raw import RawDataset
-from preprocess.exchange import import_tars as foreign
-from preprocess.exchange.import_tars import ImportSettings, import_tars, index_rows
+from preprocess.exchange import foreign
+from preprocess.exchange.foreign import ImportSettings, import_tars, index_rows
 from preprocess.job import pipeline
 from preprocess.job.job import JobSettings
 from preprocess.job.verify import verify
@@ -380,7 +380,7 @@ def test_an_output_with_an_unfinished_dataset_of_ours_is_refused(begin, tmp_path
     tars = img2dataset(tmp_path / "tars")
     imported(tars, tmp_path / "a")
     out = tmp_path / "out"
-    swap = storage.swap_bytes
+    swap = storage.compare_and_swap
 
     def interrupted(url, payload, *, replacing):
         if url.endswith("manifest.json"):
@@ -388,7 +388,7 @@ def test_an_output_with_an_unfinished_dataset_of_ours_is_refused(begin, tmp_path
         return swap(url, payload, replacing=replacing)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "swap_bytes", interrupted)
+        patch.setattr(storage, "compare_and_swap", interrupted)
         with pytest.raises(KeyboardInterrupt):
             begin(tmp_path / "a", out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -560,14 +560,14 @@ def test_of_two_imports_into_one_output_the_later_one_leaves_the_first(tmp_path,
     theirs = img2dataset(tmp_path / "theirs", samples=5)
 
     @contextmanager
-    def held(url):
+    def output_lock(url):
         monkeypatch.undo()
         imported(theirs, url)  # it began and ended just before this one got the output
         with real(url) as check:
             yield check
 
-    real = foreign.held
-    monkeypatch.setattr(foreign, "held", held)
+    real = foreign.output_lock
+    monkeypatch.setattr(foreign, "output_lock", output_lock)
     with pytest.raises(ConflictError) as caught:
         imported(ours, tmp_path / "out")
     assert caught.value.reason == "job_conflict"

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from preprocess.job import Reporter, held, require_name, shard_name
+from preprocess.job import Reporter, output_lock, require_name, shard_name
 from preprocess.job.engines import local
 from preprocess.reshard import portable_url, read_notes, repeated_key
 from shardspec import storage
@@ -43,7 +43,7 @@ from shardspec.manifest import (
     load_manifest,
     parse_receipt,
 )
-from shardspec.storage import Stamp, require_stamp, stamp
+from shardspec.storage import ObjectVersion, check_unchanged, object_version
 
 _CHUNK_BYTES = 8 * 2**20
 
@@ -80,7 +80,7 @@ class ImportContext:
     out: str
     split: str
     tars: tuple[str, ...]
-    stamps: tuple[Stamp, ...]
+    stamps: tuple[ObjectVersion, ...]
     names: tuple[str, ...]
 
     def receipt_url(self, task: int) -> str:
@@ -115,7 +115,7 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
         out=settings.out, split=settings.split, tars=tars, stamps=stamps, names=names
     )
     build_key = fingerprint([context.build_key(task) for task in range(len(tars))])
-    with held(settings.out) as require_held:
+    with output_lock(settings.out) as require_held:
         _check_conflict(settings, build_key)
         receipts = _index_all(context, settings, report)
         if not any(receipt.shard.nsamples for receipt in receipts):
@@ -152,8 +152,8 @@ def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
     return tuple(absolute)
 
 
-def _require_there(url: str) -> Stamp:
-    found = stamp(url)
+def _require_there(url: str) -> ObjectVersion:
+    found = object_version(url)
     if found is None:
         raise ConfigError("import_tars.absent", where=url)
     return found
@@ -226,7 +226,7 @@ def index_tar(context: ImportContext, task: int, report: Callable[[Any], None]) 
         rows["crc32"] = [_crc32(stream, int(row["offset"]), int(row["num_bytes"])) for row in rows]
         sha256 = _sha256(stream)
         skipped += _pickles(stream, url)
-    require_stamp(url, context.stamps[task])
+    check_unchanged(url, context.stamps[task])
     index = encode_index(rows)
     storage.publish_bytes(storage.join(context.out, name + INDEX_SUFFIX), index)
     entry = ShardEntry(
@@ -313,7 +313,7 @@ def _sha256(stream: IO[bytes]) -> str:
 @contextmanager
 def opened(url: str) -> Iterator[IO[bytes]]:
     """Opens a tar; one in an object store is fetched to a local disk first."""
-    with storage.naming_errors(url):
+    with storage.translate_errors(url):
         if storage.is_local(url):
             with storage.local_path(url).open("rb") as stream:
                 yield stream
