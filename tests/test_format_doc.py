@@ -1,4 +1,4 @@
-"""docs/format.md says what the code does: its names, numbers and reason codes."""
+"""docs/format.md agrees with the code: names, numbers and reason codes."""
 
 import re
 from dataclasses import fields, replace
@@ -22,7 +22,7 @@ def section(title: str) -> str:
 
 
 def table(text: str, head: str) -> dict[str, list[str]]:
-    """Reads the table whose head begins so: each name of the first column to its other cells."""
+    """Reads the table with this first heading: each name of the first column to its other cells."""
     lines = text.split(f"| {head} |", 1)[1].split("\n\n")[0].splitlines()[2:]
     rows = {}
     for line in lines:
@@ -41,7 +41,7 @@ def test_version_is_the_codes():
     assert table(section("The manifest"), "field")["format_version"] == [
         f"{manifest.FORMAT_VERSION}"
     ]
-    assert f"Version {manifest.FORMAT_VERSION} is what this page says." in TEXT
+    assert f"* Version {manifest.FORMAT_VERSION} is this page without the section on views" in TEXT
 
 
 def test_index_columns_and_their_types_are_the_codes_in_order():
@@ -123,7 +123,7 @@ def test_members_of_a_sample_are_the_codes_in_order():
         *plain,
         *(name for name in with_overviews if name not in plain),
     ]
-    # Each directly behind its image.
+    # Each directly after its image.
     assert with_overviews == [described[i] for i in (5, 7, 6, 8)]
 
 
