@@ -1,71 +1,221 @@
-"""The README says what is true: its Python runs, its targets and variables exist."""
+"""README and docs say what is true: Python runs, targets, variables and modules exist."""
 
 import re
 from pathlib import Path
 
+import pytest
+
+from tests.test_architecture import FLOORS
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (
+        *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
+        *(ROOT / name for name in ("CHANGELOG.md", "benchmarks/RESULTS.md", "benchmarks/ORDER.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
 MAKEFILE = (ROOT / "Makefile").read_text()
+WITH_PYTHON = [name for name, text in PAGES.items() if "```python\n" in text]
 
 
-def test_every_make_target_of_the_readme_exists():
-    named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", README))
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def variables(text: str) -> list[str]:
+    """Lists the variables of a page's tables: the first cell of each row."""
+    return re.findall(r"^\| `([A-Z][A-Z_]+)` \|", text, flags=re.MULTILINE)
+
+
+def flags_of(name: str) -> dict[str, str]:
+    """Reads one of the Makefile's lists: variable to flag."""
+    found = re.search(rf"^{name} := (.*?)\n(?!\t)", MAKEFILE, flags=re.DOTALL | re.MULTILINE)
+    assert found
+    return dict(pair.split("=") for pair in found[1].replace("\\\n", " ").split())
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """A function that gives the --help of a program's verb, one option per line."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def show(main, verb):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        return re.sub(r"\n {8,}", "  ", capsys.readouterr().out)
+
+    return show
+
+
+# --- commands
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_target_that_is_named_exists(page):
+    code = "\n".join(re.findall(r"`([^`]*)`", PAGES[page]) + blocks(PAGES[page], "bash"))
+    named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", code))
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
-    assert {"shards", "test", "plan", "verify"} <= named
     assert named <= targets
 
 
-def test_every_variable_of_the_readme_is_known_to_the_makefile():
-    named = set(re.findall(r"`([A-Z][A-Z_]+)=?`", README))
-    assert "MAX_DEAD_LINKS" in named
+def test_every_make_target_is_documented():
+    targets = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, flags=re.MULTILINE)) - {"help"}
+    assert {
+        target for target in targets if f"make {target}" not in "".join(PAGES.values())
+    } == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_variable_that_is_named_is_known_to_the_makefile(page):
+    code = "\n".join(blocks(PAGES[page], "bash") + re.findall(r"`(make [^`]*)`", PAGES[page]))
+    # An assignment behind `make`; before it stands what the shell puts into the environment.
+    named = {
+        name
+        for line in code.splitlines()
+        for name in re.findall(r" ([A-Z][A-Z_]+)=", line.partition("make ")[2])
+    }
+    named |= set(variables(PAGES[page]))
     assert {name for name in named if not re.search(rf"\b{name}\b", MAKEFILE)} == set()
 
 
-def test_every_makefile_flag_is_a_flag_of_the_command_line():
-    from preprocess.__main__ import _parser
-
-    flags = re.search(r"FLAGS := (.*?)\nGIVEN", MAKEFILE, flags=re.DOTALL)
-    assert flags
-    for pair in flags[1].replace("\\\n", " ").split():
-        _, flag = pair.split("=")
-        value = {"keep": "auto", "codec": "png", "prompts": "none", "message-format": "role"}
-        value |= {"system-prompt": "none", "image-fit": "pad"}
-        value |= {"point-format": "xml", "choices": "varied"}
-        _parser().parse_args(["shards", "pixmo_cap", f"--{flag}", value.get(flag, "1")])
+@pytest.mark.parametrize("page", PAGES)
+def test_every_variable_has_one_row_on_a_page(page):
+    named = variables(PAGES[page])
+    assert sorted(set(named)) == sorted(named)
 
 
-def test_every_makefile_flag_of_resharding_is_one_of_its_verbs():
-    from preprocess.__main__ import _parser
+def test_every_variable_of_a_job_is_documented_with_its_default(help_of):
+    from preprocess.__main__ import main
 
-    flags = re.search(r"RESHARD_FLAGS := (.*?)\nRESHARD =", MAKEFILE, flags=re.DOTALL)
-    assert flags
-    value = {"order": "keep", "through": "auto"}
-    verbs = {"into": "split", "salt": "split", "where": "filter", "keys": "filter", "name": "merge"}
-    for pair in flags[1].replace("\\\n", " ").split():
-        _, flag = pair.split("=")
-        verb = verbs.get(flag, "reshard")
-        more = ["--into", "a=1"] if verb == "split" else []
-        _parser().parse_args([verb, "old", "new", *more, f"--{flag}", value.get(flag, "1")])
+    text = help_of(main, "shards")
+    rows = dict(
+        re.findall(r"^\| `([A-Z_]+)` \| .* \| ([^|]*) \|$", PAGES["docs/build.md"], re.MULTILINE)
+    )
+    for variable, flag in flags_of("FLAGS").items():
+        option = re.search(rf"^  --{flag} .*", text, flags=re.MULTILINE)
+        assert option, f"{variable} is no flag of `preprocess shards`"
+        default = re.search(r"\(default: (.*)\)$", option[0])
+        documented = rows[variable]
+        if default:
+            assert documented == f"`{default[1]}`", variable
+        else:
+            assert "`" not in documented.split(";")[0], f"{variable} has no default"
 
 
-def test_the_streaming_examples_of_the_readme_run(tiny_dataset):
-    sources = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(sources) == 2
-    for source in sources:
-        code = source.replace('"shards/pixmo_cap"', repr(str(tiny_dataset)))
-        names: dict = {}
-        exec(compile(code, "README.md", "exec"), names)
+def test_every_variable_of_resharding_is_documented_and_a_flag_of_a_verb(help_of):
+    from preprocess.__main__ import main
+
+    text = "".join(help_of(main, verb) for verb in ("reshard", "merge", "split", "filter"))
+    flags = flags_of("RESHARD_FLAGS")
+    assert {name for name, flag in flags.items() if f"\n  --{flag} " not in text} == set()
+    assert set(flags) <= set(variables(PAGES["docs/resharding.md"]))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_that_is_named_exists(page, help_of):
+    from loader.__main__ import main as loader
+    from preprocess.__main__ import main as preprocess
+
+    code = "\n".join(re.findall(r"`([^`]*)`", PAGES[page]) + blocks(PAGES[page], "bash"))
+    for package, verb, rest in re.findall(r"python -m (loader|preprocess) ([a-z-]+)(.*)", code):
+        text = help_of(loader if package == "loader" else preprocess, verb)
+        for flag in set(re.findall(r" (--[a-z0-9-]+)", rest)) - {"--help"}:
+            assert re.search(rf"^  {flag}\b", text, flags=re.MULTILINE), f"{verb} {flag}"
+
+
+# --- code
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny_dataset, session_cli, tmp_path_factory):
+    """What the URLs of the pages stand for: small datasets on the local disk."""
+    folder = tmp_path_factory.mktemp("docs")
+    questions, raw = folder / "vqa2", folder / "raw"
+    session_cli.good(
+        *("shards", "vqa2", "--source", "sample", "--limit", 8, "--num-shards", 1),
+        *("--out", questions, "--cache", folder / "cache", "--workers", 1),
+    )
+    session_cli.good("import", tiny_dataset / "train", "--out", raw, "--name", "raw")
+    return {
+        "shards/pixmo_cap": tiny_dataset,
+        "s3://bucket/pixmo_cap": tiny_dataset,
+        "shards/vqa2": questions,
+        "shards/laion": raw,
+        "/nvme/cache": folder / "blocks",
+    }
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_of_a_page_runs_from_top_to_bottom(page, datasets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in blocks(PAGES[page], "python"):
+        for url, path in datasets.items():
+            code = code.replace(f'"{url}"', repr(str(path)))
+        exec(compile(code, page, "exec"), names)
+    if page == "README.md":
+        assert names["loader"].epoch == 1, "the second pass ends the first epoch"
         assert names["batch"]["images"].shape[2:] == (3, 336, 336)
-        assert names.get("state", {"step": 1})["step"] >= 1
+    if page == "docs/resuming.md":
+        assert len(str(names["state"])) < 2000
 
 
-def test_every_file_that_the_architecture_names_exists():
-    text = (ROOT / "ARCHITECTURE.md").read_text()
-    for package in ("shardspec", "preprocess", "loader"):
-        table = text.split(f"| {package}/ | |")[1].split("\n\n")[0]
-        for name in re.findall(r"`([a-z_/]+(?:\.py|/))`", table):
-            assert (ROOT / package / name).exists(), f"{package}/{name}"
-        named = {"__init__.py", "toml.py", "files.py"}
-        for path in (ROOT / package).rglob("*.py"):
-            known = path.name in named or path.parent.name in ("datasets", "tokenizer")
-            assert known or path.name in table, f"{path} is not in ARCHITECTURE.md"
+def test_streaming_page_names_the_keys_of_a_batch(datasets):
+    from loader import StreamingDataset, make_dataloader
+
+    dataset = StreamingDataset(str(datasets["shards/pixmo_cap"]), seed=42)
+    batch = next(iter(make_dataloader(dataset, global_batch_size=8, sequence_length=2048)))
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\w+) `\[(.*?)\]` \|", PAGES["docs/streaming.md"], re.MULTILINE
+    )
+    assert {name for name, _, _ in rows} == set(batch)
+    for name, kind, shape in rows:
+        assert str(batch[name].dtype) == f"torch.{kind}"
+        assert batch[name].ndim == len(shape.split(", "))
+
+
+# --- files
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", PAGES[page]):
+        if target and "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_into_the_repository_exists(page):
+    folders = "shardspec|preprocess|loader|tests|benchmarks|docs|examples"
+    named = re.findall(
+        rf"(?<![\w/])(?:{folders})/[\w./]*\w\.\w+|(?:{folders})/[\w/]+/`", PAGES[page]
+    )
+    named = {name.rstrip("`") for name in named if "NAME" not in name and "train-000" not in name}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_room_has_its_row_in_the_architecture(package):
+    """A room is a folder or a single module; its row covers what is in it."""
+    table = PAGES["ARCHITECTURE.md"].split(f"| {package} | decides | never |")[1].split("\n\n")[0]
+    first = [line.split(" | ")[0] for line in table.splitlines()]
+    named = [name for cell in first for name in re.findall(r"`(\w+/?)`", cell)]
+    rooms = [
+        f"{path.name}/" if path.is_dir() else path.stem
+        for path in (ROOT / package).iterdir()
+        if path.name not in ("__init__.py", "__pycache__")
+        and (path.is_dir() or path.suffix == ".py")
+    ]
+    assert sorted(named) == sorted(rooms)
+
+
+def test_floors_of_the_architecture_are_the_ones_that_are_enforced():
+    drawing = PAGES["ARCHITECTURE.md"].split("## Floors")[1].split("```")[1].strip("\n").split("\n")
+    head, _, *lines = drawing
+    starts = [head.index(package) for package in FLOORS]
+    for package, start, stop in zip(FLOORS, starts, [*starts[1:], None], strict=True):
+        floors = [set(line[start:stop].split()) for line in reversed(lines)]
+        assert tuple(floor for floor in floors if floor) == FLOORS[package]
