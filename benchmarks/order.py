@@ -31,11 +31,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loader.order.mixture import MixtureGroup, MixtureOrder, MixtureSource, plan_mixture
-from loader.order.order import Order, plan_order, rank_positions
+from loader.order.config import plan_order
+from loader.order.mixture import MixtureOrder
+from loader.order.mixture_config import plan_mixture
+from loader.order.order import Order
 from loader.order.packing import PackConfig, balance_ranks, plan_run
 from loader.order.permutation import _by_feistel, keyed_array, permute
 from loader.order.schedule import PackSchedule, SlotSchedule, plan_packing
+from loader.order.slots import rank_positions
+from loader.order.weights import MixtureGroup, MixtureSource
 from loader.topology import Topology
 
 SHARDS, PER_SHARD = 1024, 1000

@@ -5,25 +5,10 @@ which rows a rank's batch has. Never reads a file, a clock or the environment, a
 sample's content.
 """
 
-from loader.order.mixture import (
-    MixtureConfig,
-    MixtureGroup,
-    MixtureOrder,
-    MixtureSource,
-    Stop,
-    Weighting,
-    plan_mixture,
-)
-from loader.order.order import (
-    Order,
-    OrderConfig,
-    Passes,
-    Slots,
-    Tail,
-    epoch_of,
-    plan_order,
-    rank_positions,
-)
+from loader.order.config import OrderConfig, Tail, plan_order
+from loader.order.mixture import MixtureOrder, Stop
+from loader.order.mixture_config import MixtureConfig, plan_mixture
+from loader.order.order import Order
 from loader.order.packing import PackConfig
 from loader.order.schedule import (
     BucketSchedule,
@@ -34,6 +19,8 @@ from loader.order.schedule import (
     SlotSchedule,
     plan_packing,
 )
+from loader.order.slots import Passes, Slots, epoch_of, rank_positions
+from loader.order.weights import MixtureGroup, MixtureSource, Weighting
 
 __all__ = [
     "BucketSchedule",

@@ -25,9 +25,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from loader.order.mixture import MixtureOrder
-from loader.order.order import Order, Slots, epoch_of, rank_positions
+from loader.order.order import Order
 from loader.order.packing import PackConfig, PackStream, balance_ranks, plan_run
 from loader.order.permutation import keyed_array, permute
+from loader.order.slots import Slots, epoch_of, rank_positions
 from loader.topology import Topology
 from shardspec.errors import ConfigError
 

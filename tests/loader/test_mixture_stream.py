@@ -14,7 +14,7 @@ from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
 from loader.dataloader import make_dataloader
 from loader.mixture_stream import IterableDatasetMixture
-from loader.order.mixture import mixture_weights
+from loader.order.weights import mixture_weights
 from loader.raw import RawDataset
 from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import ConfigError, StateError
@@ -29,7 +29,7 @@ SIZES = {"ant": 16, "bee": 36, "cat": 4}
 def short_word():
     """A mixture's word of 64 batches: built in 2 ms instead of 100."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loader.order.mixture._MIN_WORD_SLOTS", 1)
+        patch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)
         yield
 
 

@@ -3,7 +3,8 @@ import pytest
 
 from loader.__main__ import main
 from loader.cli.plan import Cluster, describe_plan, plan_cluster
-from loader.order.order import Order, plan_order
+from loader.order.config import plan_order
+from loader.order.order import Order
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import Manifest, ShardEntry, SplitEntry, TokenizerEntry

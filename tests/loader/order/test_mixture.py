@@ -9,18 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loader.order.mixture
-from loader.order.mixture import (
-    MixtureChange,
-    MixtureConfig,
-    MixtureGroup,
-    MixtureMember,
-    MixtureOrder,
-    MixtureSource,
-    mixture_weights,
-    plan_mixture,
-)
-from loader.order.order import rank_positions
+import loader.order.pattern
+from loader.order.mixture import MixtureOrder
+from loader.order.mixture_config import MixtureChange, MixtureConfig, MixtureMember, plan_mixture
+from loader.order.slots import rank_positions
+from loader.order.weights import MixtureGroup, MixtureSource, mixture_weights
 from shardspec.errors import ConfigError, StateError
 
 
@@ -122,7 +115,7 @@ def test_every_prefix_of_a_run_and_of_a_change_is_within_two_samples(
     sizes, batch, by, change, again
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loader.order.mixture._MIN_WORD_SLOTS", 1)  # 64 batches: many borders
+        patch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)  # 64 batches: many borders
         order = mixed(sizes, by=by, batch=batch, ranks=2)
         weights = [1 + i % 3 for i in range(len(sizes))]
         order = order.changed(step=change, global_batch_size=again, weights=weights)
@@ -237,7 +230,7 @@ def test_change_of_weights_and_batch_counts_on():
 def test_any_change_lets_every_dataset_finish_its_epoch(sizes, changes, workers):
     """Weights, batches and widths; datasets that get lanes, lose them, or pause."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loader.order.mixture._MIN_WORD_SLOTS", 1)
+        patch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)
         base = MixtureConfig(
             members=tuple(member(f"d{i}", n, 1.0) for i, n in enumerate(sizes)),
             global_batch_size=8,
@@ -455,4 +448,4 @@ def test_tables_are_bounded_by_the_word_not_by_the_samples():
     assert slots.sample.max() > 10**9
     word = order._segments[0].word
     tables = [table for table in vars(word).values() if isinstance(table, np.ndarray)]
-    assert sum(table.nbytes for table in tables) < 24 * loader.order.mixture._MIN_WORD_SLOTS
+    assert sum(table.nbytes for table in tables) < 24 * loader.order.pattern._MIN_WORD_SLOTS

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader.order.order import (
-    Order,
+from loader.order.config import (
     OrderConfig,
     RampStep,
     default_canonical_ranks,
     pick_block_size,
     plan_order,
-    rank_positions,
 )
+from loader.order.order import Order
+from loader.order.slots import rank_positions
 from shardspec.errors import ConfigError, StateError
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 24, 48)

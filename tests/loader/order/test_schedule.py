@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader.order.mixture import MixtureOrder, MixtureSource, plan_mixture
-from loader.order.order import Order, plan_order
+from loader.order.config import plan_order
+from loader.order.mixture import MixtureOrder
+from loader.order.mixture_config import plan_mixture
+from loader.order.order import Order
 from loader.order.schedule import BucketSchedule, PackSchedule, SlotSchedule, plan_packing
+from loader.order.weights import MixtureSource
 from loader.topology import Topology
 from shardspec.errors import ConfigError
 

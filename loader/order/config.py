@@ -1,0 +1,279 @@
+"""What an order depends on: a dozen integers, and how they are chosen.
+
+Nothing here knows ranks or workers of a run: the same configuration means the same samples on any
+number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from loader.order.slots import require_count, require_multiple
+from shardspec.errors import ConfigError, StateError
+
+ORDER_VERSION = 1
+"""Version of the order itself: the same configuration and version mean the same samples."""
+
+
+Layout = Literal["lanes", "global", "sequential"]
+Tail = Literal["wrap", "drop_last", "pad"]
+
+
+MIN_LANE_LENGTH = 32
+"""Shorter lanes are not planned: their borders would cost more than 3 % of padding or drops."""
+
+
+_MAX_CANONICAL_RANKS = 192  # default width: 2**6 * 3, divided by 14 numbers of ranks
+
+
+_BLOCKS_PER_SUBSLICE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RampStep:
+    """A change of the global batch size from one step on."""
+
+    step: int
+    """First step with the new size, >= 1."""
+    global_batch_size: int
+    """Samples per step from there on, a multiple of the canonical ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderConfig:
+    """Everything the order depends on: a dozen integers. `plan_order` fills in good values."""
+
+    num_samples: int
+    """N, samples in the dataset, >= 1."""
+    global_batch_size: int
+    """B, slots per step, >= 1."""
+    seed: int
+    """Seed of the order, 0 to 2**64 - 1."""
+    tail: Tail = "wrap"
+    """How an epoch ends. "wrap": the next epoch begins inside the batch, nothing is dropped or
+    repeated. "drop_last": an epoch has only full turns; other samples are left out each time.
+    "pad": every sample once, the remaining slots repeat samples with `real` False."""
+    layout: Layout = "lanes"
+    """See the module's text."""
+    canonical_ranks: int = 1
+    """U, a divisor of the global batch; best a multiple of the numbers of ranks in use."""
+    canonical_workers: int = 8
+    """Kc; best a multiple of the numbers of workers in use (8, or 24 for 3, 6, 12 too)."""
+    active_blocks: int = 8
+    """A, blocks that a lane reads side by side."""
+    block_size: int = 1
+    """c, samples per block; 1 is a full global shuffle."""
+    ramp: tuple[RampStep, ...] = ()
+    """Later global batch sizes, by increasing step; tail "wrap" only."""
+    since: int = 0
+    """First step that this order lays out, >= 0."""
+    before: OrderConfig | None = None
+    """The order of the steps before, of the same seed; its epoch is finished first (rest.py)."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_samples", "global_batch_size", "canonical_ranks", "canonical_workers")
+        for name in (*counts, "active_blocks", "block_size"):
+            require_count(name, getattr(self, name))
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError("order_seed", seed=self.seed)
+        _require_name("tail", self.tail, ("wrap", "drop_last", "pad"))
+        _require_name("layout", self.layout, ("lanes", "global", "sequential"))
+        if self.num_samples * self.num_lanes >= 2**62:
+            raise ConfigError("order_size", num_samples=self.num_samples, num_lanes=self.num_lanes)
+        if self.layout == "lanes" and self.num_samples < self.num_lanes:
+            raise ConfigError(
+                "order_layout.few", num_samples=self.num_samples, num_lanes=self.num_lanes
+            )
+        for batch in (self.global_batch_size, *(change.global_batch_size for change in self.ramp)):
+            require_multiple(batch, self.canonical_ranks, of="canonical ranks")
+        self._check_before()
+        steps = [self.since, *(change.step for change in self.ramp)]
+        if self.ramp and (self.tail != "wrap" or sorted(set(steps)) != steps):
+            raise ConfigError("order_ramp", tail=self.tail, steps=steps[1:])
+        if self.tail == "drop_last" and self.steps_per_epoch == 0:
+            raise ConfigError(
+                "order_empty", num_samples=self.num_samples, batch=self.global_batch_size
+            )
+
+    def _check_before(self) -> None:
+        before = self.before
+        if before is None and self.since == 0:
+            return
+        if before is None or not (
+            before.tail == self.tail == "wrap"
+            and before.seed == self.seed
+            and before.num_samples <= self.num_samples
+            and (before.layout == "sequential") == (self.layout == "sequential")
+            and before.since < self.since
+            and all(change.step < self.since for change in before.ramp)
+        ):
+            raise ConfigError("order_before", since=self.since, before=before and before.to_dict())
+
+    @property
+    def num_lanes(self) -> int:
+        """V, lanes of the run."""
+        return self.canonical_ranks * self.canonical_workers
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch: exact for "drop_last" and "pad", rounded up for "wrap"."""
+        if self.tail == "wrap" or self.layout != "lanes":
+            down, rest = divmod(self.num_samples, self.global_batch_size)
+            return down + (rest > 0 and self.tail != "drop_last")
+        share = self.global_batch_size // self.canonical_ranks
+        shortest, longer = divmod(self.num_samples, self.num_lanes)
+        if self.tail == "drop_last":
+            return self.canonical_workers * (shortest // share)
+        return self.canonical_workers * -(-(shortest + (longer > 0)) // share)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration in plain JSON types, `version` first."""
+        return {
+            "version": ORDER_VERSION,
+            **asdict(self),
+            "ramp": [asdict(c) for c in self.ramp],
+            "before": self.before and self.before.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> OrderConfig:
+        """Restores a configuration from `to_dict`.
+
+        Raises:
+          StateError: `order_version` or `order_fields`.
+          ConfigError: A value is not valid.
+        """
+        if state.get("version") != ORDER_VERSION:
+            raise StateError("order_version.order", got=state.get("version"), want=ORDER_VERSION)
+        known = {field.name for field in fields(cls)}
+        given = set(state) - {"version"}
+        if given != known:
+            raise StateError(
+                "order_fields", missing=sorted(known - given), unknown=sorted(given - known)
+            )
+        values = {name: state[name] for name in known}
+        values["ramp"] = tuple(RampStep(**change) for change in state["ramp"])
+        values["before"] = state["before"] and cls.from_dict(state["before"])
+        return cls(**values)
+
+
+def plan_order(
+    num_samples: int,
+    *,
+    global_batch_size: int,
+    seed: int,
+    tail: Tail = "wrap",
+    shuffle: bool = True,
+    canonical_ranks: int | None = None,
+    canonical_workers: int = 8,
+    active_blocks: int = 8,
+    block_size: int = 64,
+) -> OrderConfig:
+    """Chooses the layout and the canonical sizes of a run; never from its ranks or workers.
+
+    Args:
+      num_samples: Samples in the dataset, >= 1.
+      global_batch_size: Samples per step over all ranks.
+      seed: Seed of the order, 0 to 2**64 - 1.
+      tail: See `OrderConfig`.
+      shuffle: False gives the samples in the order of their ids.
+      canonical_ranks: A divisor of the global batch, ideally a multiple of every number of ranks
+        that the run may have and at most four times that number. None: the divisor up to 192 that
+        has most divisors itself.
+      canonical_workers: 8 covers 1, 2, 4, 8 workers; 24 covers 3, 6, 12, 24 as well.
+      active_blocks: Blocks that a lane reads side by side.
+      block_size: Samples per block to aim for; less where the dataset is small, and moved up to
+        half again so that reads come evenly (`pick_block_size`).
+
+    Returns:
+      The configuration; store it in the run's state and reuse it on resume.
+
+    >>> plan_order(700_000, global_batch_size=256, seed=1).canonical_ranks
+    128
+    """
+    require_count("num_samples", num_samples)
+    require_count("global_batch_size", global_batch_size)
+    for name, value in (("active_blocks", active_blocks), ("block_size", block_size)):
+        require_count(name, value)
+    ranks = canonical_ranks or default_canonical_ranks(global_batch_size)
+    lanes = ranks * canonical_workers
+    # With "drop_last" and "pad" an epoch is rounded to turns of Kc steps: lanes must be long in
+    # turns for that to be small, not only long in samples.
+    turn = 1 if tail == "wrap" else max(1, global_batch_size // ranks)
+    layout: Layout = "lanes" if num_samples >= MIN_LANE_LENGTH * lanes * turn else "global"
+    if not shuffle:
+        layout = "sequential"
+    if layout == "lanes":
+        block_size = pick_block_size(
+            num_samples, num_lanes=lanes, active_blocks=active_blocks, target=block_size
+        )
+    return OrderConfig(
+        num_samples=num_samples,
+        global_batch_size=global_batch_size,
+        seed=seed,
+        tail=tail,
+        layout=layout,
+        canonical_ranks=ranks,
+        canonical_workers=canonical_workers,
+        active_blocks=active_blocks,
+        block_size=block_size if layout == "lanes" else 1,
+    )
+
+
+def default_canonical_ranks(global_batch_size: int) -> int:
+    """Chooses the divisor of the batch, at most 192, that most numbers of ranks divide.
+
+    >>> [default_canonical_ranks(batch) for batch in (32, 48, 256, 1000, 1536)]
+    [32, 48, 128, 100, 192]
+    """
+    limit = min(global_batch_size, _MAX_CANONICAL_RANKS)
+    divisors = [n for n in range(1, limit + 1) if global_batch_size % n == 0]
+    return max(divisors, key=lambda n: (sum(n % d == 0 for d in range(1, n + 1)), n))
+
+
+def pick_block_size(num_samples: int, *, num_lanes: int, active_blocks: int, target: int) -> int:
+    """Chooses the block size near a target for which blocks are opened at an even pace.
+
+    Sub-slice i of the whole line starts near i * N / (V A), and opens a block whenever it crosses
+    a multiple of c. The pace is even if these starts are spread evenly modulo c, over the
+    sub-slices of a lane, of a rank's 8 lanes and of a node's 64. Spread is measured by the
+    discrepancy: the most sub-slices that any range of residues holds beyond its fair share.
+
+    Args:
+      num_samples: N.
+      num_lanes: V.
+      active_blocks: A.
+      target: Samples per block to aim for, >= 1; lowered where sub-slices would be shorter than
+        four blocks, so that blocks do get shuffled.
+
+    Returns:
+      A block size from 3/4 to 3/2 of the target: the most even, of equals the nearest.
+    """
+    target = max(1, min(target, num_samples // (_BLOCKS_PER_SUBSLICE * num_lanes * active_blocks)))
+    candidates = range(max(1, -(-target * 3 // 4)), max(1, target * 3 // 2) + 1)
+    cells = num_lanes * active_blocks
+    starts = np.arange(min(64 * active_blocks, cells), dtype=np.int64) * num_samples // cells
+    crowds = (active_blocks, 8 * active_blocks, 64 * active_blocks)
+
+    def unevenness(size: int) -> tuple[float, int]:
+        residues = starts % size
+        total = 0.0
+        for crowd in crowds:
+            seen = residues[:crowd]
+            below = np.cumsum(np.bincount(seen, minlength=size)) * size
+            excess = below - len(seen) * np.arange(1, size + 1)
+            total += int(excess.max() - excess.min()) / size
+        return total, abs(size - target)
+
+    return min(candidates, key=unevenness)
+
+
+def _require_name(field: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise ConfigError(
+            f"order_{field}.unknown", where=field, field=field, name=name, known=", ".join(known)
+        )

@@ -1,0 +1,199 @@
+"""What the order of a mixture depends on: datasets, weights, sizes, and changes on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from loader.order.config import default_canonical_ranks
+from loader.order.weights import MixtureGroup, MixtureSource, mixture_weights, require
+from shardspec.errors import StateError
+
+MIXTURE_VERSION = 2
+"""Version of the order of mixtures: the same configuration and version mean the same samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureMember:
+    """One dataset of a flat mixture."""
+
+    name: str
+    num_samples: int
+    weight: float
+    """Share of the slots, >= 0; weights need not sum to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureChange:
+    """Other weights, another global batch size or another width from one step on."""
+
+    step: int
+    """First step of the change, >= 1."""
+    global_batch_size: int
+    weights: tuple[float, ...]
+    """One weight per member; 0 leaves a dataset out."""
+    canonical_ranks: int
+    """A divisor of the global batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureConfig:
+    """Everything a mixture's order depends on; never ranks or workers."""
+
+    members: tuple[MixtureMember, ...]
+    global_batch_size: int
+    """Slots per step, >= 1."""
+    seed: int
+    """Seed of the run."""
+    canonical_ranks: int
+    """A divisor of every global batch size; see `OrderConfig`."""
+    canonical_workers: int = 8
+    active_blocks: int = 8
+    """Blocks a lane reads side by side over all datasets, shared out by weight; each has one."""
+    block_size: int = 64
+    """Samples per block to aim for; each dataset gets its own, as `pick_block_size` says."""
+    changes: tuple[MixtureChange, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "canonical_ranks", "canonical_workers"):
+            require(getattr(self, name) >= 1, "mixture_count", name=name)
+        for name in ("active_blocks", "block_size"):
+            require(getattr(self, name) >= 1, "mixture_count", name=name)
+        require(bool(self.members), "mixture_empty.mixture")
+        names = [member.name for member in self.members]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, "mixture_twice", names=twice)
+        for member in self.members:
+            require(member.num_samples >= 1, "mixture_empty.dataset", name=member.name)
+        steps = [0, *(change.step for change in self.changes)]
+        require(sorted(set(steps)) == steps, "mixture_changes", steps=steps)
+        for segment in self.segments():
+            weights, batch = segment.weights, segment.global_batch_size
+            ranks = segment.canonical_ranks
+            require(
+                len(weights) == len(self.members)
+                and all(math.isfinite(w) and w >= 0 for w in weights)
+                and sum(weights) > 0,
+                "mixture_weights.values",
+                weights=list(weights),
+            )
+            require(
+                batch >= 1 and ranks >= 1 and batch % ranks == 0,
+                "batch_not_divisible.canonical_ranks",
+                batch=batch,
+                ranks=ranks,
+            )
+
+    def segments(self) -> list[MixtureChange]:
+        """Lists the parts of the run, its start first."""
+        first = MixtureChange(
+            step=0,
+            global_batch_size=self.global_batch_size,
+            weights=tuple(member.weight for member in self.members),
+            canonical_ranks=self.canonical_ranks,
+        )
+        return [first, *self.changes]
+
+    def changed(
+        self,
+        *,
+        step: int,
+        global_batch_size: int,
+        weights: Sequence[float] | None = None,
+        canonical_ranks: int | None = None,
+    ) -> MixtureConfig:
+        """Returns the mixture with a change from a step on; later ones are forgotten.
+
+        Raises:
+          ConfigError: `mixture_weights`, `mixture_changes`, `batch_not_divisible`.
+        """
+        kept = tuple(change for change in self.changes if change.step < step)
+        last = replace(self, changes=kept).segments()[-1]
+        change = MixtureChange(
+            step=step,
+            global_batch_size=global_batch_size,
+            weights=last.weights if weights is None else tuple(weights),
+            canonical_ranks=canonical_ranks or last.canonical_ranks,
+        )
+        if step:
+            return replace(self, changes=(*kept, change))
+        same = len(change.weights) == len(self.members)
+        require(same, "mixture_weights.count", datasets=len(self.members))
+        pairs = zip(self.members, change.weights, strict=True)
+        return replace(
+            self,
+            members=tuple(replace(member, weight=weight) for member, weight in pairs),
+            global_batch_size=global_batch_size,
+            canonical_ranks=change.canonical_ranks,
+            changes=(),
+        )
+
+    def with_width(self, other: MixtureConfig, *, step: int) -> MixtureConfig:
+        """Returns the mixture with another one's global batch and width from a step on."""
+        last = self.segments()[-1]
+        wanted = (other.global_batch_size, other.canonical_ranks)
+        if (last.global_batch_size, last.canonical_ranks) == wanted:
+            return self
+        return self.changed(step=step, global_batch_size=wanted[0], canonical_ranks=wanted[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration in plain JSON types, `version` first."""
+        return {
+            "version": MIXTURE_VERSION,
+            **asdict(self),
+            "members": [asdict(member) for member in self.members],
+            "changes": [
+                {**asdict(change), "weights": list(change.weights)} for change in self.changes
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> MixtureConfig:
+        """Restores a configuration from `to_dict`.
+
+        Raises:
+          StateError: `order_version` or `order_fields`.
+        """
+        known = {field.name for field in fields(cls)}
+        if state.get("version") != MIXTURE_VERSION or set(state) - {"version"} != known:
+            raise StateError(
+                "order_version.mixture",
+                got=state.get("version"),
+                want=MIXTURE_VERSION,
+                other_fields=sorted(set(state) - {"version"} ^ known),
+            )
+        values = {name: state[name] for name in known}
+        values["members"] = tuple(MixtureMember(**member) for member in state["members"])
+        values["changes"] = tuple(
+            MixtureChange(**{**change, "weights": tuple(change["weights"])})
+            for change in state["changes"]
+        )
+        return cls(**values)
+
+
+def plan_mixture(
+    sources: MixtureGroup | Sequence[MixtureSource],
+    *,
+    global_batch_size: int,
+    seed: int,
+    unit: Literal["samples", "tokens"] = "samples",
+    canonical_ranks: int | None = None,
+    canonical_workers: int = 8,
+) -> MixtureConfig:
+    """Flattens sources to weights and chooses the canonical sizes, as `plan_order` does."""
+    group = sources
+    if not isinstance(group, MixtureGroup):
+        group = MixtureGroup(sources=tuple(group))
+    members = tuple(
+        MixtureMember(name=source.name, num_samples=source.num_samples, weight=weight)
+        for source, weight in mixture_weights(group, unit=unit)
+    )
+    return MixtureConfig(
+        members=members,
+        global_batch_size=global_batch_size,
+        seed=seed,
+        canonical_ranks=canonical_ranks or default_canonical_ranks(global_batch_size),
+        canonical_workers=canonical_workers,
+    )

@@ -1,0 +1,112 @@
+"""Weights of a mixture: nested groups of datasets to one share of the samples per dataset."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from shardspec.errors import ConfigError
+
+Weighting = Literal["rate", "root_size", "size"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureSource:
+    """One dataset of a mixture, with its weight among its siblings."""
+
+    name: str
+    """Unique name; the dataset's own seed derives from it."""
+    num_samples: int
+    """Samples in the dataset, >= 1."""
+    rate: float = 1.0
+    """Factor of its weight, >= 0."""
+    size: int | None = None
+    """Counts as this many samples in weighting by size; None: as `num_samples`."""
+    mean_tokens: float | None = None
+    """Mean tokens of a sample; needed where weights are shares of tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureGroup:
+    """Sources or groups that share a weight."""
+
+    sources: tuple[MixtureSource | MixtureGroup, ...]
+    rate: float = 1.0
+    """Factor of the group's weight among its siblings, >= 0."""
+    by: Weighting = "rate"
+    """How members share: by rate alone, or rate times the size or its square root. A group in a
+    group counts with the sum of its members' sizes."""
+
+
+def mixture_weights(
+    group: MixtureGroup, *, unit: Literal["samples", "tokens"] = "samples"
+) -> list[tuple[MixtureSource, float]]:
+    """Flattens nested groups to one weight per source.
+
+    Inside a group a member weighs rate, rate * size or rate * sqrt(size); the weights of a group
+    sum to its own weight among its siblings. The root's sum is 1.
+
+    Args:
+      group: The root.
+      unit: What weights are shares of. With "tokens", a source's share of samples is its weight
+        divided by its `mean_tokens`.
+
+    Returns:
+      (source, share of the samples), in the order written.
+
+    Raises:
+      ConfigError: `mixture_weights`, `mixture_twice` or `mixture_mean_tokens`.
+
+    >>> a = MixtureSource(name="a", num_samples=100)
+    >>> b = MixtureSource(name="b", num_samples=900)
+    >>> [w for _, w in mixture_weights(MixtureGroup(sources=(a, b), by="root_size"))]
+    [0.25, 0.75]
+    """
+    flat = _flatten(group, 1.0)
+    names = [source.name for source, _ in flat]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, "mixture_twice", names=twice)
+    if unit == "samples":
+        return flat
+    shares = []
+    for source, weight in flat:
+        if not source.mean_tokens or source.mean_tokens <= 0:
+            raise ConfigError(
+                "mixture_mean_tokens", where=source.name, mean_tokens=source.mean_tokens
+            )
+        shares.append((source, weight / source.mean_tokens))
+    total = math.fsum(share for _, share in shares)
+    return [(source, share / total) for source, share in shares]
+
+
+def _flatten(group: MixtureGroup, weight: float) -> list[tuple[MixtureSource, float]]:
+    require(bool(group.sources), "mixture_empty.group")
+    powers = {"rate": 0.0, "root_size": 0.5, "size": 1.0}
+    require(group.by in powers, "mixture_weights.by", by=group.by)
+    raw = []
+    for source in group.sources:
+        ok = math.isfinite(source.rate) and source.rate >= 0
+        require(ok, "mixture_weights.rate", rate=source.rate)
+        raw.append(source.rate * _size(source) ** powers[group.by])
+    total = math.fsum(raw)
+    require(total > 0, "mixture_weights.zero")
+    flat = []
+    for source, share in zip(group.sources, raw, strict=True):
+        part = weight * share / total
+        if isinstance(source, MixtureGroup):
+            flat.extend(_flatten(source, part))
+        else:
+            flat.append((source, part))
+    return flat
+
+
+def _size(source: MixtureSource | MixtureGroup) -> int:
+    if isinstance(source, MixtureGroup):
+        return sum(_size(member) for member in source.sources)
+    return source.num_samples if source.size is None else source.size
+
+
+def require(condition: bool, code: str, **facts: object) -> None:
+    if not condition:
+        raise ConfigError(code, facts=facts)
