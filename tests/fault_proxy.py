@@ -18,6 +18,7 @@ import contextlib
 import os
 import random
 import re
+import socket
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -130,27 +131,49 @@ class FaultProxy:
     async def _serve(self):
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self._tasks = set()
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=2 * _CHUNK)
-        self.port = server.sockets[0].getsockname()[1]
-        self._started.set()
-        await self._stop.wait()
-        server.close()
+        self._tasks, self._connections, self._writers = set(), [], []
+        # asyncio's own server leaves connections open that come just before it is closed.
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setblocking(False)
+            self._loop.add_reader(listener, self._accept, listener)
+            self.port = listener.getsockname()[1]
+            self._started.set()
+            await self._stop.wait()
+            self._loop.remove_reader(listener)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Nothing may be left open when the loop ends: the ResourceWarning of a connection that the
+        # garbage collector finds fails a later test. `close` would wait for peers that do not read.
+        for writer in self._writers:
+            writer.transport.abort()
+        closed = [writer.wait_closed() for writer in self._writers]
+        await asyncio.gather(*closed, return_exceptions=True)
+        for connection in self._connections:
+            connection.close()
 
-    async def _accept(self, reader, writer):
-        task = asyncio.current_task()
-        self._tasks.add(task)
-        upstream = _Upstream(self.upstream.hostname, self.upstream.port)
+    def _accept(self, listener):
+        with contextlib.suppress(BlockingIOError):
+            connection, _ = listener.accept()
+            self._connections.append(connection)
+            task = self._loop.create_task(self._answer(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, **where):
+        reader, writer = await asyncio.open_connection(limit=2 * _CHUNK, **where)
+        self._writers.append(writer)
+        return reader, writer
+
+    async def _answer(self, connection):
+        reader, writer = await self._connect(sock=connection)
+        upstream = _Upstream(self.upstream, self._connect)
         try:
             while True:
                 await self._exchange(reader, writer, upstream)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError, _Hangup):
             pass
         finally:
-            self._tasks.discard(task)
             writer.close()
             upstream.close()
 
@@ -270,14 +293,14 @@ class FaultProxy:
 class _Upstream:
     """A connection to the store, made when it is needed."""
 
-    def __init__(self, host, port):
-        self.host, self.port = host, port
+    def __init__(self, url, connect):
+        self._url, self._connect = url, connect
         self.reader = self.writer = None
 
     async def connect(self):
         if self.writer is None:
-            self.reader, self.writer = await asyncio.open_connection(
-                self.host, self.port, limit=2 * _CHUNK
+            self.reader, self.writer = await self._connect(
+                host=self._url.hostname, port=self._url.port
             )
 
     def close(self):

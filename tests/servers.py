@@ -1,9 +1,10 @@
 """Real object stores on loopback: an S3 server (SeaweedFS) and a GCS server (fake-gcs-server).
 
 Each is a process of its own on free ports, with its objects in a folder of its own, and is killed
-by its handle: neither needs a graceful end, and what was acknowledged survives. A server knows
-the environment that points clients at it (`env`); nothing of it stands in this process's
-environment but inside `entered()`. Clients are handed it explicitly, subprocesses too.
+by its handle: neither needs a graceful end, and what was acknowledged survives. On Linux it does
+not outlive the process that started it, even if that is killed. A server knows the environment that
+points clients at it (`env`); nothing of it stands in this process's environment but inside
+`entered()`. Clients are handed it explicitly, subprocesses too.
 
     with s3_server(folder) as server:
         bucket = server.make_bucket()  # "s3://bucket-0"
@@ -17,6 +18,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +35,14 @@ SECRET_KEY = "test-secret-key"
 
 _STARTS_WITHIN_S = 60
 
+_WITH_PARENT = f"""
+import ctypes, os, sys
+parent, *command = sys.argv[1:]
+ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)})  # PR_SET_PDEATHSIG; exec keeps it
+if os.getppid() == int(parent):  # else the parent was gone before the kernel was told
+    os.execv(command[0], command)
+"""
+
 
 def free_ports(number):
     """Finds TCP ports on loopback that nobody listens on."""
@@ -41,6 +51,16 @@ def free_ports(number):
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def with_parent(command):
+    """Gives a command whose process is killed when the thread that started it ends.
+
+    The kernel does it (on Linux), so it holds for a suite that is killed too.
+    """
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", _WITH_PARENT, str(os.getpid()), *command]
 
 
 class Server:
@@ -65,7 +85,7 @@ class Server:
         """
         with (self.folder.with_suffix(".log")).open("ab") as log:
             self.process = subprocess.Popen(
-                self.command(),
+                with_parent(self.command()),
                 env={**os.environ, **self.process_env()},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -96,6 +116,12 @@ class Server:
         """Kills the process at once, as a power cut would; `start` brings it back."""
         self.process.kill()
         self.process.wait(30)
+
+    def close(self):
+        """Kills the process and closes the connections of `client()`."""
+        self.kill()
+        if self._client is not None:
+            close_client(self._client)
 
     def answers(self):
         """Tells whether the server answers requests."""
@@ -266,9 +292,23 @@ def forget_clients():
     """Makes fsspec forget the clients it keeps, which hold on to the environment they began in."""
     for protocol in ("s3", "gs"):
         with contextlib.suppress(ImportError):
-            fsspec.get_filesystem_class(protocol).clear_instance_cache()
+            kind = fsspec.get_filesystem_class(protocol)
+            for client in list(kind._cache.values()):
+                close_client(client)
+            kind.clear_instance_cache()
     fsspec.config.conf.clear()
     fsspec.config.set_conf_env(fsspec.config.conf)
+
+
+def close_client(client):
+    """Closes the connections of an fsspec client of S3 or GCS, and waits until they are closed.
+
+    Left to the garbage collector, s3fs and gcsfs close them within some later test, and give that
+    0.1 s, which a busy machine may not have.
+    """
+    session = getattr(client, "_s3creator", None) or getattr(client, "_session", None)
+    if session is not None:
+        fsspec.asyn.sync(client.loop, session.__aexit__, None, None, None)
 
 
 @contextlib.contextmanager
@@ -278,7 +318,7 @@ def _running(server):
     try:
         yield server
     finally:
-        server.kill()
+        server.close()
 
 
 def s3_server(folder):

@@ -1,10 +1,20 @@
 """The servers that the suite starts: they are real, and they keep to themselves."""
 
+import gc
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import warnings
+from pathlib import Path
 
 import pytest
+
+from tests.fault_proxy import FaultProxy
+
+ROOT = Path(__file__).parents[1]
 
 CLIENT = """
 import sys, fsspec
@@ -58,3 +68,49 @@ def test_open_multipart_uploads_are_seen(s3_server):
     assert s3_server.uploads(bucket) == ["set/a"]
     assert s3_server.uploads(f"{bucket}/other") == []
     assert s3_server.objects(bucket) == {}
+
+
+SUITE = """
+import pathlib, sys, time
+from tests import servers
+with servers.{}_server(pathlib.Path(sys.argv[1]) / "server") as server:
+    print(server.process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_a_server_dies_with_the_process_that_started_it(kind, number, tmp_path):
+    command = [sys.executable, "-c", SUITE.format(kind), str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as suite:
+        pid = int(suite.stdout.readline())
+        assert is_running(pid)
+        suite.send_signal(number)
+        assert suite.wait() == -number
+    while is_running(pid):  # pytest-timeout ends a test that waits in vain
+        time.sleep(0.01)
+
+
+def is_running(pid):
+    """A process that nobody has waited for yet has ended all the same."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_a_proxy_leaves_no_connection_open_whoever_is_still_coming():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            # Nobody listens behind it: its clients never ask for anything.
+            with FaultProxy("http://127.0.0.1:1") as proxy:
+                clients = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(20)]
+            for client in clients:
+                client.close()
+        del proxy
+        gc.collect()
+    assert [w.message for w in found if "unclosed" in str(w.message)] == []
