@@ -1,9 +1,11 @@
 """Fixtures that several test files share: the command line as a real process, and small sources."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,6 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from preprocess.job.engines import local
 from tests import inline, servers
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +28,29 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Read when gcsfs is first imported: no gRPC call that a server on loopback cannot answer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
+# Read when torch is first imported, here or in a child: threads that wait for each other in busy
+# loops cost several times what they save once two processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # No deadline: the machine may be busy; pytest-timeout ends what hangs.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
+
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: the
+# tests that interrupt one would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """For `-n auto`: one worker per core, and none where the command line names what to run.
+
+    A worker imports and collects all that the others do: a single room has run by then.
+    """
+    if config.args_source is config.ArgsSource.ARGS or config.option.keyword:
+        return 0
+    return min(len(os.sched_getaffinity(0)), 8)
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +74,48 @@ def s3_servers(tmp_path):
 
 
 @pytest.fixture
-def in_this_process(monkeypatch):
+def in_this_process():
     """Runs the tasks of jobs in this process: the engine has tests of its own."""
-    monkeypatch.setattr(local, "run", inline.run)
+    with inline.jobs():
+        yield
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory):
+    """A function that builds a folder, once for all workers of the suite, and returns it.
+
+    `build_once(name, build)` calls `build(folder)` unless somebody has. The folder is read-only; a
+    test that changes it all the same (as root may) fails the suite at its end.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    made = {}
+
+    def once(name, build):
+        folder = base / f"shared-{name}"
+        if name not in made:
+            with (base / f"shared-{name}.lock").open("a+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+                lock.seek(0)
+                if not lock.read():  # nobody has built it to its end
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                    build(folder)
+                    for path in (*folder.rglob("*"), folder):
+                        path.chmod(0o555 if path.is_dir() else 0o444)
+                    lock.write("built")
+            made[name] = _stamps(folder)
+        return folder
+
+    yield once
+    changed = {name for name, before in made.items() if _stamps(base / f"shared-{name}") != before}
+    assert not changed, f"a test has changed what all share: {sorted(changed)}"
+
+
+def _stamps(folder):
+    paths = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in paths.items()}
 
 
 @pytest.fixture
@@ -246,14 +306,28 @@ def captioned_rows():
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(session_cli, tmp_path_factory):
-    """The folder of a small finished dataset: 24 generated rows in 3 shards, split "train"."""
-    folder = tmp_path_factory.mktemp("tiny")
-    session_cli.good(
-        *("shards", "pixmo_cap", "--source", "sample", "--limit", 24, "--num-shards", 3),
-        *("--out", folder / "out", "--cache", folder / "cache", "--workers", 2),
-    )
-    return folder / "out"
+def tiny_dataset(session_cli, build_once):
+    """The folder of a small finished dataset: 24 generated rows in 3 shards, split "train".
+
+    It is read-only: `tiny_copy` may be changed.
+    """
+
+    def build(folder):
+        session_cli.good(
+            *("shards", "pixmo_cap", "--source", "sample", "--limit", 24, "--num-shards", 3),
+            *("--out", folder / "out", "--cache", folder / "cache", "--workers", 2),
+        )
+
+    return build_once("tiny", build) / "out"
+
+
+@pytest.fixture
+def tiny_copy(tiny_dataset, tmp_path):
+    """A copy of the tiny dataset in `tmp_path / "out"`, to be changed."""
+    for path in (tiny_dataset, *sorted(tiny_dataset.rglob("*"))):
+        copy = tmp_path / "out" / path.relative_to(tiny_dataset)
+        copy.mkdir() if path.is_dir() else shutil.copyfile(path, copy)
+    return tmp_path / "out"
 
 
 def _tiny_sample(i, *, num_images=1, num_branches=1, num_variants=2, size=(28, 28)):

@@ -1,5 +1,9 @@
 """Jobs without processes and without a screen, for tests and benchmarks of what the jobs do."""
 
+import contextlib
+from unittest import mock
+
+from preprocess.job.engines import local
 from preprocess.job.engines.local import Deferred, TaskDone, TaskProgress
 
 
@@ -33,3 +37,10 @@ def run(tasks, *, work, context, num_workers):  # noqa: ARG001 - as preprocess.j
             value = value.finish()
         yield from (TaskProgress(task=task, note=note) for note in noted)
         yield TaskDone(task=task, value=value)
+
+
+@contextlib.contextmanager
+def jobs():
+    """Runs the tasks of jobs in this process until the block ends."""
+    with mock.patch.object(local, "run", run):
+        yield

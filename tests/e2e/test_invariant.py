@@ -36,6 +36,7 @@ from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import SampleError
 from shardspec.keyed import dataset_seed
 from shardspec.tiling import ImageView
+from tests import inline
 
 SEED = 7
 EPOCHS = (0, 1)
@@ -244,7 +245,8 @@ def build(case, source, folder, *, limit=None):
         num_shards=2,
         cache=str(folder / "cache"),
     )
-    return run_job(settings, Silent())
+    with inline.jobs():
+        return run_job(settings, Silent())
 
 
 def open_both(case, sources, folder):

@@ -13,6 +13,7 @@ from preprocess.text.formatter import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.tiling import ImageView
+from tests import inline
 
 LIMIT = 9
 """The ninth vqa2 row has twelve question-answer pairs."""
@@ -54,7 +55,8 @@ def build(tmp_path_factory):
             num_shards=2,
             cache=str(tmp_path_factory.mktemp("cache")),
         )
-        run_job(settings, Silent())
+        with inline.jobs():
+            run_job(settings, Silent())
         return out, recipe
 
     return make

@@ -16,6 +16,7 @@ from shardspec.keyed import keyed
 from shardspec.manifest import require_manifest
 from shardspec.sample import text_rows
 from shardspec.tiling import ImageView
+from tests import inline
 
 TILES = ImageView(size_px=378, crop_mode="overlap-and-resize-c2", max_crops=4)
 MORE_TILES = ImageView(size_px=378, crop_mode="overlap-and-resize-c2", max_crops=6)
@@ -61,7 +62,8 @@ def built(request, tmp_path_factory):
         num_shards=2,
         cache=str(tmp_path_factory.mktemp("cache")),
     )
-    run_job(settings, Silent())
+    with inline.jobs():
+        run_job(settings, Silent())
     return out
 
 

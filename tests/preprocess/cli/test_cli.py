@@ -1,6 +1,5 @@
 """The command line: help as golden files, exit codes, errors as one block, sizes."""
 
-import shutil
 import signal
 
 import pytest
@@ -148,9 +147,9 @@ def test_output_below_a_file_is_code_1(call, tmp_path):
 
 
 @pytest.fixture
-def dataset(tiny_dataset, tmp_path):
+def dataset(tiny_copy):
     """A copy of a finished dataset, to be damaged."""
-    return shutil.copytree(tiny_dataset, tmp_path / "copy")
+    return tiny_copy
 
 
 def test_output_of_another_job_is_code_3_with_the_difference(cli, dataset):

@@ -40,6 +40,7 @@ from preprocess.text.formatter import STYLES, TextPolicy
 from shardspec.errors import SampleError
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
+from tests import inline
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("preprocess/", "shardspec/")
@@ -521,7 +522,8 @@ def build(tmp_path_factory):
             recipe=RECIPE,
             **{"source": "sample", "limit": 2, **options},
         )
-        run_job(job, Silent())
+        with inline.jobs():
+            run_job(job, Silent())
         return out / "out"
 
     return run

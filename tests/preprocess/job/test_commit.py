@@ -62,6 +62,7 @@ def make_shard(context):
     publish_shard(context, 0, build_shard(context, 0, lambda reason: None), lambda part: None)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_receipt_does_not_outlive_the_bytes_of_its_shard(tmp_path, monkeypatch):
     first = context_of(Job(settings(tmp_path, seed=0)))
     make_shard(first)
@@ -83,6 +84,7 @@ def test_a_receipt_does_not_outlive_the_bytes_of_its_shard(tmp_path, monkeypatch
     assert verify(str(tmp_path / "out"), Silent()) == []
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_lost_tokenizer_is_noticed_and_put_back(tmp_path):
     made = run_job(settings(tmp_path, seed=0), Silent())
     out = tmp_path / "out"

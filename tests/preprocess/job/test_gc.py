@@ -1,7 +1,6 @@
 """GC: what is needed stays, whatever state the output is in; what is ours and not needed goes."""
 
 import os
-import shutil
 
 import pytest
 
@@ -41,7 +40,7 @@ FOREIGN = [
 def out(request, tiny_dataset, tmp_path):
     """A finished dataset on each back end."""
     if request.param == "local":
-        yield str(shutil.copytree(tiny_dataset, tmp_path / "out"))
+        yield str(request.getfixturevalue("tiny_copy"))
         return
     server = request.getfixturevalue(f"{request.param}_server")
     with server.entered():
@@ -133,9 +132,9 @@ def test_tars_of_others_stay_where_the_output_is_their_own_folder(out):
 
 @pytest.mark.usefixtures("in_this_process")
 def test_tars_that_an_import_names_stay_though_the_output_is_reached_over_a_link(
-    tiny_dataset, tmp_path
+    tiny_copy, tmp_path
 ):
-    out = shutil.copytree(tiny_dataset, tmp_path / "out")
+    out = tiny_copy
     give_up(str(out))
     imported((str(out / "train"),), str(out))
     (tmp_path / "link").symlink_to(out)
@@ -192,16 +191,16 @@ def test_unfinished_uploads_of_ours_are_aborted_and_those_of_others_left(s3_serv
     assert s3_server.uploads(bucket) == sorted(set(begun) - {ours})
 
 
-def test_what_is_younger_is_passed_over(tiny_dataset, tmp_path):
-    out = shutil.copytree(tiny_dataset, tmp_path / "out")
+def test_what_is_younger_is_passed_over(tiny_copy, tmp_path):
+    out = tiny_copy
     put(str(out), STRAYS[:2])
     os.utime(out / STRAYS[0], (1_000_000, 1_000_000))
     (found,) = find_strays(str(out), written_before_unix_s=2_000_000).objects
     assert found.name == STRAYS[0]
 
 
-def test_the_command_lists_then_removes(cli, tiny_dataset, tmp_path):
-    out = shutil.copytree(tiny_dataset, tmp_path / "out")
+def test_the_command_lists_then_removes(cli, tiny_copy, tmp_path):
+    out = tiny_copy
     put(str(out), STRAYS[:2])
     listed = cli.good("gc", out, "--dry-run")
     assert STRAYS[0] in listed.out
@@ -219,8 +218,8 @@ def test_the_command_makes_nothing_where_nothing_is(cli, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-def test_the_command_is_refused_while_a_job_runs(cli, tiny_dataset, tmp_path):
-    out = shutil.copytree(tiny_dataset, tmp_path / "out")
+def test_the_command_is_refused_while_a_job_runs(cli, tiny_copy, tmp_path):
+    out = tiny_copy
     put(str(out), STRAYS)
     with output_lock(str(out)):
         finished = cli.run("gc", out)
