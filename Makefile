@@ -74,11 +74,12 @@ stream: $(VENV)/ready ## print one batch of OUT as training sees it
 train: $(VENV)/ready ## train a small vision-language model on OUT
 	@$(PY) examples/train.py '$(OUT)'
 
-test: $(VENV)/ready-dev ## the test suite; ARGS= goes to pytest
-	@$(PY) -m pytest $(ARGS)
+# Compiled modules are kept even where the environment says otherwise: tests start Python 500 times.
+test: $(VENV)/ready-dev ## the test suite, on all cores; ARGS= goes to pytest
+	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(VENV)/ready-dev ## lint, format, types and tests
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest $(ARGS)
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(MAKE) --no-print-directory test ARGS='$(ARGS)'
 
 bench: $(VENV)/ready-bench ## measure the loader beside its limits and beside other loaders; ARGS=--quick
 	@$(PY) benchmarks/loader.py $(ARGS) && $(PY) benchmarks/assemble.py && $(PY) benchmarks/peers.py --plot benchmarks/peers.png $(ARGS)
