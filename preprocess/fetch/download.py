@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import email.utils
 import hashlib
 import io
 import ipaddress
@@ -54,6 +53,7 @@ from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
 from shardspec.errors import BudgetError, ConfigError, nearest
 from shardspec.keyed import hash_text
 from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS
+from shardspec.storage import retry_after_s
 
 if TYPE_CHECKING:
     from aiohttp.abc import ResolveResult  # aiohttp 3.10
@@ -558,7 +558,8 @@ class _Run:
     async def _read(self, response: aiohttp.ClientResponse) -> _Answer:
         status = response.status
         if status != 200:
-            pause_s = _retry_after_s(response) if status in (429, 503) else 0.0
+            now = datetime.now(timezone.utc)
+            pause_s = retry_after_s(response.headers, now=now) if status in (429, 503) else 0.0
             raise _Failure(_status_reason(status), http_status=status, pause_s=pause_s)
         if (response.content_length or 0) > self.policy.max_bytes:
             raise _Failure("too_big", http_status=status)
@@ -647,19 +648,6 @@ def _status_reason(status: int) -> str:
     if 500 <= status <= 599:
         return "http_5xx"
     return "timeout" if status == 408 else f"http_{status}"
-
-
-def _retry_after_s(response: aiohttp.ClientResponse) -> float:
-    """Reads Retry-After, seconds or an HTTP date (RFC 9110, 10.2.3); 0.0 where there is none."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text)
-    try:
-        date = email.utils.parsedate_to_datetime(text)
-    except ValueError:
-        return 0.0
-    now = datetime.now(timezone.utc)
-    return max(0.0, (date.replace(tzinfo=date.tzinfo or timezone.utc) - now).total_seconds())
 
 
 def _ignore(result: FetchResult) -> None:

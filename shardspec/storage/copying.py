@@ -28,7 +28,7 @@ import numpy as np
 
 from shardspec.errors import ShardError
 from shardspec.storage import files
-from shardspec.storage.retries import persist
+from shardspec.storage.retries import with_retries
 from shardspec.storage.upload import (
     MAX_PARTS,
     OnPart,
@@ -121,7 +121,7 @@ def object_version(url: str) -> ObjectVersion | None:
         fs, path = files.filesystem(url)
         fs.invalidate_cache(fs._parent(path))
         try:
-            entry = persist(lambda: fs.info(path), where=url)
+            entry = with_retries(lambda: fs.info(path), where=url)
         except FileNotFoundError:
             return None
         return ObjectVersion(num_bytes=int(entry["size"] or 0), version=version_of_entry(fs, entry))
@@ -329,7 +329,7 @@ class _Sources:
 
 def _fetch(url: str, start: int, stop: int) -> bytes:
     fs, path = files.filesystem(url)
-    return persist(lambda: bytes(fs.cat_file(path, start=start, end=stop)), where=url)
+    return with_retries(lambda: bytes(fs.cat_file(path, start=start, end=stop)), where=url)
 
 
 @contextmanager
@@ -449,7 +449,7 @@ def multipart_copy(
         whole = whole_file(pieces, stamps)
         assert whole is not None
         check_unchanged(whole, stamps[whole])
-        persist(lambda: fs.cp_file(files.filesystem(whole)[1], path), where=url)
+        with_retries(lambda: fs.cp_file(files.filesystem(whole)[1], path), where=url)
         check_unchanged(whole, stamps[whole])
         check_size(fs, path, stamps[whole].num_bytes, where=url)
 
@@ -478,7 +478,7 @@ def _join_in_s3(
             return _copy_part(fs, part.piece, stamps, upload)
         return send_part_s3(fs, b"".join([*map(_read_whole, part.pieces), part.end]), upload, where)
 
-    left = persist(lambda: open_uploads(fs, path), where=where)
+    left = with_retries(lambda: open_uploads(fs, path), where=where)
     for _, upload_id, _ in left:  # by a killed process
         abort_upload(fs, path, upload_id, where=where)
     put_in_parts_s3(
@@ -499,7 +499,7 @@ def _copy_part(
 ) -> str:
     bucket, key, _ = fs.split_path(files.filesystem(piece.url)[1])
     try:
-        done = persist(
+        done = with_retries(
             lambda: fs.call_s3(
                 "upload_part_copy",
                 CopySource={"Bucket": bucket, "Key": key},

@@ -22,18 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 
 from shardspec.errors import ShardsError, StorageError, nearest
 from shardspec.storage import upload
-from shardspec.storage.retries import is_access_refused, is_client_error, persist
+from shardspec.storage.failures import is_access_refused, is_client_error
+from shardspec.storage.retries import with_retries
 from shardspec.storage.stores import STORES_FILE, Store, named_stores
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SCHEMES = ("file", "s3", "gs", "memory")
 """Kinds of URL that the test suite runs against; fsspec knows more."""
@@ -117,7 +116,7 @@ def exists(url: str) -> bool:
         if is_local(url):
             return local_path(url).exists()
         fs, path = filesystem(url)
-        return _patiently(url, lambda: bool(fs.exists(path)))
+        return with_retries(lambda: bool(fs.exists(path)), where=url)
 
 
 def size(url: str) -> int | None:
@@ -128,7 +127,7 @@ def size(url: str) -> int | None:
             return path.stat().st_size if path.is_file() else None
         fs, remote = filesystem(url)
         try:
-            info = _patiently(url, lambda: fs.info(remote))
+            info = with_retries(lambda: fs.info(remote), where=url)
         except FileNotFoundError:
             return None
         return int(info["size"]) if info["type"] == "file" else None
@@ -148,7 +147,7 @@ def version(url: str) -> str | None:
                 return None
             return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
         fs, path = filesystem(url)
-        return _patiently(url, lambda: upload.version_of(fs, path))
+        return with_retries(lambda: upload.version_of(fs, path), where=url)
 
 
 def read_bytes(url: str) -> bytes:
@@ -162,7 +161,7 @@ def read_bytes(url: str) -> bytes:
         if is_local(url):
             return local_path(url).read_bytes()
         fs, path = filesystem(url)
-        return _patiently(url, lambda: bytes(fs.cat_file(path)))
+        return with_retries(lambda: bytes(fs.cat_file(path)), where=url)
 
 
 def fetch_file(url: str, target: Path) -> None:
@@ -177,7 +176,7 @@ def fetch_file(url: str, target: Path) -> None:
             shutil.copyfile(local_path(url), target)
             return
         fs, path = filesystem(url)
-        _patiently(url, lambda: fs.get_file(path, str(target)))
+        with_retries(lambda: fs.get_file(path, str(target)), where=url)
 
 
 def list_names(url: str) -> list[str]:
@@ -189,7 +188,7 @@ def list_names(url: str) -> list[str]:
         fs, path = filesystem(url)
         path = path.rstrip("/")
         try:
-            found = _patiently(url, lambda: fs.ls(path, detail=False))
+            found = with_retries(lambda: fs.ls(path, detail=False), where=url)
         except FileNotFoundError:
             return []
         # A listing may name the folder itself; and stores sort in ways of their own.
@@ -218,7 +217,7 @@ def list_objects(url: str) -> list[StoredObject]:
         fs, root_path = filesystem(url)
         root_path = root_path.rstrip("/")
         try:
-            found = _patiently(url, lambda: fs.find(root_path, detail=True))
+            found = with_retries(lambda: fs.find(root_path, detail=True), where=url)
         except FileNotFoundError:
             return []
         objects = [
@@ -244,7 +243,7 @@ def list_uploads(url: str) -> list[OpenUpload]:
     with translate_errors(url):
         fs, path = filesystem(url)
         path = path.rstrip("/")
-        found = _patiently(url, lambda: upload.open_uploads(fs, path))
+        found = with_retries(lambda: upload.open_uploads(fs, path), where=url)
         return [
             OpenUpload(name=_below(name, path), upload_id=upload_id, began_unix_s=began)
             for name, upload_id, began in found
@@ -272,7 +271,7 @@ def delete(url: str) -> None:
         fs, remote = filesystem(url)
         try:
             # Not fs.rm: it takes *, ? and [ in names for patterns.
-            found = _patiently(url, lambda: fs.find(remote))
+            found = with_retries(lambda: fs.find(remote), where=url)
         except FileNotFoundError:
             return
         _delete_all(fs, found, where=url)
@@ -510,7 +509,7 @@ def _named_store(url: str, scheme: str) -> Store:
 def _delete_all(fs: Any, paths: list[str], *, where: str) -> None:
     def one(path: str) -> None:
         with suppress(FileNotFoundError):
-            persist(lambda: fs.rm_file(path), where=where)
+            with_retries(lambda: fs.rm_file(path), where=where)
 
     # One by one: a bulk delete of s3fs keeps quiet about the objects it may not delete.
     with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
@@ -526,10 +525,6 @@ def _modified(entry: dict[str, Any]) -> float:
         if field in entry:
             return float(getattr(entry[field], "timestamp", lambda v=entry[field]: v)())
     return 0.0
-
-
-def _patiently(url: str, action: Callable[[], T]) -> T:
-    return persist(action, where=url)
 
 
 @contextmanager

@@ -33,15 +33,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from shardspec.errors import ConfigError, ShardError, StorageError
+from shardspec.errors import ShardError, StorageError
 from shardspec.storage import files
 from shardspec.storage.connections import Answer as WireAnswer
 from shardspec.storage.connections import Connections, shared_connections
-from shardspec.storage.retries import jitter, refusal_of, transient_error_kind
+from shardspec.storage.failures import refusal_of, transient_error_kind
+from shardspec.storage.retries import Attempts, RetryPolicy, retry_after_s
 from shardspec.storage.signing import Signer, make_signer
 
 _T = TypeVar("_T")
@@ -60,28 +60,6 @@ _ASK_CLIENT = frozenset({301, 302, 307, 308, 400, 401, 403})
 """Answers to a signed URL that the client may know a way around, or else explains better."""
 
 _REBUILD = "run `make verify`, then build it again with the `make shards` command that made it"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
-    """How long to try for one range."""
-
-    attempts: int = 8
-    """Attempts in a row that bring no byte, >= 1."""
-    wall_s: float = 120.0
-    """Longest time for one range over all attempts, in seconds."""
-    idle_s: float = 20.0
-    """A connection that brings nothing for so long is given up, in seconds."""
-    first_wait_s: float = 0.1
-    """Upper bound of the first wait, doubled with each attempt; drawn from 0 on (full jitter)."""
-    longest_wait_s: float = 10.0
-    """Upper bound of any wait, but for a Retry-After."""
-
-    def __post_init__(self) -> None:
-        wrong = [name for name in ("attempts", "wall_s", "idle_s") if getattr(self, name) <= 0]
-        wrong += [n for n in ("first_wait_s", "longest_wait_s") if getattr(self, n) < 0]
-        if wrong:
-            raise ConfigError("retry_policy", facts={name: getattr(self, name) for name in wrong})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,31 +184,25 @@ class RangeReader:
                 del self._flights[id(flight)]
 
     def _insist(self, flight: Flight, attempt: Callable[[float], None]) -> None:
-        policy = self.policy
-        began_s = time.monotonic()
-        in_vain = 0
+        attempts = Attempts(self.policy, where=flight.url)
         while True:
             before = flight.received
             flight.attempts += 1
             self.count("requests")
-            left_s = policy.wall_s - (time.monotonic() - began_s)
             try:
-                return attempt(max(left_s, 0.001))
+                return attempt(max(attempts.left_s, 0.001))
             except Exception as error:
                 kind = str(error) if isinstance(error, _Garbled) else transient_error_kind(error)
                 if kind is None:
                     raise _final(error, flight) from error
                 flight.causes[kind] += 1
-                in_vain = 0 if flight.received > before else in_vain + 1
-                left_s = policy.wall_s - (time.monotonic() - began_s)
-                wait_s = jitter(flight.url, flight.attempts) * min(
-                    policy.longest_wait_s, policy.first_wait_s * 2 ** min(in_vain, 30)
-                )
                 refusal = refusal_of(error)
-                wait_s = max(wait_s, 0.0 if refusal is None else _retry_after_s(refusal.headers))
-                if in_vain >= policy.attempts or wait_s >= left_s:
-                    seconds = time.monotonic() - began_s
-                    raise _given_up(error, flight, policy, seconds) from error
+                wait_s = attempts.failed(
+                    has_progress=flight.received > before,
+                    least_s=0.0 if refusal is None else retry_after_s(refusal.headers),
+                )
+                if wait_s is None:
+                    raise _given_up(error, flight, self.policy, attempts.passed_s) from error
                 time.sleep(wait_s)
                 self.count("retries")
                 self.count(f"retry_{kind}")
@@ -717,19 +689,6 @@ def _check_pin(pins: dict[str, str], url: str, version: str | None) -> None:
         raise _Changed
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Reads a Retry-After header: seconds, or a date."""
-    text = next((v for name, v in headers.items() if name.lower() == "retry-after"), "")
-    if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
-        return float(text)
-    # A date counts from the answer's own: the clocks of two machines may differ.
-    now = next((v for name, v in headers.items() if name.lower() == "date"), "")
-    try:
-        return max(0.0, (parsedate_to_datetime(text) - parsedate_to_datetime(now)).total_seconds())
-    except (TypeError, ValueError):
-        return 0.0
-
-
 def _final(error: Exception, flight: Flight) -> Exception:
     """Says what a failure means that no further attempt would cure."""
     if isinstance(error, ShardError | StorageError | FileNotFoundError):
@@ -761,11 +720,11 @@ def _given_up(
     return StorageError(
         "range_failed",
         where=flight.url,
-        attempts=policy.attempts,
+        attempts=flight.attempts,
+        most_attempts=policy.attempts,
         wall_s=policy.wall_s,
         range=f"{flight.start}-{flight.stop}",
         received_bytes=flight.received,
-        tried=flight.attempts,
         seconds=f"{seconds:.1f}",
         causes=causes,
         last=repr(error),

@@ -35,7 +35,8 @@ from typing import Any
 from urllib.parse import quote
 
 from shardspec.errors import StorageError
-from shardspec.storage.retries import is_condition_refused, persist
+from shardspec.storage.failures import is_condition_refused
+from shardspec.storage.retries import with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def put_bytes(fs: Any, path: str, payload: bytes, *, where: str) -> None:
     elif kind_of(fs) == "gs":
         _put_gs(fs, path, payload, where=where)
     else:
-        persist(lambda: fs.pipe_file(path, payload), where=where)
+        with_retries(lambda: fs.pipe_file(path, payload), where=where)
         check_size(fs, path, len(payload), where=where)
 
 
@@ -166,7 +167,7 @@ def put_file(
     elif kind_of(fs) == "gs":
         _put_chunks_gs(fs, path, source, where=where, on_part=on_part)
     else:
-        persist(lambda: _stream(fs, path, source, on_part), where=where)
+        with_retries(lambda: _stream(fs, path, source, on_part), where=where)
         check_size(fs, path, num_bytes, where=where)
 
 
@@ -201,7 +202,7 @@ def abort_upload(fs: Any, path: str, upload_id: str, *, where: str) -> None:
     """Drops the parts of an unfinished multipart upload; one that is gone is no error."""
     bucket, key, _ = fs.split_path(path)
     try:
-        persist(
+        with_retries(
             lambda: fs.call_s3(
                 "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id
             ),
@@ -226,7 +227,7 @@ def part_bytes(num_bytes: int) -> int:
 def _put_s3(fs: Any, path: str, payload: bytes, *, where: str, **condition: str) -> None:
     bucket, key, _ = fs.split_path(path)
     md5 = hashlib.md5(payload, usedforsecurity=False)
-    answer = persist(
+    answer = with_retries(
         lambda: fs.call_s3(
             "put_object",
             Bucket=bucket,
@@ -252,7 +253,7 @@ def _put_gs(fs: Any, path: str, payload: bytes, *, where: str, **condition: str)
         f"--{border}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{head}\r\n"
         f"--{border}\r\nContent-Type: application/octet-stream\r\n\r\n"
     ).encode()
-    answer = persist(
+    answer = with_retries(
         lambda: fs.call(
             "POST",
             _gs_upload_url(fs, bucket),
@@ -312,7 +313,7 @@ def put_in_parts_s3(
     """
     bucket, key, _ = fs.split_path(path)
     place = {"Bucket": bucket, "Key": key}
-    begun = persist(lambda: fs.call_s3("create_multipart_upload", **place), where=where)
+    begun = with_retries(lambda: fs.call_s3("create_multipart_upload", **place), where=where)
     upload = {**place, "UploadId": str(begun["UploadId"])}
     try:
         etags = _in_parallel(
@@ -323,7 +324,7 @@ def put_in_parts_s3(
         before_end()
         parts = {"Parts": [{"PartNumber": i, "ETag": etag} for i, etag in enumerate(etags, 1)]}
         try:
-            answer = persist(
+            answer = with_retries(
                 lambda: fs.call_s3("complete_multipart_upload", **upload, MultipartUpload=parts),
                 where=where,
             )
@@ -339,7 +340,7 @@ def put_in_parts_s3(
         raise
     fs.invalidate_cache(path)
     check_size(fs, path, num_bytes, where=where)
-    got = str(persist(lambda: version_of(fs, path), where=where))
+    got = str(with_retries(lambda: version_of(fs, path), where=where))
     if want and got.strip('"') != want.strip('"'):
         raise _not_what_was_sent(fs, path, got=got, want=want, where=where)
 
@@ -348,7 +349,7 @@ def _require_parts(fs: Any, path: str, etags: Sequence[str], *, num_bytes: int, 
     """Accepts an object that is made of parts with these ETags; never removes another one."""
     want = _etag_of_parts(etags)
     try:
-        info = persist(lambda: fs.info(path), where=where)
+        info = with_retries(lambda: fs.info(path), where=where)
     except FileNotFoundError:
         info = {"size": None}
     got = str(info.get("ETag")).strip('"')
@@ -366,7 +367,7 @@ def _require_parts(fs: Any, path: str, etags: Sequence[str], *, num_bytes: int, 
 def send_part_s3(fs: Any, payload: bytes, upload: Mapping[str, Any], where: str) -> str:
     """Sends a part with its MD5, which the store compares; gives its ETag."""
     md5 = _base64(hashlib.md5(payload, usedforsecurity=False))
-    answer = persist(
+    answer = with_retries(
         lambda: fs.call_s3("upload_part", Body=payload, ContentMD5=md5, **upload), where=where
     )
     return str(answer["ETag"])
@@ -396,7 +397,7 @@ def _put_chunks_gs(fs: Any, path: str, source: Path, *, where: str, on_part: OnP
     with source.open("rb") as stream:
         for block in iter(lambda: stream.read(2**20), b""):
             md5.update(block)
-    headers, _ = persist(
+    headers, _ = with_retries(
         lambda: fs.call(
             "POST",
             _gs_upload_url(fs, bucket),
@@ -434,7 +435,7 @@ def _send_chunk_gs(
     for _ in range(CHUNK_TRIES):
         span = f"{start}-{stop - 1}" if start < stop else "*"
         body = chunk[start - first :]
-        headers, answer = persist(
+        headers, answer = with_retries(
             lambda span=span, body=body: fs.call(  # type: ignore[misc]
                 "PUT", session, headers={"Content-Range": f"bytes {span}/{total}"}, data=_Body(body)
             ),
@@ -508,7 +509,7 @@ def check_size(fs: Any, path: str, want: int, *, where: str) -> None:
       StorageError: `upload_size`.
     """
     try:
-        got = int(persist(lambda: fs.info(path), where=where)["size"])
+        got = int(with_retries(lambda: fs.info(path), where=where)["size"])
     except FileNotFoundError:
         got = None
     if got != want:
