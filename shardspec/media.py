@@ -24,7 +24,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Literal, NoReturn
 
@@ -165,6 +165,31 @@ def encode_stored(pixels: np.ndarray, *, codec: Codec, quality: int = 95) -> byt
 def jpeg_decoder() -> JpegDecoder:
     """Names the JPEG decoder that `decode_stored` uses in this environment."""
     return "pillow" if _simplejpeg() is None else "simplejpeg"
+
+
+def open_image(payload: bytes, *, formats: Sequence[str]) -> ImageFile.ImageFile | None:
+    """Reads the header of an image file, by the first plug-in of Pillow that knows its signature.
+
+    Not Image.open: its limit on pixels is a setting of the whole process.
+
+    Args:
+      payload: The file.
+      formats: Pillow's names of the formats to try, in this order.
+
+    Returns:
+      The image, not decoded yet; None where the file is of none of the formats, or this Pillow was
+      built without their codecs.
+
+    Raises:
+      Exception: One of `PILLOW_DECODE_ERRORS`, for a broken header.
+    """
+    Image.init()  # registers the plug-ins, once per process
+    for name in formats:
+        factory, accepts = Image.OPEN.get(name, (None, None))
+        # A string instead of a bool is a plug-in's reason why this build cannot read the file.
+        if factory is not None and (accepts is None or accepts(payload[:16]) is True):
+            return factory(io.BytesIO(payload), "")
+    return None
 
 
 def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:

@@ -29,7 +29,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import io
 import ipaddress
 import logging
 import re
@@ -52,7 +51,7 @@ from yarl import URL
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
 from shardspec.errors import BudgetError, ConfigError, nearest
 from shardspec.keyed import hash_text
-from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS
+from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS, open_image
 from shardspec.storage import retry_after_s
 
 if TYPE_CHECKING:
@@ -267,24 +266,19 @@ def image_fault(body: bytes, *, max_pixels: int) -> Literal["", "empty", "not_im
     """
     if not body:
         return "empty"
-    Image.init()
-    for name in IMAGE_FORMATS:
-        # The plugins themselves, not Image.open: its pixel limit is one for the whole process.
-        factory, accept = Image.OPEN.get(name, (None, None))
-        if factory is None or accept is None:
-            continue
-        try:
-            if accept(body[:16]) is not True:  # a text is the excuse of a missing codec
-                continue
-            with factory(io.BytesIO(body), "") as image:
-                width, height = image.size
-        except Image.DecompressionBombError:
-            return "bomb"
-        except (*PILLOW_DECODE_ERRORS, RuntimeError, Warning):
-            continue
-        if width > 0 and height > 0:
-            return "bomb" if width * height > max_pixels else ""
-    return "not_image"
+    try:
+        image = open_image(body, formats=IMAGE_FORMATS)
+        if image is None:
+            return "not_image"
+        with image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        return "bomb"
+    except (*PILLOW_DECODE_ERRORS, Warning):
+        return "not_image"
+    if width < 1 or height < 1:
+        return "not_image"
+    return "bomb" if width * height > max_pixels else ""
 
 
 class _Failure(Exception):
