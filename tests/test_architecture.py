@@ -88,9 +88,11 @@ CLOCKS = {
     "preprocess/fetch/download.py",
     "preprocess/job/lease.py",
     "preprocess/job/pipeline.py",
+    "shardspec/storage/connections.py",
     "shardspec/storage/ranges.py",
     "shardspec/storage/retries.py",
-    "shardspec/storage/connections.py",
+    "shardspec/storage/signed_ranges.py",
+    "shardspec/storage/transfers.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
