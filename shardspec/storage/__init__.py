@@ -5,8 +5,8 @@ ranges are copied and fetched. Never knows what the bytes mean.
 """
 
 from shardspec.storage.copying import (
+    ByteRange,
     ObjectVersion,
-    Piece,
     can_multipart_copy,
     check_unchanged,
     concat_local,
@@ -51,7 +51,7 @@ from shardspec.storage.retries import RetryPolicy, retry_after_s
 __all__ = [
     "ObjectVersion",
     "OpenUpload",
-    "Piece",
+    "ByteRange",
     "RangeReader",
     "RetryPolicy",
     "SCHEMES",

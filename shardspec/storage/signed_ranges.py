@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shardspec.storage.client_ranges import CHUNK_BYTES, ClientReader, S3Client, run
-from shardspec.storage.connections import Answer, Connections, shared_connections
+from shardspec.storage.connections import Connections, Response, shared_connections
 from shardspec.storage.failures import transient_error_kind
 from shardspec.storage.signing import Signer, make_signer
 from shardspec.storage.transfers import (
@@ -224,7 +224,7 @@ class SignedReader:
         raise refusal
 
     def _take(
-        self, response: Answer, transfer: Transfer, target: memoryview | None, total: int | None
+        self, response: Response, transfer: Transfer, target: memoryview | None, total: int | None
     ) -> memoryview | None:
         """Receives a body; without a target the whole object's, if its length is known."""
         headers = response.headers

@@ -16,7 +16,7 @@ import pytest
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.storage.client_ranges import ClientReader
-from shardspec.storage.connections import Answer
+from shardspec.storage.connections import Response
 from shardspec.storage.ranges import RangeReader
 from shardspec.storage.retries import RetryPolicy
 from tests import servers
@@ -255,7 +255,7 @@ def test_buckets_with_signatures_of_their_own_are_left_to_the_client(bucket, s3_
 def test_a_broken_record_is_tried_again(s3_server, monkeypatch):
     url = s3_server.make_bucket() + "/a"
     s3_server.client().pipe_file(url, PAYLOAD)
-    receive = Answer.readinto
+    receive = Response.readinto
     broken = [ssl.SSLError(1, "bad record mac"), OSError(errno.ENOBUFS, "no buffers")]
 
     def once(self, target):
@@ -263,7 +263,7 @@ def test_a_broken_record_is_tried_again(s3_server, monkeypatch):
             raise broken.pop()
         return receive(self, target)
 
-    monkeypatch.setattr(Answer, "readinto", once)
+    monkeypatch.setattr(Response, "readinto", once)
     with s3_server.entered():
         reader = RangeReader(QUICK)
         assert reader.read(url, 5, 50) == PAYLOAD[5:50]
