@@ -22,7 +22,7 @@ class ImageBounds:
     num_tokens: int
     """Tokens of the block, the structure tokens included."""
     num_pooled: int
-    """Tokens that stand for pooled patches: rows of `token_pooling`."""
+    """Tokens of pooled patches: rows of `token_pooling`."""
 
 
 def num_crops(width: int, height: int, view: ImageView) -> int:

@@ -18,7 +18,7 @@ from shardspec.tiling.tokens import ImageTokenIds, grid_token_ids
 from shardspec.tiling.view import ImageView, require_field
 
 EXCLUDED = -100
-"""Entry of `image_input_idx` for a pooled token that no position of the text stands for."""
+"""Entry of `image_input_idx` for a pooled token that is at no position of the text."""
 
 NO_PATCH = -1
 """Entry of `token_pooling` beyond the border of the patch grid."""
@@ -151,7 +151,7 @@ def image_input_idx(width: int, height: int, view: ImageView, *, offset: int = 0
 
     Returns:
       int32 [num_crops, tokens of a crop]: positions in the input sequence, row 0 for the overview;
-      -100 (`EXCLUDED`) for tokens that lie in a neighbour's part of an overlap.
+      -100 (`EXCLUDED`) for tokens in a neighbour's part of an overlap.
 
     Raises:
       ConfigError: `image_view`, for pooling across crops.

@@ -47,8 +47,8 @@ def overview_size(width: int, height: int, view: ImageView) -> tuple[int, int]:
 def frame_size(width: int, height: int, view: ImageView) -> tuple[int, int]:
     """Computes the size of the frame that crops are cut from: (width, height) in pixels.
 
-    Equal to `canvas_size` for fit "stretch". For "pad" the canvas lies on the frame with
-    (frame - canvas) // 2 pixels of padding left and above; for "center-crop" the frame lies on the
+    Equal to `canvas_size` for fit "stretch". For "pad" the canvas is centred on the frame with
+    (frame - canvas) // 2 pixels of padding left and above; for "center-crop" the frame is on the
     canvas, (canvas - frame) // 2 pixels from its left and upper borders.
     """
     rows, cols = select_tiling(width, height, view)
@@ -62,8 +62,8 @@ def stored_size(
 ) -> tuple[int, int]:
     """Computes the size to store a picture at, so that it serves every one of the views.
 
-    Each axis is the largest canvas that a view asks for, times the head room, and never more than
-    the source has. The overview needs no more than the canvas. Fits that keep the aspect keep it
+    Each axis is the largest canvas that a view needs, times the head room, and never more than the
+    source has. The overview needs no more than the canvas. Fits that keep the aspect keep it
     here too, to a rounding of the head room's size.
 
     Args:
