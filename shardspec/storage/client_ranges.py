@@ -46,7 +46,7 @@ class ClientResponse:
     body: Any
 
     async def read(self, most: int) -> bytes:
-        """Receives at most so many bytes; none at the end of the body."""
+        """Receives at most `most` bytes; none at the end of the body."""
         chunk: bytes = await self.body.read(most)
         return chunk
 

@@ -44,7 +44,7 @@ class RangeReader:
     """Reads ranges of objects. Counts what it does; remembers versions, but no bytes.
 
     A forked child inherits locks, threads and connections that are its parent's. So every read
-    first compares `_pid`, and begins anew with empty state where it differs.
+    first compares `_pid`, and starts with empty state where it differs.
     """
 
     def __init__(self, policy: RetryPolicy | None = None) -> None:

@@ -105,7 +105,7 @@ class Signer:
                 frozen = self._credentials.get_frozen_credentials()
         except BaseException as error:  # noqa: BLE001 - raised in the threads that wait
             failure = error
-        # Before the result: whoever finds it expired must be able to start another request.
+        # Before the result: a thread that finds it expired must be able to start another request.
         with self._lock:
             self._coming = None
         if failure is None:
