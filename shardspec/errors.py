@@ -55,7 +55,7 @@ class ShardsError(Exception):
           more: The same, by name. The texts of the entry may name facts; those that they do not
             name are listed after them.
         """
-        facts = {**(facts or {}), **more}
+        facts = {**more, **(facts or {})}
         entry = messages()[code] if what is None else Message(what=what, fix=fix)
         texts = entry.filled(facts) if what is None else entry
         super().__init__(redacted(texts.what))
