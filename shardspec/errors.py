@@ -1,22 +1,22 @@
 """The errors of the project, one tree, each with a stable reason, facts and a remedy.
 
     ShardsError
-    ├── ConfigError       an argument, a setting or a name that cannot be honoured
+    ├── ConfigError       an invalid argument, setting or name
     ├── SourceError       a dataset source that is missing, empty or in another schema
     ├── SampleError       one row or image that cannot become a sample (goes to quarantine)
     ├── FetchError        one URL that gave no usable image (goes to quarantine)
-    ├── StorageError      a file system or object store that refused or failed
+    ├── StorageError      a file system or object store that denied access or failed
     ├── ShardError        a shard, index or sample that is missing, short, changed or corrupt
     ├── ManifestError     a manifest that is missing, malformed or of an unknown version
-    ├── ConflictError     the output holds the result of another configuration
+    ├── ConflictError     the output contains the result of another configuration
     ├── BudgetError       more failures than the job's budget allows
     ├── StateError        a loader state that does not fit this dataset or these settings
     └── WorkerError       a worker process of the loader that failed or died
 
-`str(error)` is the whole story on a few lines: what is wrong, where, the facts, the fix.
-`error.reason` is a stable code for programs and tests. The texts are in `errors.toml`; call sites
-pass an entry's code and the facts. All errors survive pickling, since they cross process borders.
-Passwords and signatures that stand in URLs are left out of what is shown.
+`str(error)` says on a few lines what is wrong, where, the facts and the fix. `error.reason` is a
+stable code for programs and tests. The texts are in `errors.toml`; call sites pass an entry's code
+and the facts. All errors can be pickled, since they cross process borders. Passwords and signatures
+in URLs are not shown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shardspec.messages import Message, messages
 
 
 class ShardsError(Exception):
-    """The root: every error that a user of the project is meant to see."""
+    """The root: every error that is meant for users."""
 
     exit_code = 1
 
@@ -55,7 +55,7 @@ class ShardsError(Exception):
           more: The same, by name. The texts of the entry may name facts; those that they do not
             name are listed after them.
         """
-        facts = {**(facts or {}), **more}
+        facts = {**more, **(facts or {})}
         entry = messages()[code] if what is None else Message(what=what, fix=fix)
         texts = entry.filled(facts) if what is None else entry
         super().__init__(redacted(texts.what))
@@ -88,7 +88,7 @@ def _rebuild(kind: type[ShardsError], state: dict[str, object]) -> ShardsError:
 
 
 class ConfigError(ShardsError, ValueError):
-    """An argument, a setting or a name that cannot be honoured."""
+    """An invalid argument, setting or name."""
 
 
 class SourceError(ShardsError):
@@ -96,15 +96,15 @@ class SourceError(ShardsError):
 
 
 class SampleError(ShardsError):
-    """One row or image that cannot become a sample; the job quarantines it and goes on."""
+    """One row or image that cannot become a sample; the job quarantines it and continues."""
 
 
 class FetchError(ShardsError):
-    """One URL that gave no usable image; the job quarantines it and goes on."""
+    """One URL that gave no usable image; the job quarantines it and continues."""
 
 
 class StorageError(ShardsError):
-    """A file system or object store that refused or failed."""
+    """A file system or object store that denied access or failed."""
 
 
 class ShardError(ShardsError):
@@ -118,7 +118,7 @@ class ManifestError(ShardsError):
 
 
 class ConflictError(ShardsError):
-    """The output holds the result of another configuration."""
+    """The output contains the result of another configuration."""
 
     exit_code = 3
 
@@ -146,7 +146,7 @@ _SIGNATURE = re.compile(
 
 
 def redacted(text: str) -> str:
-    """Leaves the passwords and signatures of URLs out of a text.
+    """Masks the passwords and signatures of URLs in a text.
 
     >>> redacted("s3://me:hunter2@bucket/a")
     's3://***@bucket/a'
@@ -157,7 +157,7 @@ def redacted(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Names the known names most like a misspelt one, as the tail of a sentence.
+    """Suggests the known name most like a misspelt one, or lists them all.
 
     >>> nearest("pixmo_cpa", ["pixmo_cap", "vqa2"])
     "did you mean 'pixmo_cap'?"

@@ -1,10 +1,10 @@
-"""Foreign tars: what a sample is in a WebDataset file that somebody else wrote.
+"""Foreign tars: the samples of WebDataset files that other programs wrote.
 
-Files that stand together and whose names agree up to the first dot of their last part are one
-sample, as webdataset has it: `a/0001.jpg` and `a/0001.cls.txt` are the fields `jpg` and `cls.txt`
-of the sample `a/0001`. Headers may be of any kind that Python's tarfile knows (PAX, GNU's long
-names); folders and links are passed over. Nothing is ever unpacked to a disk, and no pickle is
-opened: fields whose suffix says that they are one are left out.
+Adjacent files whose names agree up to the first dot of their base name are one sample, as in
+webdataset: `a/0001.jpg` and `a/0001.cls.txt` are the fields `jpg` and `cls.txt` of the sample
+`a/0001`. Headers may be of any kind that Python's tarfile reads (PAX, GNU's long names); folders
+and links are skipped. Nothing is ever unpacked to a disk, and no pickle is loaded: fields with the
+suffix of one are left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ForeignFile:
 
     @property
     def end(self) -> int:
-        """Byte position behind the padded payload."""
+        """Byte position after the padded payload."""
         return self.offset + padded(self.num_bytes)
 
 
@@ -54,7 +54,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     if not dot or (len(first) > 3 and first.startswith("__") and first.endswith("__")):
         return None
     if not stem and (not folder or "." in folder):
-        return None  # a hidden file; webdataset takes those of a folder without a dot, as we do
+        return None  # a hidden file; in a folder without a dot they count, as in webdataset
     return folder + slash + stem, suffix.lower()
 
 
@@ -66,10 +66,10 @@ def walk_foreign(
     Args:
       stream: The tar, or the bytes of one sample.
       where: Named in errors.
-      skipped: Counts what is passed over, by reason.
+      skipped: Counts what is skipped, by reason.
 
     Raises:
-      ShardError: `foreign_tar`: this is no uncompressed tar, or it is cut or damaged.
+      ShardError: `foreign_tar`: not an uncompressed tar, or truncated or damaged.
     """
     counts: Counter[str] = Counter() if skipped is None else skipped
     size = stream.seek(0, 2)
@@ -78,9 +78,9 @@ def walk_foreign(
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             while (entry := archive.next()) is not None:
-                # Else the headers of the whole tar stay in memory.
+                # Otherwise the headers of the whole tar stay in memory.
                 archive.members.clear()  # type: ignore[attr-defined]
-                # Not by the size of the file: one with holes takes less.
+                # Not from the member's size: a sparse file is shorter in the tar.
                 end = archive.offset
                 if end > size:
                     raise _no_tar(where, f"it ends inside {entry.name!r}")
@@ -99,17 +99,17 @@ def walk_foreign(
                 )
     except tarfile.TarError as error:
         raise _no_tar(where, str(error)) from error
-    # tarfile takes a damaged header behind the first for the end.
+    # tarfile treats a damaged header after the first as the end.
     stream.seek(end)
-    behind = stream.read(BLOCK)
-    if behind and any(behind):
+    rest = stream.read(BLOCK)
+    if rest and any(rest):
         raise _no_tar(where, f"the header at byte {end} is damaged")
 
 
 def _is_text(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8
+    except UnicodeEncodeError:  # bytes that are not UTF-8
         return False
     return True
 
@@ -121,7 +121,7 @@ def _why_skipped(entry: tarfile.TarInfo) -> str:
 
 
 def is_pickle(suffix: str) -> bool:
-    """Tells whether readers of WebDataset files would unpickle a field.
+    """Returns True if readers of WebDataset files would unpickle a field.
 
     >>> is_pickle("pyd"), is_pickle("x.pkl"), is_pickle("json")
     (True, True, False)

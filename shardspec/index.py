@@ -1,10 +1,9 @@
-"""The side-car index of a shard: one fixed-width row per sample, memory-mapped by readers.
+"""The index of a shard, a side-car file: one fixed-width row per sample, memory-mapped by readers.
 
 The file is a plain .npy of a structured array, so `np.load(path, mmap_mode="r")` opens it in
 microseconds whatever its length. A row says where the sample's bytes are, how long each member is
-and how much of a batch the sample will take; with it the training path parses neither tar nor
-JSON. Readers look columns up by name: columns may be added, never renamed or given another
-meaning.
+and how much of a batch the sample takes; with it the training path parses neither tar nor JSON.
+Readers look columns up by name: columns may be added, never renamed or given another meaning.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ INDEX_DTYPE = np.dtype(
         ("json_bytes", "<u4"),  # payload lengths, in the order of the members
         ("spans_bytes", "<u4"),
         ("tokens_bytes", "<u4"),
-        ("image_bytes", "<u4"),  # of the first image; further ones stand in the spans table
+        ("image_bytes", "<u4"),  # of the first image; further ones are in the spans table
         ("width", "<u4"),  # source size of the first image in pixels, 0 without one
         ("height", "<u4"),
         ("num_images", "<u2"),
@@ -47,15 +46,14 @@ INDEX_DTYPE = np.dtype(
 )
 """Columns of a row. Little-endian, packed: 112 bytes."""
 
-_MOST_HEADER_BYTES = 64 * 1024  # of a .npy; ours have some 600
-
+_MOST_HEADER_BYTES = 64 * 1024  # of a .npy; ours have about 600
 
 RAW_COLUMNS = ("offset", "num_bytes", "crc32")
-"""Columns that the index of a raw dataset has in common; its keys are as long as need be."""
+"""Columns that the index of a raw dataset shares with `INDEX_DTYPE`; its keys may be longer."""
 
 
 def raw_index_dtype(key_bytes: int) -> np.dtype:
-    """Gives the row type of a foreign tar whose longest key has so many bytes.
+    """Returns the row type of a foreign tar whose longest key has `key_bytes`.
 
     `num_members` counts the files of the sample.
     """
@@ -64,11 +62,11 @@ def raw_index_dtype(key_bytes: int) -> np.dtype:
 
 
 def index_dtype(num_views: int) -> np.dtype:
-    """Gives the row type of a dataset whose recipe has so many views.
+    """Returns the row type of a dataset whose recipe has `num_views`.
 
-    Behind INDEX_DTYPE stand, for planning batches and packs without reading data: `view_length`
-    u4 [views] and `view_crops` u2 [views], the longest sequence and the crops that a sample has in
-    each view, and `loss_length` u4, the most positions under loss.
+    After INDEX_DTYPE come the columns for planning batches and packs without reading data:
+    `view_length` u4 [views] and `view_crops` u2 [views], the longest sequence and the crops of a
+    sample in each view, and `loss_length` u4, the most positions under loss.
     """
     if not num_views:
         return INDEX_DTYPE
@@ -83,13 +81,14 @@ def index_dtype(num_views: int) -> np.dtype:
 class _OneHeader:
     """Lets one thread at a time parse a header.
 
-    NumPy asks Python's parser, and that of Python 3.11 fails where two threads meet in it
-    (https://github.com/python/cpython/issues/106905).
+    NumPy calls Python's parser, and that of Python 3.11 fails when two threads use it at once
+    (https://github.com/python/cpython/issues/106905). The lock is held for one header; a forked
+    child gets a new one, as another thread of its parent may have held the old one.
     """
 
     def __init__(self) -> None:
         self.renew()
-        os.register_at_fork(after_in_child=self.renew)  # another thread may hold it at a fork
+        os.register_at_fork(after_in_child=self.renew)
 
     def renew(self) -> None:
         self.lock = threading.Lock()
@@ -134,7 +133,7 @@ def index_row(
 
     Args:
       sample: The sample.
-      place: Where it stands in the tar.
+      place: Its bytes in the tar.
       json_bytes: Length of its record.
       image_sizes: Lengths of its encoded images.
       views: The recipe's views, for the lengths of sequences.
@@ -180,7 +179,7 @@ def longest_sequence(
     Returns:
       (positions: BOS, leads, texts and the EOS between the turns of a branch; positions under
       loss: responses and their EOS), each turn drawing its longest variant. No draw exceeds them
-      in trees of Molmo 2's kind; Molmo 1's keep one more EOS per branch behind the first.
+      in Molmo 2 trees; Molmo 1 trees keep one more EOS per branch after the first.
     """
     positions: dict[tuple[int, int], int] = {}
     loss: dict[tuple[int, int], int] = {}
@@ -213,10 +212,10 @@ def longest_text(spans: np.ndarray) -> tuple[int, int]:
 
 
 def sample_places(rows: np.ndarray) -> np.ndarray:
-    """Views the columns of `SamplePlace`, of which one row is read at once (`.item()`: 1 µs).
+    """Views the columns of `SamplePlace`, so that a row is one `.item()` (1 µs).
 
     Args:
-      rows: Of an index; of a raw dataset's, only the columns that it has are left.
+      rows: Of an index; for a raw dataset, only the columns that it has are kept.
     """
     # A plain array: rows of a memmap are memmaps again, at 2 µs each.
     columns = [name for name in SamplePlace._fields if name in (rows.dtype.names or ())]
@@ -260,7 +259,7 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = Fal
         raise ShardError("index_missing.stored", where=path) from error
     except (ValueError, OSError) as error:  # an empty file cannot be mapped
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise  # the system's limits say nothing of the index
+            raise  # limits of the system: the index may be sound
         raise _broken(path, "index_format", {"error": error}) from error
     return parse_index(
         memoryview(payload),
@@ -290,11 +289,11 @@ def parse_index(
             else:
                 shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
         start = stream.tell()
-        # A damaged header length would shift every row; the rows must end where the file does.
+        # A damaged header length would shift every row, so the rows must end where the file does.
         if dtype.hasobject or len(payload) != start + dtype.itemsize * math.prod(shape):
             raise ValueError(f"{len(payload)} bytes do not hold {shape} of {dtype}")
         rows = np.frombuffer(payload[start:], dtype).reshape(shape)
-        # All of these come out of NumPy's header parser, depending on which byte is wrong.
+        # NumPy's header parser raises any of these, depending on which byte is wrong.
     except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
         raise _broken(where, "index_format", {"error": error}) from error
     known = set(rows.dtype.names or ())

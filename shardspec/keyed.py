@@ -1,6 +1,6 @@
 """All randomness of the project: the sample generator and the keyed integer hash.
 
-Two things, and nothing else may draw:
+Nothing else may draw:
 
 * The *sample generator*: `np.random.RandomState`, seeded by the formula of the Molmo family,
   `(base_seed * 195172 + idx + len * epoch) % (2**32 - 1)`. RandomState's streams are frozen by
@@ -58,8 +58,8 @@ def dataset_seed(run_seed: int, name: str) -> int:
 class SampleRng:
     """Hands out the generator of a sample: one RandomState per thread, re-seeded per sample.
 
-    Re-seeding costs 1.4 µs, construction 85 µs. The generator is the thread's own and is valid
-    until the thread asks for the next one.
+    Re-seeding costs 1.4 µs, construction 85 µs. The generator belongs to the thread and is valid
+    until the thread's next call.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ def draw_order(rng: np.random.RandomState, count: int) -> list[int]:
 
 
 def _draw_to(rng: np.random.RandomState, most: int) -> int:
-    # NumPy's frozen streams say how: as many bits of the next 32 as `most` has, until they fit.
+    # As in NumPy's frozen streams: as many bits of the next 32 as `most` has, until they fit.
     draw = rng._bit_generator.random_raw
     mask = (1 << most.bit_length()) - 1
     value: int = draw() & mask

@@ -1,15 +1,15 @@
 """The manifest of a dataset: what was built, from what, and the list of its shards.
 
-`manifest.json` is written last, in one piece: a shard that no manifest names does not exist. It
-is also a valid wids index (`shardlist` with `url` and `nsamples`). Every value is a function of
-the job's inputs, so the same inputs give the same bytes; clocks and host names go to run.json.
+`manifest.json` is written last, atomically: files that it does not list are ignored. It is also a
+valid wids index (`shardlist` with `url` and `nsamples`). Every value is a function of the job's
+inputs, so the same inputs give the same bytes; times and host names go to run.json.
 
-A *receipt* is the same statement about one shard, written when that shard is complete; commit
-gathers the receipts of a split and adds the split to the manifest.
+A *receipt* describes one shard in the same way, and is written when that shard is complete; commit
+collects the receipts of a split and adds the split to the manifest.
 
 A *view* is a manifest whose shards are runs of samples of other datasets' files: nothing was
-copied. A *raw* dataset holds the members of foreign tars as they were found, without recipe and
-tokenizer. Readers see both through `Manifest.segments`.
+copied. A *raw* dataset contains the members of foreign tars unchanged, without recipe and
+tokenizer. Readers use both through `Manifest.segments`.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ INDEX_SUFFIX = ".index.npy"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """A tar and its index, wherever they lie."""
+    """A tar and its index, in this dataset or elsewhere."""
 
     url: str
-    """Path of the tar from the manifest's folder, or a URL of its own."""
+    """Path of the tar from the manifest's folder, or an absolute URL."""
     index_url: str
     nsamples: int
     num_bytes: int
     """Length of the tar."""
     sha256: str
-    """Of the tar; "" where nobody has read it as a whole."""
+    """Of the tar; "" where it was never read as a whole."""
     index_bytes: int
     index_sha256: str
 
     @property
     def content_sha256(self) -> str:
-        """Names the content of the tar: two files that differ have different ones."""
-        # The index holds every sample's key, place, length and checksum.
+        """Identifies the content of the tar: two files that differ have different ones."""
+        # The index has every sample's key, position, length and checksum.
         return self.sha256 or self.index_sha256
 
 
@@ -105,7 +105,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What a finished build task says of its shard."""
+    """What a finished build task reports of its shard."""
 
     build_key: str
     """Hash of everything the shard's bytes depend on."""
@@ -150,17 +150,17 @@ class TokenizerEntry:
 NO_TOKENIZER = TokenizerEntry(
     name="", sha256="", probe_sha256="", vocab_size=0, embedding_size=0, special_ids={}
 )
-"""What stands for the tokenizer of a raw dataset; `null` in its manifest."""
+"""The tokenizer of a raw dataset, which has none; `null` in its manifest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """Where the samples of a view's shards lie."""
+    """Where the samples of a view's shards are."""
 
     files: tuple[FileEntry, ...]
     parts: Mapping[str, tuple[tuple[int, int, int], ...]]
     """URL of each shard of the view -> its runs of samples: (number of the file, first row, rows).
-    No sample stands in a split twice."""
+    No sample is in a split twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,18 +176,18 @@ class Manifest:
     splits: Mapping[str, SplitEntry]
     shards: tuple[ShardEntry, ...]
     view: View | None = None
-    """Where the samples lie, if the dataset does not own its shards."""
+    """Where the samples are, if the dataset does not own its shards."""
     raw: bool = False
-    """Whether samples are members of foreign tars, as they were found."""
+    """Whether samples are unchanged members of foreign tars."""
 
     @property
     def format_version(self) -> int:
-        """The oldest version whose readers understand this manifest."""
+        """The oldest format version whose readers can read this manifest."""
         return EXTENDED_VERSION if self.raw or self.view else FORMAT_VERSION
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """The files that hold its samples."""
+        """The files that contain its samples."""
         return self.view.files if self.view else tuple(shard.file for shard in self.shards)
 
     def select(self, split: str) -> tuple[ShardEntry, ...]:
@@ -207,7 +207,7 @@ class Manifest:
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def segments(self, split: str) -> tuple[Segment, ...]:
-        """Lists where the samples of a split lie, in order.
+        """Lists where the samples of a split are, in order.
 
         Raises:
           ConfigError: `unknown_split`.
@@ -249,13 +249,13 @@ class Manifest:
 
 
 def _encode_view(view: View) -> dict[str, Any]:
-    # One text per shard and not three lines per run: a view may list many thousands of runs.
+    # One string per shard and not three lines per run: a view may have many thousands of runs.
     parts = {url: " ".join(f"{f}:{a}+{n}" for f, a, n in runs) for url, runs in view.parts.items()}
     return {"files": [asdict(file) for file in view.files], "parts": parts}
 
 
 def canonical_json(value: object, *, indent: int | None = None) -> bytes:
-    """Serialises plain JSON types in one way only: sorted keys, UTF-8, a final newline."""
+    """Serialises plain JSON types canonically: sorted keys, UTF-8, a final newline."""
     separators = (",", ": ") if indent else (",", ":")
     text = json.dumps(
         value, sort_keys=True, ensure_ascii=False, indent=indent, separators=separators
@@ -352,7 +352,7 @@ def require_manifest(url: str) -> Manifest:
 
 
 def fetch_manifest(url: str, ranges: RangeReader) -> Manifest:
-    """Reads the manifest of a dataset in an object store, patiently.
+    """Reads the manifest of a dataset in an object store, with the retries of `ranges`.
 
     Raises:
       ManifestError: As `require_manifest`.
@@ -393,7 +393,7 @@ def parse_receipt(payload: bytes, *, where: str) -> Receipt | None:
 
 
 def check_same(old: Manifest, new: Manifest, *, where: str) -> None:
-    """Refuses to join splits that were made by different recipes, naming each difference.
+    """Refuses to put splits of different recipes into one dataset, naming each difference.
 
     Raises:
       ConflictError: `recipe_conflict`.
@@ -422,12 +422,12 @@ def differences(old: object, new: object, name: str) -> list[str]:
             d for n in names for d in differences(old.get(n, none), new.get(n, none), f"{name}.{n}")
         ]
     if isinstance(old, tuple | list) and isinstance(new, tuple | list):
-        return [] if list(old) == list(new) else [f"{name}: {list(old)} here, {list(new)} asked"]
+        old, new = list(old), list(new)
     return [] if old == new else [f"{name}: {old} here, {new} asked"]
 
 
 def _contradictions(splits: Mapping[str, SplitEntry], shards: Sequence[ShardEntry]) -> list[str]:
-    """Lists where the parts of a manifest, each well-formed, do not go together."""
+    """Lists where the parts of a manifest, each well-formed, contradict one another."""
     problems = []
     names = Counter(shard.url for shard in shards)
     num_samples = Counter({name: 0 for name in splits})
@@ -437,10 +437,10 @@ def _contradictions(splits: Mapping[str, SplitEntry], shards: Sequence[ShardEntr
             problems.append(f"shardlist: {shard.url} is of split {shard.split!r}, not in splits")
         if names[shard.url] > 1:
             problems.append(f"shardlist: {shard.url} is named {names[shard.url]} times")
-        # A reader joins this to the dataset's URL; it must not lead out of there.
+        # A reader appends this to the dataset's URL; it must not lead out of it.
         parts = shard.url.split("/")
         if not shard.url.endswith(".tar") or not {"", ".", ".."}.isdisjoint(parts):
-            problems.append(f"shardlist: {shard.url!r} is no path of a .tar below the manifest")
+            problems.append(f"shardlist: {shard.url!r} is not a path of a .tar below the manifest")
     for name, entry in splits.items():
         if entry.num_samples != num_samples[name]:
             got = f"{entry.num_samples}, its shards have {num_samples[name]}"
@@ -511,7 +511,7 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
 
 
 def _record(kind: Any, value: object, where: str, problems: list[str]) -> Any:
-    """Builds a dataclass from a JSON object, or notes every reason why it cannot."""
+    """Makes a dataclass from a JSON object, or notes every reason why it cannot."""
     if not isinstance(value, dict):
         problems.append(f"{where}: want an object")
         return None

@@ -11,9 +11,8 @@ short or damaged raise instead of giving a half-grey picture:
 * webp: Pillow, after the length in the RIFF header has been checked; the format has no checksum.
 * raw: a .npy with a 128-byte header; its length is checked. The shard's sha256 guards the rest.
 
-A stored image is RGB or greyscale, 8 bits, upright. What else pictures can be (orientation, colour
-profiles, transparency, CMYK) is settled before, by the offline half. Metadata is neither read nor
-written.
+A stored image is RGB or greyscale, 8 bits, upright. Everything else (orientation, colour profiles,
+transparency, CMYK) is converted before, by the offline half. Metadata is neither read nor written.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Literal, NoReturn
 
@@ -40,7 +39,7 @@ Reduction = Literal[1, 2, 4, 8]
 """Factor by which the sides of a JPEG are reduced while it is decoded."""
 
 MAX_STORED_PIXELS = 200_000_000
-"""Most pixels of a stored image: 600 MB decoded. More is a broken or hostile header."""
+"""Most pixels of a stored image: 600 MB decoded. A larger header is broken or hostile."""
 
 CODEC_MAX_SIDE_PX = {"jpeg": 65_500, "webp": 16_383}
 """Longest side a codec can write: libjpeg's JPEG_MAX_DIMENSION, libwebp's WEBP_MAX_DIMENSION."""
@@ -66,7 +65,8 @@ PILLOW_DECODE_ERRORS = (
 )
 """What Pillow's plugins raise for broken files; they have no common base below Exception."""
 
-# The plugins' classes, not Image.open: no sniffing and no second, process-wide limit on pixels.
+# The plug-ins' classes, not Image.open: no sniffing, and no second limit on pixels, which would be
+# a setting of the whole process.
 _PILLOW_CLASSES: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
     "png": PngImagePlugin.PngImageFile,
@@ -109,7 +109,7 @@ def decode_stored(
       ShardError: `image_decode`: damaged, short, not the codec's format, neither RGB nor grey, more
         than `MAX_STORED_PIXELS`, or not of the size of `out`.
       TypeError: `out` is not writable uint8.
-      ConfigError: `decoder_missing`: simplejpeg asked for and not installed.
+      ConfigError: `decoder_missing`: simplejpeg is requested but not installed.
     """
     if reduce != 1 and codec != "jpeg":
         raise ValueError(f"{codec} cannot be decoded at a reduced size")
@@ -167,6 +167,31 @@ def jpeg_decoder() -> JpegDecoder:
     return "pillow" if _simplejpeg() is None else "simplejpeg"
 
 
+def open_image(payload: bytes, *, formats: Sequence[str]) -> ImageFile.ImageFile | None:
+    """Reads the header of an image file, by the first plug-in of Pillow that knows its signature.
+
+    Not Image.open: its limit on pixels is a setting of the whole process.
+
+    Args:
+      payload: The file.
+      formats: Pillow's names of the formats to try, in this order.
+
+    Returns:
+      The image, not decoded yet; None where the file is of none of the formats, or this Pillow was
+      built without their codecs.
+
+    Raises:
+      Exception: One of `PILLOW_DECODE_ERRORS`, for a broken header.
+    """
+    Image.init()  # registers the plug-ins, once per process
+    for name in formats:
+        factory, accepts = Image.OPEN.get(name, (None, None))
+        # A string instead of a bool is a plug-in's reason why this build cannot read the file.
+        if factory is not None and (accepts is None or accepts(payload[:16]) is True):
+            return factory(io.BytesIO(payload), "")
+    return None
+
+
 def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:
     """Checks the chunks of a PNG file and lists them.
 
@@ -174,7 +199,7 @@ def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:
       (type, start, stop) of each chunk, length and CRC included, IHDR first and IEND last.
 
     Raises:
-      ValueError: No PNG, cut short, or a chunk whose CRC differs.
+      ValueError: Not a PNG, truncated, or a chunk whose CRC differs.
     """
     if bytes(payload[:8]) != _PNG_SIGNATURE:
         raise ValueError("no PNG signature")
@@ -201,7 +226,7 @@ def check_webp(payload: bytes | memoryview) -> None:
     """Checks that a WebP file is as long as its header says (the format has no checksum).
 
     Raises:
-      ValueError: No WebP, or cut short.
+      ValueError: Not a WebP, or truncated.
     """
     if bytes(payload[:4]) != b"RIFF" or bytes(payload[8:12]) != b"WEBP":
         raise ValueError("no WebP signature")
@@ -212,7 +237,7 @@ def check_webp(payload: bytes | memoryview) -> None:
 
 @functools.cache
 def _simplejpeg() -> ModuleType | None:
-    # Looked for once per process: a failing import costs a search of the whole path.
+    # Once per process: a failing import searches the whole path.
     try:
         return importlib.import_module("simplejpeg")
     except ImportError:
@@ -235,7 +260,7 @@ def _decode_simplejpeg(
         _check_reducible(width, height, reduce)
         width, height = width // reduce, height // reduce
         _check_out(out, (height, width, 3), "jpeg", where)
-        # The smallest size that is no smaller than asked for: the reduced one exactly.
+        # simplejpeg takes the smallest size that is not below these: exactly the reduced one.
         least = {} if reduce == 1 else {"min_height": height, "min_width": width}
         pixels: np.ndarray = library.decode_jpeg(
             payload, colorspace="RGB", strict=True, buffer=buffer, **least
@@ -299,7 +324,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_reducible(width: int, height: int, reduce: Reduction) -> None:
-    # Otherwise the last block reaches out of the picture, and everything in it is shifted a little.
+    # Otherwise the last block extends beyond the image, and its pixels are shifted slightly.
     if width % reduce or height % reduce:
         raise ValueError(f"{width} x {height} pixels at 1/{reduce}")
 

@@ -38,8 +38,8 @@ class Message:
         return frozenset(name for _, name, _, _ in parsed if name)
 
     def filled(self, facts: Mapping[str, object]) -> Message:
-        """Puts the facts in place; a fact that is missing keeps its braces, since the error that
-        is being made matters more."""
+        """Inserts the facts. A missing fact keeps its braces, rather than to hide the error that is
+        being made."""
         return Message(what=_fill(self.what, facts), fix=_fill(self.fix, facts), error=self.error)
 
 

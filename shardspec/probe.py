@@ -1,8 +1,8 @@
-"""The tokenizer's fingerprint by behaviour: what it makes of a fixed set of texts.
+"""The tokenizer's fingerprint by behaviour: the ids that it gives for a fixed set of texts.
 
-File hashes change with harmless re-saves; ids do not. A loader that is given the tokenizer of the
-training run compares it with the one that the shards were made with, field by field, before the
-first batch: text tokenized by another one would train without an error, and badly.
+File hashes change with harmless re-saves; ids do not. A loader that gets the tokenizer of the
+training run compares it with the one that the shards were built with, field by field, before the
+first batch: a model would train on text of another tokenizer without an error, and badly.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ left out: a run may have added them. Never changed without a new format version.
 
 
 class TrainingTokenizer(Protocol):
-    """What a Hugging Face tokenizer offers, as far as the comparison needs it."""
+    """The part of a Hugging Face tokenizer that the comparison needs."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -69,9 +69,9 @@ def probe_sha256(encode: Callable[[str], Sequence[int]]) -> str:
 
 
 def check_tokenizer(entry: TokenizerEntry, tokenizer: TrainingTokenizer, *, where: str) -> None:
-    """Refuses a tokenizer that is not the one that the shards were made with.
+    """Refuses a tokenizer that is not the one that the shards were built with.
 
-    Image symbols that were added to it above the recorded vocabulary do not count.
+    Image symbols that were added to it above the recorded vocabulary are ignored.
 
     Args:
       entry: From the manifest.

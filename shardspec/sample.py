@@ -8,7 +8,7 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
     <key>.jpg           the image; `<key>.0.jpg`, `<key>.1.jpg` ... where a dataset has several
                         (.png, .webp, or .image.npy for uncompressed uint8 [H, W, 3])
     <key>.overview.jpg  where the dataset's views tile: the image at the size of a crop, directly
-                        behind it; `<key>.0.overview.jpg` where a dataset has several
+                        after it; `<key>.0.overview.jpg` where a dataset has several
 
 A row of `spans` is one of four kinds (column 0):
 
@@ -20,9 +20,9 @@ A row of `spans` is one of four kinds (column 0):
 TEXT rows that share (branch, turn) are the *baked variants* of one exchange: the loader draws one
 of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption
 that answers eight prompts is stored once. A *branch* is one conversation about the sample's
-images. The weight is the branch's loss weight in millionths. LEAD rows name the tokens that stand
-in front of an image, such as "Image 2"; there is one per image, or none. OVERVIEW rows describe
-the overviews that are stored. Rows are sorted: TEXT (by branch and turn), LEAD, OVERVIEW, IMAGE.
+images. The weight is the branch's loss weight in millionths. LEAD rows name the tokens before an
+image, such as "Image 2"; there is one per image, or none. OVERVIEW rows describe the overviews that
+are stored. Rows are sorted: TEXT (by branch and turn), LEAD, OVERVIEW, IMAGE.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -46,7 +46,7 @@ ARRAY_HEADER_BYTES = 128
 """Length of the .npy header of every array member (format: numpy.lib.format, version 1.0)."""
 
 KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,60}")
-"""What a key may be: no dot (readers split names there), no upper case, short enough for ustar."""
+"""Valid keys: no dot (readers split names there), no upper case, short enough for ustar."""
 
 SPAN_COLUMNS = 8
 WEIGHT_ONE = 1_000_000
@@ -55,7 +55,7 @@ WEIGHT_ONE = 1_000_000
 Codec = Literal["jpeg", "png", "webp", "raw"]
 CODEC_SUFFIX: Mapping[str, str] = {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}
 LOSSLESS_CODECS = frozenset({"png", "webp", "raw"})
-"""webp is always written lossless here; lossy pictures are JPEG's job (it decodes 3.5 x faster)."""
+"""webp is always written lossless here; lossy images are JPEG, which decodes 3.5 x faster."""
 
 
 class SpanKind(enum.IntEnum):
@@ -68,11 +68,11 @@ class SpanKind(enum.IntEnum):
 
 
 class Geometry(enum.IntFlag):
-    """Which augmentations leave a sample's text true; stored per image by the formatter."""
+    """Augmentations that keep a sample's text true; stored per image by the formatter."""
 
     NONE = 0
     FLIP = 1
-    """A horizontal flip: no text, pointing or left/right in sight."""
+    """A horizontal flip: the sample has no text in the image, pointing or left/right."""
     CROP = 2
     """A free crop: the text does not depend on the borders of the picture."""
     COLOR = 4
@@ -135,12 +135,12 @@ def image_rows(spans: np.ndarray) -> np.ndarray:
 
 def num_images(spans: np.ndarray) -> int:
     """Counts the images of a spans table."""
-    # A plain integer: NumPy takes 2 µs to find out that a member of an enum is one.
+    # A plain integer: NumPy takes 2 µs to convert a member of an enum.
     return int(np.count_nonzero(spans[:, 0] == SpanKind.IMAGE.value))
 
 
 def image_suffix(codec: str, *, image: int, several: bool, overview: bool = False) -> str:
-    """Names the member of an image, or that of its overview, behind its key.
+    """Names the member of an image or of its overview, without the key.
 
     >>> image_suffix("jpeg", image=0, several=False), image_suffix("raw", image=1, several=True)
     ('jpg', '1.image.npy')
@@ -163,7 +163,7 @@ def encode_array(array: np.ndarray) -> bytes:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    # The repr of a tuple is what the format wants: (3,) with the comma, (3, 8) without.
+    # The repr of a tuple is what the format requires: (3,) with the comma, (3, 8) without.
     header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
     room = ARRAY_HEADER_BYTES - 11
     if len(header) > room:
@@ -176,7 +176,7 @@ def _array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 def _array_member(
     dtype: str, columns: int | None, num_bytes: int
 ) -> tuple[np.dtype, tuple[int, ...], bytes, int]:
-    """Tells what a member of so many bytes holds: (type, shape, header, bytes that are left)."""
+    """Returns what a member of `num_bytes` contains: (type, shape, header, bytes left over)."""
     kind = np.dtype(dtype)
     body_bytes = max(0, num_bytes - ARRAY_HEADER_BYTES)
     num_rows, rest = divmod(body_bytes, kind.itemsize * (columns or 1))
@@ -196,8 +196,8 @@ def decode_array(
       where: Named in the error.
 
     Raises:
-      ShardError: `array_size` (no whole number of rows), `array_header` (not the header that
-        `encode_array` makes for that type and as many rows as there are).
+      ShardError: `array_size` (not a whole number of rows), `array_header` (not the header that
+        `encode_array` makes for that type and number of rows).
     """
     kind, shape, header, rest = _array_member(dtype, columns, len(payload))
     if rest:
@@ -271,7 +271,7 @@ def spans_table(
     Args:
       texts: (branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight).
       images: In order; their num_bytes stays 0 until the codec has run.
-      leads: (start, stop) of the tokens in front of each image, or ().
+      leads: (start, stop) of the tokens before each image, or ().
 
     Returns:
       int32 [S, 8].

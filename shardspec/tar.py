@@ -1,9 +1,8 @@
-"""The tar of a shard: minimal POSIX ustar, the same bytes for the same members, always.
+"""The tar of a shard: minimal POSIX ustar, with the same bytes for the same members.
 
-Headers carry no clock, no owner and no PAX records (a float mtime costs 1 KiB a member in other
-writers), so a rerun is byte-identical and GNU tar, webdataset, wids, Hugging Face `datasets` and
-DALI all read the file. Members of a sample are written one after another; two zero blocks end the
-file.
+Headers have no time, no owner and no PAX records (a float mtime costs 1 KiB per member in other
+writers), so a rerun is byte-identical, and GNU tar, webdataset, wids, Hugging Face `datasets` and
+DALI all read the file. Members of a sample are adjacent; two zero blocks end the file.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ END_OF_ARCHIVE = bytes(2 * BLOCK)
 MAX_NAME = 100
 """Bytes in the name field of a ustar header; longer names would need its prefix field."""
 MAX_MEMBER_BYTES = 8**11 - 1
-"""Largest size that the eleven octal digits of a ustar header hold."""
+"""Largest size that the eleven octal digits of a ustar header can express."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +38,7 @@ class TarMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TarRange:
-    """Where a sample's members stand in its shard."""
+    """Where a sample's members are in its shard."""
 
     offset: int
     """Byte position of the first header."""
@@ -76,8 +75,8 @@ def member_header(name: str, num_bytes: int) -> bytes:
     """Makes the 512-byte ustar header of a regular file: mode 0644, mtime 0, uid = gid = 0.
 
     Raises:
-      ValueError: The name is empty, longer than 100 bytes or holds a NUL, or the payload is longer
-        than 8 GiB.
+      ValueError: The name is empty, longer than 100 bytes or contains a NUL, or the payload is
+        longer than 8 GiB.
     """
     encoded = name.encode()
     if not 0 < len(encoded) <= MAX_NAME or b"\0" in encoded:
@@ -161,7 +160,7 @@ def walk_tar(stream: IO[bytes], *, where: str = "") -> Iterator[TarMember]:
 
 
 def _parse_header(header: bytes, position: int) -> TarMember | None:
-    """Reads a header by making it again: what differs in any byte (a link, an owner) is refused."""
+    """Reads a header; None where any byte is not as `member_header` makes it (a link, an owner)."""
     try:
         name = header[:MAX_NAME].rstrip(b"\0").decode()
         num_bytes = int(header[124:135], 8)

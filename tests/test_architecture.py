@@ -36,7 +36,14 @@ PURE = {
     "shardspec/keyed.py",
     "shardspec/sample.py",
     "shardspec/tar.py",
-    "shardspec/tiling.py",
+    "shardspec/tiling/__init__.py",
+    "shardspec/tiling/counts.py",
+    "shardspec/tiling/grid.py",
+    "shardspec/tiling/masks.py",
+    "shardspec/tiling/pooling.py",
+    "shardspec/tiling/sizes.py",
+    "shardspec/tiling/tokens.py",
+    "shardspec/tiling/view.py",
     "preprocess/reshard/expression.py",
     "preprocess/job/plan.py",
     "preprocess/reshard/assign.py",
@@ -81,9 +88,11 @@ CLOCKS = {
     "preprocess/fetch/download.py",
     "preprocess/job/lease.py",
     "preprocess/job/pipeline.py",
+    "shardspec/storage/connections.py",
     "shardspec/storage/ranges.py",
     "shardspec/storage/retries.py",
-    "shardspec/storage/connections.py",
+    "shardspec/storage/signed_ranges.py",
+    "shardspec/storage/transfers.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 

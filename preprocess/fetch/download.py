@@ -28,9 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import email.utils
 import hashlib
-import io
 import ipaddress
 import logging
 import re
@@ -53,7 +51,8 @@ from yarl import URL
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
 from shardspec.errors import BudgetError, ConfigError, nearest
 from shardspec.keyed import hash_text
-from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS
+from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS, open_image
+from shardspec.storage import retry_after_s
 
 if TYPE_CHECKING:
     from aiohttp.abc import ResolveResult  # aiohttp 3.10
@@ -267,24 +266,19 @@ def image_fault(body: bytes, *, max_pixels: int) -> Literal["", "empty", "not_im
     """
     if not body:
         return "empty"
-    Image.init()
-    for name in IMAGE_FORMATS:
-        # The plugins themselves, not Image.open: its pixel limit is one for the whole process.
-        factory, accept = Image.OPEN.get(name, (None, None))
-        if factory is None or accept is None:
-            continue
-        try:
-            if accept(body[:16]) is not True:  # a text is the excuse of a missing codec
-                continue
-            with factory(io.BytesIO(body), "") as image:
-                width, height = image.size
-        except Image.DecompressionBombError:
-            return "bomb"
-        except (*PILLOW_DECODE_ERRORS, RuntimeError, Warning):
-            continue
-        if width > 0 and height > 0:
-            return "bomb" if width * height > max_pixels else ""
-    return "not_image"
+    try:
+        image = open_image(body, formats=IMAGE_FORMATS)
+        if image is None:
+            return "not_image"
+        with image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        return "bomb"
+    except (*PILLOW_DECODE_ERRORS, Warning):
+        return "not_image"
+    if width < 1 or height < 1:
+        return "not_image"
+    return "bomb" if width * height > max_pixels else ""
 
 
 class _Failure(Exception):
@@ -558,7 +552,8 @@ class _Run:
     async def _read(self, response: aiohttp.ClientResponse) -> _Answer:
         status = response.status
         if status != 200:
-            pause_s = _retry_after_s(response) if status in (429, 503) else 0.0
+            now = datetime.now(timezone.utc)
+            pause_s = retry_after_s(response.headers, now=now) if status in (429, 503) else 0.0
             raise _Failure(_status_reason(status), http_status=status, pause_s=pause_s)
         if (response.content_length or 0) > self.policy.max_bytes:
             raise _Failure("too_big", http_status=status)
@@ -647,19 +642,6 @@ def _status_reason(status: int) -> str:
     if 500 <= status <= 599:
         return "http_5xx"
     return "timeout" if status == 408 else f"http_{status}"
-
-
-def _retry_after_s(response: aiohttp.ClientResponse) -> float:
-    """Reads Retry-After, seconds or an HTTP date (RFC 9110, 10.2.3); 0.0 where there is none."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text)
-    try:
-        date = email.utils.parsedate_to_datetime(text)
-    except ValueError:
-        return 0.0
-    now = datetime.now(timezone.utc)
-    return max(0.0, (date.replace(tzinfo=date.tzinfo or timezone.utc) - now).total_seconds())
 
 
 def _ignore(result: FetchResult) -> None:

@@ -156,10 +156,7 @@ def library_versions(dataset: str) -> dict[str, str]:
     Of the datasets' modules only the one being built counts: a new adapter changes no other output.
     """
     code = hashlib.sha256()
-    root = Path(__file__).parents[2]
-    templates = sorted((root / "preprocess/text/templates").glob("*.toml"))
-    own = root / f"preprocess/datasets/{dataset}.py"
-    for path in (*(root / name for name in _BYTE_MODULES), *templates, own):
+    for path in byte_sources(dataset):
         code.update(path.read_bytes())
     versions = {
         name: importlib.metadata.version(name) for name in ("numpy", "pillow", "tokenizers")
@@ -173,30 +170,34 @@ def library_versions(dataset: str) -> dict[str, str]:
     return {**versions, "code_sha256": code.hexdigest()}
 
 
-_BYTE_MODULES = (
-    "preprocess/text/paraphrase.py",
-    "preprocess/job/build.py",
-    "preprocess/text/choices.py",
+_ROOT = Path(__file__).parents[2]
+
+_BYTE_SOURCES = (
     "preprocess/datasets/base.py",
     "preprocess/datasets/rows.py",
-    "preprocess/text/formatter.py",
-    "preprocess/media/image.py",
+    "preprocess/job/build.py",
     "preprocess/job/plan.py",
     "preprocess/job/planner.py",
-    "preprocess/text/points.py",
+    "preprocess/media/**/*.py",
     "preprocess/recipe.py",
-    "preprocess/synthetic/questions.py",
-    "preprocess/synthetic/scenes.py",
-    "preprocess/text/interleaved.py",
-    "preprocess/text/tokens.py",
+    "preprocess/synthetic/**/*.py",
+    "preprocess/text/**/*.py",
+    "preprocess/text/**/*.toml",
     "shardspec/index.py",
     "shardspec/keyed.py",
     "shardspec/media.py",
     "shardspec/sample.py",
     "shardspec/tar.py",
-    "shardspec/tiling.py",
+    "shardspec/tiling/**/*.py",
 )
-"""Sources whose change may change the bytes of a shard, whatever the dataset."""
+"""Sources whose change may change the bytes of a shard, whatever the dataset. Rooms are given as
+patterns, so that a module that is split or added there counts too."""
+
+
+def byte_sources(dataset: str) -> list[Path]:
+    """Lists our source files that may change the bytes of a dataset's shards, in a fixed order."""
+    patterns = (*_BYTE_SOURCES, f"preprocess/datasets/{dataset}.py")
+    return [path for pattern in patterns for path in sorted(_ROOT.glob(pattern))]
 
 
 def source_stamp(source: str) -> str:

@@ -43,6 +43,7 @@ from shardspec.media import (
     decode_stored,
     encode_stored,
     jpeg_decoder,
+    open_image,
 )
 from shardspec.sample import Codec, Geometry, PreparedImage
 from shardspec.tiling import ImageView, overview_size, stored_size
@@ -414,20 +415,15 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
 
 
 def _open(payload: bytes, where: str) -> ImageFile.ImageFile:
-    """Reads a picture's header. Not Image.open: its pixel limit is a setting of the process."""
+    """Reads a picture's header."""
     if not payload:
         raise SampleError("image_empty.file", where=where)
-    Image.init()  # registers the plugins; does so once per process, and only looks after that
-    for name in SOURCE_FORMATS:
-        if name not in Image.OPEN:  # a Pillow built without it
-            continue
-        factory, accepts = Image.OPEN[name]
-        try:
-            # A string instead of a bool is a plugin's word on what this build cannot read.
-            if accepts is None or accepts(payload[:16]) is True:
-                return factory(io.BytesIO(payload), "")
-        except PILLOW_DECODE_ERRORS as error:
-            _refuse_file(error, where)
+    try:
+        image = open_image(payload, formats=SOURCE_FORMATS)
+    except PILLOW_DECODE_ERRORS as error:
+        _refuse_file(error, where)
+    if image is not None:
+        return image
     raise SampleError(
         "image_decode.unknown",
         where=where,

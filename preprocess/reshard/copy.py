@@ -25,8 +25,8 @@ from shardspec.errors import ConfigError
 from shardspec.index import encode_index
 from shardspec.manifest import INDEX_SUFFIX, Receipt, ShardEntry, encode_receipt
 from shardspec.storage import (
+    ByteRange,
     ObjectVersion,
-    Piece,
     can_multipart_copy,
     check_unchanged,
     concat_local,
@@ -132,7 +132,7 @@ def scratch_of(out: str) -> str:
     return str(scratch_root(out, cache=Path(tempfile.gettempdir()) / own))
 
 
-def find_pieces(rows: np.ndarray, files: np.ndarray, urls: Sequence[str]) -> list[Piece]:
+def find_pieces(rows: np.ndarray, files: np.ndarray, urls: Sequence[str]) -> list[ByteRange]:
     """Joins the samples of a shard to byte ranges, as long as possible.
 
     Args:
@@ -149,14 +149,14 @@ def find_pieces(rows: np.ndarray, files: np.ndarray, urls: Sequence[str]) -> lis
     first = np.flatnonzero(begins)
     last = np.append(first[1:], len(rows)) - 1
     return [
-        Piece(url=urls[file], start=start, stop=stop)
+        ByteRange(url=urls[file], start=start, stop=stop)
         for file, start, stop in zip(
             files[first].tolist(), starts[first].tolist(), stops[last].tolist(), strict=True
         )
     ]
 
 
-def _stays_in_store(context: CopyContext, url: str, pieces: Sequence[Piece]) -> bool:
+def _stays_in_store(context: CopyContext, url: str, pieces: Sequence[ByteRange]) -> bool:
     if context.through == "client" or (context.through == "auto" and context.sha256):
         return False
     possible = can_multipart_copy(url, pieces, context.stamps)

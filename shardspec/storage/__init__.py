@@ -5,8 +5,8 @@ ranges are copied and fetched. Never knows what the bytes mean.
 """
 
 from shardspec.storage.copying import (
+    ByteRange,
     ObjectVersion,
-    Piece,
     can_multipart_copy,
     check_unchanged,
     concat_local,
@@ -45,18 +45,24 @@ from shardspec.storage.files import (
     translate_errors,
     version,
 )
-from shardspec.storage.ranges import RangeReader, RetryPolicy
+from shardspec.storage.ranges import RangeReader
+from shardspec.storage.retries import RetryPolicy, retry_after_s
 
 __all__ = [
-    "SCHEMES",
+    "ObjectVersion",
     "OpenUpload",
-    "Piece",
+    "ByteRange",
     "RangeReader",
     "RetryPolicy",
-    "ObjectVersion",
+    "SCHEMES",
     "StoredObject",
     "abort_upload",
     "absolute_url",
+    "can_multipart_copy",
+    "check_unchanged",
+    "compare_and_swap",
+    "concat_local",
+    "concat_verified",
     "delete",
     "delete_objects",
     "delete_temporaries",
@@ -67,24 +73,20 @@ __all__ = [
     "free_bytes",
     "is_local",
     "join",
-    "concat_verified",
-    "multipart_copy",
-    "concat_local",
-    "can_multipart_copy",
     "list_names",
     "list_objects",
     "list_uploads",
     "local_path",
     "make_folder",
-    "translate_errors",
+    "multipart_copy",
+    "object_version",
     "publish_bytes",
     "publish_file",
     "read_bytes",
-    "check_unchanged",
     "resolve",
+    "retry_after_s",
     "size",
-    "object_version",
-    "compare_and_swap",
+    "translate_errors",
     "version",
     "whole_file",
 ]

@@ -1,12 +1,13 @@
-"""Connections: GETs over connections that are kept, their bodies straight into given memory.
+"""Connections: HTTP GETs over a pool of kept connections, bodies straight into the caller's memory.
 
-What an object store's own client does for a range (build, sign, parse, hand on in small pieces)
-costs several times the processor time of the bytes themselves, and most of it holds the
-interpreter that a training process needs. Here a GET of a URL that is ready to be asked for costs
-a request line, and its body is received by the system into the memory that the caller gives.
+What an object store's own client does for a range (build, sign, parse, copy in small chunks) costs
+several times the CPU time of the bytes themselves, and most of it holds the interpreter lock that a
+training process needs. Here a GET of a URL that is already signed costs a request line, and its
+body is received by the system into the memory that the caller gives.
 
-Safe to share between threads. Nothing is tried again but a request that met a connection which the
-server had closed, or given up (408), meanwhile. URLs are never logged: they may carry a signature.
+Safe to share between threads. The only request that is repeated is one that met a connection which
+the server had closed, or timed out (408), meanwhile. URLs are never logged: they may carry a
+signature.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from urllib.parse import urlsplit
 _KEPT = 64
 """Most idle connections to one server."""
 _IDLE_S = 10.0
-"""Longer idle connections are not used again: what stands in the way of them forgets some silently,
-and each would then take its user's whole patience."""
+"""Connections that were idle for longer are not used again: NAT and firewalls drop some of them
+silently, and a request over such a one would wait for its whole limit."""
 _SHORT = 64 * 1024
-"""A refusal with so short a body is read to its end, so that its connection can be used again."""
+"""The body of a refusal up to this length is read to its end, so that the connection is kept."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The head of an answer, and its body bit by bit."""
+class Response:
+    """The head of a response, and its body piece by piece. Owned by one thread."""
 
     status: int
     headers: Message
-    _answer: http.client.HTTPResponse
+    _response: http.client.HTTPResponse
     _connection: http.client.HTTPConnection
     _wait_s: Callable[[], float]
 
     @property
     def length(self) -> int | None:
         """Bytes of the body that are still to come, where the server says so."""
-        return self._answer.length
+        return self._response.length
 
     def readinto(self, target: memoryview) -> int:
         """Receives what comes next into `target`; 0 bytes at the end of the body.
@@ -55,13 +56,13 @@ class Answer:
         Raises:
           TimeoutError, OSError, http.client.HTTPException: The connection broke.
         """
-        # `readinto` of http.client goes on until the target is full: what had come before a reset
-        # would be lost, and a server that drips would never meet a limit.
+        # Not `readinto` of http.client, which continues until the target is full: what had arrived
+        # before a reset would be lost, and a server that drips would never meet a limit.
         _limit(self._connection, self._wait_s())
-        payload = self._answer.read1(len(target))
+        payload = self._response.read1(len(target))
         target[: len(payload)] = payload
-        if self._answer.length == 0:
-            self._answer.read()  # tells the answer that it has ended
+        if self._response.length == 0:
+            self._response.read()  # marks the response as closed, so that `_keep` sees it
         return len(payload)
 
 
@@ -73,29 +74,36 @@ class _Kept(NamedTuple):
 
 
 class Connections:
-    """Idle connections by server."""
+    """Idle connections by server.
+
+    `_lock` guards `_idle`, `_opening` and `_context`; it is never held while the network is used.
+    A connection is in `_idle` or owned by one request, never both: `_kept` takes it out before it
+    is used, `_put` returns it afterwards. An idle connection may be stale, as the server may have
+    closed it; `_request` then uses a new one.
+    """
 
     def __init__(self, *, ca_file: str | None = None) -> None:
         """Opens nothing yet.
 
         Args:
-          ca_file: Certificates that servers are trusted by; None: the system's.
+          ca_file: Certificates that servers are checked against; None: the system's.
         """
         self._ca_file = ca_file
         self._context: ssl.SSLContext | None = None
         self._idle: defaultdict[tuple[str, str], list[_Kept]] = defaultdict(list)
-        self._opening: Counter[tuple[str, str]] = Counter()
+        self._opening: Counter[tuple[str, str]] = Counter()  # connections under way
         self._lock = threading.Lock()
+        # The dictionary and not self, or the finalizer would keep this object alive.
         weakref.finalize(self, _close_all, self._idle)
 
     def open_soon(self, url: str, number: int, *, wait_s: float) -> None:
         """Begins to open connections to a server, which wait for their first use; returns at once.
 
-        What comes of it is not told: who asks finds an open connection, or opens one.
+        A failure is not reported: the first request that finds no open connection opens one itself.
 
         Args:
           url: Any of the server's.
-          number: How many shall be open and idle.
+          number: How many there shall be, idle or being opened.
           wait_s: How long to try, in seconds.
         """
         at = urlsplit(url)
@@ -112,7 +120,7 @@ class Connections:
                 connection.connect()
                 self._put(server, connection)
             except (OSError, http.client.HTTPException, ValueError):
-                # A name that no host can have is a ValueError.
+                # ValueError: an invalid host name.
                 if connection is not None:
                     connection.close()
             finally:
@@ -122,7 +130,8 @@ class Connections:
         for _ in range(number):
             threading.Thread(target=connect, name="connect", daemon=True).start()
         if number:
-            # Those that nobody has used by then would be kept, and never used.
+            # Idle connections are closed when the next request finds them old; without a request
+            # these would stay open.
             closing = threading.Timer(wait_s + _IDLE_S, self._close_old, args=(server,))
             closing.daemon = True
             closing.start()
@@ -130,31 +139,31 @@ class Connections:
     @contextmanager
     def get(
         self, url: str, headers: Mapping[str, str], *, wait_s: Callable[[], float]
-    ) -> Iterator[Answer]:
-        """Asks for a URL; its connection is kept if the body has been read when the block ends.
+    ) -> Iterator[Response]:
+        """Requests a URL; its connection is kept if the body has been read when the block ends.
 
         Args:
           url: http or https.
-          headers: Of the request, beside Host.
-          wait_s: Tells how long to wait now for the next part of the answer, in seconds.
+          headers: Of the request, besides Host.
+          wait_s: Returns how long to wait now for the next part of the response, in seconds.
 
         Raises:
-          TimeoutError, OSError, http.client.HTTPException: No answer came.
+          TimeoutError, OSError, http.client.HTTPException: There was no response.
         """
         at = urlsplit(url)
         server = at.scheme, at.netloc
         target = f"{at.path or '/'}?{at.query}" if at.query else at.path or "/"
-        connection, answer = self._ask(server, target, headers, wait_s)
+        connection, response = self._request(server, target, headers, wait_s)
         try:
-            yield Answer(answer.status, answer.headers, answer, connection, wait_s)
-            if answer.status >= 300 and (answer.length is None or answer.length < _SHORT):
-                answer.read(_SHORT)
+            yield Response(response.status, response.headers, response, connection, wait_s)
+            if response.status >= 300 and (response.length is None or response.length < _SHORT):
+                response.read(_SHORT)
         except BaseException:
             connection.close()
             raise
-        self._keep(server, connection, answer)
+        self._keep(server, connection, response)
 
-    def _ask(
+    def _request(
         self,
         server: tuple[str, str],
         target: str,
@@ -167,20 +176,20 @@ class Connections:
             try:
                 _limit(connection, wait_s())
                 connection.request("GET", target, headers=dict(headers))
-                answer = connection.getresponse()
-                if answer.status != 408 or kept is None:
-                    return connection, answer
-                # What some servers say to a connection that has been idle for long.
+                response = connection.getresponse()
+                if response.status != 408 or kept is None:
+                    return connection, response
+                # Some servers send this to a connection that has been idle for too long.
                 connection.close()
             except (ConnectionError, http.client.BadStatusLine):
                 connection.close()
-                # A server closes idle connections without a word; a new one tells what is true.
+                # Servers close idle connections silently. Only the failure of a new one is real.
                 if kept is None:
                     raise
             except TimeoutError:
                 connection.close()
                 if kept is not None:
-                    self._drop(server)  # the others have been as silent
+                    self._drop(server)  # the others are probably as dead
                 raise
             except BaseException:
                 connection.close()
@@ -227,9 +236,9 @@ class Connections:
         self,
         server: tuple[str, str],
         connection: http.client.HTTPConnection,
-        answer: http.client.HTTPResponse,
+        response: http.client.HTTPResponse,
     ) -> None:
-        if answer.isclosed():
+        if response.isclosed():
             self._put(server, connection)
         else:
             connection.close()
@@ -247,15 +256,16 @@ _shared = weakref.WeakValueDictionary()
 
 
 def shared_connections(url: str, *, ca_file: str | None) -> Connections:
-    """Gives the connections of this process to a server, for all who read from it.
+    """Returns the connections of this process to a server, for all readers.
 
     Args:
       url: Any of the server's.
       ca_file: As of `Connections`.
     """
     at = urlsplit(url)
-    # By process: what a forked child has are its parent's. Two threads that make them at the same
-    # time may have one set each.
+    # By process: a forked child inherits connections that its parent still uses. Without a lock:
+    # two threads that make them at the same time may get one set each, and the connections are
+    # shared by fewer.
     return _shared.setdefault(
         (os.getpid(), at.scheme, at.netloc, ca_file), Connections(ca_file=ca_file)
     )

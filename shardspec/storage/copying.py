@@ -1,14 +1,14 @@
-"""Joining: one file made of byte ranges of others, by the cheapest means that their stores have.
+"""Copying: one file made of byte ranges of others, by the cheapest means that their stores have.
 
 * `concat_verified`: the bytes pass through this process, and every sample's checksum is compared.
-* `concat_local`: local files to a local file, by the file system itself where that pays.
+* `concat_local`: local files to a local file, by the file system itself where that is faster.
 * `multipart_copy`: within one S3 store, ranges of 5 MiB and more are copied by the store itself
-  (UploadPartCopy); what is shorter goes through the client, as parts must have 5 MiB. Within one
-  GCS store a whole object is copied by the store; it has no copies of ranges, and composing whole
-  tars would leave their ends in the middle.
+  (UploadPartCopy); shorter ones pass through the client, as parts must have 5 MiB. Within one GCS
+  store a whole object is copied by the store; it cannot copy ranges, and composing whole tars would
+  leave their ends in the middle.
 
-A `ObjectVersion` says which version of a file was meant; a file that changes while it is copied is
-refused.
+An `ObjectVersion` names the version of a file that is to be copied; a file that changes meanwhile
+is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from shardspec.errors import ShardError
 from shardspec.storage import files
-from shardspec.storage.retries import persist
+from shardspec.storage.retries import with_retries
 from shardspec.storage.upload import (
     MAX_PARTS,
     OnPart,
@@ -56,15 +56,15 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectVersion:
-    """Which version of a file this is."""
+    """Identifies the content of a file at one moment."""
 
     num_bytes: int
     version: str
-    """ETag or generation of an object; the times and the number of a local file."""
+    """ETag or generation of an object; modification time and inode of a local file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class ByteRange:
     """A range of bytes of a file."""
 
     url: str
@@ -76,39 +76,39 @@ class Piece:
         """Length of the range."""
         return self.stop - self.start
 
-    def cut(self, start: int, stop: int) -> Piece:
-        """Takes a part of it, counted from its own start."""
-        return Piece(url=self.url, start=self.start + start, stop=self.start + stop)
+    def cut(self, start: int, stop: int) -> ByteRange:
+        """Returns a part of it, by positions from its own start."""
+        return ByteRange(url=self.url, start=self.start + start, stop=self.start + stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyPart:
     """A part of an upload that the store copies."""
 
-    piece: Piece
+    source: ByteRange
 
     @property
     def num_bytes(self) -> int:
         """Length of the part."""
-        return self.piece.num_bytes
+        return self.source.num_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentPart:
     """A part of an upload that the client fetches and sends."""
 
-    pieces: tuple[Piece, ...]
+    sources: tuple[ByteRange, ...]
     end: bytes = b""
-    """What follows the pieces."""
+    """What follows them."""
 
     @property
     def num_bytes(self) -> int:
         """Length of the part."""
-        return sum(piece.num_bytes for piece in self.pieces) + len(self.end)
+        return sum(source.num_bytes for source in self.sources) + len(self.end)
 
 
 def object_version(url: str) -> ObjectVersion | None:
-    """Tells the version of a file; None where there is none."""
+    """Returns the version of a file; None where there is none."""
     with files.translate_errors(url):
         if files.is_local(url):
             try:
@@ -121,14 +121,14 @@ def object_version(url: str) -> ObjectVersion | None:
         fs, path = files.filesystem(url)
         fs.invalidate_cache(fs._parent(path))
         try:
-            entry = persist(lambda: fs.info(path), where=url)
+            entry = with_retries(lambda: fs.info(path), where=url)
         except FileNotFoundError:
             return None
         return ObjectVersion(num_bytes=int(entry["size"] or 0), version=version_of_entry(fs, entry))
 
 
 def check_unchanged(url: str, want: ObjectVersion) -> None:
-    """Refuses a file that is not the version that was meant.
+    """Refuses a file that is not the expected version.
 
     Raises:
       ShardError: `source_changed`.
@@ -142,16 +142,18 @@ def _changed(url: str, **facts: object) -> ShardError:
     return ShardError("source_changed.copy", where=url, facts=facts)
 
 
-def concat_verified(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, hashed: bool) -> str:
-    """Writes pieces to a local file, with the end of a tar, and checks every sample on its way.
+def concat_verified(
+    path: Path, ranges: Sequence[ByteRange], rows: np.ndarray, *, hashed: bool
+) -> str:
+    """Writes byte ranges to a local file, with the end of a tar, and verifies every sample.
 
-    Memory holds a chunk, however long the samples are.
+    Memory holds one chunk, however long the samples are.
 
     Args:
       path: File to make.
-      pieces: Of any files; together they are the samples.
+      ranges: Of any files; together they are the samples.
       rows: The samples in order, with columns `num_bytes`, `crc32` and `key`.
-      hashed: Whether to compute the file's sha256 too, which takes more time than all the rest.
+      hashed: Whether to compute the file's sha256 too, which takes longer than all the rest.
 
     Returns:
       The sha256, or "".
@@ -165,11 +167,11 @@ def concat_verified(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, ha
     samples = _Samples(rows)
     with files.translate_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
         target = _Target(out.fileno())
-        for piece in pieces:
-            position = piece.start
-            while position < piece.stop:
-                payload = read(piece.url, position, piece.stop - position)
-                samples.check(payload, url=piece.url)
+        for span in ranges:
+            position = span.start
+            while position < span.stop:
+                payload = read(span.url, position, span.stop - position)
+                samples.check(payload, url=span.url)
                 target.write(payload)
                 if digest is not None:
                     digest.update(payload)
@@ -181,13 +183,12 @@ def concat_verified(path: Path, pieces: Sequence[Piece], rows: np.ndarray, *, ha
     return digest.hexdigest()
 
 
-def concat_local(path: Path, pieces: Sequence[Piece]) -> None:
-    """Writes pieces of local files to a local file, with the end of a tar; looks at no sample.
+def concat_local(path: Path, ranges: Sequence[ByteRange]) -> None:
+    """Writes byte ranges of local files to a local file, with the end of a tar; verifies nothing.
 
-    File systems that are not on a disk of this machine are asked to copy by themselves
-    (copy_file_range), as network file systems do it at the server. On a disk the kernel would copy
-    in pieces of a few pages each, with less read ahead: reading and writing long chunks is as cheap
-    there, and faster.
+    File systems that are not on a disk of this machine copy by themselves (copy_file_range), which
+    network file systems do at the server. On a disk the kernel would copy a few pages at a time,
+    with less read-ahead: reading and writing long chunks is as cheap there, and faster.
 
     Raises:
       ShardError: `tar_truncated`, `source_changed`.
@@ -196,19 +197,19 @@ def concat_local(path: Path, pieces: Sequence[Piece]) -> None:
     with files.translate_errors(str(path)), path.open("wb", buffering=0) as out, _Sources() as read:
         target = _Target(out.fileno())
         apart = hasattr(os, "copy_file_range") and not _is_on_disk(out.fileno())
-        for piece in pieces:
-            position = piece.start
-            while position < piece.stop:
-                count, left = 0, piece.stop - position
+        for span in ranges:
+            position = span.start
+            while position < span.stop:
+                count, left = 0, span.stop - position
                 if apart:
                     try:
-                        count = target.copy(read.descriptor(piece.url), position, left)
+                        count = target.copy(read.descriptor(span.url), position, left)
                     except OSError as error:
                         if error.errno not in _NO_COPY_FILE_RANGE:
                             raise
                         apart = False
-                if not count:  # it cannot, or the source ends early: then this says so
-                    payload = read(piece.url, position, left)
+                if not count:  # not supported, or the source ends early, which `read` reports
+                    payload = read(span.url, position, left)
                     target.write(payload)
                     count = len(payload)
                 position += count
@@ -216,16 +217,16 @@ def concat_local(path: Path, pieces: Sequence[Piece]) -> None:
 
 
 _NO_COPY_FILE_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-"""Between file systems, on one without it, or where a sandbox does not know the call."""
+"""Between file systems, on one without the call, or in a sandbox that does not allow it."""
 
 
 def _is_on_disk(descriptor: int) -> bool:
-    """Tells whether a file lies on a block device: other file systems have devices without one."""
+    """Returns True if a file is on a block device: other file systems have major number 0."""
     return os.major(os.fstat(descriptor).st_dev) != 0
 
 
 class _Samples:
-    """Compares samples with their checksums as their bytes come along, in whatever chunks."""
+    """Compares samples with their checksums as their bytes pass, in chunks of any length."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self._rows = rows
@@ -233,7 +234,7 @@ class _Samples:
         self._sample = 0
         self._crc = 0
         self._done = 0
-        """Bytes of the sample that have come."""
+        """Bytes of the current sample so far."""
 
     def check(self, payload: memoryview, *, url: str) -> None:
         at = 0
@@ -249,7 +250,7 @@ class _Samples:
 
 
 class _Target:
-    """A file that is written from its start on, and given to the disk meanwhile."""
+    """A file that is written from its start on, and flushed to the disk meanwhile."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -269,11 +270,11 @@ class _Target:
         return count
 
     def _moved(self, count: int) -> None:
-        """Lets the disk begin with what was written, so that the fsync at the end waits less."""
+        """Starts the write-back of what was written, so that the fsync at the end is shorter."""
         self._written += count
         length = self._written - self._flushed
         if length >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
-            # Linux starts to write dirty pages out when it is told that nobody needs them.
+            # Linux starts to write dirty pages when told that they are not needed.
             os.posix_fadvise(self._descriptor, self._flushed, length, os.POSIX_FADV_DONTNEED)
             self._flushed = self._written
 
@@ -329,7 +330,7 @@ class _Sources:
 
 def _fetch(url: str, start: int, stop: int) -> bytes:
     fs, path = files.filesystem(url)
-    return persist(lambda: bytes(fs.cat_file(path, start=start, end=stop)), where=url)
+    return with_retries(lambda: bytes(fs.cat_file(path, start=start, end=stop)), where=url)
 
 
 @contextmanager
@@ -349,93 +350,93 @@ def _wrong_sample(url: str, row: np.void) -> ShardError:
     )
 
 
-def plan_parts(pieces: Sequence[Piece], *, end: bytes) -> list[CopyPart | SentPart]:
-    """Plans the parts of an upload so that the store copies all it can.
+def plan_parts(ranges: Sequence[ByteRange], *, end: bytes) -> list[CopyPart | SentPart]:
+    """Plans the parts of an upload so that the store copies as much as possible.
 
     Args:
-      pieces: What the object consists of.
-      end: Bytes behind them.
+      ranges: What the object consists of.
+      end: Bytes after them.
 
     Returns:
       Parts within the limits above; at most `MIN_PART_BYTES` of each are sent.
     """
-    total = sum(piece.num_bytes for piece in pieces)
+    total = sum(span.num_bytes for span in ranges)
     smallest = max(MIN_PART_BYTES, -(-total // (MAX_PARTS - 1)))
     parts: list[CopyPart | SentPart] = []
-    held: list[Piece] = []
+    held: list[ByteRange] = []
     missing = smallest
-    for piece in pieces:
+    for span in ranges:
         position = 0
         if held:
-            position = min(piece.num_bytes, missing)
-            held.append(piece.cut(0, position))
+            position = min(span.num_bytes, missing)
+            held.append(span.cut(0, position))
             missing -= position
             if missing:
                 continue
-            parts.append(SentPart(pieces=tuple(held)))
+            parts.append(SentPart(sources=tuple(held)))
             held, missing = [], smallest
-        while (left := piece.num_bytes - position) >= smallest:
+        while (left := span.num_bytes - position) >= smallest:
             count = left
             if left > MAX_PART_BYTES:
                 count = min(MAX_PART_BYTES, left - smallest)
-            parts.append(CopyPart(piece=piece.cut(position, position + count)))
+            parts.append(CopyPart(source=span.cut(position, position + count)))
             position += count
         if left:
-            held, missing = [piece.cut(position, position + left)], smallest - left
+            held, missing = [span.cut(position, position + left)], smallest - left
     if len(held) == 1 and not end:
-        parts.append(CopyPart(piece=held[0]))  # the last may be short
+        parts.append(CopyPart(source=held[0]))  # the last may be short
     elif held or end:
-        parts.append(SentPart(pieces=tuple(held), end=end))
+        parts.append(SentPart(sources=tuple(held), end=end))
     return parts
 
 
 def can_multipart_copy(
-    url: str, pieces: Sequence[Piece], stamps: Mapping[str, ObjectVersion]
+    url: str, ranges: Sequence[ByteRange], versions: Mapping[str, ObjectVersion]
 ) -> bool:
-    """Tells whether the target's store can join the pieces, or most of their bytes, by itself."""
-    if files.is_local(url) or any(files.is_local(piece.url) for piece in pieces):
+    """Returns True if the target's store can copy the ranges, or most of their bytes, itself."""
+    if files.is_local(url) or any(files.is_local(span.url) for span in ranges):
         return False
     fs, _ = files.filesystem(url)
-    if any(files.filesystem(u)[0] is not fs for u in {piece.url for piece in pieces}):
+    if any(files.filesystem(u)[0] is not fs for u in {span.url for span in ranges}):
         return False
     if kind_of(fs) == "s3":
-        parts = plan_parts(pieces, end=END_OF_ARCHIVE)
-        copied = sum(part.piece.num_bytes for part in parts if isinstance(part, CopyPart))
-        return 2 * copied > sum(piece.num_bytes for piece in pieces)
-    return kind_of(fs) == "gs" and whole_file(pieces, stamps) is not None
+        parts = plan_parts(ranges, end=END_OF_ARCHIVE)
+        copied = sum(part.source.num_bytes for part in parts if isinstance(part, CopyPart))
+        return 2 * copied > sum(span.num_bytes for span in ranges)
+    return kind_of(fs) == "gs" and whole_file(ranges, versions) is not None
 
 
-def whole_file(pieces: Sequence[Piece], stamps: Mapping[str, ObjectVersion]) -> str | None:
-    """Gives the file that the pieces and the end of a tar are all of; None where there is none."""
-    if len(pieces) != 1 or pieces[0].start or not _has_own_end(pieces[0], stamps):
+def whole_file(ranges: Sequence[ByteRange], versions: Mapping[str, ObjectVersion]) -> str | None:
+    """Returns the file that is exactly the ranges and the end of a tar; None where none is."""
+    if len(ranges) != 1 or ranges[0].start or not _has_own_end(ranges[0], versions):
         return None
-    return pieces[0].url
+    return ranges[0].url
 
 
-def _has_own_end(piece: Piece, stamps: Mapping[str, ObjectVersion]) -> bool:
-    """Tells whether a file goes on behind a piece with the end of a tar, and nothing else."""
-    stop = piece.stop + len(END_OF_ARCHIVE)
-    if stop != stamps[piece.url].num_bytes:
+def _has_own_end(span: ByteRange, versions: Mapping[str, ObjectVersion]) -> bool:
+    """Returns True if a range is followed by the end of a tar and then the end of its file."""
+    stop = span.stop + len(END_OF_ARCHIVE)
+    if stop != versions[span.url].num_bytes:
         return False
     # Foreign tars may end in files that belong to no sample, and without an end.
-    return _read_whole(Piece(url=piece.url, start=piece.stop, stop=stop)) == END_OF_ARCHIVE
+    return _read_whole(ByteRange(url=span.url, start=span.stop, stop=stop)) == END_OF_ARCHIVE
 
 
 def multipart_copy(
     url: str,
-    pieces: Sequence[Piece],
-    stamps: Mapping[str, ObjectVersion],
+    ranges: Sequence[ByteRange],
+    versions: Mapping[str, ObjectVersion],
     *,
     on_part: OnPart | None = None,
 ) -> None:
-    """Lets a store join pieces to an object, with the end of a tar; it appears whole or not at all.
+    """Makes an object from ranges of others, in their store; it appears whole or not at all.
 
     Args:
-      url: The object.
-      pieces: For which `can_multipart_copy` is true.
-      stamps: Version of each file.
-      on_part: Hears how many bytes have arrived; what it raises ends the upload, and nothing is
-        left of it.
+      url: The object; the end of a tar is added.
+      ranges: For which `can_multipart_copy` is true.
+      versions: Version of each file.
+      on_part: Called with the bytes that have arrived; an exception of it aborts the upload, and
+        nothing is left of it.
 
     Raises:
       ShardError: `source_changed`.
@@ -444,42 +445,43 @@ def multipart_copy(
     fs, path = files.filesystem(url)
     with files.translate_errors(url):
         if kind_of(fs) == "s3":
-            _join_in_s3(fs, path, pieces, stamps, where=url, on_part=on_part or (lambda _: None))
+            _copy_in_s3(fs, path, ranges, versions, where=url, on_part=on_part or (lambda _: None))
             return
-        whole = whole_file(pieces, stamps)
+        whole = whole_file(ranges, versions)
         assert whole is not None
-        check_unchanged(whole, stamps[whole])
-        persist(lambda: fs.cp_file(files.filesystem(whole)[1], path), where=url)
-        check_unchanged(whole, stamps[whole])
-        check_size(fs, path, stamps[whole].num_bytes, where=url)
+        check_unchanged(whole, versions[whole])
+        with_retries(lambda: fs.cp_file(files.filesystem(whole)[1], path), where=url)
+        check_unchanged(whole, versions[whole])
+        check_size(fs, path, versions[whole].num_bytes, where=url)
 
 
-def _join_in_s3(
+def _copy_in_s3(
     fs: Any,
     path: str,
-    pieces: Sequence[Piece],
-    stamps: Mapping[str, ObjectVersion],
+    ranges: Sequence[ByteRange],
+    versions: Mapping[str, ObjectVersion],
     *,
     where: str,
     on_part: OnPart,
 ) -> None:
     end = END_OF_ARCHIVE
-    num_bytes = sum(piece.num_bytes for piece in pieces) + len(end)
-    last = pieces[-1]
+    num_bytes = sum(span.num_bytes for span in ranges) + len(end)
+    last = ranges[-1]
     # S3 copies no ranges of objects that are shorter than a part.
-    if stamps[last.url].num_bytes > MIN_PART_BYTES and _has_own_end(last, stamps):
-        # The source's own end follows the last sample: nothing needs to be sent for it.
-        pieces, end = [*pieces[:-1], last.cut(0, last.num_bytes + len(end))], b""
-    parts = plan_parts(pieces, end=end)
+    if versions[last.url].num_bytes > MIN_PART_BYTES and _has_own_end(last, versions):
+        # The source's own end follows the last sample, so none has to be sent.
+        ranges, end = [*ranges[:-1], last.cut(0, last.num_bytes + len(end))], b""
+    parts = plan_parts(ranges, end=end)
 
     def send(number: int, upload: Mapping[str, Any]) -> str:
         part = parts[number - 1]
         if isinstance(part, CopyPart):
-            return _copy_part(fs, part.piece, stamps, upload)
-        return send_part_s3(fs, b"".join([*map(_read_whole, part.pieces), part.end]), upload, where)
+            return _copy_part(fs, part.source, versions, upload)
+        payload = b"".join([*map(_read_whole, part.sources), part.end])
+        return send_part_s3(fs, payload, upload, where)
 
-    left = persist(lambda: open_uploads(fs, path), where=where)
-    for _, upload_id, _ in left:  # by a killed process
+    left = with_retries(lambda: open_uploads(fs, path), where=where)
+    for _, upload_id, _ in left:  # of a killed process
         abort_upload(fs, path, upload_id, where=where)
     put_in_parts_s3(
         fs,
@@ -489,40 +491,40 @@ def _join_in_s3(
         num_bytes=num_bytes,
         where=where,
         on_part=on_part,
-        # Stores that ignore the condition of a copy are caught here.
-        before_end=lambda: _require_all(pieces, stamps),
+        # Once more: some stores ignore the condition of a copy.
+        before_end=lambda: _require_all(ranges, versions),
     )
 
 
 def _copy_part(
-    fs: Any, piece: Piece, stamps: Mapping[str, ObjectVersion], upload: Mapping[str, Any]
+    fs: Any, span: ByteRange, versions: Mapping[str, ObjectVersion], upload: Mapping[str, Any]
 ) -> str:
-    bucket, key, _ = fs.split_path(files.filesystem(piece.url)[1])
+    bucket, key, _ = fs.split_path(files.filesystem(span.url)[1])
     try:
-        done = persist(
+        done = with_retries(
             lambda: fs.call_s3(
                 "upload_part_copy",
                 CopySource={"Bucket": bucket, "Key": key},
-                CopySourceRange=f"bytes={piece.start}-{piece.stop - 1}",
-                CopySourceIfMatch=stamps[piece.url].version,
+                CopySourceRange=f"bytes={span.start}-{span.stop - 1}",
+                CopySourceIfMatch=versions[span.url].version,
                 **upload,
             ),
-            where=piece.url,
+            where=span.url,
         )
     except OSError:
-        check_unchanged(piece.url, stamps[piece.url])  # says it better, if that was the cause
+        check_unchanged(span.url, versions[span.url])  # the better error, if that was the cause
         raise
     return str(done["CopyPartResult"]["ETag"])
 
 
-def _read_whole(piece: Piece) -> bytes:
+def _read_whole(span: ByteRange) -> bytes:
     found = bytearray()
     with _Sources() as read:
-        while len(found) < piece.num_bytes:
-            found += read(piece.url, piece.start + len(found), piece.num_bytes - len(found))
+        while len(found) < span.num_bytes:
+            found += read(span.url, span.start + len(found), span.num_bytes - len(found))
     return bytes(found)
 
 
-def _require_all(pieces: Sequence[Piece], stamps: Mapping[str, ObjectVersion]) -> None:
-    for url in sorted({piece.url for piece in pieces}):
-        check_unchanged(url, stamps[url])
+def _require_all(ranges: Sequence[ByteRange], versions: Mapping[str, ObjectVersion]) -> None:
+    for url in sorted({span.url for span in ranges}):
+        check_unchanged(url, versions[url])

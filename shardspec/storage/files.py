@@ -1,10 +1,10 @@
-"""The one door to bytes: local paths, every fsspec URL and named stores; whole or not at all.
+"""Files and objects: local paths, every fsspec URL and named stores; whole or not at all.
 
 Local files are written under a temporary name in the same directory, flushed to disk and renamed.
 On object stores an object appears only when its upload is complete (`shardspec.storage.upload`). A
 scheme that fsspec does not know may be the name of a store (`shardspec.storage.stores`).
 
-What a store's client raises becomes a StorageError here, but for a missing object, which is a
+Errors of a store's client become a StorageError here, except for a missing object, which is a
 FileNotFoundError everywhere.
 """
 
@@ -22,24 +22,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 
 from shardspec.errors import ShardsError, StorageError, nearest
 from shardspec.storage import upload
-from shardspec.storage.retries import is_access_refused, is_client_error, persist
+from shardspec.storage.failures import is_access_refused, is_client_error
+from shardspec.storage.retries import with_retries
 from shardspec.storage.stores import STORES_FILE, Store, named_stores
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 SCHEMES = ("file", "s3", "gs", "memory")
 """Kinds of URL that the test suite runs against; fsspec knows more."""
 
-_OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
-"""Schemes that reach the same stores, with the same client of fsspec's."""
+_ALIASES = {"s3a": "s3", "gcs": "gs"}
+"""Aliases of schemes: the same stores, by the same client of fsspec."""
 
 _DELETES_AT_ONCE = 16
 
@@ -56,7 +55,7 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenUpload:
-    """A multipart upload that was begun and neither ended nor aborted."""
+    """An unfinished multipart upload."""
 
     name: str
     """Of the object it would make, relative to the URL that was listed."""
@@ -65,7 +64,7 @@ class OpenUpload:
 
 
 def is_local(url: str) -> bool:
-    """Tells whether a URL names a local path (no scheme, or file://)."""
+    """Returns True if a URL names a local path (no scheme, or file://)."""
     return "://" not in url or url.startswith("file://")
 
 
@@ -84,7 +83,7 @@ def join(url: str, *parts: str) -> str:
 
 
 def resolve(base: str, url: str) -> str:
-    """Gives a URL that may be relative to a folder as one that stands alone.
+    """Resolves a URL that may be relative to a folder.
 
     >>> resolve("s3://bucket/views/a", "../b/train/x.tar")
     's3://bucket/views/b/train/x.tar'
@@ -94,30 +93,30 @@ def resolve(base: str, url: str) -> str:
     if "://" in url or url.startswith("/"):
         return url
     if is_local(base):
-        return join(base, url)  # the system knows where ".." leads, over symbolic links too
+        return join(base, url)  # ".." is left to the system, because of symbolic links
     scheme, _, path = base.partition("://")
     return f"{scheme}://{posixpath.normpath(posixpath.join(path, url))}"
 
 
 def absolute_url(url: str) -> str:
-    """Gives a URL in one way only: a local path without links, no slash behind it, a store's name.
+    """Normalizes a URL: a local path without links, no trailing slash, no alias of a scheme.
 
     >>> absolute_url("s3a://bucket/set/"), absolute_url("gcs://bucket")
     ('s3://bucket/set', 'gs://bucket')
     """
     if is_local(url):
         return os.path.realpath(local_path(url))
-    scheme, mark, place = url.rstrip("/").partition("://")
-    return f"{_OTHER_NAMES.get(scheme, scheme)}{mark}{place}"
+    scheme, mark, path = url.rstrip("/").partition("://")
+    return f"{_ALIASES.get(scheme, scheme)}{mark}{path}"
 
 
 def exists(url: str) -> bool:
-    """Tells whether an object or a directory is there."""
+    """Returns True if there is an object or a directory."""
     with translate_errors(url):
         if is_local(url):
             return local_path(url).exists()
         fs, path = filesystem(url)
-        return _patiently(url, lambda: bool(fs.exists(path)))
+        return with_retries(lambda: bool(fs.exists(path)), where=url)
 
 
 def size(url: str) -> int | None:
@@ -128,14 +127,14 @@ def size(url: str) -> int | None:
             return path.stat().st_size if path.is_file() else None
         fs, remote = filesystem(url)
         try:
-            info = _patiently(url, lambda: fs.info(remote))
+            info = with_retries(lambda: fs.info(remote), where=url)
         except FileNotFoundError:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
 
 def version(url: str) -> str | None:
-    """Names the version of an object by what changes with each write; None where there is none.
+    """Returns the version of an object, which changes with each write; None where there is none.
 
     Returns:
       An opaque text: the ETag on S3, the generation on GCS, elsewhere length and time of writing.
@@ -148,7 +147,7 @@ def version(url: str) -> str | None:
                 return None
             return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
         fs, path = filesystem(url)
-        return _patiently(url, lambda: upload.version_of(fs, path))
+        return with_retries(lambda: upload.version_of(fs, path), where=url)
 
 
 def read_bytes(url: str) -> bytes:
@@ -162,7 +161,7 @@ def read_bytes(url: str) -> bytes:
         if is_local(url):
             return local_path(url).read_bytes()
         fs, path = filesystem(url)
-        return _patiently(url, lambda: bytes(fs.cat_file(path)))
+        return with_retries(lambda: bytes(fs.cat_file(path)), where=url)
 
 
 def fetch_file(url: str, target: Path) -> None:
@@ -177,7 +176,7 @@ def fetch_file(url: str, target: Path) -> None:
             shutil.copyfile(local_path(url), target)
             return
         fs, path = filesystem(url)
-        _patiently(url, lambda: fs.get_file(path, str(target)))
+        with_retries(lambda: fs.get_file(path, str(target)), where=url)
 
 
 def list_names(url: str) -> list[str]:
@@ -189,10 +188,10 @@ def list_names(url: str) -> list[str]:
         fs, path = filesystem(url)
         path = path.rstrip("/")
         try:
-            found = _patiently(url, lambda: fs.ls(path, detail=False))
+            found = with_retries(lambda: fs.ls(path, detail=False), where=url)
         except FileNotFoundError:
             return []
-        # A listing may name the folder itself; and stores sort in ways of their own.
+        # A listing may name the folder itself, and stores sort differently.
         names = {name.rstrip("/") for name in found}
         return sorted(_below(name, path) for name in names if _below(name, path))
 
@@ -218,7 +217,7 @@ def list_objects(url: str) -> list[StoredObject]:
         fs, root_path = filesystem(url)
         root_path = root_path.rstrip("/")
         try:
-            found = _patiently(url, lambda: fs.find(root_path, detail=True))
+            found = with_retries(lambda: fs.find(root_path, detail=True), where=url)
         except FileNotFoundError:
             return []
         objects = [
@@ -236,15 +235,15 @@ def list_objects(url: str) -> list[StoredObject]:
 def list_uploads(url: str) -> list[OpenUpload]:
     """Lists the unfinished multipart uploads below a URL.
 
-    Only S3 has any to list. GCS shows its unfinished uploads to nobody, charges nothing for them
-    and drops them after a week; elsewhere there is no such thing.
+    Only S3 has any to list. GCS does not list its unfinished uploads, charges nothing for them and
+    drops them after a week; other file systems have none.
     """
     if is_local(url):
         return []
     with translate_errors(url):
         fs, path = filesystem(url)
         path = path.rstrip("/")
-        found = _patiently(url, lambda: upload.open_uploads(fs, path))
+        found = with_retries(lambda: upload.open_uploads(fs, path), where=url)
         return [
             OpenUpload(name=_below(name, path), upload_id=upload_id, began_unix_s=began)
             for name, upload_id, began in found
@@ -252,7 +251,7 @@ def list_uploads(url: str) -> list[OpenUpload]:
 
 
 def abort_upload(url: str, upload_id: str) -> None:
-    """Drops the parts of an unfinished multipart upload; one that is gone is no error."""
+    """Drops the parts of an unfinished multipart upload; a missing one is not an error."""
     with translate_errors(url):
         fs, path = filesystem(url)
         upload.abort_upload(fs, path, upload_id, where=url)
@@ -264,22 +263,22 @@ def delete(url: str) -> None:
         if is_local(url):
             path = local_path(url)
             while path.is_dir():
-                # What a dying process still tidies up vanishes under our hands.
+                # A process that is ending may remove its files at the same time.
                 with suppress(FileNotFoundError):
                     shutil.rmtree(path)
             path.unlink(missing_ok=True)
             return
         fs, remote = filesystem(url)
         try:
-            # Not fs.rm: it takes *, ? and [ in names for patterns.
-            found = _patiently(url, lambda: fs.find(remote))
+            # Not fs.rm, which reads *, ? and [ in names as patterns.
+            found = with_retries(lambda: fs.find(remote), where=url)
         except FileNotFoundError:
             return
         _delete_all(fs, found, where=url)
 
 
 def delete_objects(url: str, names: Iterable[str]) -> None:
-    """Removes objects by their names below a URL; those that are not there are passed over."""
+    """Removes objects by their names below a URL; missing ones are skipped."""
     with translate_errors(url):
         if is_local(url):
             for name in names:
@@ -297,7 +296,7 @@ def delete_temporaries(url: str) -> None:
 
 
 def publish_bytes(url: str, payload: bytes) -> None:
-    """Puts a small object in place, whole; an old one is replaced in the same moment."""
+    """Writes a small object atomically; an old one is replaced."""
     with translate_errors(url):
         if is_local(url):
             with _replacing(local_path(url)) as temporary:
@@ -309,16 +308,15 @@ def publish_bytes(url: str, payload: bytes) -> None:
 
 
 def compare_and_swap(url: str, payload: bytes, *, replacing: str | None) -> bool:
-    """Puts a small object in place of one known version, or where there is none.
+    """Writes a small object in place of one known version, or where there is none.
 
-    Object stores decide this for all writers in the world (`shardspec.storage.upload` names those
-    that do not). On local disk only "where there is none" is decided in one step: hold `exclusive`
-    when replacing.
+    Object stores make this atomic for all writers (`shardspec.storage.upload` names those that do
+    not). On a local disk only "where there is none" is atomic: hold `exclusive` when replacing.
 
     Args:
       url: The object.
-      payload: What it shall be.
-      replacing: What `version` has said, before the old object was read; None for none.
+      payload: Its new content.
+      replacing: What `version` returned before the old object was read; None for no object.
 
     Returns:
       Whether the object is now `payload`; False where it was another version.
@@ -337,13 +335,13 @@ def compare_and_swap(url: str, payload: bytes, *, replacing: str | None) -> bool
 
 
 def publish_file(url: str, source: Path, *, on_part: Callable[[int], None] | None = None) -> None:
-    """Moves a finished local file to its place, whole; `source` is gone afterwards.
+    """Publishes a finished local file atomically; `source` is gone afterwards.
 
     Args:
-      url: Its place.
+      url: Where to.
       source: The file.
-      on_part: Hears how many bytes have arrived, while a large file goes to an object store; what
-        it raises ends the upload, and nothing is left of it.
+      on_part: Called with the bytes that have arrived, while a large file is uploaded; an exception
+        of it aborts the upload, and nothing is left of it.
 
     Raises:
       StorageError: `no_space`, `permission`, `store_unavailable`, `upload_size`, `upload_checksum`
@@ -361,13 +359,13 @@ def publish_file(url: str, source: Path, *, on_part: Callable[[int], None] | Non
 
 @contextmanager
 def exclusive(url: str) -> Iterator[None]:
-    """Holds a local folder for this process, which makes it if need be; the kernel lets go of it.
+    """Locks a local folder for this process, making it if needed.
 
-    File systems without locks are not held, nor are object stores (`preprocess.job.lease` holds
-    those).
+    The lock is the kernel's, so it ends with the process. File systems without locks are not
+    locked, nor are object stores (`preprocess.job.lease` does that).
 
     Raises:
-      StorageError: `output_busy`: another process holds it.
+      StorageError: `output_busy`: another process has locked it.
     """
     if not is_local(url):
         yield
@@ -388,9 +386,9 @@ def exclusive(url: str) -> Iterator[None]:
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Finds the client of a URL's store and the object's path there; local URLs too.
+    """Returns the client of a URL's store and the object's path there; local URLs too.
 
-    Listings are never answered from a cache: other processes write to the same stores.
+    Listings are never cached: other processes write to the same stores.
 
     Raises:
       StorageError: `unknown_scheme`.
@@ -409,7 +407,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def free_bytes(url: str) -> int | None:
-    """Tells the free space of the disk that a local URL lies on; None for object stores."""
+    """Returns the free space of the disk of a local URL; None for object stores."""
     if not is_local(url):
         return None
     path = local_path(url).absolute()
@@ -422,7 +420,7 @@ def make_folder(path: Path) -> None:
     """Makes a local folder and its parents.
 
     Raises:
-      OSError: It cannot be made; never FileNotFoundError, which means a missing object here.
+      OSError: It cannot be made. Never FileNotFoundError, which means a missing object here.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -510,9 +508,9 @@ def _named_store(url: str, scheme: str) -> Store:
 def _delete_all(fs: Any, paths: list[str], *, where: str) -> None:
     def one(path: str) -> None:
         with suppress(FileNotFoundError):
-            persist(lambda: fs.rm_file(path), where=where)
+            with_retries(lambda: fs.rm_file(path), where=where)
 
-    # One by one: a bulk delete of s3fs keeps quiet about the objects it may not delete.
+    # One by one: a bulk delete of s3fs does not report the objects that it may not delete.
     with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
         list(pool.map(one, paths))
 
@@ -528,13 +526,9 @@ def _modified(entry: dict[str, Any]) -> float:
     return 0.0
 
 
-def _patiently(url: str, action: Callable[[], T]) -> T:
-    return persist(action, where=url)
-
-
 @contextmanager
 def _naming_bucket(url: str) -> Iterator[None]:
-    """What is missing when an object is written can only be its bucket."""
+    """Translates FileNotFoundError: what is missing when an object is written is its bucket."""
     try:
         yield
     except FileNotFoundError as error:
@@ -543,7 +537,7 @@ def _naming_bucket(url: str) -> Iterator[None]:
 
 @contextmanager
 def translate_errors(url: str) -> Iterator[None]:
-    """Turns the errors of the system and of stores' clients into ours.
+    """Translates the errors of the system and of stores' clients into ours.
 
     A missing object stays FileNotFoundError.
 

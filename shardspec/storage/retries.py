@@ -1,224 +1,172 @@
-"""Which failures of a store pass by themselves, and how long an action is tried again.
+"""RetryPolicy: how long something is tried again at a store, and how long to wait in between.
 
-The clients of the stores raise what their libraries raise: botocore's and aiohttp's errors are no
-OSErrors, and one refusal has several faces. Here they are told apart by HTTP status and by the
-names of their classes, so that no client need be installed, or imported, to do it.
-
-Clients try again on their own as well (s3fs some ten seconds, gcsfs half a minute); `persist`
-goes on beyond that, with full jitter, until its attempts or its time are spent.
+`with_retries` repeats a whole action, beyond what the stores' clients do by themselves (s3fs for
+some ten seconds, gcsfs for half a minute). `shardspec.storage.ranges` repeats a read from its first
+missing byte on, by the same `Attempts`. Waits are exponential with full jitter.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from shardspec.errors import StorageError, redacted
+from shardspec.errors import ConfigError, StorageError, redacted
 from shardspec.keyed import hash_text
+from shardspec.storage.failures import transient_error_kind
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PASSING_STATUS = frozenset({408, 425, 429})
-_LASTING_STATUS = frozenset({501, 505})
-"""Not implemented: of those from 500 on, the ones that no waiting cures."""
-
-_PASSING_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable"})
-"""S3's own words, whatever status they come with."""
-
-_PASSING_NAMES = {
-    # By name: their packages are imported only where a URL needs them.
-    "TimeoutError": "timeout",  # builtin, asyncio's, fsspec's
-    "ReadTimeoutError": "timeout",  # botocore
-    "ConnectTimeoutError": "timeout",
-    "ConnectTimeout": "timeout",  # requests
-    "ReadTimeout": "timeout",
-    "ServerTimeoutError": "timeout",  # aiohttp
-    "IncompleteRead": "short_body",  # http.client
-    "IncompleteReadError": "short_body",  # botocore
-    "ClientPayloadError": "short_body",  # aiohttp
-    "ChecksumError": "checksum",  # gcsfs: another checksum arrived
-    "ConnectionRefusedError": "connect",
-    "gaierror": "connect",  # no name service
-    "EndpointConnectionError": "connect",  # botocore
-    "ClientConnectorError": "connect",  # aiohttp
-    "TransportError": "connect",  # google
-    "ConnectionError": "reset",  # builtin, botocore's and requests'
-    "HTTPException": "reset",  # http.client: what came is no answer
-    "SSLEOFError": "reset",
-    "HTTPClientError": "reset",  # botocore: connection closed, proxy
-    "ResponseParserError": "reset",  # botocore: a proxy's page where XML was due
-    "ClientConnectionError": "reset",  # aiohttp
-}
-"""Failures of the way to the store by the class or the nearest base that stands here."""
-
-_PASSING_ERRNO = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
-
-_CREDENTIALS_NAMES = frozenset(
-    {
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "CredentialRetrievalError",
-        "ProfileNotFound",
-        "TokenRetrievalError",
-        "UnauthorizedSSOTokenError",
-        "GoogleAuthError",
-    }
-)
-
-_CLIENTS = frozenset(
-    {"aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "requests"}
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long an action is tried again."""
+class RetryPolicy:
+    """How long one thing is tried at a store: a range of an object, or an action."""
 
-    attempts: int = 4
-    """Tries in all, each with the client's own tries within it."""
-    wall_s: float = 60.0
-    """No further try begins later than this after the first one."""
-    wait_s: float = 0.5
-    """The wait after try n is drawn from 0 to wait_s * 2**(n - 1)."""
+    attempts: int = 8
+    """Attempts in a row without a new byte, >= 1; for an action: attempts in all."""
+    wall_s: float = 120.0
+    """Longest time over all attempts, in seconds."""
+    idle_s: float = 20.0
+    """A connection without a new byte for this long is abandoned, in seconds."""
+    first_wait_s: float = 0.1
+    """Upper bound of the wait after an attempt that received something; doubled with each attempt
+    in a row that did not. Waits are drawn from 0 to the bound (full jitter)."""
+    longest_wait_s: float = 10.0
+    """Upper bound of any wait except a Retry-After."""
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in ("attempts", "wall_s", "idle_s") if getattr(self, name) <= 0]
+        wrong += [n for n in ("first_wait_s", "longest_wait_s") if getattr(self, n) < 0]
+        if wrong:
+            raise ConfigError("retry_policy", facts={name: getattr(self, name) for name in wrong})
 
 
-def persist(action: Callable[[], T], *, where: str, patience: Patience | None = None) -> T:
-    """Does something at a store, again while its failures are such as pass by themselves.
+ACTION_POLICY = RetryPolicy(attempts=4, wall_s=60.0, first_wait_s=0.25)
+"""For whole actions: few attempts, as each has the client's own attempts within it."""
+
+
+class Attempts:
+    """The attempts at one thing so far: how many, since when, and how long to wait for the next.
+
+    Owned by one thread.
+    """
+
+    def __init__(self, policy: RetryPolicy, *, where: str) -> None:
+        """Starts the clock.
+
+        Args:
+          policy: The limits.
+          where: The URL; waits for different URLs are drawn apart.
+        """
+        self._policy, self._where = policy, where
+        self._began_s = time.monotonic()
+        self._in_vain = 0
+        self.number = 0
+        """Attempts that have failed."""
+
+    @property
+    def passed_s(self) -> float:
+        """Seconds since the first attempt began."""
+        return time.monotonic() - self._began_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left by `wall_s`; below 0 where they are over."""
+        return self._policy.wall_s - self.passed_s
+
+    def failed(self, *, has_progress: bool = False, least_s: float = 0.0) -> float | None:
+        """Counts a failed attempt.
+
+        Args:
+          has_progress: Whether it received something, so that the attempts in a row begin again.
+          least_s: What the store requested to wait (Retry-After).
+
+        Returns:
+          Seconds to wait before the next attempt; None where there shall be none.
+        """
+        policy = self._policy
+        self.number += 1
+        self._in_vain = 0 if has_progress else self._in_vain + 1
+        bound_s = min(policy.longest_wait_s, policy.first_wait_s * 2 ** min(self._in_vain, 30))
+        wait_s = max(jitter(self._where, self.number) * bound_s, least_s)
+        return None if self._in_vain >= policy.attempts or wait_s >= self.left_s else wait_s
+
+
+def with_retries(action: Callable[[], T], *, where: str, policy: RetryPolicy | None = None) -> T:
+    """Does something at a store, again while its failures are transient.
 
     Args:
-      action: What to do; must bear being done twice.
+      action: What to do; must be safe to repeat.
       where: The URL that an error names.
-      patience: How long.
+      policy: The limits; None: `ACTION_POLICY`.
 
     Raises:
       StorageError: `store_unavailable`, with what was tried; other errors pass as they are.
     """
-    patience = patience or Patience()
-    began_s = time.monotonic()
-    attempt = 0
+    attempts = Attempts(policy or ACTION_POLICY, where=where)
     while True:
-        attempt += 1
         try:
             return action()
         except Exception as error:
             if transient_error_kind(error) is None:
                 raise
-            passed_s = time.monotonic() - began_s
-            wait_s = jitter(where, attempt) * patience.wait_s * 2 ** (attempt - 1)
-            if attempt >= patience.attempts or passed_s + wait_s > patience.wall_s:
+            wait_s = attempts.failed()
+            if wait_s is None:
                 raise StorageError(
                     "store_unavailable.answer",
                     where=where,
-                    attempts=attempt,
-                    seconds=round(passed_s, 1),
+                    attempts=attempts.number,
+                    seconds=round(attempts.passed_s, 1),
                     error=f"{type(error).__name__}: {error}",
                 ) from error
-            told = redacted(f"{where}: {error}")
-            logger.warning("%s; trying again in %.1f s", told, wait_s)
+            failure = redacted(f"{where}: {error}")
+            logger.warning("%s; trying again in %.1f s", failure, wait_s)
             threading.Event().wait(wait_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """An answer that is no success."""
+def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) -> float:
+    """Reads how long a response asks to wait: Retry-After, seconds or a date (RFC 9110, 10.2.3).
 
-    status: int
-    code: str = ""
-    """S3's word for it."""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    A date counts from the response's own Date, as the clocks of two machines may differ.
 
+    Args:
+      headers: Of the response, in whatever case.
+      now: What a date counts from where the response has none.
 
-def refusal_of(error: BaseException) -> Refusal | None:
-    """Finds the answer of a store that an error of its client stands for."""
-    seen: BaseException | None = error
-    while seen is not None:
-        found = _own_refusal(seen)
-        if found is not None:
-            return found
-        seen = seen.__cause__
-    if isinstance(error, FileExistsError):
-        return Refusal(412)  # gcsfs says so; what the local disk means by it is the same
-    if isinstance(error, OSError) and str(error).startswith("Forbidden"):
-        return Refusal(403)  # gcsfs keeps no number
-    return None
+    Returns:
+      Seconds; 0.0 where there is no such header, or it cannot be parsed.
 
-
-def _own_refusal(error: BaseException) -> Refusal | None:
-    response = getattr(error, "response", None)  # botocore's
-    if isinstance(response, dict):
-        head = response.get("ResponseMetadata", {})
-        if isinstance(head.get("HTTPStatusCode"), int):
-            code = str(response.get("Error", {}).get("Code", ""))
-            return Refusal(head["HTTPStatusCode"], code, head.get("HTTPHeaders", {}))
-    for name in ("status", "code"):  # aiohttp's, gcsfs's
-        status = getattr(error, name, None)
-        if isinstance(status, int | str) and str(status).isdigit() and int(status) >= 300:
-            headers = getattr(error, "headers", None)
-            return Refusal(int(status), "", {} if headers is None else headers)
-    return None
-
-
-def http_status(error: BaseException) -> int | None:
-    """Finds the HTTP status that an error of a client stands for; None where there is none."""
-    refusal = refusal_of(error)
-    return None if refusal is None else refusal.status
-
-
-def transient_error_kind(error: BaseException) -> str | None:
-    """Names the kind of a failure that may pass by itself; None for one that lasts.
-
-    >>> [transient_error_kind(kind()) for kind in (ConnectionResetError, TimeoutError, KeyError)]
-    ['reset', 'timeout', None]
+    >>> retry_after_s({"Retry-After": "17"}), retry_after_s({"retry-after": "soon"})
+    (17.0, 0.0)
     """
-    # What a failure on the way was caused by may call itself a refusal: aiohttp gives a body that
-    # ended early the status 400.
-    if _own_refusal(error) is None:
-        for kind in type(error).__mro__:
-            if kind.__name__ in _PASSING_NAMES:
-                return _PASSING_NAMES[kind.__name__]
-    refusal = refusal_of(error)
-    if refusal is not None:
-        status = refusal.status
-        passing = status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS)
-        return f"http_{status}" if passing or refusal.code in _PASSING_CODES else None
-    unreachable = isinstance(error, OSError) and error.errno in _PASSING_ERRNO
-    return "connect" if unreachable else None
+    values = {name.lower(): value.strip() for name, value in headers.items()}
+    text = values.get("retry-after", "")
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        return float(text)
+    until, since = _parse_date(text), _parse_date(values.get("date", "")) or now
+    return 0.0 if until is None or since is None else max(0.0, (until - since).total_seconds())
 
 
-def is_condition_refused(error: BaseException) -> bool:
-    """Tells whether a store refused a write because its condition did not hold.
-
-    S3 says 412, or 409 where two writers met in the same moment.
-    """
-    return http_status(error) in (409, 412)
-
-
-def is_access_refused(error: BaseException) -> bool:
-    """Tells whether a store knows the asker too little: no credentials, or no right."""
-    refused = isinstance(error, PermissionError) or http_status(error) in (401, 403)
-    return refused or not _names(error).isdisjoint(_CREDENTIALS_NAMES)
-
-
-def is_client_error(error: BaseException) -> bool:
-    """Tells whether an exception was raised by a store's client, or a library under it."""
-    return any(kind.__module__.split(".")[0] in _CLIENTS for kind in type(error).__mro__)
-
-
-def _names(error: BaseException) -> set[str]:
-    return {kind.__name__ for kind in type(error).__mro__}
+def _parse_date(text: str) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(text)
+    except (TypeError, ValueError):
+        return None
+    return date.replace(tzinfo=date.tzinfo or timezone.utc)  # "-0000" gives none
 
 
 def jitter(where: str, attempt: int) -> float:
-    """Draws from [0, 1), in every process and at every moment another number.
+    """Draws from [0, 1), another number in every process and at every moment.
 
-    Nothing depends on it but how long somebody waits.
+    Only the length of waits depends on it.
     """
     return hash_text(f"{where}\0{attempt}\0{os.getpid()}\0{time.monotonic_ns()}") / 2**64

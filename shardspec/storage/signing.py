@@ -1,10 +1,10 @@
-"""Signer: URLs that objects of an S3 store can be had by, without the store's client.
+"""Signer: signed URLs for objects of an S3 store, without the store's client.
 
-To make the client takes 0.1 to 0.2 s, most of it for reading what it might have to know of any
-region and operation. Where the endpoint is named, as it is for every store but Amazon's own, a
-signed URL needs none of that: the bucket stands in its path, and botocore's credentials and signer
-do the rest. It is the very URL that the client would give (tests/shardspec/storage/test_signing.py
-compares them); wherever that is not certain there is no signer, and the client is asked.
+Making the client takes 0.1 to 0.2 s, most of it to read what it might need for any region and
+operation. Where the endpoint is named, as it is for every store except Amazon's own, a signed URL
+needs none of that: the bucket is in its path, and botocore's credentials and signer do the rest. It
+is the very URL that the client would make (tests/shardspec/storage/test_signing.py compares them).
+Where that is not certain there is no signer, and the client is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 _IGNORED = frozenset({"use_listings_cache"})
-"""Options of an S3 file system that have no say in a URL."""
+"""Options of an S3 file system that do not change a URL."""
 
 _TRANSFER = frozenset(
     {
@@ -29,37 +29,42 @@ _TRANSFER = frozenset(
         "multipart_threshold",
     }
 )
-"""Settings of a profile's `s3` section that are for the command line's transfers alone."""
+"""Settings of a profile's `s3` section that only the AWS command line uses."""
 
 _SPECIAL = ("use_dualstack_endpoint", "use_fips_endpoint", "sigv4a_signing_region_set")
 
 
 class Signer:
-    """Signs for one store. Safe to share between threads."""
+    """Signs for one store. Safe to share between threads.
+
+    `_lock` guards `_coming`, the one request for credentials that is under way: all threads that
+    need them wait for it. `_credentials` is written once, by the thread of that request, and read
+    without the lock. It may be expired, which botocore's object knows itself (`refresh_needed`).
+    """
 
     def __init__(self, session: Any, *, endpoint: str, region: str) -> None:
-        """Joins what `make_signer` has found; asks for no credentials yet."""
+        """Takes what `make_signer` has found; fetches no credentials yet."""
         self.endpoint = endpoint
         self.region = region
         self.ca_bundle: str | None = session.get_config_variable("ca_bundle")
-        """File of certificates that the store's own is to be checked with; None: the system's."""
+        """File of certificates that the store is checked against; None: the system's."""
         self._session = session
         self._credentials: Any = None
         self._lock = threading.Lock()
         self._coming: Future[Any] | None = None
 
     def sign(self, bucket: str, key: str, *, expires_s: int, limit_s: float) -> str | None:
-        """Gives the URL of a GET; None where there are no credentials.
+        """Signs the URL of a GET; None where there are no credentials.
 
         Args:
-          bucket: As it is named in the store.
+          bucket: Its name in the store.
           key: Of the object, unquoted.
           expires_s: How long the URL is valid, in seconds.
           limit_s: How long to wait for credentials, in seconds.
 
         Raises:
-          TimeoutError: They did not come; who asks again waits for the same ones.
-          botocore.exceptions.BotoCoreError: They are not to be had.
+          TimeoutError: They did not arrive in time; the next call waits for the same request.
+          botocore.exceptions.BotoCoreError: They are not available.
         """
         from botocore.auth import S3SigV4QueryAuth
         from botocore.awsrequest import AWSRequest
@@ -73,11 +78,11 @@ class Signer:
         return str(request.url)
 
     def _frozen(self, limit_s: float) -> Any:
-        """Gives the credentials as they are now; those of a role run out and are fetched anew."""
+        """Returns the current credentials; expired ones (of a role) are fetched again."""
         known = self._credentials
         if known is not None and not (hasattr(known, "refresh_needed") and known.refresh_needed()):
             return known.get_frozen_credentials()
-        # A thread fetches them, once for all who wait: it may ask a service, or the user.
+        # In a thread, once for all who wait: a service, or the user, may take its time.
         with self._lock:
             coming = self._coming
             if coming is None:
@@ -88,8 +93,8 @@ class Signer:
             return coming.result(limit_s)
         except futures.TimeoutError as error:
             if coming.done():
-                raise  # the service's own
-            raise TimeoutError("credentials did not come in time") from error
+                raise  # the service's own timeout
+            raise TimeoutError("credentials did not arrive in time") from error
 
     def _fetch(self, coming: Future[Any]) -> None:
         frozen, failure = None, None
@@ -98,8 +103,9 @@ class Signer:
                 self._credentials = self._session.get_credentials()
             if self._credentials is not None:
                 frozen = self._credentials.get_frozen_credentials()
-        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait
+        except BaseException as error:  # noqa: BLE001 - raised in the threads that wait
             failure = error
+        # Before the result: a thread that finds it expired must be able to start another request.
         with self._lock:
             self._coming = None
         if failure is None:
@@ -109,7 +115,7 @@ class Signer:
 
 
 def make_signer(options: Mapping[str, Any]) -> Signer | None:
-    """Makes the signer of an S3 file system; None where only its client knows what to ask for.
+    """Makes the signer of an S3 file system; None where only its client knows what to request.
 
     Args:
       options: What the file system was made with (`storage_options` of s3fs).
@@ -142,14 +148,14 @@ def make_signer(options: Mapping[str, Any]) -> Signer | None:
 
 
 def _is_plain(endpoint: str, region: str) -> bool:
-    """Tells whether a URL at this endpoint is endpoint, bucket and key, and nothing else."""
+    """Returns True if a URL at this endpoint is endpoint, bucket and key, and nothing else."""
     from botocore.exceptions import InvalidRegionError
     from botocore.utils import is_valid_endpoint_url, validate_region_name
 
     try:
         validate_region_name(region)
         server = urlsplit(endpoint)
-        _ = server.port  # raises where it is no number
+        _ = server.port  # raises where it is not a number
     except (InvalidRegionError, ValueError):
         return False
     host = server.hostname or ""
@@ -157,7 +163,7 @@ def _is_plain(endpoint: str, region: str) -> bool:
         is_valid_endpoint_url(endpoint)
         and server.scheme in ("http", "https")
         and not (server.query or server.fragment or "%" in server.path or "@" in server.netloc)
-        # Amazon's own have rules by name: acceleration, regions that are none.
+        # Amazon's own have rules by name: acceleration, pseudo-regions.
         and not re.search(r"\.amazonaws\.com(\.|$)", host)
         and "fips" not in region
     )

@@ -4,17 +4,17 @@ A store is a name for an endpoint that speaks S3. Names come from one TOML file,
 
     [weka]
     endpoint_url = "https://weka.example.org:9000"
-    profile = "weka"        # of the S3 client's own files; without it, its usual search
+    profile = "weka"        # in the S3 client's own files; default: its usual search
     region = "us-east-1"
-    addressing = "path"     # or "virtual": where the bucket stands in requests; default "auto"
+    addressing = "path"     # or "virtual": where requests name the bucket; default "auto"
 
 The file is `~/.config/vlm-shards/stores.toml`, or the one that VLM_SHARDS_STORES names. Variables
-VLM_SHARDS_STORE_WEKA_ENDPOINT_URL, ..._PROFILE, ..._REGION and ..._ADDRESSING stand above it, field
-by field, and make a store by themselves. These are all the environment variables that the contract
+VLM_SHARDS_STORE_WEKA_ENDPOINT_URL, ..._PROFILE, ..._REGION and ..._ADDRESSING override it field by
+field, and define a store by themselves. These are all the environment variables that the contract
 reads, and this module is their only reader.
 
-Credentials have no place here: the client finds them by its own means (profiles, environment,
-the machine's role), so nothing of ours can log them or write them down.
+Credentials are never part of this: the client finds them by its own means (profiles, environment,
+the machine's role), so nothing of ours can log or store them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from shardspec.errors import ConfigError, nearest
 from shardspec.toml import load_toml
 
 STORES_FILE = "~/.config/vlm-shards/stores.toml"
-"""Where the names are looked up, unless the variable VLM_SHARDS_STORES names another file."""
+"""Where stores are named, unless the variable VLM_SHARDS_STORES names another file."""
 
 FILE_VARIABLE = "VLM_SHARDS_STORES"
 VARIABLE_PREFIX = "VLM_SHARDS_STORE_"
@@ -50,7 +50,7 @@ class Store:
     """Of the S3 client's configuration and credentials files."""
     region: str | None = None
     addressing: Addressing = "auto"
-    """Whether the bucket stands in the path of a request or before its host."""
+    """Whether requests name the bucket in their path or in the host name."""
 
     def __post_init__(self) -> None:
         where = f"store {self.name!r}"
@@ -68,7 +68,7 @@ class Store:
             )
 
     def options(self) -> dict[str, Any]:
-        """Gives the settings of an S3 file system for this store; none of them is secret."""
+        """Returns the settings of an S3 file system for this store; none of them is secret."""
         options: dict[str, Any] = {"endpoint_url": self.endpoint_url}
         if self.profile is not None:
             options["profile"] = self.profile
@@ -80,18 +80,18 @@ class Store:
 
 
 def named_stores() -> dict[str, Store]:
-    """Reads the stores that this machine has names for: the file, then the environment.
+    """Reads the stores that are named on this machine: the file, then the environment.
 
     Raises:
       ConfigError: `stores_file`, `store_name`, `store_field`, `store_endpoint` and
         `store_credentials`.
     """
-    place = os.environ.get(FILE_VARIABLE)
-    path = Path(place or STORES_FILE).expanduser()
+    chosen = os.environ.get(FILE_VARIABLE)
+    path = Path(chosen or STORES_FILE).expanduser()
     try:
         document = load_toml(path)
     except FileNotFoundError as error:
-        if place:
+        if chosen:
             raise ConfigError("stores_file.missing", where=str(path)) from error
         document = {}
     except (OSError, ValueError) as error:
@@ -102,7 +102,7 @@ def named_stores() -> dict[str, Store]:
 def parse_stores(
     document: Mapping[str, Any], *, environment: Mapping[str, str], where: str
 ) -> dict[str, Store]:
-    """Makes stores of a TOML document and of environment variables.
+    """Makes stores from a TOML document and from environment variables.
 
     >>> stores = parse_stores({"weka": {"endpoint_url": "https://w:9000"}}, where="stores.toml",
     ...     environment={"VLM_SHARDS_STORE_WEKA_PROFILE": "lab"})
@@ -146,7 +146,7 @@ def _store(name: str, table: Mapping[str, Any], *, where: str) -> Store:
         raise ConfigError("store_name", where=where)
     for field, value in table.items():
         if field not in _FIELDS:
-            # The value stays out of the message: it may be a secret in the wrong place.
+            # The value is not shown: it may be a secret in the wrong field.
             raise ConfigError(
                 "store_field.unknown", where=where, hint=nearest(field, _FIELDS), field=field
             )

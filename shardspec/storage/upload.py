@@ -1,22 +1,22 @@
-"""How bytes become an object: whole or not at all, checked, and on a condition where one is asked.
+"""Uploads: bytes become an object whole or not at all, verified, and conditionally where requested.
 
-Three kinds of store are told apart, by what their file system calls itself.
+There are three kinds of store, by the protocol of their file system.
 
-* S3 and what speaks it. One PUT up to `SINGLE_PUT_BYTES`, with the MD5 of the body, which the store
-  compares; beyond that a multipart upload, whose parts are read from the file as they go, several
-  at a time, each with its MD5. The object appears when the parts are put together; any exception
-  before that, Ctrl-C included, aborts the upload, so that no parts are left to be paid for.
+* S3 and compatible stores. One PUT up to `SINGLE_PUT_BYTES`, with the MD5 of the body, which the
+  store compares; beyond that a multipart upload, whose parts are read from the file as they are
+  sent, several at a time, each with its MD5. The object appears when the upload is completed; any
+  exception before that, Ctrl-C included, aborts it, so that no parts are left to be paid for.
 * Google Cloud Storage. One request, or a resumable upload in chunks, with the MD5 of the whole; the
-  answer's own MD5 is compared as well. An upload that breaks off is cancelled.
+  MD5 in the response is compared as well. An upload that fails is cancelled.
 * Any other file system of fsspec: its plain write for small objects and for `memory://`, for large
   ones its write that appears on commit. The length is compared.
 
-Conditions ("only where there is none", "only in place of this very one") are decided by the store
-(If-None-Match, If-Match, ifGenerationMatch). S3-compatible stores exist that ignore them: such a
-store takes the last writer. Other file systems know no conditions; there the check and the write
-are two steps, apart for other processes.
+Conditions ("only if there is no object", "only in place of this version") are decided by the store
+(If-None-Match, If-Match, ifGenerationMatch). Some S3-compatible stores ignore them: there the last
+writer wins. Other file systems have no conditions: the check and the write are two steps, and
+another process may write in between.
 
-Failures that may pass are tried again (`shardspec.storage.retries`); every request here bears that.
+Transient failures are retried (`shardspec.storage.retries`); every request here is safe to repeat.
 """
 
 from __future__ import annotations
@@ -35,40 +35,43 @@ from typing import Any
 from urllib.parse import quote
 
 from shardspec.errors import StorageError
-from shardspec.storage.retries import is_condition_refused, persist
+from shardspec.storage.failures import is_condition_refused
+from shardspec.storage.retries import with_retries
 
 logger = logging.getLogger(__name__)
 
 SINGLE_PUT_BYTES = 8 * 2**20
-"""Up to here one request carries the object; S3 parts must have at least 5 MiB."""
+"""Objects up to this length are sent in one request; S3 parts must have at least 5 MiB."""
 
 PART_BYTES = 8 * 2**20
-"""Of a part, or a chunk (a multiple of 256 KiB, as GCS asks); larger where parts would be many."""
+"""Length of a part, or of a chunk (GCS requires a multiple of 256 KiB); larger where there would be
+more than `MAX_PARTS`."""
 
 MAX_PARTS = 10_000
-"""S3 takes no more."""
+"""Most parts of an upload (S3's limit)."""
 
 CHUNK_TRIES = 8
-"""Times that a chunk is sent to a store that answers and keeps less of it."""
+"""Times that a chunk is sent to a store that answers but keeps only a part of it."""
 
 PARTS_AT_ONCE = 4
-"""So one upload holds 32 MiB of the file in memory."""
+"""Parts of one upload under way: they hold 32 MiB of the file in memory."""
 
 OnPart = Callable[[int], None]
-"""Hears how many bytes of a file that goes up in parts have arrived; what it raises ends the
-upload, which is then aborted."""
+"""Called with the bytes of each part that has arrived; an exception of it aborts the upload."""
 
 _HERE = threading.Lock()
+"""Makes check and write one step for the threads of this process, on file systems without
+conditional writes. Held while the object is written."""
 
 
 def kind_of(fs: Any) -> str:
-    """Tells what kind of store a file system leads to: "s3", "gs" or "other"."""
+    """Returns the kind of store that a file system leads to: "s3", "gs" or "other"."""
     names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
     return "s3" if "s3" in names else "gs" if "gs" in names else "other"
 
 
 def version_of(fs: Any, path: str) -> str | None:
-    """Names the version of an object by what the store changes with each write.
+    """Returns the version of an object: what the store changes with each write.
 
     Returns:
       The ETag (S3), the generation (GCS) or the length and time of writing; None where there is no
@@ -82,12 +85,12 @@ def version_of(fs: Any, path: str) -> str | None:
 
 
 def version_of_entry(fs: Any, info: Mapping[str, Any]) -> str:
-    """Names the version of an object as `version_of` does, by its entry in a listing."""
+    """Returns the version of an object as `version_of` does, from its entry in a listing."""
     if kind_of(fs) == "s3":
         return str(info.get("ETag"))
     if kind_of(fs) == "gs":
         return str(info.get("generation"))
-    # Web servers' answers are listed with the names of their headers.
+    # fsspec's HTTP file system names the fields after the response's headers.
     for name in ("etag", "ETag", "Last-Modified"):
         if info.get(name):
             return str(info[name])
@@ -95,31 +98,31 @@ def version_of_entry(fs: Any, info: Mapping[str, Any]) -> str:
 
 
 def put_bytes(fs: Any, path: str, payload: bytes, *, where: str) -> None:
-    """Puts a small object in place, whatever was there before.
+    """Writes a small object, whatever was there before.
 
     Raises:
       StorageError: `store_unavailable`, `upload_size`, `upload_checksum`; other errors as the
-        client has them.
+        client raises them.
     """
     if kind_of(fs) == "s3":
         _put_s3(fs, path, payload, where=where)
     elif kind_of(fs) == "gs":
         _put_gs(fs, path, payload, where=where)
     else:
-        persist(lambda: fs.pipe_file(path, payload), where=where)
+        with_retries(lambda: fs.pipe_file(path, payload), where=where)
         check_size(fs, path, len(payload), where=where)
 
 
 def compare_and_swap(
     fs: Any, path: str, payload: bytes, *, replacing: str | None, where: str
 ) -> bool:
-    """Puts a small object in place of one known version, or of none.
+    """Writes a small object in place of one known version, or of none.
 
     Args:
       fs: The file system.
       path: The object.
-      payload: What it shall be.
-      replacing: What `version_of` has said; None where no object may be.
+      payload: Its new content.
+      replacing: What `version_of` returned; None where there must be no object.
       where: The URL that an error names.
 
     Returns:
@@ -144,7 +147,7 @@ def compare_and_swap(
     except Exception as error:
         if not is_condition_refused(error):
             raise
-        # An answer may have been lost on its way: the try before this one was the winner.
+        # A response may have been lost: then the attempt before this one has written the object.
         return _holds(fs, path, payload)
     return True
 
@@ -152,7 +155,7 @@ def compare_and_swap(
 def put_file(
     fs: Any, path: str, source: Path, *, where: str, on_part: OnPart | None = None
 ) -> None:
-    """Puts a local file in place as an object, whatever was there before.
+    """Uploads a local file as an object, whatever was there before.
 
     Raises:
       StorageError: `store_unavailable`, `upload_size`, `upload_checksum`: nothing is left of it.
@@ -166,16 +169,16 @@ def put_file(
     elif kind_of(fs) == "gs":
         _put_chunks_gs(fs, path, source, where=where, on_part=on_part)
     else:
-        persist(lambda: _stream(fs, path, source, on_part), where=where)
+        with_retries(lambda: _stream(fs, path, source, on_part), where=where)
         check_size(fs, path, num_bytes, where=where)
 
 
 def open_uploads(fs: Any, path: str) -> list[tuple[str, str, float]]:
-    """Lists the multipart uploads that were begun below a path and neither ended nor aborted.
+    """Lists the unfinished multipart uploads below a path.
 
     Returns:
-      Path, upload id and time of beginning (Unix seconds) of each; only S3 has any to list: GCS
-      forgets what is unfinished by itself, after a week, and shows it to nobody.
+      Path, upload id and start time (Unix seconds) of each. Only S3 has any to list: GCS does not
+      list unfinished uploads, and drops them after a week.
     """
     if kind_of(fs) != "s3":
         return []
@@ -185,7 +188,7 @@ def open_uploads(fs: Any, path: str) -> list[tuple[str, str, float]]:
     while True:
         answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
         for each in answer.get("Uploads", []):
-            # Bucket/set2/... has the prefix bucket/set as well.
+            # bucket/set2/... has the prefix bucket/set too.
             if f"{each['Key']}/".startswith(f"{prefix}/" if prefix else ""):
                 began = each["Initiated"].timestamp()
                 found.append((f"{bucket}/{each['Key']}", str(each["UploadId"]), float(began)))
@@ -198,10 +201,10 @@ def open_uploads(fs: Any, path: str) -> list[tuple[str, str, float]]:
 
 
 def abort_upload(fs: Any, path: str, upload_id: str, *, where: str) -> None:
-    """Drops the parts of an unfinished multipart upload; one that is gone is no error."""
+    """Drops the parts of an unfinished multipart upload; a missing one is not an error."""
     bucket, key, _ = fs.split_path(path)
     try:
-        persist(
+        with_retries(
             lambda: fs.call_s3(
                 "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id
             ),
@@ -226,7 +229,7 @@ def part_bytes(num_bytes: int) -> int:
 def _put_s3(fs: Any, path: str, payload: bytes, *, where: str, **condition: str) -> None:
     bucket, key, _ = fs.split_path(path)
     md5 = hashlib.md5(payload, usedforsecurity=False)
-    answer = persist(
+    answer = with_retries(
         lambda: fs.call_s3(
             "put_object",
             Bucket=bucket,
@@ -237,10 +240,10 @@ def _put_s3(fs: Any, path: str, payload: bytes, *, where: str, **condition: str)
         ),
         where=where,
     )
-    # Encrypted objects have ETags of another kind; then the store's own comparison has to do.
+    # ETags of encrypted objects are not MD5s; then only the store's own comparison is left.
     etag = str(answer["ETag"]).strip('"')
     if _is_md5(etag) and etag != md5.hexdigest() and "SSEKMSKeyId" not in answer:
-        raise _not_what_was_sent(fs, path, got=etag, want=md5.hexdigest(), where=where)
+        raise _checksum_mismatch(fs, path, got=etag, want=md5.hexdigest(), where=where)
 
 
 def _put_gs(fs: Any, path: str, payload: bytes, *, where: str, **condition: str) -> None:
@@ -252,7 +255,7 @@ def _put_gs(fs: Any, path: str, payload: bytes, *, where: str, **condition: str)
         f"--{border}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{head}\r\n"
         f"--{border}\r\nContent-Type: application/octet-stream\r\n\r\n"
     ).encode()
-    answer = persist(
+    answer = with_retries(
         lambda: fs.call(
             "POST",
             _gs_upload_url(fs, bucket),
@@ -293,27 +296,27 @@ def put_in_parts_s3(
     on_part: OnPart,
     before_end: Callable[[], None] = lambda: None,
 ) -> None:
-    """Makes an object of parts, a few at a time; any exception aborts the upload.
+    """Makes an object from parts, a few at a time; any exception aborts the upload.
 
     Args:
       fs: The file system.
       path: The object.
       sizes: Of the parts, for `on_part`.
       send: Makes a part, given its number, from 1 on, and the arguments of a request that name it;
-        gives the ETag.
+        returns the ETag.
       num_bytes: Of the object.
       where: The URL that an error names.
-      on_part: Hears of each part.
-      before_end: Called when all parts are there and the object is not.
+      on_part: Called after each part.
+      before_end: Called when all parts have arrived, before the object appears.
 
     Raises:
       StorageError: `store_unavailable`, `upload_size`, `upload_checksum`: nothing is left of it;
-        `upload_lost`: somebody else has ended it.
+        `upload_lost`: another process has completed or aborted it.
     """
     bucket, key, _ = fs.split_path(path)
-    place = {"Bucket": bucket, "Key": key}
-    begun = persist(lambda: fs.call_s3("create_multipart_upload", **place), where=where)
-    upload = {**place, "UploadId": str(begun["UploadId"])}
+    target = {"Bucket": bucket, "Key": key}
+    begun = with_retries(lambda: fs.call_s3("create_multipart_upload", **target), where=where)
+    upload = {**target, "UploadId": str(begun["UploadId"])}
     try:
         etags = _in_parallel(
             len(sizes),
@@ -323,14 +326,14 @@ def put_in_parts_s3(
         before_end()
         parts = {"Parts": [{"PartNumber": i, "ETag": etag} for i, etag in enumerate(etags, 1)]}
         try:
-            answer = persist(
+            answer = with_retries(
                 lambda: fs.call_s3("complete_multipart_upload", **upload, MultipartUpload=parts),
                 where=where,
             )
             want = str(answer["ETag"])
         except FileNotFoundError:
-            # No such upload: the try before this one has ended it and its answer was lost, or
-            # another job has aborted it, and what lies there is that one's.
+            # No such upload: either the attempt before this one has completed it and its response
+            # was lost, or another job has aborted it, and the object there is not ours.
             fs.invalidate_cache(path)
             _require_parts(fs, path, etags, num_bytes=num_bytes, where=where)
             return
@@ -339,16 +342,16 @@ def put_in_parts_s3(
         raise
     fs.invalidate_cache(path)
     check_size(fs, path, num_bytes, where=where)
-    got = str(persist(lambda: version_of(fs, path), where=where))
+    got = str(with_retries(lambda: version_of(fs, path), where=where))
     if want and got.strip('"') != want.strip('"'):
-        raise _not_what_was_sent(fs, path, got=got, want=want, where=where)
+        raise _checksum_mismatch(fs, path, got=got, want=want, where=where)
 
 
 def _require_parts(fs: Any, path: str, etags: Sequence[str], *, num_bytes: int, where: str) -> None:
-    """Accepts an object that is made of parts with these ETags; never removes another one."""
+    """Accepts an object that consists of parts with these ETags; never removes another one."""
     want = _etag_of_parts(etags)
     try:
-        info = persist(lambda: fs.info(path), where=where)
+        info = with_retries(lambda: fs.info(path), where=where)
     except FileNotFoundError:
         info = {"size": None}
     got = str(info.get("ETag")).strip('"')
@@ -364,16 +367,16 @@ def _require_parts(fs: Any, path: str, etags: Sequence[str], *, num_bytes: int, 
 
 
 def send_part_s3(fs: Any, payload: bytes, upload: Mapping[str, Any], where: str) -> str:
-    """Sends a part with its MD5, which the store compares; gives its ETag."""
+    """Sends a part with its MD5, which the store compares; returns its ETag."""
     md5 = _base64(hashlib.md5(payload, usedforsecurity=False))
-    answer = persist(
+    answer = with_retries(
         lambda: fs.call_s3("upload_part", Body=payload, ContentMD5=md5, **upload), where=where
     )
     return str(answer["ETag"])
 
 
 def _etag_of_parts(etags: Sequence[str]) -> str:
-    """Gives the ETag of the object that parts make; "" where theirs are no MD5 (encrypted ones)."""
+    """Returns the ETag of an object made from parts; "" where theirs are not MD5s (encryption)."""
     digests = [etag.strip('"') for etag in etags]
     if not all(map(_is_md5, digests)):
         return ""
@@ -382,11 +385,11 @@ def _etag_of_parts(etags: Sequence[str]) -> str:
 
 
 def _abort_quietly(fs: Any, path: str, upload_id: str, *, where: str) -> None:
-    """Aborts while another exception is on its way: that one is to be seen, not this one's."""
+    """Aborts while another exception is being raised, which must not be replaced by this one's."""
     try:
         abort_upload(fs, path, upload_id, where=where)
-    except Exception as error:  # noqa: BLE001 - the exception under way says what went wrong
-        logger.warning("%s: unfinished upload is left behind for `gc`: %s", where, error)
+    except Exception as error:  # noqa: BLE001 - the exception being raised says what went wrong
+        logger.warning("%s: unfinished upload is left for `gc`: %s", where, error)
 
 
 def _put_chunks_gs(fs: Any, path: str, source: Path, *, where: str, on_part: OnPart) -> None:
@@ -396,7 +399,7 @@ def _put_chunks_gs(fs: Any, path: str, source: Path, *, where: str, on_part: OnP
     with source.open("rb") as stream:
         for block in iter(lambda: stream.read(2**20), b""):
             md5.update(block)
-    headers, _ = persist(
+    headers, _ = with_retries(
         lambda: fs.call(
             "POST",
             _gs_upload_url(fs, bucket),
@@ -420,7 +423,7 @@ def _put_chunks_gs(fs: Any, path: str, source: Path, *, where: str, on_part: OnP
     except BaseException:
         try:
             fs.call("DELETE", session)
-        except Exception as error:  # noqa: BLE001 - the exception under way says what went wrong
+        except Exception as error:  # noqa: BLE001 - the exception being raised says what went wrong
             logger.warning("%s: unfinished upload is left to expire: %s", where, error)
         raise
     _check_gs(fs, path, json.loads(answer), md5=_base64(md5), where=where)
@@ -429,12 +432,12 @@ def _put_chunks_gs(fs: Any, path: str, source: Path, *, where: str, on_part: OnP
 def _send_chunk_gs(
     fs: Any, session: str, chunk: bytes, start: int, total: int, *, where: str
 ) -> bytes:
-    """Sends a chunk until the store has kept all of it; the last one's answer is the object."""
+    """Sends a chunk until the store has all of it; the response to the last one is the object."""
     first, stop = start, start + len(chunk)
     for _ in range(CHUNK_TRIES):
         span = f"{start}-{stop - 1}" if start < stop else "*"
         body = chunk[start - first :]
-        headers, answer = persist(
+        headers, answer = with_retries(
             lambda span=span, body=body: fs.call(  # type: ignore[misc]
                 "PUT", session, headers={"Content-Range": f"bytes {span}/{total}"}, data=_Body(body)
             ),
@@ -442,7 +445,7 @@ def _send_chunk_gs(
         )
         if answer:
             return bytes(answer)
-        # Without an object it says how far it has come; nothing where nothing was kept.
+        # Range: what the store has so far; absent where it has nothing.
         start = int(headers["Range"].split("-")[1]) + 1 if "Range" in headers else 0
         if start < first:
             break
@@ -454,7 +457,7 @@ def _send_chunk_gs(
 
 
 def _stream(fs: Any, path: str, source: Path, on_part: OnPart) -> None:
-    # The plain `with fs.open(path, "wb")` would publish what was written when its body raises.
+    # A plain `with fs.open(path, "wb")` would publish a partial object when its body raises.
     target = fs.open(path, "wb", autocommit=False)
     try:
         with source.open("rb") as stream:
@@ -469,9 +472,11 @@ def _stream(fs: Any, path: str, source: Path, on_part: OnPart) -> None:
 
 
 def _in_parallel(count: int, send: Callable[[int], Any], *, after: Callable[[int], None]) -> list:
-    """Does numbers 1 to `count`, a few at a time; gives the results in order.
+    """Does tasks 1 to `count`, a few at a time; returns their results in order.
 
-    An exception, of a task or of `after`, waits for the tasks under way and begins no other.
+    `after` runs in the calling thread, which alone owns `results` and `running`. An exception, of a
+    task or of `after`, waits for the running tasks and starts no other: a part that arrived after
+    the upload was aborted would be left in the store.
     """
     results: dict[int, Any] = {}
     pool = ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="upload")
@@ -491,7 +496,7 @@ def _in_parallel(count: int, send: Callable[[int], Any], *, after: Callable[[int
 
 
 class _Body(io.BytesIO):
-    """What a request carries: aiohttp closes it behind a try, and the next try begins anew."""
+    """A request body that can be sent again: aiohttp closes bodies after an attempt."""
 
     def close(self) -> None:
         pass
@@ -502,13 +507,13 @@ def _gs_upload_url(fs: Any, bucket: str) -> str:
 
 
 def check_size(fs: Any, path: str, want: int, *, where: str) -> None:
-    """Removes an object that has another length than what was put there.
+    """Removes an object whose length is not that of what was uploaded.
 
     Raises:
       StorageError: `upload_size`.
     """
     try:
-        got = int(persist(lambda: fs.info(path), where=where)["size"])
+        got = int(with_retries(lambda: fs.info(path), where=where)["size"])
     except FileNotFoundError:
         got = None
     if got != want:
@@ -519,10 +524,10 @@ def check_size(fs: Any, path: str, want: int, *, where: str) -> None:
 
 def _check_gs(fs: Any, path: str, answer: dict[str, Any], *, md5: str, where: str) -> None:
     if answer.get("md5Hash", md5) != md5:
-        raise _not_what_was_sent(fs, path, got=answer["md5Hash"], want=md5, where=where)
+        raise _checksum_mismatch(fs, path, got=answer["md5Hash"], want=md5, where=where)
 
 
-def _not_what_was_sent(fs: Any, path: str, *, got: str, want: str, where: str) -> StorageError:
+def _checksum_mismatch(fs: Any, path: str, *, got: str, want: str, where: str) -> StorageError:
     fs.rm_file(path)
     return StorageError("upload_checksum", where=where, got=got, want=want)
 

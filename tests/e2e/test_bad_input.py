@@ -104,7 +104,7 @@ def sources(tmp_path, write_parquet, captioned_rows):
     ("name", "says"),
     [
         ("file", ("file", "SOURCE=sample")),
-        ("empty", ("no Parquet or Arrow file",)),
+        ("empty", ("no Parquet or Arrow files",)),
         ("garbage", ("part.parquet",)),
         slow("absent", ("absent", "SOURCE=sample")),
         slow("cut", ("part.parquet",)),
@@ -125,7 +125,7 @@ def test_folder_without_rights_is_refused(cli, sources):
         pytest.skip("root may read everything")
     (sources / "none" / "part.parquet").chmod(0)
     arguments = ("shards", "pixmo_cap", "--source", sources / "none", "--out", sources / "out")
-    check_refused(cli.run(*arguments), says=("rights",))
+    check_refused(cli.run(*arguments), says=("permissions",))
 
 
 @pytest.mark.parametrize("inside", ("", slow("deeper/still")))
@@ -243,7 +243,7 @@ def test_disk_that_fills_up_leaves_no_dataset_and_the_same_command_finishes_with
     assert tars + 60 < kib
     disk = small_disk(tars + 40)
     finished = cli.run(*arguments(disk / "out"))
-    check_refused(finished, says=("no space is left on the device", "run the same command again"))
+    check_refused(finished, says=("no space left on the device", "run the same command again"))
     assert not (disk / "out" / "manifest.json").exists()
 
     small_disk(4 * kib, again=True)

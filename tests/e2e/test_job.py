@@ -255,7 +255,7 @@ def test_a_job_is_refused_while_another_one_holds_its_output(
     with storage.exclusive(str(out)):
         refused = cli.run(*job)
     assert refused.code == 1
-    assert "another job is writing to this output" in refused.err
+    assert "output is locked by another job" in refused.err
     assert "Traceback" not in refused.err
     assert list(out.iterdir()) == []
     cli.good(*job)

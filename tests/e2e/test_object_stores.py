@@ -106,7 +106,7 @@ def test_a_job_without_the_right_keys_says_so_at_once(cli, s3_server, tmp_path, 
         del cli.env["AWS_SECRET_ACCESS_KEY"], cli.env["AWS_ACCESS_KEY_ID"]
     finished = cli.run(*small_job(s3_server.make_bucket() + "/out", tmp_path / "cache"))
     assert finished.code == 1
-    assert "access was refused" in finished.err
+    assert "object store denied access" in finished.err
     assert "Traceback" not in finished.err
     assert "hunter2" not in finished.err
 
@@ -123,8 +123,7 @@ def test_a_store_that_dies_in_the_middle_stops_the_job_and_the_same_command_fini
         server.kill()
         finished = running.wait()
         assert finished.code == 1, finished.err
-        assert "the store does not answer as it should" in finished.err
-        assert "attempts=" in finished.err
+        assert re.search(r"object store request failed after \d+ attempts", finished.err)
         assert "Traceback" not in finished.err
         server.start()
         assert "manifest.json" not in server.objects(out)
@@ -283,7 +282,7 @@ def test_two_jobs_on_one_store_do_not_mix(cli, s3_server, source, large):
     first.signal_group(signal.SIGSTOP)  # or it might end before the others have begun
     second = cli.run(*large_job(source, out), "--quality", 80)
     assert second.code == 1
-    assert "another job is writing to this output" in second.err
+    assert "output is locked by another job" in second.err
     refused = cli.run("gc", out)
     assert refused.code == 1
     first.signal_group(signal.SIGCONT)

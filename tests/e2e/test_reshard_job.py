@@ -140,13 +140,13 @@ def test_verbs_can_follow_one_another(cli, source, tmp_path):
         (("filter", "{source}", "{out}"), 1, "give --where or --keys"),
         (("filter", "{source}", "{out}", "--where", "widht < 3"), 1, "did you mean 'width'?"),
         (("filter", "{source}", "{out}", "--keys", "{out}/none"), 1, "list of keys"),
-        (("reshard", "{source}", "{out}", "--shards", "0"), 1, "--shards is at least 1"),
+        (("reshard", "{source}", "{out}", "--shards", "0"), 1, "--shards must be at least 1"),
         (("reshard", "{source}", "{out}", "--nodes", "0"), 1, "at least one node"),
         (("reshard", "{source}", "{out}", "--split", "trian"), 1, "did you mean 'train'?"),
-        (("reshard", "{out}", "{source}"), 1, "there is no manifest"),
+        (("reshard", "{out}", "{source}"), 1, "has no manifest"),
         (("split", "{source}", "{out}", "--into", "a=0.5"), 1, "sum to 1"),
         (("merge", "{source}", "{source}", "{out}"), 3, "same key"),
-        (("reshard", "{source}", "{source}/x"), 1, "lie in one another"),
+        (("reshard", "{source}", "{source}/x"), 1, "are inside one another"),
     ],
 )
 def test_requests_that_cannot_be_honoured_say_why(args, code, text, source, tmp_path, capsys):

@@ -24,7 +24,7 @@ from shardspec import storage
 from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import load_manifest, require_manifest
 from shardspec.storage import copying
-from shardspec.storage.copying import Piece, multipart_copy, object_version
+from shardspec.storage.copying import ByteRange, multipart_copy, object_version
 from tests.inline import Quiet
 
 MIB = 2**20
@@ -196,7 +196,7 @@ def test_what_changes_while_the_store_copies_is_refused_and_no_upload_stays(s3_s
         storage.publish_bytes(url, bytes(12 * MIB))
         old = object_version(url)
         storage.publish_bytes(url, b"1" * (12 * MIB))
-        pieces = [Piece(url=url, start=0, stop=11 * MIB)]
+        pieces = [ByteRange(url=url, start=0, stop=11 * MIB)]
         with pytest.raises(ShardError) as caught:
             multipart_copy(f"{bucket}/out.tar", pieces, {url: old})
         assert caught.value.reason == "source_changed"
@@ -214,7 +214,7 @@ def test_an_upload_that_a_killed_process_left_is_ended_by_the_next(s3_server):
         for key in ("out.tar", "out.tar.other"):
             fs.call_s3("create_multipart_upload", Bucket=name, Key=key)
         assert s3_server.uploads(bucket) == ["out.tar", "out.tar.other"]
-        pieces = [Piece(url=url, start=0, stop=11 * MIB)]
+        pieces = [ByteRange(url=url, start=0, stop=11 * MIB)]
         multipart_copy(f"{bucket}/out.tar", pieces, {url: object_version(url)})
         assert s3_server.uploads(bucket) == ["out.tar.other"]
         assert storage.size(f"{bucket}/out.tar") == 11 * MIB + 1024
@@ -367,7 +367,7 @@ def test_joins_in_a_store_outlast_its_passing_refusals(s3_server, monkeypatch):
             return real(method, **arguments)
 
         monkeypatch.setattr(fs, "call_s3", call)
-        pieces = [Piece(url=url, start=0, stop=6 * MIB), Piece(url=url, start=0, stop=512)]
+        pieces = [ByteRange(url=url, start=0, stop=6 * MIB), ByteRange(url=url, start=0, stop=512)]
         multipart_copy(f"{bucket}/out.tar", pieces, {url: object_version(url)})
         assert {"upload_part", "upload_part_copy", "complete_multipart_upload"} <= refused
         assert storage.size(f"{bucket}/out.tar") == 6 * MIB + 512 + 1024
@@ -394,8 +394,8 @@ def test_no_ranges_of_objects_shorter_than_a_part_are_asked_for(
 
         monkeypatch.setattr(fs, "call_s3", call)
         pieces = [
-            Piece(url=long, start=0, stop=6 * MIB),
-            Piece(url=last, start=1 * MIB, stop=source_bytes - 1024),
+            ByteRange(url=long, start=0, stop=6 * MIB),
+            ByteRange(url=last, start=1 * MIB, stop=source_bytes - 1024),
         ]
         multipart_copy(f"{bucket}/out.tar", pieces, {u: object_version(u) for u in (long, last)})
         assert storage.size(f"{bucket}/out.tar") == 6 * MIB + source_bytes - 1 * MIB

@@ -18,10 +18,12 @@ from shardspec.errors import SampleError, ShardError
 from shardspec.media import (
     CODEC_MAX_SIDE_PX,
     MAX_STORED_PIXELS,
+    PILLOW_DECODE_ERRORS,
     check_png,
     decode_stored,
     encode_stored,
     jpeg_decoder,
+    open_image,
 )
 from shardspec.sample import encode_array
 
@@ -379,3 +381,29 @@ def test_sides_that_do_not_divide_are_not_reduced(decoder):
 def test_other_codecs_are_decoded_whole():
     with pytest.raises(ValueError, match="png cannot be decoded at a reduced size"):
         decode_stored(encode_stored(scene(), codec="png"), codec="png", reduce=2)
+
+
+# --- opening files of any format
+
+
+def encoded(kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 3)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_a_file_is_opened_by_its_signature_if_its_format_is_allowed(kind):
+    opened = open_image(encoded(kind), formats=("PNG", kind))
+    assert (opened.format, opened.size) == (kind, (5, 3))
+    assert open_image(encoded(kind), formats=("ICO", "nothing")) is None
+
+
+def test_a_broken_header_raises_one_of_the_decode_errors():
+    with pytest.raises(PILLOW_DECODE_ERRORS):
+        open_image(encoded("PNG")[:20], formats=("PNG",))
+
+
+def test_the_limit_on_pixels_of_the_process_does_not_count(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    assert open_image(encoded("PNG"), formats=("PNG",)).size == (5, 3)

@@ -94,7 +94,7 @@ def test_peek_can_augment(shards, capsys):
 @pytest.mark.parametrize(
     "args, what",
     [
-        (["nothing/here"], "no dataset here"),
+        (["nothing/here"], "folder has no manifest"),
         (["{shards}", "--split", "tets"], "has no split 'tets'"),
         (["{shards}", "--sequence-length", "100"], "images of a sample"),
     ],
@@ -126,7 +126,7 @@ def test_command_runs_as_a_module_and_fails_with_a_code():
     finished = run_python("-m", "loader", "peek", "nothing/here")
     assert finished.returncode == 1
     assert finished.stdout == ""
-    assert finished.stderr.startswith("error: no dataset here: there is no manifest\n")
+    assert finished.stderr.startswith("error: folder has no manifest, so it is not a dataset\n")
     assert finished.stderr.count("\n") == 3
 
 

@@ -19,7 +19,7 @@ from loader.reading.prefetch import Network
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.index import parse_index
-from shardspec.storage.ranges import RetryPolicy
+from shardspec.storage import RetryPolicy
 from tests import servers
 from tests.fault_proxy import FaultProxy
 

@@ -70,7 +70,7 @@ def test_datasets_are_listed(cli):
         ((*SAMPLE, "--mode", "caption"), "has no mode 'caption'"),
         ((*SAMPLE, "--tokenizer", "nobody/nothing"), "cannot be loaded"),
         ((*SAMPLE, "--message-format", "chatml", "--pad-vocab", "7"), "got_pad_to=7"),
-        (("shards", "pixmo_cap", "--source", "/no/such/folder"), "source folder is not there"),
+        (("shards", "pixmo_cap", "--source", "/no/such/folder"), "source folder does not exist"),
     ],
 )
 def test_request_that_cannot_be_honoured_is_code_1(call, tmp_path, args, text):

@@ -29,7 +29,13 @@ from preprocess.datasets.pixmo_cap_qa import user_turns
 from preprocess.datasets.rows import ArrowRows, Rows
 from preprocess.datasets.text_sft import alternating
 from preprocess.fetch.download import FetchPolicy
-from preprocess.job.job import _BYTE_MODULES, Job, JobSettings, library_versions
+from preprocess.job.job import (
+    _BYTE_SOURCES,
+    Job,
+    JobSettings,
+    byte_sources,
+    library_versions,
+)
 from preprocess.job.pipeline import run_job
 from preprocess.job.verify import verify
 from preprocess.media.image import ImagePolicy
@@ -43,7 +49,7 @@ from shardspec.tiling import ImageView
 from tests import inline
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("preprocess/", "shardspec/")
+PACKAGES = ("preprocess", "shardspec")
 GOLDEN = ROOT / "tests" / "golden"
 RECIPE = Recipe(
     text=TextPolicy(prompt_templates="uber_model", num_variants=2),
@@ -650,29 +656,64 @@ def test_code_of_other_datasets_does_not_count_as_ours():
     assert library_versions("vqa2")["code_sha256"] == ours
 
 
+def file_of(module):
+    """The source file of a module of the two packages; None for any other name."""
+    path = ROOT / module.replace(".", "/")
+    found = [p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()]
+    return found[0] if found and module.split(".")[0] in PACKAGES else None
+
+
+def defining(module, name):
+    """The file that a name of a module comes from: doors of rooms are looked through."""
+    if file_of(f"{module}.{name}") is not None:
+        return file_of(f"{module}.{name}")
+    path = file_of(module)
+    if path is not None and path.name == "__init__.py":
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+                return defining(node.module, name)
+    return path
+
+
 def imported(path):
-    """Modules of the two packages that a source file names, as paths."""
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            paths = [name.replace(".", "/") + ".py" for name in names]
-            yield from (p for p in paths if p.startswith(PACKAGES) and (ROOT / p).exists())
+    """Files of the two packages whose names a source file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found = {defining(node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found = {file_of(alias.name) for alias in node.names}
+        else:
+            continue
+        yield from found - {None}
+
+
+PASSIVE = (
+    "preprocess/datasets/__init__.py",
+    "preprocess/fetch/*.py",
+    "preprocess/job/job.py",
+    "shardspec/errors.py",
+    "shardspec/manifest.py",
+    "shardspec/messages.py",
+    "shardspec/probe.py",
+    "shardspec/storage/*.py",
+    "shardspec/toml.py",
+)
+"""These move, name or check bytes, or find rows; what they give is hashed with the plan."""
 
 
 @pytest.mark.parametrize("name", dataset_names())
 def test_all_code_that_makes_bytes_counts(name):
-    # These move, name or check bytes, or find rows; what they give is hashed with the plan.
-    passive = {
-        *(f"preprocess/{name}.py" for name in ("blobs", "datasets/rows")),
-        *(f"shardspec/{name}.py" for name in ("errors", "manifest", "probe", "toml")),
-        *(f"shardspec/{name}.py" for name in ("storage", "stores", "upload", "retries", "ranges")),
-        *("shardspec/storage/signing.py", "shardspec/storage/connections.py"),
-    }
-    own = f"preprocess/datasets/{name}.py"
-    found, waiting = set(), ["preprocess/job/build.py", own]
+    counted = {path for path in byte_sources(name) if path.suffix == ".py"}
+    found, waiting = set(), sorted(counted)
     while waiting:
         path = waiting.pop()
-        if path not in found:
+        if path not in found and not any(path.match(passive) for passive in PASSIVE):
             found.add(path)
             waiting += imported(path)
-    assert found - passive - {own} <= set(_BYTE_MODULES)
+    assert {path.relative_to(ROOT).as_posix() for path in found - counted} == set()
+    assert ROOT / "shardspec/tiling/grid.py" in found
+
+
+@pytest.mark.parametrize("pattern", [*_BYTE_SOURCES, *PASSIVE])
+def test_every_pattern_of_sources_finds_some(pattern):
+    assert list(ROOT.glob(pattern))

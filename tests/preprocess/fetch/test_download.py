@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from datetime import datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given
@@ -543,19 +542,6 @@ def test_retry_after_is_honoured_by_the_whole_host(server, run):
 def test_retry_after_is_bounded_by_the_wall_limit(server, run):
     url = server.url("/flaky/503/1/a.png?after=3600")  # an hour: pytest-timeout would end it
     assert one(run(url, wall_timeout_s=0.3)).status == "ok"
-
-
-def test_retry_after_may_be_a_date():
-    def read(text):
-        response = type("Response", (), {"headers": {"Retry-After": text}})
-        return fetch._retry_after_s(response)
-
-    soon = datetime.now(timezone.utc) + timedelta(seconds=100)
-    assert 90 < read(soon.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 100
-    assert 90 < read(soon.strftime("%a, %d %b %Y %H:%M:%S -0000")) <= 100
-    assert read("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert read("17") == 17.0
-    assert read("-1") == read("soon") == read("") == read("\u0661") == 0.0
 
 
 def test_host_that_only_fails_is_left_for_a_later_run(server, run):

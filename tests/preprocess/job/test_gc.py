@@ -214,7 +214,7 @@ def test_the_command_lists_then_removes(cli, tiny_copy, tmp_path):
 def test_the_command_makes_nothing_where_nothing_is(cli, tmp_path):
     finished = cli.run("gc", tmp_path / "typo")
     assert finished.code == 1
-    assert "no dataset here" in finished.err
+    assert "has neither a manifest nor a job" in finished.err
     assert not (tmp_path / "typo").exists()
 
 
@@ -224,5 +224,5 @@ def test_the_command_is_refused_while_a_job_runs(cli, tiny_copy, tmp_path):
     with output_lock(str(out)):
         finished = cli.run("gc", out)
     assert finished.code == 1
-    assert "another job is writing to this output" in finished.err
+    assert "output is locked by another job" in finished.err
     assert (out / STRAYS[0]).exists()

@@ -67,7 +67,7 @@ def test_the_note_of_an_unfinished_reshard_is_no_plan(cli, tmp_path):
     for name in ("plan/train.json", "no such file"):
         done = cli.run(*job)
         assert done.code == 3
-        assert "holds a reshard that has not ended" in done.err
+        assert "unfinished reshard" in done.err
         assert str(note) in done.err
         assert note.exists()
         (out / name).unlink(missing_ok=True)

@@ -15,8 +15,10 @@ import pytest
 
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
-from shardspec.storage.connections import Answer
-from shardspec.storage.ranges import RangeReader, RetryPolicy
+from shardspec.storage.client_ranges import ClientReader
+from shardspec.storage.connections import Response
+from shardspec.storage.ranges import RangeReader
+from shardspec.storage.retries import RetryPolicy
 from tests import servers
 from tests.fault_proxy import FaultProxy
 
@@ -200,8 +202,8 @@ def test_wrong_credentials_are_final(s3_server):
 
 
 def signed_by(reader, url):
-    store, path = reader._store(url)
-    return store, path, store.signed(path, 10)
+    signed, path = reader._reader(url)
+    return signed.urls, path, signed.urls.get(path, 10)
 
 
 def test_a_signature_that_is_refused_leaves_it_to_the_client_and_is_made_anew(s3_server):
@@ -209,13 +211,13 @@ def test_a_signature_that_is_refused_leaves_it_to_the_client_and_is_made_anew(s3
     s3_server.client().pipe_file(url, PAYLOAD)
     with FaultProxy(s3_server.endpoint) as proxy, proxy.entered(s3_server):
         reader = RangeReader(QUICK)
-        store, path, good = signed_by(reader, url)
+        urls, path, good = signed_by(reader, url)
         assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in good
         for read in (
             lambda: reader.read(url, 5, 50) == PAYLOAD[5:50],
             lambda: reader.read_all(url),
         ):
-            store._signed[path] = (time.monotonic() + 60, good[:-4] + "dead")
+            urls._signed[path] = (time.monotonic() + 60, good[:-4] + "dead")
             gets = proxy.counts["gets"]
             assert read()
             assert proxy.counts["gets"] == gets + 2
@@ -230,10 +232,10 @@ def test_a_bucket_that_refuses_signatures_is_left_to_the_client(s3_server):
     with FaultProxy(s3_server.endpoint) as proxy, proxy.entered(s3_server):
         reader = RangeReader(QUICK)
         for _ in range(5):
-            store, path, good = signed_by(reader, url)
+            urls, path, good = signed_by(reader, url)
             if good is not None:
-                until_s, _ = store._signed[path]
-                store._signed[path] = until_s, good[:-4] + "dead"
+                until_s, _ = urls._signed[path]
+                urls._signed[path] = until_s, good[:-4] + "dead"
             gets = proxy.counts["gets"]
             assert reader.read(url, 5, 50) == PAYLOAD[5:50]
         assert good is None
@@ -243,15 +245,15 @@ def test_a_bucket_that_refuses_signatures_is_left_to_the_client(s3_server):
 @pytest.mark.parametrize("bucket", ["set--use1-az4--x-s3", "arn:aws:s3::1:accesspoint/m.mrap"])
 def test_buckets_with_signatures_of_their_own_are_left_to_the_client(bucket, s3_server):
     with s3_server.entered():
-        store, _ = RangeReader(QUICK)._store(f"s3://{bucket}/a")
-        assert store.signed(f"{bucket}/a", 10) is None
-        assert "signature_version" not in store.fs.config_kwargs
+        reader, _ = RangeReader(QUICK)._reader(f"s3://{bucket}/a")
+        assert isinstance(reader, ClientReader)
+        assert "signature_version" not in reader.client.fs.config_kwargs
 
 
 def test_a_broken_record_is_tried_again(s3_server, monkeypatch):
     url = s3_server.make_bucket() + "/a"
     s3_server.client().pipe_file(url, PAYLOAD)
-    receive = Answer.readinto
+    receive = Response.readinto
     broken = [ssl.SSLError(1, "bad record mac"), OSError(errno.ENOBUFS, "no buffers")]
 
     def once(self, target):
@@ -259,7 +261,7 @@ def test_a_broken_record_is_tried_again(s3_server, monkeypatch):
             raise broken.pop()
         return receive(self, target)
 
-    monkeypatch.setattr(Answer, "readinto", once)
+    monkeypatch.setattr(Response, "readinto", once)
     with s3_server.entered():
         reader = RangeReader(QUICK)
         assert reader.read(url, 5, 50) == PAYLOAD[5:50]
@@ -280,7 +282,7 @@ def test_ranges_of_one_object_share_connections(s3_server):
         reader = RangeReader(QUICK)
         for start in range(0, 900_000, 100_000):
             assert reader.read(url, start, start + 9) == PAYLOAD[start : start + 9]
-        idle = reader._store(url)[0].connections._idle
+        idle = reader._reader(url)[0].urls.connections._idle
         assert [len(connections) for connections in idle.values()] == [1]
 
 

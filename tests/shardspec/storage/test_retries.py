@@ -4,6 +4,7 @@ import asyncio
 import errno
 import http.client
 import socket
+from datetime import datetime, timezone
 
 import aiohttp
 import botocore.exceptions
@@ -15,10 +16,10 @@ import requests.exceptions
 from s3fs.errors import translate_boto_error
 
 from shardspec.errors import StorageError
-from shardspec.storage import retries
-from shardspec.storage.retries import Patience, persist
+from shardspec.storage import failures, retries
+from shardspec.storage.retries import RetryPolicy, retry_after_s, with_retries
 
-QUICK = Patience(wait_s=0.001)
+QUICK = RetryPolicy(attempts=4, first_wait_s=0.001)
 
 
 def s3_error(status, code):
@@ -84,7 +85,7 @@ def test_what_may_pass_is_tried_again_until_it_does(error):
             raise now
         return "done"
 
-    assert persist(action, where="s3://b/a", patience=QUICK) == "done"
+    assert with_retries(action, where="s3://b/a", policy=QUICK) == "done"
     assert todo == []
 
 
@@ -97,14 +98,14 @@ def test_what_lasts_is_raised_at_once(error):
         raise error
 
     with pytest.raises(type(error)) as caught:
-        persist(action, where="s3://b/a", patience=QUICK)
+        with_retries(action, where="s3://b/a", policy=QUICK)
     assert caught.value is error
     assert len(calls) == 1
 
 
-def test_patience_ends_with_what_was_tried():
+def test_attempts_end_with_what_was_tried():
     with pytest.raises(StorageError) as caught:
-        persist(lambda: (_ for _ in ()).throw(GONE), where="s3://b/a", patience=QUICK)
+        with_retries(lambda: (_ for _ in ()).throw(GONE), where="s3://b/a", policy=QUICK)
     error = caught.value
     assert (error.reason, error.where) == ("store_unavailable", "s3://b/a")
     assert error.facts["attempts"] == QUICK.attempts
@@ -112,7 +113,7 @@ def test_patience_ends_with_what_was_tried():
     assert error.__cause__ is GONE
 
 
-def test_patience_ends_with_its_time():
+def test_attempts_end_with_their_time():
     calls = []
 
     def action():
@@ -120,7 +121,7 @@ def test_patience_ends_with_its_time():
         raise TimeoutError
 
     with pytest.raises(StorageError):
-        persist(action, where="s3://b/a", patience=Patience(attempts=99, wall_s=0.0, wait_s=1.0))
+        with_retries(action, where="s3://b/a", policy=RetryPolicy(attempts=99, wall_s=1e-9))
     assert len(calls) == 1
 
 
@@ -128,6 +129,34 @@ def test_waits_are_drawn_from_the_whole_span():
     draws = [retries.jitter("s3://b/a", attempt) for attempt in range(200)]
     assert 0 <= min(draws) < 0.1 < 0.9 < max(draws) < 1
     assert len(set(draws)) == 200
+
+
+def test_waits_double_with_each_attempt_without_progress(monkeypatch):
+    monkeypatch.setattr(retries, "jitter", lambda *_: 1.0)
+    policy = RetryPolicy(attempts=6, first_wait_s=1.0, longest_wait_s=6.0)
+    attempts = retries.Attempts(policy, where="s3://b/a")
+    assert [attempts.failed() for _ in range(3)] == [2.0, 4.0, 6.0]
+    assert attempts.failed(has_progress=True) == 1.0
+    assert attempts.failed(least_s=50.0) == 50.0
+    assert [attempts.failed() for _ in range(5)] == [4.0, 6.0, 6.0, 6.0, None]
+    assert attempts.number == 10
+    assert attempts.failed(has_progress=True, least_s=121.0) is None
+
+
+def test_retry_after_may_be_a_date_that_counts_from_the_answers_own():
+    now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
+
+    def read(text, **more):
+        return retry_after_s({"retry-after": text, **more}, now=now)
+
+    assert read("Fri, 02 Jan 2026 03:05:45 GMT") == 100
+    assert read("Fri, 02 Jan 2026 03:05:45 -0000") == 100
+    assert read("Fri, 02 Jan 2026 03:05:45 GMT", date="Fri, 02 Jan 2026 03:05:35 GMT") == 10
+    assert read("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert retry_after_s({"Retry-After": "Fri, 02 Jan 2026 03:05:45 GMT"}) == 0.0
+    assert read("17") == 17.0
+    assert read("0.5") == 0.5
+    assert read("-1") == read("soon") == read("") == read("\u0661") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -143,7 +172,7 @@ def test_waits_are_drawn_from_the_whole_span():
     ids=repr,
 )
 def test_a_refused_condition_is_known_by_its_status(error, refused):
-    assert retries.is_condition_refused(error) == refused
+    assert failures.is_condition_refused(error) == refused
 
 
 @pytest.mark.parametrize(
@@ -164,4 +193,4 @@ def test_a_refused_condition_is_known_by_its_status(error, refused):
     ids=repr,
 )
 def test_refused_access_is_known_whatever_the_client_calls_it(error, refused):
-    assert retries.is_access_refused(error) == refused
+    assert failures.is_access_refused(error) == refused

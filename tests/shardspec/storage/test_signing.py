@@ -263,17 +263,18 @@ def test_a_store_with_an_endpoint_is_read_without_its_client(s3_server):
     with s3_server.entered():
         reader = RangeReader()
         reader.connect_soon(url, 4)
-        store, _ = reader._store(url)
-        wait_until(lambda: store.connections and len(idle(store.connections)) >= 4)
+        signed, _ = reader._reader(url)
+        urls = signed.urls
+        wait_until(lambda: urls.connections and len(idle(urls.connections)) >= 4)
         # Whoever reads from that store in this process uses them, and opens no more.
-        number = len(idle(store.connections))
+        number = len(idle(urls.connections))
         RangeReader().connect_soon(url, 4)
         time.sleep(0.2)
-        assert len(idle(store.connections)) == number
+        assert len(idle(urls.connections)) == number
         assert reader.read(url, 2, 5, total=10) == b"234"
         assert reader.read_all(url) == b"0123456789"
-        assert store.fs._s3 is None
-        assert len(idle(store.connections)) == number
+        assert urls._client.fs._s3 is None
+        assert len(idle(urls.connections)) == number
 
 
 def idle(connections):

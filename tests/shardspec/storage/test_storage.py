@@ -330,8 +330,8 @@ def test_upload_that_breaks_off_leaves_the_old_object(tmp_path, monkeypatch, old
     source.write_bytes(bytes(5000))
     if old is not None:
         storage.publish_bytes("memory://b/a.tar", old)
-    patience = retries.Patience(wait_s=0.01)
-    monkeypatch.setattr(retries, "Patience", lambda: patience)
+    policy = retries.RetryPolicy(attempts=4, first_wait_s=0.005)
+    monkeypatch.setattr(retries, "ACTION_POLICY", policy)
     error = refusal(storage.publish_file, "breaking://b/a.tar", source)
     assert (error.reason, error.where) == ("store_unavailable", "breaking://b/a.tar")
     assert error.facts["attempts"] == 4

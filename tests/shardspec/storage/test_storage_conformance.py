@@ -348,8 +348,8 @@ def test_refused_access_is_named_and_no_secret_shown(s3, monkeypatch, tmp_path, 
 
 
 def test_a_store_that_is_gone_is_named_with_what_was_tried(s3_servers, tmp_path, monkeypatch):
-    patience = retries.Patience(attempts=2, wait_s=0.01)
-    monkeypatch.setattr(retries, "Patience", lambda: patience)
+    policy = retries.RetryPolicy(attempts=2, first_wait_s=0.005)
+    monkeypatch.setattr(retries, "ACTION_POLICY", policy)
     with s3_servers() as server, server.entered():
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         bucket = server.make_bucket()
