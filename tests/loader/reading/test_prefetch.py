@@ -434,7 +434,7 @@ print("ready", flush=True)
 seed = int(sys.argv[2])
 while True:
     seed += 1
-    prefetcher.forget()
+    prefetcher.cancel_prefetch()
     run(prefetcher, url, shuffled(seed))
     print(seed, flush=True)
 """
@@ -459,6 +459,7 @@ def test_readers_killed_at_random_points_leave_nothing_that_is_trusted(url, tmp_
             assert reader.stdout.readline() == b"ready\n"
         time.sleep(moments.uniform(0, 0.5))
         for reader in readers:
+            assert reader.poll() is None
             reader.send_signal(signal.SIGKILL)
             reader.wait(30)
             reader.stdout.close()
