@@ -5,7 +5,7 @@ decides which samples are needed, and never changes what was stored.
 """
 
 from loader.reading.lookahead import LookaheadWindow
-from loader.reading.prefetch import Network
+from loader.reading.network import Network
 from loader.reading.quarantine import MOST_RECORDS, Quarantine
 from loader.reading.reader import Check, ShardReader, count_reading, open_dataset
 

@@ -29,7 +29,8 @@ import numpy as np
 
 from loader.assembly import Encoded
 from loader.reading.blocks import Block, Span
-from loader.reading.prefetch import Network, Prefetcher
+from loader.reading.network import Network
+from loader.reading.prefetch import Prefetcher
 from loader.reading.remote import RemoteShard, RemoteShards
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from loader.reading.blocks import Block
-from loader.reading.prefetch import Network, Prefetcher
+from loader.reading.network import Network
+from loader.reading.prefetch import Prefetcher
 from shardspec import storage
 from shardspec.errors import ConfigError
 from shardspec.storage.ranges import RangeReader
@@ -71,7 +72,7 @@ def shuffled(seed=1, batch=8):
 def test_a_shuffled_pass_reads_every_sample_and_fetches_every_byte_once(url, cached, tmp_path):
     cache = str(tmp_path / "cache") if cached else None
     prefetcher = Prefetcher(Network(block_bytes=BLOCK), cache=cache, cache_bytes=10**7)
-    with mock.patch("loader.reading.prefetch._GAP_BYTES", 0):
+    with mock.patch("loader.reading.read_plan._GAP_BYTES", 0):
         run(prefetcher, url, shuffled())
     assert prefetcher.counters["bytes"] == len(OBJECT)
 
@@ -131,7 +132,7 @@ def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_pa
         return watched.read(reader, url, start, stop, **options)
 
     with (
-        mock.patch("loader.reading.prefetch._GAP_BYTES", 0),
+        mock.patch("loader.reading.read_plan._GAP_BYTES", 0),
         mock.patch.object(RangeReader, "read", read),
     ):
         prefetcher = Prefetcher(
@@ -140,20 +141,20 @@ def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_pa
         prefetcher.prefetch(0, located(url, [0, 200]))
         wait_until(lambda: watched.asked)
         prefetcher.prefetch(1, located(url, [5]))
-        wait_until(lambda: 1 in prefetcher._plan)
+        wait_until(lambda: 1 in prefetcher._plan._steps)
         watched.let_go.set()
-        entry = prefetcher._entries[place(url, 0)[0].name]
+        entry = prefetcher._plan._states[place(url, 0)[0].name]
         # The block of samples 0 and 5 is claimed; 5 waits behind 200, and is forgotten.
-        wait_until(lambda: entry.fill is not None and entry.wanted and not entry.coming)
+        wait_until(lambda: entry.writer is not None and entry.wanted and not entry.coming)
         prefetcher.cancel_prefetch()
         second.set()
-        wait_until(lambda: entry.fill is None and entry.on_disk)
+        wait_until(lambda: entry.writer is None and entry.on_disk)
 
 
 def test_what_shares_a_block_with_the_first_batch_does_not_pass_for_urgent(url):
     watched = Watched(first=0, others_s=0.5)
     with (
-        mock.patch("loader.reading.prefetch._GAP_BYTES", 0),
+        mock.patch("loader.reading.read_plan._GAP_BYTES", 0),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
         prefetcher = Prefetcher(Network(block_bytes=BLOCK))
@@ -177,7 +178,7 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1, cold_steps=2))
     watched = Watched(first=390)
     with (
-        mock.patch("loader.reading.prefetch._PIECE_BYTES", 4 * SAMPLE),
+        mock.patch("loader.reading.read_plan._PIECE_BYTES", 4 * SAMPLE),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
         # Behind the first step, with the only thread busy until all has been said.
@@ -188,7 +189,7 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
         for step, samples in steps.items():
             prefetcher.prefetch(step, located(url, samples))
         stop_s = time.monotonic() + 10
-        while sum(map(len, prefetcher._plan.values())) < 11:
+        while sum(map(len, prefetcher._plan._steps.values())) < 11:
             assert time.monotonic() < stop_s
             time.sleep(0.01)
         watched.let_go.set()
@@ -212,7 +213,7 @@ def test_the_first_batch_shares_the_link_with_few_others(url):
         deadline_s = time.monotonic() + 0.5
         others = 1
         while time.monotonic() < deadline_s:
-            under_way = prefetcher._under_way[False]
+            under_way = prefetcher._plan._under_way[False]
             assert under_way <= others
         watched.let_go.set()
         read(prefetcher, url, 0)
@@ -256,7 +257,7 @@ def test_what_a_batch_waits_for_is_not_joined_with_what_later_ones_need(url):
             time.sleep(0.001)
         prefetcher.prefetch(0, located(url, [0]))
         prefetcher.prefetch(1, located(url, [1, 2]))
-        while 1 not in prefetcher._plan:
+        while 1 not in prefetcher._plan._steps:
             time.sleep(0.001)
         watched.let_go.set()
         for sample in (399, 0, 1, 2):
@@ -290,7 +291,7 @@ def test_a_cache_that_is_too_small_costs_no_more_than_twice_the_bytes(url, block
         cache=str(tmp_path / "cache"),
         cache_bytes=blocks_held * BLOCK,
     )
-    with mock.patch("loader.reading.prefetch._GAP_BYTES", 0):
+    with mock.patch("loader.reading.read_plan._GAP_BYTES", 0):
         for seed in (1, 2, 3):
             run(prefetcher, url, shuffled(seed))
             prefetcher.cancel_prefetch()
@@ -306,7 +307,7 @@ def test_memory_for_reading_ahead_is_bounded(url):
     original = prefetcher.read
 
     def watched(block, span):
-        most.append(prefetcher._held_bytes)
+        most.append(prefetcher._plan.held_bytes)
         return original(block, span)
 
     with mock.patch.object(prefetcher, "read", watched):
@@ -314,7 +315,7 @@ def test_memory_for_reading_ahead_is_bounded(url):
     # Beside it may be held what is needed now, and what one request fetches with it: 72 samples
     # are planned at a time.
     assert max(most) <= 50 * SAMPLE
-    assert prefetcher._held_bytes == 0
+    assert prefetcher._plan.held_bytes == 0
 
 
 def test_what_was_planned_and_not_read_is_forgotten(url):
@@ -324,11 +325,10 @@ def test_what_was_planned_and_not_read_is_forgotten(url):
     read(prefetcher, url, shuffled()[0][0])
     prefetcher.cancel_prefetch()
     deadline_s = time.monotonic() + 10
-    while prefetcher._entries and time.monotonic() < deadline_s:
-        prefetcher.cancel_prefetch()
+    while prefetcher._plan._states and time.monotonic() < deadline_s:
         threading.Event().wait(0.01)
-    assert prefetcher._entries == {}
-    assert prefetcher._held_bytes == 0
+    assert prefetcher._plan._states == {}
+    assert prefetcher._plan.held_bytes == 0
 
 
 def test_a_spoilt_block_in_the_cache_is_fetched_again(url, tmp_path):
@@ -401,7 +401,7 @@ def test_a_failure_ahead_of_time_is_forgotten_if_the_reader_fares_better(url):
     with mock.patch.object(RangeReader, "read", sometimes):
         prefetcher.prefetch(0, located(url, [5]))
         deadline_s = time.monotonic() + 10
-        while not any(e.failures for e in list(prefetcher._entries.values())):
+        while not any(e.failures for e in list(prefetcher._plan._states.values())):
             assert time.monotonic() < deadline_s
         failing.clear()
         read(prefetcher, url, 5)
