@@ -74,6 +74,8 @@ class BlockState:
         self.writer: Writer | None = None
         self.is_claiming = False
         """A request under way asks for the right to write it."""
+        self.queued_step: int | None = None
+        """The step by which its wanted parts are queued; other entries of the queue are stale."""
         self.is_queued = False
         """The whole block waits for a request."""
         self.is_filling = False

@@ -16,7 +16,8 @@ What bounds the requests:
 
 * their number, by kind (`requests`, `streams`);
 * memory: what is needed later than in the next `cold_steps` steps begins only if all pieces in
-  memory and under way then take at most `ahead_bytes`;
+  memory and under way then take at most `ahead_bytes`. So they never take more than that and what
+  the next 2 * `cold_steps` steps need;
 * the first batch: until a run or pass has had its first step, one request at a time is for later
   ones.
 
@@ -84,8 +85,8 @@ class ReadPlan:
         # Blocks that are not idle, by name, and what each planned step uses of them.
         self._states: dict[str, BlockState] = {}
         self._steps: dict[int, list[tuple[BlockState, Span]]] = {}
-        # Heaps of (step, number, state). Entries may be stale: `_needs_request` is asked when one
-        # comes first. Whoever makes a state need a request again queues it again.
+        # Heaps of (step, number, state). Entries may be stale: `_is_next` is asked when one comes
+        # first. Whoever makes a state need a request again queues it again.
         self._queues: dict[Kind, list[tuple[int, int, BlockState]]] = {"piece": [], "block": []}
         self._numbers = itertools.count()
         self._running: Counter[Kind] = Counter()
@@ -185,11 +186,12 @@ class ReadPlan:
         a reader waits for it or somebody asks for it in the meantime."""
         self._steps.clear()
         self._cold_until, self.now = None, 0
-        for queue in self._queues.values():
-            # Blocks that this process has the right to write: others may wait for them.
-            queue[:] = [queued for queued in queue if queued[2].writer]
-            heapq.heapify(queue)
+        self._queues["piece"].clear()
+        # Blocks that this process has the right to write stay: others may wait for them.
+        self._queues["block"] = [q for q in self._queues["block"] if q[2].writer]
+        heapq.heapify(self._queues["block"])
         for state in list(self._states.values()):
+            state.queued_step = None
             state.steps.clear()
             state.uses.clear()
             state.wanted.clear()
@@ -214,9 +216,8 @@ class ReadPlan:
         state.abandoned.discard(span)
         if state.is_filling or span in state.coming or span in state.pieces:
             return
-        if step < min(state.wanted.values(), default=step + 1):
-            self._queue("piece", state, step)
         state.wanted[span] = min(step, state.wanted.get(span, step))
+        self._queue_pieces(state)
 
     def is_expected(self, state: BlockState, span: Span, step: int) -> bool:
         """Returns True if a part is under way, or queued for the step or an earlier one."""
@@ -262,7 +263,7 @@ class ReadPlan:
           None while nothing may begin; worth asking again after any change.
         """
         for kind, queue in self._queues.items():
-            while queue and not self._needs_request(kind, queue[0][2]):
+            while queue and not self._is_next(kind, *queue[0]):
                 heapq.heappop(queue)
         if self._may_start("piece", is_locating=is_locating):
             if self._running["piece"] < self._network.requests:
@@ -340,7 +341,7 @@ class ReadPlan:
                 del state.coming[span]
                 self.held_bytes -= _length(span)
         if state.wanted:
-            self._queue("piece", state, min(state.wanted.values()))
+            self._queue_pieces(state)
         elif state.writer is not None and not (state.coming or state.is_queued):
             self._queue_block(state, request.step)
         if state.writer is None:
@@ -414,17 +415,31 @@ class ReadPlan:
         elif not (state.is_queued or state.is_filling or state.writer or state.is_claiming):
             self._queue_block(state, step)
 
-    def _queue(self, kind: Kind, state: BlockState, step: int) -> None:
-        heapq.heappush(self._queues[kind], (step, next(self._numbers), state))
+    def _queue_pieces(self, state: BlockState) -> None:
+        step = min(state.wanted.values())
+        if state.queued_step is None or step < state.queued_step:
+            state.queued_step = step
+            heapq.heappush(self._queues["piece"], (step, next(self._numbers), state))
 
     def _queue_block(self, state: BlockState, step: int) -> None:
         state.is_queued = True
-        self._queue("block", state, step)
+        heapq.heappush(self._queues["block"], (step, next(self._numbers), state))
 
-    def _needs_request(self, kind: Kind, state: BlockState) -> bool:
-        """Returns False if a queued block is taken care of; `finish` queues it again if need be."""
+    def _is_next(self, kind: Kind, step: int, _: int, state: BlockState) -> bool:
+        """Returns False if the first entry of a queue is stale, or taken care of: `finish` queues
+        it again if need be."""
         if kind == "piece":
-            return bool(state.wanted) and not (state.is_claiming or state.is_filling)
+            if step != state.queued_step:
+                return False
+            if state.is_claiming or state.is_filling or not state.wanted:
+                state.queued_step = None
+                return False
+            if step < min(state.wanted.values()):
+                # What was needed by then is no longer wanted; the rest waits for its turn.
+                state.queued_step = None
+                self._queue_pieces(state)
+                return False
+            return True
         taken = state.is_claiming or state.coming or state.wanted or not state.is_queued
         if taken:
             state.is_queued = False
@@ -493,8 +508,9 @@ class ReadPlan:
         spans = [span for span in state.wanted if start <= span[0] and span[1] <= stop]
         for span in spans:
             del state.wanted[span]
+        state.queued_step = None
         if state.wanted:
-            self._queue("piece", state, min(state.wanted.values()))
+            self._queue_pieces(state)
         return spans, step
 
     def _drop(self, state: BlockState, spans: Iterable[Span]) -> None:

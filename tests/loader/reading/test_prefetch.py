@@ -331,6 +331,47 @@ def test_what_was_planned_and_not_read_is_forgotten(url):
     assert prefetcher._plan.held_bytes == 0
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["memory", "cache"])
+def test_many_readers_and_cancels_at_once_get_right_bytes_and_leave_nothing(url, cached, tmp_path):
+    cache = str(tmp_path / "cache") if cached else None
+    prefetcher = Prefetcher(
+        Network(block_bytes=BLOCK, requests=4, streams=2), cache=cache, cache_bytes=10**7
+    )
+    steps, failures = shuffled(batch=16), []
+
+    def read_all(step):
+        try:
+            for sample in steps[step]:
+                read(prefetcher, url, sample)
+        except BaseException as error:  # noqa: BLE001 - the test's thread raises it
+            failures.append(error)
+
+    for step in range(len(steps)):
+        for soon in range(step, min(step + 4, len(steps))) if step % 5 == 0 else [step + 3]:
+            if soon < len(steps):
+                prefetcher.prefetch(soon, located(url, steps[soon]))
+        # Two readers want each sample, as do those of the next step.
+        readers = [
+            threading.Thread(target=read_all, args=(min(step + k // 2, len(steps) - 1),))
+            for k in range(4)
+        ]
+        for reader in readers:
+            reader.start()
+        if step % 5 == 4:
+            prefetcher.cancel_prefetch()
+        for reader in readers:
+            reader.join(60)
+            assert not reader.is_alive()
+        prefetcher.release(step)
+    assert not failures
+    prefetcher.cancel_prefetch()
+    plan = prefetcher._plan
+    wait_until(lambda: all(state.is_mapped for state in list(plan._states.values())))
+    assert plan.held_bytes == 0
+    if cached:
+        wait_until(lambda: not list(Path(cache, "blocks").glob("*.part")))
+
+
 def test_a_spoilt_block_in_the_cache_is_fetched_again(url, tmp_path):
     cache = tmp_path / "cache"
     prefetcher = Prefetcher(Network(block_bytes=BLOCK), cache=str(cache), cache_bytes=10**7)
