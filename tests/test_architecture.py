@@ -46,6 +46,7 @@ PURE = {
     "loader/reading/blocks.py",
     "loader/reading/lookahead.py",
     "loader/reading/read_plan.py",
+    "loader/reading/request_queue.py",
     "loader/assembly/layout.py",
     "loader/order/config.py",
     "loader/order/interleave.py",

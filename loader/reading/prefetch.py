@@ -5,7 +5,8 @@ that a step is done (`release`). The Prefetcher joins the parts that do the work
 nothing itself:
 
     Locator       finds where the bytes of announced steps are              locator.py
-    ReadPlan      chooses which ranges are fetched next: pure               read_plan.py
+    ReadPlan      chooses which ranges are fetched next: pure               read_plan.py,
+                                                                            request_queue.py
     Fetcher       fetches them, in threads                                  fetcher.py
     CachedBlocks  keeps whole blocks on the node's disk                     cached.py
 

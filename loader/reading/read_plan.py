@@ -4,22 +4,10 @@ Pure: a state machine without threads, clocks or I/O. Its owner reports what ste
 (`add_step`), what readers wait for (`want`), what has arrived (`arrive`, `finish`) and which steps
 are done (`release`); `next_request` returns what to fetch next, or None while nothing may begin.
 
-Two queues, each ordered by the step that needs a block first:
-
-* *Pieces*: single samples, neighbours joined. Without a cache everything comes this way, into
-  memory. With one, the samples of the first few steps do: the first batch waits for its own bytes
-  and not for whole blocks.
-* *Blocks*: whole blocks for the cache. Pieces that have come already are not fetched again. No
-  block is begun while a piece may begin.
-
-What bounds the requests:
-
-* their number, by kind (`requests`, `streams`);
-* memory: what is needed later than in the next `cold_steps` steps begins only if all pieces in
-  memory and under way then take at most `ahead_bytes`. So they never take more than that and what
-  the next 2 * `cold_steps` steps need;
-* the first batch: until a run or pass has had its first step, one request at a time is for later
-  ones.
+Without a cache all samples are *pieces*, and come into memory. With one, the samples of the first
+few steps do: the first batch waits for its own bytes and not for whole blocks. After that whole
+*blocks* come, without the pieces that are there already. Which is next, and what bounds them, is
+request_queue.py's.
 
 A block that was evicted before all of it was used is not fetched again in the epoch: its samples
 then come as pieces, and a cache that is too small for the order costs at most one fetch more per
@@ -28,26 +16,15 @@ block.
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from loader.reading.block_state import BlockState, Kind, Request, Writer
-from loader.reading.blocks import Block, Span, coalesce, missing
+from loader.reading.block_state import BlockState, Request, Writer
+from loader.reading.blocks import Block, Span, missing
 from loader.reading.network import Network
-
-_GAP_BYTES = 64 * 1024
-"""Joined over: at 100 MB/s these bytes take as long as 0.6 ms of another request's 20."""
-_PIECE_BYTES = 2**20
-"""Neighbours are joined up to there: longer requests would keep the samples of a step waiting for
-each other, and eight of these fill a link of 100 MB/s at 80 ms."""
-_BESIDE = 1
-"""Requests for later steps that begin while the first batch waits for its own: they share a link.
-After it all requests are used: one link's latency is hidden by the bytes of other steps."""
+from loader.reading.request_queue import RequestQueue, travel_together
 
 Presence = Literal["cached", "evicted", "absent"]
 """Where a block is when its use is planned; "evicted": it was used in part, and then removed."""
@@ -85,13 +62,7 @@ class ReadPlan:
         # Blocks that are not idle, by name, and what each planned step uses of them.
         self._states: dict[str, BlockState] = {}
         self._steps: dict[int, list[tuple[BlockState, Span]]] = {}
-        # Heaps of (step, number, state). Entries may be stale: `_is_next` is asked when one comes
-        # first. Whoever makes a state need a request again queues it again.
-        self._queues: dict[Kind, list[tuple[int, int, BlockState]]] = {"piece": [], "block": []}
-        self._numbers = itertools.count()
-        self._running: Counter[Kind] = Counter()
-        # The same requests, by whether a batch waits for them.
-        self._under_way: Counter[bool] = Counter()
+        self._queue = RequestQueue(network)
         # Steps before this one are fetched as pieces; None until a first step is planned.
         self._cold_until: int | None = None
 
@@ -114,7 +85,7 @@ class ReadPlan:
 
         It would take the interpreter from the threads that receive them.
         """
-        return not (self._is_first and step > self.now + 1 and self._under_way[True])
+        return not (self._is_first and step > self.now + 1 and self._queue.has_urgent)
 
     def add_step(
         self,
@@ -186,21 +157,16 @@ class ReadPlan:
         a reader waits for it or somebody asks for it in the meantime."""
         self._steps.clear()
         self._cold_until, self.now = None, 0
-        self._queues["piece"].clear()
-        # Blocks that this process has the right to write stay: others may wait for them.
-        self._queues["block"] = [q for q in self._queues["block"] if q[2].writer]
-        heapq.heapify(self._queues["block"])
+        self._queue.cancel()
         for state in list(self._states.values()):
-            state.queued_step = None
             state.steps.clear()
             state.uses.clear()
             state.wanted.clear()
             state.abandoned.update(span for span in state.coming if span not in state.waiting)
-            state.is_queued = state.is_queued and state.writer is not None
             if state.writer is None:
                 self._drop(state, state.unneeded())
             elif not (state.is_queued or state.coming or state.is_filling):
-                self._queue_block(state, self.now)
+                self._queue.add_block(state, self.now)
             self._settle(state)
 
     # What readers wait for.
@@ -217,7 +183,7 @@ class ReadPlan:
         if state.is_filling or span in state.coming or span in state.pieces:
             return
         state.wanted[span] = min(step, state.wanted.get(span, step))
-        self._queue_pieces(state)
+        self._queue.add_pieces(state)
 
     def is_expected(self, state: BlockState, span: Span, step: int) -> bool:
         """Returns True if a part is under way, or queued for the step or an earlier one."""
@@ -262,18 +228,19 @@ class ReadPlan:
         Returns:
           None while nothing may begin; worth asking again after any change.
         """
-        for kind, queue in self._queues.items():
-            while queue and not self._is_next(kind, *queue[0]):
-                heapq.heappop(queue)
-        if self._may_start("piece", is_locating=is_locating):
-            if self._running["piece"] < self._network.requests:
-                return self._begin_pieces(heapq.heappop(self._queues["piece"])[2])
-            return None  # no block begins before this piece
-        if self._running["block"] < self._network.streams and self._may_start(
-            "block", is_locating=is_locating
-        ):
-            return self._begin_block(heapq.heappop(self._queues["block"])[2])
-        return None
+        found = self._queue.pop(
+            now=self.now,
+            is_first=self._is_first,
+            is_locating=is_locating,
+            held_bytes=self.held_bytes,
+        )
+        if found is None:
+            return None
+        kind, state = found
+        request = self._pieces(state) if kind == "piece" else self._block(state)
+        state.num_requests += 1
+        self._queue.begin(request)
+        return request
 
     def claimed(self, state: BlockState, found: Writer | Literal["ready", "busy", "full"]) -> bool:
         """Notes how a claim went; returns True if this process is to fetch the bytes."""
@@ -329,8 +296,7 @@ class ReadPlan:
             state.failures, state.error = state.failures + 1, error
             abandoned = self.take_writer(state)
         state.num_requests -= 1
-        self._running[request.kind] -= 1
-        self._under_way[request.is_urgent] -= 1
+        self._queue.end(request)
         if request.claims:
             state.is_claiming = False
         if request.kind == "block":
@@ -341,9 +307,9 @@ class ReadPlan:
                 del state.coming[span]
                 self.held_bytes -= _length(span)
         if state.wanted:
-            self._queue_pieces(state)
+            self._queue.add_pieces(state)
         elif state.writer is not None and not (state.coming or state.is_queued):
-            self._queue_block(state, request.step)
+            self._queue.add_block(state, request.step)
         if state.writer is None:
             gone = state.unneeded()
             if not (state.failures or state.is_mapped):
@@ -413,105 +379,36 @@ class ReadPlan:
         if cold or state.direct or not self.uses_cache:
             self.want(state, span, step)
         elif not (state.is_queued or state.is_filling or state.writer or state.is_claiming):
-            self._queue_block(state, step)
+            self._queue.add_block(state, step)
 
-    def _queue_pieces(self, state: BlockState) -> None:
-        step = min(state.wanted.values())
-        if state.queued_step is None or step < state.queued_step:
-            state.queued_step = step
-            heapq.heappush(self._queues["piece"], (step, next(self._numbers), state))
-
-    def _queue_block(self, state: BlockState, step: int) -> None:
-        state.is_queued = True
-        heapq.heappush(self._queues["block"], (step, next(self._numbers), state))
-
-    def _is_next(self, kind: Kind, step: int, _: int, state: BlockState) -> bool:
-        """Returns False if the first entry of a queue is stale, or taken care of: `finish` queues
-        it again if need be."""
-        if kind == "piece":
-            if step != state.queued_step:
-                return False
-            if state.is_claiming or state.is_filling or not state.wanted:
-                state.queued_step = None
-                return False
-            if step < min(state.wanted.values()):
-                # What was needed by then is no longer wanted; the rest waits for its turn.
-                state.queued_step = None
-                self._queue_pieces(state)
-                return False
-            return True
-        taken = state.is_claiming or state.coming or state.wanted or not state.is_queued
-        if taken:
-            state.is_queued = False
-        return not taken
-
-    def _may_start(self, kind: Kind, *, is_locating: bool) -> bool:
-        if not self._queues[kind]:
-            return False
-        step, _, state = self._queues[kind][0]
-        is_awaited = self._under_way[True] > 0 or is_locating
-        is_later = step > self.now and self._under_way[False] >= _BESIDE
-        if self._is_first and is_awaited and is_later:
-            return False
-        if step < self.now + self._network.cold_steps:
-            return True
-        # Nothing of a queued block is wanted by itself: it goes to the cache, and is not held.
-        lengths = [_length(span) for span in state.wanted] if kind == "piece" else [0]
-        more = min(sum(lengths), max(_PIECE_BYTES, *lengths))
-        return self.held_bytes + more <= self._network.ahead_bytes
-
-    def _begin_pieces(self, state: BlockState) -> Request:
-        spans, step = self._take(state)
-        claims = self.uses_cache and not (state.direct or state.writer)
-        state.is_claiming = state.is_claiming or claims
-        request = self._begin(
-            Request(
-                state=state,
-                kind="piece",
-                step=step,
-                is_urgent=step <= self.now,
-                spans=tuple(spans),
-                claims=claims,
-            )
+    def _pieces(self, state: BlockState) -> Request:
+        """Makes a request for the samples of a block that are needed first."""
+        spans, step = travel_together(
+            state.wanted, now=self.now, cold_steps=self._network.cold_steps
         )
-        for span in spans:
-            state.coming[span] = request
-            self.held_bytes += _length(span)
-        return request
-
-    def _begin_block(self, state: BlockState) -> Request:
-        state.is_queued, state.is_filling = False, True
-        step = min(state.steps, default=self.now)
-        return self._begin(
-            Request(state=state, kind="block", step=step, is_urgent=step <= self.now)
+        request = Request(
+            state=state,
+            kind="piece",
+            step=step,
+            is_urgent=step <= self.now,
+            spans=tuple(spans),
+            claims=self.uses_cache and not (state.direct or state.writer),
         )
-
-    def _begin(self, request: Request) -> Request:
-        request.state.num_requests += 1
-        self._running[request.kind] += 1
-        self._under_way[request.is_urgent] += 1
-        return request
-
-    def _take(self, state: BlockState) -> tuple[list[Span], int]:
-        """Chooses what of a block the next request fetches, and for which step; the rest waits."""
-        first = min(state.wanted, key=lambda span: (state.wanted[span], span))
-        # What is needed at once does not wait for what is beside it, and no step for what is
-        # beside it and is needed much later.
-        step = max(self.now, state.wanted[first])
-        near = step if step == self.now else step + self._network.cold_steps
-        beside = [span for span, needed in state.wanted.items() if needed <= near]
-        start, stop = next(
-            joined
-            for joined in coalesce(beside, gap=_GAP_BYTES, most=_PIECE_BYTES)
-            if joined[0] <= first[0] and first[1] <= joined[1]
-        )
-        spans = [span for span in state.wanted if start <= span[0] and span[1] <= stop]
+        state.is_claiming = state.is_claiming or request.claims
         for span in spans:
             del state.wanted[span]
+            state.coming[span] = request
+            self.held_bytes += _length(span)
         state.queued_step = None
         if state.wanted:
-            self._queue_pieces(state)
-        return spans, step
+            self._queue.add_pieces(state)
+        return request
+
+    def _block(self, state: BlockState) -> Request:
+        """Makes a request for a whole block."""
+        state.is_queued, state.is_filling = False, True
+        step = min(state.steps, default=self.now)
+        return Request(state=state, kind="block", step=step, is_urgent=step <= self.now)
 
     def _drop(self, state: BlockState, spans: Iterable[Span]) -> None:
         for span in spans:

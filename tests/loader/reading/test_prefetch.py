@@ -72,7 +72,7 @@ def shuffled(seed=1, batch=8):
 def test_a_shuffled_pass_reads_every_sample_and_fetches_every_byte_once(url, cached, tmp_path):
     cache = str(tmp_path / "cache") if cached else None
     prefetcher = Prefetcher(Network(block_bytes=BLOCK), cache=cache, cache_bytes=10**7)
-    with mock.patch("loader.reading.read_plan._GAP_BYTES", 0):
+    with mock.patch("loader.reading.request_queue._GAP_BYTES", 0):
         run(prefetcher, url, shuffled())
     assert prefetcher.counters["bytes"] == len(OBJECT)
 
@@ -132,7 +132,7 @@ def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_pa
         return watched.read(reader, url, start, stop, **options)
 
     with (
-        mock.patch("loader.reading.read_plan._GAP_BYTES", 0),
+        mock.patch("loader.reading.request_queue._GAP_BYTES", 0),
         mock.patch.object(RangeReader, "read", read),
     ):
         prefetcher = Prefetcher(
@@ -154,7 +154,7 @@ def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_pa
 def test_what_shares_a_block_with_the_first_batch_does_not_pass_for_urgent(url):
     watched = Watched(first=0, others_s=0.5)
     with (
-        mock.patch("loader.reading.read_plan._GAP_BYTES", 0),
+        mock.patch("loader.reading.request_queue._GAP_BYTES", 0),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
         prefetcher = Prefetcher(Network(block_bytes=BLOCK))
@@ -178,7 +178,7 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1, cold_steps=2))
     watched = Watched(first=390)
     with (
-        mock.patch("loader.reading.read_plan._PIECE_BYTES", 4 * SAMPLE),
+        mock.patch("loader.reading.request_queue._PIECE_BYTES", 4 * SAMPLE),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
         # Behind the first step, with the only thread busy until all has been said.
@@ -213,7 +213,7 @@ def test_the_first_batch_shares_the_link_with_few_others(url):
         deadline_s = time.monotonic() + 0.5
         others = 1
         while time.monotonic() < deadline_s:
-            under_way = prefetcher._plan._under_way[False]
+            under_way = prefetcher._plan._queue._under_way[False]
             assert under_way <= others
         watched.let_go.set()
         read(prefetcher, url, 0)
@@ -291,7 +291,7 @@ def test_a_cache_that_is_too_small_costs_no_more_than_twice_the_bytes(url, block
         cache=str(tmp_path / "cache"),
         cache_bytes=blocks_held * BLOCK,
     )
-    with mock.patch("loader.reading.read_plan._GAP_BYTES", 0):
+    with mock.patch("loader.reading.request_queue._GAP_BYTES", 0):
         for seed in (1, 2, 3):
             run(prefetcher, url, shuffled(seed))
             prefetcher.cancel_prefetch()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader.reading import read_plan
-from loader.reading.blocks import Block
+from loader.reading import request_queue
+from loader.reading.blocks import Block, missing
 from loader.reading.network import Network
 from loader.reading.read_plan import ReadPlan
 
@@ -91,7 +91,7 @@ class Owner:
                 plan.arrive(request, part, spans, memoryview(OBJECT)[part[0] : part[1]])
                 self.check()
         elif goes and not fails:
-            for part in read_plan.missing(state.block.start, state.block.stop, state.pieces):
+            for part in missing(state.block.start, state.block.stop, state.pieces):
                 self.fetched.append(part)
             plan.take_writer(state).commit(b"", step=request.step)
             self.on_disk.add(state.block.name)
@@ -136,8 +136,8 @@ class Owner:
             assert not state.is_filling or state.num_requests == 1
             assert state.num_requests - len(own) in (0, 1)  # one is beginning, or ending
         assert held == self.plan.held_bytes
-        assert self.plan._running["piece"] <= self.network.requests
-        assert self.plan._running["block"] <= self.network.streams
+        assert self.plan._queue._running["piece"] <= self.network.requests
+        assert self.plan._queue._running["block"] <= self.network.streams
 
     def drain(self):
         while self.start() or self.flights:
@@ -156,8 +156,8 @@ all_steps = st.composite(distinct_steps)()
 @pytest.fixture(autouse=True)
 def small_pieces():
     with (
-        mock.patch.object(read_plan, "_GAP_BYTES", 0),
-        mock.patch.object(read_plan, "_PIECE_BYTES", 4 * SAMPLE),
+        mock.patch.object(request_queue, "_GAP_BYTES", 0),
+        mock.patch.object(request_queue, "_PIECE_BYTES", 4 * SAMPLE),
     ):
         yield
 
@@ -283,7 +283,7 @@ def test_after_cancelling_nothing_is_left_once_what_is_under_way_has_ended(scrip
     assert all(state.is_mapped for state in left)
     assert owner.plan.held_bytes == 0
     assert owner.claimed == set()
-    assert not any(owner.plan._queues.values())
+    assert not any(owner.plan._queue._queues.values())
 
 
 @given(all_steps, st.integers(1, 3), st.integers(1, 4), st.data())
