@@ -4,10 +4,11 @@ Decides what is read when, what is kept on the node's disk, and what counts as d
 decides which samples are needed, and never changes what was stored.
 """
 
+from loader.reading.local import Check
 from loader.reading.lookahead import LookaheadWindow
 from loader.reading.network import Network
 from loader.reading.quarantine import MOST_RECORDS, Quarantine
-from loader.reading.reader import Check, ShardReader, count_reading, open_dataset
+from loader.reading.reader import ShardReader, count_reading, open_dataset
 
 __all__ = [
     "MOST_RECORDS",
