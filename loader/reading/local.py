@@ -20,8 +20,8 @@ from shardspec.index import open_index, parse_index, sample_places
 from shardspec.manifest import FileEntry
 
 _MOST_OPEN = 16_000
-"""Local shards that are open at a time: two maps each, of the 65,530 that Linux lets a process have
-(`vm.max_map_count`)."""
+"""Most local shards that are open at a time: two maps each, of the 65,530 that Linux allows a
+process (`vm.max_map_count`)."""
 
 Check = Literal["size", "crc"]
 """How much of a shard is verified: its length and count, or each sample's checksum as well."""
@@ -34,11 +34,11 @@ class LocalShards:
         self._check, self._raw = check, raw
 
     def max_open(self, num_readers: int) -> int:
-        """Counts the shards kept open for this many readers, with two descriptors each.
+        """Returns how many shards are kept open for this many readers, with two descriptors each.
 
-        256 for each, but all together no more than half of the descriptors that the system grants
-        the process (`ulimit -n`, commonly 1024), and half of the maps. Opening a shard again takes
-        0.2 ms.
+        256 for each reader, but together no more than half of the descriptors that the system
+        grants the process (`ulimit -n`, commonly 1024), and half of the maps. Opening a shard again
+        takes 0.2 ms.
         """
         granted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = min(256 * num_readers, _MOST_OPEN)

@@ -18,7 +18,7 @@ _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Shard(Protocol):
-    """A shard whose index is here."""
+    """A shard with its index."""
 
     @property
     def url(self) -> str: ...
@@ -69,7 +69,7 @@ class OpenShards(dict[str, Shard]):
     def open(self, file: FileEntry, source: ShardSource) -> Shard:
         """Gives a shard, opened if need be.
 
-        Who waits for one shard keeps nobody from another one; all who wait for the same one share
+        Threads that wait for one shard do not block others; all that wait for the same shard share
         its opening, and its failure.
 
         Args:
@@ -118,7 +118,7 @@ class OpenShards(dict[str, Shard]):
 
 
 _all_open: weakref.WeakValueDictionary[int, OpenShards] = weakref.WeakValueDictionary()
-"""Those of this process, by id."""
+"""All of this process, by id."""
 
 
 def _renew_locks() -> None:

@@ -45,13 +45,13 @@ class ShardReader:
         check: Check = "size",
         prefetcher: Prefetcher | None = None,
     ) -> None:
-        """Names the shards; opens none yet.
+        """Lists the shards; opens none yet.
 
         Args:
           url: The dataset.
           manifest: Its manifest.
           split: Split to read.
-          check: "crc" verifies every sample that is read; of remote ones that is always done.
+          check: "crc" verifies every sample that is read; remote ones are always verified.
           prefetcher: Fetches remote shards; several readers may share one.
 
         Raises:
@@ -63,15 +63,15 @@ class ShardReader:
         self.check: Check = check
         named = manifest.segments(split)
         self._names = [segment.file.url for segment in named]
-        self.segments = tuple(_standing_alone(segment, url) for segment in named)
+        self.segments = tuple(_resolved(segment, url) for segment in named)
         counts = [segment.num_rows for segment in self.segments]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """int64 [segments + 1], number of each segment's first sample."""
-        # The same for one sample: NumPy takes 4 µs to look a single number up.
+        # The same for single samples: NumPy takes 4 µs to look one number up.
         self._borders: list[int] = self.starts.tolist()
         self._local = LocalShards(check, raw=manifest.raw)
         self._remote: RemoteShards | None = None
-        # A view may lie on a disk, and its files in a store.
+        # A view may be on a local disk, and its files in a store.
         if not all(storage.is_local(segment.file.url) for segment in self.segments):
             prefetcher = prefetcher or Prefetcher(Network())
             prefetcher.open()
@@ -80,11 +80,11 @@ class ShardReader:
 
     @property
     def settings(self) -> tuple[object, ...]:
-        """How it reads: readers that are alike may share what they have open."""
+        """How it reads: readers with equal settings may share their open shards."""
         return self.check, self.raw, self.prefetcher and self.prefetcher.settings
 
     def share(self, other: ShardReader) -> None:
-        """Shares another, alike reader's open shards, and what fetches remote ones.
+        """Shares the open shards and the prefetcher of another reader of equal settings.
 
         Descriptors are granted to a process, not to each of its datasets.
         """
@@ -96,7 +96,7 @@ class ShardReader:
 
     @property
     def prefetcher(self) -> Prefetcher | None:
-        """Fetches remote shards; None where all are local."""
+        """Fetches remote shards; None if all are local."""
         return None if self._remote is None else self._remote.prefetcher
 
     @property
@@ -127,7 +127,7 @@ class ShardReader:
         Raises:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index` and
             `decode_array`.
-          StorageError: The store does not answer; see `Prefetcher.read`.
+          StorageError: A request to the store failed; see `Prefetcher.read`.
         """
         shard, i = self._locate(sample_id)
         place = shard.places[i].item()
@@ -137,7 +137,7 @@ class ShardReader:
         return read_sample(members, place, key, codec=self.codec, where=where)
 
     def members(self, sample_id: int) -> tuple[str, memoryview, str]:
-        """Gives the bytes of a sample in its tar, with the headers of its members.
+        """Returns the bytes of a sample in its tar, with the headers of its members.
 
         Returns:
           (key, bytes, where for errors).
@@ -161,9 +161,9 @@ class ShardReader:
         return document
 
     def name(self, sample_id: int) -> tuple[str, str]:
-        """Names a sample for people: its shard as the manifest does, and its key.
+        """Names a sample for messages: its shard as in the manifest, and its key.
 
-        The key is "" where the index cannot be read.
+        The key is "" if the index cannot be read.
         """
         number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         url = self._names[number]
@@ -175,13 +175,13 @@ class ShardReader:
 
     @property
     def ahead_steps(self) -> int:
-        """Steps that are best said ahead of their reading (`prefetch`); 0 for local shards."""
+        """Steps to announce before they are read (`prefetch`); 0 for local shards."""
         return 0 if self.prefetcher is None else self.prefetcher.network.ahead_steps
 
     def prefetch(self, step: int, sample_ids: Iterable[int]) -> None:
-        """Says what a step will read, so that it is fetched ahead; local shards need no help.
+        """Announces what a step will read, so that it is fetched ahead; no-op for local shards.
 
-        Returns at once: indexes that have to be fetched first are waited for elsewhere.
+        Returns at once: another thread waits for indexes that have to be fetched first.
 
         Args:
           step: Of the run; steps come in increasing order.
@@ -205,22 +205,22 @@ class ShardReader:
         return spans
 
     def release(self, step: int) -> None:
-        """Says that a step has read what it needs."""
+        """Ends a step: what only it needed is dropped."""
         if self.prefetcher is not None:
             self.prefetcher.release(step)
 
     def column(self, name: str, sample_ids: np.ndarray) -> np.ndarray:
-        """Reads a column of the indexes for many samples at once, and nothing else.
+        """Reads one column of the indexes for many samples at once.
 
         Args:
           name: Of the column; see `shardspec.index.index_dtype`.
-          sample_ids: int64 [n], each 0 to len - 1, in any sequence.
+          sample_ids: int64 [n], each 0 to len - 1, in any order.
 
         Returns:
           [n, ...] of the column's type.
 
         Raises:
-          ShardError: `index_column`, indexes of an earlier release lack it; as `open_index`.
+          ShardError: `index_column`, indexes of an earlier release lack it; or as `open_index`.
         """
         sample_ids = np.asarray(sample_ids, np.int64)
         by_id = np.argsort(sample_ids, kind="stable")
@@ -259,7 +259,7 @@ class ShardReader:
     def _open_soon(self, numbers: list[int], *, step: int) -> None:
         if self._remote is not None:
             files = {file.url: file for file in (self.segments[i].file for i in numbers)}
-            # One that is being opened has been fetched, or will be, for whoever opens it.
+            # The index of a shard that is being opened is fetched by the thread that opens it.
             coming = self._open.being_opened()
             missing = [files[url] for url in files if url not in self._open and url not in coming]
             remote = [file for file in missing if not storage.is_local(file.url)]
@@ -273,17 +273,17 @@ class ShardReader:
 
 
 def count_reading(readers: Iterable[ShardReader]) -> Counter[str]:
-    """Adds up what this process has read over the network; readers that share count once."""
+    """Adds up what this process has read over the network; a shared prefetcher counts once."""
     counters: Counter[str] = Counter()
     for prefetcher in {id(r.prefetcher): r.prefetcher for r in readers}.values():
         if prefetcher is not None:
-            # A copy first, which is made at once: threads go on counting.
+            # A copy, made in one go: other threads continue to count.
             counters.update(dict(prefetcher.counters))
     return counters
 
 
-def _standing_alone(segment: Segment, url: str) -> Segment:
-    """Names the file of a segment by URLs that do not depend on the dataset's."""
+def _resolved(segment: Segment, url: str) -> Segment:
+    """Resolves the URLs of a segment's file, so that they do not depend on the dataset's."""
     file = segment.file
     return replace(
         segment,
@@ -309,7 +309,7 @@ def open_dataset(
     Raises:
       ManifestError: There is no readable manifest.
       ConfigError: `unknown_split`, `cache_bytes`, `cache_foreign`.
-      StorageError: The store does not answer.
+      StorageError: A request to the store failed.
     """
     network = network or Network()
     least = 16 * network.block_bytes
@@ -326,8 +326,8 @@ def open_dataset(
         manifest = require_manifest(url)
     else:
         prefetcher.open()
-        # While the manifest travels: what it names will be asked for all at once.
+        # While the manifest is fetched: many requests for its files follow at once.
         prefetcher.ranges.connect_soon(url, network.requests)
-        # By the same client as all the rest: making one takes a quarter of a second.
+        # With the client that reads everything else: making one takes a quarter of a second.
         manifest = fetch_manifest(url, prefetcher.ranges)
     return manifest, ShardReader(url, manifest, split=split, check=check, prefetcher=prefetcher)

@@ -29,7 +29,7 @@ _IMAGE, _OVERVIEW = SpanKind.IMAGE.value, SpanKind.OVERVIEW.value
 
 @dataclass(slots=True)
 class StoredSample:
-    """One sample as its shard holds it."""
+    """One sample as it is stored in its shard."""
 
     key: str
     tokens: np.ndarray
@@ -39,11 +39,11 @@ class StoredSample:
     pictures: list[Encoded]
     """Each image."""
     overviews: list[Encoded | None]
-    """The overview of each image, None where none is stored."""
+    """The overview of each image, None if none is stored."""
     where: str
     """Shard and key, for errors."""
     num_bytes: int
-    """Of its part of the shard."""
+    """Length of its part of the shard."""
 
 
 def read_sample(
@@ -54,12 +54,12 @@ def read_sample(
     codec: Codec,
     where: str,
 ) -> StoredSample:
-    """Finds the parts of a sample in its bytes; copies nothing.
+    """Finds the parts of a sample in its bytes, without copying.
 
     Args:
       members: The sample's part of its shard, from its first header on.
       place: Its row of the index: the values of `SamplePlace`.
-      key: The sample's.
+      key: Of the sample.
       codec: Of its pictures.
       where: Shard and key, for errors.
 
@@ -85,7 +85,7 @@ def read_sample(
             payload = members[position : position + length]
             pictures.append(Encoded(payload, width, height, codec=codec, where=where))
             position += padded(length) + BLOCK
-            # The overview stands directly behind its image.
+            # The overview comes directly after its image.
             overview = None
             if image in small:
                 _, _, width, height, length, *_ = small[image]

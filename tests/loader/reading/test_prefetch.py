@@ -54,7 +54,7 @@ def read(prefetcher, url, sample):
 
 
 def run(prefetcher, url, steps):
-    """Reads steps of samples, each said up to eight steps ahead."""
+    """Reads steps of samples, each announced up to eight steps ahead."""
     for step in range(len(steps)):
         for soon in range(0 if step == 0 else step + 8, min(step + 9, len(steps))):
             prefetcher.prefetch(soon, located(url, steps[soon]))
@@ -77,7 +77,7 @@ def test_a_shuffled_pass_reads_every_sample_and_fetches_every_byte_once(url, cac
     assert prefetcher.counters["bytes"] == len(OBJECT)
 
 
-def test_saying_a_step_never_waits_and_its_reader_waits_for_the_saying(url):
+def test_announcing_a_step_never_waits_and_its_reader_waits_until_it_is_located(url):
     prefetcher, there = Prefetcher(Network(block_bytes=BLOCK)), threading.Event()
 
     def locate():
@@ -181,7 +181,7 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
         mock.patch("loader.reading.request_queue._PIECE_BYTES", 4 * SAMPLE),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
-        # Behind the first step, with the only thread busy until all has been said.
+        # Behind the first step, with the only request busy until all is planned.
         prefetcher.prefetch(0, located(url, [389]))
         read(prefetcher, url, 389)
         prefetcher.release(0)
@@ -318,7 +318,7 @@ def test_memory_for_reading_ahead_is_bounded(url):
     assert prefetcher._plan.held_bytes == 0
 
 
-def test_what_was_planned_and_not_read_is_forgotten(url):
+def test_what_was_planned_and_not_read_is_dropped(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK))
     for step, samples in enumerate(shuffled()[:8]):
         prefetcher.prefetch(step, located(url, samples))

@@ -469,12 +469,12 @@ def test_two_ranks_of_four_workers_fetch_every_byte_once(s3, local, tmp_path):
 def test_stats_hold_what_worker_processes_have_read(s3):
     url, proxy = s3
     loader = loader_of(url, world_size=1, workers=2)
-    told = []
+    requests = []
     proxy.faults = {"status_503": 0.2}
     for _ in loader:
-        told.append(loader.stats().counters["requests"])
+        requests.append(loader.stats().counters["requests"])
     counters = loader.stats().counters
-    assert told == sorted(told)
+    assert requests == sorted(requests)
     assert counters["cache_misses"] >= 200  # each sample once, and the indexes
     assert counters["bytes"] >= loader.stats().made.read_bytes
     assert counters["retries"] >= proxy.counts["status_503"] > 0
