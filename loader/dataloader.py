@@ -547,10 +547,10 @@ class _Plans:
     def __iter__(self) -> Iterator[Task]:
         loader, stop = self._loader, self._steps.stop
         # Worker processes take turns, threads share what is fetched.
-        horizon = LookaheadWindow(loader.dataset.ahead_steps, stride=max(1, loader.workers))
+        window = LookaheadWindow(loader.dataset.ahead_steps, stride=max(1, loader.workers))
         planned: deque[tuple[list[Row], list[list[int]]]] = deque()
         for step in self._steps:
-            soon = horizon.next_steps(step, stop=stop)
+            soon = window.next_steps(step, stop=stop)
             last = soon[-1] if soon else step
             while step + len(planned) <= last:
                 planned.append(loader._plan(step + len(planned)))

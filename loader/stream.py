@@ -512,12 +512,12 @@ def batches_ahead(dataset: _Ahead, order: Order | MixtureOrder) -> Callable[[int
     # What a pass that was left has planned would be held for the rest of the run.
     dataset.cancel_prefetch()
     schedule = SlotSchedule(order)
-    horizon = LookaheadWindow(dataset.ahead_steps, stride=find_worker()[1])
+    window = LookaheadWindow(dataset.ahead_steps, stride=find_worker()[1])
 
     def batch(step: int) -> list[Any]:
         if dataset.ahead_steps:
             stop = order.epoch_start(epoch_of(order, step) + 1)
-            for soon in horizon.next_steps(step, stop=stop):
+            for soon in window.next_steps(step, stop=stop):
                 dataset.prefetch(soon, schedule.rows(soon, dataset.topology))
         rows = schedule.rows(step, dataset.topology)
         examples = [dataset.at(place) for row in rows for place in row]

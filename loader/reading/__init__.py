@@ -1,13 +1,14 @@
 """From a sample's number to its stored bytes: local shards, object stores, caches, bad samples.
 
-Decides what is read when, what is kept on the node's disk, and what counts as damaged. Never
-decides which samples are needed, and never changes what was stored.
+Decides when bytes are read, which are kept on the node's disk, and which samples count as damaged.
+Never decides which samples are needed, and never changes stored data.
 """
 
+from loader.reading.local import Check
 from loader.reading.lookahead import LookaheadWindow
-from loader.reading.prefetch import Network
+from loader.reading.network import Network
 from loader.reading.quarantine import MOST_RECORDS, Quarantine
-from loader.reading.reader import Check, ShardReader, count_reading, open_dataset
+from loader.reading.reader import ShardReader, count_reading, open_dataset
 
 __all__ = [
     "MOST_RECORDS",

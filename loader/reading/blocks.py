@@ -1,8 +1,8 @@
-"""Blocks: which consecutive samples of a shard travel together, and which ranges are asked for.
+"""Blocks: which consecutive samples of a shard are cached together, and arithmetic of byte ranges.
 
 A shard is cut at multiples of a block size; a sample belongs to the block that it begins in. So
 the blocks follow from the index alone: every process of every run cuts a shard alike, whatever the
-order of its samples, and finds in a cache what another one has put there.
+order of its samples, and finds in a cache what another process has written.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Block:
     total: int
     """Length of the object."""
     sha256: str
-    """Of the whole object, or what stands for it: with the range it names the block by content."""
+    """Of the whole object, or a substitute for it: with the range it names the block by content."""
     kind: str = "block"
     """"block" or "index"."""
 
     @property
     def name(self) -> str:
-        """Names the block's bytes, wherever the object lies."""
+        """Names the block's bytes, wherever the object is stored."""
         return f"{self.sha256[:32]}-{self.start}-{self.stop}.{self.kind}"
 
     @property
@@ -64,11 +64,11 @@ def block_rows(offsets: np.ndarray, row: int, *, block_bytes: int) -> tuple[int,
 
 
 def coalesce(spans: Iterable[Span], *, gap: int, most: int) -> list[Span]:
-    """Joins spans that lie close together, so that one request fetches them.
+    """Joins spans that are close together, so that one request fetches them.
 
     Args:
-      spans: In any sequence; they may overlap.
-      gap: Bytes between two spans that are fetched for nothing rather than by another request.
+      spans: In any order; they may overlap.
+      gap: Up to this many bytes between two spans are fetched with them, and not used.
       most: Longest joined span; a single one may be longer.
 
     >>> coalesce([(90, 95), (0, 10), (12, 20), (40, 50)], gap=5, most=100)
@@ -86,16 +86,16 @@ def coalesce(spans: Iterable[Span], *, gap: int, most: int) -> list[Span]:
 
 
 def missing(start: int, stop: int, have: Iterable[Span]) -> list[Span]:
-    """Lists what of [start, stop) is in none of the spans.
+    """Lists the parts of [start, stop) that none of the spans covers.
 
     >>> missing(0, 100, [(10, 20), (15, 30), (90, 100)])
     [(0, 10), (30, 90)]
     """
-    gaps, place = [], start
+    gaps, covered = [], start
     for first, last in sorted(have):
-        if first > place:
-            gaps.append((place, min(first, stop)))
-        place = max(place, last)
-    if place < stop:
-        gaps.append((place, stop))
+        if first > covered:
+            gaps.append((covered, min(first, stop)))
+        covered = max(covered, last)
+    if covered < stop:
+        gaps.append((covered, stop))
     return gaps

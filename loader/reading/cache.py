@@ -1,21 +1,21 @@
 """BlockCache: blocks of remote shards on the node's own disk, shared by all its processes.
 
-A folder of files, each a block named by content: the object's sha256 and the range. Nothing else
-is remembered, so the cache serves any run, order and number of processes, and outlives them.
+A folder of files, each a block named by content: the object's sha256 and the range. There is no
+other state, so the cache serves any run, order and number of processes, and outlives them.
 
 * *Complete or absent.* A block is written to NAME.part and renamed. Readers compare lengths; the
-  checksum of every sample is compared by whoever reads it (remote.py), since a disk may spoil later
-  what was written well.
-* *Single flight.* The kernel's lock (flock) on NAME.part says who writes a block. It ends with its
-  holder, however that ends; what a killed writer leaves is overwritten, never read.
-* *Bounded.* Room is reserved before a block is written, in a counter under a lock of its own. When
-  there is none left the folder is counted anew and blocks are evicted, a sixteenth of the bound
+  checksum of every sample is compared at each read (remote.py), since a disk may corrupt later
+  what was written correctly.
+* *Single flight.* The process that writes a block holds the kernel's lock (flock) on NAME.part. The
+  lock ends with the process; what a killed one leaves is overwritten, never read.
+* *Bounded.* Room is reserved before a block is written, in a counter with a lock of its own. When
+  there is none left, the folder is counted again and blocks are evicted, a sixteenth of the bound
   more than needed, so that this is rare.
-* *Planned eviction.* Who plans a block's use says so in the file's modification time, and who has
-  used all of a block in this epoch too. First go the blocks that are used up, then those whose
-  planned use is long past (the oldest first), then those that are needed last. Never one that is
-  needed before the block that wants its room: that one is then read without the cache. Indexes
-  stay: they have a hundredth of the bytes, and every read needs one.
+* *Planned eviction.* The modification time of a block's file holds the step of its next planned
+  use, or that all of it was used in this epoch. Blocks that are used up are evicted first, then
+  those whose planned use is long past (the oldest first), then those that are needed last. A block
+  is never evicted for one that is needed later: that one is then read without the cache. Indexes
+  are not evicted: they have a hundredth of the bytes, and every read needs one.
 
 Only files of these names inside a folder that carries our marker are ever removed; a folder with
 anything else in it is refused.
@@ -38,7 +38,7 @@ from typing import Any, Literal
 from shardspec.errors import ConfigError
 
 MARKER = "vlm-shards-cache.json"
-"""Says that a folder is a cache of ours, and whose."""
+"""File that marks a folder as a cache, and names its owner."""
 
 CACHE_VERSION = 1
 
@@ -68,7 +68,7 @@ class CacheWriter:
           step: Of its next use.
 
         Raises:
-          OSError: The disk is full or fails; nothing is left behind.
+          OSError: The disk is full or fails; no file is left.
         """
         part = self.cache.blocks / (self.name + _PART)
         try:
@@ -84,7 +84,7 @@ class CacheWriter:
         os.close(self.descriptor)
 
     def abandon(self) -> None:
-        """Gives the right and the room back."""
+        """Releases the right and the reserved room."""
         with suppress(OSError):
             self.cache.remove(self.name + _PART, self.num_bytes)
         os.close(self.descriptor)
@@ -111,9 +111,9 @@ class BlockCache:
         self._claim()
 
     def find(self, name: str, num_bytes: int) -> memoryview | None:
-        """Maps a block into memory; None where there is none, or the disk does not give it.
+        """Maps a block into memory; None if there is none, or the disk cannot read it.
 
-        A block of another length is removed: a disk that filled up or a power cut made it.
+        A block of another length is removed: it comes from a full disk or a power cut.
         """
         try:
             descriptor = os.open(self.blocks / name, os.O_RDONLY)
@@ -132,7 +132,7 @@ class BlockCache:
     def begin(
         self, name: str, num_bytes: int, *, step: int, now: int
     ) -> CacheWriter | Literal["ready", "busy", "full"]:
-        """Asks for the right to write a block; never waits.
+        """Requests the right to write a block; never waits.
 
         Args:
           name, num_bytes: The block.
@@ -140,8 +140,8 @@ class BlockCache:
           now: The step that the run has reached.
 
         Returns:
-          The right, or "ready": it is there; "busy": another process or thread writes it; "full":
-          there is no room but that of blocks which are needed sooner.
+          The right, or "ready": it is cached; "busy": another process or thread writes it; "full":
+          all room is taken by blocks that are needed sooner.
 
         Raises:
           OSError: The disk is full or fails.
@@ -182,11 +182,11 @@ class BlockCache:
         return found
 
     def plan(self, name: str, *, step: int) -> bool:
-        """Notes the next use of a block; tells whether it is there."""
+        """Notes the next use of a block; returns True if it is cached."""
         return self._mark(name, _planned(step))
 
     def used_up(self, name: str, *, passes: int) -> None:
-        """Notes that every sample of a block was used; those of the last pass are evicted first."""
+        """Notes that all of a block was used; the more passes, the sooner it is evicted."""
         self._mark(name, max(0, _MOST_STEPS // 2 - passes))
 
     def discard(self, name: str) -> None:
@@ -196,11 +196,11 @@ class BlockCache:
         with suppress(OSError):
             self.remove(name, int(found[2]) - int(found[1]))
 
-    # Both hold the counter: who counts the folder anew would otherwise miss a file that changes
-    # its name meanwhile, or take one off that he has not counted.
+    # Both hold the counter's lock: a process that counts the folder would otherwise miss a file
+    # that is renamed meanwhile, or subtract one that it has not counted.
 
     def put(self, part: Path, name: str) -> None:
-        """Gives a block that was written, and whose room is reserved, its name."""
+        """Renames a block that was written, and whose room is reserved, to its final name."""
         with self._counter():
             os.rename(part, self.blocks / name)
 
@@ -220,7 +220,7 @@ class BlockCache:
             return fits
 
     def _evict(self, num_bytes: int, *, step: int, now: int) -> int:
-        """Counts the folder and makes room for so many bytes, if it can; returns what is used."""
+        """Counts the folder and makes room for a block if possible; returns the bytes in use."""
         used, found = 0, []
         with os.scandir(self.blocks) as entries:
             for entry in entries:
@@ -238,7 +238,7 @@ class BlockCache:
                     with suppress(FileNotFoundError):
                         rank = eviction_rank(int(entry.stat().st_mtime), now=now)
                         found.append((rank, entry.name, length))
-        # The block that asks has its .part file in the folder already.
+        # The requesting block has its .part file in the folder already.
         used -= num_bytes
         if used + num_bytes <= self.max_bytes:
             return used
@@ -266,8 +266,8 @@ class BlockCache:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for as long as a folder takes to list
             yield _Counter(descriptor)
         finally:
-            # Closing alone would not do: a child that was forked meanwhile has the descriptor too,
-            # and would hold the lock, and all processes of the node, for as long as it lives.
+            # Closing is not enough: a child that was forked meanwhile has the descriptor too, and
+            # would hold the lock, and block all processes of the node, for as long as it lives.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
@@ -316,7 +316,7 @@ def eviction_rank(mark: int, *, now: int) -> tuple[int, int]:
 
 
 class _Counter:
-    """The bytes in use, as eight bytes of a file; None while nobody has counted."""
+    """The bytes in use, as eight bytes of a file; None until they are counted."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -341,7 +341,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _remove_stale(path: str) -> bool:
-    """Removes what a killed writer left; tells whether it did."""
+    """Removes what a killed writer left; returns True if there is nothing any more."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -351,7 +351,7 @@ def _remove_stale(path: str) -> bool:
     except BlockingIOError:
         return False
     else:
-        # It may have become the block meanwhile, and another writer have begun anew.
+        # It may have become the block meanwhile, and another writer may have begun the next.
         if _same_file(descriptor, Path(path)):
             os.unlink(path)
         return True

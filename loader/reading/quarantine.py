@@ -1,10 +1,10 @@
 """Quarantine: the bad samples of a dataset in this process, and when there are too many.
 
 A bad sample is one whose bytes are wrong (stage "read") or that cannot be laid out (stage
-"layout"); a store that does not answer makes no sample bad. Once its bytes were wrong, a sample
-stays bad for the run, in the run's states too: a replay substitutes what the run has substituted,
-even where the data was repaired in between. Whether a layout fits can depend on the epoch's draws,
-so that is found out anew each time, the same on every rank.
+"layout"). A failed request to a store does not make a sample bad. A sample whose bytes were wrong
+once is bad for the whole run, and is listed in the run's states: a replay substitutes what the run
+has substituted, even if the data was repaired in between. Whether a layout fits can depend on the
+epoch's draws, so it is determined each time, with the same result on every rank.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from shardspec.errors import BudgetError, ShardsError
 logger = logging.getLogger(__name__)
 
 MOST_RECORDS = 1000
-"""Records kept; beyond it bad samples are only counted."""
+"""Records kept; further bad samples are only counted."""
 
 _LEAST_SAMPLES = 1000
-"""A rate is of at least so many samples: one bad sample among the first ten says little."""
+"""The rate is of at least this many samples: one bad one among the first ten means little."""
 
 
 class Quarantine:
-    """Bad samples, by number. Threads may share it; copies in processes part ways."""
+    """Bad samples, by number. Threads may share it; copies in other processes are independent."""
 
     def __init__(self, *, max_rate: float | None) -> None:
-        """Begins with none.
+        """Begins with no bad sample.
 
         Args:
-          max_rate: Share of bad samples above which to stop; None: any number.
+          max_rate: Share of bad samples above which to stop; None: no limit.
         """
         self.max_rate = max_rate
         self.counts: Counter[str] = Counter()
         """Substitutions by reason."""
         self.num_samples = 0
-        """Samples that were asked for."""
+        """Samples that were requested."""
+        # Counters and records change under the lock; a single record is looked up without it.
         self._records: dict[int, dict[str, Any]] = {}
         self.renew_lock()
 
     def renew_lock(self) -> None:
-        """Begins with a lock that nobody holds."""
+        """Replaces the lock by one that no thread holds."""
         self._lock = threading.Lock()
         _all.add(self)
 
@@ -58,7 +59,7 @@ class Quarantine:
         self.renew_lock()
 
     def record(self, sample: int) -> dict[str, Any] | None:
-        """Gives {sample, shard, key, stage, reason} of a sample that stays bad; None for others."""
+        """Returns {sample, shard, key, stage, reason} of a sample that stays bad, or None."""
         return self._records.get(sample)
 
     def asked(self) -> None:
@@ -67,7 +68,7 @@ class Quarantine:
             self.num_samples += 1
 
     def add(self, record: Mapping[str, Any], error: ShardsError | None = None) -> None:
-        """Notes that a sample was found bad, or found to be known as such.
+        """Notes that a sample was found bad, or was known to be.
 
         Raises:
           BudgetError: `bad_rate`.
@@ -95,14 +96,14 @@ class Quarantine:
             )
 
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Takes over what a state knows to be bad."""
+        """Takes over the bad samples that a state lists."""
         with self._lock:
             for record in (each for each in records if each["stage"] == "read"):
                 self._records.setdefault(int(record["sample"]), dict(record))
 
 
 _all: weakref.WeakSet[Quarantine] = weakref.WeakSet()
-"""Those of this process."""
+"""All of this process."""
 
 
 def _renew_locks() -> None:

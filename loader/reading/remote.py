@@ -1,11 +1,11 @@
 """RemoteShards: the shards of a dataset in an object store.
 
 An index is fetched whole when its shard is first needed, and compared with the manifest's sha256.
-After that every read is of bytes whose place and checksum are known: the checksum of each sample
-is compared *whenever it is read*, whether its bytes come from the network, from memory or from a
-cache that another process has filled. If they are wrong, the sample is read again from the store
-itself: if it is right there, the cached block is thrown away; if the store gives the same wrong
-bytes twice, the sample is bad (`sample_crc`).
+It gives the position and the checksum of each sample. The checksum is compared *at every read*,
+whether the bytes come from the network, from memory or from a cache that another process has
+filled. If it differs, the sample is read again from the store itself: if it is correct there, the
+cached block is removed; if the store returns the same wrong bytes twice, the sample is bad
+(`sample_crc`).
 
 This module decides what is read; when, and where it is kept, is prefetch.py's.
 """
@@ -27,7 +27,7 @@ from shardspec.index import open_index, parse_index, sample_places
 from shardspec.manifest import FileEntry
 
 _FRESH_READS = 3
-"""Times that a sample is read from the store when its checksum is wrong."""
+"""Most times that a sample is read from the store when its checksum differs."""
 
 
 class RemoteShards:
@@ -38,7 +38,7 @@ class RemoteShards:
         self.raw = raw
 
     def max_open(self, num_readers: int) -> int:  # noqa: ARG002 - as for local shards
-        """Counts the indexes kept, however many readers share them.
+        """Returns how many indexes are kept, however many readers share them.
 
         Without a cache each takes some 1 MB for 10,000 samples; mapped from one it holds a
         descriptor, of which processes often have 1,024 and blocks take 256.
@@ -68,7 +68,7 @@ class RemoteShards:
         )
 
     def _open_local(self, file: FileEntry) -> np.ndarray:
-        """Opens the index of an imported tar, which is kept apart from it."""
+        """Opens the index of an imported tar, which is stored apart from it."""
         return open_index(
             str(storage.local_path(file.index_url)),
             num_samples=file.nsamples,
@@ -79,10 +79,10 @@ class RemoteShards:
     def _fetch(self, file: FileEntry) -> np.ndarray:
         block = self._index(file)
         span = block.start, block.stop
-        payload = _named(self.prefetcher.read, block, span)
+        payload = _read(self.prefetcher.read, block, span)
         if hashlib.sha256(payload).hexdigest() != file.index_sha256:
             self.prefetcher.reject(block)
-            payload = _named(self.prefetcher.read_anew, block, span)
+            payload = _read(self.prefetcher.read_anew, block, span)
         got = hashlib.sha256(payload).hexdigest()
         if got != file.index_sha256:
             raise ShardError(
@@ -109,7 +109,7 @@ class RemoteShards:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteShard:
-    """One shard whose index is here."""
+    """One shard, with its index."""
 
     url: str
     file: FileEntry
@@ -122,7 +122,7 @@ class RemoteShard:
     prefetcher: Prefetcher
 
     def sample(self, row: int, *, where: str) -> memoryview:
-        """Reads the members of one sample, whose checksum is right.
+        """Reads the members of one sample, and compares their checksum.
 
         Raises:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`.
@@ -130,20 +130,20 @@ class RemoteShard:
         """
         block, span = self.place(row)
         want = int(self.rows[row]["crc32"])
-        members = _named(self.prefetcher.read, block, span)
+        members = _read(self.prefetcher.read, block, span)
         got = zlib.crc32(members)
         if got == want:
             return members
-        seen = []
+        checksums = []
         for _ in range(_FRESH_READS):
-            members = _named(self.prefetcher.read_anew, block, span)
+            members = _read(self.prefetcher.read_anew, block, span)
             fresh = zlib.crc32(members)
             if fresh == want:
                 self.prefetcher.reject(block)
                 return members
-            if fresh in seen:
+            if fresh in checksums:
                 break
-            seen.append(fresh)
+            checksums.append(fresh)
         raise ShardError("sample_crc.stored", where=where, got=fresh, want=want)
 
     def place(self, row: int) -> tuple[Block, Span]:
@@ -161,7 +161,7 @@ class RemoteShard:
         return block, (start, start + int(self.rows[row]["num_bytes"]))
 
 
-def _named(read: Callable[[Block, Span], memoryview], block: Block, span: Span) -> memoryview:
+def _read(read: Callable[[Block, Span], memoryview], block: Block, span: Span) -> memoryview:
     try:
         return read(block, span)
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the data: the fingerprint of a dataset, and where a run stands in it.
+"""What a checkpoint holds of the data: the fingerprint of a dataset, and the position of a run.
 
 Decides whether a saved state fits a dataset and its settings. Never reads samples.
 """

@@ -1,9 +1,9 @@
 """Cursor: where a dataset's next pass begins, and how far this process is in it.
 
-What a torch DataLoader needs of an iterable dataset and the order does not know: the epoch that
-was chosen (in shared memory, so that persistent workers see a new one too), the step to begin at
-after a resume, and a count of the examples that this process has handed out, for loaders that ask
-their datasets for a state (torchdata's StatefulDataLoader asks each worker's copy).
+State that a torch DataLoader needs of an iterable dataset and the order does not hold: the epoch
+that was chosen (in shared memory, so that persistent workers see a change), the step to begin at
+after a resume, and the number of examples that this process has yielded, for loaders that save the
+state of their datasets (torchdata's StatefulDataLoader saves each worker's copy).
 """
 
 from __future__ import annotations
@@ -27,58 +27,60 @@ Allowed = Literal["view", "order", "appended"]
 
 
 class Cursor:
-    """The place of one dataset object; not of the run, which the loader's state describes."""
+    """The position of one dataset object; that of the run is in the loader's state."""
 
     def __init__(self) -> None:
-        # Epoch, and steps of it that are left out.
-        self._place = torch.zeros(2, dtype=torch.int64)
-        self._place.share_memory_()  # type: ignore[no-untyped-call]
-        # Epoch and steps left out of the pass that was begun last, and examples handed out of it.
+        # Epoch, and steps of it that are skipped. In shared memory: written by the process that
+        # owns the dataset, read by its workers when they begin a pass.
+        self._position = torch.zeros(2, dtype=torch.int64)
+        self._position.share_memory_()  # type: ignore[no-untyped-call]
+        # Epoch and skipped steps of the pass that was begun last, and examples yielded of it; of
+        # this process alone.
         self._pass: tuple[int, int] | None = None
         self._taken = 0
         self._resume: tuple[int, int, int] | None = None
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next pass gives."""
-        return int(self._place[0].item())
+        """The epoch of the next pass."""
+        return int(self._position[0].item())
 
     def set_epoch(self, epoch: int) -> None:
         """Lets the next pass begin at the start of an epoch."""
-        self._place[0], self._place[1] = epoch, 0
+        self._position[0], self._position[1] = epoch, 0
 
     def set_step(self, order: Passes, step: int) -> None:
         """Lets the next pass begin at a step of the run, and end with that step's epoch."""
         epoch = epoch_of(order, step)
-        self._place[0], self._place[1] = epoch, step - order.epoch_start(epoch)
+        self._position[0], self._position[1] = epoch, step - order.epoch_start(epoch)
 
     def remaining(self, order: Passes) -> int:
         """Counts the steps of the next pass."""
-        epoch, skipped = self.epoch, int(self._place[1].item())
+        epoch, skipped = self.epoch, int(self._position[1].item())
         return order.epoch_start(epoch + 1) - order.epoch_start(epoch) - skipped
 
     def examples(
         self, order: Passes, batch: Callable[[int], list[dict[str, Any]]], *, batch_size: int
     ) -> Iterator[dict[str, Any]]:
-        """Gives this worker's share of the pass: worker k of K makes every K-th batch.
+        """Yields this worker's share of the pass: worker k of K makes every K-th batch.
 
         Args:
-          order: Says where the pass begins and ends.
+          order: Where the pass begins and ends.
           batch: Makes this rank's examples of a step.
           batch_size: Examples in one of them.
         """
-        epoch, skipped = self._place.tolist()
+        epoch, skipped = self._position.tolist()
         taken = 0
-        # Now, not with the first example: loaders may make an iterator and never use it.
+        # Here, not at the first example: loaders may make an iterator and never use it.
         if self._resume is not None:
             (epoch, skipped, taken), self._resume = self._resume, None
         self._pass, self._taken = (epoch, skipped), taken
         worker, num_workers = find_worker()
         start = order.epoch_start(epoch) + skipped + worker
         steps = range(start, order.epoch_start(epoch + 1), num_workers)
-        return self._hand_out(steps, batch, taken=taken, batch_size=batch_size)
+        return self._yield_examples(steps, batch, taken=taken, batch_size=batch_size)
 
-    def _hand_out(
+    def _yield_examples(
         self,
         steps: range,
         batch: Callable[[int], list[dict[str, Any]]],
@@ -89,18 +91,18 @@ class Cursor:
         whole, part = divmod(taken, batch_size)
         for step in steps[whole:]:
             for example in batch(step)[part:]:
-                # Counted before it is handed out: whoever has it may ask for the state.
+                # Counted before it is yielded: whoever receives it may save the state.
                 self._taken += 1
                 yield example
             part = 0
 
     def state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Describes this process's place in its pass, in plain JSON types.
+        """Describes this process's position in its pass, in plain JSON types.
 
         Args:
-          own: What the place means something for: `data`, `order`, `view` and so on.
+          own: What the position refers to: `data`, `order`, `view` and so on.
         """
-        epoch, skipped = self._pass or self._place.tolist()
+        epoch, skipped = self._pass or self._position.tolist()
         return {
             "version": STATE_VERSION,
             "epoch": epoch,
@@ -112,7 +114,7 @@ class Cursor:
     def load_state_dict(
         self, state: Mapping[str, Any], own: Mapping[str, Any], *, allow: Sequence[Allowed] = ()
     ) -> None:
-        """Goes to a place that `state_dict` gave, for the next pass; then `set_epoch` counts again.
+        """Resumes the next pass at a saved position; after it, `set_epoch` applies again.
 
         Raises:
           StateError, ConfigError: As `require_state`.
@@ -129,15 +131,15 @@ def require_state(
     allow: Sequence[Allowed] = (),
     lengths_matter: bool = False,
 ) -> None:
-    """Refuses a state of another version, or one that differs from ours in a field.
+    """Refuses a state of another version, or one that differs from this run in a field.
 
     Args:
       state: A saved state.
-      own: The fields of ours that must agree; `view` and `pad_mode`, where there are any, say what
-        examples and batches are made of the samples, the others which samples come.
-      allow: With "view", `view` and `pad_mode` may differ. Others are the caller's affair.
+      own: The fields of this run that must agree. `view` and `pad_mode`, if present, decide what
+        examples and batches are made of the samples; the others decide which samples come.
+      allow: With "view", `view` and `pad_mode` may differ. The caller handles other values.
       lengths_matter: Which samples come depends on their lengths, and these on the crops of the
-        view: `image` and `high_res` must agree in any case.
+        view: `image` and `high_res` must always agree.
 
     Raises:
       StateError: `state_version`; `state_mismatch`, other samples would come; `state_view`, the
@@ -149,15 +151,15 @@ def require_state(
             raise ConfigError("state_allow", hint=nearest(name, get_args(Allowed)), got=name)
     if state.get("version") != STATE_VERSION:
         raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
-    shown = {name: value for name, value in own.items() if name not in ("view", "pad_mode")}
-    found = differences({name: state.get(name) for name in shown}, shown, "state")
-    seen: list[str] = []
+    required = {name: value for name, value in own.items() if name not in ("view", "pad_mode")}
+    data_differences = differences({name: state.get(name) for name in required}, required, "state")
+    view_only: list[str] = []
     for field, text in view_differences(state.get("view"), own.get("view")).items():
         crops = field.startswith(("image.", "high_res"))
-        (found if lengths_matter and crops else seen).append(f"state.{text}")
+        (data_differences if lengths_matter and crops else view_only).append(f"state.{text}")
     if "pad_mode" in own:
-        seen += differences(state.get("pad_mode"), own["pad_mode"], "state.pad_mode")
-    if found:
-        raise StateError("state_mismatch", differences="; ".join(found + seen))
-    if seen and "view" not in allow:
-        raise StateError("state_view", differences="; ".join(seen))
+        view_only += differences(state.get("pad_mode"), own["pad_mode"], "state.pad_mode")
+    if data_differences:
+        raise StateError("state_mismatch", differences="; ".join(data_differences + view_only))
+    if view_only and "view" not in allow:
+        raise StateError("state_view", differences="; ".join(view_only))

@@ -1,14 +1,14 @@
-"""What a state says of the data and of the view, and how it differs from what is at hand.
+"""Fingerprints of a dataset split and of a view, and how a saved one differs from this run's.
 
-The fingerprint of a split: what was prepared, how, and the sequence of its samples. It depends on
-the samples and not on the shards, so that shards which were cut anew in the same sequence have the
-same one. Reading it takes the keys of at most 16,384 samples, evenly spaced over the split: every
-key of a small split. An inserted, removed or appended sample changes the number of samples and
-moves all keys behind it; what a large split does not notice is an exchange of a few samples between
-two that were looked at.
+The fingerprint of a split covers what was prepared, how, and the sequence of its samples. It
+depends on the samples and not on the shards: resharding in the same sequence does not change it. It
+is made of the keys of at most 16,384 samples, evenly spaced over the split, so of every key of a
+small split. An inserted, removed or appended sample changes the number of samples and moves all
+keys after it. Exchanging a few samples between two of these keys in a large split is not detected.
 
-Of a view (what examples are made of the samples) a state holds the fields that are not at their
-defaults, to name what differs, and a hash of all fields, since another release may have others.
+For a view (what examples are made of the samples) a state holds the fields that differ from their
+defaults, so that a difference can be named, and a hash of all fields, since another release may
+have others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loader.reading import ShardReader
 from shardspec.manifest import Manifest, differences, fingerprint
 
 _MOST_KEYS = 16_384  # 0.1 s from a warm disk, whatever the size of the split
-_DIGITS = 16  # 64 bits: states stay short, and nobody looks for collisions on purpose
+_DIGITS = 16  # 64 bits: states stay short, and no one gains from a collision
 
 
 def split_fingerprint(
@@ -48,23 +48,23 @@ def split_fingerprint(
 
 
 def keys_fingerprint(reader: ShardReader, num_samples: int) -> str:
-    """Hashes the keys of the first `num_samples` samples, in their sequence."""
+    """Hashes the keys of the first `num_samples` samples, in their order."""
     count = min(num_samples, _MOST_KEYS)
     chosen = np.arange(count, dtype=np.int64) * num_samples // max(1, count)
     keys = reader.column("key", chosen)
-    # How wide the column of a foreign tar's keys is depends on the tar.
+    # The width of the key column of a foreign tar depends on the tar.
     payload = b"\n".join(keys.tolist()) if reader.raw else keys.tobytes()
     return hashlib.sha256(payload).hexdigest()[:_DIGITS]
 
 
 def view_fingerprint(view: View) -> dict[str, Any]:
-    """Describes a view in plain JSON types: a hash, and the fields that are not at their defaults.
+    """Describes a view in plain JSON types: a hash, and the fields that differ from their defaults.
 
     Fields of a part are named `augment.hue`.
     """
     fields, defaults = _fields(view), _fields(View())
-    told = {name: v for name, v in fields.items() if name not in defaults or v != defaults[name]}
-    return {"hash": fingerprint(fields)[:_DIGITS], **told}
+    changed = {name: v for name, v in fields.items() if name not in defaults or v != defaults[name]}
+    return {"hash": fingerprint(fields)[:_DIGITS], **changed}
 
 
 def view_differences(saved: object, own: Mapping[str, Any] | None) -> dict[str, str]:
@@ -74,7 +74,7 @@ def view_differences(saved: object, own: Mapping[str, Any] | None) -> dict[str, 
       {field: how it differs}, the field without the name of its dataset.
     """
     if own is None:
-        return {}  # samples are handed over as they are stored
+        return {}  # there is no view: samples are yielded as they are stored
     if not isinstance(saved, Mapping):
         return {"hash": f"view: {saved} here"}
     if "hash" not in own:
@@ -84,12 +84,12 @@ def view_differences(saved: object, own: Mapping[str, Any] | None) -> dict[str, 
             for field, text in view_differences(saved.get(name), own[name]).items()
         }
     defaults = _fields(View())
-    told = [{**defaults, **dict(view), "hash": None} for view in (saved, own)]
-    names = sorted({*told[0], *told[1]})
+    views = [{**defaults, **dict(view), "hash": None} for view in (saved, own)]
+    names = sorted({*views[0], *views[1]})
     found = {}
     for name in names:
-        ours, theirs = ({name: view[name]} if name in view else {} for view in told)
-        for text in differences(ours, theirs, "view"):
+        before, here = ({name: view[name]} if name in view else {} for view in views)
+        for text in differences(before, here, "view"):
             found[name] = text
     if not found and saved.get("hash") != own["hash"]:
         found["hash"] = f"view.hash: {saved.get('hash')} here, {own['hash']} asked"

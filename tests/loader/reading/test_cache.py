@@ -231,7 +231,7 @@ import sys
 spec = importlib.util.spec_from_file_location("cache", "loader/reading/cache.py")
 module = sys.modules["cache"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-BlockCache, Fill = module.BlockCache, module.Fill
+BlockCache, CacheWriter = module.BlockCache, module.CacheWriter
 cache = BlockCache(sys.argv[1], max_bytes=20 * 300_000)
 print("ready", flush=True)
 i = 0
@@ -240,7 +240,7 @@ while True:
     number = i % 40
     name = f"{number:032x}-0-300000.block"
     got = cache.begin(name, 300_000, step=i, now=i)
-    if isinstance(got, Fill):
+    if isinstance(got, CacheWriter):
         got.commit(bytearray([number]) * 300_000, step=i)
 """
 
@@ -264,6 +264,7 @@ def test_killed_writers_leave_nothing_that_is_trusted(kills, tmp_path):
             assert writer.stdout.readline() == b"ready\n"
         time.sleep(moments.uniform(0.01, 0.1))
         for writer in writers:
+            assert writer.poll() is None
             writer.send_signal(signal.SIGKILL)
             writer.wait(30)
             writer.stdout.close()

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from loader.reading.blocks import Block
-from loader.reading.prefetch import Network, Prefetcher
+from loader.reading.network import Network
+from loader.reading.prefetch import Prefetcher
 from shardspec import storage
 from shardspec.errors import ConfigError
 from shardspec.storage.ranges import RangeReader
@@ -53,7 +54,7 @@ def read(prefetcher, url, sample):
 
 
 def run(prefetcher, url, steps):
-    """Reads steps of samples, each said up to eight steps ahead."""
+    """Reads steps of samples, each announced up to eight steps ahead."""
     for step in range(len(steps)):
         for soon in range(0 if step == 0 else step + 8, min(step + 9, len(steps))):
             prefetcher.prefetch(soon, located(url, steps[soon]))
@@ -71,12 +72,12 @@ def shuffled(seed=1, batch=8):
 def test_a_shuffled_pass_reads_every_sample_and_fetches_every_byte_once(url, cached, tmp_path):
     cache = str(tmp_path / "cache") if cached else None
     prefetcher = Prefetcher(Network(block_bytes=BLOCK), cache=cache, cache_bytes=10**7)
-    with mock.patch("loader.reading.prefetch._GAP_BYTES", 0):
+    with mock.patch("loader.reading.request_queue._GAP_BYTES", 0):
         run(prefetcher, url, shuffled())
     assert prefetcher.counters["bytes"] == len(OBJECT)
 
 
-def test_saying_a_step_never_waits_and_its_reader_waits_for_the_saying(url):
+def test_announcing_a_step_never_waits_and_its_reader_waits_until_it_is_located(url):
     prefetcher, there = Prefetcher(Network(block_bytes=BLOCK)), threading.Event()
 
     def locate():
@@ -134,7 +135,7 @@ def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_pa
         return watched.read(reader, url, start, stop, **options)
 
     with (
-        mock.patch("loader.reading.prefetch._GAP_BYTES", 0),
+        mock.patch("loader.reading.request_queue._GAP_BYTES", 0),
         mock.patch.object(RangeReader, "read", read),
     ):
         prefetcher = Prefetcher(
@@ -143,20 +144,20 @@ def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_pa
         prefetcher.prefetch(0, located(url, [0, 200]))
         wait_until(lambda: watched.asked)
         prefetcher.prefetch(1, located(url, [5]))
-        wait_until(lambda: 1 in prefetcher._plan)
+        wait_until(lambda: 1 in prefetcher._plan._steps)
         watched.let_go.set()
-        entry = prefetcher._entries[place(url, 0)[0].name]
+        entry = prefetcher._plan._states[place(url, 0)[0].name]
         # The block of samples 0 and 5 is claimed; 5 waits behind 200, and is forgotten.
-        wait_until(lambda: entry.fill is not None and entry.wanted and not entry.coming)
+        wait_until(lambda: entry.writer is not None and entry.wanted and not entry.coming)
         prefetcher.cancel_prefetch()
         second.set()
-        wait_until(lambda: entry.fill is None and entry.on_disk)
+        wait_until(lambda: entry.writer is None and entry.on_disk)
 
 
 def test_what_shares_a_block_with_the_first_batch_does_not_pass_for_urgent(url):
     watched = Watched(first=0, hold_others=True)
     with (
-        mock.patch("loader.reading.prefetch._GAP_BYTES", 0),
+        mock.patch("loader.reading.request_queue._GAP_BYTES", 0),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
         prefetcher = Prefetcher(Network(block_bytes=BLOCK))
@@ -181,10 +182,10 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1, cold_steps=2))
     watched = Watched(first=390)
     with (
-        mock.patch("loader.reading.prefetch._PIECE_BYTES", 4 * SAMPLE),
+        mock.patch("loader.reading.request_queue._PIECE_BYTES", 4 * SAMPLE),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
     ):
-        # Behind the first step, with the only thread busy until all has been said.
+        # Behind the first step, with the only request busy until all is planned.
         prefetcher.prefetch(0, located(url, [389]))
         read(prefetcher, url, 389)
         prefetcher.release(0)
@@ -192,7 +193,7 @@ def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
         for step, samples in steps.items():
             prefetcher.prefetch(step, located(url, samples))
         stop_s = time.monotonic() + 10
-        while sum(map(len, prefetcher._plan.values())) < 11:
+        while sum(map(len, prefetcher._plan._steps.values())) < 11:
             assert time.monotonic() < stop_s
             time.sleep(0.01)
         watched.let_go.set()
@@ -216,7 +217,7 @@ def test_the_first_batch_shares_the_link_with_few_others(url):
         deadline_s = time.monotonic() + 0.5
         others = 1
         while time.monotonic() < deadline_s:
-            under_way = prefetcher._under_way[False]
+            under_way = prefetcher._plan._queue._under_way[False]
             assert under_way <= others
         watched.let_go.set()
         read(prefetcher, url, 0)
@@ -262,7 +263,7 @@ def test_what_a_batch_waits_for_is_not_joined_with_what_later_ones_need(url):
             time.sleep(0.001)
         prefetcher.prefetch(0, located(url, [0]))
         prefetcher.prefetch(1, located(url, [1, 2]))
-        while 1 not in prefetcher._plan:
+        while 1 not in prefetcher._plan._steps:
             time.sleep(0.001)
         watched.let_go.set()
         for sample in (399, 0, 1, 2):
@@ -296,7 +297,7 @@ def test_a_cache_that_is_too_small_costs_no_more_than_twice_the_bytes(url, block
         cache=str(tmp_path / "cache"),
         cache_bytes=blocks_held * BLOCK,
     )
-    with mock.patch("loader.reading.prefetch._GAP_BYTES", 0):
+    with mock.patch("loader.reading.request_queue._GAP_BYTES", 0):
         for seed in (1, 2, 3):
             run(prefetcher, url, shuffled(seed))
             prefetcher.cancel_prefetch()
@@ -312,7 +313,7 @@ def test_memory_for_reading_ahead_is_bounded(url):
     original = prefetcher.read
 
     def watched(block, span):
-        most.append(prefetcher._held_bytes)
+        most.append(prefetcher._plan.held_bytes)
         return original(block, span)
 
     with mock.patch.object(prefetcher, "read", watched):
@@ -320,21 +321,61 @@ def test_memory_for_reading_ahead_is_bounded(url):
     # Beside it may be held what is needed now, and what one request fetches with it: 72 samples
     # are planned at a time.
     assert max(most) <= 50 * SAMPLE
-    assert prefetcher._held_bytes == 0
+    assert prefetcher._plan.held_bytes == 0
 
 
-def test_what_was_planned_and_not_read_is_forgotten(url):
+def test_what_was_planned_and_not_read_is_dropped(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK))
     for step, samples in enumerate(shuffled()[:8]):
         prefetcher.prefetch(step, located(url, samples))
     read(prefetcher, url, shuffled()[0][0])
     prefetcher.cancel_prefetch()
     deadline_s = time.monotonic() + 10
-    while prefetcher._entries and time.monotonic() < deadline_s:
-        prefetcher.cancel_prefetch()
+    while prefetcher._plan._states and time.monotonic() < deadline_s:
         threading.Event().wait(0.01)
-    assert prefetcher._entries == {}
-    assert prefetcher._held_bytes == 0
+    assert prefetcher._plan._states == {}
+    assert prefetcher._plan.held_bytes == 0
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["memory", "cache"])
+def test_many_readers_and_cancels_at_once_get_right_bytes_and_leave_nothing(url, cached, tmp_path):
+    cache = str(tmp_path / "cache") if cached else None
+    prefetcher = Prefetcher(
+        Network(block_bytes=BLOCK, requests=4, streams=2), cache=cache, cache_bytes=10**7
+    )
+    steps, failures = shuffled(batch=16), []
+
+    def read_all(step):
+        try:
+            for sample in steps[step]:
+                read(prefetcher, url, sample)
+        except BaseException as error:  # noqa: BLE001 - the test's thread raises it
+            failures.append(error)
+
+    for step in range(len(steps)):
+        for soon in range(step, min(step + 4, len(steps))) if step % 5 == 0 else [step + 3]:
+            if soon < len(steps):
+                prefetcher.prefetch(soon, located(url, steps[soon]))
+        # Two readers want each sample, as do those of the next step.
+        readers = [
+            threading.Thread(target=read_all, args=(min(step + k // 2, len(steps) - 1),))
+            for k in range(4)
+        ]
+        for reader in readers:
+            reader.start()
+        if step % 5 == 4:
+            prefetcher.cancel_prefetch()
+        for reader in readers:
+            reader.join(60)
+            assert not reader.is_alive()
+        prefetcher.release(step)
+    assert not failures
+    prefetcher.cancel_prefetch()
+    plan = prefetcher._plan
+    wait_until(lambda: all(state.is_mapped for state in list(plan._states.values())))
+    assert plan.held_bytes == 0
+    if cached:
+        wait_until(lambda: not list(Path(cache, "blocks").glob("*.part")))
 
 
 def test_a_spoilt_block_in_the_cache_is_fetched_again(url, tmp_path):
@@ -407,7 +448,7 @@ def test_a_failure_ahead_of_time_is_forgotten_if_the_reader_fares_better(url):
     with mock.patch.object(RangeReader, "read", sometimes):
         prefetcher.prefetch(0, located(url, [5]))
         deadline_s = time.monotonic() + 10
-        while not any(e.failures for e in list(prefetcher._entries.values())):
+        while not any(e.failures for e in list(prefetcher._plan._states.values())):
             assert time.monotonic() < deadline_s
         failing.clear()
         read(prefetcher, url, 5)
@@ -440,7 +481,7 @@ print("ready", flush=True)
 seed = int(sys.argv[2])
 while True:
     seed += 1
-    prefetcher.forget()
+    prefetcher.cancel_prefetch()
     run(prefetcher, url, shuffled(seed))
     print(seed, flush=True)
 """
@@ -465,6 +506,7 @@ def test_readers_killed_at_random_points_leave_nothing_that_is_trusted(url, tmp_
             assert reader.stdout.readline() == b"ready\n"
         time.sleep(moments.uniform(0, 0.5))
         for reader in readers:
+            assert reader.poll() is None
             reader.send_signal(signal.SIGKILL)
             reader.wait(30)
             reader.stdout.close()

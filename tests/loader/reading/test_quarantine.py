@@ -195,5 +195,6 @@ def test_a_slot_whose_substitutes_are_all_known_as_bad_raises(broken):
     dataset.restore_bad([record(i) for i in range(60)])
     with pytest.raises(ShardError) as caught:
         dataset.example(7)
-    assert caught.value.reason == "sample_crc"
+    assert caught.value.reason == "all_substitutes_bad"
+    assert caught.value.facts["first_reason"] == "sample_crc"
     assert "k7" in caught.value.where

@@ -275,7 +275,7 @@ def test_shards_are_closed_where_a_limit_of_the_system_is_met(limit, url, sample
             raise OSError(limit, os.strerror(limit))
         return open_index(*args, **options)
 
-    with mock.patch("loader.reading.reader.open_index", open_few):
+    with mock.patch("loader.reading.local.open_index", open_few):
         for i in (0, 9, *range(10)):
             assert_same(reader.read(i), samples[i])
     assert 1 <= len(reader._open) <= 2

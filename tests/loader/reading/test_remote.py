@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from loader import IterableDatasetMixture, StreamingDataset, make_dataloader, view_collator
-from loader.reading.prefetch import Network
+from loader.reading.network import Network
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.index import parse_index
@@ -143,7 +143,7 @@ def test_an_index_that_is_being_opened_is_not_fetched_again(s3):
             reader.stored(sample)
             reader.release(sample)
     assert sum(".index.npy" in get.path for get in proxy.gets) == 1
-    assert reader.prefetcher._held_bytes == 0
+    assert reader.prefetcher._plan.held_bytes == 0
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
@@ -466,12 +466,12 @@ def test_two_ranks_of_four_workers_fetch_every_byte_once(s3, local, tmp_path):
 def test_stats_hold_what_worker_processes_have_read(s3):
     url, proxy = s3
     loader = loader_of(url, world_size=1, workers=2)
-    told = []
+    requests = []
     proxy.faults = {"status_503": 0.2}
     for _ in loader:
-        told.append(loader.stats().counters["requests"])
+        requests.append(loader.stats().counters["requests"])
     counters = loader.stats().counters
-    assert told == sorted(told)
+    assert requests == sorted(requests)
     assert counters["cache_misses"] >= 200  # each sample once, and the indexes
     assert counters["bytes"] >= loader.stats().made.read_bytes
     assert counters["retries"] >= proxy.counts["status_503"] > 0
@@ -489,9 +489,10 @@ def test_passes_that_are_left_hold_nothing_for_the_rest_of_the_run(s3):
         dataset.set_epoch(epoch)
         list(itertools.islice(dataset, 8))
         deadline_s = time.monotonic() + 10
-        while any(entry.coming or entry.wanted for entry in list(prefetcher._entries.values())):
+        states = prefetcher._plan._states
+        while any(state.coming or state.wanted for state in list(states.values())):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
-        held.append((len(prefetcher._plan), prefetcher._held_bytes))
+        held.append((len(prefetcher._plan._steps), prefetcher._plan.held_bytes))
     assert max(steps for steps, _ in held) == held[0][0]
     assert max(size for _, size in held[1:]) <= 2 * held[0][1]

@@ -178,7 +178,7 @@ def test_state_of_another_view_order_or_batch_is_refused(urls):
     state = json.loads(json.dumps(make().state_dict()))
     image = make().view.image
     stored = View(image=image, branch_order="stored")
-    for other, reason, told in (
+    for other, reason, difference in (
         (make(view=stored), "state_view", "state.view.branch_order: shuffled here, stored asked"),
         (make(batch_size=2), "state_mismatch", "state.batch_size: 4 here, 2 asked"),
         (make(canonical_ranks=2), "state_mismatch", "state.order.canonical_ranks: 4 here, 2 asked"),
@@ -186,7 +186,7 @@ def test_state_of_another_view_order_or_batch_is_refused(urls):
         with pytest.raises(StateError) as caught:
             other.load_state_dict(state)
         assert caught.value.reason == reason
-        assert told in caught.value.facts["differences"]
+        assert difference in caught.value.facts["differences"]
     make(view=stored).load_state_dict(state, allow=("view",))
 
 

@@ -362,7 +362,7 @@ def test_view_of_a_release_with_other_fields_is_noticed():
 
 
 @pytest.mark.parametrize(
-    ("changes", "settings", "told"),
+    ("changes", "settings", "differences"),
     [
         ({"augment": Augment(hue=0.1)}, {}, "state.view.augment.hue: 0.0 here, 0.1 asked"),
         ({"branch_order": "stored"}, {}, "state.view.branch_order: shuffled here, stored asked"),
@@ -370,7 +370,9 @@ def test_view_of_a_release_with_other_fields_is_noticed():
         ({}, {"pad_mode": "max_len"}, "state.pad_mode: to_128 here, max_len asked"),
     ],
 )
-def test_run_in_another_view_is_refused_unless_that_is_asked_for(changes, settings, told, write):
+def test_run_in_another_view_is_refused_unless_that_is_asked_for(
+    changes, settings, differences, write
+):
     url = write("set")
     want = keys(make(url), 9)
     state = saved(make(url), 4)
@@ -379,7 +381,7 @@ def test_run_in_another_view_is_refused_unless_that_is_asked_for(changes, settin
     with pytest.raises(StateError) as caught:
         loader.load_state_dict(state)
     assert caught.value.reason == "state_view"
-    assert caught.value.facts["differences"] == told
+    assert caught.value.facts["differences"] == differences
     assert 'allow=("view",)' in caught.value.fix
     assert loader.step == 0
 
@@ -430,8 +432,8 @@ def test_views_of_a_mixture_are_told_apart_by_dataset(write, samples, monkeypatc
     with pytest.raises(StateError) as caught:
         mixture(3.0).load_state_dict(state)
     assert caught.value.reason == "state_view"
-    told = "state.view.weight: 1.0 here, 3.0 asked (second)"
-    assert caught.value.facts["differences"] == told
+    differences = "state.view.weight: 1.0 here, 3.0 asked (second)"
+    assert caught.value.facts["differences"] == differences
     mixture(3.0).load_state_dict(state, allow=("view",))
 
 
