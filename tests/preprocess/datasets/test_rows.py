@@ -130,7 +130,7 @@ def test_files_that_name_a_split_are_of_that_split_only(tmp_path, name, split):
         with pytest.raises(SourceError) as caught:
             open_rows(tmp_path, other)
         assert caught.value.reason == "source_split"
-        assert caught.value.facts == {"splits": [split]}
+        assert caught.value.facts["splits"] == [split]
 
 
 @pytest.mark.parametrize("name", ["0000.parquet", "data/part.parquet", "trainset.parquet"])
