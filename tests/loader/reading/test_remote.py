@@ -266,7 +266,7 @@ def test_a_dead_store_ends_the_run_in_time_and_is_no_bad_sample(s3):
         for _ in batches:
             pass
     assert caught.value.reason == "range_failed"
-    assert 1 <= caught.value.facts["tried"] <= 5  # each waits 0.5 s of the 2
+    assert 1 <= caught.value.facts["attempts"] <= 5  # each waits 0.5 s of the 2
     assert "timeout" in caught.value.facts["causes"]
     assert loader.bad_samples == []
 
@@ -277,7 +277,7 @@ def test_a_dead_store_is_given_up_in_time_when_a_dataset_is_opened(s3):
     network = Network(retry=RetryPolicy(idle_s=0.5, wall_s=2, first_wait_s=0.01))
     with pytest.raises(StorageError) as caught:
         StreamingDataset(url, network=network)
-    assert 1 <= caught.value.facts["tried"] <= 5  # each waits 0.5 s of the 2
+    assert 1 <= caught.value.facts["attempts"] <= 5  # each waits 0.5 s of the 2
     assert caught.value.where == url + "/manifest.json"
     assert "timeout" in caught.value.facts["causes"]
 
