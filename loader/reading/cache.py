@@ -29,6 +29,7 @@ import mmap
 import os
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -280,7 +281,7 @@ class BlockCache:
             if others and not marker.exists():
                 raise self._foreign(others=", ".join(sorted(others)[:3]))
             payload = json.dumps({"version": CACHE_VERSION, "owner": os.getuid()}).encode()
-            temporary = self.folder / f"{MARKER}.{os.getpid()}"
+            temporary = self.folder / f"{MARKER}.{os.getpid()}.{threading.get_ident()}"
             temporary.write_bytes(payload)
             with suppress(FileExistsError):
                 os.link(temporary, marker)

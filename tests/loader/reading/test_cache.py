@@ -202,6 +202,26 @@ def test_a_cache_of_somebody_else_is_refused(marker, tmp_path):
     assert caught.value.reason == "cache_foreign"
 
 
+def test_many_threads_that_open_a_new_folder_at_once_make_one_cache(tmp_path):
+    for i in range(20):
+        together, errors = threading.Barrier(8), []
+
+        def claim(folder=tmp_path / str(i), together=together, errors=errors):
+            try:
+                together.wait(10)
+                BlockCache(str(folder), max_bytes=1000)
+            except Exception as error:  # noqa: BLE001 - the test's thread shows it
+                errors.append(error)
+
+        threads = [threading.Thread(target=claim) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert errors == []
+        assert sorted(os.listdir(tmp_path / str(i))) == ["blocks", MARKER]
+
+
 def test_eviction_touches_no_file_that_is_not_a_block(cache):
     stranger = cache.blocks / "notes.txt"
     stranger.write_text("not ours")
