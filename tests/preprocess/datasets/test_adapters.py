@@ -42,7 +42,8 @@ from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Recipe
 from preprocess.synthetic.questions import POINT_MARK, scene_targets
 from preprocess.synthetic.scenes import NUMBERS, plan_scene
-from preprocess.text.formatter import STYLES, TextPolicy
+from preprocess.text import TextPolicy
+from preprocess.text.styles import STYLES
 from shardspec.errors import SampleError
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
