@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 
 from preprocess.job import Reporter, output_lock, require_name, shard_name
 from preprocess.job.engines import local
 from preprocess.reshard import portable_url, read_notes, repeated_key
+from preprocess.settings import Setting, usable_cores
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ShardError
 from shardspec.foreign import ForeignFile, is_pickle, walk_foreign
@@ -52,12 +53,21 @@ _CHUNK_BYTES = 8 * 2**20
 class ImportSettings:
     """Which tars, and what they are called together."""
 
-    tars: tuple[str, ...]
-    """Tars, or folders of them."""
-    out: str
-    name: str
-    split: str = "train"
-    num_workers: int = 1
+    tars: Annotated[
+        tuple[str, ...],
+        Setting("tars, or folders of them; URLs too", flag="src", positional=True),
+    ]
+    out: Annotated[str, Setting("folder or URL for the manifest and the indexes")]
+    name: Annotated[str, Setting("name of the dataset")]
+    split: Annotated[str, Setting("name of the split")] = "train"
+    num_workers: Annotated[
+        int,
+        Setting("number of processes", flag="jobs", shown="all cores", unset=usable_cores),
+    ] = 1
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ConfigError("job_settings", facts={"num_workers": self.num_workers})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

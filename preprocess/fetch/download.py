@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -49,6 +49,7 @@ from PIL import Image
 from yarl import URL
 
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
+from preprocess.settings import Setting
 from shardspec.errors import BudgetError, ConfigError, nearest
 from shardspec.keyed import hash_text
 from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS, open_image
@@ -82,6 +83,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"
 """Pillow formats that count as an image: pixels in a file. Left out are those that run or fetch
 something to be drawn (EPS calls Ghostscript) and those without a signature (TGA)."""
 
+_GROUP = "downloading images"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WORKERS_PER_SLOT = 4
 """Workers that wait out a backoff or a pause hold no slot; this many let others go on meanwhile."""
@@ -97,18 +99,24 @@ class FetchPolicy:
 
     connect_timeout_s: float = 10.0
     """Longest wait for a TCP connection."""
-    read_timeout_s: float = 15.0
-    """Longest silence of a server."""
-    wall_timeout_s: float = 60.0
-    """Longest attempt, redirects and slow bodies included; also the longest pause between two."""
+    read_timeout_s: Annotated[
+        float,
+        Setting("longest silence of a server, in seconds", flag="read-timeout", group=_GROUP),
+    ] = 15.0
+    wall_timeout_s: Annotated[
+        float,
+        Setting("longest download of one image, in seconds", flag="wall-timeout", group=_GROUP),
+    ] = 60.0
+    """Of one attempt, redirects and slow bodies included; also the longest pause between two."""
     max_bytes: int = 64 * 2**20
     """Largest body."""
     max_pixels: int = MAX_STORED_PIXELS
     """Most pixels that an image's header may announce."""
     max_redirects: int = 5
     """Most redirects that are followed."""
-    attempts: int = 4
-    """Most attempts at one URL in one run."""
+    attempts: Annotated[
+        int, Setting("maximum number of attempts at one image in one run", group=_GROUP)
+    ] = 4
     backoff_s: float = 1.0
     """The wait after attempt n is drawn from 0 to backoff_s * 2**(n - 1)."""
     per_host: int = 4
@@ -123,10 +131,19 @@ class FetchPolicy:
     breaker_success: float = 0.10
     """Fewer than this share of the last `breaker_window` URLs, from at least `breaker_hosts` hosts,
     stops the run; 0.0 never does."""
-    user_agent: str = "vlm-shards"
-    """Name the project and a contact when fetching from public hosts."""
-    allow_hosts: frozenset[str] = frozenset()
-    """Hosts, in lower case as they stand in URLs, that may have an address that is not public."""
+    user_agent: Annotated[
+        str, Setting("your name and a contact, for public hosts", group=_GROUP, metavar="TEXT")
+    ] = "vlm-shards"
+    allow_hosts: Annotated[
+        frozenset[str],
+        Setting(
+            "hosts that may have private addresses, separated by commas",
+            group=_GROUP,
+            metavar="HOSTS",
+            parse=lambda text: frozenset(text.split(",")) - {""},
+        ),
+    ] = frozenset()
+    """In lower case, as they are written in URLs."""
     retry: Retry = "transient"
     """Which failures of earlier runs are tried again."""
 

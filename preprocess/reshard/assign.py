@@ -18,7 +18,7 @@ from preprocess.job import ShardCount, count_shards, is_name, plan_order
 from shardspec.errors import ConfigError
 from shardspec.keyed import hash_text
 
-Order = Literal["keep", "shuffle", "length"]
+SampleOrder = Literal["keep", "shuffle", "length"]
 """The sources' own order, a seeded shuffle by key, or short samples first."""
 
 MAX_VIEW_RUNS = 100_000
@@ -26,7 +26,7 @@ MAX_VIEW_RUNS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class ReaderCluster:
     """Readers that deal out whole shards: so many processes want equally many each."""
 
     nodes: int = 1
@@ -46,7 +46,7 @@ class Cluster:
 
 
 def order_numbers(
-    numbers: np.ndarray, *, order: Order, seed: int, keys: Sequence[str], lengths: np.ndarray
+    numbers: np.ndarray, *, order: SampleOrder, seed: int, keys: Sequence[str], lengths: np.ndarray
 ) -> np.ndarray:
     """Puts chosen samples into their new order.
 
@@ -95,7 +95,7 @@ def count_outputs(
     num_samples: int,
     target_bytes: int,
     num_shards: int | None = None,
-    cluster: Cluster | None = None,
+    cluster: ReaderCluster | None = None,
 ) -> ShardCount:
     """Chooses how many shards a split becomes.
 
@@ -106,7 +106,7 @@ def count_outputs(
       num_shards: Asked for by the user.
       cluster: Readers that each shall have equally many shards.
 
-    >>> count_outputs(2**30, num_samples=10**5, target_bytes=2**28, cluster=Cluster(ranks=8))
+    >>> count_outputs(2**30, num_samples=10**5, target_bytes=2**28, cluster=ReaderCluster(ranks=8))
     ShardCount(num_shards=8, rule='1 for each of 8 readers')
     """
     if cluster is None or num_shards is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from preprocess.settings import Setting
 from preprocess.text.choices import ChoiceForm
 from preprocess.text.points import PointFormat
 from shardspec.errors import ConfigError, nearest
@@ -28,22 +29,36 @@ SelectAnswer = Literal["best", "first"]
 class TextPolicy:
     """How messages become text."""
 
-    prompt_templates: PromptTemplates = "none"
+    prompt_templates: Annotated[
+        PromptTemplates, Setting("prompt templates", flag="prompts", group="text")
+    ] = "none"
     """"none": the prompt of a message is its question or label, that of a caption the prefix alone;
     "uber_model": captions and points get a template; "uber_model_v2": explained answers too."""
-    system_prompt: SystemPrompt = "style_and_length"
-    message_format: MessageFormat = "role"
+    system_prompt: Annotated[
+        SystemPrompt,
+        Setting("text before the first user text: the style, with a length or not", group="text"),
+    ] = "style_and_length"
+    message_format: Annotated[MessageFormat, Setting("markup around turns", group="text")] = "role"
     """"role": `User: ... Assistant:`; "chatml"; "template": the tokenizer's own; "none": bare."""
-    num_variants: int = 8
-    """Baked variants per response, 1 to 1,000."""
-    point_format: PointFormat = "coords"
+    num_variants: Annotated[
+        int,
+        Setting(
+            "baked variants per response, 1 to 1000; training draws one per epoch",
+            flag="variants",
+            group="text",
+        ),
+    ] = 8
+    point_format: Annotated[PointFormat, Setting("how points are written", group="text")] = "coords"
     """How points are written: "xml" (Molmo 1, 0 to 100) or "coords" (Molmo 2, 0 to 1000)."""
-    choices: ChoiceForm = "standard"
-    """How multiple choices are asked: "standard", "letter" (Molmo 1) or "varied"."""
+    choices: Annotated[ChoiceForm, Setting("layout of multiple-choice questions", group="text")] = (
+        "standard"
+    )
+    """"standard" (Molmo 2's evaluation), "letter" (Molmo 1) or "varied" (Molmo 2's training)."""
     select_answer: SelectAnswer = "best"
     """Of several `answers`: "best" the most common, "first" the first in the alphabet."""
-    paraphrase: float = 0.0
-    """Share of variants whose user text is paraphrased, 0 to 1."""
+    paraphrase: Annotated[
+        float, Setting("share of variants with a paraphrased user text, 0 to 1", group="text")
+    ] = 0.0
 
     def __post_init__(self) -> None:
         for name, known in _NAMES.items():

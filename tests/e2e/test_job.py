@@ -116,7 +116,7 @@ def interrupt(cli, source, out, *, number, when):
     finished = running.wait()
     assert finished.code == 130, finished.err
     assert "Traceback" not in finished.err, finished.err
-    assert "the same command goes on where it stopped" in finished.err
+    assert "run the same command to resume" in finished.err
     assert running.workers() == []
     assert not (out / "manifest.json").exists()
 

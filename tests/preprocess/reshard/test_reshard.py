@@ -1,6 +1,5 @@
 """Resharding real datasets on disk: the same samples, bytes and order in other shards."""
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -20,11 +19,12 @@ from hypothesis import strategies as st
 
 from loader.reading.reader import ShardReader
 from loader.state.fingerprint import split_fingerprint
-from preprocess.cli.reshard import add_verbs, plan_text, reshard_settings
+from preprocess.__main__ import command_line
+from preprocess.cli.reshard import plan_text, reshard_settings
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.verify import verify
 from preprocess.reshard import run as job
-from preprocess.reshard.assign import Cluster
+from preprocess.reshard.assign import ReaderCluster
 from preprocess.reshard.plan import ReshardSettings, plan_reshard
 from preprocess.reshard.run import portable_url, reshard
 from shardspec import storage
@@ -192,7 +192,7 @@ def test_a_shard_that_stays_whole_keeps_its_hash(dataset, tmp_path):
 
 
 def test_a_cluster_gets_a_shard_for_every_reader(dataset, tmp_path):
-    done = recut(dataset, tmp_path / "out", cluster=Cluster(nodes=2, ranks=3, workers=2))
+    done = recut(dataset, tmp_path / "out", cluster=ReaderCluster(nodes=2, ranks=3, workers=2))
     assert len(done.manifest.shards) == 12
 
 
@@ -573,8 +573,7 @@ def test_settings_are_values():
 
 
 def options_of(*words):
-    parser = argparse.ArgumentParser()
-    add_verbs(parser.add_subparsers(dest="verb"))
+    parser, _ = command_line()
     return reshard_settings(parser.parse_args([str(word) for word in words]))
 
 
