@@ -70,7 +70,7 @@ class Preparer:
     recipe: Recipe
     tokenizer: Tokenizer
     read_url: Callable[[str], bytes] | None = None
-    """Gives the bytes behind a URL, such as a blob cache's reader; None refuses URLs."""
+    """Reads the bytes of a URL, for example from a blob cache; None refuses URLs."""
 
     @cached_property
     def frame(self) -> ChatFrame:

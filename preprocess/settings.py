@@ -32,7 +32,7 @@ class Setting:
     verbs: tuple[str, ...] = ()
     """The verbs that have it; () for every verb of the dataclass."""
     metavar: str = ""
-    """What stands for the value in `--help`; "" for one that follows from the type."""
+    """Placeholder of the value in `--help`; "" for one that follows from the type."""
     parse: Callable[[str], Any] | None = None
     """Reads the text of the command line; None where the type says how."""
     shown: str = ""

@@ -1,7 +1,7 @@
 """Variables of `make` as arguments of a verb: `make shards IMAGE_SIZE=224` is `--image-size 224`.
 
-The Makefile hands on each variable of its command line, whatever its name. Here it becomes the flag
-of the same name, so that there is no list of variables besides the flags themselves. A variable
+The Makefile passes on every variable of its command line, whatever its name. Here it becomes the
+flag of the same name, so that no list of variables exists besides the flags themselves. A variable
 that the verb does not have is refused: a misspelt one would build another dataset.
 """
 
@@ -15,7 +15,7 @@ from preprocess.cli.verbs import default_output
 from shardspec.errors import ConfigError, nearest
 
 _OPPOSITES = {"--view": "--copy"}
-"""Switches that 0 turns into another one: VIEW=0 asks for files."""
+"""Switches that 0 turns into another one: VIEW=0 requests a copy."""
 
 
 def make_variables(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -26,7 +26,7 @@ _GROUPS = ("what to make", "how")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReshardFlags:
-    """Flags that are no field of `ReshardSettings`.
+    """Flags that are not a field of `ReshardSettings`.
 
     Readers that deal out whole shards want the same number each: their cluster gives the number.
     """

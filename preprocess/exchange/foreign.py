@@ -1,9 +1,9 @@
-"""IMPORT: makes a dataset of WebDataset tars that somebody else wrote, without moving them.
+"""IMPORT: makes a dataset of WebDataset tars that another tool wrote, without moving them.
 
-Each tar is read once: its samples become rows of an index (place, checksum, key), which is kept
-in the output; the manifest is a view that names the tars where they lie. From then on they can be
-streamed raw, cut anew, filtered, merged and verified like any dataset. A receipt per tar lets the
-same command go on.
+Each tar is read once: its samples become rows of an index (byte range, checksum, key), which is
+stored in the output; the manifest is a view that refers to the tars in place. From then on they can
+be streamed raw, resharded, filtered, merged and verified like any dataset. A receipt per tar lets
+the same command resume.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class ImportContext:
 
 
 def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
-    """Indexes tars in place, or finishes what an interrupted run began.
+    """Indexes tars in place, or resumes an interrupted run.
 
     Raises:
       ConfigError: `import_tars`: a tar is missing, or named twice, or all of them are empty;
@@ -145,7 +145,7 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
 
 
 def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
-    """Lists the tars; a folder stands for all `.tar` directly below it, by name."""
+    """Lists the tars; a folder means every `.tar` directly in it, sorted by name."""
     found: list[str] = []
     for url in urls:
         if url.endswith(".tar"):
@@ -362,7 +362,7 @@ def _manifest(
                 index_sha256=entry.index_sha256,
             )
         )
-        # Like any shard of a view, it has no files of its own.
+        # A shard of a view has no files.
         shards.append(replace(entry, sha256="", index_bytes=0, index_sha256=""))
         parts[entry.url] = ((i, 0, entry.nsamples),) if entry.nsamples else ()
     split = SplitEntry(

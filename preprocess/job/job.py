@@ -36,13 +36,13 @@ class Reporter(Protocol):
     """Receives the job's progress; the command line shows it as bars."""
 
     def stage(self, name: str, total: int | None) -> None:
-        """A stage begins, with so many steps."""
+        """A stage begins, with this many steps; None if unknown."""
 
     def step(self, reason: str) -> None:
         """One step is done; `reason` is "" or why it failed."""
 
     def sent(self, num_bytes: int) -> None:
-        """So many bytes more have arrived at an object store."""
+        """An object store has received this many bytes more."""
 
     def note(self, text: str) -> None:
         """Something that a person should know."""

@@ -13,8 +13,8 @@ What is decided here, in this order:
    views tile, another one of the original gives the overview.
 
 Where steps 3 to 5 change nothing and the file is of the recipe's codec, its compressed data is kept
-as it is: no loss, no encoding. Metadata (EXIF with places and names, thumbnails, comments, text) is
-left out of what is kept.
+as it is: no loss, no encoding. Metadata (EXIF with locations and names, thumbnails, comments, text)
+is left out of what is kept.
 
 The result is a function of the picture and the policy alone; nothing is drawn, nothing is cut.
 """
@@ -344,7 +344,7 @@ class _Profile:
     to_srgb: ImageCms.ImageCmsTransform
 
     def fits(self, mode: str) -> bool:
-        """Says whether it can describe a picture of this mode."""
+        """Returns True if it can describe a picture of this mode."""
         if self.mode == "L":
             return mode in ("1", "L", "LA", "F") or mode.startswith("I")
         if self.mode == "CMYK":

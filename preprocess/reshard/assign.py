@@ -1,9 +1,9 @@
-"""The arithmetic of resharding: which old samples stand in which new shard.
+"""The arithmetic of resharding: which old samples go to which new shard.
 
 Pure. The samples of all sources are numbered through, segment after segment. A new split is a list
 of those numbers (chosen, then ordered), cut into shards of equal counts; a shard is a list of runs,
 each some consecutive samples of one segment. Nothing here knows bytes: runs are turned into byte
-ranges by whoever holds the indexes.
+ranges by the caller, who holds the indexes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_VIEW_RUNS = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReaderCluster:
-    """Readers that deal out whole shards: so many processes want equally many each."""
+    """Readers that take whole shards: each of these processes wants the same number."""
 
     nodes: int = 1
     ranks: int = 1
@@ -54,7 +54,7 @@ def order_numbers(
       numbers: int64 [n], in the sources' order.
       order: Which one.
       seed: Of a shuffle.
-      keys: n keys; a shuffle depends on them and not on where samples stood.
+      keys: n keys; a shuffle depends on them and not on where samples were.
       lengths: [n], what "length" sorts by; equal ones keep the sources' order.
 
     Returns:
@@ -116,16 +116,16 @@ def count_outputs(
     readers = cluster.num_readers
     each = max(1, -(-total_bytes // (target_bytes * readers)))
     if each * readers > num_samples:
-        return ShardCount(num_shards=max(1, num_samples), rule="one sample a shard")
+        return ShardCount(num_shards=max(1, num_samples), rule="one sample per shard")
     return ShardCount(num_shards=each * readers, rule=f"{each} for each of {readers} readers")
 
 
 def split_numbers(
     keys: Sequence[str], shares: Mapping[str, float], *, salt: str
 ) -> dict[str, np.ndarray]:
-    """Deals samples to splits by a hash of their keys.
+    """Assigns samples to splits by a hash of their keys.
 
-    A sample stays in its split when others come or go; another salt deals anew.
+    A sample stays in its split when others are added or removed; another salt gives another split.
 
     Args:
       keys: Of all samples.
@@ -188,7 +188,7 @@ class Advice:
 
 
 def advise(num_runs: int) -> Advice:
-    """Tells whether the result is better described than copied.
+    """Advises a view or a copy.
 
     Args:
       num_runs: Runs of all its shards together.

@@ -1,7 +1,7 @@
 """What a reshard will do: its settings, the sources as they are found, and the plan.
 
-1. The sources' manifests and indexes are read, and their files looked at: sizes, versions.
-2. Samples are numbered through all of them; a filter keeps some, an order arranges them, borders
+1. The sources' manifests and indexes are read, and the sizes and versions of their files.
+2. Samples are numbered across all of them; a filter keeps some, an order sorts them, borders
    cut them into shards (the arithmetic is assign.py's).
 
 A plan can be printed. Nothing is written here.
@@ -53,12 +53,12 @@ from shardspec.storage import ObjectVersion, object_version
 _READS_AT_ONCE = 16
 
 Form = Literal["auto", "view", "copy"]
-"""What becomes of the samples: a view where that suffices, always a view, or always files."""
+"""The result: a view where that suffices, always a view, or always files."""
 
 Through = Literal["auto", "client", "store"]
-"""Which way bytes go: past this process, which checks each sample, or unchecked, inside of the
-store or of a file system that can. "auto" takes the store's way between objects and checks where
-bytes pass anyway."""
+"""How bytes are copied: through this process, which checks each sample, or unchecked by the store
+or the file system. "auto" lets the store copy between objects, and checks where bytes pass
+anyway."""
 
 
 def read_keys(url: str) -> frozenset[str]:
@@ -210,7 +210,7 @@ class SplitPlan:
 
     split: str
     segments: tuple[Segment, ...]
-    """Of the sources, their files with URLs that stand alone."""
+    """Of the sources, with the full URLs of their files."""
     numbers: np.ndarray
     """int64 [n], samples counted through the segments, in their new order."""
     borders: np.ndarray
@@ -245,7 +245,7 @@ class SplitPlan:
 
     @property
     def files(self) -> dict[str, FileEntry]:
-        """The files that its samples may lie in, by the URL of the tar."""
+        """The files that may hold its samples, by the URL of the tar."""
         return {segment.file.url: segment.file for segment in self.segments}
 
 
@@ -264,7 +264,7 @@ class ReshardPlan:
     advice: Advice
     num_runs: int
     num_unknown_keys: int
-    """Keys that were asked for and that no sample has."""
+    """Requested keys that no sample has."""
 
     @property
     def view(self) -> bool:
@@ -276,7 +276,7 @@ class ReshardPlan:
         return shard_name(self.dataset, plan.split, shard, num_shards=plan.num_shards)
 
     def shard_bytes(self, plan: SplitPlan, shard: int) -> int:
-        """Tells the length of a shard, about: its samples are taken for equally long."""
+        """Estimates the length of a shard, as if all samples had the same length."""
         share = len(plan.shard_numbers(shard)) / max(1, len(plan.numbers))
         return round(plan.num_bytes * share)
 
@@ -295,7 +295,7 @@ class ReshardPlan:
                 "num_shards": plan.num_shards,
                 "view": self.view,
                 "sha256": self.settings.sha256,
-                # What the user asked for is in `source`; this is what it comes to.
+                # The request is in `source`; this is its result.
                 "samples": hashlib.sha256(plan.numbers.astype("<i8").tobytes()).hexdigest(),
             }
         )
@@ -372,7 +372,7 @@ def _open_source(url: str) -> ReshardSource:
 
 
 def _check_apart(settings: ReshardSettings, sources: Sequence[ReshardSource]) -> None:
-    """Refuses an output in a source, around one, or where the files lie that one names."""
+    """Refuses an output inside a source, around one, or around the files that one names."""
     out = storage.absolute_url(settings.out)
     for source in sources:
         folder = storage.absolute_url(source.url)
@@ -570,7 +570,7 @@ def _choose(
     tables: Mapping[str, np.ndarray],
     keys: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Filters the samples of a split, and deals them out: new split -> int64 [n], ascending."""
+    """Filters the samples of a split, and assigns them: new split -> int64 [n], ascending."""
     kept = np.ones(len(keys), dtype=bool)
     if settings.keys is not None:
         kept &= np.isin(keys, _encoded(settings.keys))
@@ -580,8 +580,8 @@ def _choose(
     if settings.into is None:
         return {split: numbers}
     names = [key.decode() for key in keys[numbers].tolist()]
-    dealt = split_numbers(names, settings.into, salt=settings.salt)
-    return {name: numbers[positions] for name, positions in dealt.items()}
+    assigned = split_numbers(names, settings.into, salt=settings.salt)
+    return {name: numbers[positions] for name, positions in assigned.items()}
 
 
 def _encoded(keys: Iterable[str]) -> np.ndarray:
@@ -609,7 +609,7 @@ def shard_rows(plan: ReshardPlan, split: SplitPlan, shard: int) -> tuple[np.ndar
     """Gathers the index rows of a new shard.
 
     Returns:
-      (rows as they stand in the sources' indexes, number of each one's file in `plan.tables`).
+      (rows of the sources' indexes, number of each one's file in `plan.tables`).
 
     Raises:
       ConflictError: `index_columns`: the sources' indexes have different columns.

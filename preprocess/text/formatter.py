@@ -1,6 +1,6 @@
 """DataFormatter: from a dataset's message to the texts of a conversation.
 
-What Molmo draws anew in each epoch (prompt template, style prefix, length hint, which transcript,
+What Molmo redraws in each epoch (prompt template, style prefix, length hint, which transcript,
 which of the tied answers, the layout of a multiple choice) is drawn here `num_variants` times,
 from generators keyed by the sample, and stored as alternatives: the loader chooses one per epoch
 without a tokenizer. Steps for one message:
@@ -85,7 +85,7 @@ class DataFormatter:
     def __call__(
         self, example: Mapping[str, Any], *, key: str, image_sizes: Sequence[ImageSize] = ()
     ) -> tuple[Branch, ...]:
-        """Formats every message of an example, each a conversation of its own.
+        """Formats every message of an example, each as a conversation.
 
         Args:
           example: Has `message_list`.

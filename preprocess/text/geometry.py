@@ -23,7 +23,7 @@ def safe_geometry(texts: Sequence[str], *, styles: Sequence[str] = ()) -> Geomet
     """Decides which augmentations leave an example's texts true.
 
     Points, motions and pages to be read allow neither flips nor crops. Otherwise a flip is allowed
-    if no text speaks of sides or of things to be read, and a free crop if none asks for a count: a
+    if no text mentions sides or things to be read, and a free crop if none requests a count: a
     caption survives the loss of a margin, a number does not. Colour may always change.
 
     Args:

@@ -75,7 +75,7 @@ def field_error(message: Message, name: str, want: str) -> SampleError:
 
 
 def split_turns(message: Message) -> list[Message]:
-    """Splits a message into its exchanges, each a message of its own with all that it needs.
+    """Splits a message into its exchanges, each a complete message.
 
     Args:
       message: With `messages` (question, answer, ...) or `multi_turn_messages`, or of one turn.
@@ -145,7 +145,7 @@ def fixed_texts(message: Message) -> list[str]:
 
 
 def message_texts(example: Mapping[str, Any]) -> list[str]:
-    """Lists every text that an example's messages bring along, whatever their fields."""
+    """Lists every text of an example's messages, whatever their fields."""
     return [text for name, text in _strings(example["message_list"]) if name != "style"]
 
 

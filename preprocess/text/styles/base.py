@@ -77,7 +77,7 @@ class Style:
     """Whether style_and_length_v2 writes a length; False where things in the image decide it
     (Molmo 2)."""
     in_words: bool = False
-    """Whether a question that asks for a count says that the answer is in words (both PixMo
+    """Whether a request for a count says that the answer is to be in words (both PixMo
     question sets)."""
     trained_as: str = ""
     """The style whose prefix an evaluation style takes (Molmo 2); "" for its own."""

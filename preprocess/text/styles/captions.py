@@ -11,7 +11,7 @@ from preprocess.text.styles.base import Draw, Exchange, Style, one_alternative, 
 def draw_caption(message: Message, draw: Draw) -> Exchange:
     """Draws a caption or a transcript: `text`, or any one of `alternatives`."""
     message = one_alternative(message, draw)
-    # A question of its own, where a row has one, replaces the template.
+    # The row's own question, if any, replaces the template.
     user = user_text(message, draw, plain=message.get("question", ""))
     return user, require_text(message, "text")
 

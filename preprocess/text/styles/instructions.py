@@ -13,7 +13,7 @@ from preprocess.text.styles.qa import draw_qa
 def draw_instruction(message: Message, draw: Draw) -> Exchange:
     """Draws an exchange of a conversation in free form.
 
-    Where a question asks for a count and is answered in words, the user says so first, so that
+    Where a count is requested and answered in words, the user says so first, so that
     the model keeps pointing for those who do not.
     """
     user, response = draw_qa(message, draw)

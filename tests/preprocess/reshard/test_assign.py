@@ -83,7 +83,7 @@ def test_a_cluster_gets_equally_many_shards_for_every_reader(
 ):
     cluster = ReaderCluster(nodes=nodes, ranks=ranks, workers=workers)
     count = count_outputs(total_bytes, num_samples=num_samples, target_bytes=2**28, cluster=cluster)
-    if count.rule == "one sample a shard":
+    if count.rule == "one sample per shard":
         assert count.num_shards == num_samples
     else:
         assert count.num_shards % cluster.num_readers == 0
