@@ -191,20 +191,6 @@ TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py
 
 UNPROVOKED = {
     "all_substitutes_bad",
-    "bad_samples",
-    "dead_links",
-    "image_changed",
-    "image_number",
-    "image_type",
-    "job_settings",
-    "keys_file",
-    "lost_rows",
-    "nothing_left",
-    "number_text",
-    "probe_failed",
-    "reshard_settings",
-    "row_field",
-    "tokenizer_slow",
 }
 """Still without a test of their own."""
 

@@ -578,13 +578,33 @@ def options_of(*words):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("--shard-size", "0"), ("--sha256", "--through", "store"), ("--shard-size", "9" * 400)],
+    "verb, words, reason",
+    [
+        ("reshard", ("--shard-size", "0"), "reshard_settings"),
+        ("reshard", ("--shards", "0"), "reshard_settings"),
+        ("reshard", ("--jobs", "0"), "reshard_settings"),
+        ("reshard", ("--sha256", "--through", "store"), "reshard_settings"),
+        ("reshard", ("--shard-size", "9" * 400), "size_text"),
+        ("reshard", ("--nodes", "0"), "cluster"),
+        ("filter", (), "reshard_settings"),
+        ("filter", ("--keys", "/no/such/file"), "keys_file"),
+        ("split", (), "reshard_settings"),
+        ("split", ("--into", "a"), "split_shares"),
+    ],
 )
-def test_requests_that_make_no_sense_are_refused(words, dataset, tmp_path):
+def test_requests_that_make_no_sense_are_refused(verb, words, reason, dataset, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        options_of("reshard", dataset, tmp_path / "out", "--copy", *words)
+        options_of(verb, dataset, tmp_path / "out", "--copy", *words)
+    assert caught.value.reason == reason
     assert caught.value.fix
+
+
+def test_list_of_keys_that_is_no_text_is_refused(dataset, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError) as caught:
+        options_of("filter", dataset, tmp_path / "out", "--keys", keys)
+    assert (caught.value.reason, caught.value.where) == ("keys_file", str(keys))
 
 
 def test_keys_are_whole_lines_and_those_that_no_sample_has_are_counted(dataset, tmp_path):
