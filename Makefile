@@ -1,4 +1,4 @@
-# Thin targets: `python -m preprocess` and `python -m loader` do the work and take the same flags.
+# Thin targets: `python -m preprocess` and `python -m loader` do the work.
 #   make shards DATASET=pixmo_cap SOURCE=sample      make stream OUT=shards/pixmo_cap      make test
 
 PYTHON ?= python3
@@ -8,80 +8,79 @@ PY     := $(VENV)/bin/python
 TORCH_INDEX ?=
 OUT    = shards/$(DATASET)
 
-# upper-case variable -> flag of `python -m preprocess`
-# Only what stands on make's command line counts: an exported SEED or CACHE must not change a job.
-FLAGS := SOURCE=source SPLIT=split MODE=mode LIMIT=limit SEED=seed TOKENIZER=tokenizer \
-	PAD_VOCAB=pad-vocab MESSAGE_FORMAT=message-format PROMPTS=prompts SYSTEM_PROMPT=system-prompt \
-	VARIANTS=variants POINT_FORMAT=point-format CHOICES=choices PARAPHRASE=paraphrase \
-	IMAGE_SIZE=image-size PATCH_SIZE=patch-size CROPS=crops HIGH_RES_CROPS=high-res-crops IMAGE_FIT=image-fit IMAGE_BOUND=image-bound CODEC=codec \
-	QUALITY=quality KEEP=keep WORKERS=workers SHARD_SIZE=shard-size NUM_SHARDS=num-shards \
-	CACHE=cache MAX_DEAD_LINKS=max-dead-links MAX_BAD_SAMPLES=max-bad-samples \
-	USER_AGENT=user-agent ALLOW_HOSTS=allow-hosts READ_TIMEOUT=read-timeout WALL_TIMEOUT=wall-timeout \
-	ATTEMPTS=attempts
-GIVEN = $(foreach f,$(FLAGS),$(if $(filter command,$(origin $(firstword $(subst =, ,$f)))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))'))
+# Variables on make's command line become the flags of the same name: IMAGE_SIZE=224 is --image-size 224.
+# Those that a target does not have are refused. Exported variables never change a job.
+OWN     := PYTHON VENV TORCH_INDEX SHELL
+# $(value) is what was typed, so that a dollar sign stays one; in single quotes the shell reads nothing else.
+quote    = '$(subst ','\'',$1)'
+define newline
 
-# The same for the verbs that cut datasets anew; there WORKERS is what reads, JOBS what copies.
-RESHARD_FLAGS := SPLIT=split SHARDS=shards SHARD_SIZE=shard-size NODES=nodes RANKS=ranks \
-	WORKERS=workers ORDER=order SEED=seed THROUGH=through JOBS=jobs INTO=into SALT=salt \
-	WHERE=where KEYS=keys NAME=name
-RESHARD = $(foreach f,$(RESHARD_FLAGS),$(if $(filter command,$(origin $(firstword $(subst =, ,$f)))),--$(lastword $(subst =, ,$f)) '$($(firstword $(subst =, ,$f)))')) \
-	$(if $(filter 1,$(VIEW)),--view) $(if $(filter 0,$(VIEW)),--copy) $(if $(DRY_RUN),--dry-run)
+
+endef
+given    = $(filter-out $(OWN),$(foreach v,$(sort $(.VARIABLES)),$(if $(filter command,$(origin $v)),$v)))
+one_line = $(if $(findstring $(newline),$(value $1)),$(error $1 has a line break),$(value $1))
+run_verb = @$(PY) -m preprocess make $@ $(foreach v,$(given),$(call quote,$v=$(call one_line,$v)))
+only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
 .PHONY: help shards plan verify gc reshard merge split filter import export-index datasets stream train test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
-	@echo; echo "variables: DATASET OUT SRC DST VIEW DRY_RUN $(foreach f,$(RESHARD_FLAGS),$(firstword $(subst =, ,$f)))"
-	@echo "of shards and plan: $(foreach f,$(FLAGS),$(firstword $(subst =, ,$f)))"
+	@echo; echo "Variables are the flags of $(PY) -m preprocess TARGET --help: IMAGE_SIZE=224 is --image-size 224."
 
-shards: $(VENV)/ready ## build the shards of DATASET (or finish an interrupted job)
-	@$(PY) -m preprocess shards $(DATASET) --out '$(OUT)' $(GIVEN)
+shards: $(VENV)/ready ## build the shards of DATASET, or resume an interrupted job
+	$(run_verb)
 
 plan: $(VENV)/ready ## print what `make shards` would do
-	@$(PY) -m preprocess plan $(DATASET) --out '$(OUT)' $(GIVEN)
+	$(run_verb)
 
 verify: $(VENV)/ready ## compare every stored byte of OUT with its manifest
-	@$(PY) -m preprocess verify '$(OUT)' $(if $(DEEP),--deep)
+	$(run_verb)
 
-gc: $(VENV)/ready ## remove what interrupted jobs have left in OUT (DRY_RUN=1 lists it)
-	@$(PY) -m preprocess gc '$(OUT)' $(if $(DRY_RUN),--dry-run) $(if $(OLDER_THAN),--older-than '$(OLDER_THAN)')
+gc: $(VENV)/ready ## remove files that interrupted jobs have left in OUT (DRY_RUN=1 lists them)
+	$(run_verb)
 
-reshard: $(VENV)/ready ## cut SRC anew into DST: SHARDS=, or NODES= RANKS= WORKERS= (VIEW=0: files of its own)
-	@$(PY) -m preprocess reshard '$(SRC)' '$(DST)' $(RESHARD)
+reshard: $(VENV)/ready ## write the samples of SRC into other shards, DST: SHARDS=, or NODES= RANKS= WORKERS=
+	$(run_verb)
 
 merge: $(VENV)/ready ## join the datasets SRC="a b" of one recipe into DST
-	@$(PY) -m preprocess merge $(SRC) '$(DST)' $(RESHARD)
+	$(run_verb)
 
-split: $(VENV)/ready ## deal SRC to the splits INTO=train=0.95,validation=0.05 of DST
-	@$(PY) -m preprocess split '$(SRC)' '$(DST)' $(RESHARD)
+split: $(VENV)/ready ## assign the samples of SRC to the splits INTO=train=0.95,validation=0.05 of DST
+	$(run_verb)
 
-filter: $(VENV)/ready ## keep of SRC, in DST, what WHERE='num_tokens < 2048' or KEYS=file says
-	@$(PY) -m preprocess filter '$(SRC)' '$(DST)' $(RESHARD)
+filter: $(VENV)/ready ## keep the samples of SRC with WHERE='num_tokens < 2048' or KEYS=file, in DST
+	$(run_verb)
 
-import: $(VENV)/ready ## index the WebDataset tars SRC where they lie; OUT= NAME=
-	@$(PY) -m preprocess import $(SRC) --out '$(OUT)' --name '$(NAME)' $(if $(SPLIT),--split '$(SPLIT)')
+import: $(VENV)/ready ## index the WebDataset tars SRC in place; OUT= NAME=
+	$(run_verb)
 
 export-index: $(VENV)/ready ## write the index files of FORMAT=wids, energon or dali into OUT
-	@$(PY) -m preprocess export-index '$(OUT)' --format '$(FORMAT)'
+	$(run_verb)
 
 datasets: $(VENV)/ready ## list the datasets
-	@$(PY) -m preprocess datasets
+	$(run_verb)
 
 stream: $(VENV)/ready ## print one batch of OUT as training sees it
+	$(call only,DATASET OUT)
 	@$(PY) -m loader peek '$(OUT)'
 
 train: $(VENV)/ready ## train a small vision-language model on OUT
+	$(call only,DATASET OUT)
 	@$(PY) examples/train.py '$(OUT)'
 
 # Compiled modules are kept even where the environment says otherwise: tests start Python 500 times.
 test: $(VENV)/ready-dev ## the test suite, on all cores; ARGS= goes to pytest
+	$(call only,ARGS)
 	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(VENV)/ready-dev ## lint, format, types and tests
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(MAKE) --no-print-directory test ARGS='$(ARGS)'
+	$(call only,ARGS)
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(MAKE) --no-print-directory test ARGS=$(call quote,$(ARGS))
 
 bench: $(VENV)/ready-bench ## measure the loader beside its limits and beside other loaders; ARGS=--quick
+	$(call only,ARGS)
 	@$(PY) benchmarks/loader.py $(ARGS) && $(PY) benchmarks/assemble.py && $(PY) benchmarks/peers.py --plot benchmarks/peers.png $(ARGS)
 
 setup: $(VENV)/ready-dev ## make the virtual environment

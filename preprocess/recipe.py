@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from preprocess.datasets import ImageSource, SceneImage, example_images
 from preprocess.media import ImagePolicy, ImagePreprocessor
+from preprocess.settings import Setting
 from preprocess.text import (
     ChatFrame,
     DataFormatter,
@@ -46,8 +47,9 @@ class Recipe:
 
     text: TextPolicy = field(default_factory=TextPolicy)
     image: ImagePolicy = field(default_factory=ImagePolicy)
-    seed: int = 0
-    """Seed of the baked draws and of the order in the shards."""
+    seed: Annotated[
+        int, Setting("seed of the baked draws and of the stored order", group="what to build")
+    ] = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the recipe in plain JSON types, for hashing and for the manifest."""
@@ -68,7 +70,7 @@ class Preparer:
     recipe: Recipe
     tokenizer: Tokenizer
     read_url: Callable[[str], bytes] | None = None
-    """Gives the bytes behind a URL, such as a blob cache's reader; None refuses URLs."""
+    """Reads the bytes of a URL, for example from a blob cache; None refuses URLs."""
 
     @cached_property
     def frame(self) -> ChatFrame:

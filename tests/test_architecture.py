@@ -86,7 +86,7 @@ OUTSIDE_WORLD = {
 """What a pure module has no business with."""
 
 CLOCKS = {
-    "preprocess/__main__.py",
+    "preprocess/cli/care.py",
     "preprocess/fetch/blobs.py",
     "preprocess/fetch/download.py",
     "preprocess/job/lease.py",
@@ -117,7 +117,7 @@ FLOORS = {
         {"probe"},
     ),
     "preprocess": (
-        {"sizes"},
+        {"sizes", "settings"},
         {"media", "fetch", "synthetic"},
         {"text", "tokenizer", "datasets"},
         {"recipe"},

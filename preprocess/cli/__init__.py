@@ -1,11 +1,14 @@
-"""The verbs of `python -m preprocess`: their flags and what they print; `__main__` only joins them.
-The verbs of `python -m preprocess`: their flags and what they print; `__main__` only joins them."""
+"""The verbs of `python -m preprocess`: their flags, and what they print.
 
-from preprocess.cli.reshard import add_verbs, outcome_text, plan_text, reshard_settings
+Decides how people call the offline half and what they read. Never prints by itself: `__main__`
+joins the verbs and owns the terminal.
+"""
 
-__all__ = [
-    "add_verbs",
-    "outcome_text",
-    "plan_text",
-    "reshard_settings",
-]
+from preprocess.cli import build, care, exchange, reshard
+from preprocess.cli.make import make_arguments, make_variables
+from preprocess.cli.verbs import Console, Verb
+
+VERBS = (*build.VERBS, *care.VERBS, *reshard.VERBS, *exchange.VERBS)
+"""Every verb, in the order in which `--help` lists them."""
+
+__all__ = ["VERBS", "Console", "Verb", "make_arguments", "make_variables"]

@@ -98,8 +98,8 @@ class DatasetBase(Dataset):
     """Whether the source has a row per annotation: all rows of an image become one example.
 
     Opening such a dataset reads every row once. It holds 16 bytes a row, about 80 at the peak:
-    PixMo-Points' 2.4 million rows take 40 MB. Images are told apart by 64-bit hashes; among 10**7
-    images the chance that any two are taken for one is 3 in 10**6.
+    PixMo-Points' 2.4 million rows take 40 MB. Images are distinguished by 64-bit hashes; among
+    10**7 images the chance that any two are taken for one is 3 in 10**6.
     """
     sample_rows_per_example: ClassVar[int] = 1
     """Generated rows about one image."""
@@ -258,7 +258,7 @@ class DatasetBase(Dataset):
 
     def _image_name(self, image: ImageSource) -> str:
         if isinstance(image, Path) and self.rows.base and image.is_relative_to(self.rows.base):
-            image = image.relative_to(self.rows.base)  # the same wherever the folder lies
+            image = image.relative_to(self.rows.base)  # the same wherever the folder is
         return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
 
 
@@ -351,7 +351,7 @@ def required(value: Value, *, reason: str) -> Value:
     """Gives a value back if there is anything in it.
 
     Raises:
-      SampleError: `reason`, such as `no_label`: an entry of its own in `errors.toml`.
+      SampleError: `reason`, such as `no_label`, which has its own entry in `errors.toml`.
     """
     if not value:
         raise SampleError(reason)

@@ -26,7 +26,7 @@ from preprocess.synthetic import row_rng, scene_plan, scene_targets
 class PixMoCount(HfDataset):
     """PixMo-Count in one of three modes.
 
-    point_count: points and tells the number. pointing: points only. count: tells the number only;
+    point_count: points and the number. pointing: points only. count: the number only;
     the only mode for the splits without points.
     """
 

@@ -78,8 +78,8 @@ class PixMoPointExplanations(HfDataset):
         points = [percent_points(plan, phrase.objects) for phrase in chosen.phrases]
         texts = [phrase.label for phrase in chosen.phrases]
         response = chosen.answer
-        for places, text in zip(points, texts, strict=True):
-            response = response.replace(POINT_MARK, _tag(places, text), 1)
+        for group, text in zip(points, texts, strict=True):
+            response = response.replace(POINT_MARK, _tag(group, text), 1)
         unparsed = turn == 1 and rng.randint(8) == 0
         return {
             "image": SceneImage(seed=seed, idx=scene_idx),
@@ -97,12 +97,12 @@ class PixMoPointExplanations(HfDataset):
 def _tag(points: list[dict[str, float]], text: str) -> str:
     """Writes points as the source's `response` does: percent with one decimal."""
     numbers = [""] if len(points) == 1 else [str(i) for i in range(1, len(points) + 1)]
-    places = [
+    coordinates = [
         f'x{n}="{point["x"]:.1f}" y{n}="{point["y"]:.1f}"'
         for n, point in zip(numbers, points, strict=True)
     ]
     name = "point" if len(points) == 1 else "points"
-    return f'<{name} {" ".join(places)} alt="{text}">{text}</{name}>'
+    return f'<{name} {" ".join(coordinates)} alt="{text}">{text}</{name}>'
 
 
 DATASET = PixMoPointExplanations

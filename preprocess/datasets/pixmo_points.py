@@ -1,4 +1,4 @@
-"""PixMo-Points: labels of web images and every place that each of them fits.
+"""PixMo-Points: labels of web images and the points of everything that they fit.
 
 Public schema (card of allenai/pixmo-points): image_url str, image_sha256 str, points list[{x, y}]
 float64, count int64, label str, collection_method "pointing" or "counting". The card says that
@@ -34,7 +34,7 @@ _STYLES = {
 class PixMoPoints(HfDataset):
     """PixMo-Points in one of three modes.
 
-    pointing: points at everything that a label fits. point_count: points and tells the number.
+    pointing: points at everything that a label fits. point_count: points and the number.
     both: each label once in either way.
     """
 

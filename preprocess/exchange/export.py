@@ -48,8 +48,8 @@ def export_index(url: str, form: ExportFormat, report: Reporter) -> list[str]:
       URLs of the files that are new, those beside the shards left out.
 
     Raises:
-      ConfigError: `export_view`: the dataset has no shards of its own; `export_name`: DALI cannot
-        name a file.
+      ConfigError: `export_view`: the dataset is a view and has no shards; `export_name`: DALI
+        cannot name a file.
       ConflictError: `key_collision`: energon wants keys that differ over all splits.
     """
     manifest = require_manifest(url)
@@ -160,7 +160,7 @@ def _counts(manifest: Manifest) -> dict[str, int]:
 
 
 def _energon_split(split: str) -> str:
-    """Names a split as energon asks for it."""
+    """Names a split as energon requests it."""
     return {"validation": "val"}.get(split, split)
 
 

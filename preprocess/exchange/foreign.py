@@ -1,9 +1,9 @@
-"""IMPORT: makes a dataset of WebDataset tars that somebody else wrote, without moving them.
+"""IMPORT: makes a dataset of WebDataset tars that another tool wrote, without moving them.
 
-Each tar is read once: its samples become rows of an index (place, checksum, key), which is kept
-in the output; the manifest is a view that names the tars where they lie. From then on they can be
-streamed raw, cut anew, filtered, merged and verified like any dataset. A receipt per tar lets the
-same command go on.
+Each tar is read once: its samples become rows of an index (byte range, checksum, key), which is
+stored in the output; the manifest is a view that refers to the tars in place. From then on they can
+be streamed raw, resharded, filtered, merged and verified like any dataset. A receipt per tar lets
+the same command resume.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 
 from preprocess.job import Reporter, output_lock, require_name, shard_name
 from preprocess.job.engines import local
 from preprocess.reshard import portable_url, read_notes, repeated_key
+from preprocess.settings import Setting, usable_cores
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ShardError
 from shardspec.foreign import ForeignFile, is_pickle, walk_foreign
@@ -52,12 +53,21 @@ _CHUNK_BYTES = 8 * 2**20
 class ImportSettings:
     """Which tars, and what they are called together."""
 
-    tars: tuple[str, ...]
-    """Tars, or folders of them."""
-    out: str
-    name: str
-    split: str = "train"
-    num_workers: int = 1
+    tars: Annotated[
+        tuple[str, ...],
+        Setting("tars, or folders of them; URLs too", flag="src", positional=True),
+    ]
+    out: Annotated[str, Setting("folder or URL for the manifest and the indexes")]
+    name: Annotated[str, Setting("name of the dataset")]
+    split: Annotated[str, Setting("name of the split")] = "train"
+    num_workers: Annotated[
+        int,
+        Setting("number of processes", flag="jobs", shown="all cores", unset=usable_cores),
+    ] = 1
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ConfigError("job_settings", facts={"num_workers": self.num_workers})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +106,7 @@ class ImportContext:
 
 
 def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
-    """Indexes tars in place, or finishes what an interrupted run began.
+    """Indexes tars in place, or resumes an interrupted run.
 
     Raises:
       ConfigError: `import_tars`: a tar is missing, or named twice, or all of them are empty;
@@ -135,7 +145,7 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
 
 
 def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
-    """Lists the tars; a folder stands for all `.tar` directly below it, by name."""
+    """Lists the tars; a folder means every `.tar` directly in it, sorted by name."""
     found: list[str] = []
     for url in urls:
         if url.endswith(".tar"):
@@ -352,7 +362,7 @@ def _manifest(
                 index_sha256=entry.index_sha256,
             )
         )
-        # Like any shard of a view, it has no files of its own.
+        # A shard of a view has no files.
         shards.append(replace(entry, sha256="", index_bytes=0, index_sha256=""))
         parts[entry.url] = ((i, 0, entry.nsamples),) if entry.nsamples else ()
     split = SplitEntry(

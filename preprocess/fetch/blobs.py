@@ -1,12 +1,12 @@
-"""What FETCH leaves behind for PLAN and BUILD: image files by content, and a ledger by URL.
+"""What FETCH stores for PLAN and BUILD: image files by content, and a ledger by URL.
 
     <root>/blobs/ab/abcdef...     one file per distinct content, named by its sha256
     <ledger>.jsonl                one line per finished URL, appended; the last line of a URL wins
 
 A blob appears under its name only complete. The ledger is append-only: a process that is killed
 can at worst tear the last line, which the next opening drops, so that the URL is fetched again. A
-line is written after its blob is in place; whoever trusts a line still checks the blob, since a
-line may outlive a blob that was deleted.
+line is written after its blob is in place. Readers still check the blob, since it may have been
+deleted after its line was written.
 
 URLs are written here without credentials (`redact`); what differs in credentials only is one URL.
 """
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 SYNC_LINES = 1000
 SYNC_INTERVAL_S = 5.0
-"""The ledger is flushed to disk after so many lines or seconds: what a power cut may cost. A killed
-process loses nothing, since every line is handed to the kernel at once."""
+"""The ledger is flushed to disk after this many lines or seconds, which a power cut may cost. A
+killed process loses nothing, since every line is passed to the kernel at once."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _USERINFO = re.compile(r"^(\s*(?:[a-zA-Z][a-zA-Z0-9+.-]*:)?[/\\]*)[^/?#\\]*@")
@@ -56,7 +56,7 @@ class FetchResult:
     """How one URL ended; a line of the ledger."""
 
     url: str
-    """The URL asked for, redacted."""
+    """The requested URL, redacted."""
     status: Literal["ok", "failed"]
     reason: str = ""
     """Class of the failure (`preprocess.fetch.download`); "" for ok, or "sha_mismatch" where only
@@ -68,9 +68,9 @@ class FetchResult:
     num_bytes: int = 0
     """Length of that body."""
     attempts: int = 0
-    """Times the URL was asked for in the run that wrote this, redirects not counted."""
+    """Times the URL was requested in the run that wrote this, redirects not counted."""
     content_type: str = ""
-    """As the server said; nothing is decided by it."""
+    """As the server reports it; nothing depends on it."""
     final_url: str = ""
     """Where the redirects led, redacted; "" where no answer came."""
 
@@ -93,7 +93,7 @@ class BlobCache:
         return self.root / "blobs" / sha256[:2] / sha256
 
     def has(self, sha256: str, *, num_bytes: int | None = None) -> bool:
-        """Tells whether a blob is there (and of that length); its content is not read."""
+        """Returns True if a blob exists (with that length); its content is not read."""
         got = storage.size(str(self.path(sha256)))
         return got is not None and num_bytes in (None, got)
 

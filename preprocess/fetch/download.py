@@ -1,14 +1,14 @@
 """FETCH: downloads each image URL once, into blobs by content and a ledger by URL.
 
-The network is the only part of the offline job that differs from run to run, so it stands alone:
-what it found is frozen in the ledger, and everything after is a function of that.
+The network is the only part of the offline job that differs from run to run, so it is separate:
+its results are frozen in the ledger, and everything after is a function of that.
 
 1. URLs are made unique, and those that an earlier run settled are left alone: "ok" with the blob in
-   place, or failed for a reason that asking again would not change.
-2. The rest is dealt out host by host. A host has up to `per_host` *tickets* in one ring; who takes
-   a ticket fetches that host's next URL and puts the ticket back. So hosts take turns, no host is
-   asked more at once than allowed, a slow one holds up nobody, and there are as many tasks as
-   workers however many URLs there are.
+   place, or failed for a reason that another request would not change.
+2. The rest is fetched host by host. A host has up to `per_host` *tickets* in one ring; a worker
+   that takes a ticket fetches that host's next URL and puts the ticket back. So hosts take turns,
+   no host gets more requests at a time than allowed, a slow one delays no other, and there are as
+   many tasks as workers however many URLs there are.
 3. A URL is tried `attempts` times while its failures are transient, with exponential backoff and
    full jitter; Retry-After pauses the whole host. A body counts when it is complete, its header is
    an image's, and its sha256 is the expected one.
@@ -16,7 +16,7 @@ what it found is frozen in the ledger, and everything after is a function of tha
 
 Reasons of failure, stable codes. Transient (`TRANSIENT`), tried again at once and in later runs:
 dns, connect, tls, timeout, protocol (no proper HTTP), truncated, http_429, http_5xx, host_down (not
-asked: its host failed too often in a row), offline (see `BudgetError` below). Permanent, until
+requested: its host failed too often in a row), offline (see `BudgetError` below). Permanent, until
 `retry="all"`: http_404 and every other status, bad_url, bad_scheme, private_addr,
 too_many_redirects, too_big, empty, not_image, bomb (more pixels than allowed), sha_mismatch.
 
@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -49,6 +49,7 @@ from PIL import Image
 from yarl import URL
 
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
+from preprocess.settings import Setting
 from shardspec.errors import BudgetError, ConfigError, nearest
 from shardspec.keyed import hash_text
 from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS, open_image
@@ -82,9 +83,11 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"
 """Pillow formats that count as an image: pixels in a file. Left out are those that run or fetch
 something to be drawn (EPS calls Ghostscript) and those without a signature (TGA)."""
 
+_GROUP = "downloading images"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WORKERS_PER_SLOT = 4
-"""Workers that wait out a backoff or a pause hold no slot; this many let others go on meanwhile."""
+"""Workers that wait out a backoff or a pause hold no slot; this many let others continue
+meanwhile."""
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 """A last label that makes a host an IPv4 address (URL standard, "ends in a number checker")."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -93,22 +96,28 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchPolicy:
-    """How politely, how long and how much FETCH asks."""
+    """Limits of FETCH: pauses, timeouts, sizes and numbers of requests."""
 
     connect_timeout_s: float = 10.0
     """Longest wait for a TCP connection."""
-    read_timeout_s: float = 15.0
-    """Longest silence of a server."""
-    wall_timeout_s: float = 60.0
-    """Longest attempt, redirects and slow bodies included; also the longest pause between two."""
+    read_timeout_s: Annotated[
+        float,
+        Setting("longest silence of a server, in seconds", flag="read-timeout", group=_GROUP),
+    ] = 15.0
+    wall_timeout_s: Annotated[
+        float,
+        Setting("longest download of one image, in seconds", flag="wall-timeout", group=_GROUP),
+    ] = 60.0
+    """Of one attempt, redirects and slow bodies included; also the longest pause between two."""
     max_bytes: int = 64 * 2**20
     """Largest body."""
     max_pixels: int = MAX_STORED_PIXELS
     """Most pixels that an image's header may announce."""
     max_redirects: int = 5
     """Most redirects that are followed."""
-    attempts: int = 4
-    """Most attempts at one URL in one run."""
+    attempts: Annotated[
+        int, Setting("maximum number of attempts at one image in one run", group=_GROUP)
+    ] = 4
     backoff_s: float = 1.0
     """The wait after attempt n is drawn from 0 to backoff_s * 2**(n - 1)."""
     per_host: int = 4
@@ -123,10 +132,19 @@ class FetchPolicy:
     breaker_success: float = 0.10
     """Fewer than this share of the last `breaker_window` URLs, from at least `breaker_hosts` hosts,
     stops the run; 0.0 never does."""
-    user_agent: str = "vlm-shards"
-    """Name the project and a contact when fetching from public hosts."""
-    allow_hosts: frozenset[str] = frozenset()
-    """Hosts, in lower case as they stand in URLs, that may have an address that is not public."""
+    user_agent: Annotated[
+        str, Setting("your name and a contact, for public hosts", group=_GROUP, metavar="TEXT")
+    ] = "vlm-shards"
+    allow_hosts: Annotated[
+        frozenset[str],
+        Setting(
+            "hosts that may have private addresses, separated by commas",
+            group=_GROUP,
+            metavar="HOSTS",
+            parse=lambda text: frozenset(text.split(",")) - {""},
+        ),
+    ] = frozenset()
+    """In lower case, as they are written in URLs."""
     retry: Retry = "transient"
     """Which failures of earlier runs are tried again."""
 
@@ -156,10 +174,10 @@ def fetch_all(
     sha_policy: ShaPolicy = "require",
     on_result: Callable[[FetchResult], None] | None = None,
 ) -> dict[str, FetchResult]:
-    """Downloads what is not there yet and tells how each URL ended.
+    """Downloads what is missing and returns the result of each URL.
 
-    Interrupted by anything, even SIGKILL, it leaves a valid cache and ledger; the same call goes on
-    where it stopped. It runs an event loop of its own, so call it from plain code.
+    Interrupted by anything, even SIGKILL, it leaves a valid cache and ledger; the same call
+    resumes. It runs its own event loop, so call it from synchronous code.
 
     Args:
       urls: In any order, duplicates allowed. Held in memory.
@@ -176,7 +194,7 @@ def fetch_all(
 
     Raises:
       BudgetError: `looks_offline`: hardly any URL works. The failures of the last window are in the
-        ledger as "offline", so the next run asks again.
+        ledger as "offline", so the next run requests them again.
       StorageError: The cache or the ledger could not be written.
       ConfigError: `bad_sha_policy`.
     """
@@ -204,11 +222,11 @@ def fetch_all(
             todo.append(url)
     if todo:
         try:
-            asyncio.run(run.fetch(deal_hosts(todo)))
+            asyncio.run(run.fetch(group_by_host(todo)))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None  # see _cancel_on_sigint
     counts = Counter(result.reason or result.status for result in run.results.values())
-    logger.info("%d URLs, %d asked for: %s", len(run.results), len(todo), dict(counts))
+    logger.info("%d URLs, %d requested: %s", len(run.results), len(todo), dict(counts))
     return {url: run.results[name] for url, name in names.items()}
 
 
@@ -220,15 +238,15 @@ class Host:
     urls: list[str] = field(default_factory=list)
     """Taken from the end."""
     resume_at_s: float = 0.0
-    """Loop time before which the host asked not to be asked."""
+    """Loop time before which the host accepts no request (Retry-After)."""
     failures_in_a_row: int = 0
     """URLs that ended in a transient failure since the last one that did not."""
 
 
-def deal_hosts(urls: Iterable[str]) -> list[Host]:
-    """Groups URLs by host; hosts and the URLs in them stand in an order keyed by their text.
+def group_by_host(urls: Iterable[str]) -> list[Host]:
+    """Groups URLs by host; the order of hosts, and of the URLs in them, is keyed by their text.
 
-    >>> [(host.name, len(host.urls)) for host in deal_hosts(["http://a/1", "http://b/", "http://a/2"])]
+    >>> [(host.name, len(host.urls)) for host in group_by_host(["http://a/1", "http://b/", "http://a/2"])]
     [('b', 1), ('a', 2)]
     """
     hosts: dict[str, Host] = {}
@@ -241,7 +259,7 @@ def deal_hosts(urls: Iterable[str]) -> list[Host]:
 
 
 def is_public(address: str) -> bool:
-    """Tells whether an IP address belongs to the public internet, looking through tunnels.
+    """Returns True if an IP address belongs to the public internet, looking through tunnels.
 
     >>> is_public("8.8.8.8"), is_public("169.254.169.254"), is_public("::ffff:10.0.0.1")
     (True, False, False)
@@ -312,8 +330,8 @@ class _Answer:
 class _PublicResolver(AbstractResolver):
     """Resolves names to public addresses only.
 
-    aiohttp connects to what its resolver returns and asks no second time, so an answer that changes
-    between check and use (DNS rebinding) gains nothing.
+    aiohttp connects to what its resolver returns and does not resolve again, so an answer that
+    changes between check and use (DNS rebinding) gains nothing.
     """
 
     def __init__(self, allow_hosts: frozenset[str]) -> None:
@@ -341,7 +359,7 @@ class _PublicResolver(AbstractResolver):
 
 
 class _Breaker:
-    """Notices that nearly nothing works any more, whatever the host."""
+    """Detects that hardly any request succeeds, whatever the host."""
 
     def __init__(self, policy: FetchPolicy) -> None:
         self._policy = policy
@@ -381,7 +399,7 @@ class _Run:
         self._breaker = _Breaker(self.policy)
 
     def is_settled(self, known: FetchResult) -> bool:
-        """Tells whether the result of an earlier run stands."""
+        """Returns True if the result of an earlier run is kept."""
         expected = self.expected.get(known.url)
         differs = self.sha_policy == "require" and expected not in (None, known.sha256)
         if known.status == "ok":
@@ -432,8 +450,8 @@ class _Run:
                 await asyncio.gather(*workers, return_exceptions=True)
 
     async def _work(self, ring: deque[Host]) -> None:
-        # A worker that finds no ticket may leave: every ticket still out is in the hands of a
-        # worker that will use it again.
+        # A worker that finds no ticket may leave: every other ticket is held by a worker that will
+        # put it back.
         while ring:
             host = ring.popleft()
             if not host.urls:
@@ -458,7 +476,7 @@ class _Run:
         self.on_result(result)
         transient = result.reason in TRANSIENT
         host.failures_in_a_row = host.failures_in_a_row + 1 if transient else 0
-        # URLs that were never asked for, and those that failed before, say nothing about today.
+        # URLs that were never requested, and those that failed before, say nothing about today.
         fresh = before is None or before.status == "ok" or before.reason == "offline"
         if not result.attempts or not fresh:
             return
@@ -511,7 +529,7 @@ class _Run:
                 http_status=failure.http_status,
                 attempts=attempt,
             )
-        # Outside the wall limit: a slow disk is no fault of the server's.
+        # Outside the wall limit: the server is not to blame for a slow disk.
         loop = asyncio.get_running_loop()
         reason, sha256 = await loop.run_in_executor(None, self._keep, name, answer.body)
         only_warned = reason == "sha_mismatch" and self.sha_policy == "warn"
@@ -564,7 +582,7 @@ class _Run:
                 if len(body) > self.policy.max_bytes:
                     raise _Failure("too_big", http_status=status)
         except (aiohttp.ClientError, OSError) as error:
-            # Whatever breaks a connection in the middle of a body leaves a part of it.
+            # Any error in the middle of a body leaves a part of it.
             reason = _reason_of(error)
             raise _Failure(
                 "timeout" if reason == "timeout" else "truncated", http_status=status
@@ -575,7 +593,7 @@ class _Run:
 
 
 def _checked_url(text: str, *, allow_hosts: frozenset[str], base: URL | None = None) -> URL:
-    """Parses a URL, against a base if it may be relative, and refuses what must not be asked.
+    """Parses a URL, against a base if it may be relative, and refuses what must not be requested.
 
     Raises:
       _Failure: bad_url, bad_scheme or private_addr.

@@ -2,9 +2,9 @@
 
 A task is a pure function of the plan's rows, the images and the recipe; it may run anywhere, any
 number of times. It has two parts: `build_shard` makes the files in a scratch folder, which takes a
-processor; `publish_shard` puts them in place, which takes a network. They appear whole under their
-final names, the receipt last: a shard without a valid receipt does not exist. Rows that cannot
-become samples are written to the quarantine list with the reason, never dropped in silence.
+processor; `publish_shard` writes them to the output, which takes a network. They appear complete
+under their final names, the receipt last: a shard without a valid receipt does not exist. Rows that
+cannot become samples are written to the quarantine list with the reason, never dropped silently.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class BuildContext:
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltShard:
-    """A shard that is built and not yet in place."""
+    """A shard that is built and not yet published."""
 
     path: Path
     """The tar, in a scratch folder."""
@@ -133,13 +133,13 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
                     codec=codec,
                     several=context.several_images,
                 )
-                place = writer.write_sample(members)
+                stored = writer.write_sample(members)
                 sizes = [len(payload) for payload in encoded]
                 json_bytes = len(members[0][1])
                 index.append(
                     index_row(
                         sample,
-                        place=place,
+                        place=stored,
                         json_bytes=json_bytes,
                         image_sizes=sizes,
                         views=views,
@@ -178,13 +178,13 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
 def publish_shard(
     context: BuildContext, shard: int, built: BuiltShard, on_part: Callable[[int], None]
 ) -> Receipt:
-    """Puts a built shard in place, its receipt last.
+    """Publishes a built shard, its receipt last.
 
     Args:
       context: The job.
       shard: Its number.
       built: What `build_shard` has made; its scratch folder is gone afterwards.
-      on_part: Hears how many bytes have arrived at an object store, part by part.
+      on_part: Called with the number of bytes that an object store has received, part by part.
 
     Raises:
       StorageError: The output cannot be written; `output_busy`: another job writes to it.
@@ -214,7 +214,7 @@ def rows_url(out: str, split: str, shard: int) -> str:
 
 
 def find_receipts(context: BuildContext) -> dict[int, Receipt]:
-    """Finds the receipts of finished shards: of this very build, and with their shards in place."""
+    """Finds the receipts of finished shards: of this very build, whose shards exist."""
     names = {context.name(shard): shard for shard in range(context.num_shards)}
     found = valid_receipts(context.out, names, keys={context.build_key})
     return {names[name]: receipt for name, receipt in found.items()}
@@ -259,7 +259,7 @@ def stored_sizes(out: str, split: str) -> dict[str, int]:
 
 
 def is_in_place(entry: ShardEntry, sizes: Mapping[str, int]) -> bool:
-    """Tells whether a shard and its index are there, at their lengths."""
+    """Returns True if a shard and its index exist with their lengths."""
     wanted = {entry.url: entry.num_bytes, entry.index_url: entry.index_bytes}
     return all(sizes.get(url) == num_bytes for url, num_bytes in wanted.items())
 
@@ -317,9 +317,9 @@ def sample_size(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
         codec=preparer.recipe.image.codec,
         several=len(encoded) > 1,
     )
-    place = TarWriter(io.BytesIO()).write_sample(members)
+    stored = TarWriter(io.BytesIO()).write_sample(members)
     return SampleSize(
-        num_bytes=place.num_bytes,
+        num_bytes=stored.num_bytes,
         num_tokens=longest_text(sample.spans)[0],
         variant_bytes=variant_bytes(sample.spans),
     )
@@ -370,7 +370,7 @@ def scratch_root(out: str, *, cache: Path) -> Path:
 
 @contextmanager
 def scratch_folder(root: str) -> Iterator[Path]:
-    """Makes a folder of its own for unfinished files."""
+    """Makes a new folder for unfinished files."""
     with storage.translate_errors(root):
         storage.make_folder(Path(root))
     with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:

@@ -29,7 +29,7 @@ from shardspec.manifest import (
 )
 
 COMMIT_ATTEMPTS = 10
-"""Times that a manifest is made anew because another was written in between."""
+"""Attempts at a manifest: another job may have written one in between."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ def _with_split(job: Job, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> 
 
 
 def committed(job: Job) -> Committed | None:
-    """Finds the split that this job would make, complete and in place; None where it is not."""
+    """Finds the split that this job would make, if it is complete; else None."""
     manifest = load_manifest(job.settings.out)
     if manifest is None or job.settings.split not in manifest.splits:
         return None
@@ -141,7 +141,7 @@ def committed(job: Job) -> Committed | None:
 
 
 def tokenizer_in_place(url: str, manifest: Manifest) -> bool:
-    """Tells whether a dataset's copy of its tokenizer is the one that the manifest names."""
+    """Returns True if a dataset's copy of its tokenizer is the one that the manifest names."""
     try:
         payload = storage.read_bytes(storage.join(url, TOKENIZER_NAME))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The dry run behind `make plan`: what a job would do, without writing or downloading anything."""
+"""What `make plan` shows: what a job would do, without writing or downloading anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DryRun:
     urls_known: Mapping[str, int]
     """URLs by what the ledger says of them: ok, a reason of failure, or "unknown"."""
     mean_sample_bytes: float | None
-    """From really built samples; None where no image is at hand yet."""
+    """From really built samples; None where no image is available yet."""
     mean_tokens: float | None
     mean_variant_bytes: float | None
     """Of these bytes, what the baked variants beyond the first cost."""
@@ -70,7 +70,7 @@ def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
 
 
 def _survey_rows(job: Job, known: Mapping[str, FetchResult]) -> Iterator[dict[str, Any]]:
-    """Gives rows whose image is at hand without the network."""
+    """Gives rows whose image is available without the network."""
     for i in range(len(job.dataset)):
         try:
             example = job.dataset[i]

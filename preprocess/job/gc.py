@@ -1,14 +1,14 @@
 """GC: finds what no manifest and no running plan needs in an output, and removes it.
 
-What interrupted jobs leave behind: shards and receipts of a build that was given up, planned rows
+What interrupted jobs leave: shards and receipts of an abandoned build, planned rows
 without their plan, unfinished files, and the parts of multipart uploads, which no listing of
 objects shows and which an S3 store charges for until they are aborted. Only names that a job itself
-gives are looked at; any other file is left alone, whatever it is.
+gives are considered; any other file is left alone.
 
 Kept are the manifest and all it names, the tokenizer, run.json, the identities of the jobs that
 made the splits, receipts and quarantine lists of shards that are named, and all that belongs to a
-plan that is not committed yet: the same `make shards` goes on from there. An import may name tars
-that lie in its own output: whatever lies beside them is somebody else's too, and stays.
+plan that is not committed yet: the same `make shards` resumes from there. An import may name tars
+inside its own output: other files in their folders are not ours either, and are kept.
 
 Google Cloud Storage keeps its unfinished uploads to itself and drops them after a week; there is
 nothing to abort there.
@@ -67,11 +67,11 @@ def find_strays(url: str, *, written_before_unix_s: float | None = None) -> Stra
 
     Args:
       url: The output.
-      written_before_unix_s: Pass over what was written later.
+      written_before_unix_s: Keep what was written later.
 
     Raises:
-      ManifestError: `manifest_missing`: there is neither a manifest nor a plan, so nothing can be
-        told from anything; or as `parse_manifest`.
+      ManifestError: `manifest_missing`: there is neither a manifest nor a plan, so nothing
+        shows what is needed; or as `parse_manifest`.
     """
     manifest = load_manifest(url)
     listed = storage.list_objects(url)
@@ -103,7 +103,7 @@ def remove_strays(url: str, strays: Strays) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """What is needed, of all that is called like a job's."""
+    """What is needed, among the files with a job's names."""
 
     files: frozenset[str]
     """Tars and indexes, by their absolute URLs: a view may name any, and over links."""
@@ -114,9 +114,9 @@ class _Kept:
 
 
 def _kept(url: str, manifest: Manifest | None, planned: list[ShardEntry]) -> _Kept:
-    """Gathers what the manifest names, and the shards that plans under way have finished."""
+    """Gathers what the manifest names, and the shards that unfinished plans have built."""
     shards = [*planned, *(manifest.shards if manifest else ())]
-    # The shards of a view are no files.
+    # The shards of a view are not files.
     files = [*(shard.file for shard in planned), *(manifest.files if manifest else ())]
     tars = manifest.view.files if manifest and manifest.view else ()
     return _Kept(
@@ -133,7 +133,7 @@ def _absolute(url: str, name: str) -> str:
 
 
 def _planned(url: str, plans: Iterable[str], names: set[str]) -> list[ShardEntry]:
-    """Lists the shards that plans under way have finished: those with a receipt of theirs."""
+    """Lists the shards that unfinished plans have built: those with a receipt of theirs."""
     keys = set()
     for split in plans:
         document = read_json(storage.join(url, "plan", split, "plan.json"))
@@ -168,5 +168,5 @@ def _is_stray(url: str, name: str, *, kept: _Kept, plans: list[str]) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    """Tells whether an unfinished upload would have made a file of a job."""
+    """Returns True if an unfinished upload would have made a file of a job."""
     return any(p.fullmatch(name) for p in (_SHARD, _RECEIPT, _QUARANTINE, _ROWS))

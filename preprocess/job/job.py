@@ -12,7 +12,7 @@ import importlib.metadata
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import PIL.features
 
@@ -21,6 +21,8 @@ from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
 from preprocess.recipe import Preparer, Recipe
+from preprocess.settings import Setting, usable_cores
+from preprocess.sizes import parse_bytes
 from preprocess.text import EMBEDDED, load_tokenizer
 from shardspec import storage
 from shardspec.errors import ConfigError
@@ -34,13 +36,13 @@ class Reporter(Protocol):
     """Receives the job's progress; the command line shows it as bars."""
 
     def stage(self, name: str, total: int | None) -> None:
-        """A stage begins, with so many steps."""
+        """A stage begins, with this many steps; None if unknown."""
 
     def step(self, reason: str) -> None:
         """One step is done; `reason` is "" or why it failed."""
 
     def sent(self, num_bytes: int) -> None:
-        """So many bytes more have arrived at an object store."""
+        """An object store has received this many bytes more."""
 
     def note(self, text: str) -> None:
         """Something that a person should know."""
@@ -50,26 +52,93 @@ class Reporter(Protocol):
 class JobSettings:
     """What to build, from what, where to and with how much."""
 
-    dataset: str
-    out: str
-    source: str = "hub"
-    split: str = "train"
-    mode: str | None = None
-    limit: int | None = None
-    tokenizer: str = EMBEDDED
-    pad_to: int | None = None
-    """Rows of the model's embedding: the image symbols' ids start there."""
+    dataset: Annotated[
+        str, Setting("name of the dataset; the verb `datasets` lists them", positional=True)
+    ]
+    source: Annotated[
+        str,
+        Setting(
+            "hub, sample (generated rows, no download), or a folder of Parquet or Arrow files",
+            group="what to build",
+        ),
+    ] = "hub"
+    split: Annotated[str, Setting("split to build", group="what to build")] = "train"
+    mode: Annotated[
+        str | None,
+        Setting(
+            "what a row becomes, for example captions or transcript_and_caption",
+            group="what to build",
+            shown="the dataset's first mode",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        Setting(
+            "number of rows to use, from the first on",
+            group="what to build",
+            shown="all; 256 with source sample",
+        ),
+    ] = None
+    out: Annotated[
+        str,
+        Setting(
+            "output folder or URL",
+            group="what to build",
+            shown="shards/DATASET",
+            unset=lambda: None,
+        ),
+    ]
+    tokenizer: Annotated[
+        str, Setting("hub id, folder with tokenizer.json, or embedded", group="text")
+    ] = EMBEDDED
+    pad_to: Annotated[
+        int | None,
+        Setting(
+            "rows of the model's embedding; the ids of the image symbols start there",
+            flag="pad-vocab",
+            group="text",
+            shown="the tokenizer's length, rounded up to 128",
+        ),
+    ] = None
     recipe: Recipe = field(default_factory=Recipe)
-    shard_bytes: int = 256 * 2**20
-    num_shards: int | None = None
-    num_workers: int = 1
-    cache: str = "~/.cache/vlm-shards"
-    """Local folder of downloaded images and their ledgers."""
+    shard_bytes: Annotated[
+        int,
+        Setting(
+            "target size of a shard",
+            flag="shard-size",
+            group="the job",
+            metavar="SIZE",
+            parse=parse_bytes,
+            shown="256MiB",
+        ),
+    ] = 256 * 2**20
+    num_shards: Annotated[
+        int | None,
+        Setting("exact number of shards", group="the job", shown="from --shard-size"),
+    ] = None
+    num_workers: Annotated[
+        int,
+        Setting(
+            "number of processes",
+            flag="workers",
+            group="the job",
+            shown="all cores",
+            unset=usable_cores,
+        ),
+    ] = 1
+    cache: Annotated[
+        str, Setting("local folder for downloaded images and their ledgers", group="the job")
+    ] = "~/.cache/vlm-shards"
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
-    max_dead_links: float = 0.4
-    """Share of image URLs that may fail; in 2025, 22.5 % of PixMo-Cap's had died."""
-    max_bad_samples: float = 0.01
-    """Share of planned samples that may fail to build."""
+    max_dead_links: Annotated[
+        float,
+        Setting("share of image URLs that may fail before the job stops", group="the job"),
+    ] = 0.4
+    """In 2025, 22.5 % of PixMo-Cap's image URLs had died."""
+    max_bad_samples: Annotated[
+        float,
+        Setting("share of planned samples that may fail before the job stops", group="the job"),
+    ] = 0.01
 
     def __post_init__(self) -> None:
         checks = {

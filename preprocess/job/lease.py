@@ -1,19 +1,19 @@
 """Holds an output for one job: by the kernel's lock on local disk, by a lease on object stores.
 
 Two jobs on one output would mix their plans: each shard is named by its number, whatever its rows.
-So a job on an object store keeps an object `.lease` in its output, which it alone may have made:
+So a job on an object store keeps an object `.lease` in its output, which no other job has made:
 
 1. It is created on the condition that there is none. The store decides between two that try.
 2. While the job runs, the lease is rewritten every `BEAT_S`.
-3. A job that finds a lease looks whether its holder lives. On this machine the kernel knows. Any
-   other's is watched: one that changes is held; one that stands still for `TTL_S` belonged to a job
-   that died, and is taken over, on the condition that it is still the one that was seen.
-4. A holder that finds another's lease in place of its own, or cannot renew its own for `TTL_S`, has
-   lost it: `check` raises, and the job stops before it writes a manifest.
+3. A job that finds a lease checks if its holder is alive. On this machine the kernel knows. A lease
+   of another machine is watched: one that changes is held; one that stays the same for `TTL_S`
+   belonged to a job that died, and is taken over, on the condition that it is still the same one.
+4. A holder that finds another job's lease instead of its own, or cannot renew its own for `TTL_S`,
+   has lost it: `check` raises, and the job stops before it writes a manifest.
 
-No clock is compared with another machine's; one's own says how long a renewal has been under way. A
-store that ignores conditions cannot decide between two jobs that start at once: it is noticed, and
-said.
+No clock is compared with another machine's; the own one measures how long ago the last renewal
+began. A store that ignores conditions cannot decide between two jobs that start at the same time:
+that is detected, and a warning says so.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BEAT_S = 15.0
 """Between two renewals."""
 
 TTL_S = 60.0
-"""A lease that has not changed for so long belongs to nobody."""
+"""A lease that has not changed for this long is expired."""
 
 
 @contextmanager
@@ -104,7 +104,7 @@ class _Lease:
     def give_back(self) -> None:
         self._stop.set()
         self._heart.join()
-        with suppress(StorageError):  # it is given up by standing still as well
+        with suppress(StorageError):  # otherwise it expires
             if not self._lost.is_set() and self._is_ours():
                 storage.delete_objects(self._output, [LEASE_NAME])
 
@@ -116,9 +116,9 @@ class _Lease:
                     self._lost.set()
                     return
                 self._renewed_s = began_s
-            except Exception as error:  # noqa: BLE001 - whatever it was, the lease stands still
-                told = redacted(str(getattr(error, "what", error)))
-                logger.warning("%s: the lease could not be renewed: %s", self._output, told)
+            except Exception as error:  # noqa: BLE001 - any failure: the lease does not change
+                reason = redacted(str(getattr(error, "what", error)))
+                logger.warning("%s: the lease could not be renewed: %s", self._output, reason)
 
     def _is_ours(self) -> bool:
         holder = self._read()
@@ -142,10 +142,10 @@ class _Lease:
         return document if isinstance(document, dict) else None
 
     def _watch(self, version: str, holder: dict[str, Any]) -> None:
-        """Waits until a lease has stood still long enough; raises as soon as its holder lives."""
+        """Waits until a lease has expired; raises as soon as it changes."""
         if not _is_alive(holder):
             logger.warning(
-                "%s: held by a job on %s; waiting %.0f s to see whether it lives",
+                "%s: held by a job on %s; waiting %.0f s to see if it is alive",
                 self._output,
                 holder.get("host"),
                 TTL_S,
@@ -163,14 +163,14 @@ class _Lease:
 
 
 def _now_s() -> float:
-    """Reads a clock that goes on while this machine is suspended: those who watch a lease go on."""
+    """Reads a clock that runs while this machine is suspended, as those of other machines do."""
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.monotonic()
 
 
 def _this_process() -> dict[str, Any]:
-    """Names this process so that another one on this machine can tell whether it lives."""
+    """Names this process so that another one on this machine can check if it is alive."""
     pid = os.getpid()
     return {"pid": pid, "born": _born(pid), **_this_machine()}
 
@@ -198,7 +198,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
 
 
 def _born(pid: object) -> str | None:
-    """Tells when a process of this machine began, in the kernel's ticks; None when it is gone."""
+    """Gives the start of a process of this machine in kernel ticks; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

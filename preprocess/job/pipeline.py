@@ -1,13 +1,13 @@
-"""The job: FETCH, PLAN, BUILD, COMMIT, each idempotent, so the same command always goes on.
+"""The job: FETCH, PLAN, BUILD, COMMIT, each idempotent, so the same command always resumes.
 
 1. The job's identity (dataset, source, recipe, tokenizer, libraries) is compared with what the
    output holds: equal and committed means there is nothing to do; different is refused, field by
    field.
 2. FETCH downloads image URLs into the blob cache; the ledger remembers how each ended.
-3. PLAN freezes what will be built: rows with keys, dealt to shards. It is written once and reused
-   until commit, so links that die or revive in between change nothing.
-4. BUILD makes the shards that have no valid receipt, in worker processes; a finished one goes to
-   its place while its worker builds the next.
+3. PLAN freezes what will be built: rows with keys, assigned to shards. It is written once and
+   reused until commit, so links that die or revive in between change nothing.
+4. BUILD makes the shards that have no valid receipt, in worker processes; a finished one is
+   published while its worker builds the next.
 5. COMMIT adds the split to the manifest, last.
 
 Anything that interrupts leaves the old state or the new one.
@@ -55,7 +55,7 @@ class Outcome:
 
 
 def run_job(settings: JobSettings, report: Reporter) -> Outcome:
-    """Builds a split of a dataset, or finishes what an interrupted run began.
+    """Builds a split of a dataset, or resumes an interrupted run.
 
     Raises:
       ConfigError, SourceError: The request cannot be honoured.

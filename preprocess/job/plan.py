@@ -1,7 +1,8 @@
-"""The arithmetic of a plan: which sample stands where, in how many shards, under which names.
+"""The arithmetic of a plan: which sample goes where, in how many shards, under which names.
 
-Pure. A sample's place follows from a keyed hash of its key, so the order is a uniform shuffle that
-stays put when other samples come or go; shards take equal shares of it, to within one sample.
+Pure. A sample's position follows from a keyed hash of its key, so the order is a uniform shuffle
+that does not change when other samples are added or removed; shards take equal shares of it, to
+within one sample.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class ShardCount:
 
 
 def order_hash(key: str, *, seed: int) -> int:
-    """Gives a sample's place in the shuffled order: sort by it, then by key."""
+    """Gives a sample's position in the shuffled order: sort by it, then by key."""
     return keyed(seed, hash_text(key))
 
 
@@ -45,7 +46,7 @@ def count_shards(
       total_bytes: Estimated length of all shards together.
       target_bytes: Wanted length of a shard.
       num_samples: No shard is left empty.
-      num_shards: Asked for by the user, or None.
+      num_shards: Requested by the user, or None.
 
     >>> count_shards(10 * 2**30, target_bytes=2**28, num_samples=10**5).num_shards
     40
@@ -53,7 +54,7 @@ def count_shards(
     1
     """
     if num_shards is not None:
-        return _at_most(num_samples, num_shards, rule=f"{num_shards} shards were asked for")
+        return _at_most(num_samples, num_shards, rule=f"{num_shards} shards were requested")
     by_target = -(-total_bytes // target_bytes)
     rounded = -(-by_target // SHARD_MULTIPLE) * SHARD_MULTIPLE
     if total_bytes >= rounded * MIN_SHARD_BYTES:
@@ -66,12 +67,12 @@ def count_shards(
 def _at_most(num_samples: int, count: int, *, rule: str) -> ShardCount:
     """Lowers a count so that no shard is empty; one shard there is always."""
     if max(1, num_samples) < count:
-        return ShardCount(num_shards=max(1, num_samples), rule="one sample a shard")
+        return ShardCount(num_shards=max(1, num_samples), rule="one sample per shard")
     return ShardCount(num_shards=max(1, count), rule=rule)
 
 
 def shard_borders(num_samples: int, *, num_shards: int) -> np.ndarray:
-    """Deals samples to shards: int64 [num_shards + 1], lengths differ by at most one.
+    """Assigns samples to shards: int64 [num_shards + 1], lengths differ by at most one.
 
     >>> shard_borders(10, num_shards=4).tolist()
     [0, 2, 5, 7, 10]
@@ -89,7 +90,7 @@ def shard_name(dataset: str, split: str, shard: int, *, num_shards: int) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Tells whether a dataset or a split may be called so: its files are.
+    """Returns True if a dataset or a split may have this name, which its files get too.
 
     >>> is_name("pixmo_cap"), is_name("../x"), is_name("")
     (True, False, False)
@@ -98,7 +99,7 @@ def is_name(text: str) -> bool:
 
 
 def require_name(name: str, *, of: str) -> None:
-    """Refuses a name of a dataset or a split that would not do in the names of files.
+    """Refuses a name of a dataset or a split that file names must not contain.
 
     Args:
       name: The name.

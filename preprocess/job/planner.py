@@ -5,10 +5,10 @@
    and repeated rows go to the quarantine list.
 3. A few samples are built: their length gives the number of shards, and a recipe that cannot work
    stops here.
-4. The rows are dealt to one file per shard, in one pass over the spool; plan.json comes last.
+4. The rows are distributed to one file per shard, in one pass over the spool; plan.json comes last.
 
-A finished plan is used until its split is committed, so links that die or revive in between change
-nothing.
+A finished plan is used until its split is committed, so links that die or recover in between
+change nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleErro
 from shardspec.manifest import canonical_json, differences, fingerprint
 
 PROBE_ROWS = 32
-"""Samples built before the plan, to estimate bytes and to stop early where nothing works."""
+"""Samples built before the plan, to estimate bytes and to stop early if nothing works."""
 
 HELD_BYTES = 64 * 2**20
 """Rows held in memory before they are appended to their shards' files."""
@@ -44,7 +44,7 @@ HELD_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will be built, frozen; its rows lie in one file per shard beside it."""
+    """What will be built, frozen; its rows are beside it, one file per shard."""
 
     build_key: str
     """Hash of everything that the shards' bytes depend on."""
@@ -60,7 +60,7 @@ def load_plan(job: Job) -> Plan | None:
     """Finds the frozen plan of this very job.
 
     Raises:
-      ConflictError: `job_conflict`: a reshard has been begun in this output.
+      ConflictError: `job_conflict`: an unfinished reshard owns this output.
     """
     document = read_json(_plan_url(job))
     if document is not None and document.get("kind") == "reshard":
@@ -78,11 +78,11 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
       job: The job.
       report: Gets the progress.
       promised: Build key of the split that the output already names, to be repaired. Links that
-        had failed then are not asked again.
+        had failed then are not requested again.
 
     Raises:
       BudgetError: `dead_links`, `nothing_left`, `probe_failed`.
-      ConflictError: `source_changed`: the plan is not the one that was promised.
+      ConflictError: `source_changed`: the plan differs from the one of that key.
       StorageError: `no_space`, and others of the storage.
     """
     drop_plan(job)
@@ -105,7 +105,7 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
         )
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
-        rows_sha256 = _deal_rows(job, spool, order, count.num_shards, folder)
+        rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder)
     build = {
         "rows": rows_sha256,
         "recipe": job.recipe,
@@ -197,18 +197,18 @@ def _spool_rows(
     job: Job, results: Mapping[str, FetchResult], spool: _Spool, report: Reporter
 ) -> _Rows:
     found = _Rows(keys=[], lost=[], reasons=[])
-    seen: set[str] = set()
+    keys: set[str] = set()
 
     def good_rows() -> Iterator[bytes]:
         for row, error in _planned_rows(job, results):
-            if error is None and row["key"] in seen:
+            if error is None and row["key"] in keys:
                 error = SampleError("twin")
             report.step(error.reason if error else "")
             if error is not None:
                 found.lost.append(canonical_json(quarantine_line(row, stage="plan", error=error)))
                 found.reasons.append(error.reason)
                 continue
-            seen.add(row["key"])
+            keys.add(row["key"])
             found.keys.append(row["key"])
             yield canonical_json(row)
 
@@ -225,7 +225,7 @@ def _spool_rows(
 def _check_lost(job: Job, reasons: Counter[str]) -> None:
     """Refuses a plan that has lost more rows than links may die; links have been counted before.
 
-    Rows that stand in the source twice or have nothing to say are no losses.
+    Duplicate rows and rows without a message are not losses.
     """
     lost = Counter({name: n for name, n in reasons.items() if name not in ("twin", "no_message")})
     allowed = max(SMALL_JOB_FAILURES, job.settings.max_dead_links * len(job.dataset))
@@ -254,9 +254,9 @@ def _planned_rows(
         _check_number(job, images)
         planned = [_plan_image(job, image, results) for image in images]
         key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
-        places = [image.place for image in planned]
-        place = places if job.dataset.several_images else next(iter(places), None)
-        row = {"key": key, "image": place, "example": example}
+        locations = [image.location for image in planned]
+        location = locations if job.dataset.several_images else next(iter(locations), None)
+        row = {"key": key, "image": location, "example": example}
         errors = [image.error for image in planned if image.error is not None]
         if not example["message_list"]:
             errors.append(SampleError("no_message.mode"))
@@ -265,7 +265,7 @@ def _planned_rows(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PlannedImage:
-    place: dict[str, Any]
+    location: dict[str, Any]
     """Where the build finds it."""
     identity: str
     error: SampleError | None = None
@@ -273,23 +273,23 @@ class _PlannedImage:
 
 def _plan_image(job: Job, image: ImageSource, results: Mapping[str, FetchResult]) -> _PlannedImage:
     if isinstance(image, SceneImage):
-        place: dict[str, Any] = {"kind": "scene", "seed": image.seed, "idx": image.idx}
-        return _PlannedImage(place=place, identity=image_identity(image, None))
+        location: dict[str, Any] = {"kind": "scene", "seed": image.seed, "idx": image.idx}
+        return _PlannedImage(location=location, identity=image_identity(image, None))
     if isinstance(image, bytes):
         identity = hashlib.sha256(image).hexdigest()
         if not job.blobs.has(identity, num_bytes=len(image)):
             job.blobs.put(image)
-        return _PlannedImage(place={"kind": "blob", "sha256": identity}, identity=identity)
+        return _PlannedImage(location={"kind": "blob", "sha256": identity}, identity=identity)
     if isinstance(image, Path):
-        place = {"kind": "path", "path": str(image.absolute())}
+        location = {"kind": "path", "path": str(image.absolute())}
         try:
             identity = hashlib.sha256(read_path(image)).hexdigest()
         except SampleError as unreadable:
-            return _PlannedImage(place=place, identity="", error=unreadable)
-        return _PlannedImage(place={**place, "sha256": identity}, identity=identity)
+            return _PlannedImage(location=location, identity="", error=unreadable)
+        return _PlannedImage(location={**location, "sha256": identity}, identity=identity)
     if isinstance(image, str):
         result = results[image]
-        place = {"kind": "blob", "url": result.url, "sha256": result.sha256}
+        location = {"kind": "blob", "url": result.url, "sha256": result.sha256}
         error = None
         if result.status != "ok":
             error = SampleError(
@@ -298,7 +298,7 @@ def _plan_image(job: Job, image: ImageSource, results: Mapping[str, FetchResult]
                 url=result.url,
                 http_status=result.http_status,
             )
-        return _PlannedImage(place=place, identity=result.sha256 or "", error=error)
+        return _PlannedImage(location=location, identity=result.sha256 or "", error=error)
     raise ConfigError("image_type", got=type(image).__name__)
 
 
@@ -313,9 +313,9 @@ def _changed_image(
     """Finds a fetched image that is not the one that was annotated."""
     want = example.get("metadata", {}).get("image_sha256")
     for image in planned:
-        if want and "url" in image.place and image.identity != want:
+        if want and "url" in image.location and image.identity != want:
             return SampleError(
-                "image_sha256", url=image.place["url"], got=image.identity, want=want
+                "image_sha256", url=image.location["url"], got=image.identity, want=want
             )
     return None
 
@@ -355,8 +355,8 @@ def require_space(out: str, total_bytes: int) -> None:
         raise StorageError("no_space.shards", where=out, free_bytes=free, need_bytes=total_bytes)
 
 
-def _deal_rows(job: Job, spool: _Spool, order: list[int], num_shards: int, folder: Path) -> str:
-    """Deals the rows to one file per shard, in the source's order; returns the hash of them all."""
+def _write_rows(job: Job, spool: _Spool, order: list[int], num_shards: int, folder: Path) -> str:
+    """Writes the rows to one file per shard, in the source's order; returns the hash of all."""
     borders = shard_borders(len(order), num_shards=num_shards)
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
@@ -392,7 +392,7 @@ def image_urls(job: Job, report: Reporter) -> list[str]:
     report.stage("rows", len(job.dataset))
     urls: list[str] = []
     for i in range(len(job.dataset)):
-        with suppress(SampleError):  # the plan asks for the row again and counts the error
+        with suppress(SampleError):  # the plan reads the row again and counts the error
             urls += [image for image in example_images(job.dataset[i]) if isinstance(image, str)]
         report.step("")
     return urls

@@ -157,7 +157,7 @@ def _check_file(path: Path, num_bytes: int, sha256: str, *, where: str) -> None:
     if got_bytes != num_bytes:
         raise _wrong(where, "shard_size", {"got_bytes": got_bytes, "want_bytes": num_bytes})
     if not sha256:
-        return  # nobody has read it as a whole: the checksums of its samples stand for it
+        return  # not hashed as a whole: its samples have checksums
     digest = hashlib.sha256()
     with storage.translate_errors(where), path.open("rb") as stream:
         for block in iter(lambda: stream.read(2**20), b""):

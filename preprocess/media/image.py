@@ -13,8 +13,8 @@ What is decided here, in this order:
    views tile, another one of the original gives the overview.
 
 Where steps 3 to 5 change nothing and the file is of the recipe's codec, its compressed data is kept
-as it is: no loss, no encoding. Metadata (EXIF with places and names, thumbnails, comments, text) is
-left out of what is kept.
+as it is: no loss, no encoding. Metadata (EXIF with locations and names, thumbnails, comments, text)
+is left out of what is kept.
 
 The result is a function of the picture and the policy alone; nothing is drawn, nothing is cut.
 """
@@ -29,11 +29,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import Annotated, Literal, NoReturn, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile
 
+from preprocess.settings import Setting
 from shardspec.errors import ConfigError, SampleError, ShardError, StorageError, nearest
 from shardspec.media import (
     MAX_STORED_PIXELS,
@@ -93,11 +94,19 @@ class ImagePolicy:
     """Factor >= 1 on both sides of the largest canvas, for training that crops or resizes again."""
     max_side_px: int | None = None
     """Longest side, in pixels, instead of the bound that follows from the views."""
-    codec: Codec = "jpeg"
-    """Format of the stored images."""
-    quality: int = 95
-    """JPEG quality, 1 to 100."""
-    keep: Literal["auto", "never"] = "auto"
+    codec: Annotated[
+        Codec, Setting("format of the stored images; all but jpeg are lossless", group="images")
+    ] = "jpeg"
+    quality: Annotated[
+        int, Setting("JPEG quality, 1 to 100; chroma is always 4:4:4", group="images")
+    ] = 95
+    keep: Annotated[
+        Literal["auto", "never"],
+        Setting(
+            "auto: keep the original bytes if nothing has to change; never: always encode",
+            group="images",
+        ),
+    ] = "auto"
     """"auto": compressed data that needs no change is stored as it is; "never": always encode."""
     overview: Literal["stored", "resized"] = "stored"
     """"stored": where views tile, and share size_px and fit, the overview is stored beside the
@@ -335,7 +344,7 @@ class _Profile:
     to_srgb: ImageCms.ImageCmsTransform
 
     def fits(self, mode: str) -> bool:
-        """Says whether it can describe a picture of this mode."""
+        """Returns True if it can describe a picture of this mode."""
         if self.mode == "L":
             return mode in ("1", "L", "LA", "F") or mode.startswith("I")
         if self.mode == "CMYK":

@@ -4,16 +4,16 @@ Decides which stored sample goes to which new shard, and copies byte ranges. Nev
 a sample.
 """
 
-from preprocess.reshard.assign import Cluster, Order, parse_shares, repeated_key
+from preprocess.reshard.assign import ReaderCluster, SampleOrder, parse_shares, repeated_key
 from preprocess.reshard.plan import ReshardPlan, ReshardSettings, Through, plan_reshard
 from preprocess.reshard.run import Resharded, portable_url, read_notes, reshard
 
 __all__ = [
-    "Cluster",
-    "Order",
+    "ReaderCluster",
     "ReshardPlan",
     "ReshardSettings",
     "Resharded",
+    "SampleOrder",
     "Through",
     "parse_shares",
     "plan_reshard",

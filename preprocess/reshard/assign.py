@@ -1,9 +1,9 @@
-"""The arithmetic of resharding: which old samples stand in which new shard.
+"""The arithmetic of resharding: which old samples go to which new shard.
 
 Pure. The samples of all sources are numbered through, segment after segment. A new split is a list
 of those numbers (chosen, then ordered), cut into shards of equal counts; a shard is a list of runs,
 each some consecutive samples of one segment. Nothing here knows bytes: runs are turned into byte
-ranges by whoever holds the indexes.
+ranges by the caller, who holds the indexes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from preprocess.job import ShardCount, count_shards, is_name, plan_order
 from shardspec.errors import ConfigError
 from shardspec.keyed import hash_text
 
-Order = Literal["keep", "shuffle", "length"]
+SampleOrder = Literal["keep", "shuffle", "length"]
 """The sources' own order, a seeded shuffle by key, or short samples first."""
 
 MAX_VIEW_RUNS = 100_000
@@ -26,8 +26,8 @@ MAX_VIEW_RUNS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
-    """Readers that deal out whole shards: so many processes want equally many each."""
+class ReaderCluster:
+    """Readers that take whole shards: each of these processes wants the same number."""
 
     nodes: int = 1
     ranks: int = 1
@@ -46,7 +46,7 @@ class Cluster:
 
 
 def order_numbers(
-    numbers: np.ndarray, *, order: Order, seed: int, keys: Sequence[str], lengths: np.ndarray
+    numbers: np.ndarray, *, order: SampleOrder, seed: int, keys: Sequence[str], lengths: np.ndarray
 ) -> np.ndarray:
     """Puts chosen samples into their new order.
 
@@ -54,7 +54,7 @@ def order_numbers(
       numbers: int64 [n], in the sources' order.
       order: Which one.
       seed: Of a shuffle.
-      keys: n keys; a shuffle depends on them and not on where samples stood.
+      keys: n keys; a shuffle depends on them and not on where samples were.
       lengths: [n], what "length" sorts by; equal ones keep the sources' order.
 
     Returns:
@@ -95,7 +95,7 @@ def count_outputs(
     num_samples: int,
     target_bytes: int,
     num_shards: int | None = None,
-    cluster: Cluster | None = None,
+    cluster: ReaderCluster | None = None,
 ) -> ShardCount:
     """Chooses how many shards a split becomes.
 
@@ -106,7 +106,7 @@ def count_outputs(
       num_shards: Asked for by the user.
       cluster: Readers that each shall have equally many shards.
 
-    >>> count_outputs(2**30, num_samples=10**5, target_bytes=2**28, cluster=Cluster(ranks=8))
+    >>> count_outputs(2**30, num_samples=10**5, target_bytes=2**28, cluster=ReaderCluster(ranks=8))
     ShardCount(num_shards=8, rule='1 for each of 8 readers')
     """
     if cluster is None or num_shards is not None:
@@ -116,16 +116,16 @@ def count_outputs(
     readers = cluster.num_readers
     each = max(1, -(-total_bytes // (target_bytes * readers)))
     if each * readers > num_samples:
-        return ShardCount(num_shards=max(1, num_samples), rule="one sample a shard")
+        return ShardCount(num_shards=max(1, num_samples), rule="one sample per shard")
     return ShardCount(num_shards=each * readers, rule=f"{each} for each of {readers} readers")
 
 
 def split_numbers(
     keys: Sequence[str], shares: Mapping[str, float], *, salt: str
 ) -> dict[str, np.ndarray]:
-    """Deals samples to splits by a hash of their keys.
+    """Assigns samples to splits by a hash of their keys.
 
-    A sample stays in its split when others come or go; another salt deals anew.
+    A sample stays in its split when others are added or removed; another salt gives another split.
 
     Args:
       keys: Of all samples.
@@ -188,7 +188,7 @@ class Advice:
 
 
 def advise(num_runs: int) -> Advice:
-    """Tells whether the result is better described than copied.
+    """Advises a view or a copy.
 
     Args:
       num_runs: Runs of all its shards together.

@@ -112,7 +112,7 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -
 
 
 def _publish_rows(context: CopyContext, task: int, rows: np.ndarray, *, sha256: str) -> Receipt:
-    """Publishes index and receipt of a shard that is in place."""
+    """Publishes index and receipt of a shard whose tar exists."""
     own = context.tasks[task]
     name = f"{own.split}/{own.name}"
     sizes = rows["num_bytes"].astype(np.int64)
@@ -172,7 +172,7 @@ def shard_entry(rows: np.ndarray, *, url: str, split: str, sha256: str, index: b
     Args:
       rows: With offsets of the new shard, or of the old ones.
       url, split, sha256: As the manifest names them.
-      index: The encoded rows; b"" for the shard of a view, which has no index of its own.
+      index: The encoded rows; b"" for the shard of a view, which has none.
     """
     names = rows.dtype.names or ()
     return ShardEntry(

@@ -3,8 +3,8 @@
 Pure. The text is parsed by Python's own grammar and then walked: names of index columns, numbers,
 comparisons, `and`, `or`, `not`, arithmetic and `&` (to test flags). Nothing else is accepted, and
 nothing is ever evaluated as code. Columns are taken as 64-bit integers, so differences of counts
-may be negative, and results beyond 64 bits are refused; a division by zero is no number, and every
-comparison with it fails, but `!=`.
+may be negative, and results beyond 64 bits are refused; a division by zero is not a number, and
+every comparison with it fails, but `!=`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _COMPARISONS: Mapping[type, Callable[[Any, Any], Any]] = {
 
 
 def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Tells which samples a filter keeps.
+    """Evaluates a filter: which samples it keeps.
 
     Args:
       text: The filter.
@@ -69,7 +69,7 @@ def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
       bool [n].
 
     Raises:
-      ConfigError: `filter_expression`: the text is no condition on these columns.
+      ConfigError: `filter_expression`: the text is not a condition on these columns.
 
     >>> select("2 < a < 9 and not a == b", {"a": np.array([1, 5, 7]), "b": np.array([0, 5, 0])})
     array([False, False,  True])

@@ -1,8 +1,8 @@
 """What a reshard will do: its settings, the sources as they are found, and the plan.
 
-1. The sources' manifests and indexes are read, and their files looked at: sizes, versions.
-2. Samples are numbered through all of them; a filter keeps some, an order arranges them, borders
-   cut them into shards (the arithmetic is recut.py's).
+1. The sources' manifests and indexes are read, and the sizes and versions of their files.
+2. Samples are numbered across all of them; a filter keeps some, an order sorts them, borders
+   cut them into shards (the arithmetic is assign.py's).
 
 A plan can be printed. Nothing is written here.
 """
@@ -16,23 +16,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from preprocess.job import Reporter, ShardCount, require_name, shard_borders, shard_name
 from preprocess.reshard.assign import (
     Advice,
-    Cluster,
-    Order,
+    ReaderCluster,
+    SampleOrder,
     advise,
     count_outputs,
     cut_runs,
     order_numbers,
+    parse_shares,
     repeated_key,
     split_numbers,
 )
 from preprocess.reshard.expression import select
+from preprocess.settings import Setting, usable_cores
+from preprocess.sizes import parse_bytes
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ManifestError, ShardError
 from shardspec.index import open_index, raw_index_dtype
@@ -50,12 +53,25 @@ from shardspec.storage import ObjectVersion, object_version
 _READS_AT_ONCE = 16
 
 Form = Literal["auto", "view", "copy"]
-"""What becomes of the samples: a view where that suffices, always a view, or always files."""
+"""The result: a view where that suffices, always a view, or always files."""
 
 Through = Literal["auto", "client", "store"]
-"""Which way bytes go: past this process, which checks each sample, or unchecked, inside of the
-store or of a file system that can. "auto" takes the store's way between objects and checks where
-bytes pass anyway."""
+"""How bytes are copied: through this process, which checks each sample, or unchecked by the store
+or the file system. "auto" lets the store copy between objects, and checks where bytes pass
+anyway."""
+
+
+def read_keys(url: str) -> frozenset[str]:
+    """Reads a list of keys, one per line.
+
+    Raises:
+      ConfigError: `keys_file` (missing, or not UTF-8).
+    """
+    try:
+        text = storage.read_bytes(url).decode()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError("keys_file", where=url, error=error) from error
+    return frozenset(line.removesuffix("\r") for line in text.split("\n")) - {""}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,32 +81,121 @@ class ReshardSettings:
     sources: tuple[str, ...]
     """Datasets of one recipe; several are joined, in this order."""
     out: str
-    split: str | None = None
-    """Only this split; all of them when None."""
-    name: str | None = None
-    """Name of the new dataset, where the sources' differ."""
-    num_shards: int | None = None
-    """Of each split."""
-    cluster: Cluster | None = None
-    shard_bytes: int = 256 * 2**20
-    order: Order = "keep"
-    seed: int = 0
-    where: str = ""
-    """Keep the samples for which this holds; see expression.py."""
-    keys: frozenset[str] | None = None
-    """Keep the samples with these keys."""
-    into: Mapping[str, float] | None = None
-    """Deal the samples of one split to these, by a hash of the key."""
-    salt: str = ""
+    split: Annotated[
+        str | None, Setting("only this split", group="what to make", shown="all splits")
+    ] = None
+    name: Annotated[
+        str | None,
+        Setting(
+            "name of the result, if the sources have different names",
+            group="what to make",
+            verbs=("merge",),
+        ),
+    ] = None
+    into: Annotated[
+        Mapping[str, float] | None,
+        Setting(
+            "shares of the new splits, for example train=0.95,validation=0.05",
+            group="what to make",
+            verbs=("split",),
+            metavar="SHARES",
+            parse=parse_shares,
+        ),
+    ] = None
+    """Samples are assigned by a hash of the key."""
+    salt: Annotated[
+        str,
+        Setting(
+            "any text; another one assigns the samples differently",
+            group="what to make",
+            verbs=("split",),
+            metavar="TEXT",
+        ),
+    ] = ""
+    where: Annotated[
+        str,
+        Setting(
+            'condition on index columns, for example "num_tokens < 2048 and width >= 336"',
+            group="what to make",
+            verbs=("filter",),
+            metavar="CONDITION",
+        ),
+    ] = ""
+    """See expression.py."""
+    keys: Annotated[
+        frozenset[str] | None,
+        Setting(
+            "file or URL with the keys to keep, one per line",
+            group="what to make",
+            verbs=("filter",),
+            metavar="FILE",
+            parse=read_keys,
+        ),
+    ] = None
+    num_shards: Annotated[
+        int | None,
+        Setting("exact number of shards of each split", flag="shards", group="what to make"),
+    ] = None
+    cluster: ReaderCluster | None = None
+    shard_bytes: Annotated[
+        int,
+        Setting(
+            "target size of a shard",
+            flag="shard-size",
+            group="what to make",
+            metavar="SIZE",
+            parse=parse_bytes,
+            shown="256MiB",
+        ),
+    ] = 256 * 2**20
+    order: Annotated[
+        SampleOrder,
+        Setting(
+            "the sources' order, a shuffle by --seed, or short samples first", group="what to make"
+        ),
+    ] = "keep"
+    seed: Annotated[int, Setting("seed of the shuffle", group="what to make")] = 0
     form: Form = "auto"
-    through: Through = "auto"
-    sha256: bool = False
-    """Hash the new shards as a whole too; else the samples' checksums stand for them."""
-    num_workers: int = 1
+    through: Annotated[
+        Through,
+        Setting(
+            "client: bytes pass through this machine and every sample is checked; store: the file "
+            "system or the object store copies what it can by itself, and no sample is checked; "
+            "auto: store between objects, else client",
+            group="how",
+        ),
+    ] = "auto"
+    sha256: Annotated[
+        bool,
+        Setting(
+            "also hash each new shard as a whole (slower; samples have checksums anyway)",
+            group="how",
+        ),
+    ] = False
+    num_workers: Annotated[
+        int,
+        Setting(
+            "number of processes that copy",
+            flag="jobs",
+            group="how",
+            shown="all cores",
+            unset=usable_cores,
+        ),
+    ] = 1
+
+    def __post_init__(self) -> None:
+        counts = {"shards": self.num_shards, "jobs": self.num_workers}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ConfigError("reshard_settings.least", name=name, got=count)
+        if self.shard_bytes < 1:
+            raise ConfigError("reshard_settings.shard_size", got=self.shard_bytes)
+        if self.sha256 and self.through == "store":
+            raise ConfigError("reshard_settings.sha256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class ReshardSource:
     """A dataset that is read."""
 
     url: str
@@ -105,7 +210,7 @@ class SplitPlan:
 
     split: str
     segments: tuple[Segment, ...]
-    """Of the sources, their files with URLs that stand alone."""
+    """Of the sources, with the full URLs of their files."""
     numbers: np.ndarray
     """int64 [n], samples counted through the segments, in their new order."""
     borders: np.ndarray
@@ -140,7 +245,7 @@ class SplitPlan:
 
     @property
     def files(self) -> dict[str, FileEntry]:
-        """The files that its samples may lie in, by the URL of the tar."""
+        """The files that may hold its samples, by the URL of the tar."""
         return {segment.file.url: segment.file for segment in self.segments}
 
 
@@ -149,7 +254,7 @@ class ReshardPlan:
     """Everything that will be done; nothing has been."""
 
     settings: ReshardSettings
-    sources: tuple[Source, ...]
+    sources: tuple[ReshardSource, ...]
     dataset: str
     splits: tuple[SplitPlan, ...]
     tables: Mapping[str, np.ndarray]
@@ -159,7 +264,7 @@ class ReshardPlan:
     advice: Advice
     num_runs: int
     num_unknown_keys: int
-    """Keys that were asked for and that no sample has."""
+    """Requested keys that no sample has."""
 
     @property
     def view(self) -> bool:
@@ -171,7 +276,7 @@ class ReshardPlan:
         return shard_name(self.dataset, plan.split, shard, num_shards=plan.num_shards)
 
     def shard_bytes(self, plan: SplitPlan, shard: int) -> int:
-        """Tells the length of a shard, about: its samples are taken for equally long."""
+        """Estimates the length of a shard, as if all samples had the same length."""
         share = len(plan.shard_numbers(shard)) / max(1, len(plan.numbers))
         return round(plan.num_bytes * share)
 
@@ -190,7 +295,7 @@ class ReshardPlan:
                 "num_shards": plan.num_shards,
                 "view": self.view,
                 "sha256": self.settings.sha256,
-                # What the user asked for is in `source`; this is what it comes to.
+                # The request is in `source`; this is its result.
                 "samples": hashlib.sha256(plan.numbers.astype("<i8").tobytes()).hexdigest(),
             }
         )
@@ -256,18 +361,18 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
     )
 
 
-def _open_source(url: str) -> Source:
+def _open_source(url: str) -> ReshardSource:
     where = storage.join(url, MANIFEST_NAME)
     try:
         payload = storage.read_bytes(where)
     except FileNotFoundError as error:
         raise ManifestError("manifest_missing.import", where=where) from error
     manifest = parse_manifest(payload, where=where)
-    return Source(url=url, manifest=manifest, sha256=hashlib.sha256(payload).hexdigest())
+    return ReshardSource(url=url, manifest=manifest, sha256=hashlib.sha256(payload).hexdigest())
 
 
-def _check_apart(settings: ReshardSettings, sources: Sequence[Source]) -> None:
-    """Refuses an output in a source, around one, or where the files lie that one names."""
+def _check_apart(settings: ReshardSettings, sources: Sequence[ReshardSource]) -> None:
+    """Refuses an output inside a source, around one, or around the files that one names."""
     out = storage.absolute_url(settings.out)
     for source in sources:
         folder = storage.absolute_url(source.url)
@@ -285,7 +390,7 @@ def _lies_in(url: str, folder: str) -> bool:
     return url == folder or url.startswith(folder.rstrip("/") + "/")
 
 
-def _check_alike(sources: Sequence[Source]) -> None:
+def _check_alike(sources: Sequence[ReshardSource]) -> None:
     first = sources[0].manifest
     for source in sources[1:]:
         other = source.manifest
@@ -300,7 +405,7 @@ def _check_alike(sources: Sequence[Source]) -> None:
             )
 
 
-def _name(settings: ReshardSettings, sources: Sequence[Source]) -> str:
+def _name(settings: ReshardSettings, sources: Sequence[ReshardSource]) -> str:
     names = sorted({source.manifest.dataset for source in sources})
     if settings.name is None and len(names) > 1:
         raise ConfigError("dataset_name.sources", names=names)
@@ -309,7 +414,7 @@ def _name(settings: ReshardSettings, sources: Sequence[Source]) -> str:
     return name
 
 
-def _split_names(settings: ReshardSettings, sources: Sequence[Source]) -> list[str]:
+def _split_names(settings: ReshardSettings, sources: Sequence[ReshardSource]) -> list[str]:
     known = sorted({split for source in sources for split in source.manifest.splits})
     if settings.split is not None:
         for source in sources:
@@ -320,7 +425,7 @@ def _split_names(settings: ReshardSettings, sources: Sequence[Source]) -> list[s
     return known
 
 
-def _segments(sources: Sequence[Source], split: str) -> tuple[Segment, ...]:
+def _segments(sources: Sequence[ReshardSource], split: str) -> tuple[Segment, ...]:
     found = []
     for source in sources:
         if split not in source.manifest.splits:
@@ -385,7 +490,7 @@ def _keys(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> np.n
 
 
 def _check_keys_apart(
-    sources: Sequence[Source], splits: Sequence[str], tables: Mapping[str, np.ndarray]
+    sources: Sequence[ReshardSource], splits: Sequence[str], tables: Mapping[str, np.ndarray]
 ) -> None:
     """Refuses sources that share a sample, in any splits: it might be trained and tested on."""
     own = []
@@ -406,7 +511,7 @@ def _count_unknown(wanted: frozenset[str], keys: Iterable[np.ndarray]) -> int:
 
 def _plan_split(
     settings: ReshardSettings,
-    sources: Sequence[Source],
+    sources: Sequence[ReshardSource],
     split: str,
     segments: tuple[Segment, ...],
     tables: Mapping[str, np.ndarray],
@@ -465,7 +570,7 @@ def _choose(
     tables: Mapping[str, np.ndarray],
     keys: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Filters the samples of a split, and deals them out: new split -> int64 [n], ascending."""
+    """Filters the samples of a split, and assigns them: new split -> int64 [n], ascending."""
     kept = np.ones(len(keys), dtype=bool)
     if settings.keys is not None:
         kept &= np.isin(keys, _encoded(settings.keys))
@@ -475,8 +580,8 @@ def _choose(
     if settings.into is None:
         return {split: numbers}
     names = [key.decode() for key in keys[numbers].tolist()]
-    dealt = split_numbers(names, settings.into, salt=settings.salt)
-    return {name: numbers[positions] for name, positions in dealt.items()}
+    assigned = split_numbers(names, settings.into, salt=settings.salt)
+    return {name: numbers[positions] for name, positions in assigned.items()}
 
 
 def _encoded(keys: Iterable[str]) -> np.ndarray:
@@ -504,7 +609,7 @@ def shard_rows(plan: ReshardPlan, split: SplitPlan, shard: int) -> tuple[np.ndar
     """Gathers the index rows of a new shard.
 
     Returns:
-      (rows as they stand in the sources' indexes, number of each one's file in `plan.tables`).
+      (rows of the sources' indexes, number of each one's file in `plan.tables`).
 
     Raises:
       ConflictError: `index_columns`: the sources' indexes have different columns.

@@ -5,7 +5,7 @@ each new shard of byte ranges (reshard_copy.py), one task per shard, so that the
 on after any interruption. The manifest is written last, once all sources are still the versions
 that were planned with.
 
-Sources are only read. Samples keep their bytes, keys and order, so a run's state goes on.
+Sources are only read. Samples keep their bytes, keys and order, so checkpoints of a run restore.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def read_notes(out: str) -> dict[str, dict[str, Any]]:
     """Reads what the output's `plan` folder says of jobs under way: URL -> document.
 
     Of a `make shards` that is SPLIT.json, from its begin, and SPLIT/plan.json, when it has fetched;
-    of a reshard only the latter. A broken one is {}, for nobody can tell whose it is.
+    of a reshard only the latter. A broken one is {}: its owner is unknown.
     """
     folder = storage.join(out, "plan")
     names = [each.name for each in storage.list_objects(folder)]
@@ -143,7 +143,7 @@ def _is_reshard(note: Mapping[str, Any]) -> bool:
 
 
 def _check_unfinished(out: str) -> None:
-    """Refuses an output where `make shards` has not ended; a copy that was given up is no matter.
+    """Refuses an output with an unfinished `make shards`; an abandoned copy does not count.
 
     Raises:
       ConflictError: `job_conflict`.
@@ -197,7 +197,7 @@ def _view_entry(plan: ReshardPlan, split: SplitPlan, shard: int) -> ShardEntry:
 
 
 def portable_url(out: str, url: str) -> str:
-    """Names a file as a view does: from its own folder if both lie in the same one, else in full.
+    """Names a file as a view does: relative if both are in the same folder, else in full.
 
     So a folder with datasets and their views may be moved as a whole.
 
@@ -233,7 +233,7 @@ def _copy(
         for key in [plan.build_key(split)]
         for shard in range(split.num_shards)
     )
-    places = [(split, shard) for split in plan.splits for shard in range(split.num_shards)]
+    outputs = [(split, shard) for split in plan.splits for shard in range(split.num_shards)]
     files = {url: file for split in plan.splits for url, file in split.files.items()}
     with scratch_folder(scratch_of(plan.settings.out)) as folder:
         context = CopyContext(
@@ -253,9 +253,9 @@ def _copy(
         missing = [i for i, receipt in receipts.items() if receipt is None]
         if len(missing) < len(tasks):
             report.note(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished")
-        require_space(context.out, sum(plan.shard_bytes(*places[i]) for i in missing))
+        require_space(context.out, sum(plan.shard_bytes(*outputs[i]) for i in missing))
         for i in missing:
-            rows, numbers = shard_rows(plan, *places[i])
+            rows, numbers = shard_rows(plan, *outputs[i])
             np.save(folder / f"{i}.rows.npy", rows, allow_pickle=False)
             np.save(folder / f"{i}.files.npy", numbers, allow_pickle=False)
         report.stage("copy", len(missing))
@@ -326,7 +326,7 @@ def _publish_tokenizer(plan: ReshardPlan, report: Reporter) -> None:
 
 
 def _finished(plan: ReshardPlan) -> Resharded | None:
-    """Finds the result of this very plan in place; None where the output is still empty.
+    """Finds the result of this very plan; None where the output is still empty.
 
     Raises:
       ConflictError: `job_conflict`.

@@ -19,7 +19,7 @@ from preprocess.synthetic.scenes import COLORS, NUMBERS, SHAPES, SceneObject, Sc
 from shardspec.keyed import SEED_MODULUS, keyed
 
 POINT_MARK = "<|POINT|>"
-"""Stands for a pointed phrase in the texts of PixMo-Point-Explanations."""
+"""Marks a pointed phrase in the texts of PixMo-Point-Explanations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class PointedAnswer:
     answer: str
     """With a POINT_MARK for each phrase."""
     phrases: tuple[SceneTarget, ...]
-    """What stands at the marks, in order, at least one."""
+    """The phrases at the marks, in order, at least one."""
 
 
 @lru_cache(maxsize=64)

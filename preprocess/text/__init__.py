@@ -4,21 +4,14 @@ Decides every text that a model sees. Draws nothing that training redraws: alter
 as variants.
 """
 
+from preprocess.text.chat import chat_frame, image_prefixes
 from preprocess.text.choices import ChoiceForm
-from preprocess.text.formatter import (
-    DataFormatter,
-    MessageFormat,
-    PromptTemplates,
-    SystemPrompt,
-    TextPolicy,
-    chat_frame,
-    image_prefixes,
-    message_styles,
-    message_texts,
-    safe_geometry,
-)
+from preprocess.text.formatter import DataFormatter
+from preprocess.text.geometry import safe_geometry
 from preprocess.text.interleaved import InterleavedTextPreprocessor, check_placeholders
+from preprocess.text.message import message_styles, message_texts
 from preprocess.text.points import PointFormat
+from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
 from preprocess.text.tokens import (
     EMBEDDED,
     IMAGE_SYMBOLS,

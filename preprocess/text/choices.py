@@ -1,4 +1,4 @@
-"""Multiple-choice questions as text: one fixed form to be asked in, and a generator of others.
+"""Multiple-choice questions as text: two fixed forms, and a generator of others.
 
     standard  the question, an instruction, `A. option` lines; the answer is `A. option`. This is
               how Molmo 2 is evaluated; nothing is drawn.
@@ -6,9 +6,9 @@
     varied    one draw in ten is the standard form. The others draw the order of the options,
               whether and how they are labelled, the layout, the wording, and the form of the answer
               (the shares are Molmo 2's; the order is drawn here as well, so that a model does not
-              learn places).
+              learn positions).
 
-Whatever is drawn, the answer names the option that the row calls right.
+Whatever is drawn, the answer names the right option of the row.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _REFERS_TO_PLACE = re.compile(
     r"(?:above|below|these|them|former|other|options|answers|choices)|\bthe above\b",
     re.IGNORECASE,
 )
-"""An option such as "none of the above" is true only where it stands."""
+"""An option such as "none of the above" is true only in its position."""
 
 _REFERS_TO_LETTER = re.compile(r"\b[A-J]\b(?:\s*(?:,|and|or|&|nor)\s*\b[A-J]\b)+")
 """An option such as "both A and B" is true only under these labels."""
@@ -187,7 +187,7 @@ def _drawn_marker(texts: Mapping[str, list[str]], rng: np.random.RandomState) ->
 
 
 def _labelled(options: Sequence[str], names: Sequence[str], marker: str) -> list[str]:
-    # An empty option leaves its label alone on the line, with no space behind it.
+    # An empty option leaves its label alone on the line, with no space after it.
     return [
         f"{marker.replace('{}', name)} {option}".rstrip()
         for name, option in zip(names, options, strict=True)

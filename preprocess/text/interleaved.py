@@ -3,9 +3,9 @@
 Each text is tokenized on its own, prompt and response apart, as Molmo does it; so the ids of a
 response do not depend on the prompt that is drawn before it. Equal texts share one run of ids.
 
-A user text may say itself where the images stand, by the placeholder `<|image|>`: that takes a
-lone conversation with one placeholder per image. Otherwise images stand in front of all text, each
-behind its lead ("Image 2"), where there are leads.
+A user text may place the images itself, by the placeholder `<|image|>`: that takes a single
+conversation with one placeholder per image. Otherwise images precede all text, each after its lead
+("Image 2"), if there are leads.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class InterleavedTextPreprocessor:
 
 
 def check_placeholders(branches: Sequence[Branch], *, num_images: int, key: str) -> None:
-    """Refuses placeholders that do not name each image once, or stand where they have no meaning.
+    """Refuses placeholders that do not name each image once, or have no meaning where they are.
 
     Raises:
       SampleError: `image_placeholder`.

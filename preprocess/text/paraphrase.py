@@ -1,9 +1,9 @@
 """Paraphrases of what a user says: words and short phrases for others of the same meaning.
 
-The table (templates/paraphrase.toml) holds groups of expressions that may stand for each other.
+The table (templates/paraphrase.toml) holds groups of expressions that may replace each other.
 Each occurrence of one is replaced by a member of its group, itself included, drawn uniformly.
-Only whole words count; the case of the first letter, or of a text in capitals, is kept. What
-stands in quotes, tags or backticks, and every stretch the caller names, stays as it is: a label or
+Only whole words count; the case of the first letter, or of a text in capitals, is kept. Quotations,
+tags, backticks and the texts that the caller names stay as they are: a label or
 an option must read the same in the question and in the answer. Responses are never passed in here.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from shardspec.toml import load_toml
 
-# A straight single quote opens a quotation only where no letter stands before it: don't, dogs'.
+# A straight single quote opens a quotation only without a letter before it: don't, dogs'.
 _QUOTED = r"""<[^<>]*>|"[^"]*"|“[^”]*”|‘[^’]*’|`[^`]*`|(?<!\w)'[^'\n]+'(?!\w)"""
 
 
@@ -26,7 +26,7 @@ def paraphrase(text: str, rng: np.random.RandomState, *, keep: Sequence[str] = (
     """Draws a paraphrase of a user's text.
 
     Args:
-      text: The text; the response is no business of this function.
+      text: The text; never the response.
       rng: One draw per replaceable occurrence, left to right.
       keep: Texts that stay as they are wherever they occur.
 
@@ -35,7 +35,7 @@ def paraphrase(text: str, rng: np.random.RandomState, *, keep: Sequence[str] = (
     """
     groups = _groups()
     fixed = [re.escape(part) for part in sorted(set(keep), key=lambda p: (-len(p), p)) if part]
-    # Fixed stretches come first: at one place the leftmost alternative of a pattern wins.
+    # Fixed stretches come first: at one position the leftmost alternative of a pattern wins.
     pattern = "|".join([*fixed, _QUOTED, f"(?P<phrase>{_phrases()})"])
 
     def replace(found: re.Match[str]) -> str:

@@ -10,7 +10,7 @@ Points are sorted by (x, y) *after* rounding: sorted before, two points that rou
 could come out in an order that the text does not show. Ids run on over the images of a group.
 
 Neither notation escapes its label, as in Molmo; coordinates never hold a quote or a bracket, so
-they can be read back whatever the label says.
+they can be read back whatever the label is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PointFormat = Literal["xml", "coords"]
 PointMode = Literal["point", "point_then_count", "count_then_point", "count"]
 
 PLACEHOLDER = "<|POINT|>"
-"""Stands in an answer where a tag belongs (PixMo-Point-Explanations)."""
+"""Marks where a tag belongs in an answer (PixMo-Point-Explanations)."""
 
 NO_POINTS = "There are none."
 """The answer where nothing is to be pointed at, in every mode (Molmo 1 and 2)."""

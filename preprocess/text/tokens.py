@@ -6,8 +6,7 @@ fraction of a second.
 
 Image symbols are not added to the tokenizer's own vocabulary: they get the ids from `pad_to` on,
 where `pad_to` is the length of the tokenizer rounded up to the model's embedding (Molmo pads the
-vocabulary with filler tokens to the same effect). No text, whatever it says, can therefore
-produce one.
+vocabulary with filler tokens to the same effect). No text can therefore produce one.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ def load_tokenizer(name: str = EMBEDDED, *, pad_to: int | None = None) -> Tokeni
     eos = loaded.eos_token_id
     if chat is not None and chat[1] is not None:
         eos = loaded.convert_tokens_to_ids(chat[1])
-    # A tokenizer without BOS uses EOS in its place, as Molmo does.
+    # A tokenizer without BOS uses EOS instead, as Molmo does.
     bos = loaded.bos_token_id if loaded.bos_token_id is not None else loaded.eos_token_id
     pad = loaded.pad_token_id if loaded.pad_token_id is not None else loaded.eos_token_id
     symbols = {symbol: start + i for i, symbol in enumerate(IMAGE_SYMBOLS)}

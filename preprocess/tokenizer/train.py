@@ -151,7 +151,7 @@ def train(folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "eos_token": END,
-        "model_max_length": 1_000_000_000,  # no limit of its own: sequences are cut by the recipe
+        "model_max_length": 1_000_000_000,  # no limit: sequences are cut by the recipe
         "pad_token": END,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }

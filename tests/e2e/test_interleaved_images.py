@@ -9,7 +9,7 @@ from PIL import Image
 from loader.assembly.assemble import View, assemble
 from loader.assembly.layout import IGNORED, PREFIX_SUBSEGMENT, TokenIds
 from preprocess.recipe import Preparer, Recipe
-from preprocess.text.formatter import TextPolicy
+from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import SampleError
 from shardspec.tiling import ImageView

@@ -31,7 +31,7 @@ from preprocess.job.pipeline import run_job
 from preprocess.job.verify import verify
 from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
-from preprocess.text.formatter import TextPolicy
+from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import SampleError
 from shardspec.keyed import dataset_seed

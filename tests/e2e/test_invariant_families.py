@@ -9,7 +9,7 @@ from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
-from preprocess.text.formatter import TextPolicy
+from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.tiling import ImageView

@@ -10,7 +10,7 @@ from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Recipe
-from preprocess.text.formatter import TextPolicy
+from preprocess.text import TextPolicy
 from shardspec.index import open_index
 from shardspec.keyed import keyed
 from shardspec.manifest import require_manifest

@@ -66,7 +66,7 @@ def test_a_store_gets_the_bytes_of_local_disk(cli, store, local, tmp_path):
     again = cli.good(*small_job(out, tmp_path / "cache"))
     assert "nothing to do" in again.out
     checked = cli.good("verify", out, "--deep")
-    assert checked.out == f"{out}: every shard is what the manifest promises\n"
+    assert checked.out == f"{out}: every shard matches the manifest\n"
     assert "removed 0 objects (0 B), aborted 0 unfinished uploads" in cli.good("gc", out).out
 
     shown = made.out + made.err + again.out + again.err + checked.err

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from loader import StreamingDataset, make_dataloader
-from preprocess.text.formatter import Branch, ChatFrame, Variant, chat_frame
+from preprocess.text import ChatFrame, chat_frame
+from preprocess.text.formatter import Branch, Variant
 from preprocess.text.interleaved import InterleavedTextPreprocessor
 from preprocess.text.tokens import load_tokenizer, tokenizer_from_entry
 from shardspec.manifest import require_manifest

@@ -12,7 +12,7 @@ from PIL import Image
 from preprocess.datasets import SceneImage, get_dataset
 from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe, image_identity, read_path, sample_key
-from preprocess.text.formatter import TextPolicy
+from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, SpanKind, image_rows, text_rows

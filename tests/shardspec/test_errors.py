@@ -189,26 +189,6 @@ REASONS = sorted({code.partition(".")[0] for code in messages()})
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
 
-UNPROVOKED = {
-    "all_substitutes_bad",
-    "bad_samples",
-    "dead_links",
-    "image_changed",
-    "image_number",
-    "image_type",
-    "job_settings",
-    "keys_file",
-    "lost_rows",
-    "nothing_left",
-    "number_text",
-    "probe_failed",
-    "reshard_settings",
-    "row_field",
-    "tokenizer_slow",
-}
-"""Still without a test of their own."""
-
-
-@pytest.mark.parametrize("reason", sorted(set(REASONS) - UNPROVOKED))
+@pytest.mark.parametrize("reason", REASONS)
 def test_every_reason_is_provoked_by_a_test(reason):
     assert f'"{reason}"' in TESTS

@@ -1,11 +1,11 @@
 """Runs tasks in supervised processes on this machine.
 
-Each worker works on one task at a time, from its own pipe. A task may return the rest of itself
-(`Deferred`): that waits for storage in a thread of the worker while the next task is worked on, one
-such rest at a time. A worker that dies (killed, out of memory) costs its tasks' work only: they go
-to a new worker, up to `MAX_ATTEMPTS` times. Nothing hangs when a process vanishes, as
-multiprocessing.Pool would. Workers ignore Ctrl-C; the supervisor ends them, with time to tidy up:
-the next `report` of whatever they are at raises SystemExit.
+Each worker works on one task at a time, from its own pipe. A task may return its last part as a
+`Deferred`: that waits for storage in a thread of the worker while the next task is worked on, one
+at a time. A worker that dies (killed, out of memory) loses the work on its tasks only: they go to a
+new worker, up to `MAX_ATTEMPTS` times. Nothing hangs when a process disappears, as
+multiprocessing.Pool would. Workers ignore Ctrl-C; the supervisor terminates them, with time to
+clean up: the next `report` of their task raises SystemExit.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any, NoReturn
 from shardspec.errors import ShardsError, StorageError
 
 MAX_ATTEMPTS = 3
-"""Times that a task may take its worker down before the job stops."""
+"""Times that a worker may die with the same task before the job stops."""
 
 TIDY_S = 10.0
-"""Seconds that a worker has to tidy up before it is killed: uploads end between two parts."""
+"""Seconds that a worker has to clean up before it is killed: uploads end between two parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deferred:
-    """The rest of a task, which waits for storage more than it works."""
+    """The last part of a task, which mostly waits for storage."""
 
     finish: Callable[[], Any]
     """Gives the task's value."""
@@ -52,7 +52,7 @@ class TaskDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskProgress:
-    """What a task reported on its way."""
+    """What a task reported while it ran."""
 
     task: int
     note: Any
@@ -75,23 +75,28 @@ class _Worker:
     process: Any
     pipe: Connection
     task: int | None = None
-    """What it works on."""
-    later: list[int] = field(default_factory=list)
-    """Tasks that it has worked on, whose rest is under way."""
+    """The one that it works on."""
+    deferred: list[int] = field(default_factory=list)
+    """Tasks whose last part is still running."""
 
     @property
     def tasks(self) -> list[int]:
         """All that would be lost with it."""
-        return self.later if self.task is None else [*self.later, self.task]
+        return self.deferred if self.task is None else [*self.deferred, self.task]
 
 
 @dataclass
-class _Crew:
+class _WorkerPool:
+    """The live worker processes. Only the supervisor's thread touches it.
+
+    Invariant: each worker of `workers` has a process that was started and not yet joined.
+    """
+
     work: Work
     context: Any
     workers: list[_Worker] = field(default_factory=list)
 
-    def hire(self) -> None:
+    def start(self) -> None:
         # spawn: forked children would inherit locks held by the parent's threads.
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
@@ -101,18 +106,18 @@ class _Crew:
             theirs.close()
             self.workers.append(_Worker(process=process, pipe=ours))
 
-    def release(self, worker: _Worker) -> None:
+    def remove(self, worker: _Worker) -> None:
         worker.process.join()
         worker.pipe.close()
         self.workers.remove(worker)
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         for worker in self.workers:
             worker.pipe.close()
             if worker.tasks:
                 worker.process.terminate()
             else:
-                worker.process.kill()  # it has nothing to tidy up
+                worker.process.kill()  # it has nothing to clean up
         for worker in self.workers:
             worker.process.join(TIDY_S)
             worker.process.kill()
@@ -125,63 +130,63 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
 
     Args:
       tasks: Numbers of the tasks.
-      work: A module-level function `(context, task, report) -> value`, or `-> Later` for a value
-        that is still to come; `report` sends progress.
+      work: A module-level function `(context, task, report) -> value`, or `-> Deferred` for a value
+        that follows later; `report` sends progress.
       context: Sent to each worker once, pickled.
       num_workers: Processes, >= 1.
 
     Raises:
-      ShardsError: A task raised it; the other workers are ended.
+      ShardsError: A task raised it; the other workers are terminated.
     """
     todo = deque(tasks)
     attempts = dict.fromkeys(tasks, 0)
     left = len(attempts)
-    crew = _Crew(work=work, context=context)
+    pool = _WorkerPool(work=work, context=context)
     try:
         for _ in range(min(num_workers, len(todo))):
-            crew.hire()
-        for worker in crew.workers:
-            _begin(crew, worker, todo)
+            pool.start()
+        for worker in pool.workers:
+            _begin(pool, worker, todo)
         while left:
-            ready = wait([worker.pipe for worker in crew.workers])
-            for worker in [w for w in crew.workers if w.pipe in ready]:
+            ready = wait([worker.pipe for worker in pool.workers])
+            for worker in [w for w in pool.workers if w.pipe in ready]:
                 try:
                     kind, task, value = worker.pipe.recv()
                 except (EOFError, OSError):
-                    crew.release(worker)
-                    yield from _requeue(crew, worker, attempts, todo)
+                    pool.remove(worker)
+                    yield from _requeue(pool, worker, attempts, todo)
                     continue
                 if kind == "progress":
                     yield TaskProgress(task=task, note=value)
                 elif kind == "failed":
                     raise value
-                elif kind == "later":
+                elif kind == "deferred":
                     worker.task = None
-                    worker.later.append(task)
+                    worker.deferred.append(task)
                 else:
                     left -= 1
                     if worker.task == task:
                         worker.task = None
                     else:
-                        worker.later.remove(task)
+                        worker.deferred.remove(task)
                     yield TaskDone(task=task, value=value)
                 if worker.task is None:
                     _assign(worker, todo)
     finally:
-        crew.dismiss()
+        pool.stop()
 
 
-def _begin(crew: _Crew, worker: _Worker, todo: deque[int]) -> None:
+def _begin(pool: _WorkerPool, worker: _Worker, todo: deque[int]) -> None:
     # Not as an argument of the process: that pipe's reading end is open in this process as well, so
     # sending more than fits to a child that dies at its start would wait forever.
     with suppress(ConnectionError):
-        worker.pipe.send(crew.context)
+        worker.pipe.send(pool.context)
     _assign(worker, todo)
 
 
 @contextmanager
 def _sigint_held() -> Iterator[None]:
-    """Holds Ctrl-C back until the block ends; processes started in it never see one.
+    """Defers Ctrl-C until the block ends; processes started in it never get one.
 
     They inherit the mask: interrupted in the middle of its imports, a worker would print a
     traceback before it gets to ignore the signal.
@@ -207,12 +212,12 @@ def _sigint_held() -> Iterator[None]:
 def _assign(worker: _Worker, todo: deque[int]) -> None:
     worker.task = todo.popleft() if todo else None
     if worker.task is not None:
-        with suppress(ConnectionError):  # it died between tasks: its pipe says so to `wait`
+        with suppress(ConnectionError):  # it died between tasks: `wait` reports its pipe
             worker.pipe.send(worker.task)
 
 
 def _requeue(
-    crew: _Crew, worker: _Worker, attempts: dict[int, int], todo: deque[int]
+    pool: _WorkerPool, worker: _Worker, attempts: dict[int, int], todo: deque[int]
 ) -> Iterator[TaskLost]:
     code = worker.process.exitcode
     for task in worker.tasks:
@@ -223,8 +228,8 @@ def _requeue(
             )
         todo.appendleft(task)
     if worker.tasks:
-        crew.hire()
-        _begin(crew, crew.workers[-1], todo)
+        pool.start()
+        _begin(pool, pool.workers[-1], todo)
     yield from (TaskLost(task=task, exit_code=code) for task in worker.tasks)
 
 
@@ -255,8 +260,9 @@ def _serve(pipe: Connection, work: Work) -> None:
         context = pipe.recv()
     except EOFError:
         return  # the supervisor is gone
+    # At most one deferred part runs at a time: its thread and this one both send, hence `sending`.
     rest: Future[None] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="later") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="deferred") as thread:
         try:
             while True:
                 task = pipe.recv()
@@ -265,8 +271,8 @@ def _serve(pipe: Connection, work: Work) -> None:
                     rest.result()  # no more than one waits for storage
                     rest = None
                 if isinstance(value, Deferred):
-                    rest = pool.submit(_finish, send, task, value)
-                    send("later", task)
+                    rest = thread.submit(_finish, send, task, value)
+                    send("deferred", task)
                 else:
                     send("failed" if isinstance(value, Exception) else "done", task, value)
         except (EOFError, ConnectionError):
@@ -274,12 +280,12 @@ def _serve(pipe: Connection, work: Work) -> None:
         finally:
             # From here on the thread is joined. A handler that raises there makes Python take the
             # thread for ended (https://github.com/python/cpython/issues/90882), and it would die
-            # with the process in the middle of tidying up.
+            # with the process in the middle of cleaning up.
             signal.signal(signal.SIGTERM, lambda number, frame: ending.set())  # noqa: ARG005
 
 
-def _finish(send: Callable[[str, int, Any], None], task: int, later: Deferred) -> None:
-    value = _value_of(task, later.finish)
+def _finish(send: Callable[[str, int, Any], None], task: int, deferred: Deferred) -> None:
+    value = _value_of(task, deferred.finish)
     with suppress(ConnectionError):
         send("failed" if isinstance(value, Exception) else "done", task, value)
 

@@ -175,7 +175,7 @@ def test_same_command_again_has_nothing_to_do(call, dataset, tmp_path):
 @pytest.mark.parametrize("flags", [(), ("--deep",)])
 def test_verify_of_a_whole_dataset_is_code_0(cli, dataset, flags):
     finished = cli.good("verify", dataset, *flags)
-    assert finished.out == f"{dataset}: every shard is what the manifest promises\n"
+    assert finished.out == f"{dataset}: every shard matches the manifest\n"
 
 
 def flip_byte(path):

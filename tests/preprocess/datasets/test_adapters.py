@@ -42,7 +42,8 @@ from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Recipe
 from preprocess.synthetic.questions import POINT_MARK, scene_targets
 from preprocess.synthetic.scenes import NUMBERS, plan_scene
-from preprocess.text.formatter import STYLES, TextPolicy
+from preprocess.text import TextPolicy
+from preprocess.text.styles import STYLES
 from shardspec.errors import SampleError
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
@@ -691,6 +692,7 @@ PASSIVE = (
     "preprocess/datasets/__init__.py",
     "preprocess/fetch/*.py",
     "preprocess/job/job.py",
+    "preprocess/settings.py",
     "shardspec/errors.py",
     "shardspec/manifest.py",
     "shardspec/messages.py",

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from preprocess.datasets.pixmo_cap import PixMoCap
+from shardspec.errors import SampleError
 from shardspec.keyed import hash_text
 
 ROWS = [
@@ -70,3 +71,11 @@ def test_generated_rows_have_messages_in_every_mode(mode):
         styles = [message["style"] for message in messages]
         assert ("long_caption" in styles) == ("caption" in mode)
         assert ("transcript" in styles) == ("transcript" in mode)
+
+
+@pytest.mark.parametrize("transcripts", ["one text", [3], [["a"]]])
+def test_transcripts_that_are_no_list_of_texts_are_a_sample_error(transcripts):
+    row = {"image_url": "http://example.com/0.jpg", "caption": "A.", "transcripts": transcripts}
+    with pytest.raises(SampleError) as caught:
+        PixMoCap(source="sample", limit=1).to_example(row)
+    assert caught.value.reason == "row_field"

@@ -23,8 +23,8 @@ from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, read_ledger
 from preprocess.fetch.download import (
     TRANSIENT,
     FetchPolicy,
-    deal_hosts,
     fetch_all,
+    group_by_host,
     image_fault,
     is_public,
 )
@@ -571,11 +571,11 @@ def test_work_is_dealt_with_few_tasks_and_few_bodies(server, run):
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), unique=True), st.randoms())
 def test_dealing_loses_no_url_and_does_not_depend_on_their_order(pairs, random_order):
     urls = [f"http://{host}.test/{i}" for host, i in pairs]
-    hosts = deal_hosts(urls)
+    hosts = group_by_host(urls)
     assert sorted(url for host in hosts for url in host.urls) == sorted(urls)
     assert all(f"//{host.name}/" in url for host in hosts for url in host.urls)
     random_order.shuffle(urls)
-    assert deal_hosts(urls) == hosts
+    assert group_by_host(urls) == hosts
 
 
 # --- offline ----------------------------------------------------------------------------------

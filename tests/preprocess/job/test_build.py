@@ -5,7 +5,7 @@ import pytest
 from preprocess.fetch.blobs import BlobCache
 from preprocess.job.build import sample_size, variant_bytes
 from preprocess.recipe import Preparer, Recipe
-from preprocess.text.formatter import TextPolicy
+from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.sample import spans_table
 

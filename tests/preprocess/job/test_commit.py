@@ -12,7 +12,7 @@ from preprocess.job.pipeline import run_job
 from preprocess.job.planner import load_plan, make_plan
 from preprocess.job.verify import verify
 from preprocess.recipe import Recipe
-from preprocess.text.formatter import TextPolicy
+from preprocess.text import TextPolicy
 from shardspec import storage
 from shardspec.errors import ConflictError, StorageError
 from shardspec.manifest import load_manifest

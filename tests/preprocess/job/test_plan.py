@@ -47,7 +47,7 @@ def test_no_shard_is_left_empty(total_bytes, target_bytes, num_samples):
 def test_asked_for_number_is_given_as_far_as_samples_go(num_samples, num_shards):
     found = count_shards(1, target_bytes=MIB, num_samples=num_samples, num_shards=num_shards)
     assert found.num_shards == min(num_shards, num_samples)
-    asked = found.rule == f"{num_shards} shards were asked for"
+    asked = found.rule == f"{num_shards} shards were requested"
     assert asked == (num_shards <= num_samples)
 
 
@@ -55,7 +55,7 @@ def test_asked_for_number_is_given_as_far_as_samples_go(num_samples, num_shards)
 def test_the_rule_that_is_named_is_the_one_that_binds(total_bytes, target_bytes, num_samples):
     found = count_shards(total_bytes, target_bytes=target_bytes, num_samples=num_samples)
     count = found.num_shards
-    if found.rule == "one sample a shard":
+    if found.rule == "one sample per shard":
         assert count == num_samples
         free = count_shards(total_bytes, target_bytes=target_bytes, num_samples=10**12)
         assert free.num_shards > num_samples
@@ -79,9 +79,9 @@ def test_the_rule_that_is_named_is_the_one_that_binds(total_bytes, target_bytes,
         (32, 1000, 8, "shard size, rounded up to a multiple of 8"),
         (2048, 10**5, 8, "shard size, rounded up to a multiple of 8"),
         (2049, 10**5, 16, "shard size, rounded up to a multiple of 8"),
-        (2049, 3, 3, "one sample a shard"),
+        (2049, 3, 3, "one sample per shard"),
         (20, 5, 5, "smallest shard size of 4 MiB"),
-        (20, 4, 4, "one sample a shard"),
+        (20, 4, 4, "one sample per shard"),
     ],
 )
 def test_counts_around_the_borders_of_the_rules(total_mib, num_samples, num_shards, rule):

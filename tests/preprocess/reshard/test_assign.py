@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from preprocess.reshard.assign import (
     MAX_VIEW_RUNS,
-    Cluster,
+    ReaderCluster,
     advise,
     count_outputs,
     cut_runs,
@@ -81,9 +81,9 @@ def test_by_length_is_ascending_and_keeps_the_order_of_equals():
 def test_a_cluster_gets_equally_many_shards_for_every_reader(
     total_bytes, num_samples, nodes, ranks, workers
 ):
-    cluster = Cluster(nodes=nodes, ranks=ranks, workers=workers)
+    cluster = ReaderCluster(nodes=nodes, ranks=ranks, workers=workers)
     count = count_outputs(total_bytes, num_samples=num_samples, target_bytes=2**28, cluster=cluster)
-    if count.rule == "one sample a shard":
+    if count.rule == "one sample per shard":
         assert count.num_shards == num_samples
     else:
         assert count.num_shards % cluster.num_readers == 0
@@ -103,7 +103,7 @@ def test_shards_that_are_asked_for_are_made_and_none_is_empty():
 @pytest.mark.parametrize("values", [(0, 1, 1), (1, -1, 1), (1, 1, 0)])
 def test_a_cluster_without_readers_is_refused(values):
     with pytest.raises(ConfigError) as caught:
-        Cluster(nodes=values[0], ranks=values[1], workers=values[2])
+        ReaderCluster(nodes=values[0], ranks=values[1], workers=values[2])
     assert caught.value.reason == "cluster"
 
 

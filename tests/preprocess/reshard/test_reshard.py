@@ -1,6 +1,5 @@
 """Resharding real datasets on disk: the same samples, bytes and order in other shards."""
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -20,11 +19,12 @@ from hypothesis import strategies as st
 
 from loader.reading.reader import ShardReader
 from loader.state.fingerprint import split_fingerprint
-from preprocess.cli.reshard import add_verbs, plan_text, reshard_settings
+from preprocess.__main__ import command_line
+from preprocess.cli.reshard import plan_text, reshard_settings
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.verify import verify
 from preprocess.reshard import run as job
-from preprocess.reshard.assign import Cluster
+from preprocess.reshard.assign import ReaderCluster
 from preprocess.reshard.plan import ReshardSettings, plan_reshard
 from preprocess.reshard.run import portable_url, reshard
 from shardspec import storage
@@ -192,7 +192,7 @@ def test_a_shard_that_stays_whole_keeps_its_hash(dataset, tmp_path):
 
 
 def test_a_cluster_gets_a_shard_for_every_reader(dataset, tmp_path):
-    done = recut(dataset, tmp_path / "out", cluster=Cluster(nodes=2, ranks=3, workers=2))
+    done = recut(dataset, tmp_path / "out", cluster=ReaderCluster(nodes=2, ranks=3, workers=2))
     assert len(done.manifest.shards) == 12
 
 
@@ -573,19 +573,38 @@ def test_settings_are_values():
 
 
 def options_of(*words):
-    parser = argparse.ArgumentParser()
-    add_verbs(parser.add_subparsers(dest="verb"))
+    parser, _ = command_line()
     return reshard_settings(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("--shard-size", "0"), ("--sha256", "--through", "store"), ("--shard-size", "9" * 400)],
+    "verb, words, reason",
+    [
+        ("reshard", ("--shard-size", "0"), "reshard_settings"),
+        ("reshard", ("--shards", "0"), "reshard_settings"),
+        ("reshard", ("--jobs", "0"), "reshard_settings"),
+        ("reshard", ("--sha256", "--through", "store"), "reshard_settings"),
+        ("reshard", ("--shard-size", "9" * 400), "size_text"),
+        ("reshard", ("--nodes", "0"), "cluster"),
+        ("filter", (), "reshard_settings"),
+        ("filter", ("--keys", "/no/such/file"), "keys_file"),
+        ("split", (), "reshard_settings"),
+        ("split", ("--into", "a"), "split_shares"),
+    ],
 )
-def test_requests_that_make_no_sense_are_refused(words, dataset, tmp_path):
+def test_requests_that_make_no_sense_are_refused(verb, words, reason, dataset, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        options_of("reshard", dataset, tmp_path / "out", "--copy", *words)
+        options_of(verb, dataset, tmp_path / "out", "--copy", *words)
+    assert caught.value.reason == reason
     assert caught.value.fix
+
+
+def test_list_of_keys_that_is_no_text_is_refused(dataset, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError) as caught:
+        options_of("filter", dataset, tmp_path / "out", "--keys", keys)
+    assert (caught.value.reason, caught.value.where) == ("keys_file", str(keys))
 
 
 def test_keys_are_whole_lines_and_those_that_no_sample_has_are_counted(dataset, tmp_path):

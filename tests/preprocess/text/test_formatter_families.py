@@ -1,5 +1,6 @@
 """DataFormatter: the families of styles, from a message's fields to the exact texts."""
 
+import importlib
 import json
 import os
 import re
@@ -13,32 +14,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import preprocess.text.formatter
+import preprocess.text.styles
 from preprocess.recipe import Preparer, Recipe
-from preprocess.text.formatter import (
-    DEMO_STYLES,
-    NO_POINTING_STYLES,
-    PLAIN_HINT_STYLES,
-    STYLES,
-    TRAINED_AS,
-    UNNAMED_STYLES,
+from preprocess.text import (
     DataFormatter,
     TextPolicy,
-    action_text,
-    asks_for_count,
     chat_frame,
     image_prefixes,
     message_styles,
     message_texts,
     safe_geometry,
 )
+from preprocess.text.styles import STYLES
+from preprocess.text.styles.base import TEMPLATES
+from preprocess.text.styles.counting import asks_for_count
+from preprocess.text.styles.robots import action_text
 from preprocess.text.tokens import ChatFrame, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry
 from shardspec.toml import load_toml
 
 ROOT = Path(__file__).parents[3]
-TEMPLATES = Path(preprocess.text.formatter.__file__).parent / "templates"
 BARE = ChatFrame(first="", later="|", suffix="", response_prefix="")
 PLAIN = {"system_prompt": "none"}
 NO_POINTING = load_toml(TEMPLATES / "question.toml")["no_pointing"]
@@ -141,9 +137,45 @@ def test_every_family_can_be_drawn_by_its_own_method(family):
     assert (user, response) == only(message)
 
 
-def test_sets_of_styles_name_known_styles():
-    assert set(STYLES) >= DEMO_STYLES | PLAIN_HINT_STYLES | UNNAMED_STYLES | NO_POINTING_STYLES
-    assert set(TRAINED_AS) | set(TRAINED_AS.values()) <= set(STYLES)
+def styles_with(**facts):
+    return {
+        name
+        for name, style in STYLES.items()
+        if all(getattr(style, fact) == value for fact, value in facts.items())
+    }
+
+
+def test_styles_whose_prefix_differs_are_those_of_molmo():
+    assert styles_with(demo=True) == {
+        "long_caption",
+        "short_caption",
+        "user_qa",
+        "pointing",
+        "point_count",
+        "cosyn_point",
+        "correction_qa",
+        "text_sft",
+        "multi_image_pointing",
+        "multi_image_counting",
+        "multi_image_point_then_count",
+        "multi_image_count_then_point",
+    }
+    assert styles_with(unnamed=True) == {"android_control", "demo"}
+    assert styles_with(length_hint=False) == {"pointing", "point_count", "cosyn_point"}
+    assert {name: style.trained_as for name, style in STYLES.items() if style.trained_as} == {
+        "eval_short_answer": "vqa2",
+        "eval_multiple_choice": "a_okvqa_mc",
+        "eval_multi_image_mc": "multi_image_mc",
+    }
+
+
+def test_each_style_belongs_to_one_family():
+    modules = [
+        importlib.import_module(f"preprocess.text.styles.{path.stem}")
+        for path in sorted(Path(preprocess.text.styles.__file__).parent.glob("*.py"))
+        if path.stem not in ("__init__", "base")
+    ]
+    assert sorted(name for module in modules for name in module.STYLES) == sorted(STYLES)
 
 
 @pytest.mark.parametrize("style", sorted(STYLES))
@@ -516,7 +548,7 @@ def test_points_of_a_later_turn_know_the_size_of_the_image():
     assert got[1][0].response == '<points coords="1 1 100 100">cat</points>'
 
 
-@pytest.mark.parametrize("style", sorted(NO_POINTING_STYLES))
+@pytest.mark.parametrize("style", ["user_qa", "synthetic_qa"])
 def test_each_counting_question_of_a_conversation_is_told_not_to_point(style):
     message = {"style": style, "messages": ["What is it?", "Dogs.", "How many dogs?", "Two."]}
     first, second = turns(message, num_variants=300)
@@ -814,7 +846,7 @@ def test_exchange_in_which_anything_differs_is_stored_whole():
 def test_draws_do_not_depend_on_the_hash_seed():
     script = """
 import json
-from preprocess.text.formatter import STYLES, DataFormatter, TextPolicy, chat_frame
+from preprocess.text import DataFormatter, TextPolicy, chat_frame
 policy = TextPolicy(prompt_templates="uber_model_v2", choices="varied", paraphrase=1.0)
 formatter = DataFormatter(policy=policy, frame=chat_frame("role", None))
 messages = json.load(open(0))

@@ -264,6 +264,15 @@ def test_tokenizer_file_that_is_no_document_is_named(tmp_path, text):
     assert caught.value.reason == "tokenizer_missing"
 
 
+def test_tokenizer_without_a_fast_version_is_refused(tmp_path):
+    # ByT5's needs no files beside this one, and exists in Python only.
+    settings = json.dumps({"tokenizer_class": "ByT5Tokenizer"})
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert (caught.value.reason, caught.value.where) == ("tokenizer_slow", str(tmp_path))
+
+
 def test_tokenizer_without_an_end_token_is_refused(tmp_path):
     config = {"eos_token": None, "bos_token": None, "pad_token": None}
     with pytest.raises(ConfigError) as caught:

@@ -1,0 +1,188 @@
+"""The verbs that build datasets: shards, plan and datasets."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from preprocess.cli.options import add_settings, read_settings
+from preprocess.cli.verbs import Console, Verb, default_output
+from preprocess.datasets import dataset_names
+from preprocess.job import DryRun, JobSettings, Outcome, dry_run, run_job
+from preprocess.media import ImagePolicy
+from preprocess.settings import Setting
+from preprocess.sizes import size_text
+from shardspec.errors import ConfigError, redacted
+from shardspec.tiling import Fit, ImageView
+
+_GROUPS = ("what to build", "text", "images", "the job", "downloading images")
+_STANDARD = ImageView()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewSettings:
+    """The model's input as a few numbers, from which views and stored size follow."""
+
+    image_size: Annotated[
+        int, Setting("side of the model's input, or of a tile, in pixels", group="images")
+    ] = _STANDARD.size_px
+    patch_size: Annotated[int, Setting("side of a vision patch in pixels", group="images")] = (
+        _STANDARD.patch_px
+    )
+    crops: Annotated[
+        int,
+        Setting(
+            "maximum number of high-resolution tiles beside the overview; 0 for a single crop",
+            group="images",
+        ),
+    ] = 0
+    high_res_crops: Annotated[
+        int | None,
+        Setting("the same of a second resolution; training draws one of the two", group="images"),
+    ] = None
+    image_fit: Annotated[
+        Fit, Setting("how an image is fitted to the model's input", group="images")
+    ] = _STANDARD.fit
+    image_bound: Annotated[
+        str,
+        Setting(
+            "stored size: canvas, canvas*1.5 (head room for random crops), or the longest side in "
+            "pixels",
+            group="images",
+        ),
+    ] = "canvas"
+
+    @property
+    def views(self) -> tuple[ImageView, ...]:
+        """The views of one or two resolutions."""
+        numbers = [self.crops, *([self.high_res_crops] if self.high_res_crops else [])]
+        return tuple(self._view(crops) for crops in numbers)
+
+    @property
+    def headroom(self) -> float:
+        """The factor on the canvas."""
+        text = self.image_bound
+        if not text.startswith("canvas"):
+            return 1.0
+        return _number(text.removeprefix("canvas").removeprefix("*") or "1", "--image-bound")
+
+    @property
+    def max_side_px(self) -> int | None:
+        """The longest side, where that is given instead of a canvas."""
+        if self.image_bound.startswith("canvas"):
+            return None
+        return int(_number(self.image_bound, "--image-bound"))
+
+    def _view(self, crops: int) -> ImageView:
+        """Makes the view of one resolution: a single crop, or an overview and tiles."""
+        single = ImageView(size_px=self.image_size, patch_px=self.patch_size, fit=self.image_fit)
+        if not crops:
+            return single
+        return replace(single, crop_mode="overlap-and-resize-c2", max_crops=crops)
+
+
+def _number(text: str, flag: str) -> float:
+    try:
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    except ValueError as error:
+        raise ConfigError("number_text", flag=flag, got=text) from error
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, ViewSettings, JobSettings, groups=_GROUPS)
+
+
+def job_settings(options: argparse.Namespace) -> JobSettings:
+    """Reads the flags of a job.
+
+    Raises:
+      ConfigError: A value is out of range.
+    """
+    views = read_settings(ViewSettings, options)
+    image = {
+        "views": views.views,
+        "headroom": views.headroom,
+        "max_side_px": views.max_side_px,
+    }
+    out = options.out or default_output(options.dataset)
+    return read_settings(JobSettings, options, {JobSettings: {"out": out}, ImagePolicy: image})
+
+
+def _shards(options: argparse.Namespace, console: Console) -> int:
+    settings = job_settings(options)
+    outcome = run_job(settings, console)
+    console.show(_outcome_text(settings, outcome))
+    return 0
+
+
+def _plan(options: argparse.Namespace, console: Console) -> int:
+    settings = job_settings(options)
+    console.show(_dry_run_text(settings, dry_run(settings, console)))
+    return 0
+
+
+def _datasets(options: argparse.Namespace, console: Console) -> int:  # noqa: ARG001
+    console.show("\n".join(dataset_names()))
+    return 0
+
+
+def _outcome_text(settings: JobSettings, outcome: Outcome) -> str:
+    split, shards = outcome.result.split, outcome.result.manifest.select(settings.split)
+    lines = [
+        f"{redacted(settings.out)}: {split.num_samples:,} samples in {len(shards)} shards, "
+        f"{size_text(split.num_bytes)}, {split.num_tokens:,} tokens",
+        f"manifest sha256 {outcome.result.sha256}",
+    ]
+    lost = sum(split.quarantined.values())
+    if lost:
+        reasons = ", ".join(f"{name} {n}" for name, n in split.quarantined.items())
+        lines.append(f"{lost} rows left out ({reasons}); see {redacted(settings.out)}/quarantine")
+    if not outcome.fresh:
+        lines.append("nothing to do: the dataset is already complete")
+    return "\n".join(lines)
+
+
+def _dry_run_text(settings: JobSettings, found: DryRun) -> str:
+    rows: list[tuple[str, object]] = [
+        ("dataset", f"{settings.dataset}, split {settings.split}, source {settings.source}"),
+        ("output", redacted(settings.out)),
+        ("rows", f"{found.num_rows:,}"),
+        ("image URLs", f"{found.num_urls:,}"),
+    ]
+    rows += [(f"  {state}", f"{n:,}") for state, n in found.urls_known.items()]
+    if found.mean_sample_bytes is None or found.shards is None:
+        rows.append(("estimate", "none: no image is available before FETCH has run"))
+    else:
+        total = found.mean_sample_bytes * found.num_rows
+        rows += [
+            ("bytes per sample", size_text(found.mean_sample_bytes)),
+            ("  of them variants", size_text(found.mean_variant_bytes or 0)),
+            ("tokens per sample", f"{found.mean_tokens:.0f}"),
+            ("shards", f"{found.shards.num_shards} ({found.shards.rule})"),
+            ("total", size_text(total)),
+        ]
+    if found.free_bytes is not None:
+        rows.append(("free at the output", size_text(found.free_bytes)))
+    return "\n".join(f"{name:<20} {value}" for name, value in rows)
+
+
+VERBS = (
+    Verb(
+        name="shards",
+        help="build the shards of a dataset, or resume an interrupted job",
+        add=_add_job,
+        run=_shards,
+    ),
+    Verb(
+        name="plan",
+        help="print what `shards` would do; writes nothing",
+        add=_add_job,
+        run=_plan,
+    ),
+    Verb(name="datasets", help="list the datasets", add=lambda _: None, run=_datasets),
+)

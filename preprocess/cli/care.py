@@ -1,0 +1,92 @@
+"""The verbs that look after a dataset: verify and gc."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+from preprocess.cli.options import add_settings, read_settings
+from preprocess.cli.verbs import Console, Verb
+from preprocess.job import find_strays, output_lock, remove_strays, verify
+from preprocess.settings import Setting
+from preprocess.sizes import parse_age_s, size_text
+from shardspec import storage
+from shardspec.errors import redacted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifySettings:
+    """What to compare."""
+
+    out: Annotated[str, Setting("folder or URL of the dataset", positional=True)]
+    deep: Annotated[bool, Setting("decode every image as well")] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcSettings:
+    """What to remove."""
+
+    out: Annotated[str, Setting("folder or URL of the dataset", positional=True)]
+    dry_run: Annotated[bool, Setting("only list what would be removed")] = False
+    older_than: Annotated[
+        float | None,
+        Setting(
+            "keep what is younger: 90s, 30m, 24h, 7d",
+            metavar="AGE",
+            parse=parse_age_s,
+        ),
+    ] = None
+    """Seconds."""
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    settings = read_settings(VerifySettings, options)
+    findings = verify(settings.out, console, deep=settings.deep)
+    for error in findings:
+        console.fail(error)
+    if findings:
+        return findings[0].exit_code
+    console.show(f"{redacted(settings.out)}: every shard matches the manifest")
+    return 0
+
+
+def _gc(options: argparse.Namespace, console: Console) -> int:
+    settings = read_settings(GcSettings, options)
+    out = settings.out
+    before = None if settings.older_than is None else time.time() - settings.older_than
+    if not storage.exists(out):
+        find_strays(out)  # raises; taking the lock would create the output
+    with output_lock(out):
+        strays = find_strays(out, written_before_unix_s=before)
+        listed = [f"{size_text(each.num_bytes):>10}  {each.name}" for each in strays.objects]
+        listed += [f"{'upload':>10}  {upload.name}" for upload in strays.uploads]
+        if listed:
+            console.show("\n".join(listed))
+        if not settings.dry_run:
+            remove_strays(out, strays)
+    removed, aborted = ("would remove", "abort") if settings.dry_run else ("removed", "aborted")
+    console.show(
+        f"{redacted(out)}: {removed} {len(strays.objects)} objects "
+        f"({size_text(strays.num_bytes)}), {aborted} {len(strays.uploads)} unfinished uploads"
+    )
+    if out.startswith("gs://"):
+        console.show("unfinished uploads to Google Cloud Storage expire after a week")
+    return 0
+
+
+VERBS = (
+    Verb(
+        name="verify",
+        help="compare every stored byte with the manifest",
+        add=lambda parser: add_settings(parser, VerifySettings),
+        run=_verify,
+    ),
+    Verb(
+        name="gc",
+        help="remove files that interrupted jobs have left",
+        add=lambda parser: add_settings(parser, GcSettings),
+        run=_gc,
+    ),
+)

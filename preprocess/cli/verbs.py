@@ -1,0 +1,38 @@
+"""What a verb of `python -m preprocess` is: its flags, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from preprocess.job import Reporter
+
+
+class Console(Reporter, Protocol):
+    """Where a verb writes: progress while it works, then its results."""
+
+    def show(self, text: str) -> None:
+        """Prints a result on standard output."""
+
+    def fail(self, error: object) -> None:
+        """Prints an error on standard error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """One verb of the command line."""
+
+    name: str
+    help: str
+    """What it does, in one clause."""
+    add: Callable[[argparse.ArgumentParser], None]
+    """Adds its flags to its parser."""
+    run: Callable[[argparse.Namespace, Console], int]
+    """Does the work and returns the exit code."""
+
+
+def default_output(dataset: str) -> str:
+    """Names the output of a dataset for which no other is given."""
+    return f"shards/{dataset}"

@@ -1,0 +1,47 @@
+"""Which augmentations leave an example's texts true."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from preprocess.text.styles import STYLES
+from preprocess.text.styles.counting import asks_for_count
+from shardspec.sample import Geometry
+
+_SIDED = re.compile(
+    r"\b(left|right|leftmost|rightmost|left-hand|right-hand|clockwise|counterclockwise|"
+    r"anticlockwise|east|west|eastern|western|mirror\w*|facing|"
+    r"texts?|words?|letters?|lettering|reads?|reading|says?|written|writing|signs?|signage|"
+    r"label\w*|logos?|numbers?|numbered|numeral\w*|digit\w*|clocks?|watch|watches|maps?|"
+    r"caption\w*|title\w*|spell\w*|printed|inscri\w*|fonts?)\b",
+    re.IGNORECASE,
+)
+
+
+def safe_geometry(texts: Sequence[str], *, styles: Sequence[str] = ()) -> Geometry:
+    """Decides which augmentations leave an example's texts true.
+
+    Points, motions and pages to be read allow neither flips nor crops. Otherwise a flip is allowed
+    if no text mentions sides or things to be read, and a free crop if none requests a count: a
+    caption survives the loss of a margin, a number does not. Colour may always change.
+
+    Args:
+      texts: All texts of the example, questions as well as responses.
+      styles: The styles of its messages.
+
+    >>> safe_geometry(["a red ball"]) == Geometry.ALL
+    True
+    >>> Geometry.FLIP in safe_geometry(["a ball on the left"])
+    False
+    >>> safe_geometry(["dogs"], styles=["pointing"]) == Geometry.COLOR
+    True
+    """
+    if any(STYLES[style].rigid for style in styles if style in STYLES):
+        return Geometry.COLOR
+    safe = Geometry.ALL
+    if any(_SIDED.search(text) for text in texts):
+        safe &= ~Geometry.FLIP
+    if any(asks_for_count(text) for text in texts):
+        safe &= ~Geometry.CROP
+    return safe

@@ -1,0 +1,179 @@
+"""A message of a dataset: reading its fields, its turns and its equally likely responses.
+
+A message is a mapping with a `style`; which other fields it needs is up to the style. A field that
+is missing or of another type is a SampleError that names the style, the field and what was wanted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from preprocess.text.policy import SelectAnswer
+from shardspec.errors import SampleError
+
+Message = Mapping[str, Any]
+
+ImageSize = tuple[int, int]
+"""Width and height of an upright original, in pixels."""
+
+
+def require_field(message: Message, name: str) -> Any:
+    """Gives a field of any type.
+
+    Raises:
+      SampleError: `message_fields` (missing or null).
+    """
+    if message.get(name) is None:
+        raise field_error(message, name, "a value")
+    return message[name]
+
+
+def require_text(message: Message, name: str) -> str:
+    """Gives a text without the space around it.
+
+    Raises:
+      SampleError: `message_fields` (missing, not a string, or blank).
+    """
+    text = message.get(name)
+    if not isinstance(text, str) or not text.strip():
+        raise field_error(message, name, "a text")
+    return text.strip()
+
+
+def require_texts(message: Message, name: str, *, blank: bool = False) -> list[str]:
+    """Gives a list of at least one text, each without the space around it.
+
+    Args:
+      message: The message.
+      name: The field.
+      blank: Whether a text may be empty.
+
+    Raises:
+      SampleError: `message_fields` (missing, empty, or with other values than texts).
+    """
+    texts = message.get(name)
+    if not isinstance(texts, list | tuple) or not texts:
+        raise field_error(message, name, "a list of texts")
+    if not all(isinstance(text, str) and (blank or text.strip()) for text in texts):
+        raise field_error(message, name, "a list of texts")
+    return [text.strip() for text in texts]
+
+
+def field_error(message: Message, name: str, want: str) -> SampleError:
+    """Makes the error of a field that does not hold what its style needs."""
+    style = message.get("style", "of an annotation")
+    return SampleError(
+        "message_fields.field",
+        style=style,
+        name=name,
+        field=name,
+        want=want,
+        fields=sorted(message),
+    )
+
+
+def split_turns(message: Message) -> list[Message]:
+    """Splits a message into its exchanges, each a complete message.
+
+    Args:
+      message: With `messages` (question, answer, ...) or `multi_turn_messages`, or of one turn.
+
+    Raises:
+      SampleError: `message_fields`.
+    """
+    shared = {
+        name: value
+        for name, value in message.items()
+        if name not in ("messages", "multi_turn_messages")
+    }
+    turns: list[Message] = [message]
+    if "messages" in message:
+        texts = message["messages"]
+        if not isinstance(texts, Sequence) or not texts or len(texts) % 2:
+            raise field_error(message, "messages", "[question, answer, ...]")
+        pairs = zip(texts[::2], texts[1::2], strict=True)
+        turns = [{**shared, "question": question, "answer": answer} for question, answer in pairs]
+    elif "multi_turn_messages" in message:
+        style = {"style": message["style"]} if "style" in message else {}
+        turns = [{**style, **turn} for turn in message["multi_turn_messages"]]
+        if not turns:
+            raise field_error(message, "multi_turn_messages", "at least one message")
+    return turns
+
+
+def add_image_sizes(message: Message, image_sizes: Sequence[ImageSize]) -> Message:
+    """Adds the sizes of the example's images to a message with points, which may be in pixels."""
+    if not image_sizes or "points" not in message:
+        return message
+    return {**message, "image_sizes": image_sizes}
+
+
+def alternatives(message: Message, select: SelectAnswer) -> list[Message]:
+    """Lists the message once for each of its equally likely responses.
+
+    Args:
+      message: With `alternatives` (texts), `answers` (votes), or a single response.
+      select: Which of several answers may be drawn.
+
+    Raises:
+      SampleError: `message_fields`.
+    """
+    for several, single in (("alternatives", "text"), ("answers", "answer")):
+        if several in message:
+            texts = require_texts(message, several, blank=several == "answers")
+            if several == "answers":
+                # One empty vote of ten is no reason to lose the row.
+                votes = [text for text in texts if text]
+                if not votes:
+                    raise field_error(message, several, "a list of texts")
+                texts = _SELECT[select](votes)
+            rest = {name: value for name, value in message.items() if name != several}
+            return [{**rest, single: text} for text in texts]
+    return [message]
+
+
+def fixed_texts(message: Message) -> list[str]:
+    """Lists the texts that must read the same in the question and in the answer."""
+    named = [message.get("label"), message.get("label_cased")]
+    options = [*(message.get("options") or ()), *(message.get("unlabelled_options") or ())]
+    # Without a label, the question itself is the text between the tags.
+    asked = [message.get("question")] if "points" in message else []
+    texts = [*named, *options, *asked]
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+
+
+def message_texts(example: Mapping[str, Any]) -> list[str]:
+    """Lists every text of an example's messages, whatever their fields."""
+    return [text for name, text in _strings(example["message_list"]) if name != "style"]
+
+
+def message_styles(example: Mapping[str, Any]) -> list[str]:
+    """Lists the styles of an example's messages and turns."""
+    return [text for name, text in _strings(example["message_list"]) if name == "style"]
+
+
+def _most_common(answers: Sequence[str]) -> list[str]:
+    """The answers that most people gave, in the order in which they came up."""
+    counts = Counter(answers)
+    most = max(counts.values())
+    return [answer for answer, count in counts.items() if count == most]
+
+
+_SELECT: Mapping[SelectAnswer, Callable[[Sequence[str]], list[str]]] = {
+    "best": _most_common,
+    "first": lambda answers: [min(answers)],
+}
+
+
+def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Walks nested JSON; gives each text with the name of the field that it is in."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for inner, part in value.items():
+            yield from _strings(part, inner)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _strings(part, name)

@@ -1,0 +1,120 @@
+"""What a style is, and what all families of styles share: responses and prompt templates.
+
+A module of this package is a family: it has a function that draws an exchange, and `STYLES`, its
+styles by name. To add a style, add a line to the `STYLES` of its family (and a list of templates to
+`preprocess/text/templates/`, where it has some). To add a family, add a module, and name it in
+`preprocess.text.styles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from preprocess.text.choices import fill
+from preprocess.text.message import Message, alternatives
+from preprocess.text.points import PointMode
+from preprocess.text.policy import PromptTemplates, TextPolicy
+from shardspec.toml import load_toml
+
+Family = Literal[
+    "caption",
+    "qa",
+    "document",
+    "pointing",
+    "counting",
+    "inline_points",
+    "multiple_choice",
+    "instruction",
+    "robot",
+]
+
+Exchange = tuple[str, str]
+"""User text and response text, without prefix and markup."""
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """One draw of an exchange: by which settings, and from which generator."""
+
+    style: Style
+    policy: TextPolicy
+    rng: np.random.RandomState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Style:
+    """How messages of a style become text."""
+
+    family: Family
+    draw: Callable[[Message, Draw], Exchange]
+    """Draws user text and response of a message of one turn."""
+    template: str = ""
+    """File and list of its prompt templates; "" where the question itself is the prompt."""
+    since: PromptTemplates = "uber_model"
+    """The first setting of `prompt_templates` that uses them."""
+    mode: PointMode = "point"
+    """Form of the answer of pointing and counting styles."""
+    grouped: bool = False
+    """Whether `points` has a list per image."""
+    explained: bool = False
+    """Whether an explanation must precede the answer."""
+    rigid: bool = False
+    """Whether a flip or a crop would make the text wrong: coordinates, or pages to be read."""
+    demo: bool = False
+    """Whether a person would use the style without naming it: the prefix is the exception in the
+    demo modes (Molmo 2)."""
+    unnamed: bool = False
+    """Whether the demo modes never write a prefix: the data brings its own (Molmo 1)."""
+    length_hint: bool = True
+    """Whether style_and_length_v2 writes a length; False where things in the image decide it
+    (Molmo 2)."""
+    in_words: bool = False
+    """Whether a request for a count says that the answer is to be in words (both PixMo
+    question sets)."""
+    trained_as: str = ""
+    """The style whose prefix an evaluation style takes (Molmo 2); "" for its own."""
+
+
+def one_alternative(message: Message, draw: Draw) -> Message:
+    """Draws one of a message's equally likely responses."""
+    found = alternatives(message, draw.policy.select_answer)
+    return found[0] if len(found) == 1 else found[draw.rng.randint(0, len(found))]
+
+
+def user_text(message: Message, draw: Draw, *, plain: str = "", **fields: str) -> str:
+    """Gives the user text: the explicit prompt, a template with its fields, or the plain text.
+
+    Args:
+      message: Its `prompt` wins.
+      draw: Says whether the style's templates are used, and draws one of them.
+      plain: The text where no template is used.
+      fields: What the templates name; without fields, a plain text wins over a template.
+    """
+    prompt = message.get("prompt")
+    if prompt:
+        return str(prompt)
+    style = draw.style
+    used = _LEVEL[draw.policy.prompt_templates] >= _LEVEL[style.since]
+    if not style.template or not used or (plain and not fields):
+        return plain
+    templates = prompt_templates(style.template)
+    return fill(templates[draw.rng.randint(0, len(templates))], fields)
+
+
+@cache
+def prompt_templates(name: str) -> Sequence[str]:
+    """Reads the templates of a list, "file.list"; all of a list have the same fields."""
+    file, _, section = name.partition(".")
+    templates: Sequence[str] = load_toml(TEMPLATES / f"{file}.toml")[section]
+    return templates
+
+
+_LEVEL: Mapping[PromptTemplates, int] = {"none": 0, "uber_model": 1, "uber_model_v2": 2}

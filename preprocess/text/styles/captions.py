@@ -1,0 +1,27 @@
+"""Captions and transcripts: a text about the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from preprocess.text.message import Message, require_text
+from preprocess.text.styles.base import Draw, Exchange, Style, one_alternative, user_text
+
+
+def draw_caption(message: Message, draw: Draw) -> Exchange:
+    """Draws a caption or a transcript: `text`, or any one of `alternatives`."""
+    message = one_alternative(message, draw)
+    # The row's own question, if any, replaces the template.
+    user = user_text(message, draw, plain=message.get("question", ""))
+    return user, require_text(message, "text")
+
+
+def _caption(name: str, *, demo: bool = False) -> Style:
+    return Style(family="caption", draw=draw_caption, template=f"caption.{name}", demo=demo)
+
+
+STYLES: Mapping[str, Style] = {
+    "long_caption": _caption("long_caption", demo=True),
+    "short_caption": _caption("short_caption", demo=True),
+    "transcript": _caption("transcript"),
+}

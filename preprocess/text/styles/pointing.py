@@ -1,0 +1,150 @@
+"""Pointing: points of things with a label, and points inside of an answer.
+
+Points are [n, 2], or such a list per image in styles of several images; `point_scale` says what
+they are fractions of (100: percent), otherwise they are pixels of `image_sizes`. With
+`clip_points`, points outside of the image move to its border.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preprocess.text.message import Message, field_error, require_field, require_text
+from preprocess.text.points import (
+    NO_POINTS,
+    PointFormat,
+    PointGroup,
+    fill_placeholders,
+    parse_points,
+    point_sentence,
+    point_tag,
+)
+from preprocess.text.styles.base import Draw, Exchange, Style, user_text
+from shardspec.errors import SampleError
+
+ANNOTATION_SCALE = 100.0
+"""Inline points are percentages (PixMo-Point-Explanations)."""
+
+
+def draw_pointing(message: Message, draw: Draw) -> Exchange:
+    """Draws a request to point at things: `points` of `label`."""
+    label = _label(message, grouped=draw.style.grouped)
+    # A question is a whole sentence; only a bare label goes into a template.
+    plain = message.get("question") or label
+    templated = {} if "question" in message else {"label": label}
+    user = user_text(message, draw, plain=plain, **templated)
+    return user, _answer(message, label, draw)
+
+
+def draw_inline_points(message: Message, draw: Draw) -> Exchange:
+    """Draws an answer with tags at its placeholders, one per entry of `answer_annotations`.
+
+    An annotation has `points` (percent unless `point_scale` says otherwise; kept within the
+    image), `inline_text` and `alt_text`.
+    """
+    question = "" if message.get("prompt") else require_text(message, "question")
+    scale = _positive(message.get("point_scale", ANNOTATION_SCALE), message)
+    tags = [
+        _inline_tag(annotation, scale, draw.policy.point_format)
+        for annotation in require_field(message, "answer_annotations")
+    ]
+    user = user_text(message, draw, plain=question, question=question)
+    return user, fill_placeholders(require_text(message, "answer"), tags)
+
+
+def _answer(message: Message, label: str, draw: Draw) -> str:
+    mode = draw.style.mode
+    if mode == "count" and "points" not in message:
+        count = require_field(message, "count")
+        if type(count) is not int or count < 0:
+            raise field_error(message, "count", "a number of things")
+        return str(count) if count else NO_POINTS
+    groups = _groups(message, grouped=draw.style.grouped)
+    count = sum(len(group.points) for group in groups)
+    if not count:
+        return NO_POINTS
+    if mode == "count":
+        return point_sentence("", count=count, mode=mode)
+    tag = point_tag(groups, label=label, point_format=draw.policy.point_format)
+    return point_sentence(tag, count=count, mode=mode)
+
+
+def _inline_tag(annotation: Message, scale: float, point_format: PointFormat) -> str:
+    points = parse_points(require_field(annotation, "points"))
+    text = require_text(annotation, "inline_text")
+    if not points:
+        return text  # nothing to point at: the words alone
+    group = PointGroup(points=points, scale=(scale, scale)).clipped()
+    return point_tag([group], label=text, alt=annotation.get("alt_text"), point_format=point_format)
+
+
+def _label(message: Message, *, grouped: bool) -> str:
+    """The name of what is pointed at: in lower case, unless the row's own case matters."""
+    if "label" in message:
+        label = require_text(message, "label")
+        # Labels of image groups stay as they are (Molmo 2).
+        return label if grouped else label.lower()
+    return require_text(message, "label_cased" if "label_cased" in message else "question")
+
+
+def _groups(message: Message, *, grouped: bool) -> list[PointGroup]:
+    points = require_field(message, "points")
+    if not grouped or not isinstance(points, Sequence):
+        points = [points]
+    sizes = message.get("image_sizes", ())
+    if sizes and len(points) > len(sizes):
+        raise SampleError(
+            "points_shape.groups", style=message["style"], groups=len(points), images=len(sizes)
+        )
+    groups = [
+        PointGroup(points=parse_points(own), scale=_scale(message, i), image=i + 1)
+        for i, own in enumerate(points)
+    ]
+    return [group.clipped() for group in groups] if message.get("clip_points") else groups
+
+
+def _scale(message: Message, image: int) -> tuple[float, float]:
+    if "point_scale" in message:
+        scale = _positive(message["point_scale"], message)
+        return scale, scale
+    if not message.get("image_sizes"):
+        raise field_error(message, "point_scale", "a scale, or images whose pixels are meant")
+    width, height = message["image_sizes"][image]
+    return float(width), float(height)
+
+
+def _positive(scale: Any, message: Message) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise field_error(message, "point_scale", "a number above 0")
+    return float(scale)
+
+
+STYLES: Mapping[str, Style] = {
+    "pointing": Style(
+        family="pointing",
+        draw=draw_pointing,
+        template="pointing.pointing",
+        rigid=True,
+        demo=True,
+        length_hint=False,
+    ),
+    "cosyn_point": Style(
+        family="pointing",
+        draw=draw_pointing,
+        template="pointing.pointing",
+        rigid=True,
+        demo=True,
+        length_hint=False,
+    ),
+    "multi_image_pointing": Style(
+        family="pointing",
+        draw=draw_pointing,
+        template="pointing.multi_image_pointing",
+        grouped=True,
+        rigid=True,
+        demo=True,
+    ),
+    "point_qa": Style(family="inline_points", draw=draw_inline_points, rigid=True),
+}

@@ -1,0 +1,155 @@
+"""What ends a job: settings out of range, adapters that break their contract, too many losses."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from preprocess.fetch.blobs import BlobCache
+from preprocess.job.build import prepare_row
+from preprocess.job.commit import check_bad_samples
+from preprocess.job.job import Job, JobSettings
+from preprocess.job.planner import make_plan
+from preprocess.recipe import Preparer, Recipe
+from preprocess.text import TextPolicy, load_tokenizer
+from shardspec.errors import BudgetError, ConfigError, SampleError
+from tests.preprocess.job.test_commit import Silent, built
+
+RECIPE = Recipe(text=TextPolicy(num_variants=1))
+
+
+@pytest.fixture
+def job_of(write_parquet, tmp_path):
+    """A function from PixMo-Cap rows to an opened job."""
+
+    def job(rows, **settings):
+        source = write_parquet(tmp_path / "source", rows)
+        return Job(
+            JobSettings(
+                dataset="pixmo_cap",
+                source=str(source),
+                out=str(tmp_path / "out"),
+                cache=str(tmp_path / "cache"),
+                recipe=RECIPE,
+                **settings,
+            )
+        )
+
+    return job
+
+
+def stopped(job):
+    with pytest.raises(BudgetError) as caught:
+        make_plan(job, Silent())
+    return caught.value
+
+
+def with_image(row, **image):
+    return {**row, "image": {"bytes": None, "path": None, **image}, "image_url": None}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"limit": 0},
+        {"num_workers": 0},
+        {"num_shards": 0},
+        {"shard_bytes": 1000},
+        {"max_dead_links": 1.5},
+        {"max_bad_samples": -0.1},
+        {"split": "../train"},
+        {"limit": -1, "num_shards": -1},
+    ],
+)
+def test_settings_out_of_range_are_all_named(wrong):
+    with pytest.raises(ConfigError) as caught:
+        JobSettings(dataset="pixmo_cap", out="out", **wrong)
+    assert (caught.value.reason, caught.value.facts) == ("job_settings", wrong)
+
+
+def test_source_of_which_no_row_is_left_stops_the_job(job_of, captioned_rows):
+    rows = [with_image(row, path=f"gone/{i}.jpg") for i, row in enumerate(captioned_rows(3))]
+    error = stopped(job_of(rows))
+    assert (error.reason, error.facts) == ("nothing_left", {"image_missing": 3})
+
+
+@pytest.mark.parametrize("lost, allowed", [(11, 10), (13, 12)])
+def test_more_lost_rows_than_the_budget_stop_the_job(job_of, captioned_rows, lost, allowed):
+    rows = captioned_rows(30)
+    for i in range(lost):
+        rows[i] = with_image(rows[i], path=f"gone/{i}.jpg")
+    error = stopped(job_of(rows, max_dead_links=allowed / 30))
+    assert error.reason == "lost_rows"
+    assert error.facts == {"rows": 30, "allowed": allowed, "image_missing": lost}
+
+
+def test_more_dead_links_than_the_budget_stop_the_job(job_of, captioned_rows):
+    # No network is needed to see that these addresses are not public.
+    rows = [
+        {**row, "image": None, "image_url": f"http://127.0.0.1/{i}.jpg"}
+        for i, row in enumerate(captioned_rows(12))
+    ]
+    job = job_of(rows)
+    error = stopped(job)
+    num_links = len(job.dataset)
+    assert error.reason == "dead_links"
+    assert error.facts == {"links": num_links, "allowed": 10, "private_addr": num_links}
+
+
+def test_recipe_that_no_probed_sample_survives_stops_the_job(job_of, captioned_rows):
+    rows = [with_image(row, bytes=b"no image %d" % i) for i, row in enumerate(captioned_rows(6))]
+    error = stopped(job_of(rows))
+    assert error.reason == "probe_failed"
+    assert error.facts["first_reason"] == "image_decode"
+
+
+def test_more_bad_samples_than_the_budget_are_not_committed(tmp_path):
+    job, plan, (receipt,) = built(tmp_path, "train")
+    few, many = (
+        dataclasses.replace(receipt, quarantined={"image_decode": n - 1, "control_token": 1})
+        for n in (10, 11)
+    )
+    check_bad_samples(job, plan, [few])
+    with pytest.raises(BudgetError) as caught:
+        check_bad_samples(job, plan, [many])
+    assert caught.value.reason == "bad_samples"
+    assert caught.value.facts["allowed"] == 10
+
+
+def test_picture_that_has_changed_since_the_plan_is_a_bad_sample(tmp_path, small_jpeg):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(small_jpeg(1))
+    row = {
+        "key": "k",
+        "image": {"kind": "path", "path": str(path), "sha256": "0" * 64},
+        "example": {"message_list": [{"style": "long_caption", "text": "A cat."}]},
+    }
+    preparer = Preparer(recipe=RECIPE, tokenizer=load_tokenizer())
+    with pytest.raises(SampleError) as caught:
+        prepare_row(preparer, row, cache=BlobCache(tmp_path / "cache"))
+    assert (caught.value.reason, caught.value.where) == ("image_changed", str(path))
+
+
+@pytest.mark.parametrize(
+    "image, reason",
+    [
+        (np.zeros((8, 8, 3), np.uint8), "image_type"),
+        ([b"one", b"two"], "image_number"),
+    ],
+)
+def test_adapter_that_gives_other_images_than_it_may_is_named(
+    job_of, captioned_rows, image, reason
+):
+    job = job_of(captioned_rows(1))
+    example = {"image": image, "message_list": [{"style": "long_caption", "text": "A cat."}]}
+
+    class Rows(list):
+        name = "pixmo_cap"
+        several_images = False
+        left_out = Counter()
+
+    job.__dict__["dataset"] = Rows([example])
+    with pytest.raises(ConfigError) as caught:
+        make_plan(job, Silent())
+    assert caught.value.reason == reason
