@@ -29,9 +29,9 @@ import threading
 import traceback
 import weakref
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -42,10 +42,12 @@ import numpy as np
 import torch
 
 from loader.buffers import LEAST_POOLED_BYTES
+from loader.delivery.batches import BatchMaker, MadeBatch, Task
 from loader.delivery.stats import StageTimings
-from loader.delivery.threads import BatchMaker, LookAhead, MadeBatch, Task
+from loader.delivery.threads import AheadLimit
 from loader.reading import count_reading
 from shardspec.errors import ConfigError, ShardsError, WorkerError
+from shardspec.messages import messages
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +93,12 @@ class _Sent:
 class _Answer:
     """What a worker sends back; the descriptors of new buffers follow it."""
 
-    batch: dict[str, Any] = field(default_factory=dict)
-    """Tensors are `_Shared`, or `_Sent` where they are small."""
+    batch: Any = None
+    """Its tensors are `_Shared`, or `_Sent` where they are small."""
     bad: list[dict[str, Any]] = field(default_factory=list)
-    spent: StageTimings = field(default_factory=StageTimings)
+    timings: StageTimings = field(default_factory=StageTimings)
     counters: dict[str, int] = field(default_factory=dict)
-    """See `Made.counters`."""
+    """See `MadeBatch.counters`."""
     new: list[tuple[int, int]] = field(default_factory=list)
     """(Buffer, bytes)."""
     dropped: list[int] = field(default_factory=list)
@@ -109,52 +111,54 @@ class _Answer:
 
 
 def make_in_workers(
-    plans: Iterator[Task],
+    tasks: Iterator[Task],
     maker: BatchMaker,
     *,
     workers: int,
     keep_bytes: int,
-    ahead: LookAhead,
+    ahead: AheadLimit,
 ) -> Generator[tuple[MadeBatch, int], None, None]:
     """Makes batches in worker processes, in their sequence.
 
     Args:
-      plans: The batches; planned here, when there is room for more.
+      tasks: The batches; planned here, when there is room for more.
       maker: Makes them; it is sent to the workers.
       workers: Number of processes, >= 1.
       keep_bytes: Most bytes that wait to be used again, in all workers.
       ahead: How far to go ahead.
 
     Yields:
-      A batch, and how many behind it were ready by then.
+      A batch, and how many after it were ready by then.
 
     Raises:
       ShardsError: What a worker met; `worker_died`; `worker_crash`, any other exception there;
         `descriptor_limit`, this process may open no further file.
     """
-    crew = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
+    # Read now: once this process may open no further file, it could not say so.
+    messages()
+    processes = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
     try:
         asked: deque[_Worker] = deque()
         more, number = True, 0
         while more or asked:
             while more and len(asked) < ahead.batches:
-                planned = next(plans, None)
-                more = planned is not None
-                if planned is not None:
-                    asked.append(crew[number % workers])
-                    asked[-1].ask(planned)
+                task = next(tasks, None)
+                more = task is not None
+                if task is not None:
+                    asked.append(processes[number % workers])
+                    asked[-1].ask(task)
                     number += 1
             if asked:
-                ready = sum(worker.is_ready() for worker in crew)
+                ready = sum(worker.is_ready() for worker in processes)
                 made = asked.popleft().answer()
-                ahead.seen(made.spent.batch_bytes)
+                ahead.note(made.timings.batch_bytes)
                 yield made, max(0, ready - 1)
                 del made
     finally:
-        for worker in crew:
+        for worker in processes:
             worker.hang_up()
         stop_s = monotonic() + _JOIN_S
-        for worker in crew:
+        for worker in processes:
             worker.close(stop_s=stop_s)
 
 
@@ -168,8 +172,16 @@ class _Worker:
         self._process: BaseProcess = context.Process(
             target=_work, args=(theirs, maker, keep_bytes), name="decode", daemon=True
         )
-        self._process.start()
-        theirs.close()
+        try:
+            self._process.start()
+        except (OSError, RuntimeError):  # the system's, or Python's advice on `__main__`
+            raise
+        except Exception as error:
+            self._pipe.close()
+            message = f"{type(error).__name__}: {error}"
+            raise ConfigError("worker_pickle", error=message) from error
+        finally:
+            theirs.close()
         self._buffers: dict[int, mmap.mmap] = {}
         self._looked_at = 0
         # Filled by finalizers, wherever a tensor's last reference goes.
@@ -213,8 +225,10 @@ class _Worker:
             raise answer.error
         if answer.crash:
             raise WorkerError("worker_crash", crash=answer.crash)
-        batch = {name: self._opened(value) for name, value in answer.batch.items()}
-        return MadeBatch(batch=batch, bad=answer.bad, spent=answer.spent, counters=answer.counters)
+        batch = _each_value(answer.batch, self._opened)
+        return MadeBatch(
+            batch=batch, bad=answer.bad, timings=answer.timings, counters=answer.counters
+        )
 
     def hang_up(self) -> None:
         """Lets the process know that nothing more is wanted."""
@@ -296,11 +310,11 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     while (request := requests.get()) is not None:
         memory.free(request.freed)
         answer = _answered(maker, request.task, memory)
-        counted = count_reading(maker.source.readers)
+        counted = count_reading(maker.readers)
         answer.counters, told = dict(counted - told), counted
         descriptors = memory.settle(answer)
         try:
-            pipe.send(answer)
+            _send(pipe, answer)
             for descriptor in descriptors:
                 reduction.send_handle(pipe, descriptor, None)
                 os.close(descriptor)
@@ -312,6 +326,16 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(0)
+
+
+def _send(pipe: Connection, answer: _Answer) -> None:
+    try:
+        pipe.send(answer)
+    except OSError:
+        raise
+    except Exception:  # noqa: BLE001 - the border of the process: the consumer raises it
+        # Nothing is in the pipe yet: a batch of the user's that cannot be pickled.
+        pipe.send(replace(answer, batch=None, crash=traceback.format_exc()))
 
 
 def _receive(pipe: Connection, requests: queue.SimpleQueue[_Request | None]) -> None:
@@ -329,7 +353,7 @@ def _answered(maker: BatchMaker, task: Task, memory: _SharedMemory) -> _Answer:
         return _Answer(error=error)
     except Exception:  # noqa: BLE001 - the border of the process: the consumer raises it
         return _Answer(crash=traceback.format_exc())
-    return _Answer(batch=memory.described(made.batch), bad=made.bad, spent=made.spent)
+    return _Answer(batch=memory.described(made.batch), bad=made.bad, timings=made.timings)
 
 
 class _SharedMemory:
@@ -370,23 +394,32 @@ class _SharedMemory:
         """Takes buffers back."""
         self._free += numbers
 
-    def described(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Replaces the tensors of a batch by where they are; small ones are sent themselves."""
-        sent: dict[str, Any] = {}
-        for name, value in batch.items():
-            sent[name] = value
-            if isinstance(value, torch.Tensor):
-                array = value.numpy()
-                number = self._taken.pop(value.data_ptr(), None) if value.numel() else None
-                if number is None:
-                    by_stride = np.argsort([-stride for stride in array.strides], kind="stable")
-                    axes = tuple(np.argsort(by_stride).tolist())
-                    sent[name] = _Sent(array=array.transpose(by_stride), axes=axes)
-                    continue
-                sent[name] = _Shared(
-                    buffer=number, dtype=array.dtype.str, shape=array.shape, strides=array.strides
-                )
-        return sent
+    def described(self, batch: Any) -> Any:
+        """Replaces the tensors of a batch by where they are; small ones are sent themselves.
+
+        Tensors deeper than one level, and those of types that NumPy lacks, go as torch sends them.
+        """
+        return _each_value(batch, self._described)
+
+    def _described(self, value: Any) -> Any:
+        array = _as_array(value) if isinstance(value, torch.Tensor) else None
+        if array is None:
+            return value
+        number = self._taken.pop(value.data_ptr(), None) if value.numel() else None
+        if number is None:
+            by_stride = np.argsort([-stride for stride in array.strides], kind="stable")
+            axes = tuple(np.argsort(by_stride).tolist())
+            dense = array.transpose(by_stride)
+            if dense.nbytes >= LEAST_POOLED_BYTES:  # made by a function of the user's
+                shared = self.empty(dense.shape, dense.dtype)
+                number = self._taken.pop(shared.__array_interface__["data"][0], None)
+            if number is None:
+                return _Sent(array=dense, axes=axes)
+            np.copyto(shared, dense)
+            array = shared.transpose(axes)
+        return _Shared(
+            buffer=number, dtype=array.dtype.str, shape=array.shape, strides=array.strides
+        )
 
     def settle(self, answer: _Answer) -> list[int]:
         """Adds to an answer what the consumer must know.
@@ -422,6 +455,27 @@ class _SharedMemory:
         self._mapped[self._count] = mapped
         self._new.append((self._count, size, descriptor))
         return self._count
+
+
+def _each_value(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """Changes the values of a dictionary, list or tuple, or the batch itself if it is neither."""
+    if type(batch) is dict:
+        return {name: change(value) for name, value in batch.items()}
+    if type(batch) is list:
+        return [change(value) for value in batch]
+    if isinstance(batch, tuple):
+        values = [change(value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
+    return change(batch)
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray | None:
+    """Gives the memory of a tensor; None where NumPy has no such type or torch forbids it."""
+    try:
+        array: np.ndarray = tensor.numpy()
+    except (TypeError, RuntimeError):
+        return None
+    return array
 
 
 def _anonymous_file() -> int:
