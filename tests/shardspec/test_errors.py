@@ -190,7 +190,6 @@ TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py
 
 
 UNPROVOKED = {
-    "all_substitutes_bad",
     "bad_samples",
     "dead_links",
     "image_changed",
