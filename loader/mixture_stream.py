@@ -126,6 +126,8 @@ class IterableDatasetMixture(IterableDataset[Any]):
         self._stream: Stream[Any] = Stream(
             _parts(self.datasets), plan, seed=seed, batch_size=batch_size, named=True
         )
+        self.num_samples = self._stream.num_samples
+        """Samples of all datasets."""
 
     @property
     def ids(self) -> TokenIds:
@@ -136,11 +138,6 @@ class IterableDatasetMixture(IterableDataset[Any]):
     def view(self) -> View:
         """The first dataset's view: its shapes are all datasets'; raw ones have none."""
         return self._first_prepared().view
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of all datasets."""
-        return self._stream.num_samples
 
     @property
     def epoch(self) -> int:
@@ -162,6 +159,14 @@ class IterableDatasetMixture(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         """Gives this worker's share of the next pass; prepared examples name their dataset."""
         return iter(self._stream)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describes the data of each dataset by its name, as states do.
+
+        Raises:
+          ShardError: An index cannot be read.
+        """
+        return self._stream.fingerprint()
 
     def state_dict(self) -> dict[str, Any]:
         """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""

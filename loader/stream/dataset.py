@@ -197,6 +197,14 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """
         return self._stream.parts[0].builder.example(SampleRef(0, epoch, sample_id))
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Describes the data, as states do: the sequence of samples, whatever the shards' borders.
+
+        Raises:
+          ShardError: An index cannot be read.
+        """
+        return self._stream.fingerprint()
+
     def state_dict(self) -> dict[str, Any]:
         """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
         return self._stream.state_dict()

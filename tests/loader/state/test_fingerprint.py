@@ -51,7 +51,7 @@ def saved(loader, count):
 
 def test_shards_cut_anew_have_the_same_fingerprint_and_order(write):
     one, other = write("one", num_shards=1), write("other", num_shards=7)
-    assert make(one).dataset._stream.fingerprint() == make(other).dataset._stream.fingerprint()
+    assert make(one).dataset.fingerprint() == make(other).dataset.fingerprint()
     want = keys(make(one), 12)
     resumed = make(other)
     resumed.load_state_dict(saved(make(one), 5))
@@ -62,7 +62,7 @@ def test_another_sequence_or_other_samples_have_another_fingerprint(write, sampl
     swapped = [samples[1], samples[0], *samples[2:]]
     replaced = [*samples[:-1], tiny_sample(NUM, num_images=0)]
     prints = [
-        make(write(name, chosen)).dataset._stream.fingerprint()
+        make(write(name, chosen)).dataset.fingerprint()
         for name, chosen in (("a", samples), ("b", swapped), ("c", replaced), ("d", samples[1:]))
     ]
     assert len({entry["keys"] for entry in prints}) == 4
