@@ -1,12 +1,12 @@
 """`make_dataloader`: batches of a dataset or a mixture, made ahead by threads or worker processes.
 
-The consumer's thread plans (which samples make up the next batches), the others make them. Batches
-come in the order of the run whatever makes them, and the state counts the batches that were
-*delivered*, never those made ahead. A state is a few hundred bytes and valid for any number of
-ranks, threads and workers.
+The consumer's thread plans which samples make up the next batches; threads or worker processes make
+these. Batches come in the order of the run whatever makes them, and the state counts the batches
+that were *delivered*, never those made ahead. A state is a few hundred bytes and valid for any
+number of ranks, threads and workers.
 
-A batch belongs to the consumer for as long as it keeps any part of it; then its memory carries
-another one (buffers.py).
+A batch belongs to the consumer for as long as any part of it is referred to; then its memory is
+recycled (`loader.buffers`).
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class StreamLoader:
         self._stream: Stream[Any] = dataset._stream
         self._batches = batches
         self._maker = BatchMaker(self._stream.ahead, batches)
-        # The order in use: with the changes that were made, or that a state brought.
+        # The order in use: with the changes that were made here or in the run of a state.
         self._order = self._stream.order
         self._lengths = lengths
         self._packs = packs
@@ -317,7 +317,7 @@ class StreamLoader:
 
         Raises:
           StateError: `stale_iterator`, an iterator is used further although another one has begun
-            since, or the loader has gone to another place.
+            since, or the loader was moved to another step.
         """
         self._turn += 1
         turn = self._turn
@@ -325,11 +325,11 @@ class StreamLoader:
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
         self._stream.ahead.cancel()
-        plans = _Plans(self, range(self.step, stop))
-        left = len(plans)
+        tasks = _Tasks(self, range(self.step, stop))
+        left = len(tasks)
         begin_s = perf_counter()
         # Threads and processes end with the loop, however it is left.
-        with closing(self._made(plans)) as batches:
+        with closing(self._batches_of(tasks)) as batches:
             for made, ready in batches:
                 given_s = perf_counter()
                 before, num_bad = (self.step, self._streams), len(self.bad_samples)
@@ -337,7 +337,7 @@ class StreamLoader:
                 self._note_bad(made.bad)
                 self.step += 1
                 left -= 1
-                self._streams = plans.delivered()
+                self._streams = tasks.delivered()
                 batch = made.batch
                 self._stats.timings += made.timings
                 self._counters.update(made.counters)
@@ -345,7 +345,7 @@ class StreamLoader:
                 self._stats.ready += ready
                 del made
                 try:
-                    self._tell()
+                    self._call_watcher()
                 except BaseException:
                     # The batch was not delivered: the next pass begins with it, and it counts then.
                     self._stats, self._counters = totals
@@ -365,23 +365,23 @@ class StreamLoader:
                     raise StateError("stale_iterator", step=self.step)
 
     def stats(self) -> Stats:
-        """Tells what the time went into since this loader was made; see `Stats`."""
+        """Reports where the time went since this loader was made; see `Stats`."""
         counters = count_reading(self._stream.ahead.readers) + self._counters
         return replace(self._stats, counters=dict(counters))
 
     def watch(self, hook: Callable[[int, Stats], None], *, every_steps: int) -> None:
-        """Lets a logger know what the time goes into.
+        """Reports to a logger where the time goes.
 
         Args:
           hook: Called in the consumer's thread with the number of steps delivered so far and the
-            account of the last `every_steps` of them; the time it takes counts as the consumer's.
-            What it raises ends the pass; the next one goes on with the batch that was due, which
-            counts then and is not told again.
+            totals of the last `every_steps` of them; the time it takes counts as the consumer's.
+            What it raises ends the pass; the next one continues with the batch that was due, which
+            counts then and is not reported again.
           every_steps: >= 1; counted from now on.
         """
         self._watcher = hook, every_steps, self.stats()
 
-    def _tell(self) -> None:
+    def _call_watcher(self) -> None:
         if self._watcher is None:
             return
         hook, every_steps, before = self._watcher
@@ -392,18 +392,18 @@ class StreamLoader:
             self._watcher = hook, every_steps, now
             hook(self.step, now.since(before))
 
-    def _made(self, plans: _Plans) -> Generator[tuple[MadeBatch, int], None, None]:
+    def _batches_of(self, tasks: _Tasks) -> Generator[tuple[MadeBatch, int], None, None]:
         ahead = self._ahead()
         if self._workers:
             return make_in_workers(
-                iter(plans),
+                iter(tasks),
                 self._maker,
                 workers=self._workers,
                 keep_bytes=self._prefetch_bytes,
                 ahead=ahead,
             )
         return make_in_threads(
-            iter(plans),
+            iter(tasks),
             self._maker,
             threads=self._decode_threads,
             allocate=self._pool.empty,
@@ -454,12 +454,12 @@ class StreamLoader:
             self._schedule = self._unpacked()
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes the place in the run.
+        """Describes how far the run is.
 
-        It is the same on every rank (with packs that are not balanced: but for `streams`, which
-        saves time on resuming and is not needed), so saving rank 0's is enough. Where samples were
-        substituted, `bad` names those of this rank: a replay substitutes them again, even if they
-        can be read by then.
+        It is the same on every rank, so saving rank 0's is enough. (With packs that are not
+        balanced, `streams` differs; it saves time on resuming and is not needed.) Where samples
+        were substituted, `bad` names those of this rank: a replay substitutes them again, even if
+        they can be read by then.
         """
         state = {
             "version": STATE_VERSION,
@@ -483,7 +483,7 @@ class StreamLoader:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
-        """Goes to a saved place, whatever the number of ranks, threads and workers now.
+        """Restores a saved state, whatever the number of ranks, threads and workers now.
 
         Changes that the state's run made (`change`) are taken over where this loader has made
         none itself.
@@ -492,12 +492,12 @@ class StreamLoader:
           state: A `state_dict` of any rank.
           allow: What may differ from the state's run, on purpose.
             "view": what examples and batches are made of the samples: crops, augmentation,
-            sequence length, padding. The same samples go on in the view at hand. Which samples
+            sequence length, padding. The same samples continue in the view at hand. Which samples
             share a pack or a bucket follows from their lengths: there, crops and the sequence
             length must agree in any case.
             "order": the global batch size and the canonical ranks, with tail "wrap" and without
-            packs. Every dataset finishes its epoch first: what is left of it is dealt anew, every
-            sample once.
+            packs. Every dataset finishes its epoch first: what is left of it is laid out again,
+            with every sample once.
             "appended": one dataset, no mixture, may have grown since; otherwise as "order". The
             new samples come from the next epoch on.
 
@@ -511,12 +511,12 @@ class StreamLoader:
         own = {name: own[name] for name in own if name not in _FREE}
         saved_order, saved_packing = state.get("order"), state.get("packing")
         if isinstance(saved_order, Mapping):
-            own["order"] = {**own["order"], **_brought(saved_order, own["order"])}
+            own["order"] = {**own["order"], **_inherited_changes(saved_order, own["order"])}
         if isinstance(saved_packing, Mapping) and own["packing"]:
             sizes = saved_packing.get("sizes", [])
             if sizes[:1] == own["packing"]["sizes"]:
                 own["packing"] = {**own["packing"], "sizes": sizes}
-        goes_on = self._goes_on(state, own, allow)
+        continues = self._continues(state, own, allow)
         self._explain(state, own)
         lengths_matter = self._packs is not None or self._bucket_steps > 0
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
@@ -524,13 +524,13 @@ class StreamLoader:
         step = int(state["step"])
         if isinstance(self._order, MixtureOrder):
             mixture = MixtureConfig.from_dict(state["order"])
-            if goes_on:
+            if continues:
                 mixture = mixture.with_width(self._order.config, step=step)
             if mixture != self._order.config:
                 self._order = MixtureOrder(mixture, stop=self._order.stop)
         else:
             order = Order(OrderConfig.from_dict(state["order"]))
-            self._order = order.continued(self._order.config, step=step) if goes_on else order
+            self._order = order.continued(self._order.config, step=step) if continues else order
         self.step = step
         self.bad_samples = [dict(record) for record in state.get("bad", [])]
         self._stream.restore_bad(self.bad_samples)
@@ -538,14 +538,14 @@ class StreamLoader:
             self._schedule = self._unpacked()
         else:
             self._packs.set_sizes([(int(s), int(b)) for s, b in state["packing"]["sizes"]])
-            self._streams = [list(map(int, place)) for place in state.get("streams", [])]
+            self._streams = [list(map(int, stream)) for stream in state.get("streams", [])]
             self._packs.go_to(self._streams)
             self._planned = self.step
 
-    def _goes_on(
+    def _continues(
         self, state: Mapping[str, Any], own: dict[str, Any], allow: Sequence[Allowed]
     ) -> bool:
-        """Tells whether the state's order is to be continued by ours; takes over what may differ.
+        """Returns True if our order continues the state's; takes over what may differ.
 
         What may not differ stays in `own`, to be refused.
         """
@@ -571,7 +571,7 @@ class StreamLoader:
         return bool(config.changes if isinstance(config, MixtureConfig) else config.ramp)
 
     def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Refuses what differs for a reason that can be told."""
+        """Refuses what differs for a reason that has a remedy."""
         if state.get("version") != STATE_VERSION:
             return
         data, order = state.get("data"), state.get("order")
@@ -605,19 +605,19 @@ class StreamLoader:
         return rows, [] if self._packs is None else self._packs.places()
 
 
-class _Plans:
-    """The tasks of some steps, and for each the place of the packs behind it."""
+class _Tasks:
+    """The batches of some steps, and for each where the packs' streams are after it."""
 
     def __init__(self, loader: StreamLoader, steps: range) -> None:
         self._loader, self._steps = loader, steps
-        self._behind: deque[list[list[int]]] = deque()
+        self._streams_after: deque[list[list[int]]] = deque()
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Task]:
         loader, stop = self._loader, self._steps.stop
-        # Worker processes take turns, threads share what is fetched.
+        # Each worker process announces its own steps; threads share what is fetched.
         window = LookaheadWindow(loader._stream.ahead.ahead_steps, stride=max(1, loader._workers))
         planned: deque[tuple[list[Row], list[list[int]]]] = deque()
         for step in self._steps:
@@ -627,23 +627,23 @@ class _Plans:
                 planned.append(loader._plan(step + len(planned)))
             ahead = [(later, planned[later - step][0]) for later in soon]
             rows, streams = planned.popleft()
-            self._behind.append(streams)
+            self._streams_after.append(streams)
             yield Task(step=step, rows=rows, ahead=ahead)
 
     def delivered(self) -> list[list[int]]:
-        """Gives the place of the packs behind the next batch that is delivered."""
-        return self._behind.popleft()
+        """Gives where the packs' streams are after the next batch that is delivered."""
+        return self._streams_after.popleft()
 
 
-def _brought(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists the changes that a state brings, where a loader has made none itself."""
-    brought: dict[str, Any] = {}
+def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists the changes in a state's order that a loader without any of its own takes over."""
+    inherited: dict[str, Any] = {}
     for name in ("ramp", "changes"):
         if own.get(name) == []:
-            brought[name] = saved.get(name, [])
+            inherited[name] = saved.get(name, [])
     if "before" in own and own["before"] is None:
-        brought |= {name: saved.get(name) for name in ("since", "before")}
-    return brought
+        inherited |= {name: saved.get(name) for name in ("since", "before")}
+    return inherited
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

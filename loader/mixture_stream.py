@@ -82,8 +82,8 @@ class IterableDatasetMixture(IterableDataset[Any]):
         Args:
           datasets: Datasets of different names, all of prepared samples or all of raw ones, with
             tail "wrap" and shuffled. They are copied for the run's seed and stay as they are. A
-            mixture among them takes its share as a whole and deals it to its own datasets by its
-            own weights.
+            mixture among them takes its share as a whole and divides it among its own datasets by
+            its own weights.
           weights: A rate >= 0 for each; None: all the same.
           seed: Of the run: of the order and of every draw. Seeds given to the datasets have no
             effect.
@@ -169,11 +169,11 @@ class IterableDatasetMixture(IterableDataset[Any]):
         return self._stream.fingerprint()
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
+        """Describes how far this process is in its pass, for torchdata's StatefulDataLoader."""
         return self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
-        """Goes to a place that `state_dict` gave, for the next pass.
+        """Restores what `state_dict` gave, for the next pass.
 
         Args:
           state: A state of this rank and worker.

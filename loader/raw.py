@@ -202,7 +202,7 @@ class RawDataset(IterableDataset[Any]):
         return self._stream.parts[0].builder.read(sample_id)
 
     def example(self, sample_id: int, *, epoch: int = 0) -> Any:
-        """Makes the example of one sample in one epoch, whoever asks."""
+        """Makes the example of one sample in one epoch, the same in every process."""
         return self._stream.parts[0].builder.example(SampleRef(0, epoch, sample_id))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -214,11 +214,11 @@ class RawDataset(IterableDataset[Any]):
         return self._stream.fingerprint()
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
+        """Describes how far this process is in its pass, for torchdata's StatefulDataLoader."""
         return self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a place that `state_dict` gave, for the next pass.
+        """Restores what `state_dict` gave, for the next pass.
 
         Raises:
           StateError: `state_version`, `state_mismatch`.

@@ -27,7 +27,7 @@ class AheadLimit:
         Args:
           most: Most batches, >= 1.
           most_bytes: Most bytes in all of them; one batch is always made.
-          batch_bytes: What a batch may take, until one has been seen.
+          batch_bytes: What a batch may take, until one was made.
         """
         self._most, self._most_bytes = most, most_bytes
         self._batch_bytes = batch_bytes

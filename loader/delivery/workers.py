@@ -1,13 +1,13 @@
 """Worker processes that make batches, and the memory they share with the consumer.
 
-For users' Python code that holds the interpreter, and for what threads gain little on. A worker
-writes its batches into anonymous files that it maps and whose descriptors it sends over its pipe:
-no name ever exists, so nothing is left behind, whoever is killed. The consumer maps each file once.
-A tensor's last reference tells the worker, with the next task, that its memory is free: so the same
-pages carry one batch after the other, and none changes while somebody looks at it.
+For users' Python code that holds the interpreter, and for work that threads speed up little. A
+worker writes its batches into anonymous files that it maps, and sends their descriptors over its
+pipe: no name ever exists, so nothing is left on the machine, whichever process is killed. The
+consumer maps each file once. When the last reference to a tensor is gone, the next task returns its
+memory to the worker: the same pages are recycled, and none changes while a tensor refers to it.
 
-Batch k of a pass is made by worker k modulo their number; plans are made by the consumer. A worker
-that dies is an error that names its exit code. Workers live for one pass.
+Batch k of a pass is made by worker k modulo their number; the consumer plans. A worker that dies is
+an error that names its exit code. Workers live for one pass.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from shardspec.messages import messages
 logger = logging.getLogger(__name__)
 
 _MOST_MAPPED = 48
-"""Buffers of a worker that its consumer may look at: each takes a descriptor in both processes, of
+"""Buffers of a worker that its consumer may refer to: each takes a descriptor in both processes, of
 the 1024 that Linux commonly grants. A consumer that keeps more batches gets copies."""
 
 _JOIN_S = 5.0
-"""Seconds for workers to end by themselves, once nobody asks for their batches."""
+"""Seconds for workers to end by themselves, once their batches are not requested any more."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Request:
-    """What a worker is asked for."""
+    """What a worker is to make."""
 
     task: Task
     freed: list[int]
@@ -138,19 +138,19 @@ def make_in_workers(
     messages()
     processes = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
     try:
-        asked: deque[_Worker] = deque()
+        pending: deque[_Worker] = deque()
         more, number = True, 0
-        while more or asked:
-            while more and len(asked) < ahead.batches:
+        while more or pending:
+            while more and len(pending) < ahead.batches:
                 task = next(tasks, None)
                 more = task is not None
                 if task is not None:
-                    asked.append(processes[number % workers])
-                    asked[-1].ask(task)
+                    pending.append(processes[number % workers])
+                    pending[-1].request(task)
                     number += 1
-            if asked:
+            if pending:
                 ready = sum(worker.is_ready() for worker in processes)
-                made = asked.popleft().answer()
+                made = pending.popleft().answer()
                 ahead.note(made.timings.batch_bytes)
                 yield made, max(0, ready - 1)
                 del made
@@ -183,12 +183,12 @@ class _Worker:
         finally:
             theirs.close()
         self._buffers: dict[int, mmap.mmap] = {}
-        self._looked_at = 0
+        self._num_mapped = 0
         # Filled by finalizers, wherever a tensor's last reference goes.
         self._freed: deque[int] = deque()
 
-    def ask(self, task: Task) -> None:
-        """Asks for a batch."""
+    def request(self, task: Task) -> None:
+        """Requests a batch."""
         try:
             self._pipe.send(_Request(task=task, freed=self._take_back()))
         except OSError as error:
@@ -239,7 +239,7 @@ class _Worker:
         self._pipe.close()
 
     def close(self, *, stop_s: float) -> None:
-        """Waits for the end of the process, behind `hang_up`, up to a time of `monotonic`."""
+        """Waits for the end of the process, after `hang_up`, up to a time of `monotonic`."""
         self._process.join(max(0.0, stop_s - monotonic()))
         if self._process.is_alive():
             self._process.kill()
@@ -256,8 +256,8 @@ class _Worker:
         array: np.ndarray = np.ndarray(
             value.shape, np.dtype(value.dtype), buffer=root, strides=value.strides
         )
-        self._looked_at += 1
-        if self._looked_at > _MOST_MAPPED:
+        self._num_mapped += 1
+        if self._num_mapped > _MOST_MAPPED:
             self._freed.append(value.buffer)
             return torch.from_numpy(array).clone()
         weakref.finalize(root, self._freed.append, value.buffer).atexit = False
@@ -267,7 +267,7 @@ class _Worker:
         freed = []
         while self._freed:
             freed.append(self._freed.popleft())
-        self._looked_at -= len(freed)
+        self._num_mapped -= len(freed)
         return freed
 
     def _death(self) -> WorkerError:
@@ -302,7 +302,7 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     # What the imports have made stays: looking through it takes 0.1 s each time Python does.
     gc.freeze()
     memory = _SharedMemory(keep_bytes)
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
     # Read at once: while this process waits for room in the pipe for an answer, the consumer must
     # not wait for room for a task.
@@ -311,7 +311,7 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
         memory.free(request.freed)
         answer = _answered(maker, request.task, memory)
         counted = count_reading(maker.readers)
-        answer.counters, told = dict(counted - told), counted
+        answer.counters, reported = dict(counted - reported), counted
         descriptors = memory.settle(answer)
         try:
             _send(pipe, answer)
@@ -319,7 +319,7 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
                 reduction.send_handle(pipe, descriptor, None)
                 os.close(descriptor)
         except OSError:
-            break  # nobody asks any more
+            break  # the consumer has hung up
     # What the user's code has printed; there is nothing else left to put in order, and taking torch
     # down takes half a second.
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -369,7 +369,7 @@ class _SharedMemory:
         """(Buffer, bytes, descriptor)."""
         self._count = 0
         self._unshared = ""
-        self._told = False
+        self._warned = False
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Gives a C-contiguous array of undefined content in a buffer of its own."""
@@ -425,7 +425,7 @@ class _SharedMemory:
         """Adds to an answer what the consumer must know.
 
         Returns:
-          The descriptors to send behind it.
+          The descriptors to send after it.
         """
         # What a failed attempt has taken is free again.
         self._free += self._taken.values()
@@ -439,8 +439,8 @@ class _SharedMemory:
             answer.dropped.append(number)
             kept -= len(self._mapped[number])
             del self._mapped[number]
-        if self._unshared and not self._told:
-            answer.unshared, self._told = self._unshared, True
+        if self._unshared and not self._warned:
+            answer.unshared, self._warned = self._unshared, True
         return descriptors
 
     def _make(self, size: int) -> int:

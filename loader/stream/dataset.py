@@ -67,7 +67,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """Reads the manifest; opens no shard yet.
 
         Args:
-          url: Folder of the dataset, or its place in an object store (s3://, gs://, ...).
+          url: Folder of the dataset, or its URL in an object store (s3://, gs://, ...).
           split: Split to stream.
           seed: Of the order and of every draw; with the dataset's name it makes the base seed.
           batch_size: Samples per batch of this rank, the same as the DataLoader's. Needed with
@@ -77,12 +77,13 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           tail: How an epoch ends: "wrap" (the next one begins inside the batch; nothing is dropped
             or repeated), "drop_last", or "pad" (evaluation: every sample once, and what fills the
             last batch has labels -100 throughout).
-          rank, world_size: Data-parallel place; by default torch.distributed or the environment.
+          rank, world_size: Of the data-parallel group; by default those of torch.distributed or of
+            the environment.
           check: "crc" verifies each sample's checksum as it is read; of remote ones that is always
             done.
           on_bad: What a sample that cannot be read or laid out does: it raises, or another sample,
             chosen by hash, takes its slot, which `metadata["substitutes"]` and `bad` record. A
-            store that does not answer is no bad sample: it always raises.
+            store that does not answer is not a bad sample: it always raises.
           max_bad_rate: With on_bad "substitute": share of bad samples, counted per process, above
             which to stop after all; None: never.
           cache: Folder on the node's disk, shared by its ranks and workers, that keeps what was
@@ -93,7 +94,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           tokenizer: The run's Hugging Face tokenizer, to be compared with the shards'.
           canonical_ranks: See `plan_order`; set it where the default does not suit the numbers of
             ranks that the run may have. It cannot change during a run.
-          max_samples: Use only the first so many samples: goes on with a run whose dataset has
+          max_samples: Use only this many samples, the first ones: continues a run whose dataset has
             grown since.
 
         Raises:
@@ -189,7 +190,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         return iter(self._stream)
 
     def example(self, sample_id: int, *, epoch: int = 0) -> dict[str, Any]:
-        """Makes the example of one sample in one epoch, whoever asks.
+        """Makes the example of one sample in one epoch, the same in every process.
 
         Raises:
           ShardError: The sample cannot be read; see `ShardReader.read`.
@@ -206,11 +207,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         return self._stream.fingerprint()
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
+        """Describes how far this process is in its pass, for torchdata's StatefulDataLoader."""
         return self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
-        """Goes to a place that `state_dict` gave, for the next pass.
+        """Restores what `state_dict` gave, for the next pass.
 
         Args:
           state: A state of this rank and worker.

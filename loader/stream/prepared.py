@@ -1,4 +1,4 @@
-"""PreparedBuilder: from a sample as it is stored to an example, or to another in its place.
+"""PreparedBuilder: from a sample as it is stored to an example, or to that of a substitute.
 
 A sample is read, its texts and crops are drawn and laid out; its pictures stay compressed until
 whoever collates the batch says where they are to be written (`PlannedExample`). A sample that
@@ -41,9 +41,9 @@ class PlannedExample:
     attempt: int = 0
     """0, or the number of the substitute."""
     read_s: float
-    """Seconds spent on reading."""
+    """Seconds of reading."""
     plan_s: float
-    """Seconds spent on draws and layout."""
+    """Seconds of draws and layout."""
     num_bytes: int
     """Of the sample as it is stored."""
 
@@ -98,7 +98,7 @@ class PreparedBuilder:
         self.quarantine.restore(records)
 
     def example(self, ref: SampleRef) -> dict[str, Any]:
-        """Makes the whole example of a slot; broken pictures are substituted where that is asked.
+        """Makes the whole example of a slot; broken pictures are substituted if `on_bad` says so.
 
         Raises:
           ShardError, SampleError: As `plan_example`.

@@ -164,7 +164,7 @@ class Stream(Generic[Builder]):
 
     @property
     def topology(self) -> Topology:
-        """The data-parallel place of this process."""
+        """The data-parallel rank of this process, and their number."""
         return self.parts[0].topology
 
     @property
@@ -238,11 +238,11 @@ class Stream(Generic[Builder]):
             part.builder.restore_bad([r for r in records if r.get("dataset", 0) == number])
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
+        """Describes how far this process is in its pass, for torchdata's StatefulDataLoader."""
         return self.cursor.state_dict(self._own_state())
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
-        """Goes to a place that `state_dict` gave, for the next pass.
+        """Restores what `state_dict` gave, for the next pass.
 
         Raises:
           StateError, ConfigError: As `require_state`.

@@ -201,18 +201,18 @@ class StandingWorker(_Worker):
 
     def __init__(self, maker, *, keep_bytes, idle):
         super().__init__(maker, keep_bytes=keep_bytes)
-        self.asked, self.idle = 0, idle
+        self.pending, self.idle = 0, idle
 
-    def ask(self, task):
-        self.asked += 1
-        super().ask(task)
+    def request(self, task):
+        self.pending += 1
+        super().request(task)
 
     def answer(self):
-        self.asked -= 1
+        self.pending -= 1
         return super().answer()
 
     def hang_up(self):
-        while self.asked:  # batches that were made ahead, and that nobody takes
+        while self.pending:  # batches that were made ahead, and that nobody takes
             self.answer()
 
     def close(self, *, stop_s):

@@ -144,13 +144,13 @@ def counts(stats):
 def test_batch_that_a_failing_logger_held_back_counts_once(options, url):
     def make_counting():
         loader = make(url, **options)
-        made = loader._made
+        made = loader._batches_of
 
         def with_counters(plans):
             for each, ready in made(plans):
                 yield replace(each, counters={"requests": 1}), ready
 
-        loader._made = with_counters
+        loader._batches_of = with_counters
         return loader
 
     plain = make_counting()
