@@ -183,14 +183,12 @@ def stages(workloads: list[Workload]) -> None:
         columns.append(loader.stats().since(first))
     row("time of a sample, us", *(workload.name for workload in workloads))
     for stage in STAGES:
-        row(
-            stage, *(f"{1e6 * getattr(c.made, f'{stage}_s') / c.made.samples:.0f}" for c in columns)
-        )
-    row("plan", *(f"{1e6 * c.plan_s / c.made.samples:.0f}" for c in columns))
-    rest = [c.wait_s - c.made.busy_s - c.plan_s for c in columns]
-    row(
-        "the rest", *(f"{1e6 * r / c.made.samples:.0f}" for r, c in zip(rest, columns, strict=True))
-    )
+        seconds = [getattr(c.timings, f"{stage}_s") / c.timings.samples for c in columns]
+        row(stage, *(f"{1e6 * s:.0f}" for s in seconds))
+    row("plan", *(f"{1e6 * c.plan_s / c.timings.samples:.0f}" for c in columns))
+    rest = [c.wait_s - c.timings.busy_s - c.plan_s for c in columns]
+    each = zip(rest, columns, strict=True)
+    row("the rest", *(f"{1e6 * r / c.timings.samples:.0f}" for r, c in each))
     print(f"\n{columns[0].verdict}\n{columns[0].line()}")
 
 

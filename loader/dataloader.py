@@ -1,12 +1,12 @@
 """`make_dataloader`: batches of a dataset or a mixture, made ahead by threads or worker processes.
 
-The consumer's thread plans (which samples make up the next batches), the others make them. Batches
-come in the order of the run whatever makes them, and the state counts the batches that were
-*delivered*, never those made ahead. A state is a few hundred bytes and valid for any number of
-ranks, threads and workers.
+The consumer's thread plans which samples make up the next batches; threads or worker processes make
+these. Batches come in the order of the run whatever makes them, and the state counts the batches
+that were *delivered*, never those made ahead. A state is a few hundred bytes and valid for any
+number of ranks, threads and workers.
 
-A batch belongs to the consumer for as long as it keeps any part of it; then its memory carries
-another one (buffers.py).
+A batch belongs to the consumer for as long as any part of it is referred to; then its memory is
+recycled (`loader.buffers`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from loader.assembly import MMCollator, View
 from loader.buffers import BufferPool
 from loader.delivery import (
+    AheadLimit,
+    BatchBuilder,
     BatchMaker,
-    LookAhead,
+    Collate,
     MadeBatch,
+    PreparedBatches,
+    RawBatches,
     Stats,
     Task,
     make_in_threads,
@@ -45,11 +52,11 @@ from loader.order import (
     plan_packing,
     rank_positions,
 )
+from loader.raw import RawBuilder, RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
 from loader.state import STATE_VERSION, Allowed, require_state
-from loader.stream import StreamingDataset
+from loader.stream import PreparedBuilder, Stream, StreamingDataset
 from shardspec.errors import ConfigError, StateError
-from shardspec.tiling import image_bounds
 
 _FREE = ("version", "step", "streams", "bad")
 """Of a state: what may differ from this loader's."""
@@ -60,12 +67,28 @@ _WIDTH = ("layout", "canonical_ranks", "block_size")
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
 
+_PREPARED_ONLY: Mapping[str, Any] = {
+    "sequence_length": None,
+    "pad_mode": "to_128",
+    "extra_keys": (),
+    "with_metadata": False,
+    "pack": False,
+    "max_crops": None,
+    "balance": True,
+    "bucket_steps": 0,
+}
+"""Defaults of `make_dataloader`: arguments that mean nothing for raw samples."""
+
+_Lengths = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""(dataset [n], sample [n]) to (tokens [n], crops [n]), the most that a sample can take."""
+
 
 def make_dataloader(
-    dataset: StreamingDataset | IterableDatasetMixture,
+    dataset: StreamingDataset | RawDataset | IterableDatasetMixture,
     *,
     global_batch_size: int,
-    sequence_length: int,
+    sequence_length: int | None = None,
+    collate: Collate | None = None,
     pad_mode: str = "to_128",
     decode_threads: int = 2,
     workers: int = 0,
@@ -79,11 +102,17 @@ def make_dataloader(
 ) -> StreamLoader:
     """Makes the loader of this rank.
 
+    Prepared samples need `sequence_length`, raw ones `collate`; both take `global_batch_size`,
+    `decode_threads`, `workers` and `prefetch_bytes`. All other arguments are for prepared samples.
+
     Args:
       dataset: What to stream.
       global_batch_size: Rows per step over all ranks; the number of ranks must divide it. A row is
         a sample, or a pack.
       sequence_length: Longest sequence; text is cut there, and packs are filled up to there.
+      collate: Makes a batch of what a RawDataset's `decode` returned for the rows of this rank: a
+        list. It may be called from several threads at a time; in worker processes it must be
+        picklable.
       pad_mode: "max_len", "batch_max" or "to_N"; see `MMCollator`.
       decode_threads: Threads that make batches, where workers is 0. With 0 threads each batch is
         made when it is asked for, in the consumer's thread.
@@ -94,18 +123,18 @@ def make_dataloader(
         `position_ids` and `subsegment_ids` to the batch. Needs tail "wrap".
       max_crops: Most crops in a pack; None: any number.
       balance: Exchange packs between the ranks of a step, so that all have equal work. Off, rows
-        keep their places for every number of ranks, and a rank plans its own packs only.
-      bucket_steps: Deal the samples of so many steps to these steps by length, so that batches pad
-        less: the lighter alternative to packs. 0: do not.
+        keep their slots for every number of ranks, and a rank plans its own packs only.
+      bucket_steps: Deal the samples of this many steps to these steps by length, so that batches
+        pad less: the lighter alternative to packs. 0: do not.
       prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
         to be used again. One batch is always made, however large; where fewer fit than there are
         threads or workers, some of these have nothing to do.
 
     Raises:
-      ConfigError: `batch_not_divisible`, `loader_range`, `packing_tail`, `packing_and_buckets`, and
-        as `MMCollator`.
+      ConfigError: `batch_not_divisible`, `loader_range`, `loader_options`, `packing_tail`,
+        `packing_and_buckets`, and as `MMCollator`.
     """
-    world_size = dataset.topology.world_size
+    world_size = dataset._stream.topology.world_size
     if global_batch_size % world_size:
         below = global_batch_size // world_size * world_size
         near = [str(batch) for batch in (below, below + world_size) if batch > 0]
@@ -122,41 +151,79 @@ def make_dataloader(
             workers=workers,
             prefetch_bytes=prefetch_bytes,
         )
-    if pack and bucket_steps:
-        raise ConfigError("packing_and_buckets", bucket_steps=bucket_steps)
-    if pack:
-        extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
-    collator = view_collator(
-        dataset.view,
-        sequence_length=sequence_length,
-        pad_mode=pad_mode,
-        pad_token_id=dataset.ids.pad,
-        extra_keys=extra_keys,
-        with_metadata=with_metadata,
-    )
-    dataset = dataset.with_batch_size(
-        global_batch_size // world_size, sequence_length=sequence_length
-    )
-    order = dataset.order
+    dataset = dataset._resized(global_batch_size // world_size, sequence_length=sequence_length)
+    stream: Stream[Any] = dataset._stream
+    builders = [part.builder for part in stream.parts]
+    lengths: _Lengths | None = None
     packs: PackSchedule | None = None
-    if pack:
-        packs = PackSchedule(
-            order,
-            dataset.lengths,
-            plan_packing(order, sequence_length=sequence_length, max_crops=max_crops),
-            patches_per_crop=dataset.view.image.num_patches,
-            balance=balance,
+    batches: BatchBuilder
+    if isinstance(builders[0], RawBuilder):
+        options = {
+            "sequence_length": sequence_length,
+            "pad_mode": pad_mode,
+            "extra_keys": extra_keys,
+            "with_metadata": with_metadata,
+            "pack": pack,
+            "max_crops": max_crops,
+            "balance": balance,
+            "bucket_steps": bucket_steps,
+        }
+        given = sorted(name for name in options if options[name] != _PREPARED_ONLY[name])
+        if given:
+            raise ConfigError("loader_options.raw", names=", ".join(given))
+        if collate is None:
+            raise ConfigError("loader_options.no_collate")
+        batches = RawBatches(builders, collate)
+    else:
+        if collate is not None:
+            raise ConfigError("loader_options.collate")
+        if sequence_length is None:
+            raise ConfigError("loader_options.sequence_length")
+        if pack and bucket_steps:
+            raise ConfigError("packing_and_buckets", bucket_steps=bucket_steps)
+        if pack:
+            extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
+        view = builders[0].view
+        collator = view_collator(
+            view,
+            sequence_length=sequence_length,
+            pad_mode=pad_mode,
+            pad_token_id=builders[0].ids.pad,
+            extra_keys=extra_keys,
+            with_metadata=with_metadata,
         )
+        lengths = partial(_lengths, builders)
+        if pack:
+            packs = PackSchedule(
+                stream.order,
+                lengths,
+                plan_packing(stream.order, sequence_length=sequence_length, max_crops=max_crops),
+                patches_per_crop=view.image.num_patches,
+                balance=balance,
+            )
+        packing = packs.config if packs else None
+        batches = PreparedBatches(builders, collator, packing=packing)
     return StreamLoader(
         dataset,
-        collator,
-        order=order,
+        batches,
+        lengths=lengths,
         packs=packs,
         bucket_steps=bucket_steps,
         decode_threads=decode_threads,
         workers=workers,
         prefetch_bytes=prefetch_bytes,
     )
+
+
+def _lengths(
+    builders: Sequence[PreparedBuilder], dataset: np.ndarray, sample: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Looks up how long samples are at most, in the indexes of their datasets."""
+    tokens, crops = np.zeros(len(sample), np.int64), np.zeros(len(sample), np.int64)
+    for number in np.unique(dataset).tolist():
+        own = np.flatnonzero(dataset == number)
+        tokens[own], crops[own] = builders[number].lengths(sample[own])
+    return tokens, crops
 
 
 def view_collator(
@@ -184,49 +251,55 @@ def view_collator(
 
 
 class StreamLoader:
-    """Gives batches: each `for` over it is one epoch, and the next one goes on from there."""
+    """Gives batches: each `for` over it is one epoch, and the next one continues from there."""
 
     def __init__(
         self,
-        dataset: StreamingDataset | IterableDatasetMixture,
-        collator: MMCollator,
+        dataset: StreamingDataset | RawDataset | IterableDatasetMixture,
+        batches: BatchBuilder,
         *,
-        order: Order | MixtureOrder,
-        packs: PackSchedule | None = None,
-        bucket_steps: int = 0,
+        lengths: _Lengths | None,
+        packs: PackSchedule | None,
+        bucket_steps: int,
         decode_threads: int,
         workers: int,
         prefetch_bytes: int,
     ) -> None:
-        """Joins dataset, order and collator; see `make_dataloader`."""
+        """Joins a dataset and what makes batches of its samples; see `make_dataloader`."""
         self.dataset = dataset
-        self.collator = collator
-        self.decode_threads = decode_threads
-        self.workers = workers
-        self.order = order
+        """A copy of the dataset that was given, at the batch size and sequence length in use."""
         self.step = 0
         """The next step to be delivered, counted through all epochs."""
         self.bad_samples: list[dict[str, Any]] = []
-        """Samples that others took the place of in batches of this rank: step, dataset, sample,
-        shard, key, stage, reason. The first thousand; a state keeps them."""
-        self._bucket_steps = bucket_steps
+        """Samples that were substituted in batches of this rank: step, dataset, sample, shard, key,
+        stage, reason. The first thousand; a state keeps them."""
+        self._stream: Stream[Any] = dataset._stream
+        self._batches = batches
+        self._maker = BatchMaker(self._stream.ahead, batches)
+        # The order in use: with the changes that were made here or in the run of a state.
+        self._order = self._stream.order
+        self._lengths = lengths
         self._packs = packs
-        self._maker = BatchMaker(dataset, collator, packing=packs.config if packs else None)
-        self.prefetch_bytes = prefetch_bytes
-        maker = "worker process" if workers else "thread"
-        self._stats = Stats(makers=max(1, workers or decode_threads), maker=maker)
+        self._bucket_steps = bucket_steps
+        self._schedule: Schedule = packs or self._unpacked()
+        self._decode_threads = decode_threads
+        self._workers = workers
+        self._prefetch_bytes = prefetch_bytes
+        self._pool = BufferPool(keep_bytes=prefetch_bytes)
+        self._stats = Stats(
+            workers=max(1, workers or decode_threads),
+            worker_kind="worker process" if workers else "thread",
+        )
         # What worker processes have read.
         self._counters: Counter[str] = Counter()
-        # The hook, how often it is called, and the account when it was; None: that is to be taken
-        # behind the batch that it held back.
+        # The hook, how often it is called, and the totals when it was; None: they are to be taken
+        # after the batch that it held back.
         self._watcher: tuple[Callable[[int, Stats], None], int, Stats | None] | None = None
-        self._pool = BufferPool(keep_bytes=prefetch_bytes)
-        self._schedule: Schedule = packs or self._unpacked()
-        # Where the packs' streams stood when the last delivered batch was planned, and the step
+        # Where the packs' streams were when the last delivered batch was planned, and the step
         # that is planned next.
         self._streams: list[list[int]] = []
         self._planned = 0
-        # Counts what ends the passes that are under way.
+        # Counts what ends the passes that are under way: an iterator of another turn is stale.
         self._turn = 0
 
     @property
@@ -239,43 +312,43 @@ class StreamLoader:
         epoch = self.epoch
         return self._schedule.epoch_start(epoch + 1) - self._schedule.epoch_start(epoch)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         """Gives the rest of the current epoch; equally many batches on every rank.
 
         Raises:
           StateError: `stale_iterator`, an iterator is used further although another one has begun
-            since, or the loader has gone to another place.
+            since, or the loader was moved to another step.
         """
         self._turn += 1
         turn = self._turn
         stop = self._schedule.epoch_start(self.epoch + 1)
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
-        self.dataset.cancel_prefetch()
-        plans = _Plans(self, range(self.step, stop))
-        left = len(plans)
+        self._stream.ahead.cancel()
+        tasks = _Tasks(self, range(self.step, stop))
+        left = len(tasks)
         begin_s = perf_counter()
         # Threads and processes end with the loop, however it is left.
-        with closing(self._made(plans)) as batches:
+        with closing(self._batches_of(tasks)) as batches:
             for made, ready in batches:
                 given_s = perf_counter()
                 before, num_bad = (self.step, self._streams), len(self.bad_samples)
-                account = replace(self._stats), self._counters.copy()
+                totals = replace(self._stats), self._counters.copy()
                 self._note_bad(made.bad)
                 self.step += 1
                 left -= 1
-                self._streams = plans.delivered()
+                self._streams = tasks.delivered()
                 batch = made.batch
-                self._stats.made += made.spent
+                self._stats.timings += made.timings
                 self._counters.update(made.counters)
                 self._stats.wait_s += given_s - begin_s
                 self._stats.ready += ready
                 del made
                 try:
-                    self._tell()
+                    self._call_watcher()
                 except BaseException:
                     # The batch was not delivered: the next pass begins with it, and it counts then.
-                    self._stats, self._counters = account
+                    self._stats, self._counters = totals
                     if self._watcher is not None:
                         self._watcher = (*self._watcher[:2], None)
                     if turn == self._turn:
@@ -292,60 +365,57 @@ class StreamLoader:
                     raise StateError("stale_iterator", step=self.step)
 
     def stats(self) -> Stats:
-        """Tells what the time went into since this loader was made; see `Stats`."""
-        counters = count_reading(self.dataset.readers) + self._counters
+        """Reports where the time went since this loader was made; see `Stats`."""
+        counters = count_reading(self._stream.ahead.readers) + self._counters
         return replace(self._stats, counters=dict(counters))
 
     def watch(self, hook: Callable[[int, Stats], None], *, every_steps: int) -> None:
-        """Lets a logger know what the time goes into.
+        """Reports to a logger where the time goes.
 
         Args:
           hook: Called in the consumer's thread with the number of steps delivered so far and the
-            account of the last `every_steps` of them; the time it takes counts as the consumer's.
-            What it raises ends the pass; the next one goes on with the batch that was due, which
-            counts then and is not told again.
+            totals of the last `every_steps` of them; the time it takes counts as the consumer's.
+            What it raises ends the pass; the next one continues with the batch that was due, which
+            counts then and is not reported again.
           every_steps: >= 1; counted from now on.
         """
         self._watcher = hook, every_steps, self.stats()
 
-    def _tell(self) -> None:
+    def _call_watcher(self) -> None:
         if self._watcher is None:
             return
         hook, every_steps, before = self._watcher
         if before is None:
             self._watcher = hook, every_steps, self.stats()
-        elif self._stats.made.batches - before.made.batches >= every_steps:
+        elif self._stats.timings.batches - before.timings.batches >= every_steps:
             now = self.stats()
             self._watcher = hook, every_steps, now
             hook(self.step, now.since(before))
 
-    def _made(self, plans: _Plans) -> Generator[tuple[MadeBatch, int], None, None]:
+    def _batches_of(self, tasks: _Tasks) -> Generator[tuple[MadeBatch, int], None, None]:
         ahead = self._ahead()
-        if self.workers:
+        if self._workers:
             return make_in_workers(
-                iter(plans),
+                iter(tasks),
                 self._maker,
-                workers=self.workers,
-                keep_bytes=self.prefetch_bytes,
+                workers=self._workers,
+                keep_bytes=self._prefetch_bytes,
                 ahead=ahead,
             )
         return make_in_threads(
-            iter(plans),
+            iter(tasks),
             self._maker,
-            threads=self.decode_threads,
+            threads=self._decode_threads,
             allocate=self._pool.empty,
             ahead=ahead,
         )
 
-    def _ahead(self) -> LookAhead:
-        """Begins with the guess that each row has as many crops as one picture can have."""
-        image = self.dataset.view.image
-        crop_bytes = image.size_px**2 * 3 * (1 if self.dataset.view.normalize is None else 4)
-        rows = self._schedule.batch_at(self.step)[0] // self.dataset.topology.world_size
-        return LookAhead(
-            most=_AHEAD * (self.workers or self.decode_threads) + 1,
-            most_bytes=self.prefetch_bytes,
-            batch_bytes=rows * image_bounds(image).num_crops * crop_bytes,
+    def _ahead(self) -> AheadLimit:
+        num_rows = self._schedule.batch_at(self.step)[0] // self._stream.topology.world_size
+        return AheadLimit(
+            most=_AHEAD * (self._workers or self._decode_threads) + 1,
+            most_bytes=self._prefetch_bytes,
+            batch_bytes=self._batches.expected_bytes(num_rows),
         )
 
     def change(
@@ -367,40 +437,40 @@ class StreamLoader:
             packed; as `Order.changed`, `MixtureOrder.changed`.
         """
         batch = global_batch_size or self._schedule.batch_at(self.step)[0]
-        rank_positions(0, self.dataset.topology.world_size, batch)
-        if weights is not None and (self._packs or not isinstance(self.order, MixtureOrder)):
+        rank_positions(0, self._stream.topology.world_size, batch)
+        if weights is not None and (self._packs or not isinstance(self._order, MixtureOrder)):
             raise ConfigError("change_weights")
         self._turn += 1
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             self._packs.set_sizes([*before, (self.step, batch)])
-        elif isinstance(self.order, MixtureOrder):
-            self.order = self.order.changed(
+        elif isinstance(self._order, MixtureOrder):
+            self._order = self._order.changed(
                 step=self.step, global_batch_size=batch, weights=weights
             )
             self._schedule = self._unpacked()
         else:
-            self.order = self.order.changed(step=self.step, global_batch_size=batch)
+            self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes the place in the run.
+        """Describes how far the run is.
 
-        It is the same on every rank (with packs that are not balanced: but for `streams`, which
-        saves time on resuming and is not needed), so saving rank 0's is enough. Where samples were
-        substituted, `bad` names those of this rank: a replay substitutes them again, even if they
-        can be read by then.
+        It is the same on every rank, so saving rank 0's is enough. (With packs that are not
+        balanced, `streams` differs; it saves time on resuming and is not needed.) Where samples
+        were substituted, `bad` names those of this rank: a replay substitutes them again, even if
+        they can be read by then.
         """
         state = {
             "version": STATE_VERSION,
             "step": self.step,
-            "seed": self.dataset.seed,
-            "data": self.dataset.fingerprint(),
-            "order": self.order.config.to_dict(),
+            "seed": self._stream.seed,
+            "data": self._stream.fingerprint(),
+            "order": self._order.config.to_dict(),
             "bucket_steps": self._bucket_steps,
             "packing": None,
-            "view": self.dataset.view_fingerprint(),
-            "pad_mode": self.collator.pad_mode,
+            **self._stream.describe_view(),
+            **self._batches.describe(),
         }
         if self._packs is not None:
             state["packing"] = {
@@ -413,7 +483,7 @@ class StreamLoader:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
-        """Goes to a saved place, whatever the number of ranks, threads and workers now.
+        """Restores a saved state, whatever the number of ranks, threads and workers now.
 
         Changes that the state's run made (`change`) are taken over where this loader has made
         none itself.
@@ -422,12 +492,12 @@ class StreamLoader:
           state: A `state_dict` of any rank.
           allow: What may differ from the state's run, on purpose.
             "view": what examples and batches are made of the samples: crops, augmentation,
-            sequence length, padding. The same samples go on in the view at hand. Which samples
+            sequence length, padding. The same samples continue in the view at hand. Which samples
             share a pack or a bucket follows from their lengths: there, crops and the sequence
             length must agree in any case.
             "order": the global batch size and the canonical ranks, with tail "wrap" and without
-            packs. Every dataset finishes its epoch first: what is left of it is dealt anew, every
-            sample once.
+            packs. Every dataset finishes its epoch first: what is left of it is laid out again,
+            with every sample once.
             "appended": one dataset, no mixture, may have grown since; otherwise as "order". The
             new samples come from the next epoch on.
 
@@ -441,41 +511,41 @@ class StreamLoader:
         own = {name: own[name] for name in own if name not in _FREE}
         saved_order, saved_packing = state.get("order"), state.get("packing")
         if isinstance(saved_order, Mapping):
-            own["order"] = {**own["order"], **_brought(saved_order, own["order"])}
+            own["order"] = {**own["order"], **_inherited_changes(saved_order, own["order"])}
         if isinstance(saved_packing, Mapping) and own["packing"]:
             sizes = saved_packing.get("sizes", [])
             if sizes[:1] == own["packing"]["sizes"]:
                 own["packing"] = {**own["packing"], "sizes": sizes}
-        goes_on = self._goes_on(state, own, allow)
+        continues = self._continues(state, own, allow)
         self._explain(state, own)
         lengths_matter = self._packs is not None or self._bucket_steps > 0
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
         self._turn += 1
         step = int(state["step"])
-        if isinstance(self.order, MixtureOrder):
+        if isinstance(self._order, MixtureOrder):
             mixture = MixtureConfig.from_dict(state["order"])
-            if goes_on:
-                mixture = mixture.with_width(self.order.config, step=step)
-            if mixture != self.order.config:
-                self.order = MixtureOrder(mixture, stop=self.order.stop)
+            if continues:
+                mixture = mixture.with_width(self._order.config, step=step)
+            if mixture != self._order.config:
+                self._order = MixtureOrder(mixture, stop=self._order.stop)
         else:
             order = Order(OrderConfig.from_dict(state["order"]))
-            self.order = order.continued(self.order.config, step=step) if goes_on else order
+            self._order = order.continued(self._order.config, step=step) if continues else order
         self.step = step
         self.bad_samples = [dict(record) for record in state.get("bad", [])]
-        self.dataset.restore_bad(self.bad_samples)
+        self._stream.restore_bad(self.bad_samples)
         if self._packs is None:
             self._schedule = self._unpacked()
         else:
             self._packs.set_sizes([(int(s), int(b)) for s, b in state["packing"]["sizes"]])
-            self._streams = [list(map(int, place)) for place in state.get("streams", [])]
+            self._streams = [list(map(int, stream)) for stream in state.get("streams", [])]
             self._packs.go_to(self._streams)
             self._planned = self.step
 
-    def _goes_on(
+    def _continues(
         self, state: Mapping[str, Any], own: dict[str, Any], allow: Sequence[Allowed]
     ) -> bool:
-        """Tells whether the state's order is to be continued by ours; takes over what may differ.
+        """Returns True if our order continues the state's; takes over what may differ.
 
         What may not differ stays in `own`, to be refused.
         """
@@ -487,28 +557,28 @@ class StreamLoader:
         may_differ: set[str] = set()
         if "order" in allow:
             may_differ |= {"global_batch_size", *_WIDTH}
-        if isinstance(self.order, Order):
+        if isinstance(self._order, Order):
             if order.get("tail") != "wrap":
                 return False
-            if "appended" in allow and self.dataset.has_grown_from(data):
+            if "appended" in allow and self._stream.has_grown_from(data):
                 may_differ |= {"num_samples", "layout", "block_size"}
                 own["data"] = dict(data)
         own["order"] |= {name: order[name] for name in may_differ if name in order}
         return bool(may_differ)
 
     def _own_changes(self) -> bool:
-        config = self.order.config
+        config = self._order.config
         return bool(config.changes if isinstance(config, MixtureConfig) else config.ramp)
 
     def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Refuses what differs for a reason that can be told."""
+        """Refuses what differs for a reason that has a remedy."""
         if state.get("version") != STATE_VERSION:
             return
         data, order = state.get("data"), state.get("order")
-        grown = isinstance(data, Mapping) and self.dataset.has_grown_from(data)
+        grown = isinstance(data, Mapping) and self._stream.has_grown_from(data)
         if isinstance(data, Mapping) and grown and own["data"] != data:
             then = data.get("num_samples") or {n: entry["num_samples"] for n, entry in data.items()}
-            raise StateError("state_appended", then=then, now=self.dataset.num_samples)
+            raise StateError("state_appended", then=then, now=self._stream.num_samples)
         if not isinstance(order, Mapping):
             return
         name = "canonical_ranks"
@@ -523,31 +593,32 @@ class StreamLoader:
 
     def _unpacked(self) -> Schedule:
         if self._bucket_steps:
-            return BucketSchedule(self.order, self.dataset.lengths, steps=self._bucket_steps)
-        return SlotSchedule(self.order)
+            assert self._lengths is not None
+            return BucketSchedule(self._order, self._lengths, steps=self._bucket_steps)
+        return SlotSchedule(self._order)
 
     def _plan(self, step: int) -> tuple[list[Row], list[list[int]]]:
         start_s = perf_counter()
-        rows = self._schedule.rows(step, self.dataset.topology)
+        rows = self._schedule.rows(step, self._stream.topology)
         self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places()
 
 
-class _Plans:
-    """The tasks of some steps, and for each the place of the packs behind it."""
+class _Tasks:
+    """The batches of some steps, and for each where the packs' streams are after it."""
 
     def __init__(self, loader: StreamLoader, steps: range) -> None:
         self._loader, self._steps = loader, steps
-        self._behind: deque[list[list[int]]] = deque()
+        self._streams_after: deque[list[list[int]]] = deque()
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Task]:
         loader, stop = self._loader, self._steps.stop
-        # Worker processes take turns, threads share what is fetched.
-        window = LookaheadWindow(loader.dataset.ahead_steps, stride=max(1, loader.workers))
+        # Each worker process announces its own steps; threads share what is fetched.
+        window = LookaheadWindow(loader._stream.ahead.ahead_steps, stride=max(1, loader._workers))
         planned: deque[tuple[list[Row], list[list[int]]]] = deque()
         for step in self._steps:
             soon = window.next_steps(step, stop=stop)
@@ -556,23 +627,23 @@ class _Plans:
                 planned.append(loader._plan(step + len(planned)))
             ahead = [(later, planned[later - step][0]) for later in soon]
             rows, streams = planned.popleft()
-            self._behind.append(streams)
+            self._streams_after.append(streams)
             yield Task(step=step, rows=rows, ahead=ahead)
 
     def delivered(self) -> list[list[int]]:
-        """Gives the place of the packs behind the next batch that is delivered."""
-        return self._behind.popleft()
+        """Gives where the packs' streams are after the next batch that is delivered."""
+        return self._streams_after.popleft()
 
 
-def _brought(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists the changes that a state brings, where a loader has made none itself."""
-    brought: dict[str, Any] = {}
+def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists the changes in a state's order that a loader without any of its own takes over."""
+    inherited: dict[str, Any] = {}
     for name in ("ramp", "changes"):
         if own.get(name) == []:
-            brought[name] = saved.get(name, [])
+            inherited[name] = saved.get(name, [])
     if "before" in own and own["before"] is None:
-        brought |= {name: saved.get(name) for name in ("since", "before")}
-    return brought
+        inherited |= {name: saved.get(name) for name in ("since", "before")}
+    return inherited
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

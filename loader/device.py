@@ -61,13 +61,13 @@ class DevicePrefetcher:
         self._pass = _Pass()
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes the loader's place in the run behind the batch that was handed out last."""
+        """Describes how far the run is after the batch that was handed out last."""
         loader: Any = self.loader
         state: dict[str, Any] = loader.state_dict() if self._state is None else self._state
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Lets the loader go to a saved place; see `StreamLoader.load_state_dict`."""
+        """Restores a saved state of the loader; see `StreamLoader.load_state_dict`."""
         loader: Any = self.loader
         loader.load_state_dict(state)
         self._pass.ahead.clear()
@@ -98,8 +98,8 @@ class DevicePrefetcher:
         self._pass = this = _Pass()
         try:
             for batch in loader:
-                this.behind, this.turn = take_state(), getattr(loader, "_turn", 0)
-                this.ahead.append((send(batch), this.behind))
+                this.newest, this.turn = take_state(), getattr(loader, "_turn", 0)
+                this.ahead.append((send(batch), this.newest))
                 del batch
                 if len(this.ahead) > 1:
                     sent, self._state = this.ahead.popleft()
@@ -112,24 +112,24 @@ class DevicePrefetcher:
                 self._go_back()
 
     def _go_back(self) -> None:
-        """Lets the loader go back to behind the batch that was handed out last.
+        """Moves the loader back to after the batch that was handed out last.
 
-        Not where the user has let it go to another place meanwhile. A change that was made
-        meanwhile stays, and begins at the step that it was made for.
+        Not where the user has moved it to another step meanwhile. A change that was made meanwhile
+        stays, and begins at the step that it was made for.
         """
         loader, state, left = self.loader, self._state, self._pass
         if not isinstance(loader, StreamLoader):
-            return  # other loaders cannot: the state that is kept is right all the same
+            return  # other loaders cannot: the state that is kept is right nevertheless
         self._state, self._pass = None, _Pass()
         left.ahead.clear()  # an iterator that is still kept gives no batch twice
-        if state is None or left.behind is None or state["step"] == left.behind["step"]:
+        if state is None or left.newest is None or state["step"] == left.newest["step"]:
             return
         here = loader.state_dict()
-        was_loaded = loader._turn != left.turn and here == left.behind
-        if here["step"] == left.behind["step"] and not was_loaded:
-            place = ("step", "streams", "bad")
-            kept = {name: here[name] for name in here if name not in place}
-            loader.load_state_dict({**kept, **{n: state[n] for n in place if n in state}})
+        was_loaded = loader._turn != left.turn and here == left.newest
+        if here["step"] == left.newest["step"] and not was_loaded:
+            progress = ("step", "streams", "bad")
+            kept = {name: here[name] for name in here if name not in progress}
+            loader.load_state_dict({**kept, **{n: state[n] for n in progress if n in state}})
 
     def _sent(
         self, batch: Mapping[str, Any], stream: torch.cuda.Stream
@@ -177,11 +177,11 @@ class _Pass:
 
     def __init__(self) -> None:
         self.ahead: deque[tuple[Any, dict[str, Any]]] = deque()
-        """What was sent and not handed out, each with the loader's state behind it."""
-        self.behind: dict[str, Any] | None = None
-        """The loader's state behind the batch that it gave last."""
+        """What was sent and not handed out, each with the loader's state after it."""
+        self.newest: dict[str, Any] | None = None
+        """The loader's state after the batch that it gave last."""
         self.turn = 0
-        """The loader's then: it has another one where something else has moved it."""
+        """The loader's turn then: it has another one if something else has moved the loader."""
 
 
 class _Staging:

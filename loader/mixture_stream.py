@@ -1,18 +1,18 @@
-"""IterableDatasetMixture: several StreamingDatasets as one, in proportions that never drift.
+"""IterableDatasetMixture: several datasets as one, in proportions that never drift.
 
-The mixture decides weights; mixture.py turns them into the order; each dataset makes its own
+The mixture decides weights; `loader.order` turns them into the order; each dataset makes its own
 examples, with its own seed (of the run's seed and its name), its own epochs and its own settings.
-What must agree is what a batch is made of: the tokenizer and the shapes of the view.
+Prepared samples must agree in what a batch is made of: the tokenizer and the shapes of the view.
+What raw samples become is up to the user's functions, so nothing is compared there.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 from torch.utils.data import IterableDataset
 
 from loader.assembly import TokenIds, View
@@ -20,41 +20,59 @@ from loader.order import (
     MixtureGroup,
     MixtureOrder,
     MixtureSource,
-    Row,
-    SampleRef,
     Stop,
     Weighting,
     plan_mixture,
 )
+from loader.raw import RawDataset
 from loader.reading import ShardReader
-from loader.state import Allowed, Cursor
-from loader.stream import (
-    PlannedExample,
-    StreamingDataset,
-    batches_ahead,
-    require_batch_size,
-    with_pictures,
-)
-from loader.topology import Topology
+from loader.state import Allowed
+from loader.stream import DatasetPlan, PreparedBuilder, Stream, StreamingDataset, StreamPart
 from shardspec.errors import ConfigError
+from shardspec.keyed import dataset_seed
 from shardspec.manifest import differences
 
 _TOKENIZER = ("sha256", "special_ids")
 _RANKS = ("rank", "world_size")
 _VIEW = ("image", "pixels", "normalize", "image_map")
 
+Unit = Literal["samples", "tokens"]
 
-class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixturePlan:
+    """The order of a mixture; see `plan_mixture`."""
+
+    group: MixtureGroup
+    """The weights as they were given."""
+    seed: int
+    unit: Unit
+    stop: Stop | int
+    canonical_ranks: int | None
+
+    def order(self, *, global_batch_size: int) -> MixtureOrder:
+        """Plans the order of a run with a batch size."""
+        config = plan_mixture(
+            self.group,
+            global_batch_size=global_batch_size,
+            seed=self.seed,
+            unit=self.unit,
+            canonical_ranks=self.canonical_ranks,
+        )
+        return MixtureOrder(config, stop=self.stop)
+
+
+class IterableDatasetMixture(IterableDataset[Any]):
     """Streams several datasets, or mixtures of them, in fixed proportions."""
 
     def __init__(
         self,
-        datasets: Sequence[StreamingDataset | IterableDatasetMixture],
+        datasets: Sequence[StreamingDataset | RawDataset | IterableDatasetMixture],
         weights: Sequence[float] | None = None,
         *,
         seed: int,
         by: Weighting = "rate",
-        unit: Literal["samples", "tokens"] = "samples",
+        unit: Unit = "samples",
         stop: Stop | int = "first_exhausted",
         batch_size: int | None = None,
         canonical_ranks: int | None = None,
@@ -62,9 +80,10 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         """Joins datasets; opens no shard yet.
 
         Args:
-          datasets: Datasets of different names, with tail "wrap" and shuffled. They are copied for
-            the run's seed and stay as they are. A mixture among them takes its share as a whole and
-            deals it to its own datasets by its own weights.
+          datasets: Datasets of different names, all of prepared samples or all of raw ones, with
+            tail "wrap" and shuffled. They are copied for the run's seed and stay as they are. A
+            mixture among them takes its share as a whole and divides it among its own datasets by
+            its own weights.
           weights: A rate >= 0 for each; None: all the same.
           seed: Of the run: of the order and of every draw. Seeds given to the datasets have no
             effect.
@@ -73,15 +92,15 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
           unit: Whether weights are shares of samples or of tokens; a dataset's tokens per sample
             are its manifest's: text, each turn at its longest variant.
           stop: Where a pass ends: when the first, or the last ("all_exhausted"), dataset has been
-            seen once, or after a number of steps. The next pass goes on from there.
+            seen once, or after a number of steps. The next pass continues from there.
           batch_size: Samples per batch of this rank, the same as the DataLoader's.
           canonical_ranks: See `StreamingDataset`.
 
         Raises:
           ConfigError: `mixture_view`, `mixture_tokenizer` (naming the differences),
             `mixture_topology`, `mixture_tail`; `mixture_dataset`, one of them is something else;
-            `mixture_empty`, `mixture_twice`, `mixture_weights`, `mixture_mean_tokens`, as
-            `mixture_weights`.
+            `mixture_kinds`, some are raw and some prepared; `mixture_empty`, `mixture_twice`,
+            `mixture_weights`, `mixture_mean_tokens`, as `mixture_weights`.
         """
         super().__init__()
         for number, dataset in enumerate(datasets):
@@ -89,184 +108,72 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         rates = [1.0] * len(datasets) if weights is None else list(weights)
         if len(rates) != len(datasets):
             raise ConfigError("mixture_weights.count", datasets=len(datasets), weights=len(rates))
-        self.group = MixtureGroup(
+        group = MixtureGroup(
             sources=tuple(_source(d, rate) for d, rate in zip(datasets, rates, strict=True)),
             by=by,
         )
-        """The weights as they were given, for `plan_mixture`."""
-        flat = [member for dataset in datasets for member in _members(dataset)]
-        self.seed = seed
-        self.unit: Literal["samples", "tokens"] = unit
-        self.stop: Stop | int = stop
-        self.batch_size = batch_size
-        self.canonical_ranks = canonical_ranks
-        self.datasets = tuple(dataset.with_seed(seed) for dataset in flat)
-        """The datasets of the flat mixture, as the order numbers them."""
-        _share_readers(self.datasets)
-        self._cursor = Cursor()
-        self._order: MixtureOrder | None = None
+        plan = MixturePlan(
+            group=group, seed=seed, unit=unit, stop=stop, canonical_ranks=canonical_ranks
+        )
         # Refuses what cannot be mixed now, not at the first batch.
-        plan_mixture(self.group, global_batch_size=1, seed=seed, unit=unit)
-        self._require_alike()
-
-    @property
-    def topology(self) -> Topology:
-        """The data-parallel place of this process."""
-        return self.datasets[0].topology
+        plan_mixture(group, global_batch_size=1, seed=seed, unit=unit)
+        flat = [member for dataset in datasets for member in _members(dataset)]
+        parts = [part for dataset in flat for part in dataset._stream.parts]
+        _share_readers([part.data.reader for part in parts])
+        _require_alike(parts)
+        self.datasets = tuple(_in_mixture(dataset, seed=seed) for dataset in flat)
+        """The datasets of the flat mixture, as the order numbers them."""
+        self._stream: Stream[Any] = Stream(
+            _parts(self.datasets), plan, seed=seed, batch_size=batch_size, named=True
+        )
+        self.num_samples = self._stream.num_samples
+        """Samples of all datasets."""
 
     @property
     def ids(self) -> TokenIds:
-        """The special ids of all datasets."""
-        return self.datasets[0].ids
+        """The special ids of all datasets; raw ones have none."""
+        return self._first_prepared().ids
 
     @property
     def view(self) -> View:
-        """The first dataset's view: its shapes are all datasets'."""
-        return self.datasets[0].view
-
-    @property
-    def readers(self) -> list[ShardReader]:
-        """What reads the shards of all datasets."""
-        return [reader for dataset in self.datasets for reader in dataset.readers]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of all datasets."""
-        return sum(dataset.num_samples for dataset in self.datasets)
+        """The first dataset's view: its shapes are all datasets'; raw ones have none."""
+        return self._first_prepared().view
 
     @property
     def epoch(self) -> int:
         """The pass that is given next."""
-        return self._cursor.epoch
+        return self._stream.cursor.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the next pass, as DistributedSampler's method does."""
-        self._cursor.set_epoch(epoch)
+        self._stream.cursor.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run; see `StreamingDataset.set_step`."""
-        self._cursor.set_step(self.order, step)
-
-    def with_batch_size(
-        self, batch_size: int, *, sequence_length: int | None
-    ) -> IterableDatasetMixture:
-        """Makes a mixture of the same datasets, for another batch size or sequence length."""
-        other = copy.copy(self)
-        other.batch_size = batch_size
-        other.datasets = tuple(
-            dataset.with_batch_size(batch_size, sequence_length=sequence_length)
-            for dataset in self.datasets
-        )
-        other._cursor, other._order = Cursor(), None
-        return other
-
-    @property
-    def order(self) -> MixtureOrder:
-        """The order of the run at this batch size and world size."""
-        if self._order is None:
-            batch_size = 1 if self.batch_size is None else self.batch_size
-            config = plan_mixture(
-                self.group,
-                global_batch_size=batch_size * self.topology.world_size,
-                seed=self.seed,
-                unit=self.unit,
-                canonical_ranks=self.canonical_ranks,
-            )
-            self._order = MixtureOrder(config, stop=self.stop)
-        return self._order
+        self._stream.set_step(step)
 
     def __len__(self) -> int:
         """Counts the samples that this rank gets in the next pass; equal on all ranks."""
-        return self._cursor.remaining(self.order) * (self.batch_size or 1)
+        return len(self._stream)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Gives this worker's share of the pass."""
-        require_batch_size(self.batch_size)
-        order = self.order
-        return self._cursor.examples(
-            order, batches_ahead(self, order), batch_size=self.batch_size or 1
-        )
-
-    @property
-    def ahead_steps(self) -> int:
-        """Steps that are best said ahead of their reading; 0 where all shards are local."""
-        return max(dataset.ahead_steps for dataset in self.datasets)
-
-    def prefetch(self, step: int, rows: Sequence[Row]) -> None:
-        """Says which samples a step will need; steps come in increasing order."""
-        for number, dataset in enumerate(self.datasets):
-            own = [tuple(place for place in row if place.dataset == number) for row in rows]
-            dataset.prefetch(step, own)
-
-    def release(self, step: int) -> None:
-        """Says that a step's batch is made."""
-        for dataset in self.datasets:
-            dataset.release(step)
-
-    def restore_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over the bad samples that a state knows; they are substituted unread."""
-        for number, dataset in enumerate(self.datasets):
-            dataset.restore_bad([r for r in records if r.get("dataset") == number])
-
-    def cancel_prefetch(self) -> None:
-        """Drops what was said to be read: the run goes on at another step."""
-        for dataset in self.datasets:
-            dataset.cancel_prefetch()
-
-    def at(self, place: SampleRef) -> dict[str, Any]:
-        """Makes the example of one place of the order; its metadata name the dataset."""
-        return with_pictures(self, place)
-
-    def plan_example(
-        self, place: SampleRef, *, after_failed: PlannedExample | None = None
-    ) -> PlannedExample:
-        """Plans the same; see `StreamingDataset.pending`."""
-        dataset = self.datasets[place.dataset]
-        made = dataset.plan_example(place, after_failed=after_failed)
-        made.draft.dataset = dataset.manifest.dataset
-        return made
-
-    def lengths(self, dataset: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Looks up how long samples are at most, in the indexes of their datasets.
-
-        Args:
-          dataset: int64 [n], numbers of the datasets.
-          sample: int64 [n].
-
-        Returns:
-          (tokens, crops), int64 [n].
-        """
-        tokens, crops = np.zeros(len(sample), np.int64), np.zeros(len(sample), np.int64)
-        for number in np.unique(dataset).tolist():
-            own = np.flatnonzero(dataset == number)
-            tokens[own], crops[own] = self.datasets[number].lengths(dataset[own], sample[own])
-        return tokens, crops
+    def __iter__(self) -> Iterator[Any]:
+        """Gives this worker's share of the next pass; prepared examples name their dataset."""
+        return iter(self._stream)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Describes the data for states: each dataset by its name."""
-        return {dataset.manifest.dataset: dataset.fingerprint() for dataset in self.datasets}
+        """Describes the data of each dataset by its name, as states do.
 
-    def view_fingerprint(self) -> dict[str, Any]:
-        """Describes the views for states: each dataset's by its name."""
-        return {dataset.manifest.dataset: dataset.view_fingerprint() for dataset in self.datasets}
-
-    def has_grown_from(self, data: Mapping[str, Any]) -> bool:
-        """Tells whether a fingerprint is that of these datasets before samples were appended."""
-        own = self.fingerprint()
-        if set(data) != set(own) or dict(data) == own:
-            return False
-        return all(
-            data[dataset.manifest.dataset] == own[dataset.manifest.dataset]
-            or dataset.has_grown_from(data[dataset.manifest.dataset])
-            for dataset in self.datasets
-        )
+        Raises:
+          ShardError: An index cannot be read.
+        """
+        return self._stream.fingerprint()
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
-        return self._cursor.state_dict(self._own_state())
+        """Describes how far this process is in its pass, for torchdata's StatefulDataLoader."""
+        return self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
-        """Goes to a place that `state_dict` gave, for the next pass.
+        """Restores what `state_dict` gave, for the next pass.
 
         Args:
           state: A state of this rank and worker.
@@ -275,38 +182,27 @@ class IterableDatasetMixture(IterableDataset[dict[str, Any]]):
         Raises:
           StateError, ConfigError: As `require_state`.
         """
-        self._cursor.load_state_dict(state, self._own_state(), allow=allow)
+        self._stream.load_state_dict(state, allow=allow)
 
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "data": self.fingerprint(),
-            "order": self.order.config.to_dict(),
-            "view": self.view_fingerprint(),
-        }
+    def _resized(self, batch_size: int, *, sequence_length: int | None) -> IterableDatasetMixture:
+        """Makes a mixture of the same datasets, at another batch size or sequence length."""
+        other = copy.copy(self)
+        other.datasets = tuple(
+            dataset._resized(batch_size, sequence_length=sequence_length)
+            for dataset in self.datasets
+        )
+        other._stream = self._stream.resized(_parts(other.datasets), batch_size=batch_size)
+        return other
 
-    def _require_alike(self) -> None:
-        first, *others = self.datasets
-        for other in others:
-            tokenizers = [d.manifest.tokenizer for d in (first, other)]
-            _compare(first, other, "tokenizer", tokenizers, _TOKENIZER)
-            views = [d.view for d in (first, other)]
-            _compare(first, other, "view", views, _VIEW)
-            topologies = [d.topology for d in (first, other)]
-            _compare(first, other, "topology", topologies, _RANKS)
-        for dataset in self.datasets:
-            if dataset.tail != "wrap" or not dataset.shuffle:
-                raise ConfigError(
-                    "mixture_tail",
-                    where=dataset.manifest.dataset,
-                    tail=dataset.tail,
-                    shuffle=dataset.shuffle,
-                )
+    def _first_prepared(self) -> PreparedBuilder:
+        builder = self._stream.parts[0].builder
+        if not isinstance(builder, PreparedBuilder):
+            raise ConfigError("raw_dataset", where=self._stream.parts[0].data.url)
+        return builder
 
 
 def _require_mixable(dataset: object, number: int) -> None:
-    if not isinstance(dataset, StreamingDataset | IterableDatasetMixture):
+    if not isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture):
         raise ConfigError(
             "mixture_dataset",
             where=dataset if isinstance(dataset, str) else getattr(dataset, "url", ""),
@@ -316,33 +212,81 @@ def _require_mixable(dataset: object, number: int) -> None:
 
 
 def _source(
-    dataset: StreamingDataset | IterableDatasetMixture, rate: float
+    dataset: StreamingDataset | RawDataset | IterableDatasetMixture, rate: float
 ) -> MixtureSource | MixtureGroup:
     if isinstance(dataset, IterableDatasetMixture):
-        return MixtureGroup(sources=dataset.group.sources, by=dataset.group.by, rate=rate)
-    split = dataset.manifest.splits[dataset.split]
+        plan = dataset._stream.plan
+        assert isinstance(plan, MixturePlan)
+        return MixtureGroup(sources=plan.group.sources, by=plan.group.by, rate=rate)
+    data = dataset._stream.parts[0].data
+    split = data.manifest.splits[data.name]
     return MixtureSource(
-        name=dataset.manifest.dataset,
-        num_samples=dataset.num_samples,
+        name=data.manifest.dataset,
+        num_samples=data.num_samples,
         rate=rate,
         mean_tokens=split.num_tokens / max(1, split.num_samples),
     )
 
 
-def _share_readers(datasets: Sequence[StreamingDataset]) -> None:
-    """Lets datasets that are read alike share descriptors, threads, connections and memory."""
-    first: dict[object, ShardReader] = {}
-    for dataset in datasets:
-        dataset.reader.share(first.setdefault(dataset.reader.settings, dataset.reader))
-
-
-def _members(dataset: StreamingDataset | IterableDatasetMixture) -> tuple[StreamingDataset, ...]:
+def _members(
+    dataset: StreamingDataset | RawDataset | IterableDatasetMixture,
+) -> Sequence[StreamingDataset | RawDataset]:
     return dataset.datasets if isinstance(dataset, IterableDatasetMixture) else (dataset,)
 
 
+def _in_mixture(
+    dataset: StreamingDataset | RawDataset, *, seed: int
+) -> StreamingDataset | RawDataset:
+    """Copies a dataset for a mixture, whose seed is that of the run."""
+    stream: Stream[Any] = dataset._stream
+    (part,), plan = stream.parts, stream.plan
+    assert isinstance(plan, DatasetPlan)
+    plan = replace(plan, seed=dataset_seed(seed, part.data.manifest.dataset))
+    part = replace(part, builder=part.builder.in_mixture(seed=seed))
+    return dataset._over(Stream([part], plan, seed=seed, batch_size=stream.batch_size, named=False))
+
+
+def _parts(datasets: Sequence[StreamingDataset | RawDataset]) -> list[StreamPart[Any]]:
+    return [part for dataset in datasets for part in dataset._stream.parts]
+
+
+def _share_readers(readers: Sequence[ShardReader]) -> None:
+    """Lets readers that are alike share descriptors, threads, connections and memory."""
+    first: dict[object, ShardReader] = {}
+    for reader in readers:
+        reader.share(first.setdefault(reader.settings, reader))
+
+
+def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:
+    """Refuses datasets that cannot share a batch, and names what differs."""
+    raw = [part.data.manifest.dataset for part in parts if part.data.manifest.raw]
+    prepared = [part.data.manifest.dataset for part in parts if not part.data.manifest.raw]
+    if raw and prepared:
+        raise ConfigError(
+            "mixture_kinds", where=", ".join(raw + prepared), raw=raw, prepared=prepared
+        )
+    first, *others = parts
+    for other in others:
+        if not raw:
+            tokenizers = [part.data.manifest.tokenizer for part in (first, other)]
+            _compare(first, other, "tokenizer", tokenizers, _TOKENIZER)
+            views = [part.builder.view for part in (first, other)]
+            _compare(first, other, "view", views, _VIEW)
+        topologies = [part.topology for part in (first, other)]
+        _compare(first, other, "topology", topologies, _RANKS)
+    for part in parts:
+        if part.tail != "wrap" or not part.shuffle:
+            raise ConfigError(
+                "mixture_tail",
+                where=part.data.manifest.dataset,
+                tail=part.tail,
+                shuffle=part.shuffle,
+            )
+
+
 def _compare(
-    first: StreamingDataset,
-    other: StreamingDataset,
+    first: StreamPart[Any],
+    other: StreamPart[Any],
     what: str,
     values: Sequence[Any],
     fields: tuple[str, ...],
@@ -353,6 +297,6 @@ def _compare(
     if found:
         raise ConfigError(
             f"mixture_{what}",
-            where=f"{first.manifest.dataset} and {other.manifest.dataset}",
+            where=f"{first.data.manifest.dataset} and {other.data.manifest.dataset}",
             differences="; ".join(found),
         )

@@ -1,13 +1,14 @@
 """RawDataset: the samples of imported tars, in the order of the run, through a function of yours.
 
-Order, states and topology are those of StreamingDataset; what differs is what a sample is: the
-fields that somebody else stored, as bytes. The function makes anything of them: pictures and texts
-for a pipeline of its own, or a training example, by preparing at load time what other datasets
-prepare offline (`MolmoPreprocessor`).
+Order, states and topology are those of every stream; what differs is what a sample is: the fields
+that somebody else stored, as bytes. The function makes anything of them: pictures and texts for a
+pipeline of its own, or a training example, by preparing at load time what other datasets prepare
+offline (`MolmoPreprocessor`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +16,19 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.order import Order, Row, SampleRef, Tail, plan_order
-from loader.reading import Check, Network, open_dataset
-from loader.state import Cursor, split_fingerprint
-from loader.stream import CACHE_BYTES, batches_ahead, require_batch_size
+from loader.order import SampleRef, Tail
+from loader.reading import Check, Network
+from loader.stream import CACHE_BYTES, DatasetPlan, OpenSplit, Stream, StreamPart, open_split
 from loader.topology import find_topology
 from shardspec.errors import ConfigError
 from shardspec.foreign import sample_fields
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
+from shardspec.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawSample:
-    """One sample as it stands in a tar."""
+    """One sample as it is stored in a tar."""
 
     key: str
     fields: Mapping[str, memoryview]
@@ -40,8 +41,56 @@ Decode = Callable[[RawSample, np.random.RandomState], Any]
 """Makes an example of a sample; all draws are to come from the generator, the sample's own."""
 
 
+class RawBuilder:
+    """Makes the examples of a dataset of raw samples."""
+
+    def __init__(self, data: OpenSplit, *, decode: Decode, seed: int) -> None:
+        """Joins a split and the user's function."""
+        self.data = data
+        self._decode = decode
+        self._base_seed = dataset_seed(seed, data.manifest.dataset)
+        self._rng = SampleRng()
+
+    def in_mixture(self, *, seed: int) -> RawBuilder:
+        """Makes the builder of the same dataset in a mixture, whose seed is that of the run."""
+        other = copy.copy(self)
+        other._base_seed = dataset_seed(seed, self.data.manifest.dataset)
+        return other
+
+    def with_sequence_length(self, sequence_length: int | None) -> RawBuilder:  # noqa: ARG002
+        """Gives this builder: how long an example is, is up to the user's function."""
+        return self
+
+    def view_fingerprint(self) -> None:
+        """States say nothing of the user's function, which has no fingerprint."""
+        return
+
+    def restore_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over nothing: bad raw samples are never substituted."""
+
+    def example(self, ref: SampleRef) -> Any:
+        """Makes the example of a slot."""
+        return self.decode(self.read(ref.sample), ref)
+
+    def read(self, sample_id: int) -> RawSample:
+        """Reads one sample.
+
+        Raises:
+          ShardError: `foreign_tar`, or as `ShardReader.members`.
+        """
+        key, members, where = self.data.reader.members(sample_id)
+        return RawSample(key=key, fields=sample_fields(members, where=where), where=where)
+
+    def decode(self, sample: RawSample, ref: SampleRef) -> Any:
+        """Calls the user's function with the sample's generator in the slot's epoch."""
+        seed = sample_seed(
+            self._base_seed, idx=ref.sample, length=self.data.num_samples, epoch=ref.epoch
+        )
+        return self._decode(sample, self._rng(seed))
+
+
 class RawDataset(IterableDataset[Any]):
-    """Streams a split of a dataset that `python -m preprocess import` made, or of recut ones."""
+    """Streams a split of imported tars, what `python -m preprocess import` or a reshard made."""
 
     def __init__(
         self,
@@ -60,106 +109,89 @@ class RawDataset(IterableDataset[Any]):
         cache_bytes: int = CACHE_BYTES,
         network: Network | None = None,
         canonical_ranks: int | None = None,
+        max_samples: int | None = None,
     ) -> None:
         """Reads the manifest; opens no tar yet.
 
         Args:
           url: The dataset.
-          decode: Makes an example of a sample. In worker processes it must be picklable.
+          decode: Makes an example of a sample. It may be called from several threads at a time; in
+            worker processes it must be picklable.
           split, seed, batch_size, shuffle, tail, rank, world_size, check, cache, cache_bytes,
-            network, canonical_ranks: As in `StreamingDataset`; with tail "pad", samples that fill
-            the last batch are repeats.
+            network, canonical_ranks, max_samples: As in `StreamingDataset`; with tail "pad",
+            samples that fill the last batch are repeats.
 
         Raises:
           ManifestError: There is no readable manifest.
-          ConfigError: `unknown_split`, `topology`, `prepared_dataset`.
+          ConfigError: `unknown_split`, `topology`, `prepared_dataset`, `max_samples`.
         """
         super().__init__()
-        self.url = str(url)
-        self.manifest, self.reader = open_dataset(
-            self.url,
+        data = open_split(
+            str(url),
             split=split,
             check=check,
             cache=cache,
             cache_bytes=cache_bytes,
             network=network,
+            max_samples=max_samples,
         )
-        if not self.manifest.raw:
-            raise ConfigError("prepared_dataset", where=self.url)
-        self.decode = decode
-        self.split = split
-        self.seed = seed
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.tail: Tail = tail
-        self.topology = find_topology(rank=rank, world_size=world_size)
-        self.canonical_ranks = canonical_ranks
-        self.num_samples = len(self.reader)
-        self._base_seed = dataset_seed(seed, self.manifest.dataset)
-        self._rng = SampleRng()
-        self._cursor = Cursor()
-        self._fingerprint: dict[str, Any] | None = None
+        if not data.manifest.raw:
+            raise ConfigError("prepared_dataset", where=data.url)
+        part = StreamPart(
+            data=data,
+            builder=RawBuilder(data, decode=decode, seed=seed),
+            topology=find_topology(rank=rank, world_size=world_size),
+            tail=tail,
+            shuffle=shuffle,
+        )
+        plan = DatasetPlan(
+            num_samples=data.num_samples,
+            seed=dataset_seed(seed, data.manifest.dataset),
+            tail=tail,
+            shuffle=shuffle,
+            canonical_ranks=canonical_ranks,
+        )
+        self._use(Stream([part], plan, seed=seed, batch_size=batch_size, named=False))
+
+    def _use(self, stream: Stream[RawBuilder]) -> None:
+        (part,) = stream.parts
+        self._stream = stream
+        """What the loader and mixtures drive."""
+        self.manifest: Manifest = part.data.manifest
+        self.reader = part.data.reader
+        """Counts what was fetched over the network."""
+        self.num_samples = part.data.num_samples
+        """Samples in use: those of the split, or the first `max_samples` of them."""
+
+    def _resized(self, batch_size: int, *, sequence_length: int | None) -> RawDataset:  # noqa: ARG002
+        """Makes a dataset that shares what is open, at another batch size."""
+        return self._over(self._stream.resized(self._stream.parts, batch_size=batch_size))
+
+    def _over(self, stream: Stream[RawBuilder]) -> RawDataset:
+        other = copy.copy(self)
+        other._use(stream)
+        return other
 
     @property
     def epoch(self) -> int:
         """The epoch that the next pass gives."""
-        return self._cursor.epoch
+        return self._stream.cursor.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass."""
-        self._cursor.set_epoch(epoch)
+        self._stream.cursor.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run; see `StreamingDataset.set_step`."""
-        self._cursor.set_step(self.order, step)
-
-    @property
-    def order(self) -> Order:
-        """The order of the run at this batch size and world size."""
-        return Order(
-            plan_order(
-                self.num_samples,
-                global_batch_size=(self.batch_size or 1) * self.topology.world_size,
-                seed=self._base_seed,
-                tail=self.tail,
-                shuffle=self.shuffle,
-                canonical_ranks=self.canonical_ranks,
-            )
-        )
+        self._stream.set_step(step)
 
     def __len__(self) -> int:
         """Counts the samples that this rank gets in the next pass; equal on all ranks."""
-        return self._cursor.remaining(self.order) * (self.batch_size or 1)
+        return len(self._stream)
 
     def __iter__(self) -> Iterator[Any]:
         """Gives this worker's share of the current epoch."""
-        require_batch_size(self.batch_size)
-        order = self.order
-        return self._cursor.examples(
-            order, batches_ahead(self, order), batch_size=self.batch_size or 1
-        )
-
-    @property
-    def ahead_steps(self) -> int:
-        """Steps that are best said ahead of their reading; 0 for local tars."""
-        return self.reader.ahead_steps
-
-    def prefetch(self, step: int, rows: Sequence[Row]) -> None:
-        """Says which samples a step will need; steps come in increasing order."""
-        self.reader.prefetch(step, [place.sample for row in rows for place in row])
-
-    def release(self, step: int) -> None:
-        """Says that a step's examples are made."""
-        self.reader.release(step)
-
-    def cancel_prefetch(self) -> None:
-        """Drops what was said to be read: the run goes on at another step."""
-        if self.reader.prefetcher is not None:
-            self.reader.prefetcher.cancel_prefetch()
-
-    def at(self, place: SampleRef) -> Any:
-        """Makes the example of one place of the order."""
-        return self.example(place.sample, epoch=place.epoch)
+        return iter(self._stream)
 
     def sample(self, sample_id: int) -> RawSample:
         """Reads one sample.
@@ -167,42 +199,28 @@ class RawDataset(IterableDataset[Any]):
         Raises:
           ShardError: `foreign_tar`, or as `ShardReader.members`.
         """
-        key, members, where = self.reader.members(sample_id)
-        return RawSample(key=key, fields=sample_fields(members, where=where), where=where)
+        return self._stream.parts[0].builder.read(sample_id)
 
     def example(self, sample_id: int, *, epoch: int = 0) -> Any:
-        """Makes the example of one sample in one epoch, whoever asks."""
-        seed = sample_seed(self._base_seed, idx=sample_id, length=self.num_samples, epoch=epoch)
-        return self.decode(self.sample(sample_id), self._rng(seed))
+        """Makes the example of one sample in one epoch, the same in every process."""
+        return self._stream.parts[0].builder.example(SampleRef(0, epoch, sample_id))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Describes the data for states: the sequence of samples, whatever the tars' borders.
+        """Describes the data, as states do: the sequence of samples, whatever the tars' borders.
 
         Raises:
           ShardError: An index cannot be read.
         """
-        if self._fingerprint is None:
-            self._fingerprint = split_fingerprint(
-                self.manifest, self.reader, split=self.split, num_samples=self.num_samples
-            )
-        return self._fingerprint
+        return self._stream.fingerprint()
 
     def state_dict(self) -> dict[str, Any]:
-        """Describes this process's place in its pass, for torchdata's StatefulDataLoader."""
-        return self._cursor.state_dict(self._own_state())
+        """Describes how far this process is in its pass, for torchdata's StatefulDataLoader."""
+        return self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a place that `state_dict` gave, for the next pass.
+        """Restores what `state_dict` gave, for the next pass.
 
         Raises:
           StateError: `state_version`, `state_mismatch`.
         """
-        self._cursor.load_state_dict(state, self._own_state())
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "data": self.fingerprint(),
-            "order": self.order.config.to_dict(),
-        }
+        self._stream.load_state_dict(state)

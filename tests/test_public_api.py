@@ -2,6 +2,7 @@
 
 import importlib
 import types
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +108,104 @@ def test_public_name_is_documented(package, name):
     if isinstance(value, type) or callable(value):
         assert (value.__doc__ or "").strip()
         assert not (value.__doc__ or "").startswith(f"{name}(")
+
+
+MEMBERS = {
+    "Augment": [
+        *("brightness", "contrast", "crop_ratio", "crop_scale", "flip_probability", "hue"),
+        *("saturation", "standard"),
+    ],
+    "DeterministicDataset": ["get", "set_epoch"],
+    "DevicePrefetcher": ["load_state_dict", "state_dict"],
+    "IterableDatasetMixture": [
+        *("epoch", "fingerprint", "ids", "load_state_dict", "set_epoch", "set_step"),
+        *("state_dict", "view"),
+    ],
+    "MMCollator": ["collate"],
+    "MolmoPreprocessor": [],
+    "Network": [
+        *("ahead_bytes", "ahead_steps", "block_bytes", "cold_steps", "requests", "retry"),
+        *("stall_s", "streams"),
+    ],
+    "RawDataset": [
+        *("epoch", "example", "fingerprint", "load_state_dict", "sample", "set_epoch"),
+        *("set_step", "state_dict"),
+    ],
+    "RawSample": ["fields", "key", "where"],
+    "RetryPolicy": ["attempts", "first_wait_s", "idle_s", "longest_wait_s", "wall_s"],
+    "Stats": [
+        *("bottleneck", "busy_share", "counters", "line", "mean_ready", "plan_s", "ready"),
+        *("samples_per_s", "since", "timings", "to_dict", "use_s", "verdict", "wait_s"),
+        *("wait_share", "worker_kind", "workers"),
+    ],
+    "StreamLoader": ["change", "epoch", "load_state_dict", "state_dict", "stats", "watch"],
+    "StreamingDataset": [
+        *("bad", "epoch", "example", "fingerprint", "load_state_dict", "set_epoch"),
+        *("set_step", "state_dict"),
+    ],
+    "View": [
+        *("augment", "branch_order", "high_res", "high_res_probability", "image", "image_map"),
+        *("loss", "max_images", "normalize", "pixels", "purpose", "reduced_decoding"),
+        *("sequence_length", "shapes", "tree", "weight"),
+    ],
+}
+"""Methods, properties and fields of the loader's public classes; what is inherited is not ours."""
+
+ATTRIBUTES = {
+    "DevicePrefetcher": ["device", "dtype", "loader", "normalization"],
+    "IterableDatasetMixture": ["datasets", "num_samples"],
+    "RawDataset": ["manifest", "num_samples", "reader"],
+    "StreamLoader": ["bad_samples", "dataset", "step"],
+    "StreamingDataset": ["ids", "manifest", "num_samples", "reader", "view"],
+}
+"""What objects of these classes have besides."""
+
+MOST_MEMBERS = 8
+"""Of a class that users drive; settings and totals have as many fields as there are."""
+
+
+def own_members(kind: type) -> list[str]:
+    """Lists the public names that a class has and its bases outside the project lack."""
+    others = {
+        name
+        for base in kind.__mro__
+        if base.__module__.split(".")[0] != "loader"
+        for name in dir(base)
+    }
+    own = kind.__module__.split(".")[0] != "loader"
+    return [n for n in dir(kind) if not n.startswith("_") and (own or n not in others)]
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_of_public_classes_are_these(name):
+    assert own_members(getattr(importlib.import_module("loader"), name)) == MEMBERS[name]
+
+
+def test_every_public_class_of_the_loader_is_listed():
+    loader = importlib.import_module("loader")
+    classes = [name for name in PUBLIC["loader"] if isinstance(getattr(loader, name), type)]
+    assert classes == list(MEMBERS)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_classes_that_users_drive_have_few_members(name):
+    assert len(MEMBERS[name]) <= MOST_MEMBERS
+
+
+def test_attributes_of_objects_are_these(tiny_sample, write_dataset, tmp_path):
+    import loader
+
+    raw = Path(__file__).parent / "conformance" / "v2-raw" / "index"
+    dataset = loader.StreamingDataset(write_dataset(tmp_path / "set", [tiny_sample(0)]))
+    batches = loader.make_dataloader(dataset, global_batch_size=1, sequence_length=64)
+    objects = [
+        loader.DevicePrefetcher(batches, "cpu"),
+        loader.IterableDatasetMixture([dataset], seed=1),
+        loader.RawDataset(str(raw), decode=lambda sample, rng: sample.key),
+        batches,
+        dataset,
+    ]
+    found = {
+        type(one).__name__: sorted(n for n in vars(one) if not n.startswith("_")) for one in objects
+    }
+    assert found == ATTRIBUTES

@@ -6,8 +6,8 @@ the augmentation of each image. The rest follows from the draws. It needs no tok
 formatter, and it does not know whether the sample came out of a shard or straight from `prepare`.
 
 It works in two steps: a `Planner` decides everything from the spans and the tokens alone (so
-lengths are known without a pixel), then the arrays are made. A `Draft` stands between them: it
-knows their shapes and writes each where it is told to, such as into the batch that it is for, so
+lengths are known without a pixel), then the arrays are made. A `Draft` is between the two: it
+knows their shapes and writes each into the memory that it is given, such as that of the batch, so
 that no array of a single sample is made on the way there. `assemble` has it write into new ones.
 """
 
@@ -71,7 +71,7 @@ class View:
     high_res: ImageView | None = None
     """Another view of the same stored images, such as 24 instead of 8 crops."""
     high_res_probability: float = 0.0
-    """Share of the samples, 0 to 1, that are seen in the view `high_res`, drawn each epoch."""
+    """Share of the samples, 0 to 1, that get the view `high_res`, drawn each epoch."""
     augment: Augment = field(default_factory=Augment)
     """Random crops, flips and colour; off by default, and always off for inference."""
     normalize: Normalization | None = None
@@ -236,9 +236,9 @@ class _Size(NamedTuple):
     block: np.ndarray
     """int32 [tokens], the image's token block; read-only."""
     first_patches: np.ndarray
-    """int64 [crops], where in the block each crop's first patch token stands; read-only."""
+    """int64 [crops], where in the block each crop's first patch token is; read-only."""
     ready: tuple[int, int, int] | None
-    """Shape of a stored picture that is its only crop as it is; None where there is no such."""
+    """Shape of a stored picture that is its only crop as it is; None where there is none."""
 
 
 class _Seen:
@@ -289,7 +289,7 @@ class Draft:
           sources: A picture and its overview for each image of the sample.
           view: What the run wants.
           key: The sample's.
-          scratch: Memory for pictures that are not decoded into their places.
+          scratch: Memory for pictures that are not decoded straight into the batch.
         """
         self.plan, self.sources, self.view, self.key = plan, sources, view, key
         self.scratch = scratch
@@ -299,17 +299,17 @@ class Draft:
         self.num_crops = plan.num_crops
         """Crops of all pictures, n."""
         self.substitutes: dict[str, Any] | None = None
-        """The bad sample that it stands for, for its metadata."""
+        """The bad sample that it substitutes, for its metadata."""
         self.dataset: str | None = None
         """The dataset's name, for its metadata."""
         self.error: ShardsError | None = None
         """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
-        """Seconds spent on pictures, decoding included."""
+        """Seconds of rendering pictures, decoding included."""
 
     @property
     def decode_s(self) -> float:
-        """Seconds spent on decoding."""
+        """Seconds of decoding."""
         return sum([one.decode_s for pair in self.sources for one in pair if type(one) is Encoded])
 
     def pieces(self, name: str) -> list[np.ndarray]:
@@ -345,7 +345,7 @@ class Draft:
                     and type(picture) is Encoded
                     and picture.shape == seen.ready == crops.shape[1:]
                 ):
-                    # `render` would find out the same, anew for each picture: 5 µs of 80.
+                    # `render` would find out the same again for each picture: 5 µs of 80.
                     picture.decode(crops[done])
                 else:
                     render(
@@ -378,7 +378,7 @@ class Draft:
             done += seen.crops
 
     def write_input_idx(self, out: np.ndarray) -> None:
-        """Writes where the image tokens stand: int64 [n], or [n, tokens per crop] (Molmo 1)."""
+        """Writes where the image tokens are: int64 [n], or [n, tokens per crop] (Molmo 1)."""
         plan, done = self.plan, 0
         per_token = self.view.image_map == "per_token"
         for size, seen, start in zip(
@@ -473,11 +473,11 @@ def _choose(
     last = -1
     first = 0
     while first < len(turns):
-        # The variants of a turn stand side by side.
-        behind = bisect_right(turns, turns[first], first)
+        # The variants of a turn are adjacent.
+        turn_end = bisect_right(turns, turns[first], first)
         drawn = first
-        if rng is not None and behind - first > 1:
-            drawn += draw_below(rng, behind - first)
+        if rng is not None and turn_end - first > 1:
+            drawn += draw_below(rng, turn_end - first)
         _, branch, _, start, stop, response, end, weight = texts[drawn].tolist()
         turn = Turn(tokens[start:stop], tokens[response:end])
         if branch == last:
@@ -485,5 +485,5 @@ def _choose(
         else:
             branches.append(BranchTurns([turn], weight))
             last = branch
-        first = behind
+        first = turn_end
     return branches

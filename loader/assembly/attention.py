@@ -3,7 +3,7 @@
 Query q may see key k if
 
     (k <= q, or both are image tokens and images attend both ways)  and
-    subsegment[q] <= subsegment[k]  and  k is no padding.
+    subsegment[q] <= subsegment[k]  and  k is not padding.
 
 The prefix (BOS and images) has the highest subsegment of its example, so every branch sees it, and
 branches, numbered upwards, see only themselves and the prefix: a later branch has a larger number

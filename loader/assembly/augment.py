@@ -245,8 +245,8 @@ def transform_points(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Moves points along with the crop and the flip.
 
-    Points are continuous: the centre of the pixel in column i lies at i + 0.5, and `width` is the
-    right border. The cropped picture takes the place of the whole one, so it is again `width` x
+    Points are continuous: the centre of the pixel in column i is at i + 0.5, and `width` is the
+    right border. The cropped picture replaces the whole one, so it is again `width` x
     `height` large, and points given as shares of the picture stay shares of what the model sees.
 
     Args:
@@ -257,7 +257,7 @@ def transform_points(
 
     Returns:
       The moved points, float64 [N, 2], and bool [N]: whether the point is still in the picture,
-      its borders included. Points outside are moved by the same rule and lie outside.
+      its borders included. Points outside are moved by the same rule and stay outside.
     """
     left, top, right, bottom = draw.crop or (0, 0, width, height)
     size = np.array([width, height], dtype=np.float64)

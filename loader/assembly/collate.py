@@ -23,7 +23,7 @@ them again.
 Pictures usually come as [n, C, H, W] views of [n, H, W, C] memory. The batch keeps that order: its
 memory is [B, M, H, W, C], and `images` is a permuted view (channels last, as convolutions like it),
 so that pictures are copied row by row and no value is ever moved by itself. Examples whose arrays
-are not made yet (`LazyExample`) write them straight into their places in the batch.
+are not made yet (`LazyExample`) write them straight into the batch.
 """
 
 # Shape letters: B examples, L tokens, M images per example, C channels, H x W pixels, n images of
@@ -85,7 +85,7 @@ class LazyExample(Protocol):
     def shapes(self) -> Shapes: ...
     @property
     def channels_first(self) -> bool:
-        """Whether its pictures lie in memory as [n, C, H, W]."""
+        """Whether its pictures are [n, C, H, W] in memory."""
 
     def pieces(self, name: str) -> list[np.ndarray]:
         """Lists the arrays that `input_ids`, `labels` or one of `EXTRA_KEYS` consists of."""
@@ -268,8 +268,8 @@ class MMCollator:
             index_shape, index_pad = (*index_shape, self.tokens_per_crop), EXCLUDED
         input_idx = allocate(index_shape, np.int64)
         # Batches of texts mostly have no room for pictures: nothing to write.
-        places = list(enumerate(examples)) if num else []
-        for row, example in places:
+        rows = list(enumerate(examples)) if num else []
+        for row, example in rows:
             n = example.num_crops
             if n:
                 example.write_masks(masks[row, :n])
@@ -282,8 +282,8 @@ class MMCollator:
         if self.pool is not None:
             arrays["token_pooling"] = self._collate_pooling(examples, self.pool, allocate)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        # Behind all the rest: a decoder drives everything else out of the caches.
-        for row, example in places:
+        # After all the rest: a decoder evicts everything else from the caches.
+        for row, example in rows:
             if n := example.num_crops:
                 example.write_images(images[row, :n])
         return tensors
@@ -447,7 +447,7 @@ class _Made:
         out[...] = self._example["image_input_idx"]
 
     def image_ends(self) -> list[int]:
-        # Without image_end the first token of an image is all that is known of its place.
+        # Without image_end only the position of the first token of an image is known.
         example = self._example
         ends = example["image_end"] if "image_end" in example else example["image_input_idx"] + 1
         found: list[int] = np.ravel(ends).tolist()

@@ -2,14 +2,14 @@
 
     [BOS] [lead, image block] ... [branch 0] [branch 1] ...      branch = prompt response ...
 
-A lead is text in front of an image, such as "Image 2". Where a text says itself where its images
-stand (the symbol `<|image|>`), the blocks go there instead; only a lone branch may do so.
+A lead is text in front of an image, such as "Image 2". Where a text itself says where its images
+are (the symbol `<|image|>`), the blocks go there instead; only a lone branch may do so.
 
 1. The *prefix* is BOS and the image blocks; every branch is a conversation that sees the prefix and
-   itself. Its positions count on from the prefix, as if it stood there alone.
+   itself. Its positions continue those of the prefix, as if it were alone.
 2. The arrays are aligned for next-token prediction: `labels[t]` is the target of input position t.
    Targets are the tokens of responses and the EOS that ends each response; all else is -100.
-3. Between turns of a branch EOS stands in the input as well; the EOS behind the last response of a
+3. Between turns of a branch EOS is in the input as well; the EOS after the last response of a
    branch is a target only, so that the next branch does not follow an end of text.
 4. With a limit, later branches are dropped and the last one is cut; an image block never is.
 
@@ -35,8 +35,8 @@ IGNORED = -100
 """Label without loss: the default `ignore_index` of torch.nn.CrossEntropyLoss."""
 
 Tree = Literal["molmo2", "molmo1"]
-"""How branches stand side by side. "molmo2": numbered from 0, each ends in front of its EOS.
-"molmo1": numbered from 1, the EOS of all but the last stands in the input."""
+"""How branches are joined. "molmo2": numbered from 0, each ends in front of its EOS. "molmo1":
+numbered from 1, the EOS of all but the last is in the input."""
 
 LossScale = Literal["flat", "root_subsegments", "root_length", "root_both"]
 """Weight of a branch's tokens: 1; 1 / sqrt(branches); 2 / sqrt(tokens under loss); both."""
@@ -134,7 +134,7 @@ class Sequence1d:
         """Takes over what `lay_out` decided.
 
         Args:
-          runs: Tokens, as arrays that stand end to end.
+          runs: Tokens, as consecutive arrays.
           labels: The same for the labels: (gap, targets, EOS) for each response, and a last gap.
           spans: The branches.
           total: Tokens before the limit.
@@ -242,7 +242,7 @@ def lay_out(
 
     Args:
       blocks: int32 token block of each image.
-      branches: Conversations, in the order in which they should stand.
+      branches: Conversations, in their order in the sequence.
       ids: Special ids.
       leads: int32 tokens in front of each block; () for none.
       limit: Longest sequence; None for any.
@@ -252,8 +252,8 @@ def lay_out(
 
     Raises:
       SampleError: `image_cut` (the images do not fit the limit), `no_loss` (nothing to learn is
-        left within it), `image_placeholder` (a text asks for another number of images),
-        `empty_turn` (one without a token stands before another one: both would be learned at the
+        left within it), `image_placeholder` (a text has another number of image symbols),
+        `empty_turn` (one without a token comes before another one: both would be learned at the
         same position).
     """
     placed = _count_placeholders(branches, ids, num_blocks=len(blocks), where=where)
@@ -281,7 +281,7 @@ def lay_out(
             dropped += 1
             continue
         if spans and molmo1:
-            # The EOS behind a branch is a target only; Molmo 1 keeps it between branches.
+            # The EOS after a branch is a target only; Molmo 1 keeps it between branches.
             runs.append(eos)
             length += 1
             spans[-1].stop = length
@@ -301,8 +301,8 @@ def lay_out(
             else:
                 runs.append(prompt)
                 length += len(prompt)
-            # Position t predicts the token behind it; a branch that is not the first does not stand
-            # behind the prefix, which would predict its first token.
+            # Position t predicts the next token; a branch that is not the first does not follow the
+            # prefix, which would predict its first token.
             at, targets = length, response
             runs.append(response)
             length += len(response)
@@ -330,7 +330,7 @@ def lay_out(
         spans,
         total=length,
         limit=limit,
-        # Images placed inside the text: what stands up to the last one is the prefix.
+        # Images placed inside the text: everything up to the last one is the prefix.
         prefix_stop=image_ends[-1] if placed else prefix_stop,
         first=1 if molmo1 else 0,
         image_starts=tuple(image_starts),
@@ -371,7 +371,7 @@ def _token_bytes(token: int) -> bytes:
 
 
 def cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
-    """Cuts arrays that stand end to end to their first `length` values."""
+    """Cuts consecutive arrays to their first `length` values."""
     found = []
     for piece in pieces:
         found.append(piece[:length])

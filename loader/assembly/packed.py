@@ -1,6 +1,6 @@
 """Packed rows: several examples in one sequence, as Molmo's packing lays them out.
 
-Arrays of one value per token are put one after the other; positions begin anew with each example;
+Arrays of one value per token are put one after the other; positions restart with each example;
 example e adds e * PACKED_STRIDE to its subsegments, which hides the examples in front of it
 (attention.py). Indices into the tokens and into the patches move along.
 """
@@ -63,7 +63,7 @@ class Pack:
             part.write_masks(own)
 
     def write_input_idx(self, out: np.ndarray) -> None:
-        """Writes where the image tokens stand in the row; see `Draft.write_input_idx`."""
+        """Writes the positions of the image tokens in the row; see `Draft.write_input_idx`."""
         starts = iter(self._starts())
         for part, own in self._slices(out):
             part.write_input_idx(own)
@@ -100,7 +100,7 @@ class Pack:
 
 
 def fitting(drafts: Sequence[Draft], *, sequence_length: int, max_crops: int | None) -> list[Draft]:
-    """Leaves out substitutes that are longer than the samples they stand for, until all fit.
+    """Leaves out substitutes that are longer than the samples they replace, until all fit.
 
     Packs are planned for the longest draws, so only substitutes can be too long. The first
     draft always stays.

@@ -3,7 +3,7 @@
 `render` turns one stored picture into the uint8 crops of a view:
 
 1. *Cut.* The draw's crop box, given in source pixels, is scaled to the stored picture and rounded
-   to whole stored pixels. What it keeps takes the place of the whole picture, so that tiling, masks
+   to whole stored pixels. What it keeps replaces the whole picture, so that tiling, masks
    and token counts, which follow from the source's shape, stay as they are.
 2. *Resize* to the size that `shardspec.tiling` computes; nothing to do for a picture of that size.
 3. *Flip*, then *colour*. Padding is added afterwards, so it is always 0.
@@ -85,7 +85,7 @@ class Encoded:
         self.payload, self.codec, self.where = payload, codec, where
         self.width, self.height = width, height
         self.decode_s = 0.0
-        """Seconds spent on decoding it."""
+        """Seconds of decoding it."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -157,7 +157,7 @@ def render(
       source_height: Height of the upright original, in pixels.
       view: What the model sees.
       draw: The augmentation, drawn for the source's size; the default changes nothing.
-      overview: The stored overview, uint8 [h, w, 3]; never written to. It takes the place of a
+      overview: The stored overview, uint8 [h, w, 3]; never written to. It replaces a
         resized `picture` where it has the view's `overview_size` and nothing is cut off.
       out: uint8 [N, S, S, 3], a slice of a batch perhaps, or the `patch_cells` of patches; None
         makes a new array of crops.

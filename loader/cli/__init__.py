@@ -1,15 +1,12 @@
-"""What the verbs of `python -m loader` print.
+"""The verbs of `python -m loader`, one module for each: its flags, and what it prints.
 
 Decides how batches and plans are shown. Never touches training state.
 """
 
-from loader.cli.peek import describe_batch, readable_rows
-from loader.cli.plan import Cluster, describe_plan, plan_cluster
+from loader.cli.peek import PEEK
+from loader.cli.plan import PLAN
+from loader.cli.verb import Verb
 
-__all__ = [
-    "Cluster",
-    "describe_batch",
-    "describe_plan",
-    "plan_cluster",
-    "readable_rows",
-]
+VERBS = (PEEK, PLAN)
+
+__all__ = ["VERBS", "Verb"]

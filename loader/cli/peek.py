@@ -1,107 +1,69 @@
-"""Shows a batch as a person can read it: keys, shapes, types, and each sequence decoded.
+"""`python -m loader peek`: one batch as training sees it, with its text decoded.
 
-An image's tokens are shortened to `<image 784×1008, 12 crops>`, text under loss is marked.
+Joins both halves of the project: the loader gives the batch, the offline half its tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import argparse
 
-import torch
-
-
-def describe_batch(batch: Mapping[str, Any]) -> str:
-    """Tabulates the tensors of a batch: key, dtype, shape, range of values."""
-    rows = []
-    for key, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            shape = "[" + ", ".join(map(str, value.shape)) + "]"
-            span = f"{value.min():g} to {value.max():g}" if value.numel() else "empty"
-            dtype = str(value.dtype).removeprefix("torch.")
-            rows.append(f"{key:<18} {dtype:<8} {shape:<24} {span}")
-        else:
-            rows.append(f"{key:<18} {type(value).__name__:<8} {len(value)}")
-    return "\n".join(rows)
+from loader.assembly import Augment, View
+from loader.cli.readable import describe_batch, readable_rows
+from loader.cli.verb import Verb, add_dataset, add_flag
+from loader.dataloader import make_dataloader
+from loader.stream import StreamingDataset, stored_view
+from preprocess.text import IMAGE_SYMBOLS, tokenizer_from_entry
+from shardspec import storage
+from shardspec.errors import ShardError
+from shardspec.manifest import TOKENIZER_NAME, require_manifest
 
 
-def readable_rows(
-    batch: Mapping[str, Any],
-    *,
-    decode: Callable[[list[int]], str],
-    image_ids: Mapping[int, str],
-) -> list[str]:
-    """Turns the sequences of a batch back into text.
-
-    Args:
-      batch: As `MMCollator` makes it, with `metadata`.
-      decode: Ids to text.
-      image_ids: The image symbols by id.
-
-    Returns:
-      One text per row; the tokens that are learned stand between ⟦ and ⟧.
-    """
-    texts = []
-    for ids, labels, mask, metadata in zip(
-        batch["input_ids"].tolist(),
-        batch["labels"].tolist(),
-        batch["attention_mask"].tolist(),
-        batch["metadata"],
-        strict=True,
-    ):
-        row = ids[: sum(mask)]
-        # A branch's last target is its EOS, which is not the token that stands next.
-        learned = [False, *(labels[i] == token for i, token in enumerate(row[1:]))]
-        pictures = iter(_named_images(metadata))
-        texts.append(_readable(row, learned, decode, image_ids, pictures))
-    return texts
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_dataset(parser)
+    add_flag(parser, "--batch-size", "samples in the batch", 4)
+    add_flag(parser, "--sequence-length", "longest sequence", 2048)
+    parser.add_argument("--augment", action="store_true", help="augment images as in training")
 
 
-def _named_images(metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Names each image of a sample, with the number of token blocks that it has."""
-    named = []
-    for image in metadata["images"]:
-        crops = image["crops"]
-        size = f"{image['width']}×{image['height']}"
-        named.append((f"<image {size}, {crops} crop{'s' if crops > 1 else ''}>", min(crops, 2)))
-    return named
+def _run(options: argparse.Namespace) -> str:
+    manifest = require_manifest(options.shards)
+    augment = Augment.standard() if options.augment else Augment()
+    view = View(image=stored_view(manifest), augment=augment)
+    dataset = StreamingDataset(options.shards, split=options.split, seed=options.seed, view=view)
+    loader = make_dataloader(
+        dataset,
+        global_batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        with_metadata=True,
+    )
+    batch = next(iter(loader))
+    text = _tokenizer_json(options.shards)
+    tokenizer = tokenizer_from_entry(text, manifest.tokenizer)
+    ids = manifest.tokenizer.special_ids
+    rows = readable_rows(
+        batch,
+        decode=tokenizer.decode,
+        image_ids={ids[symbol]: symbol for symbol in IMAGE_SYMBOLS},
+    )
+    keys = [metadata["key"] for metadata in batch.pop("metadata")]
+    split = manifest.splits[options.split]
+    head = (
+        f"{manifest.dataset} {options.split}: {split.num_samples:,} samples, "
+        f"{len(loader):,} steps of {options.batch_size} per epoch"
+    )
+    shown = [f"--- {key}\n{row}" for key, row in zip(keys, rows, strict=True)]
+    legend = "tokens under loss stand between ⟦ and ⟧"
+    return "\n".join([head, "", describe_batch(batch), "", legend, *shown])
 
 
-def _readable(
-    ids: list[int],
-    learned: list[bool],
-    decode: Callable[[list[int]], str],
-    image_ids: Mapping[int, str],
-    pictures: Iterator[tuple[str, int]],
-) -> str:
-    parts: list[str] = []
-    start = 0
-    while start < len(ids):
-        kind = _kind(ids[start], learned[start], image_ids)
-        stop = start
-        while stop < len(ids) and _kind(ids[stop], learned[stop], image_ids) == kind:
-            stop += 1
-        run = ids[start:stop]
-        if kind == "image":
-            parts.append(_readable_images([image_ids[token] for token in run], pictures))
-        else:
-            parts.append(f"⟦{decode(run)}⟧" if kind == "learned" else decode(run))
-        start = stop
-    return "".join(parts)
+def _tokenizer_json(url: str) -> str:
+    where = storage.join(url, TOKENIZER_NAME)
+    try:
+        return storage.read_bytes(where).decode()
+    except FileNotFoundError as error:
+        raise ShardError("tokenizer_file.missing", where=where) from error
 
 
-def _kind(token: int, learned: bool, image_ids: Mapping[int, str]) -> str:
-    if token in image_ids:
-        return "image"
-    return "learned" if learned else "given"
-
-
-def _readable_images(symbols: list[str], pictures: Iterator[tuple[str, int]]) -> str:
-    """Names the images of one run of image symbols: an overview and its tiles are two blocks."""
-    blocks = symbols.count("<im_end>")
-    names = []
-    while blocks > 0:
-        name, own = next(pictures, ("<image?>", 1))
-        names.append(name)
-        blocks -= own
-    return "".join(names)
+PEEK = Verb(
+    name="peek", help="print one batch: keys, shapes, types, decoded text", add=_add, run=_run
+)

@@ -1,16 +1,23 @@
 """Batches made ahead of the training step: threads, worker processes, and timings.
 
-Decides who makes which batch and when. Never decides what is in it.
+Decides which thread or process makes which batch, and when. Never decides what is in it.
 """
 
+from loader.delivery.batches import BatchBuilder, BatchMaker, MadeBatch, Task
+from loader.delivery.prepared import PreparedBatches
+from loader.delivery.raw import Collate, RawBatches
 from loader.delivery.stats import Stats
-from loader.delivery.threads import BatchMaker, LookAhead, MadeBatch, Task, make_in_threads
+from loader.delivery.threads import AheadLimit, make_in_threads
 from loader.delivery.workers import make_in_workers
 
 __all__ = [
+    "AheadLimit",
+    "BatchBuilder",
     "BatchMaker",
-    "LookAhead",
+    "Collate",
     "MadeBatch",
+    "PreparedBatches",
+    "RawBatches",
     "Stats",
     "Task",
     "make_in_threads",

@@ -1,8 +1,8 @@
-"""What a loader's time went into, and what that says: `Stats`.
+"""Stats: where the time of a loader goes, and which stage limits it.
 
 Stages are timed where they run, in threads or worker processes, and summed; waiting is timed in the
-consumer's thread. From both follows the verdict: a consumer that hardly waits is served well;
-otherwise the busiest stage is named, and what would relieve it.
+consumer's thread. The verdict follows from both: if the consumer hardly waits, the loader keeps up;
+otherwise the busiest stage is named, with a way to relieve it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 STAGES = ("read", "layout", "decode", "render", "collate")
-"""Of making a batch: bytes of the samples, draws and tokens, pictures, crops, the rest."""
+"""Of making a batch: reading bytes, draws and token layout, decoding, cropping, collating. The
+`decode` of raw samples is the user's function; they have no layout and no crops of ours."""
 
 _SERVED = 0.02
 """Share of waiting below which the loader keeps up."""
@@ -45,12 +46,12 @@ class StageTimings:
 
     def __add__(self, other: StageTimings) -> StageTimings:
         return StageTimings(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in _SPENT}
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in _TIMED}
         )
 
     def __sub__(self, other: StageTimings) -> StageTimings:
         return StageTimings(
-            **{f.name: getattr(self, f.name) - getattr(other, f.name) for f in _SPENT}
+            **{f.name: getattr(self, f.name) - getattr(other, f.name) for f in _TIMED}
         )
 
     @property
@@ -59,18 +60,18 @@ class StageTimings:
         return self.read_s + self.layout_s + self.decode_s + self.render_s + self.collate_s
 
 
-_SPENT = fields(StageTimings)
+_TIMED = fields(StageTimings)
 
 
 @dataclass(slots=True, kw_only=True)
 class Stats:
-    """A loader's account, from its making or since an earlier one (`since`)."""
+    """Totals of a loader since it was made, or since earlier ones (`since`)."""
 
-    made: StageTimings = field(default_factory=StageTimings)
+    timings: StageTimings = field(default_factory=StageTimings)
     """What making the delivered batches took."""
-    makers: int = 1
+    workers: int = 1
     """Threads or worker processes; 1 where the consumer's thread does it all."""
-    maker: str = "thread"
+    worker_kind: str = "thread"
     """What each of them is: "thread" or "worker process"."""
     plan_s: float = 0.0
     """Seconds in which the consumer's thread planned."""
@@ -79,18 +80,18 @@ class Stats:
     use_s: float = 0.0
     """Seconds that the consumer spent on its batches."""
     ready: int = 0
-    """Batches that waited behind the delivered ones, summed over deliveries."""
+    """Batches that were ready after the delivered one, summed over deliveries."""
     counters: Mapping[str, int] = field(default_factory=dict)
     """What the readers count, such as requests, bytes and retries, in this process and in worker
     processes."""
 
     def since(self, earlier: Stats) -> Stats:
-        """Gives the account of what came behind an earlier one."""
+        """Gives the difference to earlier totals of the same loader."""
         counters = {k: v - earlier.counters.get(k, 0) for k, v in self.counters.items()}
         return Stats(
-            made=self.made - earlier.made,
-            makers=self.makers,
-            maker=self.maker,
+            timings=self.timings - earlier.timings,
+            workers=self.workers,
+            worker_kind=self.worker_kind,
             plan_s=self.plan_s - earlier.plan_s,
             wait_s=self.wait_s - earlier.wait_s,
             use_s=self.use_s - earlier.use_s,
@@ -106,61 +107,61 @@ class Stats:
     @property
     def samples_per_s(self) -> float:
         """Samples delivered per second."""
-        return self.made.samples / max(1e-9, self.wait_s + self.use_s)
+        return self.timings.samples / max(1e-9, self.wait_s + self.use_s)
 
     @property
     def busy_share(self) -> float:
-        """Share of their time, 0 to 1, in which the makers worked."""
-        share = self.made.busy_s / max(1e-9, self.makers * (self.wait_s + self.use_s))
+        """Share of their time, 0 to 1, in which threads or worker processes worked."""
+        share = self.timings.busy_s / max(1e-9, self.workers * (self.wait_s + self.use_s))
         return min(1.0, share)
 
     @property
     def mean_ready(self) -> float:
-        """Batches that were ready behind the delivered one, on average."""
-        return self.ready / max(1, self.made.batches)
+        """Batches that were ready after the delivered one, on average."""
+        return self.ready / max(1, self.timings.batches)
 
     @property
     def bottleneck(self) -> str:
         """The stage that takes most, or "none" where the consumer hardly waits."""
-        if not self.made.batches or self.wait_share < _SERVED:
+        if not self.timings.batches or self.wait_share < _SERVED:
             return "none"
         # Planning runs in one thread, the stages in all of them.
-        times = {stage: getattr(self.made, f"{stage}_s") / self.makers for stage in STAGES}
+        times = {stage: getattr(self.timings, f"{stage}_s") / self.workers for stage in STAGES}
         times["plan"] = self.plan_s
         return max(times, key=lambda stage: times[stage])
 
     @property
     def verdict(self) -> str:
         """What limits the loader, in words."""
-        if not self.made.batches:
+        if not self.timings.batches:
             return "nothing delivered yet"
         stage = self.bottleneck
         if stage == "none":
             return f"keeps up: the consumer waits {self.wait_share:.0%} of its time"
-        who = f"{self.makers} {self.maker}"
-        if self.makers > 1:
-            who = f"{self.makers} {self.maker}{'es' if self.maker.endswith('s') else 's'}"
+        crew = f"{self.workers} {self.worker_kind}"
+        if self.workers > 1:
+            crew += "es" if crew.endswith("s") else "s"
         if stage != "plan" and self.busy_share < 0.5:
             return (
-                f"starved: {who} busy {self.busy_share:.0%} while the consumer waits "
+                f"starved: {crew} busy {self.busy_share:.0%} while the consumer waits "
                 f"{self.wait_share:.0%}; other work holds the processor or the interpreter: use "
                 "worker processes, or leave cores free"
             )
         return (
-            f"{stage}-bound: {who} busy {self.busy_share:.0%}, the consumer waits "
+            f"{stage}-bound: {crew} busy {self.busy_share:.0%}, the consumer waits "
             f"{self.wait_share:.0%}; {_ADVICE[stage]}"
         )
 
     def line(self) -> str:
-        """Gives the account in one line, for a progress bar."""
+        """Formats the totals in one line, for a progress bar."""
         return (
             f"{self.samples_per_s:,.0f} samples/s, wait {self.wait_share:.0%}, "
             f"busy {self.busy_share:.0%}, ready {self.mean_ready:.1f}, {self.bottleneck}"
         )
 
     def to_dict(self) -> dict[str, float]:
-        """Gives the account as flat numbers, for loggers."""
-        flat: dict[str, float] = dict(asdict(self.made))
+        """Gives the totals as flat numbers, for loggers."""
+        flat: dict[str, float] = dict(asdict(self.timings))
         for name in ("plan_s", "wait_s", "use_s", "wait_share", "samples_per_s", "busy_share"):
             flat[name] = getattr(self, name)
         flat["mean_ready"] = self.mean_ready

@@ -1,13 +1,13 @@
 """Worker processes that make batches, and the memory they share with the consumer.
 
-For users' Python code that holds the interpreter, and for what threads gain little on. A worker
-writes its batches into anonymous files that it maps and whose descriptors it sends over its pipe:
-no name ever exists, so nothing is left behind, whoever is killed. The consumer maps each file once.
-A tensor's last reference tells the worker, with the next task, that its memory is free: so the same
-pages carry one batch after the other, and none changes while somebody looks at it.
+For users' Python code that holds the interpreter, and for work that threads speed up little. A
+worker writes its batches into anonymous files that it maps, and sends their descriptors over its
+pipe: no name ever exists, so nothing is left on the machine, whichever process is killed. The
+consumer maps each file once. When the last reference to a tensor is gone, the next task returns its
+memory to the worker: the same pages are recycled, and none changes while a tensor refers to it.
 
-Batch k of a pass is made by worker k modulo their number; plans are made by the consumer. A worker
-that dies is an error that names its exit code. Workers live for one pass.
+Batch k of a pass is made by worker k modulo their number; the consumer plans. A worker that dies is
+an error that names its exit code. Workers live for one pass.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import threading
 import traceback
 import weakref
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -42,24 +42,26 @@ import numpy as np
 import torch
 
 from loader.buffers import LEAST_POOLED_BYTES
+from loader.delivery.batches import BatchMaker, MadeBatch, Task
 from loader.delivery.stats import StageTimings
-from loader.delivery.threads import BatchMaker, LookAhead, MadeBatch, Task
+from loader.delivery.threads import AheadLimit
 from loader.reading import count_reading
 from shardspec.errors import ConfigError, ShardsError, WorkerError
+from shardspec.messages import messages
 
 logger = logging.getLogger(__name__)
 
 _MOST_MAPPED = 48
-"""Buffers of a worker that its consumer may look at: each takes a descriptor in both processes, of
+"""Buffers of a worker that its consumer may refer to: each takes a descriptor in both processes, of
 the 1024 that Linux commonly grants. A consumer that keeps more batches gets copies."""
 
 _JOIN_S = 5.0
-"""Seconds for workers to end by themselves, once nobody asks for their batches."""
+"""Seconds for workers to end by themselves, once their batches are not requested any more."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Request:
-    """What a worker is asked for."""
+    """What a worker is to make."""
 
     task: Task
     freed: list[int]
@@ -91,12 +93,12 @@ class _Sent:
 class _Answer:
     """What a worker sends back; the descriptors of new buffers follow it."""
 
-    batch: dict[str, Any] = field(default_factory=dict)
-    """Tensors are `_Shared`, or `_Sent` where they are small."""
+    batch: Any = None
+    """Its tensors are `_Shared`, or `_Sent` where they are small."""
     bad: list[dict[str, Any]] = field(default_factory=list)
-    spent: StageTimings = field(default_factory=StageTimings)
+    timings: StageTimings = field(default_factory=StageTimings)
     counters: dict[str, int] = field(default_factory=dict)
-    """See `Made.counters`."""
+    """See `MadeBatch.counters`."""
     new: list[tuple[int, int]] = field(default_factory=list)
     """(Buffer, bytes)."""
     dropped: list[int] = field(default_factory=list)
@@ -109,52 +111,54 @@ class _Answer:
 
 
 def make_in_workers(
-    plans: Iterator[Task],
+    tasks: Iterator[Task],
     maker: BatchMaker,
     *,
     workers: int,
     keep_bytes: int,
-    ahead: LookAhead,
+    ahead: AheadLimit,
 ) -> Generator[tuple[MadeBatch, int], None, None]:
     """Makes batches in worker processes, in their sequence.
 
     Args:
-      plans: The batches; planned here, when there is room for more.
+      tasks: The batches; planned here, when there is room for more.
       maker: Makes them; it is sent to the workers.
       workers: Number of processes, >= 1.
       keep_bytes: Most bytes that wait to be used again, in all workers.
       ahead: How far to go ahead.
 
     Yields:
-      A batch, and how many behind it were ready by then.
+      A batch, and how many after it were ready by then.
 
     Raises:
       ShardsError: What a worker met; `worker_died`; `worker_crash`, any other exception there;
         `descriptor_limit`, this process may open no further file.
     """
-    crew = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
+    # Read now: once this process may open no further file, it could not say so.
+    messages()
+    processes = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
     try:
-        asked: deque[_Worker] = deque()
+        pending: deque[_Worker] = deque()
         more, number = True, 0
-        while more or asked:
-            while more and len(asked) < ahead.batches:
-                planned = next(plans, None)
-                more = planned is not None
-                if planned is not None:
-                    asked.append(crew[number % workers])
-                    asked[-1].ask(planned)
+        while more or pending:
+            while more and len(pending) < ahead.batches:
+                task = next(tasks, None)
+                more = task is not None
+                if task is not None:
+                    pending.append(processes[number % workers])
+                    pending[-1].request(task)
                     number += 1
-            if asked:
-                ready = sum(worker.is_ready() for worker in crew)
-                made = asked.popleft().answer()
-                ahead.seen(made.spent.batch_bytes)
+            if pending:
+                ready = sum(worker.is_ready() for worker in processes)
+                made = pending.popleft().answer()
+                ahead.note(made.timings.batch_bytes)
                 yield made, max(0, ready - 1)
                 del made
     finally:
-        for worker in crew:
+        for worker in processes:
             worker.hang_up()
         stop_s = monotonic() + _JOIN_S
-        for worker in crew:
+        for worker in processes:
             worker.close(stop_s=stop_s)
 
 
@@ -168,15 +172,23 @@ class _Worker:
         self._process: BaseProcess = context.Process(
             target=_work, args=(theirs, maker, keep_bytes), name="decode", daemon=True
         )
-        self._process.start()
-        theirs.close()
+        try:
+            self._process.start()
+        except (OSError, RuntimeError):  # the system's, or Python's advice on `__main__`
+            raise
+        except Exception as error:
+            self._pipe.close()
+            message = f"{type(error).__name__}: {error}"
+            raise ConfigError("worker_pickle", error=message) from error
+        finally:
+            theirs.close()
         self._buffers: dict[int, mmap.mmap] = {}
-        self._looked_at = 0
+        self._num_mapped = 0
         # Filled by finalizers, wherever a tensor's last reference goes.
         self._freed: deque[int] = deque()
 
-    def ask(self, task: Task) -> None:
-        """Asks for a batch."""
+    def request(self, task: Task) -> None:
+        """Requests a batch."""
         try:
             self._pipe.send(_Request(task=task, freed=self._take_back()))
         except OSError as error:
@@ -213,8 +225,10 @@ class _Worker:
             raise answer.error
         if answer.crash:
             raise WorkerError("worker_crash", crash=answer.crash)
-        batch = {name: self._opened(value) for name, value in answer.batch.items()}
-        return MadeBatch(batch=batch, bad=answer.bad, spent=answer.spent, counters=answer.counters)
+        batch = _each_value(answer.batch, self._opened)
+        return MadeBatch(
+            batch=batch, bad=answer.bad, timings=answer.timings, counters=answer.counters
+        )
 
     def hang_up(self) -> None:
         """Lets the process know that nothing more is wanted."""
@@ -225,7 +239,7 @@ class _Worker:
         self._pipe.close()
 
     def close(self, *, stop_s: float) -> None:
-        """Waits for the end of the process, behind `hang_up`, up to a time of `monotonic`."""
+        """Waits for the end of the process, after `hang_up`, up to a time of `monotonic`."""
         self._process.join(max(0.0, stop_s - monotonic()))
         if self._process.is_alive():
             self._process.kill()
@@ -242,8 +256,8 @@ class _Worker:
         array: np.ndarray = np.ndarray(
             value.shape, np.dtype(value.dtype), buffer=root, strides=value.strides
         )
-        self._looked_at += 1
-        if self._looked_at > _MOST_MAPPED:
+        self._num_mapped += 1
+        if self._num_mapped > _MOST_MAPPED:
             self._freed.append(value.buffer)
             return torch.from_numpy(array).clone()
         weakref.finalize(root, self._freed.append, value.buffer).atexit = False
@@ -253,7 +267,7 @@ class _Worker:
         freed = []
         while self._freed:
             freed.append(self._freed.popleft())
-        self._looked_at -= len(freed)
+        self._num_mapped -= len(freed)
         return freed
 
     def _death(self) -> WorkerError:
@@ -288,7 +302,7 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     # What the imports have made stays: looking through it takes 0.1 s each time Python does.
     gc.freeze()
     memory = _SharedMemory(keep_bytes)
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
     # Read at once: while this process waits for room in the pipe for an answer, the consumer must
     # not wait for room for a task.
@@ -296,22 +310,32 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     while (request := requests.get()) is not None:
         memory.free(request.freed)
         answer = _answered(maker, request.task, memory)
-        counted = count_reading(maker.source.readers)
-        answer.counters, told = dict(counted - told), counted
+        counted = count_reading(maker.readers)
+        answer.counters, reported = dict(counted - reported), counted
         descriptors = memory.settle(answer)
         try:
-            pipe.send(answer)
+            _send(pipe, answer)
             for descriptor in descriptors:
                 reduction.send_handle(pipe, descriptor, None)
                 os.close(descriptor)
         except OSError:
-            break  # nobody asks any more
+            break  # the consumer has hung up
     # What the user's code has printed; there is nothing else left to put in order, and taking torch
     # down takes half a second.
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(0)
+
+
+def _send(pipe: Connection, answer: _Answer) -> None:
+    try:
+        pipe.send(answer)
+    except OSError:
+        raise
+    except Exception:  # noqa: BLE001 - the border of the process: the consumer raises it
+        # Nothing is in the pipe yet: a batch of the user's that cannot be pickled.
+        pipe.send(replace(answer, batch=None, crash=traceback.format_exc()))
 
 
 def _receive(pipe: Connection, requests: queue.SimpleQueue[_Request | None]) -> None:
@@ -329,7 +353,7 @@ def _answered(maker: BatchMaker, task: Task, memory: _SharedMemory) -> _Answer:
         return _Answer(error=error)
     except Exception:  # noqa: BLE001 - the border of the process: the consumer raises it
         return _Answer(crash=traceback.format_exc())
-    return _Answer(batch=memory.described(made.batch), bad=made.bad, spent=made.spent)
+    return _Answer(batch=memory.described(made.batch), bad=made.bad, timings=made.timings)
 
 
 class _SharedMemory:
@@ -345,7 +369,7 @@ class _SharedMemory:
         """(Buffer, bytes, descriptor)."""
         self._count = 0
         self._unshared = ""
-        self._told = False
+        self._warned = False
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Gives a C-contiguous array of undefined content in a buffer of its own."""
@@ -370,29 +394,38 @@ class _SharedMemory:
         """Takes buffers back."""
         self._free += numbers
 
-    def described(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Replaces the tensors of a batch by where they are; small ones are sent themselves."""
-        sent: dict[str, Any] = {}
-        for name, value in batch.items():
-            sent[name] = value
-            if isinstance(value, torch.Tensor):
-                array = value.numpy()
-                number = self._taken.pop(value.data_ptr(), None) if value.numel() else None
-                if number is None:
-                    by_stride = np.argsort([-stride for stride in array.strides], kind="stable")
-                    axes = tuple(np.argsort(by_stride).tolist())
-                    sent[name] = _Sent(array=array.transpose(by_stride), axes=axes)
-                    continue
-                sent[name] = _Shared(
-                    buffer=number, dtype=array.dtype.str, shape=array.shape, strides=array.strides
-                )
-        return sent
+    def described(self, batch: Any) -> Any:
+        """Replaces the tensors of a batch by where they are; small ones are sent themselves.
+
+        Tensors deeper than one level, and those of types that NumPy lacks, go as torch sends them.
+        """
+        return _each_value(batch, self._described)
+
+    def _described(self, value: Any) -> Any:
+        array = _as_array(value) if isinstance(value, torch.Tensor) else None
+        if array is None:
+            return value
+        number = self._taken.pop(value.data_ptr(), None) if value.numel() else None
+        if number is None:
+            by_stride = np.argsort([-stride for stride in array.strides], kind="stable")
+            axes = tuple(np.argsort(by_stride).tolist())
+            dense = array.transpose(by_stride)
+            if dense.nbytes >= LEAST_POOLED_BYTES:  # made by a function of the user's
+                shared = self.empty(dense.shape, dense.dtype)
+                number = self._taken.pop(shared.__array_interface__["data"][0], None)
+            if number is None:
+                return _Sent(array=dense, axes=axes)
+            np.copyto(shared, dense)
+            array = shared.transpose(axes)
+        return _Shared(
+            buffer=number, dtype=array.dtype.str, shape=array.shape, strides=array.strides
+        )
 
     def settle(self, answer: _Answer) -> list[int]:
         """Adds to an answer what the consumer must know.
 
         Returns:
-          The descriptors to send behind it.
+          The descriptors to send after it.
         """
         # What a failed attempt has taken is free again.
         self._free += self._taken.values()
@@ -406,8 +439,8 @@ class _SharedMemory:
             answer.dropped.append(number)
             kept -= len(self._mapped[number])
             del self._mapped[number]
-        if self._unshared and not self._told:
-            answer.unshared, self._told = self._unshared, True
+        if self._unshared and not self._warned:
+            answer.unshared, self._warned = self._unshared, True
         return descriptors
 
     def _make(self, size: int) -> int:
@@ -422,6 +455,27 @@ class _SharedMemory:
         self._mapped[self._count] = mapped
         self._new.append((self._count, size, descriptor))
         return self._count
+
+
+def _each_value(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """Changes the values of a dictionary, list or tuple, or the batch itself if it is neither."""
+    if type(batch) is dict:
+        return {name: change(value) for name, value in batch.items()}
+    if type(batch) is list:
+        return [change(value) for value in batch]
+    if isinstance(batch, tuple):
+        values = [change(value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
+    return change(batch)
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray | None:
+    """Gives the memory of a tensor; None where NumPy has no such type or torch forbids it."""
+    try:
+        array: np.ndarray = tensor.numpy()
+    except (TypeError, RuntimeError):
+        return None
+    return array
 
 
 def _anonymous_file() -> int:

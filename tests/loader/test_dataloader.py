@@ -117,7 +117,7 @@ def test_batches_are_the_collated_examples_of_the_order(url):
     )
     dataset = loader.dataset
     for step, batch in enumerate(take(loader, 8)):
-        slots = dataset.order.slots(step, range(BATCH))
+        slots = dataset._stream.order.slots(step, range(BATCH))
         pairs = zip(slots.sample.tolist(), slots.epoch.tolist(), strict=True)
         want = collate([dataset.example(sample, epoch=epoch) for sample, epoch in pairs])
         assert batch.keys() == want.keys()
@@ -474,7 +474,7 @@ def test_dataset_that_was_given_stays_as_it_is(url):
     dataset = StreamingDataset(url, batch_size=3)
     before = dataclasses.replace(dataset.view)
     make_dataloader(dataset, global_batch_size=2, sequence_length=32)
-    assert (dataset.batch_size, dataset.view) == (3, before)
+    assert (dataset._stream.batch_size, dataset.view) == (3, before)
 
 
 def test_only_the_iterator_begun_last_goes_on(url, undisturbed):

@@ -201,18 +201,18 @@ class StandingWorker(_Worker):
 
     def __init__(self, maker, *, keep_bytes, idle):
         super().__init__(maker, keep_bytes=keep_bytes)
-        self.asked, self.idle = 0, idle
+        self.pending, self.idle = 0, idle
 
-    def ask(self, task):
-        self.asked += 1
-        super().ask(task)
+    def request(self, task):
+        self.pending += 1
+        super().request(task)
 
     def answer(self):
-        self.asked -= 1
+        self.pending -= 1
         return super().answer()
 
     def hang_up(self):
-        while self.asked:  # batches that were made ahead, and that nobody takes
+        while self.pending:  # batches that were made ahead, and that nobody takes
             self.answer()
 
     def close(self, *, stop_s):
@@ -241,10 +241,10 @@ def standing_workers(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("makers", ["threads", "workers"])
+@pytest.mark.parametrize("crew", ["decode_threads", "workers"])
 @pytest.mark.parametrize("kind", ["one", "mixture", "packed"])
 def test_all_numbers_of_ranks_and_threads_or_workers_resume_at_every_step(
-    kind, makers, urls, undisturbed, standing_workers
+    kind, crew, urls, undisturbed, standing_workers
 ):
     """The product of WORLDS and THREADS, threads or processes, at every step of two epochs.
 
@@ -260,7 +260,7 @@ def test_all_numbers_of_ranks_and_threads_or_workers_resume_at_every_step(
     would take an hour: the next one goes on with them, also another rank's.
     `test_worker_processes_of_any_number_give_the_same_batches` starts and ends them.
     """
-    numbers = THREADS if makers == "threads" else THREADS[1:]
+    numbers = THREADS if crew == "decode_threads" else THREADS[1:]
     for world_size in WORLDS:
         loaders = [make(urls, kind, rank=r, world_size=world_size) for r in range(world_size)]
         state = loaders[0].state_dict()
@@ -275,8 +275,8 @@ def test_all_numbers_of_ranks_and_threads_or_workers_resume_at_every_step(
             for turn in turns:
                 parts = []
                 for loader, number in zip(loaders, itertools.cycle(turn), strict=False):
-                    loader.decode_threads = loader.workers = 0
-                    setattr(loader, "workers" if makers == "workers" else "decode_threads", number)
+                    loader._decode_threads = loader._workers = 0
+                    setattr(loader, f"_{crew}", number)
                     loader.load_state_dict(state)
                     parts.append([])
                     while len(parts[-1]) < len(want):
@@ -289,7 +289,7 @@ def test_all_numbers_of_ranks_and_threads_or_workers_resume_at_every_step(
                 assert got == want, (world_size, step, turn)
             assert all(one == saved[0] for one in saved)
             state = saved[0]
-    assert len(standing_workers) == (max(numbers) if makers == "workers" else 0)
+    assert len(standing_workers) == (max(numbers) if crew == "workers" else 0)
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_large_datasets_in_lanes_see_every_sample_once_too(
 ):
     samples = [tiny_sample(i, num_images=0, num_variants=1) for i in range(1100)]
     url = write_dataset(tmp_path_factory.mktemp("lanes") / "set", samples, num_shards=2)
-    assert stream(url, global_batch_size=4).order.config.layout == "lanes"
+    assert stream(url, global_batch_size=4)._stream.order.config.layout == "lanes"
     seen = {}
     for world_size in (1, 4):
         batches = global_batches(
@@ -384,14 +384,16 @@ def test_other_batch_size_keeps_every_other_setting(url, augmented):
     dataset = stream(
         url, world_size=2, rank=1, view=augmented, seed=9, tail="pad", shuffle=False, check="crc"
     )
-    other = dataset.with_batch_size(2, sequence_length=77)
-    names = ("url", "split", "seed", "shuffle", "tail", "topology")
-    assert [getattr(other, n) for n in names] == [getattr(dataset, n) for n in names]
+    other = dataset._resized(2, sequence_length=77)
+    (one,), (another,) = other._stream.parts, dataset._stream.parts
+    names = ("data", "topology", "tail", "shuffle")
+    assert [getattr(one, n) for n in names] == [getattr(another, n) for n in names]
+    assert (other._stream.seed, other._stream.plan) == (9, dataset._stream.plan)
     assert other.reader.check == "crc"
-    assert other.batch_size == 2
+    assert other._stream.batch_size == 2
     assert other.view.sequence_length == 77
     assert other.view.augment == augmented.augment
-    assert dataset.batch_size == 6
+    assert dataset._stream.batch_size == 6
 
 
 def test_second_resolution_beyond_the_stored_bound_is_refused_too(

@@ -24,7 +24,7 @@ def make(url, **options):
     return make_dataloader(dataset, global_batch_size=BATCH, sequence_length=64, **options)
 
 
-def spent(**seconds):
+def timings(**seconds):
     return StageTimings(
         batches=10, samples=320, **{f"{stage}_s": s for stage, s in seconds.items()}
     )
@@ -38,11 +38,11 @@ def test_account_holds_what_was_delivered(options, url):
         tensor_bytes += sum(tensor.nbytes for tensor in batch.values())
         time.sleep(0.002)
     stats = loader.stats()
-    assert (stats.made.batches, stats.made.samples) == (NUM // BATCH, NUM)
-    assert stats.made.batch_bytes == tensor_bytes
-    assert stats.made.read_bytes == loader.dataset.manifest.shards[0].num_bytes - 1024
+    assert (stats.timings.batches, stats.timings.samples) == (NUM // BATCH, NUM)
+    assert stats.timings.batch_bytes == tensor_bytes
+    assert stats.timings.read_bytes == loader.dataset.manifest.shards[0].num_bytes - 1024
     for stage in ("read", "layout", "decode", "collate"):
-        assert getattr(stats.made, f"{stage}_s") > 0, stage
+        assert getattr(stats.timings, f"{stage}_s") > 0, stage
     assert stats.use_s > NUM // BATCH * 0.002
     assert stats.wait_s > 0
     assert 0 < stats.wait_share < 1
@@ -55,47 +55,47 @@ def test_account_goes_on_and_earlier_ones_can_be_taken_off(url):
     first = loader.stats()
     list(loader)
     second = loader.stats().since(first)
-    assert first.made.samples == second.made.samples == NUM
-    assert loader.stats().made.samples == 2 * NUM
+    assert first.timings.samples == second.timings.samples == NUM
+    assert loader.stats().timings.samples == 2 * NUM
     assert second.wait_s == pytest.approx(loader.stats().wait_s - first.wait_s)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_busiest_stage_is_named_where_the_consumer_waits(stage):
     seconds = {name: 0.1 for name in STAGES} | {stage: 1.5}
-    stats = Stats(made=spent(**seconds), makers=2, wait_s=0.9, use_s=0.1)
+    stats = Stats(timings=timings(**seconds), workers=2, wait_s=0.9, use_s=0.1)
     assert stats.bottleneck == stage
     assert stats.verdict.startswith(f"{stage}-bound: 2 threads busy 95%, the consumer waits 90%")
 
 
 def test_consumer_that_hardly_waits_is_served_well():
-    stats = Stats(made=spent(decode=1.0), makers=2, wait_s=0.01, use_s=0.99)
+    stats = Stats(timings=timings(decode=1.0), workers=2, wait_s=0.01, use_s=0.99)
     assert stats.bottleneck == "none"
     assert stats.verdict == "keeps up: the consumer waits 1% of its time"
 
 
 def test_planning_runs_in_one_thread_alone():
-    stats = Stats(made=spent(decode=1.0), makers=4, plan_s=0.5, wait_s=0.9, use_s=0.1)
+    stats = Stats(timings=timings(decode=1.0), workers=4, plan_s=0.5, wait_s=0.9, use_s=0.1)
     assert stats.bottleneck == "plan"
 
 
-def test_makers_that_are_kept_from_working_are_not_called_slow():
-    stats = Stats(made=spent(decode=0.3), makers=2, wait_s=0.9, use_s=0.1)
+def test_workers_that_are_kept_from_working_are_not_called_slow():
+    stats = Stats(timings=timings(decode=0.3), workers=2, wait_s=0.9, use_s=0.1)
     assert stats.verdict.startswith("starved: 2 threads busy 15% while the consumer waits 90%")
 
 
 def test_line_and_numbers_are_ready_for_bars_and_loggers(url):
-    stats = Stats(made=spent(decode=1.6), makers=2, wait_s=0.8, use_s=0.2, ready=5)
+    stats = Stats(timings=timings(decode=1.6), workers=2, wait_s=0.8, use_s=0.2, ready=5)
     assert stats.line() == "320 samples/s, wait 80%, busy 80%, ready 0.5, decode"
     flat = stats.to_dict()
     assert json.loads(json.dumps(flat)) == flat
     assert (flat["decode_s"], flat["wait_share"], flat["mean_ready"]) == (1.6, 0.8, 0.5)
 
 
-def test_verdict_says_what_the_makers_are():
-    stats = Stats(made=spent(decode=1.0), maker="worker process", wait_s=0.9, use_s=0.1)
+def test_verdict_says_what_the_workers_are():
+    stats = Stats(timings=timings(decode=1.0), worker_kind="worker process", wait_s=0.9, use_s=0.1)
     assert "decode-bound: 1 worker process busy 100%" in stats.verdict
-    stats.makers = 2
+    stats.workers = 2
     assert "decode-bound: 2 worker processes busy 50%" in stats.verdict
 
 
@@ -103,7 +103,7 @@ def test_verdict_says_what_the_makers_are():
 def test_logger_hears_of_every_so_many_steps(options, url):
     loader = make(url, **options)
     heard = []
-    loader.watch(lambda step, stats: heard.append((step, stats.made.samples)), every_steps=2)
+    loader.watch(lambda step, stats: heard.append((step, stats.timings.samples)), every_steps=2)
     steps = [len(heard) for _ in loader]
     assert heard == [(2, 2 * BATCH), (4, 2 * BATCH), (6, 2 * BATCH)]
     assert steps == [0, 1, 1, 2, 2, 3]
@@ -136,21 +136,21 @@ def test_logger_that_fails_loses_no_batch(options, url):
 
 def counts(stats):
     """What does not depend on time."""
-    made = stats.made
-    return made.batches, made.samples, made.read_bytes, made.batch_bytes, dict(stats.counters)
+    names = ("batches", "samples", "read_bytes", "batch_bytes")
+    return [getattr(stats.timings, name) for name in names], dict(stats.counters)
 
 
 @pytest.mark.parametrize("options", [{"decode_threads": 0}, {"decode_threads": 2}, {"workers": 1}])
 def test_batch_that_a_failing_logger_held_back_counts_once(options, url):
     def make_counting():
         loader = make(url, **options)
-        made = loader._made
+        made = loader._batches_of
 
         def with_counters(plans):
             for each, ready in made(plans):
                 yield replace(each, counters={"requests": 1}), ready
 
-        loader._made = with_counters
+        loader._batches_of = with_counters
         return loader
 
     plain = make_counting()
@@ -160,7 +160,7 @@ def test_batch_that_a_failing_logger_held_back_counts_once(options, url):
     loader, heard = make_counting(), []
 
     def fail_first(step, stats):
-        heard.append((step, stats.made.batches))
+        heard.append((step, stats.timings.batches))
         if len(heard) == 1:
             raise OSError("no space left")
 

@@ -13,7 +13,7 @@ from loader import StreamingDataset, make_dataloader
 from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator
-from loader.delivery.threads import LookAhead, Task, make_in_threads
+from loader.delivery import AheadLimit, Task, make_in_threads
 from loader.reading.reader import ShardReader
 from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import require_manifest
@@ -90,7 +90,7 @@ def test_pictures_decoded_into_the_batch_are_those_of_the_collated_examples(view
     )
     loader = make(dataset, sequence_length=512, decode_threads=2)
     for step, batch in enumerate(loader):
-        slots = loader.order.slots(step, range(BATCH))
+        slots = loader._order.slots(step, range(BATCH))
         pairs = zip(slots.sample.tolist(), slots.epoch.tolist(), strict=True)
         want = collate([loader.dataset.example(n, epoch=e) for n, e in pairs])
         assert same(batch, want)
@@ -228,7 +228,7 @@ def test_substitutes_of_broken_pictures_are_those_of_the_examples(broken):
     dataset = stream(url, on_bad="substitute")
     loader = make(dataset, decode_threads=2)
     for step, batch in enumerate(loader):
-        slots = loader.order.slots(step, range(BATCH))
+        slots = loader._order.slots(step, range(BATCH))
         for row, number in enumerate(slots.sample.tolist()):
             want = loader.dataset.example(number)
             assert batch["metadata"][row] == want["metadata"]
@@ -253,16 +253,16 @@ def test_impossible_numbers_are_refused(options, url):
     assert caught.value.reason == "loader_range"
 
 
-def test_look_ahead_is_bounded_in_batches_and_in_bytes():
-    ahead = LookAhead(most=5, most_bytes=1000, batch_bytes=300)
+def test_batches_ahead_are_bounded_in_batches_and_in_bytes():
+    ahead = AheadLimit(most=5, most_bytes=1000, batch_bytes=300)
     assert ahead.batches == 3
-    ahead.seen(90)
+    ahead.note(90)
     assert ahead.batches == 3  # the guess holds until a larger one is seen
-    ahead.seen(600)
+    ahead.note(600)
     assert ahead.batches == 1
-    ahead.seen(5000)
+    ahead.note(5000)
     assert ahead.batches == 1  # one is always made
-    assert LookAhead(most=5, most_bytes=10**9, batch_bytes=1).batches == 5
+    assert AheadLimit(most=5, most_bytes=10**9, batch_bytes=1).batches == 5
 
 
 @pytest.mark.parametrize("prefetch_bytes, most", [(1, 1), (1 << 30, 5)])

@@ -123,7 +123,7 @@ def test_descriptors_that_run_out_are_an_error_that_names_their_limit(left, url)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert caught.value.reason == "descriptor_limit"
-    assert caught.value.facts == {"limit": free + left, "hard_limit": hard}
+    assert caught.value.facts == {"most_mapped": 48, "limit": free + left, "hard_limit": hard}
     assert "`ulimit -n`" in caught.value.fix
     assert multiprocessing.active_children() == []
 
@@ -135,7 +135,7 @@ class Failing(MMCollator):
 
 def test_other_exceptions_of_a_worker_come_with_their_traceback(url):
     loader = make(url)
-    loader._maker.collator = Failing(sequence_length=8)
+    loader._batches.collator = Failing(sequence_length=8)
     with pytest.raises(WorkerError, match="ZeroDivisionError: in the user's code") as caught:
         list(loader)
     assert caught.value.reason == "worker_crash"
@@ -146,7 +146,7 @@ class Busy:
     """A maker whose batches behind the first take long."""
 
     def __init__(self, maker):
-        self.maker, self.source = maker, maker.source
+        self.maker, self.readers = maker, maker.readers
 
     def make(self, task, *, allocate):
         if task.step:
@@ -188,7 +188,7 @@ def test_workers_end_at_once_although_a_forked_child_has_their_pipes_too(url, mo
 
 class Talking:
     def __init__(self, maker):
-        self.maker, self.source = maker, maker.source
+        self.maker, self.readers = maker, maker.readers
 
     def make(self, task, *, allocate):
         print(f"step {task.step}")
@@ -208,7 +208,7 @@ class NoMemory:
     """A maker in whose process no shared memory can be had."""
 
     def __init__(self, maker):
-        self.maker, self.source = maker, maker.source
+        self.maker, self.readers = maker, maker.readers
 
     def make(self, task, *, allocate):
         import loader.delivery.workers

@@ -192,7 +192,7 @@ def test_a_slot_whose_substitutes_are_all_known_as_bad_raises(broken):
     url, repair = broken
     repair()
     dataset = StreamingDataset(url, on_bad="substitute")
-    dataset.restore_bad([record(i) for i in range(60)])
+    dataset._stream.restore_bad([record(i) for i in range(60)])
     with pytest.raises(ShardError) as caught:
         dataset.example(7)
     assert caught.value.reason == "all_substitutes_bad"

@@ -473,7 +473,7 @@ def test_stats_hold_what_worker_processes_have_read(s3):
     counters = loader.stats().counters
     assert requests == sorted(requests)
     assert counters["cache_misses"] >= 200  # each sample once, and the indexes
-    assert counters["bytes"] >= loader.stats().made.read_bytes
+    assert counters["bytes"] >= loader.stats().timings.read_bytes
     assert counters["retries"] >= proxy.counts["status_503"] > 0
     # A second pass has other processes, whose counts are added.
     list(loader)

@@ -160,7 +160,7 @@ def test_a_dead_store_is_given_up_in_time_and_the_error_says_what_was_tried(stor
     assert error.where == store.url
     assert error.facts["range"] == "5-50"
     assert error.facts["received_bytes"] == 0
-    assert 1 <= error.facts["attempts"] <= 6  # each waits 0.4 s of the 2, on a machine that has time
+    assert 1 <= error.facts["attempts"] <= 6  # each waits 0.4 s of the 2
     assert error.facts["causes"] == f"timeout x {error.facts['attempts']}"
 
 

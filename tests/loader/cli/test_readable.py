@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from loader.assembly.collate import MMCollator
-from loader.cli.peek import describe_batch, readable_rows
+from loader.cli.readable import describe_batch, readable_rows
 
 IMAGE_IDS = {128: "<im_start>", 129: "<im_end>", 130: "<im_patch>", 131: "<im_col>"}
 BLOCK = [128, 130, 130, 130, 130, 129]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from loader.__main__ import main
-from loader.cli.plan import Cluster, describe_plan, plan_cluster
+from loader.cli.cluster import Cluster, describe_plan, plan_cluster
 from loader.order.config import plan_order
 from loader.order.order import Order
 from shardspec.errors import ConfigError
@@ -105,7 +105,7 @@ def test_tails_are_the_orders_own():
 
 
 def test_large_epochs_are_simulated_in_part_and_say_so(monkeypatch):
-    monkeypatch.setattr("loader.cli.plan._MOST_SLOTS", 1600)
+    monkeypatch.setattr("loader.cli.cluster._MOST_SLOTS", 1600)
     found = plan([1000] * 20)
     assert found.simulated_steps == 100 < found.steps_per_epoch
     assert "the first 8.0% of an epoch" in describe_plan(found)

@@ -1,0 +1,35 @@
+"""Streams: the samples of datasets in the order of a run, as examples.
+
+Decides which pass comes next, what is read ahead, and what states contain; `ExampleBuilder` is the
+part in which datasets of prepared and of raw samples differ. Never makes a batch, and never starts
+a thread or a process.
+"""
+
+from loader.stream.dataset import CACHE_BYTES, StreamingDataset, check_view, stored_view
+from loader.stream.prepared import PlannedExample, PreparedBuilder
+from loader.stream.split import OpenSplit, open_split
+from loader.stream.stream import (
+    DatasetPlan,
+    ExampleBuilder,
+    OrderPlan,
+    ReadAhead,
+    Stream,
+    StreamPart,
+)
+
+__all__ = [
+    "CACHE_BYTES",
+    "DatasetPlan",
+    "ExampleBuilder",
+    "OpenSplit",
+    "OrderPlan",
+    "PlannedExample",
+    "PreparedBuilder",
+    "ReadAhead",
+    "Stream",
+    "StreamPart",
+    "StreamingDataset",
+    "check_view",
+    "open_split",
+    "stored_view",
+]

@@ -1,0 +1,252 @@
+"""StreamingDataset: the prepared samples of a dataset, in the order of the run, as examples."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from loader.assembly import View
+from loader.order import SampleRef, Tail
+from loader.reading import Check, Network
+from loader.state import Allowed
+from loader.stream.prepared import OnBad, PreparedBuilder
+from loader.stream.split import open_split
+from loader.stream.stream import DatasetPlan, Stream, StreamPart
+from loader.topology import find_topology
+from shardspec.errors import ConfigError
+from shardspec.keyed import dataset_seed
+from shardspec.manifest import Manifest
+from shardspec.probe import TrainingTokenizer, check_tokenizer
+from shardspec.tiling import ImageView, canvas_size, stored_size
+
+CACHE_BYTES = 64 * 2**30
+"""Default bound of a cache."""
+
+_PROBE_SIZES = (
+    (4000, 3000),
+    (3000, 4000),
+    (4000, 4000),
+    (6000, 1000),
+    (1000, 6000),
+    (8000, 200),
+    (200, 8000),
+)
+"""Source sizes (width, height) on which a view is compared with the stored bound."""
+
+
+class StreamingDataset(IterableDataset[dict[str, Any]]):
+    """Streams a split of a dataset built by `make shards`."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        batch_size: int | None = None,
+        view: View | None = None,
+        shuffle: bool = True,
+        tail: Tail = "wrap",
+        rank: int | None = None,
+        world_size: int | None = None,
+        check: Check = "size",
+        on_bad: OnBad = "raise",
+        max_bad_rate: float | None = None,
+        cache: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        network: Network | None = None,
+        tokenizer: TrainingTokenizer | None = None,
+        canonical_ranks: int | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        """Reads the manifest; opens no shard yet.
+
+        Args:
+          url: Folder of the dataset, or its URL in an object store (s3://, gs://, ...).
+          split: Split to stream.
+          seed: Of the order and of every draw; with the dataset's name it makes the base seed.
+          batch_size: Samples per batch of this rank, the same as the DataLoader's. Needed with
+            more than one worker; without it batches have one sample as far as the order goes.
+          view: What to see of the samples; None takes the view that the shards were made for.
+          shuffle: False gives the stored order.
+          tail: How an epoch ends: "wrap" (the next one begins inside the batch; nothing is dropped
+            or repeated), "drop_last", or "pad" (evaluation: every sample once, and what fills the
+            last batch has labels -100 throughout).
+          rank, world_size: Of the data-parallel group; by default those of torch.distributed or of
+            the environment.
+          check: "crc" verifies each sample's checksum as it is read; of remote ones that is always
+            done.
+          on_bad: What a sample that cannot be read or laid out does: it raises, or another sample,
+            chosen by hash, takes its slot, which `metadata["substitutes"]` and `bad` record. A
+            store that does not answer is not a bad sample: it always raises.
+          max_bad_rate: With on_bad "substitute": share of bad samples, counted per process, above
+            which to stop after all; None: never.
+          cache: Folder on the node's disk, shared by its ranks and workers, that keeps what was
+            fetched of a remote dataset; None: only memory. Best a fast disk with room for the
+            node's share of the data.
+          cache_bytes: Most bytes in the cache.
+          network: How remote shards are read.
+          tokenizer: The run's Hugging Face tokenizer, to be compared with the shards'.
+          canonical_ranks: See `plan_order`; set it where the default does not suit the numbers of
+            ranks that the run may have. It cannot change during a run.
+          max_samples: Use only this many samples, the first ones: continues a run whose dataset has
+            grown since.
+
+        Raises:
+          ManifestError: There is no readable manifest.
+          ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
+            `cache_bytes`, `cache_foreign`, `raw_dataset`, `max_samples`.
+          StorageError: The store does not answer.
+        """
+        super().__init__()
+        url = str(url)
+        data = open_split(
+            url,
+            split=split,
+            check=check,
+            cache=cache,
+            cache_bytes=cache_bytes,
+            network=network,
+            max_samples=max_samples,
+        )
+        if data.manifest.raw:
+            raise ConfigError("raw_dataset", where=url)
+        topology = find_topology(rank=rank, world_size=world_size)
+        view = view or View(image=stored_view(data.manifest))
+        for image in filter(None, (view.image, view.high_res)):
+            check_view(data.manifest, image, where=url)
+        if tokenizer is not None:
+            check_tokenizer(data.manifest.tokenizer, tokenizer, where=url)
+        builder = PreparedBuilder(
+            data, view=view, seed=seed, on_bad=on_bad, max_bad_rate=max_bad_rate
+        )
+        part = StreamPart(data=data, builder=builder, topology=topology, tail=tail, shuffle=shuffle)
+        plan = DatasetPlan(
+            num_samples=data.num_samples,
+            seed=dataset_seed(seed, data.manifest.dataset),
+            tail=tail,
+            shuffle=shuffle,
+            canonical_ranks=canonical_ranks,
+        )
+        self._use(Stream([part], plan, seed=seed, batch_size=batch_size, named=False))
+
+    def _use(self, stream: Stream[PreparedBuilder]) -> None:
+        (part,) = stream.parts
+        self._stream = stream
+        """What the loader and mixtures drive."""
+        self.manifest: Manifest = part.data.manifest
+        self.reader = part.data.reader
+        """Reads single samples, and counts what was fetched over the network."""
+        self.num_samples = part.data.num_samples
+        """Samples in use: those of the split, or the first `max_samples` of them."""
+        self.ids = part.builder.ids
+        self.view = part.builder.view
+
+    def _resized(self, batch_size: int, *, sequence_length: int | None) -> StreamingDataset:
+        """Makes a dataset that shares what is open, at another batch size or sequence length."""
+        (part,) = self._stream.parts
+        part = replace(part, builder=part.builder.with_sequence_length(sequence_length))
+        return self._over(self._stream.resized([part], batch_size=batch_size))
+
+    def _over(self, stream: Stream[PreparedBuilder]) -> StreamingDataset:
+        other = copy.copy(self)
+        other._use(stream)
+        return other
+
+    @property
+    def bad(self) -> Counter[str]:
+        """Samples substituted in this process, by reason."""
+        return self._stream.parts[0].builder.quarantine.counts
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next pass gives."""
+        return self._stream.cursor.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next pass, as DistributedSampler's method does."""
+        self._stream.cursor.set_epoch(epoch)
+
+    def set_step(self, step: int) -> None:
+        """Lets the next pass begin at a step of the run, for resuming under a plain DataLoader.
+
+        Args:
+          step: Batches that the run has taken so far, over all epochs. The pass ends with that
+            step's epoch; `set_epoch` chooses the next one.
+        """
+        self._stream.set_step(step)
+
+    def __len__(self) -> int:
+        """Counts the samples that this rank gets in the next pass; equal on all ranks."""
+        return len(self._stream)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Gives this worker's share of the current epoch."""
+        return iter(self._stream)
+
+    def example(self, sample_id: int, *, epoch: int = 0) -> dict[str, Any]:
+        """Makes the example of one sample in one epoch, the same in every process.
+
+        Raises:
+          ShardError: The sample cannot be read; see `ShardReader.read`.
+          SampleError: It cannot be laid out; see `assemble`.
+        """
+        return self._stream.parts[0].builder.example(SampleRef(0, epoch, sample_id))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describes the data, as states do: the sequence of samples, whatever the shards' borders.
+
+        Raises:
+          ShardError: An index cannot be read.
+        """
+        return self._stream.fingerprint()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Describes how far this process is in its pass, for torchdata's StatefulDataLoader."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow: Sequence[Allowed] = ()) -> None:
+        """Restores what `state_dict` gave, for the next pass.
+
+        Args:
+          state: A state of this rank and worker.
+          allow: ("view",) takes a state that was saved with another view.
+
+        Raises:
+          StateError, ConfigError: As `require_state`.
+        """
+        self._stream.load_state_dict(state, allow=allow)
+
+
+def stored_view(manifest: Manifest) -> ImageView:
+    """Gives the view that a dataset's images were stored for."""
+    return ImageView.from_dict(manifest.recipe["image"]["views"][0])
+
+
+def check_view(manifest: Manifest, view: ImageView, *, where: str) -> None:
+    """Refuses a view that asks for more pixels than were stored.
+
+    Raises:
+      ConfigError: `view_bound`.
+    """
+    image = manifest.recipe["image"]
+    views = [ImageView.from_dict(stored) for stored in image["views"]]
+    if view in views:
+        return
+    for width, height in _PROBE_SIZES:
+        if image["max_side_px"]:
+            # It bounds the longer side; the other one is whatever the picture's shape leaves.
+            have = (image["max_side_px"], image["max_side_px"])
+        else:
+            have = stored_size(width, height, views, headroom=image["headroom"])
+        want = canvas_size(width, height, view)
+        # No side is ever stored larger than the source's: views enlarge such pictures at load.
+        if min(want[0], width) > have[0] or min(want[1], height) > have[1]:
+            raise ConfigError(
+                "view_bound", where=where, source=f"{width}x{height}", stored=have, wanted=want
+            )

@@ -1,0 +1,231 @@
+"""PreparedBuilder: from a sample as it is stored to an example, or to that of a substitute.
+
+A sample is read, its texts and crops are drawn and laid out; its pictures stay compressed until
+whoever collates the batch says where they are to be written (`PlannedExample`). A sample that
+cannot be read, laid out or decoded raises, or is replaced by a substitute that is chosen by hash:
+the same one on every rank and after every resume.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from loader.assembly import Draft, Planner, TokenIds, View, finished
+from loader.buffers import Scratch
+from loader.order import SampleRef
+from loader.reading import Quarantine
+from loader.state import view_fingerprint
+from loader.stream.split import OpenSplit
+from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
+from shardspec.tiling import ImageView
+
+OnBad = Literal["raise", "substitute"]
+
+MAX_SUBSTITUTES = 8
+"""Substitutes tried for one slot: with one sample in two bad, 1 slot in 500 would still fail."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PlannedExample:
+    """An example whose arrays are not made yet, and what it took to get there."""
+
+    draft: Draft
+    """It names the sample that it substitutes: `Quarantine.record`."""
+    attempt: int = 0
+    """0, or the number of the substitute."""
+    read_s: float
+    """Seconds of reading."""
+    plan_s: float
+    """Seconds of draws and layout."""
+    num_bytes: int
+    """Of the sample as it is stored."""
+
+
+class PreparedBuilder:
+    """Makes the examples of a dataset of prepared samples."""
+
+    def __init__(
+        self,
+        data: OpenSplit,
+        *,
+        view: View,
+        seed: int,
+        on_bad: OnBad,
+        max_bad_rate: float | None,
+    ) -> None:
+        """Joins a split and what to see of its samples; see `StreamingDataset`."""
+        self.data = data
+        self.view = view
+        self.ids = TokenIds.from_special_ids(data.manifest.tokenizer.special_ids)
+        self.on_bad: OnBad = on_bad
+        self.quarantine = Quarantine(max_rate=max_bad_rate)
+        """Samples substituted in this process; shared between copies."""
+        self._dataset: str | None = None
+        """Name of the dataset that examples tell; None outside mixtures."""
+        self._base_seed = dataset_seed(seed, data.manifest.dataset)
+        self._planner = Planner(view, self.ids)
+        self._rng = SampleRng()
+        self._scratch = Scratch()
+
+    def in_mixture(self, *, seed: int) -> PreparedBuilder:
+        """Makes the builder of the same dataset in a mixture, whose seed is that of the run."""
+        other = copy.copy(self)
+        other._dataset = self.data.manifest.dataset
+        other._base_seed = dataset_seed(seed, other._dataset)
+        return other
+
+    def with_sequence_length(self, sequence_length: int | None) -> PreparedBuilder:
+        """Makes a builder whose examples are no longer than that; None leaves it as it is."""
+        length = sequence_length or self.view.sequence_length
+        other = copy.copy(self)
+        other.view = replace(self.view, sequence_length=length)
+        other._planner = Planner(other.view, self.ids)
+        return other
+
+    def view_fingerprint(self) -> dict[str, Any]:
+        """Describes the view for states."""
+        return view_fingerprint(self.view)
+
+    def restore_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over the bad samples that a state knows; they are substituted unread."""
+        self.quarantine.restore(records)
+
+    def example(self, ref: SampleRef) -> dict[str, Any]:
+        """Makes the whole example of a slot; broken pictures are substituted if `on_bad` says so.
+
+        Raises:
+          ShardError, SampleError: As `plan_example`.
+        """
+        planned = self.plan_example(ref)
+        while True:
+            try:
+                return finished(planned.draft)
+            except (SampleError, ShardError):
+                planned = self.plan_example(ref, after_failed=planned)
+
+    def plan_example(
+        self, ref: SampleRef, *, after_failed: PlannedExample | None = None
+    ) -> PlannedExample:
+        """Plans the example of a slot; the collator makes its arrays.
+
+        Args:
+          ref: Of the order. Padding has nothing to learn.
+          after_failed: What was planned for the slot before and turned out to have broken pictures:
+            the next substitute is chosen.
+
+        Raises:
+          ShardError: The sample cannot be read, and is not to be substituted.
+          SampleError: It cannot be laid out, likewise.
+        """
+        planned = self._planned(ref.sample, ref.epoch, after_failed=after_failed)
+        planned.draft.dataset = self._dataset
+        if not ref.real:
+            planned.draft.plan.sequence.learns = False
+        return planned
+
+    def lengths(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Looks up how long samples are at most, in the indexes.
+
+        Args:
+          sample: int64 [n].
+
+        Returns:
+          (tokens, crops), int64 [n]: what the longest draws in this view have.
+
+        Raises:
+          ConfigError: `view_lengths`, the indexes have no lengths for this view.
+          ShardError: `index_column`, or as `open_index`.
+        """
+        where, manifest = self.data.url, self.data.manifest
+        if self.view.tree == "molmo1":
+            raise ConfigError("view_lengths.tree", where=where, tree=self.view.tree)
+        stored = [ImageView.from_dict(v) for v in manifest.recipe["image"]["views"]]
+        views = [self.view.image, *([self.view.high_res] if self.view.high_res else [])]
+        missing = [view for view in views if view not in stored]
+        if missing:
+            raise ConfigError("view_lengths.view", where=where, view=missing[0].to_dict())
+        columns = [stored.index(view) for view in views]
+        tokens = self.data.reader.column("view_length", sample)[:, columns].max(axis=1)
+        crops = self.data.reader.column("view_crops", sample)[:, columns].max(axis=1)
+        return tokens.astype(np.int64), crops.astype(np.int64)
+
+    def _planned(
+        self, sample_id: int, epoch: int, *, after_failed: PlannedExample | None
+    ) -> PlannedExample:
+        first: dict[str, Any] | None = None
+        failure: ShardsError | None = None
+        start = 0
+        if after_failed is None:
+            self.quarantine.asked()
+        else:
+            failure = after_failed.draft.error
+            assert failure is not None
+            if self.on_bad == "raise":
+                raise failure
+            number = self._candidate(sample_id, epoch, after_failed.attempt)
+            broken = self._record(number, failure)
+            self.quarantine.add(broken, failure)
+            first, start = after_failed.draft.substitutes or broken, after_failed.attempt + 1
+        for attempt in range(start, 1 + MAX_SUBSTITUTES):
+            number = self._candidate(sample_id, epoch, attempt)
+            known = self.quarantine.record(number) if self.on_bad == "substitute" else None
+            if known is None:
+                try:
+                    planned = self._draft(number, epoch)
+                except (SampleError, ShardError) as error:
+                    if self.on_bad == "raise":
+                        raise
+                    failure = failure or error
+                    known = self._record(number, error)
+                    self.quarantine.add(known, error)
+                else:
+                    planned.attempt, planned.draft.substitutes = attempt, first
+                    return planned
+            else:
+                self.quarantine.add(known)
+            first = first or known
+        assert first is not None
+        raise failure or ShardError(
+            "all_substitutes_bad",
+            where=f"{first['shard']} sample {first['key']}",
+            first_reason=first["reason"],
+        )
+
+    def _candidate(self, sample_id: int, epoch: int, attempt: int) -> int:
+        """Gives the sample itself, and then its substitutes."""
+        if not attempt:
+            return sample_id
+        return keyed(self._base_seed, sample_id, epoch, attempt) % self.data.num_samples
+
+    def _draft(self, number: int, epoch: int) -> PlannedExample:
+        start_s = perf_counter()
+        stored = self.data.reader.stored(number)
+        read_s = perf_counter()
+        seed = sample_seed(self._base_seed, idx=number, length=self.data.num_samples, epoch=epoch)
+        plan = self._planner.plan(stored.tokens, stored.spans, self._rng(seed), key=stored.key)
+        draft = Draft(
+            plan,
+            list(zip(stored.pictures, stored.overviews, strict=True)),
+            view=self.view,
+            key=stored.key,
+            scratch=self._scratch,
+        )
+        return PlannedExample(
+            draft=draft,
+            read_s=read_s - start_s,
+            plan_s=perf_counter() - read_s,
+            num_bytes=stored.num_bytes,
+        )
+
+    def _record(self, number: int, error: ShardsError) -> dict[str, Any]:
+        shard, key = self.data.reader.name(number)
+        stage = "read" if isinstance(error, ShardError) else "layout"
+        names = {"sample": number, "shard": shard, "key": key}
+        return {**names, "stage": stage, "reason": error.reason}
