@@ -112,8 +112,9 @@ def test_damaged_line_before_the_last_is_an_error_with_its_number(tmp_path):
 def test_line_with_unknown_fields_is_an_error(tmp_path):
     path = tmp_path / "ledger.jsonl"
     path.write_text(json.dumps({"url": "http://h/", "status": "ok", "color": "red"}) + "\n")
-    with pytest.raises(StorageError, match="cannot be read"):
+    with pytest.raises(StorageError) as caught:
         read_ledger(path)
+    assert (caught.value.reason, caught.value.where) == ("ledger_corrupt", f"{path}:1")
 
 
 def test_second_writer_is_refused_while_the_first_is_open(tmp_path):
