@@ -22,6 +22,7 @@ version 2 an epoch is exactly N consecutive slots; version 1 counted epochs lane
 
 Layout = Literal["lanes", "global", "sequential"]
 Tail = Literal["wrap", "drop_last", "pad"]
+Locality = Literal["any", "node"]
 
 
 MIN_LANE_LENGTH = 32
@@ -75,6 +76,10 @@ class OrderConfig:
     a turn (`widened`)."""
     block_size: int = 1
     """c, samples per block; 1 is a full global shuffle."""
+    locality: Locality = "any"
+    """"any": each epoch deals all blocks anew to the lanes. "node": blocks are dealt to the
+    canonical ranks once per run and reshuffled inside them each epoch, so that a node reads the
+    same samples in every epoch; layout "lanes" only."""
     ramp: tuple[RampStep, ...] = ()
     """Later global batch sizes, by increasing step; tail "wrap" only."""
     since: int = 0
@@ -95,6 +100,7 @@ class OrderConfig:
             raise ConfigError("order_seed", seed=self.seed)
         _require_name("tail", self.tail, ("wrap", "drop_last", "pad"))
         _require_name("layout", self.layout, ("lanes", "global", "sequential"))
+        _require_name("locality", self.locality, ("any", "node"))
         if self.num_samples >= 2**60 or self.num_lanes >= 2**31:
             raise ConfigError("order_size", num_samples=self.num_samples, num_lanes=self.num_lanes)
         for batch in (self.global_batch_size, *(change.global_batch_size for change in self.ramp)):
@@ -178,6 +184,7 @@ def plan_order(
     canonical_workers: int = 8,
     active_blocks: int | None = None,
     block_size: int | None = None,
+    locality: Locality = "any",
 ) -> OrderConfig:
     """Chooses the layout and the canonical sizes of a run; never from its ranks or workers.
 
@@ -196,6 +203,7 @@ def plan_order(
       block_size: Samples per block to aim for. None: 16. Less where the dataset is small, and
         moved up to half again so that reads come evenly (`pick_block_size`). 1 shuffles all
         samples on their own: the best shuffle, for data that is read sample by sample.
+      locality: See `OrderConfig`.
 
     Returns:
       The configuration; store it in the run's state and reuse it on resume.
@@ -230,6 +238,7 @@ def plan_order(
         canonical_workers=canonical_workers,
         active_blocks=active,
         block_size=target if layout == "lanes" else 1,
+        locality=locality,
     )
 
 

@@ -247,6 +247,7 @@ class MixtureOrder:
             seed=self._seeds,
             active_blocks=np.array(blocks),
             block_size=np.array(sizes),
+            groups=part.canonical_ranks if config.locality == "node" else 0,
         )
 
     def _pruned(self, step: int) -> MixtureConfig:
@@ -426,9 +427,13 @@ class _Segment:
         return rest.samples(place)
 
     def _line(self, dataset: np.ndarray) -> Line:
-        values = (getattr(self.line, name) for name in Line.__slots__)
+        line = self.line
         return Line(
-            **dict(zip(Line.__slots__, (np.asarray(v)[dataset] for v in values), strict=True))
+            num_samples=np.asarray(line.num_samples)[dataset],
+            seed=np.asarray(line.seed)[dataset],
+            active_blocks=np.asarray(line.active_blocks)[dataset],
+            block_size=np.asarray(line.block_size)[dataset],
+            groups=line.groups,
         )
 
     def _borders_of(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from loader.order.config import default_canonical_ranks
+from loader.order.config import Locality, default_canonical_ranks
 from loader.order.weights import MixtureGroup, MixtureSource, mixture_weights, require
 from shardspec.errors import StateError
 
@@ -94,6 +94,8 @@ class MixtureConfig:
     """Blocks a lane reads side by side over all datasets, shared out by weight; each has one."""
     block_size: int = 16
     """Samples per block to aim for; each dataset gets its own, as `pick_block_size` says."""
+    locality: Locality = "any"
+    """As `OrderConfig.locality`, for each dataset."""
     changes: tuple[MixtureChange, ...] = ()
     base: MixtureBase | None = None
     """What came before, where changes that are over have been dropped; None from step 0 on."""
@@ -229,6 +231,7 @@ def plan_mixture(
     unit: Literal["samples", "tokens"] = "samples",
     canonical_ranks: int | None = None,
     canonical_workers: int = 8,
+    locality: Locality = "any",
 ) -> MixtureConfig:
     """Flattens sources to weights and chooses the canonical sizes, as `plan_order` does."""
     group = sources
@@ -244,4 +247,5 @@ def plan_mixture(
         seed=seed,
         canonical_ranks=canonical_ranks or default_canonical_ranks(global_batch_size),
         canonical_workers=canonical_workers,
+        locality=locality,
     )

@@ -294,6 +294,7 @@ class _Segment:
             seed=config.seed,
             active_blocks=active,
             block_size=size,
+            groups=config.canonical_ranks if config.locality == "node" else 0,
         )
         self.lanes: Lanes | OneTrack = OneTrack(global_batch_size=global_batch_size)
         if config.layout == "lanes":

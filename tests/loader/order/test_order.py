@@ -40,6 +40,7 @@ def configs(draw, tail=None):
         seed=draw(st.integers(0, 2**64 - 1)),
         tail=tail,
         layout=layout,
+        locality=draw(st.sampled_from(["any", "any", "node"])),
         canonical_ranks=ranks,
         canonical_workers=workers,
         active_blocks=draw(st.integers(1, 9)),
@@ -156,6 +157,34 @@ def test_workers_that_build_their_own_steps_give_the_same_batches():
             assert np.array_equal(batches(order, own), whole[own])
 
 
+@pytest.mark.parametrize(("locality", "least", "most"), [("node", 0.98, 1.0), ("any", 0.1, 0.15)])
+def test_a_node_meets_its_own_samples_again_in_later_epochs(locality, least, most):
+    size, batch = 200_000, 256
+    order = Order(plan_order(size, global_batch_size=batch, seed=5, locality=locality))
+    assert order.config.layout == "lanes"
+    steps = np.arange(3 * order.config.steps_per_epoch)[:, None]
+    whole = order.slots(steps, np.arange(batch))
+    require_exact_epochs(whole.epoch[whole.epoch < 3], whole.sample[whole.epoch < 3], size)
+    own = order.slots(steps, rank_positions(3, 8, batch))
+    first, second, third = (set(own.sample[own.epoch == epoch].tolist()) for epoch in range(3))
+    for later in (second, third):
+        assert least <= len(first & later) / len(later) <= most
+
+
+def test_with_locality_another_number_of_nodes_moves_only_what_it_must():
+    """From 4 nodes to 3 a node keeps the part of its canonical ranks that stays with it."""
+    size, batch = 300_000, 192
+    order = Order(plan_order(size, global_batch_size=batch, seed=5, locality="node"))
+    steps = np.arange(2 * order.config.steps_per_epoch)[:, None]
+
+    def read(node, nodes, epoch):
+        slots = order.slots(steps, rank_positions(node, nodes, batch))
+        return set(slots.sample[slots.epoch == epoch].tolist())
+
+    kept = [len(read(i, 4, 0) & read(i, 3, 1)) / (size / 4) for i in range(3)]
+    assert kept == pytest.approx([1, 2 / 3, 1 / 3], abs=0.03)
+
+
 def test_ranks_read_blocks_of_their_own():
     """A rank's ids of an epoch are few consecutive runs; only lanes' borders cut a block in two."""
     config = OrderConfig(
@@ -256,6 +285,7 @@ def test_samples_are_those_of_order_version_2():
         "canonical_workers": 8,
         "active_blocks": 8,
         "block_size": 15,
+        "locality": "any",
         "ramp": (),
         "since": 0,
         "first_epoch": 0,
@@ -433,6 +463,7 @@ def test_indivisible_batch_is_refused_with_the_nearest_valid_ones():
         ({"seed": -1}, "order_seed"),
         ({"tail": "repeat"}, "order_tail"),
         ({"layout": "random"}, "order_layout"),
+        ({"locality": "rank"}, "order_locality"),
         ({"canonical_ranks": 3}, "batch_not_divisible"),
         ({"num_samples": 2**60}, "order_size"),
         ({"canonical_workers": 2**31}, "order_size"),
