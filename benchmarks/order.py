@@ -8,6 +8,13 @@ measured on 1,024 shards of 1,000 samples, 8 nodes of 8 ranks with 4 workers, 8 
 * pairs: pairs of samples from one shard in a batch, relative to a global shuffle (1 is ideal);
 * met again: pairs of one batch that share a batch of the next epoch too, relative to chance.
 
+Over batch and width, on 10,240 shards of 1,000 samples (peers: 1,024 shards):
+
+* autocorrelation: of the numbers of samples of each of ten classes in a batch, where the data are
+  sorted by class, at the lag up to 128 steps where it is highest;
+* inflation: how much larger the variance of these numbers is over 128 steps than in a global
+  shuffle; what a block of one class leaves in the batches that it is spread over.
+
 The peers are written here from their documented behaviour: webdataset's split of shuffled shards
 over workers with a shuffle buffer of 1000; the same with four shards read side by side, as Hugging
 Face datasets does; whole shards in random order, shuffled inside (litData); MosaicML's py1e, which
@@ -54,6 +61,8 @@ def main() -> None:
     cost_of_permutations()
     resuming()
     shuffle_quality()
+    width_and_batch()
+    locality()
     mixture_and_packing()
     mixture_deviations()
 
@@ -246,6 +255,93 @@ def same_shard_pairs(shards: np.ndarray) -> float:
     size = shards.shape[1]
     pairs = sum(int((n * (n - 1) // 2).sum()) for n in map(np.bincount, shards))
     return pairs / (len(shards) * size * (size - 1) / 2 * (PER_SHARD - 1) / (SAMPLES - 1))
+
+
+def width_and_batch() -> None:
+    head = f"{'batch':>8}{'ranks':>7}{'A':>7}{'c':>4}"
+    print(f"order by batch and canonical ranks\n{head}   {_QUALITY}")
+    size = 10 * SAMPLES
+    for batch in (64, 512, 4096, 16_384):
+        for width in (1, 8, 64, 1024):
+            if width > batch:
+                continue
+            config = plan_order(size, global_batch_size=batch, seed=8, canonical_ranks=width)
+            steps = np.arange(max(256, min(4096, 10**6 // batch)))[:, None]
+            samples = Order(config).slots(steps, np.arange(batch)).sample
+            row = f"{batch:>8}{width:>7}{config.active_blocks:>7}{config.block_size:>4}"
+            print(f"{row}   {quality(samples, size)}")
+    print(f"peers by batch, 64 ranks\n{'':<26}{'batch':>8}   {_QUALITY}")
+    peers = {
+        "global shuffle": global_shuffle,
+        "shard split + buffer 1000": shard_split_with_buffer,
+        "whole shards": whole_shards,
+        "py1e, block 32,768": py1e,
+    }
+    for name, make in peers.items():
+        samples = make(0).ravel()
+        for batch in (64, 512, 4096):
+            # The same run in other steps: each rank's share of some steps is one share, or part.
+            rows = regrouped(samples, batch)
+            print(f"  {name:<24}{batch:>8}   {quality(rows, SAMPLES)}")
+    print()
+
+
+_QUALITY = "pairs in rank's share   in batch   autocorrelation at lag   inflation"
+
+
+def regrouped(samples: np.ndarray, batch: int) -> np.ndarray:
+    """Batches of another size, of ranks that read what they read: [steps, batch]."""
+    by_rank = samples.reshape(-1, RANKS, PER_RANK).transpose(1, 0, 2).reshape(RANKS, -1)
+    share = batch // RANKS
+    steps = by_rank.shape[1] // share
+    parts = by_rank[:, : steps * share].reshape(RANKS, steps, share)
+    return parts.transpose(1, 0, 2).reshape(steps, batch)
+
+
+def quality(samples: np.ndarray, size: int) -> str:
+    steps, batch = samples.shape
+    share = batch // RANKS
+    in_batch = pairs_of(samples // PER_SHARD, size)
+    of_rank = pairs_of(samples.reshape(-1, share) // PER_SHARD, size) if share > 1 else np.nan
+    labels = samples * 10 // size
+    counts = np.stack([np.bincount(row, minlength=10) for row in labels]) - batch / 10
+    variance = (counts**2).mean()
+    lags = range(1, min(128, steps // 2))
+    correlation = [(counts[:-lag] * counts[lag:]).mean() / variance for lag in lags]
+    highest = int(np.argmax(correlation))
+    windows = counts[: steps // 128 * 128].reshape(-1, 128, 10).sum(axis=1)
+    drawn = 128 * batch * 0.09 * (1 - 128 * batch / size)
+    return (
+        f"{of_rank:>21.2f}{in_batch:>11.2f}"
+        f"{correlation[highest]:>18.2f} at {lags[highest]:<3}{(windows**2).mean() / drawn:>12.1f}"
+    )
+
+
+def pairs_of(shards: np.ndarray, size: int) -> float:
+    """Pairs of one shard in the rows, relative to a global shuffle."""
+    ordered = np.sort(shards, axis=1)
+    new = np.ones(ordered.shape, np.bool_)
+    new[:, 1:] = np.diff(ordered, axis=1) != 0
+    lengths = np.diff(np.flatnonzero(new.ravel()), append=ordered.size)
+    chance = (PER_SHARD - 1) / (size - 1) * shards.shape[1] * (shards.shape[1] - 1) / 2
+    return float((lengths * (lengths - 1) // 2).sum() / (len(shards) * chance))
+
+
+def locality() -> None:
+    print("locality: what a node of 8 reads again of its first epoch, and how well it shuffles")
+    size = 10 * SAMPLES
+    for kind in ("any", "node"):
+        config = plan_order(size, global_batch_size=BATCH, seed=8, locality=kind)
+        order = Order(config)
+        steps = np.arange(2 * config.steps_per_epoch)
+        own = order.slots(steps[:, None], rank_positions(3, 8, BATCH))
+        first, second = own.sample[own.epoch == 0], own.sample[own.epoch == 1]
+        again = np.isin(second, first).mean()
+        whole = [
+            order.slots(steps[:2000, None] + s, np.arange(BATCH)) for s in (0, len(steps) // 2)
+        ]
+        print(f"  {kind:<6}{again:>7.1%}   {quality(whole[1].sample, size)}")
+    print()
 
 
 def met_again(first: np.ndarray, second: np.ndarray) -> float:

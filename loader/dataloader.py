@@ -61,7 +61,7 @@ from shardspec.errors import ConfigError, StateError
 _FREE = ("version", "step", "streams", "bad")
 """Of a state: what may differ from this loader's."""
 
-_WIDTH = ("layout", "canonical_ranks", "block_size")
+_WIDTH = ("layout", "canonical_ranks", "active_blocks", "block_size")
 """The canonical ranks, and fields of an order that follow from them."""
 
 _AHEAD = 2
@@ -642,7 +642,10 @@ def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
         if own.get(name) == []:
             inherited[name] = saved.get(name, [])
     if "before" in own and own["before"] is None:
-        inherited |= {name: saved.get(name) for name in ("since", "before")}
+        names = ("since", "first_epoch", "owed", "before")
+        inherited |= {name: saved[name] for name in names if name in saved}
+    if "base" in own and own["base"] is None and "base" in saved:
+        inherited["base"] = saved["base"]
     return inherited
 
 

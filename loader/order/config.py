@@ -15,22 +15,29 @@ import numpy as np
 from loader.order.slots import require_count, require_multiple
 from shardspec.errors import ConfigError, StateError
 
-ORDER_VERSION = 1
-"""Version of the order itself: the same configuration and version mean the same samples."""
+ORDER_VERSION = 2
+"""Version of the order itself: the same configuration and version mean the same samples. Since
+version 2 an epoch is exactly N consecutive slots; version 1 counted epochs lane by lane."""
 
 
 Layout = Literal["lanes", "global", "sequential"]
 Tail = Literal["wrap", "drop_last", "pad"]
+Locality = Literal["any", "node"]
 
 
 MIN_LANE_LENGTH = 32
-"""Shorter lanes are not planned: their borders would cost more than 3 % of padding or drops."""
+"""Shorter lanes are not planned: the dataset is small enough to be shuffled as a whole."""
 
 
 _MAX_CANONICAL_RANKS = 192  # default width: 2**6 * 3, divided by 14 numbers of ranks
 
 
 _BLOCKS_PER_SUBSLICE = 4
+
+_ACTIVE_BLOCKS, ACTIVE_TURNS, _BLOCK_SIZE = 8, 4, 16
+"""Defaults: blocks of 16 samples, four turns of a lane side by side. The same samples are open at a
+time as with one turn of 64, but what sorted data leave of a block's class in later batches is a
+quarter of it, in a quarter of the batches (benchmarks/ORDER.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +61,10 @@ class OrderConfig:
     seed: int
     """Seed of the order, 0 to 2**64 - 1."""
     tail: Tail = "wrap"
-    """How an epoch ends. "wrap": the next epoch begins inside the batch, nothing is dropped or
-    repeated. "drop_last": an epoch has only full turns; other samples are left out each time.
-    "pad": every sample once, the remaining slots repeat samples with `real` False."""
+    """How an epoch ends. "wrap": the next epoch begins in the next slot, inside the batch; nothing
+    is dropped or repeated. "drop_last": an epoch has only full batches; other samples are left out
+    each time. "pad": every sample once, the remaining slots of the last batch repeat samples with
+    `real` False."""
     layout: Layout = "lanes"
     """See the module's text."""
     canonical_ranks: int = 1
@@ -64,15 +72,25 @@ class OrderConfig:
     canonical_workers: int = 8
     """Kc; best a multiple of the numbers of workers in use (8, or 24 for 3, 6, 12 too)."""
     active_blocks: int = 8
-    """A, blocks that a lane reads side by side."""
+    """A, blocks that a lane reads side by side. A lane reads at least as many as it has samples in
+    a turn (`widened`)."""
     block_size: int = 1
     """c, samples per block; 1 is a full global shuffle."""
+    locality: Locality = "any"
+    """"any": each epoch deals all blocks anew to the lanes. "node": blocks are dealt to the
+    canonical ranks once per run and reshuffled inside them each epoch, so that a node reads the
+    same samples in every epoch; layout "lanes" only."""
     ramp: tuple[RampStep, ...] = ()
     """Later global batch sizes, by increasing step; tail "wrap" only."""
     since: int = 0
     """First step that this order lays out, >= 0."""
+    first_epoch: int = 0
+    """The first epoch that this order lays out as a whole."""
+    owed: int = 0
+    """Slots from `since` on that finish the epoch before `first_epoch` (remainder.py)."""
     before: OrderConfig | None = None
-    """The order of the steps before, of the same seed; its epoch is finished first (rest.py)."""
+    """The order of the steps before, which knows what is owed; None where nothing is, or where that
+    is over and only later steps are asked for."""
 
     def __post_init__(self) -> None:
         counts = ("num_samples", "global_batch_size", "canonical_ranks", "canonical_workers")
@@ -82,12 +100,9 @@ class OrderConfig:
             raise ConfigError("order_seed", seed=self.seed)
         _require_name("tail", self.tail, ("wrap", "drop_last", "pad"))
         _require_name("layout", self.layout, ("lanes", "global", "sequential"))
-        if self.num_samples * self.num_lanes >= 2**62:
+        _require_name("locality", self.locality, ("any", "node"))
+        if self.num_samples >= 2**60 or self.num_lanes >= 2**31:
             raise ConfigError("order_size", num_samples=self.num_samples, num_lanes=self.num_lanes)
-        if self.layout == "lanes" and self.num_samples < self.num_lanes:
-            raise ConfigError(
-                "order_layout.few", num_samples=self.num_samples, num_lanes=self.num_lanes
-            )
         for batch in (self.global_batch_size, *(change.global_batch_size for change in self.ramp)):
             require_multiple(batch, self.canonical_ranks, of="canonical ranks")
         self._check_before()
@@ -101,16 +116,19 @@ class OrderConfig:
 
     def _check_before(self) -> None:
         before = self.before
-        if before is None and self.since == 0:
+        if before is None and (self.since, self.first_epoch, self.owed) == (0, 0, 0):
             return
-        if before is None or not (
-            before.tail == self.tail == "wrap"
-            and before.seed == self.seed
-            and before.num_samples <= self.num_samples
-            and (before.layout == "sequential") == (self.layout == "sequential")
-            and before.since < self.since
-            and all(change.step < self.since for change in before.ramp)
-        ):
+        fits = self.tail == "wrap" and self.since > 0 and self.first_epoch >= 0 <= self.owed
+        if before is not None:
+            fits = fits and (
+                before.tail == "wrap"
+                and before.seed == self.seed
+                and before.num_samples <= self.num_samples
+                and (before.layout == "sequential") == (self.layout == "sequential")
+                and before.since < self.since
+                and all(change.step < self.since for change in before.ramp)
+            )
+        if not fits:
             raise ConfigError("order_before", since=self.since, before=before and before.to_dict())
 
     @property
@@ -121,14 +139,8 @@ class OrderConfig:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one epoch: exact for "drop_last" and "pad", rounded up for "wrap"."""
-        if self.tail == "wrap" or self.layout != "lanes":
-            down, rest = divmod(self.num_samples, self.global_batch_size)
-            return down + (rest > 0 and self.tail != "drop_last")
-        share = self.global_batch_size // self.canonical_ranks
-        shortest, longer = divmod(self.num_samples, self.num_lanes)
-        if self.tail == "drop_last":
-            return self.canonical_workers * (shortest // share)
-        return self.canonical_workers * -(-(shortest + (longer > 0)) // share)
+        down, rest = divmod(self.num_samples, self.global_batch_size)
+        return down + (rest > 0 and self.tail != "drop_last")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration in plain JSON types, `version` first."""
@@ -170,8 +182,9 @@ def plan_order(
     shuffle: bool = True,
     canonical_ranks: int | None = None,
     canonical_workers: int = 8,
-    active_blocks: int = 8,
-    block_size: int = 64,
+    active_blocks: int | None = None,
+    block_size: int | None = None,
+    locality: Locality = "any",
 ) -> OrderConfig:
     """Chooses the layout and the canonical sizes of a run; never from its ranks or workers.
 
@@ -185,9 +198,12 @@ def plan_order(
         that the run may have and at most four times that number. None: the divisor up to 192 that
         has most divisors itself.
       canonical_workers: 8 covers 1, 2, 4, 8 workers; 24 covers 3, 6, 12, 24 as well.
-      active_blocks: Blocks that a lane reads side by side.
-      block_size: Samples per block to aim for; less where the dataset is small, and moved up to
-        half again so that reads come evenly (`pick_block_size`).
+      active_blocks: Blocks that a lane reads side by side. None: four times the lane's samples of
+        a turn, at least 8. Fewer than the samples of a turn are never read.
+      block_size: Samples per block to aim for. None: 16. Less where the dataset is small, and
+        moved up to half again so that reads come evenly (`pick_block_size`). 1 shuffles all
+        samples on their own: the best shuffle, for data that is read sample by sample.
+      locality: See `OrderConfig`.
 
     Returns:
       The configuration; store it in the run's state and reuse it on resume.
@@ -197,20 +213,21 @@ def plan_order(
     """
     require_count("num_samples", num_samples)
     require_count("global_batch_size", global_batch_size)
-    for name, value in (("active_blocks", active_blocks), ("block_size", block_size)):
-        require_count(name, value)
+    target = _BLOCK_SIZE if block_size is None else block_size
     ranks = canonical_ranks or default_canonical_ranks(global_batch_size)
+    turn = global_batch_size // ranks
+    active = active_blocks
+    if active is None:
+        active = max(_ACTIVE_BLOCKS, ACTIVE_TURNS * turn)
+    for name, value in (("active_blocks", active), ("block_size", target)):
+        require_count(name, value)
     lanes = ranks * canonical_workers
-    # With "drop_last" and "pad" an epoch is rounded to turns of Kc steps: lanes must be long in
-    # turns for that to be small, not only long in samples.
-    turn = 1 if tail == "wrap" else max(1, global_batch_size // ranks)
-    layout: Layout = "lanes" if num_samples >= MIN_LANE_LENGTH * lanes * turn else "global"
+    active = max(active, turn)
+    layout: Layout = "lanes" if num_samples >= MIN_LANE_LENGTH * lanes else "global"
     if not shuffle:
         layout = "sequential"
     if layout == "lanes":
-        block_size = pick_block_size(
-            num_samples, num_lanes=lanes, active_blocks=active_blocks, target=block_size
-        )
+        target = pick_block_size(num_samples, num_lanes=lanes, active_blocks=active, target=target)
     return OrderConfig(
         num_samples=num_samples,
         global_batch_size=global_batch_size,
@@ -219,9 +236,33 @@ def plan_order(
         layout=layout,
         canonical_ranks=ranks,
         canonical_workers=canonical_workers,
-        active_blocks=active_blocks,
-        block_size=block_size if layout == "lanes" else 1,
+        active_blocks=active,
+        block_size=target if layout == "lanes" else 1,
+        locality=locality,
     )
+
+
+def widened(config: OrderConfig, global_batch_size: int) -> tuple[int, int]:
+    """Chooses the active blocks and the block size of a lane for a global batch.
+
+    A lane takes B / U samples in a turn. With fewer active blocks than that, a turn would take
+    neighbours out of one block, and batches would clump by shard: 14 times the pairs of a global
+    shuffle at 64 samples and 8 blocks (benchmarks/ORDER.md). So the blocks are as many as the
+    samples of a turn at least, and smaller where the lane is too short for so many.
+
+    Returns:
+      (active blocks, samples per block).
+    """
+    share = global_batch_size // config.canonical_ranks
+    if share <= config.active_blocks or config.layout != "lanes":
+        return config.active_blocks, config.block_size
+    size = pick_block_size(
+        config.num_samples,
+        num_lanes=config.num_lanes,
+        active_blocks=share,
+        target=config.block_size,
+    )
+    return share, size
 
 
 def default_canonical_ranks(global_batch_size: int) -> int:

@@ -13,6 +13,7 @@ from loader.order.permutation import keyed_array, permute
 
 # Purposes of the keyed hash, so that no two draws share a stream.
 _KEY_BLOCKS, _KEY_INSIDE, _KEY_ROTATION, _KEY_ROWS, _KEY_ALL = 1, 2, 3, 4, 5
+_KEY_RUN_BLOCKS, _KEY_RUN_ROTATION, _KEY_GROUP = 7, 8, 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,9 @@ class Line:
     seed: int | np.ndarray
     active_blocks: int | np.ndarray
     block_size: int | np.ndarray
+    groups: int = 0
+    """Parts of the line that keep their blocks over all epochs, equal ones; 0 where each epoch
+    shuffles all blocks over the whole line."""
 
     def samples(
         self, start: np.ndarray, length: np.ndarray, *, epoch: np.ndarray, taken: np.ndarray
@@ -67,13 +71,28 @@ class Line:
         # The short block at the end of the line stays where it is; the rotation moves it.
         whole = block < num_blocks
         block, inside = np.where(whole, block, 0), np.where(whole, inside, 0)
-        key = keyed_array(self.seed, _KEY_BLOCKS, epoch)
-        moved = permute(block, size=np.maximum(num_blocks, 1), key=key)
+        moved = self._moved(block, epoch, np.maximum(num_blocks, 1))
         key = keyed_array(self.seed, _KEY_INSIDE, epoch, block)
         shuffled = permute(inside, size=self.block_size, key=key)
         scattered = np.where(whole, moved * self.block_size + shuffled, place)
         rotated: np.ndarray = (scattered + self._rotation(epoch)) % self.num_samples
         return rotated
+
+    def _moved(
+        self, block: np.ndarray, epoch: np.ndarray, num_blocks: np.ndarray | int
+    ) -> np.ndarray:
+        """Shuffles the blocks: over the whole line each epoch, or inside each group of those that
+        one shuffle of the run has dealt to it."""
+        if not self.groups:
+            key = keyed_array(self.seed, _KEY_BLOCKS, epoch)
+            return permute(block, size=num_blocks, key=key)
+        group = ((block + 1) * self.groups - 1) // num_blocks
+        first = group * num_blocks // self.groups
+        size = (group + 1) * num_blocks // self.groups - first
+        key = keyed_array(self.seed, _KEY_GROUP, epoch, group)
+        inside = first + permute(block - first, size=size, key=key)
+        key = keyed_array(self.seed, _KEY_RUN_BLOCKS, np.zeros_like(epoch))
+        return permute(inside, size=num_blocks, key=key)
 
     def blocks(self, sample: np.ndarray, *, epoch: np.ndarray) -> np.ndarray:
         """Undoes the rotation: int64 samples to the numbers of their blocks."""
@@ -83,6 +102,10 @@ class Line:
 
     def _rotation(self, epoch: np.ndarray) -> np.ndarray:
         # Below 2**62 the hash stays positive as int64, and sums cannot overflow.
-        rotation = keyed_array(self.seed, _KEY_ROTATION, epoch) % np.uint64(2**62)
+        if self.groups:
+            epoch, purpose = np.zeros_like(epoch), _KEY_RUN_ROTATION
+        else:
+            purpose = _KEY_ROTATION
+        rotation = keyed_array(self.seed, purpose, epoch) % np.uint64(2**62)
         signed: np.ndarray = rotation.astype(np.int64)
         return signed

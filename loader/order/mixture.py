@@ -1,37 +1,38 @@
-"""Mixtures of datasets in closed form: which dataset, epoch and sample stands in a slot.
+"""Mixtures of datasets in closed form: which dataset, epoch and sample is in a slot.
 
-The proportions are spelled out once, as the *word* (word.py): M slots, a whole number of batches,
-in which dataset d occurs m_d times, m_d / M being its weight to within one slot. The run reads the
-word over and over, so
+The proportions are spelled out once, as the *interleaving pattern* (interleave.py): M slots, a
+whole number of batches, in which dataset d occurs m_d times, m_d / M being its weight to within one
+slot. The run repeats the pattern, so
 
 * any prefix of the run holds each dataset's share m_d / M of the slots to within two samples, for
-  ever (proven in word.py; a random draw per sample is off by hundreds);
-* how many samples of d came before a slot is `words * m_d + its rank in the word`, and in the
-  slot's lane `words * quota + its rank among the lane's`: two tables of M numbers make every slot
-  of the run O(1), and the state is the step.
+  ever (proven in interleave.py; a random draw per sample is off by hundreds);
+* how many slots of d came before a slot is `repeats * m_d + its rank in the pattern`, and in the
+  slot's lane `repeats * quota + its rank among the lane's`: tables of M numbers (pattern.py) make
+  every slot of the run O(1), and the state is the step.
 
-Lane w of dataset d owns a part of d's epoch line in proportion to its quota, so all lanes of d
-finish an epoch together; inside, order.py's stages apply. A dataset too small for lanes has one
-for the whole run, and is shuffled as a whole. Each dataset shuffles by its own seed.
+**Each dataset's epochs are exact in its own count**: epoch e of d is the slots e * N_d to
+(e + 1) * N_d - 1 of d. The lanes of d own as many places of its epoch line as they have of these
+slots; inside, the stages of order.py apply. A dataset too small for lanes is shuffled as a whole.
+Each dataset shuffles by its own seed.
 
-Weights come from `mixture_weights`: rates, root-of-size groups as in the Molmo family, nested,
-by samples or by tokens. A change of weights, batch size or width begins a new word at a given step,
-from which proportions are counted anew. Each dataset finishes its epoch first: what its lanes still
-owe (rest.py) is dealt to its new lanes, so that every sample comes once per epoch all the same.
+Weights come from `mixture_weights` (weights.py). A change of weights, batch size or width begins a
+new segment at a given step, from which proportions are counted anew. Each dataset finishes its
+epoch first: the remainder (remainder.py) is dealt to its new lanes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from loader.order.config import pick_block_size
+from loader.order.config import ACTIVE_TURNS, pick_block_size
 from loader.order.line import Line
-from loader.order.mixture_config import MixtureConfig
+from loader.order.mixture_config import MixtureBase, MixtureChange, MixtureConfig
+from loader.order.order import EpochBorders, groups
 from loader.order.pattern import InterleavePattern
 from loader.order.permutation import keyed_array, permute
 from loader.order.remainder import EpochRemainder
@@ -57,9 +58,12 @@ class MixtureOrder:
             after a number of steps.
 
         Raises:
-          ConfigError: `mixture_weights`, more datasets than a word can hold; `mixture_batch`, a
-            global batch of which it cannot hold one per canonical worker.
+          ConfigError: `mixture_stop`; `mixture_weights`, more datasets than a pattern can hold;
+            `mixture_batch`, a global batch of which it cannot hold one per canonical worker.
         """
+        whole = isinstance(stop, int) and not isinstance(stop, bool) and stop >= 1
+        if not whole and stop not in get_args(Stop):
+            raise ConfigError("mixture_stop", got=repr(stop))
         self.config = config
         self.stop: Stop | int = stop
         self._pass_steps: int | None = None
@@ -67,25 +71,12 @@ class MixtureOrder:
         self._seeds = np.array(
             [dataset_seed(config.seed, member.name) for member in config.members], np.uint64
         )
-        lanes = config.canonical_ranks * config.canonical_workers
-        weights = [member.weight for member in config.members]
-        shares = [weight / math.fsum(weights) for weight in weights]
-        # Fixed for the run, also when weights change, so that a dataset's order is one order.
-        self._active = np.array([max(1, round(config.active_blocks * w)) for w in shares])
-        self._blocks = np.array(
-            [
-                pick_block_size(
-                    int(size), num_lanes=lanes, active_blocks=int(active), target=config.block_size
-                )
-                for size, active in zip(self._sizes, self._active, strict=True)
-            ]
-        )
         self._segments: list[_Segment] = []
         for part in config.segments():
-            word = InterleavePattern(
+            pattern = InterleavePattern(
                 part, sizes=self._sizes, seed=config.seed, workers=config.canonical_workers
             )
-            self._segments.append(self._continue(word, part.step))
+            self._segments.append(self._continue(pattern, part))
         self._starts = np.array([segment.step for segment in self._segments], np.int64)
 
     def slots(self, step: int | np.ndarray, positions: int | np.ndarray) -> Slots:
@@ -108,13 +99,12 @@ class MixtureOrder:
         steps, places = steps.ravel(), places.ravel()
         dataset, epoch, sample = (np.empty(len(steps), np.int64) for _ in range(3))
         segment_of = np.searchsorted(self._starts, steps, side="right") - 1
-        for i in np.unique(segment_of).tolist():
+        for i, chosen in groups(segment_of):
             segment = self._segments[max(0, i)]
-            chosen = np.flatnonzero(segment_of == i)
-            batch = segment.word.global_batch_size
-            require_slots(steps[chosen], places[chosen], np.array([batch]))
+            batch = segment.pattern.global_batch_size
+            require_slots(steps[chosen], places[chosen], np.array([batch]), since=self.config.since)
             slot = (steps[chosen] - segment.step) * batch + places[chosen]
-            dataset[chosen], epoch[chosen], sample[chosen] = self._find(segment, slot)
+            dataset[chosen], epoch[chosen], sample[chosen] = segment.find(slot)
         return Slots(
             dataset=dataset.reshape(shape),
             epoch=epoch.reshape(shape),
@@ -138,7 +128,7 @@ class MixtureOrder:
     def batch_at(self, step: int) -> tuple[int, int]:
         """Returns the global batch size of a step, and the first step that has had it since."""
         i = int(np.searchsorted(self._starts, step, side="right")) - 1
-        return self._segments[i].word.global_batch_size, self._segments[i].step
+        return self._segments[i].pattern.global_batch_size, self._segments[i].step
 
     def changed(
         self,
@@ -150,12 +140,13 @@ class MixtureOrder:
     ) -> MixtureOrder:
         """Returns the order with another global batch size, weights or width from a step on.
 
-        Every dataset finishes its epoch first.
+        Every dataset finishes its epoch first. Changes whose consequences are over by then are
+        dropped.
 
         Raises:
           ConfigError: `mixture_weights`, `mixture_changes`, `batch_not_divisible`.
         """
-        config = self.config.changed(
+        config = self._pruned(step).changed(
             step=step,
             global_batch_size=global_batch_size,
             weights=weights,
@@ -167,8 +158,8 @@ class MixtureOrder:
         """Counts the slots of each dataset before a step: int64 [datasets], in closed form."""
         i = int(np.searchsorted(self._starts, step, side="right")) - 1
         segment = self._segments[i]
-        slots = (step - segment.step) * segment.word.global_batch_size
-        counts: np.ndarray = segment.counted + segment.word.counts(slots)
+        slots = (step - segment.step) * segment.pattern.global_batch_size
+        counts: np.ndarray = segment.counted + segment.pattern.counts(slots)
         return counts
 
     def num_steps(self, stop: Stop = "first_exhausted") -> int:
@@ -192,178 +183,350 @@ class MixtureOrder:
 
     def describe(self) -> list[dict[str, Any]]:
         """Summarises the datasets at the start of the run: weight asked and met, epoch, layout."""
-        word = self._segments[0].word
+        segment = self._segments[0]
+        pattern = segment.pattern
         total = math.fsum(member.weight for member in self.config.members)
         return [
             {
                 "name": member.name,
                 "num_samples": member.num_samples,
                 "weight": member.weight / total,
-                "share": int(word.quotas[d]) / word.num_slots,
-                "samples_per_step": int(word.quotas[d]) / word.num_slots * word.global_batch_size,
-                "layout": "lanes" if word.laned[d] else "global",
-                "block_size": int(self._blocks[d]) if word.laned[d] else 1,
+                "share": int(pattern.quotas[d]) / pattern.num_slots,
+                "samples_per_step": int(pattern.quotas[d])
+                / pattern.num_slots
+                * pattern.global_batch_size,
+                "layout": "lanes" if pattern.laned[d] else "global",
+                "block_size": int(np.asarray(segment.line.block_size)[d])
+                if pattern.laned[d]
+                else 1,
             }
             for d, member in enumerate(self.config.members)
         ]
 
-    def _continue(self, word: InterleavePattern, step: int) -> _Segment:
+    def _continue(self, pattern: InterleavePattern, part: MixtureChange) -> _Segment:
         """Begins a segment where the one before ends."""
-        counted = np.zeros(len(self._sizes), np.int64)
-        rests: list[EpochRemainder | None] = [None] * len(self._sizes)
+        num, base = len(self._sizes), self.config.base
+        counted, owed, first_epoch = (np.zeros(num, np.int64) for _ in range(3))
+        rests: list[EpochRemainder | None] = [None] * num
         if self._segments:
             before = self._segments[-1]
-            slots = (step - before.step) * before.word.global_batch_size
-            counted = before.counted + before.word.counts(slots)
-            taken = before.word.taken(slots)
-            rests = list(before.rests)
-            for dataset in np.flatnonzero(before.word.quotas).tolist():
-                lanes = _Lanes(mixture=self, segment=before, dataset=dataset)
-                rests[dataset] = EpochRemainder(lanes, taken=taken[lanes.cells])
+            counted, first_epoch, rests = before.remainders(part.step)
+            owed = np.array([rest.length if rest else 0 for rest in rests], np.int64)
+        elif base is not None:
+            counted, owed, first_epoch = (
+                np.array(values, np.int64) for values in (base.counted, base.owed, base.first_epoch)
+            )
         return _Segment(
-            word=word,
-            step=step,
+            pattern=pattern,
+            step=part.step,
             counted=counted,
             rests=rests,
-            owed=np.array([rest.length if rest else 0 for rest in rests], np.int64),
-            first_epoch=np.array([rest.first_epoch if rest else 0 for rest in rests], np.int64),
+            owed=owed,
+            first_epoch=first_epoch,
+            line=self._line(part),
         )
 
-    def _find(
-        self, segment: _Segment, slot: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Finds (dataset, epoch, sample) of slots counted from the segment's start."""
-        word = segment.word
-        words, x = np.divmod(slot, word.num_slots)
-        cell = word.cell[x]
-        epoch, sample = self._take(segment, cell, words * word.cell_quota[cell] + word.cell_rank[x])
-        return word.dataset[x].astype(np.int64), epoch, sample
+    def _line(self, part: MixtureChange) -> Line:
+        """Chooses each dataset's active blocks, by weight, and its block size.
 
-    def _take(
-        self, segment: _Segment, cell: np.ndarray, count: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds (epoch, sample) of what lanes take after `count` others of the segment."""
-        if not segment.owed.any():
-            return self._take_new(segment, cell, count)
-        dataset = segment.word.cell_dataset[cell]
-        epoch, sample = np.empty_like(count), np.empty_like(count)
-        start, length = segment.word.slices(cell, segment.owed)
-        old, new = np.flatnonzero(count < length), np.flatnonzero(count >= length)
-        place = self._rest_place(segment, dataset[old], start[old], length[old], count[old])
-        for number in np.unique(dataset[old]).tolist():
-            rest, own = segment.rests[number], dataset[old] == number
-            assert rest is not None
-            epoch[old[own]], sample[old[own]] = rest.take(place[own])
-        epoch[new], sample[new] = self._take_new(segment, cell[new], count[new] - length[new])
-        return epoch, sample
-
-    def _take_new(
-        self, segment: _Segment, cell: np.ndarray, count: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds what lanes take once nothing is owed."""
-        word = segment.word
-        dataset = word.cell_dataset[cell]
-        start, length = word.slices(cell, self._sizes)
-        epoch, count = np.divmod(count, length)
-        epoch += segment.first_epoch[dataset]
-        sample = np.empty_like(count)
-        for laned, part in _by_layout(word.laned[dataset]):
-            line = self._line(dataset[part])
-            if laned:
-                sample[part] = line.samples(
-                    start[part], length[part], epoch=epoch[part], taken=count[part]
-                )
-            else:
-                sample[part] = line.shuffled(count[part], epoch=epoch[part])
-        return epoch, sample
-
-    def _rest_place(
-        self,
-        segment: _Segment,
-        dataset: np.ndarray,
-        start: np.ndarray,
-        length: np.ndarray,
-        count: np.ndarray,
-    ) -> np.ndarray:
-        """Finds the places that lanes take of the lines that their datasets owe."""
-        place: np.ndarray = count.copy()  # what was shuffled as a whole goes on as it would have
-        since = np.array([segment.step])
-        for laned, part in _by_layout(segment.word.laned[dataset]):
-            if laned:
-                line = self._line(dataset[part])
-                place[part] = line.places(start[part], length[part], epoch=since, taken=count[part])
-                continue
-            split = np.array([rest is not None and rest.num_tracks > 1 for rest in segment.rests])
-            part = part[split[dataset[part]]]
-            key = keyed_array(self._seeds[dataset[part]], _KEY_REST, since)
-            place[part] = permute(count[part], size=length[part], key=key)
-        return place
-
-    def _line(self, dataset: np.ndarray) -> Line:
+        As for one dataset, a lane reads at least as many blocks of a dataset side by side as it
+        takes of its samples in a turn.
+        """
+        config = self.config
+        share = part.global_batch_size // part.canonical_ranks
+        active = max(config.active_blocks, ACTIVE_TURNS * share)
+        total = math.fsum(part.weights)
+        blocks = [max(1, math.ceil(active * (weight / total))) for weight in part.weights]
+        lanes = part.canonical_ranks * config.canonical_workers
+        sizes = [
+            pick_block_size(int(size), num_lanes=lanes, active_blocks=own, target=config.block_size)
+            for size, own in zip(self._sizes, blocks, strict=True)
+        ]
         return Line(
-            num_samples=self._sizes[dataset],
-            seed=self._seeds[dataset],
-            active_blocks=self._active[dataset],
-            block_size=self._blocks[dataset],
+            num_samples=self._sizes,
+            seed=self._seeds,
+            active_blocks=np.array(blocks),
+            block_size=np.array(sizes),
+            groups=part.canonical_ranks if config.locality == "node" else 0,
         )
+
+    def _pruned(self, step: int) -> MixtureConfig:
+        """Drops the segments of which nothing is owed any more at a step."""
+        i = max(0, int(np.searchsorted(self._starts, step, side="left")) - 1)
+        segment, config = self._segments[i], self.config
+        slots = (step - segment.step) * segment.pattern.global_batch_size
+        if i == 0 or (segment.pattern.counts(slots) < segment.owed).any():
+            return config
+        return replace(
+            config,
+            changes=config.changes[i:],
+            base=MixtureBase(
+                segment=config.segments()[i],
+                counted=tuple(segment.counted.tolist()),
+                first_epoch=tuple(segment.first_epoch.tolist()),
+                owed=tuple(segment.owed.tolist()),
+                seen_by=tuple(self._seen_by(d, segment.step) for d in range(len(self._sizes))),
+            ),
+        )
+
+    def _seen_by(self, dataset: int, step: int) -> int | None:
+        found = self._step_of_last(dataset)
+        return found if found is not None and found <= step else None
 
     def _step_of_last(self, dataset: int) -> int | None:
         """Finds the number of steps after which a dataset's N-th sample has been read."""
+        base = self.config.base
+        if base is not None and base.seen_by[dataset] is not None:
+            return base.seen_by[dataset]
         size = int(self._sizes[dataset])
         ends = [*self._starts.tolist()[1:], None]
         for segment, end in zip(self._segments, ends, strict=True):
-            word: InterleavePattern = segment.word
-            rest = size - 1 - int(segment.counted[dataset])
-            if not word.quotas[dataset]:
+            pattern: InterleavePattern = segment.pattern
+            if not pattern.quotas[dataset]:
                 continue
-            words, rank = divmod(rest, int(word.quotas[dataset]))
-            x = int(np.flatnonzero(word.dataset == dataset)[rank])
-            step = segment.step + (words * word.num_slots + x) // word.global_batch_size + 1
+            slot = pattern.slot_of(dataset, size - 1 - int(segment.counted[dataset]))
+            step: int = segment.step + slot // pattern.global_batch_size + 1
             if end is None or step <= end:
                 return step
         return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Segment:
-    word: InterleavePattern
-    step: int
-    counted: np.ndarray
-    """int64 [datasets], slots of each dataset before the segment."""
-    rests: list[EpochRemainder | None]
-    """What each dataset owes when the segment begins; None where it was not begun."""
-    owed: np.ndarray
-    """int64 [datasets], the lengths of the rests."""
-    first_epoch: np.ndarray
-    """int64 [datasets], the epochs behind the rests."""
+    """The steps of a run that share weights, batch size and width."""
+
+    def __init__(
+        self,
+        *,
+        pattern: InterleavePattern,
+        step: int,
+        counted: np.ndarray,
+        rests: list[EpochRemainder | None],
+        owed: np.ndarray,
+        first_epoch: np.ndarray,
+        line: Line,
+    ) -> None:
+        self.pattern, self.step, self.line = pattern, step, line
+        self.counted = counted
+        """int64 [datasets], slots of each dataset before the segment."""
+        self.rests = rests
+        """What each dataset owes of its epoch when the segment begins; None where nothing is."""
+        self.owed = owed
+        """int64 [datasets], the lengths of the remainders."""
+        self.first_epoch = first_epoch
+        """int64 [datasets], the epochs after the remainders."""
+        # Borders by (dataset, number of the epoch), two of each dataset at most: the epoch that a
+        # run is in and the next. Threads that compute the same borders at once lose nothing.
+        self._borders: list[dict[int, EpochBorders]] = [{} for _ in owed]
+        # The borders of the epochs that the run is in; replaced as a whole, never changed.
+        self._now: _Now | None = None
+
+    def find(self, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Finds (dataset, epoch, sample) of slots counted from the segment's start."""
+        pattern = self.pattern
+        repeats, x = np.divmod(slot, pattern.num_slots)
+        dataset, cell = pattern.dataset[x].astype(np.int64), pattern.cell[x]
+        count = repeats * pattern.quotas[dataset] + pattern.rank[x]
+        in_cell = repeats * pattern.cell_quota[cell] + pattern.cell_rank[x]
+        owed, size = self.owed[dataset], np.asarray(self.line.num_samples)[dataset]
+        number = np.where(count < owed, -1, (count - owed) // size)
+        # Where each slot's cell begins on its line, how long it is there, and how many slots it had
+        # before the epoch.
+        start, length = np.zeros_like(count), np.where(number < 0, owed, size)
+        before = np.where(number < 0, 0, owed + number * size)
+        laned = np.flatnonzero(pattern.laned[dataset])
+        if len(laned):
+            borders = self._borders_of(dataset[laned], number[laned], cell[laned])
+            before[laned], start[laned], length[laned] = borders
+        in_cell -= before
+        sample = np.empty(len(slot), np.int64)
+        new = np.flatnonzero(number >= 0)
+        if len(new) == len(slot):
+            sample = self._take(dataset, self.first_epoch[dataset] + number, start, length, in_cell)
+        else:
+            epoch_of = self.first_epoch[dataset[new]] + number[new]
+            sample[new] = self._take(dataset[new], epoch_of, start[new], length[new], in_cell[new])
+            for (d, _), own in _pairs(dataset, np.where(number < 0, -1, 0)):
+                if number[own][0] < 0:
+                    sample[own] = self._owed(d, start[own], length[own], in_cell[own])
+        return dataset, self.first_epoch[dataset] + number, sample
+
+    def remainders(self, step: int) -> tuple[np.ndarray, np.ndarray, list[EpochRemainder | None]]:
+        """Finds what each dataset owes at a step.
+
+        Returns:
+          (slots of the datasets before the step, first epochs after what is owed, remainders).
+        """
+        slots = (step - self.step) * self.pattern.global_batch_size
+        counts = self.pattern.counts(slots)
+        first_epoch, rests = self.first_epoch.copy(), list(self.rests)
+        sizes = np.asarray(self.line.num_samples).tolist()
+        for d in np.flatnonzero(self.pattern.quotas).tolist():
+            number, count, owed = -1, int(counts[d]), int(self.owed[d])
+            if count >= owed:
+                number, inside = divmod(count - owed, sizes[d])
+                if not inside:
+                    first_epoch[d], rests[d] = self.first_epoch[d] + number, None
+                    continue
+            part = _Part(segment=self, dataset=d, number=number)
+            taken = self.pattern.cell_counts(d, count) - self._find_borders(d, number).before
+            first_epoch[d] += number + 1
+            rests[d] = EpochRemainder(part, taken=taken)
+        return self.counted + counts, first_epoch, rests
+
+    def samples(
+        self, dataset: int, number: int, track: np.ndarray, count: np.ndarray
+    ) -> np.ndarray:
+        """Finds the samples that a dataset's cells read after `count` others of an epoch."""
+        borders = self._find_borders(dataset, number)
+        start, length = borders.starts[track], borders.lengths[track]
+        if number < 0:
+            return self._owed(dataset, start, length, count)
+        datasets = np.full(len(track), dataset)
+        epoch = self.first_epoch[datasets] + number
+        return self._take(datasets, epoch, start, length, count)
+
+    def lengths(self, dataset: int, number: int) -> np.ndarray:
+        """How many samples a dataset's cells have of an epoch: int64 [its cells]."""
+        return self._find_borders(dataset, number).lengths
+
+    def _take(
+        self,
+        dataset: np.ndarray,
+        epoch: np.ndarray,
+        start: np.ndarray,
+        length: np.ndarray,
+        count: np.ndarray,
+    ) -> np.ndarray:
+        """Finds samples of whole epochs."""
+        sample = np.empty(len(dataset), np.int64)
+        for laned, own in _by_layout(self.pattern.laned[dataset]):
+            line = self._line(dataset[own])
+            if laned:
+                sample[own] = line.samples(
+                    start[own], length[own], epoch=epoch[own], taken=count[own]
+                )
+            else:
+                sample[own] = line.shuffled(count[own], epoch=epoch[own])
+        return sample
+
+    def _owed(
+        self, dataset: int, start: np.ndarray, length: np.ndarray, count: np.ndarray
+    ) -> np.ndarray:
+        """Finds samples of the remainder of a dataset's epoch."""
+        rest = self.rests[dataset]
+        if rest is None:
+            raise ConfigError("order_slot.over", where="step", since=self.step)
+        place = count
+        since = np.full(len(count), self.step)
+        datasets = np.full(len(count), dataset)
+        if self.pattern.laned[dataset]:
+            place = self._line(datasets).places(start, length, epoch=since, taken=count)
+        elif rest.num_tracks > 1:  # one track was shuffled as a whole, and continues as it would
+            key = keyed_array(np.asarray(self.line.seed)[datasets], _KEY_REST, since)
+            place = permute(count, size=length, key=key)
+        return rest.samples(place)
+
+    def _line(self, dataset: np.ndarray) -> Line:
+        line = self.line
+        return Line(
+            num_samples=np.asarray(line.num_samples)[dataset],
+            seed=np.asarray(line.seed)[dataset],
+            active_blocks=np.asarray(line.active_blocks)[dataset],
+            block_size=np.asarray(line.block_size)[dataset],
+            groups=line.groups,
+        )
+
+    def _borders_of(
+        self, dataset: np.ndarray, number: np.ndarray, cell: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Looks up (before, start, length) of cells in epochs of their datasets."""
+        now = self._now
+        if now is None or (number > now.number[dataset]).any():
+            now = self._now = self._next(now, dataset, number)
+        before, start, length = now.before[cell], now.starts[cell], now.lengths[cell]
+        other = np.flatnonzero(number != now.number[dataset])
+        for (d, epoch), own in _pairs(dataset[other], number[other]):
+            borders, chosen = self._find_borders(d, epoch), other[own]
+            track = cell[chosen] - self.pattern.first_cell[d]
+            before[chosen] = borders.before[track]
+            start[chosen], length[chosen] = borders.starts[track], borders.lengths[track]
+        return before, start, length
+
+    def _next(self, now: _Now | None, dataset: np.ndarray, number: np.ndarray) -> _Now:
+        """Gathers the borders of each dataset's latest epoch in one table over all cells."""
+        latest = np.full(len(self.owed), -2) if now is None else now.number.copy()
+        np.maximum.at(latest, dataset, number)
+        old = [np.zeros(len(self.pattern.cell_quota), np.int64) for _ in range(3)]
+        if now is not None:
+            old = [now.before.copy(), now.starts.copy(), now.lengths.copy()]
+        moved = latest != (now.number if now is not None else -2)
+        for d in np.flatnonzero(moved).tolist():
+            cells = slice(*self.pattern.first_cell[d : d + 2].tolist())
+            borders = self._find_borders(d, int(latest[d]))
+            old[0][cells], old[1][cells], old[2][cells] = (
+                borders.before,
+                borders.starts,
+                borders.lengths,
+            )
+        return _Now(number=latest, before=old[0], starts=old[1], lengths=old[2])
+
+    def _find_borders(self, dataset: int, number: int) -> EpochBorders:
+        known = self._borders[dataset]
+        found = known.get(number)
+        if found is None:
+            size, owed = int(np.asarray(self.line.num_samples)[dataset]), int(self.owed[dataset])
+            first, stop = (owed + number * size, owed + (number + 1) * size)
+            if number < 0:
+                first, stop = 0, owed
+            before = self.pattern.cell_counts(dataset, first)
+            lengths = self.pattern.cell_counts(dataset, stop) - before
+            found = EpochBorders(
+                before=before, lengths=lengths, starts=np.cumsum(lengths) - lengths
+            )
+            while len(known) >= 2:
+                known.pop(next(iter(known)), None)
+            known[number] = found
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Lanes:
-    """The lanes of one dataset in a segment, as `EpochRemainder` asks for them."""
+class _Now:
+    """The borders of one epoch per dataset: of those asked for, the latest."""
 
-    mixture: MixtureOrder
+    number: np.ndarray
+    """int64 [datasets], numbers of the epochs; -2 where none was asked for."""
+    before: np.ndarray
+    """int64 [cells], as `EpochBorders`; so are the others."""
+    starts: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One epoch of a dataset in a segment, or what is owed of one: an `EpochPart`."""
+
     segment: _Segment
     dataset: int
+    number: int
 
     @property
-    def cells(self) -> slice:
-        bounds = np.searchsorted(self.segment.word.cell_dataset, [self.dataset, self.dataset + 1])
-        return slice(int(bounds[0]), int(bounds[1]))
+    def lengths(self) -> np.ndarray:
+        return self.segment.lengths(self.dataset, self.number)
 
-    @property
-    def first_epoch(self) -> int:
-        return int(self.segment.first_epoch[self.dataset])
+    def samples(self, track: np.ndarray, count: np.ndarray) -> np.ndarray:
+        return self.segment.samples(self.dataset, self.number, track, count)
 
-    def ends(self, epoch: int) -> np.ndarray:
-        word, cells = self.segment.word, np.arange(self.cells.start, self.cells.stop)
-        owed = word.slices(cells, self.segment.owed)[1]
-        length = word.slices(cells, self.mixture._sizes)[1]
-        ends: np.ndarray = owed + (epoch + 1 - self.first_epoch) * length
-        return ends
 
-    def take(self, track: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.mixture._take(self.segment, self.cells.start + track, count)
+def _pairs(
+    dataset: np.ndarray, number: np.ndarray
+) -> Iterator[tuple[tuple[int, int], slice | np.ndarray]]:
+    """Lists the distinct pairs of (dataset, number of the epoch), and where each is."""
+    for d, own in groups(dataset):
+        for epoch, part in groups(number[own]):
+            if isinstance(part, slice):
+                yield (d, epoch), own
+            else:
+                yield (d, epoch), part if isinstance(own, slice) else own[part]
 
 
 def _by_layout(laned: np.ndarray) -> list[tuple[bool, np.ndarray]]:

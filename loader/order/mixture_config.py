@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from loader.order.config import default_canonical_ranks
+from loader.order.config import Locality, default_canonical_ranks
 from loader.order.weights import MixtureGroup, MixtureSource, mixture_weights, require
 from shardspec.errors import StateError
 
-MIXTURE_VERSION = 2
-"""Version of the order of mixtures: the same configuration and version mean the same samples."""
+MIXTURE_VERSION = 3
+"""Version of the order of mixtures: the same configuration and version mean the same samples. Since
+version 3 a dataset's epoch is exactly N consecutive of its own slots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,45 @@ class MixtureChange:
     canonical_ranks: int
     """A divisor of the global batch."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the change in plain JSON types."""
+        return {**asdict(self), "weights": list(self.weights)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> MixtureChange:
+        """Restores a change from `to_dict`."""
+        return cls(**{**state, "weights": tuple(state["weights"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureBase:
+    """What came before the first step that a configuration still describes, per dataset."""
+
+    segment: MixtureChange
+    """The weights, batch size and width from that step on."""
+    counted: tuple[int, ...]
+    """Slots of each dataset before."""
+    first_epoch: tuple[int, ...]
+    """The first epoch of each dataset that is laid out as a whole from there on."""
+    owed: tuple[int, ...]
+    """Slots of each dataset from there on that finish the epoch before; over by the steps asked."""
+    seen_by: tuple[int | None, ...]
+    """Steps after which each dataset had been seen once; None where it was not yet."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the base in plain JSON types."""
+        counts = {name: list(getattr(self, name)) for name in _PER_DATASET}
+        return {"segment": self.segment.to_dict(), **counts}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> MixtureBase:
+        """Restores a base from `to_dict`."""
+        counts = {name: tuple(state[name]) for name in _PER_DATASET}
+        return cls(segment=MixtureChange.from_dict(state["segment"]), **counts)
+
+
+_PER_DATASET = ("counted", "first_epoch", "owed", "seen_by")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureConfig:
@@ -52,9 +92,13 @@ class MixtureConfig:
     canonical_workers: int = 8
     active_blocks: int = 8
     """Blocks a lane reads side by side over all datasets, shared out by weight; each has one."""
-    block_size: int = 64
+    block_size: int = 16
     """Samples per block to aim for; each dataset gets its own, as `pick_block_size` says."""
+    locality: Locality = "any"
+    """As `OrderConfig.locality`, for each dataset."""
     changes: tuple[MixtureChange, ...] = ()
+    base: MixtureBase | None = None
+    """What came before, where changes that are over have been dropped; None from step 0 on."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "canonical_ranks", "canonical_workers"):
@@ -67,7 +111,7 @@ class MixtureConfig:
         require(not twice, "mixture_twice", names=twice)
         for member in self.members:
             require(member.num_samples >= 1, "mixture_empty.dataset", name=member.name)
-        steps = [0, *(change.step for change in self.changes)]
+        steps = [self.since, *(change.step for change in self.changes)]
         require(sorted(set(steps)) == steps, "mixture_changes", steps=steps)
         for segment in self.segments():
             weights, batch = segment.weights, segment.global_batch_size
@@ -86,8 +130,15 @@ class MixtureConfig:
                 ranks=ranks,
             )
 
+    @property
+    def since(self) -> int:
+        """The first step that is described."""
+        return 0 if self.base is None else self.base.segment.step
+
     def segments(self) -> list[MixtureChange]:
         """Lists the parts of the run, its start first."""
+        if self.base is not None:
+            return [self.base.segment, *self.changes]
         first = MixtureChange(
             step=0,
             global_batch_size=self.global_batch_size,
@@ -117,8 +168,10 @@ class MixtureConfig:
             weights=last.weights if weights is None else tuple(weights),
             canonical_ranks=canonical_ranks or last.canonical_ranks,
         )
-        if step:
+        if step > self.since:
             return replace(self, changes=(*kept, change))
+        if self.base is not None:
+            return replace(self, base=replace(self.base, segment=change), changes=())
         same = len(change.weights) == len(self.members)
         require(same, "mixture_weights.count", datasets=len(self.members))
         pairs = zip(self.members, change.weights, strict=True)
@@ -144,9 +197,8 @@ class MixtureConfig:
             "version": MIXTURE_VERSION,
             **asdict(self),
             "members": [asdict(member) for member in self.members],
-            "changes": [
-                {**asdict(change), "weights": list(change.weights)} for change in self.changes
-            ],
+            "changes": [change.to_dict() for change in self.changes],
+            "base": self.base and self.base.to_dict(),
         }
 
     @classmethod
@@ -166,10 +218,8 @@ class MixtureConfig:
             )
         values = {name: state[name] for name in known}
         values["members"] = tuple(MixtureMember(**member) for member in state["members"])
-        values["changes"] = tuple(
-            MixtureChange(**{**change, "weights": tuple(change["weights"])})
-            for change in state["changes"]
-        )
+        values["changes"] = tuple(map(MixtureChange.from_dict, state["changes"]))
+        values["base"] = state["base"] and MixtureBase.from_dict(state["base"])
         return cls(**values)
 
 
@@ -181,6 +231,7 @@ def plan_mixture(
     unit: Literal["samples", "tokens"] = "samples",
     canonical_ranks: int | None = None,
     canonical_workers: int = 8,
+    locality: Locality = "any",
 ) -> MixtureConfig:
     """Flattens sources to weights and chooses the canonical sizes, as `plan_order` does."""
     group = sources
@@ -196,4 +247,5 @@ def plan_mixture(
         seed=seed,
         canonical_ranks=canonical_ranks or default_canonical_ranks(global_batch_size),
         canonical_workers=canonical_workers,
+        locality=locality,
     )

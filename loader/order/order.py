@@ -1,90 +1,114 @@
 """The order of samples: a pure function from (step, position) to (epoch, sample).
 
-A *slot* is position p of the global batch of optimizer step t. `Order.slots` says which sample
-stands in it. Nothing else does: rank r of W takes the positions `rank_positions(r, W, B)`, worker
-k of K builds the steps t with t mod K = k, and neither W nor K enters the function. So global
-batches are the same for any number of ranks, workers and threads; resuming is evaluating at
-another step; the state is the step and the few integers of `OrderConfig`.
+A *slot* is position p of the global batch of optimizer step t; slots are numbered g = t * B + p.
+`Order.slots` says which sample is in a slot. Nothing else does: rank r of W takes the positions
+`rank_positions(r, W, B)`, worker k of K builds the steps t with t mod K = k, and neither W nor K
+enters the function. So global batches are the same for any number of ranks, workers and threads;
+resuming is evaluating at another step; the state is the step and the few integers of `OrderConfig`.
 
-How the sample of a slot is found, in the layout "lanes":
+**An epoch is exactly N consecutive slots**: epoch e is the slots e * N to (e + 1) * N - 1. How the
+sample of a slot is found, in the layout "lanes":
 
-1. *Slot to lane.* The run has U canonical ranks with Kc canonical workers each, U * Kc lanes.
-   Position p lies in the share of canonical rank u = p div (B/U); step t is built by canonical
-   worker k = t mod Kc; the lane is w = u * Kc + k. A rank or worker of any run that divides the
-   canonical ones owns whole lanes, and so few shards.
-2. *Lane to line.* An epoch is a line of N places. Lane w owns the places floor(wN/V) up to
-   floor((w+1)N/V) of V lanes, and takes its turns along them, epoch after epoch. All lanes finish
-   an epoch within one turn of each other, so no rank can run dry.
-3. *Along a lane.* The slice is cut into A sub-slices that are read side by side: row after row,
-   one place from each, in an order shuffled per row. So neighbours in a lane come from A distant
-   places, while only A blocks per lane are open at a time.
-4. *Line to sample.* Blocks of c consecutive places are shuffled over the whole line, the places of
-   a block are shuffled inside it, and the result is rotated by a different amount each epoch
-   (blocks then meet the shards' borders, and the short last block other samples, elsewhere).
+1. *Slot to lane* (lanes.py). The run has U canonical ranks with Kc canonical workers each, U * Kc
+   lanes. Position p belongs to canonical rank u = p div (B/U), step t to canonical worker
+   k = t mod Kc. A rank or worker of any run that divides the canonical ones owns whole lanes, and
+   so few shards.
+2. *Lane to line.* An epoch is a line of N places. How many of the epoch's slots a lane has is known
+   in closed form; the lanes own that many places each, one lane after the other, and a lane's slots
+   take its places in turn. This is a bijection of the epoch's slots and the line's places for all
+   N, B, U and Kc.
+3. *Along a lane* (line.py). The slice is cut into A sub-slices that are read side by side: row
+   after row, one place from each, in an order shuffled per row. So neighbours in a lane come from A
+   distant places, while only A blocks per lane are open at a time. A is at least B/U, the samples
+   of one turn of a lane.
+4. *Line to sample* (line.py). Blocks of c consecutive places are shuffled over the whole line, the
+   places of a block are shuffled inside it, and the result is rotated by a different amount each
+   epoch (blocks then meet the shards' borders, and the short last block other samples, elsewhere).
 
-Every stage is a bijection for each epoch, so **every sample stands in exactly one slot per epoch**.
 Samples are numbered through the concatenated shards, which may be uneven; a block is a range of
 one shard (two where it crosses a border), the unit in which remote data is read.
 
-An order can go on with another one (`Order.continued`): it then shows what that one still owed of
-its epoch (rest.py), dealt to its own lanes, before its own epochs begin.
+The layout "global" is for datasets too small to fill the lanes: slot n of an epoch is place n of a
+shuffle of the whole epoch. "sequential" is "global" without the shuffle.
 
-The layout "global" is for datasets too small to fill the lanes: slot g of the run is place g mod N
-of a shuffle of the whole epoch g div N. "sequential" is "global" without the shuffle.
+A change of the batch size (`ramp`), of the width or of the number of samples (`before`) begins a
+new *segment*: its slots are counted from its first step. It first shows the remainder of the epoch
+that the segment before was in (remainder.py), dealt to its own lanes, then its own epochs.
 
 What a small block costs: the sub-slices must not all change blocks in the same row (a burst of
 reads). No phases are needed for that, only a block size for which the sub-slices' starts are
 spread evenly modulo c; `pick_block_size` finds one near the size that was asked for.
 
-Integer arithmetic only; memory is proportional to the number of slots asked for, and nothing of
-length N exists. This module decides no reading, no mixing (mixture.py) and no packing (packing.py).
+Integer arithmetic only; memory is proportional to the number of slots asked for and to the lanes,
+and nothing of length N exists. This module decides no reading, no mixing (mixture.py) and no
+packing (packing.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loader.order.config import OrderConfig, RampStep
+from loader.order.config import OrderConfig, RampStep, widened
+from loader.order.lanes import Lanes, OneTrack
 from loader.order.line import Line
 from loader.order.permutation import keyed_array, permute
 from loader.order.remainder import EpochRemainder
 from loader.order.slots import Slots, require_slots
+from shardspec.errors import ConfigError
 
 _KEY_REST = 6
+
+_KEPT_EPOCHS = 4
 
 
 class Order:
     """The order of one dataset; immutable, cheap to build and to send to other processes."""
 
     def __init__(self, config: OrderConfig) -> None:
+        """Builds the segments.
+
+        Raises:
+          ConfigError: `order_before`, the configuration owes something else than the order before.
+        """
         self.config = config
-        self._before: Order | None = None
-        self._rest: EpochRemainder | None = None
+        past: tuple[_Segment, ...] = ()
+        first_epoch, rest = config.first_epoch, None
         if config.before is not None:
-            self._before = Order(config.before)
-            self._rest = EpochRemainder(self._before, taken=self._before.taken(config.since))
-        self.first_epoch: int = 0 if self._rest is None else self._rest.first_epoch
-        """The first epoch that is laid out here; what comes before is another order's rest."""
-        batches = [config.global_batch_size, *(c.global_batch_size for c in config.ramp)]
-        self._starts = np.array([config.since, *(c.step for c in config.ramp)], np.int64)
-        self._batches = np.array(batches, np.int64)
-        self._line = Line(
-            num_samples=config.num_samples,
-            seed=config.seed,
-            active_blocks=config.active_blocks,
-            block_size=config.block_size,
-        )
-        # What was taken before each segment of the ramp: by the run, and per lane of worker k.
-        lengths = np.diff(self._starts)
-        taken = np.cumsum(lengths * self._batches[:-1])
-        self._taken = np.concatenate([np.zeros(1, np.int64), taken])
-        workers = np.arange(config.canonical_workers)
-        turns = np.diff(_turns_before(self._starts[:, None], workers, len(workers)), axis=0)
-        shares = self._batches[:-1, None] // config.canonical_ranks
-        self._lane_taken = np.zeros((len(batches), len(workers)), np.int64)
-        self._lane_taken[1:] = np.cumsum(turns * shares, axis=0)
+            before = Order(config.before)
+            past = before._known
+            first_epoch, rest = before._known[-1].remainder(config.since)
+            if (first_epoch, rest.length if rest else 0) != (config.first_epoch, config.owed):
+                raise ConfigError(
+                    "order_before", since=config.since, before=config.before.to_dict()
+                )
+        segments = [
+            _Segment(
+                config,
+                step=config.since,
+                global_batch_size=config.global_batch_size,
+                first_epoch=first_epoch,
+                owed=config.owed,
+                rest=rest,
+            )
+        ]
+        for change in config.ramp:
+            first_epoch, rest = segments[-1].remainder(change.step)
+            segments.append(
+                _Segment(
+                    config,
+                    step=change.step,
+                    global_batch_size=change.global_batch_size,
+                    first_epoch=first_epoch,
+                    owed=rest.length if rest else 0,
+                    rest=rest,
+                )
+            )
+        self._segments = segments
+        self._known: tuple[_Segment, ...] = (*past, *segments)
+        self._starts = np.array([segment.step for segment in segments], np.int64)
+        self._batches = np.array([s.lanes.global_batch_size for s in segments], np.int64)
 
     def slots(self, step: int | np.ndarray, positions: int | np.ndarray) -> Slots:
         """Evaluates the order at slots: O(1) at any step, vectorised over many.
@@ -98,91 +122,55 @@ class Order:
           Arrays of the broadcast shape, at least one axis.
 
         Raises:
-          ConfigError: `order_slot`, a step or position outside the run.
+          ConfigError: `order_slot`, a step or position outside the run, or a step whose samples are
+            owed by an order that the configuration no longer holds.
         """
         config = self.config
         steps, places = np.broadcast_arrays(
             np.atleast_1d(np.asarray(step, np.int64)), np.asarray(positions, np.int64)
         )
-        segment = np.searchsorted(self._starts, steps, side="right") - 1
-        require_slots(steps, places, self._batches[segment], since=config.since)
-        pass_number: np.ndarray | None = None
+        shape = steps.shape
+        steps, places = steps.ravel(), places.ravel()
+        segment_of = np.searchsorted(self._starts, steps, side="right") - 1
+        require_slots(steps, places, self._batches[segment_of], since=config.since)
+        epoch, sample = np.empty(len(steps), np.int64), np.empty(len(steps), np.int64)
+        real = np.ones(len(steps), np.bool_)
         if config.tail != "wrap":
-            pass_number, steps = np.divmod(steps, config.steps_per_epoch)
-        track, count = self._track(steps, places, segment)
-        real = np.ones(steps.shape, np.bool_)
-        if pass_number is None:
-            epoch, sample = self.take(track, count)
+            epoch, steps = np.divmod(steps, config.steps_per_epoch)
+            count = steps * config.global_batch_size + places
+            # What exceeds the epoch is padding that repeats it from its start.
+            real = count < config.num_samples
+            steps, places = np.divmod(count % config.num_samples, config.global_batch_size)
+            for number, chosen in groups(epoch):
+                part = self._segments[0].whole_epoch(number)
+                sample[chosen] = part.at(steps[chosen], places[chosen])
         else:
-            # What exceeds the epoch is padding that repeats from its start.
-            start, length = self._slice(track, config.num_samples)
-            beyond, count = np.divmod(count, length)
-            epoch, real = pass_number, beyond == 0
-            sample = self._find(start, length, epoch, count)
-        return Slots(dataset=np.zeros_like(epoch), epoch=epoch, sample=sample, real=real)
-
-    def take(self, track: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds what tracks take: a lane is a track, and without lanes the whole run is one.
-
-        Args:
-          track: int64, numbers of the tracks.
-          count: int64, what they have taken before, since the step `since`.
-
-        Returns:
-          (epoch, sample), int64 of the arguments' shape.
-        """
-        if self._rest is None:
-            return self._take_new(track, count)
-        start, length = self._slice(track, self._rest.length)
-        epoch, sample = np.empty_like(count), np.empty_like(count)
-        old = count < length
-        place = self._rest_place(start[old], length[old], count[old])
-        epoch[old], sample[old] = self._rest.take(place)
-        epoch[~old], sample[~old] = self._take_new(track[~old], count[~old] - length[~old])
-        return epoch, sample
-
-    def taken(self, step: int) -> np.ndarray:
-        """Counts what each track has taken from step `since` up to a step: int64 [tracks]."""
-        config = self.config
-        segment = max(0, int(np.searchsorted(self._starts, step)) - 1)
-        batch, since = self._batches[segment], self._starts[segment]
-        if config.layout != "lanes":
-            return np.array([self._taken[segment] + (step - since) * batch], np.int64)
-        workers = np.arange(config.canonical_workers)
-        turns = _turns_before(np.array(step), workers, len(workers))
-        turns = turns - _turns_before(np.array(since), workers, len(workers))
-        by_worker = self._lane_taken[segment] + turns * (batch // config.canonical_ranks)
-        return np.tile(by_worker, config.canonical_ranks)
-
-    def ends(self, epoch: int) -> np.ndarray:
-        """Counts what each track has taken when it has finished an epoch: int64 [tracks]."""
-        tracks = np.arange(self.config.num_lanes if self.config.layout == "lanes" else 1)
-        ends = (epoch + 1 - self.first_epoch) * self._slice(tracks, self.config.num_samples)[1]
-        return ends if self._rest is None else ends + self._slice(tracks, self._rest.length)[1]
+            for i, own in groups(segment_of):
+                segment = self._segments[i]
+                epoch[own], sample[own] = segment.find(steps[own] - segment.step, places[own])
+        return Slots(
+            dataset=np.zeros(shape, np.int64),
+            epoch=epoch.reshape(shape),
+            sample=sample.reshape(shape),
+            real=real.reshape(shape),
+        )
 
     def epoch_start(self, epoch: int) -> int:
         """Returns the step at which a pass over the data begins; epoch 0 begins at step 0.
 
-        With "wrap" it is the first step that starts at or past `epoch * N` samples, so passes
-        differ by at most one step and follow each other without a gap.
+        With "wrap" it is the first step whose slots all belong to this epoch or later ones: the
+        batch at the border holds the end of one epoch and the beginning of the next, and counts
+        to the pass of the first.
         """
         config = self.config
         if config.tail != "wrap":
             return epoch * config.steps_per_epoch
-        wanted = self._counted(epoch)
-        if self._before is not None and wanted <= 0:
-            return self._before.epoch_start(epoch)
-        segment = int(np.searchsorted(self._taken, wanted, side="right")) - 1
-        rest = wanted - int(self._taken[segment])
-        return int(self._starts[segment]) + -(-rest // int(self._batches[segment]))
-
-    def _counted(self, epoch: int) -> int:
-        """Counts the slots between the step `since` and the start of an epoch."""
-        if self._before is None or self._rest is None:
-            return epoch * self.config.num_samples
-        if epoch < self.first_epoch:
-            return self._before._counted(epoch) - int(self._before.taken(self.config.since).sum())
-        return self._rest.length + (epoch - self.first_epoch) * self.config.num_samples
+        known = [segment for segment in self._known if segment.first_epoch <= epoch]
+        if not known:  # over before what is known begins
+            return self._known[0].step if epoch > 0 else 0
+        segment = known[-1]
+        slots = segment.owed + (epoch - segment.first_epoch) * segment.num_samples
+        return segment.step + -(-slots // segment.lanes.global_batch_size)
 
     def num_steps(self, epoch: int = 0) -> int:
         """Counts the steps of a pass over the data; exact, from the numbers alone."""
@@ -194,25 +182,58 @@ class Order:
         return int(self._batches[segment]), int(self._starts[segment])
 
     def continued(self, config: OrderConfig, *, step: int) -> Order:
-        """Returns the order that goes on from a step as another configuration lays it out.
+        """Returns the order that continues from a step as another configuration lays it out.
 
-        The epoch is finished first: what this order still owes is laid out anew in the other
-        width, then the other order's epochs follow. Every sample comes once per epoch; samples
-        that the other configuration has more come from the next epoch on.
+        The epoch is finished first: its remainder is laid out anew in the other width, then the
+        other order's epochs follow. Every sample comes once per epoch; samples that the other
+        configuration has more come from the next epoch on. Of this order only what is still owed
+        at the step is kept.
 
         Raises:
           ConfigError: `order_before`.
         """
-        if step <= self.config.since:
-            return Order(replace(config, since=self.config.since, before=self.config.before))
-        ramp = tuple(change for change in self.config.ramp if change.step < step)
-        before = replace(self.config, ramp=ramp)
-        return Order(replace(config, since=step, before=before))
+        own = self.config
+        if step <= own.since:
+            past = {name: getattr(own, name) for name in ("since", "first_epoch", "owed", "before")}
+            return Order(replace(config, **past))
+        if self._is_laid_out_as(config, step=step):
+            return self
+        begun = [segment for segment in self._segments if segment.step < step]
+        last = begun[-1]
+        before = replace(own, ramp=tuple(change for change in own.ramp if change.step < step))
+        if (step - last.step) * last.lanes.global_batch_size >= last.owed:
+            before = replace(
+                own,
+                global_batch_size=last.lanes.global_batch_size,
+                ramp=(),
+                since=last.step,
+                first_epoch=last.first_epoch,
+                owed=last.owed,
+                before=None,
+            )
+        first_epoch, rest = last.remainder(step)
+        return Order(
+            replace(
+                config,
+                since=step,
+                first_epoch=first_epoch,
+                owed=rest.length if rest else 0,
+                before=before if rest else None,
+            )
+        )
+
+    def _is_laid_out_as(self, config: OrderConfig, *, step: int) -> bool:
+        own = self.config
+        batch = self.batch_at(step)[0]
+        if own.ramp and own.ramp[-1].step >= step:
+            return False
+        past = {name: getattr(own, name) for name in ("since", "first_epoch", "owed", "before")}
+        return replace(config, **past) == replace(own, global_batch_size=batch, ramp=())
 
     def changed(self, *, step: int, global_batch_size: int) -> Order:
         """Returns the order with another global batch size from a step on.
 
-        Every lane goes on where it stands, so the epoch still shows each sample once.
+        The epoch is finished first, so it still shows each sample once.
 
         Raises:
           ConfigError: `order_ramp`, `batch_not_divisible`.
@@ -229,13 +250,14 @@ class Order:
         Block j of an epoch is `block_size` consecutive samples; numbers of different epochs have
         nothing to do with each other.
         """
-        return self._line.blocks(slots.sample, epoch=slots.epoch)
+        return self._segments[-1].line.blocks(slots.sample, epoch=slots.epoch)
 
     def describe(self) -> dict[str, int | str]:
         """Summarises one epoch for people and logs, in plain JSON types."""
         config = self.config
         slots = config.steps_per_epoch * config.global_batch_size
         lanes = config.layout == "lanes"
+        active, size = widened(config, config.global_batch_size)
         return {
             "layout": config.layout,
             "tail": config.tail,
@@ -243,70 +265,163 @@ class Order:
             "padded_slots": slots - config.num_samples if config.tail == "pad" else 0,
             "dropped_samples": config.num_samples - slots if config.tail == "drop_last" else 0,
             "num_lanes": config.num_lanes if lanes else 0,
-            "open_blocks": config.num_lanes * config.active_blocks if lanes else 0,
+            "open_blocks": config.num_lanes * active if lanes else 0,
             "open_samples": min(
                 config.num_samples,
-                config.num_lanes * config.active_blocks * config.block_size
-                if lanes
-                else config.num_samples,
+                config.num_lanes * active * size if lanes else config.num_samples,
             ),
         }
 
-    def _track(
-        self, steps: np.ndarray, places: np.ndarray, segment: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the track of slots, and what it has taken before them."""
-        config = self.config
-        since, batch = self._starts[segment], self._batches[segment]
-        if config.layout != "lanes":
-            count = self._taken[segment] + places + (steps - since) * batch
-            return np.zeros_like(count), count
-        share = batch // config.canonical_ranks
-        rank, place = np.divmod(places, share)
-        worker = steps % config.canonical_workers
-        turns = _turns_before(steps, worker, config.canonical_workers)
-        turns = turns - _turns_before(since, worker, config.canonical_workers)
-        count = self._lane_taken[segment, worker] + turns * share + place
-        return rank * config.canonical_workers + worker, count
 
-    def _slice(self, track: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
-        """Finds (start, length) of the part that tracks own of a line: equal parts."""
-        num_tracks = self.config.num_lanes if self.config.layout == "lanes" else 1
-        start = track * places // num_tracks
-        return start, (track + 1) * places // num_tracks - start
+class _Segment:
+    """The steps of a run that share one batch size; its slots are counted from its first step."""
 
-    def _take_new(self, track: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds what tracks take once nothing is owed."""
-        start, length = self._slice(track, self.config.num_samples)
-        epoch, count = np.divmod(count, length)
-        epoch += self.first_epoch
-        return epoch, self._find(start, length, epoch, count)
-
-    def _find(
-        self, start: np.ndarray, length: np.ndarray, epoch: np.ndarray, count: np.ndarray
-    ) -> np.ndarray:
-        """Finds the samples that slices of the line give in an epoch after `count` others."""
-        if self.config.layout == "lanes":
-            return self._line.samples(start, length, epoch=epoch, taken=count)
-        if self.config.layout == "global":
-            return self._line.shuffled(count, epoch=epoch)
-        return count
-
-    def _rest_place(self, start: np.ndarray, length: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Finds the places of the rest's line that tracks take, in the manner of the layout."""
-        assert self._rest is not None
-        config = self.config
-        since = np.full(count.shape, config.since)
+    def __init__(
+        self,
+        config: OrderConfig,
+        *,
+        step: int,
+        global_batch_size: int,
+        first_epoch: int,
+        owed: int,
+        rest: EpochRemainder | None,
+    ) -> None:
+        self.step, self.first_epoch, self.owed, self.rest = step, first_epoch, owed, rest
+        self.layout, self._seed, self.num_samples = config.layout, config.seed, config.num_samples
+        active, size = widened(config, global_batch_size)
+        self.line = Line(
+            num_samples=config.num_samples,
+            seed=config.seed,
+            active_blocks=active,
+            block_size=size,
+            groups=config.canonical_ranks if config.locality == "node" else 0,
+        )
+        self.lanes: Lanes | OneTrack = OneTrack(global_batch_size=global_batch_size)
         if config.layout == "lanes":
-            # No blocks to be shuffled: old lanes are, and each had its own.
-            return self._line.places(start, length, epoch=since, taken=count)
-        if config.layout == "global":
-            key = keyed_array(config.seed, _KEY_REST, config.since)
-            return permute(count, size=max(1, self._rest.length), key=key)
-        return count
+            self.lanes = Lanes(
+                global_batch_size=global_batch_size,
+                ranks=config.canonical_ranks,
+                workers=config.canonical_workers,
+            )
+        # Borders by (first slot, slots), those asked for last. A dict's steps are atomic; of two
+        # threads that compute the same borders one wins, and nothing is lost.
+        self._borders: dict[tuple[int, int], EpochBorders] = {}
+
+    def find(self, steps: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finds (epoch, sample) of slots; steps are counted from the segment's first."""
+        count = steps * self.lanes.global_batch_size + places
+        number = np.where(count < self.owed, -1, (count - self.owed) // self.num_samples)
+        sample = np.empty(len(steps), np.int64)
+        for i, chosen in groups(number):
+            sample[chosen] = self._part(i).at(steps[chosen], places[chosen])
+        return self.first_epoch + number, sample
+
+    def remainder(self, step: int) -> tuple[int, EpochRemainder | None]:
+        """Finds the first epoch after the one that a step is in, and what is left of that.
+
+        Returns:
+          (first epoch, remainder), None where the step begins with a new epoch.
+        """
+        count = (step - self.step) * self.lanes.global_batch_size
+        number = -1
+        if count >= self.owed:
+            number, inside = divmod(count - self.owed, self.num_samples)
+            if not inside:
+                return self.first_epoch + number, None
+        part = self._part(number)
+        taken = self.lanes.counts(count) - part.borders.before
+        return self.first_epoch + number + 1, EpochRemainder(part, taken=taken)
+
+    def whole_epoch(self, epoch: int) -> _Part:
+        """An epoch that begins with the segment's first slot, as every pass of a tail does."""
+        return _Part(segment=self, borders=self._find_borders(0, self.num_samples), epoch=epoch)
+
+    def _part(self, number: int) -> _Part:
+        """Gives epoch `first_epoch + number`; number -1 is what is owed of the one before."""
+        size = self.num_samples
+        if number < 0:
+            return _Part(
+                segment=self,
+                borders=self._find_borders(0, self.owed),
+                epoch=self.first_epoch - 1,
+                owed=True,
+            )
+        borders = self._find_borders(self.owed + number * size, size)
+        return _Part(segment=self, borders=borders, epoch=self.first_epoch + number)
+
+    def _find_borders(self, first: int, slots: int) -> EpochBorders:
+        key = (first, slots)
+        found = self._borders.get(key)
+        if found is None:
+            before = self.lanes.counts(first)
+            lengths = self.lanes.counts(first + slots) - before
+            found = EpochBorders(
+                before=before, lengths=lengths, starts=np.cumsum(lengths) - lengths
+            )
+            while len(self._borders) >= _KEPT_EPOCHS:
+                self._borders.pop(next(iter(self._borders)), None)
+            self._borders[key] = found
+        return found
 
 
-def _turns_before(steps: np.ndarray, worker: np.ndarray, num_workers: int) -> np.ndarray:
-    """Counts the steps before `steps` that are `worker` modulo `num_workers`: int64."""
-    turns: np.ndarray = (steps - worker + num_workers - 1) // num_workers
-    return turns
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochBorders:
+    """How a run of slots is dealt to the tracks: int64 [tracks] each."""
+
+    before: np.ndarray
+    """Slots of each track before the first."""
+    lengths: np.ndarray
+    """Slots of each track in the run."""
+    starts: np.ndarray
+    """First place of each track on the line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One epoch of a segment, or what the segment owes of the epoch before: an `EpochPart`."""
+
+    segment: _Segment
+    borders: EpochBorders
+    epoch: int
+    owed: bool = False
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.borders.lengths
+
+    def at(self, steps: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Finds the samples of slots; steps are counted from the segment's first."""
+        track, count = self.segment.lanes.find(steps, places)
+        return self.samples(track, count - self.borders.before[track])
+
+    def samples(self, track: np.ndarray, count: np.ndarray) -> np.ndarray:
+        start, length = self.borders.starts[track], self.borders.lengths[track]
+        line, layout = self.segment.line, self.segment.layout
+        if self.owed:
+            return self._owed(start, length, count)
+        epoch = np.full(count.shape, self.epoch)
+        if layout == "lanes":
+            return line.samples(start, length, epoch=epoch, taken=count)
+        return line.shuffled(count, epoch=epoch) if layout == "global" else count
+
+    def _owed(self, start: np.ndarray, length: np.ndarray, count: np.ndarray) -> np.ndarray:
+        segment = self.segment
+        if segment.rest is None:
+            raise ConfigError("order_slot.over", where="step", since=segment.step)
+        place = count
+        if segment.layout == "lanes":
+            # No blocks to be shuffled: those of the old lanes are.
+            since = np.full(count.shape, segment.step)
+            place = segment.line.places(start, length, epoch=since, taken=count)
+        elif segment.layout == "global":
+            key = keyed_array(segment._seed, _KEY_REST, segment.step)
+            place = permute(count, size=max(1, segment.owed), key=key)
+        return segment.rest.samples(place)
+
+
+def groups(number: np.ndarray) -> list[tuple[int, slice | np.ndarray]]:
+    """Lists the distinct values of an array, and where each is."""
+    found = np.unique(number).tolist()
+    if len(found) == 1:
+        return [(found[0], slice(None))]
+    return [(one, np.flatnonzero(number == one)) for one in found]

@@ -1,4 +1,11 @@
-"""The interleaving pattern of a segment of a mixture, with the counts that make every slot O(1)."""
+"""The interleaving pattern of a segment of a mixture, with the counts that make every slot O(1).
+
+The pattern is M slots, a whole number of batches, in which dataset d occurs m_d times; the run
+repeats it. Tables of M numbers say of a slot x of the pattern: its dataset, how many slots of the
+dataset come before it, its cell, and how many slots of the cell come before it. A *cell* is a
+dataset in a lane, or a dataset that has no lanes. A dataset's cells count, together, its slots, so
+any run of a dataset's slots, such as one of its epochs, is dealt to its cells in closed form.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +17,44 @@ from loader.order.mixture_config import MixtureChange
 from loader.order.weights import require
 from shardspec.keyed import keyed
 
-_KEY_WORD = 16
+_KEY_PATTERN = 16
 
+_MIN_PATTERN_BATCHES = 64
 
-_MIN_WORD_BATCHES = 64
-
-
-_MIN_WORD_SLOTS = 2**18  # shares are then within 4e-6 of the weights; the tables take 5 MB
+_MIN_PATTERN_SLOTS = 2**18  # shares are then within 4e-6 of the weights; the tables take 6 MB
 
 
 class InterleavePattern:
-    """The word of a segment and what a slot x of it needs to know; tables are [M] or [cells].
-
-    A cell is a dataset in a lane, or a dataset that has no lanes.
-    """
+    """The pattern of a segment; tables are [M], [cells] or [datasets]."""
 
     def __init__(
         self, segment: MixtureChange, *, sizes: np.ndarray, seed: int, workers: int
     ) -> None:
+        """Lays out the pattern.
+
+        Args:
+          segment: Weights, batch size and width.
+          sizes: int64 [datasets], samples of each.
+          seed: Of the run.
+          workers: Canonical workers.
+        """
         batch = self.global_batch_size = segment.global_batch_size
-        batches = max(_MIN_WORD_BATCHES, -(-_MIN_WORD_SLOTS // batch))
+        batches = max(_MIN_PATTERN_BATCHES, -(-_MIN_PATTERN_SLOTS // batch))
         batches = min(batches, MOST_SLOTS // batch - workers + 1)
         require(batches > 0, "mixture_batch", global_batch_size=batch)
         batches = -(-batches // workers) * workers
         self.num_slots = batches * batch
         self.quotas = share_out(segment.weights, self.num_slots)
-        key = keyed(seed, _KEY_WORD, segment.step)
+        """int64 [datasets], m_d."""
+        key = keyed(seed, _KEY_PATTERN, segment.step)
         self.dataset = spread(self.quotas, batch=batch, key=key)
         x = np.arange(self.num_slots)
         worker = (x // batch + segment.step) % workers
         lane = x % batch // (batch // segment.canonical_ranks) * workers + worker
         num_lanes = segment.canonical_ranks * workers
+        self.laned: np.ndarray = sizes >= MIN_LANE_LENGTH * num_lanes
+        """bool [datasets], those that have lanes; the others are shuffled as a whole."""
+        lane = np.where(self.laned[self.dataset], lane, 0)
 
         # Slots by dataset, by lane, by place; sixteen bits are sorted by radix, the fastest way.
         short = self.dataset.astype(np.uint16)
@@ -48,49 +62,36 @@ class InterleavePattern:
         by_cell = by_lane[np.argsort(short[by_lane], kind="stable")]
         name = (self.dataset * np.int64(num_lanes) + lane)[by_cell]
         start = np.flatnonzero(np.diff(name, prepend=-1))
-        group = np.repeat(np.arange(len(start)), np.diff(start, append=self.num_slots))
-        first = np.cumsum(self.quotas) - self.quotas
-
-        self.cell_dataset = name[start] // num_lanes
-        self.cell_before = start - first[self.cell_dataset]
-        """Slots of the dataset in lanes before: how much of its line these own."""
         self.cell_quota = np.diff(start, append=self.num_slots)
-        shortest = np.full(len(sizes), np.iinfo(np.int64).max)
-        every_cell = np.arange(len(start))
-        np.minimum.at(shortest, self.cell_dataset, self.slices(every_cell, sizes)[1])
-        # A lane that visits a rare dataset far less than others do would own no sample of it.
-        self.laned: np.ndarray = (sizes >= MIN_LANE_LENGTH * num_lanes) & (shortest >= 1)
-
-        # A dataset without lanes keeps its first cell, for all its slots.
-        kept = self.laned[self.cell_dataset] | (self.cell_before == 0)
-        self.cell, self.cell_rank = (np.empty(self.num_slots, np.int32) for _ in range(2))
-        self.cell[by_cell] = (np.cumsum(kept) - 1)[group]
+        """int64 [cells], slots of each in the pattern."""
+        cells_of = np.bincount(name[start] // num_lanes, minlength=len(sizes))
+        self.first_cell = np.concatenate([np.zeros(1, np.int64), np.cumsum(cells_of)])
+        """int64 [datasets + 1]: dataset d has the cells first_cell[d] to first_cell[d + 1] - 1."""
+        self.cell, self.cell_rank, self.rank = (np.empty(self.num_slots, np.int32) for _ in "123")
+        group = np.repeat(np.arange(len(start)), self.cell_quota)
+        self.cell[by_cell] = group
         self.cell_rank[by_cell] = x - start[group]
-        by_dataset = np.argsort(short, kind="stable")
-        whole = by_dataset[~self.laned[short[by_dataset]]]
-        self.cell_rank[whole] = (x - np.repeat(first, self.quotas))[~self.laned[short[by_dataset]]]
-        self.cell_dataset, self.cell_before = self.cell_dataset[kept], self.cell_before[kept]
-        self.cell_quota = np.where(
-            self.laned[self.cell_dataset], self.cell_quota[kept], self.quotas[self.cell_dataset]
-        )
-
-    def slices(self, cell: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds (start, length) of what cells own of lines of int64 [datasets] places."""
-        dataset = self.cell_dataset[cell]
-        size, quota, before = places[dataset], self.quotas[dataset], self.cell_before[cell]
-        start: np.ndarray = before * size // quota
-        return start, (before + self.cell_quota[cell]) * size // quota - start
-
-    def taken(self, slots: int) -> np.ndarray:
-        """Counts what the cells took of the first `slots`: int64 [cells]."""
-        words, rest = divmod(slots, self.num_slots)
-        part = np.bincount(self.cell[:rest], minlength=len(self.cell_quota))
-        taken: np.ndarray = words * self.cell_quota + part
-        return taken
+        self._by_dataset = np.argsort(short, kind="stable").astype(np.int32)
+        self._first = np.cumsum(self.quotas) - self.quotas
+        self.rank[self._by_dataset] = x - np.repeat(self._first, self.quotas)
 
     def counts(self, slots: int) -> np.ndarray:
         """Counts the datasets' slots among the first `slots`: int64 [datasets]."""
-        words, rest = divmod(slots, self.num_slots)
+        repeats, rest = divmod(slots, self.num_slots)
         part = np.bincount(self.dataset[:rest], minlength=len(self.quotas))
-        total: np.ndarray = words * self.quotas + part
+        total: np.ndarray = repeats * self.quotas + part
         return total
+
+    def cell_counts(self, dataset: int, count: int) -> np.ndarray:
+        """Counts the slots of a dataset's cells among its first `count`: int64 [its cells]."""
+        repeats, rest = divmod(count, int(self.quotas[dataset]))
+        start, stop = self.first_cell[dataset], self.first_cell[dataset + 1]
+        first = self._first[dataset]
+        cells = self.cell[self._by_dataset[first : first + rest]] - start
+        counts: np.ndarray = repeats * self.cell_quota[start:stop]
+        return counts + np.bincount(cells, minlength=stop - start)
+
+    def slot_of(self, dataset: int, count: int) -> int:
+        """Finds the slot of a dataset after `count` of its own, from the segment's start."""
+        repeats, rest = divmod(count, int(self.quotas[dataset]))
+        return repeats * self.num_slots + int(self._by_dataset[self._first[dataset] + rest])

@@ -79,7 +79,7 @@ def require_slots(
     """
     if steps.size and (steps.min() < since or positions.min() < 0 or (positions >= batches).any()):
         raise ConfigError(
-            "order_slot",
+            "order_slot.outside",
             since=since,
             min_step=int(steps.min()),
             positions=f"{int(positions.min())} to {int(positions.max())}",

@@ -36,7 +36,7 @@ def one_torch_thread():
 def short_word():
     """A mixture's word of 3,072 slots: built in 2 ms instead of 100, for hundreds of loaders."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)
+        patch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
         yield
 
 

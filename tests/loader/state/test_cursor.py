@@ -40,7 +40,7 @@ def urls(tiny_sample, write_dataset, tmp_path_factory):
 @pytest.fixture(params=["dataset", "mixture"])
 def dataset(request, urls, monkeypatch):
     """Makes a new object for the same run each time."""
-    monkeypatch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
 
     def make():
         if request.param == "dataset":
@@ -191,7 +191,7 @@ def test_state_of_another_view_order_or_batch_is_refused(urls):
 
 
 def test_state_of_a_mixture_of_other_weights_is_refused(urls, monkeypatch):
-    monkeypatch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
 
     def make(weights):
         parts = [StreamingDataset(url) for url in urls]

@@ -203,7 +203,7 @@ def test_width_of_packs_and_of_an_evaluation_stays(write):
 def test_mixture_of_another_width_finishes_the_epochs_of_its_datasets(
     start, write, samples, tiny_sample, monkeypatch
 ):
-    monkeypatch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
     more = [tiny_sample(100 + i, num_images=0) for i in range(45)]
     urls = [write("first", name="first"), write("second", more, name="second")]
 
@@ -415,7 +415,7 @@ def test_view_whose_lengths_decide_which_samples_come_cannot_differ(settings, wr
 
 
 def test_views_of_a_mixture_are_told_apart_by_dataset(write, samples, monkeypatch):
-    monkeypatch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
     urls = [write(name, name=name) for name in ("first", "second")]
 
     def mixture(weight):
