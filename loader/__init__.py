@@ -12,6 +12,7 @@ from loader.dataloader import StreamLoader, make_dataloader, view_collator
 from loader.delivery import Stats
 from loader.device import DevicePrefetcher
 from loader.mixture_stream import IterableDatasetMixture
+from loader.order import Order, OrderConfig, SampleRef, plan_order
 from loader.raw import RawDataset, RawSample
 from loader.reading import Network
 from loader.stream import StreamingDataset
@@ -25,14 +26,18 @@ __all__ = [
     "MMCollator",
     "MolmoPreprocessor",
     "Network",
+    "Order",
+    "OrderConfig",
     "RawDataset",
     "RawSample",
     "RetryPolicy",
+    "SampleRef",
     "Stats",
     "StreamLoader",
     "StreamingDataset",
     "View",
     "assemble",
     "make_dataloader",
+    "plan_order",
     "view_collator",
 ]

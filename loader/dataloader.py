@@ -56,6 +56,7 @@ from loader.raw import RawBuilder, RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
 from loader.state import STATE_VERSION, Allowed, require_state
 from loader.stream import PreparedBuilder, Stream, StreamingDataset
+from loader.topology import Topology
 from shardspec.errors import ConfigError, StateError
 
 _FREE = ("version", "step", "streams", "bad")
@@ -453,6 +454,22 @@ class StreamLoader:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
 
+    def places(self, step: int) -> list[Row]:
+        """Lists which samples are in a step, before or after it ran.
+
+        Args:
+          step: Any step of the run, from 0 on; after a change that is over, from its step on.
+
+        Returns:
+          The rows of the global batch, over all ranks in order: rank r of W has the r-th of W equal
+          parts. A row is one `SampleRef` (dataset, epoch, sample, real), or those of a pack. The
+          number of a sample is its place in the dataset's shards, counted through.
+
+        Raises:
+          ConfigError: `order_slot`, a step that the order no longer describes.
+        """
+        return self._schedule.rows(step, Topology())
+
     def state_dict(self) -> dict[str, Any]:
         """Describes how far the run is.
 
@@ -486,7 +503,9 @@ class StreamLoader:
         """Restores a saved state, whatever the number of ranks, threads and workers now.
 
         Changes that the state's run made (`change`) are taken over where this loader has made
-        none itself.
+        none itself. After a change of the batch size, make the loader with the batch size that the
+        run began with, or with the one that it had when the state was saved: the latter on any
+        number of ranks that divides it.
 
         Args:
           state: A `state_dict` of any rank.
@@ -511,7 +530,9 @@ class StreamLoader:
         own = {name: own[name] for name in own if name not in _FREE}
         saved_order, saved_packing = state.get("order"), state.get("packing")
         if isinstance(saved_order, Mapping):
-            own["order"] = {**own["order"], **_inherited_changes(saved_order, own["order"])}
+            automatic = self._stream.plan.canonical_ranks is None
+            own["order"] |= _adopted_batch(saved_order, own["order"], state, automatic=automatic)
+            own["order"] |= _inherited_changes(saved_order, own["order"])
         if isinstance(saved_packing, Mapping) and own["packing"]:
             sizes = saved_packing.get("sizes", [])
             if sizes[:1] == own["packing"]["sizes"]:
@@ -633,6 +654,30 @@ class _Tasks:
     def delivered(self) -> list[list[int]]:
         """Gives where the packs' streams are after the next batch that is delivered."""
         return self._streams_after.popleft()
+
+
+def _adopted_batch(
+    saved: Mapping[str, Any], own: Mapping[str, Any], state: Mapping[str, Any], *, automatic: bool
+) -> dict[str, Any]:
+    """Lists what a loader takes over of a state's order whose batch size is the loader's by now.
+
+    Args:
+      saved, own: The orders, as `to_dict` gives them.
+      state: The state, which names its step.
+      automatic: The canonical ranks are chosen, not given: the state's are as good.
+    """
+    if own.get("ramp") or own.get("changes") or saved.get("version") != own["version"]:
+        return {}
+    changes = saved.get("ramp") or saved.get("changes") or []
+    if not changes and not saved.get("base"):
+        return {}
+    base = saved.get("base") or {"segment": saved}
+    sizes = [base["segment"]["global_batch_size"]]
+    sizes += [c["global_batch_size"] for c in changes if c["step"] <= state.get("step", 0)]
+    if sizes[-1] != own["global_batch_size"]:
+        return {}
+    names = ("global_batch_size", *(_WIDTH if automatic else ()))
+    return {name: saved[name] for name in names if name in saved}
 
 
 def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from torch.utils.data import IterableDataset
 
 from loader.assembly import TokenIds, View
 from loader.order import (
+    Locality,
     MixtureGroup,
     MixtureOrder,
     MixtureSource,
     Stop,
     Weighting,
     plan_mixture,
+    require_stop,
 )
 from loader.raw import RawDataset
 from loader.reading import ShardReader
@@ -49,6 +51,7 @@ class MixturePlan:
     unit: Unit
     stop: Stop | int
     canonical_ranks: int | None
+    locality: Locality
 
     def order(self, *, global_batch_size: int) -> MixtureOrder:
         """Plans the order of a run with a batch size."""
@@ -58,6 +61,7 @@ class MixturePlan:
             seed=self.seed,
             unit=self.unit,
             canonical_ranks=self.canonical_ranks,
+            locality=self.locality,
         )
         return MixtureOrder(config, stop=self.stop)
 
@@ -76,6 +80,7 @@ class IterableDatasetMixture(IterableDataset[Any]):
         stop: Stop | int = "first_exhausted",
         batch_size: int | None = None,
         canonical_ranks: int | None = None,
+        locality: Locality = "any",
     ) -> None:
         """Joins datasets; opens no shard yet.
 
@@ -94,13 +99,13 @@ class IterableDatasetMixture(IterableDataset[Any]):
           stop: Where a pass ends: when the first, or the last ("all_exhausted"), dataset has been
             seen once, or after a number of steps. The next pass continues from there.
           batch_size: Samples per batch of this rank, the same as the DataLoader's.
-          canonical_ranks: See `StreamingDataset`.
+          canonical_ranks, locality: See `StreamingDataset`.
 
         Raises:
           ConfigError: `mixture_view`, `mixture_tokenizer` (naming the differences),
             `mixture_topology`, `mixture_tail`; `mixture_dataset`, one of them is something else;
             `mixture_kinds`, some are raw and some prepared; `mixture_empty`, `mixture_twice`,
-            `mixture_weights`, `mixture_mean_tokens`, as `mixture_weights`.
+            `mixture_weights`, `mixture_mean_tokens`, `mixture_unit`, `mixture_stop`.
         """
         super().__init__()
         for number, dataset in enumerate(datasets):
@@ -113,10 +118,16 @@ class IterableDatasetMixture(IterableDataset[Any]):
             by=by,
         )
         plan = MixturePlan(
-            group=group, seed=seed, unit=unit, stop=stop, canonical_ranks=canonical_ranks
+            group=group,
+            seed=seed,
+            unit=unit,
+            stop=stop,
+            canonical_ranks=canonical_ranks,
+            locality=locality,
         )
         # Refuses what cannot be mixed now, not at the first batch.
         plan_mixture(group, global_batch_size=1, seed=seed, unit=unit)
+        require_stop(stop)
         flat = [member for dataset in datasets for member in _members(dataset)]
         parts = [part for dataset in flat for part in dataset._stream.parts]
         _share_readers([part.data.reader for part in parts])
@@ -241,7 +252,7 @@ def _in_mixture(
     stream: Stream[Any] = dataset._stream
     (part,), plan = stream.parts, stream.plan
     assert isinstance(plan, DatasetPlan)
-    plan = replace(plan, seed=dataset_seed(seed, part.data.manifest.dataset))
+    plan = replace(plan, seed=dataset_seed(seed, part.data.manifest.dataset, part.data.name))
     part = replace(part, builder=part.builder.in_mixture(seed=seed))
     return dataset._over(Stream([part], plan, seed=seed, batch_size=stream.batch_size, named=False))
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from loader.order import SampleRef, Tail
+from loader.order import Locality, SampleRef, Tail
 from loader.reading import Check, Network
 from loader.stream import CACHE_BYTES, DatasetPlan, OpenSplit, Stream, StreamPart, open_split
 from loader.topology import find_topology
@@ -48,13 +48,13 @@ class RawBuilder:
         """Joins a split and the user's function."""
         self.data = data
         self._decode = decode
-        self._base_seed = dataset_seed(seed, data.manifest.dataset)
+        self._base_seed = dataset_seed(seed, data.manifest.dataset, data.name)
         self._rng = SampleRng()
 
     def in_mixture(self, *, seed: int) -> RawBuilder:
         """Makes the builder of the same dataset in a mixture, whose seed is that of the run."""
         other = copy.copy(self)
-        other._base_seed = dataset_seed(seed, self.data.manifest.dataset)
+        other._base_seed = dataset_seed(seed, self.data.manifest.dataset, self.data.name)
         return other
 
     def with_sequence_length(self, sequence_length: int | None) -> RawBuilder:  # noqa: ARG002
@@ -109,6 +109,9 @@ class RawDataset(IterableDataset[Any]):
         cache_bytes: int = CACHE_BYTES,
         network: Network | None = None,
         canonical_ranks: int | None = None,
+        active_blocks: int | None = None,
+        block_size: int | None = None,
+        locality: Locality = "any",
         max_samples: int | None = None,
     ) -> None:
         """Reads the manifest; opens no tar yet.
@@ -118,8 +121,8 @@ class RawDataset(IterableDataset[Any]):
           decode: Makes an example of a sample. It may be called from several threads at a time; in
             worker processes it must be picklable.
           split, seed, batch_size, shuffle, tail, rank, world_size, check, cache, cache_bytes,
-            network, canonical_ranks, max_samples: As in `StreamingDataset`; with tail "pad",
-            samples that fill the last batch are repeats.
+            network, canonical_ranks, active_blocks, block_size, locality, max_samples: As in
+            `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats.
 
         Raises:
           ManifestError: There is no readable manifest.
@@ -146,10 +149,13 @@ class RawDataset(IterableDataset[Any]):
         )
         plan = DatasetPlan(
             num_samples=data.num_samples,
-            seed=dataset_seed(seed, data.manifest.dataset),
+            seed=dataset_seed(seed, data.manifest.dataset, data.name),
             tail=tail,
             shuffle=shuffle,
             canonical_ranks=canonical_ranks,
+            active_blocks=active_blocks,
+            block_size=block_size,
+            locality=locality,
         )
         self._use(Stream([part], plan, seed=seed, batch_size=batch_size, named=False))
 

@@ -46,13 +46,16 @@ def sample_seed(base_seed: int, *, idx: int, length: int, epoch: int) -> int:
     return (base_seed * SEED_FACTOR + idx + length * epoch) % SEED_MODULUS
 
 
-def dataset_seed(run_seed: int, name: str) -> int:
-    """Derives a dataset's base seed in [0, 2**32) so that no two datasets share a stream.
+def dataset_seed(run_seed: int, name: str, split: str = "train") -> int:
+    """Derives the base seed of a dataset's split, in [0, 2**32): no two have the same one, but for
+    chance (1 in 2**32).
 
     >>> dataset_seed(42, "pixmo_cap") == dataset_seed(42, "vqa2")
     False
+    >>> dataset_seed(42, "pixmo_cap") == dataset_seed(42, "pixmo_cap", "validation")
+    False
     """
-    return hash_text(f"{run_seed}\0{name}") >> 32
+    return hash_text(f"{run_seed}\0{name}\0{split}") >> 32
 
 
 class SampleRng:

@@ -116,7 +116,7 @@ def plan_cluster(
         config = plan_order(
             entry.num_samples,
             global_batch_size=global_batch_size,
-            seed=dataset_seed(seed, manifest.dataset),
+            seed=dataset_seed(seed, manifest.dataset, split),
             tail=tail,
             canonical_ranks=canonical_ranks,
         )

@@ -5,8 +5,8 @@ which rows a rank's batch has. Never reads a file, a clock or the environment, a
 sample's content.
 """
 
-from loader.order.config import OrderConfig, Tail, plan_order
-from loader.order.mixture import MixtureOrder, Stop
+from loader.order.config import Locality, OrderConfig, Tail, plan_order
+from loader.order.mixture import MixtureOrder, Stop, require_stop
 from loader.order.mixture_config import MixtureConfig, plan_mixture
 from loader.order.order import Order
 from loader.order.packing import PackConfig
@@ -24,6 +24,7 @@ from loader.order.weights import MixtureGroup, MixtureSource, Weighting
 
 __all__ = [
     "BucketSchedule",
+    "Locality",
     "MixtureConfig",
     "MixtureGroup",
     "MixtureOrder",
@@ -46,4 +47,5 @@ __all__ = [
     "plan_order",
     "plan_packing",
     "rank_positions",
+    "require_stop",
 ]

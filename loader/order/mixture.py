@@ -46,6 +46,17 @@ Stop = Literal["first_exhausted", "all_exhausted"]
 _KEY_REST = 19
 
 
+def require_stop(stop: Stop | int) -> None:
+    """Refuses where a pass cannot end.
+
+    Raises:
+      ConfigError: `mixture_stop`.
+    """
+    steps = isinstance(stop, int) and not isinstance(stop, bool) and stop >= 1
+    if not steps and stop not in get_args(Stop):
+        raise ConfigError("mixture_stop", got=repr(stop))
+
+
 class MixtureOrder:
     """The order of a mixture; immutable, with tables of M numbers per segment and none of N."""
 
@@ -61,9 +72,7 @@ class MixtureOrder:
           ConfigError: `mixture_stop`; `mixture_weights`, more datasets than a pattern can hold;
             `mixture_batch`, a global batch of which it cannot hold one per canonical worker.
         """
-        whole = isinstance(stop, int) and not isinstance(stop, bool) and stop >= 1
-        if not whole and stop not in get_args(Stop):
-            raise ConfigError("mixture_stop", got=repr(stop))
+        require_stop(stop)
         self.config = config
         self.stop: Stop | int = stop
         self._pass_steps: int | None = None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from loader.order.config import Locality, default_canonical_ranks
-from loader.order.weights import MixtureGroup, MixtureSource, mixture_weights, require
+from loader.order.weights import (
+    MixtureGroup,
+    MixtureSource,
+    is_weight,
+    mixture_weights,
+    require,
+)
 from shardspec.errors import StateError
 
 MIXTURE_VERSION = 3
@@ -118,7 +123,7 @@ class MixtureConfig:
             ranks = segment.canonical_ranks
             require(
                 len(weights) == len(self.members)
-                and all(math.isfinite(w) and w >= 0 for w in weights)
+                and all(map(is_weight, weights))
                 and sum(weights) > 0,
                 "mixture_weights.values",
                 weights=list(weights),

@@ -88,8 +88,9 @@ def require_slots(
 
 
 def require_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError("order_count", where=name, name=name, got=value)
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise ConfigError("order_count", where=name, name=name, got=repr(value))
 
 
 def require_multiple(global_batch_size: int, divisor: int, *, of: str) -> None:

@@ -6,7 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from shardspec.errors import ConfigError
+
+_MOST_WEIGHT = 1e15
+"""Larger weights would leave others no place in 64-bit arithmetic."""
 
 Weighting = Literal["rate", "root_size", "size"]
 
@@ -67,6 +72,7 @@ def mixture_weights(
     names = [source.name for source, _ in flat]
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, "mixture_twice", names=twice)
+    require(unit in ("samples", "tokens"), "mixture_unit", got=repr(unit))
     if unit == "samples":
         return flat
     shares = []
@@ -86,8 +92,7 @@ def _flatten(group: MixtureGroup, weight: float) -> list[tuple[MixtureSource, fl
     require(group.by in powers, "mixture_weights.by", by=group.by)
     raw = []
     for source in group.sources:
-        ok = math.isfinite(source.rate) and source.rate >= 0
-        require(ok, "mixture_weights.rate", rate=source.rate)
+        require(is_weight(source.rate), "mixture_weights.rate", rate=repr(source.rate))
         raw.append(source.rate * _size(source) ** powers[group.by])
     total = math.fsum(raw)
     require(total > 0, "mixture_weights.zero")
@@ -99,6 +104,13 @@ def _flatten(group: MixtureGroup, weight: float) -> list[tuple[MixtureSource, fl
         else:
             flat.append((source, part))
     return flat
+
+
+def is_weight(value: object) -> bool:
+    """Returns True for a plain number that may be a weight: 0 to 1e15, no bool, no array."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(0 <= value <= _MOST_WEIGHT)
 
 
 def _size(source: MixtureSource | MixtureGroup) -> int:

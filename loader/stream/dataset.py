@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from loader.assembly import View
-from loader.order import SampleRef, Tail
+from loader.order import Locality, SampleRef, Tail
 from loader.reading import Check, Network
 from loader.state import Allowed
 from loader.stream.prepared import OnBad, PreparedBuilder
@@ -62,6 +62,9 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         network: Network | None = None,
         tokenizer: TrainingTokenizer | None = None,
         canonical_ranks: int | None = None,
+        active_blocks: int | None = None,
+        block_size: int | None = None,
+        locality: Locality = "any",
         max_samples: int | None = None,
     ) -> None:
         """Reads the manifest; opens no shard yet.
@@ -69,7 +72,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         Args:
           url: Folder of the dataset, or its URL in an object store (s3://, gs://, ...).
           split: Split to stream.
-          seed: Of the order and of every draw; with the dataset's name it makes the base seed.
+          seed: Of the order and of every draw; with the names of dataset and split it makes the
+            base seed.
           batch_size: Samples per batch of this rank, the same as the DataLoader's. Needed with
             more than one worker; without it batches have one sample as far as the order goes.
           view: What to see of the samples; None takes the view that the shards were made for.
@@ -94,6 +98,10 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           tokenizer: The run's Hugging Face tokenizer, to be compared with the shards'.
           canonical_ranks: See `plan_order`; set it where the default does not suit the numbers of
             ranks that the run may have. It cannot change during a run.
+          active_blocks, block_size: See `plan_order`; block_size 1 is a global shuffle, for data
+            that is read sample by sample.
+          locality: "node" lets a node read the same samples in every epoch, so that a `cache` with
+            room for its share fetches each once; see `OrderConfig`.
           max_samples: Use only this many samples, the first ones: continues a run whose dataset has
             grown since.
 
@@ -128,10 +136,13 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         part = StreamPart(data=data, builder=builder, topology=topology, tail=tail, shuffle=shuffle)
         plan = DatasetPlan(
             num_samples=data.num_samples,
-            seed=dataset_seed(seed, data.manifest.dataset),
+            seed=dataset_seed(seed, data.manifest.dataset, data.name),
             tail=tail,
             shuffle=shuffle,
             canonical_ranks=canonical_ranks,
+            active_blocks=active_blocks,
+            block_size=block_size,
+            locality=locality,
         )
         self._use(Stream([part], plan, seed=seed, batch_size=batch_size, named=False))
 

@@ -69,7 +69,7 @@ class PreparedBuilder:
         """Samples substituted in this process; shared between copies."""
         self._dataset: str | None = None
         """Name of the dataset that examples tell; None outside mixtures."""
-        self._base_seed = dataset_seed(seed, data.manifest.dataset)
+        self._base_seed = dataset_seed(seed, data.manifest.dataset, data.name)
         self._planner = Planner(view, self.ids)
         self._rng = SampleRng()
         self._scratch = Scratch()
@@ -78,7 +78,7 @@ class PreparedBuilder:
         """Makes the builder of the same dataset in a mixture, whose seed is that of the run."""
         other = copy.copy(self)
         other._dataset = self.data.manifest.dataset
-        other._base_seed = dataset_seed(seed, other._dataset)
+        other._base_seed = dataset_seed(seed, other._dataset, self.data.name)
         return other
 
     def with_sequence_length(self, sequence_length: int | None) -> PreparedBuilder:

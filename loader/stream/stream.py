@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 from loader.order import (
+    Locality,
     MixtureOrder,
     Order,
     Row,
@@ -60,6 +61,10 @@ class ExampleBuilder(Protocol):
 class OrderPlan(Protocol):
     """How the order of a stream is planned."""
 
+    @property
+    def canonical_ranks(self) -> int | None:
+        """The width that was asked for; None where it is chosen by the batch."""
+
     def order(self, *, global_batch_size: int) -> Order | MixtureOrder:
         """Plans the order of a run with a batch size."""
 
@@ -73,6 +78,9 @@ class DatasetPlan:
     tail: Tail
     shuffle: bool
     canonical_ranks: int | None
+    active_blocks: int | None
+    block_size: int | None
+    locality: Locality
 
     def order(self, *, global_batch_size: int) -> Order:
         """Plans the order of a run with a batch size."""
@@ -84,6 +92,9 @@ class DatasetPlan:
                 tail=self.tail,
                 shuffle=self.shuffle,
                 canonical_ranks=self.canonical_ranks,
+                active_blocks=self.active_blocks,
+                block_size=self.block_size,
+                locality=self.locality,
             )
         )
 

@@ -44,7 +44,7 @@ def test_keyed_values_never_change():
     assert keyed(1, 2, 3) == 0x3F53A1FE784BBF
     assert keyed(42, 2**64 - 1) == 0xF23B76FAA60BEF55
     assert hash_text("pixmo_cap/0") == 0x6C9FDA3D81C82E9A
-    assert dataset_seed(42, "pixmo_cap") == 2448139229
+    assert dataset_seed(42, "pixmo_cap") == 2140996424
 
 
 def test_hash_text_is_eight_bytes_of_blake2b_in_network_order():

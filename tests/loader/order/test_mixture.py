@@ -157,9 +157,9 @@ def test_samples_are_those_of_mixture_version_3():
     assert slots.dataset.tolist() == [[4, 3, 4, 3], [3, 4, 4, 3], [4, 2, 1, 4]]
     assert slots.epoch.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [4, 22, 40, 4]]
     assert slots.sample.tolist() == [
-        [45938, 1935, 17595, 16395],
-        [1157, 53545, 26375, 15235],
-        [8092, 2180, 263, 16163],
+        [28284, 5615, 33471, 19261],
+        [940, 33657, 33903, 4215],
+        [51250, 2798, 221, 49114],
     ]
 
 
@@ -448,6 +448,8 @@ def test_settings_that_cannot_be_honoured_are_refused(changes, reason):
         (MixtureGroup(sources=()), "samples", "mixture_empty"),
         (MixtureGroup(sources=(*sources((5,)), *sources((5,)))), "samples", "mixture_twice"),
         (MixtureGroup(sources=sources((5,))), "tokens", "mixture_mean_tokens"),
+        (MixtureGroup(sources=sources((5,))), "token", "mixture_unit"),
+        (MixtureGroup(sources=sources((5,))), None, "mixture_unit"),
         (MixtureGroup(sources=sources((5,)), by="cube"), "samples", "mixture_weights"),
         (
             MixtureGroup(sources=(MixtureSource(name="a", num_samples=5, rate=0.0),)),
@@ -460,6 +462,19 @@ def test_groups_that_give_no_weights_are_refused(group, unit, reason):
     with pytest.raises(ConfigError) as caught:
         mixture_weights(group, unit=unit)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "rate", ["1", None, {}, [1.0], True, float("inf"), float("nan"), 1e308, -1, np.ones(2), 1j]
+)
+def test_a_weight_that_is_no_plain_number_is_refused(rate):
+    group = MixtureGroup(sources=(MixtureSource(name="a", num_samples=5, rate=rate),))
+    with pytest.raises(ConfigError) as caught:
+        mixture_weights(group)
+    assert caught.value.reason == "mixture_weights"
+    with pytest.raises(ConfigError) as caught:
+        mixed((10, 20)).changed(step=4, global_batch_size=64, weights=[1.0, rate])
+    assert caught.value.reason == "mixture_weights"
 
 
 def test_batch_that_no_pattern_holds_is_refused():

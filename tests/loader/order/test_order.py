@@ -458,6 +458,9 @@ def test_indivisible_batch_is_refused_with_the_nearest_valid_ones():
     ("changes", "reason"),
     [
         ({"num_samples": 0}, "order_count"),
+        ({"num_samples": 2.0}, "order_count"),
+        ({"global_batch_size": "8"}, "order_count"),
+        ({"global_batch_size": True}, "order_count"),
         ({"global_batch_size": 0}, "order_count"),
         ({"block_size": 0}, "order_count"),
         ({"seed": -1}, "order_seed"),

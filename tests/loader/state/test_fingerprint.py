@@ -11,6 +11,7 @@ from loader.mixture_stream import IterableDatasetMixture
 from loader.state.fingerprint import keys_fingerprint, view_differences, view_fingerprint
 from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import ConfigError, ShardError, StateError
+from shardspec.keyed import dataset_seed
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
 
@@ -443,3 +444,106 @@ def test_only_what_may_differ_can_be_allowed(write):
         loader.load_state_dict(loader.state_dict(), allow=("views",))
     assert caught.value.reason == "state_allow"
     assert "view" in caught.value.fix
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_after_a_ramp_the_state_fits_every_number_of_ranks_of_its_batch_then(write, world_size):
+    """The run began with batches of 2: eight ranks could not share one."""
+    url = write("set")
+    loader = make(url, batch=2)
+    keys(loader, 3)
+    loader.change(global_batch_size=8)
+    keys(loader, 1)
+    state = json.loads(json.dumps(loader.state_dict()))
+    want = keys(loader, 5)
+    parts = []
+    for rank in range(world_size):
+        resumed = make(url, batch=8, rank=rank, world_size=world_size)
+        resumed.load_state_dict(state)
+        parts.append(keys(resumed, 5))
+        assert resumed.state_dict()["order"] == loader.state_dict()["order"]
+    assert [sum(batch, []) for batch in zip(*parts, strict=True)] == want
+    first = make(url, batch=2)
+    first.load_state_dict(state)
+    assert keys(first, 5) == want
+    with pytest.raises(StateError) as caught:
+        make(url, batch=4).load_state_dict(state)
+    assert caught.value.reason == "state_mismatch"
+    assert "global_batch_size" in caught.value.facts["differences"]
+
+
+def test_a_width_that_was_asked_for_is_not_given_up_for_the_states(write):
+    url = write("set")
+    loader = make(url, batch=2, canonical_ranks=1)
+    loader.change(global_batch_size=8)
+    keys(loader, 2)
+    with pytest.raises(StateError):
+        make(url, batch=8, canonical_ranks=4).load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6, 24])
+def test_places_name_the_samples_of_a_step_before_and_after_it_ran(write, batch):
+    url = write("set")
+    loader = make(url, batch=batch)
+    reader = loader.dataset.reader
+    told = [loader.places(step) for step in range(9)]
+    shown = keys(loader, 9)
+    assert [[reader.name(ref.sample)[1] for (ref,) in rows] for rows in told] == shown
+    assert [loader.places(step) for step in range(9)] == told
+    ranks = [make(url, batch=batch, rank=rank, world_size=batch) for rank in range(batch)]
+    assert all(rank.places(5) == told[5] for rank in ranks)
+
+
+def test_splits_of_one_dataset_share_no_draws():
+    seeds = {dataset_seed(1, "pixmo_cap", split) for split in ("train", "validation", "test")}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize("passes", [(0, 1, 9), (89,)])
+@pytest.mark.parametrize("world_size", [1, 3, 12])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"canonical_ranks": 1},
+        {"shuffle": False},
+        {"tail": "pad"},
+        {"tail": "drop_last"},
+        {"block_size": 1, "active_blocks": NUM},
+        {"locality": "node", "canonical_ranks": 1},
+    ],
+    ids=lambda options: ",".join(options) or "default",
+)
+def test_a_pass_shows_every_sample_once_but_for_the_border_batch(
+    write, options, world_size, passes
+):
+    url = write("set")
+    batch = 12
+    loaders = [
+        make(url, batch=batch, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
+    tail = options.get("tail", "wrap")
+    for number in passes:
+        rows = []
+        for loader in loaders:
+            begin = loader._schedule.epoch_start(number)
+            loader.step = begin
+            rows.append([keys_of(batch) for batch in loader])
+            assert loader.step == loader._schedule.epoch_start(number + 1)
+        shown = [sum(parts, []) for parts in zip(*rows, strict=True)]
+        border = 1 if tail == "wrap" and number * NUM % batch else 0
+        flat = sum(shown, [])
+        if tail == "wrap":
+            # The slots of the epoch, from the last batch of the pass before to this one's.
+            start = begin * batch - number * NUM
+            assert len(set(flat[: NUM - start])) == NUM - start
+            assert len(flat) - (NUM - start) < batch
+            assert start < batch * border + 1
+        else:
+            assert len(set(flat)) == NUM if tail == "pad" else len(flat) == len(set(flat))
+            assert NUM - len(set(flat)) < batch
+
+
+def keys_of(batch):
+    return [entry["key"] for entry in batch["metadata"]]
