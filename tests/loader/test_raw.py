@@ -30,7 +30,7 @@ pytestmark = [
 def short_word():
     """A mixture's pattern of 64 batches: built in 2 ms instead of 100."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loader.order.pattern._MIN_WORD_SLOTS", 1)
+        patch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
         yield
 
 
