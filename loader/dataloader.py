@@ -433,11 +433,14 @@ class StreamLoader:
           weights: One for each dataset of the flat mixture; None: as they are.
 
         Raises:
-          ConfigError: `batch_not_divisible`; `change_weights`, there is no mixture, or it is
-            packed; as `Order.changed`, `MixtureOrder.changed`.
+          ConfigError: `batch_not_divisible`, `order_count`; `change_weights`, there is no mixture,
+            or it is packed; as `Order.changed`, `MixtureOrder.changed`.
         """
-        batch = global_batch_size or self._schedule.batch_at(self.step)[0]
+        batch = self._schedule.batch_at(self.step)[0]
+        if global_batch_size is not None:
+            batch = global_batch_size
         rank_positions(0, self._stream.topology.world_size, batch)
+        batch = int(batch)
         if weights is not None and (self._packs or not isinstance(self._order, MixtureOrder)):
             raise ConfigError("change_weights")
         self._turn += 1

@@ -154,6 +154,20 @@ def test_packs_and_buckets_are_not_asked_for_together(url):
     assert caught.value.reason == "packing_and_buckets"
 
 
+@pytest.mark.parametrize("kind", ["rows", "packs", "buckets"])
+@pytest.mark.parametrize(
+    "batch_size", [0, -4, 2.0, "8", True, [8], {}, 1e308, torch.tensor([8, 8])]
+)
+def test_change_to_a_batch_that_is_no_number_of_rows_is_refused(url, kind, batch_size):
+    options = {"packs": {"pack": True}, "buckets": {"bucket_steps": 2}}.get(kind, {})
+    loader = make(url, **options)
+    state = loader.state_dict()
+    with pytest.raises(ConfigError) as caught:
+        loader.change(global_batch_size=batch_size)
+    assert caught.value.reason == "order_count"
+    assert loader.state_dict() == state
+
+
 def test_view_without_lengths_in_the_indexes_cannot_be_packed(url):
     image = dataclasses.replace(stored_view(require_manifest(url)), column_tokens=False)
     dataset = StreamingDataset(url, view=View(image=image))
