@@ -11,6 +11,7 @@ recycled (`loader.buffers`).
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -48,7 +49,6 @@ from loader.order import (
     Row,
     Schedule,
     SlotSchedule,
-    epoch_of,
     plan_packing,
     rank_positions,
 )
@@ -58,11 +58,18 @@ from loader.state import STATE_VERSION, Allowed, require_state
 from loader.stream import PreparedBuilder, Stream, StreamingDataset
 from shardspec.errors import ConfigError, StateError
 
+logger = logging.getLogger(__name__)
+
 _FREE = ("version", "step", "streams", "bad")
 """Of a state: what may differ from this loader's."""
 
 _WIDTH = ("layout", "canonical_ranks", "active_blocks", "block_size")
 """The canonical ranks, and fields of an order that follow from them."""
+
+_PASSES = {
+    True: "one epoch: each sample once, but for the step that two epochs share",
+    False: "a number of steps: samples continue from one pass to the next",
+}
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -201,6 +208,8 @@ def make_dataloader(
                 patches_per_crop=view.image.num_patches,
                 balance=balance,
             )
+            if stream.topology.rank == 0:
+                logger.info("a pass over packs is %s", _PASSES[packs.pass_is_exact])
         packing = packs.config if packs else None
         batches = PreparedBatches(builders, collator, packing=packing)
     return StreamLoader(
@@ -295,8 +304,8 @@ class StreamLoader:
         # The hook, how often it is called, and the totals when it was; None: they are to be taken
         # after the batch that it held back.
         self._watcher: tuple[Callable[[int, Stats], None], int, Stats | None] | None = None
-        # Where the packs' streams were when the last delivered batch was planned, and the step
-        # that is planned next.
+        # What the packs need to resume after the last delivered batch (`PackSchedule.places`), and
+        # the step that is planned next.
         self._streams: list[list[int]] = []
         self._planned = 0
         # Counts what ends the passes that are under way: an iterator of another turn is stale.
@@ -305,7 +314,16 @@ class StreamLoader:
     @property
     def epoch(self) -> int:
         """The epoch that the next step belongs to."""
-        return epoch_of(self._schedule, self.step)
+        return self._schedule.epoch_at(self.step)
+
+    @property
+    def pass_is_exact(self) -> bool:
+        """True if a pass (one `for`) is one epoch: each sample once, as `tail` ends it.
+
+        False if it is a number of steps, and samples continue from one to the next: mixtures, and
+        packs of more than four million samples.
+        """
+        return self._schedule.pass_is_exact
 
     def __len__(self) -> int:
         """Counts the steps of the current epoch."""
@@ -459,8 +477,8 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """Describes how far the run is.
 
-        It is the same on every rank, so saving rank 0's is enough. (With packs that are not
-        balanced, `streams` differs; it saves time on resuming and is not needed.) Where samples
+        It is the same on every rank, so saving rank 0's is enough. (With packs whose passes are not
+        exact, `streams` may differ; it saves time on resuming and is not needed.) Where samples
         were substituted, `bad` names those of this rank: a replay substitutes them again, even if
         they can be read by then.
         """
@@ -478,6 +496,7 @@ class StreamLoader:
         if self._packs is not None:
             state["packing"] = {
                 **_limits(self._packs.config),
+                "exact": self._packs.pass_is_exact,
                 "sizes": [list(size) for size in self._packs.sizes],
             }
             state["streams"] = self._streams
@@ -605,11 +624,11 @@ class StreamLoader:
         rows = self._schedule.rows(step, self._stream.topology)
         self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
-        return rows, [] if self._packs is None else self._packs.places()
+        return rows, [] if self._packs is None else self._packs.places(step + 1)
 
 
 class _Tasks:
-    """The batches of some steps, and for each where the packs' streams are after it."""
+    """The batches of some steps, and for each what the packs need to resume after it."""
 
     def __init__(self, loader: StreamLoader, steps: range) -> None:
         self._loader, self._steps = loader, steps

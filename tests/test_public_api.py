@@ -138,7 +138,9 @@ MEMBERS = {
         *("samples_per_s", "since", "timings", "to_dict", "use_s", "verdict", "wait_s"),
         *("wait_share", "worker_kind", "workers"),
     ],
-    "StreamLoader": ["change", "epoch", "load_state_dict", "state_dict", "stats", "watch"],
+    "StreamLoader": [
+        *("change", "epoch", "load_state_dict", "pass_is_exact", "state_dict", "stats", "watch")
+    ],
     "StreamingDataset": [
         *("bad", "epoch", "example", "fingerprint", "load_state_dict", "set_epoch"),
         *("set_step", "state_dict"),

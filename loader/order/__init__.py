@@ -10,11 +10,10 @@ from loader.order.mixture import MixtureOrder, Stop
 from loader.order.mixture_config import MixtureConfig, plan_mixture
 from loader.order.order import Order
 from loader.order.packing import PackConfig
+from loader.order.rows import Row, SampleRef
 from loader.order.schedule import (
     BucketSchedule,
     PackSchedule,
-    Row,
-    SampleRef,
     Schedule,
     SlotSchedule,
     plan_packing,
