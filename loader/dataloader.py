@@ -49,6 +49,7 @@ from loader.order import (
     Row,
     Schedule,
     SlotSchedule,
+    bucket_group,
     plan_packing,
     rank_positions,
 )
@@ -132,7 +133,8 @@ def make_dataloader(
       balance: Exchange packs between the ranks of a step, so that all have equal work. Off, rows
         keep their slots for every number of ranks, and a rank plans its own packs only.
       bucket_steps: Deal the samples of this many steps to these steps by length, so that batches
-        pad less: the lighter alternative to packs. 0: do not.
+        pad less: the lighter alternative to packs. The order can change between such groups only.
+        0: do not.
       prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
         to be used again. One batch is always made, however large; where fewer fit than there are
         threads or workers, some of these have nothing to do.
@@ -452,7 +454,8 @@ class StreamLoader:
 
         Raises:
           ConfigError: `batch_not_divisible`, `order_count`; `change_weights`, there is no mixture,
-            or it is packed; as `Order.changed`, `MixtureOrder.changed`.
+            or it is packed; `bucket_group`, the step is inside a group of `bucket_steps`; as
+            `Order.changed`, `MixtureOrder.changed`.
         """
         batch = self._schedule.batch_at(self.step)[0]
         if global_batch_size is not None:
@@ -461,7 +464,7 @@ class StreamLoader:
         batch = int(batch)
         if weights is not None and (self._packs or not isinstance(self._order, MixtureOrder)):
             raise ConfigError("change_weights")
-        self._turn += 1
+        self._require_border(self._order, self.step)
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             self._packs.set_sizes([*before, (self.step, batch)])
@@ -473,6 +476,7 @@ class StreamLoader:
         else:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
+        self._turn += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Describes how far the run is.
@@ -527,7 +531,8 @@ class StreamLoader:
           StateError: `state_version`; `state_appended`, the dataset has grown since;
             `state_canonical_ranks`; `state_mismatch`, other samples would come; `state_view`, they
             would come in another view (both name every differing field).
-          ConfigError: `state_allow`; `order_before`, the orders have nothing in common.
+          ConfigError: `state_allow`; `order_before`, the orders have nothing in common;
+            `bucket_group`, another order inside a group of `bucket_steps`.
         """
         own = self.state_dict()
         own = {name: own[name] for name in own if name not in _FREE}
@@ -542,17 +547,22 @@ class StreamLoader:
         self._explain(state, own)
         lengths_matter = self._packs is not None or self._bucket_steps > 0
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
-        self._turn += 1
         step = int(state["step"])
         if isinstance(self._order, MixtureOrder):
-            mixture = MixtureConfig.from_dict(state["order"])
+            mixture = saved = MixtureConfig.from_dict(state["order"])
             if continues:
                 mixture = mixture.with_width(self._order.config, step=step)
+            if self._bucket_steps and mixture is not saved:
+                self._require_border(MixtureOrder(saved, stop=self._order.stop), step)
             if mixture != self._order.config:
                 self._order = MixtureOrder(mixture, stop=self._order.stop)
         else:
-            order = Order(OrderConfig.from_dict(state["order"]))
-            self._order = order.continued(self._order.config, step=step) if continues else order
+            before = Order(OrderConfig.from_dict(state["order"]))
+            after = before.continued(self._order.config, step=step) if continues else before
+            if after is not before:
+                self._require_border(before, step)
+            self._order = after
+        self._turn += 1
         self.step = step
         self.bad_samples = [dict(record) for record in state.get("bad", [])]
         self._stream.restore_bad(self.bad_samples)
@@ -625,6 +635,15 @@ class StreamLoader:
         self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places(step + 1)
+
+    def _require_border(self, order: Order | MixtureOrder, step: int) -> None:
+        """Refuses another order inside a group of buckets: it would lose samples of the group."""
+        if not self._bucket_steps:
+            return
+        group = bucket_group(order, step, steps=self._bucket_steps)
+        if step != group.start:
+            left = group.stop - step
+            raise ConfigError("bucket_group", step=step, left=left, border=group.stop)
 
 
 class _Tasks:

@@ -16,6 +16,7 @@ from loader.order.schedule import (
     PackSchedule,
     Schedule,
     SlotSchedule,
+    bucket_group,
     plan_packing,
 )
 from loader.order.slots import Passes, Slots, epoch_of, rank_positions
@@ -40,6 +41,7 @@ __all__ = [
     "Stop",
     "Tail",
     "Weighting",
+    "bucket_group",
     "epoch_of",
     "plan_mixture",
     "plan_order",

@@ -128,16 +128,7 @@ class BucketSchedule:
         return [(found[start + p],) for p in _positions(topology, batch).tolist()]
 
     def _plan(self, step: int) -> tuple[range, list[SampleRef]]:
-        epoch = epoch_of(self._order, step)
-        batch, since = self.batch_at(step)
-        # Groups begin anew with each pass and each change of the batch size.
-        begin = max(self.epoch_start(epoch), since)
-        begin += (step - begin) // self._steps * self._steps
-        end = begin + 1
-        stop = min(begin + self._steps, self.epoch_start(epoch + 1))
-        while end < stop and self.batch_at(end) == (batch, since):
-            end += 1
-        group = range(begin, end)
+        group, batch = bucket_group(self._order, step, steps=self._steps), self.batch_at(step)[0]
         slots = self._order.slots(np.array(group)[:, None], np.arange(batch))
         found = sample_refs(slots)
         tokens, _ = self._lengths(slots.dataset.ravel(), slots.sample.ravel())
@@ -147,6 +138,23 @@ class BucketSchedule:
         step_of = permute(np.arange(len(group)), size=len(group), key=key)
         place_of = permute(np.arange(batch), size=batch, key=key)
         return group, [found[i] for i in by_length[step_of][:, place_of].ravel()]
+
+
+def bucket_group(order: Order | MixtureOrder, step: int, *, steps: int) -> range:
+    """Finds the steps that exchange samples with a step.
+
+    Groups begin anew with each pass and each change of the order. What a change finds delivered of
+    a group is not what the order says of these steps, so a change is possible between groups only.
+    """
+    epoch = epoch_of(order, step)
+    batch, since = order.batch_at(step)
+    begin = max(order.epoch_start(epoch), since)
+    begin += (step - begin) // steps * steps
+    end = begin + 1
+    stop = min(begin + steps, order.epoch_start(epoch + 1))
+    while end < stop and order.batch_at(end) == (batch, since):
+        end += 1
+    return range(begin, end)
 
 
 class PackSchedule:

@@ -276,6 +276,70 @@ def test_change_to_a_batch_that_is_no_number_of_rows_is_refused(url, kind, batch
     assert loader.state_dict() == state
 
 
+def bucket_keys(batches):
+    return [entry["key"] for batch in batches for entry in batch["metadata"]]
+
+
+def require_once(keys, *, num_epochs):
+    """Every sample that often, and what fills the last batch once more."""
+    shown = Counter(keys)
+    assert len(shown) == NUM
+    assert set(shown.values()) <= {num_epochs, num_epochs + 1}
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["change", "load_state_dict"])
+@pytest.mark.parametrize("step", range(7))
+def test_another_batch_is_refused_inside_a_group_of_buckets_and_exact_at_its_border(
+    url, step, allowed
+):
+    """Groups of 4 steps in passes of 6: 0 to 3, 4 and 5, and so on."""
+    loader = make(url, bucket_steps=4)
+    first = take(loader, step)
+    border = {0: 0, 4: 4, 5: 6, 6: 6}.get(step, 4)
+
+    def another(loader):
+        if not allowed:
+            loader.change(global_batch_size=8)
+            return loader
+        other = make(url, bucket_steps=4, global_batch_size=8)
+        other.load_state_dict(loader.state_dict(), allow=("order",))
+        return other
+
+    if step != border:
+        state = loader.state_dict()
+        with pytest.raises(ConfigError) as caught:
+            another(loader)
+        assert caught.value.reason == "bucket_group"
+        assert (caught.value.facts["border"], caught.value.facts["left"]) == (border, border - step)
+        assert str(border) in caught.value.fix
+        assert loader.state_dict() == state
+        first += take(loader, border - step)
+    loader = another(loader)
+    batches = [*first, *(loader if loader.epoch == 0 else ())]
+    if step < 6:
+        require_once(bucket_keys(batches), num_epochs=1)
+    batches += loader
+    require_once(bucket_keys(batches), num_epochs=2)
+
+
+def test_state_inside_a_group_of_buckets_is_taken_where_the_order_stays(url):
+    loader = make(url, bucket_steps=4)
+    take(loader, STEPS[0])
+    loader.change(global_batch_size=8)
+    take(loader, 1)
+    state = loader.state_dict()
+    want = bucket_keys(take(loader, 3))
+    assert bucket_keys(take(make_at(url, state, bucket_steps=4), 3)) == want
+    # This loader has the batch that the state's run has by now: nothing changes.
+    options = {"bucket_steps": 4, "global_batch_size": 8, "canonical_ranks": BATCH}
+    other = make(url, **options)
+    other.load_state_dict(state, allow=("order",))
+    assert bucket_keys(take(other, 3)) == want
+    with pytest.raises(ConfigError) as caught:
+        make(url, **{**options, "global_batch_size": 12}).load_state_dict(state, allow=("order",))
+    assert caught.value.reason == "bucket_group"
+
+
 def test_view_without_lengths_in_the_indexes_cannot_be_packed(url):
     image = dataclasses.replace(stored_view(require_manifest(url)), column_tokens=False)
     dataset = StreamingDataset(url, view=View(image=image))

@@ -14,10 +14,12 @@ from loader.order.config import plan_order
 from loader.order.mixture import MixtureOrder
 from loader.order.mixture_config import plan_mixture
 from loader.order.order import Order
+from loader.order.rows import SampleRef
 from loader.order.schedule import (
     BucketSchedule,
     PackSchedule,
     SlotSchedule,
+    bucket_group,
     plan_packing,
 )
 from loader.order.weights import MixtureSource
@@ -105,6 +107,64 @@ def test_endless_packs_show_every_sample_once_per_epoch_for_any_ranks(
     assert {key for key in shown if key[0] < epochs} == {
         (epoch, sample) for epoch in range(epochs) for sample in range(num_samples)
     }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_samples=st.integers(1, 300),
+    batch=st.sampled_from([1, 2, 4, 12]),
+    steps=st.integers(2, 5),
+    growth=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 5),
+)
+def test_changes_between_groups_of_buckets_lose_no_sample(num_samples, batch, steps, growth, seed):
+    """A change at every step of a run that is the first of its group."""
+    tokens, crops = captions(num_samples)
+    order = Order(plan_order(num_samples, global_batch_size=batch, seed=seed, canonical_ranks=1))
+    last = order.epoch_start(2)
+    schedule = BucketSchedule(order, looked_up(tokens, crops), steps=steps)
+    before = [schedule.rows(step, ALONE) for step in range(last)]
+    for step in range(max(0, last - 3 * steps), last):
+        group = bucket_group(order, step, steps=steps)
+        assert step in group
+        assert len(group) <= steps
+        if step != group.start:
+            continue
+        changed = order.changed(step=step, global_batch_size=growth * batch)
+        after = BucketSchedule(changed, looked_up(tokens, crops), steps=steps)
+        rows = [row for rows in before[:step] for row in rows]
+        rows += [row for s in range(step, changed.epoch_start(3)) for row in after.rows(s, ALONE)]
+        shown = Counter(rows)
+        assert set(shown.values()) == {1}
+        whole = {(SampleRef(0, epoch, n),) for epoch in range(3) for n in range(num_samples)}
+        assert whole <= set(shown)
+
+
+@pytest.mark.parametrize("stop", [7, "first_exhausted", "all_exhausted"])
+@pytest.mark.parametrize("step", range(12))
+def test_changes_of_a_mixture_between_groups_of_buckets_lose_no_sample(step, stop):
+    sizes, steps = (40, 25), 4
+    names = zip("ab", sizes, strict=True)
+    sources = [MixtureSource(name=name, num_samples=size) for name, size in names]
+    order = MixtureOrder(plan_mixture(sources, global_batch_size=8, seed=1), stop=stop)
+    tokens, crops = captions(max(sizes))
+    group = bucket_group(order, step, steps=steps)
+    step = step if step == group.start else group.stop
+    schedule = BucketSchedule(order, looked_up(tokens, crops), steps=steps)
+    rows = [row for s in range(step) for row in schedule.rows(s, ALONE)]
+    order = order.changed(step=step, global_batch_size=16, weights=(1, 3))
+    schedule = BucketSchedule(order, looked_up(tokens, crops), steps=steps)
+    last = step
+    while last < 30 or bucket_group(order, last, steps=steps).start != last:
+        rows += schedule.rows(last, ALONE)
+        last += 1
+    shown = Counter(rows)
+    assert set(shown.values()) == {1}
+    for dataset, size in enumerate(sizes):
+        whole = sum(ref.dataset == dataset for (ref,) in shown) // size
+        assert whole >= 2
+        epochs = {(SampleRef(dataset, e, n),) for e in range(whole) for n in range(size)}
+        assert epochs <= set(shown)
 
 
 @settings(max_examples=40, deadline=None)
