@@ -11,6 +11,7 @@ recycled (`loader.buffers`).
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -48,7 +49,7 @@ from loader.order import (
     Row,
     Schedule,
     SlotSchedule,
-    epoch_of,
+    bucket_group,
     plan_packing,
     rank_positions,
 )
@@ -59,11 +60,18 @@ from loader.stream import PreparedBuilder, Stream, StreamingDataset
 from loader.topology import Topology
 from shardspec.errors import ConfigError, StateError
 
+logger = logging.getLogger(__name__)
+
 _FREE = ("version", "step", "streams", "bad")
 """Of a state: what may differ from this loader's."""
 
 _WIDTH = ("layout", "canonical_ranks", "active_blocks", "block_size")
 """The canonical ranks, and fields of an order that follow from them."""
+
+_PASSES = {
+    True: "one epoch: each sample once, but for the step that two epochs share",
+    False: "a number of steps: samples continue from one pass to the next",
+}
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -126,7 +134,8 @@ def make_dataloader(
       balance: Exchange packs between the ranks of a step, so that all have equal work. Off, rows
         keep their slots for every number of ranks, and a rank plans its own packs only.
       bucket_steps: Deal the samples of this many steps to these steps by length, so that batches
-        pad less: the lighter alternative to packs. 0: do not.
+        pad less: the lighter alternative to packs. The order can change between such groups only.
+        0: do not.
       prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
         to be used again. One batch is always made, however large; where fewer fit than there are
         threads or workers, some of these have nothing to do.
@@ -202,6 +211,8 @@ def make_dataloader(
                 patches_per_crop=view.image.num_patches,
                 balance=balance,
             )
+            if stream.topology.rank == 0:
+                logger.info("a pass over packs is %s", _PASSES[packs.pass_is_exact])
         packing = packs.config if packs else None
         batches = PreparedBatches(builders, collator, packing=packing)
     return StreamLoader(
@@ -296,8 +307,8 @@ class StreamLoader:
         # The hook, how often it is called, and the totals when it was; None: they are to be taken
         # after the batch that it held back.
         self._watcher: tuple[Callable[[int, Stats], None], int, Stats | None] | None = None
-        # Where the packs' streams were when the last delivered batch was planned, and the step
-        # that is planned next.
+        # What the packs need to resume after the last delivered batch (`PackSchedule.places`), and
+        # the step that is planned next.
         self._streams: list[list[int]] = []
         self._planned = 0
         # Counts what ends the passes that are under way: an iterator of another turn is stale.
@@ -306,7 +317,16 @@ class StreamLoader:
     @property
     def epoch(self) -> int:
         """The epoch that the next step belongs to."""
-        return epoch_of(self._schedule, self.step)
+        return self._schedule.epoch_at(self.step)
+
+    @property
+    def pass_is_exact(self) -> bool:
+        """True if a pass (one `for`) is one epoch: each sample once, as `tail` ends it.
+
+        False if it is a number of steps, and samples continue from one to the next: mixtures, and
+        packs of more than four million samples.
+        """
+        return self._schedule.pass_is_exact
 
     def __len__(self) -> int:
         """Counts the steps of the current epoch."""
@@ -434,14 +454,18 @@ class StreamLoader:
           weights: One for each dataset of the flat mixture; None: as they are.
 
         Raises:
-          ConfigError: `batch_not_divisible`; `change_weights`, there is no mixture, or it is
-            packed; as `Order.changed`, `MixtureOrder.changed`.
+          ConfigError: `batch_not_divisible`, `order_count`; `change_weights`, there is no mixture,
+            or it is packed; `bucket_group`, the step is inside a group of `bucket_steps`; as
+            `Order.changed`, `MixtureOrder.changed`.
         """
-        batch = global_batch_size or self._schedule.batch_at(self.step)[0]
+        batch = self._schedule.batch_at(self.step)[0]
+        if global_batch_size is not None:
+            batch = global_batch_size
         rank_positions(0, self._stream.topology.world_size, batch)
+        batch = int(batch)
         if weights is not None and (self._packs or not isinstance(self._order, MixtureOrder)):
             raise ConfigError("change_weights")
-        self._turn += 1
+        self._require_border(self._order, self.step)
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             self._packs.set_sizes([*before, (self.step, batch)])
@@ -453,6 +477,7 @@ class StreamLoader:
         else:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
+        self._turn += 1
 
     def places(self, step: int) -> list[Row]:
         """Lists which samples are in a step, before or after it ran.
@@ -473,8 +498,8 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """Describes how far the run is.
 
-        It is the same on every rank, so saving rank 0's is enough. (With packs that are not
-        balanced, `streams` differs; it saves time on resuming and is not needed.) Where samples
+        It is the same on every rank, so saving rank 0's is enough. (With packs whose passes are not
+        exact, `streams` may differ; it saves time on resuming and is not needed.) Where samples
         were substituted, `bad` names those of this rank: a replay substitutes them again, even if
         they can be read by then.
         """
@@ -492,6 +517,7 @@ class StreamLoader:
         if self._packs is not None:
             state["packing"] = {
                 **_limits(self._packs.config),
+                "exact": self._packs.pass_is_exact,
                 "sizes": [list(size) for size in self._packs.sizes],
             }
             state["streams"] = self._streams
@@ -524,7 +550,8 @@ class StreamLoader:
           StateError: `state_version`; `state_appended`, the dataset has grown since;
             `state_canonical_ranks`; `state_mismatch`, other samples would come; `state_view`, they
             would come in another view (both name every differing field).
-          ConfigError: `state_allow`; `order_before`, the orders have nothing in common.
+          ConfigError: `state_allow`; `order_before`, the orders have nothing in common;
+            `bucket_group`, another order inside a group of `bucket_steps`.
         """
         own = self.state_dict()
         own = {name: own[name] for name in own if name not in _FREE}
@@ -541,17 +568,22 @@ class StreamLoader:
         self._explain(state, own)
         lengths_matter = self._packs is not None or self._bucket_steps > 0
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
-        self._turn += 1
         step = int(state["step"])
         if isinstance(self._order, MixtureOrder):
-            mixture = MixtureConfig.from_dict(state["order"])
+            mixture = saved = MixtureConfig.from_dict(state["order"])
             if continues:
                 mixture = mixture.with_width(self._order.config, step=step)
+            if self._bucket_steps and mixture is not saved:
+                self._require_border(MixtureOrder(saved, stop=self._order.stop), step)
             if mixture != self._order.config:
                 self._order = MixtureOrder(mixture, stop=self._order.stop)
         else:
-            order = Order(OrderConfig.from_dict(state["order"]))
-            self._order = order.continued(self._order.config, step=step) if continues else order
+            before = Order(OrderConfig.from_dict(state["order"]))
+            after = before.continued(self._order.config, step=step) if continues else before
+            if after is not before:
+                self._require_border(before, step)
+            self._order = after
+        self._turn += 1
         self.step = step
         self.bad_samples = [dict(record) for record in state.get("bad", [])]
         self._stream.restore_bad(self.bad_samples)
@@ -623,11 +655,20 @@ class StreamLoader:
         rows = self._schedule.rows(step, self._stream.topology)
         self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
-        return rows, [] if self._packs is None else self._packs.places()
+        return rows, [] if self._packs is None else self._packs.places(step + 1)
+
+    def _require_border(self, order: Order | MixtureOrder, step: int) -> None:
+        """Refuses another order inside a group of buckets: it would lose samples of the group."""
+        if not self._bucket_steps:
+            return
+        group = bucket_group(order, step, steps=self._bucket_steps)
+        if step != group.start:
+            left = group.stop - step
+            raise ConfigError("bucket_group", step=step, left=left, border=group.stop)
 
 
 class _Tasks:
-    """The batches of some steps, and for each where the packs' streams are after it."""
+    """The batches of some steps, and for each what the packs need to resume after it."""
 
     def __init__(self, loader: StreamLoader, steps: range) -> None:
         self._loader, self._steps = loader, steps

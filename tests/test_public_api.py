@@ -153,7 +153,8 @@ MEMBERS = {
         *("wait_share", "worker_kind", "workers"),
     ],
     "StreamLoader": [
-        *("change", "epoch", "load_state_dict", "places", "state_dict", "stats", "watch"),
+        *("change", "epoch", "load_state_dict", "pass_is_exact", "places", "state_dict"),
+        *("stats", "watch"),
     ],
     "StreamingDataset": [
         *("bad", "epoch", "example", "fingerprint", "load_state_dict", "set_epoch"),

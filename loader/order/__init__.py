@@ -10,13 +10,13 @@ from loader.order.mixture import MixtureOrder, Stop, require_stop
 from loader.order.mixture_config import MixtureConfig, plan_mixture
 from loader.order.order import Order
 from loader.order.packing import PackConfig
+from loader.order.rows import Row, SampleRef
 from loader.order.schedule import (
     BucketSchedule,
     PackSchedule,
-    Row,
-    SampleRef,
     Schedule,
     SlotSchedule,
+    bucket_group,
     plan_packing,
 )
 from loader.order.slots import Passes, Slots, epoch_of, rank_positions
@@ -42,6 +42,7 @@ __all__ = [
     "Stop",
     "Tail",
     "Weighting",
+    "bucket_group",
     "epoch_of",
     "plan_mixture",
     "plan_order",

@@ -45,6 +45,9 @@ Stop = Literal["first_exhausted", "all_exhausted"]
 
 _KEY_REST = 19
 
+_KEPT_STEPS = 64
+"""Steps before a change that stay described after it."""
+
 
 def require_stop(stop: Stop | int) -> None:
     """Refuses where a pass cannot end.
@@ -260,7 +263,9 @@ class MixtureOrder:
         )
 
     def _pruned(self, step: int) -> MixtureConfig:
-        """Drops the segments of which nothing is owed any more at a step."""
+        """Drops the segments of which nothing is owed any more some steps before a step: those
+        who hand out batches ahead of their consumer save states that are a few steps older."""
+        step = max(self.config.since, step - _KEPT_STEPS)
         i = max(0, int(np.searchsorted(self._starts, step, side="left")) - 1)
         segment, config = self._segments[i], self.config
         slots = (step - segment.step) * segment.pattern.global_batch_size

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from loader.order.permutation import keyed_array, permute
+from loader.order.slots import is_whole
 from shardspec.errors import ConfigError
 
 _KEY_PACKS = 32
@@ -57,7 +58,7 @@ class PackConfig:
     def __post_init__(self) -> None:
         for name in ("sequence_length", "max_crops", "window", "windows_per_run"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name != "max_crops":
                 _require_positive(name, value, most=_MOST.get(name))
 
     @property
@@ -476,6 +477,6 @@ def balance_ranks(cost: np.ndarray, *, world_size: int) -> np.ndarray:
 
 
 def _require_positive(name: str, value: int, *, most: int | None = None) -> None:
-    if value < 1 or (most is not None and value > most):
+    if not is_whole(value) or value < 1 or (most is not None and value > most):
         code = "packing_limit.least" if most is None else "packing_limit.most"
         raise ConfigError(code, where=name, name=name, most=most, got=value)

@@ -56,12 +56,13 @@ def rank_positions(rank: int, world_size: int, global_batch_size: int) -> np.nda
     With gradient accumulation, micro-batch i of m samples is the slice [i * m, (i + 1) * m).
 
     Raises:
-      ConfigError: `batch_not_divisible`, naming the nearest valid batch; `rank`.
+      ConfigError: `batch_not_divisible`, naming the nearest valid batch; `rank`; `order_count`.
 
     >>> rank_positions(1, 4, 8).tolist()
     [2, 3]
     """
     require_count("world_size", world_size)
+    require_count("global_batch_size", global_batch_size)
     if not 0 <= rank < world_size:
         raise ConfigError("rank", rank=rank, world_size=world_size)
     require_multiple(global_batch_size, world_size, of="ranks")
@@ -87,9 +88,13 @@ def require_slots(
         )
 
 
+def is_whole(value: object) -> bool:
+    """Returns True for an integer of any kind that Python or NumPy has, but not for a bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def require_count(name: str, value: int) -> None:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 1:
+    if not is_whole(value) or value < 1:
         raise ConfigError("order_count", where=name, name=name, got=repr(value))
 
 

@@ -1,8 +1,10 @@
 import dataclasses
 import itertools
 import json
+import logging
 import multiprocessing
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,10 +53,27 @@ def url(samples, write_dataset, tmp_path_factory):
     return write_dataset(folder, samples, num_shards=3, several=True)
 
 
-def make(url, *, rank=0, world_size=1, seed=7, tail="wrap", check="size", **options):
+def make(
+    url,
+    *,
+    rank=0,
+    world_size=1,
+    seed=7,
+    tail="wrap",
+    check="size",
+    canonical_ranks=None,
+    **options,
+):
     view = View(image=stored_view(require_manifest(url)), augment=Augment.standard())
     dataset = StreamingDataset(
-        url, seed=seed, view=view, tail=tail, rank=rank, world_size=world_size, check=check
+        url,
+        seed=seed,
+        view=view,
+        tail=tail,
+        rank=rank,
+        world_size=world_size,
+        check=check,
+        canonical_ranks=canonical_ranks,
     )
     settings = {
         "global_batch_size": BATCH,
@@ -152,6 +171,173 @@ def test_packs_and_buckets_are_not_asked_for_together(url):
     with pytest.raises(ConfigError) as caught:
         make(url, pack=True, bucket_steps=4)
     assert caught.value.reason == "packing_and_buckets"
+
+
+def packed_keys(batches):
+    return [
+        [part["key"] for entry in batch["metadata"] for part in entry["examples"]]
+        for batch in batches
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [2, BATCH, 12])
+def test_packed_passes_show_each_sample_of_their_epoch_once_but_for_the_border_batch(
+    url, batch_size
+):
+    loader = make(url, pack=True, max_crops=4, global_batch_size=batch_size)
+    assert loader.pass_is_exact
+    shown = Counter()
+    for number in range(6):
+        assert loader.epoch == number or batch_size == 12  # a batch holds a whole epoch and more
+        left = len(loader)
+        keys = packed_keys(loader)
+        assert len(keys) == left
+        shown.update(key for batch in keys for key in batch)
+        # What is more than the epochs so far is in the last batch.
+        assert len(shown) == NUM
+        over = Counter({key: count - loader.epoch for key, count in shown.items()})
+        assert min(over.values()) >= 0
+        assert +over <= Counter(keys[-1])
+
+
+def test_state_of_packed_passes_is_small_and_the_same_on_every_rank(url):
+    states = []
+    for rank, balance in ((0, False), (1, False), (1, True)):
+        loader = make(url, rank=rank, world_size=2, pack=True, max_crops=4, balance=balance)
+        while loader.epoch < 3:
+            take(loader, 1)
+        states.append(loader.state_dict())
+    assert states[0] == states[1] == states[2]
+    assert states[0]["streams"][0][0] == 3
+    assert len(json.dumps([states[0]["streams"], states[0]["packing"]])) < 200
+    later = loader.state_dict()
+    later.pop("streams")  # it saves time, no more
+    resumed = make(url, rank=1, world_size=2, pack=True, max_crops=4)
+    resumed.load_state_dict(later)
+    assert packed_keys(take(resumed, 4)) == packed_keys(
+        take(make_at(url, states[0], rank=1, world_size=2, pack=True, max_crops=4), 4)
+    )
+
+
+def make_at(url, state, **options):
+    loader = make(url, **options)
+    loader.load_state_dict(json.loads(json.dumps(state)))
+    return loader
+
+
+def test_batch_of_packs_that_changes_twice_within_an_epoch_loses_no_sample(url):
+    options = {"pack": True, "max_crops": 3, "global_batch_size": 1}
+    loader = make(url, **options)
+    keys = packed_keys(take(loader, 1))
+    for batch_size in (2, 1, 3):
+        loader.change(global_batch_size=batch_size)
+        keys += packed_keys(take(loader, 1))
+        loader = make_at(url, loader.state_dict(), **options)
+    assert loader.epoch == 0
+    keys += packed_keys(loader)
+    shown = Counter(key for part in keys for key in part)
+    over = Counter({key: count - 1 for key, count in shown.items()})
+    assert len(shown) == NUM
+    assert +over <= Counter(keys[-1])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_loader_of_packs_says_what_a_pass_is(url, exact, caplog, monkeypatch):
+    if not exact:
+        monkeypatch.setattr("loader.order.pack_epochs.MOST_PLANNED", NUM - 1)
+    with caplog.at_level(logging.INFO, logger="loader.dataloader"):
+        assert make(url, pack=True).pass_is_exact == exact
+        assert make(url, pack=True, rank=1, world_size=2).pass_is_exact == exact
+    (record,) = caplog.records
+    assert ("number of steps" in record.getMessage()) == (not exact)
+    assert make(url).pass_is_exact
+
+
+def test_state_of_packs_by_epochs_is_not_taken_for_one_of_endless_packs(url, monkeypatch):
+    state = make(url, pack=True).state_dict()
+    monkeypatch.setattr("loader.order.pack_epochs.MOST_PLANNED", NUM - 1)
+    with pytest.raises(StateError) as caught:
+        make(url, pack=True).load_state_dict(state)
+    assert caught.value.reason == "state_mismatch"
+    assert "state.packing.exact" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["rows", "packs", "buckets"])
+@pytest.mark.parametrize(
+    "batch_size", [0, -4, 2.0, "8", True, [8], {}, 1e308, torch.tensor([8, 8])]
+)
+def test_change_to_a_batch_that_is_no_number_of_rows_is_refused(url, kind, batch_size):
+    options = {"packs": {"pack": True}, "buckets": {"bucket_steps": 2}}.get(kind, {})
+    loader = make(url, **options)
+    state = loader.state_dict()
+    with pytest.raises(ConfigError) as caught:
+        loader.change(global_batch_size=batch_size)
+    assert caught.value.reason == "order_count"
+    assert loader.state_dict() == state
+
+
+def bucket_keys(batches):
+    return [entry["key"] for batch in batches for entry in batch["metadata"]]
+
+
+def require_once(keys, *, num_epochs):
+    """Every sample that often, and what fills the last batch once more."""
+    shown = Counter(keys)
+    assert len(shown) == NUM
+    assert set(shown.values()) <= {num_epochs, num_epochs + 1}
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["change", "load_state_dict"])
+@pytest.mark.parametrize("step", range(7))
+def test_another_batch_is_refused_inside_a_group_of_buckets_and_exact_at_its_border(
+    url, step, allowed
+):
+    """Groups of 4 steps in passes of 6: 0 to 3, 4 and 5, and so on."""
+    loader = make(url, bucket_steps=4)
+    first = take(loader, step)
+    border = {0: 0, 4: 4, 5: 6, 6: 6}.get(step, 4)
+
+    def another(loader):
+        if not allowed:
+            loader.change(global_batch_size=8)
+            return loader
+        other = make(url, bucket_steps=4, global_batch_size=8)
+        other.load_state_dict(loader.state_dict(), allow=("order",))
+        return other
+
+    if step != border:
+        state = loader.state_dict()
+        with pytest.raises(ConfigError) as caught:
+            another(loader)
+        assert caught.value.reason == "bucket_group"
+        assert (caught.value.facts["border"], caught.value.facts["left"]) == (border, border - step)
+        assert str(border) in caught.value.fix
+        assert loader.state_dict() == state
+        first += take(loader, border - step)
+    loader = another(loader)
+    batches = [*first, *(loader if loader.epoch == 0 else ())]
+    if step < 6:
+        require_once(bucket_keys(batches), num_epochs=1)
+    batches += loader
+    require_once(bucket_keys(batches), num_epochs=2)
+
+
+def test_state_inside_a_group_of_buckets_is_taken_where_the_order_stays(url):
+    loader = make(url, bucket_steps=4)
+    take(loader, STEPS[0])
+    loader.change(global_batch_size=8)
+    take(loader, 1)
+    state = loader.state_dict()
+    want = bucket_keys(take(loader, 3))
+    assert bucket_keys(take(make_at(url, state, bucket_steps=4), 3)) == want
+    # This loader has the batch that the state's run has by now: nothing changes.
+    options = {"bucket_steps": 4, "global_batch_size": 8, "canonical_ranks": BATCH}
+    other = make(url, **options)
+    other.load_state_dict(state, allow=("order",))
+    assert bucket_keys(take(other, 3)) == want
+    with pytest.raises(ConfigError) as caught:
+        make(url, **{**options, "global_batch_size": 12}).load_state_dict(state, allow=("order",))
+    assert caught.value.reason == "bucket_group"
 
 
 def test_view_without_lengths_in_the_indexes_cannot_be_packed(url):

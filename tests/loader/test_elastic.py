@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_every_number_of_ranks_gives_the_same_global_batches(kind, urls, undistu
             urls, kind, world_size=world_size, count=3, decode_threads=THREADS[i % len(THREADS)]
         )
         assert got == undisturbed[kind][:3], world_size
-        if "packed" not in kind:
+        if kind != "packed mixture":
             assert all(state == states[0] for state in states)
 
 
@@ -171,7 +172,7 @@ def test_balancing_moves_packs_between_ranks_but_never_between_batches(kind, url
         )
         want = undisturbed[kind][start : start + 3]
         assert [sorted(batch) for batch in got] == [sorted(batch) for batch in want]
-        # Every rank has planned all streams, so every rank's state is the whole state.
+        # Of endless streams, too, every rank has planned all: every state is the whole state.
         assert all(state == states[0] for state in states)
         state = states[0]
 
@@ -317,15 +318,7 @@ def test_ranks_with_worker_processes_go_on_from_a_run_with_threads(kind, urls, u
 
 @pytest.mark.parametrize("kind", ["one", "buckets", "packed"])
 def test_every_sample_comes_once_per_epoch(kind, undisturbed):
-    counts: dict[str, int] = {}
-    for batch in undisturbed[kind]:
-        for row in batch:
-            for key in row[0].split("+"):
-                counts[key] = counts.get(key, 0) + 1
+    keys = [key for batch in undisturbed[kind] for row in batch for key in row[0].split("+")]
+    counts = Counter(keys)
     assert len(counts) == SIZES["large"]
-    if kind == "packed":
-        # Streams run ahead of one another by as much as their packs hold more samples.
-        assert min(counts.values()) >= 1
-    else:
-        shown = (STEPS + 6) * BATCH
-        assert set(counts.values()) == {shown // SIZES["large"], -(-shown // SIZES["large"])}
+    assert set(counts.values()) <= {len(keys) // SIZES["large"], -(-len(keys) // SIZES["large"])}

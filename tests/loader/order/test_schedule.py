@@ -14,7 +14,14 @@ from loader.order.config import plan_order
 from loader.order.mixture import MixtureOrder
 from loader.order.mixture_config import plan_mixture
 from loader.order.order import Order
-from loader.order.schedule import BucketSchedule, PackSchedule, SlotSchedule, plan_packing
+from loader.order.rows import SampleRef
+from loader.order.schedule import (
+    BucketSchedule,
+    PackSchedule,
+    SlotSchedule,
+    bucket_group,
+    plan_packing,
+)
 from loader.order.weights import MixtureSource
 from loader.topology import Topology
 from shardspec.errors import ConfigError
@@ -34,13 +41,26 @@ def looked_up(tokens, crops):
     return lambda dataset, sample: (tokens[sample], crops[sample])
 
 
-def packed(num_samples, *, batch, length=4096, max_crops=48, balance=False, ranks=None, seed=0):
+def packed(
+    num_samples,
+    *,
+    batch,
+    length=4096,
+    max_crops=48,
+    balance=False,
+    ranks=None,
+    seed=0,
+    endless=False,
+):
     order = Order(
         plan_order(num_samples, global_batch_size=batch, seed=seed, canonical_ranks=ranks)
     )
-    config = plan_packing(order, sequence_length=length, max_crops=max_crops)
     lengths = looked_up(*captions(num_samples, seed))
-    return PackSchedule(order, lengths, config, patches_per_crop=576, balance=balance)
+    with pytest.MonkeyPatch.context() as patch:
+        if endless:
+            patch.setattr("loader.order.pack_epochs.MOST_PLANNED", 0)
+        config = plan_packing(order, sequence_length=length, max_crops=max_crops)
+        return PackSchedule(order, lengths, config, patches_per_crop=576, balance=balance)
 
 
 def joined(schedule, step, world_size):
@@ -50,7 +70,7 @@ def joined(schedule, step, world_size):
 
 @pytest.mark.parametrize("length, max_crops, least", [(4096, 48, 0.98), (16_384, 128, 0.97)])
 def test_packs_of_a_run_are_full(length, max_crops, least):
-    schedule = packed(200_000, batch=16, length=length, max_crops=max_crops)
+    schedule = packed(200_000, batch=16, length=length, max_crops=max_crops, endless=True)
     tokens, crops = captions(200_000)
     fills = []
     for step in range(12):
@@ -69,9 +89,11 @@ def test_packs_of_a_run_are_full(length, max_crops, least):
     packs=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-def test_packs_show_every_sample_once_per_epoch_for_any_ranks(num_samples, streams, packs, seed):
+def test_endless_packs_show_every_sample_once_per_epoch_for_any_ranks(
+    num_samples, streams, packs, seed
+):
     batch = streams * packs
-    schedule = packed(num_samples, batch=batch, length=2000, ranks=streams, seed=seed)
+    schedule = packed(num_samples, batch=batch, length=2000, ranks=streams, seed=seed, endless=True)
     shown = Counter()
     epochs = 2
     step = 0
@@ -85,6 +107,64 @@ def test_packs_show_every_sample_once_per_epoch_for_any_ranks(num_samples, strea
     assert {key for key in shown if key[0] < epochs} == {
         (epoch, sample) for epoch in range(epochs) for sample in range(num_samples)
     }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_samples=st.integers(1, 300),
+    batch=st.sampled_from([1, 2, 4, 12]),
+    steps=st.integers(2, 5),
+    growth=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 5),
+)
+def test_changes_between_groups_of_buckets_lose_no_sample(num_samples, batch, steps, growth, seed):
+    """A change at every step of a run that is the first of its group."""
+    tokens, crops = captions(num_samples)
+    order = Order(plan_order(num_samples, global_batch_size=batch, seed=seed, canonical_ranks=1))
+    last = order.epoch_start(2)
+    schedule = BucketSchedule(order, looked_up(tokens, crops), steps=steps)
+    before = [schedule.rows(step, ALONE) for step in range(last)]
+    for step in range(max(0, last - 3 * steps), last):
+        group = bucket_group(order, step, steps=steps)
+        assert step in group
+        assert len(group) <= steps
+        if step != group.start:
+            continue
+        changed = order.changed(step=step, global_batch_size=growth * batch)
+        after = BucketSchedule(changed, looked_up(tokens, crops), steps=steps)
+        rows = [row for rows in before[:step] for row in rows]
+        rows += [row for s in range(step, changed.epoch_start(3)) for row in after.rows(s, ALONE)]
+        shown = Counter(rows)
+        assert set(shown.values()) == {1}
+        whole = {(SampleRef(0, epoch, n),) for epoch in range(3) for n in range(num_samples)}
+        assert whole <= set(shown)
+
+
+@pytest.mark.parametrize("stop", [7, "first_exhausted", "all_exhausted"])
+@pytest.mark.parametrize("step", range(12))
+def test_changes_of_a_mixture_between_groups_of_buckets_lose_no_sample(step, stop):
+    sizes, steps = (40, 25), 4
+    names = zip("ab", sizes, strict=True)
+    sources = [MixtureSource(name=name, num_samples=size) for name, size in names]
+    order = MixtureOrder(plan_mixture(sources, global_batch_size=8, seed=1), stop=stop)
+    tokens, crops = captions(max(sizes))
+    group = bucket_group(order, step, steps=steps)
+    step = step if step == group.start else group.stop
+    schedule = BucketSchedule(order, looked_up(tokens, crops), steps=steps)
+    rows = [row for s in range(step) for row in schedule.rows(s, ALONE)]
+    order = order.changed(step=step, global_batch_size=16, weights=(1, 3))
+    schedule = BucketSchedule(order, looked_up(tokens, crops), steps=steps)
+    last = step
+    while last < 30 or bucket_group(order, last, steps=steps).start != last:
+        rows += schedule.rows(last, ALONE)
+        last += 1
+    shown = Counter(rows)
+    assert set(shown.values()) == {1}
+    for dataset, size in enumerate(sizes):
+        whole = sum(ref.dataset == dataset for (ref,) in shown) // size
+        assert whole >= 2
+        epochs = {(SampleRef(dataset, e, n),) for e in range(whole) for n in range(size)}
+        assert epochs <= set(shown)
 
 
 @settings(max_examples=40, deadline=None)
@@ -130,7 +210,7 @@ def test_buckets_pad_little():
     assert padding(BucketSchedule(order, looked_up(tokens, crops), steps=16)) < 0.12
 
 
-@pytest.mark.parametrize("kind", ["slots", "buckets", "packs"])
+@pytest.mark.parametrize("kind", ["slots", "buckets", "packs", "endless packs"])
 def test_global_batches_are_equal_for_every_number_of_ranks(kind):
     order = Order(plan_order(3000, global_batch_size=48, seed=2, canonical_ranks=24))
     lengths = looked_up(*captions(3000))
@@ -138,6 +218,7 @@ def test_global_batches_are_equal_for_every_number_of_ranks(kind):
         "slots": SlotSchedule(order),
         "buckets": BucketSchedule(order, lengths, steps=8),
         "packs": packed(3000, batch=48, ranks=24),
+        "endless packs": packed(3000, batch=48, ranks=24, endless=True),
     }[kind]
     for step in range(4):
         want = schedule.rows(step, ALONE)
@@ -160,23 +241,23 @@ def test_balanced_ranks_have_equal_work_and_the_same_packs():
 
 
 def test_places_of_the_streams_lead_to_any_later_step():
-    first = packed(5000, batch=8)
+    first = packed(5000, batch=8, endless=True)
     want = [first.rows(step, ALONE) for step in range(40)]
-    fresh = packed(5000, batch=8)
+    fresh = packed(5000, batch=8, endless=True)
     for step in range(40):
         assert fresh.rows(step, ALONE) == want[step]
-        saved = fresh.places()
-        assert len(saved) == fresh.num_streams
-        resumed = packed(5000, batch=8)
+        saved = fresh.places(step + 1)
+        assert len(saved) == fresh.num_streams == 8
+        resumed = packed(5000, batch=8, endless=True)
         resumed.go_to(saved)
         for later in range(step + 1, min(step + 3, 40)):
             assert resumed.rows(later, ALONE) == want[later]
 
 
-def test_batch_of_packs_can_grow_without_losing_any():
-    grown = packed(2000, batch=8, ranks=4)
+def test_batch_of_endless_packs_can_grow_without_losing_any():
+    grown = packed(2000, batch=8, ranks=4, endless=True)
     grown.set_sizes([(0, 8), (5, 16), (7, 4)])
-    plain = packed(2000, batch=8, ranks=4)
+    plain = packed(2000, batch=8, ranks=4, endless=True)
 
     def by_stream(schedule, steps):
         found = [[] for _ in range(4)]
@@ -191,10 +272,12 @@ def test_batch_of_packs_can_grow_without_losing_any():
     assert by_stream(grown, range(9)) == by_stream(plain, range(10))
 
 
-def test_pass_of_packs_is_about_an_epoch():
-    schedule = packed(20_000, batch=16)
+def test_pass_of_endless_packs_is_about_an_epoch():
+    schedule = packed(20_000, batch=16, endless=True)
+    assert not schedule.pass_is_exact
     steps = schedule.epoch_start(1)
     assert schedule.epoch_start(3) == 3 * steps
+    assert [schedule.epoch_at(step) for step in (0, steps - 1, steps, 3 * steps)] == [0, 0, 1, 3]
     shown = sum(len(row) for step in range(steps) for row in schedule.rows(step, ALONE))
     assert shown == pytest.approx(20_000, rel=0.05)
 
@@ -231,18 +314,18 @@ def test_resuming_late_in_a_hundred_million_samples_takes_no_longer_than_startin
 
 @pytest.mark.parametrize("world_size", [1, 2, 8, 16])
 def test_state_of_one_balanced_rank_lets_any_rank_go_on_where_it_was(world_size):
-    saving = packed(40_000, batch=16, balance=True)
+    saving = packed(40_000, batch=16, balance=True, endless=True)
     saving.rows(900, Topology(rank=0, world_size=2))
-    assert len(saving.places()) == saving.num_streams == 16
-    want = joined(packed(40_000, batch=16), 901, 1)
+    assert len(saving.places(901)) == saving.num_streams == 16
+    want = joined(packed(40_000, batch=16, endless=True), 901, 1)
 
     looked_up_samples = []
-    resumed = packed(40_000, batch=16, balance=True)
-    lengths = resumed._lengths
-    resumed._lengths = lambda d, s: (looked_up_samples.append(len(s)), lengths(d, s))[1]
-    resumed.go_to(saving.places())
+    resumed = packed(40_000, batch=16, balance=True, endless=True)
+    lengths = resumed._packs._lengths
+    resumed._packs._lengths = lambda d, s: (looked_up_samples.append(len(s)), lengths(d, s))[1]
+    resumed.go_to(saving.places(901))
     assert sorted(joined(resumed, 901, world_size), key=str) == sorted(want, key=str)
-    # The run that each stream stands in, or the next one; 900 steps hold about three.
+    # The run that each stream is in, or the next one; 900 steps hold about three.
     assert sum(looked_up_samples) <= 2 * 16 * resumed.config.run
 
 
@@ -250,7 +333,7 @@ def test_going_on_with_packs_costs_less_than_a_second_per_million_samples_of_a_s
     """Without saved places, 100,000 samples of the only stream are packed again."""
     times = []
     for _ in range(3):  # the best of them: what others do on the machine costs processor time too
-        schedule = packed(1_000_000, batch=1)
+        schedule = packed(1_000_000, batch=1, endless=True)
         schedule.rows(0, ALONE)
         begin = time.process_time()
         schedule.rows(100_000 // 7, ALONE)
@@ -266,15 +349,21 @@ def test_settings_that_cannot_be_honoured_are_refused():
     with pytest.raises(ConfigError) as caught:
         PackSchedule(order, lengths, config, patches_per_crop=1, balance=False)
     assert caught.value.reason == "packing_tail"
-    with pytest.raises(ConfigError) as caught:
-        BucketSchedule(order, lengths, steps=1)
-    assert caught.value.reason == "bucket_steps"
+    for steps in (1, 0, -2, 2.0, "4", True, None):
+        with pytest.raises(ConfigError) as caught:
+            BucketSchedule(order, lengths, steps=steps)
+        assert caught.value.reason == "bucket_steps"
     with pytest.raises(ConfigError) as caught:
         packed(100, batch=4, ranks=4).set_sizes([(0, 6)])
     assert caught.value.reason == "batch_not_divisible"
 
 
-def test_schedule_of_packs_lets_go_of_its_dataset_without_the_garbage_collector():
+@pytest.mark.parametrize("most_planned", [0, 100])
+def test_schedule_of_packs_lets_go_of_its_dataset_without_the_garbage_collector(
+    most_planned, monkeypatch
+):
+    monkeypatch.setattr("loader.order.pack_epochs.MOST_PLANNED", most_planned)
+
     class Dataset:  # it holds open files
         def lengths(self, dataset, sample):
             return looked_up(*captions(100))(dataset, sample)
