@@ -214,7 +214,11 @@ def plan_order(
     require_count("num_samples", num_samples)
     require_count("global_batch_size", global_batch_size)
     target = _BLOCK_SIZE if block_size is None else block_size
-    ranks = canonical_ranks or default_canonical_ranks(global_batch_size)
+    ranks = canonical_ranks
+    if ranks is None:
+        ranks = default_canonical_ranks(global_batch_size)
+    require_count("canonical_ranks", ranks)
+    require_count("canonical_workers", canonical_workers)
     turn = global_batch_size // ranks
     active = active_blocks
     if active is None:

@@ -1,14 +1,14 @@
-"""The word of a mixture: which dataset stands in each of M slots, evenly and without a rhythm.
+"""The interleaving pattern of a mixture: the dataset of each of M slots, evenly, without a rhythm.
 
-Dataset d occurs m_d times; its *share* is m_d / M. The run reads the word over and over.
+Dataset d occurs m_d times; its *share* is m_d / M. The run repeats the pattern.
 
 **Bound.** Of the first x slots of the run, each dataset has its share times x to within 2 samples,
-for ever. Whole words are exact, and inside a word:
+for ever. Whole patterns are exact, and inside a pattern:
 
 1. A *fluid* serves all datasets at once: F_d(x) samples of d in the first x slots, x in all. At
    knots it is ahead of the share by a drawn amount of at most 1 (the amounts of a knot sum to 0,
-   and are 0 at both ends of the word); between knots it is a straight line. So F_d(x) is within 1
-   of the share times x everywhere.
+   and are 0 at both ends of the pattern); between knots it is a straight line. So F_d(x) is within
+   1 of the share times x everywhere.
 2. Sample i of d is *due* in the slots in which the fluid serves it, from F_d = i to F_d = i + 1,
    with slots that it shares counted to it. The fluid itself is a way to serve all samples in their
    slots, by fractions; and a matching of M samples to M slots that exists in fractions exists in
@@ -26,8 +26,9 @@ batches differ no more than beats do anyway; and no faster than the dataset's ow
 move forward.
 
 **Shares and weights.** m_d is M times the weight, rounded down or up: the share is off by less than
-one slot of the word, and the run by less than one sample per word. With 2**18 slots a weight of
-1e-3 is met to 0.4 %, one of 1e-4 to 4 %; one of less than one slot gets one, from those with most.
+one slot of the pattern, and the run by less than one sample per repetition. With 2**18 slots a
+weight of 1e-3 is met to 0.4 %, one of 1e-4 to 4 %; one of less than one slot gets one, from those
+with most.
 
 Integer arithmetic only, like the order's.
 """
@@ -48,10 +49,10 @@ _KEY_AHEAD, _KEY_TIES = 17, 18
 _TIE_BITS = 32
 
 MOST_SLOTS = 2**23
-"""Longest word: places on a fluid then fit 63 bits."""
+"""Longest pattern: places on a fluid then fit 63 bits."""
 
 MOST_DATASETS = 4096
-"""Most datasets of a word."""
+"""Most datasets of a pattern."""
 
 _KNOT_SLOTS = 64
 """Slots between knots; more for more datasets, so that a table of both stays near M rows."""
@@ -67,7 +68,7 @@ def share_out(weights: Sequence[float], num_slots: int) -> np.ndarray:
     """Shares out slots by weight, exactly: int64, at least 1 where the weight is not 0.
 
     Raises:
-      ConfigError: `mixture_weights`, more datasets than slots or than a word can hold.
+      ConfigError: `mixture_weights`, more datasets than slots or than a pattern can hold.
 
     >>> share_out([1.0, 1.0, 1.0], 10).tolist()
     [4, 3, 3]
@@ -90,12 +91,12 @@ def share_out(weights: Sequence[float], num_slots: int) -> np.ndarray:
 
 
 def spread(quotas: np.ndarray, *, batch: int, key: int) -> np.ndarray:
-    """Lays out a word.
+    """Lays out a pattern.
 
     Args:
       quotas: int64 [datasets], how often each occurs, >= 0; the sum M is at most `MOST_SLOTS`.
       batch: Slots of a global batch.
-      key: Decides which of the even words it is.
+      key: Decides which of the even patterns it is.
 
     Returns:
       int32 [M], the dataset of each slot.
@@ -111,8 +112,8 @@ def spread(quotas: np.ndarray, *, batch: int, key: int) -> np.ndarray:
     urgency = np.empty_like(sample)
     urgency[by_deadline] = sample
     dataset = np.repeat(used, counts).astype(np.int32)
-    word: np.ndarray = dataset[by_deadline[_earliest_first(release, urgency)]]
-    return word
+    pattern: np.ndarray = dataset[by_deadline[_earliest_first(release, urgency)]]
+    return pattern
 
 
 def _earliest_first(release: np.ndarray, urgency: np.ndarray) -> list[int]:
@@ -150,7 +151,7 @@ def _times(counts: np.ndarray, *, batch: int, key: int) -> tuple[np.ndarray, np.
     served = (sample - table[place]) * (above - below)
     speed = table[place + 1] - table[place]
     release = below + served // speed
-    # A sample's time ends where the next one's begins; the last one's with the word.
+    # A sample's time ends where the next one's begins; the last one's with the pattern.
     deadline = np.empty_like(release)
     deadline[:-1] = (below - -served // speed)[1:] - 1
     deadline[np.cumsum(counts) - 1] = num_slots - 1

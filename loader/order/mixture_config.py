@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from loader.order.config import Locality, default_canonical_ranks
+from loader.order.slots import require_count
 from loader.order.weights import (
     MixtureGroup,
     MixtureSource,
@@ -171,7 +172,7 @@ class MixtureConfig:
             step=step,
             global_batch_size=global_batch_size,
             weights=last.weights if weights is None else tuple(weights),
-            canonical_ranks=canonical_ranks or last.canonical_ranks,
+            canonical_ranks=last.canonical_ranks if canonical_ranks is None else canonical_ranks,
         )
         if step > self.since:
             return replace(self, changes=(*kept, change))
@@ -238,7 +239,12 @@ def plan_mixture(
     canonical_workers: int = 8,
     locality: Locality = "any",
 ) -> MixtureConfig:
-    """Flattens sources to weights and chooses the canonical sizes, as `plan_order` does."""
+    """Flattens sources to weights and chooses the canonical sizes, as `plan_order` does.
+
+    Raises:
+      ConfigError: `order_count`, and as `mixture_weights` and `MixtureConfig`.
+    """
+    require_count("global_batch_size", global_batch_size)
     group = sources
     if not isinstance(group, MixtureGroup):
         group = MixtureGroup(sources=tuple(group))
@@ -250,7 +256,9 @@ def plan_mixture(
         members=members,
         global_batch_size=global_batch_size,
         seed=seed,
-        canonical_ranks=canonical_ranks or default_canonical_ranks(global_batch_size),
+        canonical_ranks=default_canonical_ranks(global_batch_size)
+        if canonical_ranks is None
+        else canonical_ranks,
         canonical_workers=canonical_workers,
         locality=locality,
     )

@@ -486,6 +486,15 @@ def test_settings_that_cannot_be_honoured_are_refused(changes, reason):
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("name", ["canonical_ranks", "canonical_workers", "block_size"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "4", True])
+def test_counts_that_are_none_are_refused_when_an_order_is_planned(name, value):
+    with pytest.raises(ConfigError) as caught:
+        plan_order(1000, global_batch_size=8, seed=0, **{name: value})
+    assert caught.value.reason == "order_count"
+    assert caught.value.where == name
+
+
 @pytest.mark.parametrize(("rank", "world_size"), [(4, 4), (-1, 4)])
 def test_rank_outside_the_world_is_refused(rank, world_size):
     with pytest.raises(ConfigError) as caught:
