@@ -33,11 +33,11 @@ from preprocess.reshard.assign import (
     repeated_key,
     split_numbers,
 )
-from preprocess.reshard.expression import select
 from preprocess.settings import Setting, usable_cores
 from preprocess.sizes import parse_bytes
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ManifestError, ShardError
+from shardspec.expression import as_numbers, encoded_keys, filter_columns, parse_keys, select
 from shardspec.index import open_index, raw_index_dtype
 from shardspec.manifest import (
     MANIFEST_NAME,
@@ -68,10 +68,10 @@ def read_keys(url: str) -> frozenset[str]:
       ConfigError: `keys_file` (missing, or not UTF-8).
     """
     try:
-        text = storage.read_bytes(url).decode()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
+        payload = storage.read_bytes(url)
+    except FileNotFoundError as error:
         raise ConfigError("keys_file", where=url, error=error) from error
-    return frozenset(line.removesuffix("\r") for line in text.split("\n")) - {""}
+    return parse_keys(payload, where=url)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class ReshardSettings:
             metavar="CONDITION",
         ),
     ] = ""
-    """See expression.py."""
+    """See `shardspec.expression`."""
     keys: Annotated[
         frozenset[str] | None,
         Setting(
@@ -506,7 +506,7 @@ def _count_unknown(wanted: frozenset[str], keys: Iterable[np.ndarray]) -> int:
     """Counts the wanted keys that no sample has."""
     if not wanted:
         return 0
-    return int((~np.isin(_encoded(wanted), np.concatenate(list(keys)))).sum())
+    return int((~np.isin(encoded_keys(wanted), np.concatenate(list(keys)))).sum())
 
 
 def _plan_split(
@@ -573,7 +573,7 @@ def _choose(
     """Filters the samples of a split, and assigns them: new split -> int64 [n], ascending."""
     kept = np.ones(len(keys), dtype=bool)
     if settings.keys is not None:
-        kept &= np.isin(keys, _encoded(settings.keys))
+        kept &= np.isin(keys, encoded_keys(settings.keys))
     if settings.where:
         kept &= select(settings.where, _numbers_of(segments, tables))
     numbers = np.flatnonzero(kept).astype(np.int64)
@@ -584,18 +584,12 @@ def _choose(
     return {name: numbers[positions] for name, positions in assigned.items()}
 
 
-def _encoded(keys: Iterable[str]) -> np.ndarray:
-    return np.array(sorted(key.encode() for key in keys), dtype=bytes)
-
-
 def _numbers_of(
     segments: Sequence[Segment], tables: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Gives the columns that a filter may name: of several views the largest value counts."""
-    every = [set(tables[segment.file.url].dtype.names or ()) for segment in segments]
-    names = set.intersection(*every) - {"offset", "crc32", "key"} if every else set()
-    columns = {name: _column(segments, tables, name).astype(np.int64) for name in sorted(names)}
-    return {name: c.max(axis=1) if c.ndim > 1 else c for name, c in columns.items()}
+    """Gives the columns that a filter may name."""
+    names = filter_columns(tables[segment.file.url].dtype for segment in segments)
+    return {name: as_numbers(_column(segments, tables, name)) for name in names}
 
 
 def _lengths(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.reshard.expression import MAX_FILTER_CHARACTERS, select
 from shardspec.errors import ConfigError
+from shardspec.expression import MAX_FILTER_CHARACTERS, select
 
 NAMES = ("num_tokens", "width", "geometry")
 

@@ -1,4 +1,4 @@
-"""What a filter such as "num_tokens < 2048 and width >= 336" says of samples.
+"""Filters: which samples a condition such as "num_tokens < 2048 and width >= 336" keeps.
 
 Pure. The text is parsed by Python's own grammar and then walked: names of index columns, numbers,
 comparisons, `and`, `or`, `not`, arithmetic and `&` (to test flags). Nothing else is accepted, and
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ def _checked(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
     return checked
 
+
+_NOT_CONTENT = frozenset({"offset", "crc32", "key"})
+"""Index columns that say where a sample is, or that are not numbers."""
 
 _ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: _checked(operator.add),
@@ -74,12 +77,7 @@ def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     >>> select("2 < a < 9 and not a == b", {"a": np.array([1, 5, 7]), "b": np.array([0, 5, 0])})
     array([False, False,  True])
     """
-    if len(text) > MAX_FILTER_CHARACTERS:
-        raise _refused(text, f"longer than {MAX_FILTER_CHARACTERS} characters", 0)
-    try:
-        tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _refused(text, str(error), getattr(error, "offset", 0) or 0) from error
+    tree = _parsed(text)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # of floats: they become inf and nan
             kept = _condition(tree.body, text, columns)
@@ -87,6 +85,67 @@ def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         raise _refused(text, str(error), 0) from error
     length = len(next(iter(columns.values()))) if columns else 0
     return np.array(np.broadcast_to(kept, (length,)))
+
+
+def named_columns(text: str) -> frozenset[str]:
+    """Lists the names in a filter: the columns that have to be read to evaluate it.
+
+    Raises:
+      ConfigError: `filter_expression`: the text cannot be parsed.
+
+    >>> sorted(named_columns("2 < a < 9 and not a == b"))
+    ['a', 'b']
+    """
+    return frozenset(node.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Name))
+
+
+def filter_columns(indexes: Iterable[np.dtype]) -> list[str]:
+    """Lists the columns that a filter may name: those that all indexes have."""
+    every = [frozenset(dtype.names or ()) for dtype in indexes]
+    return sorted(frozenset.intersection(*every) - _NOT_CONTENT) if every else []
+
+
+def as_numbers(column: np.ndarray) -> np.ndarray:
+    """Gives the numbers of a column for a filter: of several views the largest value counts.
+
+    Args:
+      column: Integers [n] or [n, views].
+
+    Returns:
+      int64 [n].
+    """
+    numbers = column.astype(np.int64)
+    return numbers.max(axis=1) if numbers.ndim > 1 else numbers
+
+
+def parse_keys(payload: bytes, *, where: str) -> frozenset[str]:
+    """Reads a list of keys, one per line; empty lines are ignored.
+
+    Raises:
+      ConfigError: `keys_file`: it is not UTF-8.
+
+    >>> sorted(parse_keys(b"a\\r\\nb\\n", where="keys.txt"))
+    ['a', 'b']
+    """
+    try:
+        text = payload.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError("keys_file", where=where, error=error) from error
+    return frozenset(line.removesuffix("\r") for line in text.split("\n")) - {""}
+
+
+def encoded_keys(keys: Iterable[str]) -> np.ndarray:
+    """Gives keys as index columns hold them: bytes [n], sorted."""
+    return np.array(sorted(key.encode() for key in keys), dtype=bytes)
+
+
+def _parsed(text: str) -> ast.Expression:
+    if len(text) > MAX_FILTER_CHARACTERS:
+        raise _refused(text, f"longer than {MAX_FILTER_CHARACTERS} characters", 0)
+    try:
+        return ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _refused(text, str(error), getattr(error, "offset", 0) or 0) from error
 
 
 def _condition(node: ast.expr, text: str, columns: Mapping[str, np.ndarray]) -> Any:
