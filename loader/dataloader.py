@@ -56,7 +56,7 @@ from loader.order import (
 from loader.raw import RawBuilder, RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
 from loader.state import STATE_VERSION, Allowed, require_state
-from loader.stream import PreparedBuilder, Stream, StreamingDataset
+from loader.stream import PreparedBuilder, Stream, StreamingDataset, stored_in
 from loader.topology import Topology
 from shardspec.errors import ConfigError, StateError
 
@@ -230,11 +230,12 @@ def make_dataloader(
 def _lengths(
     builders: Sequence[PreparedBuilder], dataset: np.ndarray, sample: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Looks up how long samples are at most, in the indexes of their datasets."""
+    """Looks up how long samples are at most, by their numbers in the order, in the indexes."""
     tokens, crops = np.zeros(len(sample), np.int64), np.zeros(len(sample), np.int64)
     for number in np.unique(dataset).tolist():
         own = np.flatnonzero(dataset == number)
-        tokens[own], crops[own] = builders[number].lengths(sample[own])
+        builder = builders[number]
+        tokens[own], crops[own] = builder.lengths(builder.data.sample_ids(sample[own]))
     return tokens, crops
 
 
@@ -293,7 +294,7 @@ class StreamLoader:
         self._lengths = lengths
         self._packs = packs
         self._bucket_steps = bucket_steps
-        self._schedule: Schedule = packs or self._unpacked()
+        self._schedule: Schedule = self._stream.by_id(packs) if packs else self._unpacked()
         self._decode_threads = decode_threads
         self._workers = workers
         self._prefetch_bytes = prefetch_bytes
@@ -603,7 +604,13 @@ class StreamLoader:
         What may not differ stays in `own`, to be refused.
         """
         data, order = state.get("data"), state.get("order")
-        if not (isinstance(data, Mapping) and isinstance(order, Mapping)) or order == own["order"]:
+        if not (isinstance(data, Mapping) and isinstance(order, Mapping)):
+            return False
+        if order == own["order"]:
+            # Samples were appended, but none of them is in the subset.
+            one = "appended" in allow and isinstance(self._order, Order)
+            if one and self._stream.has_grown_from(data):
+                own["data"] = dict(data)
             return False
         if self._packs is not None or self._own_changes():
             return False
@@ -630,8 +637,9 @@ class StreamLoader:
         data, order = state.get("data"), state.get("order")
         grown = isinstance(data, Mapping) and self._stream.has_grown_from(data)
         if isinstance(data, Mapping) and grown and own["data"] != data:
-            then = data.get("num_samples") or {n: entry["num_samples"] for n, entry in data.items()}
-            raise StateError("state_appended", then=then, now=self._stream.num_samples)
+            then = stored_in(data) or {name: stored_in(entry) for name, entry in data.items()}
+            now = sum(part.data.num_stored for part in self._stream.parts)
+            raise StateError("state_appended", then=then, now=now)
         if not isinstance(order, Mapping):
             return
         name = "canonical_ranks"
@@ -647,8 +655,9 @@ class StreamLoader:
     def _unpacked(self) -> Schedule:
         if self._bucket_steps:
             assert self._lengths is not None
-            return BucketSchedule(self._order, self._lengths, steps=self._bucket_steps)
-        return SlotSchedule(self._order)
+            buckets = BucketSchedule(self._order, self._lengths, steps=self._bucket_steps)
+            return self._stream.by_id(buckets)
+        return self._stream.by_id(SlotSchedule(self._order))
 
     def _plan(self, step: int) -> tuple[list[Row], list[list[int]]]:
         start_s = perf_counter()

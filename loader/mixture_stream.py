@@ -95,7 +95,8 @@ class IterableDatasetMixture(IterableDataset[Any]):
           by: What rates multiply: nothing ("rate"), the square root of the number of samples
             ("root_size", as in the Molmo family) or the number itself ("size").
           unit: Whether weights are shares of samples or of tokens; a dataset's tokens per sample
-            are its manifest's: text, each turn at its longest variant.
+            are its manifest's, or those of its subset (`where`): text, each turn at its longest
+            variant.
           stop: Where a pass ends: when the first, or the last ("all_exhausted"), dataset has been
             seen once, or after a number of steps. The next pass continues from there.
           batch_size: Samples per batch of this rank, the same as the DataLoader's.
@@ -230,12 +231,11 @@ def _source(
         assert isinstance(plan, MixturePlan)
         return MixtureGroup(sources=plan.group.sources, by=plan.group.by, rate=rate)
     data = dataset._stream.parts[0].data
-    split = data.manifest.splits[data.name]
     return MixtureSource(
         name=data.manifest.dataset,
         num_samples=data.num_samples,
         rate=rate,
-        mean_tokens=split.num_tokens / max(1, split.num_samples),
+        mean_tokens=data.mean_tokens,
     )
 
 

@@ -18,7 +18,15 @@ from torch.utils.data import IterableDataset
 
 from loader.order import Locality, SampleRef, Tail
 from loader.reading import Check, Network
-from loader.stream import CACHE_BYTES, DatasetPlan, OpenSplit, Stream, StreamPart, open_split
+from loader.stream import (
+    CACHE_BYTES,
+    DatasetPlan,
+    Keys,
+    OpenSplit,
+    Stream,
+    StreamPart,
+    open_split,
+)
 from loader.topology import find_topology
 from shardspec.errors import ConfigError
 from shardspec.foreign import sample_fields
@@ -84,7 +92,7 @@ class RawBuilder:
     def decode(self, sample: RawSample, ref: SampleRef) -> Any:
         """Calls the user's function with the sample's generator in the slot's epoch."""
         seed = sample_seed(
-            self._base_seed, idx=ref.sample, length=self.data.num_samples, epoch=ref.epoch
+            self._base_seed, idx=ref.sample, length=self.data.num_stored, epoch=ref.epoch
         )
         return self._decode(sample, self._rng(seed))
 
@@ -113,6 +121,8 @@ class RawDataset(IterableDataset[Any]):
         block_size: int | None = None,
         locality: Locality = "any",
         max_samples: int | None = None,
+        where: str | None = None,
+        keys: Keys | None = None,
     ) -> None:
         """Reads the manifest; opens no tar yet.
 
@@ -121,12 +131,15 @@ class RawDataset(IterableDataset[Any]):
           decode: Makes an example of a sample. It may be called from several threads at a time; in
             worker processes it must be picklable.
           split, seed, batch_size, shuffle, tail, rank, world_size, check, cache, cache_bytes,
-            network, canonical_ranks, active_blocks, block_size, locality, max_samples: As in
-            `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats.
+            network, canonical_ranks, active_blocks, block_size, locality, max_samples, where, keys:
+            As in `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats.
+            Columns for `where` are `num_bytes` and `num_members`.
 
         Raises:
           ManifestError: There is no readable manifest.
-          ConfigError: `unknown_split`, `topology`, `prepared_dataset`, `max_samples`.
+          ConfigError: `unknown_split`, `topology`, `prepared_dataset`, `max_samples`,
+            `filter_expression`, `keys_file`, `keys_type`, `empty_result`.
+          ShardError: With `where` or `keys`: an index cannot be read.
         """
         super().__init__()
         data = open_split(
@@ -137,6 +150,8 @@ class RawDataset(IterableDataset[Any]):
             cache_bytes=cache_bytes,
             network=network,
             max_samples=max_samples,
+            where=where,
+            keys=keys,
         )
         if not data.manifest.raw:
             raise ConfigError("prepared_dataset", where=data.url)
@@ -167,7 +182,7 @@ class RawDataset(IterableDataset[Any]):
         self.reader = part.data.reader
         """Counts what was fetched over the network."""
         self.num_samples = part.data.num_samples
-        """Samples in use: those of the split, or the first `max_samples` of them."""
+        """Samples in use."""
 
     def _resized(self, batch_size: int, *, sequence_length: int | None) -> RawDataset:  # noqa: ARG002
         """Makes a dataset that shares what is open, at another batch size."""

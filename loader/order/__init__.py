@@ -20,6 +20,7 @@ from loader.order.schedule import (
     plan_packing,
 )
 from loader.order.slots import Passes, Slots, epoch_of, rank_positions
+from loader.order.subset import SubsetSchedule
 from loader.order.weights import MixtureGroup, MixtureSource, Weighting
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "SlotSchedule",
     "Slots",
     "Stop",
+    "SubsetSchedule",
     "Tail",
     "Weighting",
     "bucket_group",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -222,13 +222,17 @@ class ShardReader:
         Raises:
           ShardError: `index_column`, indexes of an earlier release lack it; or as `open_index`.
         """
+        return self.columns([name], sample_ids)[name]
+
+    def columns(self, names: Sequence[str], sample_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads several columns as `column` does, and opens each index once for all of them."""
         sample_ids = np.asarray(sample_ids, np.int64)
         by_id = np.argsort(sample_ids, kind="stable")
         ordered = sample_ids[by_id]
         number_of = np.searchsorted(self.starts, ordered, side="right") - 1
         numbers, first = np.unique(number_of, return_index=True)
         waiting = numbers.tolist()
-        values: np.ndarray | None = None
+        values: dict[str, np.ndarray] = {}
         for number, begin, end in zip(
             numbers.tolist(), first.tolist(), [*first[1:].tolist(), len(ordered)], strict=True
         ):
@@ -237,16 +241,26 @@ class ShardReader:
                 self._open_soon(waiting[:_OPENED_AHEAD], step=-1)
                 del waiting[:_OPENED_AHEAD]
             shard = self._open.get(segment.file.url) or self._open_shard(segment.file)
-            if name not in (shard.rows.dtype.names or ()):
-                raise ShardError("index_column", where=shard.url, name=name)
-            column = shard.rows[name]
-            if values is None:
-                values = np.zeros((len(ordered), *column.shape[1:]), column.dtype)
-            elif column.dtype.itemsize > values.dtype.itemsize:
-                values = values.astype(column.dtype)  # keys of foreign tars differ in length
             rows = ordered[begin:end] - self.starts[number] + segment.first_row
-            values[by_id[begin:end]] = column[rows]
-        return np.zeros(0, np.int64) if values is None else values
+            for name in names:
+                if name not in (shard.rows.dtype.names or ()):
+                    raise ShardError("index_column", where=shard.url, name=name)
+                column = shard.rows[name]
+                if name not in values:
+                    values[name] = np.zeros((len(ordered), *column.shape[1:]), column.dtype)
+                elif column.dtype.itemsize > values[name].dtype.itemsize:
+                    # Keys of foreign tars differ in length.
+                    values[name] = values[name].astype(column.dtype)
+                values[name][by_id[begin:end]] = column[rows]
+        return values or {name: np.zeros(0, np.int64) for name in names}
+
+    def index_dtype(self, sample_id: int) -> np.dtype:
+        """Gives the row type of the index that describes a sample.
+
+        Raises:
+          ShardError: As `open_index`.
+        """
+        return self._locate(sample_id)[0].rows.dtype
 
     def _locate(self, sample_id: int) -> tuple[Shard, int]:
         if not 0 <= sample_id < len(self):

@@ -5,6 +5,8 @@ depends on the samples and not on the shards: resharding in the same sequence do
 is made of the keys of at most 16,384 samples, evenly spaced over the split, so of every key of a
 small split. An inserted, removed or appended sample changes the number of samples and moves all
 keys after it. Exchanging a few samples between two of these keys in a large split is not detected.
+Of a subset, the samples that are in it are described in the same way; a hash of all their ids is
+added by `loader.stream`.
 
 For a view (what examples are made of the samples) a state holds the fields that differ from their
 defaults, so that a difference can be named, and a hash of all fields, since another release may
@@ -29,9 +31,19 @@ _DIGITS = 16  # 64 bits: states stay short, and no one gains from a collision
 
 
 def split_fingerprint(
-    manifest: Manifest, reader: ShardReader, *, split: str, num_samples: int
+    manifest: Manifest,
+    reader: ShardReader,
+    *,
+    split: str,
+    num_samples: int,
+    sample_ids: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Describes the first `num_samples` samples of a split, in plain JSON types.
+    """Describes samples of a split, in plain JSON types.
+
+    Args:
+      manifest, reader, split: The split.
+      num_samples: How many samples.
+      sample_ids: int64 [num_samples], which; None: the first ones.
 
     Raises:
       ShardError: An index cannot be read.
@@ -41,17 +53,19 @@ def split_fingerprint(
         "dataset": manifest.dataset,
         "split": split,
         "num_samples": num_samples,
-        "keys": keys_fingerprint(reader, num_samples),
+        "keys": keys_fingerprint(reader, num_samples, sample_ids=sample_ids),
         "recipe": fingerprint(manifest.recipe)[:_DIGITS],
         "tokenizer": fingerprint([tokenizer.sha256, dict(tokenizer.special_ids)])[:_DIGITS],
     }
 
 
-def keys_fingerprint(reader: ShardReader, num_samples: int) -> str:
-    """Hashes the keys of the first `num_samples` samples, in their order."""
+def keys_fingerprint(
+    reader: ShardReader, num_samples: int, *, sample_ids: np.ndarray | None = None
+) -> str:
+    """Hashes the keys of the first `num_samples` samples, or of those named, in their order."""
     count = min(num_samples, _MOST_KEYS)
     chosen = np.arange(count, dtype=np.int64) * num_samples // max(1, count)
-    keys = reader.column("key", chosen)
+    keys = reader.column("key", chosen if sample_ids is None else sample_ids[chosen])
     # The width of the key column of a foreign tar depends on the tar.
     payload = b"\n".join(keys.tolist()) if reader.raw else keys.tobytes()
     return hashlib.sha256(payload).hexdigest()[:_DIGITS]

@@ -7,7 +7,7 @@ a thread or a process.
 
 from loader.stream.dataset import CACHE_BYTES, StreamingDataset, check_view, stored_view
 from loader.stream.prepared import PlannedExample, PreparedBuilder
-from loader.stream.split import OpenSplit, open_split
+from loader.stream.split import OpenSplit, open_split, stored_in
 from loader.stream.stream import (
     DatasetPlan,
     ExampleBuilder,
@@ -16,11 +16,13 @@ from loader.stream.stream import (
     Stream,
     StreamPart,
 )
+from loader.stream.subset import Keys
 
 __all__ = [
     "CACHE_BYTES",
     "DatasetPlan",
     "ExampleBuilder",
+    "Keys",
     "OpenSplit",
     "OrderPlan",
     "PlannedExample",
@@ -31,5 +33,6 @@ __all__ = [
     "StreamingDataset",
     "check_view",
     "open_split",
+    "stored_in",
     "stored_view",
 ]

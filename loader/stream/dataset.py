@@ -17,6 +17,7 @@ from loader.state import Allowed
 from loader.stream.prepared import OnBad, PreparedBuilder
 from loader.stream.split import open_split
 from loader.stream.stream import DatasetPlan, Stream, StreamPart
+from loader.stream.subset import Keys
 from loader.topology import find_topology
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
@@ -66,8 +67,10 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         block_size: int | None = None,
         locality: Locality = "any",
         max_samples: int | None = None,
+        where: str | None = None,
+        keys: Keys | None = None,
     ) -> None:
-        """Reads the manifest; opens no shard yet.
+        """Reads the manifest, and for a subset the indexes; opens no shard yet.
 
         Args:
           url: Folder of the dataset, or its URL in an object store (s3://, gs://, ...).
@@ -103,12 +106,25 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           locality: "node" lets a node read the same samples in every epoch, so that a `cache` with
             room for its share fetches each once; see `OrderConfig`.
           max_samples: Use only this many samples, the first ones: continues a run whose dataset has
-            grown since.
+            grown since. A subset is chosen among them.
+          where: Use only the samples that fulfil this condition on index columns, for example
+            "num_tokens < 2048 and width >= 336": those that `make filter WHERE=` keeps, in the
+            same order as of that dataset, but nothing is written. Draws (variants, augmentation)
+            are those of the whole dataset: a sample looks the same in a subset as without one.
+            States are refused where another condition, or another choice, is in use. All indexes
+            are read now, in every process that makes the dataset: of a remote one some 130 bytes
+            per sample are fetched, once per node with `cache`. The ids of the samples in use take
+            8 bytes each.
+          keys: Use only the samples of these keys, of those that `where` keeps: strings, or the
+            path or URL of a text file with one key per line, as of `make filter KEYS=`. Keys that
+            no sample has are counted in a warning.
 
         Raises:
           ManifestError: There is no readable manifest.
           ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
-            `cache_bytes`, `cache_foreign`, `raw_dataset`, `max_samples`.
+            `cache_bytes`, `cache_foreign`, `raw_dataset`, `max_samples`, `filter_expression`,
+            `keys_file`, `keys_type`; `empty_result`, the subset has no samples.
+          ShardError: With `where` or `keys`: an index cannot be read.
           StorageError: The store does not answer.
         """
         super().__init__()
@@ -121,6 +137,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             cache_bytes=cache_bytes,
             network=network,
             max_samples=max_samples,
+            where=where,
+            keys=keys,
         )
         if data.manifest.raw:
             raise ConfigError("raw_dataset", where=url)
@@ -154,7 +172,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.reader = part.data.reader
         """Reads single samples, and counts what was fetched over the network."""
         self.num_samples = part.data.num_samples
-        """Samples in use: those of the split, or the first `max_samples` of them."""
+        """Samples in use: those of the split, of its first `max_samples`, or of the subset."""
         self.ids = part.builder.ids
         self.view = part.builder.view
 
@@ -202,6 +220,10 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 
     def example(self, sample_id: int, *, epoch: int = 0) -> dict[str, Any]:
         """Makes the example of one sample in one epoch, the same in every process.
+
+        Args:
+          sample_id: Number in stored order, among all samples of the split.
+          epoch: Of the draws.
 
         Raises:
           ShardError: The sample cannot be read; see `ShardReader.read`.

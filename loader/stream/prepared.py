@@ -199,16 +199,17 @@ class PreparedBuilder:
         )
 
     def _candidate(self, sample_id: int, epoch: int, attempt: int) -> int:
-        """Gives the sample itself, and then its substitutes."""
+        """Gives the sample itself, and then its substitutes, which are samples in use too."""
         if not attempt:
             return sample_id
-        return keyed(self._base_seed, sample_id, epoch, attempt) % self.data.num_samples
+        number = keyed(self._base_seed, sample_id, epoch, attempt) % self.data.num_samples
+        return int(self.data.sample_ids(np.array(number)))
 
     def _draft(self, number: int, epoch: int) -> PlannedExample:
         start_s = perf_counter()
         stored = self.data.reader.stored(number)
         read_s = perf_counter()
-        seed = sample_seed(self._base_seed, idx=number, length=self.data.num_samples, epoch=epoch)
+        seed = sample_seed(self._base_seed, idx=number, length=self.data.num_stored, epoch=epoch)
         plan = self._planner.plan(stored.tokens, stored.spans, self._rng(seed), key=stored.key)
         draft = Draft(
             plan,

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from loader.reading import Check, Network, ShardReader, open_dataset
 from loader.state import keys_fingerprint, split_fingerprint
+from loader.stream.subset import Keys, Subset, choose_subset
 from shardspec.errors import ConfigError
 from shardspec.manifest import Manifest
+
+_DIGITS = 16  # as in `split_fingerprint`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,27 @@ class OpenSplit:
     reader: ShardReader
     name: str
     """Of the split."""
-    num_samples: int
-    """Samples in use: those of the split, or the first `max_samples` of them."""
+    num_stored: int
+    """Samples that ids count: those of the split, or the first `max_samples` of them."""
+    subset: Subset | None = None
+    """Those in use; None: all of these."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in use: those of the subset, if there is one."""
+        return self.num_stored if self.subset is None else len(self.subset.ids)
+
+    def sample_ids(self, numbers: np.ndarray) -> np.ndarray:
+        """Gives the ids of samples in use by their numbers, 0 to `num_samples` - 1."""
+        return numbers if self.subset is None else self.subset.ids[numbers]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Text tokens per sample: of the subset, or else of the whole split."""
+        if self.subset is not None:
+            return self.subset.mean_tokens
+        split = self.manifest.splits[self.name]
+        return split.num_tokens / max(1, split.num_samples)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -32,17 +56,44 @@ class OpenSplit:
         Raises:
           ShardError: An index cannot be read.
         """
-        return split_fingerprint(
-            self.manifest, self.reader, split=self.name, num_samples=self.num_samples
-        )
+        return self._describe(self.subset, self.num_stored)
 
     def has_grown_from(self, saved: Mapping[str, Any]) -> bool:
-        """Returns True if a fingerprint is that of this data before samples were appended."""
-        then = saved.get("num_samples")
-        if not isinstance(then, int) or not 0 < then < self.num_samples:
+        """Returns True if a fingerprint is that of this data before samples were appended.
+
+        Of a subset, the samples that were there then must be chosen by the same condition, and be
+        the same ones.
+        """
+        then = stored_in(saved)
+        if not isinstance(then, int) or not 0 < then < self.num_stored:
             return False
-        keys = keys_fingerprint(self.reader, then)
-        return dict(saved) == {**self.fingerprint, "num_samples": then, "keys": keys}
+        if self.subset is None:
+            keys = keys_fingerprint(self.reader, then)
+            return dict(saved) == {**self.fingerprint, "num_samples": then, "keys": keys}
+        before = self.subset.before(then)
+        return bool(len(before.ids)) and dict(saved) == self._describe(before, then)
+
+    def _describe(self, subset: Subset | None, num_stored: int) -> dict[str, Any]:
+        if subset is None:
+            return split_fingerprint(
+                self.manifest, self.reader, split=self.name, num_samples=num_stored
+            )
+        described = split_fingerprint(
+            self.manifest,
+            self.reader,
+            split=self.name,
+            num_samples=len(subset.ids),
+            sample_ids=subset.ids,
+        )
+        # The seeds of draws follow from the ids and from the number of all samples.
+        chosen = {"of": num_stored, "where": subset.where, "ids": subset.ids_sha256[:_DIGITS]}
+        return {**described, "subset": chosen}
+
+
+def stored_in(fingerprint: Mapping[str, Any]) -> Any:
+    """Returns how many samples a dataset had, of all or a subset of which this is a fingerprint."""
+    subset = fingerprint.get("subset")
+    return subset.get("of") if isinstance(subset, Mapping) else fingerprint.get("num_samples")
 
 
 def open_split(
@@ -54,12 +105,16 @@ def open_split(
     cache_bytes: int,
     network: Network | None,
     max_samples: int | None,
+    where: str | None,
+    keys: Keys | None,
 ) -> OpenSplit:
-    """Reads the manifest of a dataset; see `StreamingDataset`.
+    """Reads the manifest of a dataset, and for a subset its indexes; see `StreamingDataset`.
 
     Raises:
       ManifestError: There is no readable manifest.
-      ConfigError: `unknown_split`, `cache_bytes`, `cache_foreign`, `max_samples`.
+      ConfigError: `unknown_split`, `cache_bytes`, `cache_foreign`, `max_samples`, and as
+        `choose_subset`.
+      ShardError: A subset is asked for, and an index cannot be read.
       StorageError: The store does not answer.
     """
     manifest, reader = open_dataset(
@@ -73,5 +128,15 @@ def open_split(
             got=max_samples,
             samples=len(reader),
         )
-    num_samples = len(reader) if max_samples is None else max_samples
-    return OpenSplit(url=url, manifest=manifest, reader=reader, name=split, num_samples=num_samples)
+    num_stored = len(reader) if max_samples is None else max_samples
+    subset = None
+    if num_stored and (where or keys is not None):
+        subset = choose_subset(reader, num_samples=num_stored, where=where, keys=keys)
+    return OpenSplit(
+        url=url,
+        manifest=manifest,
+        reader=reader,
+        name=split,
+        num_stored=num_stored,
+        subset=subset,
+    )

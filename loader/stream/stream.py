@@ -24,7 +24,9 @@ from loader.order import (
     Order,
     Row,
     SampleRef,
+    Schedule,
     SlotSchedule,
+    SubsetSchedule,
     Tail,
     epoch_of,
     plan_order,
@@ -189,6 +191,14 @@ class Stream(Generic[Builder]):
         batch_size = 1 if self.batch_size is None else self.batch_size
         return self.plan.order(global_batch_size=batch_size * self.topology.world_size)
 
+    def by_id(self, schedule: Schedule) -> Schedule:
+        """Lets the rows of a schedule name samples by their ids, where it is of subsets."""
+        subsets = [part.data.subset for part in self.parts]
+        sample_ids = [None if subset is None else subset.ids for subset in subsets]
+        if all(ids is None for ids in sample_ids):
+            return schedule
+        return SubsetSchedule(schedule, sample_ids)
+
     def __len__(self) -> int:
         """Counts the samples that this rank gets in the next pass; equal on all ranks."""
         return self.cursor.remaining(self.order) * (self.batch_size or 1)
@@ -277,7 +287,7 @@ class Stream(Generic[Builder]):
         # What a pass that was left has planned would be kept for the rest of the run.
         self.ahead.cancel()
         order = self.order
-        schedule = SlotSchedule(order)
+        schedule = self.by_id(SlotSchedule(order))
         window = LookaheadWindow(self.ahead.ahead_steps, stride=find_worker()[1])
 
         def examples(step: int) -> list[Any]:

@@ -526,7 +526,7 @@ def _plan_split(
         quarantined.update(source.manifest.splits[split].quarantined)
     for name, own in chosen.items():
         if not len(own):
-            raise ConfigError("empty_result", where=f"split {name}", samples=total)
+            raise ConfigError("empty_result.split", where=f"split {name}", samples=total)
         shuffled = keys[own].tolist() if settings.order == "shuffle" else []
         ordered = order_numbers(
             own,
