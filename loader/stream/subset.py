@@ -1,6 +1,6 @@
 """Subset: the samples of a split that a condition on index columns and a list of keys keep.
 
-The indexes are read once, some million samples at a time, and the ids of the samples that remain
+The indexes are read once, a million samples at a time, and the ids of the samples that remain
 are held: ascending, 8 bytes each. The order numbers them from 0 to M - 1; everything else, from the
 seeds of their draws to the records of bad ones, uses their ids in the whole split.
 """
@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 Keys = Iterable[str] | str | os.PathLike[str]
 """Keys of samples; or the path or URL of a file with one key per line."""
 
-_SAMPLES_AT_ONCE = 1 << 22
-"""Bounds what opening takes beside the ids: some 50 bytes per sample, 200 MB."""
+_SAMPLES_AT_ONCE = 1 << 20
+"""Bounds what opening takes beside the ids: measured, 60 bytes per sample, 280 with keys. A million
+samples take 0.2 s, 0.7 s with keys, on one core of a cloud machine from a warm disk."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
