@@ -19,7 +19,15 @@ from loader.order.schedule import (
     bucket_group,
     plan_packing,
 )
-from loader.order.slots import Passes, Slots, epoch_of, rank_positions
+from loader.order.slots import (
+    Passes,
+    Slots,
+    epoch_of,
+    is_whole,
+    rank_positions,
+    require_count,
+    require_step,
+)
 from loader.order.subset import SubsetSchedule
 from loader.order.weights import MixtureGroup, MixtureSource, Weighting
 
@@ -46,9 +54,12 @@ __all__ = [
     "Weighting",
     "bucket_group",
     "epoch_of",
+    "is_whole",
     "plan_mixture",
     "plan_order",
     "plan_packing",
     "rank_positions",
+    "require_count",
+    "require_step",
     "require_stop",
 ]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loader.order.slots import require_count, require_multiple
+from loader.order.slots import is_whole, require_count, require_multiple, require_step
 from shardspec.errors import ConfigError, StateError
 
 ORDER_VERSION = 2
@@ -96,13 +96,16 @@ class OrderConfig:
         counts = ("num_samples", "global_batch_size", "canonical_ranks", "canonical_workers")
         for name in (*counts, "active_blocks", "block_size"):
             require_count(name, getattr(self, name))
-        if not 0 <= self.seed < 2**64:
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**64:
             raise ConfigError("order_seed", seed=self.seed)
-        _require_name("tail", self.tail, ("wrap", "drop_last", "pad"))
-        _require_name("layout", self.layout, ("lanes", "global", "sequential"))
-        _require_name("locality", self.locality, ("any", "node"))
+        require_name("tail", self.tail, ("wrap", "drop_last", "pad"))
+        require_name("layout", self.layout, ("lanes", "global", "sequential"))
+        require_name("locality", self.locality, ("any", "node"))
         if self.num_samples >= 2**60 or self.num_lanes >= 2**31:
             raise ConfigError("order_size", num_samples=self.num_samples, num_lanes=self.num_lanes)
+        for change in self.ramp:
+            require_step(change.step)
+            require_count("global_batch_size", change.global_batch_size)
         for batch in (self.global_batch_size, *(change.global_batch_size for change in self.ramp)):
             require_multiple(batch, self.canonical_ranks, of="canonical ranks")
         self._check_before()
@@ -118,7 +121,8 @@ class OrderConfig:
         before = self.before
         if before is None and (self.since, self.first_epoch, self.owed) == (0, 0, 0):
             return
-        fits = self.tail == "wrap" and self.since > 0 and self.first_epoch >= 0 <= self.owed
+        fits = all(is_whole(n) and n >= 0 for n in (self.since, self.first_epoch, self.owed))
+        fits = fits and self.tail == "wrap" and self.since > 0 and self.owed <= self.num_samples
         if before is not None:
             fits = fits and (
                 before.tail == "wrap"
@@ -156,7 +160,7 @@ class OrderConfig:
         """Restores a configuration from `to_dict`.
 
         Raises:
-          StateError: `order_version` or `order_fields`.
+          StateError: `order_version`, `order_fields` or `order_values`.
           ConfigError: A value is not valid.
         """
         if state.get("version") != ORDER_VERSION:
@@ -168,8 +172,11 @@ class OrderConfig:
                 "order_fields", missing=sorted(known - given), unknown=sorted(given - known)
             )
         values = {name: state[name] for name in known}
-        values["ramp"] = tuple(RampStep(**change) for change in state["ramp"])
-        values["before"] = state["before"] and cls.from_dict(state["before"])
+        try:
+            values["ramp"] = tuple(RampStep(**change) for change in state["ramp"])
+            values["before"] = None if state["before"] is None else cls.from_dict(state["before"])
+        except (TypeError, AttributeError) as e:
+            raise StateError("order_values", got=str(e)) from e
         return cls(**values)
 
 
@@ -300,6 +307,8 @@ def pick_block_size(num_samples: int, *, num_lanes: int, active_blocks: int, tar
     """
     target = max(1, min(target, num_samples // (_BLOCKS_PER_SUBSLICE * num_lanes * active_blocks)))
     candidates = range(max(1, -(-target * 3 // 4)), max(1, target * 3 // 2) + 1)
+    if len(candidates) == 1:  # nothing to choose; there may be as many sub-slices as samples
+        return candidates[0]
     cells = num_lanes * active_blocks
     starts = np.arange(min(64 * active_blocks, cells), dtype=np.int64) * num_samples // cells
     crowds = (active_blocks, 8 * active_blocks, 64 * active_blocks)
@@ -317,8 +326,8 @@ def pick_block_size(num_samples: int, *, num_lanes: int, active_blocks: int, tar
     return min(candidates, key=unevenness)
 
 
-def _require_name(field: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
+def require_name(field: str, name: str, known: tuple[str, ...]) -> None:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(
             f"order_{field}.unknown", where=field, field=field, name=name, known=", ".join(known)
         )

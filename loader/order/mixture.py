@@ -36,7 +36,7 @@ from loader.order.order import EpochBorders, groups
 from loader.order.pattern import InterleavePattern
 from loader.order.permutation import keyed_array, permute
 from loader.order.remainder import EpochRemainder
-from loader.order.slots import Slots, require_slots
+from loader.order.slots import Slots, require_slots, require_step
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
 
@@ -156,8 +156,9 @@ class MixtureOrder:
         dropped.
 
         Raises:
-          ConfigError: `mixture_weights`, `mixture_changes`, `batch_not_divisible`.
+          ConfigError: `mixture_weights`, `mixture_changes`, `order_step`, `batch_not_divisible`.
         """
+        require_step(step)
         config = self._pruned(step).changed(
             step=step,
             global_batch_size=global_batch_size,
@@ -329,7 +330,8 @@ class _Segment:
         self.first_epoch = first_epoch
         """int64 [datasets], the epochs after the remainders."""
         # Borders by (dataset, number of the epoch), two of each dataset at most: the epoch that a
-        # run is in and the next. Threads that compute the same borders at once lose nothing.
+        # run is in and the next. A dataset's are replaced as a whole, never changed: of two threads
+        # that add borders at once one wins, and the other's are computed again.
         self._borders: list[dict[int, EpochBorders]] = [{} for _ in owed]
         # The borders of the epochs that the run is in; replaced as a whole, never changed.
         self._now: _Now | None = None
@@ -497,9 +499,7 @@ class _Segment:
             found = EpochBorders(
                 before=before, lengths=lengths, starts=np.cumsum(lengths) - lengths
             )
-            while len(known) >= 2:
-                known.pop(next(iter(known)), None)
-            known[number] = found
+            self._borders[dataset] = {**dict(list(known.items())[-1:]), number: found}
         return found
 
 

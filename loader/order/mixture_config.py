@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from loader.order.config import Locality, default_canonical_ranks
-from loader.order.slots import require_count
+import numpy as np
+
+from loader.order.config import Locality, default_canonical_ranks, require_name
+from loader.order.slots import is_whole, require_count, require_step
 from loader.order.weights import (
     MixtureGroup,
     MixtureSource,
@@ -107,17 +109,22 @@ class MixtureConfig:
     """What came before, where changes that are over have been dropped; None from step 0 on."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "canonical_ranks", "canonical_workers"):
-            require(getattr(self, name) >= 1, "mixture_count", name=name)
-        for name in ("active_blocks", "block_size"):
-            require(getattr(self, name) >= 1, "mixture_count", name=name)
+        counts = ("global_batch_size", "canonical_ranks", "canonical_workers")
+        for name in (*counts, "active_blocks", "block_size"):
+            value = getattr(self, name)
+            require(is_whole(value) and value >= 1, "mixture_count", name=name, got=repr(value))
+        require_name("locality", self.locality, ("any", "node"))
         require(bool(self.members), "mixture_empty.mixture")
         names = [member.name for member in self.members]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, "mixture_twice", names=twice)
         for member in self.members:
-            require(member.num_samples >= 1, "mixture_empty.dataset", name=member.name)
+            samples = member.num_samples
+            require(is_whole(samples) and samples >= 1, "mixture_empty.dataset", name=member.name)
         steps = [self.since, *(change.step for change in self.changes)]
+        for step in steps:
+            require_step(step)
+        self._check_base()
         require(sorted(set(steps)) == steps, "mixture_changes", steps=steps)
         for segment in self.segments():
             weights, batch = segment.weights, segment.global_batch_size
@@ -130,11 +137,23 @@ class MixtureConfig:
                 weights=list(weights),
             )
             require(
-                batch >= 1 and ranks >= 1 and batch % ranks == 0,
+                is_whole(batch) and is_whole(ranks) and batch >= 1 <= ranks and batch % ranks == 0,
                 "batch_not_divisible.canonical_ranks",
                 batch=batch,
                 ranks=ranks,
             )
+
+    def _check_base(self) -> None:
+        base = self.base
+        if base is None:
+            return
+        sizes = [member.num_samples for member in self.members]
+        counts = [getattr(base, name) for name in _PER_DATASET]
+        fits = base.segment.step >= 1 and all(len(values) == len(sizes) for values in counts)
+        fits = fits and all(is_whole(n) and n >= 0 for values in counts[:3] for n in values)
+        fits = fits and all(n is None or (is_whole(n) and n >= 1) for n in base.seen_by)
+        if not (fits and all(n < size for n, size in zip(base.owed, sizes, strict=True))):
+            raise StateError("order_values", got=repr(base.to_dict()))
 
     @property
     def since(self) -> int:
@@ -164,8 +183,11 @@ class MixtureConfig:
         """Returns the mixture with a change from a step on; later ones are forgotten.
 
         Raises:
-          ConfigError: `mixture_weights`, `mixture_changes`, `batch_not_divisible`.
+          ConfigError: `mixture_weights`, `mixture_changes`, `order_step`, `batch_not_divisible`.
         """
+        require_step(step)
+        listed = weights is None or isinstance(weights, Sequence | np.ndarray)
+        require(listed, "mixture_weights.values", weights=repr(weights))
         kept = tuple(change for change in self.changes if change.step < step)
         last = replace(self, changes=kept).segments()[-1]
         change = MixtureChange(
@@ -212,7 +234,7 @@ class MixtureConfig:
         """Restores a configuration from `to_dict`.
 
         Raises:
-          StateError: `order_version` or `order_fields`.
+          StateError: `order_version` or `order_values`.
         """
         known = {field.name for field in fields(cls)}
         if state.get("version") != MIXTURE_VERSION or set(state) - {"version"} != known:
@@ -223,9 +245,13 @@ class MixtureConfig:
                 other_fields=sorted(set(state) - {"version"} ^ known),
             )
         values = {name: state[name] for name in known}
-        values["members"] = tuple(MixtureMember(**member) for member in state["members"])
-        values["changes"] = tuple(map(MixtureChange.from_dict, state["changes"]))
-        values["base"] = state["base"] and MixtureBase.from_dict(state["base"])
+        try:
+            values["members"] = tuple(MixtureMember(**member) for member in state["members"])
+            values["changes"] = tuple(map(MixtureChange.from_dict, state["changes"]))
+            base = state["base"]
+            values["base"] = None if base is None else MixtureBase.from_dict(base)
+        except (TypeError, KeyError) as e:
+            raise StateError("order_values", got=repr(e)) from e
         return cls(**values)
 
 
@@ -245,6 +271,7 @@ def plan_mixture(
       ConfigError: `order_count`, and as `mixture_weights` and `MixtureConfig`.
     """
     require_count("global_batch_size", global_batch_size)
+    require_count("canonical_ranks", 1 if canonical_ranks is None else canonical_ranks)
     group = sources
     if not isinstance(group, MixtureGroup):
         group = MixtureGroup(sources=tuple(group))

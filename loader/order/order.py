@@ -55,7 +55,7 @@ from loader.order.lanes import Lanes, OneTrack
 from loader.order.line import Line
 from loader.order.permutation import keyed_array, permute
 from loader.order.remainder import EpochRemainder
-from loader.order.slots import Slots, require_slots
+from loader.order.slots import Slots, require_count, require_slots, require_step
 from shardspec.errors import ConfigError
 
 _KEY_REST = 6
@@ -236,8 +236,10 @@ class Order:
         The epoch is finished first, so it still shows each sample once.
 
         Raises:
-          ConfigError: `order_ramp`, `batch_not_divisible`.
+          ConfigError: `order_ramp`, `order_step`, `order_count`, `batch_not_divisible`.
         """
+        require_step(step)
+        require_count("global_batch_size", global_batch_size)
         if step == self.config.since:
             return Order(replace(self.config, global_batch_size=global_batch_size, ramp=()))
         kept = tuple(change for change in self.config.ramp if change.step < step)
@@ -303,8 +305,8 @@ class _Segment:
                 ranks=config.canonical_ranks,
                 workers=config.canonical_workers,
             )
-        # Borders by (first slot, slots), those asked for last. A dict's steps are atomic; of two
-        # threads that compute the same borders one wins, and nothing is lost.
+        # Borders by (first slot, slots), those asked for last. Replaced as a whole, never changed:
+        # of two threads that add borders at once one wins, and the other's are computed again.
         self._borders: dict[tuple[int, int], EpochBorders] = {}
 
     def find(self, steps: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -358,9 +360,8 @@ class _Segment:
             found = EpochBorders(
                 before=before, lengths=lengths, starts=np.cumsum(lengths) - lengths
             )
-            while len(self._borders) >= _KEPT_EPOCHS:
-                self._borders.pop(next(iter(self._borders)), None)
-            self._borders[key] = found
+            kept = list(self._borders.items())[1 - _KEPT_EPOCHS :]
+            self._borders = {**dict(kept), key: found}
         return found
 
 

@@ -93,6 +93,16 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def require_step(step: object) -> None:
+    """Refuses what is not a step of a run.
+
+    Raises:
+      ConfigError: `order_step`.
+    """
+    if not is_whole(step) or not 0 <= step < 2**62:  # type: ignore[operator]
+        raise ConfigError("order_step", where="step", got=repr(step))
+
+
 def require_count(name: str, value: int) -> None:
     if not is_whole(value) or value < 1:
         raise ConfigError("order_count", where=name, name=name, got=repr(value))

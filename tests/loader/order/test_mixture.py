@@ -499,3 +499,28 @@ def test_tables_are_bounded_by_the_pattern_not_by_the_samples():
     pattern = order._segments[0].pattern
     tables = [table for table in vars(pattern).values() if isinstance(table, np.ndarray)]
     assert sum(table.nbytes for table in tables) < 28 * loader.order.pattern._MIN_PATTERN_SLOTS
+
+
+def test_settings_of_other_types_are_refused():
+    source = [MixtureSource(name="a", num_samples=100)]
+    for name, wrong, reason in (
+        ("locality", "nod", "order_locality"),
+        ("locality", None, "order_locality"),
+        ("canonical_ranks", 2.0, "order_count"),
+        ("canonical_ranks", "8", "order_count"),
+        ("canonical_workers", 2.0, "mixture_count"),
+        ("canonical_workers", None, "mixture_count"),
+    ):
+        settings = {"global_batch_size": 8, "seed": 1, name: wrong}
+        with pytest.raises(ConfigError) as caught:
+            plan_mixture(source, **settings)
+        assert caught.value.reason == reason
+    order = MixtureOrder(plan_mixture(source, global_batch_size=8, seed=1))
+    for step in (-1, "8", None, 2.0, float("nan"), True):
+        with pytest.raises(ConfigError) as caught:
+            order.changed(step=step, global_batch_size=8)
+        assert caught.value.reason == "order_step"
+    for weights in (0, 2.0, True):
+        with pytest.raises(ConfigError) as caught:
+            order.changed(step=3, global_batch_size=8, weights=weights)
+        assert caught.value.reason == "mixture_weights"

@@ -690,3 +690,25 @@ def test_slot_before_the_change_is_refused():
     with pytest.raises(ConfigError) as caught:
         order.slots(4, 0)
     assert caught.value.reason == "order_slot"
+
+
+def test_active_blocks_may_be_as_many_as_the_samples():
+    config = plan_order(10**10, global_batch_size=1024, seed=1, active_blocks=10**10)
+    assert config.block_size == 1
+    assert len(Order(config).slots(3, np.arange(4)).sample) == 4
+
+
+def test_changes_of_other_types_are_refused():
+    order = Order(plan_order(1000, global_batch_size=8, seed=1))
+    for batch in (0, -8, "8", None, 2.0, 1e308, True, {}):
+        with pytest.raises(ConfigError) as caught:
+            order.changed(step=3, global_batch_size=batch)
+        assert caught.value.reason == "order_count"
+    for step in (-1, "8", None, 2.0, 1e308, True, {}):
+        with pytest.raises(ConfigError) as caught:
+            order.changed(step=step, global_batch_size=8)
+        assert caught.value.reason == "order_step"
+    for seed in (2.0, True, "8", None):
+        with pytest.raises(ConfigError) as caught:
+            plan_order(1000, global_batch_size=8, seed=seed)
+        assert caught.value.reason == "order_seed"
