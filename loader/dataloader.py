@@ -50,8 +50,11 @@ from loader.order import (
     Schedule,
     SlotSchedule,
     bucket_group,
+    is_whole,
     plan_packing,
     rank_positions,
+    require_count,
+    require_step,
 )
 from loader.raw import RawBuilder, RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
@@ -141,10 +144,11 @@ def make_dataloader(
         threads or workers, some of these have nothing to do.
 
     Raises:
-      ConfigError: `batch_not_divisible`, `loader_range`, `loader_options`, `packing_tail`,
-        `packing_and_buckets`, and as `MMCollator`.
+      ConfigError: `order_count`, `batch_not_divisible`, `loader_range`, `loader_options`,
+        `packing_tail`, `packing_and_buckets`, and as `MMCollator`.
     """
     world_size = dataset._stream.topology.world_size
+    require_count("global_batch_size", global_batch_size)
     if global_batch_size % world_size:
         below = global_batch_size // world_size * world_size
         near = [str(batch) for batch in (below, below + world_size) if batch > 0]
@@ -154,7 +158,8 @@ def make_dataloader(
             global_batch_size=global_batch_size,
             world_size=world_size,
         )
-    if decode_threads < 0 or workers < 0 or prefetch_bytes < 1:
+    amounts = (decode_threads, workers, prefetch_bytes)
+    if not all(is_whole(n) and n >= 0 for n in amounts) or prefetch_bytes < 1:
         raise ConfigError(
             "loader_range",
             decode_threads=decode_threads,
@@ -291,6 +296,8 @@ class StreamLoader:
         self._maker = BatchMaker(self._stream.ahead, batches)
         # The order in use: with the changes that were made here or in the run of a state.
         self._order = self._stream.order
+        # Whether changes were made here; those of a loaded state give way to another state's.
+        self._changed = False
         self._lengths = lengths
         self._packs = packs
         self._bucket_steps = bucket_steps
@@ -479,6 +486,7 @@ class StreamLoader:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
         self._turn += 1
+        self._changed = True
 
     def places(self, step: int) -> list[Row]:
         """Lists which samples are in a step, before or after it ran.
@@ -492,8 +500,9 @@ class StreamLoader:
           number of a sample is its place in the dataset's shards, counted through.
 
         Raises:
-          ConfigError: `order_slot`, a step that the order no longer describes.
+          ConfigError: `order_step`; `order_slot`, a step that the order no longer describes.
         """
+        require_step(step)
         return self._schedule.rows(step, Topology())
 
     def state_dict(self) -> dict[str, Any]:
@@ -542,20 +551,26 @@ class StreamLoader:
             share a pack or a bucket follows from their lengths: there, crops and the sequence
             length must agree in any case.
             "order": the global batch size and the canonical ranks, with tail "wrap" and without
-            packs. Every dataset finishes its epoch first: what is left of it is laid out again,
-            with every sample once.
+            packs; this loader's apply from the state's step on, whatever the state's run changed
+            on its way. Every dataset finishes its epoch first: what is left of it is laid out
+            again, with every sample once.
             "appended": one dataset, no mixture, may have grown since; otherwise as "order". The
             new samples come from the next epoch on.
 
         Raises:
-          StateError: `state_version`; `state_appended`, the dataset has grown since;
+          StateError: `state_version`; `state_fields`, `order_fields`, `order_values`, a field is
+            missing or damaged; `state_appended`, the dataset has grown since;
             `state_canonical_ranks`; `state_mismatch`, other samples would come; `state_view`, they
             would come in another view (both name every differing field).
           ConfigError: `state_allow`; `order_before`, the orders have nothing in common;
+            `batch_not_divisible`, the ranks do not divide the batch of the state's step;
             `bucket_group`, another order inside a group of `bucket_steps`.
         """
         own = self.state_dict()
         own = {name: own[name] for name in own if name not in _FREE}
+        ours = self._order if self._changed or self._packs is not None else self._stream.order
+        own["order"] = ours.config.to_dict()
+        _require_sound(state, own)
         saved_order, saved_packing = state.get("order"), state.get("packing")
         if isinstance(saved_order, Mapping):
             automatic = self._stream.plan.canonical_ranks is None
@@ -565,25 +580,31 @@ class StreamLoader:
             sizes = saved_packing.get("sizes", [])
             if sizes[:1] == own["packing"]["sizes"]:
                 own["packing"] = {**own["packing"], "sizes": sizes}
-        continues = self._continues(state, own, allow)
+        continues = self._continues(state, own, allow, ours=ours)
         self._explain(state, own)
         lengths_matter = self._packs is not None or self._bucket_steps > 0
         require_state(state, own, allow=allow, lengths_matter=lengths_matter)
         step = int(state["step"])
-        if isinstance(self._order, MixtureOrder):
+        order: Order | MixtureOrder
+        if isinstance(ours, MixtureOrder):
             mixture = saved = MixtureConfig.from_dict(state["order"])
             if continues:
-                mixture = mixture.with_width(self._order.config, step=step)
+                mixture = mixture.with_width(ours.config, step=step)
             if self._bucket_steps and mixture is not saved:
-                self._require_border(MixtureOrder(saved, stop=self._order.stop), step)
+                self._require_border(MixtureOrder(saved, stop=ours.stop), step)
+            order = self._order
             if mixture != self._order.config:
-                self._order = MixtureOrder(mixture, stop=self._order.stop)
+                order = MixtureOrder(mixture, stop=ours.stop)
         else:
             before = Order(OrderConfig.from_dict(state["order"]))
-            after = before.continued(self._order.config, step=step) if continues else before
-            if after is not before:
+            order = before.continued(ours.config, step=step) if continues else before
+            if order is not before:
                 self._require_border(before, step)
-            self._order = after
+        if self._packs is None:
+            # The state's batch at its step may be another than the one that this loader began with.
+            rank_positions(0, self._stream.topology.world_size, order.batch_at(step)[0])
+        self._order = order
+        self._changed = False
         self._turn += 1
         self.step = step
         self.bad_samples = [dict(record) for record in state.get("bad", [])]
@@ -597,7 +618,12 @@ class StreamLoader:
             self._planned = self.step
 
     def _continues(
-        self, state: Mapping[str, Any], own: dict[str, Any], allow: Sequence[Allowed]
+        self,
+        state: Mapping[str, Any],
+        own: dict[str, Any],
+        allow: Sequence[Allowed],
+        *,
+        ours: Order | MixtureOrder,
     ) -> bool:
         """Returns True if our order continues the state's; takes over what may differ.
 
@@ -606,18 +632,20 @@ class StreamLoader:
         data, order = state.get("data"), state.get("order")
         if not (isinstance(data, Mapping) and isinstance(order, Mapping)):
             return False
-        if order == own["order"]:
+        same = order == own["order"]
+        one = "appended" in allow and isinstance(ours, Order)
+        if same and one and self._stream.has_grown_from(data):
             # Samples were appended, but none of them is in the subset.
-            one = "appended" in allow and isinstance(self._order, Order)
-            if one and self._stream.has_grown_from(data):
-                own["data"] = dict(data)
+            own["data"] = dict(data)
             return False
-        if self._packs is not None or self._own_changes():
+        if self._packs is not None or self._changed:
+            return False
+        if same and _last_batch(order, state) == ours.batch_at(0)[0]:
             return False
         may_differ: set[str] = set()
         if "order" in allow:
             may_differ |= {"global_batch_size", *_WIDTH}
-        if isinstance(self._order, Order):
+        if isinstance(ours, Order):
             if order.get("tail") != "wrap":
                 return False
             if "appended" in allow and self._stream.has_grown_from(data):
@@ -625,10 +653,6 @@ class StreamLoader:
                 own["data"] = dict(data)
         own["order"] |= {name: order[name] for name in may_differ if name in order}
         return bool(may_differ)
-
-    def _own_changes(self) -> bool:
-        config = self._order.config
-        return bool(config.changes if isinstance(config, MixtureConfig) else config.ramp)
 
     def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Refuses what differs for a reason that has a remedy."""
@@ -718,16 +742,41 @@ def _adopted_batch(
     """
     if own.get("ramp") or own.get("changes") or saved.get("version") != own["version"]:
         return {}
-    changes = saved.get("ramp") or saved.get("changes") or []
-    if not changes and not saved.get("base"):
+    if not (saved.get("ramp") or saved.get("changes") or saved.get("base")):
         return {}
-    base = saved.get("base") or {"segment": saved}
-    sizes = [base["segment"]["global_batch_size"]]
-    sizes += [c["global_batch_size"] for c in changes if c["step"] <= state.get("step", 0)]
-    if sizes[-1] != own["global_batch_size"]:
+    if _last_batch(saved, state) != own["global_batch_size"]:
         return {}
     names = ("global_batch_size", *(_WIDTH if automatic else ()))
     return {name: saved[name] for name in names if name in saved}
+
+
+def _last_batch(saved: Mapping[str, Any], state: Mapping[str, Any]) -> int:
+    """Finds the batch size that a state's order has at the state's step."""
+    changes = saved.get("ramp") or saved.get("changes") or []
+    first = saved["base"]["segment"] if saved.get("base") else saved
+    sizes = [first["global_batch_size"]]
+    sizes += [c["global_batch_size"] for c in changes if c["step"] <= state["step"]]
+    return int(sizes[-1])
+
+
+def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuses a state of another version, or whose step, order or records cannot be read.
+
+    Raises:
+      StateError: `state_version`, `state_fields`, `order_fields`, `order_values`.
+      ConfigError: A value of the order is not valid.
+    """
+    if state.get("version") != STATE_VERSION:
+        raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
+    order, step, bad = state.get("order"), state.get("step"), state.get("bad", [])
+    if not (isinstance(bad, list | tuple) and all(isinstance(b, Mapping) for b in bad)):
+        raise StateError("state_fields", field="bad")
+    since = 0
+    if isinstance(order, Mapping) and order.get("version") == own["order"]["version"]:
+        config = MixtureConfig if "members" in own["order"] else OrderConfig
+        since = config.from_dict(order).since
+    if not is_whole(step) or not since <= step < 2**62:  # type: ignore[operator]
+        raise StateError("state_fields", field="step", got=repr(step))
 
 
 def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

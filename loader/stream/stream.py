@@ -242,7 +242,8 @@ class Stream(Generic[Builder]):
         if set(saved) != set(own) or dict(saved) == own:
             return False
         return all(
-            saved[name] == own[name] or part.data.has_grown_from(saved[name])
+            saved[name] == own[name]
+            or (isinstance(saved[name], Mapping) and part.data.has_grown_from(saved[name]))
             for name, part in zip(own, self.parts, strict=True)
         )
 

@@ -1,5 +1,6 @@
 """RawDataset in `make_dataloader` and in mixtures: equal batches for any ranks and resumes."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -406,3 +407,128 @@ def test_states_say_nothing_of_views_and_padding(urls):
     assert list(make(raw(urls["bee"])).state_dict()) == [
         *("version", "step", "seed", "data", "order", "bucket_steps", "packing")
     ]
+
+
+def one_rank(urls, *, batch=BATCH, rank=0, world_size=1, **options):
+    dataset = raw(urls["bee"], rank=rank, world_size=world_size, **options)
+    return make_dataloader(dataset, global_batch_size=batch, collate=collate, decode_threads=0)
+
+
+def mixed_ranks(urls, *, batch=BATCH, rank=0, world_size=1, **options):
+    parts = [raw(url, rank=rank, world_size=world_size) for url in urls.values()]
+    dataset = IterableDatasetMixture(parts, seed=3, stop=STEPS, **options)
+    return make_dataloader(dataset, global_batch_size=batch, collate=collate, decode_threads=0)
+
+
+def keys_of(loader, count):
+    found = []
+    while len(found) < count:
+        found += [batch["keys"] for batch in itertools.islice(loader, count - len(found))]
+    return found
+
+
+def changed_state(make):
+    """Gives the state of a run whose batch became 12 at step 3, and later ones."""
+    loader = make()
+    keys_of(loader, 2)
+    states = [loader.state_dict()]
+    keys_of(loader, 1)
+    for batch in (12, 18):
+        loader.change(global_batch_size=batch)
+        keys_of(loader, 1)
+        states.append(loader.state_dict())
+    return [json.loads(json.dumps(state)) for state in states]
+
+
+@pytest.mark.parametrize("kind", [one_rank, mixed_ranks])
+def test_loader_takes_states_before_and_after_a_change_in_any_sequence(urls, kind):
+    states = changed_state(lambda: kind(urls))
+    fresh = []
+    for state in states:
+        loader = kind(urls)
+        loader.load_state_dict(state)
+        fresh.append(keys_of(loader, 3))
+    loader = kind(urls)
+    for i in (0, 1, 2, 1, 0, 2, 2):
+        loader.load_state_dict(states[i])
+        assert keys_of(loader, 3) == fresh[i]
+
+
+@pytest.mark.parametrize("kind", [one_rank, mixed_ranks])
+def test_order_on_purpose_means_the_batch_of_this_loader(urls, kind):
+    state = changed_state(lambda: kind(urls))[-1]
+    for batch in (BATCH, 12, 18, 10):
+        loader = kind(urls, batch=batch)
+        loader.load_state_dict(state, allow=("order",))
+        assert len(keys_of(loader, 1)[0]) == batch
+
+
+@pytest.mark.parametrize("kind", [one_rank, mixed_ranks])
+def test_state_is_refused_where_the_ranks_do_not_divide_its_batch(urls, kind):
+    whole = kind(urls, batch=12, canonical_ranks=2)
+    keys_of(whole, 1)
+    whole.change(global_batch_size=8)
+    loader = kind(urls, batch=12, rank=1, world_size=3, canonical_ranks=2)
+    before = loader.state_dict()
+    with pytest.raises(ConfigError) as caught:
+        loader.load_state_dict(whole.state_dict())
+    assert caught.value.reason == "batch_not_divisible"
+    assert loader.state_dict() == before
+
+
+DAMAGE = ("DEL", None, -1, "x", 1.5, 2**70, [1])
+
+
+def damaged(state):
+    """Gives copies of a state with one field missing or replaced, at any depth."""
+
+    def paths(value, path):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield [*path, key]
+            if isinstance(inner, dict | list):
+                yield from paths(inner, [*path, key])
+
+    for path in paths(state, []):
+        for value in DAMAGE:
+            copy = json.loads(json.dumps(state))
+            inner = copy
+            for key in path[:-1]:
+                inner = inner[key]
+            if value == "DEL":
+                del inner[path[-1]]
+            else:
+                inner[path[-1]] = value
+            yield copy
+
+
+@pytest.mark.parametrize("kind", [one_rank, mixed_ranks])
+def test_damaged_states_are_refused_by_name_or_taken(urls, kind):
+    for state in changed_state(lambda: kind(urls))[2:]:
+        for allow in ((), ("order",)):
+            loader = kind(urls)
+            for copy in damaged(state):
+                with contextlib.suppress(StateError, ConfigError):
+                    loader.load_state_dict(copy, allow=allow)
+            for name, value in (("step", None), ("step", -1), ("step", 1.5), ("bad", ["x"])):
+                with pytest.raises(StateError) as caught:
+                    loader.load_state_dict({**state, name: value}, allow=allow)
+                assert caught.value.reason == "state_fields"
+                assert caught.value.facts.get("field", name) == name
+            order = {**state["order"], "ramp" if kind is one_rank else "changes": 7}
+            with pytest.raises(StateError) as caught:
+                loader.load_state_dict({**state, "order": order}, allow=allow)
+            assert caught.value.reason == "order_values"
+
+
+@pytest.mark.parametrize("kind", [one_rank, mixed_ranks])
+def test_batches_and_steps_of_other_types_are_refused(urls, kind):
+    for wrong in ("8", None, 2.0, True, {}, [8], torch.tensor(6)):
+        with pytest.raises(ConfigError) as caught:
+            kind(urls, batch=wrong)
+        assert caught.value.reason == "order_count"
+    loader = kind(urls)
+    for wrong in ("8", None, 2.0, 1e308, float("nan"), True, {}, [8], -1, 2**63):
+        with pytest.raises(ConfigError) as caught:
+            loader.places(wrong)
+        assert caught.value.reason == "order_step"
