@@ -455,7 +455,8 @@ class StreamLoader:
         The change becomes part of the state: a resumed run makes its loader with the settings it
         began with, and the state brings the changes. With another batch size every sample of the
         epoch still comes once. It ends a running `for`, whose batches are already planned: leave
-        that first.
+        that first. Before the first step it is as if the loader had been made so, and is to be
+        resumed so. What is as it was changes nothing.
 
         Args:
           global_batch_size: Rows per step over all ranks; None: as it is.
@@ -471,12 +472,17 @@ class StreamLoader:
             batch = global_batch_size
         rank_positions(0, self._stream.topology.world_size, batch)
         batch = int(batch)
+        if weights is None and batch == self._schedule.batch_at(self.step)[0]:
+            return
         if weights is not None and (self._packs or not isinstance(self._order, MixtureOrder)):
             raise ConfigError("change_weights")
         self._require_border(self._order, self.step)
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             self._packs.set_sizes([*before, (self.step, batch)])
+        elif self.step == 0 and weights is None:
+            self._order = self._stream.plan.order(global_batch_size=batch)
+            self._schedule = self._unpacked()
         elif isinstance(self._order, MixtureOrder):
             self._order = self._order.changed(
                 step=self.step, global_batch_size=batch, weights=weights
@@ -573,8 +579,9 @@ class StreamLoader:
         _require_sound(state, own)
         saved_order, saved_packing = state.get("order"), state.get("packing")
         if isinstance(saved_order, Mapping):
-            automatic = self._stream.plan.canonical_ranks is None
-            own["order"] |= _adopted_batch(saved_order, own["order"], state, automatic=automatic)
+            plan = self._stream.plan
+            free = [name for name in _WIDTH if getattr(plan, name, None) is None]
+            own["order"] |= _adopted_batch(saved_order, own["order"], state, free=free)
             own["order"] |= _inherited_changes(saved_order, own["order"])
         if isinstance(saved_packing, Mapping) and own["packing"]:
             sizes = saved_packing.get("sizes", [])
@@ -666,6 +673,10 @@ class StreamLoader:
             raise StateError("state_appended", then=then, now=now)
         if not isinstance(order, Mapping):
             return
+        ours = own["order"]["global_batch_size"]
+        first, last = order.get("global_batch_size"), _last_batch(order, state)
+        if first != last and ours not in (first, last):
+            raise StateError("state_batch", step=state["step"], first=first, last=last, here=ours)
         name = "canonical_ranks"
         saved, ours = order.get(name), own["order"][name]
         same_batch = order.get("global_batch_size") == own["order"]["global_batch_size"]
@@ -731,14 +742,18 @@ class _Tasks:
 
 
 def _adopted_batch(
-    saved: Mapping[str, Any], own: Mapping[str, Any], state: Mapping[str, Any], *, automatic: bool
+    saved: Mapping[str, Any],
+    own: Mapping[str, Any],
+    state: Mapping[str, Any],
+    *,
+    free: Sequence[str],
 ) -> dict[str, Any]:
     """Lists what a loader takes over of a state's order whose batch size is the loader's by now.
 
     Args:
       saved, own: The orders, as `to_dict` gives them.
       state: The state, which names its step.
-      automatic: The canonical ranks are chosen, not given: the state's are as good.
+      free: Fields that were chosen, not given: the state's are as good.
     """
     if own.get("ramp") or own.get("changes") or saved.get("version") != own["version"]:
         return {}
@@ -746,7 +761,7 @@ def _adopted_batch(
         return {}
     if _last_batch(saved, state) != own["global_batch_size"]:
         return {}
-    names = ("global_batch_size", *(_WIDTH if automatic else ()))
+    names = ("global_batch_size", *free)
     return {name: saved[name] for name in names if name in saved}
 
 

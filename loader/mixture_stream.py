@@ -104,7 +104,8 @@ class IterableDatasetMixture(IterableDataset[Any]):
 
         Raises:
           ConfigError: `mixture_view`, `mixture_tokenizer` (naming the differences),
-            `mixture_topology`, `mixture_tail`; `mixture_dataset`, one of them is something else;
+            `mixture_topology`, `mixture_tail`; `mixture_order`, one has settings of an order of its
+            own; `mixture_dataset`, one of them is something else;
             `mixture_kinds`, some are raw and some prepared; `mixture_empty`, `mixture_twice`,
             `mixture_weights`, `mixture_mean_tokens`, `mixture_unit`, `mixture_stop`.
         """
@@ -129,6 +130,7 @@ class IterableDatasetMixture(IterableDataset[Any]):
         # Refuses what cannot be mixed now, not at the first batch.
         plan_mixture(group, global_batch_size=1, seed=seed, unit=unit)
         require_stop(stop)
+        _require_free(datasets)
         flat = [member for dataset in datasets for member in _members(dataset)]
         parts = [part for dataset in flat for part in dataset._stream.parts]
         _share_readers([part.data.reader for part in parts])
@@ -266,6 +268,21 @@ def _share_readers(readers: Sequence[ShardReader]) -> None:
     first: dict[object, ShardReader] = {}
     for reader in readers:
         reader.share(first.setdefault(reader.settings, reader))
+
+
+def _require_free(
+    datasets: Sequence[StreamingDataset | RawDataset | IterableDatasetMixture],
+) -> None:
+    """Refuses datasets with settings of an order of their own, which a mixture would ignore."""
+    for dataset in datasets:
+        plan = dataset._stream.plan
+        if isinstance(plan, DatasetPlan):
+            given = {"active_blocks": plan.active_blocks, "block_size": plan.block_size}
+            found = [name for name, value in given.items() if value is not None]
+            found += ["locality"] if plan.locality != "any" else []
+            if found:
+                where = dataset._stream.parts[0].data.manifest.dataset
+                raise ConfigError("mixture_order", where=where, settings=", ".join(found))
 
 
 def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:

@@ -468,8 +468,49 @@ def test_after_a_ramp_the_state_fits_every_number_of_ranks_of_its_batch_then(wri
     assert keys(first, 5) == want
     with pytest.raises(StateError) as caught:
         make(url, batch=4).load_state_dict(state)
-    assert caught.value.reason == "state_mismatch"
-    assert "global_batch_size" in caught.value.facts["differences"]
+    assert caught.value.reason == "state_batch"
+    assert (caught.value.facts["first"], caught.value.facts["last"]) == (2, 8)
+
+
+def test_a_change_before_the_first_step_is_as_if_the_loader_had_been_made_so(write):
+    url = write("set")
+    loader = make(url, batch=2)
+    loader.change(global_batch_size=8)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["order"] == make(url, batch=8).state_dict()["order"]
+    resumed = make(url, batch=8)
+    resumed.load_state_dict(state)
+    assert keys(resumed, 5) == keys(loader, 5)
+
+
+@pytest.mark.parametrize("tail", ["wrap", "pad", "drop_last"])
+def test_a_change_to_what_is_there_changes_nothing(write, tail):
+    loader, want = make(write("set"), batch=4, tail=tail), make(write("other"), batch=4, tail=tail)
+    shown = keys(loader, 2)
+    loader.change(global_batch_size=4)
+    assert loader.state_dict()["order"] == want.state_dict()["order"]
+    assert shown + keys(loader, 4) == keys(want, 6)
+
+
+def test_settings_that_were_given_are_not_taken_from_a_state(write):
+    url = write("set")
+    loader = make(url, batch=2)
+    keys(loader, 1)
+    loader.change(global_batch_size=8)
+    keys(loader, 1)
+    with pytest.raises(StateError) as caught:
+        make(url, batch=8, block_size=1, active_blocks=9).load_state_dict(loader.state_dict())
+    assert "active_blocks" in caught.value.facts["differences"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"block_size": 4}, {"active_blocks": 9}, {"locality": "node"}], ids=str
+)
+def test_settings_of_an_order_that_a_mixture_would_ignore_are_refused(write, options):
+    with pytest.raises(ConfigError) as caught:
+        IterableDatasetMixture([StreamingDataset(write("set"), **options)], seed=1)
+    assert caught.value.reason == "mixture_order"
+    assert next(iter(options)) in caught.value.what
 
 
 def test_a_width_that_was_asked_for_is_not_given_up_for_the_states(write):
