@@ -46,11 +46,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_xdist_auto_num_workers(config):
     """For `-n auto`: one worker per core, and none where the command line names what to run.
 
-    A worker imports and collects all that the others do: a single room has run by then.
+    A worker imports and collects all that the others do: a single room has run by then. Everyday
+    tests get one worker more: some of them wait.
     """
     if config.args_source is config.ArgsSource.ARGS or config.option.keyword:
         return 0
-    return min(len(os.sched_getaffinity(0)), 8)
+    cores = min(len(os.sched_getaffinity(0)), 8)
+    return cores + 1 if config.option.markexpr == "not slow" else cores
 
 
 @pytest.fixture(scope="session")

@@ -271,7 +271,8 @@ def test_any_change_lets_every_dataset_finish_its_epoch(sizes, changes, workers)
         require_exact_epochs(own, size)
 
 
-def test_changes_that_are_over_are_dropped():
+def test_changes_that_are_over_are_dropped(monkeypatch):
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
     sizes, batch = (50, 400, 2500), 16
     order = mixed(sizes, batch=batch, ranks=2)
     texts, seen, step = [], [], 0

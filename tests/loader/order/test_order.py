@@ -53,7 +53,7 @@ def batches(order, steps):
     return np.stack([slots.epoch, slots.sample, slots.real], axis=-1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(config=configs(tail="wrap"), first=st.sampled_from([0, 1, 9, 89]))
 def test_an_epoch_is_n_consecutive_slots_that_show_each_sample_once(config, first):
     size, batch = config.num_samples, config.global_batch_size
@@ -67,7 +67,7 @@ def test_an_epoch_is_n_consecutive_slots_that_show_each_sample_once(config, firs
     assert rows[:, 2].all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     ranks=st.integers(1, 9),
     workers=st.integers(1, 9),
@@ -548,7 +548,7 @@ def shown(orders, chain, stop):
     return np.concatenate(rows, axis=1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(chain=continuations())
 def test_another_width_shows_every_sample_once_per_epoch_all_the_same(chain):
     orders = continued(chain)
