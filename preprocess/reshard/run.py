@@ -1,7 +1,7 @@
 """RESHARD: new shards out of old ones, without touching a pixel: view or copy, then commit.
 
 A *view* is a manifest that names runs of samples in the old files; no byte moves. A *copy* makes
-each new shard of byte ranges (reshard_copy.py), one task per shard, so that the same command goes
+each new shard of byte ranges (copy.py), one task per shard, so that the same command goes
 on after any interruption. The manifest is written last, once all sources are still the versions
 that were planned with.
 
