@@ -101,10 +101,10 @@ def _make(
 
 def _tidy(job: Job) -> None:
     """Removes what only an unfinished job needs."""
-    drop_plan(job)
     storage.delete(job.scratch)
     if storage.is_local(job.settings.out):
         storage.delete_temporaries(job.settings.out)
+    drop_plan(job)  # last: while there is a plan, the next run of the same command tidies up
 
 
 def _since(started: float) -> float:

@@ -154,13 +154,14 @@ def _check_unfinished(out: str) -> None:
 
 
 def _tidy(out: str) -> None:
-    """Removes what only an unfinished copy needs, this one or one that was given up."""
-    for url, note in read_notes(out).items():
-        if _is_reshard(note):
-            storage.delete(posixpath.dirname(url))
+    """Removes what only an unfinished copy needs, this one or an abandoned one."""
     storage.delete(scratch_of(out))
     if storage.is_local(out):
         storage.delete_temporaries(out)
+    # Last: while there is a note, the next run of the same command tidies up.
+    for url, note in read_notes(out).items():
+        if _is_reshard(note):
+            storage.delete(posixpath.dirname(url))
 
 
 def _view(plan: ReshardPlan) -> View:

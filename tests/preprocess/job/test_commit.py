@@ -167,3 +167,48 @@ def test_a_shard_that_cannot_be_published_leaves_no_scratch(tmp_path, monkeypatc
         make_shard(context)
     assert list((tmp_path / "out" / ".scratch").iterdir()) == []
     assert find_receipts(context) == {}
+
+
+def interrupt_cleanup(monkeypatch, out, at):
+    """Ends a run at its `at`-th removal after the commit; the list it returns is empty before."""
+    seen, interrupted = [], []
+
+    def wrapped(function):
+        def remove(url):
+            if (out / "manifest.json").exists():
+                seen.append(url)
+                if len(seen) == at:
+                    interrupted.append(url)
+                    raise KeyboardInterrupt
+            function(url)
+
+        return remove
+
+    for name in ("delete", "delete_temporaries"):
+        monkeypatch.setattr(storage, name, wrapped(getattr(storage, name)))
+    return interrupted
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_run_killed_between_commit_and_its_last_removal_is_tidied_by_the_next(
+    tmp_path, monkeypatch, at
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupted = interrupt_cleanup(patch, out, at)
+        if at < 5:
+            with pytest.raises(KeyboardInterrupt):
+                run_job(settings(tmp_path, seed=0), Silent())
+        else:
+            run_job(settings(tmp_path, seed=0), Silent())
+        assert bool(interrupted) is (at < 5)  # four removals, and each of them is tried
+    run_job(settings(tmp_path, seed=0), Silent())
+    assert sorted(p.name for p in out.iterdir() if p.name != "run.json") == [
+        "manifest.json",
+        "plan",
+        "receipts",
+        "tokenizer",
+        "train",
+    ]
+    assert [p.name for p in (out / "plan").iterdir()] == ["train.json"]

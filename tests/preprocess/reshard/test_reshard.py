@@ -25,6 +25,7 @@ from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.verify import verify
 from preprocess.reshard import run as job
 from preprocess.reshard.assign import ReaderCluster
+from preprocess.reshard.copy import scratch_of
 from preprocess.reshard.plan import ReshardSettings, plan_reshard
 from preprocess.reshard.run import portable_url, reshard
 from shardspec import storage
@@ -732,3 +733,33 @@ def test_notes_of_a_copy_that_was_given_up_go_whatever_its_splits(form, dataset,
     (out / "plan" / "c" / "plan.json").write_text('{"kind": "another"}')
     assert not recut(dataset, out, num_shards=2, form=form).fresh
     assert [path.name for path in out.glob("plan/*")] == ["c"]
+
+
+@pytest.mark.parametrize("at", range(1, 4))
+def test_a_copy_killed_between_commit_and_its_last_removal_is_tidied_by_the_next(
+    dataset, tmp_path, monkeypatch, at
+):
+    out = tmp_path / "out"
+    seen = []
+
+    def ending(function):
+        def remove(url):
+            if (out / "manifest.json").exists():
+                seen.append(url)
+                if len(seen) == at:
+                    raise KeyboardInterrupt
+            function(url)
+
+        return remove
+
+    with monkeypatch.context() as patch:
+        for name in ("delete", "delete_temporaries"):
+            patch.setattr(storage, name, ending(getattr(storage, name)))
+        with pytest.raises(KeyboardInterrupt):
+            recut(dataset, out)
+    # What other threads of a killed process leave.
+    scratch = Path(scratch_of(str(out)))
+    scratch.mkdir(parents=True, exist_ok=True)
+    recut(dataset, out)
+    assert not scratch.exists()
+    assert not [p for p in out.rglob("*") if p.name.startswith(".") or p.name == "plan.json"]
