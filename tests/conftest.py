@@ -12,12 +12,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
 
+from preprocess.__main__ import main
 from tests import inline, servers
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +240,45 @@ def session_cli(tmp_path_factory):
     cli = CommandLine(tmp_path_factory.mktemp("home"))
     yield cli
     cli.close()
+
+
+class InlineCommandLine:
+    """The same commands in this process, one worker after the other: a start costs seconds.
+
+    Attributes:
+      env: Variables of the environment that the next commands see; they start as `CommandLine`'s.
+    """
+
+    def __init__(self, home):
+        self.env = CommandLine(home).env
+
+    def run(self, *args):
+        out, err = io.StringIO(), io.StringIO()
+        handler = signal.getsignal(signal.SIGTERM)
+        with (
+            mock.patch.dict(os.environ, self.env, clear=True),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            inline.jobs(),
+        ):
+            try:
+                code = main([str(arg) for arg in args])
+            except SystemExit as ended:
+                code = ended.code
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+        return Finished(code=code, out=out.getvalue(), err=err.getvalue())
+
+    def good(self, *args):
+        """Runs a command that must succeed."""
+        finished = self.run(*args)
+        assert finished.code == 0, finished.err + finished.out
+        return finished
+
+
+@pytest.fixture(scope="session")
+def inline_cli(tmp_path_factory):
+    return InlineCommandLine(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture

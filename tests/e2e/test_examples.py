@@ -20,11 +20,11 @@ SUM_ORDER = 3e-4
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory, session_cli):
+def shards(tmp_path_factory, inline_cli):
     """Eighteen generated samples: an epoch ends inside the fifth batch of four."""
     out = tmp_path_factory.mktemp("shards") / "pixmo_cap"
     flags = ("--source", "sample", "--limit", 18, "--image-size", 112, "--workers", 1)
-    session_cli.good("shards", "pixmo_cap", *flags, "--out", out)
+    inline_cli.good("shards", "pixmo_cap", *flags, "--out", out)
     return out
 
 

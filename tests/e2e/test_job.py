@@ -47,20 +47,20 @@ def tree(folder):
 
 
 @pytest.fixture(scope="module")
-def one_split(session_cli, tmp_path_factory):
+def one_split(inline_cli, tmp_path_factory):
     """An output that holds the split "train"; not to be changed by what succeeds."""
     out = tmp_path_factory.mktemp("one") / "out"
-    session_cli.good(*sample_job(out))
+    inline_cli.good(*sample_job(out))
     return out
 
 
 @pytest.mark.slow
-def test_two_splits_share_an_output_and_their_order_leaves_no_trace(cli, one_split, tmp_path):
+def test_two_splits_share_an_output_in_either_order(inline_cli, one_split, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(one_split, first)
-    cli.good(*sample_job(first, split="validation"))
-    cli.good(*sample_job(second, split="validation"))
-    cli.good(*sample_job(second, split="train"))
+    inline_cli.good(*sample_job(first, split="validation"))
+    inline_cli.good(*sample_job(second, split="validation"))
+    inline_cli.good(*sample_job(second, split="train"))
     assert manifest_bytes(first) == manifest_bytes(second)
     manifest = load_manifest(str(first))
     assert {name: entry.num_samples for name, entry in manifest.splits.items()} == {
@@ -78,9 +78,9 @@ def test_two_splits_share_an_output_and_their_order_leaves_no_trace(cli, one_spl
         slow(("--limit", 5), "limit: 4 here, 5 asked"),
     ],
 )
-def test_other_job_into_the_same_output_is_refused_by_field(cli, one_split, more, field):
+def test_other_job_into_the_same_output_is_refused_by_field(inline_cli, one_split, more, field):
     before = tree(one_split)
-    finished = cli.run(*sample_job(one_split, *more))
+    finished = inline_cli.run(*sample_job(one_split, *more))
     assert finished.code == 3
     assert field in finished.err
     assert "fix:" in finished.err
@@ -88,18 +88,18 @@ def test_other_job_into_the_same_output_is_refused_by_field(cli, one_split, more
     assert tree(one_split) == before
 
 
-def test_split_with_another_recipe_is_refused_before_anything_is_built(cli, one_split):
+def test_split_with_another_recipe_is_refused_before_anything_is_built(inline_cli, one_split):
     before = tree(one_split)
-    finished = cli.run(*sample_job(one_split, "--codec", "png", split="validation"))
+    finished = inline_cli.run(*sample_job(one_split, "--codec", "png", split="validation"))
     assert finished.code == 3
     assert "recipe.image.codec: jpeg here, png asked" in finished.err
     assert "Traceback" not in finished.err
     assert tree(one_split) == before
 
 
-def test_finished_job_run_again_changes_no_file(cli, one_split):
+def test_finished_job_run_again_changes_no_file(inline_cli, one_split):
     before = tree(one_split)
-    finished = cli.good(*sample_job(one_split))
+    finished = inline_cli.good(*sample_job(one_split))
     assert "nothing to do" in finished.out
     assert tree(one_split) == before
 
@@ -121,8 +121,8 @@ def interrupt(cli, source, out, *, number, when):
     assert not (out / "manifest.json").exists()
 
 
-def finish(cli, source, out):
-    cli.good(*parquet_job(source, out))
+def finish(inline_cli, source, out):
+    inline_cli.good(*parquet_job(source, out))
     manifest = load_manifest(str(out))
     assert manifest.splits["train"].num_samples == 160
 
@@ -169,11 +169,11 @@ def test_ctrl_c_while_planning_and_sigterm_while_building_can_be_finished(cli, s
 
 
 def test_more_broken_pictures_than_the_budget_stop_the_job_and_accepting_them_goes_on(
-    cli, write_parquet, captioned_rows, tmp_path
+    inline_cli, write_parquet, captioned_rows, tmp_path
 ):
     source = write_parquet(tmp_path / "source", captioned_rows(40, broken=11))
     out = tmp_path / "out"
-    finished = cli.run(*parquet_job(source, out, "--num-shards", 4))
+    finished = inline_cli.run(*parquet_job(source, out, "--num-shards", 4))
     assert finished.code == 2
     assert "allowed=10" in finished.err
     assert "image_decode=11" in finished.err
@@ -183,7 +183,7 @@ def test_more_broken_pictures_than_the_budget_stop_the_job_and_accepting_them_go
     shards = {path: path.stat().st_ino for path in (out / "train").iterdir()}
 
     # Accepting the loss is no other job: what is built stays.
-    cli.good(*parquet_job(source, out, "--num-shards", 4, "--max-bad-samples", 0.5))
+    inline_cli.good(*parquet_job(source, out, "--num-shards", 4, "--max-bad-samples", 0.5))
     split = load_manifest(str(out)).splits["train"]
     assert split.num_samples == 29
     assert dict(split.quarantined) == {"image_decode": 11}
@@ -199,64 +199,64 @@ def test_more_broken_pictures_than_the_budget_stop_the_job_and_accepting_them_go
 
 @pytest.mark.slow
 def test_ten_broken_pictures_are_within_the_budget_of_the_smallest_job(
-    cli, write_parquet, captioned_rows, tmp_path
+    inline_cli, write_parquet, captioned_rows, tmp_path
 ):
     source = write_parquet(tmp_path / "source", captioned_rows(40, broken=10))
-    cli.good(*parquet_job(source, tmp_path / "out", "--num-shards", 4))
+    inline_cli.good(*parquet_job(source, tmp_path / "out", "--num-shards", 4))
     split = load_manifest(str(tmp_path / "out")).splits["train"]
     assert (split.num_samples, dict(split.quarantined)) == (30, {"image_decode": 10})
 
 
 @pytest.mark.slow
 def test_mended_source_leaves_no_list_of_what_was_broken_before(
-    cli, write_parquet, captioned_rows, tmp_path
+    inline_cli, write_parquet, captioned_rows, tmp_path
 ):
     out = tmp_path / "out"
     source = write_parquet(tmp_path / "source", captioned_rows(40, broken=11))
-    assert cli.run(*parquet_job(source, out, "--num-shards", 4)).code == 2
+    assert inline_cli.run(*parquet_job(source, out, "--num-shards", 4)).code == 2
     assert any((out / "quarantine").iterdir())
     write_parquet(tmp_path / "source", captioned_rows(40))
-    cli.good(*parquet_job(source, out, "--num-shards", 4))
+    inline_cli.good(*parquet_job(source, out, "--num-shards", 4))
     assert dict(load_manifest(str(out)).splits["train"].quarantined) == {}
     assert [*(out / "quarantine").iterdir()] == []
 
 
-def test_plan_writes_nothing_at_all(cli, source, one_split, tmp_path):
+def test_plan_writes_nothing_at_all(inline_cli, source, one_split, tmp_path):
     (tmp_path / "work").mkdir()
     before = tree(tmp_path / "work")
-    planned = cli.good(*parquet_job(source, tmp_path / "work" / "out", verb="plan"))
+    planned = inline_cli.good(*parquet_job(source, tmp_path / "work" / "out", verb="plan"))
     assert tree(tmp_path / "work") == before == {}
     assert "160" in planned.out
     assert "20 (20 shards were requested)" in planned.out
 
     kept = tree(one_split.parent)
-    cli.good(*sample_job(one_split, verb="plan"))
+    inline_cli.good(*sample_job(one_split, verb="plan"))
     assert tree(one_split.parent) == kept
 
 
 @pytest.mark.slow
-def test_plan_of_links_asks_nobody_and_writes_nothing(cli, write_parquet, tmp_path):
+def test_plan_of_links_asks_nobody_and_writes_nothing(inline_cli, write_parquet, tmp_path):
     rows = [
         {"image_url": f"http://10.0.0.1/{i}.jpg", "caption": f"no {i}", "transcripts": []}
         for i in range(5)
     ]
     source = write_parquet(tmp_path / "source", rows)
     before = tree(tmp_path)
-    planned = cli.good(*parquet_job(source, tmp_path / "out", verb="plan"))
+    planned = inline_cli.good(*parquet_job(source, tmp_path / "out", verb="plan"))
     assert tree(tmp_path) == before
     assert "unknown" in planned.out
     assert os.listdir(tmp_path) == ["source"]
 
 
 def test_a_job_is_refused_while_another_one_holds_its_output(
-    cli, tmp_path, captioned_rows, write_parquet
+    inline_cli, tmp_path, captioned_rows, write_parquet
 ):
     source, out = write_parquet(tmp_path / "source", captioned_rows(6)), tmp_path / "out"
     job = ("shards", "pixmo_cap", "--source", source, "--out", out, "--workers", "1")
     with storage.exclusive(str(out)):
-        refused = cli.run(*job)
+        refused = inline_cli.run(*job)
     assert refused.code == 1
     assert "output is locked by another job" in refused.err
     assert "Traceback" not in refused.err
     assert list(out.iterdir()) == []
-    cli.good(*job)
+    inline_cli.good(*job)

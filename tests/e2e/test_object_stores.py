@@ -28,10 +28,10 @@ def sha256(payload):
 
 
 @pytest.fixture(scope="module")
-def local(session_cli, tmp_path_factory):
+def local(inline_cli, tmp_path_factory):
     """The dataset on local disk."""
     folder = tmp_path_factory.mktemp("local")
-    session_cli.good(*small_job(folder / "out", folder / "cache"))
+    inline_cli.good(*small_job(folder / "out", folder / "cache"))
     return folder / "out"
 
 
@@ -160,10 +160,10 @@ def large_job(source, out):
 
 
 @pytest.fixture(scope="module")
-def large(session_cli, source, tmp_path_factory):
+def large(inline_cli, source, tmp_path_factory):
     """The sha256 of the manifest of an undisturbed run, on local disk."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    session_cli.good(*large_job(source, out))
+    inline_cli.good(*large_job(source, out))
     sizes = [path.stat().st_size for path in out.glob("train/*.tar")]
     assert len(sizes) == 3
     assert min(sizes) > 8 * 2**20

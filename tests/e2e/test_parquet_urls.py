@@ -205,7 +205,7 @@ def test_same_pictures_give_the_same_shards_however_the_source_holds_them(
 
 
 def test_picture_files_that_are_missing_or_broken_are_listed(
-    cli, write_parquet, small_jpeg, tmp_path
+    inline_cli, write_parquet, small_jpeg, tmp_path
 ):
     source = tmp_path / "source"
     (source / "pictures").mkdir(parents=True)
@@ -220,7 +220,7 @@ def test_picture_files_that_are_missing_or_broken_are_listed(
     (source / rows[12]["image"]).unlink()
     (source / rows[13]["image"]).unlink()
     write_parquet(source, rows)
-    cli.good(*job(source, tmp_path))
+    inline_cli.good(*job(source, tmp_path))
     (split,) = load_manifest(str(tmp_path / "out")).splits.values()
     assert split.num_samples == 10
     assert dict(split.quarantined) == {"image_empty": 2, "image_missing": 2}

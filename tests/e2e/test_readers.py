@@ -21,7 +21,7 @@ foreign = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::Depreca
 
 
 @pytest.fixture(scope="module")
-def by_codec(session_cli, write_parquet, captioned_rows, tmp_path_factory):
+def by_codec(inline_cli, write_parquet, captioned_rows, tmp_path_factory):
     """A function that gives the folder of a small dataset stored with a codec."""
     folder = tmp_path_factory.mktemp("codecs")
     write_parquet(folder / "source", captioned_rows(8))
@@ -30,7 +30,7 @@ def by_codec(session_cli, write_parquet, captioned_rows, tmp_path_factory):
     def get(codec):
         if codec not in built:
             built[codec] = folder / codec
-            session_cli.good(
+            inline_cli.good(
                 *("shards", "pixmo_cap", "--source", folder / "source", "--out", built[codec]),
                 *("--codec", codec, "--num-shards", 2, "--image-size", 112),
                 *("--workers", 1, "--cache", folder / "cache"),

@@ -37,9 +37,9 @@ def copying(source, out):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source, session_cli, tmp_path_factory):
+def undisturbed(source, inline_cli, tmp_path_factory):
     out = tmp_path_factory.mktemp("reshard-done") / "out"
-    session_cli.good(*copying(source, out))
+    inline_cli.good(*copying(source, out))
     return tree(out)
 
 
@@ -108,8 +108,8 @@ def test_kills_at_random_points_leave_the_old_state_or_the_new_one(
     assert tree(source) == before
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, source, tmp_path):
-    finished = cli.good(
+def test_a_dry_run_prints_the_plan_and_writes_nothing(inline_cli, source, tmp_path):
+    finished = inline_cli.good(
         *("reshard", source, tmp_path / "out", "--dry-run"),
         *("--nodes", 2, "--ranks", 4, "--workers", 3),
     )
@@ -119,18 +119,18 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, source, tmp_path):
 
 
 @pytest.mark.slow
-def test_verbs_can_follow_one_another(cli, source, tmp_path):
+def test_verbs_can_follow_one_another(inline_cli, source, tmp_path):
     a, b, c, d = (tmp_path / name for name in "abcd")
-    cli.good("split", source, a, "--into", "train=0.75,validation=0.25", "--salt", "x")
-    cli.good("filter", a, b, "--where", "num_tokens < 9", "--split", "train")
-    cli.good("filter", a, c, "--where", "num_tokens >= 9", "--split", "train")
-    printed = cli.good("merge", b, c, d, "--order", "shuffle", "--copy", "--jobs", 1).out
+    inline_cli.good("split", source, a, "--into", "train=0.75,validation=0.25", "--salt", "x")
+    inline_cli.good("filter", a, b, "--where", "num_tokens < 9", "--split", "train")
+    inline_cli.good("filter", a, c, "--where", "num_tokens >= 9", "--split", "train")
+    printed = inline_cli.good("merge", b, c, d, "--order", "shuffle", "--copy", "--jobs", 1).out
     assert printed.splitlines()[0].split() == ["source", str(b)]
     train = require_manifest(str(a)).splits["train"]
     assert require_manifest(str(d)).splits["train"].num_samples == train.num_samples
     keys = tmp_path / "keys.txt"
     keys.write_text("sample-0001\nsample-0002\n")
-    cli.good("filter", source, tmp_path / "e", "--keys", keys)
+    inline_cli.good("filter", source, tmp_path / "e", "--keys", keys)
     assert require_manifest(str(tmp_path / "e")).splits["train"].num_samples == 2
 
 
@@ -163,9 +163,10 @@ def test_requests_that_cannot_be_honoured_say_why(args, code, text, source, tmp_
     assert not out.exists()
 
 
-def test_the_manifest_names_what_it_came_from(source, cli, tmp_path):
+def test_the_manifest_names_what_it_came_from(source, inline_cli, tmp_path):
     out = tmp_path / "out"
-    cli.good("reshard", source, out, "--order", "shuffle", "--seed", 3, "--copy", "--jobs", 1)
+    shuffled = ("--order", "shuffle", "--seed", 3)
+    inline_cli.good("reshard", source, out, *shuffled, "--copy", "--jobs", 1)
     split = json.loads((out / "manifest.json").read_bytes())["splits"]["train"]
     digest = hashlib.sha256((source / "manifest.json").read_bytes()).hexdigest()
     assert split["source"]["from"][0]["manifest_sha256"] == digest

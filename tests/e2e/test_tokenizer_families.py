@@ -58,9 +58,9 @@ def tokenizer_folder(request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("message_format", ["role", "chatml"])
-def test_batches_decode_to_the_captions(cli, tmp_path, tokenizer_folder, message_format):
+def test_batches_decode_to_the_captions(inline_cli, tmp_path, tokenizer_folder, message_format):
     out = tmp_path / "out"
-    cli.good(
+    inline_cli.good(
         *("shards", "pixmo_cap", "--source", "sample", "--limit", "4", "--mode", "captions"),
         *("--tokenizer", tokenizer_folder, "--message-format", message_format, "--out", out),
         *("--workers", "1"),

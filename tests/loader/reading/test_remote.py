@@ -308,18 +308,16 @@ def test_nothing_arriving_is_a_stall_that_names_the_object_and_dumps_all_stacks(
     assert "prefetch.py" in stacks
 
 
-def test_a_shard_that_changed_under_the_run_is_refused(s3_server, local, tmp_path):
+def test_a_shard_that_changed_under_the_run_is_refused(s3_server, local):
     url = upload(s3_server, local)
     shard = next(name for name in s3_server.objects(url) if name.endswith(".tar"))
     with s3_server.entered():
-        loader = loader_of(url, network=SMALL)
-        batches = iter(loader)
-        next(batches)
+        dataset = StreamingDataset(url, network=SMALL)
+        dataset.example(0)  # from here on the run knows this version of the shard
         payload = s3_server.read(f"{url}/{shard}")
         s3_server.client().pipe_file(f"{url}/{shard}", payload[:-1] + b"x")
         with pytest.raises(StorageError) as caught:
-            for _ in batches:
-                pass
+            dataset.example(60)  # of the same shard, in a block that was not read yet
     assert caught.value.reason == "object_changed"
 
 

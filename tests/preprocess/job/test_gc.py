@@ -199,30 +199,30 @@ def test_what_is_younger_is_passed_over(tiny_copy, tmp_path):
     assert found.name == STRAYS[0]
 
 
-def test_the_command_lists_then_removes(cli, tiny_copy, tmp_path):
+def test_the_command_lists_then_removes(inline_cli, tiny_copy, tmp_path):
     out = tiny_copy
     put(str(out), STRAYS[:2])
-    listed = cli.good("gc", out, "--dry-run")
+    listed = inline_cli.good("gc", out, "--dry-run")
     assert STRAYS[0] in listed.out
     assert "would remove 2 objects (10 B), abort 0 unfinished uploads" in listed.out
     assert (out / STRAYS[0]).exists()
-    assert "removed 0 objects" in cli.good("gc", out, "--older-than", "1h").out
-    assert "removed 2 objects" in cli.good("gc", out).out
+    assert "removed 0 objects" in inline_cli.good("gc", out, "--older-than", "1h").out
+    assert "removed 2 objects" in inline_cli.good("gc", out).out
     assert not (out / STRAYS[0]).exists()
 
 
-def test_the_command_makes_nothing_where_nothing_is(cli, tmp_path):
-    finished = cli.run("gc", tmp_path / "typo")
+def test_the_command_makes_nothing_where_nothing_is(inline_cli, tmp_path):
+    finished = inline_cli.run("gc", tmp_path / "typo")
     assert finished.code == 1
     assert "has neither a manifest nor a job" in finished.err
     assert not (tmp_path / "typo").exists()
 
 
-def test_the_command_is_refused_while_a_job_runs(cli, tiny_copy, tmp_path):
+def test_the_command_is_refused_while_a_job_runs(inline_cli, tiny_copy, tmp_path):
     out = tiny_copy
     put(str(out), STRAYS)
     with output_lock(str(out)):
-        finished = cli.run("gc", out)
+        finished = inline_cli.run("gc", out)
     assert finished.code == 1
     assert "output is locked by another job" in finished.err
     assert (out / STRAYS[0]).exists()
