@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from preprocess.datasets import SceneImage, get_dataset
-from preprocess.media.image import ImagePolicy
+from preprocess.media import ImageLimits, ImagePolicy
 from preprocess.recipe import Preparer, Recipe, image_identity, read_path, sample_key
 from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
@@ -226,7 +226,8 @@ OTHER_IMAGE = {
     "quality": 90,
     "keep": "never",
     "overview": "resized",
-    "max_megapixels": 10,
+    "limits": ImageLimits(max_megapixels=10),
+    "resample": "bilinear",
 }
 
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
+from preprocess.media.header import ImageLimits
 from preprocess.media.image import ImagePolicy, ImagePreprocessor
 from shardspec.errors import ConfigError, SampleError, StorageError
 from shardspec.media import check_png, decode_stored, encode_stored
@@ -678,7 +679,7 @@ def test_bombs_are_refused_from_their_header(fmt):
 
 
 def test_pixel_limit_is_the_policys():
-    small = ImagePreprocessor(ImagePolicy(max_side_px=4000, max_megapixels=1))
+    small = ImagePreprocessor(ImagePolicy(max_side_px=4000, limits=ImageLimits(max_megapixels=1)))
     assert refusal(np.zeros((1001, 1000, 3), np.uint8), small) == "image_bomb"
     assert small(np.zeros((1000, 1000, 3), np.uint8)).source_width == 1000
 
@@ -721,8 +722,7 @@ def test_process_that_accepts_cut_off_files_is_refused(monkeypatch):
         ("quality", {"quality": 0}),
         ("quality", {"quality": 101}),
         ("keep", {"keep": "always"}),
-        ("max_megapixels", {"max_megapixels": 0}),
-        ("max_megapixels", {"max_megapixels": 201}),
+        ("resample", {"resample": "nearest"}),
     ],
 )
 def test_policy_names_the_field_it_refuses(name, settings_):
@@ -730,6 +730,24 @@ def test_policy_names_the_field_it_refuses(name, settings_):
         ImagePolicy(**{"views": (ImageView(),), **settings_})
     assert caught.value.reason == "image_policy"
     assert caught.value.where == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_megapixels", 0),
+        ("max_megapixels", 201),
+        ("max_source_side_px", 0),
+        ("max_source_side_px", 1_000_001),
+        ("max_aspect", 0.5),
+        ("max_aspect", float("nan")),
+        ("max_decode_bytes", 2**20 - 1),
+    ],
+)
+def test_limits_name_the_field_they_refuse(name, value):
+    with pytest.raises(ConfigError) as caught:
+        ImageLimits(**{name: value})
+    assert (caught.value.reason, caught.value.where) == ("image_policy", name)
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "GIF", "TIFF", "AVIF"])
