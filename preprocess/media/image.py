@@ -60,8 +60,8 @@ from shardspec.tiling import ImageView, overview_size, stored_size
 
 logger = logging.getLogger(__name__)
 
-Resample = Literal["lanczos", "bicubic", "bilinear"]
-"""Antialiased filters of Pillow."""
+Resample = Literal["lanczos", "bicubic", "bilinear", "bilinear-aliased"]
+"""Filters of Pillow: antialiased ones, and the plain one that looks at four pixels only."""
 
 SRGB_TOLERANCE = 2
 """A profile that moves no colour by more levels (of 255) than this is sRGB: the many profiles of
@@ -90,7 +90,7 @@ _SWAPPING = frozenset(
 )
 """What exchanges width and height."""
 
-_FILTERS: Mapping[Resample, Image.Resampling] = {
+_ANTIALIASED: Mapping[Resample, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -135,9 +135,10 @@ class ImagePolicy:
     """"auto": compressed data that needs no change is stored as it is; "never": always encode."""
     resample: Annotated[
         Resample,
-        Setting("antialiased filter that images are shrunk with for storing", group="images"),
+        Setting("filter that images are shrunk with for storing", group="images"),
     ] = "lanczos"
-    """Molmo resizes with "bilinear"; see docs/build.md for what the filters differ by."""
+    """Molmo 1 resizes with "bilinear", Molmo 2 with "bilinear-aliased"; docs/build.md says what the
+    filters differ by."""
     overview: Literal["stored", "resized"] = "stored"
     """"stored": where views tile, and share size_px and fit, the overview is stored beside the
     picture. For about a fifth more bytes nothing is resized at load, and the overview is made from
@@ -355,14 +356,14 @@ class ImagePreprocessor:
         )
 
     def _resized(self, image: Image.Image, size: tuple[int, int], settled: _Settled) -> Image.Image:
-        resample = _FILTERS[self.policy.resample]
+        resample = self.policy.resample
         if settled.reduce == 1:
-            return image.resize(size, resample)
+            return _resize(image, size, resample, box=(0.0, 0.0, *image.size))
         turn = settled.turn
         width, height = settled.size[::-1] if turn in _SWAPPING else settled.size
         # The last blocks of a reduced image extend beyond the original's border.
         box = (0.0, 0.0, width / settled.reduce, height / settled.reduce)
-        image = image.resize(size[::-1] if turn in _SWAPPING else size, resample, box=box)
+        image = _resize(image, size[::-1] if turn in _SWAPPING else size, resample, box=box)
         return image if turn is None else image.transpose(turn)
 
     def _turn(self, image: Image.Image, where: str) -> Image.Transpose | None:
@@ -505,6 +506,20 @@ def _to_rgb(image: Image.Image, profile: _Profile | None) -> Image.Image:
     for band, y in _bands(image):
         rgb.paste(_band_to_rgb(band, profile), (0, y))
     return rgb
+
+
+def _resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Resample,
+    *,
+    box: tuple[float, float, float, float],
+) -> Image.Image:
+    """Resizes a box of an RGB image."""
+    if resample == "bilinear-aliased":
+        # Within a level of torch's bilinear without antialiasing: Pillow cuts fractions off here.
+        return image.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+    return image.resize(size, _ANTIALIASED[resample], box=box)
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:

@@ -434,6 +434,37 @@ def test_no_overview_is_made_where_it_could_not_serve_every_view(policy):
     assert ImagePreprocessor(policy)(scene(600, 800)).overview is None
 
 
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop_mode", ["resize", "overlap-and-resize-c2"])
+def test_filter_is_the_recipes(resample, crop_mode):
+    view = ImageView(crop_mode=crop_mode)
+    pixels = scene(900, 1200)
+    image = ImagePreprocessor(ImagePolicy(views=(view,), resample=resample))(pixels)
+    kind = Image.Resampling[resample.upper()]
+    size = stored_size(1200, 900, [view])
+    same(image.pixels, np.asarray(Image.fromarray(pixels).resize(size, kind)))
+    if image.overview is not None:
+        size = overview_size(1200, 900, view)
+        same(image.overview, np.asarray(Image.fromarray(pixels).resize(size, kind)))
+
+
+@pytest.mark.parametrize("source", [(900, 1200), (337, 336), (2000, 400)])
+def test_aliased_filter_interpolates_four_pixels(source):
+    """Within one level of bilinear sampling in floats, which is what Molmo 2 trains with."""
+    pixels = scene(*source)
+    got = ImagePreprocessor(ImagePolicy(resample="bilinear-aliased"))(pixels).pixels
+    ends = []
+    for size in source:
+        at = np.clip((np.arange(336) + 0.5) * size / 336 - 0.5, 0, size - 1)
+        first = np.minimum(at.astype(int), size - 2)
+        ends.append((first, (at - first)))
+    (y, dy), (x, dx) = ends
+    dy, dx = dy[:, None, None], dx[None, :, None]
+    top = pixels[y][:, x] * (1 - dx) + pixels[y][:, x + 1] * dx
+    bottom = pixels[y + 1][:, x] * (1 - dx) + pixels[y + 1][:, x + 1] * dx
+    assert np.abs(got - (top * (1 - dy) + bottom * dy)).max() <= 1.01
+
+
 def test_jpeg_is_resized_from_pillows_pixels():
     payload = saved(scene(600, 800), "JPEG", quality=90)
     image = ImagePreprocessor(ImagePolicy(views=(ImageView(),)))(payload)
