@@ -1,22 +1,24 @@
-"""Pictures as datasets hold them -> upright sRGB pixels at the size to store.
+"""Images as datasets hold them -> upright sRGB pixels at the size to store.
 
 What is decided here, in this order:
 
-1. The header: an empty or oversized picture is refused before anything is decoded.
+1. The header (`preprocess.media.header`): an empty, oversized or too costly image is refused before
+   anything of its size is allocated. A JPEG that takes too much memory is decoded at a fraction of
+   its sides, if at least twice the stored size remains.
 2. Decoding: whole and strict. A JPEG goes through `shardspec.media` (which raises for damage that
    Pillow passes over), so that its pixels are the loader's pixels; everything else through Pillow,
    PNG after its CRCs and WebP after its length. Of an animation the first frame is taken.
 3. Orientation: EXIF is applied, so that coordinates in annotations mean what people saw.
 4. Colour: grey of 16 bits by `>> 8` (Pillow's own conversion saturates), an embedded profile other
    than sRGB converted (perceptual intent), transparency laid over white, the rest to RGB.
-5. Size: one Pillow LANCZOS resize to the size that training can ask for; downscale only. Where
-   views tile, another one of the original gives the overview.
+5. Size: one resize by Pillow, with the policy's filter, to the size that training can ask for;
+   downscale only. Where views tile, another one of the original gives the overview.
 
 Where steps 3 to 5 change nothing and the file is of the recipe's codec, its compressed data is kept
 as it is: no loss, no encoding. Metadata (EXIF with locations and names, thumbnails, comments, text)
 is left out of what is kept.
 
-The result is a function of the picture and the policy alone; nothing is drawn, nothing is cut.
+The result is a function of the image and the policy alone; nothing is drawn, nothing is cut.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ _PNG_MEANING_CHUNKS = frozenset({b"tRNS", b"acTL"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePolicy:
-    """How pictures are stored."""
+    """How images are stored."""
 
     views: tuple[ImageView, ...] = (ImageView(),)
     """What training may ask for; the stored size serves all of them."""
@@ -141,8 +143,8 @@ class ImagePolicy:
     filters differ by."""
     overview: Literal["stored", "resized"] = "stored"
     """"stored": where views tile, and share size_px and fit, the overview is stored beside the
-    picture. For about a fifth more bytes nothing is resized at load, and the overview is made from
-    the original. "resized": the loader makes it from the stored picture in each epoch."""
+    image. For about a fifth more bytes nothing is resized at load, and the overview is made from
+    the original. "resized": the loader makes it from the stored image in each epoch."""
     limits: ImageLimits = field(default_factory=ImageLimits)
     """Larger images are refused from their header."""
 
@@ -166,7 +168,7 @@ class ImagePolicy:
 
 
 class ImagePreprocessor:
-    """Turns a picture into what is stored of it: one decode, at most one resize, one encode.
+    """Turns an image into what is stored of it: one decode, at most one resize, one encode.
 
     An overview takes a resize and an encode of its own.
     """
@@ -338,16 +340,16 @@ class ImagePreprocessor:
         width, height = settled.size
         stored, small = self._stored_size(width, height), self._overview_size(width, height)
         overview, kept = None, settled.kept
-        picture = settled.image
+        found = settled.image
         if small is not None or stored != settled.size:
-            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            whole = found if isinstance(found, Image.Image) else Image.fromarray(found)
             if small is not None:
-                overview = np.asarray(self._resized(image, small, settled))
+                overview = np.asarray(self._resized(whole, small, settled))
             if stored != settled.size:
                 kept = None
-                picture = self._resized(image, stored, settled)
+                found = self._resized(whole, stored, settled)
         return PreparedImage(
-            pixels=_pixels(picture) if isinstance(picture, Image.Image) else picture,
+            pixels=_pixels(found) if isinstance(found, Image.Image) else found,
             source_width=width,
             source_height=height,
             geometry=geometry,
@@ -412,7 +414,7 @@ class ImagePreprocessor:
     def _warn_once(self, what: str, cause: object, where: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            logger.warning("%s (%s), first in %s", what, cause, where or "an unnamed picture")
+            logger.warning("%s (%s), first in %s", what, cause, where or "an unnamed image")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,7 +451,7 @@ class _Profile:
     to_srgb: ImageCms.ImageCmsTransform
 
     def fits(self, mode: str) -> bool:
-        """Returns True if it can describe a picture of this mode."""
+        """Returns True if it can describe an image of this mode."""
         if self.mode == "L":
             return mode in ("1", "L", "LA", "F") or mode.startswith("I")
         if self.mode == "CMYK":
