@@ -211,7 +211,9 @@ def open_source(payload: bytes, *, limits: ImageLimits, where: str = "") -> Imag
         if scans > MAX_SCANS:
             raise SampleError("image_bomb.scans", where=where, most_scans=MAX_SCANS, scans=scans)
         reduce = max(REDUCTIONS)
-    limits.check_memory(image, decode_bytes(image, payload, reduce=reduce), where=where)
+    # At least this much: what is stored of it is not known here.
+    need_bytes = decode_bytes(image, payload, reduce=reduce, resized=(0, 0))
+    limits.check_memory(image, need_bytes, where=where)
     return image
 
 

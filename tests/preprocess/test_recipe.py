@@ -197,6 +197,16 @@ def test_bytes_that_are_no_image_are_a_sample_error_that_names_the_key():
     assert "k7" in caught.value.where
 
 
+def test_unsharded_path_refuses_bombs_by_the_same_limits():
+    limits = ImageLimits(max_source_side_px=100)
+    prepare = Preparer(
+        recipe=Recipe(image=dataclasses.replace(IMAGE, limits=limits)), tokenizer=TOKENIZER
+    )
+    with pytest.raises(SampleError) as caught:
+        prepare(example(np.zeros((101, 100, 3), np.uint8)), key="k7")
+    assert (caught.value.reason, caught.value.where) == ("image_bomb", "k7")
+
+
 def test_template_format_needs_a_tokenizer_with_a_template():
     recipe = Recipe(image=IMAGE, text=TextPolicy(message_format="template"))
     bare = dataclasses.replace(TOKENIZER, chat=None)
