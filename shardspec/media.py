@@ -63,6 +63,7 @@ PILLOW_DECODE_ERRORS = (
     EOFError,
     ArithmeticError,
     AttributeError,
+    AssertionError,
     RuntimeError,
     struct.error,
     zlib.error,

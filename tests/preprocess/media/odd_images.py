@@ -288,6 +288,8 @@ def odd_images() -> dict[str, Odd]:
            "image_mode")  # fmt: skip
     refuse("tiff 32 bit", saved(Image.fromarray(grey.astype(np.int32) * 2**20), "TIFF"),
            "image_mode")  # fmt: skip
+    bare = png_pixels(np.asarray(palette), bits=8, color=3)
+    refuse("png palette without a palette", bare, "image_mode")
     # --- not images, or not ours
     refuse("nothing", b"", "image_empty", "empty")
     refuse("html", b"<!doctype html><title>404</title>", "image_decode", "not_image")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -50,6 +52,41 @@ def test_images_that_are_taken_are_upright_srgb(name):
 def test_fetch_and_build_follow_one_rule(name):
     odd = ODD[name]
     assert image_fault(odd.payload, limits=ImageLimits()) == odd.fetched
+
+
+def mutilated(payload: bytes, rng: np.random.RandomState) -> bytes:
+    """Changes a few bytes, most of them near the beginning, and sometimes cuts the end off."""
+    changed = bytearray(payload)
+    for _ in range(rng.randint(1, 6)):
+        reach = rng.choice([40, 120, 600, len(changed)])
+        changed[rng.randint(min(reach, len(changed)))] = rng.choice([0, 255, rng.randint(256)])
+    if rng.randint(5) == 0:
+        del changed[rng.randint(1, len(changed)) :]
+    at = 8  # checksums of a PNG are made right again: they would hide what is behind them
+    while changed.startswith(b"\x89PNG") and at + 12 <= len(changed):
+        stop = at + 12 + int.from_bytes(changed[at : at + 4], "big")
+        if stop > len(changed):
+            break
+        changed[stop - 4 : stop] = zlib.crc32(changed[at + 4 : stop - 4]).to_bytes(4, "big")
+        at = stop
+    return bytes(changed)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutilated_images_are_taken_or_refused_and_nothing_else():
+    rng = np.random.RandomState(11)
+    seeds = [odd.payload for odd in ODD.values() if 0 < len(odd.payload) < 20_000]
+    ends = Counter()
+    for i in range(1500):
+        payload = mutilated(seeds[i % len(seeds)], rng)
+        fetched = image_fault(payload, limits=ImageLimits())
+        try:
+            WHOLE(payload)
+            ends["taken"] += 1
+            assert not fetched
+        except SampleError as error:
+            ends[error.reason] += 1
+    assert {"taken", "image_decode", "image_truncated", "image_bomb"} <= set(ends)
 
 
 _CHILD = """
