@@ -164,7 +164,7 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
         payload = manifest.encode()
         require_held()
         storage.publish_bytes(storage.join(settings.out, MANIFEST_NAME), payload)
-    keys = [_load_keys(settings.out, receipt.shard) for receipt in receipts]
+    keys = [load_keys(settings.out, receipt.shard) for receipt in receipts]
     twice = repeated_key(np.concatenate(keys))
     return Imported(
         manifest=manifest,
@@ -393,7 +393,8 @@ def opened(url: str) -> Iterator[IO[bytes]]:
                 yield stream
 
 
-def _load_keys(out: str, shard: ShardEntry) -> np.ndarray:
+def load_keys(out: str, shard: ShardEntry) -> np.ndarray:
+    """Reads the keys of a shard from its index: bytes [samples]."""
     rows = np.lib.format.read_array(
         io.BytesIO(storage.read_bytes(storage.join(out, shard.index_url))), allow_pickle=False
     )

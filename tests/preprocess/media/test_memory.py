@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
 from preprocess.media.header import decode_bytes, open_source
+from preprocess.settings import usable_memory
 from shardspec.errors import ConfigError, StorageError
 from tests.preprocess.media.odd_images import exif, saved, scene
 
@@ -43,6 +44,10 @@ def test_all_workers_together_stay_within_the_budget(total, largest, workers):
     assert 1 <= lanes <= workers
     assert 0 <= share <= largest
     assert lanes * largest + (workers - lanes) * share <= total
+
+
+def test_memory_of_this_machine_is_known():
+    assert 2**28 < usable_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def locked(folder):
