@@ -527,7 +527,7 @@ def test_hanging_host_does_not_hold_up_another(run):
             attempts=1,
             per_host=2,
             concurrency=4,
-            read_timeout_s=0.1,
+            read_timeout_s=1.0,
             host_failures=4,
             allow_hosts=frozenset(hosts),
             on_result=lambda result: order.append(result.status),
