@@ -61,7 +61,7 @@ from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
 from loader.state import STATE_VERSION, Allowed, require_state
 from loader.stream import PreparedBuilder, Stream, StreamingDataset, stored_in
 from loader.topology import Topology
-from shardspec.errors import ConfigError, StateError
+from shardspec.errors import ConfigError, StateError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ _PREPARED_ONLY: Mapping[str, Any] = {
     "pad_mode": "to_128",
     "extra_keys": (),
     "with_metadata": False,
+    "columns": (),
     "pack": False,
     "max_crops": None,
     "balance": True,
@@ -106,6 +107,7 @@ def make_dataloader(
     workers: int = 0,
     extra_keys: tuple[str, ...] = (),
     with_metadata: bool = False,
+    columns: tuple[str, ...] = (),
     pack: bool = False,
     max_crops: int | None = None,
     balance: bool = True,
@@ -131,6 +133,10 @@ def make_dataloader(
       workers: Worker processes instead of threads, for Python code that holds the interpreter.
       extra_keys: Further keys of the batch; see `MMCollator`.
       with_metadata: Add `metadata`, a list with each sample's key.
+      columns: Added columns (`make annotate`) to deliver, as `column_NAME`: a tensor of S values
+        (bool, int64 or float64; vectors float32 or int64, [S, length]), or a list of S texts. The S
+        samples come row after row: one per row; with packs any number, and `sample_rows`, int64
+        [S], has the row of each.
       pack: Fill each row with several samples, planned from the lengths in the indexes; adds
         `position_ids` and `subsegment_ids` to the batch. Needs tail "wrap".
       max_crops: Most crops in a pack; None: any number.
@@ -145,7 +151,7 @@ def make_dataloader(
 
     Raises:
       ConfigError: `order_count`, `batch_not_divisible`, `loader_range`, `loader_options`,
-        `packing_tail`, `packing_and_buckets`, and as `MMCollator`.
+        `loader_columns`, `packing_tail`, `packing_and_buckets`, and as `MMCollator`.
     """
     world_size = dataset._stream.topology.world_size
     require_count("global_batch_size", global_batch_size)
@@ -178,6 +184,7 @@ def make_dataloader(
             "pad_mode": pad_mode,
             "extra_keys": extra_keys,
             "with_metadata": with_metadata,
+            "columns": tuple(columns),
             "pack": pack,
             "max_crops": max_crops,
             "balance": balance,
@@ -219,7 +226,8 @@ def make_dataloader(
             if stream.topology.rank == 0:
                 logger.info("a pass over packs is %s", _PASSES[packs.pass_is_exact])
         packing = packs.config if packs else None
-        batches = PreparedBatches(builders, collator, packing=packing)
+        _require_columns(builders, columns)
+        batches = PreparedBatches(builders, collator, packing=packing, columns=columns)
     return StreamLoader(
         dataset,
         batches,
@@ -230,6 +238,26 @@ def make_dataloader(
         workers=workers,
         prefetch_bytes=prefetch_bytes,
     )
+
+
+def _require_columns(builders: Sequence[PreparedBuilder], columns: Sequence[str]) -> None:
+    """Refuses columns that a dataset lacks, or that differ in their types between datasets."""
+    for name in columns:
+        kinds = {}
+        for builder in builders:
+            added = builder.data.manifest.columns
+            known = added.types if added else {}
+            if name not in known:
+                raise ConfigError(
+                    "loader_columns.unknown",
+                    where=builder.data.url,
+                    column=name,
+                    hint=nearest(name, known) if known else "run `make annotate`",
+                )
+            kind = known[name]
+            kinds["text" if kind.startswith("text") else kind] = builder.data.title
+        if len(kinds) > 1:
+            raise ConfigError("loader_columns.types", where=", ".join(kinds.values()), column=name)
 
 
 def _lengths(

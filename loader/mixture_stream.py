@@ -234,7 +234,7 @@ def _source(
         return MixtureGroup(sources=plan.group.sources, by=plan.group.by, rate=rate)
     data = dataset._stream.parts[0].data
     return MixtureSource(
-        name=data.manifest.dataset,
+        name=data.title,
         num_samples=data.num_samples,
         rate=rate,
         mean_tokens=data.mean_tokens,
@@ -281,14 +281,14 @@ def _require_free(
             found = [name for name, value in given.items() if value is not None]
             found += ["locality"] if plan.locality != "any" else []
             if found:
-                where = dataset._stream.parts[0].data.manifest.dataset
+                where = dataset._stream.parts[0].data.title
                 raise ConfigError("mixture_order", where=where, settings=", ".join(found))
 
 
 def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:
     """Refuses datasets that cannot share a batch, and names what differs."""
-    raw = [part.data.manifest.dataset for part in parts if part.data.manifest.raw]
-    prepared = [part.data.manifest.dataset for part in parts if not part.data.manifest.raw]
+    raw = [part.data.title for part in parts if part.data.manifest.raw]
+    prepared = [part.data.title for part in parts if not part.data.manifest.raw]
     if raw and prepared:
         raise ConfigError(
             "mixture_kinds", where=", ".join(raw + prepared), raw=raw, prepared=prepared
@@ -306,7 +306,7 @@ def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:
         if part.tail != "wrap" or not part.shuffle:
             raise ConfigError(
                 "mixture_tail",
-                where=part.data.manifest.dataset,
+                where=part.data.title,
                 tail=part.tail,
                 shuffle=part.shuffle,
             )
@@ -325,6 +325,6 @@ def _compare(
     if found:
         raise ConfigError(
             f"mixture_{what}",
-            where=f"{first.data.manifest.dataset} and {other.data.manifest.dataset}",
+            where=f"{first.data.title} and {other.data.title}",
             differences="; ".join(found),
         )

@@ -280,21 +280,9 @@ def parse_index(
       where: Its URL, for errors.
       num_samples, shard_bytes, raw: As `open_index`.
     """
-    stream = io.BytesIO(payload[:_MOST_HEADER_BYTES])
     try:
-        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
-        with _one_header.lock:
-            if version == (1, 0):
-                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-            else:
-                shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-        start = stream.tell()
-        # A damaged header length would shift every row, so the rows must end where the file does.
-        if dtype.hasobject or len(payload) != start + dtype.itemsize * math.prod(shape):
-            raise ValueError(f"{len(payload)} bytes do not hold {shape} of {dtype}")
-        rows = np.frombuffer(payload[start:], dtype).reshape(shape)
-        # NumPy's header parser raises any of these, depending on which byte is wrong.
-    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        rows = parse_rows(payload)
+    except ValueError as error:
         raise _broken(where, "index_format", {"error": error}) from error
     known = set(rows.dtype.names or ())
     wrong = [
@@ -312,6 +300,33 @@ def parse_index(
         end = int(rows[-1]["offset"]) + int(rows[-1]["num_bytes"])
         if end > shard_bytes:
             raise _broken(where, "index_range", {"last_byte": end, "shard_bytes": shard_bytes})
+    return rows
+
+
+def parse_rows(payload: memoryview) -> np.ndarray:
+    """Reads the array of a .npy file from memory; it is a view of the payload.
+
+    Raises:
+      ValueError: The header cannot be read, or the array does not end where the file does.
+    """
+    stream = io.BytesIO(payload[:_MOST_HEADER_BYTES])
+    try:
+        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        with _one_header.lock:
+            if version == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            else:
+                shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+        start = stream.tell()
+        # A damaged header length would shift every row, so the rows must end where the file does.
+        if dtype.hasobject or len(payload) != start + dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{len(payload)} bytes do not hold {shape} of {dtype}")
+        if len(payload) == start:  # NumPy makes no array of an empty buffer
+            return np.zeros(shape, dtype)
+        rows: np.ndarray = np.frombuffer(payload[start:], dtype).reshape(shape)
+        # NumPy's header parser raises any of these, depending on which byte is wrong.
+    except (TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(str(error)) from error
     return rows
 
 

@@ -32,6 +32,7 @@ CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "shardspec", "tomli"}
 tomli where Python has no tomllib yet."""
 
 PURE = {
+    "shardspec/columns.py",
     "shardspec/errors.py",
     "shardspec/expression.py",
     "shardspec/keyed.py",
@@ -45,6 +46,7 @@ PURE = {
     "shardspec/tiling/sizes.py",
     "shardspec/tiling/tokens.py",
     "shardspec/tiling/view.py",
+    "preprocess/annotate/join.py",
     "preprocess/job/plan.py",
     "preprocess/reshard/assign.py",
     "preprocess/sizes.py",
@@ -117,6 +119,7 @@ FLOORS = {
         {"errors"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
+        {"columns"},
         {"manifest"},
         {"probe"},
     ),
@@ -128,7 +131,7 @@ FLOORS = {
         {"recipe"},
         {"job"},
         {"reshard"},
-        {"exchange"},
+        {"exchange", "annotate"},
         {"cli"},
         {"__main__"},
     ),

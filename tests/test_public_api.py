@@ -58,6 +58,7 @@ PUBLIC = {
         "StreamingDataset",
         "View",
         "assemble",
+        "group_by",
         "make_dataloader",
         "plan_order",
         "view_collator",

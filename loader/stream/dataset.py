@@ -107,7 +107,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             room for its share fetches each once; see `OrderConfig`.
           max_samples: Use only this many samples, the first ones: continues a run whose dataset has
             grown since. A subset is chosen among them.
-          where: Use only the samples that fulfil this condition on index columns, for example
+          where: Use only the samples that fulfil this condition on columns of the indexes or on
+            added ones (`make annotate`), for example
             "num_tokens < 2048 and width >= 336": those that `make filter WHERE=` keeps, in the
             same order as of that dataset, but nothing is written. Draws (variants, augmentation)
             are those of the whole dataset: a sample looks the same in a subset as without one.

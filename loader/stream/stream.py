@@ -232,7 +232,7 @@ class Stream(Generic[Builder]):
         """
         if not self._named:
             return self.parts[0].data.fingerprint
-        return {part.data.manifest.dataset: part.data.fingerprint for part in self.parts}
+        return {part.data.title: part.data.fingerprint for part in self.parts}
 
     def has_grown_from(self, saved: Mapping[str, Any]) -> bool:
         """Returns True if a fingerprint is that of this data before samples were appended."""
@@ -249,7 +249,7 @@ class Stream(Generic[Builder]):
 
     def describe_view(self) -> dict[str, Any]:
         """Gives the field `view` of states: of each dataset, or none where samples stay raw."""
-        views = {p.data.manifest.dataset: p.builder.view_fingerprint() for p in self.parts}
+        views = {p.data.title: p.builder.view_fingerprint() for p in self.parts}
         if None in views.values():
             return {}
         return {"view": views if self._named else next(iter(views.values()))}
