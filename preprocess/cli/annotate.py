@@ -21,7 +21,7 @@ def _annotate(options: argparse.Namespace, console: Console) -> int:
         count = done.manifest.splits[split].num_samples
         lines.append(f"{out}: {split} has {count:,} samples")
         lines += [
-            f"  {name}: {samples:,} samples have the stated value {settings.missing[name]!r}"
+            f"  {name}: {samples:,} missing, stated as {settings.missing[name]!r}"
             for name, samples in joined.filled.items()
         ]
     types = done.manifest.columns.types

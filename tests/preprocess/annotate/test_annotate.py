@@ -11,6 +11,7 @@ import pytest
 
 from loader.reading import ShardReader
 from loader.state.fingerprint import split_fingerprint
+from preprocess.__main__ import main
 from preprocess.annotate import AnnotateSettings, annotate, parse_fills, plan_annotation, read_table
 from preprocess.exchange.foreign import ImportSettings, import_tars
 from preprocess.job import find_strays, verify
@@ -392,3 +393,20 @@ def test_imported_tars_can_be_annotated(source, tmp_path):
     assert values(tmp_path / "out", ["score"])["sample-0005"] == [0.25]
     recut([tmp_path / "out"], tmp_path / "few", where="score > 0.5")
     assert len(values(tmp_path / "few", ["clean"])) == 9
+
+
+def test_the_command_line_and_make_take_the_same_settings(source, tmp_path, capsys):
+    columns = write(tmp_path / "c.jsonl", [*FLAT[:-1], {**FLAT[0], "key": "stranger"}])
+    fills = "score=nan,licence=unknown,clean=false,rank=0"
+    out = str(tmp_path / "out")
+    given = [f"SRC={source}", f"COLUMNS={columns}", f"DST={out}", f"MISSING={fills}"]
+    assert main(["make", "annotate", *given]) == 1
+    assert "1 of 20 keys" in capsys.readouterr().err
+    assert main(["make", "annotate", *given, "UNKNOWN_KEYS=ignore"]) == 0
+    shown = capsys.readouterr().out
+    assert "train has 20 samples" in shown
+    assert "score: 1 missing, stated as 'nan'" in shown
+    assert "1 rows of" in shown
+    flags = ["--columns", columns, "--dst", out, "--missing", fills, "--unknown-keys", "ignore"]
+    assert main(["annotate", source, *flags]) == 0
+    assert "nothing to do" in capsys.readouterr().out
