@@ -439,6 +439,10 @@ def check_same(old: Manifest, new: Manifest, *, where: str) -> None:
         "recipe": (dict(old.recipe), dict(new.recipe)),
         "tokenizer": (asdict(old.tokenizer), asdict(new.tokenizer)),
         "libraries": (dict(old.libraries), dict(new.libraries)),
+        # What a split that is added to the other kind would lose.
+        "view": (old.view is not None, new.view is not None),
+        "raw": (old.raw, new.raw),
+        "columns": (old.columns is not None, new.columns is not None),
     }
     found = [d for name, (a, b) in pairs.items() for d in differences(a, b, name)]
     if found:

@@ -97,9 +97,9 @@ class ColumnFiles:
                 soon = [self._blocks[n] for n in numbers[i : i + _OPENED_AHEAD]]
                 self.prefetcher.fetch_soon([b for b in soon if not storage.is_local(b.url)])
             own = np.flatnonzero(shard_of == number)
-            rows = self._open(number)[sample_ids[own] - self._starts[number]]
+            rows, at = self._open(number), sample_ids[own] - self._starts[number]
             for name in names:
-                values[name][own] = rows[name]
+                values[name][own] = rows[name][at]
         return values
 
     def _opened(self, number: int) -> np.ndarray:

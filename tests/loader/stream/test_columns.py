@@ -14,6 +14,7 @@ import torch
 from loader import IterableDatasetMixture, RawDataset, StreamingDataset, group_by, make_dataloader
 from loader.reading import Network
 from preprocess.annotate import AnnotateSettings, annotate, plan_annotation
+from preprocess.exchange import ImportSettings, import_tars
 from preprocess.reshard import ReshardSettings, plan_reshard, reshard
 from shardspec.errors import ConfigError, ShardError, StateError
 from tests.inline import Quiet
@@ -246,13 +247,19 @@ def test_columns_that_were_never_added_are_refused(columns, plain, scored):
         assert caught.value.reason == "loader_columns"
 
 
-def test_raw_samples_have_no_columns_in_their_batches(plain):
-    manifest = Path(plain) / "manifest.json"
-    assert manifest.exists()
-    dataset = StreamingDataset(plain)
-    assert "columns" not in vars(dataset)
-    with pytest.raises(ConfigError):
-        RawDataset(plain, decode=lambda sample, rng: sample)
+def key_of(sample, rng):
+    return sample.key
+
+
+def test_raw_samples_are_chosen_by_added_columns_and_batches_are_the_users_own(plain, tmp_path):
+    settings = ImportSettings(tars=(f"{plain}/train",), out=str(tmp_path / "raw"), name="raw")
+    import_tars(settings, Quiet())
+    url = add(tmp_path / "raw", tmp_path / "scored", ROWS.values())
+    dataset = RawDataset(url, decode=key_of, where="score > 0.5", shuffle=False, tail="pad")
+    assert list(dataset) == [key for key, each in ROWS.items() if each["score"] > 0.5]
+    with pytest.raises(ConfigError) as caught:
+        make_dataloader(dataset, global_batch_size=2, collate=list, columns=("score",))
+    assert caught.value.reason == "loader_options"
 
 
 # Groups.

@@ -410,3 +410,23 @@ def test_the_command_line_and_make_take_the_same_settings(source, tmp_path, caps
     flags = ["--columns", columns, "--dst", out, "--missing", fills, "--unknown-keys", "ignore"]
     assert main(["annotate", source, *flags]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["filter", "annotate"])
+def test_no_split_is_built_into_a_view(verb, tiny_dataset, tmp_path, capsys):
+    # The manifest that a build writes has neither views nor columns: it would lose these.
+    out = str(tmp_path / "out")
+    reader = ShardReader(str(tiny_dataset), require_manifest(str(tiny_dataset)), split="train")
+    keys = [key.decode() for key in reader.column("key", np.arange(len(reader))).tolist()]
+    if verb == "filter":
+        recut([tiny_dataset], out, where="num_tokens > 0", form="view")
+    else:
+        columns = write(tmp_path / "c.jsonl", [{"key": key, "score": 1} for key in keys])
+        add(tiny_dataset, columns, out)
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    asked = ["--source", "sample", "--limit", "4", "--split", "validation", "--workers", "1"]
+    asked += ["--out", out, "--cache", str(tmp_path / "cache")]
+    assert main(["shards", "pixmo_cap", *asked]) == 3
+    assert "view: True here, False asked" in capsys.readouterr().err
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+    assert not (tmp_path / "out" / "validation").exists()
