@@ -1,5 +1,6 @@
 """Added columns in training: conditions, groups of a mixture, batches, and states."""
 
+import errno
 import itertools
 import json
 import pickle
@@ -128,14 +129,32 @@ def test_conditions_that_a_column_cannot_have_are_refused(where, scored):
 # The order and the states.
 
 
-@pytest.mark.parametrize("step", [0, 5, 13])
-def test_states_of_the_plain_dataset_resume_on_the_annotated_one_and_back(step, plain, scored):
-    whole = take(make(plain), 24)
-    assert_same(take(make(scored), 24), whole)
+def mixed(url, **options):
+    """A mixture of the dataset and of a part of it, by a name of its own."""
+    rest = group_by(StreamingDataset(url), "num_images", values=[2])[2]
+    return load(IterableDatasetMixture([StreamingDataset(url), rest], [2, 1], seed=4), **options)
+
+
+@pytest.mark.parametrize("step", [5, 13])
+@pytest.mark.parametrize(
+    "make_loader, options",
+    [
+        (make, {}),
+        (make, {"loader": {"pack": True, "global_batch_size": 2}}),
+        (make, {"loader": {"bucket_steps": 3}}),
+        (make, {"where": "num_tokens > 5"}),
+        (mixed, {}),
+    ],
+)
+def test_states_of_the_plain_dataset_resume_on_the_annotated_one_and_back(
+    make_loader, options, step, plain, scored
+):
+    whole = take(make_loader(plain, **options), 24)
+    assert_same(take(make_loader(scored, **options), 24), whole)
     for first, second in ((plain, scored), (scored, plain)):
-        loader = make(first)
+        loader = make_loader(first, **options)
         take(loader, step)
-        resumed = make(second)
+        resumed = make_loader(second, **options)
         resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
         assert_same(take(resumed, 24 - step), whole[step:])
 
@@ -359,6 +378,27 @@ def test_more_files_than_are_kept_open_are_read_again(scored, monkeypatch):
     for i in (0, NUM - 1, 1, NUM - 2, 20):
         want = ROWS[f"sample-{i:04d}"]["score"]
         assert reader.column("score", np.array([i])).tolist() == [want]
+
+
+def test_large_files_are_mapped_and_let_go_where_descriptors_run_out(scored, monkeypatch):
+    from loader.reading import columns
+
+    monkeypatch.setattr(columns, "_MOST_READ_BYTES", 100)
+    reader, failed = StreamingDataset(scored).reader, []
+    want = [each["score"] for each in ROWS.values()]
+    assert reader.column("score", np.arange(NUM)).tolist() == want
+    reader.added._open.cache_clear()
+    whole = columns.mmap.mmap
+
+    def map_once_full(*args, **options):
+        if not failed:
+            failed.append(True)
+            raise OSError(errno.EMFILE, "too many open files")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(columns.mmap, "mmap", map_once_full)
+    assert reader.column("score", np.arange(NUM)).tolist() == want
+    assert failed
 
 
 def test_files_in_a_store_are_fetched_once_per_node_and_checked(s3_server, scored, plain, tmp_path):

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loader.reading import ShardReader
 from loader.state.fingerprint import split_fingerprint
 from preprocess.__main__ import main
 from preprocess.annotate import AnnotateSettings, annotate, parse_fills, plan_annotation, read_table
+from preprocess.annotate.join import join
+from preprocess.annotate.table import ColumnTable
 from preprocess.exchange.foreign import ImportSettings, import_tars
 from preprocess.job import find_strays, verify
 from preprocess.reshard import ReshardSettings, plan_reshard, reshard
@@ -282,6 +286,31 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(name, source, tmp_path):
 def test_keys_of_a_csv_stay_as_they_are_written(tmp_path):
     (tmp_path / "c.csv").write_text("key,score\n0012,1\n12,2\n")
     assert read_table(str(tmp_path / "c.csv")).keys.tolist() == [b"0012", b"12"]
+
+
+KEYS = st.lists(st.sampled_from("abcdefghij"), max_size=8)
+
+
+@given(samples=KEYS, rows=st.dictionaries(st.sampled_from("abcdefghij"), st.none() | st.integers()))
+def test_a_join_is_a_look_up_by_key(samples, rows):
+    rows = {key: value for key, value in rows.items() if value is None or abs(value) < 2**63}
+    table = ColumnTable(
+        where="x",
+        sha256="",
+        keys=np.array([key.encode() for key in rows], "S1"),
+        values={"v": np.array([value or 0 for value in rows.values()], np.int64)},
+        present={"v": np.array([value is not None for value in rows.values()], np.bool_)},
+    )
+    keys = np.array([key.encode() for key in samples], "S60")
+    joined = join(table, keys, fills={"v": "-7"}, unknown="ignore")
+    want = [rows.get(key) for key in samples]
+    assert joined.values["v"].tolist() == [-7 if value is None else value for value in want]
+    assert joined.missing["v"].tolist() == [value is None for value in want]
+    assert joined.num_unknown == len(set(rows) - set(samples))
+    if None in want:
+        with pytest.raises(ConfigError) as caught:
+            join(table, keys, fills={}, unknown="ignore")
+        assert caught.value.reason == "columns_incomplete"
 
 
 @pytest.fixture(scope="module")
