@@ -20,6 +20,8 @@ from shardspec.manifest import Manifest
 
 _MOST_SLOTS = 2_000_000  # evaluated per plan: about two seconds
 _MOST_NODES = 4
+_LEAST_BLOCK_BYTES = 1 << 18
+"""Smaller blocks would cost more in requests than they save."""
 _LOCALITIES: tuple[Locality, ...] = ("any", "node")
 _GOOD_SHARD_BYTES = (64 << 20, 4 << 30)
 """Smaller shards cost more requests and directory entries than they save; of larger ones a node
@@ -296,10 +298,12 @@ def _most_open(life: np.ndarray, weight: np.ndarray) -> int:
 def _block_advice(order: Order, *, mean_bytes: float, network: Network, nodes: int) -> str:
     """Compares the blocks that a cache keeps with what a lane reads together."""
     together = mean_bytes * order.config.block_size
-    if nodes > 1 and network.block_bytes > 2 * together:
+    fitting = round(max(together, _LEAST_BLOCK_BYTES))
+    share = mean_bytes * order.config.num_samples / nodes
+    if nodes > 1 and network.block_bytes > 2 * fitting and share > 256 * network.block_bytes:
         return (
             f"{_size(network.block_bytes)} hold samples of several nodes, which fetch them all; "
-            f"the order reads {_size(together)} together: Network(block_bytes={round(together)})"
+            f"the order reads {_size(together)} together: Network(block_bytes={fitting})"
         )
     return f"{_size(network.block_bytes)}, the order reads {_size(together)} together"
 

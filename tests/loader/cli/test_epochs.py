@@ -43,7 +43,7 @@ def test_a_node_keeps_its_own_samples_only_where_the_order_lets_it():
 
 @pytest.mark.parametrize("locality", ["any", "node"])
 def test_a_larger_cache_never_fetches_much_more(locality):
-    caches = [TOTAL * n // 10 for n in (1, 3, 6, 9, 20)]
+    caches = [TOTAL * n // 10 for n in (1, 6, 20)]
     totals = [sum(replay(locality=locality, cache_bytes=c).num_bytes) for c in caches]
     for small, large in zip(totals[:-1], totals[1:], strict=True):
         assert large <= small * 1.02
@@ -63,23 +63,26 @@ def test_a_view_costs_what_its_files_do():
     assert replay(view).num_bytes == replay(plain).num_bytes
 
 
-def test_a_part_is_replayed_of_large_datasets_and_the_plan_says_so():
+def test_a_part_is_replayed_of_large_datasets_and_the_plan_says_so(monkeypatch):
+    monkeypatch.setattr("loader.cli.epochs._MOST_SLOTS", 60_000)
+    monkeypatch.setattr("loader.cli.epochs._MOST_USES", 30_000)
     # The same proportions at ten times the size: the figures grow by ten.
     small, large = (
         replay(
-            manifest([10_000] * n),
+            manifest([1_000] * n),
             nodes=4,
             ranks=1,
-            cache_bytes=int(0.4 * n * 10_000 * SAMPLE),
+            cache_bytes=int(0.4 * n * 1_000 * SAMPLE),
             locality="node",
         )
         for n in (40, 400)
     )
     assert large.replayed < small.replayed / 5
     for a, b in zip(small.num_bytes, large.num_bytes, strict=True):
-        assert b / 10 == pytest.approx(a, rel=0.2, abs=0.01 * 400_000 * SAMPLE)
+        assert b / 10 == pytest.approx(a, rel=0.2, abs=0.03 * 40_000 * SAMPLE)
 
 
+@pytest.mark.slow
 def test_a_billion_samples_take_seconds():
     began_s = time.process_time()
     plan = plan_cluster(
@@ -95,3 +98,26 @@ def test_a_billion_samples_take_seconds():
     text = describe_plan(plan)
     assert "(estimated from 0.3% of the data)" in text
     assert "Network(block_bytes=" in text
+
+
+@pytest.mark.parametrize(
+    "num_shards, nodes, block_bytes, names_another",
+    [
+        (400, 8, None, True),
+        (400, 1, None, False),  # nobody else reads its blocks
+        (400, 8, 2**21, False),
+        (2, 8, None, False),  # a share of a few blocks
+    ],
+)
+def test_other_blocks_are_named_where_they_would_fetch_less(
+    num_shards, nodes, block_bytes, names_another, monkeypatch
+):
+    monkeypatch.setattr("loader.cli.cluster._MOST_SLOTS", 20_000)
+    plan = plan_cluster(
+        manifest([10_000] * num_shards),
+        split="train",
+        cluster=Cluster(nodes=nodes, ranks=8, workers=4),
+        global_batch_size=512,
+        block_bytes=block_bytes,
+    )
+    assert ("Network(block_bytes=" in plan.blocks) == names_another
