@@ -32,14 +32,12 @@ def measured(dataset, count):
     return found
 
 
-def check_plan(open_node, write_dataset, folder, samples, *, per_block, most_off, monkeypatch):
+def check_plan(open_node, write_dataset, folder, samples, *, monkeypatch):
     """Compares three epochs of two nodes with the plan, for both localities.
 
     Args:
       open_node: Gives a node's dataset, and what counts the bytes that it has fetched.
       write_dataset, folder, samples: Of the dataset.
-      per_block: Samples of a block of the cache.
-      most_off: Of the bytes of the dataset.
       monkeypatch: Of the test.
     """
     # Blocks that are mapped stay readable when the cache has evicted them: the few of a dataset of
@@ -47,7 +45,7 @@ def check_plan(open_node, write_dataset, folder, samples, *, per_block, most_off
     monkeypatch.setattr(cached, "_MAX_MAPS", 2)
     manifest = require_manifest(write_dataset(folder, samples, num_shards=4))
     total = sum(file.num_bytes for file in manifest.files)
-    network = Network(block_bytes=per_block * total // len(samples))
+    network = Network(block_bytes=total // len(samples))
     options = {"cache_bytes": int(CACHE * total), "canonical_ranks": 2, "network": network}
     later = {}
     for locality in ("any", "node"):
@@ -69,7 +67,10 @@ def check_plan(open_node, write_dataset, folder, samples, *, per_block, most_off
             with open_node(cache=str(cache), **fixed, **options) as (dataset, count):
                 got = [each / total for each in measured(dataset, count)]
             print(f"{locality} node {rank}: {got}, planned {planned}")
-            assert got == pytest.approx(planned, abs=most_off)
+            # A node's samples are known; which blocks of earlier epochs are still there depends on
+            # when the blocks arrive that they make room for.
+            assert got[0] == pytest.approx(planned[0], abs=0.02)
+            assert got[1:] == pytest.approx(planned[1:], abs=0.12 if locality == "any" else 0.03)
             later[locality, rank] = sum(got[1:]) / (NUM_EPOCHS - 1)
     for rank in range(NODES):
         # Of its samples, half were the node's in the epoch before; with "node" all of them.
@@ -101,8 +102,6 @@ def test_a_server_gives_a_node_in_each_epoch_what_the_plan_says(
         write_dataset,
         tmp_path / "set",
         samples,
-        per_block=1,
-        most_off=0.04,
         monkeypatch=monkeypatch,
     )
 
@@ -127,7 +126,5 @@ def test_a_node_reads_in_each_epoch_what_the_plan_says(
         write_dataset,
         tmp_path / "set",
         samples,
-        per_block=1,
-        most_off=0.06,
         monkeypatch=monkeypatch,
     )
