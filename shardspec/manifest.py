@@ -146,7 +146,8 @@ class TokenizerEntry:
     embedding_size: int
     """Rows that a model's embedding must have: every id of the dataset is below this."""
     special_ids: Mapping[str, int]
-    """bos, eos, pad, and the image symbols such as <im_patch>."""
+    """bos (absent where sequences begin without one), eos, pad, and the image symbols such as
+    <im_patch>."""
 
 
 NO_TOKENIZER = TokenizerEntry(

@@ -8,6 +8,7 @@ from shardspec.errors import SampleError
 from shardspec.tiling import ImageTokenIds
 
 EOS = 2
+SYMBOLS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>")
 IDS = TokenIds(
     bos=1,
     eos=EOS,
@@ -320,3 +321,35 @@ def test_leads_stand_in_front_of_their_images():
     assert sequence.input_ids[:12].tolist() == [1, 30, 31, 90, 92, 92, 91, 32, 90, 92, 92, 91]
     assert (sequence.image_starts, sequence.image_ends) == ((3, 8), (7, 12))
     assert sequence.subsegment_ids[:12].tolist() == [10_000] * 12
+
+
+NO_BOS = TokenIds(bos=-1, eos=EOS, pad=0, image=IDS.image)
+
+
+@given(samples)
+def test_without_bos_everything_is_one_position_earlier(sample):
+    blocks, branches = sample
+    if not blocks and not len(branches[0].turns[0].prompt):
+        return  # nothing predicts the first token: below
+    with_bos = cut(lay_out(blocks, branches, ids=IDS), None)
+    want = {name: values[1:] for name, values in with_bos.items()}
+    want["position_ids"] = [position - 1 for position in want["position_ids"]]
+    got = lay_out(blocks, branches, ids=NO_BOS)
+    assert cut(got, None) == want
+    starts = lay_out(blocks, branches, ids=IDS).image_starts
+    assert got.image_starts == tuple(start - 1 for start in starts)
+
+
+def test_without_bos_and_prompt_the_first_token_is_not_predicted():
+    sequence = lay_out([], [branch(([], [20, 21])), branch(([], [22]))], ids=NO_BOS)
+    assert sequence.input_ids.tolist() == [20, 21, 22]
+    assert sequence.labels.tolist() == [21, EOS, EOS]
+    assert sequence.loss_weights.tolist() == [1.0, 1.0, 1.0]
+    assert sequence.subsegment_ids.tolist() == [0, 0, 1]
+    assert sequence.position_ids.tolist() == [0, 1, 0]
+
+
+def test_special_ids_without_bos_give_none():
+    ids = {name: 5 for name in ("eos", "pad", "<|image|>", *SYMBOLS)}
+    assert TokenIds.from_special_ids(ids).bos == -1
+    assert TokenIds.from_special_ids({**ids, "bos": 0}).bos == 0
