@@ -21,8 +21,8 @@ from preprocess.datasets import ImageSource, SceneImage, example_images
 from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
 from preprocess.settings import Setting
 from preprocess.text import (
-    ChatFrame,
     DataFormatter,
+    Frame,
     InterleavedTextPreprocessor,
     TextPolicy,
     Tokenizer,
@@ -33,7 +33,7 @@ from preprocess.text import (
     message_texts,
     safe_geometry,
 )
-from shardspec.errors import SampleError
+from shardspec.errors import ConfigError, SampleError
 from shardspec.manifest import canonical_json
 from shardspec.sample import PreparedSample, spans_table
 
@@ -76,9 +76,22 @@ class Preparer:
     """What decoding may take in all processes together; None for no bound but each image's own."""
 
     @cached_property
-    def frame(self) -> ChatFrame:
-        """The markup that the message format puts around turns."""
-        return chat_frame(self.recipe.text.message_format, self.tokenizer.chat)
+    def frame(self) -> Frame:
+        """The markup that the message format puts around turns.
+
+        Raises:
+          ConfigError: `no_chat_template`, `tokenizer_format`.
+        """
+        wanted = self.recipe.text.message_format
+        frame = chat_frame(wanted, self.tokenizer.chat)
+        if not self.tokenizer.fits(wanted):
+            raise ConfigError(
+                "tokenizer_format",
+                where=self.tokenizer.name,
+                got=self.tokenizer.message_format,
+                want=wanted,
+            )
+        return frame
 
     @cached_property
     def formatter(self) -> DataFormatter:

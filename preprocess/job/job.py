@@ -173,7 +173,9 @@ class Job:
     def __init__(self, settings: JobSettings) -> None:
         """Loads the tokenizer and names the job; reads no row yet."""
         self.settings = settings
-        tokenizer = load_tokenizer(settings.tokenizer, pad_to=settings.pad_to)
+        tokenizer = load_tokenizer(
+            settings.tokenizer, pad_to=settings.pad_to, policy=settings.recipe.text
+        )
         self.blobs = BlobCache(Path(settings.cache).expanduser())
         self.preparer = Preparer(
             recipe=settings.recipe, tokenizer=tokenizer, memory=self._memory_budget()

@@ -4,7 +4,8 @@ Decides every text that a model sees. Draws nothing that training redraws: alter
 as variants.
 """
 
-from preprocess.text.chat import chat_frame, image_prefixes
+from preprocess.text.chat import ChatFrame, Frame, chat_frame, image_prefixes
+from preprocess.text.chat_template import TemplateFrame
 from preprocess.text.choices import ChoiceForm
 from preprocess.text.formatter import DataFormatter
 from preprocess.text.geometry import safe_geometry
@@ -15,7 +16,6 @@ from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt,
 from preprocess.text.tokens import (
     EMBEDDED,
     IMAGE_SYMBOLS,
-    ChatFrame,
     Tokenizer,
     load_tokenizer,
     tokenizer_from_entry,
@@ -27,11 +27,13 @@ __all__ = [
     "ChatFrame",
     "ChoiceForm",
     "DataFormatter",
+    "Frame",
     "InterleavedTextPreprocessor",
     "MessageFormat",
     "PointFormat",
     "PromptTemplates",
     "SystemPrompt",
+    "TemplateFrame",
     "TextPolicy",
     "Tokenizer",
     "chat_frame",

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from loader import StreamingDataset, make_dataloader
-from preprocess.text import ChatFrame, chat_frame
 from preprocess.text.formatter import Branch, Variant
 from preprocess.text.interleaved import InterleavedTextPreprocessor
+from preprocess.text.policy import TextPolicy
 from preprocess.text.tokens import load_tokenizer, tokenizer_from_entry
 from shardspec.manifest import require_manifest
 
@@ -96,13 +96,11 @@ def test_image_symbols_stand_above_the_padded_embedding_of_qwen2(qwen):
 
 
 def test_no_end_of_turn_is_doubled_in_a_conversation_of_several_turns(qwen):
-    tokenizer = load_tokenizer(str(qwen))
-    frame = chat_frame("template", tokenizer.chat)
+    tokenizer = load_tokenizer(str(qwen), policy=TextPolicy(message_format="template"))
     turns = []
     for t, (user, answer) in enumerate([("hi", "hello"), ("bye", "see you")]):
-        start = frame.later if t else frame.first
-        prompt = start + user + frame.suffix
-        turns.append((Variant(prompt=prompt, response=frame.response_prefix + answer),))
+        prompt, response = tokenizer.chat.frame(user, answer, first=t == 0, last=t == 1)
+        turns.append((Variant(prompt=prompt, response=response),))
     text = InterleavedTextPreprocessor(tokenizer=tokenizer)([Branch(turns=tuple(turns))], key="k")
     eos = tokenizer.special_ids["eos"]
     sequence: list[int] = []
@@ -111,7 +109,8 @@ def test_no_end_of_turn_is_doubled_in_a_conversation_of_several_turns(qwen):
         sequence += text.tokens[start:stop].tolist() + [eos]
     assert tokenizer.decode(sequence) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
-        "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\nsee you<|im_end|>"
+        "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        "see you<|im_end|>"
     )
 
 
@@ -119,4 +118,3 @@ def test_round_trip_of_odd_text_in_every_family(tokenizer_folder):
     tokenizer = load_tokenizer(str(tokenizer_folder))
     for text in ("naïve café", "你好，世界", "def f(x):\n    return x", "👩‍👩‍👧 ok"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert isinstance(tokenizer.chat, ChatFrame | None)

@@ -17,6 +17,7 @@ from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, SpanKind, image_rows, text_rows
 from shardspec.tiling import ImageView
+from tests.chat_shapes import SHAPES, make_tokenizer
 
 VIEW = ImageView(size_px=56)
 IMAGE = ImagePolicy(views=(VIEW,))
@@ -215,6 +216,18 @@ def test_template_format_needs_a_tokenizer_with_a_template():
     assert caught.value.reason == "no_chat_template"
 
 
+def test_tokenizer_of_another_message_format_is_refused(tmp_path):
+    shape = dataclasses.replace(SHAPES["chatml"], eos="<|endoftext|>")
+    folder = make_tokenizer(tmp_path / "t", shape)
+    for loaded, wanted in (("role", "chatml"), ("chatml", "role"), ("template", "none")):
+        tokenizer = load_tokenizer(folder, policy=TextPolicy(message_format=loaded))
+        recipe = Recipe(image=IMAGE, text=TextPolicy(message_format=wanted))
+        with pytest.raises(ConfigError) as caught:
+            Preparer(recipe=recipe, tokenizer=tokenizer)(example())
+        assert caught.value.reason == "tokenizer_format"
+        assert caught.value.facts["got"] == loaded
+
+
 # --- the recipe as data
 
 RECIPE = Recipe(image=IMAGE)
@@ -222,10 +235,12 @@ OTHER_TEXT = {
     "prompt_templates": "uber_model",
     "system_prompt": "style",
     "message_format": "chatml",
+    "chat_date": "2024-07-26",
     "num_variants": 3,
     "point_format": "xml",
     "choices": "varied",
     "select_answer": "first",
+    "whitespace": "strip",
     "paraphrase": 0.5,
 }
 OTHER_IMAGE = {
