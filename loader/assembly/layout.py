@@ -41,7 +41,10 @@ Tree = Literal["molmo2", "molmo1"]
 numbered from 1, the EOS of all but the last is in the input."""
 
 LossScale = Literal["flat", "root_subsegments", "root_length", "root_both"]
-"""Weight of a branch's tokens: 1; 1 / sqrt(branches); 2 / sqrt(tokens under loss); both."""
+"""Weight of a branch's tokens: 1; 1 / sqrt(branches); 2 / sqrt(tokens under loss); both.
+
+The tokens of one branch of several do not count the EOS that ends it: Molmo 2 weighs it later. A
+sample of a single conversation counts it."""
 
 PREFIX_SUBSEGMENT = 10_000
 """Subsegment of BOS and images, above every branch's (Molmo's number)."""
@@ -327,7 +330,7 @@ def lay_out(
         raise SampleError("no_loss.sample", where=where, length=length, sequence_length=limit)
     labels.append(_ignored(length - labelled))
     if loss != "flat":
-        _scale(spans, loss)
+        _scale(spans, loss, ends_counted=molmo1 or len(branches) == 1)
     return Sequence1d(
         runs,
         labels,
@@ -416,9 +419,10 @@ def _count_placeholders(
     return count
 
 
-def _scale(spans: Sequence[_Span], loss: LossScale) -> None:
+def _scale(spans: Sequence[_Span], loss: LossScale, *, ends_counted: bool) -> None:
     for span in spans:
+        tokens = sum(span.learned) - (0 if ends_counted else 1)
         if loss in ("root_subsegments", "root_both"):
             span.weight /= math.sqrt(len(spans))
         if loss in ("root_length", "root_both"):
-            span.weight *= 2 / math.sqrt(max(1, sum(span.learned)))
+            span.weight *= 2 / math.sqrt(max(1, tokens))
