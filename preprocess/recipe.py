@@ -29,6 +29,7 @@ from preprocess.text import (
     chat_frame,
     check_placeholders,
     image_prefixes,
+    media_placeholder,
     message_styles,
     message_texts,
     safe_geometry,
@@ -123,6 +124,9 @@ class Preparer:
             control = self.tokenizer.control_token(text)
             if control:
                 raise SampleError("control_token", where=key, control=control)
+            spelled = media_placeholder(text)
+            if spelled and self.recipe.text.placeholders == "refuse":
+                raise SampleError("media_placeholder", where=key, spelled=spelled)
         geometry = safe_geometry(texts, styles=message_styles(example))
         images = tuple(
             self.image_preprocessor(source, geometry=geometry, where=key) for source in sources

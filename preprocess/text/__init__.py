@@ -11,6 +11,7 @@ from preprocess.text.formatter import DataFormatter
 from preprocess.text.geometry import safe_geometry
 from preprocess.text.interleaved import InterleavedTextPreprocessor, check_placeholders
 from preprocess.text.message import message_styles, message_texts
+from preprocess.text.placeholders import media_placeholder
 from preprocess.text.points import PointFormat
 from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
 from preprocess.text.tokens import (
@@ -40,6 +41,7 @@ __all__ = [
     "check_placeholders",
     "image_prefixes",
     "load_tokenizer",
+    "media_placeholder",
     "message_styles",
     "message_texts",
     "safe_geometry",

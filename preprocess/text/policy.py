@@ -25,6 +25,7 @@ SystemPrompt = Literal[
 MessageFormat = Literal["none", "role", "chatml", "template"]
 SelectAnswer = Literal["best", "first"]
 Whitespace = Literal["keep", "strip"]
+Placeholders = Literal["refuse", "keep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,13 @@ class TextPolicy:
     """"keep": whole texts (questions, answers, captions, prompts, system texts) stay as the row has
     them; "strip" removes the space around them. What becomes part of a sentence or of a list
     (labels, options, explanations, votes of several `answers`) is stripped in both."""
+    placeholders: Annotated[
+        Placeholders,
+        Setting(
+            "rows with other placeholders of media than <|image|>, such as <image>", group="text"
+        ),
+    ] = "refuse"
+    """"refuse": rows whose texts have one are refused (`media_placeholder`); "keep": it is text."""
     paraphrase: Annotated[
         float, Setting("share of variants with a paraphrased user text, 0 to 1", group="text")
     ] = 0.0
@@ -102,5 +110,6 @@ _NAMES: Mapping[str, Sequence[str]] = {
     "choices": get_args(ChoiceForm),
     "select_answer": get_args(SelectAnswer),
     "whitespace": get_args(Whitespace),
+    "placeholders": get_args(Placeholders),
 }
 """The settings that are names, and the names they take."""

@@ -172,7 +172,9 @@ def test_text_that_spells_a_control_token_is_refused(message):
 
 
 def test_text_that_spells_an_image_symbol_is_only_text():
-    sample = PREPARE(example(messages=[{"style": "long_caption", "text": "<im_patch>"}]))
+    keep = Recipe(image=IMAGE, text=TextPolicy(placeholders="keep"))
+    prepare = Preparer(recipe=keep, tokenizer=TOKENIZER)
+    sample = prepare(example(messages=[{"style": "long_caption", "text": "<im_patch>"}]))
     assert sample.tokens.max() < TOKENIZER.vocab_size
 
 
@@ -216,6 +218,19 @@ def test_template_format_needs_a_tokenizer_with_a_template():
     assert caught.value.reason == "no_chat_template"
 
 
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_placeholder_of_another_code_base_is_refused_by_name_or_kept(field):
+    row = {"style": "user_qa", "question": "What?", "answer": "A cat."}
+    row = {"message_list": [{**row, field: f"<image>\n{row[field]}"}]}
+    with pytest.raises(SampleError) as caught:
+        Preparer(recipe=Recipe(image=IMAGE), tokenizer=TOKENIZER)(row, key="k")
+    assert (caught.value.reason, caught.value.where) == ("media_placeholder", "k")
+    assert caught.value.facts == {"spelled": "<image>"}
+    keep = Recipe(image=IMAGE, text=TextPolicy(placeholders="keep"))
+    tokens = Preparer(recipe=keep, tokenizer=TOKENIZER)(row, key="k").tokens
+    assert "<image>" in TOKENIZER.decode(tokens.tolist())
+
+
 def test_tokenizer_of_another_message_format_is_refused(tmp_path):
     shape = dataclasses.replace(SHAPES["chatml"], eos="<|endoftext|>")
     folder = make_tokenizer(tmp_path / "t", shape)
@@ -241,6 +256,7 @@ OTHER_TEXT = {
     "choices": "varied",
     "select_answer": "first",
     "whitespace": "strip",
+    "placeholders": "keep",
     "paraphrase": 0.5,
 }
 OTHER_IMAGE = {
