@@ -46,8 +46,8 @@ class Loaded:
         self.theirs = PreTrainedTokenizerFast.from_pretrained(name)
         self.prepare = Preparer(recipe=Recipe(text=self.policy), tokenizer=self.ours)
 
-    def branches(self, conversations, system=""):
-        """Prepares and lays conversations out: per branch, inputs with targets after answers."""
+    def example(self, conversations, system="", images=()):
+        """Prepares and lays conversations out."""
         messages = [
             {"style": "text_sft", "messages": [t for pair in pairs for t in pair]}
             for pairs in conversations
@@ -55,10 +55,15 @@ class Loaded:
         for message in messages:
             if system:
                 message["system"] = system
-        sample = self.prepare({"message_list": messages}, key="k")
+        row = {"message_list": messages, **({"image": list(images)} if images else {})}
+        sample = self.prepare(row, key="k")
         view = View(branch_order="stored")
         ids = TokenIds.from_special_ids(self.ours.special_ids)
-        example = assemble(sample, np.random.RandomState(0), view=view, ids=ids)
+        return assemble(sample, np.random.RandomState(0), view=view, ids=ids)
+
+    def branches(self, conversations, system=""):
+        """Lists, per branch, the inputs with the last target, and the labels."""
+        example = self.example(conversations, system)
         segments = example["subsegment_ids"]
         prefix = example["input_ids"][segments == 10_000].tolist()
         found = []
@@ -70,8 +75,9 @@ class Loaded:
             )
         return found
 
-    def want(self, pairs, system=""):
+    def want(self, pairs, system="", *, theirs=None):
         """Gives the ids of transformers, up to the end of the last answer."""
+        theirs = theirs or self.theirs
         messages = [{"role": "system", "content": system}] if system else []
         for user, answer in pairs:
             messages.append({"role": "user", "content": user})
@@ -81,10 +87,10 @@ class Loaded:
         with pytest.MonkeyPatch.context() as patch:
             if self.shape.date:
                 patch.setattr(chat_template_utils, "datetime", Day(self.shape.date))
-            ids = self.theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+            ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         last = len(ids) - ids[::-1].index(self.ours.special_ids["eos"])
         # After the end of turn: a line break, and the end of all in Phi 3.
-        rest = self.theirs.decode(ids[last:]).replace("<|endoftext|>", "")
+        rest = theirs.decode(ids[last:]).replace("<|endoftext|>", "")
         assert rest.strip() == ""
         return ids[:last]
 
@@ -182,3 +188,35 @@ def test_any_texts_give_the_ids_of_apply_chat_template(shapes, name, pairs, syst
     system = system if loaded.shape.system else ""
     ((ids, _),) = loaded.branches([pairs], system)
     assert ids == loaded.want(pairs, system)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_images_are_between_bos_and_the_rest_or_where_a_text_wants_them(shapes, name):
+    loaded = shapes(name)
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(loaded.ours.name)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|image|>"]})
+    symbols = loaded.ours.special_ids
+    bos = [symbols["bos"]] if loaded.shape.writes_bos else []
+    mark = theirs.convert_tokens_to_ids("<|image|>")
+
+    def ids_of(pairs, images):
+        """Inputs and the last target, with one mark for each image's block."""
+        example = loaded.example([pairs], images=images)
+        ids = [*example["input_ids"].tolist(), int(example["labels"][-1])]
+        found, inside = [], False
+        for i in ids:
+            inside = inside or i == symbols["<im_start>"]
+            if not inside:
+                found.append(i)
+            elif i == symbols["<im_end>"]:
+                inside = False
+                found.append(mark)
+        return found
+
+    pixels = np.full((20, 30, 3), 7, np.uint8)
+    want = loaded.want(EXCHANGES[:2])
+    assert ids_of(EXCHANGES[:2], [pixels]) == [*bos, mark, *want[len(bos) :]]
+    placed = (("Compare <|image|> and\n<|image|>!", "They differ."), ("<|image|> x", "Yes."))
+    assert ids_of(placed, [pixels] * 3) == loaded.want(placed, theirs=theirs)
