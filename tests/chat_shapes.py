@@ -327,6 +327,47 @@ SHAPES = {
         eos="<|endoftext|>",
         writes_bos=True,
     ),
+    # A default system text with the date in it.
+    "mistral-small": Shape(
+        template="{%- set today = strftime_now('%Y-%m-%d') %}\n"
+        "{%- set default_system_message = 'You are M.\nThe current date is ' + today + '.' %}\n\n"
+        "{{- bos_token }}\n\n{%- if messages[0]['role'] == 'system' %}\n"
+        "    {%- set system_message = messages[0]['content'] %}\n"
+        "    {%- set loop_messages = messages[1:] %}\n{%- else %}\n"
+        "    {%- set system_message = default_system_message %}\n"
+        "    {%- set loop_messages = messages %}\n{%- endif %}\n"
+        "{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}\n\n"
+        "{%- for message in loop_messages %}\n    {%- if message['role'] == 'user' %}\n"
+        "        {{- '[INST]' + message['content'] + '[/INST]' }}\n    {%- else %}\n"
+        "        {{- message['content'] + eos_token }}\n    {%- endif %}\n{%- endfor %}\n",
+        tokens=("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        bos="<s>",
+        writes_bos=True,
+        date="2025-12-31",
+    ),
+    "openchat": Shape(
+        template="{{ bos_token }}{% for message in messages %}"
+        "{{ 'GPT4 Correct ' + message['role'].title() + ': ' + message['content']"
+        " + '<|end_of_turn|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'GPT4 Correct Assistant:' }}{% endif %}",
+        tokens=("<s>", "</s>"),
+        words=("<|end_of_turn|>",),
+        bos="<s>",
+        eos="<|end_of_turn|>",
+        base="legacy",
+        writes_bos=True,
+    ),
+    "granite": Shape(
+        template="{%- if messages[0]['role'] != 'system' %}"
+        "{{- '<|start_of_role|>system<|end_of_role|>You are G.<|end_of_text|>\n' }}{%- endif %}"
+        "{%- for message in messages %}{{- '<|start_of_role|>' + message['role']"
+        " + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}"
+        "{%- endif %}",
+        tokens=("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+        bos="<|end_of_text|>",
+        eos="<|end_of_text|>",
+    ),
     # One kind of space alone, and one side.
     "lines": Shape(
         template="{% for m in messages %}{{ m.role + ': ' + m.content.strip('\n').rstrip()"
@@ -349,6 +390,21 @@ SHAPES = {
 REFUSED = {
     "no token ends an answer": (
         "{% for m in messages %}{{ '### ' + m.role + ': ' + m.content + '\n' }}{% endfor %}",
+        "ends every answer",
+    ),
+    "a prompt in the style of Alpaca": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '### Instruction:\n' + m.content }}"
+        "{% else %}{{ '\n\n### Response:\n' + m.content + '\n\n' }}{% endif %}{% endfor %}",
+        "ends every answer",
+    ),
+    "GLM, where the next user ends an answer": (
+        "{{ '[gMASK]<sop>' }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+        "{% endfor %}",
+        "ends every answer",
+    ),
+    "gpt-oss, where the last answer has its own end": (
+        "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' + m.content }}"
+        "{{ eos_token if loop.last else '<|end|>' }}{% endfor %}",
         "ends every answer",
     ),
     "an end only after the last answer": (

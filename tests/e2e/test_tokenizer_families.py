@@ -13,6 +13,7 @@ from preprocess.text.interleaved import InterleavedTextPreprocessor
 from preprocess.text.policy import TextPolicy
 from preprocess.text.tokens import load_tokenizer, tokenizer_from_entry
 from shardspec.manifest import require_manifest
+from tests.chat_shapes import SHAPES
 
 
 def package_folder(name):
@@ -112,6 +113,48 @@ def test_no_end_of_turn_is_doubled_in_a_conversation_of_several_turns(qwen):
         "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         "see you<|im_end|>"
     )
+
+
+CONVERSATION = (
+    ("What is it?", "A red ball."),
+    ("  Naïve, 你好:\n\n- a\n- b\n", "\n3 cats 👩‍👩‍👧, ok "),
+    ("def f(x):\n    return x", "1\t2\u00a03"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, shape",
+    [("qwen", None), ("deepseek", "deepseek"), ("mistral", "mistral"), ("mistral", "llama2")],
+)
+def test_real_vocabularies_give_the_ids_of_apply_chat_template(request, tmp_path, family, shape):
+    folder = tmp_path / "t"
+    shutil.copytree(request.getfixturevalue(family), folder)
+    if shape is not None:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] = SHAPES[shape].template
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    policy = TextPolicy(message_format="template")
+    ours = load_tokenizer(str(folder), policy=policy)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    for system in ("", "Be brief.\n")[: 1 + (ours.chat.system is not None)]:
+        for count in (1, 2, 3):
+            ids = [ours.special_ids["bos"]] if ours.chat.bos else []
+            messages = [{"role": "system", "content": system}] if system else []
+            for t, (user, answer) in enumerate(CONVERSATION[:count]):
+                messages.append({"role": "user", "content": user})
+                messages.append({"role": "assistant", "content": answer})
+                exchange = ours.chat.frame(
+                    user, answer, first=t == 0, last=t == count - 1, system=system
+                )
+                for part in ours.encode_exchange(*exchange, first=t == 0):
+                    ids += part
+                ids.append(ours.special_ids["eos"])
+            want = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+            assert ids == want[: len(ids)]
+            assert theirs.decode(want[len(ids) :]).strip() == ""
 
 
 def test_round_trip_of_odd_text_in_every_family(tokenizer_folder):
