@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from preprocess.text.formatter import Branch, Variant
-from preprocess.text.tokens import IMAGE_PLACEHOLDER, Tokenizer
+from preprocess.text.tokens import IMAGE_PLACEHOLDER, EncodedPieces, Tokenizer
 from shardspec.errors import SampleError
 
 
@@ -54,6 +54,7 @@ class InterleavedTextPreprocessor:
         """
         ids: list[int] = []
         spans: dict[str | tuple[int, ...], tuple[int, int]] = {}
+        memo: EncodedPieces = {}
 
         def store(name: str | tuple[int, ...], run: Sequence[int]) -> tuple[int, int]:
             start = len(ids)
@@ -66,7 +67,9 @@ class InterleavedTextPreprocessor:
         def exchange(variant: Variant, first: bool) -> Sequence[tuple[int, int]]:
             if self.tokenizer.chat is None:
                 return span(variant.prompt), span(variant.response)
-            runs = self.tokenizer.encode_exchange(variant.prompt, variant.response, first=first)
+            runs = self.tokenizer.encode_exchange(
+                variant.prompt, variant.response, first=first, memo=memo
+            )
             return [spans.get(tuple(run)) or store(tuple(run), run) for run in runs]
 
         rows = []

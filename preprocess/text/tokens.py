@@ -81,6 +81,10 @@ _MARKER_SHAPES = re.compile(
 them."""
 
 
+EncodedPieces = dict[tuple[str, str, str], tuple[list[int], list[int]]]
+"""(token in front, text, token after it) to (ids, where each ends)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """A tokenizer as a value: it can be sent to workers and compared."""
@@ -115,6 +119,21 @@ class Tokenizer:
         return re.compile("|".join(re.escape(t) for t in sorted(tokens, reverse=True)) or r"(?!)")
 
     @cached_property
+    def _added(self) -> dict[str, int]:
+        """Ids of the added tokens that are tokens wherever they are written."""
+        tokens = json.loads(self.json)["added_tokens"]
+        return {
+            token["content"]: token["id"]
+            for token in tokens
+            if not (token["single_word"] or token["normalized"])
+        }
+
+    @cached_property
+    def _borders(self) -> re.Pattern[str]:
+        tokens = sorted(self._added, key=len, reverse=True)
+        return re.compile("|".join(re.escape(t) for t in tokens) or r"(?!)")
+
+    @cached_property
     def _anchor(self) -> str:
         """A special token that leaves the space around it alone; "" where there is none."""
         for token in json.loads(self.json)["added_tokens"]:
@@ -131,7 +150,7 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_exchange(
-        self, prompt: str, response: str, *, first: bool
+        self, prompt: str, response: str, *, first: bool, memo: EncodedPieces | None = None
     ) -> tuple[list[int], list[int]]:
         """Turns an exchange of the chat template into the ids that it has in its conversation.
 
@@ -143,6 +162,7 @@ class Tokenizer:
           prompt: With markup; images go where `IMAGE_PLACEHOLDER` is.
           response: With markup.
           first: Whether the exchange begins its conversation.
+          memo: Remembers pieces: variants of an exchange share the one around their response.
 
         Returns:
           Ids of the prompt and of the response, without BOS and end of turn.
@@ -152,20 +172,36 @@ class Tokenizer:
         """
         frame = self.chat
         assert frame is not None
+        memo = {} if memo is None else memo
         *heads, prompt = prompt.split(IMAGE_PLACEHOLDER)
         before = frame.bos if first else frame.end
         ids: list[int] = []
         for head in heads:
-            ids += self._encode_between(before, head, "")[0]
+            ids += self._encode_between(before, head, "", memo)[0]
             ids.append(self.special_ids[IMAGE_PLACEHOLDER])
             before = self._anchor
-        last, ends = self._encode_between(before, prompt + response, frame.end)
+        # Nothing joins over an added token: what is in front of the last one is apart.
+        marks = list(self._borders.finditer(prompt))
+        if marks:
+            head, token = prompt[: marks[-1].start()], marks[-1].group()
+            ids += self._encode_between(before, head, token, memo)[0]
+            ids.append(self._added[token])
+            before, prompt = token, prompt[marks[-1].end() :]
+        last, ends = self._encode_between(before, prompt + response, frame.end, memo)
         border = len(before) + len(prompt)
         learned = bisect.bisect_right(ends, border)
         return ids + last[:learned], last[learned:]
 
-    def _encode_between(self, before: str, text: str, after: str) -> tuple[list[int], list[int]]:
+    def _encode_between(
+        self, before: str, text: str, after: str, memo: EncodedPieces
+    ) -> tuple[list[int], list[int]]:
         """Encodes a text between two tokens ("" for none): its ids, and where each of them ends."""
+        found = memo.get((before, text, after))
+        if found is None:
+            found = memo[before, text, after] = self._encode_piece(before, text, after)
+        return found
+
+    def _encode_piece(self, before: str, text: str, after: str) -> tuple[list[int], list[int]]:
         encoding = self._backend.encode(before + text + after, add_special_tokens=False)
         start, stop = bool(before), len(encoding.ids) - bool(after)
         around = [*encoding.ids[:start], *encoding.ids[stop:]]
