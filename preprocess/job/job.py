@@ -275,6 +275,7 @@ _BYTE_SOURCES = (
     "preprocess/job/planner.py",
     "preprocess/media/**/*.py",
     "preprocess/recipe.py",
+    "preprocess/sizes.py",
     "preprocess/synthetic/**/*.py",
     "preprocess/text/**/*.py",
     "preprocess/text/**/*.toml",
