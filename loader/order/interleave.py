@@ -25,24 +25,16 @@ takes all values in between equally often. It moves slowly, over 16 batches, so 
 batches differ no more than beats do anyway; and no faster than the dataset's own beat: fluids only
 move forward.
 
-**Shares and weights.** m_d is M times the weight, rounded down or up: the share is off by less than
-one slot of the pattern, and the run by less than one sample per repetition. With 2**18 slots a
-weight of 1e-3 is met to 0.4 %, one of 1e-4 to 4 %; one of less than one slot gets one, from those
-with most.
-
 Integer arithmetic only, like the order's.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 
 from loader.order.permutation import keyed_array
-from shardspec.errors import ConfigError
 
 _KEY_AHEAD, _KEY_TIES = 17, 18
 
@@ -62,32 +54,6 @@ _SWEEP_SLOTS, _SWEEP_BATCHES = 1024, 16
 
 _UNIT = 2**16
 """One sample, in amounts."""
-
-
-def share_out(weights: Sequence[float], num_slots: int) -> np.ndarray:
-    """Shares out slots by weight, exactly: int64, at least 1 where the weight is not 0.
-
-    Raises:
-      ConfigError: `mixture_weights`, more datasets than slots or than a pattern can hold.
-
-    >>> share_out([1.0, 1.0, 1.0], 10).tolist()
-    [4, 3, 3]
-    """
-    exact = [Fraction(weight) for weight in weights]
-    whole = sum(exact)
-    wanted = [weight * num_slots / whole for weight in exact]
-    quotas = [max(int(share), int(share > 0)) for share in wanted]
-    if len(quotas) > MOST_DATASETS or sum(share > 0 for share in wanted) > num_slots:
-        raise ConfigError(
-            "mixture_weights.many", datasets=len(quotas), most=min(MOST_DATASETS, num_slots)
-        )
-    # The largest remainders get one more; if the minimum of 1 took too much, the largest give.
-    by_remainder = sorted(range(len(quotas)), key=lambda d: (quotas[d] - wanted[d], d))
-    for d in by_remainder[: max(0, num_slots - sum(quotas))]:
-        quotas[d] += 1
-    while sum(quotas) > num_slots:
-        quotas[max(range(len(quotas)), key=lambda d: (quotas[d], -d))] -= 1
-    return np.array(quotas, np.int64)
 
 
 def spread(quotas: np.ndarray, *, batch: int, key: int) -> np.ndarray:

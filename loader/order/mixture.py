@@ -1,14 +1,14 @@
 """Mixtures of datasets in closed form: which dataset, epoch and sample is in a slot.
 
 The proportions are spelled out once, as the *interleaving pattern* (interleave.py): M slots, a
-whole number of batches, in which dataset d occurs m_d times, m_d / M being its weight to within one
-slot. The run repeats the pattern, so
+whole number of batches, in which dataset d has its weight's share, rounded down; what rounding
+leaves over is dealt to the datasets from repetition to repetition (pattern.py). The run repeats the
+pattern, so
 
-* any prefix of the run holds each dataset's share m_d / M of the slots to within two samples, for
-  ever (proven in interleave.py; a random draw per sample is off by hundreds);
-* how many slots of d came before a slot is `repeats * m_d + its rank in the pattern`, and in the
-  slot's lane `repeats * quota + its rank among the lane's`: tables of M numbers (pattern.py) make
-  every slot of the run O(1), and the state is the step.
+* any prefix of a segment holds each dataset's weight times its slots to within six samples, for
+  ever (proven in pattern.py; a random draw per sample is off by hundreds);
+* how many slots of d came before a slot, and how many of d in the slot's lane, are closed forms
+  over tables of M numbers: every slot of the run is O(1), and the state is the step.
 
 **Each dataset's epochs are exact in its own count**: epoch e of d is the slots e * N_d to
 (e + 1) * N_d - 1 of d. The lanes of d own as many places of its epoch line as they have of these
@@ -23,17 +23,24 @@ epoch first: the remainder (remainder.py) is dealt to its new lanes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from loader.order.config import ACTIVE_TURNS, pick_block_size
 from loader.order.line import Line
-from loader.order.mixture_config import MixtureBase, MixtureChange, MixtureConfig
+from loader.order.mixture_config import (
+    MixtureBase,
+    MixtureChange,
+    MixtureConfig,
+    MixtureMember,
+    MixturePast,
+)
 from loader.order.order import EpochBorders, groups
-from loader.order.pattern import InterleavePattern
+from loader.order.pattern import InterleavePattern, require_pattern
 from loader.order.permutation import keyed_array, permute
 from loader.order.remainder import EpochRemainder
 from loader.order.slots import Slots, require_slots, require_step
@@ -79,16 +86,30 @@ class MixtureOrder:
         self.config = config
         self.stop: Stop | int = stop
         self._pass_steps: int | None = None
-        self._sizes = np.array([member.num_samples for member in config.members], np.int64)
+        everyone = config.everyone
+        self._sizes = np.array([member.num_samples for member in everyone], np.int64)
         self._seeds = np.array(
-            [dataset_seed(config.seed, member.name) for member in config.members], np.uint64
+            [dataset_seed(config.seed, member.name) for member in everyone], np.uint64
         )
+        # Ties between datasets go by their names: the order is that of a set of datasets.
+        by_name = sorted(range(len(everyone)), key=lambda d: everyone[d].name)
+        self._by_name = np.array(by_name, np.int64)
+        # Ended parts, then those described: what a dataset owes is found in the parts before.
+        self._past: list[_Segment] = []
+        for ended in config.past:
+            self._past.append(
+                self._segment(
+                    ended.segment,
+                    earlier=tuple(self._past),
+                    until=ended.until,
+                    counted=np.zeros(len(everyone), np.int64),
+                    first_epoch=np.array(ended.first_epoch, np.int64),
+                    owed=np.array(ended.owed, np.int64),
+                )
+            )
         self._segments: list[_Segment] = []
         for part in config.segments():
-            pattern = InterleavePattern(
-                part, sizes=self._sizes, seed=config.seed, workers=config.canonical_workers
-            )
-            self._segments.append(self._continue(pattern, part))
+            self._segments.append(self._continue(part))
         self._starts = np.array([segment.step for segment in self._segments], np.int64)
 
     def slots(self, step: int | np.ndarray, positions: int | np.ndarray) -> Slots:
@@ -113,7 +134,7 @@ class MixtureOrder:
         segment_of = np.searchsorted(self._starts, steps, side="right") - 1
         for i, chosen in groups(segment_of):
             segment = self._segments[max(0, i)]
-            batch = segment.pattern.global_batch_size
+            batch = segment.global_batch_size
             require_slots(steps[chosen], places[chosen], np.array([batch]), since=self.config.since)
             slot = (steps[chosen] - segment.step) * batch + places[chosen]
             dataset[chosen], epoch[chosen], sample[chosen] = segment.find(slot)
@@ -140,7 +161,7 @@ class MixtureOrder:
     def batch_at(self, step: int) -> tuple[int, int]:
         """Returns the global batch size of a step, and the first step that has had it since."""
         i = int(np.searchsorted(self._starts, step, side="right")) - 1
-        return self._segments[i].pattern.global_batch_size, self._segments[i].step
+        return self._segments[i].global_batch_size, self._segments[i].step
 
     def changed(
         self,
@@ -167,11 +188,49 @@ class MixtureOrder:
         )
         return MixtureOrder(config, stop=self.stop)
 
+    def with_members(
+        self,
+        members: Sequence[MixtureMember],
+        *,
+        step: int,
+        global_batch_size: int | None = None,
+        canonical_ranks: int | None = None,
+    ) -> MixtureOrder:
+        """Returns the order of the same run with other datasets from a step on.
+
+        A dataset that stays continues its epoch at its own count. One that is new begins with its
+        epoch 0. One that is left out keeps its count as if its weight were 0: if it returns, it
+        continues there. Where only the sequence of the datasets differs, no sample moves.
+
+        Args:
+          members: All datasets from then on, and their weights.
+          step: The first step with them.
+          global_batch_size, canonical_ranks: From then on; None: as they were.
+
+        Raises:
+          ConfigError: As `changed`.
+        """
+        require_step(step)
+        config = self._pruned(step).with_members(members, step=step)
+        last = config.segments()[-1]
+        batch = last.global_batch_size if global_batch_size is None else global_batch_size
+        ranks = last.canonical_ranks if canonical_ranks is None else canonical_ranks
+        before = {member.name: member.weight for member in self.config.members}
+        same = {member.name: member.weight for member in members} == before
+        if not same or (batch, ranks) != (last.global_batch_size, last.canonical_ranks):
+            config = config.changed(
+                step=step,
+                global_batch_size=batch,
+                weights=None if same else [member.weight for member in members],
+                canonical_ranks=ranks,
+            )
+        return MixtureOrder(config, stop=self.stop)
+
     def counts(self, step: int) -> np.ndarray:
         """Counts the slots of each dataset before a step: int64 [datasets], in closed form."""
         i = int(np.searchsorted(self._starts, step, side="right")) - 1
         segment = self._segments[i]
-        slots = (step - segment.step) * segment.pattern.global_batch_size
+        slots = (step - segment.step) * segment.global_batch_size
         counts: np.ndarray = segment.counted + segment.pattern.counts(slots)
         return counts
 
@@ -183,7 +242,7 @@ class MixtureOrder:
         Raises:
           ConfigError: `mixture_never`, a dataset that the rule waits for has weight 0 at the end.
         """
-        steps = [self._step_of_last(d) for d in range(len(self.config.members))]
+        steps = [self._step_of_last(d) for d in range(len(self.config.members))]  # none removed
         reached = [step for step in steps if step is not None]
         if not reached or (stop == "all_exhausted" and len(reached) < len(steps)):
             missing = [
@@ -195,19 +254,17 @@ class MixtureOrder:
         return min(reached) if stop == "first_exhausted" else max(reached)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Summarises the datasets at the start of the run: weight asked and met, epoch, layout."""
+        """Summarises the datasets at the start of the run: weight, samples per step, layout."""
         segment = self._segments[0]
         pattern = segment.pattern
-        total = math.fsum(member.weight for member in self.config.members)
+        weights = segment.change.weights
+        total = math.fsum(weights)
         return [
             {
                 "name": member.name,
                 "num_samples": member.num_samples,
-                "weight": member.weight / total,
-                "share": int(pattern.quotas[d]) / pattern.num_slots,
-                "samples_per_step": int(pattern.quotas[d])
-                / pattern.num_slots
-                * pattern.global_batch_size,
+                "weight": weights[d] / total,
+                "samples_per_step": weights[d] / total * segment.global_batch_size,
                 "layout": "lanes" if pattern.laned[d] else "global",
                 "block_size": int(np.asarray(segment.line.block_size)[d])
                 if pattern.laned[d]
@@ -216,27 +273,55 @@ class MixtureOrder:
             for d, member in enumerate(self.config.members)
         ]
 
-    def _continue(self, pattern: InterleavePattern, part: MixtureChange) -> _Segment:
+    def _continue(self, part: MixtureChange) -> _Segment:
         """Begins a segment where the one before ends."""
         num, base = len(self._sizes), self.config.base
         counted, owed, first_epoch = (np.zeros(num, np.int64) for _ in range(3))
-        rests: list[EpochRemainder | None] = [None] * num
         if self._segments:
             before = self._segments[-1]
-            counted, first_epoch, rests = before.remainders(part.step)
-            owed = np.array([rest.length if rest else 0 for rest in rests], np.int64)
+            before.until = part.step
+            counted, first_epoch, owed = before.ends()
         elif base is not None:
             counted, owed, first_epoch = (
                 np.array(values, np.int64) for values in (base.counted, base.owed, base.first_epoch)
             )
-        return _Segment(
-            pattern=pattern,
-            step=part.step,
+        return self._segment(
+            part,
+            earlier=(*self._past, *self._segments),
+            until=None,
             counted=counted,
-            rests=rests,
-            owed=owed,
             first_epoch=first_epoch,
+            owed=owed,
+        )
+
+    def _segment(
+        self,
+        part: MixtureChange,
+        *,
+        earlier: tuple[_Segment, ...],
+        until: int | None,
+        counted: np.ndarray,
+        first_epoch: np.ndarray,
+        owed: np.ndarray,
+    ) -> _Segment:
+        config = self.config
+        require_pattern(part, workers=config.canonical_workers)
+        return _Segment(
+            part,
+            make_pattern=partial(
+                InterleavePattern,
+                part,
+                sizes=self._sizes,
+                by_name=self._by_name,
+                seed=config.seed,
+                workers=config.canonical_workers,
+            ),
             line=self._line(part),
+            earlier=earlier,
+            until=until,
+            counted=counted,
+            first_epoch=first_epoch,
+            owed=owed,
         )
 
     def _line(self, part: MixtureChange) -> Line:
@@ -268,15 +353,29 @@ class MixtureOrder:
         who hand out batches ahead of their consumer save states that are a few steps older."""
         step = max(self.config.since, step - _KEPT_STEPS)
         i = max(0, int(np.searchsorted(self._starts, step, side="left")) - 1)
-        segment, config = self._segments[i], self.config
-        slots = (step - segment.step) * segment.pattern.global_batch_size
-        if i == 0 or (segment.pattern.counts(slots) < segment.owed).any():
-            return config
+        config, segment = self.config, self._segments[i]
+        counts = segment.pattern.counts((step - segment.step) * segment.global_batch_size)
+        needed: list[_Segment] = []
+        for d in np.flatnonzero(counts < segment.owed).tolist():
+            needed += segment.read_before(d)
+        past = tuple(
+            MixturePast(
+                segment=part.change,
+                until=step if part.until is None else part.until,
+                first_epoch=tuple(part.first_epoch.tolist()),
+                owed=tuple(part.owed.tolist()),
+            )
+            for part in segment.earlier
+            if any(part is one for one in needed)
+        )
+        if i == 0:
+            return replace(config, past=past)
         return replace(
             config,
             changes=config.changes[i:],
+            past=past,
             base=MixtureBase(
-                segment=config.segments()[i],
+                segment=segment.change,
                 counted=tuple(segment.counted.tolist()),
                 first_epoch=tuple(segment.first_epoch.tolist()),
                 owed=tuple(segment.owed.tolist()),
@@ -296,11 +395,10 @@ class MixtureOrder:
         size = int(self._sizes[dataset])
         ends = [*self._starts.tolist()[1:], None]
         for segment, end in zip(self._segments, ends, strict=True):
-            pattern: InterleavePattern = segment.pattern
-            if not pattern.quotas[dataset]:
+            if not segment.change.weights[dataset] > 0:
                 continue
-            slot = pattern.slot_of(dataset, size - 1 - int(segment.counted[dataset]))
-            step: int = segment.step + slot // pattern.global_batch_size + 1
+            slot = segment.pattern.slot_of(dataset, size - 1 - int(segment.counted[dataset]))
+            step: int = segment.step + slot // segment.global_batch_size + 1
             if end is None or step <= end:
                 return step
         return None
@@ -311,24 +409,32 @@ class _Segment:
 
     def __init__(
         self,
+        change: MixtureChange,
         *,
-        pattern: InterleavePattern,
-        step: int,
+        make_pattern: Callable[[], InterleavePattern],
+        line: Line,
+        earlier: tuple[_Segment, ...],
+        until: int | None,
         counted: np.ndarray,
-        rests: list[EpochRemainder | None],
         owed: np.ndarray,
         first_epoch: np.ndarray,
-        line: Line,
     ) -> None:
-        self.pattern, self.step, self.line = pattern, step, line
+        self.change, self.step, self.line = change, change.step, line
+        self.global_batch_size = change.global_batch_size
+        self._make_pattern = make_pattern
+        self._pattern: InterleavePattern | None = None
+        self.earlier = earlier
+        """The segments before that are known, in sequence."""
+        self.until = until
+        """Step at which the segment ends; None: it does not."""
         self.counted = counted
         """int64 [datasets], slots of each dataset before the segment."""
-        self.rests = rests
-        """What each dataset owes of its epoch when the segment begins; None where nothing is."""
         self.owed = owed
-        """int64 [datasets], the lengths of the remainders."""
+        """int64 [datasets], slots of each dataset from here on that finish the epoch before."""
         self.first_epoch = first_epoch
-        """int64 [datasets], the epochs after the remainders."""
+        """int64 [datasets], the epochs after what is owed."""
+        # Remainders by dataset. Pure functions of the segment: written twice, they are the same.
+        self._rests: dict[int, EpochRemainder] = {}
         # Borders by (dataset, number of the epoch), two of each dataset at most: the epoch that a
         # run is in and the next. A dataset's are replaced as a whole, never changed: of two threads
         # that add borders at once one wins, and the other's are computed again.
@@ -336,13 +442,76 @@ class _Segment:
         # The borders of the epochs that the run is in; replaced as a whole, never changed.
         self._now: _Now | None = None
 
+    @property
+    def pattern(self) -> InterleavePattern:
+        """The pattern, laid out when it is first needed: of segments that are over it seldom is."""
+        if self._pattern is None:
+            self._pattern = self._make_pattern()
+        return self._pattern
+
+    def rest(self, dataset: int) -> EpochRemainder:
+        """Finds what a dataset owes of its epoch when the segment begins.
+
+        Raises:
+          ConfigError: `order_slot`, the order no longer holds the segments that know it.
+        """
+        found = self._rests.get(dataset)
+        if found is None:
+            before = self._reader_before(dataset)
+            if before is None:
+                raise ConfigError("order_slot.over", where="step", since=self.step)
+            found = self._rests[dataset] = before.remainder(dataset)
+        return found
+
+    def _reader_before(self, dataset: int) -> _Segment | None:
+        """Finds the last segment before this one in which a dataset was not paused."""
+        read = (part for part in reversed(self.earlier) if part.change.weights[dataset] > 0)
+        return next(read, None)
+
+    def read_before(self, dataset: int) -> list[_Segment]:
+        """Lists the segments that know what a dataset owes when this one begins."""
+        before = self._reader_before(dataset)
+        if before is None:
+            return []
+        if int(before.end_counts()[dataset]) >= before.owed[dataset]:
+            return [before]
+        return [before, *before.read_before(dataset)]
+
+    def end_counts(self) -> np.ndarray:
+        """Counts each dataset's slots of the segment, which has ended: int64 [datasets]."""
+        assert self.until is not None, "the segment goes on"
+        return self.pattern.counts((self.until - self.step) * self.global_batch_size)
+
+    def ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Finds what holds after the segment, which has ended: int64 [datasets] each.
+
+        Returns:
+          (slots before, the first epochs after what is owed, slots owed).
+        """
+        counts, sizes = self.end_counts(), np.asarray(self.line.num_samples)
+        number, inside = np.divmod(counts - self.owed, sizes)
+        begun = counts >= self.owed
+        whole = begun & (inside == 0)
+        first_epoch = self.first_epoch + np.where(begun, number + ~whole, 0)
+        owed = np.where(begun, np.where(whole, 0, sizes - inside), self.owed - counts)
+        return self.counted + counts, first_epoch, owed
+
+    def remainder(self, dataset: int) -> EpochRemainder:
+        """Finds what a dataset owes when the segment ends, in the middle of its epoch."""
+        count = int(self.end_counts()[dataset])
+        number, owed = -1, int(self.owed[dataset])
+        if count >= owed:
+            number = (count - owed) // int(np.asarray(self.line.num_samples)[dataset])
+        part = _Part(segment=self, dataset=dataset, number=number)
+        taken = (
+            self.pattern.cell_counts(dataset, count) - self._find_borders(dataset, number).before
+        )
+        return EpochRemainder(part, taken=taken)
+
     def find(self, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Finds (dataset, epoch, sample) of slots counted from the segment's start."""
         pattern = self.pattern
-        repeats, x = np.divmod(slot, pattern.num_slots)
-        dataset, cell = pattern.dataset[x].astype(np.int64), pattern.cell[x]
-        count = repeats * pattern.quotas[dataset] + pattern.rank[x]
-        in_cell = repeats * pattern.cell_quota[cell] + pattern.cell_rank[x]
+        dataset, count, cell, in_cell = pattern.find(slot)
         owed, size = self.owed[dataset], np.asarray(self.line.num_samples)[dataset]
         number = np.where(count < owed, -1, (count - owed) // size)
         # Where each slot's cell begins on its line, how long it is there, and how many slots it had
@@ -365,29 +534,6 @@ class _Segment:
                 if number[own][0] < 0:
                     sample[own] = self._owed(d, start[own], length[own], in_cell[own])
         return dataset, self.first_epoch[dataset] + number, sample
-
-    def remainders(self, step: int) -> tuple[np.ndarray, np.ndarray, list[EpochRemainder | None]]:
-        """Finds what each dataset owes at a step.
-
-        Returns:
-          (slots of the datasets before the step, first epochs after what is owed, remainders).
-        """
-        slots = (step - self.step) * self.pattern.global_batch_size
-        counts = self.pattern.counts(slots)
-        first_epoch, rests = self.first_epoch.copy(), list(self.rests)
-        sizes = np.asarray(self.line.num_samples).tolist()
-        for d in np.flatnonzero(self.pattern.quotas).tolist():
-            number, count, owed = -1, int(counts[d]), int(self.owed[d])
-            if count >= owed:
-                number, inside = divmod(count - owed, sizes[d])
-                if not inside:
-                    first_epoch[d], rests[d] = self.first_epoch[d] + number, None
-                    continue
-            part = _Part(segment=self, dataset=d, number=number)
-            taken = self.pattern.cell_counts(d, count) - self._find_borders(d, number).before
-            first_epoch[d] += number + 1
-            rests[d] = EpochRemainder(part, taken=taken)
-        return self.counted + counts, first_epoch, rests
 
     def samples(
         self, dataset: int, number: int, track: np.ndarray, count: np.ndarray
@@ -429,9 +575,7 @@ class _Segment:
         self, dataset: int, start: np.ndarray, length: np.ndarray, count: np.ndarray
     ) -> np.ndarray:
         """Finds samples of the remainder of a dataset's epoch."""
-        rest = self.rests[dataset]
-        if rest is None:
-            raise ConfigError("order_slot.over", where="step", since=self.step)
+        rest = self.rest(dataset)
         place = count
         since = np.full(len(count), self.step)
         datasets = np.full(len(count), dataset)
@@ -472,7 +616,7 @@ class _Segment:
         """Gathers the borders of each dataset's latest epoch in one table over all cells."""
         latest = np.full(len(self.owed), -2) if now is None else now.number.copy()
         np.maximum.at(latest, dataset, number)
-        old = [np.zeros(len(self.pattern.cell_quota), np.int64) for _ in range(3)]
+        old = [np.zeros(self.pattern.num_cells, np.int64) for _ in range(3)]
         if now is not None:
             old = [now.before.copy(), now.starts.copy(), now.lengths.copy()]
         moved = latest != (now.number if now is not None else -2)

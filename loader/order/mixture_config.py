@@ -19,9 +19,11 @@ from loader.order.weights import (
 )
 from shardspec.errors import StateError
 
-MIXTURE_VERSION = 3
+MIXTURE_VERSION = 4
 """Version of the order of mixtures: the same configuration and version mean the same samples. Since
-version 3 a dataset's epoch is exactly N consecutive of its own slots."""
+version 3 a dataset's epoch is exactly N consecutive of its own slots; since version 4 counts follow
+the weights exactly, and it does not matter in which sequence the datasets are listed.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,41 @@ _PER_DATASET = ("counted", "first_epoch", "owed", "seen_by")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixturePast:
+    """An earlier part of the run, which read some of an epoch that a paused dataset has not ended.
+
+    The parts before and after it that no dataset needs any more have been dropped.
+    """
+
+    segment: MixtureChange
+    until: int
+    """Step at which it ended."""
+    first_epoch: tuple[int, ...]
+    """As `MixtureBase.first_epoch`, at its first step."""
+    owed: tuple[int, ...]
+    """As `MixtureBase.owed`, at its first step."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the part in plain JSON types."""
+        return {
+            "segment": self.segment.to_dict(),
+            "until": self.until,
+            "first_epoch": list(self.first_epoch),
+            "owed": list(self.owed),
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> MixturePast:
+        """Restores a part from `to_dict`."""
+        return cls(
+            segment=MixtureChange.from_dict(state["segment"]),
+            until=state["until"],
+            first_epoch=tuple(state["first_epoch"]),
+            owed=tuple(state["owed"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureConfig:
     """Everything a mixture's order depends on; never ranks or workers."""
 
@@ -107,6 +144,11 @@ class MixtureConfig:
     changes: tuple[MixtureChange, ...] = ()
     base: MixtureBase | None = None
     """What came before, where changes that are over have been dropped; None from step 0 on."""
+    past: tuple[MixturePast, ...] = ()
+    """Parts before `base` that datasets which paused in mid-epoch still need, in sequence."""
+    removed: tuple[MixtureMember, ...] = ()
+    """Datasets that were taken out during the run; their weight is 0 since. They are numbered after
+    the members: weights and counts of changes, `base` and `past` have one entry for each."""
 
     def __post_init__(self) -> None:
         counts = ("global_batch_size", "canonical_ranks", "canonical_workers")
@@ -115,10 +157,10 @@ class MixtureConfig:
             require(is_whole(value) and value >= 1, "mixture_count", name=name, got=repr(value))
         require_name("locality", self.locality, ("any", "node"))
         require(bool(self.members), "mixture_empty.mixture")
-        names = [member.name for member in self.members]
+        names = [member.name for member in self.everyone]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, "mixture_twice", names=twice)
-        for member in self.members:
+        for member in self.everyone:
             samples = member.num_samples
             require(is_whole(samples) and samples >= 1, "mixture_empty.dataset", name=member.name)
         steps = [self.since, *(change.step for change in self.changes)]
@@ -126,11 +168,11 @@ class MixtureConfig:
             require_step(step)
         self._check_base()
         require(sorted(set(steps)) == steps, "mixture_changes", steps=steps)
-        for segment in self.segments():
+        for segment in [*(part.segment for part in self.past), *self.segments()]:
             weights, batch = segment.weights, segment.global_batch_size
             ranks = segment.canonical_ranks
             require(
-                len(weights) == len(self.members)
+                len(weights) == len(self.everyone)
                 and all(map(is_weight, weights))
                 and sum(weights) > 0,
                 "mixture_weights.values",
@@ -146,14 +188,30 @@ class MixtureConfig:
     def _check_base(self) -> None:
         base = self.base
         if base is None:
+            if self.past:
+                raise StateError("order_values", got=repr([part.to_dict() for part in self.past]))
             return
-        sizes = [member.num_samples for member in self.members]
+        sizes = [member.num_samples for member in self.everyone]
         counts = [getattr(base, name) for name in _PER_DATASET]
-        fits = base.segment.step >= 1 and all(len(values) == len(sizes) for values in counts)
+        fits = is_whole(base.segment.step) and all(len(values) == len(sizes) for values in counts)
         fits = fits and all(is_whole(n) and n >= 0 for values in counts[:3] for n in values)
         fits = fits and all(n is None or (is_whole(n) and n >= 1) for n in base.seen_by)
         if not (fits and all(n < size for n, size in zip(base.owed, sizes, strict=True))):
             raise StateError("order_values", got=repr(base.to_dict()))
+        at = 0
+        for part in self.past:
+            numbers = (part.until, part.segment.step, *part.first_epoch, *part.owed)
+            fits = all(is_whole(n) and n >= 0 for n in numbers)
+            fits = fits and len(part.first_epoch) == len(part.owed) == len(sizes)
+            fits = fits and at <= part.segment.step < part.until <= base.segment.step
+            if not (fits and all(n < size for n, size in zip(part.owed, sizes, strict=True))):
+                raise StateError("order_values", got=repr(part.to_dict()))
+            at = part.until
+
+    @property
+    def everyone(self) -> tuple[MixtureMember, ...]:
+        """The members, and after them the removed ones: as everything is numbered."""
+        return (*self.members, *self.removed)
 
     @property
     def since(self) -> int:
@@ -167,7 +225,7 @@ class MixtureConfig:
         first = MixtureChange(
             step=0,
             global_batch_size=self.global_batch_size,
-            weights=tuple(member.weight for member in self.members),
+            weights=(*(member.weight for member in self.members), *(0.0 for _ in self.removed)),
             canonical_ranks=self.canonical_ranks,
         )
         return [first, *self.changes]
@@ -193,22 +251,81 @@ class MixtureConfig:
         change = MixtureChange(
             step=step,
             global_batch_size=global_batch_size,
-            weights=last.weights if weights is None else tuple(weights),
+            weights=last.weights if weights is None else (*weights, *(0.0 for _ in self.removed)),
             canonical_ranks=last.canonical_ranks if canonical_ranks is None else canonical_ranks,
         )
         if step > self.since:
             return replace(self, changes=(*kept, change))
         if self.base is not None:
             return replace(self, base=replace(self.base, segment=change), changes=())
-        same = len(change.weights) == len(self.members)
+        same = len(change.weights) == len(self.everyone)
         require(same, "mixture_weights.count", datasets=len(self.members))
-        pairs = zip(self.members, change.weights, strict=True)
+        pairs = zip(self.members, change.weights, strict=False)
         return replace(
             self,
             members=tuple(replace(member, weight=weight) for member, weight in pairs),
             global_batch_size=global_batch_size,
             canonical_ranks=change.canonical_ranks,
             changes=(),
+        )
+
+    def with_members(self, members: Sequence[MixtureMember], *, step: int) -> MixtureConfig:
+        """Returns the same run with other members listed, before any change of weights.
+
+        Those that are new have weight 0 and no slot so far; those that are left out are removed,
+        unless they never had a slot before `step`. The weights of the run's start become those of
+        `members`.
+        """
+        old = {member.name: i for i, member in enumerate(self.everyone)}
+        names = {member.name for member in members}
+        segments = self.segments()
+        none = (0,) * len(old)
+        base = self.base or MixtureBase(
+            segment=segments[0],
+            counted=none,
+            first_epoch=none,
+            owed=none,
+            seen_by=(None,) * len(old),
+        )
+        shown = [n > 0 for n in base.counted]
+        for change in segments:
+            if change.step < step:
+                shown = [a or w > 0 for a, w in zip(shown, change.weights, strict=True)]
+        removed = tuple(
+            replace(member, weight=0.0)
+            for i, member in enumerate(self.everyone)
+            if member.name not in names and shown[i]
+        )
+        number = [old.get(member.name) for member in (*members, *removed)]
+
+        def moved(values: Sequence[Any], new: Any) -> tuple[Any, ...]:
+            return tuple(new if i is None else values[i] for i in number)
+
+        def change_of(change: MixtureChange) -> MixtureChange:
+            return replace(change, weights=moved(change.weights, 0.0))
+
+        base = MixtureBase(
+            segment=change_of(base.segment),
+            counted=moved(base.counted, 0),
+            first_epoch=moved(base.first_epoch, 0),
+            owed=moved(base.owed, 0),
+            seen_by=moved(base.seen_by, None),
+        )
+        return replace(
+            self,
+            members=tuple(members),
+            removed=removed,
+            changes=tuple(map(change_of, self.changes)),
+            base=base,
+            past=tuple(
+                replace(
+                    part,
+                    segment=change_of(part.segment),
+                    first_epoch=moved(part.first_epoch, 0),
+                    owed=moved(part.owed, 0),
+                )
+                for part in self.past
+            ),
         )
 
     def with_width(self, other: MixtureConfig, *, step: int) -> MixtureConfig:
@@ -227,6 +344,8 @@ class MixtureConfig:
             "members": [asdict(member) for member in self.members],
             "changes": [change.to_dict() for change in self.changes],
             "base": self.base and self.base.to_dict(),
+            "past": [part.to_dict() for part in self.past],
+            "removed": [asdict(member) for member in self.removed],
         }
 
     @classmethod
@@ -248,6 +367,8 @@ class MixtureConfig:
         try:
             values["members"] = tuple(MixtureMember(**member) for member in state["members"])
             values["changes"] = tuple(map(MixtureChange.from_dict, state["changes"]))
+            values["removed"] = tuple(MixtureMember(**member) for member in state["removed"])
+            values["past"] = tuple(map(MixturePast.from_dict, state["past"]))
             base = state["base"]
             values["base"] = None if base is None else MixtureBase.from_dict(base)
         except (TypeError, KeyError) as e:

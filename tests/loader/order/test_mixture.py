@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import loader.order.mixture
 import loader.order.pattern
+from loader.order.interleave import MOST_DATASETS
 from loader.order.mixture import MixtureOrder
 from loader.order.mixture_config import MixtureChange, MixtureConfig, MixtureMember, plan_mixture
+from loader.order.pattern import whole_weights
 from loader.order.slots import rank_positions
 from loader.order.weights import MixtureGroup, MixtureSource, mixture_weights
 from shardspec.errors import ConfigError, StateError
@@ -82,57 +85,114 @@ def test_counts_in_closed_form_equal_counts_by_counting():
         assert np.array_equal(order.counts(step), counts[step])
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        tuple(int(1000 * 1.3**i) for i in range(40)),
-        (90_000, *[270] * 1000, 1),
-    ],
-)
-@pytest.mark.parametrize("by", ["root_size", "size"])
-def test_proportions_stay_within_two_samples_for_ever(sizes, by):
-    order = mixed(sizes, by=by, batch=256, ranks=32)
-    pattern = order._segments[0].pattern
-    share = np.array([row["share"] for row in order.describe()])
-    weight = np.array([row["weight"] for row in order.describe()])
-    assert np.abs(share - weight).max() < 1 / pattern.num_slots
-    batches = pattern.num_slots // 256
-    for first in (0, batches - 40, 10**9):  # the second goes over the end of the pattern
-        dataset = rows(order, np.arange(first, first + 1100), 256)[:, 0]
-        before = order.counts(first)
-        for d in np.unique(dataset)[::7]:
-            count = before[d] + np.cumsum(dataset == d)
-            # In whole numbers: a billion steps leave a float no place for a sample's fraction.
-            expected = int(pattern.quotas[d]) * (
-                first % batches * 256 + np.arange(1, len(dataset) + 1)
-            )
-            count = count - first // batches * int(pattern.quotas[d])
-            assert np.abs(count * pattern.num_slots - expected).max() <= 2 * pattern.num_slots
+MOST_OFF = 6
+"""Samples that a dataset may be from its exact weight times the slots; see pattern.py."""
 
 
-@settings(max_examples=30, deadline=None)
+def farthest(weights, dataset, *, before=None, slots=0):
+    """The most that a dataset is from its weight, over the prefixes that end in these slots.
+
+    In whole numbers: a billion steps leave a float no place for a sample's fraction.
+    """
+    exact = whole_weights(weights)
+    total, found = sum(exact), 0
+    for d in np.unique(dataset).tolist():
+        counted = 0 if before is None else int(before[d])
+        for i, place in enumerate(np.flatnonzero(dataset == d).tolist()):
+            # Between two of its samples it only falls back: farthest right before and after one.
+            for count, x in ((counted + i, slots + place), (counted + i + 1, slots + place + 1)):
+                found = max(found, abs(count * total - exact[d] * x))
+    return found / total
+
+
+PROPORTIONS = {
+    "roots of sizes": [1.3 ** (i / 2) for i in range(40)],
+    "one in a million": [1.0, 1e-6, 0.37, 1e-12],
+    "many alike": [300.0, *[16.4] * 1000, 1.0],
+    "one of one": [1.0],
+    "whole": [0.5, 0.25, 0.25],
+}
+
+
+@pytest.mark.parametrize("name", PROPORTIONS)
+@pytest.mark.parametrize("steps", [0, 1003, 10**6, 10**9, 2**50])
+def test_counts_follow_the_weights_for_ever(name, steps):
+    weights = PROPORTIONS[name]
+    order = weighted(weights, batch=256, ranks=32)
+    dataset = rows(order, np.arange(steps, steps + 40), 256)[:, 0]
+    found = farthest(weights, dataset, before=order.counts(steps), slots=steps * 256)
+    assert found <= (2 if name in ("whole", "one of one") else MOST_OFF)
+    assert np.array_equal(
+        order.counts(steps + 40) - order.counts(steps),
+        np.bincount(dataset, minlength=len(weights)),
+    )
+
+
+def weighted(weights, *, size=5000, batch=64, ranks=4, seed=1):
+    group = MixtureGroup(
+        sources=tuple(
+            MixtureSource(name=f"d{i}", num_samples=size, rate=weight)
+            for i, weight in enumerate(weights)
+        )
+    )
+    config = plan_mixture(group, global_batch_size=batch, seed=seed, canonical_ranks=ranks)
+    # The weights as they are: those of a group are divided by their sum, and so rounded.
+    members = [
+        dataclasses.replace(member, weight=weight)
+        for member, weight in zip(config.members, weights, strict=True)
+    ]
+    return MixtureOrder(dataclasses.replace(config, members=tuple(members)))
+
+
+@settings(max_examples=40, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=30),
+    weights=st.lists(
+        st.one_of(st.integers(1, 9), st.floats(1e-9, 1.0), st.sampled_from([1e-15, 1e15])),
+        min_size=1,
+        max_size=30,
+    ),
     batch=st.sampled_from([2, 6, 48]),
-    by=st.sampled_from(["rate", "root_size", "size"]),
-    change=st.integers(1, 300),
-    again=st.sampled_from([2, 6, 48]),
+    step=st.integers(0, 2**50),
 )
-def test_every_prefix_of_a_run_and_of_a_change_is_within_two_samples(
-    sizes, batch, by, change, again
-):
+def test_every_prefix_follows_the_weights_and_every_form_agrees(weights, batch, step):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)  # 64 batches: many borders
-        order = mixed(sizes, by=by, batch=batch, ranks=2)
-        weights = [1 + i % 3 for i in range(len(sizes))]
-        order = order.changed(step=change, global_batch_size=again, weights=weights)
-    for segment, first, steps in zip(order._segments, (0, change), (change, 200), strict=True):
-        pattern = segment.pattern
-        dataset = rows(order, np.arange(first, first + steps), pattern.global_batch_size)[:, 0]
-        slots = np.arange(1, len(dataset) + 1)
-        for d in range(len(sizes)):
-            ahead = np.cumsum(dataset == d) * pattern.num_slots - slots * pattern.quotas[d]
-            assert np.abs(ahead).max() <= 2 * pattern.num_slots
+        order = weighted(weights, batch=batch, ranks=2)
+    pattern = order._segments[0].pattern
+    slots = np.arange(step * batch, (step + 100) * batch)
+    dataset, count, cell, in_cell = pattern.find(slots)
+    before = order.counts(step)
+    assert farthest(weights, dataset, before=before, slots=step * batch) <= MOST_OFF
+    for d in np.unique(dataset).tolist():
+        own = np.flatnonzero(dataset == d)
+        assert np.array_equal(count[own], before[d] + np.arange(len(own)))
+        cells = cell[own] - pattern.first_cell[d]
+        for i in (0, len(own) // 2, len(own) - 1):
+            assert pattern.slot_of(d, int(count[own[i]])) == slots[own[i]]
+            assert pattern.cell_counts(d, int(count[own[i]]))[cells[i]] == in_cell[own[i]]
+        counted = pattern.cell_counts(d, int(before[d]))
+        assert counted.sum() == before[d]
+        later = pattern.cell_counts(d, int(before[d]) + len(own))
+        assert np.array_equal(later - counted, np.bincount(cells, minlength=len(counted)))
+
+
+def test_the_order_is_that_of_a_set_of_datasets():
+    """In which sequence they are listed changes their numbers and nothing else."""
+    named = dict(zip("cabed", (300, 900, 900, 5000, 20_000), strict=True))
+
+    def shown(names):
+        group = MixtureGroup(
+            sources=tuple(MixtureSource(name=n, num_samples=named[n]) for n in names),
+            by="root_size",
+        )
+        order = MixtureOrder(plan_mixture(group, global_batch_size=24, seed=3, canonical_ranks=6))
+        seen = rows(order, np.arange(12_000), 24)
+        return np.array([ord(name) for name in names])[seen[:, 0]], seen[:, 1:]
+
+    first = shown("abcde")
+    for names in ("edcba", "cabed"):
+        again = shown(names)
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_global_batches_are_the_same_for_every_number_of_ranks_and_at_every_resume():
@@ -152,14 +212,14 @@ def test_global_batches_are_the_same_for_every_number_of_ranks_and_at_every_resu
         assert np.array_equal(resumed.slots(steps[i], np.arange(48)).sample, whole.sample[i])
 
 
-def test_samples_are_those_of_mixture_version_3():
+def test_samples_are_those_of_mixture_version_4():
     slots = mixed(SIZES).slots(np.array([[0], [77], [9000]]), np.array([0, 1, 31, 63]))
-    assert slots.dataset.tolist() == [[4, 3, 4, 3], [3, 4, 4, 3], [4, 2, 1, 4]]
-    assert slots.epoch.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [4, 22, 40, 4]]
+    assert slots.dataset.tolist() == [[4, 3, 4, 3], [3, 4, 4, 3], [3, 4, 1, 4]]
+    assert slots.epoch.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [8, 4, 40, 4]]
     assert slots.sample.tolist() == [
-        [28284, 5615, 33471, 19261],
-        [940, 33657, 33903, 4215],
-        [51250, 2798, 221, 49114],
+        [28284, 5615, 32111, 2820],
+        [1257, 33657, 5458, 16713],
+        [17575, 4442, 221, 48196],
     ]
 
 
@@ -294,6 +354,128 @@ def test_changes_that_are_over_are_dropped(monkeypatch):
     assert caught.value.reason == "order_slot"
 
 
+def state_of(order):
+    return json.dumps(order.config.to_dict())
+
+
+def reloaded(order):
+    return MixtureOrder(MixtureConfig.from_dict(json.loads(state_of(order))), stop=order.stop)
+
+
+def test_changes_while_a_dataset_is_paused_in_its_epoch_are_dropped(monkeypatch):
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
+    sizes = (1100, 400, 700)
+    order = mixed(sizes, batch=16, ranks=2)
+    built = []
+    pattern = loader.order.mixture.InterleavePattern
+    monkeypatch.setattr(
+        "loader.order.mixture.InterleavePattern",
+        lambda *a, **k: built.append(1) or pattern(*a, **k),
+    )
+    texts, counts, seen, step = [], [], [], 0
+    for i in range(50):
+        stop = step + 90
+        seen.append(rows(order, np.arange(step, stop), order.batch_at(step)[0]))
+        step = stop
+        # The first and the largest dataset stops in the middle of its first epoch, and returns.
+        order = order.changed(
+            step=step, global_batch_size=(16, 24)[i % 2], weights=[int(i >= 45), 2, 3 + i % 2]
+        )
+        texts.append(state_of(order))
+        order = reloaded(order)
+        built.clear()
+        order.slots(step, np.arange(16))
+        counts.append(len(built))
+    own = np.concatenate(seen)
+    for dataset, size in enumerate(sizes):
+        require_exact_epochs(own[own[:, 0] == dataset], size)
+    assert np.bincount(own[:, 0])[0] > 1100 > np.bincount(np.concatenate(seen[:45])[:, 0])[0]
+    assert max(map(len, texts[3:])) < 1.3 * len(texts[3])
+    assert max(counts) <= 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 5, 40, 600, 1100, 2500]), min_size=5, max_size=5),
+    changes=st.lists(
+        st.tuples(
+            st.integers(1, 90),
+            st.lists(st.sampled_from("abcde"), min_size=1, max_size=5, unique=True),
+            st.lists(st.sampled_from([1, 1, 2, 5]), min_size=5, max_size=5),
+            st.sampled_from([(4, 2), (8, 8), (12, 4)]),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    workers=st.sampled_from([1, 4]),
+)
+def test_any_change_of_datasets_keeps_the_place_of_every_other(sizes, changes, workers):
+    """Added, removed, returned, listed otherwise: each continues at its own count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
+        size_of = dict(zip("abcde", sizes, strict=True))
+        order, step, shown = None, 0, {name: [] for name in "abcde"}
+        everyone = (30, list("abcde"), [1] * 5, (8, 8))
+        for length, names, weights, (batch, ranks) in [*changes, everyone, everyone]:
+            members = tuple(
+                member(name, size_of[name], float(weight))
+                for name, weight in zip(names, weights, strict=False)
+            )
+            if order is None:
+                order = MixtureOrder(
+                    MixtureConfig(
+                        members=members,
+                        global_batch_size=batch,
+                        seed=1,
+                        canonical_ranks=ranks,
+                        canonical_workers=workers,
+                        active_blocks=3,
+                        block_size=4,
+                    )
+                )
+            else:
+                order = order.with_members(
+                    members, step=step, global_batch_size=batch, canonical_ranks=ranks
+                )
+            order = reloaded(order)
+            if names == list("abcde"):
+                length = (3 * max(sizes) * 5 + 64 * 8 * workers) // batch
+            found = rows(order, np.arange(step, step + length), batch)
+            assert found[:, 0].max() < len(names)
+            for number, name in enumerate(names):
+                shown[name].append(found[found[:, 0] == number])
+            step += length
+    for name, size in size_of.items():
+        own = np.concatenate(shown[name])
+        assert len(own) > size
+        require_exact_epochs(own, size)
+
+
+def test_another_sequence_of_the_datasets_moves_no_sample(monkeypatch):
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
+    order = mixed((300, 900, 2500), batch=16, ranks=2).changed(
+        step=40, global_batch_size=16, weights=[3, 1, 2]
+    )
+    wanted = rows(order, np.arange(70, 120), 16)
+    listed = [order.config.members[d] for d in (2, 0, 1)]
+    other = reloaded(order.with_members(listed, step=70))
+    found = rows(other, np.arange(70, 120), 16)
+    assert np.array_equal(np.array([2, 0, 1])[found[:, 0]], wanted[:, 0])
+    assert np.array_equal(found[:, 1:], wanted[:, 1:])
+    assert np.array_equal(other.counts(70)[[1, 2, 0]], order.counts(70))
+
+
+def test_a_dataset_that_never_had_a_slot_leaves_nothing_in_the_state():
+    order = mixed((50, 400), batch=16, ranks=2)
+    old = order.config.members
+    new = dataclasses.replace(old[0], name="new")
+    assert order.with_members(old[:1], step=0).config.removed == ()
+    twice = order.with_members((*old, new), step=9).with_members(old, step=9)
+    assert twice.config.removed == ()
+    (gone,) = order.with_members(old[:1], step=9).config.removed
+    assert (gone.name, gone.weight) == ("d1", 0.0)
+
+
 @pytest.mark.parametrize("stop", [0, -1, True, "all", "", None, 2.0])
 def test_a_pass_that_cannot_end_there_is_refused(stop):
     with pytest.raises(ConfigError) as caught:
@@ -312,14 +494,10 @@ def test_exhaustion_is_found_across_a_change_of_weights():
     assert caught.value.facts["datasets"] == "d0"
 
 
-def test_rare_dataset_has_a_slot_and_the_pattern_stays_whole():
-    group = MixtureGroup(
-        sources=(*sources((100,)), MixtureSource(name="rare", num_samples=5, rate=1e-9))
-    )
-    order = MixtureOrder(plan_mixture(group, global_batch_size=8, seed=0))
-    info = order.describe()
-    assert info[1]["share"] * 2**18 == 1
-    assert sum(row["share"] for row in info) == 1
+def test_rare_dataset_has_its_share_and_no_more():
+    order = weighted([1.0, 1e-6], size=100, batch=8)
+    assert order.counts(10**9)[1] == pytest.approx(8e9 * 1e-6, abs=MOST_OFF)
+    assert order.num_steps("all_exhausted") == pytest.approx(100 * 1e6 / 8, rel=0.03)
 
 
 def test_root_size_groups_follow_the_molmo_recipe():
@@ -388,7 +566,7 @@ def test_no_dataset_is_tied_to_a_rank_or_a_lane(rates):
     steps = 26_216  # the whole pattern
     dataset = rows(order, np.arange(steps), 10)[:, 0].reshape(-1, 8, 10)
     for d, row in enumerate(order.describe()):
-        by_lane = (dataset == d).mean(axis=0) / row["share"]
+        by_lane = (dataset == d).mean(axis=0) / row["weight"]
         assert np.abs(by_lane.mean(axis=0) - 1).max() < 0.15
         assert np.abs(by_lane - 1).max() < 0.25
 
@@ -475,6 +653,12 @@ def test_a_weight_that_is_no_plain_number_is_refused(rate):
     assert caught.value.reason == "mixture_weights"
     with pytest.raises(ConfigError) as caught:
         mixed((10, 20)).changed(step=4, global_batch_size=64, weights=[1.0, rate])
+    assert caught.value.reason == "mixture_weights"
+
+
+def test_more_datasets_than_a_pattern_holds_are_refused():
+    with pytest.raises(ConfigError) as caught:
+        weighted([1.0] * (MOST_DATASETS + 1)).slots(0, 0)
     assert caught.value.reason == "mixture_weights"
 
 
