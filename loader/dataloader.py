@@ -58,14 +58,20 @@ from loader.order import (
 )
 from loader.raw import RawBuilder, RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
-from loader.state import STATE_VERSION, Allowed, require_state
+from loader.state import (
+    STATE_VERSION,
+    Allowed,
+    member_differences,
+    require_state,
+    with_members,
+)
 from loader.stream import PreparedBuilder, Stream, StreamingDataset, stored_in
 from loader.topology import Topology
 from shardspec.errors import ConfigError, StateError, nearest
 
 logger = logging.getLogger(__name__)
 
-_FREE = ("version", "step", "streams", "bad")
+_FREE = ("version", "step", "streams", "bad", "removed")
 """Of a state: what may differ from this loader's."""
 
 _WIDTH = ("layout", "canonical_ranks", "active_blocks", "block_size")
@@ -326,6 +332,8 @@ class StreamLoader:
         self._order = self._stream.order
         # Whether changes were made here; those of a loaded state give way to another state's.
         self._changed = False
+        # What a state says of the data of datasets that were removed from the mixture.
+        self._removed: dict[str, Any] = {}
         self._lengths = lengths
         self._packs = packs
         self._bucket_steps = bucket_steps
@@ -563,8 +571,11 @@ class StreamLoader:
                 **_limits(self._packs.config),
                 "exact": self._packs.pass_is_exact,
                 "sizes": [list(size) for size in self._packs.sizes],
+                "begins": list(self._packs.begins),
             }
             state["streams"] = self._streams
+        if self._removed:
+            state["removed"] = self._removed
         if self.bad_samples:
             state["bad"] = [dict(record) for record in self.bad_samples]
         return state
@@ -590,21 +601,29 @@ class StreamLoader:
             again, with every sample once.
             "appended": one dataset, no mixture, may have grown since; otherwise as "order". The
             new samples come from the next epoch on.
+            "mixture": the datasets of a mixture and their weights: those at hand apply from the
+            state's step on. Each dataset that stays continues at its own place, a new one begins
+            with its epoch 0. A removed one's place stays in the state: with the same data it
+            continues there when it returns, as if its weight had been 0. Packs begin anew with what
+            no pack has read so far; some samples that slower streams had not packed are left out.
 
         Raises:
           StateError: `state_version`; `state_fields`, `order_fields`, `order_values`, a field is
             missing or damaged; `state_appended`, the dataset has grown since;
-            `state_canonical_ranks`; `state_mismatch`, other samples would come; `state_view`, they
-            would come in another view (both name every differing field).
+            `state_canonical_ranks`; `state_mixture`, other datasets are mixed; `state_mismatch`,
+            other samples would come; `state_view`, they would come in another view (both name every
+            differing field).
           ConfigError: `state_allow`; `order_before`, the orders have nothing in common;
             `batch_not_divisible`, the ranks do not divide the batch of the state's step;
             `bucket_group`, another order inside a group of `bucket_steps`.
         """
         own = self.state_dict()
         own = {name: own[name] for name in own if name not in _FREE}
-        ours = self._order if self._changed or self._packs is not None else self._stream.order
+        ours = self._order if self._changed and self._packs is None else self._stream.order
         own["order"] = ours.config.to_dict()
         _require_sound(state, own)
+        if "mixture" in allow and isinstance(ours, MixtureOrder):
+            state = self._with_members(state, own, ours)
         saved_order, saved_packing = state.get("order"), state.get("packing")
         if isinstance(saved_order, Mapping):
             plan = self._stream.plan
@@ -613,6 +632,8 @@ class StreamLoader:
             own["order"] |= _inherited_changes(saved_order, own["order"])
         if isinstance(saved_packing, Mapping) and own["packing"]:
             sizes = saved_packing.get("sizes", [])
+            if isinstance(ours, MixtureOrder):
+                own["packing"] = {**own["packing"], "begins": _begins(saved_packing)}
             if sizes[:1] == own["packing"]["sizes"]:
                 own["packing"] = {**own["packing"], "sizes": sizes}
         continues = self._continues(state, own, allow, ours=ours)
@@ -640,6 +661,7 @@ class StreamLoader:
             rank_positions(0, self._stream.topology.world_size, order.batch_at(step)[0])
         self._order = order
         self._changed = False
+        self._removed = dict(state.get("removed", {}))
         self._turn += 1
         self.step = step
         self.bad_samples = [dict(record) for record in state.get("bad", [])]
@@ -647,10 +669,27 @@ class StreamLoader:
         if self._packs is None:
             self._schedule = self._unpacked()
         else:
+            if isinstance(order, MixtureOrder):
+                first, begin = map(int, state["packing"]["begins"])
+                self._packs.begin(order, at=(first, begin))
             self._packs.set_sizes([(int(s), int(b)) for s, b in state["packing"]["sizes"]])
             self._streams = [list(map(int, stream)) for stream in state.get("streams", [])]
             self._packs.go_to(self._streams)
             self._planned = self.step
+
+    def _with_members(
+        self, state: Mapping[str, Any], own: Mapping[str, Any], ours: MixtureOrder
+    ) -> Mapping[str, Any]:
+        order = state.get("order")
+        if not (
+            isinstance(state.get("data"), Mapping)
+            and isinstance(order, Mapping)
+            and order.get("version") == own["order"]["version"]
+        ):
+            return state
+        saved = MixtureOrder(MixtureConfig.from_dict(order), stop=ours.stop)
+        self._require_border(saved, int(state["step"]))
+        return with_members(state, own, saved=saved, ours=ours, packs=self._packs)
 
     def _continues(
         self,
@@ -694,6 +733,10 @@ class StreamLoader:
         if state.get("version") != STATE_VERSION:
             return
         data, order = state.get("data"), state.get("order")
+        if isinstance(order, Mapping) and isinstance(self._order.config, MixtureConfig):
+            found = member_differences(order, self._stream.order.config)  # type: ignore[arg-type]
+            if found:
+                raise StateError("state_mixture.members", **found)
         grown = isinstance(data, Mapping) and self._stream.has_grown_from(data)
         if isinstance(data, Mapping) and grown and own["data"] != data:
             then = stored_in(data) or {name: stored_in(entry) for name, entry in data.items()}
@@ -822,6 +865,13 @@ def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         raise StateError("state_fields", field="step", got=repr(step))
 
 
+def _begins(packing: Mapping[str, Any]) -> list[int]:
+    begins = packing.get("begins")
+    if not (isinstance(begins, list | tuple) and len(begins) == 2 and all(map(is_whole, begins))):
+        raise StateError("state_fields", field="packing.begins")
+    return list(begins)
+
+
 def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Lists the changes in a state's order that a loader without any of its own takes over."""
     inherited: dict[str, Any] = {}
@@ -831,8 +881,8 @@ def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
     if "before" in own and own["before"] is None:
         names = ("since", "first_epoch", "owed", "before")
         inherited |= {name: saved[name] for name in names if name in saved}
-    if "base" in own and own["base"] is None and "base" in saved:
-        inherited["base"] = saved["base"]
+    if "base" in own and own["base"] is None:
+        inherited |= {name: saved[name] for name in ("base", "past", "removed") if name in saved}
     return inherited
 
 

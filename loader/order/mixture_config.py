@@ -247,7 +247,7 @@ class MixtureConfig:
         listed = weights is None or isinstance(weights, Sequence | np.ndarray)
         require(listed, "mixture_weights.values", weights=repr(weights))
         kept = tuple(change for change in self.changes if change.step < step)
-        last = replace(self, changes=kept).segments()[-1]
+        last = [segment for segment in self.segments() if segment.step <= step][-1]
         change = MixtureChange(
             step=step,
             global_batch_size=global_batch_size,

@@ -9,6 +9,9 @@ samples run ahead of the others.
 Packs need to know how many packs came before, so a state carries two integers per stream; without
 them the lengths are packed again from the start of the run, which changes nothing but the time it
 takes.
+
+Where the datasets of a mixture change, streams begin anew at a step of the order that none of them
+has reached. What slower streams have not read of the slots before is left out: about a run of each.
 """
 
 from __future__ import annotations
@@ -46,6 +49,36 @@ class PackedStreams:
         self._pass_steps: int | None = None
         self._streams: dict[int, _Stream] = {}
         self._saved: dict[int, tuple[int, int]] = {}
+        # The first step of packs, and the step of the order that its streams begin with.
+        self._begins = (0, 0)
+
+    @property
+    def begins(self) -> tuple[int, int]:
+        """The first step of packs, and the step of the order that its streams begin with."""
+        return self._begins
+
+    def begin(self, order: Order | MixtureOrder, *, at: tuple[int, int]) -> None:
+        """Begins the streams anew over an order; `at` is as `begins`."""
+        self._order, self._begins = order, at
+        self._pass_steps, self._streams, self._saved = None, {}, {}
+
+    def unread_step(
+        self, places: Sequence[Sequence[int]], *, begins: tuple[int, int]
+    ) -> int | None:
+        """Finds the first step of the order that no stream has planned a pack of.
+
+        Args:
+          places: As `places` gave them after the last pack; all streams must be there.
+          begins: As `begins` was there.
+
+        Returns:
+          The step; None where streams are missing.
+        """
+        runs = {int(number): int(run) for number, run, _ in places}
+        if set(runs) != set(range(self.num_streams)):
+            return None
+        share = self._order.config.global_batch_size // self.num_streams
+        return begins[1] + -(-(max(runs.values()) + 1) * self._config.run // share)
 
     def set_sizes(self, sizes: BatchSizes) -> None:
         """Takes over the packs per step."""
@@ -55,7 +88,8 @@ class PackedStreams:
         """Gives the packs at positions of a step, each with its cost."""
         segment = self._sizes.segment_at(step)
         share = self._sizes.pairs[segment][1] // self.num_streams
-        before = self._sizes.slots_before(step) // self.num_streams
+        begin = self._sizes.slots_before(self._begins[0])
+        before = (self._sizes.slots_before(step) - begin) // self.num_streams
         streams, places = np.divmod(positions, share)
         pairs = zip(streams.tolist(), places.tolist(), strict=True)
         return [
@@ -97,17 +131,25 @@ class PackedStreams:
 
     def _samples(self, number: int) -> _Samples:
         share = self._order.config.global_batch_size // self.num_streams
-        return _Samples(self._order, self._lengths, number=number, share=share)
+        return _Samples(
+            self._order, self._lengths, number=number, share=share, since=self._begins[1]
+        )
 
 
 class _Samples:
     """The samples of one canonical rank, one after the other; keeps those asked for last."""
 
     def __init__(
-        self, order: Order | MixtureOrder, lengths: Lengths, *, number: int, share: int
+        self,
+        order: Order | MixtureOrder,
+        lengths: Lengths,
+        *,
+        number: int,
+        share: int,
+        since: int,
     ) -> None:
         self._order, self._lengths = order, lengths
-        self.number, self._share = number, share
+        self.number, self._share, self._since = number, share, since
         self._start = 0
         self._slots: Slots
         self._tokens: np.ndarray
@@ -116,7 +158,7 @@ class _Samples:
     def lengths(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Looks up the lengths of the stream's samples, and keeps what they are."""
         steps, inside = np.divmod(np.arange(start, stop), self._share)
-        slots = self._order.slots(steps, self.number * self._share + inside)
+        slots = self._order.slots(self._since + steps, self.number * self._share + inside)
         self._start, self._slots = start, slots
         self._tokens, self._crops = self._lengths(slots.dataset, slots.sample)
         return self._tokens, self._crops

@@ -213,6 +213,26 @@ class PackSchedule:
         self._packs.set_sizes(wanted)
 
     @property
+    def begins(self) -> tuple[int, int]:
+        """The first step of packs, and the step of the order that they begin with."""
+        return self._packs.begins if isinstance(self._packs, PackedStreams) else (0, 0)
+
+    def begin(self, order: MixtureOrder, *, at: tuple[int, int]) -> None:
+        """Begins the packs of a mixture anew over another order; `at` is as `begins`."""
+        assert isinstance(self._packs, PackedStreams), "packs of a mixture"
+        self._packs.begin(order, at=at)
+
+    def unread_step(
+        self, places: Sequence[Sequence[int]], *, begins: tuple[int, int]
+    ) -> int | None:
+        """Finds the first step of the order that has no sample in a pack up to `places`.
+
+        None where `places` does not know all streams.
+        """
+        assert isinstance(self._packs, PackedStreams), "packs of a mixture"
+        return self._packs.unread_step(places, begins=begins)
+
+    @property
     def sizes(self) -> list[tuple[int, int]]:
         """(First step, packs per step) of the run's segments."""
         return list(self._sizes.pairs)

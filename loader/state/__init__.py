@@ -5,13 +5,16 @@ Decides whether a saved state fits a dataset and its settings. Never reads sampl
 
 from loader.state.cursor import STATE_VERSION, Allowed, Cursor, require_state
 from loader.state.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
+from loader.state.members import member_differences, with_members
 
 __all__ = [
     "STATE_VERSION",
     "Allowed",
     "Cursor",
     "keys_fingerprint",
+    "member_differences",
     "require_state",
     "split_fingerprint",
     "view_fingerprint",
+    "with_members",
 ]

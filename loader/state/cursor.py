@@ -22,7 +22,7 @@ from shardspec.manifest import differences
 STATE_VERSION = 2
 """Version of the states of loaders and datasets; any other is refused."""
 
-Allowed = Literal["view", "order", "appended"]
+Allowed = Literal["view", "order", "appended", "mixture"]
 """What may differ from the state's run where that is asked for."""
 
 
