@@ -44,7 +44,6 @@ from loader.order import (
     MixtureOrder,
     Order,
     OrderConfig,
-    PackConfig,
     PackSchedule,
     Row,
     Schedule,
@@ -100,6 +99,8 @@ _PREPARED_ONLY: Mapping[str, Any] = {
 
 _Lengths = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """(dataset [n], sample [n]) to (tokens [n], crops [n]), the most that a sample can take."""
+
+_MakePacks = Callable[[Order | MixtureOrder], PackSchedule]
 
 
 def make_dataloader(
@@ -183,6 +184,7 @@ def make_dataloader(
     builders = [part.builder for part in stream.parts]
     lengths: _Lengths | None = None
     packs: PackSchedule | None = None
+    make_packs: _MakePacks | None = None
     batches: BatchBuilder
     if isinstance(builders[0], RawBuilder):
         options = {
@@ -222,13 +224,15 @@ def make_dataloader(
         )
         lengths = partial(_lengths, builders)
         if pack:
-            packs = PackSchedule(
-                stream.order,
-                lengths,
-                plan_packing(stream.order, sequence_length=sequence_length, max_crops=max_crops),
+            make_packs = partial(
+                _packs_of,
+                lengths=lengths,
+                sequence_length=sequence_length,
+                max_crops=max_crops,
                 patches_per_crop=view.image.num_patches,
                 balance=balance,
             )
+            packs = make_packs(stream.order)
             if stream.topology.rank == 0:
                 logger.info("a pass over packs is %s", _PASSES[packs.pass_is_exact])
         packing = packs.config if packs else None
@@ -239,6 +243,7 @@ def make_dataloader(
         batches,
         lengths=lengths,
         packs=packs,
+        make_packs=make_packs,
         bucket_steps=bucket_steps,
         decode_threads=decode_threads,
         workers=workers,
@@ -264,6 +269,19 @@ def _require_columns(builders: Sequence[PreparedBuilder], columns: Sequence[str]
             kinds["text" if kind.startswith("text") else kind] = builder.data.title
         if len(kinds) > 1:
             raise ConfigError("loader_columns.types", where=", ".join(kinds.values()), column=name)
+
+
+def _packs_of(
+    order: Order | MixtureOrder,
+    *,
+    lengths: _Lengths,
+    sequence_length: int,
+    max_crops: int | None,
+    patches_per_crop: int,
+    balance: bool,
+) -> PackSchedule:
+    limits = plan_packing(order, sequence_length=sequence_length, max_crops=max_crops)
+    return PackSchedule(order, lengths, limits, patches_per_crop=patches_per_crop, balance=balance)
 
 
 def _lengths(
@@ -312,6 +330,7 @@ class StreamLoader:
         *,
         lengths: _Lengths | None,
         packs: PackSchedule | None,
+        make_packs: _MakePacks | None,
         bucket_steps: int,
         decode_threads: int,
         workers: int,
@@ -335,7 +354,7 @@ class StreamLoader:
         # What a state says of the data of datasets that were removed from the mixture.
         self._removed: dict[str, Any] = {}
         self._lengths = lengths
-        self._packs = packs
+        self._packs, self._make_packs = packs, make_packs
         self._bucket_steps = bucket_steps
         self._schedule: Schedule = self._stream.by_id(packs) if packs else self._unpacked()
         self._decode_threads = decode_threads
@@ -567,12 +586,7 @@ class StreamLoader:
             **self._batches.describe(),
         }
         if self._packs is not None:
-            state["packing"] = {
-                **_limits(self._packs.config),
-                "exact": self._packs.pass_is_exact,
-                "sizes": [list(size) for size in self._packs.sizes],
-                "begins": list(self._packs.begins),
-            }
+            state["packing"] = _describe_packs(self._packs)
             state["streams"] = self._streams
         if self._removed:
             state["removed"] = self._removed
@@ -622,8 +636,13 @@ class StreamLoader:
         ours = self._order if self._changed and self._packs is None else self._stream.order
         own["order"] = ours.config.to_dict()
         _require_sound(state, own)
+        packs = self._packs
+        if packs is not None and not self._changed:
+            ours, packs = self._begun_packs(state)
+            own["order"] = ours.config.to_dict()
+            own["packing"] = _describe_packs(packs)
         if "mixture" in allow and isinstance(ours, MixtureOrder):
-            state = self._with_members(state, own, ours)
+            state = self._with_members(state, own, ours, packs)
         saved_order, saved_packing = state.get("order"), state.get("packing")
         if isinstance(saved_order, Mapping):
             plan = self._stream.plan
@@ -656,9 +675,11 @@ class StreamLoader:
             order = before.continued(ours.config, step=step) if continues else before
             if order is not before:
                 self._require_border(before, step)
-        if self._packs is None:
-            # The state's batch at its step may be another than the one that this loader began with.
-            rank_positions(0, self._stream.topology.world_size, order.batch_at(step)[0])
+        if packs is not None:
+            packs.set_sizes([(int(s), int(b)) for s, b in state["packing"]["sizes"]])
+        # The state's batch at its step may be another than the one that this loader began with.
+        batch = (order if packs is None else packs).batch_at(step)[0]
+        rank_positions(0, self._stream.topology.world_size, batch)
         self._order = order
         self._changed = False
         self._removed = dict(state.get("removed", {}))
@@ -666,19 +687,37 @@ class StreamLoader:
         self.step = step
         self.bad_samples = [dict(record) for record in state.get("bad", [])]
         self._stream.restore_bad(self.bad_samples)
-        if self._packs is None:
+        if packs is None:
             self._schedule = self._unpacked()
         else:
             if isinstance(order, MixtureOrder):
                 first, begin = map(int, state["packing"]["begins"])
-                self._packs.begin(order, at=(first, begin))
-            self._packs.set_sizes([(int(s), int(b)) for s, b in state["packing"]["sizes"]])
+                packs.begin(order, at=(first, begin))
+            self._packs, self._schedule = packs, self._stream.by_id(packs)
             self._streams = [list(map(int, stream)) for stream in state.get("streams", [])]
             self._packs.go_to(self._streams)
             self._planned = self.step
 
+    def _begun_packs(self, state: Mapping[str, Any]) -> tuple[Order | MixtureOrder, PackSchedule]:
+        """Makes the packs as this loader was made to, or those of a state's run.
+
+        Which samples share a pack follows from the batch that the run began with; the state may
+        have another one by now, and this loader that.
+        """
+        assert self._make_packs is not None, "a loader with packs"
+        order, sizes = self._stream.order, _packs_per_step(state)
+        here = order.batch_at(0)[0]
+        begun = [batch for step, batch in sizes if step <= state["step"]]
+        if begun and begun[0] != here == begun[-1]:
+            order = self._stream.plan.order(global_batch_size=begun[0])
+        return order, self._make_packs(order)
+
     def _with_members(
-        self, state: Mapping[str, Any], own: Mapping[str, Any], ours: MixtureOrder
+        self,
+        state: Mapping[str, Any],
+        own: Mapping[str, Any],
+        ours: MixtureOrder,
+        packs: PackSchedule | None,
     ) -> Mapping[str, Any]:
         order = state.get("order")
         if not (
@@ -689,7 +728,7 @@ class StreamLoader:
             return state
         saved = MixtureOrder(MixtureConfig.from_dict(order), stop=ours.stop)
         self._require_border(saved, int(state["step"]))
-        return with_members(state, own, saved=saved, ours=ours, packs=self._packs)
+        return with_members(state, own, saved=saved, ours=ours, packs=packs)
 
     def _continues(
         self,
@@ -837,7 +876,10 @@ def _adopted_batch(
 
 
 def _last_batch(saved: Mapping[str, Any], state: Mapping[str, Any]) -> int:
-    """Finds the batch size that a state's order has at the state's step."""
+    """Finds the batch size that a state's order, or its packs, have at the state's step."""
+    packs = [batch for step, batch in _packs_per_step(state) if step <= state["step"]]
+    if packs:
+        return packs[-1]
     changes = saved.get("ramp") or saved.get("changes") or []
     first = saved["base"]["segment"] if saved.get("base") else saved
     sizes = [first["global_batch_size"]]
@@ -886,6 +928,25 @@ def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
     return inherited
 
 
-def _limits(config: PackConfig) -> dict[str, Any]:
+def _describe_packs(packs: PackSchedule) -> dict[str, Any]:
     names = ("sequence_length", "max_crops", "window", "windows_per_run", "seed")
-    return {name: getattr(config, name) for name in names}
+    return {
+        **{name: getattr(packs.config, name) for name in names},
+        "exact": packs.pass_is_exact,
+        "sizes": [list(size) for size in packs.sizes],
+        "begins": list(packs.begins),
+    }
+
+
+def _packs_per_step(state: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Reads (first step, packs per step) from a state; none where they are damaged."""
+    packing = state.get("packing")
+    sizes = packing.get("sizes") if isinstance(packing, Mapping) else None
+    if not isinstance(sizes, list | tuple):
+        return []
+    found = []
+    for pair in sizes:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(map(is_whole, pair))):
+            return []
+        found.append((int(pair[0]), int(pair[1])))
+    return found

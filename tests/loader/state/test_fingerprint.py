@@ -448,30 +448,74 @@ def test_only_what_may_differ_can_be_allowed(write):
     assert "view" in caught.value.fix
 
 
+KINDS = {
+    "one": {},
+    "packs": {"pack": True},
+    "mixture": {"name": "mixture"},
+    "packed mixture": {"name": "mixture", "pack": True},
+}
+
+
+@pytest.fixture
+def make_kind(write, monkeypatch):
+    """A function that makes a loader of one dataset or of a mixture, with packs or without."""
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
+    urls = [write("first", name="first"), write("second", name="second")]
+
+    def make_it(kind, *, batch, rank=0, world_size=1):
+        options = dict(KINDS[kind])
+        topology = {"rank": rank, "world_size": world_size}
+        if options.pop("name", None):
+            parts = [StreamingDataset(url, **topology) for url in urls]
+            whole = IterableDatasetMixture(parts, [2, 1], seed=1, stop=5)
+        else:
+            whole = StreamingDataset(urls[0], seed=1, **topology)
+        return make_dataloader(
+            whole, global_batch_size=batch, sequence_length=64, with_metadata=True, **options
+        )
+
+    return make_it
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_after_a_ramp_the_state_fits_every_number_of_ranks_of_its_batch_then(write, world_size):
+def test_after_a_ramp_the_state_fits_every_number_of_ranks_of_its_batch_then(
+    make_kind, kind, world_size
+):
     """The run began with batches of 2: eight ranks could not share one."""
-    url = write("set")
-    loader = make(url, batch=2)
+    loader = make_kind(kind, batch=2)
     keys(loader, 3)
+    loader.change(global_batch_size=4)
+    keys(loader, 1)
     loader.change(global_batch_size=8)
     keys(loader, 1)
     state = json.loads(json.dumps(loader.state_dict()))
-    want = keys(loader, 5)
+    want = keys(loader, 3)
+    later = loader.state_dict()
     parts = []
     for rank in range(world_size):
-        resumed = make(url, batch=8, rank=rank, world_size=world_size)
+        resumed = make_kind(kind, batch=8, rank=rank, world_size=world_size)
         resumed.load_state_dict(state)
-        parts.append(keys(resumed, 5))
-        assert resumed.state_dict()["order"] == loader.state_dict()["order"]
-    assert [sum(batch, []) for batch in zip(*parts, strict=True)] == want
-    first = make(url, batch=2)
+        parts.append(keys(resumed, 3))
+        assert resumed.state_dict() == later
+        # Another state of the run, and one of a run that began with this batch.
+        fresh = make_kind(kind, batch=8, rank=rank, world_size=world_size)
+        resumed.load_state_dict(fresh.state_dict())
+        resumed.load_state_dict(state)
+        assert keys(resumed, 3) == parts[-1]
+    joined = [sum(batch, []) for batch in zip(*parts, strict=True)]
+    assert [sorted(batch) for batch in joined] == [sorted(batch) for batch in want]
+    assert joined == want or ("pack" in kind and world_size > 1)  # packs are exchanged
+    first = make_kind(kind, batch=2)
     first.load_state_dict(state)
-    assert keys(first, 5) == want
+    assert keys(first, 3) == want
     with pytest.raises(StateError) as caught:
-        make(url, batch=4).load_state_dict(state)
+        make_kind(kind, batch=16).load_state_dict(state)
     assert caught.value.reason == "state_batch"
     assert (caught.value.facts["first"], caught.value.facts["last"]) == (2, 8)
+    with pytest.raises(ConfigError) as caught:
+        make_kind(kind, batch=2, world_size=2).change(global_batch_size=3)
+    assert caught.value.reason == "batch_not_divisible"
 
 
 def test_a_change_before_the_first_step_is_as_if_the_loader_had_been_made_so(write):
