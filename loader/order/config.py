@@ -57,7 +57,7 @@ class OrderConfig:
     num_samples: int
     """N, samples in the dataset, >= 1."""
     global_batch_size: int
-    """B, slots per step, >= 1."""
+    """B, slots per step that the run begins with, >= 1."""
     seed: int
     """Seed of the order, 0 to 2**64 - 1."""
     tail: Tail = "wrap"
@@ -81,7 +81,8 @@ class OrderConfig:
     canonical ranks once per run and reshuffled inside them each epoch, so that a node reads the
     same samples in every epoch; layout "lanes" only."""
     ramp: tuple[RampStep, ...] = ()
-    """Later global batch sizes, by increasing step; tail "wrap" only."""
+    """Later global batch sizes, by increasing step; tail "wrap" only. Where those that are over
+    have been dropped, the first one begins at `since`."""
     since: int = 0
     """First step that this order lays out, >= 0."""
     first_epoch: int = 0
@@ -109,9 +110,10 @@ class OrderConfig:
         for batch in (self.global_batch_size, *(change.global_batch_size for change in self.ramp)):
             require_multiple(batch, self.canonical_ranks, of="canonical ranks")
         self._check_before()
-        steps = [self.since, *(change.step for change in self.ramp)]
-        if self.ramp and (self.tail != "wrap" or sorted(set(steps)) != steps):
-            raise ConfigError("order_ramp", tail=self.tail, steps=steps[1:])
+        steps = [change.step for change in self.ramp]
+        rises = sorted(set(steps)) == steps and all(max(self.since, 1) <= step for step in steps)
+        if self.ramp and (self.tail != "wrap" or not rises):
+            raise ConfigError("order_ramp", tail=self.tail, steps=steps)
         if self.tail == "drop_last" and self.steps_per_epoch == 0:
             raise ConfigError(
                 "order_empty", num_samples=self.num_samples, batch=self.global_batch_size
@@ -134,6 +136,12 @@ class OrderConfig:
             )
         if not fits:
             raise ConfigError("order_before", since=self.since, before=before and before.to_dict())
+
+    def batch_sizes(self) -> list[RampStep]:
+        """Lists the global batch sizes from `since` on, by their first steps."""
+        begins = self.ramp[:1] and self.ramp[0].step == self.since
+        first = RampStep(step=self.since, global_batch_size=self.global_batch_size)
+        return [*self.ramp] if begins else [first, *self.ramp]
 
     @property
     def num_lanes(self) -> int:

@@ -39,7 +39,7 @@ from loader.order.mixture_config import (
     MixtureMember,
     MixturePast,
 )
-from loader.order.order import EpochBorders, groups
+from loader.order.order import KEPT_STEPS, EpochBorders, groups
 from loader.order.pattern import InterleavePattern, require_pattern
 from loader.order.permutation import keyed_array, permute
 from loader.order.remainder import EpochRemainder
@@ -51,9 +51,6 @@ Stop = Literal["first_exhausted", "all_exhausted"]
 
 
 _KEY_REST = 19
-
-_KEPT_STEPS = 64
-"""Steps before a change that stay described after it."""
 
 
 def require_stop(stop: Stop | int) -> None:
@@ -351,7 +348,7 @@ class MixtureOrder:
     def _pruned(self, step: int) -> MixtureConfig:
         """Drops the segments of which nothing is owed any more some steps before a step: those
         who hand out batches ahead of their consumer save states that are a few steps older."""
-        step = max(self.config.since, step - _KEPT_STEPS)
+        step = max(self.config.since, step - KEPT_STEPS)
         i = max(0, int(np.searchsorted(self._starts, step, side="left")) - 1)
         config, segment = self.config, self._segments[i]
         counts = segment.pattern.counts((step - segment.step) * segment.global_batch_size)

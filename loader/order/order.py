@@ -62,6 +62,9 @@ _KEY_REST = 6
 
 _KEPT_EPOCHS = 4
 
+KEPT_STEPS = 64
+"""Steps before a change that stay described after it."""
+
 
 class Order:
     """The order of one dataset; immutable, cheap to build and to send to other processes."""
@@ -83,17 +86,18 @@ class Order:
                 raise ConfigError(
                     "order_before", since=config.since, before=config.before.to_dict()
                 )
+        first, *later = config.batch_sizes()
         segments = [
             _Segment(
                 config,
                 step=config.since,
-                global_batch_size=config.global_batch_size,
+                global_batch_size=first.global_batch_size,
                 first_epoch=first_epoch,
                 owed=config.owed,
                 rest=rest,
             )
         ]
-        for change in config.ramp:
+        for change in later:
             first_epoch, rest = segments[-1].remainder(change.step)
             segments.append(
                 _Segment(
@@ -233,18 +237,44 @@ class Order:
     def changed(self, *, step: int, global_batch_size: int) -> Order:
         """Returns the order with another global batch size from a step on.
 
-        The epoch is finished first, so it still shows each sample once.
+        The epoch is finished first, so it still shows each sample once. Changes that are over by
+        then are dropped.
 
         Raises:
           ConfigError: `order_ramp`, `order_step`, `order_count`, `batch_not_divisible`.
         """
         require_step(step)
         require_count("global_batch_size", global_batch_size)
-        if step == self.config.since:
-            return Order(replace(self.config, global_batch_size=global_batch_size, ramp=()))
-        kept = tuple(change for change in self.config.ramp if change.step < step)
+        config = self._pruned(step)
         change = RampStep(step=step, global_batch_size=global_batch_size)
-        return Order(replace(self.config, ramp=(*kept, change)))
+        if step == 0:
+            return Order(replace(config, global_batch_size=global_batch_size, ramp=()))
+        kept = tuple(change for change in config.ramp if change.step < step)
+        return Order(replace(config, ramp=(*kept, change)))
+
+    def _pruned(self, step: int) -> OrderConfig:
+        """Drops the segments of which nothing is owed any more some steps before a step: those
+        who hand out batches ahead of their consumer save states that are a few steps older."""
+        config, step = self.config, max(self.config.since, step - KEPT_STEPS)
+        begun = [segment for segment in self._segments if segment.step <= step]
+        ends = [*(segment.step for segment in begun[1:]), step]
+        for i in reversed(range(len(begun))):
+            segment, batch = begun[i], begun[i].lanes.global_batch_size
+            if (ends[i] - segment.step) * batch < segment.owed:
+                continue  # what is left of an epoch is known by the segments before
+            if segment.step == 0:
+                return config
+            ramp = tuple(change for change in config.ramp if change.step > segment.step)
+            first = RampStep(step=segment.step, global_batch_size=batch)
+            return replace(
+                config,
+                ramp=(first, *ramp),
+                since=segment.step,
+                first_epoch=segment.first_epoch,
+                owed=segment.owed,
+                before=None,
+            )
+        return config
 
     def blocks(self, slots: Slots) -> np.ndarray:
         """Numbers the blocks that the samples of slots are read in: int64, of the slots' shape.

@@ -171,8 +171,11 @@ def test_weights_and_batch_size_can_change_and_the_state_brings_the_change(urls)
 def test_state_of_other_datasets_or_weights_is_refused_field_by_field(urls):
     state = make(mixture(urls)).state_dict()
     two = dict(list(urls.items())[:2])
+    with pytest.raises(StateError) as caught:
+        make(mixture(two)).load_state_dict(state)
+    assert caught.value.reason == "state_mixture"
+    assert caught.value.facts == {"removed": ["cat"]}
     for other, field in (
-        (mixture(two), "state.data.cat"),
         (mixture(urls, [1, 1, 2]), "state.order.members"),
         (mixture(urls, seed=2), "state.seed: 1 here, 2 asked"),
     ):

@@ -712,3 +712,48 @@ def test_changes_of_other_types_are_refused():
         with pytest.raises(ConfigError) as caught:
             plan_order(1000, global_batch_size=8, seed=seed)
         assert caught.value.reason == "order_seed"
+
+
+@pytest.mark.parametrize("layout", ["lanes", "global", "sequential"])
+def test_ramps_that_are_over_are_dropped(layout, monkeypatch):
+    """Fifty changes: the state, and the segments that the first step needs, stay as few."""
+    num = 700
+    config = dataclasses.replace(
+        plan_order(num, global_batch_size=8, seed=1, shuffle=layout != "sequential"),
+        layout=layout,
+        canonical_ranks=2,
+        canonical_workers=2,
+        active_blocks=4,
+        block_size=4 if layout == "lanes" else 1,
+    )
+    order, whole, step, shown, texts = Order(config), Order(config), 0, [], []
+    for i in range(50):
+        stop = step + 97 + i % 7
+        batch = order.batch_at(step)[0]
+        shown.append(order.slots(np.arange(step, stop)[:, None], np.arange(batch)))
+        # Those who hand out batches ahead of their consumer ask for a few steps before.
+        step = stop
+        order = order.changed(step=step, global_batch_size=(12, 6, 8)[i % 3])
+        before = order.slots(np.arange(step - 60, step)[:, None], np.arange(batch))
+        assert np.array_equal(before.sample, shown[-1].sample[-60:])
+        texts.append(json.dumps(order.config.to_dict()))
+        order = Order(OrderConfig.from_dict(json.loads(texts[-1])))
+        assert order.config.global_batch_size == 8
+        assert len(order._segments) <= 3
+        # Nothing but the size depends on what was dropped.
+        change = RampStep(step=step, global_batch_size=order.batch_at(step)[0])
+        whole = Order(dataclasses.replace(config, ramp=(*whole.config.ramp, change)))
+        for epoch in range(order.config.first_epoch + 1, order.config.first_epoch + 4):
+            assert order.epoch_start(epoch) == whole.epoch_start(epoch)
+    flat = np.concatenate([slots.sample.ravel() for slots in shown])
+    for epoch in range(len(flat) // num):
+        assert len(set(flat[epoch * num : epoch * num + num].tolist())) == num
+    assert max(map(len, texts)) < 420
+
+
+def test_a_ramp_inside_one_epoch_is_kept_whole():
+    order = Order(plan_order(10**6, global_batch_size=8, seed=1))
+    for step in range(100, 1100, 100):
+        order = order.changed(step=step, global_batch_size=8 + 8 * (step // 100 % 2))
+    assert len(order.config.ramp) == 10
+    assert order.slots(0, 0).epoch.tolist() == [0]

@@ -518,6 +518,25 @@ def test_after_a_ramp_the_state_fits_every_number_of_ranks_of_its_batch_then(
     assert caught.value.reason == "batch_not_divisible"
 
 
+@pytest.mark.parametrize("kind", ["one", "mixture"])
+def test_a_state_after_fifty_changes_is_as_short_as_after_a_few(make_kind, kind):
+    loader, lengths = make_kind(kind, batch=2), []
+    for i in range(50):
+        loader.step += 150
+        loader.change(global_batch_size=(4, 8)[i % 2])
+        lengths.append(len(json.dumps(loader.state_dict())))
+    assert max(lengths) <= lengths[3] + 20
+    state = json.loads(json.dumps(loader.state_dict()))
+    for batch in (2, 8):
+        resumed = make_kind(kind, batch=batch)
+        resumed.load_state_dict(state)
+        assert resumed.places(loader.step) == loader.places(loader.step)
+        assert resumed.state_dict() == state
+    with pytest.raises(StateError) as caught:
+        make_kind(kind, batch=16).load_state_dict(state)
+    assert caught.value.reason == "state_batch"
+
+
 def test_a_change_before_the_first_step_is_as_if_the_loader_had_been_made_so(write):
     url = write("set")
     loader = make(url, batch=2)
