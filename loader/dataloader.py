@@ -64,7 +64,15 @@ from loader.state import (
     require_state,
     with_members,
 )
-from loader.stream import PreparedBuilder, Stream, StreamingDataset, stored_in
+from loader.stream import (
+    PreparedBuilder,
+    Stream,
+    StreamingDataset,
+    flag_argument,
+    require_argument,
+    stored_in,
+    whole_argument,
+)
 from loader.topology import Topology
 from shardspec.errors import ConfigError, StateError, nearest
 
@@ -157,11 +165,26 @@ def make_dataloader(
         threads or workers, some of these have nothing to do.
 
     Raises:
-      ConfigError: `order_count`, `batch_not_divisible`, `loader_range`, `loader_options`,
-        `loader_columns`, `packing_tail`, `packing_and_buckets`, and as `MMCollator`.
+      ConfigError: `argument`, `order_count`, `batch_not_divisible`, `loader_range`,
+        `loader_options`, `loader_columns`, `packing_tail`, `packing_and_buckets`, and as
+        `MMCollator`.
     """
+    fits = isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture)
+    require_argument(fits, "dataset", dataset, "a dataset or a mixture of datasets")
+    require_argument(collate is None or callable(collate), "collate", collate, "a function")
+    for name, flag in (("with_metadata", with_metadata), ("pack", pack), ("balance", balance)):
+        flag_argument(name, flag)
+    require_argument(isinstance(pad_mode, str), "pad_mode", pad_mode, "the name of a mode")
+    listed = isinstance(extra_keys, tuple | list) and all(isinstance(k, str) for k in extra_keys)
+    require_argument(listed, "extra_keys", extra_keys, "a tuple of names")
+    if sequence_length is not None:
+        sequence_length = whole_argument("sequence_length", sequence_length, most=2**31)
+    if max_crops is not None:
+        max_crops = whole_argument("max_crops", max_crops, most=2**31)
+    bucket_steps = whole_argument("bucket_steps", bucket_steps, least=0, most=2**31)
     world_size = dataset._stream.topology.world_size
     require_count("global_batch_size", global_batch_size)
+    global_batch_size = whole_argument("global_batch_size", global_batch_size, most=2**31)
     if global_batch_size % world_size:
         below = global_batch_size // world_size * world_size
         near = [str(batch) for batch in (below, below + world_size) if batch > 0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import IterableDataset
 
@@ -22,6 +22,7 @@ from loader.order import (
     MixtureOrder,
     MixtureSource,
     Stop,
+    Unit,
     Weighting,
     plan_mixture,
     require_stop,
@@ -29,7 +30,18 @@ from loader.order import (
 from loader.raw import RawDataset
 from loader.reading import ShardReader
 from loader.state import Allowed
-from loader.stream import DatasetPlan, PreparedBuilder, Stream, StreamingDataset, StreamPart
+from loader.stream import (
+    DatasetPlan,
+    PreparedBuilder,
+    Stream,
+    StreamingDataset,
+    StreamPart,
+    is_listed,
+    name_argument,
+    require_argument,
+    seed_argument,
+    whole_argument,
+)
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import differences
@@ -37,8 +49,6 @@ from shardspec.manifest import differences
 _TOKENIZER = ("sha256", "special_ids")
 _RANKS = ("rank", "world_size")
 _VIEW = ("image", "pixels", "normalize", "image_map")
-
-Unit = Literal["samples", "tokens"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,34 +100,43 @@ class IterableDatasetMixture(IterableDataset[Any]):
             mixture among them takes its share as a whole and divides it among its own datasets by
             its own weights.
           weights: A rate >= 0 for each; None: all the same.
-          seed: Of the run: of the order and of every draw. Seeds given to the datasets have no
-            effect.
+          seed: Of the run: of the order and of every draw. Seeds of the datasets and mixtures in it
+            have no effect; their other settings of an order (batch_size, canonical_ranks, locality,
+            stop, active_blocks, block_size) are refused unless they are this mixture's.
           by: What rates multiply: nothing ("rate"), the square root of the number of samples
             ("root_size", as in the Molmo family) or the number itself ("size").
-          unit: Whether weights are shares of samples or of tokens; a dataset's tokens per sample
-            are its manifest's, or those of its subset (`where`): text, each turn at its longest
-            variant.
+          unit: Whether weights are shares of samples or of tokens; a mixture among the datasets
+            divides its share by its own unit. A dataset's tokens per sample are its manifest's, or
+            those of its subset (`where`): text, each turn at its longest variant.
           stop: Where a pass ends: when the first, or the last ("all_exhausted"), dataset has been
             seen once, or after a number of steps. The next pass continues from there.
           batch_size: Samples per batch of this rank, the same as the DataLoader's.
           canonical_ranks, locality: See `StreamingDataset`.
 
         Raises:
-          ConfigError: `mixture_view`, `mixture_tokenizer` (naming the differences),
+          ConfigError: `argument`; `mixture_view`, `mixture_tokenizer` (naming the differences),
             `mixture_topology`, `mixture_tail`; `mixture_order`, one has settings of an order of its
             own; `mixture_dataset`, one of them is something else;
             `mixture_kinds`, some are raw and some prepared; `mixture_empty`, `mixture_twice`,
             `mixture_weights`, `mixture_mean_tokens`, `mixture_unit`, `mixture_stop`.
         """
         super().__init__()
+        require_argument(is_listed(datasets), "datasets", datasets, "a list of datasets")
+        datasets = list(datasets)
+        seed = seed_argument(seed)
+        for name, value in (("batch_size", batch_size), ("canonical_ranks", canonical_ranks)):
+            if value is not None:
+                whole_argument(name, value)
+        name_argument("locality", locality, Locality)
         for number, dataset in enumerate(datasets):
             _require_mixable(dataset, number)
-        rates = [1.0] * len(datasets) if weights is None else list(weights)
+        rates = [1.0] * len(datasets) if weights is None else _rates(weights)
         if len(rates) != len(datasets):
             raise ConfigError("mixture_weights.count", datasets=len(datasets), weights=len(rates))
         group = MixtureGroup(
             sources=tuple(_source(d, rate) for d, rate in zip(datasets, rates, strict=True)),
             by=by,
+            unit=unit,
         )
         plan = MixturePlan(
             group=group,
@@ -130,7 +149,8 @@ class IterableDatasetMixture(IterableDataset[Any]):
         # Refuses what cannot be mixed now, not at the first batch.
         plan_mixture(group, global_batch_size=1, seed=seed, unit=unit)
         require_stop(stop)
-        _require_free(datasets)
+        for dataset in datasets:
+            _require_free(dataset, plan, batch_size=batch_size)
         flat = [member for dataset in datasets for member in _members(dataset)]
         parts = [part for dataset in flat for part in dataset._stream.parts]
         _share_readers([part.data.reader for part in parts])
@@ -215,6 +235,13 @@ class IterableDatasetMixture(IterableDataset[Any]):
         return builder
 
 
+def _rates(weights: Any) -> list[Any]:
+    """Lists weights: numbers of Python, or those of an array or tensor of one axis."""
+    fits = is_listed(weights) and getattr(weights, "ndim", 1) == 1
+    require_argument(fits, "weights", weights, "a list of numbers")
+    return weights.tolist() if hasattr(weights, "tolist") else list(weights)
+
+
 def _require_mixable(dataset: object, number: int) -> None:
     if not isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture):
         raise ConfigError(
@@ -231,7 +258,7 @@ def _source(
     if isinstance(dataset, IterableDatasetMixture):
         plan = dataset._stream.plan
         assert isinstance(plan, MixturePlan)
-        return MixtureGroup(sources=plan.group.sources, by=plan.group.by, rate=rate)
+        return replace(plan.group, rate=rate)
     data = dataset._stream.parts[0].data
     return MixtureSource(
         name=data.title,
@@ -271,18 +298,34 @@ def _share_readers(readers: Sequence[ShardReader]) -> None:
 
 
 def _require_free(
-    datasets: Sequence[StreamingDataset | RawDataset | IterableDatasetMixture],
+    dataset: StreamingDataset | RawDataset | IterableDatasetMixture,
+    outer: MixturePlan,
+    *,
+    batch_size: int | None,
 ) -> None:
-    """Refuses datasets with settings of an order of their own, which a mixture would ignore."""
-    for dataset in datasets:
-        plan = dataset._stream.plan
-        if isinstance(plan, DatasetPlan):
-            given = {"active_blocks": plan.active_blocks, "block_size": plan.block_size}
-            found = [name for name, value in given.items() if value is not None]
-            found += ["locality"] if plan.locality != "any" else []
-            if found:
-                where = dataset._stream.parts[0].data.title
-                raise ConfigError("mixture_order", where=where, settings=", ".join(found))
+    """Refuses a dataset or mixture with settings of an order of its own, unless they are the
+    mixture's too: it would ignore them."""
+    stream: Stream[Any] = dataset._stream
+    plan = stream.plan
+    assert isinstance(plan, DatasetPlan | MixturePlan)
+    # (setting, given, what a mixture does about it); None was not given.
+    settings: list[tuple[str, object, object]] = [
+        ("batch_size", stream.batch_size, batch_size),
+        ("canonical_ranks", plan.canonical_ranks, outer.canonical_ranks),
+        ("locality", None if plan.locality == "any" else plan.locality, outer.locality),
+    ]
+    if isinstance(plan, MixturePlan):
+        stop = None if plan.stop == "first_exhausted" else plan.stop
+        settings.append(("stop", stop, outer.stop))
+    else:
+        settings += [
+            ("active_blocks", plan.active_blocks, None),
+            ("block_size", plan.block_size, None),
+        ]
+    found = [name for name, own, whole in settings if own is not None and own != whole]
+    if found:
+        names = [part.data.title for part in stream.parts]
+        raise ConfigError("mixture_order", where=", ".join(names), settings=", ".join(found))
 
 
 def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:

@@ -20,14 +20,12 @@ from loader.order import Locality, SampleRef, Tail
 from loader.reading import Check, Network
 from loader.stream import (
     CACHE_BYTES,
-    DatasetPlan,
     Keys,
     OpenSplit,
     Stream,
-    StreamPart,
-    open_split,
+    StreamOptions,
+    require_argument,
 )
-from loader.topology import find_topology
 from shardspec.errors import ConfigError
 from shardspec.foreign import sample_fields
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
@@ -138,42 +136,37 @@ class RawDataset(IterableDataset[Any]):
 
         Raises:
           ManifestError: There is no readable manifest.
-          ConfigError: `unknown_split`, `topology`, `prepared_dataset`, `max_samples`,
+          ConfigError: `argument`, `unknown_split`, `topology`, `prepared_dataset`, `max_samples`,
             `filter_expression`, `keys_file`, `keys_type`, `empty_result`.
           ShardError: With `where` or `keys`: an index cannot be read.
         """
         super().__init__()
-        data = open_split(
-            str(url),
+        options = StreamOptions(
+            url=url,
             split=split,
+            seed=seed,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            tail=tail,
+            rank=rank,
+            world_size=world_size,
             check=check,
             cache=cache,
             cache_bytes=cache_bytes,
             network=network,
-            max_samples=max_samples,
-            where=where,
-            keys=keys,
-        )
-        if not data.manifest.raw:
-            raise ConfigError("prepared_dataset", where=data.url)
-        part = StreamPart(
-            data=data,
-            builder=RawBuilder(data, decode=decode, seed=seed),
-            topology=find_topology(rank=rank, world_size=world_size),
-            tail=tail,
-            shuffle=shuffle,
-        )
-        plan = DatasetPlan(
-            num_samples=data.num_samples,
-            seed=dataset_seed(seed, data.manifest.dataset, data.name),
-            tail=tail,
-            shuffle=shuffle,
             canonical_ranks=canonical_ranks,
             active_blocks=active_blocks,
             block_size=block_size,
             locality=locality,
+            max_samples=max_samples,
+            where=where,
+            keys=keys,
         )
-        self._use(Stream([part], plan, seed=seed, batch_size=batch_size, named=False))
+        require_argument(callable(decode), "decode", decode, "a function")
+        data = options.open()
+        if not data.manifest.raw:
+            raise ConfigError("prepared_dataset", where=data.url)
+        self._use(options.stream(data, RawBuilder(data, decode=decode, seed=options.seed)))
 
     def _use(self, stream: Stream[RawBuilder]) -> None:
         (part,) = stream.parts

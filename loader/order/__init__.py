@@ -29,7 +29,7 @@ from loader.order.slots import (
     require_step,
 )
 from loader.order.subset import SubsetSchedule
-from loader.order.weights import MixtureGroup, MixtureSource, Weighting
+from loader.order.weights import MixtureGroup, MixtureSource, Unit, Weighting
 
 __all__ = [
     "BucketSchedule",
@@ -51,6 +51,7 @@ __all__ = [
     "Stop",
     "SubsetSchedule",
     "Tail",
+    "Unit",
     "Weighting",
     "bucket_group",
     "epoch_of",

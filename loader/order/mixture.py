@@ -43,7 +43,7 @@ from loader.order.order import KEPT_STEPS, EpochBorders, groups
 from loader.order.pattern import InterleavePattern, require_pattern
 from loader.order.permutation import keyed_array, permute
 from loader.order.remainder import EpochRemainder
-from loader.order.slots import Slots, require_slots, require_step
+from loader.order.slots import Slots, is_whole, require_slots, require_step
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
 
@@ -59,8 +59,8 @@ def require_stop(stop: Stop | int) -> None:
     Raises:
       ConfigError: `mixture_stop`.
     """
-    steps = isinstance(stop, int) and not isinstance(stop, bool) and stop >= 1
-    if not steps and stop not in get_args(Stop):
+    steps = is_whole(stop) and 1 <= stop < 2**62  # type: ignore[operator]
+    if not steps and not (isinstance(stop, str) and stop in get_args(Stop)):
         raise ConfigError("mixture_stop", got=repr(stop))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from loader.order.slots import is_whole, require_count, require_step
 from loader.order.weights import (
     MixtureGroup,
     MixtureSource,
+    Unit,
     is_weight,
     mixture_weights,
     require,
@@ -381,7 +382,7 @@ def plan_mixture(
     *,
     global_batch_size: int,
     seed: int,
-    unit: Literal["samples", "tokens"] = "samples",
+    unit: Unit = "samples",
     canonical_ranks: int | None = None,
     canonical_workers: int = 8,
     locality: Locality = "any",

@@ -7,6 +7,15 @@ a thread or a process.
 
 from loader.stream.dataset import CACHE_BYTES, StreamingDataset, check_view, stored_view
 from loader.stream.groups import group_by
+from loader.stream.options import (
+    StreamOptions,
+    flag_argument,
+    is_listed,
+    name_argument,
+    require_argument,
+    seed_argument,
+    whole_argument,
+)
 from loader.stream.prepared import PlannedExample, PreparedBuilder
 from loader.stream.split import OpenSplit, open_split, stored_in
 from loader.stream.stream import (
@@ -30,11 +39,18 @@ __all__ = [
     "PreparedBuilder",
     "ReadAhead",
     "Stream",
+    "StreamOptions",
     "StreamPart",
     "StreamingDataset",
     "check_view",
+    "flag_argument",
     "group_by",
+    "is_listed",
+    "name_argument",
     "open_split",
+    "require_argument",
+    "seed_argument",
     "stored_in",
     "stored_view",
+    "whole_argument",
 ]

@@ -14,13 +14,11 @@ from loader.assembly import View
 from loader.order import Locality, SampleRef, Tail
 from loader.reading import Check, Network
 from loader.state import Allowed
+from loader.stream.options import StreamOptions, is_rate, name_argument, require_argument
 from loader.stream.prepared import OnBad, PreparedBuilder
-from loader.stream.split import open_split
-from loader.stream.stream import DatasetPlan, Stream, StreamPart
+from loader.stream.stream import Stream
 from loader.stream.subset import Keys
-from loader.topology import find_topology
 from shardspec.errors import ConfigError
-from shardspec.keyed import dataset_seed
 from shardspec.manifest import Manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import ImageView, canvas_size, stored_size
@@ -122,48 +120,55 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 
         Raises:
           ManifestError: There is no readable manifest.
-          ConfigError: `unknown_split`, `view_bound`, `tokenizer_mismatch`, `topology`,
-            `cache_bytes`, `cache_foreign`, `raw_dataset`, `max_samples`, `filter_expression`,
-            `keys_file`, `keys_type`; `empty_result`, the subset has no samples.
+          ConfigError: `argument`, a value of another type or range; `unknown_split`, `view_bound`,
+            `tokenizer_mismatch`, `topology`, `cache_bytes`, `cache_foreign`, `raw_dataset`,
+            `max_samples`, `filter_expression`, `keys_file`, `keys_type`; `empty_result`, the subset
+            has no samples.
           ShardError: With `where` or `keys`: an index cannot be read.
           StorageError: The store does not answer.
         """
         super().__init__()
-        url = str(url)
-        data = open_split(
-            url,
+        options = StreamOptions(
+            url=url,
             split=split,
+            seed=seed,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            tail=tail,
+            rank=rank,
+            world_size=world_size,
             check=check,
             cache=cache,
             cache_bytes=cache_bytes,
             network=network,
+            canonical_ranks=canonical_ranks,
+            active_blocks=active_blocks,
+            block_size=block_size,
+            locality=locality,
             max_samples=max_samples,
             where=where,
             keys=keys,
         )
+        name_argument("on_bad", on_bad, OnBad)
+        fits = max_bad_rate is None or (is_rate(max_bad_rate) and max_bad_rate <= 1)
+        require_argument(fits, "max_bad_rate", max_bad_rate, "a number from 0 to 1, or None")
+        require_argument(view is None or isinstance(view, View), "view", view, "a View or None")
+        fits = tokenizer is None or callable(getattr(tokenizer, "encode", None))
+        fits = fits and not isinstance(tokenizer, str)
+        require_argument(fits, "tokenizer", tokenizer, "a tokenizer or None")
+        data = options.open()
+        url = data.url
         if data.manifest.raw:
             raise ConfigError("raw_dataset", where=url)
-        topology = find_topology(rank=rank, world_size=world_size)
         view = view or View(image=stored_view(data.manifest))
         for image in filter(None, (view.image, view.high_res)):
             check_view(data.manifest, image, where=url)
         if tokenizer is not None:
             check_tokenizer(data.manifest.tokenizer, tokenizer, where=url)
         builder = PreparedBuilder(
-            data, view=view, seed=seed, on_bad=on_bad, max_bad_rate=max_bad_rate
+            data, view=view, seed=options.seed, on_bad=on_bad, max_bad_rate=max_bad_rate
         )
-        part = StreamPart(data=data, builder=builder, topology=topology, tail=tail, shuffle=shuffle)
-        plan = DatasetPlan(
-            num_samples=data.num_samples,
-            seed=dataset_seed(seed, data.manifest.dataset, data.name),
-            tail=tail,
-            shuffle=shuffle,
-            canonical_ranks=canonical_ranks,
-            active_blocks=active_blocks,
-            block_size=block_size,
-            locality=locality,
-        )
-        self._use(Stream([part], plan, seed=seed, batch_size=batch_size, named=False))
+        self._use(options.stream(data, builder))
 
     def _use(self, stream: Stream[PreparedBuilder]) -> None:
         (part,) = stream.parts
