@@ -137,12 +137,6 @@ class OrderConfig:
         if not fits:
             raise ConfigError("order_before", since=self.since, before=before and before.to_dict())
 
-    def batch_sizes(self) -> list[RampStep]:
-        """Lists the global batch sizes from `since` on, by their first steps."""
-        begins = self.ramp[:1] and self.ramp[0].step == self.since
-        first = RampStep(step=self.since, global_batch_size=self.global_batch_size)
-        return [*self.ramp] if begins else [first, *self.ramp]
-
     @property
     def num_lanes(self) -> int:
         """V, lanes of the run."""
@@ -259,6 +253,13 @@ def plan_order(
         block_size=target if layout == "lanes" else 1,
         locality=locality,
     )
+
+
+def batch_sizes(config: OrderConfig) -> list[RampStep]:
+    """Lists the global batch sizes of an order from `since` on, by their first steps."""
+    begins = config.ramp[:1] and config.ramp[0].step == config.since
+    first = RampStep(step=config.since, global_batch_size=config.global_batch_size)
+    return [*config.ramp] if begins else [first, *config.ramp]
 
 
 def widened(config: OrderConfig, global_batch_size: int) -> tuple[int, int]:

@@ -50,7 +50,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loader.order.config import OrderConfig, RampStep, widened
+from loader.order.config import OrderConfig, RampStep, batch_sizes, widened
 from loader.order.lanes import Lanes, OneTrack
 from loader.order.line import Line
 from loader.order.permutation import keyed_array, permute
@@ -86,7 +86,7 @@ class Order:
                 raise ConfigError(
                     "order_before", since=config.since, before=config.before.to_dict()
                 )
-        first, *later = config.batch_sizes()
+        first, *later = batch_sizes(config)
         segments = [
             _Segment(
                 config,

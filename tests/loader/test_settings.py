@@ -203,6 +203,24 @@ def test_any_value_of_a_dataset_works_or_is_refused(name, urls):
     assert refusals(make)
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"max_samples": "8"}, "max_samples= must be a whole number of at least 0, not '8'"),
+        ({"seed": -1}, "seed= must be a whole number from 0 to 2**64 - 1, not -1"),
+        ({"check": "crc32"}, "check= must be one of 'size', 'crc', not 'crc32'"),
+        ({"shuffle": "no"}, "shuffle= must be True or False, not 'no'"),
+        ({"view": [0] * 99}, "view= must be a View or None, not [0, 0, 0, 0"),
+    ],
+)
+def test_a_refusal_names_the_argument_and_what_it_takes(options, shown, urls):
+    with pytest.raises(ConfigError) as caught:
+        StreamingDataset(urls[0], **options)
+    assert caught.value.reason == "argument"
+    assert shown in caught.value.what
+    assert len(caught.value.what) < 120
+
+
 @pytest.mark.parametrize("name", names_of(IterableDatasetMixture))
 def test_any_value_of_a_mixture_works_or_is_refused(name, urls):
     parts = [StreamingDataset(url) for url in urls[:2]]

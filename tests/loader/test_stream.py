@@ -285,7 +285,7 @@ def test_several_workers_need_the_batch_size(url):
 def test_batch_size_below_1_is_refused(batch_size, url):
     with pytest.raises(ConfigError) as caught:
         len(StreamingDataset(url, batch_size=batch_size))
-    assert caught.value.reason == "order_count"
+    assert caught.value.reason == "argument"
 
 
 def test_default_view_is_the_stored_one(url):
