@@ -132,7 +132,7 @@ class StreamOptions:
         counts = ("batch_size", "canonical_ranks", "active_blocks", "block_size", "world_size")
         for name in (*counts, "max_samples"):
             if getattr(self, name) is not None:
-                put(name, whole_argument(name, getattr(self, name), least=name in counts))
+                put(name, whole_argument(name, getattr(self, name), least=int(name in counts)))
         if self.rank is not None:
             put("rank", whole_argument("rank", self.rank, least=0))
         put("cache_bytes", whole_argument("cache_bytes", self.cache_bytes))
