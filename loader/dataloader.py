@@ -261,6 +261,9 @@ def make_dataloader(
         packing = packs.config if packs else None
         _require_columns(builders, columns)
         batches = PreparedBatches(builders, collator, packing=packing, columns=columns)
+        batches = PreparedBatches(builders, collator, packing=packing)
+    if packs is None:
+        stream.warn_of_pairs(stream.order, step=0)
     return StreamLoader(
         dataset,
         batches,
@@ -569,6 +572,7 @@ class StreamLoader:
         else:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
+            self._stream.warn_of_pairs(self._order, step=self.step)
         self._turn += 1
         self._changed = True
 

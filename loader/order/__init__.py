@@ -10,6 +10,7 @@ from loader.order.mixture import MixtureOrder, Stop, require_stop
 from loader.order.mixture_config import MixtureConfig, plan_mixture
 from loader.order.order import Order
 from loader.order.packing import PackConfig
+from loader.order.quality import pairs_in_share
 from loader.order.rows import Row, SampleRef
 from loader.order.schedule import (
     BucketSchedule,
@@ -56,6 +57,7 @@ __all__ = [
     "bucket_group",
     "epoch_of",
     "is_whole",
+    "pairs_in_share",
     "plan_mixture",
     "plan_order",
     "plan_packing",

@@ -13,8 +13,9 @@ sequence in which a DataLoader takes them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,6 +30,7 @@ from loader.order import (
     SubsetSchedule,
     Tail,
     epoch_of,
+    pairs_in_share,
     plan_order,
 )
 from loader.reading import LookaheadWindow, ShardReader
@@ -36,6 +38,11 @@ from loader.state import Allowed, Cursor
 from loader.stream.split import OpenSplit
 from loader.topology import Topology, find_worker
 from shardspec.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_MORE_PAIRS = 0.15
+"""Share of pairs above those of a global shuffle from which on a run is warned."""
 
 Self = TypeVar("Self", bound="ExampleBuilder")
 Builder = TypeVar("Builder", bound="ExampleBuilder")
@@ -246,6 +253,33 @@ class Stream(Generic[Builder]):
             or (isinstance(saved[name], Mapping) and part.data.has_grown_from(saved[name]))
             for name, part in zip(own, self.parts, strict=True)
         )
+
+    def warn_of_pairs(self, order: Order | MixtureOrder, *, step: int) -> None:
+        """Warns where ranks' shares of a step hold far more pairs of one shard than by chance.
+
+        Once per run: on rank 0, for the order of one dataset at the batch of a step.
+        """
+        if not isinstance(order, Order) or self.topology.rank:
+            return
+        data = self.parts[0].data
+        num_shards = len(data.manifest.select(data.name))
+        config = replace(order.config, global_batch_size=order.batch_at(step)[0], ramp=())
+        found = pairs_in_share(
+            config, world_size=self.topology.world_size, num_shards=max(1, num_shards)
+        )
+        if found > 1 + _MORE_PAIRS:
+            turn = config.global_batch_size // config.canonical_ranks
+            logger.warning(
+                "a rank's share of a step has %.1f times as many pairs of samples from one shard as"
+                " a global shuffle: %d active blocks are not a multiple of the %d samples that a"
+                " lane takes at once. Use active_blocks=%d (a multiple of %d), block_size=1, or"
+                " another canonical_ranks.",
+                found,
+                config.active_blocks,
+                turn,
+                -(-config.active_blocks // turn) * turn,
+                turn,
+            )
 
     def describe_view(self) -> dict[str, Any]:
         """Gives the field `view` of states: of each dataset, or none where samples stay raw."""

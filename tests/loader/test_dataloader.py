@@ -700,3 +700,29 @@ def test_behind_the_last_batch_of_an_epoch_the_loader_may_change_without_leaving
             loader.change(global_batch_size=8)
     assert loader.step == STEPS[0]
     assert len(next(iter(loader))["input_ids"]) == 8
+
+
+def test_a_share_with_pairs_beyond_chance_is_warned_of_once_with_the_remedy(
+    tiny_sample, write_dataset, tmp_path, caplog
+):
+    samples = [tiny_sample(i, num_images=0) for i in range(400)]
+    url = write_dataset(tmp_path / "set", samples, num_shards=40)
+
+    def make_it(batch, *, rank=0, world_size=1, **options):
+        caplog.clear()
+        dataset = StreamingDataset(
+            url, canonical_ranks=1, rank=rank, world_size=world_size, **options
+        )
+        loader = make_dataloader(dataset, global_batch_size=batch, sequence_length=64)
+        return loader, [record.getMessage() for record in caplog.records]
+
+    _, (message,) = make_it(2, active_blocks=3)
+    assert "active_blocks=4 (a multiple of 2), block_size=1" in message
+    for quiet in ({}, {"active_blocks": 4}, {"active_blocks": 3, "block_size": 1}):
+        assert make_it(2, **quiet)[1] == []
+    assert make_it(4, active_blocks=6, rank=1, world_size=2)[1] == []
+    loader, messages = make_it(3, active_blocks=3)
+    assert messages == []
+    loader.step = 3
+    loader.change(global_batch_size=2)
+    assert "times as many pairs" in caplog.text
