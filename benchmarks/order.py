@@ -195,7 +195,7 @@ def mixture_deviations() -> None:
     group = MixtureGroup(sources=tuple(sources), by="root_size")
     for batch, steps in ((256, 2000), (512, 2000), (4096, 500), (16_384, 125)):
         order = MixtureOrder(plan_mixture(group, global_batch_size=batch, seed=1))
-        share = np.array([row["share"] for row in order.describe()])
+        share = np.array([row["weight"] for row in order.describe()])
         found = order.slots(np.arange(steps)[:, None], np.arange(batch)).dataset
         counts = np.stack([np.bincount(row, minlength=40) for row in found])
         relative = counts.std(axis=0) / np.sqrt(batch * share * (1 - share))
@@ -216,16 +216,49 @@ def mixture_deviations() -> None:
             for i, rate in enumerate(rates)
         ]
         order = MixtureOrder(plan_mixture(sources, global_batch_size=256, seed=1))
-        share = np.array([row["share"] for row in order.describe()])
+        share = np.array([row["weight"] for row in order.describe()])
         found = order.slots(np.arange(1100)[:, None], np.arange(256)).dataset.ravel()
-        print(f"  {name:<36}{farthest(found, share):.1f}")
+        later = order.slots(10**6 + np.arange(1100)[:, None], np.arange(256)).dataset.ravel()
+        ahead = order.counts(10**6) - share * 256e6
+        print(
+            f"  {name:<36}{farthest(found, share):.1f}"
+            f", after 1e6 steps {farthest(later, share, ahead=ahead):.1f}"
+        )
+    print("a rank's own windows, batch 256: deviations of counts, relative to independent draws")
+    for name, rates in {
+        "roots of 40 sizes": [1.3 ** (i / 2) for i in range(40)],
+        "3 : 2": [3, 2],
+        "99 : 1": [99, 1],
+    }.items():
+        sources = [
+            MixtureSource(name=f"d{i}", num_samples=10**7, rate=rate)
+            for i, rate in enumerate(rates)
+        ]
+        order = MixtureOrder(plan_mixture(sources, global_batch_size=256, seed=1))
+        share = np.array([row["weight"] for row in order.describe()])
+        found = order.slots(np.arange(2048)[:, None], np.arange(256)).dataset
+        for ranks in (8, 128):
+            row = [f"{of_windows(found, share, ranks, steps):.2f}" for steps in (1, 16, 256, 1024)]
+            print(f"  {name:<18}{ranks:>4} ranks, 1, 16, 256, 1,024 steps: {'  '.join(row)}")
 
 
-def farthest(dataset: np.ndarray, share: np.ndarray) -> float:
+def of_windows(dataset: np.ndarray, share: np.ndarray, ranks: int, steps: int) -> float:
+    """Median over the datasets of how a rank's counts in windows deviate, relative to draws."""
+    windows = dataset.reshape(-1, steps, ranks, dataset.shape[1] // ranks).transpose(0, 2, 1, 3)
+    rows = windows.reshape(-1, windows.shape[2] * windows.shape[3])
+    counts = np.stack([(rows == d).sum(axis=1) for d in range(len(share))], axis=1)
+    expected = rows.shape[1] * share
+    deviation = np.sqrt(((counts - expected) ** 2).mean(axis=0))
+    return float(np.median(deviation / np.sqrt(expected * (1 - share))))
+
+
+def farthest(dataset: np.ndarray, share: np.ndarray, *, ahead: np.ndarray | None = None) -> float:
     """The farthest that any prefix is from the proportion, in samples of any dataset."""
     taken = np.arange(1, len(dataset) + 1)
+    before = np.zeros(len(share)) if ahead is None else ahead
     return max(
-        float(np.abs(np.cumsum(dataset == d) - part * taken).max()) for d, part in enumerate(share)
+        float(np.abs(before[d] + np.cumsum(dataset == d) - part * taken).max())
+        for d, part in enumerate(share)
     )
 
 
@@ -233,7 +266,7 @@ def shuffle_quality() -> None:
     print("shuffle quality             pairs in rank batch   in global batch   met again")
     rows = {
         "global shuffle": lambda epoch: global_shuffle(epoch),
-        "lanes (plan_order)": lambda epoch: lanes(epoch, canonical_ranks=None, block_size=64),
+        "lanes (plan_order)": lambda epoch: lanes(epoch, canonical_ranks=None),
         "lanes, 64 ranks, block 16": lambda epoch: lanes(epoch, canonical_ranks=64, block_size=16),
         "shard split + buffer 1000": shard_split_with_buffer,
         "the same, 4 shards at once": lambda epoch: shard_split_with_buffer(epoch, side_by_side=4),
@@ -360,7 +393,7 @@ def global_shuffle(epoch: int) -> np.ndarray:
     return order[: SAMPLES // BATCH * BATCH].reshape(-1, BATCH)
 
 
-def lanes(epoch: int, *, canonical_ranks: int | None, block_size: int) -> np.ndarray:
+def lanes(epoch: int, *, canonical_ranks: int | None, block_size: int | None = None) -> np.ndarray:
     config = plan_order(
         SAMPLES,
         global_batch_size=BATCH,

@@ -261,7 +261,6 @@ def make_dataloader(
         packing = packs.config if packs else None
         _require_columns(builders, columns)
         batches = PreparedBatches(builders, collator, packing=packing, columns=columns)
-        batches = PreparedBatches(builders, collator, packing=packing)
     if packs is None:
         stream.warn_of_pairs(stream.order, step=0)
     return StreamLoader(

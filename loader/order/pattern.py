@@ -8,7 +8,7 @@ next.
 
 **Bound.** Of the first x slots of a segment, each dataset has w_d * x to within 6, for ever: within
 2 for its own slots of the pattern, and for the free ones within 2 as a whole (interleave.py) and 2
-more for its part of them (apportion.py). The most that was found is 2.7 (tests/loader/order).
+more for its part of them (apportion.py). The most that was found is 2.9 (benchmarks/ORDER.md).
 
 Tables of M numbers say of a slot x of the pattern: its dataset, how many slots of the dataset come
 before it, its cell, and how many slots of the cell come before it. A *cell* is a dataset in a lane,

@@ -571,6 +571,20 @@ def test_no_dataset_is_tied_to_a_rank_or_a_lane(rates):
         assert np.abs(by_lane - 1).max() < 0.25
 
 
+@pytest.mark.parametrize("weights", [(3.0, 2.0), (5.0, 3.0, 2.0), (99.0, 1.0)], ids=str)
+def test_a_ranks_own_windows_deviate_no_more_than_independent_draws(weights):
+    order = weighted(weights, size=10**6, batch=256, ranks=128)
+    found = order.slots(np.arange(1024)[:, None], np.arange(256)).dataset
+    for ranks, steps in itertools.product((8, 32, 128), (1, 16, 256)):
+        share = 256 // ranks
+        windows = found.reshape(-1, steps, ranks, share).transpose(0, 2, 1, 3)
+        windows = windows.reshape(-1, steps * share)
+        for d, weight in enumerate(np.array(weights) / sum(weights)):
+            expected = steps * share * weight
+            deviation = (((windows == d).sum(axis=1) - expected) ** 2).mean() ** 0.5
+            assert deviation <= 1.1 * (expected * (1 - weight)) ** 0.5
+
+
 def test_saved_mixture_comes_back_equal_or_is_refused():
     change = MixtureChange(step=9, global_batch_size=64, weights=(1.0, 2.0), canonical_ranks=2)
     config = dataclasses.replace(mixed((10, 20)).config, changes=(change,))
