@@ -612,7 +612,8 @@ class StreamLoader:
             **self._batches.describe(),
         }
         if self._packs is not None:
-            state["packing"] = _describe_packs(self._packs)
+            mixed = isinstance(self._order, MixtureOrder)
+            state["packing"] = _describe_packs(self._packs, mixed=mixed)
             state["streams"] = self._streams
         if self._removed:
             state["removed"] = self._removed
@@ -666,7 +667,7 @@ class StreamLoader:
         if packs is not None and not self._changed:
             ours, packs = self._begun_packs(state)
             own["order"] = ours.config.to_dict()
-            own["packing"] = _describe_packs(packs)
+            own["packing"] = _describe_packs(packs, mixed=isinstance(ours, MixtureOrder))
         if "mixture" in allow and isinstance(ours, MixtureOrder):
             state = self._with_members(state, own, ours, packs)
         saved_order, saved_packing = state.get("order"), state.get("packing")
@@ -954,13 +955,14 @@ def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
     return inherited
 
 
-def _describe_packs(packs: PackSchedule) -> dict[str, Any]:
+def _describe_packs(packs: PackSchedule, *, mixed: bool) -> dict[str, Any]:
     names = ("sequence_length", "max_crops", "window", "windows_per_run", "seed")
     return {
         **{name: getattr(packs.config, name) for name in names},
         "exact": packs.pass_is_exact,
         "sizes": [list(size) for size in packs.sizes],
-        "begins": list(packs.begins),
+        # Only those of mixtures ever begin anew.
+        **({"begins": list(packs.begins)} if mixed else {}),
     }
 
 
