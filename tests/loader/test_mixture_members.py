@@ -104,7 +104,7 @@ def test_each_dataset_continues_at_its_own_place(change, kind, urls):
     assert set(caught.value.facts.get("removed", [])) == set(before) - set(after)
 
     second, later = run(urls, after, count=4, state=state, allow=("mixture",), **options)
-    for world_size in (2, 3):
+    for world_size in (3,) if kind == "packed" else (2, 3):
         again = run(
             urls, after, count=4, state=state, allow=("mixture",), world_size=world_size, **options
         )
@@ -118,15 +118,16 @@ def test_each_dataset_continues_at_its_own_place(change, kind, urls):
     third, later = run(urls, after, count=3, state=later, world_size=3, **options)
     everyone = tuple(dict.fromkeys((*before, *after)))
     allow = () if everyone == after else ("mixture",)
-    last, _ = run(urls, everyone, count=40, state=later, allow=allow, **options)
+    count = 2 if kind == "packed" else 40
+    last, _ = run(urls, everyone, count=count, state=later, allow=allow, **options)
 
     keys = shown([*first, *second, *third, *last])
     assert set(shown(second)) == set(after)
     for name in everyone:
-        size = SIZES[name]
-        assert len(keys[name]) > size, name
         if kind == "packed":
             continue  # a window mixes the epochs of such small datasets
+        size = SIZES[name]
+        assert len(keys[name]) > size, name
         for start in range(0, len(keys[name]) - size + 1, size):
             assert len(set(keys[name][start : start + size])) == size
 
@@ -196,12 +197,13 @@ def test_records_of_bad_samples_follow_their_datasets(urls):
     assert [record["dataset"] for record in loader.bad_samples] == [1, 0]
 
 
+@pytest.mark.slow
 def test_changes_that_end_leave_nothing_and_fifty_take_no_more_than_three(urls):
     names = ("ant", "bee", "cat", "dog")
     state, sizes, keys = None, [], defaultdict(list)
     for i in range(50):
         here = [name for n, name in enumerate(names) if n == 0 or (i >> (n - 1)) & 1 == 0]
-        batches, state = run(urls, here, count=8, state=state, allow=("mixture",) if i else ())
+        batches, state = run(urls, here, count=5, state=state, allow=("mixture",) if i else ())
         sizes.append(len(json.dumps(state)))
         for name, more in shown(batches).items():
             keys[name] += more
