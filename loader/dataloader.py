@@ -175,8 +175,9 @@ def make_dataloader(
     for name, flag in (("with_metadata", with_metadata), ("pack", pack), ("balance", balance)):
         flag_argument(name, flag)
     require_argument(isinstance(pad_mode, str), "pad_mode", pad_mode, "the name of a mode")
-    listed = isinstance(extra_keys, tuple | list) and all(isinstance(k, str) for k in extra_keys)
-    require_argument(listed, "extra_keys", extra_keys, "a tuple of names")
+    for name, listed in (("extra_keys", extra_keys), ("columns", columns)):
+        fits = isinstance(listed, tuple | list) and all(isinstance(one, str) for one in listed)
+        require_argument(fits, name, listed, "a tuple of names")
     if sequence_length is not None:
         sequence_length = whole_argument("sequence_length", sequence_length, most=2**31)
     if max_crops is not None:
