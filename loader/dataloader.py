@@ -40,16 +40,12 @@ from loader.delivery import (
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import (
     BucketSchedule,
-    MixtureConfig,
     MixtureOrder,
-    Order,
-    OrderConfig,
     PackConfig,
     PackSchedule,
     Row,
     Schedule,
     SlotSchedule,
-    bucket_group,
     is_whole,
     plan_packing,
     rank_positions,
@@ -58,18 +54,13 @@ from loader.order import (
 )
 from loader.raw import RawBuilder, RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
-from loader.state import STATE_VERSION, Allowed, require_state
-from loader.stream import PreparedBuilder, Stream, StreamingDataset, stored_in
+from loader.resume import FREE, RunHere, require_border, resume
+from loader.state import STATE_VERSION, Allowed
+from loader.stream import PreparedBuilder, Stream, StreamingDataset
 from loader.topology import Topology
 from shardspec.errors import ConfigError, StateError, nearest
 
 logger = logging.getLogger(__name__)
-
-_FREE = ("version", "step", "streams", "bad")
-"""Of a state: what may differ from this loader's."""
-
-_WIDTH = ("layout", "canonical_ranks", "active_blocks", "block_size")
-"""The canonical ranks, and fields of an order that follow from them."""
 
 _PASSES = {
     True: "one epoch: each sample once, but for the step that two epochs share",
@@ -504,7 +495,7 @@ class StreamLoader:
             return
         if weights is not None and (self._packs or not isinstance(self._order, MixtureOrder)):
             raise ConfigError("change_weights")
-        self._require_border(self._order, self.step)
+        require_border(self._order, self.step, bucket_steps=self._bucket_steps)
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             self._packs.set_sizes([*before, (self.step, batch)])
@@ -601,115 +592,32 @@ class StreamLoader:
             `bucket_group`, another order inside a group of `bucket_steps`.
         """
         own = self.state_dict()
-        own = {name: own[name] for name in own if name not in _FREE}
-        ours = self._order if self._changed or self._packs is not None else self._stream.order
+        packed = self._packs is not None
+        ours = self._order if self._changed or packed else self._stream.order
         own["order"] = ours.config.to_dict()
-        _require_sound(state, own)
-        saved_order, saved_packing = state.get("order"), state.get("packing")
-        if isinstance(saved_order, Mapping):
-            plan = self._stream.plan
-            free = [name for name in _WIDTH if getattr(plan, name, None) is None]
-            own["order"] |= _adopted_batch(saved_order, own["order"], state, free=free)
-            own["order"] |= _inherited_changes(saved_order, own["order"])
-        if isinstance(saved_packing, Mapping) and own["packing"]:
-            sizes = saved_packing.get("sizes", [])
-            if sizes[:1] == own["packing"]["sizes"]:
-                own["packing"] = {**own["packing"], "sizes": sizes}
-        continues = self._continues(state, own, allow, ours=ours)
-        self._explain(state, own)
-        lengths_matter = self._packs is not None or self._bucket_steps > 0
-        require_state(state, own, allow=allow, lengths_matter=lengths_matter)
-        step = int(state["step"])
-        order: Order | MixtureOrder
-        if isinstance(ours, MixtureOrder):
-            mixture = saved = MixtureConfig.from_dict(state["order"])
-            if continues:
-                mixture = mixture.with_width(ours.config, step=step)
-            if self._bucket_steps and mixture is not saved:
-                self._require_border(MixtureOrder(saved, stop=ours.stop), step)
-            order = self._order
-            if mixture != self._order.config:
-                order = MixtureOrder(mixture, stop=ours.stop)
-        else:
-            before = Order(OrderConfig.from_dict(state["order"]))
-            order = before.continued(ours.config, step=step) if continues else before
-            if order is not before:
-                self._require_border(before, step)
-        if self._packs is None:
-            # The state's batch at its step may be another than the one that this loader began with.
-            rank_positions(0, self._stream.topology.world_size, order.batch_at(step)[0])
-        self._order = order
+        here = RunHere(
+            stream=self._stream,
+            order=ours,
+            in_use=self._order,
+            own={name: own[name] for name in own if name not in FREE},
+            changed=self._changed,
+            packed=packed,
+            bucket_steps=self._bucket_steps,
+        )
+        resumed = resume(state, here, allow=allow)
+        self._order = resumed.order
         self._changed = False
         self._turn += 1
-        self.step = step
-        self.bad_samples = [dict(record) for record in state.get("bad", [])]
+        self.step = resumed.step
+        self.bad_samples = resumed.bad
         self._stream.restore_bad(self.bad_samples)
         if self._packs is None:
             self._schedule = self._unpacked()
         else:
-            self._packs.set_sizes([(int(s), int(b)) for s, b in state["packing"]["sizes"]])
-            self._streams = [list(map(int, stream)) for stream in state.get("streams", [])]
+            self._packs.set_sizes(resumed.sizes)
+            self._streams = resumed.streams
             self._packs.go_to(self._streams)
             self._planned = self.step
-
-    def _continues(
-        self,
-        state: Mapping[str, Any],
-        own: dict[str, Any],
-        allow: Sequence[Allowed],
-        *,
-        ours: Order | MixtureOrder,
-    ) -> bool:
-        """Returns True if our order continues the state's; takes over what may differ.
-
-        What may not differ stays in `own`, to be refused.
-        """
-        data, order = state.get("data"), state.get("order")
-        if not (isinstance(data, Mapping) and isinstance(order, Mapping)):
-            return False
-        same = order == own["order"]
-        one = "appended" in allow and isinstance(ours, Order)
-        if same and one and self._stream.has_grown_from(data):
-            # Samples were appended, but none of them is in the subset.
-            own["data"] = dict(data)
-            return False
-        if self._packs is not None or self._changed:
-            return False
-        if same and _last_batch(order, state) == ours.batch_at(0)[0]:
-            return False
-        may_differ: set[str] = set()
-        if "order" in allow:
-            may_differ |= {"global_batch_size", *_WIDTH}
-        if isinstance(ours, Order):
-            if order.get("tail") != "wrap":
-                return False
-            if "appended" in allow and self._stream.has_grown_from(data):
-                may_differ |= {"num_samples", "layout", "block_size"}
-                own["data"] = dict(data)
-        own["order"] |= {name: order[name] for name in may_differ if name in order}
-        return bool(may_differ)
-
-    def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Refuses what differs for a reason that has a remedy."""
-        if state.get("version") != STATE_VERSION:
-            return
-        data, order = state.get("data"), state.get("order")
-        grown = isinstance(data, Mapping) and self._stream.has_grown_from(data)
-        if isinstance(data, Mapping) and grown and own["data"] != data:
-            then = stored_in(data) or {name: stored_in(entry) for name, entry in data.items()}
-            now = sum(part.data.num_stored for part in self._stream.parts)
-            raise StateError("state_appended", then=then, now=now)
-        if not isinstance(order, Mapping):
-            return
-        ours = own["order"]["global_batch_size"]
-        first, last = order.get("global_batch_size"), _last_batch(order, state)
-        if first != last and ours not in (first, last):
-            raise StateError("state_batch", step=state["step"], first=first, last=last, here=ours)
-        name = "canonical_ranks"
-        saved, ours = order.get(name), own["order"][name]
-        same_batch = order.get("global_batch_size") == own["order"]["global_batch_size"]
-        if isinstance(saved, int) and saved != ours and same_batch:
-            raise StateError("state_canonical_ranks", saved=saved, here=ours)
 
     def _note_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
         room = MOST_RECORDS - len(self.bad_samples)
@@ -728,15 +636,6 @@ class StreamLoader:
         self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places(step + 1)
-
-    def _require_border(self, order: Order | MixtureOrder, step: int) -> None:
-        """Refuses another order inside a group of buckets: it would lose samples of the group."""
-        if not self._bucket_steps:
-            return
-        group = bucket_group(order, step, steps=self._bucket_steps)
-        if step != group.start:
-            left = group.stop - step
-            raise ConfigError("bucket_group", step=step, left=left, border=group.stop)
 
 
 class _Tasks:
@@ -767,73 +666,6 @@ class _Tasks:
     def delivered(self) -> list[list[int]]:
         """Gives where the packs' streams are after the next batch that is delivered."""
         return self._streams_after.popleft()
-
-
-def _adopted_batch(
-    saved: Mapping[str, Any],
-    own: Mapping[str, Any],
-    state: Mapping[str, Any],
-    *,
-    free: Sequence[str],
-) -> dict[str, Any]:
-    """Lists what a loader takes over of a state's order whose batch size is the loader's by now.
-
-    Args:
-      saved, own: The orders, as `to_dict` gives them.
-      state: The state, which names its step.
-      free: Fields that were chosen, not given: the state's are as good.
-    """
-    if own.get("ramp") or own.get("changes") or saved.get("version") != own["version"]:
-        return {}
-    if not (saved.get("ramp") or saved.get("changes") or saved.get("base")):
-        return {}
-    if _last_batch(saved, state) != own["global_batch_size"]:
-        return {}
-    names = ("global_batch_size", *free)
-    return {name: saved[name] for name in names if name in saved}
-
-
-def _last_batch(saved: Mapping[str, Any], state: Mapping[str, Any]) -> int:
-    """Finds the batch size that a state's order has at the state's step."""
-    changes = saved.get("ramp") or saved.get("changes") or []
-    first = saved["base"]["segment"] if saved.get("base") else saved
-    sizes = [first["global_batch_size"]]
-    sizes += [c["global_batch_size"] for c in changes if c["step"] <= state["step"]]
-    return int(sizes[-1])
-
-
-def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuses a state of another version, or whose step, order or records cannot be read.
-
-    Raises:
-      StateError: `state_version`, `state_fields`, `order_fields`, `order_values`.
-      ConfigError: A value of the order is not valid.
-    """
-    if state.get("version") != STATE_VERSION:
-        raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
-    order, step, bad = state.get("order"), state.get("step"), state.get("bad", [])
-    if not (isinstance(bad, list | tuple) and all(isinstance(b, Mapping) for b in bad)):
-        raise StateError("state_fields", field="bad")
-    since = 0
-    if isinstance(order, Mapping) and order.get("version") == own["order"]["version"]:
-        config = MixtureConfig if "members" in own["order"] else OrderConfig
-        since = config.from_dict(order).since
-    if not is_whole(step) or not since <= step < 2**62:  # type: ignore[operator]
-        raise StateError("state_fields", field="step", got=repr(step))
-
-
-def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists the changes in a state's order that a loader without any of its own takes over."""
-    inherited: dict[str, Any] = {}
-    for name in ("ramp", "changes"):
-        if own.get(name) == []:
-            inherited[name] = saved.get(name, [])
-    if "before" in own and own["before"] is None:
-        names = ("since", "first_epoch", "owed", "before")
-        inherited |= {name: saved[name] for name in names if name in saved}
-    if "base" in own and own["base"] is None and "base" in saved:
-        inherited["base"] = saved["base"]
-    return inherited
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

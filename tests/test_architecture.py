@@ -147,7 +147,7 @@ FLOORS = {
         {"stream"},
         {"raw"},
         {"mixture_stream"},
-        {"delivery"},
+        {"delivery", "resume"},
         {"dataloader"},
         {"device"},
         {"cli"},
