@@ -163,7 +163,7 @@ def make_dataloader(
             workers=workers,
             prefetch_bytes=prefetch_bytes,
         )
-    dataset = dataset._resized(global_batch_size // world_size, sequence_length=sequence_length)
+    dataset = dataset._resized(global_batch_size, sequence_length=sequence_length)
     stream: Stream[Any] = dataset._stream
     builders = [part.builder for part in stream.parts]
     lengths: _Lengths | None = None
@@ -313,6 +313,8 @@ class StreamLoader:
         self._stream: Stream[Any] = dataset._stream
         self._batches = batches
         self._maker = BatchMaker(self._stream.ahead, batches)
+        # Of the pass that began last: a process group may have been made since the loader was.
+        self._topology = self._stream.topology
         # The order in use: with the changes that were made here or in the run of a state.
         self._order = self._stream.order
         # Whether changes were made here; those of a loaded state give way to another state's.
@@ -340,6 +342,10 @@ class StreamLoader:
         self._planned = 0
         # Counts what ends the passes that are under way: an iterator of another turn is stale.
         self._turn = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Lets a loader be sent to another process, where it continues; hooks stay here."""
+        return {**self.__dict__, "_watcher": None}
 
     @property
     def epoch(self) -> int:
@@ -369,6 +375,9 @@ class StreamLoader:
         """
         self._turn += 1
         turn = self._turn
+        self._topology = self._stream.settle()
+        # The ranks may be others than when the loader was made.
+        rank_positions(0, self._topology.world_size, self._schedule.batch_at(self.step)[0])
         stop = self._schedule.epoch_start(self.epoch + 1)
         if self._packs is not None and self._planned != self.step:
             self._packs.go_to(self._streams)
@@ -632,7 +641,7 @@ class StreamLoader:
 
     def _plan(self, step: int) -> tuple[list[Row], list[list[int]]]:
         start_s = perf_counter()
-        rows = self._schedule.rows(step, self._stream.topology)
+        rows = self._schedule.rows(step, self._topology)
         self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places(step + 1)

@@ -27,7 +27,7 @@ from loader.stream import (
     StreamPart,
     open_split,
 )
-from loader.topology import find_topology
+from loader.topology import CurrentTopology
 from shardspec.errors import ConfigError
 from shardspec.foreign import sample_fields
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
@@ -159,7 +159,7 @@ class RawDataset(IterableDataset[Any]):
         part = StreamPart(
             data=data,
             builder=RawBuilder(data, decode=decode, seed=seed),
-            topology=find_topology(rank=rank, world_size=world_size),
+            topology=CurrentTopology(rank=rank, world_size=world_size),
             tail=tail,
             shuffle=shuffle,
         )
@@ -185,9 +185,9 @@ class RawDataset(IterableDataset[Any]):
         self.num_samples = part.data.num_samples
         """Samples in use."""
 
-    def _resized(self, batch_size: int, *, sequence_length: int | None) -> RawDataset:  # noqa: ARG002
+    def _resized(self, global_batch: int, *, sequence_length: int | None) -> RawDataset:  # noqa: ARG002
         """Makes a dataset that shares what is open, at another batch size."""
-        return self._over(self._stream.resized(self._stream.parts, batch_size=batch_size))
+        return self._over(self._stream.resized(self._stream.parts, global_batch_size=global_batch))
 
     def _over(self, stream: Stream[RawBuilder]) -> RawDataset:
         other = copy.copy(self)
@@ -201,7 +201,7 @@ class RawDataset(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass."""
-        self._stream.cursor.set_epoch(epoch)
+        self._stream.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run; see `StreamingDataset.set_step`."""

@@ -63,6 +63,7 @@ PUBLIC = {
         "plan_order",
         "view_collator",
     ],
+    "loader.integrations": ["SteadyPasses", "attach_to_trainer"],
 }
 
 

@@ -3,6 +3,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import pickle
 import threading
 from collections import Counter
 from pathlib import Path
@@ -700,3 +701,20 @@ def test_behind_the_last_batch_of_an_epoch_the_loader_may_change_without_leaving
             loader.change(global_batch_size=8)
     assert loader.step == STEPS[0]
     assert len(next(iter(loader))["input_ids"]) == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pack": True}, {"bucket_steps": 2}, {"decode_threads": 0}]
+)
+def test_a_loader_that_is_pickled_within_a_pass_continues_elsewhere(url, options):
+    loader = make(url, **options)
+    loader.watch(lambda step, stats: None, every_steps=1)  # not picklable, and of this process
+    want = rows(take(make(url, **options), 4))
+    running = iter(loader)
+    begun = rows([next(running)])
+    copy = pickle.loads(pickle.dumps(loader))
+    assert copy.state_dict() == loader.state_dict()
+    assert begun + rows(take(copy, 3)) == want
+    rest = rows(running)
+    assert rest
+    assert (begun + rest)[: len(want)] == want[: len(begun + rest)]

@@ -384,7 +384,7 @@ def test_other_batch_size_keeps_every_other_setting(url, augmented):
     dataset = stream(
         url, world_size=2, rank=1, view=augmented, seed=9, tail="pad", shuffle=False, check="crc"
     )
-    other = dataset._resized(2, sequence_length=77)
+    other = dataset._resized(4, sequence_length=77)
     (one,), (another,) = other._stream.parts, dataset._stream.parts
     names = ("data", "topology", "tail", "shuffle")
     assert [getattr(one, n) for n in names] == [getattr(another, n) for n in names]
