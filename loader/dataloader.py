@@ -123,7 +123,9 @@ def make_dataloader(
         made when it is asked for, in the consumer's thread.
       workers: Worker processes instead of threads, for Python code that holds the interpreter.
       extra_keys: Further keys of the batch; see `MMCollator`.
-      with_metadata: Add `metadata`, a list with each sample's key.
+      with_metadata: Add `metadata`, a list with each sample's key; None as the key of a row that
+        only fills the last batch of an evaluation. With tail "pad" a batch has `real` in any case,
+        bool [B], False for such rows.
       columns: Added columns (`make annotate`) to deliver, as `column_NAME`: a tensor of S values
         (bool, int64 or float64; vectors float32 or int64, [S, length]), or a list of S texts. The S
         samples come row after row: one per row; with packs any number, and `sample_rows`, int64
@@ -204,6 +206,7 @@ def make_dataloader(
             pad_token_id=builders[0].ids.pad,
             extra_keys=extra_keys,
             with_metadata=with_metadata,
+            with_real=stream.parts[0].tail == "pad",
         )
         lengths = partial(_lengths, builders)
         if pack:
@@ -271,6 +274,7 @@ def view_collator(
     pad_token_id: int = 0,
     extra_keys: tuple[str, ...] = (),
     with_metadata: bool = False,
+    with_real: bool = False,
 ) -> MMCollator:
     """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
     shapes = view.shapes(view.image)
@@ -284,6 +288,7 @@ def view_collator(
         pool=shapes.pool,
         extra_keys=extra_keys,
         with_metadata=with_metadata,
+        with_real=with_real,
     )
 
 

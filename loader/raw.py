@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ class RawSample:
     """Suffix in lower case ("jpg", "json", "cls.txt") to payload; pickles are left out."""
     where: str
     """Tar and key, for errors."""
+    real: bool = True
+    """False for a repeat that fills the last batch of an evaluation (tail "pad")."""
 
 
 Decode = Callable[[RawSample, np.random.RandomState], Any]
@@ -95,6 +97,8 @@ class RawBuilder:
         seed = sample_seed(
             self._base_seed, idx=ref.sample, length=self.data.num_stored, epoch=ref.epoch
         )
+        if not ref.real:
+            sample = replace(sample, real=False)
         return self._decode(sample, self._rng(seed))
 
 
@@ -133,8 +137,8 @@ class RawDataset(IterableDataset[Any]):
             worker processes it must be picklable.
           split, seed, batch_size, shuffle, tail, rank, world_size, check, cache, cache_bytes,
             network, canonical_ranks, active_blocks, block_size, locality, max_samples, where, keys:
-            As in `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats.
-            Columns for `where` are `num_bytes` and `num_members`.
+            As in `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats,
+            with `RawSample.real` False. Columns for `where` are `num_bytes` and `num_members`.
 
         Raises:
           ManifestError: There is no readable manifest.

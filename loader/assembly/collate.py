@@ -10,8 +10,9 @@ no randomness, no state. The batch has exactly these keys, whatever the examples
     image_input_idx  int64   [B, M]           padding: -1
     attention_mask   int64   [B, L]           1 for tokens of the example, 0 for padding
 
-and, where asked for, `position_ids` (0), `subsegment_ids` (-1), `loss_weights` (0) and `metadata`
-(a list of dictionaries). L follows from the pad mode, M is the batch's maximum or a fixed number.
+and, where asked for, `position_ids` (0), `subsegment_ids` (-1), `loss_weights` (0), `metadata` (a
+list of dictionaries) and `real` (bool [B], False for rows that only fill the batch). L follows from
+the pad mode, M is the batch's maximum or a fixed number.
 
 Two other forms of pictures are taken as the view gives them: `images` as patches [B, M, P, D], and
 maps from image to tokens: `image_input_idx` per token [B, M, T] (padding -100, as for tokens of
@@ -132,6 +133,7 @@ class MMCollator:
         max_images: int | None = None,
         overlong: Literal["error", "truncate"] = "error",
         with_metadata: bool = False,
+        with_real: bool = False,
         extra_keys: tuple[str, ...] = (),
     ) -> None:
         """Builds the collator.
@@ -149,6 +151,8 @@ class MMCollator:
           overlong: What happens to an example longer than `sequence_length`: refused, or cut where
             that loses no image and leaves something to learn.
           with_metadata: Hand over the examples' `metadata`, {} where there is none.
+          with_real: Add `real`, which is False for rows whose `metadata` says so: repeats that fill
+            the last batch of an evaluation.
           extra_keys: Names of `EXTRA_KEYS` to hand over; every example must have them.
 
         Raises:
@@ -179,6 +183,7 @@ class MMCollator:
         self.max_images = max_images
         self.overlong = overlong
         self.with_metadata = with_metadata
+        self.with_real = with_real
         self.extra_keys = tuple(extra_keys)
         self._multiple = _parse_pad_mode(pad_mode, sequence_length=sequence_length)
         self._text_specs: dict[str, tuple[type[np.generic], float]] = {
@@ -231,6 +236,9 @@ class MMCollator:
         batch |= self._collate_images(examples, allocate)
         if self.with_metadata:
             batch["metadata"] = [example.metadata() for example in examples]
+        if self.with_real:
+            real = [bool(example.metadata().get("real", True)) for example in examples]
+            batch["real"] = torch.tensor(real)
         return batch
 
     def _collate_text(

@@ -137,6 +137,7 @@ class PreparedBuilder:
         planned.draft.dataset = self._dataset
         if not ref.real:
             planned.draft.plan.sequence.learns = False
+            planned.draft.real = False
         return planned
 
     def lengths(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

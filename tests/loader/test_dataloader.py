@@ -718,3 +718,23 @@ def test_a_loader_that_is_pickled_within_a_pass_continues_elsewhere(url, options
     rest = rows(running)
     assert rest
     assert (begun + rest)[: len(want)] == want[: len(begun + rest)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("options", [{}, {"workers": 1}, {"bucket_steps": 3}])
+def test_rows_that_fill_an_evaluation_are_flagged_and_have_no_key(url, world_size, options):
+    keys = []
+    for rank in range(world_size):
+        for batch in make(url, tail="pad", rank=rank, world_size=world_size, **options):
+            real = batch["real"]
+            assert real.dtype == torch.bool
+            assert real.tolist() == (batch["labels"] != -100).any(dim=1).tolist()
+            found = [one["key"] for one in batch["metadata"]]
+            assert [key is not None for key in found] == real.tolist()
+            keys += [key for key in found if key is not None]
+    assert sorted(keys) == [f"sample-{i:04d}" for i in range(NUM)]
+
+
+@pytest.mark.parametrize("tail", ["wrap", "drop_last"])
+def test_batches_without_fill_rows_have_no_flag(url, tail):
+    assert "real" not in next(iter(make(url, tail=tail)))
