@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from time import perf_counter
 from typing import Any
 
@@ -34,8 +35,8 @@ from loader.delivery import (
     RawBatches,
     Stats,
     Task,
+    WorkerCrew,
     make_in_threads,
-    make_in_workers,
 )
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import (
@@ -66,6 +67,9 @@ _PASSES = {
     True: "one epoch: each sample once, but for the step that two epochs share",
     False: "a number of steps: samples continue from one pass to the next",
 }
+
+_FAR = 1 << 30
+"""Steps: what is read ahead does not end with an epoch."""
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -347,10 +351,13 @@ class StreamLoader:
         self._planned = 0
         # Counts what ends the passes that are under way: an iterator of another turn is stale.
         self._turn = 0
+        # What is planned, and who makes it, from pass to pass; no plan where the loader was moved.
+        self._ahead_of: _Plan | None = None
+        self._crew: WorkerCrew | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Lets a loader be sent to another process, where it continues; hooks stay here."""
-        return {**self.__dict__, "_watcher": None}
+        return {**self.__dict__, "_watcher": None, "_crew": None, "_ahead_of": None}
 
     @property
     def epoch(self) -> int:
@@ -384,14 +391,12 @@ class StreamLoader:
         # The ranks may be others than when the loader was made.
         rank_positions(0, self._topology.world_size, self._schedule.batch_at(self.step)[0])
         stop = self._schedule.epoch_start(self.epoch + 1)
-        if self._packs is not None and self._planned != self.step:
-            self._packs.go_to(self._streams)
-        self._stream.ahead.cancel()
-        tasks = _Tasks(self, range(self.step, stop))
-        left = len(tasks)
+        left = stop - self.step
+        crew = self._workers_at_hand()
+        plan = self._plan_from_here(crew)
         begin_s = perf_counter()
-        # Threads and processes end with the loop, however it is left.
-        with closing(self._batches_of(tasks)) as batches:
+        # Threads end with the loop, however it is left; worker processes stay for the next one.
+        with closing(self._batches_of(plan, stop, crew)) as batches:
             for made, ready in batches:
                 given_s = perf_counter()
                 before, num_bad = (self.step, self._streams), len(self.bad_samples)
@@ -399,7 +404,7 @@ class StreamLoader:
                 self._note_bad(made.bad)
                 self.step += 1
                 left -= 1
-                self._streams = tasks.delivered()
+                self._streams = plan.delivered()
                 batch = made.batch
                 self._stats.timings += made.timings
                 self._counters.update(made.counters)
@@ -422,7 +427,9 @@ class StreamLoader:
                 del batch
                 begin_s = perf_counter()
                 self._stats.use_s += begin_s - given_s
-                if left and turn != self._turn:
+                if not left:
+                    return
+                if turn != self._turn:
                     # Its batches would come twice, and count for the state.
                     raise StateError("stale_iterator", step=self.step)
 
@@ -454,18 +461,48 @@ class StreamLoader:
             self._watcher = hook, every_steps, now
             hook(self.step, now.since(before))
 
-    def _batches_of(self, tasks: _Tasks) -> Generator[tuple[MadeBatch, int], None, None]:
-        ahead = self._ahead()
-        if self._workers:
-            return make_in_workers(
-                iter(tasks),
-                self._maker,
-                workers=self._workers,
-                keep_bytes=self._prefetch_bytes,
-                ahead=ahead,
+    def close(self) -> None:
+        """Ends the worker processes, which otherwise end with the loader; it can be used again."""
+        if self._crew is not None:
+            self._crew.close()
+        self._crew = None
+
+    def _workers_at_hand(self) -> WorkerCrew | None:
+        """Gives the worker processes, started anew where there are none; None: threads."""
+        crew = self._crew
+        if crew is not None and (crew.is_closed or len(crew) != self._workers):
+            self.close()
+        if self._workers and self._crew is None:
+            self._crew = WorkerCrew(
+                self._maker, workers=self._workers, keep_bytes=self._prefetch_bytes
             )
+        return self._crew
+
+    def _plan_from_here(self, crew: WorkerCrew | None) -> _Plan:
+        """Gives the plan of the steps from here on: that of the pass before where it got here."""
+        plan, pending = self._ahead_of, 0 if crew is None else crew.num_pending
+        if plan is not None and plan.continues(self.step, pending, self._topology):
+            return plan
+        if crew is not None:
+            crew.cancel()
+        self._stream.ahead.cancel()
+        if self._packs is not None and self._planned != self.step:
+            self._packs.go_to(self._streams)
+        # Each worker process announces its own steps; threads share what is fetched.
+        window = LookaheadWindow(self._stream.ahead.ahead_steps, stride=max(1, self._workers))
+        self._ahead_of = plan = _Plan(self.step, window, self._topology)
+        return plan
+
+    def _batches_of(
+        self, plan: _Plan, stop: int, crew: WorkerCrew | None
+    ) -> Generator[tuple[MadeBatch, int], None, None]:
+        ahead = self._ahead()
+        if crew is not None:
+            # Over the end of the epoch: the next pass begins with what is ready.
+            return crew.make((plan.task(self._plan) for _ in count()), ahead=ahead)
+        tasks = (plan.task(self._plan) for _ in range(plan.next_step, stop))
         return make_in_threads(
-            iter(tasks),
+            tasks,
             self._maker,
             threads=self._decode_threads,
             allocate=self._pool.empty,
@@ -525,6 +562,7 @@ class StreamLoader:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
         self._turn += 1
+        self._ahead_of = None
         self._changed = True
 
     def places(self, step: int) -> list[Row]:
@@ -622,6 +660,9 @@ class StreamLoader:
         self._order = resumed.order
         self._changed = False
         self._turn += 1
+        self._ahead_of = None
+        if resumed.bad:
+            self.close()  # worker processes are to know these samples from the start
         self.step = resumed.step
         self.bad_samples = resumed.bad
         self._stream.restore_bad(self.bad_samples)
@@ -652,34 +693,41 @@ class StreamLoader:
         return rows, [] if self._packs is None else self._packs.places(step + 1)
 
 
-class _Tasks:
-    """The batches of some steps, and for each what the packs need to resume after it."""
+class _Plan:
+    """The batches from a step on, without end, and for each what the packs need to resume after it.
 
-    def __init__(self, loader: StreamLoader, steps: range) -> None:
-        self._loader, self._steps = loader, steps
+    It never refers to the loader, which keeps it: what ends with the loader ends at once.
+    """
+
+    def __init__(self, step: int, window: LookaheadWindow, topology: Topology) -> None:
+        self._given = self.next_step = step
+        self._window, self._topology = window, topology
+        # From the next step on; and of the steps between those that were given and that.
+        self._planned: deque[tuple[list[Row], list[list[int]]]] = deque()
         self._streams_after: deque[list[list[int]]] = deque()
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[Task]:
-        loader, stop = self._loader, self._steps.stop
-        # Each worker process announces its own steps; threads share what is fetched.
-        window = LookaheadWindow(loader._stream.ahead.ahead_steps, stride=max(1, loader._workers))
-        planned: deque[tuple[list[Row], list[list[int]]]] = deque()
-        for step in self._steps:
-            soon = window.next_steps(step, stop=stop)
-            last = soon[-1] if soon else step
-            while step + len(planned) <= last:
-                planned.append(loader._plan(step + len(planned)))
-            ahead = [(later, planned[later - step][0]) for later in soon]
-            rows, streams = planned.popleft()
-            self._streams_after.append(streams)
-            yield Task(step=step, rows=rows, ahead=ahead)
+    def task(self, plan: Callable[[int], tuple[list[Row], list[list[int]]]]) -> Task:
+        """Plans the next batch, and those after it that are to be announced with it."""
+        step = self.next_step
+        soon = self._window.next_steps(step, stop=step + _FAR)
+        last = soon[-1] if soon else step
+        while step + len(self._planned) <= last:
+            self._planned.append(plan(step + len(self._planned)))
+        ahead = [(later, self._planned[later - step][0]) for later in soon]
+        rows, streams = self._planned.popleft()
+        self._streams_after.append(streams)
+        self.next_step += 1
+        return Task(step=step, rows=rows, ahead=ahead)
 
     def delivered(self) -> list[list[int]]:
         """Gives where the packs' streams are after the next batch that is delivered."""
+        self._given += 1
         return self._streams_after.popleft()
+
+    def continues(self, step: int, num_pending: int, topology: Topology) -> bool:
+        """Returns True if a pass at a step continues here, with the batches that are pending."""
+        here = (self._given, self.next_step - self._given, self._topology)
+        return here == (step, num_pending, topology)
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

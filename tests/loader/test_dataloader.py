@@ -616,6 +616,8 @@ def test_worker_processes_give_the_same_batches_and_their_own_errors(url, undist
     assert rows(batches) == undisturbed[2 * BATCH : 6 * BATCH]
     strides = {batch["images"].stride()[2:] for batch in (*batches, *make(url))}
     assert strides == {(1, 28 * 3, 3)}  # channels last on this side of the queue too
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
     assert multiprocessing.active_children() == []
 
     broken_url, key, step = broken

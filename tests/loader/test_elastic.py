@@ -204,9 +204,9 @@ class StandingWorker(_Worker):
         super().__init__(maker, keep_bytes=keep_bytes)
         self.pending, self.idle = 0, idle
 
-    def request(self, task):
+    def request(self, task, *, turn):
         self.pending += 1
-        super().request(task)
+        super().request(task, turn=turn)
 
     def answer(self):
         self.pending -= 1
