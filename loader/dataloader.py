@@ -82,6 +82,8 @@ _PREPARED_ONLY: Mapping[str, Any] = {
     "columns": (),
     "pack": False,
     "max_crops": None,
+    "min_images": 0,
+    "max_images": None,
     "balance": True,
     "bucket_steps": 0,
 }
@@ -105,6 +107,8 @@ def make_dataloader(
     columns: tuple[str, ...] = (),
     pack: bool = False,
     max_crops: int | None = None,
+    min_images: int = 0,
+    max_images: int | None = None,
     balance: bool = True,
     bucket_steps: int = 0,
     prefetch_bytes: int = 1 << 32,
@@ -137,6 +141,11 @@ def make_dataloader(
       pack: Fill each row with several samples, planned from the lengths in the indexes; adds
         `position_ids` and `subsegment_ids` to the batch. Needs tail "wrap".
       max_crops: Most crops in a pack; None: any number.
+      min_images: Least crops per row of `images`, 1 where some ranks may have a step of text alone
+        (as FSDP hangs if only some ranks run the image encoder): what is missing is padding, which
+        no token refers to.
+      max_images: Fixed crops per row of `images`, so that all steps have one shape (with pad_mode
+        "max_len"); a row with more is an error. With `pack`, the default of `max_crops`.
       balance: Exchange packs between the ranks of a step, so that all have equal work. Off, rows
         keep their slots for every number of ranks, and a rank plans its own packs only.
       bucket_steps: Deal the samples of this many steps to these steps by length, so that batches
@@ -148,7 +157,8 @@ def make_dataloader(
 
     Raises:
       ConfigError: `order_count`, `batch_not_divisible`, `loader_range`, `loader_options`,
-        `loader_columns`, `packing_tail`, `packing_and_buckets`, and as `MMCollator`.
+        `loader_columns`, `collator_range`, `packing_tail`, `packing_and_buckets`, and as
+        `MMCollator`.
     """
     world_size = dataset._stream.topology.world_size
     require_count("global_batch_size", global_batch_size)
@@ -184,6 +194,8 @@ def make_dataloader(
             "columns": tuple(columns),
             "pack": pack,
             "max_crops": max_crops,
+            "min_images": min_images,
+            "max_images": max_images,
             "balance": balance,
             "bucket_steps": bucket_steps,
         }
@@ -202,6 +214,8 @@ def make_dataloader(
             raise ConfigError("packing_and_buckets", bucket_steps=bucket_steps)
         if pack:
             extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
+        if pack and max_images is not None:
+            max_crops = max_images if max_crops is None else min(max_crops, max_images)
         view = builders[0].view
         collator = view_collator(
             view,
@@ -211,6 +225,8 @@ def make_dataloader(
             extra_keys=extra_keys,
             with_metadata=with_metadata,
             with_real=stream.parts[0].tail == "pad",
+            min_images=min_images,
+            max_images=max_images,
         )
         lengths = partial(_lengths, builders)
         if pack:
@@ -279,6 +295,8 @@ def view_collator(
     extra_keys: tuple[str, ...] = (),
     with_metadata: bool = False,
     with_real: bool = False,
+    min_images: int = 0,
+    max_images: int | None = None,
 ) -> MMCollator:
     """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
     shapes = view.shapes(view.image)
@@ -293,6 +311,9 @@ def view_collator(
         extra_keys=extra_keys,
         with_metadata=with_metadata,
         with_real=with_real,
+        min_images=min_images,
+        max_images=max_images,
+        image_dtype=shapes.dtype,
     )
 
 

@@ -130,7 +130,9 @@ class MMCollator:
         num_patches: int = 576,
         tokens_per_crop: int | None = None,
         pool: int | None = None,
+        min_images: int = 0,
         max_images: int | None = None,
+        image_dtype: type[np.generic] | np.dtype = np.uint8,
         overlong: Literal["error", "truncate"] = "error",
         with_metadata: bool = False,
         with_real: bool = False,
@@ -147,7 +149,11 @@ class MMCollator:
           num_patches: Patches of one image, the second axis of `image_masks`.
           tokens_per_crop: Second axis of `image_input_idx` where it maps every token of a crop.
           pool: Second axis of `token_pooling`; None leaves that key out.
+          min_images: Least images per row of the batch, where its examples have fewer: the rest is
+            padding, which no token refers to. With 1, batches without any picture have a padding
+            picture per row, and one row of `token_pooling`.
           max_images: Fixed number of images per row of the batch; None takes the most of the batch.
+          image_dtype: Of `images` where no example of the batch has any, but there is padding.
           overlong: What happens to an example longer than `sequence_length`: refused, or cut where
             that loses no image and leaves something to learn.
           with_metadata: Hand over the examples' `metadata`, {} where there is none.
@@ -164,8 +170,8 @@ class MMCollator:
         numbers |= {"tokens_per_crop": 1 if tokens_per_crop is None else tokens_per_crop}
         numbers |= {"pool": 1 if pool is None else pool}
         bad: dict[str, object] = {name: value for name, value in numbers.items() if value < 1}
-        if max_images is not None and max_images < 0:
-            bad["max_images"] = max_images
+        if min_images < 0 or (max_images is not None and max_images < min_images):
+            bad |= {"min_images": min_images, "max_images": max_images}
         if bad:
             raise ConfigError("collator_range", facts=bad)
         if overlong not in ("error", "truncate"):
@@ -180,7 +186,8 @@ class MMCollator:
         self.num_patches = num_patches
         self.tokens_per_crop = tokens_per_crop
         self.pool = pool
-        self.max_images = max_images
+        self.min_images, self.max_images = min_images, max_images
+        self.image_dtype = np.dtype(image_dtype)
         self.overlong = overlong
         self.with_metadata = with_metadata
         self.with_real = with_real
@@ -267,7 +274,7 @@ class MMCollator:
     ) -> dict[str, torch.Tensor]:
         num = self.max_images
         if num is None:
-            num = max([example.num_crops for example in examples])
+            num = max(self.min_images, *[example.num_crops for example in examples])
         images = self._image_buffer(examples, num, allocate)
         masks = allocate((len(examples), num, self.num_patches), np.float32)
         index_shape: tuple[int, ...] = (len(examples), num)
@@ -300,7 +307,8 @@ class MMCollator:
         self, examples: Sequence[LazyExample], pool: int, allocate: Allocate
     ) -> np.ndarray:
         rows = [example.pooling() for example in examples]
-        pooling = allocate((len(rows), max(map(len, rows)), pool), np.int64)
+        least = 1 if self.min_images or self.max_images else 0
+        pooling = allocate((len(rows), max(least, *map(len, rows)), pool), np.int64)
         for row, array in enumerate(rows):
             pooling[row, : len(array)] = array
             pooling[row, len(array) :] = NO_PATCH
@@ -314,7 +322,9 @@ class MMCollator:
         Batches without pictures have channels last.
         """
         first = next((example for example in examples if example.num_crops), None)
-        dtype = np.dtype(np.uint8) if first is None else first.shapes.dtype
+        dtype = np.dtype(np.uint8)
+        if num:
+            dtype = self.image_dtype if first is None else first.shapes.dtype
         shape = (len(examples), num)
         if len(self.image_shape) == 2 or (first is not None and first.channels_first):
             return allocate((*shape, *self.image_shape), dtype)
