@@ -28,7 +28,8 @@ from loader import (
     View,
     make_dataloader,
 )
-from loader.dataloader import StreamLoader, view_collator
+from loader.assembly import view_collator
+from loader.dataloader import StreamLoader
 from preprocess.datasets import get_dataset
 from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job

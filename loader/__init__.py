@@ -7,8 +7,9 @@ from loader.assembly import (
     MolmoPreprocessor,
     View,
     assemble,
+    view_collator,
 )
-from loader.dataloader import StreamLoader, make_dataloader, view_collator
+from loader.dataloader import StreamLoader, make_dataloader
 from loader.delivery import Stats
 from loader.device import DevicePrefetcher
 from loader.mixture_stream import IterableDatasetMixture

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class RawSample:
     """Suffix in lower case ("jpg", "json", "cls.txt") to payload; pickles are left out."""
     where: str
     """Tar and key, for errors."""
+    real: bool = True
+    """False for a repeat that fills the last batch of an evaluation (tail "pad")."""
 
 
 Decode = Callable[[RawSample, np.random.RandomState], Any]
@@ -93,6 +95,8 @@ class RawBuilder:
         seed = sample_seed(
             self._base_seed, idx=ref.sample, length=self.data.num_stored, epoch=ref.epoch
         )
+        if not ref.real:
+            sample = replace(sample, real=False)
         return self._decode(sample, self._rng(seed))
 
 
@@ -131,8 +135,8 @@ class RawDataset(IterableDataset[Any]):
             worker processes it must be picklable.
           split, seed, batch_size, shuffle, tail, rank, world_size, check, cache, cache_bytes,
             network, canonical_ranks, active_blocks, block_size, locality, max_samples, where, keys:
-            As in `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats.
-            Columns for `where` are `num_bytes` and `num_members`.
+            As in `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats,
+            with `RawSample.real` False. Columns for `where` are `num_bytes` and `num_members`.
 
         Raises:
           ManifestError: There is no readable manifest.
@@ -178,9 +182,9 @@ class RawDataset(IterableDataset[Any]):
         self.num_samples = part.data.num_samples
         """Samples in use."""
 
-    def _resized(self, batch_size: int, *, sequence_length: int | None) -> RawDataset:  # noqa: ARG002
+    def _resized(self, global_batch: int, *, sequence_length: int | None) -> RawDataset:  # noqa: ARG002
         """Makes a dataset that shares what is open, at another batch size."""
-        return self._over(self._stream.resized(self._stream.parts, batch_size=batch_size))
+        return self._over(self._stream.resized(self._stream.parts, global_batch_size=global_batch))
 
     def _over(self, stream: Stream[RawBuilder]) -> RawDataset:
         other = copy.copy(self)
@@ -194,7 +198,7 @@ class RawDataset(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass."""
-        self._stream.cursor.set_epoch(epoch)
+        self._stream.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run; see `StreamingDataset.set_step`."""

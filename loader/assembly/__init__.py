@@ -4,7 +4,7 @@ Decides which variants, crops and augmentations an example gets and where its to
 Never decides which sample comes next, and never opens a shard.
 """
 
-from loader.assembly.assemble import Draft, Planner, View, assemble
+from loader.assembly.assemble import Draft, Planner, View, assemble, view_collator
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator, finished
 from loader.assembly.layout import TokenIds
@@ -29,4 +29,5 @@ __all__ = [
     "finished",
     "fitting",
     "normalize",
+    "view_collator",
 ]

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from loader.assembly.augment import NO_CHANGE, Augment, Draw, Resample, draw, draw_filter
-from loader.assembly.collate import Shapes, finished
+from loader.assembly.collate import MMCollator, Shapes, finished
 from loader.assembly.layout import (
     IGNORED,
     BranchTurns,
@@ -276,8 +276,8 @@ class Draft:
     """The example of one sample before its arrays are made (a `LazyExample`)."""
 
     __slots__ = (
-        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "render_s", "scratch"),
-        *("shapes", "sources", "substitutes", "view"),
+        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "real", "render_s"),
+        *("scratch", "shapes", "sources", "substitutes", "view"),
     )
 
     channels_first = False
@@ -311,6 +311,8 @@ class Draft:
         """The bad sample that it substitutes, for its metadata."""
         self.dataset: str | None = None
         """The dataset's name, for its metadata."""
+        self.real = True
+        """False for a repeat that fills the last batch of an evaluation: it has no key."""
         self.error: ShardsError | None = None
         """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
@@ -425,13 +427,15 @@ class Draft:
         """Describes the example."""
         plan = self.plan
         described: dict[str, Any] = {
-            "key": self.key,
+            "key": self.key if self.real else None,
             "images": [
                 {"width": width, "height": height, "crops": seen.crops}
                 for (width, height), seen in zip(plan.sizes, plan.seen, strict=True)
             ],
             "dropped_branches": plan.sequence.dropped_branches,
         }
+        if not self.real:
+            described["real"] = False
         if self.substitutes is not None:
             described["substitutes"] = self.substitutes
         if self.dataset is not None:
@@ -467,6 +471,37 @@ def assemble(
     plan = _planner(view, ids).plan(sample.tokens, sample.spans, rng, key=sample.key)
     sources = [(image.pixels, image.overview) for image in sample.images]
     return finished(Draft(plan, sources, view=view, key=sample.key, scratch=Scratch()))
+
+
+def view_collator(
+    view: View,
+    *,
+    sequence_length: int,
+    pad_mode: str = "to_128",
+    pad_token_id: int = 0,
+    extra_keys: tuple[str, ...] = (),
+    with_metadata: bool = False,
+    with_real: bool = False,
+    min_images: int = 0,
+    max_images: int | None = None,
+) -> MMCollator:
+    """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
+    shapes = view.shapes(view.image)
+    return MMCollator(
+        sequence_length=sequence_length,
+        pad_mode=pad_mode,
+        pad_token_id=pad_token_id,
+        image_shape=shapes.image,
+        num_patches=shapes.num_patches,
+        tokens_per_crop=shapes.tokens_per_crop,
+        pool=shapes.pool,
+        extra_keys=extra_keys,
+        with_metadata=with_metadata,
+        with_real=with_real,
+        min_images=min_images,
+        max_images=max_images,
+        image_dtype=shapes.dtype,
+    )
 
 
 @functools.lru_cache(maxsize=16)

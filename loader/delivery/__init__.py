@@ -4,11 +4,12 @@ Decides which thread or process makes which batch, and when. Never decides what 
 """
 
 from loader.delivery.batches import BatchBuilder, BatchMaker, MadeBatch, Task
+from loader.delivery.plan import TaskPlan
 from loader.delivery.prepared import PreparedBatches
 from loader.delivery.raw import Collate, RawBatches
 from loader.delivery.stats import Stats
 from loader.delivery.threads import AheadLimit, make_in_threads
-from loader.delivery.workers import make_in_workers
+from loader.delivery.workers import WorkerCrew
 
 __all__ = [
     "AheadLimit",
@@ -20,6 +21,7 @@ __all__ = [
     "RawBatches",
     "Stats",
     "Task",
+    "TaskPlan",
+    "WorkerCrew",
     "make_in_threads",
-    "make_in_workers",
 ]

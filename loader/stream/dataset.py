@@ -182,11 +182,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.ids = part.builder.ids
         self.view = part.builder.view
 
-    def _resized(self, batch_size: int, *, sequence_length: int | None) -> StreamingDataset:
+    def _resized(self, global_batch: int, *, sequence_length: int | None) -> StreamingDataset:
         """Makes a dataset that shares what is open, at another batch size or sequence length."""
         (part,) = self._stream.parts
         part = replace(part, builder=part.builder.with_sequence_length(sequence_length))
-        return self._over(self._stream.resized([part], batch_size=batch_size))
+        return self._over(self._stream.resized([part], global_batch_size=global_batch))
 
     def _over(self, stream: Stream[PreparedBuilder]) -> StreamingDataset:
         other = copy.copy(self)
@@ -205,7 +205,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass, as DistributedSampler's method does."""
-        self._stream.cursor.set_epoch(epoch)
+        self._stream.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run, for resuming under a plain DataLoader.

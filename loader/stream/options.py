@@ -18,7 +18,7 @@ from loader.reading import Check, Network
 from loader.stream.split import OpenSplit, open_split
 from loader.stream.stream import Builder, DatasetPlan, Stream, StreamPart
 from loader.stream.subset import Keys
-from loader.topology import find_topology
+from loader.topology import CurrentTopology
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
 
@@ -178,7 +178,7 @@ class StreamOptions:
         part = StreamPart(
             data=data,
             builder=builder,
-            topology=find_topology(rank=self.rank, world_size=self.world_size),
+            topology=CurrentTopology(rank=self.rank, world_size=self.world_size),
             tail=self.tail,
             shuffle=self.shuffle,
         )

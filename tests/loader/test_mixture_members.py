@@ -177,6 +177,22 @@ def test_a_removed_dataset_that_returns_with_other_data_is_refused(
     assert "state.data.bee.keys" in caught.value.facts["differences"]
 
 
+def test_worker_processes_of_a_pass_make_what_a_state_of_other_members_says(urls):
+    """What they had made ahead is dropped; they stay, for the new order too."""
+    names = ("dog", "cat", "ant")
+    _, state = run(urls, ("ant", "bee", "cat"), count=7)
+    want, _ = run(urls, names, count=4, state=state, allow=("mixture",))
+    loader = make(urls, names, workers=1)
+    list(itertools.islice(loader, 2))
+    crew = loader._crew
+    loader.load_state_dict(state, allow=("mixture",))
+    assert [rows(batch) for batch in itertools.islice(loader, 4)] == want
+    assert loader._crew is crew is not None
+    loader.change(weights=[0, 1, 0])
+    assert set(shown([rows(batch) for batch in itertools.islice(loader, 1)])) == {"cat"}
+    loader.close()
+
+
 def test_weights_alone_may_differ_too_and_the_batch_with_them(urls):
     _, state = run(urls, ("ant", "bee"), count=5)
     loader = make(urls, ("ant", "bee", "cat"), batch=24)

@@ -269,9 +269,12 @@ def test_packs_mix_datasets(urls):
 def granted():
     """Lets the system grant this process few more descriptors; tells how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    num_open = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 60, hard))
-    yield num_open + 60
+    taken = {int(number) for number in os.listdir("/proc/self/fd")}
+    # The limit is one of numbers, and those in use may have gaps.
+    free = (number for number in itertools.count() if number not in taken)
+    limit = next(itertools.islice(free, 59, None)) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    yield len(taken) + 60
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 

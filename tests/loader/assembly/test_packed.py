@@ -4,6 +4,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from loader.assembly import view_collator
 from loader.assembly.assemble import Draft, Planner, View
 from loader.assembly.attention import PACKED_STRIDE, build_attention_mask
 from loader.assembly.collate import EXTRA_KEYS, finished
@@ -11,7 +12,6 @@ from loader.assembly.layout import TokenIds
 from loader.assembly.packed import Pack, fitting
 from loader.assembly.pixels import Encoded
 from loader.buffers import Scratch
-from loader.dataloader import view_collator
 from shardspec.errors import ConfigError, SampleError
 from shardspec.media import decode_stored, encode_stored
 from shardspec.tiling import ImageView

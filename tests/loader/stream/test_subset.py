@@ -115,7 +115,8 @@ def test_every_pass_shows_the_chosen_samples_once(world_size, tail, url, kept):
             assert len({*shown}) == len(shown) == len(kept) // BATCH * BATCH
             assert {*shown} <= {*kept}
         else:
-            assert sorted({*shown}) == kept
+            # Rows that fill the last batch have no key.
+            assert sorted(key for key in shown if key is not None) == kept
 
 
 @pytest.mark.parametrize("options", [{}, {"bucket_steps": 3}], ids=["rows", "buckets"])
