@@ -492,6 +492,7 @@ def _write_dataset(
             vocab_size=100,
             embedding_size=134,
             special_ids=special_ids,
+            special_tokens={"bos": "<s>", "eos": "</s>", "pad": "<pad>"},
         ),
         libraries={},
         splits={

@@ -66,7 +66,7 @@ def test_manifest_entries_have_the_fields_of_the_code(head, kind):
 def test_manifest_has_the_fields_of_the_code():
     described = set(table(section("The manifest"), "field"))
     stored = set(names(manifest.Manifest)) - {"shards"}
-    assert described == stored | {"shardlist", "format_version"}
+    assert described == stored | {"shardlist", "format_version", "digest"}
 
 
 def test_views_and_raw_datasets_are_the_codes():
@@ -164,7 +164,7 @@ def test_file_names_are_the_codes():
 def test_every_reason_that_readers_give_exists_in_the_code_and_the_other_way_round():
     described = set(
         re.findall(
-            r"`([a-z_]+)`",
+            r"`([a-z_0-9]+)`",
             "".join(
                 line.rsplit(" | ", 1)[-1]
                 for line in section("What a reader must refuse").splitlines()

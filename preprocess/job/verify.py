@@ -12,17 +12,17 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-from preprocess.job.commit import tokenizer_in_place
 from preprocess.job.job import Reporter
 from shardspec import storage
 from shardspec.errors import ShardError, ShardsError
 from shardspec.index import open_index, sample_layout
-from shardspec.manifest import TOKENIZER_NAME, FileEntry, require_manifest
+from shardspec.manifest import TOKENIZER_NAME, FileEntry, Manifest, require_manifest
 from shardspec.media import decode_stored
+from shardspec.probe import check_stored_tokenizer
 from shardspec.sample import (
     SPAN_COLUMNS,
     SpanKind,
@@ -51,10 +51,11 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     manifest = require_manifest(url)
     codec = None if manifest.raw else str(manifest.recipe["image"]["codec"])
     findings: list[ShardsError] = []
-    if not manifest.raw and not tokenizer_in_place(url, manifest):
-        findings.append(
-            ShardError("tokenizer_file.changed", where=storage.join(url, TOKENIZER_NAME))
-        )
+    if not manifest.raw:
+        try:
+            _verify_tokenizer(manifest, storage.join(url, TOKENIZER_NAME))
+        except ShardError as error:
+            findings.append(error)
     report.stage("verify", len(manifest.files))
     for file in manifest.files:
         try:
@@ -65,9 +66,17 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     return findings
 
 
+def _verify_tokenizer(manifest: Manifest, where: str) -> None:
+    try:
+        payload = storage.read_bytes(where)
+    except FileNotFoundError as error:
+        raise ShardError("tokenizer_file.changed", where=where) from error
+    check_stored_tokenizer(manifest.tokenizer, payload, where=where)
+
+
 def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
     tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
-    counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
+    counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
         tar_path = _at_hand(tar_url, Path(folder) / "shard.tar")
         _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)

@@ -465,7 +465,7 @@ def _look_at(file: FileEntry) -> tuple[ObjectVersion, bytes]:
 
 
 def _open_table(file: FileEntry, payload: bytes, *, raw: bool) -> np.ndarray:
-    counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
+    counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     if storage.is_local(file.index_url):
         return open_index(str(storage.local_path(file.index_url)), raw=raw, **counts)
     with TemporaryDirectory() as folder:

@@ -132,6 +132,10 @@ class Tokenizer:
             vocab_size=self.vocab_size,
             embedding_size=max(self.special_ids.values()) + 1,
             special_ids=dict(sorted(self.special_ids.items())),
+            special_tokens={
+                name: self._backend.id_to_token(self.special_ids[name])
+                for name in ("bos", "eos", "pad")
+            },
         )
 
 
