@@ -2,6 +2,10 @@
 
 Shards and indexes are memory-mapped when first touched, after their lengths have been compared with
 the manifest's; a shard that is missing, short or too long is refused before a byte of it is used.
+
+An index is hashed when it is first opened, which takes 1 ms for 10,000 samples: it says where each
+sample is and which checksum it has, so what it says is trusted as far as the manifest is. The tar
+is not hashed: the checksum of each sample is compared when it is read.
 """
 
 from __future__ import annotations
@@ -32,6 +36,9 @@ class LocalShards:
 
     def __init__(self, check: Check, *, raw: bool) -> None:
         self._check, self._raw = check, raw
+        # Indexes that were hashed, by URL: what identified the file then. Shards are closed and
+        # opened again where there are many. Threads may hash the same index at a time.
+        self._hashed: dict[str, tuple[int, ...]] = {}
 
     def max_open(self, num_readers: int) -> int:
         """Returns how many shards are kept open for this many readers, with two descriptors each.
@@ -52,12 +59,18 @@ class LocalShards:
         """
         _check_size(file.url, file.num_bytes)
         _check_size(file.index_url, file.index_bytes)
-        counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
         if storage.is_local(file.index_url):
-            rows = open_index(str(storage.local_path(file.index_url)), raw=self._raw, **counts)
+            rows = self._open_index(file)
         else:  # tars that were imported into a store's dataset
             payload = memoryview(storage.read_bytes(file.index_url))
-            rows = parse_index(payload, where=file.index_url, raw=self._raw, **counts)
+            rows = parse_index(
+                payload,
+                where=file.index_url,
+                raw=self._raw,
+                sha256=file.index_sha256,
+                num_samples=file.nsamples,
+                shard_bytes=file.num_bytes,
+            )
         with storage.local_path(file.url).open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return LocalShard(
@@ -67,6 +80,25 @@ class LocalShards:
             url=file.url,
             check=self._check,
         )
+
+    def _open_index(self, file: FileEntry) -> np.ndarray:
+        path = storage.local_path(file.index_url)
+        try:
+            stat = path.stat()
+        except FileNotFoundError as error:
+            raise ShardError("index_missing.stored", where=file.index_url) from error
+        # Taken before the file is read: one that is replaced meanwhile has another stamp later.
+        stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        is_hashed = self._hashed.get(file.index_url) == stamp
+        rows = open_index(
+            str(path),
+            num_samples=file.nsamples,
+            shard_bytes=file.num_bytes,
+            raw=self._raw,
+            sha256="" if is_hashed else file.index_sha256,
+        )
+        self._hashed[file.index_url] = stamp
+        return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

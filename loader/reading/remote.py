@@ -74,6 +74,7 @@ class RemoteShards:
             num_samples=file.nsamples,
             shard_bytes=file.num_bytes,
             raw=self.raw,
+            sha256=file.index_sha256,
         )
 
     def _fetch(self, file: FileEntry) -> np.ndarray:

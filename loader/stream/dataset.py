@@ -90,7 +90,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             done.
           on_bad: What a sample that cannot be read or laid out does: it raises, or another sample,
             chosen by hash, takes its slot, which `metadata["substitutes"]` and `bad` record. A
-            store that does not answer is not a bad sample: it always raises.
+            store that does not answer is not a bad sample, and neither is a shard or an index that
+            is missing or damaged: these always raise.
           max_bad_rate: With on_bad "substitute": share of bad samples, counted per process, above
             which to stop after all; None: never.
           cache: Folder on the node's disk, shared by its ranks and workers, that keeps what was

@@ -163,7 +163,7 @@ def test_index_of_another_shard_is_refused(url, samples, write_dataset, tmp_path
     Path(url, name).write_bytes(Path(other, name).read_bytes())
     with pytest.raises(ShardError) as caught:
         open_reader(url).read(0)
-    assert caught.value.reason == "index_range"
+    assert caught.value.reason == "index_sha256"
 
 
 def test_checksum_catches_a_flipped_byte_anywhere_in_a_sample(url, samples):
