@@ -30,6 +30,7 @@ from typing import Literal, NoReturn
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from shardspec.checksum import crc32
 from shardspec.errors import ConfigError, SampleError, ShardError
 from shardspec.sample import ARRAY_HEADER_BYTES, Codec, encode_array
 
@@ -215,7 +216,7 @@ def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:
         if stop > len(view):
             raise ValueError(f"truncated PNG chunk {kind!r}")
         crc = int.from_bytes(view[stop - 4 : stop], "big")
-        if zlib.crc32(view[start + 4 : stop - 4]) != crc:
+        if crc32(view[start + 4 : stop - 4]) != crc:
             raise ValueError(f"PNG chunk {kind!r} fails its CRC")
         chunks.append((kind, start, stop))
         start = stop

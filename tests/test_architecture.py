@@ -27,11 +27,12 @@ FORBIDDEN = {
 COMPOSITION_ROOTS = {"loader/cli/peek.py"}
 """May import both halves."""
 
-CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "shardspec", "tomli"}
-"""All that shardspec may import beside the standard library; simplejpeg by name, if installed, and
+CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "isal", "shardspec", "tomli"}
+"""All that shardspec may import beside the standard library; simplejpeg and isal, if installed, and
 tomli where Python has no tomllib yet."""
 
 PURE = {
+    "shardspec/checksum.py",
     "shardspec/errors.py",
     "shardspec/expression.py",
     "shardspec/keyed.py",
@@ -112,7 +113,7 @@ ENVIRONMENT = {"loader/topology.py", "shardspec/storage/stores.py"}
 
 FLOORS = {
     "shardspec": (
-        {"keyed", "toml"},
+        {"keyed", "toml", "checksum"},
         {"messages"},
         {"errors"},
         {"expression", "sample", "tar", "tiling"},

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import mmap
 import resource
-import zlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from shardspec import storage
+from shardspec.checksum import crc32
 from shardspec.errors import ShardError
 from shardspec.index import open_index, parse_index, sample_places
 from shardspec.manifest import FileEntry
@@ -28,7 +28,7 @@ _MOST_OPEN = 16_000
 process (`vm.max_map_count`)."""
 
 Check = Literal["size", "crc"]
-"""How much of a shard is verified: its length and count, or each sample's checksum as well."""
+"""How much of a tar is verified: its length, or each sample's checksum as well."""
 
 
 class LocalShards:
@@ -135,6 +135,6 @@ def _check_size(where: str, want: int) -> None:
 
 
 def _check_crc(members: memoryview, want: int, where: str) -> None:
-    got = zlib.crc32(members)
+    got = crc32(members)
     if got != want:
         raise ShardError("sample_crc.stored", where=where, got=got, want=want)

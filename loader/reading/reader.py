@@ -42,7 +42,7 @@ class ShardReader:
         manifest: Manifest,
         *,
         split: str,
-        check: Check = "size",
+        check: Check = "crc",
         prefetcher: Prefetcher | None = None,
     ) -> None:
         """Lists the shards; opens none yet.
@@ -51,7 +51,7 @@ class ShardReader:
           url: The dataset.
           manifest: Its manifest.
           split: Split to read.
-          check: "crc" verifies every sample that is read; remote ones are always verified.
+          check: "crc" verifies every sample that is read, "size" only remote ones.
           prefetcher: Fetches remote shards; several readers may share one.
 
         Raises:

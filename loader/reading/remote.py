@@ -13,7 +13,6 @@ This module decides what is read; when, and where it is kept, is prefetch.py's.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ import numpy as np
 from loader.reading.blocks import Block, Span, block_rows
 from loader.reading.prefetch import Prefetcher
 from shardspec import storage
+from shardspec.checksum import crc32
 from shardspec.errors import ShardError
 from shardspec.index import open_index, parse_index, sample_places
 from shardspec.manifest import FileEntry
@@ -132,13 +132,13 @@ class RemoteShard:
         block, span = self.place(row)
         want = int(self.rows[row]["crc32"])
         members = _read(self.prefetcher.read, block, span)
-        got = zlib.crc32(members)
+        got = crc32(members)
         if got == want:
             return members
         checksums = []
         for _ in range(_FRESH_READS):
             members = _read(self.prefetcher.read_anew, block, span)
-            fresh = zlib.crc32(members)
+            fresh = crc32(members)
             if fresh == want:
                 self.prefetcher.reject(block)
                 return members

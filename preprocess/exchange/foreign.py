@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from preprocess.job.engines import local
 from preprocess.reshard import portable_url, read_notes, repeated_key
 from preprocess.settings import Setting, usable_cores
 from shardspec import storage
+from shardspec.checksum import crc32
 from shardspec.errors import ConfigError, ConflictError, ShardError
 from shardspec.foreign import ForeignFile, is_pickle, walk_foreign
 from shardspec.index import encode_index, raw_index_dtype
@@ -307,7 +307,7 @@ def _crc32(stream: IO[bytes], start: int, length: int) -> int:
     crc = 0
     while length:
         payload = stream.read(min(length, _CHUNK_BYTES))
-        crc = zlib.crc32(payload, crc)
+        crc = crc32(payload, crc)
         length -= len(payload)
     return crc
 

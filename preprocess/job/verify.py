@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import mmap
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +17,7 @@ import numpy as np
 
 from preprocess.job.job import Reporter
 from shardspec import storage
+from shardspec.checksum import crc32
 from shardspec.errors import ShardError, ShardsError
 from shardspec.index import open_index, sample_layout
 from shardspec.manifest import TOKENIZER_NAME, FileEntry, Manifest, require_manifest
@@ -98,7 +98,7 @@ def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> 
 
 def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:
     start, length = int(row["offset"]), int(row["num_bytes"])
-    got = zlib.crc32(tar[start : start + length])
+    got = crc32(tar[start : start + length])
     if got != int(row["crc32"]):
         facts: dict[str, object] = {"got": got, "want": int(row["crc32"])}
         raise _wrong(f"{where} sample {row['key'].decode()}", "sample_crc", facts)

@@ -193,7 +193,7 @@ def test_broken_picture_names_its_shard_and_sample(samples, write_dataset, tmp_p
     broken[middle] ^= 0x10
     path.write_bytes(broken)
     with pytest.raises(ShardError) as caught:
-        open_reader(url).read(3)
+        open_reader(url, check="size").read(3)
     assert caught.value.reason == "image_decode"
     assert caught.value.where == f"{path} sample sample-0003"
 
