@@ -7,7 +7,8 @@ short or damaged raise instead of giving a half-grey picture:
 * jpeg: simplejpeg where it is installed (libjpeg-turbo straight into the caller's buffer, without
   the GIL; its strict mode also notices a flipped bit that upsets the entropy coding), else Pillow,
   which notices missing bytes only. Both give the same pixels.
-* png: Pillow, after the CRC of every chunk has been checked (Pillow skips those of IDAT).
+* png: Pillow, after the CRC of every chunk has been checked (Pillow skips those of IDAT). Where the
+  lowest row is black, as rows are that a stream ends without, the stream's rows are counted.
 * webp: Pillow, after the length in the RIFF header has been checked; the format has no checksum.
 * raw: a .npy with a 128-byte header; its length is checked. The shard's sha256 guards the rest.
 
@@ -30,8 +31,8 @@ from typing import Literal, NoReturn
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from shardspec.checksum import crc32
 from shardspec.errors import ConfigError, SampleError, ShardError
+from shardspec.image_file import check_png, check_png_rows, check_webp
 from shardspec.sample import ARRAY_HEADER_BYTES, Codec, encode_array
 
 JpegDecoder = Literal["simplejpeg", "pillow"]
@@ -77,7 +78,6 @@ _RAW_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00v\x00"
     rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n"
 )
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def decode_stored(
@@ -193,47 +193,14 @@ def open_image(payload: bytes, *, formats: Sequence[str]) -> ImageFile.ImageFile
     return None
 
 
-def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:
-    """Checks the chunks of a PNG file and lists them.
+def may_lack_rows(image: Image.Image) -> bool:
+    """Returns True if a decoded PNG may lack rows at its end, so that they have to be counted.
 
-    Returns:
-      (type, start, stop) of each chunk, length and CRC included, IHDR first and IEND last.
-
-    Raises:
-      ValueError: Not a PNG, truncated, or a chunk whose CRC differs.
+    Pillow's pixels are 0 before they are decoded, so a lowest row with another value is there. The
+    rows of an interlaced picture come in another order.
     """
-    if bytes(payload[:8]) != _PNG_SIGNATURE:
-        raise ValueError("no PNG signature")
-    chunks = []
-    view = memoryview(payload)
-    start, kind = 8, b""
-    while kind != b"IEND":
-        if start + 12 > len(view):
-            raise ValueError("truncated PNG: no IEND chunk")
-        length = int.from_bytes(view[start : start + 4], "big")
-        kind = bytes(view[start + 4 : start + 8])
-        stop = start + 12 + length
-        if stop > len(view):
-            raise ValueError(f"truncated PNG chunk {kind!r}")
-        crc = int.from_bytes(view[stop - 4 : stop], "big")
-        if crc32(view[start + 4 : stop - 4]) != crc:
-            raise ValueError(f"PNG chunk {kind!r} fails its CRC")
-        chunks.append((kind, start, stop))
-        start = stop
-    return chunks
-
-
-def check_webp(payload: bytes | memoryview) -> None:
-    """Checks that a WebP file is as long as its header says (the format has no checksum).
-
-    Raises:
-      ValueError: Not a WebP, or truncated.
-    """
-    if bytes(payload[:4]) != b"RIFF" or bytes(payload[8:12]) != b"WEBP":
-        raise ValueError("no WebP signature")
-    want = 8 + int.from_bytes(payload[4:8], "little")
-    if len(payload) < want:
-        raise ValueError(f"truncated WebP: {len(payload)} of {want} bytes")
+    lowest = image.crop((0, image.height - 1, image.width, image.height))
+    return bool(image.info.get("interlace")) or not np.asarray(lowest).any()
 
 
 @functools.cache
@@ -281,9 +248,8 @@ def _decode_pillow(
     reduce: Reduction,
 ) -> np.ndarray:
     try:
-        if codec == "png":
-            check_png(payload)
-        elif codec == "webp":
+        chunks = check_png(payload) if codec == "png" else []
+        if codec == "webp":
             check_webp(payload)
         with _PILLOW_CLASSES[codec](io.BytesIO(payload)) as image:
             _check_size(image.width, image.height)
@@ -293,6 +259,8 @@ def _decode_pillow(
             if reduce != 1:
                 image.draft(None, (image.width // reduce, image.height // reduce))
             image.load()
+            if codec == "png" and may_lack_rows(image):
+                check_png_rows(payload, chunks)
     except PILLOW_DECODE_ERRORS as error:
         _refuse(codec, str(error), where)
     _check_out(out, (image.height, image.width, 3), codec, where)

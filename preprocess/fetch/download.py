@@ -18,7 +18,8 @@ Reasons of failure, stable codes. Transient (`TRANSIENT`), tried again at once a
 dns, connect, tls, timeout, protocol (no proper HTTP), truncated, http_429, http_5xx, host_down (not
 requested: its host failed too often in a row), offline (see `BudgetError` below). Permanent, until
 `retry="all"`: http_404 and every other status, bad_url, bad_scheme, private_addr,
-too_many_redirects, too_big, empty, not_image, bomb (more pixels than allowed), sha_mismatch.
+too_many_redirects, too_big, empty, not_image, bomb (more pixels than allowed), incomplete (the file
+ends early or is damaged, as far as its structure shows), sha_mismatch.
 
 A URL list is hostile input: only http and https are spoken, and a connection is made only to the
 very address that was checked to be a public one, at every redirect. Pixels are not decoded here.
@@ -51,6 +52,7 @@ from yarl import URL
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
 from preprocess.settings import Setting
 from shardspec.errors import BudgetError, ConfigError, nearest
+from shardspec.image_file import check_image_file
 from shardspec.keyed import hash_text
 from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS, open_image
 from shardspec.storage import retry_after_s
@@ -276,8 +278,11 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def image_fault(body: bytes, *, max_pixels: int) -> Literal["", "empty", "not_image", "bomb"]:
-    """Judges a body by its image header; "" is a usable one.
+ImageFault = Literal["", "empty", "not_image", "bomb", "incomplete"]
+
+
+def image_fault(body: bytes, *, max_pixels: int) -> ImageFault:
+    """Judges a body by the header and the structure of an image file; "" is a usable one.
 
     >>> image_fault(b"<html>", max_pixels=100)
     'not_image'
@@ -296,7 +301,13 @@ def image_fault(body: bytes, *, max_pixels: int) -> Literal["", "empty", "not_im
         return "not_image"
     if width < 1 or height < 1:
         return "not_image"
-    return "bomb" if width * height > max_pixels else ""
+    if width * height > max_pixels:
+        return "bomb"
+    try:
+        check_image_file(body, form=str(image.format))
+    except ValueError:
+        return "incomplete"
+    return ""
 
 
 class _Failure(Exception):

@@ -15,11 +15,11 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from shardspec.errors import SampleError, ShardError
+from shardspec.image_file import check_png
 from shardspec.media import (
     CODEC_MAX_SIDE_PX,
     MAX_STORED_PIXELS,
     PILLOW_DECODE_ERRORS,
-    check_png,
     decode_stored,
     encode_stored,
     jpeg_decoder,
