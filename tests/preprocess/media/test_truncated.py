@@ -1,7 +1,7 @@
 """No picture that ends early is taken for a whole one: formats by places where they end.
 
-FETCH judges by the structure of the file, BUILD and the reader of stored images by decoding. Where a
-file is accepted all the same, it has every pixel of the whole one: what it lacks is a trailer.
+FETCH judges by the structure of the file, BUILD and the reader of stored images by decoding. Where
+a file is accepted all the same, it has every pixel of the whole one: what it lacks is a trailer.
 """
 
 import numpy as np
