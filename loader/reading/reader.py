@@ -29,6 +29,9 @@ from shardspec.index import sample_layout
 from shardspec.manifest import FileEntry, Manifest, Segment, fetch_manifest, require_manifest
 from shardspec.sample import PreparedSample
 
+_TRIED_OF_SHARD = 8
+"""Samples by which a shard is judged; one with fewer is not."""
+
 _OPENED_AHEAD = 64
 """Indexes of remote shards that are fetched at a time."""
 
@@ -77,6 +80,8 @@ class ShardReader:
             prefetcher.open()
             self._remote = RemoteShards(prefetcher, raw=manifest.raw)
         self._open = OpenShards()
+        # Whether a segment was found damaged. Threads may judge the same one at a time.
+        self._damaged: dict[int, bool] = {}
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -135,6 +140,33 @@ class ShardReader:
         where = f"{shard.url} sample {key}"
         members = shard.sample(i, where=where)
         return read_sample(members, place, key, codec=self.codec, where=where)
+
+    def is_shard_damaged(self, sample_id: int) -> bool:
+        """Judges the shard of a damaged sample: returns True if others of it are damaged too.
+
+        Eight samples of it are tried, evenly spaced, until one is right. The result depends on the
+        data only, so all ranks come to the same.
+
+        Raises:
+          ShardError, StorageError: As `stored`, but for `sample_crc`.
+        """
+        number = bisect.bisect_right(self._borders, sample_id) - 1
+        first, stop = self._borders[number : number + 2]
+        if stop - first < _TRIED_OF_SHARD:
+            return False
+        if number not in self._damaged:
+            tried = [first + (stop - first) * i // _TRIED_OF_SHARD for i in range(_TRIED_OF_SHARD)]
+            self._damaged[number] = all(map(self._is_damaged, tried))
+        return self._damaged[number]
+
+    def _is_damaged(self, sample_id: int) -> bool:
+        try:
+            self.stored(sample_id)
+        except ShardError as error:
+            if error.reason != "sample_crc":
+                raise
+            return True
+        return False
 
     def members(self, sample_id: int) -> tuple[str, memoryview, str]:
         """Returns the bytes of a sample in its tar, with the headers of its members.

@@ -183,6 +183,9 @@ class PreparedBuilder:
                 except (SampleError, ShardError) as error:
                     if self.on_bad == "raise" or not is_of_one_sample(error):
                         raise
+                    if error.reason == "sample_crc" and self.data.reader.is_shard_damaged(number):
+                        shard, _ = self.data.reader.name(number)
+                        raise ShardError("shard_damaged", where=shard) from error
                     failure = failure or error
                     known = self._record(number, error)
                     self.quarantine.add(known, error)

@@ -237,7 +237,7 @@ def test_a_damaged_shard_or_index_raises_and_is_never_substituted(
 @pytest.fixture
 def twins(tiny_sample, write_dataset, tmp_path):
     """Two builds of the same samples with other tokens: files of equal names and lengths."""
-    samples = [tiny_sample(i) for i in range(8)]
+    samples = [tiny_sample(i) for i in range(20)]
     others = [replace(sample, tokens=sample.tokens + 1) for sample in samples]
     urls = [
         write_dataset(tmp_path / name, made, num_shards=2)
@@ -259,13 +259,16 @@ def test_a_shard_and_its_index_of_another_build_are_noticed(check, on_bad, twins
     assert caught.value.reason == "index_sha256"
 
 
-def test_a_tar_of_another_build_is_noticed_by_its_checksums(twins):
+@pytest.mark.parametrize(
+    "on_bad, reason", [("raise", "sample_crc"), ("substitute", "shard_damaged")]
+)
+def test_a_tar_of_another_build_is_noticed_by_its_checksums(on_bad, reason, twins):
     ours, theirs = twins
     [path] = [p for p in ours if p.name.endswith("00000-of-00002.tar")]
     path.write_bytes(theirs[ours.index(path)].read_bytes())
     with pytest.raises(ShardError) as caught:
-        list(StreamingDataset(str(path.parents[1]), check="crc"))
-    assert caught.value.reason == "sample_crc"
+        list(StreamingDataset(str(path.parents[1]), on_bad=on_bad))
+    assert caught.value.reason == reason
 
 
 def test_an_index_that_is_opened_again_is_hashed_again_only_after_a_change(twins, monkeypatch):
