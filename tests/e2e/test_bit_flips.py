@@ -5,6 +5,8 @@ A flip may be harmless (nobody reads the end of a tar), raise a named error, or,
 """
 
 import hashlib
+import io
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +14,15 @@ import numpy as np
 import pytest
 
 from loader.stream import StreamingDataset
+from preprocess.exchange.export import export_index
+from preprocess.exchange.foreign import ImportSettings, import_tars
+from preprocess.job.gc import find_strays
+from preprocess.job.job import JobSettings
+from preprocess.job.pipeline import run_job
 from preprocess.job.verify import verify
+from preprocess.reshard.plan import ReshardSettings, plan_reshard
 from shardspec import storage
-from shardspec.errors import ShardsError
+from shardspec.errors import ManifestError, ShardsError
 from shardspec.manifest import MANIFEST_NAME, TOKENIZER_NAME, require_manifest
 from shardspec.tar import BLOCK, END_OF_ARCHIVE, padded, walk_tar
 from tests.inline import Quiet
@@ -173,3 +181,38 @@ def test_a_wrong_byte_of_a_store_is_never_a_shard_of_substitutes(name, on_bad, u
     storage.publish_bytes(storage.join(remote, str(path.relative_to(url))), bytes(payload))
     found = outcome(remote, want, on_bad)
     assert found.startswith("manifest_") if name == "manifest" else found == "index_sha256"
+
+
+def _import(url, folder):
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("key.txt"), io.BytesIO())
+    import_tars(ImportSettings(tars=(str(folder),), out=url, name="x"), Quiet())
+
+
+READERS = {
+    "loader": lambda url, folder: StreamingDataset(url),
+    "verify": lambda url, folder: verify(url, Quiet()),
+    "gc": lambda url, folder: find_strays(url),
+    "export": lambda url, folder: export_index(url, "wids", Quiet()),
+    "reshard, source": lambda url, folder: plan_reshard(
+        ReshardSettings(sources=(url,), out=str(folder / "out"), form="view"), Quiet()
+    ),
+    "build": lambda url, folder: run_job(
+        JobSettings(dataset="pixmo_cap", source="sample", limit=2, out=url), Quiet()
+    ),
+    "import": _import,
+    "plan of a cluster": lambda url, folder: require_manifest(url),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_compares_the_digest_of_the_manifest(
+    name, tiny_sample, write_dataset, tmp_path
+):
+    url = write_dataset(tmp_path / "set", [tiny_sample(0)])
+    path = Path(url, MANIFEST_NAME)
+    path.write_bytes(path.read_bytes().replace(b'"eos": 2', b'"eos": 3'))
+    with pytest.raises(ManifestError) as caught:
+        READERS[name](url, tmp_path / "work")
+    assert caught.value.reason == "manifest_digest"
