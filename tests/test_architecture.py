@@ -116,8 +116,8 @@ FLOORS = {
     "shardspec": (
         {"keyed", "toml", "checksum"},
         {"messages"},
-        {"errors"},
-        {"expression", "sample", "tar", "tiling", "image_file"},
+        {"errors", "image_file"},
+        {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"manifest"},
         {"probe"},
