@@ -59,7 +59,7 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     report.stage("verify", len(manifest.files))
     for file in manifest.files:
         try:
-            _verify_file(url, file, codec=codec if deep else None, raw=manifest.raw)
+            _verify_file(url, file, manifest, codec=codec if deep else None)
         except ShardsError as error:
             findings.append(error)
         report.step(findings[-1].reason if findings and findings[-1].where else "")
@@ -74,7 +74,8 @@ def _verify_tokenizer(manifest: Manifest, where: str) -> None:
     check_stored_tokenizer(manifest.tokenizer, payload, where=where)
 
 
-def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
+def _verify_file(url: str, file: FileEntry, manifest: Manifest, *, codec: str | None) -> None:
+    raw, embedding_size = manifest.raw, manifest.tokenizer.embedding_size
     tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
     counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
@@ -88,7 +89,8 @@ def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> 
             if not raw:  # foreign headers have forms that ours never do
                 members = walk_tar(stream, where=tar_url)
                 for row in rows:
-                    _verify_sample(tar, row, members, codec=codec, where=tar_url)
+                    tokens = _verify_sample(tar, row, members, codec=codec, where=tar_url)
+                    _verify_tokens(tokens, row, embedding_size=embedding_size, where=tar_url)
                 extra = next(members, None)
                 if extra is not None:
                     raise _wrong(tar_url, "member_extra", {"member": extra.name})
@@ -106,7 +108,8 @@ def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:
 
 def _verify_sample(
     view: memoryview, row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
-) -> None:
+) -> np.ndarray:
+    """Compares a sample with its row; returns its tokens."""
     key, start = row["key"].decode(), int(row["offset"])
     where = f"{where} sample {key}"
     layout = sample_layout(row)
@@ -139,6 +142,14 @@ def _verify_sample(
         for m in pictures:
             payload = view[m.offset : m.offset + m.num_bytes]
             decode_stored(payload, codec=codec, where=where)  # type: ignore[arg-type]
+    return tokens
+
+
+def _verify_tokens(tokens: np.ndarray, row: np.void, *, embedding_size: int, where: str) -> None:
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < embedding_size:
+        facts: dict[str, object] = {"min": int(tokens.min()), "max": int(tokens.max())}
+        facts["embedding_size"] = embedding_size
+        raise _wrong(f"{where} sample {row['key'].decode()}", "token_range", facts)
 
 
 def _view(stream: IO[bytes], num_bytes: int) -> memoryview:

@@ -334,6 +334,18 @@ BROKEN = {
         ),
         "span_range",
     ),
+    "token is outside the embedding": (
+        lambda d: rewrite(
+            d, tar=edited(TAR, at=member_start("tokens.npy") + 128, payload=b"\x6c\0\0\0")
+        ),
+        "token_range",
+    ),
+    "token is negative": (
+        lambda d: rewrite(
+            d, tar=edited(TAR, at=member_start("tokens.npy") + 128, payload=b"\xff" * 4)
+        ),
+        "token_range",
+    ),
     "texts are out of order": (
         lambda d: rewrite(
             d,
