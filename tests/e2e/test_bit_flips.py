@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loader.raw import RawDataset
 from loader.stream import StreamingDataset
 from preprocess.exchange.export import export_index
 from preprocess.exchange.foreign import ImportSettings, import_tars
@@ -216,3 +217,41 @@ def test_every_reader_compares_the_digest_of_the_manifest(
     with pytest.raises(ManifestError) as caught:
         READERS[name](url, tmp_path / "work")
     assert caught.value.reason == "manifest_digest"
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """A raw dataset of one tar with PAX headers; gives its URL and the tar."""
+    tar = tmp_path / "tars" / "a.tar"
+    tar.parent.mkdir()
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as archive:
+        for i in range(4):
+            for suffix in ("jpg", "txt"):
+                entry = tarfile.TarInfo(f"key{i}.{suffix}")
+                entry.size, entry.mtime = 300 + i, 1.5
+                archive.addfile(entry, io.BytesIO(bytes([i]) * entry.size))
+    url = str(tmp_path / "out")
+    import_tars(ImportSettings(tars=(str(tar),), out=url, name="x"), Quiet())
+    return url, tar
+
+
+def test_no_flipped_bit_of_an_imported_tar_gives_a_wrong_sample(imported):
+    url, tar = imported
+
+    def samples():
+        dataset = RawDataset(url, decode=lambda sample, rng: sample)
+        made = [dataset.sample(i) for i in range(4)]
+        return [(each.key, {n: bytes(p) for n, p in each.fields.items()}) for each in made]
+
+    want = samples()
+    good = tar.read_bytes()
+    reasons = Counter()
+    for at in range(7, len(good), 97):
+        tar.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        try:
+            assert samples() == want
+            reasons["right"] += 1
+        except ShardsError as error:
+            reasons[error.reason] += 1
+    assert set(reasons) == {"right", "sample_crc"}
+    assert reasons["sample_crc"] * 97 > int(require_manifest(url).shards[0].num_bytes) / 2
