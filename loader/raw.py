@@ -87,7 +87,8 @@ class RawBuilder:
           ShardError: `foreign_tar`, or as `ShardReader.members`.
         """
         key, members, where = self.data.reader.members(sample_id)
-        return RawSample(key=key, fields=sample_fields(members, where=where), where=where)
+        fields = sample_fields(members, where=where, key=key)
+        return RawSample(key=key, fields=fields, where=where)
 
     def decode(self, sample: RawSample, ref: SampleRef) -> Any:
         """Calls the user's function with the sample's generator in the slot's epoch."""

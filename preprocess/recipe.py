@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from preprocess.datasets import ImageSource, SceneImage, example_images
-from preprocess.media import ImagePolicy, ImagePreprocessor
+from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
 from preprocess.settings import Setting
 from preprocess.text import (
     ChatFrame,
@@ -58,6 +58,7 @@ class Recipe:
             for f in dataclasses.fields(self.image)
             if f.name != "views"
         }
+        image["limits"] = dataclasses.asdict(self.image.limits)
         views = [view.to_dict() for view in self.image.views]
         text = dataclasses.asdict(self.text)
         return {"text": text, "image": {**image, "views": views}, "seed": self.seed}
@@ -71,6 +72,8 @@ class Preparer:
     tokenizer: Tokenizer
     read_url: Callable[[str], bytes] | None = None
     """Reads the bytes of a URL, for example from a blob cache; None refuses URLs."""
+    memory: MemoryBudget | None = None
+    """What decoding may take in all processes together; None for no bound but each image's own."""
 
     @cached_property
     def frame(self) -> ChatFrame:
@@ -85,7 +88,7 @@ class Preparer:
     @cached_property
     def image_preprocessor(self) -> ImagePreprocessor:
         """The image half."""
-        return ImagePreprocessor(self.recipe.image)
+        return ImagePreprocessor(self.recipe.image, memory=self.memory)
 
     def __call__(self, example: Mapping[str, Any], *, key: str | None = None) -> PreparedSample:
         """Prepares one example.

@@ -1,4 +1,4 @@
-"""Whether the file of a picture is whole, as far as its structure shows without decoding it.
+"""Whether the file of an image is whole, as far as its structure shows without decoding it.
 
 Decoders are lenient: libpng, libjpeg and OpenJPEG fill in what is missing, in black, grey or coarse
 blocks, and report success where the file ends *well-formed* but early. What is compared here:
@@ -9,18 +9,26 @@ blocks, and report success where the file ends *well-formed* but early. What is 
   coefficient. Blocks that are missing within a scan are for a strict decoder to notice;
 * webp: the length in the RIFF header; the format has no checksum;
 * jpeg 2000: a part of every tile.
+
+`require_payload` looks at the header alone, before anything of the image's size is allocated: is
+the file long enough for what it announces?
 """
 
 from __future__ import annotations
 
 import re
+import struct
 import zlib
+from dataclasses import dataclass
 
 from shardspec.checksum import crc32
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Samples of a pixel by colour type (PNG 3rd edition, table 8)."""
+
+_DEFLATE_RATIO = 1032
+"""Most bytes that a byte of deflate expands to: 258 for two bits (RFC 1951)."""
 
 _ADAM7 = (
     (0, 0, 8, 8),
@@ -43,10 +51,84 @@ JPEG_MARKER = re.compile(rb"\xff\xff*[^\x00\xff\xd0-\xd7]")
 
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 JPEG_SOS, JPEG_EOI = 0xDA, 0xD9
+_SEQUENTIAL_FRAMES, _HUFFMAN_FRAMES = frozenset({0xC0, 0xC1}), frozenset({0xC0, 0xC1, 0xC2})
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+_SEGMENT = re.compile(rb"\xff+([^\x00\xff])")
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _BLOCK_COEFFICIENTS = 64
 
 _J2K_SOC_SIZ, _J2K_SOT = b"\xff\x4f\xff\x51", b"\xff\x90"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JpegFrame:
+    """The frame header of a JPEG."""
+
+    is_sequential: bool
+    """Baseline or extended: decoded block by block, if it has one scan."""
+    least_bits: int
+    """Blocks of its smallest component, each of which takes one bit at least; 0 where a block may
+    take less (arithmetic coding, lossless files)."""
+    samples_per_pixel: float
+    """Of all components together; 3 without subsampling."""
+
+
+def jpeg_frame(payload: bytes | memoryview) -> JpegFrame | None:
+    """Reads the frame header of a JPEG; None where there is none that can be read."""
+    at = 2
+    while match := _SEGMENT.match(payload, at):
+        marker, at = match[1][0], match.end()
+        if marker in _STANDALONE:
+            continue
+        stop = at + int.from_bytes(payload[at : at + 2], "big")
+        if marker in JPEG_FRAMES:
+            return _parse_frame(marker, bytes(payload[at + 2 : stop]))
+        if stop <= at:
+            return None
+        at = stop
+    return None
+
+
+def size_before_opening(payload: bytes | memoryview) -> tuple[int, int] | None:
+    """Reads (width, height) of a PNG or WebP from its first bytes; None for other files.
+
+    Pillow allocates the canvas of a WebP when it opens the file.
+    """
+    head = bytes(payload[:30])
+    if head[:8] == _PNG_SIGNATURE and head[12:16] == b"IHDR" and len(head) >= 24:
+        width, height = struct.unpack(">2I", head[16:24])
+        return width, height
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    if head[12:16] == b"VP8X":
+        sides = (int.from_bytes(head[24:27], "little"), int.from_bytes(head[27:30], "little"))
+        return 1 + sides[0], 1 + sides[1]
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if head[12:16] == b"VP8 ":
+        width, height = struct.unpack("<2H", head[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def require_payload(payload: bytes | memoryview) -> None:
+    """Refuses a PNG or JPEG that is too short for the pixels that its header announces.
+
+    Raises:
+      ValueError: "truncated ...", before anything of the image's size is allocated.
+    """
+    if bytes(payload[:2]) == b"\xff\xd8":
+        frame = jpeg_frame(payload)
+        if frame is not None and 8 * len(payload) < frame.least_bits:
+            raise ValueError(f"truncated JPEG: {len(payload)} bytes for {frame.least_bits} blocks")
+    elif bytes(payload[:8]) == _PNG_SIGNATURE and len(payload) > 25:
+        size = size_before_opening(payload)
+        bits = payload[24] * _PNG_CHANNELS.get(payload[25], 0)
+        if size is not None and 8 * _DEFLATE_RATIO * len(payload) < size[0] * size[1] * bits:
+            raise ValueError(
+                f"truncated PNG: {len(payload)} bytes for {size[0]} x {size[1]} pixels"
+            )
 
 
 def check_image_file(payload: bytes, *, form: str) -> None:
@@ -67,6 +149,23 @@ def check_image_file(payload: bytes, *, form: str) -> None:
         check_webp(payload)
     elif form == "JPEG2000":
         check_jpeg2000(payload)
+
+
+def _parse_frame(marker: int, body: bytes) -> JpegFrame | None:
+    count = body[5] if len(body) > 5 else 0
+    if not count or len(body) < 6 + 3 * count:
+        return None
+    height, width = struct.unpack(">2H", body[1:5])
+    factors = [(body[7 + 3 * i] >> 4, body[7 + 3 * i] & 15) for i in range(count)]
+    if not all(h and v for h, v in factors):
+        return None
+    across, down = max(h for h, _ in factors), max(v for _, v in factors)
+    blocks = [-(-width * h // (8 * across)) * -(-height * v // (8 * down)) for h, v in factors]
+    return JpegFrame(
+        is_sequential=marker in _SEQUENTIAL_FRAMES,
+        least_bits=min(blocks) if marker in _HUFFMAN_FRAMES else 0,
+        samples_per_pixel=sum(h * v for h, v in factors) / (across * down),
+    )
 
 
 def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:
@@ -111,10 +210,13 @@ def check_png_rows(payload: bytes | memoryview, chunks: list[tuple[bytes, int, i
     """
     view = memoryview(payload)
     want = _png_stream_bytes(bytes(view[16:29]))
-    stream, got = zlib.decompressobj(), 0
+    # Without zlib's header and Adler-32: the CRCs guard the data, and Pillow takes some files whose
+    # Adler-32 is wrong.
+    stream, header_bytes, got = zlib.decompressobj(-zlib.MAX_WBITS), 2, 0
     try:
         for kind, start, stop in chunks:
             left: bytes | memoryview = view[start + 8 : stop - 4] if kind == b"IDAT" else b""
+            header_bytes, left = max(0, header_bytes - len(left)), left[header_bytes:]
             while left and got < want:
                 got += len(stream.decompress(left, _INFLATED_BYTES))
                 left = stream.unconsumed_tail

@@ -32,7 +32,13 @@ import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from shardspec.errors import ConfigError, SampleError, ShardError
-from shardspec.image_file import check_png, check_png_rows, check_webp
+from shardspec.image_file import (
+    check_png,
+    check_png_rows,
+    check_webp,
+    require_payload,
+    size_before_opening,
+)
 from shardspec.sample import ARRAY_HEADER_BYTES, Codec, encode_array
 
 JpegDecoder = Literal["simplejpeg", "pillow"]
@@ -42,6 +48,10 @@ Reduction = Literal[1, 2, 4, 8]
 
 MAX_STORED_PIXELS = 200_000_000
 """Most pixels of a stored image: 600 MB decoded. A larger header is broken or hostile."""
+
+MAX_STORED_SIDE_PX = 1_000_000
+"""Longest side of a stored image: decoders keep tables of 8 bytes per line, so that one column of
+200 million pixels would take eight times its own size."""
 
 CODEC_MAX_SIDE_PX = {"jpeg": 65_500, "webp": 16_383}
 """Longest side a codec can write: libjpeg's JPEG_MAX_DIMENSION, libwebp's WEBP_MAX_DIMENSION."""
@@ -60,6 +70,7 @@ PILLOW_DECODE_ERRORS = (
     EOFError,
     ArithmeticError,
     AttributeError,
+    AssertionError,
     RuntimeError,
     struct.error,
     zlib.error,
@@ -78,6 +89,10 @@ _RAW_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00v\x00"
     rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n"
 )
+_LARGE_PIXELS = 4_000_000
+"""Smaller stored JPEGs are decoded without a look at their frame: it costs 10 µs in Python."""
+
+_BAND_PIXELS = 1 << 20
 
 
 def decode_stored(
@@ -112,6 +127,8 @@ def decode_stored(
       TypeError: `out` is not writable uint8.
       ConfigError: `decoder_missing`: simplejpeg is requested but not installed.
     """
+    if out is not None and (out.dtype != np.uint8 or not out.flags.writeable):
+        raise TypeError(f"out must be writable uint8, not {out.dtype}")
     if reduce != 1 and codec != "jpeg":
         raise ValueError(f"{codec} cannot be decoded at a reduced size")
     if codec == "raw":
@@ -226,6 +243,8 @@ def _decode_simplejpeg(
             raise ValueError(f"stored JPEG in {colorspace}")
         _check_size(width, height)
         _check_reducible(width, height, reduce)
+        if width * height > _LARGE_PIXELS:
+            require_payload(payload)
         width, height = width // reduce, height // reduce
         _check_out(out, (height, width, 3), "jpeg", where)
         # simplejpeg takes the smallest size that is not below these: exactly the reduced one.
@@ -251,23 +270,31 @@ def _decode_pillow(
         chunks = check_png(payload) if codec == "png" else []
         if codec == "webp":
             check_webp(payload)
+        size = size_before_opening(payload)
+        if size is not None:
+            _check_size(*size)
         with _PILLOW_CLASSES[codec](io.BytesIO(payload)) as image:
             _check_size(image.width, image.height)
+            require_payload(payload)
             if image.mode not in ("RGB", "L"):
                 raise ValueError(f"stored image in mode {image.mode}")
             _check_reducible(image.width, image.height, reduce)
+            width, height = image.width // reduce, image.height // reduce
+            _check_out(out, (height, width, 3), codec, where)
             if reduce != 1:
-                image.draft(None, (image.width // reduce, image.height // reduce))
+                image.draft(None, (width, height))
             image.load()
             if codec == "png" and may_lack_rows(image):
                 check_png_rows(payload, chunks)
     except PILLOW_DECODE_ERRORS as error:
         _refuse(codec, str(error), where)
-    _check_out(out, (image.height, image.width, 3), codec, where)
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
     if out is None:
-        return np.array(rgb)
-    np.copyto(out, np.asarray(rgb))
+        out = np.empty((height, width, 3), np.uint8)
+    # In bands: NumPy's view of a Pillow image is made of two copies of it.
+    rows = max(1, _BAND_PIXELS // width)
+    for y in range(0, height, rows):
+        band = image if rows >= height else image.crop((0, y, width, min(y + rows, height)))
+        out[y : y + rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
     return out
 
 
@@ -288,7 +315,7 @@ def _decode_raw(payload: bytes | memoryview, out: np.ndarray | None, where: str)
 
 
 def _check_size(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_STORED_PIXELS:
+    if not 0 < width * height <= MAX_STORED_PIXELS or max(width, height) > MAX_STORED_SIDE_PX:
         raise ValueError(f"{width} x {height} pixels")
 
 
@@ -301,8 +328,6 @@ def _check_reducible(width: int, height: int, reduce: Reduction) -> None:
 def _check_out(out: np.ndarray | None, shape: tuple[int, int, int], codec: str, where: str) -> None:
     if out is None:
         return
-    if out.dtype != np.uint8 or not out.flags.writeable:
-        raise TypeError(f"out must be writable uint8, not {out.dtype}")
     if out.shape != shape:
         _refuse(codec, f"image of shape {shape} for out of shape {out.shape}", where)
 

@@ -124,7 +124,8 @@ FLOORS = {
     ),
     "preprocess": (
         {"sizes", "settings"},
-        {"media", "fetch", "synthetic"},
+        {"media"},
+        {"fetch", "synthetic"},
         {"text", "tokenizer", "datasets"},
         {"recipe"},
         {"job"},

@@ -117,7 +117,7 @@ def test_public_name_is_documented(package, name):
 MEMBERS = {
     "Augment": [
         *("brightness", "contrast", "crop_ratio", "crop_scale", "flip_probability", "hue"),
-        *("saturation", "standard"),
+        *("resample", "saturation", "standard"),
     ],
     "DeterministicDataset": ["get", "set_epoch"],
     "DevicePrefetcher": ["load_state_dict", "state_dict"],
@@ -163,7 +163,7 @@ MEMBERS = {
     "View": [
         *("augment", "branch_order", "high_res", "high_res_probability", "image", "image_map"),
         *("loss", "max_images", "normalize", "pixels", "purpose", "reduced_decoding"),
-        *("sequence_length", "shapes", "tree", "weight"),
+        *("resample", "sequence_length", "shapes", "tree", "weight"),
     ],
 }
 """Methods, properties and fields of the loader's public classes; what is inherited is not ours."""

@@ -20,8 +20,9 @@ from preprocess.datasets import DatasetBase, dataset_class, get_dataset
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
+from preprocess.media import MemoryBudget
 from preprocess.recipe import Preparer, Recipe
-from preprocess.settings import Setting, usable_cores
+from preprocess.settings import Setting, usable_cores, usable_memory
 from preprocess.sizes import parse_bytes
 from preprocess.text import EMBEDDED, load_tokenizer
 from shardspec import storage
@@ -129,6 +130,17 @@ class JobSettings:
     cache: Annotated[
         str, Setting("local folder for downloaded images and their ledgers", group="the job")
     ] = "~/.cache/vlm-shards"
+    image_memory: Annotated[
+        int | None,
+        Setting(
+            "most memory for decoding images in all processes of this machine together; large "
+            "images wait for room",
+            group="the job",
+            metavar="SIZE",
+            parse=parse_bytes,
+            shown="half of the memory",
+        ),
+    ] = None
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     max_dead_links: Annotated[
         float,
@@ -163,7 +175,9 @@ class Job:
         self.settings = settings
         tokenizer = load_tokenizer(settings.tokenizer, pad_to=settings.pad_to)
         self.blobs = BlobCache(Path(settings.cache).expanduser())
-        self.preparer = Preparer(recipe=settings.recipe, tokenizer=tokenizer)
+        self.preparer = Preparer(
+            recipe=settings.recipe, tokenizer=tokenizer, memory=self._memory_budget()
+        )
         self.tokenizer = tokenizer.entry
         kind = dataset_class(settings.dataset)
         self.recipe = {
@@ -195,6 +209,16 @@ class Job:
             "tokenizer": dataclasses.asdict(self.tokenizer),
             "libraries": self.libraries,
         }
+
+    def _memory_budget(self) -> MemoryBudget:
+        s = self.settings
+        largest = s.recipe.image.limits.max_decode_bytes
+        return MemoryBudget(
+            folder=str(self.blobs.root / "locks"),  # local, and shared by the jobs of a machine
+            total_bytes=s.image_memory or max(largest, usable_memory() // 2),
+            largest_bytes=largest,
+            num_workers=s.num_workers,
+        )
 
     def url(self, *parts: str) -> str:
         """Names an object of the output."""

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from preprocess.datasets import SceneImage, get_dataset
-from preprocess.media.image import ImagePolicy
+from preprocess.media import ImageLimits, ImagePolicy
 from preprocess.recipe import Preparer, Recipe, image_identity, read_path, sample_key
 from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
@@ -197,6 +197,16 @@ def test_bytes_that_are_no_image_are_a_sample_error_that_names_the_key():
     assert "k7" in caught.value.where
 
 
+def test_unsharded_path_refuses_bombs_by_the_same_limits():
+    limits = ImageLimits(max_source_side_px=100)
+    prepare = Preparer(
+        recipe=Recipe(image=dataclasses.replace(IMAGE, limits=limits)), tokenizer=TOKENIZER
+    )
+    with pytest.raises(SampleError) as caught:
+        prepare(example(np.zeros((101, 100, 3), np.uint8)), key="k7")
+    assert (caught.value.reason, caught.value.where) == ("image_bomb", "k7")
+
+
 def test_template_format_needs_a_tokenizer_with_a_template():
     recipe = Recipe(image=IMAGE, text=TextPolicy(message_format="template"))
     bare = dataclasses.replace(TOKENIZER, chat=None)
@@ -226,7 +236,8 @@ OTHER_IMAGE = {
     "quality": 90,
     "keep": "never",
     "overview": "resized",
-    "max_megapixels": 10,
+    "limits": ImageLimits(max_megapixels=10),
+    "resample": "bilinear",
 }
 
 
