@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from preprocess.cli import VERBS, make_arguments
+from preprocess.cli import VERBS, make_arguments, with_spec
 from preprocess.sizes import size_text
 from shardspec.errors import ShardsError
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         # How the Makefile calls it: the target, then the variables of make's command line.
         if arguments[:1] == ["make"]:
             arguments = make_arguments(arguments[1:], verbs)
-        options = parser.parse_args(arguments)
+        options = parser.parse_args(with_spec(arguments, parser, verbs))
         signal.signal(signal.SIGTERM, _interrupt)
         code: int = options.run(options, console)
     except ShardsError as error:

@@ -33,11 +33,13 @@ PUBLIC = {
         "DatasetBase",
         "HfDataset",
         "ImageSource",
+        "OwnDataset",
         "SceneImage",
         "dataset_class",
         "dataset_names",
         "example_images",
         "get_dataset",
+        "is_own",
     ],
     "loader": [
         "Augment",

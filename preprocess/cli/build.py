@@ -9,7 +9,7 @@ from typing import Annotated
 
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb, default_output
-from preprocess.datasets import dataset_names
+from preprocess.datasets import dataset_class, dataset_names
 from preprocess.job import DryRun, JobSettings, Outcome, dry_run, run_job
 from preprocess.media import ImagePolicy
 from preprocess.settings import Setting
@@ -109,7 +109,7 @@ def job_settings(options: argparse.Namespace) -> JobSettings:
         "headroom": views.headroom,
         "max_side_px": views.max_side_px,
     }
-    out = options.out or default_output(options.dataset)
+    out = options.out or default_output(options.name or dataset_class(options.dataset).name)
     return read_settings(JobSettings, options, {JobSettings: {"out": out}, ImagePolicy: image})
 
 

@@ -11,8 +11,9 @@ An *example* is a plain dict, as in the Molmo code bases:
 What training redraws each epoch is not drawn here: it stays in the example as alternatives.
 A row that cannot become an example raises SampleError, and is counted by its reason.
 
-To add a dataset, add one module to this package that defines `DATASET`, a subclass of `HfDataset`
-(rows in Parquet or Arrow) or of `DatasetBase` (anything else).
+A dataset is a subclass of `HfDataset` (rows in Parquet or Arrow) or of `DatasetBase` (anything
+else); it needs `load` and, unless its rows are examples already, `to_example`. One of this package
+is a module that defines `DATASET`; others are given as `file.py:Class` or `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import abc
 import hashlib
 import io
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -157,24 +160,51 @@ class DatasetBase(Dataset):
             )
         return mode
 
-    @abc.abstractmethod
-    def load(self) -> Rows:
-        """Opens the rows of the source that hold this split."""
+    def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
     @abc.abstractmethod
+    def load(self) -> Rows | Sequence[Mapping[str, Any]]:
+        """Opens the rows of the source that hold this split; a list will do."""
+
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Turns a row into an example; pure.
+        """Turns a row into an example; pure. By default rows are examples.
 
         Raises:
           SampleError: The row cannot become one.
         """
+        if not isinstance(row.get("message_list"), list):
+            raise SampleError(
+                "row_fields", name="message_list", want="a list of messages", fields=sorted(row)
+            )
+        return dict(row)
 
-    @abc.abstractmethod
-    def sample_row(self, seed: int, idx: int) -> dict[str, Any]:
-        """Generates a row in the dataset's true schema; its image is a SceneImage.
+    def sample_row(self, seed: int, idx: int) -> dict[str, Any]:  # noqa: ARG002
+        """Generates a row in the true schema, for SOURCE=sample; its image is a SceneImage.
 
         Rows of one example follow each other: `divmod(idx, self.sample_rows_per_example)`.
+
+        Raises:
+          ConfigError: `no_sample_rows`: the dataset generates none.
         """
+        raise ConfigError("no_sample_rows", dataset=self.name)
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Says what else samples follow from, in plain JSON types, for the recipe."""
+        return {}
+
+    @classmethod
+    def code_files(cls) -> list[Path]:
+        """Lists the files of code that samples follow from, besides those of all datasets."""
+        names = {
+            each.__code__.co_filename
+            for kind in cls.__mro__
+            for each in vars(kind).values()
+            if isinstance(each, FunctionType)
+        }
+        return [Path(name) for name in sorted(names - {__file__})]
 
     def __len__(self) -> int:
         """Counts the examples of the split."""
@@ -201,7 +231,12 @@ class DatasetBase(Dataset):
         self.rows = self._open_rows()
 
     def _open_rows(self) -> Rows:
-        return self._sample_rows(self.limit) if self.source == "sample" else self.load()
+        if self.source == "sample":
+            return self._sample_rows(self.limit)
+        rows = self.load()
+        if isinstance(rows, Rows):
+            return rows
+        return Rows([lambda: rows], lengths=[len(rows)], kind={"kind": "code"})
 
     def _sample_rows(self, limit: int | None) -> Rows:
         seed = keyed(hash_text(self.name), hash_text(self.split)) % 2**31
@@ -268,7 +303,7 @@ class HfDataset(DatasetBase):
     PATH: ClassVar[str]
     """Repository id on the hub."""
     REVISION: ClassVar[str | None] = None
-    COLUMNS: ClassVar[tuple[str, ...]]
+    COLUMNS: ClassVar[tuple[str, ...]] = ()
     """Columns that a row must have; alternatives are joined by "|", such as "image|image_url"."""
 
     def load(self) -> Rows:

@@ -110,7 +110,7 @@ def _with_split(job: Job, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> 
     """Makes the manifest that names what the stored one names, and the split."""
     old = load_manifest(job.settings.out)
     manifest = Manifest(
-        dataset=job.settings.dataset,
+        dataset=job.name,
         recipe=json.loads(canonical_json(job.recipe)),
         tokenizer=job.tokenizer,
         libraries=job.libraries,

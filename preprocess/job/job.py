@@ -16,7 +16,7 @@ from typing import Annotated, Any, Protocol
 
 import PIL.features
 
-from preprocess.datasets import DatasetBase, dataset_class, get_dataset
+from preprocess.datasets import DatasetBase, dataset_class
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
@@ -53,8 +53,21 @@ class JobSettings:
     """What to build, from what, where to and with how much."""
 
     dataset: Annotated[
-        str, Setting("name of the dataset; the verb `datasets` lists them", positional=True)
+        str,
+        Setting(
+            "name of the dataset (the verb `datasets` lists them), a spec.toml, a file, a folder, "
+            "or file.py:Class",
+            positional=True,
+        ),
     ]
+    name: Annotated[
+        str | None,
+        Setting(
+            "name of the result, for mixtures of several results of one dataset",
+            group="what to build",
+            shown="the dataset's",
+        ),
+    ] = None
     source: Annotated[
         str,
         Setting(
@@ -143,6 +156,7 @@ class JobSettings:
     def __post_init__(self) -> None:
         checks = {
             "split": is_name(self.split),
+            "name": self.name is None or is_name(self.name),
             "limit": self.limit is None or self.limit >= 1,
             "shard_bytes": self.shard_bytes >= 2**20,
             "num_shards": self.num_shards is None or self.num_shards >= 1,
@@ -166,26 +180,30 @@ class Job:
         self.preparer = Preparer(recipe=settings.recipe, tokenizer=tokenizer)
         self.tokenizer = tokenizer.entry
         kind = dataset_class(settings.dataset)
+        self.kind = kind
+        self.name = settings.name or kind.name
+        """Of the result: in the manifest, in the names of its files, and for seeds."""
         self.recipe = {
             **settings.recipe.to_dict(),
+            **kind.describe(),
             "mode": kind.resolve_mode(settings.mode),
             "several_images": kind.several_images,
             "frame": dataclasses.asdict(self.preparer.frame),
         }
-        self.libraries = library_versions(settings.dataset)
+        self.libraries = library_versions(kind)
 
     @cached_property
     def dataset(self) -> DatasetBase:
         """The rows, opened when first needed."""
         s = self.settings
-        return get_dataset(s.dataset, s.split, source=s.source, limit=s.limit, mode=s.mode)
+        return self.kind(s.split, source=s.source, limit=s.limit, mode=s.mode)
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that the result follows from, in plain JSON types."""
         s = self.settings
         return {
-            "dataset": s.dataset,
+            "dataset": self.name,
             "source": source_stamp(s.source),
             "split": s.split,
             "limit": s.limit,
@@ -216,10 +234,10 @@ class Job:
 
     def ledger_path(self) -> Path:
         """Where the results of this dataset's URLs are kept."""
-        return self.blobs.root / "ledgers" / f"{self.settings.dataset}.jsonl"
+        return self.blobs.root / "ledgers" / f"{self.name}.jsonl"
 
 
-def library_versions(dataset: str) -> dict[str, str]:
+def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:
     """Lists what touches bytes: libraries by version, our own code by the hash of its sources.
 
     Of the datasets' modules only the one being built counts: a new adapter changes no other output.
@@ -263,10 +281,10 @@ _BYTE_SOURCES = (
 patterns, so that a module that is split or added there counts too."""
 
 
-def byte_sources(dataset: str) -> list[Path]:
-    """Lists our source files that may change the bytes of a dataset's shards, in a fixed order."""
-    patterns = (*_BYTE_SOURCES, f"preprocess/datasets/{dataset}.py")
-    return [path for pattern in patterns for path in sorted(_ROOT.glob(pattern))]
+def byte_sources(dataset: type[DatasetBase]) -> list[Path]:
+    """Lists the files of code that may change the bytes of a dataset's shards, in a fixed order."""
+    ours = [path for pattern in _BYTE_SOURCES for path in sorted(_ROOT.glob(pattern))]
+    return [*ours, *dataset.code_files()]
 
 
 def source_stamp(source: str) -> str:

@@ -123,7 +123,7 @@ def _check_conflict(job: Job) -> str | None:
     if job.settings.split not in manifest.splits:
         ours = replace(
             manifest,
-            dataset=job.settings.dataset,
+            dataset=job.name,
             recipe=json.loads(canonical_json(job.recipe)),
             tokenizer=job.tokenizer,
             libraries=job.libraries,
@@ -144,7 +144,7 @@ def _build(
     """Builds what is missing; returns every receipt in shard order, and how many are new."""
     context = BuildContext(
         preparer=job.preparer,
-        dataset=job.settings.dataset,
+        dataset=job.name,
         split=job.settings.split,
         out=job.settings.out,
         num_shards=plan.num_shards,

@@ -132,7 +132,7 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
         },
         quarantined=dict(sorted((Counter(rows.reasons) + job.dataset.left_out).items())),
     )
-    name = f"{job.settings.dataset}-{job.settings.split}-plan.jsonl"
+    name = f"{job.name}-{job.settings.split}-plan.jsonl"
     if rows.lost:
         storage.publish_bytes(job.url("quarantine", name), b"".join(rows.lost))
     else:
