@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from preprocess.datasets import ImageSource, SceneImage, example_images
+from preprocess.formats import parse_messages
 from preprocess.media import ImagePolicy, ImagePreprocessor
 from preprocess.settings import Setting
 from preprocess.text import (
@@ -97,6 +98,8 @@ class Preparer:
         Raises:
           SampleError: The example cannot become a sample; `reason` says why.
         """
+        if "messages" in example and "message_list" not in example:
+            example = parse_messages(example)
         found = example_images(example)
         sources = [self._read(image) for image in found]
         if key is None:

@@ -8,6 +8,8 @@ An *example* is a plain dict, as in the Molmo code bases:
                   and the fields that the formatter wants for that style, all of JSON types
     metadata      JSON types, kept for people and evaluators
 
+Instead of `message_list` an example may have `messages`, a conversation of role and content.
+
 What training redraws each epoch is not drawn here: it stays in the example as alternatives.
 A row that cannot become an example raises SampleError, and is counted by its reason.
 
@@ -35,6 +37,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets.rows import Rows, hub_rows, local_rows
+from preprocess.formats import parse_messages
 from preprocess.synthetic import plan_scene, render
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.keyed import hash_text, keyed
@@ -174,6 +177,8 @@ class DatasetBase(Dataset):
         Raises:
           SampleError: The row cannot become one.
         """
+        if "messages" in row and "message_list" not in row:
+            return parse_messages(row)
         if not isinstance(row.get("message_list"), list):
             raise SampleError(
                 "row_fields", name="message_list", want="a list of messages", fields=sorted(row)

@@ -9,7 +9,7 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 """
 
 from preprocess.formats.detect import Guess, guess_format
-from preprocess.formats.parse import FORMATS, parse_row
+from preprocess.formats.parse import FORMATS, parse_messages, parse_row
 from preprocess.formats.records import BROKEN, IMAGES, ROWS, Records, open_records
 from preprocess.formats.spec import Spec, read_spec
 
@@ -23,6 +23,7 @@ __all__ = [
     "Spec",
     "guess_format",
     "open_records",
+    "parse_messages",
     "parse_row",
     "read_spec",
 ]

@@ -35,4 +35,6 @@ def _as_list(value: Any) -> list[Any]:
 def _is_empty(value: Any) -> bool:
     if isinstance(value, Mapping):
         return not (value.get("bytes") or value.get("path"))
-    return (isinstance(value, str) and value.strip() in _EMPTY) or value is None or value != value
+    if isinstance(value, float):
+        return value != value
+    return value is None or (isinstance(value, str) and value.strip() in _EMPTY)

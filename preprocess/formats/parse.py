@@ -55,6 +55,28 @@ FORMATS: Mapping[str, Format] = {
 """The formats by name."""
 
 
+def parse_messages(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns an example with `messages` of role and content into one with a `message_list`.
+
+    Args:
+      example: Its `image` may be anything that an image of an example may be; other fields stay.
+
+    Raises:
+      SampleError: `conversation`, `image_placeholder`.
+
+    >>> told = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    >>> parse_messages({"messages": told})
+    {'message_list': [{'style': 'demo', 'messages': ['2 + 2?', '4']}]}
+    """
+    parsed = parse_conversation(example, _PLAIN)
+    rest = {k: v for k, v in example.items() if k not in ("messages", "image", "images")}
+    images = {"image": parsed["image"]} if parsed["image"] else {}
+    return {**rest, **images, "message_list": parsed["message_list"]}
+
+
+_PLAIN = Spec(name="messages", format="messages")
+
+
 def parse_row(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """Turns a row into an example whose images are still names, URLs or bytes.
 
