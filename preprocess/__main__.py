@@ -29,6 +29,7 @@ examples:
   python -m preprocess reshard shards/pixmo_cap shards/by_16 --nodes 16 --ranks 8 --workers 4 --copy
   python -m preprocess import /data/laion --out shards/laion --name laion
   python -m preprocess filter shards/pixmo_cap shards/short --where "num_tokens < 1024"
+  python -m preprocess annotate shards/pixmo_cap --columns scores.parquet --dst shards/scored
 
 `make VERB` takes the same settings as variables: IMAGE_SIZE=224 is --image-size 224.
 

@@ -19,22 +19,23 @@ import numpy as np
 
 from preprocess.datasets import ImageSource, SceneImage, example_images
 from preprocess.formats import parse_messages
-from preprocess.media import ImagePolicy, ImagePreprocessor
+from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
 from preprocess.settings import Setting
 from preprocess.text import (
-    ChatFrame,
     DataFormatter,
+    Frame,
     InterleavedTextPreprocessor,
     TextPolicy,
     Tokenizer,
     chat_frame,
     check_placeholders,
     image_prefixes,
+    media_placeholder,
     message_styles,
     message_texts,
     safe_geometry,
 )
-from shardspec.errors import SampleError
+from shardspec.errors import ConfigError, SampleError
 from shardspec.manifest import canonical_json
 from shardspec.sample import PreparedSample, spans_table
 
@@ -59,6 +60,7 @@ class Recipe:
             for f in dataclasses.fields(self.image)
             if f.name != "views"
         }
+        image["limits"] = dataclasses.asdict(self.image.limits)
         views = [view.to_dict() for view in self.image.views]
         text = dataclasses.asdict(self.text)
         return {"text": text, "image": {**image, "views": views}, "seed": self.seed}
@@ -72,11 +74,26 @@ class Preparer:
     tokenizer: Tokenizer
     read_url: Callable[[str], bytes] | None = None
     """Reads the bytes of a URL, for example from a blob cache; None refuses URLs."""
+    memory: MemoryBudget | None = None
+    """What decoding may take in all processes together; None for no bound but each image's own."""
 
     @cached_property
-    def frame(self) -> ChatFrame:
-        """The markup that the message format puts around turns."""
-        return chat_frame(self.recipe.text.message_format, self.tokenizer.chat)
+    def frame(self) -> Frame:
+        """The markup that the message format puts around turns.
+
+        Raises:
+          ConfigError: `no_chat_template`, `tokenizer_format`.
+        """
+        wanted = self.recipe.text.message_format
+        frame = chat_frame(wanted, self.tokenizer.chat)
+        if not self.tokenizer.fits(wanted):
+            raise ConfigError(
+                "tokenizer_format",
+                where=self.tokenizer.name,
+                got=self.tokenizer.message_format,
+                want=wanted,
+            )
+        return frame
 
     @cached_property
     def formatter(self) -> DataFormatter:
@@ -86,7 +103,7 @@ class Preparer:
     @cached_property
     def image_preprocessor(self) -> ImagePreprocessor:
         """The image half."""
-        return ImagePreprocessor(self.recipe.image)
+        return ImagePreprocessor(self.recipe.image, memory=self.memory)
 
     def __call__(self, example: Mapping[str, Any], *, key: str | None = None) -> PreparedSample:
         """Prepares one example.
@@ -110,6 +127,9 @@ class Preparer:
             control = self.tokenizer.control_token(text)
             if control:
                 raise SampleError("control_token", where=key, control=control)
+            spelled = media_placeholder(text)
+            if spelled and self.recipe.text.placeholders == "refuse":
+                raise SampleError("media_placeholder", where=key, spelled=spelled)
         geometry = safe_geometry(texts, styles=message_styles(example))
         images = tuple(
             self.image_preprocessor(source, geometry=geometry, where=key) for source in sources

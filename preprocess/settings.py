@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -44,3 +46,11 @@ class Setting:
 def usable_cores() -> int:
     """Counts the processor cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def usable_memory() -> int:
+    """Returns the bytes of memory that this machine, or the container around the process, has."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no control group of version 2, or "max": no limit
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return machine

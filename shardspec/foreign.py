@@ -2,9 +2,10 @@
 
 Adjacent files whose names agree up to the first dot of their base name are one sample, as in
 webdataset: `a/0001.jpg` and `a/0001.cls.txt` are the fields `jpg` and `cls.txt` of the sample
-`a/0001`. Headers may be of any kind that Python's tarfile reads (PAX, GNU's long names); folders
-and links are skipped. Nothing is ever unpacked to a disk, and no pickle is loaded: fields with the
-suffix of one are left out.
+`a/0001`. Where keys have dots themselves (`22.05.png`), the last dot can be the border instead; an
+index has the whole key, so that its readers need not know the rule. Headers may be of any kind that
+Python's tarfile reads (PAX, GNU's long names); folders and links are skipped. Nothing is ever
+unpacked to a disk, and no pickle is loaded: fields with the suffix of one are left out.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from __future__ import annotations
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Literal
 
 from shardspec.errors import ShardError
 from shardspec.tar import BLOCK, padded
 
 PICKLE_SUFFIXES = frozenset({"pickle", "pkl", "pk", "pyd", "pt", "pth", "joblib", "dill"})
 """Last parts of suffixes that readers of WebDataset files unpickle."""
+
+
+Dots = Literal["first", "last"]
+"""Which dot of a base name ends the key of its sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +47,16 @@ class ForeignFile:
         return self.offset + padded(self.num_bytes)
 
 
-def split_name(name: str) -> tuple[str, str] | None:
+def split_name(name: str, *, dots: Dots = "first") -> tuple[str, str] | None:
     """Splits the name of a file into the key of its sample and its suffix; None where it has none.
 
     >>> split_name("a.b/0001.cls.TXT"), split_name("README"), split_name("__meta__/0.txt")
     (('a.b/0001', 'cls.txt'), None, None)
+    >>> split_name("a.b/22.05.png", dots="last")
+    ('a.b/22.05', 'png')
     """
     folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
+    stem, dot, suffix = base.partition(".") if dots == "first" else base.rpartition(".")
     first = name.partition("/")[0]
     if not dot or (len(first) > 3 and first.startswith("__") and first.endswith("__")):
         return None
@@ -59,7 +66,11 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def walk_foreign(
-    stream: IO[bytes], *, where: str, skipped: Counter[str] | None = None
+    stream: IO[bytes],
+    *,
+    where: str,
+    skipped: Counter[str] | None = None,
+    split: Callable[[str], tuple[str, str] | None] = split_name,
 ) -> Iterator[ForeignFile]:
     """Lists the files of a foreign tar that belong to samples, in order, by the headers alone.
 
@@ -67,6 +78,7 @@ def walk_foreign(
       stream: The tar, or the bytes of one sample.
       where: Named in errors.
       skipped: Counts what is skipped, by reason.
+      split: Splits a name into key and suffix; None for a file of no sample.
 
     Raises:
       ShardError: `foreign_tar`: not an uncompressed tar, or truncated or damaged.
@@ -84,7 +96,7 @@ def walk_foreign(
                 end = archive.offset
                 if end > size:
                     raise _no_tar(where, f"it ends inside {entry.name!r}")
-                name = None if entry.issparse() else split_name(entry.name)
+                name = None if entry.issparse() else split(entry.name)
                 if entry.isdir():
                     continue
                 if not entry.isreg() or name is None or not _is_text(entry.name):
@@ -129,11 +141,15 @@ def is_pickle(suffix: str) -> bool:
     return suffix.rpartition(".")[2] in PICKLE_SUFFIXES
 
 
-def sample_fields(payload: memoryview, *, where: str) -> dict[str, memoryview]:
+def sample_fields(
+    payload: memoryview, *, where: str, key: str | None = None
+) -> dict[str, memoryview]:
     """Finds the fields of a sample in its bytes.
 
     Args:
       payload: From its first header on; see `index.raw_index_dtype`.
+      key: The sample's, from the index: the rest of a name is the field. None: names are split at
+        their first dot.
       where: Named in errors.
 
     Returns:
@@ -142,7 +158,14 @@ def sample_fields(payload: memoryview, *, where: str) -> dict[str, memoryview]:
     Raises:
       ShardError: `foreign_tar`.
     """
-    files = walk_foreign(io.BytesIO(payload), where=where)
+
+    def split(name: str) -> tuple[str, str] | None:
+        if key is None:
+            return split_name(name)
+        front, rest = name[: len(key)], name[len(key) :]
+        return (key, rest[1:].lower()) if front == key and rest[:1] == "." else None
+
+    files = walk_foreign(io.BytesIO(payload), where=where, split=split)
     return {
         file.suffix: payload[file.offset : file.offset + file.num_bytes]
         for file in files

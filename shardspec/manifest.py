@@ -9,7 +9,8 @@ collects the receipts of a split and adds the split to the manifest.
 
 A *view* is a manifest whose shards are runs of samples of other datasets' files: nothing was
 copied. A *raw* dataset contains the members of foreign tars unchanged, without recipe and
-tokenizer. Readers use both through `Manifest.segments`.
+tokenizer. Readers use both through `Manifest.segments`. An *annotated* dataset has columns that
+were added later, in a file of its own for each shard (`shardspec.columns`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from itertools import pairwise
 from typing import Any
 
 from shardspec import storage
+from shardspec.columns import COLUMNS_SUFFIX, type_problems
 from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
 from shardspec.storage import RangeReader
 
@@ -31,7 +33,7 @@ FORMAT_VERSION = 1
 """Version of the on-disk contract: a dataset that owns its shards, of prepared samples."""
 
 EXTENDED_VERSION = 2
-"""Version of the manifests that readers of version 1 must refuse: views and raw datasets."""
+"""Version of manifests with fields that version 1 lacks: views, raw and annotated datasets."""
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
@@ -144,7 +146,8 @@ class TokenizerEntry:
     embedding_size: int
     """Rows that a model's embedding must have: every id of the dataset is below this."""
     special_ids: Mapping[str, int]
-    """bos, eos, pad, and the image symbols such as <im_patch>."""
+    """bos (absent where sequences begin without one), eos, pad, and the image symbols such as
+    <im_patch>."""
 
 
 NO_TOKENIZER = TokenizerEntry(
@@ -164,6 +167,29 @@ class View:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnFile:
+    """The added columns of one shard: a row per sample, in the shard's order."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedColumns:
+    """Columns that were joined to the samples after these were made."""
+
+    types: Mapping[str, str]
+    """Name of each to its type; see `shardspec.columns`."""
+    files: Mapping[str, ColumnFile]
+    """URL of each shard, of the dataset itself or of a view -> its column file."""
+
+    @staticmethod
+    def file_url(shard_url: str) -> str:
+        """Names the column file of a shard, relative to the manifest."""
+        return shard_url.removesuffix(".tar") + COLUMNS_SUFFIX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything a reader needs to trust and to use a dataset."""
 
@@ -179,11 +205,14 @@ class Manifest:
     """Where the samples are, if the dataset does not own its shards."""
     raw: bool = False
     """Whether samples are unchanged members of foreign tars."""
+    columns: AddedColumns | None = None
+    """Columns that were added later."""
 
     @property
     def format_version(self) -> int:
         """The oldest format version whose readers can read this manifest."""
-        return EXTENDED_VERSION if self.raw or self.view else FORMAT_VERSION
+        extended = self.raw or self.view or self.columns
+        return EXTENDED_VERSION if extended else FORMAT_VERSION
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -245,6 +274,8 @@ class Manifest:
             document |= {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": self.dataset}
         if self.format_version == EXTENDED_VERSION:
             document |= {"raw": self.raw, "view": self.view and _encode_view(self.view)}
+        if self.columns is not None:
+            document["columns"] = asdict(self.columns)
         return canonical_json(document, indent=1)
 
 
@@ -287,13 +318,15 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
             want=f"{FORMAT_VERSION} or {EXTENDED_VERSION}",
         )
     problems: list[str] = []
-    raw, view = False, None
+    raw, view, columns = False, None, None
     if version == EXTENDED_VERSION:
         raw = document.get("raw")
         if not isinstance(raw, bool):
             problems.append(f"raw: want true or false, got {raw!r}")
         if document.get("view") is not None:
             view = _parse_view(_mapping(document, "view", problems), problems)
+        if document.get("columns") is not None:
+            columns = _parse_columns(_mapping(document, "columns", problems), problems)
     tokenizer = NO_TOKENIZER
     if not raw:
         tokenizer = _record(TokenizerEntry, document.get("tokenizer"), "tokenizer", problems)
@@ -315,6 +348,9 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         problems = _contradictions(splits, shards)
     if not problems and view is not None:
         problems = _view_contradictions(view, shards)
+    if not problems and columns is not None:
+        urls = {shard.url for shard in shards}
+        problems = [f"columns.files: none of {url}" for url in sorted(urls - set(columns.files))]
     if problems:
         raise ManifestError("manifest_fields", where=where, problems="; ".join(problems))
     return Manifest(
@@ -326,6 +362,7 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         shards=tuple(shards),
         view=view,
         raw=raw,
+        columns=columns,
     )
 
 
@@ -403,6 +440,10 @@ def check_same(old: Manifest, new: Manifest, *, where: str) -> None:
         "recipe": (dict(old.recipe), dict(new.recipe)),
         "tokenizer": (asdict(old.tokenizer), asdict(new.tokenizer)),
         "libraries": (dict(old.libraries), dict(new.libraries)),
+        # What a split that is added to the other kind would lose.
+        "view": (old.view is not None, new.view is not None),
+        "raw": (old.raw, new.raw),
+        "columns": (old.columns is not None, new.columns is not None),
     }
     found = [d for name, (a, b) in pairs.items() for d in differences(a, b, name)]
     if found:
@@ -462,6 +503,18 @@ def _parse_view(document: dict[str, Any], problems: list[str]) -> View:
             continue
         parts[url] = tuple((int(m[1]), int(m[2]), int(m[3])) for m in runs if m)
     return View(files=tuple(files), parts=parts)
+
+
+def _parse_columns(document: dict[str, Any], problems: list[str]) -> AddedColumns:
+    found: list[str] = []
+    types, listed = (_mapping(document, name, found) for name in ("types", "files"))
+    problems += [f"columns.{problem}" for problem in found]
+    problems += [f"columns.types.{problem}" for problem in type_problems(types)]
+    files = {
+        url: _record(ColumnFile, entry, f"columns.files.{url}", problems)
+        for url, entry in listed.items()
+    }
+    return AddedColumns(types=types, files=files)
 
 
 def _view_contradictions(view: View, shards: Sequence[ShardEntry]) -> list[str]:

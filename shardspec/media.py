@@ -24,6 +24,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, NoReturn
 
@@ -40,6 +41,10 @@ Reduction = Literal[1, 2, 4, 8]
 
 MAX_STORED_PIXELS = 200_000_000
 """Most pixels of a stored image: 600 MB decoded. A larger header is broken or hostile."""
+
+MAX_STORED_SIDE_PX = 1_000_000
+"""Longest side of a stored image: decoders keep tables of 8 bytes per line, so that one column of
+200 million pixels would take eight times its own size."""
 
 CODEC_MAX_SIDE_PX = {"jpeg": 65_500, "webp": 16_383}
 """Longest side a codec can write: libjpeg's JPEG_MAX_DIMENSION, libwebp's WEBP_MAX_DIMENSION."""
@@ -58,6 +63,7 @@ PILLOW_DECODE_ERRORS = (
     EOFError,
     ArithmeticError,
     AttributeError,
+    AssertionError,
     RuntimeError,
     struct.error,
     zlib.error,
@@ -76,6 +82,21 @@ _RAW_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00v\x00"
     rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n"
 )
+_DEFLATE_RATIO = 1032
+"""Most bytes that a byte of deflate expands to: 258 for two bits (RFC 1951)."""
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Samples per pixel by colour type."""
+
+# JPEG markers (ITU-T T.81, table B.1).
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL_FRAMES, _HUFFMAN_FRAMES = frozenset({0xC0, 0xC1}), frozenset({0xC0, 0xC1, 0xC2})
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+_SEGMENT = re.compile(rb"\xff+([^\x00\xff])")
+_LARGE_PIXELS = 4_000_000
+"""Smaller stored JPEGs are decoded without a look at their frame: it costs 10 µs in Python."""
+
+_BAND_PIXELS = 1 << 20
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -111,6 +132,8 @@ def decode_stored(
       TypeError: `out` is not writable uint8.
       ConfigError: `decoder_missing`: simplejpeg is requested but not installed.
     """
+    if out is not None and (out.dtype != np.uint8 or not out.flags.writeable):
+        raise TypeError(f"out must be writable uint8, not {out.dtype}")
     if reduce != 1 and codec != "jpeg":
         raise ValueError(f"{codec} cannot be decoded at a reduced size")
     if codec == "raw":
@@ -192,6 +215,77 @@ def open_image(payload: bytes, *, formats: Sequence[str]) -> ImageFile.ImageFile
     return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JpegFrame:
+    """The frame header of a JPEG."""
+
+    is_sequential: bool
+    """Baseline or extended: decoded block by block, if it has one scan."""
+    least_bits: int
+    """Blocks of its smallest component, each of which takes one bit at least; 0 where a block may
+    take less (arithmetic coding, lossless files)."""
+    samples_per_pixel: float
+    """Of all components together; 3 without subsampling."""
+
+
+def jpeg_frame(payload: bytes | memoryview) -> JpegFrame | None:
+    """Reads the frame header of a JPEG; None where there is none that can be read."""
+    at = 2
+    while match := _SEGMENT.match(payload, at):
+        marker, at = match[1][0], match.end()
+        if marker in _STANDALONE:
+            continue
+        stop = at + int.from_bytes(payload[at : at + 2], "big")
+        if marker in _FRAMES:
+            return _parse_frame(marker, bytes(payload[at + 2 : stop]))
+        if stop <= at:
+            return None
+        at = stop
+    return None
+
+
+def size_before_opening(payload: bytes | memoryview) -> tuple[int, int] | None:
+    """Reads (width, height) of a PNG or WebP from its first bytes; None for other files.
+
+    Pillow allocates the canvas of a WebP when it opens the file.
+    """
+    head = bytes(payload[:30])
+    if head[:8] == _PNG_SIGNATURE and head[12:16] == b"IHDR" and len(head) >= 24:
+        width, height = struct.unpack(">2I", head[16:24])
+        return width, height
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    if head[12:16] == b"VP8X":
+        sides = (int.from_bytes(head[24:27], "little"), int.from_bytes(head[27:30], "little"))
+        return 1 + sides[0], 1 + sides[1]
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if head[12:16] == b"VP8 ":
+        width, height = struct.unpack("<2H", head[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def require_payload(payload: bytes | memoryview) -> None:
+    """Refuses a PNG or JPEG that is too short for the pixels that its header announces.
+
+    Raises:
+      ValueError: "truncated ...", before anything of the image's size is allocated.
+    """
+    if bytes(payload[:2]) == b"\xff\xd8":
+        frame = jpeg_frame(payload)
+        if frame is not None and 8 * len(payload) < frame.least_bits:
+            raise ValueError(f"truncated JPEG: {len(payload)} bytes for {frame.least_bits} blocks")
+    elif bytes(payload[:8]) == _PNG_SIGNATURE and len(payload) > 25:
+        size = size_before_opening(payload)
+        bits = payload[24] * _PNG_SAMPLES.get(payload[25], 0)
+        if size is not None and 8 * _DEFLATE_RATIO * len(payload) < size[0] * size[1] * bits:
+            raise ValueError(
+                f"truncated PNG: {len(payload)} bytes for {size[0]} x {size[1]} pixels"
+            )
+
+
 def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:
     """Checks the chunks of a PNG file and lists them.
 
@@ -258,6 +352,8 @@ def _decode_simplejpeg(
             raise ValueError(f"stored JPEG in {colorspace}")
         _check_size(width, height)
         _check_reducible(width, height, reduce)
+        if width * height > _LARGE_PIXELS:
+            require_payload(payload)
         width, height = width // reduce, height // reduce
         _check_out(out, (height, width, 3), "jpeg", where)
         # simplejpeg takes the smallest size that is not below these: exactly the reduced one.
@@ -284,21 +380,29 @@ def _decode_pillow(
             check_png(payload)
         elif codec == "webp":
             check_webp(payload)
+        size = size_before_opening(payload)
+        if size is not None:
+            _check_size(*size)
         with _PILLOW_CLASSES[codec](io.BytesIO(payload)) as image:
             _check_size(image.width, image.height)
+            require_payload(payload)
             if image.mode not in ("RGB", "L"):
                 raise ValueError(f"stored image in mode {image.mode}")
             _check_reducible(image.width, image.height, reduce)
+            width, height = image.width // reduce, image.height // reduce
+            _check_out(out, (height, width, 3), codec, where)
             if reduce != 1:
-                image.draft(None, (image.width // reduce, image.height // reduce))
+                image.draft(None, (width, height))
             image.load()
     except PILLOW_DECODE_ERRORS as error:
         _refuse(codec, str(error), where)
-    _check_out(out, (image.height, image.width, 3), codec, where)
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
     if out is None:
-        return np.array(rgb)
-    np.copyto(out, np.asarray(rgb))
+        out = np.empty((height, width, 3), np.uint8)
+    # In bands: NumPy's view of a Pillow image is made of two copies of it.
+    rows = max(1, _BAND_PIXELS // width)
+    for y in range(0, height, rows):
+        band = image if rows >= height else image.crop((0, y, width, min(y + rows, height)))
+        out[y : y + rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
     return out
 
 
@@ -318,8 +422,25 @@ def _decode_raw(payload: bytes | memoryview, out: np.ndarray | None, where: str)
     return out
 
 
+def _parse_frame(marker: int, body: bytes) -> JpegFrame | None:
+    count = body[5] if len(body) > 5 else 0
+    if not count or len(body) < 6 + 3 * count:
+        return None
+    height, width = struct.unpack(">2H", body[1:5])
+    factors = [(body[7 + 3 * i] >> 4, body[7 + 3 * i] & 15) for i in range(count)]
+    if not all(h and v for h, v in factors):
+        return None
+    across, down = max(h for h, _ in factors), max(v for _, v in factors)
+    blocks = [-(-width * h // (8 * across)) * -(-height * v // (8 * down)) for h, v in factors]
+    return JpegFrame(
+        is_sequential=marker in _SEQUENTIAL_FRAMES,
+        least_bits=min(blocks) if marker in _HUFFMAN_FRAMES else 0,
+        samples_per_pixel=sum(h * v for h, v in factors) / (across * down),
+    )
+
+
 def _check_size(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_STORED_PIXELS:
+    if not 0 < width * height <= MAX_STORED_PIXELS or max(width, height) > MAX_STORED_SIDE_PX:
         raise ValueError(f"{width} x {height} pixels")
 
 
@@ -332,8 +453,6 @@ def _check_reducible(width: int, height: int, reduce: Reduction) -> None:
 def _check_out(out: np.ndarray | None, shape: tuple[int, int, int], codec: str, where: str) -> None:
     if out is None:
         return
-    if out.dtype != np.uint8 or not out.flags.writeable:
-        raise TypeError(f"out must be writable uint8, not {out.dtype}")
     if out.shape != shape:
         _refuse(codec, f"image of shape {shape} for out of shape {out.shape}", where)
 

@@ -2,8 +2,9 @@
 
 The online half of the pipeline, and the only place that draws, always from the sample's own
 generator and in this order: a variant of each turn, the order of the branches, the resolution,
-the augmentation of each image. The rest follows from the draws. It needs no tokenizer and no
-formatter, and it does not know whether the sample came out of a shard or straight from `prepare`.
+the augmentation of each image, the filter of their resize. The rest follows from the draws. It
+needs no tokenizer and no formatter, and it does not know whether the sample came out of a shard or
+straight from `prepare`.
 
 It works in two steps: a `Planner` decides everything from the spans and the tokens alone (so
 lengths are known without a pixel), then the arrays are made. A `Draft` is between the two: it
@@ -17,13 +18,13 @@ import functools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from loader.assembly.augment import NO_CHANGE, Augment, Draw, draw
+from loader.assembly.augment import NO_CHANGE, Augment, Draw, Resample, draw, draw_filter
 from loader.assembly.collate import Shapes, finished
 from loader.assembly.layout import (
     IGNORED,
@@ -74,6 +75,9 @@ class View:
     """Share of the samples, 0 to 1, that get the view `high_res`, drawn each epoch."""
     augment: Augment = field(default_factory=Augment)
     """Random crops, flips and colour; off by default, and always off for inference."""
+    resample: Resample = "bicubic"
+    """Filter of what is resized at load. Molmo 1 is trained with "bilinear", Molmo 2 with
+    "bilinear-aliased"; docs/streaming.md says what they differ by."""
     normalize: Normalization | None = None
     """"imagenet", "openai" or "siglip" give float32; None leaves uint8 for the device."""
     pixels: Literal["crops", "patches"] = "crops"
@@ -111,6 +115,8 @@ class View:
             wrong["high_res.size_px"] = self.high_res.size_px
         if self.weight < 0:
             wrong["weight"] = self.weight
+        if self.resample not in get_args(Resample):
+            wrong["resample"] = self.resample
         if wrong:
             raise ConfigError("view", facts=wrong)
 
@@ -178,6 +184,9 @@ class Planner:
                 draw(view.augment, rng, geometry=row[7], width=row[2], height=row[3])
                 for row in pictures
             ]
+            chosen = draw_filter(view.augment, rng)
+            if chosen is not None:
+                draws = [replace(each, resample=chosen) for each in draws]
         sizes = [(row[2], row[3]) for row in pictures]
         seen = [images.of(size) for size in sizes]
         leads: list[np.ndarray] = []
@@ -267,8 +276,8 @@ class Draft:
     """The example of one sample before its arrays are made (a `LazyExample`)."""
 
     __slots__ = (
-        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "render_s", "scratch"),
-        *("shapes", "sources", "substitutes", "view"),
+        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "real", "render_s"),
+        *("scratch", "shapes", "sources", "substitutes", "view"),
     )
 
     channels_first = False
@@ -302,6 +311,8 @@ class Draft:
         """The bad sample that it substitutes, for its metadata."""
         self.dataset: str | None = None
         """The dataset's name, for its metadata."""
+        self.real = True
+        """False for a repeat that fills the last batch of an evaluation: it has no key."""
         self.error: ShardsError | None = None
         """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
@@ -357,6 +368,7 @@ class Draft:
                         overview=overview,
                         out=crops[done:stop],
                         scratch=self.scratch,
+                        resample=view.resample,
                         reduced=view.reduced_decoding,
                     )
                 done = stop
@@ -415,13 +427,15 @@ class Draft:
         """Describes the example."""
         plan = self.plan
         described: dict[str, Any] = {
-            "key": self.key,
+            "key": self.key if self.real else None,
             "images": [
                 {"width": width, "height": height, "crops": seen.crops}
                 for (width, height), seen in zip(plan.sizes, plan.seen, strict=True)
             ],
             "dropped_branches": plan.sequence.dropped_branches,
         }
+        if not self.real:
+            described["real"] = False
         if self.substitutes is not None:
             described["substitutes"] = self.substitutes
         if self.dataset is not None:

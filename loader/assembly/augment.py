@@ -1,6 +1,7 @@
 """Augmentation of one picture: what is drawn, how its colours change, where its points go.
 
-Three steps, each a function of its arguments alone:
+The filter of the resize is drawn once for a sample, after all its images (`draw_filter`), and only
+where there is a choice. For the rest there are three steps, each a function of its arguments alone:
 
 1. `draw` turns the settings and the sample's generator into a `Draw`. It always takes the same nine
    numbers from the generator, in the same order, whatever the settings and the sample's geometry
@@ -33,16 +34,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from shardspec.errors import ConfigError
+from shardspec.keyed import draw_below
 from shardspec.sample import Geometry
 
 NUM_DRAWS = 9
 """Uniform numbers that `draw` takes from the generator: area, ratio, x, y, flip, brightness,
 contrast, saturation, hue. A new augmentation appends; it never inserts."""
+
+Resample = Literal["bicubic", "bilinear", "bilinear-aliased", "nearest"]
+"""Filters of a resize at load: the first two with antialiasing, the others without."""
 
 GREY = (0.299, 0.587, 0.114)
 """Luma weights of R, G and B (ITU-R BT.601)."""
@@ -85,6 +91,9 @@ class Augment:
     """The same for saturation."""
     hue: float = 0.0
     """The hue shift is uniform in [-hue, hue] turns of the colour circle, 0 to 0.5."""
+    resample: tuple[Resample, ...] = ()
+    """Filters of which each sample draws one in each epoch, all equally likely; () keeps the
+    view's. Where the stored image has its final size, there is nothing to resize."""
 
     def __post_init__(self) -> None:
         scale, ratio = self.crop_scale, self.crop_ratio
@@ -95,6 +104,7 @@ class Augment:
             "flip_probability": 0 <= self.flip_probability <= 1,
             **{name: 0 <= getattr(self, name) <= 1 for name in jitter},
             "hue": 0 <= self.hue <= 0.5,
+            "resample": set(self.resample) <= set(get_args(Resample)),
         }
         bad = {name: getattr(self, name) for name, fine in good.items() if not fine}
         if bad:
@@ -129,6 +139,8 @@ class Draw:
     """Factor, 0 to 2."""
     hue: float = 0.0
     """Turns of the colour circle, -0.5 to 0.5; positive takes red towards yellow."""
+    resample: Resample | None = None
+    """The filter of a resize; None for the view's."""
 
     @property
     def changes_color(self) -> bool:
@@ -182,6 +194,12 @@ def draw(
         saturation=1.0 + augment.saturation * (2.0 * saturation - 1.0),
         hue=augment.hue * (2.0 * hue - 1.0),
     )
+
+
+def draw_filter(augment: Augment, rng: np.random.RandomState) -> Resample | None:
+    """Draws the filter of a sample; takes a number from the generator only if there are several."""
+    choices = augment.resample
+    return choices[draw_below(rng, len(choices))] if choices else None
 
 
 def apply_color(

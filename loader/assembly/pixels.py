@@ -27,13 +27,13 @@ import functools
 import math
 from collections.abc import Mapping
 from time import perf_counter
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
 import torch.nn.functional
 
-from loader.assembly.augment import NO_CHANGE, Draw, apply_color, mean_grey
+from loader.assembly.augment import NO_CHANGE, Draw, Resample, apply_color, mean_grey
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, nearest
 from shardspec.media import Reduction, decode_stored
@@ -59,6 +59,13 @@ DINOv2), of the preprocessing in openai/CLIP, and SigLIP's x * 2 - 1."""
 _BAND_PX = 128
 """Lines of a frame that tiles are copied from at a time: a band of it stays in the second-level
 cache for all the tiles that share it (0.31 instead of 0.38 ms for 7.6 crops of 378 px)."""
+
+_FILTERS: Mapping[Resample, Mapping[str, Any]] = {
+    "bicubic": {"mode": "bicubic", "antialias": True, "align_corners": False},
+    "bilinear": {"mode": "bilinear", "antialias": True, "align_corners": False},
+    "bilinear-aliased": {"mode": "bilinear", "antialias": False, "align_corners": False},
+    "nearest": {"mode": "nearest-exact"},
+}
 
 _REDUCTIONS: tuple[Reduction, ...] = (8, 4, 2)
 
@@ -147,6 +154,7 @@ def render(
     overview: np.ndarray | Encoded | None = None,
     out: np.ndarray | None = None,
     scratch: Scratch | None = None,
+    resample: Resample = "bicubic",
     reduced: bool = False,
 ) -> np.ndarray:
     """Renders the crops of one picture.
@@ -162,6 +170,7 @@ def render(
       out: uint8 [N, S, S, 3], a slice of a batch perhaps, or the `patch_cells` of patches; None
         makes a new array of crops.
       scratch: Where encoded pictures are decoded that need more than that; None: a new one.
+      resample: Filter of what is resized, unless the draw has one.
       reduced: Decode a JPEG at 1/2, 1/4 or 1/8 of its sides where the view needs no more of it.
 
     Returns:
@@ -193,6 +202,7 @@ def render(
         if not rows:
             return out
     scratch = scratch or Scratch()
+    resample = draw.resample or resample
     if rows or whole is picture:
         enough = canvas_size(*size, view) if reduced and draw.crop is None else None
         pixels = _decoded(picture, scratch, "picture", at_least=enough)
@@ -201,12 +211,12 @@ def render(
     grey_mean = 0.0
     if not in_place:
         shown = kept if whole is picture else _decoded(whole, scratch, "overview")
-        shown = _fit(shown, canvas=small, frame=crop)
+        shown = _fit(shown, canvas=small, frame=crop, resample=resample)
         grey_mean = mean_grey(shown) if draw.contrast != 1.0 else 0.0
         _put(out[0], _finish(shown, draw, grey_mean, frame=crop))
     if rows:
         frame = frame_size(*size, view)
-        canvas = _fit(kept, canvas=canvas_size(*size, view), frame=frame)
+        canvas = _fit(kept, canvas=canvas_size(*size, view), frame=frame, resample=resample)
         _tile(
             _finish(canvas, draw, grey_mean, frame=frame),
             out[1:].reshape(rows, cols, *out.shape[1:]),
@@ -215,17 +225,20 @@ def render(
     return out
 
 
-def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resizes a picture with the bicubic antialiased filter, on uint8.
+def resize(
+    pixels: np.ndarray, width: int, height: int, *, resample: Resample = "bicubic"
+) -> np.ndarray:
+    """Resizes a picture on uint8.
 
     Torch's uint8 kernel reads and writes [H, W, 3] memory as it is (a channels-last view): 1.3 ms
-    for 1344 x 1008 to 336 x 336 on one AVX2 core, where Pillow takes 7.6 ms, and within one grey
-    level of Pillow's BICUBIC.
+    for 1344 x 1008 to 336 x 336 on one AVX2 core with the antialiased bicubic filter, where Pillow
+    takes 7.6 ms, and within one grey level of Pillow's BICUBIC.
 
     Args:
       pixels: uint8 [H, W, 3].
       width: Wanted width, in pixels, >= 1.
       height: Wanted height, in pixels, >= 1.
+      resample: The filter.
 
     Returns:
       uint8 [height, width, 3]: `pixels` itself where it has that size already, else a new array.
@@ -239,9 +252,7 @@ def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     resized = torch.nn.functional.interpolate(
         image_1HWC.permute(0, 3, 1, 2),
         size=(height, width),
-        mode="bicubic",
-        antialias=True,
-        align_corners=False,
+        **_FILTERS[resample],
     )
     return np.ascontiguousarray(resized[0].permute(1, 2, 0))
 
@@ -338,7 +349,13 @@ def _cut(pixels: np.ndarray, draw: Draw, *, source_width: int, source_height: in
     return pixels[rows, columns]
 
 
-def _fit(picture: np.ndarray, *, canvas: tuple[int, int], frame: tuple[int, int]) -> np.ndarray:
+def _fit(
+    picture: np.ndarray,
+    *,
+    canvas: tuple[int, int],
+    frame: tuple[int, int],
+    resample: Resample,
+) -> np.ndarray:
     """Resizes a picture to its canvas, without what the frame would cut off.
 
     The part that stays is cut from the picture before, not after resizing: a long thin picture
@@ -352,7 +369,7 @@ def _fit(picture: np.ndarray, *, canvas: tuple[int, int], frame: tuple[int, int]
     width, height = min(canvas_width, frame_width), min(canvas_height, frame_height)
     rows = _scaled(y, y + height, of=canvas_height, to=picture.shape[0])
     columns = _scaled(x, x + width, of=canvas_width, to=picture.shape[1])
-    return resize(picture[rows, columns], width, height)
+    return resize(picture[rows, columns], width, height, resample=resample)
 
 
 def _finish(

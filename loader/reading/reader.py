@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from loader.reading.blocks import Block, Span
+from loader.reading.columns import ColumnFiles
 from loader.reading.local import Check, LocalShards
 from loader.reading.network import Network
 from loader.reading.open_shards import OpenShards, Shard, ShardSource
@@ -77,6 +78,15 @@ class ShardReader:
             prefetcher.open()
             self._remote = RemoteShards(prefetcher, raw=manifest.raw)
         self._open = OpenShards()
+        self.added: ColumnFiles | None = None
+        """Columns that were added to the dataset; None without any."""
+        if manifest.columns is not None:
+            if not storage.is_local(url):
+                prefetcher = prefetcher or Prefetcher(Network())
+                prefetcher.open()
+            self.added = ColumnFiles(
+                url, manifest.select(split), manifest.columns, prefetcher=prefetcher
+            )
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -93,6 +103,8 @@ class ShardReader:
             self._open.num_readers += 1
         if self._remote is not None and other.prefetcher is not None:
             self._remote.prefetcher = other.prefetcher
+            if self.added is not None:
+                self.added.prefetcher = other.prefetcher
 
     @property
     def prefetcher(self) -> Prefetcher | None:
@@ -213,7 +225,7 @@ class ShardReader:
         """Reads one column of the indexes for many samples at once.
 
         Args:
-          name: Of the column; see `shardspec.index.index_dtype`.
+          name: Of the column; see `shardspec.index.index_dtype` and `added`.
           sample_ids: int64 [n], each 0 to len - 1, in any order.
 
         Returns:
@@ -225,8 +237,17 @@ class ShardReader:
         return self.columns([name], sample_ids)[name]
 
     def columns(self, names: Sequence[str], sample_ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads several columns as `column` does, and opens each index once for all of them."""
+        """Reads several columns as `column` does, and opens each index once for all of them.
+
+        They may be of the indexes, or have been added to the dataset.
+        """
         sample_ids = np.asarray(sample_ids, np.int64)
+        if self.added is not None:
+            added = [name for name in names if name in (self.added.dtype.names or ())]
+            if added:
+                own = [name for name in names if name not in added]
+                found = self.columns(own, sample_ids) if own else {}
+                return {**found, **self.added.values(added, sample_ids)}
         by_id = np.argsort(sample_ids, kind="stable")
         ordered = sample_ids[by_id]
         number_of = np.searchsorted(self.starts, ordered, side="right") - 1

@@ -15,7 +15,7 @@ from preprocess.media import ImagePolicy
 from preprocess.settings import Setting
 from preprocess.sizes import size_text
 from shardspec.errors import ConfigError, redacted
-from shardspec.tiling import Fit, ImageView
+from shardspec.tiling import Fit, ImageView, SmallSides
 
 _GROUPS = ("what to build", "text", "images", "the job", "downloading images")
 _STANDARD = ImageView()
@@ -45,6 +45,10 @@ class ViewSettings:
     image_fit: Annotated[
         Fit, Setting("how an image is fitted to the model's input", group="images")
     ] = _STANDARD.fit
+    small_sides: Annotated[
+        SmallSides,
+        Setting("whose tiles images with a side inside the margins get", group="images"),
+    ] = _STANDARD.small_sides
     image_bound: Annotated[
         str,
         Setting(
@@ -80,7 +84,12 @@ class ViewSettings:
         single = ImageView(size_px=self.image_size, patch_px=self.patch_size, fit=self.image_fit)
         if not crops:
             return single
-        return replace(single, crop_mode="overlap-and-resize-c2", max_crops=crops)
+        return replace(
+            single,
+            crop_mode="overlap-and-resize-c2",
+            max_crops=crops,
+            small_sides=self.small_sides,
+        )
 
 
 def _number(text: str, flag: str) -> float:

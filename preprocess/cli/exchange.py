@@ -35,6 +35,7 @@ def _import(options: argparse.Namespace, console: Console) -> int:
     lines += [f"{n:,} files skipped: {reason}" for reason, n in imported.skipped.items()]
     if imported.repeated is not None:
         lines.append(f"several samples have the key {imported.repeated}: do not filter by keys")
+    lines += [f"note: {redacted(note)}" for note in imported.notes]
     console.show("\n".join(lines))
     return 0
 

@@ -36,7 +36,7 @@ class AOkVqa(HfDataset):
         """Turns a row into an example."""
         message: dict[str, Any] = {
             "style": f"a_okvqa_{self.mode}",
-            "question": required((row["question"] or "").strip(), reason="no_question"),
+            "question": required(row["question"], reason="no_question"),
         }
         if self.mode == "mc":
             message["options"] = list(row["choices"])

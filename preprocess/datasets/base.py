@@ -388,12 +388,12 @@ def image_facts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def required(value: Value, *, reason: str) -> Value:
-    """Gives a value back if there is anything in it.
+    """Gives a value back, as it is, if there is anything in it but space.
 
     Raises:
       SampleError: `reason`, such as `no_label`, which has its own entry in `errors.toml`.
     """
-    if not value:
+    if not value or (isinstance(value, str) and not value.strip()):
         raise SampleError(reason)
     return value
 

@@ -45,7 +45,7 @@ class PixMoPointExplanations(HfDataset):
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
-        answer = required((row["parsed_response"] or "").strip(), reason="no_parsed_response")
+        answer = required(row["parsed_response"], reason="no_parsed_response")
         lists = [row[name] or () for name in ("points", "inline_text", "alt_text")]
         counts = {len(values) for values in lists}
         if counts != {answer.count(POINT_MARK)}:
@@ -54,7 +54,7 @@ class PixMoPointExplanations(HfDataset):
             )
         message = {
             "style": "point_qa",
-            "question": required((row["question"] or "").strip(), reason="no_question"),
+            "question": required(row["question"], reason="no_question"),
             "answer": answer,
             "answer_annotations": [
                 {"points": xy_pairs(points), "inline_text": inline, "alt_text": alt}

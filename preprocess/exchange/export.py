@@ -15,6 +15,7 @@ import json
 import sqlite3
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from preprocess.exchange.foreign import opened
+from preprocess.exchange.foreign import load_keys, opened
 from preprocess.job import Reporter
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError
@@ -72,7 +73,8 @@ def _samples(url: str, manifest: Manifest, shard: ShardEntry, report: Reporter) 
     where = storage.join(url, shard.url)
     with opened(where) as stream:
         if manifest.raw:
-            files = list(walk_foreign(stream, where=where))
+            split = partial(_split_known, known=set(load_keys(url, shard).tolist()))
+            files = list(walk_foreign(stream, where=where, split=split))
         else:
             files = [
                 ForeignFile(
@@ -87,6 +89,12 @@ def _samples(url: str, manifest: Manifest, shard: ShardEntry, report: Reporter) 
             ]
     report.step("")
     return [list(own) for _, own in groupby(files, key=lambda file: file.key)]
+
+
+def _split_known(name: str, *, known: set[bytes]) -> tuple[str, str] | None:
+    """Splits a name where the index does: a key that ends at the last dot can have dots itself."""
+    last = split_name(name, dots="last")
+    return last if last is not None and last[0].encode() in known else split_name(name)
 
 
 def _wids(url: str, manifest: Manifest) -> list[str]:

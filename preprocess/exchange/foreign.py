@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, get_args
 
 import numpy as np
 
+from preprocess.exchange.census import Census, describe
 from preprocess.job import Reporter, output_lock, require_name, shard_name
 from preprocess.job.engines import local
 from preprocess.reshard import portable_url, read_notes, repeated_key
 from preprocess.settings import Setting, usable_cores
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ShardError
-from shardspec.foreign import ForeignFile, is_pickle, walk_foreign
+from shardspec.foreign import Dots, ForeignFile, is_pickle, split_name, walk_foreign
 from shardspec.index import encode_index, raw_index_dtype
 from shardspec.manifest import (
     INDEX_SUFFIX,
@@ -39,6 +43,7 @@ from shardspec.manifest import (
     ShardEntry,
     SplitEntry,
     View,
+    canonical_json,
     encode_receipt,
     fingerprint,
     load_manifest,
@@ -46,7 +51,11 @@ from shardspec.manifest import (
 )
 from shardspec.storage import ObjectVersion, check_unchanged, object_version
 
+CENSUS_FOLDER = "import"
+"""Folder of the output with what is notable about each tar, for people."""
+
 _CHUNK_BYTES = 8 * 2**20
+_READS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +69,23 @@ class ImportSettings:
     out: Annotated[str, Setting("folder or URL for the manifest and the indexes")]
     name: Annotated[str, Setting("name of the dataset")]
     split: Annotated[str, Setting("name of the split")] = "train"
+    dots: Annotated[
+        Dots,
+        Setting("which dot of a file's name ends the key of its sample; webdataset: the first"),
+    ] = "first"
     num_workers: Annotated[
         int,
         Setting("number of processes", flag="jobs", shown="all cores", unset=usable_cores),
     ] = 1
 
     def __post_init__(self) -> None:
+        wrong: dict[str, object] = {}
         if self.num_workers < 1:
-            raise ConfigError("job_settings", facts={"num_workers": self.num_workers})
+            wrong["num_workers"] = self.num_workers
+        if self.dots not in get_args(Dots):
+            wrong["dots"] = self.dots
+        if wrong:
+            raise ConfigError("job_settings", facts=wrong)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +99,8 @@ class Imported:
     """Files that belong to no sample, and fields that readers leave out, by reason."""
     repeated: str | None
     """A key that several samples have; nothing but filters and merges goes by keys."""
+    notes: tuple[str, ...] = ()
+    """What is notable about the samples: scattered ones, dots in names, fields that some lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +112,11 @@ class ImportContext:
     tars: tuple[str, ...]
     stamps: tuple[ObjectVersion, ...]
     names: tuple[str, ...]
+    dots: Dots = "first"
+
+    def census_url(self, task: int) -> str:
+        """URL of what is notable about a tar."""
+        return storage.join(self.out, CENSUS_FOLDER, self.names[task] + ".json")
 
     def receipt_url(self, task: int) -> str:
         """URL of a tar's receipt."""
@@ -100,9 +125,9 @@ class ImportContext:
     def build_key(self, task: int) -> str:
         """Hashes what the index of a tar follows from."""
         found = self.stamps[task]
-        return fingerprint(
-            ["import", storage.absolute_url(self.tars[task]), found.num_bytes, found.version]
-        )
+        rule = [] if self.dots == "first" else [self.dots]
+        url = storage.absolute_url(self.tars[task])
+        return fingerprint(["import", url, found.num_bytes, found.version, *rule])
 
 
 def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
@@ -122,7 +147,12 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
         shard_name(settings.name, settings.split, i, num_shards=len(tars)) for i in range(len(tars))
     )
     context = ImportContext(
-        out=settings.out, split=settings.split, tars=tars, stamps=stamps, names=names
+        out=settings.out,
+        split=settings.split,
+        tars=tars,
+        stamps=stamps,
+        names=names,
+        dots=settings.dots,
     )
     build_key = fingerprint([context.build_key(task) for task in range(len(tars))])
     with output_lock(settings.out) as require_held:
@@ -134,14 +164,30 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
         payload = manifest.encode()
         require_held()
         storage.publish_bytes(storage.join(settings.out, MANIFEST_NAME), payload)
-    keys = [_load_keys(settings.out, receipt.shard) for receipt in receipts]
+    keys = [load_keys(settings.out, receipt.shard) for receipt in receipts]
     twice = repeated_key(np.concatenate(keys))
     return Imported(
         manifest=manifest,
         sha256=hashlib.sha256(payload).hexdigest(),
         skipped=dict(manifest.splits[settings.split].quarantined),
         repeated=None if twice is None else twice.decode(),
+        notes=tuple(_notes(context)),
     )
+
+
+def _notes(context: ImportContext) -> list[str]:
+    def read(task: int) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads(storage.read_bytes(context.census_url(task)))
+        except FileNotFoundError:
+            return None  # indexed by an earlier release
+        return found
+
+    tasks = range(len(context.tars))
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        censuses = zip(tasks, pool.map(read, tasks), strict=True)
+        found = {context.tars[task]: census for task, census in censuses if census is not None}
+    return describe(found, folder=storage.join(context.out, CENSUS_FOLDER))
 
 
 def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
@@ -231,14 +277,19 @@ def index_tar(context: ImportContext, task: int, report: Callable[[Any], None]) 
     """
     url, name = context.tars[task], f"{context.split}/{context.names[task]}"
     skipped: Counter[str] = Counter()
+    census = Census()
+    split = partial(split_name, dots=context.dots)
     with opened(url) as stream:
-        rows = index_rows(walk_foreign(stream, where=url, skipped=skipped), where=url)
+        files = walk_foreign(stream, where=url, skipped=skipped, split=split)
+        rows = index_rows(files, where=url, census=census)
         rows["crc32"] = [_crc32(stream, int(row["offset"]), int(row["num_bytes"])) for row in rows]
         sha256 = _sha256(stream)
         skipped += _pickles(stream, url)
     check_unchanged(url, context.stamps[task])
     index = encode_index(rows)
     storage.publish_bytes(storage.join(context.out, name + INDEX_SUFFIX), index)
+    described = canonical_json(census.to_dict(dots=context.dots), indent=1)
+    storage.publish_bytes(context.census_url(task), described)
     entry = ShardEntry(
         url=name + ".tar",
         split=context.split,
@@ -258,12 +309,15 @@ def index_tar(context: ImportContext, task: int, report: Callable[[Any], None]) 
     return receipt
 
 
-def index_rows(files: Iterable[ForeignFile], *, where: str) -> np.ndarray:
+def index_rows(
+    files: Iterable[ForeignFile], *, where: str, census: Census | None = None
+) -> np.ndarray:
     """Groups the files of a tar to samples.
 
     Args:
       files: In the order of the tar.
       where: Named in errors.
+      census: Counts the samples.
 
     Returns:
       `raw_index_dtype` [samples]; `crc32` is still 0.
@@ -276,6 +330,8 @@ def index_rows(files: Iterable[ForeignFile], *, where: str) -> np.ndarray:
     key: str | None = None
     for file in files:
         if file.key != key:
+            if census is not None and key is not None:
+                census.add(key, suffixes)
             samples.append((file.header, file.end, 0, file.key.encode()))
             key, suffixes = file.key, set()
         start, _, members, encoded = samples[-1]
@@ -289,6 +345,8 @@ def index_rows(files: Iterable[ForeignFile], *, where: str) -> np.ndarray:
             )
         suffixes.add(file.suffix)
         samples[-1] = (start, file.end, members + 1, encoded)
+    if census is not None and key is not None:
+        census.add(key, suffixes)
     longest = max((len(encoded) for *_, encoded in samples), default=1)
     rows = np.zeros(len(samples), dtype=raw_index_dtype(longest))
     for i, (start, end, members, encoded) in enumerate(samples):
@@ -335,7 +393,8 @@ def opened(url: str) -> Iterator[IO[bytes]]:
                 yield stream
 
 
-def _load_keys(out: str, shard: ShardEntry) -> np.ndarray:
+def load_keys(out: str, shard: ShardEntry) -> np.ndarray:
+    """Reads the keys of a shard from its index: bytes [samples]."""
     rows = np.lib.format.read_array(
         io.BytesIO(storage.read_bytes(storage.join(out, shard.index_url))), allow_pickle=False
     )
@@ -367,7 +426,7 @@ def _manifest(
         parts[entry.url] = ((i, 0, entry.nsamples),) if entry.nsamples else ()
     split = SplitEntry(
         build_key=build_key,
-        source={"kind": "import"},
+        source={"kind": "import", **({} if settings.dots == "first" else {"dots": settings.dots})},
         num_samples=sum(shard.nsamples for shard in shards),
         num_images=0,
         num_tokens=0,

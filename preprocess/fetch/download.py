@@ -18,7 +18,8 @@ Reasons of failure, stable codes. Transient (`TRANSIENT`), tried again at once a
 dns, connect, tls, timeout, protocol (no proper HTTP), truncated, http_429, http_5xx, host_down (not
 requested: its host failed too often in a row), offline (see `BudgetError` below). Permanent, until
 `retry="all"`: http_404 and every other status, bad_url, bad_scheme, private_addr,
-too_many_redirects, too_big, empty, not_image, bomb (more pixels than allowed), sha_mismatch.
+too_many_redirects, too_big, empty, not_image, sha_mismatch. Not tried again at once, but in later
+runs, whose limits may differ: bomb (larger than `ImageLimits`).
 
 A URL list is hostile input: only http and https are spoken, and a connection is made only to the
 very address that was checked to be a public one, at every redirect. Pixels are not decoded here.
@@ -45,14 +46,13 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
-from PIL import Image
 from yarl import URL
 
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
+from preprocess.media import ImageLimits, open_source
 from preprocess.settings import Setting
-from shardspec.errors import BudgetError, ConfigError, nearest
+from shardspec.errors import BudgetError, ConfigError, SampleError, nearest
 from shardspec.keyed import hash_text
-from shardspec.media import MAX_STORED_PIXELS, PILLOW_DECODE_ERRORS, open_image
 from shardspec.storage import retry_after_s
 
 if TYPE_CHECKING:
@@ -79,11 +79,9 @@ TRANSIENT = frozenset(
 )
 """Reasons that another attempt may change."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM")
-"""Pillow formats that count as an image: pixels in a file. Left out are those that run or fetch
-something to be drawn (EPS calls Ghostscript) and those without a signature (TGA)."""
-
 _GROUP = "downloading images"
+_FAULTS: Mapping[str, Literal["empty", "bomb"]] = {"image_empty": "empty", "image_bomb": "bomb"}
+"""Reasons of an image's refusal that the ledger tells apart; the others are "not_image"."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WORKERS_PER_SLOT = 4
 """Workers that wait out a backoff or a pause hold no slot; this many let others continue
@@ -111,8 +109,6 @@ class FetchPolicy:
     """Of one attempt, redirects and slow bodies included; also the longest pause between two."""
     max_bytes: int = 64 * 2**20
     """Largest body."""
-    max_pixels: int = MAX_STORED_PIXELS
-    """Most pixels that an image's header may announce."""
     max_redirects: int = 5
     """Most redirects that are followed."""
     attempts: Annotated[
@@ -172,6 +168,7 @@ def fetch_all(
     policy: FetchPolicy,
     expected_sha256: Mapping[str, str] | None = None,
     sha_policy: ShaPolicy = "require",
+    limits: ImageLimits | None = None,
     on_result: Callable[[FetchResult], None] | None = None,
 ) -> dict[str, FetchResult]:
     """Downloads what is missing and returns the result of each URL.
@@ -186,6 +183,7 @@ def fetch_all(
       policy: Limits and manners.
       expected_sha256: Hexadecimal sha256 of some URLs' bodies.
       sha_policy: What another content is: a failure, an ok with reason "sha_mismatch", or nothing.
+      limits: The largest image that is kept; None for the defaults.
       on_result: Called once per unique URL, first for the settled ones, in the calling thread. What
         it raises ends the run.
 
@@ -210,6 +208,7 @@ def fetch_all(
         policy=policy,
         expected=expected if sha_policy != "ignore" else {},
         sha_policy=sha_policy,
+        limits=limits or ImageLimits(),
         on_result=on_result or _ignore,
     )
     todo = []
@@ -276,27 +275,19 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def image_fault(body: bytes, *, max_pixels: int) -> Literal["", "empty", "not_image", "bomb"]:
-    """Judges a body by its image header; "" is a usable one.
+def image_fault(body: bytes, *, limits: ImageLimits) -> Literal["", "empty", "not_image", "bomb"]:
+    """Judges a body by its image header, as BUILD does; "" is a usable one.
 
-    >>> image_fault(b"<html>", max_pixels=100)
+    >>> image_fault(b"<html>", limits=ImageLimits())
     'not_image'
     """
-    if not body:
-        return "empty"
     try:
-        image = open_image(body, formats=IMAGE_FORMATS)
-        if image is None:
-            return "not_image"
-        with image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        return "bomb"
-    except (*PILLOW_DECODE_ERRORS, Warning):
+        with open_source(body, limits=limits):
+            return ""
+    except SampleError as error:
+        return _FAULTS.get(error.reason, "not_image")
+    except Warning:  # of Pillow, where the process turns warnings into errors
         return "not_image"
-    if width < 1 or height < 1:
-        return "not_image"
-    return "bomb" if width * height > max_pixels else ""
 
 
 class _Failure(Exception):
@@ -388,6 +379,7 @@ class _Run:
     policy: FetchPolicy
     expected: Mapping[str, str]
     sha_policy: ShaPolicy
+    limits: ImageLimits
     on_result: Callable[[FetchResult], None]
     results: dict[str, FetchResult] = field(default_factory=dict)
     _stopped: bool = False
@@ -409,7 +401,7 @@ class _Run:
             return self.policy.retry == "none"
         if known.reason == "sha_mismatch":
             return differs
-        return known.reason not in TRANSIENT
+        return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
 
     async def fetch(self, hosts: list[Host]) -> None:
         """Fetches all URLs of the hosts."""
@@ -548,7 +540,7 @@ class _Run:
     def _keep(self, name: str, body: bytes) -> tuple[str, str]:
         """Judges a body and stores a usable one; returns the reason against it and its sha256."""
         sha256 = hashlib.sha256(body).hexdigest()
-        reason: str = image_fault(body, max_pixels=self.policy.max_pixels)
+        reason: str = image_fault(body, limits=self.limits)
         if not reason and self.expected.get(name, sha256) != sha256:
             reason = "sha_mismatch"
         if not reason or (reason == "sha_mismatch" and self.sha_policy == "warn"):

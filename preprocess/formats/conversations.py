@@ -69,12 +69,10 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     system = row.get(spec.column("system"))
     if isinstance(system, str) and system.strip() and not any(t.side == "system" for t in turns):
         turns.insert(0, _Turn("system", system))
-    texts = _alternating(turns)
-    texts, placed = _placed(texts, given, spec)
-    return {
-        "image": placed,
-        "message_list": [{"style": spec.style or STYLE, "messages": texts}] if texts else [],
-    }
+    texts, placed = _placed(_alternating(turns), given, spec)
+    message: dict[str, Any] = {"style": spec.style or STYLE, "messages": texts}
+    told = "\n\n".join(t.text for t in turns if t.side == "system" and t.text.strip())
+    return {"image": placed, "message_list": [{**message, **({"system": told} if told else {})}]}
 
 
 class _Images:
@@ -232,7 +230,6 @@ def _alternating(turns: Sequence[_Turn]) -> list[str]:
     Raises:
       SampleError: `conversation`.
     """
-    system = [turn.text.strip() for turn in turns if turn.side == "system"]
     spoken = [turn for turn in turns if turn.side != "system"]
     while spoken and (spoken[-1].side == "user" or not spoken[-1].learned):
         if spoken[-1].side == "user" and spoken[-1] is turns[-1]:
@@ -254,8 +251,6 @@ def _alternating(turns: Sequence[_Turn]) -> list[str]:
             texts.append(turn.text)
     if any(not text.strip() for text in texts[1::2]):
         raise SampleError("conversation.empty", empty=sum(not t.strip() for t in texts[1::2]))
-    if any(system):
-        texts[0] = "\n\n".join([*filter(None, system), texts[0]])
     return texts
 
 

@@ -11,6 +11,7 @@ from preprocess.job.build import (
     stored_sizes,
     valid_receipts,
 )
+from preprocess.job.columns import publish_columns, read_columns
 from preprocess.job.dry_run import DryRun, dry_run
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.job import JobSettings, Reporter
@@ -40,6 +41,8 @@ __all__ = [
     "is_in_place",
     "is_name",
     "plan_order",
+    "publish_columns",
+    "read_columns",
     "read_json",
     "remove_strays",
     "require_name",

@@ -144,6 +144,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
                         image_sizes=sizes,
                         views=views,
                         placeholder=context.preparer.tokenizer.special_ids["<|image|>"],
+                        bos="bos" in context.preparer.tokenizer.special_ids,
                     )
                 )
                 on_row("")

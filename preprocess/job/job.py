@@ -20,8 +20,9 @@ from preprocess.datasets import DatasetBase, dataset_class
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
+from preprocess.media import MemoryBudget
 from preprocess.recipe import Preparer, Recipe
-from preprocess.settings import Setting, usable_cores
+from preprocess.settings import Setting, usable_cores, usable_memory
 from preprocess.sizes import parse_bytes
 from preprocess.text import EMBEDDED, load_tokenizer
 from shardspec import storage
@@ -142,6 +143,17 @@ class JobSettings:
     cache: Annotated[
         str, Setting("local folder for downloaded images and their ledgers", group="the job")
     ] = "~/.cache/vlm-shards"
+    image_memory: Annotated[
+        int | None,
+        Setting(
+            "most memory for decoding images in all processes of this machine together; large "
+            "images wait for room",
+            group="the job",
+            metavar="SIZE",
+            parse=parse_bytes,
+            shown="half of the memory",
+        ),
+    ] = None
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     max_dead_links: Annotated[
         float,
@@ -175,9 +187,13 @@ class Job:
     def __init__(self, settings: JobSettings) -> None:
         """Loads the tokenizer and names the job; reads no row yet."""
         self.settings = settings
-        tokenizer = load_tokenizer(settings.tokenizer, pad_to=settings.pad_to)
+        tokenizer = load_tokenizer(
+            settings.tokenizer, pad_to=settings.pad_to, policy=settings.recipe.text
+        )
         self.blobs = BlobCache(Path(settings.cache).expanduser())
-        self.preparer = Preparer(recipe=settings.recipe, tokenizer=tokenizer)
+        self.preparer = Preparer(
+            recipe=settings.recipe, tokenizer=tokenizer, memory=self._memory_budget()
+        )
         self.tokenizer = tokenizer.entry
         kind = dataset_class(settings.dataset)
         self.kind = kind
@@ -213,6 +229,16 @@ class Job:
             "tokenizer": dataclasses.asdict(self.tokenizer),
             "libraries": self.libraries,
         }
+
+    def _memory_budget(self) -> MemoryBudget:
+        s = self.settings
+        largest = s.recipe.image.limits.max_decode_bytes
+        return MemoryBudget(
+            folder=str(self.blobs.root / "locks"),  # local, and shared by the jobs of a machine
+            total_bytes=s.image_memory or max(largest, usable_memory() // 2),
+            largest_bytes=largest,
+            num_workers=s.num_workers,
+        )
 
     def url(self, *parts: str) -> str:
         """Names an object of the output."""
@@ -267,6 +293,7 @@ _BYTE_SOURCES = (
     "preprocess/job/planner.py",
     "preprocess/media/**/*.py",
     "preprocess/recipe.py",
+    "preprocess/sizes.py",
     "preprocess/synthetic/**/*.py",
     "preprocess/text/**/*.py",
     "preprocess/text/**/*.toml",

@@ -127,6 +127,9 @@ def _check_conflict(job: Job) -> str | None:
             recipe=json.loads(canonical_json(job.recipe)),
             tokenizer=job.tokenizer,
             libraries=job.libraries,
+            view=None,
+            raw=False,
+            columns=None,
         )
         check_same(manifest, ours, where=job.url(MANIFEST_NAME))
         return None

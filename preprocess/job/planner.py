@@ -409,6 +409,7 @@ def _fetch(job: Job, policy: FetchPolicy, report: Reporter) -> dict[str, FetchRe
             cache=job.blobs,
             ledger=ledger,
             policy=policy,
+            limits=job.settings.recipe.image.limits,
             on_result=lambda result: report.step(result.reason),
         )
     dead = Counter(result.reason for result in results.values() if result.status != "ok")

@@ -16,6 +16,7 @@ from typing import IO
 
 import numpy as np
 
+from preprocess.job.columns import read_columns
 from preprocess.job.commit import tokenizer_in_place
 from preprocess.job.job import Reporter
 from shardspec import storage
@@ -43,7 +44,7 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
       deep: Decode every image as well.
 
     Returns:
-      What is wrong, at most one finding a shard; [] where all is as promised.
+      What is wrong, at most one finding a file; [] where all is as promised.
 
     Raises:
       ManifestError: There is no readable manifest.
@@ -55,6 +56,12 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
         findings.append(
             ShardError("tokenizer_file.changed", where=storage.join(url, TOKENIZER_NAME))
         )
+    if manifest.columns is not None:
+        for shard in manifest.shards:
+            try:
+                read_columns(url, manifest, shard)
+            except ShardError as error:
+                findings.append(error)
     report.stage("verify", len(manifest.files))
     for file in manifest.files:
         try:

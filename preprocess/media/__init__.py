@@ -4,9 +4,15 @@ Decides how an image is decoded, oriented, converted to sRGB, resized and encode
 URL.
 """
 
+from preprocess.media.header import SOURCE_FORMATS, ImageLimits, open_source
 from preprocess.media.image import ImagePolicy, ImagePreprocessor
+from preprocess.media.memory import MemoryBudget
 
 __all__ = [
+    "SOURCE_FORMATS",
+    "ImageLimits",
     "ImagePolicy",
     "ImagePreprocessor",
+    "MemoryBudget",
+    "open_source",
 ]

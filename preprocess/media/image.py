@@ -1,22 +1,24 @@
-"""Pictures as datasets hold them -> upright sRGB pixels at the size to store.
+"""Images as datasets hold them -> upright sRGB pixels at the size to store.
 
 What is decided here, in this order:
 
-1. The header: an empty or oversized picture is refused before anything is decoded.
+1. The header (`preprocess.media.header`): an empty, oversized or too costly image is refused before
+   anything of its size is allocated. A JPEG that takes too much memory is decoded at a fraction of
+   its sides, if at least twice the stored size remains.
 2. Decoding: whole and strict. A JPEG goes through `shardspec.media` (which raises for damage that
    Pillow passes over), so that its pixels are the loader's pixels; everything else through Pillow,
    PNG after its CRCs and WebP after its length. Of an animation the first frame is taken.
 3. Orientation: EXIF is applied, so that coordinates in annotations mean what people saw.
 4. Colour: grey of 16 bits by `>> 8` (Pillow's own conversion saturates), an embedded profile other
    than sRGB converted (perceptual intent), transparency laid over white, the rest to RGB.
-5. Size: one Pillow LANCZOS resize to the size that training can ask for; downscale only. Where
-   views tile, another one of the original gives the overview.
+5. Size: one resize by Pillow, with the policy's filter, to the size that training can ask for;
+   downscale only. Where views tile, another one of the original gives the overview.
 
 Where steps 3 to 5 change nothing and the file is of the recipe's codec, its compressed data is kept
 as it is: no loss, no encoding. Metadata (EXIF with locations and names, thumbnails, comments, text)
 is left out of what is kept.
 
-The result is a function of the picture and the policy alone; nothing is drawn, nothing is cut.
+The result is a function of the image and the policy alone; nothing is drawn, nothing is cut.
 """
 
 from __future__ import annotations
@@ -26,33 +28,42 @@ import io
 import logging
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile
 
+from preprocess.media.header import (
+    BAND_PX,
+    REDUCTIONS,
+    ImageLimits,
+    decode_bytes,
+    is_jpeg,
+    open_source,
+    refuse_file,
+)
+from preprocess.media.memory import MemoryBudget
 from preprocess.settings import Setting
 from shardspec.errors import ConfigError, SampleError, ShardError, StorageError, nearest
 from shardspec.media import (
-    MAX_STORED_PIXELS,
     PILLOW_DECODE_ERRORS,
     check_png,
     check_webp,
     decode_stored,
     encode_stored,
     jpeg_decoder,
-    open_image,
 )
 from shardspec.sample import Codec, Geometry, PreparedImage
 from shardspec.tiling import ImageView, overview_size, stored_size
 
 logger = logging.getLogger(__name__)
 
-SOURCE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""Formats that are opened. Pillow knows more, some of which start other programs (EPS)."""
+Resample = Literal["lanczos", "bicubic", "bilinear", "bilinear-aliased"]
+"""Filters of Pillow: antialiased ones, and the plain one that looks at four pixels only."""
 
 SRGB_TOLERANCE = 2
 """A profile that moves no colour by more levels (of 255) than this is sRGB: the many profiles of
@@ -71,6 +82,22 @@ _TRANSPOSE: Mapping[int, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_SWAPPING = frozenset(
+    {
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+    }
+)
+"""What exchanges width and height."""
+
+_ANTIALIASED: Mapping[Resample, Image.Resampling] = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+
 # JPEG markers (ITU-T T.81, table B.1).
 _SOF0, _SOS, _EOI, _COM = 0xC0, 0xDA, 0xD9, 0xFE
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -86,7 +113,7 @@ _PNG_MEANING_CHUNKS = frozenset({b"tRNS", b"acTL"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePolicy:
-    """How pictures are stored."""
+    """How images are stored."""
 
     views: tuple[ImageView, ...] = (ImageView(),)
     """What training may ask for; the stored size serves all of them."""
@@ -108,12 +135,18 @@ class ImagePolicy:
         ),
     ] = "auto"
     """"auto": compressed data that needs no change is stored as it is; "never": always encode."""
+    resample: Annotated[
+        Resample,
+        Setting("filter that images are shrunk with for storing", group="images"),
+    ] = "lanczos"
+    """Molmo 1 resizes with "bilinear", Molmo 2 with "bilinear-aliased"; docs/build.md says what the
+    filters differ by."""
     overview: Literal["stored", "resized"] = "stored"
     """"stored": where views tile, and share size_px and fit, the overview is stored beside the
-    picture. For about a fifth more bytes nothing is resized at load, and the overview is made from
-    the original. "resized": the loader makes it from the stored picture in each epoch."""
-    max_megapixels: int = 200
-    """Pictures with more are refused from their header, 1 to 200."""
+    image. For about a fifth more bytes nothing is resized at load, and the overview is made from
+    the original. "resized": the loader makes it from the stored image in each epoch."""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    """Larger images are refused from their header."""
 
     def __post_init__(self) -> None:
         if not self.views and self.max_side_px is None:
@@ -128,20 +161,22 @@ class ImagePolicy:
             _reject("quality", self.quality, "1 to 100")
         if self.keep not in ("auto", "never"):
             _reject("keep", self.keep, "'auto' or 'never'")
+        if self.resample not in get_args(Resample):
+            _reject("resample", self.resample, nearest(str(self.resample), get_args(Resample)))
         if self.overview not in ("stored", "resized"):
             _reject("overview", self.overview, "'stored' or 'resized'")
-        if not 1 <= self.max_megapixels <= MAX_STORED_PIXELS // 1_000_000:
-            _reject("max_megapixels", self.max_megapixels, "1 to 200")
 
 
 class ImagePreprocessor:
-    """Turns a picture into what is stored of it: one decode, at most one resize, one encode.
+    """Turns an image into what is stored of it: one decode, at most one resize, one encode.
 
     An overview takes a resize and an encode of its own.
     """
 
-    def __init__(self, policy: ImagePolicy) -> None:
+    def __init__(self, policy: ImagePolicy, *, memory: MemoryBudget | None = None) -> None:
+        """Takes the policy, and the budget that it shares with other processes, if any."""
         self.policy = policy
+        self.memory = memory
         self._warned: set[str] = set()
 
     def __call__(
@@ -151,7 +186,7 @@ class ImagePreprocessor:
         geometry: Geometry = Geometry.NONE,
         where: str = "",
     ) -> PreparedImage:
-        """Prepares one picture.
+        """Prepares one image.
 
         Args:
           source: The file's bytes (best: only these can be kept), its path, a Pillow image (its
@@ -164,44 +199,34 @@ class ImagePreprocessor:
 
         Raises:
           SampleError: `image_missing` (no such file), `image_empty` (no bytes, no pixels),
-            `image_bomb` (more pixels than allowed), `image_truncated`, `image_decode` (damaged, or
-            no picture), `image_mode` (colours or numbers with no one meaning).
-          StorageError: `image_read`: a file that exists and cannot be read.
+            `image_bomb` (larger than `ImageLimits`), `image_truncated`, `image_decode` (damaged, or
+            not an image), `image_mode` (colours or numbers without one meaning).
+          StorageError: `image_read`: a file that exists and cannot be read; `image_memory`: the
+            machine refused memory within the limits.
           ConfigError: `load_truncated_images`: the process told Pillow to accept cut-off files.
         """
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ConfigError("load_truncated_images")
-        kept = None
-        picture: Image.Image | np.ndarray
         if isinstance(source, np.ndarray):
-            picture = _checked_array(source, where)
-            self._check_size(picture.shape[1], picture.shape[0], where)
-        elif isinstance(source, Image.Image):
-            self._check_size(source.width, source.height, where)
-            picture = self._settle(source, where)
-        else:
-            if isinstance(source, Path):
-                where = where or str(source)
-                source = _read(source, where)
-            picture, kept = self._from_file(source, where)
-        width, height = _size(picture)
-        stored, small = self._stored_size(width, height), self._overview_size(width, height)
-        overview = None
-        if small is not None or stored != (width, height):
-            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-            if small is not None:
-                overview = np.asarray(image.resize(small, Image.Resampling.LANCZOS))
-            if stored != (width, height):
-                kept = None
-                picture = image.resize(stored, Image.Resampling.LANCZOS)
-        return PreparedImage(
-            pixels=np.asarray(picture),
-            source_width=width,
-            source_height=height,
-            geometry=geometry,
-            kept=kept,
-            overview=overview,
-        )
+            pixels = _checked_array(source, where)
+            size = (pixels.shape[1], pixels.shape[0])
+            self.policy.limits.check_size(*size, where=where)
+            return self._sized(_Settled(image=pixels, size=size), geometry)
+        if isinstance(source, Image.Image):
+            self.policy.limits.check_size(source.width, source.height, where=where)
+            return self._sized(self._settle(source, where), geometry)
+        if isinstance(source, Path):
+            where = where or str(source)
+            source = _read(source, where)
+        image = open_source(source, limits=self.policy.limits, where=where)
+        try:
+            plan = self._plan(image, source, where)
+            with self.memory.hold(plan.num_bytes) if self.memory else nullcontext():
+                return self._sized(self._from_file(image, source, plan, where), geometry)
+        except MemoryError:
+            raise StorageError(
+                "image_memory", where=where, width_px=image.width, height_px=image.height
+            ) from None
 
     def encode(self, image: PreparedImage) -> bytes:
         """Gives the bytes to store: the kept ones, or the pixels in the policy's codec.
@@ -217,12 +242,35 @@ class ImagePreprocessor:
         """Encodes an overview, uint8 [h, w, 3], in the policy's codec."""
         return encode_stored(overview, codec=self.policy.codec, quality=self.policy.quality)
 
+    def _plan(self, image: ImageFile.ImageFile, payload: bytes, where: str) -> _Plan:
+        """Chooses the scale at which a file is decoded, by the memory that it takes.
+
+        Raises:
+          SampleError: `image_bomb`: no scale fits.
+        """
+        # That of a PNG is known only after decoding it, and needed only for a JPEG.
+        turn = self._turn(image, where) if is_jpeg(image) else None
+        size = image.size[::-1] if turn in _SWAPPING else image.size
+        stored = self._stored_size(*size)
+        resized = None if stored == size else stored
+        stored_w, stored_h = stored[::-1] if turn in _SWAPPING else stored
+        limits = self.policy.limits
+        whole_bytes = decode_bytes(image, payload, resized=resized)
+        if whole_bytes > limits.max_decode_bytes and is_jpeg(image):
+            for reduce in REDUCTIONS:
+                num_bytes = decode_bytes(image, payload, reduce=reduce, resized=resized)
+                # Half of what is left at least goes in the resize, as in Pillow's own drafts.
+                detailed = image.width >= 2 * reduce * stored_w
+                detailed = detailed and image.height >= 2 * reduce * stored_h
+                if detailed and num_bytes <= limits.max_decode_bytes:
+                    return _Plan(reduce=reduce, num_bytes=num_bytes, size=size)
+        limits.check_memory(image, whole_bytes, where=where)
+        return _Plan(reduce=1, num_bytes=whole_bytes, size=size)
+
     def _from_file(
-        self, payload: bytes, where: str
-    ) -> tuple[Image.Image | np.ndarray, bytes | None]:
-        """Decodes a file; gives the bytes to keep as well, where the picture is theirs exactly."""
-        image = _open(payload, where)
-        self._check_size(image.width, image.height, where)
+        self, image: ImageFile.ImageFile, payload: bytes, plan: _Plan, where: str
+    ) -> _Settled:
+        """Decodes a file; gives the bytes to keep as well, where the image is theirs exactly."""
         pixels = None
         bare = None
         try:
@@ -233,24 +281,33 @@ class ImagePreprocessor:
             if self.policy.keep == "auto":
                 bare = _bare_file(payload, image, self.policy.codec)
         except ValueError as error:
-            _refuse_file(error, where)
-        if image.format in ("JPEG", "MPO"):
+            refuse_file(error, where)
+        if plan.reduce != 1:
+            pixels = _decode_reduced(payload, image, plan.reduce, where)
+            return self._settle(image, where, pixels=pixels, plan=plan)
+        if is_jpeg(image):
             # What is kept is also what is decoded: one pass both makes the pixels and proves them.
             pixels = _decode_jpeg(bare or payload, image.mode, where)
             bare = bare if pixels is not None else None
-        picture = self._settle(image, where, pixels=pixels)
-        unchanged = picture is (image if pixels is None else pixels)
-        return picture, bare if unchanged else None
+        settled = self._settle(image, where, pixels=pixels)
+        unchanged = settled.image is (image if pixels is None else pixels)
+        return replace(settled, kept=bare) if unchanged else settled
 
     def _settle(
-        self, image: Image.Image, where: str, *, pixels: np.ndarray | None = None
-    ) -> Image.Image | np.ndarray:
-        """Brings a picture upright and to sRGB.
+        self,
+        image: Image.Image,
+        where: str,
+        *,
+        pixels: np.ndarray | None = None,
+        plan: _Plan | None = None,
+    ) -> _Settled:
+        """Brings an image upright and to sRGB.
 
         Args:
-          image: The opened picture, with its metadata.
+          image: The opened image, with its metadata.
           where: Named in errors.
           pixels: uint8 [H, W, 3], if it has been decoded already.
+          plan: How it was decoded at a fraction; None for the whole.
 
         Returns:
           `pixels` or `image` itself where nothing has to change, else a new RGB image.
@@ -259,12 +316,12 @@ class ImagePreprocessor:
             try:
                 image.load()
             except PILLOW_DECODE_ERRORS as error:
-                _refuse_file(error, where)
+                refuse_file(error, where)
         turn = self._turn(image, where)
         profile = self._profile(image, where)
         if pixels is not None:
-            if turn is None and profile is None:
-                return pixels
+            if turn is None and profile is None and plan is None:
+                return _Settled(image=pixels, size=(pixels.shape[1], pixels.shape[0]))
             image = Image.fromarray(pixels)
         try:
             rgb = _to_rgb(image, profile)
@@ -272,7 +329,44 @@ class ImagePreprocessor:
             raise SampleError(
                 "image_mode.colors", where=where, mode=image.mode, cause=str(error)
             ) from None
-        return rgb if turn is None else rgb.transpose(turn)
+        if plan is not None:
+            return _Settled(image=rgb, size=plan.size, turn=turn, reduce=plan.reduce)
+        if turn is not None:
+            rgb = rgb.transpose(turn)
+        return _Settled(image=rgb, size=rgb.size)
+
+    def _sized(self, settled: _Settled, geometry: Geometry) -> PreparedImage:
+        """Resizes an upright image to what is stored of it."""
+        width, height = settled.size
+        stored, small = self._stored_size(width, height), self._overview_size(width, height)
+        overview, kept = None, settled.kept
+        found = settled.image
+        if small is not None or stored != settled.size:
+            whole = found if isinstance(found, Image.Image) else Image.fromarray(found)
+            if small is not None:
+                overview = np.asarray(self._resized(whole, small, settled))
+            if stored != settled.size:
+                kept = None
+                found = self._resized(whole, stored, settled)
+        return PreparedImage(
+            pixels=_pixels(found) if isinstance(found, Image.Image) else found,
+            source_width=width,
+            source_height=height,
+            geometry=geometry,
+            kept=kept,
+            overview=overview,
+        )
+
+    def _resized(self, image: Image.Image, size: tuple[int, int], settled: _Settled) -> Image.Image:
+        resample = self.policy.resample
+        if settled.reduce == 1:
+            return _resize(image, size, resample, box=(0.0, 0.0, *image.size))
+        turn = settled.turn
+        width, height = settled.size[::-1] if turn in _SWAPPING else settled.size
+        # The last blocks of a reduced image extend beyond the original's border.
+        box = (0.0, 0.0, width / settled.reduce, height / settled.reduce)
+        image = _resize(image, size[::-1] if turn in _SWAPPING else size, resample, box=box)
+        return image if turn is None else image.transpose(turn)
 
     def _turn(self, image: Image.Image, where: str) -> Image.Transpose | None:
         try:
@@ -317,22 +411,35 @@ class ImagePreprocessor:
             max(1, (2 * height * limit_px + longest_px) // (2 * longest_px)),
         )
 
-    def _check_size(self, width: int, height: int, where: str) -> None:
-        facts = {"width_px": width, "height_px": height}
-        if width < 1 or height < 1:
-            raise SampleError("image_empty.picture", where=where, facts=facts)
-        if width * height > self.policy.max_megapixels * 1_000_000:
-            raise SampleError(
-                "image_bomb.pixels",
-                where=where,
-                most_megapixels=self.policy.max_megapixels,
-                facts=facts,
-            )
-
     def _warn_once(self, what: str, cause: object, where: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            logger.warning("%s (%s), first in %s", what, cause, where or "an unnamed picture")
+            logger.warning("%s (%s), first in %s", what, cause, where or "an unnamed image")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """How a file is decoded."""
+
+    reduce: int
+    """1, or the factor by which the sides of a JPEG are divided."""
+    num_bytes: int
+    """Memory that it takes."""
+    size: tuple[int, int]
+    """(width, height) of the upright original."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settled:
+    """A decoded image in sRGB."""
+
+    image: Image.Image | np.ndarray
+    size: tuple[int, int]
+    """(width, height) of the upright original."""
+    turn: Image.Transpose | None = None
+    """What brings it upright, to be applied after the resize; None for an upright image."""
+    reduce: int = 1
+    kept: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,7 +451,7 @@ class _Profile:
     to_srgb: ImageCms.ImageCmsTransform
 
     def fits(self, mode: str) -> bool:
-        """Returns True if it can describe a picture of this mode."""
+        """Returns True if it can describe an image of this mode."""
         if self.mode == "L":
             return mode in ("1", "L", "LA", "F") or mode.startswith("I")
         if self.mode == "CMYK":
@@ -352,7 +459,7 @@ class _Profile:
         return mode not in ("CMYK", "LAB")
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # their bytes are the keys: 64 MiB at most
 def _parse_profile(embedded: bytes) -> _Profile | None:
     """Parses a profile; None for one that is sRGB. Raises PyCMSError or a decode error."""
     profile = ImageCms.getOpenProfile(io.BytesIO(embedded))
@@ -390,7 +497,42 @@ def _transformed(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> I
 
 def _to_rgb(image: Image.Image, profile: _Profile | None) -> Image.Image:
     """Converts any mode to RGB in sRGB, transparency over white; RGB passes as it is."""
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode == "RGB" and profile is None and not image.has_transparency_data:
+        return image
+    _require_range(image)
+    width, height = image.size
+    if width * height <= BAND_PX:
+        return _band_to_rgb(image, profile)
+    # Band by band: the steps in between take up to four times the image's own memory.
+    rgb = Image.new("RGB", image.size)
+    for band, y in _bands(image):
+        rgb.paste(_band_to_rgb(band, profile), (0, y))
+    return rgb
+
+
+def _resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Resample,
+    *,
+    box: tuple[float, float, float, float],
+) -> Image.Image:
+    """Resizes a box of an RGB image."""
+    if resample == "bilinear-aliased":
+        # Within a level of torch's bilinear without antialiasing: Pillow cuts fractions off here.
+        return image.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+    return image.resize(size, _ANTIALIASED[resample], box=box)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
+    """Cuts an image into bands; gives each with its first line."""
+    rows = max(1, BAND_PX // image.width)
+    for y in range(0, image.height, rows):
+        yield image.crop((0, y, image.width, min(y + rows, image.height))), y
+
+
+def _band_to_rgb(image: Image.Image, profile: _Profile | None) -> Image.Image:
+    if _is_grey_of_many_bits(image):
         image = _eight_bit_grey(image)
     alpha = None
     if image.has_transparency_data:
@@ -404,41 +546,50 @@ def _to_rgb(image: Image.Image, profile: _Profile | None) -> Image.Image:
     return Image.composite(image, Image.new("RGB", image.size, (255, 255, 255)), alpha)
 
 
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Copies an RGB image to uint8 [H, W, 3]."""
+    if image.width * image.height <= BAND_PX:
+        return np.asarray(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for band, y in _bands(image):
+        pixels[y : y + band.height] = np.asarray(band)
+    return pixels
+
+
 def _as_mode(image: Image.Image, mode: str) -> Image.Image:
     # convert() to the mode an image has already is a copy.
     return image if image.mode == mode else image.convert(mode)
 
 
-def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    """Brings integer and float greys to 8 bits, instead of saturating them as Pillow does."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
+def _is_grey_of_many_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _require_range(image: Image.Image) -> None:
+    """Refuses integers and floats that have no one meaning as greys.
+
+    Raises:
+      ValueError: The numbers' range says neither 8 nor 16 bits.
+    """
+    if not _is_grey_of_many_bits(image):
+        return
+    ends = [(v.min(), v.max()) for v in (np.asarray(band) for band, _ in _bands(image))]
+    # NaN stays NaN, and is refused.
+    low, high = np.min([low for low, _ in ends]), np.max([high for _, high in ends])
     if image.mode == "F":
         # Up to 1 it could mean shares of white, or 256 levels of which only black is used.
         if not (low >= 0 and high <= 255 and (high == 0 or high > 1)):
             raise ValueError(f"floats from {low} to {high} have no stated range")
-        return Image.fromarray(np.rint(values).astype(np.uint8))
-    if low < 0 or high > 0xFFFF:
+    elif low < 0 or high > 0xFFFF:
         raise ValueError(f"integers from {low} to {high} are not 16 bits")
+
+
+def _eight_bit_grey(image: Image.Image) -> Image.Image:
+    """Brings integer and float greys to 8 bits, instead of saturating them as Pillow does."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return Image.fromarray(np.rint(values).astype(np.uint8))
     return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _open(payload: bytes, where: str) -> ImageFile.ImageFile:
-    """Reads a picture's header."""
-    if not payload:
-        raise SampleError("image_empty.file", where=where)
-    try:
-        image = open_image(payload, formats=SOURCE_FORMATS)
-    except PILLOW_DECODE_ERRORS as error:
-        _refuse_file(error, where)
-    if image is not None:
-        return image
-    raise SampleError(
-        "image_decode.unknown",
-        where=where,
-        first_bytes=payload[:16],
-        known=", ".join(SOURCE_FORMATS),
-    )
 
 
 def _decode_jpeg(payload: bytes, mode: str, where: str) -> np.ndarray | None:
@@ -457,8 +608,34 @@ def _decode_jpeg(payload: bytes, mode: str, where: str) -> np.ndarray | None:
         # libjpeg says this of lost data. Its other warnings are about headers ("Invalid SOS
         # parameters", unusual chroma), with which Pillow copes or refuses on its own.
         if "Corrupt JPEG data" in cause or "Premature end" in cause or "truncated" in cause:
-            _refuse_file(cause, where)
+            refuse_file(cause, where)
         return None
+
+
+def _decode_reduced(
+    payload: bytes, image: ImageFile.ImageFile, reduce: int, where: str
+) -> np.ndarray | None:
+    """Decodes a JPEG at 1/reduce of its sides, rounded up, strictly.
+
+    Returns:
+      uint8 [H, W, 3]; None where `image` was told to decode itself so.
+    """
+    width, height = -(-image.width // reduce), -(-image.height // reduce)
+    if jpeg_decoder() == "simplejpeg":
+        import simplejpeg
+
+        space = "CMYK" if image.mode == "CMYK" else "RGB"
+        try:
+            pixels: np.ndarray = simplejpeg.decode_jpeg(
+                payload, colorspace=space, strict=True, min_height=height, min_width=width
+            )
+        except ValueError as error:
+            refuse_file(error, where)
+        if space == "RGB":
+            return pixels
+    # Pillow's pixels are the reference for CMYK.
+    image.draft(image.mode, (image.width // reduce, image.height // reduce))
+    return None
 
 
 def _bare_file(payload: bytes, image: Image.Image, codec: Codec) -> bytes | None:
@@ -544,23 +721,6 @@ def _checked_array(pixels: np.ndarray, where: str) -> np.ndarray:
             want="uint8 [H, W, 3]",
         )
     return np.ascontiguousarray(pixels)
-
-
-def _size(picture: Image.Image | np.ndarray) -> tuple[int, int]:
-    if isinstance(picture, Image.Image):
-        return picture.size
-    return picture.shape[1], picture.shape[0]
-
-
-def _refuse_file(cause: Exception | str, where: str) -> NoReturn:
-    text = str(cause).lower()
-    if isinstance(cause, Image.DecompressionBombError):  # Pillow's own bound, for WebP
-        code = "image_bomb.webp"
-    elif "truncated" in text or "premature end of jpeg file" in text:
-        code = "image_truncated"
-    else:
-        code = "image_decode.damaged"
-    raise SampleError(code, where=where, cause=str(cause)) from None
 
 
 def _reject(name: str, got: object, want: str) -> NoReturn:

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from preprocess.datasets import SceneImage, get_dataset
-from preprocess.media.image import ImagePolicy
+from preprocess.media import ImageLimits, ImagePolicy
 from preprocess.recipe import Preparer, Recipe, image_identity, read_path, sample_key
 from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, SpanKind, image_rows, text_rows
 from shardspec.tiling import ImageView
+from tests.chat_shapes import SHAPES, make_tokenizer
 
 VIEW = ImageView(size_px=56)
 IMAGE = ImagePolicy(views=(VIEW,))
@@ -171,7 +172,9 @@ def test_text_that_spells_a_control_token_is_refused(message):
 
 
 def test_text_that_spells_an_image_symbol_is_only_text():
-    sample = PREPARE(example(messages=[{"style": "long_caption", "text": "<im_patch>"}]))
+    keep = Recipe(image=IMAGE, text=TextPolicy(placeholders="keep"))
+    prepare = Preparer(recipe=keep, tokenizer=TOKENIZER)
+    sample = prepare(example(messages=[{"style": "long_caption", "text": "<im_patch>"}]))
     assert sample.tokens.max() < TOKENIZER.vocab_size
 
 
@@ -197,12 +200,47 @@ def test_bytes_that_are_no_image_are_a_sample_error_that_names_the_key():
     assert "k7" in caught.value.where
 
 
+def test_unsharded_path_refuses_bombs_by_the_same_limits():
+    limits = ImageLimits(max_source_side_px=100)
+    prepare = Preparer(
+        recipe=Recipe(image=dataclasses.replace(IMAGE, limits=limits)), tokenizer=TOKENIZER
+    )
+    with pytest.raises(SampleError) as caught:
+        prepare(example(np.zeros((101, 100, 3), np.uint8)), key="k7")
+    assert (caught.value.reason, caught.value.where) == ("image_bomb", "k7")
+
+
 def test_template_format_needs_a_tokenizer_with_a_template():
     recipe = Recipe(image=IMAGE, text=TextPolicy(message_format="template"))
     bare = dataclasses.replace(TOKENIZER, chat=None)
     with pytest.raises(ConfigError) as caught:
         Preparer(recipe=recipe, tokenizer=bare)(example())
     assert caught.value.reason == "no_chat_template"
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_placeholder_of_another_code_base_is_refused_by_name_or_kept(field):
+    row = {"style": "user_qa", "question": "What?", "answer": "A cat."}
+    row = {"message_list": [{**row, field: f"<image>\n{row[field]}"}]}
+    with pytest.raises(SampleError) as caught:
+        Preparer(recipe=Recipe(image=IMAGE), tokenizer=TOKENIZER)(row, key="k")
+    assert (caught.value.reason, caught.value.where) == ("media_placeholder", "k")
+    assert caught.value.facts == {"spelled": "<image>"}
+    keep = Recipe(image=IMAGE, text=TextPolicy(placeholders="keep"))
+    tokens = Preparer(recipe=keep, tokenizer=TOKENIZER)(row, key="k").tokens
+    assert "<image>" in TOKENIZER.decode(tokens.tolist())
+
+
+def test_tokenizer_of_another_message_format_is_refused(tmp_path):
+    shape = dataclasses.replace(SHAPES["chatml"], eos="<|endoftext|>")
+    folder = make_tokenizer(tmp_path / "t", shape)
+    for loaded, wanted in (("role", "chatml"), ("chatml", "role"), ("template", "none")):
+        tokenizer = load_tokenizer(folder, policy=TextPolicy(message_format=loaded))
+        recipe = Recipe(image=IMAGE, text=TextPolicy(message_format=wanted))
+        with pytest.raises(ConfigError) as caught:
+            Preparer(recipe=recipe, tokenizer=tokenizer)(example())
+        assert caught.value.reason == "tokenizer_format"
+        assert caught.value.facts["got"] == loaded
 
 
 # --- the recipe as data
@@ -212,10 +250,13 @@ OTHER_TEXT = {
     "prompt_templates": "uber_model",
     "system_prompt": "style",
     "message_format": "chatml",
+    "chat_date": "2024-07-26",
     "num_variants": 3,
     "point_format": "xml",
     "choices": "varied",
     "select_answer": "first",
+    "whitespace": "strip",
+    "placeholders": "keep",
     "paraphrase": 0.5,
 }
 OTHER_IMAGE = {
@@ -226,7 +267,8 @@ OTHER_IMAGE = {
     "quality": 90,
     "keep": "never",
     "overview": "resized",
-    "max_megapixels": 10,
+    "limits": ImageLimits(max_megapixels=10),
+    "resample": "bilinear",
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -23,7 +26,10 @@ from shardspec.media import (
     decode_stored,
     encode_stored,
     jpeg_decoder,
+    jpeg_frame,
     open_image,
+    require_payload,
+    size_before_opening,
 )
 from shardspec.sample import encode_array
 
@@ -268,6 +274,68 @@ def test_jpeg_header_of_four_gigapixels_is_refused_before_decoding(decoder):
     payload[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"
     with pytest.raises(ShardError, match="65500 x 65500"):
         decode_stored(bytes(payload), codec="jpeg", decoder=decoder)
+
+
+@pytest.mark.parametrize("size", [(1, 200_000_000), (200_000_000, 1), (14_000, 14_000)])
+@pytest.mark.parametrize("codec", ["png", "webp"])
+def test_header_that_announces_too_much_is_refused_before_decoding(codec, size, monkeypatch):
+    def fail(self, *args):
+        raise AssertionError("decoded")
+
+    for plugin in ("PngImagePlugin.PngImageFile", "WebPImagePlugin.WebPImageFile"):
+        monkeypatch.setattr(f"PIL.{plugin}.load", fail)
+    if codec == "png":
+        payload = bytearray(encode_stored(scene(), codec="png"))
+        payload[16:24] = struct.pack(">2I", *size)
+        payload[29:33] = struct.pack(">I", zlib.crc32(payload[12:29]))
+    else:
+        payload = bytearray(encode_stored(scene(), codec="webp"))
+        payload[12:16], sides = b"VP8X", (min(side, 1 << 24) - 1 for side in (20_000, 20_000))
+        payload[24:30] = b"".join(side.to_bytes(3, "little") for side in sides)
+    with pytest.raises(ShardError) as caught:
+        decode_stored(bytes(payload), codec=codec)
+    assert caught.value.reason == "image_decode"
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_short_jpeg_of_many_pixels_is_refused_before_decoding(decoder):
+    payload = bytearray(jpeg(scene()))
+    frame = payload.index(b"\xff\xc0")
+    payload[frame + 5 : frame + 9] = struct.pack(">2H", 14_000, 14_000)
+    with pytest.raises(ShardError, match="truncated JPEG"):
+        decode_stored(bytes(payload), codec="jpeg", decoder=decoder)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_size_is_compared_before_anything_is_decoded(codec, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: 1 / 0)
+    payload = encode_stored(scene(), codec=codec)
+    out = np.empty((61, 84, 3), np.uint8)
+    with pytest.raises(ShardError) as caught:
+        decode_stored(payload, codec=codec, out=out, decoder="pillow")
+    assert "(61, 84, 3)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}]
+)
+def test_frame_of_a_jpeg_is_read(options):
+    buffer = io.BytesIO()
+    Image.fromarray(scene()).save(buffer, "JPEG", **options)
+    frame = jpeg_frame(buffer.getvalue())
+    assert frame.is_sequential == (not options.get("progressive"))
+    whole = options.get("subsampling") == 0
+    assert frame.samples_per_pixel == (3 if whole else 1.5)
+    assert frame.least_bits == (8 * 11 if whole else 4 * 6)
+
+
+@given(st.binary(max_size=200))
+def test_headers_of_noise_never_raise(noise):
+    for head in (b"", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF1234WEBP"):
+        jpeg_frame(head + noise)
+        size_before_opening(head + noise)
+        with contextlib.suppress(ValueError):
+            require_payload(head + noise)
 
 
 def test_raw_header_of_too_many_pixels_is_refused():

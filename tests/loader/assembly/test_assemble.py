@@ -216,6 +216,34 @@ def test_examples_with_and_without_pictures_collate_together(tiny_sample):
     assert batch["image_input_idx"].tolist() == [[-1, -1], [2, -1], [2, 8]]
 
 
+def test_one_filter_is_drawn_for_all_images_of_a_sample_and_shifts_no_other_draw(rich):
+    """Over seeds every filter appears; the rest of the example is that of the filter alone."""
+    filters = ("bicubic", "bilinear-aliased", "nearest")
+    base = Augment.standard()
+    some = replace(AUGMENTED, augment=replace(base, resample=filters))
+    found = set()
+    for seed in range(12):
+        got = arrays(example_of(rich, seed=seed, view=some))
+        alone = {f: arrays(example_of(rich, seed=seed, view=replace(AUGMENTED, resample=f)))
+                 for f in filters}  # fmt: skip
+        assert list(alone.values()).count(got) == 1
+        found.add(next(f for f in filters if alone[f] == got))
+        assert got == arrays(example_of(rich, seed=seed, view=some))
+    assert found == set(filters)
+
+
+def test_filter_is_not_drawn_for_inference(rich):
+    view = View(image=SMALL, purpose="inference")
+    drawn = replace(view, augment=Augment(resample=("nearest", "bilinear")))
+    assert arrays(example_of(rich, view=drawn)) == arrays(example_of(rich, view=view))
+
+
+def test_unknown_filter_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        View(resample="lanczos")
+    assert caught.value.facts == {"resample": "lanczos"}
+
+
 @pytest.mark.parametrize("kind", ["imagenet", "openai", "siglip"])
 def test_pictures_are_normalised_where_the_view_says_so(kind, rich):
     plain = example_of(rich)["images"]

@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from loader.assembly.augment import (
     Draw,
     apply_color,
     draw,
+    draw_filter,
     mean_grey,
     transform_points,
 )
@@ -166,12 +168,29 @@ def test_settings_out_of_range_are_all_named():
 
 @pytest.mark.parametrize(
     "settings_",
-    [{"crop_ratio": (2.0, 1.0)}, {"crop_ratio": (0.0, 1.0)}, {"hue": float("nan")}],
-    ids=["reversed", "zero", "nan"],
+    [
+        {"crop_ratio": (2.0, 1.0)},
+        {"crop_ratio": (0.0, 1.0)},
+        {"hue": float("nan")},
+        {"resample": ("bicubic", "lanczos")},
+    ],
+    ids=["reversed", "zero", "nan", "unknown"],
 )
 def test_impossible_setting_is_refused(settings_):
     with pytest.raises(ConfigError, match=next(iter(settings_))):
         Augment(**settings_)
+
+
+def test_filter_is_drawn_evenly_and_only_where_there_is_a_choice():
+    choices = ("bicubic", "bilinear", "nearest")
+    rng = np.random.RandomState(5)
+    counts = Counter(draw_filter(Augment(resample=choices), rng) for _ in range(3000))
+    assert set(counts) == set(choices)
+    assert all(900 < n < 1100 for n in counts.values())
+    before = rng.get_state()[2]
+    assert draw_filter(Augment(), rng) is None
+    assert draw_filter(Augment(resample=("nearest",)), rng) == "nearest"
+    assert rng.get_state()[2] == before
 
 
 # -------------------------------------------------------------------------------------- colour

@@ -68,6 +68,35 @@ def test_resize_is_within_one_grey_level_of_pillow_bicubic(size):
     assert np.abs(got.astype(int) - want).max() <= 1
 
 
+@pytest.mark.parametrize("size", [(336, 336), (224, 100), (671, 503), (1500, 1200)])
+@pytest.mark.parametrize("resample, antialias", [("bilinear", True), ("bilinear-aliased", False)])
+def test_bilinear_filters_are_within_one_level_of_floats(size, resample, antialias):
+    """The floats are what Molmo trains with: antialiased in its first release only."""
+    picture = photo(1344, 1008)
+    floats = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    want = torch.nn.functional.interpolate(
+        floats, size=size[::-1], mode="bilinear", antialias=antialias, align_corners=False
+    )
+    got = resize(picture, *size, resample=resample)
+    assert np.abs(got - want[0].permute(1, 2, 0).numpy()).max() <= 1.01
+
+
+def test_nearest_filter_takes_the_pixel_in_the_middle():
+    picture = noise(90, 60)
+    got = resize(picture, 30, 20, resample="nearest")
+    assert np.array_equal(got, picture[1::3, 1::3])
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=VIEW_NAMES)
+def test_filter_of_the_draw_replaces_the_views(view):
+    picture = photo(500, 300)
+    shape = {"source_width": 500, "source_height": 300, "view": view}
+    want = render(picture, resample="nearest", **shape)
+    got = render(picture, resample="bicubic", draw=Draw(resample="nearest"), **shape)
+    assert np.array_equal(got, want)
+    assert not np.array_equal(render(picture, resample="bicubic", **shape), want)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (40, 30)])
 def test_resize_gives_contiguous_rows_of_rgb_at_any_size(size):
     got = resize(photo(20, 30), *size)

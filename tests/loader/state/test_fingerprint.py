@@ -298,8 +298,10 @@ AUGMENT = {
     "contrast": 0.1,
     "saturation": 0.1,
     "hue": 0.1,
+    "resample": ("bicubic", "bilinear"),
 }
 OTHERS = {
+    "resample": "bilinear",
     "reduced_decoding": True,
     "normalize": "siglip",
     "pixels": "patches",

@@ -43,7 +43,7 @@ def call(capsys):
 @pytest.mark.parametrize(
     "verb",
     ["", "shards", "plan", "verify", "gc", "datasets", "reshard", "merge", "split", "filter"]
-    + ["import", "export-index"],
+    + ["annotate", "import", "export-index"],
 )
 def test_help_is_the_golden_file(monkeypatch, capsys, golden, verb):
     monkeypatch.setenv("COLUMNS", "100")

@@ -27,7 +27,7 @@ from preprocess.datasets import (
 from preprocess.datasets.base import row_image
 from preprocess.datasets.pixmo_cap_qa import user_turns
 from preprocess.datasets.rows import ArrowRows, Rows
-from preprocess.datasets.text_sft import alternating
+from preprocess.datasets.text_sft import conversation
 from preprocess.fetch.download import FetchPolicy
 from preprocess.job.job import (
     _BYTE_SOURCES,
@@ -435,7 +435,7 @@ def test_marked_conversations_that_do_not_alternate_are_refused(question):
 def test_conversations_that_do_not_alternate_are_refused(roles, contents):
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     with pytest.raises(SampleError) as caught:
-        alternating(messages)
+        conversation(messages)
     assert caught.value.reason == "conversation"
 
 

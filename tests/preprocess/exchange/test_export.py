@@ -1,6 +1,8 @@
 """Exports, read back by the readers that they are for, or by their documented form."""
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -166,6 +168,25 @@ def test_a_view_cannot_be_exported(dataset, tmp_path):
     with pytest.raises(ConfigError) as caught:
         export_index(str(tmp_path / "view"), "wids", Quiet())
     assert caught.value.reason == "export_view"
+
+
+@pytest.mark.parametrize(
+    "dots, keys", [("first", ["22", "23"]), ("last", ["22.05", "22.06", "23"])]
+)
+def test_exported_samples_are_those_of_the_index(dots, keys, tmp_path):
+    path = tmp_path / "tars" / "a.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as archive:
+        for name in ("22.05.png", "22.06.png", "22.06.txt", "23.png"):
+            archive.addfile(tarfile.TarInfo(name))
+    raw = ImportSettings(tars=(str(path),), out=str(tmp_path / "raw"), name="raw", dots=dots)
+    import_tars(raw, Quiet())
+    cut = ReshardSettings(sources=(raw.out,), out=str(tmp_path / "out"), form="copy", num_shards=1)
+    reshard(plan_reshard(cut, Quiet()), Quiet())
+    export_index(str(tmp_path / "out"), "energon", Quiet())
+    with contextlib.closing(sqlite3.connect(tmp_path / "out/.nv-meta/index.sqlite")) as table:
+        got = table.execute("SELECT sample_key FROM samples ORDER BY sample_index").fetchall()
+    assert got == [(key,) for key in keys]
 
 
 def test_names_that_the_index_of_dali_cannot_hold_are_refused(tmp_path):

@@ -572,3 +572,136 @@ def test_of_two_imports_into_one_output_the_later_one_leaves_the_first(tmp_path,
         imported(ours, tmp_path / "out")
     assert caught.value.reason == "job_conflict"
     assert [key for key, _ in raw(tmp_path / "out")] == [key for key, _ in by_webdataset(theirs)]
+
+
+# --- what is more often a mistake than meant
+
+
+def census_of(out, i=0):
+    return json.loads(sorted((out / "import").iterdir())[i].read_bytes())
+
+
+def test_samples_of_one_kind_leave_nothing_to_note(tmp_path):
+    assert imported(img2dataset(tmp_path / "tars"), tmp_path / "out").notes == ()
+
+
+def test_scattered_samples_are_counted_and_named(tmp_path):
+    files = [(f"{i}.jpg", b"j") for i in range(5)] + [(f"{i}.txt", b"t") for i in range(4)]
+    path = write_tar(tmp_path / "x.tar", files)
+    done = imported([path], tmp_path / "out")
+    assert done.manifest.splits["train"].num_samples == 9
+    assert list(raw(tmp_path / "out")) == by_webdataset([path])
+    assert done.notes[0].startswith("4 keys come again in the same tar")
+    assert done.notes[0].endswith(f"first 0 in {path}")
+    assert done.notes[-1] == f"all of these are named in {tmp_path / 'out' / 'import'}"
+    assert census_of(tmp_path / "out")["scattered"] == ["0", "1", "2", "3"]
+
+
+def test_scattered_samples_at_the_border_of_two_others(tmp_path):
+    files = [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("c.jpg", b"4"), ("c.txt", b"5")]
+    imported([write_tar(tmp_path / "x.tar", files)], tmp_path / "out")
+    assert census_of(tmp_path / "out")["scattered"] == ["a"]
+
+
+FRAMES = [(f"22.0{i}.png", b"frame %d" % i) for i in (5, 6, 7)]
+
+
+def test_dots_in_names_are_split_as_webdataset_does_with_a_note(tmp_path):
+    path = write_tar(tmp_path / "x.tar", FRAMES)
+    done = imported([path], tmp_path / "out")
+    assert list(raw(tmp_path / "out")) == by_webdataset([path])
+    assert len(raw(tmp_path / "out")) == 1
+    assert f"first 22.05.png and 22.06.png in {path}" in done.notes[0]
+    assert "DOTS=last" in done.notes[0]
+    assert census_of(tmp_path / "out")["dotted"] == [
+        {"key": "22", "fields": ["05.png", "06.png", "07.png"]}
+    ]
+
+
+def test_last_dot_can_end_the_key(tmp_path):
+    files = [*FRAMES, ("d.e/A.B.JPG", b"j"), ("d.e/A.B.txt", b"t"), ("plain.txt", b"p")]
+    path = write_tar(tmp_path / "x.tar", files)
+    done = imported([path], tmp_path / "out", dots="last")
+    want = [
+        *((name[:-4], {"png": payload}) for name, payload in FRAMES),
+        ("d.e/A.B", {"jpg": b"j", "txt": b"t"}),
+        ("plain", {"txt": b"p"}),
+    ]
+    assert list(raw(tmp_path / "out")) == want
+    assert not any("DOTS" in note for note in done.notes)
+    recut(tmp_path / "out", tmp_path / "b", num_shards=2)
+    assert list(raw(tmp_path / "b")) == want
+    with pytest.raises(ConflictError):
+        imported([path], tmp_path / "out")
+
+
+def test_unknown_rule_for_dots_is_refused(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        ImportSettings(tars=("x.tar",), out=str(tmp_path), name="x", dots="second")
+    assert caught.value.facts == {"dots": "second"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [("jpg", "cls.txt"), ("0.jpg", "1.jpg", "2.jpg"), ("left.png", "right.png", "json"), ("png",)],
+)
+def test_fields_that_every_sample_has_may_have_dots(fields, tmp_path):
+    files = [(f"{i}.{name}", b"x") for i in range(4) for name in fields]
+    assert imported([write_tar(tmp_path / "x.tar", files)], tmp_path / "out").notes == ()
+
+
+def test_samples_that_lack_a_field_are_counted_and_named(tmp_path):
+    files = []
+    for i in range(10):
+        files += [(f"{i}.jpg", b"j"), (f"{i}.txt", b"t"), (f"{i}.json", b"{}")]
+    lacking = [file for file in files if file[0] not in ("3.txt", "7.txt", "7.json")]
+    paths = [
+        write_tar(tmp_path / "a.tar", lacking),
+        write_tar(tmp_path / "b.tar", [f for f in files if not f[0].endswith("json")]),
+        *(write_tar(tmp_path / f"{name}.tar", files) for name in "cde"),
+    ]
+    done = imported(paths, tmp_path / "out")
+    assert done.notes[:2] == (
+        f"11 of 50 samples lack the field json; first 7 in {paths[0]}",
+        f"2 of 50 samples lack the field txt; first 3 in {paths[0]}",
+    )
+    found = census_of(tmp_path / "out")["kinds"]
+    assert found == [
+        {"fields": ["jpg", "json", "txt"], "num_samples": 8, "keys": ["0"]},
+        {"fields": ["jpg", "json"], "num_samples": 1, "keys": ["3"]},
+        {"fields": ["jpg"], "num_samples": 1, "keys": ["7"]},
+    ]
+
+
+def test_rare_fields_are_named(tmp_path):
+    files = [(f"{i}.txt", b"t") for i in range(6)] + [("6.txt", b"t"), ("6.note", b"n")]
+    done = imported([write_tar(tmp_path / "x.tar", files)], tmp_path / "out")
+    assert done.notes[0] == "fewer than half of the samples have the fields note (1)"
+
+
+def test_resumed_import_has_the_same_notes(tmp_path):
+    paths = [write_tar(tmp_path / "x.tar", FRAMES), *img2dataset(tmp_path / "tars", shards=1)]
+    first = imported(paths, tmp_path / "out")
+    assert first.notes
+    assert imported(paths, tmp_path / "out").notes == first.notes
+
+
+distinct = st.lists(st.tuples(names, st.binary(max_size=9)), max_size=8, unique_by=lambda f: f[0])
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=distinct)
+def test_any_names_are_read_back_by_the_last_dot(files, tmp_path_factory):
+    """What a reader finds by the index's key is what the names say."""
+    folder = tmp_path_factory.mktemp("names")
+    try:
+        imported([write_tar(folder / "x.tar", files)], folder / "out", dots="last")
+    except (ConfigError, ShardError):
+        return  # no sample, or names that differ in case only
+    known = {}
+    for name, payload in files:
+        key, _, suffix = name.rpartition(".")
+        known[key, suffix.lower()] = payload
+    got = [((key, n), v) for key, fields in raw(folder / "out") for n, v in fields.items()]
+    assert got
+    assert all(known[name] == payload for name, payload in got)

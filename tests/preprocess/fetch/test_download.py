@@ -28,6 +28,7 @@ from preprocess.fetch.download import (
     image_fault,
     is_public,
 )
+from preprocess.media import ImageLimits
 from shardspec.errors import BudgetError, ConfigError, StorageError
 from tests.preprocess.fetch.faulty_http import FaultyServer, picture
 
@@ -66,7 +67,9 @@ def cache(tmp_path):
 def run(tmp_path, cache):
     """Fetches with the ledger of the test; settings change POLICY, keywords go to fetch_all."""
 
-    def call(*urls, expected_sha256=None, sha_policy="require", on_result=None, **settings):
+    def call(
+        *urls, expected_sha256=None, sha_policy="require", limits=None, on_result=None, **settings
+    ):
         with Ledger(tmp_path / "ledger.jsonl") as ledger:
             return fetch_all(
                 urls,
@@ -75,6 +78,7 @@ def run(tmp_path, cache):
                 policy=dataclasses.replace(POLICY, **settings),
                 expected_sha256=expected_sha256,
                 sha_policy=sha_policy,
+                limits=limits,
                 on_result=on_result,
             )
 
@@ -226,9 +230,12 @@ def test_slow_drip_ends_at_the_wall_limit(server, run):
     assert (result.status, result.reason) == ("failed", "timeout")  # it would drip for ever
 
 
-def test_too_many_pixels_are_a_bomb(server, run):
-    assert one(run(server.url("/wide"), max_pixels=9_999)).reason == "bomb"
-    assert one(run(server.url("/wide"), max_pixels=10_000, retry="all")).status == "ok"
+def test_images_above_the_limits_are_bombs(server, run):
+    low, enough = (ImageLimits(max_source_side_px=side) for side in (99, 100))
+    assert one(run(server.url("/wide"), limits=low)).reason == "bomb"
+    assert one(run(server.url("/wide"), limits=low, retry="none")).reason == "bomb"
+    assert server.requests["/wide"] == 1
+    assert one(run(server.url("/wide"), limits=enough)).status == "ok"
 
 
 def test_redirect_loop_ends_at_the_limit(server, run):
@@ -520,7 +527,7 @@ def test_hanging_host_does_not_hold_up_another(run):
             attempts=1,
             per_host=2,
             concurrency=4,
-            read_timeout_s=0.1,
+            read_timeout_s=1.0,
             host_failures=4,
             allow_hosts=frozenset(hosts),
             on_result=lambda result: order.append(result.status),
@@ -745,20 +752,21 @@ def test_disk_that_refuses_a_blob_ends_the_run_and_blames_no_url(server, run, ca
 def test_images_of_the_usual_formats_are_usable(image_format):
     buffer = io.BytesIO()
     Image.new("RGB", (20, 10)).save(buffer, image_format)
-    assert image_fault(buffer.getvalue(), max_pixels=200) == ""
-    assert image_fault(buffer.getvalue(), max_pixels=199) == "bomb"
+    assert image_fault(buffer.getvalue(), limits=ImageLimits(max_source_side_px=20)) == ""
+    assert image_fault(buffer.getvalue(), limits=ImageLimits(max_source_side_px=19)) == "bomb"
 
 
 def test_limit_of_pixels_is_ours_and_not_pillows():
     buffer = io.BytesIO()
     Image.new("1", (20_000, 9_500)).save(buffer, "PNG")  # 190 MP: Image.open refuses
-    assert image_fault(buffer.getvalue(), max_pixels=200_000_000) == ""
+    limits = ImageLimits(max_decode_bytes=2 * 2**30)
+    assert image_fault(buffer.getvalue(), limits=limits) == ""
 
 
 def test_postscript_is_no_image():
     buffer = io.BytesIO()
     Image.new("RGB", (20, 10)).save(buffer, "EPS")
-    assert image_fault(buffer.getvalue(), max_pixels=200) == "not_image"
+    assert image_fault(buffer.getvalue(), limits=ImageLimits()) == "not_image"
 
 
 def test_mutilated_headers_never_raise():
@@ -776,7 +784,8 @@ def test_mutilated_headers_never_raise():
                 for _ in range(draw.randint(1, 8)):
                     body[draw.randrange(min(len(body), 120))] = draw.randrange(256)
                 body = bytes(body[: draw.randint(1, len(body))])
-                assert image_fault(body, max_pixels=1000) in ("", "bomb", "not_image")
+                fault = image_fault(body, limits=ImageLimits(max_megapixels=1))
+                assert fault in ("", "bomb", "empty", "not_image")
 
 
 @pytest.mark.parametrize(

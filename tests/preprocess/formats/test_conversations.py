@@ -16,7 +16,8 @@ PNG = "data:image/png;base64,iVBORw0K"
 def texts(row, spec=SPEC):
     example = parse_row(row, spec)
     (message,) = example["message_list"]
-    return message["messages"], example.get("image", [])
+    system = [message["system"]] if "system" in message else []
+    return [*system, *message["messages"]], example.get("image", [])
 
 
 def said(*pairs, roles=("human", "gpt")):
@@ -65,7 +66,7 @@ LAYOUTS = {
                 {"from": "gpt", "value": "It is 3."},
             ]
         },
-        (["Be brief.\n\nSum?", "add(1, 2)", "3", "It is 3."], []),
+        (["Be brief.", "Sum?", "add(1, 2)", "3", "It is 3."], []),
     ),
     "swift": (
         {
@@ -117,7 +118,7 @@ LAYOUTS = {
                 {"role": "assistant", "content": "12.40", "weight": 1},
             ]
         },
-        (["Read.\n\nTotal?\n<|image|>", "12.40"], [PNG]),
+        (["Read.", "Total?\n<|image|>", "12.40"], [PNG]),
     ),
     "anthropic": (
         {

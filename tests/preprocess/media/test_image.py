@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
+from preprocess.media.header import ImageLimits
 from preprocess.media.image import ImagePolicy, ImagePreprocessor
 from shardspec.errors import ConfigError, SampleError, StorageError
 from shardspec.media import check_png, decode_stored, encode_stored
@@ -433,6 +434,37 @@ def test_no_overview_is_made_where_it_could_not_serve_every_view(policy):
     assert ImagePreprocessor(policy)(scene(600, 800)).overview is None
 
 
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop_mode", ["resize", "overlap-and-resize-c2"])
+def test_filter_is_the_recipes(resample, crop_mode):
+    view = ImageView(crop_mode=crop_mode)
+    pixels = scene(900, 1200)
+    image = ImagePreprocessor(ImagePolicy(views=(view,), resample=resample))(pixels)
+    kind = Image.Resampling[resample.upper()]
+    size = stored_size(1200, 900, [view])
+    same(image.pixels, np.asarray(Image.fromarray(pixels).resize(size, kind)))
+    if image.overview is not None:
+        size = overview_size(1200, 900, view)
+        same(image.overview, np.asarray(Image.fromarray(pixels).resize(size, kind)))
+
+
+@pytest.mark.parametrize("source", [(900, 1200), (337, 336), (2000, 400)])
+def test_aliased_filter_interpolates_four_pixels(source):
+    """Within one level of bilinear sampling in floats, which is what Molmo 2 trains with."""
+    pixels = scene(*source)
+    got = ImagePreprocessor(ImagePolicy(resample="bilinear-aliased"))(pixels).pixels
+    ends = []
+    for size in source:
+        at = np.clip((np.arange(336) + 0.5) * size / 336 - 0.5, 0, size - 1)
+        first = np.minimum(at.astype(int), size - 2)
+        ends.append((first, (at - first)))
+    (y, dy), (x, dx) = ends
+    dy, dx = dy[:, None, None], dx[None, :, None]
+    top = pixels[y][:, x] * (1 - dx) + pixels[y][:, x + 1] * dx
+    bottom = pixels[y + 1][:, x] * (1 - dx) + pixels[y + 1][:, x + 1] * dx
+    assert np.abs(got - (top * (1 - dy) + bottom * dy)).max() <= 1.01
+
+
 def test_jpeg_is_resized_from_pillows_pixels():
     payload = saved(scene(600, 800), "JPEG", quality=90)
     image = ImagePreprocessor(ImagePolicy(views=(ImageView(),)))(payload)
@@ -678,7 +710,7 @@ def test_bombs_are_refused_from_their_header(fmt):
 
 
 def test_pixel_limit_is_the_policys():
-    small = ImagePreprocessor(ImagePolicy(max_side_px=4000, max_megapixels=1))
+    small = ImagePreprocessor(ImagePolicy(max_side_px=4000, limits=ImageLimits(max_megapixels=1)))
     assert refusal(np.zeros((1001, 1000, 3), np.uint8), small) == "image_bomb"
     assert small(np.zeros((1000, 1000, 3), np.uint8)).source_width == 1000
 
@@ -721,8 +753,7 @@ def test_process_that_accepts_cut_off_files_is_refused(monkeypatch):
         ("quality", {"quality": 0}),
         ("quality", {"quality": 101}),
         ("keep", {"keep": "always"}),
-        ("max_megapixels", {"max_megapixels": 0}),
-        ("max_megapixels", {"max_megapixels": 201}),
+        ("resample", {"resample": "nearest"}),
     ],
 )
 def test_policy_names_the_field_it_refuses(name, settings_):
@@ -730,6 +761,24 @@ def test_policy_names_the_field_it_refuses(name, settings_):
         ImagePolicy(**{"views": (ImageView(),), **settings_})
     assert caught.value.reason == "image_policy"
     assert caught.value.where == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_megapixels", 0),
+        ("max_megapixels", 201),
+        ("max_source_side_px", 0),
+        ("max_source_side_px", 1_000_001),
+        ("max_aspect", 0.5),
+        ("max_aspect", float("nan")),
+        ("max_decode_bytes", 2**20 - 1),
+    ],
+)
+def test_limits_name_the_field_they_refuse(name, value):
+    with pytest.raises(ConfigError) as caught:
+        ImageLimits(**{name: value})
+    assert (caught.value.reason, caught.value.where) == ("image_policy", name)
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "GIF", "TIFF", "AVIF"])
