@@ -34,6 +34,7 @@ PUBLIC = {
         "HfDataset",
         "ImageSource",
         "SceneImage",
+        "Unmatched",
         "dataset_class",
         "dataset_names",
         "example_images",

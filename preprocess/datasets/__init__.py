@@ -13,6 +13,7 @@ from preprocess.datasets.base import (
     SceneImage,
     example_images,
 )
+from preprocess.datasets.splits import Unmatched
 from shardspec.errors import ConfigError, nearest
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "HfDataset",
     "ImageSource",
     "SceneImage",
+    "Unmatched",
     "dataset_class",
     "dataset_names",
     "example_images",
@@ -31,7 +33,7 @@ __all__ = [
 def dataset_names() -> list[str]:
     """Lists the datasets, sorted."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
-    return sorted(name for name in names if name not in ("base", "rows"))
+    return sorted(name for name in names if name not in ("base", "rows", "splits"))
 
 
 def get_dataset(
@@ -41,6 +43,7 @@ def get_dataset(
     source: str = "hub",
     limit: int | None = None,
     mode: str | None = None,
+    unmatched: Unmatched = "refuse",
 ) -> DatasetBase:
     """Opens a dataset by name.
 
@@ -50,12 +53,13 @@ def get_dataset(
       source: "hub", "sample" or a local folder.
       limit: Examples of the split to use.
       mode: What a row becomes, where the dataset has several modes; None for its default.
+      unmatched: What happens to files of a folder that are of no known split.
 
     Raises:
       ConfigError: `unknown_dataset`, `unknown_mode`.
       SourceError: As the dataset's constructor.
     """
-    return dataset_class(name)(split, source=source, limit=limit, mode=mode)
+    return dataset_class(name)(split, source=source, limit=limit, mode=mode, unmatched=unmatched)
 
 
 def dataset_class(name: str) -> type[DatasetBase]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Protocol
 
 import PIL.features
 
-from preprocess.datasets import DatasetBase, dataset_class, get_dataset
+from preprocess.datasets import DatasetBase, Unmatched, dataset_class, get_dataset
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
@@ -64,6 +64,15 @@ class JobSettings:
         ),
     ] = "hub"
     split: Annotated[str, Setting("split to build", group="what to build")] = "train"
+    unmatched: Annotated[
+        Unmatched,
+        Setting(
+            "files of a source folder that are of no known split: stop, build them as part of the "
+            "split, or leave them out",
+            flag="unmatched-files",
+            group="what to build",
+        ),
+    ] = "refuse"
     mode: Annotated[
         str | None,
         Setting(
@@ -194,7 +203,14 @@ class Job:
     def dataset(self) -> DatasetBase:
         """The rows, opened when first needed."""
         s = self.settings
-        return get_dataset(s.dataset, s.split, source=s.source, limit=s.limit, mode=s.mode)
+        return get_dataset(
+            s.dataset,
+            s.split,
+            source=s.source,
+            limit=s.limit,
+            mode=s.mode,
+            unmatched=s.unmatched,
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -205,6 +221,7 @@ class Job:
             "source": source_stamp(s.source),
             "split": s.split,
             "limit": s.limit,
+            "unmatched": s.unmatched,
             "shard_bytes": s.shard_bytes,
             "num_shards": s.num_shards,
             "recipe": self.recipe,
@@ -270,6 +287,7 @@ _ROOT = Path(__file__).parents[2]
 _BYTE_SOURCES = (
     "preprocess/datasets/base.py",
     "preprocess/datasets/rows.py",
+    "preprocess/datasets/splits.py",
     "preprocess/job/build.py",
     "preprocess/job/plan.py",
     "preprocess/job/planner.py",

@@ -134,10 +134,21 @@ def test_files_that_name_a_split_are_of_that_split_only(tmp_path, name, split):
 
 
 @pytest.mark.parametrize("name", ["0000.parquet", "data/part.parquet", "trainset.parquet"])
-def test_files_that_name_no_split_are_of_every_split(tmp_path, name):
+def test_files_that_name_no_split_are_for_training(tmp_path, name):
     write_parquet(tmp_path / name, 0, 3)
-    for split in ("train", "validation", "test"):
-        check_is_range(open_rows(tmp_path, split), 3)
+    check_is_range(open_rows(tmp_path, "train"), 3)
+    for split in ("validation", "test"):
+        assert reason_of(open_rows, tmp_path, split) == "source_split"
+
+
+def test_rows_are_located_in_their_files(tmp_path):
+    write_parquet(tmp_path / "a.parquet", 0, 10)
+    write_parquet(tmp_path / "b" / "b.parquet", 10, 17)
+    rows = open_rows(tmp_path)
+    assert [rows.locate(i) for i in (0, 9, 10, 16)] == [
+        *[("a.parquet", 0), ("a.parquet", 9)],
+        *[("b/b.parquet", 0), ("b/b.parquet", 6)],
+    ]
 
 
 def test_split_named_above_the_folder_does_not_count(tmp_path):
