@@ -207,3 +207,8 @@ def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:
     """
     text = canonical_json({"image": image_id, "message_list": example["message_list"]})
     return hashlib.blake2b(text, digest_size=KEY_BYTES).hexdigest()
+
+
+def repeated_key(key: str, number: int) -> str:
+    """Names a further sample of the same content: `number` is 2 for the second."""
+    return hashlib.blake2b(f"{key} {number}".encode(), digest_size=KEY_BYTES).hexdigest()

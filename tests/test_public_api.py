@@ -34,7 +34,6 @@ PUBLIC = {
         "HfDataset",
         "ImageSource",
         "SceneImage",
-        "Unmatched",
         "dataset_class",
         "dataset_names",
         "example_images",

@@ -13,7 +13,7 @@ from preprocess.datasets.base import (
     SceneImage,
     example_images,
 )
-from preprocess.datasets.splits import Unmatched
+from preprocess.datasets.splits import Unmatched as Unmatched
 from shardspec.errors import ConfigError, nearest
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "HfDataset",
     "ImageSource",
     "SceneImage",
-    "Unmatched",
     "dataset_class",
     "dataset_names",
     "example_images",

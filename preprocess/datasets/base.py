@@ -200,10 +200,11 @@ class DatasetBase(Dataset):
           SampleError: Its row cannot become an example.
         """
         examples = []
+        messages: list[Any] = []
         for number in self.row_numbers(item):
-            with self._naming_row(number):
+            with self.naming_row(number):
                 examples.append(self.to_example(self.rows[number]))
-        messages = [message for example in examples for message in example["message_list"]]
+                messages += examples[-1]["message_list"]
         return {**examples[0], "message_list": messages}
 
     def row_numbers(self, item: int) -> list[int]:
@@ -216,7 +217,7 @@ class DatasetBase(Dataset):
         """Reads the rows again that were left out on opening, to say of each why."""
         for number in self._left_out_numbers:
             try:
-                with self._naming_row(number):
+                with self.naming_row(number):
                     self._mark(self.to_example(self.rows[number]))
             except SampleError as error:
                 yield number, error
@@ -258,7 +259,7 @@ class DatasetBase(Dataset):
         return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
     @contextmanager
-    def _naming_row(self, number: int) -> Iterator[None]:
+    def naming_row(self, number: int) -> Iterator[None]:
         """Turns what an adapter raises into a SampleError that names the row."""
         try:
             yield
@@ -335,7 +336,7 @@ class DatasetBase(Dataset):
         for number, row in enumerate(self.rows):
             self.num_rows_read += 1
             try:
-                with self._naming_row(number):
+                with self.naming_row(number):
                     mark = self._mark(self.to_example(row))
             except SampleError as error:
                 self.left_out[error.reason] += 1

@@ -29,7 +29,7 @@ from preprocess.fetch import BlobCache
 from preprocess.job.plan import shard_name
 from preprocess.recipe import Preparer, read_path
 from shardspec import storage
-from shardspec.errors import SampleError, StorageError
+from shardspec.errors import SampleError, ShardsError, StorageError
 from shardspec.index import encode_index, index_dtype, index_row, longest_text
 from shardspec.manifest import (
     Receipt,
@@ -111,6 +111,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     rows = sorted(map(json.loads, lines), key=lambda row: int(row["position"]))
     name = f"{context.split}/{context.name(shard)}"
     quarantined: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
     index = []
     codec = context.preparer.recipe.image.codec
     views = context.preparer.recipe.image.views
@@ -123,6 +124,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
                     sample = prepare_row(context.preparer, row, cache=context.cache)
                 except SampleError as error:
                     quarantined.append(quarantine_line(row, stage="build", error=error))
+                    reasons[error.reason] += row.get("rows", 1)
                     on_row(error.reason)
                     continue
                 encoded, overviews = encode_images(context.preparer, sample)
@@ -170,7 +172,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
             receipt=Receipt(
                 build_key=context.build_key,
                 shard=entry,
-                quarantined=dict(sorted(Counter(line["reason"] for line in quarantined).items())),
+                quarantined=dict(sorted(reasons.items())),
             ),
             scratch=stack.pop_all(),
         )
@@ -278,7 +280,15 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
         example["image"] = [_open_image(each, cache=cache) for each in image]
     elif image is not None:
         example["image"] = _open_image(image, cache=cache)
-    return preparer(example, key=row["key"])
+    try:
+        return preparer(example, key=row["key"])
+    except (ShardsError, MemoryError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 - messages come from adapters: one row, not the job
+        kind = type(error).__name__
+        raise SampleError(
+            "row_error.prepare", where=row["key"], error=f"{kind}: {error}"
+        ) from error
 
 
 def encode_images(preparer: Preparer, sample: PreparedSample) -> tuple[list[bytes], list[bytes]]:
@@ -353,6 +363,7 @@ def quarantine_line(row: Mapping[str, Any], *, stage: str, error: SampleError) -
     """Records why a row did not become a sample."""
     return {
         "key": row["key"],
+        **row.get("origin", {}),
         "image": row["image"],
         "metadata": row["example"].get("metadata", {}),
         "stage": stage,

@@ -692,6 +692,7 @@ PASSIVE = (
     "preprocess/datasets/__init__.py",
     "preprocess/fetch/*.py",
     "preprocess/job/job.py",
+    "preprocess/job/stamps.py",
     "preprocess/settings.py",
     "shardspec/errors.py",
     "shardspec/manifest.py",
