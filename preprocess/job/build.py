@@ -14,7 +14,7 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ from shardspec.manifest import (
     parse_receipt,
 )
 from shardspec.sample import SPAN_COLUMNS, PreparedSample, sample_members, text_rows
-from shardspec.tar import TarWriter
+from shardspec.tar import BLOCK, TarRange, TarWriter, padded
 
 SCRATCH = ".scratch"
 """Folder of unfinished files below a local output; emptied when a job starts."""
@@ -122,33 +122,22 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
             for row in rows:
                 try:
                     sample = prepare_row(context.preparer, row, cache=context.cache)
+                    encoded, overviews = encode_images(context.preparer, sample)
+                    members = sample_members(
+                        sample,
+                        encoded,
+                        overviews=overviews,
+                        codec=codec,
+                        several=context.several_images,
+                    )
+                    index_of = _index_row(context.preparer, sample, members, encoded, writer)
                 except SampleError as error:
                     quarantined.append(quarantine_line(row, stage="build", error=error))
                     reasons[error.reason] += row.get("rows", 1)
                     on_row(error.reason)
                     continue
-                encoded, overviews = encode_images(context.preparer, sample)
-                members = sample_members(
-                    sample,
-                    encoded,
-                    overviews=overviews,
-                    codec=codec,
-                    several=context.several_images,
-                )
-                stored = writer.write_sample(members)
-                sizes = [len(payload) for payload in encoded]
-                json_bytes = len(members[0][1])
-                index.append(
-                    index_row(
-                        sample,
-                        place=stored,
-                        json_bytes=json_bytes,
-                        image_sizes=sizes,
-                        views=views,
-                        placeholder=context.preparer.tokenizer.special_ids["<|image|>"],
-                        bos="bos" in context.preparer.tokenizer.special_ids,
-                    )
-                )
+                index_of["crc32"] = writer.write_sample(members).crc32
+                index.append(index_of)
                 on_row("")
             sha256 = writer.finish()
         table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(len(views)))
@@ -176,6 +165,44 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
             ),
             scratch=stack.pop_all(),
         )
+
+
+def _index_row(
+    preparer: Preparer,
+    sample: PreparedSample,
+    members: Sequence[tuple[str, bytes]],
+    encoded: Sequence[bytes],
+    writer: TarWriter,
+) -> np.ndarray:
+    """Makes the index row of a sample before it is written; its checksum is still 0.
+
+    Raises:
+      SampleError: `sample_length`: a number does not fit in its column.
+    """
+    num_bytes = tar_length(members)
+    try:
+        return index_row(
+            sample,
+            place=TarRange(offset=writer.num_bytes, num_bytes=num_bytes, crc32=0),
+            json_bytes=len(members[0][1]),
+            image_sizes=[len(payload) for payload in encoded],
+            views=preparer.recipe.image.views,
+            placeholder=preparer.tokenizer.special_ids["<|image|>"],
+            bos="bos" in preparer.tokenizer.special_ids,
+        )
+    except OverflowError as error:
+        raise SampleError(
+            "sample_length",
+            where=sample.key,
+            num_bytes=num_bytes,
+            num_images=len(encoded),
+            error=error,
+        ) from error
+
+
+def tar_length(members: Sequence[tuple[str, bytes]]) -> int:
+    """Computes the length of a sample in a tar: headers, payloads and padding."""
+    return sum(BLOCK + padded(len(payload)) for _, payload in members)
 
 
 def publish_shard(

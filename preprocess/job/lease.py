@@ -50,14 +50,22 @@ def output_lock(url: str) -> Iterator[Callable[[], None]]:
     """Holds an output for this process.
 
     Yields:
-      A function that raises StorageError `lease_lost` once the output is no longer held.
+      A function that raises StorageError `lease_lost` once the output is no longer held, or
+      `output_removed` where its folder is gone.
 
     Raises:
-      StorageError: `output_busy`: another job holds it.
+      StorageError: `output_busy`: another job holds it; `output_removed`.
     """
     if storage.is_local(url):
         with storage.exclusive(url):
-            yield lambda: None
+            check = _folder_check(url)
+            try:
+                yield check
+            except FileNotFoundError as error:
+                check()
+                if str(error.filename).startswith(str(storage.local_path(url))):
+                    raise StorageError("output_removed", where=str(error.filename)) from error
+                raise
         return
     lease = _Lease(url)
     lease.take()
@@ -65,6 +73,26 @@ def output_lock(url: str) -> Iterator[Callable[[], None]]:
         yield lease.check
     finally:
         lease.give_back()
+
+
+def _folder_check(url: str) -> Callable[[], None]:
+    """Makes a function that raises once a folder is not the one that it is now.
+
+    The lock is of the folder: one that is removed and made again may be another job's. While it is
+    held the folder is open, so the kernel gives its number to no other.
+    """
+    path = storage.local_path(url)
+    held = path.stat()
+
+    def check() -> None:
+        try:
+            found = path.stat()
+        except FileNotFoundError as error:
+            raise StorageError("output_removed", where=url) from error
+        if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            raise StorageError("output_removed", where=url)
+
+    return check
 
 
 class _Lease:

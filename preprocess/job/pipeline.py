@@ -20,12 +20,19 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from preprocess.job.build import BuildContext, build_shard, find_receipts, publish_shard
+from preprocess.job.build import (
+    BuildContext,
+    BuiltShard,
+    build_shard,
+    find_receipts,
+    publish_shard,
+)
 from preprocess.job.commit import (
     Committed,
     check_bad_samples,
@@ -290,8 +297,30 @@ def _build_task(
     context: BuildContext, shard: int, report: Callable[[str | int], None]
 ) -> local.Deferred:
     """Builds a shard; the rest is to publish it. Reports a text per row, a number per part sent."""
-    built = build_shard(context, shard, report)
-    return local.Deferred(finish=partial(publish_shard, context, shard, built, report))
+    with _naming_removal():
+        built = build_shard(context, shard, report)
+    return local.Deferred(finish=partial(_publish_task, context, shard, built, report))
+
+
+def _publish_task(
+    context: BuildContext, shard: int, built: BuiltShard, report: Callable[[str | int], None]
+) -> Receipt:
+    with _naming_removal():
+        return publish_shard(context, shard, built, report)
+
+
+@contextmanager
+def _naming_removal() -> Iterator[None]:
+    """Names a file that a task of this job needs and that somebody has removed.
+
+    Images that are missing are errors of their rows, and blobs of the cache: what is left are the
+    plan and the scratch files.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        where = str(error.filename or error)
+        raise StorageError("output_removed", where=where) from error
 
 
 def _write_run(job: Job, outcome: Outcome) -> None:

@@ -3,19 +3,20 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from preprocess.datasets import dataset_class, dataset_names, get_dataset
-from preprocess.job import count_rows
+from preprocess.job import build, count_rows
 from preprocess.job import verify as verify_job
 from preprocess.job.job import Job, JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.job.planner import load_plan, make_plan
 from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
-from shardspec.errors import BudgetError, ConflictError, SourceError
+from shardspec.errors import BudgetError, ConflictError, SourceError, StorageError
 from shardspec.manifest import load_manifest
 from tests.inline import Quiet
 
@@ -418,3 +419,80 @@ def test_finished_shard_with_a_flipped_bit_is_built_again(tmp_path, monkeypatch)
     assert shard_bytes(tmp_path) == want
     assert verify_job(settings.out, Quiet()) == []
     assert any("built again" in note for note in report.notes)
+
+
+# --- an output that is removed under the job
+
+
+class Removing(Quiet):
+    """A reporter that removes a folder at the k-th thing it is told."""
+
+    def __init__(self, folder, k):
+        super().__init__()
+        self._folder, self._left = folder, k
+
+    def _count(self):
+        self._left -= 1
+        if self._left == 0:
+            shutil.rmtree(self._folder)
+
+    def stage(self, name, total):  # noqa: ARG002
+        self._count()
+
+    def step(self, reason):
+        super().step(reason)
+        self._count()
+
+    @property
+    def removed(self):
+        return self._left <= 0
+
+
+def test_output_that_is_removed_at_any_moment_is_a_named_error(tmp_path):
+    k, codes = 0, set()
+    while True:
+        k += 2
+        settings = job_settings(
+            tmp_path, "sample", dataset="text_sft", limit=2, num_shards=2, out=str(tmp_path / "o")
+        )
+        report = Removing(tmp_path / "o", k)
+        try:
+            run_job(settings, report)
+        except StorageError as error:
+            codes.add(error.reason)
+        if not report.removed:
+            break
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+    assert k > 12
+    assert codes == {"output_removed"}
+
+
+def test_part_of_an_output_that_is_removed_is_named(tmp_path):
+    report = Removing(tmp_path / "out" / "plan", 22)
+    settings = job_settings(tmp_path, "sample", dataset="text_sft", limit=4, num_shards=4)
+    with pytest.raises(StorageError) as caught:
+        run_job(settings, report)
+    assert caught.value.reason == "output_removed"
+    assert caught.value.where.startswith(str(tmp_path / "out" / "plan"))
+
+
+# --- samples that the index cannot hold
+
+
+@pytest.mark.parametrize("num_bytes, num_samples", [(2**32 - 512, 4), (2**32, 3)])
+def test_sample_of_four_gibibytes_is_quarantined(tmp_path, monkeypatch, num_bytes, num_samples):
+    lengths = iter([None, num_bytes])  # of the second sample; four gibibytes cost too much here
+    real = build.tar_length
+
+    def tar_length(members):
+        return next(lengths, None) or real(members)
+
+    monkeypatch.setattr(build, "tar_length", tar_length)
+    settings = job_settings(tmp_path, "sample", dataset="text_sft", limit=4)
+    split = run_job(settings, Quiet()).result.split
+    assert split.num_samples == num_samples
+    if num_samples == 3:
+        assert split.quarantined == {"sample_length": 1}
+        (line,) = quarantine(tmp_path)
+        assert (line["reason"], line["facts"]["num_bytes"]) == ("sample_length", str(2**32))
+        assert verify_job(settings.out, Quiet()) == []
