@@ -171,6 +171,8 @@ def read_path(path: Path) -> bytes:
       SampleError: `image_missing`.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for a writer
+            raise SampleError("image_missing.special", where=str(path))
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise SampleError("image_missing.row", where=str(path), error=error) from error

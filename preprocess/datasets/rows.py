@@ -166,6 +166,8 @@ def local_rows(
     lengths: list[int] = []
     origins: list[tuple[str, int]] = []
     for path in files:
+        if not path.is_file():  # reading a named pipe would wait for a writer
+            raise SourceError("source_unreadable", where=str(path), error="not a regular file")
         try:
             schema, parts = _open_file(path)
         except (pa.ArrowException, OSError) as error:

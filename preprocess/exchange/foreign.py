@@ -209,6 +209,10 @@ def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
 
 
 def _require_there(url: str) -> ObjectVersion:
+    if storage.is_local(url):
+        path = storage.local_path(url)
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for a writer
+            raise ConfigError("import_tars.special", where=url)
     found = object_version(url)
     if found is None:
         raise ConfigError("import_tars.absent", where=url)

@@ -132,6 +132,8 @@ def with_content(stamp: Stamp, sha256: str) -> Stamp:
 def content_sha256(path: Path) -> str:
     """Hashes a file; "" where it cannot be read."""
     try:
+        if not path.is_file():  # reading a named pipe would wait for a writer
+            return ""
         digest = hashlib.sha256()
         with path.open("rb") as stream:
             while chunk := stream.read(2**20):

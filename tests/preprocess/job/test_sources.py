@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from preprocess.datasets import dataset_class, dataset_names, get_dataset
+from preprocess.exchange import ImportSettings, import_tars
 from preprocess.job import build, count_rows
 from preprocess.job import verify as verify_job
 from preprocess.job.job import Job, JobSettings
@@ -16,7 +17,7 @@ from preprocess.job.pipeline import run_job
 from preprocess.job.planner import load_plan, make_plan
 from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
-from shardspec.errors import BudgetError, ConflictError, SourceError, StorageError
+from shardspec.errors import BudgetError, ConfigError, ConflictError, SourceError, StorageError
 from shardspec.manifest import load_manifest
 from tests.inline import Quiet
 
@@ -496,3 +497,25 @@ def test_sample_of_four_gibibytes_is_quarantined(tmp_path, monkeypatch, num_byte
         (line,) = quarantine(tmp_path)
         assert (line["reason"], line["facts"]["num_bytes"]) == ("sample_length", str(2**32))
         assert verify_job(settings.out, Quiet()) == []
+
+
+# --- named pipes: reading one would wait for a writer
+
+
+def test_named_pipes_are_refused_and_not_waited_for(tmp_path, source):
+    (source / "pictures" / "2.jpg").unlink()
+    os.mkfifo(source / "pictures" / "2.jpg")
+    outcome = run_job(job_settings(tmp_path, source, compare="content"), Quiet())
+    assert outcome.result.split.quarantined == {"image_missing": 1}
+    os.mkfifo(source / "more.parquet")
+    settings = job_settings(tmp_path, source, out=str(tmp_path / "second"), compare="content")
+    with pytest.raises(SourceError) as caught:
+        run_job(settings, Quiet())
+    assert caught.value.reason == "source_unreadable"
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(ConfigError) as refused:
+        import_tars(
+            ImportSettings(tars=(str(tmp_path / "x.tar"),), out=str(tmp_path / "third"), name="x"),
+            Quiet(),
+        )
+    assert refused.value.reason == "import_tars"
