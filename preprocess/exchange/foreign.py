@@ -86,6 +86,8 @@ class ImportSettings:
             wrong["dots"] = self.dots
         if wrong:
             raise ConfigError("job_settings", facts=wrong)
+        if self.out.startswith("memory://"):
+            raise ConfigError("out_memory", where=self.out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

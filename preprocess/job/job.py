@@ -215,6 +215,10 @@ class JobSettings:
         wrong = [name for name, good in checks.items() if not good]
         if wrong:
             raise ConfigError("job_settings", facts={name: getattr(self, name) for name in wrong})
+        if "://" in self.source:
+            raise ConfigError("source_url", where=self.source)
+        if self.out.startswith("memory://"):
+            raise ConfigError("out_memory", where=self.out)
 
 
 def _is_share(value: float | None) -> bool:

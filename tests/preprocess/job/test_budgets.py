@@ -67,6 +67,16 @@ def test_settings_out_of_range_are_all_named(wrong):
     assert (caught.value.reason, caught.value.facts) == ("job_settings", wrong)
 
 
+@pytest.mark.parametrize(
+    "place, reason",
+    [({"source": "s3://bucket/rows"}, "source_url"), ({"out": "memory://out"}, "out_memory")],
+)
+def test_places_that_a_job_cannot_use_are_refused(place, reason):
+    with pytest.raises(ConfigError) as caught:
+        JobSettings(**{"dataset": "pixmo_cap", "out": "out", **place})
+    assert caught.value.reason == reason
+
+
 def test_source_of_which_no_row_is_left_stops_the_job(job_of, captioned_rows):
     rows = [with_image(row, path=f"gone/{i}.jpg") for i, row in enumerate(captioned_rows(3))]
     error = stopped(job_of(rows))
