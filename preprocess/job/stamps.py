@@ -76,7 +76,9 @@ class StampWriter:
         self._stream: gzip.GzipFile | None = None
 
     def __enter__(self) -> StampWriter:
-        self._stream = gzip.open(self._path, "wb", compresslevel=3)
+        # Without a time and a name: the same files give the same bytes.
+        self._raw = self._path.open("wb")
+        self._stream = gzip.GzipFile("", "wb", compresslevel=3, fileobj=self._raw, mtime=0)
         return self
 
     def __exit__(
@@ -87,6 +89,7 @@ class StampWriter:
     ) -> None:
         assert self._stream is not None
         self._stream.close()
+        self._raw.close()
 
     def __len__(self) -> int:
         return len(self._seen)
