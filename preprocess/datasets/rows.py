@@ -134,6 +134,9 @@ def local_layout(folder: Path, *, unmatched: Unmatched = "refuse") -> SplitLayou
     except OSError as error:
         raise _unreadable(folder, error) from error
     if not layout.splits and not layout.unmatched:
+        metadata = next(folder.glob("**/metadata.*"), None)
+        if metadata is not None and metadata.suffix in (".jsonl", ".csv"):
+            raise SourceError("source_empty.metadata", where=str(metadata))
         raise SourceError("source_empty.folder", where=str(folder))
     return layout
 

@@ -174,6 +174,17 @@ def test_folder_without_rows_is_named(tmp_path):
     assert reason_of(open_rows, tmp_path) == "source_empty"
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "train/metadata.csv"])
+def test_folder_of_pictures_with_metadata_says_what_to_do(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("file_name,text\n")
+    with pytest.raises(SourceError) as caught:
+        open_rows(tmp_path)
+    assert caught.value.reason == "source_empty"
+    assert caught.value.where == str(tmp_path / name)
+    assert "save_to_disk" in caught.value.fix
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 @pytest.mark.parametrize("payload", [b"", b"junk" * 100])
 def test_garbage_file_is_named(tmp_path, name, payload):
