@@ -40,7 +40,7 @@ from loader.reading.blocks import Block, Span, missing
 from loader.reading.cached import CachedBlocks
 from loader.reading.fetcher import Fetcher
 from loader.reading.locator import Locate, Locator
-from loader.reading.network import Network
+from loader.reading.network import Network, patience_s
 from loader.reading.read_plan import ReadPlan
 from shardspec.errors import ConfigError
 from shardspec.storage import RangeReader
@@ -274,7 +274,7 @@ class Prefetcher:
                 state.block.url,
                 span,
                 waited_s=waited_s,
-                stall_s=self.network.stall_s,
+                stall_s=patience_s(self.network),
                 elsewhere=state.elsewhere,
             )
             self._changed.wait(_POLL_S if is_located and state.elsewhere else _WAKE_S)

@@ -10,8 +10,9 @@ A store is a name for an endpoint that speaks S3. Names come from one TOML file,
 
 The file is `~/.config/vlm-shards/stores.toml`, or the one that VLM_SHARDS_STORES names. Variables
 VLM_SHARDS_STORE_WEKA_ENDPOINT_URL, ..._PROFILE, ..._REGION and ..._ADDRESSING override it field by
-field, and define a store by themselves. These are all the environment variables that the contract
-reads, and this module is their only reader.
+field, and define a store by themselves. VLM_SHARDS_OUTAGE_S is how long a store may be away before
+a request to it fails, in seconds. These are all the environment variables that the contract reads,
+and this module is their only reader.
 
 Credentials are never part of this: the client finds them by its own means (profiles, environment,
 the machine's role), so nothing of ours can log or store them.
@@ -35,6 +36,10 @@ STORES_FILE = "~/.config/vlm-shards/stores.toml"
 
 FILE_VARIABLE = "VLM_SHARDS_STORES"
 VARIABLE_PREFIX = "VLM_SHARDS_STORE_"
+
+OUTAGE_VARIABLE = "VLM_SHARDS_OUTAGE_S"
+_OUTAGE_S = 120.0
+"""Default: restarts and failovers of a store take seconds to two minutes."""
 
 Addressing = Literal["auto", "path", "virtual"]
 
@@ -77,6 +82,24 @@ class Store:
         if self.addressing != "auto":
             options["config_kwargs"] = {"s3": {"addressing_style": self.addressing}}
         return options
+
+
+def outage_setting_s() -> float:
+    """Returns how long an outage of a store is survived unless a policy says otherwise, in seconds.
+
+    Raises:
+      ConfigError: `outage_s`.
+    """
+    text = os.environ.get(OUTAGE_VARIABLE)
+    if not text:
+        return _OUTAGE_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise ConfigError("outage_s", where=OUTAGE_VARIABLE, got=repr(text[:40]))
+    return seconds
 
 
 def named_stores() -> dict[str, Store]:
