@@ -1,5 +1,6 @@
 """Streaming from real object stores: the batches of a local disk, whatever the network does."""
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -322,6 +323,25 @@ def test_a_dead_store_is_given_up_in_time_when_a_dataset_is_opened(s3):
     assert 1 <= caught.value.facts["attempts"] <= 5  # each waits 0.5 s of the 2
     assert caught.value.where == url + "/manifest.json"
     assert "timeout" in caught.value.facts["causes"]
+
+
+@pytest.mark.parametrize("left", [0, 10, 0.5])
+def test_a_cache_that_is_cut_in_place_during_a_pass_changes_no_batch(s3, local, tmp_path, left):
+    url, _ = s3
+    want = batches_of(str(local), 40)
+    options = {"cache": str(tmp_path / "cache"), "on_bad": "substitute"}
+    loader = loader_of(url, network=Network(block_bytes=64 * 1024, ahead_steps=2), **options)
+    batches, got = iter(loader), []
+    for step in range(20):
+        got.append(dict(next(batches)))
+        if step % 6 == 3:
+            for path in (tmp_path / "cache" / "blocks").glob("*.block"):
+                with contextlib.suppress(FileNotFoundError):  # evicted, or found to be cut
+                    size = path.stat().st_size
+                    os.truncate(path, int(left * size) if left < 1 else left)
+    assert_same(got, want[:20])
+    assert loader.bad_samples == []
+    assert loader.stats().counters["cache_corrupt"] >= 1
 
 
 def test_a_cache_that_is_no_cache_is_refused_at_once(s3, tmp_path):
