@@ -1,7 +1,7 @@
 """CachedBlocks: the node's cache (cache.py) as one process uses it.
 
-Opens it when it is first needed, keeps its blocks open, tells it when a block is needed next or used
-up, and stops using it when its disk fails: reading then continues without a cache, after one
+Opens it when it is first needed, keeps its blocks open, tells it when a block is needed next or
+used up, and stops using it when its disk fails: reading then continues without a cache, after one
 warning.
 """
 

@@ -319,7 +319,7 @@ def test_a_block_that_the_disk_cannot_read_is_none(cache, monkeypatch):
 
     put(cache, 1)
     found = cache.find(name(1), 100)
-    monkeypatch.setattr(os, "preadv", broken)
+    monkeypatch.setattr(os, "pread", broken)
     assert found.read(0, 100) is None
 
 
