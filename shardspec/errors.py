@@ -15,13 +15,14 @@
 
 `str(error)` says on a few lines what is wrong, where, the facts and the fix. `error.reason` is a
 stable code for programs and tests. The texts are in `errors.toml`; call sites pass an entry's code
-and the facts. All errors can be pickled, since they cross process borders. Passwords and signatures
-in URLs are not shown.
+and the facts. All errors can be pickled, since they cross process borders. Passwords, tokens and
+signatures are not shown.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -137,23 +138,77 @@ class WorkerError(ShardsError):
     """A worker process of the loader that failed or died."""
 
 
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]*(?=@)")
-_SIGNATURE = re.compile(
-    r"(?<=[?&])((?:x-amz-|x-goog-)[\w-]+|awsaccesskeyid|googleaccessid|signature|sig|token|"
-    r"access_token|key|secret|password)=[^&\s#'\"]*",
+# What comes before the host. A password may hold any character, also "/" and "@" where somebody
+# has not encoded them: so with a colon that begins no port, all up to the last "@" is taken, of the
+# part before the query if there is one.
+_USER = re.compile(
+    r"""(?<=//)(?:[^\s/@:?#'"<>]*:(?!\d{1,5}(?:[/?#]|$))(?:[^\s'"<>?#]*@|[^\s'"<>]*@)"""
+    r"""|[^\s/@?#'"<>]*@)"""
+)
+
+_SECRET_NAMES = (
+    r"(?:[\w-]{0,40}(?:secret|passw(?:or)?d|passphrase|api[_-]?key|access[_-]?key|access[_-]?token|"
+    r"auth[_-]?token|hf[_-]?token|session[_-]?token|security[_-]?token|refresh[_-]?token|"
+    r"id[_-]?token|credential|signature|private[_-]?key|account[_-]?key|subscription[_-]?key)"
+    r"[\w-]{0,40}|auth|authorization|pwd|bearer|x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|"
+    r"googleaccessid)"
+)
+"""Names of secrets wherever they are given: in a query, a header, a mapping, a command."""
+
+_QUERY_NAMES = (
+    r"(?:token|key|sig|hash|hmac|policy|jwt|sas|se|code|[\w-]{0,40}[_-](?:token|sig|key))"
+)
+"""Names that are of secrets in the query of a URL, and mean something else in other texts."""
+
+_QUERY_SECRET = re.compile(
+    rf"(?<=[?&;])({_QUERY_NAMES}|{_SECRET_NAMES})=([^&\s#'\"<>]*)", re.IGNORECASE
+)
+_NAMED_SECRET = re.compile(
+    rf"""(?<![\w-])({_SECRET_NAMES})(['"]?\s*[=:]\s*['"]?)"""
+    r"""((?:(?:bearer|basic|token)\s+)?[^\s&,;'"#<>)}\]]+)""",
     re.IGNORECASE,
 )
+_BARE_SECRET = re.compile(
+    r"(?<![\w-])(?:hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|"
+    r"github_pat_\w{20,}|sk-[A-Za-z0-9_-]{20,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)|"
+    r"(?<=bearer )[\w.~+/=-]{8,}",
+    re.IGNORECASE,
+)
+"""Tokens that are known by their form."""
 
 
 def redacted(text: str) -> str:
-    """Masks the passwords and signatures of URLs in a text.
+    """Masks the passwords, tokens and signatures in a text.
 
     >>> redacted("s3://me:hunter2@bucket/a")
     's3://***@bucket/a'
     >>> redacted("https://h/a.jpg?w=9&X-Amz-Signature=1f&token=xyz")
     'https://h/a.jpg?w=9&X-Amz-Signature=***&token=***'
+    >>> redacted("cannot log in with {'api_key': '1f'}")
+    "cannot log in with {'api_key': '***'}"
     """
-    return _SIGNATURE.sub(r"\1=***", _PASSWORD.sub("***", text))
+    text = _QUERY_SECRET.sub(r"\1=***", _USER.sub("***@", text))
+    return _BARE_SECRET.sub("***", _NAMED_SECRET.sub(r"\1\2***", text))
+
+
+def redacted_url(url: str) -> str:
+    """Masks the secrets of one URL so that URLs that differ in the value of a parameter still do.
+
+    A parameter named `key` may be a secret or what tells two images apart. Its value is replaced by
+    its hash; repeating changes nothing.
+
+    >>> redacted_url("https://me:secret@example.com/a.jpg?size=@2x&key=1")
+    'https://***@example.com/a.jpg?size=@2x&key=***6b86b273ff34fce1'
+    """
+    return _QUERY_SECRET.sub(_hashed, _USER.sub("***@", url, count=1))
+
+
+def _hashed(found: re.Match[str]) -> str:
+    name, value = found[1], found[2]
+    if re.fullmatch(r"\*\*\*[0-9a-f]{16}|\*\*\*", value):
+        return found[0]
+    digest = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
+    return f"{name}=***{digest[:16]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

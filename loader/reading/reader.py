@@ -324,8 +324,8 @@ def _resolved(segment: Segment, url: str) -> Segment:
         segment,
         file=replace(
             file,
-            url=storage.resolve(url, file.url),
-            index_url=storage.resolve(url, file.index_url),
+            url=storage.resolve_place(url, file.url),
+            index_url=storage.resolve_place(url, file.index_url),
         ),
     )
 

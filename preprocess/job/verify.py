@@ -73,7 +73,7 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
 
 
 def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
-    tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
+    tar_url, index_url = (storage.resolve_place(url, n) for n in (file.url, file.index_url))
     counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
         tar_path = _at_hand(tar_url, Path(folder) / "shard.tar")

@@ -11,8 +11,9 @@ A store is a name for an endpoint that speaks S3. Names come from one TOML file,
 The file is `~/.config/vlm-shards/stores.toml`, or the one that VLM_SHARDS_STORES names. Variables
 VLM_SHARDS_STORE_WEKA_ENDPOINT_URL, ..._PROFILE, ..._REGION and ..._ADDRESSING override it field by
 field, and define a store by themselves. VLM_SHARDS_OUTAGE_S is how long a store may be away before
-a request to it fails, in seconds. These are all the environment variables that the contract reads,
-and this module is their only reader.
+a request to it fails, in seconds; VLM_SHARDS_HOSTS names further hosts that manifests may send
+readers to (`shardspec.storage.places`). These are all the environment variables that the contract
+reads, and this module is their only reader.
 
 Credentials are never part of this: the client finds them by its own means (profiles, environment,
 the machine's role), so nothing of ours can log or store them.
@@ -38,6 +39,7 @@ FILE_VARIABLE = "VLM_SHARDS_STORES"
 VARIABLE_PREFIX = "VLM_SHARDS_STORE_"
 
 OUTAGE_VARIABLE = "VLM_SHARDS_OUTAGE_S"
+HOSTS_VARIABLE = "VLM_SHARDS_HOSTS"
 _OUTAGE_S = 120.0
 """Default: restarts and failovers of a store take seconds to two minutes."""
 
@@ -100,6 +102,14 @@ def outage_setting_s() -> float:
     if not 0 <= seconds <= 86_400:
         raise ConfigError("outage_s", where=OUTAGE_VARIABLE, got=repr(text[:40]))
     return seconds
+
+
+def allowed_hosts() -> frozenset[str]:
+    """Returns the hosts that manifests may name besides stores: "example.org", "example.org:8443".
+
+    Separated by commas or blanks.
+    """
+    return frozenset(os.environ.get(HOSTS_VARIABLE, "").lower().replace(",", " ").split())
 
 
 def named_stores() -> dict[str, Store]:
