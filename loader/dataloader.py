@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -58,7 +58,7 @@ from loader.order import (
 )
 from loader.raw import RawBuilder, RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
-from loader.state import STATE_VERSION, Allowed, require_state
+from loader.state import STATE_VERSION, Allowed, require_plain_state, require_state
 from loader.stream import PreparedBuilder, Stream, StreamingDataset, stored_in
 from loader.topology import Topology
 from shardspec.errors import ConfigError, StateError, nearest
@@ -606,7 +606,7 @@ class StreamLoader:
         own["order"] = ours.config.to_dict()
         _require_sound(state, own)
         saved_order, saved_packing = state.get("order"), state.get("packing")
-        if isinstance(saved_order, Mapping):
+        if _is_same_version(saved_order, own["order"]):
             plan = self._stream.plan
             free = [name for name in _WIDTH if getattr(plan, name, None) is None]
             own["order"] |= _adopted_batch(saved_order, own["order"], state, free=free)
@@ -699,7 +699,7 @@ class StreamLoader:
             then = stored_in(data) or {name: stored_in(entry) for name, entry in data.items()}
             now = sum(part.data.num_stored for part in self._stream.parts)
             raise StateError("state_appended", then=then, now=now)
-        if not isinstance(order, Mapping):
+        if not _is_same_version(order, own["order"]):
             return
         ours = own["order"]["global_batch_size"]
         first, last = order.get("global_batch_size"), _last_batch(order, state)
@@ -809,17 +809,23 @@ def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
       StateError: `state_version`, `state_fields`, `order_fields`, `order_values`.
       ConfigError: A value of the order is not valid.
     """
+    require_plain_state(state)
     if state.get("version") != STATE_VERSION:
         raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
     order, step, bad = state.get("order"), state.get("step"), state.get("bad", [])
     if not (isinstance(bad, list | tuple) and all(isinstance(b, Mapping) for b in bad)):
         raise StateError("state_fields", field="bad")
     since = 0
-    if isinstance(order, Mapping) and order.get("version") == own["order"]["version"]:
+    if _is_same_version(order, own["order"]):
         config = MixtureConfig if "members" in own["order"] else OrderConfig
         since = config.from_dict(order).since
     if not is_whole(step) or not since <= step < 2**62:  # type: ignore[operator]
         raise StateError("state_fields", field="step", got=repr(step))
+
+
+def _is_same_version(saved: object, own: Mapping[str, Any]) -> TypeGuard[Mapping[str, Any]]:
+    """Returns True if the fields of a state's order are those of this release's."""
+    return isinstance(saved, Mapping) and saved.get("version") == own["version"]
 
 
 def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

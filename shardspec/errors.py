@@ -56,14 +56,14 @@ class ShardsError(Exception):
           more: The same, by name. The texts of the entry may name facts; those that they do not
             name are listed after them.
         """
-        facts = {**more, **(facts or {})}
+        facts = {name: _bounded(value) for name, value in {**more, **(facts or {})}.items()}
         entry = messages()[code] if what is None else Message(what=what, fix=fix)
-        texts = entry.filled(facts) if what is None else entry
-        super().__init__(redacted(texts.what))
+        texts = entry.filled(_Shown(facts)) if what is None else entry
+        self.what = _shown(texts.what)
+        super().__init__(self.what)
         self.reason = code.partition(".")[0]
-        self.what = redacted(texts.what)
-        self.fix = redacted(texts.fix)
-        self.where = redacted(where)
+        self.fix = _shown(texts.fix)
+        self.where = _shown(where)
         self.facts = facts
         self.listed = {name: facts[name] for name in facts if name not in entry.fields}
 
@@ -72,14 +72,55 @@ class ShardsError(Exception):
         if self.where:
             lines.append(f"  where: {self.where}")
         if self.listed:
-            facts = ", ".join(f"{name}={value}" for name, value in self.listed.items())
-            lines.append(f"  facts: {redacted(facts)}")
+            shown = {name: _text(value) for name, value in self.listed.items()}
+            facts = ", ".join(f"{name}={text}" for name, text in shown.items())
+            lines.append(f"  facts: {_shown(facts)}")
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), vars(self)))
+
+
+_MOST_CHARACTERS = 2000
+"""Most of a text that is shown, and of a fact that is kept: a damaged file may name a field with
+millions of characters."""
+
+
+class _Shown(dict[str, object]):
+    """Facts as texts name them; those that are no numbers as bounded texts."""
+
+    def __getitem__(self, name: str) -> object:
+        value = super().__getitem__(name)
+        return value if isinstance(value, int | float) else _text(value)
+
+
+def _text(value: object) -> str:
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except Exception as error:  # noqa: BLE001 - an error that is being made must not be replaced
+        text = f"{type(value).__name__} that cannot be shown ({type(error).__name__})"
+    return _clipped(text)
+
+
+def _bounded(value: object) -> object:
+    return _clipped(value) if isinstance(value, str) else value
+
+
+def _clipped(text: str) -> str:
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    # Before anything else is done with it, that takes time by its length. A few more than are
+    # shown: redaction may need the beginning of what comes next.
+    half = _MOST_CHARACTERS // 2
+    return f"{text[:half]} ... ({len(text):,} characters) ... {text[-half // 2 :]}"
+
+
+def _shown(text: str) -> str:
+    """Makes a text fit to be shown: bounded, without secrets, and possible to print anywhere."""
+    text = redacted(_clipped(text))
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _rebuild(kind: type[ShardsError], state: dict[str, object]) -> ShardsError:

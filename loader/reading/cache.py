@@ -43,8 +43,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from shardspec.documents import read_object
 from shardspec.errors import ConfigError
 
 MARKER = "vlm-shards-cache.json"
@@ -447,9 +448,9 @@ class BlockCache:
         with _closing(descriptor):
             payload = os.pread(descriptor, _MARKER_BYTES, 0)
         try:
-            found: Any = json.loads(payload)
+            found = read_object(payload)
             version, owner = found["version"], found["owner"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError) as error:
             raise self._foreign(marker=error) from error
         if version != CACHE_VERSION or owner != os.getuid():
             raise self._foreign(version=version, owner=owner)

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Literal
 
 from shardspec import storage
+from shardspec.documents import read_fields, read_json
 from shardspec.errors import ConfigError, StorageError, redacted_url
 
 logger = logging.getLogger(__name__)
@@ -242,8 +243,8 @@ def _parse(path: Path) -> tuple[dict[str, FetchResult], int]:
                 logger.warning("dropped the torn last line of %s; its URL is fetched again", path)
                 break
             try:
-                result = FetchResult(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                result = read_fields(FetchResult, read_json(line))
+            except ValueError as error:
                 raise StorageError(
                     "ledger_corrupt", where=f"{path}:{number}", error=error
                 ) from error

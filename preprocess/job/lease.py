@@ -19,7 +19,6 @@ that is detected, and a warning says so.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from shardspec import storage
+from shardspec.documents import read_object
 from shardspec.errors import StorageError, redacted
 from shardspec.manifest import canonical_json
 
@@ -152,10 +152,9 @@ class _Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            document = json.loads(storage.read_bytes(self._url))
+            return read_object(storage.read_bytes(self._url))
         except (FileNotFoundError, ValueError):
             return None
-        return document if isinstance(document, dict) else None
 
     def _watch(self, version: str, holder: dict[str, Any]) -> None:
         """Waits until a lease has expired; raises as soon as it changes."""

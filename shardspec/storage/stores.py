@@ -61,7 +61,13 @@ class Store:
 
     def __post_init__(self) -> None:
         where = f"store {self.name!r}"
-        address = urlsplit(self.endpoint_url)
+        try:
+            address = urlsplit(self.endpoint_url)
+            _ = address.port
+        except ValueError as error:
+            raise ConfigError(
+                "store_endpoint.url", where=where, endpoint_url=self.endpoint_url
+            ) from error
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError("store_endpoint.url", where=where, endpoint_url=self.endpoint_url)
         if address.username or address.password or address.query:
