@@ -102,8 +102,8 @@ class CacheWriter:
         os.close(self.descriptor)
 
 
-class CachedBlock:
-    """A block that is there, open for reading. Safe to use from threads."""
+class OpenFile:
+    """A file that is read by copying, never mapped. Safe to use from threads."""
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
         """Owns the descriptor, which is closed with the last reference to this object."""
@@ -112,7 +112,7 @@ class CachedBlock:
         weakref.finalize(self, os.close, descriptor)
 
     def read(self, start: int, stop: int) -> memoryview | None:
-        """Copies bytes [start, stop) of the block; None if they are not there, or cannot be read.
+        """Copies bytes [start, stop) of the file; None if they are not there, or cannot be read.
 
         A copy, since a map of a file that somebody cuts ends the process when it is used. It costs
         a few microseconds for a sample of 100 kB, which takes a millisecond to decode.
@@ -158,7 +158,7 @@ class BlockCache:
         weakref.finalize(self, os.close, self._blocks)
         _close_to_others(self._blocks)
 
-    def find(self, name: str, num_bytes: int) -> CachedBlock | None:
+    def find(self, name: str, num_bytes: int) -> OpenFile | None:
         """Opens a block; None if there is none, or the disk cannot read it.
 
         A block of another length is removed: it comes from a full disk or a power cut. So is what
@@ -175,7 +175,7 @@ class BlockCache:
             os.close(descriptor)
             self.discard(name)
             return None
-        return CachedBlock(descriptor, num_bytes)
+        return OpenFile(descriptor, num_bytes)
 
     def begin(
         self, name: str, num_bytes: int, *, step: int, now: int

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from loader.reading.blocks import Block
-from loader.reading.cache import BlockCache, CachedBlock, CacheWriter
+from loader.reading.cache import BlockCache, CacheWriter, OpenFile
 from loader.reading.read_plan import BlockUse, Presence
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class CachedBlocks:
         self._is_opened = path is None
         # Open blocks by name, the one that was used last at the end. A reader may still use one
         # that is no longer here.
-        self._open: OrderedDict[str, CachedBlock] = OrderedDict()
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()
         # Bytes of each block that were used since it was last used up, and how often it was used
         # up. Neither depends on whether the block is still there: that is how an early eviction
         # is noticed.
@@ -77,7 +77,7 @@ class CachedBlocks:
             return "cached"
         return "evicted" if block.name in self._used_bytes else "absent"
 
-    def find(self, block: Block) -> tuple[CachedBlock | None, list[str]]:
+    def find(self, block: Block) -> tuple[OpenFile | None, list[str]]:
         """Opens a block.
 
         Returns:

@@ -37,7 +37,7 @@ from typing import Any
 
 from loader.reading.block_state import BlockState, Request
 from loader.reading.blocks import Block, Span, missing
-from loader.reading.cache import CachedBlock
+from loader.reading.cache import OpenFile
 from loader.reading.cached import CachedBlocks
 from loader.reading.fetcher import Fetcher
 from loader.reading.locator import Locate, Locator
@@ -237,7 +237,7 @@ class Prefetcher:
                 self.ranges.count("cache_evicted_early")
         self._start_requests()
 
-    def _find(self, state: BlockState, span: Span) -> memoryview | CachedBlock | None:
+    def _find(self, state: BlockState, span: Span) -> memoryview | OpenFile | None:
         piece = state.pieces.get(span)
         if piece is not None:
             self.ranges.count("cache_misses")
@@ -247,7 +247,7 @@ class Prefetcher:
             self.ranges.count("cache_hits")
         return block
 
-    def _open_block(self, state: BlockState) -> CachedBlock | None:
+    def _open_block(self, state: BlockState) -> OpenFile | None:
         if not state.is_open and (state.is_filling or state.writer is not None):
             return None  # this process writes it
         block, closed = self._cached.find(state.block)
@@ -260,7 +260,7 @@ class Prefetcher:
             self._start_requests()
         return block
 
-    def _wait(self, state: BlockState, span: Span) -> memoryview | CachedBlock:
+    def _wait(self, state: BlockState, span: Span) -> memoryview | OpenFile:
         began_s, failures, ask_s = time.monotonic(), state.failures, 0.0
         while True:
             waited_s = time.monotonic() - began_s

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -299,6 +300,33 @@ def test_a_key_that_is_not_text_is_a_named_error(
             read(0)
         assert caught.value.reason == "index_key"
     assert stream.reader.name(0)[1]
+
+
+@pytest.mark.parametrize("left", [0, 600, 0.5])
+def test_a_tar_that_is_cut_while_it_is_open_is_a_named_error(
+    tiny_sample, write_dataset, tmp_path, left
+):
+    url = write_dataset(tmp_path / "set", [tiny_sample(i) for i in range(20)])
+    (tar,) = (tmp_path / "set" / "train").glob("*.tar")
+    reader = StreamingDataset(url, seed=3, rank=0, world_size=1).reader
+    child = os.fork()
+    if not child:  # a signal would end the suite
+        status = 1
+        try:
+            whole = [bytes(reader.members(i)[1]) for i in range(20)]
+            os.truncate(tar, int(left * tar.stat().st_size) if left < 1 else left)
+            reasons = set()
+            for i in range(20):
+                error = error_of(lambda i: reader.stored(i), i)
+                if error is None:
+                    assert bytes(reader.members(i)[1]) == whole[i]
+                else:
+                    reasons.add(error.reason)
+            assert reasons == {"sample_cut"}
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_metadata_that_is_not_json_is_a_named_error(dataset):

@@ -280,7 +280,7 @@ def test_a_short_outage_of_the_store_changes_no_batch(s3, local, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["refused", "status_503"])
+@pytest.mark.parametrize("kind", ["refused", "status_503", "silent"])
 def test_an_outage_of_half_a_minute_changes_no_batch(s3, local, kind):
     outlast(s3, local, kind=kind, seconds=30)
 
