@@ -605,6 +605,8 @@ class StreamLoader:
         ours = self._order if self._changed or self._packs is not None else self._stream.order
         own["order"] = ours.config.to_dict()
         _require_sound(state, own)
+        if self._packs is not None:
+            _require_sound_packs(state, by_epoch=self._packs.pass_is_exact)
         saved_order, saved_packing = state.get("order"), state.get("packing")
         if _is_same_version(saved_order, own["order"]):
             plan = self._stream.plan
@@ -821,6 +823,33 @@ def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         since = config.from_dict(order).since
     if not is_whole(step) or not since <= step < 2**62:  # type: ignore[operator]
         raise StateError("state_fields", field="step", got=repr(step))
+
+
+def _require_sound_packs(state: Mapping[str, Any], *, by_epoch: bool) -> None:
+    """Refuses a state whose packs cannot be read.
+
+    Args:
+      state: The state.
+      by_epoch: Packs are planned by epochs, not as endless streams: there is one place, or none.
+
+    Raises:
+      StateError: `state_fields`.
+    """
+    packing, streams = state.get("packing"), state.get("streams", [])
+    if isinstance(packing, Mapping) and not _are_places(packing.get("sizes"), num_fields=2):
+        raise StateError("state_fields", field="packing.sizes")
+    sound = _are_places(streams, num_fields=2 if by_epoch else 3)
+    if not sound or (by_epoch and len(streams) > 1):
+        raise StateError("state_fields", field="streams")
+
+
+def _are_places(value: object, *, num_fields: int) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(place, list | tuple)
+        and len(place) == num_fields
+        and all(is_whole(number) and 0 <= number < 2**62 for number in place)
+        for place in value
+    )
 
 
 def _is_same_version(saved: object, own: Mapping[str, Any]) -> TypeGuard[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from loader import StreamingDataset, make_dataloader
+from loader import IterableDatasetMixture, StreamingDataset, make_dataloader
 from loader.reading.cache import MARKER, BlockCache
 from preprocess.fetch.blobs import FetchResult, read_ledger
 from preprocess.job import lease
@@ -33,9 +33,20 @@ def dataset(tiny_sample, write_dataset, tmp_path_factory):
     return write_dataset(folder, [tiny_sample(i) for i in range(12)], num_shards=2)
 
 
-def loader_of(url):
-    stream = StreamingDataset(url, seed=3, rank=0, world_size=1)
-    return make_dataloader(stream, global_batch_size=4, sequence_length=128, pad_mode="max_len")
+@pytest.fixture(scope="module")
+def other(tiny_sample, write_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged") / "other"
+    return write_dataset(folder, [tiny_sample(i) for i in range(9)], name="other")
+
+
+def stream_of(url, **options):
+    return StreamingDataset(url, seed=3, rank=0, world_size=1, **options)
+
+
+def loader_of(stream, **options):
+    return make_dataloader(
+        stream, global_batch_size=4, sequence_length=128, pad_mode="max_len", **options
+    )
 
 
 def survives(read, payloads):
@@ -95,16 +106,26 @@ def receipt(context):
 
 
 def loader_state(context):
-    payload = canonical_json(context.loader.state_dict())
+    return _state_of(context.loader)
 
+
+def packed_state(context):
+    return _state_of(context.packed)
+
+
+def mixture_state(context):
+    return _state_of(context.mixture)
+
+
+def _state_of(loader):
     def load(changed):
         try:
             state = json.loads(changed)
         except (ValueError, RecursionError):
             return  # never gets here
-        context.loader.load_state_dict(state)
+        loader.load_state_dict(state)
 
-    return payload, load
+    return canonical_json(loader.state_dict()), load
 
 
 def dataset_state(context):
@@ -212,6 +233,8 @@ PARSERS = [
     receipt,
     loader_state,
     dataset_state,
+    packed_state,
+    mixture_state,
     ledger,
     plan,
     identity,
@@ -222,22 +245,20 @@ PARSERS = [
 
 
 @pytest.fixture(scope="module")
-def opened(dataset):
+def opened(dataset, other):
     """A loader and a dataset, whose states are read; no pass is begun."""
-    stream = StreamingDataset(dataset, seed=3, rank=0, world_size=1, batch_size=4)
-    return loader_of(dataset), stream
+    streams = [stream_of(dataset), stream_of(other)]
+    return {
+        "loader": loader_of(stream_of(dataset)),
+        "packed": loader_of(stream_of(dataset), pack=True),
+        "mixture": loader_of(IterableDatasetMixture(streams, [0.5, 0.5], seed=1), pack=True),
+        "stream": stream_of(dataset, batch_size=4),
+    }
 
 
 @pytest.fixture
 def context(dataset, opened, tmp_path):
-    loader, stream = opened
-    return SimpleNamespace(
-        dataset=dataset,
-        loader=loader,
-        stream=stream,
-        folder=tmp_path,
-        file=tmp_path / "file",
-    )
+    return SimpleNamespace(dataset=dataset, **opened, folder=tmp_path, file=tmp_path / "file")
 
 
 @amounts
