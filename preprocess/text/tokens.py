@@ -271,7 +271,8 @@ def load_tokenizer(
 
     Raises:
       ConfigError: `tokenizer_missing`, `tokenizer_code`, `tokenizer_slow`, `tokenizer_eos`,
-        `tokenizer_pad_to`; with message format "template" `no_chat_template`, `chat_template`, `chat_date`.
+        `tokenizer_pad_to`; with message format "template" `no_chat_template`, `chat_template`,
+        `chat_date`.
     """
     loader: Any
     if name == EMBEDDED:
