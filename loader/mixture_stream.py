@@ -160,7 +160,7 @@ class IterableDatasetMixture(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the next pass, as DistributedSampler's method does."""
-        self._stream.cursor.set_epoch(epoch)
+        self._stream.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run; see `StreamingDataset.set_step`."""
@@ -198,14 +198,14 @@ class IterableDatasetMixture(IterableDataset[Any]):
         """
         self._stream.load_state_dict(state, allow=allow)
 
-    def _resized(self, batch_size: int, *, sequence_length: int | None) -> IterableDatasetMixture:
+    def _resized(self, global_batch: int, *, sequence_length: int | None) -> IterableDatasetMixture:
         """Makes a mixture of the same datasets, at another batch size or sequence length."""
         other = copy.copy(self)
         other.datasets = tuple(
-            dataset._resized(batch_size, sequence_length=sequence_length)
+            dataset._resized(global_batch, sequence_length=sequence_length)
             for dataset in self.datasets
         )
-        other._stream = self._stream.resized(_parts(other.datasets), batch_size=batch_size)
+        other._stream = self._stream.resized(_parts(other.datasets), global_batch_size=global_batch)
         return other
 
     def _first_prepared(self) -> PreparedBuilder:
@@ -300,7 +300,7 @@ def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:
             _compare(first, other, "tokenizer", tokenizers, _TOKENIZER)
             views = [part.builder.view for part in (first, other)]
             _compare(first, other, "view", views, _VIEW)
-        topologies = [part.topology for part in (first, other)]
+        topologies = [part.topology.now() for part in (first, other)]
         _compare(first, other, "topology", topologies, _RANKS)
     for part in parts:
         if part.tail != "wrap" or not part.shuffle:

@@ -63,6 +63,7 @@ PUBLIC = {
         "plan_order",
         "view_collator",
     ],
+    "loader.integrations": ["SteadyPasses", "attach_to_trainer"],
 }
 
 
@@ -145,7 +146,7 @@ MEMBERS = {
         *("epoch", "example", "fingerprint", "load_state_dict", "sample", "set_epoch"),
         *("set_step", "state_dict"),
     ],
-    "RawSample": ["fields", "key", "where"],
+    "RawSample": ["fields", "key", "real", "where"],
     "RetryPolicy": [
         "attempts",
         "first_wait_s",
@@ -162,7 +163,7 @@ MEMBERS = {
         *("wait_share", "worker_kind", "workers"),
     ],
     "StreamLoader": [
-        *("change", "epoch", "load_state_dict", "pass_is_exact", "places", "state_dict"),
+        *("change", "close", "epoch", "load_state_dict", "pass_is_exact", "places", "state_dict"),
         *("stats", "watch"),
     ],
     "StreamingDataset": [
@@ -186,7 +187,7 @@ ATTRIBUTES = {
 }
 """What objects of these classes have besides."""
 
-MOST_MEMBERS = 8
+MOST_MEMBERS = 9
 """Of a class that users drive; settings and totals have as many fields as there are."""
 
 

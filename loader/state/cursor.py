@@ -34,9 +34,10 @@ class Cursor:
     """The position of one dataset object; that of the run is in the loader's state."""
 
     def __init__(self) -> None:
-        # Epoch, and steps of it that are skipped. In shared memory: written by the process that
-        # owns the dataset, read by its workers when they begin a pass.
-        self._position = torch.zeros(2, dtype=torch.int64)
+        # Epoch, steps of it that are skipped, and the step that was asked for (-1: none). In shared
+        # memory: written by the process that owns the dataset, read by its workers when they begin
+        # a pass.
+        self._position = torch.tensor([0, 0, -1])
         self._position.share_memory_()  # type: ignore[no-untyped-call]
         # Epoch and skipped steps of the pass that was begun last, and examples yielded of it; of
         # this process alone.
@@ -51,16 +52,25 @@ class Cursor:
 
     def set_epoch(self, epoch: int) -> None:
         """Lets the next pass begin at the start of an epoch."""
-        self._position[0], self._position[1] = epoch, 0
+        self._position[:] = torch.tensor([epoch, 0, -1])
 
     def set_step(self, order: Passes, step: int) -> None:
         """Lets the next pass begin at a step of the run, and end with that step's epoch."""
         epoch = epoch_of(order, step)
-        self._position[0], self._position[1] = epoch, step - order.epoch_start(epoch)
+        self._position[:] = torch.tensor([epoch, step - order.epoch_start(epoch), step])
+
+    def _begin(self, order: Passes) -> tuple[int, int]:
+        """Finds the epoch of the next pass and the steps of it that are skipped."""
+        epoch, skipped, step = self._position.tolist()
+        if step >= 0:
+            # The ranks, and with them the steps of an epoch, may be others than at `set_step`.
+            epoch = epoch_of(order, step)
+            skipped = step - order.epoch_start(epoch)
+        return epoch, skipped
 
     def remaining(self, order: Passes) -> int:
         """Counts the steps of the next pass."""
-        epoch, skipped = self.epoch, int(self._position[1].item())
+        epoch, skipped = self._begin(order)
         return order.epoch_start(epoch + 1) - order.epoch_start(epoch) - skipped
 
     def examples(
@@ -73,7 +83,7 @@ class Cursor:
           batch: Makes this rank's examples of a step.
           batch_size: Examples in one of them.
         """
-        epoch, skipped = self._position.tolist()
+        epoch, skipped = self._begin(order)
         taken = 0
         # Here, not at the first example: loaders may make an iterator and never use it.
         if self._resume is not None:
@@ -106,7 +116,7 @@ class Cursor:
         Args:
           own: What the position refers to: `data`, `order`, `view` and so on.
         """
-        epoch, skipped = self._pass or self._position.tolist()
+        epoch, skipped = self._pass or self._position[:2].tolist()
         return {
             "version": STATE_VERSION,
             "epoch": epoch,

@@ -137,6 +137,7 @@ class PreparedBuilder:
         planned.draft.dataset = self._dataset
         if not ref.real:
             planned.draft.plan.sequence.learns = False
+            planned.draft.real = False
         return planned
 
     def lengths(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,11 +202,16 @@ class PreparedBuilder:
                 self.quarantine.add(known)
             first = first or known
         assert first is not None
-        raise failure or ShardError(
-            "all_substitutes_bad",
-            where=f"{first['shard']} sample {first['key']}",
-            first_reason=first["reason"],
-        )
+        # Not the failure itself: its remedy may be to substitute.
+        where = f"{first['shard']} sample {first['key']}"
+        reason = first["reason"]
+        if first["stage"] == "read":
+            raise ShardError(
+                "all_substitutes_bad.read", where=where, first_reason=reason
+            ) from failure
+        raise SampleError(
+            "all_substitutes_bad.layout", where=where, first_reason=reason
+        ) from failure
 
     def _candidate(self, sample_id: int, epoch: int, attempt: int) -> int:
         """Gives the sample itself, and then its substitutes, which are samples in use too."""

@@ -8,7 +8,7 @@ import pytest
 
 from loader import StreamingDataset, make_dataloader
 from loader.reading.quarantine import MOST_RECORDS, Quarantine
-from shardspec.errors import BudgetError, ShardError
+from shardspec.errors import BudgetError, SampleError, ShardError
 from shardspec.index import open_index
 from shardspec.manifest import require_manifest
 from tests.forks import goes_on_in_a_child
@@ -198,3 +198,16 @@ def test_a_slot_whose_substitutes_are_all_known_as_bad_raises(broken):
     assert caught.value.reason == "all_substitutes_bad"
     assert caught.value.facts["first_reason"] == "sample_crc"
     assert "k7" in caught.value.where
+
+
+def test_a_sequence_that_fits_nothing_is_not_answered_with_the_setting_in_use(broken):
+    url, repair = broken
+    repair()
+    dataset = StreamingDataset(url, on_bad="substitute")
+    loader = make_dataloader(dataset, global_batch_size=4, sequence_length=2)
+    with pytest.raises(SampleError) as caught:
+        list(loader)
+    assert caught.value.reason == "all_substitutes_bad"
+    assert caught.value.facts["first_reason"] in ("no_loss", "image_cut")
+    assert caught.value.__cause__.reason == caught.value.facts["first_reason"]
+    assert "on_bad" not in str(caught.value)
