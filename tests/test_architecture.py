@@ -122,7 +122,7 @@ ENVIRONMENT = {"loader/topology.py", "shardspec/storage/stores.py"}
 
 FLOORS = {
     "shardspec": (
-        {"keyed", "toml"},
+        {"documents", "keyed", "toml"},
         {"messages"},
         {"errors"},
         {"expression", "sample", "tar", "tiling"},

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from preprocess.fetch import BlobCache
 from preprocess.job.plan import shard_name
 from preprocess.recipe import Preparer, read_path
 from shardspec import storage
+from shardspec.documents import DocumentError, read_object
 from shardspec.errors import SampleError, ShardsError, StorageError
 from shardspec.index import encode_index, index_dtype, index_row, longest_text
 from shardspec.manifest import (
@@ -96,6 +96,28 @@ class BuiltShard:
     """Removes the folder."""
 
 
+def read_rows(url: str) -> list[dict[str, Any]]:
+    """Reads the planned rows of a shard, in stored order.
+
+    Raises:
+      StorageError: `plan_rows`, they are damaged.
+    """
+    rows = []
+    *lines, rest = storage.read_bytes(url).split(b"\n")
+    if rest:
+        raise StorageError("plan_rows", where=url, error="the last line is cut")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = read_object(line, any_text=True)
+            kinds = (row["position"], int), (row["key"], str), (row["example"], dict)
+            if not all(type(value) is kind for value, kind in kinds) or "image" not in row:
+                raise DocumentError("want a position, a key, an example and an image")
+        except (ValueError, KeyError) as error:
+            raise StorageError("plan_rows", where=f"{url}:{number}", error=error) from error
+        rows.append(row)
+    return sorted(rows, key=lambda row: int(row["position"]))
+
+
 def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]) -> BuiltShard:
     """Builds one shard in a scratch folder.
 
@@ -107,8 +129,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     Raises:
       StorageError: The disk is full, or the cache has lost an image.
     """
-    lines = storage.read_bytes(rows_url(context.out, context.split, shard)).splitlines()
-    rows = sorted(map(json.loads, lines), key=lambda row: int(row["position"]))
+    rows = read_rows(rows_url(context.out, context.split, shard))
     name = f"{context.split}/{context.name(shard)}"
     quarantined: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()

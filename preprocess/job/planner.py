@@ -39,6 +39,7 @@ from preprocess.job.plan import count_shards, plan_order, shard_borders
 from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
 from preprocess.recipe import image_identity, images_identity, read_path, repeated_key, sample_key
 from shardspec import storage
+from shardspec.documents import read_fields, read_object
 from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleError, StorageError
 from shardspec.manifest import canonical_json, differences, fingerprint
 
@@ -86,7 +87,10 @@ def load_plan(job: Job, report: Reporter | None = None) -> Plan | None:
                 f"made ({first[0]} {first[1]}): it is made again"
             )
         return None
-    return Plan(**document)
+    try:
+        return read_fields(Plan, document)
+    except ValueError:
+        return None  # damaged, as one that is no JSON
 
 
 def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Plan:
@@ -191,10 +195,9 @@ def drop_plan(job: Job) -> None:
 def read_json(url: str) -> dict[str, Any] | None:
     """Reads a JSON object; None where there is none or it is broken."""
     try:
-        document = json.loads(storage.read_bytes(url))
+        return read_object(storage.read_bytes(url), any_text=True)
     except (FileNotFoundError, ValueError):
         return None
-    return document if isinstance(document, dict) else None
 
 
 def _plan_url(job: Job) -> str:

@@ -73,7 +73,7 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
 
 
 def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
-    tar_url = storage.resolve(url, file.url)
+    tar_url = storage.resolve_place(url, file.url)
     counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
         tar_path, index_path = _hashed(url, file, Path(folder))
@@ -102,7 +102,7 @@ def check_hashes(url: str, file: FileEntry) -> None:
 
 
 def _hashed(url: str, file: FileEntry, folder: Path) -> tuple[Path, Path]:
-    tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
+    tar_url, index_url = (storage.resolve_place(url, n) for n in (file.url, file.index_url))
     tar_path = _at_hand(tar_url, folder / "shard.tar")
     _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
     index_path = _at_hand(index_url, folder / "index.npy")
