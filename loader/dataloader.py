@@ -675,6 +675,7 @@ class StreamLoader:
             own={name: own[name] for name in own if name not in FREE},
             changed=self._changed,
             packed=packed,
+            by_epoch=self._packs is not None and self._packs.pass_is_exact,
             bucket_steps=self._bucket_steps,
         )
         resumed = resume(state, here, allow=allow)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from loader.order import (
     MixtureConfig,
@@ -24,7 +24,7 @@ from loader.order import (
     is_whole,
     rank_positions,
 )
-from loader.state import STATE_VERSION, Allowed, require_state
+from loader.state import STATE_VERSION, Allowed, require_plain_state, require_state
 from loader.stream import Stream, stored_in
 from shardspec.errors import ConfigError, StateError
 
@@ -51,6 +51,8 @@ class RunHere:
     """True if changes were made here."""
     packed: bool
     """True if rows are packs."""
+    by_epoch: bool
+    """True if packs are planned by epochs, not as endless streams."""
     bucket_steps: int
     """Steps of a group of buckets; 0 without."""
 
@@ -79,8 +81,10 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
     """
     own, ours = dict(here.own), here.order
     _require_sound(state, own)
+    if here.packed:
+        _require_sound_packs(state, by_epoch=here.by_epoch)
     saved_order, saved_packing = state.get("order"), state.get("packing")
-    if isinstance(saved_order, Mapping):
+    if _is_same_version(saved_order, own["order"]):
         plan = here.stream.plan
         free = [name for name in _WIDTH if getattr(plan, name, None) is None]
         own["order"] |= _adopted_batch(saved_order, own["order"], state, free=free)
@@ -181,7 +185,7 @@ def _explain(state: Mapping[str, Any], own: Mapping[str, Any], here: RunHere) ->
         then = stored_in(data) or {name: stored_in(entry) for name, entry in data.items()}
         now = sum(part.data.num_stored for part in here.stream.parts)
         raise StateError("state_appended", then=then, now=now)
-    if not isinstance(order, Mapping):
+    if not _is_same_version(order, own["order"]):
         return
     ours = own["order"]["global_batch_size"]
     first, last = order.get("global_batch_size"), _last_batch(order, state)
@@ -234,17 +238,50 @@ def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
       StateError: `state_version`, `state_fields`, `order_fields`, `order_values`.
       ConfigError: A value of the order is not valid.
     """
+    require_plain_state(state)
     if state.get("version") != STATE_VERSION:
         raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
     order, step, bad = state.get("order"), state.get("step"), state.get("bad", [])
     if not (isinstance(bad, list | tuple) and all(isinstance(b, Mapping) for b in bad)):
         raise StateError("state_fields", field="bad")
     since = 0
-    if isinstance(order, Mapping) and order.get("version") == own["order"]["version"]:
+    if _is_same_version(order, own["order"]):
         config = MixtureConfig if "members" in own["order"] else OrderConfig
         since = config.from_dict(order).since
     if not is_whole(step) or not since <= step < 2**62:  # type: ignore[operator]
         raise StateError("state_fields", field="step", got=repr(step))
+
+
+def _require_sound_packs(state: Mapping[str, Any], *, by_epoch: bool) -> None:
+    """Refuses a state whose packs cannot be read.
+
+    Args:
+      state: The state.
+      by_epoch: Packs are planned by epochs, not as endless streams: there is one place, or none.
+
+    Raises:
+      StateError: `state_fields`.
+    """
+    packing, streams = state.get("packing"), state.get("streams", [])
+    if isinstance(packing, Mapping) and not _are_places(packing.get("sizes"), num_fields=2):
+        raise StateError("state_fields", field="packing.sizes")
+    sound = _are_places(streams, num_fields=2 if by_epoch else 3)
+    if not sound or (by_epoch and len(streams) > 1):
+        raise StateError("state_fields", field="streams")
+
+
+def _are_places(value: object, *, num_fields: int) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(place, list | tuple)
+        and len(place) == num_fields
+        and all(is_whole(number) and 0 <= number < 2**62 for number in place)
+        for place in value
+    )
+
+
+def _is_same_version(saved: object, own: Mapping[str, Any]) -> TypeGuard[Mapping[str, Any]]:
+    """Returns True if the fields of a state's order are those of this release's."""
+    return isinstance(saved, Mapping) and saved.get("version") == own["version"]
 
 
 def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,6 +174,8 @@ def read_path(path: Path) -> bytes:
       SampleError: `image_missing`.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for a writer
+            raise SampleError("image_missing.special", where=str(path))
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise SampleError("image_missing.row", where=str(path), error=error) from error
@@ -210,3 +212,8 @@ def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:
     """
     text = canonical_json({"image": image_id, "message_list": example["message_list"]})
     return hashlib.blake2b(text, digest_size=KEY_BYTES).hexdigest()
+
+
+def repeated_key(key: str, number: int) -> str:
+    """Names a further sample of the same content: `number` is 2 for the second."""
+    return hashlib.blake2b(f"{key} {number}".encode(), digest_size=KEY_BYTES).hexdigest()

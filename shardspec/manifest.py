@@ -26,6 +26,7 @@ from typing import Any
 
 from shardspec import storage
 from shardspec.columns import COLUMNS_SUFFIX, type_problems
+from shardspec.documents import read_json
 from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
 from shardspec.storage import RangeReader
 
@@ -306,7 +307,7 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
       ManifestError: `manifest_json`, `manifest_version`, `manifest_fields` (names every problem).
     """
     try:
-        document = json.loads(payload)
+        document = read_json(payload)
     except ValueError as error:
         raise ManifestError("manifest_json", where=where, error=error) from error
     version = document.get("format_version") if isinstance(document, dict) else None
@@ -416,7 +417,7 @@ def parse_receipt(payload: bytes, *, where: str) -> Receipt | None:
     """Reads a receipt; None when it is not one (the shard is then built again)."""
     problems: list[str] = []
     try:
-        document = json.loads(payload)
+        document = read_json(payload)
     except ValueError:
         return None
     if not isinstance(document, dict):

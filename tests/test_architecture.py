@@ -127,7 +127,7 @@ ENVIRONMENT = {"loader/topology.py", "shardspec/storage/stores.py"}
 
 FLOORS = {
     "shardspec": (
-        {"keyed", "toml"},
+        {"documents", "keyed", "toml"},
         {"messages"},
         {"errors"},
         {"expression", "sample", "tar", "tiling"},

@@ -149,7 +149,15 @@ MEMBERS = {
         *("set_step", "state_dict"),
     ],
     "RawSample": ["fields", "key", "real", "where"],
-    "RetryPolicy": ["attempts", "first_wait_s", "idle_s", "longest_wait_s", "wall_s"],
+    "RetryPolicy": [
+        "attempts",
+        "first_wait_s",
+        "idle_s",
+        "limit_s",
+        "longest_wait_s",
+        "outage_s",
+        "wall_s",
+    ],
     "SampleRef": ["dataset", "epoch", "real", "sample"],
     "Stats": [
         *("bottleneck", "busy_share", "counters", "line", "mean_ready", "plan_s", "ready"),

@@ -7,7 +7,6 @@ Local shards are local.py's, those in an object store remote.py's.
 from __future__ import annotations
 
 import bisect
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from loader.reading.prefetch import Prefetcher
 from loader.reading.remote import RemoteShard, RemoteShards
 from loader.reading.stored import StoredSample, decode_sample, read_sample
 from shardspec import storage
+from shardspec.documents import read_object
 from shardspec.errors import ConfigError, ShardError
 from shardspec.index import sample_layout
 from shardspec.manifest import FileEntry, Manifest, Segment, fetch_manifest, require_manifest
@@ -143,7 +143,7 @@ class ShardReader:
         """
         shard, i = self._locate(sample_id)
         place = shard.places[i].item()
-        key = place[-1].decode()
+        key = _key(place[-1], shard.url)
         where = f"{shard.url} sample {key}"
         members = shard.sample(i, where=where)
         return read_sample(members, place, key, codec=self.codec, where=where)
@@ -158,7 +158,7 @@ class ShardReader:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index`.
         """
         shard, number = self._locate(sample_id)
-        key = shard.rows[number]["key"].decode()
+        key = _key(shard.rows[number]["key"], shard.url)
         where = f"{shard.url} sample {key}"
         return key, shard.sample(number, where=where), where
 
@@ -169,8 +169,10 @@ class ShardReader:
         members = shard.sample(i, where=shard.url)
         start = sample_layout(row).json
         payload = members[start : start + int(row["json_bytes"])]
-        document: dict[str, Any] = json.loads(bytes(payload))
-        return document
+        try:
+            return read_object(payload)
+        except ValueError as error:
+            raise ShardError("sample_json", where=shard.url, sample=i, error=error) from error
 
     def name(self, sample_id: int) -> tuple[str, str]:
         """Names a sample for messages: its shard as in the manifest, and its key.
@@ -183,7 +185,7 @@ class ShardReader:
             opened, row = self._locate(sample_id)
         except ShardError:
             return url, ""
-        return url, opened.rows[row]["key"].decode()
+        return url, opened.rows[row]["key"].decode(errors="backslashreplace")
 
     @property
     def ahead_steps(self) -> int:
@@ -317,6 +319,13 @@ def count_reading(readers: Iterable[ShardReader]) -> Counter[str]:
     return counters
 
 
+def _key(stored: bytes, where: str) -> str:
+    try:
+        return stored.decode()
+    except UnicodeDecodeError as error:
+        raise ShardError("index_key", where=where, key=repr(stored[:40])) from error
+
+
 def _resolved(segment: Segment, url: str) -> Segment:
     """Resolves the URLs of a segment's file, so that they do not depend on the dataset's."""
     file = segment.file
@@ -324,8 +333,8 @@ def _resolved(segment: Segment, url: str) -> Segment:
         segment,
         file=replace(
             file,
-            url=storage.resolve(url, file.url),
-            index_url=storage.resolve(url, file.index_url),
+            url=storage.resolve_place(url, file.url),
+            index_url=storage.resolve_place(url, file.index_url),
         ),
     )
 

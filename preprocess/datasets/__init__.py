@@ -24,6 +24,7 @@ from preprocess.datasets.base import (
 from preprocess.datasets.own import OwnDataset, is_own
 from preprocess.datasets.own import check_class as _check_class
 from preprocess.datasets.own import own_dataset as _own_dataset
+from preprocess.datasets.splits import Unmatched as Unmatched
 from shardspec.errors import ConfigError, nearest
 
 _ENTRY_POINTS = "vlm_shards.datasets"
@@ -47,7 +48,7 @@ __all__ = [
 def dataset_names() -> list[str]:
     """Lists the datasets, sorted."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
-    return sorted(name for name in names if name not in ("base", "own", "rows"))
+    return sorted(name for name in names if name not in ("base", "own", "rows", "splits"))
 
 
 def get_dataset(
@@ -57,6 +58,7 @@ def get_dataset(
     source: str = "hub",
     limit: int | None = None,
     mode: str | None = None,
+    unmatched: Unmatched = "refuse",
 ) -> DatasetBase:
     """Opens a dataset by name.
 
@@ -66,12 +68,13 @@ def get_dataset(
       source: "hub", "sample" or a local folder.
       limit: Examples of the split to use.
       mode: What a row becomes, where the dataset has several modes; None for its default.
+      unmatched: What happens to files of a folder that are of no known split.
 
     Raises:
       ConfigError: `unknown_dataset`, `unknown_mode`.
       SourceError: As the dataset's constructor.
     """
-    return dataset_class(name)(split, source=source, limit=limit, mode=mode)
+    return dataset_class(name)(split, source=source, limit=limit, mode=mode, unmatched=unmatched)
 
 
 def dataset_class(name: str) -> type[DatasetBase]:

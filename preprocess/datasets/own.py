@@ -12,13 +12,15 @@ import base64
 import binascii
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from preprocess.datasets.base import DatasetBase, ImageSource
-from preprocess.datasets.rows import Rows, _split_in
+from preprocess.datasets.rows import Rows
+from preprocess.datasets.splits import SplitLayout, Unmatched, split_layout
 from preprocess.formats import (
     BROKEN,
     FORMATS,
@@ -105,40 +107,68 @@ class OwnDataset(DatasetBase):
     @classmethod
     def code_files(cls) -> list[Path]:
         """Lists the code that turns rows into examples."""
-        formats = Path(__file__).parents[1] / "formats"
-        return [Path(__file__), *sorted(formats.glob("*.py"))]
+        return [Path(__file__)]
+
+    @classmethod
+    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
+        """Lists the files of the split; of a folder of images all that are in it."""
+        files = cls._files(source, split, unmatched)[0]
+        paths = [Path(each) for each in files if "://" not in each]
+        return [
+            path
+            for each in paths
+            for path in (
+                sorted(p for p in each.rglob("*") if p.is_file()) if each.is_dir() else [each]
+            )
+        ]
 
     def load(self) -> Rows:
         """Opens the files of the split."""
-        source = self.source_url() if self.source == "hub" else self.source
-        if self.spec.splits:
-            names = self.spec.splits.get(self.split)
-            if names is None:
-                splits = sorted(self.spec.splits)
-                raise SourceError("source_split", where=source, split=self.split, splits=splits)
-            files = [each for name in names for each in list_files(_below(self.folder, name))]
-        else:
-            wanted = "train" if self.validation_share else self.split
-            files = _of_split(list_files(source), wanted, where=source)
+        files, layout = self._files(self.source, self.split, self.unmatched)
         records = [open_records(each) for each in files]
         parts = [part for each in records for part in each.parts]
-        base, self.image_names = _likely_base(
-            self.spec, parts, _bases(self.spec, files, self.folder)
-        )
+        bases = _bases(self.spec, files, self.folder)
+        base, self.image_names = _likely_base(self.spec, parts, bases)
+        self.base = base
+        """Folder or URL that image names start from."""
         kind = {
             "kind": "own",
             "format": self.spec.format,
             "files": [Path(each).name for each in files],
             "licence": self.spec.licence,
         }
-        self.base = base
-        """Folder or URL that image names start from."""
         return Rows(
             [lambda part=part: part for part in parts],  # type: ignore[misc]
             lengths=[len(part) for part in parts],
             kind=kind,
             base=Path(base) if "://" not in base else None,
+            layout=layout,
+            origins=[(name, 0) for each in records for name in each.files],
         )
+
+    @classmethod
+    def _files(
+        cls, source: str, split: str, unmatched: Unmatched
+    ) -> tuple[list[str], SplitLayout | None]:
+        """Lists the files of a split, and says which files make which."""
+        source = cls.source_url() if source == "hub" else source
+        if cls.spec.splits:
+            if split not in cls.spec.splits:
+                splits = sorted(cls.spec.splits)
+                raise SourceError("source_split.none", where=source, split=split, splits=splits)
+            places = [_below(cls.folder, name) for name in cls.spec.splits[split]]
+            return [each for place in places for each in list_files(place)], None
+        found = list_files(source)
+        by_name = {Path(each).name if len(found) == 1 else each: each for each in found}
+        if len(found) > 1:
+            root = os.path.commonpath(found)
+            by_name = {os.path.relpath(each, root): each for each in found}
+        elif Path(found[0]).is_dir():
+            return found, None  # images with side files
+        layout = split_layout(by_name, default=None if unmatched == "take" else "train")
+        wanted = "train" if cls.spec.validation and split == "validation" else split
+        names = layout.files(wanted, unmatched=unmatched, where=source)
+        return [by_name[name] for name in names], layout
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
@@ -227,17 +257,6 @@ def list_files(source: str) -> list[str]:
 
 def _below(folder: Path, name: str) -> str:
     return name if "://" in name else str(folder / name)
-
-
-def _of_split(files: Sequence[str], split: str, *, where: str) -> list[str]:
-    named = {each: _split_in(Path(Path(each).name)) for each in files}
-    found = [each for each, name in named.items() if name in (None, split)]
-    if not found or (split != "train" and split not in named.values()):
-        splits = sorted({name or "train" for name in named.values()})
-        raise SourceError("source_split", where=where, split=split, splits=splits)
-    if split in named.values():
-        found = [each for each, name in named.items() if name == split]
-    return found
 
 
 def _bases(spec: Spec, files: Sequence[str], folder: Path) -> list[str]:

@@ -12,14 +12,15 @@ import importlib.metadata
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import PIL.features
 
-from preprocess.datasets import DatasetBase, dataset_class
+from preprocess.datasets import DatasetBase, Unmatched, dataset_class, is_own
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
+from preprocess.job.stamps import Compare, Compared, compare_files
 from preprocess.media import MemoryBudget
 from preprocess.recipe import Preparer, Recipe
 from preprocess.settings import Setting, usable_cores, usable_memory
@@ -27,10 +28,16 @@ from preprocess.sizes import parse_bytes
 from preprocess.text import EMBEDDED, load_tokenizer
 from shardspec import storage
 from shardspec.errors import ConfigError
-from shardspec.manifest import fingerprint
 
 SMALL_JOB_FAILURES = 10
-"""Failures that any job may have, however small: a budget is a share of the rows, or this."""
+"""Failures that a small job may have where the user gives no budget. A given one means just what it
+says: 0 allows none."""
+
+DEAD_LINKS_SHARE = 0.4
+"""In 2025, 22.5 % of PixMo-Cap's image URLs had died."""
+FAILED_ROWS_SHARE = 0.01
+
+Duplicates = Literal["drop", "keep"]
 
 
 class Reporter(Protocol):
@@ -77,6 +84,15 @@ class JobSettings:
         ),
     ] = "hub"
     split: Annotated[str, Setting("split to build", group="what to build")] = "train"
+    unmatched: Annotated[
+        Unmatched,
+        Setting(
+            "files of a source folder that are of no known split: stop, build them as part of the "
+            "split, or leave them out",
+            flag="unmatched-files",
+            group="what to build",
+        ),
+    ] = "refuse"
     mode: Annotated[
         str | None,
         Setting(
@@ -156,14 +172,47 @@ class JobSettings:
     ] = None
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     max_dead_links: Annotated[
-        float,
-        Setting("share of image URLs that may fail before the job stops", group="the job"),
-    ] = 0.4
-    """In 2025, 22.5 % of PixMo-Cap's image URLs had died."""
+        float | None,
+        Setting(
+            "share of image URLs that may fail before the job stops",
+            group="the job",
+            shown="0.4; at least 10 URLs",
+        ),
+    ] = None
+    max_lost_rows: Annotated[
+        float | None,
+        Setting(
+            "share of rows without a usable local image or text before the job stops",
+            group="the job",
+            shown="0.01; at least 10 rows",
+        ),
+    ] = None
+    """Rows that the dataset itself leaves out, duplicates and dead links do not count."""
     max_bad_samples: Annotated[
-        float,
-        Setting("share of planned samples that may fail before the job stops", group="the job"),
-    ] = 0.01
+        float | None,
+        Setting(
+            "share of planned rows that may fail to build before the job stops",
+            group="the job",
+            shown="0.01; at least 10 rows",
+        ),
+    ] = None
+    duplicates: Annotated[
+        Duplicates,
+        Setting(
+            "rows with the same image and text: leave the further ones out, or keep them",
+            group="what to build",
+        ),
+    ] = "drop"
+    compare: Annotated[
+        Compare,
+        Setting(
+            "how the files of a folder source are compared with those of a finished job",
+            group="the job",
+        ),
+    ] = "time"
+    force: Annotated[
+        bool, Setting("build the split again, replacing the one in the output", group="the job")
+    ] = False
 
     def __post_init__(self) -> None:
         checks = {
@@ -173,12 +222,34 @@ class JobSettings:
             "shard_bytes": self.shard_bytes >= 2**20,
             "num_shards": self.num_shards is None or self.num_shards >= 1,
             "num_workers": self.num_workers >= 1,
-            "max_dead_links": 0 <= self.max_dead_links <= 1,
-            "max_bad_samples": 0 <= self.max_bad_samples <= 1,
+            "max_dead_links": _is_share(self.max_dead_links),
+            "max_lost_rows": _is_share(self.max_lost_rows),
+            "max_bad_samples": _is_share(self.max_bad_samples),
         }
         wrong = [name for name, good in checks.items() if not good]
         if wrong:
             raise ConfigError("job_settings", facts={name: getattr(self, name) for name in wrong})
+        if "://" in self.source and not is_own(self.dataset):
+            raise ConfigError("source_url", where=self.source)
+        if self.out.startswith("memory://"):
+            raise ConfigError("out_memory", where=self.out)
+
+
+def _is_share(value: float | None) -> bool:
+    return value is None or 0 <= value <= 1
+
+
+def allowed_failures(share: float | None, total: int, *, default: float) -> int:
+    """Computes a budget.
+
+    >>> allowed_failures(0.0, 500, default=0.01), allowed_failures(0.29, 100, default=0.01)
+    (0, 29)
+    >>> allowed_failures(None, 500, default=0.01), allowed_failures(None, 5000, default=0.01)
+    (10, 50)
+    """
+    # A share such as 0.29 times 100 is a little below 29.
+    number = int((default if share is None else share) * total + 1e-9)
+    return max(SMALL_JOB_FAILURES, number) if share is None else number
 
 
 class Job:
@@ -212,7 +283,16 @@ class Job:
     def dataset(self) -> DatasetBase:
         """The rows, opened when first needed."""
         s = self.settings
-        return self.kind(s.split, source=s.source, limit=s.limit, mode=s.mode)
+        return self.kind(
+            s.split, source=s.source, limit=s.limit, mode=s.mode, unmatched=s.unmatched
+        )
+
+    @property
+    def source(self) -> str:
+        """The source as the identity names it: local paths are absolute."""
+        source = self.settings.source
+        is_path = source not in ("hub", "sample") and "://" not in source
+        return str(Path(source).absolute()) if is_path else source
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -220,9 +300,11 @@ class Job:
         s = self.settings
         return {
             "dataset": self.name,
-            "source": source_stamp(s.source),
+            "source": self.source,
             "split": s.split,
             "limit": s.limit,
+            "unmatched": s.unmatched,
+            "duplicates": s.duplicates,
             "shard_bytes": s.shard_bytes,
             "num_shards": s.num_shards,
             "recipe": self.recipe,
@@ -240,6 +322,18 @@ class Job:
             num_workers=s.num_workers,
         )
 
+    def source_files(self) -> list[Path]:
+        """Lists the local files that the rows are read from."""
+        s = self.settings
+        return self.kind.source_files(s.source, s.split, unmatched=s.unmatched)
+
+    def compare_files(self) -> Compared | None:
+        """Compares the files of the source with those of the plan that the output keeps."""
+        how = self.settings.compare
+        if how == "none" or self.settings.source in ("hub", "sample"):
+            return None
+        return compare_files(self.files_url, self.source_files(), how=how)
+
     def url(self, *parts: str) -> str:
         """Names an object of the output."""
         return storage.join(self.settings.out, *parts)
@@ -253,6 +347,11 @@ class Job:
     def identity_url(self) -> str:
         """Where the output keeps the identity of the job that made the split."""
         return self.url("plan", f"{self.settings.split}.json")
+
+    @property
+    def files_url(self) -> str:
+        """Where the output keeps the stamps of the source's files."""
+        return self.url("plan", f"{self.settings.split}-files.jsonl.gz")
 
     def rows_url(self, shard: int) -> str:
         """URL of the planned rows of a shard."""
@@ -288,6 +387,8 @@ _ROOT = Path(__file__).parents[2]
 _BYTE_SOURCES = (
     "preprocess/datasets/base.py",
     "preprocess/datasets/rows.py",
+    "preprocess/datasets/splits.py",
+    "preprocess/formats/*.py",
     "preprocess/job/build.py",
     "preprocess/job/plan.py",
     "preprocess/job/planner.py",
@@ -312,18 +413,3 @@ def byte_sources(dataset: type[DatasetBase]) -> list[Path]:
     """Lists the files of code that may change the bytes of a dataset's shards, in a fixed order."""
     ours = [path for pattern in _BYTE_SOURCES for path in sorted(_ROOT.glob(pattern))]
     return [*ours, *dataset.code_files()]
-
-
-def source_stamp(source: str) -> str:
-    """Names a source so that a change of its files is noticed: names, sizes, times."""
-    if source in ("hub", "sample"):
-        return source
-    folder = Path(source)
-    if not folder.is_dir():
-        return str(folder.absolute())
-    stats = [
-        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in (".parquet", ".arrow")
-    ]
-    return f"{folder.absolute()} ({fingerprint(stats)[:16]})"

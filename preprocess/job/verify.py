@@ -73,13 +73,10 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
 
 
 def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
-    tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
+    tar_url = storage.resolve_place(url, file.url)
     counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
-        tar_path = _at_hand(tar_url, Path(folder) / "shard.tar")
-        _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
-        index_path = _at_hand(index_url, Path(folder) / "index.npy")
-        _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
+        tar_path, index_path = _hashed(url, file, Path(folder))
         rows = np.array(open_index(str(index_path), raw=raw, **counts))
         with tar_path.open("rb") as stream:
             tar = _view(stream, file.num_bytes)
@@ -92,6 +89,25 @@ def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> 
                     raise _wrong(tar_url, "member_extra", {"member": extra.name})
             for row in rows:
                 _verify_crc(tar, row, where=tar_url)
+
+
+def check_hashes(url: str, file: FileEntry) -> None:
+    """Compares the whole bytes of a shard and its index with their hashes.
+
+    Raises:
+      ShardError: They differ, or a file is missing.
+    """
+    with TemporaryDirectory() as folder:
+        _hashed(url, file, Path(folder))
+
+
+def _hashed(url: str, file: FileEntry, folder: Path) -> tuple[Path, Path]:
+    tar_url, index_url = (storage.resolve_place(url, n) for n in (file.url, file.index_url))
+    tar_path = _at_hand(tar_url, folder / "shard.tar")
+    _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
+    index_path = _at_hand(index_url, folder / "index.npy")
+    _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
+    return tar_path, index_path
 
 
 def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:

@@ -485,8 +485,8 @@ def _segments(sources: Sequence[ReshardSource], split: str) -> tuple[Segment, ..
         for segment in source.manifest.segments(split):
             file = replace(
                 segment.file,
-                url=storage.resolve(source.url, segment.file.url),
-                index_url=storage.resolve(source.url, segment.file.index_url),
+                url=storage.resolve_place(source.url, segment.file.url),
+                index_url=storage.resolve_place(source.url, segment.file.index_url),
             )
             found.append(replace(segment, file=file))
     return tuple(found)

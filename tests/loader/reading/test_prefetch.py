@@ -372,7 +372,7 @@ def test_many_readers_and_cancels_at_once_get_right_bytes_and_leave_nothing(url,
     assert not failures
     prefetcher.cancel_prefetch()
     plan = prefetcher._plan
-    wait_until(lambda: all(state.is_mapped for state in list(plan._states.values())))
+    wait_until(lambda: all(state.is_open for state in list(plan._states.values())))
     assert plan.held_bytes == 0
     if cached:
         wait_until(lambda: not list(Path(cache, "blocks").glob("*.part")))

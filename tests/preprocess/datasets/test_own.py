@@ -148,7 +148,7 @@ def test_another_version_of_the_code_is_another_job(inline_cli, code, tmp_path):
     job = ("shards", f"{code}:MyPhotos", "--out", tmp_path / "out", "--workers", 1)
     done = inline_cli.run(*job, "--image-size", 112, "--cache", tmp_path / "cache")
     assert done.code == 3
-    assert "code_sha256" in done.err
+    assert "\n  code " in done.err
 
 
 TOLD = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "Red."}]
