@@ -52,7 +52,7 @@ def test_libraries_come_last():
     old = {"libraries": {"numpy": "1", "code_sha256": "0"}, "recipe": {"seed": 0, "new": 1}}
     new = {"libraries": {"numpy": "2", "code_sha256": "1"}, "recipe": {"seed": 1, "new": 2}}
     names = [each.name for each in find_differences(old, new)]
-    assert names == ["SEED", "recipe.new", "libraries.numpy", "vlm-shards"]
+    assert names == ["SEED", "recipe.new", "libraries.numpy", "code"]
 
 
 def test_long_values_are_cut_where_they_differ():
