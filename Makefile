@@ -23,7 +23,7 @@ run_verb = @$(PY) -m preprocess make $@ $(foreach v,$(given),$(call quote,$v=$(c
 only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards plan verify gc reshard merge split filter import export-index datasets stream train test check bench setup
+.PHONY: help shards plan verify gc reshard merge split filter annotate import export-index datasets stream train test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ split: $(VENV)/ready ## assign the samples of SRC to the splits INTO=train=0.95,
 	$(run_verb)
 
 filter: $(VENV)/ready ## keep the samples of SRC with WHERE='num_tokens < 2048' or KEYS=file, in DST
+	$(run_verb)
+
+annotate: $(VENV)/ready ## add the columns of COLUMNS=scores.parquet to the samples of SRC, by key, as a view DST
 	$(run_verb)
 
 import: $(VENV)/ready ## index the WebDataset tars SRC in place; OUT= NAME=

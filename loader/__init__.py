@@ -15,7 +15,7 @@ from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, SampleRef, plan_order
 from loader.raw import RawDataset, RawSample
 from loader.reading import Network
-from loader.stream import StreamingDataset
+from loader.stream import StreamingDataset, group_by
 from shardspec.storage import RetryPolicy
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "StreamingDataset",
     "View",
     "assemble",
+    "group_by",
     "make_dataloader",
     "plan_order",
     "view_collator",

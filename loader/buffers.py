@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,10 @@ class BufferPool:
         self._free_bytes = 0
         # Filled by finalizers, which may run anywhere, even where this thread holds the lock.
         self._back: deque[np.ndarray] = deque()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Memory stays here: in another process a pool begins empty.
+        return (partial(BufferPool, keep_bytes=self.keep_bytes), ())
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Gives a C-contiguous array of undefined content, which nothing else looks at."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from time import perf_counter
 from typing import Any
 
@@ -34,22 +35,18 @@ from loader.delivery import (
     RawBatches,
     Stats,
     Task,
+    WorkerCrew,
     make_in_threads,
-    make_in_workers,
 )
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import (
     BucketSchedule,
-    MixtureConfig,
     MixtureOrder,
-    Order,
-    OrderConfig,
     PackConfig,
     PackSchedule,
     Row,
     Schedule,
     SlotSchedule,
-    bucket_group,
     is_whole,
     plan_packing,
     rank_positions,
@@ -58,23 +55,21 @@ from loader.order import (
 )
 from loader.raw import RawBuilder, RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
-from loader.state import STATE_VERSION, Allowed, require_state
-from loader.stream import PreparedBuilder, Stream, StreamingDataset, stored_in
+from loader.resume import FREE, RunHere, require_border, resume
+from loader.state import STATE_VERSION, Allowed
+from loader.stream import PreparedBuilder, Stream, StreamingDataset
 from loader.topology import Topology
-from shardspec.errors import ConfigError, StateError
+from shardspec.errors import ConfigError, StateError, nearest
 
 logger = logging.getLogger(__name__)
-
-_FREE = ("version", "step", "streams", "bad")
-"""Of a state: what may differ from this loader's."""
-
-_WIDTH = ("layout", "canonical_ranks", "active_blocks", "block_size")
-"""The canonical ranks, and fields of an order that follow from them."""
 
 _PASSES = {
     True: "one epoch: each sample once, but for the step that two epochs share",
     False: "a number of steps: samples continue from one pass to the next",
 }
+
+_FAR = 1 << 30
+"""Steps: what is read ahead does not end with an epoch."""
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -84,8 +79,11 @@ _PREPARED_ONLY: Mapping[str, Any] = {
     "pad_mode": "to_128",
     "extra_keys": (),
     "with_metadata": False,
+    "columns": (),
     "pack": False,
     "max_crops": None,
+    "min_images": 0,
+    "max_images": None,
     "balance": True,
     "bucket_steps": 0,
 }
@@ -106,8 +104,11 @@ def make_dataloader(
     workers: int = 0,
     extra_keys: tuple[str, ...] = (),
     with_metadata: bool = False,
+    columns: tuple[str, ...] = (),
     pack: bool = False,
     max_crops: int | None = None,
+    min_images: int = 0,
+    max_images: int | None = None,
     balance: bool = True,
     bucket_steps: int = 0,
     prefetch_bytes: int = 1 << 32,
@@ -130,10 +131,21 @@ def make_dataloader(
         made when it is asked for, in the consumer's thread.
       workers: Worker processes instead of threads, for Python code that holds the interpreter.
       extra_keys: Further keys of the batch; see `MMCollator`.
-      with_metadata: Add `metadata`, a list with each sample's key.
+      with_metadata: Add `metadata`, a list with each sample's key; None as the key of a row that
+        only fills the last batch of an evaluation. With tail "pad" a batch has `real` in any case,
+        bool [B], False for such rows.
+      columns: Added columns (`make annotate`) to deliver, as `column_NAME`: a tensor of S values
+        (bool, int64 or float64; vectors float32 or int64, [S, length]), or a list of S texts. The S
+        samples come row after row: one per row; with packs any number, and `sample_rows`, int64
+        [S], has the row of each.
       pack: Fill each row with several samples, planned from the lengths in the indexes; adds
         `position_ids` and `subsegment_ids` to the batch. Needs tail "wrap".
       max_crops: Most crops in a pack; None: any number.
+      min_images: Least crops per row of `images`, 1 where some ranks may have a step of text alone
+        (as FSDP hangs if only some ranks run the image encoder): what is missing is padding, which
+        no token refers to.
+      max_images: Fixed crops per row of `images`, so that all steps have one shape (with pad_mode
+        "max_len"); a row with more is an error. With `pack`, the default of `max_crops`.
       balance: Exchange packs between the ranks of a step, so that all have equal work. Off, rows
         keep their slots for every number of ranks, and a rank plans its own packs only.
       bucket_steps: Deal the samples of this many steps to these steps by length, so that batches
@@ -145,7 +157,8 @@ def make_dataloader(
 
     Raises:
       ConfigError: `order_count`, `batch_not_divisible`, `loader_range`, `loader_options`,
-        `packing_tail`, `packing_and_buckets`, and as `MMCollator`.
+        `loader_columns`, `collator_range`, `packing_tail`, `packing_and_buckets`, and as
+        `MMCollator`.
     """
     world_size = dataset._stream.topology.world_size
     require_count("global_batch_size", global_batch_size)
@@ -166,7 +179,7 @@ def make_dataloader(
             workers=workers,
             prefetch_bytes=prefetch_bytes,
         )
-    dataset = dataset._resized(global_batch_size // world_size, sequence_length=sequence_length)
+    dataset = dataset._resized(global_batch_size, sequence_length=sequence_length)
     stream: Stream[Any] = dataset._stream
     builders = [part.builder for part in stream.parts]
     lengths: _Lengths | None = None
@@ -178,8 +191,11 @@ def make_dataloader(
             "pad_mode": pad_mode,
             "extra_keys": extra_keys,
             "with_metadata": with_metadata,
+            "columns": tuple(columns),
             "pack": pack,
             "max_crops": max_crops,
+            "min_images": min_images,
+            "max_images": max_images,
             "balance": balance,
             "bucket_steps": bucket_steps,
         }
@@ -198,6 +214,8 @@ def make_dataloader(
             raise ConfigError("packing_and_buckets", bucket_steps=bucket_steps)
         if pack:
             extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
+        if pack and max_images is not None:
+            max_crops = max_images if max_crops is None else min(max_crops, max_images)
         view = builders[0].view
         collator = view_collator(
             view,
@@ -206,6 +224,9 @@ def make_dataloader(
             pad_token_id=builders[0].ids.pad,
             extra_keys=extra_keys,
             with_metadata=with_metadata,
+            with_real=stream.parts[0].tail == "pad",
+            min_images=min_images,
+            max_images=max_images,
         )
         lengths = partial(_lengths, builders)
         if pack:
@@ -219,7 +240,8 @@ def make_dataloader(
             if stream.topology.rank == 0:
                 logger.info("a pass over packs is %s", _PASSES[packs.pass_is_exact])
         packing = packs.config if packs else None
-        batches = PreparedBatches(builders, collator, packing=packing)
+        _require_columns(builders, columns)
+        batches = PreparedBatches(builders, collator, packing=packing, columns=columns)
     return StreamLoader(
         dataset,
         batches,
@@ -230,6 +252,26 @@ def make_dataloader(
         workers=workers,
         prefetch_bytes=prefetch_bytes,
     )
+
+
+def _require_columns(builders: Sequence[PreparedBuilder], columns: Sequence[str]) -> None:
+    """Refuses columns that a dataset lacks, or that differ in their types between datasets."""
+    for name in columns:
+        kinds = {}
+        for builder in builders:
+            added = builder.data.manifest.columns
+            known = added.types if added else {}
+            if name not in known:
+                raise ConfigError(
+                    "loader_columns.unknown",
+                    where=builder.data.url,
+                    column=name,
+                    hint=nearest(name, known) if known else "run `make annotate`",
+                )
+            kind = known[name]
+            kinds["text" if kind.startswith("text") else kind] = builder.data.title
+        if len(kinds) > 1:
+            raise ConfigError("loader_columns.types", where=", ".join(kinds.values()), column=name)
 
 
 def _lengths(
@@ -252,6 +294,9 @@ def view_collator(
     pad_token_id: int = 0,
     extra_keys: tuple[str, ...] = (),
     with_metadata: bool = False,
+    with_real: bool = False,
+    min_images: int = 0,
+    max_images: int | None = None,
 ) -> MMCollator:
     """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
     shapes = view.shapes(view.image)
@@ -265,6 +310,10 @@ def view_collator(
         pool=shapes.pool,
         extra_keys=extra_keys,
         with_metadata=with_metadata,
+        with_real=with_real,
+        min_images=min_images,
+        max_images=max_images,
+        image_dtype=shapes.dtype,
     )
 
 
@@ -294,6 +343,8 @@ class StreamLoader:
         self._stream: Stream[Any] = dataset._stream
         self._batches = batches
         self._maker = BatchMaker(self._stream.ahead, batches)
+        # Of the pass that began last: a process group may have been made since the loader was.
+        self._topology = self._stream.topology
         # The order in use: with the changes that were made here or in the run of a state.
         self._order = self._stream.order
         # Whether changes were made here; those of a loaded state give way to another state's.
@@ -321,6 +372,13 @@ class StreamLoader:
         self._planned = 0
         # Counts what ends the passes that are under way: an iterator of another turn is stale.
         self._turn = 0
+        # What is planned, and who makes it, from pass to pass; no plan where the loader was moved.
+        self._ahead_of: _Plan | None = None
+        self._crew: WorkerCrew | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Lets a loader be sent to another process, where it continues; hooks stay here."""
+        return {**self.__dict__, "_watcher": None, "_crew": None, "_ahead_of": None}
 
     @property
     def epoch(self) -> int:
@@ -350,15 +408,16 @@ class StreamLoader:
         """
         self._turn += 1
         turn = self._turn
+        self._topology = self._stream.settle()
+        # The ranks may be others than when the loader was made.
+        rank_positions(0, self._topology.world_size, self._schedule.batch_at(self.step)[0])
         stop = self._schedule.epoch_start(self.epoch + 1)
-        if self._packs is not None and self._planned != self.step:
-            self._packs.go_to(self._streams)
-        self._stream.ahead.cancel()
-        tasks = _Tasks(self, range(self.step, stop))
-        left = len(tasks)
+        left = stop - self.step
+        crew = self._workers_at_hand()
+        plan = self._plan_from_here(crew)
         begin_s = perf_counter()
-        # Threads and processes end with the loop, however it is left.
-        with closing(self._batches_of(tasks)) as batches:
+        # Threads end with the loop, however it is left; worker processes stay for the next one.
+        with closing(self._batches_of(plan, stop, crew)) as batches:
             for made, ready in batches:
                 given_s = perf_counter()
                 before, num_bad = (self.step, self._streams), len(self.bad_samples)
@@ -366,7 +425,7 @@ class StreamLoader:
                 self._note_bad(made.bad)
                 self.step += 1
                 left -= 1
-                self._streams = tasks.delivered()
+                self._streams = plan.delivered()
                 batch = made.batch
                 self._stats.timings += made.timings
                 self._counters.update(made.counters)
@@ -389,7 +448,9 @@ class StreamLoader:
                 del batch
                 begin_s = perf_counter()
                 self._stats.use_s += begin_s - given_s
-                if left and turn != self._turn:
+                if not left:
+                    return
+                if turn != self._turn:
                     # Its batches would come twice, and count for the state.
                     raise StateError("stale_iterator", step=self.step)
 
@@ -421,18 +482,48 @@ class StreamLoader:
             self._watcher = hook, every_steps, now
             hook(self.step, now.since(before))
 
-    def _batches_of(self, tasks: _Tasks) -> Generator[tuple[MadeBatch, int], None, None]:
-        ahead = self._ahead()
-        if self._workers:
-            return make_in_workers(
-                iter(tasks),
-                self._maker,
-                workers=self._workers,
-                keep_bytes=self._prefetch_bytes,
-                ahead=ahead,
+    def close(self) -> None:
+        """Ends the worker processes, which otherwise end with the loader; it can be used again."""
+        if self._crew is not None:
+            self._crew.close()
+        self._crew = None
+
+    def _workers_at_hand(self) -> WorkerCrew | None:
+        """Gives the worker processes, started anew where there are none; None: threads."""
+        crew = self._crew
+        if crew is not None and (crew.is_closed or len(crew) != self._workers):
+            self.close()
+        if self._workers and self._crew is None:
+            self._crew = WorkerCrew(
+                self._maker, workers=self._workers, keep_bytes=self._prefetch_bytes
             )
+        return self._crew
+
+    def _plan_from_here(self, crew: WorkerCrew | None) -> _Plan:
+        """Gives the plan of the steps from here on: that of the pass before where it got here."""
+        plan, pending = self._ahead_of, 0 if crew is None else crew.num_pending
+        if plan is not None and plan.continues(self.step, pending, self._topology):
+            return plan
+        if crew is not None:
+            crew.cancel()
+        self._stream.ahead.cancel()
+        if self._packs is not None and self._planned != self.step:
+            self._packs.go_to(self._streams)
+        # Each worker process announces its own steps; threads share what is fetched.
+        window = LookaheadWindow(self._stream.ahead.ahead_steps, stride=max(1, self._workers))
+        self._ahead_of = plan = _Plan(self.step, window, self._topology)
+        return plan
+
+    def _batches_of(
+        self, plan: _Plan, stop: int, crew: WorkerCrew | None
+    ) -> Generator[tuple[MadeBatch, int], None, None]:
+        ahead = self._ahead()
+        if crew is not None:
+            # Over the end of the epoch: the next pass begins with what is ready.
+            return crew.make((plan.task(self._plan) for _ in count()), ahead=ahead)
+        tasks = (plan.task(self._plan) for _ in range(plan.next_step, stop))
         return make_in_threads(
-            iter(tasks),
+            tasks,
             self._maker,
             threads=self._decode_threads,
             allocate=self._pool.empty,
@@ -476,7 +567,7 @@ class StreamLoader:
             return
         if weights is not None and (self._packs or not isinstance(self._order, MixtureOrder)):
             raise ConfigError("change_weights")
-        self._require_border(self._order, self.step)
+        require_border(self._order, self.step, bucket_steps=self._bucket_steps)
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             self._packs.set_sizes([*before, (self.step, batch)])
@@ -492,6 +583,7 @@ class StreamLoader:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
         self._turn += 1
+        self._ahead_of = None
         self._changed = True
 
     def places(self, step: int) -> list[Row]:
@@ -573,115 +665,36 @@ class StreamLoader:
             `bucket_group`, another order inside a group of `bucket_steps`.
         """
         own = self.state_dict()
-        own = {name: own[name] for name in own if name not in _FREE}
-        ours = self._order if self._changed or self._packs is not None else self._stream.order
+        packed = self._packs is not None
+        ours = self._order if self._changed or packed else self._stream.order
         own["order"] = ours.config.to_dict()
-        _require_sound(state, own)
-        saved_order, saved_packing = state.get("order"), state.get("packing")
-        if isinstance(saved_order, Mapping):
-            plan = self._stream.plan
-            free = [name for name in _WIDTH if getattr(plan, name, None) is None]
-            own["order"] |= _adopted_batch(saved_order, own["order"], state, free=free)
-            own["order"] |= _inherited_changes(saved_order, own["order"])
-        if isinstance(saved_packing, Mapping) and own["packing"]:
-            sizes = saved_packing.get("sizes", [])
-            if sizes[:1] == own["packing"]["sizes"]:
-                own["packing"] = {**own["packing"], "sizes": sizes}
-        continues = self._continues(state, own, allow, ours=ours)
-        self._explain(state, own)
-        lengths_matter = self._packs is not None or self._bucket_steps > 0
-        require_state(state, own, allow=allow, lengths_matter=lengths_matter)
-        step = int(state["step"])
-        order: Order | MixtureOrder
-        if isinstance(ours, MixtureOrder):
-            mixture = saved = MixtureConfig.from_dict(state["order"])
-            if continues:
-                mixture = mixture.with_width(ours.config, step=step)
-            if self._bucket_steps and mixture is not saved:
-                self._require_border(MixtureOrder(saved, stop=ours.stop), step)
-            order = self._order
-            if mixture != self._order.config:
-                order = MixtureOrder(mixture, stop=ours.stop)
-        else:
-            before = Order(OrderConfig.from_dict(state["order"]))
-            order = before.continued(ours.config, step=step) if continues else before
-            if order is not before:
-                self._require_border(before, step)
-        if self._packs is None:
-            # The state's batch at its step may be another than the one that this loader began with.
-            rank_positions(0, self._stream.topology.world_size, order.batch_at(step)[0])
-        self._order = order
+        here = RunHere(
+            stream=self._stream,
+            order=ours,
+            in_use=self._order,
+            own={name: own[name] for name in own if name not in FREE},
+            changed=self._changed,
+            packed=packed,
+            by_epoch=self._packs is not None and self._packs.pass_is_exact,
+            bucket_steps=self._bucket_steps,
+        )
+        resumed = resume(state, here, allow=allow)
+        self._order = resumed.order
         self._changed = False
         self._turn += 1
-        self.step = step
-        self.bad_samples = [dict(record) for record in state.get("bad", [])]
+        self._ahead_of = None
+        if resumed.bad:
+            self.close()  # worker processes are to know these samples from the start
+        self.step = resumed.step
+        self.bad_samples = resumed.bad
         self._stream.restore_bad(self.bad_samples)
         if self._packs is None:
             self._schedule = self._unpacked()
         else:
-            self._packs.set_sizes([(int(s), int(b)) for s, b in state["packing"]["sizes"]])
-            self._streams = [list(map(int, stream)) for stream in state.get("streams", [])]
+            self._packs.set_sizes(resumed.sizes)
+            self._streams = resumed.streams
             self._packs.go_to(self._streams)
             self._planned = self.step
-
-    def _continues(
-        self,
-        state: Mapping[str, Any],
-        own: dict[str, Any],
-        allow: Sequence[Allowed],
-        *,
-        ours: Order | MixtureOrder,
-    ) -> bool:
-        """Returns True if our order continues the state's; takes over what may differ.
-
-        What may not differ stays in `own`, to be refused.
-        """
-        data, order = state.get("data"), state.get("order")
-        if not (isinstance(data, Mapping) and isinstance(order, Mapping)):
-            return False
-        same = order == own["order"]
-        one = "appended" in allow and isinstance(ours, Order)
-        if same and one and self._stream.has_grown_from(data):
-            # Samples were appended, but none of them is in the subset.
-            own["data"] = dict(data)
-            return False
-        if self._packs is not None or self._changed:
-            return False
-        if same and _last_batch(order, state) == ours.batch_at(0)[0]:
-            return False
-        may_differ: set[str] = set()
-        if "order" in allow:
-            may_differ |= {"global_batch_size", *_WIDTH}
-        if isinstance(ours, Order):
-            if order.get("tail") != "wrap":
-                return False
-            if "appended" in allow and self._stream.has_grown_from(data):
-                may_differ |= {"num_samples", "layout", "block_size"}
-                own["data"] = dict(data)
-        own["order"] |= {name: order[name] for name in may_differ if name in order}
-        return bool(may_differ)
-
-    def _explain(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Refuses what differs for a reason that has a remedy."""
-        if state.get("version") != STATE_VERSION:
-            return
-        data, order = state.get("data"), state.get("order")
-        grown = isinstance(data, Mapping) and self._stream.has_grown_from(data)
-        if isinstance(data, Mapping) and grown and own["data"] != data:
-            then = stored_in(data) or {name: stored_in(entry) for name, entry in data.items()}
-            now = sum(part.data.num_stored for part in self._stream.parts)
-            raise StateError("state_appended", then=then, now=now)
-        if not isinstance(order, Mapping):
-            return
-        ours = own["order"]["global_batch_size"]
-        first, last = order.get("global_batch_size"), _last_batch(order, state)
-        if first != last and ours not in (first, last):
-            raise StateError("state_batch", step=state["step"], first=first, last=last, here=ours)
-        name = "canonical_ranks"
-        saved, ours = order.get(name), own["order"][name]
-        same_batch = order.get("global_batch_size") == own["order"]["global_batch_size"]
-        if isinstance(saved, int) and saved != ours and same_batch:
-            raise StateError("state_canonical_ranks", saved=saved, here=ours)
 
     def _note_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
         room = MOST_RECORDS - len(self.bad_samples)
@@ -696,116 +709,47 @@ class StreamLoader:
 
     def _plan(self, step: int) -> tuple[list[Row], list[list[int]]]:
         start_s = perf_counter()
-        rows = self._schedule.rows(step, self._stream.topology)
+        rows = self._schedule.rows(step, self._topology)
         self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
         return rows, [] if self._packs is None else self._packs.places(step + 1)
 
-    def _require_border(self, order: Order | MixtureOrder, step: int) -> None:
-        """Refuses another order inside a group of buckets: it would lose samples of the group."""
-        if not self._bucket_steps:
-            return
-        group = bucket_group(order, step, steps=self._bucket_steps)
-        if step != group.start:
-            left = group.stop - step
-            raise ConfigError("bucket_group", step=step, left=left, border=group.stop)
 
+class _Plan:
+    """The batches from a step on, without end, and for each what the packs need to resume after it.
 
-class _Tasks:
-    """The batches of some steps, and for each what the packs need to resume after it."""
+    It never refers to the loader, which keeps it: what ends with the loader ends at once.
+    """
 
-    def __init__(self, loader: StreamLoader, steps: range) -> None:
-        self._loader, self._steps = loader, steps
+    def __init__(self, step: int, window: LookaheadWindow, topology: Topology) -> None:
+        self._given = self.next_step = step
+        self._window, self._topology = window, topology
+        # From the next step on; and of the steps between those that were given and that.
+        self._planned: deque[tuple[list[Row], list[list[int]]]] = deque()
         self._streams_after: deque[list[list[int]]] = deque()
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[Task]:
-        loader, stop = self._loader, self._steps.stop
-        # Each worker process announces its own steps; threads share what is fetched.
-        window = LookaheadWindow(loader._stream.ahead.ahead_steps, stride=max(1, loader._workers))
-        planned: deque[tuple[list[Row], list[list[int]]]] = deque()
-        for step in self._steps:
-            soon = window.next_steps(step, stop=stop)
-            last = soon[-1] if soon else step
-            while step + len(planned) <= last:
-                planned.append(loader._plan(step + len(planned)))
-            ahead = [(later, planned[later - step][0]) for later in soon]
-            rows, streams = planned.popleft()
-            self._streams_after.append(streams)
-            yield Task(step=step, rows=rows, ahead=ahead)
+    def task(self, plan: Callable[[int], tuple[list[Row], list[list[int]]]]) -> Task:
+        """Plans the next batch, and those after it that are to be announced with it."""
+        step = self.next_step
+        soon = self._window.next_steps(step, stop=step + _FAR)
+        last = soon[-1] if soon else step
+        while step + len(self._planned) <= last:
+            self._planned.append(plan(step + len(self._planned)))
+        ahead = [(later, self._planned[later - step][0]) for later in soon]
+        rows, streams = self._planned.popleft()
+        self._streams_after.append(streams)
+        self.next_step += 1
+        return Task(step=step, rows=rows, ahead=ahead)
 
     def delivered(self) -> list[list[int]]:
         """Gives where the packs' streams are after the next batch that is delivered."""
+        self._given += 1
         return self._streams_after.popleft()
 
-
-def _adopted_batch(
-    saved: Mapping[str, Any],
-    own: Mapping[str, Any],
-    state: Mapping[str, Any],
-    *,
-    free: Sequence[str],
-) -> dict[str, Any]:
-    """Lists what a loader takes over of a state's order whose batch size is the loader's by now.
-
-    Args:
-      saved, own: The orders, as `to_dict` gives them.
-      state: The state, which names its step.
-      free: Fields that were chosen, not given: the state's are as good.
-    """
-    if own.get("ramp") or own.get("changes") or saved.get("version") != own["version"]:
-        return {}
-    if not (saved.get("ramp") or saved.get("changes") or saved.get("base")):
-        return {}
-    if _last_batch(saved, state) != own["global_batch_size"]:
-        return {}
-    names = ("global_batch_size", *free)
-    return {name: saved[name] for name in names if name in saved}
-
-
-def _last_batch(saved: Mapping[str, Any], state: Mapping[str, Any]) -> int:
-    """Finds the batch size that a state's order has at the state's step."""
-    changes = saved.get("ramp") or saved.get("changes") or []
-    first = saved["base"]["segment"] if saved.get("base") else saved
-    sizes = [first["global_batch_size"]]
-    sizes += [c["global_batch_size"] for c in changes if c["step"] <= state["step"]]
-    return int(sizes[-1])
-
-
-def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuses a state of another version, or whose step, order or records cannot be read.
-
-    Raises:
-      StateError: `state_version`, `state_fields`, `order_fields`, `order_values`.
-      ConfigError: A value of the order is not valid.
-    """
-    if state.get("version") != STATE_VERSION:
-        raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
-    order, step, bad = state.get("order"), state.get("step"), state.get("bad", [])
-    if not (isinstance(bad, list | tuple) and all(isinstance(b, Mapping) for b in bad)):
-        raise StateError("state_fields", field="bad")
-    since = 0
-    if isinstance(order, Mapping) and order.get("version") == own["order"]["version"]:
-        config = MixtureConfig if "members" in own["order"] else OrderConfig
-        since = config.from_dict(order).since
-    if not is_whole(step) or not since <= step < 2**62:  # type: ignore[operator]
-        raise StateError("state_fields", field="step", got=repr(step))
-
-
-def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists the changes in a state's order that a loader without any of its own takes over."""
-    inherited: dict[str, Any] = {}
-    for name in ("ramp", "changes"):
-        if own.get(name) == []:
-            inherited[name] = saved.get(name, [])
-    if "before" in own and own["before"] is None:
-        names = ("since", "first_epoch", "owed", "before")
-        inherited |= {name: saved[name] for name in names if name in saved}
-    if "base" in own and own["base"] is None and "base" in saved:
-        inherited["base"] = saved["base"]
-    return inherited
+    def continues(self, step: int, num_pending: int, topology: Topology) -> bool:
+        """Returns True if a pass at a step continues here, with the batches that are pending."""
+        here = (self._given, self.next_step - self._given, self._topology)
+        return here == (step, num_pending, topology)
 
 
 def _limits(config: PackConfig) -> dict[str, Any]:

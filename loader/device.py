@@ -47,14 +47,14 @@ class DevicePrefetcher:
             otherwise as they come.
 
         Raises:
-          ConfigError: `normalization`, for an unknown name.
+          ConfigError: `normalization`, for an unknown name; `device`, there is no such device here.
         """
         if normalization is not None and normalization not in MEAN_STD:
             raise ConfigError(
                 "normalization", hint=nearest(normalization, MEAN_STD), got=normalization
             )
         self.loader = loader
-        self.device = torch.device(device)
+        self.device = _require_device(device)
         self.normalization, self.dtype = normalization, dtype
         self._staging = _Staging()
         self._state: dict[str, Any] | None = None
@@ -170,6 +170,22 @@ class DevicePrefetcher:
             name: value.contiguous() if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
+
+
+def _require_device(device: torch.device | str) -> torch.device:
+    """Refuses a device that this process cannot use; starts none, as children may be forked yet."""
+    try:
+        found = torch.device(device)
+        if found.type == "cuda":
+            count = torch.cuda.device_count()
+            if (found.index or 0) >= count:
+                raise RuntimeError(f"this process sees {count} CUDA devices")
+        elif found.type != "cpu":
+            torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError("device", got=repr(device), why=reason[:200]) from error
+    return found
 
 
 class _Pass:

@@ -160,7 +160,7 @@ class IterableDatasetMixture(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the next pass, as DistributedSampler's method does."""
-        self._stream.cursor.set_epoch(epoch)
+        self._stream.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run; see `StreamingDataset.set_step`."""
@@ -198,14 +198,14 @@ class IterableDatasetMixture(IterableDataset[Any]):
         """
         self._stream.load_state_dict(state, allow=allow)
 
-    def _resized(self, batch_size: int, *, sequence_length: int | None) -> IterableDatasetMixture:
+    def _resized(self, global_batch: int, *, sequence_length: int | None) -> IterableDatasetMixture:
         """Makes a mixture of the same datasets, at another batch size or sequence length."""
         other = copy.copy(self)
         other.datasets = tuple(
-            dataset._resized(batch_size, sequence_length=sequence_length)
+            dataset._resized(global_batch, sequence_length=sequence_length)
             for dataset in self.datasets
         )
-        other._stream = self._stream.resized(_parts(other.datasets), batch_size=batch_size)
+        other._stream = self._stream.resized(_parts(other.datasets), global_batch_size=global_batch)
         return other
 
     def _first_prepared(self) -> PreparedBuilder:
@@ -234,7 +234,7 @@ def _source(
         return MixtureGroup(sources=plan.group.sources, by=plan.group.by, rate=rate)
     data = dataset._stream.parts[0].data
     return MixtureSource(
-        name=data.manifest.dataset,
+        name=data.title,
         num_samples=data.num_samples,
         rate=rate,
         mean_tokens=data.mean_tokens,
@@ -281,14 +281,14 @@ def _require_free(
             found = [name for name, value in given.items() if value is not None]
             found += ["locality"] if plan.locality != "any" else []
             if found:
-                where = dataset._stream.parts[0].data.manifest.dataset
+                where = dataset._stream.parts[0].data.title
                 raise ConfigError("mixture_order", where=where, settings=", ".join(found))
 
 
 def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:
     """Refuses datasets that cannot share a batch, and names what differs."""
-    raw = [part.data.manifest.dataset for part in parts if part.data.manifest.raw]
-    prepared = [part.data.manifest.dataset for part in parts if not part.data.manifest.raw]
+    raw = [part.data.title for part in parts if part.data.manifest.raw]
+    prepared = [part.data.title for part in parts if not part.data.manifest.raw]
     if raw and prepared:
         raise ConfigError(
             "mixture_kinds", where=", ".join(raw + prepared), raw=raw, prepared=prepared
@@ -300,13 +300,13 @@ def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:
             _compare(first, other, "tokenizer", tokenizers, _TOKENIZER)
             views = [part.builder.view for part in (first, other)]
             _compare(first, other, "view", views, _VIEW)
-        topologies = [part.topology for part in (first, other)]
+        topologies = [part.topology.now() for part in (first, other)]
         _compare(first, other, "topology", topologies, _RANKS)
     for part in parts:
         if part.tail != "wrap" or not part.shuffle:
             raise ConfigError(
                 "mixture_tail",
-                where=part.data.manifest.dataset,
+                where=part.data.title,
                 tail=part.tail,
                 shuffle=part.shuffle,
             )
@@ -325,6 +325,6 @@ def _compare(
     if found:
         raise ConfigError(
             f"mixture_{what}",
-            where=f"{first.data.manifest.dataset} and {other.data.manifest.dataset}",
+            where=f"{first.data.title} and {other.data.title}",
             differences="; ".join(found),
         )

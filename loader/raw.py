@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from loader.stream import (
     StreamPart,
     open_split,
 )
-from loader.topology import find_topology
+from loader.topology import CurrentTopology
 from shardspec.errors import ConfigError
 from shardspec.foreign import sample_fields
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
@@ -43,6 +43,8 @@ class RawSample:
     """Suffix in lower case ("jpg", "json", "cls.txt") to payload; pickles are left out."""
     where: str
     """Tar and key, for errors."""
+    real: bool = True
+    """False for a repeat that fills the last batch of an evaluation (tail "pad")."""
 
 
 Decode = Callable[[RawSample, np.random.RandomState], Any]
@@ -95,6 +97,8 @@ class RawBuilder:
         seed = sample_seed(
             self._base_seed, idx=ref.sample, length=self.data.num_stored, epoch=ref.epoch
         )
+        if not ref.real:
+            sample = replace(sample, real=False)
         return self._decode(sample, self._rng(seed))
 
 
@@ -133,8 +137,8 @@ class RawDataset(IterableDataset[Any]):
             worker processes it must be picklable.
           split, seed, batch_size, shuffle, tail, rank, world_size, check, cache, cache_bytes,
             network, canonical_ranks, active_blocks, block_size, locality, max_samples, where, keys:
-            As in `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats.
-            Columns for `where` are `num_bytes` and `num_members`.
+            As in `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats,
+            with `RawSample.real` False. Columns for `where` are `num_bytes` and `num_members`.
 
         Raises:
           ManifestError: There is no readable manifest.
@@ -159,7 +163,7 @@ class RawDataset(IterableDataset[Any]):
         part = StreamPart(
             data=data,
             builder=RawBuilder(data, decode=decode, seed=seed),
-            topology=find_topology(rank=rank, world_size=world_size),
+            topology=CurrentTopology(rank=rank, world_size=world_size),
             tail=tail,
             shuffle=shuffle,
         )
@@ -185,9 +189,9 @@ class RawDataset(IterableDataset[Any]):
         self.num_samples = part.data.num_samples
         """Samples in use."""
 
-    def _resized(self, batch_size: int, *, sequence_length: int | None) -> RawDataset:  # noqa: ARG002
+    def _resized(self, global_batch: int, *, sequence_length: int | None) -> RawDataset:  # noqa: ARG002
         """Makes a dataset that shares what is open, at another batch size."""
-        return self._over(self._stream.resized(self._stream.parts, batch_size=batch_size))
+        return self._over(self._stream.resized(self._stream.parts, global_batch_size=global_batch))
 
     def _over(self, stream: Stream[RawBuilder]) -> RawDataset:
         other = copy.copy(self)
@@ -201,7 +205,7 @@ class RawDataset(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass."""
-        self._stream.cursor.set_epoch(epoch)
+        self._stream.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run; see `StreamingDataset.set_step`."""

@@ -1,18 +1,33 @@
 """Who this process is: data-parallel rank, world size, DataLoader worker. The only such reader.
 
-Taken from the arguments, else from an initialised torch.distributed, else from the environment that
-torchrun and Slurm set, else one rank alone.
+The rank is looked up when it is needed, not when a dataset is made: process groups are often
+initialised later, or in another process that the dataset is sent to. In this order:
+
+1. `rank=` and `world_size=`, which only the caller knows where some ranks share data;
+2. an initialised torch.distributed;
+3. what torch.distributed said before: in the process that sent this dataset here (a DataLoader
+   worker has no process group), or before the group was destroyed;
+4. the variables of a launcher, where a launcher set them: those that remain of an allocation
+   (an sbatch script, an interactive shell) count for nothing;
+5. one rank alone.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed
 from torch.utils.data import get_worker_info
 
 from shardspec.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Slurm's steps from here on are batch scripts, interactive shells and the like: one process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +41,103 @@ class Topology:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise ConfigError("rank", rank=self.rank, world_size=self.world_size)
+            raise ConfigError("rank.range", rank=self.rank, world_size=self.world_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launcher:
+    """Variables that a launcher sets for each process."""
+
+    name: str
+    rank: str
+    world_size: str
+    proof: tuple[str, ...] = ()
+    """Any of these shows that the launcher started this process; (): the two themselves do."""
+
+
+_LAUNCHERS = (
+    # Whatever sets RANK for torch.distributed sets the address of its store too.
+    _Launcher(
+        name="torchrun",
+        rank="RANK",
+        world_size="WORLD_SIZE",
+        proof=("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "LOCAL_RANK"),
+    ),
+    _Launcher(name="mpirun", rank="OMPI_COMM_WORLD_RANK", world_size="OMPI_COMM_WORLD_SIZE"),
+    _Launcher(name="mpirun", rank="PMI_RANK", world_size="PMI_SIZE"),
+    # SLURM_NTASKS is the allocation's, in every process inside of it.
+    _Launcher(
+        name="srun",
+        rank="SLURM_PROCID",
+        world_size="SLURM_STEP_NUM_TASKS",
+        proof=("SLURM_STEP_ID", "SLURM_STEPID"),
+    ),
+)
+
+_LEFT_OVER = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+"""Rank and world size as they also appear where no launcher started the process."""
+
+
+class CurrentTopology:
+    """The rank and the world size, as they are when they are asked for; picklable."""
+
+    def __init__(self, *, rank: int | None = None, world_size: int | None = None) -> None:
+        """Takes the numbers that the caller gives; looks nothing up yet.
+
+        Raises:
+          ConfigError: `rank`, `topology`.
+        """
+        if (rank is None) != (world_size is None):
+            raise ConfigError("topology", rank=rank, world_size=world_size)
+        self._given: Topology | None = None
+        if rank is not None and world_size is not None:
+            self._given = Topology(rank=rank, world_size=world_size)
+        # What torch.distributed said last; it outlives the process group, and travels along.
+        self._from_group: Topology | None = None
+        self._logged: tuple[Topology, str] | None = None
+
+    def now(self) -> Topology:
+        """Looks the numbers up.
+
+        Raises:
+          ConfigError: `rank`, the environment names impossible ones.
+        """
+        return self._found()[0]
+
+    def settle(self) -> Topology:
+        """Looks the numbers up for a pass that begins now, and logs once where they are from.
+
+        Raises:
+          ConfigError: `rank`.
+        """
+        found, source = self._found()
+        if self._logged != (found, source):
+            self._logged = (found, source)
+            _log(found, source)
+        return found
+
+    def _found(self) -> tuple[Topology, str]:
+        if self._given is not None:
+            return self._given, "rank= and world_size="
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._from_group = Topology(
+                rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size()
+            )
+        if self._from_group is not None:
+            return self._from_group, "torch.distributed"
+        for launcher in _LAUNCHERS:
+            found = _launched(launcher, os.environ)
+            if found is not None:
+                return found, launcher.name
+        return Topology(), ""
+
+    def __getstate__(self) -> dict[str, object]:
+        self._found()  # a DataLoader worker is to know what the process group says here
+        return {**self.__dict__, "_logged": None}
 
 
 def find_topology(*, rank: int | None = None, world_size: int | None = None) -> Topology:
-    """Finds out the rank and the world size.
+    """Finds out the rank and the world size at this moment.
 
     Args:
       rank, world_size: Both or neither; needed where some ranks share data (tensor, pipeline or
@@ -39,21 +146,56 @@ def find_topology(*, rank: int | None = None, world_size: int | None = None) -> 
     Raises:
       ConfigError: `rank`, `topology`.
     """
-    if (rank is None) != (world_size is None):
-        raise ConfigError("topology", rank=rank, world_size=world_size)
-    if rank is not None and world_size is not None:
-        return Topology(rank=rank, world_size=world_size)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return Topology(
-            rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size()
-        )
-    for rank_name, size_name in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank_name in os.environ and size_name in os.environ:
-            return Topology(rank=int(os.environ[rank_name]), world_size=int(os.environ[size_name]))
-    return Topology()
+    return CurrentTopology(rank=rank, world_size=world_size).now()
 
 
 def find_worker() -> tuple[int, int]:
     """Returns this DataLoader worker's number and their count; (0, 1) outside a worker."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def _launched(launcher: _Launcher, environ: Mapping[str, str]) -> Topology | None:
+    """Reads a launcher's variables; None where it did not start this process."""
+    if launcher.rank not in environ or launcher.world_size not in environ:
+        return None
+    if launcher.proof and not any(name in environ for name in launcher.proof):
+        return None
+    if launcher.name == "srun" and _is_shell(environ):
+        return None
+    names = (launcher.rank, launcher.world_size)
+    return Topology(
+        rank=_number(environ[launcher.rank], names),
+        world_size=_number(environ[launcher.world_size], names),
+    )
+
+
+def _is_shell(environ: Mapping[str, str]) -> bool:
+    """Returns True in a step of Slurm that is a shell or a batch script, not a task of many."""
+    step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
+    special = step.isdecimal() and int(step) >= _FIRST_SPECIAL_STEP
+    return special or "SLURM_PTY_PORT" in environ
+
+
+def _number(text: str, names: tuple[str, str]) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError("rank.environment", names=" and ".join(names), got=text[:40]) from error
+
+
+def _log(found: Topology, source: str) -> None:
+    number, count = found.rank, found.world_size
+    if source:
+        logger.info("reading as rank %d of %d, from %s", number, count, source)
+        return
+    for rank, world_size in _LEFT_OVER:
+        if os.environ.get(world_size, "1") != "1" and rank in os.environ:
+            logger.warning(
+                "reading as the only rank: %s=%s is set, but no launcher started this process and "
+                "torch.distributed is not initialised; otherwise pass rank= and world_size=",
+                world_size,
+                os.environ[world_size],
+            )
+            return
+    logger.info("reading as the only rank: no process group, no launcher")

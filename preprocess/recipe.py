@@ -18,22 +18,24 @@ from typing import Annotated, Any
 import numpy as np
 
 from preprocess.datasets import ImageSource, SceneImage, example_images
+from preprocess.formats import parse_messages
 from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
 from preprocess.settings import Setting
 from preprocess.text import (
-    ChatFrame,
     DataFormatter,
+    Frame,
     InterleavedTextPreprocessor,
     TextPolicy,
     Tokenizer,
     chat_frame,
     check_placeholders,
     image_prefixes,
+    media_placeholder,
     message_styles,
     message_texts,
     safe_geometry,
 )
-from shardspec.errors import SampleError
+from shardspec.errors import ConfigError, SampleError
 from shardspec.manifest import canonical_json
 from shardspec.sample import PreparedSample, spans_table
 
@@ -76,9 +78,22 @@ class Preparer:
     """What decoding may take in all processes together; None for no bound but each image's own."""
 
     @cached_property
-    def frame(self) -> ChatFrame:
-        """The markup that the message format puts around turns."""
-        return chat_frame(self.recipe.text.message_format, self.tokenizer.chat)
+    def frame(self) -> Frame:
+        """The markup that the message format puts around turns.
+
+        Raises:
+          ConfigError: `no_chat_template`, `tokenizer_format`.
+        """
+        wanted = self.recipe.text.message_format
+        frame = chat_frame(wanted, self.tokenizer.chat)
+        if not self.tokenizer.fits(wanted):
+            raise ConfigError(
+                "tokenizer_format",
+                where=self.tokenizer.name,
+                got=self.tokenizer.message_format,
+                want=wanted,
+            )
+        return frame
 
     @cached_property
     def formatter(self) -> DataFormatter:
@@ -100,6 +115,8 @@ class Preparer:
         Raises:
           SampleError: The example cannot become a sample; `reason` says why.
         """
+        if "messages" in example and "message_list" not in example:
+            example = parse_messages(example)
         found = example_images(example)
         sources = [self._read(image) for image in found]
         if key is None:
@@ -110,6 +127,9 @@ class Preparer:
             control = self.tokenizer.control_token(text)
             if control:
                 raise SampleError("control_token", where=key, control=control)
+            spelled = media_placeholder(text)
+            if spelled and self.recipe.text.placeholders == "refuse":
+                raise SampleError("media_placeholder", where=key, spelled=spelled)
         geometry = safe_geometry(texts, styles=message_styles(example))
         images = tuple(
             self.image_preprocessor(source, geometry=geometry, where=key) for source in sources
@@ -154,6 +174,8 @@ def read_path(path: Path) -> bytes:
       SampleError: `image_missing`.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for a writer
+            raise SampleError("image_missing.special", where=str(path))
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise SampleError("image_missing.row", where=str(path), error=error) from error
@@ -190,3 +212,8 @@ def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:
     """
     text = canonical_json({"image": image_id, "message_list": example["message_list"]})
     return hashlib.blake2b(text, digest_size=KEY_BYTES).hexdigest()
+
+
+def repeated_key(key: str, number: int) -> str:
+    """Names a further sample of the same content: `number` is 2 for the second."""
+    return hashlib.blake2b(f"{key} {number}".encode(), digest_size=KEY_BYTES).hexdigest()

@@ -1,10 +1,11 @@
 """Filters: which samples a condition such as "num_tokens < 2048 and width >= 336" keeps.
 
-Pure. The text is parsed by Python's own grammar and then walked: names of index columns, numbers,
+Pure. The text is parsed by Python's own grammar and then walked: names of columns, numbers,
 comparisons, `and`, `or`, `not`, arithmetic and `&` (to test flags). Nothing else is accepted, and
-nothing is ever evaluated as code. Columns are taken as 64-bit integers, so differences of counts
-may be negative, and results beyond 64 bits are refused; a division by zero is not a number, and
-every comparison with it fails, but `!=`.
+nothing is ever evaluated as code. Integers have 64 bits, so differences of counts may be negative,
+and results beyond 64 bits are refused; a division by zero is not a number, and every comparison
+with it fails, but `!=`. Columns of truth values are conditions by themselves; those of text compare
+with texts in quotes, by `==` and `!=`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
     Args:
       text: The filter.
-      columns: Numbers of the samples by name, each [n].
+      columns: Values of the samples by name, each [n], as `filter_values` gives them.
 
     Returns:
       bool [n].
@@ -76,6 +77,8 @@ def select(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
     >>> select("2 < a < 9 and not a == b", {"a": np.array([1, 5, 7]), "b": np.array([0, 5, 0])})
     array([False, False,  True])
+    >>> select("licence == 'cc0'", {"licence": np.array([b"cc0", b"cc-by"])})
+    array([ True, False])
     """
     tree = _parsed(text)
     try:
@@ -105,15 +108,26 @@ def filter_columns(indexes: Iterable[np.dtype]) -> list[str]:
     return sorted(frozenset.intersection(*every) - _NOT_CONTENT) if every else []
 
 
-def as_numbers(column: np.ndarray) -> np.ndarray:
-    """Gives the numbers of a column for a filter: of several views the largest value counts.
+def scalar_names(added: np.dtype) -> list[str]:
+    """Lists the added columns that a filter may name: all but vectors.
 
     Args:
-      column: Integers [n] or [n, views].
+      added: Row type of a column file.
+    """
+    return [name for name in added.names or () if not added[name].shape]
+
+
+def filter_values(column: np.ndarray) -> np.ndarray:
+    """Gives the values of a column for a filter: of several views the largest one counts.
+
+    Args:
+      column: Integers [n] or [n, views]; or truth values, floats or texts, [n].
 
     Returns:
-      int64 [n].
+      int64, bool, float64 or bytes, [n].
     """
+    if column.dtype.kind in "bfS":
+        return column
     numbers = column.astype(np.int64)
     return numbers.max(axis=1) if numbers.ndim > 1 else numbers
 
@@ -156,15 +170,34 @@ def _condition(node: ast.expr, text: str, columns: Mapping[str, np.ndarray]) -> 
         return join.reduce(np.broadcast_arrays(*parts))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return np.logical_not(_condition(node.operand, text, columns))
+    if isinstance(node, ast.Name) and _kind(node, columns) == "b":
+        return columns[node.id]
     if isinstance(node, ast.Compare):
-        values = [_number(each, text, columns) for each in (node.left, *node.comparators)]
+        values = [_operand(each, text, columns) for each in (node.left, *node.comparators)]
         kept: Any = np.True_
         for compare, left, right in zip(node.ops, values[:-1], values[1:], strict=True):
             if type(compare) not in _COMPARISONS:
                 raise _refused(text, "only < <= > >= == != compare", node.col_offset)
+            texts = [np.asarray(value).dtype.kind == "S" for value in (left, right)]
+            if any(texts) and not (all(texts) and type(compare) in (ast.Eq, ast.NotEq)):
+                problem = "text compares with text, by == and != only"
+                raise _refused(text, problem, node.col_offset)
             kept = kept & _COMPARISONS[type(compare)](left, right)
         return kept
     raise _refused(text, "a comparison is wanted here", node.col_offset)
+
+
+def _kind(node: ast.Name, columns: Mapping[str, np.ndarray]) -> str:
+    return columns[node.id].dtype.kind if node.id in columns else ""
+
+
+def _operand(node: ast.expr, text: str, columns: Mapping[str, np.ndarray]) -> Any:
+    """Evaluates a side of a comparison: text, or as `_number`."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return np.bytes_(node.value.encode())
+    if isinstance(node, ast.Name) and _kind(node, columns) == "S":
+        return columns[node.id]
+    return _number(node, text, columns)
 
 
 def _number(node: ast.expr, text: str, columns: Mapping[str, np.ndarray]) -> Any:
@@ -176,7 +209,10 @@ def _number(node: ast.expr, text: str, columns: Mapping[str, np.ndarray]) -> Any
     if isinstance(node, ast.Name):
         if node.id not in columns:
             raise _refused(text, f"no column {node.id!r}: {nearest(node.id, columns)}", 0)
-        return columns[node.id]
+        if _kind(node, columns) == "S":
+            raise _refused(text, f"{node.id} is text: compare it by == or !=", node.col_offset)
+        # Truth values count as 0 and 1.
+        return columns[node.id] + np.int64(0) if _kind(node, columns) == "b" else columns[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_number(node.operand, text, columns)
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:

@@ -129,6 +129,7 @@ def index_row(
     image_sizes: list[int],
     views: Sequence[ImageView] = (),
     placeholder: int = -1,
+    bos: bool = True,
 ) -> np.ndarray:
     """Makes the row of a sample that has just been written.
 
@@ -139,6 +140,7 @@ def index_row(
       image_sizes: Lengths of its encoded images.
       views: The recipe's views, for the lengths of sequences.
       placeholder: Id of <|image|>, which an image block replaces.
+      bos: Whether sequences begin with BOS.
 
     Returns:
       index_dtype(len(views)) [1].
@@ -157,7 +159,7 @@ def index_row(
     row["num_tokens"], row["num_loss_tokens"] = num_tokens, num_loss_tokens
     row["key"] = sample.key.encode()
     if views:
-        text, loss = longest_sequence(sample.tokens, sample.spans, placeholder=placeholder)
+        text, loss = longest_sequence(sample.tokens, sample.spans, placeholder=placeholder, bos=bos)
         row["loss_length"] = loss
         sizes = [(int(p[2]), int(p[3])) for p in pictures]
         for v, view in enumerate(views):
@@ -168,7 +170,7 @@ def index_row(
 
 
 def longest_sequence(
-    tokens: np.ndarray, spans: np.ndarray, *, placeholder: int = -1
+    tokens: np.ndarray, spans: np.ndarray, *, placeholder: int = -1, bos: bool = True
 ) -> tuple[int, int]:
     """Counts the positions of a sample's sequence, image blocks left out, at its longest draw.
 
@@ -176,6 +178,7 @@ def longest_sequence(
       tokens: int32 [T].
       spans: int32 [S, 8].
       placeholder: Id of <|image|>: its positions are the image block's.
+      bos: Whether sequences begin with BOS.
 
     Returns:
       (positions: BOS, leads, texts and the EOS between the turns of a branch; positions under
@@ -193,7 +196,7 @@ def longest_sequence(
     branches = len({branch for branch, _ in positions})
     leads = sum(stop - start for _, _, start, stop, *_ in lead_rows(spans).tolist())
     inner_eos = len(positions) - branches
-    return 1 + leads + sum(positions.values()) + inner_eos, sum(loss.values())
+    return bos + leads + sum(positions.values()) + inner_eos, sum(loss.values())
 
 
 def longest_text(spans: np.ndarray) -> tuple[int, int]:
@@ -293,21 +296,9 @@ def parse_index(
     """
     if sha256 and (got := hashlib.sha256(payload).hexdigest()) != sha256:
         raise _broken(where, "index_sha256.stored", {"got": got, "want": sha256})
-    stream = io.BytesIO(payload[:_MOST_HEADER_BYTES])
     try:
-        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
-        with _one_header.lock:
-            if version == (1, 0):
-                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-            else:
-                shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-        start = stream.tell()
-        # A damaged header length would shift every row, so the rows must end where the file does.
-        if dtype.hasobject or len(payload) != start + dtype.itemsize * math.prod(shape):
-            raise ValueError(f"{len(payload)} bytes do not hold {shape} of {dtype}")
-        rows = np.frombuffer(payload[start:], dtype).reshape(shape)
-        # NumPy's header parser raises any of these, depending on which byte is wrong.
-    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        rows = parse_rows(payload)
+    except ValueError as error:
         raise _broken(where, "index_format", {"error": error}) from error
     known = set(rows.dtype.names or ())
     wrong = [
@@ -325,6 +316,33 @@ def parse_index(
         end = int(rows[-1]["offset"]) + int(rows[-1]["num_bytes"])
         if end > shard_bytes:
             raise _broken(where, "index_range", {"last_byte": end, "shard_bytes": shard_bytes})
+    return rows
+
+
+def parse_rows(payload: memoryview) -> np.ndarray:
+    """Reads the array of a .npy file from memory; it is a view of the payload.
+
+    Raises:
+      ValueError: The header cannot be read, or the array does not end where the file does.
+    """
+    stream = io.BytesIO(payload[:_MOST_HEADER_BYTES])
+    try:
+        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        with _one_header.lock:
+            if version == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            else:
+                shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+        start = stream.tell()
+        # A damaged header length would shift every row, so the rows must end where the file does.
+        if dtype.hasobject or len(payload) != start + dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{len(payload)} bytes do not hold {shape} of {dtype}")
+        if len(payload) == start:  # NumPy makes no array of an empty buffer
+            return np.zeros(shape, dtype)
+        rows: np.ndarray = np.frombuffer(payload[start:], dtype).reshape(shape)
+        # NumPy's header parser raises any of these, depending on which byte is wrong.
+    except (TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(str(error)) from error
     return rows
 
 

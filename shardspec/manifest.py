@@ -12,7 +12,8 @@ collects the receipts of a split and adds the split to the manifest.
 
 A *view* is a manifest whose shards are runs of samples of other datasets' files: nothing was
 copied. A *raw* dataset contains the members of foreign tars unchanged, without recipe and
-tokenizer. Readers use both through `Manifest.segments`.
+tokenizer. Readers use both through `Manifest.segments`. An *annotated* dataset has columns that
+were added later, in a file of its own for each shard (`shardspec.columns`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from itertools import pairwise
 from typing import Any
 
 from shardspec import storage
+from shardspec.columns import COLUMNS_SUFFIX, type_problems
+from shardspec.documents import read_json
 from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
 from shardspec.storage import RangeReader
 
@@ -34,7 +37,7 @@ FORMAT_VERSION = 1
 """Version of the on-disk contract: a dataset that owns its shards, of prepared samples."""
 
 EXTENDED_VERSION = 2
-"""Version of the manifests that readers of version 1 must refuse: views and raw datasets."""
+"""Version of manifests with fields that version 1 lacks: views, raw and annotated datasets."""
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
@@ -152,7 +155,8 @@ class TokenizerEntry:
     embedding_size: int
     """Rows that a model's embedding must have: every id of the dataset is below this."""
     special_ids: Mapping[str, int]
-    """bos, eos, pad, and the image symbols such as <im_patch>, which have consecutive ids."""
+    """bos (absent where sequences begin without one), eos, pad, and the image symbols such as
+    <im_patch>, which have consecutive ids."""
     special_tokens: Mapping[str, str]
     """The tokens of the tokenizer whose ids bos, eos and pad are, such as <|endoftext|>."""
 
@@ -180,6 +184,29 @@ class View:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnFile:
+    """The added columns of one shard: a row per sample, in the shard's order."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedColumns:
+    """Columns that were joined to the samples after these were made."""
+
+    types: Mapping[str, str]
+    """Name of each to its type; see `shardspec.columns`."""
+    files: Mapping[str, ColumnFile]
+    """URL of each shard, of the dataset itself or of a view -> its column file."""
+
+    @staticmethod
+    def file_url(shard_url: str) -> str:
+        """Names the column file of a shard, relative to the manifest."""
+        return shard_url.removesuffix(".tar") + COLUMNS_SUFFIX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything a reader needs to trust and to use a dataset."""
 
@@ -195,11 +222,14 @@ class Manifest:
     """Where the samples are, if the dataset does not own its shards."""
     raw: bool = False
     """Whether samples are unchanged members of foreign tars."""
+    columns: AddedColumns | None = None
+    """Columns that were added later."""
 
     @property
     def format_version(self) -> int:
         """The oldest format version whose readers can read this manifest."""
-        return EXTENDED_VERSION if self.raw or self.view else FORMAT_VERSION
+        extended = self.raw or self.view or self.columns
+        return EXTENDED_VERSION if extended else FORMAT_VERSION
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -261,6 +291,8 @@ class Manifest:
             document |= {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": self.dataset}
         if self.format_version == EXTENDED_VERSION:
             document |= {"raw": self.raw, "view": self.view and _encode_view(self.view)}
+        if self.columns is not None:
+            document["columns"] = asdict(self.columns)
         return sealed(document)
 
 
@@ -319,7 +351,7 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         that were written), `manifest_fields` (names every problem).
     """
     try:
-        document = json.loads(payload)
+        document = read_json(payload)
     except ValueError as error:
         raise ManifestError("manifest_json", where=where, error=error) from error
     version = document.get("format_version") if isinstance(document, dict) else None
@@ -332,13 +364,15 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         )
     _check_digest(payload, document, where=where)
     problems: list[str] = []
-    raw, view = False, None
+    raw, view, columns = False, None, None
     if version == EXTENDED_VERSION:
         raw = document.get("raw")
         if not isinstance(raw, bool):
             problems.append(f"raw: want true or false, got {raw!r}")
         if document.get("view") is not None:
             view = _parse_view(_mapping(document, "view", problems), problems)
+        if document.get("columns") is not None:
+            columns = _parse_columns(_mapping(document, "columns", problems), problems)
     tokenizer = NO_TOKENIZER
     if not raw:
         tokenizer = _record(TokenizerEntry, document.get("tokenizer"), "tokenizer", problems)
@@ -362,6 +396,9 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         problems = _contradictions(splits, shards)
     if not problems and view is not None:
         problems = _view_contradictions(view, shards)
+    if not problems and columns is not None:
+        urls = {shard.url for shard in shards}
+        problems = [f"columns.files: none of {url}" for url in sorted(urls - set(columns.files))]
     if problems:
         raise ManifestError("manifest_fields", where=where, problems="; ".join(problems))
     return Manifest(
@@ -373,6 +410,7 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
         shards=tuple(shards),
         view=view,
         raw=raw,
+        columns=columns,
     )
 
 
@@ -426,7 +464,7 @@ def parse_receipt(payload: bytes, *, where: str) -> Receipt | None:
     """Reads a receipt; None when it is not one (the shard is then built again)."""
     problems: list[str] = []
     try:
-        document = json.loads(payload)
+        document = read_json(payload)
     except ValueError:
         return None
     if not isinstance(document, dict):
@@ -450,6 +488,10 @@ def check_same(old: Manifest, new: Manifest, *, where: str) -> None:
         "recipe": (dict(old.recipe), dict(new.recipe)),
         "tokenizer": (asdict(old.tokenizer), asdict(new.tokenizer)),
         "libraries": (dict(old.libraries), dict(new.libraries)),
+        # What a split that is added to the other kind would lose.
+        "view": (old.view is not None, new.view is not None),
+        "raw": (old.raw, new.raw),
+        "columns": (old.columns is not None, new.columns is not None),
     }
     found = [d for name, (a, b) in pairs.items() for d in differences(a, b, name)]
     if found:
@@ -499,13 +541,13 @@ def _special_contradictions(entry: TokenizerEntry) -> list[str]:
     """Lists what is wrong with the special ids: each of them changes every batch."""
     ids, tokens = entry.special_ids, entry.special_tokens
     where = "tokenizer.special_ids"
-    problems = [f"{where}.{name}: missing" for name in ("bos", "eos", "pad") if name not in ids]
+    problems = [f"{where}.{name}: missing" for name in ("eos", "pad") if name not in ids]
     problems += [
         f"{where}.{name}: {i}, the embedding has {entry.embedding_size} rows"
         for name, i in ids.items()
         if i >= entry.embedding_size
     ]
-    # Of a tokenizer without BOS or padding, EOS takes their place: these three may be equal.
+    # Of a tokenizer without BOS or padding, EOS may take their place: these three may be equal.
     named = {"bos", "eos", "pad"}
     symbols = sorted((i, name) for name, i in ids.items() if name not in named)
     if symbols:
@@ -518,7 +560,8 @@ def _special_contradictions(entry: TokenizerEntry) -> list[str]:
         if shared:
             problems.append(f"{where}: {sorted(shared)} is an image symbol and another token")
     if set(tokens) != named & set(ids):
-        problems.append(f"tokenizer.special_tokens: want bos, eos and pad, got {sorted(tokens)}")
+        want = sorted(named & set(ids))
+        problems.append(f"tokenizer.special_tokens: want {want}, got {sorted(tokens)}")
     return problems
 
 
@@ -536,6 +579,18 @@ def _parse_view(document: dict[str, Any], problems: list[str]) -> View:
             continue
         parts[url] = tuple((int(m[1]), int(m[2]), int(m[3])) for m in runs if m)
     return View(files=tuple(files), parts=parts)
+
+
+def _parse_columns(document: dict[str, Any], problems: list[str]) -> AddedColumns:
+    found: list[str] = []
+    types, listed = (_mapping(document, name, found) for name in ("types", "files"))
+    problems += [f"columns.{problem}" for problem in found]
+    problems += [f"columns.types.{problem}" for problem in type_problems(types)]
+    files = {
+        url: _record(ColumnFile, entry, f"columns.files.{url}", problems)
+        for url, entry in listed.items()
+    }
+    return AddedColumns(types=types, files=files)
 
 
 def _view_contradictions(view: View, shards: Sequence[ShardEntry]) -> list[str]:

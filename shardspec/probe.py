@@ -89,7 +89,8 @@ def check_tokenizer(entry: TokenizerEntry, tokenizer: TrainingTokenizer, *, wher
         "probe_sha256": probe_sha256(lambda t: tokenizer.encode(t, add_special_tokens=False)),
     }
     want: dict[str, Any] = {"vocab_size": entry.vocab_size, "probe_sha256": entry.probe_sha256}
-    if tokenizer.bos_token_id is not None:
+    # A dataset without BOS follows a chat template that writes none.
+    if tokenizer.bos_token_id is not None and "bos" in entry.special_ids:
         got["bos"], want["bos"] = tokenizer.bos_token_id, entry.special_ids["bos"]
     for name, token in entry.special_tokens.items():
         ids = [int(i) for i in tokenizer.encode(token, add_special_tokens=False)]

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.test_architecture import FLOORS
@@ -108,6 +109,7 @@ def test_every_variable_of_a_job_is_documented_with_its_default(help_of):
 def test_every_variable_of_resharding_is_documented():
     documented = set(variables(PAGES["docs/resharding.md"]))
     assert make_variables_of("reshard", "merge", "split", "filter") <= documented
+    assert make_variables_of("annotate") == set(variables(PAGES["docs/columns.md"]))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -125,6 +127,22 @@ def test_every_flag_that_is_named_exists(page, help_of):
 # --- code
 
 
+def annotated(url, folder):
+    """Adds the columns of docs/columns.md to a dataset."""
+    from loader import StreamingDataset
+    from preprocess.annotate import AnnotateSettings, annotate, plan_annotation
+    from tests.inline import Quiet
+
+    keys = StreamingDataset(str(url)).reader.column("key", np.arange(24))
+    lines = [f"{k.decode()},{(i + 6) / 24},{('cc0', 'cc-by')[i % 2]}" for i, k in enumerate(keys)]
+    (folder / "scores.csv").write_text("\n".join(["key,score,licence", *lines, ""]))
+    settings = AnnotateSettings(
+        src=str(url), columns=str(folder / "scores.csv"), dst=str(folder / "scored")
+    )
+    annotate(plan_annotation(settings, Quiet()), Quiet())
+    return folder / "scored"
+
+
 @pytest.fixture(scope="module")
 def datasets(tiny_dataset, session_cli, tmp_path_factory):
     """What the URLs of the pages stand for: small datasets on the local disk."""
@@ -135,11 +153,13 @@ def datasets(tiny_dataset, session_cli, tmp_path_factory):
         *("--out", questions, "--cache", folder / "cache", "--workers", 1),
     )
     session_cli.good("import", tiny_dataset / "train", "--out", raw, "--name", "raw")
+    scored = annotated(tiny_dataset, folder)
     return {
         "shards/pixmo_cap": tiny_dataset,
         "s3://bucket/pixmo_cap": tiny_dataset,
         "shards/vqa2": questions,
         "shards/laion": raw,
+        "shards/scored": scored,
         "/nvme/cache": folder / "blocks",
     }
 

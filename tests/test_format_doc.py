@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardspec import index, manifest, media, sample, tar
+from shardspec import columns, index, manifest, media, sample, tar
 from shardspec.messages import messages
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +77,24 @@ def test_views_and_raw_datasets_are_the_codes():
     assert {f"`{name}`" for name in names(manifest.View)} <= set(re.findall("`[^`]+`", said))
     for name in index.raw_index_dtype(1).names:
         assert f"`{name}`" in said
+
+
+def test_added_columns_are_the_codes():
+    said = section("Added columns")
+    for kind in (manifest.AddedColumns, manifest.ColumnFile):
+        assert {f"`{name}`" for name in names(kind)} <= set(re.findall("`[^`]+`", said))
+    kinds = {
+        name.replace("N", "7"): cells[0].replace("N", "7").strip("`").lstrip("\\")
+        for name, cells in table(said, "type").items()
+    }
+    for kind, stored in kinds.items():
+        base, _, length = stored.partition("` [")
+        want = np.dtype((base, (7,))) if length else np.dtype(base)
+        assert columns.columns_dtype({"x": kind})["x"] == want
+        assert columns.type_problems({"x": kind}) == []
+    assert f"1 to {columns.MAX_NAME_CHARACTERS} letters" in said
+    assert f"at most {columns.MAX_TEXT_BYTES}" in said
+    assert f"at most {columns.MAX_VECTOR:,} numbers" in said
 
 
 def test_receipt_has_the_fields_of_the_code():
@@ -157,14 +175,19 @@ def test_limits_are_the_codes():
 
 
 def test_file_names_are_the_codes():
-    for name in (manifest.MANIFEST_NAME, manifest.TOKENIZER_NAME, manifest.INDEX_SUFFIX):
+    for name in (
+        manifest.MANIFEST_NAME,
+        manifest.TOKENIZER_NAME,
+        manifest.INDEX_SUFFIX,
+        columns.COLUMNS_SUFFIX,
+    ):
         assert name in section("The tree")
 
 
 def test_every_reason_that_readers_give_exists_in_the_code_and_the_other_way_round():
     described = set(
         re.findall(
-            r"`([a-z_0-9]+)`",
+            r"`([a-z0-9_]+)`",
             "".join(
                 line.rsplit(" | ", 1)[-1]
                 for line in section("What a reader must refuse").splitlines()
@@ -174,7 +197,7 @@ def test_every_reason_that_readers_give_exists_in_the_code_and_the_other_way_rou
     )
     assert described <= {code.partition(".")[0] for code in messages()}
     raised = set()
-    for module in ("index", "manifest", "tar", "sample"):
+    for module in ("index", "columns", "manifest", "tar", "sample"):
         source = (ROOT / "shardspec" / f"{module}.py").read_text()
         raised |= set(re.findall(r'(?:Error\(|_broken\(where, )\s*"(\w+)', source))
     assert "index_count" in raised

@@ -33,11 +33,13 @@ PUBLIC = {
         "DatasetBase",
         "HfDataset",
         "ImageSource",
+        "OwnDataset",
         "SceneImage",
         "dataset_class",
         "dataset_names",
         "example_images",
         "get_dataset",
+        "is_own",
     ],
     "loader": [
         "Augment",
@@ -58,10 +60,12 @@ PUBLIC = {
         "StreamingDataset",
         "View",
         "assemble",
+        "group_by",
         "make_dataloader",
         "plan_order",
         "view_collator",
     ],
+    "loader.integrations": ["SteadyPasses", "attach_to_trainer"],
 }
 
 
@@ -144,8 +148,16 @@ MEMBERS = {
         *("epoch", "example", "fingerprint", "load_state_dict", "sample", "set_epoch"),
         *("set_step", "state_dict"),
     ],
-    "RawSample": ["fields", "key", "where"],
-    "RetryPolicy": ["attempts", "first_wait_s", "idle_s", "longest_wait_s", "wall_s"],
+    "RawSample": ["fields", "key", "real", "where"],
+    "RetryPolicy": [
+        "attempts",
+        "first_wait_s",
+        "idle_s",
+        "limit_s",
+        "longest_wait_s",
+        "outage_s",
+        "wall_s",
+    ],
     "SampleRef": ["dataset", "epoch", "real", "sample"],
     "Stats": [
         *("bottleneck", "busy_share", "counters", "line", "mean_ready", "plan_s", "ready"),
@@ -153,7 +165,7 @@ MEMBERS = {
         *("wait_share", "worker_kind", "workers"),
     ],
     "StreamLoader": [
-        *("change", "epoch", "load_state_dict", "pass_is_exact", "places", "state_dict"),
+        *("change", "close", "epoch", "load_state_dict", "pass_is_exact", "places", "state_dict"),
         *("stats", "watch"),
     ],
     "StreamingDataset": [
@@ -177,7 +189,7 @@ ATTRIBUTES = {
 }
 """What objects of these classes have besides."""
 
-MOST_MEMBERS = 8
+MOST_MEMBERS = 9
 """Of a class that users drive; settings and totals have as many fields as there are."""
 
 

@@ -276,8 +276,8 @@ class Draft:
     """The example of one sample before its arrays are made (a `LazyExample`)."""
 
     __slots__ = (
-        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "render_s", "scratch"),
-        *("shapes", "sources", "substitutes", "view"),
+        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "real", "render_s"),
+        *("scratch", "shapes", "sources", "substitutes", "view"),
     )
 
     channels_first = False
@@ -311,6 +311,8 @@ class Draft:
         """The bad sample that it substitutes, for its metadata."""
         self.dataset: str | None = None
         """The dataset's name, for its metadata."""
+        self.real = True
+        """False for a repeat that fills the last batch of an evaluation: it has no key."""
         self.error: ShardsError | None = None
         """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
@@ -425,13 +427,15 @@ class Draft:
         """Describes the example."""
         plan = self.plan
         described: dict[str, Any] = {
-            "key": self.key,
+            "key": self.key if self.real else None,
             "images": [
                 {"width": width, "height": height, "crops": seen.crops}
                 for (width, height), seen in zip(plan.sizes, plan.seen, strict=True)
             ],
             "dropped_branches": plan.sequence.dropped_branches,
         }
+        if not self.real:
+            described["real"] = False
         if self.substitutes is not None:
             described["substitutes"] = self.substitutes
         if self.dataset is not None:

@@ -10,8 +10,9 @@ no randomness, no state. The batch has exactly these keys, whatever the examples
     image_input_idx  int64   [B, M]           padding: -1
     attention_mask   int64   [B, L]           1 for tokens of the example, 0 for padding
 
-and, where asked for, `position_ids` (0), `subsegment_ids` (-1), `loss_weights` (0) and `metadata`
-(a list of dictionaries). L follows from the pad mode, M is the batch's maximum or a fixed number.
+and, where asked for, `position_ids` (0), `subsegment_ids` (-1), `loss_weights` (0), `metadata` (a
+list of dictionaries) and `real` (bool [B], False for rows that only fill the batch). L follows from
+the pad mode, M is the batch's maximum or a fixed number.
 
 Two other forms of pictures are taken as the view gives them: `images` as patches [B, M, P, D], and
 maps from image to tokens: `image_input_idx` per token [B, M, T] (padding -100, as for tokens of
@@ -129,9 +130,12 @@ class MMCollator:
         num_patches: int = 576,
         tokens_per_crop: int | None = None,
         pool: int | None = None,
+        min_images: int = 0,
         max_images: int | None = None,
+        image_dtype: type[np.generic] | np.dtype = np.uint8,
         overlong: Literal["error", "truncate"] = "error",
         with_metadata: bool = False,
+        with_real: bool = False,
         extra_keys: tuple[str, ...] = (),
     ) -> None:
         """Builds the collator.
@@ -145,10 +149,16 @@ class MMCollator:
           num_patches: Patches of one image, the second axis of `image_masks`.
           tokens_per_crop: Second axis of `image_input_idx` where it maps every token of a crop.
           pool: Second axis of `token_pooling`; None leaves that key out.
+          min_images: Least images per row of the batch, where its examples have fewer: the rest is
+            padding, which no token refers to. With 1, batches without any picture have a padding
+            picture per row, and one row of `token_pooling`.
           max_images: Fixed number of images per row of the batch; None takes the most of the batch.
+          image_dtype: Of `images` where no example of the batch has any, but there is padding.
           overlong: What happens to an example longer than `sequence_length`: refused, or cut where
             that loses no image and leaves something to learn.
           with_metadata: Hand over the examples' `metadata`, {} where there is none.
+          with_real: Add `real`, which is False for rows whose `metadata` says so: repeats that fill
+            the last batch of an evaluation.
           extra_keys: Names of `EXTRA_KEYS` to hand over; every example must have them.
 
         Raises:
@@ -160,8 +170,8 @@ class MMCollator:
         numbers |= {"tokens_per_crop": 1 if tokens_per_crop is None else tokens_per_crop}
         numbers |= {"pool": 1 if pool is None else pool}
         bad: dict[str, object] = {name: value for name, value in numbers.items() if value < 1}
-        if max_images is not None and max_images < 0:
-            bad["max_images"] = max_images
+        if min_images < 0 or (max_images is not None and max_images < min_images):
+            bad |= {"min_images": min_images, "max_images": max_images}
         if bad:
             raise ConfigError("collator_range", facts=bad)
         if overlong not in ("error", "truncate"):
@@ -176,9 +186,11 @@ class MMCollator:
         self.num_patches = num_patches
         self.tokens_per_crop = tokens_per_crop
         self.pool = pool
-        self.max_images = max_images
+        self.min_images, self.max_images = min_images, max_images
+        self.image_dtype = np.dtype(image_dtype)
         self.overlong = overlong
         self.with_metadata = with_metadata
+        self.with_real = with_real
         self.extra_keys = tuple(extra_keys)
         self._multiple = _parse_pad_mode(pad_mode, sequence_length=sequence_length)
         self._text_specs: dict[str, tuple[type[np.generic], float]] = {
@@ -231,6 +243,9 @@ class MMCollator:
         batch |= self._collate_images(examples, allocate)
         if self.with_metadata:
             batch["metadata"] = [example.metadata() for example in examples]
+        if self.with_real:
+            real = [bool(example.metadata().get("real", True)) for example in examples]
+            batch["real"] = torch.tensor(real)
         return batch
 
     def _collate_text(
@@ -259,7 +274,7 @@ class MMCollator:
     ) -> dict[str, torch.Tensor]:
         num = self.max_images
         if num is None:
-            num = max([example.num_crops for example in examples])
+            num = max(self.min_images, *[example.num_crops for example in examples])
         images = self._image_buffer(examples, num, allocate)
         masks = allocate((len(examples), num, self.num_patches), np.float32)
         index_shape: tuple[int, ...] = (len(examples), num)
@@ -292,7 +307,8 @@ class MMCollator:
         self, examples: Sequence[LazyExample], pool: int, allocate: Allocate
     ) -> np.ndarray:
         rows = [example.pooling() for example in examples]
-        pooling = allocate((len(rows), max(map(len, rows)), pool), np.int64)
+        least = 1 if self.min_images or self.max_images else 0
+        pooling = allocate((len(rows), max(least, *map(len, rows)), pool), np.int64)
         for row, array in enumerate(rows):
             pooling[row, : len(array)] = array
             pooling[row, len(array) :] = NO_PATCH
@@ -306,7 +322,9 @@ class MMCollator:
         Batches without pictures have channels last.
         """
         first = next((example for example in examples if example.num_crops), None)
-        dtype = np.dtype(np.uint8) if first is None else first.shapes.dtype
+        dtype = np.dtype(np.uint8)
+        if num:
+            dtype = self.image_dtype if first is None else first.shapes.dtype
         shape = (len(examples), num)
         if len(self.image_shape) == 2 or (first is not None and first.channels_first):
             return allocate((*shape, *self.image_shape), dtype)

@@ -2,6 +2,8 @@
 
     [BOS] [lead, image block] ... [branch 0] [branch 1] ...      branch = prompt response ...
 
+BOS is left out where the dataset's tokenizer has none (a chat template that writes none).
+
 A lead is text in front of an image, such as "Image 2". Where a text itself says where its images
 are (the symbol `<|image|>`), the blocks go there instead; only a lone branch may do so.
 
@@ -39,7 +41,10 @@ Tree = Literal["molmo2", "molmo1"]
 numbered from 1, the EOS of all but the last is in the input."""
 
 LossScale = Literal["flat", "root_subsegments", "root_length", "root_both"]
-"""Weight of a branch's tokens: 1; 1 / sqrt(branches); 2 / sqrt(tokens under loss); both."""
+"""Weight of a branch's tokens: 1; 1 / sqrt(branches); 2 / sqrt(tokens under loss); both.
+
+The tokens of one branch of several do not count the EOS that ends it: Molmo 2 weighs it later. A
+sample of a single conversation counts it."""
 
 PREFIX_SUBSEGMENT = 10_000
 """Subsegment of BOS and images, above every branch's (Molmo's number)."""
@@ -50,6 +55,7 @@ class TokenIds:
     """The special ids that the layout needs."""
 
     bos: int
+    """-1 where sequences begin without one."""
     eos: int
     pad: int
     image: ImageTokenIds
@@ -60,7 +66,7 @@ class TokenIds:
     def from_special_ids(cls, ids: Mapping[str, int]) -> TokenIds:
         """Takes them from the table in a manifest or a tokenizer."""
         return cls(
-            bos=ids["bos"],
+            bos=ids.get("bos", -1),
             eos=ids["eos"],
             pad=ids["pad"],
             placeholder=ids["<|image|>"],
@@ -259,7 +265,8 @@ def lay_out(
     placed = _count_placeholders(branches, ids, num_blocks=len(blocks), where=where)
     eos, molmo1 = _single(ids.eos), tree == "molmo1"
     # Everything here is done for each sample: calls and objects that can be spared are.
-    runs, length = [_single(ids.bos)], 1
+    runs = [_single(ids.bos)] if ids.bos >= 0 else []
+    length = len(runs)
     image_starts: list[int] = []
     image_ends: list[int] = []
     if not placed:
@@ -302,11 +309,11 @@ def lay_out(
                 runs.append(prompt)
                 length += len(prompt)
             # Position t predicts the next token; a branch that is not the first does not follow the
-            # prefix, which would predict its first token.
+            # prefix, which would predict its first token; neither does one without a prefix.
             at, targets = length, response
             runs.append(response)
             length += len(response)
-            if at == start and spans:
+            if at == start and (spans or not start):
                 at, targets = at + 1, response[1:]
             if at <= labelled:
                 raise SampleError("empty_turn", where=where, position=at)
@@ -323,7 +330,7 @@ def lay_out(
         raise SampleError("no_loss.sample", where=where, length=length, sequence_length=limit)
     labels.append(_ignored(length - labelled))
     if loss != "flat":
-        _scale(spans, loss)
+        _scale(spans, loss, ends_counted=molmo1 or len(branches) == 1)
     return Sequence1d(
         runs,
         labels,
@@ -412,9 +419,10 @@ def _count_placeholders(
     return count
 
 
-def _scale(spans: Sequence[_Span], loss: LossScale) -> None:
+def _scale(spans: Sequence[_Span], loss: LossScale, *, ends_counted: bool) -> None:
     for span in spans:
+        tokens = sum(span.learned) - (0 if ends_counted else 1)
         if loss in ("root_subsegments", "root_both"):
             span.weight /= math.sqrt(len(spans))
         if loss in ("root_length", "root_both"):
-            span.weight *= 2 / math.sqrt(max(1, sum(span.learned)))
+            span.weight *= 2 / math.sqrt(max(1, tokens))

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loader.order import Order, Slots, Tail, plan_order, rank_positions
+from loader.cli.epochs import EpochBytes, fetched_bytes
+from loader.order import Locality, Order, Slots, Tail, plan_order, rank_positions
+from loader.reading import Network
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import Manifest
 
 _MOST_SLOTS = 2_000_000  # evaluated per plan: about two seconds
 _MOST_NODES = 4
+_LEAST_BLOCK_BYTES = 1 << 18
+"""Smaller blocks would cost more in requests than they save."""
+_LOCALITIES: tuple[Locality, ...] = ("any", "node")
 _GOOD_SHARD_BYTES = (64 << 20, 4 << 30)
 """Smaller shards cost more requests and directory entries than they save; of larger ones a node
 copies too much before it can begin."""
@@ -78,6 +83,10 @@ class ClusterPlan:
     """Left out of an epoch with tail "drop_last"."""
     padded_slots: int
     """Added to an epoch with tail "pad"; "wrap" drops and pads nothing."""
+    fetched: tuple[EpochBytes, ...]
+    """What a node fetches in each of the first epochs, by locality; () where none was asked for."""
+    blocks: str
+    """Whether other blocks would fetch less from a store, and why."""
     lanes: str
     """Whether ranks and workers own whole lanes, and so few shards."""
     resharding: str
@@ -92,8 +101,10 @@ def plan_cluster(
     global_batch_size: int,
     canonical_ranks: int | None = None,
     seed: int = 0,
+    cache_bytes: int | None = None,
+    block_bytes: int | None = None,
 ) -> ClusterPlan:
-    """Simulates an epoch.
+    """Simulates an epoch, and with a cache the first three of each locality.
 
     Args:
       manifest: Of the dataset.
@@ -102,9 +113,11 @@ def plan_cluster(
       global_batch_size: Samples per step over all ranks; the ranks must divide it.
       canonical_ranks: As `plan_order`.
       seed: Of the run.
+      cache_bytes: Bound of each node's cache of remote data; None: nothing is said of later epochs.
+      block_bytes: As `Network`; None: its default.
 
     Raises:
-      ConfigError: `unknown_split`, `batch_not_divisible`, and as `plan_order`.
+      ConfigError: `unknown_split`, `network`, `batch_not_divisible`, and as `plan_order`.
     """
     shards = manifest.select(split)
     entry = manifest.splits[split]
@@ -132,7 +145,24 @@ def plan_cluster(
     simulated = [
         _Node(order, node=node, share=share, steps=steps, borders=borders) for node in nodes
     ]
-    block_bytes = mean_bytes * config.block_size
+    network = Network() if block_bytes is None else Network(block_bytes=block_bytes)
+    fetched_by = tuple(
+        fetched_bytes(
+            manifest,
+            split=split,
+            nodes=cluster.nodes,
+            ranks=cluster.ranks,
+            global_batch_size=global_batch_size,
+            cache_bytes=cache_bytes,
+            locality=locality,
+            canonical_ranks=canonical_ranks,
+            seed=seed,
+            network=network,
+        )
+        for locality in _LOCALITIES
+        if cache_bytes is not None
+    )
+    order_bytes = mean_bytes * config.block_size
     fetched = sum(len(node.blocks) for node in simulated) * config.block_size
     consumed = sum(node.samples for node in simulated)
     return ClusterPlan(
@@ -151,15 +181,17 @@ def plan_cluster(
         node_shards=max(len(node.shards) for node in simulated),
         node_blocks=max(len(node.blocks) for node in simulated),
         read_amplification=max(1.0, fetched / consumed),
-        cache_bytes=round(max(node.open_blocks for node in simulated) * block_bytes),
+        cache_bytes=round(max(node.open_blocks for node in simulated) * order_bytes),
         shard_cache_bytes=max(node.open_shard_bytes(shard_bytes) for node in simulated),
-        cold_start_bytes=round(max(node.first_blocks for node in simulated) * block_bytes),
+        cold_start_bytes=round(max(node.first_blocks for node in simulated) * order_bytes),
         cold_start_shard_bytes=max(int(shard_bytes[node.first_shards].sum()) for node in simulated),
         # Fewer samples than a batch: all of them are dropped, and no such order exists.
         dropped_samples=entry.num_samples
         if entry.num_samples < global_batch_size
         else int(order_of("drop_last").describe()["dropped_samples"]),
         padded_slots=int(order_of("pad").describe()["padded_slots"]),
+        fetched=fetched_by,
+        blocks=_block_advice(order, mean_bytes=mean_bytes, network=network, nodes=cluster.nodes),
         lanes=_lane_advice(order, cluster),
         resharding=_advice(shard_bytes, entry.num_samples, order, cluster),
     )
@@ -200,11 +232,20 @@ def describe_plan(plan: ClusterPlan) -> str:
             f"wrap: none; drop_last: {plan.dropped_samples:,} samples left out; "
             f"pad: {plan.padded_slots:,} slots without weight",
         ),
+        *[(f'fetched, locality "{each.locality}"', _epochs(each)) for each in plan.fetched],
+        ("blocks of a store", plan.blocks),
         ("lanes", plan.lanes),
         ("resharding", plan.resharding),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _epochs(fetched: EpochBytes) -> str:
+    """Describes the bytes of each epoch."""
+    first, *later = map(_size, fetched.num_bytes)
+    of = "" if fetched.replayed >= 1 else f" (estimated from {fetched.replayed:.1%} of the data)"
+    return f"{first} per node in the first epoch, then {', '.join(later)}{of}"
 
 
 class _Node:
@@ -252,6 +293,19 @@ def _most_open(life: np.ndarray, weight: np.ndarray) -> int:
     np.add.at(change, life[0], weight)
     np.add.at(change, life[1] + 1, -weight)
     return int(np.cumsum(change).max())
+
+
+def _block_advice(order: Order, *, mean_bytes: float, network: Network, nodes: int) -> str:
+    """Compares the blocks that a cache keeps with what a lane reads together."""
+    together = mean_bytes * order.config.block_size
+    fitting = round(max(together, _LEAST_BLOCK_BYTES))
+    share = mean_bytes * order.config.num_samples / nodes
+    if nodes > 1 and network.block_bytes > 2 * fitting and share > 256 * network.block_bytes:
+        return (
+            f"{_size(network.block_bytes)} hold samples of several nodes, which fetch them all; "
+            f"the order reads {_size(together)} together: Network(block_bytes={fitting})"
+        )
+    return f"{_size(network.block_bytes)}, the order reads {_size(together)} together"
 
 
 def _lane_advice(order: Order, cluster: Cluster) -> str:

@@ -6,6 +6,7 @@ import argparse
 
 from loader.cli.cluster import Cluster, describe_plan, plan_cluster
 from loader.cli.verb import Verb, add_dataset, add_flag
+from loader.reading import Network
 from shardspec.manifest import require_manifest
 
 
@@ -15,6 +16,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--ranks", "data-parallel ranks per machine", 8)
     add_flag(parser, "--workers", "threads or worker processes per rank", 4)
     add_flag(parser, "--global-batch", "samples per step over all ranks", 256)
+    add_flag(parser, "--cache-gb", "cache of remote data per machine, in GB (10^9 bytes)", 64.0)
+    add_flag(parser, "--block-bytes", "bytes of a block of remote data", Network().block_bytes)
     parser.add_argument("--canonical-ranks", type=int, help="width of the order (default: chosen)")
 
 
@@ -26,6 +29,8 @@ def _run(options: argparse.Namespace) -> str:
         global_batch_size=options.global_batch,
         canonical_ranks=options.canonical_ranks,
         seed=options.seed,
+        cache_bytes=round(options.cache_gb * 1e9),
+        block_bytes=options.block_bytes,
     )
     return describe_plan(plan)
 

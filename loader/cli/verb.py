@@ -27,7 +27,7 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--seed", "seed of the order and of the draws", 0)
 
 
-def add_flag(parser: argparse.ArgumentParser, flag: str, text: str, default: str | int) -> None:
+def add_flag(parser: argparse.ArgumentParser, flag: str, text: str, default: str | float) -> None:
     """Adds a flag whose default says what type it has."""
     help_text = f"{text} (default: %(default)s)"
     parser.add_argument(flag, help=help_text, default=default, type=type(default))

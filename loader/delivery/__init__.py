@@ -8,7 +8,7 @@ from loader.delivery.prepared import PreparedBatches
 from loader.delivery.raw import Collate, RawBatches
 from loader.delivery.stats import Stats
 from loader.delivery.threads import AheadLimit, make_in_threads
-from loader.delivery.workers import make_in_workers
+from loader.delivery.workers import WorkerCrew
 
 __all__ = [
     "AheadLimit",
@@ -20,6 +20,6 @@ __all__ = [
     "RawBatches",
     "Stats",
     "Task",
+    "WorkerCrew",
     "make_in_threads",
-    "make_in_workers",
 ]

@@ -78,6 +78,10 @@ class BatchMaker:
         """What reads the shards."""
         return self._ahead.readers
 
+    def cancel(self) -> None:
+        """Drops what was announced: the run continues at another step."""
+        self._ahead.cancel()
+
     def announce(self, task: Task) -> None:
         """Announces to the readers the steps that a task names."""
         for step, rows in task.ahead:

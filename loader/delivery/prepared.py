@@ -12,6 +12,7 @@ from concurrent.futures import CancelledError
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from loader.assembly import Draft, MMCollator, Pack, fitting
@@ -33,6 +34,7 @@ class PreparedBatches:
         collator: MMCollator,
         *,
         packing: PackConfig | None,
+        columns: Sequence[str] = (),
     ) -> None:
         """Joins what makes examples and how they are collated.
 
@@ -40,8 +42,10 @@ class PreparedBatches:
           examples: For each dataset, as the order numbers them.
           collator: Of the same view.
           packing: The limits of a row of several samples; None where a row is one.
+          columns: Added columns that all datasets have, of the same types.
         """
         self.examples, self.collator, self.packing = tuple(examples), collator, packing
+        self.columns = tuple(columns)
 
     def build(
         self, rows: list[Row], *, allocate: Allocate, unwanted: threading.Event | None
@@ -60,16 +64,63 @@ class PreparedBatches:
             planned.append([self._plan(ref) for ref in row])
         while True:
             try:
-                batch = self.collator.collate(self._joined(planned), allocate=allocate)
+                examples = self._joined(planned)
+                batch = self.collator.collate(examples, allocate=allocate)
                 break
             except (SampleError, ShardError):
                 if not self._replace_broken(rows, planned):
                     raise
+        if self.columns:
+            batch |= self._added(rows, planned, examples)
         return MadeBatch(
             batch=batch,
             bad=_substituted(rows, planned),
             timings=_timings(planned, batch, perf_counter() - start_s),
         )
+
+    def _added(
+        self,
+        rows: list[Row],
+        planned: list[list[PlannedExample]],
+        examples: Sequence[Draft | Pack],
+    ) -> dict[str, Any]:
+        """Looks up the added columns of the samples of a batch, row after row.
+
+        Returns:
+          `column_NAME`: a tensor [S] or [S, length], or a list of S texts; for packs also
+          `sample_rows`, int64 [S], the row of each sample.
+        """
+        found: list[tuple[int, int, int]] = []
+        for number, (row, own, example) in enumerate(zip(rows, planned, examples, strict=True)):
+            # A substitute that did not fit is not in the pack.
+            parts = example.parts if isinstance(example, Pack) else (example,)
+            kept = {id(part) for part in parts}
+            found += [
+                (number, ref.dataset, one.sample)
+                for ref, one in zip(row, own, strict=True)
+                if id(one.draft) in kept
+            ]
+        row_of, dataset, sample = np.array(found, np.int64).T
+        values: dict[str, np.ndarray] = {}
+        for number in np.unique(dataset).tolist():
+            of_dataset = np.flatnonzero(dataset == number)
+            reader = self.examples[number].data.reader
+            for name, part in reader.columns(self.columns, sample[of_dataset]).items():
+                if name not in values:
+                    values[name] = np.zeros((len(sample), *part.shape[1:]), part.dtype)
+                if part.dtype.itemsize > values[name].dtype.itemsize:  # longer texts
+                    values[name] = values[name].astype(part.dtype)
+                values[name][of_dataset] = part
+        batch: dict[str, Any] = {}
+        if self.packing is not None:
+            batch["sample_rows"] = torch.from_numpy(row_of.copy())
+        for name in self.columns:
+            column = values[name]
+            texts = column.dtype.kind == "S"
+            batch[f"column_{name}"] = (
+                [text.decode() for text in column.tolist()] if texts else torch.from_numpy(column)
+            )
+        return batch
 
     def describe(self) -> dict[str, Any]:
         """Gives the field `pad_mode` of states."""

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from time import monotonic
 
 import torch
 
 from loader.buffers import Allocate
 from loader.delivery.batches import BatchMaker, MadeBatch, Task
+
+_Job = tuple["Future[MadeBatch]", Callable[[], MadeBatch]]
+
+_STOP_S = 5.0
+"""Seconds that leaving a pass waits for the samples at hand; threads then end on their own."""
+
+_EXIT_S = 1.0
+"""The same, where the process ends."""
 
 
 class AheadLimit:
@@ -69,7 +80,8 @@ def make_in_threads(
     futures: deque[Future[MadeBatch]] = deque()
     unwanted = threading.Event()
     make = partial(maker.make, allocate=allocate, unwanted=unwanted)
-    pool = _start_threads(threads)
+    pool = _Threads(threads, unwanted)
+    wait_s = _STOP_S
     try:
         more = True
         while more or futures:
@@ -80,43 +92,99 @@ def make_in_threads(
                     # Announced here: threads that did it themselves would overtake each other, and
                     # the first batch would wait for bytes of the second.
                     maker.announce(planned)
-                    futures.append(pool.submit(make, replace(planned, ahead=[])))
+                    futures.append(pool.submit(partial(make, replace(planned, ahead=[]))))
             if futures:
                 ready = sum(future.done() for future in futures)
                 made = futures.popleft().result()
                 ahead.note(made.timings.batch_bytes)
                 yield made, max(0, ready - 1)
                 del made
-    finally:
-        unwanted.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_threads(count: int) -> ThreadPoolExecutor:
-    """Starts threads in which torch does not start others: they would fight for the same cores.
-
-    Torch keeps the number per thread, and the last one set for threads to come; that one is
-    restored, so that nothing changes outside of these threads.
-    """
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, thread_name_prefix="decode", initializer=_one_torch_thread)
-    # An executor starts a thread only if no other one is idle: all wait until all have started.
-    all_started = threading.Barrier(count)
-    try:
-        for future in [pool.submit(all_started.wait) for _ in range(count)]:
-            future.result()
-    except BaseException:
-        # The system grants no more threads, or Ctrl-C: those that wait would wait for ever, and
-        # the end of the process for them.
-        all_started.abort()
-        pool.shutdown(wait=True, cancel_futures=True)
+    except KeyboardInterrupt:
+        wait_s = 0.0
         raise
     finally:
-        torch.set_num_threads(before)
-    return pool
+        for future in futures:
+            future.cancel()
+        pool.stop(wait_s)
 
 
-def _one_torch_thread() -> None:
+class _Threads:
+    """Threads in which torch does not start others: they would fight for the same cores.
+
+    They are daemons: a read that hangs must keep neither the process nor a Ctrl-C. What ends them
+    otherwise is `stop`, or the end of the process, before Python takes its modules down.
+    """
+
+    def __init__(self, count: int, unwanted: threading.Event) -> None:
+        """Starts them all.
+
+        Args:
+          count: Number of threads.
+          unwanted: Set once they are to stop.
+        """
+        self._work: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._end = weakref.finalize(self, _end, self._work, self._threads, unwanted)
+        ready = threading.Semaphore(0)
+        # Torch keeps the number per thread, and the last one set for threads to come; that one is
+        # restored, so that nothing changes outside of these threads.
+        before = torch.get_num_threads()
+        try:
+            for number in range(count):
+                thread = threading.Thread(
+                    target=_serve, args=(self._work, ready), name=f"decode_{number}", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+            for _ in range(count):
+                ready.acquire()
+        except BaseException:  # the system grants no more threads, or Ctrl-C
+            self.stop(_STOP_S)
+            raise
+        finally:
+            torch.set_num_threads(before)
+
+    def submit(self, make: Callable[[], MadeBatch]) -> Future[MadeBatch]:
+        """Lets the next idle thread make a batch."""
+        future: Future[MadeBatch] = Future()
+        self._work.put((future, make))
+        return future
+
+    def stop(self, wait_s: float) -> None:
+        """Ends the threads; waits that long for the samples at hand."""
+        self._end(wait_s)
+
+
+def _end(
+    work: queue.SimpleQueue[_Job | None],
+    threads: list[threading.Thread],
+    unwanted: threading.Event,
+    wait_s: float = _EXIT_S,
+) -> None:
+    unwanted.set()
+    for _ in threads:
+        work.put(None)
+    stop_s = monotonic() + wait_s
+    for thread in threads:
+        thread.join(max(0.0, stop_s - monotonic()))
+
+
+def _serve(work: queue.SimpleQueue[_Job | None], ready: threading.Semaphore) -> None:
     # Asked first: a thread takes the number of threads to come when it needs its own at last.
     torch.get_num_threads()
     torch.set_num_threads(1)
+    ready.release()
+    while (job := work.get()) is not None:
+        _make(*job)
+        del job  # and with it the batch, once the consumer has let go of it
+
+
+def _make(future: Future[MadeBatch], make: Callable[[], MadeBatch]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        made = make()
+    except BaseException as error:  # noqa: BLE001 - the border of the thread: the consumer raises it
+        future.set_exception(error)
+    else:
+        future.set_result(made)

@@ -6,8 +6,10 @@ pipe: no name ever exists, so nothing is left on the machine, whichever process 
 consumer maps each file once. When the last reference to a tensor is gone, the next task returns its
 memory to the worker: the same pages are recycled, and none changes while a tensor refers to it.
 
-Batch k of a pass is made by worker k modulo their number; the consumer plans. A worker that dies is
-an error that names its exit code. Workers live for one pass.
+The consumer plans, and deals the batches to the workers in turn. A worker that dies is an error
+that names its exit code. Workers live as long as their crew, over passes: requests cross the end of
+an epoch, and are cancelled where the run continues at another step. Workers end when the crew is
+closed or collected, at the end of the consumer's process, and when that is killed.
 """
 
 from __future__ import annotations
@@ -58,6 +60,9 @@ the 1024 that Linux commonly grants. A consumer that keeps more batches gets cop
 _JOIN_S = 5.0
 """Seconds for workers to end by themselves, once their batches are not requested any more."""
 
+_EXIT_S = 1.0
+"""The same, where the loader was dropped or the process ends."""
+
 
 @dataclass(slots=True, kw_only=True)
 class _Request:
@@ -66,6 +71,15 @@ class _Request:
     task: Task
     freed: list[int]
     """Buffers that the consumer has let go of."""
+    turn: int = 0
+    """Of the run: a later one has cancelled it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    """What was requested before a turn is not wanted any more."""
+
+    turn: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,56 +124,114 @@ class _Answer:
     """Why there is no shared memory."""
 
 
-def make_in_workers(
-    tasks: Iterator[Task],
-    maker: BatchMaker,
-    *,
-    workers: int,
-    keep_bytes: int,
-    ahead: AheadLimit,
-) -> Generator[tuple[MadeBatch, int], None, None]:
-    """Makes batches in worker processes, in their sequence.
+class WorkerCrew:
+    """Worker processes, and what they were requested to make; for the consumer's thread alone."""
 
-    Args:
-      tasks: The batches; planned here, when there is room for more.
-      maker: Makes them; it is sent to the workers.
-      workers: Number of processes, >= 1.
-      keep_bytes: Most bytes that wait to be used again, in all workers.
-      ahead: How far to go ahead.
+    def __init__(self, maker: BatchMaker, *, workers: int, keep_bytes: int) -> None:
+        """Starts the processes.
 
-    Yields:
-      A batch, and how many after it were ready by then.
+        Args:
+          maker: Makes the batches; it is sent to the workers.
+          workers: Number of processes, >= 1.
+          keep_bytes: Most bytes that wait to be used again, in all workers.
+        """
+        # Read now: once this process may open no further file, it could not say so.
+        messages()
+        self._workers: list[_Worker] = []
+        # Refers to the list, not to the crew: it also runs where the crew is collected, and at the
+        # end of the process, before Python takes its modules down.
+        self._end = weakref.finalize(self, _end, self._workers)
+        self._pending: deque[_Worker] = deque()
+        self._number = self._turn = 0
+        try:
+            for _ in range(workers):
+                self._workers.append(_Worker(maker, keep_bytes=keep_bytes // workers))
+        except BaseException:
+            self.close()
+            raise
 
-    Raises:
-      ShardsError: What a worker met; `worker_died`; `worker_crash`, any other exception there;
-        `descriptor_limit`, this process may open no further file.
-    """
-    # Read now: once this process may open no further file, it could not say so.
-    messages()
-    processes = [_Worker(maker, keep_bytes=keep_bytes // workers) for _ in range(workers)]
-    try:
-        pending: deque[_Worker] = deque()
-        more, number = True, 0
-        while more or pending:
-            while more and len(pending) < ahead.batches:
-                task = next(tasks, None)
-                more = task is not None
-                if task is not None:
-                    pending.append(processes[number % workers])
-                    pending[-1].request(task)
-                    number += 1
-            if pending:
-                ready = sum(worker.is_ready() for worker in processes)
-                made = pending.popleft().answer()
+    def __len__(self) -> int:
+        """Counts the processes."""
+        return len(self._workers)
+
+    def make(
+        self, tasks: Iterator[Task], *, ahead: AheadLimit
+    ) -> Generator[tuple[MadeBatch, int], None, None]:
+        """Makes batches in their sequence; what is still pending of an earlier call comes first.
+
+        Args:
+          tasks: The batches; planned here, when there is room for more.
+          ahead: How far to go ahead.
+
+        Yields:
+          A batch, and how many after it were ready by then.
+
+        Raises:
+          ShardsError: What a worker met; `worker_died`; `worker_crash`, any other exception there;
+            `descriptor_limit`, this process may open no further file. The crew is closed then.
+        """
+        while True:
+            try:
+                while len(self._pending) < ahead.batches:
+                    task = next(tasks, None)
+                    if task is None:
+                        break
+                    self._request(task)
+                if not self._pending:
+                    return
+                ready = sum(worker.is_ready() for worker in self._workers)
+                made = self._pending[0].answer()
+                self._pending.popleft()
                 ahead.note(made.timings.batch_bytes)
-                yield made, max(0, ready - 1)
-                del made
-    finally:
-        for worker in processes:
-            worker.hang_up()
-        stop_s = monotonic() + _JOIN_S
-        for worker in processes:
-            worker.close(stop_s=stop_s)
+            except KeyboardInterrupt:
+                self._end(0.0)
+                raise
+            except BaseException:
+                # An answer may be half read.
+                self.close()
+                raise
+            yield made, max(0, ready - 1)
+            del made
+
+    def cancel(self) -> None:
+        """Drops what is pending: the run continues at another step."""
+        if not self._pending:
+            return
+        self._turn += 1
+        for worker in self._pending:
+            worker.num_stale += 1
+        self._pending.clear()
+        for worker in self._workers:
+            worker.cancel(self._turn)
+
+    def close(self) -> None:
+        """Ends the processes; a crew that is closed makes no more."""
+        self._pending.clear()
+        self._end(_JOIN_S)
+
+    @property
+    def num_pending(self) -> int:
+        """Batches that were requested and not given yet."""
+        return len(self._pending)
+
+    @property
+    def is_closed(self) -> bool:
+        """True once the processes were ended."""
+        return not self._end.alive
+
+    def _request(self, task: Task) -> None:
+        worker = self._workers[self._number % len(self._workers)]
+        self._number += 1
+        worker.request(task, turn=self._turn)
+        self._pending.append(worker)
+
+
+def _end(workers: list[_Worker], wait_s: float = _EXIT_S) -> None:
+    for worker in workers:
+        worker.hang_up()
+    stop_s = monotonic() + wait_s
+    for worker in workers:
+        worker.close(stop_s=stop_s)
 
 
 class _Worker:
@@ -184,13 +256,22 @@ class _Worker:
             theirs.close()
         self._buffers: dict[int, mmap.mmap] = {}
         self._num_mapped = 0
+        self.num_stale = 0
+        """Answers to cancelled requests that are still to come."""
         # Filled by finalizers, wherever a tensor's last reference goes.
         self._freed: deque[int] = deque()
 
-    def request(self, task: Task) -> None:
+    def request(self, task: Task, *, turn: int) -> None:
         """Requests a batch."""
+        self._send(_Request(task=task, freed=self._take_back(), turn=turn))
+
+    def cancel(self, turn: int) -> None:
+        """Cancels what was requested before a turn."""
+        self._send(_Cancel(turn))
+
+    def _send(self, message: _Request | _Cancel) -> None:
         try:
-            self._pipe.send(_Request(task=task, freed=self._take_back()))
+            self._pipe.send(message)
         except OSError as error:
             raise self._death() from error
 
@@ -204,6 +285,21 @@ class _Worker:
         Raises:
           ShardsError: What the worker met; `worker_died`, `worker_crash`, `descriptor_limit`.
         """
+        while self.num_stale:
+            stale = self._receive()
+            _each_value(stale.batch, self._opened)  # let go of at once: its memory goes back
+            self.num_stale -= 1
+        answer = self._receive()
+        if answer.error is not None:
+            raise answer.error
+        if answer.crash:
+            raise WorkerError("worker_crash", crash=answer.crash)
+        batch = _each_value(answer.batch, self._opened)
+        return MadeBatch(
+            batch=batch, bad=answer.bad, timings=answer.timings, counters=answer.counters
+        )
+
+    def _receive(self) -> _Answer:
         try:
             answer: _Answer = self._pipe.recv()
             for number, num_bytes in answer.new:
@@ -221,14 +317,7 @@ class _Worker:
             logger.warning(
                 "a worker process has no shared memory, so batches are copied: %s", answer.unshared
             )
-        if answer.error is not None:
-            raise answer.error
-        if answer.crash:
-            raise WorkerError("worker_crash", crash=answer.crash)
-        batch = _each_value(answer.batch, self._opened)
-        return MadeBatch(
-            batch=batch, bad=answer.bad, timings=answer.timings, counters=answer.counters
-        )
+        return answer
 
     def hang_up(self) -> None:
         """Lets the process know that nothing more is wanted."""
@@ -304,12 +393,19 @@ def _work(pipe: Connection, maker: BatchMaker, keep_bytes: int) -> None:
     memory = _SharedMemory(keep_bytes)
     reported: Counter[str] = Counter()
     requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+    # The newest turn, written by the thread that receives.
+    newest = [0]
     # Read at once: while this process waits for room in the pipe for an answer, the consumer must
     # not wait for room for a task.
-    threading.Thread(target=_receive, args=(pipe, requests), daemon=True).start()
+    threading.Thread(target=_receive, args=(pipe, requests, newest), daemon=True).start()
+    turn = 0
     while (request := requests.get()) is not None:
         memory.free(request.freed)
-        answer = _answered(maker, request.task, memory)
+        if request.turn != turn:
+            turn = request.turn
+            maker.cancel()
+        cancelled = request.turn < newest[0]
+        answer = _Answer() if cancelled else _answered(maker, request.task, memory)
         counted = count_reading(maker.readers)
         answer.counters, reported = dict(counted - reported), counted
         descriptors = memory.settle(answer)
@@ -338,10 +434,16 @@ def _send(pipe: Connection, answer: _Answer) -> None:
         pipe.send(replace(answer, batch=None, crash=traceback.format_exc()))
 
 
-def _receive(pipe: Connection, requests: queue.SimpleQueue[_Request | None]) -> None:
+def _receive(
+    pipe: Connection, requests: queue.SimpleQueue[_Request | None], newest: list[int]
+) -> None:
     try:
         while True:
-            requests.put(pipe.recv())
+            message = pipe.recv()
+            if isinstance(message, _Cancel):
+                newest[0] = message.turn
+            else:
+                requests.put(message)
     except (EOFError, OSError):
         requests.put(None)
 

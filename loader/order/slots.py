@@ -64,7 +64,7 @@ def rank_positions(rank: int, world_size: int, global_batch_size: int) -> np.nda
     require_count("world_size", world_size)
     require_count("global_batch_size", global_batch_size)
     if not 0 <= rank < world_size:
-        raise ConfigError("rank", rank=rank, world_size=world_size)
+        raise ConfigError("rank.range", rank=rank, world_size=world_size)
     require_multiple(global_batch_size, world_size, of="ranks")
     share = global_batch_size // world_size
     return np.arange(rank * share, (rank + 1) * share, dtype=np.int64)

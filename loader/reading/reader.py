@@ -7,7 +7,6 @@ Local shards are local.py's, those in an object store remote.py's.
 from __future__ import annotations
 
 import bisect
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from loader.reading.blocks import Block, Span
+from loader.reading.columns import ColumnFiles
 from loader.reading.local import Check, LocalShards
 from loader.reading.network import Network
 from loader.reading.open_shards import OpenShards, Shard, ShardSource
@@ -24,6 +24,7 @@ from loader.reading.prefetch import Prefetcher
 from loader.reading.remote import RemoteShard, RemoteShards
 from loader.reading.stored import StoredSample, decode_sample, read_sample
 from shardspec import storage
+from shardspec.documents import read_object
 from shardspec.errors import ConfigError, ShardError
 from shardspec.index import sample_layout
 from shardspec.manifest import FileEntry, Manifest, Segment, fetch_manifest, require_manifest
@@ -82,6 +83,15 @@ class ShardReader:
         self._open = OpenShards()
         # Whether a segment was found damaged. Threads may judge the same one at a time.
         self._damaged: dict[int, bool] = {}
+        self.added: ColumnFiles | None = None
+        """Columns that were added to the dataset; None without any."""
+        if manifest.columns is not None:
+            if not storage.is_local(url):
+                prefetcher = prefetcher or Prefetcher(Network())
+                prefetcher.open()
+            self.added = ColumnFiles(
+                url, manifest.select(split), manifest.columns, prefetcher=prefetcher
+            )
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -98,6 +108,8 @@ class ShardReader:
             self._open.num_readers += 1
         if self._remote is not None and other.prefetcher is not None:
             self._remote.prefetcher = other.prefetcher
+            if self.added is not None:
+                self.added.prefetcher = other.prefetcher
 
     @property
     def prefetcher(self) -> Prefetcher | None:
@@ -136,7 +148,7 @@ class ShardReader:
         """
         shard, i = self._locate(sample_id)
         place = shard.places[i].item()
-        key = place[-1].decode()
+        key = _key(place[-1], shard.url)
         where = f"{shard.url} sample {key}"
         members = shard.sample(i, where=where)
         return read_sample(members, place, key, codec=self.codec, where=where)
@@ -178,7 +190,7 @@ class ShardReader:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index`.
         """
         shard, number = self._locate(sample_id)
-        key = shard.rows[number]["key"].decode()
+        key = _key(shard.rows[number]["key"], shard.url)
         where = f"{shard.url} sample {key}"
         return key, shard.sample(number, where=where), where
 
@@ -189,8 +201,10 @@ class ShardReader:
         members = shard.sample(i, where=shard.url)
         start = sample_layout(row).json
         payload = members[start : start + int(row["json_bytes"])]
-        document: dict[str, Any] = json.loads(bytes(payload))
-        return document
+        try:
+            return read_object(payload)
+        except ValueError as error:
+            raise ShardError("sample_json", where=shard.url, sample=i, error=error) from error
 
     def name(self, sample_id: int) -> tuple[str, str]:
         """Names a sample for messages: its shard as in the manifest, and its key.
@@ -203,7 +217,7 @@ class ShardReader:
             opened, row = self._locate(sample_id)
         except ShardError:
             return url, ""
-        return url, opened.rows[row]["key"].decode()
+        return url, opened.rows[row]["key"].decode(errors="backslashreplace")
 
     @property
     def ahead_steps(self) -> int:
@@ -245,7 +259,7 @@ class ShardReader:
         """Reads one column of the indexes for many samples at once.
 
         Args:
-          name: Of the column; see `shardspec.index.index_dtype`.
+          name: Of the column; see `shardspec.index.index_dtype` and `added`.
           sample_ids: int64 [n], each 0 to len - 1, in any order.
 
         Returns:
@@ -257,8 +271,17 @@ class ShardReader:
         return self.columns([name], sample_ids)[name]
 
     def columns(self, names: Sequence[str], sample_ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads several columns as `column` does, and opens each index once for all of them."""
+        """Reads several columns as `column` does, and opens each index once for all of them.
+
+        They may be of the indexes, or have been added to the dataset.
+        """
         sample_ids = np.asarray(sample_ids, np.int64)
+        if self.added is not None:
+            added = [name for name in names if name in (self.added.dtype.names or ())]
+            if added:
+                own = [name for name in names if name not in added]
+                found = self.columns(own, sample_ids) if own else {}
+                return {**found, **self.added.values(added, sample_ids)}
         by_id = np.argsort(sample_ids, kind="stable")
         ordered = sample_ids[by_id]
         number_of = np.searchsorted(self.starts, ordered, side="right") - 1
@@ -328,6 +351,13 @@ def count_reading(readers: Iterable[ShardReader]) -> Counter[str]:
     return counters
 
 
+def _key(stored: bytes, where: str) -> str:
+    try:
+        return stored.decode()
+    except UnicodeDecodeError as error:
+        raise ShardError("index_key", where=where, key=repr(stored[:40])) from error
+
+
 def _resolved(segment: Segment, url: str) -> Segment:
     """Resolves the URLs of a segment's file, so that they do not depend on the dataset's."""
     file = segment.file
@@ -335,8 +365,8 @@ def _resolved(segment: Segment, url: str) -> Segment:
         segment,
         file=replace(
             file,
-            url=storage.resolve(url, file.url),
-            index_url=storage.resolve(url, file.index_url),
+            url=storage.resolve_place(url, file.url),
+            index_url=storage.resolve_place(url, file.index_url),
         ),
     )
 

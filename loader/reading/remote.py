@@ -40,8 +40,8 @@ class RemoteShards:
     def max_open(self, num_readers: int) -> int:  # noqa: ARG002 - as for local shards
         """Returns how many indexes are kept, however many readers share them.
 
-        Without a cache each takes some 1 MB for 10,000 samples; mapped from one it holds a
-        descriptor, of which processes often have 1,024 and blocks take 256.
+        Each takes some 1 MB for 10,000 samples: a map of a file in a cache would take none, but a
+        file that is cut would end the process.
         """
         return 384
 

@@ -16,11 +16,15 @@ import torch
 from loader.order import Passes, epoch_of
 from loader.state.fingerprint import view_differences
 from loader.topology import find_worker
+from shardspec.documents import DocumentError, require_plain
 from shardspec.errors import ConfigError, StateError, nearest
 from shardspec.manifest import differences
 
 STATE_VERSION = 2
 """Version of the states of loaders and datasets; any other is refused."""
+
+_MOST_STEPS = 2**62
+"""Above all steps and examples of any run; sums of two are still integers of 64 bits."""
 
 Allowed = Literal["view", "order", "appended"]
 """What may differ from the state's run where that is asked for."""
@@ -30,9 +34,10 @@ class Cursor:
     """The position of one dataset object; that of the run is in the loader's state."""
 
     def __init__(self) -> None:
-        # Epoch, and steps of it that are skipped. In shared memory: written by the process that
-        # owns the dataset, read by its workers when they begin a pass.
-        self._position = torch.zeros(2, dtype=torch.int64)
+        # Epoch, steps of it that are skipped, and the step that was asked for (-1: none). In shared
+        # memory: written by the process that owns the dataset, read by its workers when they begin
+        # a pass.
+        self._position = torch.tensor([0, 0, -1])
         self._position.share_memory_()  # type: ignore[no-untyped-call]
         # Epoch and skipped steps of the pass that was begun last, and examples yielded of it; of
         # this process alone.
@@ -47,16 +52,25 @@ class Cursor:
 
     def set_epoch(self, epoch: int) -> None:
         """Lets the next pass begin at the start of an epoch."""
-        self._position[0], self._position[1] = epoch, 0
+        self._position[:] = torch.tensor([epoch, 0, -1])
 
     def set_step(self, order: Passes, step: int) -> None:
         """Lets the next pass begin at a step of the run, and end with that step's epoch."""
         epoch = epoch_of(order, step)
-        self._position[0], self._position[1] = epoch, step - order.epoch_start(epoch)
+        self._position[:] = torch.tensor([epoch, step - order.epoch_start(epoch), step])
+
+    def _begin(self, order: Passes) -> tuple[int, int]:
+        """Finds the epoch of the next pass and the steps of it that are skipped."""
+        epoch, skipped, step = self._position.tolist()
+        if step >= 0:
+            # The ranks, and with them the steps of an epoch, may be others than at `set_step`.
+            epoch = epoch_of(order, step)
+            skipped = step - order.epoch_start(epoch)
+        return epoch, skipped
 
     def remaining(self, order: Passes) -> int:
         """Counts the steps of the next pass."""
-        epoch, skipped = self.epoch, int(self._position[1].item())
+        epoch, skipped = self._begin(order)
         return order.epoch_start(epoch + 1) - order.epoch_start(epoch) - skipped
 
     def examples(
@@ -69,7 +83,7 @@ class Cursor:
           batch: Makes this rank's examples of a step.
           batch_size: Examples in one of them.
         """
-        epoch, skipped = self._position.tolist()
+        epoch, skipped = self._begin(order)
         taken = 0
         # Here, not at the first example: loaders may make an iterator and never use it.
         if self._resume is not None:
@@ -102,7 +116,7 @@ class Cursor:
         Args:
           own: What the position refers to: `data`, `order`, `view` and so on.
         """
-        epoch, skipped = self._pass or self._position.tolist()
+        epoch, skipped = self._pass or self._position[:2].tolist()
         return {
             "version": STATE_VERSION,
             "epoch": epoch,
@@ -119,9 +133,28 @@ class Cursor:
         Raises:
           StateError, ConfigError: As `require_state`.
         """
+        require_plain_state(state)
         require_state(state, own, allow=allow)
-        self._resume = (int(state["epoch"]), int(state["skipped_steps"]), int(state["taken"]))
+        for name in ("epoch", "skipped_steps", "taken"):
+            value = state.get(name)
+            if type(value) is not int or not 0 <= value < _MOST_STEPS:
+                raise StateError("state_fields", field=name, got=repr(value))
+        self._resume = (state["epoch"], state["skipped_steps"], state["taken"])
         self._pass, self._taken = self._resume[:2], self._resume[2]
+
+
+def require_plain_state(state: object) -> None:
+    """Refuses a state that does not consist of plain values.
+
+    Raises:
+      StateError: `state_fields`.
+    """
+    try:
+        require_plain(state)
+        if not isinstance(state, Mapping):
+            raise DocumentError(f"want a mapping, got {type(state).__name__}")
+    except DocumentError as error:
+        raise StateError("state_fields", field="state", got=error) from error
 
 
 def require_state(

@@ -6,6 +6,7 @@ a thread or a process.
 """
 
 from loader.stream.dataset import CACHE_BYTES, StreamingDataset, check_view, stored_view
+from loader.stream.groups import group_by
 from loader.stream.prepared import PlannedExample, PreparedBuilder
 from loader.stream.split import OpenSplit, open_split, stored_in
 from loader.stream.stream import (
@@ -32,6 +33,7 @@ __all__ = [
     "StreamPart",
     "StreamingDataset",
     "check_view",
+    "group_by",
     "open_split",
     "stored_in",
     "stored_view",

@@ -18,7 +18,7 @@ from loader.stream.prepared import OnBad, PreparedBuilder
 from loader.stream.split import open_split
 from loader.stream.stream import DatasetPlan, Stream, StreamPart
 from loader.stream.subset import Keys
-from loader.topology import find_topology
+from loader.topology import CurrentTopology
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import Manifest
@@ -108,7 +108,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             room for its share fetches each once; see `OrderConfig`.
           max_samples: Use only this many samples, the first ones: continues a run whose dataset has
             grown since. A subset is chosen among them.
-          where: Use only the samples that fulfil this condition on index columns, for example
+          where: Use only the samples that fulfil this condition on columns of the indexes or on
+            added ones (`make annotate`), for example
             "num_tokens < 2048 and width >= 336": those that `make filter WHERE=` keeps, in the
             same order as of that dataset, but nothing is written. Draws (variants, augmentation)
             are those of the whole dataset: a sample looks the same in a subset as without one.
@@ -143,7 +144,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         )
         if data.manifest.raw:
             raise ConfigError("raw_dataset", where=url)
-        topology = find_topology(rank=rank, world_size=world_size)
+        topology = CurrentTopology(rank=rank, world_size=world_size)
         view = view or View(image=stored_view(data.manifest))
         for image in filter(None, (view.image, view.high_res)):
             check_view(data.manifest, image, where=url)
@@ -177,11 +178,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.ids = part.builder.ids
         self.view = part.builder.view
 
-    def _resized(self, batch_size: int, *, sequence_length: int | None) -> StreamingDataset:
+    def _resized(self, global_batch: int, *, sequence_length: int | None) -> StreamingDataset:
         """Makes a dataset that shares what is open, at another batch size or sequence length."""
         (part,) = self._stream.parts
         part = replace(part, builder=part.builder.with_sequence_length(sequence_length))
-        return self._over(self._stream.resized([part], batch_size=batch_size))
+        return self._over(self._stream.resized([part], global_batch_size=global_batch))
 
     def _over(self, stream: Stream[PreparedBuilder]) -> StreamingDataset:
         other = copy.copy(self)
@@ -200,7 +201,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass, as DistributedSampler's method does."""
-        self._stream.cursor.set_epoch(epoch)
+        self._stream.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run, for resuming under a plain DataLoader.

@@ -38,6 +38,8 @@ class PlannedExample:
 
     draft: Draft
     """It names the sample that it substitutes: `Quarantine.record`."""
+    sample: int
+    """Id of the sample that was read: the slot's own, or a substitute."""
     attempt: int = 0
     """0, or the number of the substitute."""
     read_s: float
@@ -77,8 +79,9 @@ class PreparedBuilder:
     def in_mixture(self, *, seed: int) -> PreparedBuilder:
         """Makes the builder of the same dataset in a mixture, whose seed is that of the run."""
         other = copy.copy(self)
-        other._dataset = self.data.manifest.dataset
-        other._base_seed = dataset_seed(seed, other._dataset, self.data.name)
+        other._dataset = self.data.title
+        # Not of the group's name: a sample draws the same whatever group it is taken for.
+        other._base_seed = dataset_seed(seed, self.data.manifest.dataset, self.data.name)
         return other
 
     def with_sequence_length(self, sequence_length: int | None) -> PreparedBuilder:
@@ -87,6 +90,12 @@ class PreparedBuilder:
         other = copy.copy(self)
         other.view = replace(self.view, sequence_length=length)
         other._planner = Planner(other.view, self.ids)
+        return other
+
+    def of_group(self, data: OpenSplit) -> PreparedBuilder:
+        """Makes the builder of some of the samples in use."""
+        other = copy.copy(self)
+        other.data = data
         return other
 
     def view_fingerprint(self) -> dict[str, Any]:
@@ -129,6 +138,7 @@ class PreparedBuilder:
         planned.draft.dataset = self._dataset
         if not ref.real:
             planned.draft.plan.sequence.learns = False
+            planned.draft.real = False
         return planned
 
     def lengths(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,11 +206,16 @@ class PreparedBuilder:
                 self.quarantine.add(known)
             first = first or known
         assert first is not None
-        raise failure or ShardError(
-            "all_substitutes_bad",
-            where=f"{first['shard']} sample {first['key']}",
-            first_reason=first["reason"],
-        )
+        # Not the failure itself: its remedy may be to substitute.
+        where = f"{first['shard']} sample {first['key']}"
+        reason = first["reason"]
+        if first["stage"] == "read":
+            raise ShardError(
+                "all_substitutes_bad.read", where=where, first_reason=reason
+            ) from failure
+        raise SampleError(
+            "all_substitutes_bad.layout", where=where, first_reason=reason
+        ) from failure
 
     def _candidate(self, sample_id: int, epoch: int, attempt: int) -> int:
         """Gives the sample itself, and then its substitutes, which are samples in use too."""
@@ -224,6 +239,7 @@ class PreparedBuilder:
         )
         return PlannedExample(
             draft=draft,
+            sample=number,
             read_s=read_s - start_s,
             plan_s=perf_counter() - read_s,
             num_bytes=stored.num_bytes,

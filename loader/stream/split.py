@@ -31,6 +31,13 @@ class OpenSplit:
     """Samples that ids count: those of the split, or the first `max_samples` of them."""
     subset: Subset | None = None
     """Those in use; None: all of these."""
+    group: str = ""
+    """What the samples in use have in common, if they are a group of the dataset's."""
+
+    @property
+    def title(self) -> str:
+        """Names the samples among the datasets of a mixture."""
+        return self.manifest.dataset + (f"[{self.group}]" if self.group else "")
 
     @property
     def num_samples(self) -> int:

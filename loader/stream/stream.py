@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
+from loader.consumer import find_batch_size, find_divider
 from loader.order import (
     Locality,
     MixtureOrder,
@@ -34,7 +34,7 @@ from loader.order import (
 from loader.reading import LookaheadWindow, ShardReader
 from loader.state import Allowed, Cursor
 from loader.stream.split import OpenSplit
-from loader.topology import Topology, find_worker
+from loader.topology import CurrentTopology, Topology, find_worker
 from shardspec.errors import ConfigError
 
 Self = TypeVar("Self", bound="ExampleBuilder")
@@ -107,7 +107,7 @@ class StreamPart(Generic[Builder]):
 
     data: OpenSplit
     builder: Builder
-    topology: Topology
+    topology: CurrentTopology
     tail: Tail
     shuffle: bool
 
@@ -166,30 +166,75 @@ class Stream(Generic[Builder]):
         self.parts = tuple(parts)
         self.plan = plan
         self.seed = seed
-        self.batch_size = batch_size
+        self._batch_size = batch_size
+        # Of all ranks: what a loader sets, however many ranks there will be.
+        self._global_batch_size: int | None = None
+        # The order that was planned last, by its global batch size.
+        self._planned: tuple[int, Order | MixtureOrder] | None = None
         self.ahead = ReadAhead([part.data.reader for part in self.parts])
         self.cursor = Cursor()
         self._named = named
 
-    def resized(self, parts: Sequence[StreamPart[Builder]], *, batch_size: int) -> Stream[Builder]:
+    def resized(
+        self, parts: Sequence[StreamPart[Builder]], *, global_batch_size: int
+    ) -> Stream[Builder]:
         """Makes the stream of the same run at another batch size, over copies of its parts."""
-        return Stream(parts, self.plan, seed=self.seed, batch_size=batch_size, named=self._named)
+        other = Stream(parts, self.plan, seed=self.seed, batch_size=None, named=self._named)
+        other._global_batch_size = global_batch_size
+        return other
 
     @property
     def topology(self) -> Topology:
-        """The data-parallel rank of this process, and their number."""
-        return self.parts[0].topology
+        """The data-parallel rank of this process and their number, as far as they are known now."""
+        return self.parts[0].topology.now()
+
+    def settle(self) -> Topology:
+        """Finds out the rank of the pass that begins now, and refuses a second division by rank.
+
+        Raises:
+          ConfigError: `rank`; `sharded_twice`.
+        """
+        topology = self.parts[0].topology.settle()
+        self.require_undivided(topology)
+        return topology
+
+    def require_undivided(self, topology: Topology) -> None:
+        """Refuses what would divide the samples of this rank between the ranks once more.
+
+        Raises:
+          ConfigError: `sharded_twice`.
+        """
+        divider = find_divider() if topology.world_size > 1 else None
+        if divider is not None:
+            raise ConfigError(
+                "sharded_twice",
+                by=divider.name,
+                num_processes=divider.num_processes,
+                world_size=topology.world_size,
+            )
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples per batch of this rank; None: the order takes one."""
+        if self._global_batch_size is None:
+            return self._batch_size
+        return self._global_batch_size // self.topology.world_size
 
     @property
     def num_samples(self) -> int:
         """Samples of all datasets."""
         return sum(part.data.num_samples for part in self.parts)
 
-    @cached_property
+    @property
     def order(self) -> Order | MixtureOrder:
         """The order of the run at this batch size and world size."""
-        batch_size = 1 if self.batch_size is None else self.batch_size
-        return self.plan.order(global_batch_size=batch_size * self.topology.world_size)
+        batch = self._global_batch_size
+        if batch is None:
+            batch = 1 if self._batch_size is None else self._batch_size
+            batch *= self.topology.world_size
+        if self._planned is None or self._planned[0] != batch:
+            self._planned = batch, self.plan.order(global_batch_size=batch)
+        return self._planned[1]
 
     def by_id(self, schedule: Schedule) -> Schedule:
         """Lets the rows of a schedule name samples by their ids, where it is of subsets."""
@@ -207,18 +252,30 @@ class Stream(Generic[Builder]):
         """Gives this worker's share of the next pass.
 
         Raises:
-          ConfigError: `batch_size`, several workers and no batch size.
+          ConfigError: `batch_size`, several workers and no batch size, or another one than the
+            DataLoader's; `sharded_twice`; `rank`.
         """
+        topology = self.settle()
         _, num_workers = find_worker()
         if num_workers > 1 and self.batch_size is None:
-            raise ConfigError("batch_size", num_workers=num_workers)
+            raise ConfigError("batch_size.workers", num_workers=num_workers)
         return self.cursor.examples(
-            self.order, self._step_examples(), batch_size=self.batch_size or 1
+            self.order, self._step_examples(topology), batch_size=self.batch_size or 1
         )
 
     def example(self, ref: SampleRef) -> Any:
         """Makes the example of a slot."""
         return self.parts[ref.dataset].builder.example(ref)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lets the next pass begin at the start of an epoch.
+
+        Raises:
+          ConfigError: `sharded_twice`: Accelerate sets the epoch before each pass. Its workers
+            cannot be told from others there.
+        """
+        self.require_undivided(self.topology)
+        self.cursor.set_epoch(epoch)
 
     def set_step(self, step: int) -> None:
         """Lets the next pass begin at a step of the run."""
@@ -232,7 +289,7 @@ class Stream(Generic[Builder]):
         """
         if not self._named:
             return self.parts[0].data.fingerprint
-        return {part.data.manifest.dataset: part.data.fingerprint for part in self.parts}
+        return {part.data.title: part.data.fingerprint for part in self.parts}
 
     def has_grown_from(self, saved: Mapping[str, Any]) -> bool:
         """Returns True if a fingerprint is that of this data before samples were appended."""
@@ -249,7 +306,7 @@ class Stream(Generic[Builder]):
 
     def describe_view(self) -> dict[str, Any]:
         """Gives the field `view` of states: of each dataset, or none where samples stay raw."""
-        views = {p.data.manifest.dataset: p.builder.view_fingerprint() for p in self.parts}
+        views = {p.data.title: p.builder.view_fingerprint() for p in self.parts}
         if None in views.values():
             return {}
         return {"view": views if self._named else next(iter(views.values()))}
@@ -280,7 +337,7 @@ class Stream(Generic[Builder]):
             **self.describe_view(),
         }
 
-    def _step_examples(self) -> Callable[[int], list[Any]]:
+    def _step_examples(self, topology: Topology) -> Callable[[int], list[Any]]:
         """Makes the function that gives this rank's examples of a step, for this worker's steps.
 
         The worker's next steps are announced to the readers before it waits for the present one.
@@ -290,15 +347,27 @@ class Stream(Generic[Builder]):
         order = self.order
         schedule = self.by_id(SlotSchedule(order))
         window = LookaheadWindow(self.ahead.ahead_steps, stride=find_worker()[1])
+        batch_size, checked = self.batch_size, False
 
         def examples(step: int) -> list[Any]:
+            nonlocal checked
+            if not checked:
+                checked = True
+                _require_batch_size(batch_size)
             if self.ahead.ahead_steps:
                 stop = order.epoch_start(epoch_of(order, step) + 1)
                 for later in window.next_steps(step, stop=stop):
-                    self.ahead.prefetch(later, schedule.rows(later, self.topology))
-            rows = schedule.rows(step, self.topology)
+                    self.ahead.prefetch(later, schedule.rows(later, topology))
+            rows = schedule.rows(step, topology)
             made = [self.example(ref) for row in rows for ref in row]
             self.ahead.release(step)
             return made
 
         return examples
+
+
+def _require_batch_size(batch_size: int | None) -> None:
+    """Refuses a DataLoader whose batches are not those of the order."""
+    taken = find_batch_size()
+    if batch_size is not None and taken is not None and taken != batch_size:
+        raise ConfigError("batch_size.loader", dataset=batch_size, loader=taken)

@@ -31,12 +31,13 @@ class AOkVqa(HfDataset):
     PATH: ClassVar[str] = "HuggingFaceM4/A-OKVQA"
     COLUMNS: ClassVar[tuple[str, ...]] = ("image", "question", "choices", "direct_answers")
     modes: ClassVar[tuple[str, ...]] = ("mc", "da")
+    leaves_out: ClassVar[frozenset[str]] = frozenset({"difficult_direct_answer"})
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
         message: dict[str, Any] = {
             "style": f"a_okvqa_{self.mode}",
-            "question": required((row["question"] or "").strip(), reason="no_question"),
+            "question": required(row["question"], reason="no_question"),
         }
         if self.mode == "mc":
             message["options"] = list(row["choices"])

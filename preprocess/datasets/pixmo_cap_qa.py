@@ -32,8 +32,8 @@ class PixMoCapQa(HfDataset):
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
-        turns = [*user_turns(row["question"] or ""), (row["answer"] or "").strip()]
-        if not all(turns):
+        turns = [*user_turns(row["question"] or ""), row["answer"] or ""]
+        if not all(turn.strip() for turn in turns):
             raise SampleError("conversation.empty", turns=len(turns))
         return {
             "image": row_image(row, base=self.rows.base),
@@ -60,7 +60,7 @@ class PixMoCapQa(HfDataset):
 def user_turns(question: str) -> list[str]:
     """Splits a marked conversation into its turns, the user's first and last.
 
-    A text without marks is one turn.
+    A text without marks is one turn, as it is; the space beside a mark belongs to the mark.
 
     Raises:
       SampleError: `conversation` (turns that do not alternate from user to user).
@@ -71,7 +71,7 @@ def user_turns(question: str) -> list[str]:
     head, *marked = _MARK.split(question)
     speakers, turns = marked[::2], [turn.strip() for turn in marked[1::2]]
     if not marked:
-        return [head.strip()]
+        return [head]
     if speakers[-1] == "ASSISTANT" and not turns[-1]:  # the mark in front of the answer
         speakers, turns = speakers[:-1], turns[:-1]
     rounds = (len(turns) - 1) // 2

@@ -41,11 +41,12 @@ class PixMoPointExplanations(HfDataset):
     validation_share: ClassVar[float] = 1024 / 29_000
     """Molmo keeps 1,024 of the 29 thousand images that its paper counts (arXiv 2409.17146)."""
     grouped: ClassVar[bool] = True
+    leaves_out: ClassVar[frozenset[str]] = frozenset({"no_parsed_response"})
     sample_rows_per_example: ClassVar[int] = 2
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
-        answer = required((row["parsed_response"] or "").strip(), reason="no_parsed_response")
+        answer = required(row["parsed_response"], reason="no_parsed_response")
         lists = [row[name] or () for name in ("points", "inline_text", "alt_text")]
         counts = {len(values) for values in lists}
         if counts != {answer.count(POINT_MARK)}:
@@ -54,7 +55,7 @@ class PixMoPointExplanations(HfDataset):
             )
         message = {
             "style": "point_qa",
-            "question": required((row["question"] or "").strip(), reason="no_question"),
+            "question": required(row["question"], reason="no_question"),
             "answer": answer,
             "answer_annotations": [
                 {"points": xy_pairs(points), "inline_text": inline, "alt_text": alt}

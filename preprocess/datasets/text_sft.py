@@ -3,8 +3,8 @@
 Public schema (card of allenai/tulu-3-sft-mixture): id str, messages list[{role, content}] with the
 roles system, user and assistant, source str. Molmo 2 trains on a filtered relative of it
 (allenai/molmo2-tulu4-classified) whose `messages` are the same; its filters by category and length
-are not applied here. The text of a system message goes in front of the first user turn, as in
-Molmo 2.
+are not applied here. A system message is kept apart: it is a turn of a chat template, and goes in
+front of the first user turn in Molmo's own formats.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class TextSft(HfDataset):
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
         metadata = {name: row[name] for name in ("id", "source") if row.get(name)}
-        messages = [{"style": "text_sft", "messages": alternating(as_records(row["messages"]))}]
-        return {"message_list": messages, "metadata": metadata}
+        system, texts = conversation(as_records(row["messages"]))
+        message = {"style": "text_sft", "messages": texts, **({"system": system} if system else {})}
+        return {"message_list": [message], "metadata": metadata}
 
     def sample_row(self, seed: int, idx: int) -> dict[str, Any]:
         """Generates a row: one to three small tasks with right answers."""
@@ -49,26 +50,32 @@ class TextSft(HfDataset):
         return {"id": f"{seed}-{idx}", "messages": messages, "source": "sample"}
 
 
-def alternating(messages: list[dict[str, Any]]) -> list[str]:
-    """Gives a conversation's texts, user and assistant in turn, the system's folded in.
+def conversation(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """Gives a conversation's system text ("" for none), and the others, user and assistant in turn.
 
     Raises:
       SampleError: `conversation` (roles that do not alternate, or an empty turn).
 
-    >>> alternating([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}])
-    ['2 + 2?', '4']
+    >>> conversation([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}])
+    ('', ['2 + 2?', '4'])
     """
     roles = [message["role"] for message in messages]
-    texts = [(message["content"] or "").strip() for message in messages]
-    if roles[:1] == ["system"] and len(texts) > 1:
-        roles, texts = roles[1:], ["\n\n".join(filter(None, texts[:2])), *texts[2:]]
-    if not texts or not all(texts) or roles != ["user", "assistant"] * (len(roles) // 2):
+    texts = [message["content"] or "" for message in messages]
+    system = ""
+    if roles[:1] == ["system"]:
+        system = texts[0] if texts[0].strip() else ""
+        roles, texts = roles[1:], texts[1:]
+    if (
+        not texts
+        or not all(text.strip() for text in texts)
+        or roles != ["user", "assistant"] * (len(roles) // 2)
+    ):
         raise SampleError(
             "conversation.order",
             roles=" ".join(map(str, roles)),
-            empty=sum(not text for text in texts),
+            empty=sum(not text.strip() for text in texts),
         )
-    return texts
+    return system, texts
 
 
 def _sum(rng: np.random.RandomState) -> Turns:

@@ -30,7 +30,7 @@ class Vqa2(HfDataset):
         messages = [
             {
                 "style": "vqa2",
-                "question": record["question"].strip(),
+                "question": record["question"],
                 "answers": list(record["answers"]),
                 "question_id": record.get("question_id"),
             }

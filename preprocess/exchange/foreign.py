@@ -86,6 +86,8 @@ class ImportSettings:
             wrong["dots"] = self.dots
         if wrong:
             raise ConfigError("job_settings", facts=wrong)
+        if self.out.startswith("memory://"):
+            raise ConfigError("out_memory", where=self.out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +211,10 @@ def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
 
 
 def _require_there(url: str) -> ObjectVersion:
+    if storage.is_local(url):
+        path = storage.local_path(url)
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for a writer
+            raise ConfigError("import_tars.special", where=url)
     found = object_version(url)
     if found is None:
         raise ConfigError("import_tars.absent", where=url)

@@ -11,6 +11,7 @@ from preprocess.job.build import (
     stored_sizes,
     valid_receipts,
 )
+from preprocess.job.columns import publish_columns, read_columns
 from preprocess.job.dry_run import DryRun, dry_run
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.job import JobSettings, Reporter
@@ -26,20 +27,25 @@ from preprocess.job.plan import (
     shard_name,
 )
 from preprocess.job.planner import read_json, require_space
+from preprocess.job.rows import RowCounts, count_rows
 from preprocess.job.verify import verify
 
 __all__ = [
     "JobSettings",
     "Outcome",
     "Reporter",
+    "RowCounts",
     "ShardCount",
     "DryRun",
+    "count_rows",
     "count_shards",
     "find_strays",
     "output_lock",
     "is_in_place",
     "is_name",
     "plan_order",
+    "publish_columns",
+    "read_columns",
     "read_json",
     "remove_strays",
     "require_name",

@@ -26,10 +26,12 @@ from preprocess.job.build import SCRATCH
 from preprocess.job.lease import LEASE_NAME
 from preprocess.job.planner import read_json
 from shardspec import storage
+from shardspec.columns import COLUMNS_SUFFIX
 from shardspec.errors import ManifestError
 from shardspec.manifest import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
+    AddedColumns,
     Manifest,
     ShardEntry,
     load_manifest,
@@ -39,7 +41,7 @@ from shardspec.storage import OpenUpload, StoredObject
 
 _SHARD = re.compile(
     r"(?P<split>[A-Za-z0-9_-]+)/[A-Za-z0-9_-]+-(?P=split)-\d{5,}-of-\d{5,}"
-    + rf"(?:\.tar|{re.escape(INDEX_SUFFIX)})"
+    + rf"(?:\.tar|{re.escape(INDEX_SUFFIX)}|{re.escape(COLUMNS_SUFFIX)})"
 )
 _RECEIPT = re.compile(r"receipts/(?P<name>[A-Za-z0-9_-]+-\d{5,}-of-\d{5,})\.json")
 _QUARANTINE = re.compile(r"quarantine/(?P<name>[A-Za-z0-9_-]+-\d{5,}-of-\d{5,})\.jsonl")
@@ -106,7 +108,7 @@ class _Kept:
     """What is needed, among the files with a job's names."""
 
     files: frozenset[str]
-    """Tars and indexes, by their absolute URLs: a view may name any, and over links."""
+    """Tars, indexes and column files, by their absolute URLs: a view may name any."""
     folders: frozenset[str]
     """Absolute URLs of the folders where others have put the tars of a view."""
     shards: frozenset[str]
@@ -119,10 +121,11 @@ def _kept(url: str, manifest: Manifest | None, planned: list[ShardEntry]) -> _Ke
     # The shards of a view are not files.
     files = [*(shard.file for shard in planned), *(manifest.files if manifest else ())]
     tars = manifest.view.files if manifest and manifest.view else ()
+    added = manifest.columns.files if manifest and manifest.columns else ()
+    names = [name for file in files for name in (file.url, file.index_url)]
+    names += [AddedColumns.file_url(shard_url) for shard_url in added]
     return _Kept(
-        files=frozenset(
-            _absolute(url, each) for file in files for each in (file.url, file.index_url)
-        ),
+        files=frozenset(_absolute(url, name) for name in names),
         folders=frozenset(posixpath.dirname(_absolute(url, tar.url)) for tar in tars),
         shards=frozenset(posixpath.basename(shard.url).removesuffix(".tar") for shard in shards),
     )

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from preprocess.job.columns import read_columns
 from preprocess.job.job import Reporter
 from shardspec import storage
 from shardspec.checksum import crc32
@@ -43,7 +44,7 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
       deep: Decode every image as well.
 
     Returns:
-      What is wrong, at most one finding a shard; [] where all is as promised.
+      What is wrong, at most one finding a file; [] where all is as promised.
 
     Raises:
       ManifestError: There is no readable manifest.
@@ -56,6 +57,12 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
             _verify_tokenizer(manifest, storage.join(url, TOKENIZER_NAME))
         except ShardError as error:
             findings.append(error)
+    if manifest.columns is not None:
+        for shard in manifest.shards:
+            try:
+                read_columns(url, manifest, shard)
+            except ShardError as error:
+                findings.append(error)
     report.stage("verify", len(manifest.files))
     for file in manifest.files:
         try:
@@ -76,13 +83,10 @@ def _verify_tokenizer(manifest: Manifest, where: str) -> None:
 
 def _verify_file(url: str, file: FileEntry, manifest: Manifest, *, codec: str | None) -> None:
     raw, embedding_size = manifest.raw, manifest.tokenizer.embedding_size
-    tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
+    tar_url = storage.resolve_place(url, file.url)
     counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
-        tar_path = _at_hand(tar_url, Path(folder) / "shard.tar")
-        _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
-        index_path = _at_hand(index_url, Path(folder) / "index.npy")
-        _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
+        tar_path, index_path = _hashed(url, file, Path(folder))
         rows = np.array(open_index(str(index_path), raw=raw, **counts))
         with tar_path.open("rb") as stream:
             tar = _view(stream, file.num_bytes)
@@ -96,6 +100,25 @@ def _verify_file(url: str, file: FileEntry, manifest: Manifest, *, codec: str | 
                     raise _wrong(tar_url, "member_extra", {"member": extra.name})
             for row in rows:
                 _verify_crc(tar, row, where=tar_url)
+
+
+def check_hashes(url: str, file: FileEntry) -> None:
+    """Compares the whole bytes of a shard and its index with their hashes.
+
+    Raises:
+      ShardError: They differ, or a file is missing.
+    """
+    with TemporaryDirectory() as folder:
+        _hashed(url, file, Path(folder))
+
+
+def _hashed(url: str, file: FileEntry, folder: Path) -> tuple[Path, Path]:
+    tar_url, index_url = (storage.resolve_place(url, n) for n in (file.url, file.index_url))
+    tar_path = _at_hand(tar_url, folder / "shard.tar")
+    _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
+    index_path = _at_hand(index_url, folder / "index.npy")
+    _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
+    return tar_path, index_path
 
 
 def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:

@@ -5,8 +5,22 @@ a sample.
 """
 
 from preprocess.reshard.assign import ReaderCluster, SampleOrder, parse_shares, repeated_key
-from preprocess.reshard.plan import ReshardPlan, ReshardSettings, Through, plan_reshard
-from preprocess.reshard.run import Resharded, portable_url, read_notes, reshard
+from preprocess.reshard.plan import (
+    ReshardPlan,
+    ReshardSettings,
+    Through,
+    plan_reshard,
+    split_keys,
+)
+from preprocess.reshard.run import (
+    Resharded,
+    check_sources,
+    check_unfinished,
+    portable_url,
+    publish_tokenizer,
+    read_notes,
+    reshard,
+)
 
 __all__ = [
     "ReaderCluster",
@@ -15,10 +29,14 @@ __all__ = [
     "Resharded",
     "SampleOrder",
     "Through",
+    "check_sources",
+    "check_unfinished",
     "parse_shares",
     "plan_reshard",
     "portable_url",
+    "publish_tokenizer",
     "read_notes",
     "repeated_key",
     "reshard",
+    "split_keys",
 ]

@@ -20,7 +20,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from preprocess.job import Reporter, ShardCount, require_name, shard_borders, shard_name
+from preprocess.job import (
+    Reporter,
+    ShardCount,
+    read_columns,
+    require_name,
+    shard_borders,
+    shard_name,
+)
 from preprocess.reshard.assign import (
     Advice,
     ReaderCluster,
@@ -36,8 +43,16 @@ from preprocess.reshard.assign import (
 from preprocess.settings import Setting, usable_cores
 from preprocess.sizes import parse_bytes
 from shardspec import storage
+from shardspec.columns import columns_dtype
 from shardspec.errors import ConfigError, ConflictError, ManifestError, ShardError
-from shardspec.expression import as_numbers, encoded_keys, filter_columns, parse_keys, select
+from shardspec.expression import (
+    encoded_keys,
+    filter_columns,
+    filter_values,
+    parse_keys,
+    scalar_names,
+    select,
+)
 from shardspec.index import open_index, raw_index_dtype
 from shardspec.manifest import (
     MANIFEST_NAME,
@@ -223,6 +238,8 @@ class SplitPlan:
     quarantined: Mapping[str, int]
     origin: tuple[Mapping[str, str], ...]
     """What the samples were taken from."""
+    added: np.ndarray | None
+    """[m], the sources' added columns, of all samples that `numbers` counts; None without any."""
 
     @property
     def starts(self) -> np.ndarray:
@@ -346,7 +363,8 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
     _check_keys_apart(sources, splits, tables)
     plans: list[SplitPlan] = []
     for split, segments in gathered.items():
-        plans += _plan_split(settings, sources, split, segments, tables, keys[split])
+        added = _added(sources, split)
+        plans += _plan_split(settings, sources, split, segments, tables, keys[split], added)
     num_runs = sum(len(plan.runs(shard)) for plan in plans for shard in range(plan.num_shards))
     return ReshardPlan(
         settings=settings,
@@ -403,6 +421,40 @@ def _check_alike(sources: Sequence[ReshardSource]) -> None:
             raise ConflictError(
                 "recipe_conflict.sources", where=source.url, differences="; ".join(found)
             )
+        ours, theirs = (_alike_types(manifest) for manifest in (first, other))
+        found = differences(ours, theirs, "columns")
+        if found:
+            raise ConflictError("columns_conflict", where=source.url, differences="; ".join(found))
+
+
+def _alike_types(manifest: Manifest) -> dict[str, str]:
+    """Lists the types of added columns; texts of any length are alike."""
+    types = manifest.columns.types if manifest.columns else {}
+    return {n: "text" if kind.startswith("text") else kind for n, kind in types.items()}
+
+
+def _added(sources: Sequence[ReshardSource], split: str) -> np.ndarray | None:
+    """Joins the added columns of a split over all sources: [m]."""
+    if sources[0].manifest.columns is None:
+        return None
+    parts = [
+        read_columns(source.url, source.manifest, shard)
+        for source in sources
+        if split in source.manifest.splits
+        for shard in source.manifest.select(split)
+    ]
+    types = [source.manifest.columns.types for source in sources if source.manifest.columns]
+    rows = np.zeros(sum(map(len, parts)), _widest(types))
+    for name in rows.dtype.names or ():
+        rows[name] = np.concatenate([part[name] for part in parts]) if parts else rows[name]
+    return rows
+
+
+def _widest(types: Sequence[Mapping[str, str]]) -> np.dtype:
+    """Gives the row type that holds the texts of all of some alike types."""
+    dtypes = [columns_dtype(each) for each in types]
+    kinds = {name: [dtype[name] for dtype in dtypes] for name in dtypes[0].names or ()}
+    return np.dtype([(n, max(own, key=lambda kind: kind.itemsize)) for n, own in kinds.items()])
 
 
 def _name(settings: ReshardSettings, sources: Sequence[ReshardSource]) -> str:
@@ -433,8 +485,8 @@ def _segments(sources: Sequence[ReshardSource], split: str) -> tuple[Segment, ..
         for segment in source.manifest.segments(split):
             file = replace(
                 segment.file,
-                url=storage.resolve(source.url, segment.file.url),
-                index_url=storage.resolve(source.url, segment.file.index_url),
+                url=storage.resolve_place(source.url, segment.file.url),
+                index_url=storage.resolve_place(source.url, segment.file.index_url),
             )
             found.append(replace(segment, file=file))
     return tuple(found)
@@ -516,8 +568,9 @@ def _plan_split(
     segments: tuple[Segment, ...],
     tables: Mapping[str, np.ndarray],
     keys: np.ndarray,
+    added: np.ndarray | None,
 ) -> Iterator[SplitPlan]:
-    chosen = _choose(settings, split, segments, tables, keys)
+    chosen = _choose(settings, split, segments, tables, keys, added)
     total, num_chosen = len(keys), sum(map(len, chosen.values()))
     sizes = _column(segments, tables, "num_bytes").astype(np.int64)
     having = [source for source in sources if split in source.manifest.splits]
@@ -560,6 +613,7 @@ def _plan_split(
                 }
                 for source in having
             ),
+            added=added,
         )
 
 
@@ -569,13 +623,17 @@ def _choose(
     segments: tuple[Segment, ...],
     tables: Mapping[str, np.ndarray],
     keys: np.ndarray,
+    added: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Filters the samples of a split, and assigns them: new split -> int64 [n], ascending."""
     kept = np.ones(len(keys), dtype=bool)
     if settings.keys is not None:
         kept &= np.isin(keys, encoded_keys(settings.keys))
     if settings.where:
-        kept &= select(settings.where, _numbers_of(segments, tables))
+        columns = _numbers_of(segments, tables)
+        if added is not None:
+            columns |= {name: added[name] for name in scalar_names(added.dtype)}
+        kept &= select(settings.where, columns)
     numbers = np.flatnonzero(kept).astype(np.int64)
     if settings.into is None:
         return {split: numbers}
@@ -589,7 +647,7 @@ def _numbers_of(
 ) -> dict[str, np.ndarray]:
     """Gives the columns that a filter may name."""
     names = filter_columns(tables[segment.file.url].dtype for segment in segments)
-    return {name: as_numbers(_column(segments, tables, name)) for name in names}
+    return {name: filter_values(_column(segments, tables, name)) for name in names}
 
 
 def _lengths(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -597,6 +655,12 @@ def _lengths(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> n
     columns = _numbers_of(segments, tables)
     name = next(n for n in ("view_length", "num_tokens", "num_bytes") if n in columns)
     return columns[name]
+
+
+def split_keys(plan: ReshardPlan, split: SplitPlan) -> np.ndarray:
+    """Gives the keys of a new split in its order: bytes [n]."""
+    keys: np.ndarray = _keys(split.segments, plan.tables)[split.numbers]
+    return keys
 
 
 def shard_rows(plan: ReshardPlan, split: SplitPlan, shard: int) -> tuple[np.ndarray, np.ndarray]:

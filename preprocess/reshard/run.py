@@ -24,6 +24,7 @@ from preprocess.job import (
     Reporter,
     is_in_place,
     output_lock,
+    publish_columns,
     read_json,
     require_space,
     scratch_folder,
@@ -44,6 +45,7 @@ from shardspec.errors import ConfigError, ConflictError, ShardError, redacted
 from shardspec.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
+    AddedColumns,
     Manifest,
     Receipt,
     ShardEntry,
@@ -92,7 +94,7 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
         done = _finished(plan)  # once more: another job may have ended in between
         if done is not None:
             return done
-        _check_unfinished(out)
+        check_unfinished(out)
         storage.delete(scratch_of(out))
         if plan.view:
             shards, view, copied = [], _view(plan), 0
@@ -105,10 +107,10 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
                 storage.publish_bytes(_note_url(plan, split), canonical_json(note, indent=1))
             receipts, copied = _copy(plan, report, require_held)
             shards = [receipt.shard for receipt in receipts]
-        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-            list(pool.map(check_unchanged, *zip(*plan.stamps.items(), strict=True)))
-        manifest = _manifest(plan, shards, view)
-        _publish_tokenizer(plan, report)
+        columns = _publish_columns(plan)
+        check_sources(plan)
+        manifest = _manifest(plan, shards, view, columns)
+        publish_tokenizer(plan, report)
         payload = manifest.encode()
         require_held()
         if not storage.compare_and_swap(storage.join(out, MANIFEST_NAME), payload, replacing=None):
@@ -143,7 +145,7 @@ def _is_reshard(note: Mapping[str, Any]) -> bool:
     return note.get("kind") == "reshard"
 
 
-def _check_unfinished(out: str) -> None:
+def check_unfinished(out: str) -> None:
     """Refuses an output with an unfinished `make shards`; an abandoned copy does not count.
 
     Raises:
@@ -277,7 +279,12 @@ def _copy(
     return [receipt for receipt in receipts.values() if receipt is not None], len(missing)
 
 
-def _manifest(plan: ReshardPlan, shards: Sequence[ShardEntry], view: View | None) -> Manifest:
+def _manifest(
+    plan: ReshardPlan,
+    shards: Sequence[ShardEntry],
+    view: View | None,
+    columns: AddedColumns | None,
+) -> Manifest:
     first = plan.sources[0].manifest
     versions: dict[str, set[str]] = {}
     for source in plan.sources:
@@ -305,10 +312,41 @@ def _manifest(plan: ReshardPlan, shards: Sequence[ShardEntry], view: View | None
         shards=tuple(sorted(shards, key=lambda shard: shard.url)),
         view=view,
         raw=plan.raw,
+        columns=columns,
     )
 
 
-def _publish_tokenizer(plan: ReshardPlan, report: Reporter) -> None:
+def check_sources(plan: ReshardPlan) -> None:
+    """Refuses sources whose files are not the versions that were planned with.
+
+    Raises:
+      ShardError: `source_changed`.
+    """
+    with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+        list(pool.map(check_unchanged, *zip(*plan.stamps.items(), strict=True)))
+
+
+def _publish_columns(plan: ReshardPlan) -> AddedColumns | None:
+    """Writes the column files of the new shards; None where the sources have no added columns."""
+    if plan.sources[0].manifest.columns is None:
+        return None
+    return publish_columns(
+        plan.settings.out,
+        {
+            _shard_url(plan, split, shard): split.added[split.shard_numbers(shard)]
+            for split in plan.splits
+            if split.added is not None
+            for shard in range(split.num_shards)
+        },
+    )
+
+
+def publish_tokenizer(plan: ReshardPlan, report: Reporter) -> None:
+    """Copies the tokenizer of the sources.
+
+    Raises:
+      ShardError: `tokenizer_file`.
+    """
     if plan.raw:
         return
     try:

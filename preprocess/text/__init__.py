@@ -4,18 +4,19 @@ Decides every text that a model sees. Draws nothing that training redraws: alter
 as variants.
 """
 
-from preprocess.text.chat import chat_frame, image_prefixes
+from preprocess.text.chat import ChatFrame, Frame, chat_frame, image_prefixes
+from preprocess.text.chat_template import TemplateFrame
 from preprocess.text.choices import ChoiceForm
 from preprocess.text.formatter import DataFormatter
 from preprocess.text.geometry import safe_geometry
 from preprocess.text.interleaved import InterleavedTextPreprocessor, check_placeholders
 from preprocess.text.message import message_styles, message_texts
+from preprocess.text.placeholders import media_placeholder
 from preprocess.text.points import PointFormat
 from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
 from preprocess.text.tokens import (
     EMBEDDED,
     IMAGE_SYMBOLS,
-    ChatFrame,
     Tokenizer,
     load_tokenizer,
     tokenizer_from_entry,
@@ -27,17 +28,20 @@ __all__ = [
     "ChatFrame",
     "ChoiceForm",
     "DataFormatter",
+    "Frame",
     "InterleavedTextPreprocessor",
     "MessageFormat",
     "PointFormat",
     "PromptTemplates",
     "SystemPrompt",
+    "TemplateFrame",
     "TextPolicy",
     "Tokenizer",
     "chat_frame",
     "check_placeholders",
     "image_prefixes",
     "load_tokenizer",
+    "media_placeholder",
     "message_styles",
     "message_texts",
     "safe_geometry",

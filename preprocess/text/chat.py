@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from preprocess.text.chat_template import TemplateFrame
 from preprocess.text.policy import MessageFormat
-from preprocess.text.tokens import ChatFrame
 from shardspec.errors import ConfigError
 
 
-def chat_frame(message_format: MessageFormat, template: ChatFrame | None) -> ChatFrame:
+@dataclass(frozen=True, kw_only=True)
+class ChatFrame:
+    """The markup around the turns of Molmo's own formats, as text.
+
+    A prompt is `first` (or `later`, from the second turn on) + user text + `suffix`; a response is
+    `response_prefix` + text. The end-of-turn token follows a response in the sequence itself.
+    """
+
+    folds_system: ClassVar[bool] = True
+    """A system text is part of the first user text, as in Molmo 2."""
+
+    first: str
+    later: str
+    suffix: str
+    response_prefix: str
+
+    def frame(
+        self, user: str, response: str, *, first: bool, last: bool, system: str = ""
+    ) -> tuple[str, str]:
+        """Puts the markup around one exchange: (prompt, response); see `TemplateFrame.frame`."""
+        del last, system
+        return (self.first if first else self.later) + user + self.suffix, (
+            self.response_prefix + response
+        )
+
+
+Frame = ChatFrame | TemplateFrame
+
+
+def chat_frame(message_format: MessageFormat, template: TemplateFrame | None) -> Frame:
     """Gives the markup of a message format.
 
     Args:

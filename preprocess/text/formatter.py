@@ -9,7 +9,9 @@ without a tokenizer. Steps for one message:
 2. a turn with several equally likely responses (transcripts, tied answers) becomes as many
    alternatives, each with V draws, so that all are chosen equally often;
 3. the style (`preprocess.text.styles`) draws user text and response;
-4. the first user text gets the prefix, and both sides the markup of the message format.
+4. the first user text gets the prefix, and both sides the markup of the message format. The
+   `system` text of a conversation is a turn of a chat template, and in Molmo's own formats it goes
+   in front of the first user text.
 
 An exchange in which nothing differs between its draws is stored once.
 
@@ -24,25 +26,27 @@ from typing import Any
 
 import numpy as np
 
+from preprocess.text.chat import Frame
 from preprocess.text.message import (
     ImageSize,
     Message,
     add_image_sizes,
     alternatives,
     fixed_texts,
+    optional_text,
     split_turns,
 )
 from preprocess.text.paraphrase import paraphrase
 from preprocess.text.policy import TextPolicy
 from preprocess.text.prefix import draw_prefix
 from preprocess.text.styles import STYLES, Draw, Exchange
+from preprocess.text.styles.base import as_written
 from preprocess.text.styles.captions import draw_caption
 from preprocess.text.styles.choices import draw_choice
 from preprocess.text.styles.instructions import draw_instruction
 from preprocess.text.styles.pointing import draw_inline_points, draw_pointing
 from preprocess.text.styles.qa import draw_qa
 from preprocess.text.styles.robots import draw_robot
-from preprocess.text.tokens import ChatFrame
 from shardspec.errors import SampleError, nearest
 from shardspec.keyed import SampleRng, hash_text, keyed
 from shardspec.sample import WEIGHT_ONE
@@ -76,7 +80,7 @@ class DataFormatter:
     """
 
     policy: TextPolicy
-    frame: ChatFrame
+    frame: Frame
     seed: int = 0
     """Seed of the baked draws; part of the recipe."""
     rng: SampleRng = field(default_factory=SampleRng, repr=False, compare=False)
@@ -162,6 +166,7 @@ class DataFormatter:
     ) -> tuple[tuple[Variant, ...], ...]:
         select = self.policy.select_answer
         messages = split_turns(message)
+        system = as_written(optional_text(message, "system"), self.policy)
         for turn in messages:
             _check_style(turn)
         turns = [alternatives(add_image_sizes(turn, image_sizes), select) for turn in messages]
@@ -171,24 +176,38 @@ class DataFormatter:
         if last:
             ending = self._exchange(turns[last][0], self.rng(keyed(base, last, 0, 0) >> 32))[1]
         return tuple(
-            self._variants(own, keyed(base, t), first=t == 0, ending=ending)
+            self._variants(
+                own, keyed(base, t), first=t == 0, last=t == last, system=system, ending=ending
+            )
             for t, own in enumerate(turns)
         )
 
     def _variants(
-        self, messages: Sequence[Message], base: int, *, first: bool, ending: str
+        self,
+        messages: Sequence[Message],
+        base: int,
+        *,
+        first: bool,
+        last: bool,
+        system: str,
+        ending: str,
     ) -> tuple[Variant, ...]:
         drawn = []
         for a, message in enumerate(messages):
             for v in range(self.policy.num_variants):
                 rng = self.rng(keyed(base, a, v) >> 32)
                 user, response = self._exchange(message, rng)
+                if first and system and self.frame.folds_system:
+                    user = "\n\n".join(filter(None, (system, user)))
                 if self.policy.paraphrase and rng.random_sample() < self.policy.paraphrase:
                     user = paraphrase(user, rng, keep=fixed_texts(message))
                 if first:
                     prefix = self.system_prefix(message["style"], ending or response, rng)
                     user = " ".join(part for part in (prefix, user) if part)
-                drawn.append(self._framed(user, response, first=first))
+                prompt, response = self.frame.frame(
+                    user, response, first=first, last=last, system=system
+                )
+                drawn.append(Variant(prompt=prompt, response=response))
         num_variants = self.policy.num_variants
         if all(drawn[i] == drawn[i - i % num_variants] for i in range(len(drawn))):
             drawn = drawn[::num_variants]
@@ -200,13 +219,6 @@ class DataFormatter:
 
     def _draw(self, message: Message, rng: np.random.RandomState) -> Draw:
         return Draw(style=STYLES[message["style"]], policy=self.policy, rng=rng)
-
-    def _framed(self, user: str, response: str, *, first: bool) -> Variant:
-        frame = self.frame
-        return Variant(
-            prompt=(frame.first if first else frame.later) + user + frame.suffix,
-            response=frame.response_prefix + response,
-        )
 
 
 def _check_style(message: Message) -> None:

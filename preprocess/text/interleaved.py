@@ -1,7 +1,8 @@
 """InterleavedTextPreprocessor: from formatted branches to ids and the spans table's TEXT rows.
 
-Each text is tokenized on its own, prompt and response apart, as Molmo does it; so the ids of a
-response do not depend on the prompt that is drawn before it. Equal texts share one run of ids.
+In Molmo's own formats each text is tokenized on its own, prompt and response apart, as Molmo does
+it; so the ids of a response do not depend on the prompt that is drawn before it. In the format
+"template" both are tokenized together, as transformers does it. Equal runs of ids are stored once.
 
 A user text may place the images itself, by the placeholder `<|image|>`: that takes a single
 conversation with one placeholder per image. Otherwise images precede all text, each after its lead
@@ -16,11 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from preprocess.text.formatter import Branch, Variant
-from preprocess.text.tokens import Tokenizer
+from preprocess.text.tokens import IMAGE_PLACEHOLDER, EncodedPieces, Tokenizer
 from shardspec.errors import SampleError
-
-IMAGE_PLACEHOLDER = "<|image|>"
-"""Where a user text wants its next image: the symbol that data on the hub uses as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,20 +53,30 @@ class InterleavedTextPreprocessor:
           SampleError: `empty_response` (no token to learn from), `image_placeholder`.
         """
         ids: list[int] = []
-        spans: dict[str, tuple[int, int]] = {}
+        spans: dict[str | tuple[int, ...], tuple[int, int]] = {}
+        memo: EncodedPieces = {}
+
+        def store(name: str | tuple[int, ...], run: Sequence[int]) -> tuple[int, int]:
+            start = len(ids)
+            ids.extend(run)
+            return spans.setdefault(name, (start, len(ids)))
 
         def span(text: str) -> tuple[int, int]:
-            if text not in spans:
-                start = len(ids)
-                ids.extend(self._encode(text))
-                spans[text] = (start, len(ids))
-            return spans[text]
+            return spans.get(text) or store(text, self._encode(text))
+
+        def exchange(variant: Variant, first: bool) -> Sequence[tuple[int, int]]:
+            if self.tokenizer.chat is None:
+                return span(variant.prompt), span(variant.response)
+            runs = self.tokenizer.encode_exchange(
+                variant.prompt, variant.response, first=first, memo=memo
+            )
+            return [spans.get(tuple(run)) or store(tuple(run), run) for run in runs]
 
         rows = []
         for b, branch in enumerate(branches):
             for t, variants in enumerate(branch.turns):
                 for variant in variants:
-                    prompt, response = span(variant.prompt), span(variant.response)
+                    prompt, response = exchange(variant, t == 0)
                     if response[0] == response[1]:
                         raise SampleError("empty_response", where=key)
                     rows.append((b, t, *prompt, *response, branch.weight))

@@ -42,6 +42,18 @@ def require_text(message: Message, name: str) -> str:
     return text.strip()
 
 
+def optional_text(message: Message, name: str) -> str:
+    """Gives a text as it is, or "" where there is none but space.
+
+    Raises:
+      SampleError: `message_fields` (not a string).
+    """
+    text = message.get(name) or ""
+    if not isinstance(text, str):
+        raise field_error(message, name, "a text")
+    return text if text.strip() else ""
+
+
 def require_texts(message: Message, name: str, *, blank: bool = False) -> list[str]:
     """Gives a list of at least one text, each without the space around it.
 
@@ -86,7 +98,7 @@ def split_turns(message: Message) -> list[Message]:
     shared = {
         name: value
         for name, value in message.items()
-        if name not in ("messages", "multi_turn_messages")
+        if name not in ("messages", "multi_turn_messages", "system")
     }
     turns: list[Message] = [message]
     if "messages" in message:
@@ -123,7 +135,9 @@ def alternatives(message: Message, select: SelectAnswer) -> list[Message]:
     for several, single in (("alternatives", "text"), ("answers", "answer")):
         if several in message:
             texts = require_texts(message, several, blank=several == "answers")
-            if several == "answers":
+            if several == "alternatives":
+                texts = list(message[several])  # whole texts: space is the policy's
+            else:
                 # One empty vote of ten is no reason to lose the row.
                 votes = [text for text in texts if text]
                 if not votes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from preprocess.settings import Setting
+from preprocess.text.chat_template import is_day
 from preprocess.text.choices import ChoiceForm
 from preprocess.text.points import PointFormat
 from shardspec.errors import ConfigError, nearest
@@ -23,6 +24,8 @@ SystemPrompt = Literal[
 ]
 MessageFormat = Literal["none", "role", "chatml", "template"]
 SelectAnswer = Literal["best", "first"]
+Whitespace = Literal["keep", "strip"]
+Placeholders = Literal["refuse", "keep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,12 @@ class TextPolicy:
     ] = "style_and_length"
     message_format: Annotated[MessageFormat, Setting("markup around turns", group="text")] = "role"
     """"role": `User: ... Assistant:`; "chatml"; "template": the tokenizer's own; "none": bare."""
+    chat_date: Annotated[
+        str,
+        Setting("day that a chat template writes, YYYY-MM-DD", group="text"),
+    ] = ""
+    """Templates that write the date of today are rendered as on this day, and refused without
+    it."""
     num_variants: Annotated[
         int,
         Setting(
@@ -56,6 +65,19 @@ class TextPolicy:
     """"standard" (Molmo 2's evaluation), "letter" (Molmo 1) or "varied" (Molmo 2's training)."""
     select_answer: SelectAnswer = "best"
     """Of several `answers`: "best" the most common, "first" the first in the alphabet."""
+    whitespace: Annotated[
+        Whitespace, Setting("white space around questions, answers and captions", group="text")
+    ] = "keep"
+    """"keep": whole texts (questions, answers, captions, prompts, system texts) stay as the row has
+    them; "strip" removes the space around them. What becomes part of a sentence or of a list
+    (labels, options, explanations, votes of several `answers`) is stripped in both."""
+    placeholders: Annotated[
+        Placeholders,
+        Setting(
+            "rows with other placeholders of media than <|image|>, such as <image>", group="text"
+        ),
+    ] = "refuse"
+    """"refuse": rows whose texts have one are refused (`media_placeholder`); "keep": it is text."""
     paraphrase: Annotated[
         float, Setting("share of variants with a paraphrased user text, 0 to 1", group="text")
     ] = 0.0
@@ -74,6 +96,8 @@ class TextPolicy:
                 )
         if not 1 <= self.num_variants <= 1000:
             raise ConfigError("num_variants", got=self.num_variants, want="1 to 1000")
+        if self.chat_date and not is_day(self.chat_date):
+            raise ConfigError("chat_date.form", got=self.chat_date)
         if not 0 <= self.paraphrase <= 1:
             raise ConfigError("paraphrase", got=self.paraphrase, want="0 to 1")
 
@@ -85,5 +109,7 @@ _NAMES: Mapping[str, Sequence[str]] = {
     "point_format": get_args(PointFormat),
     "choices": get_args(ChoiceForm),
     "select_answer": get_args(SelectAnswer),
+    "whitespace": get_args(Whitespace),
+    "placeholders": get_args(Placeholders),
 }
 """The settings that are names, and the names they take."""

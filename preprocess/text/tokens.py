@@ -7,10 +7,19 @@ fraction of a second.
 Image symbols are not added to the tokenizer's own vocabulary: they get the ids from `pad_to` on,
 where `pad_to` is the length of the tokenizer rounded up to the model's embedding (Molmo pads the
 vocabulary with filler tokens to the same effect). No text can therefore produce one.
+
+Which tokens begin a sequence and end an answer follows from the message format:
+
+- "role", "none": BOS, or EOS for a tokenizer without BOS, and EOS after answers, as Molmo does;
+- "chatml": the same, but answers end in <|im_end|> where the tokenizer has that token;
+- "template": what the tokenizer's chat template writes (`preprocess.text.chat_template`); a
+  sequence begins without BOS where the template writes none.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import hashlib
 import json
 import re
@@ -20,7 +29,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from shardspec.errors import ConfigError
+from preprocess.text.chat_template import TemplateFrame, read_template, rendered, template_literals
+from preprocess.text.policy import MessageFormat, TextPolicy
+from shardspec.errors import ConfigError, SampleError
 from shardspec.manifest import TokenizerEntry
 from shardspec.probe import probe_sha256
 
@@ -54,18 +65,24 @@ VOCAB_MULTIPLE = 128
 """Default rounding of the vocabulary: embeddings are commonly padded to multiples of 128."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatFrame:
-    """The markup around a conversation's turns, as text.
+IMAGE_PLACEHOLDER = "<|image|>"
+"""Where a user text wants its next image: the symbol that data on the hub uses as well."""
 
-    A prompt is `first` (or `later`, from the second turn on) + user text + `suffix`; a response is
-    `response_prefix` + text. The end-of-turn token follows a response in the sequence itself.
-    """
+CHATML_END = "<|im_end|>"
 
-    first: str
-    later: str
-    suffix: str
-    response_prefix: str
+_MARKER_SHAPES = re.compile(
+    r"<[|｜][^<>]*[|｜]>"  # <|fim_prefix|>, <｜User｜>, <|EOT|>
+    r"|\[/?[A-Z][A-Z_]*\]|\[gMASK\]"  # [INST], [/TOOL_RESULTS]
+    r"|<<?/?(?:SYS|s|bos|eos|pad|unk|mask|sop|eop|think|thinking|answer|tools?|tool_\w+|function"
+    r"|arg_\w+|(?:start|end|begin)_of_\w+|fim_\w+|file_sep|reponame|repo_name|filename|gh_stars"
+    r"|image_soft_token|reserved_\w+|unused\d+|extra_id_\d+)>>?"
+)
+"""How chat families spell their markers. HTML tags, which Gemma has as tokens, are not among
+them."""
+
+
+EncodedPieces = dict[tuple[str, str, str], tuple[list[int], list[int]]]
+"""(token in front, text, token after it) to (ids, where each ends)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +95,12 @@ class Tokenizer:
     special_ids: Mapping[str, int]
     """bos, eos, pad and the image symbols."""
     vocab_size: int
-    chat: ChatFrame | None = None
-    """The frame of the tokenizer's own chat template, when it has one."""
+    message_format: MessageFormat = "role"
+    """What bos and eos follow from; one name stands for the formats that share them."""
+    chat: TemplateFrame | None = None
+    """The tokenizer's own chat template, where the message format is "template"."""
+    markers: tuple[str, ...] = ()
+    """Texts besides the special tokens that would be read as markup."""
 
     @cached_property
     def _backend(self) -> Any:
@@ -92,16 +113,114 @@ class Tokenizer:
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        tokens = [t["content"] for t in json.loads(self.json)["added_tokens"] if t["special"]]
+        tokens = {t["content"] for t in json.loads(self.json)["added_tokens"] if t["special"]}
+        # The placeholder of an image never reaches the tokenizer.
+        tokens = {*tokens, *self.markers} - {IMAGE_PLACEHOLDER}
         return re.compile("|".join(re.escape(t) for t in sorted(tokens, reverse=True)) or r"(?!)")
 
+    @cached_property
+    def _added(self) -> dict[str, int]:
+        """Ids of the added tokens that are tokens wherever they are written."""
+        tokens = json.loads(self.json)["added_tokens"]
+        return {
+            token["content"]: token["id"]
+            for token in tokens
+            if not (token["single_word"] or token["normalized"])
+        }
+
+    @cached_property
+    def _borders(self) -> re.Pattern[str]:
+        tokens = sorted(self._added, key=len, reverse=True)
+        return re.compile("|".join(re.escape(t) for t in tokens) or r"(?!)")
+
+    @cached_property
+    def _anchor(self) -> str:
+        """A special token that leaves the space around it alone; "" where there is none."""
+        for token in json.loads(self.json)["added_tokens"]:
+            plain = not (token["lstrip"] or token["rstrip"] or token["single_word"])
+            if token["special"] and plain and not token["normalized"]:
+                return str(token["content"])
+        return ""
+
     def __getstate__(self) -> dict[str, Any]:
-        names = ("name", "json", "special_ids", "vocab_size", "chat")
-        return {name: getattr(self, name) for name in names}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def encode(self, text: str) -> list[int]:
         """Turns a text into ids; nothing is added at either end."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_exchange(
+        self, prompt: str, response: str, *, first: bool, memo: EncodedPieces | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Turns an exchange of the chat template into the ids that it has in its conversation.
+
+        The texts are tokenized together, between the tokens that are around them, so that tokens
+        reach over their borders where they do in the whole conversation. One that reaches over the
+        border of prompt and response counts as the response's.
+
+        Args:
+          prompt: With markup; images go where `IMAGE_PLACEHOLDER` is.
+          response: With markup.
+          first: Whether the exchange begins its conversation.
+          memo: Remembers pieces: variants of an exchange share the one around their response.
+
+        Returns:
+          Ids of the prompt and of the response, without BOS and end of turn.
+
+        Raises:
+          SampleError: `template_ids` (the text around the exchange is not tokenized as such).
+        """
+        frame = self.chat
+        assert frame is not None
+        memo = {} if memo is None else memo
+        *heads, prompt = prompt.split(IMAGE_PLACEHOLDER)
+        before = frame.bos if first else frame.end
+        ids: list[int] = []
+        for head in heads:
+            ids += self._encode_between(before, head, "", memo)[0]
+            ids.append(self.special_ids[IMAGE_PLACEHOLDER])
+            before = self._anchor
+        # Nothing joins over an added token: what is in front of the last one is apart.
+        marks = list(self._borders.finditer(prompt))
+        if marks:
+            head, token = prompt[: marks[-1].start()], marks[-1].group()
+            ids += self._encode_between(before, head, token, memo)[0]
+            ids.append(self._added[token])
+            before, prompt = token, prompt[marks[-1].end() :]
+        last, ends = self._encode_between(before, prompt + response, frame.end, memo)
+        border = len(before) + len(prompt)
+        learned = bisect.bisect_right(ends, border)
+        return ids + last[:learned], last[learned:]
+
+    def _encode_between(
+        self, before: str, text: str, after: str, memo: EncodedPieces
+    ) -> tuple[list[int], list[int]]:
+        """Encodes a text between two tokens ("" for none): its ids, and where each of them ends."""
+        found = memo.get((before, text, after))
+        if found is None:
+            found = memo[before, text, after] = self._encode_piece(before, text, after)
+        return found
+
+    def _encode_piece(self, before: str, text: str, after: str) -> tuple[list[int], list[int]]:
+        encoding = self._backend.encode(before + text + after, add_special_tokens=False)
+        start, stop = bool(before), len(encoding.ids) - bool(after)
+        around = [*encoding.ids[:start], *encoding.ids[stop:]]
+        if around != [self.token_id(token) for token in (before, after) if token]:
+            raise SampleError("template_ids", before=before, after=after)
+        return encoding.ids[start:stop], [end for _, end in encoding.offsets[start:stop]]
+
+    def fits(self, message_format: MessageFormat) -> bool:
+        """Returns True if its BOS and EOS are those of a message format."""
+        if "template" in (message_format, self.message_format):
+            return message_format == self.message_format
+        if message_format == "chatml":
+            return self.token_id(CHATML_END) in (None, self.special_ids["eos"])
+        return self.message_format == "role"
+
+    def token_id(self, token: str) -> int | None:
+        """Looks up the id of a token by its exact text."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turns ids into text; image symbols and control tokens appear as such."""
@@ -120,6 +239,10 @@ class Tokenizer:
     def control_token(self, text: str) -> str | None:
         """Finds a control token spelled out in a text, which would be read as markup."""
         found = self._control.search(text)
+        normalizer = self._backend.normalizer
+        if found is None and normalizer is not None:
+            # Added tokens may be matched in what the normalizer makes of the text.
+            found = self._control.search(normalizer.normalize_str(text))
         return found.group() if found else None
 
     @property
@@ -135,20 +258,26 @@ class Tokenizer:
             special_tokens={
                 name: self._backend.id_to_token(self.special_ids[name])
                 for name in ("bos", "eos", "pad")
+                if name in self.special_ids
             },
         )
 
 
-def load_tokenizer(name: str = EMBEDDED, *, pad_to: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    name: str = EMBEDDED, *, pad_to: int | None = None, policy: TextPolicy | None = None
+) -> Tokenizer:
     """Loads a tokenizer by hub id or local folder, or the embedded one.
 
     Args:
       name: "embedded", a folder with tokenizer.json, or a hub id such as "Qwen/Qwen2-7B".
       pad_to: First id of the image symbols: the rows of the model's embedding. None rounds the
         tokenizer's length up to a multiple of 128.
+      policy: The recipe's: its message format says what begins a sequence and ends an answer.
 
     Raises:
-      ConfigError: `tokenizer_missing`, `tokenizer_slow`, `tokenizer_eos`, `tokenizer_pad_to`.
+      ConfigError: `tokenizer_missing`, `tokenizer_code`, `tokenizer_slow`, `tokenizer_eos`,
+        `tokenizer_pad_to`; with message format "template" `no_chat_template`, `chat_template`,
+        `chat_date`.
     """
     loader: Any
     if name == EMBEDDED:
@@ -158,8 +287,11 @@ def load_tokenizer(name: str = EMBEDDED, *, pad_to: int | None = None) -> Tokeni
         from transformers import AutoTokenizer as loader
     location = str(EMBEDDED_PATH) if name == EMBEDDED else name
     try:
-        loaded = loader.from_pretrained(location)
+        # False, not the default: that asks at the terminal whether to run a folder's code.
+        loaded = loader.from_pretrained(location, trust_remote_code=False)
     except Exception as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise ConfigError("tokenizer_code", where=location, name=name) from error
         # The tokenizers library reports a malformed file as a bare Exception.
         if type(error) is not Exception and not isinstance(error, _LOAD_ERRORS):
             raise
@@ -174,24 +306,41 @@ def load_tokenizer(name: str = EMBEDDED, *, pad_to: int | None = None) -> Tokeni
     start = -(-length // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if pad_to is None else pad_to
     if start < length:
         raise ConfigError("tokenizer_pad_to", where=name, got_pad_to=start, want_at_least=length)
-    chat = _template_frame(loaded)
+    policy = policy or TextPolicy()
     eos = loaded.eos_token_id
-    if chat is not None and chat[1] is not None:
-        eos = loaded.convert_tokens_to_ids(chat[1])
     # A tokenizer without BOS uses EOS instead, as Molmo does.
-    bos = loaded.bos_token_id if loaded.bos_token_id is not None else loaded.eos_token_id
-    pad = loaded.pad_token_id if loaded.pad_token_id is not None else loaded.eos_token_id
-    symbols = {symbol: start + i for i, symbol in enumerate(IMAGE_SYMBOLS)}
+    bos = eos if loaded.bos_token_id is None else loaded.bos_token_id
+    pad = eos if loaded.pad_token_id is None else loaded.pad_token_id
+    ids = {"bos": bos, "eos": eos, "pad": pad}
+    ids |= {symbol: start + i for i, symbol in enumerate(IMAGE_SYMBOLS)}
+    message_format: MessageFormat = "role"
+    chat: TemplateFrame | None = None
+    added = {token.content: i for i, token in loaded.added_tokens_decoder.items()}
+    if policy.message_format == "chatml" and added.get(CHATML_END, eos) != eos:
+        message_format, ids["eos"] = "chatml", added[CHATML_END]
+    elif policy.message_format == "template":
+        message_format = "template"
+        chat = read_template(loaded, where=name, date=policy.chat_date)
+        if chat is None:
+            raise ConfigError("no_chat_template", where=name)
+        ids["eos"] = added[chat.end]
+        if not chat.bos:
+            del ids["bos"]
     backend = loaded.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(
+    tokenizer = Tokenizer(
         name=name,
         json=backend.to_str(pretty=False),
-        special_ids={"bos": bos, "eos": eos, "pad": pad, **symbols},
+        special_ids=ids,
         vocab_size=length,
-        chat=chat[0] if chat else None,
+        message_format=message_format,
+        chat=chat,
+        markers=_markers(loaded, chat),
     )
+    if chat is not None:
+        _check_template_ids(loaded, tokenizer, chat)
+    return tokenizer
 
 
 def tokenizer_from_entry(text: str, entry: TokenizerEntry) -> Tokenizer:
@@ -206,36 +355,56 @@ def tokenizer_from_entry(text: str, entry: TokenizerEntry) -> Tokenizer:
     )
 
 
-def _template_frame(loaded: Any) -> tuple[ChatFrame, str | None] | None:
-    """Reads the markup of a chat template off two rendered conversations.
+def _markers(loaded: Any, chat: TemplateFrame | None) -> tuple[str, ...]:
+    """Lists what would be read as markup in a text, besides the special tokens.
 
-    Returns:
-      The frame and the control token that ends a response, or None without a usable template.
+    An added token is a marker if the chat template writes it, or if chat families spell their
+    markers so: whether it is called special differs between tokenizers.
     """
-    if not getattr(loaded, "chat_template", None):
-        return None
-    from jinja2 import TemplateError
+    written = "\n".join(template_literals(loaded))
+    if chat is not None:
+        written += rendered(chat, [("x", "x")] * 3)
+    found = {
+        token.content
+        for token in loaded.added_tokens_decoder.values()
+        if token.content.strip()
+        and (token.content in written or _MARKER_SHAPES.fullmatch(token.content))
+    }
+    return tuple(sorted(found | set(chat.changed if chat else ())))
 
-    user, answer, again = "\ufdd0u", "\ufdd0a", "\ufdd0v"  # noncharacters: in no real text
-    turns = [("user", user), ("assistant", answer), ("user", again)]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    try:
-        first = loaded.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        whole = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # malformed, or it refuses such a conversation
-        return None
-    if first.count(user) != 1 or any(whole.count(text) != 1 for _, text in turns):
-        return None
-    before, suffix = first.split(user)
-    later = whole.split(answer)[1].split(again)[0]
-    # Not all_special_tokens: that lists only those with a role, so <|end|> may be missing there.
-    control = [token.content for token in loaded.added_tokens_decoder.values() if token.special]
-    specials = [token for token in control if token and later.startswith(token)]
-    end_of_turn = max(specials, key=len) if specials else None
-    frame = ChatFrame(
-        first=before,
-        later=later.removeprefix(end_of_turn or ""),
-        suffix=suffix,
-        response_prefix="",
-    )
-    return frame, end_of_turn
+
+_PROBE = (
+    ("What is it?", "A red ball."),
+    ("  Naïve: 3 cats,\n\nor so ", " 1. one\n2. two\n"),
+    ("- a\n- b", "你好 👩‍👩‍👧 ok!"),
+)
+"""A conversation whose texts begin and end in what tokenizers join with their neighbours."""
+
+
+def _check_template_ids(loaded: Any, tokenizer: Tokenizer, chat: TemplateFrame) -> None:
+    """Refuses a template whose conversations are not tokenized turn by turn.
+
+    Raises:
+      ConfigError: `chat_template`.
+    """
+    for system in ("", "Be brief.\n")[: 1 + (chat.system is not None)]:
+        ids = [tokenizer.special_ids["bos"]] if chat.bos else []
+        text = rendered(chat, _PROBE, system=system)
+        want = list(loaded(text, add_special_tokens=False)["input_ids"])
+        for t, (user, answer) in enumerate(_PROBE):
+            prompt, response = chat.frame(
+                user, answer, first=t == 0, last=t == len(_PROBE) - 1, system=system
+            )
+            try:
+                for part in tokenizer.encode_exchange(prompt, response, first=t == 0):
+                    ids += part
+            except SampleError as error:
+                problem = f"{error.facts['after'] or error.facts['before']!r} is not always a token"
+                raise ConfigError("chat_template", where=tokenizer.name, problem=problem) from error
+            ids.append(tokenizer.special_ids["eos"])
+        if ids != want:
+            raise ConfigError(
+                "chat_template",
+                where=tokenizer.name,
+                problem="its tokens reach over the borders of turns",
+            )

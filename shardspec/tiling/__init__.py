@@ -29,7 +29,7 @@ from shardspec.tiling.pooling import (
 )
 from shardspec.tiling.sizes import canvas_size, frame_size, overview_size, stored_size
 from shardspec.tiling.tokens import ImageTokenIds, image_token_ids
-from shardspec.tiling.view import CropMode, Fit, ImageView, OverviewStart, Pooling
+from shardspec.tiling.view import CropMode, Fit, ImageView, OverviewStart, Pooling, SmallSides
 
 __all__ = [
     "CropMode",
@@ -41,6 +41,7 @@ __all__ = [
     "NO_PATCH",
     "OverviewStart",
     "Pooling",
+    "SmallSides",
     "canvas_size",
     "crop_boxes",
     "first_patch_positions",

@@ -67,15 +67,19 @@ def select_tilings(widths: np.ndarray, heights: np.ndarray, view: ImageView) -> 
         return chosen_N2
     grids_K2 = candidate_grids(view.max_crops)
     # float32 as the models were trained with; it calls scales equal that are not, but only for
-    # sides of millions of pixels. A picture inside the margins counts as one pixel.
+    # sides of millions of pixels.
     targets_K2 = (grids_K2 * view.window_px).astype(np.float32)
-    heights_N = np.maximum(heights - view.margin_px, 1).astype(np.float32)
-    widths_N = np.maximum(widths - view.margin_px, 1).astype(np.float32)
+    # Sides inside the margins: at least one pixel, or left negative, so that all scales are, and
+    # the one nearest to 0 is a single tile's.
+    least = 1 if view.small_sides == "training" else -view.margin_px
+    heights_N = np.maximum(heights - view.margin_px, least).astype(np.float32)
+    widths_N = np.maximum(widths - view.margin_px, least).astype(np.float32)
     for start in range(0, len(widths), _CHUNK):
         part = slice(start, start + _CHUNK)
-        scale_NK = np.minimum(
-            targets_K2[:, 0] / heights_N[part, None], targets_K2[:, 1] / widths_N[part, None]
-        )
+        with np.errstate(divide="ignore"):  # a side of just the margins: any grid holds it
+            scale_NK = np.minimum(
+                targets_K2[:, 0] / heights_N[part, None], targets_K2[:, 1] / widths_N[part, None]
+            )
         holds_NK = scale_NK >= 1
         least_enlarged_N = np.where(holds_NK, scale_NK, np.float32(np.inf)).argmin(axis=1)
         least_shrunk_N = scale_NK.argmax(axis=1)

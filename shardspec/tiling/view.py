@@ -18,6 +18,7 @@ CropMode = Literal["resize", "overlap-and-resize-c2"]
 Fit = Literal["stretch", "pad", "center-crop"]
 Pooling = Literal["global", "per-crop"]
 OverviewStart = Literal["im_start", "low_res_im_start"]
+SmallSides = Literal["training", "serving"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,10 @@ class ImageView:
     """Most high-resolution crops; the overview is not counted. Not used by "resize"."""
     margin_patches: tuple[int, int] = (4, 4)
     """Overlap margins (left/top, right/bottom) of a tile, in patches. Not used by "resize"."""
+    small_sides: SmallSides = "training"
+    """Tiles of an image with a side shorter than both margins. "training": the side counts as one
+    pixel, and the other one decides (Molmo 2's training code); "serving": one tile (the processor
+    of Molmo 2 in transformers, and Molmo 1). Not used by "resize"."""
     pool: tuple[int, int] = (2, 2)
     """Patches pooled into one image token, (rows, columns)."""
     pooling: Pooling = "global"
@@ -147,6 +152,7 @@ _CHOICES: Mapping[str, Any] = {
     "fit": Fit,
     "pooling": Pooling,
     "overview_start": OverviewStart,
+    "small_sides": SmallSides,
 }
 
 

@@ -1,13 +1,15 @@
 """Version 2: a view and a raw dataset that every later release reads, and broken ones.
 
 `v2-view/` shows the samples of `v1/` the other way round; `v2-raw/` is a foreign tar with PAX
-headers, and its index. Both were written once and are never edited.
+headers, and its index; `v2-columns/` are the samples of `v1/` with added columns. All were written
+once and are never edited.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loader.raw import RawDataset
@@ -18,14 +20,14 @@ from shardspec.manifest import MANIFEST_NAME, require_manifest, sealed
 from tests.inline import Quiet
 
 HERE = Path(__file__).parent
-VIEW, RAW = HERE / "v2-view", HERE / "v2-raw" / "index"
+VIEW, RAW, COLUMNS = HERE / "v2-view", HERE / "v2-raw" / "index", HERE / "v2-columns"
 
 
 def texts(sample, rng):
     return sample.key, {name: bytes(payload) for name, payload in sample.fields.items()}
 
 
-@pytest.mark.parametrize("folder", [VIEW, RAW])
+@pytest.mark.parametrize("folder", [VIEW, RAW, COLUMNS])
 def test_version_2_verifies(folder):
     assert verify(str(folder), Quiet(), deep=True) == []
 
@@ -48,6 +50,21 @@ def test_the_raw_dataset_reads_as_it_was_meant():
         ("set/0", {"txt": b"text of 0\n", "bin": bytes(range(256)) * 3}),
         ("set/" + "k" * 120, {"txt": "größer".encode()}),
     ]
+
+
+def test_added_columns_read_as_they_were_meant():
+    reader = ShardReader(str(COLUMNS), require_manifest(str(COLUMNS)), split="train", check="crc")
+    assert [reader.read(i).key for i in range(2)] == ["tiny-0", "tiny-1"]
+    names = ["box", "clean", "clip", "licence", "rank", "score"]
+    found = reader.columns(names, np.arange(2))
+    assert {name: (values.dtype.str, values.tolist()) for name, values in found.items()} == {
+        "box": ("<i8", [[1, 2, 3], [-4, 5, 6]]),
+        "clean": ("|b1", [True, False]),
+        "clip": ("<f4", [[0.5, -1.0], [2.0, 3.0]]),
+        "licence": ("|S8", ["größer".encode(), b""]),
+        "rank": ("<i8", [-3, 2**62]),
+        "score": ("<f8", [0.25, -1e300]),
+    }
 
 
 def first(document):

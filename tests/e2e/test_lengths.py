@@ -34,21 +34,22 @@ class Silent:
 
 
 CASES = {
-    "captions": ("pixmo_cap", "captions", 1),
-    "captions in variants": ("pixmo_cap", "captions", 4),
-    "two branches": ("pixmo_cap", "transcript1_and_caption", 1),
-    "a tree of answers": ("vqa2", None, 1),
-    "several images": ("pixmo_multi_image_qa", None, 1),
-    "several turns": ("text_sft", None, 1),
+    "captions": ("pixmo_cap", "captions", 1, "role"),
+    "captions in variants": ("pixmo_cap", "captions", 4, "role"),
+    "two branches": ("pixmo_cap", "transcript1_and_caption", 1, "role"),
+    "a tree of answers": ("vqa2", None, 1, "role"),
+    "several images": ("pixmo_multi_image_qa", None, 1, "role"),
+    "several turns": ("text_sft", None, 1, "role"),
+    "a template without BOS": ("text_sft", None, 1, "template"),
 }
-"""Name of the case: dataset, mode, variants."""
+"""Name of the case: dataset, mode, variants, message format."""
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def built(request, tmp_path_factory):
-    dataset, mode, num_variants = request.param
+    dataset, mode, num_variants, message_format = request.param
     recipe = Recipe(
-        text=TextPolicy(num_variants=num_variants),
+        text=TextPolicy(num_variants=num_variants, message_format=message_format),
         image=ImagePolicy(views=(TILES, MORE_TILES), codec="jpeg"),
     )
     out = str(tmp_path_factory.mktemp("lengths") / "set")

@@ -135,7 +135,7 @@ def test_every_bad_link_is_counted_and_listed_and_none_is_asked_twice(
     finished = cli.good(*job(source, tmp_path))
 
     (split,) = load_manifest(str(tmp_path / "out")).splits.values()
-    want = {reason: len(urls) for reason, urls in bad.items()} | {"twin": 2}
+    want = {reason: len(urls) for reason, urls in bad.items()} | {"duplicate": 2}
     assert dict(split.quarantined) == want
     assert split.num_samples == len(good) + 1
     assert split.num_samples + sum(split.quarantined.values()) == len(rows)
@@ -144,9 +144,9 @@ def test_every_bad_link_is_counted_and_listed_and_none_is_asked_twice(
     lines = quarantine(tmp_path)
     listed = Counter((line["reason"], line["image"]["url"]) for line in lines)
     wanted = [(reason, url) for reason, urls in bad.items() for url in urls]
-    assert listed == Counter([*wanted, ("twin", good[0]), ("twin", mirror)])
+    assert listed == Counter([*wanted, ("duplicate", good[0]), ("duplicate", mirror)])
     assert all(line["message"] and line["key"] and line["metadata"]["image_url"] for line in lines)
-    assert f"{sum(want.values())} rows left out" in finished.out
+    assert f"left out           {sum(want.values())} (" in finished.out
 
     assert set(server.requests.values()) == {1}
     before = (server.requests.copy(), manifest_bytes(tmp_path))

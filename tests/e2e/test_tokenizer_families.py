@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from loader import StreamingDataset, make_dataloader
-from preprocess.text import ChatFrame, chat_frame
 from preprocess.text.formatter import Branch, Variant
 from preprocess.text.interleaved import InterleavedTextPreprocessor
+from preprocess.text.policy import TextPolicy
 from preprocess.text.tokens import load_tokenizer, tokenizer_from_entry
 from shardspec.manifest import require_manifest
+from tests.chat_shapes import SHAPES
 
 
 def package_folder(name):
@@ -96,13 +97,11 @@ def test_image_symbols_stand_above_the_padded_embedding_of_qwen2(qwen):
 
 
 def test_no_end_of_turn_is_doubled_in_a_conversation_of_several_turns(qwen):
-    tokenizer = load_tokenizer(str(qwen))
-    frame = chat_frame("template", tokenizer.chat)
+    tokenizer = load_tokenizer(str(qwen), policy=TextPolicy(message_format="template"))
     turns = []
     for t, (user, answer) in enumerate([("hi", "hello"), ("bye", "see you")]):
-        start = frame.later if t else frame.first
-        prompt = start + user + frame.suffix
-        turns.append((Variant(prompt=prompt, response=frame.response_prefix + answer),))
+        prompt, response = tokenizer.chat.frame(user, answer, first=t == 0, last=t == 1)
+        turns.append((Variant(prompt=prompt, response=response),))
     text = InterleavedTextPreprocessor(tokenizer=tokenizer)([Branch(turns=tuple(turns))], key="k")
     eos = tokenizer.special_ids["eos"]
     sequence: list[int] = []
@@ -111,12 +110,54 @@ def test_no_end_of_turn_is_doubled_in_a_conversation_of_several_turns(qwen):
         sequence += text.tokens[start:stop].tolist() + [eos]
     assert tokenizer.decode(sequence) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
-        "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\nsee you<|im_end|>"
+        "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        "see you<|im_end|>"
     )
+
+
+CONVERSATION = (
+    ("What is it?", "A red ball."),
+    ("  Naïve, 你好:\n\n- a\n- b\n", "\n3 cats 👩‍👩‍👧, ok "),
+    ("def f(x):\n    return x", "1\t2\u00a03"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, shape",
+    [("qwen", None), ("deepseek", "deepseek"), ("mistral", "mistral"), ("mistral", "llama2")],
+)
+def test_real_vocabularies_give_the_ids_of_apply_chat_template(request, tmp_path, family, shape):
+    folder = tmp_path / "t"
+    shutil.copytree(request.getfixturevalue(family), folder)
+    if shape is not None:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] = SHAPES[shape].template
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    policy = TextPolicy(message_format="template")
+    ours = load_tokenizer(str(folder), policy=policy)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    for system in ("", "Be brief.\n")[: 1 + (ours.chat.system is not None)]:
+        for count in (1, 2, 3):
+            ids = [ours.special_ids["bos"]] if ours.chat.bos else []
+            messages = [{"role": "system", "content": system}] if system else []
+            for t, (user, answer) in enumerate(CONVERSATION[:count]):
+                messages.append({"role": "user", "content": user})
+                messages.append({"role": "assistant", "content": answer})
+                exchange = ours.chat.frame(
+                    user, answer, first=t == 0, last=t == count - 1, system=system
+                )
+                for part in ours.encode_exchange(*exchange, first=t == 0):
+                    ids += part
+                ids.append(ours.special_ids["eos"])
+            want = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+            assert ids == want[: len(ids)]
+            assert theirs.decode(want[len(ids) :]).strip() == ""
 
 
 def test_round_trip_of_odd_text_in_every_family(tokenizer_folder):
     tokenizer = load_tokenizer(str(tokenizer_folder))
     for text in ("naïve café", "你好，世界", "def f(x):\n    return x", "👩‍👩‍👧 ok"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert isinstance(tokenizer.chat, ChatFrame | None)

@@ -3,6 +3,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import pickle
 import threading
 from collections import Counter
 from pathlib import Path
@@ -615,6 +616,8 @@ def test_worker_processes_give_the_same_batches_and_their_own_errors(url, undist
     assert rows(batches) == undisturbed[2 * BATCH : 6 * BATCH]
     strides = {batch["images"].stride()[2:] for batch in (*batches, *make(url))}
     assert strides == {(1, 28 * 3, 3)}  # channels last on this side of the queue too
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
     assert multiprocessing.active_children() == []
 
     broken_url, key, step = broken
@@ -700,3 +703,40 @@ def test_behind_the_last_batch_of_an_epoch_the_loader_may_change_without_leaving
             loader.change(global_batch_size=8)
     assert loader.step == STEPS[0]
     assert len(next(iter(loader))["input_ids"]) == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pack": True}, {"bucket_steps": 2}, {"decode_threads": 0}]
+)
+def test_a_loader_that_is_pickled_within_a_pass_continues_elsewhere(url, options):
+    loader = make(url, **options)
+    loader.watch(lambda step, stats: None, every_steps=1)  # not picklable, and of this process
+    want = rows(take(make(url, **options), 4))
+    running = iter(loader)
+    begun = rows([next(running)])
+    copy = pickle.loads(pickle.dumps(loader))
+    assert copy.state_dict() == loader.state_dict()
+    assert begun + rows(take(copy, 3)) == want
+    rest = rows(running)
+    assert rest
+    assert (begun + rest)[: len(want)] == want[: len(begun + rest)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("options", [{}, {"workers": 1}, {"bucket_steps": 3}])
+def test_rows_that_fill_an_evaluation_are_flagged_and_have_no_key(url, world_size, options):
+    keys = []
+    for rank in range(world_size):
+        for batch in make(url, tail="pad", rank=rank, world_size=world_size, **options):
+            real = batch["real"]
+            assert real.dtype == torch.bool
+            assert real.tolist() == (batch["labels"] != -100).any(dim=1).tolist()
+            found = [one["key"] for one in batch["metadata"]]
+            assert [key is not None for key in found] == real.tolist()
+            keys += [key for key in found if key is not None]
+    assert sorted(keys) == [f"sample-{i:04d}" for i in range(NUM)]
+
+
+@pytest.mark.parametrize("tail", ["wrap", "drop_last"])
+def test_batches_without_fill_rows_have_no_flag(url, tail):
+    assert "real" not in next(iter(make(url, tail=tail)))

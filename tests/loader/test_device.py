@@ -220,3 +220,11 @@ def test_batches_without_pictures_are_sent_too(device):
         assert list(batch) == ["input_ids", "names"]
         assert batch["input_ids"].is_contiguous()
         assert torch.equal(batch["input_ids"].cpu(), batches[0]["input_ids"])
+
+
+@pytest.mark.parametrize("device", ["gpu7", "cuda:99", "cpu:x", "", torch.device("cuda", 99)])
+def test_a_device_that_is_not_there_is_refused_before_the_first_batch(device):
+    with pytest.raises(ConfigError) as caught:
+        DevicePrefetcher([], device)
+    assert caught.value.reason == "device"
+    assert repr(device) in str(caught.value)

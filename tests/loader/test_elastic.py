@@ -204,9 +204,9 @@ class StandingWorker(_Worker):
         super().__init__(maker, keep_bytes=keep_bytes)
         self.pending, self.idle = 0, idle
 
-    def request(self, task):
+    def request(self, task, *, turn):
         self.pending += 1
-        super().request(task)
+        super().request(task, turn=turn)
 
     def answer(self):
         self.pending -= 1
@@ -257,8 +257,8 @@ def test_all_numbers_of_ranks_and_threads_or_workers_resume_at_every_step(
     What is real: the loaders of all ranks, their states, and eight processes that make what these
     plan, with their pipes and shared memory. What is not: ranks take turns in this process. A
     rank's loader is made once for all states, and its number of threads or workers is set on it;
-    the tests above make loaders anew. And worker processes do not end with a pass, as starting them
-    would take an hour: the next one goes on with them, also another rank's.
+    the tests above make loaders anew. And worker processes do not end with a loader, as starting
+    them would take an hour: the next one continues with them, also another rank's.
     `test_worker_processes_of_any_number_give_the_same_batches` starts and ends them.
     """
     numbers = THREADS if crew == "decode_threads" else THREADS[1:]
@@ -285,6 +285,7 @@ def test_all_numbers_of_ranks_and_threads_or_workers_resume_at_every_step(
                             parts[-1].append(rows(batch))
                             if loader is loaders[0] and len(parts[-1]) == 1:
                                 saved.append(json.loads(json.dumps(loader.state_dict())))
+                    loader.close()
                 steps = zip(*parts, strict=True)
                 got = [[row for part in batches for row in part] for batches in steps]
                 assert got == want, (world_size, step, turn)

@@ -532,3 +532,17 @@ def test_batches_and_steps_of_other_types_are_refused(urls, kind):
         with pytest.raises(ConfigError) as caught:
             loader.places(wrong)
         assert caught.value.reason == "order_step"
+
+
+def test_raw_samples_that_fill_an_evaluation_are_flagged(urls):
+    def flagged(sample, _):
+        return sample.key, sample.real
+
+    seen = []
+    for rank in range(2):
+        dataset = RawDataset(urls["cat"], decode=flagged, tail="pad", rank=rank, world_size=2)
+        for batch in make_dataloader(dataset, global_batch_size=4, collate=list):
+            seen += batch
+    real = [key for key, counts in seen if counts]
+    assert len(seen) == 8
+    assert len(real) == len(set(real)) == SIZES["cat"]

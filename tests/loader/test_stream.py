@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
-from loader.dataloader import make_dataloader
+from loader.dataloader import make_dataloader, view_collator
 from loader.stream import StreamingDataset, check_view, stored_view
 from shardspec.errors import ConfigError, ManifestError, ShardError
 from shardspec.manifest import require_manifest
@@ -231,6 +231,11 @@ def test_pad_gives_every_sample_once_and_fillers_without_loss(world_size, url, a
     fillers = [e for e in examples if not (e["labels"] != -100).any()]
     assert sorted(map(key_of, real)) == [f"sample-{i:04d}" for i in range(NUM)]
     assert len(fillers) == 11
+    assert {key_of(example) for example in fillers} == {None}
+    assert [example["metadata"].get("real", True) for example in real] == [True] * NUM
+    collate = view_collator(augmented, sequence_length=128, with_metadata=True, with_real=True)
+    flags = [collate(batch)["real"].tolist() for batch in batches]
+    assert flags == [[key_of(example) is not None for example in batch] for batch in batches]
     for example in fillers:
         assert example["loss_weights"].dtype == np.float32
         assert not example["loss_weights"].any()
@@ -247,7 +252,8 @@ def test_dataset_without_a_batch_size_streams_single_samples(url):
 def test_more_ranks_than_samples_still_get_equally_many(tail, tiny_sample, write_dataset, tmp_path):
     url = write_dataset(tmp_path / "set", [tiny_sample(i) for i in range(3)])
     (batch,) = global_batches(url, world_size=4, global_batch_size=4, tail=tail)
-    assert {key_of(example) for example in batch} == {f"sample-{i:04d}" for i in range(3)}
+    keys = {key_of(example) for example in batch}
+    assert keys == {f"sample-{i:04d}" for i in range(3)} | ({None} if tail == "pad" else set())
     assert sum((e["labels"] != -100).any() for e in batch) == (4 if tail == "wrap" else 3)
 
 
@@ -386,7 +392,7 @@ def test_other_batch_size_keeps_every_other_setting(url, augmented):
     dataset = stream(
         url, world_size=2, rank=1, view=augmented, seed=9, tail="pad", shuffle=False, check="crc"
     )
-    other = dataset._resized(2, sequence_length=77)
+    other = dataset._resized(4, sequence_length=77)
     (one,), (another,) = other._stream.parts, dataset._stream.parts
     names = ("data", "topology", "tail", "shuffle")
     assert [getattr(one, n) for n in names] == [getattr(another, n) for n in names]

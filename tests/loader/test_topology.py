@@ -1,15 +1,31 @@
+import contextlib
+import logging
+import os
+import pickle
+
 import pytest
 import torch.distributed
 
-from loader.topology import Topology, find_topology, find_worker
+from loader.topology import CurrentTopology, Topology, find_topology, find_worker
 from shardspec.errors import ConfigError
 
-VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+ELASTIC = {"RANK": 3, "WORLD_SIZE": 8, "TORCHELASTIC_RUN_ID": "none"}
+ENV_STORE = {"RANK": 3, "WORLD_SIZE": 8, "MASTER_ADDR": "node7", "MASTER_PORT": 29500}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 8}
+HYDRA = {"PMI_RANK": 3, "PMI_SIZE": 8}
+ALLOCATION = {"SLURM_JOB_ID": 7, "SLURM_PROCID": 0, "SLURM_NTASKS": 8, "SLURM_NPROCS": 8}
+"""What an sbatch script has around it, and a shell inside an allocation."""
+SRUN = {**ALLOCATION, "SLURM_PROCID": 3, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 8}
+SHELL = {**SRUN, "SLURM_PROCID": 0, "SLURM_PTY_PORT": 40001}
+INTERACTIVE = {**SRUN, "SLURM_PROCID": 0, "SLURM_STEP_ID": 4294967290}
 
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch):
-    for name in VARIABLES:
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "MASTER_", "TORCHELASTIC_")):
+            monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -27,43 +43,105 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def process_group_of_2(monkeypatch):
+    """Lets torch.distributed say, for a time, that this is rank 1 of 2."""
+
+    @contextlib.contextmanager
+    def group():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "is_initialized", lambda: True)
+            patch.setattr(torch.distributed, "get_rank", lambda: 1)
+            patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+            yield
+
+    return group
+
+
 def test_process_alone_is_the_only_rank():
     assert find_topology() == Topology(rank=0, world_size=1)
 
 
-def test_torchrun_says_who_the_process_is(monkeypatch):
-    set_all(monkeypatch, RANK=3, WORLD_SIZE=8)
+@pytest.mark.parametrize("variables", [ELASTIC, ENV_STORE, OPEN_MPI, HYDRA, SRUN])
+def test_a_launcher_says_who_the_process_is(monkeypatch, variables):
+    set_all(monkeypatch, **variables)
     assert find_topology() == Topology(rank=3, world_size=8)
 
 
-def test_slurm_says_who_the_process_is(monkeypatch):
-    set_all(monkeypatch, SLURM_PROCID=5, SLURM_NTASKS=6)
-    assert find_topology() == Topology(rank=5, world_size=6)
+@pytest.mark.parametrize("around", [ALLOCATION, {**SRUN, "SLURM_PROCID": 0}, OPEN_MPI])
+def test_the_innermost_launcher_counts(monkeypatch, around):
+    set_all(monkeypatch, **around)
+    set_all(monkeypatch, **{**ELASTIC, "RANK": 5})
+    assert find_topology() == Topology(rank=5, world_size=8)
 
 
-def test_torchrun_inside_a_slurm_job_goes_first(monkeypatch):
-    set_all(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=2, RANK=3, WORLD_SIZE=8)
-    assert find_topology() == Topology(rank=3, world_size=8)
+@pytest.mark.parametrize(
+    "variables",
+    [ALLOCATION, SHELL, INTERACTIVE, {"RANK": 3, "WORLD_SIZE": 8}, {**SRUN, "SLURM_PTY_PORT": 1}],
+)
+def test_variables_without_a_launcher_make_no_process_one_of_many(monkeypatch, caplog, variables):
+    set_all(monkeypatch, **variables)
+    topology = CurrentTopology()
+    with caplog.at_level(logging.INFO, logger="loader.topology"):
+        assert [topology.settle() for _ in range(3)] == [Topology()] * 3
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "=8 is set" in record.getMessage()
 
 
-@pytest.mark.parametrize("name", VARIABLES)
+def test_one_task_of_a_large_allocation_is_alone(monkeypatch):
+    set_all(monkeypatch, **{**ALLOCATION, "SLURM_STEP_ID": 2, "SLURM_STEP_NUM_TASKS": 1})
+    assert find_topology() == Topology()
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*ELASTIC, *OPEN_MPI, *HYDRA, *SRUN} - {"TORCHELASTIC_RUN_ID"})
+)
 def test_half_an_environment_says_nothing(name, monkeypatch):
     set_all(monkeypatch, **{name: 4})
     assert find_topology() == Topology()
 
 
+def test_what_is_no_number_is_refused_with_the_variables(monkeypatch):
+    set_all(monkeypatch, **{**ELASTIC, "RANK": "first"})
+    with pytest.raises(ConfigError, match="RANK and WORLD_SIZE") as caught:
+        find_topology()
+    assert caught.value.reason == "rank"
+
+
+def test_the_rank_is_looked_up_when_it_is_needed_and_logged_once(
+    monkeypatch, caplog, process_group_of_2
+):
+    topology = CurrentTopology()
+    assert topology.now() == Topology()
+    with caplog.at_level(logging.INFO, logger="loader.topology"), process_group_of_2():
+        assert [topology.settle() for _ in range(2)] == [Topology(rank=1, world_size=2)] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "reading as rank 1 of 2, from torch.distributed"
+    ]
+
+
+def test_what_a_process_group_said_outlives_it_and_travels_to_workers(process_group_of_2):
+    topology = CurrentTopology()
+    early = pickle.dumps(topology)
+    with process_group_of_2():
+        late = pickle.dumps(topology)
+    assert topology.now() == pickle.loads(late).now() == Topology(rank=1, world_size=2)
+    assert pickle.loads(early).now() == Topology()
+
+
 def test_initialised_process_group_goes_before_the_environment(monkeypatch, process_group):
-    set_all(monkeypatch, RANK=3, WORLD_SIZE=8)
+    set_all(monkeypatch, **ELASTIC)
     assert find_topology() == Topology(rank=0, world_size=1)
 
 
 def test_arguments_go_before_everything(monkeypatch, process_group):
-    set_all(monkeypatch, RANK=3, WORLD_SIZE=8)
+    set_all(monkeypatch, **ELASTIC)
     assert find_topology(rank=1, world_size=2) == Topology(rank=1, world_size=2)
 
 
 def test_rank_0_counts_as_given(monkeypatch):
-    set_all(monkeypatch, RANK=3, WORLD_SIZE=8)
+    set_all(monkeypatch, **ELASTIC)
     assert find_topology(rank=0, world_size=4) == Topology(rank=0, world_size=4)
 
 
@@ -83,7 +161,7 @@ def test_impossible_ranks_are_refused_with_both_numbers(rank, world_size):
 
 
 def test_impossible_environment_is_refused_too(monkeypatch):
-    set_all(monkeypatch, RANK=8, WORLD_SIZE=8)
+    set_all(monkeypatch, **{**ELASTIC, "RANK": 8})
     with pytest.raises(ConfigError) as caught:
         find_topology()
     assert caught.value.reason == "rank"

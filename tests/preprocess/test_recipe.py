@@ -17,6 +17,7 @@ from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, SpanKind, image_rows, text_rows
 from shardspec.tiling import ImageView
+from tests.chat_shapes import SHAPES, make_tokenizer
 
 VIEW = ImageView(size_px=56)
 IMAGE = ImagePolicy(views=(VIEW,))
@@ -171,7 +172,9 @@ def test_text_that_spells_a_control_token_is_refused(message):
 
 
 def test_text_that_spells_an_image_symbol_is_only_text():
-    sample = PREPARE(example(messages=[{"style": "long_caption", "text": "<im_patch>"}]))
+    keep = Recipe(image=IMAGE, text=TextPolicy(placeholders="keep"))
+    prepare = Preparer(recipe=keep, tokenizer=TOKENIZER)
+    sample = prepare(example(messages=[{"style": "long_caption", "text": "<im_patch>"}]))
     assert sample.tokens.max() < TOKENIZER.vocab_size
 
 
@@ -215,6 +218,31 @@ def test_template_format_needs_a_tokenizer_with_a_template():
     assert caught.value.reason == "no_chat_template"
 
 
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_placeholder_of_another_code_base_is_refused_by_name_or_kept(field):
+    row = {"style": "user_qa", "question": "What?", "answer": "A cat."}
+    row = {"message_list": [{**row, field: f"<image>\n{row[field]}"}]}
+    with pytest.raises(SampleError) as caught:
+        Preparer(recipe=Recipe(image=IMAGE), tokenizer=TOKENIZER)(row, key="k")
+    assert (caught.value.reason, caught.value.where) == ("media_placeholder", "k")
+    assert caught.value.facts == {"spelled": "<image>"}
+    keep = Recipe(image=IMAGE, text=TextPolicy(placeholders="keep"))
+    tokens = Preparer(recipe=keep, tokenizer=TOKENIZER)(row, key="k").tokens
+    assert "<image>" in TOKENIZER.decode(tokens.tolist())
+
+
+def test_tokenizer_of_another_message_format_is_refused(tmp_path):
+    shape = dataclasses.replace(SHAPES["chatml"], eos="<|endoftext|>")
+    folder = make_tokenizer(tmp_path / "t", shape)
+    for loaded, wanted in (("role", "chatml"), ("chatml", "role"), ("template", "none")):
+        tokenizer = load_tokenizer(folder, policy=TextPolicy(message_format=loaded))
+        recipe = Recipe(image=IMAGE, text=TextPolicy(message_format=wanted))
+        with pytest.raises(ConfigError) as caught:
+            Preparer(recipe=recipe, tokenizer=tokenizer)(example())
+        assert caught.value.reason == "tokenizer_format"
+        assert caught.value.facts["got"] == loaded
+
+
 # --- the recipe as data
 
 RECIPE = Recipe(image=IMAGE)
@@ -222,10 +250,13 @@ OTHER_TEXT = {
     "prompt_templates": "uber_model",
     "system_prompt": "style",
     "message_format": "chatml",
+    "chat_date": "2024-07-26",
     "num_variants": 3,
     "point_format": "xml",
     "choices": "varied",
     "select_answer": "first",
+    "whitespace": "strip",
+    "placeholders": "keep",
     "paraphrase": 0.5,
 }
 OTHER_IMAGE = {

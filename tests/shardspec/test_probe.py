@@ -49,6 +49,14 @@ def test_a_tokenizer_of_other_behaviour_is_refused_field_by_field(entry, run_tok
         assert f"tokenizer.{field}" in str(caught.value)
 
 
+def test_bos_of_a_dataset_whose_sequences_begin_without_one_is_not_compared(entry, run_tokenizer):
+    ids = {name: i for name, i in entry.special_ids.items() if name != "bos"}
+    tokens = {name: token for name, token in entry.special_tokens.items() if name != "bos"}
+    bare = replace(entry, special_ids=ids, special_tokens=tokens)
+    assert run_tokenizer.bos_token_id is not None
+    check_tokenizer(bare, run_tokenizer, where="shards/x")
+
+
 def test_the_probe_tells_case_spaces_and_digits_apart():
     def plain(text):
         return list(text.encode())

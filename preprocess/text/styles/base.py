@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from preprocess.text.choices import fill
-from preprocess.text.message import Message, alternatives
+from preprocess.text.message import Message, alternatives, require_text
 from preprocess.text.points import PointMode
 from preprocess.text.policy import PromptTemplates, TextPolicy
 from shardspec.toml import load_toml
@@ -89,6 +89,21 @@ def one_alternative(message: Message, draw: Draw) -> Message:
     return found[0] if len(found) == 1 else found[draw.rng.randint(0, len(found))]
 
 
+def whole_text(message: Message, name: str, draw: Draw) -> str:
+    """Gives a text that is a user text or a response of its own, as the policy wants its space.
+
+    Raises:
+      SampleError: `message_fields` (missing, not a string, or blank).
+    """
+    require_text(message, name)
+    return as_written(message[name], draw.policy)
+
+
+def as_written(text: str, policy: TextPolicy) -> str:
+    """Leaves the space around a text, or strips it, by the setting `whitespace`."""
+    return text.strip() if policy.whitespace == "strip" else text
+
+
 def user_text(message: Message, draw: Draw, *, plain: str = "", **fields: str) -> str:
     """Gives the user text: the explicit prompt, a template with its fields, or the plain text.
 
@@ -100,7 +115,7 @@ def user_text(message: Message, draw: Draw, *, plain: str = "", **fields: str) -
     """
     prompt = message.get("prompt")
     if prompt:
-        return str(prompt)
+        return as_written(str(prompt), draw.policy)
     style = draw.style
     used = _LEVEL[draw.policy.prompt_templates] >= _LEVEL[style.since]
     if not style.template or not used or (plain and not fields):

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from preprocess.text.message import Message, require_text
-from preprocess.text.styles.base import Draw, Exchange, Style, one_alternative, user_text
+from preprocess.text.message import Message
+from preprocess.text.styles.base import (
+    Draw,
+    Exchange,
+    Style,
+    as_written,
+    one_alternative,
+    user_text,
+    whole_text,
+)
 
 
 def draw_caption(message: Message, draw: Draw) -> Exchange:
     """Draws a caption or a transcript: `text`, or any one of `alternatives`."""
     message = one_alternative(message, draw)
     # The row's own question, if any, replaces the template.
-    user = user_text(message, draw, plain=message.get("question", ""))
-    return user, require_text(message, "text")
+    question = as_written(message.get("question", ""), draw.policy)
+    return user_text(message, draw, plain=question), whole_text(message, "text", draw)
 
 
 def _caption(name: str, *, demo: bool = False) -> Style:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from preprocess.text.choices import write_choices
 from preprocess.text.message import Message, require_field, require_text, require_texts
-from preprocess.text.styles.base import Draw, Exchange, Style
+from preprocess.text.styles.base import Draw, Exchange, Style, as_written
 
 
 def draw_choice(message: Message, draw: Draw) -> Exchange:
@@ -26,7 +26,7 @@ def draw_choice(message: Message, draw: Draw) -> Exchange:
         form="standard" if prompt and form == "varied" else form,
         rng=draw.rng,
     )
-    return prompt or user, response
+    return (as_written(prompt, draw.policy) if prompt else user), response
 
 
 def _choice(*, rigid: bool = False, trained_as: str = "") -> Style:

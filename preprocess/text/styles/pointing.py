@@ -21,7 +21,7 @@ from preprocess.text.points import (
     point_sentence,
     point_tag,
 )
-from preprocess.text.styles.base import Draw, Exchange, Style, user_text
+from preprocess.text.styles.base import Draw, Exchange, Style, user_text, whole_text
 from shardspec.errors import SampleError
 
 ANNOTATION_SCALE = 100.0
@@ -44,14 +44,14 @@ def draw_inline_points(message: Message, draw: Draw) -> Exchange:
     An annotation has `points` (percent unless `point_scale` says otherwise; kept within the
     image), `inline_text` and `alt_text`.
     """
-    question = "" if message.get("prompt") else require_text(message, "question")
+    question = "" if message.get("prompt") else whole_text(message, "question", draw)
     scale = _positive(message.get("point_scale", ANNOTATION_SCALE), message)
     tags = [
         _inline_tag(annotation, scale, draw.policy.point_format)
         for annotation in require_field(message, "answer_annotations")
     ]
     user = user_text(message, draw, plain=question, question=question)
-    return user, fill_placeholders(require_text(message, "answer"), tags)
+    return user, fill_placeholders(whole_text(message, "answer", draw), tags)
 
 
 def _answer(message: Message, label: str, draw: Draw) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from preprocess.text.message import Message, require_text
-from preprocess.text.styles.base import Draw, Exchange, Style, one_alternative, user_text
+from preprocess.text.styles.base import (
+    Draw,
+    Exchange,
+    Style,
+    one_alternative,
+    user_text,
+    whole_text,
+)
 
 
 def draw_qa(message: Message, draw: Draw) -> Exchange:
@@ -15,12 +22,13 @@ def draw_qa(message: Message, draw: Draw) -> Exchange:
     precedes the answer.
     """
     message = one_alternative(message, draw)
-    question = "" if message.get("prompt") else require_text(message, "question")
+    question = "" if message.get("prompt") else whole_text(message, "question", draw)
     user = user_text(message, draw, plain=question, question=question)
-    response = require_text(message, "answer" if "answer" in message else "text")
+    name = "answer" if "answer" in message else "text"
     if "explanation" in message or draw.style.explained:
-        response = f"{require_text(message, 'explanation')} Answer: {response}"
-    return user, response
+        answer = require_text(message, name)
+        return user, f"{require_text(message, 'explanation')} Answer: {answer}"
+    return user, whole_text(message, name, draw)
 
 
 _QA = Style(family="qa", draw=draw_qa)

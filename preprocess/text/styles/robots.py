@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from preprocess.text.message import Message, field_error, require_field, require_text
-from preprocess.text.styles.base import Draw, Exchange, Style, user_text
+from preprocess.text.message import Message, field_error, require_field
+from preprocess.text.styles.base import Draw, Exchange, Style, user_text, whole_text
 
 ACTION_BINS = 256
 """Bins of a robot's action values on [-1, 1] (the resolution of RT-2, OpenVLA and MolmoAct)."""
@@ -16,7 +16,7 @@ ACTION_BINS = 256
 def draw_robot(message: Message, draw: Draw) -> Exchange:
     """Draws a request for a robot's next motion: `instruction` (or `question`) and `action`."""
     name = "instruction" if "instruction" in message else "question"
-    task = "" if message.get("prompt") else require_text(message, name)
+    task = "" if message.get("prompt") else whole_text(message, name, draw)
     user = user_text(message, draw, plain=task, instruction=task)
     try:
         return user, action_text(require_field(message, "action"))

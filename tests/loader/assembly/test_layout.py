@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from shardspec.errors import SampleError
 from shardspec.tiling import ImageTokenIds
 
 EOS = 2
+SYMBOLS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>")
 IDS = TokenIds(
     bos=1,
     eos=EOS,
@@ -252,8 +255,8 @@ def test_molmo_1_numbers_branches_from_1_and_keeps_the_eos_between_them():
     [
         ("flat", 1, 0.2),
         ("root_subsegments", 2**-0.5, 0.2 * 2**-0.5),
-        ("root_length", 2 / 3**0.5, 0.2 * 2 / 4**0.5),
-        ("root_both", 2**0.5 / 3**0.5, 0.2 * 2**0.5 / 4**0.5),
+        ("root_length", 2 / 2**0.5, 0.2 * 2 / 3**0.5),
+        ("root_both", 2**0.5 / 2**0.5, 0.2 * 2**0.5 / 3**0.5),
     ],
 )
 def test_loss_is_scaled_by_branches_and_their_lengths(loss, first, second):
@@ -261,6 +264,71 @@ def test_loss_is_scaled_by_branches_and_their_lengths(loss, first, second):
     sequence = lay_out([], branches, ids=IDS, loss=loss)
     weights = sequence.loss_weights[sequence.labels != IGNORED]
     assert weights.tolist() == pytest.approx([first] * 3 + [second] * 4)
+
+
+def molmo_2_weights(branches, *, dropped, roots):
+    """Weighs branches as Molmo 2 does: before the EOS that ends a branch of a tree is there."""
+    tree = len(branches) > 1
+    kept = [one for b, one in enumerate(branches) if b not in dropped]
+    found = []
+    for one in kept:
+        lengths = [len(turn.response) + 1 for turn in one.turns]
+        lengths[-1] -= tree
+        weight = one.weight / 1e6
+        if "length" in roots:
+            weight *= 2 / math.sqrt(sum(lengths))
+        if tree and "subsegments" in roots:
+            weight /= math.sqrt(len(kept))
+        found += [weight] * (sum(lengths) + tree)
+    return found
+
+
+prompted = st.lists(
+    st.builds(
+        lambda turns, weight: branch(*turns, weight=weight),
+        st.lists(
+            st.tuples(st.lists(ids, min_size=1, max_size=4), st.lists(ids, min_size=1, max_size=5)),
+            min_size=1,
+            max_size=3,
+        ),
+        st.sampled_from([1_000_000, 200_000]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(prompted, st.one_of(st.none(), st.integers(8, 60)))
+def test_root_weights_are_those_of_molmo_2(branches, limit):
+    for loss, roots in (
+        ("root_length", {"length"}),
+        ("root_subsegments", {"subsegments"}),
+        ("root_both", {"length", "subsegments"}),
+    ):
+        try:
+            got = lay_out([BLOCK], branches, ids=IDS, loss=loss, limit=limit)
+        except SampleError:
+            continue  # the limit leaves nothing to learn
+        length, dropped = 5, set()
+        for b, one in enumerate(branches):
+            if b and limit is not None and length + len(one.turns[0].prompt) >= limit:
+                dropped.add(b)
+            else:
+                length += sum(len(t.prompt) + len(t.response) + 1 for t in one.turns) - 1
+        assert got.dropped_branches == len(dropped)
+        want = molmo_2_weights(branches, dropped=dropped, roots=roots)
+        weights = got.loss_weights[got.labels != IGNORED].tolist()
+        # The limit cuts the end off; weights are those of whole branches.
+        assert weights == pytest.approx(want[: len(weights)])
+
+
+def test_one_token_answers_of_a_tree_weigh_two():
+    sequence = lay_out(
+        [], [branch(([10], [20])), branch(([11], [21]))], ids=IDS, loss="root_length"
+    )
+    assert sequence.loss_weights.tolist() == [0, 2, 2, 2, 2]
+    alone = lay_out([], [branch(([10], [20]))], ids=IDS, loss="root_length")
+    assert alone.loss_weights.tolist() == pytest.approx([0, 2**0.5, 2**0.5])
 
 
 def test_branches_that_were_dropped_do_not_count_in_the_scale():
@@ -320,3 +388,35 @@ def test_leads_stand_in_front_of_their_images():
     assert sequence.input_ids[:12].tolist() == [1, 30, 31, 90, 92, 92, 91, 32, 90, 92, 92, 91]
     assert (sequence.image_starts, sequence.image_ends) == ((3, 8), (7, 12))
     assert sequence.subsegment_ids[:12].tolist() == [10_000] * 12
+
+
+NO_BOS = TokenIds(bos=-1, eos=EOS, pad=0, image=IDS.image)
+
+
+@given(samples)
+def test_without_bos_everything_is_one_position_earlier(sample):
+    blocks, branches = sample
+    if not blocks and not len(branches[0].turns[0].prompt):
+        return  # nothing predicts the first token: below
+    with_bos = cut(lay_out(blocks, branches, ids=IDS), None)
+    want = {name: values[1:] for name, values in with_bos.items()}
+    want["position_ids"] = [position - 1 for position in want["position_ids"]]
+    got = lay_out(blocks, branches, ids=NO_BOS)
+    assert cut(got, None) == want
+    starts = lay_out(blocks, branches, ids=IDS).image_starts
+    assert got.image_starts == tuple(start - 1 for start in starts)
+
+
+def test_without_bos_and_prompt_the_first_token_is_not_predicted():
+    sequence = lay_out([], [branch(([], [20, 21])), branch(([], [22]))], ids=NO_BOS)
+    assert sequence.input_ids.tolist() == [20, 21, 22]
+    assert sequence.labels.tolist() == [21, EOS, EOS]
+    assert sequence.loss_weights.tolist() == [1.0, 1.0, 1.0]
+    assert sequence.subsegment_ids.tolist() == [0, 0, 1]
+    assert sequence.position_ids.tolist() == [0, 1, 0]
+
+
+def test_special_ids_without_bos_give_none():
+    ids = {name: 5 for name in ("eos", "pad", "<|image|>", *SYMBOLS)}
+    assert TokenIds.from_special_ids(ids).bos == -1
+    assert TokenIds.from_special_ids({**ids, "bos": 0}).bos == 0

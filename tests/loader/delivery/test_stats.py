@@ -146,8 +146,8 @@ def test_batch_that_a_failing_logger_held_back_counts_once(options, url):
         loader = make(url, **options)
         made = loader._batches_of
 
-        def with_counters(plans):
-            for each, ready in made(plans):
+        def with_counters(*planned):
+            for each, ready in made(*planned):
                 yield replace(each, counters={"requests": 1}), ready
 
         loader._batches_of = with_counters

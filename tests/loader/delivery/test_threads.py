@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator
 from loader.delivery import AheadLimit, Task, make_in_threads
 from loader.reading.reader import ShardReader
+from loader.stream import PreparedBuilder
 from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
@@ -314,3 +316,49 @@ def test_memory_after_ten_epochs_is_that_after_one(tiny_sample, write_dataset, t
     sizes = [int(size) for size in done.stdout.split()]
     assert len(sizes) == 10
     assert sizes[-1] <= 1.05 * sizes[0], sizes
+
+
+def test_ctrl_c_does_not_wait_for_the_read_at_hand(url, monkeypatch):
+    reads, done = threading.Semaphore(0), threading.Event()
+    plan = PreparedBuilder.plan_example
+
+    def hanging(self, ref, **options):
+        reads.release()
+        assert done.wait(60)
+        return plan(self, ref, **options)
+
+    def interrupt():
+        reads.acquire()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    monkeypatch.setattr(PreparedBuilder, "plan_example", hanging)
+    loader = make(stream(url), decode_threads=2)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(loader))
+    assert not done.is_set()
+    (*left,) = (t for t in threading.enumerate() if t.name.startswith("decode"))
+    assert left
+    done.set()
+    for thread in left:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert loader.state_dict()["step"] == 0
+
+
+ENDS = """
+import sys
+from loader import StreamingDataset, make_dataloader
+
+dataset = StreamingDataset(sys.argv[1], rank=0, world_size=1)
+loader = make_dataloader(dataset, global_batch_size=2, sequence_length=4096, decode_threads=2)
+batches = iter(loader)
+batch = next(batches)
+"""
+
+
+def test_a_script_that_ends_inside_a_pass_says_nothing(url):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, url], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

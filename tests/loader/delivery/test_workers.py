@@ -67,7 +67,6 @@ def test_batches_are_the_same_and_stay_what_they_were_for_as_long_as_they_are_ke
         again.append(batch["images"].sum().item())
     assert len(again) == len(undisturbed)
     assert all(map(same, kept, undisturbed))
-    assert multiprocessing.active_children() == []
 
 
 def test_memory_is_used_again_and_what_is_left_of_a_batch_keeps_it(url, undisturbed):
@@ -162,7 +161,7 @@ def test_busy_workers_are_waited_for_together(url, monkeypatch):
     batches = iter(loader)
     next(batches)
     start_s = time.monotonic()
-    batches.close()
+    loader.close()
     assert time.monotonic() - start_s < 12  # one after the other they would take 16
     assert multiprocessing.active_children() == []
 
@@ -178,7 +177,7 @@ def test_workers_end_at_once_although_a_forked_child_has_their_pipes_too(url, mo
         os._exit(0)
     try:
         start_s = time.monotonic()
-        batches.close()
+        loader.close()
         # Half a second, and more on a busy machine; not the 200 of who must be killed.
         assert time.monotonic() - start_s < 100
     finally:
@@ -200,8 +199,9 @@ def test_what_the_users_code_prints_is_not_lost(url, capfd, monkeypatch):
     loader = make(url)
     loader._maker = Talking(loader._maker)
     steps = [step for step, _ in enumerate(loader)]
+    loader.close()
     # Its output is a file here, and not written line by line.
-    assert capfd.readouterr().out.split("\n") == [*(f"step {step}" for step in steps), ""]
+    assert capfd.readouterr().out.split("\n")[: len(steps)] == [f"step {s}" for s in steps]
 
 
 class NoMemory:
@@ -256,3 +256,71 @@ def test_killed_consumer_leaves_no_workers(url, tmp_path):
     while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers):
         assert time.monotonic() < stop_s, "workers outlive their consumer"
         time.sleep(0.05)
+
+
+def alive(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists()]
+
+
+def pids():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def test_workers_stay_over_epochs_and_follow_states_and_changes(url):
+    """One start for: three epochs, a pass that is left, another step, a change of the batch."""
+    want, loader = make(url, workers=0, decode_threads=0), make(url, workers=2)
+    others = pids()  # of loaders that an exception of another test refers to
+    list(want), list(loader)
+    workers = pids() - others
+    assert len(workers) == 2
+    early = loader.state_dict()
+    for _ in range(2):
+        assert all(map(same, loader, list(want)))
+    for batches in (loader, want):
+        next(iter(batches))
+    assert all(map(same, loader, list(want)))
+    for _ in range(2):  # batches of the steps after are made, or on their way
+        for batches in (loader, want):
+            batches.load_state_dict(early)
+        assert same(next(iter(loader)), next(iter(want)))
+    for batches in (loader, want):
+        batches.change(global_batch_size=8)
+    assert all(map(same, loader, list(want)))
+    assert loader.state_dict() == want.state_dict()
+    assert pids() - others == workers
+    begun = iter(loader)
+    next(begun)
+    del loader, batches
+    assert pids() - others == workers  # the iterator has the loader
+    del begun
+    assert not pids() & workers
+    assert alive(workers) == []
+
+
+def test_the_next_epoch_is_made_ahead_across_the_border(url):
+    loader = make(url)
+    for _ in loader:
+        pass
+    stats = loader.stats()
+    crew = loader._crew
+    assert crew.num_pending > 1
+    while not crew._pending[0].is_ready():
+        time.sleep(0.01)
+    next(iter(loader))
+    assert loader.stats().since(stats).ready >= 0
+    assert loader.state_dict()["step"] == NUM // BATCH + 1
+
+
+def test_a_worker_that_is_killed_between_passes_is_named_and_replaced(url, undisturbed):
+    others = pids()
+    loader = make(url)
+    assert all(map(same, loader, undisturbed))
+    state = loader.state_dict()
+    (victim,) = pids() - others
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(WorkerError) as caught:
+        list(loader)  # one pass is more than what was ready
+    assert caught.value.reason == "worker_died"
+    assert not pids() - others
+    loader.load_state_dict({**state, "step": 0})
+    assert same(next(iter(loader)), undisturbed[0])

@@ -9,7 +9,7 @@ import pytest
 
 from loader import StreamingDataset, make_dataloader
 from loader.reading.quarantine import MOST_RECORDS, Quarantine
-from shardspec.errors import BudgetError, ShardError
+from shardspec.errors import BudgetError, SampleError, ShardError
 from shardspec.index import open_index
 from shardspec.manifest import require_manifest
 from tests.forks import goes_on_in_a_child
@@ -289,3 +289,16 @@ def test_an_index_that_is_opened_again_is_hashed_again_only_after_a_change(twins
     with pytest.raises(ShardError):  # of the sample: the index is not really hashed here
         reader.stored(0)
     assert hashed[-1] == require_manifest(url).shards[0].index_sha256
+
+
+def test_a_sequence_that_fits_nothing_is_not_answered_with_the_setting_in_use(broken):
+    url, repair = broken
+    repair()
+    dataset = StreamingDataset(url, on_bad="substitute")
+    loader = make_dataloader(dataset, global_batch_size=4, sequence_length=2)
+    with pytest.raises(SampleError) as caught:
+        list(loader)
+    assert caught.value.reason == "all_substitutes_bad"
+    assert caught.value.facts["first_reason"] in ("no_loss", "image_cut")
+    assert caught.value.__cause__.reason == caught.value.facts["first_reason"]
+    assert "on_bad" not in str(caught.value)

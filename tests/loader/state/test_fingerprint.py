@@ -284,6 +284,7 @@ IMAGE = {
     "fit": "pad",
     "max_crops": 24,
     "margin_patches": (4, 3),
+    "small_sides": "serving",
     "pool": (3, 3),
     "pooling": "per-crop",
     "overview_start": "low_res_im_start",
@@ -584,8 +585,12 @@ def test_a_pass_shows_every_sample_once_but_for_the_border_batch(
             assert len(flat) - (NUM - start) < batch
             assert start < batch * border + 1
         else:
-            assert len(set(flat)) == NUM if tail == "pad" else len(flat) == len(set(flat))
-            assert NUM - len(set(flat)) < batch
+            keys = [
+                key for key in flat if key is not None
+            ]  # rows that fill the last batch have none
+            assert len(keys) == len(set(keys))
+            assert tail != "pad" or len(keys) == NUM
+            assert NUM - len(keys) < batch
 
 
 def keys_of(batch):

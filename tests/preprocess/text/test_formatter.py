@@ -17,8 +17,8 @@ from preprocess.text import (
     message_texts,
     safe_geometry,
 )
+from preprocess.text.chat import ChatFrame
 from preprocess.text.styles import STYLES
-from preprocess.text.tokens import ChatFrame
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry
 from shardspec.toml import load_toml
@@ -171,9 +171,46 @@ def test_each_message_is_a_conversation_of_one_turn():
     assert [branch.turns[0][0].response for branch in got] == ["x" * 1200, "I see."]
 
 
-def test_responses_lose_the_space_around_them():
-    message = {"style": "long_caption", "text": "  A cat.\n"}
-    assert {variant.response for variant in variants(message)} == {"A cat."}
+@pytest.mark.parametrize("whitespace", ["keep", "strip"])
+def test_space_around_whole_texts_is_kept_or_stripped_as_the_policy_says(whitespace):
+    def texts(message):
+        policy = {"system_prompt": "none", "num_variants": 1, "whitespace": whitespace}
+        (variant,) = variants(message, **policy)
+        return [variant.prompt, variant.response]
+
+    text = "  A cat.\n"
+    want = text if whitespace == "keep" else "A cat."
+    for style, answer in (("long_caption", "text"), ("doc_qa", "answer"), ("user_qa", "answer")):
+        assert texts({"style": style, "question": text, answer: text}) == [want, want]
+        assert texts({"style": style, "prompt": text, answer: text}) == [want, want]
+    assert texts({"style": "transcript", "alternatives": [text]}) == ["", want]
+    # What becomes a vote or a part of a text has no space of its own.
+    assert texts({"style": "vqa2", "question": "Q", "answers": [text, "A cat."]}) == ["Q", "A cat."]
+    choice = {"style": "a_okvqa_mc", "prompt": text, "options": [" a ", "b "], "answer_idx": 1}
+    assert texts(choice) == [want, "B. b"]
+
+
+@pytest.mark.parametrize("whitespace", ["keep", "strip"])
+def test_system_text_goes_in_front_of_the_first_user_text(whitespace):
+    message = {
+        "style": "text_sft",
+        "system": " Be brief.\n",
+        "messages": ["What is it?", "A cat.", "Where?", "Here."],
+    }
+    policy = TextPolicy(system_prompt="style", num_variants=1, whitespace=whitespace)
+    formatter = DataFormatter(policy=policy, frame=chat_frame("role", None))
+    (branch,) = formatter({"message_list": [message]}, key="k")
+    start = " Be brief.\n" if whitespace == "keep" else "Be brief."
+    assert [turn[0].prompt for turn in branch.turns] == [
+        f" User: text_sft: {start}\n\nWhat is it? Assistant:",
+        " User: Where? Assistant:",
+    ]
+    for blank in (None, "", " \n"):
+        (branch,) = formatter({"message_list": [{**message, "system": blank}]}, key="k")
+        assert branch.turns[0][0].prompt == " User: text_sft: What is it? Assistant:"
+    with pytest.raises(SampleError) as caught:
+        formatter({"message_list": [{**message, "system": ["Be brief."]}]}, key="k")
+    assert caught.value.reason == "message_fields"
 
 
 @pytest.mark.parametrize("weight, millionths", [(0.2, 200_000), (1, 1_000_000), (1 / 3, 333_333)])

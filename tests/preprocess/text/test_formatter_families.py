@@ -25,11 +25,12 @@ from preprocess.text import (
     message_texts,
     safe_geometry,
 )
+from preprocess.text.chat import ChatFrame
 from preprocess.text.styles import STYLES
 from preprocess.text.styles.base import TEMPLATES
 from preprocess.text.styles.counting import asks_for_count
 from preprocess.text.styles.robots import action_text
-from preprocess.text.tokens import ChatFrame, load_tokenizer
+from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry
 from shardspec.toml import load_toml
@@ -197,7 +198,7 @@ def test_templates_of_a_style_all_have_the_field_that_its_family_fills(style):
 
 
 def test_question_and_answer_are_taken_as_they_are():
-    assert only({**QUESTION, "question": " What is IT? "}) == ("What is IT?", "a cat")
+    assert only({**QUESTION, "question": " What is IT? "}) == (" What is IT? ", "a cat")
 
 
 def test_explicit_prompt_wins_over_the_question():

