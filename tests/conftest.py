@@ -22,6 +22,8 @@ from PIL import Image
 from preprocess.__main__ import main
 from tests import inline, servers
 
+collect_ignore = ["e2e/launched.py"]  # a program, which wants arguments
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -115,7 +115,7 @@ def test_every_pass_shows_the_chosen_samples_once(world_size, tail, url, kept):
             assert len({*shown}) == len(shown) == len(kept) // BATCH * BATCH
             assert {*shown} <= {*kept}
         else:
-            assert sorted({*shown}) == kept
+            assert sorted({*shown} - {None}) == kept  # rows that fill the last batch have no key
 
 
 @pytest.mark.parametrize("options", [{}, {"bucket_steps": 3}], ids=["rows", "buckets"])
