@@ -115,7 +115,7 @@ class RawDataset(IterableDataset[Any]):
         tail: Tail = "wrap",
         rank: int | None = None,
         world_size: int | None = None,
-        check: Check = "size",
+        check: Check = "crc",
         cache: str | None = None,
         cache_bytes: int = CACHE_BYTES,
         network: Network | None = None,

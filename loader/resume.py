@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from loader.order import (
     MixtureConfig,
@@ -31,6 +31,7 @@ from loader.state import (
     STATE_VERSION,
     Allowed,
     member_differences,
+    require_plain_state,
     require_state,
     with_members,
 )
@@ -100,6 +101,8 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
     """
     own, ours, packs = dict(here.own), here.order, here.packs
     _require_sound(state, own)
+    if packs is not None:
+        _require_sound_packs(state, by_epoch=packs.pass_is_exact)
     if packs is not None and not here.changed:
         ours, packs = _begun_packs(state, here)
         own["order"] = ours.config.to_dict()
@@ -107,7 +110,7 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
     if "mixture" in allow and isinstance(ours, MixtureOrder):
         state = _with_members(state, own, ours, packs, bucket_steps=here.bucket_steps)
     saved_order, saved_packing = state.get("order"), state.get("packing")
-    if isinstance(saved_order, Mapping):
+    if _is_same_version(saved_order, own["order"]):
         plan = here.stream.plan
         free = [name for name in _WIDTH if getattr(plan, name, None) is None]
         own["order"] |= _adopted_batch(saved_order, own["order"], state, free=free)
@@ -278,7 +281,7 @@ def _explain(state: Mapping[str, Any], own: Mapping[str, Any], here: RunHere) ->
         then = stored_in(data) or {name: stored_in(entry) for name, entry in data.items()}
         now = sum(part.data.num_stored for part in here.stream.parts)
         raise StateError("state_appended", then=then, now=now)
-    if not isinstance(order, Mapping):
+    if not _is_same_version(order, own["order"]):
         return
     ours = own["order"]["global_batch_size"]
     first, last = order.get("global_batch_size"), _last_batch(order, state)
@@ -348,13 +351,14 @@ def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
       StateError: `state_version`, `state_fields`, `order_fields`, `order_values`.
       ConfigError: A value of the order is not valid.
     """
+    require_plain_state(state)
     if state.get("version") != STATE_VERSION:
         raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
     order, step, bad = state.get("order"), state.get("step"), state.get("bad", [])
     if not (isinstance(bad, list | tuple) and all(isinstance(b, Mapping) for b in bad)):
         raise StateError("state_fields", field="bad")
     since = 0
-    if isinstance(order, Mapping) and order.get("version") == own["order"]["version"]:
+    if _is_same_version(order, own["order"]):
         config = MixtureConfig if "members" in own["order"] else OrderConfig
         since = config.from_dict(order).since
     if not is_whole(step) or not since <= step < 2**62:  # type: ignore[operator]
@@ -366,6 +370,38 @@ def _begins(packing: Mapping[str, Any]) -> list[int]:
     if not (isinstance(begins, list | tuple) and len(begins) == 2 and all(map(is_whole, begins))):
         raise StateError("state_fields", field="packing.begins")
     return list(begins)
+
+
+def _require_sound_packs(state: Mapping[str, Any], *, by_epoch: bool) -> None:
+    """Refuses a state whose packs cannot be read.
+
+    Args:
+      state: The state.
+      by_epoch: Packs are planned by epochs, not as endless streams: there is one place, or none.
+
+    Raises:
+      StateError: `state_fields`.
+    """
+    packing, streams = state.get("packing"), state.get("streams", [])
+    if isinstance(packing, Mapping) and not _are_places(packing.get("sizes"), num_fields=2):
+        raise StateError("state_fields", field="packing.sizes")
+    sound = _are_places(streams, num_fields=2 if by_epoch else 3)
+    if not sound or (by_epoch and len(streams) > 1):
+        raise StateError("state_fields", field="streams")
+
+
+def _are_places(value: object, *, num_fields: int) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(place, list | tuple)
+        and len(place) == num_fields
+        and all(is_whole(number) and 0 <= number < 2**62 for number in place)
+        for place in value
+    )
+
+
+def _is_same_version(saved: object, own: Mapping[str, Any]) -> TypeGuard[Mapping[str, Any]]:
+    """Returns True if the fields of a state's order are those of this release's."""
+    return isinstance(saved, Mapping) and saved.get("version") == own["version"]
 
 
 def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
-from preprocess.cli import VERBS, make_arguments
+from preprocess.cli import VERBS, make_arguments, with_spec
 from preprocess.sizes import size_text
 from shardspec.errors import ShardsError
 
@@ -40,8 +40,16 @@ exit codes:
 """
 
 
+LOG_INTERVAL_S = 30.0
+"""Between two lines of progress where standard error is not a terminal."""
+
+
 class TerminalConsole:
-    """The terminal: progress bars and errors on standard error, results on standard output."""
+    """The terminal: progress bars and errors on standard error, results on standard output.
+
+    Where standard error is a file or a pipe, progress is whole lines: one when a stage begins, one
+    each `LOG_INTERVAL_S`, and one when it ends.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -53,7 +61,20 @@ class TerminalConsole:
         self.close()
         self._reasons.clear()
         self._sent_bytes = 0
-        self._bar = tqdm(total=total, desc=name, unit="row", smoothing=0.05, dynamic_ncols=True)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=name, unit="row", smoothing=0.05, dynamic_ncols=True)
+        else:
+            self._bar = tqdm(
+                total=total,
+                desc=name,
+                unit="row",
+                smoothing=0.05,
+                file=_Lines(sys.stderr),
+                mininterval=LOG_INTERVAL_S,
+                maxinterval=LOG_INTERVAL_S,
+                bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
+                "{rate_fmt}{postfix}]",
+            )
 
     def step(self, reason: str) -> None:
         """Advances the bar; failures are counted after it, the most frequent first."""
@@ -78,11 +99,15 @@ class TerminalConsole:
         if self._reasons:
             top = " ".join(f"{name}={n}" for name, n in self._reasons.most_common(3))
             counts.append(f"failed: {top}")
-        self._bar.set_postfix_str(", ".join(counts), refresh=bool(self._sent_bytes))
+        refresh = bool(self._sent_bytes) and sys.stderr.isatty()
+        self._bar.set_postfix_str(", ".join(counts), refresh=refresh)
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        if sys.stderr.isatty():
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def show(self, text: str) -> None:
         """Ends the bar and prints a result."""
@@ -101,6 +126,23 @@ class TerminalConsole:
             self._bar = None
 
 
+class _Lines:
+    """Writes each state of a bar as a line of its own: a log has no carriage returns."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self._last:
+            self._last = line
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -111,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         # How the Makefile calls it: the target, then the variables of make's command line.
         if arguments[:1] == ["make"]:
             arguments = make_arguments(arguments[1:], verbs)
-        options = parser.parse_args(arguments)
+        options = parser.parse_args(with_spec(arguments, parser, verbs))
         signal.signal(signal.SIGTERM, _interrupt)
         code: int = options.run(options, console)
     except ShardsError as error:

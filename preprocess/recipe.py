@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from preprocess.datasets import ImageSource, SceneImage, example_images
+from preprocess.formats import parse_messages
 from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
 from preprocess.settings import Setting
 from preprocess.text import (
@@ -114,6 +115,8 @@ class Preparer:
         Raises:
           SampleError: The example cannot become a sample; `reason` says why.
         """
+        if "messages" in example and "message_list" not in example:
+            example = parse_messages(example)
         found = example_images(example)
         sources = [self._read(image) for image in found]
         if key is None:
@@ -171,6 +174,8 @@ def read_path(path: Path) -> bytes:
       SampleError: `image_missing`.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for a writer
+            raise SampleError("image_missing.special", where=str(path))
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise SampleError("image_missing.row", where=str(path), error=error) from error
@@ -207,3 +212,8 @@ def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:
     """
     text = canonical_json({"image": image_id, "message_list": example["message_list"]})
     return hashlib.blake2b(text, digest_size=KEY_BYTES).hexdigest()
+
+
+def repeated_key(key: str, number: int) -> str:
+    """Names a further sample of the same content: `number` is 2 for the second."""
+    return hashlib.blake2b(f"{key} {number}".encode(), digest_size=KEY_BYTES).hexdigest()

@@ -109,7 +109,10 @@ def walk_foreign(
                     offset=entry.offset_data,
                     num_bytes=entry.size,
                 )
-    except tarfile.TarError as error:
+    except RecursionError as error:  # tarfile reads an extended header inside the one before
+        raise _no_tar(where, "a file has too many extended headers") from error
+    except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:
+        # Sparse maps and other numbers of extended headers are not checked by tarfile.
         raise _no_tar(where, str(error)) from error
     # tarfile treats a damaged header after the first as the end.
     stream.seek(end)

@@ -9,6 +9,7 @@ Readers look columns up by name: columns may be added, never renamed or given an
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import math
 import mmap
@@ -240,7 +241,9 @@ def encode_index(rows: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = False) -> np.ndarray:
+def open_index(
+    path: str, *, num_samples: int, shard_bytes: int, raw: bool = False, sha256: str = ""
+) -> np.ndarray:
     """Memory-maps an index and checks that it fits its shard.
 
     Args:
@@ -248,12 +251,13 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = Fal
       num_samples: Rows that the manifest promises.
       shard_bytes: Length of the tar.
       raw: Whether the samples are a foreign tar's, with fewer columns.
+      sha256: What the file must have, as the manifest names it; "": it was compared before.
 
     Returns:
       INDEX_DTYPE [num_samples], read-only; `raw_index_dtype` for a raw dataset.
 
     Raises:
-      ShardError: `index_missing`, `index_format`, `index_count`, `index_range`.
+      ShardError: `index_missing`, `index_sha256`, `index_format`, `index_count`, `index_range`.
     """
     try:
         with open(path, "rb") as stream:
@@ -270,19 +274,28 @@ def open_index(path: str, *, num_samples: int, shard_bytes: int, raw: bool = Fal
         num_samples=num_samples,
         shard_bytes=shard_bytes,
         raw=raw,
+        sha256=sha256,
     )
 
 
 def parse_index(
-    payload: memoryview, *, where: str, num_samples: int, shard_bytes: int, raw: bool = False
+    payload: memoryview,
+    *,
+    where: str,
+    num_samples: int,
+    shard_bytes: int,
+    raw: bool = False,
+    sha256: str = "",
 ) -> np.ndarray:
     """Reads an index from memory; arguments, result and errors otherwise as `open_index`.
 
     Args:
       payload: The whole .npy file; the rows are a view of it.
       where: Its URL, for errors.
-      num_samples, shard_bytes, raw: As `open_index`.
+      num_samples, shard_bytes, raw, sha256: As `open_index`.
     """
+    if sha256 and (got := hashlib.sha256(payload).hexdigest()) != sha256:
+        raise _broken(where, "index_sha256.stored", {"got": got, "want": sha256})
     try:
         rows = parse_rows(payload)
     except ValueError as error:

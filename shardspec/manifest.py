@@ -4,6 +4,9 @@
 valid wids index (`shardlist` with `url` and `nsamples`). Every value is a function of the job's
 inputs, so the same inputs give the same bytes; times and host names go to run.json.
 
+The manifest has a *digest* of its own bytes, which every reader compares: a manifest names the
+checksums of everything else, and nothing else names its own.
+
 A *receipt* describes one shard in the same way, and is written when that shard is complete; commit
 collects the receipts of a split and adds the split to the manifest.
 
@@ -26,6 +29,7 @@ from typing import Any
 
 from shardspec import storage
 from shardspec.columns import COLUMNS_SUFFIX, type_problems
+from shardspec.documents import read_json
 from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
 from shardspec.storage import RangeReader
 
@@ -40,6 +44,11 @@ TOKENIZER_NAME = "tokenizer/tokenizer.json"
 """Where a dataset keeps a copy of its tokenizer, so that its text can be read back anywhere."""
 
 INDEX_SUFFIX = ".index.npy"
+
+_NO_DIGEST = "0" * 64
+_DIGEST_LINE = re.compile(rb'(?<=\n "digest": ")[0-9a-f]{64}(?=")')
+"""The digest in a canonical manifest. No string of the document contains a newline, so only the
+field of the outermost object can match."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +156,19 @@ class TokenizerEntry:
     """Rows that a model's embedding must have: every id of the dataset is below this."""
     special_ids: Mapping[str, int]
     """bos (absent where sequences begin without one), eos, pad, and the image symbols such as
-    <im_patch>."""
+    <im_patch>, which have consecutive ids."""
+    special_tokens: Mapping[str, str]
+    """The tokens of the tokenizer whose ids bos, eos and pad are, such as <|endoftext|>."""
 
 
 NO_TOKENIZER = TokenizerEntry(
-    name="", sha256="", probe_sha256="", vocab_size=0, embedding_size=0, special_ids={}
+    name="",
+    sha256="",
+    probe_sha256="",
+    vocab_size=0,
+    embedding_size=0,
+    special_ids={},
+    special_tokens={},
 )
 """The tokenizer of a raw dataset, which has none; `null` in its manifest."""
 
@@ -260,7 +277,7 @@ class Manifest:
         )
 
     def encode(self) -> bytes:
-        """Serialises the manifest canonically."""
+        """Serialises the manifest canonically, with its digest."""
         document: dict[str, Any] = {
             "format_version": self.format_version,
             "dataset": self.dataset,
@@ -276,7 +293,34 @@ class Manifest:
             document |= {"raw": self.raw, "view": self.view and _encode_view(self.view)}
         if self.columns is not None:
             document["columns"] = asdict(self.columns)
-        return canonical_json(document, indent=1)
+        return sealed(document)
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """Serialises the document of a manifest canonically, with the digest of these bytes."""
+    payload = canonical_json({**document, "digest": _NO_DIGEST}, indent=1)
+    digest = hashlib.sha256(payload).hexdigest()
+    return _DIGEST_LINE.sub(digest.encode(), payload, count=1)
+
+
+def _check_digest(payload: bytes, document: Mapping[str, Any], *, where: str) -> None:
+    """Compares the digest in a manifest with its bytes, as they are: not with their meaning."""
+    if "digest" not in document:
+        raise ManifestError("manifest_digest.missing", where=where)
+    found = [match.span() for match in _DIGEST_LINE.finditer(payload)]
+    if len(found) != 1:
+        raise ManifestError(
+            "manifest_digest.differs", where=where, got=repr(document["digest"])[:80]
+        )
+    [(start, stop)] = found
+    hashed = hashlib.sha256(payload[:start])
+    hashed.update(_NO_DIGEST.encode())
+    hashed.update(payload[stop:])
+    want = payload[start:stop].decode()
+    if hashed.hexdigest() != want:
+        raise ManifestError(
+            "manifest_digest.differs", where=where, got=hashed.hexdigest(), want=want
+        )
 
 
 def _encode_view(view: View) -> dict[str, Any]:
@@ -303,10 +347,11 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
     """Reads a manifest and checks it completely.
 
     Raises:
-      ManifestError: `manifest_json`, `manifest_version`, `manifest_fields` (names every problem).
+      ManifestError: `manifest_json`, `manifest_version`, `manifest_digest` (the bytes are not those
+        that were written), `manifest_fields` (names every problem).
     """
     try:
-        document = json.loads(payload)
+        document = read_json(payload)
     except ValueError as error:
         raise ManifestError("manifest_json", where=where, error=error) from error
     version = document.get("format_version") if isinstance(document, dict) else None
@@ -317,6 +362,7 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
             got=version,
             want=f"{FORMAT_VERSION} or {EXTENDED_VERSION}",
         )
+    _check_digest(payload, document, where=where)
     problems: list[str] = []
     raw, view, columns = False, None, None
     if version == EXTENDED_VERSION:
@@ -330,6 +376,8 @@ def parse_manifest(payload: bytes, *, where: str) -> Manifest:
     tokenizer = NO_TOKENIZER
     if not raw:
         tokenizer = _record(TokenizerEntry, document.get("tokenizer"), "tokenizer", problems)
+        if tokenizer is not None:
+            problems += _special_contradictions(tokenizer)
     splits = {
         str(name): _record(SplitEntry, entry, f"splits.{name}", problems)
         for name, entry in _mapping(document, "splits", problems).items()
@@ -416,7 +464,7 @@ def parse_receipt(payload: bytes, *, where: str) -> Receipt | None:
     """Reads a receipt; None when it is not one (the shard is then built again)."""
     problems: list[str] = []
     try:
-        document = json.loads(payload)
+        document = read_json(payload)
     except ValueError:
         return None
     if not isinstance(document, dict):
@@ -486,6 +534,34 @@ def _contradictions(splits: Mapping[str, SplitEntry], shards: Sequence[ShardEntr
         if entry.num_samples != num_samples[name]:
             got = f"{entry.num_samples}, its shards have {num_samples[name]}"
             problems.append(f"splits.{name}.num_samples: {got}")
+    return problems
+
+
+def _special_contradictions(entry: TokenizerEntry) -> list[str]:
+    """Lists what is wrong with the special ids: each of them changes every batch."""
+    ids, tokens = entry.special_ids, entry.special_tokens
+    where = "tokenizer.special_ids"
+    problems = [f"{where}.{name}: missing" for name in ("eos", "pad") if name not in ids]
+    problems += [
+        f"{where}.{name}: {i}, the embedding has {entry.embedding_size} rows"
+        for name, i in ids.items()
+        if i >= entry.embedding_size
+    ]
+    # Of a tokenizer without BOS or padding, EOS may take their place: these three may be equal.
+    named = {"bos", "eos", "pad"}
+    symbols = sorted((i, name) for name, i in ids.items() if name not in named)
+    if symbols:
+        first = symbols[0][0]
+        if [i for i, _ in symbols] != list(range(first, first + len(symbols))):
+            problems.append(f"{where}: image symbols are not consecutive: {dict(ids)}")
+        if first < entry.vocab_size:
+            problems.append(f"{where}.{symbols[0][1]}: {first}, an id of a text token")
+        shared = {i for i, _ in symbols} & {ids[name] for name in named & set(ids)}
+        if shared:
+            problems.append(f"{where}: {sorted(shared)} is an image symbol and another token")
+    if set(tokens) != named & set(ids):
+        want = sorted(named & set(ids))
+        problems.append(f"tokenizer.special_tokens: want {want}, got {sorted(tokens)}")
     return problems
 
 
@@ -559,6 +635,9 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "Mapping[str, Any]": lambda value: isinstance(value, dict),
     "Mapping[str, int]": lambda value: (
         isinstance(value, dict) and all(map(_is_count, value.values()))
+    ),
+    "Mapping[str, str]": lambda value: (
+        isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
     ),
 }
 

@@ -7,7 +7,8 @@ short or damaged raise instead of giving a half-grey picture:
 * jpeg: simplejpeg where it is installed (libjpeg-turbo straight into the caller's buffer, without
   the GIL; its strict mode also notices a flipped bit that upsets the entropy coding), else Pillow,
   which notices missing bytes only. Both give the same pixels.
-* png: Pillow, after the CRC of every chunk has been checked (Pillow skips those of IDAT).
+* png: Pillow, after the CRC of every chunk has been checked (Pillow skips those of IDAT). Where the
+  lowest row is black, as rows are that a stream ends without, the stream's rows are counted.
 * webp: Pillow, after the length in the RIFF header has been checked; the format has no checksum.
 * raw: a .npy with a 128-byte header; its length is checked. The shard's sha256 guards the rest.
 
@@ -24,7 +25,6 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, NoReturn
 
@@ -32,6 +32,13 @@ import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from shardspec.errors import ConfigError, SampleError, ShardError
+from shardspec.image_file import (
+    check_png,
+    check_png_rows,
+    check_webp,
+    require_payload,
+    size_before_opening,
+)
 from shardspec.sample import ARRAY_HEADER_BYTES, Codec, encode_array
 
 JpegDecoder = Literal["simplejpeg", "pillow"]
@@ -82,22 +89,10 @@ _RAW_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00v\x00"
     rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n"
 )
-_DEFLATE_RATIO = 1032
-"""Most bytes that a byte of deflate expands to: 258 for two bits (RFC 1951)."""
-_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Samples per pixel by colour type."""
-
-# JPEG markers (ITU-T T.81, table B.1).
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_SEQUENTIAL_FRAMES, _HUFFMAN_FRAMES = frozenset({0xC0, 0xC1}), frozenset({0xC0, 0xC1, 0xC2})
-_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
-_SEGMENT = re.compile(rb"\xff+([^\x00\xff])")
 _LARGE_PIXELS = 4_000_000
 """Smaller stored JPEGs are decoded without a look at their frame: it costs 10 µs in Python."""
 
 _BAND_PIXELS = 1 << 20
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def decode_stored(
@@ -215,118 +210,14 @@ def open_image(payload: bytes, *, formats: Sequence[str]) -> ImageFile.ImageFile
     return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JpegFrame:
-    """The frame header of a JPEG."""
+def may_lack_rows(image: Image.Image) -> bool:
+    """Returns True if a decoded PNG may lack rows at its end, so that they have to be counted.
 
-    is_sequential: bool
-    """Baseline or extended: decoded block by block, if it has one scan."""
-    least_bits: int
-    """Blocks of its smallest component, each of which takes one bit at least; 0 where a block may
-    take less (arithmetic coding, lossless files)."""
-    samples_per_pixel: float
-    """Of all components together; 3 without subsampling."""
-
-
-def jpeg_frame(payload: bytes | memoryview) -> JpegFrame | None:
-    """Reads the frame header of a JPEG; None where there is none that can be read."""
-    at = 2
-    while match := _SEGMENT.match(payload, at):
-        marker, at = match[1][0], match.end()
-        if marker in _STANDALONE:
-            continue
-        stop = at + int.from_bytes(payload[at : at + 2], "big")
-        if marker in _FRAMES:
-            return _parse_frame(marker, bytes(payload[at + 2 : stop]))
-        if stop <= at:
-            return None
-        at = stop
-    return None
-
-
-def size_before_opening(payload: bytes | memoryview) -> tuple[int, int] | None:
-    """Reads (width, height) of a PNG or WebP from its first bytes; None for other files.
-
-    Pillow allocates the canvas of a WebP when it opens the file.
+    Pillow's pixels are 0 before they are decoded, so a lowest row with another value is there. The
+    rows of an interlaced picture come in another order.
     """
-    head = bytes(payload[:30])
-    if head[:8] == _PNG_SIGNATURE and head[12:16] == b"IHDR" and len(head) >= 24:
-        width, height = struct.unpack(">2I", head[16:24])
-        return width, height
-    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
-        return None
-    if head[12:16] == b"VP8X":
-        sides = (int.from_bytes(head[24:27], "little"), int.from_bytes(head[27:30], "little"))
-        return 1 + sides[0], 1 + sides[1]
-    if head[12:16] == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if head[12:16] == b"VP8 ":
-        width, height = struct.unpack("<2H", head[26:30])
-        return width & 0x3FFF, height & 0x3FFF
-    return None
-
-
-def require_payload(payload: bytes | memoryview) -> None:
-    """Refuses a PNG or JPEG that is too short for the pixels that its header announces.
-
-    Raises:
-      ValueError: "truncated ...", before anything of the image's size is allocated.
-    """
-    if bytes(payload[:2]) == b"\xff\xd8":
-        frame = jpeg_frame(payload)
-        if frame is not None and 8 * len(payload) < frame.least_bits:
-            raise ValueError(f"truncated JPEG: {len(payload)} bytes for {frame.least_bits} blocks")
-    elif bytes(payload[:8]) == _PNG_SIGNATURE and len(payload) > 25:
-        size = size_before_opening(payload)
-        bits = payload[24] * _PNG_SAMPLES.get(payload[25], 0)
-        if size is not None and 8 * _DEFLATE_RATIO * len(payload) < size[0] * size[1] * bits:
-            raise ValueError(
-                f"truncated PNG: {len(payload)} bytes for {size[0]} x {size[1]} pixels"
-            )
-
-
-def check_png(payload: bytes | memoryview) -> list[tuple[bytes, int, int]]:
-    """Checks the chunks of a PNG file and lists them.
-
-    Returns:
-      (type, start, stop) of each chunk, length and CRC included, IHDR first and IEND last.
-
-    Raises:
-      ValueError: Not a PNG, truncated, or a chunk whose CRC differs.
-    """
-    if bytes(payload[:8]) != _PNG_SIGNATURE:
-        raise ValueError("no PNG signature")
-    chunks = []
-    view = memoryview(payload)
-    start, kind = 8, b""
-    while kind != b"IEND":
-        if start + 12 > len(view):
-            raise ValueError("truncated PNG: no IEND chunk")
-        length = int.from_bytes(view[start : start + 4], "big")
-        kind = bytes(view[start + 4 : start + 8])
-        stop = start + 12 + length
-        if stop > len(view):
-            raise ValueError(f"truncated PNG chunk {kind!r}")
-        crc = int.from_bytes(view[stop - 4 : stop], "big")
-        if zlib.crc32(view[start + 4 : stop - 4]) != crc:
-            raise ValueError(f"PNG chunk {kind!r} fails its CRC")
-        chunks.append((kind, start, stop))
-        start = stop
-    return chunks
-
-
-def check_webp(payload: bytes | memoryview) -> None:
-    """Checks that a WebP file is as long as its header says (the format has no checksum).
-
-    Raises:
-      ValueError: Not a WebP, or truncated.
-    """
-    if bytes(payload[:4]) != b"RIFF" or bytes(payload[8:12]) != b"WEBP":
-        raise ValueError("no WebP signature")
-    want = 8 + int.from_bytes(payload[4:8], "little")
-    if len(payload) < want:
-        raise ValueError(f"truncated WebP: {len(payload)} of {want} bytes")
+    lowest = image.crop((0, image.height - 1, image.width, image.height))
+    return bool(image.info.get("interlace")) or not np.asarray(lowest).any()
 
 
 @functools.cache
@@ -376,9 +267,8 @@ def _decode_pillow(
     reduce: Reduction,
 ) -> np.ndarray:
     try:
-        if codec == "png":
-            check_png(payload)
-        elif codec == "webp":
+        chunks = check_png(payload) if codec == "png" else []
+        if codec == "webp":
             check_webp(payload)
         size = size_before_opening(payload)
         if size is not None:
@@ -394,6 +284,8 @@ def _decode_pillow(
             if reduce != 1:
                 image.draft(None, (width, height))
             image.load()
+            if codec == "png" and may_lack_rows(image):
+                check_png_rows(payload, chunks)
     except PILLOW_DECODE_ERRORS as error:
         _refuse(codec, str(error), where)
     if out is None:
@@ -420,23 +312,6 @@ def _decode_raw(payload: bytes | memoryview, out: np.ndarray | None, where: str)
         return pixels
     np.copyto(out, pixels)
     return out
-
-
-def _parse_frame(marker: int, body: bytes) -> JpegFrame | None:
-    count = body[5] if len(body) > 5 else 0
-    if not count or len(body) < 6 + 3 * count:
-        return None
-    height, width = struct.unpack(">2H", body[1:5])
-    factors = [(body[7 + 3 * i] >> 4, body[7 + 3 * i] & 15) for i in range(count)]
-    if not all(h and v for h, v in factors):
-        return None
-    across, down = max(h for h, _ in factors), max(v for _, v in factors)
-    blocks = [-(-width * h // (8 * across)) * -(-height * v // (8 * down)) for h, v in factors]
-    return JpegFrame(
-        is_sequential=marker in _SEQUENTIAL_FRAMES,
-        least_bits=min(blocks) if marker in _HUFFMAN_FRAMES else 0,
-        samples_per_pixel=sum(h * v for h, v in factors) / (across * down),
-    )
 
 
 def _check_size(width: int, height: int) -> None:

@@ -8,10 +8,11 @@ first batch: a model would train on text of another tokenizer without an error, 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, ShardError
 from shardspec.manifest import TokenizerEntry, canonical_json, differences
 
 PROBE_TEXTS = (
@@ -91,8 +92,48 @@ def check_tokenizer(entry: TokenizerEntry, tokenizer: TrainingTokenizer, *, wher
     # A dataset without BOS follows a chat template that writes none.
     if tokenizer.bos_token_id is not None and "bos" in entry.special_ids:
         got["bos"], want["bos"] = tokenizer.bos_token_id, entry.special_ids["bos"]
+    for name, token in entry.special_tokens.items():
+        ids = [int(i) for i in tokenizer.encode(token, add_special_tokens=False)]
+        label = f"{name} {token}"
+        got[label], want[label] = ids, [entry.special_ids[name]]
     found = differences(want, got, "tokenizer")
     if found:
         raise ConfigError(
             "tokenizer_mismatch", where=where, shards=entry.name, differences="; ".join(found)
         )
+
+
+def check_stored_tokenizer(entry: TokenizerEntry, payload: bytes, *, where: str) -> None:
+    """Refuses a dataset's copy of its tokenizer that is not the one that the manifest describes.
+
+    Args:
+      entry: From the manifest.
+      payload: The copy, tokenizer.json.
+      where: Its URL, for the error.
+
+    Raises:
+      ShardError: `tokenizer_file`: other bytes, or bos, eos or pad have other ids in it.
+    """
+    got = hashlib.sha256(payload).hexdigest()
+    if got != entry.sha256:
+        raise ShardError("tokenizer_file.changed", where=where, got=got, want=entry.sha256)
+    ids = _token_ids(payload)
+    found = {name: ids.get(token) for name, token in entry.special_tokens.items()}
+    want = {name: entry.special_ids[name] for name in entry.special_tokens}
+    if found != want:
+        differing = differences(want, found, "special_ids")
+        raise ShardError("tokenizer_file.ids", where=where, differences="; ".join(differing))
+
+
+def _token_ids(payload: bytes) -> dict[str, int]:
+    """Lists the tokens of a tokenizer.json, as far as it has the parts of that format."""
+    try:
+        document = json.loads(payload)
+        model = document["model"]
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, list):  # of a Unigram model: [token, score], by id
+            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in document["added_tokens"]}
+        return {**vocabulary, **added}
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return {}

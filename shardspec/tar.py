@@ -8,11 +8,11 @@ DALI all read the file. Members of a sample are adjacent; two zero blocks end th
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from shardspec.checksum import crc32
 from shardspec.errors import ShardError
 
 BLOCK = 512
@@ -113,7 +113,7 @@ class TarWriter:
             padding = bytes(padded(len(payload)) - len(payload))
             for part in (member_header(name, len(payload)), payload, padding):
                 self._write(part)
-                crc = zlib.crc32(part, crc)
+                crc = crc32(part, crc)
         return TarRange(offset=offset, num_bytes=self.num_bytes - offset, crc32=crc)
 
     def finish(self) -> str:

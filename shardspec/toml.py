@@ -13,6 +13,18 @@ else:
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """Reads a TOML file into plain Python values."""
-    with path.open("rb") as stream:
-        return dict(tomllib.load(stream))
+    """Reads a TOML file into plain Python values.
+
+    Raises:
+      OSError: It cannot be read.
+      ValueError: It is not TOML.
+    """
+    return parse_toml(path.read_bytes())
+
+
+def parse_toml(payload: bytes) -> dict[str, Any]:
+    """Reads a TOML document; errors as `load_toml`."""
+    try:
+        return dict(tomllib.loads(payload.decode("utf-8")))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -22,6 +22,8 @@ from PIL import Image
 from preprocess.__main__ import main
 from tests import inline, servers
 
+collect_ignore = ["e2e/launched.py"]  # a program, which wants arguments
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -492,6 +494,7 @@ def _write_dataset(
             vocab_size=100,
             embedding_size=134,
             special_ids=special_ids,
+            special_tokens={"bos": "<s>", "eos": "</s>", "pad": "<pad>"},
         ),
         libraries={},
         splits={

@@ -91,6 +91,8 @@ class FaultProxy:
         """Set it, and faults strike GETs without a range too."""
         self.dead = False
         """Set it, and connections are accepted but never answered."""
+        self.refusing = False
+        """Set it, and every request is answered with 503, whatever its method."""
         self.counts: Counter[str] = Counter()
         self.gets: list[Request] = []
         self.body_bytes = 0
@@ -132,14 +134,11 @@ class FaultProxy:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._tasks, self._connections, self._writers = set(), [], []
-        # asyncio's own server leaves connections open that come just before it is closed.
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.setblocking(False)
-            self._loop.add_reader(listener, self._accept, listener)
-            self.port = listener.getsockname()[1]
-            self._started.set()
-            await self._stop.wait()
-            self._loop.remove_reader(listener)
+        self._listener, self.port = None, 0
+        self._listen()
+        self._started.set()
+        await self._stop.wait()
+        self._hang_up()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -151,6 +150,47 @@ class FaultProxy:
         await asyncio.gather(*closed, return_exceptions=True)
         for connection in self._connections:
             connection.close()
+
+    def _listen(self):
+        # asyncio's own server leaves connections open that come just before it is closed.
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._listener.setblocking(False)
+        self._loop.add_reader(self._listener, self._accept, self._listener)
+        self.port = self._listener.getsockname()[1]
+
+    def _hang_up(self):
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        for writer in self._writers:
+            writer.transport.abort()
+
+    @contextlib.contextmanager
+    def away(self, kind):
+        """For the duration of the block, the store is "refused" (nobody listens, connections are
+        reset), answers "status_503" to everything, or is "silent"."""
+        if kind == "refused":
+            self._on_loop(self._hang_up)
+        elif kind == "status_503":
+            self.refusing = True
+        else:
+            self.dead = True
+        try:
+            yield
+        finally:
+            if kind == "silent":
+                self.dead = False
+                self._on_loop(self._hang_up)
+                self._on_loop(self._listen)
+            elif kind == "refused":
+                self._on_loop(self._listen)
+            self.refusing = False
+
+    def _on_loop(self, work):
+        done = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: (work(), done.set()))
+        assert done.wait(10)
 
     def _accept(self, listener):
         with contextlib.suppress(BlockingIOError):
@@ -192,6 +232,13 @@ class FaultProxy:
             await asyncio.sleep(self.latency_s)
         if fault == "drop":
             raise _Hangup
+        if self.refusing:
+            self.counts["refused"] += 1
+            writer.write(
+                b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
+            await writer.drain()
+            raise _Hangup
         if fault in ("status_503", "status_429"):
             status = "503 Slow Down" if fault == "status_503" else "429 Too Many Requests"
             after = f"Retry-After: {self.retry_after_s:g}\r\n" if fault == "status_429" else ""
@@ -202,6 +249,11 @@ class FaultProxy:
         if not self.keep_host:
             host = b"\r\nHost: " + self.upstream.netloc.encode()
             head = re.sub(rb"(?i)\r\nHost:[^\r]*", host, head)
+        if re.search(rb"(?i)\r\nExpect: 100-continue", head):
+            # The client sends its body when it may. Signatures do not cover this header.
+            head = re.sub(rb"(?i)\r\nExpect:[^\r]*", b"", head)
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await writer.drain()
         upstream.writer.write(head)
         await self._pass_body(reader, upstream.writer, head, asked="request")
         answer = await self._answer_head(upstream.reader)

@@ -30,16 +30,18 @@ ADAPTERS = {"loader/integrations/trainer.py"}
 COMPOSITION_ROOTS = {"loader/cli/peek.py"}
 """May import both halves."""
 
-CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "shardspec", "tomli"}
-"""All that shardspec may import beside the standard library; simplejpeg by name, if installed, and
+CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "isal", "shardspec", "tomli"}
+"""All that shardspec may import beside the standard library; simplejpeg and isal, if installed, and
 tomli where Python has no tomllib yet."""
 
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
 
 PURE = {
+    "shardspec/checksum.py",
     "shardspec/columns.py",
     "shardspec/errors.py",
     "shardspec/expression.py",
+    "shardspec/image_file.py",
     "shardspec/keyed.py",
     "shardspec/sample.py",
     "shardspec/tar.py",
@@ -51,6 +53,11 @@ PURE = {
     "shardspec/tiling/sizes.py",
     "shardspec/tiling/tokens.py",
     "shardspec/tiling/view.py",
+    "preprocess/formats/conversations.py",
+    "preprocess/formats/detect.py",
+    "preprocess/formats/images.py",
+    "preprocess/formats/parse.py",
+    "preprocess/formats/tasks.py",
     "preprocess/annotate/join.py",
     "preprocess/job/plan.py",
     "preprocess/reshard/assign.py",
@@ -124,9 +131,9 @@ ENVIRONMENT = {"loader/topology.py", "shardspec/storage/stores.py"}
 
 FLOORS = {
     "shardspec": (
-        {"keyed", "toml"},
+        {"documents", "keyed", "toml", "checksum"},
         {"messages"},
-        {"errors"},
+        {"errors", "image_file"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns"},
@@ -134,7 +141,7 @@ FLOORS = {
         {"probe"},
     ),
     "preprocess": (
-        {"sizes", "settings"},
+        {"sizes", "settings", "formats"},
         {"media"},
         {"fetch", "synthetic"},
         {"text", "tokenizer", "datasets"},

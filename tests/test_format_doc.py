@@ -66,7 +66,7 @@ def test_manifest_entries_have_the_fields_of_the_code(head, kind):
 def test_manifest_has_the_fields_of_the_code():
     described = set(table(section("The manifest"), "field"))
     stored = set(names(manifest.Manifest)) - {"shards"}
-    assert described == stored | {"shardlist", "format_version"}
+    assert described == stored | {"shardlist", "format_version", "digest"}
 
 
 def test_views_and_raw_datasets_are_the_codes():

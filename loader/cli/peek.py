@@ -15,7 +15,8 @@ from loader.stream import StreamingDataset, stored_view
 from preprocess.text import IMAGE_SYMBOLS, tokenizer_from_entry
 from shardspec import storage
 from shardspec.errors import ShardError
-from shardspec.manifest import TOKENIZER_NAME, require_manifest
+from shardspec.manifest import TOKENIZER_NAME, TokenizerEntry, require_manifest
+from shardspec.probe import check_stored_tokenizer
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def _run(options: argparse.Namespace) -> str:
         with_metadata=True,
     )
     batch = next(iter(loader))
-    text = _tokenizer_json(options.shards)
+    text = _tokenizer_json(options.shards, manifest.tokenizer)
     tokenizer = tokenizer_from_entry(text, manifest.tokenizer)
     ids = manifest.tokenizer.special_ids
     rows = readable_rows(
@@ -56,12 +57,14 @@ def _run(options: argparse.Namespace) -> str:
     return "\n".join([head, "", describe_batch(batch), "", legend, *shown])
 
 
-def _tokenizer_json(url: str) -> str:
+def _tokenizer_json(url: str, entry: TokenizerEntry) -> str:
     where = storage.join(url, TOKENIZER_NAME)
     try:
-        return storage.read_bytes(where).decode()
+        payload = storage.read_bytes(where)
     except FileNotFoundError as error:
         raise ShardError("tokenizer_file.missing", where=where) from error
+    check_stored_tokenizer(entry, payload, where=where)
+    return payload.decode()
 
 
 PEEK = Verb(

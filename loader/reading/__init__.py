@@ -7,7 +7,7 @@ Never decides which samples are needed, and never changes stored data.
 from loader.reading.local import Check
 from loader.reading.lookahead import LookaheadWindow
 from loader.reading.network import Network
-from loader.reading.quarantine import MOST_RECORDS, Quarantine
+from loader.reading.quarantine import MOST_RECORDS, Quarantine, is_of_one_sample
 from loader.reading.reader import ShardReader, count_reading, open_dataset
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "Quarantine",
     "ShardReader",
     "count_reading",
+    "is_of_one_sample",
     "open_dataset",
 ]

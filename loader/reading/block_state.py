@@ -53,7 +53,7 @@ class BlockState:
     def __init__(self, block: Block) -> None:
         self.block = block
         # Where the whole block is. `on_disk` may be stale: another process may have evicted it.
-        self.is_mapped = False
+        self.is_open = False
         self.on_disk = False
         self.pieces: dict[Span, memoryview] = {}
         """Parts that are in memory."""
@@ -91,14 +91,14 @@ class BlockState:
 
     @property
     def is_there(self) -> bool:
-        """Returns True if the whole block is mapped, or in the cache as far as is known."""
-        return self.is_mapped or self.on_disk
+        """Returns True if the whole block is open, or in the cache as far as is known."""
+        return self.is_open or self.on_disk
 
     @property
     def is_idle(self) -> bool:
         """Returns True if nothing is lost when this state is dropped."""
         under_way = self.wanted or self.num_requests or self.is_queued or self.writer
-        return not (under_way or self.steps or self.pieces or self.waiting or self.is_mapped)
+        return not (under_way or self.steps or self.pieces or self.waiting or self.is_open)
 
     def unneeded(self) -> list[Span]:
         """Lists the pieces that no planned step uses and no reader waits for."""

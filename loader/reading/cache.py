@@ -17,31 +17,43 @@ other state, so the cache serves any run, order and number of processes, and out
   is never evicted for one that is needed later: that one is then read without the cache. Indexes
   are not evicted: they have a hundredth of the bytes, and every read needs one.
 
+* *One user's alone.* What another user could have put there is not believed: the folder belongs to
+  this user and is closed to others (0700), or it is refused. It is opened once, and every file is
+  opened below that very folder, never through a link, and must be a file of this user with one
+  name. What is not is removed, by its name, and not read or written.
+* *Never mapped.* Bytes are copied out of the file, so that one that is cut while it is read is
+  noticed, instead of ending the process with a signal.
+
 Only files of these names inside a folder that carries our marker are ever removed; a folder with
 anything else in it is refused.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
-import mmap
 import os
 import re
+import stat
 import struct
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from shardspec.documents import read_object
 from shardspec.errors import ConfigError
 
 MARKER = "vlm-shards-cache.json"
 """File that marks a folder as a cache, and names its owner."""
 
 CACHE_VERSION = 1
+_MARKER_BYTES = 1000
+"""Most bytes that are read of a marker."""
 
 _NAME = re.compile(r"[0-9a-f]{1,32}-(\d+)-(\d+)\.(block|index)")
 _PART = ".part"
@@ -71,14 +83,13 @@ class CacheWriter:
         Raises:
           OSError: The disk is full or fails; no file is left.
         """
-        part = self.cache.blocks / (self.name + _PART)
         try:
             os.ftruncate(self.descriptor, 0)
             view = memoryview(payload)
             while view:
                 view = view[os.write(self.descriptor, view) :]
             os.utime(self.descriptor, times=(_planned(step), _planned(step)))
-            self.cache.put(part, self.name)
+            self.cache.put(self.name)
         except OSError:
             self.abandon()
             raise
@@ -91,8 +102,37 @@ class CacheWriter:
         os.close(self.descriptor)
 
 
+class OpenFile:
+    """A file that is read by copying, never mapped. Safe to use from threads."""
+
+    def __init__(self, descriptor: int, num_bytes: int) -> None:
+        """Owns the descriptor, which is closed with the last reference to this object."""
+        self._descriptor = descriptor
+        self.num_bytes = num_bytes
+        weakref.finalize(self, os.close, descriptor)
+
+    def read(self, start: int, stop: int) -> memoryview | None:
+        """Copies bytes [start, stop) of the file; None if they are not there, or cannot be read.
+
+        A copy, since a map of a file that somebody cuts ends the process when it is used. It costs
+        a few microseconds for a sample of 100 kB, which takes a millisecond to decode.
+        """
+        payload = b""
+        try:
+            while len(payload) < stop - start:
+                left = stop - start - len(payload)
+                # Not into memory that would have to be cleared first. One call, but for signals.
+                part = os.pread(self._descriptor, left, start + len(payload))
+                if not part:
+                    return None
+                payload = payload + part if payload else part
+        except OSError:
+            return None
+        return memoryview(payload)
+
+
 class BlockCache:
-    """A folder of blocks. Safe to use from threads and processes; holds no state of its own."""
+    """A folder of blocks. Safe to use from threads and processes; its state is two descriptors."""
 
     def __init__(self, path: str, *, max_bytes: int) -> None:
         """Opens a cache, or makes it in an empty or missing folder.
@@ -102,33 +142,40 @@ class BlockCache:
           max_bytes: Bound of all blocks together.
 
         Raises:
-          ConfigError: `cache_foreign`, the folder holds other files or belongs to another user.
+          ConfigError: `cache_foreign`, the folder holds other files, or it belongs to another user
+            or others may write to it.
           OSError: The folder cannot be made.
         """
         self.folder = Path(path).expanduser().absolute()
         self.max_bytes = max_bytes
         self.blocks = self.folder / "blocks"
-        self._usage = self.folder / "usage"
+        """For messages: files are opened below `_blocks`, whatever has this name by now."""
+        self._root = self._open_root()
+        weakref.finalize(self, os.close, self._root)
         self._claim()
+        _close_to_others(self._root)
+        self._blocks = self._open_blocks()
+        weakref.finalize(self, os.close, self._blocks)
+        _close_to_others(self._blocks)
 
-    def find(self, name: str, num_bytes: int) -> memoryview | None:
-        """Maps a block into memory; None if there is none, or the disk cannot read it.
+    def find(self, name: str, num_bytes: int) -> OpenFile | None:
+        """Opens a block; None if there is none, or the disk cannot read it.
 
-        A block of another length is removed: it comes from a full disk or a power cut.
+        A block of another length is removed: it comes from a full disk or a power cut. So is what
+        is no file of this user.
         """
         try:
-            descriptor = os.open(self.blocks / name, os.O_RDONLY)
-        except OSError:
+            descriptor = _open_own(name, os.O_RDONLY, folder=self._blocks)
+        except FileNotFoundError:
             return None
-        try:
-            if os.fstat(descriptor).st_size != num_bytes:
-                self.discard(name)
-                return None
-            return memoryview(mmap.mmap(descriptor, num_bytes, access=mmap.ACCESS_READ))
         except OSError:
+            self._drop_foreign(name)
             return None
-        finally:
+        if os.fstat(descriptor).st_size != num_bytes:
             os.close(descriptor)
+            self.discard(name)
+            return None
+        return OpenFile(descriptor, num_bytes)
 
     def begin(
         self, name: str, num_bytes: int, *, step: int, now: int
@@ -147,9 +194,9 @@ class BlockCache:
         Raises:
           OSError: The disk is full or fails.
         """
-        part = self.blocks / (name + _PART)
+        part = name + _PART
         while True:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = _create_own(part, folder=self._blocks)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -159,13 +206,13 @@ class BlockCache:
                 os.close(descriptor)
                 raise
             # Between opening and locking it may have become the block, or have been removed.
-            if _same_file(descriptor, part):
+            if self._is_same(descriptor, part):
                 break
             os.close(descriptor)
-            if (self.blocks / name).exists():
+            if self._is_there(name):
                 return "ready"
         try:
-            if (self.blocks / name).exists():
+            if self._is_there(name):
                 found: Literal["ready", "full"] = "ready"
             elif self._reserve(num_bytes, step=step, now=now):
                 return CacheWriter(
@@ -173,10 +220,10 @@ class BlockCache:
                 )
             else:
                 found = "full"
-            os.unlink(part)
+            os.unlink(part, dir_fd=self._blocks)
         except OSError:
             with suppress(OSError):
-                os.unlink(part)
+                os.unlink(part, dir_fd=self._blocks)
             os.close(descriptor)
             raise
         os.close(descriptor)
@@ -200,15 +247,15 @@ class BlockCache:
     # Both hold the counter's lock: a process that counts the folder would otherwise miss a file
     # that is renamed meanwhile, or subtract one that it has not counted.
 
-    def put(self, part: Path, name: str) -> None:
+    def put(self, name: str) -> None:
         """Renames a block that was written, and whose room is reserved, to its final name."""
         with self._counter():
-            os.rename(part, self.blocks / name)
+            os.rename(name + _PART, name, src_dir_fd=self._blocks, dst_dir_fd=self._blocks)
 
     def remove(self, name: str, num_bytes: int) -> None:
         """Removes a file whose bytes are counted."""
         with self._counter() as counter:
-            os.unlink(self.blocks / name)
+            os.unlink(name, dir_fd=self._blocks)
             counter.write(max(0, (counter.read() or 0) - num_bytes))
 
     def _reserve(self, num_bytes: int, *, step: int, now: int) -> bool:
@@ -223,7 +270,9 @@ class BlockCache:
     def _evict(self, num_bytes: int, *, step: int, now: int) -> int:
         """Counts the folder and makes room for a block if possible; returns the bytes in use."""
         used, found = 0, []
-        with os.scandir(self.blocks) as entries:
+        # Opened anew: a descriptor that forked processes share has one position for all of them.
+        listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._blocks)
+        with _closing(listed), os.scandir(listed) as entries:
             for entry in entries:
                 name = entry.name.removesuffix(_PART)
                 match = _NAME.fullmatch(name)
@@ -232,12 +281,13 @@ class BlockCache:
                 length = int(match[2]) - int(match[1])
                 if name != entry.name:
                     # The caller's own one is locked by itself, but not yet reserved.
-                    used += 0 if _remove_stale(entry.path) else length
+                    used += 0 if self._remove_stale(entry.name) else length
                     continue
                 used += length
                 if match[3] == "block":
                     with suppress(FileNotFoundError):
-                        rank = eviction_rank(int(entry.stat().st_mtime), now=now)
+                        mark = int(entry.stat(follow_symlinks=False).st_mtime)
+                        rank = eviction_rank(mark, now=now)
                         found.append((rank, entry.name, length))
         # The requesting block has its .part file in the folder already.
         used -= num_bytes
@@ -249,20 +299,66 @@ class BlockCache:
             if used <= goal or rank >= own:
                 break
             with suppress(FileNotFoundError):
-                os.unlink(self.blocks / name)
+                os.unlink(name, dir_fd=self._blocks)
             used -= length
         return used
 
     def _mark(self, name: str, mark: int) -> bool:
+        if not self._is_there(name):
+            return False
         try:
-            os.utime(self.blocks / name, times=(mark, mark))
+            os.utime(name, times=(mark, mark), dir_fd=self._blocks, follow_symlinks=False)
         except OSError:
             return False
         return True
 
+    def _is_there(self, name: str) -> bool:
+        """Returns True if a block is there; removes what is no file of this user."""
+        try:
+            found = os.stat(name, dir_fd=self._blocks, follow_symlinks=False)
+        except OSError:
+            return False
+        if _is_own_file(found):
+            return True
+        self._drop_foreign(name)
+        return False
+
+    def _drop_foreign(self, name: str) -> None:
+        # Its bytes are not counted, or are when the folder is counted again.
+        with suppress(OSError):
+            os.unlink(name, dir_fd=self._blocks)
+
+    def _is_same(self, descriptor: int, name: str) -> bool:
+        try:
+            found = os.stat(name, dir_fd=self._blocks, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(descriptor), found)
+
+    def _remove_stale(self, name: str) -> bool:
+        """Removes what a killed writer left; returns True if there is nothing any more."""
+        try:
+            descriptor = _open_own(name, os.O_RDWR, folder=self._blocks)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            self._drop_foreign(name)
+            return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        else:
+            # It may have become the block meanwhile, and another writer may have begun the next.
+            if self._is_same(descriptor, name):
+                os.unlink(name, dir_fd=self._blocks)
+            return True
+        finally:
+            os.close(descriptor)
+
     @contextmanager
     def _counter(self) -> Iterator[_Counter]:
-        descriptor = os.open(self._usage, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _create_own("usage", folder=self._root)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for as long as a folder takes to list
             yield _Counter(descriptor)
@@ -272,34 +368,141 @@ class BlockCache:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
-    def _claim(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        marker = self.folder / MARKER
-        if not marker.exists():
-            others = [name for name in os.listdir(self.folder) if not name.startswith(MARKER)]
-            # Another process may have claimed the folder just now.
-            if others and not marker.exists():
-                raise self._foreign(others=", ".join(sorted(others)[:3]))
-            payload = json.dumps({"version": CACHE_VERSION, "owner": os.getuid()}).encode()
-            temporary = self.folder / f"{MARKER}.{os.getpid()}.{threading.get_ident()}"
-            temporary.write_bytes(payload)
-            with suppress(FileExistsError):
-                os.link(temporary, marker)
-            temporary.unlink()
-        self._require_own(marker)
-        self.blocks.mkdir(exist_ok=True)
+    def _open_root(self) -> int:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            self.folder.mkdir(mode=0o700)
+        place = self.folder
+        named = place.lstat()
+        if stat.S_ISLNK(named.st_mode):
+            # A name that this user, or root, gave to a folder elsewhere; the folder itself is
+            # checked below like any other.
+            if named.st_uid not in (0, os.geteuid()):
+                raise self._foreign(link_of_user=named.st_uid)
+            place = Path(os.path.realpath(place))
+        return self._open_folder(place)
 
-    def _require_own(self, marker: Path) -> None:
+    def _open_blocks(self) -> int:
+        with suppress(FileExistsError):
+            os.mkdir("blocks", 0o700, dir_fd=self._root)
+        return self._open_folder("blocks", folder=self._root)
+
+    def _open_folder(self, path: str | Path, *, folder: int | None = None) -> int:
+        """Opens a folder of this user that nobody else has been able to write to."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            found: Any = json.loads(marker.read_bytes())
+            descriptor = os.open(path, flags, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise self._foreign(not_a_folder=path) from error
+        try:
+            found = os.fstat(descriptor)
+            if found.st_uid != os.geteuid():
+                raise self._foreign(owner=found.st_uid, user=os.geteuid())
+            if found.st_mode & 0o022:
+                # Another process may have found it empty, and closed it, just now.
+                if os.listdir(descriptor) and os.fstat(descriptor).st_mode & 0o022:
+                    mode = f"{found.st_mode & 0o7777:o}"
+                    raise self._foreign(writable=f"by other users (mode {mode})")
+                _close_to_others(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _claim(self) -> None:
+        try:
+            self._require_own()
+        except FileNotFoundError:
+            others = [name for name in os.listdir(self._root) if not name.startswith(MARKER)]
+            # Another process may have claimed the folder just now.
+            if others:
+                try:
+                    self._require_own()
+                except FileNotFoundError:
+                    raise self._foreign(others=", ".join(sorted(others)[:3])) from None
+                return
+            payload = json.dumps({"version": CACHE_VERSION, "owner": os.getuid()}).encode()
+            temporary = f"{MARKER}.{os.getpid()}.{threading.get_ident()}"
+            descriptor = _create_own(temporary, folder=self._root)
+            with _closing(descriptor):
+                os.write(descriptor, payload)
+            # All processes of this user write the same.
+            os.rename(temporary, MARKER, src_dir_fd=self._root, dst_dir_fd=self._root)
+            self._require_own()
+
+    def _require_own(self) -> None:
+        """Checks the marker.
+
+        Raises:
+          FileNotFoundError: There is none.
+          ConfigError: It is not ours.
+        """
+        try:
+            descriptor = _open_own(MARKER, os.O_RDONLY, folder=self._root)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._foreign(marker=error) from error
+        with _closing(descriptor):
+            payload = os.pread(descriptor, _MARKER_BYTES, 0)
+        try:
+            found = read_object(payload)
             version, owner = found["version"], found["owner"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError) as error:
             raise self._foreign(marker=error) from error
         if version != CACHE_VERSION or owner != os.getuid():
             raise self._foreign(version=version, owner=owner)
 
     def _foreign(self, **facts: object) -> ConfigError:
         return ConfigError("cache_foreign", where=str(self.folder), facts=facts)
+
+
+def _close_to_others(folder: int) -> None:
+    if os.fstat(folder).st_mode & 0o7777 != 0o700:
+        os.fchmod(folder, 0o700)
+
+
+def _is_own_file(found: os.stat_result) -> bool:
+    """Returns True for a regular file of this user that has no second name anywhere."""
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink <= 1
+
+
+def _open_own(name: str, flags: int, *, folder: int) -> int:
+    """Opens a file of this user below a folder.
+
+    Raises:
+      FileNotFoundError: There is none.
+      OSError: It is a link, another kind of file, another user's, or has a second name (ELOOP).
+    """
+    # Not to wait for a writer, should it be a pipe.
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags, 0o600, dir_fd=folder)
+    if not _is_own_file(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise OSError(errno.ELOOP, "not a file of this user alone", name)
+    return descriptor
+
+
+def _create_own(name: str, *, folder: int) -> int:
+    """Opens a file of this user for writing, made if need be; what is not one is removed."""
+    try:
+        return _open_own(name, os.O_RDWR | os.O_CREAT, folder=folder)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EACCES, errno.ENXIO):
+            raise
+    os.unlink(name, dir_fd=folder)
+    return _open_own(name, os.O_RDWR | os.O_CREAT, folder=folder)
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    """Closes a descriptor at the end of the block."""
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def eviction_rank(mark: int, *, now: int) -> tuple[int, int]:
@@ -332,29 +535,3 @@ class _Counter:
 
 def _planned(step: int) -> int:
     return _PLANNED - min(max(step, 0), _MOST_STEPS - 1)
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _remove_stale(path: str) -> bool:
-    """Removes what a killed writer left; returns True if there is nothing any more."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        # It may have become the block meanwhile, and another writer may have begun the next.
-        if _same_file(descriptor, Path(path)):
-            os.unlink(path)
-        return True
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,8 @@
 """CachedBlocks: the node's cache (cache.py) as one process uses it.
 
-Opens it when it is first needed, maps its blocks, tells it when a block is needed next or used up,
-and stops using it when its disk fails: reading then continues without a cache, after one warning.
+Opens it when it is first needed, keeps its blocks open, tells it when a block is needed next or
+used up, and stops using it when its disk fails: reading then continues without a cache, after one
+warning.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from loader.reading.blocks import Block
-from loader.reading.cache import BlockCache, CacheWriter
+from loader.reading.cache import BlockCache, CacheWriter, OpenFile
 from loader.reading.read_plan import BlockUse, Presence
 
 logger = logging.getLogger(__name__)
 
-_MAX_MAPS = 256
-"""Blocks mapped at a time; each holds a descriptor."""
+_MAX_OPEN = 256
+"""Blocks open at a time; each holds a descriptor."""
 
 
 class CachedBlocks:
@@ -35,9 +36,9 @@ class CachedBlocks:
         self._path, self._max_bytes, self._count = path, max_bytes, count
         self._cache: BlockCache | None = None
         self._is_opened = path is None
-        # Mapped blocks by name, the one that was used last at the end. Views that were given out
-        # keep a map alive that is no longer here.
-        self._maps: OrderedDict[str, memoryview] = OrderedDict()
+        # Open blocks by name, the one that was used last at the end. A reader may still use one
+        # that is no longer here.
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()
         # Bytes of each block that were used since it was last used up, and how often it was used
         # up. Neither depends on whether the block is still there: that is how an early eviction
         # is noticed.
@@ -60,7 +61,7 @@ class CachedBlocks:
         return self._cache is not None
 
     def disk_failed(self, error: OSError) -> None:
-        """Stops using the cache. What is mapped stays mapped."""
+        """Stops using the cache. What is open stays open."""
         if self._cache is not None or not self._is_opened:
             self._cache = None
             self._count("cache_failed")
@@ -76,22 +77,22 @@ class CachedBlocks:
             return "cached"
         return "evicted" if block.name in self._used_bytes else "absent"
 
-    def find(self, block: Block) -> tuple[memoryview | None, list[str]]:
-        """Maps a block.
+    def find(self, block: Block) -> tuple[OpenFile | None, list[str]]:
+        """Opens a block.
 
         Returns:
-          (the block, or None where it is not in the cache; names of blocks unmapped for it).
+          (the block, or None where it is not in the cache; names of blocks closed for it).
         """
-        view = self._maps.get(block.name)
-        if view is not None:
-            self._maps.move_to_end(block.name)
-            return view, []
+        found = self._open.get(block.name)
+        if found is not None:
+            self._open.move_to_end(block.name)
+            return found, []
         if self._cache is not None:
-            view = self._cache.find(block.name, block.num_bytes)
-        if view is None:
+            found = self._cache.find(block.name, block.num_bytes)
+        if found is None:
             return None, []
-        self._maps[block.name] = view
-        return view, [self._maps.popitem(last=False)[0]] if len(self._maps) > _MAX_MAPS else []
+        self._open[block.name] = found
+        return found, [self._open.popitem(last=False)[0]] if len(self._open) > _MAX_OPEN else []
 
     def note_uses(self, uses: Iterable[BlockUse]) -> None:
         """Tells the cache what was used, and when it is used next: what it evicts depends on it."""
@@ -135,5 +136,5 @@ class CachedBlocks:
         if self._cache is not None and is_there:
             self._count("cache_corrupt")
             self._cache.discard(block.name)
-        self._maps.pop(block.name, None)
+        self._open.pop(block.name, None)
         self._used_bytes.pop(block.name, None)

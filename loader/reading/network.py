@@ -24,13 +24,21 @@ class Network:
     """Requests for single samples at a time."""
     streams: int = 8
     """Requests for blocks at a time."""
-    stall_s: float = 300.0
-    """Reading has stalled if nothing arrives for this long, in seconds."""
+    stall_s: float | None = None
+    """Reading has stalled if nothing arrives for this long, in seconds; None: 300, or more where
+    `retry` takes longer to give up."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     """How long to try for one range."""
 
     def __post_init__(self) -> None:
         names = ("block_bytes", "ahead_steps", "ahead_bytes", "cold_steps", "requests", "streams")
         wrong = {name: getattr(self, name) for name in names if getattr(self, name) < 1}
-        if wrong or self.stall_s <= 0:
+        if wrong or (self.stall_s is not None and self.stall_s <= 0):
             raise ConfigError("network", facts=wrong or {"stall_s": self.stall_s})
+
+
+def patience_s(network: Network) -> float:
+    """Returns how long nothing may arrive before reading has stalled, in seconds."""
+    if network.stall_s is not None:
+        return network.stall_s
+    return max(300.0, network.retry.limit_s + network.retry.idle_s)

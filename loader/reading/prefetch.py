@@ -37,10 +37,11 @@ from typing import Any
 
 from loader.reading.block_state import BlockState, Request
 from loader.reading.blocks import Block, Span, missing
+from loader.reading.cache import OpenFile
 from loader.reading.cached import CachedBlocks
 from loader.reading.fetcher import Fetcher
 from loader.reading.locator import Locate, Locator
-from loader.reading.network import Network
+from loader.reading.network import Network, patience_s
 from loader.reading.read_plan import ReadPlan
 from shardspec.errors import ConfigError
 from shardspec.storage import RangeReader
@@ -156,7 +157,7 @@ class Prefetcher:
             self._open_cache()
             for block in blocks:
                 state, span = self._plan.state(block), (block.start, block.stop)
-                if not (self._plan.is_expected(state, span, step) or self._map(state)):
+                if not (self._plan.is_expected(state, span, step) or self._open_block(state)):
                     self._plan.want(state, span, step)
             self._start_requests()
 
@@ -181,7 +182,14 @@ class Prefetcher:
                     found = self._wait(state, span)
             if self._plan.end_read(state, span):
                 self._start_requests()
+        if isinstance(found, memoryview):
             return found
+        # Without the lock: the disk may take its time.
+        payload = found.read(span[0] - block.start, span[1] - block.start)
+        if payload is not None:
+            return payload
+        self.reject(block)  # somebody has cut it, or the disk cannot read it
+        return self.read_anew(block, span)
 
     def read_anew(self, block: Block, span: Span) -> memoryview:
         """Reads bytes from the store itself, whatever was fetched before."""
@@ -229,31 +237,30 @@ class Prefetcher:
                 self.ranges.count("cache_evicted_early")
         self._start_requests()
 
-    def _find(self, state: BlockState, span: Span) -> memoryview | None:
+    def _find(self, state: BlockState, span: Span) -> memoryview | OpenFile | None:
         piece = state.pieces.get(span)
         if piece is not None:
             self.ranges.count("cache_misses")
             return piece
-        block = self._map(state)
+        block = self._open_block(state)
         if block is not None:
             self.ranges.count("cache_hits")
-            return block[span[0] - state.block.start : span[1] - state.block.start]
-        return None
+        return block
 
-    def _map(self, state: BlockState) -> memoryview | None:
-        if not state.is_mapped and (state.is_filling or state.writer is not None):
+    def _open_block(self, state: BlockState) -> OpenFile | None:
+        if not state.is_open and (state.is_filling or state.writer is not None):
             return None  # this process writes it
-        block, unmapped = self._cached.find(state.block)
+        block, closed = self._cached.find(state.block)
         if block is None:
             self._plan.absent(state)
-        elif not state.is_mapped:
-            self._plan.mapped(state)
-            for name in unmapped:
-                self._plan.unmapped(name)
+        elif not state.is_open:
+            self._plan.opened(state)
+            for name in closed:
+                self._plan.closed(name)
             self._start_requests()
         return block
 
-    def _wait(self, state: BlockState, span: Span) -> memoryview:
+    def _wait(self, state: BlockState, span: Span) -> memoryview | OpenFile:
         began_s, failures, ask_s = time.monotonic(), state.failures, 0.0
         while True:
             waited_s = time.monotonic() - began_s
@@ -274,7 +281,7 @@ class Prefetcher:
                 state.block.url,
                 span,
                 waited_s=waited_s,
-                stall_s=self.network.stall_s,
+                stall_s=patience_s(self.network),
                 elsewhere=state.elsewhere,
             )
             self._changed.wait(_POLL_S if is_located and state.elsewhere else _WAKE_S)

@@ -1,10 +1,13 @@
 """Quarantine: the bad samples of a dataset in this process, and when there are too many.
 
 A bad sample is one whose bytes are wrong (stage "read") or that cannot be laid out (stage
-"layout"). A failed request to a store does not make a sample bad. A sample whose bytes were wrong
-once is bad for the whole run, and is listed in the run's states: a replay substitutes what the run
-has substituted, even if the data was repaired in between. Whether a layout fits can depend on the
-epoch's draws, so it is determined each time, with the same result on every rank.
+"layout"). A failed request to a store does not make a sample bad, and neither does a shard or an
+index that is missing or damaged: substitutes would replace all of its samples, unnoticed.
+
+A sample whose bytes were wrong once is bad for the whole run, and is listed in the run's states: a
+replay substitutes what the run has substituted, even if the data was repaired in between. Whether a
+layout fits can depend on the epoch's draws, so it is determined each time, with the same result on
+every rank.
 """
 
 from __future__ import annotations
@@ -17,15 +20,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from shardspec.errors import BudgetError, ShardsError
+from shardspec.errors import BudgetError, SampleError, ShardsError
 
 logger = logging.getLogger(__name__)
 
 MOST_RECORDS = 1000
 """Records kept; further bad samples are only counted."""
 
+_OF_ONE_SAMPLE = frozenset({"sample_crc", "array_header", "array_size", "image_decode"})
+"""Reasons of errors about the bytes of a single sample; all others are about a shard."""
+
 _LEAST_SAMPLES = 1000
 """The rate is of at least this many samples: one bad one among the first ten means little."""
+
+
+def is_of_one_sample(error: ShardsError) -> bool:
+    """Returns True if another sample may take the place of the one that caused this error."""
+    return isinstance(error, SampleError) or error.reason in _OF_ONE_SAMPLE
 
 
 class Quarantine:

@@ -312,7 +312,7 @@ class ReadPlan:
             self._queue.add_block(state, request.step)
         if state.writer is None:
             gone = state.unneeded()
-            if not (state.failures or state.is_mapped):
+            if not (state.failures or state.is_open):
                 gone = [span for span in gone if span in state.abandoned]
             self._drop(state, gone)
         state.abandoned.difference_update(request.spans)
@@ -343,16 +343,16 @@ class ReadPlan:
                     state.pieces[start, stop] = memoryview(part)
                     self.held_bytes += stop - start
 
-    def mapped(self, state: BlockState) -> None:
-        """Notes that the whole block is mapped: none of its parts is needed."""
-        state.is_mapped, state.on_disk, state.elsewhere = True, False, False
+    def opened(self, state: BlockState) -> None:
+        """Notes that the whole block is open: none of its parts is needed."""
+        state.is_open, state.on_disk, state.elsewhere = True, False, False
         state.wanted.clear()
         self._drop(state, list(state.pieces))
 
-    def unmapped(self, name: str) -> None:
-        """Notes that a mapped block was let go of, and is in the cache as far as is known."""
+    def closed(self, name: str) -> None:
+        """Notes that an open block was closed, and is in the cache as far as is known."""
         state = self._states[name]
-        state.is_mapped, state.on_disk = False, True
+        state.is_open, state.on_disk = False, True
         self._settle(state)
 
     def absent(self, state: BlockState) -> None:
@@ -361,7 +361,7 @@ class ReadPlan:
 
     def reject(self, state: BlockState) -> None:
         """Drops all bytes of a block, since they are wrong."""
-        state.is_mapped = state.on_disk = False
+        state.is_open = state.on_disk = False
         if state.writer is None:
             self._drop(state, list(state.pieces))
         self._settle(state)

@@ -7,7 +7,6 @@ Local shards are local.py's, those in an object store remote.py's.
 from __future__ import annotations
 
 import bisect
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -25,10 +24,14 @@ from loader.reading.prefetch import Prefetcher
 from loader.reading.remote import RemoteShard, RemoteShards
 from loader.reading.stored import StoredSample, decode_sample, read_sample
 from shardspec import storage
+from shardspec.documents import read_object
 from shardspec.errors import ConfigError, ShardError
 from shardspec.index import sample_layout
 from shardspec.manifest import FileEntry, Manifest, Segment, fetch_manifest, require_manifest
 from shardspec.sample import PreparedSample
+
+_TRIED_OF_SHARD = 8
+"""Samples by which a shard is judged; one with fewer is not."""
 
 _OPENED_AHEAD = 64
 """Indexes of remote shards that are fetched at a time."""
@@ -43,7 +46,7 @@ class ShardReader:
         manifest: Manifest,
         *,
         split: str,
-        check: Check = "size",
+        check: Check = "crc",
         prefetcher: Prefetcher | None = None,
     ) -> None:
         """Lists the shards; opens none yet.
@@ -52,7 +55,7 @@ class ShardReader:
           url: The dataset.
           manifest: Its manifest.
           split: Split to read.
-          check: "crc" verifies every sample that is read; remote ones are always verified.
+          check: "crc" verifies every sample that is read, "size" only remote ones.
           prefetcher: Fetches remote shards; several readers may share one.
 
         Raises:
@@ -78,6 +81,8 @@ class ShardReader:
             prefetcher.open()
             self._remote = RemoteShards(prefetcher, raw=manifest.raw)
         self._open = OpenShards()
+        # Whether a segment was found damaged. Threads may judge the same one at a time.
+        self._damaged: dict[int, bool] = {}
         self.added: ColumnFiles | None = None
         """Columns that were added to the dataset; None without any."""
         if manifest.columns is not None:
@@ -143,10 +148,37 @@ class ShardReader:
         """
         shard, i = self._locate(sample_id)
         place = shard.places[i].item()
-        key = place[-1].decode()
+        key = _key(place[-1], shard.url)
         where = f"{shard.url} sample {key}"
         members = shard.sample(i, where=where)
         return read_sample(members, place, key, codec=self.codec, where=where)
+
+    def is_shard_damaged(self, sample_id: int) -> bool:
+        """Judges the shard of a damaged sample: returns True if others of it are damaged too.
+
+        Eight samples of it are tried, evenly spaced, until one is right. The result depends on the
+        data only, so all ranks come to the same.
+
+        Raises:
+          ShardError, StorageError: As `stored`, but for `sample_crc`.
+        """
+        number = bisect.bisect_right(self._borders, sample_id) - 1
+        first, stop = self._borders[number : number + 2]
+        if stop - first < _TRIED_OF_SHARD:
+            return False
+        if number not in self._damaged:
+            tried = [first + (stop - first) * i // _TRIED_OF_SHARD for i in range(_TRIED_OF_SHARD)]
+            self._damaged[number] = all(map(self._is_damaged, tried))
+        return self._damaged[number]
+
+    def _is_damaged(self, sample_id: int) -> bool:
+        try:
+            self.stored(sample_id)
+        except ShardError as error:
+            if error.reason != "sample_crc":
+                raise
+            return True
+        return False
 
     def members(self, sample_id: int) -> tuple[str, memoryview, str]:
         """Returns the bytes of a sample in its tar, with the headers of its members.
@@ -158,7 +190,7 @@ class ShardReader:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index`.
         """
         shard, number = self._locate(sample_id)
-        key = shard.rows[number]["key"].decode()
+        key = _key(shard.rows[number]["key"], shard.url)
         where = f"{shard.url} sample {key}"
         return key, shard.sample(number, where=where), where
 
@@ -169,8 +201,10 @@ class ShardReader:
         members = shard.sample(i, where=shard.url)
         start = sample_layout(row).json
         payload = members[start : start + int(row["json_bytes"])]
-        document: dict[str, Any] = json.loads(bytes(payload))
-        return document
+        try:
+            return read_object(payload)
+        except ValueError as error:
+            raise ShardError("sample_json", where=shard.url, sample=i, error=error) from error
 
     def name(self, sample_id: int) -> tuple[str, str]:
         """Names a sample for messages: its shard as in the manifest, and its key.
@@ -183,7 +217,7 @@ class ShardReader:
             opened, row = self._locate(sample_id)
         except ShardError:
             return url, ""
-        return url, opened.rows[row]["key"].decode()
+        return url, opened.rows[row]["key"].decode(errors="backslashreplace")
 
     @property
     def ahead_steps(self) -> int:
@@ -317,6 +351,13 @@ def count_reading(readers: Iterable[ShardReader]) -> Counter[str]:
     return counters
 
 
+def _key(stored: bytes, where: str) -> str:
+    try:
+        return stored.decode()
+    except UnicodeDecodeError as error:
+        raise ShardError("index_key", where=where, key=repr(stored[:40])) from error
+
+
 def _resolved(segment: Segment, url: str) -> Segment:
     """Resolves the URLs of a segment's file, so that they do not depend on the dataset's."""
     file = segment.file
@@ -324,8 +365,8 @@ def _resolved(segment: Segment, url: str) -> Segment:
         segment,
         file=replace(
             file,
-            url=storage.resolve(url, file.url),
-            index_url=storage.resolve(url, file.index_url),
+            url=storage.resolve_place(url, file.url),
+            index_url=storage.resolve_place(url, file.index_url),
         ),
     )
 

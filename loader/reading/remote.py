@@ -13,7 +13,6 @@ This module decides what is read; when, and where it is kept, is prefetch.py's.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ import numpy as np
 from loader.reading.blocks import Block, Span, block_rows
 from loader.reading.prefetch import Prefetcher
 from shardspec import storage
+from shardspec.checksum import crc32
 from shardspec.errors import ShardError
 from shardspec.index import open_index, parse_index, sample_places
 from shardspec.manifest import FileEntry
@@ -40,8 +40,8 @@ class RemoteShards:
     def max_open(self, num_readers: int) -> int:  # noqa: ARG002 - as for local shards
         """Returns how many indexes are kept, however many readers share them.
 
-        Without a cache each takes some 1 MB for 10,000 samples; mapped from one it holds a
-        descriptor, of which processes often have 1,024 and blocks take 256.
+        Each takes some 1 MB for 10,000 samples: a map of a file in a cache would take none, but a
+        file that is cut would end the process.
         """
         return 384
 
@@ -74,6 +74,7 @@ class RemoteShards:
             num_samples=file.nsamples,
             shard_bytes=file.num_bytes,
             raw=self.raw,
+            sha256=file.index_sha256,
         )
 
     def _fetch(self, file: FileEntry) -> np.ndarray:
@@ -131,13 +132,13 @@ class RemoteShard:
         block, span = self.place(row)
         want = int(self.rows[row]["crc32"])
         members = _read(self.prefetcher.read, block, span)
-        got = zlib.crc32(members)
+        got = crc32(members)
         if got == want:
             return members
         checksums = []
         for _ in range(_FRESH_READS):
             members = _read(self.prefetcher.read_anew, block, span)
-            fresh = zlib.crc32(members)
+            fresh = crc32(members)
             if fresh == want:
                 self.prefetcher.reject(block)
                 return members

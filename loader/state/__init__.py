@@ -3,7 +3,13 @@
 Decides whether a saved state fits a dataset and its settings. Never reads samples.
 """
 
-from loader.state.cursor import STATE_VERSION, Allowed, Cursor, require_state
+from loader.state.cursor import (
+    STATE_VERSION,
+    Allowed,
+    Cursor,
+    require_plain_state,
+    require_state,
+)
 from loader.state.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
 from loader.state.members import member_differences, with_members
 
@@ -13,6 +19,7 @@ __all__ = [
     "Cursor",
     "keys_fingerprint",
     "member_differences",
+    "require_plain_state",
     "require_state",
     "split_fingerprint",
     "view_fingerprint",

@@ -16,11 +16,15 @@ import torch
 from loader.order import Passes, epoch_of
 from loader.state.fingerprint import view_differences
 from loader.topology import find_worker
+from shardspec.documents import DocumentError, require_plain
 from shardspec.errors import ConfigError, StateError, nearest
 from shardspec.manifest import differences
 
 STATE_VERSION = 2
 """Version of the states of loaders and datasets; any other is refused."""
+
+_MOST_STEPS = 2**62
+"""Above all steps and examples of any run; sums of two are still integers of 64 bits."""
 
 Allowed = Literal["view", "order", "appended", "mixture"]
 """What may differ from the state's run where that is asked for."""
@@ -129,9 +133,28 @@ class Cursor:
         Raises:
           StateError, ConfigError: As `require_state`.
         """
+        require_plain_state(state)
         require_state(state, own, allow=allow)
-        self._resume = (int(state["epoch"]), int(state["skipped_steps"]), int(state["taken"]))
+        for name in ("epoch", "skipped_steps", "taken"):
+            value = state.get(name)
+            if type(value) is not int or not 0 <= value < _MOST_STEPS:
+                raise StateError("state_fields", field=name, got=repr(value))
+        self._resume = (state["epoch"], state["skipped_steps"], state["taken"])
         self._pass, self._taken = self._resume[:2], self._resume[2]
+
+
+def require_plain_state(state: object) -> None:
+    """Refuses a state that does not consist of plain values.
+
+    Raises:
+      StateError: `state_fields`.
+    """
+    try:
+        require_plain(state)
+        if not isinstance(state, Mapping):
+            raise DocumentError(f"want a mapping, got {type(state).__name__}")
+    except DocumentError as error:
+        raise StateError("state_fields", field="state", got=error) from error
 
 
 def require_state(

@@ -53,7 +53,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         tail: Tail = "wrap",
         rank: int | None = None,
         world_size: int | None = None,
-        check: Check = "size",
+        check: Check = "crc",
         on_bad: OnBad = "raise",
         max_bad_rate: float | None = None,
         cache: str | None = None,
@@ -84,11 +84,12 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             last batch has labels -100 throughout).
           rank, world_size: Of the data-parallel group; by default those of torch.distributed or of
             the environment.
-          check: "crc" verifies each sample's checksum as it is read; of remote ones that is always
-            done.
+          check: "crc" compares each sample's checksum as it is read. "size" only compares the
+            lengths of local tars; samples of remote ones are always verified, and so are indexes.
           on_bad: What a sample that cannot be read or laid out does: it raises, or another sample,
             chosen by hash, takes its slot, which `metadata["substitutes"]` and `bad` record. A
-            store that does not answer is not a bad sample: it always raises.
+            store that does not answer is not a bad sample, and neither is a shard or an index that
+            is missing or damaged: these always raise.
           max_bad_rate: With on_bad "substitute": share of bad samples, counted per process, above
             which to stop after all; None: never.
           cache: Folder on the node's disk, shared by its ranks and workers, that keeps what was

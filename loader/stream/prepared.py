@@ -19,7 +19,7 @@ import numpy as np
 from loader.assembly import Draft, Planner, TokenIds, View, finished
 from loader.buffers import Scratch
 from loader.order import SampleRef
-from loader.reading import Quarantine
+from loader.reading import Quarantine, is_of_one_sample
 from loader.state import view_fingerprint
 from loader.stream.split import OpenSplit
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
@@ -130,7 +130,8 @@ class PreparedBuilder:
             the next substitute is chosen.
 
         Raises:
-          ShardError: The sample cannot be read, and is not to be substituted.
+          ShardError: The sample cannot be read, and is not to be substituted; or its shard or index
+            is missing or damaged.
           SampleError: It cannot be laid out, likewise.
         """
         planned = self._planned(ref.sample, ref.epoch, after_failed=after_failed)
@@ -177,7 +178,7 @@ class PreparedBuilder:
         else:
             failure = after_failed.draft.error
             assert failure is not None
-            if self.on_bad == "raise":
+            if self.on_bad == "raise" or not is_of_one_sample(failure):
                 raise failure
             number = self._candidate(sample_id, epoch, after_failed.attempt)
             broken = self._record(number, failure)
@@ -190,8 +191,11 @@ class PreparedBuilder:
                 try:
                     planned = self._draft(number, epoch)
                 except (SampleError, ShardError) as error:
-                    if self.on_bad == "raise":
+                    if self.on_bad == "raise" or not is_of_one_sample(error):
                         raise
+                    if error.reason == "sample_crc" and self.data.reader.is_shard_damaged(number):
+                        shard, _ = self.data.reader.name(number)
+                        raise ShardError("shard_damaged", where=shard) from error
                     failure = failure or error
                     known = self._record(number, error)
                     self.quarantine.add(known, error)

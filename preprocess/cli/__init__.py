@@ -4,11 +4,19 @@ Decides how people call the offline half and what they read. Never prints by its
 joins the verbs and owns the terminal.
 """
 
-from preprocess.cli import annotate, build, care, exchange, reshard
+from preprocess.cli import annotate, build, care, exchange, own, reshard
 from preprocess.cli.make import make_arguments, make_variables
+from preprocess.cli.own import with_spec
 from preprocess.cli.verbs import Console, Verb
 
-VERBS = (*build.VERBS, *care.VERBS, *reshard.VERBS, *annotate.VERBS, *exchange.VERBS)
+VERBS = (
+    *build.VERBS,
+    *own.VERBS,
+    *care.VERBS,
+    *reshard.VERBS,
+    *annotate.VERBS,
+    *exchange.VERBS,
+)
 """Every verb, in the order in which `--help` lists them."""
 
-__all__ = ["VERBS", "Console", "Verb", "make_arguments", "make_variables"]
+__all__ = ["VERBS", "Console", "Verb", "make_arguments", "make_variables", "with_spec"]

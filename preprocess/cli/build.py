@@ -9,8 +9,8 @@ from typing import Annotated
 
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb, default_output
-from preprocess.datasets import dataset_names
-from preprocess.job import DryRun, JobSettings, Outcome, dry_run, run_job
+from preprocess.datasets import dataset_class, dataset_names
+from preprocess.job import DryRun, JobSettings, Outcome, count_rows, dry_run, run_job
 from preprocess.media import ImagePolicy
 from preprocess.settings import Setting
 from preprocess.sizes import size_text
@@ -118,7 +118,7 @@ def job_settings(options: argparse.Namespace) -> JobSettings:
         "headroom": views.headroom,
         "max_side_px": views.max_side_px,
     }
-    out = options.out or default_output(options.dataset)
+    out = options.out or default_output(options.name or dataset_class(options.dataset).name)
     return read_settings(JobSettings, options, {JobSettings: {"out": out}, ImagePolicy: image})
 
 
@@ -146,14 +146,38 @@ def _outcome_text(settings: JobSettings, outcome: Outcome) -> str:
         f"{redacted(settings.out)}: {split.num_samples:,} samples in {len(shards)} shards, "
         f"{size_text(split.num_bytes)}, {split.num_tokens:,} tokens",
         f"manifest sha256 {outcome.result.sha256}",
+        *_row_lines(settings, outcome),
     ]
-    lost = sum(split.quarantined.values())
-    if lost:
-        reasons = ", ".join(f"{name} {n}" for name, n in split.quarantined.items())
-        lines.append(f"{lost} rows left out ({reasons}); see {redacted(settings.out)}/quarantine")
     if not outcome.fresh:
-        lines.append("nothing to do: the dataset is already complete")
+        compared = outcome.compared
+        files = f"{compared.num_files:,} files of the source {compared.how}" if compared else ""
+        what = ["the settings", *([files] if files else [])]
+        lines.append(
+            f"nothing to do: the dataset is already complete (compared: {', '.join(what)})"
+        )
     return "\n".join(lines)
+
+
+def _row_lines(settings: JobSettings, outcome: Outcome) -> list[str]:
+    """Accounts for every row that was read; the numbers add up."""
+    manifest = outcome.result.manifest
+    counts = count_rows(outcome.result.split)
+    rows: list[tuple[str, object]] = [
+        ("rows read", f"{counts.read:,}"),
+        ("  in samples", f"{counts.in_samples:,}"),
+    ]
+    if counts.other_split:
+        rows.append(("  in another split", f"{counts.other_split:,} (by a hash of the image)"))
+    if counts.beyond_limit:
+        rows.append(("  beyond LIMIT", f"{counts.beyond_limit:,}"))
+    if counts.left_out:
+        reasons = ", ".join(f"{name} {n:,}" for name, n in counts.left_out.items())
+        total = sum(counts.left_out.values())
+        where = f"{redacted(settings.out)}/quarantine"
+        rows.append(("  left out", f"{total:,} ({reasons}); see {where}"))
+    sizes = ", ".join(f"{name} {entry.num_samples:,}" for name, entry in manifest.splits.items())
+    rows.append(("samples by split", sizes))
+    return [f"{name:<20} {value}" for name, value in rows]
 
 
 def _dry_run_text(settings: JobSettings, found: DryRun) -> str:
@@ -163,6 +187,7 @@ def _dry_run_text(settings: JobSettings, found: DryRun) -> str:
         ("rows", f"{found.num_rows:,}"),
         ("image URLs", f"{found.num_urls:,}"),
     ]
+    rows += [("source", note) for note in found.notes]
     rows += [(f"  {state}", f"{n:,}") for state, n in found.urls_known.items()]
     if found.mean_sample_bytes is None or found.shards is None:
         rows.append(("estimate", "none: no image is available before FETCH has run"))

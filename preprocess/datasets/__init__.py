@@ -1,8 +1,16 @@
-"""The datasets by name. Each module of this package that defines `DATASET` is one."""
+"""The datasets by name, and those that users bring along.
+
+Each module of this package that defines `DATASET` is one. Others are found by
+
+    chats.toml, chats.json, a folder     a spec, or data whose format can be told (`own`)
+    file.py:Class, package.module:Class  code of the user's
+    an entry point                       of the group `vlm_shards.datasets`
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
 
 from preprocess.datasets.base import (
@@ -13,25 +21,34 @@ from preprocess.datasets.base import (
     SceneImage,
     example_images,
 )
+from preprocess.datasets.own import OwnDataset, is_own
+from preprocess.datasets.own import check_class as _check_class
+from preprocess.datasets.own import own_dataset as _own_dataset
+from preprocess.datasets.splits import Unmatched as Unmatched
 from shardspec.errors import ConfigError, nearest
+
+_ENTRY_POINTS = "vlm_shards.datasets"
+"""Group of entry points by which packages offer datasets."""
 
 __all__ = [
     "Dataset",
     "DatasetBase",
     "HfDataset",
     "ImageSource",
+    "OwnDataset",
     "SceneImage",
     "dataset_class",
     "dataset_names",
     "example_images",
     "get_dataset",
+    "is_own",
 ]
 
 
 def dataset_names() -> list[str]:
     """Lists the datasets, sorted."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
-    return sorted(name for name in names if name not in ("base", "rows"))
+    return sorted(name for name in names if name not in ("base", "own", "rows", "splits"))
 
 
 def get_dataset(
@@ -41,6 +58,7 @@ def get_dataset(
     source: str = "hub",
     limit: int | None = None,
     mode: str | None = None,
+    unmatched: Unmatched = "refuse",
 ) -> DatasetBase:
     """Opens a dataset by name.
 
@@ -50,22 +68,32 @@ def get_dataset(
       source: "hub", "sample" or a local folder.
       limit: Examples of the split to use.
       mode: What a row becomes, where the dataset has several modes; None for its default.
+      unmatched: What happens to files of a folder that are of no known split.
 
     Raises:
       ConfigError: `unknown_dataset`, `unknown_mode`.
       SourceError: As the dataset's constructor.
     """
-    return dataset_class(name)(split, source=source, limit=limit, mode=mode)
+    return dataset_class(name)(split, source=source, limit=limit, mode=mode, unmatched=unmatched)
 
 
 def dataset_class(name: str) -> type[DatasetBase]:
-    """Finds a dataset's class by name.
+    """Finds a dataset's class.
+
+    Args:
+      name: One of `dataset_names()`, of an entry point, or what `preprocess.datasets.own` takes.
 
     Raises:
-      ConfigError: `unknown_dataset`.
+      ConfigError: `unknown_dataset`, `dataset_code`, and those of a spec.
+      SourceError: The format of a file cannot be told.
     """
     names = dataset_names()
-    if name not in names:
-        raise ConfigError("unknown_dataset", name=name, hint=nearest(name, names))
-    kind: type[DatasetBase] = importlib.import_module(f"{__name__}.{name}").DATASET
-    return kind
+    if name in names:
+        kind: type[DatasetBase] = importlib.import_module(f"{__name__}.{name}").DATASET
+        return kind
+    if is_own(name):
+        return _own_dataset(name)
+    offered = {each.name: each for each in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
+    if name in offered:
+        return _check_class(offered[name].load(), where=name)
+    raise ConfigError("unknown_dataset", name=name, hint=nearest(name, [*names, *offered]))

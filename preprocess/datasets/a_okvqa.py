@@ -31,6 +31,7 @@ class AOkVqa(HfDataset):
     PATH: ClassVar[str] = "HuggingFaceM4/A-OKVQA"
     COLUMNS: ClassVar[tuple[str, ...]] = ("image", "question", "choices", "direct_answers")
     modes: ClassVar[tuple[str, ...]] = ("mc", "da")
+    leaves_out: ClassVar[frozenset[str]] = frozenset({"difficult_direct_answer"})
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""

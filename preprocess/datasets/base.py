@@ -8,11 +8,15 @@ An *example* is a plain dict, as in the Molmo code bases:
                   and the fields that the formatter wants for that style, all of JSON types
     metadata      JSON types, kept for people and evaluators
 
-What training redraws each epoch is not drawn here: it stays in the example as alternatives.
-A row that cannot become an example raises SampleError, and is counted by its reason.
+Instead of `message_list` an example may have `messages`, a conversation of role and content.
 
-To add a dataset, add one module to this package that defines `DATASET`, a subclass of `HfDataset`
-(rows in Parquet or Arrow) or of `DatasetBase` (anything else).
+What training redraws each epoch is not drawn here: it stays in the example as alternatives.
+A row that cannot become an example raises SampleError, and is counted by its reason. Any other
+exception of an adapter counts as one too (`row_error`): one bad row does not end a job.
+
+A dataset is a subclass of `HfDataset` (rows in Parquet or Arrow) or of `DatasetBase` (anything
+else); it needs `load` and, unless its rows are examples already, `to_example`. One of this package
+is a module that defines `DATASET`; others are given as `file.py:Class` or `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -21,19 +25,24 @@ import abc
 import hashlib
 import io
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from preprocess.datasets.rows import Rows, hub_rows, local_rows
+from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
+from preprocess.datasets.splits import SplitLayout, Unmatched
+from preprocess.formats import parse_messages
 from preprocess.synthetic import plan_scene, render
-from shardspec.errors import ConfigError, SampleError, SourceError
+from shardspec.errors import ConfigError, SampleError, ShardsError, SourceError
 from shardspec.keyed import hash_text, keyed
 
 SAMPLE_ROWS = 256
@@ -101,6 +110,8 @@ class DatasetBase(Dataset):
     PixMo-Points' 2.4 million rows take 40 MB. Images are distinguished by 64-bit hashes; among
     10**7 images the chance that any two are taken for one is 3 in 10**6.
     """
+    leaves_out: ClassVar[frozenset[str]] = frozenset()
+    """Reasons for which the dataset itself leaves rows out; they are no failures of a job."""
     sample_rows_per_example: ClassVar[int] = 1
     """Generated rows about one image."""
 
@@ -111,6 +122,7 @@ class DatasetBase(Dataset):
         source: str = "hub",
         limit: int | None = None,
         mode: str | None = None,
+        unmatched: Unmatched = "refuse",
     ) -> None:
         """Opens the rows of a split.
 
@@ -119,6 +131,7 @@ class DatasetBase(Dataset):
           source: "hub", "sample" (generated rows, no network) or a local folder.
           limit: Examples of the split to use, from the first on; None for all.
           mode: One of `modes`; None for the first.
+          unmatched: What happens to files of a folder that are of no known split.
 
         Raises:
           ConfigError: `unknown_mode`.
@@ -128,9 +141,15 @@ class DatasetBase(Dataset):
         self.split = split
         self.source = source
         self.limit = limit
+        self.unmatched = unmatched
         self.rows = self._open_rows()
         self.left_out: Counter[str] = Counter()
         """Rows that cannot become examples, by reason, as far as they were met on opening."""
+        self._left_out_numbers = array("q")
+        self.num_rows_read = 0
+        """Rows looked at on opening: those of the examples, and all that are counted here."""
+        self.rows_not_taken: Counter[str] = Counter()
+        """Rows that are of no example and no failure either: "other_split", "beyond_limit"."""
         self._numbers, self._borders = self._select(limit)
         if not len(self._numbers):
             raise SourceError(
@@ -157,24 +176,53 @@ class DatasetBase(Dataset):
             )
         return mode
 
-    @abc.abstractmethod
-    def load(self) -> Rows:
-        """Opens the rows of the source that hold this split."""
+    def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
     @abc.abstractmethod
+    def load(self) -> Rows | Sequence[Mapping[str, Any]]:
+        """Opens the rows of the source that hold this split; a list will do."""
+
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Turns a row into an example; pure.
+        """Turns a row into an example; pure. By default rows are examples.
 
         Raises:
           SampleError: The row cannot become one.
         """
+        if "messages" in row and "message_list" not in row:
+            return parse_messages(row)
+        if not isinstance(row.get("message_list"), list):
+            raise SampleError(
+                "row_fields", name="message_list", want="a list of messages", fields=sorted(row)
+            )
+        return dict(row)
 
-    @abc.abstractmethod
-    def sample_row(self, seed: int, idx: int) -> dict[str, Any]:
-        """Generates a row in the dataset's true schema; its image is a SceneImage.
+    def sample_row(self, seed: int, idx: int) -> dict[str, Any]:  # noqa: ARG002
+        """Generates a row in the true schema, for SOURCE=sample; its image is a SceneImage.
 
         Rows of one example follow each other: `divmod(idx, self.sample_rows_per_example)`.
+
+        Raises:
+          ConfigError: `no_sample_rows`: the dataset generates none.
         """
+        raise ConfigError("no_sample_rows", dataset=self.name)
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Says what else samples follow from, in plain JSON types, for the recipe."""
+        return {}
+
+    @classmethod
+    def code_files(cls) -> list[Path]:
+        """Lists the files of code that samples follow from, besides those of all datasets."""
+        names = {
+            each.__code__.co_filename
+            for kind in cls.__mro__
+            for each in vars(kind).values()
+            if isinstance(each, FunctionType)
+        }
+        return [Path(name) for name in sorted(names - {__file__})]
 
     def __len__(self) -> int:
         """Counts the examples of the split."""
@@ -186,11 +234,81 @@ class DatasetBase(Dataset):
         Raises:
           SampleError: Its row cannot become an example.
         """
-        item = range(len(self))[item]
-        numbers = self._numbers[self._borders[item] : self._borders[item + 1]]
-        examples = [self.to_example(self.rows[int(number)]) for number in numbers]
-        messages = [message for example in examples for message in example["message_list"]]
+        examples = []
+        messages: list[Any] = []
+        for number in self.row_numbers(item):
+            with self.naming_row(number):
+                examples.append(self.to_example(self.rows[number]))
+                messages += examples[-1]["message_list"]
         return {**examples[0], "message_list": messages}
+
+    def row_numbers(self, item: int) -> list[int]:
+        """Lists the rows of an example: their numbers in the source's split, from 0 on."""
+        item = range(len(self))[item]
+        numbers: list[int] = self._numbers[self._borders[item] : self._borders[item + 1]].tolist()
+        return numbers
+
+    def left_out_rows(self) -> Iterator[tuple[int, SampleError]]:
+        """Reads the rows again that were left out on opening, to say of each why."""
+        for number in self._left_out_numbers:
+            try:
+                with self.naming_row(number):
+                    self._mark(self.to_example(self.rows[number]))
+            except SampleError as error:
+                yield number, error
+
+    @property
+    def divided(self) -> bool:
+        """Whether "train" and "validation" are divided by a hash: the source has only "train"."""
+        layout = self.rows.layout
+        return (
+            self.source != "sample"
+            and self.validation_share > 0
+            and self.split in ("train", "validation")
+            and (layout is None or "validation" not in layout.splits)
+        )
+
+    def notes(self) -> list[str]:
+        """Says which files make which split, and how many rows a hash put into another split."""
+        lines = self.rows.layout.lines() if self.rows.layout is not None else []
+        if self.divided:
+            other = "validation" if self.split == "train" else "train"
+            number = self.rows_not_taken["other_split"]
+            lines.append(
+                f"{number:,} of {self.num_rows_read:,} rows are in the split {other}: a hash of "
+                f"the image chooses {self.validation_share:.2%} of the images for validation"
+            )
+        return lines
+
+    @classmethod
+    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
+        """Lists the local files that rows are read from; files that rows name are not among them.
+
+        A change of one of them is a change of the source, which the same job notices. An adapter
+        that reads further files adds them here. This one lists a file, or all files of a folder.
+        """
+        del split, unmatched
+        if source in ("hub", "sample"):
+            return []
+        path = Path(source)
+        return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+    @contextmanager
+    def naming_row(self, number: int) -> Iterator[None]:
+        """Turns what an adapter raises into a SampleError that names the row."""
+        try:
+            yield
+        except (ShardsError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - code of adapters: one row, not the job
+            file, row = self.rows.locate(number)
+            raise SampleError(
+                "row_error.adapter",
+                where=file or self.source,
+                row=row,
+                dataset=self.name,
+                error=f"{type(error).__name__}: {error}",
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel: another process opens the source for itself.
@@ -201,7 +319,12 @@ class DatasetBase(Dataset):
         self.rows = self._open_rows()
 
     def _open_rows(self) -> Rows:
-        return self._sample_rows(self.limit) if self.source == "sample" else self.load()
+        if self.source == "sample":
+            return self._sample_rows(self.limit)
+        rows = self.load()
+        if isinstance(rows, Rows):
+            return rows
+        return Rows([lambda: rows], lengths=[len(rows)], kind={"kind": "code"})
 
     def _sample_rows(self, limit: int | None) -> Rows:
         seed = keyed(hash_text(self.name), hash_text(self.split)) % 2**31
@@ -219,24 +342,22 @@ class DatasetBase(Dataset):
           Row numbers, int64 [R], in the order of the examples, and the borders of the examples in
           them, int64 [N + 1]. Examples are in the order of their first rows.
         """
-        divided = self.source != "sample" and self.validation_share > 0
+        divided = self.divided
         if not (self.grouped or divided):
             num_rows = len(self.rows) if limit is None else min(limit, len(self.rows))
+            self.num_rows_read = num_rows
             return np.arange(num_rows), np.arange(num_rows + 1)
         found, marks = array("q"), array("Q")
-        for number, row in enumerate(self.rows):
-            try:
-                mark = self._mark(self.to_example(row))
-            except SampleError as error:
-                self.left_out[error.reason] += 1
-                continue
+        for number, mark in self._marks():
             side = "validation" if mark / 2**64 < self.validation_share else "train"
             if divided and side != self.split:
-                continue
-            if not self.grouped and len(found) == limit:
+                self.rows_not_taken["other_split"] += 1
+            elif not self.grouped and len(found) == limit:
+                self.num_rows_read -= 1  # looked at, but not used
                 break
-            found.append(number)
-            marks.append(mark)
+            else:
+                found.append(number)
+                marks.append(mark)
         numbers = np.frombuffer(found, dtype=np.int64) if found else np.zeros(0, dtype=np.int64)
         if not self.grouped or not found:
             return numbers, np.arange(len(numbers) + 1)
@@ -247,7 +368,21 @@ class DatasetBase(Dataset):
         order = np.argsort(first_of_row, kind="stable")
         starts = np.flatnonzero(np.diff(first_of_row[order], prepend=-1))
         borders = np.append(starts, len(numbers))[: None if limit is None else limit + 1]
+        self.rows_not_taken["beyond_limit"] = len(numbers) - int(borders[-1])
         return numbers[order[: borders[-1]]], borders
+
+    def _marks(self) -> Iterator[tuple[int, int]]:
+        """Reads the rows in order and hashes what each is about; counts those that cannot be."""
+        for number, row in enumerate(self.rows):
+            self.num_rows_read += 1
+            try:
+                with self.naming_row(number):
+                    mark = self._mark(self.to_example(row))
+            except SampleError as error:
+                self.left_out[error.reason] += 1
+                self._left_out_numbers.append(number)
+                continue
+            yield number, mark
 
     def _mark(self, example: Mapping[str, Any]) -> int:
         """Hashes what the example is about: its images, or its text; 64 bits."""
@@ -268,15 +403,41 @@ class HfDataset(DatasetBase):
     PATH: ClassVar[str]
     """Repository id on the hub."""
     REVISION: ClassVar[str | None] = None
-    COLUMNS: ClassVar[tuple[str, ...]]
+    COLUMNS: ClassVar[tuple[str, ...]] = ()
     """Columns that a row must have; alternatives are joined by "|", such as "image|image_url"."""
 
     def load(self) -> Rows:
         """Opens the hub's or the folder's rows, and checks their schema."""
-        hub_split = "train" if self.validation_share else self.split
         if self.source == "hub":
-            return hub_rows(self.PATH, revision=self.REVISION, split=hub_split, want=self.COLUMNS)
-        return local_rows(Path(self.source), split=hub_split, want=self.COLUMNS)
+            split = self._stored_split(None, self.split)
+            return hub_rows(self.PATH, revision=self.REVISION, split=split, want=self.COLUMNS)
+        folder = Path(self.source)
+        layout = local_layout(folder, unmatched=self.unmatched)
+        return local_rows(
+            folder,
+            split=self._stored_split(layout, self.split),
+            want=self.COLUMNS,
+            unmatched=self.unmatched,
+            layout=layout,
+        )
+
+    @classmethod
+    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
+        """Lists the files of the split, and those that say which files are of it."""
+        if source in ("hub", "sample"):
+            return []
+        folder = Path(source)
+        layout = local_layout(folder, unmatched=unmatched)
+        stored = cls._stored_split(layout, split)
+        names = layout.files(stored, unmatched=unmatched, where=source)
+        return [folder / name for name in [*names, *layout.configured_by]]
+
+    @classmethod
+    def _stored_split(cls, layout: SplitLayout | None, split: str) -> str:
+        """Names the split of the source that holds a split; "train" where a hash divides it."""
+        own = layout is not None and "validation" in layout.splits
+        divided = cls.validation_share and split in ("train", "validation") and not own
+        return "train" if divided else split
 
 
 class SampleRows(Sequence[Mapping[str, Any]]):

@@ -41,6 +41,7 @@ class PixMoPointExplanations(HfDataset):
     validation_share: ClassVar[float] = 1024 / 29_000
     """Molmo keeps 1,024 of the 29 thousand images that its paper counts (arXiv 2409.17146)."""
     grouped: ClassVar[bool] = True
+    leaves_out: ClassVar[frozenset[str]] = frozenset({"no_parsed_response"})
     sample_rows_per_example: ClassVar[int] = 2
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from preprocess.datasets.splits import SplitLayout, Unmatched, folder_layout
 from shardspec.errors import SourceError
 
 Piece = Sequence[Mapping[str, Any]]
@@ -37,6 +38,8 @@ class Rows(Sequence[Mapping[str, Any]]):
         lengths: Sequence[int],
         kind: Mapping[str, Any],
         base: Path | None = None,
+        layout: SplitLayout | None = None,
+        origins: Sequence[tuple[str, int]] = (),
     ) -> None:
         """Joins pieces.
 
@@ -45,6 +48,8 @@ class Rows(Sequence[Mapping[str, Any]]):
           lengths: Rows of each.
           kind: What the manifest says of the source.
           base: Folder that relative image paths start from.
+          layout: Which files of a folder make which split.
+          origins: Of each piece, its file below the folder and the number of its first row there.
         """
         self._pieces = pieces
         self._starts = [0]
@@ -53,6 +58,8 @@ class Rows(Sequence[Mapping[str, Any]]):
         self._held: dict[int, Piece] = {}
         self.kind = dict(kind)
         self.base = base
+        self.layout = layout
+        self._origins = origins
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -66,6 +73,14 @@ class Rows(Sequence[Mapping[str, Any]]):
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for p in range(len(self._pieces)):
             yield from self._piece(p)
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """Finds the file of a row, "" where there is none, and the row's number in it from 0 on."""
+        if not self._origins:
+            return "", i
+        p = bisect_right(self._starts, i) - 1
+        file, first = self._origins[p]
+        return file, first + i - self._starts[p]
 
     def _piece(self, p: int) -> Piece:
         if p not in self._held:
@@ -106,46 +121,69 @@ def _num_bytes(piece: Piece) -> int:
     return piece.num_bytes if isinstance(piece, ArrowRows) else HELD_BYTES
 
 
-def local_rows(folder: Path, *, split: str, want: Sequence[str]) -> Rows:
-    """Opens the Parquet or Arrow files of a folder laid out as the hub or `save_to_disk` does it.
+def local_layout(folder: Path, *, unmatched: Unmatched = "refuse") -> SplitLayout:
+    """Finds out which Parquet and Arrow files of a folder make which split.
 
-    Files whose path below the folder names a split (`train-00000-of-00002.parquet`,
-    `train/data-00000.arrow`) are taken for that split only; files that name none are all taken.
+    Raises:
+      SourceError: `source_missing`, `source_empty`, `source_split`, `source_unreadable`.
+    """
+    if not folder.is_dir():
+        raise SourceError("source_missing.folder", where=str(folder))
+    try:
+        layout = folder_layout(folder, unmatched=unmatched)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if not layout.splits and not layout.unmatched:
+        metadata = next(folder.glob("**/metadata.*"), None)
+        if metadata is not None and metadata.suffix in (".jsonl", ".csv"):
+            raise SourceError("source_empty.metadata", where=str(metadata))
+        raise SourceError("source_empty.folder", where=str(folder))
+    return layout
+
+
+def local_rows(
+    folder: Path,
+    *,
+    split: str,
+    want: Sequence[str],
+    unmatched: Unmatched = "refuse",
+    layout: SplitLayout | None = None,
+) -> Rows:
+    """Opens the Parquet or Arrow files of a folder that are of one split (`splits`).
+
+    Args:
+      folder: The source.
+      split: One of the source's own.
+      want: Columns that each file must have.
+      unmatched: What happens to files that are of no split.
+      layout: Which files make which split; None finds it out.
 
     Raises:
       SourceError: `source_missing`, `source_empty`, `source_split`, `source_unreadable`,
         `source_schema`.
     """
     pa = _pyarrow()
-    if not folder.is_dir():
-        raise SourceError("source_missing.folder", where=str(folder))
-    try:
-        found = [p for p in sorted(folder.rglob("*")) if p.suffix in (".parquet", ".arrow")]
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    if not found:
-        raise SourceError("source_empty.folder", where=str(folder))
-    named = {path: _split_in(path.relative_to(folder)) for path in found}
-    files = [path for path, name in named.items() if name in (None, split)]
-    if not files:
-        raise SourceError(
-            "source_split",
-            where=str(folder),
-            split=split,
-            splits=sorted({str(name) for name in named.values()}),
-        )
+    layout = layout or local_layout(folder, unmatched=unmatched)
+    files = [folder / name for name in layout.files(split, unmatched=unmatched, where=str(folder))]
     pieces: list[Callable[[], Piece]] = []
     lengths: list[int] = []
+    origins: list[tuple[str, int]] = []
     for path in files:
+        if not path.is_file():  # reading a named pipe would wait for a writer
+            raise SourceError("source_unreadable", where=str(path), error="not a regular file")
         try:
             schema, parts = _open_file(path)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         _check_columns(schema, want, where=str(path))
+        first = 0
         for length, read in parts:
             pieces.append(partial(_read_piece, path, read))
             lengths.append(length)
-    return Rows(pieces, lengths=lengths, kind={"kind": "folder"}, base=folder)
+            origins.append((path.relative_to(folder).as_posix(), first))
+            first += length
+    kind = {"kind": "folder"}
+    return Rows(pieces, lengths=lengths, kind=kind, base=folder, layout=layout, origins=origins)
 
 
 def hub_rows(path: str, *, revision: str | None, split: str, want: Sequence[str]) -> Rows:
@@ -174,7 +212,7 @@ def hub_rows(path: str, *, revision: str | None, split: str, want: Sequence[str]
 
 def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piece]]]]:
     """Lists the pieces of a file: column names, then (rows, reader) per piece."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(path, memory_map=True)
@@ -207,14 +245,6 @@ def _read_piece(path: Path, read: Callable[[], Piece]) -> Piece:
         return read()
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
-
-
-def _split_in(path: Path) -> str | None:
-    """Finds the split that a file's path names, if any."""
-    for part in (*path.parts[:-1], path.stem.split("-")[0]):
-        if part in ("train", "validation", "val", "test"):
-            return "validation" if part == "val" else part
-    return None
 
 
 def _check_columns(names: Sequence[str], want: Sequence[str], *, where: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from preprocess.job.engines import local
 from preprocess.reshard import portable_url, read_notes, repeated_key
 from preprocess.settings import Setting, usable_cores
 from shardspec import storage
+from shardspec.checksum import crc32
 from shardspec.errors import ConfigError, ConflictError, ShardError
 from shardspec.foreign import Dots, ForeignFile, is_pickle, split_name, walk_foreign
 from shardspec.index import encode_index, raw_index_dtype
@@ -86,6 +86,8 @@ class ImportSettings:
             wrong["dots"] = self.dots
         if wrong:
             raise ConfigError("job_settings", facts=wrong)
+        if self.out.startswith("memory://"):
+            raise ConfigError("out_memory", where=self.out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +211,10 @@ def _find_tars(urls: Sequence[str]) -> tuple[str, ...]:
 
 
 def _require_there(url: str) -> ObjectVersion:
+    if storage.is_local(url):
+        path = storage.local_path(url)
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for a writer
+            raise ConfigError("import_tars.special", where=url)
     found = object_version(url)
     if found is None:
         raise ConfigError("import_tars.absent", where=url)
@@ -365,7 +371,7 @@ def _crc32(stream: IO[bytes], start: int, length: int) -> int:
     crc = 0
     while length:
         payload = stream.read(min(length, _CHUNK_BYTES))
-        crc = zlib.crc32(payload, crc)
+        crc = crc32(payload, crc)
         length -= len(payload)
     return crc
 

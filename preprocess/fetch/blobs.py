@@ -8,7 +8,8 @@ can at worst tear the last line, which the next opening drops, so that the URL i
 line is written after its blob is in place. Readers still check the blob, since it may have been
 deleted after its line was written.
 
-URLs are written here without credentials (`redact`); what differs in credentials only is one URL.
+URLs are written here without credentials (`redact`); what differs in user and password only is one
+URL.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from types import TracebackType
 from typing import Literal
 
 from shardspec import storage
-from shardspec.errors import ConfigError, StorageError
+from shardspec.documents import read_fields, read_json
+from shardspec.errors import ConfigError, StorageError, redacted_url
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +42,18 @@ killed process loses nothing, since every line is passed to the kernel at once."
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _USERINFO = re.compile(r"^(\s*(?:[a-zA-Z][a-zA-Z0-9+.-]*:)?[/\\]*)[^/?#\\]*@")
+"""What the library that requests a URL takes for the user, whatever characters it has."""
 
 
 def redact(url: str) -> str:
     """Replaces the credentials in a URL; a URL without any comes back as it is.
 
+    Signatures and tokens become hashes, so that two URLs that differ in them stay two.
+
     >>> redact("https://me:secret@example.com/a.jpg?size=@2x")
     'https://***@example.com/a.jpg?size=@2x'
     """
-    return _USERINFO.sub(r"\1***@", url)
+    return redacted_url(_USERINFO.sub(r"\1***@", url))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,12 +243,14 @@ def _parse(path: Path) -> tuple[dict[str, FetchResult], int]:
                 logger.warning("dropped the torn last line of %s; its URL is fetched again", path)
                 break
             try:
-                result = FetchResult(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                result = read_fields(FetchResult, read_json(line))
+            except ValueError as error:
                 raise StorageError(
                     "ledger_corrupt", where=f"{path}:{number}", error=error
                 ) from error
-            results[result.url] = result
+            # Older releases wrote signatures as they were.
+            url = redact(result.url)
+            results[url] = dataclasses.replace(result, url=url)
             good_bytes += len(line)
     return results, good_bytes
 

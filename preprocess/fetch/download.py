@@ -18,8 +18,9 @@ Reasons of failure, stable codes. Transient (`TRANSIENT`), tried again at once a
 dns, connect, tls, timeout, protocol (no proper HTTP), truncated, http_429, http_5xx, host_down (not
 requested: its host failed too often in a row), offline (see `BudgetError` below). Permanent, until
 `retry="all"`: http_404 and every other status, bad_url, bad_scheme, private_addr,
-too_many_redirects, too_big, empty, not_image, sha_mismatch. Not tried again at once, but in later
-runs, whose limits may differ: bomb (larger than `ImageLimits`).
+too_many_redirects, too_big, empty, not_image, incomplete (the file ends early or is damaged, as far
+as its structure shows), sha_mismatch. Not tried again at once, but in later runs, whose limits may
+differ: bomb (larger than `ImageLimits`).
 
 A URL list is hostile input: only http and https are spoken, and a connection is made only to the
 very address that was checked to be a public one, at every redirect. Pixels are not decoded here.
@@ -52,6 +53,7 @@ from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
 from preprocess.media import ImageLimits, open_source
 from preprocess.settings import Setting
 from shardspec.errors import BudgetError, ConfigError, SampleError, nearest
+from shardspec.image_file import check_image_file
 from shardspec.keyed import hash_text
 from shardspec.storage import retry_after_s
 
@@ -80,7 +82,13 @@ TRANSIENT = frozenset(
 """Reasons that another attempt may change."""
 
 _GROUP = "downloading images"
-_FAULTS: Mapping[str, Literal["empty", "bomb"]] = {"image_empty": "empty", "image_bomb": "bomb"}
+ImageFault = Literal["", "empty", "not_image", "bomb", "incomplete"]
+
+_FAULTS: Mapping[str, ImageFault] = {
+    "image_empty": "empty",
+    "image_bomb": "bomb",
+    "image_truncated": "incomplete",
+}
 """Reasons of an image's refusal that the ledger tells apart; the others are "not_image"."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WORKERS_PER_SLOT = 4
@@ -275,19 +283,22 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def image_fault(body: bytes, *, limits: ImageLimits) -> Literal["", "empty", "not_image", "bomb"]:
-    """Judges a body by its image header, as BUILD does; "" is a usable one.
+def image_fault(body: bytes, *, limits: ImageLimits) -> ImageFault:
+    """Judges a body by its image header, as BUILD does, then by its structure; "" is a usable one.
 
     >>> image_fault(b"<html>", limits=ImageLimits())
     'not_image'
     """
     try:
-        with open_source(body, limits=limits):
-            return ""
+        with open_source(body, limits=limits) as image:
+            check_image_file(body, form=str(image.format))
     except SampleError as error:
         return _FAULTS.get(error.reason, "not_image")
     except Warning:  # of Pillow, where the process turns warnings into errors
         return "not_image"
+    except ValueError:
+        return "incomplete"
+    return ""
 
 
 class _Failure(Exception):

@@ -27,14 +27,17 @@ from preprocess.job.plan import (
     shard_name,
 )
 from preprocess.job.planner import read_json, require_space
+from preprocess.job.rows import RowCounts, count_rows
 from preprocess.job.verify import verify
 
 __all__ = [
     "JobSettings",
     "Outcome",
     "Reporter",
+    "RowCounts",
     "ShardCount",
     "DryRun",
+    "count_rows",
     "count_shards",
     "find_strays",
     "output_lock",

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from preprocess.fetch import BlobCache
 from preprocess.job.plan import shard_name
 from preprocess.recipe import Preparer, read_path
 from shardspec import storage
-from shardspec.errors import SampleError, StorageError
+from shardspec.documents import DocumentError, read_object
+from shardspec.errors import SampleError, ShardsError, StorageError
 from shardspec.index import encode_index, index_dtype, index_row, longest_text
 from shardspec.manifest import (
     Receipt,
@@ -39,7 +39,7 @@ from shardspec.manifest import (
     parse_receipt,
 )
 from shardspec.sample import SPAN_COLUMNS, PreparedSample, sample_members, text_rows
-from shardspec.tar import TarWriter
+from shardspec.tar import BLOCK, TarRange, TarWriter, padded
 
 SCRATCH = ".scratch"
 """Folder of unfinished files below a local output; emptied when a job starts."""
@@ -96,6 +96,28 @@ class BuiltShard:
     """Removes the folder."""
 
 
+def read_rows(url: str) -> list[dict[str, Any]]:
+    """Reads the planned rows of a shard, in stored order.
+
+    Raises:
+      StorageError: `plan_rows`, they are damaged.
+    """
+    rows = []
+    *lines, rest = storage.read_bytes(url).split(b"\n")
+    if rest:
+        raise StorageError("plan_rows", where=url, error="the last line is cut")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = read_object(line, any_text=True)
+            kinds = (row["position"], int), (row["key"], str), (row["example"], dict)
+            if not all(type(value) is kind for value, kind in kinds) or "image" not in row:
+                raise DocumentError("want a position, a key, an example and an image")
+        except (ValueError, KeyError) as error:
+            raise StorageError("plan_rows", where=f"{url}:{number}", error=error) from error
+        rows.append(row)
+    return sorted(rows, key=lambda row: int(row["position"]))
+
+
 def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]) -> BuiltShard:
     """Builds one shard in a scratch folder.
 
@@ -107,10 +129,10 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     Raises:
       StorageError: The disk is full, or the cache has lost an image.
     """
-    lines = storage.read_bytes(rows_url(context.out, context.split, shard)).splitlines()
-    rows = sorted(map(json.loads, lines), key=lambda row: int(row["position"]))
+    rows = read_rows(rows_url(context.out, context.split, shard))
     name = f"{context.split}/{context.name(shard)}"
     quarantined: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
     index = []
     codec = context.preparer.recipe.image.codec
     views = context.preparer.recipe.image.views
@@ -121,32 +143,22 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
             for row in rows:
                 try:
                     sample = prepare_row(context.preparer, row, cache=context.cache)
+                    encoded, overviews = encode_images(context.preparer, sample)
+                    members = sample_members(
+                        sample,
+                        encoded,
+                        overviews=overviews,
+                        codec=codec,
+                        several=context.several_images,
+                    )
+                    index_of = _index_row(context.preparer, sample, members, encoded, writer)
                 except SampleError as error:
                     quarantined.append(quarantine_line(row, stage="build", error=error))
+                    reasons[error.reason] += row.get("rows", 1)
                     on_row(error.reason)
                     continue
-                encoded, overviews = encode_images(context.preparer, sample)
-                members = sample_members(
-                    sample,
-                    encoded,
-                    overviews=overviews,
-                    codec=codec,
-                    several=context.several_images,
-                )
-                stored = writer.write_sample(members)
-                sizes = [len(payload) for payload in encoded]
-                json_bytes = len(members[0][1])
-                index.append(
-                    index_row(
-                        sample,
-                        place=stored,
-                        json_bytes=json_bytes,
-                        image_sizes=sizes,
-                        views=views,
-                        placeholder=context.preparer.tokenizer.special_ids["<|image|>"],
-                        bos="bos" in context.preparer.tokenizer.special_ids,
-                    )
-                )
+                index_of["crc32"] = writer.write_sample(members).crc32
+                index.append(index_of)
                 on_row("")
             sha256 = writer.finish()
         table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(len(views)))
@@ -170,10 +182,48 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
             receipt=Receipt(
                 build_key=context.build_key,
                 shard=entry,
-                quarantined=dict(sorted(Counter(line["reason"] for line in quarantined).items())),
+                quarantined=dict(sorted(reasons.items())),
             ),
             scratch=stack.pop_all(),
         )
+
+
+def _index_row(
+    preparer: Preparer,
+    sample: PreparedSample,
+    members: Sequence[tuple[str, bytes]],
+    encoded: Sequence[bytes],
+    writer: TarWriter,
+) -> np.ndarray:
+    """Makes the index row of a sample before it is written; its checksum is still 0.
+
+    Raises:
+      SampleError: `sample_length`: a number does not fit in its column.
+    """
+    num_bytes = tar_length(members)
+    try:
+        return index_row(
+            sample,
+            place=TarRange(offset=writer.num_bytes, num_bytes=num_bytes, crc32=0),
+            json_bytes=len(members[0][1]),
+            image_sizes=[len(payload) for payload in encoded],
+            views=preparer.recipe.image.views,
+            placeholder=preparer.tokenizer.special_ids["<|image|>"],
+            bos="bos" in preparer.tokenizer.special_ids,
+        )
+    except OverflowError as error:
+        raise SampleError(
+            "sample_length",
+            where=sample.key,
+            num_bytes=num_bytes,
+            num_images=len(encoded),
+            error=error,
+        ) from error
+
+
+def tar_length(members: Sequence[tuple[str, bytes]]) -> int:
+    """Computes the length of a sample in a tar: headers, payloads and padding."""
+    return sum(BLOCK + padded(len(payload)) for _, payload in members)
 
 
 def publish_shard(
@@ -278,7 +328,15 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
         example["image"] = [_open_image(each, cache=cache) for each in image]
     elif image is not None:
         example["image"] = _open_image(image, cache=cache)
-    return preparer(example, key=row["key"])
+    try:
+        return preparer(example, key=row["key"])
+    except (ShardsError, MemoryError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 - messages come from adapters: one row, not the job
+        kind = type(error).__name__
+        raise SampleError(
+            "row_error.prepare", where=row["key"], error=f"{kind}: {error}"
+        ) from error
 
 
 def encode_images(preparer: Preparer, sample: PreparedSample) -> tuple[list[bytes], list[bytes]]:
@@ -353,6 +411,7 @@ def quarantine_line(row: Mapping[str, Any], *, stage: str, error: SampleError) -
     """Records why a row did not become a sample."""
     return {
         "key": row["key"],
+        **row.get("origin", {}),
         "image": row["image"],
         "metadata": row["example"].get("metadata", {}),
         "stage": stage,

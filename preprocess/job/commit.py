@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from preprocess.job.build import is_in_place, stored_sizes
-from preprocess.job.job import SMALL_JOB_FAILURES, Job
+from preprocess.job.job import FAILED_ROWS_SHARE, Job, allowed_failures
 from preprocess.job.planner import Plan
 from shardspec import storage
 from shardspec.errors import BudgetError, ConflictError, StorageError
@@ -43,7 +44,7 @@ class Committed:
 
 
 def check_bad_samples(job: Job, plan: Plan, receipts: list[Receipt]) -> None:
-    """Refuses to commit where more samples failed than the job allows.
+    """Refuses to commit where more rows failed to build than the job allows.
 
     Raises:
       BudgetError: `bad_samples`.
@@ -51,13 +52,14 @@ def check_bad_samples(job: Job, plan: Plan, receipts: list[Receipt]) -> None:
     bad: Counter[str] = Counter()
     for receipt in receipts:
         bad.update(receipt.quarantined)
-    allowed = max(SMALL_JOB_FAILURES, job.settings.max_bad_samples * plan.num_samples)
+    share = job.settings.max_bad_samples
+    allowed = allowed_failures(share, plan.num_rows, default=FAILED_ROWS_SHARE)
     if sum(bad.values()) > allowed:
         raise BudgetError(
             "bad_samples",
             where=job.url("quarantine"),
-            samples=plan.num_samples,
-            allowed=int(allowed),
+            rows=plan.num_rows,
+            allowed=allowed,
             facts=bad,
         )
 
@@ -97,6 +99,32 @@ def commit(job: Job, plan: Plan, receipts: list[Receipt]) -> Committed:
     raise ConflictError("manifest_conflict.busy", where=url, attempts=COMMIT_ATTEMPTS)
 
 
+def withdraw_split(job: Job) -> None:
+    """Takes the split out of the manifest, then removes its receipts; the shards stay as strays.
+
+    Raises:
+      ConflictError: `manifest_conflict`: others kept writing the manifest.
+    """
+    url, split = job.url(MANIFEST_NAME), job.settings.split
+    for _ in range(COMMIT_ATTEMPTS):
+        version = storage.version(url)
+        old = load_manifest(job.settings.out)
+        if old is None or split not in old.splits:
+            return
+        names = [posixpath.basename(shard.url).removesuffix(".tar") for shard in old.select(split)]
+        splits = {name: entry for name, entry in old.splits.items() if name != split}
+        if not splits:
+            storage.delete(url)
+        else:
+            shards = tuple(shard for shard in old.shards if shard.split != split)
+            left = replace(old, splits=splits, shards=shards)
+            if not storage.compare_and_swap(url, left.encode(), replacing=version):
+                continue
+        storage.delete_objects(job.settings.out, [f"receipts/{name}.json" for name in names])
+        return
+    raise ConflictError("manifest_conflict.busy", where=url, attempts=COMMIT_ATTEMPTS)
+
+
 def _check_in_place(job: Job, shards: tuple[ShardEntry, ...]) -> None:
     sizes = stored_sizes(job.settings.out, job.settings.split)
     missing = [shard.url for shard in shards if not is_in_place(shard, sizes)]
@@ -110,7 +138,7 @@ def _with_split(job: Job, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> 
     """Makes the manifest that names what the stored one names, and the split."""
     old = load_manifest(job.settings.out)
     manifest = Manifest(
-        dataset=job.settings.dataset,
+        dataset=job.name,
         recipe=json.loads(canonical_json(job.recipe)),
         tokenizer=job.tokenizer,
         libraries=job.libraries,

@@ -23,6 +23,8 @@ class DryRun:
     """What a job would do, as `make plan` prints it."""
 
     num_rows: int
+    notes: tuple[str, ...]
+    """Which files make which split, and what a hash divides."""
     num_urls: int
     urls_known: Mapping[str, int]
     """URLs by what the ledger says of them: ok, a reason of failure, or "unknown"."""
@@ -42,11 +44,13 @@ def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
     urls = set(image_urls(job, report))
     states = Counter(_url_state(known.get(url)) for url in urls)
     samples: list[SampleSize] = []
+    report.stage("probe", min(PROBE_ROWS, len(job.dataset)))
     for row in islice(_survey_rows(job, known), PROBE_ROWS):
         try:
             samples.append(sample_size(job.preparer, row, cache=job.blobs))
         except SampleError as error:
             report.note(f"a sample cannot be built: {error.what}")
+        report.step("")
     mean = _mean([sample.num_bytes for sample in samples])
     count = None
     alive = len(job.dataset) - sum(n for s, n in states.items() if s not in ("ok", "unknown"))
@@ -59,6 +63,7 @@ def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
         )
     return DryRun(
         num_rows=len(job.dataset),
+        notes=tuple(job.dataset.notes()),
         num_urls=len(urls),
         urls_known=dict(sorted(states.items())),
         mean_sample_bytes=mean,

@@ -12,14 +12,15 @@ import importlib.metadata
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import PIL.features
 
-from preprocess.datasets import DatasetBase, dataset_class, get_dataset
+from preprocess.datasets import DatasetBase, Unmatched, dataset_class, is_own
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
+from preprocess.job.stamps import Compare, Compared, compare_files
 from preprocess.media import MemoryBudget
 from preprocess.recipe import Preparer, Recipe
 from preprocess.settings import Setting, usable_cores, usable_memory
@@ -27,10 +28,16 @@ from preprocess.sizes import parse_bytes
 from preprocess.text import EMBEDDED, load_tokenizer
 from shardspec import storage
 from shardspec.errors import ConfigError
-from shardspec.manifest import fingerprint
 
 SMALL_JOB_FAILURES = 10
-"""Failures that any job may have, however small: a budget is a share of the rows, or this."""
+"""Failures that a small job may have where the user gives no budget. A given one means just what it
+says: 0 allows none."""
+
+DEAD_LINKS_SHARE = 0.4
+"""In 2025, 22.5 % of PixMo-Cap's image URLs had died."""
+FAILED_ROWS_SHARE = 0.01
+
+Duplicates = Literal["drop", "keep"]
 
 
 class Reporter(Protocol):
@@ -54,8 +61,21 @@ class JobSettings:
     """What to build, from what, where to and with how much."""
 
     dataset: Annotated[
-        str, Setting("name of the dataset; the verb `datasets` lists them", positional=True)
+        str,
+        Setting(
+            "name of the dataset (the verb `datasets` lists them), a spec.toml, a file, a folder, "
+            "or file.py:Class",
+            positional=True,
+        ),
     ]
+    name: Annotated[
+        str | None,
+        Setting(
+            "name of the result, for mixtures of several results of one dataset",
+            group="what to build",
+            shown="the dataset's",
+        ),
+    ] = None
     source: Annotated[
         str,
         Setting(
@@ -64,6 +84,15 @@ class JobSettings:
         ),
     ] = "hub"
     split: Annotated[str, Setting("split to build", group="what to build")] = "train"
+    unmatched: Annotated[
+        Unmatched,
+        Setting(
+            "files of a source folder that are of no known split: stop, build them as part of the "
+            "split, or leave them out",
+            flag="unmatched-files",
+            group="what to build",
+        ),
+    ] = "refuse"
     mode: Annotated[
         str | None,
         Setting(
@@ -143,28 +172,84 @@ class JobSettings:
     ] = None
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     max_dead_links: Annotated[
-        float,
-        Setting("share of image URLs that may fail before the job stops", group="the job"),
-    ] = 0.4
-    """In 2025, 22.5 % of PixMo-Cap's image URLs had died."""
+        float | None,
+        Setting(
+            "share of image URLs that may fail before the job stops",
+            group="the job",
+            shown="0.4; at least 10 URLs",
+        ),
+    ] = None
+    max_lost_rows: Annotated[
+        float | None,
+        Setting(
+            "share of rows without a usable local image or text before the job stops",
+            group="the job",
+            shown="0.01; at least 10 rows",
+        ),
+    ] = None
+    """Rows that the dataset itself leaves out, duplicates and dead links do not count."""
     max_bad_samples: Annotated[
-        float,
-        Setting("share of planned samples that may fail before the job stops", group="the job"),
-    ] = 0.01
+        float | None,
+        Setting(
+            "share of planned rows that may fail to build before the job stops",
+            group="the job",
+            shown="0.01; at least 10 rows",
+        ),
+    ] = None
+    duplicates: Annotated[
+        Duplicates,
+        Setting(
+            "rows with the same image and text: leave the further ones out, or keep them",
+            group="what to build",
+        ),
+    ] = "drop"
+    compare: Annotated[
+        Compare,
+        Setting(
+            "how the files of a folder source are compared with those of a finished job",
+            group="the job",
+        ),
+    ] = "time"
+    force: Annotated[
+        bool, Setting("build the split again, replacing the one in the output", group="the job")
+    ] = False
 
     def __post_init__(self) -> None:
         checks = {
             "split": is_name(self.split),
+            "name": self.name is None or is_name(self.name),
             "limit": self.limit is None or self.limit >= 1,
             "shard_bytes": self.shard_bytes >= 2**20,
             "num_shards": self.num_shards is None or self.num_shards >= 1,
             "num_workers": self.num_workers >= 1,
-            "max_dead_links": 0 <= self.max_dead_links <= 1,
-            "max_bad_samples": 0 <= self.max_bad_samples <= 1,
+            "max_dead_links": _is_share(self.max_dead_links),
+            "max_lost_rows": _is_share(self.max_lost_rows),
+            "max_bad_samples": _is_share(self.max_bad_samples),
         }
         wrong = [name for name, good in checks.items() if not good]
         if wrong:
             raise ConfigError("job_settings", facts={name: getattr(self, name) for name in wrong})
+        if "://" in self.source and not is_own(self.dataset):
+            raise ConfigError("source_url", where=self.source)
+        if self.out.startswith("memory://"):
+            raise ConfigError("out_memory", where=self.out)
+
+
+def _is_share(value: float | None) -> bool:
+    return value is None or 0 <= value <= 1
+
+
+def allowed_failures(share: float | None, total: int, *, default: float) -> int:
+    """Computes a budget.
+
+    >>> allowed_failures(0.0, 500, default=0.01), allowed_failures(0.29, 100, default=0.01)
+    (0, 29)
+    >>> allowed_failures(None, 500, default=0.01), allowed_failures(None, 5000, default=0.01)
+    (10, 50)
+    """
+    # A share such as 0.29 times 100 is a little below 29.
+    number = int((default if share is None else share) * total + 1e-9)
+    return max(SMALL_JOB_FAILURES, number) if share is None else number
 
 
 class Job:
@@ -182,29 +267,44 @@ class Job:
         )
         self.tokenizer = tokenizer.entry
         kind = dataset_class(settings.dataset)
+        self.kind = kind
+        self.name = settings.name or kind.name
+        """Of the result: in the manifest, in the names of its files, and for seeds."""
         self.recipe = {
             **settings.recipe.to_dict(),
+            **kind.describe(),
             "mode": kind.resolve_mode(settings.mode),
             "several_images": kind.several_images,
             "frame": dataclasses.asdict(self.preparer.frame),
         }
-        self.libraries = library_versions(settings.dataset)
+        self.libraries = library_versions(kind)
 
     @cached_property
     def dataset(self) -> DatasetBase:
         """The rows, opened when first needed."""
         s = self.settings
-        return get_dataset(s.dataset, s.split, source=s.source, limit=s.limit, mode=s.mode)
+        return self.kind(
+            s.split, source=s.source, limit=s.limit, mode=s.mode, unmatched=s.unmatched
+        )
+
+    @property
+    def source(self) -> str:
+        """The source as the identity names it: local paths are absolute."""
+        source = self.settings.source
+        is_path = source not in ("hub", "sample") and "://" not in source
+        return str(Path(source).absolute()) if is_path else source
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that the result follows from, in plain JSON types."""
         s = self.settings
         return {
-            "dataset": s.dataset,
-            "source": source_stamp(s.source),
+            "dataset": self.name,
+            "source": self.source,
             "split": s.split,
             "limit": s.limit,
+            "unmatched": s.unmatched,
+            "duplicates": s.duplicates,
             "shard_bytes": s.shard_bytes,
             "num_shards": s.num_shards,
             "recipe": self.recipe,
@@ -222,6 +322,18 @@ class Job:
             num_workers=s.num_workers,
         )
 
+    def source_files(self) -> list[Path]:
+        """Lists the local files that the rows are read from."""
+        s = self.settings
+        return self.kind.source_files(s.source, s.split, unmatched=s.unmatched)
+
+    def compare_files(self) -> Compared | None:
+        """Compares the files of the source with those of the plan that the output keeps."""
+        how = self.settings.compare
+        if how == "none" or self.settings.source in ("hub", "sample"):
+            return None
+        return compare_files(self.files_url, self.source_files(), how=how)
+
     def url(self, *parts: str) -> str:
         """Names an object of the output."""
         return storage.join(self.settings.out, *parts)
@@ -236,16 +348,21 @@ class Job:
         """Where the output keeps the identity of the job that made the split."""
         return self.url("plan", f"{self.settings.split}.json")
 
+    @property
+    def files_url(self) -> str:
+        """Where the output keeps the stamps of the source's files."""
+        return self.url("plan", f"{self.settings.split}-files.jsonl.gz")
+
     def rows_url(self, shard: int) -> str:
         """URL of the planned rows of a shard."""
         return rows_url(self.settings.out, self.settings.split, shard)
 
     def ledger_path(self) -> Path:
         """Where the results of this dataset's URLs are kept."""
-        return self.blobs.root / "ledgers" / f"{self.settings.dataset}.jsonl"
+        return self.blobs.root / "ledgers" / f"{self.name}.jsonl"
 
 
-def library_versions(dataset: str) -> dict[str, str]:
+def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:
     """Lists what touches bytes: libraries by version, our own code by the hash of its sources.
 
     Of the datasets' modules only the one being built counts: a new adapter changes no other output.
@@ -270,6 +387,8 @@ _ROOT = Path(__file__).parents[2]
 _BYTE_SOURCES = (
     "preprocess/datasets/base.py",
     "preprocess/datasets/rows.py",
+    "preprocess/datasets/splits.py",
+    "preprocess/formats/*.py",
     "preprocess/job/build.py",
     "preprocess/job/plan.py",
     "preprocess/job/planner.py",
@@ -290,22 +409,7 @@ _BYTE_SOURCES = (
 patterns, so that a module that is split or added there counts too."""
 
 
-def byte_sources(dataset: str) -> list[Path]:
-    """Lists our source files that may change the bytes of a dataset's shards, in a fixed order."""
-    patterns = (*_BYTE_SOURCES, f"preprocess/datasets/{dataset}.py")
-    return [path for pattern in patterns for path in sorted(_ROOT.glob(pattern))]
-
-
-def source_stamp(source: str) -> str:
-    """Names a source so that a change of its files is noticed: names, sizes, times."""
-    if source in ("hub", "sample"):
-        return source
-    folder = Path(source)
-    if not folder.is_dir():
-        return str(folder.absolute())
-    stats = [
-        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in (".parquet", ".arrow")
-    ]
-    return f"{folder.absolute()} ({fingerprint(stats)[:16]})"
+def byte_sources(dataset: type[DatasetBase]) -> list[Path]:
+    """Lists the files of code that may change the bytes of a dataset's shards, in a fixed order."""
+    ours = [path for pattern in _BYTE_SOURCES for path in sorted(_ROOT.glob(pattern))]
+    return [*ours, *dataset.code_files()]

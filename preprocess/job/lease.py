@@ -8,8 +8,9 @@ So a job on an object store keeps an object `.lease` in its output, which no oth
 3. A job that finds a lease checks if its holder is alive. On this machine the kernel knows. A lease
    of another machine is watched: one that changes is held; one that stays the same for `TTL_S`
    belonged to a job that died, and is taken over, on the condition that it is still the same one.
-4. A holder that finds another job's lease instead of its own, or cannot renew its own for `TTL_S`,
-   has lost it: `check` raises, and the job stops before it writes a manifest.
+4. A holder that finds another job's lease instead of its own has lost it: `check` raises, and the
+   job stops before it writes a manifest. After more than `TTL_S` without a renewal, as in an outage
+   of the store, another job may have it: `check` then renews it before it says that it is held.
 
 No clock is compared with another machine's; the own one measures how long ago the last renewal
 began. A store that ignores conditions cannot decide between two jobs that start at the same time:
@@ -18,7 +19,6 @@ that is detected, and a warning says so.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from shardspec import storage
+from shardspec.documents import read_object
 from shardspec.errors import StorageError, redacted
 from shardspec.manifest import canonical_json
 
@@ -50,14 +51,22 @@ def output_lock(url: str) -> Iterator[Callable[[], None]]:
     """Holds an output for this process.
 
     Yields:
-      A function that raises StorageError `lease_lost` once the output is no longer held.
+      A function that raises StorageError `lease_lost` once the output is no longer held, or
+      `output_removed` where its folder is gone.
 
     Raises:
-      StorageError: `output_busy`: another job holds it.
+      StorageError: `output_busy`: another job holds it; `output_removed`.
     """
     if storage.is_local(url):
         with storage.exclusive(url):
-            yield lambda: None
+            check = _folder_check(url)
+            try:
+                yield check
+            except FileNotFoundError as error:
+                check()
+                if str(error.filename).startswith(str(storage.local_path(url))):
+                    raise StorageError("output_removed", where=str(error.filename)) from error
+                raise
         return
     lease = _Lease(url)
     lease.take()
@@ -65,6 +74,26 @@ def output_lock(url: str) -> Iterator[Callable[[], None]]:
         yield lease.check
     finally:
         lease.give_back()
+
+
+def _folder_check(url: str) -> Callable[[], None]:
+    """Makes a function that raises once a folder is not the one that it is now.
+
+    The lock is of the folder: one that is removed and made again may be another job's. While it is
+    held the folder is open, so the kernel gives its number to no other.
+    """
+    path = storage.local_path(url)
+    held = path.stat()
+
+    def check() -> None:
+        try:
+            found = path.stat()
+        except FileNotFoundError as error:
+            raise StorageError("output_removed", where=url) from error
+        if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            raise StorageError("output_removed", where=url)
+
+    return check
 
 
 class _Lease:
@@ -75,6 +104,8 @@ class _Lease:
         self._beats = 0
         self._stop = threading.Event()
         self._lost = threading.Event()
+        # Held for a renewal, so that the two threads that renew do not take each other for others.
+        self._renewing = threading.Lock()
         self._renewed_s = 0.0
         """When the renewal began that was the last to succeed; others count from then at most."""
         self._heart = threading.Thread(target=self._beat_on, name="lease", daemon=True)
@@ -98,7 +129,9 @@ class _Lease:
         self._heart.start()
 
     def check(self) -> None:
-        if self._lost.is_set() or _now_s() - self._renewed_s >= TTL_S:
+        if not self._lost.is_set() and self._is_old():
+            self._renew(only_if_old=True)
+        if self._lost.is_set() or self._is_old():
             raise StorageError("lease_lost", where=self._output)
 
     def give_back(self) -> None:
@@ -110,21 +143,32 @@ class _Lease:
 
     def _beat_on(self) -> None:
         while not self._stop.wait(BEAT_S):
-            began_s = _now_s()
-            try:
-                if not self._renew():
-                    self._lost.set()
-                    return
-                self._renewed_s = began_s
-            except Exception as error:  # noqa: BLE001 - any failure: the lease does not change
-                reason = redacted(str(getattr(error, "what", error)))
-                logger.warning("%s: the lease could not be renewed: %s", self._output, reason)
+            self._renew()
+            if self._lost.is_set():
+                return
 
     def _is_ours(self) -> bool:
         holder = self._read()
         return holder is not None and holder.get("job") == self._holder["job"]
 
-    def _renew(self) -> bool:
+    def _is_old(self) -> bool:
+        return _now_s() - self._renewed_s >= TTL_S
+
+    def _renew(self, *, only_if_old: bool = False) -> None:
+        with self._renewing:
+            if self._lost.is_set() or (only_if_old and not self._is_old()):
+                return  # the other thread has found out
+            began_s = _now_s()
+            try:
+                if self._replace():
+                    self._renewed_s = began_s
+                else:
+                    self._lost.set()
+            except Exception as error:  # noqa: BLE001 - any failure: the lease does not change
+                reason = redacted(str(getattr(error, "what", error)))
+                logger.warning("%s: the lease could not be renewed: %s", self._output, reason)
+
+    def _replace(self) -> bool:
         version = storage.version(self._url)
         if version is None or not self._is_ours():
             return False
@@ -136,10 +180,9 @@ class _Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            document = json.loads(storage.read_bytes(self._url))
+            return read_object(storage.read_bytes(self._url))
         except (FileNotFoundError, ValueError):
             return None
-        return document if isinstance(document, dict) else None
 
     def _watch(self, version: str, holder: dict[str, Any]) -> None:
         """Waits until a lease has expired; raises as soon as it changes."""

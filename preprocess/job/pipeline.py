@@ -15,31 +15,51 @@ Anything that interrupts leaves the old state or the new one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from preprocess.job.build import BuildContext, build_shard, find_receipts, publish_shard
-from preprocess.job.commit import Committed, check_bad_samples, commit, committed
+from preprocess.job.build import (
+    BuildContext,
+    BuiltShard,
+    build_shard,
+    find_receipts,
+    publish_shard,
+)
+from preprocess.job.commit import (
+    Committed,
+    check_bad_samples,
+    commit,
+    committed,
+    withdraw_split,
+)
+from preprocess.job.conflicts import find_differences, table
 from preprocess.job.engines import local
 from preprocess.job.job import Job, JobSettings, Reporter
 from preprocess.job.lease import output_lock
 from preprocess.job.plan import shard_borders
 from preprocess.job.planner import Plan, drop_plan, load_plan, make_plan, read_json
+from preprocess.job.stamps import Compared
+from preprocess.job.verify import check_hashes
 from shardspec import storage
-from shardspec.errors import ConflictError, StorageError
+from shardspec.errors import ConflictError, ShardError, StorageError
 from shardspec.manifest import (
     MANIFEST_NAME,
+    Manifest,
     Receipt,
     canonical_json,
     check_same,
-    differences,
     load_manifest,
 )
+
+_HASHED_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +72,8 @@ class Outcome:
     fresh: bool
     """Whether this run committed; False when there was nothing to do."""
     seconds: float
+    compared: Compared | None = None
+    """How the source's files were compared with those of the finished job; None where not."""
 
 
 def run_job(settings: JobSettings, report: Reporter) -> Outcome:
@@ -65,14 +87,25 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
     """
     started = time.monotonic()
     job = Job(settings)
-    promised = _check_conflict(job)
-    result = committed(job)
+    result = None
+    if not settings.force:
+        _check_conflict(job)
+        result = committed(job)
     if result is not None:
+        compared = _check_sources(job)
         if storage.exists(job.url("plan", settings.split)):  # a run ended between commit and here
             with output_lock(settings.out):
                 _tidy(job)
-        return Outcome(result=result, built_shards=0, fresh=False, seconds=_since(started))
+        return Outcome(
+            result=result,
+            built_shards=0,
+            fresh=False,
+            seconds=_since(started),
+            compared=compared,
+        )
     with output_lock(settings.out) as check_held:
+        if settings.force:
+            _withdraw(job, report)
         promised = _check_conflict(job)  # once more: another job may have ended in between
         result, built = _make(job, report, promised, check_held)
     outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
@@ -85,7 +118,7 @@ def _make(
 ) -> tuple[Committed, int]:
     """Plans, builds and commits what is missing; returns the result and the shards built."""
     storage.delete(job.scratch)
-    plan = load_plan(job) or make_plan(job, report, promised=promised)
+    plan = load_plan(job, report) or make_plan(job, report, promised=promised)
     try:
         receipts, built = _build(job, plan, report, check_held)
     except StorageError as error:
@@ -121,24 +154,77 @@ def _check_conflict(job: Job) -> str | None:
     if manifest is None:
         return None
     if job.settings.split not in manifest.splits:
-        ours = replace(
-            manifest,
-            dataset=job.settings.dataset,
-            recipe=json.loads(canonical_json(job.recipe)),
-            tokenizer=job.tokenizer,
-            libraries=job.libraries,
-            view=None,
-            raw=False,
-            columns=None,
-        )
-        check_same(manifest, ours, where=job.url(MANIFEST_NAME))
+        _check_recipe(job, manifest)
         return None
-    found = differences(read_json(job.identity_url) or {}, job.identity, "job")
+    found = find_differences(read_json(job.identity_url) or {}, json.loads(_identity(job)))
     if found:
-        raise ConflictError(
-            "job_conflict.result", where=job.settings.out, differences="; ".join(found)
-        )
+        raise ConflictError("job_conflict.settings", where=job.settings.out, table=table(found))
     return manifest.splits[job.settings.split].build_key
+
+
+def _identity(job: Job) -> bytes:
+    return canonical_json(job.identity)
+
+
+def _check_recipe(job: Job, manifest: Manifest) -> None:
+    """Refuses to put splits of different recipes into one dataset."""
+    ours = json.loads(_identity(job))
+    theirs = {
+        "dataset": manifest.dataset,
+        "recipe": dict(manifest.recipe),
+        "tokenizer": dataclasses.asdict(manifest.tokenizer),
+        "libraries": dict(manifest.libraries),
+    }
+    found = find_differences(
+        json.loads(canonical_json(theirs)), {name: ours[name] for name in theirs}
+    )
+    if found:
+        raise ConflictError("recipe_conflict.job", where=job.url(MANIFEST_NAME), table=table(found))
+    ours = replace(
+        manifest,
+        dataset=job.name,
+        recipe=json.loads(canonical_json(job.recipe)),
+        tokenizer=job.tokenizer,
+        libraries=job.libraries,
+        view=None,
+        raw=False,
+        columns=None,
+    )
+    check_same(manifest, ours, where=job.url(MANIFEST_NAME))
+
+
+def _check_sources(job: Job) -> Compared | None:
+    """Refuses a finished split whose source files have changed since it was planned."""
+    compared = job.compare_files()
+    if compared is not None and compared.num_changed:
+        raise ConflictError(
+            "source_changed.files",
+            where=job.settings.source,
+            changed=compared.num_changed,
+            compared=compared.num_files,
+            facts={**compared.changed, "how": compared.how},
+        )
+    return compared
+
+
+def _withdraw(job: Job, report: Reporter) -> None:
+    """Takes the split out of the output, so that it is built again.
+
+    The manifest goes first: an interruption leaves a dataset without the split, never one whose
+    shards are of two builds. Other splits stay, so the recipe must be theirs.
+    """
+    manifest = load_manifest(job.settings.out)
+    split = job.settings.split
+    if manifest is None or split not in manifest.splits:
+        return
+    identity = read_json(job.identity_url)
+    if identity is None or identity.get("dataset") != job.name:
+        return  # a reshard or an import: the comparison refuses it
+    if len(manifest.splits) > 1:
+        _check_recipe(job, manifest)
+    withdraw_split(job)
+    drop_plan(job)
+    report.note(f"split {split}: the result in the output is replaced")
 
 
 def _build(
@@ -147,7 +233,7 @@ def _build(
     """Builds what is missing; returns every receipt in shard order, and how many are new."""
     context = BuildContext(
         preparer=job.preparer,
-        dataset=job.settings.dataset,
+        dataset=job.name,
         split=job.settings.split,
         out=job.settings.out,
         num_shards=plan.num_shards,
@@ -156,7 +242,7 @@ def _build(
         scratch=job.scratch,
         several_images=job.recipe["several_images"],
     )
-    receipts = find_receipts(context)
+    receipts = _intact(context, find_receipts(context), report)
     missing = [shard for shard in range(plan.num_shards) if shard not in receipts]
     if receipts:
         report.note(f"{len(receipts)} of {plan.num_shards} shards are finished")
@@ -177,12 +263,64 @@ def _build(
     return [receipts[shard] for shard in range(plan.num_shards)], len(missing)
 
 
+def _intact(
+    context: BuildContext, receipts: dict[int, Receipt], report: Reporter
+) -> dict[int, Receipt]:
+    """Drops the receipts of shards whose bytes are not those that were written.
+
+    Every finished shard is read once: a commit must not name bytes that changed in between.
+    """
+    if not receipts:
+        return receipts
+
+    def damage(receipt: Receipt) -> ShardError | None:
+        try:
+            check_hashes(context.out, receipt.shard.file)
+        except ShardError as error:
+            return error
+        return None
+
+    report.stage("check finished shards", len(receipts))
+    intact = {}
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        found = zip(receipts.items(), pool.map(damage, receipts.values()), strict=True)
+        for (shard, receipt), error in found:
+            report.step("" if error is None else error.reason)
+            if error is None:
+                intact[shard] = receipt
+            else:
+                report.note(f"{error.where}: {error.what}; it is built again")
+    return intact
+
+
 def _build_task(
     context: BuildContext, shard: int, report: Callable[[str | int], None]
 ) -> local.Deferred:
     """Builds a shard; the rest is to publish it. Reports a text per row, a number per part sent."""
-    built = build_shard(context, shard, report)
-    return local.Deferred(finish=partial(publish_shard, context, shard, built, report))
+    with _naming_removal():
+        built = build_shard(context, shard, report)
+    return local.Deferred(finish=partial(_publish_task, context, shard, built, report))
+
+
+def _publish_task(
+    context: BuildContext, shard: int, built: BuiltShard, report: Callable[[str | int], None]
+) -> Receipt:
+    with _naming_removal():
+        return publish_shard(context, shard, built, report)
+
+
+@contextmanager
+def _naming_removal() -> Iterator[None]:
+    """Names a file that a task of this job needs and that somebody has removed.
+
+    Images that are missing are errors of their rows, and blobs of the cache: what is left are the
+    plan and the scratch files.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        where = str(error.filename or error)
+        raise StorageError("output_removed", where=where) from error
 
 
 def _write_run(job: Job, outcome: Outcome) -> None:

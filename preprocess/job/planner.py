@@ -2,7 +2,7 @@
 
 1. Image URLs are downloaded into the blob cache; the ledger remembers how each ended.
 2. Each row gets its image's identity and its key, and is written to a spool; rows without an image
-   and repeated rows go to the quarantine list.
+   and repeated rows go to the quarantine list. Local files are stamped (`stamps`).
 3. A few samples are built: their length gives the number of shards, and a recipe that cannot work
    stops here.
 4. The rows are distributed to one file per shard, in one pass over the spool; plan.json comes last.
@@ -28,10 +28,18 @@ import numpy as np
 from preprocess.datasets import ImageSource, SceneImage, example_images
 from preprocess.fetch import FetchPolicy, FetchResult, Ledger, fetch_all
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
-from preprocess.job.job import SMALL_JOB_FAILURES, Job, Reporter
+from preprocess.job.job import (
+    DEAD_LINKS_SHARE,
+    FAILED_ROWS_SHARE,
+    Job,
+    Reporter,
+    allowed_failures,
+)
 from preprocess.job.plan import count_shards, plan_order, shard_borders
-from preprocess.recipe import image_identity, images_identity, read_path, sample_key
+from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
+from preprocess.recipe import image_identity, images_identity, read_path, repeated_key, sample_key
 from shardspec import storage
+from shardspec.documents import read_fields, read_object
 from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleError, StorageError
 from shardspec.manifest import canonical_json, differences, fingerprint
 
@@ -50,14 +58,16 @@ class Plan:
     """Hash of everything that the shards' bytes depend on."""
     num_shards: int
     num_samples: int
+    num_rows: int
+    """Rows of the source that these samples are made of."""
     source: Mapping[str, Any]
     """What the manifest says of the source."""
     quarantined: Mapping[str, int]
     """Rows that cannot become samples, by reason."""
 
 
-def load_plan(job: Job) -> Plan | None:
-    """Finds the frozen plan of this very job.
+def load_plan(job: Job, report: Reporter | None = None) -> Plan | None:
+    """Finds the frozen plan of this very job; None if a file of its source has changed since.
 
     Raises:
       ConflictError: `job_conflict`: an unfinished reshard owns this output.
@@ -68,7 +78,19 @@ def load_plan(job: Job) -> Plan | None:
     identity = read_json(job.identity_url)
     if document is None or identity is None or differences(identity, job.identity, "job"):
         return None
-    return Plan(**document)
+    compared = job.compare_files()
+    if compared is not None and compared.num_changed:
+        if report is not None:
+            first = next(iter(compared.changed.items()))
+            report.note(
+                f"{compared.num_changed:,} files of the source have changed since the plan was "
+                f"made ({first[0]} {first[1]}): it is made again"
+            )
+        return None
+    try:
+        return read_fields(Plan, document)
+    except ValueError:
+        return None  # damaged, as one that is no JSON
 
 
 def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Plan:
@@ -86,6 +108,16 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
       StorageError: `no_space`, and others of the storage.
     """
     drop_plan(job)
+    row_stamps = [
+        stamp_file(
+            path,
+            sha256=content_sha256(path) if job.settings.compare == "content" else "",
+            holds_rows=True,
+        )
+        for path in job.source_files()
+    ]
+    for line in job.dataset.notes():
+        report.note(line)
     storage.publish_bytes(job.identity_url, canonical_json(job.identity, indent=1))
     policy = job.settings.fetch
     if promised is not None:
@@ -93,7 +125,14 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
     results = _fetch(job, policy, report)
     with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
-        rows = _spool_rows(job, results, spool, report)
+        with StampWriter(folder / "files") as stamps:
+            for stamp in row_stamps:
+                stamps.add(stamp)
+            rows = _spool_rows(job, results, spool, stamps, report)
+        if len(stamps):
+            storage.publish_file(job.files_url, folder / "files")
+        else:
+            storage.delete(job.files_url)
         order = plan_order(rows.keys, seed=job.settings.recipe.seed)
         mean_bytes = _probe(job, spool, sorted(order[:PROBE_ROWS]), report)
         total_bytes = round(mean_bytes * len(order))
@@ -105,7 +144,7 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
         )
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
-        rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder)
+        rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder, report)
     build = {
         "rows": rows_sha256,
         "recipe": job.recipe,
@@ -124,15 +163,20 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
         build_key=build_key,
         num_shards=count.num_shards,
         num_samples=len(order),
+        num_rows=rows.num_rows,
         source={
             **job.dataset.rows.kind,
             "num_rows": len(job.dataset),
             "limit": job.settings.limit,
             "rows_sha256": rows_sha256,
+            "rows_read": job.dataset.num_rows_read,
+            "rows_not_taken": {
+                why: n for why, n in sorted(job.dataset.rows_not_taken.items()) if n
+            },
         },
-        quarantined=dict(sorted((Counter(rows.reasons) + job.dataset.left_out).items())),
+        quarantined=dict(sorted(rows.reasons.items())),
     )
-    name = f"{job.settings.dataset}-{job.settings.split}-plan.jsonl"
+    name = f"{job.name}-{job.settings.split}-plan.jsonl"
     if rows.lost:
         storage.publish_bytes(job.url("quarantine", name), b"".join(rows.lost))
     else:
@@ -151,10 +195,9 @@ def drop_plan(job: Job) -> None:
 def read_json(url: str) -> dict[str, Any] | None:
     """Reads a JSON object; None where there is none or it is broken."""
     try:
-        document = json.loads(storage.read_bytes(url))
+        return read_object(storage.read_bytes(url), any_text=True)
     except (FileNotFoundError, ValueError):
         return None
-    return document if isinstance(document, dict) else None
 
 
 def _plan_url(job: Job) -> str:
@@ -190,77 +233,139 @@ class _Rows:
     """Of the rows in the spool, in its order."""
     lost: list[bytes]
     """Quarantine lines of the others."""
-    reasons: list[str]
+    reasons: Counter[str]
+    """Rows of the source that are lost, by reason: an example may have several."""
+    num_rows: int
+    """Rows of the source in the spool."""
 
 
 def _spool_rows(
-    job: Job, results: Mapping[str, FetchResult], spool: _Spool, report: Reporter
+    job: Job,
+    results: Mapping[str, FetchResult],
+    spool: _Spool,
+    stamps: StampWriter,
+    report: Reporter,
 ) -> _Rows:
-    found = _Rows(keys=[], lost=[], reasons=[])
-    keys: set[str] = set()
+    keys: list[str] = []
+    lost: list[bytes] = []
+    reasons = Counter(job.dataset.left_out)
+    dead_rows = 0  # for their links, which have a budget of their own
+    num_rows = 0
+    seen: Counter[str] = Counter()
 
     def good_rows() -> Iterator[bytes]:
-        for row, error in _planned_rows(job, results):
-            if error is None and row["key"] in keys:
-                error = SampleError("twin")
+        nonlocal dead_rows, num_rows
+        for row, error in _planned_rows(job, results, stamps):
+            if error is None:
+                error = _repeated(job, row, seen)
+            count = row.get("rows", 1)
             report.step(error.reason if error else "")
             if error is not None:
-                found.lost.append(canonical_json(quarantine_line(row, stage="plan", error=error)))
-                found.reasons.append(error.reason)
+                lost.append(canonical_json(quarantine_line(row, stage="plan", error=error)))
+                reasons[error.reason] += count
+                dead_rows += count if _is_link(error) else 0
                 continue
-            keys.add(row["key"])
-            found.keys.append(row["key"])
+            keys.append(row["key"])
+            num_rows += count
             yield canonical_json(row)
 
     for reason, count in sorted(job.dataset.left_out.items()):
         report.note(f"{count} rows of the source left out: {reason}")
+    _check_lost(job, reasons, dead_rows=0)
+    for number, error in job.dataset.left_out_rows():
+        row = {"key": f"row-{number}", "image": None, "example": {}, **_origin(job, [number])}
+        lost.append(canonical_json(quarantine_line(row, stage="read", error=error)))
     report.stage("plan", len(job.dataset))
     spool.write(good_rows())
-    if not found.keys:
-        raise BudgetError("nothing_left", facts=dict(Counter(found.reasons).most_common()))
-    _check_lost(job, Counter(found.reasons))
-    return found
+    if not keys:
+        raise BudgetError("nothing_left", facts=dict(reasons.most_common()))
+    _check_lost(job, reasons, dead_rows=dead_rows)
+    return _Rows(keys=keys, lost=lost, reasons=reasons, num_rows=num_rows)
 
 
-def _check_lost(job: Job, reasons: Counter[str]) -> None:
-    """Refuses a plan that has lost more rows than links may die; links have been counted before.
+def _repeated(job: Job, row: dict[str, Any], seen: Counter[str]) -> SampleError | None:
+    """Finds a row whose key another has; where such rows are kept, it gets a key of its own."""
+    key = row["key"]
+    seen[key] += 1
+    if seen[key] == 1:
+        return None
+    if job.settings.duplicates == "drop":
+        return SampleError("duplicate")
+    row["key"] = repeated_key(key, seen[key])
+    return None
 
-    Duplicate rows and rows without a message are not losses.
+
+def _is_link(error: SampleError) -> bool:
+    return "url" in error.facts
+
+
+def _check_lost(job: Job, reasons: Counter[str], *, dead_rows: int) -> None:
+    """Refuses a plan that has lost too many rows: to dead links, or for any other failure.
+
+    Duplicates, rows without a message and those that the dataset leaves out are no failures.
     """
-    lost = Counter({name: n for name, n in reasons.items() if name not in ("twin", "no_message")})
-    allowed = max(SMALL_JOB_FAILURES, job.settings.max_dead_links * len(job.dataset))
-    if sum(lost.values()) > allowed:
-        raise BudgetError(
-            "lost_rows",
-            where=job.settings.source,
-            rows=len(job.dataset),
-            allowed=int(allowed),
-            facts=dict(lost.most_common()),
-        )
+    settings = job.settings
+    rows = job.dataset.num_rows_read
+    meant = {"duplicate", "no_message", *job.dataset.leaves_out}
+    lost = Counter({name: n for name, n in reasons.items() if name not in meant})
+    failed = sum(lost.values()) - dead_rows
+    for number, share, default, setting in (
+        (dead_rows, settings.max_dead_links, DEAD_LINKS_SHARE, "MAX_DEAD_LINKS"),
+        (failed, settings.max_lost_rows, FAILED_ROWS_SHARE, "MAX_LOST_ROWS"),
+    ):
+        allowed = allowed_failures(share, rows, default=default)
+        if number > allowed:
+            raise BudgetError(
+                "lost_rows",
+                where=settings.source,
+                setting=setting,
+                rows=rows,
+                allowed=allowed,
+                facts=dict(lost.most_common()),
+            )
+
+
+def _origin(job: Job, numbers: Sequence[int]) -> dict[str, Any]:
+    """Says of which rows an example is: their number, and the file and number of the first."""
+    file, row = job.dataset.rows.locate(numbers[0])
+    found: dict[str, Any] = {"origin": {"file": file, "row": row}}
+    return {**found, "rows": len(numbers)} if len(numbers) > 1 else found
 
 
 def _planned_rows(
-    job: Job, results: Mapping[str, FetchResult]
+    job: Job, results: Mapping[str, FetchResult], stamps: StampWriter
 ) -> Iterator[tuple[dict[str, Any], SampleError | None]]:
     """Gives each row of the dataset as the plan keeps it, with its error if it cannot be built."""
     for i in range(len(job.dataset)):
+        numbers = job.dataset.row_numbers(i)
+        origin = _origin(job, numbers)
         try:
-            example = job.dataset[i]
-        except SampleError as error:
-            yield {"key": f"row-{i}", "image": None, "example": {}}, error
-            continue
-        images = example_images(example)
-        example.pop("image", None)
-        _check_number(job, images)
-        planned = [_plan_image(job, image, results) for image in images]
-        key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
-        locations = [image.location for image in planned]
-        location = locations if job.dataset.several_images else next(iter(locations), None)
-        row = {"key": key, "image": location, "example": example}
-        errors = [image.error for image in planned if image.error is not None]
-        if not example["message_list"]:
-            errors.append(SampleError("no_message.mode"))
-        yield row, errors[0] if errors else _changed_image(example, planned)
+            with job.dataset.naming_row(numbers[0]):
+                row, error = _planned_row(job, job.dataset[i], results, stamps)
+                canonical_json(row)  # an adapter may give what is not of JSON types
+        except SampleError as refused:
+            row, error = {"key": f"row-{numbers[0]}", "image": None, "example": {}}, refused
+        yield {**row, **origin}, error
+
+
+def _planned_row(
+    job: Job,
+    example: dict[str, Any],
+    results: Mapping[str, FetchResult],
+    stamps: StampWriter,
+) -> tuple[dict[str, Any], SampleError | None]:
+    images = example_images(example)
+    example.pop("image", None)
+    _check_number(job, images)
+    planned = [_plan_image(job, image, results, stamps) for image in images]
+    key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
+    locations = [image.location for image in planned]
+    location = locations if job.dataset.several_images else next(iter(locations), None)
+    row = {"key": key, "image": location, "example": example}
+    errors = [image.error for image in planned if image.error is not None]
+    if not example["message_list"]:
+        errors.append(SampleError("no_message.mode"))
+    return row, errors[0] if errors else _changed_image(example, planned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +376,9 @@ class _PlannedImage:
     error: SampleError | None = None
 
 
-def _plan_image(job: Job, image: ImageSource, results: Mapping[str, FetchResult]) -> _PlannedImage:
+def _plan_image(
+    job: Job, image: ImageSource, results: Mapping[str, FetchResult], stamps: StampWriter
+) -> _PlannedImage:
     if isinstance(image, SceneImage):
         location: dict[str, Any] = {"kind": "scene", "seed": image.seed, "idx": image.idx}
         return _PlannedImage(location=location, identity=image_identity(image, None))
@@ -282,10 +389,13 @@ def _plan_image(job: Job, image: ImageSource, results: Mapping[str, FetchResult]
         return _PlannedImage(location={"kind": "blob", "sha256": identity}, identity=identity)
     if isinstance(image, Path):
         location = {"kind": "path", "path": str(image.absolute())}
+        stamp = stamp_file(image)  # before it is read: a change in between is noticed later
         try:
             identity = hashlib.sha256(read_path(image)).hexdigest()
         except SampleError as unreadable:
+            stamps.add(stamp)
             return _PlannedImage(location=location, identity="", error=unreadable)
+        stamps.add(with_content(stamp, identity))
         return _PlannedImage(location={**location, "sha256": identity}, identity=identity)
     if isinstance(image, str):
         result = results[image]
@@ -323,11 +433,13 @@ def _changed_image(
 def _probe(job: Job, spool: _Spool, numbers: list[int], report: Reporter) -> float:
     """Builds a few samples: their mean length in bytes, and proof that the recipe works."""
     sizes, errors = [], []
+    report.stage("probe", len(numbers))
     for i in numbers:
         try:
             sizes.append(sample_size(job.preparer, spool.read(i), cache=job.blobs).num_bytes)
         except SampleError as error:
             errors.append(error)
+        report.step("")
     if not sizes:
         first = errors[0]
         raise BudgetError(
@@ -355,8 +467,15 @@ def require_space(out: str, total_bytes: int) -> None:
         raise StorageError("no_space.shards", where=out, free_bytes=free, need_bytes=total_bytes)
 
 
-def _write_rows(job: Job, spool: _Spool, order: list[int], num_shards: int, folder: Path) -> str:
-    """Writes the rows to one file per shard, in the source's order; returns the hash of all."""
+def _write_rows(
+    job: Job, spool: _Spool, order: list[int], num_shards: int, folder: Path, report: Reporter
+) -> str:
+    """Writes the rows to one file per shard, in the source's order.
+
+    Returns:
+      The hash of all rows. Where in the source a row was is not in it: no byte depends on that.
+    """
+    report.stage("write plan", len(order))
     borders = shard_borders(len(order), num_shards=num_shards)
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
@@ -374,8 +493,11 @@ def _write_rows(job: Job, spool: _Spool, order: list[int], num_shards: int, fold
 
     for i, row in enumerate(spool):
         shard = int(shard_of[i])
-        line = canonical_json({**row, "position": int(position[i])})
-        hashes[shard].update(line)
+        origin = row.pop("origin")
+        row["position"] = int(position[i])
+        hashes[shard].update(canonical_json(row))
+        line = canonical_json({**row, "origin": origin})
+        report.step("")
         waiting.setdefault(shard, []).append(line)
         held_bytes += len(line)
         if held_bytes >= HELD_BYTES:
@@ -413,9 +535,10 @@ def _fetch(job: Job, policy: FetchPolicy, report: Reporter) -> dict[str, FetchRe
             on_result=lambda result: report.step(result.reason),
         )
     dead = Counter(result.reason for result in results.values() if result.status != "ok")
-    allowed = max(SMALL_JOB_FAILURES, job.settings.max_dead_links * len(results))
+    share = job.settings.max_dead_links
+    allowed = allowed_failures(share, len(results), default=DEAD_LINKS_SHARE)
     if sum(dead.values()) > allowed:
         raise BudgetError(
-            "dead_links", links=len(results), allowed=int(allowed), facts=dict(dead.most_common())
+            "dead_links", links=len(results), allowed=allowed, facts=dict(dead.most_common())
         )
     return results

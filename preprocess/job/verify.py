@@ -8,22 +8,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import mmap
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from preprocess.job.columns import read_columns
-from preprocess.job.commit import tokenizer_in_place
 from preprocess.job.job import Reporter
 from shardspec import storage
+from shardspec.checksum import crc32
 from shardspec.errors import ShardError, ShardsError
 from shardspec.index import open_index, sample_layout
-from shardspec.manifest import TOKENIZER_NAME, FileEntry, require_manifest
+from shardspec.manifest import TOKENIZER_NAME, FileEntry, Manifest, require_manifest
 from shardspec.media import decode_stored
+from shardspec.probe import check_stored_tokenizer
 from shardspec.sample import (
     SPAN_COLUMNS,
     SpanKind,
@@ -52,10 +52,11 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     manifest = require_manifest(url)
     codec = None if manifest.raw else str(manifest.recipe["image"]["codec"])
     findings: list[ShardsError] = []
-    if not manifest.raw and not tokenizer_in_place(url, manifest):
-        findings.append(
-            ShardError("tokenizer_file.changed", where=storage.join(url, TOKENIZER_NAME))
-        )
+    if not manifest.raw:
+        try:
+            _verify_tokenizer(manifest, storage.join(url, TOKENIZER_NAME))
+        except ShardError as error:
+            findings.append(error)
     if manifest.columns is not None:
         for shard in manifest.shards:
             try:
@@ -65,28 +66,35 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     report.stage("verify", len(manifest.files))
     for file in manifest.files:
         try:
-            _verify_file(url, file, codec=codec if deep else None, raw=manifest.raw)
+            _verify_file(url, file, manifest, codec=codec if deep else None)
         except ShardsError as error:
             findings.append(error)
         report.step(findings[-1].reason if findings and findings[-1].where else "")
     return findings
 
 
-def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> None:
-    tar_url, index_url = storage.resolve(url, file.url), storage.resolve(url, file.index_url)
-    counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
+def _verify_tokenizer(manifest: Manifest, where: str) -> None:
+    try:
+        payload = storage.read_bytes(where)
+    except FileNotFoundError as error:
+        raise ShardError("tokenizer_file.changed", where=where) from error
+    check_stored_tokenizer(manifest.tokenizer, payload, where=where)
+
+
+def _verify_file(url: str, file: FileEntry, manifest: Manifest, *, codec: str | None) -> None:
+    raw, embedding_size = manifest.raw, manifest.tokenizer.embedding_size
+    tar_url = storage.resolve_place(url, file.url)
+    counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
-        tar_path = _at_hand(tar_url, Path(folder) / "shard.tar")
-        _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
-        index_path = _at_hand(index_url, Path(folder) / "index.npy")
-        _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
+        tar_path, index_path = _hashed(url, file, Path(folder))
         rows = np.array(open_index(str(index_path), raw=raw, **counts))
         with tar_path.open("rb") as stream:
             tar = _view(stream, file.num_bytes)
             if not raw:  # foreign headers have forms that ours never do
                 members = walk_tar(stream, where=tar_url)
                 for row in rows:
-                    _verify_sample(tar, row, members, codec=codec, where=tar_url)
+                    tokens = _verify_sample(tar, row, members, codec=codec, where=tar_url)
+                    _verify_tokens(tokens, row, embedding_size=embedding_size, where=tar_url)
                 extra = next(members, None)
                 if extra is not None:
                     raise _wrong(tar_url, "member_extra", {"member": extra.name})
@@ -94,9 +102,28 @@ def _verify_file(url: str, file: FileEntry, *, codec: str | None, raw: bool) -> 
                 _verify_crc(tar, row, where=tar_url)
 
 
+def check_hashes(url: str, file: FileEntry) -> None:
+    """Compares the whole bytes of a shard and its index with their hashes.
+
+    Raises:
+      ShardError: They differ, or a file is missing.
+    """
+    with TemporaryDirectory() as folder:
+        _hashed(url, file, Path(folder))
+
+
+def _hashed(url: str, file: FileEntry, folder: Path) -> tuple[Path, Path]:
+    tar_url, index_url = (storage.resolve_place(url, n) for n in (file.url, file.index_url))
+    tar_path = _at_hand(tar_url, folder / "shard.tar")
+    _check_file(tar_path, file.num_bytes, file.sha256, where=tar_url)
+    index_path = _at_hand(index_url, folder / "index.npy")
+    _check_file(index_path, file.index_bytes, file.index_sha256, where=index_url)
+    return tar_path, index_path
+
+
 def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:
     start, length = int(row["offset"]), int(row["num_bytes"])
-    got = zlib.crc32(tar[start : start + length])
+    got = crc32(tar[start : start + length])
     if got != int(row["crc32"]):
         facts: dict[str, object] = {"got": got, "want": int(row["crc32"])}
         raise _wrong(f"{where} sample {row['key'].decode()}", "sample_crc", facts)
@@ -104,7 +131,8 @@ def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:
 
 def _verify_sample(
     view: memoryview, row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
-) -> None:
+) -> np.ndarray:
+    """Compares a sample with its row; returns its tokens."""
     key, start = row["key"].decode(), int(row["offset"])
     where = f"{where} sample {key}"
     layout = sample_layout(row)
@@ -137,6 +165,14 @@ def _verify_sample(
         for m in pictures:
             payload = view[m.offset : m.offset + m.num_bytes]
             decode_stored(payload, codec=codec, where=where)  # type: ignore[arg-type]
+    return tokens
+
+
+def _verify_tokens(tokens: np.ndarray, row: np.void, *, embedding_size: int, where: str) -> None:
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < embedding_size:
+        facts: dict[str, object] = {"min": int(tokens.min()), "max": int(tokens.max())}
+        facts["embedding_size"] = embedding_size
+        raise _wrong(f"{where} sample {row['key'].decode()}", "token_range", facts)
 
 
 def _view(stream: IO[bytes], num_bytes: int) -> memoryview:

@@ -27,14 +27,12 @@ from PIL import Image, ImageFile
 from preprocess.settings import Setting
 from preprocess.sizes import parse_bytes, size_text
 from shardspec.errors import ConfigError, SampleError
+from shardspec.image_file import jpeg_frame, require_payload, size_before_opening
 from shardspec.media import (
     MAX_STORED_PIXELS,
     MAX_STORED_SIDE_PX,
     PILLOW_DECODE_ERRORS,
-    jpeg_frame,
     open_image,
-    require_payload,
-    size_before_opening,
 )
 
 SOURCE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -64,7 +62,7 @@ REDUCTIONS = (2, 4, 8)
 BAND_PX = 1 << 20
 """Pixels that are converted at a time; that takes 16 bytes for each."""
 
-_SCAN = b"\xff\xda"
+JPEG_SCAN = b"\xff\xda"
 _TILE_TAGS = (322, 323, 277)
 """TileWidth, TileLength, SamplesPerPixel (TIFF 6.0)."""
 _TURNED = range(2, 9)
@@ -207,7 +205,7 @@ def open_source(payload: bytes, *, limits: ImageLimits, where: str = "") -> Imag
         refuse_file(error, where)
     reduce = 1
     if is_jpeg(image):
-        scans = payload.count(_SCAN)
+        scans = payload.count(JPEG_SCAN)
         if scans > MAX_SCANS:
             raise SampleError("image_bomb.scans", where=where, most_scans=MAX_SCANS, scans=scans)
         reduce = max(REDUCTIONS)
@@ -244,7 +242,7 @@ def decode_bytes(
     fixed = 0
     if is_jpeg(image):
         # Coefficients are held at full size, whatever comes of them.
-        fixed = round(image.width * image.height * _coefficient_bytes(payload))
+        fixed = round(image.width * image.height * coefficient_bytes(payload))
         decoder = 4 if image.mode == "CMYK" else 3
     else:
         decoder = _DECODER_BYTES.get(image.format or "", 0)
@@ -262,6 +260,15 @@ def decode_bytes(
     if image.format == "TIFF":
         fixed += _tile_bytes(image)
     return fixed + width * height * per_pixel + rest
+
+
+def coefficient_bytes(payload: bytes) -> float:
+    """Bytes per pixel of the coefficients that a decoder keeps: those of files in several scans."""
+    frame = jpeg_frame(payload)
+    if frame is None:
+        return 0.0
+    several = not frame.is_sequential or payload.count(JPEG_SCAN) > 1
+    return 2.0 * frame.samples_per_pixel if several else 0.0
 
 
 def refuse_file(cause: Exception | str, where: str) -> NoReturn:
@@ -288,15 +295,6 @@ def _may_be_turned(image: ImageFile.ImageFile, payload: bytes) -> bool:
         return image.getexif().get(0x0112) in _TURNED
     except PILLOW_DECODE_ERRORS:
         return False
-
-
-def _coefficient_bytes(payload: bytes) -> float:
-    """Bytes per pixel of the coefficients that a decoder keeps: those of files in several scans."""
-    frame = jpeg_frame(payload)
-    if frame is None:
-        return 0.0
-    several = not frame.is_sequential or payload.count(_SCAN) > 1
-    return 2.0 * frame.samples_per_pixel if several else 0.0
 
 
 def _tile_bytes(image: ImageFile.ImageFile) -> int:

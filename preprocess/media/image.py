@@ -5,9 +5,10 @@ What is decided here, in this order:
 1. The header (`preprocess.media.header`): an empty, oversized or too costly image is refused before
    anything of its size is allocated. A JPEG that takes too much memory is decoded at a fraction of
    its sides, if at least twice the stored size remains.
-2. Decoding: whole and strict. A JPEG goes through `shardspec.media` (which raises for damage that
-   Pillow passes over), so that its pixels are the loader's pixels; everything else through Pillow,
-   PNG after its CRCs and WebP after its length. Of an animation the first frame is taken.
+2. Decoding, whole or at a fraction: strict, after the file's structure shows that it is whole
+   (`shardspec.image_file`). A JPEG goes through `shardspec.media` (which raises for damage that
+   Pillow passes over), so that its pixels are the loader's pixels; everything else through Pillow.
+   Of an animation the first frame is taken.
 3. Orientation: EXIF is applied, so that coordinates in annotations mean what people saw.
 4. Colour: grey of 16 bits by `>> 8` (Pillow's own conversion saturates), an embedded profile other
    than sRGB converted (perceptual intent), transparency laid over white, the rest to RGB.
@@ -27,7 +28,6 @@ import functools
 import io
 import logging
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -36,11 +36,15 @@ from typing import Annotated, Literal, NoReturn, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from preprocess.media.header import (
     BAND_PX,
+    JPEG_SCAN,
+    MAX_SCANS,
     REDUCTIONS,
     ImageLimits,
+    coefficient_bytes,
     decode_bytes,
     is_jpeg,
     open_source,
@@ -49,13 +53,23 @@ from preprocess.media.header import (
 from preprocess.media.memory import MemoryBudget
 from preprocess.settings import Setting
 from shardspec.errors import ConfigError, SampleError, ShardError, StorageError, nearest
+from shardspec.image_file import (
+    JPEG_EOI,
+    JPEG_FRAMES,
+    JPEG_MARKER,
+    JPEG_SOS,
+    check_image_file,
+    check_jpeg,
+    check_png,
+    check_png_rows,
+    require_payload,
+)
 from shardspec.media import (
     PILLOW_DECODE_ERRORS,
-    check_png,
-    check_webp,
     decode_stored,
     encode_stored,
     jpeg_decoder,
+    may_lack_rows,
 )
 from shardspec.sample import Codec, Geometry, PreparedImage
 from shardspec.tiling import ImageView, overview_size, stored_size
@@ -99,13 +113,18 @@ _ANTIALIASED: Mapping[Resample, Image.Resampling] = {
 }
 
 # JPEG markers (ITU-T T.81, table B.1).
-_SOF0, _SOS, _EOI, _COM = 0xC0, 0xDA, 0xD9, 0xFE
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SOF0, _COM = 0xC0, 0xFE
 _APP0, _APP14, _APP15 = 0xE0, 0xEE, 0xEF
 _SEQUENTIAL_SCAN = b"\x00\x3f\x00"
-# A marker in entropy-coded data is 0xFF and neither a stuffed zero nor a restart. Written as
-# `\xff\xff*`, not `\xff+`, it has a literal first byte: 0.15 ms instead of 2.1 ms for 375 KB.
-_MARKER = re.compile(rb"\xff\xff*[^\x00\xff\xd0-\xd7]")
+
+# TIFF 6.0, and Technical Note 2 for JPEG: tags, and values of the first.
+_TIFF_COMPRESSION, _TIFF_JPEG_TABLES = 259, 347
+_TIFF_PARTS = ((273, 279), (324, 325))
+_TIFF_FAX, _TIFF_JPEG = frozenset({2, 3, 4}), 7
+_MAX_TIFF_TABLES_BYTES = 1 << 16
+"""Longest JPEG tables of a TIFF, copied for each of its parts; encoders write 600."""
+_JPEG_SPACES = {"Gray": ("GRAY", 1), "CMYK": ("CMYK", 4), "YCCK": ("CMYK", 4)}
+"""Space to decode to, and its channels, by simplejpeg's name of the stored one; the rest is RGB."""
 
 _PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"IDAT", b"IEND"})
 _PNG_MEANING_CHUNKS = frozenset({b"tRNS", b"acTL"})
@@ -275,12 +294,17 @@ class ImagePreprocessor:
         bare = None
         try:
             if image.format == "PNG":
-                check_png(payload)
-            elif image.format == "WEBP":
-                check_webp(payload)
+                chunks = check_png(payload)
+                image.load()
+                if may_lack_rows(image):
+                    check_png_rows(payload, chunks)
+            else:
+                check_image_file(payload, form=str(image.format))
+            if isinstance(image, TiffImageFile):
+                _check_tiff(payload, image, where, most_bytes=plan.num_bytes)
             if self.policy.keep == "auto":
                 bare = _bare_file(payload, image, self.policy.codec)
-        except ValueError as error:
+        except PILLOW_DECODE_ERRORS as error:
             refuse_file(error, where)
         if plan.reduce != 1:
             pixels = _decode_reduced(payload, image, plan.reduce, where)
@@ -612,6 +636,56 @@ def _decode_jpeg(payload: bytes, mode: str, where: str) -> np.ndarray | None:
         return None
 
 
+def _check_tiff(payload: bytes, image: TiffImageFile, where: str, *, most_bytes: int) -> None:
+    """Refuses a TIFF whose strips or tiles libtiff would fill up, with a warning at most.
+
+    Raises:
+      SampleError: `image_decode`: fax compression, of whose strips the rows cannot be counted.
+      ValueError: Compressed data ends early or is damaged.
+    """
+    tags = image.tag_v2
+    compression = int(tags.get(_TIFF_COMPRESSION, 1))
+    if compression in _TIFF_FAX:
+        raise SampleError("image_decode.unchecked", where=where, compression=compression)
+    if compression != _TIFF_JPEG:
+        return  # of the others libtiff refuses strips that are short
+    tables = bytes(tags.get(_TIFF_JPEG_TABLES, b""))
+    parts = {
+        part
+        for offsets, lengths in _TIFF_PARTS
+        for part in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)
+    }
+    # Parts may share bytes only as a whole, or a short file would be decoded any number of times.
+    present = sum(len(range(start, min(start + length, len(payload)))) for start, length in parts)
+    if len(tables) > _MAX_TIFF_TABLES_BYTES or present > len(payload):
+        raise ValueError("TIFF with overlapping parts, or with JPEG tables that are too long")
+    for start, length in sorted(parts):
+        part = payload[start : start + length]
+        # An abbreviated stream: the tables are stored once, between an SOI and an EOI.
+        _check_jpeg_blocks(tables[:-2] + part[2:] if tables else part, most_bytes=most_bytes)
+
+
+def _check_jpeg_blocks(payload: bytes, *, most_bytes: int) -> None:
+    """Decodes a JPEG strictly, whatever its colours; without simplejpeg its scans are checked only.
+
+    Raises:
+      ValueError: Blocks are missing or damaged, or decoding them would take more than `most_bytes`.
+    """
+    check_jpeg(payload)
+    if jpeg_decoder() == "simplejpeg":
+        import simplejpeg
+
+        require_payload(payload)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(payload)
+        space, channels = _JPEG_SPACES.get(colors, ("RGB", 3))
+        # Its header is not the TIFF's, whose size was judged.
+        if width * height * (channels + coefficient_bytes(payload)) > most_bytes:
+            raise ValueError(f"TIFF with a JPEG of {width} x {height} pixels")
+        if payload.count(JPEG_SCAN) > MAX_SCANS:
+            raise ValueError(f"TIFF with a JPEG of more than {MAX_SCANS} scans")
+        simplejpeg.decode_jpeg(payload, colorspace=space, strict=True)
+
+
 def _decode_reduced(
     payload: bytes, image: ImageFile.ImageFile, reduce: int, where: str
 ) -> np.ndarray | None:
@@ -664,17 +738,19 @@ def _bare_jpeg(payload: bytes) -> bytes | None:
     parts = [b"\xff\xd8"]
     at = 2
     scans = 0
-    while match := _MARKER.match(payload, at):
+    while match := JPEG_MARKER.match(payload, at):
         marker, at = payload[match.end() - 1], match.end()
-        if marker == _EOI:
+        if marker == JPEG_EOI:
             return b"".join([*parts, b"\xff\xd9"]) if scans == 1 else None
         stop = at + int.from_bytes(payload[at : at + 2], "big")
         body = payload[at + 2 : stop]
-        if marker in _FRAMES and (marker != _SOF0 or body[:1] != b"\x08" or body[5:6] != b"\x03"):
+        if marker in JPEG_FRAMES and (
+            marker != _SOF0 or body[:1] != b"\x08" or body[5:6] != b"\x03"
+        ):
             return None
-        if marker == _SOS:
+        if marker == JPEG_SOS:
             scans += 1
-            following = _MARKER.search(payload, stop)
+            following = JPEG_MARKER.search(payload, stop)
             if body[-3:] != _SEQUENTIAL_SCAN or following is None:
                 return None
             stop = following.start()

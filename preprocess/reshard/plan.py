@@ -485,8 +485,8 @@ def _segments(sources: Sequence[ReshardSource], split: str) -> tuple[Segment, ..
         for segment in source.manifest.segments(split):
             file = replace(
                 segment.file,
-                url=storage.resolve(source.url, segment.file.url),
-                index_url=storage.resolve(source.url, segment.file.index_url),
+                url=storage.resolve_place(source.url, segment.file.url),
+                index_url=storage.resolve_place(source.url, segment.file.index_url),
             )
             found.append(replace(segment, file=file))
     return tuple(found)
@@ -517,7 +517,7 @@ def _look_at(file: FileEntry) -> tuple[ObjectVersion, bytes]:
 
 
 def _open_table(file: FileEntry, payload: bytes, *, raw: bool) -> np.ndarray:
-    counts = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
+    counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     if storage.is_local(file.index_url):
         return open_index(str(storage.local_path(file.index_url)), raw=raw, **counts)
     with TemporaryDirectory() as folder:

@@ -55,6 +55,7 @@ from shardspec.manifest import (
     differences,
     load_manifest,
 )
+from shardspec.probe import check_stored_tokenizer
 from shardspec.storage import check_unchanged
 
 _LOOKS_AT_ONCE = 16
@@ -353,14 +354,11 @@ def publish_tokenizer(plan: ReshardPlan, report: Reporter) -> None:
     except FileNotFoundError:
         report.note("the source has no copy of its tokenizer: its texts cannot be read back")
         return
-    want, got = plan.sources[0].manifest.tokenizer.sha256, hashlib.sha256(payload).hexdigest()
-    if got != want:
-        raise ShardError(
-            "tokenizer_file.source",
-            where=storage.join(plan.sources[0].url, TOKENIZER_NAME),
-            got=got,
-            want=want,
-        )
+    entry, got = plan.sources[0].manifest.tokenizer, hashlib.sha256(payload).hexdigest()
+    where = storage.join(plan.sources[0].url, TOKENIZER_NAME)
+    if got != entry.sha256:
+        raise ShardError("tokenizer_file.source", where=where, got=got, want=entry.sha256)
+    check_stored_tokenizer(entry, payload, where=where)
     storage.publish_bytes(storage.join(plan.settings.out, TOKENIZER_NAME), payload)
 
 

@@ -255,6 +255,11 @@ class Tokenizer:
             vocab_size=self.vocab_size,
             embedding_size=max(self.special_ids.values()) + 1,
             special_ids=dict(sorted(self.special_ids.items())),
+            special_tokens={
+                name: self._backend.id_to_token(self.special_ids[name])
+                for name in ("bos", "eos", "pad")
+                if name in self.special_ids
+            },
         )
 
 
@@ -270,8 +275,9 @@ def load_tokenizer(
       policy: The recipe's: its message format says what begins a sequence and ends an answer.
 
     Raises:
-      ConfigError: `tokenizer_missing`, `tokenizer_slow`, `tokenizer_eos`, `tokenizer_pad_to`; with
-        message format "template" `no_chat_template`, `chat_template`, `chat_date`.
+      ConfigError: `tokenizer_missing`, `tokenizer_code`, `tokenizer_slow`, `tokenizer_eos`,
+        `tokenizer_pad_to`; with message format "template" `no_chat_template`, `chat_template`,
+        `chat_date`.
     """
     loader: Any
     if name == EMBEDDED:
@@ -281,8 +287,11 @@ def load_tokenizer(
         from transformers import AutoTokenizer as loader
     location = str(EMBEDDED_PATH) if name == EMBEDDED else name
     try:
-        loaded = loader.from_pretrained(location)
+        # False, not the default: that asks at the terminal whether to run a folder's code.
+        loaded = loader.from_pretrained(location, trust_remote_code=False)
     except Exception as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise ConfigError("tokenizer_code", where=location, name=name) from error
         # The tokenizers library reports a malformed file as a bare Exception.
         if type(error) is not Exception and not isinstance(error, _LOAD_ERRORS):
             raise

@@ -45,6 +45,7 @@ from shardspec.storage.files import (
     translate_errors,
     version,
 )
+from shardspec.storage.places import resolve_place
 from shardspec.storage.ranges import RangeReader
 from shardspec.storage.retries import RetryPolicy, retry_after_s
 
@@ -84,6 +85,7 @@ __all__ = [
     "publish_file",
     "read_bytes",
     "resolve",
+    "resolve_place",
     "retry_after_s",
     "size",
     "translate_errors",

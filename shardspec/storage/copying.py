@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from shardspec.checksum import crc32
 from shardspec.errors import ShardError
 from shardspec.storage import files
 from shardspec.storage.retries import with_retries
@@ -240,7 +240,7 @@ class _Samples:
         at = 0
         while at < len(payload):
             part = payload[at : at + self._sizes[self._sample] - self._done]
-            self._crc = zlib.crc32(part, self._crc)
+            self._crc = crc32(part, self._crc)
             self._done += len(part)
             at += len(part)
             if self._done == self._sizes[self._sample]:

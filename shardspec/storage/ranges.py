@@ -6,8 +6,8 @@
 3. When the connection is lost or stalls, or the store asks to wait (408, 425, 429, 5xx), the range
    is requested again *from the first missing byte on*, after an exponential wait with full jitter,
    or after Retry-After where the response has it. Other refusals are final.
-4. A range is abandoned after `attempts` attempts in a row without a new byte, or after `wall_s`
-   (`RetryPolicy`).
+4. A range is abandoned after `wall_s`, or after `attempts` attempts in a row without a new byte
+   where that is set (`RetryPolicy`): an outage of `RetryPolicy.outage_s` is survived.
 
 Safe to share between threads; a forked or spawned child makes clients of its own. What is in
 flight can be looked at (`in_flight`), and everything is counted (`counters`).
@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +26,13 @@ from typing import Any
 from shardspec.storage import files
 from shardspec.storage.client_ranges import ClientReader, HttpClient, PlainReader, S3Client
 from shardspec.storage.failures import refusal_of, transient_error_kind
-from shardspec.storage.retries import Attempts, RetryPolicy, retry_after_s
+from shardspec.storage.retries import (
+    SYSTEM_CLOCK,
+    Attempts,
+    Clock,
+    RetryPolicy,
+    retry_after_s,
+)
 from shardspec.storage.signed_ranges import SignedReader, SignedUrls
 from shardspec.storage.transfers import (
     BadResponse,
@@ -47,13 +52,14 @@ class RangeReader:
     first compares `_pid`, and starts with empty state where it differs.
     """
 
-    def __init__(self, policy: RetryPolicy | None = None) -> None:
+    def __init__(self, policy: RetryPolicy | None = None, *, clock: Clock = SYSTEM_CLOCK) -> None:
         """Opens nothing yet.
 
         Args:
           policy: How long to try; None: the defaults.
+          clock: Counts the time between attempts; a copy in another process has the system's.
         """
-        self.policy = policy or RetryPolicy()
+        self.policy, self._clock = policy or RetryPolicy(), clock
         self._begin()
 
     def _begin(self) -> None:
@@ -68,7 +74,7 @@ class RangeReader:
         return {"policy": self.policy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.policy = state["policy"]
+        self.policy, self._clock = state["policy"], SYSTEM_CLOCK
         self._begin()
 
     @property
@@ -153,7 +159,8 @@ class RangeReader:
         """Makes attempts, each within some seconds, until one succeeds or none may follow."""
         if self._pid != os.getpid():
             self._begin()
-        transfers, attempts = self._transfers, Attempts(self.policy, where=transfer.url)
+        transfers = self._transfers
+        attempts = Attempts(self.policy, where=transfer.url, clock=self._clock)
         with transfers.tracked(transfer):
             while True:
                 before = transfer.received
@@ -176,7 +183,7 @@ class RangeReader:
                         raise exhausted_error(
                             error, transfer, self.policy, seconds=attempts.passed_s
                         ) from error
-                    time.sleep(wait_s)
+                    attempts.wait(wait_s)
                     transfers.count("retries")
                     transfers.count(f"retry_{kind}")
 

@@ -3,6 +3,11 @@
 `with_retries` repeats a whole action, beyond what the stores' clients do by themselves (s3fs for
 some ten seconds, gcsfs for half a minute). `shardspec.storage.ranges` repeats a read from its first
 missing byte on, by the same `Attempts`. Waits are exponential with full jitter.
+
+Time bounds the attempts, not their number: a store that refuses connections or answers 503 fails
+within milliseconds, so that any number of attempts is used up long before the store is back. An
+outage of up to `RetryPolicy.outage_s` is survived by everything that is requested through here:
+the last attempt begins after its end, and has time to succeed.
 """
 
 from __future__ import annotations
@@ -10,10 +15,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
@@ -21,6 +25,7 @@ from typing import TypeVar
 from shardspec.errors import ConfigError, StorageError, redacted
 from shardspec.keyed import hash_text
 from shardspec.storage.failures import transient_error_kind
+from shardspec.storage.stores import outage_setting_s
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +36,11 @@ T = TypeVar("T")
 class RetryPolicy:
     """How long one thing is tried at a store: a range of an object, or an action."""
 
-    attempts: int = 8
-    """Attempts in a row without a new byte, >= 1; for an action: attempts in all."""
-    wall_s: float = 120.0
-    """Longest time over all attempts, in seconds."""
+    attempts: int | None = None
+    """Most attempts in a row without a new byte, >= 1; None: as many as `wall_s` has room for."""
+    wall_s: float | None = None
+    """Longest time over all attempts, in seconds; None: as long as it takes to survive the outage
+    that VLM_SHARDS_OUTAGE_S names, 120 s by default."""
     idle_s: float = 20.0
     """A connection without a new byte for this long is abandoned, in seconds."""
     first_wait_s: float = 0.1
@@ -44,14 +50,53 @@ class RetryPolicy:
     """Upper bound of any wait except a Retry-After."""
 
     def __post_init__(self) -> None:
-        wrong = [name for name in ("attempts", "wall_s", "idle_s") if getattr(self, name) <= 0]
-        wrong += [n for n in ("first_wait_s", "longest_wait_s") if getattr(self, n) < 0]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        least = {"first_wait_s": 0.0, "longest_wait_s": 0.0}
+        wrong = {}
+        for name, value in values.items():
+            if value is None and name in ("attempts", "wall_s"):
+                continue
+            kind = int if name == "attempts" else (int, float)
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not is_number or not least.get(name, 1e-9) <= value < float("inf"):
+                wrong[name] = value
         if wrong:
-            raise ConfigError("retry_policy", facts={name: getattr(self, name) for name in wrong})
+            raise ConfigError("retry_policy", facts=wrong)
+
+    @property
+    def limit_s(self) -> float:
+        """Longest time over all attempts, in seconds."""
+        if self.wall_s is not None:
+            return self.wall_s
+        return outage_setting_s() + self.idle_s + self.longest_wait_s
+
+    @property
+    def outage_s(self) -> float:
+        """Longest outage that is survived, in seconds: an attempt that hangs when the store is back
+        and the wait after it leave time for one more.
+
+        >>> RetryPolicy(wall_s=330).outage_s
+        300.0
+        """
+        return max(0.0, self.limit_s - self.idle_s - self.longest_wait_s)
 
 
-ACTION_POLICY = RetryPolicy(attempts=4, wall_s=60.0, first_wait_s=0.25)
-"""For whole actions: few attempts, as each has the client's own attempts within it."""
+ACTION_POLICY = RetryPolicy(first_wait_s=0.25)
+"""For whole actions; each attempt has the client's own within it."""
+
+CLEANUP_POLICY = RetryPolicy(attempts=4, wall_s=20.0, first_wait_s=0.25)
+"""For removing what an unfinished action left, while its error is being raised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """What time it is, and how to wait."""
+
+    now_s: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], object] = time.sleep
+
+
+SYSTEM_CLOCK = Clock()
 
 
 class Attempts:
@@ -60,15 +105,17 @@ class Attempts:
     Owned by one thread.
     """
 
-    def __init__(self, policy: RetryPolicy, *, where: str) -> None:
+    def __init__(self, policy: RetryPolicy, *, where: str, clock: Clock = SYSTEM_CLOCK) -> None:
         """Starts the clock.
 
         Args:
           policy: The limits.
           where: The URL; waits for different URLs are drawn apart.
+          clock: Counts the time.
         """
-        self._policy, self._where = policy, where
-        self._began_s = time.monotonic()
+        self._policy, self._where, self._clock = policy, where, clock
+        self._limit_s = policy.limit_s
+        self._began_s = clock.now_s()
         self._in_vain = 0
         self.number = 0
         """Attempts that have failed."""
@@ -76,12 +123,16 @@ class Attempts:
     @property
     def passed_s(self) -> float:
         """Seconds since the first attempt began."""
-        return time.monotonic() - self._began_s
+        return self._clock.now_s() - self._began_s
 
     @property
     def left_s(self) -> float:
-        """Seconds that are left by `wall_s`; below 0 where they are over."""
-        return self._policy.wall_s - self.passed_s
+        """Seconds that are left by the policy's limit; below 0 where they are over."""
+        return self._limit_s - self.passed_s
+
+    def wait(self, seconds: float) -> None:
+        """Waits before the next attempt."""
+        self._clock.sleep(seconds)
 
     def failed(self, *, has_progress: bool = False, least_s: float = 0.0) -> float | None:
         """Counts a failed attempt.
@@ -96,23 +147,38 @@ class Attempts:
         policy = self._policy
         self.number += 1
         self._in_vain = 0 if has_progress else self._in_vain + 1
-        bound_s = min(policy.longest_wait_s, policy.first_wait_s * 2 ** min(self._in_vain, 30))
-        wait_s = max(jitter(self._where, self.number) * bound_s, least_s)
-        return None if self._in_vain >= policy.attempts or wait_s >= self.left_s else wait_s
+        bound_s: float = min(
+            policy.longest_wait_s, policy.first_wait_s * 2 ** min(self._in_vain, 30)
+        )
+        wait_s, left_s = max(jitter(self._where, self.number) * bound_s, least_s), self.left_s
+        if policy.attempts is not None and self._in_vain >= policy.attempts:
+            return None
+        if wait_s < left_s:
+            return wait_s
+        # A long wait near the end of the time must not cost the rest of it.
+        shorter_s = max(left_s / 2, least_s)
+        return shorter_s if max(least_s, policy.first_wait_s) < left_s else None
 
 
-def with_retries(action: Callable[[], T], *, where: str, policy: RetryPolicy | None = None) -> T:
+def with_retries(
+    action: Callable[[], T],
+    *,
+    where: str,
+    policy: RetryPolicy | None = None,
+    clock: Clock = SYSTEM_CLOCK,
+) -> T:
     """Does something at a store, again while its failures are transient.
 
     Args:
       action: What to do; must be safe to repeat.
       where: The URL that an error names.
       policy: The limits; None: `ACTION_POLICY`.
+      clock: Counts the time.
 
     Raises:
       StorageError: `store_unavailable`, with what was tried; other errors pass as they are.
     """
-    attempts = Attempts(policy or ACTION_POLICY, where=where)
+    attempts = Attempts(policy or ACTION_POLICY, where=where, clock=clock)
     while True:
         try:
             return action()
@@ -130,7 +196,7 @@ def with_retries(action: Callable[[], T], *, where: str, policy: RetryPolicy | N
                 ) from error
             failure = redacted(f"{where}: {error}")
             logger.warning("%s; trying again in %.1f s", failure, wait_s)
-            threading.Event().wait(wait_s)
+            attempts.wait(wait_s)
 
 
 def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) -> float:

@@ -10,7 +10,9 @@ A store is a name for an endpoint that speaks S3. Names come from one TOML file,
 
 The file is `~/.config/vlm-shards/stores.toml`, or the one that VLM_SHARDS_STORES names. Variables
 VLM_SHARDS_STORE_WEKA_ENDPOINT_URL, ..._PROFILE, ..._REGION and ..._ADDRESSING override it field by
-field, and define a store by themselves. These are all the environment variables that the contract
+field, and define a store by themselves. VLM_SHARDS_OUTAGE_S is how long a store may be away before
+a request to it fails, in seconds; VLM_SHARDS_HOSTS names further hosts that manifests may send
+readers to (`shardspec.storage.places`). These are all the environment variables that the contract
 reads, and this module is their only reader.
 
 Credentials are never part of this: the client finds them by its own means (profiles, environment,
@@ -36,6 +38,11 @@ STORES_FILE = "~/.config/vlm-shards/stores.toml"
 FILE_VARIABLE = "VLM_SHARDS_STORES"
 VARIABLE_PREFIX = "VLM_SHARDS_STORE_"
 
+OUTAGE_VARIABLE = "VLM_SHARDS_OUTAGE_S"
+HOSTS_VARIABLE = "VLM_SHARDS_HOSTS"
+_OUTAGE_S = 120.0
+"""Default: restarts and failovers of a store take seconds to two minutes."""
+
 Addressing = Literal["auto", "path", "virtual"]
 
 
@@ -54,7 +61,13 @@ class Store:
 
     def __post_init__(self) -> None:
         where = f"store {self.name!r}"
-        address = urlsplit(self.endpoint_url)
+        try:
+            address = urlsplit(self.endpoint_url)
+            _ = address.port
+        except ValueError as error:
+            raise ConfigError(
+                "store_endpoint.url", where=where, endpoint_url=self.endpoint_url
+            ) from error
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError("store_endpoint.url", where=where, endpoint_url=self.endpoint_url)
         if address.username or address.password or address.query:
@@ -77,6 +90,32 @@ class Store:
         if self.addressing != "auto":
             options["config_kwargs"] = {"s3": {"addressing_style": self.addressing}}
         return options
+
+
+def outage_setting_s() -> float:
+    """Returns how long an outage of a store is survived unless a policy says otherwise, in seconds.
+
+    Raises:
+      ConfigError: `outage_s`.
+    """
+    text = os.environ.get(OUTAGE_VARIABLE)
+    if not text:
+        return _OUTAGE_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise ConfigError("outage_s", where=OUTAGE_VARIABLE, got=repr(text[:40]))
+    return seconds
+
+
+def allowed_hosts() -> frozenset[str]:
+    """Returns the hosts that manifests may name besides stores: "example.org", "example.org:8443".
+
+    Separated by commas or blanks.
+    """
+    return frozenset(os.environ.get(HOSTS_VARIABLE, "").lower().replace(",", " ").split())
 
 
 def named_stores() -> dict[str, Store]:

@@ -36,7 +36,7 @@ from urllib.parse import quote
 
 from shardspec.errors import StorageError
 from shardspec.storage.failures import is_condition_refused
-from shardspec.storage.retries import with_retries
+from shardspec.storage.retries import CLEANUP_POLICY, RetryPolicy, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,8 @@ def compare_and_swap(
             _put_gs(fs, path, payload, where=where, ifGenerationMatch=replacing or "0")
         else:
             with _HERE:
-                if version_of(fs, path) != replacing:
-                    return _holds(fs, path, payload)
+                if with_retries(lambda: version_of(fs, path), where=where) != replacing:
+                    return _holds(fs, path, payload, where=where)
                 put_bytes(fs, path, payload, where=where)
     except FileNotFoundError:
         if replacing is None:
@@ -148,7 +148,7 @@ def compare_and_swap(
         if not is_condition_refused(error):
             raise
         # A response may have been lost: then the attempt before this one has written the object.
-        return _holds(fs, path, payload)
+        return _holds(fs, path, payload, where=where)
     return True
 
 
@@ -200,7 +200,9 @@ def open_uploads(fs: Any, path: str) -> list[tuple[str, str, float]]:
         }
 
 
-def abort_upload(fs: Any, path: str, upload_id: str, *, where: str) -> None:
+def abort_upload(
+    fs: Any, path: str, upload_id: str, *, where: str, policy: RetryPolicy | None = None
+) -> None:
     """Drops the parts of an unfinished multipart upload; a missing one is not an error."""
     bucket, key, _ = fs.split_path(path)
     try:
@@ -209,6 +211,7 @@ def abort_upload(fs: Any, path: str, upload_id: str, *, where: str) -> None:
                 "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id
             ),
             where=where,
+            policy=policy,
         )
     except FileNotFoundError:
         return
@@ -387,7 +390,7 @@ def _etag_of_parts(etags: Sequence[str]) -> str:
 def _abort_quietly(fs: Any, path: str, upload_id: str, *, where: str) -> None:
     """Aborts while another exception is being raised, which must not be replaced by this one's."""
     try:
-        abort_upload(fs, path, upload_id, where=where)
+        abort_upload(fs, path, upload_id, where=where, policy=CLEANUP_POLICY)
     except Exception as error:  # noqa: BLE001 - the exception being raised says what went wrong
         logger.warning("%s: unfinished upload is left for `gc`: %s", where, error)
 
@@ -518,7 +521,7 @@ def check_size(fs: Any, path: str, want: int, *, where: str) -> None:
         got = None
     if got != want:
         if got is not None:
-            fs.rm_file(path)
+            with_retries(lambda: fs.rm_file(path), where=where)
         raise StorageError("upload_size", where=where, got_bytes=got, want_bytes=want)
 
 
@@ -528,7 +531,7 @@ def _check_gs(fs: Any, path: str, answer: dict[str, Any], *, md5: str, where: st
 
 
 def _checksum_mismatch(fs: Any, path: str, *, got: str, want: str, where: str) -> StorageError:
-    fs.rm_file(path)
+    with_retries(lambda: fs.rm_file(path), where=where)
     return StorageError("upload_checksum", where=where, got=got, want=want)
 
 
@@ -536,9 +539,9 @@ def _changed_source(source: Path, *, where: str) -> StorageError:
     return StorageError("upload_source", where=where, file=source)
 
 
-def _holds(fs: Any, path: str, payload: bytes) -> bool:
+def _holds(fs: Any, path: str, payload: bytes, *, where: str) -> bool:
     try:
-        return bytes(fs.cat_file(path)) == payload
+        return with_retries(lambda: bytes(fs.cat_file(path)), where=where) == payload
     except FileNotFoundError:
         return False
 

@@ -25,7 +25,9 @@ from shardspec.manifest import (
     ShardEntry,
     SplitEntry,
     TokenizerEntry,
+    canonical_json,
     require_manifest,
+    sealed,
 )
 from shardspec.media import encode_stored
 from shardspec.sample import Geometry, PreparedImage, PreparedSample, sample_members, spans_table
@@ -65,8 +67,12 @@ def samples():
     return made
 
 
-TOKENIZER = b"{}\n"
-"""Stands for a tokenizer.json: the contract knows its hash only."""
+TOKENIZER = (
+    b'{"added_tokens":[{"id":0,"content":"<s>","special":true},'
+    b'{"id":1,"content":"</s>","special":true},{"id":2,"content":"<pad>","special":true}],'
+    b'"model":{"vocab":{}}}\n'
+)
+"""Stands for a tokenizer.json: the contract knows its hash, and the ids of the special tokens."""
 
 
 def write_dataset(folder):
@@ -111,6 +117,7 @@ def write_dataset(folder):
             vocab_size=100,
             embedding_size=108,
             special_ids={"bos": 0, "eos": 1, "pad": 2},
+            special_tokens={"bos": "<s>", "eos": "</s>", "pad": "<pad>"},
         ),
         libraries={},
         splits={"train": split},
@@ -179,7 +186,7 @@ def rewrite(folder, *, tar=None, index=None, shard=None, document=None):
             entry[size], entry[digest] = len(payload), hashlib.sha256(payload).hexdigest()
     entry.update(shard or {})
     read.update(document or {})
-    (folder / MANIFEST_NAME).write_text(json.dumps(read))
+    (folder / MANIFEST_NAME).write_bytes(sealed(read))
 
 
 def edited(name, *, at, payload):
@@ -190,7 +197,13 @@ def edited(name, *, at, payload):
 
 
 def cut(name, count):
-    return (V1 / name).read_bytes()[:-count]
+    payload = (V1 / name).read_bytes()
+    return payload[: len(payload) - count]
+
+
+def retokenized(name, i):
+    entry = without()["tokenizer"]
+    return {**entry, "special_ids": {**entry["special_ids"], name: i}}
 
 
 def rows(**columns):
@@ -235,7 +248,25 @@ BROKEN = {
         "manifest_version",
     ),
     "manifest has no tokenizer": (
-        lambda d: (d / MANIFEST_NAME).write_text(json.dumps(without("tokenizer"))),
+        lambda d: (d / MANIFEST_NAME).write_bytes(sealed(without("tokenizer"))),
+        "manifest_fields",
+    ),
+    "manifest has no digest": (
+        lambda d: (d / MANIFEST_NAME).write_bytes(canonical_json(without("digest"), indent=1)),
+        "manifest_digest",
+    ),
+    "manifest has another byte": (
+        lambda d: (d / MANIFEST_NAME).write_bytes(
+            edited(MANIFEST_NAME, at=cut(MANIFEST_NAME, 0).index(b'"eos": 1') + 7, payload=b"2")
+        ),
+        "manifest_digest",
+    ),
+    "special id is another": (
+        lambda d: rewrite(d, document={"tokenizer": retokenized("eos", 2)}),
+        "tokenizer_file",
+    ),
+    "special id is outside the embedding": (
+        lambda d: rewrite(d, document={"tokenizer": retokenized("eos", 108)}),
         "manifest_fields",
     ),
     "shard's path leads outside": (
@@ -302,6 +333,18 @@ BROKEN = {
             tar=edited(TAR, at=member_start("spans.npy") + 128 + 4 * 6, payload=b"\x7f\0\0\0"),
         ),
         "span_range",
+    ),
+    "token is outside the embedding": (
+        lambda d: rewrite(
+            d, tar=edited(TAR, at=member_start("tokens.npy") + 128, payload=b"\x6c\0\0\0")
+        ),
+        "token_range",
+    ),
+    "token is negative": (
+        lambda d: rewrite(
+            d, tar=edited(TAR, at=member_start("tokens.npy") + 128, payload=b"\xff" * 4)
+        ),
+        "token_range",
     ),
     "texts are out of order": (
         lambda d: rewrite(
@@ -401,6 +444,7 @@ BEYOND_THE_INDEX = {
     "index lacks the last sample of the shard",
     "shard lacks its last block",
     "index has another bit",
+    "special id is another",
 }
 
 

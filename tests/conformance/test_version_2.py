@@ -16,7 +16,7 @@ from loader.raw import RawDataset
 from loader.reading.reader import ShardReader
 from preprocess.job.verify import verify
 from shardspec.errors import ManifestError, ShardsError
-from shardspec.manifest import MANIFEST_NAME, require_manifest
+from shardspec.manifest import MANIFEST_NAME, require_manifest, sealed
 from tests.inline import Quiet
 
 HERE = Path(__file__).parent
@@ -101,7 +101,7 @@ BROKEN = {
 def test_a_broken_view_is_refused_by_name(name, tmp_path):
     document = json.loads((VIEW / MANIFEST_NAME).read_bytes())
     BROKEN[name](document)
-    (tmp_path / MANIFEST_NAME).write_text(json.dumps(document))
+    (tmp_path / MANIFEST_NAME).write_bytes(sealed(document))
     if name == "version 1 has no views":
         # Its shards are no files: whoever ignores the new fields finds nothing.
         assert verify(str(tmp_path), Quiet())[1].reason == "shard_missing"

@@ -53,7 +53,8 @@ def unexpected(folder):
     for shard in manifest.shards:
         name = shard.url.rsplit("/")[-1].removesuffix(".tar")
         wanted |= {shard.url, shard.index_url, f"receipts/{name}.json"}
-    wanted |= {f"plan/{split}.json" for split in manifest.splits}
+    for split in manifest.splits:
+        wanted |= {f"plan/{split}.json", f"plan/{split}-files.jsonl.gz"}
     found = {
         str(path.relative_to(folder / "out"))
         for path in (folder / "out").rglob("*")
@@ -306,7 +307,8 @@ def test_interrupted_removal_of_a_plan_leaves_no_plan_without_rows(tmp_path, mon
     )
     folder = tmp_path / "out" / "plan" / "train"
     folder.mkdir(parents=True)
-    plan = {"build_key": "k", "num_shards": 1, "num_samples": 1, "source": {}, "quarantined": {}}
+    plan = {"build_key": "k", "num_shards": 1, "num_samples": 1, "num_rows": 1}
+    plan |= {"source": {}, "quarantined": {}}
     (folder / "plan.json").write_bytes(canonical_json(plan))
     (folder / "rows-00000.jsonl").write_bytes(b"{}\n")
     (tmp_path / "out" / "plan" / "train.json").write_bytes(canonical_json(job.identity))

@@ -40,9 +40,9 @@ def check_plan(open_node, write_dataset, folder, samples, *, monkeypatch):
       write_dataset, folder, samples: Of the dataset.
       monkeypatch: Of the test.
     """
-    # Blocks that are mapped stay readable when the cache has evicted them: the few of a dataset of
+    # Blocks that are open stay readable when the cache has evicted them: the few of a dataset of
     # this size would all be.
-    monkeypatch.setattr(cached, "_MAX_MAPS", 2)
+    monkeypatch.setattr(cached, "_MAX_OPEN", 2)
     manifest = require_manifest(write_dataset(folder, samples, num_shards=4))
     total = sum(file.num_bytes for file in manifest.files)
     network = Network(block_bytes=total // len(samples))

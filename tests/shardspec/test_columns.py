@@ -9,7 +9,7 @@ import pytest
 from shardspec import columns
 from shardspec.columns import columns_dtype, encode_columns, name_problem, parse_columns
 from shardspec.errors import ManifestError, ShardError
-from shardspec.manifest import AddedColumns, ColumnFile, load_manifest, parse_manifest
+from shardspec.manifest import AddedColumns, ColumnFile, load_manifest, parse_manifest, sealed
 
 TYPES = {
     "clean": "bool",
@@ -117,6 +117,6 @@ def test_broken_columns_of_a_manifest_are_refused_by_name(name, annotated):
     document = json.loads(annotated.encode())
     BROKEN[name](document)
     with pytest.raises(ManifestError) as caught:
-        parse_manifest(json.dumps(document).encode(), where="x")
+        parse_manifest(sealed(document), where="x")
     assert caught.value.reason == "manifest_fields"
     assert "columns" in str(caught.value)

@@ -25,6 +25,7 @@ from shardspec.manifest import (
     parse_manifest,
     parse_receipt,
     require_manifest,
+    sealed,
 )
 
 
@@ -66,7 +67,8 @@ def manifest(*, recipe=None, splits=("train",)):
             probe_sha256="d" * 64,
             vocab_size=1000,
             embedding_size=1008,
-            special_ids={"bos": 1, "eos": 2, "pad": 0, "<im_patch>": 1000},
+            special_ids={"bos": 1, "eos": 2, "pad": 0, "<im_col>": 1000, "<im_patch>": 1001},
+            special_tokens={"bos": "<s>", "eos": "</s>", "pad": "<pad>"},
         ),
         libraries={"pillow": "11.0"},
         splits={},
@@ -83,7 +85,7 @@ def document(**changes):
 
 
 def refusal(value):
-    payload = value if isinstance(value, bytes) else json.dumps(value).encode()
+    payload = value if isinstance(value, bytes) else sealed(value)
     with pytest.raises(ManifestError) as raised:
         parse_manifest(payload, where="s3://b/tiny/manifest.json")
     assert raised.value.where == "s3://b/tiny/manifest.json"
@@ -91,7 +93,7 @@ def refusal(value):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers(1 - 2**64, 2**64 - 1) | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
     ),
@@ -166,7 +168,86 @@ def test_manifest_of_another_version_is_refused(version):
 
 @pytest.mark.parametrize("value", [[], 1, "text", None, {}])
 def test_json_that_is_no_manifest_is_of_no_known_version(value):
-    assert refusal(value).reason == "manifest_version"
+    assert refusal(json.dumps(value).encode()).reason == "manifest_version"
+
+
+def test_any_changed_bit_of_a_manifest_is_noticed():
+    payload = manifest(splits=["train", "validation"]).encode()
+    for number in range(8 * len(payload)):
+        changed = bytearray(payload)
+        changed[number // 8] ^= 1 << number % 8
+        error = refusal(bytes(changed))
+        assert error.reason in ("manifest_digest", "manifest_json", "manifest_version")
+
+
+@pytest.mark.parametrize("name", ["cut", "doubled", "formatted", "reordered", "appended"])
+def test_a_manifest_that_says_the_same_in_other_bytes_is_refused(name):
+    payload, read = manifest().encode(), document()
+    changed = {
+        "cut": payload[:-1],
+        "doubled": payload.replace(b' "name"', b' "name": "tiny",\n "name"', 1),
+        "formatted": json.dumps(read, sort_keys=True).encode(),
+        "reordered": json.dumps(dict(reversed(read.items())), indent=1).encode(),
+        "appended": payload + b"\n",
+    }[name]
+    error = refusal(changed)
+    if name == "doubled":  # is no document of ours at all
+        assert error.reason == "manifest_json"
+    else:
+        assert (error.reason, error.fix[:4]) == ("manifest_digest", "copy")
+
+
+def test_a_manifest_of_the_time_before_digests_is_refused_with_the_remedy():
+    read = document()
+    del read["digest"]
+    error = refusal(canonical_json(read, indent=1))
+    assert error.reason == "manifest_digest"
+    assert "it was written before" in error.what
+    assert "`make shards`" in error.fix
+
+
+@pytest.mark.parametrize("value", [None, 1, "", "0" * 63, "A" * 64, ["0" * 64], {}])
+def test_a_digest_of_another_form_is_refused(value):
+    assert refusal(canonical_json(document(digest=value), indent=1)).reason == "manifest_digest"
+
+
+SYMBOLS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>")
+
+
+@pytest.mark.parametrize("name", SYMBOLS)
+@pytest.mark.parametrize("i", [0, 1, 999, *range(1000, 1006), 1006, 1007, 1008, 10**6])
+def test_one_changed_image_symbol_is_named(name, i):
+    ids = {"bos": 1, "eos": 2, "pad": 0, **{s: 1000 + k for k, s in enumerate(SYMBOLS)}}
+    entry = {**document()["tokenizer"], "embedding_size": 1008}
+    parse_manifest(sealed(document(tokenizer={**entry, "special_ids": ids})), where="")
+    changed = {**ids, name: i}
+    if changed == ids:
+        return
+    value = sealed(document(tokenizer={**entry, "special_ids": changed}))
+    if sorted(changed.values())[3:] == list(range(1001, 1007)):
+        return  # the first symbol moved to behind the last one: the tokenizer's copy cannot tell
+    assert "tokenizer.special_ids" in refusal(value).facts["problems"]
+
+
+@pytest.mark.parametrize(
+    "ids, problem",
+    [
+        ({"bos": 1, "eos": 2}, "tokenizer.special_ids.pad: missing"),
+        ({"bos": 1008, "eos": 2, "pad": 0}, "special_ids.bos: 1008, the embedding has 1008 rows"),
+        ({"bos": 1000, "eos": 2, "pad": 0, "<a>": 1000}, "is an image symbol and another token"),
+        ({"bos": 1, "eos": 2, "pad": 0, "<a>": 999}, "special_ids.<a>: 999, an id of a text token"),
+        ({"bos": 1, "eos": 2, "pad": 0, "<a>": 1001, "<b>": 1001}, "not consecutive"),
+    ],
+)
+def test_special_ids_that_contradict_the_embedding_are_named(ids, problem):
+    entry = {**document()["tokenizer"], "special_ids": ids}
+    assert problem in refusal(document(tokenizer=entry)).facts["problems"]
+
+
+def test_a_tokenizer_without_bos_and_padding_uses_its_eos():
+    ids, tokens = dict.fromkeys(("bos", "eos", "pad"), 2), dict.fromkeys(("bos", "eos", "pad"), "x")
+    entry = {**document()["tokenizer"], "special_ids": ids, "special_tokens": tokens}
+    assert parse_manifest(sealed(document(tokenizer=entry)), where="").tokenizer.special_ids == ids
 
 
 def test_every_problem_is_named_at_once():

@@ -18,18 +18,15 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from shardspec.errors import SampleError, ShardError
+from shardspec.image_file import check_png, jpeg_frame, require_payload, size_before_opening
 from shardspec.media import (
     CODEC_MAX_SIDE_PX,
     MAX_STORED_PIXELS,
     PILLOW_DECODE_ERRORS,
-    check_png,
     decode_stored,
     encode_stored,
     jpeg_decoder,
-    jpeg_frame,
     open_image,
-    require_payload,
-    size_before_opening,
 )
 from shardspec.sample import encode_array
 

@@ -10,7 +10,13 @@ from shardspec.keyed import dataset_seed
 from shardspec.manifest import Manifest, ShardEntry, SplitEntry, TokenizerEntry
 
 TOKENIZER = TokenizerEntry(
-    name="n", sha256="", probe_sha256="", vocab_size=1, embedding_size=1, special_ids={}
+    name="n",
+    sha256="",
+    probe_sha256="",
+    vocab_size=1,
+    embedding_size=1,
+    special_ids={"bos": 0, "eos": 0, "pad": 0},
+    special_tokens={"bos": "a", "eos": "a", "pad": "a"},
 )
 
 

@@ -210,7 +210,7 @@ def broken(samples, write_dataset, tmp_path):
 @pytest.mark.parametrize("options", [{"decode_threads": 0}, {"decode_threads": 2}, {"pack": True}])
 def test_broken_pictures_are_substituted_as_broken_samples_are(options, broken):
     url, keys = broken
-    loader = make(stream(url, on_bad="substitute"), **options)
+    loader = make(stream(url, on_bad="substitute", check="size"), **options)
     entries = [
         part
         for batch in loader
@@ -227,7 +227,7 @@ def test_broken_pictures_are_substituted_as_broken_samples_are(options, broken):
 
 def test_substitutes_of_broken_pictures_are_those_of_the_examples(broken):
     url, _ = broken
-    dataset = stream(url, on_bad="substitute")
+    dataset = stream(url, on_bad="substitute", check="size")
     loader = make(dataset, decode_threads=2)
     for step, batch in enumerate(loader):
         slots = loader._order.slots(step, range(BATCH))
@@ -241,7 +241,7 @@ def test_substitutes_of_broken_pictures_are_those_of_the_examples(broken):
 def test_broken_picture_stops_the_loop_where_it_is_not_to_be_substituted(broken):
     url, keys = broken
     with pytest.raises(ShardError) as caught:
-        list(make(stream(url)))
+        list(make(stream(url, check="size")))
     assert caught.value.reason == "image_decode"
     assert any(caught.value.where.endswith(key) for key in keys)
 

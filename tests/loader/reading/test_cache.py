@@ -47,7 +47,7 @@ def held(cache):
 def test_a_block_is_found_as_it_was_put(cache):
     assert cache.find(name(1), 100) is None
     assert isinstance(put(cache, 1), CacheWriter)
-    assert bytes(cache.find(name(1), 100)) == payload(1)
+    assert cache.find(name(1), 100).read(0, 100) == payload(1)
     assert put(cache, 1) == "ready"
     cache.discard(name(1))
     assert cache.find(name(1), 100) is None
@@ -111,7 +111,7 @@ def test_indexes_are_not_evicted(cache):
     cache.begin(index, 100, step=0, now=0).commit(payload(7), step=0)
     for i in range(50):
         put(cache, i, step=i, now=i)
-    assert bytes(cache.find(index, 100)) == payload(7)
+    assert cache.find(index, 100).read(0, 100) == payload(7)
     assert sum(path.stat().st_size for path in cache.blocks.iterdir()) <= 1000
 
 
@@ -139,7 +139,7 @@ def test_many_threads_and_one_block_make_one_writer(cache):
     for thread in threads:
         thread.join()
     assert sum(isinstance(one, CacheWriter) for one in found) == 1
-    assert bytes(cache.find(name(1), 100)) == payload(1)
+    assert cache.find(name(1), 100).read(0, 100) == payload(1)
 
 
 def test_a_lost_counter_is_counted_anew(cache):
@@ -291,8 +291,8 @@ def test_killed_writers_leave_nothing_that_is_trusted(kills, tmp_path):
         cache = BlockCache(str(folder), max_bytes=20 * 300_000)
         left_parts += sum(path.suffix == ".part" for path in cache.blocks.iterdir())
         for number in range(40):
-            view = cache.find(f"{number:032x}-0-300000.block", 300_000)
-            assert view is None or bytes(view) == bytes([number]) * 300_000
+            found = cache.find(f"{number:032x}-0-300000.block", 300_000)
+            assert found is None or found.read(0, 300_000) == bytes([number]) * 300_000
         whole = [path for path in cache.blocks.iterdir() if path.suffix == ".block"]
         assert len(whole) <= 20
     # And every block can be written still.
@@ -302,3 +302,35 @@ def test_killed_writers_leave_nothing_that_is_trusted(kills, tmp_path):
         if isinstance(got, CacheWriter):
             got.commit(bytearray([number]) * 300_000, step=10**6)
     assert len(list(cache.blocks.iterdir())) <= 20
+
+
+def test_a_block_that_is_cut_while_it_is_open_is_noticed(cache):
+    put(cache, 1)
+    found = cache.find(name(1), 100)
+    os.truncate(cache.blocks / name(1), 40)
+    assert found.read(0, 40) == payload(1, 40)
+    assert found.read(30, 50) is None
+    assert cache.find(name(1), 100) is None
+
+
+def test_a_block_that_the_disk_cannot_read_is_none(cache, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "broken")
+
+    put(cache, 1)
+    found = cache.find(name(1), 100)
+    monkeypatch.setattr(os, "pread", broken)
+    assert found.read(0, 100) is None
+
+
+def test_descriptors_are_closed_with_their_owners(tmp_path):
+    def number():
+        return len(os.listdir("/dev/fd"))
+
+    before = number()
+    for _ in range(50):
+        cache = BlockCache(str(tmp_path / "cache"), max_bytes=1000)
+        put(cache, 1)
+        assert cache.find(name(1), 100) is not None
+    del cache
+    assert number() <= before

@@ -2,6 +2,7 @@ import copy
 import gc
 import pickle
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,96 @@ def test_a_slot_whose_substitutes_are_all_known_as_bad_raises(broken):
     assert caught.value.reason == "all_substitutes_bad"
     assert caught.value.facts["first_reason"] == "sample_crc"
     assert "k7" in caught.value.where
+
+
+def flipped(payload, *, at=-1):
+    return payload[:at] + bytes([payload[at] ^ 1]) + payload[at + 1 or len(payload) :]
+
+
+DAMAGED_SHARD = {
+    "tar is gone": (".tar", lambda payload: None, "shard_missing"),
+    "tar is cut": (".tar", lambda payload: payload[:-1], "shard_size"),
+    "index is gone": (".index.npy", lambda payload: None, "shard_missing"),
+    "index is cut": (".index.npy", lambda payload: payload[:-1], "shard_size"),
+    "index has another bit": (".index.npy", flipped, "index_sha256"),
+    "index has another header": (".index.npy", lambda p: flipped(p, at=8), "index_sha256"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_SHARD)
+@pytest.mark.parametrize("check", ["size", "crc"])
+def test_a_damaged_shard_or_index_raises_and_is_never_substituted(
+    name, check, tiny_sample, write_dataset, tmp_path
+):
+    url = write_dataset(tmp_path / "set", [tiny_sample(i) for i in range(20)], num_shards=4)
+    suffix, damage, reason = DAMAGED_SHARD[name]
+    path = sorted(Path(url, "train").glob(f"*{suffix}"))[1]
+    payload = damage(path.read_bytes())
+    path.unlink()
+    if payload is not None:
+        path.write_bytes(payload)
+    dataset = StreamingDataset(url, check=check, on_bad="substitute")
+    with pytest.raises(ShardError) as caught:
+        list(dataset)
+    assert caught.value.reason == reason
+    assert not dataset.bad
+
+
+@pytest.fixture
+def twins(tiny_sample, write_dataset, tmp_path):
+    """Two builds of the same samples with other tokens: files of equal names and lengths."""
+    samples = [tiny_sample(i) for i in range(20)]
+    others = [replace(sample, tokens=sample.tokens + 1) for sample in samples]
+    urls = [
+        write_dataset(tmp_path / name, made, num_shards=2)
+        for name, made in (("ours", samples), ("theirs", others))
+    ]
+    return [sorted(Path(url, "train").iterdir()) for url in urls]
+
+
+@pytest.mark.parametrize("on_bad", ["raise", "substitute"])
+@pytest.mark.parametrize("check", ["size", "crc"])
+def test_a_shard_and_its_index_of_another_build_are_noticed(check, on_bad, twins):
+    ours, theirs = twins
+    assert [p.stat().st_size for p in ours] == [p.stat().st_size for p in theirs]
+    for path, other in list(zip(ours, theirs, strict=True))[:2]:
+        path.write_bytes(other.read_bytes())
+    dataset = StreamingDataset(str(ours[0].parents[1]), check=check, on_bad=on_bad)
+    with pytest.raises(ShardError) as caught:
+        list(dataset)
+    assert caught.value.reason == "index_sha256"
+
+
+@pytest.mark.parametrize(
+    "on_bad, reason", [("raise", "sample_crc"), ("substitute", "shard_damaged")]
+)
+def test_a_tar_of_another_build_is_noticed_by_its_checksums(on_bad, reason, twins):
+    ours, theirs = twins
+    [path] = [p for p in ours if p.name.endswith("00000-of-00002.tar")]
+    path.write_bytes(theirs[ours.index(path)].read_bytes())
+    with pytest.raises(ShardError) as caught:
+        list(StreamingDataset(str(path.parents[1]), on_bad=on_bad))
+    assert caught.value.reason == reason
+
+
+def test_an_index_that_is_opened_again_is_hashed_again_only_after_a_change(twins, monkeypatch):
+    ours, theirs = twins
+    [index] = [p for p in ours if p.name.endswith("00000-of-00002.index.npy")]
+    url = str(index.parents[1])
+    reader = StreamingDataset(url).reader
+    hashed = []
+    monkeypatch.setattr(
+        "loader.reading.local.open_index",
+        lambda path, *, sha256, **rest: hashed.append(sha256) or open_index(path, **rest),
+    )
+    for _ in range(3):
+        reader.stored(0)
+        reader._open.clear()
+    assert [bool(sha256) for sha256 in hashed] == [True, False, False]
+    index.write_bytes(theirs[ours.index(index)].read_bytes())
+    with pytest.raises(ShardError):  # of the sample: the index is not really hashed here
+        reader.stored(0)
+    assert hashed[-1] == require_manifest(url).shards[0].index_sha256
 
 
 def test_a_sequence_that_fits_nothing_is_not_answered_with_the_setting_in_use(broken):

@@ -110,8 +110,8 @@ class Owner:
                 assert state.pieces[span] == OBJECT[slice(*span)]
                 break
             if block.name in self.on_disk and not (state.is_filling or state.writer):
-                if not state.is_mapped:
-                    self.plan.mapped(state)
+                if not state.is_open:
+                    self.plan.opened(state)
                 break
             with self.plan.waiting(state, span):
                 if not self.plan.is_block_near(state):
@@ -280,7 +280,7 @@ def test_after_cancelling_nothing_is_left_once_what_is_under_way_has_ended(scrip
     owner.plan.cancel()
     owner.drain()
     left = owner.plan._states.values()
-    assert all(state.is_mapped for state in left)
+    assert all(state.is_open for state in left)
     assert owner.plan.held_bytes == 0
     assert owner.claimed == set()
     assert not any(owner.plan._queue._queues.values())

@@ -1,5 +1,6 @@
 """Streaming from real object stores: the batches of a local disk, whatever the network does."""
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -255,6 +256,48 @@ def test_two_epochs_are_right_with_one_faulty_answer_in_twenty(s3, local, cached
     assert counters["retries"] - counters["retry_timeout"] <= faults
 
 
+def outlast(s3, local, *, kind, seconds, **options):
+    """Streams while the store is away from the second batch on; the batches are those of a disk."""
+    url, proxy = s3
+    want = batches_of(str(local), 30)
+    loader = loader_of(url, network=Network(block_bytes=64 * 1024, ahead_steps=2), **options)
+    got, batches = [], iter(loader)
+    got.append(dict(next(batches)))
+    rest = threading.Thread(target=lambda: got.extend(dict(batch) for batch in batches))
+    with proxy.away(kind):
+        rest.start()
+        threading.Event().wait(seconds)
+    rest.join(60)
+    assert not rest.is_alive()
+    assert_same(got, want[: len(got)])
+    assert len(got) > 20
+    assert loader.bad_samples == []
+
+
+@pytest.mark.parametrize("kind", ["refused", "status_503"])
+def test_a_short_outage_of_the_store_changes_no_batch(s3, local, kind):
+    outlast(s3, local, kind=kind, seconds=0.5, on_bad="substitute")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["refused", "status_503", "silent"])
+def test_an_outage_of_half_a_minute_changes_no_batch(s3, local, kind):
+    outlast(s3, local, kind=kind, seconds=30)
+
+
+@pytest.mark.slow
+def test_a_dataset_is_opened_through_an_outage_of_half_a_minute(s3):
+    url, proxy = s3
+    opened = []
+    opening = threading.Thread(target=lambda: opened.append(StreamingDataset(url)))
+    with proxy.away("refused"):
+        opening.start()
+        threading.Event().wait(30)
+        assert not opened
+    opening.join(60)
+    assert len(opened) == 1
+
+
 def test_a_dead_store_ends_the_run_in_time_and_is_no_bad_sample(s3):
     url, proxy = s3
     network = Network(retry=RetryPolicy(idle_s=0.5, wall_s=2, first_wait_s=0.01), ahead_steps=2)
@@ -280,6 +323,25 @@ def test_a_dead_store_is_given_up_in_time_when_a_dataset_is_opened(s3):
     assert 1 <= caught.value.facts["attempts"] <= 5  # each waits 0.5 s of the 2
     assert caught.value.where == url + "/manifest.json"
     assert "timeout" in caught.value.facts["causes"]
+
+
+@pytest.mark.parametrize("left", [0, 10, 0.5])
+def test_a_cache_that_is_cut_in_place_during_a_pass_changes_no_batch(s3, local, tmp_path, left):
+    url, _ = s3
+    want = batches_of(str(local), 40)
+    options = {"cache": str(tmp_path / "cache"), "on_bad": "substitute"}
+    loader = loader_of(url, network=Network(block_bytes=64 * 1024, ahead_steps=2), **options)
+    batches, got = iter(loader), []
+    for step in range(20):
+        got.append(dict(next(batches)))
+        if step % 6 == 3:
+            for path in (tmp_path / "cache" / "blocks").glob("*.block"):
+                with contextlib.suppress(FileNotFoundError):  # evicted, or found to be cut
+                    size = path.stat().st_size
+                    os.truncate(path, int(left * size) if left < 1 else left)
+    assert_same(got, want[:20])
+    assert loader.bad_samples == []
+    assert loader.stats().counters["cache_corrupt"] >= 1
 
 
 def test_a_cache_that_is_no_cache_is_refused_at_once(s3, tmp_path):

@@ -78,7 +78,7 @@ def test_unknown_dataset_names_the_nearest():
     assert "did you mean 'pixmo_cap'?" in caught.value.fix
 
 
-@pytest.mark.parametrize("name", ["base", "rows", "__init__", "../pixmo_cap", ""])
+@pytest.mark.parametrize("name", ["base", "own", "rows", "__init__", ""])
 def test_modules_that_are_no_datasets_are_unknown(name):
     with pytest.raises(ConfigError) as caught:
         dataset_class(name)
@@ -190,8 +190,36 @@ def test_limit_counts_rows_of_the_split_from_the_first_on(folder):
 def test_split_that_no_row_is_in_is_refused(folder):
     with pytest.raises(SourceError) as caught:
         QuarterOut("test", source=folder)
+    assert caught.value.reason == "source_split"
+
+
+def test_split_that_no_row_is_in_is_empty(tmp_path, write_parquet):
+    folder = write_parquet(tmp_path / "train", rows(1))
+    with pytest.raises(SourceError) as caught:
+        QuarterOut("validation", source=str(folder))
     assert caught.value.reason == "source_empty"
-    assert caught.value.facts["rows_in_source"] == 400
+    assert caught.value.facts["rows_in_source"] == 1
+
+
+def test_rows_of_the_other_split_are_counted_and_said(folder):
+    train, validation = (QuarterOut(split, source=folder) for split in ("train", "validation"))
+    assert train.rows_not_taken["other_split"] == len(validation)
+    assert validation.rows_not_taken["other_split"] == len(train)
+    note = f"{len(validation)} of 400 rows are in the split validation: a hash of the image chooses"
+    assert note in train.notes()[-1]
+    assert "split train: 1 file: part.parquet" in train.notes()[0]
+
+
+def test_no_hash_divides_a_source_with_a_validation_split_of_its_own(tmp_path, write_parquet):
+    write_parquet(tmp_path / "train", rows(40))
+    write_parquet(tmp_path / "dev", rows(7))
+    write_parquet(tmp_path / "test", rows(3))
+    for split, count in (("train", 40), ("validation", 7), ("test", 3)):
+        dataset = QuarterOut(split, source=str(tmp_path))
+        assert (len(dataset), dataset.num_rows_read) == (count, count)
+        assert not any("hash" in line for line in dataset.notes())
+    stored = QuarterOut.source_files(str(tmp_path), "validation", unmatched="refuse")
+    assert stored == [tmp_path / "dev" / "part.parquet"]
 
 
 def test_without_a_share_the_splits_of_the_source_are_used(tmp_path, write_parquet):
@@ -266,7 +294,7 @@ def test_row_without_an_image_is_one_bad_row_not_a_bad_source(row):
     assert caught.value.reason == "row_image"
 
 
-def test_dataset_is_abstract_and_needs_its_three_functions():
+def test_dataset_is_abstract_and_needs_rows():
     with pytest.raises(TypeError, match="abstract"):
         Dataset()
-    assert DatasetBase.__abstractmethods__ == {"load", "to_example", "sample_row"}
+    assert DatasetBase.__abstractmethods__ == {"load"}

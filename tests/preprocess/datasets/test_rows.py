@@ -134,10 +134,21 @@ def test_files_that_name_a_split_are_of_that_split_only(tmp_path, name, split):
 
 
 @pytest.mark.parametrize("name", ["0000.parquet", "data/part.parquet", "trainset.parquet"])
-def test_files_that_name_no_split_are_of_every_split(tmp_path, name):
+def test_files_that_name_no_split_are_for_training(tmp_path, name):
     write_parquet(tmp_path / name, 0, 3)
-    for split in ("train", "validation", "test"):
-        check_is_range(open_rows(tmp_path, split), 3)
+    check_is_range(open_rows(tmp_path, "train"), 3)
+    for split in ("validation", "test"):
+        assert reason_of(open_rows, tmp_path, split) == "source_split"
+
+
+def test_rows_are_located_in_their_files(tmp_path):
+    write_parquet(tmp_path / "a.parquet", 0, 10)
+    write_parquet(tmp_path / "b" / "b.parquet", 10, 17)
+    rows = open_rows(tmp_path)
+    assert [rows.locate(i) for i in (0, 9, 10, 16)] == [
+        *[("a.parquet", 0), ("a.parquet", 9)],
+        *[("b/b.parquet", 0), ("b/b.parquet", 6)],
+    ]
 
 
 def test_split_named_above_the_folder_does_not_count(tmp_path):
@@ -161,6 +172,17 @@ def test_file_instead_of_a_folder_is_named(tmp_path):
 def test_folder_without_rows_is_named(tmp_path):
     (tmp_path / "readme.txt").write_text("no rows here")
     assert reason_of(open_rows, tmp_path) == "source_empty"
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "train/metadata.csv"])
+def test_folder_of_pictures_with_metadata_says_what_to_do(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("file_name,text\n")
+    with pytest.raises(SourceError) as caught:
+        open_rows(tmp_path)
+    assert caught.value.reason == "source_empty"
+    assert caught.value.where == str(tmp_path / name)
+    assert "save_to_disk" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])

@@ -1,7 +1,6 @@
 """What ends a job: settings out of range, adapters that break their contract, too many losses."""
 
 import dataclasses
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -68,6 +67,16 @@ def test_settings_out_of_range_are_all_named(wrong):
     assert (caught.value.reason, caught.value.facts) == ("job_settings", wrong)
 
 
+@pytest.mark.parametrize(
+    "place, reason",
+    [({"source": "s3://bucket/rows"}, "source_url"), ({"out": "memory://out"}, "out_memory")],
+)
+def test_places_that_a_job_cannot_use_are_refused(place, reason):
+    with pytest.raises(ConfigError) as caught:
+        JobSettings(**{"dataset": "pixmo_cap", "out": "out", **place})
+    assert caught.value.reason == reason
+
+
 def test_source_of_which_no_row_is_left_stops_the_job(job_of, captioned_rows):
     rows = [with_image(row, path=f"gone/{i}.jpg") for i, row in enumerate(captioned_rows(3))]
     error = stopped(job_of(rows))
@@ -79,9 +88,32 @@ def test_more_lost_rows_than_the_budget_stop_the_job(job_of, captioned_rows, los
     rows = captioned_rows(30)
     for i in range(lost):
         rows[i] = with_image(rows[i], path=f"gone/{i}.jpg")
-    error = stopped(job_of(rows, max_dead_links=allowed / 30))
+    share = None if allowed == 10 else allowed / 30
+    error = stopped(job_of(rows, max_lost_rows=share, max_dead_links=1.0))
     assert error.reason == "lost_rows"
-    assert error.facts == {"rows": 30, "allowed": allowed, "image_missing": lost}
+    assert error.facts == {
+        "setting": "MAX_LOST_ROWS",
+        "rows": 30,
+        "allowed": allowed,
+        "image_missing": lost,
+    }
+
+
+def test_a_budget_of_zero_allows_none(job_of, captioned_rows):
+    rows = captioned_rows(4)
+    rows[1] = with_image(rows[1], path="gone.jpg")
+    assert stopped(job_of(rows, max_lost_rows=0.0)).facts["allowed"] == 0
+    rows[1] = {**rows[1], "image": None, "image_url": "http://127.0.0.1/1.jpg"}
+    error = stopped(job_of(rows, max_dead_links=0.0))
+    assert (error.reason, error.facts["allowed"]) == ("dead_links", 0)
+
+
+def test_duplicates_and_rows_without_a_message_are_no_losses(job_of, captioned_rows):
+    rows = captioned_rows(5)
+    rows += [rows[0], {**rows[1], "transcripts": []}]
+    plan = make_plan(job_of(rows, max_lost_rows=0.0, mode="transcript"), Silent())
+    assert (plan.num_samples, plan.num_rows) == (5, 5)
+    assert plan.quarantined == {"duplicate": 1, "no_message": 1}
 
 
 def test_more_dead_links_than_the_budget_stop_the_job(job_of, captioned_rows):
@@ -111,6 +143,9 @@ def test_more_bad_samples_than_the_budget_are_not_committed(tmp_path):
         for n in (10, 11)
     )
     check_bad_samples(job, plan, [few])
+    strict = dataclasses.replace(job.settings, max_bad_samples=0.0)
+    with pytest.raises(BudgetError):
+        check_bad_samples(Job(strict), plan, [few])
     with pytest.raises(BudgetError) as caught:
         check_bad_samples(job, plan, [many])
     assert caught.value.reason == "bad_samples"
@@ -144,12 +179,7 @@ def test_adapter_that_gives_other_images_than_it_may_is_named(
     job = job_of(captioned_rows(1))
     example = {"image": image, "message_list": [{"style": "long_caption", "text": "A cat."}]}
 
-    class Rows(list):
-        name = "pixmo_cap"
-        several_images = False
-        left_out = Counter()
-
-    job.__dict__["dataset"] = Rows([example])
+    job.dataset.to_example = lambda row: dict(example)
     with pytest.raises(ConfigError) as caught:
         make_plan(job, Silent())
     assert caught.value.reason == reason

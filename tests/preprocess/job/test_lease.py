@@ -197,23 +197,44 @@ def test_a_local_output_is_held_by_the_kernel(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_job_whose_store_keeps_silent_has_lost_its_lease(out, monkeypatch):
-    silent, real = threading.Event(), storage.version
+def test_a_job_whose_store_was_away_still_holds_its_lease(out, monkeypatch):
+    back, real = threading.Event(), storage.version
 
     def version(url):
-        silent.wait(20)  # as a store does whose answers are tried for again and again
+        back.wait(20)  # as a store does whose answers are tried for again and again
+        return real(url)
+
+    try:
+        with output_lock(out) as check:
+            before = read(out)["beats"]
+            monkeypatch.setattr(storage, "version", version)
+            threading.Event().wait(1.5)
+            threading.Timer(0.2, back.set).start()
+            check()
+            assert read(out)["beats"] > before
+    finally:
+        back.set()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_job_whose_lease_was_taken_over_while_its_store_was_away_has_lost_it(out, monkeypatch):
+    back, real = threading.Event(), storage.version
+
+    def version(url):
+        back.wait(20)
         return real(url)
 
     try:
         with output_lock(out) as check:
             monkeypatch.setattr(storage, "version", version)
             threading.Event().wait(1.5)
+            holder_of_another_machine(out)
+            back.set()
             with pytest.raises(StorageError) as caught:
                 check()
             assert caught.value.reason == "lease_lost"
-            silent.set()
     finally:
-        silent.set()
+        back.set()
 
 
 @pytest.mark.usefixtures("quick")
@@ -238,7 +259,7 @@ def test_a_lease_that_another_has_taken_over_is_not_given_back(out):
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="has no clock that counts suspends")
-def test_a_lease_that_a_machine_has_slept_through_is_lost(out, monkeypatch):
+def test_a_lease_that_a_machine_has_slept_through_is_renewed_or_lost(out, monkeypatch):
     real = time.clock_gettime
 
     def woken(clock):  # the monotonic clock stands still while the machine is suspended
@@ -246,7 +267,13 @@ def test_a_lease_that_a_machine_has_slept_through_is_lost(out, monkeypatch):
 
     with output_lock(out) as check:
         check()
+        before = read(out)["beats"]
         monkeypatch.setattr(time, "clock_gettime", woken)
+        check()
+        assert read(out)["beats"] > before
+        monkeypatch.undo()
+        holder_of_another_machine(out)
+        monkeypatch.setattr(time, "clock_gettime", lambda clock: woken(clock) + lease.TTL_S)
         with pytest.raises(StorageError) as caught:
             check()
         assert caught.value.reason == "lease_lost"
@@ -257,6 +284,7 @@ def test_where_no_clock_counts_suspends_a_lease_goes_by_the_monotonic_one(out, m
     with output_lock(out) as check:
         check()
         now_s = time.monotonic()
+        holder_of_another_machine(out)
         monkeypatch.setattr(time, "monotonic", lambda: now_s + lease.TTL_S)
         with pytest.raises(StorageError) as caught:
             check()

@@ -300,7 +300,7 @@ def odd_images() -> dict[str, Odd]:
         refuse(fmt.lower(), saved(image, fmt), "image_decode", "not_image")
     # --- cut off and damaged headers
     refuse("png cut in its header", plain[:30], "image_decode", "not_image")
-    refuse("jpeg cut in its header", saved(rgb, "JPEG")[:100], "image_truncated", "not_image")
+    refuse("jpeg cut in its header", saved(rgb, "JPEG")[:100], "image_truncated", "incomplete")
     refuse("gif cut in its header", saved(palette, "GIF")[:9], "image_decode", "not_image")
     twelve = bytearray(saved(rgb, "JPEG"))
     twelve[twelve.index(b"\xff\xc0") + 4] = 12
@@ -315,17 +315,17 @@ def odd_images() -> dict[str, Odd]:
     refuse("png of one row", flat, "image_bomb", "bomb")
     refuse("png of one long column", black_png(1, 60_000), "image_bomb", "bomb")
     empty = png((b"IHDR", png_header(9_000, 9_000)), (b"IDAT", one), (b"IEND", b""))
-    refuse("png that only announces", empty, "image_truncated", "not_image")
+    refuse("png that only announces", empty, "image_truncated", "incomplete")
     refuse("png of 196 megapixels", black_png(14_000, 14_000), "image_bomb", "bomb")
     refuse("png of 400 megapixels", black_png(20_000, 20_000, color=0), "image_bomb", "bomb")
     base, lace = saved(rgb, "JPEG"), saved(rgb, "JPEG", progressive=True)
     for name, payload in (("jpeg", base), ("progressive jpeg", lace)):
         refuse(f"{name} that only announces", resized_header(payload, 14_000, 14_000),
-               "image_truncated", "not_image")  # fmt: skip
+               "image_truncated", "incomplete")  # fmt: skip
         refuse(f"{name} of 4 gigapixels", resized_header(payload, 65_500, 65_500), "image_bomb",
                "bomb")  # fmt: skip
     refuse("cmyk jpeg that only announces", resized_header(saved(cmyk, "JPEG"), 14_000, 14_000),
-           "image_truncated", "not_image")  # fmt: skip
+           "image_truncated", "incomplete")  # fmt: skip
     found["jpeg of 92 megapixels"] = Odd(payload=grey_jpeg(9_600, 9_600), size=(9_600, 9_600))
     screen = bytearray(saved(palette, "GIF"))
     screen[6:10] = struct.pack("<2H", 65535, 65535)

@@ -21,7 +21,8 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 from preprocess.media.header import ImageLimits
 from preprocess.media.image import ImagePolicy, ImagePreprocessor
 from shardspec.errors import ConfigError, SampleError, StorageError
-from shardspec.media import check_png, decode_stored, encode_stored
+from shardspec.image_file import check_png
+from shardspec.media import decode_stored, encode_stored
 from shardspec.sample import Geometry
 from shardspec.tiling import ImageView, overview_size, stored_size
 

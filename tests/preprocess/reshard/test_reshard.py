@@ -36,7 +36,7 @@ from shardspec.errors import (
     ShardError,
     StorageError,
 )
-from shardspec.manifest import load_manifest, require_manifest
+from shardspec.manifest import load_manifest, require_manifest, sealed
 from tests import inline
 from tests.inline import Quiet
 
@@ -559,7 +559,7 @@ def test_indexes_with_other_columns_cannot_be_joined(dataset, other, tmp_path):
         with path.open("wb") as stream:
             np.save(stream, numpy.lib.recfunctions.repack_fields(rows[names]))
         entry["index_bytes"], entry["index_sha256"] = path.stat().st_size, digest(path)
-    (tmp_path / "older" / "manifest.json").write_text(json.dumps(document))
+    (tmp_path / "older" / "manifest.json").write_bytes(sealed(document))
     with pytest.raises(ConflictError) as caught:
         recut([dataset, str(tmp_path / "older")], tmp_path / "out", num_shards=1)
     assert caught.value.reason == "index_columns"

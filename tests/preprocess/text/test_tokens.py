@@ -481,3 +481,23 @@ def test_markup_that_a_text_joins_is_refused(tmp_path):
     with pytest.raises(SampleError) as caught:
         joined.encode_exchange("user: a", "b<|endoftext|>", first=True)
     assert caught.value.reason == "template_ids"
+
+
+CODE = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, with_json):
+    def asked(*_):
+        raise AssertionError("asked at the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    name = make_folder(tmp_path / "t", config=CODE)
+    if not with_json:
+        (tmp_path / "t" / "tokenizer.json").unlink()
+    mark = tmp_path / "ran"
+    (tmp_path / "t" / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(name)
+    assert (caught.value.reason, caught.value.where) == ("tokenizer_code", name)
+    assert not mark.exists()

@@ -15,9 +15,15 @@ import pytest
 import requests.exceptions
 from s3fs.errors import translate_boto_error
 
-from shardspec.errors import StorageError
+from shardspec.errors import ConfigError, StorageError
 from shardspec.storage import failures, retries
-from shardspec.storage.retries import RetryPolicy, retry_after_s, with_retries
+from shardspec.storage.retries import (
+    ACTION_POLICY,
+    Clock,
+    RetryPolicy,
+    retry_after_s,
+    with_retries,
+)
 
 QUICK = RetryPolicy(attempts=4, first_wait_s=0.001)
 
@@ -133,7 +139,7 @@ def test_waits_are_drawn_from_the_whole_span():
 
 def test_waits_double_with_each_attempt_without_progress(monkeypatch):
     monkeypatch.setattr(retries, "jitter", lambda *_: 1.0)
-    policy = RetryPolicy(attempts=6, first_wait_s=1.0, longest_wait_s=6.0)
+    policy = RetryPolicy(attempts=6, first_wait_s=1.0, longest_wait_s=6.0, wall_s=120)
     attempts = retries.Attempts(policy, where="s3://b/a")
     assert [attempts.failed() for _ in range(3)] == [2.0, 4.0, 6.0]
     assert attempts.failed(has_progress=True) == 1.0
@@ -141,6 +147,61 @@ def test_waits_double_with_each_attempt_without_progress(monkeypatch):
     assert [attempts.failed() for _ in range(5)] == [4.0, 6.0, 6.0, 6.0, None]
     assert attempts.number == 10
     assert attempts.failed(has_progress=True, least_s=121.0) is None
+
+
+class Simulated:
+    """A clock that only waiting and failing move, and a store that is away until `back_s`."""
+
+    def __init__(self, *, back_s, fails_in_s, error=GONE):
+        self.now_s, self.back_s, self.fails_in_s, self.error = 0.0, back_s, fails_in_s, error
+        self.clock = Clock(now_s=lambda: self.now_s, sleep=self.sleep)
+        self.calls = 0
+
+    def sleep(self, seconds):
+        assert seconds >= 0
+        self.now_s += seconds
+
+    def request(self):
+        self.calls += 1
+        if self.now_s >= self.back_s:
+            return "done"
+        self.now_s += self.fails_in_s  # an attempt that began before its end fails
+        raise self.error
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(), ACTION_POLICY, RetryPolicy(wall_s=330)])
+@pytest.mark.parametrize("fails_in_s", [0.0, 0.003, 0.5, 7.0, 20.0])
+def test_every_outage_up_to_the_stated_one_is_survived(policy, fails_in_s):
+    assert policy.outage_s == (300 if policy.wall_s else 120)
+    for i in range(40):
+        back_s = policy.outage_s * (40 - i) / 40
+        store = Simulated(back_s=back_s, fails_in_s=fails_in_s)
+        answer = with_retries(store.request, where=f"s3://b/{i}", policy=policy, clock=store.clock)
+        assert answer == "done"
+        # Not hammered: the waits grow to ten seconds, drawn from 0 on.
+        assert store.calls <= 120
+
+
+def test_a_longer_outage_ends_when_its_time_is_over():
+    store = Simulated(back_s=1e9, fails_in_s=0.001)
+    with pytest.raises(StorageError) as caught:
+        with_retries(store.request, where="s3://b/a", clock=store.clock)
+    assert 149 <= store.now_s <= 150
+    assert "VLM_SHARDS_OUTAGE_S" in caught.value.fix
+
+
+def test_the_outage_to_survive_is_a_setting_of_the_environment(monkeypatch):
+    monkeypatch.setenv("VLM_SHARDS_OUTAGE_S", "300")
+    assert RetryPolicy().outage_s == ACTION_POLICY.outage_s == 300
+    store = Simulated(back_s=300, fails_in_s=20.0)
+    assert with_retries(store.request, where="s3://b/a", clock=store.clock) == "done"
+    assert RetryPolicy(wall_s=60).outage_s == 30  # what code says comes first
+    for wrong in ("5 minutes", "-1", "nan", "inf", "1e9", "9" * 5000):
+        monkeypatch.setenv("VLM_SHARDS_OUTAGE_S", wrong)
+        with pytest.raises(ConfigError) as caught:
+            _ = RetryPolicy().limit_s
+        assert caught.value.reason == "outage_s"
+        assert len(str(caught.value)) < 300
 
 
 def test_retry_after_may_be_a_date_that_counts_from_the_answers_own():

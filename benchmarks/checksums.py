@@ -1,0 +1,81 @@
+"""What comparing the checksum of every sample costs the loader.
+
+    python benchmarks/checksums.py [--rows 512] [--rounds 9]
+
+W1 and W4 of benchmarks/workloads.py, without threads, so that processor time is the time of the
+work itself. Three loaders take turns, an epoch each: check="size", check="crc" with the library
+that `shardspec.checksum` found, and check="crc" with zlib. Ratios are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import loader.reading.local as local
+from benchmarks.workloads import SEQUENCE_LENGTH, Workload, single_crops, texts
+from loader import StreamingDataset, make_dataloader
+from loader.reading import Check
+from shardspec import checksum
+
+WAYS: dict[str, tuple[Check, Callable[..., int]]] = {
+    "size": ("size", zlib.crc32),
+    "crc": ("crc", checksum.crc32),
+    "crc, zlib": ("crc", zlib.crc32),
+}
+
+
+def epoch_s(workload: Workload, check: Check) -> float:
+    """Makes one epoch; returns its processor time."""
+    dataset = StreamingDataset(workload.url, seed=1, rank=0, world_size=1, check=check)
+    batches = make_dataloader(
+        dataset,
+        global_batch_size=workload.batch,
+        sequence_length=SEQUENCE_LENGTH,
+        decode_threads=0,
+    )
+    start_s = time.process_time()
+    for _ in batches:
+        pass
+    return time.process_time() - start_s
+
+
+def measure(workload: Workload, rounds: int, rows: int) -> None:
+    """Prints the ratios of one workload."""
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    for number in range(rounds + 1):
+        for name, (check, function) in WAYS.items():
+            local.crc32 = function  # type: ignore[assignment]
+            taken_s = epoch_s(workload, check)
+            if number:  # the first one reads the files into memory
+                times[name].append(taken_s)
+    base = times["size"]
+    for name in WAYS:
+        ratio = median(a / b for a, b in zip(times[name], base, strict=True))
+        per_sample_us = median(times[name]) / rows * 1e6
+        print(f"{workload.name} {name:10} {per_sample_us:7.1f} us per sample  ratio {ratio:.3f}")
+
+
+def main() -> None:
+    """Builds the workloads and measures them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    print(f"checksums by {checksum._crc32.__module__}")
+    with tempfile.TemporaryDirectory() as folder:
+        for make in (single_crops, texts):
+            workload = make(Path(folder) / make.__name__, rows=options.rows)
+            measure(workload, options.rounds, options.rows)
+
+
+if __name__ == "__main__":
+    main()

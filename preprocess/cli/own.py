@@ -1,0 +1,119 @@
+"""Specs on the command line, and the verb that looks at a user's own data."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from preprocess.cli.make import make_arguments
+from preprocess.cli.verbs import Console, Verb
+from preprocess.datasets import OwnDataset, dataset_class, is_own
+from preprocess.formats import Spec
+from preprocess.text import DataFormatter, TextPolicy, chat_frame
+from shardspec.errors import ConfigError, SampleError
+
+OWN_DEFAULTS: Mapping[str, str] = {"SYSTEM_PROMPT": "none"}
+"""Settings of a user's own data that differ from those of the built-in datasets: the names of
+Molmo's styles mean nothing to other data."""
+
+_SHOWN_ROWS = 1000
+"""Rows that `inspect` looks through for one that becomes an example."""
+
+
+def with_spec(
+    arguments: Sequence[str],
+    parser: argparse.ArgumentParser,
+    verbs: Mapping[str, argparse.ArgumentParser],
+) -> list[str]:
+    """Puts the settings of a spec, as flags, in front of those of the command line.
+
+    Args:
+      arguments: The command line: a verb and its flags.
+      parser: Parser of the program.
+      verbs: Parser of each verb.
+
+    Returns:
+      The command line with the settings of the spec; later flags win over earlier ones.
+
+    Raises:
+      ConfigError: The spec cannot be used.
+      SourceError: The format of a file cannot be told.
+    """
+    options = parser.parse_args(arguments)
+    if options.verb not in ("shards", "plan") or not is_own(options.dataset):
+        return list(arguments)
+    kind = dataset_class(options.dataset)
+    given = dict(OWN_DEFAULTS)
+    if issubclass(kind, OwnDataset):
+        given["SOURCE"] = kind.source_url()
+        for name, value in kind.spec.settings.items():
+            given[name.upper().replace("-", "_")] = _text(value)
+    pairs = [f"{name}={value}" for name, value in given.items()]
+    # The dataset is there only because the verb wants one; it comes with the rest.
+    flags = make_arguments([options.verb, "DATASET=x", *pairs], verbs)[1:-2]
+    return [options.verb, *flags, *arguments[arguments.index(options.verb) + 1 :]]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    return str(value)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", help="a file or folder of rows, or a spec.toml")
+    parser.add_argument("--split", default="train", help="split to look at (default: train)")
+
+
+def _inspect(options: argparse.Namespace, console: Console) -> int:
+    kind = dataset_class(options.dataset)
+    if not issubclass(kind, OwnDataset):
+        raise ConfigError("inspect_own", dataset=options.dataset)
+    dataset = kind(options.split)
+    lines = [f"{options.dataset}: {len(dataset):,} rows, format {kind.spec.format}", ""]
+    if not options.dataset.endswith(".toml"):
+        lines += ["# a spec that works:", *_spec_lines(kind.spec), ""]
+    found, looked_at = dataset.image_names
+    if looked_at:
+        lines += [f"images: {found} of the first {looked_at} names exist below {dataset.base}", ""]
+    frame = chat_frame("role", None)
+    formatter = DataFormatter(policy=TextPolicy(system_prompt="none", num_variants=1), frame=frame)
+    problems: dict[str, int] = {}
+    for item in islice(range(len(dataset)), _SHOWN_ROWS):
+        try:
+            example = dataset.get(item)
+            branches = formatter(example, key="inspect", image_sizes=[(1, 1)] * 64)
+        except SampleError as error:
+            problems[error.reason] = problems.get(error.reason, 0) + 1
+            continue
+        images = example.get("image", [])
+        lines += [f"row {item}: {len(images)} images {[_image_text(each) for each in images]}"]
+        for branch in branches:
+            for turn in branch.turns:
+                lines += [f"  prompt    {turn[0].prompt!r}", f"  response  {turn[0].response!r}"]
+        break
+    lines += [f"{count} rows before it are left out: {name}" for name, count in problems.items()]
+    console.show("\n".join(lines))
+    return 0
+
+
+def _spec_lines(spec: Spec) -> list[str]:
+    source = spec.source if "://" in spec.source else str(Path(spec.source).absolute())
+    return [f'format = "{spec.format}"', f"source = {source!r}", f'name = "{spec.name}"']
+
+
+def _image_text(image: Any) -> str:
+    return f"{len(image):,} bytes" if isinstance(image, bytes) else str(image)
+
+
+VERBS = (
+    Verb(
+        name="inspect",
+        help="say which format a file has, and show one of its rows as an example",
+        add=_add_inspect,
+        run=_inspect,
+    ),
+)

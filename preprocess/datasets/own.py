@@ -1,0 +1,359 @@
+"""A user's own data: files with a spec, files whose format can be told, and code.
+
+DATASET=chats.toml            a spec (`preprocess.formats.spec`)
+DATASET=/data/llava.json      a file or folder; its rows say which format they have
+DATASET=mine.py:MyDataset     a class of a Python file, a subclass of `DatasetBase`
+DATASET=package.mine:MyData   the same of an installed package
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from preprocess.datasets.base import DatasetBase, ImageSource
+from preprocess.datasets.rows import Rows
+from preprocess.datasets.splits import SplitLayout, Unmatched, split_layout
+from preprocess.formats import (
+    BROKEN,
+    FORMATS,
+    IMAGES,
+    ROWS,
+    Spec,
+    guess_format,
+    open_records,
+    parse_row,
+    read_spec,
+)
+from shardspec import storage
+from shardspec.errors import ConfigError, SampleError, SourceError
+
+PROBED_ROWS = 100
+"""Rows that a format is told from, half of them from the beginning, half spread over the file."""
+
+PROBED_IMAGES = 50
+"""Image names that tell which folder they start from."""
+
+_CODE = re.compile(r"(?P<place>[^:]+(\.py)?):(?P<name>[A-Za-z_]\w*)")
+
+
+def is_own(name: str) -> bool:
+    """Tells whether a dataset is given by a file or by code, and not by its name."""
+    return bool(
+        "/" in name
+        or name in (".", "..")
+        or name.endswith((".toml", *ROWS, ".gz", ".zst"))
+        or (_CODE.fullmatch(name) and "://" not in name)
+    )
+
+
+def own_dataset(name: str) -> type[DatasetBase]:
+    """Makes or finds the class of a dataset that is given by a file or by code.
+
+    Raises:
+      ConfigError: A spec or code that cannot be used.
+      SourceError: The format of a file cannot be told.
+    """
+    code = _CODE.fullmatch(name)
+    if code and "://" not in name:
+        return _coded(code["place"], code["name"])
+    if name.endswith(".toml"):
+        path = Path(name)
+        spec = read_spec(path, formats=FORMATS)
+        return _specified(spec, folder=path.parent, path=path)
+    return _specified(_guessed(name), folder=Path(), path=None)
+
+
+def _specified(spec: Spec, *, folder: Path, path: Path | None) -> type[DatasetBase]:
+    return type(
+        "OwnDataset",
+        (OwnDataset,),
+        {
+            "name": spec.name,
+            "spec": spec,
+            "folder": folder,
+            "validation_share": float(spec.validation),
+            "__doc__": f"Rows of {path or spec.source}.",
+        },
+    )
+
+
+class OwnDataset(DatasetBase):
+    """Rows of a user's own files, in one of the formats of `preprocess.formats`."""
+
+    spec: ClassVar[Spec]
+    folder: ClassVar[Path]
+    """What relative names of the spec start from."""
+    several_images: ClassVar[bool] = True
+
+    @classmethod
+    def source_url(cls) -> str:
+        """Names the file, folder or pattern of the rows."""
+        source = cls.spec.source
+        return source if "://" in source else str(cls.folder / source)
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Says what the rows mean."""
+        return {"data": cls.spec.to_dict()}
+
+    @classmethod
+    def code_files(cls) -> list[Path]:
+        """Lists the code that turns rows into examples."""
+        return [Path(__file__)]
+
+    @classmethod
+    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
+        """Lists the files of the split; of a folder of images all that are in it."""
+        files = cls._files(source, split, unmatched)[0]
+        paths = [Path(each) for each in files if "://" not in each]
+        return [
+            path
+            for each in paths
+            for path in (
+                sorted(p for p in each.rglob("*") if p.is_file()) if each.is_dir() else [each]
+            )
+        ]
+
+    def load(self) -> Rows:
+        """Opens the files of the split."""
+        files, layout = self._files(self.source, self.split, self.unmatched)
+        records = [open_records(each) for each in files]
+        parts = [part for each in records for part in each.parts]
+        bases = _bases(self.spec, files, self.folder)
+        base, self.image_names = _likely_base(self.spec, parts, bases)
+        self.base = base
+        """Folder or URL that image names start from."""
+        kind = {
+            "kind": "own",
+            "format": self.spec.format,
+            "files": [Path(each).name for each in files],
+            "licence": self.spec.licence,
+        }
+        return Rows(
+            [lambda part=part: part for part in parts],  # type: ignore[misc]
+            lengths=[len(part) for part in parts],
+            kind=kind,
+            base=Path(base) if "://" not in base else None,
+            layout=layout,
+            origins=[(name, 0) for each in records for name in each.files],
+        )
+
+    @classmethod
+    def _files(
+        cls, source: str, split: str, unmatched: Unmatched
+    ) -> tuple[list[str], SplitLayout | None]:
+        """Lists the files of a split, and says which files make which."""
+        source = cls.source_url() if source == "hub" else source
+        if cls.spec.splits:
+            if split not in cls.spec.splits:
+                splits = sorted(cls.spec.splits)
+                raise SourceError("source_split.none", where=source, split=split, splits=splits)
+            places = [_below(cls.folder, name) for name in cls.spec.splits[split]]
+            return [each for place in places for each in list_files(place)], None
+        found = list_files(source)
+        by_name = {Path(each).name if len(found) == 1 else each: each for each in found}
+        if len(found) > 1:
+            root = os.path.commonpath(found)
+            by_name = {os.path.relpath(each, root): each for each in found}
+        elif Path(found[0]).is_dir():
+            return found, None  # images with side files
+        layout = split_layout(by_name, default=None if unmatched == "take" else "train")
+        wanted = "train" if cls.spec.validation and split == "validation" else split
+        names = layout.files(wanted, unmatched=unmatched, where=source)
+        return [by_name[name] for name in names], layout
+
+    def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Turns a row into an example."""
+        if BROKEN in row:
+            raise row[BROKEN]
+        example = parse_row(row, self.spec)
+        images = [resolve_image(each, base=self.base) for each in example.pop("image", ())]
+        return {**example, "image": images} if images else example
+
+
+def resolve_image(image: Any, *, base: str) -> ImageSource:
+    """Finds the image that a row names.
+
+    Args:
+      image: Bytes, the hub's {bytes, path}, a URL, a data: URL or a name.
+      base: Folder or URL that names start from.
+
+    Raises:
+      SampleError: `row_image`, `row_image_data`.
+    """
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if not isinstance(image, str):
+        raise SampleError("row_image", fields=[], got=type(image).__name__)
+    if image.startswith(("http://", "https://")):
+        return str(image)
+    if image.startswith("data:"):
+        try:
+            return base64.b64decode(image.partition(",")[2], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise SampleError("row_image_data", error=error) from error
+    if "://" in image and not image.startswith("file://"):
+        return _remote(image)
+    image = image.removeprefix("file://")
+    if "://" in base and not image.startswith("/"):
+        url = f"{base.rstrip('/')}/{image}"
+        return url if url.startswith(("http://", "https://")) else _remote(url)
+    return Path(base, image)
+
+
+def _remote(url: str) -> bytes:
+    try:
+        payload: bytes = storage.read_bytes(url)
+    except FileNotFoundError as error:
+        raise SampleError("image_missing.row", where=url, error="no such object") from error
+    return payload
+
+
+def list_files(source: str) -> list[str]:
+    """Lists the files with rows of a file, a folder, a pattern or a URL, sorted.
+
+    A folder of images with side files is one source by itself.
+
+    Raises:
+      SourceError: `source_missing`, `source_empty`.
+    """
+    if "://" in source:
+        return [source]
+    path = Path(source)
+    if path.is_file():
+        return [source]
+    if any(c in source for c in "*?["):
+        anchor = next(p for p in path.parents if not any(c in str(p) for c in "*?["))
+        found = sorted(str(each) for each in anchor.glob(str(path.relative_to(anchor))))
+        if not found:
+            raise SourceError("source_missing.file", where=source)
+        return found
+    if not path.is_dir():
+        raise SourceError("source_missing.file", where=source)
+    stems, rows, images = set(), [], False
+    for each in sorted(path.rglob("*")):
+        suffix = each.suffix.lower()
+        inner = Path(each.stem).suffix.lower() if suffix in (".gz", ".zst") else suffix
+        if suffix in IMAGES:
+            images = True
+            stems.add(each.with_suffix(""))
+        elif inner in ROWS:
+            rows.append(each)
+    rows = [each for each in rows if each.with_suffix("") not in stems]
+    if not rows and not images:
+        raise SourceError("source_empty.files", where=source, want=", ".join(ROWS))
+    return [str(each) for each in rows] or [source]
+
+
+def _below(folder: Path, name: str) -> str:
+    return name if "://" in name else str(folder / name)
+
+
+def _bases(spec: Spec, files: Sequence[str], folder: Path) -> list[str]:
+    """Lists the places that image names may start from, the likeliest first."""
+    if spec.images:
+        return [spec.images if "://" in spec.images else str(folder / spec.images)]
+    first = files[0]
+    if "://" in first:
+        return [first.rpartition("/")[0]]
+    path = Path(first)
+    beside = path if path.is_dir() else path.parent
+    below = sorted(str(each) for each in beside.iterdir() if each.is_dir())[:32]
+    return list(dict.fromkeys([str(beside), *below, str(beside.parent), "."]))
+
+
+def _likely_base(
+    spec: Spec, parts: Sequence[Sequence[Mapping[str, Any]]], bases: Sequence[str]
+) -> tuple[str, tuple[int, int]]:
+    """Chooses the place under which most of the first image names exist.
+
+    Returns:
+      The place, and of how many names how many exist there; (0, 0) where none was looked at.
+    """
+    names: list[str] = []
+    if "://" not in bases[0]:
+        for row in (part[i] for part in parts for i in range(min(len(part), PROBED_IMAGES))):
+            try:
+                images = parse_row(row, spec).get("image", ()) if BROKEN not in row else ()
+            except SampleError:
+                continue
+            names += [each for each in images if isinstance(each, str) and "://" not in each]
+            names = [each for each in names if not each.startswith("data:")]
+            if len(names) >= PROBED_IMAGES:
+                break
+    counts = {base: sum((Path(base) / name).exists() for name in names) for base in bases}
+    best = max(bases, key=lambda base: counts[base])
+    return best, (counts[best], len(names))
+
+
+def _guessed(source: str) -> Spec:
+    """Makes the spec of a file or folder from its rows.
+
+    Raises:
+      SourceError: `source_guess`.
+    """
+    files = list_files(source)
+    records = open_records(files[0])
+    guess = guess_format(probed_rows(records))
+    if not guess.format:
+        raise SourceError("source_guess", where=files[0], reason=guess.reason)
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).absolute().name.partition(".")[0])
+    return Spec(name=stem.strip("_-")[:80] or "own", format=guess.format, source=source)
+
+
+def probed_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Reads rows of the beginning and rows spread over the file, broken ones left out.
+
+    Raises:
+      SourceError: `source_empty`: no row can be read.
+    """
+    half = PROBED_ROWS // 2
+    spread = range(0, len(rows), max(1, len(rows) // half))
+    numbers = sorted({*range(min(half, len(rows))), *spread})
+    found = [row for row in (rows[i] for i in numbers) if BROKEN not in row]
+    if not found:
+        raise SourceError("source_empty.rows", rows=len(rows))
+    return found
+
+
+def _coded(place: str, name: str) -> type[DatasetBase]:
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except Exception as error:  # whatever the user's code raises when it is imported
+        told = f"{type(error).__name__}: {error}"
+        raise ConfigError("dataset_code.import", where=place, error=told) from error
+    if not hasattr(module, name):
+        names = [each for each in vars(module) if not each.startswith("_")]
+        raise ConfigError("dataset_code.name", where=place, name=name, names=names)
+    return check_class(getattr(module, name), where=f"{place}:{name}")
+
+
+def check_class(kind: Any, *, where: str) -> type[DatasetBase]:
+    """Refuses what is not a class of datasets.
+
+    Raises:
+      ConfigError: `dataset_code`.
+    """
+    if not isinstance(kind, type) or not issubclass(kind, DatasetBase):
+        raise ConfigError("dataset_code.type", where=where, got=type(kind).__name__)
+    missing = sorted(getattr(kind, "__abstractmethods__", ()))
+    if missing:
+        raise ConfigError("dataset_code.methods", where=where, missing=", ".join(missing))
+    return kind

@@ -1,0 +1,29 @@
+"""Layouts that vision-language data is kept in: from a row of a user's own file to an example.
+
+Decides which layout a file has, and what its rows mean. Never reads an image, and knows nothing of
+tokens: what it gives is an example as `preprocess.datasets.base` describes it, whose images are
+still names, URLs or bytes.
+
+To add a format, add a module with a function from (row, `Spec`) to an example, and a line to
+`FORMATS` in `preprocess.formats.parse`; `preprocess.formats.detect` says how it is recognised.
+"""
+
+from preprocess.formats.detect import Guess, guess_format
+from preprocess.formats.parse import FORMATS, parse_messages, parse_row
+from preprocess.formats.records import BROKEN, IMAGES, ROWS, Records, open_records
+from preprocess.formats.spec import Spec, read_spec
+
+__all__ = [
+    "BROKEN",
+    "FORMATS",
+    "Guess",
+    "IMAGES",
+    "ROWS",
+    "Records",
+    "Spec",
+    "guess_format",
+    "open_records",
+    "parse_messages",
+    "parse_row",
+    "read_spec",
+]

@@ -1,0 +1,272 @@
+"""Conversations: `conversations` of from/value, `messages` of role/content, content as parts.
+
+One reader for all of them, since files mix the spellings: LLaVA, LLaVA-OneVision, ShareGPT4V,
+InternVL and Cambrian (from/value), TRL, Qwen-VL, ms-swift and OpenAI (role/content, as a text or as
+parts), LLaMA-Factory's sharegpt. What is read:
+
+- roles: user, human; assistant, gpt, model, function_call; system, developer; tool, observation,
+  function (taken as user turns, as templates without tool turns write them);
+- images: `image` or `images` (a name, a URL, a data: URL, bytes, the hub's {bytes, path}, or a list
+  of those), a mapping of placeholders to images (MiniCPM-V), or inside of parts;
+- placeholders: `<image>`, `<|image|>`, `<ImageHere>`, and numbered ones such as `<image 2>`,
+  `<image_2>`, `<image-2>`; the image of a numbered one is the one of its number, counted from 1
+  unless the row has a number 0.
+
+An image stays where its placeholder is. Where all placeholders of a row are in front of everything
+else they say nothing, and the images are laid out as those of any other dataset.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preprocess.formats.images import row_images
+from preprocess.formats.spec import Spec
+from shardspec.errors import SampleError
+
+MARK = "<|image|>"
+"""Placeholder of an image in the texts of an example (`preprocess.text.interleaved`)."""
+
+STYLE = "demo"
+"""Default style: free form, without a prefix that names it."""
+
+_USER = ("user", "human", "tool", "observation", "function", "ipython")
+_ASSISTANT = ("assistant", "gpt", "model", "function_call", "chatgpt", "bot")
+_SYSTEM = ("system", "developer")
+
+_PLACEHOLDER = re.compile(r"<image[ _-]?(\d+)>|<image>|<\|image\|>|<ImageHere>")
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    side: str
+    """"system", "user" or "assistant"."""
+    text: str
+    """With a `MARK` for each image."""
+    learned: bool = True
+
+
+def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Turns a row into an example with one message.
+
+    Raises:
+      SampleError: `conversation`, `image_placeholder`, `row_fields`.
+    """
+    found = None
+    for name in ("messages", "conversations", "conversation"):
+        found = row.get(spec.columns.get("messages", name)) if found is None else found
+    if not isinstance(found, Sequence) or isinstance(found, str | bytes):
+        want = spec.columns.get("messages", "messages or conversations")
+        raise SampleError("row_fields", name=want, want="a list of turns", fields=sorted(row))
+    images = row_images(row, spec)
+    named = row.get(spec.column("image"))
+    keyed = list(named) if isinstance(named, Mapping) and "bytes" not in named else []
+    given = _Images(images, keyed=[str(each) for each in keyed])
+    turns = [_turn(each, given) for each in found]
+    system = row.get(spec.column("system"))
+    if isinstance(system, str) and system.strip() and not any(t.side == "system" for t in turns):
+        turns.insert(0, _Turn("system", system))
+    texts, placed = _placed(_alternating(turns), given, spec)
+    message: dict[str, Any] = {"style": spec.style or STYLE, "messages": texts}
+    told = "\n\n".join(t.text for t in turns if t.side == "system" and t.text.strip())
+    return {"image": placed, "message_list": [{**message, **({"system": told} if told else {})}]}
+
+
+class _Images:
+    """The images of a row, handed out to placeholders in the order in which they come up."""
+
+    def __init__(self, images: Sequence[Any], *, keyed: Sequence[str] = ()) -> None:
+        self.column = list(images)
+        self.keyed = list(keyed)
+        """Placeholders that name an image each, where the row has such a mapping."""
+        self.placed: list[Any] = []
+        """By placeholder: the image, or a number that says which of `column`."""
+        self.num_unnumbered = 0
+        self.numbers: set[int] = set()
+
+    def inline(self, image: Any) -> str:
+        """Places an image that its part of the content brings along."""
+        self.placed.append(image)
+        return MARK
+
+    def marked(self, text: str) -> str:
+        """Replaces the placeholders of a text."""
+        for i, name in enumerate(self.keyed):
+            text = text.replace(name, f"<image {i + 1}>")
+        return _PLACEHOLDER.sub(self._place, text)
+
+    def bare(self) -> str:
+        """Places the next image of the column."""
+        self.placed.append(_Number(self.num_unnumbered))
+        self.num_unnumbered += 1
+        return MARK
+
+    def _place(self, match: re.Match[str]) -> str:
+        if match[1] is None:
+            return self.bare()
+        self.numbers.add(int(match[1]))
+        self.placed.append(_Number(int(match[1]), numbered=True))
+        return MARK
+
+    def resolve(self) -> list[Any]:
+        """Lists the image of each placeholder.
+
+        Raises:
+          SampleError: `image_placeholder`: another number of placeholders than of images.
+        """
+        base = 0 if 0 in self.numbers or not self.numbers else 1
+        used: set[int] = set()
+        resolved: list[Any] = []
+        for each in self.placed:
+            if isinstance(each, _Number):
+                number = each.number - (base if each.numbered else 0)
+                used.add(number)
+                if not 0 <= number < len(self.column):
+                    raise self._mismatch()
+                resolved.append(self.column[number])
+            else:
+                resolved.append(each)
+        if used != set(range(len(self.column))) or (self.numbers and self.num_unnumbered):
+            raise self._mismatch()
+        return resolved
+
+    def _mismatch(self) -> SampleError:
+        placed = sum(isinstance(each, _Number) for each in self.placed)
+        return SampleError("image_placeholder.count", images=len(self.column), placeholders=placed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    number: int
+    numbered: bool = False
+
+
+def _turn(entry: Any, images: _Images) -> _Turn:
+    if not isinstance(entry, Mapping):
+        raise SampleError("conversation.entry", got=type(entry).__name__)
+    role = str(entry.get("role", entry.get("from", ""))).strip().lower()
+    side = next(
+        (
+            name
+            for name, roles in (("user", _USER), ("assistant", _ASSISTANT), ("system", _SYSTEM))
+            if role in roles
+        ),
+        None,
+    )
+    if side is None:
+        raise SampleError("conversation.role", role=role[:40], fields=sorted(map(str, entry)))
+    content = entry.get("content", entry.get("value"))
+    parts = content if isinstance(content, list | tuple) else [content]
+    text = "".join(_part(part, images, role=role) for part in parts)
+    calls = entry.get("tool_calls")
+    if calls:
+        text = "\n".join(filter(None, [text, *(_call(call) for call in calls)]))
+    if side != "user" and MARK in text:
+        raise SampleError("image_placeholder.side", side=side)
+    return _Turn(side, text, learned=_is_learned(entry))
+
+
+def _part(part: Any, images: _Images, *, role: str) -> str:
+    if part is None:
+        return ""
+    if isinstance(part, str):
+        # A system prompt may speak of a placeholder; images are the user's.
+        return images.marked(part) if role in _USER else part
+    if not isinstance(part, Mapping):
+        raise SampleError("conversation.part", got=type(part).__name__)
+    kind = part.get("type")
+    if kind == "text" or (kind is None and isinstance(part.get("text"), str)):
+        return _part(part.get("text") or part.get("value") or "", images, role=role)
+    if kind in ("image", "image_url"):
+        source = part.get("source")
+        found = next(
+            (
+                value
+                for value in (
+                    *(part.get(name) for name in ("image", "image_url", "path", "url", "value")),
+                    _base64(part.get("base64")),
+                    _source(source) if isinstance(source, Mapping) else None,
+                )
+                if value is not None
+            ),
+            None,
+        )
+        if isinstance(found, Mapping) and "url" in found:
+            found = found["url"]
+        return images.bare() if found is None else images.inline(found)
+    raise SampleError("conversation.part", got=str(kind)[:40])
+
+
+def _source(source: Mapping[str, Any]) -> Any:
+    """Reads Anthropic's form of an image: base64 with its media type, or a URL."""
+    return source.get("url") or _base64(source.get("data"), source.get("media_type", "image/png"))
+
+
+def _base64(data: Any, media_type: str = "image/png") -> str | None:
+    return f"data:{media_type};base64,{data}" if isinstance(data, str) else None
+
+
+def _call(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, Mapping) else call
+    if isinstance(function, Mapping):
+        return f"{function.get('name', '')}({function.get('arguments', '')})"
+    return str(function)
+
+
+def _is_learned(entry: Mapping[str, Any]) -> bool:
+    for name in ("train", "loss", "weight"):
+        value = entry.get(name)
+        if isinstance(value, bool | int | float):
+            return bool(value)
+    return True
+
+
+def _alternating(turns: Sequence[_Turn]) -> list[str]:
+    """Gives user and assistant texts in turn; neighbours on the user's side are joined.
+
+    Raises:
+      SampleError: `conversation`.
+    """
+    spoken = [turn for turn in turns if turn.side != "system"]
+    while spoken and (spoken[-1].side == "user" or not spoken[-1].learned):
+        if spoken[-1].side == "user" and spoken[-1] is turns[-1]:
+            raise SampleError("conversation.end", turns=len(turns))
+        spoken.pop()  # what follows the last text to learn changes nothing
+    if not spoken:
+        raise SampleError("conversation.nothing", turns=len(turns))
+    if spoken[0].side == "assistant":
+        raise SampleError("conversation.start", roles=" ".join(turn.side for turn in turns[:8]))
+    texts: list[str] = []
+    for turn in spoken:
+        if turn.side == "user" and len(texts) % 2:
+            texts[-1] = "\n".join(filter(None, [texts[-1], turn.text]))
+        elif turn.side == "assistant" and not len(texts) % 2:
+            raise SampleError("conversation.order", roles=" ".join(t.side for t in spoken[:8]))
+        else:
+            if turn.side == "assistant" and not turn.learned:
+                raise SampleError("conversation.unlearned")
+            texts.append(turn.text)
+    if any(not text.strip() for text in texts[1::2]):
+        raise SampleError("conversation.empty", empty=sum(not t.strip() for t in texts[1::2]))
+    return texts
+
+
+def _placed(texts: Sequence[str], given: _Images, spec: Spec) -> tuple[list[str], list[Any]]:
+    """Checks the placeholders, and drops them where they only say that images come first."""
+    if not given.placed:
+        if given.column and spec.missing_placeholder == "refuse":
+            raise SampleError("image_placeholder.count", images=len(given.column), placeholders=0)
+        return list(texts), given.column
+    images = given.resolve()
+    kept = sum(text.count(MARK) for text in texts)
+    images = images[:kept]  # the others are of turns that were left out at the end
+    body = texts[0]
+    for _ in range(kept):
+        body = body.lstrip()
+        if not body.startswith(MARK):
+            return list(texts), images
+        body = body.removeprefix(MARK)
+    return [body.lstrip(), *texts[1:]], images

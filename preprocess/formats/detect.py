@@ -1,0 +1,63 @@
+"""Which format the rows of a file have, from their fields."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preprocess.formats.images import NAMES
+from preprocess.formats.tasks import CAPTIONS
+
+_PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
+SHARE = 0.95
+"""Share of the rows that must agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What some rows were taken for."""
+
+    format: str
+    """"" where no format holds for enough of them."""
+    reason: str
+    """Why, in one clause."""
+
+
+def guess_format(rows: Sequence[Mapping[str, Any]]) -> Guess:
+    """Tells the format of some rows.
+
+    Args:
+      rows: At least one.
+
+    >>> guess_format([{"image": "a.jpg", "caption": "A red ball."}]).format
+    'captions'
+    """
+    guesses = Counter(_guess_row(row) for row in rows)
+    (best, reason), count = guesses.most_common(1)[0]
+    if best and count >= SHARE * len(rows):
+        return Guess(best, reason)
+    told = "; ".join(f"{n} of {len(rows)} rows: {why}" for (_, why), n in guesses.most_common(3))
+    return Guess("", told)
+
+
+def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
+    there = {name for name, value in row.items() if value is not None}
+    if there & set(_PREFERENCES):
+        return "", "preference data (chosen and rejected answers)"
+    for name in ("conversations", "conversation", "messages"):
+        turns = row.get(name)
+        if isinstance(turns, Sequence) and turns and isinstance(turns[0], Mapping):
+            if "from" in turns[0] and "value" in turns[0]:
+                return "llava", f"{name} of from and value"  # sharegpt is read alike
+            if "role" in turns[0]:
+                return "messages", f"{name} of role and content"
+    if "points" in there and there & {"label", "question"}:
+        return "points", "points of a label or question"
+    if "question" in there and there & {"answer", "answers", "options"}:
+        return "vqa", "a question with answers"
+    caption = next((name for name in CAPTIONS if name in there), None)
+    if caption and there & set(NAMES):
+        return "captions", f"an image with {caption}"
+    return "", f"fields {', '.join(sorted(map(str, there))[:12])}"

@@ -1,0 +1,94 @@
+"""The formats by name, and the step that they share: a row becomes an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from preprocess.formats.conversations import parse_conversation
+from preprocess.formats.spec import Spec
+from preprocess.formats.tasks import parse_caption, parse_points, parse_question
+
+METADATA = ("id", "question_id", "image_id", "source", "url", "licence", "license")
+"""Columns that are kept for people and evaluators."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """One layout of rows."""
+
+    parse: Callable[[Mapping[str, Any], Spec], dict[str, Any]]
+    """Makes an example of a row; pure. Raises SampleError."""
+    fields: tuple[str, ...]
+    """What `[columns]` of a spec may rename."""
+    help: str
+    """What it is, in one clause."""
+
+
+_CONVERSATION = Format(
+    parse=parse_conversation,
+    fields=("messages", "image", "system"),
+    help="turns of from/value or role/content, with images beside or in them",
+)
+
+FORMATS: Mapping[str, Format] = {
+    "llava": _CONVERSATION,
+    "messages": _CONVERSATION,
+    "sharegpt": _CONVERSATION,
+    "captions": Format(
+        parse=parse_caption,
+        fields=("image", "caption", "question"),
+        help="an image and one or more texts about it",
+    ),
+    "vqa": Format(
+        parse=parse_question,
+        fields=("image", "question", "answer", "answers", "options"),
+        help="a question with an answer, several answers, or options",
+    ),
+    "points": Format(
+        parse=parse_points,
+        fields=("image", "points", "label", "question"),
+        help="points of what a label names",
+    ),
+}
+"""The formats by name."""
+
+
+def parse_messages(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns an example with `messages` of role and content into one with a `message_list`.
+
+    Args:
+      example: Its `image` may be anything that an image of an example may be; other fields stay.
+
+    Raises:
+      SampleError: `conversation`, `image_placeholder`.
+
+    >>> told = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    >>> parse_messages({"messages": told})
+    {'message_list': [{'style': 'demo', 'messages': ['2 + 2?', '4']}]}
+    """
+    parsed = parse_conversation(example, _PLAIN)
+    rest = {k: v for k, v in example.items() if k not in ("messages", "image", "images")}
+    images = {"image": parsed["image"]} if parsed["image"] else {}
+    return {**rest, **images, "message_list": parsed["message_list"]}
+
+
+_PLAIN = Spec(name="messages", format="messages")
+
+
+def parse_row(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Turns a row into an example whose images are still names, URLs or bytes.
+
+    Raises:
+      SampleError: The row cannot become one; `reason` says why.
+    """
+    example = FORMATS[spec.format].parse(row, spec)
+    metadata = {
+        name: row[name]
+        for name in METADATA
+        if isinstance(row.get(name), str | int) and name not in spec.columns.values()
+    }
+    if not example["image"]:
+        del example["image"]
+    return {**example, "metadata": metadata}

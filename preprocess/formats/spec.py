@@ -1,0 +1,180 @@
+"""A spec: the TOML file that says what a user's own data is and how it becomes samples.
+
+format = "llava"
+source = "chats.json"          # file, folder or pattern; relative to the spec
+images = "images"              # folder or URL that image names start from
+
+[columns]                      # field of the format = column of the file
+image = "picture"
+
+[splits]                       # split = files; without it, the names of the files decide
+train = ["chats.json"]
+validation = ["held_out.json"]
+
+[settings]                     # any flag of `make shards`; the command line wins
+image_size = 224
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardspec.errors import ConfigError, nearest
+from shardspec.toml import load_toml
+
+UNITS: Mapping[str, float | None] = {"pixel": None, "1": 1.0, "100": 100.0, "1000": 1000.0}
+"""What coordinates are fractions of; None for pixels of the original image."""
+
+_TYPES: Mapping[str, tuple[str, Any]] = {
+    **dict.fromkeys(("columns", "splits", "settings"), ("a table", Mapping)),
+    "validation": ("a number", (int, float)),
+}
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What the user's own data is."""
+
+    name: str
+    """Of the result, and of its files: letters, digits, "_" and "-"."""
+    format: str
+    """One of `preprocess.formats.FORMATS`."""
+    source: str = "."
+    """File, folder, pattern or URL of the rows."""
+    images: str = ""
+    """Folder or URL that relative image names start from; "" for the folder of the rows."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Column of the file for a field of the format, where the names differ."""
+    style: str = ""
+    """Style of the messages; "" for the format's own."""
+    prompt: str = ""
+    """User text for rows without one, such as captions."""
+    unit: str = "pixel"
+    """What coordinates are fractions of: "pixel", "1", "100" or "1000"."""
+    missing_placeholder: str = "front"
+    """Where images go whose row has no placeholder at all: "front", or "refuse" the row."""
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Files or patterns of each split; {} leaves it to the names of the files."""
+    validation: float = 0.0
+    """Share of the images set aside as "validation", by a hash of the image; 0 for none."""
+    licence: str = ""
+    """Kept in the manifest for people."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Flags of `make shards`, by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives what samples follow from, in plain JSON types: all but places and settings."""
+        told = dataclasses.asdict(self)
+        return {name: told[name] for name in told if name not in ("source", "settings", "splits")}
+
+    def column(self, name: str) -> str:
+        """Names the column of the file that a field of the format is in."""
+        return self.columns.get(name, name)
+
+
+def read_spec(path: Path, *, formats: Mapping[str, Any]) -> Spec:
+    """Reads a spec.
+
+    Args:
+      path: The TOML file.
+      formats: The formats by name.
+
+    Raises:
+      ConfigError: `spec_file` (not there, no TOML), `spec_key` (unknown, or of another type),
+        `spec_value`.
+    """
+    try:
+        document = load_toml(path)
+    except (OSError, ValueError) as error:  # TOML and UTF-8 errors are ValueErrors
+        raise ConfigError("spec_file", where=str(path), error=error) from error
+    known = {each.name: each for each in dataclasses.fields(Spec)}
+    for name, value in document.items():
+        if name not in known:
+            hint = nearest(name, known)
+            raise ConfigError("spec_key.unknown", where=str(path), name=name, hint=hint)
+        want, kinds = _TYPES.get(name, ("a text", str))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            got = type(value).__name__
+            raise ConfigError("spec_key.type", where=str(path), name=name, want=want, got=got)
+    if "format" not in document:
+        raise ConfigError("spec_key.format", where=str(path), formats=", ".join(formats))
+    columns = dict(document.get("columns", {}))
+    for name, value in columns.items():
+        if not isinstance(value, str):
+            got = type(value).__name__
+            name = f"columns.{name}"
+            raise ConfigError("spec_key.type", where=str(path), name=name, want="a text", got=got)
+    spec = Spec(
+        **{
+            **document,
+            "name": document.get("name", path.stem),
+            "splits": _splits(document.get("splits", {}), path),
+            "columns": columns,
+        }
+    )
+    check_spec(spec, where=str(path), formats=formats)
+    return spec
+
+
+def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
+    """Refuses values that mean nothing.
+
+    Raises:
+      ConfigError: `spec_value`, `spec_key`.
+    """
+    choices = {"format": formats, "unit": UNITS, "missing_placeholder": ("front", "refuse")}
+    for name, known in choices.items():
+        value = getattr(spec, name)
+        if value not in known:
+            raise ConfigError(
+                "spec_value",
+                where=where,
+                name=name,
+                got=value,
+                hint=nearest(value, known),
+                want=", ".join(known),
+            )
+    if not _NAME.fullmatch(spec.name):
+        raise ConfigError(
+            "spec_value",
+            where=where,
+            name="name",
+            got=spec.name,
+            hint="give a short name",
+            want='letters, digits, "_" and "-"',
+        )
+    if not 0 <= spec.validation < 1:
+        raise ConfigError(
+            "spec_value",
+            where=where,
+            name="validation",
+            got=spec.validation,
+            hint="0.01 sets one image of a hundred aside",
+            want="0 or more, below 1",
+        )
+    fields = formats[spec.format].fields
+    for name in spec.columns:
+        if name not in fields:
+            hint = nearest(name, fields)
+            name = f"columns.{name}"
+            raise ConfigError("spec_key.unknown", where=where, name=name, hint=hint)
+
+
+def _splits(table: Mapping[str, Any], path: Path) -> dict[str, tuple[str, ...]]:
+    splits = {}
+    for name, files in table.items():
+        files = [files] if isinstance(files, str) else files
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            got = type(files).__name__
+            raise ConfigError(
+                "spec_key.type", where=str(path), name=f"splits.{name}", want="files", got=got
+            )
+        splits[name] = tuple(files)
+    return splits

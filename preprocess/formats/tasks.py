@@ -1,0 +1,150 @@
+"""Rows of flat columns: captions, questions with answers, and points."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preprocess.formats.images import row_images
+from preprocess.formats.spec import UNITS, Spec
+from shardspec.errors import SampleError
+
+CAPTIONS = ("caption", "captions", "text", "TEXT", "description", "alt", "prompt")
+"""Columns that hold a caption, the first that is there wins."""
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def parse_caption(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Turns a row with one or more captions of its image into an example.
+
+    Raises:
+      SampleError: `row_fields`, `row_image`.
+    """
+    names = (spec.columns["caption"],) if "caption" in spec.columns else CAPTIONS
+    name, value = next(((n, row[n]) for n in names if row.get(n) is not None), (names[0], None))
+    texts = _texts(value)
+    if not texts:
+        raise _missing(row, name, "a text, or a list of texts")
+    message: dict[str, Any] = {"style": spec.style or "long_caption"}
+    message |= {"text": texts[0]} if len(texts) == 1 else {"alternatives": texts}
+    question = row.get(spec.column("question")) or spec.prompt
+    if question:
+        message["question"] = str(question)
+    return {"image": _required_images(row, spec), "message_list": [message]}
+
+
+def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Turns a row with a question and its answer, answers or options into an example.
+
+    Raises:
+      SampleError: `row_fields`, `row_image`, `row_answer`.
+    """
+    question = row.get(spec.column("question")) or spec.prompt
+    if not isinstance(question, str) or not question.strip():
+        raise _missing(row, spec.column("question"), "a text")
+    options = _options(row.get(spec.column("options")))
+    answers = row.get(spec.column("answers"))
+    answer = row.get(spec.column("answer"))
+    message: dict[str, Any] = {"question": question}
+    if options:
+        message |= {
+            "style": spec.style or "a_okvqa_mc",
+            "options": options,
+            "answer_idx": _answer_idx(answer, options, row),
+        }
+    elif answers is not None:
+        texts = _texts([a.get("answer") if isinstance(a, Mapping) else a for a in answers])
+        if not texts:
+            raise _missing(row, spec.column("answers"), "a list of texts")
+        message |= {"style": spec.style or "vqa2", "answers": texts}
+    else:
+        texts = _texts(answer)
+        if not texts:
+            raise _missing(row, spec.column("answer"), "a text")
+        message |= {"style": spec.style or "vqa2", "answer": texts[0]}
+        if len(texts) > 1:
+            message = {**message, "answers": texts}
+            del message["answer"]
+    return {"image": row_images(row, spec), "message_list": [message]}
+
+
+def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Turns a row with points of what its label names into an example.
+
+    Raises:
+      SampleError: `row_fields`, `row_image`.
+    """
+    points = row.get(spec.column("points"))
+    label, question = row.get(spec.column("label")), row.get(spec.column("question"))
+    if isinstance(points, Mapping):  # the hub's record of lists
+        points = [list(pair) for pair in zip(points["x"], points["y"], strict=False)]
+    if not isinstance(points, Sequence) or isinstance(points, str):
+        raise _missing(row, spec.column("points"), "a list of [x, y]")
+    pairs = [
+        [each.get("x"), each.get("y")] if isinstance(each, Mapping) else list(each)
+        for each in points
+    ]
+    if not isinstance(label, str) and not isinstance(question, str):
+        raise _missing(row, spec.column("label"), "a text")
+    message: dict[str, Any] = {"style": spec.style or "pointing", "points": pairs}
+    message |= {"label": label} if isinstance(label, str) else {}
+    message |= {"question": question} if isinstance(question, str) else {}
+    scale = UNITS[spec.unit]
+    if scale is not None:
+        message["point_scale"] = scale
+    return {"image": _required_images(row, spec), "message_list": [message]}
+
+
+def _texts(value: Any) -> list[str]:
+    """Lists the texts of a value that are not blank; numbers are taken as they are written."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    texts = [part if isinstance(part, str) else _number(part) for part in parts]
+    return [text for text in texts if text.strip()]
+
+
+def _number(value: Any) -> str:
+    return str(value) if isinstance(value, int | float) and value == value else ""
+
+
+def _options(value: Any) -> list[str]:
+    if isinstance(value, str) and value.strip().startswith("["):  # MMMU: a list as a text
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return []
+    if isinstance(value, Mapping):  # {"A": ..., "B": ...}, or the hub's record of lists
+        value = value.get("text") or [value[key] for key in sorted(value)]
+    return [str(option) for option in value] if isinstance(value, list | tuple) else []
+
+
+def _answer_idx(answer: Any, options: Sequence[str], row: Mapping[str, Any]) -> int:
+    """Finds the right option: by number from 0, by its letter, or by its text."""
+    found: int | None = None
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        found = answer
+    elif isinstance(answer, str):
+        text = answer.strip()
+        if text in options:
+            found = list(options).index(text)
+        elif text.rstrip(".)").lstrip("(") in _LETTERS and text:
+            found = _LETTERS.index(text.rstrip(".)").lstrip("(")[:1])
+        elif text.isdecimal():
+            found = int(text)
+    if found is None or not 0 <= found < len(options):
+        raise SampleError(
+            "row_answer", got=str(answer)[:80], options=len(options), fields=sorted(row)
+        )
+    return found
+
+
+def _required_images(row: Mapping[str, Any], spec: Spec) -> list[Any]:
+    images = row_images(row, spec)
+    if not images:
+        raise SampleError("row_image", fields=sorted(row), got="nothing")
+    return images
+
+
+def _missing(row: Mapping[str, Any], name: str, want: str) -> SampleError:
+    return SampleError("row_fields", name=name, want=want, fields=sorted(map(str, row)))

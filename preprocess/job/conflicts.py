@@ -1,0 +1,160 @@
+"""How the identity of a job differs from that of the result in its output, as a table for people.
+
+The settings that a person chose come first, by the names that they have on make's command line;
+then what has no flag; then libraries. What only follows from other fields is left out, unless
+nothing else differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+MAX_ROWS = 12
+"""Rows of the table; of the others the number."""
+
+_CELL_CHARS = 40
+_NONE = "-"
+
+_VARIABLES = {
+    "dataset": "DATASET",
+    "source": "SOURCE",
+    "split": "SPLIT",
+    "recipe.mode": "MODE",
+    "limit": "LIMIT",
+    "unmatched": "UNMATCHED_FILES",
+    "duplicates": "DUPLICATES",
+    "recipe.seed": "SEED",
+    "tokenizer.name": "TOKENIZER",
+    "tokenizer.special_ids.<im_start>": "PAD_VOCAB",
+    "recipe.text.message_format": "MESSAGE_FORMAT",
+    "recipe.text.prompt_templates": "PROMPTS",
+    "recipe.text.system_prompt": "SYSTEM_PROMPT",
+    "recipe.text.num_variants": "VARIANTS",
+    "recipe.text.point_format": "POINT_FORMAT",
+    "recipe.text.choices": "CHOICES",
+    "recipe.text.paraphrase": "PARAPHRASE",
+    "recipe.image.views.0.size_px": "IMAGE_SIZE",
+    "recipe.image.views.0.patch_px": "PATCH_SIZE",
+    "recipe.image.views.0.max_crops": "CROPS",
+    "recipe.image.views.1.max_crops": "HIGH_RES_CROPS",
+    "recipe.image.views.0.fit": "IMAGE_FIT",
+    "recipe.image.headroom": "IMAGE_BOUND",
+    "recipe.image.max_side_px": "IMAGE_BOUND",
+    "recipe.image.codec": "CODEC",
+    "recipe.image.quality": "QUALITY",
+    "recipe.image.keep": "KEEP",
+    "shard_bytes": "SHARD_SIZE",
+    "num_shards": "NUM_SHARDS",
+}
+"""Fields of the identity that follow from one setting, in the order of the table."""
+
+_DERIVED = (
+    "recipe.frame.",
+    "recipe.several_images",
+    "recipe.image.views.",
+    "tokenizer.",
+)
+"""Fields that follow from others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A field that differs."""
+
+    field: str
+    """Its path in the identity, dotted."""
+    old: object
+    new: object
+
+    @property
+    def name(self) -> str:
+        """What people call it: the variable of make, or the path."""
+        if self.field == "libraries.code_sha256":
+            return "code"
+        return _VARIABLES.get(self.field, self.field)
+
+
+def find_differences(old: object, new: object) -> list[Difference]:
+    """Lists where two identities differ, the user's settings first.
+
+    >>> [d.name for d in find_differences({"limit": 1, "libraries": {"numpy": "1"}},
+    ...                                   {"limit": 2, "libraries": {"numpy": "2"}})]
+    ['LIMIT', 'libraries.numpy']
+    """
+    found = [*_walk(old, new, "")]
+    chosen = [each for each in found if not _is_derived(each.field)]
+    if any(each.field == "tokenizer.name" for each in chosen):
+        chosen = [each for each in chosen if each.name != "PAD_VOCAB"]
+    order = [*_VARIABLES]
+    return sorted(
+        chosen or found,
+        key=lambda each: (
+            order.index(each.field) if each.field in _VARIABLES else len(order),
+            each.field.startswith("libraries."),
+        ),
+    )
+
+
+def table(differences: Sequence[Difference]) -> str:
+    """Lays differences out as lines under a heading."""
+    rows = [("setting", "in the output", "now")]
+    for each in differences[:MAX_ROWS]:
+        rows.append((each.name, *_cells(each.old, each.new)))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    lines = [
+        f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {new}".rstrip() for name, old, new in rows
+    ]
+    more = len(differences) - MAX_ROWS
+    return "\n".join(lines + ([f"  and {more} more"] if more > 0 else []))
+
+
+def _is_derived(field: str) -> bool:
+    return field not in _VARIABLES and field.startswith(_DERIVED)
+
+
+def _walk(old: object, new: object, path: str) -> Iterator[Difference]:
+    old, new = _keyed(old), _keyed(new)
+    if isinstance(old, Mapping) and new == _NONE:
+        new = {}
+    if isinstance(new, Mapping) and old == _NONE:
+        old = {}
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in [*old, *(name for name in new if name not in old)]:
+            where = f"{path}.{name}" if path else str(name)
+            yield from _walk(old.get(name, _NONE), new.get(name, _NONE), where)
+    elif old != new:
+        yield Difference(field=path, old=old, new=new)
+
+
+def _keyed(value: object) -> object:
+    """Gives lists of mappings as mappings by number, so that their fields are compared.
+
+    A view without tiles has no number of them: its field is not used.
+    """
+    if isinstance(value, Mapping) and value.get("crop_mode") == "resize":
+        return {**value, "max_crops": 0}
+    if isinstance(value, list | tuple):
+        if any(isinstance(each, Mapping) for each in value):
+            return {str(i): each for i, each in enumerate(value)}
+        return list(value)
+    return value
+
+
+def _cells(old: object, new: object) -> tuple[str, str]:
+    """Writes two values so that they differ where they are shortened, too."""
+    texts = ["none" if value is None else str(value) for value in (old, new)]
+    if max(map(len, texts)) <= _CELL_CHARS:
+        return texts[0], texts[1]
+    same = 0
+    while same < min(map(len, texts)) and texts[0][same] == texts[1][same]:
+        same += 1
+    start = max(0, same - _CELL_CHARS // 4)
+    return tuple(_shortened(text, start) for text in texts)  # type: ignore[return-value]
+
+
+def _shortened(text: str, start: int) -> str:
+    head = "..." if start else ""
+    body = text[start:]
+    room = _CELL_CHARS - len(head)
+    return head + (body if len(body) <= room else body[: room - 3] + "...")

@@ -1,0 +1,77 @@
+"""Progress: a bar on a terminal, lines in a log."""
+
+import io
+import sys
+
+import pytest
+
+from preprocess import __main__ as program
+from preprocess.__main__ import TerminalConsole
+
+
+class Screen(io.StringIO):
+    """Standard error that says whether it is a terminal."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self):
+        return self._terminal
+
+
+def progress(monkeypatch, terminal, *, rows=256):
+    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    console = TerminalConsole()
+    console.stage("plan", rows)
+    for i in range(rows):
+        console.step("image_missing" if i % 10 == 0 else "")
+    console.note("a note")
+    console.stage("build", rows)
+    for _ in range(rows):
+        console.sent(1000)
+        console.step("")
+    console.close()
+    return screen.getvalue()
+
+
+def test_log_has_lines_and_no_carriage_returns(monkeypatch):
+    lines = progress(monkeypatch, terminal=False).splitlines()
+    assert "\r" not in "".join(lines)
+    assert len(lines) == 5
+    assert lines[0].startswith("plan:   0% 0/256")
+    assert lines.index("a note") in (1, 2)
+    assert "failed: image_missing=26" in "".join(lines[1:3])
+    assert lines[-1].startswith("build: 100% 256/256")
+
+
+def test_log_has_a_line_each_interval(monkeypatch):
+    monkeypatch.setattr(program, "LOG_INTERVAL_S", 0.0)
+    text = progress(monkeypatch, terminal=False, rows=20)
+    assert "\r" not in text
+    assert text.count("plan: ") > 5
+
+
+def test_terminal_has_a_bar(monkeypatch):
+    assert "\r" in progress(monkeypatch, terminal=True)
+
+
+@pytest.mark.parametrize(
+    "place, reason",
+    [
+        (("--source", "s3://bucket/rows"), "rows are not read from URLs"),
+        (("--source", "https://huggingface.co/datasets/x/y"), "rows are not read from URLs"),
+        (("--source", "sample", "--out", "memory://x"), "memory of one process"),
+    ],
+)
+def test_sources_and_outputs_that_cannot_be_are_told_in_clear_words(
+    capsys, tmp_path, place, reason
+):
+    code = program.main(
+        ["shards", "text_sft", *place, "--cache", str(tmp_path / "cache"), "--workers", "1"]
+    )
+    assert code == 1
+    told = capsys.readouterr().err
+    assert reason in told
+    assert "  fix:   " in told

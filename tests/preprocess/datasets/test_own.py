@@ -1,0 +1,377 @@
+"""A user's own data: specs, files whose format is told, and code, from a folder to batches."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loader import StreamingDataset
+from preprocess.datasets import DatasetBase, dataset_class, example_images, is_own
+from preprocess.datasets.own import list_files, resolve_image
+from preprocess.recipe import Preparer, Recipe
+from preprocess.text import load_tokenizer
+from shardspec.errors import ConfigError, SampleError, SourceError
+from shardspec.manifest import load_manifest
+
+COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
+
+
+def photo(i, kind="PNG"):
+    stream = io.BytesIO()
+    Image.new("RGB", (56, 42), COLORS[i % 4]).save(stream, kind)
+    return stream.getvalue()
+
+
+def chat(i, *texts, image):
+    roles = ("human", "gpt")
+    turns = [{"from": roles[t % 2], "value": text} for t, text in enumerate(texts)]
+    return {"id": f"row-{i}", "conversations": turns, **({"image": image} if image else {})}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eight conversations about four photos, one of text alone, one that cannot be read."""
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(photo(i))
+    rows = [
+        chat(i, f"<image>\nColour {i}?", f"It is {COLORS[i % 4]}.", image=f"{i % 4}.png")
+        for i in range(6)
+    ]
+    rows.append(chat(6, "From <image> to <image>?", "Bluer.", image=["0.png", "2.png"]))
+    rows.append(chat(7, "Say hello.", "Hello.", image=None))
+    rows.append(chat(8, "Say hello.", image=None))
+    (tmp_path / "chats.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def build(cli, dataset, out, *more):
+    job = ("shards", dataset, "--out", out, "--cache", out.parent / "cache", "--workers", 1)
+    return cli.good(*job, "--image-size", 112, *more)
+
+
+def test_a_file_becomes_shards_without_a_word_about_its_format(inline_cli, data):
+    done = build(inline_cli, data / "chats.json", data / "out")
+    assert "8 samples" in done.out
+    manifest = load_manifest(str(data / "out"))
+    split = manifest.splits["train"]
+    assert (manifest.dataset, dict(split.quarantined)) == ("chats", {"conversation": 1})
+    assert manifest.recipe["data"]["format"] == "llava"
+    assert manifest.recipe["text"]["system_prompt"] == "none"  # Molmo's style names mean nothing
+
+    stream = StreamingDataset(str(data / "out"), seed=1)
+    tokenizer = load_tokenizer()
+    symbols = set(tokenizer.special_ids.values())
+    texts, places = {}, {}
+    for i in range(stream.num_samples):
+        example = stream.example(i)
+        row = example["metadata"]["key"]
+        ids = example["input_ids"]
+        texts[row] = tokenizer.decode([int(t) for t in ids if int(t) not in symbols])
+        places[row] = len(example["images"])
+    assert sorted(places.values()) == [0, 1, 1, 1, 1, 1, 1, 2]
+    joined = "\n".join(texts.values())
+    for i in range(6):
+        assert f"Colour {i}?" in joined
+    assert "From  to ?" in joined
+
+
+def test_a_spec_says_everything_and_flags_win(inline_cli, data):
+    (data / "mine.toml").write_text(
+        'name = "mine"\nformat = "llava"\nsource = "chats.json"\nimages = "photos"\n'
+        'licence = "CC0"\n[settings]\nimage_size = 224\nvariants = 2\nworkers = 1\n'
+    )
+    build(inline_cli, data / "mine.toml", data / "out", "--variants", 3)
+    manifest = load_manifest(str(data / "out"))
+    assert manifest.dataset == "mine"
+    assert manifest.recipe["image"]["views"][0]["size_px"] == 112
+    assert manifest.recipe["text"]["num_variants"] == 3
+    source = manifest.splits["train"].source
+    assert (source["kind"], source["files"]) == ("own", ["chats.json"])
+    assert source["licence"] == "CC0"
+
+
+def test_a_name_lets_two_results_of_one_dataset_be_told_apart(inline_cli, data):
+    build(inline_cli, data / "chats.json", data / "out", "--name", "second")
+    manifest = load_manifest(str(data / "out"))
+    assert manifest.dataset == "second"
+    assert all("/second-train-" in shard.url for shard in manifest.shards)
+
+
+CODE = """
+from preprocess.datasets import DatasetBase
+
+class MyPhotos(DatasetBase):
+    def load(self):
+        return [{"image": PHOTO, "caption": f"Photo {i}."} for i in range(5)]
+
+    def to_example(self, row):
+        message = {"style": "long_caption", "text": row["caption"]}
+        return {"image": row["image"], "message_list": [message]}
+
+class Examples(DatasetBase):
+    name = "plain"
+    def load(self):
+        messages = [{"style": "text_sft", "messages": ["a", f"b{i}"]} for i in range(3)]
+        return [{"message_list": [message]} for message in messages]
+
+class Empty(DatasetBase):
+    pass
+
+OTHER = 3
+"""
+
+
+@pytest.fixture
+def code(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"PHOTO = {photo(0)!r}\n" + CODE)
+    return path
+
+
+def test_a_class_of_a_file_becomes_shards(inline_cli, code, tmp_path):
+    build(inline_cli, f"{code}:MyPhotos", tmp_path / "out")
+    manifest = load_manifest(str(tmp_path / "out"))
+    assert manifest.dataset == "my_photos"
+    assert manifest.splits["train"].num_samples == 5
+    build(inline_cli, f"{code}:Examples", tmp_path / "plain")
+    assert load_manifest(str(tmp_path / "plain")).splits["train"].num_samples == 3
+
+
+def test_another_version_of_the_code_is_another_job(inline_cli, code, tmp_path):
+    build(inline_cli, f"{code}:MyPhotos", tmp_path / "out")
+    code.write_text(code.read_text().replace("Photo {i}.", "Picture {i}."))
+    job = ("shards", f"{code}:MyPhotos", "--out", tmp_path / "out", "--workers", 1)
+    done = inline_cli.run(*job, "--image-size", 112, "--cache", tmp_path / "cache")
+    assert done.code == 3
+    assert "\n  code " in done.err
+
+
+TOLD = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "Red."}]
+
+
+@pytest.mark.parametrize("image", [photo(0), np.zeros((9, 9, 3), np.uint8), None], ids=type)
+def test_messages_of_role_and_content_are_understood_everywhere(image):
+    """As the rows of a dataset, and by the unsharded path."""
+
+    class Told(DatasetBase):
+        def load(self):
+            return [{"messages": TOLD, "image": image, "metadata": {"id": 3}}]
+
+    want = {"message_list": [{"style": "demo", "messages": ["Colour?", "Red."]}]}
+    got = Told().get(0)
+    assert example_images(got) == ([] if image is None else [image])
+    assert {**got, "image": 0} == {**want, "metadata": {"id": 3}, "image": 0}
+    prepare = Preparer(recipe=Recipe(), tokenizer=load_tokenizer())
+    direct = prepare({"messages": TOLD, **({} if image is None else {"image": image})})
+    assert direct.record["message_list"] == want["message_list"]
+    assert len(direct.images) == (image is not None)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("{}:Nothing", "dataset_code"),
+        ("{}:OTHER", "dataset_code"),
+        ("{}:Empty", "dataset_code"),
+        ("no.such.module:X", "dataset_code"),
+        ("nosuch.py:X", "dataset_code"),
+    ],
+)
+def test_code_that_is_no_dataset_is_refused(name, reason, code):
+    with pytest.raises(ConfigError) as caught:
+        dataset_class(name.format(code))
+    assert caught.value.reason == reason
+
+
+def test_rows_that_are_generated_by_nobody_are_refused(code):
+    with pytest.raises(ConfigError) as caught:
+        dataset_class(f"{code}:MyPhotos")(source="sample").get(0)
+    assert caught.value.reason == "no_sample_rows"
+
+
+def test_rows_that_are_no_examples_are_bad_rows():
+    class Rows(DatasetBase):
+        def load(self):
+            return [{"caption": "x"}]
+
+    with pytest.raises(SampleError) as caught:
+        Rows().get(0)
+    assert caught.value.reason == "row_fields"
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "spec_key"),
+        ("format = 3", "spec_key"),
+        ('format = "lava"', "spec_value"),
+        ('format = "llava"\nsauce = "x"', "spec_key"),
+        ('format = "llava"\nname = "a b"', "spec_value"),
+        ('format = "llava"\nunit = "cm"', "spec_value"),
+        ('format = "llava"\nvalidation = 1', "spec_value"),
+        ('format = "llava"\ncolumns = "x"', "spec_key"),
+        ('format = "llava"\n[columns]\ncaption = "x"', "spec_key"),
+        ('format = "llava"\n[columns]\nimage = 3', "spec_key"),
+        ('format = "llava"\n[splits]\ntrain = 3', "spec_key"),
+        ("format = ", "spec_file"),
+        (None, "spec_file"),
+    ],
+)
+def test_spec_that_cannot_be_used_is_refused(text, reason, tmp_path):
+    if text is not None:
+        (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        dataset_class(str(tmp_path / "a.toml"))
+    assert caught.value.reason == reason
+    assert caught.value.where == str(tmp_path / "a.toml")
+
+
+def test_misspelt_setting_of_a_spec_is_answered_with_the_nearest(inline_cli, data):
+    (data / "mine.toml").write_text(
+        'format = "llava"\nsource = "chats.json"\n[settings]\nimage_siz = 3\n'
+    )
+    done = inline_cli.run("shards", data / "mine.toml", "--out", data / "out")
+    assert done.code == 1
+    assert "IMAGE_SIZE" in done.err
+
+
+def test_splits_are_those_of_the_spec_or_of_the_names(data):
+    rows = json.loads((data / "chats.json").read_text())
+    (data / "held_out.json").write_text(json.dumps(rows[:2]))
+    (data / "mine.toml").write_text(
+        'format = "llava"\nimages = "photos"\n[splits]\ntrain = "chats.json"\n'
+        'validation = ["held_out.json"]\n'
+    )
+    kind = dataset_class(str(data / "mine.toml"))
+    assert (len(kind("train")), len(kind("validation"))) == (9, 2)
+    with pytest.raises(SourceError) as caught:
+        kind("test")
+    assert caught.value.reason == "source_split"
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(data / "chats.json"))("validation")
+    assert caught.value.reason == "source_split"
+
+
+def test_a_share_of_the_images_can_be_set_aside(data):
+    (data / "mine.toml").write_text(
+        'format = "llava"\nsource = "chats.json"\nimages = "photos"\nvalidation = 0.4\n'
+    )
+    kind = dataset_class(str(data / "mine.toml"))
+    keys = [{str(kind(s).get(i)) for i in range(len(kind(s)))} for s in ("train", "validation")]
+    assert not keys[0] & keys[1]
+    assert len(keys[0] | keys[1]) == 8
+
+
+def test_open_dataset_travels_to_another_process(data):
+    kind = dataset_class(str(data / "chats.json"))
+    rows = kind().rows
+    assert pickle.loads(pickle.dumps(rows[0])) == rows[0]
+
+
+@pytest.mark.parametrize(
+    "image, base, want",
+    [
+        ("a.png", "/data", "/data/a.png"),
+        ("/b/a.png", "/data", "/b/a.png"),
+        ("file:///b/a.png", "/data", "/b/a.png"),
+        ("http://x/a.png", "/data", "http://x/a.png"),
+        ("a.png", "https://x/y/", "https://x/y/a.png"),
+        ({"bytes": None, "path": "a.png"}, "/data", "/data/a.png"),
+        ({"bytes": b"x", "path": "a.png"}, "/data", "b'x'"),
+        ("data:image/png;base64,eA==", "/data", "b'x'"),
+    ],
+)
+def test_image_of_a_row_is_found(image, base, want):
+    assert str(resolve_image(image, base=base)) == want
+
+
+@pytest.mark.parametrize(
+    "image, reason", [("data:image/png;base64,%%%", "row_image_data"), (3, "row_image")]
+)
+def test_image_that_is_none_is_one_bad_row(image, reason):
+    with pytest.raises(SampleError) as caught:
+        resolve_image(image, base=".")
+    assert caught.value.reason == reason
+
+
+def test_rows_and_images_can_lie_in_an_object_store(s3_server, data):
+    url = s3_server.make_bucket() + "/own"
+    s3_server.client().put(str(data), url, recursive=True)
+    (data / "mine.toml").write_text(
+        f'format = "llava"\nsource = "{url}/chats.json"\nimages = "{url}/photos"\n'
+    )
+    with s3_server.entered():
+        example = dataset_class(str(data / "mine.toml"))().get(6)
+        assert example["image"] == [photo(0), photo(2)]
+        with pytest.raises(SampleError) as caught:
+            resolve_image("nine.png", base=f"{url}/photos")
+    assert caught.value.reason == "image_missing"
+
+
+def test_files_of_a_folder_are_those_with_rows(tmp_path):
+    for name in ("a.jsonl", "b.csv.gz", "deep/c.parquet", "notes.md", "x.jpg", "x.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = [each.removeprefix(f"{tmp_path}/") for each in list_files(str(tmp_path))]
+    assert found == ["a.jsonl", "b.csv.gz", "deep/c.parquet"]
+    assert list_files(f"{tmp_path}/*.jsonl") == [f"{tmp_path}/a.jsonl"]
+    for name in ("a.jsonl", "b.csv.gz", "deep/c.parquet"):
+        (tmp_path / name).unlink()
+    assert list_files(str(tmp_path)) == [str(tmp_path)]  # images and their side files
+    (tmp_path / "x.jpg").unlink()
+    (tmp_path / "x.json").unlink()
+    with pytest.raises(SourceError) as caught:
+        list_files(str(tmp_path))
+    assert caught.value.reason == "source_empty"
+    with pytest.raises(SourceError) as caught:
+        list_files(str(tmp_path / "*.tsv"))
+    assert caught.value.reason == "source_missing"
+
+
+def test_file_whose_format_cannot_be_told_is_refused_with_what_it_has(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"vocab": 3}\n')
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(tmp_path / "a.jsonl"))
+    assert caught.value.reason == "source_guess"
+    assert "vocab" in str(caught.value)
+    (tmp_path / "a.jsonl").write_text("{\n")
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(tmp_path / "a.jsonl"))
+    assert caught.value.reason == "source_empty"
+
+
+@pytest.mark.parametrize(
+    "name, want", [("pixmo_cap", False), ("a.jsonl", True), ("s3://b/a", True)]
+)
+def test_own_data_is_given_by_a_file_or_by_code(name, want):
+    assert is_own(name) is want
+
+
+def test_inspect_shows_a_spec_and_a_row(inline_cli, data):
+    done = inline_cli.good("inspect", data / "chats.json")
+    assert 'format = "llava"' in done.out
+    assert f"exist below {data}/photos" in done.out
+    assert "Colour 0?" in done.out
+    done = inline_cli.run("inspect", "pixmo_cap")
+    assert done.code == 1
+    told = ConfigError("inspect_own", dataset="pixmo_cap").what
+    assert done.err.splitlines()[0] == f"error: {told}"
+
+
+def test_web_dataset_tars_become_prepared_shards(inline_cli, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(4):
+            for suffix, payload in (("png", photo(i)), ("txt", f"Colour no {i}.".encode())):
+                info = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                info.size = len(payload)
+                archive.addfile(info, io.BytesIO(payload))
+    build(inline_cli, tmp_path / "a.tar", tmp_path / "out", "--codec", "raw")
+    stream = StreamingDataset(str(tmp_path / "out"), seed=0)
+    assert stream.num_samples == 4
+    colors = {tuple(np.median(stream.example(i)["images"], axis=(0, 2, 3))) for i in range(4)}
+    assert len(colors) == 4

@@ -1,0 +1,309 @@
+"""Conversations in the layouts that people have, read as examples."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocess.formats import FORMATS, Spec, parse_row
+from shardspec.errors import SampleError
+
+SPEC = Spec(name="own", format="messages")
+PNG = "data:image/png;base64,iVBORw0K"
+
+
+def texts(row, spec=SPEC):
+    example = parse_row(row, spec)
+    (message,) = example["message_list"]
+    system = [message["system"]] if "system" in message else []
+    return [*system, *message["messages"]], example.get("image", [])
+
+
+def said(*pairs, roles=("human", "gpt")):
+    return [
+        {"from": role, "value": text}
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+LAYOUTS = {
+    "llava": (
+        {"id": "1", "image": "a.jpg", "conversations": said(("<image>\nWhat?", "A cup."))},
+        (["What?", "A cup."], ["a.jpg"]),
+    ),
+    "llava, placeholder behind": (
+        {"image": "a.jpg", "conversations": said(("What?\n<image>", "A cup."))},
+        (["What?\n<|image|>", "A cup."], ["a.jpg"]),
+    ),
+    "llava-onevision, several turns": (
+        {
+            "image": ["a.jpg", "b.jpg"],
+            "conversations": said(("<image>\nWho?", "Ann."), ("And <image> here?", "Bob.")),
+        },
+        (["<|image|>\nWho?", "Ann.", "And <|image|> here?", "Bob."], ["a.jpg", "b.jpg"]),
+    ),
+    "several images in front": (
+        {"image": ["a", "b"], "conversations": said(("<image>\n<image>\nDiffer?", "Yes."))},
+        (["Differ?", "Yes."], ["a", "b"]),
+    ),
+    "text only": (
+        {"conversations": said(("Hello", "Hi.")), "image": None},
+        (["Hello", "Hi."], []),
+    ),
+    "no placeholder": (
+        {"image": "a.jpg", "conversations": said(("What?", "A cup."))},
+        (["What?", "A cup."], ["a.jpg"]),
+    ),
+    "sharegpt with system and tools": (
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Sum?"},
+                {"from": "function_call", "value": "add(1, 2)"},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "It is 3."},
+            ]
+        },
+        (["Be brief.", "Sum?", "add(1, 2)", "3", "It is 3."], []),
+    ),
+    "swift": (
+        {
+            "messages": [
+                {"role": "user", "content": "<image>What?"},
+                {"role": "assistant", "content": "A cup."},
+            ],
+            "images": ["a.jpg"],
+        },
+        (["What?", "A cup."], ["a.jpg"]),
+    ),
+    "trl parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Bird?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "A wren."}]},
+            ],
+            "images": [{"bytes": b"x", "path": None}],
+        },
+        (["Bird?", "A wren."], [{"bytes": b"x", "path": None}]),
+    ),
+    "parts as Arrow stores them": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "See ", "image": None},
+                        {"type": "image", "text": None, "image": "a.jpg"},
+                    ],
+                },
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "I do.", "image": None}],
+                },
+            ],
+        },
+        (["See <|image|>", "I do."], ["a.jpg"]),
+    ),
+    "openai": (
+        {
+            "messages": [
+                {"role": "system", "content": "Read."},
+                {"role": "user", "content": "Total?"},
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": PNG, "detail": "low"}}],
+                },
+                {"role": "assistant", "content": "12.40", "weight": 1},
+            ]
+        },
+        (["Read.", "Total?\n<|image|>", "12.40"], [PNG]),
+    ),
+    "anthropic": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "image",
+                            "source": {
+                                "type": "base64",
+                                "media_type": "image/png",
+                                "data": "iVBORw0K",
+                            },
+                        },
+                        {"type": "text", "text": "Read it.", "source": None},
+                    ],
+                },
+                {"role": "assistant", "content": "Platform 4"},
+            ]
+        },
+        (["Read it.", "Platform 4"], [PNG]),
+    ),
+    "minicpm": (
+        {
+            "image": {"<image_00>": "a.jpg", "<image_01>": "b.jpg"},
+            "conversations": [
+                {"role": "user", "content": "<image_01> or\n<image_00>?"},
+                {"role": "assistant", "content": "b"},
+            ],
+        },
+        (["<|image|> or\n<|image|>?", "b"], ["b.jpg", "a.jpg"]),
+    ),
+    "numbered from 1": (
+        {
+            "images": ["a", "b"],
+            "conversations": said(("In <image 2>, x? See <image 1> and <image 2>.", "3")),
+        },
+        (["In <|image|>, x? See <|image|> and <|image|>.", "3"], ["b", "a", "b"]),
+    ),
+    "end that is not learned": (
+        {
+            "image": ["a", "b"],
+            "messages": [
+                {"role": "user", "content": "<image>Who?"},
+                {"role": "assistant", "content": "Ann."},
+                {"role": "user", "content": "And <image>?"},
+                {"role": "assistant", "content": "Bob.", "train": False},
+            ],
+        },
+        (["Who?", "Ann."], ["a"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_is_read_with_its_images_in_their_places(name):
+    row, want = LAYOUTS[name]
+    assert texts(row) == want
+
+
+REFUSED = {
+    "too few images": (
+        {"image": "a", "conversations": said(("<image><image>?", "x"))},
+        "image_placeholder",
+    ),
+    "too many images": (
+        {"image": ["a", "b"], "conversations": said(("<image>?", "x"))},
+        "image_placeholder",
+    ),
+    "placeholder without image": ({"conversations": said(("<image>?", "x"))}, "image_placeholder"),
+    "image of the assistant": (
+        {
+            "images": ["a"],
+            "messages": [
+                {"role": "user", "content": "Draw."},
+                {"role": "assistant", "content": [{"type": "image"}]},
+            ],
+        },
+        "image_placeholder",
+    ),
+    "starts with the assistant": (
+        {"conversations": said(("Hello", "Hi"), roles=("gpt", "human"))[:1]},
+        "conversation",
+    ),
+    "ends with the user": ({"conversations": said(("a", "b"), ("c", "d"))[:3]}, "conversation"),
+    "two answers": (
+        {"conversations": [*said(("a", "b")), {"from": "gpt", "value": "c"}]},
+        "conversation",
+    ),
+    "empty answer": ({"conversations": said(("a", " "))}, "conversation"),
+    "unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, "conversation"),
+    "turn that is none": ({"messages": ["hello"]}, "conversation"),
+    "part that is none": (
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+        "conversation",
+    ),
+    "nothing learned": (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "loss": False},
+            ]
+        },
+        "conversation",
+    ),
+    "unlearned in the middle": (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": 0},
+                {"role": "user", "content": "c"},
+                {"role": "assistant", "content": "d"},
+            ]
+        },
+        "conversation",
+    ),
+    "no turns": ({"image": "a.jpg", "text": "x"}, "row_fields"),
+    "turns as a text": ({"messages": "hello"}, "row_fields"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_row_that_cannot_be_read_has_a_reason(name):
+    row, reason = REFUSED[name]
+    with pytest.raises(SampleError) as caught:
+        texts(row)
+    assert caught.value.reason == reason
+
+
+def test_missing_placeholder_can_be_refused():
+    row = {"image": "a.jpg", "conversations": said(("What?", "A cup."))}
+    with pytest.raises(SampleError) as caught:
+        texts(row, Spec(name="own", format="llava", missing_placeholder="refuse"))
+    assert caught.value.reason == "image_placeholder"
+
+
+def test_columns_can_have_other_names():
+    spec = Spec(name="own", format="llava", columns={"messages": "dialog", "image": "pic"})
+    row = {"dialog": said(("<image>What?", "A cup.")), "pic": "a.jpg"}
+    assert texts(row, spec) == (["What?", "A cup."], ["a.jpg"])
+
+
+words = st.text(st.characters(exclude_characters="<>|", exclude_categories=("Cs",)), min_size=1)
+
+
+@given(
+    turns=st.lists(
+        st.tuples(st.lists(words, min_size=1, max_size=3), words.filter(str.strip)), min_size=1
+    )
+)
+def test_texts_and_places_are_those_of_the_source(turns):
+    """Each user text is cut by its images, wherever they are: nothing else changes."""
+    images = [f"{t}-{i}" for t, (parts, _) in enumerate(turns) for i in range(len(parts) - 1)]
+    row = {
+        "image": images,
+        "conversations": said(*(("<image>".join(parts), answer) for parts, answer in turns)),
+    }
+    got, placed = texts(row)
+    assert placed == images
+    assert got[1::2] == [answer for _, answer in turns]
+    want = ["<|image|>".join(parts) for parts, _ in turns]
+    in_front = want[0].replace("<|image|>", "", len(images)).lstrip()
+    if got[0] != want[0]:
+        assert got[0].strip() == in_front.strip()
+        assert want[0][: -len(got[0]) or None].replace("<|image|>", "").strip() == ""
+    assert got[2::2] == want[1:]
+
+
+@given(
+    row=st.dictionaries(
+        st.sampled_from(["messages", "conversations", "image", "caption"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner
+                )
+            ),
+            max_leaves=8,
+        ),
+    )
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_row_becomes_an_example_or_one_bad_row(name, row):
+    with contextlib.suppress(SampleError):
+        assert "message_list" in parse_row(row, Spec(name="own", format=name))

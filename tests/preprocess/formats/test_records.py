@@ -1,0 +1,219 @@
+"""Rows of files of every kind, and files that are broken."""
+
+import gzip
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from preprocess.formats import BROKEN, open_records
+from preprocess.formats import records as module
+from shardspec.errors import SourceError
+
+ROWS = [{"id": str(i), "text": f"näh {i} \U0001f600", "image": f"{i}.jpg"} for i in range(23)]
+
+
+def write_tar(path):
+    with tarfile.open(path, "w") as archive:
+        for row in ROWS:
+            members = {"jpg": b"\xff\xd8" + row["id"].encode(), "txt": row["text"].encode()}
+            members["json"] = json.dumps({"label": row["id"]}).encode()
+            for suffix, payload in members.items():
+                info = tarfile.TarInfo(f"shard/{row['id']}.{suffix}")
+                info.size = len(payload)
+                archive.addfile(info, io.BytesIO(payload))
+
+
+def lines():
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def csv(delimiter):
+    stream = io.BytesIO()
+    options = pyarrow.csv.WriteOptions(delimiter=delimiter)
+    pyarrow.csv.write_csv(pa.Table.from_pylist(ROWS), stream, options)
+    return stream.getvalue()
+
+
+def zstd(payload):
+    return pa.compress(payload, "zstd", asbytes=True)
+
+
+WRITERS = {
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS, ensure_ascii=False)),
+    "pretty.json": lambda path: path.write_text(json.dumps(ROWS, indent=4)),
+    "bom.json": lambda path: path.write_text("\ufeff" + json.dumps(ROWS)),
+    "wrapped.json": lambda path: path.write_text(json.dumps({"data": ROWS})),
+    "lines.json": lambda path: path.write_bytes(lines()),
+    "rows.jsonl": lambda path: path.write_bytes(lines()),
+    "blank.jsonl": lambda path: path.write_bytes(lines().replace(b"\n", b"\r\n\n")),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines())),
+    "rows.jsonl.zst": lambda path: path.write_bytes(zstd(lines())),
+    "rows.csv": lambda path: path.write_bytes(csv(",")),
+    "rows.tsv": lambda path: path.write_bytes(csv("\t")),
+    "rows.csv.gz": lambda path: path.write_bytes(gzip.compress(csv(","))),
+    "rows.parquet": lambda path: pa.parquet.write_table(
+        pa.Table.from_pylist(ROWS), path, row_group_size=5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_are_read_in_any_order_and_in_another_process(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    records = open_records(str(tmp_path / name))
+    assert list(records) == ROWS
+    sent = pickle.loads(pickle.dumps(records))
+    for i in np.random.RandomState(0).permutation(len(ROWS)):
+        assert records[int(i)] == sent[int(i)] == ROWS[i]
+
+
+def test_tar_has_a_row_per_sample_with_members_as_columns(tmp_path):
+    write_tar(tmp_path / "a.tar")
+    records = open_records(str(tmp_path / "a.tar"))
+    assert len(records) == 23
+    assert records[7] == {
+        "label": "7",
+        "image": b"\xff\xd87",
+        "text": ROWS[7]["text"],
+        "id": "shard/7",
+    }
+
+
+def test_folder_of_images_has_a_row_per_image_with_its_side_files(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.JPG", "a.png", "deep/c.webp"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("A door.")
+    (tmp_path / "deep" / "c.json").write_text('{"caption": "A window."}')
+    assert list(open_records(str(tmp_path))) == [
+        {"text": "A door.", "image": "a.png", "id": "a.png"},
+        {"image": "b.JPG", "id": "b.JPG"},
+        {"caption": "A window.", "image": "deep/c.webp", "id": "deep/c.webp"},
+    ]
+
+
+def test_side_file_that_cannot_be_read_is_one_bad_row(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    (row,) = open_records(str(tmp_path))
+    assert row[BROKEN].reason == "row_side"
+    assert row[BROKEN].where == str(tmp_path / "a.txt")
+
+
+def test_coco_captions_are_joined_to_their_images(tmp_path):
+    document = {
+        "images": [{"id": 9, "file_name": "9.jpg"}, {"id": 10, "file_name": "10.jpg"}],
+        "annotations": [
+            {"id": 1, "image_id": 9, "caption": "Soup."},
+            {"id": 2, "image_id": 9, "caption": "Lunch."},
+        ],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(document))
+    assert list(open_records(str(tmp_path / "captions.json"))) == [
+        {"image": "9.jpg", "image_id": 9, "caption": ["Soup.", "Lunch."]},
+        {"image": "10.jpg", "image_id": 10, "caption": []},
+    ]
+
+
+def test_vqa_questions_are_joined_to_the_annotations_beside_them(tmp_path):
+    questions = {
+        "data_subtype": "train2014",
+        "questions": [{"image_id": 9, "question": "How many?", "question_id": 90}],
+    }
+    answers = {"annotations": [{"question_id": 90, "image_id": 9, "answers": [{"answer": "2"}]}]}
+    (tmp_path / "v2_questions.json").write_text(json.dumps(questions))
+    with pytest.raises(SourceError) as caught:
+        open_records(str(tmp_path / "v2_questions.json"))
+    assert caught.value.reason == "source_missing"
+    (tmp_path / "v2_annotations.json").write_text(json.dumps(answers))
+    (row,) = open_records(str(tmp_path / "v2_questions.json"))
+    assert row["image"] == "train2014/COCO_train2014_000000000009.jpg"
+    assert (row["question"], row["answers"]) == ("How many?", [{"answer": "2"}])
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"3", b"[]", b'{"a": "\xff"}', b'{"a": ' + b"[" * 100_000, b"{'a': 1}"]
+)
+def test_a_broken_line_is_one_bad_row_with_its_number(line, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": 1}\n' + line + b'\n{"id": 3}\n')
+    rows = list(open_records(str(tmp_path / "a.jsonl")))
+    assert [rows[0], rows[2]] == [{"id": 1}, {"id": 3}]
+    assert rows[1][BROKEN].reason == "row_json"
+    assert rows[1][BROKEN].where.endswith("a.jsonl row 2")
+
+
+@pytest.mark.parametrize(
+    "payload, line",
+    [
+        (b'[{"a": 1}\n, {"a": }]', 2),
+        (b'[{"a": 1},\n{"a": 2}', 2),
+        (b'{"a": 1', 1),
+        (b"", 1),
+        (b'[{"a": 1} oops]', 1),
+    ],
+)
+def test_a_file_that_is_no_json_names_the_line(payload, line, tmp_path):
+    (tmp_path / "a.json").write_bytes(payload)
+    with pytest.raises(SourceError) as caught:
+        list(open_records(str(tmp_path / "a.json")))
+    assert caught.value.reason == "source_json"
+    assert caught.value.facts["line"] == line
+
+
+@pytest.mark.parametrize(
+    "name, payload, reason",
+    [
+        ("a.txt", b"hello", "source_format"),
+        ("a.parquet", b"PAR1 and no more", "source_unreadable"),
+        ("a.arrow", b"ARROW1", "source_unreadable"),
+        ("a.tar", b"x" * 2000, "source_unreadable"),
+        ("a.jsonl.gz", b"no gzip", "source_unreadable"),
+        ("a.jsonl.zst", b"no zstd", "source_unreadable"),
+        ("a.json", b"3", "source_format"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, payload, reason, tmp_path):
+    (tmp_path / name).write_bytes(payload)
+    with pytest.raises(SourceError) as caught:
+        open_records(str(tmp_path / name))
+    assert caught.value.reason == reason
+    assert caught.value.where == str(tmp_path / name)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    for name in ("a.jsonl", "a.json.gz", "a.parquet", "a.tar"):
+        with pytest.raises(SourceError) as caught:
+            open_records(str(tmp_path / name))
+        assert caught.value.reason == "source_missing"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=3), max_size=6),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    chunk=st.integers(1, 40),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_offsets_of_an_array_are_right_wherever_chunks_end(
+    rows, indent, ascii_only, chunk, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    (tmp_path / "a.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    assert list(open_records(str(tmp_path / "a.json"))) == rows

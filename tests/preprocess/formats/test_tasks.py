@@ -1,0 +1,109 @@
+"""Captions, questions and points of flat columns, and how formats are told apart."""
+
+import pytest
+
+from preprocess.formats import Spec, guess_format, parse_row
+from shardspec.errors import SampleError
+
+
+def message(row, name, **options):
+    example = parse_row(row, Spec(name="own", format=name, **options))
+    return example["message_list"][0], example.get("image")
+
+
+@pytest.mark.parametrize(
+    "row, want",
+    [
+        ({"image": "a.jpg", "caption": "A door."}, {"text": "A door."}),
+        ({"image": "a.jpg", "TEXT": "A door."}, {"text": "A door."}),
+        ({"image": "a.jpg", "caption": ["One.", "Two."]}, {"alternatives": ["One.", "Two."]}),
+        ({"image": "a.jpg", "text": "x", "question": "Q?"}, {"text": "x", "question": "Q?"}),
+    ],
+)
+def test_captions(row, want):
+    assert message(row, "captions") == ({"style": "long_caption", **want}, ["a.jpg"])
+
+
+OPTIONS = ["a cat", "a dog", "a cow"]
+
+
+@pytest.mark.parametrize(
+    "row, want",
+    [
+        ({"answer": "yes"}, {"style": "vqa2", "answer": "yes"}),
+        ({"answer": 3}, {"style": "vqa2", "answer": "3"}),
+        ({"answers": ["yes", "no", "yes"]}, {"style": "vqa2", "answers": ["yes", "no", "yes"]}),
+        ({"answers": [{"answer": "a"}, {"answer": "b"}]}, {"style": "vqa2", "answers": ["a", "b"]}),
+        ({"options": OPTIONS, "answer": 1}, {"answer_idx": 1}),
+        ({"options": OPTIONS, "answer": "B"}, {"answer_idx": 1}),
+        ({"options": OPTIONS, "answer": "(C)"}, {"answer_idx": 2}),
+        ({"options": OPTIONS, "answer": "a cow"}, {"answer_idx": 2}),
+        ({"options": "['a cat', 'a dog', 'a cow']", "answer": "A"}, {"answer_idx": 0}),
+    ],
+)
+def test_questions(row, want):
+    if "answer_idx" in want:
+        want = {"style": "a_okvqa_mc", "options": OPTIONS, **want}
+    got, images = message({"image": "a.jpg", "question": "Q?", **row}, "vqa")
+    assert got == {"question": "Q?", **want}
+    assert images == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    "unit, scale",
+    [("pixel", {}), ("1", {"point_scale": 1.0}), ("100", {"point_scale": 100.0})],
+)
+@pytest.mark.parametrize("points", [[[1, 2]], [{"x": 1, "y": 2}], {"x": [1], "y": [2]}])
+def test_points(points, unit, scale):
+    row = {"image": "a.jpg", "points": points, "label": "cup"}
+    got, _ = message(row, "points", unit=unit)
+    assert got == {"style": "pointing", "points": [[1, 2]], "label": "cup", **scale}
+
+
+@pytest.mark.parametrize(
+    "name, row, reason",
+    [
+        ("captions", {"image": "a.jpg", "caption": " "}, "row_fields"),
+        ("captions", {"caption": "x"}, "row_image"),
+        ("captions", {"caption": "x", "image": float("nan")}, "row_image"),
+        ("vqa", {"image": "a.jpg", "answer": "yes"}, "row_fields"),
+        ("vqa", {"image": "a.jpg", "question": "Q?"}, "row_fields"),
+        ("vqa", {"question": "Q?", "options": OPTIONS, "answer": "E"}, "row_answer"),
+        ("vqa", {"question": "Q?", "options": OPTIONS, "answer": 3}, "row_answer"),
+        ("vqa", {"question": "Q?", "answers": [None]}, "row_fields"),
+        ("points", {"image": "a.jpg", "label": "cup"}, "row_fields"),
+        ("points", {"image": "a.jpg", "points": [[1, 2]]}, "row_fields"),
+    ],
+)
+def test_row_that_lacks_something_names_it_and_what_is_there(name, row, reason):
+    with pytest.raises(SampleError) as caught:
+        message(row, name)
+    assert caught.value.reason == reason
+    assert caught.value.facts["fields"] == sorted(row)
+
+
+@pytest.mark.parametrize(
+    "row, want",
+    [
+        ({"conversations": [{"from": "human", "value": "x"}], "image": "a"}, "llava"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "llava"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
+        ({"image": "a", "caption": "x"}, "captions"),
+        ({"URL": "http://a/b", "url": "http://a/b", "TEXT": "x"}, "captions"),
+        ({"image": "a", "question": "x", "answer": "y"}, "vqa"),
+        ({"image": "a", "points": [], "label": "x"}, "points"),
+        ({"messages": [{"role": "user", "content": "x"}], "chosen": "a"}, ""),
+        ({"vocab_size": 3}, ""),
+    ],
+)
+def test_format_is_told_from_the_fields(row, want):
+    guess = guess_format([row] * 20)
+    assert guess.format == want
+    assert guess.reason
+
+
+def test_format_that_most_rows_do_not_have_is_not_taken():
+    rows = [{"image": "a", "caption": "x"}] * 9 + [{"other": 1}]
+    guess = guess_format(rows)
+    assert guess.format == ""
+    assert "9 of 10" in guess.reason

@@ -1,0 +1,80 @@
+"""How another job's result is told: a short table, the user's settings first."""
+
+import dataclasses
+
+import pytest
+
+from preprocess.__main__ import command_line
+from preprocess.cli import make_variables
+from preprocess.job.conflicts import _VARIABLES, MAX_ROWS, find_differences, table
+from preprocess.job.job import Job, JobSettings
+from preprocess.media import ImagePolicy
+from preprocess.recipe import Recipe
+from preprocess.text import TextPolicy
+from shardspec.tiling import ImageView
+
+SETTINGS = JobSettings(dataset="text_sft", source="sample", out="out")
+TILES = ImageView(crop_mode="overlap-and-resize-c2", max_crops=8)
+
+
+def recipe(**image):
+    return Recipe(image=ImagePolicy(**image))
+
+
+@pytest.mark.parametrize(
+    "change, rows",
+    [
+        ({"limit": 7}, ["LIMIT none 7"]),
+        ({"source": "hub"}, ["SOURCE sample hub"]),
+        ({"recipe": recipe(quality=90)}, ["QUALITY 95 90"]),
+        ({"recipe": recipe(views=(TILES,))}, ["CROPS 0 8"]),
+        ({"recipe": recipe(views=(ImageView(size_px=224),))}, ["IMAGE_SIZE 336 224"]),
+        ({"recipe": recipe(views=(ImageView(), TILES))}, ["HIGH_RES_CROPS - 8"]),
+        (
+            {"recipe": Recipe(text=TextPolicy(message_format="chatml"))},
+            ["MESSAGE_FORMAT role chatml"],
+        ),
+        ({"pad_to": 4096}, ["PAD_VOCAB 2944 4096"]),
+        (
+            {"recipe": Recipe(seed=3, text=TextPolicy(num_variants=1)), "num_shards": 2},
+            ["SEED 0 3", "VARIANTS 8 1", "NUM_SHARDS none 2"],
+        ),
+    ],
+)
+def test_changed_settings_are_the_rows_and_nothing_that_follows_from_them(change, rows):
+    old, new = (Job(each).identity for each in (SETTINGS, dataclasses.replace(SETTINGS, **change)))
+    found = table(find_differences(old, new)).splitlines()
+    assert found[0].split() == ["setting", "in", "the", "output", "now"]
+    assert [" ".join(line.split()) for line in found[1:]] == rows
+
+
+def test_libraries_come_last():
+    old = {"libraries": {"numpy": "1", "code_sha256": "0"}, "recipe": {"seed": 0, "new": 1}}
+    new = {"libraries": {"numpy": "2", "code_sha256": "1"}, "recipe": {"seed": 1, "new": 2}}
+    names = [each.name for each in find_differences(old, new)]
+    assert names == ["SEED", "recipe.new", "libraries.numpy", "code"]
+
+
+def test_long_values_are_cut_where_they_differ():
+    old, new = ("/data/" + "x" * 200 + end for end in ("/first", "/second"))
+    text = table(find_differences({"source": old}, {"source": new}))
+    assert "/first" in text
+    assert "/second" in text
+    assert max(map(len, text.splitlines())) < 110
+
+
+def test_long_tables_end_in_a_number():
+    old = {f"field{i:02}": 0 for i in range(MAX_ROWS + 5)}
+    lines = table(find_differences(old, dict.fromkeys(old, 1))).splitlines()
+    assert len(lines) == MAX_ROWS + 2
+    assert lines[-1] == "  and 5 more"
+
+
+def test_derived_fields_are_shown_where_nothing_else_differs():
+    found = find_differences({"tokenizer": {"sha256": "1"}}, {"tokenizer": {"sha256": "2"}})
+    assert [each.name for each in found] == ["tokenizer.sha256"]
+
+
+def test_names_of_the_table_are_variables_of_make():
+    _, verbs = command_line()
+    assert set(_VARIABLES.values()) <= set(make_variables(verbs["shards"]))
