@@ -45,7 +45,8 @@ def check_plan(open_node, write_dataset, folder, samples, *, monkeypatch):
     monkeypatch.setattr(cached, "_MAX_OPEN", 2)
     manifest = require_manifest(write_dataset(folder, samples, num_shards=4))
     total = sum(file.num_bytes for file in manifest.files)
-    network = Network(block_bytes=total // len(samples))
+    # Few steps ahead: what is read ahead of an epoch counts for the one before.
+    network = Network(block_bytes=total // len(samples), ahead_steps=1)
     options = {"cache_bytes": int(CACHE * total), "canonical_ranks": 2, "network": network}
     later = {}
     for locality in ("any", "node"):
