@@ -172,8 +172,9 @@ def draw(
       width: Width of the upright source, in pixels, >= 1.
       height: Height of the upright source, in pixels, >= 1.
 
-    >>> draw(Augment(), np.random.RandomState(0), geometry=Geometry.ALL, width=640, height=480)
-    Draw(crop=None, flip=False, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0)
+    >>> rng = np.random.RandomState(0)
+    >>> draw(Augment(), rng, geometry=Geometry.ALL, width=640, height=480) == NO_CHANGE
+    True
     """
     uniform = rng.random_sample(NUM_DRAWS)
     if augment == _OFF:

@@ -398,6 +398,8 @@ _BYTE_SOURCES = (
     "preprocess/synthetic/**/*.py",
     "preprocess/text/**/*.py",
     "preprocess/text/**/*.toml",
+    "shardspec/checksum.py",
+    "shardspec/image_file.py",
     "shardspec/index.py",
     "shardspec/keyed.py",
     "shardspec/media.py",
