@@ -57,7 +57,7 @@ def built(request, tmp_path_factory):
         dataset=dataset,
         source="sample",
         mode=mode,
-        limit=8,
+        limit=5,
         out=out,
         recipe=recipe,
         num_shards=2,

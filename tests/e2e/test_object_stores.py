@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def store(request, cli):
     return server, place, place
 
 
-def test_a_store_gets_the_bytes_of_local_disk(cli, store, local, tmp_path):
+def test_a_store_gets_the_bytes_of_local_disk(cli, inline_cli, store, local, tmp_path):
     server, place, out = store
     made = cli.good(*small_job(out, tmp_path / "cache"))
     assert f"manifest sha256 {sha256((local / 'manifest.json').read_bytes())}" in made.out
@@ -63,11 +64,13 @@ def test_a_store_gets_the_bytes_of_local_disk(cli, store, local, tmp_path):
         assert server.read(f"{place}/{name}") == (local / name).read_bytes(), name
     assert not list((tmp_path / "cache").glob("scratch/*/*"))
 
-    again = cli.good(*small_job(out, tmp_path / "cache"))
-    assert "nothing to do" in again.out
-    checked = cli.good("verify", out, "--deep")
-    assert checked.out == f"{out}: every shard matches the manifest\n"
-    assert "removed 0 objects (0 B), aborted 0 unfinished uploads" in cli.good("gc", out).out
+    with mock.patch.object(inline_cli, "env", cli.env), server.entered():
+        again = inline_cli.good(*small_job(out, tmp_path / "cache"))
+        assert "nothing to do" in again.out
+        checked = inline_cli.good("verify", out, "--deep")
+        assert checked.out == f"{out}: every shard matches the manifest\n"
+        collected = inline_cli.good("gc", out)
+        assert "removed 0 objects (0 B), aborted 0 unfinished uploads" in collected.out
 
     shown = made.out + made.err + again.out + again.err + checked.err
     kept = b"".join(server.read(f"{place}/{name}") for name in found if not name.endswith(".tar"))

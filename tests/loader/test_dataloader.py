@@ -722,8 +722,10 @@ def test_a_loader_that_is_pickled_within_a_pass_continues_elsewhere(url, options
     assert (begun + rest)[: len(want)] == want[: len(begun + rest)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("options", [{}, {"workers": 1}, {"bucket_steps": 3}])
+@pytest.mark.parametrize(
+    "world_size, options",
+    [(1, {}), (2, {}), (4, {}), (1, {"workers": 1}), (2, {"bucket_steps": 3})],
+)
 def test_rows_that_fill_an_evaluation_are_flagged_and_have_no_key(url, world_size, options):
     keys = []
     for rank in range(world_size):

@@ -141,7 +141,7 @@ def test_changes_between_groups_of_buckets_lose_no_sample(num_samples, batch, st
 
 
 @pytest.mark.parametrize("stop", [7, "first_exhausted", "all_exhausted"])
-@pytest.mark.parametrize("step", range(12))
+@pytest.mark.parametrize("step", [0, 3, 5, 9])  # of each of four groups
 def test_changes_of_a_mixture_between_groups_of_buckets_lose_no_sample(step, stop):
     sizes, steps = (40, 25), 4
     names = zip("ab", sizes, strict=True)
