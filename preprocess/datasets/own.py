@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import unquote
 
 from preprocess.datasets.base import DatasetBase, ImageSource
 from preprocess.datasets.rows import Rows
@@ -27,10 +28,12 @@ from preprocess.formats import (
     IMAGES,
     ROWS,
     Spec,
+    annotation_names,
     guess_format,
     open_records,
     parse_row,
     read_spec,
+    visible_files,
 )
 from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, SourceError
@@ -40,6 +43,9 @@ PROBED_ROWS = 100
 
 PROBED_IMAGES = 50
 """Image names that tell which folder they start from."""
+
+MAX_BASES = 200
+"""Folders that are tried."""
 
 _CODE = re.compile(r"(?P<place>[^:]+(\.py)?):(?P<name>[A-Za-z_]\w*)")
 
@@ -111,15 +117,17 @@ class OwnDataset(DatasetBase):
 
     @classmethod
     def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
-        """Lists the files of the split; of a folder of images all that are in it."""
+        """Lists the files of the split, with the answers to VQA questions.
+
+        Of a folder of images these are all that are in it.
+        """
         files = cls._files(source, split, unmatched)[0]
         paths = [Path(each) for each in files if "://" not in each]
+        answers = {Path(name) for each in files for name in annotation_names(each)}
         return [
             path
-            for each in paths
-            for path in (
-                sorted(p for p in each.rglob("*") if p.is_file()) if each.is_dir() else [each]
-            )
+            for each in [*paths, *sorted(p for p in answers - {*paths} if p.is_file())]
+            for path in (visible_files(each) if each.is_dir() else [each])
         ]
 
     def load(self) -> Rows:
@@ -198,10 +206,7 @@ def resolve_image(image: Any, *, base: str) -> ImageSource:
     if image.startswith(("http://", "https://")):
         return str(image)
     if image.startswith("data:"):
-        try:
-            return base64.b64decode(image.partition(",")[2], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise SampleError("row_image_data", error=error) from error
+        return _data(image)
     if "://" in image and not image.startswith("file://"):
         return _remote(image)
     image = image.removeprefix("file://")
@@ -209,6 +214,18 @@ def resolve_image(image: Any, *, base: str) -> ImageSource:
         url = f"{base.rstrip('/')}/{image}"
         return url if url.startswith(("http://", "https://")) else _remote(url)
     return Path(base, image)
+
+
+def _data(url: str) -> bytes:
+    """Decodes a data: URL, in either alphabet of base64, with or without its padding."""
+    head, _, text = url.partition(",")
+    if not head.endswith(";base64"):
+        raise SampleError("row_image_data", error=f"it begins with {head[:40]!r}")
+    text = unquote("".join(text.split())).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SampleError("row_image_data", error=error) from error
 
 
 def _remote(url: str) -> bytes:
@@ -241,7 +258,7 @@ def list_files(source: str) -> list[str]:
     if not path.is_dir():
         raise SourceError("source_missing.file", where=source)
     stems, rows, images = set(), [], False
-    for each in sorted(path.rglob("*")):
+    for each in visible_files(path):
         suffix = each.suffix.lower()
         inner = Path(each.stem).suffix.lower() if suffix in (".gz", ".zst") else suffix
         if suffix in IMAGES:
@@ -249,7 +266,8 @@ def list_files(source: str) -> list[str]:
             stems.add(each.with_suffix(""))
         elif inner in ROWS:
             rows.append(each)
-    rows = [each for each in rows if each.with_suffix("") not in stems]
+    answers = {name for each in rows for name in annotation_names(str(each))}
+    rows = [each for each in rows if each.with_suffix("") not in stems and str(each) not in answers]
     if not rows and not images:
         raise SourceError("source_empty.files", where=source, want=", ".join(ROWS))
     return [str(each) for each in rows] or [source]
@@ -263,13 +281,21 @@ def _bases(spec: Spec, files: Sequence[str], folder: Path) -> list[str]:
     """Lists the places that image names may start from, the likeliest first."""
     if spec.images:
         return [spec.images if "://" in spec.images else str(folder / spec.images)]
-    first = files[0]
-    if "://" in first:
-        return [first.rpartition("/")[0]]
-    path = Path(first)
-    beside = path if path.is_dir() else path.parent
-    below = sorted(str(each) for each in beside.iterdir() if each.is_dir())[:32]
-    return list(dict.fromkeys([str(beside), *below, str(beside.parent), "."]))
+    if "://" in files[0]:
+        return [files[0].rpartition("/")[0]]
+    paths = [Path(each) for each in files if "://" not in each]
+    beside = list(dict.fromkeys(each if each.is_dir() else each.parent for each in paths))
+    below = [folder for each in beside for folder in _folders(each)]
+    # COCO has its rows in annotations/ and its images in train2017/ beside it.
+    above = [folder for each in beside for folder in (each.parent, *_folders(each.parent))]
+    return list(dict.fromkeys(map(str, [*beside, *below, *above, "."])))[:MAX_BASES]
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(each for each in folder.iterdir() if each.is_dir())[:32]
+    except OSError:  # it may be nobody's to list
+        return []
 
 
 def _likely_base(
@@ -291,9 +317,16 @@ def _likely_base(
             names = [each for each in names if not each.startswith("data:")]
             if len(names) >= PROBED_IMAGES:
                 break
-    counts = {base: sum((Path(base) / name).exists() for name in names) for base in bases}
+    counts = {base: sum(_exists(Path(base, name)) for name in names) for base in bases}
     best = max(bases, key=lambda base: counts[base])
     return best, (counts[best], len(names))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name of a file: too long, or with a null character
+        return False
 
 
 def _guessed(source: str) -> Spec:

@@ -10,7 +10,15 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 
 from preprocess.formats.detect import Guess, guess_format
 from preprocess.formats.parse import FORMATS, parse_messages, parse_row
-from preprocess.formats.records import BROKEN, IMAGES, ROWS, Records, open_records
+from preprocess.formats.records import (
+    BROKEN,
+    IMAGES,
+    ROWS,
+    Records,
+    annotation_names,
+    open_records,
+    visible_files,
+)
 from preprocess.formats.spec import Spec, read_spec
 
 __all__ = [
@@ -21,9 +29,11 @@ __all__ = [
     "ROWS",
     "Records",
     "Spec",
+    "annotation_names",
     "guess_format",
     "open_records",
     "parse_messages",
     "parse_row",
     "read_spec",
+    "visible_files",
 ]

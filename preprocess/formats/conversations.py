@@ -8,9 +8,9 @@ parts), LLaMA-Factory's sharegpt. What is read:
   function (taken as user turns, as templates without tool turns write them);
 - images: `image` or `images` (a name, a URL, a data: URL, bytes, the hub's {bytes, path}, or a list
   of those), a mapping of placeholders to images (MiniCPM-V), or inside of parts;
-- placeholders: `<image>`, `<|image|>`, `<ImageHere>`, and numbered ones such as `<image 2>`,
-  `<image_2>`, `<image-2>`; the image of a numbered one is the one of its number, counted from 1
-  unless the row has a number 0.
+- placeholders: `<image>`, `<|image|>`, `<ImageHere>`; `<img>NAME</img>` (Qwen-VL), which names its
+  image; and numbered ones such as `<image 2>`, `<image_2>`, `<image-2>`, whose image is the one of
+  its number, counted from 1 unless the row has a number 0.
 
 An image stays where its placeholder is. Where all placeholders of a row are in front of everything
 else they say nothing, and the images are laid out as those of any other dataset.
@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.formats.images import row_images
+from preprocess.formats.images import is_empty, row_images
 from preprocess.formats.spec import Spec
 from shardspec.errors import SampleError
 
@@ -37,7 +37,9 @@ _USER = ("user", "human", "tool", "observation", "function", "ipython")
 _ASSISTANT = ("assistant", "gpt", "model", "function_call", "chatgpt", "bot")
 _SYSTEM = ("system", "developer")
 
-_PLACEHOLDER = re.compile(r"<image[ _-]?(\d+)>|<image>|<\|image\|>|<ImageHere>")
+_PLACEHOLDER = (
+    r"<image[ _-]?(?P<number>\d+)>|<image>|<\|image\|>|<ImageHere>|<img>(?P<name>[^<>]+)</img>"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,7 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     if not isinstance(found, Sequence) or isinstance(found, str | bytes):
         want = spec.columns.get("messages", "messages or conversations")
         raise SampleError("row_fields", name=want, want="a list of turns", fields=sorted(row))
-    images = row_images(row, spec)
-    named = row.get(spec.column("image"))
-    keyed = list(named) if isinstance(named, Mapping) and "bytes" not in named else []
-    given = _Images(images, keyed=[str(each) for each in keyed])
+    given = _given(row, spec, url=False)
     turns = [_turn(each, given) for each in found]
     system = row.get(spec.column("system"))
     if isinstance(system, str) and system.strip() and not any(t.side == "system" for t in turns):
@@ -75,13 +74,46 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     return {"image": placed, "message_list": [{**message, **({"system": told} if told else {})}]}
 
 
+def place_images(question: str, row: Mapping[str, Any], spec: Spec) -> tuple[str, list[Any]]:
+    """Puts the images of a row at the placeholders of its only user text, if there are any.
+
+    Returns:
+      The text with a `MARK` per image, or with none where the images come first; and the images.
+
+    Raises:
+      SampleError: `image_placeholder`: another number of placeholders than of images.
+    """
+    given = _given(row, spec)
+    marked = given.marked(question)
+    if not given.placed:
+        return question, given.column
+    texts, images = _placed([marked], given, spec)
+    return texts[0], images
+
+
+def has_placeholder(text: str) -> bool:
+    """Tells whether a text speaks of the place of an image."""
+    return re.search(_PLACEHOLDER, text) is not None
+
+
+def _given(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> _Images:
+    named = row.get(spec.column("image"))
+    keyed = [
+        str(key)
+        for key, value in (named.items() if isinstance(named, Mapping) else ())
+        if re.fullmatch("<[^<>]+>", str(key)) and not is_empty(value)
+    ]
+    return _Images(row_images(row, spec, url=url), keyed=keyed)
+
+
 class _Images:
     """The images of a row, handed out to placeholders in the order in which they come up."""
 
     def __init__(self, images: Sequence[Any], *, keyed: Sequence[str] = ()) -> None:
         self.column = list(images)
-        self.keyed = list(keyed)
-        """Placeholders that name an image each, where the row has such a mapping."""
+        self._keyed = {name: i for i, name in enumerate(keyed)}
+        """Number of the image by its placeholder, where the row has such a mapping."""
+        self._pattern = re.compile("|".join([*map(re.escape, keyed), _PLACEHOLDER]))
         self.placed: list[Any] = []
         """By placeholder: the image, or a number that says which of `column`."""
         self.num_unnumbered = 0
@@ -94,9 +126,7 @@ class _Images:
 
     def marked(self, text: str) -> str:
         """Replaces the placeholders of a text."""
-        for i, name in enumerate(self.keyed):
-            text = text.replace(name, f"<image {i + 1}>")
-        return _PLACEHOLDER.sub(self._place, text)
+        return self._pattern.sub(self._place, text)
 
     def bare(self) -> str:
         """Places the next image of the column."""
@@ -105,10 +135,15 @@ class _Images:
         return MARK
 
     def _place(self, match: re.Match[str]) -> str:
-        if match[1] is None:
+        if match[0] in self._keyed:
+            self.placed.append(_Number(self._keyed[match[0]]))
+            return MARK
+        if match["name"] is not None:
+            return self.inline(match["name"].strip())
+        if match["number"] is None:
             return self.bare()
-        self.numbers.add(int(match[1]))
-        self.placed.append(_Number(int(match[1]), numbered=True))
+        self.numbers.add(int(match["number"]))
+        self.placed.append(_Number(int(match["number"]), numbered=True))
         return MARK
 
     def resolve(self) -> list[Any]:
@@ -147,7 +182,7 @@ class _Number:
 def _turn(entry: Any, images: _Images) -> _Turn:
     if not isinstance(entry, Mapping):
         raise SampleError("conversation.entry", got=type(entry).__name__)
-    role = str(entry.get("role", entry.get("from", ""))).strip().lower()
+    role = str(entry.get("role") or entry.get("from") or "").strip().lower()
     side = next(
         (
             name
@@ -158,7 +193,8 @@ def _turn(entry: Any, images: _Images) -> _Turn:
     )
     if side is None:
         raise SampleError("conversation.role", role=role[:40], fields=sorted(map(str, entry)))
-    content = entry.get("content", entry.get("value"))
+    content = entry.get("content")
+    content = entry.get("value") if content is None else content
     parts = content if isinstance(content, list | tuple) else [content]
     text = "".join(_part(part, images, role=role) for part in parts)
     calls = entry.get("tool_calls")
@@ -190,7 +226,7 @@ def _part(part: Any, images: _Images, *, role: str) -> str:
                     _base64(part.get("base64")),
                     _source(source) if isinstance(source, Mapping) else None,
                 )
-                if value is not None
+                if not is_empty(value)
             ),
             None,
         )

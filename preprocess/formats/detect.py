@@ -35,9 +35,9 @@ def guess_format(rows: Sequence[Mapping[str, Any]]) -> Guess:
     'captions'
     """
     guesses = Counter(_guess_row(row) for row in rows)
-    (best, reason), count = guesses.most_common(1)[0]
+    best, count = Counter(_guess_row(row)[0] for row in rows).most_common(1)[0]
     if best and count >= SHARE * len(rows):
-        return Guess(best, reason)
+        return Guess(best, next(why for (name, why), _ in guesses.most_common() if name == best))
     told = "; ".join(f"{n} of {len(rows)} rows: {why}" for (_, why), n in guesses.most_common(3))
     return Guess("", told)
 

@@ -18,10 +18,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 import weakref
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,7 +112,7 @@ def open_records(url: str) -> Records:
         return Records([reader(local, url)], [url])
     except FileNotFoundError as error:
         raise SourceError("source_missing.file", where=url) from error
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError) as error:
         # Arrow's errors are ValueErrors and OSErrors.
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise SourceError("source_unreadable", where=url, error=text) from error
@@ -197,6 +199,10 @@ def _parsed(payload: bytes, *, where: str) -> Row:
         return {BROKEN: SampleError("row_json", where=where, error=told)}
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         return {BROKEN: SampleError("row_json", where=where, error=str(error)[:80])}
+    return _object(row, where=where)
+
+
+def _object(row: Any, *, where: str) -> Row:
     if not isinstance(row, dict):
         told = f"an object is wanted, not {type(row).__name__}"
         return {BROKEN: SampleError("row_json", where=where, error=told)}
@@ -230,7 +236,11 @@ def _open_json(path: Path, name: str) -> Sequence[Row]:
         raise _no_json(name, error) from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise SourceError("source_unreadable", where=name, error=str(error)[:80]) from error
-    return _joined(document, path, name)
+    try:
+        return _joined(document, name)
+    except (AttributeError, KeyError, TypeError) as error:
+        told = f"not the fields of COCO or VQA files: {type(error).__name__}: {error}"[:160]
+        raise SourceError("source_unreadable", where=name, error=told) from error
 
 
 def _no_json(name: str, error: json.JSONDecodeError) -> SourceError:
@@ -301,17 +311,19 @@ def _elements(path: Path, name: str) -> tuple[array[int], array[int]]:
             at = stop
 
 
-def _joined(document: Any, path: Path, name: str) -> Sequence[Row]:
+def _joined(document: Any, name: str) -> Sequence[Row]:
     """Makes rows of an object: of COCO's captions, VQA v2's questions, or a single record."""
     if not isinstance(document, dict):
         raise SourceError("source_format", where=name, want="objects")
     if isinstance(document.get("questions"), list):
-        return _vqa_rows(document, path)
+        return _vqa_rows(document, name)
     if isinstance(document.get("annotations"), list) and isinstance(document.get("images"), list):
         return _coco_rows(document)
     for each in ("data", "train", "rows"):
         if isinstance(document.get(each), list):
-            return list(document[each])
+            return [
+                _object(row, where=f"{name} row {i + 1}") for i, row in enumerate(document[each])
+            ]
     return [document]
 
 
@@ -331,15 +343,23 @@ def _coco_rows(document: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _vqa_rows(document: Mapping[str, Any], path: Path) -> list[Row]:
+def annotation_names(url: str) -> list[str]:
+    """Names the files that may have the answers to a file of VQA questions, the likeliest first.
+
+    >>> annotation_names("v2_OpenEnded_mscoco_val2014_questions.json")
+    ['v2_OpenEnded_mscoco_val2014_annotations.json', 'v2_mscoco_val2014_annotations.json']
+    """
+    folder, slash, name = url.rpartition("/")
+    if "questions" not in name or ".json" not in name.lower():
+        return []
+    beside = name.replace("questions", "annotations")
+    names = dict.fromkeys([beside, re.sub("(OpenEnded|MultipleChoice)_", "", beside)])
+    return [folder + slash + each for each in names]
+
+
+def _vqa_rows(document: Mapping[str, Any], name: str) -> list[Row]:
     """Joins questions to the annotations of the file beside them; names images as COCO does."""
-    beside = path.with_name(path.name.replace("questions", "annotations"))
-    if "annotations" in document:
-        found = document["annotations"]
-    elif beside != path and beside.exists():
-        found = json.loads(beside.read_bytes())["annotations"]
-    else:
-        raise SourceError("source_missing.annotations", where=str(beside))
+    found = document["annotations"] if "annotations" in document else _annotations(name)
     answers = {each["question_id"]: each for each in found}
     folder = str(document.get("data_subtype") or "")
     rows: list[Row] = []
@@ -350,23 +370,63 @@ def _vqa_rows(document: Mapping[str, Any], path: Path) -> list[Row]:
     return rows
 
 
+def _annotations(name: str) -> Any:
+    packed = PurePosixPath(name).suffix.lower()
+    beside = annotation_names(name)
+    for each in beside:
+        try:
+            local = _local(each, packed if packed in _PACKED else "")
+        except FileNotFoundError:
+            continue
+        return json.loads(local.read_bytes())["annotations"]
+    raise SourceError("source_missing.annotations", where=" or ".join(beside) or name)
+
+
+_CSV_BLOCKS = (2**20, 2**26, 2**30)
+"""Bytes that Arrow parses at once, and the longest row that it takes; tried in turn."""
+
+
 def _open_csv(path: Path, name: str) -> Sequence[Row]:
+    import pyarrow.compute as pc
+
+    if ".tsv" not in [s.lower() for s in PurePosixPath(name).suffixes]:
+        return _Table([_csv_table(path, delimiter=",", quote='"')])
+    table = _csv_table(path, delimiter="\t", quote='"')
+    if any(pc.any(pc.match_substring(column, "\t")).as_py() for column in table.columns):
+        # A value has a tab: the file does not quote, and a quote in it is only a character.
+        table = _csv_table(path, delimiter="\t", quote=False)
+    return _Table([table])
+
+
+def _csv_table(path: Path, *, delimiter: str, quote: str | bool) -> Any:
+    import pyarrow as pa
     import pyarrow.csv
 
-    suffix = PurePosixPath(name).suffixes
-    delimiter = "\t" if ".tsv" in suffix else ","
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with path.open("rb") as stream:
-        names = pyarrow.csv.open_csv(stream, parse_options=parse).schema.names
-    texts = dict.fromkeys(names, pyarrow.string())
-    table = pyarrow.csv.read_csv(
-        path,
-        parse_options=parse,
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=texts, strings_can_be_null=False, quoted_strings_can_be_null=False
-        ),
+    parse = pa.csv.ParseOptions(
+        delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote)
     )
-    return _Table([table])
+    for block in _CSV_BLOCKS:
+        read = pa.csv.ReadOptions(block_size=block)
+        try:
+            with path.open("rb") as stream:
+                header = pa.csv.open_csv(stream, parse_options=parse, read_options=read).schema
+            names = [name.strip() for name in header.names]
+            twice = [name for i, name in enumerate(names) if name in names[:i]]
+            if twice:
+                raise ValueError(f"two columns have the name {twice[0]!r}")
+            convert = pa.csv.ConvertOptions(
+                column_types=dict.fromkeys(header.names, pa.string()),
+                strings_can_be_null=False,
+                quoted_strings_can_be_null=False,
+            )
+            table = pa.csv.read_csv(
+                path, parse_options=parse, read_options=read, convert_options=convert
+            )
+            return table.rename_columns(names)
+        except pa.ArrowInvalid as error:
+            if "block" not in str(error) or block == _CSV_BLOCKS[-1]:
+                raise
+    raise AssertionError("unreachable")
 
 
 class _Table(Sequence[Row]):
@@ -407,9 +467,10 @@ class _Groups(Sequence[Row]):
 
     def __getitem__(self, i: Any) -> Any:
         group = bisect_right(self._starts, i) - 1
-        if self._held[0] != group:
-            self._held = (group, self._file().read_row_group(group))
-        return self._held[1].slice(i - self._starts[group], 1).to_pylist()[0]
+        held = self._held  # another thread may replace it
+        if held[0] != group:
+            held = self._held = (group, self._file().read_row_group(group))
+        return held[1].slice(i - self._starts[group], 1).to_pylist()[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": (-1, None)}
@@ -426,6 +487,19 @@ def _open_arrow(path: Path, name: str) -> Sequence[Row]:  # noqa: ARG001
         return _Table([reader.get_batch(i) for i in range(reader.num_record_batches)])
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """Lists the files below a folder, without hidden ones and folders that tools keep there.
+
+    Those of `.ipynb_checkpoints`, `__MACOSX` and `._photo.jpg` repeat what is beside them.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
 class _Sides(Sequence[Row]):
     """The images of a folder, in the order of their names, each with its side files."""
 
@@ -433,7 +507,7 @@ class _Sides(Sequence[Row]):
         self._folder = folder
         self._images = sorted(
             path.relative_to(folder).as_posix()
-            for path in folder.rglob("*")
+            for path in visible_files(folder)
             if path.suffix.lower() in IMAGES
         )
 
@@ -452,7 +526,7 @@ class _Sides(Sequence[Row]):
                     read = _parsed(side.read_bytes(), where=str(side))
                     row = {**row, **read}
                 else:
-                    row["text"] = side.read_text("utf-8")
+                    row["text"] = side.read_text("utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 row[BROKEN] = SampleError("row_side", where=str(side), error=str(error)[:80])
         return {**row, "image": name, "id": name}
@@ -490,7 +564,11 @@ class _Tar(Sequence[Row]):
             elif last == ".json":
                 row = {**_parsed(payload, where=f"{self._name}: {key}"), **row}
             elif last in (".txt", ".caption"):
-                row["text"] = payload.decode("utf-8", errors="replace")
+                try:
+                    row["text"] = payload.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    where = f"{self._name}: {key}.{suffix}"
+                    row[BROKEN] = SampleError("row_side", where=where, error=str(error)[:80])
         if "image" in row:  # members win over fields of the same name
             row = {name: value for name, value in row.items() if name not in ("images", "url")}
         return {**row, "id": key}

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from preprocess.formats.conversations import has_placeholder, place_images
 from preprocess.formats.images import row_images
 from preprocess.formats.spec import UNITS, Spec
 from shardspec.errors import SampleError
@@ -29,22 +30,27 @@ def parse_caption(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         raise _missing(row, name, "a text, or a list of texts")
     message: dict[str, Any] = {"style": spec.style or "long_caption"}
     message |= {"text": texts[0]} if len(texts) == 1 else {"alternatives": texts}
+    images = _required_images(row, spec)
     question = row.get(spec.column("question")) or spec.prompt
     if question:
-        message["question"] = str(question)
-    return {"image": _required_images(row, spec), "message_list": [message]}
+        question, images = place_images(str(question), row, spec)
+        message |= {"question": question} if question else {}
+    return {"image": images, "message_list": [message]}
 
 
 def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """Turns a row with a question and its answer, answers or options into an example.
 
     Raises:
-      SampleError: `row_fields`, `row_image`, `row_answer`.
+      SampleError: `row_fields`, `row_answer`, `image_placeholder`.
     """
     question = row.get(spec.column("question")) or spec.prompt
     if not isinstance(question, str) or not question.strip():
         raise _missing(row, spec.column("question"), "a text")
     options = _options(row.get(spec.column("options")))
+    if any(map(has_placeholder, options)):  # the order of options is drawn, that of images is not
+        raise SampleError("image_placeholder.option")
+    question, images = place_images(question, row, spec)
     answers = row.get(spec.column("answers"))
     answer = row.get(spec.column("answer"))
     message: dict[str, Any] = {"question": question}
@@ -55,7 +61,7 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
             "answer_idx": _answer_idx(answer, options, row),
         }
     elif answers is not None:
-        texts = _texts([a.get("answer") if isinstance(a, Mapping) else a for a in answers])
+        texts = _texts(_answers(answers))
         if not texts:
             raise _missing(row, spec.column("answers"), "a list of texts")
         message |= {"style": spec.style or "vqa2", "answers": texts}
@@ -67,7 +73,7 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         if len(texts) > 1:
             message = {**message, "answers": texts}
             del message["answer"]
-    return {"image": row_images(row, spec), "message_list": [message]}
+    return {"image": images, "message_list": [message]}
 
 
 def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -79,22 +85,54 @@ def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     points = row.get(spec.column("points"))
     label, question = row.get(spec.column("label")), row.get(spec.column("question"))
     if isinstance(points, Mapping):  # the hub's record of lists
-        points = [list(pair) for pair in zip(points["x"], points["y"], strict=False)]
-    if not isinstance(points, Sequence) or isinstance(points, str):
+        x: Any = points.get("x")
+        y: Any = points.get("y")
+        lists = isinstance(x, list | tuple) and isinstance(y, list | tuple)
+        points = list(zip(x, y, strict=True)) if lists and len(x) == len(y) else None
+    if not isinstance(points, list | tuple) or not all(
+        isinstance(each, Mapping | list | tuple) for each in points
+    ):
         raise _missing(row, spec.column("points"), "a list of [x, y]")
     pairs = [
         [each.get("x"), each.get("y")] if isinstance(each, Mapping) else list(each)
         for each in points
     ]
+    images = _required_images(row, spec)
     if not isinstance(label, str) and not isinstance(question, str):
         raise _missing(row, spec.column("label"), "a text")
     message: dict[str, Any] = {"style": spec.style or "pointing", "points": pairs}
     message |= {"label": label} if isinstance(label, str) else {}
-    message |= {"question": question} if isinstance(question, str) else {}
+    if isinstance(question, str):
+        question, images = place_images(question, row, spec)
+        message["question"] = question
     scale = UNITS[spec.unit]
     if scale is not None:
         message["point_scale"] = scale
-    return {"image": _required_images(row, spec), "message_list": [message]}
+    return {"image": images, "message_list": [message]}
+
+
+def _answers(value: Any) -> list[Any]:
+    """Lists answers: a text, a list, records with `answer` or `text`, or a record of such lists."""
+    if isinstance(value, Mapping):
+        found = value.get("answer")
+        return _answers(value.get("text") if found is None else found)
+    if isinstance(value, str) and value.strip().startswith("["):
+        value = _literal(value) or [value]
+    if isinstance(value, list | tuple):
+        return [
+            text
+            for each in value
+            for text in (_answers(each) if isinstance(each, Mapping) else [each])
+        ]
+    return [value]
+
+
+def _literal(text: str) -> Any:
+    """Reads a list that is written as a text, as Python or JSON does it; None for another text."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def _texts(value: Any) -> list[str]:
@@ -110,12 +148,9 @@ def _number(value: Any) -> str:
 
 def _options(value: Any) -> list[str]:
     if isinstance(value, str) and value.strip().startswith("["):  # MMMU: a list as a text
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return []
+        value = _literal(value)
     if isinstance(value, Mapping):  # {"A": ..., "B": ...}, or the hub's record of lists
-        value = value.get("text") or [value[key] for key in sorted(value)]
+        value = value.get("text") or [value[key] for key in sorted(value, key=str)]
     return [str(option) for option in value] if isinstance(value, list | tuple) else []
 
 
@@ -126,10 +161,11 @@ def _answer_idx(answer: Any, options: Sequence[str], row: Mapping[str, Any]) -> 
         found = answer
     elif isinstance(answer, str):
         text = answer.strip()
+        letter = text.rstrip(".)").lstrip("(")
         if text in options:
             found = list(options).index(text)
-        elif text.rstrip(".)").lstrip("(") in _LETTERS and text:
-            found = _LETTERS.index(text.rstrip(".)").lstrip("(")[:1])
+        elif len(letter) == 1 and letter in _LETTERS:
+            found = _LETTERS.index(letter)
         elif text.isdecimal():
             found = int(text)
     if found is None or not 0 <= found < len(options):

@@ -284,6 +284,9 @@ def test_open_dataset_travels_to_another_process(data):
         ({"bytes": None, "path": "a.png"}, "/data", "/data/a.png"),
         ({"bytes": b"x", "path": "a.png"}, "/data", "b'x'"),
         ("data:image/png;base64,eA==", "/data", "b'x'"),
+        ("data:;base64,eA", "/data", "b'x'"),
+        ("data:image/png;base64,-_8=", "/data", r"b'\xfb\xff'"),
+        ("data:image/png;base64,%2B/8%3D\n", "/data", r"b'\xfb\xff'"),
     ],
 )
 def test_image_of_a_row_is_found(image, base, want):
@@ -291,7 +294,12 @@ def test_image_of_a_row_is_found(image, base, want):
 
 
 @pytest.mark.parametrize(
-    "image, reason", [("data:image/png;base64,%%%", "row_image_data"), (3, "row_image")]
+    "image, reason",
+    [
+        ("data:image/png;base64,%%%", "row_image_data"),
+        ("data:image/svg+xml,%3Csvg/%3E", "row_image_data"),
+        (3, "row_image"),
+    ],
 )
 def test_image_that_is_none_is_one_bad_row(image, reason):
     with pytest.raises(SampleError) as caught:
@@ -311,6 +319,50 @@ def test_rows_and_images_can_lie_in_an_object_store(s3_server, data):
         with pytest.raises(SampleError) as caught:
             resolve_image("nine.png", base=f"{url}/photos")
     assert caught.value.reason == "image_missing"
+
+
+@pytest.mark.parametrize(
+    "rows", ["rows.jsonl", "annotations/rows.jsonl", "deep/er/rows.jsonl", "photos/rows.jsonl"]
+)
+def test_images_are_found_from_the_folders_around_the_rows(rows, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "ä b 0.png").write_bytes(photo(0))
+    names = ["photos/ä b 0.png"] if "deep" in rows else ["ä b 0.png", "a" * 5000, "a\0b"]
+    (tmp_path / rows).parent.mkdir(exist_ok=True, parents=True)
+    written = [json.dumps(chat(0, "<image>\nA?", "B.", image=name)) for name in names]
+    (tmp_path / rows).write_text("\n".join(written))
+    source = tmp_path / "deep" if "deep" in rows else tmp_path / rows
+    if "deep" in rows:  # of several files the first need not be the one that is beside the images
+        (tmp_path / "deep" / "a.jsonl").write_text(written[0])
+        (tmp_path / "photos").rename(tmp_path / "deep" / "er" / "photos")
+    dataset = dataset_class(str(source))()
+    assert dataset.image_names[0] >= 1
+    assert dataset[0]["image"][0].read_bytes() == photo(0)
+
+
+def test_hidden_files_and_answers_are_no_rows_of_their_own(tmp_path):
+    for name in ("a.jsonl", ".ipynb_checkpoints/a.jsonl", "__MACOSX/._a.jsonl", ".b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for name in ("v2_OpenEnded_questions.json", "v2_annotations.json", "annotations.json"):
+        (tmp_path / name).write_bytes(b"")
+    found = [each.removeprefix(f"{tmp_path}/") for each in list_files(str(tmp_path))]
+    assert found == ["a.jsonl", "annotations.json", "v2_OpenEnded_questions.json"]
+
+
+def test_answers_to_questions_are_files_of_the_source(tmp_path):
+    questions = {"questions": [{"image_id": 9, "question_id": 90, "question": "What?"}]}
+    answers = {"annotations": [{"question_id": 90, "answers": ["2"]}]}
+    (tmp_path / "v2_OpenEnded_questions.json").write_text(json.dumps(questions))
+    (tmp_path / "v2_annotations.json").write_text(json.dumps(answers))
+    for source in (tmp_path, tmp_path / "v2_OpenEnded_questions.json"):
+        kind = dataset_class(str(source))
+        found = kind.source_files(kind.source_url(), "train", unmatched="refuse")
+        assert [each.name for each in found] == [
+            "v2_OpenEnded_questions.json",
+            "v2_annotations.json",
+        ]
+        assert kind()[0]["message_list"][0]["answers"] == ["2"]
 
 
 def test_files_of_a_folder_are_those_with_rows(tmp_path):

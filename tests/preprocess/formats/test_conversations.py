@@ -290,13 +290,17 @@ def test_texts_and_places_are_those_of_the_source(turns):
 
 @given(
     row=st.dictionaries(
-        st.sampled_from(["messages", "conversations", "image", "caption"]),
+        st.sampled_from(
+            ["messages", "conversations", "image", "caption", "question", "answer", "answers"]
+            + ["options", "points", "label"]
+        ),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.text(),
             lambda inner: (
                 st.lists(inner, max_size=3)
                 | st.dictionaries(
-                    st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner
+                    st.sampled_from(["role", "content", "from", "value", "type", "text", "x", "y"]),
+                    inner,
                 )
             ),
             max_leaves=8,
@@ -307,3 +311,42 @@ def test_texts_and_places_are_those_of_the_source(turns):
 def test_any_row_becomes_an_example_or_one_bad_row(name, row):
     with contextlib.suppress(SampleError):
         assert "message_list" in parse_row(row, Spec(name="own", format=name))
+
+
+def test_mapping_names_the_placeholders_of_its_images():
+    turns = [
+        {"role": "user", "content": "<image 1> of url after <image 0>, <image 1>?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    row = {"messages": turns, "image": {"<image 0>": "a.jpg", "<image 1>": "b.jpg", "<x>": ""}}
+    example = parse_row(row, Spec(name="own", format="messages"))
+    assert example["image"] == ["b.jpg", "a.jpg", "b.jpg"]
+    (text, _) = example["message_list"][0]["messages"]
+    assert text == "<|image|> of url after <|image|>, <|image|>?"
+
+
+def test_mapping_without_placeholders_is_no_list_of_them():
+    turns = [
+        {"role": "user", "content": "See the url <image>."},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    row = {"messages": turns, "image": {"url": "a.jpg"}}
+    example = parse_row(row, Spec(name="own", format="messages"))
+    assert example["message_list"][0]["messages"][0] == "See the url <|image|>."
+
+
+def test_page_that_a_conversation_is_from_is_not_its_image():
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    row = {"messages": turns, "url": "https://example.org/page"}
+    assert "image" not in parse_row(row, Spec(name="own", format="messages"))
+
+
+def test_text_that_names_its_images_has_them_in_their_places():
+    turns = [
+        {"from": "user", "value": "Picture 1: <img>maps/a.png</img>\nWhere is the lake?"},
+        {"from": "assistant", "value": "<ref>the lake</ref>"},
+    ]
+    example = parse_row({"conversations": turns}, Spec(name="own", format="llava"))
+    assert example["image"] == ["maps/a.png"]
+    (text, _) = example["message_list"][0]["messages"]
+    assert text == "Picture 1: <|image|>\nWhere is the lake?"

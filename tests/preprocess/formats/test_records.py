@@ -179,6 +179,16 @@ def test_a_file_that_is_no_json_names_the_line(payload, line, tmp_path):
         ("a.jsonl.gz", b"no gzip", "source_unreadable"),
         ("a.jsonl.zst", b"no zstd", "source_unreadable"),
         ("a.json", b"3", "source_format"),
+        ("cut.jsonl.gz", gzip.compress(bytes(range(256)) * 9)[:200], "source_unreadable"),
+        ("flipped.jsonl.gz", gzip.compress(b"x" * 99)[:10] + b"\xff" * 30, "source_unreadable"),
+        ("twice.csv", b"image,text,text\na,b,c\n", "source_unreadable"),
+        ("empty.csv", b"", "source_unreadable"),
+        ("ragged.csv", b"image,text\na,b,c\n", "source_unreadable"),
+        ("coco.json", b'{"images": ["a"], "annotations": ["b"]}', "source_unreadable"),
+        ("coco.json", b'{"images": [{}], "annotations": [{"caption": "b"}]}', "source_unreadable"),
+        ("vqa.json", b'{"questions": ["a"], "annotations": []}', "source_unreadable"),
+        ("vqa.json", b'{"questions": [{"a": 1}], "annotations": []}', "source_unreadable"),
+        ("vqa.json", b'{"questions": [], "annotations": 3}', "source_unreadable"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(name, payload, reason, tmp_path):
@@ -187,6 +197,67 @@ def test_a_file_that_cannot_be_read_is_named(name, payload, reason, tmp_path):
         open_records(str(tmp_path / name))
     assert caught.value.reason == reason
     assert caught.value.where == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("answers", ["v2_OpenEnded_val_annotations", "v2_val_annotations"])
+def test_annotations_are_found_beside_the_questions(answers, packed, tmp_path):
+    documents = {
+        "v2_OpenEnded_val_questions": {"questions": [{"image_id": 9, "question_id": 90}]},
+        answers: {"annotations": [{"question_id": 90, "answers": ["2"]}]},
+    }
+    for name, document in documents.items():
+        payload = json.dumps(document).encode()
+        path = tmp_path / f"{name}.json{packed}"
+        path.write_bytes(gzip.compress(payload) if packed else payload)
+    (row,) = open_records(str(tmp_path / f"v2_OpenEnded_val_questions.json{packed}"))
+    assert row["answers"] == ["2"]
+
+
+def test_values_of_a_wrapped_list_that_are_no_rows_are_bad_rows(tmp_path):
+    (tmp_path / "a.json").write_text('{"data": [{"a": 1}, 3, "x"]}')
+    rows = list(open_records(str(tmp_path / "a.json")))
+    assert rows[0] == {"a": 1}
+    assert [row[BROKEN].reason for row in rows[1:]] == ["row_json", "row_json"]
+
+
+@pytest.mark.parametrize(
+    "name, text, want",
+    [
+        ("a.csv", '\ufeffimage, caption\r\n1,"a, ""b""\r\nc"\r\n2,NA\r\n', ['a, "b"\r\nc', "NA"]),
+        ("a.tsv", 'image\tcaption\n1\t"open quote\n2\tan "inner" one\n3\tc\n', None),
+        ("a.tsv", 'image\tcaption\n1\t"a, ""b"""\n2\tc\n', ['a, "b"', "c"]),
+        ("a.tsv", 'image\tcaption\n1\t"one\n2\ttwo"\n', ['"one', 'two"']),
+        ("a.csv", f"image,caption\n1,{'x y ' * 2**19}\n", ["x y " * 2**19]),
+    ],
+)
+def test_tables_keep_their_texts(name, text, want, tmp_path):
+    (tmp_path / name).write_text(text, newline="")
+    want = want or ['"open quote', 'an "inner" one', "c"]
+    rows = list(open_records(str(tmp_path / name)))
+    assert [row["caption"] for row in rows] == want
+    assert [row["image"] for row in rows] == [str(i + 1) for i in range(len(want))]
+
+
+def test_hidden_files_of_a_folder_are_not_looked_at(tmp_path):
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "b.png").mkdir()
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfA door.")
+    (row,) = open_records(str(tmp_path))
+    assert row == {"text": "A door.", "image": "a.png", "id": "a.png"}
+
+
+def test_text_of_a_tar_that_is_not_utf8_is_one_bad_row(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, payload in (("0.txt", b"\xef\xbb\xbfgood"), ("1.txt", b"caf\xe9")):
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            archive.addfile(info, io.BytesIO(payload))
+    good, bad = open_records(str(tmp_path / "a.tar"))
+    assert good == {"text": "good", "id": "0"}
+    assert bad[BROKEN].reason == "row_side"
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

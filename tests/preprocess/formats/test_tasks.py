@@ -39,6 +39,11 @@ OPTIONS = ["a cat", "a dog", "a cow"]
         ({"options": OPTIONS, "answer": "(C)"}, {"answer_idx": 2}),
         ({"options": OPTIONS, "answer": "a cow"}, {"answer_idx": 2}),
         ({"options": "['a cat', 'a dog', 'a cow']", "answer": "A"}, {"answer_idx": 0}),
+        ({"answers": "yes"}, {"style": "vqa2", "answers": ["yes"]}),
+        ({"answers": 3}, {"style": "vqa2", "answers": ["3"]}),
+        ({"answers": "['yes', 'no']"}, {"style": "vqa2", "answers": ["yes", "no"]}),
+        ({"answers": {"answer": ["a", "b"]}}, {"style": "vqa2", "answers": ["a", "b"]}),
+        ({"answers": {"text": ["a"], "start": [3]}}, {"style": "vqa2", "answers": ["a"]}),
     ],
 )
 def test_questions(row, want):
@@ -47,6 +52,39 @@ def test_questions(row, want):
     got, images = message({"image": "a.jpg", "question": "Q?", **row}, "vqa")
     assert got == {"question": "Q?", **want}
     assert images == ["a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["vqa", "captions", "points"])
+@pytest.mark.parametrize(
+    "question, images, want, placed",
+    [
+        ("<image>\nWhat?", ["a"], "What?", ["a"]),
+        ("What?", ["a", "b"], "What?", ["a", "b"]),
+        ("Is <image 2> in <image 1>?", ["a", "b"], "Is <|image|> in <|image|>?", ["b", "a"]),
+        ("From <image> to <image>?", ["a", "b"], "From <|image|> to <|image|>?", ["a", "b"]),
+    ],
+)
+def test_images_of_a_question_stay_where_their_placeholders_are(
+    name, question, images, want, placed
+):
+    rest = {"answer": "x", "caption": "x", "label": "x", "points": [[1, 2]]}
+    got, found = message({"question": question, "image": images, **rest}, name)
+    assert (got["question"], found) == (want, placed)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "In <image 2>?", "image_1": "a", "answer": "x"},
+        {"question": "In <image 1>?", "image_1": "a", "image_2": "b", "answer": "x"},
+        {"question": "In <image>?", "answer": "x"},
+        {"question": "Which?", "image": "a", "options": ["<image 1>", "y"], "answer": "B"},
+    ],
+)
+def test_placeholder_of_a_question_without_its_image_is_a_bad_row(row):
+    with pytest.raises(SampleError) as caught:
+        message(row, "vqa")
+    assert caught.value.reason == "image_placeholder"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +108,12 @@ def test_points(points, unit, scale):
         ("vqa", {"image": "a.jpg", "question": "Q?"}, "row_fields"),
         ("vqa", {"question": "Q?", "options": OPTIONS, "answer": "E"}, "row_answer"),
         ("vqa", {"question": "Q?", "options": OPTIONS, "answer": 3}, "row_answer"),
+        ("vqa", {"question": "Q?", "options": OPTIONS, "answer": "AB"}, "row_answer"),
+        ("vqa", {"question": "Q?", "options": OPTIONS, "answer": ")"}, "row_answer"),
         ("vqa", {"question": "Q?", "answers": [None]}, "row_fields"),
+        ("vqa", {"question": "Q?", "answers": {"a": 1}}, "row_fields"),
+        ("points", {"image": "a.jpg", "label": "cup", "points": {"x": [1]}}, "row_fields"),
+        ("points", {"image": "a.jpg", "label": "cup", "points": [1, 2]}, "row_fields"),
         ("points", {"image": "a.jpg", "label": "cup"}, "row_fields"),
         ("points", {"image": "a.jpg", "points": [[1, 2]]}, "row_fields"),
     ],
@@ -107,3 +150,8 @@ def test_format_that_most_rows_do_not_have_is_not_taken():
     guess = guess_format(rows)
     assert guess.format == ""
     assert "9 of 10" in guess.reason
+
+
+def test_format_is_told_whatever_the_columns_of_each_row_are_called():
+    rows = [{"image": "a", "caption": "x"}, {"image": "a", "text": "x"}, {"url": "a", "alt": "x"}]
+    assert guess_format(rows).format == "captions"
