@@ -14,8 +14,10 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
@@ -37,6 +39,7 @@ from preprocess.formats import (
 )
 from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, SourceError
+from shardspec.keyed import hash_text
 
 PROBED_ROWS = 100
 """Rows that a format is told from, half of them from the beginning, half spread over the file."""
@@ -164,8 +167,15 @@ class OwnDataset(DatasetBase):
             if split not in cls.spec.splits:
                 splits = sorted(cls.spec.splits)
                 raise SourceError("source_split.none", where=source, split=split, splits=splits)
-            places = [_below(cls.folder, name) for name in cls.spec.splits[split]]
-            return [each for place in places for each in list_files(place)], None
+            files = {
+                name: {each: None for f in found for each in list_files(_below(cls.folder, f))}
+                for name, found in cls.spec.splits.items()
+            }
+            for name, others in files.items():
+                shared = sorted(files[split].keys() & others.keys()) if name != split else []
+                if shared:
+                    raise SourceError("source_split.shared", where=shared[0], splits=[split, name])
+            return list(files[split]), None
         found = list_files(source)
         by_name = {Path(each).name if len(found) == 1 else each: each for each in found}
         if len(found) > 1:
@@ -174,7 +184,8 @@ class OwnDataset(DatasetBase):
         elif Path(found[0]).is_dir():
             return found, None  # images with side files
         layout = split_layout(by_name, default=None if unmatched == "take" else "train")
-        wanted = "train" if cls.spec.validation and split == "validation" else split
+        divided = cls.spec.validation and "validation" not in layout.splits
+        wanted = "train" if divided and split == "validation" else split
         names = layout.files(wanted, unmatched=unmatched, where=source)
         return [by_name[name] for name in names], layout
 
@@ -280,7 +291,10 @@ def _below(folder: Path, name: str) -> str:
 def _bases(spec: Spec, files: Sequence[str], folder: Path) -> list[str]:
     """Lists the places that image names may start from, the likeliest first."""
     if spec.images:
-        return [spec.images if "://" in spec.images else str(folder / spec.images)]
+        base = _below(folder, spec.images)
+        if "://" not in base and not Path(base).is_dir():
+            raise SourceError("source_missing.images", where=base)
+        return [base]
     if "://" in files[0]:
         return [files[0].rpartition("/")[0]]
     paths = [Path(each) for each in files if "://" not in each]
@@ -361,21 +375,31 @@ def probed_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _coded(place: str, name: str) -> type[DatasetBase]:
     try:
-        if place.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert found is not None
-            assert found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except Exception as error:  # whatever the user's code raises when it is imported
+        module = _run_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises when it is imported
         told = f"{type(error).__name__}: {error}"
         raise ConfigError("dataset_code.import", where=place, error=told) from error
     if not hasattr(module, name):
         names = [each for each in vars(module) if not each.startswith("_")]
         raise ConfigError("dataset_code.name", where=place, name=name, names=names)
     return check_class(getattr(module, name), where=f"{place}:{name}")
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Runs a Python file as a module of its own, whatever other modules are called.
+
+    It is found in `sys.modules`, as dataclasses need it, and may import the files beside it.
+    """
+    folder = str(path.parent.absolute())
+    name = f"vlm_shards_file_{hash_text(str(path.absolute())):016x}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = sys.modules[name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def check_class(kind: Any, *, where: str) -> type[DatasetBase]:

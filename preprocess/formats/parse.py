@@ -85,7 +85,7 @@ def parse_row(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """
     example = FORMATS[spec.format].parse(row, spec)
     metadata = {
-        name: row[name]
+        name: row[name] if isinstance(row[name], str) or abs(row[name]) < 2**63 else str(row[name])
         for name in METADATA
         if isinstance(row.get(name), str | int) and name not in spec.columns.values()
     }

@@ -159,6 +159,15 @@ def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
             hint="0.01 sets one image of a hundred aside",
             want="0 or more, below 1",
         )
+    if spec.validation and spec.splits:
+        raise ConfigError(
+            "spec_value",
+            where=where,
+            name="validation",
+            got=spec.validation,
+            hint="[splits] says which files are of which split",
+            want="one of both",
+        )
     fields = formats[spec.format].fields
     for name in spec.columns:
         if name not in fields:
@@ -171,7 +180,7 @@ def _splits(table: Mapping[str, Any], path: Path) -> dict[str, tuple[str, ...]]:
     splits = {}
     for name, files in table.items():
         files = [files] if isinstance(files, str) else files
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
             got = type(files).__name__
             raise ConfigError(
                 "spec_key.type", where=str(path), name=f"splits.{name}", want="files", got=got

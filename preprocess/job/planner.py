@@ -39,7 +39,7 @@ from preprocess.job.plan import count_shards, plan_order, shard_borders
 from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
 from preprocess.recipe import image_identity, images_identity, read_path, repeated_key, sample_key
 from shardspec import storage
-from shardspec.documents import read_fields, read_object
+from shardspec.documents import read_fields, read_object, require_plain
 from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleError, StorageError
 from shardspec.manifest import canonical_json, differences, fingerprint
 
@@ -342,7 +342,7 @@ def _planned_rows(
         try:
             with job.dataset.naming_row(numbers[0]):
                 row, error = _planned_row(job, job.dataset[i], results, stamps)
-                canonical_json(row)  # an adapter may give what is not of JSON types
+                require_plain(row, any_text=True)  # an adapter may give what no plan can hold
         except SampleError as refused:
             row, error = {"key": f"row-{numbers[0]}", "image": None, "example": {}}, refused
         yield {**row, **origin}, error

@@ -218,6 +218,8 @@ def test_rows_that_are_no_examples_are_bad_rows():
         ('format = "llava"\n[columns]\ncaption = "x"', "spec_key"),
         ('format = "llava"\n[columns]\nimage = 3', "spec_key"),
         ('format = "llava"\n[splits]\ntrain = 3', "spec_key"),
+        ('format = "llava"\n[splits]\ntrain = []', "spec_key"),
+        ('format = "llava"\nvalidation = 0.1\n[splits]\ntrain = "a"', "spec_value"),
         ("format = ", "spec_file"),
         (None, "spec_file"),
     ],
@@ -255,6 +257,51 @@ def test_splits_are_those_of_the_spec_or_of_the_names(data):
     with pytest.raises(SourceError) as caught:
         dataset_class(str(data / "chats.json"))("validation")
     assert caught.value.reason == "source_split"
+
+
+def test_no_row_is_of_two_splits(data):
+    rows = json.loads((data / "chats.json").read_text())
+    (data / "held_out.json").write_text(json.dumps(rows[:2]))
+    spec = 'format = "llava"\nimages = "photos"\n[splits]\ntrain = "*.json"\n'
+    (data / "mine.toml").write_text(spec + 'validation = "held_out.json"\n')
+    for split in ("train", "validation"):
+        with pytest.raises(SourceError) as caught:
+            dataset_class(str(data / "mine.toml"))(split)
+        assert caught.value.reason == "source_split"
+        assert caught.value.where == str(data / "held_out.json")
+    (data / "mine.toml").write_text(spec.replace('"*.json"', '["chats.json", "c*.json"]'))
+    assert len(dataset_class(str(data / "mine.toml"))()) == 9
+
+
+def test_share_leaves_a_validation_split_of_the_source_as_it_is(data):
+    rows = json.loads((data / "chats.json").read_text())
+    (data / "chats.json").rename(data / "train.json")
+    (data / "val.json").write_text(json.dumps(rows[:2]))
+    (data / "mine.toml").write_text('format = "llava"\nimages = "photos"\nvalidation = 0.4\n')
+    kind = dataset_class(str(data / "mine.toml"))
+    assert (len(kind("train")), len(kind("validation"))) == (9, 2)
+
+
+def test_folder_of_images_that_does_not_exist_is_refused_at_once(data):
+    (data / "mine.toml").write_text('format = "llava"\nsource = "chats.json"\nimages = "fotos"\n')
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(data / "mine.toml"))()
+    assert (caught.value.reason, caught.value.where) == ("source_missing", str(data / "fotos"))
+
+
+def test_values_that_no_plan_can_hold_are_bad_rows(inline_cli, tmp_path):
+    rows = [chat(i, f"Say {i}.", "Yes.", image=None) for i in range(40)]
+    rows[1]["id"] = 10**30
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build(inline_cli, tmp_path / "a.jsonl", tmp_path / "out")
+    assert load_manifest(str(tmp_path / "out")).splits["train"].num_samples == 40
+    points = [{"points": [[i, 1]], "label": "cup", "image": "a.png"} for i in range(40)]
+    points[3]["points"], points[5]["points"] = [[float("nan"), 1]], [[10**30, 1]]
+    (tmp_path / "a.png").write_bytes(photo(0))
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, points)))
+    build(inline_cli, tmp_path / "p.jsonl", tmp_path / "points", "--max-bad-samples", 1)
+    split = load_manifest(str(tmp_path / "points")).splits["train"]
+    assert dict(split.quarantined) == {"row_error": 2}
 
 
 def test_a_share_of_the_images_can_be_set_aside(data):
