@@ -48,7 +48,7 @@ __all__ = [
 def dataset_names() -> list[str]:
     """Lists the datasets, sorted."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
-    return sorted(name for name in names if name not in ("base", "own", "rows", "splits"))
+    return sorted(name for name in names if name not in ("base", "images", "own", "rows", "splits"))
 
 
 def get_dataset(

@@ -26,6 +26,7 @@ import hashlib
 import io
 import json
 import re
+import traceback
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from PIL import Image
 
+from preprocess.datasets.images import resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.formats import parse_messages
@@ -190,13 +192,25 @@ class DatasetBase(Dataset):
         Raises:
           SampleError: The row cannot become one.
         """
-        if "messages" in row and "message_list" not in row:
-            return parse_messages(row)
-        if not isinstance(row.get("message_list"), list):
-            raise SampleError(
-                "row_fields", name="message_list", want="a list of messages", fields=sorted(row)
-            )
         return dict(row)
+
+    def _example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Turns a row into an example with messages and images as the job wants them.
+
+        Raises:
+          SampleError: The row cannot become one.
+        """
+        example = self.to_example(row)
+        if "messages" in example and "message_list" not in example:
+            example = parse_messages(example)
+        if not isinstance(example.get("message_list"), list):
+            raise SampleError(
+                "row_fields",
+                name="message_list",
+                want="a list of messages",
+                fields=sorted(map(str, example)),
+            )
+        return {**example, **_found_images(example)}
 
     def sample_row(self, seed: int, idx: int) -> dict[str, Any]:  # noqa: ARG002
         """Generates a row in the true schema, for SOURCE=sample; its image is a SceneImage.
@@ -238,7 +252,7 @@ class DatasetBase(Dataset):
         messages: list[Any] = []
         for number in self.row_numbers(item):
             with self.naming_row(number):
-                examples.append(self.to_example(self.rows[number]))
+                examples.append(self._example(self.rows[number]))
                 messages += examples[-1]["message_list"]
         return {**examples[0], "message_list": messages}
 
@@ -253,7 +267,7 @@ class DatasetBase(Dataset):
         for number in self._left_out_numbers:
             try:
                 with self.naming_row(number):
-                    self._mark(self.to_example(self.rows[number]))
+                    self._mark(self._example(self.rows[number]))
             except SampleError as error:
                 yield number, error
 
@@ -321,9 +335,22 @@ class DatasetBase(Dataset):
     def _open_rows(self) -> Rows:
         if self.source == "sample":
             return self._sample_rows(self.limit)
-        rows = self.load()
+        try:
+            rows = self.load()
+        except (ShardsError, MemoryError):
+            raise
+        except (Exception, SystemExit) as error:  # code of the user's
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"{type(error).__name__}: {error}"
+            where = f"{frame.filename}:{frame.lineno}"
+            raise ConfigError("dataset_code.load", where=where, error=told) from error
         if isinstance(rows, Rows):
             return rows
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(
+            rows, Mapping
+        ):
+            got = type(rows).__name__
+            raise ConfigError("dataset_code.rows", where=self.name, got=got)
         return Rows([lambda: rows], lengths=[len(rows)], kind={"kind": "code"})
 
     def _sample_rows(self, limit: int | None) -> Rows:
@@ -377,7 +404,7 @@ class DatasetBase(Dataset):
             self.num_rows_read += 1
             try:
                 with self.naming_row(number):
-                    mark = self._mark(self.to_example(row))
+                    mark = self._mark(self._example(row))
             except SampleError as error:
                 self.left_out[error.reason] += 1
                 self._left_out_numbers.append(number)
@@ -493,6 +520,19 @@ def _image_source(image: Any, row: Mapping[str, Any], base: Path | None) -> Imag
     if isinstance(image, bytes | str | Path | SceneImage | Image.Image | np.ndarray):
         return image
     raise SampleError("row_image", fields=sorted(row), got=type(image).__name__)
+
+
+def _found_images(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Finds the images that an adapter has only named; names start from the working directory."""
+    image = example.get("image")
+    if isinstance(image, list | tuple):
+        return {"image": [_found_image(each) for each in image]}
+    return {} if image is None else {"image": _found_image(image)}
+
+
+def _found_image(image: Any) -> Any:
+    named = isinstance(image, str | Mapping | bytearray | memoryview)
+    return resolve_image(image, base="") if named else image
 
 
 def example_images(example: Mapping[str, Any]) -> list[ImageSource]:

@@ -8,10 +8,9 @@ DATASET=package.mine:MyData   the same of an installed package
 
 from __future__ import annotations
 
-import base64
-import binascii
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -19,15 +18,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
-from urllib.parse import unquote
 
-from preprocess.datasets.base import DatasetBase, ImageSource
+from preprocess.datasets.base import DatasetBase
+from preprocess.datasets.images import resolve_image
 from preprocess.datasets.rows import Rows
 from preprocess.datasets.splits import SplitLayout, Unmatched, split_layout
 from preprocess.formats import (
     BROKEN,
     FORMATS,
     IMAGES,
+    NAME,
     ROWS,
     Spec,
     annotation_names,
@@ -37,7 +37,6 @@ from preprocess.formats import (
     read_spec,
     visible_files,
 )
-from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.keyed import hash_text
 
@@ -196,55 +195,6 @@ class OwnDataset(DatasetBase):
         example = parse_row(row, self.spec)
         images = [resolve_image(each, base=self.base) for each in example.pop("image", ())]
         return {**example, "image": images} if images else example
-
-
-def resolve_image(image: Any, *, base: str) -> ImageSource:
-    """Finds the image that a row names.
-
-    Args:
-      image: Bytes, the hub's {bytes, path}, a URL, a data: URL or a name.
-      base: Folder or URL that names start from.
-
-    Raises:
-      SampleError: `row_image`, `row_image_data`.
-    """
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes | bytearray | memoryview):
-        return bytes(image)
-    if not isinstance(image, str):
-        raise SampleError("row_image", fields=[], got=type(image).__name__)
-    if image.startswith(("http://", "https://")):
-        return str(image)
-    if image.startswith("data:"):
-        return _data(image)
-    if "://" in image and not image.startswith("file://"):
-        return _remote(image)
-    image = image.removeprefix("file://")
-    if "://" in base and not image.startswith("/"):
-        url = f"{base.rstrip('/')}/{image}"
-        return url if url.startswith(("http://", "https://")) else _remote(url)
-    return Path(base, image)
-
-
-def _data(url: str) -> bytes:
-    """Decodes a data: URL, in either alphabet of base64, with or without its padding."""
-    head, _, text = url.partition(",")
-    if not head.endswith(";base64"):
-        raise SampleError("row_image_data", error=f"it begins with {head[:40]!r}")
-    text = unquote("".join(text.split())).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise SampleError("row_image_data", error=error) from error
-
-
-def _remote(url: str) -> bytes:
-    try:
-        payload: bytes = storage.read_bytes(url)
-    except FileNotFoundError as error:
-        raise SampleError("image_missing.row", where=url, error="no such object") from error
-    return payload
 
 
 def list_files(source: str) -> list[str]:
@@ -413,4 +363,10 @@ def check_class(kind: Any, *, where: str) -> type[DatasetBase]:
     missing = sorted(getattr(kind, "__abstractmethods__", ()))
     if missing:
         raise ConfigError("dataset_code.methods", where=where, missing=", ".join(missing))
+    if not NAME.fullmatch(kind.name):
+        raise ConfigError("dataset_code.label", where=where, got=kind.name)
+    try:
+        inspect.signature(kind).bind("train", source="", limit=None, mode=None, unmatched="refuse")
+    except TypeError as error:
+        raise ConfigError("dataset_code.init", where=where, error=error) from error
     return kind

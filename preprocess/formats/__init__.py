@@ -19,13 +19,14 @@ from preprocess.formats.records import (
     open_records,
     visible_files,
 )
-from preprocess.formats.spec import Spec, read_spec
+from preprocess.formats.spec import NAME, Spec, read_spec
 
 __all__ = [
     "BROKEN",
     "FORMATS",
     "Guess",
     "IMAGES",
+    "NAME",
     "ROWS",
     "Records",
     "Spec",

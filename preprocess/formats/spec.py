@@ -35,7 +35,8 @@ _TYPES: Mapping[str, tuple[str, Any]] = {
     "validation": ("a number", (int, float)),
 }
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+"""Names of datasets, by which files are named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +142,7 @@ def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
                 hint=nearest(value, known),
                 want=", ".join(known),
             )
-    if not _NAME.fullmatch(spec.name):
+    if not NAME.fullmatch(spec.name):
         raise ConfigError(
             "spec_value",
             where=where,

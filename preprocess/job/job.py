@@ -386,6 +386,7 @@ _ROOT = Path(__file__).parents[2]
 
 _BYTE_SOURCES = (
     "preprocess/datasets/base.py",
+    "preprocess/datasets/images.py",
     "preprocess/datasets/rows.py",
     "preprocess/datasets/splits.py",
     "preprocess/formats/*.py",

@@ -253,14 +253,17 @@ def _spool_rows(
     num_rows = 0
     seen: Counter[str] = Counter()
 
+    first = ""  # error of the first row that is lost
+
     def good_rows() -> Iterator[bytes]:
-        nonlocal dead_rows, num_rows
+        nonlocal dead_rows, num_rows, first
         for row, error in _planned_rows(job, results, stamps):
             if error is None:
                 error = _repeated(job, row, seen)
             count = row.get("rows", 1)
             report.step(error.reason if error else "")
             if error is not None:
+                first = first or (str(error).splitlines() or [""])[0][:200]
                 lost.append(canonical_json(quarantine_line(row, stage="plan", error=error)))
                 reasons[error.reason] += count
                 dead_rows += count if _is_link(error) else 0
@@ -278,7 +281,7 @@ def _spool_rows(
     report.stage("plan", len(job.dataset))
     spool.write(good_rows())
     if not keys:
-        raise BudgetError("nothing_left", facts=dict(reasons.most_common()))
+        raise BudgetError("nothing_left", facts={**dict(reasons.most_common()), "first": first})
     _check_lost(job, reasons, dead_rows=dead_rows)
     return _Rows(keys=keys, lost=lost, reasons=reasons, num_rows=num_rows)
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from loader import StreamingDataset
 from preprocess.datasets import DatasetBase, dataset_class, example_images, is_own
-from preprocess.datasets.own import list_files, resolve_image
+from preprocess.datasets.images import resolve_image
+from preprocess.datasets.own import list_files
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import load_tokenizer
 from shardspec.errors import ConfigError, SampleError, SourceError
@@ -103,6 +104,7 @@ def test_a_name_lets_two_results_of_one_dataset_be_told_apart(inline_cli, data):
 
 
 CODE = """
+from dataclasses import dataclass
 from preprocess.datasets import DatasetBase
 
 class MyPhotos(DatasetBase):
@@ -122,6 +124,54 @@ class Examples(DatasetBase):
 class Empty(DatasetBase):
     pass
 
+class Failing(DatasetBase):
+    def load(self):
+        raise KeyError("boom")
+
+class Exiting(DatasetBase):
+    def load(self):
+        raise SystemExit(7)
+
+class NoRows(DatasetBase):
+    def load(self):
+        pass
+
+class Generating(DatasetBase):
+    def load(self):
+        yield {}
+
+class Keyed(DatasetBase):
+    def load(self):
+        return {"a": 1}
+
+class Slashed(DatasetBase):
+    name = "a/b"
+    def load(self):
+        return []
+
+class Constructed(DatasetBase):
+    def __init__(self):
+        pass
+    def load(self):
+        return []
+
+@dataclass
+class Row:
+    answer: str
+
+class Typed(DatasetBase):
+    def load(self):
+        return [Row(f"{WORD} {i}") for i in range(3)]
+    def to_example(self, row):
+        return {
+            "image": [PHOTO, FILE],
+            "messages": [
+                {"role": "user", "content": "From <image> to <image>?"},
+                {"role": "assistant", "content": row.answer},
+            ],
+        }
+    several_images = True
+
 OTHER = 3
 """
 
@@ -129,7 +179,10 @@ OTHER = 3
 @pytest.fixture
 def code(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(f"PHOTO = {photo(0)!r}\n" + CODE)
+    (tmp_path / f"{tmp_path.name}_word.py").write_text("WORD = 'Redder'\n")
+    (tmp_path / "ä b.png").write_bytes(photo(2))
+    head = f"from __future__ import annotations\nfrom {tmp_path.name}_word import WORD\n"
+    path.write_text(f"{head}PHOTO = {photo(0)!r}\nFILE = {str(tmp_path / 'ä b.png')!r}\n{CODE}")
     return path
 
 
@@ -186,6 +239,40 @@ def test_code_that_is_no_dataset_is_refused(name, reason, code):
     with pytest.raises(ConfigError) as caught:
         dataset_class(name.format(code))
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["Failing", "Exiting", "NoRows", "Generating", "Keyed"])
+def test_code_that_gives_no_rows_is_refused(name, code):
+    kind = dataset_class(f"{code}:{name}")
+    with pytest.raises(ConfigError) as caught:
+        kind()
+    assert caught.value.reason == "dataset_code"
+    if name == "Failing":
+        assert "KeyError: 'boom'" in str(caught.value)
+        assert caught.value.where.startswith(f"{code}:")
+
+
+@pytest.mark.parametrize("name", ["Slashed", "Constructed"])
+def test_class_that_no_job_can_use_is_refused(name, code):
+    with pytest.raises(ConfigError) as caught:
+        dataset_class(f"{code}:{name}")
+    assert caught.value.reason == "dataset_code"
+
+
+def test_file_that_ends_the_process_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text("import sys; sys.exit(3)")
+    with pytest.raises(ConfigError) as caught:
+        dataset_class(f"{tmp_path}/a.py:A")
+    assert "SystemExit: 3" in str(caught.value)
+
+
+def test_file_may_import_what_is_beside_it_and_name_its_images(inline_cli, code, tmp_path):
+    example = dataset_class(f"{code}:Typed")()[0]
+    assert example["image"][0] == photo(0)
+    assert example["image"][1].read_bytes() == photo(2)
+    build(inline_cli, f"{code}:Typed", tmp_path / "out")
+    stream = StreamingDataset(str(tmp_path / "out"), seed=1)
+    assert {len(stream.example(i)["images"]) for i in range(3)} == {2}
 
 
 def test_rows_that_are_generated_by_nobody_are_refused(code):

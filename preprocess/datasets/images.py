@@ -1,0 +1,62 @@
+"""Images as rows name them: bytes, the hub's {bytes, path}, URLs, data: URLs, files and objects."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from shardspec import storage
+from shardspec.errors import SampleError
+
+
+def resolve_image(image: Any, *, base: str) -> bytes | str | Path:
+    """Finds the image that a row names.
+
+    Args:
+      image: Bytes, the hub's {bytes, path}, a URL, a data: URL or a name.
+      base: Folder or URL that names start from.
+
+    Raises:
+      SampleError: `row_image`, `row_image_data`.
+    """
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if not isinstance(image, str):
+        raise SampleError("row_image", fields=[], got=type(image).__name__)
+    if image.startswith(("http://", "https://")):
+        return str(image)
+    if image.startswith("data:"):
+        return _data(image)
+    if "://" in image and not image.startswith("file://"):
+        return _remote(image)
+    image = image.removeprefix("file://")
+    if "://" in base and not image.startswith("/"):
+        url = f"{base.rstrip('/')}/{image}"
+        return url if url.startswith(("http://", "https://")) else _remote(url)
+    return Path(base, image)
+
+
+def _data(url: str) -> bytes:
+    """Decodes a data: URL, in either alphabet of base64, with or without its padding."""
+    head, _, text = url.partition(",")
+    if not head.endswith(";base64"):
+        raise SampleError("row_image_data", error=f"it begins with {head[:40]!r}")
+    text = unquote("".join(text.split())).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SampleError("row_image_data", error=error) from error
+
+
+def _remote(url: str) -> bytes:
+    try:
+        payload: bytes = storage.read_bytes(url)
+    except FileNotFoundError as error:
+        raise SampleError("image_missing.row", where=url, error="no such object") from error
+    return payload
