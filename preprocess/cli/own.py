@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 from preprocess.cli.make import make_arguments
 from preprocess.cli.verbs import Console, Verb
-from preprocess.datasets import OwnDataset, dataset_class, is_own
+from preprocess.datasets import OwnDataset, dataset_class, example_images, is_own
 from preprocess.formats import Spec
+from preprocess.media import ImageLimits, open_source
+from preprocess.recipe import read_path
 from preprocess.text import DataFormatter, TextPolicy, chat_frame
 from shardspec.errors import ConfigError, SampleError
 
@@ -82,27 +85,45 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     frame = chat_frame("role", None)
     formatter = DataFormatter(policy=TextPolicy(system_prompt="none", num_variants=1), frame=frame)
     problems: dict[str, int] = {}
+    told: dict[str, str] = {}
+    """Of the first row of each reason."""
     for item in islice(range(len(dataset)), _SHOWN_ROWS):
         try:
             example = dataset.get(item)
-            branches = formatter(example, key="inspect", image_sizes=[(1, 1)] * 64)
+            images = example_images(example)
+            sizes = [_image_size(each) for each in images]
+            branches = formatter(example, key="inspect", image_sizes=sizes)
         except SampleError as error:
             problems[error.reason] = problems.get(error.reason, 0) + 1
+            told.setdefault(error.reason, f"row {item}: {str(error).splitlines()[0]}")
             continue
-        images = example.get("image", [])
         lines += [f"row {item}: {len(images)} images {[_image_text(each) for each in images]}"]
         for branch in branches:
             for turn in branch.turns:
                 lines += [f"  prompt    {turn[0].prompt!r}", f"  response  {turn[0].response!r}"]
         break
-    lines += [f"{count} rows before it are left out: {name}" for name, count in problems.items()]
+    lines += [f"left out: {n:,} ({name}), first {told[name]}" for name, n in problems.items()]
     console.show("\n".join(lines))
     return 0
 
 
 def _spec_lines(spec: Spec) -> list[str]:
     source = spec.source if "://" in spec.source else str(Path(spec.source).absolute())
-    return [f'format = "{spec.format}"', f"source = {source!r}", f'name = "{spec.name}"']
+    return [
+        f'format = "{spec.format}"',
+        f"source = {json.dumps(source, ensure_ascii=False)}",
+        f'name = "{spec.name}"',
+    ]
+
+
+def _image_size(image: Any) -> tuple[int, int]:
+    """Reads the size of an image, which points in pixels need; a URL is not fetched for it."""
+    payload = image if isinstance(image, bytes) else b""
+    try:
+        payload = read_path(image) if isinstance(image, Path) else payload
+        return open_source(payload, limits=ImageLimits()).size
+    except SampleError:  # the job counts it
+        return 1, 1
 
 
 def _image_text(image: Any) -> str:

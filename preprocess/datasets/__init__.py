@@ -42,6 +42,7 @@ __all__ = [
     "example_images",
     "get_dataset",
     "is_own",
+    "offered_datasets",
 ]
 
 
@@ -49,6 +50,11 @@ def dataset_names() -> list[str]:
     """Lists the datasets, sorted."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     return sorted(name for name in names if name not in ("base", "images", "own", "rows", "splits"))
+
+
+def offered_datasets() -> dict[str, importlib.metadata.EntryPoint]:
+    """Finds the datasets that installed packages offer, by name."""
+    return {each.name: each for each in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
 
 
 def get_dataset(
@@ -93,7 +99,13 @@ def dataset_class(name: str) -> type[DatasetBase]:
         return kind
     if is_own(name):
         return _own_dataset(name)
-    offered = {each.name: each for each in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
+    offered = offered_datasets()
     if name in offered:
-        return _check_class(offered[name].load(), where=name)
+        try:
+            found = offered[name].load()
+        except (Exception, SystemExit) as error:  # whatever the package raises
+            told = f"{type(error).__name__}: {error}"
+            where = f"{name} = {offered[name].value}"
+            raise ConfigError("dataset_code.import", where=where, error=told) from error
+        return _check_class(found, where=name)
     raise ConfigError("unknown_dataset", name=name, hint=nearest(name, [*names, *offered]))

@@ -549,6 +549,43 @@ def test_inspect_shows_a_spec_and_a_row(inline_cli, data):
     assert done.err.splitlines()[0] == f"error: {told}"
 
 
+def test_inspect_shows_points_of_the_image_and_why_rows_are_left_out(inline_cli, tmp_path):
+    (tmp_path / "a.png").write_bytes(photo(0))
+    rows = [{"image": "a.png", "label": "cup", "points": p} for p in (3, [[28, 21]])]
+    (tmp_path / "it's ä.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = inline_cli.good("inspect", tmp_path / "it's ä.jsonl")
+    assert "500 500" in done.out
+    assert "left out: 1 (row_fields), first row 0: row has no usable points" in done.out
+    (tmp_path / "a.toml").write_text(
+        "\n".join(line for line in done.out.splitlines() if " = " in line and "#" not in line)
+    )
+    assert "500 500" in inline_cli.good("inspect", tmp_path / "a.toml").out
+
+
+@pytest.mark.parametrize("value", ["absent_module:A", "json:Nope", "json:loads"])
+def test_entry_point_that_is_no_dataset_is_refused(value, tmp_path, monkeypatch):
+    offer(tmp_path, value)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        dataset_class("offered")
+    assert caught.value.reason == "dataset_code"
+    assert "offered" in caught.value.where
+
+
+def test_datasets_of_packages_are_listed(inline_cli, tmp_path, monkeypatch):
+    offer(tmp_path, "preprocess.datasets.vqa2:DATASET")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "offered" in inline_cli.good("datasets").out.splitlines()
+    assert dataset_class("offered").name == "vqa2"
+
+
+def offer(folder, value):
+    info = folder / "offering-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offering\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[vlm_shards.datasets]\noffered = {value}\n")
+
+
 def test_web_dataset_tars_become_prepared_shards(inline_cli, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for i in range(4):
