@@ -158,6 +158,8 @@ def _uses(
     steps: np.ndarray, ranks: np.ndarray, blocks: np.ndarray, *, scale: float
 ) -> dict[int, list[_Use]]:
     """Lists what each step uses of a part of the blocks, chosen by hash."""
+    if not blocks.size:  # the epoch begins and ends inside a step of the one before
+        return {}
     kept = np.ones(blocks.shape, np.bool_)
     if scale < 1:
         mixed = blocks.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

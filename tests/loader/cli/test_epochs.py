@@ -30,6 +30,11 @@ def test_one_node_with_room_for_all_fetches_everything_once(locality):
     assert found.replayed == 1.0
 
 
+def test_epochs_shorter_than_a_step_are_those_of_the_first():
+    found = replay(manifest([3, 2]), nodes=1, global_batch_size=64, canonical_ranks=64)
+    assert found.num_bytes == (5 * SAMPLE, 0, 0)
+
+
 def test_a_node_keeps_its_own_samples_only_where_the_order_lets_it():
     # A little less than what a node touches of whole blocks.
     by_locality = {
