@@ -449,8 +449,8 @@ class _Table(Sequence[Row]):
 class _Groups(Sequence[Row]):
     """The rows of a Parquet file, a row group in memory at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
         self._starts = [0]
         metadata = self._file().metadata
         for group in range(metadata.num_row_groups):
@@ -469,8 +469,19 @@ class _Groups(Sequence[Row]):
         group = bisect_right(self._starts, i) - 1
         held = self._held  # another thread may replace it
         if held[0] != group:
-            held = self._held = (group, self._file().read_row_group(group))
-        return held[1].slice(i - self._starts[group], 1).to_pylist()[0]
+            held = self._held = (group, self._read(group))
+        try:
+            return held[1].slice(i - self._starts[group], 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            where = f"{self._name} row {i + 1}"
+            return {BROKEN: SampleError("row_json", where=where, error=str(error)[:80])}
+
+    def _read(self, group: int) -> Any:
+        try:
+            return self._file().read_row_group(group)
+        except (OSError, ValueError) as error:  # Arrow's errors are of these
+            told = f"row group {group}: {(str(error).splitlines() or [''])[0]}"[:200]
+            raise SourceError("source_unreadable", where=self._name, error=told) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": (-1, None)}
@@ -580,7 +591,7 @@ _READERS: Mapping[str, Callable[[Path, str], Sequence[Row]]] = {
     ".ndjson": _open_lines,
     ".csv": _open_csv,
     ".tsv": _open_csv,
-    ".parquet": lambda path, _: _Groups(path),
+    ".parquet": _Groups,
     ".arrow": _open_arrow,
     ".tar": _Tar,
 }

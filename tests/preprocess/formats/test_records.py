@@ -214,6 +214,21 @@ def test_annotations_are_found_beside_the_questions(answers, packed, tmp_path):
     assert row["answers"] == ["2"]
 
 
+def test_damaged_parquet_is_named_and_a_text_that_is_not_utf8_is_one_bad_row(tmp_path):
+    table = pa.table({"text": [f"name {i} " * 9 for i in range(8)]})
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(table, path, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"name 3", b"na\xffe 3"))
+    rows = list(open_records(str(path)))
+    assert [BROKEN in row for row in rows] == [i == 3 for i in range(8)]
+    assert rows[3][BROKEN].where == f"{path} row 4"
+    path.write_bytes(whole[:4] + bytes(40) + whole[44:])
+    with pytest.raises(SourceError) as caught:
+        list(open_records(str(path)))
+    assert (caught.value.reason, caught.value.where) == ("source_unreadable", str(path))
+
+
 def test_values_of_a_wrapped_list_that_are_no_rows_are_bad_rows(tmp_path):
     (tmp_path / "a.json").write_text('{"data": [{"a": 1}, 3, "x"]}')
     rows = list(open_records(str(tmp_path / "a.json")))
