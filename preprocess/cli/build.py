@@ -9,7 +9,7 @@ from typing import Annotated
 
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb, default_output
-from preprocess.datasets import dataset_class, dataset_names, offered_datasets
+from preprocess.datasets import dataset_class, dataset_names
 from preprocess.job import DryRun, JobSettings, Outcome, count_rows, dry_run, run_job
 from preprocess.media import ImagePolicy
 from preprocess.settings import Setting
@@ -136,7 +136,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
 
 
 def _datasets(options: argparse.Namespace, console: Console) -> int:  # noqa: ARG001
-    console.show("\n".join([*dataset_names(), *sorted(offered_datasets())]))
+    console.show("\n".join(dataset_names(offered=True)))
     return 0
 
 

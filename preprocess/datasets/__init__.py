@@ -42,18 +42,17 @@ __all__ = [
     "example_images",
     "get_dataset",
     "is_own",
-    "offered_datasets",
 ]
 
 
-def dataset_names() -> list[str]:
-    """Lists the datasets, sorted."""
+def dataset_names(*, offered: bool = False) -> list[str]:
+    """Lists the datasets, sorted; with `offered` also those of installed packages."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
+    names += _offered() if offered else []
     return sorted(name for name in names if name not in ("base", "images", "own", "rows", "splits"))
 
 
-def offered_datasets() -> dict[str, importlib.metadata.EntryPoint]:
-    """Finds the datasets that installed packages offer, by name."""
+def _offered() -> dict[str, importlib.metadata.EntryPoint]:
     return {each.name: each for each in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
 
 
@@ -99,7 +98,7 @@ def dataset_class(name: str) -> type[DatasetBase]:
         return kind
     if is_own(name):
         return _own_dataset(name)
-    offered = offered_datasets()
+    offered = _offered()
     if name in offered:
         try:
             found = offered[name].load()
