@@ -26,6 +26,7 @@ import hashlib
 import io
 import json
 import re
+import traceback
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -321,10 +322,22 @@ class DatasetBase(Dataset):
     def _open_rows(self) -> Rows:
         if self.source == "sample":
             return self._sample_rows(self.limit)
-        rows = self.load()
-        if isinstance(rows, Rows):
-            return rows
-        return Rows([lambda: rows], lengths=[len(rows)], kind={"kind": "code"})
+        try:
+            rows = self.load()
+            if isinstance(rows, Rows):
+                return rows
+            return Rows([lambda: rows], lengths=[len(rows)], kind={"kind": "code"})
+        except (ShardsError, MemoryError):
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise SourceError(
+                "source_rows",
+                where=self.source,
+                dataset=self.name,
+                error=f"{type(error).__name__}: {error}",
+                at=f"{last.filename}:{last.lineno}",
+            ) from error
 
     def _sample_rows(self, limit: int | None) -> Rows:
         seed = keyed(hash_text(self.name), hash_text(self.split)) % 2**31
@@ -373,10 +386,12 @@ class DatasetBase(Dataset):
 
     def _marks(self) -> Iterator[tuple[int, int]]:
         """Reads the rows in order and hashes what each is about; counts those that cannot be."""
-        for number, row in enumerate(self.rows):
+        for number, row in enumerate(self.rows.attempts()):
             self.num_rows_read += 1
             try:
                 with self.naming_row(number):
+                    if isinstance(row, Exception):
+                        raise row
                     mark = self._mark(self.to_example(row))
             except SampleError as error:
                 self.left_out[error.reason] += 1
