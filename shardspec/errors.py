@@ -259,7 +259,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     "did you mean 'pixmo_cap'?"
     >>> nearest("x", ["pixmo_cap", "vqa2"])
     'known: pixmo_cap, vqa2'
+    >>> nearest("image_size", ["IMAGE_SIZE"])
+    "did you mean 'IMAGE_SIZE'?"
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    same = [each for each in names if each.lower() == name.lower()]
+    close = same or difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(names)

@@ -327,6 +327,19 @@ SHAPES = {
         eos="<|endoftext|>",
         writes_bos=True,
     ),
+    # One token begins a text and ends an answer.
+    "olmo2": Shape(
+        template="{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{{ '<|system|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'user' %}"
+        "{{ '<|user|>\n' + message['content'] + '\n' }}{% else %}{{ '<|assistant|>\n'"
+        " + message['content'] + eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+        "{% endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}"
+        "{% endif %}{% endfor %}",
+        tokens=("<|endoftext|>",),
+        bos="<|endoftext|>",
+        eos="<|endoftext|>",
+        writes_bos=True,
+    ),
     # A default system text with the date in it.
     "mistral-small": Shape(
         template="{%- set today = strftime_now('%Y-%m-%d') %}\n"
@@ -430,6 +443,38 @@ REFUSED = {
     "capital letters": (
         "{% for m in messages %}{{ m.content | upper + eos_token }}{% endfor %}",
         "changes texts",
+    ),
+    "small letters": (
+        "{% for m in messages %}{{ m.content | lower + eos_token }}{% endfor %}",
+        "changes texts",
+    ),
+    "long texts are cut": (
+        "{% for m in messages %}{{ m.content[:4000] + eos_token }}{% endfor %}",
+        "changes texts",
+    ),
+    "long texts are marked": (
+        "{% for m in messages %}{{ ('LONG ' if m.content | length > 500 else '') + m.content"
+        " + eos_token }}{% endfor %}",
+        "changes texts",
+    ),
+    "numbers are read": (
+        "{% for m in messages %}{{ (m.content | int if m.content.isdigit() else m.content) | string"
+        " + eos_token }}{% endfor %}",
+        "changes texts",
+    ),
+    "links": (
+        "{% for m in messages %}{{ m.content | replace('http' ~ '://', '') + eos_token }}"
+        "{% endfor %}",
+        "changes texts",
+    ),
+    "only the last ten messages": (
+        "{% for m in messages[-10:] %}{{ m.content + eos_token }}{% endfor %}",
+        "other markup",
+    ),
+    "long conversations are marked": (
+        "{{ 'long' if messages | length > 20 }}{% for m in messages %}{{ m.content + eos_token }}"
+        "{% endfor %}",
+        "other markup",
     ),
     "lines are joined": (
         "{% for m in messages %}{{ m.content | replace('\n', ' ') + eos_token }}{% endfor %}",

@@ -19,7 +19,15 @@ import numpy as np
 
 from preprocess.annotate.join import Joined, UnknownKeys, join, parse_fills
 from preprocess.annotate.table import ColumnTable, read_table
-from preprocess.job import Reporter, output_lock, publish_columns, read_columns
+from preprocess.job import (
+    Difference,
+    Reporter,
+    find_differences,
+    output_lock,
+    publish_columns,
+    read_columns,
+    table,
+)
 from preprocess.reshard import (
     ReshardPlan,
     ReshardSettings,
@@ -40,7 +48,6 @@ from shardspec.manifest import (
     Manifest,
     ShardEntry,
     View,
-    differences,
     fingerprint,
     load_manifest,
 )
@@ -280,8 +287,10 @@ def _finished(annotation: Annotation) -> AnnotateOutcome | None:
     if {name: entry.build_key for name, entry in manifest.splits.items()} != want:
         ours = {split: annotation.source_of(split) for split in annotation.joined}
         theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
-        found = differences(theirs, ours, "splits") or ["other shards"]
-        raise ConflictError("job_conflict.result", where=out, differences="; ".join(found))
+        found = find_differences({"splits": theirs}, {"splits": ours}) or [
+            Difference(field="shards", old="others", new="others")
+        ]
+        raise ConflictError("job_conflict.result", where=out, table=table(found))
     payload = storage.read_bytes(storage.join(out, MANIFEST_NAME))
     return AnnotateOutcome(
         manifest=manifest, sha256=hashlib.sha256(payload).hexdigest(), fresh=False

@@ -35,7 +35,8 @@ def make_arguments(given: Sequence[str], verbs: Mapping[str, argparse.ArgumentPa
       verbs: The parser of each verb.
 
     Raises:
-      ConfigError: `make_variable` (unknown, missing, or not a switch's value), `make_target`.
+      ConfigError: `make_variable` (unknown, missing, empty, or not a switch's value),
+        `make_target`.
     """
     verb, pairs = (given[0] if given else ""), dict(each.split("=", 1) for each in given[1:])
     if verb not in verbs:
@@ -54,6 +55,9 @@ def make_arguments(given: Sequence[str], verbs: Mapping[str, argparse.ArgumentPa
     for name, action in known.items():
         if action.required and not pairs.get(name):
             raise ConfigError("make_variable.missing", verb=verb, name=name, help=action.help)
+    for name, value in pairs.items():
+        if not value and known[name].nargs != 0:
+            raise ConfigError("make_variable.empty", name=name)
     flags: list[str] = []
     positionals: list[str] = []
     for name, action in known.items():

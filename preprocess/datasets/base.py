@@ -400,10 +400,12 @@ class DatasetBase(Dataset):
 
     def _marks(self) -> Iterator[tuple[int, int]]:
         """Reads the rows in order and hashes what each is about; counts those that cannot be."""
-        for number, row in enumerate(self.rows):
+        for number, row in enumerate(self.rows.attempts()):
             self.num_rows_read += 1
             try:
                 with self.naming_row(number):
+                    if isinstance(row, Exception):
+                        raise row
                     mark = self._mark(self._example(row))
             except SampleError as error:
                 self.left_out[error.reason] += 1

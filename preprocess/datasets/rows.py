@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.datasets.splits import SplitLayout, Unmatched, folder_layout
-from shardspec.errors import SourceError
+from shardspec.errors import SampleError, ShardsError, SourceError
 
 Piece = Sequence[Mapping[str, Any]]
 
@@ -74,6 +74,29 @@ class Rows(Sequence[Mapping[str, Any]]):
         for p in range(len(self._pieces)):
             yield from self._piece(p)
 
+    def attempts(self) -> Iterator[Mapping[str, Any] | Exception]:
+        """Reads all rows in order; what a row cannot be read for comes in its place.
+
+        A piece that cannot be read ends it, as an error of the source.
+        """
+        for p in range(len(self._pieces)):
+            piece, done = self._piece(p), 0
+            try:
+                for row in piece:
+                    yield row
+                    done += 1
+            except Exception as error:
+                if _ends_job(error):
+                    raise
+            # An iterator that has raised is at its end: the others are read one by one.
+            for i in range(done, len(piece)):
+                try:
+                    yield piece[i]
+                except Exception as error:
+                    if _ends_job(error):
+                        raise
+                    yield error
+
     def locate(self, i: int) -> tuple[str, int]:
         """Finds the file of a row, "" where there is none, and the row's number in it from 0 on."""
         if not self._origins:
@@ -109,12 +132,23 @@ class ArrowRows(Sequence[Mapping[str, Any]]):
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i - self._start < len(self._rows):
             self._start = i - i % ROWS_AT_ONCE
-            self._rows = self._table.slice(self._start, ROWS_AT_ONCE).to_pylist()
+            self._rows = []
+            try:
+                self._rows = self._table.slice(self._start, ROWS_AT_ONCE).to_pylist()
+            except (ValueError, OverflowError, ArithmeticError):
+                # A value that Python has no object for, such as text that is not UTF-8: the other
+                # rows are good.
+                return self._table.slice(i, 1).to_pylist()[0]
         return self._rows[i - self._start]
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for start in range(0, len(self), ROWS_AT_ONCE):
             yield from self._table.slice(start, ROWS_AT_ONCE).to_pylist()
+
+
+def _ends_job(error: Exception) -> bool:
+    """Returns True for what is not the fault of one row."""
+    return isinstance(error, ShardsError | MemoryError) and not isinstance(error, SampleError)
 
 
 def _num_bytes(piece: Piece) -> int:

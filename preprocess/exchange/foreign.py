@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,15 @@ from typing import IO, Annotated, Any, get_args
 import numpy as np
 
 from preprocess.exchange.census import Census, describe
-from preprocess.job import Reporter, output_lock, require_name, shard_name
+from preprocess.job import (
+    Difference,
+    Reporter,
+    find_differences,
+    output_lock,
+    require_name,
+    shard_name,
+    table,
+)
 from preprocess.job.engines import local
 from preprocess.reshard import portable_url, read_notes, repeated_key
 from preprocess.settings import Setting, usable_cores
@@ -158,7 +167,7 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
     )
     build_key = fingerprint([context.build_key(task) for task in range(len(tars))])
     with output_lock(settings.out) as require_held:
-        _check_conflict(settings, build_key)
+        _check_conflict(context, settings, build_key)
         receipts = _index_all(context, settings, report)
         if not any(receipt.shard.nsamples for receipt in receipts):
             raise ConfigError("import_tars.empty", where=settings.out)
@@ -221,19 +230,40 @@ def _require_there(url: str) -> ObjectVersion:
     return found
 
 
-def _check_conflict(settings: ImportSettings, build_key: str) -> None:
+def _check_conflict(context: ImportContext, settings: ImportSettings, build_key: str) -> None:
     manifest = load_manifest(settings.out)
     if manifest is None:
         _check_unfinished(settings.out)
         return
     entry = manifest.splits.get(settings.split)
     if entry is None or entry.build_key != build_key or manifest.dataset != settings.name:
-        raise ConflictError(
-            "job_conflict.dataset",
-            where=settings.out,
-            dataset=manifest.dataset,
-            splits=sorted(manifest.splits),
-        )
+        found = find_differences(_described(manifest), _asked(context, settings)) or [
+            Difference(field="tars", old="as they were", new="written since")
+        ]
+        raise ConflictError("job_conflict.dataset", where=settings.out, table=table(found))
+
+
+def _described(manifest: Manifest) -> dict[str, Any]:
+    """Says what an output holds, as settings of an import."""
+    source = next(iter(manifest.splits.values())).source if manifest.splits else {}
+    files = manifest.view.files if manifest.view is not None else ()
+    return {
+        "kind": source.get("kind", "shards"),
+        "NAME": manifest.dataset,
+        "SPLIT": ", ".join(sorted(manifest.splits)),
+        "DOTS": source.get("dots", "first"),
+        "tars": sorted(posixpath.basename(file.url) for file in files),
+    }
+
+
+def _asked(context: ImportContext, settings: ImportSettings) -> dict[str, Any]:
+    return {
+        "kind": "import",
+        "NAME": settings.name,
+        "SPLIT": settings.split,
+        "DOTS": settings.dots,
+        "tars": sorted(posixpath.basename(url) for url in context.tars),
+    }
 
 
 def _check_unfinished(out: str) -> None:

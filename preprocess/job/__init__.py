@@ -12,6 +12,7 @@ from preprocess.job.build import (
     valid_receipts,
 )
 from preprocess.job.columns import publish_columns, read_columns
+from preprocess.job.conflicts import Difference, find_differences, table
 from preprocess.job.dry_run import DryRun, dry_run
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.job import JobSettings, Reporter
@@ -36,9 +37,11 @@ __all__ = [
     "Reporter",
     "RowCounts",
     "ShardCount",
+    "Difference",
     "DryRun",
     "count_rows",
     "count_shards",
+    "find_differences",
     "find_strays",
     "output_lock",
     "is_in_place",
@@ -57,6 +60,7 @@ __all__ = [
     "shard_name",
     "stored_sizes",
     "dry_run",
+    "table",
     "valid_receipts",
     "verify",
 ]

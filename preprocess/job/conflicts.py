@@ -33,17 +33,26 @@ _VARIABLES = {
     "recipe.text.num_variants": "VARIANTS",
     "recipe.text.point_format": "POINT_FORMAT",
     "recipe.text.choices": "CHOICES",
+    "recipe.text.chat_date": "CHAT_DATE",
+    "recipe.text.whitespace": "WHITESPACE",
+    "recipe.text.placeholders": "PLACEHOLDERS",
     "recipe.text.paraphrase": "PARAPHRASE",
     "recipe.image.views.0.size_px": "IMAGE_SIZE",
     "recipe.image.views.0.patch_px": "PATCH_SIZE",
     "recipe.image.views.0.max_crops": "CROPS",
     "recipe.image.views.1.max_crops": "HIGH_RES_CROPS",
     "recipe.image.views.0.fit": "IMAGE_FIT",
+    "recipe.image.views.0.small_sides": "SMALL_SIDES",
     "recipe.image.headroom": "IMAGE_BOUND",
     "recipe.image.max_side_px": "IMAGE_BOUND",
     "recipe.image.codec": "CODEC",
     "recipe.image.quality": "QUALITY",
     "recipe.image.keep": "KEEP",
+    "recipe.image.resample": "RESAMPLE",
+    "recipe.image.limits.max_megapixels": "MAX_MEGAPIXELS",
+    "recipe.image.limits.max_source_side_px": "MAX_SOURCE_SIDE",
+    "recipe.image.limits.max_aspect": "MAX_ASPECT",
+    "recipe.image.limits.max_decode_bytes": "DECODE_MEMORY",
     "shard_bytes": "SHARD_SIZE",
     "num_shards": "NUM_SHARDS",
 }
@@ -96,9 +105,16 @@ def find_differences(old: object, new: object) -> list[Difference]:
     )
 
 
-def table(differences: Sequence[Difference]) -> str:
-    """Lays differences out as lines under a heading."""
-    rows = [("setting", "in the output", "now")]
+def table(
+    differences: Sequence[Difference], *, heads: tuple[str, str] = ("in the output", "now")
+) -> str:
+    """Lays differences out as lines under a heading.
+
+    Args:
+      differences: As `find_differences` gives them.
+      heads: What the two values are.
+    """
+    rows = [("setting", *heads)]
     for each in differences[:MAX_ROWS]:
         rows.append((each.name, *_cells(each.old, each.new)))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]

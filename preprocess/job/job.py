@@ -217,11 +217,14 @@ class JobSettings:
     def __post_init__(self) -> None:
         checks = {
             "split": is_name(self.split),
+            "source": bool(self.source.strip()),
+            "cache": bool(self.cache.strip()),
             "name": self.name is None or is_name(self.name),
             "limit": self.limit is None or self.limit >= 1,
             "shard_bytes": self.shard_bytes >= 2**20,
             "num_shards": self.num_shards is None or self.num_shards >= 1,
             "num_workers": self.num_workers >= 1,
+            "image_memory": self.image_memory is None or self.image_memory >= 1,
             "max_dead_links": _is_share(self.max_dead_links),
             "max_lost_rows": _is_share(self.max_lost_rows),
             "max_bad_samples": _is_share(self.max_bad_samples),
@@ -317,7 +320,9 @@ class Job:
         largest = s.recipe.image.limits.max_decode_bytes
         return MemoryBudget(
             folder=str(self.blobs.root / "locks"),  # local, and shared by the jobs of a machine
-            total_bytes=s.image_memory or max(largest, usable_memory() // 2),
+            total_bytes=(
+                max(largest, usable_memory() // 2) if s.image_memory is None else s.image_memory
+            ),
             largest_bytes=largest,
             num_workers=s.num_workers,
         )

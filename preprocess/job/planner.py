@@ -78,7 +78,12 @@ def load_plan(job: Job, report: Reporter | None = None) -> Plan | None:
     identity = read_json(job.identity_url)
     if document is None or identity is None or differences(identity, job.identity, "job"):
         return None
-    compared = job.compare_files()
+    try:
+        compared = job.compare_files()
+    except StorageError as error:
+        if error.reason != "stamps":
+            raise
+        return None
     if compared is not None and compared.num_changed:
         if report is not None:
             first = next(iter(compared.changed.items()))

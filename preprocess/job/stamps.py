@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from shardspec import storage
+from shardspec.errors import StorageError
 from shardspec.keyed import hash_text
 
 Compare = Literal["time", "content", "none"]
@@ -156,6 +158,9 @@ def compare_files(url: str, row_files: Iterable[Path], *, how: Compare) -> Compa
 
     Returns:
       None where nothing was compared: there are no stamps, or `how` is "none".
+
+    Raises:
+      StorageError: `stamps`: they are damaged.
     """
     if how == "none":
         return None
@@ -166,7 +171,7 @@ def compare_files(url: str, row_files: Iterable[Path], *, how: Compare) -> Compa
     changed: dict[str, str] = {}
     num_changed, num_files = 0, 0
     left = {str(path.absolute()) for path in row_files}
-    batches = _batches(_stamps(payload))
+    batches = _batches(_stamps(payload, where=url))
 
     def found(stamps: list[Stamp]) -> list[tuple[Stamp, str]]:
         return [(stamp, _change(stamp, how)) for stamp in stamps]
@@ -191,17 +196,28 @@ def compare_files(url: str, row_files: Iterable[Path], *, how: Compare) -> Compa
     return Compared(num_files=num_files, num_changed=num_changed, changed=changed, how=f"by {by}")
 
 
-def _stamps(payload: bytes) -> Iterator[Stamp]:
-    with gzip.open(io.BytesIO(payload)) as stream:
-        for line in stream:
-            path, num_bytes, mtime_ns, digest, holds_rows = json.loads(line)
-            yield Stamp(
-                path=path,
-                num_bytes=num_bytes,
-                mtime_ns=mtime_ns,
-                digest=digest,
-                holds_rows=holds_rows,
-            )
+def _stamps(payload: bytes, *, where: str) -> Iterator[Stamp]:
+    try:
+        with gzip.open(io.BytesIO(payload)) as stream:
+            for line in stream:
+                yield _stamp(json.loads(line))
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
+        raise StorageError("stamps", where=where, error=str(error)) from error
+
+
+def _stamp(fields: list[Any]) -> Stamp:
+    path, num_bytes, mtime_ns, digest, holds_rows = fields
+    stamp = Stamp(
+        path=path, num_bytes=num_bytes, mtime_ns=mtime_ns, digest=digest, holds_rows=holds_rows
+    )
+    if not (
+        isinstance(path, str)
+        and isinstance(num_bytes, int | None)
+        and isinstance(mtime_ns, int)
+        and isinstance(digest, str)
+    ):
+        raise TypeError("a field is of another type")
+    return stamp
 
 
 def _change(stamp: Stamp, how: Compare) -> str:

@@ -23,10 +23,12 @@ import numpy as np
 from preprocess.job import (
     Reporter,
     ShardCount,
+    find_differences,
     read_columns,
     require_name,
     shard_borders,
     shard_name,
+    table,
 )
 from preprocess.reshard.assign import (
     Advice,
@@ -59,7 +61,6 @@ from shardspec.manifest import (
     FileEntry,
     Manifest,
     Segment,
-    differences,
     fingerprint,
     parse_manifest,
 )
@@ -412,19 +413,29 @@ def _check_alike(sources: Sequence[ReshardSource]) -> None:
     first = sources[0].manifest
     for source in sources[1:]:
         other = source.manifest
-        found = [
-            *differences({"raw": first.raw}, {"raw": other.raw}, "manifest"),
-            *differences(dict(first.recipe), dict(other.recipe), "recipe"),
-            *differences(asdict(first.tokenizer), asdict(other.tokenizer), "tokenizer"),
-        ]
+        ours, theirs = (_recipe_of(manifest) for manifest in (first, other))
+        found = find_differences(ours, theirs)
         if found:
             raise ConflictError(
-                "recipe_conflict.sources", where=source.url, differences="; ".join(found)
+                "recipe_conflict.sources", where=source.url, table=table(found, heads=_SOURCES)
             )
-        ours, theirs = (_alike_types(manifest) for manifest in (first, other))
-        found = differences(ours, theirs, "columns")
+        found = find_differences(_alike_types(first), _alike_types(other))
         if found:
-            raise ConflictError("columns_conflict", where=source.url, differences="; ".join(found))
+            raise ConflictError(
+                "columns_conflict", where=source.url, table=table(found, heads=_SOURCES)
+            )
+
+
+_SOURCES = ("in the first source", "in this one")
+
+
+def _recipe_of(manifest: Manifest) -> dict[str, Any]:
+    """What the manifests of sources must have in common."""
+    return {
+        "raw": manifest.raw,
+        "recipe": dict(manifest.recipe),
+        "tokenizer": asdict(manifest.tokenizer),
+    }
 
 
 def _alike_types(manifest: Manifest) -> dict[str, str]:

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from preprocess.job import (
+    Difference,
     Reporter,
+    find_differences,
     is_in_place,
     output_lock,
     publish_columns,
@@ -29,6 +31,7 @@ from preprocess.job import (
     require_space,
     scratch_folder,
     stored_sizes,
+    table,
     valid_receipts,
 )
 from preprocess.job.engines import local
@@ -52,7 +55,6 @@ from shardspec.manifest import (
     SplitEntry,
     View,
     canonical_json,
-    differences,
     load_manifest,
 )
 from shardspec.probe import check_stored_tokenizer
@@ -376,8 +378,10 @@ def _finished(plan: ReshardPlan) -> Resharded | None:
     if {name: entry.build_key for name, entry in manifest.splits.items()} != want:
         ours = {split.split: plan.source_of(split) for split in plan.splits}
         theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
-        found = differences(theirs, ours, "splits") or ["other shards"]
-        raise ConflictError("job_conflict.result", where=out, differences="; ".join(found))
+        found = find_differences({"splits": theirs}, {"splits": ours}) or [
+            Difference(field="shards", old="others", new="others")
+        ]
+        raise ConflictError("job_conflict.result", where=out, table=table(found))
     if manifest.view is None:
         for split in manifest.splits:
             sizes = stored_sizes(out, split)

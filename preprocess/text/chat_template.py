@@ -5,7 +5,7 @@ conversation is read off renderings of sentinel texts, in the process that loads
 
 1. Conversations of one to four exchanges are rendered by transformers' `apply_chat_template`. The
    markup of a turn may depend on whether it is the first and whether it is the last one, and on
-   whether there is a system text; on nothing else.
+   whether there is a system text; on nothing else. Longer conversations must be alike.
 2. An answer ends in one added token, the *end of turn*. What follows it after the last answer (a
    line break, as a rule) is not part of the sequence: nothing that is learned comes after it.
 3. A template that trims texts is trimmed after. Literals of the template that change a text which
@@ -287,7 +287,8 @@ class _Reader:
                 raise _Refused("its BOS or end of turn depends on the system text")
         bos, tail, end = ends
         frame = TemplateFrame(bos=bos, tail=tail, end=end, plain=plain, system=system)
-        self._check_spaces(frame)
+        self._check_texts(frame)
+        self._check_numbers(frame)
         return replace(
             frame,
             changed=tuple(self._changing(frame)),
@@ -298,7 +299,7 @@ class _Reader:
         """Reads the markup off conversations of every length; also (BOS, tail, end of turn)."""
         pieces = [self._pieces(count, system=system) for count in range(1, MOST_EXCHANGES + 1)]
         tail, end = self._end(pieces)
-        bos = self._bos(pieces[0])
+        bos = self._bos(pieces, tail + end)
         found: dict[tuple[bool, bool], TurnMarkup] = {}
         for count, parts in enumerate(pieces, start=1):
             left, right = (
@@ -378,12 +379,18 @@ class _Reader:
                 return tail, end
         raise _Refused(f"no added token ends every answer: {sorted(set(after), key=len)[:3]}")
 
-    def _bos(self, first: Sequence[str]) -> str:
+    def _bos(self, pieces: Sequence[Sequence[str]], ending: str) -> str:
+        """Finds the BOS token in front, if the template writes one."""
         bos = self.loaded.bos_token or ""
+        first, second = pieces[0], pieces[1]
+        if not bos or not first[0].startswith(bos):
+            return ""
+        if ending.endswith(bos):
+            # One token begins a text and ends an answer, as OLMo 2's does: the next turn has none.
+            return "" if second[2].removeprefix(ending).lstrip().startswith(bos) else bos
         # Once in a conversation: ChatML tokenizers may call <|im_start|>, which opens each of the
         # turns, their BOS.
-        once = sum(part.count(bos) for part in first) == 1 if bos else False
-        return bos if once and first[0].startswith(bos) else ""
+        return bos if sum(part.count(bos) for part in first) == 1 else ""
 
     def _stripped(
         self, count: int, parts: Sequence[str], *, side: str, system: bool
@@ -419,8 +426,8 @@ class _Reader:
         got, plain = text.partition(mark)[2], whole.partition(mark)[2]
         return _run(got, pad) > _run(plain, pad)
 
-    def _check_spaces(self, frame: TemplateFrame) -> None:
-        """Refuses templates that change the space in or around texts in another way."""
+    def _check_texts(self, frame: TemplateFrame) -> None:
+        """Refuses templates that change a text otherwise than by the space around it."""
         for text in (
             "a\nb",
             "a\n\nb",
@@ -429,10 +436,22 @@ class _Reader:
             "  a  ",
             "\t\na \n",
             "<b>&'\"\\ {{ x }}{% y",
+            "Ab cD",
+            "007",
+            "See http://www.example.com/A?b=1#c or A_b@example.com.",
+            _LONG,
         ):
             for system in ("", text) if frame.system is not None else ("",):
                 if not self._renders(frame, [(text, text)] * 3, system=system):
                     raise _Refused(f"it changes texts such as {text!r}")
+
+    def _check_numbers(self, frame: TemplateFrame) -> None:
+        """Refuses templates in which a turn far from both ends has other markup, or none."""
+        for number in _NUMBERS:
+            pairs = [(f"q{t}", f"a{t}") for t in range(number)]
+            for system in ("", "s") if frame.system is not None else ("",):
+                if not self._renders(frame, pairs, system=system):
+                    raise _Refused(f"a conversation of {number} exchanges has other markup")
 
     def _changing(self, frame: TemplateFrame) -> Iterator[str]:
         """Finds the literals of the template that change a text which contains them."""
@@ -462,6 +481,12 @@ class _Reader:
         except _Refused:
             return False
 
+
+_LONG = "".join(f"Word {i}, " for i in range(2000)) + "end"
+"""More than templates that cut texts or look at their length leave as it is."""
+
+_NUMBERS = (5, 6, 7, 8, 12, 20, 50)
+"""Exchanges of conversations that need not be read, only to be as the others are."""
 
 _PADS = " \n\t\r\u3000"
 """Space of every kind: what strips all of it strips with `str.strip()`."""

@@ -160,7 +160,8 @@ def test_bos_is_the_one_that_the_template_writes(shapes, name):
     assert ("bos" in ids) == loaded.shape.writes_bos
     ((sequence, _),) = loaded.branches([EXCHANGES[:1]])
     if loaded.shape.writes_bos:
-        assert sequence.count(ids["bos"]) == 1
+        assert sequence.count(ids["bos"]) == 1 + (ids["bos"] == ids["eos"])
+        assert sequence[0] == ids["bos"]
     assert loaded.ours.chat.changed == tuple(
         text for text in loaded.ours.chat.changed if "think" in text
     )

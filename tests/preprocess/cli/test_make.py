@@ -52,7 +52,7 @@ def test_variables_become_the_flags_of_the_verb(given, wanted):
     assert arguments(*given) == wanted
 
 
-@given(value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+@given(value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 def test_every_value_reaches_the_option_as_it_is(value):
     got = arguments("filter", "SRC=a", "DST=b", f"WHERE={value}")
     options = command_line()[0].parse_args(got)
@@ -69,7 +69,8 @@ def test_values_that_look_like_flags_stay_values():
     [
         ("IMGSIZE", "did you mean 'IMAGE_SIZE'?"),
         ("TOKENISER", "did you mean 'TOKENIZER'?"),
-        ("tokenizer", "known: "),
+        ("tokenizer", "did you mean 'TOKENIZER'?"),
+        ("image_size", "did you mean 'IMAGE_SIZE'?"),
         ("WHERE", "known: "),
         ("ARGS", "known: "),
         ("HELP", "known: "),
@@ -80,6 +81,12 @@ def test_unknown_variable_is_refused_with_the_nearest_name(name, offer):
     assert error.reason == "make_variable"
     assert error.facts["name"] == name
     assert offer in error.fix
+
+
+@pytest.mark.parametrize("name", ["SOURCE", "OUT", "TOKENIZER", "CACHE", "NAME", "LIMIT"])
+def test_empty_variable_is_refused_by_its_name(name):
+    error = refused("shards", "DATASET=vqa2", f"{name}=")
+    assert (error.reason, error.what) == ("make_variable", f"{name} is empty")
 
 
 @pytest.mark.parametrize(

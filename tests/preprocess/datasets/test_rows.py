@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.datasets.rows import Rows, hub_rows, local_rows
-from shardspec.errors import SourceError
+from shardspec.errors import SampleError, SourceError
 
 WANT = ("image|image_url", "caption")
 
@@ -50,6 +50,60 @@ def reason_of(call, *args, **settings):
     with pytest.raises(SourceError) as caught:
         call(*args, **settings)
     return caught.value.reason
+
+
+# --- rows that cannot be read
+
+
+def with_bad_text(path, numbers, *, count=40, group=20):
+    """Rows of which some have a caption that is not UTF-8."""
+    captions = [b"\xff" if i in numbers else b"caption %d" % i for i in range(count)]
+    bad = pa.Array.from_buffers(pa.string(), count, pa.array(captions, pa.binary()).buffers())
+    rows = table(0, count)
+    at = rows.schema.get_field_index("caption")
+    pq.write_table(rows.set_column(at, "caption", bad), path, row_group_size=group)
+
+
+@pytest.mark.parametrize("bad", [{0}, {5}, {19, 20}, {39}, set(range(16, 33))])
+def test_a_row_that_cannot_be_read_costs_no_other(tmp_path, bad):
+    with_bad_text(tmp_path / "a.parquet", bad)
+    rows = open_rows(tmp_path)
+    found = list(rows.attempts())
+    assert len(found) == 40
+    assert {i for i, row in enumerate(found) if isinstance(row, UnicodeDecodeError)} == bad
+    for i in sorted(range(40), key=lambda i: 7 * i % 40):
+        if i in bad:
+            with pytest.raises(UnicodeDecodeError):
+                rows[i]
+        else:
+            assert rows[i] == found[i]
+            assert rows[i]["caption"] == f"caption {i}"
+
+
+class Odd(UserList):
+    """Rows of an adapter: those that are exceptions are raised."""
+
+    def __getitem__(self, i):
+        row = self.data[i]
+        if isinstance(row, Exception):
+            raise row
+        return row
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+def test_rows_of_an_adapter_raise_what_they_like():
+    listed = [{"a": 1}, KeyError("x"), {"a": 2}, SampleError("no_message.mode"), OSError(), {}]
+    rows = Rows([lambda: Odd(listed), lambda: listed[:1]], lengths=[6, 1], kind={})
+    assert list(rows.attempts()) == [*listed, listed[0]]
+
+
+@pytest.mark.parametrize("error", [SourceError("source_unreadable"), MemoryError()])
+def test_an_error_of_the_source_is_not_one_of_a_row(error):
+    rows = Rows([lambda: Odd([{"a": 1}, error])], lengths=[2], kind={})
+    with pytest.raises(type(error)):
+        list(rows.attempts())
 
 
 # --- formats

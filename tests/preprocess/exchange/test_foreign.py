@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import tarfile
 import tracemalloc
@@ -364,6 +365,21 @@ def test_an_import_goes_on_and_another_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConflictError) as caught:
         imported(paths[:2], tmp_path / "out")
     assert caught.value.reason == "job_conflict"
+    names = [path.name for path in paths]
+    assert caught.value.facts["table"].splitlines()[1].split(maxsplit=1)[0] == "tars"
+    assert len(names) > 2
+    for change, row in (
+        ({"name": "other"}, f"NAME {first.manifest.dataset} other"),
+        ({"split": "test"}, "SPLIT train test"),
+        ({"dots": "last"}, "DOTS first last"),
+    ):
+        with pytest.raises(ConflictError) as caught:
+            imported(paths, tmp_path / "out", **change)
+        rows = caught.value.facts["table"].splitlines()[1:]
+        assert [" ".join(each.split()) for each in rows] == [row]
+    os.utime(paths[0], ns=(0, 0))
+    with pytest.raises(ConflictError, match="written since"):
+        imported(paths, tmp_path / "out")
 
 
 def begin_shards(source, out):  # noqa: ARG001 - as begin_reshard

@@ -59,6 +59,8 @@ def with_image(row, **image):
         {"max_bad_samples": -0.1},
         {"split": "../train"},
         {"limit": -1, "num_shards": -1},
+        {"source": "", "cache": " "},
+        {"image_memory": 0},
     ],
 )
 def test_settings_out_of_range_are_all_named(wrong):

@@ -6,6 +6,7 @@ import pytest
 
 from preprocess.__main__ import command_line
 from preprocess.cli import make_variables
+from preprocess.cli.build import job_settings
 from preprocess.job.conflicts import _VARIABLES, MAX_ROWS, find_differences, table
 from preprocess.job.job import Job, JobSettings
 from preprocess.media import ImagePolicy
@@ -25,6 +26,10 @@ def recipe(**image):
     "change, rows",
     [
         ({"limit": 7}, ["LIMIT none 7"]),
+        (
+            {"recipe": recipe(views=(dataclasses.replace(TILES, small_sides="serving"),))},
+            ["CROPS 0 8", "SMALL_SIDES training serving"],
+        ),
         ({"source": "hub"}, ["SOURCE sample hub"]),
         ({"recipe": recipe(quality=90)}, ["QUALITY 95 90"]),
         ({"recipe": recipe(views=(TILES,))}, ["CROPS 0 8"]),
@@ -78,3 +83,77 @@ def test_derived_fields_are_shown_where_nothing_else_differs():
 def test_names_of_the_table_are_variables_of_make():
     _, verbs = command_line()
     assert set(_VARIABLES.values()) <= set(make_variables(verbs["shards"]))
+
+
+OTHERS = {
+    "SPLIT": "validation",
+    "UNMATCHED_FILES": "skip",
+    "LIMIT": "7",
+    "DUPLICATES": "keep",
+    "SEED": "1",
+    "PAD_VOCAB": "4096",
+    "MESSAGE_FORMAT": "chatml",
+    "CHAT_DATE": "2024-01-02",
+    "PROMPTS": "uber_model",
+    "SYSTEM_PROMPT": "none",
+    "VARIANTS": "1",
+    "POINT_FORMAT": "xml",
+    "CHOICES": "letter",
+    "WHITESPACE": "strip",
+    "PLACEHOLDERS": "keep",
+    "PARAPHRASE": "0.5",
+    "IMAGE_SIZE": "224",
+    "PATCH_SIZE": "28",
+    "CROPS": "8",
+    "HIGH_RES_CROPS": "4",
+    "IMAGE_FIT": "pad",
+    "SMALL_SIDES": "serving",
+    "IMAGE_BOUND": "canvas*1.5",
+    "CODEC": "png",
+    "QUALITY": "90",
+    "KEEP": "never",
+    "RESAMPLE": "bilinear",
+    "MAX_MEGAPIXELS": "100",
+    "MAX_SOURCE_SIDE": "1000",
+    "MAX_ASPECT": "10",
+    "DECODE_MEMORY": "100MiB",
+    "SHARD_SIZE": "4MiB",
+    "NUM_SHARDS": "2",
+}
+"""Another value of every variable that enters the identity of a job."""
+NOT_IN_IT = {
+    "ALLOW_HOSTS",
+    "ATTEMPTS",
+    "CACHE",
+    "COMPARE",
+    "FORCE",
+    "IMAGE_MEMORY",
+    "MAX_BAD_SAMPLES",
+    "MAX_DEAD_LINKS",
+    "MAX_LOST_ROWS",
+    "OUT",
+    "READ_TIMEOUT",
+    "USER_AGENT",
+    "WALL_TIMEOUT",
+    "WORKERS",
+}
+"""Variables that change no byte."""
+
+
+def identity(*flags):
+    parser, _ = command_line()
+    given = ["shards", "text_sft", "--source=sample", "--out=out", "--crops=6", *flags]
+    return Job(job_settings(parser.parse_args(given))).identity
+
+
+@pytest.mark.parametrize("variable", OTHERS)
+def test_every_setting_is_told_by_its_own_name_alone(variable):
+    flag = variable.lower().replace("_", "-")
+    found = find_differences(identity(), identity(f"--{flag}={OTHERS[variable]}"))
+    assert [each.name for each in found] == [variable]
+
+
+def test_every_variable_is_in_one_of_the_lists():
+    _, verbs = command_line()
+    told = {*OTHERS, *NOT_IN_IT, "DATASET", "NAME", "SOURCE", "MODE", "TOKENIZER"}
+    assert set(make_variables(verbs["shards"])) == told

@@ -1,11 +1,14 @@
 """Sources under a job: files that change, rows that are odd, and where every row went."""
 
 import dataclasses
+import gzip
 import json
 import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from preprocess.datasets import dataset_class, dataset_names, get_dataset
@@ -212,6 +215,39 @@ def test_plan_of_a_source_that_has_changed_is_made_again(tmp_path, source, small
     assert "1 files of the source have changed" in report.notes[0]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda payload: payload[: len(payload) // 2],
+        lambda payload: b"no gzip" + payload,
+        lambda payload: payload[:20] + b"\xff" + payload[21:],
+        lambda payload: gzip.compress(b"[1, 2]\n"),  # noqa: ARG005
+        lambda payload: gzip.compress(b'{"a": 1}\n'),  # noqa: ARG005
+        lambda payload: gzip.compress(b'["a", "b", "c", "d", "e"]\n'),  # noqa: ARG005
+    ],
+)
+def test_damaged_stamps_are_named_and_both_ways_out_work(tmp_path, source, damage):
+    settings = job_settings(tmp_path, source)
+    first = run_job(settings, Quiet())
+    stamps = tmp_path / "out" / "plan" / "train-files.jsonl.gz"
+    stamps.write_bytes(damage(stamps.read_bytes()))
+    with pytest.raises(StorageError) as caught:
+        run_job(settings, Quiet())
+    assert caught.value.reason == "stamps"
+    assert not run_job(dataclasses.replace(settings, compare="none"), Quiet()).fresh
+    again = run_job(dataclasses.replace(settings, force=True), Quiet())
+    assert again.result.sha256 == first.result.sha256
+    assert run_job(settings, Quiet()).compared.num_changed == 0
+
+
+def test_plan_whose_stamps_are_damaged_is_made_again(tmp_path, source):
+    settings = job_settings(tmp_path, source)
+    make_plan(Job(settings), Quiet())
+    (tmp_path / "out" / "plan" / "train-files.jsonl.gz").write_bytes(b"x")
+    assert load_plan(Job(settings)) is None
+    assert run_job(settings, Quiet()).compared is None
+
+
 # --- split files
 
 
@@ -254,6 +290,29 @@ def test_exception_of_an_adapter_is_a_quarantined_row(
         ("part.parquet", 1),
     ]
     assert "KeyError: 'no such column'" in lines[0]["message"]
+
+
+@pytest.mark.parametrize("dataset", ["pixmo_cap", "vqa2"])
+def test_row_that_cannot_be_read_is_quarantined(tmp_path, captioned_rows, dataset, monkeypatch):
+    kind, first = dataset_class(dataset), dataset_class("pixmo_cap")
+    monkeypatch.setattr(kind, "COLUMNS", ("image",))
+    monkeypatch.setattr(kind, "to_example", first.to_example)
+    monkeypatch.setattr(kind, "modes", first.modes)
+    rows = captioned_rows(20)
+    captions = [row["caption"].encode() for row in rows]
+    captions[7] = b"\xff"
+    table = pa.Table.from_pylist(rows)
+    bad = pa.Array.from_buffers(pa.string(), 20, pa.array(captions, pa.binary()).buffers())
+    at = table.schema.get_field_index("caption")
+    (tmp_path / "source").mkdir()
+    pq.write_table(table.set_column(at, "caption", bad), tmp_path / "source" / "a.parquet")
+    settings = job_settings(tmp_path, tmp_path / "source", dataset=dataset)
+    split = run_job(settings, Quiet()).result.split
+    assert split.num_samples == 19
+    assert dict(split.quarantined) == {"row_error": 1}
+    (line,) = quarantine(tmp_path)
+    assert (line["file"], line["row"]) == ("a.parquet", 7)
+    assert "UnicodeDecodeError" in line["message"]
 
 
 @pytest.mark.parametrize(

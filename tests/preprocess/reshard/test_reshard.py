@@ -396,7 +396,7 @@ def test_another_recipe_is_refused_by_its_field(dataset, samples, write_dataset,
     with pytest.raises(ConflictError) as caught:
         recut([dataset, jpeg], tmp_path / "out")
     assert caught.value.reason == "recipe_conflict"
-    assert "recipe.image.codec: raw here, png asked" in caught.value.facts["differences"]
+    assert ["CODEC", "raw", "png"] in [row.split() for row in caught.value.what.splitlines()]
 
 
 def test_differing_names_want_one(dataset, tiny_sample, write_dataset, tmp_path):
@@ -450,7 +450,8 @@ def test_the_same_command_has_nothing_to_do_and_another_is_refused(dataset, tmp_
     with pytest.raises(ConflictError) as caught:
         recut(dataset, tmp_path / "out", num_shards=3, order="length")
     assert caught.value.reason == "job_conflict"
-    assert "order: keep here, length asked" in caught.value.facts["differences"]
+    rows = [row.split() for row in caught.value.what.splitlines()]
+    assert ["splits.train.order", "keep", "length"] in rows
     with pytest.raises(ConflictError) as caught:
         recut(dataset, tmp_path / "out", num_shards=2)
     assert tree(tmp_path / "out") == before
