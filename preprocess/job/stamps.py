@@ -17,15 +17,17 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Literal
 
 from shardspec import storage
+from shardspec.errors import StorageError
 from shardspec.keyed import hash_text
 
 Compare = Literal["time", "content", "none"]
@@ -156,6 +158,9 @@ def compare_files(url: str, row_files: Iterable[Path], *, how: Compare) -> Compa
 
     Returns:
       None where nothing was compared: there are no stamps, or `how` is "none".
+
+    Raises:
+      StorageError: `plan_files`, the stamps are damaged.
     """
     if how == "none":
         return None
@@ -166,7 +171,7 @@ def compare_files(url: str, row_files: Iterable[Path], *, how: Compare) -> Compa
     changed: dict[str, str] = {}
     num_changed, num_files = 0, 0
     left = {str(path.absolute()) for path in row_files}
-    batches = _batches(_stamps(payload))
+    batches = _batches(_stamps(payload, where=url))
 
     def found(stamps: list[Stamp]) -> list[tuple[Stamp, str]]:
         return [(stamp, _change(stamp, how)) for stamp in stamps]
@@ -191,17 +196,38 @@ def compare_files(url: str, row_files: Iterable[Path], *, how: Compare) -> Compa
     return Compared(num_files=num_files, num_changed=num_changed, changed=changed, how=f"by {by}")
 
 
-def _stamps(payload: bytes) -> Iterator[Stamp]:
-    with gzip.open(io.BytesIO(payload)) as stream:
-        for line in stream:
-            path, num_bytes, mtime_ns, digest, holds_rows = json.loads(line)
-            yield Stamp(
-                path=path,
-                num_bytes=num_bytes,
-                mtime_ns=mtime_ns,
-                digest=digest,
-                holds_rows=holds_rows,
-            )
+def _stamps(payload: bytes, *, where: str) -> Iterator[Stamp]:
+    number = 0
+    try:
+        if not payload:
+            raise EOFError("empty")
+        with gzip.open(io.BytesIO(payload)) as stream:
+            # The checksum of the file is compared at its end: it was written by us, but may be cut.
+            for number, line in enumerate(stream, 1):
+                yield _stamp(line)
+    except (EOFError, OSError, RecursionError, ValueError, zlib.error) as error:
+        raise StorageError(
+            "plan_files", where=f"{where}:{number + 1}", error=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _stamp(line: bytes) -> Stamp:
+    """Reads a stamp; not by `read_json`, which takes several times as long for a million.
+
+    Raises:
+      ValueError, RecursionError: It is none.
+    """
+    fields = json.loads(line)
+    kinds = (str, int | NoneType, int, str, bool)
+    if not (isinstance(fields, list) and len(fields) == len(kinds)):
+        raise ValueError(f"want {len(kinds)} fields")
+    path, num_bytes, mtime_ns, digest, holds_rows = fields
+    numbers_fit = type(num_bytes) is not bool and type(mtime_ns) is not bool
+    if not (numbers_fit and all(map(isinstance, fields, kinds))):
+        raise ValueError("a field has another type")
+    return Stamp(
+        path=path, num_bytes=num_bytes, mtime_ns=mtime_ns, digest=digest, holds_rows=holds_rows
+    )
 
 
 def _change(stamp: Stamp, how: Compare) -> str:

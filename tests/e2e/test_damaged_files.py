@@ -1,11 +1,14 @@
 """Any bytes in any of our files give a named error, or are right; and the error is short."""
 
 import dataclasses
+import gzip
+import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +20,19 @@ from preprocess.fetch.blobs import FetchResult, read_ledger
 from preprocess.job import lease
 from preprocess.job.build import read_rows
 from preprocess.job.planner import Plan, load_plan
+from preprocess.job.stamps import compare_files
 from shardspec import storage
+from shardspec.columns import columns_dtype, encode_columns, parse_columns
 from shardspec.errors import ShardsError, StateError, StorageError
-from shardspec.manifest import Receipt, canonical_json, parse_manifest, parse_receipt
+from shardspec.manifest import (
+    AddedColumns,
+    ColumnFile,
+    Receipt,
+    canonical_json,
+    parse_manifest,
+    parse_receipt,
+    sealed,
+)
 from shardspec.storage.stores import named_stores
 from tests.damage import damaged_bytes, damaged_json
 
@@ -212,6 +225,35 @@ def rows(context):
     return canonical_json(row).strip(), load
 
 
+def stamp(context):
+    source, url = context.folder / "rows.jsonl", str(context.folder / "files.gz")
+    source.write_bytes(b"{}")
+
+    def load(changed):
+        Path(url).write_bytes(gzip.compress(changed.replace(b"\n", b"") + b"\n", 1))
+        found = compare_files(url, [source], how="content")
+        assert isinstance(found.num_changed, int)
+
+    return canonical_json([str(source), 2, 5, "0" * 32, True]), load
+
+
+def sealed_manifest(context):
+    """The fields of a manifest with added columns: what its own digest does not notice."""
+    value = parse_manifest(storage.read_bytes(f"{context.dataset}/manifest.json"), where="m")
+    files = {shard.url: ColumnFile(num_bytes=9, sha256="0" * 64) for shard in value.shards}
+    columns = AddedColumns(types={"score": "float64", "clip": "float32[3]"}, files=files)
+    value = dataclasses.replace(value, columns=columns)
+
+    def load(changed):
+        try:
+            changed = sealed(json.loads(changed))
+        except (ValueError, TypeError, RecursionError):
+            pass  # read as it is
+        parse_manifest(changed, where="manifest.json")
+
+    return value.encode(), load
+
+
 def lease_record(context):
     holder = {"job": "other", "host": "elsewhere", "pid": 1, "boot": "b", "pids": "p", "born": "9"}
     held = lease._Lease(str(context.folder))
@@ -239,6 +281,7 @@ def cache_marker(context):
 
 PARSERS = [
     manifest,
+    sealed_manifest,
     receipt,
     loader_state,
     dataset_state,
@@ -248,6 +291,7 @@ PARSERS = [
     plan,
     identity,
     rows,
+    stamp,
     lease_record,
     cache_marker,
 ]
@@ -306,6 +350,47 @@ def test_any_bytes_of_a_stores_file_give_a_named_error_or_are_right(tmp_path, mo
     read(STORES)
     assert survives(read, TOML) == len(TOML)
     survives(read, damaged_bytes(STORES, seed=1, count=count))
+
+
+@amounts
+def test_any_bytes_of_a_list_of_files_give_a_named_error_or_are_right(tmp_path, count):
+    lines = b"".join(b'["/none/%d", null, 0, "", false]\n' % i for i in range(40))
+    payload, url = gzip.compress(lines, 1), str(tmp_path / "files.gz")
+
+    def read(changed):
+        Path(url).write_bytes(changed)
+        found = compare_files(url, [], how="time")
+        assert (found.num_files % 40, found.num_changed) == (0, 0)
+
+    read(payload)
+    assert survives(read, (payload[:at] for at in range(len(payload)))) == len(payload)
+    assert error_of(read, payload[:-1]).reason == "plan_files"
+    survives(read, damaged_bytes(payload, seed=2, count=count))
+
+
+@amounts
+def test_any_bytes_of_added_columns_give_a_named_error_or_are_right(count):
+    types = {"score": "float64", "licence": "text[8]", "clean": "bool", "clip": "float32[3]"}
+    table = np.zeros(9, columns_dtype(types))
+    table["score"], table["clean"] = np.arange(9), True
+    payload = encode_columns(table)
+
+    def read(changed, sha256=None):
+        rows = parse_columns(
+            memoryview(changed), where="x", types=types, num_samples=9, sha256=sha256
+        )
+        rows.tolist()
+        return rows
+
+    read(payload)
+    damaged = [
+        *(payload[:at] for at in range(0, len(payload), 7)),
+        *damaged_bytes(payload, seed=3, count=count * 10),
+    ]
+    survives(read, damaged)
+    sha256 = hashlib.sha256(payload).hexdigest()
+    different = [each for each in damaged if each != payload]
+    assert survives(lambda changed: read(changed, sha256), different) == len(different)
 
 
 # --- keys of an index
