@@ -202,9 +202,10 @@ def _stamps(payload: bytes, *, where: str) -> Iterator[Stamp]:
         if not payload:
             raise EOFError("empty")
         with gzip.open(io.BytesIO(payload)) as stream:
-            # The checksum of the file is compared at its end: it was written by us, but may be cut.
-            for number, line in enumerate(stream, 1):
+            # The checksum is compared at the end: a damaged line may come before it.
+            for line in stream:
                 yield _stamp(line)
+                number += 1
     except (EOFError, OSError, RecursionError, ValueError, zlib.error) as error:
         raise StorageError(
             "plan_files", where=f"{where}:{number + 1}", error=f"{type(error).__name__}: {error}"

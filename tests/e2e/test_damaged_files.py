@@ -1,5 +1,6 @@
 """Any bytes in any of our files give a named error, or are right; and the error is short."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -245,10 +246,8 @@ def sealed_manifest(context):
     value = dataclasses.replace(value, columns=columns)
 
     def load(changed):
-        try:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # read as it is
             changed = sealed(json.loads(changed))
-        except (ValueError, TypeError, RecursionError):
-            pass  # read as it is
         parse_manifest(changed, where="manifest.json")
 
     return value.encode(), load
