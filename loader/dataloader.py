@@ -12,6 +12,7 @@ recycled (`loader.buffers`).
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -417,10 +418,10 @@ class StreamLoader:
 
         Raises:
           StateError: `stale_iterator`, an iterator is used further although another one has begun
-            since, or the loader was moved to another step.
+            since, or the loader was moved to another step, or in a forked process.
         """
         self._turn += 1
-        turn = self._turn
+        turn, pid = self._turn, os.getpid()
         self._topology = self._stream.settle()
         # The ranks may be others than when the loader was made.
         rank_positions(0, self._topology.world_size, self._schedule.batch_at(self.step)[0])
@@ -463,8 +464,9 @@ class StreamLoader:
                 self._stats.use_s += begin_s - given_s
                 if not left:
                     return
-                if turn != self._turn:
-                    # Its batches would come twice, and count for the state.
+                if turn != self._turn or pid != os.getpid():
+                    # Its batches would come twice, and count for the state. In a forked child they
+                    # would be taken from the pipes of the parent, or no thread would make them.
                     raise StateError("stale_iterator", step=self.step)
 
     def stats(self) -> Stats:

@@ -41,6 +41,12 @@ from shardspec.errors import ConfigError, StateError
 FREE = ("version", "step", "streams", "bad", "removed")
 """Of a state: what may differ from the loader's."""
 
+_MOST_SLOTS = 2**62
+"""Of a run: slots are counted in 64 bits."""
+
+_MOST_PLACE = 2**48
+"""Of packs: steps, runs and samples of a stream."""
+
 _WIDTH = ("layout", "canonical_ranks", "active_blocks", "block_size")
 """The canonical ranks, and fields of an order that follow from them."""
 
@@ -156,6 +162,8 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
             begins = (first, begin)
     # The state's batch at its step may be another than the one that this loader began with.
     rank_positions(0, here.stream.topology.world_size, batch)
+    if step * batch >= _MOST_SLOTS:
+        raise StateError("state_fields", field="step", got=repr(step))
     return Resumption(
         step=step,
         order=order,
@@ -355,8 +363,10 @@ def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     if state.get("version") != STATE_VERSION:
         raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
     order, step, bad = state.get("order"), state.get("step"), state.get("bad", [])
-    if not (isinstance(bad, list | tuple) and all(isinstance(b, Mapping) for b in bad)):
+    if not (isinstance(bad, list | tuple) and all(map(_is_bad_record, bad))):
         raise StateError("state_fields", field="bad")
+    if not isinstance(state.get("removed", {}), Mapping):
+        raise StateError("state_fields", field="removed")
     since = 0
     if _is_same_version(order, own["order"]):
         config = MixtureConfig if "members" in own["order"] else OrderConfig
@@ -365,11 +375,24 @@ def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         raise StateError("state_fields", field="step", got=repr(step))
 
 
+def _is_bad_record(record: object) -> bool:
+    """Tells whether a value is the record of a substituted sample, as states list them."""
+    if not isinstance(record, Mapping):
+        return False
+    numbers = [record.get("sample"), record.get("step", 0), record.get("dataset", 0)]
+    texts = [record.get(name) for name in ("shard", "key", "reason")]
+    return (
+        all(is_whole(number) and 0 <= number < 2**62 for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and record.get("stage") in ("read", "layout")
+    )
+
+
 def _begins(packing: Mapping[str, Any]) -> list[int]:
     begins = packing.get("begins")
-    if not (isinstance(begins, list | tuple) and len(begins) == 2 and all(map(is_whole, begins))):
+    if not (_are_places([begins], num_fields=2)):
         raise StateError("state_fields", field="packing.begins")
-    return list(begins)
+    return [int(number) for number in begins or ()]
 
 
 def _require_sound_packs(state: Mapping[str, Any], *, by_epoch: bool) -> None:
@@ -385,6 +408,8 @@ def _require_sound_packs(state: Mapping[str, Any], *, by_epoch: bool) -> None:
     packing, streams = state.get("packing"), state.get("streams", [])
     if isinstance(packing, Mapping) and not _are_places(packing.get("sizes"), num_fields=2):
         raise StateError("state_fields", field="packing.sizes")
+    if isinstance(packing, Mapping) and "begins" in packing:
+        _begins(packing)
     sound = _are_places(streams, num_fields=2 if by_epoch else 3)
     if not sound or (by_epoch and len(streams) > 1):
         raise StateError("state_fields", field="streams")
@@ -394,7 +419,7 @@ def _are_places(value: object, *, num_fields: int) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(place, list | tuple)
         and len(place) == num_fields
-        and all(is_whole(number) and 0 <= number < 2**62 for number in place)
+        and all(is_whole(number) and 0 <= number < _MOST_PLACE for number in place)
         for place in value
     )
 

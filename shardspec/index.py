@@ -340,8 +340,16 @@ def parse_rows(payload: memoryview) -> np.ndarray:
         if len(payload) == start:  # NumPy makes no array of an empty buffer
             return np.zeros(shape, dtype)
         rows: np.ndarray = np.frombuffer(payload[start:], dtype).reshape(shape)
-        # NumPy's header parser raises any of these, depending on which byte is wrong.
-    except (TypeError, SyntaxError, tokenize.TokenError) as error:
+        # NumPy's header parser raises any of these, depending on which byte is wrong. It warns of a
+        # header of Python 2, which is an error where the user wants warnings to be errors.
+    except (
+        MemoryError,
+        RecursionError,
+        SyntaxError,
+        TypeError,
+        UserWarning,
+        tokenize.TokenError,
+    ) as error:
         raise ValueError(str(error)) from error
     return rows
 

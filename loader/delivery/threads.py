@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import weakref
@@ -81,7 +82,7 @@ def make_in_threads(
     unwanted = threading.Event()
     make = partial(maker.make, allocate=allocate, unwanted=unwanted)
     pool = _Threads(threads, unwanted)
-    wait_s = _STOP_S
+    wait_s, pid = _STOP_S, os.getpid()
     try:
         more = True
         while more or futures:
@@ -103,9 +104,10 @@ def make_in_threads(
         wait_s = 0.0
         raise
     finally:
-        for future in futures:
-            future.cancel()
-        pool.stop(wait_s)
+        if os.getpid() == pid:  # a forked child has no such threads, and their locks may be held
+            for future in futures:
+                future.cancel()
+            pool.stop(wait_s)
 
 
 class _Threads:

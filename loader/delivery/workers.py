@@ -139,8 +139,9 @@ class WorkerCrew:
         messages()
         self._workers: list[_Worker] = []
         # Refers to the list, not to the crew: it also runs where the crew is collected, and at the
-        # end of the process, before Python takes its modules down.
-        self._end = weakref.finalize(self, _end, self._workers)
+        # end of the process, before Python takes its modules down. A forked child runs it too.
+        self._pid = os.getpid()
+        self._end = weakref.finalize(self, _end, self._workers, self._pid)
         self._pending: deque[_Worker] = deque()
         self._number = self._turn = 0
         try:
@@ -216,8 +217,8 @@ class WorkerCrew:
 
     @property
     def is_closed(self) -> bool:
-        """True once the processes were ended."""
-        return not self._end.alive
+        """True once the processes were ended, and in a forked child, whose parent has them."""
+        return not self._end.alive or os.getpid() != self._pid
 
     def _request(self, task: Task) -> None:
         worker = self._workers[self._number % len(self._workers)]
@@ -226,7 +227,9 @@ class WorkerCrew:
         self._pending.append(worker)
 
 
-def _end(workers: list[_Worker], wait_s: float = _EXIT_S) -> None:
+def _end(workers: list[_Worker], pid: int, wait_s: float = _EXIT_S) -> None:
+    if os.getpid() != pid:
+        return  # a forked child: the pipes and processes are the parent's
     for worker in workers:
         worker.hang_up()
     stop_s = monotonic() + wait_s

@@ -12,7 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loader.order.slots import is_whole, require_count, require_multiple, require_step
+from loader.order.slots import (
+    is_whole,
+    require_count,
+    require_multiple,
+    require_step,
+    require_stored,
+)
 from shardspec.errors import ConfigError, StateError
 
 ORDER_VERSION = 2
@@ -173,6 +179,7 @@ class OrderConfig:
             raise StateError(
                 "order_fields", missing=sorted(known - given), unknown=sorted(given - known)
             )
+        require_stored(state)
         values = {name: state[name] for name in known}
         try:
             values["ramp"] = tuple(RampStep(**change) for change in state["ramp"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loader.order.config import Locality, default_canonical_ranks, require_name
-from loader.order.slots import is_whole, require_count, require_step
+from loader.order.slots import is_whole, require_count, require_step, require_stored
 from loader.order.weights import (
     MixtureGroup,
     MixtureSource,
@@ -364,6 +364,7 @@ class MixtureConfig:
                 want=MIXTURE_VERSION,
                 other_fields=sorted(set(state) - {"version"} ^ known),
             )
+        require_stored(state)
         values = {name: state[name] for name in known}
         try:
             values["members"] = tuple(MixtureMember(**member) for member in state["members"])
@@ -374,6 +375,9 @@ class MixtureConfig:
             values["base"] = None if base is None else MixtureBase.from_dict(base)
         except (TypeError, KeyError) as e:
             raise StateError("order_values", got=repr(e)) from e
+        named = (*values["members"], *values["removed"])
+        if not (is_whole(state["seed"]) and all(isinstance(m.name, str) for m in named)):
+            raise StateError("order_values", got=repr([state["seed"], [m.name for m in named]]))
         return cls(**values)
 
 

@@ -6,12 +6,13 @@ pass over the data begins at a step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, StateError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,3 +120,23 @@ def require_multiple(global_batch_size: int, divisor: int, *, of: str) -> None:
             global_batch_size=global_batch_size,
             facts={of: divisor},
         )
+
+
+_MOST_STORED = {"seed": 2**64 - 1, "global_batch_size": 2**31}
+"""Greatest numbers in the orders of states; any other is below 2**60."""
+
+
+def require_stored(value: object, name: str = "") -> None:
+    """Refuses a number in the order of a state that no order has, however deep it is.
+
+    Raises:
+      StateError: `order_values`.
+    """
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            require_stored(each, key)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            require_stored(each, name)
+    elif isinstance(value, int) and abs(value) > _MOST_STORED.get(name, 2**60):
+        raise StateError("order_values", got=f"{name}={value}")

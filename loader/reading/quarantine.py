@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 MOST_RECORDS = 1000
 """Records kept; further bad samples are only counted."""
 
+RECORD_FIELDS = ("sample", "shard", "key", "stage", "reason")
+"""Of a record, whichever pass met the sample."""
+
 _OF_ONE_SAMPLE = frozenset({"sample_crc", "array_header", "array_size", "image_decode"})
 """Reasons of errors about the bytes of a single sample; all others are about a shard."""
 
@@ -107,10 +110,11 @@ class Quarantine:
             )
 
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Takes over the bad samples that a state lists."""
+        """Takes over the bad samples that a state lists, without the step when they were met."""
         with self._lock:
             for record in (each for each in records if each["stage"] == "read"):
-                self._records.setdefault(int(record["sample"]), dict(record))
+                own = {name: record[name] for name in RECORD_FIELDS}
+                self._records.setdefault(int(record["sample"]), own)
 
 
 _all: weakref.WeakSet[Quarantine] = weakref.WeakSet()

@@ -56,6 +56,8 @@ def with_members(
         fields["removed"] = {name: gone[name] for name in left_out}
     names = [member.name for member in saved.config.members]
     number = {member.name: i for i, member in enumerate(members)}
+    if any(record.get("dataset", 0) >= len(names) for record in state.get("bad", [])):
+        raise StateError("state_fields", field="bad")
     fields["bad"] = [
         {**record, "dataset": number[names[record.get("dataset", 0)]]}
         for record in state.get("bad", [])

@@ -81,7 +81,7 @@ def load_plan(job: Job, report: Reporter | None = None) -> Plan | None:
     try:
         compared = job.compare_files()
     except StorageError as error:
-        if error.reason != "stamps":
+        if error.reason != "plan_files":
             raise
         return None
     if compared is not None and compared.num_changed:

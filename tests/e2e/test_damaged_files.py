@@ -1,11 +1,15 @@
 """Any bytes in any of our files give a named error, or are right; and the error is short."""
 
+import contextlib
 import dataclasses
+import gzip
+import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +21,19 @@ from preprocess.fetch.blobs import FetchResult, read_ledger
 from preprocess.job import lease
 from preprocess.job.build import read_rows
 from preprocess.job.planner import Plan, load_plan
+from preprocess.job.stamps import compare_files
 from shardspec import storage
+from shardspec.columns import columns_dtype, encode_columns, parse_columns
 from shardspec.errors import ShardsError, StateError, StorageError
-from shardspec.manifest import Receipt, canonical_json, parse_manifest, parse_receipt
+from shardspec.manifest import (
+    AddedColumns,
+    ColumnFile,
+    Receipt,
+    canonical_json,
+    parse_manifest,
+    parse_receipt,
+    sealed,
+)
 from shardspec.storage.stores import named_stores
 from tests.damage import damaged_bytes, damaged_json
 
@@ -105,8 +119,15 @@ def receipt(context):
     return payload, lambda changed: parse_receipt(changed, where="receipt.json")
 
 
+BAD = {"step": 0, "dataset": 0, "sample": 3, "shard": "a.tar", "key": "k", "stage": "read"}
+
+
 def loader_state(context):
     return _state_of(context.loader)
+
+
+def allowed_state(context):
+    return _state_of(context.loader, allow=("view", "order", "appended"))
 
 
 def packed_state(context):
@@ -117,15 +138,25 @@ def mixture_state(context):
     return _state_of(context.mixture)
 
 
-def _state_of(loader):
+def changed_mixture_state(context):
+    return _state_of(context.unpacked, allow=("mixture", "order"))
+
+
+def changed_packed_mixture_state(context):
+    return _state_of(context.mixture, allow=("mixture",))
+
+
+def _state_of(loader, **options):
     def load(changed):
         try:
             state = json.loads(changed)
         except (ValueError, RecursionError):
             return  # never gets here
-        loader.load_state_dict(state)
+        loader.load_state_dict(state, **options)
+        loader.places(loader.step)
 
-    return canonical_json(loader.state_dict()), load
+    bad = [{**BAD, "reason": "sample_crc"}]
+    return canonical_json({**loader.state_dict(), "bad": bad, "removed": {}}), load
 
 
 def dataset_state(context):
@@ -212,6 +243,33 @@ def rows(context):
     return canonical_json(row).strip(), load
 
 
+def stamp(context):
+    source, url = context.folder / "rows.jsonl", str(context.folder / "files.gz")
+    source.write_bytes(b"{}")
+
+    def load(changed):
+        Path(url).write_bytes(gzip.compress(changed.replace(b"\n", b"") + b"\n", 1))
+        found = compare_files(url, [source], how="content")
+        assert isinstance(found.num_changed, int)
+
+    return canonical_json([str(source), 2, 5, "0" * 32, True]), load
+
+
+def sealed_manifest(context):
+    """The fields of a manifest with added columns: what its own digest does not notice."""
+    value = parse_manifest(storage.read_bytes(f"{context.dataset}/manifest.json"), where="m")
+    files = {shard.url: ColumnFile(num_bytes=9, sha256="0" * 64) for shard in value.shards}
+    columns = AddedColumns(types={"score": "float64", "clip": "float32[3]"}, files=files)
+    value = dataclasses.replace(value, columns=columns)
+
+    def load(changed):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # read as it is
+            changed = sealed(json.loads(changed))
+        parse_manifest(changed, where="manifest.json")
+
+    return value.encode(), load
+
+
 def lease_record(context):
     holder = {"job": "other", "host": "elsewhere", "pid": 1, "boot": "b", "pids": "p", "born": "9"}
     held = lease._Lease(str(context.folder))
@@ -239,15 +297,20 @@ def cache_marker(context):
 
 PARSERS = [
     manifest,
+    sealed_manifest,
     receipt,
     loader_state,
+    allowed_state,
     dataset_state,
     packed_state,
     mixture_state,
+    changed_mixture_state,
+    changed_packed_mixture_state,
     ledger,
     plan,
     identity,
     rows,
+    stamp,
     lease_record,
     cache_marker,
 ]
@@ -261,6 +324,7 @@ def opened(dataset, other):
         "loader": loader_of(stream_of(dataset)),
         "packed": loader_of(stream_of(dataset), pack=True),
         "mixture": loader_of(IterableDatasetMixture(streams, [0.5, 0.5], seed=1), pack=True),
+        "unpacked": loader_of(IterableDatasetMixture(streams, [0.5, 0.5], seed=1)),
         "stream": stream_of(dataset, batch_size=4),
     }
 
@@ -273,6 +337,8 @@ def context(dataset, opened, tmp_path):
 @amounts
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.__name__)
 def test_any_bytes_give_a_named_error_or_are_right(context, parser, count):
+    if parser.__name__.startswith("changed"):
+        count //= 4  # a mixture takes 10 ms
     payload, read = parser(context)
     read(payload)
     survives(read, all_of(payload, count))
@@ -306,6 +372,47 @@ def test_any_bytes_of_a_stores_file_give_a_named_error_or_are_right(tmp_path, mo
     read(STORES)
     assert survives(read, TOML) == len(TOML)
     survives(read, damaged_bytes(STORES, seed=1, count=count))
+
+
+@amounts
+def test_any_bytes_of_a_list_of_files_give_a_named_error_or_are_right(tmp_path, count):
+    lines = b"".join(b'["/none/%d", null, 0, "", false]\n' % i for i in range(40))
+    payload, url = gzip.compress(lines, 1), str(tmp_path / "files.gz")
+
+    def read(changed):
+        Path(url).write_bytes(changed)
+        found = compare_files(url, [], how="time")
+        assert (found.num_files % 40, found.num_changed) == (0, 0)
+
+    read(payload)
+    assert survives(read, (payload[:at] for at in range(len(payload)))) == len(payload)
+    assert error_of(read, payload[:-1]).reason == "plan_files"
+    survives(read, damaged_bytes(payload, seed=2, count=count))
+
+
+@amounts
+def test_any_bytes_of_added_columns_give_a_named_error_or_are_right(count):
+    types = {"score": "float64", "licence": "text[8]", "clean": "bool", "clip": "float32[3]"}
+    table = np.zeros(9, columns_dtype(types))
+    table["score"], table["clean"] = np.arange(9), True
+    payload = encode_columns(table)
+
+    def read(changed, sha256=None):
+        rows = parse_columns(
+            memoryview(changed), where="x", types=types, num_samples=9, sha256=sha256
+        )
+        rows.tolist()
+        return rows
+
+    read(payload)
+    damaged = [
+        *(payload[:at] for at in range(0, len(payload), 7)),
+        *damaged_bytes(payload, seed=3, count=count * 10),
+    ]
+    survives(read, damaged)
+    sha256 = hashlib.sha256(payload).hexdigest()
+    different = [each for each in damaged if each != payload]
+    assert survives(lambda changed: read(changed, sha256), different) == len(different)
 
 
 # --- keys of an index

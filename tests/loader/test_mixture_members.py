@@ -207,7 +207,8 @@ def test_weights_alone_may_differ_too_and_the_batch_with_them(urls):
 
 def test_records_of_bad_samples_follow_their_datasets(urls):
     _, state = run(urls, ("ant", "bee", "cat"), count=5)
-    state["bad"] = [{"dataset": n, "sample": 1, "step": 2, "stage": "layout"} for n in (0, 1, 2)]
+    texts = {"shard": "a.tar", "key": "k", "stage": "layout", "reason": "too_long"}
+    state["bad"] = [{**texts, "dataset": n, "sample": 1, "step": 2} for n in (0, 1, 2)]
     loader = make(urls, ("cat", "ant"))
     loader.load_state_dict(state, allow=("mixture",))
     assert [record["dataset"] for record in loader.bad_samples] == [1, 0]

