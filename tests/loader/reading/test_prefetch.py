@@ -106,11 +106,11 @@ def test_a_step_that_cannot_be_located_is_its_readers_matter(url):
 class Watched:
     """Ranges as they are asked for; those of the first sample wait until they are let go.
 
-    The others wait for an event of their own, if it is said so. With a URL, ranges of other objects
+    The others wait for an event of their own, if it is said so. Ranges of other objects
     are let through: those are read ahead by what other tests have left.
     """
 
-    def __init__(self, first, *, url=None, hold_others=False):
+    def __init__(self, first, *, url, hold_others=False):
         self.first, self.url = first, url
         self.let_go, self.others_go, self.asked = threading.Event(), threading.Event(), []
         if not hold_others:
@@ -118,7 +118,7 @@ class Watched:
         self.original = RangeReader.read
 
     def read(self, reader, url, start, stop, **options):
-        if self.url not in (None, url):
+        if url != self.url:
             return self.original(reader, url, start, stop, **options)
         self.asked.append((start // SAMPLE, stop // SAMPLE))
         if start == self.first * SAMPLE:
@@ -130,7 +130,7 @@ class Watched:
 
 def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_path):
     cache = str(tmp_path / "cache")
-    watched, second = Watched(first=0), threading.Event()
+    watched, second = Watched(first=0, url=url), threading.Event()
 
     def read(reader, url, start, stop, **options):
         if start == 200 * SAMPLE:
@@ -158,7 +158,7 @@ def test_a_block_that_was_claimed_is_written_though_all_is_forgotten(url, tmp_pa
 
 
 def test_what_shares_a_block_with_the_first_batch_does_not_pass_for_urgent(url):
-    watched = Watched(first=0, hold_others=True)
+    watched = Watched(first=0, url=url, hold_others=True)
     with (
         mock.patch("loader.reading.request_queue._GAP_BYTES", 0),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
@@ -183,7 +183,7 @@ def wait_until(is_true):
 
 def test_neighbours_are_joined_up_to_a_piece_and_a_few_steps(url):
     prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1, cold_steps=2))
-    watched = Watched(first=390)
+    watched = Watched(first=390, url=url)
     with (
         mock.patch("loader.reading.request_queue._PIECE_BYTES", 4 * SAMPLE),
         mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)),
@@ -260,7 +260,7 @@ def test_the_first_batch_waits_for_its_own_indexes_only(url):
 
 
 def test_what_a_batch_waits_for_is_not_joined_with_what_later_ones_need(url):
-    watched = Watched(first=399)
+    watched = Watched(first=399, url=url)
     with mock.patch.object(RangeReader, "read", lambda *a, **o: watched.read(*a, **o)):
         prefetcher = Prefetcher(Network(block_bytes=BLOCK, requests=1))
         prefetcher.prefetch(0, located(url, [399]))
