@@ -125,8 +125,10 @@ def _local(url: str, packed: str) -> Path:
     if not remote and not packed:
         path.stat()
         return path
-    target = Path(_scratch().name) / f"{len(_KEPT)}{path.suffix}"
-    _KEPT.append(target)
+    version = (url, storage.version(url))
+    if version in _COPIES:
+        return _COPIES[version]
+    target = Path(_scratch().name) / f"{len(_COPIES)}{path.suffix}"
     if remote:
         storage.fetch_file(url, target)
         path = target
@@ -134,10 +136,12 @@ def _local(url: str, packed: str) -> Path:
         target = target.with_suffix(".rows")
         with path.open("rb") as stream, target.open("wb") as out:
             shutil.copyfileobj(_unpacked(stream, packed), out, CHUNK_BYTES)
+    _COPIES[version] = target
     return target
 
 
-_KEPT: list[Path] = []
+_COPIES: dict[tuple[str, str | None], Path] = {}
+"""The local copy of each version of a file: a job opens its source several times."""
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 

@@ -303,3 +303,16 @@ def test_offsets_of_an_array_are_right_wherever_chunks_end(
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     (tmp_path / "a.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     assert list(open_records(str(tmp_path / "a.json"))) == rows
+
+
+def test_a_packed_file_is_unpacked_once_until_it_changes(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(lines()))
+    unpacked = []
+    original = module._unpacked
+    monkeypatch.setattr(module, "_unpacked", lambda *a: unpacked.append(a) or original(*a))
+    for _ in range(3):
+        assert len(open_records(str(path))) == len(ROWS)
+    assert len(unpacked) == 1
+    path.write_bytes(gzip.compress(b'{"id": "other"}\n'))
+    assert list(open_records(str(path))) == [{"id": "other"}]
