@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import io
 import os
@@ -59,17 +60,56 @@ def pytest_xdist_auto_num_workers(config):
     return cores + 1 if config.option.markexpr == "not slow" else cores
 
 
+def pytest_collection_finish(session):
+    """Takes what importing and collecting has made out of the collector's sight.
+
+    It is a million objects, and each full collection of the suite would look through all of them.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+_SERVERS = pytest.StashKey[servers.SharedServers]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tells a worker of pytest-xdist where the stores are that all workers share."""
+    stash = node.config.stash
+    if _SERVERS not in stash:
+        factory = node.config._tmp_path_factory
+        stash[_SERVERS] = servers.SharedServers(factory.mktemp("servers") / "shared")
+    node.workerinput["servers"] = stash[_SERVERS].place()
+
+
+def pytest_unconfigure(config):
+    if _SERVERS in config.stash:
+        config.stash[_SERVERS].close()
+
+
+@contextlib.contextmanager
+def _server_of_the_session(kind, factory, config):
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        start = {"s3": servers.s3_server, "gcs": servers.gcs_server}[kind]
+        with start(factory.mktemp(kind) / "server") as server:
+            yield server
+    else:
+        with servers.shared(kind, worker["servers"], user=worker["workerid"]) as server:
+            yield server
+
+
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory):
+def s3_server(tmp_path_factory, pytestconfig):
     """An S3 server of the whole session: make a bucket of your own, enter it to use it."""
-    with servers.s3_server(tmp_path_factory.mktemp("s3") / "server") as server:
+    with _server_of_the_session("s3", tmp_path_factory, pytestconfig) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def gcs_server(tmp_path_factory):
+def gcs_server(tmp_path_factory, pytestconfig):
     """A GCS server of the whole session: make a bucket of your own, enter it to use it."""
-    with servers.gcs_server(tmp_path_factory.mktemp("gcs") / "server") as server:
+    with _server_of_the_session("gcs", tmp_path_factory, pytestconfig) as server:
         yield server
 
 

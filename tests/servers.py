@@ -70,9 +70,10 @@ class Server:
     env: dict[str, str]
     """What a client needs in its environment to reach it."""
 
-    def __init__(self, *, endpoint, folder):
+    def __init__(self, *, endpoint, folder, user=""):
         self.endpoint = endpoint
         self.folder = folder
+        self._user = user
         self._numbers = itertools.count()
         self._client = None
         self._buckets = []
@@ -83,6 +84,11 @@ class Server:
 
         Returns when it answers; one that ran before and has a bucket, when it takes an object.
         """
+        self.launch()
+        self.wait()
+
+    def launch(self):
+        """Starts the process, and does not wait for it."""
         with (self.folder.with_suffix(".log")).open("ab") as log:
             self.process = subprocess.Popen(
                 with_parent(self.command()),
@@ -91,9 +97,13 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def wait(self):
+        """Waits until the server answers, whoever started it."""
         stop_s = time.monotonic() + _STARTS_WITHIN_S
         while not self.answers():
-            if self.process.poll() is not None or time.monotonic() > stop_s:
+            ended = self.process is not None and self.process.poll() is not None
+            if ended or time.monotonic() > stop_s:
                 self.kill()
                 raise RuntimeError(self.folder.with_suffix(".log").read_text()[-4000:])
             time.sleep(0.02)
@@ -114,8 +124,9 @@ class Server:
 
     def kill(self):
         """Kills the process at once, as a power cut would; `start` brings it back."""
-        self.process.kill()
-        self.process.wait(30)
+        if self.process is not None:  # else another process started the server, and ends it
+            self.process.kill()
+            self.process.wait(30)
 
     def close(self):
         """Kills the process and closes the connections of `client()`."""
@@ -155,7 +166,7 @@ class Server:
 
     def make_bucket(self, name=None):
         """Makes a bucket, with a new name unless one is given, and returns its URL."""
-        name = name or f"bucket-{next(self._numbers)}"
+        name = name or f"bucket-{self._user}{next(self._numbers)}"
         self.create(name)
         self._buckets.append(name)
         return f"{self.protocol}://{name}"
@@ -190,12 +201,13 @@ class S3Server(Server):
     protocol = "s3"
     probe = "/status"
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, ports=None, user=""):
         names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
         names += ("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
         names += ("metricsPort", "admin.port")
-        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
-        super().__init__(endpoint=f"http://127.0.0.1:{self.ports['s3.port']}", folder=folder)
+        self.ports = ports or dict(zip(names, free_ports(len(names)), strict=True))
+        endpoint = f"http://127.0.0.1:{self.ports['s3.port']}"
+        super().__init__(endpoint=endpoint, folder=folder, user=user)
         self.env = {
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -233,6 +245,8 @@ class S3Server(Server):
 
     def kill(self):
         super().kill()
+        if self.process is None:
+            return
         # Some of its sockets have no flag that says where they lie.
         grpc = self.ports.values()
         for name, port in itertools.product(("master", "volume", "filer", "s3", "admin"), grpc):
@@ -257,9 +271,10 @@ class GCSServer(Server):
     protocol = "gs"
     probe = "/storage/v1/b"
 
-    def __init__(self, folder):
-        (self.port,) = free_ports(1)
-        super().__init__(endpoint=f"http://127.0.0.1:{self.port}", folder=folder)
+    def __init__(self, folder, *, ports=None, user=""):
+        self.ports = ports or {"port": free_ports(1)[0]}
+        self.port = self.ports["port"]
+        super().__init__(endpoint=f"http://127.0.0.1:{self.port}", folder=folder, user=user)
         self.env = {
             "STORAGE_EMULATOR_HOST": self.endpoint,
             # No key exists; looking for one would ask the machine's metadata server.
@@ -315,6 +330,44 @@ def close_client(client):
 def _running(server):
     server.folder.mkdir(parents=True)
     server.start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+class SharedServers:
+    """One server of each kind for all workers of a suite: each costs seconds of processor time.
+
+    The process that hands out the tests starts and ends them. A worker gets what `place` says, and
+    makes buckets with names of its own.
+    """
+
+    def __init__(self, folder):
+        folder.mkdir(parents=True)
+        self._servers = {kind: made(folder / kind) for kind, made in _KINDS.items()}
+        for server in self._servers.values():
+            server.folder.mkdir()
+            server.launch()
+
+    def place(self):
+        """Where the servers are, as plain values that can be sent to a worker."""
+        found = self._servers.items()
+        return {kind: {"folder": str(s.folder), "ports": s.ports} for kind, s in found}
+
+    def close(self):
+        for server in self._servers.values():
+            server.close()
+
+
+_KINDS = {"s3": S3Server, "gcs": GCSServer}
+
+
+@contextlib.contextmanager
+def shared(kind, place, *, user):
+    """A server that `SharedServers` started, when it answers."""
+    server = _KINDS[kind](Path(place[kind]["folder"]), ports=place[kind]["ports"], user=f"{user}-")
+    server.wait()
     try:
         yield server
     finally:
