@@ -1,8 +1,10 @@
 """The import rules: three rooms, one arrow each, one door to storage, one owner of randomness."""
 
 import ast
+import functools
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -172,9 +174,31 @@ FLOORS = {
 """The rooms of each package from the ground up: an import goes down, or stays in its room."""
 
 
-def sources() -> dict[str, ast.Module]:
+class Sources(Mapping):
+    """Names of source files to their syntax trees, each parsed when it is first asked for."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self._names = names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> ast.Module:
+        return parsed(self._names[name])
+
+
+@functools.cache
+def parsed(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
+def sources() -> Sources:
     paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in paths}
+    names = [path.relative_to(ROOT).as_posix() for path in paths]
+    return Sources(dict(zip(names, names, strict=True)))
 
 
 SOURCES = sources()
@@ -239,7 +263,7 @@ def module_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-MODULES = {module_name(path): tree for path, tree in SOURCES.items()}
+MODULES = Sources({module_name(path): path for path in SOURCES})
 
 
 def own_imports(module: str) -> set[str]:
