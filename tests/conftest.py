@@ -38,7 +38,8 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No deadline: the machine may be busy; pytest-timeout ends what hangs.
-settings.register_profile("suite", derandomize=True, deadline=None)
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("all", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("suite")
 
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: the

@@ -13,6 +13,7 @@ from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import SampleError
 from tests.chat_shapes import SHAPES, make_tokenizer
+from tests.examples import examples
 
 EXCHANGES = (
     ("What is it?", "A red ball."),
@@ -178,7 +179,7 @@ texts = st.text(
 ).filter(lambda text: text.strip())
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     name=st.sampled_from(sorted(SHAPES)),
     pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=4),

@@ -29,6 +29,7 @@ from shardspec.media import (
     open_image,
 )
 from shardspec.sample import encode_array
+from tests.examples import examples
 
 CODECS = ("jpeg", "png", "webp", "raw")
 DECODERS = ("simplejpeg", "pillow")
@@ -56,7 +57,7 @@ def jpeg(pixels, **options):
     return saved(Image.fromarray(pixels), "JPEG", quality=90, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(pixels=small_pixels, codec=st.sampled_from(["png", "webp", "raw"]))
 def test_lossless_codecs_round_trip_exactly(pixels, codec):
     np.testing.assert_array_equal(
@@ -64,7 +65,7 @@ def test_lossless_codecs_round_trip_exactly(pixels, codec):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(pixels=small_pixels, quality=st.integers(1, 100))
 def test_both_jpeg_decoders_read_what_was_stored_alike(pixels, quality):
     payload = encode_stored(pixels, codec="jpeg", quality=quality)
@@ -223,7 +224,7 @@ def test_every_flipped_bit_of_a_png_is_noticed():
             decode_stored(flipped, codec="png")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     codec=st.sampled_from(CODECS),
     decoder=st.sampled_from(DECODERS),

@@ -20,6 +20,7 @@ from loader.assembly.augment import (
 )
 from shardspec.errors import ConfigError
 from shardspec.sample import Geometry
+from tests.examples import examples
 
 SIZE = {"width": 640, "height": 480}
 STRONG = Augment(
@@ -258,7 +259,7 @@ def test_grey_stays_as_it_is_under_saturation_and_hue(saturation, hue):
 
 
 @given(change=colors, seed=seeds)
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_one_pass_equals_the_four_steps_without_clipping_between(change, seed):
     pixels = noise(9, 11, seed)
     luma = np.array([0.299, 0.587, 0.114])
@@ -276,7 +277,7 @@ def test_one_pass_equals_the_four_steps_without_clipping_between(change, seed):
 
 
 @given(change=colors, seed=seeds)
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_float_arithmetic_is_exact(change, seed):
     pixels = noise(3, 11000, seed)  # one full pass, and a tail that is no multiple of the group
     matrix, offset = augment_module._color_map(change, mean_grey(pixels))

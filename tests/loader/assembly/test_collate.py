@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from loader.assembly.collate import IGNORE_INDEX, MMCollator
 from shardspec.errors import ConfigError, SampleError
+from tests.examples import examples
 
 SHAPE = (3, 4, 6)
 PATCHES = 5
@@ -193,7 +194,7 @@ def test_batch_owns_its_memory():
     dtype=st.sampled_from([np.uint8, np.float32]),
     channels_last=st.booleans(),
 )
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_unpadding_a_batch_gives_back_every_example(
     rows, pad_mode, max_images, dtype, channels_last
 ):

@@ -21,6 +21,7 @@ from shardspec.tiling import (
     num_crops,
     overview_size,
 )
+from tests.examples import examples
 
 SMALL = ImageView(size_px=56)
 TILED = ImageView(size_px=56, crop_mode="overlap-and-resize-c2", max_crops=6, margin_patches=(1, 1))
@@ -126,7 +127,7 @@ def test_resize_accepts_read_only_and_cut_pictures():
     stored=st.tuples(st.integers(1, 120), st.integers(1, 120)),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_render_gives_as_many_crops_as_the_tiling_counts_and_is_deterministic(
     view, source, stored, seed
 ):
@@ -257,7 +258,7 @@ def test_padded_tiles_are_cut_from_a_centred_canvas():
     flip=st.booleans(),
     cropped=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_padding_lies_where_the_image_masks_say(view, source, flip, cropped):
     width, height = source
     change = Draw(
@@ -314,7 +315,7 @@ def test_color_has_one_mean_for_overview_and_tiles():
 
 
 @given(x=st.integers(0, 27), y=st.integers(0, 27), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_points_stay_on_their_pixels_through_rendering(x, y, seed):
     # Each source pixel is 2 x 2 canvas pixels before the crop, more after it.
     picture = np.zeros((28, 28, 3), np.uint8)

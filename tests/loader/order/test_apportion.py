@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader.order.apportion import Apportionment
+from tests.examples import examples
 
 WEIGHTS = st.lists(
     st.one_of(st.integers(0, 9), st.integers(0, 2**120), st.sampled_from([1, 2**40, 3**60])),
@@ -23,7 +24,7 @@ def farthest(weights, slots, counts):
     return max(abs(Fraction(weight * slots, total) - count) for weight, count in pairs)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(weights=WEIGHTS, start=st.one_of(st.integers(0, 300), st.integers(0, 2**60)))
 def test_every_prefix_is_within_two_of_the_weights_and_all_forms_agree(weights, start):
     sequence = Apportionment(weights)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader.order.interleave import MOST_DATASETS, MOST_SLOTS, spread
+from tests.examples import examples
 
 
 def farthest(word, quotas):
@@ -41,7 +42,7 @@ def share_out(weights, num_slots):
     return quotas
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     weights=WEIGHTS,
     batch=st.sampled_from([1, 2, 7, 10, 48, 256]),

@@ -18,6 +18,7 @@ from loader.order.pattern import whole_weights
 from loader.order.slots import rank_positions
 from loader.order.weights import MixtureGroup, MixtureSource, mixture_weights
 from shardspec.errors import ConfigError, StateError
+from tests.examples import examples
 
 
 def sources(sizes):
@@ -60,7 +61,7 @@ def test_every_dataset_shows_every_sample_once_per_epoch():
         require_exact_epochs(own, size)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
     batch=st.sampled_from([2, 8, 24]),
@@ -144,7 +145,7 @@ def weighted(weights, *, size=5000, batch=64, ranks=4, seed=1):
     return MixtureOrder(dataclasses.replace(config, members=tuple(members)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     weights=st.lists(
         st.one_of(st.integers(1, 9), st.floats(1e-9, 1.0), st.sampled_from([1e-15, 1e15])),
@@ -280,7 +281,7 @@ def test_change_of_weights_and_batch_counts_on():
     assert np.array_equal(mixed_call.sample[2], after[:16, 2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([1, 5, 40, 600, 1100, 2500]), min_size=1, max_size=4),
     changes=st.lists(
@@ -394,7 +395,7 @@ def test_changes_while_a_dataset_is_paused_in_its_epoch_are_dropped(monkeypatch)
     assert max(counts) <= 3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([1, 5, 40, 600, 1100, 2500]), min_size=5, max_size=5),
     changes=st.lists(

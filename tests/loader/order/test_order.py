@@ -20,6 +20,7 @@ from loader.order.lanes import Lanes
 from loader.order.order import Order
 from loader.order.slots import rank_positions
 from shardspec.errors import ConfigError, StateError
+from tests.examples import examples
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 24, 48)
 
@@ -53,7 +54,7 @@ def batches(order, steps):
     return np.stack([slots.epoch, slots.sample, slots.real], axis=-1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(config=configs(tail="wrap"), first=st.sampled_from([0, 1, 9, 89]))
 def test_an_epoch_is_n_consecutive_slots_that_show_each_sample_once(config, first):
     size, batch = config.num_samples, config.global_batch_size
@@ -67,7 +68,7 @@ def test_an_epoch_is_n_consecutive_slots_that_show_each_sample_once(config, firs
     assert rows[:, 2].all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     ranks=st.integers(1, 9),
     workers=st.integers(1, 9),
@@ -88,7 +89,7 @@ def test_lanes_are_counted_as_by_counting(ranks, workers, share, first, slots):
     assert np.array_equal(counts, lanes.counts(first + slots))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(config=configs(tail="pad"))
 def test_pad_counts_every_sample_once_and_the_rest_with_weight_zero(config):
     order = Order(config)
@@ -102,7 +103,7 @@ def test_pad_counts_every_sample_once_and_the_rest_with_weight_zero(config):
         assert len(rows) - len(real) == order.describe()["padded_slots"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(config=configs(tail="drop_last"))
 def test_drop_last_repeats_nothing_and_drops_what_it_says(config):
     order = Order(config)
@@ -216,7 +217,7 @@ def require_exact_epochs(epoch, sample, num_samples, start=0):
     assert (shown == np.arange(num_samples)).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(config=configs(tail="wrap"), data=st.data())
 def test_a_batch_ramp_continues_every_epoch_exactly(config, data):
     changes = []
@@ -406,7 +407,7 @@ def test_blocks_are_opened_at_an_even_pace():
     active=st.integers(1, 16),
     target=st.integers(1, 256),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_picked_block_size_stays_near_the_target(num_samples, lanes, active, target):
     size = pick_block_size(num_samples, num_lanes=lanes, active_blocks=active, target=target)
     assert 1 <= size <= max(1, target * 3 // 2)
@@ -548,7 +549,7 @@ def shown(orders, chain, stop):
     return np.concatenate(rows, axis=1)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(chain=continuations())
 def test_another_width_shows_every_sample_once_per_epoch_all_the_same(chain):
     orders = continued(chain)
@@ -610,7 +611,7 @@ def test_an_order_that_is_laid_out_alike_continues_itself():
     assert ramped.continued(order.config, step=77) is not ramped
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(chain=continuations())
 def test_passes_after_a_change_of_width_begin_where_their_samples_are_counted(chain):
     orders = continued(chain)
@@ -634,7 +635,7 @@ def test_passes_after_a_change_of_width_begin_where_their_samples_are_counted(ch
         wanted += own.config.num_samples
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(chain=continuations())
 def test_state_with_earlier_widths_comes_back_equal(chain):
     config = continued(chain)[-1].config

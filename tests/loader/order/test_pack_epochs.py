@@ -16,6 +16,7 @@ from loader.order.packing import PackConfig
 from loader.order.schedule import PackSchedule, plan_packing
 from loader.topology import Topology
 from shardspec.errors import ConfigError
+from tests.examples import examples
 
 ALONE = Topology()
 LIMIT, MAX_CROPS = 1000, 9
@@ -106,13 +107,13 @@ def require_exact(schedule, own, *, num_epochs):
         assert all(schedule.epoch_at(step) == epoch for step in range(begin, end))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(own=settings_of_runs())
 def test_passes_show_every_sample_of_their_epoch_once_but_for_the_border_step(own):
     require_exact(make(own), own, num_epochs=6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(own=settings_of_runs())
 def test_packs_are_within_the_limits_and_of_one_stream(own):
     schedule = make(own)
@@ -133,7 +134,7 @@ def test_packs_are_within_the_limits_and_of_one_stream(own):
                 assert len(set(stream_of[samples])) == 1
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(own=settings_of_runs(), data=st.data())
 def test_global_batches_do_not_depend_on_the_number_of_ranks(own, data):
     worlds = [n for n in range(1, 13) if own["batch"] % n == 0]
@@ -145,7 +146,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(own, data):
         assert sorted(joined(balanced, step, world_size)) == sorted(want)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(own=settings_of_runs(), data=st.data())
 def test_every_step_is_a_place_to_resume_from_and_again(own, data):
     whole = make(own)
@@ -176,14 +177,14 @@ def changes(draw, own):
     return [(0, own["batch"]), *((step, own["ranks"] * draw(share)) for step in steps)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(own=settings_of_runs(), data=st.data())
 def test_epochs_stay_exact_where_the_packs_per_step_change(own, data):
     sizes = data.draw(changes(own))
     require_exact(make(own, sizes=sizes), own, num_epochs=5)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(own=settings_of_runs(), data=st.data())
 def test_changes_made_on_the_way_are_those_known_in_advance_and_resume(own, data):
     sizes = data.draw(changes(own))

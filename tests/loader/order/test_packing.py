@@ -18,6 +18,7 @@ from loader.order.packing import (
 )
 from loader.order.permutation import keyed_array, permute
 from shardspec.errors import ConfigError
+from tests.examples import examples
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 130), st.integers(0, 9)), min_size=0, max_size=120)
 
@@ -44,7 +45,7 @@ def mixed(num_samples, seed=0):
     return tokens, np.where(is_text, 0, picture // 170).astype(np.int64)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(lengths=LENGTHS, data=st.data())
 def test_window_places_every_sample_once_within_the_limits(lengths, data):
     tokens, crops = arrays(lengths)
@@ -61,7 +62,7 @@ def test_window_places_every_sample_once_within_the_limits(lengths, data):
         assert np.minimum(crops, 8)[pack].sum() <= 8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(lengths=LENGTHS, window=st.integers(1, 50))
 def test_run_places_every_sample_once_and_none_waits_more_than_a_window(lengths, window):
     tokens, crops = arrays(lengths)
@@ -120,7 +121,7 @@ def straightforward_run(tokens, crops, *, config, key):
     return packs
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     lengths=LENGTHS,
     window=st.integers(1, 50),
@@ -135,7 +136,7 @@ def test_packs_are_those_of_the_straightforward_algorithm(lengths, window, max_c
     assert [pack.tolist() for pack in packs] == want
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     num_runs=st.integers(1, 7),
     size=st.integers(1, 90),

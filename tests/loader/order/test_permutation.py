@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from loader.order.permutation import TABLE_LIMIT, keyed_array, permute
 from shardspec.keyed import keyed
+from tests.examples import examples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(size=st.integers(1, 20_000), key=st.integers(0, 2**64 - 1))
 def test_every_index_is_the_image_of_exactly_one_index(size, key):
     images = permute(np.arange(size), size=size, key=key)
@@ -22,7 +23,7 @@ def test_sizes_around_the_change_of_method_and_around_squares_are_bijective(size
     assert np.array_equal(np.sort(images), np.arange(size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(size=st.integers(TABLE_LIMIT + 1, 2**40), key=st.integers(0, 2**64 - 1), data=st.data())
 def test_sampled_images_of_a_large_domain_are_distinct_and_inside(size, key, data):
     start = data.draw(st.integers(0, size - 1))

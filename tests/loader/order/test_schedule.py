@@ -25,6 +25,7 @@ from loader.order.schedule import (
 from loader.order.weights import MixtureSource
 from loader.topology import Topology
 from shardspec.errors import ConfigError
+from tests.examples import examples
 
 ALONE = Topology()
 WORLDS = (1, 2, 3, 4, 6, 8, 12, 24, 48)
@@ -82,7 +83,7 @@ def test_packs_of_a_run_are_full(length, max_crops, least):
     assert np.mean(fills) >= least
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     num_samples=st.integers(1, 400),
     streams=st.sampled_from([1, 2, 3, 4]),
@@ -109,7 +110,7 @@ def test_endless_packs_show_every_sample_once_per_epoch_for_any_ranks(
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     num_samples=st.integers(1, 300),
     batch=st.sampled_from([1, 2, 4, 12]),
@@ -167,7 +168,7 @@ def test_changes_of_a_mixture_between_groups_of_buckets_lose_no_sample(step, sto
         assert epochs <= set(shown)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     num_samples=st.integers(1, 400),
     batch=st.integers(1, 24),

@@ -10,6 +10,7 @@ from loader.reading import request_queue
 from loader.reading.blocks import Block, missing
 from loader.reading.network import Network
 from loader.reading.read_plan import ReadPlan
+from tests.examples import examples
 
 SAMPLE = 10
 BLOCK = 100
@@ -272,7 +273,7 @@ def play(owner, script):
         owner.check()
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(operations, st.booleans(), st.integers(1, 3))
 def test_after_cancelling_nothing_is_left_once_what_is_under_way_has_ended(script, cached, most):
     owner = Owner(cached=cached, requests=most, streams=most, cold_steps=2)

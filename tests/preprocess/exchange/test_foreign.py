@@ -28,6 +28,7 @@ from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ShardError
 from shardspec.foreign import ForeignFile, walk_foreign
 from shardspec.manifest import require_manifest
+from tests.examples import examples
 from tests.inline import Quiet
 
 # Not ours to mend: files that webdataset leaves to the garbage collector.
@@ -127,7 +128,7 @@ names = st.text("aB/._é", min_size=1, max_size=8).filter(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.lists(st.tuples(names, st.binary(max_size=700)), max_size=8),
     form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
@@ -705,7 +706,7 @@ def test_resumed_import_has_the_same_notes(tmp_path):
 distinct = st.lists(st.tuples(names, st.binary(max_size=9)), max_size=8, unique_by=lambda f: f[0])
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files=distinct)
 def test_any_names_are_read_back_by_the_last_dot(files, tmp_path_factory):
     """What a reader finds by the index's key is what the names say."""

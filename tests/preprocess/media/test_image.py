@@ -25,6 +25,7 @@ from shardspec.image_file import check_png
 from shardspec.media import decode_stored, encode_stored
 from shardspec.sample import Geometry
 from shardspec.tiling import ImageView, overview_size, stored_size
+from tests.examples import examples
 
 LARGE = ImagePreprocessor(ImagePolicy(max_side_px=4000))
 """Leaves the size of every test picture alone."""
@@ -394,7 +395,7 @@ def test_animations_give_their_first_frame(fmt):
 # --- size --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     height=st.integers(1, 90), width=st.integers(1, 90), headroom=st.sampled_from([1.0, 1.25, 1.5])
 )
@@ -481,7 +482,7 @@ def test_turned_pictures_are_sized_by_their_upright_shape():
     assert image.pixels.shape == (height, width, 3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(height=st.integers(1, 60), width=st.integers(1, 60), limit=st.integers(1, 70))
 def test_longest_side_is_bounded_and_the_aspect_kept(height, width, limit):
     image = ImagePreprocessor(ImagePolicy(max_side_px=limit))(scene(height, width))

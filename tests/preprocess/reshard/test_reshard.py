@@ -38,6 +38,7 @@ from shardspec.errors import (
 )
 from shardspec.manifest import load_manifest, require_manifest, sealed
 from tests import inline
+from tests.examples import examples
 from tests.inline import Quiet
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -105,7 +106,7 @@ def own(dataset, tmp_path):
 # --- copies
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(count=st.integers(1, 23), before=st.integers(1, 7), between=st.integers(1, 12))
 def test_there_and_back_in_kept_order_gives_the_same_bytes(
     count, before, between, samples, write_dataset, tmp_path_factory
@@ -122,7 +123,7 @@ def test_there_and_back_in_kept_order_gives_the_same_bytes(
     shutil.rmtree(folder)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_shards=st.integers(1, 9),
     order=st.sampled_from(["keep", "shuffle", "length"]),
@@ -285,7 +286,7 @@ def test_a_view_reads_like_the_dataset_that_it_shows(dataset, samples, tmp_path)
     assert prints[0] == prints[1]
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shards=st.lists(st.integers(1, 23), min_size=1, max_size=3),
     order=st.sampled_from(["keep", "shuffle", "length"]),

@@ -29,6 +29,7 @@ from preprocess.synthetic.scenes import (
     render,
 )
 from shardspec.errors import ConfigError
+from tests.examples import examples
 
 PLANS = [plan_scene(11, idx) for idx in range(300)]
 
@@ -94,7 +95,7 @@ def test_every_index_and_every_seed_gives_another_scene():
     assert len({scene.caption for scene in scenes}) == 40
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(seed=st.integers(), idx=st.integers(), max_side_px=st.integers(MIN_SIDE_PX, 700))
 @example(seed=-1, idx=2**70, max_side_px=MIN_SIDE_PX)
 def test_any_index_and_cap_give_a_sound_picture(seed, idx, max_side_px):

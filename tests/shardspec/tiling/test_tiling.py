@@ -32,6 +32,7 @@ from shardspec.tiling import (
     stored_size,
     token_pooling,
 )
+from tests.examples import examples
 
 TILED = "overlap-and-resize-c2"
 IDS = ImageTokenIds(im_start=100, im_end=101, im_patch=102, im_col=103, low_res_im_start=104)
@@ -44,7 +45,7 @@ SIGLIP = ImageView(size_px=378, crop_mode=TILED, max_crops=8, overview_start="lo
 SIGLIP_24 = dataclasses.replace(SIGLIP, max_crops=24)
 ONE_CROP = ImageView()
 
-pure = settings(deadline=None, derandomize=True, database=None, max_examples=150)
+pure = settings(deadline=None, derandomize=True, database=None, max_examples=examples(150))
 sides = st.one_of(st.integers(1, 5000), st.sampled_from([1, 2, 111, 112, 113, 336, 378, 5000]))
 
 
