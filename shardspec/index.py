@@ -49,6 +49,9 @@ INDEX_DTYPE = np.dtype(
 
 _MOST_HEADER_BYTES = 64 * 1024  # of a .npy; ours have about 600
 
+QUESTION_COLUMNS = ("num_branches", "num_turns")
+"""Columns that indexes of earlier releases lack: readers count in the samples then."""
+
 RAW_COLUMNS = ("offset", "num_bytes", "crc32")
 """Columns that the index of a raw dataset shares with `INDEX_DTYPE`; its keys may be longer."""
 
@@ -67,7 +70,9 @@ def index_dtype(num_views: int) -> np.dtype:
 
     After INDEX_DTYPE come the columns for planning batches and packs without reading data:
     `view_length` u4 [views] and `view_crops` u2 [views], the longest sequence and the crops of a
-    sample in each view, and `loss_length` u4, the most positions under loss.
+    sample in each view, and `loss_length` u4, the most positions under loss; then `num_branches`
+    and `num_turns` u4, the conversations and the exchanges of a sample, each a row of an
+    evaluation.
     """
     if not num_views:
         return INDEX_DTYPE
@@ -75,6 +80,7 @@ def index_dtype(num_views: int) -> np.dtype:
         ("view_length", "<u4", (num_views,)),
         ("view_crops", "<u2", (num_views,)),
         ("loss_length", "<u4"),
+        *((name, "<u4") for name in QUESTION_COLUMNS),
     ]
     return np.dtype(INDEX_DTYPE.descr + lengths)
 
@@ -161,6 +167,7 @@ def index_row(
     if views:
         text, loss = longest_sequence(sample.tokens, sample.spans, placeholder=placeholder, bos=bos)
         row["loss_length"] = loss
+        row["num_branches"], row["num_turns"] = count_questions(sample.spans)
         sizes = [(int(p[2]), int(p[3])) for p in pictures]
         for v, view in enumerate(views):
             image_tokens = sum(num_image_tokens(*size, view) for size in sizes)
@@ -197,6 +204,20 @@ def longest_sequence(
     leads = sum(stop - start for _, _, start, stop, *_ in lead_rows(spans).tolist())
     inner_eos = len(positions) - branches
     return bos + leads + sum(positions.values()) + inner_eos, sum(loss.values())
+
+
+def count_questions(spans: np.ndarray) -> tuple[int, int]:
+    """Counts the conversations of a sample, and the exchanges of all of them.
+
+    Args:
+      spans: int32 [S, 8].
+    """
+    # The variants of an exchange are adjacent, and so are the exchanges of a conversation.
+    exchanges = text_rows(spans)[:, 1:3]
+    if not len(exchanges):
+        return 0, 0
+    begins = np.any(exchanges[1:] != exchanges[:-1], axis=1)
+    return 1 + int(np.count_nonzero(np.diff(exchanges[:, 0]))), 1 + int(np.count_nonzero(begins))
 
 
 def longest_text(spans: np.ndarray) -> tuple[int, int]:

@@ -55,7 +55,7 @@ from shardspec.expression import (
     scalar_names,
     select,
 )
-from shardspec.index import open_index, raw_index_dtype
+from shardspec.index import QUESTION_COLUMNS, open_index, raw_index_dtype
 from shardspec.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -706,4 +706,13 @@ def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
         return dtypes[0]
     if all(dtype.names == raw_index_dtype(1).names for dtype in dtypes):
         return raw_index_dtype(max(dtype["key"].itemsize for dtype in dtypes))
+    # Of an earlier release and of this one: what readers can do without is left out.
+    kept = {_without(dtype, QUESTION_COLUMNS) for dtype in dtypes}
+    if len(kept) == 1:
+        return kept.pop()
     raise ConflictError("index_columns", columns=sorted({str(dtype.names) for dtype in dtypes}))
+
+
+def _without(dtype: np.dtype, left_out: Sequence[str]) -> np.dtype:
+    columns = [name for name in dtype.names or () if name not in left_out]
+    return np.dtype([(name, dtype[name].str, dtype[name].shape) for name in columns])
