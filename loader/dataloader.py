@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from loader.assembly import view_collator
+from loader.assembly import PadSide, view_collator
 from loader.buffers import BufferPool
 from loader.delivery import (
     AheadLimit,
@@ -91,6 +91,8 @@ _PREPARED_ONLY: Mapping[str, Any] = {
     "max_images": None,
     "balance": True,
     "bucket_steps": 0,
+    "pad_side": "right",
+    "metadata": False,
 }
 """Defaults of `make_dataloader`: arguments that mean nothing for raw samples."""
 
@@ -117,6 +119,8 @@ def make_dataloader(
     balance: bool = True,
     bucket_steps: int = 0,
     prefetch_bytes: int = 1 << 32,
+    pad_side: PadSide = "right",
+    metadata: bool | tuple[str, ...] = False,
 ) -> StreamLoader:
     """Makes the loader of this rank.
 
@@ -159,6 +163,10 @@ def make_dataloader(
       prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
         to be used again. One batch is always made, however large; where fewer fit than there are
         threads or workers, some of these have nothing to do.
+      pad_side: "left" pads texts in front, for models that generate; see `MMCollator`.
+      metadata: Fields of the samples' records that `metadata` has as `record`, plain Python objects
+        (question_id, answers, options, points, image_url ...; None where a sample has none); True:
+        all. It implies `with_metadata`. In an evaluation they are those of the row's question.
 
     Raises:
       ConfigError: `argument`, `order_count`, `batch_not_divisible`, `loader_range`,
@@ -171,7 +179,9 @@ def make_dataloader(
     for name, flag in (("with_metadata", with_metadata), ("pack", pack), ("balance", balance)):
         flag_argument(name, flag)
     require_argument(isinstance(pad_mode, str), "pad_mode", pad_mode, "the name of a mode")
-    for name, listed in (("extra_keys", extra_keys), ("columns", columns)):
+    with_metadata = with_metadata or bool(metadata)
+    fields = () if isinstance(metadata, bool) else metadata
+    for name, listed in (("extra_keys", extra_keys), ("columns", columns), ("metadata", fields)):
         fits = isinstance(listed, tuple | list) and all(isinstance(one, str) for one in listed)
         require_argument(fits, name, listed, "a tuple of names")
     if sequence_length is not None:
@@ -222,6 +232,8 @@ def make_dataloader(
             "max_images": max_images,
             "balance": balance,
             "bucket_steps": bucket_steps,
+            "pad_side": pad_side,
+            "metadata": metadata,
         }
         given = sorted(name for name in options if options[name] != _PREPARED_ONLY[name])
         if given:
@@ -240,6 +252,7 @@ def make_dataloader(
             extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
         if pack and max_images is not None:
             max_crops = max_images if max_crops is None else min(max_crops, max_images)
+        builders = [builder.with_record(metadata) for builder in builders]
         view = builders[0].view
         collator = view_collator(
             view,
@@ -251,6 +264,7 @@ def make_dataloader(
             with_real=stream.parts[0].tail == "pad",
             min_images=min_images,
             max_images=max_images,
+            pad_side=pad_side,
         )
         lengths = partial(_lengths, builders)
         if pack:

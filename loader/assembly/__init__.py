@@ -4,12 +4,21 @@ Decides which variants, crops and augmentations an example gets and where its to
 Never decides which sample comes next, and never opens a shard.
 """
 
-from loader.assembly.assemble import Draft, Planner, View, assemble, view_collator
+from loader.assembly.assemble import (
+    Draft,
+    ExamplePlan,
+    Planner,
+    View,
+    assemble,
+    describe_question,
+    view_collator,
+)
 from loader.assembly.augment import Augment
-from loader.assembly.collate import MMCollator, finished
+from loader.assembly.collate import MMCollator, PadSide, finished
 from loader.assembly.layout import TokenIds
 from loader.assembly.packed import Pack, fitting
 from loader.assembly.pixels import MEAN_STD, Encoded, Normalization, normalize
+from loader.assembly.questions import Questions
 from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor
 
 __all__ = [
@@ -18,14 +27,18 @@ __all__ = [
     "DeterministicDataset",
     "Draft",
     "Encoded",
+    "ExamplePlan",
     "MMCollator",
     "MolmoPreprocessor",
     "Normalization",
     "Pack",
+    "PadSide",
     "Planner",
+    "Questions",
     "TokenIds",
     "View",
     "assemble",
+    "describe_question",
     "finished",
     "fitting",
     "normalize",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from loader.assembly.augment import NO_CHANGE, Augment, Draw, Resample, draw, draw_filter
-from loader.assembly.collate import MMCollator, Shapes, finished
+from loader.assembly.collate import MMCollator, PadSide, Shapes, finished
 from loader.assembly.layout import (
     IGNORED,
     BranchTurns,
@@ -34,9 +34,18 @@ from loader.assembly.layout import (
     TokenIds,
     Tree,
     Turn,
+    count_placed,
     lay_out,
+    lay_out_prompt,
 )
 from loader.assembly.pixels import Encoded, Normalization, normalize, patch_cells, render
+from loader.assembly.questions import (
+    Questions,
+    prompt_of,
+    question_of,
+    question_record,
+    sample_record,
+)
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.keyed import draw_below, draw_order
@@ -102,8 +111,13 @@ class View:
     loss: LossScale = "flat"
     weight: float = 1.0
     """Factor of `loss_weights` for the whole dataset."""
-    purpose: Literal["train", "inference"] = "train"
-    """"inference" takes the first variant of each turn, in stored order, and augments nothing."""
+    purpose: Literal["train", "inference", "evaluation"] = "train"
+    """"inference" takes the first variant of each turn, in stored order, and augments nothing.
+    "evaluation" does the same, and gives a row for each question of a sample that ends in front of
+    its answer: nothing of that answer is in it, and there is no loss (docs/evaluation.md)."""
+    questions: Questions = "all"
+    """For evaluation: "all" asks each question after the exchanges before it in its conversation,
+    with the answers of those; "first" asks the first one of each conversation only."""
 
     def __post_init__(self) -> None:
         wrong: dict[str, object] = {}
@@ -117,6 +131,10 @@ class View:
             wrong["weight"] = self.weight
         if self.resample not in get_args(Resample):
             wrong["resample"] = self.resample
+        if self.purpose not in ("train", "inference", "evaluation"):
+            wrong["purpose"] = self.purpose
+        if self.questions not in get_args(Questions):
+            wrong["questions"] = self.questions
         if wrong:
             raise ConfigError("view", facts=wrong)
 
@@ -151,7 +169,13 @@ class Planner:
             self._high_res = _Seen(view.high_res, view, ids)
 
     def plan(
-        self, tokens: np.ndarray, spans: np.ndarray, rng: np.random.RandomState, *, key: str = ""
+        self,
+        tokens: np.ndarray,
+        spans: np.ndarray,
+        rng: np.random.RandomState,
+        *,
+        key: str = "",
+        question: int = 0,
     ) -> ExamplePlan:
         """Plans one example.
 
@@ -160,9 +184,11 @@ class Planner:
           spans: int32 [S, 8], the sample's.
           rng: The sample's generator for this epoch.
           key: The sample's, for errors.
+          question: Number of the question that is asked; for evaluation only.
 
         Raises:
-          SampleError: `too_many_images`, and as `lay_out`.
+          SampleError: `too_many_images`, and as `lay_out` or `lay_out_prompt`.
+          ConfigError: `question_number`.
         """
         view = self.view
         kinds = spans[:, 0].tolist()
@@ -177,7 +203,15 @@ class Planner:
         images = self._images
         if self._high_res is not None and rng.random_sample() < view.high_res_probability:
             images = self._high_res
-        pictures = spans[len(kinds) - num_images :].tolist() if num_images else []
+        asked = None
+        if view.purpose == "evaluation":
+            placed = count_placed(branches, self.ids)
+            asked = question_of(branches, question, view.questions)
+            branches = [prompt_of(branches[asked[0]], asked[1])]
+            # Images that the conversation places itself come only as far as it goes.
+            num_images = count_placed(branches, self.ids) if placed else num_images
+        first_image = kinds.index(_IMAGE) if num_images else 0
+        pictures = spans[first_image : first_image + num_images].tolist()
         draws = [NO_CHANGE] * num_images
         if self._augments:
             draws = [
@@ -192,6 +226,19 @@ class Planner:
         leads: list[np.ndarray] = []
         if num_texts + num_images < len(kinds):
             leads = [tokens[row[2] : row[3]] for row in spans.tolist() if row[0] == _LEAD]
+        if asked is not None:
+            blocks = [each.block for each in seen]
+            limit = view.sequence_length
+            sequence = lay_out_prompt(
+                blocks,
+                branches[0],
+                ids=self.ids,
+                leads=leads,
+                limit=limit,
+                tree=view.tree,
+                where=key,
+            )
+            return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes, asked)
         sequence = lay_out(
             [each.block for each in seen],
             branches,
@@ -221,6 +268,8 @@ class ExamplePlan:
     """What the view makes of each image."""
     shapes: Shapes
     """Of what it has for each crop."""
+    asked: tuple[int, int] | None = None
+    """Conversation and exchange of the question that is asked, for evaluation."""
 
     @property
     def num_tokens(self) -> int:
@@ -276,8 +325,8 @@ class Draft:
     """The example of one sample before its arrays are made (a `LazyExample`)."""
 
     __slots__ = (
-        *("dataset", "error", "key", "num_crops", "num_tokens", "plan", "real", "render_s"),
-        *("scratch", "shapes", "sources", "substitutes", "view"),
+        *("described", "dataset", "error", "key", "num_crops", "num_tokens", "plan", "real"),
+        *("render_s", "scratch", "shapes", "sources", "substitutes", "view"),
     )
 
     channels_first = False
@@ -300,7 +349,8 @@ class Draft:
           key: The sample's.
           scratch: Memory for pictures that are not decoded straight into the batch.
         """
-        self.plan, self.sources, self.view, self.key = plan, sources, view, key
+        self.plan, self.view, self.key = plan, view, key
+        self.sources = sources[: len(plan.sizes)]
         self.scratch = scratch
         self.shapes = plan.shapes
         self.num_tokens = plan.sequence.length
@@ -311,6 +361,8 @@ class Draft:
         """The bad sample that it substitutes, for its metadata."""
         self.dataset: str | None = None
         """The dataset's name, for its metadata."""
+        self.described: Mapping[str, Any] = {}
+        """What else its metadata say."""
         self.real = True
         """False for a repeat that fills the last batch of an evaluation: it has no key."""
         self.error: ShardsError | None = None
@@ -434,6 +486,7 @@ class Draft:
             ],
             "dropped_branches": plan.sequence.dropped_branches,
         }
+        described |= self.described
         if not self.real:
             described["real"] = False
         if self.substitutes is not None:
@@ -447,8 +500,35 @@ PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
 """A stored picture, uint8 [H, W, 3] or encoded, and its stored overview."""
 
 
+def describe_question(
+    plan: ExamplePlan, question: int, record: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Makes what the metadata of an example say beside its pictures.
+
+    Args:
+      plan: Of the example.
+      question: The number that it was asked for.
+      record: Of the sample; None: what it says is not wanted.
+
+    Returns:
+      `question_idx`, for evaluation; `record`: what it says of the question, or of the sample.
+    """
+    described: dict[str, Any] = {} if plan.asked is None else {"question_idx": question}
+    if record is not None and plan.asked is None:
+        described["record"] = sample_record(record)
+    elif record is not None and plan.asked is not None:
+        branch, turn = plan.asked
+        described["record"] = question_record(record, branch=branch, turn=turn)
+    return described
+
+
 def assemble(
-    sample: PreparedSample, rng: np.random.RandomState, *, view: View, ids: TokenIds
+    sample: PreparedSample,
+    rng: np.random.RandomState,
+    *,
+    view: View,
+    ids: TokenIds,
+    question: int = 0,
 ) -> dict[str, Any]:
     """Makes the example of one sample in one epoch.
 
@@ -457,6 +537,8 @@ def assemble(
       rng: The sample's generator for this epoch.
       view: What the run wants.
       ids: Special ids of the dataset's tokenizer.
+      question: Number of the question that is asked, for evaluation: a sample with several gives
+        one example for each, see `shardspec.index.count_questions`.
 
     Returns:
       input_ids, labels, position_ids, subsegment_ids: int64 [L]; loss_weights: float32 [L];
@@ -468,9 +550,13 @@ def assemble(
     Raises:
       SampleError: As `Planner.plan`, and as `render`.
     """
-    plan = _planner(view, ids).plan(sample.tokens, sample.spans, rng, key=sample.key)
+    planner = _planner(view, ids)
+    plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key, question=question)
     sources = [(image.pixels, image.overview) for image in sample.images]
-    return finished(Draft(plan, sources, view=view, key=sample.key, scratch=Scratch()))
+    draft = Draft(plan, sources, view=view, key=sample.key, scratch=Scratch())
+    if plan.asked is not None:
+        draft.described = describe_question(plan, question, sample.record)
+    return finished(draft)
 
 
 def view_collator(
@@ -484,6 +570,7 @@ def view_collator(
     with_real: bool = False,
     min_images: int = 0,
     max_images: int | None = None,
+    pad_side: PadSide = "right",
 ) -> MMCollator:
     """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
     shapes = view.shapes(view.image)
@@ -500,6 +587,7 @@ def view_collator(
         with_real=with_real,
         min_images=min_images,
         max_images=max_images,
+        pad_side=pad_side,
         image_dtype=shapes.dtype,
     )
 

@@ -1,7 +1,8 @@
 """Collation: examples of different lengths and image counts become one batch of tensors.
 
-Pads text at the right and images at the end of their axis, and nothing else: no value is computed,
-no randomness, no state. The batch has exactly these keys, whatever the examples hold:
+Pads text at the right (at the left on request) and images at the end of their axis, and nothing
+else: no value is computed, no randomness, no state. The batch has exactly these keys, whatever the
+examples hold:
 
     input_ids        int64   [B, L]           padding: pad_token_id
     labels           int64   [B, L]           padding: -100 (aligned with input_ids, see below)
@@ -54,6 +55,9 @@ EXTRA_KEYS: Mapping[str, tuple[type[np.generic], float]] = {
 """Optional keys of one value per token: their type in the batch and their padding."""
 
 _PIXEL_TYPES = (np.dtype(np.uint8), np.dtype(np.float32))
+
+PadSide = Literal["right", "left"]
+"""Where texts are padded: models that generate need the left, so that all prompts end together."""
 
 IMAGE_KEYS = ("images", "image_masks", "image_input_idx")
 
@@ -137,6 +141,7 @@ class MMCollator:
         with_metadata: bool = False,
         with_real: bool = False,
         extra_keys: tuple[str, ...] = (),
+        pad_side: PadSide = "right",
     ) -> None:
         """Builds the collator.
 
@@ -160,9 +165,11 @@ class MMCollator:
           with_real: Add `real`, which is False for rows whose `metadata` says so: repeats that fill
             the last batch of an evaluation.
           extra_keys: Names of `EXTRA_KEYS` to hand over; every example must have them.
+          pad_side: "left" puts the padding of the texts in front of them, for generation; what
+            `image_input_idx` points at moves along.
 
         Raises:
-          ConfigError: `pad_mode`, `overlong`, `extra_key` or `collator_range`.
+          ConfigError: `pad_side`, `pad_mode`, `overlong`, `extra_key` or `collator_range`.
         """
         numbers = {"sequence_length": sequence_length, "num_patches": num_patches}
         axes = ("channels", "height", "width") if len(image_shape) == 3 else ("patches", "dim")
@@ -176,6 +183,8 @@ class MMCollator:
             raise ConfigError("collator_range", facts=bad)
         if overlong not in ("error", "truncate"):
             raise ConfigError("overlong", got=repr(overlong))
+        if pad_side not in ("right", "left"):
+            raise ConfigError("pad_side", got=repr(pad_side))
         for name in extra_keys:
             if name not in EXTRA_KEYS:
                 raise ConfigError("extra_key", hint=nearest(name, EXTRA_KEYS), got=name)
@@ -192,6 +201,7 @@ class MMCollator:
         self.with_metadata = with_metadata
         self.with_real = with_real
         self.extra_keys = tuple(extra_keys)
+        self.pad_side = pad_side
         self._multiple = _parse_pad_mode(pad_mode, sequence_length=sequence_length)
         self._text_specs: dict[str, tuple[type[np.generic], float]] = {
             "input_ids": (np.int64, pad_token_id),
@@ -240,7 +250,10 @@ class MMCollator:
         if max(lengths) > self.sequence_length or self.max_images is not None:
             lengths = [self._kept_length(row, example) for row, example in enumerate(examples)]
         batch: dict[str, Any] = {**self._collate_text(examples, lengths, allocate)}
-        batch |= self._collate_images(examples, allocate)
+        shifts = [0] * len(examples)
+        if self.pad_side == "left":
+            shifts = [batch["input_ids"].shape[1] - length for length in lengths]
+        batch |= self._collate_images(examples, allocate, shifts)
         if self.with_metadata:
             batch["metadata"] = [example.metadata() for example in examples]
         if self.with_real:
@@ -260,17 +273,21 @@ class MMCollator:
             pieces: list[np.ndarray] = []
             for example, length in zip(examples, lengths, strict=True):
                 own = example.pieces(name)
-                pieces += own if length == example.num_tokens else cut(own, length)
-                pieces.append(padding[length:])
+                own = own if length == example.num_tokens else cut(own, length)
+                filling = padding[length:]
+                pieces += (filling, *own) if self.pad_side == "left" else (*own, filling)
             arrays[name] = allocate(shape, dtype)
             # One call for all rows: writing them one by one takes five times as long.
             np.concatenate(pieces, out=arrays[name].reshape(-1), casting="unsafe")
         mask = arrays["attention_mask"] = allocate(shape, np.int64)
-        np.less(np.arange(shape[1]), np.array(lengths)[:, None], out=mask)
+        numbers = np.arange(shape[1])
+        if self.pad_side == "left":
+            numbers = numbers[::-1]
+        np.less(numbers, np.array(lengths)[:, None], out=mask)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _collate_images(
-        self, examples: Sequence[LazyExample], allocate: Allocate
+        self, examples: Sequence[LazyExample], allocate: Allocate, shifts: Sequence[int]
     ) -> dict[str, torch.Tensor]:
         num = self.max_images
         if num is None:
@@ -289,6 +306,8 @@ class MMCollator:
             if n:
                 example.write_masks(masks[row, :n])
                 example.write_input_idx(input_idx[row, :n])
+                if shifts[row]:
+                    input_idx[row, :n][input_idx[row, :n] >= 0] += shifts[row]
             if n < num:
                 images[row, n:] = 0
                 masks[row, n:] = 0

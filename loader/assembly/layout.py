@@ -346,6 +346,46 @@ def lay_out(
     )
 
 
+def lay_out_prompt(
+    blocks: Sequence[np.ndarray],
+    branch: BranchTurns,
+    *,
+    ids: TokenIds,
+    leads: Sequence[np.ndarray] = (),
+    limit: int | None = None,
+    tree: Tree = "molmo2",
+    where: str = "",
+) -> Sequence1d:
+    """Lays out a conversation whose last response is to be generated; nothing in it is learned.
+
+    The tokens are those of a training sequence in front of that response.
+
+    Args:
+      blocks: int32 token block of each image that has come by then.
+      branch: The conversation; its last response is empty.
+      ids, leads, tree, where: As of `lay_out`.
+      limit: Longest sequence; None for any. A prompt is never cut.
+
+    Raises:
+      SampleError: `prompt_length`; `empty_prompt`, there is nothing to generate from; as `lay_out`.
+    """
+    if ids.bos < 0 and not blocks and not any(len(turn.prompt) for turn in branch.turns):
+        raise SampleError("empty_prompt", where=where)
+    sequence = lay_out(blocks, [branch], ids=ids, leads=leads, tree=tree, where=where)
+    if limit is not None and sequence.length > limit:
+        raise SampleError(
+            "prompt_length", where=where, tokens=sequence.length, sequence_length=limit
+        )
+    sequence.learns = False
+    return sequence
+
+
+def count_placed(branches: Sequence[BranchTurns], ids: TokenIds) -> int:
+    """Counts the images that the texts of conversations place themselves."""
+    prompts = [turn.prompt for branch in branches for turn in branch.turns]
+    return sum(int(np.count_nonzero(prompt == ids.placeholder)) for prompt in prompts)
+
+
 @dataclass(slots=True)
 class _Span:
     """A branch in the sequence."""

@@ -9,6 +9,7 @@ same seeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from loader.assembly.assemble import View, assemble
 from loader.assembly.layout import TokenIds
+from shardspec.index import count_questions
 from shardspec.keyed import SampleRng, sample_seed
 from shardspec.sample import PreparedSample
 
@@ -53,13 +55,44 @@ class MolmoPreprocessor:
         self.ids = TokenIds.from_special_ids(special_ids)
         self.view = view or View()
 
-    def __call__(self, example: Mapping[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+    def __call__(
+        self, example: Mapping[str, Any], rng: np.random.RandomState, *, question: int = 0
+    ) -> dict[str, Any]:
         """Makes the example that `loader.assembly.assemble.assemble` describes.
+
+        Args:
+          example: Raw.
+          rng: The sample's generator for this epoch.
+          question: With a view for evaluation: the number of the question that is asked.
+
+        Raises:
+          SampleError: The example cannot be prepared or laid out.
+          ConfigError: `question_number`.
+        """
+        sample = self.prepare(example)
+        return assemble(sample, rng, view=self.view, ids=self.ids, question=question)
+
+    def questions(
+        self, example: Mapping[str, Any], rng: np.random.RandomState | None = None
+    ) -> list[dict[str, Any]]:
+        """Makes an example for each question of a raw example, whatever the view's purpose.
+
+        Args:
+          example: Raw.
+          rng: Unused: an evaluation draws nothing.
 
         Raises:
           SampleError: The example cannot be prepared or laid out.
         """
-        return assemble(self.prepare(example), rng, view=self.view, ids=self.ids)
+        sample = self.prepare(example)
+        view = replace(self.view, purpose="evaluation")
+        branches, turns = count_questions(sample.spans)
+        count = turns if view.questions == "all" else branches
+        rng = rng or np.random.RandomState(0)
+        return [
+            assemble(sample, rng, view=view, ids=self.ids, question=number)
+            for number in range(count)
+        ]
 
 
 class DeterministicDataset(Dataset[dict[str, Any]]):

@@ -6,6 +6,7 @@ What schedules give, and what they know of the samples: their lengths.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import starmap
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ class SampleRef(NamedTuple):
     sample: int
     real: bool = True
     """False for padding, which has nothing to learn."""
+    question: int = 0
+    """In an evaluation, the number of the sample's question."""
 
 
 Row = tuple[SampleRef, ...]
@@ -37,4 +40,4 @@ Row = tuple[SampleRef, ...]
 def sample_refs(slots: Slots) -> list[SampleRef]:
     """Lists slots one by one, in plain integers."""
     columns = (slots.dataset, slots.epoch, slots.sample, slots.real)
-    return list(map(SampleRef._make, zip(*(c.ravel().tolist() for c in columns), strict=True)))
+    return list(starmap(SampleRef, zip(*(c.ravel().tolist() for c in columns), strict=True)))

@@ -9,6 +9,7 @@ from loader.reading.lookahead import LookaheadWindow
 from loader.reading.network import Network
 from loader.reading.quarantine import MOST_RECORDS, Quarantine, is_of_one_sample
 from loader.reading.reader import ShardReader, count_reading, open_dataset
+from loader.reading.stored import StoredSample, read_record
 
 __all__ = [
     "MOST_RECORDS",
@@ -17,7 +18,9 @@ __all__ = [
     "Network",
     "Quarantine",
     "ShardReader",
+    "StoredSample",
     "count_reading",
     "is_of_one_sample",
     "open_dataset",
+    "read_record",
 ]

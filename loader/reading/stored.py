@@ -6,10 +6,13 @@ The hot path reads three ranges per sample: no tar header is parsed, and no JSON
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from loader.assembly import Encoded
+from shardspec.documents import read_object
+from shardspec.errors import ShardError
 from shardspec.media import decode_stored
 from shardspec.sample import (
     SPAN_COLUMNS,
@@ -44,6 +47,8 @@ class StoredSample:
     """Shard and key, for errors."""
     num_bytes: int
     """Length of its part of the shard."""
+    record: memoryview
+    """Its metadata and text, JSON; see `read_record`."""
 
 
 def read_sample(
@@ -93,7 +98,20 @@ def read_sample(
                 overview = Encoded(payload, width, height, codec=codec, where=where)
                 position += padded(length) + BLOCK
             overviews.append(overview)
-    return StoredSample(key, tokens, spans, pictures, overviews, where, num_bytes)
+    record = members[BLOCK : BLOCK + json_bytes]
+    return StoredSample(key, tokens, spans, pictures, overviews, where, num_bytes, record)
+
+
+def read_record(stored: StoredSample) -> dict[str, Any]:
+    """Parses the metadata and the text of a stored sample.
+
+    Raises:
+      ShardError: `sample_json`.
+    """
+    try:
+        return read_object(stored.record)
+    except ValueError as error:
+        raise ShardError("sample_json", where=stored.where, error=error) from error
 
 
 def decode_sample(stored: StoredSample) -> PreparedSample:

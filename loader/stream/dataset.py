@@ -68,7 +68,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         where: str | None = None,
         keys: Keys | None = None,
     ) -> None:
-        """Reads the manifest, and for a subset the indexes; opens no shard yet.
+        """Reads the manifest, and for a subset or an evaluation the indexes; opens no shard yet.
 
         Args:
           url: Folder of the dataset, or its URL in an object store (s3://, gs://, ...).
@@ -77,7 +77,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             base seed.
           batch_size: Samples per batch of this rank, the same as the DataLoader's. Needed with
             more than one worker; without it batches have one sample as far as the order goes.
-          view: What to see of the samples; None takes the view that the shards were made for.
+          view: What to see of the samples; None takes the view that the shards were made for. One
+            for evaluation gives a row per question, and needs tail "pad" (docs/evaluation.md).
           shuffle: False gives the stored order.
           tail: How an epoch ends: "wrap" (the next one begins inside the batch; nothing is dropped
             or repeated), "drop_last", or "pad" (evaluation: every sample once, and what fills the
@@ -124,7 +125,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           ConfigError: `argument`, a value of another type or range; `unknown_split`, `view_bound`,
             `tokenizer_mismatch`, `topology`, `cache_bytes`, `cache_foreign`, `raw_dataset`,
             `max_samples`, `filter_expression`, `keys_file`, `keys_type`; `empty_result`, the subset
-            has no samples.
+            has no samples; `evaluation`, an argument that would repeat or leave out questions.
           ShardError: With `where` or `keys`: an index cannot be read.
           StorageError: The store does not answer.
         """
@@ -162,6 +163,11 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         if data.manifest.raw:
             raise ConfigError("raw_dataset", where=url)
         view = view or View(image=stored_view(data.manifest))
+        if view.purpose == "evaluation":
+            for name, value, wanted in (("tail", tail, "pad"), ("on_bad", on_bad, "raise")):
+                if value != wanted:
+                    raise ConfigError("evaluation", where=url, name=name, got=value, wanted=wanted)
+            data = replace(data, questions=view.questions)
         for image in filter(None, (view.image, view.high_res)):
             check_view(data.manifest, image, where=url)
         if tokenizer is not None:
@@ -179,7 +185,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         self.reader = part.data.reader
         """Reads single samples, and counts what was fetched over the network."""
         self.num_samples = part.data.num_samples
-        """Samples in use: those of the split, of its first `max_samples`, or of the subset."""
+        """Samples in use: those of the split, of its first `max_samples`, or of the subset; with a
+        view for evaluation, their questions."""
         self.ids = part.builder.ids
         self.view = part.builder.view
 
@@ -225,18 +232,20 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """Gives this worker's share of the current epoch."""
         return iter(self._stream)
 
-    def example(self, sample_id: int, *, epoch: int = 0) -> dict[str, Any]:
+    def example(self, sample_id: int, *, epoch: int = 0, question: int = 0) -> dict[str, Any]:
         """Makes the example of one sample in one epoch, the same in every process.
 
         Args:
           sample_id: Number in stored order, among all samples of the split.
           epoch: Of the draws.
+          question: With a view for evaluation: the number of the question that is asked.
 
         Raises:
           ShardError: The sample cannot be read; see `ShardReader.read`.
           SampleError: It cannot be laid out; see `assemble`.
         """
-        return self._stream.parts[0].builder.example(SampleRef(0, epoch, sample_id))
+        ref = SampleRef(0, epoch, sample_id, question=question)
+        return self._stream.parts[0].builder.example(ref)
 
     def fingerprint(self) -> dict[str, Any]:
         """Describes the data, as states do: the sequence of samples, whatever the shards' borders.

@@ -16,10 +16,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loader.assembly import Draft, Planner, TokenIds, View, finished
+from loader.assembly import (
+    Draft,
+    ExamplePlan,
+    Planner,
+    TokenIds,
+    View,
+    describe_question,
+    finished,
+)
 from loader.buffers import Scratch
 from loader.order import SampleRef
-from loader.reading import Quarantine, is_of_one_sample
+from loader.reading import Quarantine, StoredSample, is_of_one_sample, read_record
 from loader.state import view_fingerprint
 from loader.stream.split import OpenSplit
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
@@ -69,6 +77,8 @@ class PreparedBuilder:
         self.on_bad: OnBad = on_bad
         self.quarantine = Quarantine(max_rate=max_bad_rate)
         """Samples substituted in this process; shared between copies."""
+        self._record: bool | frozenset[str] = view.purpose == "evaluation"
+        """Which fields of the samples' records their metadata have; True: all."""
         self._dataset: str | None = None
         """Name of the dataset that examples tell; None outside mixtures."""
         self._base_seed = dataset_seed(seed, data.manifest.dataset, data.name)
@@ -90,6 +100,12 @@ class PreparedBuilder:
         other = copy.copy(self)
         other.view = replace(self.view, sequence_length=length)
         other._planner = Planner(other.view, self.ids)
+        return other
+
+    def with_record(self, fields: bool | Sequence[str]) -> PreparedBuilder:
+        """Makes a builder whose examples tell these fields of the record; True: all of them."""
+        other = copy.copy(self)
+        other._record = fields if isinstance(fields, bool) else frozenset(fields)
         return other
 
     def of_group(self, data: OpenSplit) -> PreparedBuilder:
@@ -134,7 +150,7 @@ class PreparedBuilder:
             is missing or damaged.
           SampleError: It cannot be laid out, likewise.
         """
-        planned = self._planned(ref.sample, ref.epoch, after_failed=after_failed)
+        planned = self._planned(ref, after_failed=after_failed)
         planned.draft.dataset = self._dataset
         if not ref.real:
             planned.draft.plan.sequence.learns = False
@@ -167,9 +183,8 @@ class PreparedBuilder:
         crops = self.data.reader.column("view_crops", sample)[:, columns].max(axis=1)
         return tokens.astype(np.int64), crops.astype(np.int64)
 
-    def _planned(
-        self, sample_id: int, epoch: int, *, after_failed: PlannedExample | None
-    ) -> PlannedExample:
+    def _planned(self, ref: SampleRef, *, after_failed: PlannedExample | None) -> PlannedExample:
+        sample_id, epoch = ref.sample, ref.epoch
         first: dict[str, Any] | None = None
         failure: ShardsError | None = None
         start = 0
@@ -181,7 +196,7 @@ class PreparedBuilder:
             if self.on_bad == "raise" or not is_of_one_sample(failure):
                 raise failure
             number = self._candidate(sample_id, epoch, after_failed.attempt)
-            broken = self._record(number, failure)
+            broken = self._bad_record(number, failure)
             self.quarantine.add(broken, failure)
             first, start = after_failed.draft.substitutes or broken, after_failed.attempt + 1
         for attempt in range(start, 1 + MAX_SUBSTITUTES):
@@ -189,7 +204,7 @@ class PreparedBuilder:
             known = self.quarantine.record(number) if self.on_bad == "substitute" else None
             if known is None:
                 try:
-                    planned = self._draft(number, epoch)
+                    planned = self._draft(number, epoch, ref.question)
                 except (SampleError, ShardError) as error:
                     if self.on_bad == "raise" or not is_of_one_sample(error):
                         raise
@@ -197,7 +212,7 @@ class PreparedBuilder:
                         shard, _ = self.data.reader.name(number)
                         raise ShardError("shard_damaged", where=shard) from error
                     failure = failure or error
-                    known = self._record(number, error)
+                    known = self._bad_record(number, error)
                     self.quarantine.add(known, error)
                 else:
                     planned.attempt, planned.draft.substitutes = attempt, first
@@ -224,12 +239,14 @@ class PreparedBuilder:
         number = keyed(self._base_seed, sample_id, epoch, attempt) % self.data.num_samples
         return int(self.data.sample_ids(np.array(number)))
 
-    def _draft(self, number: int, epoch: int) -> PlannedExample:
+    def _draft(self, number: int, epoch: int, question: int) -> PlannedExample:
         start_s = perf_counter()
         stored = self.data.reader.stored(number)
         read_s = perf_counter()
         seed = sample_seed(self._base_seed, idx=number, length=self.data.num_stored, epoch=epoch)
-        plan = self._planner.plan(stored.tokens, stored.spans, self._rng(seed), key=stored.key)
+        plan = self._planner.plan(
+            stored.tokens, stored.spans, self._rng(seed), key=stored.key, question=question
+        )
         draft = Draft(
             plan,
             list(zip(stored.pictures, stored.overviews, strict=True)),
@@ -237,6 +254,8 @@ class PreparedBuilder:
             key=stored.key,
             scratch=self._scratch,
         )
+        if self._record or plan.asked is not None:
+            draft.described = self._describe(stored, plan, number, question)
         return PlannedExample(
             draft=draft,
             sample=number,
@@ -245,7 +264,19 @@ class PreparedBuilder:
             num_bytes=stored.num_bytes,
         )
 
-    def _record(self, number: int, error: ShardsError) -> dict[str, Any]:
+    def _describe(
+        self, stored: StoredSample, plan: ExamplePlan, number: int, question: int
+    ) -> dict[str, Any]:
+        record = read_record(stored) if self._record else None
+        described = describe_question(plan, question, record)
+        if plan.asked is not None:
+            described["sample"] = number
+        if not isinstance(self._record, bool):
+            found = described["record"]
+            described["record"] = {name: found.get(name) for name in sorted(self._record)}
+        return described
+
+    def _bad_record(self, number: int, error: ShardsError) -> dict[str, Any]:
         shard, key = self.data.reader.name(number)
         stage = "read" if isinstance(error, ShardError) else "layout"
         names = {"sample": number, "shard": shard, "key": key}

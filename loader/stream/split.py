@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,11 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from loader.assembly import Questions
 from loader.reading import Check, Network, ShardReader, open_dataset
 from loader.state import keys_fingerprint, split_fingerprint
 from loader.stream.subset import Keys, Subset, choose_subset
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, ShardError
+from shardspec.index import QUESTION_COLUMNS, count_questions
 from shardspec.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 _DIGITS = 16  # as in `split_fingerprint`
 
@@ -33,6 +38,8 @@ class OpenSplit:
     """Those in use; None: all of these."""
     group: str = ""
     """What the samples in use have in common, if they are a group of the dataset's."""
+    questions: Questions | None = None
+    """Which questions of the samples are asked one by one; None: rows are samples."""
 
     @property
     def title(self) -> str:
@@ -41,12 +48,32 @@ class OpenSplit:
 
     @property
     def num_samples(self) -> int:
-        """Samples in use: those of the subset, if there is one."""
-        return self.num_stored if self.subset is None else len(self.subset.ids)
+        """Samples in use: those of the subset, if there is one; in an evaluation, questions."""
+        ids = self.ids_in_use
+        return self.num_stored if ids is None else len(ids)
+
+    @property
+    def ids_in_use(self) -> np.ndarray | None:
+        """int64 [num_samples], ids of the samples by their numbers; None: the numbers are ids."""
+        if self.questions is not None:
+            return self.asked[0]
+        return None if self.subset is None else self.subset.ids
+
+    @cached_property
+    def asked(self) -> tuple[np.ndarray, np.ndarray]:
+        """The questions of an evaluation in stored order: int64 [Q] sample ids, int32 [Q] numbers.
+
+        Raises:
+          ShardError: A sample or an index cannot be read.
+        """
+        assert self.questions is not None
+        ids = np.arange(self.num_stored) if self.subset is None else self.subset.ids
+        return list_questions(self.reader, ids, self.questions)
 
     def sample_ids(self, numbers: np.ndarray) -> np.ndarray:
         """Gives the ids of samples in use by their numbers, 0 to `num_samples` - 1."""
-        return numbers if self.subset is None else self.subset.ids[numbers]
+        ids = self.ids_in_use
+        return numbers if ids is None else ids[numbers]
 
     @property
     def mean_tokens(self) -> float:
@@ -101,6 +128,33 @@ def stored_in(fingerprint: Mapping[str, Any]) -> Any:
     """Returns how many samples a dataset had, of all or a subset of which this is a fingerprint."""
     subset = fingerprint.get("subset")
     return subset.get("of") if isinstance(subset, Mapping) else fingerprint.get("num_samples")
+
+
+def list_questions(
+    reader: ShardReader, sample_ids: np.ndarray, which: Questions
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lists the questions of samples, sample after sample; see `OpenSplit.asked`.
+
+    Raises:
+      ShardError: As `ShardReader.columns`; of indexes without the counts, as `ShardReader.stored`.
+    """
+    column = QUESTION_COLUMNS[which == "all"]
+    try:
+        counts = reader.column(column, sample_ids).astype(np.int64)
+    except ShardError as error:
+        if error.reason != "index_column":
+            raise
+        logger.warning(
+            "the indexes of %s do not count questions: all %d samples are read for that now, in"
+            " every process. Datasets that this release builds have the counts.",
+            reader.url,
+            len(sample_ids),
+        )
+        found = (count_questions(reader.stored(int(i)).spans) for i in sample_ids)
+        counts = np.array([pair[which == "all"] for pair in found], np.int64)
+    ends = np.cumsum(counts)
+    numbers = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return np.repeat(sample_ids, counts), numbers.astype(np.int32)
 
 
 def open_split(

@@ -245,11 +245,12 @@ class Stream(Generic[Builder]):
 
     def by_id(self, schedule: Schedule) -> Schedule:
         """Lets the rows of a schedule name samples by their ids, where it is of subsets."""
-        subsets = [part.data.subset for part in self.parts]
-        sample_ids = [None if subset is None else subset.ids for subset in subsets]
+        sample_ids = [part.data.ids_in_use for part in self.parts]
         if all(ids is None for ids in sample_ids):
             return schedule
-        return SubsetSchedule(schedule, sample_ids)
+        parts = [part.data for part in self.parts]
+        questions = [None if data.questions is None else data.asked[1] for data in parts]
+        return SubsetSchedule(schedule, sample_ids, questions)
 
     def __len__(self) -> int:
         """Counts the samples that this rank gets in the next pass; equal on all ranks."""

@@ -1,0 +1,80 @@
+"""Questions: the exchanges of a sample one by one, as an evaluation asks them.
+
+An exchange is a prompt and a response of a conversation. Exchanges are numbered from 0 in stored
+order: those of the first conversation, then those of the second. Of each the first stored variant
+is asked. A row of an evaluation has everything that comes before the response in the sequence of
+its conversation alone: images, the exchanges before it with their responses, and its prompt.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from loader.assembly.layout import BranchTurns, Turn
+from shardspec.errors import ConfigError
+
+Questions = Literal["all", "first"]
+"""Which exchanges are asked: all, each after those before it in its conversation; or only the first
+one of each conversation, after which no response is ever in the input."""
+
+_NOTHING = np.zeros(0, np.int32)
+
+
+def question_of(branches: Sequence[BranchTurns], number: int, which: Questions) -> tuple[int, int]:
+    """Finds the conversation of a question, and its place there.
+
+    Raises:
+      ConfigError: `question_number`: the sample has fewer.
+    """
+    counts = [len(branch.turns) if which == "all" else 1 for branch in branches]
+    left = number
+    for b, count in enumerate(counts):
+        if 0 <= left < count:
+            return b, left
+        left -= count
+    raise ConfigError("question_number", number=number, questions=sum(counts))
+
+
+def prompt_of(branch: BranchTurns, turn: int) -> BranchTurns:
+    """Cuts a conversation in front of a response."""
+    asked = Turn(branch.turns[turn].prompt, _NOTHING)
+    return BranchTurns([*branch.turns[:turn], asked], branch.weight)
+
+
+def question_record(record: Mapping[str, Any], *, branch: int, turn: int) -> dict[str, Any]:
+    """Picks what a sample's record says of one question.
+
+    Args:
+      record: With `message_list` and `metadata`, as the job wrote it.
+      branch, turn: The question's place.
+
+    Returns:
+      The fields of its message (question, answers, options, points, question_id ...) and, under
+      names that the message has not, those of the sample's metadata.
+
+    >>> message = {"style": "demo", "messages": ["q", "a", "r", "b"]}
+    >>> record = {"metadata": {"id": 7}, "message_list": [message]}
+    >>> question_record(record, branch=0, turn=1)
+    {'id': 7, 'style': 'demo', 'question': 'r', 'answer': 'b'}
+    """
+    messages = record.get("message_list") or ()
+    message = messages[branch] if branch < len(messages) else {}
+    fields = {k: v for k, v in message.items() if k not in ("messages", "multi_turn_messages")}
+    if "messages" in message:
+        question, answer = message["messages"][2 * turn : 2 * turn + 2]
+        fields |= {"question": question, "answer": answer}
+    elif "multi_turn_messages" in message:
+        style = {"style": message["style"]} if "style" in message else {}
+        fields = {**style, **message["multi_turn_messages"][turn]}
+    return {**(record.get("metadata") or {}), **fields}
+
+
+def sample_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives what a record says of its whole sample: its metadata, and its `message_list`."""
+    metadata = record.get("metadata") or {}
+    return {**metadata, "message_list": record.get("message_list") or []}
