@@ -5,8 +5,9 @@ Decides how batches and plans are shown. Never touches training state.
 
 from loader.cli.peek import PEEK
 from loader.cli.plan import PLAN
+from loader.cli.score import SCORE
 from loader.cli.verb import Verb
 
-VERBS = (PEEK, PLAN)
+VERBS = (PEEK, PLAN, SCORE)
 
 __all__ = ["VERBS", "Verb"]

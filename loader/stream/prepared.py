@@ -264,6 +264,21 @@ class PreparedBuilder:
             num_bytes=stored.num_bytes,
         )
 
+    def describe_sample(self, number: int, question: int) -> dict[str, Any]:
+        """Tells what the metadata of a question would, without laying it out.
+
+        Raises:
+          ShardError: As `ShardReader.stored` and `read_record`.
+        """
+        stored = self.data.reader.stored(number)
+        spans = stored.spans
+        plan = self._planner.plan(
+            stored.tokens, spans, self._rng(0), key=stored.key, question=question
+        )
+        images = [{"width": width, "height": height} for width, height in plan.sizes]
+        described = self.with_record(True)._describe(stored, plan, number, question)
+        return {"key": stored.key, **described, "images": images}
+
     def _describe(
         self, stored: StoredSample, plan: ExamplePlan, number: int, question: int
     ) -> dict[str, Any]:
