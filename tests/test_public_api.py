@@ -65,6 +65,22 @@ PUBLIC = {
         "plan_order",
         "view_collator",
     ],
+    "loader.evaluation": [
+        "METRICS",
+        "Metric",
+        "Score",
+        "gather_results",
+        "load_results",
+        "metric_of",
+        "questions_of",
+        "read_table",
+        "references",
+        "result_table",
+        "results_of",
+        "save_results",
+        "score_results",
+        "write_table",
+    ],
     "loader.integrations": ["SteadyPasses", "attach_to_trainer"],
 }
 
@@ -130,7 +146,7 @@ MEMBERS = {
         *("state_dict", "view"),
     ],
     "MMCollator": ["collate"],
-    "MolmoPreprocessor": [],
+    "MolmoPreprocessor": ["questions"],
     "Network": [
         *("ahead_bytes", "ahead_steps", "block_bytes", "cold_steps", "requests", "retry"),
         *("stall_s", "streams"),
@@ -158,7 +174,7 @@ MEMBERS = {
         "outage_s",
         "wall_s",
     ],
-    "SampleRef": ["dataset", "epoch", "real", "sample"],
+    "SampleRef": ["dataset", "epoch", "question", "real", "sample"],
     "Stats": [
         *("bottleneck", "busy_share", "counters", "line", "mean_ready", "plan_s", "ready"),
         *("samples_per_s", "since", "timings", "to_dict", "use_s", "verdict", "wait_s"),
@@ -174,7 +190,7 @@ MEMBERS = {
     ],
     "View": [
         *("augment", "branch_order", "high_res", "high_res_probability", "image", "image_map"),
-        *("loss", "max_images", "normalize", "pixels", "purpose", "reduced_decoding"),
+        *("loss", "max_images", "normalize", "pixels", "purpose", "questions", "reduced_decoding"),
         *("resample", "sequence_length", "shapes", "tree", "weight"),
     ],
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from loader.assembly import View
+from loader.assembly import Questions, View
 from loader.cli.verb import Verb, add_flag
 from loader.evaluation import (
     METRICS,
@@ -15,7 +15,8 @@ from loader.evaluation import (
     result_table,
     score_results,
 )
-from loader.stream import StreamingDataset
+from loader.stream import StreamingDataset, stored_view
+from shardspec.manifest import require_manifest
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,9 @@ def _run(options: argparse.Namespace) -> str:
     rows = read_table(options.predictions)
     if not options.dataset:
         return _described(score_results(result_table(rows), metric=options.metric))
-    view = View(purpose="evaluation", questions="first" if options.first else "all")
+    image = stored_view(require_manifest(options.dataset))
+    questions: Questions = "first" if options.first else "all"
+    view = View(image=image, purpose="evaluation", questions=questions)
     dataset = StreamingDataset(
         options.dataset, split=options.split, view=view, tail="pad", rank=0, world_size=1
     )

@@ -9,9 +9,13 @@ from typing import Any
 from preprocess.formats.conversations import parse_conversation
 from preprocess.formats.spec import Spec
 from preprocess.formats.tasks import parse_caption, parse_points, parse_question
+from shardspec.errors import redacted_url
 
 METADATA = ("id", "question_id", "image_id", "source", "url", "licence", "license")
 """Columns that are kept for people and evaluators."""
+
+_MOST_CHARACTERS = 2048
+"""Of a name of an image that is kept for them: a URL, no text that holds an image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +93,14 @@ def parse_row(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         for name in METADATA
         if isinstance(row.get(name), str | int) and name not in spec.columns.values()
     }
+    images = example["image"]
+    if images and all(map(_is_name, images)):
+        metadata["image_names"] = [redacted_url(each) if "://" in each else each for each in images]
     if not example["image"]:
         del example["image"]
     return {**example, "metadata": metadata}
+
+
+def _is_name(image: Any) -> bool:
+    fits = isinstance(image, str) and not image.startswith("data:")
+    return fits and len(image) <= _MOST_CHARACTERS

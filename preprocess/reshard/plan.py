@@ -715,4 +715,4 @@ def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
 
 def _without(dtype: np.dtype, left_out: Sequence[str]) -> np.dtype:
     columns = [name for name in dtype.names or () if name not in left_out]
-    return np.dtype([(name, dtype[name].str, dtype[name].shape) for name in columns])
+    return np.dtype([(name, dtype[name]) for name in columns])

@@ -155,3 +155,19 @@ def test_format_that_most_rows_do_not_have_is_not_taken():
 def test_format_is_told_whatever_the_columns_of_each_row_are_called():
     rows = [{"image": "a", "caption": "x"}, {"image": "a", "text": "x"}, {"url": "a", "alt": "x"}]
     assert guess_format(rows).format == "captions"
+
+
+@pytest.mark.parametrize(
+    "images, names",
+    [
+        ("a.jpg", ["a.jpg"]),
+        (["a.jpg", "b.jpg"], ["a.jpg", "b.jpg"]),
+        ("https://h/a.jpg?w=9&token=xyz", ["https://h/a.jpg?w=9&token=***3608bca1e44ea6c4"]),
+        ("data:image/png;base64,AAAA", None),
+        ({"bytes": b"GIF", "path": None}, None),
+    ],
+)
+def test_images_are_named_for_evaluators_without_secrets(images, names):
+    row = {"image": images, "caption": "A door.", "id": 7}
+    want = {"id": 7} if names is None else {"id": 7, "image_names": names}
+    assert parse_row(row, Spec(name="own", format="captions"))["metadata"] == want

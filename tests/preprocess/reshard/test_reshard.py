@@ -551,20 +551,37 @@ def test_a_finished_shard_is_not_copied_again_and_a_lost_one_is(dataset, tmp_pat
     assert tree(tmp_path / "out") == want
 
 
+def test_indexes_that_count_no_questions_are_joined_with_those_that_do(dataset, other, tmp_path):
+    counts = ("num_branches", "num_turns")
+    older = without_columns(other, tmp_path / "older", *counts)
+    recut([dataset, older], tmp_path / "out", num_shards=1)
+    recut([dataset, str(other)], tmp_path / "new", num_shards=1)
+    (path,), (newer,) = ((tmp_path / name).glob("*/*.index.npy") for name in ("out", "new"))
+    joined, whole = np.load(path), np.load(newer)
+    assert [*joined.dtype.names, *counts] == list(whole.dtype.names)
+    assert all(np.array_equal(joined[name], whole[name]) for name in joined.dtype.names)
+
+
 def test_indexes_with_other_columns_cannot_be_joined(dataset, other, tmp_path):
-    shutil.copytree(other, tmp_path / "older")
-    document = json.loads((tmp_path / "older" / "manifest.json").read_bytes())
+    older = without_columns(other, tmp_path / "older", "loss_length")
+    with pytest.raises(ConflictError) as caught:
+        recut([dataset, older], tmp_path / "out", num_shards=1)
+    assert caught.value.reason == "index_columns"
+
+
+def without_columns(source, folder, *left_out):
+    """Copies a dataset as a release that had fewer columns would have built it."""
+    shutil.copytree(source, folder)
+    document = json.loads((folder / "manifest.json").read_bytes())
     for entry in document["shardlist"]:
-        path = tmp_path / "older" / entry["url"].replace(".tar", ".index.npy")
+        path = folder / entry["url"].replace(".tar", ".index.npy")
         rows = np.load(path)
-        names = [name for name in rows.dtype.names if name != "loss_length"]
+        names = [name for name in rows.dtype.names if name not in left_out]
         with path.open("wb") as stream:
             np.save(stream, numpy.lib.recfunctions.repack_fields(rows[names]))
         entry["index_bytes"], entry["index_sha256"] = path.stat().st_size, digest(path)
-    (tmp_path / "older" / "manifest.json").write_bytes(sealed(document))
-    with pytest.raises(ConflictError) as caught:
-        recut([dataset, str(tmp_path / "older")], tmp_path / "out", num_shards=1)
-    assert caught.value.reason == "index_columns"
+    (folder / "manifest.json").write_bytes(sealed(document))
+    return str(folder)
 
 
 def test_settings_are_values():
