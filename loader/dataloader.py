@@ -63,6 +63,7 @@ from loader.stream import (
     Stream,
     StreamingDataset,
     flag_argument,
+    name_argument,
     require_argument,
     whole_argument,
 )
@@ -179,11 +180,14 @@ def make_dataloader(
     for name, flag in (("with_metadata", with_metadata), ("pack", pack), ("balance", balance)):
         flag_argument(name, flag)
     require_argument(isinstance(pad_mode, str), "pad_mode", pad_mode, "the name of a mode")
-    with_metadata = with_metadata or bool(metadata)
-    fields = () if isinstance(metadata, bool) else metadata
+    name_argument("pad_side", pad_side, PadSide)
+    fields = () if isinstance(metadata, bool | np.bool_) else metadata
     for name, listed in (("extra_keys", extra_keys), ("columns", columns), ("metadata", fields)):
         fits = isinstance(listed, tuple | list) and all(isinstance(one, str) for one in listed)
-        require_argument(fits, name, listed, "a tuple of names")
+        wanted = "True, False or a tuple of names" if name == "metadata" else "a tuple of names"
+        require_argument(fits, name, listed, wanted)
+    wanted_fields: bool | tuple[str, ...] = tuple(fields) or bool(metadata)
+    with_metadata = with_metadata or bool(wanted_fields)
     if sequence_length is not None:
         sequence_length = whole_argument("sequence_length", sequence_length, most=2**31)
     if max_crops is not None:
@@ -233,7 +237,7 @@ def make_dataloader(
             "balance": balance,
             "bucket_steps": bucket_steps,
             "pad_side": pad_side,
-            "metadata": metadata,
+            "metadata": wanted_fields,
         }
         given = sorted(name for name in options if options[name] != _PREPARED_ONLY[name])
         if given:
@@ -252,7 +256,7 @@ def make_dataloader(
             extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
         if pack and max_images is not None:
             max_crops = max_images if max_crops is None else min(max_crops, max_images)
-        builders = [builder.with_record(metadata) for builder in builders]
+        builders = [builder.with_record(wanted_fields) for builder in builders]
         view = builders[0].view
         collator = view_collator(
             view,

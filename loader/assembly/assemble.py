@@ -48,6 +48,7 @@ from loader.assembly.questions import (
 )
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.index import count_questions
 from shardspec.keyed import draw_below, draw_order
 from shardspec.sample import PreparedSample, SpanKind
 from shardspec.tiling import (
@@ -528,7 +529,7 @@ def assemble(
     *,
     view: View,
     ids: TokenIds,
-    question: int = 0,
+    question: int | None = None,
 ) -> dict[str, Any]:
     """Makes the example of one sample in one epoch.
 
@@ -538,7 +539,7 @@ def assemble(
       view: What the run wants.
       ids: Special ids of the dataset's tokenizer.
       question: Number of the question that is asked, for evaluation: a sample with several gives
-        one example for each, see `shardspec.index.count_questions`.
+        one example for each, see `shardspec.index.count_questions`. None: the only one.
 
     Returns:
       input_ids, labels, position_ids, subsegment_ids: int64 [L]; loss_weights: float32 [L];
@@ -549,7 +550,13 @@ def assemble(
 
     Raises:
       SampleError: As `Planner.plan`, and as `render`.
+      ConfigError: `question_number`: there is no such question, or several and none is named.
     """
+    if question is None and view.purpose == "evaluation":
+        count = count_questions(sample.spans)[view.questions == "all"]
+        if count > 1:
+            raise ConfigError("question_number.several", where=sample.key, questions=count)
+    question = question or 0
     planner = _planner(view, ids)
     plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key, question=question)
     sources = [(image.pixels, image.overview) for image in sample.images]

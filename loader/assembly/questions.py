@@ -37,7 +37,7 @@ def question_of(branches: Sequence[BranchTurns], number: int, which: Questions) 
         if 0 <= left < count:
             return b, left
         left -= count
-    raise ConfigError("question_number", number=number, questions=sum(counts))
+    raise ConfigError("question_number.none", number=number, questions=sum(counts))
 
 
 def prompt_of(branch: BranchTurns, turn: int) -> BranchTurns:

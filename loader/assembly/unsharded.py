@@ -56,18 +56,19 @@ class MolmoPreprocessor:
         self.view = view or View()
 
     def __call__(
-        self, example: Mapping[str, Any], rng: np.random.RandomState, *, question: int = 0
+        self, example: Mapping[str, Any], rng: np.random.RandomState, *, question: int | None = None
     ) -> dict[str, Any]:
         """Makes the example that `loader.assembly.assemble.assemble` describes.
 
         Args:
           example: Raw.
           rng: The sample's generator for this epoch.
-          question: With a view for evaluation: the number of the question that is asked.
+          question: With a view for evaluation: the number of the question that is asked; None: the
+            only one. `questions` asks all.
 
         Raises:
           SampleError: The example cannot be prepared or laid out.
-          ConfigError: `question_number`.
+          ConfigError: `question_number`: there is no such question, or several and none is named.
         """
         sample = self.prepare(example)
         return assemble(sample, rng, view=self.view, ids=self.ids, question=question)

@@ -116,3 +116,23 @@ def test_a_tree_of_a_dozen_question_answer_pairs_is_among_them(build):
     spans = [stream.reader.read(i).spans for i in range(stream.num_samples)]
     branches = [len(np.unique(s[s[:, 0] == 0, 1])) for s in spans]
     assert max(branches) == 12
+
+
+@pytest.mark.parametrize("name", ["vqa2", pytest.param("pixmo_cap_qa", marks=pytest.mark.slow)])
+def test_rows_of_an_evaluation_equal_the_unsharded_path(build, name):
+    out, recipe = build(name)
+    view = View(image=TILES, purpose="evaluation", image_map="pooling")
+    stream = StreamingDataset(out, view=view, tail="pad")
+    tokenizer = load_tokenizer()
+    prepare = Preparer(recipe=recipe, tokenizer=tokenizer)
+    preprocess = MolmoPreprocessor(prepare, special_ids=tokenizer.special_ids, view=view)
+    dataset = get_dataset(name, source="sample", limit=LIMIT)
+    rows = [preprocess.questions(dataset.get(item)) for item in range(len(dataset))]
+    by_key = {own[0]["metadata"]["key"]: own for own in rows}
+    assert sum(map(len, rows)) == stream.num_samples > 2 * LIMIT
+    for number in range(len(dataset)):
+        for question, want in enumerate(by_key[stream.reader.name(number)[1]]):
+            got = stream.example(number, question=question)
+            assert {**want["metadata"], "sample": number} == got.pop("metadata")
+            for key in got:
+                assert np.array_equal(got[key], want[key]), key

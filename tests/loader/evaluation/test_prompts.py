@@ -25,6 +25,7 @@ from shardspec.errors import ConfigError, SampleError
 from shardspec.index import count_questions
 from shardspec.sample import SpanKind, text_rows
 from shardspec.tiling import ImageView
+from tests.chat_shapes import SHAPES, make_tokenizer
 
 MARK = 1_000_000
 """The first of the ids that mark responses: response r consists of MARK + r."""
@@ -139,6 +140,18 @@ def test_no_token_of_an_answer_is_in_a_prompt_whatever_the_style(message_format)
         check(marked(sample), ids)
 
 
+@pytest.mark.parametrize("shape", ["qwen2", "llama3"])
+def test_no_token_of_an_answer_is_in_the_prompt_of_a_chat_template(shape, tmp_path):
+    name = str(make_tokenizer(tmp_path / shape, SHAPES[shape]))
+    policy = TextPolicy(message_format="template", chat_date="2024-07-26", num_variants=2)
+    tokenizer = load_tokenizer(name, policy=policy)
+    recipe = Recipe(text=policy, image=ImagePolicy(views=(IMAGE,), codec="raw"))
+    told = {"style": "demo", "messages": ["a?", "b", "and?", "c"], "system": "Be brief."}
+    example = {"image": np.zeros((28, 28, 3), np.uint8), "message_list": [told, message_of("vqa2")]}
+    sample = Preparer(recipe=recipe, tokenizer=tokenizer)(example)
+    check(marked(sample), TokenIds.from_special_ids(tokenizer.special_ids))
+
+
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 2), st.sampled_from([2, 7])
 )
@@ -193,6 +206,15 @@ def test_a_prompt_without_a_token_is_refused():
     assert caught.value.reason == "empty_prompt"
     (row,) = rows_of(sample, ids=dataclasses.replace(ids, bos=3))
     assert row["input_ids"].tolist() == [3]
+
+
+def test_no_question_is_left_out_in_silence():
+    view, rng = View(image=IMAGE, purpose="evaluation"), np.random.RandomState(0)
+    one, two = prepared(message_of("vqa2")), prepared(message_of("vqa2"), message_of("doc_qa"))
+    assert assemble(one, rng, view=view, ids=ids_of())["metadata"]["question_idx"] == 0
+    with pytest.raises(ConfigError) as caught:
+        assemble(two, rng, view=view, ids=ids_of())
+    assert caught.value.reason == "question_number"
 
 
 @pytest.mark.parametrize("number", [-1, 1])

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 from numpy.lib import recfunctions
 from torch import distributed
+from torch.utils.data import DataLoader
 
-from loader import IterableDatasetMixture, StreamingDataset, View, make_dataloader
+from loader import (
+    IterableDatasetMixture,
+    StreamingDataset,
+    View,
+    make_dataloader,
+    view_collator,
+)
 from loader.evaluation import (
     gather_results,
     load_results,
@@ -114,6 +121,28 @@ def test_batches_tell_the_wanted_fields_and_nothing_else(url):
     assert (batch["labels"] == -100).all()
     keyed = batches(opened(url), metadata=False, with_metadata=True)[0]["metadata"][0]
     assert "record" not in keyed
+
+
+def test_a_plain_dataloader_gives_the_same_rows(url):
+    collate = view_collator(
+        VIEW,
+        sequence_length=64,
+        pad_token_id=opened(url).ids.pad,
+        with_metadata=True,
+        with_real=True,
+        pad_side="left",
+    )
+    dataset = opened(url, batch_size=6)
+    found = list(DataLoader(dataset, batch_size=6, collate_fn=collate))
+    assert answered(found) == answered(batches(opened(url), pad_side="left"))
+
+
+def test_packs_tell_the_records_of_their_parts(url):
+    dataset = opened(url, view=View(image=VIEW.image), tail="wrap", shuffle=False)
+    batch = batches(dataset, batch=1, pack=True, metadata=("number",), sequence_length=256)[0]
+    (row,) = batch["metadata"]
+    assert len(row["examples"]) > 1
+    assert all(part["record"].keys() == {"number"} for part in row["examples"])
 
 
 def test_rows_that_fill_the_last_batch_have_no_key(url):

@@ -331,7 +331,15 @@ def test_fields_below_are_all_there_are():
     tables = (ImageView, IMAGE), (Augment, AUGMENT)
     assert all({f.name for f in dataclasses.fields(kind)} == set(t) for kind, t in tables)
     parts = {"image", "augment", "high_res", "high_res_probability"}
-    assert {f.name for f in dataclasses.fields(View)} == parts | set(OTHERS)
+    assert {f.name for f in dataclasses.fields(View)} == parts | set(OTHERS) | {"questions"}
+
+
+def test_which_questions_are_asked_counts_in_evaluations_only():
+    assert view_fingerprint(View(questions="first")) == view_fingerprint(View())
+    own, other = (
+        view_fingerprint(View(purpose="evaluation", questions=which)) for which in ("all", "first")
+    )
+    assert view_differences(other, own).keys() == {"questions"}
 
 
 @pytest.mark.parametrize(("field", "view"), list(changed_views()))
