@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from loader.evaluation.table import Question
-from loader.stream import StreamingDataset
+from loader.stream import StreamingDataset, stored_in_order
 from shardspec.errors import ConfigError
 
 
@@ -30,6 +30,8 @@ def questions_of(dataset: StreamingDataset) -> list[Question]:
 def references(dataset: StreamingDataset) -> list[dict[str, Any]]:
     """Reads what is right: a row per question in stored order, without a prediction.
 
+    Before or after the passes of a loader over the dataset, not during one.
+
     Args:
       dataset: Opened for evaluation: `View(purpose="evaluation")`, `tail="pad"`.
 
@@ -42,10 +44,18 @@ def references(dataset: StreamingDataset) -> list[dict[str, Any]]:
     """
     samples, numbers = _asked(dataset)
     builder = dataset._stream.parts[0].builder
-    return [
-        builder.describe_sample(sample, number)
-        for sample, number in zip(samples.tolist(), numbers.tolist(), strict=True)
-    ]
+    if not len(samples):
+        return []
+    distinct, firsts = np.unique(samples, return_index=True)
+    found = []
+    for sample, own, stored in zip(
+        distinct.tolist(),
+        np.split(numbers, firsts[1:]),
+        stored_in_order(dataset.reader, distinct),
+        strict=True,
+    ):
+        found += [builder.describe_sample(stored, sample, number) for number in own.tolist()]
+    return found
 
 
 def _asked(dataset: StreamingDataset) -> tuple[np.ndarray, np.ndarray]:

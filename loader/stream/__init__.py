@@ -17,7 +17,7 @@ from loader.stream.options import (
     whole_argument,
 )
 from loader.stream.prepared import PlannedExample, PreparedBuilder
-from loader.stream.split import OpenSplit, open_split, stored_in
+from loader.stream.split import OpenSplit, open_split, stored_in, stored_in_order
 from loader.stream.stream import (
     DatasetPlan,
     ExampleBuilder,
@@ -51,6 +51,7 @@ __all__ = [
     "require_argument",
     "seed_argument",
     "stored_in",
+    "stored_in_order",
     "stored_view",
     "whole_argument",
 ]

@@ -264,16 +264,15 @@ class PreparedBuilder:
             num_bytes=stored.num_bytes,
         )
 
-    def describe_sample(self, number: int, question: int) -> dict[str, Any]:
-        """Tells what the metadata of a question would, without laying it out.
+    def describe_sample(self, stored: StoredSample, number: int, question: int) -> dict[str, Any]:
+        """Tells what the metadata of a question of a sample do.
 
         Raises:
-          ShardError: As `ShardReader.stored` and `read_record`.
+          ShardError: As `read_record`.
+          SampleError: The question cannot be laid out.
         """
-        stored = self.data.reader.stored(number)
-        spans = stored.spans
         plan = self._planner.plan(
-            stored.tokens, spans, self._rng(0), key=stored.key, question=question
+            stored.tokens, stored.spans, self._rng(0), key=stored.key, question=question
         )
         images = [{"width": width, "height": height} for width, height in plan.sizes]
         described = self.with_record(True)._describe(stored, plan, number, question)

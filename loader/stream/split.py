@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loader.assembly import Questions
-from loader.reading import Check, Network, ShardReader, open_dataset
+from loader.reading import Check, Network, ShardReader, StoredSample, open_dataset
 from loader.state import keys_fingerprint, split_fingerprint
 from loader.stream.subset import Keys, Subset, choose_subset
 from shardspec.errors import ConfigError, ShardError
@@ -19,6 +19,9 @@ from shardspec.index import QUESTION_COLUMNS, count_questions
 from shardspec.manifest import Manifest
 
 logger = logging.getLogger(__name__)
+
+_AT_ONCE = 16
+"""Samples that are announced together."""
 
 _DIGITS = 16  # as in `split_fingerprint`
 
@@ -150,11 +153,30 @@ def list_questions(
             reader.url,
             len(sample_ids),
         )
-        found = (count_questions(reader.stored(int(i)).spans) for i in sample_ids)
+        found = (count_questions(stored.spans) for stored in stored_in_order(reader, sample_ids))
         counts = np.array([pair[which == "all"] for pair in found], np.int64)
     ends = np.cumsum(counts)
     numbers = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
     return np.repeat(sample_ids, counts), numbers.astype(np.int32)
+
+
+def stored_in_order(reader: ShardReader, sample_ids: np.ndarray) -> Iterator[StoredSample]:
+    """Reads samples one after the other; those in a store are fetched ahead.
+
+    Not for a reader that a loader uses at the same time: both would announce their steps to it.
+
+    Raises:
+      ShardError, StorageError: As `ShardReader.stored`.
+    """
+    parts = [sample_ids[i : i + _AT_ONCE] for i in range(0, len(sample_ids), _AT_ONCE)]
+    announced = 0
+    for step, part in enumerate(parts):
+        while announced < len(parts) and announced <= step + reader.ahead_steps:
+            reader.prefetch(announced, parts[announced].tolist())
+            announced += 1
+        for sample_id in part.tolist():
+            yield reader.stored(sample_id)
+        reader.release(step)
 
 
 def open_split(

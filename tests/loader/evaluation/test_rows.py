@@ -169,6 +169,15 @@ def test_references_are_read_from_the_shards(url):
     assert found[1]["images"] == [{"width": 28, "height": 28}]
 
 
+def test_an_object_store_gives_the_same_rows_and_references(url, s3_server):
+    bucket = s3_server.make_bucket()
+    s3_server.client().put(str(url), f"{bucket}/set", recursive=True)
+    with s3_server.entered():
+        dataset = opened(f"{bucket}/set")
+        assert references(dataset) == references(opened(url))
+        assert answered(batches(dataset)) == answered(batches(opened(url)))
+
+
 def test_subsets_are_evaluated_by_their_questions(url):
     dataset = opened(url, where="num_turns >= 3", shuffle=False)
     wanted = [question for question in QUESTIONS if SIZES[int(question[0][-4:])] >= 3]
