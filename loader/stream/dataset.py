@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,11 @@ from shardspec.tiling import ImageView, canvas_size, stored_size
 
 CACHE_BYTES = 64 * 2**30
 """Default bound of a cache."""
+
+_NAMES_LENGTH = "style_and_length"
+"""How the names begin of system prompts with a hint of the answer's length."""
+
+logger = logging.getLogger(__name__)
 
 _PROBE_SIZES = (
     (4000, 3000),
@@ -168,6 +174,14 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
                 if value != wanted:
                     raise ConfigError("evaluation", where=url, name=name, got=value, wanted=wanted)
             data = replace(data, questions=view.questions)
+            text = data.manifest.recipe.get("text") or {}
+            if str(text.get("system_prompt")).startswith(_NAMES_LENGTH):
+                logger.warning(
+                    "prompts of %s may name the length of the answer: the shards were built with"
+                    " SYSTEM_PROMPT=%s; build those of an evaluation with SYSTEM_PROMPT=style",
+                    url,
+                    text["system_prompt"],
+                )
         for image in filter(None, (view.image, view.high_res)):
             check_view(data.manifest, image, where=url)
         if tokenizer is not None:

@@ -164,6 +164,17 @@ def run_example(questions, out, *, processes):
     return done.stdout, read_table(str(out))
 
 
+@pytest.mark.parametrize("mode, warns", [("style", False), ("style_and_length_v2", True)])
+def test_prompts_that_name_the_length_of_the_answer_are_warned_of(
+    mode, warns, inline_cli, tmp_path, caplog
+):
+    flags = ("--source", "sample", "--limit", 1, "--image-size", 112, "--workers", 1)
+    flags += ("--system-prompt", mode, "--variants", 1)
+    inline_cli.good("shards", "text_sft", *flags, "--out", tmp_path / "set")
+    opened(str(tmp_path / "set"))
+    assert ("length of the answer" in caplog.text) == warns
+
+
 def test_the_example_evaluates_a_random_model(questions, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     import evaluate
