@@ -100,13 +100,18 @@ class DeterministicDataset(Dataset[dict[str, Any]]):
     """A map-style torch dataset whose draws depend on (seed, item, epoch) and on nothing else."""
 
     def __init__(
-        self, dataset: ExampleSource, preprocessor: Preprocess, *, seed: int = 0, n_pad: int = 0
+        self,
+        dataset: ExampleSource,
+        preprocessor: Preprocess | None = None,
+        *,
+        seed: int = 0,
+        n_pad: int = 0,
     ) -> None:
         """Wraps a dataset.
 
         Args:
           dataset: Raw examples.
-          preprocessor: Such as `MolmoPreprocessor`.
+          preprocessor: Such as `MolmoPreprocessor`; None gives the raw examples.
           seed: Base seed; `shardspec.keyed.dataset_seed` derives one per dataset of a mixture.
           n_pad: Items past the end, so that every rank of an evaluation has equally many: they
             are item 0 with metadata["valid"] False.
@@ -128,12 +133,20 @@ class DeterministicDataset(Dataset[dict[str, Any]]):
         """Chooses the epoch whose draws `[idx]` gives."""
         self.epoch = epoch
 
-    def get(self, idx: int, *, epoch: int = 0) -> dict[str, Any]:
+    def get(self, idx: int, epoch: int = 0) -> dict[str, Any]:
         """Makes item `idx` of an epoch: the same on every machine, rank and worker."""
         if not 0 <= idx < len(self):
             raise IndexError(f"item {idx} of {len(self)}")
         valid = idx < len(self.dataset)
         item = idx if valid else 0
         seed = sample_seed(self.seed, idx=item, length=len(self.dataset), epoch=epoch)
-        example = self.preprocessor(self.dataset.get(item, self._rng(seed)), self._rng(seed))
-        return {**example, "metadata": {**example["metadata"], "valid": valid}}
+        example = self.dataset.get(item, self._rng(seed))
+        if self.preprocessor is not None:
+            example = self.preprocessor(example, self._rng(seed))
+        return {**example, "metadata": {**(example.get("metadata") or {}), "valid": valid}}
+
+    def preload(self) -> None:
+        """Reads the wrapped dataset into memory, if it can be."""
+        preload = getattr(self.dataset, "preload", None)
+        if preload is not None:
+            preload()

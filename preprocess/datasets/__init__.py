@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 
+from preprocess.datasets.a_okvqa import AOkVqa
 from preprocess.datasets.base import (
     Dataset,
     DatasetBase,
@@ -24,19 +25,40 @@ from preprocess.datasets.base import (
 from preprocess.datasets.own import OwnDataset, is_own
 from preprocess.datasets.own import check_class as _check_class
 from preprocess.datasets.own import own_dataset as _own_dataset
+from preprocess.datasets.pixmo_ask_model_anything import PixMoAskModelAnything
+from preprocess.datasets.pixmo_cap import PixMoCap
+from preprocess.datasets.pixmo_cap_qa import PixMoCapQa
+from preprocess.datasets.pixmo_count import PixMoCount
+from preprocess.datasets.pixmo_multi_image_qa import PixMoMultiImageQa
+from preprocess.datasets.pixmo_point_explanations import PixMoPointExplanations
+from preprocess.datasets.pixmo_points import PixMoPoints
 from preprocess.datasets.splits import Unmatched as Unmatched
+from preprocess.datasets.text_sft import TextSft
+from preprocess.datasets.vqa2 import Vqa2 as VQA2
 from shardspec.errors import ConfigError, nearest
+
+_NOT_DATASETS = ("base", "code", "images", "own", "rows", "splits")
 
 _ENTRY_POINTS = "vlm_shards.datasets"
 """Group of entry points by which packages offer datasets."""
 
 __all__ = [
+    "VQA2",
+    "AOkVqa",
     "Dataset",
     "DatasetBase",
     "HfDataset",
     "ImageSource",
     "OwnDataset",
+    "PixMoAskModelAnything",
+    "PixMoCap",
+    "PixMoCapQa",
+    "PixMoCount",
+    "PixMoMultiImageQa",
+    "PixMoPointExplanations",
+    "PixMoPoints",
     "SceneImage",
+    "TextSft",
     "dataset_class",
     "dataset_names",
     "example_images",
@@ -49,7 +71,7 @@ def dataset_names(*, offered: bool = False) -> list[str]:
     """Lists the datasets, sorted; with `offered` also those of installed packages."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     names += _offered() if offered else []
-    return sorted(name for name in names if name not in ("base", "images", "own", "rows", "splits"))
+    return sorted(name for name in names if name not in _NOT_DATASETS)
 
 
 def _offered() -> dict[str, importlib.metadata.EntryPoint]:

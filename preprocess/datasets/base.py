@@ -17,6 +17,7 @@ exception of an adapter counts as one too (`row_error`): one bad row does not en
 A dataset is a subclass of `HfDataset` (rows in Parquet or Arrow) or of `DatasetBase` (anything
 else); it needs `load` and, unless its rows are examples already, `to_example`. One of this package
 is a module that defines `DATASET`; others are given as `file.py:Class` or `package.module:Class`.
+Anything else with examples by number is a subclass of `Dataset`, with `__len__` and `get`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import traceback
 from array import array
 from collections import Counter
@@ -33,12 +35,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from preprocess.datasets.code import code_beside
 from preprocess.datasets.images import resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
@@ -76,9 +78,14 @@ ImageSource = bytes | str | Path | SceneImage | Image.Image | np.ndarray
 
 
 class Dataset(abc.ABC):
-    """A numbered collection of examples."""
+    """A numbered collection of examples: `__len__` and `get` are all that one needs."""
 
     name: ClassVar[str]
+    """By default the class's name in lower case, with underscores."""
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -91,6 +98,9 @@ class Dataset(abc.ABC):
     def __getitem__(self, item: int) -> dict[str, Any]:
         """Makes example `item`."""
         return self.get(item)
+
+    def preload(self) -> None:  # noqa: B027 - a dataset that holds nothing has nothing to load
+        """Reads the whole dataset into memory, where it can; by default it stays where it is."""
 
 
 class DatasetBase(Dataset):
@@ -144,6 +154,7 @@ class DatasetBase(Dataset):
         self.source = source
         self.limit = limit
         self.unmatched = unmatched
+        self._preloaded: list[dict[str, Any] | SampleError] | None = None
         self.rows = self._open_rows()
         self.left_out: Counter[str] = Counter()
         """Rows that cannot become examples, by reason, as far as they were met on opening."""
@@ -177,10 +188,6 @@ class DatasetBase(Dataset):
                 "unknown_mode", name=cls.name, mode=mode, modes=", ".join(cls.modes) or "none"
             )
         return mode
-
-    def __init_subclass__(cls) -> None:
-        if "name" not in cls.__dict__:
-            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
     @abc.abstractmethod
     def load(self) -> Rows | Sequence[Mapping[str, Any]]:
@@ -229,14 +236,11 @@ class DatasetBase(Dataset):
 
     @classmethod
     def code_files(cls) -> list[Path]:
-        """Lists the files of code that samples follow from, besides those of all datasets."""
-        names = {
-            each.__code__.co_filename
-            for kind in cls.__mro__
-            for each in vars(kind).values()
-            if isinstance(each, FunctionType)
-        }
-        return [Path(name) for name in sorted(names - {__file__})]
+        """Lists the files of code that samples follow from, besides those of all datasets.
+
+        These are the files of the class and its bases, and what they import from beside them.
+        """
+        return class_files(cls)
 
     def __len__(self) -> int:
         """Counts the examples of the split."""
@@ -248,6 +252,11 @@ class DatasetBase(Dataset):
         Raises:
           SampleError: Its row cannot become an example.
         """
+        if self._preloaded is not None:
+            kept = self._preloaded[item]
+            if isinstance(kept, SampleError):
+                raise kept
+            return dict(kept)
         examples = []
         messages: list[Any] = []
         for number in self.row_numbers(item):
@@ -255,6 +264,20 @@ class DatasetBase(Dataset):
                 examples.append(self._example(self.rows[number]))
                 messages += examples[-1]["message_list"]
         return {**examples[0], "message_list": messages}
+
+    def preload(self) -> None:
+        """Makes all examples of the split, and reads their local image files, into memory.
+
+        Afterwards `get` reads nothing. Images that are URLs stay URLs, and a row that cannot become
+        an example still raises when it is asked for. Processes that are forked later share it.
+        """
+        kept: list[dict[str, Any] | SampleError] = []
+        for item in range(len(self)):
+            try:
+                kept.append(_in_memory(self.get(item)))
+            except SampleError as error:
+                kept.append(error)
+        self._preloaded = kept
 
     def row_numbers(self, item: int) -> list[int]:
         """Lists the rows of an example: their numbers in the source's split, from 0 on."""
@@ -426,6 +449,16 @@ class DatasetBase(Dataset):
         return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
 
 
+def class_files(kind: type[Dataset]) -> list[Path]:
+    """Lists the files of code of a class and its bases, and what they import from beside them."""
+    files: set[Path] = set()
+    for name in {base.__module__ for base in kind.__mro__} - {__name__}:
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path is not None and name.partition(".")[0] not in sys.stdlib_module_names:
+            files |= {Path(path), *code_beside(Path(path), name)}
+    return sorted(files)
+
+
 class HfDataset(DatasetBase):
     """A dataset of the Hugging Face hub, or a local copy of its Parquet or Arrow files."""
 
@@ -543,6 +576,18 @@ def example_images(example: Mapping[str, Any]) -> list[ImageSource]:
     if image is None:
         return []
     return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def _in_memory(example: dict[str, Any]) -> dict[str, Any]:
+    """Replaces local images of an example by their bytes; a file that is missing stays a name."""
+    image = example.get("image")
+    if isinstance(image, list | tuple):
+        return {**example, "image": [_bytes_of(each) for each in image]}
+    return {**example, "image": _bytes_of(image)} if isinstance(image, Path) else example
+
+
+def _bytes_of(image: ImageSource) -> ImageSource:
+    return image.read_bytes() if isinstance(image, Path) and image.is_file() else image
 
 
 def image_facts(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 DATASET=chats.toml            a spec (`preprocess.formats.spec`)
 DATASET=/data/llava.json      a file or folder; its rows say which format they have
-DATASET=mine.py:MyDataset     a class of a Python file, a subclass of `DatasetBase`
+DATASET=mine.py:MyDataset     a class of a Python file: a subclass of `DatasetBase`, or of
+                              `Dataset`, which has `__len__` and `get`
 DATASET=package.mine:MyData   the same of an installed package
 """
 
@@ -14,12 +15,12 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from preprocess.datasets.base import DatasetBase
+from preprocess.datasets.base import Dataset, DatasetBase, class_files
 from preprocess.datasets.images import resolve_image
 from preprocess.datasets.rows import Rows
 from preprocess.datasets.splits import SplitLayout, Unmatched, split_layout
@@ -38,7 +39,7 @@ from preprocess.formats import (
     visible_files,
 )
 from shardspec.errors import ConfigError, SampleError, SourceError
-from shardspec.keyed import hash_text
+from shardspec.keyed import SampleRng, hash_text, keyed
 
 PROBED_ROWS = 100
 """Rows that a format is told from, half of them from the beginning, half spread over the file."""
@@ -352,13 +353,58 @@ def _run_file(path: Path) -> ModuleType:
     return module
 
 
+class NumberedDataset(DatasetBase):
+    """The examples of a class that has `__len__` and `get` and nothing else."""
+
+    kind: ClassVar[type[Dataset]]
+
+    @classmethod
+    def code_files(cls) -> list[Path]:
+        """Lists the files of the class, and this one."""
+        return [*class_files(cls.kind), Path(__file__)]
+
+    def load(self) -> Sequence[Mapping[str, Any]]:
+        """Makes the object; its constructor is given the split and the source if it takes them."""
+        given = {"split": self.split, "source": self.source}
+        takes = _accepted(self.kind, given)
+        if "split" not in takes and self.split != "train":
+            raise SourceError(
+                "source_split.none", where=self.name, split=self.split, splits=["train"]
+            )
+        return _Numbered(self.kind(**takes), seed=hash_text(self.name))
+
+
+class _Numbered(Sequence[Mapping[str, Any]]):
+    """The examples of a dataset, as rows; each has a generator of its own."""
+
+    def __init__(self, dataset: Dataset, *, seed: int) -> None:
+        self._dataset, self._seed, self._rng = dataset, seed, SampleRng()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._dataset.get(i, self._rng(keyed(self._seed, i) >> 32))
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+
+def _accepted(kind: type[Dataset], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Picks the arguments that a constructor takes by name."""
+    parameters = inspect.signature(kind).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return dict(given)
+    return {each.name: given[each.name] for each in parameters if each.name in given}
+
+
 def check_class(kind: Any, *, where: str) -> type[DatasetBase]:
-    """Refuses what is not a class of datasets.
+    """Refuses what is not a class of datasets; gives one that the job can use.
 
     Raises:
       ConfigError: `dataset_code`.
     """
-    if not isinstance(kind, type) or not issubclass(kind, DatasetBase):
+    if not isinstance(kind, type) or not issubclass(kind, Dataset):
         raise ConfigError("dataset_code.type", where=where, got=type(kind).__name__)
     missing = sorted(getattr(kind, "__abstractmethods__", ()))
     if missing:
@@ -366,6 +412,11 @@ def check_class(kind: Any, *, where: str) -> type[DatasetBase]:
     if not NAME.fullmatch(kind.name):
         raise ConfigError("dataset_code.label", where=where, got=kind.name)
     try:
+        if not issubclass(kind, DatasetBase):
+            inspect.signature(kind).bind(**_accepted(kind, {"split": "train", "source": ""}))
+            several = bool(getattr(kind, "several_images", False))
+            fields = {"name": kind.name, "kind": kind, "several_images": several}
+            return type(kind.__name__, (NumberedDataset,), {**fields, "__doc__": kind.__doc__})
         inspect.signature(kind).bind("train", source="", limit=None, mode=None, unmatched="refuse")
     except TypeError as error:
         raise ConfigError("dataset_code.init", where=where, error=error) from error

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from preprocess.datasets import ImageSource, SceneImage, example_images
 from preprocess.fetch import FetchPolicy, FetchResult, Ledger, fetch_all
@@ -37,6 +38,7 @@ from preprocess.job.job import (
 )
 from preprocess.job.plan import count_shards, plan_order, shard_borders
 from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
+from preprocess.media import pixels_file
 from preprocess.recipe import image_identity, images_identity, read_path, repeated_key, sample_key
 from shardspec import storage
 from shardspec.documents import read_fields, read_object, require_plain
@@ -417,6 +419,17 @@ def _plan_image(
                 http_status=result.http_status,
             )
         return _PlannedImage(location=location, identity=result.sha256 or "", error=error)
+    if isinstance(image, np.ndarray | Image.Image):
+        try:
+            payload = pixels_file(image)
+        except SampleError as unusable:
+            return _PlannedImage(location={"kind": "blob"}, identity="", error=unusable)
+        digest = hashlib.sha256(payload).hexdigest()
+        if not job.blobs.has(digest, num_bytes=len(payload)):
+            job.blobs.put(payload)
+        # The key is that of the unsharded path, which sees the pixels.
+        identity = image_identity(image, image)
+        return _PlannedImage(location={"kind": "blob", "sha256": digest}, identity=identity)
     raise ConfigError("image_type", got=type(image).__name__)
 
 

@@ -5,7 +5,7 @@ URL.
 """
 
 from preprocess.media.header import SOURCE_FORMATS, ImageLimits, open_source
-from preprocess.media.image import ImagePolicy, ImagePreprocessor
+from preprocess.media.image import ImagePolicy, ImagePreprocessor, pixels_file
 from preprocess.media.memory import MemoryBudget
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "ImagePreprocessor",
     "MemoryBudget",
     "open_source",
+    "pixels_file",
 ]

@@ -788,6 +788,19 @@ def _read(path: Path, where: str) -> bytes:
         raise StorageError("image_read", where=where, error=str(error)) from error
 
 
+def pixels_file(image: np.ndarray | Image.Image) -> bytes:
+    """Gives a picture that has no file one without loss: PNG.
+
+    Raises:
+      SampleError: `image_mode`: an array is not uint8 [H, W, 3].
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(_checked_array(image, ""))
+    stream = io.BytesIO()
+    image.save(stream, "PNG", exif=image.getexif(), compress_level=1)
+    return stream.getvalue()
+
+
 def _checked_array(pixels: np.ndarray, where: str) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise SampleError(

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.text.chat import Frame
+from preprocess.text.chat import Frame, chat_frame
 from preprocess.text.message import (
     ImageSize,
     Message,
@@ -41,12 +41,6 @@ from preprocess.text.policy import TextPolicy
 from preprocess.text.prefix import draw_prefix
 from preprocess.text.styles import STYLES, Draw, Exchange
 from preprocess.text.styles.base import as_written
-from preprocess.text.styles.captions import draw_caption
-from preprocess.text.styles.choices import draw_choice
-from preprocess.text.styles.instructions import draw_instruction
-from preprocess.text.styles.pointing import draw_inline_points, draw_pointing
-from preprocess.text.styles.qa import draw_qa
-from preprocess.text.styles.robots import draw_robot
 from shardspec.errors import SampleError, nearest
 from shardspec.keyed import SampleRng, hash_text, keyed
 from shardspec.sample import WEIGHT_ONE
@@ -74,13 +68,12 @@ class Branch:
 class DataFormatter:
     """Formats messages by a policy.
 
-    `__call__` formats whole examples, whatever their styles. The `format_*` methods draw the user
-    text and the response of one message by the rules of one family; the message's style, which is
-    required, says which templates it takes.
+    `__call__` formats whole examples, whatever their styles. The `format_*` methods make examples,
+    as datasets give them, of the plain values of a task.
     """
 
-    policy: TextPolicy
-    frame: Frame
+    policy: TextPolicy = field(default_factory=TextPolicy)
+    frame: Frame = field(default_factory=lambda: chat_frame("role", None))
     seed: int = 0
     """Seed of the baked draws; part of the recipe."""
     rng: SampleRng = field(default_factory=SampleRng, repr=False, compare=False)
@@ -113,48 +106,71 @@ class DataFormatter:
             error.where = error.where or key
             raise
 
-    def format_caption(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws a caption or a transcript; see `preprocess.text.styles.captions`.
+    def format_qa(self, question: str, answer: str, image: Any = None) -> dict[str, Any]:
+        """Makes the example of a question with its answer.
 
-        >>> from preprocess.text import chat_frame
-        >>> formatter = DataFormatter(policy=TextPolicy(), frame=chat_frame("role", None))
+        Args:
+          question: The user text.
+          answer: What is to be learned.
+          image: Anything that an image of an example may be; None: a text without an image.
+
+        >>> DataFormatter().format_qa("2 + 2?", "4")["messages"][1]
+        {'role': 'assistant', 'content': '4'}
+        """
+        return _conversation(image, question, answer)
+
+    def format_caption(self, image: Any, caption: str) -> dict[str, Any]:
+        """Makes the example of a caption; its prompt is always the same.
+
+        >>> DataFormatter().format_caption("ball.jpg", "A red ball.")["messages"][0]["content"]
+        'Describe this image.'
+        """
+        return _conversation(image, "Describe this image.", caption)
+
+    def format_instruction(
+        self, instruction: str, response: str, image: Any = None
+    ) -> dict[str, Any]:
+        """Makes the example of an instruction that is followed."""
+        return _conversation(image, instruction, response)
+
+    def format_pointing(
+        self,
+        label: str,
+        points: Sequence[Sequence[float]],
+        image: Any,
+        *,
+        point_scale: float | None = None,
+    ) -> dict[str, Any]:
+        """Makes the example of a request to point at everything that a label fits.
+
+        Args:
+          label: What is pointed at.
+          points: [x, y] of each.
+          image: Anything that an image of an example may be.
+          point_scale: What the points are fractions of, such as 100; None: pixels of the image.
+        """
+        return _pointed("pointing", label, points, image, point_scale)
+
+    def format_counting(
+        self,
+        label: str,
+        points: Sequence[Sequence[float]],
+        image: Any,
+        *,
+        point_scale: float | None = None,
+    ) -> dict[str, Any]:
+        """Makes the example of a request to count: the points of all, and their number."""
+        return _pointed("point_count", label, points, image, point_scale)
+
+    def draw(self, message: Message, rng: np.random.RandomState) -> Exchange:
+        """Draws user text and response of a message of one turn, by the rules of its style.
+
         >>> message = {"style": "long_caption", "text": "A red ball."}
-        >>> formatter.format_caption(message, np.random.RandomState(0))
+        >>> DataFormatter().draw(message, np.random.RandomState(0))
         ('', 'A red ball.')
         """
-        return draw_caption(message, self._draw(message, rng))
-
-    def format_qa(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws a question with a short answer; see `preprocess.text.styles.qa`."""
-        return draw_qa(message, self._draw(message, rng))
-
-    def format_document(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws a question about something to be read: as `format_qa`, but images stay rigid."""
-        return draw_qa(message, self._draw(message, rng))
-
-    def format_instruction(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws an exchange in free form; see `preprocess.text.styles.instructions`."""
-        return draw_instruction(message, self._draw(message, rng))
-
-    def format_pointing(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws a request to point at things; see `preprocess.text.styles.pointing`."""
-        return draw_pointing(message, self._draw(message, rng))
-
-    def format_counting(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws a request to count; see `preprocess.text.styles.counting`."""
-        return draw_pointing(message, self._draw(message, rng))
-
-    def format_inline_points(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws an answer with points in it; see `preprocess.text.styles.pointing`."""
-        return draw_inline_points(message, self._draw(message, rng))
-
-    def format_multiple_choice(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws a multiple choice; see `preprocess.text.styles.choices`."""
-        return draw_choice(message, self._draw(message, rng))
-
-    def format_robot(self, message: Message, rng: np.random.RandomState) -> Exchange:
-        """Draws a request for a robot's next motion; see `preprocess.text.styles.robots`."""
-        return draw_robot(message, self._draw(message, rng))
+        _check_style(message)
+        return self._exchange(message, rng)
 
     def system_prefix(self, style: str, response: str, rng: np.random.RandomState) -> str:
         """Draws the text before the first user text; see `preprocess.text.prefix`."""
@@ -219,6 +235,29 @@ class DataFormatter:
 
     def _draw(self, message: Message, rng: np.random.RandomState) -> Draw:
         return Draw(style=STYLES[message["style"]], policy=self.policy, rng=rng)
+
+
+def _conversation(image: Any, question: str, answer: str) -> dict[str, Any]:
+    return {
+        "image": image,
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ],
+    }
+
+
+def _pointed(
+    style: str,
+    label: str,
+    points: Sequence[Sequence[float]],
+    image: Any,
+    point_scale: float | None,
+) -> dict[str, Any]:
+    message: dict[str, Any] = {"style": style, "label": label, "points": [list(p) for p in points]}
+    if point_scale is not None:
+        message["point_scale"] = point_scale
+    return {"image": image, "message_list": [message]}
 
 
 def _check_style(message: Message) -> None:

@@ -132,10 +132,9 @@ def test_every_style_gives_a_conversation_and_leaves_the_message_as_json(style, 
 
 
 @pytest.mark.parametrize("family", sorted(EXAMPLE_OF_FAMILY))
-def test_every_family_can_be_drawn_by_its_own_method(family):
+def test_every_family_can_be_drawn_alone(family):
     message = EXAMPLE_OF_FAMILY[family]
-    user, response = getattr(formatter(), f"format_{family}")(message, np.random.RandomState(0))
-    assert (user, response) == only(message)
+    assert formatter().draw(message, np.random.RandomState(0)) == only(message)
 
 
 def styles_with(**facts):
@@ -233,7 +232,7 @@ def test_first_answer_is_the_first_in_the_alphabet():
 def test_method_called_alone_draws_one_of_the_tied_answers():
     message = {"style": "vqa2", "question": "Q?", "answers": ["yes", "no"]}
     rng = np.random.RandomState(0)
-    assert {formatter().format_qa(message, rng)[1] for _ in range(40)} == {"yes", "no"}
+    assert {formatter().draw(message, rng)[1] for _ in range(40)} == {"yes", "no"}
 
 
 def test_explanation_stands_before_the_answer():
