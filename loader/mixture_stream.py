@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import IterableDataset
 
 from loader.assembly import TokenIds, View
+from loader.map_style import MapStyle, is_map_style
 from loader.order import (
     Locality,
     MixtureGroup,
@@ -45,6 +46,17 @@ from loader.stream import (
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import differences
+
+
+class MapStyleDataset(Protocol):
+    """A dataset whose examples are asked for by their numbers."""
+
+    def __len__(self) -> int:
+        """Counts the examples."""
+
+    def __getitem__(self, item: int, /) -> Any:
+        """Makes an example."""
+
 
 _TOKENIZER = ("sha256", "special_ids")
 _RANKS = ("rank", "world_size")
@@ -81,7 +93,9 @@ class IterableDatasetMixture(IterableDataset[Any]):
 
     def __init__(
         self,
-        datasets: Sequence[StreamingDataset | RawDataset | IterableDatasetMixture],
+        datasets: Sequence[
+            StreamingDataset | RawDataset | IterableDatasetMixture | MapStyleDataset
+        ],
         weights: Sequence[float] | None = None,
         *,
         seed: int,
@@ -96,7 +110,9 @@ class IterableDatasetMixture(IterableDataset[Any]):
 
         Args:
           datasets: Datasets of different names, all of prepared samples or all of raw ones, with
-            tail "wrap" and shuffled. They are copied for the run's seed and stay as they are. A
+            tail "wrap" and shuffled. Map-style datasets (with a length and `get` or `[number]`,
+            such as a `DeterministicDataset`) count as raw ones; their examples come as they are
+            made. They are copied for the run's seed and stay as they are. A
             mixture among them takes its share as a whole and divides it among its own datasets by
             its own weights.
           weights: A rate >= 0 for each; None: all the same.
@@ -122,19 +138,18 @@ class IterableDatasetMixture(IterableDataset[Any]):
         """
         super().__init__()
         require_argument(is_listed(datasets), "datasets", datasets, "a list of datasets")
-        datasets = list(datasets)
+        given = list(datasets)
         seed = seed_argument(seed)
         for name, value in (("batch_size", batch_size), ("canonical_ranks", canonical_ranks)):
             if value is not None:
                 whole_argument(name, value)
         name_argument("locality", locality, Locality)
-        for number, dataset in enumerate(datasets):
-            _require_mixable(dataset, number)
-        rates = [1.0] * len(datasets) if weights is None else _rates(weights)
-        if len(rates) != len(datasets):
-            raise ConfigError("mixture_weights.count", datasets=len(datasets), weights=len(rates))
+        members = [_mixable(dataset, number) for number, dataset in enumerate(given)]
+        rates = [1.0] * len(members) if weights is None else _rates(weights)
+        if len(rates) != len(members):
+            raise ConfigError("mixture_weights.count", datasets=len(members), weights=len(rates))
         group = MixtureGroup(
-            sources=tuple(_source(d, rate) for d, rate in zip(datasets, rates, strict=True)),
+            sources=tuple(_source(d, rate) for d, rate in zip(members, rates, strict=True)),
             by=by,
             unit=unit,
         )
@@ -149,9 +164,9 @@ class IterableDatasetMixture(IterableDataset[Any]):
         # Refuses what cannot be mixed now, not at the first batch.
         plan_mixture(group, global_batch_size=1, seed=seed, unit=unit)
         require_stop(stop)
-        for dataset in datasets:
+        for dataset in members:
             _require_free(dataset, plan, batch_size=batch_size)
-        flat = [member for dataset in datasets for member in _members(dataset)]
+        flat = [member for dataset in members for member in _members(dataset)]
         parts = [part for dataset in flat for part in dataset._stream.parts]
         _share_readers([part.data.reader for part in parts])
         _require_alike(parts)
@@ -235,6 +250,10 @@ class IterableDatasetMixture(IterableDataset[Any]):
         return builder
 
 
+_Single = StreamingDataset | RawDataset | MapStyle
+_Mixable = StreamingDataset | RawDataset | MapStyle | IterableDatasetMixture
+
+
 def _rates(weights: Any) -> list[Any]:
     """Lists weights: numbers of Python, or those of an array or tensor of one axis."""
     fits = is_listed(weights) and getattr(weights, "ndim", 1) == 1
@@ -242,19 +261,20 @@ def _rates(weights: Any) -> list[Any]:
     return weights.tolist() if hasattr(weights, "tolist") else list(weights)
 
 
-def _require_mixable(dataset: object, number: int) -> None:
-    if not isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture):
+def _mixable(dataset: Any, number: int) -> _Mixable:
+    if isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture):
+        return dataset
+    if isinstance(dataset, IterableDataset) or not is_map_style(dataset):
         raise ConfigError(
             "mixture_dataset",
             where=dataset if isinstance(dataset, str) else getattr(dataset, "url", ""),
             number=number,
             type=type(dataset).__name__,
         )
+    return MapStyle(dataset)
 
 
-def _source(
-    dataset: StreamingDataset | RawDataset | IterableDatasetMixture, rate: float
-) -> MixtureSource | MixtureGroup:
+def _source(dataset: _Mixable, rate: float) -> MixtureSource | MixtureGroup:
     if isinstance(dataset, IterableDatasetMixture):
         plan = dataset._stream.plan
         assert isinstance(plan, MixturePlan)
@@ -268,15 +288,11 @@ def _source(
     )
 
 
-def _members(
-    dataset: StreamingDataset | RawDataset | IterableDatasetMixture,
-) -> Sequence[StreamingDataset | RawDataset]:
+def _members(dataset: _Mixable) -> Sequence[_Single]:
     return dataset.datasets if isinstance(dataset, IterableDatasetMixture) else (dataset,)
 
 
-def _in_mixture(
-    dataset: StreamingDataset | RawDataset, *, seed: int
-) -> StreamingDataset | RawDataset:
+def _in_mixture(dataset: _Single, *, seed: int) -> _Single:
     """Copies a dataset for a mixture, whose seed is that of the run."""
     stream: Stream[Any] = dataset._stream
     (part,), plan = stream.parts, stream.plan
@@ -286,7 +302,7 @@ def _in_mixture(
     return dataset._over(Stream([part], plan, seed=seed, batch_size=stream.batch_size, named=False))
 
 
-def _parts(datasets: Sequence[StreamingDataset | RawDataset]) -> list[StreamPart[Any]]:
+def _parts(datasets: Sequence[_Single]) -> list[StreamPart[Any]]:
     return [part for dataset in datasets for part in dataset._stream.parts]
 
 
@@ -298,7 +314,7 @@ def _share_readers(readers: Sequence[ShardReader]) -> None:
 
 
 def _require_free(
-    dataset: StreamingDataset | RawDataset | IterableDatasetMixture,
+    dataset: _Mixable,
     outer: MixturePlan,
     *,
     batch_size: int | None,

@@ -52,9 +52,24 @@ Decode = Callable[[RawSample, np.random.RandomState], Any]
 class RawBuilder:
     """Makes the examples of a dataset of raw samples."""
 
-    def __init__(self, data: OpenSplit, *, decode: Decode, seed: int) -> None:
-        """Joins a split and the user's function."""
+    def __init__(
+        self,
+        data: OpenSplit,
+        *,
+        decode: Decode,
+        seed: int,
+        read: Callable[[int], RawSample] | None = None,
+    ) -> None:
+        """Joins a split and the user's function.
+
+        Args:
+          data: The split.
+          decode: Makes an example of a sample.
+          seed: Of the run.
+          read: Reads a sample that is in no tar.
+        """
         self.data = data
+        self._read = read
         self._decode = decode
         self._base_seed = dataset_seed(seed, data.manifest.dataset, data.name)
         self._rng = SampleRng()
@@ -86,6 +101,8 @@ class RawBuilder:
         Raises:
           ShardError: `foreign_tar`, or as `ShardReader.members`.
         """
+        if self._read is not None:
+            return self._read(sample_id)
         key, members, where = self.data.reader.members(sample_id)
         fields = sample_fields(members, where=where, key=key)
         return RawSample(key=key, fields=fields, where=where)

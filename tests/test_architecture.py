@@ -167,6 +167,7 @@ FLOORS = {
         {"state"},
         {"stream"},
         {"raw"},
+        {"map_style"},
         {"mixture_stream"},
         {"delivery", "resume"},
         {"dataloader"},

@@ -139,7 +139,7 @@ MEMBERS = {
         *("brightness", "contrast", "crop_ratio", "crop_scale", "flip_probability", "hue"),
         *("resample", "saturation", "standard"),
     ],
-    "DeterministicDataset": ["get", "set_epoch"],
+    "DeterministicDataset": ["example", "get", "preload", "set_epoch"],
     "DevicePrefetcher": ["load_state_dict", "state_dict"],
     "IterableDatasetMixture": [
         *("epoch", "fingerprint", "ids", "load_state_dict", "set_epoch", "set_step"),

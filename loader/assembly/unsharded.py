@@ -140,10 +140,17 @@ class DeterministicDataset(Dataset[dict[str, Any]]):
         valid = idx < len(self.dataset)
         item = idx if valid else 0
         seed = sample_seed(self.seed, idx=item, length=len(self.dataset), epoch=epoch)
-        example = self.dataset.get(item, self._rng(seed))
-        if self.preprocessor is not None:
-            example = self.preprocessor(example, self._rng(seed))
+        example = self.example(item, self._rng(seed))
         return {**example, "metadata": {**(example.get("metadata") or {}), "valid": valid}}
+
+    def example(self, item: int, rng: np.random.RandomState) -> Mapping[str, Any]:
+        """Makes an example with a generator: the dataset and the preprocessor draw the same."""
+        start = rng.get_state(legacy=False)
+        example = self.dataset.get(item, rng)
+        if self.preprocessor is None:
+            return example
+        rng.set_state(start)
+        return self.preprocessor(example, rng)
 
     def preload(self) -> None:
         """Reads the wrapped dataset into memory, if it can be."""
