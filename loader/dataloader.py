@@ -32,6 +32,7 @@ from loader.delivery import (
     BatchMaker,
     Collate,
     MadeBatch,
+    MapExample,
     PreparedBatches,
     RawBatches,
     Stats,
@@ -82,6 +83,7 @@ _AHEAD = 2
 
 _PREPARED_ONLY: Mapping[str, Any] = {
     "sequence_length": None,
+    "map": None,
     "pad_mode": "to_128",
     "extra_keys": (),
     "with_metadata": False,
@@ -107,6 +109,7 @@ def make_dataloader(
     global_batch_size: int,
     sequence_length: int | None = None,
     collate: Collate | None = None,
+    map: MapExample | None = None,
     pad_mode: str = "to_128",
     decode_threads: int = 2,
     workers: int = 0,
@@ -126,16 +129,21 @@ def make_dataloader(
     """Makes the loader of this rank.
 
     Prepared samples need `sequence_length`, raw ones `collate`; both take `global_batch_size`,
-    `decode_threads`, `workers` and `prefetch_bytes`. All other arguments are for prepared samples.
+    `collate`, `decode_threads`, `workers` and `prefetch_bytes`. All other arguments are for
+    prepared samples.
 
     Args:
       dataset: What to stream.
       global_batch_size: Rows per step over all ranks; the number of ranks must divide it. A row is
         a sample, or a pack.
       sequence_length: Longest sequence; text is cut there, and packs are filled up to there.
-      collate: Makes a batch of what a RawDataset's `decode` returned for the rows of this rank: a
-        list. It may be called from several threads at a time; in worker processes it must be
-        picklable.
+      collate: Makes a batch of a list, one entry per row of this rank: of what a RawDataset's
+        `decode` or a map-style dataset returned, or of examples as `assemble` describes them, which
+        `MMCollator` would pad. It may be called from several threads at a time; in worker processes
+        it must be picklable.
+      map: `map(example, rng)` changes each row's example before it is collated, and returns it; as
+        `collate` otherwise. All its draws are to come from `rng`, which is the sample's own in the
+        epoch. Both functions are named in states, by their source: see `View.augment`.
       pad_mode: "max_len", "batch_max" or "to_N"; see `MMCollator`.
       decode_threads: Threads that make batches, where workers is 0. With 0 threads each batch is
         made when it is asked for, in the consumer's thread.
@@ -177,6 +185,7 @@ def make_dataloader(
     fits = isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture)
     require_argument(fits, "dataset", dataset, "a dataset or a mixture of datasets")
     require_argument(collate is None or callable(collate), "collate", collate, "a function")
+    require_argument(map is None or callable(map), "map", map, "a function")
     for name, flag in (("with_metadata", with_metadata), ("pack", pack), ("balance", balance)):
         flag_argument(name, flag)
     require_argument(isinstance(pad_mode, str), "pad_mode", pad_mode, "the name of a mode")
@@ -226,6 +235,7 @@ def make_dataloader(
     if isinstance(builders[0], RawBuilder):
         options = {
             "sequence_length": sequence_length,
+            "map": map,
             "pad_mode": pad_mode,
             "extra_keys": extra_keys,
             "with_metadata": with_metadata,
@@ -247,7 +257,16 @@ def make_dataloader(
         batches = RawBatches(builders, collate)
     else:
         if collate is not None:
-            raise ConfigError("loader_options.collate")
+            layout = {
+                "pad_mode": pad_mode,
+                "extra_keys": extra_keys,
+                "with_metadata": with_metadata,
+                "columns": tuple(columns),
+                "min_images": min_images,
+            }
+            given = sorted(name for name in layout if layout[name] != _PREPARED_ONLY[name])
+            if given:
+                raise ConfigError("loader_options.collate", names=", ".join(given))
         if sequence_length is None:
             raise ConfigError("loader_options.sequence_length")
         if pack and bucket_steps:
@@ -285,7 +304,9 @@ def make_dataloader(
                 logger.info("a pass over packs is %s", _PASSES[packs.pass_is_exact])
         packing = packs.config if packs else None
         _require_columns(builders, columns)
-        batches = PreparedBatches(builders, collator, packing=packing, columns=columns)
+        batches = PreparedBatches(
+            builders, collator, packing=packing, columns=columns, map=map, collate=collate
+        )
     if packs is None:
         stream.warn_of_pairs(stream.order, step=0)
     return StreamLoader(

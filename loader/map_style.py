@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from loader.assembly import DeterministicDataset
 from loader.raw import RawBuilder, RawSample
@@ -24,11 +25,14 @@ from loader.stream import DatasetPlan, OpenSplit, Stream, StreamPart
 from loader.topology import CurrentTopology
 from shardspec.errors import ConfigError
 
+_CONTAINERS = (type, str, bytes, Mapping, list, tuple, range, np.ndarray, np.generic, torch.Tensor)
+"""Have a length and numbered parts too, but are no datasets."""
+
 
 def is_map_style(dataset: object) -> bool:
     """Returns True for what has a length, and examples by their numbers."""
     numbered = any(callable(getattr(dataset, name, None)) for name in ("get", "__getitem__"))
-    container = isinstance(dataset, str | bytes | Mapping | list | tuple)
+    container = isinstance(dataset, _CONTAINERS)
     return numbered and callable(getattr(dataset, "__len__", None)) and not container
 
 

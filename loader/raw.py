@@ -26,6 +26,7 @@ from loader.stream import (
     StreamOptions,
     require_argument,
 )
+from loader.user_code import naming_function
 from shardspec.errors import ConfigError
 from shardspec.foreign import sample_fields
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
@@ -114,7 +115,8 @@ class RawBuilder:
         )
         if not ref.real:
             sample = replace(sample, real=False)
-        return self._decode(sample, self._rng(seed))
+        with naming_function(self._decode, where=sample.where):
+            return self._decode(sample, self._rng(seed))
 
 
 class RawDataset(IterableDataset[Any]):

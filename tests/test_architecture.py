@@ -160,7 +160,7 @@ FLOORS = {
         {"__main__"},
     ),
     "loader": (
-        {"topology", "consumer", "buffers"},
+        {"topology", "consumer", "buffers", "user_code"},
         {"order"},
         {"assembly"},
         {"reading"},

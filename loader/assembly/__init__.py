@@ -16,6 +16,7 @@ from loader.assembly.assemble import (
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator, PadSide, finished
 from loader.assembly.layout import TokenIds
+from loader.assembly.own_augment import AugmentFunction, OwnAugment
 from loader.assembly.packed import Pack, fitting
 from loader.assembly.pixels import MEAN_STD, Encoded, Normalization, normalize
 from loader.assembly.questions import Questions
@@ -24,6 +25,7 @@ from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor
 __all__ = [
     "MEAN_STD",
     "Augment",
+    "AugmentFunction",
     "DeterministicDataset",
     "Draft",
     "Encoded",
@@ -31,6 +33,7 @@ __all__ = [
     "MMCollator",
     "MolmoPreprocessor",
     "Normalization",
+    "OwnAugment",
     "Pack",
     "PadSide",
     "Planner",

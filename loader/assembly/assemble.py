@@ -24,7 +24,15 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from loader.assembly.augment import NO_CHANGE, Augment, Draw, Resample, draw, draw_filter
+from loader.assembly.augment import (
+    NO_CHANGE,
+    Augment,
+    Draw,
+    Resample,
+    draw,
+    draw_filter,
+    draw_own,
+)
 from loader.assembly.collate import MMCollator, PadSide, Shapes, finished
 from loader.assembly.layout import (
     IGNORED,
@@ -38,6 +46,7 @@ from loader.assembly.layout import (
     lay_out,
     lay_out_prompt,
 )
+from loader.assembly.own_augment import AugmentFunction, OwnAugment
 from loader.assembly.pixels import Encoded, Normalization, normalize, patch_cells, render
 from loader.assembly.questions import (
     Questions,
@@ -83,8 +92,9 @@ class View:
     """Another view of the same stored images, such as 24 instead of 8 crops."""
     high_res_probability: float = 0.0
     """Share of the samples, 0 to 1, that get the view `high_res`, drawn each epoch."""
-    augment: Augment = field(default_factory=Augment)
-    """Random crops, flips and colour; off by default, and always off for inference."""
+    augment: Augment | OwnAugment | AugmentFunction = field(default_factory=Augment)
+    """Random crops, flips and colour, or a function of your own, `(image, rng) -> image`; off by
+    default, and always off for inference."""
     resample: Resample = "bicubic"
     """Filter of what is resized at load. Molmo 1 is trained with "bilinear", Molmo 2 with
     "bilinear-aliased"; docs/streaming.md says what they differ by."""
@@ -138,6 +148,8 @@ class View:
             wrong["questions"] = self.questions
         if wrong:
             raise ConfigError("view", facts=wrong)
+        if not isinstance(self.augment, Augment | OwnAugment):
+            object.__setattr__(self, "augment", OwnAugment(self.augment))
 
     def shapes(self, image: ImageView) -> Shapes:
         """Tells the shapes of what an example in one of the resolutions has for each crop."""
@@ -215,13 +227,8 @@ class Planner:
         pictures = spans[first_image : first_image + num_images].tolist()
         draws = [NO_CHANGE] * num_images
         if self._augments:
-            draws = [
-                draw(view.augment, rng, geometry=row[7], width=row[2], height=row[3])
-                for row in pictures
-            ]
-            chosen = draw_filter(view.augment, rng)
-            if chosen is not None:
-                draws = [replace(each, resample=chosen) for each in draws]
+            seen_as = [(row[2], row[3], row[7]) for row in pictures]
+            draws = draw_pictures(view, seen_as, rng, key=key)
         sizes = [(row[2], row[3]) for row in pictures]
         seen = [images.of(size) for size in sizes]
         leads: list[np.ndarray] = []
@@ -252,6 +259,33 @@ class Planner:
         )
         sequence.weight = view.weight
         return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes)
+
+
+def draw_pictures(
+    view: View,
+    pictures: Sequence[tuple[int, int, int]],
+    rng: np.random.RandomState,
+    *,
+    key: str = "",
+) -> list[Draw]:
+    """Draws the augmentation of the pictures of a sample.
+
+    Args:
+      view: Says how.
+      pictures: (width, height, geometry) of each: of its original in pixels, and what it allows.
+      rng: The sample's generator.
+      key: The sample's, for errors.
+    """
+    augment = view.augment
+    if isinstance(augment, OwnAugment):
+        return [draw_own(augment, rng, geometry=allowed, where=key) for _, _, allowed in pictures]
+    assert isinstance(augment, Augment)
+    draws = [
+        draw(augment, rng, geometry=allowed, width=width, height=height)
+        for width, height, allowed in pictures
+    ]
+    chosen = draw_filter(augment, rng)
+    return draws if chosen is None else [replace(each, resample=chosen) for each in draws]
 
 
 @dataclass(slots=True)

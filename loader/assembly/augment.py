@@ -39,6 +39,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from loader.assembly.own_augment import OwnAugment
 from shardspec.errors import ConfigError
 from shardspec.keyed import draw_below
 from shardspec.sample import Geometry
@@ -124,6 +125,20 @@ class Augment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnDraw:
+    """One call of a function of the user's."""
+
+    augment: OwnAugment
+    seed: int
+    where: str
+    """Key of the sample, for errors."""
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """Augments a picture; see `OwnAugment.apply`."""
+        return self.augment.apply(picture, self.seed, where=self.where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
     """What happens to one picture in one epoch; the default changes nothing."""
 
@@ -141,6 +156,8 @@ class Draw:
     """Turns of the colour circle, -0.5 to 0.5; positive takes red towards yellow."""
     resample: Resample | None = None
     """The filter of a resize; None for the view's."""
+    own: OwnDraw | None = None
+    """What a function of the user's does to it, instead of all others."""
 
     @property
     def changes_color(self) -> bool:
@@ -195,6 +212,19 @@ def draw(
         saturation=1.0 + augment.saturation * (2.0 * saturation - 1.0),
         hue=augment.hue * (2.0 * hue - 1.0),
     )
+
+
+def draw_own(
+    augment: OwnAugment, rng: np.random.RandomState, *, geometry: Geometry | int, where: str = ""
+) -> Draw:
+    """Draws what a function of the user's does to one picture: the seed of its generator.
+
+    One number is taken from the sample's generator, whatever the sample allows.
+    """
+    seed = draw_below(rng, 1 << 32)
+    if int(augment.needs) & ~int(geometry):
+        return NO_CHANGE
+    return Draw(own=OwnDraw(augment=augment, seed=seed, where=where))
 
 
 def draw_filter(augment: Augment, rng: np.random.RandomState) -> Resample | None:
@@ -262,7 +292,7 @@ def transform_points(
     width: int,
     height: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Moves points along with the crop and the flip.
+    """Moves points along with the crop and the flip, or as the user's function says.
 
     Points are continuous: the centre of the pixel in column i is at i + 0.5, and `width` is the
     right border. The cropped picture replaces the whole one, so it is again `width` x
@@ -270,14 +300,21 @@ def transform_points(
 
     Args:
       points_N2: (x, y) in pixels of the upright source, any real type [N, 2].
-      draw: Only its crop and flip are used.
+      draw: Only its crop and flip are used, or its function.
       width: Width of the upright source, in pixels.
       height: Height of the upright source, in pixels.
 
     Returns:
       The moved points, float64 [N, 2], and bool [N]: whether the point is still in the picture,
       its borders included. Points outside are moved by the same rule and stay outside.
+
+    Raises:
+      ConfigError: `augment_function`: a function of the user's does not say where points go.
     """
+    if draw.own is not None:
+        own = draw.own
+        moved = own.augment.move(points_N2, own.seed, width=width, height=height, where=own.where)
+        return moved, np.all((moved >= 0) & (moved <= (width, height)), axis=1)
     left, top, right, bottom = draw.crop or (0, 0, width, height)
     size = np.array([width, height], dtype=np.float64)
     moved = np.asarray(points_N2, dtype=np.float64).reshape(-1, 2) - (left, top)

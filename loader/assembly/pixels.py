@@ -2,6 +2,7 @@
 
 `render` turns one stored picture into the uint8 crops of a view:
 
+0. *The user's function*, if there is one, makes another picture of the same size.
 1. *Cut.* The draw's crop box, given in source pixels, is scaled to the stored picture and rounded
    to whole stored pixels. What it keeps replaces the whole picture, so that tiling, masks
    and token counts, which follow from the source's shape, stay as they are.
@@ -180,8 +181,13 @@ def render(
       ShardError: `image_decode`, for encoded pictures.
       SampleError: `image_pixels`, for anything but uint8 [H, W, 3] with pixels in it.
       ConfigError: `render_out`, for an `out` of another shape or type; `draw_box`, for a crop that
-        reaches out of the source.
+        reaches out of the source; as `OwnAugment.apply`.
     """
+    if draw.own is not None:
+        # Of the whole stored picture: overview and tiles are made of what comes out.
+        scratch = scratch or Scratch()
+        picture = draw.own.apply(_decoded(picture, scratch, "picture"))
+        draw, overview = NO_CHANGE, None
     size = (source_width, source_height)
     rows, cols = select_tiling(*size, view)
     out = _checked_out(out, 1 + rows * cols, view)

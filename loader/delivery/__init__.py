@@ -5,7 +5,7 @@ Decides which thread or process makes which batch, and when. Never decides what 
 
 from loader.delivery.batches import BatchBuilder, BatchMaker, MadeBatch, Task
 from loader.delivery.plan import TaskPlan
-from loader.delivery.prepared import PreparedBatches
+from loader.delivery.prepared import MapExample, PreparedBatches
 from loader.delivery.raw import Collate, RawBatches
 from loader.delivery.stats import Stats
 from loader.delivery.threads import AheadLimit, make_in_threads
@@ -17,6 +17,7 @@ __all__ = [
     "BatchMaker",
     "Collate",
     "MadeBatch",
+    "MapExample",
     "PreparedBatches",
     "RawBatches",
     "Stats",

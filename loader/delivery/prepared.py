@@ -7,7 +7,7 @@ memory is taken from a pool, and each picture is decoded straight into the batch
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from time import perf_counter
 from typing import Any
@@ -15,14 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from loader.assembly import Draft, MMCollator, Pack, fitting
+from loader.assembly import Draft, MMCollator, Pack, finished, fitting
 from loader.buffers import Allocate
 from loader.delivery.batches import MadeBatch
+from loader.delivery.raw import Collate
 from loader.delivery.stats import StageTimings
 from loader.order import PackConfig, Row, SampleRef
 from loader.stream import PlannedExample, PreparedBuilder
-from shardspec.errors import SampleError, ShardError
+from loader.user_code import function_name, naming_function, qualified_name
+from shardspec.errors import ConfigError, SampleError, ShardError
+from shardspec.keyed import SampleRng
 from shardspec.tiling import image_bounds
+
+MapExample = Callable[[dict[str, Any], np.random.RandomState], Any]
+"""Changes the example of a row; all draws are to come from the generator, the sample's own."""
 
 
 class PreparedBatches:
@@ -35,6 +41,8 @@ class PreparedBatches:
         *,
         packing: PackConfig | None,
         columns: Sequence[str] = (),
+        map: MapExample | None = None,
+        collate: Collate | None = None,
     ) -> None:
         """Joins what makes examples and how they are collated.
 
@@ -43,9 +51,18 @@ class PreparedBatches:
           collator: Of the same view.
           packing: The limits of a row of several samples; None where a row is one.
           columns: Added columns that all datasets have, of the same types.
+          map: The user's, of each row's example before it is collated.
+          collate: The user's, instead of the collator.
+
+        Raises:
+          ConfigError: `user_function`: states cannot name one of the functions.
         """
         self.examples, self.collator, self.packing = tuple(examples), collator, packing
         self.columns = tuple(columns)
+        self.map, self._collate = map, collate
+        functions = {"map": map, "collate": collate}
+        self._names = {name: function_name(f) for name, f in functions.items() if f is not None}
+        self._rng = SampleRng()
 
     def build(
         self, rows: list[Row], *, allocate: Allocate, unwanted: threading.Event | None
@@ -65,7 +82,10 @@ class PreparedBatches:
         while True:
             try:
                 examples = self._joined(planned)
-                batch = self.collator.collate(examples, allocate=allocate)
+                if self._names:
+                    batch = self._made(rows, planned, examples, allocate)
+                else:
+                    batch = self.collator.collate(examples, allocate=allocate)
                 break
             except (SampleError, ShardError):
                 if not self._replace_broken(rows, planned):
@@ -77,6 +97,41 @@ class PreparedBatches:
             bad=_substituted(rows, planned),
             timings=_timings(planned, batch, perf_counter() - start_s),
         )
+
+    def _made(
+        self,
+        rows: list[Row],
+        planned: list[list[PlannedExample]],
+        examples: Sequence[Draft | Pack],
+        allocate: Allocate,
+    ) -> Any:
+        """Makes the examples of a batch one by one, for functions of the user's.
+
+        Raises:
+          ConfigError: `user_function`: one of them raises, or gives nothing that can be collated.
+        """
+        made: list[Any] = []
+        for row, own, example in zip(rows, planned, examples, strict=True):
+            whole: Any = finished(example)
+            if self.map is not None:
+                where = whole["metadata"]["key"] or ""
+                builder = self.examples[row[0].dataset]
+                rng = self._rng(builder.map_seed(own[0].sample, row[0].epoch))
+                with naming_function(self.map, where=where):
+                    whole = self.map(whole, rng)
+                if whole is None or (self._collate is None and not isinstance(whole, Mapping)):
+                    raise ConfigError(
+                        "user_function.example",
+                        where=where,
+                        name=qualified_name(self.map),
+                        got=type(whole).__name__,
+                    )
+            made.append(whole)
+        if self._collate is None:
+            return self.collator(made, allocate=allocate)
+        keys = [one.draft.key for own in planned for one in own]
+        with naming_function(self._collate, where=f"samples {', '.join(keys[:8])}"):
+            return self._collate(made)
 
     def _added(
         self,
@@ -123,8 +178,9 @@ class PreparedBatches:
         return batch
 
     def describe(self) -> dict[str, Any]:
-        """Gives the field `pad_mode` of states."""
-        return {"pad_mode": self.collator.pad_mode}
+        """Gives the fields `pad_mode` and `functions` of states."""
+        functions = {"functions": self._names} if self._names else {}
+        return {"pad_mode": self.collator.pad_mode, **functions}
 
     def expected_bytes(self, num_rows: int) -> int:
         """Guesses that each row has as many crops as one picture can have."""
@@ -170,15 +226,14 @@ def _substituted(rows: list[Row], planned: list[list[PlannedExample]]) -> list[d
     ]
 
 
-def _timings(
-    planned: list[list[PlannedExample]], batch: dict[str, Any], total_s: float
-) -> StageTimings:
+def _timings(planned: list[list[PlannedExample]], batch: Any, total_s: float) -> StageTimings:
     examples = [one for row in planned for one in row]
     read_s = sum([one.read_s for one in examples])
     layout_s = sum([one.plan_s for one in examples])
     render_s = sum([one.draft.render_s for one in examples])
     decode_s = sum([one.draft.decode_s for one in examples if one.draft.num_crops])
-    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    values = batch.values() if isinstance(batch, Mapping) else ()  # of the user's: of any type
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return StageTimings(
         batches=1,
         samples=len(examples),

@@ -16,6 +16,7 @@ from loader.delivery.batches import MadeBatch
 from loader.delivery.stats import StageTimings
 from loader.order import Row
 from loader.raw import RawBuilder
+from loader.user_code import naming_function
 
 Collate = Callable[[list[Any]], Any]
 """Makes a batch of what `decode` returned for the rows of this rank, in their sequence."""
@@ -42,7 +43,7 @@ class RawBatches:
         """
         read_s = decode_s = 0.0
         read_bytes = 0
-        decoded = []
+        decoded, keys = [], []
         for row in rows:
             if unwanted is not None and unwanted.is_set():
                 raise CancelledError
@@ -52,11 +53,13 @@ class RawBatches:
                 sample = examples.read(ref.sample)
                 middle_s = perf_counter()
                 decoded.append(examples.decode(sample, ref))
+                keys.append(sample.key)
                 read_s += middle_s - begin_s
                 decode_s += perf_counter() - middle_s
                 read_bytes += sum(payload.nbytes for payload in sample.fields.values())
         begin_s = perf_counter()
-        batch = self._collate(decoded)
+        with naming_function(self._collate, where=f"samples {', '.join(keys[:8])}"):
+            batch = self._collate(decoded)
         timings = StageTimings(
             batches=1,
             samples=len(decoded),

@@ -157,6 +157,9 @@ def require_plain_state(state: object) -> None:
         raise StateError("state_fields", field="state", got=error) from error
 
 
+_OF_VIEWS = ("view", "pad_mode", "functions")
+
+
 def require_state(
     state: Mapping[str, Any],
     own: Mapping[str, Any],
@@ -168,9 +171,10 @@ def require_state(
 
     Args:
       state: A saved state.
-      own: The fields of this run that must agree. `view` and `pad_mode`, if present, decide what
-        examples and batches are made of the samples; the others decide which samples come.
-      allow: With "view", `view` and `pad_mode` may differ. The caller handles other values.
+      own: The fields of this run that must agree. `view`, `pad_mode` and `functions`, if present,
+        decide what examples and batches are made of the samples; the others decide which samples
+        come.
+      allow: With "view", these may differ. The caller handles other values.
       lengths_matter: Which samples come depends on their lengths, and these on the crops of the
         view: `image` and `high_res` must always agree.
 
@@ -184,7 +188,7 @@ def require_state(
             raise ConfigError("state_allow", hint=nearest(name, get_args(Allowed)), got=name)
     if state.get("version") != STATE_VERSION:
         raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
-    required = {name: value for name, value in own.items() if name not in ("view", "pad_mode")}
+    required = {name: value for name, value in own.items() if name not in _OF_VIEWS}
     data_differences = differences({name: state.get(name) for name in required}, required, "state")
     view_only: list[str] = []
     for field, text in view_differences(state.get("view"), own.get("view")).items():
@@ -192,6 +196,8 @@ def require_state(
         (data_differences if lengths_matter and crops else view_only).append(f"state.{text}")
     if "pad_mode" in own:
         view_only += differences(state.get("pad_mode"), own["pad_mode"], "state.pad_mode")
+    functions = (state.get("functions"), own.get("functions"))
+    view_only += differences(*functions, "state.functions") if any(functions) else []
     if data_differences:
         raise StateError("state_mismatch", differences="; ".join(data_differences + view_only))
     if view_only and "view" not in allow:

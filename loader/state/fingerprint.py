@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from loader.assembly import View
+from loader.assembly import OwnAugment, View
 from loader.reading import ShardReader
 from shardspec.manifest import Manifest, differences, fingerprint
 
@@ -113,7 +113,10 @@ def view_differences(saved: object, own: Mapping[str, Any] | None) -> dict[str, 
 def _fields(view: View) -> dict[str, Any]:
     """Lists the fields of a view and of its parts by name."""
     fields: dict[str, Any] = {}
-    for name, value in asdict(view).items():
+    described = asdict(view)
+    if isinstance(view.augment, OwnAugment):
+        described["augment"] = {"function": view.augment.name}
+    for name, value in described.items():
         if name == "questions" and view.purpose != "evaluation":
             continue  # states of training are those of releases without it
         part = value if isinstance(value, dict) else {"": value}

@@ -40,6 +40,9 @@ MAX_SUBSTITUTES = 8
 """Substitutes tried for one slot: with one sample in two bad, 1 slot in 500 would still fail."""
 
 
+_MAPPED = 0x6D6170  # keeps these seeds apart from the numbers of substitutes
+
+
 @dataclass(slots=True, kw_only=True)
 class PlannedExample:
     """An example whose arrays are not made yet, and what it took to get there."""
@@ -156,6 +159,10 @@ class PreparedBuilder:
             planned.draft.plan.sequence.learns = False
             planned.draft.real = False
         return planned
+
+    def map_seed(self, sample: int, epoch: int) -> int:
+        """Seeds the generator of the user's function for a sample: not that of its own draws."""
+        return keyed(self._base_seed, sample, epoch, _MAPPED) >> 32
 
     def lengths(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Looks up how long samples are at most, in the indexes.

@@ -310,7 +310,7 @@ def test_loader_options_that_are_not_for_raw_samples_are_refused_by_name(urls):
     assert "collate" in str(caught.value)
 
 
-def test_prepared_samples_need_a_sequence_length_and_take_no_collate(
+def test_prepared_samples_need_a_sequence_length_and_with_collate_no_layout(
     tiny_sample, write_dataset, tmp_path
 ):
     dataset = StreamingDataset(write_dataset(tmp_path / "set", [tiny_sample(0)]))
@@ -319,7 +319,9 @@ def test_prepared_samples_need_a_sequence_length_and_take_no_collate(
     assert caught.value.reason == "loader_options"
     assert "sequence_length" in str(caught.value)
     with pytest.raises(ConfigError) as caught:
-        make_dataloader(dataset, global_batch_size=1, sequence_length=64, collate=list)
+        make_dataloader(
+            dataset, global_batch_size=1, sequence_length=64, collate=list, with_metadata=True
+        )
     assert caught.value.reason == "loader_options"
     assert "collate" in str(caught.value)
 
@@ -341,14 +343,17 @@ def generators(samples):
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_exceptions_of_decode_reach_the_consumer(threads, urls):
-    with pytest.raises(ZeroDivisionError, match="no ant-"):
+    with pytest.raises(ConfigError, match="ZeroDivisionError: no ant-") as caught:
         list(make(raw(urls["ant"], decode=failing), decode_threads=threads))
+    assert caught.value.reason == "user_function"
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_exceptions_of_decode_in_workers_come_with_their_traceback(urls):
-    with pytest.raises(WorkerError, match="ZeroDivisionError: no ant-") as caught:
+def test_exceptions_of_decode_in_workers_name_their_line(urls):
+    with pytest.raises(ConfigError, match="ZeroDivisionError: no ant-") as caught:
         list(make(raw(urls["ant"], decode=failing), workers=1))
-    assert caught.value.reason == "worker_crash"
+    assert caught.value.reason == "user_function"
+    assert "test_raw.py:" in caught.value.facts["line"]
 
 
 def test_batches_that_cannot_be_sent_are_a_named_error_of_the_worker(urls):
