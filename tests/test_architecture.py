@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("shardspec", "preprocess", "loader")
+ROOMS = ("shardspec", "preprocess", "loader", "vlm_shards")
 
 FORBIDDEN = {
     "shardspec": {
         "preprocess",
         "loader",
+        "vlm_shards",
         "torch",
         "torchvision",
         "transformers",
@@ -23,8 +24,9 @@ FORBIDDEN = {
         "datasets",
         "webdataset",
     },
-    "preprocess": {"loader", "torch", "torchvision", "webdataset"},
-    "loader": {"preprocess", "transformers", "tokenizers", "datasets"},
+    "preprocess": {"loader", "torch", "torchvision", "webdataset", "vlm_shards"},
+    "loader": {"preprocess", "transformers", "tokenizers", "datasets", "vlm_shards"},
+    "vlm_shards": {"torchvision", "transformers", "tokenizers", "datasets", "webdataset"},
 }
 ADAPTERS = {"loader/integrations/trainer.py"}
 """May import the library that they adapt to, in functions: the caller has imported it."""
@@ -176,6 +178,7 @@ FLOORS = {
         {"cli"},
         {"__main__"},
     ),
+    "vlm_shards": ({"config", "kinds", "preprocessors"},),
 }
 """The rooms of each package from the ground up: an import goes down, or stays in its room."""
 

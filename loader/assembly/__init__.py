@@ -20,7 +20,7 @@ from loader.assembly.own_augment import AugmentFunction, OwnAugment
 from loader.assembly.packed import Pack, fitting
 from loader.assembly.pixels import MEAN_STD, Encoded, Normalization, normalize
 from loader.assembly.questions import Questions
-from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor
+from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor, render_image
 
 __all__ = [
     "MEAN_STD",
@@ -45,5 +45,6 @@ __all__ = [
     "finished",
     "fitting",
     "normalize",
+    "render_image",
     "view_collator",
 ]

@@ -612,6 +612,7 @@ def view_collator(
     min_images: int = 0,
     max_images: int | None = None,
     pad_side: PadSide = "right",
+    overlong: Literal["error", "truncate"] = "error",
 ) -> MMCollator:
     """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
     shapes = view.shapes(view.image)
@@ -630,6 +631,7 @@ def view_collator(
         max_images=max_images,
         pad_side=pad_side,
         image_dtype=shapes.dtype,
+        overlong=overlong,
     )
 
 

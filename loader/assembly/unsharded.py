@@ -19,7 +19,8 @@ from loader.assembly.assemble import View, assemble
 from loader.assembly.layout import TokenIds
 from shardspec.index import count_questions
 from shardspec.keyed import SampleRng, sample_seed
-from shardspec.sample import PreparedSample
+from shardspec.sample import WEIGHT_ONE, PreparedImage, PreparedSample, spans_table
+from shardspec.tiling import ImageTokenIds
 
 
 class ExampleSource(Protocol):
@@ -94,6 +95,41 @@ class MolmoPreprocessor:
             assemble(sample, rng, view=view, ids=self.ids, question=number)
             for number in range(count)
         ]
+
+
+def render_image(image: PreparedImage, rng: np.random.RandomState, *, view: View) -> np.ndarray:
+    """Makes the crops of one picture, as the example of a sample with that picture alone has them.
+
+    Args:
+      image: As the offline half prepares it.
+      rng: Of the augmentation; what is not augmented draws nothing.
+      view: What to see of it.
+
+    Returns:
+      `images` of `assemble`: [n, 3, S, S] or [n, patches, dim].
+    """
+    spans = spans_table([_SHORT_TEXT], [image])
+    example = assemble(
+        PreparedSample(
+            key="", tokens=np.zeros(2, np.int32), spans=spans, images=(image,), record={}
+        ),
+        rng,
+        view=view,
+        ids=_ANY_IDS,
+    )
+    images: np.ndarray = example["images"]
+    return images
+
+
+_SHORT_TEXT = (0, 0, 0, 1, 1, 2, WEIGHT_ONE)
+"""The row of a text of two tokens, which a sequence cannot be without."""
+
+_ANY_IDS = TokenIds(
+    bos=-1,
+    eos=1,
+    pad=2,
+    image=ImageTokenIds(im_start=3, im_end=4, im_patch=5, im_col=6, low_res_im_start=7),
+)
 
 
 class DeterministicDataset(Dataset[dict[str, Any]]):

@@ -131,7 +131,7 @@ def calls_of_errors(path: Path) -> list[ast.Call]:
 
 
 def sources() -> list[Path]:
-    rooms = ("shardspec", "preprocess", "loader")
+    rooms = ("shardspec", "preprocess", "loader", "vlm_shards")
     return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
 
 
