@@ -16,6 +16,7 @@ from loader.assembly import view_collator
 from preprocess.datasets import DatasetBase
 from preprocess.datasets import get_dataset as _open_dataset
 from preprocess.fetch import BlobCache, FetchPolicy, Ledger, fetch_all
+from preprocess.media import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import EMBEDDED, Tokenizer, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
@@ -29,7 +30,8 @@ class PipelineConfig:
     tokenizer: str = EMBEDDED
     """Hub id, folder with tokenizer.json, or "embedded"."""
     recipe: Recipe = field(default_factory=Recipe)
-    """How texts are formatted and images stored: the settings of `make shards`."""
+    """How texts are formatted and images stored: the settings of `make shards`. An image policy
+    that is left at its default is that of the view."""
     view: View | None = None
     """Crops, augmentation, sequence length; None: the recipe's first view, without augmentation."""
     cache: str = "~/.cache/vlm-shards"
@@ -60,7 +62,7 @@ class PipelineConfig:
             purpose = "evaluation"
         return MolmoPreprocessor(
             Preparer(
-                recipe=self.recipe,
+                recipe=self.stored_recipe,
                 tokenizer=self.text_tokenizer,
                 read_url=_Downloads(self.cache),
             ),
@@ -81,6 +83,14 @@ class PipelineConfig:
             pad_token_id=self.text_tokenizer.special_ids["pad"],
             overlong="truncate",
         )
+
+    @property
+    def stored_recipe(self) -> Recipe:
+        """The recipe, with images as large as the view wants them."""
+        if self.view is None or self.recipe.image != ImagePolicy():
+            return self.recipe
+        views = tuple(view for view in (self.view.image, self.view.high_res) if view is not None)
+        return replace(self.recipe, image=ImagePolicy(views=views))
 
     @property
     def training_view(self) -> View:

@@ -4,8 +4,9 @@ What is quoted below in full is run as it is quoted; only its imports are added,
 hub are replaced by generated ones of the same schema.
 """
 
-import functools
 import inspect
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +74,7 @@ mixture = IterableDatasetMixture(
 )
 """
 
+ROOT = Path(__file__).parents[2]
 SIDE = 56
 VIEW = View(image=ImageView(size_px=SIDE))
 
@@ -416,4 +418,15 @@ def test_preprocessors_and_collators_can_be_sent_to_workers(config):
 
     for made in (config.build_preprocessor(), config.build_collator(sequence_length=8)):
         assert type(pickle.loads(pickle.dumps(made))) is type(made)
-    assert functools.partial(config.build_preprocessor)
+
+
+@pytest.mark.slow
+def test_example_program_trains(monkeypatch, capsys):
+    """In this process: a start of Python costs more than the training."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    program = runpy.run_path(str(ROOT / "examples" / "mission.py"))
+    program["main"].__globals__["NUM_WORKERS"] = 0
+    program["main"]()
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.5
