@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +26,7 @@ _PLAIN = (
 )
 """Types whose values are their `repr`."""
 
-_KNOWN = ("builtins", "numpy", "torch", "PIL")
+_KNOWN = ("numpy", "torch", "PIL")
 """Packages whose functions and classes are known by their names."""
 
 
@@ -137,8 +138,8 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _source(value: Any) -> str:
-    module = value.__module__.partition(".")[0]
-    if module in _KNOWN:
+    module = str(value.__module__).partition(".")[0]
+    if module in _KNOWN or getattr(builtins, value.__qualname__, None) is value:
         return f"{value.__module__}.{value.__qualname__}"
     try:
         return textwrap.dedent(inspect.getsource(value))

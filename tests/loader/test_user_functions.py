@@ -297,7 +297,7 @@ def test_name_that_the_user_gives_wins():
 def test_function_without_source_is_named_by_its_code():
     names = []
     for text in ("image", "image + 1", "[x for x in image]"):
-        space = {"__name__": "typed"}
+        space = {}
         exec(f"def own(image, rng): return {text}", space)
         names.append(named(space["own"]))
         exec(f"class Own:\n  def __call__(self, image, rng): return {text}", space)
