@@ -178,7 +178,7 @@ FLOORS = {
         {"cli"},
         {"__main__"},
     ),
-    "vlm_shards": ({"config", "kinds", "preprocessors"},),
+    "vlm_shards": ({"config", "preprocessors"},),
 }
 """The rooms of each package from the ground up: an import goes down, or stays in its room."""
 
@@ -465,6 +465,7 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets", "webdataset", "pand
         ("shardspec.storage", HEAVY | {"s3fs", "gcsfs", "aiohttp"}),
         ("preprocess.__main__", HEAVY | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "loader"}),
         ("preprocess.job.build", HEAVY | {"loader"}),
+        ("vlm_shards", (HEAVY - {"torch"}) | {"tokenizers", "pyarrow", "s3fs", "gcsfs"}),
         ("loader", (HEAVY - {"torch"}) | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "preprocess"}),
     ],
 )

@@ -19,6 +19,7 @@ from preprocess.datasets import (
     AOkVqa,
     Dataset,
     DatasetBase,
+    DocumentDataset,
     HfDataset,
     PixMoAskModelAnything,
     PixMoCap,
@@ -27,11 +28,11 @@ from preprocess.datasets import (
     PixMoMultiImageQa,
     PixMoPointExplanations,
     PixMoPoints,
+    RobotDataset,
     TextSft,
 )
 from preprocess.text import DataFormatter
 from vlm_shards.config import PipelineConfig, get_dataset
-from vlm_shards.kinds import DocumentDataset, RobotDataset
 from vlm_shards.preprocessors import ImagePreprocessor, InterleavedTextPreprocessor
 
 __all__ = [

@@ -22,6 +22,7 @@ from preprocess.datasets.base import (
     SceneImage,
     example_images,
 )
+from preprocess.datasets.kinds import DocumentDataset, RobotDataset
 from preprocess.datasets.own import OwnDataset, is_own
 from preprocess.datasets.own import check_class as _check_class
 from preprocess.datasets.own import own_dataset as _own_dataset
@@ -37,7 +38,7 @@ from preprocess.datasets.text_sft import TextSft
 from preprocess.datasets.vqa2 import Vqa2 as VQA2
 from shardspec.errors import ConfigError, nearest
 
-_NOT_DATASETS = ("base", "code", "images", "own", "rows", "splits")
+_NOT_DATASETS = ("base", "code", "images", "kinds", "own", "rows", "splits")
 
 _ENTRY_POINTS = "vlm_shards.datasets"
 """Group of entry points by which packages offer datasets."""
@@ -47,6 +48,7 @@ __all__ = [
     "AOkVqa",
     "Dataset",
     "DatasetBase",
+    "DocumentDataset",
     "HfDataset",
     "ImageSource",
     "OwnDataset",
@@ -57,6 +59,7 @@ __all__ = [
     "PixMoMultiImageQa",
     "PixMoPointExplanations",
     "PixMoPoints",
+    "RobotDataset",
     "SceneImage",
     "TextSft",
     "dataset_class",

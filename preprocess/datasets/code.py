@@ -11,8 +11,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-_OURS = "preprocess"
-"""Modules of this package count as themselves only: a change of one of them changes one dataset."""
+_OURS = ("preprocess", "vlm_shards")
+"""Modules of these packages count as themselves only: a change of one changes one dataset."""
 
 
 def code_beside(path: Path, module: str) -> list[Path]:
@@ -23,7 +23,7 @@ def code_beside(path: Path, module: str) -> list[Path]:
       module: The name that it was imported by, "package.module" or the one of a file alone.
     """
     top = module.partition(".")[0]
-    if top == _OURS:
+    if top in _OURS:
         return []
     depth = module.count(".") + (path.name == "__init__.py")
     root = path.parents[depth] if depth < len(path.parents) else path.parent

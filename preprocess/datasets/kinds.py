@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from preprocess.datasets import DatasetBase
+from preprocess.datasets.base import DatasetBase
 from shardspec.errors import SampleError
 
 
