@@ -692,6 +692,7 @@ def imported(path):
 
 PASSIVE = (
     "preprocess/datasets/__init__.py",
+    "preprocess/datasets/code.py",
     "preprocess/fetch/*.py",
     "preprocess/job/job.py",
     "preprocess/job/stamps.py",
