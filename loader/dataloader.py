@@ -180,7 +180,8 @@ def make_dataloader(
     Raises:
       ConfigError: `argument`, `order_count`, `batch_not_divisible`, `loader_range`,
         `loader_options`, `loader_columns`, `collator_range`, `packing_tail`,
-        `packing_and_buckets`, and as `MMCollator`.
+        `packing_and_buckets`, and as `MMCollator`; `user_function`, states cannot name `map` or
+        `collate`.
     """
     fits = isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture)
     require_argument(fits, "dataset", dataset, "a dataset or a mixture of datasets")

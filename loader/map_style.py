@@ -126,7 +126,7 @@ class _Numbered:
         inner = dataset
         if isinstance(dataset, DeterministicDataset):
             inner = dataset.dataset
-        self.kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
+        self.kind = type(inner).__qualname__
         self.title = str(getattr(inner, "name", None) or type(inner).__name__)
         self.name = str(getattr(inner, "split", "train"))
         self.url = ""

@@ -36,6 +36,8 @@ class PipelineConfig:
     """Crops, augmentation, sequence length; None: the recipe's first view, without augmentation."""
     cache: str = "~/.cache/vlm-shards"
     """Folder that downloaded images are kept in; that of `make shards` by default."""
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    """Limits and manners of downloads."""
 
     @functools.cached_property
     def text_tokenizer(self) -> Tokenizer:
@@ -64,7 +66,7 @@ class PipelineConfig:
             Preparer(
                 recipe=self.stored_recipe,
                 tokenizer=self.text_tokenizer,
-                read_url=_Downloads(self.cache),
+                read_url=_Downloads(self.cache, self.fetch),
             ),
             special_ids=self.text_tokenizer.special_ids,
             view=replace(self.training_view, purpose=purpose),
@@ -103,6 +105,7 @@ class _Downloads:
     """Reads images of URLs under the limits of the offline job; each is fetched once."""
 
     folder: str
+    policy: FetchPolicy
 
     def __call__(self, url: str) -> bytes:
         root = Path(self.folder).expanduser()
@@ -112,7 +115,7 @@ class _Downloads:
         ledgers = root / "unsharded" / name[:2]
         ledgers.mkdir(parents=True, exist_ok=True)
         with Ledger(ledgers / f"{name}.jsonl") as ledger:
-            found = fetch_all([url], cache=cache, ledger=ledger, policy=FetchPolicy())[url]
+            found = fetch_all([url], cache=cache, ledger=ledger, policy=self.policy)[url]
         if found.status != "ok":
             raise SampleError(found.reason, what="image could not be fetched", where=url)
         return cache.get(found.sha256 or "")

@@ -4,19 +4,25 @@ What is quoted below in full is run as it is quoted; only its imports are added,
 hub are replaced by generated ones of the same schema.
 """
 
+import http.server
 import inspect
+import io
+import pickle
 import runpy
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler
 
 import vlm_shards
 from loader import Augment, View
 from preprocess.datasets import base
+from preprocess.fetch import FetchPolicy
 from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
@@ -76,6 +82,9 @@ mixture = IterableDatasetMixture(
 
 ROOT = Path(__file__).parents[2]
 SIDE = 56
+_photo = io.BytesIO()
+Image.new("RGB", (SIDE, SIDE), (200, 200, 200)).save(_photo, "PNG")
+PHOTO = _photo.getvalue()
 VIEW = View(image=ImageView(size_px=SIDE))
 
 
@@ -344,6 +353,41 @@ def test_image_of_a_url_is_fetched_under_the_limits_of_the_job(tmp_path):
     assert caught.value.reason == "private_addr"
 
 
+def test_image_of_a_url_is_fetched_once_for_all_processes(tmp_path):
+    requests = []
+
+    class Photos(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PHOTO)
+
+        def log_message(self, *args):
+            pass
+
+    policy = FetchPolicy(allow_hosts=frozenset({"127.0.0.1"}))
+    config = vlm_shards.PipelineConfig(view=VIEW, cache=str(tmp_path), fetch=policy)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Photos) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/a.png"
+            example = {"image": url, "messages": EXCHANGE}
+            made = [
+                pickle.loads(pickle.dumps(config)).build_preprocessor()(
+                    example, np.random.RandomState(0)
+                )
+                for _ in range(2)
+            ]
+        finally:
+            server.shutdown()
+            thread.join()
+    assert requests == ["/a.png"]
+    assert (made[0]["images"] == 200).all()
+    assert np.array_equal(made[0]["images"], made[1]["images"])
+
+
 EXCHANGE = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
 
 
@@ -414,8 +458,6 @@ def test_calls_take_the_arguments_that_the_mission_names(name, call, want):
 
 
 def test_preprocessors_and_collators_can_be_sent_to_workers(config):
-    import pickle
-
     for made in (config.build_preprocessor(), config.build_collator(sequence_length=8)):
         assert type(pickle.loads(pickle.dumps(made))) is type(made)
 
