@@ -264,6 +264,7 @@ def make_dataloader(
                 "with_metadata": with_metadata,
                 "columns": tuple(columns),
                 "min_images": min_images,
+                "pad_side": pad_side,
             }
             given = sorted(name for name in layout if layout[name] != _PREPARED_ONLY[name])
             if given:

@@ -119,6 +119,8 @@ class _Numbered:
     """What a stream asks of the data of raw samples (`OpenSplit`), of a map-style dataset."""
 
     subset = None
+    ids_in_use = None
+    questions = None
     group = ""
     mean_tokens = 0.0
 
@@ -163,6 +165,11 @@ class _NoShards:
     splits: Mapping[str, _Size]
     raw: bool = True
 
+    def select(self, split: str) -> tuple[()]:
+        """Lists the shards of a split."""
+        del split
+        return ()
+
 
 @dataclass(slots=True)
 class _NoReader:
@@ -170,6 +177,7 @@ class _NoReader:
 
     settings: object = "map-style"
     prefetcher: None = None
+    is_remote: bool = False
     ahead_steps: int = 0
     counters: Counter[str] = field(default_factory=Counter)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Literal
 
 from loader import MMCollator, MolmoPreprocessor, View
 from loader.assembly import view_collator
@@ -50,7 +50,8 @@ class PipelineConfig:
         """Makes what turns raw examples into training examples.
 
         Args:
-          for_inference: Give prompts without their answers, to generate from.
+          for_inference: Give prompts without their answers, to generate from, as `View` does for
+            evaluation. An example with several questions gives them by `questions(example)`.
           is_training: Draw variants, crops and colours; otherwise the first variant of each turn,
             in stored order, and no augmentation.
 
@@ -59,9 +60,8 @@ class PipelineConfig:
         """
         if for_inference and is_training:
             raise ConfigError("argument", name="is_training", got="True", wanted="False")
-        purpose: Any = "train" if is_training else "inference"
-        if for_inference and "evaluation" in get_args(get_type_hints(View)["purpose"]):
-            purpose = "evaluation"
+        purpose: Literal["train", "inference", "evaluation"]
+        purpose = "train" if is_training else "evaluation" if for_inference else "inference"
         return MolmoPreprocessor(
             Preparer(
                 recipe=self.stored_recipe,

@@ -321,7 +321,13 @@ def test_training_draws_and_inference_does_not(config, generated):
     assert len(draws) > 1
     same = {fixed(example, np.random.RandomState(i))["input_ids"].tobytes() for i in range(4)}
     assert len(same) == 1
-    config.build_preprocessor(for_inference=True, is_training=False)
+    prompts = config.build_preprocessor(for_inference=True, is_training=False)
+    asked = vlm_shards.DataFormatter().format_qa("Which number?", "4321")
+    made = prompts(asked, np.random.RandomState(0))
+    assert (made["labels"] == -100).all()
+    text = config.text_tokenizer.decode(made["input_ids"].tolist())
+    assert "Which number?" in text
+    assert "4321" not in text
     with pytest.raises(ConfigError):
         config.build_preprocessor(for_inference=True, is_training=True)
 

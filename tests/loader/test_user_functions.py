@@ -439,7 +439,7 @@ def test_packed_rows_go_through_functions_too(url):
         ({"map": forgets, "collate": listed}, "NoneType"),
         ({"map": count}, "int"),
     ],
-    ids=str,
+    ids=["map", "collate", "nothing", "nothing to collate", "no example"],
 )
 def test_function_that_fails_is_named_with_its_samples(functions, want, url):
     with pytest.raises(ConfigError) as caught:
