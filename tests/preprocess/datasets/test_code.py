@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loader import StreamingDataset
 from preprocess.datasets import Dataset, DatasetBase, dataset_class
 from preprocess.datasets.code import code_beside
+from preprocess.media import ImagePolicy
+from preprocess.recipe import Preparer, Recipe
+from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.manifest import load_manifest
+from shardspec.tiling import ImageView
 
 PHOTO = np.full((42, 56, 3), 90, np.uint8)
 
@@ -57,14 +62,23 @@ def numbered(tmp_path):
     return path
 
 
-def test_class_with_a_length_and_get_becomes_shards(inline_cli, numbered, tmp_path):
-    job = ("shards", f"{numbered}:CustomDataset", "--out", tmp_path / "out", "--workers", 1)
-    inline_cli.good(*job, "--image-size", 112, "--cache", tmp_path / "cache")
-    manifest = load_manifest(str(tmp_path / "out"))
+@pytest.fixture(scope="module")
+def shards(inline_cli, tmp_path_factory):
+    """The folder of numbered.py, with the shards of its first class in out/."""
+    folder = tmp_path_factory.mktemp("numbered")
+    (folder / "numbered.py").write_text(NUMBERED)
+    job = ("shards", f"{folder}/numbered.py:CustomDataset", "--out", folder / "out")
+    job += ("--workers", 1, "--codec", "png", "--image-size", 56)
+    inline_cli.good(*job, "--cache", folder / "cache")
+    return folder
+
+
+def test_class_with_a_length_and_get_becomes_shards(shards):
+    manifest = load_manifest(str(shards / "out"))
     assert manifest.dataset == "custom_dataset"
     split = manifest.splits["train"]
     assert (split.num_samples, dict(split.quarantined)) == (3, {"row_error": 1})
-    (line,) = (tmp_path / "out").glob("quarantine/*")
+    (line,) = (shards / "out").glob("quarantine/*")
     told = json.loads(line.read_text().splitlines()[0])
     assert "ZeroDivisionError: no such page" in json.dumps(told)
 
@@ -230,25 +244,13 @@ def test_dataset_that_holds_nothing_has_nothing_to_preload():
     assert One.name == "one"
 
 
-def test_pixels_of_an_adapter_become_the_sample_that_the_unsharded_path_makes(inline_cli, tmp_path):
-    from loader import StreamingDataset
-    from preprocess.media import ImagePolicy
-    from preprocess.recipe import Preparer, Recipe
-    from preprocess.text import TextPolicy, load_tokenizer
-    from shardspec.tiling import ImageView
-
-    (tmp_path / "numbered.py").write_text(NUMBERED)
-    name, out = f"{tmp_path}/numbered.py:CustomDataset", tmp_path / "out"
-    job = ("shards", name, "--out", out, "--workers", 1, "--codec", "png")
-    inline_cli.good(*job, "--image-size", 56, "--cache", tmp_path / "cache")
-    reader = StreamingDataset(str(out)).reader
+def test_pixels_of_an_adapter_become_the_sample_that_the_unsharded_path_makes(shards):
+    reader = StreamingDataset(str(shards / "out")).reader
     image = ImagePolicy(views=(ImageView(size_px=56),), codec="png")
     text = TextPolicy(system_prompt="none")
     prepare = Preparer(recipe=Recipe(text=text, image=image), tokenizer=load_tokenizer())
-    want = {}
-    for i in (0, 1, 3):
-        sample = prepare(dataset_class(name)().get(i))
-        want[sample.key] = sample
+    dataset = dataset_class(f"{shards}/numbered.py:CustomDataset")()
+    want = {sample.key: sample for sample in (prepare(dataset.get(i)) for i in (0, 1, 3))}
     for i in range(3):
         found = reader.read(i)
         sample = want.pop(found.key)
