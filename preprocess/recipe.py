@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from preprocess.datasets import ImageSource, SceneImage, example_images
+from preprocess.datasets import ImageSource, RemoteImage, SceneImage, example_images
 from preprocess.formats import parse_messages
 from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
 from preprocess.settings import Setting
@@ -36,8 +36,10 @@ from preprocess.text import (
     safe_geometry,
 )
 from shardspec.errors import ConfigError, SampleError
+from shardspec.index import longest_text
 from shardspec.manifest import canonical_json
 from shardspec.sample import PreparedSample, spans_table
+from shardspec.tiling import num_image_tokens
 
 KEY_BYTES = 12
 """96 bits: among 10**10 samples the chance of any collision is about 10**-9."""
@@ -142,6 +144,10 @@ class Preparer:
         leads = image_prefixes(len(images))
         text_preprocessor = InterleavedTextPreprocessor(tokenizer=self.tokenizer)
         tokenized = text_preprocessor(branches, key=key, leads=leads)
+        spans = spans_table(tokenized.rows, images, leads=tokenized.leads)
+        limit = example.get("max_tokens")
+        if limit and (length := self._length(spans, sizes)) > limit:
+            raise SampleError("document_tokens", where=key, tokens=length, limit=limit)
         record = {
             "key": key,
             "message_list": example["message_list"],
@@ -150,13 +156,22 @@ class Preparer:
         return PreparedSample(
             key=key,
             tokens=tokenized.tokens,
-            spans=spans_table(tokenized.rows, images, leads=tokenized.leads),
+            spans=spans,
             images=images,
             record=record,
         )
 
+    def _length(self, spans: np.ndarray, sizes: Sequence[tuple[int, int]]) -> int:
+        """Counts the tokens of a document with its images, by the longest of the recipe's views."""
+        per_view = [
+            sum(num_image_tokens(width, height, view) for width, height in sizes)
+            for view in self.recipe.image.views
+        ]
+        text = longest_text(spans)[0] - len(sizes)  # each has a symbol in the text
+        return ("bos" in self.tokenizer.special_ids) + text + max(per_view)
+
     def _read(self, image: ImageSource) -> Any:
-        if isinstance(image, SceneImage):
+        if isinstance(image, SceneImage | RemoteImage):
             return image.read()
         if isinstance(image, Path):
             return read_path(image)

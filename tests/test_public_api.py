@@ -45,6 +45,7 @@ PUBLIC = {
         "PixMoPointExplanations",
         "PixMoPoints",
         "RobotDataset",
+        "RemoteImage",
         "SceneImage",
         "TextSft",
         "dataset_class",

@@ -5,7 +5,8 @@
 BOS is left out where the dataset's tokenizer has none (a chat template that writes none).
 
 A lead is text in front of an image, such as "Image 2". Where a text itself says where its images
-are (the symbol `<|image|>`), the blocks go there instead; only a lone branch may do so.
+are (the symbol `<|image|>`), the blocks go there instead; only a lone branch may do so. Blocks
+inside of a response, as documents have them, are not learned; the text on both sides of them is.
 
 1. The *prefix* is BOS and the image blocks; every branch is a conversation that sees the prefix and
    itself. Its positions continue those of the prefix, as if it were alone.
@@ -142,6 +143,7 @@ class Sequence1d:
         Args:
           runs: Tokens, as consecutive arrays.
           labels: The same for the labels: (gap, targets, EOS) for each response, and a last gap.
+            A response with images has such a triple for each of its texts, the EOS in the last.
           spans: The branches.
           total: Tokens before the limit.
           limit: Longest sequence.
@@ -308,6 +310,20 @@ def lay_out(
             else:
                 runs.append(prompt)
                 length += len(prompt)
+            if placed:
+                *heads, (response, _) = _placed(response, images, ids.placeholder)
+                for run, is_block in heads:
+                    if is_block:
+                        image_starts.append(length)
+                        image_ends.append(length + len(run))
+                    elif len(run):
+                        targets = run if length else run[1:]  # nothing predicts the very first
+                        at = length + len(run) - len(targets)
+                        labels += (_ignored(at - 1 - labelled), targets, _NOTHING)
+                        learned.append(len(targets))
+                        labelled = at - 1 + len(targets)
+                    runs.append(run)
+                    length += len(run)
             # Position t predicts the next token; a branch that is not the first does not follow the
             # prefix, which would predict its first token; neither does one without a prefix.
             at, targets = length, response
@@ -397,6 +413,9 @@ class _Span:
     weight: float
 
 
+_NOTHING = np.zeros(0, np.int64)
+_NOTHING.setflags(write=False)
+
 _FILL = np.full(1 << 15, IGNORED)
 _FILL.setflags(write=False)
 
@@ -427,15 +446,15 @@ def cut(pieces: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
 
 
 def _placed(
-    prompt: np.ndarray, images: Iterator[np.ndarray], placeholder: int
+    text: np.ndarray, images: Iterator[np.ndarray], placeholder: int
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Cuts a prompt at its placeholders: (tokens, whether they are the block of an image)."""
+    """Cuts a text at its placeholders: (tokens, whether they are the block of an image)."""
     done = 0
-    for at in np.flatnonzero(prompt == placeholder).tolist():
-        yield prompt[done:at], False
+    for at in np.flatnonzero(text == placeholder).tolist():
+        yield text[done:at], False
         yield next(images), True
         done = at + 1
-    yield prompt[done:], False
+    yield text[done:], False
 
 
 def _count_placeholders(
@@ -445,9 +464,10 @@ def _count_placeholders(
     mark = _token_bytes(ids.placeholder)
     for branch in branches:
         for turn in branch.turns:
-            # Looking for its bytes first takes a quarter of the time, and mostly there is none.
-            if mark in turn.prompt.tobytes():
-                count += int(np.count_nonzero(turn.prompt == ids.placeholder))
+            for text in turn:
+                # Looking for its bytes first takes a quarter of the time, and mostly there is none.
+                if mark in text.tobytes():
+                    count += int(np.count_nonzero(text == ids.placeholder))
     if count and (count != num_blocks or len(branches) > 1):
         raise SampleError(
             "image_placeholder.place",

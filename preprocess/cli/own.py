@@ -11,7 +11,7 @@ from typing import Any
 
 from preprocess.cli.make import make_arguments
 from preprocess.cli.verbs import Console, Verb
-from preprocess.datasets import OwnDataset, dataset_class, example_images, is_own
+from preprocess.datasets import OwnDataset, RemoteImage, dataset_class, example_images, is_own
 from preprocess.formats import Spec
 from preprocess.media import ImageLimits, open_source
 from preprocess.recipe import read_path
@@ -127,7 +127,9 @@ def _image_size(image: Any) -> tuple[int, int]:
 
 
 def _image_text(image: Any) -> str:
-    return f"{len(image):,} bytes" if isinstance(image, bytes) else str(image)
+    if isinstance(image, bytes):
+        return f"{len(image):,} bytes"
+    return image.url if isinstance(image, RemoteImage) else str(image)
 
 
 VERBS = (

@@ -22,6 +22,7 @@ from preprocess.datasets.base import (
     SceneImage,
     example_images,
 )
+from preprocess.datasets.images import RemoteImage
 from preprocess.datasets.kinds import DocumentDataset, RobotDataset
 from preprocess.datasets.own import OwnDataset, is_own
 from preprocess.datasets.own import check_class as _check_class
@@ -60,6 +61,7 @@ __all__ = [
     "PixMoPointExplanations",
     "PixMoPoints",
     "RobotDataset",
+    "RemoteImage",
     "SceneImage",
     "TextSft",
     "dataset_class",

@@ -41,7 +41,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets.code import code_beside
-from preprocess.datasets.images import resolve_image
+from preprocess.datasets.images import RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.formats import parse_messages
@@ -73,8 +73,9 @@ class SceneImage:
 
 Value = TypeVar("Value")
 
-ImageSource = bytes | str | Path | SceneImage | Image.Image | np.ndarray
-"""Encoded bytes, an http(s) URL, a local path, a generated scene, or pixels (uint8 [H, W, 3])."""
+ImageSource = bytes | str | Path | RemoteImage | SceneImage | Image.Image | np.ndarray
+"""Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, or pixels
+(uint8 [H, W, 3])."""
 
 
 class Dataset(abc.ABC):
@@ -446,6 +447,8 @@ class DatasetBase(Dataset):
     def _image_name(self, image: ImageSource) -> str:
         if isinstance(image, Path) and self.rows.base and image.is_relative_to(self.rows.base):
             image = image.relative_to(self.rows.base)  # the same wherever the folder is
+        if isinstance(image, RemoteImage):
+            return image.url
         return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,7 +14,26 @@ from shardspec import storage
 from shardspec.errors import SampleError
 
 
-def resolve_image(image: Any, *, base: str) -> bytes | str | Path:
+@dataclass(frozen=True, slots=True)
+class RemoteImage:
+    """An image in an object store; it is read when it is wanted."""
+
+    url: str
+
+    def read(self) -> bytes:
+        """Reads the object.
+
+        Raises:
+          SampleError: `image_missing`.
+        """
+        try:
+            return bytes(storage.read_bytes(self.url))
+        except FileNotFoundError as error:
+            told = "no such object"
+            raise SampleError("image_missing.row", where=self.url, error=told) from error
+
+
+def resolve_image(image: Any, *, base: str) -> bytes | str | Path | RemoteImage:
     """Finds the image that a row names.
 
     Args:
@@ -34,11 +54,11 @@ def resolve_image(image: Any, *, base: str) -> bytes | str | Path:
     if image.startswith("data:"):
         return _data(image)
     if "://" in image and not image.startswith("file://"):
-        return _remote(image)
+        return RemoteImage(image)
     image = image.removeprefix("file://")
     if "://" in base and not image.startswith("/"):
         url = f"{base.rstrip('/')}/{image}"
-        return url if url.startswith(("http://", "https://")) else _remote(url)
+        return url if url.startswith(("http://", "https://")) else RemoteImage(url)
     return Path(base, image)
 
 
@@ -52,11 +72,3 @@ def _data(url: str) -> bytes:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise SampleError("row_image_data", error=error) from error
-
-
-def _remote(url: str) -> bytes:
-    try:
-        payload: bytes = storage.read_bytes(url)
-    except FileNotFoundError as error:
-        raise SampleError("image_missing.row", where=url, error="no such object") from error
-    return payload

@@ -15,7 +15,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -23,12 +25,19 @@ from typing import Any, ClassVar
 from preprocess.datasets.base import Dataset, DatasetBase, class_files
 from preprocess.datasets.images import resolve_image
 from preprocess.datasets.rows import Rows
-from preprocess.datasets.splits import SplitLayout, Unmatched, split_layout
+from preprocess.datasets.splits import (
+    SplitLayout,
+    Unmatched,
+    json_object,
+    matches,
+    split_layout,
+)
 from preprocess.formats import (
     BROKEN,
     FORMATS,
     IMAGES,
     NAME,
+    PIECE,
     ROWS,
     Spec,
     annotation_names,
@@ -38,6 +47,7 @@ from preprocess.formats import (
     read_spec,
     visible_files,
 )
+from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.keyed import SampleRng, hash_text, keyed
 
@@ -101,6 +111,8 @@ class OwnDataset(DatasetBase):
     folder: ClassVar[Path]
     """What relative names of the spec start from."""
     several_images: ClassVar[bool] = True
+    _owners: list[array[int]] | None = None
+    """Of each part, the row of each example; it travels to other processes, the rows do not."""
 
     @classmethod
     def source_url(cls) -> str:
@@ -137,11 +149,13 @@ class OwnDataset(DatasetBase):
         """Opens the files of the split."""
         files, layout = self._files(self.source, self.split, self.unmatched)
         records = [open_records(each) for each in files]
+        parts: list[Sequence[Mapping[str, Any]]]
         parts = [part for each in records for part in each.parts]
         bases = _bases(self.spec, files, self.folder)
         base, self.image_names = _likely_base(self.spec, parts, bases)
         self.base = base
         """Folder or URL that image names start from."""
+        parts = self._pieces(parts)
         kind = {
             "kind": "own",
             "format": self.spec.format,
@@ -156,6 +170,17 @@ class OwnDataset(DatasetBase):
             layout=layout,
             origins=[(name, 0) for each in records for name in each.files],
         )
+
+    def _pieces(
+        self, parts: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> list[Sequence[Mapping[str, Any]]]:
+        """Divides rows of which one may give several examples; reads every row once for that."""
+        count = FORMATS[self.spec.format].count
+        if count is None or not (self.spec.max_images or self.spec.max_chars):
+            return list(parts)
+        if self._owners is None:
+            self._owners = [_owners(part, lambda row: count(row, self.spec)) for part in parts]
+        return [_Pieces(part, rows) for part, rows in zip(parts, self._owners, strict=True)]
 
     @classmethod
     def _files(
@@ -198,29 +223,69 @@ class OwnDataset(DatasetBase):
         return {**example, "image": images} if images else example
 
 
+class _Pieces(Sequence[Mapping[str, Any]]):
+    """The examples of rows that give several: the rows, with the number of the piece in each."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], owners: array[int]) -> None:
+        self._rows, self._owners = rows, owners
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def __getitem__(self, i: Any) -> Any:
+        row = self.row_number(i)
+        first = bisect_left(self._owners, row)
+        return {**self._rows[row], PIECE: i - first}
+
+    def row_number(self, i: int) -> int:
+        """Gives the number of the row that an example is of."""
+        return self._owners[i]
+
+
+def _owners(
+    rows: Sequence[Mapping[str, Any]], count: Callable[[Mapping[str, Any]], int]
+) -> array[int]:
+    owners = array("q")
+    for i in range(len(rows)):
+        row = rows[i]
+        owners.extend([i] * (1 if BROKEN in row else count(row)))
+    return owners
+
+
 def list_files(source: str) -> list[str]:
     """Lists the files with rows of a file, a folder, a pattern or a URL, sorted.
 
-    A folder of images with side files is one source by itself.
+    A folder of images with side files is one source by itself. Patterns have `*`, `**`, `?`, `[ab]`
+    and `{a,b}`; a folder that one matches stands for what is in it.
 
     Raises:
       SourceError: `source_missing`, `source_empty`.
     """
     if "://" in source:
-        return [source]
+        return _list_objects(source)
     path = Path(source)
     if path.is_file():
         return [source]
-    if any(c in source for c in "*?["):
-        anchor = next(p for p in path.parents if not any(c in str(p) for c in "*?["))
-        found = sorted(str(each) for each in anchor.glob(str(path.relative_to(anchor))))
+    if any(c in source for c in "*?[{"):
+        found = {
+            str(each)
+            for pattern in map(Path, _alternatives(source))
+            for anchor in [next(p for p in pattern.parents if not _WILD.search(str(p)))]
+            for each in anchor.glob(str(pattern.relative_to(anchor)))
+        }
         if not found:
             raise SourceError("source_missing.file", where=source)
-        return found
+        return [
+            name
+            for each in sorted(found)
+            for name in (list_files(each) if Path(each).is_dir() else [each])
+        ]
     if not path.is_dir():
         raise SourceError("source_missing.file", where=source)
     stems, rows, images = set(), [], False
     for each in visible_files(path):
+        if _is_bookkeeping(each):
+            continue
         suffix = each.suffix.lower()
         inner = Path(each.stem).suffix.lower() if suffix in (".gz", ".zst") else suffix
         if suffix in IMAGES:
@@ -233,6 +298,62 @@ def list_files(source: str) -> list[str]:
     if not rows and not images:
         raise SourceError("source_empty.files", where=source, want=", ".join(ROWS))
     return [str(each) for each in rows] or [source]
+
+
+_WILD = re.compile(r"[*?\[]")
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """Writes a pattern with `{a,b}` once for each of them."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [each for word in match[1].split(",") for each in _alternatives(head + word + tail)]
+
+
+def _list_objects(source: str) -> list[str]:
+    """Lists the files with rows of a URL: itself, those that a pattern matches, or of a folder."""
+    if source.startswith(("http://", "https://")):  # nobody lists those
+        return [source]
+    name = source.rpartition("/")[2]
+    suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+    if not any(c in source for c in "*?[{") and suffix in ROWS:
+        return [source]
+    scheme, _, place = source.partition("://")
+    plain = re.split(r"[*?\[{]", place)[0]
+    base = plain.rpartition("/")[0] if plain != place else place.rstrip("/")
+    patterns = _alternatives(place[len(base) + 1 :]) if plain != place else [""]
+    found = [
+        f"{scheme}://{base}/{each.name}"
+        for each in storage.list_objects(f"{scheme}://{base}")
+        if any(
+            matches(each.name, pattern)
+            if pattern
+            else Path(each.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower() in ROWS
+            for pattern in patterns
+        )
+    ]
+    answers = {name for each in found for name in annotation_names(each)}
+    if not found:
+        raise SourceError("source_missing.file", where=source)
+    return [each for each in found if each not in answers]
+
+
+def _is_bookkeeping(path: Path) -> bool:
+    """Returns True for the files of `save_to_disk` that hold no rows: lists, and caches."""
+    if path.name == "dataset_dict.json":
+        return "splits" in json_object(path)
+    state = path.parent / "state.json"
+    if path.suffix not in (".json", ".arrow") or not state.is_file():
+        return False
+    listed = json_object(state).get("_data_files")
+    if not isinstance(listed, list):
+        return False
+    own = {each.get("filename") for each in listed if isinstance(each, Mapping)}
+    return path.name in ("state.json", "dataset_info.json") or (
+        path.suffix == ".arrow" and path.name not in own
+    )
 
 
 def _below(folder: Path, name: str) -> str:

@@ -103,7 +103,9 @@ class Rows(Sequence[Mapping[str, Any]]):
             return "", i
         p = bisect_right(self._starts, i) - 1
         file, first = self._origins[p]
-        return file, first + i - self._starts[p]
+        i -= self._starts[p]
+        row_number = getattr(self._piece(p), "row_number", None)  # a row may be several examples
+        return file, first + (i if row_number is None else row_number(i))
 
     def _piece(self, p: int) -> Piece:
         if p not in self._held:

@@ -114,7 +114,7 @@ def folder_layout(folder: Path, *, unmatched: Unmatched = "refuse") -> SplitLayo
     configs = _readme_configs(folder / _README)
     if configs:
         return _configured(names, configs, where=str(folder / _README))
-    listed = _json_at(folder / _SPLITS_LIST).get("splits")
+    listed = json_object(folder / _SPLITS_LIST).get("splits")
     if isinstance(listed, list) and listed:
         layout = split_layout(names, folders=[str(split) for split in listed])
         return replace(layout, configured_by=[_SPLITS_LIST])
@@ -188,7 +188,7 @@ def _data_files(folder: Path) -> list[str]:
         here = Path(root)
         data = [f for f in files if f.lower().endswith(DATA_SUFFIXES) and not f.startswith(".")]
         if data and _STATE in files:
-            listed = _json_at(here / _STATE).get("_data_files")
+            listed = json_object(here / _STATE).get("_data_files")
             if isinstance(listed, list):
                 own = {str(each.get("filename")) for each in listed if isinstance(each, dict)}
                 data = [f for f in data if f in own or not f.endswith(".arrow")]
@@ -201,7 +201,7 @@ def _in_order(splits: Mapping[str, list[str]]) -> dict[str, list[str]]:
     return {split: splits[split] for split in [*usual, *sorted(splits.keys() - set(usual))]}
 
 
-def _json_at(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object; {} where there is none."""
     try:
         document = json.loads(path.read_bytes())
@@ -269,7 +269,7 @@ def _configured(
     if len(configs) > 1 and name != "default":
         raise SourceError("source_split.subsets", where=where, subsets=", ".join(configs))
     found = {
-        split: {each for each in names if any(_matches(each, p) for p in patterns)}
+        split: {each for each in names if any(matches(each, p) for p in patterns)}
         for split, patterns in configs[name].items()
     }
     others = [p for each in configs.values() for patterns in each.values() for p in patterns]
@@ -281,7 +281,7 @@ def _configured(
             splits.setdefault(_SPLIT_OF.get(named[0], named[0]), []).append(each)
         elif named:
             unmatched[each] = f"README.md configures it for {' and '.join(named)}"
-        elif not any(_matches(each, pattern) for pattern in others):
+        elif not any(matches(each, pattern) for pattern in others):
             unmatched[each] = "README.md does not configure it"
     return SplitLayout(
         splits=_in_order(splits),
@@ -291,12 +291,12 @@ def _configured(
     )
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     """Matches a path as the hub's libraries do it.
 
-    >>> _matches("data/train-0.parquet", "data/train-*"), _matches("a/b/c.arrow", "**/*.arrow")
+    >>> matches("data/train-0.parquet", "data/train-*"), matches("a/b/c.arrow", "**/*.arrow")
     (True, True)
-    >>> _matches("a/b.arrow", "*.arrow"), _matches("a/b/c.arrow", "a/**")
+    >>> matches("a/b.arrow", "*.arrow"), matches("a/b/c.arrow", "a/**")
     (False, True)
     """
     return _pattern(pattern).fullmatch(name) is not None

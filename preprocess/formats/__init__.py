@@ -9,6 +9,7 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 """
 
 from preprocess.formats.detect import Guess, guess_format
+from preprocess.formats.interleaved import PIECE
 from preprocess.formats.parse import FORMATS, parse_messages, parse_row
 from preprocess.formats.records import (
     BROKEN,
@@ -27,6 +28,7 @@ __all__ = [
     "Guess",
     "IMAGES",
     "NAME",
+    "PIECE",
     "ROWS",
     "Records",
     "Spec",

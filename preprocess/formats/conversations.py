@@ -2,7 +2,8 @@
 
 One reader for all of them, since files mix the spellings: LLaVA, LLaVA-OneVision, ShareGPT4V,
 InternVL and Cambrian (from/value), TRL, Qwen-VL, ms-swift and OpenAI (role/content, as a text or as
-parts), LLaMA-Factory's sharegpt. What is read:
+parts), LLaMA-Factory's sharegpt, The Cauldron and FineVision (pairs of user and assistant). What is
+read:
 
 - roles: user, human; assistant, gpt, model, function_call; system, developer; tool, observation,
   function (taken as user turns, as templates without tool turns write them);
@@ -23,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.formats.images import is_empty, row_images
+from preprocess.formats.images import is_empty, part_image, row_images
 from preprocess.formats.spec import Spec
 from shardspec.errors import SampleError
 
@@ -60,6 +61,8 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     found = None
     for name in ("messages", "conversations", "conversation"):
         found = row.get(spec.columns.get("messages", name)) if found is None else found
+    if found is None and _are_pairs(row.get("texts")):
+        return _parse_pairs(row, spec)
     if not isinstance(found, Sequence) or isinstance(found, str | bytes):
         want = spec.columns.get("messages", "messages or conversations")
         raise SampleError("row_fields", name=want, want="a list of turns", fields=sorted(row))
@@ -72,6 +75,33 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     message: dict[str, Any] = {"style": spec.style or STYLE, "messages": texts}
     told = "\n\n".join(t.text for t in turns if t.side == "system" and t.text.strip())
     return {"image": placed, "message_list": [{**message, **({"system": told} if told else {})}]}
+
+
+def _are_pairs(texts: Any) -> bool:
+    return isinstance(texts, list | tuple) and all(
+        isinstance(each, Mapping) and {"user", "assistant"} <= set(each) for each in texts
+    )
+
+
+def _parse_pairs(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Reads The Cauldron, Docmatix and FineVision: each pair is a question of its own."""
+    messages = []
+    images = _given(row, spec, url=False)
+    for pair in row["texts"]:
+        turns = [{"role": role, "content": pair[role]} for role in ("user", "assistant")]
+        told = _alternating([_turn(each, images) for each in turns])
+        messages.append({"style": spec.style or STYLE, "messages": told})
+    if not messages:
+        raise SampleError("conversation.nothing", turns=0)
+    if not images.placed:
+        _require_placeholders(images, spec)
+        return {"image": images.column, "message_list": messages}
+    if len(messages) > 1:  # an image has one place, and the questions are apart
+        raise SampleError(
+            "image_placeholder.place", images=len(images.column), placeholders=len(images.placed)
+        )
+    texts, placed = _placed(messages[0]["messages"], images, spec)
+    return {"image": placed, "message_list": [{**messages[0], "messages": texts}]}
 
 
 def place_images(question: str, row: Mapping[str, Any], spec: Spec) -> tuple[str, list[Any]]:
@@ -89,6 +119,23 @@ def place_images(question: str, row: Mapping[str, Any], spec: Spec) -> tuple[str
         return question, given.column
     texts, images = _placed([marked], given, spec)
     return texts[0], images
+
+
+def text_with_images(text: str, row: Mapping[str, Any], spec: Spec) -> tuple[str, list[Any]]:
+    """Puts the images of a row at the placeholders of a text; without any they are in front.
+
+    Returns:
+      The text with a `MARK` per image, and the images.
+
+    Raises:
+      SampleError: `image_placeholder`: another number of placeholders than of images.
+    """
+    given = _given(row, spec, url=False)
+    marked = given.marked(text)
+    if given.placed:
+        return marked, given.resolve()
+    _require_placeholders(given, spec)
+    return MARK * len(given.column) + text, given.column
 
 
 def has_placeholder(text: str) -> bool:
@@ -217,32 +264,9 @@ def _part(part: Any, images: _Images, *, role: str) -> str:
     if kind == "text" or (kind is None and isinstance(part.get("text"), str)):
         return _part(part.get("text") or part.get("value") or "", images, role=role)
     if kind in ("image", "image_url"):
-        source = part.get("source")
-        found = next(
-            (
-                value
-                for value in (
-                    *(part.get(name) for name in ("image", "image_url", "path", "url", "value")),
-                    _base64(part.get("base64")),
-                    _source(source) if isinstance(source, Mapping) else None,
-                )
-                if not is_empty(value)
-            ),
-            None,
-        )
-        if isinstance(found, Mapping) and "url" in found:
-            found = found["url"]
+        found = part_image(part)
         return images.bare() if found is None else images.inline(found)
     raise SampleError("conversation.part", got=str(kind)[:40])
-
-
-def _source(source: Mapping[str, Any]) -> Any:
-    """Reads Anthropic's form of an image: base64 with its media type, or a URL."""
-    return source.get("url") or _base64(source.get("data"), source.get("media_type", "image/png"))
-
-
-def _base64(data: Any, media_type: str = "image/png") -> str | None:
-    return f"data:{media_type};base64,{data}" if isinstance(data, str) else None
 
 
 def _call(call: Any) -> str:
@@ -293,8 +317,7 @@ def _alternating(turns: Sequence[_Turn]) -> list[str]:
 def _placed(texts: Sequence[str], given: _Images, spec: Spec) -> tuple[list[str], list[Any]]:
     """Checks the placeholders, and drops them where they only say that images come first."""
     if not given.placed:
-        if given.column and spec.missing_placeholder == "refuse":
-            raise SampleError("image_placeholder.count", images=len(given.column), placeholders=0)
+        _require_placeholders(given, spec)
         return list(texts), given.column
     images = given.resolve()
     kept = sum(text.count(MARK) for text in texts)
@@ -306,3 +329,9 @@ def _placed(texts: Sequence[str], given: _Images, spec: Spec) -> tuple[list[str]
             return list(texts), images
         body = body.removeprefix(MARK)
     return [body.lstrip(), *texts[1:]], images
+
+
+def _require_placeholders(given: _Images, spec: Spec) -> None:
+    """Refuses images that no text places, where the spec says so."""
+    if given.column and spec.missing_placeholder == "refuse":
+        raise SampleError("image_placeholder.count", images=len(given.column), placeholders=0)

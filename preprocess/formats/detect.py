@@ -53,6 +53,14 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
                 return "llava", f"{name} of from and value"  # sharegpt is read alike
             if "role" in turns[0]:
                 return "messages", f"{name} of role and content"
+    if "texts" in there and "images" in there and isinstance(row["texts"], Sequence):
+        pairs = [each for each in row["texts"] if isinstance(each, Mapping)]
+        if pairs and "user" in pairs[0] and "assistant" in pairs[0]:
+            return "messages", "texts of user and assistant"
+        if not pairs and len(row["texts"]) == len(row["images"]):
+            return "interleaved", "texts and images of one length"
+    if "text_list" in there and "image_info" in there:
+        return "interleaved", "text_list and image_info"
     if "points" in there and there & {"label", "question"}:
         return "points", "points of a label or question"
     if "question" in there and there & {"answer", "answers", "options"}:

@@ -10,7 +10,17 @@ from preprocess.formats.spec import Spec
 _EMPTY = (None, "", "None", "none", "nan", "null")
 """What files write where a row has no image; a NaN of a float column is one, too."""
 
-NAMES = ("images", "image", "image_path", "image_url", "image_urls", "img", "file_name", "url")
+NAMES = (
+    "images",
+    "image",
+    "image_path",
+    "image_url",
+    "image_urls",
+    "img",
+    "file_name",
+    "filepath",
+    "url",
+)
 """Columns that hold images, the first that is there wins."""
 
 
@@ -46,3 +56,23 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, float):
         return value != value
     return value is None or (isinstance(value, str) and value.strip() in _EMPTY)
+
+
+def part_image(part: Mapping[str, Any]) -> Any:
+    """Finds the image that a part of a content brings along; None where it is in a column.
+
+    Parts are those of Qwen-VL and ms-swift (`image`, `path`, `url`), OpenAI (`image_url`), TRL
+    (none) and Anthropic (`source`: base64 with its media type, or a URL).
+    """
+    source = part.get("source")
+    values = [part.get(name) for name in ("image", "image_url", "path", "url", "value")]
+    values.append(_base64(part.get("base64")))
+    if isinstance(source, Mapping):
+        media_type = source.get("media_type", "image/png")
+        values.append(source.get("url") or _base64(source.get("data"), media_type))
+    found = next((value for value in values if not is_empty(value)), None)
+    return found["url"] if isinstance(found, Mapping) and "url" in found else found
+
+
+def _base64(data: Any, media_type: str = "image/png") -> str | None:
+    return f"data:{media_type};base64,{data}" if isinstance(data, str) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preprocess.formats.conversations import parse_conversation
+from preprocess.formats.interleaved import count_pieces, parse_document
 from preprocess.formats.spec import Spec
 from preprocess.formats.tasks import parse_caption, parse_points, parse_question
 from shardspec.errors import redacted_url
@@ -28,6 +29,8 @@ class Format:
     """What `[columns]` of a spec may rename."""
     help: str
     """What it is, in one clause."""
+    count: Callable[[Mapping[str, Any], Spec], int] | None = None
+    """Counts the examples of a row, where it may have several; None where it is one."""
 
 
 _CONVERSATION = Format(
@@ -54,6 +57,12 @@ FORMATS: Mapping[str, Format] = {
         parse=parse_points,
         fields=("image", "points", "label", "question"),
         help="points of what a label names",
+    ),
+    "interleaved": Format(
+        parse=parse_document,
+        count=count_pieces,
+        fields=("texts", "images", "text_list", "image_info", "document", "text"),
+        help="documents: texts and images in their order, all texts learned",
     ),
 }
 """The formats by name."""

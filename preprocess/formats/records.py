@@ -1,16 +1,17 @@
 """Records: the rows of a user's own files, read in pieces, whatever the files are.
 
-    .json             an array of objects; COCO's captions and VQA v2's pair of files are joined
+    .json             an array of objects; COCO's captions, VQA v2's pair of files, GQA's object
     .jsonl, .ndjson   an object per line
-    .csv, .tsv        a header, then rows; all values are texts
+    .csv, .tsv        a header, then rows; all values are texts; the header says what separates them
     .parquet, .arrow  as they are
     .tar              WebDataset: one row per sample, its members as columns
     a folder          images with side files of the same stem (.txt, .json, .caption)
 
 JSON, JSON Lines and tars are read through a table of offsets, 8 bytes a row, so that files larger
-than memory can be read in any order. `.gz` and `.zst` are unpacked to a temporary file first, and
-files of object stores and web servers are copied to one. CSV is held in memory as Arrow columns;
-COCO's and VQA's files are held whole, since their rows refer to each other.
+than memory can be read in any order. `.gz` and `.zst` are unpacked to a temporary file first, text
+in UTF-16 or UTF-32 is rewritten to one in UTF-8, and files of object stores and web servers are
+copied to one. CSV is held in memory as Arrow columns;
+COCO's, VQA's and GQA's files are held whole, since their rows refer to each other.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".tar")
 """Suffixes of files with rows."""
+
+_TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+"""Those of them that are text."""
 
 _WORD_CHARS = 16
 """More than the longest of true, false, null, NaN and -Infinity."""
@@ -109,6 +113,8 @@ def open_records(url: str) -> Records:
         raise SourceError("source_format", where=url, want=", ".join(ROWS))
     try:
         local = _local(url, packed)
+        if suffix in _TEXTS:
+            local = _utf8(local)
         return Records([reader(local, url)], [url])
     except FileNotFoundError as error:
         raise SourceError("source_missing.file", where=url) from error
@@ -138,6 +144,22 @@ def _local(url: str, packed: str) -> Path:
             shutil.copyfileobj(_unpacked(stream, packed), out, CHUNK_BYTES)
     _COPIES[version] = target
     return target
+
+
+def _utf8(path: Path) -> Path:
+    """Gives a file of the same text in UTF-8; the file itself where it is that already."""
+    with path.open("rb") as stream:
+        encoding = json.detect_encoding(stream.read(4))
+    if encoding.startswith("utf-8"):
+        return path
+    version = (f"{path} {encoding}", storage.version(str(path)))
+    if version not in _COPIES:
+        target = Path(_scratch().name) / f"{len(_COPIES)}.utf8"
+        with path.open("r", encoding=encoding, newline="") as source, target.open("wb") as out:
+            while text := source.read(CHUNK_BYTES):
+                out.write(text.encode())
+        _COPIES[version] = target
+    return _COPIES[version]
 
 
 _COPIES: dict[tuple[str, str | None], Path] = {}
@@ -323,6 +345,13 @@ def _joined(document: Any, name: str) -> Sequence[Row]:
         return _vqa_rows(document, name)
     if isinstance(document.get("annotations"), list) and isinstance(document.get("images"), list):
         return _coco_rows(document)
+    if document and all(
+        isinstance(each, Mapping) and "imageId" in each for each in document.values()
+    ):
+        return [
+            {**each, "question_id": number, "image": f"{each['imageId']}.jpg"}
+            for number, each in document.items()
+        ]  # GQA
     for each in ("data", "train", "rows"):
         if isinstance(document.get(each), list):
             return [
@@ -393,13 +422,22 @@ _CSV_BLOCKS = (2**20, 2**26, 2**30)
 def _open_csv(path: Path, name: str) -> Sequence[Row]:
     import pyarrow.compute as pc
 
-    if ".tsv" not in [s.lower() for s in PurePosixPath(name).suffixes]:
-        return _Table([_csv_table(path, delimiter=",", quote='"')])
-    table = _csv_table(path, delimiter="\t", quote='"')
+    tabs = ".tsv" in [s.lower() for s in PurePosixPath(name).suffixes]
+    delimiter = "\t" if tabs else _delimiter(path)
+    table = _csv_table(path, delimiter=delimiter, quote='"')
+    if delimiter != "\t":
+        return _Table([table])
     if any(pc.any(pc.match_substring(column, "\t")).as_py() for column in table.columns):
         # A value has a tab: the file does not quote, and a quote in it is only a character.
         table = _csv_table(path, delimiter="\t", quote=False)
     return _Table([table])
+
+
+def _delimiter(path: Path) -> str:
+    """Says what separates the columns of a CSV file: open_clip's have tabs, others ; or |."""
+    with path.open("rb") as stream:
+        header = stream.readline(2**16)
+    return next((d for d in ",\t;|" if d.encode() in header), ",")
 
 
 def _csv_table(path: Path, *, delimiter: str, quote: str | bool) -> Any:

@@ -33,6 +33,7 @@ UNITS: Mapping[str, float | None] = {"pixel": None, "1": 1.0, "100": 100.0, "100
 _TYPES: Mapping[str, tuple[str, Any]] = {
     **dict.fromkeys(("columns", "splits", "settings"), ("a table", Mapping)),
     "validation": ("a number", (int, float)),
+    **dict.fromkeys(("max_images", "max_chars", "max_tokens"), ("a whole number", int)),
 }
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -61,6 +62,12 @@ class Spec:
     """What coordinates are fractions of: "pixel", "1", "100" or "1000"."""
     missing_placeholder: str = "front"
     """Where images go whose row has no placeholder at all: "front", or "refuse" the row."""
+    max_images: int = 8
+    """Images of a sample of a document; what is beyond becomes the next sample. 0 for any."""
+    max_chars: int = 0
+    """Characters of a sample of a document; what is beyond becomes the next sample. 0 for any."""
+    max_tokens: int = 0
+    """Tokens of a sample of a document, images included, above which it is left out; 0 for any."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Files or patterns of each split; {} leaves it to the names of the files."""
     validation: float = 0.0
@@ -151,6 +158,16 @@ def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
             hint="give a short name",
             want='letters, digits, "_" and "-"',
         )
+    for name in ("max_images", "max_chars", "max_tokens"):
+        if getattr(spec, name) < 0:
+            raise ConfigError(
+                "spec_value",
+                where=where,
+                name=name,
+                got=getattr(spec, name),
+                hint="0 is no limit",
+                want="0 or more",
+            )
     if not 0 <= spec.validation < 1:
         raise ConfigError(
             "spec_value",

@@ -11,7 +11,7 @@ from preprocess.formats.images import row_images
 from preprocess.formats.spec import UNITS, Spec
 from shardspec.errors import SampleError
 
-CAPTIONS = ("caption", "captions", "text", "TEXT", "description", "alt", "prompt")
+CAPTIONS = ("caption", "captions", "text", "TEXT", "description", "alt", "prompt", "title")
 """Columns that hold a caption, the first that is there wins."""
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

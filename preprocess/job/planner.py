@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from preprocess.datasets import ImageSource, SceneImage, example_images
+from preprocess.datasets import ImageSource, RemoteImage, SceneImage, example_images
 from preprocess.fetch import FetchPolicy, FetchResult, Ledger, fetch_all
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.job import (
@@ -389,9 +389,16 @@ class _PlannedImage:
 def _plan_image(
     job: Job, image: ImageSource, results: Mapping[str, FetchResult], stamps: StampWriter
 ) -> _PlannedImage:
+    location: dict[str, Any]
     if isinstance(image, SceneImage):
-        location: dict[str, Any] = {"kind": "scene", "seed": image.seed, "idx": image.idx}
+        location = {"kind": "scene", "seed": image.seed, "idx": image.idx}
         return _PlannedImage(location=location, identity=image_identity(image, None))
+    if isinstance(image, RemoteImage):
+        location = {"kind": "blob", "url": image.url, "sha256": ""}
+        try:
+            image = image.read()
+        except SampleError as missing:
+            return _PlannedImage(location=location, identity="", error=missing)
     if isinstance(image, bytes):
         identity = hashlib.sha256(image).hexdigest()
         if not job.blobs.has(identity, num_bytes=len(image)):

@@ -11,7 +11,7 @@ without a tokenizer. Steps for one message:
 3. the style (`preprocess.text.styles`) draws user text and response;
 4. the first user text gets the prefix, and both sides the markup of the message format. The
    `system` text of a conversation is a turn of a chat template, and in Molmo's own formats it goes
-   in front of the first user text.
+   in front of the first user text. A document (style `interleaved`) has none of these.
 
 An exchange in which nothing differs between its draws is stored once.
 
@@ -213,6 +213,9 @@ class DataFormatter:
             for v in range(self.policy.num_variants):
                 rng = self.rng(keyed(base, a, v) >> 32)
                 user, response = self._exchange(message, rng)
+                if STYLES[message["style"]].bare:
+                    drawn.append(Variant(prompt="", response=response))
+                    continue
                 if first and system and self.frame.folds_system:
                     user = "\n\n".join(filter(None, (system, user)))
                 if self.policy.paraphrase and rng.random_sample() < self.policy.paraphrase:

@@ -5,7 +5,8 @@ it; so the ids of a response do not depend on the prompt that is drawn before it
 "template" both are tokenized together, as transformers does it. Equal runs of ids are stored once.
 
 A user text may place the images itself, by the placeholder `<|image|>`: that takes a single
-conversation with one placeholder per image. Otherwise images precede all text, each after its lead
+conversation with one placeholder per image. So may a document, a response without a prompt, whose
+texts are all learned. Otherwise images precede all text, each after its lead
 ("Image 2"), if there are leads.
 """
 
@@ -65,7 +66,7 @@ class InterleavedTextPreprocessor:
             return spans.get(text) or store(text, self._encode(text))
 
         def exchange(variant: Variant, first: bool) -> Sequence[tuple[int, int]]:
-            if self.tokenizer.chat is None:
+            if self.tokenizer.chat is None or not variant.prompt:  # documents have no turns
                 return span(variant.prompt), span(variant.response)
             runs = self.tokenizer.encode_exchange(
                 variant.prompt, variant.response, first=first, memo=memo
@@ -80,7 +81,10 @@ class InterleavedTextPreprocessor:
                     if response[0] == response[1]:
                         raise SampleError("empty_response", where=key)
                     rows.append((b, t, *prompt, *response, branch.weight))
-        placed = any(IMAGE_PLACEHOLDER in variant.prompt for variant in _variants(branches))
+        placed = any(
+            IMAGE_PLACEHOLDER in variant.prompt or IMAGE_PLACEHOLDER in variant.response
+            for variant in _variants(branches)
+        )
         return TokenizedText(
             leads=() if placed or not any(leads) else tuple(span(text) for text in leads),
             rows=tuple(rows),
@@ -108,15 +112,21 @@ def check_placeholders(branches: Sequence[Branch], *, num_images: int, key: str)
     ):
         return
     counts = [
-        sum(turn[v % len(turn)].prompt.count(IMAGE_PLACEHOLDER) for turn in branch.turns)
+        sum(_count(turn[v % len(turn)]) for turn in branch.turns)
         for branch in branches
         for v in range(max(len(turn) for turn in branch.turns))
     ]
-    answered = any(IMAGE_PLACEHOLDER in variant.response for variant in _variants(branches))
+    answered = any(
+        IMAGE_PLACEHOLDER in variant.response and variant.prompt for variant in _variants(branches)
+    )
     if len(branches) > 1 or answered or set(counts) != {num_images}:
         raise SampleError(
             "image_placeholder.turn", where=key, images=num_images, placeholders=sorted(set(counts))
         )
+
+
+def _count(variant: Variant) -> int:
+    return (variant.prompt + variant.response).count(IMAGE_PLACEHOLDER)
 
 
 def _variants(branches: Sequence[Branch]) -> Iterator[Variant]:

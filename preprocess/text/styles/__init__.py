@@ -12,6 +12,7 @@ from preprocess.text.styles import (
     captions,
     choices,
     counting,
+    documents,
     instructions,
     pointing,
     qa,
@@ -19,7 +20,7 @@ from preprocess.text.styles import (
 )
 from preprocess.text.styles.base import Draw, Exchange, Family, Style
 
-_FAMILIES = (captions, qa, pointing, counting, choices, instructions, robots)
+_FAMILIES = (captions, qa, pointing, counting, choices, instructions, robots, documents)
 
 STYLES: Mapping[str, Style] = {
     name: style for family in _FAMILIES for name, style in family.STYLES.items()

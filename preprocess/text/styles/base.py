@@ -32,6 +32,7 @@ Family = Literal[
     "multiple_choice",
     "instruction",
     "robot",
+    "interleaved",
 ]
 
 Exchange = tuple[str, str]
@@ -79,6 +80,8 @@ class Style:
     in_words: bool = False
     """Whether a request for a count says that the answer is to be in words (both PixMo
     question sets)."""
+    bare: bool = False
+    """Whether the text is a whole document: no user text, no prefix, no markup of turns."""
     trained_as: str = ""
     """The style whose prefix an evaluation style takes (Molmo 2); "" for its own."""
 

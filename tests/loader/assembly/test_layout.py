@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -348,6 +349,27 @@ def test_images_stand_where_a_text_wants_them():
     assert (sequence.image_starts, sequence.image_ends) == ((2, 7), (6, 10))
     assert sequence.position_ids.tolist() == list(range(11))
     assert sequence.subsegment_ids.tolist() == [10_000] * 10 + [0]
+
+
+@given(
+    st.lists(st.sampled_from([20, 21, 22, 95]), min_size=1, max_size=12),
+    st.sampled_from([1, -1]),
+    st.lists(st.sampled_from([10, 95]), max_size=3),
+)
+def test_all_text_of_a_document_is_learned_and_no_image_is(response, bos, prompt):
+    """Each text token of the response, and the end, is the target of the position before it."""
+    ids = replace(PLACED, bos=bos)
+    num_images = response.count(95) + prompt.count(95)
+    sequence = lay_out([BLOCK] * num_images, [branch((prompt, response))], ids=ids)
+    marks = [(bos, False)] if bos >= 0 else []
+    for token, learned in [(t, False) for t in prompt] + [(t, True) for t in response]:
+        marks += [(b, False) for b in BLOCK.tolist()] if token == 95 else [(token, learned)]
+    assert sequence.input_ids.tolist() == [token for token, _ in marks]
+    after = [*marks[1:], (EOS, True)]
+    assert sequence.labels.tolist() == [t if learned else IGNORED for t, learned in after]
+    assert (sequence.loss_weights > 0).tolist() == [learned for _, learned in after]
+    for start, end in zip(sequence.image_starts, sequence.image_ends, strict=True):
+        assert sequence.input_ids[start:end].tolist() == BLOCK.tolist()
 
 
 def test_an_empty_turn_before_another_one_is_refused():

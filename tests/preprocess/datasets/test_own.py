@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from preprocess.datasets.images import resolve_image
 from preprocess.datasets.own import list_files
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import load_tokenizer
+from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.manifest import load_manifest
 
@@ -448,10 +450,13 @@ def test_rows_and_images_can_lie_in_an_object_store(s3_server, data):
         f'format = "llava"\nsource = "{url}/chats.json"\nimages = "{url}/photos"\n'
     )
     with s3_server.entered():
-        example = dataset_class(str(data / "mine.toml"))().get(6)
-        assert example["image"] == [photo(0), photo(2)]
+        counted = mock.patch.object(storage, "read_bytes", wraps=storage.read_bytes)
+        with counted as read:
+            example = dataset_class(str(data / "mine.toml"))().get(6)
+            assert not read.called  # a job asks for each row several times
+            assert [each.read() for each in example["image"]] == [photo(0), photo(2)]
         with pytest.raises(SampleError) as caught:
-            resolve_image("nine.png", base=f"{url}/photos")
+            resolve_image("nine.png", base=f"{url}/photos").read()
     assert caught.value.reason == "image_missing"
 
 
