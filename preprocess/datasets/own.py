@@ -18,6 +18,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -41,6 +42,7 @@ from preprocess.formats import (
     ROWS,
     Spec,
     annotation_names,
+    check_unit,
     guess_format,
     open_records,
     parse_row,
@@ -155,6 +157,9 @@ class OwnDataset(DatasetBase):
         base, self.image_names = _likely_base(self.spec, parts, bases)
         self.base = base
         """Folder or URL that image names start from."""
+        if self.spec.format in ("points", "boxes"):
+            rows = islice((part[i] for part in parts for i in range(len(part))), PROBED_ROWS)
+            check_unit([row for row in rows if BROKEN not in row], self.spec, where=files[0])
         parts = self._pieces(parts)
         kind = {
             "kind": "own",

@@ -21,6 +21,7 @@ from preprocess.formats.records import (
     visible_files,
 )
 from preprocess.formats.spec import NAME, Spec, read_spec
+from preprocess.formats.tasks import check_unit
 
 __all__ = [
     "BROKEN",
@@ -33,6 +34,7 @@ __all__ = [
     "Records",
     "Spec",
     "annotation_names",
+    "check_unit",
     "guess_format",
     "open_records",
     "parse_messages",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preprocess.formats.images import NAMES
-from preprocess.formats.tasks import CAPTIONS
+from preprocess.formats.tasks import BOXES, CAPTIONS
 
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
 SHARE = 0.95
@@ -68,4 +68,6 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
     caption = next((name for name in CAPTIONS if name in there), None)
     if caption and there & set(NAMES):
         return "captions", f"an image with {caption}"
+    if there & set(BOXES):
+        return "", "boxes need a spec, whose `box` and `unit` say what the numbers are"
     return "", f"fields {', '.join(sorted(map(str, there))[:12])}"

@@ -9,7 +9,7 @@ from typing import Any
 from preprocess.formats.conversations import parse_conversation
 from preprocess.formats.interleaved import count_pieces, parse_document
 from preprocess.formats.spec import Spec
-from preprocess.formats.tasks import parse_caption, parse_points, parse_question
+from preprocess.formats.tasks import parse_boxes, parse_caption, parse_points, parse_question
 from shardspec.errors import redacted_url
 
 METADATA = ("id", "question_id", "image_id", "source", "url", "licence", "license")
@@ -57,6 +57,11 @@ FORMATS: Mapping[str, Format] = {
         parse=parse_points,
         fields=("image", "points", "label", "question"),
         help="points of what a label names",
+    ),
+    "boxes": Format(
+        parse=parse_boxes,
+        fields=("image", "boxes", "label", "question"),
+        help="boxes of what labels name",
     ),
     "interleaved": Format(
         parse=parse_document,

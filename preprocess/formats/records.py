@@ -1,6 +1,6 @@
 """Records: the rows of a user's own files, read in pieces, whatever the files are.
 
-    .json             an array of objects; COCO's captions, VQA v2's pair of files, GQA's object
+    .json             an array of objects; the objects of COCO, VQA v2 (a pair of files) and GQA
     .jsonl, .ndjson   an object per line
     .csv, .tsv        a header, then rows; all values are texts; the header says what separates them
     .parquet, .arrow  as they are
@@ -361,11 +361,27 @@ def _joined(document: Any, name: str) -> Sequence[Row]:
 
 
 def _coco_rows(document: Mapping[str, Any]) -> list[Row]:
-    """Joins captions to their images: one row per image, in the order of the images."""
+    """Joins captions or boxes to their images: one row per image, in the order of the images."""
     captions: dict[Any, list[str]] = {}
+    found: dict[Any, list[tuple[Any, Any]]] = {}
+    names = {each["id"]: each["name"] for each in document.get("categories", ())}
     for annotation in document["annotations"]:
         if "caption" in annotation:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        elif "bbox" in annotation and not annotation.get("iscrowd"):
+            box = (annotation["bbox"], names.get(annotation.get("category_id")))
+            found.setdefault(annotation["image_id"], []).append(box)
+    if found:
+        return [
+            {
+                "image": image.get("file_name"),
+                "image_id": image["id"],
+                "boxes": [box for box, _ in found[image["id"]]],
+                "label": [name for _, name in found[image["id"]]],
+            }
+            for image in document["images"]
+            if image["id"] in found
+        ]
     return [
         {
             "image": image.get("file_name"),

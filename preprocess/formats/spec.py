@@ -30,6 +30,12 @@ from shardspec.toml import load_toml
 UNITS: Mapping[str, float | None] = {"pixel": None, "1": 1.0, "100": 100.0, "1000": 1000.0}
 """What coordinates are fractions of; None for pixels of the original image."""
 
+BOXES = ("xyxy", "xywh", "cxcywh")
+"""What the four numbers of a box may be: corners, a corner and a size, a centre and a size."""
+
+NOTATIONS = ("json", "ref", "brackets")
+"""How boxes may be written (`preprocess.text.styles.boxes`)."""
+
 _TYPES: Mapping[str, tuple[str, Any]] = {
     **dict.fromkeys(("columns", "splits", "settings"), ("a table", Mapping)),
     "validation": ("a number", (int, float)),
@@ -60,6 +66,10 @@ class Spec:
     """User text for rows without one, such as captions."""
     unit: str = "pixel"
     """What coordinates are fractions of: "pixel", "1", "100" or "1000"."""
+    box: str = ""
+    """What the four numbers of a box are: "xyxy", "xywh" or "cxcywh". Boxes have no default."""
+    notation: str = "json"
+    """How boxes are written (`preprocess.text.styles.boxes`): "json", "ref" or "brackets"."""
     missing_placeholder: str = "front"
     """Where images go whose row has no placeholder at all: "front", or "refuse" the row."""
     max_images: int = 8
@@ -137,55 +147,37 @@ def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: `spec_value`, `spec_key`.
     """
-    choices = {"format": formats, "unit": UNITS, "missing_placeholder": ("front", "refuse")}
+    choices = {
+        "format": formats,
+        "unit": UNITS,
+        "missing_placeholder": ("front", "refuse"),
+        "box": ("", *BOXES),
+        "notation": NOTATIONS,
+    }
+
+    def refuse(name: str, *, want: str, hint: str) -> ConfigError:
+        got = getattr(spec, name)
+        return ConfigError("spec_value", where=where, name=name, got=got, hint=hint, want=want)
+
     for name, known in choices.items():
         value = getattr(spec, name)
         if value not in known:
-            raise ConfigError(
-                "spec_value",
-                where=where,
-                name=name,
-                got=value,
-                hint=nearest(value, known),
-                want=", ".join(known),
-            )
+            names = [each for each in known if each]
+            raise refuse(name, want=", ".join(names), hint=nearest(value, names))
     if not NAME.fullmatch(spec.name):
-        raise ConfigError(
-            "spec_value",
-            where=where,
-            name="name",
-            got=spec.name,
-            hint="give a short name",
-            want='letters, digits, "_" and "-"',
-        )
+        raise refuse("name", want='letters, digits, "_" and "-"', hint="give a short name")
+    if spec.format == "boxes" and not spec.box:
+        hint = "say what the four numbers of a box are"
+        raise refuse("box", want=", ".join(BOXES), hint=hint)
     for name in ("max_images", "max_chars", "max_tokens"):
         if getattr(spec, name) < 0:
-            raise ConfigError(
-                "spec_value",
-                where=where,
-                name=name,
-                got=getattr(spec, name),
-                hint="0 is no limit",
-                want="0 or more",
-            )
+            raise refuse(name, want="0 or more", hint="0 is no limit")
     if not 0 <= spec.validation < 1:
-        raise ConfigError(
-            "spec_value",
-            where=where,
-            name="validation",
-            got=spec.validation,
-            hint="0.01 sets one image of a hundred aside",
-            want="0 or more, below 1",
-        )
+        hint = "0.01 sets one image of a hundred aside"
+        raise refuse("validation", want="0 or more, below 1", hint=hint)
     if spec.validation and spec.splits:
-        raise ConfigError(
-            "spec_value",
-            where=where,
-            name="validation",
-            got=spec.validation,
-            hint="[splits] says which files are of which split",
-            want="one of both",
-        )
+        hint = "[splits] says which files are of which split"
+        raise refuse("validation", want="one of both", hint=hint)
     fields = formats[spec.format].fields
     for name in spec.columns:
         if name not in fields:

@@ -1,18 +1,28 @@
-"""Rows of flat columns: captions, questions with answers, and points."""
+"""Rows of flat columns: captions, questions with answers, points and boxes."""
 
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preprocess.formats.conversations import has_placeholder, place_images
 from preprocess.formats.images import row_images
 from preprocess.formats.spec import UNITS, Spec
-from shardspec.errors import SampleError
+from shardspec.errors import SampleError, SourceError
 
 CAPTIONS = ("caption", "captions", "text", "TEXT", "description", "alt", "prompt", "title")
 """Columns that hold a caption, the first that is there wins."""
+
+BOXES = ("boxes", "bboxes", "bbox", "box")
+"""Columns that hold boxes, the first that is there wins."""
+
+_BOX_FIELDS: Mapping[str, Sequence[Sequence[str]]] = {
+    "xyxy": (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax")),
+    "xywh": (("x", "y", "w", "h"), ("x", "y", "width", "height")),
+    "cxcywh": (("cx", "cy", "w", "h"), ("cx", "cy", "width", "height")),
+}
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -105,10 +115,128 @@ def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     if isinstance(question, str):
         question, images = place_images(question, row, spec)
         message["question"] = question
+    return {"image": images, "message_list": [_with_unit(message, spec)]}
+
+
+def parse_boxes(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Turns a row with boxes of what its labels name into an example.
+
+    Raises:
+      SampleError: `row_fields`, `row_image`, `box_shape`, `image_placeholder`.
+    """
+    found, label = row_boxes(row, spec)
+    boxes = [_corners(each, spec.box) for each in found]
+    question = row.get(spec.column("question"))
+    labels = [label] * bool(label) if isinstance(label, str) else label
+    if not isinstance(question, str) and spec.prompt:
+        question = spec.prompt.replace("{label}", ", ".join(dict.fromkeys(map(str, labels or ()))))
+    if not isinstance(question, str) and not labels:
+        raise _missing(row, spec.column("label"), "a text, or one for each box")
+    message: dict[str, Any] = {"style": spec.style or "boxes", "boxes": boxes}
+    message |= {"notation": spec.notation, **({"label": label} if labels else {})}
+    images = _required_images(row, spec)
+    if isinstance(question, str):
+        question, images = place_images(question, row, spec)
+        message["question"] = question
+    return {"image": images, "message_list": [_with_unit(message, spec)]}
+
+
+def row_boxes(row: Mapping[str, Any], spec: Spec) -> tuple[list[Any], Any]:
+    """Finds the boxes of a row, as they are written there, and their label or labels.
+
+    Raises:
+      SampleError: `row_fields`, `box_shape`.
+    """
+    names = (spec.columns["boxes"],) if "boxes" in spec.columns else BOXES
+    boxes = next((row[name] for name in names if row.get(name) is not None), None)
+    label = row.get(spec.column("label"))
+    objects = row.get("objects")
+    if boxes is None and isinstance(objects, Mapping):  # an image folder of the hub
+        boxes = next((objects[name] for name in BOXES if objects.get(name) is not None), None)
+        label = objects.get("categories", objects.get("label")) if label is None else label
+    if isinstance(boxes, str) and boxes.strip().startswith("["):  # a cell of a CSV file
+        boxes = _literal(boxes)
+    if isinstance(boxes, Mapping) or (
+        isinstance(boxes, list | tuple) and boxes and isinstance(boxes[0], int | float)
+    ):
+        boxes = [boxes]
+    if not isinstance(boxes, list | tuple):
+        raise _missing(row, spec.column("boxes"), "a list of boxes")
+    return list(boxes), label
+
+
+def _corners(box: Any, form: str) -> list[float]:
+    """Gives x1, y1, x2, y2 of a box of four numbers, or of a record of them.
+
+    >>> _corners([10, 20, 4, 6], "xywh"), _corners([10, 20, 4, 6], "cxcywh")
+    ([10, 20, 14, 26], [8.0, 17.0, 12.0, 23.0])
+    """
+    if isinstance(box, Mapping):
+        names = next((each for each in _BOX_FIELDS[form] if set(each) <= set(box)), ())
+        box = [box[name] for name in names]
+    if (
+        not isinstance(box, list | tuple)
+        or len(box) != 4
+        or not all(isinstance(each, int | float) and math.isfinite(each) for each in box)
+    ):
+        raise SampleError("box_shape.numbers", got=repr(box)[:80], want=form)
+    a, b, c, d = box
+    if form == "xywh":
+        return [a, b, a + c, b + d]
+    if form == "cxcywh":
+        return [a - c / 2, b - d / 2, a + c / 2, b + d / 2]
+    return [a, b, c, d]
+
+
+def _with_unit(message: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """Says what coordinates are fractions of, and that others are no coordinates."""
     scale = UNITS[spec.unit]
-    if scale is not None:
-        message["point_scale"] = scale
-    return {"image": images, "message_list": [message]}
+    return {**message, "bounds": "strict", **({} if scale is None else {"point_scale": scale})}
+
+
+def check_unit(rows: Sequence[Mapping[str, Any]], spec: Spec, *, where: str) -> None:
+    """Refuses a source whose coordinates are all so small that `unit` must be another one.
+
+    No row shows it by itself: a point of 0.4 per cent is a point. Rows that cannot be read are left
+    to the job.
+
+    Args:
+      rows: Some of the source.
+      spec: Its format is "points" or "boxes".
+      where: The file, for the error.
+
+    Raises:
+      SourceError: `source_unit`.
+    """
+    scale = UNITS[spec.unit]
+    values = [value for row in rows for value in _coordinates(row, spec)]
+    if not values or scale is None or all(value == int(value) for value in values):
+        return
+    most = max(values)
+    for unit, full in (("1", 1.0), ("100", 100.0)):
+        if full < scale and most <= full and (full == 1 or len(values) >= _ENOUGH):
+            raise SourceError(
+                "source_unit", where=where, unit=spec.unit, likely=unit, most=most, rows=len(rows)
+            )
+
+
+_ENOUGH = 20
+"""Coordinates of which one would be above 100 if they were thousandths: the chance that none is
+by accident is 1 in 10**20."""
+
+
+def _coordinates(row: Mapping[str, Any], spec: Spec) -> list[float]:
+    try:
+        message = (parse_boxes if spec.format == "boxes" else parse_points)(row, spec)
+    except SampleError:
+        return []
+    found = message["message_list"][0]
+    return [
+        float(value)
+        for each in found.get("boxes", found.get("points"))
+        for value in each
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
 
 
 def _answers(value: Any) -> list[Any]:

@@ -116,8 +116,8 @@ def split_turns(message: Message) -> list[Message]:
 
 
 def add_image_sizes(message: Message, image_sizes: Sequence[ImageSize]) -> Message:
-    """Adds the sizes of the example's images to a message with points, which may be in pixels."""
-    if not image_sizes or "points" not in message:
+    """Adds the sizes of the images to a message with points or boxes, which may be in pixels."""
+    if not image_sizes or not ("points" in message or "boxes" in message):
         return message
     return {**message, "image_sizes": image_sizes}
 
@@ -153,7 +153,9 @@ def fixed_texts(message: Message) -> list[str]:
     named = [message.get("label"), message.get("label_cased")]
     options = [*(message.get("options") or ()), *(message.get("unlabelled_options") or ())]
     # Without a label, the question itself is the text between the tags.
-    asked = [message.get("question")] if "points" in message else []
+    asked = [message.get("question")] if "points" in message or "boxes" in message else []
+    several = message.get("label") if "boxes" in message else ()
+    named += several if isinstance(several, list | tuple) else ()
     texts = [*named, *options, *asked]
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 

@@ -276,6 +276,43 @@ LAYOUTS = {
         jsonl({"image": "photos/2.png", "label": "cup", "points": [{"x": 14, "y": 21}]}),
         [IMAGE[2] + asked("cup", '<points coords="1 1 250 500">cup</points>')],
     ),
+    "boxes": (
+        'boxes"\nbox = "xywh"\nunit = "100',
+        jsonl({"image": "photos/2.png", "label": "cup", "bbox": [25, 50, 50, 25]}),
+        [IMAGE[2] + asked("cup", '[{"bbox_2d": [250, 500, 750, 750], "label": "cup"}]')],
+    ),
+    "coco instances": (
+        'boxes"\nbox = "xywh"\nnotation = "ref"\nprompt = "Find {label}.',
+        {
+            "instances.json": json.dumps(
+                {
+                    "images": [{"id": 9, "file_name": "photos/1.png", "width": 56, "height": 42}],
+                    "annotations": [
+                        {"id": 1, "image_id": 9, "category_id": 18, "bbox": [14, 21, 28, 21]},
+                        {"id": 2, "image_id": 9, "category_id": 18, "bbox": [0, 0, 7, 10.5]},
+                    ],
+                    "categories": [{"id": 18, "name": "dog"}],
+                }
+            ).encode()
+        },
+        [
+            IMAGE[1]
+            + asked(
+                "Find dog.", "<ref>dog</ref><box>[[250, 500, 750, 1000], [0, 0, 125, 250]]</box>"
+            )
+        ],
+    ),
+    "hub objects": (
+        'boxes"\nbox = "xyxy"\nnotation = "brackets',
+        parquet(
+            {
+                "image": hf(3),
+                "question": "Where is the <image> hat?",
+                "objects": {"bbox": [[0.0, 0.0, 28.0, 21.0]], "categories": ["hat"]},
+            }
+        ),
+        [asked(f"Where is the {IMAGE[3]} hat?", "[0.00, 0.00, 0.50, 0.50]")],
+    ),
     "webdataset": (
         "captions",
         tar({"a/1.png": photo(0), "a/1.txt": b"One.", "a/2.png": photo(1), "a/2.txt": b"Two."}),
@@ -329,7 +366,7 @@ LAYOUTS = {
         [f"From {IMAGE[0]} to {IMAGE[1]}."],
     ),
 }
-STATED = {"sharegpt", "parts", "text with placeholders"}
+STATED = {"boxes", "coco instances", "hub objects", "sharegpt", "parts", "text with placeholders"}
 """Layouts that a spec has to name: their rows look like those of another one."""
 
 
@@ -387,4 +424,4 @@ def test_text_of_a_batch_is_that_of_the_source(name, inline_cli, tmp_path, token
 
 
 def test_every_format_has_a_layout():
-    assert {kind for kind, _, _ in LAYOUTS.values()} == set(FORMATS)
+    assert {kind.partition('"')[0] for kind, _, _ in LAYOUTS.values()} == set(FORMATS)

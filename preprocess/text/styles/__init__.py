@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from preprocess.text.styles import (
+    boxes,
     captions,
     choices,
     counting,
@@ -20,7 +21,7 @@ from preprocess.text.styles import (
 )
 from preprocess.text.styles.base import Draw, Exchange, Family, Style
 
-_FAMILIES = (captions, qa, pointing, counting, choices, instructions, robots, documents)
+_FAMILIES = (captions, qa, pointing, counting, choices, instructions, robots, documents, boxes)
 
 STYLES: Mapping[str, Style] = {
     name: style for family in _FAMILIES for name, style in family.STYLES.items()

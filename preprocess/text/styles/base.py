@@ -33,6 +33,7 @@ Family = Literal[
     "instruction",
     "robot",
     "interleaved",
+    "boxes",
 ]
 
 Exchange = tuple[str, str]

@@ -2,7 +2,8 @@
 
 Points are [n, 2], or such a list per image in styles of several images; `point_scale` says what
 they are fractions of (100: percent), otherwise they are pixels of `image_sizes`. With
-`clip_points`, points outside of the image move to its border.
+`clip_points`, points outside of the image move to its border. With `bounds` "strict", points that
+are farther outside than rounding explains are refused: they are in another unit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from preprocess.text.message import Message, field_error, require_field, require_text
 from preprocess.text.points import (
     NO_POINTS,
+    Point,
     PointFormat,
     PointGroup,
     fill_placeholders,
@@ -23,6 +25,12 @@ from preprocess.text.points import (
 )
 from preprocess.text.styles.base import Draw, Exchange, Style, user_text, whole_text
 from shardspec.errors import SampleError
+
+BORDER_PX = 1.0
+"""How far outside of the image rounding may put a coordinate in pixels."""
+
+BORDER = 0.005
+"""The same for a share of the image."""
 
 ANNOTATION_SCALE = 100.0
 """Inline points are percentages (PixMo-Point-Explanations)."""
@@ -99,13 +107,36 @@ def _groups(message: Message, *, grouped: bool) -> list[PointGroup]:
             "points_shape.groups", style=message["style"], groups=len(points), images=len(sizes)
         )
     groups = [
-        PointGroup(points=parse_points(own), scale=_scale(message, i), image=i + 1)
+        PointGroup(points=parse_points(own), scale=point_scale(message, i), image=i + 1)
         for i, own in enumerate(points)
     ]
-    return [group.clipped() for group in groups] if message.get("clip_points") else groups
+    for group in groups:
+        check_bounds(group.points, group.scale, message)
+    clipped = message.get("clip_points") or message.get("bounds")
+    return [group.clipped() for group in groups] if clipped else groups
 
 
-def _scale(message: Message, image: int) -> tuple[float, float]:
+def check_bounds(points: Sequence[Point], scale: tuple[float, float], message: Message) -> None:
+    """Refuses coordinates that cannot be in the unit that the message says, if it wants that.
+
+    Raises:
+      SampleError: `coordinates_unit`.
+    """
+    if message.get("bounds") != "strict":
+        return
+    rooms = [BORDER_PX if "point_scale" not in message else full * BORDER for full in scale]
+    for point in points:
+        for value, full, room in zip(point, scale, rooms, strict=True):
+            if not -room <= value <= full + room:
+                raise SampleError("coordinates_unit.beyond", got=list(point), size=list(scale))
+    values = [value for point in points for value in point]
+    fractions = any(value != int(value) for value in values)
+    if "point_scale" not in message and fractions and max(values) <= 1:
+        raise SampleError("coordinates_unit.tiny", got=list(points[0]), size=list(scale))
+
+
+def point_scale(message: Message, image: int) -> tuple[float, float]:
+    """Says what the coordinates of a message about an image are fractions of."""
     if "point_scale" in message:
         scale = _positive(message["point_scale"], message)
         return scale, scale

@@ -95,7 +95,13 @@ def test_placeholder_of_a_question_without_its_image_is_a_bad_row(row):
 def test_points(points, unit, scale):
     row = {"image": "a.jpg", "points": points, "label": "cup"}
     got, _ = message(row, "points", unit=unit)
-    assert got == {"style": "pointing", "points": [[1, 2]], "label": "cup", **scale}
+    assert got == {
+        "style": "pointing",
+        "points": [[1, 2]],
+        "label": "cup",
+        "bounds": "strict",
+        **scale,
+    }
 
 
 @pytest.mark.parametrize(
