@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
-from preprocess.cli import VERBS, make_arguments, with_spec
+from preprocess.cli import VERBS, make_arguments, with_files
 from preprocess.sizes import size_text
 from shardspec.errors import ShardsError
 
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         # How the Makefile calls it: the target, then the variables of make's command line.
         if arguments[:1] == ["make"]:
             arguments = make_arguments(arguments[1:], verbs)
-        options = parser.parse_args(with_spec(arguments, parser, verbs))
+        options = parser.parse_args(with_files(arguments, parser, verbs))
         signal.signal(signal.SIGTERM, _interrupt)
         code: int = options.run(options, console)
     except ShardsError as error:

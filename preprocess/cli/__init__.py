@@ -5,8 +5,8 @@ joins the verbs and owns the terminal.
 """
 
 from preprocess.cli import annotate, build, care, exchange, own, reshard
+from preprocess.cli.config import with_files
 from preprocess.cli.make import make_arguments, make_variables
-from preprocess.cli.own import with_spec
 from preprocess.cli.verbs import Console, Verb
 
 VERBS = (
@@ -19,4 +19,4 @@ VERBS = (
 )
 """Every verb, in the order in which `--help` lists them."""
 
-__all__ = ["VERBS", "Console", "Verb", "make_arguments", "make_variables", "with_spec"]
+__all__ = ["VERBS", "Console", "Verb", "make_arguments", "make_variables", "with_files"]

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from preprocess.cli.config import add_config
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb, default_output
 from preprocess.datasets import dataset_class, dataset_names
@@ -104,6 +105,7 @@ def _number(text: str, flag: str) -> float:
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, ViewSettings, JobSettings, groups=_GROUPS)
+    add_config(parser)
 
 
 def job_settings(options: argparse.Namespace) -> JobSettings:

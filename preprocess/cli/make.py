@@ -53,7 +53,8 @@ def make_arguments(given: Sequence[str], verbs: Mapping[str, argparse.ArgumentPa
             hint = nearest(name, known)
             raise ConfigError("make_variable.unknown", verb=verb, name=name, hint=hint)
     for name, action in known.items():
-        if action.required and not pairs.get(name):
+        wanted = action.required or (name == "DATASET" and "CONFIG" in known)
+        if wanted and not pairs.get(name) and not pairs.get("CONFIG"):
             raise ConfigError("make_variable.missing", verb=verb, name=name, help=action.help)
     for name, value in pairs.items():
         if not value and known[name].nargs != 0:

@@ -1,69 +1,23 @@
-"""Specs on the command line, and the verb that looks at a user's own data."""
+"""The verb that looks at a user's own data."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from preprocess.cli.make import make_arguments
 from preprocess.cli.verbs import Console, Verb
-from preprocess.datasets import OwnDataset, RemoteImage, dataset_class, example_images, is_own
+from preprocess.datasets import OwnDataset, RemoteImage, dataset_class, example_images
 from preprocess.formats import Spec
 from preprocess.media import ImageLimits, open_source
 from preprocess.recipe import read_path
 from preprocess.text import DataFormatter, TextPolicy, chat_frame
 from shardspec.errors import ConfigError, SampleError
 
-OWN_DEFAULTS: Mapping[str, str] = {"SYSTEM_PROMPT": "none"}
-"""Settings of a user's own data that differ from those of the built-in datasets: the names of
-Molmo's styles mean nothing to other data."""
-
 _SHOWN_ROWS = 1000
 """Rows that `inspect` looks through for one that becomes an example."""
-
-
-def with_spec(
-    arguments: Sequence[str],
-    parser: argparse.ArgumentParser,
-    verbs: Mapping[str, argparse.ArgumentParser],
-) -> list[str]:
-    """Puts the settings of a spec, as flags, in front of those of the command line.
-
-    Args:
-      arguments: The command line: a verb and its flags.
-      parser: Parser of the program.
-      verbs: Parser of each verb.
-
-    Returns:
-      The command line with the settings of the spec; later flags win over earlier ones.
-
-    Raises:
-      ConfigError: The spec cannot be used.
-      SourceError: The format of a file cannot be told.
-    """
-    options = parser.parse_args(arguments)
-    if options.verb not in ("shards", "plan") or not is_own(options.dataset):
-        return list(arguments)
-    kind = dataset_class(options.dataset)
-    given = dict(OWN_DEFAULTS)
-    if issubclass(kind, OwnDataset):
-        given["SOURCE"] = kind.source_url()
-        for name, value in kind.spec.settings.items():
-            given[name.upper().replace("-", "_")] = _text(value)
-    pairs = [f"{name}={value}" for name, value in given.items()]
-    # The dataset is there only because the verb wants one; it comes with the rest.
-    flags = make_arguments([options.verb, "DATASET=x", *pairs], verbs)[1:-2]
-    return [options.verb, *flags, *arguments[arguments.index(options.verb) + 1 :]]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(int(value))
-    return str(value)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

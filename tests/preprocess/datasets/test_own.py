@@ -328,7 +328,7 @@ def test_misspelt_setting_of_a_spec_is_answered_with_the_nearest(inline_cli, dat
     )
     done = inline_cli.run("shards", data / "mine.toml", "--out", data / "out")
     assert done.code == 1
-    assert "IMAGE_SIZE" in done.err
+    assert "image_size" in done.err
 
 
 def test_splits_are_those_of_the_spec_or_of_the_names(data):
