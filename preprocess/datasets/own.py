@@ -50,11 +50,14 @@ from preprocess.formats import (
     visible_files,
 )
 from shardspec import storage
-from shardspec.errors import ConfigError, SampleError, SourceError
+from shardspec.errors import ConfigError, SampleError, SourceError, nearest
 from shardspec.keyed import SampleRng, hash_text, keyed
 
 PROBED_ROWS = 100
 """Rows that a format is told from, half of them from the beginning, half spread over the file."""
+
+FIRST_ROWS = 100
+"""Rows that show whether a source has the columns of its format, and the unit of coordinates."""
 
 PROBED_IMAGES = 50
 """Image names that tell which folder they start from."""
@@ -157,9 +160,11 @@ class OwnDataset(DatasetBase):
         base, self.image_names = _likely_base(self.spec, parts, bases)
         self.base = base
         """Folder or URL that image names start from."""
+        rows = list(islice((part[i] for part in parts for i in range(len(part))), FIRST_ROWS))
+        rows = [row for row in rows if BROKEN not in row]
+        _require_columns(rows, self.spec, where=files[0])
         if self.spec.format in ("points", "boxes"):
-            rows = islice((part[i] for part in parts for i in range(len(part))), PROBED_ROWS)
-            check_unit([row for row in rows if BROKEN not in row], self.spec, where=files[0])
+            check_unit(rows, self.spec, where=files[0])
         parts = self._pieces(parts)
         kind = {
             "kind": "own",
@@ -359,6 +364,31 @@ def _is_bookkeeping(path: Path) -> bool:
     return path.name in ("state.json", "dataset_info.json") or (
         path.suffix == ".arrow" and path.name not in own
     )
+
+
+def _require_columns(rows: Sequence[Mapping[str, Any]], spec: Spec, *, where: str) -> None:
+    """Refuses a source of whose first rows none has a column that all need.
+
+    Raises:
+      SourceError: `source_columns`.
+    """
+    missing = set()
+    for row in rows:
+        try:
+            parse_row(row, spec)
+        except SampleError as error:
+            name = str(error.facts.get("name"))
+            if error.reason == "row_fields" and row.get(name) is None:
+                missing.add((name, str(error.facts["want"])))
+                continue
+        return
+    if len(missing) == 1:
+        ((name, want),) = missing
+        there = list(dict.fromkeys(str(column) for row in rows for column in row))
+        hint = nearest(name, there)
+        raise SourceError(
+            "source_columns", where=where, name=name, want=want, hint=hint, columns=there[:40]
+        )
 
 
 def _below(folder: Path, name: str) -> str:

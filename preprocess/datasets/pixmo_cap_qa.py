@@ -34,7 +34,7 @@ class PixMoCapQa(HfDataset):
         """Turns a row into an example."""
         turns = [*user_turns(row["question"] or ""), row["answer"] or ""]
         if not all(turn.strip() for turn in turns):
-            raise SampleError("conversation.empty", turns=len(turns))
+            raise SampleError("empty_answer.turn", turns=len(turns))
         return {
             "image": row_image(row, base=self.rows.base),
             "message_list": [{"style": "synthetic_qa", "messages": turns}],

@@ -56,7 +56,8 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """Turns a row into an example with one message.
 
     Raises:
-      SampleError: `conversation`, `image_placeholder`, `row_fields`.
+      SampleError: `conversation`, `assistant_first`, `empty_answer`, `row_fields`,
+        `image_placeholder`, `image_without_placeholder`, `placeholder_without_image`.
     """
     found = None
     for name in ("messages", "conversations", "conversation"):
@@ -111,7 +112,7 @@ def place_images(question: str, row: Mapping[str, Any], spec: Spec) -> tuple[str
       The text with a `MARK` per image, or with none where the images come first; and the images.
 
     Raises:
-      SampleError: `image_placeholder`: another number of placeholders than of images.
+      SampleError: `image_without_placeholder`, `placeholder_without_image`.
     """
     given = _given(row, spec)
     marked = given.marked(question)
@@ -128,7 +129,7 @@ def text_with_images(text: str, row: Mapping[str, Any], spec: Spec) -> tuple[str
       The text with a `MARK` per image, and the images.
 
     Raises:
-      SampleError: `image_placeholder`: another number of placeholders than of images.
+      SampleError: `image_without_placeholder`, `placeholder_without_image`.
     """
     given = _given(row, spec, url=False)
     marked = given.marked(text)
@@ -197,7 +198,7 @@ class _Images:
         """Lists the image of each placeholder.
 
         Raises:
-          SampleError: `image_placeholder`: another number of placeholders than of images.
+          SampleError: `image_without_placeholder`, `placeholder_without_image`.
         """
         base = 0 if 0 in self.numbers or not self.numbers else 1
         used: set[int] = set()
@@ -217,7 +218,14 @@ class _Images:
 
     def _mismatch(self) -> SampleError:
         placed = sum(isinstance(each, _Number) for each in self.placed)
-        return SampleError("image_placeholder.count", images=len(self.column), placeholders=placed)
+        return mismatch(len(self.column), placed)
+
+
+def mismatch(images: int, placeholders: int) -> SampleError:
+    """Makes the error of a row that has another number of placeholders than of images."""
+    # Equally many, and still no match: a number in a placeholder is of no image.
+    reason = "image_without_placeholder" if images > placeholders else "placeholder_without_image"
+    return SampleError(reason, images=images, placeholders=placeholders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +296,7 @@ def _alternating(turns: Sequence[_Turn]) -> list[str]:
     """Gives user and assistant texts in turn; neighbours on the user's side are joined.
 
     Raises:
-      SampleError: `conversation`.
+      SampleError: `conversation`, `assistant_first`, `empty_answer`.
     """
     spoken = [turn for turn in turns if turn.side != "system"]
     while spoken and (spoken[-1].side == "user" or not spoken[-1].learned):
@@ -298,7 +306,7 @@ def _alternating(turns: Sequence[_Turn]) -> list[str]:
     if not spoken:
         raise SampleError("conversation.nothing", turns=len(turns))
     if spoken[0].side == "assistant":
-        raise SampleError("conversation.start", roles=" ".join(turn.side for turn in turns[:8]))
+        raise SampleError("assistant_first", roles=" ".join(turn.side for turn in turns[:8]))
     texts: list[str] = []
     for turn in spoken:
         if turn.side == "user" and len(texts) % 2:
@@ -310,7 +318,7 @@ def _alternating(turns: Sequence[_Turn]) -> list[str]:
                 raise SampleError("conversation.unlearned")
             texts.append(turn.text)
     if any(not text.strip() for text in texts[1::2]):
-        raise SampleError("conversation.empty", empty=sum(not t.strip() for t in texts[1::2]))
+        raise SampleError("empty_answer.turn", empty=sum(not t.strip() for t in texts[1::2]))
     return texts
 
 
@@ -334,4 +342,4 @@ def _placed(texts: Sequence[str], given: _Images, spec: Spec) -> tuple[list[str]
 def _require_placeholders(given: _Images, spec: Spec) -> None:
     """Refuses images that no text places, where the spec says so."""
     if given.column and spec.missing_placeholder == "refuse":
-        raise SampleError("image_placeholder.count", images=len(given.column), placeholders=0)
+        raise mismatch(len(given.column), 0)

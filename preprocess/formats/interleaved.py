@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.formats.conversations import MARK, text_with_images
+from preprocess.formats.conversations import MARK, mismatch, text_with_images
 from preprocess.formats.images import is_empty, part_image
 from preprocess.formats.spec import Spec
 from shardspec.errors import SampleError
@@ -214,7 +214,7 @@ def _placed(text: str, row: Mapping[str, Any], spec: Spec) -> list[Part]:
     marked, images = text_with_images(text, row, spec)
     first, *rest = marked.split(MARK)
     if len(rest) != len(images):
-        raise SampleError("image_placeholder.count", images=len(images), placeholders=len(rest))
+        raise mismatch(len(images), len(rest))
     parts: list[Part] = [first]
     for image, following in zip(images, rest, strict=True):
         parts += [Image(image), following]

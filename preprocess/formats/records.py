@@ -223,7 +223,9 @@ def _parsed(payload: bytes, *, where: str) -> Row:
     except json.JSONDecodeError as error:
         told = f"{error.msg} at character {error.colno}"
         return {BROKEN: SampleError("row_json", where=where, error=told)}
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+    except RecursionError:
+        return {BROKEN: SampleError("row_json", where=where, error="nested too deeply")}
+    except (UnicodeDecodeError, ValueError) as error:
         return {BROKEN: SampleError("row_json", where=where, error=str(error)[:80])}
     return _object(row, where=where)
 

@@ -37,7 +37,7 @@ def parse_caption(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     name, value = next(((n, row[n]) for n in names if row.get(n) is not None), (names[0], None))
     texts = _texts(value)
     if not texts:
-        raise _missing(row, name, "a text, or a list of texts")
+        raise _unusable(row, name, "a text, or a list of texts")
     message: dict[str, Any] = {"style": spec.style or "long_caption"}
     message |= {"text": texts[0]} if len(texts) == 1 else {"alternatives": texts}
     images = _required_images(row, spec)
@@ -73,12 +73,12 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     elif answers is not None:
         texts = _texts(_answers(answers))
         if not texts:
-            raise _missing(row, spec.column("answers"), "a list of texts")
+            raise _unusable(row, spec.column("answers"), "a list of texts")
         message |= {"style": spec.style or "vqa2", "answers": texts}
     else:
         texts = _texts(answer)
         if not texts:
-            raise _missing(row, spec.column("answer"), "a text")
+            raise _unusable(row, spec.column("answer"), "a text")
         message |= {"style": spec.style or "vqa2", "answer": texts[0]}
         if len(texts) > 1:
             message = {**message, "answers": texts}
@@ -308,6 +308,15 @@ def _required_images(row: Mapping[str, Any], spec: Spec) -> list[Any]:
     if not images:
         raise SampleError("row_image", fields=sorted(row), got="nothing")
     return images
+
+
+def _unusable(row: Mapping[str, Any], name: str, want: str) -> SampleError:
+    """Makes the error of a text that is learned: it is empty, or there is none."""
+    value = row.get(name)
+    parts = value if isinstance(value, list | tuple) else [value]
+    if value is not None and all(isinstance(p, str) and not p.strip() for p in parts):
+        return SampleError("empty_answer.field", name=name, fields=sorted(map(str, row)))
+    return _missing(row, name, want)
 
 
 def _missing(row: Mapping[str, Any], name: str, want: str) -> SampleError:

@@ -445,7 +445,7 @@ def test_conversations_that_do_not_alternate_are_refused(roles, contents):
         ("vqa2", "", "messages", [], "no_answers"),
         ("pixmo_points", "pointing", "label", " ", "no_label"),
         ("pixmo_count", "point_count", "points", None, "no_points"),
-        ("pixmo_cap_qa", "", "answer", "", "conversation"),
+        ("pixmo_cap_qa", "", "answer", "", "empty_answer"),
         ("pixmo_ask_model_anything", "", "question", "", "no_question"),
         ("pixmo_ask_model_anything", "", "answer", None, "no_answer"),
         ("pixmo_point_explanations", "", "parsed_response", None, "no_parsed_response"),

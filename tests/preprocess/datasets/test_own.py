@@ -603,3 +603,81 @@ def test_web_dataset_tars_become_prepared_shards(inline_cli, tmp_path):
     assert stream.num_samples == 4
     colors = {tuple(np.median(stream.example(i)["images"], axis=(0, 2, 3))) for i in range(4)}
     assert len(colors) == 4
+
+
+def test_source_without_a_column_of_its_format_is_refused_with_those_it_has(tmp_path):
+    (tmp_path / "a.toml").write_text('format = "captions"\nsource = "a.csv"\n')
+    (tmp_path / "a.csv").write_text("image,captoin\na.png,x\n")
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(tmp_path / "a.toml"))()
+    assert caught.value.reason == "source_columns"
+    assert caught.value.facts["columns"] == ["image", "captoin"]
+    assert "captoin" in str(caught.value).splitlines()[-1]
+    # One row that has it is enough: the others are bad rows.
+    (tmp_path / "a.toml").write_text('format = "captions"\nsource = "a.jsonl"\n')
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png"}\n{"image": "a.png", "caption": "x"}\n')
+    assert len(dataset_class(str(tmp_path / "a.toml"))()) == 2
+
+
+TEXT = "Zoë, 李 and\tÅsa"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
+def test_no_row_is_lost_to_an_encoding(encoding, name, tmp_path):
+    rows = [{"image": f"{i}.png", "caption": f"{TEXT} {i}"} for i in range(3)]
+    separator = "\t" if name.endswith("v") and "tsv" in name else ","
+    if name == "a.json":
+        text = json.dumps(rows, ensure_ascii=False)
+    elif name == "a.jsonl":
+        text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    else:
+        cells = [["image", "caption"], *(list(row.values()) for row in rows)]
+        text = "".join(separator.join(f'"{cell}"' for cell in row) + "\r\n" for row in cells)
+        if separator == "\t":
+            text = text.replace(TEXT, TEXT.replace("\t", " "))
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    dataset = dataset_class(str(tmp_path / name))()
+    want = [f"{TEXT.replace(chr(9), ' ') if separator == chr(9) else TEXT} {i}" for i in range(3)]
+    assert [dataset[i]["message_list"][0]["text"] for i in range(3)] == want
+    assert pickle.loads(pickle.dumps(dataset.rows.kind))["files"] == [name]
+
+
+def test_patterns_name_files_wherever_they_are(s3_server, tmp_path):
+    for name in ("a/one.jsonl", "b/two.jsonl", "b/three.csv", "c/d/four.jsonl.gz", "c/x.png"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "in" / name).write_bytes(b"")
+    url = s3_server.make_bucket() + "/own"
+    s3_server.client().put(str(tmp_path / "in"), url, recursive=True)
+    wanted = {
+        "{a,b}/*.jsonl": ["a/one.jsonl", "b/two.jsonl"],
+        "*/t*": ["b/three.csv", "b/two.jsonl"],
+        "**/*.jsonl.gz": ["c/d/four.jsonl.gz"],
+        "[ab]/one.jsonl": ["a/one.jsonl"],
+    }
+    with s3_server.entered():
+        for pattern, want in wanted.items():
+            for place in (f"{tmp_path}/in", url):
+                found = list_files(f"{place}/{pattern}")
+                assert [each.removeprefix(f"{place}/") for each in found] == want
+        every = ["a/one.jsonl", "b/three.csv", "b/two.jsonl", "c/d/four.jsonl.gz"]
+        for folder in (url, f"{url}/"):
+            assert [each.removeprefix(f"{url}/") for each in list_files(folder)] == every
+        for missing in (f"{url}/*.tar", f"{url}/none/"):
+            with pytest.raises(SourceError) as caught:
+                list_files(missing)
+            assert caught.value.reason == "source_missing"
+
+
+def test_folders_of_save_to_disk_hold_rows_and_no_lists(tmp_path):
+    import datasets
+
+    rows = [{"image": {"bytes": photo(i), "path": None}, "caption": f"c{i}"} for i in range(3)]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "two")
+    (tmp_path / "one" / "cache-1.arrow").write_bytes(b"")
+    for folder in ("one", "two", "two/train"):
+        dataset = dataset_class(str(tmp_path / folder))()
+        assert [dataset[i]["image"] for i in range(len(dataset))] == [[photo(i)] for i in range(3)]
+    assert dataset_class(str(tmp_path / "two"))("test")[2]["message_list"][0]["text"] == "c2"

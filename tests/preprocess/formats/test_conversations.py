@@ -183,13 +183,16 @@ def test_layout_is_read_with_its_images_in_their_places(name):
 REFUSED = {
     "too few images": (
         {"image": "a", "conversations": said(("<image><image>?", "x"))},
-        "image_placeholder",
+        "placeholder_without_image",
     ),
     "too many images": (
         {"image": ["a", "b"], "conversations": said(("<image>?", "x"))},
-        "image_placeholder",
+        "image_without_placeholder",
     ),
-    "placeholder without image": ({"conversations": said(("<image>?", "x"))}, "image_placeholder"),
+    "placeholder without image": (
+        {"conversations": said(("<image>?", "x"))},
+        "placeholder_without_image",
+    ),
     "image of the assistant": (
         {
             "images": ["a"],
@@ -202,14 +205,14 @@ REFUSED = {
     ),
     "starts with the assistant": (
         {"conversations": said(("Hello", "Hi"), roles=("gpt", "human"))[:1]},
-        "conversation",
+        "assistant_first",
     ),
     "ends with the user": ({"conversations": said(("a", "b"), ("c", "d"))[:3]}, "conversation"),
     "two answers": (
         {"conversations": [*said(("a", "b")), {"from": "gpt", "value": "c"}]},
         "conversation",
     ),
-    "empty answer": ({"conversations": said(("a", " "))}, "conversation"),
+    "empty answer": ({"conversations": said(("a", " "))}, "empty_answer"),
     "unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, "conversation"),
     "turn that is none": ({"messages": ["hello"]}, "conversation"),
     "part that is none": (
@@ -253,7 +256,7 @@ def test_missing_placeholder_can_be_refused():
     row = {"image": "a.jpg", "conversations": said(("What?", "A cup."))}
     with pytest.raises(SampleError) as caught:
         texts(row, Spec(name="own", format="llava", missing_placeholder="refuse"))
-    assert caught.value.reason == "image_placeholder"
+    assert caught.value.reason == "image_without_placeholder"
 
 
 def test_columns_can_have_other_names():

@@ -61,8 +61,8 @@ def test_a_text_beyond_the_budget_is_cut_at_white_space():
         ({"text_list": [3], "image_info": []}, "document.part"),
         ({"document": ["a", 3]}, "document.part"),
         ({"document": ["a", {"type": "image"}]}, "document.part"),
-        ({"text": "a <image>", "images": []}, "image_placeholder.count"),
-        ({"text": "a <image>", "images": ["a", "b"]}, "image_placeholder.count"),
+        ({"text": "a <image>", "images": []}, "placeholder_without_image"),
+        ({"text": "a <image>", "images": ["a", "b"]}, "image_without_placeholder"),
         ({"title": "a"}, "row_fields"),
     ],
 )
