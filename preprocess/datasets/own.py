@@ -52,6 +52,7 @@ from preprocess.formats import (
 from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, SourceError, nearest
 from shardspec.keyed import SampleRng, hash_text, keyed
+from shardspec.manifest import MANIFEST_NAME, load_manifest
 
 PROBED_ROWS = 100
 """Rows that a format is told from, half of them from the beginning, half spread over the file."""
@@ -154,6 +155,15 @@ class OwnDataset(DatasetBase):
         """Opens the files of the split."""
         files, layout = self._files(self.source, self.split, self.unmatched)
         records = [open_records(each) for each in files]
+        source = self.source_url() if self.source == "hub" else self.source
+        if "://" not in source and (Path(source) / MANIFEST_NAME).is_file():
+            # Its keys may have been read by another rule than that of WebDataset.
+            imported = imported_tars(source)
+            if any(
+                imported.get(name, len(each)) != len(each)
+                for name, each in zip(files, records, strict=True)
+            ):
+                raise SourceError("source_imported", where=source)
         parts: list[Sequence[Mapping[str, Any]]]
         parts = [part for each in records for part in each.parts]
         bases = _bases(self.spec, files, self.folder)
@@ -276,6 +286,8 @@ def list_files(source: str) -> list[str]:
     path = Path(source)
     if path.is_file():
         return [source]
+    if (path / MANIFEST_NAME).is_file() and (imported := imported_tars(source)):
+        return list(imported)
     if any(c in source for c in "*?[{"):
         found = {
             str(each)
@@ -344,10 +356,27 @@ def _list_objects(source: str) -> list[str]:
             for pattern in patterns
         )
     ]
+    if f"{source.rstrip('/')}/{MANIFEST_NAME}" in found and (imported := imported_tars(source)):
+        return list(imported)
     answers = {name for each in found for name in annotation_names(each)}
     if not found:
         raise SourceError("source_missing.file", where=source)
     return [each for each in found if each not in answers]
+
+
+def imported_tars(folder: str) -> dict[str, int]:
+    """Lists the tars of an imported dataset, with their samples; {} for any other folder.
+
+    Raises:
+      SourceError: `source_imported`: the dataset is a selection of samples.
+    """
+    manifest = load_manifest(folder)
+    if manifest is None or not manifest.raw:
+        return {}
+    tars = {storage.resolve(folder, file.url): file.nsamples for file in manifest.files}
+    if sum(tars.values()) != sum(split.num_samples for split in manifest.splits.values()):
+        raise SourceError("source_imported", where=folder)
+    return tars
 
 
 def _is_bookkeeping(path: Path) -> bool:

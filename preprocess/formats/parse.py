@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from preprocess.formats.conversations import parse_conversation
+from preprocess.formats.detect import guess_format
 from preprocess.formats.interleaved import count_pieces, parse_document
 from preprocess.formats.spec import Spec
 from preprocess.formats.tasks import parse_boxes, parse_caption, parse_points, parse_question
-from shardspec.errors import redacted_url
+from shardspec.errors import SampleError, redacted_url
 
 METADATA = ("id", "question_id", "image_id", "source", "url", "licence", "license")
 """Columns that are kept for people and evaluators."""
@@ -39,6 +40,20 @@ _CONVERSATION = Format(
     help="turns of from/value or role/content, with images beside or in them",
 )
 
+
+def parse_sample(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Turns a sample of a WebDataset tar into an example, by what its members hold.
+
+    Raises:
+      SampleError: `row_fields`, and as the format that it has.
+    """
+    found = guess_format([row])
+    if not found.format:
+        want = f"members of one of the formats ({found.reason})"
+        raise SampleError("row_fields", name="text", want=want, fields=sorted(map(str, row)))
+    return FORMATS[found.format].parse(row, spec)
+
+
 FORMATS: Mapping[str, Format] = {
     "llava": _CONVERSATION,
     "messages": _CONVERSATION,
@@ -62,6 +77,11 @@ FORMATS: Mapping[str, Format] = {
         parse=parse_boxes,
         fields=("image", "boxes", "label", "question"),
         help="boxes of what labels name",
+    ),
+    "webdataset": Format(
+        parse=parse_sample,
+        fields=(),
+        help="samples of tars: an image with a text, or with the fields of another format",
     ),
     "interleaved": Format(
         parse=parse_document,

@@ -627,11 +627,12 @@ class _Tar(Sequence[Row]):
     def __getitem__(self, i: Any) -> Any:
         key, members = self._samples[i]
         row: dict[str, Any] = {}
+        images: list[bytes] = []
         for suffix, (start, size) in members.items():
             payload = self._file.read(start, start + size)
             last = "." + suffix.rpartition(".")[2]
             if last in IMAGES:
-                row["image"] = payload
+                images.append(payload)
             elif last == ".json":
                 row = {**_parsed(payload, where=f"{self._name}: {key}"), **row}
             elif last in (".txt", ".caption"):
@@ -640,8 +641,9 @@ class _Tar(Sequence[Row]):
                 except UnicodeDecodeError as error:
                     where = f"{self._name}: {key}.{suffix}"
                     row[BROKEN] = SampleError("row_side", where=where, error=str(error)[:80])
-        if "image" in row:  # members win over fields of the same name
+        if images:  # members win over fields of the same name
             row = {name: value for name, value in row.items() if name not in ("images", "url")}
+            row["image"] = images[0] if len(images) == 1 else images
         return {**row, "id": key}
 
 

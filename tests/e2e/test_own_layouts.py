@@ -319,14 +319,20 @@ LAYOUTS = {
         [IMAGE[0] + asked("", "One."), IMAGE[1] + asked("", "Two.")],
     ),
     "webdataset of conversations": (
-        "llava",
+        "webdataset",
         tar(
             {
                 "7.png": photo(3),
                 "7.json": json.dumps({"conversations": turns("<image>\nWho?", "Ann.")}).encode(),
+                "8.0.png": photo(0),
+                "8.1.png": photo(1),
+                "8.txt": b"Two.",
             }
         ),
-        [IMAGE[3] + asked("Who?", "Ann.")],
+        [
+            IMAGE[3] + asked("Who?", "Ann."),
+            f"Image 1{IMAGE[0]}Image 2{IMAGE[1]}" + asked("", "Two."),
+        ],
     ),
     "obelics": (
         "interleaved",
@@ -366,7 +372,15 @@ LAYOUTS = {
         [f"From {IMAGE[0]} to {IMAGE[1]}."],
     ),
 }
-STATED = {"boxes", "coco instances", "hub objects", "sharegpt", "parts", "text with placeholders"}
+STATED = {
+    "webdataset of conversations",
+    "boxes",
+    "coco instances",
+    "hub objects",
+    "sharegpt",
+    "parts",
+    "text with placeholders",
+}
 """Layouts that a spec has to name: their rows look like those of another one."""
 
 

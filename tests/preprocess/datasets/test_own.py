@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loader import StreamingDataset
+from loader import (
+    IterableDatasetMixture,
+    RawDataset,
+    StreamingDataset,
+    View,
+    make_dataloader,
+)
 from preprocess.datasets import DatasetBase, dataset_class, example_images, is_own
 from preprocess.datasets.images import resolve_image
 from preprocess.datasets.own import list_files
@@ -19,6 +25,7 @@ from preprocess.text import load_tokenizer
 from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.manifest import load_manifest
+from shardspec.tiling import ImageView
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
 
@@ -681,3 +688,75 @@ def test_folders_of_save_to_disk_hold_rows_and_no_lists(tmp_path):
         dataset = dataset_class(str(tmp_path / folder))()
         assert [dataset[i]["image"] for i in range(len(dataset))] == [[photo(i)] for i in range(3)]
     assert dataset_class(str(tmp_path / "two"))("test")[2]["message_list"][0]["text"] == "c2"
+
+
+def write_tars(folder, *, shards=2, samples=3):
+    folder.mkdir()
+    for s in range(shards):
+        with tarfile.open(folder / f"{s:05d}.tar", "w") as archive:
+            for i in range(samples):
+                number = s * samples + i
+                text = f"Colour no {number}."
+                for suffix, payload in (("png", photo(number)), ("txt", text.encode())):
+                    info = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                    info.size = len(payload)
+                    archive.addfile(info, io.BytesIO(payload))
+    return folder
+
+
+def files_of(out):
+    """The shards of a dataset."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*.tar"))
+    }
+
+
+def test_imported_tars_become_prepared_shards(inline_cli, tmp_path):
+    tars = write_tars(tmp_path / "tars")
+    inline_cli.good("import", tars, "--out", tmp_path / "raw", "--name", "photos")
+    build(inline_cli, tmp_path / "raw", tmp_path / "again", "--name", "photos")
+    build(inline_cli, tars, tmp_path / "direct", "--name", "photos")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "direct")
+    stream = StreamingDataset(str(tmp_path / "again"), seed=0)
+    raw = RawDataset(str(tmp_path / "raw"), decode=lambda sample, _: bytes(sample.fields["txt"]))
+    assert stream.num_samples == raw.num_samples == 6
+
+
+def test_imported_tars_of_which_samples_were_selected_are_refused(inline_cli, tmp_path):
+    tars = write_tars(tmp_path / "tars")
+    inline_cli.good("import", tars, "--out", tmp_path / "raw", "--name", "photos")
+    (tmp_path / "keys").write_text("000000001\n")
+    inline_cli.good("filter", tmp_path / "raw", tmp_path / "one", "--keys", tmp_path / "keys")
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(tmp_path / "one"))()
+    assert caught.value.reason == "source_imported"
+
+
+def test_tars_of_an_object_store_are_read_once(inline_cli, s3_server, tmp_path):
+    tars = write_tars(tmp_path / "tars")
+    url = s3_server.make_bucket() + "/tars"
+    s3_server.client().put(str(tars), url, recursive=True)
+    build(inline_cli, tars, tmp_path / "local", "--name", "photos")
+    counted = mock.patch.object(storage, "fetch_file", wraps=storage.fetch_file)
+    store = mock.patch.dict(inline_cli.env, s3_server.env)
+    with s3_server.entered(), store, counted as fetched:
+        build(inline_cli, f"{url}/*.tar", tmp_path / "out", "--name", "photos")
+    assert sorted(call.args[0] for call in fetched.call_args_list) == [
+        f"{url}/{i:05d}.tar" for i in range(2)
+    ]
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "local")
+
+
+def test_two_modes_of_one_dataset_are_in_one_mixture(inline_cli, tmp_path):
+    modes = dataset_class("pixmo_points").modes[:2]
+    for mode in modes:
+        more = ("--source", "sample", "--limit", 6, "--mode", mode, "--name", f"points-{mode}")
+        build(inline_cli, "pixmo_points", tmp_path / mode, *more)
+    view = View(image=ImageView(size_px=112))
+    parts = [StreamingDataset(str(tmp_path / mode), seed=0, view=view) for mode in modes]
+    mixture = IterableDatasetMixture(parts, [1.0, 1.0], seed=0)
+    loader = make_dataloader(mixture, global_batch_size=4, sequence_length=512)
+    tokenizer = load_tokenizer()
+    text = tokenizer.decode([int(t) for t in next(iter(loader))["input_ids"].flatten() if t < 2900])
+    assert "Counting the <points" in text
+    assert "Assistant: <points" in text
