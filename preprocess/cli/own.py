@@ -46,7 +46,11 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
             example = dataset.get(item)
             images = example_images(example)
             sizes = [_image_size(each) for each in images]
-            branches = formatter(example, key="inspect", image_sizes=sizes)
+            if None in sizes:  # whether coordinates are inside of the image cannot be said
+                for message in example["message_list"]:
+                    message.pop("bounds", None)
+            known = [size or (1, 1) for size in sizes]
+            branches = formatter(example, key="inspect", image_sizes=known)
         except SampleError as error:
             problems[error.reason] = problems.get(error.reason, 0) + 1
             told.setdefault(error.reason, f"row {item}: {str(error).splitlines()[0]}")
@@ -70,14 +74,14 @@ def _spec_lines(spec: Spec) -> list[str]:
     ]
 
 
-def _image_size(image: Any) -> tuple[int, int]:
+def _image_size(image: Any) -> tuple[int, int] | None:
     """Reads the size of an image, which points in pixels need; a URL is not fetched for it."""
     payload = image if isinstance(image, bytes) else b""
     try:
         payload = read_path(image) if isinstance(image, Path) else payload
         return open_source(payload, limits=ImageLimits()).size
     except SampleError:  # the job counts it
-        return 1, 1
+        return None
 
 
 def _image_text(image: Any) -> str:
