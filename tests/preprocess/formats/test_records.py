@@ -4,7 +4,10 @@ import gzip
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -316,3 +319,46 @@ def test_a_packed_file_is_unpacked_once_until_it_changes(tmp_path, monkeypatch):
     assert len(unpacked) == 1
     path.write_bytes(gzip.compress(b'{"id": "other"}\n'))
     assert list(open_records(str(path))) == [{"id": "other"}]
+
+
+_ROW = '{"id": "%d", "conversations": [{"from": "human", "value": "What is %d plus 7, please?"}]}'
+
+
+def test_a_row_costs_sixteen_bytes_of_memory(tmp_path):
+    """Whatever it holds: its two offsets. Reading rows in any order adds nothing that stays."""
+    number = 30_000
+    (tmp_path / "a.jsonl").write_text("".join(_ROW % (i, i) + "\n" for i in range(number)))
+    tracemalloc.start()
+    try:
+        rows = open_records(str(tmp_path / "a.jsonl"))
+        for i in range(0, number, 7):
+            assert rows[i]["id"] == str(i)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 20 * number  # arrays grow by an eighth
+
+
+_MANY = """
+import re, sys
+from preprocess.datasets import dataset_class
+dataset = dataset_class(sys.argv[1])()
+for i in range(0, len(dataset), 1000):
+    assert dataset[i]["message_list"][0]["messages"][1] == str(i)
+# Not ru_maxrss: that of a child counts what its parent had before the exec.
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(len(dataset), int(peak) >> 10)
+"""
+
+
+@pytest.mark.slow
+def test_two_million_rows_take_less_than_a_gigabyte(tmp_path):
+    with (tmp_path / "a.jsonl").open("w") as stream:
+        for i in range(2_000_000):
+            answer = {"from": "gpt", "value": str(i)}
+            stream.write(f"{(_ROW % (i, i))[:-2]}, {json.dumps(answer)}]}}\n")
+    command = [sys.executable, "-c", _MANY, str(tmp_path / "a.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    number, peak_mib = map(int, done.stdout.split())
+    assert number == 2_000_000
+    assert peak_mib < 1024
