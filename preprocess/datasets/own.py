@@ -117,6 +117,8 @@ class OwnDataset(DatasetBase):
     folder: ClassVar[Path]
     """What relative names of the spec start from."""
     several_images: ClassVar[bool] = True
+    leaves_out: ClassVar[frozenset[str]] = frozenset({"document_no_text", "document_tokens"})
+    """What the budget of documents leaves out."""
     _owners: list[array[int]] | None = None
     """Of each part, the row of each example; it travels to other processes, the rows do not."""
 

@@ -57,7 +57,8 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
         pairs = [each for each in row["texts"] if isinstance(each, Mapping)]
         if pairs and "user" in pairs[0] and "assistant" in pairs[0]:
             return "messages", "texts of user and assistant"
-        if not pairs and len(row["texts"]) == len(row["images"]):
+        images = row["images"] if isinstance(row["images"], Sequence) else ()
+        if not pairs and len(row["texts"]) == len(images):
             return "interleaved", "texts and images of one length"
     if "text_list" in there and "image_info" in there:
         return "interleaved", "text_list and image_info"

@@ -56,7 +56,7 @@ def parse_document(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """Turns a document, or the piece of it that the row names, into an example.
 
     Raises:
-      SampleError: `document`, `image_placeholder`, `row_fields`.
+      SampleError: `document_no_text`, and as `document_parts`.
     """
     pieces = split_parts(
         document_parts(row, spec), max_images=spec.max_images, max_chars=spec.max_chars
@@ -64,7 +64,7 @@ def parse_document(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     number = row.get(PIECE, 0)
     piece = pieces[number]
     if not any(isinstance(part, str) and part.strip() for part in piece):
-        raise SampleError("document.no_text", piece=number + 1, pieces=len(pieces))
+        raise SampleError("document_no_text", piece=number + 1, pieces=len(pieces))
     text = "".join(part if isinstance(part, str) else MARK for part in piece)
     images = [part.value for part in piece if isinstance(part, Image)]
     budget = {"max_tokens": spec.max_tokens} if spec.max_tokens else {}
@@ -85,7 +85,8 @@ def document_parts(row: Mapping[str, Any], spec: Spec) -> list[Part]:
     """Lists the texts and images of a row in their order; no text is followed by another one.
 
     Raises:
-      SampleError: `document`, `image_placeholder`, `row_fields`.
+      SampleError: `document`, `row_image`, `row_fields`, `image_without_placeholder`,
+        `placeholder_without_image`.
     """
     texts, images = row.get(spec.column("texts")), row.get(spec.column("images"))
     sentences = row.get(spec.column("text_list"))

@@ -54,7 +54,7 @@ def check_bad_samples(job: Job, plan: Plan, receipts: list[Receipt]) -> None:
         bad.update(receipt.quarantined)
     share = job.settings.max_bad_samples
     allowed = allowed_failures(share, plan.num_rows, default=FAILED_ROWS_SHARE)
-    if sum(bad.values()) > allowed:
+    if sum(n for reason, n in bad.items() if reason not in job.kind.leaves_out) > allowed:
         raise BudgetError(
             "bad_samples",
             where=job.url("quarantine"),

@@ -68,7 +68,7 @@ ROWS = {
     ],
     "interleaved": [
         ({"document": ["A cup ", {"image": "a.png"}, "."]}, ""),
-        ({"document": [{"image": "a.png"}]}, "document"),
+        ({"document": [{"image": "a.png"}]}, "document_no_text"),
         ({"texts": ["a", None], "images": ["a.png", None]}, "document"),
         ({"texts": ["a"], "images": ["a.png", None]}, "document"),
         ({"text_list": ["a"], "image_info": [{"matched_text_index": 4}]}, "document"),

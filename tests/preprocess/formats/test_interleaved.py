@@ -55,7 +55,7 @@ def test_a_text_beyond_the_budget_is_cut_at_white_space():
         ({"texts": ["a"], "images": None}, "document.lengths"),
         ({"texts": ["a"], "images": ["b.png"]}, "document.both"),
         ({"texts": [None, 3], "images": ["b.png", None]}, "document.part"),
-        ({"texts": [None, " "], "images": ["b.png", None]}, "document.no_text"),
+        ({"texts": [None, " "], "images": ["b.png", None]}, "document_no_text"),
         ({"text_list": ["a"], "image_info": [{"matched_text_index": 1}]}, "document.index"),
         ({"text_list": ["a"], "image_info": [{"matched_text_index": None}]}, "document.index"),
         ({"text_list": ["a"], "image_info": [{"matched_text_index": 0}]}, "row_image"),
@@ -126,6 +126,19 @@ def test_a_long_document_becomes_several_samples(inline_cli, documents):
     assert "rows read            6" in done.out
     lost = (documents / "out" / "quarantine" / "spec-train-plan.jsonl").read_text()
     assert json.loads(lost)["row"] == 1  # of the file, whatever was divided before it
+
+
+def test_what_the_budget_leaves_out_does_not_end_the_job(inline_cli, documents):
+    """Images after all text, and samples of too many tokens: counted, and no failures."""
+    rows = [{"texts": ["A."] + [None] * 5, "images": [None, *["0.png"] * 5]}]
+    rows += [{"texts": [f"{'many words ' * 20 * i}."], "images": [None]} for i in range(3)]
+    (documents / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (documents / "spec.toml").open("a") as spec:
+        spec.write("max_tokens = 60\n")
+    job = ("shards", documents / "spec.toml", "--out", documents / "out", "--workers", 1)
+    inline_cli.good(*job, "--image-size", 28, "--max-lost-rows", 0, "--max-bad-samples", 0)
+    split = load_manifest(str(documents / "out")).splits["train"]
+    assert dict(split.quarantined) == {"document_no_text": 2, "document_tokens": 2}
 
 
 def test_examples_are_the_same_in_another_process(documents):
