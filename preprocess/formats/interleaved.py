@@ -180,7 +180,7 @@ def _aligned(texts: Sequence[Any], images: Any) -> list[Part]:
 def _matched(sentences: Sequence[Any], found: Any, spec: Spec) -> list[Part]:
     """Puts each image of MMC4 in front of the text that it matches."""
     before: list[list[Image]] = [[] for _ in sentences]
-    for image in found or ():
+    for image in found if isinstance(found, list | tuple) else ():
         at = image.get("matched_text_index") if isinstance(image, Mapping) else None
         if not isinstance(at, int) or not 0 <= at < len(sentences):
             raise SampleError("document.index", got=at, texts=len(sentences))
