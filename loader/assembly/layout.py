@@ -398,8 +398,8 @@ def lay_out_prompt(
 
 def count_placed(branches: Sequence[BranchTurns], ids: TokenIds) -> int:
     """Counts the images that the texts of conversations place themselves."""
-    prompts = [turn.prompt for branch in branches for turn in branch.turns]
-    return sum(int(np.count_nonzero(prompt == ids.placeholder)) for prompt in prompts)
+    texts = [text for branch in branches for turn in branch.turns for text in turn]
+    return sum(int(np.count_nonzero(text == ids.placeholder)) for text in texts)
 
 
 @dataclass(slots=True)

@@ -45,6 +45,8 @@ FIELDS = {
     },
     "multiple_choice": {"question": "Which?", "options": ["cat", "dog"], "answer_idx": 1},
     "instruction": {"question": "Write a line.", "answer": "A line."},
+    "interleaved": {"text": "A red ball."},
+    "boxes": {"label": "dog", "boxes": [[1, 2, 3, 4]], "point_scale": 10},
     "robot": {"instruction": "pick up the cup", "action": [0.5, -2.0, 1.0]},
 }
 
@@ -138,6 +140,13 @@ def test_no_token_of_an_answer_is_in_a_prompt_whatever_the_style(message_format)
     for style in STYLES:
         sample = prepared(message_of(style), message_of(style), message_format=message_format)
         check(marked(sample), ids)
+
+
+def test_a_document_has_no_prompt_and_no_image_of_its_text_is_in_one():
+    message = {"style": "interleaved", "text": "One <|image|> two <|image|>."}
+    (row,) = rows_of(prepared(message, num_images=2))
+    assert row["input_ids"].tolist() == [ids_of().bos]
+    assert len(row["images"]) == 0
 
 
 @pytest.mark.parametrize("shape", ["qwen2", "llama3"])
