@@ -155,5 +155,5 @@ def test_every_setting_is_told_by_its_own_name_alone(variable):
 
 def test_every_variable_is_in_one_of_the_lists():
     _, verbs = command_line()
-    told = {*OTHERS, *NOT_IN_IT, "DATASET", "NAME", "SOURCE", "MODE", "TOKENIZER"}
+    told = {*OTHERS, *NOT_IN_IT, "CONFIG", "DATASET", "NAME", "SOURCE", "MODE", "TOKENIZER"}
     assert set(make_variables(verbs["shards"])) == told
