@@ -18,12 +18,13 @@ from __future__ import annotations
 import hashlib
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 
 from shardspec.errors import ShardError
-from shardspec.index import encode_index, index_dtype, parse_rows, raw_index_dtype
+from shardspec.index import RowFile, encode_index, index_dtype, parse_rows, raw_index_dtype
 
 COLUMNS_SUFFIX = ".columns.npy"
 
@@ -120,17 +121,50 @@ def parse_columns(
       ShardError: `columns_sha256`, `columns_format`.
     """
     if sha256 is not None:
-        got = hashlib.sha256(payload).hexdigest()
-        if got != sha256:
-            raise ShardError("columns_sha256", where=where, got=got, want=sha256)
-    want = columns_dtype(types)
-    try:
+        _check_sha256(hashlib.sha256(payload).hexdigest(), sha256, where=where)
+    with _translate_format_errors(where):
         rows = parse_rows(payload)
-        if rows.dtype != want or rows.shape != (num_samples,):
-            raise ValueError(f"{rows.shape} of {rows.dtype}, want {num_samples} of {want}")
+        _check_rows(rows.dtype, rows.shape, types=types, num_samples=num_samples)
+    return rows
+
+
+def open_column_file(
+    path: str, *, where: str, types: Mapping[str, str], num_samples: int, sha256: str | None
+) -> RowFile:
+    """Opens a local column file to read single rows of it; otherwise as `parse_columns`.
+
+    Raises:
+      ShardError: Also `columns_cut`, and when rows are read.
+      OSError: The file cannot be opened.
+    """
+    rows = RowFile(path, cut="columns_cut")
+    if sha256 is not None:
+        _check_sha256(rows.sha256(), sha256, where=where)
+    with _translate_format_errors(where):
+        rows.parse()
+        _check_rows(rows.dtype, rows.shape, types=types, num_samples=num_samples)
+    return rows
+
+
+def _check_sha256(got: str, want: str, *, where: str) -> None:
+    if got != want:
+        raise ShardError("columns_sha256", where=where, got=got, want=want)
+
+
+def _check_rows(
+    dtype: np.dtype, shape: tuple[int, ...], *, types: Mapping[str, str], num_samples: int
+) -> None:
+    want = columns_dtype(types)
+    if dtype != want or shape != (num_samples,):
+        raise ValueError(f"{shape} of {dtype}, want {num_samples} of {want}")
+
+
+@contextmanager
+def _translate_format_errors(where: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise ShardError("columns_format", where=where, error=str(error)[:300]) from error
-    return rows
 
 
 def _stored(text: str) -> tuple[str, tuple[int, ...]] | str:

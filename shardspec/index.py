@@ -1,9 +1,11 @@
-"""The index of a shard, a side-car file: one fixed-width row per sample, memory-mapped by readers.
+"""The index of a shard, a side-car file: one fixed-width row per sample.
 
-The file is a plain .npy of a structured array, so `np.load(path, mmap_mode="r")` opens it in
-microseconds whatever its length. A row says where the sample's bytes are, how long each member is
-and how much of a batch the sample takes; with it the training path parses neither tar nor JSON.
-Readers look columns up by name: columns may be added, never renamed or given another meaning.
+The file is a plain .npy of a structured array, so a row is read by its number (`RowFile`), and
+`np.load(path)` shows it. A row says where the sample's bytes are, how long each member is and how
+much of a batch the sample takes; with it the training path parses neither tar nor JSON. Readers
+look columns up by name: columns may be added, never renamed or given another meaning.
+
+No file is memory-mapped: reading a map of a file that was truncated in place ends the process.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import math
-import mmap
 import os
 import threading
 import tokenize
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +55,12 @@ _MOST_HEADER_BYTES = 64 * 1024  # of a .npy; ours have about 600
 
 QUESTION_COLUMNS = ("num_branches", "num_turns")
 """Columns that indexes of earlier releases lack: readers count in the samples then."""
+
+_READ_BYTES = 2**20
+"""Most bytes of a file that are read at a time."""
+
+_NEAR_BYTES = 8 * 1024
+"""Rows that are not farther apart are read together: copying this much takes as long as a call."""
 
 RAW_COLUMNS = ("offset", "num_bytes", "crc32")
 """Columns that the index of a raw dataset shares with `INDEX_DTYPE`; its keys may be longer."""
@@ -242,10 +252,13 @@ def sample_places(rows: np.ndarray) -> np.ndarray:
     Args:
       rows: Of an index; for a raw dataset, only the columns that it has are kept.
     """
-    # A plain array: rows of a memmap are memmaps again, at 2 µs each.
-    columns = [name for name in SamplePlace._fields if name in (rows.dtype.names or ())]
-    places: np.ndarray = np.asarray(rows)[columns]
+    places: np.ndarray = rows[place_columns(rows.dtype)]
     return places
+
+
+def place_columns(dtype: np.dtype) -> list[str]:
+    """Lists the columns of `SamplePlace` that an index has."""
+    return [name for name in SamplePlace._fields if name in (dtype.names or ())]
 
 
 def sample_layout(row: np.void) -> SampleLayout:
@@ -265,7 +278,7 @@ def encode_index(rows: np.ndarray) -> bytes:
 def open_index(
     path: str, *, num_samples: int, shard_bytes: int, raw: bool = False, sha256: str = ""
 ) -> np.ndarray:
-    """Memory-maps an index and checks that it fits its shard.
+    """Reads an index into memory and checks that it fits its shard.
 
     Args:
       path: Local path of the .npy file.
@@ -280,15 +293,8 @@ def open_index(
     Raises:
       ShardError: `index_missing`, `index_sha256`, `index_format`, `index_count`, `index_range`.
     """
-    try:
-        with open(path, "rb") as stream:
-            payload = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise ShardError("index_missing.stored", where=path) from error
-    except (ValueError, OSError) as error:  # an empty file cannot be mapped
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise  # limits of the system: the index may be sound
-        raise _broken(path, "index_format", {"error": error}) from error
+    with _translate_open_errors(path), open(path, "rb") as stream:
+        payload = stream.read()
     return parse_index(
         memoryview(payload),
         where=path,
@@ -297,6 +303,41 @@ def open_index(
         raw=raw,
         sha256=sha256,
     )
+
+
+def open_index_file(
+    path: str,
+    *,
+    num_samples: int,
+    shard_bytes: int,
+    raw: bool = False,
+    sha256: str = "",
+) -> RowFile:
+    """Opens an index to read single rows of it; arguments and errors as `open_index`."""
+    with _translate_open_errors(path):
+        rows = RowFile(path, cut="index_cut")
+    if sha256 and (got := rows.sha256()) != sha256:
+        raise _broken(path, "index_sha256.stored", {"got": got, "want": sha256})
+    try:
+        rows.parse()
+    except ValueError as error:
+        raise _broken(path, "index_format", {"error": error}) from error
+    _check_rows(rows.dtype, rows.shape, where=path, num_samples=num_samples, raw=raw)
+    if num_samples:
+        _check_end(rows.row(num_samples - 1), where=path, shard_bytes=shard_bytes)
+    return rows
+
+
+@contextmanager
+def _translate_open_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ShardError("index_missing.stored", where=path) from error
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # limits of the system: the index may be sound
+        raise _broken(path, "index_format", {"error": error}) from error
 
 
 def parse_index(
@@ -321,23 +362,33 @@ def parse_index(
         rows = parse_rows(payload)
     except ValueError as error:
         raise _broken(where, "index_format", {"error": error}) from error
-    known = set(rows.dtype.names or ())
+    _check_rows(rows.dtype, rows.shape, where=where, num_samples=num_samples, raw=raw)
+    if len(rows):
+        _check_end(rows[-1], where=where, shard_bytes=shard_bytes)
+    return rows
+
+
+def _check_rows(
+    dtype: np.dtype, shape: tuple[int, ...], *, where: str, num_samples: int, raw: bool
+) -> None:
+    known = set(dtype.names or ())
     wrong = [
         name
         for name in (RAW_COLUMNS if raw else INDEX_DTYPE.names or ())
-        if name not in known or rows.dtype[name] != INDEX_DTYPE[name]
+        if name not in known or dtype[name] != INDEX_DTYPE[name]
     ]
-    if raw and ("key" not in known or rows.dtype["key"].kind != "S"):
+    if raw and ("key" not in known or dtype["key"].kind != "S"):
         wrong.append("key")
-    if rows.ndim != 1 or wrong:
-        raise _broken(where, "index_format", {"ndim": rows.ndim, "wrong_columns": wrong})
-    if len(rows) != num_samples:
-        raise _broken(where, "index_count", {"got_rows": len(rows), "want_rows": num_samples})
-    if len(rows):
-        end = int(rows[-1]["offset"]) + int(rows[-1]["num_bytes"])
-        if end > shard_bytes:
-            raise _broken(where, "index_range", {"last_byte": end, "shard_bytes": shard_bytes})
-    return rows
+    if len(shape) != 1 or wrong:
+        raise _broken(where, "index_format", {"ndim": len(shape), "wrong_columns": wrong})
+    if shape[0] != num_samples:
+        raise _broken(where, "index_count", {"got_rows": shape[0], "want_rows": num_samples})
+
+
+def _check_end(last: np.void, *, where: str, shard_bytes: int) -> None:
+    end = int(last["offset"]) + int(last["num_bytes"])
+    if end > shard_bytes:
+        raise _broken(where, "index_range", {"last_byte": end, "shard_bytes": shard_bytes})
 
 
 def parse_rows(payload: memoryview) -> np.ndarray:
@@ -346,7 +397,27 @@ def parse_rows(payload: memoryview) -> np.ndarray:
     Raises:
       ValueError: The header cannot be read, or the array does not end where the file does.
     """
-    stream = io.BytesIO(payload[:_MOST_HEADER_BYTES])
+    start, shape, dtype = parse_header(payload[:_MOST_HEADER_BYTES], num_bytes=len(payload))
+    if len(payload) == start:  # NumPy makes no array of an empty buffer
+        return np.zeros(shape, dtype)
+    rows: np.ndarray = np.frombuffer(payload[start:], dtype).reshape(shape)
+    return rows
+
+
+def parse_header(head: memoryview, *, num_bytes: int) -> tuple[int, tuple[int, ...], np.dtype]:
+    """Reads the header of a .npy file.
+
+    Args:
+      head: The first bytes of the file, with the header.
+      num_bytes: Length of the file.
+
+    Returns:
+      (where the rows start, their shape, their type).
+
+    Raises:
+      ValueError: As `parse_rows`.
+    """
+    stream = io.BytesIO(head)
     try:
         version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
         with _one_header.lock:
@@ -356,11 +427,8 @@ def parse_rows(payload: memoryview) -> np.ndarray:
                 shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
         start = stream.tell()
         # A damaged header length would shift every row, so the rows must end where the file does.
-        if dtype.hasobject or len(payload) != start + dtype.itemsize * math.prod(shape):
-            raise ValueError(f"{len(payload)} bytes do not hold {shape} of {dtype}")
-        if len(payload) == start:  # NumPy makes no array of an empty buffer
-            return np.zeros(shape, dtype)
-        rows: np.ndarray = np.frombuffer(payload[start:], dtype).reshape(shape)
+        if dtype.hasobject or num_bytes != start + dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{num_bytes} bytes do not hold {shape} of {dtype}")
         # NumPy's header parser raises any of these, depending on which byte is wrong. It warns of a
         # header of Python 2, which is an error where the user wants warnings to be errors.
     except (
@@ -372,7 +440,120 @@ def parse_rows(payload: memoryview) -> np.ndarray:
         tokenize.TokenError,
     ) as error:
         raise ValueError(str(error)) from error
-    return rows
+    return start, shape, dtype
+
+
+class RowFile:
+    """The rows of a local .npy file, copied out of it when they are needed.
+
+    Takes a descriptor and no memory, however long the file is. A file that became shorter since it
+    was opened is an error of what is read then. Safe to use from threads.
+    """
+
+    def __init__(self, path: str, *, cut: str) -> None:
+        """Opens the file and reads nothing of it yet; `parse` comes first.
+
+        Args:
+          path: Local path.
+          cut: Reason of the error where bytes are missing.
+
+        Raises:
+          OSError: The file cannot be opened.
+        """
+        self.path, self._cut = path, cut
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.num_bytes = os.fstat(self._descriptor).st_size
+        self.shape: tuple[int, ...] = (0,)
+        self.dtype = np.dtype([])
+        self._start = 0
+
+    def stat(self) -> os.stat_result:
+        """Returns what the system knows of the open file."""
+        return os.fstat(self._descriptor)
+
+    def sha256(self) -> str:
+        """Hashes the whole file."""
+        digest = hashlib.sha256()
+        for start in range(0, self.num_bytes, _READ_BYTES):
+            digest.update(self._read(start, min(start + _READ_BYTES, self.num_bytes)))
+        return digest.hexdigest()
+
+    def parse(self) -> None:
+        """Reads the header.
+
+        Raises:
+          ValueError: As `parse_rows`.
+        """
+        head = self._read(0, min(_MOST_HEADER_BYTES, self.num_bytes))
+        self._start, self.shape, self.dtype = parse_header(
+            memoryview(head), num_bytes=self.num_bytes
+        )
+        self._places = self.dtype[place_columns(self.dtype)] if self.dtype.names else self.dtype
+
+    def row(self, number: int) -> np.void:
+        """Reads one row, 0 to len - 1."""
+        found: np.void = np.frombuffer(self._rows(number, number + 1), self.dtype)[0]
+        return found
+
+    def place(self, number: int) -> tuple[Any, ...]:
+        """Reads the values of `SamplePlace` of one row."""
+        found: tuple[Any, ...] = np.frombuffer(self._rows(number, number + 1), self._places)[
+            0
+        ].item()
+        return found
+
+    def values(self, names: Sequence[str], numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads columns of many rows.
+
+        Args:
+          names: Of columns that there are.
+          numbers: int64 [n], in any order.
+
+        Returns:
+          [n, ...] of the type of each.
+        """
+        values = {
+            name: np.zeros((len(numbers), *self.dtype[name].shape), self.dtype[name].base)
+            for name in names
+        }
+        if not len(numbers):
+            return values
+        by_number = np.argsort(numbers, kind="stable")
+        ordered = numbers[by_number]
+        # Rows that are near each other are read together, up to a bound: a dense selection is read
+        # in large parts, single rows as such.
+        near = max(1, _NEAR_BYTES // max(1, self.dtype.itemsize))
+        most = max(1, _READ_BYTES // max(1, self.dtype.itemsize))
+        starts = [0, *(np.flatnonzero(np.diff(ordered) > near) + 1).tolist(), len(ordered)]
+        for begin, stop in itertools.pairwise(starts):
+            while begin < stop:
+                first = int(ordered[begin])
+                end = min(stop, int(np.searchsorted(ordered, first + most)))
+                payload = self._rows(first, int(ordered[end - 1]) + 1)
+                rows = np.frombuffer(payload, self.dtype)
+                for name in names:
+                    values[name][by_number[begin:end]] = rows[name][ordered[begin:end] - first]
+                begin = end
+        return values
+
+    def _rows(self, first: int, stop: int) -> bytes:
+        size = self.dtype.itemsize
+        return self._read(self._start + first * size, self._start + stop * size)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        payload = b""
+        try:
+            while len(payload) < stop - start:
+                got = len(payload)
+                # One call, but for signals.
+                part = os.pread(self._descriptor, stop - start - got, start + got)
+                if not part:
+                    raise ShardError(self._cut, where=self.path, missing_byte=start + got)
+                payload = payload + part if payload else part
+        except OSError as error:  # of the disk
+            raise ShardError(self._cut, where=self.path, error=error) from error
+        return payload
 
 
 def _broken(path: str, reason: str, facts: dict[str, object]) -> ShardError:

@@ -1,16 +1,15 @@
 """ColumnFiles: the values of added columns, by the numbers of samples.
 
 The file of a shard is opened when a value of it is first needed. Its sha256 is compared the first
-time, in each process. Those of an object store are fetched whole, as indexes are, and stay in the
-node's cache.
+time, in each process. Of a large local file the rows are read that are needed: it is not mapped, as
+reading a map of a file that was truncated ends the process. Those of an object store are fetched
+whole, as indexes are, and stay in the node's cache.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import mmap
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from loader.reading.blocks import Block
+from loader.reading.open_shards import IndexRows, LoadedRows
 from loader.reading.prefetch import Prefetcher
 from shardspec import storage
-from shardspec.columns import columns_dtype, parse_columns
+from shardspec.columns import columns_dtype, open_column_file, parse_columns
 from shardspec.errors import ShardError
 from shardspec.manifest import AddedColumns, ShardEntry
 
@@ -28,7 +28,7 @@ _MOST_OPEN = 128
 """Files kept open. Opening one again takes 0.1 ms."""
 
 _MOST_READ_BYTES = 2**20
-"""Local files up to this are read into memory, as a map would hold a descriptor of the process."""
+"""Local files up to this are read into memory; a longer one holds a descriptor of the process."""
 
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -105,40 +105,43 @@ class ColumnFiles:
                 self.prefetcher.fetch_soon([b for b in soon if not storage.is_local(b.url)])
             own = np.flatnonzero(shard_of == number)
             rows, at = self._open(number), sample_ids[own] - self._starts[number]
-            for name in names:
-                values[name][own] = rows[name][at]
+            for name, column in rows.values(names, at).items():
+                values[name][own] = column
         return values
 
-    def _opened(self, number: int) -> np.ndarray:
-        block = self._blocks[number]
-        known = number in self._checked
+    def _opened(self, number: int) -> IndexRows:
         try:
             try:
-                payload = self._read(block)
+                rows = self._open_rows(number)
             except OSError as error:
                 if error.errno not in _NO_DESCRIPTORS:
                     raise
-                # Other parts of the process have taken them: maps that nobody views are closed.
+                # Other parts of the process have taken them: files that nobody reads are closed.
                 self._open.cache_clear()
-                payload = self._read(block)
+                rows = self._open_rows(number)
         except FileNotFoundError as error:
-            raise ShardError("columns_missing", where=block.url) from error
-        rows = parse_columns(
-            payload,
-            where=block.url,
-            types=self._types,
-            num_samples=self._counts[number],
-            sha256=None if known else block.sha256,
-        )
+            raise ShardError("columns_missing", where=self._blocks[number].url) from error
         self._checked.add(number)
         return rows
 
-    def _read(self, block: Block) -> memoryview:
-        if storage.is_local(block.url):
-            with storage.local_path(block.url).open("rb") as stream:
-                if os.fstat(stream.fileno()).st_size <= _MOST_READ_BYTES:
-                    return memoryview(stream.read())
-                return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    def _open_rows(self, number: int) -> IndexRows:
+        block, payload = self._blocks[number], memoryview(b"")
+        fixed: dict[str, Any] = {
+            "where": block.url,
+            "types": self._types,
+            "num_samples": self._counts[number],
+            "sha256": None if number in self._checked else block.sha256,
+        }
+        if not storage.is_local(block.url):
+            payload = self._fetched(block)
+        else:
+            path = storage.local_path(block.url)
+            if path.stat().st_size > _MOST_READ_BYTES:
+                return open_column_file(str(path), **fixed)
+            payload = memoryview(path.read_bytes())
+        return LoadedRows(parse_columns(payload, **fixed))
+
+    def _fetched(self, block: Block) -> memoryview:
         assert self.prefetcher is not None
         payload = self.prefetcher.read(block, (block.start, block.stop))
         if hashlib.sha256(payload).hexdigest() != block.sha256:

@@ -1,9 +1,9 @@
 """LocalShards: the shards of a dataset on a local disk.
 
-Shards are opened, and their indexes memory-mapped, when first touched, after their lengths have
-been compared with the manifest's; a shard that is missing, short or too long is refused before a
-byte of it is used. Samples are copied out of the tar: a map of a tar that somebody cuts would end
-the process.
+Shards and their indexes are opened when first touched, after their lengths have been compared with
+the manifest's; a shard that is missing, short or too long is refused before a byte of it is used.
+Samples and rows of the index are copied out of their files when they are needed: a map of a file
+that somebody cuts would end the process.
 
 An index is hashed when it is first opened, which takes 1 ms for 10,000 samples: it says where each
 sample is and which checksum it has, so what it says is trusted as far as the manifest is. The tar
@@ -15,20 +15,18 @@ from __future__ import annotations
 import os
 import resource
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
+from typing import Any, Literal
 
 from loader.reading.cache import OpenFile
+from loader.reading.open_shards import IndexRows, LoadedRows
 from shardspec import storage
 from shardspec.checksum import crc32
 from shardspec.errors import ShardError
-from shardspec.index import open_index, parse_index, sample_places
+from shardspec.index import RowFile, open_index_file, parse_index
 from shardspec.manifest import FileEntry
 
 _MOST_OPEN = 16_000
-"""Most local shards that are open at a time: a map each, of the 65,530 that Linux allows a process
-(`vm.max_map_count`)."""
+"""Most local shards that are open at a time, where a process may have any number of descriptors."""
 
 Check = Literal["size", "crc"]
 """How much of a tar is verified: its length, or each sample's checksum as well."""
@@ -47,43 +45,43 @@ class LocalShards:
         """Returns how many shards are kept open for this many readers, with two descriptors each.
 
         256 for each reader, but together no more than half of the descriptors that the system
-        grants the process (`ulimit -n`, commonly 1024), and half of the maps. Opening a shard again
-        takes 0.2 ms.
+        grants the process (`ulimit -n`, commonly 1024). Opening a shard again takes 0.2 ms.
         """
         granted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = min(256 * num_readers, _MOST_OPEN)
         return most if granted < 0 else max(1, min(most, granted // 4))
 
     def open(self, file: FileEntry) -> LocalShard:
-        """Opens a shard and maps its index.
+        """Opens a shard and its index.
 
         Raises:
           ShardError: `shard_missing`, `shard_size`, or as `open_index`.
         """
         _check_size(file.url, file.num_bytes)
         _check_size(file.index_url, file.index_bytes)
+        rows: IndexRows
         if storage.is_local(file.index_url):
             rows = self._open_index(file)
         else:  # tars that were imported into a store's dataset
-            payload = memoryview(storage.read_bytes(file.index_url))
-            rows = parse_index(
-                payload,
-                where=file.index_url,
-                raw=self._raw,
-                sha256=file.index_sha256,
-                num_samples=file.nsamples,
-                shard_bytes=file.num_bytes,
+            rows = LoadedRows(
+                parse_index(
+                    memoryview(storage.read_bytes(file.index_url)),
+                    where=file.index_url,
+                    raw=self._raw,
+                    sha256=file.index_sha256,
+                    num_samples=file.nsamples,
+                    shard_bytes=file.num_bytes,
+                )
             )
         descriptor = os.open(storage.local_path(file.url), os.O_RDONLY | os.O_CLOEXEC)
         return LocalShard(
             tar=OpenFile(descriptor, file.num_bytes),
             rows=rows,
-            places=sample_places(rows),
             url=file.url,
             check=self._check,
         )
 
-    def _open_index(self, file: FileEntry) -> np.ndarray:
+    def _open_index(self, file: FileEntry) -> RowFile:
         path = storage.local_path(file.index_url)
         try:
             stat = path.stat()
@@ -92,7 +90,7 @@ class LocalShards:
         # Taken before the file is read: one that is replaced meanwhile has another stamp later.
         stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         is_hashed = self._hashed.get(file.index_url) == stamp
-        rows = open_index(
+        rows = open_index_file(
             str(path),
             num_samples=file.nsamples,
             shard_bytes=file.num_bytes,
@@ -108,20 +106,17 @@ class LocalShard:
     """One shard, open."""
 
     tar: OpenFile
-    rows: np.ndarray
-    """INDEX_DTYPE [n], or `raw_index_dtype`."""
-    places: np.ndarray
-    """See `sample_places`."""
+    rows: IndexRows
     url: str
     check: Check
 
-    def sample(self, row: int, *, where: str) -> memoryview:
+    def sample(self, number: int, place: tuple[Any, ...], *, where: str) -> memoryview:  # noqa: ARG002 - as for remote shards
         """Gives the members of one sample.
 
         Raises:
           ShardError: `sample_cut`; `sample_crc`, where checksums are compared.
         """
-        offset, num_bytes, crc32, *_ = self.places[row].item()
+        offset, num_bytes, crc32, *_ = place  # all that a local file needs
         members = self.tar.read(offset, offset + num_bytes)
         if members is None:
             raise ShardError("sample_cut", where=where)

@@ -6,15 +6,57 @@ import errno
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from shardspec.index import sample_places
 from shardspec.manifest import FileEntry
 
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""The system grants no further descriptor or map."""
+"""The system grants no further descriptor or memory."""
+
+
+class IndexRows(Protocol):
+    """The rows of an index: in memory (`LoadedRows`), or read when needed (`RowFile`)."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """INDEX_DTYPE, or `raw_index_dtype`."""
+
+    def row(self, number: int) -> np.void:
+        """Gives one row."""
+
+    def place(self, number: int) -> tuple[Any, ...]:
+        """Gives the values of `SamplePlace` of one row, those that its dataset has."""
+
+    def values(self, names: Sequence[str], numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Gives columns of many rows; numbers int64 [n], in any order."""
+
+
+class LoadedRows:
+    """Rows that are in memory: of an index that was fetched."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table
+        self.dtype = table.dtype
+        self._places = sample_places(table)
+
+    def row(self, number: int) -> np.void:
+        """Gives one row."""
+        found: np.void = self.table[number]
+        return found
+
+    def place(self, number: int) -> tuple[Any, ...]:
+        """Gives the values of `SamplePlace` of one row."""
+        found: tuple[Any, ...] = self._places[number].item()
+        return found
+
+    def values(self, names: Sequence[str], numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Gives columns of many rows."""
+        return {name: self.table[name][numbers] for name in names}
 
 
 class Shard(Protocol):
@@ -23,16 +65,15 @@ class Shard(Protocol):
     @property
     def url(self) -> str: ...
     @property
-    def rows(self) -> np.ndarray:
-        """INDEX_DTYPE [n], or `raw_index_dtype`."""
+    def rows(self) -> IndexRows: ...
+    def sample(self, number: int, place: tuple[Any, ...], *, where: str) -> memoryview:
+        """Gives the members of one sample.
 
-    @property
-    def places(self) -> np.ndarray:
-        """The columns of `SamplePlace` [n], a plain array: rows of a memmap are memmaps again, at
-        2 µs each."""
-
-    def sample(self, row: int, *, where: str) -> memoryview:
-        """Gives the members of one sample."""
+        Args:
+          number: Its row.
+          place: `IndexRows.place` of the row.
+          where: For errors.
+        """
 
 
 class ShardSource(Protocol):
@@ -93,7 +134,7 @@ class OpenShards(dict[str, Shard]):
             raise
         with self.lock:
             if len(self) >= source.max_open(self.num_readers):
-                # The oldest; samples that still view its bytes keep the map alive.
+                # The oldest; readers that still use it keep its descriptors open.
                 del self[next(iter(self))]
             self[file.url] = shard
             del self._opening[key]

@@ -147,10 +147,10 @@ class ShardReader:
           StorageError: A request to the store failed; see `Prefetcher.read`.
         """
         shard, i = self._locate(sample_id)
-        place = shard.places[i].item()
+        place = shard.rows.place(i)
         key = _key(place[-1], shard.url)
         where = f"{shard.url} sample {key}"
-        members = shard.sample(i, where=where)
+        members = shard.sample(i, place, where=where)
         return read_sample(members, place, key, codec=self.codec, where=where)
 
     def is_shard_damaged(self, sample_id: int) -> bool:
@@ -190,15 +190,16 @@ class ShardReader:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`, or as `open_index`.
         """
         shard, number = self._locate(sample_id)
-        key = _key(shard.rows[number]["key"], shard.url)
+        place = shard.rows.place(number)
+        key = _key(place[-1], shard.url)
         where = f"{shard.url} sample {key}"
-        return key, shard.sample(number, where=where), where
+        return key, shard.sample(number, place, where=where), where
 
     def record(self, sample_id: int) -> dict[str, Any]:
         """Reads a sample's metadata and text, for people and for tools."""
         shard, i = self._locate(sample_id)
-        row = shard.rows[i]
-        members = shard.sample(i, where=shard.url)
+        row = shard.rows.row(i)
+        members = shard.sample(i, shard.rows.place(i), where=shard.url)
         start = sample_layout(row).json
         payload = members[start : start + int(row["json_bytes"])]
         try:
@@ -215,9 +216,10 @@ class ShardReader:
         url = self._names[number]
         try:
             opened, row = self._locate(sample_id)
+            key: bytes = opened.rows.place(row)[-1]
         except ShardError:
             return url, ""
-        return url, opened.rows[row]["key"].decode(errors="backslashreplace")
+        return url, key.decode(errors="backslashreplace")
 
     @property
     def ahead_steps(self) -> int:
@@ -300,13 +302,13 @@ class ShardReader:
             for name in names:
                 if name not in (shard.rows.dtype.names or ()):
                     raise ShardError("index_column", where=shard.url, name=name)
-                column = shard.rows[name]
+            for name, column in shard.rows.values(names, rows).items():
                 if name not in values:
                     values[name] = np.zeros((len(ordered), *column.shape[1:]), column.dtype)
                 elif column.dtype.itemsize > values[name].dtype.itemsize:
                     # Keys of foreign tars differ in length.
                     values[name] = values[name].astype(column.dtype)
-                values[name][by_id[begin:end]] = column[rows]
+                values[name][by_id[begin:end]] = column
         return values or {name: np.zeros(0, np.int64) for name in names}
 
     def index_dtype(self, sample_id: int) -> np.dtype:

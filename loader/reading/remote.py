@@ -15,15 +15,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from loader.reading.blocks import Block, Span, block_rows
+from loader.reading.open_shards import LoadedRows
 from loader.reading.prefetch import Prefetcher
 from shardspec import storage
 from shardspec.checksum import crc32
 from shardspec.errors import ShardError
-from shardspec.index import open_index, parse_index, sample_places
+from shardspec.index import open_index, parse_index
 from shardspec.manifest import FileEntry
 
 _FRESH_READS = 3
@@ -61,8 +63,7 @@ class RemoteShards:
         return RemoteShard(
             url=file.url,
             file=file,
-            rows=rows,
-            places=sample_places(rows),
+            rows=LoadedRows(rows),
             offsets=np.ascontiguousarray(rows["offset"]),
             prefetcher=self.prefetcher,
         )
@@ -114,23 +115,20 @@ class RemoteShard:
 
     url: str
     file: FileEntry
-    rows: np.ndarray
-    """INDEX_DTYPE [n], or `raw_index_dtype`."""
-    places: np.ndarray
-    """See `sample_places`."""
+    rows: LoadedRows
     offsets: np.ndarray
     """uint64 [n], where the samples begin."""
     prefetcher: Prefetcher
 
-    def sample(self, row: int, *, where: str) -> memoryview:
+    def sample(self, number: int, place: tuple[Any, ...], *, where: str) -> memoryview:
         """Reads the members of one sample, and compares their checksum.
 
         Raises:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`.
           StorageError: As `Prefetcher.read`.
         """
-        block, span = self.place(row)
-        want = int(self.rows[row]["crc32"])
+        block, span = self.place(number)
+        _, _, want, *_ = place
         members = _read(self.prefetcher.read, block, span)
         got = crc32(members)
         if got == want:
@@ -150,7 +148,8 @@ class RemoteShard:
     def place(self, row: int) -> tuple[Block, Span]:
         """Finds the block of a sample, and the sample's bytes in the shard."""
         first, stop = block_rows(self.offsets, row, block_bytes=self.prefetcher.network.block_bytes)
-        last = self.rows[stop - 1]
+        table = self.rows.table
+        last = table[stop - 1]
         block = Block(
             url=self.url,
             start=int(self.offsets[first]),
@@ -159,7 +158,7 @@ class RemoteShard:
             sha256=self.file.content_sha256,
         )
         start = int(self.offsets[row])
-        return block, (start, start + int(self.rows[row]["num_bytes"]))
+        return block, (start, start + int(table[row]["num_bytes"]))
 
 
 def _read(read: Callable[[Block, Span], memoryview], block: Block, span: Span) -> memoryview:

@@ -251,7 +251,7 @@ def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piec
     if path.suffix.lower() == ".parquet":
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path)  # not mapped: a file cut meanwhile would end the process
         return file.schema_arrow.names, [
             (
                 file.metadata.row_group(g).num_rows,

@@ -520,7 +520,7 @@ class _Groups(Sequence[Row]):
     def _file(self) -> Any:
         import pyarrow.parquet
 
-        return pyarrow.parquet.ParquetFile(self._path, memory_map=True)
+        return pyarrow.parquet.ParquetFile(self._path)
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,19 +87,18 @@ def _verify_file(url: str, file: FileEntry, manifest: Manifest, *, codec: str | 
     counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
     with TemporaryDirectory() as folder:
         tar_path, index_path = _hashed(url, file, Path(folder))
-        rows = np.array(open_index(str(index_path), raw=raw, **counts))
-        with tar_path.open("rb") as stream:
-            tar = _view(stream, file.num_bytes)
+        rows = open_index(str(index_path), raw=raw, **counts)
+        with storage.translate_errors(tar_url), tar_path.open("rb") as stream:
             if not raw:  # foreign headers have forms that ours never do
                 members = walk_tar(stream, where=tar_url)
                 for row in rows:
-                    tokens = _verify_sample(tar, row, members, codec=codec, where=tar_url)
+                    tokens = _verify_sample(stream, row, members, codec=codec, where=tar_url)
                     _verify_tokens(tokens, row, embedding_size=embedding_size, where=tar_url)
                 extra = next(members, None)
                 if extra is not None:
                     raise _wrong(tar_url, "member_extra", {"member": extra.name})
             for row in rows:
-                _verify_crc(tar, row, where=tar_url)
+                _verify_crc(stream, row, where=tar_url)
 
 
 def check_hashes(url: str, file: FileEntry) -> None:
@@ -121,16 +120,15 @@ def _hashed(url: str, file: FileEntry, folder: Path) -> tuple[Path, Path]:
     return tar_path, index_path
 
 
-def _verify_crc(tar: memoryview, row: np.void, *, where: str) -> None:
-    start, length = int(row["offset"]), int(row["num_bytes"])
-    got = crc32(tar[start : start + length])
+def _verify_crc(tar: IO[bytes], row: np.void, *, where: str) -> None:
+    got = crc32(_read(tar, int(row["offset"]), int(row["num_bytes"]), where=where))
     if got != int(row["crc32"]):
         facts: dict[str, object] = {"got": got, "want": int(row["crc32"])}
         raise _wrong(f"{where} sample {row['key'].decode()}", "sample_crc", facts)
 
 
 def _verify_sample(
-    view: memoryview, row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
+    tar: IO[bytes], row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
 ) -> np.ndarray:
     """Compares a sample with its row; returns its tokens."""
     key, start = row["key"].decode(), int(row["offset"])
@@ -141,7 +139,7 @@ def _verify_sample(
     got = [member.offset for member in found]
     if got != want:
         raise _wrong(where, "member_layout", {"got_offsets": got, "want_offsets": want})
-    payloads = [view[m.offset : m.offset + m.num_bytes] for m in found]
+    payloads = [_read(tar, m.offset, m.num_bytes, where=where) for m in found]
     spans = decode_array(payloads[1], dtype="<i4", columns=SPAN_COLUMNS, where=where)
     tokens = decode_array(payloads[2], dtype="<i4", where=where)
     ranges = spans[spans[:, 0] == SpanKind.TEXT, 3:7]
@@ -163,7 +161,7 @@ def _verify_sample(
         raise _wrong(where, "member_layout", {"members": misnamed})
     if codec is not None:
         for m in pictures:
-            payload = view[m.offset : m.offset + m.num_bytes]
+            payload = _read(tar, m.offset, m.num_bytes, where=where)
             decode_stored(payload, codec=codec, where=where)  # type: ignore[arg-type]
     return tokens
 
@@ -175,11 +173,19 @@ def _verify_tokens(tokens: np.ndarray, row: np.void, *, embedding_size: int, whe
         raise _wrong(f"{where} sample {row['key'].decode()}", "token_range", facts)
 
 
-def _view(stream: IO[bytes], num_bytes: int) -> memoryview:
-    """Maps a file; it is unmapped when the last view of it is gone."""
-    if not num_bytes:
-        return memoryview(b"")  # nothing can be mapped of an empty file
-    return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+def _read(tar: IO[bytes], start: int, num_bytes: int, *, where: str) -> memoryview:
+    """Copies a part of a file: reading a map of one that was truncated would end the process.
+
+    The position of the file, which `walk_tar` uses, stays where it is.
+    """
+    payload = b""
+    while len(payload) < num_bytes:  # once, but for signals and parts beyond 2 GiB
+        left = num_bytes - len(payload)
+        part = os.pread(tar.fileno(), left, start + len(payload))
+        if not part:
+            raise _wrong(where, "shard_size", {"got_bytes": start + len(payload)})
+        payload = payload + part if payload else part
+    return memoryview(payload)
 
 
 def _at_hand(url: str, copy: Path) -> Path:

@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -55,7 +53,7 @@ from shardspec.expression import (
     scalar_names,
     select,
 )
-from shardspec.index import QUESTION_COLUMNS, open_index, raw_index_dtype
+from shardspec.index import QUESTION_COLUMNS, parse_index, raw_index_dtype
 from shardspec.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -507,7 +505,7 @@ def _look_at(file: FileEntry) -> tuple[ObjectVersion, bytes]:
     """Compares a file and its index with what the manifest says.
 
     Returns:
-      The file's version, and its index; b"" where that is local, and can be opened in place.
+      The file's version, and its index.
     """
     found = object_version(file.url)
     if found is None or found.num_bytes != file.num_bytes:
@@ -524,17 +522,17 @@ def _look_at(file: FileEntry) -> tuple[ObjectVersion, bytes]:
     if len(payload) != file.index_bytes or got != file.index_sha256:
         facts = {"got": got, "want": file.index_sha256}
         raise _not_as_promised(file.index_url, "index_sha256", facts)
-    return found, b"" if storage.is_local(file.index_url) else payload
+    return found, payload
 
 
 def _open_table(file: FileEntry, payload: bytes, *, raw: bool) -> np.ndarray:
-    counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
-    if storage.is_local(file.index_url):
-        return open_index(str(storage.local_path(file.index_url)), raw=raw, **counts)
-    with TemporaryDirectory() as folder:
-        copied = Path(folder) / "index.npy"
-        copied.write_bytes(payload)
-        return np.array(open_index(str(copied), raw=raw, **counts))
+    return parse_index(
+        memoryview(payload),
+        where=file.index_url,
+        num_samples=file.nsamples,
+        shard_bytes=file.num_bytes,
+        raw=raw,
+    )
 
 
 def _not_as_promised(where: str, reason: str, facts: Mapping[str, object]) -> ShardError:

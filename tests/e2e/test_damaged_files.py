@@ -17,6 +17,7 @@ import pytest
 
 from loader import IterableDatasetMixture, StreamingDataset, make_dataloader
 from loader.reading.cache import MARKER, BlockCache
+from loader.reading.open_shards import LoadedRows
 from preprocess.fetch.blobs import FetchResult, read_ledger
 from preprocess.job import lease
 from preprocess.job.build import read_rows
@@ -426,11 +427,9 @@ def test_a_key_that_is_not_text_is_a_named_error(
     url = write_dataset(tmp_path / "set", [tiny_sample(i) for i in range(4)])
     stream = StreamingDataset(url, seed=3, rank=0, world_size=1, on_bad=on_bad)
     shard, _ = stream.reader._locate(0)
-    places = np.array(shard.places)
-    rows = np.array(shard.rows)
-    for table in (places, rows):
-        table[table.dtype.names[-1] if "key" not in table.dtype.names else "key"] = damage
-    broken = dataclasses.replace(shard, places=places, rows=rows)
+    rows = np.array([shard.rows.row(i) for i in range(4)])
+    rows["key"] = damage
+    broken = dataclasses.replace(shard, rows=LoadedRows(rows))
     stream.reader._locate = lambda i: (broken, i)
     for read in (stream.reader.stored, stream.reader.members):
         with pytest.raises(ShardsError) as caught:
@@ -470,14 +469,14 @@ def test_metadata_that_is_not_json_is_a_named_error(dataset):
     reader = StreamingDataset(dataset, seed=3, rank=0, world_size=1).reader
     assert reader.record(0)
     shard, _ = reader._locate(0)
-    members = bytearray(shard.sample(0, where=""))
+    members = bytearray(shard.sample(0, shard.rows.place(0), where=""))
     start = members.index(b"{")
 
     class Broken:
         url, rows = shard.url, shard.rows
 
-        def sample(self, row, *, where):
-            del row, where
+        def sample(self, number, place, *, where):
+            del number, place, where
             return memoryview(members)
 
     reader._locate = lambda i: (Broken(), i)

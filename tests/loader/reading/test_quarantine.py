@@ -10,7 +10,7 @@ import pytest
 from loader import StreamingDataset, make_dataloader
 from loader.reading.quarantine import MOST_RECORDS, Quarantine
 from shardspec.errors import BudgetError, SampleError, ShardError
-from shardspec.index import open_index
+from shardspec.index import open_index, open_index_file
 from shardspec.manifest import require_manifest
 from tests.forks import goes_on_in_a_child
 
@@ -281,8 +281,8 @@ def test_an_index_that_is_opened_again_is_hashed_again_only_after_a_change(twins
     reader = StreamingDataset(url).reader
     hashed = []
     monkeypatch.setattr(
-        "loader.reading.local.open_index",
-        lambda path, *, sha256, **rest: hashed.append(sha256) or open_index(path, **rest),
+        "loader.reading.local.open_index_file",
+        lambda path, *, sha256, **rest: hashed.append(sha256) or open_index_file(path, **rest),
     )
     for _ in range(3):
         reader.stored(0)

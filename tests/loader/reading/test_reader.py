@@ -15,7 +15,7 @@ import pytest
 
 from loader.reading.reader import ShardReader
 from shardspec.errors import ConfigError, ShardError
-from shardspec.index import open_index
+from shardspec.index import open_index, open_index_file
 from shardspec.manifest import require_manifest
 from shardspec.media import decode_stored, encode_stored
 from shardspec.sample import image_rows
@@ -273,20 +273,19 @@ def test_shards_are_closed_where_a_limit_of_the_system_is_met(limit, url, sample
     def open_few(*args, **options):
         if len(reader._open) >= 2:
             raise OSError(limit, os.strerror(limit))
-        return open_index(*args, **options)
+        return open_index_file(*args, **options)
 
-    with mock.patch("loader.reading.local.open_index", open_few):
+    with mock.patch("loader.reading.local.open_index_file", open_few):
         for i in (0, 9, *range(10)):
             assert_same(reader.read(i), samples[i])
     assert 1 <= len(reader._open) <= 2
 
 
-def test_maps_of_shards_stay_few_where_descriptors_are_many(url):
+def test_open_shards_stay_few_where_descriptors_are_many(url):
     most = open_reader(url)._local.max_open
     for granted in (1 << 20, resource.RLIM_INFINITY):
         with mock.patch("resource.getrlimit", return_value=(granted, granted)):
             assert most(1) == 256
-            # A map each, of 65,530 that Linux lets a process have.
             assert most(10_000) == 16_000
 
 

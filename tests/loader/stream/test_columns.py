@@ -380,7 +380,7 @@ def test_more_files_than_are_kept_open_are_read_again(scored, monkeypatch):
         assert reader.column("score", np.array([i])).tolist() == [want]
 
 
-def test_large_files_are_mapped_and_let_go_where_descriptors_run_out(scored, monkeypatch):
+def test_large_files_stay_open_and_are_closed_where_descriptors_run_out(scored, monkeypatch):
     from loader.reading import columns
 
     monkeypatch.setattr(columns, "_MOST_READ_BYTES", 100)
@@ -388,15 +388,15 @@ def test_large_files_are_mapped_and_let_go_where_descriptors_run_out(scored, mon
     want = [each["score"] for each in ROWS.values()]
     assert reader.column("score", np.arange(NUM)).tolist() == want
     reader.added._open.cache_clear()
-    whole = columns.mmap.mmap
+    whole = columns.open_column_file
 
-    def map_once_full(*args, **options):
+    def open_once_full(*args, **options):
         if not failed:
             failed.append(True)
             raise OSError(errno.EMFILE, "too many open files")
         return whole(*args, **options)
 
-    monkeypatch.setattr(columns.mmap, "mmap", map_once_full)
+    monkeypatch.setattr(columns, "open_column_file", open_once_full)
     assert reader.column("score", np.arange(NUM)).tolist() == want
     assert failed
 
