@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from loader.delivery import (
 )
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order import (
+    BalancedSchedule,
     BucketSchedule,
     MixtureOrder,
     Order,
@@ -99,6 +100,9 @@ _PREPARED_ONLY: Mapping[str, Any] = {
 }
 """Defaults of `make_dataloader`: arguments that mean nothing for raw samples."""
 
+Balance = bool | Literal["images"]
+"""Which rows the ranks of a step exchange; see `make_dataloader`."""
+
 _Lengths = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """(dataset [n], sample [n]) to (tokens [n], crops [n]), the most that a sample can take."""
 
@@ -120,7 +124,7 @@ def make_dataloader(
     max_crops: int | None = None,
     min_images: int = 0,
     max_images: int | None = None,
-    balance: bool = True,
+    balance: Balance = True,
     bucket_steps: int = 0,
     prefetch_bytes: int = 1 << 32,
     pad_side: PadSide = "right",
@@ -164,8 +168,11 @@ def make_dataloader(
         no token refers to.
       max_images: Fixed crops per row of `images`, so that all steps have one shape (with pad_mode
         "max_len"); a row with more is an error. With `pack`, the default of `max_crops`.
-      balance: Exchange packs between the ranks of a step, so that all have equal work. Off, rows
-        keep their slots for every number of ranks, and a rank plans its own packs only.
+      balance: Exchange rows between the ranks of a step, never between steps. True exchanges packs,
+        so that all ranks have equal work; without packs rows keep their slots. "images" exchanges
+        rows of either kind, so that every rank has pictures where the batch has as many rows with
+        pictures as there are ranks, and work is nearly equal; every rank then reads the lengths of
+        all rows. False: rows keep their slots, and a rank plans its own packs only.
       bucket_steps: Deal the samples of this many steps to these steps by length, so that batches
         pad less: the lighter alternative to packs. The order can change between such groups only.
         0: do not.
@@ -187,8 +194,10 @@ def make_dataloader(
     require_argument(fits, "dataset", dataset, "a dataset or a mixture of datasets")
     require_argument(collate is None or callable(collate), "collate", collate, "a function")
     require_argument(map is None or callable(map), "map", map, "a function")
-    for name, flag in (("with_metadata", with_metadata), ("pack", pack), ("balance", balance)):
+    for name, flag in (("with_metadata", with_metadata), ("pack", pack)):
         flag_argument(name, flag)
+    fits = isinstance(balance, bool) or (isinstance(balance, str) and balance == "images")
+    require_argument(fits, "balance", balance, 'True, False or "images"')
     require_argument(isinstance(pad_mode, str), "pad_mode", pad_mode, "the name of a mode")
     name_argument("pad_side", pad_side, PadSide)
     fields = () if isinstance(metadata, bool | np.bool_) else metadata
@@ -299,7 +308,7 @@ def make_dataloader(
                 sequence_length=sequence_length,
                 max_crops=max_crops,
                 patches_per_crop=view.image.num_patches,
-                balance=balance,
+                balance=balance is True,
             )
             packs = make_packs(stream.order)
             if stream.topology.rank == 0:
@@ -318,6 +327,7 @@ def make_dataloader(
         packs=packs,
         make_packs=make_packs,
         bucket_steps=bucket_steps,
+        share_images=balance == "images",
         decode_threads=decode_threads,
         workers=workers,
         prefetch_bytes=prefetch_bytes,
@@ -381,6 +391,7 @@ class StreamLoader:
         packs: PackSchedule | None,
         make_packs: MakePacks | None,
         bucket_steps: int,
+        share_images: bool,
         decode_threads: int,
         workers: int,
         prefetch_bytes: int,
@@ -407,7 +418,8 @@ class StreamLoader:
         self._lengths = lengths
         self._packs, self._make_packs = packs, make_packs
         self._bucket_steps = bucket_steps
-        self._schedule: Schedule = self._stream.by_id(packs) if packs else self._unpacked()
+        self._share_images = share_images
+        self._schedule: Schedule = self._shared(packs) if packs else self._unpacked()
         self._decode_threads = decode_threads
         self._workers = workers
         self._prefetch_bytes = prefetch_bytes
@@ -651,8 +663,9 @@ class StreamLoader:
 
         Returns:
           The rows of the global batch, over all ranks in order: rank r of W has the r-th of W equal
-          parts. A row is one `SampleRef` (dataset, epoch, sample, real), or those of a pack. The
-          number of a sample is its place in the dataset's shards, counted through.
+          parts, before rows are exchanged (`balance`). A row is one `SampleRef` (dataset, epoch,
+          sample, real), or those of a pack. The number of a sample is its place in the dataset's
+          shards, counted through.
 
         Raises:
           ConfigError: `order_step`; `order_slot`, a step that the order no longer describes.
@@ -758,7 +771,7 @@ class StreamLoader:
         else:
             if isinstance(resumed.order, MixtureOrder):
                 packs.begin(resumed.order, at=resumed.begins)
-            self._packs, self._schedule = packs, self._stream.by_id(packs)
+            self._packs, self._schedule = packs, self._shared(packs)
             self._streams = resumed.streams
             packs.go_to(self._streams)
             self._planned = self.step
@@ -771,8 +784,16 @@ class StreamLoader:
         if self._bucket_steps:
             assert self._lengths is not None
             buckets = BucketSchedule(self._order, self._lengths, steps=self._bucket_steps)
-            return self._stream.by_id(buckets)
-        return self._stream.by_id(SlotSchedule(self._order))
+            return self._shared(buckets)
+        return self._shared(SlotSchedule(self._order))
+
+    def _shared(self, schedule: Schedule) -> Schedule:
+        """Shares the pictures of a schedule's steps between ranks, where that is asked for."""
+        if self._share_images:
+            assert self._lengths is not None
+            patches = self._stream.parts[0].builder.view.image.num_patches
+            schedule = BalancedSchedule(schedule, self._lengths, patches_per_crop=patches)
+        return self._stream.by_id(schedule)
 
     def _plan(self, step: int) -> tuple[list[Row], list[list[int]]]:
         start_s = perf_counter()

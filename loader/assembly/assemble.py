@@ -616,6 +616,12 @@ def view_collator(
 ) -> MMCollator:
     """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
     shapes = view.shapes(view.image)
+    max_pooled = None
+    if max_images is not None and shapes.pool is not None:
+        # No crop has more tokens than when all of it is shown, and all are in the sequence.
+        images = [image for image in (view.image, view.high_res) if image is not None]
+        per_crop = max(math.prod(image.crop_tokens) for image in images)
+        max_pooled = max(1, min(max_images * per_crop, sequence_length))
     return MMCollator(
         sequence_length=sequence_length,
         pad_mode=pad_mode,
@@ -630,6 +636,7 @@ def view_collator(
         min_images=min_images,
         max_images=max_images,
         pad_side=pad_side,
+        max_pooled=max_pooled,
         image_dtype=shapes.dtype,
         overlong=overlong,
     )

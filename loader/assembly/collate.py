@@ -136,6 +136,7 @@ class MMCollator:
         pool: int | None = None,
         min_images: int = 0,
         max_images: int | None = None,
+        max_pooled: int | None = None,
         image_dtype: type[np.generic] | np.dtype = np.uint8,
         overlong: Literal["error", "truncate"] = "error",
         with_metadata: bool = False,
@@ -158,6 +159,8 @@ class MMCollator:
             padding, which no token refers to. With 1, batches without any picture have a padding
             picture per row, and one row of `token_pooling`.
           max_images: Fixed number of images per row of the batch; None takes the most of the batch.
+          max_pooled: Fixed number of rows of `token_pooling`, at least as many as image tokens;
+            None takes the most of the batch.
           image_dtype: Of `images` where no example of the batch has any, but there is padding.
           overlong: What happens to an example longer than `sequence_length`: refused, or cut where
             that loses no image and leaves something to learn.
@@ -176,6 +179,7 @@ class MMCollator:
         numbers |= dict(zip(axes, image_shape, strict=True))
         numbers |= {"tokens_per_crop": 1 if tokens_per_crop is None else tokens_per_crop}
         numbers |= {"pool": 1 if pool is None else pool}
+        numbers |= {"max_pooled": 1 if max_pooled is None else max_pooled}
         bad: dict[str, object] = {name: value for name, value in numbers.items() if value < 1}
         if min_images < 0 or (max_images is not None and max_images < min_images):
             bad |= {"min_images": min_images, "max_images": max_images}
@@ -196,6 +200,7 @@ class MMCollator:
         self.tokens_per_crop = tokens_per_crop
         self.pool = pool
         self.min_images, self.max_images = min_images, max_images
+        self.max_pooled = max_pooled
         self.image_dtype = np.dtype(image_dtype)
         self.overlong = overlong
         self.with_metadata = with_metadata
@@ -327,7 +332,15 @@ class MMCollator:
     ) -> np.ndarray:
         rows = [example.pooling() for example in examples]
         least = 1 if self.min_images or self.max_images else 0
-        pooling = allocate((len(rows), max(least, *map(len, rows)), pool), np.int64)
+        num = self.max_pooled
+        if num is None:
+            num = max(least, *map(len, rows))
+        for row, (example, array) in enumerate(zip(examples, rows, strict=True)):
+            if len(array) > num:
+                where = _name(row, example.metadata())
+                facts = {"image_tokens": len(array), "max_pooled": num}
+                raise SampleError("too_many_images.batch", where=where, facts=facts)
+        pooling = allocate((len(rows), num, pool), np.int64)
         for row, array in enumerate(rows):
             pooling[row, : len(array)] = array
             pooling[row, len(array) :] = NO_PATCH

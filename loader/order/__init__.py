@@ -13,6 +13,7 @@ from loader.order.packing import PackConfig
 from loader.order.quality import pairs_in_share
 from loader.order.rows import Row, SampleRef
 from loader.order.schedule import (
+    BalancedSchedule,
     BucketSchedule,
     PackSchedule,
     Schedule,
@@ -33,6 +34,7 @@ from loader.order.subset import SubsetSchedule
 from loader.order.weights import MixtureGroup, MixtureSource, Unit, Weighting
 
 __all__ = [
+    "BalancedSchedule",
     "BucketSchedule",
     "Locality",
     "MixtureConfig",

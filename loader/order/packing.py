@@ -439,23 +439,29 @@ def too_long(tokens: np.ndarray, crops: np.ndarray, *, config: PackConfig) -> np
     return flags if config.max_crops is None else flags | (crops > config.max_crops)
 
 
-def balance_ranks(cost: np.ndarray, *, world_size: int) -> np.ndarray:
-    """Assigns the packs of a global batch to ranks, equal in number and nearly equal in cost.
+def balance_ranks(
+    cost: np.ndarray, *, world_size: int, first: np.ndarray | None = None
+) -> np.ndarray:
+    """Assigns the rows of a global batch to ranks, equal in number and nearly equal in cost.
 
     Dearest first, each to the rank with the least cost so far that has a place left.
 
     Args:
-      cost: float or int [P], cost of each pack (for instance tokens plus patches), >= 0.
+      cost: float or int [P], cost of each row (for instance tokens plus patches), >= 0.
       world_size: W, a divisor of P.
+      first: bool [P], rows of cost > 0 that are assigned before all others: where there are W of
+        them or more, every rank gets one. None: cost alone decides.
 
     Returns:
-      int64 [P], a permutation: rank r takes the packs at [r * P / W, (r + 1) * P / W).
+      int64 [P], a permutation: rank r takes the rows at [r * P / W, (r + 1) * P / W).
 
     Raises:
       ConfigError: `batch_not_divisible`.
 
     >>> balance_ranks(np.array([9, 1, 8, 2]), world_size=2).tolist()
     [0, 1, 2, 3]
+    >>> balance_ranks(np.array([9, 1, 8, 2]), world_size=2, first=np.arange(4) % 2 == 1).tolist()
+    [1, 2, 0, 3]
     """
     _require_positive("world_size", world_size)
     if len(cost) % world_size:
@@ -468,12 +474,15 @@ def balance_ranks(cost: np.ndarray, *, world_size: int) -> np.ndarray:
     share = len(cost) // world_size
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     load: list[tuple[float, int]] = [(0.0, rank) for rank in range(world_size)]
-    for pack in np.argsort(-np.asarray(cost, np.float64), kind="stable").tolist():
+    dearest = np.argsort(-np.asarray(cost, np.float64), kind="stable")
+    if first is not None:
+        dearest = np.concatenate([dearest[first[dearest]], dearest[~first[dearest]]])
+    for row in dearest.tolist():
         spent, rank = heapq.heappop(load)
-        ranks[rank].append(pack)
+        ranks[rank].append(row)
         if len(ranks[rank]) < share:
-            heapq.heappush(load, (spent + float(cost[pack]), rank))
-    return np.array([pack for rank in ranks for pack in sorted(rank)], np.int64)
+            heapq.heappush(load, (spent + float(cost[row]), rank))
+    return np.array([row for rank in ranks for row in sorted(rank)], np.int64)
 
 
 def _require_positive(name: str, value: int, *, most: int | None = None) -> None:

@@ -11,7 +11,8 @@ Between the order (which sample is in a slot) and the batch there are three ways
 All are functions of (order, lengths in the indexes, step): no sample is read, ranks and workers do
 not enter, and a step can be requested without those before it.
 
-Balancing exchanges rows between the ranks of a global batch, never between batches.
+Balancing exchanges rows between the ranks of a global batch, never between batches: packs by their
+cost, and rows of either kind so that every rank has pictures (`BalancedSchedule`).
 """
 
 from __future__ import annotations
@@ -155,6 +156,40 @@ def bucket_group(order: Order | MixtureOrder, step: int, *, steps: int) -> range
     while end < stop and order.batch_at(end) == (batch, since):
         end += 1
     return range(begin, end)
+
+
+class BalancedSchedule:
+    """The rows of another schedule, exchanged in each step so that all ranks have pictures.
+
+    Every rank looks up the lengths of all rows of the global batch.
+    """
+
+    def __init__(self, schedule: Schedule, lengths: Lengths, *, patches_per_crop: int) -> None:
+        """Joins a schedule and lengths.
+
+        Args:
+          schedule: Whose rows are exchanged; their order is kept for a single rank.
+          lengths: As `Lengths`.
+          patches_per_crop: Cost of a crop, where a token costs 1.
+        """
+        self._schedule, self._lengths = schedule, lengths
+        self._patches_per_crop = patches_per_crop
+        self.batch_at, self.pass_is_exact = schedule.batch_at, schedule.pass_is_exact
+        self.epoch_start, self.epoch_at = schedule.epoch_start, schedule.epoch_at
+
+    def rows(self, step: int, topology: Topology) -> list[Row]:
+        """Lists the rows of a rank in a step."""
+        if topology.world_size == 1:
+            return self._schedule.rows(step, topology)
+        found = self._schedule.rows(step, Topology())
+        row_of = np.repeat(np.arange(len(found)), [len(row) for row in found])
+        refs = [(ref.dataset, ref.sample) for row in found for ref in row]
+        tokens, crops = self._lengths(*np.array(refs, np.int64).T)
+        cost = np.bincount(row_of, tokens + crops * self._patches_per_crop, len(found))
+        has_crops = np.bincount(row_of, crops, len(found)) > 0
+        dealt = balance_ranks(cost, world_size=topology.world_size, first=has_crops)
+        own = _positions(topology, len(found))
+        return [found[i] for i in dealt[own].tolist()]
 
 
 class PackSchedule:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -234,6 +235,49 @@ def late_group():
     note("other_batch", **found)
 
 
+class Encoded(torch.nn.Module):
+    """Runs an image encoder on steps that have crops, as models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = torch.nn.Linear(3, 8), torch.nn.Linear(8, 1)
+
+    def forward(self, batch):
+        hidden = batch["input_ids"].float().mean(1, keepdim=True).expand(-1, 8) / 1000
+        if batch["images"].shape[1]:
+            hidden = hidden + self.encoder(batch["images"].float().mean((-2, -1)) / 255).mean(1)
+        return self.head(hidden).square().mean()
+
+
+def fsdp():
+    """A sharded model whose ranks wait for each other in the encoder, in every step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, options in {
+        "least": {"min_images": 1},
+        "fixed": {"max_images": 2},
+        "shared": {"balance": "images", "min_images": 1},
+    }.items():
+        torch.manual_seed(0)
+        model = Encoded()
+        for part in (model.encoder, model.head, model):
+            fully_shard(part, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses, real = [], []
+        for batch in make(**options):
+            loss = model(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            real.append(bool(batch["image_masks"].any()))
+        weights = [p.full_tensor().tolist() for p in model.parameters()]
+        note(f"fsdp_{name}", losses=losses, real=real, weights=weights)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -242,3 +286,5 @@ if __name__ == "__main__":
         globals()[scenario]()
     if dist.is_initialized():
         dist.destroy_process_group()
+    if "fsdp" in sys.argv:
+        os._exit(0)  # now and then torch's own threads end the process with SIGABRT at its exit

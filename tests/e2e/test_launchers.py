@@ -86,3 +86,20 @@ def test_lightning_that_starts_its_ranks_itself_sees_each_sample_once_and_resume
 
 def test_a_loader_that_the_parent_of_all_ranks_made_gives_each_its_share(alone, run):
     assert joined(alone, "spawned") == run[: NUM // BATCH + 1]
+
+
+def test_a_sharded_model_steps_where_only_some_ranks_have_pictures(
+    tiny_sample, write_dataset, tmp_path
+):
+    samples = [tiny_sample(i, num_images=i % 5 < 2) for i in range(NUM)]
+    url = write_dataset(tmp_path / "set", samples, num_shards=3, several=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    found = start(torchrun, tmp_path / "out", url, "fsdp")
+    lone = {}
+    for name in ("least", "fixed", "shared"):
+        one, other = (found[f"fsdp_{name}.{rank}"] for rank in range(2))
+        assert len(one["losses"]) == NUM // BATCH + 1
+        assert one["weights"] == other["weights"]
+        lone[name] = sum(a != b for a, b in zip(one["real"], other["real"], strict=True))
+    # Steps in which a rank alone would have run the encoder; fewer where pictures are shared.
+    assert lone["least"] == lone["fixed"] > lone["shared"]

@@ -1,9 +1,12 @@
 """min_images= and max_images=: steps in which some ranks have pictures and others none."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 
-from loader import StreamingDataset, View, make_dataloader
+from loader import IterableDatasetMixture, StreamingDataset, View, make_dataloader
 from loader.stream import stored_view
 from shardspec.errors import ConfigError, SampleError
 from shardspec.manifest import require_manifest
@@ -75,10 +78,11 @@ def make_dtype(view):
     return torch.float32 if "normalize" in view else torch.uint8
 
 
-def test_with_max_images_all_steps_of_all_ranks_have_one_shape(url):
+@pytest.mark.parametrize("view", VIEWS)
+def test_with_max_images_all_steps_of_all_ranks_have_one_shape(url, view):
     shapes = set()
     for rank in range(2):
-        for batch in make(url, rank=rank, world_size=2, max_images=3):
+        for batch in make(url, rank=rank, world_size=2, max_images=3, view=view):
             shapes.add(tuple((k, *v.shape, v.dtype) for k, v in sorted(batch.items())))
     assert len(shapes) == 1
 
@@ -107,3 +111,90 @@ def test_impossible_numbers_of_images_are_refused(url, limits, reason):
     with pytest.raises(ConfigError) as caught:
         make(url, **limits)
     assert caught.value.reason == reason
+
+
+# --- pictures on every rank: a mixture of texts with 30 % pictures
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_sample, write_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed")
+    texts = [tiny_sample(i, num_images=0) for i in range(70)]
+    pictures = [tiny_sample(100 + i, num_images=1 + i % 3) for i in range(30)]
+    both = [each for pair in zip(texts[:30], pictures, strict=True) for each in pair]
+    return [
+        write_dataset(folder / "texts", texts, num_shards=2, name="texts"),
+        write_dataset(folder / "pictures", pictures, num_shards=2, name="pictures", several=True),
+        write_dataset(folder / "both", [*both, *texts[30:]], num_shards=2, several=True),
+    ]
+
+
+def make_mixed(urls, *, rank, world_size, mixture=True, **options):
+    *urls, url = urls
+    if mixture:
+        parts = [StreamingDataset(url, rank=rank, world_size=world_size) for url in urls]
+        mixture = IterableDatasetMixture(parts, weights=[0.7, 0.3], seed=2)
+    else:
+        mixture = StreamingDataset(url, rank=rank, world_size=world_size, seed=2)
+    settings = {"global_batch_size": 40, "sequence_length": 96, "pad_mode": "max_len"}
+    return make_dataloader(mixture, **{**settings, **options}, with_metadata=True, decode_threads=0)
+
+
+def keys_of(batches):
+    return sorted(one["key"] for batch in batches for one in batch["metadata"])
+
+
+def endless(loader):
+    return itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_every_rank_has_pictures_in_every_step(mixed, mixture):
+    made = functools.partial(make_mixed, mixed, mixture=mixture)
+    alone = endless(made(rank=0, world_size=1))
+    ranks = [endless(made(rank=r, world_size=8, balance="images")) for r in range(8)]
+    plain = [endless(made(rank=r, world_size=8)) for r in range(8)]
+    num_without = 0
+    for _ in range(5):
+        batches = [next(rank) for rank in ranks]
+        assert [bool(batch["image_masks"].any()) for batch in batches] == [True] * 8
+        assert keys_of(batches) == keys_of([next(alone)])
+        num_without += sum(not next(rank)["image_masks"].any() for rank in plain)
+    if not mixture:  # which spreads its datasets over a batch by itself
+        assert num_without
+
+
+def test_packs_are_shared_by_their_pictures_too(mixed):
+    options = {"pack": True, "sequence_length": 64, "global_batch_size": 16}
+    alone = make_mixed(mixed, rank=0, world_size=1, **options)
+    ranks = [make_mixed(mixed, rank=r, world_size=8, balance="images", **options) for r in range(8)]
+    for want, *batches in zip(alone, *ranks, strict=True):
+        num = sum(mask.any().item() for mask in want["image_masks"])
+        assert sum(batch["image_masks"].any().item() for batch in batches) == min(8, num)
+        assert num
+
+
+@pytest.mark.parametrize("worlds", [(8, 2), (1, 5)])
+def test_a_run_that_shares_pictures_continues_on_any_number_of_ranks(mixed, worlds):
+    options = {"balance": "images"}
+    whole = [keys_of([batch]) for batch in make_mixed(mixed, rank=0, world_size=1)]
+    state = None
+    seen = []
+    for world in worlds:
+        ranks = [make_mixed(mixed, rank=r, world_size=world, **options) for r in range(world)]
+        for rank in ranks:
+            if state is not None:
+                rank.load_state_dict(state)
+        runs = [iter(rank) for rank in ranks]
+        seen.append(keys_of([next(run) for run in runs]))
+        states = [rank.state_dict() for rank in ranks]
+        assert all(each == states[0] for each in states)
+        state = states[0]
+    assert seen == whole[:2]
+
+
+@pytest.mark.parametrize("value", ["pictures", "True", 1, None])
+def test_other_values_of_balance_are_refused(url, value):
+    with pytest.raises(ConfigError) as caught:
+        make(url, balance=value)
+    assert caught.value.reason == "argument"

@@ -309,6 +309,18 @@ def test_balanced_ranks_hold_every_pack_once_and_no_worse_than_unsorted(cost, wo
     )
 
 
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 3)), min_size=1, max_size=12),
+    world_size=st.integers(1, 8),
+)
+def test_every_rank_gets_a_picture_where_there_are_as_many(rows, world_size):
+    tokens, crops = arrays(rows * world_size)
+    order = balance_ranks(tokens + 576 * crops, world_size=world_size, first=crops > 0)
+    assert np.array_equal(np.sort(order), np.arange(len(tokens)))
+    with_pictures = (crops > 0)[order].reshape(world_size, -1).any(axis=1).sum()
+    assert with_pictures == min(world_size, (crops > 0).sum())
+
+
 def test_ranks_get_nearly_equal_cost():
     costs = np.random.RandomState(0).lognormal(0, 0.5, 512)
     before = costs.reshape(64, 8).sum(axis=1)

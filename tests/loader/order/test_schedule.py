@@ -16,6 +16,7 @@ from loader.order.mixture_config import plan_mixture
 from loader.order.order import Order
 from loader.order.rows import SampleRef
 from loader.order.schedule import (
+    BalancedSchedule,
     BucketSchedule,
     PackSchedule,
     SlotSchedule,
@@ -381,3 +382,55 @@ def test_schedule_of_packs_lets_go_of_its_dataset_without_the_garbage_collector(
         assert alive() is None
     finally:
         gc.enable()
+
+
+# --- pictures on every rank
+
+
+def shared(kind, num_samples, *, batch, seed):
+    """A schedule of three texts to one picture, and what it would give without an exchange."""
+    rng = np.random.RandomState(seed)
+    crops = rng.randint(1, 9, num_samples) * (rng.random_sample(num_samples) < 0.3)
+    lengths = looked_up(rng.randint(20, 300, num_samples) + 144 * crops, crops)
+    order = Order(plan_order(num_samples, global_batch_size=batch, seed=seed))
+    plain = {
+        "slots": lambda: SlotSchedule(order),
+        "buckets": lambda: BucketSchedule(order, lengths, steps=4),
+        "packs": lambda: PackSchedule(
+            order,
+            lengths,
+            plan_packing(order, sequence_length=512, max_crops=None),
+            patches_per_crop=576,
+            balance=False,
+        ),
+    }[kind]
+    return plain(), BalancedSchedule(plain(), lengths, patches_per_crop=576), crops
+
+
+@pytest.mark.parametrize("kind", ["slots", "buckets", "packs"])
+@given(num_samples=st.integers(48, 400), seed=st.integers(0, 99), step=st.integers(0, 9))
+@settings(max_examples=15)
+def test_pictures_are_shared_inside_a_step_whatever_the_number_of_ranks(
+    kind, num_samples, seed, step
+):
+    plain, balanced, crops = shared(kind, num_samples, batch=24, seed=seed)
+    want = plain.rows(step, ALONE)
+    assert balanced.rows(step, ALONE) == want
+    num_with_pictures = sum(any(crops[ref.sample] for ref in row) for row in want)
+    for world in (2, 3, 8, 24):
+        ranks = [balanced.rows(step, Topology(rank=r, world_size=world)) for r in range(world)]
+        assert {len(rows) for rows in ranks} == {24 // world}
+        assert Counter(sum(ranks, [])) == Counter(want)
+        with_pictures = [any(crops[ref.sample] for row in rows for ref in row) for rows in ranks]
+        assert sum(with_pictures) == min(world, num_with_pictures)
+
+
+def test_ranks_that_share_pictures_have_nearly_equal_work():
+    plain, balanced, crops = shared("slots", 4096, batch=128, seed=1)
+    spread = {}
+    for name, schedule in {"plain": plain, "balanced": balanced}.items():
+        ranks = [schedule.rows(0, Topology(rank=r, world_size=8)) for r in range(8)]
+        work = np.array([sum(crops[ref.sample] for (ref,) in rows) for rows in ranks])
+        spread[name] = work.max() / work.mean()
+    assert spread["plain"] > 1.3
+    assert spread["balanced"] < 1.1
