@@ -4,7 +4,7 @@ Decides which hosts may be contacted, how often to retry, and what counts as a u
 decides which rows become samples.
 """
 
-from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, read_ledger
+from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, read_ledger, redact
 from preprocess.fetch.download import FetchPolicy, fetch_all
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "Ledger",
     "fetch_all",
     "read_ledger",
+    "redact",
 ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets import ImageSource, RemoteImage, SceneImage, example_images
-from preprocess.fetch import FetchPolicy, FetchResult, Ledger, fetch_all
+from preprocess.fetch import FetchPolicy, FetchResult, Ledger, fetch_all, redact
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.job import (
     DEAD_LINKS_SHARE,
@@ -44,6 +45,8 @@ from shardspec import storage
 from shardspec.documents import read_fields, read_object, require_plain
 from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleError, StorageError
 from shardspec.manifest import canonical_json, differences, fingerprint
+
+_URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:[/\\]{2}\S+\s*", re.IGNORECASE)
 
 PROBE_ROWS = 32
 """Samples built before the plan, to estimate bytes and to stop early if nothing works."""
@@ -371,11 +374,22 @@ def _planned_row(
     key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
     locations = [image.location for image in planned]
     location = locations if job.dataset.several_images else next(iter(locations), None)
+    if "metadata" in example:
+        example = {**example, "metadata": _without_secrets(example["metadata"])}
     row = {"key": key, "image": location, "example": example}
     errors = [image.error for image in planned if image.error is not None]
     if not example["message_list"]:
         errors.append(SampleError("no_message.mode"))
     return row, errors[0] if errors else _changed_image(example, planned)
+
+
+def _without_secrets(value: Any) -> Any:
+    """Masks passwords and signatures in the URLs of metadata: plans, shards and lists keep it."""
+    if isinstance(value, dict):
+        return {name: _without_secrets(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(each) for each in value]
+    return redact(value) if isinstance(value, str) and _URL.fullmatch(value) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,14 @@ A store is a name for an endpoint that speaks S3. Names come from one TOML file,
     profile = "weka"        # in the S3 client's own files; default: its usual search
     region = "us-east-1"
     addressing = "path"     # or "virtual": where requests name the bucket; default "auto"
+    buckets = "sets, public/vision"  # that manifests elsewhere may send readers to; default none
 
 The file is `~/.config/vlm-shards/stores.toml`, or the one that VLM_SHARDS_STORES names. Variables
-VLM_SHARDS_STORE_WEKA_ENDPOINT_URL, ..._PROFILE, ..._REGION and ..._ADDRESSING override it field by
-field, and define a store by themselves. VLM_SHARDS_OUTAGE_S is how long a store may be away before
-a request to it fails, in seconds; VLM_SHARDS_HOSTS names further hosts that manifests may send
-readers to (`shardspec.storage.places`). These are all the environment variables that the contract
-reads, and this module is their only reader.
+VLM_SHARDS_STORE_WEKA_ENDPOINT_URL, ..._PROFILE, ..._REGION, ..._ADDRESSING and ..._BUCKETS
+override it field by field, and define a store by themselves. VLM_SHARDS_OUTAGE_S is how long a
+store may be away before a request to it fails, in seconds; VLM_SHARDS_HOSTS names further hosts and
+buckets that manifests may send readers to (`shardspec.storage.places`). These are all the
+environment variables that the contract reads, and this module is their only reader.
 
 Credentials are never part of this: the client finds them by its own means (profiles, environment,
 the machine's role), so nothing of ours can log or store them.
@@ -58,6 +59,8 @@ class Store:
     region: str | None = None
     addressing: Addressing = "auto"
     """Whether requests name the bucket in their path or in the host name."""
+    buckets: tuple[str, ...] = ()
+    """Buckets, or prefixes in them, that manifests may name which are elsewhere."""
 
     def __post_init__(self) -> None:
         where = f"store {self.name!r}"
@@ -111,11 +114,17 @@ def outage_setting_s() -> float:
 
 
 def allowed_hosts() -> frozenset[str]:
-    """Returns the hosts that manifests may name besides stores: "example.org", "example.org:8443".
+    """Returns the hosts and places in stores that manifests may name besides the dataset's.
 
-    Separated by commas or blanks.
+    Such as "example.org", "example.org:8443", "s3://bucket" and "s3://bucket/prefix", separated by
+    commas or blanks. Hosts are in lower case.
     """
-    return frozenset(os.environ.get(HOSTS_VARIABLE, "").lower().replace(",", " ").split())
+    names = _names(os.environ.get(HOSTS_VARIABLE, ""))
+    return frozenset(name if "://" in name else name.lower() for name in names)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
 
 
 def named_stores() -> dict[str, Store]:
@@ -193,4 +202,5 @@ def _store(name: str, table: Mapping[str, Any], *, where: str) -> Store:
             raise ConfigError("store_field.text", where=where, field=field)
     if "endpoint_url" not in table:
         raise ConfigError("store_endpoint.missing", where=where)
-    return Store(name=name, **table)
+    fixed = dict(table)
+    return Store(name=name, **{**fixed, "buckets": _names(fixed.get("buckets", ""))})

@@ -21,7 +21,7 @@ from preprocess.job.verify import verify
 from preprocess.reshard.plan import ReshardSettings, plan_reshard
 from preprocess.reshard.run import reshard
 from shardspec import storage
-from shardspec.errors import ConfigError, ShardError
+from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.manifest import load_manifest, require_manifest
 from shardspec.storage import copying
 from shardspec.storage.copying import ByteRange, multipart_copy, object_version
@@ -281,7 +281,9 @@ def streamed(url, **options):
     ]
 
 
-def test_views_are_streamed_wherever_they_and_their_files_lie(small, s3_server, tmp_path):
+def test_views_are_streamed_wherever_they_and_their_files_lie(
+    small, s3_server, tmp_path, monkeypatch
+):
     bucket = s3_server.make_bucket()
     want = streamed(small)
     assert len(want) == 5
@@ -290,6 +292,10 @@ def test_views_are_streamed_wherever_they_and_their_files_lie(small, s3_server, 
         recut(f"{bucket}/sets/source", f"{bucket}/sets/view", num_shards=2, form="view")
         recut(f"{bucket}/sets/source", str(tmp_path / "view"), num_shards=5, form="view")
         recut(f"{bucket}/sets/source", f"{bucket}/sets/copy", num_shards=2)
+        with pytest.raises(StorageError) as caught:  # this bucket is named by the manifest alone
+            streamed(str(tmp_path / "view"))
+        assert caught.value.reason == "foreign_host"
+        monkeypatch.setenv("VLM_SHARDS_HOSTS", f"{bucket}/sets")
         for url in (f"{bucket}/sets/view", str(tmp_path / "view"), f"{bucket}/sets/copy"):
             assert streamed(url) == want
             assert streamed(url, cache=str(tmp_path / "cache"), cache_bytes=2**30) == want
@@ -307,8 +313,9 @@ def test_two_copies_without_a_hash_do_not_share_blocks_of_a_cache(small, s3_serv
             assert streamed(f"{bucket}/{name}", **cached) == streamed(f"{bucket}/{name}")
 
 
-def test_tars_in_a_store_are_imported_and_streamed_raw(s3_server, tmp_path):
+def test_tars_in_a_store_are_imported_and_streamed_raw(s3_server, tmp_path, monkeypatch):
     bucket = s3_server.make_bucket()
+    monkeypatch.setenv("VLM_SHARDS_HOSTS", bucket)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for i in range(9):

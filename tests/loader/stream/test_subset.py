@@ -322,7 +322,7 @@ def test_substitutes_come_from_the_subset(samples, kept, write_dataset, tmp_path
     payload = bytearray(tar.read_bytes())
     for number in subset[::2]:
         shard, row = reader._locate(number)
-        payload[int(shard.rows["offset"][row]) + 700] ^= 1
+        payload[shard.rows.place(row)[0] + 700] ^= 1
     tar.write_bytes(payload)
     loader = make(url, check="crc", on_bad="substitute")
     shown = keys_of(take(loader, 12))
