@@ -111,7 +111,7 @@ def _require_scalar(value: object, any_text: bool) -> None:
             raise DocumentError("text with half a character")
     elif isinstance(value, int):
         if not -_MOST_INT < value < _MOST_INT:
-            raise DocumentError("number of more than 64 bits")
+            raise DocumentError(f"integer of {value.bit_length()} bits, want at most 64")
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise DocumentError(f"number that is {value}")
