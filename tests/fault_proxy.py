@@ -36,10 +36,11 @@ FAULTS = (
     "wrong_range",
     "corrupt",
     "stall",
+    "drip",
 )
 """Refused; refused with Retry-After; closed before the answer; reset in the middle of the body;
 fewer bytes than Content-Length says; another range than was asked for; one byte of the body
-changed; silence in the middle of the body."""
+changed; silence in the middle of the body; a byte now and then from the middle of the body on."""
 
 _CHUNK = 256 * 1024
 _HEAD_LIMIT = 64 * 1024
@@ -304,7 +305,7 @@ class FaultProxy:
 
     async def _pass_bytes(self, reader, writer, length, asked, fault):
         stop = length
-        if fault in ("reset", "short", "stall"):
+        if fault in ("reset", "short", "stall", "drip"):
             stop = self._rng.randrange(length) if length else 0
         place = 0
         while place < stop:
@@ -319,8 +320,12 @@ class FaultProxy:
             writer.write(chunk)
             await writer.drain()
             place += len(chunk)
-        if stop == length and fault not in ("reset", "short", "stall"):
+        if stop == length and fault not in ("reset", "short", "stall", "drip"):
             return
+        while fault == "drip":
+            writer.write(await reader.readexactly(1))
+            await writer.drain()
+            await asyncio.sleep(0.1)
         if fault == "stall":
             await self._stop.wait()
         if fault == "short":

@@ -68,7 +68,7 @@ class RangeReader:
         # for them: their ids are the keys, and are unique while they live.
         self._lock = threading.Lock()
         self._readers: dict[tuple[int, bool], tuple[Any, _StoreReader]] = {}
-        self._transfers = Transfers()
+        self._transfers = Transfers(idle_s=self.policy.idle_s)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"policy": self.policy}
@@ -165,6 +165,7 @@ class RangeReader:
             while True:
                 before = transfer.received
                 transfer.attempts += 1
+                transfer.since_s, transfer.recent_bytes = None, 0
                 transfers.count("requests")
                 try:
                     return attempt(max(attempts.left_s, 0.001))

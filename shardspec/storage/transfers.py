@@ -24,6 +24,10 @@ from shardspec.errors import ShardError, StorageError
 from shardspec.storage.failures import refusal_of
 from shardspec.storage.retries import RetryPolicy
 
+_LEAST_BYTES_PER_S = 100
+"""A connection that is slower for `RetryPolicy.idle_s` is abandoned as a silent one is: some
+proxies keep a broken one alive, byte by byte. No link that training could use is that slow."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Transfer:
@@ -37,6 +41,11 @@ class Transfer:
     attempts: int = 0
     causes: Counter[str] = field(default_factory=Counter)
     """Failed attempts by kind of failure."""
+    since_s: float | None = None
+    """When the speed of the attempt was last judged, in seconds of the monotonic clock; None before
+    its first byte."""
+    recent_bytes: int = 0
+    """What has arrived since then."""
 
     @property
     def position(self) -> int:
@@ -77,8 +86,13 @@ class Transfers:
     instructions, never during I/O.
     """
 
-    def __init__(self) -> None:
-        """Begins with nothing in flight."""
+    def __init__(self, *, idle_s: float) -> None:
+        """Begins with nothing in flight.
+
+        Args:
+          idle_s: As of the policy.
+        """
+        self._idle_s = idle_s
         self._lock = threading.Lock()
         # By identity: two threads may read equal ranges. An entry is present while a thread is
         # inside of `tracked`, so ids are unique.
@@ -118,11 +132,26 @@ class Transfers:
             self.counters[name] += number
 
     def arrived(self, transfer: Transfer, num_bytes: int) -> None:
-        """Records bytes that are in their place."""
+        """Records bytes that are in their place.
+
+        Raises:
+          BadResponse: "slow", hardly any have arrived for `idle_s`.
+        """
+        now_s = time.monotonic()
         with self._lock:
             transfer.received += num_bytes
             self.counters["bytes"] += num_bytes
-            self._progress_s = time.monotonic()
+            self._progress_s = now_s
+        if transfer.since_s is None:
+            transfer.since_s = now_s
+        transfer.recent_bytes += num_bytes
+        passed_s = now_s - transfer.since_s
+        if passed_s < self._idle_s:
+            return
+        is_slow = transfer.recent_bytes < _LEAST_BYTES_PER_S * passed_s
+        transfer.since_s, transfer.recent_bytes = now_s, 0
+        if is_slow and transfer.position < transfer.stop:
+            raise BadResponse("slow")
 
     def pin(self, url: str) -> str | None:
         """Returns the version of an object that must be read; None where any may be."""

@@ -64,6 +64,19 @@ def refusal(kind, reader, *args, **options):
     return caught.value
 
 
+def test_a_connection_that_drips_is_abandoned_for_another(store):
+    store.proxy.faults = {"drip": 1.0}
+    reader, got = RangeReader(QUICK), []
+    reading = threading.Thread(target=lambda: got.append(reader.read(store.url, 0, 1_000_000)))
+    reading.start()
+    while not store.proxy.counts["drip"]:
+        time.sleep(0.01)
+    store.proxy.faults = {}  # other connections are sound; this one never ends
+    reading.join(15)
+    assert got == [PAYLOAD]
+    assert reader.counters["retry_slow"] == 1
+
+
 @pytest.mark.parametrize("start, stop", [(0, 1), (0, 1_000_000), (999_999, 1_000_000), (7, 7)])
 def test_a_range_is_read_with_one_request_or_none(store, start, stop):
     reader = RangeReader()
