@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,9 @@ from shardspec.errors import ConfigError, SourceError
 KEY = "key"
 
 _NAMED_AT_MOST = 5
+
+_EXACT_INTEGERS = 2.0**53
+"""Up to here a float64 holds every integer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +57,14 @@ def read_table(url: str) -> ColumnTable:
     except FileNotFoundError as error:
         raise SourceError("columns_file.missing", where=url) from error
     table = _parsed(url, payload)
-    names = table.column_names
+    try:
+        names = table.column_names
+    except UnicodeDecodeError as error:  # a file of another kind, whose first line was read
+        raise SourceError("columns_file.unreadable", where=url, error=error) from error
     if names.count(KEY) != 1:
         raise ConfigError("columns_key.none", where=url, columns=names[:20])
     _check_names(names, where=url)
+    _check_integers(table, payload, where=url)
     values, present = {}, {}
     for name in names:
         if name != KEY:
@@ -79,13 +88,61 @@ def _check_names(names: list[str], *, where: str) -> None:
         raise ConfigError("columns_names", where=where, problems="; ".join(problems))
 
 
+def _check_integers(table: Any, payload: bytes, *, where: str) -> None:
+    """Refuses integers that Arrow has taken for floats and rounded, in a column of CSV or JSON.
+
+    It does so where a column has one of more than 64 bits, or a fraction.
+    """
+    ending = _ending(where)
+    if ending == "parquet":
+        return
+    for field in table.schema:
+        column = table.column(field.name)
+        if str(field.type) != "double" or not _has_large(column):
+            continue
+        if ending == "csv":
+            import pyarrow as pa
+            import pyarrow.csv
+
+            options = pyarrow.csv.ConvertOptions(column_types={field.name: pa.string()})
+            written = pyarrow.csv.read_csv(io.BytesIO(payload), convert_options=options)
+            texts = [text.strip() for text in written.column(field.name).to_pylist() if text]
+            whole = [_integer(text) for text in texts if re.fullmatch(r"[+-]?[0-9]+", text)]
+        else:
+            lines = (line for line in payload.splitlines() if line.strip())
+            rows = (json.loads(line, parse_int=_integer) for line in lines)
+            found = (row.get(field.name) for row in rows)
+            whole = [value for value in found if type(value) is int]
+        rounded = [value for value in whole if float(value) != value]
+        if rounded:
+            raise _bad_type(
+                field.name,
+                field.type,
+                where,
+                f"the integer {rounded[0]} would be rounded; write such a column as text",
+            )
+
+
+def _integer(text: str) -> int:
+    return int(text[:300])  # beyond the floats, which are rounded in any case
+
+
+def _has_large(column: Any) -> bool:
+    values = np.abs(column.fill_null(0).to_numpy())
+    return bool((np.isfinite(values) & (values >= _EXACT_INTEGERS)).any())
+
+
+def _ending(url: str) -> str:
+    return url.partition("?")[0].rpartition(".")[2].lower()
+
+
 def _parsed(url: str, payload: bytes) -> Any:
     """Reads a file as an Arrow table, by the ending of its name."""
     try:
         import pyarrow as pa
     except ImportError as error:
         raise SourceError("source_missing.pyarrow") from error
-    ending = url.partition("?")[0].rpartition(".")[2].lower()
+    ending = _ending(url)
     stream = io.BytesIO(payload)
     try:
         if ending == "parquet":

@@ -274,6 +274,41 @@ def test_other_arrow_types_of_the_same_values_are_taken(tmp_path):
     }
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    ("values", "is_exact"),
+    [
+        ([2**64 - 1, 1, 2], False),
+        ([2**53 + 1, 0.5, 2], False),
+        ([-(2**63) - 1, 1, 2], False),
+        ([10**30, 1, 2], False),
+        ([2**63, 1, 2], True),
+        ([2**63 - 1, 1, 2], True),
+        ([1e30, 1.5, 2.0], True),
+        ([2.0**60 + 4096, 0.5, 1e300], True),
+    ],
+)
+def test_no_integer_is_rounded_in_silence(source, tmp_path, ending, values, is_exact):
+    rows = [{"key": each["key"], "hash": values[i % 3]} for i, each in enumerate(FLAT)]
+    if is_exact:
+        add(source, write(tmp_path / f"c.{ending}", rows), tmp_path / "out")
+        reader = ShardReader(
+            str(tmp_path / "out"), require_manifest(str(tmp_path / "out")), split="train"
+        )
+        assert reader.column("hash", np.arange(3)).tolist() == values
+    else:
+        error = refused(source, rows, tmp_path, name=f"c.{ending}")
+        assert error.reason == "columns_type"
+        assert "rounded" in str(error)
+
+
+def test_a_parquet_file_under_another_name_is_refused(source, tmp_path):
+    shutil.move(write(tmp_path / "c.parquet", FLAT), tmp_path / "c.csv")
+    with pytest.raises(SourceError) as caught:
+        add(source, tmp_path / "c.csv", tmp_path / "out")
+    assert caught.value.reason == "columns_file"
+
+
 @pytest.mark.parametrize("name", ["c.txt", "missing.csv", "broken.parquet", "broken.jsonl"])
 def test_a_file_that_cannot_be_read_is_refused_by_name(name, source, tmp_path):
     if not name.startswith("missing"):
