@@ -59,6 +59,9 @@ QUESTION_COLUMNS = ("num_branches", "num_turns")
 _READ_BYTES = 2**20
 """Most bytes of a file that are read at a time."""
 
+_ROWS_AT_ONCE = 32
+"""Neighbours of a row that are read with it. The order of samples has blocks of 16."""
+
 _NEAR_BYTES = 8 * 1024
 """Rows that are not farther apart are read together: copying this much takes as long as a call."""
 
@@ -467,10 +470,8 @@ class RowFile:
         self.shape: tuple[int, ...] = (0,)
         self.dtype = np.dtype([])
         self._start = 0
-
-    def stat(self) -> os.stat_result:
-        """Returns what the system knows of the open file."""
-        return os.fstat(self._descriptor)
+        # The places that were read last, and the number of the first.
+        self._near: tuple[int, np.ndarray] = (0, np.zeros(0))
 
     def sha256(self) -> str:
         """Hashes the whole file."""

@@ -1,8 +1,10 @@
 import gc
+import hashlib
 import io
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ from hypothesis import strategies as st
 from shardspec.errors import ShardError
 from shardspec.index import (
     INDEX_DTYPE,
+    RowFile,
     encode_index,
     index_row,
     longest_text,
     open_index,
     parse_index,
     sample_layout,
+    sample_places,
 )
 from shardspec.sample import (
     Geometry,
@@ -330,3 +334,30 @@ def test_threads_may_open_indexes_at_once():
     finally:
         gc.callbacks.remove(let_go)
         gc.set_threshold(*thresholds)
+
+
+@given(
+    num=st.integers(1, 90),
+    draws=st.lists(st.integers(0, 10**6), max_size=40),
+    near=st.sampled_from([1, 300, 10**6]),
+    most=st.sampled_from([1, 500, 10**6]),
+)
+def test_rows_that_are_read_from_the_file_are_those_in_memory(
+    tmp_path_factory, num, draws, near, most
+):
+    table = rows(num)
+    path = tmp_path_factory.mktemp("rows") / "index.npy"
+    path.write_bytes(encode_index(table))
+    file = RowFile(str(path), cut="index_cut")
+    assert file.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
+    file.parse()
+    assert (file.dtype, file.shape) == (table.dtype, table.shape)
+    numbers = np.array(draws, np.int64) % num
+    with mock.patch.multiple("shardspec.index", _NEAR_BYTES=near, _READ_BYTES=most):
+        found = file.values(["offset", "key"], numbers)
+    for name in ("offset", "key"):
+        assert found[name].tolist() == table[name][numbers].tolist()
+    places = sample_places(table)
+    for i in numbers.tolist():
+        assert file.place(i) == places[i].item()
+        assert file.row(i).item() == table[i].item()
