@@ -37,7 +37,7 @@ def moved_and_made_again(folder):
 
 
 def without_blocks(folder):
-    shutil.rmtree(folder / "blocks")
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 
 def emptied(folder):
