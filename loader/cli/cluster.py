@@ -8,6 +8,7 @@ neighbouring samples that a lane reads together). Bytes are the dataset's mean p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +17,10 @@ from loader.cli.epochs import EpochBytes, fetched_bytes
 from loader.order import Locality, Order, Slots, Tail, plan_order, rank_positions
 from loader.reading import Network
 from shardspec.keyed import dataset_seed
-from shardspec.manifest import Manifest
+from shardspec.manifest import FileEntry, Manifest
 
 _MOST_SLOTS = 2_000_000  # evaluated per plan: about two seconds
 _MOST_NODES = 4
-_LEAST_BLOCK_BYTES = 1 << 18
-"""Smaller blocks would cost more in requests than they save."""
 _LOCALITIES: tuple[Locality, ...] = ("any", "node")
 _GOOD_SHARD_BYTES = (64 << 20, 4 << 30)
 """Smaller shards cost more requests and directory entries than they save; of larger ones a node
@@ -114,7 +113,7 @@ def plan_cluster(
       canonical_ranks: As `plan_order`.
       seed: Of the run.
       cache_bytes: Bound of each node's cache of remote data; None: nothing is said of later epochs.
-      block_bytes: As `Network`; None: its default.
+      block_bytes: As `Network`.
 
     Raises:
       ConfigError: `unknown_split`, `network`, `batch_not_divisible`, and as `plan_order`.
@@ -145,7 +144,7 @@ def plan_cluster(
     simulated = [
         _Node(order, node=node, share=share, steps=steps, borders=borders) for node in nodes
     ]
-    network = Network() if block_bytes is None else Network(block_bytes=block_bytes)
+    network = Network(block_bytes=block_bytes)
     fetched_by = tuple(
         fetched_bytes(
             manifest,
@@ -191,7 +190,13 @@ def plan_cluster(
         else int(order_of("drop_last").describe()["dropped_samples"]),
         padded_slots=int(order_of("pad").describe()["padded_slots"]),
         fetched=fetched_by,
-        blocks=_block_advice(order, mean_bytes=mean_bytes, network=network, nodes=cluster.nodes),
+        blocks=_block_advice(
+            order,
+            files=[segment.file for segment in manifest.segments(split)],
+            mean_bytes=mean_bytes,
+            network=network,
+            nodes=cluster.nodes,
+        ),
         lanes=_lane_advice(order, cluster),
         resharding=_advice(shard_bytes, entry.num_samples, order, cluster),
     )
@@ -295,17 +300,26 @@ def _most_open(life: np.ndarray, weight: np.ndarray) -> int:
     return int(np.cumsum(change).max())
 
 
-def _block_advice(order: Order, *, mean_bytes: float, network: Network, nodes: int) -> str:
+def _block_advice(
+    order: Order,
+    *,
+    files: Sequence[FileEntry],
+    mean_bytes: float,
+    network: Network,
+    nodes: int,
+) -> str:
     """Compares the blocks that a cache keeps with what a lane reads together."""
     together = mean_bytes * order.config.block_size
-    fitting = round(max(together, _LEAST_BLOCK_BYTES))
+    sizes = sorted({network.blocks_of(file) for file in files})
+    fitting = max(Network().blocks_of(file) for file in files)
     share = mean_bytes * order.config.num_samples / nodes
-    if nodes > 1 and network.block_bytes > 2 * fitting and share > 256 * network.block_bytes:
+    text = " to ".join(_size(size) for size in sorted({sizes[0], sizes[-1]}))
+    if nodes > 1 and sizes[-1] > 2 * fitting and share > 256 * sizes[-1]:
         return (
-            f"{_size(network.block_bytes)} hold samples of several nodes, which fetch them all; "
-            f"the order reads {_size(together)} together: Network(block_bytes={fitting})"
+            f"{text} hold samples of several nodes, which fetch them all; the order reads "
+            f"{_size(together)} together: without block_bytes they have {_size(fitting)}"
         )
-    return f"{_size(network.block_bytes)}, the order reads {_size(together)} together"
+    return f"{text}, the order reads {_size(together)} together"
 
 
 def _lane_advice(order: Order, cluster: Cluster) -> str:

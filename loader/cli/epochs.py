@@ -89,7 +89,7 @@ def fetched_bytes(
             locality=locality,
         )
     )
-    table = _BlockTable(manifest, split, block_bytes=network.block_bytes)
+    table = _BlockTable(manifest, split, network=network)
     share = global_batch_size // nodes
     starts = [order.epoch_start(epoch) for epoch in range(NUM_EPOCHS + 1)]
     # Indexes are kept in the cache too, and never evicted.
@@ -113,16 +113,18 @@ def fetched_bytes(
 class _BlockTable:
     """The blocks of a split: which one a sample is in, and how long each is."""
 
-    def __init__(self, manifest: Manifest, split: str, *, block_bytes: int) -> None:
+    def __init__(self, manifest: Manifest, split: str, *, network: Network) -> None:
         segments = manifest.segments(split)
         files = {segment.file.url: segment.file for segment in segments}
         numbers = {url: i for i, url in enumerate(files)}
         self.index_bytes = sum(file.index_bytes for file in files.values())
         counts = np.array([max(1, file.nsamples) for file in files.values()], np.int64)
         self._mean = np.array([file.num_bytes for file in files.values()], np.float64) / counts
-        per_file = (counts * self._mean).astype(np.int64) // block_bytes + 1
+        sizes = [network.blocks_of(file) for file in files.values()]
+        self._block_bytes = np.array(sizes, np.int64)
+        per_file = (counts * self._mean).astype(np.int64) // self._block_bytes + 1
         self._first = np.concatenate([[0], np.cumsum(per_file)]).astype(np.int64)
-        self._counts, self._block_bytes = counts, block_bytes
+        self._counts = counts
         self._starts = np.cumsum([0, *(segment.num_rows for segment in segments)])
         self._row = np.array([segment.first_row for segment in segments], np.int64)
         self._file = np.array([numbers[segment.file.url] for segment in segments], np.int64)
@@ -139,14 +141,14 @@ class _BlockTable:
         """Gives the samples of a block, and the mean length of one."""
         file = int(np.searchsorted(self._first, block, side="right")) - 1
         number, count = block - int(self._first[file]), int(self._counts[file])
-        mean = float(self._mean[file])
+        mean, block_bytes = float(self._mean[file]), int(self._block_bytes[file])
         first, stop = (
-            min(count, int(np.ceil(n * self._block_bytes / mean))) for n in (number, number + 1)
+            min(count, int(np.ceil(n * block_bytes / mean))) for n in (number, number + 1)
         )
         return max(1, stop - first), mean
 
     def _at(self, row: np.ndarray, file: np.ndarray) -> np.ndarray:
-        found: np.ndarray = (row * self._mean[file] / self._block_bytes).astype(np.int64)
+        found: np.ndarray = (row * self._mean[file] / self._block_bytes[file]).astype(np.int64)
         return found
 
 

@@ -6,7 +6,6 @@ import argparse
 
 from loader.cli.cluster import Cluster, describe_plan, plan_cluster
 from loader.cli.verb import Verb, add_dataset, add_flag
-from loader.reading import Network
 from shardspec.manifest import require_manifest
 
 
@@ -17,7 +16,9 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--workers", "threads or worker processes per rank", 4)
     add_flag(parser, "--global-batch", "samples per step over all ranks", 256)
     add_flag(parser, "--cache-gb", "cache of remote data per machine, in GB (10^9 bytes)", 64.0)
-    add_flag(parser, "--block-bytes", "bytes of a block of remote data", Network().block_bytes)
+    parser.add_argument(
+        "--block-bytes", type=int, help="bytes of a block of remote data (default: chosen)"
+    )
     parser.add_argument("--canonical-ranks", type=int, help="width of the order (default: chosen)")
 
 

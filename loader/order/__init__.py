@@ -5,7 +5,7 @@ which rows a rank's batch has. Never reads a file, a clock or the environment, a
 sample's content.
 """
 
-from loader.order.config import Locality, OrderConfig, Tail, plan_order
+from loader.order.config import BLOCK_SIZE, Locality, OrderConfig, Tail, plan_order
 from loader.order.mixture import MixtureOrder, Stop, require_stop
 from loader.order.mixture_config import MixtureConfig, plan_mixture
 from loader.order.order import Order
@@ -35,6 +35,7 @@ from loader.order.weights import MixtureGroup, MixtureSource, Unit, Weighting
 
 __all__ = [
     "BalancedSchedule",
+    "BLOCK_SIZE",
     "BucketSchedule",
     "Locality",
     "MixtureConfig",

@@ -40,7 +40,7 @@ _MAX_CANONICAL_RANKS = 192  # default width: 2**6 * 3, divided by 14 numbers of 
 
 _BLOCKS_PER_SUBSLICE = 4
 
-_ACTIVE_BLOCKS, ACTIVE_TURNS, _BLOCK_SIZE = 8, 4, 16
+_ACTIVE_BLOCKS, ACTIVE_TURNS, BLOCK_SIZE = 8, 4, 16
 """Defaults: blocks of 16 samples, four turns of a lane side by side. The same samples are open at a
 time as with one turn of 64, but what sorted data leave of a block's class in later batches is a
 quarter of it, in a quarter of the batches (benchmarks/ORDER.md)."""
@@ -229,7 +229,7 @@ def plan_order(
     """
     require_count("num_samples", num_samples)
     require_count("global_batch_size", global_batch_size)
-    target = _BLOCK_SIZE if block_size is None else block_size
+    target = BLOCK_SIZE if block_size is None else block_size
     ranks = canonical_ranks
     if ranks is None:
         ranks = default_canonical_ranks(global_batch_size)

@@ -12,8 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loader.order import BLOCK_SIZE
+
 Span = tuple[int, int]
 """Bytes [start, stop) of an object."""
+
+_PER_ORDER_BLOCK = 2
+"""Blocks that hold a block of the order. Each node fetches all blocks that hold one of its samples.
+Planned for eight nodes (docs/remote.md): blocks as large as the order's cost 3.2 times a node's
+share, half as large 2.1 times with 1.3 times the requests, a quarter 1.5 times with 1.9 times."""
+_LEAST_BLOCK_BYTES, _MOST_BLOCK_BYTES = 2**18, 2**24
+"""Smaller blocks cost more in requests than they save; larger ones too much memory."""
+_BLOCK_UNIT = 2**16
+"""Rounded to this: shards of one dataset have samples of nearly equal means, and equal blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +52,27 @@ class Block:
     def num_bytes(self) -> int:
         """Length of the block."""
         return self.stop - self.start
+
+
+def fitting_block_bytes(num_bytes: int, num_samples: int) -> int:
+    """Chooses the size of a shard's blocks: half of what the order reads together.
+
+    The order reads `BLOCK_SIZE` neighbours on one node and deals these groups to nodes at random. A
+    block of several groups would be fetched by several nodes, most of it in vain.
+
+    Args:
+      num_bytes: Length of the shard.
+      num_samples: Samples in it.
+
+    Returns:
+      Bytes: a multiple of 64 KiB, 256 KiB to 16 MiB.
+
+    >>> [fitting_block_bytes(1000 * size, 1000) for size in (5_000, 60_000, 3_000_000)]
+    [262144, 458752, 16777216]
+    """
+    together = BLOCK_SIZE * num_bytes // max(1, num_samples)
+    units = (together // _PER_ORDER_BLOCK + _BLOCK_UNIT // 2) // _BLOCK_UNIT
+    return min(max(units * _BLOCK_UNIT, _LEAST_BLOCK_BYTES), _MOST_BLOCK_BYTES)
 
 
 def block_rows(offsets: np.ndarray, row: int, *, block_bytes: int) -> tuple[int, int]:

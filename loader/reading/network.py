@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loader.reading.blocks import fitting_block_bytes
 from shardspec.errors import ConfigError
+from shardspec.manifest import FileEntry
 from shardspec.storage import RetryPolicy
+
+UNCACHED_BLOCK_BYTES = 4 * 2**20
+"""Size of blocks where none is cached: they only say which samples may travel together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """How remote shards are read. The defaults suit object stores of 20 to 100 ms."""
 
-    block_bytes: int = 4 * 2**20
-    """Size of the blocks that a cache holds."""
+    block_bytes: int | None = None
+    """Size of the blocks that a cache holds; None: as each shard's samples need
+    (`fitting_block_bytes`)."""
     ahead_steps: int = 64
     """Steps that are planned ahead, each of this rank's share."""
     ahead_bytes: int = 256 * 2**20
@@ -22,8 +28,9 @@ class Network:
     """Samples of this many steps at the start of a run or pass are fetched before their blocks."""
     requests: int = 32
     """Requests for single samples at a time."""
-    streams: int = 8
-    """Requests for blocks at a time."""
+    streams: int | None = None
+    """Requests for blocks at a time; None: 8, and up to `requests` while they take no more than 32
+    MiB together."""
     stall_s: float | None = None
     """Reading has stalled if nothing arrives for this long, in seconds; None: 300, or more where
     `retry` takes longer to give up."""
@@ -32,9 +39,25 @@ class Network:
 
     def __post_init__(self) -> None:
         names = ("block_bytes", "ahead_steps", "ahead_bytes", "cold_steps", "requests", "streams")
-        wrong = {name: getattr(self, name) for name in names if getattr(self, name) < 1}
+        given = {name: getattr(self, name) for name in names}
+        wrong = {name: value for name, value in given.items() if value is not None and value < 1}
         if wrong or (self.stall_s is not None and self.stall_s <= 0):
             raise ConfigError("network", facts=wrong or {"stall_s": self.stall_s})
+
+    def blocks_of(self, file: FileEntry, *, cached: bool = True) -> int:
+        """Returns where a shard is cut into blocks, in bytes.
+
+        It follows from these settings and from the shard alone, so all ranks, runs and views that
+        read a shard through one cache cut it alike.
+
+        Args:
+          file: The shard.
+          cached: There is a cache.
+        """
+        if self.block_bytes is not None:
+            return self.block_bytes
+        fitting = fitting_block_bytes(file.num_bytes, file.nsamples)
+        return fitting if cached else max(fitting, UNCACHED_BLOCK_BYTES)
 
 
 def patience_s(network: Network) -> float:

@@ -44,6 +44,7 @@ from loader.reading.locator import Locate, Locator
 from loader.reading.network import Network, patience_s
 from loader.reading.read_plan import ReadPlan
 from shardspec.errors import ConfigError
+from shardspec.manifest import FileEntry
 from shardspec.storage import RangeReader
 
 _PATIENCE_S = 5.0
@@ -71,6 +72,10 @@ class Prefetcher:
     def settings(self) -> tuple[Network, str | None, int]:
         """What it was made with: those that are alike can be shared."""
         return self.network, self._cache_path, self._cache_bytes
+
+    def blocks_of(self, file: FileEntry) -> int:
+        """Returns where a shard is cut into blocks, in bytes."""
+        return self.network.blocks_of(file, cached=self._cache_path is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("network", "_cache_path", "_cache_bytes")}

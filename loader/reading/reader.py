@@ -33,6 +33,9 @@ from shardspec.sample import PreparedSample
 _TRIED_OF_SHARD = 8
 """Samples by which a shard is judged; one with fewer is not."""
 
+_LEAST_BLOCKS = 16
+"""Blocks that a cache has room for at least."""
+
 _OPENED_AHEAD = 64
 """Indexes of remote shards that are fetched at a time."""
 
@@ -390,15 +393,6 @@ def open_dataset(
       StorageError: A request to the store failed.
     """
     network = network or Network()
-    least = 16 * network.block_bytes
-    if cache is not None and cache_bytes < least:
-        raise ConfigError(
-            "cache_bytes",
-            where=cache,
-            least=least,
-            cache_bytes=cache_bytes,
-            block_bytes=network.block_bytes,
-        )
     prefetcher = Prefetcher(network, cache=cache, cache_bytes=cache_bytes)
     if storage.is_local(url):
         manifest = require_manifest(url)
@@ -408,4 +402,15 @@ def open_dataset(
         prefetcher.ranges.connect_soon(url, network.requests)
         # With the client that reads everything else: making one takes a quarter of a second.
         manifest = fetch_manifest(url, prefetcher.ranges)
-    return manifest, ShardReader(url, manifest, split=split, check=check, prefetcher=prefetcher)
+    reader = ShardReader(url, manifest, split=split, check=check, prefetcher=prefetcher)
+    sizes = [network.blocks_of(segment.file) for segment in reader.segments]
+    least = _LEAST_BLOCKS * max(sizes, default=1)
+    if cache is not None and cache_bytes < least:
+        raise ConfigError(
+            "cache_bytes",
+            where=cache,
+            least=least,
+            cache_bytes=cache_bytes,
+            block_bytes=max(sizes),
+        )
+    return manifest, reader

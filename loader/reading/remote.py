@@ -66,6 +66,7 @@ class RemoteShards:
             rows=LoadedRows(rows),
             offsets=np.ascontiguousarray(rows["offset"]),
             prefetcher=self.prefetcher,
+            block_bytes=self.prefetcher.blocks_of(file),
         )
 
     def _open_local(self, file: FileEntry) -> np.ndarray:
@@ -119,6 +120,8 @@ class RemoteShard:
     offsets: np.ndarray
     """uint64 [n], where the samples begin."""
     prefetcher: Prefetcher
+    block_bytes: int
+    """Where it is cut into blocks."""
 
     def sample(self, number: int, place: tuple[Any, ...], *, where: str) -> memoryview:
         """Reads the members of one sample, and compares their checksum.
@@ -147,7 +150,7 @@ class RemoteShard:
 
     def place(self, row: int) -> tuple[Block, Span]:
         """Finds the block of a sample, and the sample's bytes in the shard."""
-        first, stop = block_rows(self.offsets, row, block_bytes=self.prefetcher.network.block_bytes)
+        first, stop = block_rows(self.offsets, row, block_bytes=self.block_bytes)
         table = self.rows.table
         last = table[stop - 1]
         block = Block(

@@ -5,7 +5,7 @@ joined) and *blocks* (whole ones, for the cache). No block is begun while a piec
 
 What bounds the requests:
 
-* their number, by kind (`requests`, `streams`);
+* their number, by kind (`requests`, `streams`), where blocks are small their bytes;
 * memory: what is needed later than in the next `cold_steps` steps begins only if all pieces in
   memory and under way then take at most `ahead_bytes`. So they never take more than that and what
   the next 2 * `cold_steps` steps need;
@@ -29,6 +29,9 @@ _GAP_BYTES = 64 * 1024
 _PIECE_BYTES = 2**20
 """Neighbours are joined up to there: longer requests would keep the samples of a step waiting for
 each other, and eight of these fill a link of 100 MB/s at 80 ms."""
+_STREAMS, _STREAM_BYTES = 8, 2**25
+"""Where `streams` is None: blocks under way, and more while they take no more than these bytes.
+Eight blocks of 4 MiB fill a link of 100 MB/s at 80 ms; of smaller ones it takes more."""
 _BESIDE = 1
 """Requests for later steps that begin while the first batch waits for its own: they share a link.
 After it all requests are used: one link's latency is hidden by the bytes of other steps."""
@@ -49,6 +52,7 @@ class RequestQueue:
         self._queues: dict[Kind, list[tuple[int, int, BlockState]]] = {"piece": [], "block": []}
         self._numbers = itertools.count()
         self._running: Counter[Kind] = Counter()
+        self._block_bytes = 0  # under way, of whole blocks
         # The same requests, by whether a batch waits for them.
         self._under_way: Counter[bool] = Counter()
 
@@ -110,19 +114,29 @@ class RequestQueue:
             if self._running["piece"] < self._network.requests:
                 return "piece", heapq.heappop(self._queues["piece"])[2]
             return None  # no block begins before this piece
-        if self._running["block"] < self._network.streams and may_start("block"):
+        if may_start("block") and self._has_stream(self._queues["block"][0][2]):
             return "block", heapq.heappop(self._queues["block"])[2]
         return None
 
     def begin(self, request: Request) -> None:
         """Counts a request as under way."""
         self._running[request.kind] += 1
+        self._block_bytes += _bytes_of_block(request)
         self._under_way[request.is_urgent] += 1
 
     def end(self, request: Request) -> None:
         """Counts a request as over."""
         self._running[request.kind] -= 1
+        self._block_bytes -= _bytes_of_block(request)
         self._under_way[request.is_urgent] -= 1
+
+    def _has_stream(self, state: BlockState) -> bool:
+        """Returns True if the bounds let a request for a whole block begin."""
+        running, most = self._running["block"], self._network.streams
+        if most is not None or running < _STREAMS:
+            return running < (_STREAMS if most is None else most)
+        more = state.block.num_bytes
+        return running < self._network.requests and self._block_bytes + more <= _STREAM_BYTES
 
     def _is_next(self, kind: Kind, step: int, _: int, state: BlockState) -> bool:
         """Returns False if the first entry of a queue is stale, or taken care of: the end of the
@@ -143,6 +157,10 @@ class RequestQueue:
             self.add_pieces(state)
             return False
         return True
+
+
+def _bytes_of_block(request: Request) -> int:
+    return request.state.block.num_bytes if request.kind == "block" else 0
 
 
 def travel_together(

@@ -102,16 +102,17 @@ def test_a_billion_samples_take_seconds():
     assert all(len(each.num_bytes) == NUM_EPOCHS for each in plan.fetched)
     text = describe_plan(plan)
     assert "(estimated from 0.3% of the data)" in text
-    assert "Network(block_bytes=" in text
+    assert "blocks of a store         786.4 kB, the order reads" in text
 
 
 @pytest.mark.parametrize(
     "num_shards, nodes, block_bytes, names_another",
     [
-        (400, 8, None, True),
-        (400, 1, None, False),  # nobody else reads its blocks
-        (400, 8, 2**21, False),
-        (2, 8, None, False),  # a share of a few blocks
+        (400, 8, 2**22, True),
+        (400, 8, None, False),
+        (400, 1, 2**22, False),  # nobody else reads its blocks
+        (400, 8, 2**20, False),
+        (2, 8, 2**22, False),  # a share of a few blocks
     ],
 )
 def test_other_blocks_are_named_where_they_would_fetch_less(
@@ -125,4 +126,4 @@ def test_other_blocks_are_named_where_they_would_fetch_less(
         global_batch_size=512,
         block_bytes=block_bytes,
     )
-    assert ("Network(block_bytes=" in plan.blocks) == names_another
+    assert ("without block_bytes they have 786.4 kB" in plan.blocks) == names_another

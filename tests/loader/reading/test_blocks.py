@@ -2,7 +2,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.reading.blocks import Block, block_rows, coalesce, missing
+from loader.order import BLOCK_SIZE, plan_order
+from loader.reading.blocks import Block, block_rows, coalesce, fitting_block_bytes, missing
+from loader.reading.network import Network
+from shardspec.manifest import FileEntry
 
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 SPANS = st.lists(st.tuples(st.integers(0, 500), st.integers(1, 80)), max_size=12).map(
@@ -50,3 +53,37 @@ def test_a_block_is_named_by_content_not_by_place():
     block = Block(url="s3://a/b.tar", start=5, stop=9, total=20, sha256="ab" * 32)
     assert block.name == "ab" * 16 + "-5-9.block"
     assert block.num_bytes == 4
+
+
+def shard_of(num_bytes, num_samples, name="a"):
+    return FileEntry(
+        url=f"{name}.tar",
+        index_url=f"{name}.npy",
+        nsamples=num_samples,
+        num_bytes=num_bytes,
+        sha256=name,
+        index_bytes=1,
+        index_sha256="",
+    )
+
+
+@given(sample_bytes=st.integers(1, 10**8), num_samples=st.integers(1, 10**6))
+def test_blocks_follow_from_the_samples_of_a_shard_alone(sample_bytes, num_samples):
+    size = fitting_block_bytes(sample_bytes * num_samples, num_samples)
+    assert size == fitting_block_bytes(sample_bytes, 1)  # however many
+    assert 2**18 <= size <= 2**24
+    assert size % 2**16 == 0
+    together = BLOCK_SIZE * sample_bytes
+    if 2**19 <= together <= 2**25:
+        assert abs(size - together // 2) <= 2**15
+    assert size <= fitting_block_bytes(sample_bytes + 1, 1)
+    # Of any shard: another name, place or content says nothing.
+    shards = [shard_of(sample_bytes * num_samples, num_samples, name) for name in "ab"]
+    assert [Network(requests=3).blocks_of(shard) for shard in shards] == [size, size]
+    assert Network(block_bytes=77).blocks_of(shards[0], cached=False) == 77
+    assert Network().blocks_of(shards[0], cached=False) == max(size, 4 * 2**20)
+
+
+def test_the_size_that_blocks_aim_for_is_the_orders():
+    wide = plan_order(10**8, global_batch_size=64, seed=0, canonical_ranks=64)
+    assert BLOCK_SIZE * 3 // 4 <= wide.block_size <= BLOCK_SIZE * 3 // 2

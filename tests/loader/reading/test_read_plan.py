@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader.reading import request_queue
+from loader.reading.block_state import BlockState, Request
 from loader.reading.blocks import Block, missing
 from loader.reading.network import Network
 from loader.reading.read_plan import ReadPlan
+from loader.reading.request_queue import RequestQueue
 from tests.examples import examples
 
 SAMPLE = 10
@@ -138,7 +140,12 @@ class Owner:
             assert state.num_requests - len(own) in (0, 1)  # one is beginning, or ending
         assert held == self.plan.held_bytes
         assert self.plan._queue._running["piece"] <= self.network.requests
-        assert self.plan._queue._running["block"] <= self.network.streams
+        running, most = self.plan._queue._running["block"], self.network.streams
+        if most is not None or running <= 8:
+            assert running <= (most or 8)
+        else:  # as many small ones as there are requests
+            assert running <= self.network.requests
+            assert self.plan._queue._block_bytes <= 32 * 2**20
 
     def drain(self):
         while self.start() or self.flights:
@@ -384,3 +391,31 @@ def test_later_steps_have_one_request_until_the_first_batch_is_there():
     owner.land(0)
     assert owner.plan.may_locate(3)
     assert [request.step for request in owner.start()] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "network, block_bytes, running",
+    [
+        ({}, 4 * 2**20, 8),
+        ({}, 16 * 2**20, 8),
+        ({}, 2 * 2**20, 16),
+        ({}, 2**18, 32),
+        ({"requests": 4}, 2**18, 8),
+        ({"streams": 3}, 2**18, 3),
+        ({"streams": 12}, 16 * 2**20, 12),
+    ],
+)
+def test_as_many_blocks_travel_as_fill_a_link(network, block_bytes, running):
+    queue, wanted = RequestQueue(Network(**network)), range(40)
+    for number in wanted:
+        start = number * block_bytes
+        block = Block(url="u", start=start, stop=start + block_bytes, total=2**40, sha256="ab" * 32)
+        queue.add_block(BlockState(block), number)
+    begun = []
+    while found := queue.pop(now=0, is_first=False, is_locating=False, held_bytes=0):
+        kind, state = found
+        begun.append(Request(state=state, kind=kind, step=0, is_urgent=False))
+        queue.begin(begun[-1])
+    assert len(begun) == running
+    queue.end(begun[0])  # one ends, one begins
+    assert queue.pop(now=0, is_first=False, is_locating=False, held_bytes=0) is not None

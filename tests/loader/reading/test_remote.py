@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader
 
 from loader import IterableDatasetMixture, StreamingDataset, make_dataloader, view_collator
 from loader.reading.network import Network
+from preprocess.reshard import ReshardSettings, plan_reshard, reshard
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, StorageError
 from shardspec.index import parse_index
 from shardspec.storage import RetryPolicy
 from tests import servers
 from tests.fault_proxy import FaultProxy
+from tests.inline import Quiet
 
 QUICK = RetryPolicy(idle_s=1.5, first_wait_s=0.01, wall_s=20)
 SMALL = Network(block_bytes=64 * 1024, ahead_steps=16, retry=QUICK)
@@ -483,6 +485,63 @@ def test_memory_urls_stream_too(local):
     fs, path = storage.filesystem("memory://bucket/set")
     fs.put(local, path, recursive=True)
     assert_same(batches_of("memory://bucket/set", 30), batches_of(local, 30))
+
+
+def memory_copy(folder, place):
+    fs, path = storage.filesystem(place)
+    if not fs.exists(path):
+        fs.put(folder, path, recursive=True)
+    return place
+
+
+def test_every_reader_of_a_shard_finds_what_another_has_cached(local, tmp_path):
+    """Another split of ranks, batch, order, subset or view: blocks follow from the shard alone."""
+    url = memory_copy(local, "memory://shared-cache/set")
+    view = str(tmp_path / "view")
+    settings = ReshardSettings(sources=(url,), out=view, num_shards=7, form="view")
+    reshard(plan_reshard(settings, Quiet()), Quiet())
+    options = {"cache": str(tmp_path / "cache"), "network": Network(retry=QUICK)}
+    first = loader_of(url, world_size=1, **options)
+    list(first)
+    assert first.stats().counters["bytes"] > 0
+    for place, change in (
+        (url, {"world_size": 4, "rank": 3}),
+        (url, {"block_size": 1, "shuffle": False}),
+        (url, {"max_samples": 150}),
+        (url, {"where": "num_tokens > 0"}),
+        (view, {}),
+        (url, {"network": Network(block_bytes=2**15, retry=QUICK)}),
+    ):
+        later = loader_of(place, **{"world_size": 1, **options, **change})
+        for _ in later:
+            pass
+        counters = later.stats().counters
+        assert counters["cache_hits"] > 0
+        assert ("cache_misses" in counters) == ("network" in change), change
+
+
+def test_a_cache_with_blocks_of_another_size_keeps_working(local, tmp_path):
+    url = memory_copy(local, "memory://shared-cache/set")
+    cache, bound = tmp_path / "cache", 16 * 2**18
+    want, held = batches_of(local, 20), []
+
+    def run(**network):
+        options = {"cache_bytes": bound, "network": Network(retry=QUICK, **network)}
+        assert_same(batches_of(url, 20, cache=str(cache), **options), want)
+        held.append({path.name: path.stat().st_size for path in (cache / "blocks").iterdir()})
+        assert sum(held[-1].values()) <= bound
+
+    run(block_bytes=2**15)
+    # Blocks of other runs, used up long ago, fill the rest.
+    for number in range((bound - sum(held[0].values())) // 2**16):
+        other = cache / "blocks" / f"{number:032x}-0-{2**16}.block"
+        other.write_bytes(bytes(2**16))
+        os.utime(other, times=(1, 1))
+    (cache / "usage").unlink()  # it is counted again
+    run()
+    assert not held[1].keys() <= held[0].keys()  # those of this size found room
+    run(block_bytes=2**15)
+    assert {name for name in held[0] if name.endswith("block")} & held[2].keys()
 
 
 def test_peek_shows_a_batch_from_a_store(s3_server, tiny_dataset, capsys):
