@@ -15,7 +15,7 @@ import numpy as np
 
 from loader.cli.epochs import EpochBytes, fetched_bytes
 from loader.order import Locality, Order, Slots, Tail, plan_order, rank_positions
-from loader.reading import Network
+from loader.reading import Network, blocks_of
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import FileEntry, Manifest
 
@@ -310,8 +310,8 @@ def _block_advice(
 ) -> str:
     """Compares the blocks that a cache keeps with what a lane reads together."""
     together = mean_bytes * order.config.block_size
-    sizes = sorted({network.blocks_of(file) for file in files})
-    fitting = max(Network().blocks_of(file) for file in files)
+    sizes = sorted({blocks_of(network, file) for file in files})
+    fitting = max(blocks_of(Network(), file) for file in files)
     share = mean_bytes * order.config.num_samples / nodes
     text = " to ".join(_size(size) for size in sorted({sizes[0], sizes[-1]}))
     if nodes > 1 and sizes[-1] > 2 * fitting and share > 256 * sizes[-1]:

@@ -6,7 +6,7 @@ Never decides which samples are needed, and never changes stored data.
 
 from loader.reading.local import Check
 from loader.reading.lookahead import LookaheadWindow
-from loader.reading.network import Network
+from loader.reading.network import Network, blocks_of
 from loader.reading.quarantine import MOST_RECORDS, Quarantine, is_of_one_sample
 from loader.reading.reader import ShardReader, count_reading, open_dataset
 from loader.reading.stored import StoredSample, read_record
@@ -19,6 +19,7 @@ __all__ = [
     "Quarantine",
     "ShardReader",
     "StoredSample",
+    "blocks_of",
     "count_reading",
     "is_of_one_sample",
     "open_dataset",

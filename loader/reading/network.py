@@ -44,20 +44,22 @@ class Network:
         if wrong or (self.stall_s is not None and self.stall_s <= 0):
             raise ConfigError("network", facts=wrong or {"stall_s": self.stall_s})
 
-    def blocks_of(self, file: FileEntry, *, cached: bool = True) -> int:
-        """Returns where a shard is cut into blocks, in bytes.
 
-        It follows from these settings and from the shard alone, so all ranks, runs and views that
-        read a shard through one cache cut it alike.
+def blocks_of(network: Network, file: FileEntry, *, cached: bool = True) -> int:
+    """Returns where a shard is cut into blocks, in bytes.
 
-        Args:
-          file: The shard.
-          cached: There is a cache.
-        """
-        if self.block_bytes is not None:
-            return self.block_bytes
-        fitting = fitting_block_bytes(file.num_bytes, file.nsamples)
-        return fitting if cached else max(fitting, UNCACHED_BLOCK_BYTES)
+    It follows from the settings and from the shard alone, so all ranks, runs and views that read a
+    shard through one cache cut it alike.
+
+    Args:
+      network: The settings.
+      file: The shard.
+      cached: There is a cache.
+    """
+    if network.block_bytes is not None:
+        return network.block_bytes
+    fitting = fitting_block_bytes(file.num_bytes, file.nsamples)
+    return fitting if cached else max(fitting, UNCACHED_BLOCK_BYTES)
 
 
 def patience_s(network: Network) -> float:

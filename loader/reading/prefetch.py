@@ -41,7 +41,7 @@ from loader.reading.cache import OpenFile
 from loader.reading.cached import CachedBlocks
 from loader.reading.fetcher import Fetcher
 from loader.reading.locator import Locate, Locator
-from loader.reading.network import Network, patience_s
+from loader.reading.network import Network, blocks_of, patience_s
 from loader.reading.read_plan import ReadPlan
 from shardspec.errors import ConfigError
 from shardspec.manifest import FileEntry
@@ -75,7 +75,7 @@ class Prefetcher:
 
     def blocks_of(self, file: FileEntry) -> int:
         """Returns where a shard is cut into blocks, in bytes."""
-        return self.network.blocks_of(file, cached=self._cache_path is not None)
+        return blocks_of(self.network, file, cached=self._cache_path is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("network", "_cache_path", "_cache_bytes")}

@@ -18,7 +18,7 @@ import numpy as np
 from loader.reading.blocks import Block, Span
 from loader.reading.columns import ColumnFiles
 from loader.reading.local import Check, LocalShards
-from loader.reading.network import Network
+from loader.reading.network import Network, blocks_of
 from loader.reading.open_shards import OpenShards, Shard, ShardSource
 from loader.reading.prefetch import Prefetcher
 from loader.reading.remote import RemoteShard, RemoteShards
@@ -403,7 +403,7 @@ def open_dataset(
         # With the client that reads everything else: making one takes a quarter of a second.
         manifest = fetch_manifest(url, prefetcher.ranges)
     reader = ShardReader(url, manifest, split=split, check=check, prefetcher=prefetcher)
-    sizes = [network.blocks_of(segment.file) for segment in reader.segments]
+    sizes = [blocks_of(network, segment.file) for segment in reader.segments]
     least = _LEAST_BLOCKS * max(sizes, default=1)
     if cache is not None and cache_bytes < least:
         raise ConfigError(

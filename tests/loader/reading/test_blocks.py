@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from loader.order import BLOCK_SIZE, plan_order
 from loader.reading.blocks import Block, block_rows, coalesce, fitting_block_bytes, missing
-from loader.reading.network import Network
+from loader.reading.network import Network, blocks_of
 from shardspec.manifest import FileEntry
 
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=60)
@@ -79,9 +79,9 @@ def test_blocks_follow_from_the_samples_of_a_shard_alone(sample_bytes, num_sampl
     assert size <= fitting_block_bytes(sample_bytes + 1, 1)
     # Of any shard: another name, place or content says nothing.
     shards = [shard_of(sample_bytes * num_samples, num_samples, name) for name in "ab"]
-    assert [Network(requests=3).blocks_of(shard) for shard in shards] == [size, size]
-    assert Network(block_bytes=77).blocks_of(shards[0], cached=False) == 77
-    assert Network().blocks_of(shards[0], cached=False) == max(size, 4 * 2**20)
+    assert [blocks_of(Network(requests=3), shard) for shard in shards] == [size, size]
+    assert blocks_of(Network(block_bytes=77), shards[0], cached=False) == 77
+    assert blocks_of(Network(), shards[0], cached=False) == max(size, 4 * 2**20)
 
 
 def test_the_size_that_blocks_aim_for_is_the_orders():
