@@ -417,6 +417,7 @@ class StreamLoader:
         self._removed: dict[str, Any] = {}
         self._lengths = lengths
         self._packs, self._make_packs = packs, make_packs
+        self._packs_judged = False
         self._bucket_steps = bucket_steps
         self._share_images = share_images
         self._schedule: Schedule = self._shared(packs) if packs else self._unpacked()
@@ -647,6 +648,7 @@ class StreamLoader:
                 step=self.step, global_batch_size=batch, weights=weights
             )
             self._schedule = self._unpacked()
+            self._stream.warn_of_pairs(self._order, step=self.step)
         else:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
@@ -800,4 +802,7 @@ class StreamLoader:
         rows = self._schedule.rows(step, self._topology)
         self._stats.plan_s += perf_counter() - start_s
         self._planned = step + 1
+        if self._packs is not None and not self._packs_judged:
+            self._packs_judged = True
+            self._stream.warn_of_packed_pairs(self._packs, rows, step=step)
         return rows, [] if self._packs is None else self._packs.places(step + 1)

@@ -26,8 +26,8 @@ from shardspec.manifest import Manifest
 NUM_EPOCHS = 3
 
 _MOST_SLOTS = 3_000_000
-"""Evaluated per order: one to two seconds. Of fewer, datasets of a million samples would be replayed
-at a smaller size, whose blocks of the order are smaller too."""
+"""Evaluated per order: one to two seconds. Datasets of a million samples are replayed as they are:
+at a smaller size the order's own blocks would be smaller too."""
 
 _MOST_USES = 150_000
 """Replayed per order: about a second."""

@@ -6,11 +6,17 @@ sample's content.
 """
 
 from loader.order.config import BLOCK_SIZE, Locality, OrderConfig, Tail, plan_order
-from loader.order.mixture import MixtureOrder, Stop, require_stop
+from loader.order.mixture import MixtureOrder, Stop, mixture_blocks, require_stop
 from loader.order.mixture_config import MixtureConfig, plan_mixture
 from loader.order.order import Order
 from loader.order.packing import PackConfig
-from loader.order.quality import pairs_in_share
+from loader.order.quality import (
+    Drawn,
+    LaneReading,
+    lane_reading,
+    pairs_in_groups,
+    pairs_in_share,
+)
 from loader.order.rows import Row, SampleRef
 from loader.order.schedule import (
     BalancedSchedule,
@@ -37,6 +43,8 @@ __all__ = [
     "BalancedSchedule",
     "BLOCK_SIZE",
     "BucketSchedule",
+    "Drawn",
+    "LaneReading",
     "Locality",
     "MixtureConfig",
     "MixtureGroup",
@@ -60,6 +68,9 @@ __all__ = [
     "bucket_group",
     "epoch_of",
     "is_whole",
+    "lane_reading",
+    "mixture_blocks",
+    "pairs_in_groups",
     "pairs_in_share",
     "plan_mixture",
     "plan_order",

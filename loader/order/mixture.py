@@ -42,6 +42,7 @@ from loader.order.mixture_config import (
 from loader.order.order import KEPT_STEPS, EpochBorders, groups
 from loader.order.pattern import InterleavePattern, require_pattern
 from loader.order.permutation import keyed_array, permute
+from loader.order.quality import LaneReading
 from loader.order.remainder import EpochRemainder
 from loader.order.slots import Slots, is_whole, require_slots, require_step
 from shardspec.errors import ConfigError
@@ -62,6 +63,12 @@ def require_stop(stop: Stop | int) -> None:
     steps = is_whole(stop) and 1 <= stop < 2**62  # type: ignore[operator]
     if not steps and not (isinstance(stop, str) and stop in get_args(Stop)):
         raise ConfigError("mixture_stop", got=repr(stop))
+
+
+def mixture_blocks(weights: Sequence[float], share: int, *, least: int = 8) -> list[int]:
+    """Chooses the active blocks of each dataset in a lane that has `share` samples of a turn."""
+    active, total = max(least, ACTIVE_TURNS * share), math.fsum(weights)
+    return [max(1, math.ceil(active * (weight / total))) for weight in weights]
 
 
 class MixtureOrder:
@@ -223,6 +230,29 @@ class MixtureOrder:
             )
         return MixtureOrder(config, stop=self.stop)
 
+    def ranks_at(self, step: int) -> int:
+        """Returns the canonical ranks of a step."""
+        i = max(0, int(np.searchsorted(self._starts, step, side="right")) - 1)
+        return self._segments[i].change.canonical_ranks
+
+    def reading_at(self, step: int) -> list[LaneReading]:
+        """Tells how lanes read each dataset in a step: those of the mixture, in their sequence."""
+        i = max(0, int(np.searchsorted(self._starts, step, side="right")) - 1)
+        segment = self._segments[i]
+        total, laned = math.fsum(segment.change.weights), segment.pattern.laned
+        active, size = (
+            np.asarray(values) for values in (segment.line.active_blocks, segment.line.block_size)
+        )
+        return [
+            LaneReading(
+                weight=segment.change.weights[d] / total,
+                num_samples=member.num_samples,
+                active_blocks=int(active[d]) if laned[d] else 0,
+                block_size=int(size[d]),
+            )
+            for d, member in enumerate(self.config.members)
+        ]
+
     def counts(self, step: int) -> np.ndarray:
         """Counts the slots of each dataset before a step: int64 [datasets], in closed form."""
         i = int(np.searchsorted(self._starts, step, side="right")) - 1
@@ -329,9 +359,7 @@ class MixtureOrder:
         """
         config = self.config
         share = part.global_batch_size // part.canonical_ranks
-        active = max(config.active_blocks, ACTIVE_TURNS * share)
-        total = math.fsum(part.weights)
-        blocks = [max(1, math.ceil(active * (weight / total))) for weight in part.weights]
+        blocks = mixture_blocks(part.weights, share, least=config.active_blocks)
         lanes = part.canonical_ranks * config.canonical_workers
         sizes = [
             pick_block_size(int(size), num_lanes=lanes, active_blocks=own, target=config.block_size)

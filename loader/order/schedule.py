@@ -36,6 +36,7 @@ from loader.order.pack_epochs import (
 from loader.order.pack_streams import PackedStreams, pass_samples
 from loader.order.packing import PackConfig, balance_ranks
 from loader.order.permutation import keyed_array, permute
+from loader.order.quality import Drawn
 from loader.order.rows import Lengths, Row, SampleRef, sample_refs
 from loader.order.slots import epoch_of, is_whole, rank_positions, require_multiple
 from loader.topology import Topology
@@ -218,6 +219,7 @@ class PackSchedule:
             raise ConfigError("packing_tail", tail=order.config.tail)
         self.config = config
         self._canonical_ranks = order.config.canonical_ranks
+        self._canonical_workers = order.config.canonical_workers
         self._balance = balance
         self._sizes = BatchSizes([(0, order.config.global_batch_size)])
         self._packs: PackedEpochs | PackedStreams
@@ -266,6 +268,19 @@ class PackSchedule:
         """
         assert isinstance(self._packs, PackedStreams), "packs of a mixture"
         return self._packs.unread_step(places, begins=begins)
+
+    def drawn(self, rows: Sequence[Row], *, world_size: int) -> Drawn:
+        """Tells where a rank's rows of a step are drawn from."""
+        lanes = self._canonical_ranks // self.num_streams * self._canonical_workers
+        groups = max(1.0, self.num_streams / world_size)
+        if self._balance and world_size > 1:
+            groups = len(rows)
+        return Drawn(
+            samples=sum(map(len, rows)),
+            groups=groups,
+            lanes=lanes,
+            taken=self.config.window / lanes,
+        )
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

@@ -13,9 +13,8 @@ sequence in which a DataLoader takes them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from loader.consumer import find_batch_size, find_divider
@@ -23,6 +22,7 @@ from loader.order import (
     Locality,
     MixtureOrder,
     Order,
+    PackSchedule,
     Row,
     SampleRef,
     Schedule,
@@ -30,19 +30,14 @@ from loader.order import (
     SubsetSchedule,
     Tail,
     epoch_of,
-    pairs_in_share,
     plan_order,
 )
 from loader.reading import LookaheadWindow, ShardReader
 from loader.state import Allowed, Cursor
+from loader.stream.pairs import warn_of_packed_pairs, warn_of_pairs
 from loader.stream.split import OpenSplit
 from loader.topology import CurrentTopology, Topology, find_worker
 from shardspec.errors import ConfigError
-
-logger = logging.getLogger(__name__)
-
-_MORE_PAIRS = 0.15
-"""Share of pairs above those of a global shuffle from which on a run is warned."""
 
 Self = TypeVar("Self", bound="ExampleBuilder")
 Builder = TypeVar("Builder", bound="ExampleBuilder")
@@ -315,29 +310,31 @@ class Stream(Generic[Builder]):
     def warn_of_pairs(self, order: Order | MixtureOrder, *, step: int) -> None:
         """Warns where ranks' shares of a step hold far more pairs of one shard than by chance.
 
-        Once per run: on rank 0, for the order of one dataset at the batch of a step.
+        On rank 0, for the batch of a step; rows are samples.
         """
-        if not isinstance(order, Order) or self.topology.rank:
-            return
-        data = self.parts[0].data
-        num_shards = len(data.manifest.select(data.name))
-        config = replace(order.config, global_batch_size=order.batch_at(step)[0], ramp=())
-        found = pairs_in_share(
-            config, world_size=self.topology.world_size, num_shards=max(1, num_shards)
-        )
-        if found > 1 + _MORE_PAIRS:
-            turn = config.global_batch_size // config.canonical_ranks
-            logger.warning(
-                "a rank's share of a step has %.1f times as many pairs of samples from one shard as"
-                " a global shuffle: %d active blocks are not a multiple of the %d samples that a"
-                " lane takes at once. Use active_blocks=%d (a multiple of %d), block_size=1, or"
-                " another canonical_ranks.",
-                found,
-                config.active_blocks,
-                turn,
-                -(-config.active_blocks // turn) * turn,
-                turn,
+        if not self.topology.rank:
+            warn_of_pairs(
+                order,
+                step=step,
+                world_size=self.topology.world_size,
+                num_shards=self._num_shards(),
             )
+
+    def warn_of_packed_pairs(self, packs: PackSchedule, rows: Sequence[Row], *, step: int) -> None:
+        """Does the same for the packs that a rank has of a step."""
+        if not self.topology.rank:
+            warn_of_packed_pairs(
+                self.order,
+                packs,
+                rows,
+                step=step,
+                world_size=self.topology.world_size,
+                num_shards=self._num_shards(),
+            )
+
+    def _num_shards(self) -> list[int]:
+        manifests = [(part.data.manifest, part.data.name) for part in self.parts]
+        return [max(1, len(manifest.select(split))) for manifest, split in manifests]
 
     def describe_view(self) -> dict[str, Any]:
         """Gives the field `view` of states: of each dataset, or none where samples stay raw."""

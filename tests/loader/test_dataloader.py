@@ -15,6 +15,7 @@ from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator
 from loader.dataloader import make_dataloader
+from loader.mixture_stream import IterableDatasetMixture
 from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import ConfigError, ShardError, StateError
 from shardspec.index import open_index
@@ -768,3 +769,39 @@ def test_a_share_with_pairs_beyond_chance_is_warned_of_once_with_the_remedy(
     loader.step = 3
     loader.change(global_batch_size=2)
     assert "times as many pairs" in caplog.text
+
+
+def test_packs_and_mixtures_that_clump_are_warned_of_once_with_the_remedy(
+    tiny_sample, write_dataset, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("loader.order.pattern._MIN_PATTERN_SLOTS", 1)
+    urls = [
+        write_dataset(
+            tmp_path / name,
+            [tiny_sample(i, num_images=0) for i in range(800)],
+            num_shards=80,
+            name=name,
+        )
+        for name in ("one", "two")
+    ]
+
+    def messages(batch, *, mixed=False, rank=0, **options):
+        caplog.clear()
+        one = StreamingDataset(urls[0], canonical_ranks=1, rank=rank, world_size=2, **options)
+        if mixed:
+            parts = [StreamingDataset(url, rank=rank, world_size=2) for url in urls]
+            one = IterableDatasetMixture(parts, seed=1, canonical_ranks=1, **options)
+        loader = make_dataloader(one, global_batch_size=batch, sequence_length=32, pack=not mixed)
+        for _ in itertools.islice(loader, 3):
+            pass
+        found = [record.getMessage() for record in caplog.records]
+        return [text for text in found if "as many pairs" in text]
+
+    (packs,) = messages(2)
+    assert "packs are filled from windows of 256 samples" in packs
+    assert "active_blocks=" in packs or "block_size=1" in packs
+    assert messages(2, rank=1) == messages(2, block_size=1) == []
+    (mixture,) = messages(4, mixed=True)
+    assert "a lane takes 4 samples at once" in mixture
+    assert "make reshard ORDER=shuffle" in mixture
+    assert messages(4, mixed=True, rank=1) == []
