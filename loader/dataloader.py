@@ -67,6 +67,7 @@ from loader.stream import (
     flag_argument,
     name_argument,
     require_argument,
+    require_used,
     whole_argument,
 )
 from loader.topology import Topology
@@ -78,6 +79,9 @@ _PASSES = {
     True: "one epoch: each sample once, but for the step that two epochs share",
     False: "a number of steps: samples continue from one pass to the next",
 }
+
+_DECODE_THREADS = 2
+"""Default number of threads."""
 
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
@@ -115,7 +119,7 @@ def make_dataloader(
     collate: Collate | None = None,
     map: MapExample | None = None,
     pad_mode: str = "to_128",
-    decode_threads: int = 2,
+    decode_threads: int = _DECODE_THREADS,
     workers: int = 0,
     extra_keys: tuple[str, ...] = (),
     with_metadata: bool = False,
@@ -185,10 +189,11 @@ def make_dataloader(
         all. It implies `with_metadata`. In an evaluation they are those of the row's question.
 
     Raises:
-      ConfigError: `argument`, `order_count`, `batch_not_divisible`, `loader_range`,
-        `loader_options`, `loader_columns`, `collator_range`, `packing_tail`,
-        `packing_and_buckets`, and as `MMCollator`; `user_function`, states cannot name `map` or
-        `collate`.
+      ConfigError: `argument`; `argument_unused`, one that means nothing beside the others;
+        `batch_size`, the dataset was made for another one; `order_count`, `batch_not_divisible`,
+        `loader_range`, `loader_options`, `loader_columns`, `collator_range`, `packing_tail`,
+        `packing_and_buckets`, and as `MMCollator`; `user_function`, states cannot name
+        `map` or `collate`.
     """
     fits = isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture)
     require_argument(fits, "dataset", dataset, "a dataset or a mixture of datasets")
@@ -235,6 +240,13 @@ def make_dataloader(
             workers=workers,
             prefetch_bytes=prefetch_bytes,
         )
+    if not pack:
+        changed = {"max_crops": max_crops is not None, "balance": not balance}
+        require_used(changed, "without packs", remedy="pass pack=True")
+    if workers:
+        changed = {"decode_threads": decode_threads not in (0, _DECODE_THREADS)}
+        require_used(changed, "with worker processes", remedy="use workers=0")
+    dataset._stream.require_batch(global_batch_size)
     dataset = dataset._resized(global_batch_size, sequence_length=sequence_length)
     stream: Stream[Any] = dataset._stream
     builders = [part.builder for part in stream.parts]
@@ -318,6 +330,7 @@ def make_dataloader(
         batches = PreparedBatches(
             builders, collator, packing=packing, columns=columns, map=map, collate=collate
         )
+    stream.warn_of_unused()
     if packs is None:
         stream.warn_of_pairs(stream.order, step=0)
     return StreamLoader(

@@ -120,6 +120,11 @@ class ShardReader:
         return None if self._remote is None else self._remote.prefetcher
 
     @property
+    def is_remote(self) -> bool:
+        """True if anything of the dataset is read over the network."""
+        return self._remote is not None or not storage.is_local(self.url)
+
+    @property
     def counters(self) -> Counter[str]:
         """What this process has read over the network and how; empty for local shards."""
         return Counter() if self.prefetcher is None else self.prefetcher.counters

@@ -5,14 +5,16 @@ part in which datasets of prepared and of raw samples differ. Never makes a batc
 a thread or a process.
 """
 
-from loader.stream.dataset import CACHE_BYTES, StreamingDataset, check_view, stored_view
+from loader.stream.dataset import StreamingDataset, check_view, stored_view
 from loader.stream.groups import group_by
 from loader.stream.options import (
+    CACHE_BYTES,
     StreamOptions,
     flag_argument,
     is_listed,
     name_argument,
     require_argument,
+    require_used,
     seed_argument,
     whole_argument,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "name_argument",
     "open_split",
     "require_argument",
+    "require_used",
     "seed_argument",
     "stored_in",
     "stored_in_order",

@@ -15,7 +15,14 @@ from loader.assembly import View
 from loader.order import Locality, SampleRef, Tail
 from loader.reading import Check, Network
 from loader.state import Allowed
-from loader.stream.options import StreamOptions, is_rate, name_argument, require_argument
+from loader.stream.options import (
+    CACHE_BYTES,
+    StreamOptions,
+    is_rate,
+    name_argument,
+    require_argument,
+    require_used,
+)
 from loader.stream.prepared import OnBad, PreparedBuilder
 from loader.stream.stream import Stream
 from loader.stream.subset import Keys
@@ -23,9 +30,6 @@ from shardspec.errors import ConfigError
 from shardspec.manifest import Manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import ImageView, canvas_size, stored_size
-
-CACHE_BYTES = 64 * 2**30
-"""Default bound of a cache."""
 
 _NAMES_LENGTH = "style_and_length"
 """How the names begin of system prompts with a hint of the answer's length."""
@@ -160,6 +164,12 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         name_argument("on_bad", on_bad, OnBad)
         fits = max_bad_rate is None or (is_rate(max_bad_rate) and max_bad_rate <= 1)
         require_argument(fits, "max_bad_rate", max_bad_rate, "a number from 0 to 1, or None")
+        if on_bad == "raise":
+            require_used(
+                {"max_bad_rate": max_bad_rate is not None},
+                'with on_bad="raise"',
+                remedy='use on_bad="substitute"',
+            )
         require_argument(view is None or isinstance(view, View), "view", view, "a View or None")
         fits = tokenizer is None or callable(getattr(tokenizer, "encode", None))
         fits = fits and not isinstance(tokenizer, str)

@@ -6,6 +6,7 @@ says: "8" samples, a misspelt name, a number as a flag. Each is refused by the n
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from loader.stream.subset import Keys
 from loader.topology import CurrentTopology
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 64 * 2**30
+"""Default bound of a cache."""
 
 _MOST = 2**62  # as steps and counts of the order
 _SHOWN = 60  # characters of a value that an error repeats
@@ -84,6 +90,22 @@ def flag_argument(name: str, value: object) -> None:
       ConfigError: `argument`.
     """
     require_argument(isinstance(value, bool | np.bool_), name, value, "True or False")
+
+
+def require_used(given: Mapping[str, bool], why: str, *, remedy: str) -> None:
+    """Refuses arguments that would be ignored.
+
+    Args:
+      given: Names of arguments; True for those that were given another value than the default.
+      why: After "would have no effect".
+      remedy: After "leave them out, or".
+
+    Raises:
+      ConfigError: `argument_unused`.
+    """
+    names = ", ".join(name for name, is_given in given.items() if is_given)
+    if names:
+        raise ConfigError("argument_unused", names=names, why=why, remedy=remedy)
 
 
 def is_listed(value: object) -> bool:
@@ -150,6 +172,14 @@ class StreamOptions:
         require_argument(fits, "where", self.where, "a condition as text, or None")
         fits = self.keys is None or is_listed(self.keys) or _is_path(self.keys)
         require_argument(fits, "keys", self.keys, "a list of keys, a file or URL, or None")
+        if self.cache is None:
+            changed = {"cache_bytes": self.cache_bytes != CACHE_BYTES}
+            require_used(changed, "without cache", remedy="name a folder: cache=")
+        if not self.shuffle:
+            names = ("active_blocks", "block_size")
+            changed = {name: getattr(self, name) is not None for name in names}
+            changed["locality"] = self.locality != "any"
+            require_used(changed, "with shuffle=False", remedy="shuffle")
 
     def open(self) -> OpenSplit:
         """Reads the manifest, and for a subset the indexes.
@@ -157,7 +187,7 @@ class StreamOptions:
         Raises:
           ManifestError, ConfigError, ShardError, StorageError: As `open_split`.
         """
-        return open_split(
+        data = open_split(
             str(self.url),
             split=self.split,
             check=self.check,
@@ -168,6 +198,14 @@ class StreamOptions:
             where=self.where,
             keys=self.keys,
         )
+        unused = [name for name in ("cache", "network") if getattr(self, name) is not None]
+        if unused and not data.reader.is_remote:
+            logger.warning(
+                "%s: no use for %s: all of its files are local, or on a mounted file system",
+                self.url,
+                ", ".join(f"{name}=" for name in unused),
+            )
+        return data
 
     def stream(self, data: OpenSplit, builder: Builder) -> Stream[Builder]:
         """Makes the stream of the dataset, in the order that its arguments say.

@@ -1,7 +1,8 @@
-"""Warnings of ranks whose batches clump: pairs of one shard beyond those of a global shuffle.
+"""Warnings of an order that is not what was meant: clumping batches, settings without effect.
 
-Once per run and order, with the setting that helps. What is compared is estimated in closed form
-(`loader.order.quality`), from the order and the number of shards; no sample is read.
+Batches clump where a rank's share of a step has more pairs of one shard than a global shuffle would
+give it. Once per run and order, with the setting that helps. What is compared is estimated in
+closed form (`loader.order.quality`), from the order and the number of shards; no sample is read.
 """
 
 from __future__ import annotations
@@ -166,3 +167,29 @@ def _better_ranks(
         if pairs_in_groups(wider, drawn, num_shards=num_shards) <= 1 + _MORE_PAIRS:
             return ranks
     return None
+
+
+def warn_of_unused(order: Order | MixtureOrder, plan: object) -> None:
+    """Warns of settings that change nothing, as there are too few samples for lanes.
+
+    Args:
+      order: The order.
+      plan: Of it, with the settings as they were given.
+    """
+    if isinstance(order, Order):
+        if order.config.layout != "global":
+            return
+    elif any(part.active_blocks for part in order.reading_at(0)):
+        return
+    defaults = {"locality": ("any",), "active_blocks": (None,), "block_size": (None, 1)}
+    given = [name for name, plain in defaults.items() if getattr(plan, name, plain[0]) not in plain]
+    if given:
+        logger.warning(
+            "%s has no effect: %d samples are too few for the lanes of a global batch of %d, and"
+            " are shuffled as a whole",
+            ", ".join(f"{name}=" for name in given),
+            order.config.num_samples
+            if isinstance(order, Order)
+            else sum(member.num_samples for member in order.config.members),
+            order.config.global_batch_size,
+        )

@@ -29,6 +29,7 @@ from loader.buffers import Scratch
 from loader.order import SampleRef
 from loader.reading import Quarantine, StoredSample, is_of_one_sample, read_record
 from loader.state import view_fingerprint
+from loader.stream.options import require_used
 from loader.stream.split import OpenSplit
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
@@ -99,7 +100,14 @@ class PreparedBuilder:
 
     def with_sequence_length(self, sequence_length: int | None) -> PreparedBuilder:
         """Makes a builder whose examples are no longer than that; None leaves it as it is."""
-        length = sequence_length or self.view.sequence_length
+        own = self.view.sequence_length
+        differs = sequence_length is not None and own not in (None, sequence_length)
+        require_used(
+            {"View(sequence_length)": differs},
+            f"beside the loader's sequence_length={sequence_length}",
+            remedy="give both the same",
+        )
+        length = sequence_length or own
         other = copy.copy(self)
         other.view = replace(self.view, sequence_length=length)
         other._planner = Planner(other.view, self.ids)

@@ -34,7 +34,7 @@ from loader.order import (
 )
 from loader.reading import LookaheadWindow, ShardReader
 from loader.state import Allowed, Cursor
-from loader.stream.pairs import warn_of_packed_pairs, warn_of_pairs
+from loader.stream.pairs import warn_of_packed_pairs, warn_of_pairs, warn_of_unused
 from loader.stream.split import OpenSplit
 from loader.topology import CurrentTopology, Topology, find_worker
 from shardspec.errors import ConfigError
@@ -330,6 +330,26 @@ class Stream(Generic[Builder]):
                 step=step,
                 world_size=self.topology.world_size,
                 num_shards=self._num_shards(),
+            )
+
+    def warn_of_unused(self) -> None:
+        """Warns of settings that the order cannot follow, as the dataset is too small for lanes."""
+        if not self.topology.rank:
+            warn_of_unused(self.order, self.plan)
+
+    def require_batch(self, global_batch_size: int) -> None:
+        """Refuses a global batch of another size than the one that was asked for.
+
+        Raises:
+          ConfigError: `batch_size`.
+        """
+        world_size = self.topology.world_size
+        if self._batch_size is not None and self._batch_size * world_size != global_batch_size:
+            raise ConfigError(
+                "batch_size.global",
+                dataset=self._batch_size,
+                world_size=world_size,
+                global_batch_size=global_batch_size,
             )
 
     def _num_shards(self) -> list[int]:

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from loader.assembly import View
 from loader.dataloader import make_dataloader
 from loader.mixture_stream import IterableDatasetMixture
 from loader.raw import RawDataset
+from loader.reading import Network
 from loader.stream import StreamingDataset
 from preprocess.exchange.foreign import ImportSettings, import_tars
 from shardspec.errors import ConfigError, ShardsError
+from shardspec.tiling import ImageView
 from tests import inline
 from tests.inline import Quiet
 
@@ -32,6 +35,13 @@ def urls(tiny_sample, write_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("settings")
     samples = [tiny_sample(i, num_images=0) for i in range(12)]
     return [write_dataset(folder / name, samples, name=name) for name in ("one", "two", "three")]
+
+
+@pytest.fixture(scope="module")
+def lanes_url(tiny_sample, write_dataset, tmp_path_factory):
+    """Large enough for lanes at a batch of 4."""
+    samples = [tiny_sample(i, num_images=0) for i in range(1024)]
+    return write_dataset(tmp_path_factory.mktemp("lanes") / "set", samples, name="lanes")
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +270,133 @@ def test_any_value_of_a_raw_dataset_works_or_is_refused(name, raw_url):
         return state_and_places(loader)
 
     assert refusals(make)
+
+
+IMAGE = ImageView(size_px=28, patch_px=14, pool=(1, 1))
+
+CONTEXTS = {
+    "rows": {},
+    "packs": {"pack": True},
+    "workers": {"workers": 1},
+    "not shuffled": {"shuffle": False},
+    "cached": {"cache": "cache"},
+    "substitutes": {"on_bad": "substitute"},
+    "small": {"shuffle": True},
+    "mixture": {},
+    "raw": {},
+}
+"""What an argument may mean nothing beside; "small" and "raw" are too small for lanes; all are
+local."""
+
+GIVEN = {
+    "batch_size": 3,
+    "view": View(image=IMAGE, sequence_length=32),
+    "cache": "elsewhere",
+    "cache_bytes": 2**35,
+    "network": Network(),
+    "max_bad_rate": 0.5,
+    "active_blocks": 16,
+    "block_size": 2,
+    "locality": "node",
+    "max_crops": 9,
+    "balance": False,
+    "decode_threads": 3,
+}
+"""Arguments that mean nothing in some context."""
+
+FREE = {
+    "url": "always",
+    "split": "always",
+    "seed": "of the draws too",
+    "shuffle": "always",
+    "tail": "refused with packs and in mixtures",
+    "rank": "always",
+    "world_size": "always",
+    "check": "documented: of local tars; samples of remote ones are always verified",
+    "on_bad": "always",
+    "tokenizer": "always",
+    "canonical_ranks": "of resumes, packs and the width of every order",
+    "max_samples": "always",
+    "where": "always",
+    "keys": "always",
+    "dataset": "always",
+    "global_batch_size": "always",
+    "sequence_length": "refused for raw samples",
+    "collate": "refused for prepared samples",
+    "pad_mode": "refused for raw samples",
+    "workers": "always",
+    "extra_keys": "refused for raw samples",
+    "with_metadata": "refused for raw samples",
+    "columns": "refused for raw samples",
+    "pack": "refused for raw samples",
+    "min_images": "refused for raw samples",
+    "max_images": "refused for raw samples",
+    "bucket_steps": "refused with packs and for raw samples",
+    "prefetch_bytes": "always: it bounds what is kept to be used again",
+    "decode": "always",
+}
+"""All others, and why they are never ignored in silence."""
+
+WARNED = {("cache", "any"), ("network", "any")} | {
+    (name, kind)
+    for name in ("active_blocks", "block_size", "locality")
+    for kind in ("small", "raw")
+}
+"""What is said in a warning: such settings are often the same for all datasets of a script."""
+
+USED = {
+    "cache_bytes": {"cached"},
+    "max_bad_rate": {"substitutes"},
+    "active_blocks": set(CONTEXTS) - {"not shuffled"},
+    "block_size": set(CONTEXTS) - {"not shuffled"},
+    "locality": set(CONTEXTS) - {"not shuffled"},
+    "max_crops": {"packs"},
+    "balance": {"packs"},
+    "decode_threads": set(CONTEXTS) - {"workers"},
+    "cache": set(CONTEXTS),
+    "network": set(CONTEXTS),
+}
+"""Where an argument has an effect, or is warned of; elsewhere it is refused. Others nowhere here:
+the dataset's batch size and the view's sequence length are not the loader's."""
+
+
+def test_what_each_argument_means_beside_others_is_decided():
+    kinds = (StreamingDataset, RawDataset, make_dataloader)
+    assert set.union(*map(parameters, kinds)) == set(GIVEN) | set(FREE)
+    assert not set(GIVEN) & set(FREE)
+    assert set(USED) <= set(GIVEN)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_argument_without_effect_is_refused_by_name_or_warned_of(
+    name, context, urls, lanes_url, raw_url, caplog
+):
+    kind = RawDataset if context == "raw" else StreamingDataset
+    first = {"raw": raw_url, "small": urls[0], "mixture": urls[0]}.get(context, lanes_url)
+    options = {**CONTEXTS[context], name: GIVEN[name]}
+    if name not in parameters(kind) | parameters(make_dataloader):
+        return
+    own = {n: value for n, value in options.items() if n in parameters(kind)}
+    rest = {n: value for n, value in options.items() if n not in own}
+
+    def make():
+        if context == "raw":
+            dataset = RawDataset(first, decode=lambda sample, rng: 1, **own)  # noqa: ARG005
+            return make_dataloader(dataset, global_batch_size=4, collate=list, **rest)
+        dataset = StreamingDataset(first, **own)
+        if context == "mixture":
+            dataset = IterableDatasetMixture([dataset, StreamingDataset(urls[1])], seed=1)
+        return make_dataloader(dataset, global_batch_size=4, sequence_length=64, **rest)
+
+    if context in USED.get(name, ()) and not (context == "mixture" and name in OTHERS):
+        caplog.clear()
+        make().close()
+        said = [text for text in caplog.messages if f"{name}=" in text]
+        assert bool(said) == ((name, context) in WARNED or (name, "any") in WARNED)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            make()
+        reasons = {"argument_unused", "batch_size", "loader_options", "mixture_order"}
+        assert caught.value.reason in reasons
+        assert name in str(caught.value) or name == "view"
