@@ -80,6 +80,11 @@ _PASSES = {
     False: "a number of steps: samples continue from one pass to the next",
 }
 
+_LEFT_OUT = (
+    "packs begin anew with other datasets: at most %d samples that slower streams had not packed"
+    " are left out of their epochs (counted in `packing.left_out` of states)"
+)
+
 _DECODE_THREADS = 2
 """Default number of threads."""
 
@@ -742,7 +747,8 @@ class StreamLoader:
             state's step on. Each dataset that stays continues at its own place, a new one begins
             with its epoch 0. A removed one's place stays in the state: with the same data it
             continues there when it returns, as if its weight had been 0. Packs begin anew with what
-            no pack has read so far; some samples that slower streams had not packed are left out.
+            no pack has read so far; samples that slower streams had not packed are left out, which
+            a warning and `packing.left_out` of later states count (at most so many).
 
         Raises:
           StateError: `state_version`; `state_fields`, `order_fields`, `order_values`, a field is
@@ -785,11 +791,13 @@ class StreamLoader:
             self._schedule = self._unpacked()
         else:
             if isinstance(resumed.order, MixtureOrder):
-                packs.begin(resumed.order, at=resumed.begins)
+                packs.begin(resumed.order, at=resumed.begins, left_out=resumed.left_out)
             self._packs, self._schedule = packs, self._shared(packs)
             self._streams = resumed.streams
             packs.go_to(self._streams)
             self._planned = self.step
+            if resumed.leaves_out and self._stream.topology.rank == 0:
+                logger.warning(_LEFT_OUT, resumed.leaves_out)
 
     def _note_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
         room = MOST_RECORDS - len(self.bad_samples)

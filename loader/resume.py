@@ -95,6 +95,10 @@ class Resumption:
     """Of packs: steps, and the global batch size from there on."""
     begins: tuple[int, int]
     """Of packs of a mixture: as `PackSchedule.begins`."""
+    left_out: int
+    """Of packs of a mixture: as `PackSchedule.left_out`."""
+    leaves_out: int
+    """How many of these are left out now."""
     streams: list[list[int]]
     """Of packs: where their streams are."""
 
@@ -105,7 +109,7 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
     Raises:
       StateError, ConfigError: as `StreamLoader.load_state_dict`.
     """
-    own, ours, packs = dict(here.own), here.order, here.packs
+    own, ours, packs, given = dict(here.own), here.order, here.packs, state
     _require_sound(state, own)
     if packs is not None:
         _require_sound_packs(state, by_epoch=packs.pass_is_exact)
@@ -124,7 +128,11 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
     if isinstance(saved_packing, Mapping) and own["packing"]:
         saved_sizes = saved_packing.get("sizes", [])
         if isinstance(ours, MixtureOrder):
-            own["packing"] = {**own["packing"], "begins": _begins(saved_packing)}
+            own["packing"] = {
+                **own["packing"],
+                "begins": _begins(saved_packing),
+                "left_out": _left_out(saved_packing),
+            }
         if saved_sizes[:1] == own["packing"]["sizes"]:
             own["packing"] = {**own["packing"], "sizes": saved_sizes}
     continues = _continues(state, own, here, allow, ours=ours)
@@ -150,7 +158,7 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
             require_border(single, step, bucket_steps=here.bucket_steps)
     sizes: list[tuple[int, int]] = []
     streams: list[list[int]] = []
-    begins = (0, 0)
+    begins, left_out = (0, 0), 0
     if packs is None:
         batch = order.batch_at(step)[0]
     else:
@@ -159,7 +167,7 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
         batch = [size for since, size in sizes if since <= step][-1]
         if isinstance(ours, MixtureOrder):
             first, begin = map(int, state["packing"]["begins"])
-            begins = (first, begin)
+            begins, left_out = (first, begin), _left_out(state["packing"])
     # The state's batch at its step may be another than the one that this loader began with.
     rank_positions(0, here.stream.topology.world_size, batch)
     if step * batch >= _MOST_SLOTS:
@@ -172,6 +180,8 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
         removed=dict(state.get("removed", {})),
         sizes=sizes,
         begins=begins,
+        left_out=left_out,
+        leaves_out=left_out - _left_out(given["packing"]) if left_out else 0,
         streams=streams,
     )
 
@@ -194,7 +204,7 @@ def describe_packs(packs: PackSchedule, *, mixed: bool) -> dict[str, Any]:
         "exact": packs.pass_is_exact,
         "sizes": [list(size) for size in packs.sizes],
         # Only those of mixtures ever begin anew.
-        **({"begins": list(packs.begins)} if mixed else {}),
+        **({"begins": list(packs.begins), "left_out": packs.left_out} if mixed else {}),
     }
 
 
@@ -371,6 +381,9 @@ def _require_sound(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     if _is_same_version(order, own["order"]):
         config = MixtureConfig if "members" in own["order"] else OrderConfig
         since = config.from_dict(order).since
+    packing = state.get("packing")
+    if isinstance(packing, Mapping) and _are_places([packing.get("begins")], num_fields=2):
+        since = 0  # steps of packs, which hold the samples of many steps of the order
     if not is_whole(step) or not since <= step < 2**62:  # type: ignore[operator]
         raise StateError("state_fields", field="step", got=repr(step))
 
@@ -395,6 +408,13 @@ def _begins(packing: Mapping[str, Any]) -> list[int]:
     return [int(number) for number in begins or ()]
 
 
+def _left_out(packing: Mapping[str, Any]) -> int:
+    count = packing.get("left_out")
+    if not is_whole(count) or not 0 <= count < _MOST_PLACE:  # type: ignore[operator]
+        raise StateError("state_fields", field="packing.left_out")
+    return int(count)  # type: ignore[arg-type]
+
+
 def _require_sound_packs(state: Mapping[str, Any], *, by_epoch: bool) -> None:
     """Refuses a state whose packs cannot be read.
 
@@ -410,6 +430,7 @@ def _require_sound_packs(state: Mapping[str, Any], *, by_epoch: bool) -> None:
         raise StateError("state_fields", field="packing.sizes")
     if isinstance(packing, Mapping) and "begins" in packing:
         _begins(packing)
+        _left_out(packing)
     sound = _are_places(streams, num_fields=2 if by_epoch else 3)
     if not sound or (by_epoch and len(streams) > 1):
         raise StateError("state_fields", field="streams")

@@ -12,6 +12,7 @@ takes.
 
 Where the datasets of a mixture change, streams begin anew at a step of the order that none of them
 has reached. What slower streams have not read of the slots before is left out: about a run of each.
+How many samples that is at most is counted, for a warning and for the state.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class PackedStreams:
         self._saved: dict[int, tuple[int, int]] = {}
         # The first step of packs, and the step of the order that its streams begin with.
         self._begins = (0, 0)
+        self.left_out = 0
+        """Samples that were left out where streams began anew, at most."""
 
     @property
     def begins(self) -> tuple[int, int]:
@@ -64,7 +67,7 @@ class PackedStreams:
 
     def unread_step(
         self, places: Sequence[Sequence[int]], *, begins: tuple[int, int]
-    ) -> int | None:
+    ) -> tuple[int, range] | None:
         """Finds the first step of the order that no stream has planned a pack of.
 
         Args:
@@ -72,13 +75,18 @@ class PackedStreams:
           begins: As `begins` was there.
 
         Returns:
-          The step; None where streams are missing.
+          (the step, the least and the most samples of earlier steps that no pack had: how many
+          packs of the runs under way were delivered, only lengths would say); None where streams
+          are missing.
         """
         runs = {int(number): int(run) for number, run, _ in places}
         if set(runs) != set(range(self.num_streams)):
             return None
         share = self._order.config.global_batch_size // self.num_streams
-        return begins[1] + -(-(max(runs.values()) + 1) * self._config.run // share)
+        run = self._config.run
+        steps = -(-(max(runs.values()) + 1) * run // share)
+        whole = steps * share * self.num_streams - sum(runs.values()) * run
+        return begins[1] + steps, range(whole - run * self.num_streams, whole)
 
     def set_sizes(self, sizes: BatchSizes) -> None:
         """Takes over the packs per step."""

@@ -254,17 +254,25 @@ class PackSchedule:
         """The first step of packs, and the step of the order that they begin with."""
         return self._packs.begins if isinstance(self._packs, PackedStreams) else (0, 0)
 
-    def begin(self, order: MixtureOrder, *, at: tuple[int, int]) -> None:
+    @property
+    def left_out(self) -> int:
+        """Samples that were left out where packs began anew, at most."""
+        return self._packs.left_out if isinstance(self._packs, PackedStreams) else 0
+
+    def begin(self, order: MixtureOrder, *, at: tuple[int, int], left_out: int) -> None:
         """Begins the packs of a mixture anew over another order; `at` is as `begins`."""
         assert isinstance(self._packs, PackedStreams), "packs of a mixture"
         self._packs.begin(order, at=at)
+        self._packs.left_out = left_out
 
     def unread_step(
         self, places: Sequence[Sequence[int]], *, begins: tuple[int, int]
-    ) -> int | None:
+    ) -> tuple[int, range] | None:
         """Finds the first step of the order that has no sample in a pack up to `places`.
 
-        None where `places` does not know all streams.
+        Returns:
+          (the step, the least and the most samples of earlier steps that no pack had); None where
+          `places` does not know all streams.
         """
         assert isinstance(self._packs, PackedStreams), "packs of a mixture"
         return self._packs.unread_step(places, begins=begins)

@@ -78,7 +78,8 @@ def _begin_packs(
         found = packs.unread_step(state.get("streams", []), begins=(first, begin))
         if found is None:
             raise StateError("state_mixture.streams")
-        begin = found
+        begin, left_out = found
+        saved = {**saved, "left_out": saved.get("left_out", 0) + left_out.stop}
     # The windows follow from the sizes of the datasets, and nothing is left of those begun.
     packing = {**saved, "window": own["packing"]["window"], "begins": [step, begin]}
     return {"packing": packing, "streams": []}, begin

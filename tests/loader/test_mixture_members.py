@@ -132,13 +132,25 @@ def test_each_dataset_continues_at_its_own_place(change, kind, urls):
             assert len(set(keys[name][start : start + size])) == size
 
 
-def test_packs_begin_anew_with_samples_that_no_pack_has_read(urls):
-    """No slot of a dataset comes twice; what slower streams had not packed is left out."""
-    shown, begins, state = [], [], None
+def test_packs_begin_anew_with_samples_that_no_pack_has_read(urls, caplog):
+    """No slot of a dataset comes twice; what slower streams had not packed is left out, counted."""
+    shown, begins, state, counted = [], [], None, 0
     for names in (("ant", "bee", "cat"), ("dog", "cat", "ant"), ("ant", "bee", "cat", "dog")):
         loader = make(urls, names, pack=True)
         if state is not None:
+            caplog.clear()
             loader.load_state_dict(state, allow=("mixture",))
+            packing = loader.state_dict()["packing"]
+            # Slots of the order before the step that packs begin with.
+            left_out = packing["begins"][1] * BATCH - len(shown)
+            assert 0 < left_out <= packing["left_out"]
+            run = packing["window"] * packing["windows_per_run"]
+            assert packing["left_out"] - counted <= left_out - counted + 12 * run
+            (text,) = caplog.messages
+            assert f"at most {packing['left_out'] - counted} samples" in text
+            counted = packing["left_out"]
+            make(urls, names, pack=True).load_state_dict(loader.state_dict())
+            assert len(caplog.messages) == 1  # nothing more is left out
         for step in range(loader.step, loader.step + 9):
             refs = [ref for row in loader.places(step) for ref in row]
             shown += [(names[ref.dataset], ref.epoch, ref.sample) for ref in refs]
@@ -239,10 +251,16 @@ def test_packs_of_ranks_that_plan_their_own_streams_only_need_all_of_them(urls):
     assert "balance=True" in caught.value.fix
 
 
-@pytest.mark.parametrize("begins", [None, 3, [1], ["a", 2], [0, 0, 0]])
-def test_a_damaged_field_is_named(begins, urls):
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("begins", begins) for begins in (None, 3, [1], ["a", 2], [0, 0, 0])),
+        *(("left_out", count) for count in (None, -1, 1.5, "a", 2**60)),
+    ],
+)
+def test_a_damaged_field_is_named(field, value, urls):
     state = make(urls, ("ant", "bee"), pack=True).state_dict()
-    state["packing"]["begins"] = begins
+    state["packing"][field] = value
     with pytest.raises(StateError) as caught:
         make(urls, ("ant", "bee"), pack=True).load_state_dict(state)
     assert caught.value.reason == "state_fields"
