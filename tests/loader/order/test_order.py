@@ -758,3 +758,28 @@ def test_a_ramp_inside_one_epoch_is_kept_whole():
         order = order.changed(step=step, global_batch_size=8 + 8 * (step // 100 % 2))
     assert len(order.config.ramp) == 10
     assert order.slots(0, 0).epoch.tolist() == [0]
+
+
+@pytest.mark.parametrize(("how", "each"), [("changed", 45), ("continued", 310)])
+def test_fifty_changes_within_one_epoch_take_a_fixed_length_each_and_end_with_it(how, each):
+    """What is left of the epoch is known by all of them, so none can be dropped before its end."""
+    size, batch, step, seen, lengths = 20_000, 8, 0, [], []
+    order = Order(plan_order(size, global_batch_size=batch, seed=1))
+    start = len(json.dumps(order.config.to_dict()))
+    for i in range(50):
+        seen.append(order.slots(np.arange(step, step + 9)[:, None], np.arange(batch)))
+        step, batch = step + 9, (16, 8)[i % 2]
+        if how == "changed":
+            order = order.changed(step=step, global_batch_size=batch)
+        else:
+            order = order.continued(plan_order(size, global_batch_size=batch, seed=1), step=step)
+        lengths.append(len(json.dumps(order.config.to_dict())) - start)
+    assert all(length <= each * (i + 2) for i, length in enumerate(lengths))
+    left = (size - sum(part.sample.size for part in seen)) // batch
+    assert left > 1000  # all of it within one epoch
+    seen.append(order.slots(np.arange(step, step + left)[:, None], np.arange(batch)))
+    assert all(np.all(part.epoch == 0) for part in seen)
+    shown = np.concatenate([part.sample.ravel() for part in seen])
+    assert len(np.unique(shown)) == len(shown) > size - batch
+    later = order.changed(step=step + left + 1000, global_batch_size=24)
+    assert len(json.dumps(later.config.to_dict())) - start <= 2 * each
