@@ -686,3 +686,33 @@ def test_a_pass_shows_every_sample_once_but_for_the_border_batch(
 
 def keys_of(batch):
     return [entry["key"] for entry in batch["metadata"]]
+
+
+@pytest.mark.parametrize("layout", ["lanes", "single samples", "node"])
+def test_every_layout_resumes_on_other_ranks_with_the_same_batches(whole_url, layout):
+    """Over the end of an epoch, which is in the middle of a batch."""
+
+    def run(begin, count, *, state=None, world_size=1):
+        parts = []
+        for rank in range(world_size):
+            loader = make(
+                whole_url,
+                batch=12,
+                rank=rank,
+                world_size=world_size,
+                settings={"decode_threads": 0},
+                **LAYOUTS[layout],
+            )
+            loader.step = begin
+            if state is not None:
+                loader.load_state_dict(state)
+            parts.append(keys(loader, count))
+        joined = [[key for part in step for key in part] for step in zip(*parts, strict=True)]
+        return joined, saved(loader, 0)
+
+    begin = WHOLE // 12 - 3
+    want, _ = run(begin, 9)
+    first, state = run(begin, 2, world_size=4)
+    second, state = run(0, 3, state=state, world_size=6)
+    third, _ = run(0, 4, state=state, world_size=3)
+    assert first + second + third == want
