@@ -97,7 +97,7 @@ def test_a_billion_samples_take_seconds():
         global_batch_size=4096,
         cache_bytes=10**12,
     )
-    assert time.process_time() - began_s < 60  # 6 s on one core of a cloud machine
+    assert time.process_time() - began_s < 60  # 7 s on one core of a cloud machine
     assert len(plan.fetched) == 2
     assert all(len(each.num_bytes) == NUM_EPOCHS for each in plan.fetched)
     text = describe_plan(plan)
