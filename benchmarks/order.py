@@ -20,7 +20,9 @@ over workers with a shuffle buffer of 1000; the same with four shards read side 
 Face datasets does; whole shards in random order, shuffled inside (litData); MosaicML's py1e, which
 moves every sample by up to half a block of 32,768 within its node's sequence of shards.
 
-Resuming is measured at 90 % of an epoch of 1e8 samples. ORDER.md holds the numbers.
+Resuming is measured at 90 % of an epoch of 1e8 samples. All times are processor time. Clumping of
+mixtures and packs in a rank's share is counted, and estimated as the loader's warning does, on a
+million samples in 1,000 shards. ORDER.md holds the numbers.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from loader.order.mixture_config import plan_mixture
 from loader.order.order import Order
 from loader.order.packing import PackConfig, balance_ranks, plan_run
 from loader.order.permutation import _by_feistel, keyed_array, permute
+from loader.order.quality import Drawn, lane_reading, pairs_in_groups
 from loader.order.schedule import PackSchedule, SlotSchedule, plan_packing
 from loader.order.slots import rank_positions
 from loader.order.weights import MixtureGroup, MixtureSource
@@ -65,6 +68,7 @@ def main() -> None:
     locality()
     mixture_and_packing()
     mixture_deviations()
+    clumping()
 
 
 def cost_at_full_size() -> None:
@@ -80,22 +84,22 @@ def cost_at_full_size() -> None:
 def full_size() -> None:
     """Prints the cost as JSON; runs alone in its process, so that memory can be told."""
     start_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.perf_counter()
+    begin = time.process_time()
     # What a loader needs to turn a sample id into (shard, offset): 8 bytes per shard.
     borders = np.arange(10**6 + 1, dtype=np.int64) * 10**4
     order = Order(plan_order(10**10, global_batch_size=131_072, seed=1, canonical_ranks=16_384))
     positions = rank_positions(9_999, 16_384, 131_072)
     samples = order.slots(1_000_000, positions).sample
     np.searchsorted(borders, samples, side="right")
-    first_ms = (time.perf_counter() - begin) * 1e3
-    begin = time.perf_counter()
+    first_ms = (time.process_time() - begin) * 1e3
+    begin = time.process_time()
     for step in range(100):
         order.slots(step, positions)
-    batch_ms = (time.perf_counter() - begin) * 10
+    batch_ms = (time.process_time() - begin) * 10
     steps = np.arange(1024)[:, None]
-    begin = time.perf_counter()
+    begin = time.process_time()
     order.slots(steps, positions)
-    ahead_us = (time.perf_counter() - begin) * 1e6 / (1024 * len(positions))
+    ahead_us = (time.process_time() - begin) * 1e6 / (1024 * len(positions))
     end_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {
         "first batch of a rank after load, ms": first_ms,
@@ -111,9 +115,9 @@ def cost_of_permutations() -> None:
     print("permutations       us per index   bias   bias of the Feistel network alone")
     for size in (5, 17, 64, 256, 4096, 4097, 10**6, 10**10):
         index = (keyed_array(5, np.arange(500_000)) % np.uint64(size)).astype(np.int64)
-        begin = time.perf_counter()
+        begin = time.process_time()
         permute(index, size=size, key=1)
-        cost = (time.perf_counter() - begin) * 2
+        cost = (time.process_time() - begin) * 2
         print(
             f"  n = {size:<14,}{cost:>11.3f}{bias(size, permute):>7.2f}{bias(size, feistel):>12.2f}"
         )
@@ -167,17 +171,17 @@ def resuming() -> None:
         times = {step: [] for step in (0, late)}
         for _ in range(15):
             for step, found in times.items():
-                begin = time.perf_counter()
+                begin = time.process_time()
                 start(step)
-                found.append((time.perf_counter() - begin) * 1e3)
+                found.append((time.process_time() - begin) * 1e3)
         zero, later = (float(np.median(times[step])) for step in (0, late))
         print(f"  {name:<38}{zero:>8.1f} at 0{later:>8.1f} at 90 %   ratio {later / zero:.2f}")
     order = Order(plan_order(size, global_batch_size=8, seed=1, canonical_ranks=8))
     config = plan_packing(order, sequence_length=4096, max_crops=48)
     schedule = PackSchedule(order, lengths, config, patches_per_crop=576, balance=False)
-    begin = time.perf_counter()
+    begin = time.process_time()
     schedule.rows(160_000, Topology(rank=0, world_size=8))  # packs of six samples
-    spent = time.perf_counter() - begin
+    spent = time.process_time() - begin
     planned = schedule.places(160_001)[0][1] * config.run / 1e6
     print(f"  without saved places, s per million samples of a stream{spent / planned:>8.2f}\n")
 
@@ -462,12 +466,13 @@ def mixture_and_packing() -> None:
     sources = [MixtureSource(name=f"d{i}", num_samples=int(2000 * 1.3**i)) for i in range(40)]
     print("mixture of 40 datasets")
     for batch in (256, 16_384):
-        begin = time.perf_counter()
+        begin = time.process_time()
         order = MixtureOrder(plan_mixture(sources, global_batch_size=batch, seed=1))
-        build_ms = (time.perf_counter() - begin) * 1e3
-        begin = time.perf_counter()
+        order.slots(0, 0)  # lays the pattern out
+        build_ms = (time.process_time() - begin) * 1e3
+        begin = time.process_time()
         slots = order.slots(np.arange(1024)[:, None], np.arange(32))
-        ahead_us = (time.perf_counter() - begin) * 1e6 / slots.sample.size
+        ahead_us = (time.process_time() - begin) * 1e6 / slots.sample.size
         print(
             f"  batch {batch:<7}built in {build_ms:.0f} ms;"
             f" 1,024 steps ahead {ahead_us:.2f} us per sample"
@@ -480,12 +485,12 @@ def mixture_and_packing() -> None:
     for length in (4096, 16_384):
         for window in (256, 1024):
             config = PackConfig(sequence_length=length, max_crops=length // 100, window=window)
-            begin = time.perf_counter()
+            begin = time.process_time()
             packs = 0
             for start in range(0, len(tokens), config.run):
                 part = slice(start, start + config.run)
                 packs += len(plan_run(tokens[part], crops[part], config=config))
-            cost = (time.perf_counter() - begin) * 1e6 / len(tokens)
+            cost = (time.process_time() - begin) * 1e6 / len(tokens)
             fill = tokens.sum() / (packs * length)
             print(f"  length {length:<7} window {window:<6} fill {fill:.4f}{cost:>8.2f} us/sample")
     cost_of = rng.lognormal(0, 0.5, 512)
@@ -494,6 +499,67 @@ def mixture_and_packing() -> None:
             costs = cost_of[balance_ranks(cost_of, world_size=64)]
         by_rank = costs.reshape(64, -1).sum(axis=1)
         print(f"  dearest rank / mean, {name:<16}{by_rank.max() / by_rank.mean():>8.3f}")
+
+
+def clumping() -> None:
+    """Pairs of one shard in a rank's share of a step, relative to a global shuffle."""
+    size, shards = 10**6, 1000
+    print("\npairs in a rank's share of mixtures (60 % and 40 %) and packs: counted, estimated")
+    for batch, ranks, world_size in ((1024, 128, 128), (1024, 128, 32), (4096, 128, 8)):
+        sources = [
+            MixtureSource(name=name, num_samples=size, rate=rate)
+            for name, rate in (("a", 0.6), ("b", 0.4))
+        ]
+        group = MixtureGroup(sources=tuple(sources))
+        order = MixtureOrder(
+            plan_mixture(group, global_batch_size=batch, seed=1, canonical_ranks=ranks)
+        )
+        drawn = Drawn(
+            samples=batch / world_size, groups=ranks / world_size, lanes=1, taken=batch / ranks
+        )
+        expected = pairs_in_groups(order.reading_at(0), drawn, num_shards=[shards, shards])
+        steps = np.arange(0, 20_000, 7 if batch == 1024 else 70)[:, None]
+        slots = order.slots(steps, np.arange(batch // world_size))
+        found = sum(map(_repeated, slots.dataset * size + slots.sample // (size // shards)))
+        chance = sum(map(_repeated, slots.dataset)) / shards
+        print(
+            f"  mixture, batch {batch}, {ranks} canonical ranks on {world_size:<4}"
+            f"{found / chance:>8.2f}{expected:>8.2f}"
+        )
+    tokens, crops = captions(size)
+    for world_size, active in ((64, None), (64, 128), (8, None)):
+        config = plan_order(
+            size, global_batch_size=256, seed=1, canonical_ranks=64, active_blocks=active
+        )
+        one = Order(config)
+        limits = plan_packing(one, sequence_length=4096, max_crops=None)
+        packs = PackSchedule(
+            one,
+            lambda _, sample: (tokens[sample], crops[sample]),
+            limits,
+            patches_per_crop=576,
+            balance=True,
+        )
+        found = chance = expected = 0.0
+        for step in range(0, 300, 3):
+            rows = packs.rows(step, Topology(rank=step % world_size, world_size=world_size))
+            sample = np.array([ref.sample for row in rows for ref in row])
+            found += _repeated(sample // (size // shards))
+            chance += len(sample) * (len(sample) - 1) / 2 / shards
+            expected += pairs_in_groups(
+                [lane_reading(config, global_batch_size=256)],
+                packs.drawn(rows, world_size=world_size),
+                num_shards=[shards],
+            )
+        print(
+            f"  packs, batch 256, 64 canonical ranks on {world_size:<4}{config.active_blocks:>5}"
+            f" active blocks{found / chance:>8.2f}{expected / 100:>8.2f}"
+        )
+
+
+def _repeated(numbers: np.ndarray) -> float:
+    _, counts = np.unique(numbers, return_counts=True)
+    return float((counts * (counts - 1) / 2).sum())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures reading from an object store over a slow link, beside other loaders on the same server.
 
-    python benchmarks/remote.py [CONTENDER ...]
+    python benchmarks/remote.py [--small] [CONTENDER ...]
 
 Peers that are not installed are left out; `make bench` installs all of them. It takes ten minutes.
 
@@ -20,6 +20,10 @@ process. They take turns; medians are shown.
   away, by URLs that were signed before.
 * link: all that the link has passed for it, by the time from the first byte to the last, in percent
   of its rate. A loader that has fetched everything may still have batches to give.
+
+With --small there are 16,384 samples of 59 kB instead of 3,072 of 340 kB, and our order has lanes
+that read blocks of 16 samples, as it has of every large dataset; 3,072 samples are shuffled as a
+whole. "ours, 4 MiB" caches blocks of the size that all datasets had before it followed from theirs.
 
 Shuffles differ: ours is of the whole dataset, mosaicml-streaming's and litdata's of shards and
 inside them, webdataset's of shards and of a buffer of 1,000 samples, from which it gives the first
@@ -51,7 +55,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import Silent, machine, row, write_source
-from loader import StreamingDataset, make_dataloader
+from loader import Network, StreamingDataset, make_dataloader
 from preprocess.job.pipeline import run_job
 from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Recipe
@@ -62,7 +66,9 @@ from shardspec.tiling import ImageView
 from tests import servers
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = 3072
+SMALL = "REMOTE_SMALL" in os.environ or "--small" in sys.argv
+ROWS = 16_384 if SMALL else 3072
+VIEW = ImageView(size_px=140) if SMALL else ImageView()
 PICTURES = 32
 BATCH = 32
 ROUNDS = 3
@@ -74,7 +80,8 @@ LINK_BYTES_PER_S = 100e6
 
 def main() -> None:
     print(f"{machine()}\n")
-    contenders = [name for name in sys.argv[1:] or CONTENDERS if is_installed(name)]
+    names = [name for name in sys.argv[1:] if name != "--small"]
+    contenders = [name for name in names or CONTENDERS if is_installed(name)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_samples, sample_bytes = build(folder / "data", contenders)
@@ -84,6 +91,7 @@ def main() -> None:
             bucket = server.make_bucket("bench")
             server.client().put(str(folder / "data"), bucket + "/data", recursive=True)
             env = {**os.environ, **server.env, "AWS_ENDPOINT_URL_S3": link.endpoint}
+            env |= {"REMOTE_SMALL": "1"} if SMALL else {}
             found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
             for i in range(ROUNDS):
                 for contender in contenders[:: 1 if i % 2 else -1]:
@@ -166,7 +174,7 @@ def is_installed(contender: str) -> bool:
 
 def build(folder: Path, contenders: list[str]) -> tuple[int, float]:
     """Writes the same samples in every contender's format."""
-    view = ImageView()
+    view = VIEW
     payloads = []
     for i in range(PICTURES):
         picture = Image.fromarray(make_scene(1, i).pixels)
@@ -242,7 +250,7 @@ def import_mosaic() -> Any:
 def bare(cache: str) -> Iterator[int]:
     """Receives the bytes of our shards and does nothing with them."""
     del cache
-    size = ImageView().size_px ** 2 * 3
+    size = VIEW.size_px**2 * 3
     fs = _s3fs()
     parts = [
         (fs.sign(name, expiration=3600), start, min(start + RANGE_BYTES, length))
@@ -274,8 +282,18 @@ def bare(cache: str) -> Iterator[int]:
             yield received // size - given
 
 
-def ours(cache: str | None, *, shuffle: bool = True) -> Iterator[int]:
-    dataset = StreamingDataset("s3://bench/data/ours", seed=1, cache=cache, shuffle=shuffle)
+def ours(
+    cache: str | None, *, shuffle: bool = True, block_bytes: int | None = None
+) -> Iterator[int]:
+    lanes = {"canonical_ranks": 1, "active_blocks": BATCH} if SMALL and shuffle else {}
+    dataset = StreamingDataset(
+        "s3://bench/data/ours",
+        seed=1,
+        cache=cache,
+        shuffle=shuffle,
+        network=Network(block_bytes=block_bytes),
+        **lanes,
+    )
     batches = make_dataloader(dataset, global_batch_size=BATCH, sequence_length=1024)
     for batch in batches:
         yield len(batch["input_ids"])
@@ -349,6 +367,7 @@ LIMIT = "bare reader"
 CONTENDERS = {
     LIMIT: bare,
     "ours, cache": ours,
+    "ours, 4 MiB": partial(ours, block_bytes=4 * 2**20),
     "ours, no cache": partial(_without_cache, ours, None),
     "ours, in order": partial(_without_cache, partial(ours, shuffle=False), None),
     "webdataset, full buffer": partial(_without_cache, partial(webdataset, initial=1000), 1000),
@@ -385,7 +404,7 @@ def contend(contender: str, cache: str, began: str) -> None:
             first_s, first = time.perf_counter() - start_s, count
             from_start_s = time.monotonic() - float(began)
     rest_s = time.perf_counter() - start_s - first_s
-    size = ImageView().size_px ** 2 * 3
+    size = VIEW.size_px**2 * 3
     measured = {
         "first_s": first_s,
         "from_start_s": from_start_s,
