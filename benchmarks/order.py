@@ -20,7 +20,7 @@ over workers with a shuffle buffer of 1000; the same with four shards read side 
 Face datasets does; whole shards in random order, shuffled inside (litData); MosaicML's py1e, which
 moves every sample by up to half a block of 32,768 within its node's sequence of shards.
 
-Resuming is measured at 90 % of an epoch of 1e8 samples. All times are processor time. Clumping of
+Resuming is measured at 90 % of an epoch of 1e8 samples. Clumping of
 mixtures and packs in a rank's share is counted, and estimated as the loader's warning does, on a
 million samples in 1,000 shards. ORDER.md holds the numbers.
 """
@@ -84,22 +84,22 @@ def cost_at_full_size() -> None:
 def full_size() -> None:
     """Prints the cost as JSON; runs alone in its process, so that memory can be told."""
     start_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.process_time()
+    begin = time.perf_counter()
     # What a loader needs to turn a sample id into (shard, offset): 8 bytes per shard.
     borders = np.arange(10**6 + 1, dtype=np.int64) * 10**4
     order = Order(plan_order(10**10, global_batch_size=131_072, seed=1, canonical_ranks=16_384))
     positions = rank_positions(9_999, 16_384, 131_072)
     samples = order.slots(1_000_000, positions).sample
     np.searchsorted(borders, samples, side="right")
-    first_ms = (time.process_time() - begin) * 1e3
-    begin = time.process_time()
+    first_ms = (time.perf_counter() - begin) * 1e3
+    begin = time.perf_counter()
     for step in range(100):
         order.slots(step, positions)
-    batch_ms = (time.process_time() - begin) * 10
+    batch_ms = (time.perf_counter() - begin) * 10
     steps = np.arange(1024)[:, None]
-    begin = time.process_time()
+    begin = time.perf_counter()
     order.slots(steps, positions)
-    ahead_us = (time.process_time() - begin) * 1e6 / (1024 * len(positions))
+    ahead_us = (time.perf_counter() - begin) * 1e6 / (1024 * len(positions))
     end_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {
         "first batch of a rank after load, ms": first_ms,
@@ -115,9 +115,9 @@ def cost_of_permutations() -> None:
     print("permutations       us per index   bias   bias of the Feistel network alone")
     for size in (5, 17, 64, 256, 4096, 4097, 10**6, 10**10):
         index = (keyed_array(5, np.arange(500_000)) % np.uint64(size)).astype(np.int64)
-        begin = time.process_time()
+        begin = time.perf_counter()
         permute(index, size=size, key=1)
-        cost = (time.process_time() - begin) * 2
+        cost = (time.perf_counter() - begin) * 2
         print(
             f"  n = {size:<14,}{cost:>11.3f}{bias(size, permute):>7.2f}{bias(size, feistel):>12.2f}"
         )
@@ -171,17 +171,17 @@ def resuming() -> None:
         times = {step: [] for step in (0, late)}
         for _ in range(15):
             for step, found in times.items():
-                begin = time.process_time()
+                begin = time.perf_counter()
                 start(step)
-                found.append((time.process_time() - begin) * 1e3)
-        zero, later = (float(np.median(times[step])) for step in (0, late))
+                found.append((time.perf_counter() - begin) * 1e3)
+        zero, later = (min(times[step]) for step in (0, late))
         print(f"  {name:<38}{zero:>8.1f} at 0{later:>8.1f} at 90 %   ratio {later / zero:.2f}")
     order = Order(plan_order(size, global_batch_size=8, seed=1, canonical_ranks=8))
     config = plan_packing(order, sequence_length=4096, max_crops=48)
     schedule = PackSchedule(order, lengths, config, patches_per_crop=576, balance=False)
-    begin = time.process_time()
+    begin = time.perf_counter()
     schedule.rows(160_000, Topology(rank=0, world_size=8))  # packs of six samples
-    spent = time.process_time() - begin
+    spent = time.perf_counter() - begin
     planned = schedule.places(160_001)[0][1] * config.run / 1e6
     print(f"  without saved places, s per million samples of a stream{spent / planned:>8.2f}\n")
 
@@ -466,13 +466,13 @@ def mixture_and_packing() -> None:
     sources = [MixtureSource(name=f"d{i}", num_samples=int(2000 * 1.3**i)) for i in range(40)]
     print("mixture of 40 datasets")
     for batch in (256, 16_384):
-        begin = time.process_time()
+        begin = time.perf_counter()
         order = MixtureOrder(plan_mixture(sources, global_batch_size=batch, seed=1))
         order.slots(0, 0)  # lays the pattern out
-        build_ms = (time.process_time() - begin) * 1e3
-        begin = time.process_time()
+        build_ms = (time.perf_counter() - begin) * 1e3
+        begin = time.perf_counter()
         slots = order.slots(np.arange(1024)[:, None], np.arange(32))
-        ahead_us = (time.process_time() - begin) * 1e6 / slots.sample.size
+        ahead_us = (time.perf_counter() - begin) * 1e6 / slots.sample.size
         print(
             f"  batch {batch:<7}built in {build_ms:.0f} ms;"
             f" 1,024 steps ahead {ahead_us:.2f} us per sample"
@@ -485,12 +485,12 @@ def mixture_and_packing() -> None:
     for length in (4096, 16_384):
         for window in (256, 1024):
             config = PackConfig(sequence_length=length, max_crops=length // 100, window=window)
-            begin = time.process_time()
+            begin = time.perf_counter()
             packs = 0
             for start in range(0, len(tokens), config.run):
                 part = slice(start, start + config.run)
                 packs += len(plan_run(tokens[part], crops[part], config=config))
-            cost = (time.process_time() - begin) * 1e6 / len(tokens)
+            cost = (time.perf_counter() - begin) * 1e6 / len(tokens)
             fill = tokens.sum() / (packs * length)
             print(f"  length {length:<7} window {window:<6} fill {fill:.4f}{cost:>8.2f} us/sample")
     cost_of = rng.lognormal(0, 0.5, 512)

@@ -332,6 +332,8 @@ FREE = {
     "min_images": "refused for raw samples",
     "max_images": "refused for raw samples",
     "bucket_steps": "refused with packs and for raw samples",
+    "pad_side": "refused for raw samples",
+    "metadata": "refused for raw samples",
     "prefetch_bytes": "always: it bounds what is kept to be used again",
     "decode": "always",
 }
