@@ -506,7 +506,8 @@ def test_every_reader_of_a_shard_finds_what_another_has_cached(local, tmp_path):
     assert first.stats().counters["bytes"] > 0
     for place, change in (
         (url, {"world_size": 4, "rank": 3}),
-        (url, {"block_size": 1, "shuffle": False}),
+        (url, {"block_size": 1}),
+        (url, {"shuffle": False}),
         (url, {"max_samples": 150}),
         (url, {"where": "num_tokens > 0"}),
         (view, {}),
