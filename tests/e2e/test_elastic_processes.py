@@ -25,7 +25,7 @@ else:
     source = StreamingDataset(urls[0], seed=3)
 loader = make_dataloader(
     source, global_batch_size=8, sequence_length=64, pad_mode="max_len", with_metadata=True,
-    extra_keys=("position_ids", "loss_weights"), pack=kind == "packed", balance=False,
+    extra_keys=("position_ids", "loss_weights"), pack=kind == "packed", balance=kind != "packed",
 )
 if old:
     loader.load_state_dict(json.load(open(old)))
