@@ -27,6 +27,7 @@ from preprocess.text import (
     InterleavedTextPreprocessor,
     TextPolicy,
     Tokenizer,
+    answer_texts,
     chat_frame,
     check_placeholders,
     image_prefixes,
@@ -125,8 +126,9 @@ class Preparer:
             identities = map(image_identity, found, sources)
             key = sample_key(example, image_id=images_identity(identities))
         texts = message_texts(example)
+        thoughtful = answer_texts(example) if self.recipe.text.reasoning == "keep" else frozenset()
         for text in texts:
-            control = self.tokenizer.control_token(text)
+            control = self.tokenizer.control_token(text, reasoning=text in thoughtful)
             if control:
                 raise SampleError("control_token", where=key, control=control)
             spelled = media_placeholder(text)

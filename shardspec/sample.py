@@ -20,9 +20,10 @@ A row of `spans` is one of four kinds (column 0):
 TEXT rows that share (branch, turn) are the *baked variants* of one exchange: the loader draws one
 of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption
 that answers eight prompts is stored once. A *branch* is one conversation about the sample's
-images. The weight is the branch's loss weight in millionths. LEAD rows name the tokens before an
-image, such as "Image 2"; there is one per image, or none. OVERVIEW rows describe the overviews that
-are stored. Rows are sorted: TEXT (by branch and turn), LEAD, OVERVIEW, IMAGE.
+images. The weight is the loss weight of the response in millionths; one of 0 is context alone. LEAD
+rows name the tokens before an image, such as "Image 2"; there is one per image, or none. OVERVIEW
+rows describe the overviews that are stored. Rows are sorted: TEXT (by branch and turn), LEAD,
+OVERVIEW, IMAGE.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.

@@ -662,7 +662,7 @@ def _choose(
         if rng is not None and turn_end - first > 1:
             drawn += draw_below(rng, turn_end - first)
         _, branch, _, start, stop, response, end, weight = texts[drawn].tolist()
-        turn = Turn(tokens[start:stop], tokens[response:end])
+        turn = Turn(tokens[start:stop], tokens[response:end], weight)
         if branch == last:
             branches[-1].turns.append(turn)
         else:

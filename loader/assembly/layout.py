@@ -11,7 +11,8 @@ inside of a response, as documents have them, are not learned; the text on both 
 1. The *prefix* is BOS and the image blocks; every branch is a conversation that sees the prefix and
    itself. Its positions continue those of the prefix, as if it were alone.
 2. The arrays are aligned for next-token prediction: `labels[t]` is the target of input position t.
-   Targets are the tokens of responses and the EOS that ends each response; all else is -100.
+   Targets are the tokens of responses and the EOS that ends each response; all else is -100, and so
+   are responses of weight 0.
 3. Between turns of a branch EOS is in the input as well; the EOS after the last response of a
    branch is a target only, so that the next branch does not follow an end of text.
 4. With a limit, later branches are dropped and the last one is cut; an image block never is.
@@ -92,6 +93,9 @@ class Turn(NamedTuple):
     """int32 [P]."""
     response: np.ndarray
     """int32 [R]."""
+    weight: int | None = None
+    """Loss weight in millionths; 0 leaves the response in the context, without loss. None for that
+    of the branch."""
 
 
 class BranchTurns(NamedTuple):
@@ -227,8 +231,8 @@ class Sequence1d:
         found: list[np.ndarray] = []
         gaps = iter(self._labels[::3])
         for span in self._spans:
-            weight = np.float32(span.weight) * np.float32(self.weight)
-            for length in span.learned:
+            for length, own in zip(span.learned, span.weights, strict=True):
+                weight = np.float32(own) * np.float32(self.weight)
                 gap = np.zeros(len(next(gaps)), np.float32)
                 found += (gap, np.full(length, weight, np.float32))
         found.append(np.zeros(len(next(gaps)), np.float32))
@@ -285,7 +289,7 @@ def lay_out(
     labelled = 0
     spans: list[_Span] = []
     dropped = 0
-    for turns, weight in branches:
+    for turns, branch_weight in branches:
         if limit is not None and spans and length + molmo1 + len(turns[0].prompt) >= limit:
             dropped += 1
             continue
@@ -296,7 +300,10 @@ def lay_out(
             spans[-1].stop = length
         start = length
         learned: list[int] = []
-        for prompt, response in turns:
+        weights: list[float] = []
+        ends_learned = True
+        for prompt, response, weight in turns:
+            weight = branch_weight if weight is None else weight
             if length > start:
                 runs.append(eos)
                 length += 1
@@ -333,11 +340,13 @@ def lay_out(
                 at, targets = at + 1, response[1:]
             if at <= labelled:
                 raise SampleError("empty_turn", where=where, position=at)
-            if at <= length:
+            ends_learned = weight > 0
+            if at <= length and weight:
                 labels += (_ignored(at - 1 - labelled), targets, eos)
                 learned.append(len(targets) + 1)
+                weights.append(weight / WEIGHT_ONE)
                 labelled = at + len(targets)
-        spans.append(_Span(start, length, learned, weight / WEIGHT_ONE))
+        spans.append(_Span(start, length, learned, weights, ends_learned))
     if limit is not None and image_ends and image_ends[-1] > limit:
         raise SampleError(
             "image_cut.sample", where=where, image_tokens=image_ends[-1], sequence_length=limit
@@ -409,8 +418,11 @@ class _Span:
     start: int
     stop: int
     learned: list[int]
-    """Positions under loss of each response, EOS included."""
-    weight: float
+    """Positions under loss of each response that has one, EOS included."""
+    weights: list[float]
+    """Loss weight of each of them."""
+    ends_learned: bool
+    """Whether the last response has a loss."""
 
 
 _NOTHING = np.zeros(0, np.int64)
@@ -481,8 +493,9 @@ def _count_placeholders(
 
 def _scale(spans: Sequence[_Span], loss: LossScale, *, ends_counted: bool) -> None:
     for span in spans:
-        tokens = sum(span.learned) - (0 if ends_counted else 1)
+        tokens = sum(span.learned) - (span.ends_learned and not ends_counted)
         if loss in ("root_subsegments", "root_both"):
-            span.weight /= math.sqrt(len(spans))
+            span.weights = [weight / math.sqrt(len(spans)) for weight in span.weights]
         if loss in ("root_length", "root_both"):
-            span.weight *= 2 / math.sqrt(max(1, tokens))
+            factor = 2 / math.sqrt(max(1, tokens))
+            span.weights = [weight * factor for weight in span.weights]

@@ -49,7 +49,10 @@ class _Turn:
     """"system", "user" or "assistant"."""
     text: str
     """With a `MARK` for each image."""
-    learned: bool = True
+    weight: float = 1.0
+    """Factor on the loss of an answer; 0 for one that is only context."""
+    reasoning: str | None = None
+    """What the assistant thought before an answer, where that is kept apart."""
 
 
 def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -72,8 +75,13 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     system = row.get(spec.column("system"))
     if isinstance(system, str) and system.strip() and not any(t.side == "system" for t in turns):
         turns.insert(0, _Turn("system", system))
-    texts, placed = _placed(_alternating(turns), given, spec)
+    spoken = _alternating(turns)
+    texts, placed = _placed([turn.text for turn in spoken], given, spec)
     message: dict[str, Any] = {"style": spec.style or STYLE, "messages": texts}
+    if any(turn.weight != 1 for turn in spoken[1::2]):
+        message["turn_weights"] = [turn.weight for turn in spoken[1::2]]
+    if any(turn.reasoning is not None for turn in spoken[1::2]):
+        message["reasoning"] = [turn.reasoning for turn in spoken[1::2]]
     told = "\n\n".join(t.text for t in turns if t.side == "system" and t.text.strip())
     return {"image": placed, "message_list": [{**message, **({"system": told} if told else {})}]}
 
@@ -257,7 +265,9 @@ def _turn(entry: Any, images: _Images) -> _Turn:
         text = "\n".join(filter(None, [text, *(_call(call) for call in calls)]))
     if side != "user" and MARK in text:
         raise SampleError("image_placeholder.side", side=side)
-    return _Turn(side, text, learned=_is_learned(entry))
+    if side != "assistant":
+        return _Turn(side, text)
+    return _Turn(side, text, weight=_weight(entry), reasoning=_reasoning(entry))
 
 
 def _part(part: Any, images: _Images, *, role: str) -> str:
@@ -284,22 +294,31 @@ def _call(call: Any) -> str:
     return str(function)
 
 
-def _is_learned(entry: Mapping[str, Any]) -> bool:
+def _weight(entry: Mapping[str, Any]) -> float:
     for name in ("train", "loss", "weight"):
         value = entry.get(name)
         if isinstance(value, bool | int | float):
-            return bool(value)
-    return True
+            return value if name == "weight" else float(bool(value))
+    return 1.0
 
 
-def _alternating(turns: Sequence[_Turn]) -> list[str]:
-    """Gives user and assistant texts in turn; neighbours on the user's side are joined.
+def _reasoning(entry: Mapping[str, Any]) -> str | None:
+    # The names that transformers knows, in its order.
+    given = (entry.get(name) for name in ("reasoning_content", "thinking", "reasoning"))
+    found = next((each for each in given if each is not None), None)
+    if not isinstance(found, str | None):
+        raise SampleError("conversation.part", got=type(found).__name__)
+    return found
+
+
+def _alternating(turns: Sequence[_Turn]) -> list[_Turn]:
+    """Gives user and assistant turns in turn; neighbours on the user's side are joined.
 
     Raises:
       SampleError: `conversation`, `assistant_first`, `empty_answer`.
     """
     spoken = [turn for turn in turns if turn.side != "system"]
-    while spoken and (spoken[-1].side == "user" or not spoken[-1].learned):
+    while spoken and (spoken[-1].side == "user" or not spoken[-1].weight):
         if spoken[-1].side == "user" and spoken[-1] is turns[-1]:
             raise SampleError("conversation.end", turns=len(turns))
         spoken.pop()  # what follows the last text to learn changes nothing
@@ -307,19 +326,18 @@ def _alternating(turns: Sequence[_Turn]) -> list[str]:
         raise SampleError("conversation.nothing", turns=len(turns))
     if spoken[0].side == "assistant":
         raise SampleError("assistant_first", roles=" ".join(turn.side for turn in turns[:8]))
-    texts: list[str] = []
+    found: list[_Turn] = []
     for turn in spoken:
-        if turn.side == "user" and len(texts) % 2:
-            texts[-1] = "\n".join(filter(None, [texts[-1], turn.text]))
-        elif turn.side == "assistant" and not len(texts) % 2:
+        if turn.side == "user" and len(found) % 2:
+            found[-1] = _Turn("user", "\n".join(filter(None, [found[-1].text, turn.text])))
+        elif turn.side == "assistant" and not len(found) % 2:
             raise SampleError("conversation.order", roles=" ".join(t.side for t in spoken[:8]))
         else:
-            if turn.side == "assistant" and not turn.learned:
-                raise SampleError("conversation.unlearned")
-            texts.append(turn.text)
-    if any(not text.strip() for text in texts[1::2]):
-        raise SampleError("empty_answer.turn", empty=sum(not t.strip() for t in texts[1::2]))
-    return texts
+            found.append(turn)
+    empty = [turn for turn in found[1::2] if not turn.text.strip()]
+    if empty:
+        raise SampleError("empty_answer.turn", empty=len(empty))
+    return found
 
 
 def _placed(texts: Sequence[str], given: _Images, spec: Spec) -> tuple[list[str], list[Any]]:

@@ -36,6 +36,7 @@ _VARIABLES = {
     "recipe.text.chat_date": "CHAT_DATE",
     "recipe.text.whitespace": "WHITESPACE",
     "recipe.text.placeholders": "PLACEHOLDERS",
+    "recipe.text.reasoning": "REASONING",
     "recipe.text.paraphrase": "PARAPHRASE",
     "recipe.image.views.0.size_px": "IMAGE_SIZE",
     "recipe.image.views.0.patch_px": "PATCH_SIZE",

@@ -278,7 +278,11 @@ class Job:
             **kind.describe(),
             "mode": kind.resolve_mode(settings.mode),
             "several_images": kind.several_images,
-            "frame": dataclasses.asdict(self.preparer.frame),
+            "frame": {
+                **dataclasses.asdict(self.preparer.frame),
+                # Which rows are refused follows from all of the template, as does reasoning.
+                **({"template_sha256": tokenizer.template.sha256} if tokenizer.template else {}),
+            },
         }
         self.libraries = library_versions(kind)
 

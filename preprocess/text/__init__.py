@@ -10,7 +10,7 @@ from preprocess.text.choices import ChoiceForm
 from preprocess.text.formatter import DataFormatter
 from preprocess.text.geometry import safe_geometry
 from preprocess.text.interleaved import InterleavedTextPreprocessor, check_placeholders
-from preprocess.text.message import message_styles, message_texts
+from preprocess.text.message import answer_texts, message_styles, message_texts
 from preprocess.text.placeholders import media_placeholder
 from preprocess.text.points import PointFormat
 from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
@@ -37,6 +37,7 @@ __all__ = [
     "TemplateFrame",
     "TextPolicy",
     "Tokenizer",
+    "answer_texts",
     "chat_frame",
     "check_placeholders",
     "image_prefixes",

@@ -1,7 +1,7 @@
 """A tokenizer's own chat template, read once into the markup of every turn.
 
-Workers and the loader render no template. What a template writes around the texts of a
-conversation is read off renderings of sentinel texts, in the process that loads the tokenizer:
+What a template writes around the texts of a conversation is read off renderings of sentinel texts,
+in the process that loads the tokenizer, so that most templates that would fail do so early:
 
 1. Conversations of one to four exchanges are rendered by transformers' `apply_chat_template`. The
    markup of a turn may depend on whether it is the first and whether it is the last one, and on
@@ -14,7 +14,8 @@ conversation is read off renderings of sentinel texts, in the process that loads
    `apply_chat_template`.
 
 A template that breaks one of these rules is refused by name (`chat_template`): its ids could not
-be those of transformers.
+be those of transformers. What no probe can show is compared conversation by conversation when
+samples are made (`preprocess.text.rendering`).
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ class ChatTokenizer(Protocol):
     """The part of a Hugging Face tokenizer that is read here."""
 
     bos_token: str | None
+    special_tokens_map: Mapping[str, Any]
     added_tokens_decoder: Mapping[int, Any]
 
     def get_chat_template(self) -> str:
@@ -175,6 +177,23 @@ def read_template(loaded: ChatTokenizer, *, where: str, date: str = "") -> Templ
     if not getattr(loaded, "chat_template", None):
         return None
     return _Reader(loaded, where=where, date=date).frame()
+
+
+def template_source(
+    loaded: ChatTokenizer, *, where: str, date: str = ""
+) -> tuple[str, dict[str, Any]]:
+    """Gives a template that `read_template` has accepted, and what it may name besides messages.
+
+    Args:
+      loaded: The tokenizer.
+      where: Its name, for errors.
+      date: Day that the template writes.
+    """
+    reader = _Reader(loaded, where=where, date=date)
+    reader._set_date()
+    options = dict(reader.options)
+    source = options.pop("chat_template", None) or loaded.get_chat_template()
+    return source, {**loaded.special_tokens_map, **options}
 
 
 def template_literals(loaded: Any, *, data: bool = True) -> tuple[str, ...]:

@@ -33,8 +33,10 @@ from preprocess.text.message import (
     add_image_sizes,
     alternatives,
     fixed_texts,
+    loss_weight,
     optional_text,
     split_turns,
+    turn_shares,
 )
 from preprocess.text.paraphrase import paraphrase
 from preprocess.text.policy import TextPolicy
@@ -52,6 +54,13 @@ class Variant:
 
     prompt: str
     response: str
+    # What the two were made of, for the rendering of a whole conversation by a chat template.
+    user: str = field(default="", compare=False)
+    answer: str = field(default="", compare=False)
+    reasoning: str | None = field(default=None, compare=False)
+    """What the assistant thought before the answer, where the row keeps it apart."""
+    system: str = field(default="", compare=False)
+    """The conversation's; in its first exchange only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +71,12 @@ class Branch:
     """Per exchange, its variants; the loader draws one of each."""
     weight: int = WEIGHT_ONE
     """Loss weight in millionths."""
+    shares: tuple[float, ...] = ()
+    """Per exchange, the factor on the weight; 0 for an answer without loss. () for 1 each."""
+
+    def turn_weight(self, turn: int) -> int:
+        """Gives the loss weight of an exchange in millionths."""
+        return round(self.weight * self.shares[turn]) if self.shares else self.weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +111,7 @@ class DataFormatter:
         base = keyed(self.seed, hash_text(key))
         try:
             return tuple(
-                Branch(
-                    turns=self._turns(message, keyed(base, i), image_sizes),
-                    weight=round(float(message.get("weight", 1.0)) * WEIGHT_ONE),
-                )
+                self._branch(message, keyed(base, i), image_sizes)
                 for i, message in enumerate(example["message_list"])
             )
         except SampleError as error:
@@ -177,11 +189,23 @@ class DataFormatter:
         mode = self.policy.system_prompt
         return draw_prefix(style, num_chars=len(response), mode=mode, rng=rng)
 
+    def _branch(self, message: Message, base: int, image_sizes: Sequence[ImageSize]) -> Branch:
+        messages = split_turns(message)
+        shares = turn_shares(messages)
+        return Branch(
+            turns=self._turns(message, messages, base, image_sizes),
+            weight=round(loss_weight(message, "weight") * WEIGHT_ONE),
+            shares=shares,
+        )
+
     def _turns(
-        self, message: Message, base: int, image_sizes: Sequence[ImageSize]
+        self,
+        message: Message,
+        messages: Sequence[Message],
+        base: int,
+        image_sizes: Sequence[ImageSize],
     ) -> tuple[tuple[Variant, ...], ...]:
         select = self.policy.select_answer
-        messages = split_turns(message)
         system = as_written(optional_text(message, "system"), self.policy)
         for turn in messages:
             _check_style(turn)
@@ -223,14 +247,37 @@ class DataFormatter:
                 if first:
                     prefix = self.system_prefix(message["style"], ending or response, rng)
                     user = " ".join(part for part in (prefix, user) if part)
-                prompt, response = self.frame.frame(
-                    user, response, first=first, last=last, system=system
+                reasoning = self._reasoning(message)
+                whole = with_reasoning(response, reasoning) if self.frame.folds_system else response
+                prompt, framed = self.frame.frame(
+                    user, whole, first=first, last=last, system=system
                 )
-                drawn.append(Variant(prompt=prompt, response=response))
+                drawn.append(
+                    Variant(
+                        prompt=prompt,
+                        response=framed,
+                        user=user,
+                        answer=response,
+                        reasoning=reasoning,
+                        system=system if first else "",
+                    )
+                )
         num_variants = self.policy.num_variants
+        # Which texts they are made of is not compared: what is stored is what counts.
         if all(drawn[i] == drawn[i - i % num_variants] for i in range(len(drawn))):
             drawn = drawn[::num_variants]
         return tuple(drawn)
+
+    def _reasoning(self, message: Message) -> str | None:
+        """Gives what a row says that the assistant thought, if the policy keeps it.
+
+        Raises:
+          SampleError: `reasoning` (the policy refuses it).
+        """
+        reasoning = message.get("reasoning")
+        if self.policy.reasoning == "refuse" and optional_text(message, "reasoning"):
+            raise SampleError("reasoning.refused", chars=len(str(reasoning)))
+        return None if reasoning is None else as_written(reasoning, self.policy)
 
     def _exchange(self, message: Message, rng: np.random.RandomState) -> Exchange:
         draw = self._draw(message, rng)
@@ -261,6 +308,12 @@ def _pointed(
     if point_scale is not None:
         message["point_scale"] = point_scale
     return {"image": image, "message_list": [message]}
+
+
+def with_reasoning(answer: str, reasoning: str | None) -> str:
+    """Writes a thought in front of an answer, as the models that have no template for it do."""
+    thought = (reasoning or "").strip()
+    return f"<think>\n{thought}\n</think>\n\n{answer}" if thought else answer
 
 
 def _check_style(message: Message) -> None:

@@ -2,7 +2,8 @@
 
 In Molmo's own formats each text is tokenized on its own, prompt and response apart, as Molmo does
 it; so the ids of a response do not depend on the prompt that is drawn before it. In the format
-"template" both are tokenized together, as transformers does it. Equal runs of ids are stored once.
+"template" both are tokenized together, as transformers does it, and the ids of whole conversations
+are compared with those of their renderings. Equal runs of ids are stored once.
 
 A user text may place the images itself, by the placeholder `<|image|>`: that takes a single
 conversation with one placeholder per image. So may a document, a response without a prompt, whose
@@ -12,12 +13,13 @@ texts are all learned. Otherwise images precede all text, each after its lead
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from preprocess.text.formatter import Branch, Variant
+from preprocess.text.rendering import Conversation, render_branch
 from preprocess.text.tokens import IMAGE_PLACEHOLDER, EncodedPieces, Tokenizer
 from shardspec.errors import SampleError
 
@@ -51,7 +53,8 @@ class InterleavedTextPreprocessor:
           leads: Texts in front of the images, one per image; () for none.
 
         Raises:
-          SampleError: `empty_response` (no token to learn from), `image_placeholder`.
+          SampleError: `empty_response` (no token to learn from), `image_placeholder`,
+            `template_ids`, `reasoning`.
         """
         ids: list[int] = []
         spans: dict[str | tuple[int, ...], tuple[int, int]] = {}
@@ -75,12 +78,18 @@ class InterleavedTextPreprocessor:
 
         rows = []
         for b, branch in enumerate(branches):
+            branch, conversations = self._rendered(branch, key)
+            drawn: dict[tuple[int, int], list[int]] = {}
             for t, variants in enumerate(branch.turns):
-                for variant in variants:
+                for v, variant in enumerate(variants):
                     prompt, response = exchange(variant, t == 0)
                     if response[0] == response[1]:
                         raise SampleError("empty_response", where=key)
-                    rows.append((b, t, *prompt, *response, branch.weight))
+                    rows.append((b, t, *prompt, *response, branch.turn_weight(t)))
+                    if conversations:
+                        drawn[t, v] = ids[slice(*prompt)] + ids[slice(*response)]
+            for conversation in conversations:
+                self._check(conversation, drawn, key)
         placed = any(
             IMAGE_PLACEHOLDER in variant.prompt or IMAGE_PLACEHOLDER in variant.response
             for variant in _variants(branches)
@@ -90,6 +99,34 @@ class InterleavedTextPreprocessor:
             rows=tuple(rows),
             tokens=np.array(ids, dtype="<i4"),
         )
+
+    def _rendered(self, branch: Branch, key: str) -> tuple[Branch, list[Conversation]]:
+        """Renders the conversations of a branch, where a chat template writes them."""
+        frame, template = self.tokenizer.chat, self.tokenizer.template
+        if frame is None or template is None:
+            return branch, []
+        try:
+            return render_branch(branch, template=template, frame=frame)
+        except SampleError as error:
+            error.where = error.where or key
+            raise
+
+    def _check(
+        self, conversation: Conversation, drawn: Mapping[tuple[int, int], list[int]], key: str
+    ) -> None:
+        """Refuses a conversation whose turns are not the ids of its rendering.
+
+        Raises:
+          SampleError: `template_ids`.
+        """
+        special = self.tokenizer.special_ids
+        ids = [special["bos"]] if "bos" in special else []
+        for t, v in enumerate(conversation.variants):
+            ids += [*drawn[t, v], special["eos"]]
+        want = self.tokenizer.conversation_ids(conversation.text)
+        if ids != want[: len(ids)]:
+            at = next((i for i, (a, b) in enumerate(zip(ids, want)) if a != b), len(want))  # noqa: B905
+            raise SampleError("template_ids.tokens", where=key, token=at)
 
     def _encode(self, text: str) -> list[int]:
         first, *rest = text.split(IMAGE_PLACEHOLDER)

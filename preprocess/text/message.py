@@ -98,7 +98,7 @@ def split_turns(message: Message) -> list[Message]:
     shared = {
         name: value
         for name, value in message.items()
-        if name not in ("messages", "multi_turn_messages", "system")
+        if name not in ("messages", "multi_turn_messages", "system", *_PER_TURN)
     }
     turns: list[Message] = [message]
     if "messages" in message:
@@ -107,12 +107,57 @@ def split_turns(message: Message) -> list[Message]:
             raise field_error(message, "messages", "[question, answer, ...]")
         pairs = zip(texts[::2], texts[1::2], strict=True)
         turns = [{**shared, "question": question, "answer": answer} for question, answer in pairs]
+        for name, single in _PER_TURN.items():
+            values = message.get(name)
+            if values is None:
+                continue
+            if not isinstance(values, Sequence) or isinstance(values, str):
+                raise field_error(message, name, "a list with a value for each answer")
+            if len(values) != len(turns):
+                raise field_error(message, name, "a value for each answer")
+            turns = [{**turn, single: v} for turn, v in zip(turns, values, strict=True)]
     elif "multi_turn_messages" in message:
         style = {"style": message["style"]} if "style" in message else {}
         turns = [{**style, **turn} for turn in message["multi_turn_messages"]]
         if not turns:
             raise field_error(message, "multi_turn_messages", "at least one message")
     return turns
+
+
+_PER_TURN = {"turn_weights": "turn_weight", "reasoning": "reasoning"}
+"""Fields of a message with `messages` that have a value per answer, and their name in a turn."""
+
+
+def turn_shares(turns: Sequence[Message]) -> tuple[float, ...]:
+    """Lists the factors on the loss of the exchanges of a conversation; () where all are 1.
+
+    Args:
+      turns: The exchanges, as `split_turns` gives them; each may have a `turn_weight`.
+
+    Raises:
+      SampleError: `message_fields`; `no_loss` (nothing is left to learn).
+    """
+    found = [loss_weight(turn, "turn_weight") for turn in turns]
+    if not any(found):
+        raise SampleError("no_loss.turns", turns=len(found))
+    return () if all(value == 1.0 for value in found) else tuple(found)
+
+
+def loss_weight(message: Message, name: str) -> float:
+    """Gives a factor on the loss, 1 where there is none.
+
+    Raises:
+      SampleError: `message_fields` (not a number from 0 to 40).
+    """
+    value = message.get(name, 1.0)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= _MAX_WEIGHT:
+        raise field_error(message, name, f"a number from 0 to {_MAX_WEIGHT}")
+    return float(value)
+
+
+_MAX_WEIGHT = 40
+"""Of a message and of a turn: their product is stored in millionths, as a 32-bit integer."""
 
 
 def add_image_sizes(message: Message, image_sizes: Sequence[ImageSize]) -> Message:
@@ -165,6 +210,14 @@ def message_texts(example: Mapping[str, Any]) -> list[str]:
     return [text for name, text in _strings(example["message_list"]) if name != "style"]
 
 
+def answer_texts(example: Mapping[str, Any]) -> set[str]:
+    """Lists the texts of an example's messages that the assistant says."""
+    return {text for name, text in _strings(example["message_list"]) if name in _ANSWERS}
+
+
+_ANSWERS = ("answer", "answers", "text", "alternatives", "explanation", "reasoning")
+
+
 def message_styles(example: Mapping[str, Any]) -> list[str]:
     """Lists the styles of an example's messages and turns."""
     return [text for name, text in _strings(example["message_list"]) if name == "style"]
@@ -190,6 +243,9 @@ def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, Mapping):
         for inner, part in value.items():
             yield from _strings(part, inner)
+    elif isinstance(value, Sequence) and name == "messages":
+        for i, part in enumerate(value):
+            yield from _strings(part, "answer" if i % 2 else "question")
     elif isinstance(value, Sequence):
         for part in value:
             yield from _strings(part, name)

@@ -26,6 +26,7 @@ MessageFormat = Literal["none", "role", "chatml", "template"]
 SelectAnswer = Literal["best", "first"]
 Whitespace = Literal["keep", "strip"]
 Placeholders = Literal["refuse", "keep"]
+Reasoning = Literal["refuse", "keep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,13 @@ class TextPolicy:
         ),
     ] = "refuse"
     """"refuse": rows whose texts have one are refused (`media_placeholder`); "keep": it is text."""
+    reasoning: Annotated[
+        Reasoning,
+        Setting("answers with reasoning, such as <think>...</think>", group="text"),
+    ] = "refuse"
+    """"refuse": rows whose answers have thoughts are refused (`reasoning`, or `control_token` for
+    markers of the tokenizer); "keep": they are what the chat template makes of them, which may drop
+    those of earlier answers, and plain text in Molmo's own formats."""
     paraphrase: Annotated[
         float, Setting("share of variants with a paraphrased user text, 0 to 1", group="text")
     ] = 0.0
@@ -111,5 +119,6 @@ _NAMES: Mapping[str, Sequence[str]] = {
     "select_answer": get_args(SelectAnswer),
     "whitespace": get_args(Whitespace),
     "placeholders": get_args(Placeholders),
+    "reasoning": get_args(Reasoning),
 }
 """The settings that are names, and the names they take."""

@@ -29,8 +29,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from preprocess.text.chat_template import TemplateFrame, read_template, rendered, template_literals
+from preprocess.text.chat_template import (
+    TemplateFrame,
+    read_template,
+    rendered,
+    template_literals,
+    template_source,
+)
 from preprocess.text.policy import MessageFormat, TextPolicy
+from preprocess.text.rendering import ChatTemplate, is_reasoning
 from shardspec.errors import ConfigError, SampleError
 from shardspec.manifest import TokenizerEntry
 from shardspec.probe import probe_sha256
@@ -99,6 +106,8 @@ class Tokenizer:
     """What bos and eos follow from; one name stands for the formats that share them."""
     chat: TemplateFrame | None = None
     """The tokenizer's own chat template, where the message format is "template"."""
+    template: ChatTemplate | None = None
+    """The template itself, with which each conversation is compared."""
     markers: tuple[str, ...] = ()
     """Texts besides the special tokens that would be read as markup."""
 
@@ -206,7 +215,7 @@ class Tokenizer:
         start, stop = bool(before), len(encoding.ids) - bool(after)
         around = [*encoding.ids[:start], *encoding.ids[stop:]]
         if around != [self.token_id(token) for token in (before, after) if token]:
-            raise SampleError("template_ids", before=before, after=after)
+            raise SampleError("template_ids.markup", before=before, after=after)
         return encoding.ids[start:stop], [end for _, end in encoding.offsets[start:stop]]
 
     def fits(self, message_format: MessageFormat) -> bool:
@@ -236,14 +245,36 @@ class Tokenizer:
             parts.append(symbols.get(i, "" if i < 0 else f"<{i}>"))
         return "".join(parts)
 
-    def control_token(self, text: str) -> str | None:
-        """Finds a control token spelled out in a text, which would be read as markup."""
-        found = self._control.search(text)
+    def control_token(self, text: str, *, reasoning: bool = False) -> str | None:
+        """Finds a control token spelled out in a text, which would be read as markup.
+
+        Args:
+          text: The text.
+          reasoning: Whether the borders of a thought may be in it.
+        """
         normalizer = self._backend.normalizer
-        if found is None and normalizer is not None:
-            # Added tokens may be matched in what the normalizer makes of the text.
-            found = self._control.search(normalizer.normalize_str(text))
-        return found.group() if found else None
+        # Added tokens may be matched in what the normalizer makes of the text.
+        for form in (text, None if normalizer is None else normalizer.normalize_str(text)):
+            for found in self._control.finditer(form or ""):
+                if not (reasoning and is_reasoning(found.group())):
+                    return found.group()
+        return None
+
+    def conversation_ids(self, text: str) -> list[int]:
+        """Turns a rendered conversation into ids, as transformers does; images are symbols."""
+        image, mark = self.special_ids[IMAGE_PLACEHOLDER], self._anchor
+        first, *others = text.split(IMAGE_PLACEHOLDER)
+        ids = self.encode(mark.join([first, *others]) if mark else first)
+        if not mark:
+            for part in others:
+                ids += [image, *self.encode(part)]
+        elif others:
+            # The symbol is not a token of the tokenizer, so another one takes its place. The
+            # markup may have that one as well: they are told apart by their order in the text.
+            anchor = self.token_id(mark)
+            found = iter(re.findall(f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(mark)}", text))
+            ids = [image if i == anchor and next(found) != mark else i for i in ids]
+        return ids
 
     @property
     def entry(self) -> TokenizerEntry:
@@ -315,6 +346,7 @@ def load_tokenizer(
     ids |= {symbol: start + i for i, symbol in enumerate(IMAGE_SYMBOLS)}
     message_format: MessageFormat = "role"
     chat: TemplateFrame | None = None
+    template: ChatTemplate | None = None
     added = {token.content: i for i, token in loaded.added_tokens_decoder.items()}
     if policy.message_format == "chatml" and added.get(CHATML_END, eos) != eos:
         message_format, ids["eos"] = "chatml", added[CHATML_END]
@@ -326,6 +358,8 @@ def load_tokenizer(
         ids["eos"] = added[chat.end]
         if not chat.bos:
             del ids["bos"]
+        source, variables = template_source(loaded, where=name, date=policy.chat_date)
+        template = ChatTemplate(source=source, variables=variables)
     backend = loaded.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -336,6 +370,7 @@ def load_tokenizer(
         vocab_size=length,
         message_format=message_format,
         chat=chat,
+        template=template,
         markers=_markers(loaded, chat),
     )
     if chat is not None:

@@ -47,7 +47,7 @@ class Loaded:
         self.theirs = PreTrainedTokenizerFast.from_pretrained(name)
         self.prepare = Preparer(recipe=Recipe(text=self.policy), tokenizer=self.ours)
 
-    def example(self, conversations, system="", images=()):
+    def example(self, conversations, system="", images=(), weights=None):
         """Prepares and lays conversations out."""
         messages = [
             {"style": "text_sft", "messages": [t for pair in pairs for t in pair]}
@@ -56,15 +56,17 @@ class Loaded:
         for message in messages:
             if system:
                 message["system"] = system
+            if weights:
+                message["turn_weights"] = list(weights)
         row = {"message_list": messages, **({"image": list(images)} if images else {})}
         sample = self.prepare(row, key="k")
         view = View(branch_order="stored")
         ids = TokenIds.from_special_ids(self.ours.special_ids)
         return assemble(sample, np.random.RandomState(0), view=view, ids=ids)
 
-    def branches(self, conversations, system=""):
+    def branches(self, conversations, system="", weights=None):
         """Lists, per branch, the inputs with the last target, and the labels."""
-        example = self.example(conversations, system)
+        example = self.example(conversations, system, weights=weights)
         segments = example["subsegment_ids"]
         prefix = example["input_ids"][segments == 10_000].tolist()
         found = []
@@ -152,6 +154,29 @@ def test_answers_are_learned_with_their_end_of_turn_and_nothing_else(shapes, nam
         "2 cats",
         "",
     ]
+
+
+@pytest.mark.parametrize("weights", [(0, 1, 1), (1, 0, 1), (0.5, 0, 1)])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "olmo2", "phi3"])
+def test_answers_without_loss_stay_in_the_context(shapes, name, weights):
+    loaded, pairs = shapes(name), EXCHANGES[:3]
+    ((ids, labels),) = loaded.branches([pairs], weights=weights)
+    ((every_id, every_label),) = loaded.branches([pairs])
+    assert ids == every_id == loaded.want(pairs)
+    eos = loaded.ours.special_ids["eos"]
+    found, turn = [], 0
+    for label in every_label:
+        found.append(label if weights[turn] else -100)
+        turn += label == eos
+    assert labels == found
+    got = loaded.example([pairs], weights=weights)
+    want = np.repeat([w for w in weights if w], np.diff([-1, *ends(labels, eos)]))
+    assert got["loss_weights"][got["labels"] != -100].tolist() == want.tolist()
+
+
+def ends(labels, eos):
+    """Lists where, among the learned tokens, the answers end."""
+    return [i for i, label in enumerate(x for x in labels if x != -100) if label == eos]
 
 
 @pytest.mark.parametrize("name", SHAPES)

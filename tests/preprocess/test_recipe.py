@@ -257,6 +257,7 @@ OTHER_TEXT = {
     "select_answer": "first",
     "whitespace": "strip",
     "placeholders": "keep",
+    "reasoning": "keep",
     "paraphrase": 0.5,
 }
 OTHER_IMAGE = {

@@ -23,9 +23,14 @@ ARRAYS = ("input_ids", "labels", "position_ids", "subsegment_ids", "loss_weights
 
 
 def branch(*turns, weight=1_000_000):
-    """Makes a conversation from (prompt, response) pairs of lists."""
-    arrays = [[np.array(ids, dtype=np.int32) for ids in turn] for turn in turns]
-    return BranchTurns(turns=[Turn(prompt=p, response=r) for p, r in arrays], weight=weight)
+    """Makes a conversation from lists: (prompt, response) and perhaps the weight of the turn."""
+    return BranchTurns(
+        turns=[
+            Turn(np.array(p, dtype=np.int32), np.array(r, dtype=np.int32), *own)
+            for p, r, *own in turns
+        ],
+        weight=weight,
+    )
 
 
 TWO_BRANCHES = [branch(([10, 11], [20, 21])), branch(([12], [22, 23, 24]))]
@@ -41,25 +46,33 @@ def expected(blocks, branches):
     learned += [False] * len(tokens)
     prefix = len(tokens)
     positions, segments, weights = list(range(prefix)), [10_000] * prefix, [0.0] * prefix
-    last = []
     for k, one in enumerate(branches):
         start = len(tokens)
         for t, turn in enumerate(one.turns):
+            weight = (one.weight if turn.weight is None else turn.weight) / 1e6
             tokens += [*turn.prompt.tolist(), *turn.response.tolist()]
-            learned += [False] * len(turn.prompt) + [True] * len(turn.response)
+            learned += [False] * len(turn.prompt) + [weight > 0] * len(turn.response)
+            weights += [weight] * (len(turn.prompt) + len(turn.response))
             if t < len(one.turns) - 1:
                 tokens.append(EOS)
-                learned.append(True)
+                learned.append(weight > 0)
+                weights.append(weight)
         length = len(tokens) - start
         positions += range(prefix, prefix + length)
         segments += [k] * length
-        weights += [one.weight / 1e6] * length
-        last.append(len(tokens) - 1)
     labels = [t if m else IGNORED for t, m in zip(tokens[1:], learned[1:], strict=True)] + [IGNORED]
-    for position in last:
-        labels[position] = EOS
-    if labels[prefix - 1] != IGNORED:
-        weights[prefix - 1] = branches[0].weight / 1e6
+    stop = prefix
+    for one in branches:
+        stop += sum(len(turn.prompt) + len(turn.response) + 1 for turn in one.turns) - 1
+        turn = one.turns[-1]
+        labels[stop - 1] = IGNORED if turn.weight == 0 else EOS
+    # The weight of a target is at the position that predicts it.
+    weights = [*weights[1:], 0.0]
+    stop = prefix
+    for one in branches:
+        stop += sum(len(turn.prompt) + len(turn.response) + 1 for turn in one.turns) - 1
+        turn = one.turns[-1]
+        weights[stop - 1] = (one.weight if turn.weight is None else turn.weight) / 1e6
     return {
         "input_ids": tokens,
         "labels": labels,
@@ -73,14 +86,30 @@ def expected(blocks, branches):
 
 
 ids = st.integers(10, 89)
-turns = st.tuples(st.lists(ids, max_size=4), st.lists(ids, min_size=1, max_size=5))
+turns = st.tuples(
+    st.lists(ids, max_size=4),
+    st.lists(ids, min_size=1, max_size=5),
+    st.sampled_from([None, None, 0, 500_000]),
+)
 conversations = st.builds(
     lambda turns, weight: branch(*turns, weight=weight),
-    st.lists(turns, min_size=1, max_size=3),
+    st.lists(turns, min_size=1, max_size=3).filter(lambda t: any(each[2] != 0 for each in t)),
     st.sampled_from([1_000_000, 200_000, 707_107]),
 )
 images = st.lists(st.sampled_from([BLOCK, np.array([90, 92, 91], dtype=np.int32)]), max_size=3)
 samples = st.tuples(images, st.lists(conversations, min_size=1, max_size=4))
+
+
+def test_answer_of_weight_0_is_context_and_the_others_keep_their_weights():
+    turns = ([10], [20, 21], 0), ([11], [22], 500_000), ([12], [23], 0)
+    sequence = lay_out([], [branch(*turns)], ids=IDS)
+    no = IGNORED
+    assert sequence.input_ids.tolist() == [1, 10, 20, 21, EOS, 11, 22, EOS, 12, 23]
+    assert sequence.labels.tolist() == [no] * 5 + [22, EOS] + [no] * 3
+    assert sequence.loss_weights.tolist() == [0.0] * 5 + [0.5] * 2 + [0.0] * 3
+    with pytest.raises(SampleError) as caught:
+        lay_out([], [branch(turns[0])], ids=IDS)
+    assert caught.value.reason == "no_loss"
 
 
 def test_two_branches_behind_an_image_are_laid_out_as_molmo_2_does():
@@ -151,7 +180,7 @@ def test_labels_are_the_next_inputs_but_for_the_eos_that_ends_a_branch(sample):
     ends &= s.subsegment_ids != 10_000
     learned = s.labels != IGNORED
     assert (s.labels[learned & ~ends] == following[learned & ~ends]).all()
-    assert (s.labels[ends] == EOS).all()
+    assert (s.labels[ends & learned] == EOS).all()
     assert ((s.loss_weights > 0) == learned).all()
 
 

@@ -174,6 +174,40 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize(
+    "marks, weights",
+    [
+        ([{}, {}, {}], None),
+        ([{"train": True}, {"weight": 1}, {"loss": 1}], None),
+        ([{"train": False}, {}, {}], [0, 1, 1]),
+        ([{}, {"weight": 0}, {}], [1, 0, 1]),
+        ([{"loss": False}, {"weight": 0.5}, {"weight": 2}], [0, 0.5, 2]),
+        ([{"train": None}, {"weight": 0.0}, {}, {"train": False}], [1, 0, 1]),
+    ],
+)
+def test_answers_without_loss_stay_and_those_at_the_end_do_not(marks, weights):
+    turns = []
+    for t, mark in enumerate(marks):
+        turns.append({"role": "user", "content": f"q{t}", **({"weight": 0} if t else {})})
+        turns.append({"role": "assistant", "content": f"a{t}", **mark})
+    (message,) = parse_row({"messages": turns}, SPEC)["message_list"]
+    assert message.get("turn_weights") == weights
+    kept = len(weights or marks)
+    assert message["messages"] == [text for t in range(kept) for text in (f"q{t}", f"a{t}")]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_beside_an_answer_is_kept_apart(name):
+    turns = [
+        *({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", name: None}),
+        *({"role": "user", "content": "c"}, {"role": "assistant", "content": "d", name: "Hm."}),
+    ]
+    (message,) = parse_row({"messages": turns}, SPEC)["message_list"]
+    assert message["reasoning"] == [None, "Hm."]
+    (message,) = parse_row({"messages": turns[:2]}, SPEC)["message_list"]
+    assert "reasoning" not in message
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_is_read_with_its_images_in_their_places(name):
     row, want = LAYOUTS[name]
@@ -228,13 +262,11 @@ REFUSED = {
         },
         "conversation",
     ),
-    "unlearned in the middle": (
+    "reasoning that is not a text": (
         {
             "messages": [
                 {"role": "user", "content": "a"},
-                {"role": "assistant", "content": "b", "weight": 0},
-                {"role": "user", "content": "c"},
-                {"role": "assistant", "content": "d"},
+                {"role": "assistant", "content": "b", "thinking": {"text": "c"}},
             ]
         },
         "conversation",

@@ -101,6 +101,7 @@ OTHERS = {
     "CHOICES": "letter",
     "WHITESPACE": "strip",
     "PLACEHOLDERS": "keep",
+    "REASONING": "keep",
     "PARAPHRASE": "0.5",
     "IMAGE_SIZE": "224",
     "PATCH_SIZE": "28",
