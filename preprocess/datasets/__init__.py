@@ -39,7 +39,7 @@ from preprocess.datasets.text_sft import TextSft
 from preprocess.datasets.vqa2 import Vqa2 as VQA2
 from shardspec.errors import ConfigError, nearest
 
-_NOT_DATASETS = ("base", "code", "images", "kinds", "own", "rows", "splits")
+_NOT_DATASETS = ("base", "code", "hooks", "images", "kinds", "own", "rows", "splits")
 
 _ENTRY_POINTS = "vlm_shards.datasets"
 """Group of entry points by which packages offer datasets."""

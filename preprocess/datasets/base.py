@@ -41,6 +41,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets.code import code_beside
+from preprocess.datasets.hooks import naming_hook, wrap_hooks
 from preprocess.datasets.images import RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
@@ -190,6 +191,10 @@ class DatasetBase(Dataset):
             )
         return mode
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        wrap_hooks(cls)
+
     @abc.abstractmethod
     def load(self) -> Rows | Sequence[Mapping[str, Any]]:
         """Opens the rows of the source that hold this split; a list will do."""
@@ -247,6 +252,18 @@ class DatasetBase(Dataset):
         """Counts the examples of the split."""
         return len(self._borders) - 1
 
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        """Makes example `item`, whatever `get` does.
+
+        Raises:
+          SampleError: Its row cannot become an example.
+        """
+        with self.naming_row(self.row_numbers(item)[0]):
+            example = self.get(item)
+            if not isinstance(example, dict) or "message_list" not in example:
+                raise TypeError(f"get() gives {type(example).__name__}, not an example")
+        return example
+
     def get(self, item: int, rng: np.random.RandomState | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Makes example `item` of the split.
 
@@ -283,6 +300,9 @@ class DatasetBase(Dataset):
     def row_numbers(self, item: int) -> list[int]:
         """Lists the rows of an example: their numbers in the source's split, from 0 on."""
         item = range(len(self))[item]
+        if item + 1 >= len(self._borders):
+            num_examples = len(self._borders) - 1
+            raise ConfigError("dataset_code.length", where=self.name, examples=num_examples)
         numbers: list[int] = self._numbers[self._borders[item] : self._borders[item + 1]].tolist()
         return numbers
 
@@ -375,7 +395,9 @@ class DatasetBase(Dataset):
         ):
             got = type(rows).__name__
             raise ConfigError("dataset_code.rows", where=self.name, got=got)
-        return Rows([lambda: rows], lengths=[len(rows)], kind={"kind": "code"})
+        with naming_hook("__len__ of what load() gives"):
+            length = len(rows)
+        return Rows([lambda: rows], lengths=[length], kind={"kind": "code"})
 
     def _sample_rows(self, limit: int | None) -> Rows:
         seed = keyed(hash_text(self.name), hash_text(self.split)) % 2**31

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from preprocess.datasets.base import Dataset, DatasetBase, class_files
+from preprocess.datasets.hooks import check_attributes
 from preprocess.datasets.images import resolve_image
 from preprocess.datasets.rows import Rows
 from preprocess.datasets.splits import (
@@ -598,6 +599,8 @@ def check_class(kind: Any, *, where: str) -> type[DatasetBase]:
         raise ConfigError("dataset_code.methods", where=where, missing=", ".join(missing))
     if not NAME.fullmatch(kind.name):
         raise ConfigError("dataset_code.label", where=where, got=kind.name)
+    if issubclass(kind, DatasetBase):
+        check_attributes(kind, where=where)
     try:
         if not issubclass(kind, DatasetBase):
             inspect.signature(kind).bind(**_accepted(kind, {"split": "train", "source": ""}))

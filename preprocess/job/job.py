@@ -273,9 +273,13 @@ class Job:
         self.kind = kind
         self.name = settings.name or kind.name
         """Of the result: in the manifest, in the names of its files, and for seeds."""
+        described = kind.describe()
+        taken = sorted(described.keys() & {*settings.recipe.to_dict(), *_OWN})
+        if taken:
+            raise ConfigError("dataset_code.describe", where=kind.name, name=taken[0])
         self.recipe = {
             **settings.recipe.to_dict(),
-            **kind.describe(),
+            **described,
             "mode": kind.resolve_mode(settings.mode),
             "several_images": kind.several_images,
             "frame": {
@@ -290,9 +294,12 @@ class Job:
     def dataset(self) -> DatasetBase:
         """The rows, opened when first needed."""
         s = self.settings
-        return self.kind(
+        dataset = self.kind(
             s.split, source=s.source, limit=s.limit, mode=s.mode, unmatched=s.unmatched
         )
+        if not hasattr(dataset, "num_rows_read"):
+            raise ConfigError("dataset_code.super", where=self.name)
+        return dataset
 
     @property
     def source(self) -> str:
@@ -391,10 +398,14 @@ def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:
     return {**versions, "code_sha256": code.hexdigest()}
 
 
+_OWN = ("mode", "several_images", "frame")
+"""What a job adds to the settings of a recipe."""
+
 _ROOT = Path(__file__).parents[2]
 
 _BYTE_SOURCES = (
     "preprocess/datasets/base.py",
+    "preprocess/datasets/hooks.py",
     "preprocess/datasets/images.py",
     "preprocess/datasets/rows.py",
     "preprocess/datasets/splits.py",
