@@ -30,7 +30,7 @@ from typing import Any
 from shardspec import storage
 from shardspec.columns import COLUMNS_SUFFIX, type_problems
 from shardspec.documents import read_json
-from shardspec.errors import ConfigError, ConflictError, ManifestError, nearest
+from shardspec.errors import ConfigError, ManifestError, nearest
 from shardspec.storage import RangeReader
 
 FORMAT_VERSION = 1
@@ -475,27 +475,6 @@ def parse_receipt(payload: bytes, *, where: str) -> Receipt | None:
     if problems or not isinstance(build_key, str) or not _CHECKS["Mapping[str, int]"](quarantined):
         return None
     return Receipt(build_key=build_key, shard=shard, quarantined=quarantined)
-
-
-def check_same(old: Manifest, new: Manifest, *, where: str) -> None:
-    """Refuses to put splits of different recipes into one dataset, naming each difference.
-
-    Raises:
-      ConflictError: `recipe_conflict`.
-    """
-    pairs = {
-        "dataset": (old.dataset, new.dataset),
-        "recipe": (dict(old.recipe), dict(new.recipe)),
-        "tokenizer": (asdict(old.tokenizer), asdict(new.tokenizer)),
-        "libraries": (dict(old.libraries), dict(new.libraries)),
-        # What a split that is added to the other kind would lose.
-        "view": (old.view is not None, new.view is not None),
-        "raw": (old.raw, new.raw),
-        "columns": (old.columns is not None, new.columns is not None),
-    }
-    found = [d for name, (a, b) in pairs.items() for d in differences(a, b, name)]
-    if found:
-        raise ConflictError("recipe_conflict.output", where=where, differences="; ".join(found))
 
 
 def differences(old: object, new: object, name: str) -> list[str]:

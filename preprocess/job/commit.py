@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from preprocess.job.build import is_in_place, stored_sizes
+from preprocess.job.conflicts import check_same
 from preprocess.job.job import FAILED_ROWS_SHARE, Job, allowed_failures
 from preprocess.job.planner import Plan
 from shardspec import storage
@@ -25,7 +26,6 @@ from shardspec.manifest import (
     ShardEntry,
     SplitEntry,
     canonical_json,
-    check_same,
     load_manifest,
 )
 
@@ -146,7 +146,8 @@ def _with_split(job: Job, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> 
         shards=old.shards if old else (),
     ).with_split(job.settings.split, entry, shards)
     if old is not None:
-        check_same(old, manifest, where=job.url(MANIFEST_NAME))
+        named = job.settings.name is not None
+        check_same(old, manifest, where=job.url(MANIFEST_NAME), named=named)
     return manifest
 
 

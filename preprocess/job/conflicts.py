@@ -7,8 +7,13 @@ nothing else differs.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from shardspec.errors import ConflictError
+from shardspec.manifest import Manifest, canonical_json
 
 MAX_ROWS = 12
 """Rows of the table; of the others the number."""
@@ -18,6 +23,7 @@ _NONE = "-"
 
 _VARIABLES = {
     "dataset": "DATASET",
+    "name": "NAME",
     "source": "SOURCE",
     "split": "SPLIT",
     "recipe.mode": "MODE",
@@ -103,6 +109,42 @@ def find_differences(old: object, new: object) -> list[Difference]:
             order.index(each.field) if each.field in _VARIABLES else len(order),
             each.field.startswith("libraries."),
         ),
+    )
+
+
+def check_same(old: Manifest, new: Manifest, *, where: str, named: bool = False) -> None:
+    """Refuses to put splits of different recipes into one dataset.
+
+    Args:
+      old: Of the output.
+      new: What it would become.
+      where: URL of the manifest.
+      named: Whether the user has given the result its name.
+
+    Raises:
+      ConflictError: `recipe_conflict`.
+    """
+    name = "name" if named else "dataset"
+    found = find_differences(*(_described(each, name) for each in (old, new)))
+    if found:
+        raise ConflictError("recipe_conflict.job", where=where, table=table(found))
+
+
+def _described(manifest: Manifest, name: str) -> object:
+    """Gives what all splits of a dataset share, as an identity has it."""
+    kind = "imported tars" if manifest.raw else "shards"
+    return json.loads(
+        canonical_json(
+            {
+                name: manifest.dataset,
+                "recipe": dict(manifest.recipe),
+                "tokenizer": dataclasses.asdict(manifest.tokenizer),
+                "libraries": dict(manifest.libraries),
+                # What a split that is added to the other kind would lose.
+                "kind": kind if manifest.view is None else "a view of other shards",
+                "added columns": "none" if manifest.columns is None else "some",
+            }
+        )
     )
 
 

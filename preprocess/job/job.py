@@ -261,6 +261,11 @@ class Job:
     def __init__(self, settings: JobSettings) -> None:
         """Loads the tokenizer and names the job; reads no row yet."""
         self.settings = settings
+        if storage.is_local(settings.out):
+            out = Path(settings.out).absolute()
+            for folder in (out, *out.parents):
+                if folder.is_file():
+                    raise ConfigError("out_file", where=str(folder))
         tokenizer = load_tokenizer(
             settings.tokenizer, pad_to=settings.pad_to, policy=settings.recipe.text
         )
@@ -313,7 +318,8 @@ class Job:
         """Everything that the result follows from, in plain JSON types."""
         s = self.settings
         return {
-            "dataset": self.name,
+            "dataset": self.kind.name,
+            "name": self.name if self.name != self.kind.name else None,
             "source": self.source,
             "split": s.split,
             "limit": s.limit,

@@ -15,7 +15,6 @@ Anything that interrupts leaves the old state or the new one.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -40,7 +39,7 @@ from preprocess.job.commit import (
     committed,
     withdraw_split,
 )
-from preprocess.job.conflicts import find_differences, table
+from preprocess.job.conflicts import check_same, find_differences, table
 from preprocess.job.engines import local
 from preprocess.job.job import Job, JobSettings, Reporter
 from preprocess.job.lease import output_lock
@@ -55,7 +54,6 @@ from shardspec.manifest import (
     Manifest,
     Receipt,
     canonical_json,
-    check_same,
     load_manifest,
 )
 
@@ -168,18 +166,6 @@ def _identity(job: Job) -> bytes:
 
 def _check_recipe(job: Job, manifest: Manifest) -> None:
     """Refuses to put splits of different recipes into one dataset."""
-    ours = json.loads(_identity(job))
-    theirs = {
-        "dataset": manifest.dataset,
-        "recipe": dict(manifest.recipe),
-        "tokenizer": dataclasses.asdict(manifest.tokenizer),
-        "libraries": dict(manifest.libraries),
-    }
-    found = find_differences(
-        json.loads(canonical_json(theirs)), {name: ours[name] for name in theirs}
-    )
-    if found:
-        raise ConflictError("recipe_conflict.job", where=job.url(MANIFEST_NAME), table=table(found))
     ours = replace(
         manifest,
         dataset=job.name,
@@ -190,7 +176,8 @@ def _check_recipe(job: Job, manifest: Manifest) -> None:
         raw=False,
         columns=None,
     )
-    check_same(manifest, ours, where=job.url(MANIFEST_NAME))
+    named = job.settings.name is not None
+    check_same(manifest, ours, where=job.url(MANIFEST_NAME), named=named)
 
 
 def _check_sources(job: Job) -> Compared | None:
@@ -218,7 +205,7 @@ def _withdraw(job: Job, report: Reporter) -> None:
     if manifest is None or split not in manifest.splits:
         return
     identity = read_json(job.identity_url)
-    if identity is None or identity.get("dataset") != job.name:
+    if identity is None or (identity.get("name") or identity.get("dataset")) != job.name:
         return  # a reshard or an import: the comparison refuses it
     if len(manifest.splits) > 1:
         _check_recipe(job, manifest)

@@ -542,7 +542,7 @@ def translate_errors(url: str) -> Iterator[None]:
     A missing object stays FileNotFoundError.
 
     Raises:
-      StorageError: `no_space`, `permission` or `storage_failed`, naming the URL.
+      StorageError: `no_space`, `permission`, `not_a_folder` or `storage_failed`, naming the URL.
     """
     try:
         yield
@@ -558,6 +558,8 @@ def translate_errors(url: str) -> Iterator[None]:
             code = "permission.file"
         elif is_access_refused(error):
             code = "permission.store"
+        elif number == errno.ENOTDIR or (number == errno.EEXIST and os.path.isfile(url)):
+            code = "not_a_folder"
         else:
             code = "storage_failed"
         raise StorageError(code, where=url, error=error) from error

@@ -1,12 +1,12 @@
 import json
 import posixpath
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardspec.errors import ConfigError, ConflictError, ManifestError
+from shardspec.errors import ConfigError, ManifestError
 from shardspec.manifest import (
     EXTENDED_VERSION,
     FORMAT_VERSION,
@@ -17,7 +17,6 @@ from shardspec.manifest import (
     SplitEntry,
     TokenizerEntry,
     canonical_json,
-    check_same,
     differences,
     encode_receipt,
     fingerprint,
@@ -414,25 +413,3 @@ def test_differences_name_fields_that_only_one_side_has():
 def test_tuples_and_lists_are_the_same_to_json():
     assert differences({"size": (1, 2)}, {"size": [1, 2]}, "x") == []
     assert differences([1, 2], [1, 3], "x") == ["x: [1, 2] here, [1, 3] asked"]
-
-
-def test_splits_made_in_the_same_way_may_join():
-    check_same(manifest(), manifest(splits=["validation"]), where="s3://b")
-
-
-def test_splits_made_in_another_way_are_refused_field_by_field():
-    other = replace(
-        manifest(recipe={"image": {"codec": "jpeg", "quality": 95}}),
-        dataset="other",
-        libraries={"pillow": "12.0"},
-        tokenizer=replace(manifest().tokenizer, vocab_size=7),
-    )
-    with pytest.raises(ConflictError) as raised:
-        check_same(manifest(), other, where="s3://b")
-    assert raised.value.reason == "recipe_conflict"
-    assert raised.value.facts["differences"].split("; ") == [
-        "dataset: tiny here, other asked",
-        "recipe.image.codec: raw here, jpeg asked",
-        "tokenizer.vocab_size: 1000 here, 7 asked",
-        "libraries.pillow: 11.0 here, 12.0 asked",
-    ]

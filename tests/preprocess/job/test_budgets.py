@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from preprocess.fetch.blobs import BlobCache
+from preprocess.job import dry_run, run_job
 from preprocess.job.build import prepare_row
 from preprocess.job.commit import check_bad_samples
 from preprocess.job.job import Job, JobSettings
@@ -76,6 +77,31 @@ def test_places_that_a_job_cannot_use_are_refused(place, reason):
     with pytest.raises(ConfigError) as caught:
         JobSettings(**{"dataset": "pixmo_cap", "out": "out", **place})
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("run", [run_job, dry_run])
+@pytest.mark.parametrize("name", ["file", "file/sub/out"])
+def test_output_that_is_a_file_is_refused(tmp_path, run, name):
+    (tmp_path / "file").write_text("x")
+    settings = JobSettings(
+        dataset="text_sft",
+        source="sample",
+        limit=1,
+        out=str(tmp_path / name),
+        cache=str(tmp_path / "cache"),
+    )
+    with pytest.raises(ConfigError) as caught:
+        run(settings, Silent())
+    assert (caught.value.reason, caught.value.where) == ("out_file", str(tmp_path / "file"))
+
+
+def test_output_that_is_a_file_is_named_by_the_verbs_that_take_one(tmp_path, inline_cli):
+    (tmp_path / "file").write_text("x")
+    for verb in (["verify"], ["gc"], ["merge"]):
+        more = [tmp_path / "out"] if verb == ["merge"] else []
+        done = inline_cli.run(*verb, tmp_path / "file", *more)
+        assert done.code == 1
+        assert "file where a folder is needed" in done.err
 
 
 def test_source_of_which_no_row_is_left_stops_the_job(job_of, captioned_rows):

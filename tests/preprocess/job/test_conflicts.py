@@ -7,11 +7,13 @@ import pytest
 from preprocess.__main__ import command_line
 from preprocess.cli import make_variables
 from preprocess.cli.build import job_settings
-from preprocess.job.conflicts import _VARIABLES, MAX_ROWS, find_differences, table
+from preprocess.job.conflicts import _VARIABLES, MAX_ROWS, check_same, find_differences, table
 from preprocess.job.job import Job, JobSettings
 from preprocess.media import ImagePolicy
 from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
+from shardspec.errors import ConflictError
+from shardspec.manifest import Manifest
 from shardspec.tiling import ImageView
 
 SETTINGS = JobSettings(dataset="text_sft", source="sample", out="out")
@@ -31,6 +33,8 @@ def recipe(**image):
             ["CROPS 0 8", "SMALL_SIDES training serving"],
         ),
         ({"source": "hub"}, ["SOURCE sample hub"]),
+        ({"name": "mine"}, ["NAME none mine"]),
+        ({"name": "text_sft"}, []),
         ({"recipe": recipe(quality=90)}, ["QUALITY 95 90"]),
         ({"recipe": recipe(views=(TILES,))}, ["CROPS 0 8"]),
         ({"recipe": recipe(views=(ImageView(size_px=224),))}, ["IMAGE_SIZE 336 224"]),
@@ -51,6 +55,46 @@ def test_changed_settings_are_the_rows_and_nothing_that_follows_from_them(change
     found = table(find_differences(old, new)).splitlines()
     assert found[0].split() == ["setting", "in", "the", "output", "now"]
     assert [" ".join(line.split()) for line in found[1:]] == rows
+
+
+def test_a_name_is_told_apart_from_the_dataset():
+    """Both where there is an identity, and where only the manifest says what the output holds."""
+    settings = [
+        dataclasses.replace(SETTINGS, **change)
+        for change in ({}, {"name": "mine"}, {"dataset": "pixmo_cap"})
+    ]
+    plain, named, other = (Job(each) for each in settings)
+    names = [each.name for each in find_differences(plain.identity, other.identity)]
+    assert "DATASET" in names
+    assert "NAME" not in names
+    with pytest.raises(ConflictError) as caught:
+        check_same(manifest(plain), manifest(named), where="out/manifest.json", named=True)
+    assert [row.split() for row in caught.value.what.splitlines()[2:]] == [
+        ["NAME", "text_sft", "mine"]
+    ]
+    with pytest.raises(ConflictError) as caught:
+        check_same(manifest(plain), manifest(other), where="out/manifest.json")
+    assert "DATASET" in caught.value.what
+    check_same(manifest(plain), manifest(plain), where="out/manifest.json")
+
+
+def test_splits_of_other_kinds_do_not_join():
+    shards = manifest(Job(SETTINGS))
+    with pytest.raises(ConflictError) as caught:
+        check_same(shards, dataclasses.replace(shards, raw=True), where="out/manifest.json")
+    assert caught.value.reason == "recipe_conflict"
+    assert "kind     shards         imported tars" in caught.value.what
+
+
+def manifest(job):
+    return Manifest(
+        dataset=job.name,
+        recipe=job.recipe,
+        tokenizer=job.tokenizer,
+        libraries=job.libraries,
+        splits={},
+        shards=(),
+    )
 
 
 def test_libraries_come_last():

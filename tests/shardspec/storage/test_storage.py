@@ -277,6 +277,7 @@ def test_file_without_rights_is_named(unprivileged):
         (errno.EACCES, "permission"),
         (errno.EPERM, "permission"),
         (errno.EROFS, "permission"),
+        (errno.ENOTDIR, "not_a_folder"),
         (errno.EIO, "storage_failed"),
         (errno.ESTALE, "storage_failed"),
         (None, "storage_failed"),
