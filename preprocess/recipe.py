@@ -35,6 +35,8 @@ from preprocess.text import (
     message_styles,
     message_texts,
     safe_geometry,
+    styles_of,
+    word_groups,
 )
 from shardspec.errors import ConfigError, SampleError
 from shardspec.index import longest_text
@@ -65,7 +67,10 @@ class Recipe:
         }
         image["limits"] = dataclasses.asdict(self.image.limits)
         views = [view.to_dict() for view in self.image.views]
-        text = dataclasses.asdict(self.text)
+        text = {f.name: getattr(self.text, f.name) for f in dataclasses.fields(self.text)}
+        text["styles"] = self.text.styles.to_dict()
+        if not text["styles"]:
+            del text["styles"]
         return {"text": text, "image": {**image, "views": views}, "seed": self.seed}
 
 
@@ -100,8 +105,30 @@ class Preparer:
 
     @cached_property
     def formatter(self) -> DataFormatter:
-        """The text half: kept, because its generator is costly to make."""
+        """The text half: kept, because its generator is costly to make.
+
+        Raises:
+          ConfigError: `styles_value`: the style sheet of the recipe cannot be used.
+        """
+        self._check_sheet()
         return DataFormatter(policy=self.recipe.text, frame=self.frame, seed=self.recipe.seed)
+
+    def _check_sheet(self) -> None:
+        """Refuses a style sheet whose texts would be read as markup, or that means nothing."""
+        sheet = self.recipe.text.styles
+        styles_of(sheet)
+        word_groups(sheet.paraphrase, sheet.builtin_paraphrases)
+        for name, text in sheet.texts():
+            found = self.tokenizer.control_token(text) or media_placeholder(text)
+            if found:
+                raise ConfigError(
+                    "styles_value.problem",
+                    where=sheet.path,
+                    name=name,
+                    got=text,
+                    problem=f"has {found}, which would be read as markup",
+                    hint="leave it out",
+                )
 
     @cached_property
     def image_preprocessor(self) -> ImagePreprocessor:
@@ -134,7 +161,8 @@ class Preparer:
             spelled = media_placeholder(text)
             if spelled and self.recipe.text.placeholders == "refuse":
                 raise SampleError("media_placeholder", where=key, spelled=spelled)
-        geometry = safe_geometry(texts, styles=message_styles(example))
+        known = self.formatter.styles
+        geometry = safe_geometry(texts, styles=message_styles(example), known=known)
         images = tuple(
             self.image_preprocessor(source, geometry=geometry, where=key) for source in sources
         )

@@ -83,6 +83,8 @@ def with_files(
             given |= _variables(
                 kind.spec.settings, verbs[verb], verb=verb, where=dataset, inside="settings"
             )
+            if kind.spec.styles:
+                given.setdefault("STYLES", str(kind.folder / kind.spec.styles))
     pairs = [f"{name}={value}" for name, value in {**given, **config}.items()]
     # The dataset is there only because the verb wants one; it comes with the rest.
     flags = make_arguments([verb, "DATASET=x", *pairs], verbs)[1:-2]

@@ -13,7 +13,15 @@ from preprocess.datasets import OwnDataset, RemoteImage, dataset_class, example_
 from preprocess.formats import Spec
 from preprocess.media import ImageLimits, open_source
 from preprocess.recipe import read_path
-from preprocess.text import DataFormatter, TextPolicy, chat_frame
+from preprocess.text import (
+    DataFormatter,
+    StyleSheet,
+    TextPolicy,
+    chat_frame,
+    read_styles,
+    require_style,
+    styles_of,
+)
 from shardspec.errors import ConfigError, SampleError
 
 _SHOWN_ROWS = 1000
@@ -23,6 +31,7 @@ _SHOWN_ROWS = 1000
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="a file or folder of rows, or a spec.toml")
     parser.add_argument("--split", default="train", help="split to look at (default: train)")
+    parser.add_argument("--styles", metavar="FILE", help="style sheet (default: the spec's)")
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
@@ -37,7 +46,11 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     if looked_at:
         lines += [f"images: {found} of the first {looked_at} names exist below {dataset.base}", ""]
     frame = chat_frame("role", None)
-    formatter = DataFormatter(policy=TextPolicy(system_prompt="none", num_variants=1), frame=frame)
+    sheet = _sheet(options, kind)
+    lines += _sheet_lines(sheet)
+    policy = TextPolicy(system_prompt="none", num_variants=1, styles=sheet)
+    formatter = DataFormatter(policy=policy, frame=frame)
+    require_style(kind.spec.style, sheet, where=kind.name)
     problems: dict[str, int] = {}
     told: dict[str, str] = {}
     """Of the first row of each reason."""
@@ -63,6 +76,35 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     lines += [f"left out: {n:,} ({name}), first {told[name]}" for name, n in problems.items()]
     console.show("\n".join(lines))
     return 0
+
+
+def _sheet(options: argparse.Namespace, kind: type[OwnDataset]) -> StyleSheet:
+    """Reads the style sheet that `inspect` uses."""
+    given = options.styles
+    if not given:
+        beside = str(kind.folder / kind.spec.styles) if kind.spec.styles else ""
+        given = str(kind.spec.settings.get("styles", beside))
+    return read_styles(given) if given else StyleSheet()
+
+
+def _sheet_lines(sheet: StyleSheet) -> list[str]:
+    """Says what a style sheet has, with how each style came about."""
+    if not sheet.to_dict():
+        return []
+    lines = [f"style sheet {sheet.path}:"]
+    known = styles_of(sheet)
+    for name, own in sheet.styles:
+        style = known[name]
+        what = f"like {own.like}" if own.like else "as built in"
+        extras = [f"{key} {value}" for key, value in own.attributes]
+        extras += [f"{len(style.templates)} templates"] if style.templates else []
+        extras += [f"{len(style.system)} system prompts"] if style.system else []
+        lines.append(f"  {name}: {', '.join([what, f'family {style.family}', *extras])}")
+    if sheet.system:
+        lines.append(f"  system prompts of the others: {len(sheet.system)}")
+    if sheet.paraphrase:
+        lines.append(f"  paraphrase groups: {len(sheet.paraphrase)}")
+    return [*lines, ""]
 
 
 def _spec_lines(spec: Spec) -> list[str]:

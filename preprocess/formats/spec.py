@@ -42,6 +42,9 @@ _TYPES: Mapping[str, tuple[str, Any]] = {
     **dict.fromkeys(("max_images", "max_chars", "max_tokens"), ("a whole number", int)),
 }
 
+_PLACES = ("source", "settings", "splits", "styles")
+"""Keys that say where something is, or that are in the recipe anyway."""
+
 NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 """Names of datasets, by which files are named."""
 
@@ -62,6 +65,8 @@ class Spec:
     """Column of the file for a field of the format, where the names differ."""
     style: str = ""
     """Style of the messages; "" for the format's own."""
+    styles: str = ""
+    """Style sheet, relative to the spec: the user's own styles; "" for none."""
     prompt: str = ""
     """User text for rows without one, such as captions."""
     unit: str = "pixel"
@@ -90,7 +95,7 @@ class Spec:
     def to_dict(self) -> dict[str, Any]:
         """Gives what samples follow from, in plain JSON types: all but places and settings."""
         told = dataclasses.asdict(self)
-        return {name: told[name] for name in told if name not in ("source", "settings", "splits")}
+        return {name: told[name] for name in told if name not in _PLACES}
 
     def column(self, name: str) -> str:
         """Names the column of the file that a field of the format is in."""

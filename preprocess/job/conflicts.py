@@ -42,6 +42,7 @@ _VARIABLES = {
     "recipe.text.chat_date": "CHAT_DATE",
     "recipe.text.whitespace": "WHITESPACE",
     "recipe.text.placeholders": "PLACEHOLDERS",
+    "recipe.text.styles": "STYLES",
     "recipe.text.reasoning": "REASONING",
     "recipe.text.paraphrase": "PARAPHRASE",
     "recipe.image.views.0.size_px": "IMAGE_SIZE",
@@ -64,6 +65,9 @@ _VARIABLES = {
     "num_shards": "NUM_SHARDS",
 }
 """Fields of the identity that follow from one setting, in the order of the table."""
+
+_SHEET = "recipe.text.styles."
+"""A style sheet is one setting, and its table says what in it differs."""
 
 _DERIVED = (
     "recipe.frame.",
@@ -88,6 +92,8 @@ class Difference:
         """What people call it: the variable of make, or the path."""
         if self.field == "libraries.code_sha256":
             return "code"
+        if self.field.startswith(_SHEET):
+            return f"STYLES {self.field.removeprefix(_SHEET)}"
         return _VARIABLES.get(self.field, self.field)
 
 
@@ -106,7 +112,7 @@ def find_differences(old: object, new: object) -> list[Difference]:
     return sorted(
         chosen or found,
         key=lambda each: (
-            order.index(each.field) if each.field in _VARIABLES else len(order),
+            order.index(_setting(each.field)) if _setting(each.field) in order else len(order),
             each.field.startswith("libraries."),
         ),
     )
@@ -166,6 +172,10 @@ def table(
     ]
     more = len(differences) - MAX_ROWS
     return "\n".join(lines + ([f"  and {more} more"] if more > 0 else []))
+
+
+def _setting(field: str) -> str:
+    return _SHEET[:-1] if field.startswith(_SHEET) else field
 
 
 def _is_derived(field: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import PIL.features
 
-from preprocess.datasets import DatasetBase, Unmatched, dataset_class, is_own
+from preprocess.datasets import DatasetBase, OwnDataset, Unmatched, dataset_class, is_own
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
@@ -25,7 +25,7 @@ from preprocess.media import MemoryBudget
 from preprocess.recipe import Preparer, Recipe
 from preprocess.settings import Setting, usable_cores, usable_memory
 from preprocess.sizes import parse_bytes
-from preprocess.text import EMBEDDED, load_tokenizer
+from preprocess.text import EMBEDDED, load_tokenizer, require_style
 from shardspec import storage
 from shardspec.errors import ConfigError
 
@@ -278,6 +278,9 @@ class Job:
         self.kind = kind
         self.name = settings.name or kind.name
         """Of the result: in the manifest, in the names of its files, and for seeds."""
+        sheet = self.preparer.formatter.policy.styles
+        if issubclass(kind, OwnDataset):
+            require_style(kind.spec.style, sheet, where=kind.name)
         described = kind.describe()
         taken = sorted(described.keys() & {*settings.recipe.to_dict(), *_OWN})
         if taken:

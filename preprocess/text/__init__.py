@@ -11,9 +11,12 @@ from preprocess.text.formatter import DataFormatter
 from preprocess.text.geometry import safe_geometry
 from preprocess.text.interleaved import InterleavedTextPreprocessor, check_placeholders
 from preprocess.text.message import answer_texts, message_styles, message_texts
+from preprocess.text.own_styles import require_style, styles_of
+from preprocess.text.paraphrase import word_groups
 from preprocess.text.placeholders import media_placeholder
 from preprocess.text.points import PointFormat
 from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
+from preprocess.text.sheet import StyleSheet, read_styles
 from preprocess.text.tokens import (
     EMBEDDED,
     IMAGE_SYMBOLS,
@@ -33,6 +36,7 @@ __all__ = [
     "MessageFormat",
     "PointFormat",
     "PromptTemplates",
+    "StyleSheet",
     "SystemPrompt",
     "TemplateFrame",
     "TextPolicy",
@@ -45,6 +49,10 @@ __all__ = [
     "media_placeholder",
     "message_styles",
     "message_texts",
+    "read_styles",
+    "require_style",
     "safe_geometry",
+    "styles_of",
     "tokenizer_from_entry",
+    "word_groups",
 ]

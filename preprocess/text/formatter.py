@@ -38,10 +38,11 @@ from preprocess.text.message import (
     split_turns,
     turn_shares,
 )
+from preprocess.text.own_styles import styles_of
 from preprocess.text.paraphrase import paraphrase
 from preprocess.text.policy import TextPolicy
 from preprocess.text.prefix import draw_prefix
-from preprocess.text.styles import STYLES, Draw, Exchange
+from preprocess.text.styles import Draw, Exchange, Style
 from preprocess.text.styles.base import as_written
 from shardspec.errors import SampleError, nearest
 from shardspec.keyed import SampleRng, hash_text, keyed
@@ -93,6 +94,11 @@ class DataFormatter:
     """Seed of the baked draws; part of the recipe."""
     rng: SampleRng = field(default_factory=SampleRng, repr=False, compare=False)
     """Gives the generator of each draw."""
+
+    @property
+    def styles(self) -> Mapping[str, Style]:
+        """All styles by name, with those of the policy's style sheet."""
+        return styles_of(self.policy.styles)
 
     def __call__(
         self, example: Mapping[str, Any], *, key: str, image_sizes: Sequence[ImageSize] = ()
@@ -186,8 +192,8 @@ class DataFormatter:
 
     def system_prefix(self, style: str, response: str, rng: np.random.RandomState) -> str:
         """Draws the text before the first user text; see `preprocess.text.prefix`."""
-        mode = self.policy.system_prompt
-        return draw_prefix(style, num_chars=len(response), mode=mode, rng=rng)
+        mode, styles = self.policy.system_prompt, self.styles
+        return draw_prefix(style, num_chars=len(response), mode=mode, rng=rng, styles=styles)
 
     def _branch(self, message: Message, base: int, image_sizes: Sequence[ImageSize]) -> Branch:
         messages = split_turns(message)
@@ -206,9 +212,11 @@ class DataFormatter:
         image_sizes: Sequence[ImageSize],
     ) -> tuple[tuple[Variant, ...], ...]:
         select = self.policy.select_answer
-        system = as_written(optional_text(message, "system"), self.policy)
+        told = as_written(optional_text(message, "system"), self.policy)
         for turn in messages:
-            _check_style(turn)
+            _check_style(turn, self.styles)
+        own = self.styles[messages[0]["style"]].system or self.policy.styles.system
+        systems = (told,) if told else own
         turns = [alternatives(add_image_sizes(turn, image_sizes), select) for turn in messages]
         last = len(turns) - 1
         # The hint measures the conversation's last response; of several, the first one drawn.
@@ -217,9 +225,9 @@ class DataFormatter:
             ending = self._exchange(turns[last][0], self.rng(keyed(base, last, 0, 0) >> 32))[1]
         return tuple(
             self._variants(
-                own, keyed(base, t), first=t == 0, last=t == last, system=system, ending=ending
+                found, keyed(base, t), first=t == 0, last=t == last, systems=systems, ending=ending
             )
-            for t, own in enumerate(turns)
+            for t, found in enumerate(turns)
         )
 
     def _variants(
@@ -229,7 +237,7 @@ class DataFormatter:
         *,
         first: bool,
         last: bool,
-        system: str,
+        systems: Sequence[str],
         ending: str,
     ) -> tuple[Variant, ...]:
         drawn = []
@@ -237,13 +245,23 @@ class DataFormatter:
             for v in range(self.policy.num_variants):
                 rng = self.rng(keyed(base, a, v) >> 32)
                 user, response = self._exchange(message, rng)
-                if STYLES[message["style"]].bare:
+                if self.styles[message["style"]].bare:
                     drawn.append(Variant(prompt="", response=response))
                     continue
+                system = next(iter(systems), "")
+                if first and len(systems) > 1:
+                    system = systems[rng.randint(0, len(systems))]
                 if first and system and self.frame.folds_system:
                     user = "\n\n".join(filter(None, (system, user)))
                 if self.policy.paraphrase and rng.random_sample() < self.policy.paraphrase:
-                    user = paraphrase(user, rng, keep=fixed_texts(message))
+                    sheet = self.policy.styles
+                    user = paraphrase(
+                        user,
+                        rng,
+                        keep=fixed_texts(message),
+                        own=sheet.paraphrase,
+                        builtin=sheet.builtin_paraphrases,
+                    )
                 if first:
                     prefix = self.system_prefix(message["style"], ending or response, rng)
                     user = " ".join(part for part in (prefix, user) if part)
@@ -284,7 +302,7 @@ class DataFormatter:
         return draw.style.draw(message, draw)
 
     def _draw(self, message: Message, rng: np.random.RandomState) -> Draw:
-        return Draw(style=STYLES[message["style"]], policy=self.policy, rng=rng)
+        return Draw(style=self.styles[message["style"]], policy=self.policy, rng=rng)
 
 
 def _conversation(image: Any, question: str, answer: str) -> dict[str, Any]:
@@ -316,9 +334,9 @@ def with_reasoning(answer: str, reasoning: str | None) -> str:
     return f"<think>\n{thought}\n</think>\n\n{answer}" if thought else answer
 
 
-def _check_style(message: Message) -> None:
+def _check_style(message: Message, styles: Mapping[str, Style]) -> None:
     style = message.get("style")
-    if not isinstance(style, str) or style not in STYLES:
+    if not isinstance(style, str) or style not in styles:
         raise SampleError(
-            "message_style", style=style, hint=nearest(str(style), STYLES), fields=sorted(message)
+            "message_style", style=style, hint=nearest(str(style), styles), fields=sorted(message)
         )

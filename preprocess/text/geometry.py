@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from preprocess.text.styles import STYLES
+from preprocess.text.styles import STYLES, Style
 from preprocess.text.styles.counting import asks_for_count
 from shardspec.sample import Geometry
 
@@ -19,7 +19,9 @@ _SIDED = re.compile(
 )
 
 
-def safe_geometry(texts: Sequence[str], *, styles: Sequence[str] = ()) -> Geometry:
+def safe_geometry(
+    texts: Sequence[str], *, styles: Sequence[str] = (), known: Mapping[str, Style] = STYLES
+) -> Geometry:
     """Decides which augmentations leave an example's texts true.
 
     Points, motions and pages to be read allow neither flips nor crops. Otherwise a flip is allowed
@@ -29,6 +31,7 @@ def safe_geometry(texts: Sequence[str], *, styles: Sequence[str] = ()) -> Geomet
     Args:
       texts: All texts of the example, questions as well as responses.
       styles: The styles of its messages.
+      known: All styles by name.
 
     >>> safe_geometry(["a red ball"]) == Geometry.ALL
     True
@@ -37,7 +40,7 @@ def safe_geometry(texts: Sequence[str], *, styles: Sequence[str] = ()) -> Geomet
     >>> safe_geometry(["dogs"], styles=["pointing"]) == Geometry.COLOR
     True
     """
-    if any(STYLES[style].rigid for style in styles if style in STYLES):
+    if any(known[style].rigid for style in styles if style in known):
         return Geometry.COLOR
     safe = Geometry.ALL
     if any(_SIDED.search(text) for text in texts):

@@ -10,6 +10,7 @@ from preprocess.settings import Setting
 from preprocess.text.chat_template import is_day
 from preprocess.text.choices import ChoiceForm
 from preprocess.text.points import PointFormat
+from preprocess.text.sheet import StyleSheet, read_styles
 from shardspec.errors import ConfigError, nearest
 
 PromptTemplates = Literal["none", "uber_model", "uber_model_v2"]
@@ -79,6 +80,15 @@ class TextPolicy:
         ),
     ] = "refuse"
     """"refuse": rows whose texts have one are refused (`media_placeholder`); "keep": it is text."""
+    styles: Annotated[
+        StyleSheet,
+        Setting(
+            "TOML file of own styles, prompt templates, system prompts and paraphrases",
+            group="text",
+            metavar="FILE",
+            parse=read_styles,
+        ),
+    ] = StyleSheet()
     reasoning: Annotated[
         Reasoning,
         Setting("answers with reasoning, such as <think>...</think>", group="text"),

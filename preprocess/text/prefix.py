@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from preprocess.text.policy import SystemPrompt
-from preprocess.text.styles import STYLES
+from preprocess.text.styles import STYLES, Style
 
 STYLE_PREFIX_SHARE = 0.1
 """Share of prompts of a demo style that get the style prefix (Molmo 1, demo_or_style)."""
@@ -27,7 +29,12 @@ LENGTH_UNIT_CHARS_V3 = 25
 
 
 def draw_prefix(
-    name: str, *, num_chars: int, mode: SystemPrompt, rng: np.random.RandomState
+    name: str,
+    *,
+    num_chars: int,
+    mode: SystemPrompt,
+    rng: np.random.RandomState,
+    styles: Mapping[str, Style] = STYLES,
 ) -> str:
     """Draws the prefix of a conversation.
 
@@ -36,12 +43,13 @@ def draw_prefix(
       num_chars: Length of the response to be produced, which the hint measures.
       mode: The setting `system_prompt`.
       rng: The draws: the coin, then the noise.
+      styles: All styles by name.
 
     >>> draw_prefix("vqa2", num_chars=3, mode="style", rng=np.random.RandomState(0))
     'vqa2:'
     """
-    name = STYLES[name].trained_as or name
-    style = STYLES[name]
+    name = styles[name].trained_as or name
+    style = styles[name]
     if mode == "none" or (mode.startswith("demo") and style.unnamed):
         return ""
     if mode == "demo_or_style":

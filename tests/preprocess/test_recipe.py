@@ -12,7 +12,8 @@ from PIL import Image
 from preprocess.datasets import SceneImage, get_dataset
 from preprocess.media import ImageLimits, ImagePolicy
 from preprocess.recipe import Preparer, Recipe, image_identity, read_path, sample_key
-from preprocess.text import TextPolicy
+from preprocess.text import StyleSheet, TextPolicy
+from preprocess.text.sheet import OwnStyle
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, SpanKind, image_rows, text_rows
@@ -258,6 +259,7 @@ OTHER_TEXT = {
     "whitespace": "strip",
     "placeholders": "keep",
     "reasoning": "keep",
+    "styles": StyleSheet(styles=(("mine", OwnStyle(like="vqa2", templates=("{question}!",))),)),
     "paraphrase": 0.5,
 }
 OTHER_IMAGE = {

@@ -60,6 +60,10 @@ class Style:
     """Draws user text and response of a message of one turn."""
     template: str = ""
     """File and list of its prompt templates; "" where the question itself is the prompt."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates that win over that list."""
+    system: tuple[str, ...] = ()
+    """System prompts of conversations that have none, of which one is drawn."""
     since: PromptTemplates = "uber_model"
     """The first setting of `prompt_templates` that uses them."""
     mode: PointMode = "point"
@@ -122,9 +126,9 @@ def user_text(message: Message, draw: Draw, *, plain: str = "", **fields: str) -
         return as_written(str(prompt), draw.policy)
     style = draw.style
     used = _LEVEL[draw.policy.prompt_templates] >= _LEVEL[style.since]
-    if not style.template or not used or (plain and not fields):
+    if not (style.template or style.templates) or not used or (plain and not fields):
         return plain
-    templates = prompt_templates(style.template)
+    templates = style.templates or prompt_templates(style.template)
     return fill(templates[draw.rng.randint(0, len(templates))], fields)
 
 

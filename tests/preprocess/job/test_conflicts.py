@@ -146,6 +146,7 @@ OTHERS = {
     "WHITESPACE": "strip",
     "PLACEHOLDERS": "keep",
     "REASONING": "keep",
+    "STYLES": "FILE",
     "PARAPHRASE": "0.5",
     "IMAGE_SIZE": "224",
     "PATCH_SIZE": "28",
@@ -192,10 +193,14 @@ def identity(*flags):
 
 
 @pytest.mark.parametrize("variable", OTHERS)
-def test_every_setting_is_told_by_its_own_name_alone(variable):
-    flag = variable.lower().replace("_", "-")
-    found = find_differences(identity(), identity(f"--{flag}={OTHERS[variable]}"))
-    assert [each.name for each in found] == [variable]
+def test_every_setting_is_told_by_its_own_name_alone(variable, tmp_path):
+    flag, value = variable.lower().replace("_", "-"), OTHERS[variable]
+    if value == "FILE":
+        value = tmp_path / "styles.toml"
+        value.write_text('system = "Be brief."\n')
+    found = find_differences(identity(), identity(f"--{flag}={value}"))
+    assert [each.name.split()[0] for each in found] == [variable]
+    assert table(found).splitlines()[1].split()[0] == variable
 
 
 def test_every_variable_is_in_one_of_the_lists():
