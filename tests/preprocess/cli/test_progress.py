@@ -7,6 +7,7 @@ import pytest
 
 from preprocess import __main__ as program
 from preprocess.__main__ import TerminalConsole
+from preprocess.job import JobSettings, dry_run, run_job, verify
 
 
 class Screen(io.StringIO):
@@ -75,3 +76,36 @@ def test_sources_and_outputs_that_cannot_be_are_told_in_clear_words(
     told = capsys.readouterr().err
     assert reason in told
     assert "  fix:   " in told
+
+
+class Stages:
+    """Counts the steps of each stage."""
+
+    def __init__(self):
+        self.found = []
+
+    def stage(self, name, total):
+        self.found.append([name, total, 0])
+
+    def step(self, reason):  # noqa: ARG002
+        self.found[-1][2] += 1
+
+    sent = note = lambda *_: None
+
+
+def test_every_stage_takes_as_many_steps_as_it_says(tmp_path):
+    """A bar that stands at 99 % says that a job hangs."""
+    stages = Stages()
+    settings = JobSettings(
+        dataset="text_sft",
+        source="sample",
+        limit=12,
+        out=str(tmp_path / "out"),
+        cache=str(tmp_path / "cache"),
+    )
+    dry_run(settings, stages)
+    run_job(settings, stages)
+    verify(settings.out, stages)
+    assert [steps for _, _, steps in stages.found] == [total for _, total, _ in stages.found]
+    names = [name for name, _, _ in stages.found]
+    assert names == ["rows", "probe", "rows", "plan", "probe", "write plan", "build", "verify"]
