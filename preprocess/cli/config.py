@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.cli.make import make_arguments, make_variables
-from preprocess.datasets import OwnDataset, dataset_class, is_own
+from preprocess.datasets import OwnDataset, dataset_class, dataset_names, is_own
 from shardspec.errors import ConfigError, nearest
 from shardspec.toml import load_toml
 
@@ -75,7 +75,7 @@ def with_files(
     if not dataset:
         raise ConfigError("no_dataset", where=options.config, verb=verb)
     given: dict[str, str] = {}
-    if is_own(dataset):
+    if _is_users(dataset):
         kind = dataset_class(dataset)
         given |= OWN_DEFAULTS
         if issubclass(kind, OwnDataset):
@@ -90,6 +90,11 @@ def with_files(
     flags = make_arguments([verb, "DATASET=x", *pairs], verbs)[1:-2]
     own = arguments[arguments.index(verb) + 1 :]
     return [verb, *flags, *own, *([] if options.dataset else ["--", dataset])]
+
+
+def _is_users(dataset: str) -> bool:
+    """Tells whether a dataset is a user's: given by a file or code, or offered by a package."""
+    return is_own(dataset) or dataset in {*dataset_names(offered=True)} - {*dataset_names()}
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """What a user's class may replace: each fault has a name, and none is a bare traceback."""
 
-import dataclasses
 
 import pytest
 
-from preprocess.datasets import dataset_class
+from preprocess.__main__ import command_line
+from preprocess.cli import with_files
+from preprocess.cli.build import job_settings
 from preprocess.job import JobSettings, dry_run, run_job
-from preprocess.job.job import Job, library_versions
+from preprocess.job.job import Job
 from preprocess.job.planner import make_plan
 from shardspec.errors import BudgetError, ConfigError, SampleError, ShardsError
 
@@ -161,9 +162,15 @@ def test_a_class_without_its_own_hooks_still_works(settings):
     assert run_job(given, Quiet()).result.split.num_samples == 12
 
 
-def test_methods_that_have_no_file_are_no_code(settings):
-    given = settings("pass")
-    kind = dataset_class(given.dataset)
-    made = dataclasses.make_dataclass("Made", [("a", int, 1)], bases=(kind,), init=False)
-    assert {path.name for path in made.code_files()} == {"mine.py"}
-    assert library_versions(made)["code_sha256"] == library_versions(kind)["code_sha256"]
+def test_users_data_has_no_prefix_however_it_is_given(tmp_path, monkeypatch):
+    info = tmp_path / "offering-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offering\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[vlm_shards.datasets]\noffered = mine_offered:Mine\n")
+    (tmp_path / "mine_offered.py").write_text(HEAD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    parser, verbs = command_line()
+    for dataset in ("offered", "mine_offered:Mine", f"{tmp_path}/mine_offered.py:Mine", "vqa2"):
+        given = with_files(["shards", dataset], parser, verbs)
+        policy = job_settings(parser.parse_args(given)).recipe.text
+        assert (policy.system_prompt == "none") == (dataset != "vqa2")
