@@ -396,7 +396,9 @@ def lay_out_prompt(
     """
     if ids.bos < 0 and not blocks and not any(len(turn.prompt) for turn in branch.turns):
         raise SampleError("empty_prompt", where=where)
-    sequence = lay_out(blocks, [branch], ids=ids, leads=leads, tree=tree, where=where)
+    # Weights of 0 would leave nothing to learn, which is an error in training alone.
+    asked = BranchTurns([turn._replace(weight=None) for turn in branch.turns])
+    sequence = lay_out(blocks, [asked], ids=ids, leads=leads, tree=tree, where=where)
     if limit is not None and sequence.length > limit:
         raise SampleError(
             "prompt_length", where=where, tokens=sequence.length, sequence_length=limit

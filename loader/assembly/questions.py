@@ -68,6 +68,9 @@ def question_record(record: Mapping[str, Any], *, branch: int, turn: int) -> dic
     if "messages" in message:
         question, answer = message["messages"][2 * turn : 2 * turn + 2]
         fields |= {"question": question, "answer": answer}
+        fields.pop("turn_weights", None)  # a number per answer, which only training wants
+        if isinstance(fields.get("reasoning"), list):
+            fields["reasoning"] = fields["reasoning"][turn]
     elif "multi_turn_messages" in message:
         style = {"style": message["style"]} if "style" in message else {}
         fields = {**style, **message["multi_turn_messages"][turn]}

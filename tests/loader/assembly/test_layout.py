@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.assembly.layout import IGNORED, BranchTurns, TokenIds, Turn, lay_out
+from loader.assembly.layout import IGNORED, BranchTurns, TokenIds, Turn, lay_out, lay_out_prompt
 from shardspec.errors import SampleError
 from shardspec.tiling import ImageTokenIds
 
@@ -110,6 +110,16 @@ def test_answer_of_weight_0_is_context_and_the_others_keep_their_weights():
     with pytest.raises(SampleError) as caught:
         lay_out([], [branch(turns[0])], ids=IDS)
     assert caught.value.reason == "no_loss"
+
+
+@pytest.mark.parametrize("weights", [(0, None), (0, 0), (None, 0), (500_000, 0)])
+def test_prompt_of_an_evaluation_does_not_depend_on_weights(weights):
+    first, second = weights
+    own = branch(([10], [20], first), ([11], [], second), weight=0)
+    plain = branch(([10], [20]), ([11], []))
+    got, want = (lay_out_prompt([BLOCK], each, ids=IDS) for each in (own, plain))
+    assert got.input_ids.tolist() == want.input_ids.tolist()
+    assert set(got.loss_weights.tolist()) == {0.0}
 
 
 def test_two_branches_behind_an_image_are_laid_out_as_molmo_2_does():
