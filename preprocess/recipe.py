@@ -27,7 +27,7 @@ from preprocess.text import (
     InterleavedTextPreprocessor,
     TextPolicy,
     Tokenizer,
-    answer_texts,
+    answer_flags,
     chat_frame,
     check_placeholders,
     image_prefixes,
@@ -110,11 +110,15 @@ class Preparer:
         Raises:
           ConfigError: `styles_value`: the style sheet of the recipe cannot be used.
         """
-        self._check_sheet()
+        self.check_styles()
         return DataFormatter(policy=self.recipe.text, frame=self.frame, seed=self.recipe.seed)
 
-    def _check_sheet(self) -> None:
-        """Refuses a style sheet whose texts would be read as markup, or that means nothing."""
+    def check_styles(self) -> None:
+        """Refuses a style sheet whose texts would be read as markup, or that means nothing.
+
+        Raises:
+          ConfigError: `styles_value`.
+        """
         sheet = self.recipe.text.styles
         styles_of(sheet)
         word_groups(sheet.paraphrase, sheet.builtin_paraphrases)
@@ -153,9 +157,9 @@ class Preparer:
             identities = map(image_identity, found, sources)
             key = sample_key(example, image_id=images_identity(identities))
         texts = message_texts(example)
-        thoughtful = answer_texts(example) if self.recipe.text.reasoning == "keep" else frozenset()
-        for text in texts:
-            control = self.tokenizer.control_token(text, reasoning=text in thoughtful)
+        keeps = self.recipe.text.reasoning == "keep"
+        for text, is_answer in zip(texts, answer_flags(example), strict=True):
+            control = self.tokenizer.control_token(text, reasoning=keeps and is_answer)
             if control:
                 raise SampleError("control_token", where=key, control=control)
             spelled = media_placeholder(text)

@@ -259,6 +259,10 @@ def _turn(entry: Any, images: _Images) -> _Turn:
     content = entry.get("content")
     content = entry.get("value") if content is None else content
     parts = content if isinstance(content, list | tuple) else [content]
+    thoughts: list[Any] = []
+    if side == "assistant":
+        thoughts = [part for part in parts if _is_thought(part)]
+        parts = [part for part in parts if not _is_thought(part)]
     text = "".join(_part(part, images, role=role) for part in parts)
     calls = entry.get("tool_calls")
     if calls:
@@ -267,7 +271,7 @@ def _turn(entry: Any, images: _Images) -> _Turn:
         raise SampleError("image_placeholder.side", side=side)
     if side != "assistant":
         return _Turn(side, text)
-    return _Turn(side, text, weight=_weight(entry), reasoning=_reasoning(entry))
+    return _Turn(side, text, weight=_weight(entry), reasoning=_reasoning(entry, thoughts))
 
 
 def _part(part: Any, images: _Images, *, role: str) -> str:
@@ -302,9 +306,20 @@ def _weight(entry: Mapping[str, Any]) -> float:
     return 1.0
 
 
-def _reasoning(entry: Mapping[str, Any]) -> str | None:
-    # The names that transformers knows, in its order.
-    given = (entry.get(name) for name in ("reasoning_content", "thinking", "reasoning"))
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Where an answer keeps its reasoning: the names that transformers knows, in its order."""
+
+
+def _is_thought(part: Any) -> bool:
+    """Tells a part of the content that is a thought, as Anthropic's {type, thinking}."""
+    return isinstance(part, Mapping) and part.get("type") in _REASONING
+
+
+def _reasoning(entry: Mapping[str, Any], thoughts: Sequence[Mapping[str, Any]]) -> str | None:
+    given = [entry.get(name) for name in _REASONING]
+    if thoughts:
+        told = [part.get(part["type"], part.get("text")) for part in thoughts]
+        given.append("\n".join(told) if all(isinstance(t, str) for t in told) else told)
     found = next((each for each in given if each is not None), None)
     if not isinstance(found, str | None):
         raise SampleError("conversation.part", got=type(found).__name__)

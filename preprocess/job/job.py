@@ -278,9 +278,9 @@ class Job:
         self.kind = kind
         self.name = settings.name or kind.name
         """Of the result: in the manifest, in the names of its files, and for seeds."""
-        sheet = self.preparer.formatter.policy.styles
+        self.preparer.check_styles()
         if issubclass(kind, OwnDataset):
-            require_style(kind.spec.style, sheet, where=kind.name)
+            require_style(kind.spec.style, settings.recipe.text.styles, where=kind.name)
         described = kind.describe()
         taken = sorted(described.keys() & {*settings.recipe.to_dict(), *_OWN})
         if taken:

@@ -10,7 +10,7 @@ from preprocess.text.choices import ChoiceForm
 from preprocess.text.formatter import DataFormatter
 from preprocess.text.geometry import safe_geometry
 from preprocess.text.interleaved import InterleavedTextPreprocessor, check_placeholders
-from preprocess.text.message import answer_texts, message_styles, message_texts
+from preprocess.text.message import answer_flags, message_styles, message_texts
 from preprocess.text.own_styles import require_style, styles_of
 from preprocess.text.paraphrase import word_groups
 from preprocess.text.placeholders import media_placeholder
@@ -41,7 +41,7 @@ __all__ = [
     "TemplateFrame",
     "TextPolicy",
     "Tokenizer",
-    "answer_texts",
+    "answer_flags",
     "chat_frame",
     "check_placeholders",
     "image_prefixes",

@@ -94,11 +94,11 @@ class DataFormatter:
     """Seed of the baked draws; part of the recipe."""
     rng: SampleRng = field(default_factory=SampleRng, repr=False, compare=False)
     """Gives the generator of each draw."""
+    styles: Mapping[str, Style] = field(init=False, repr=False, compare=False)
+    """All styles by name, with those of the policy's style sheet."""
 
-    @property
-    def styles(self) -> Mapping[str, Style]:
-        """All styles by name, with those of the policy's style sheet."""
-        return styles_of(self.policy.styles)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "styles", styles_of(self.policy.styles))
 
     def __call__(
         self, example: Mapping[str, Any], *, key: str, image_sizes: Sequence[ImageSize] = ()

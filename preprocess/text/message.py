@@ -210,9 +210,9 @@ def message_texts(example: Mapping[str, Any]) -> list[str]:
     return [text for name, text in _strings(example["message_list"]) if name != "style"]
 
 
-def answer_texts(example: Mapping[str, Any]) -> set[str]:
-    """Lists the texts of an example's messages that the assistant says."""
-    return {text for name, text in _strings(example["message_list"]) if name in _ANSWERS}
+def answer_flags(example: Mapping[str, Any]) -> list[bool]:
+    """Says of each of the `message_texts` whether it is the assistant's."""
+    return [name in _ANSWERS for name, _ in _strings(example["message_list"]) if name != "style"]
 
 
 _ANSWERS = ("answer", "answers", "text", "alternatives", "explanation", "reasoning")

@@ -206,6 +206,12 @@ def test_reasoning_beside_an_answer_is_kept_apart(name):
     assert message["reasoning"] == [None, "Hm."]
     (message,) = parse_row({"messages": turns[:2]}, SPEC)["message_list"]
     assert "reasoning" not in message
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "d"}]
+    turns[3] = {"role": "assistant", "content": parts}
+    (message,) = parse_row({"messages": turns}, SPEC)["message_list"]
+    assert (message["reasoning"], message["messages"][3]) == ([None, "Hm."], "d")
+    with pytest.raises(SampleError):
+        parse_row({"messages": [{"role": "user", "content": parts}, turns[3]]}, SPEC)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -302,6 +302,7 @@ def test_reasoning_needs_the_setting_that_keeps_it(model):
     # Where it is kept, thoughts are the assistant's, and other markers stay refused.
     for messages in (
         talk("<think>2+2?", "Four."),
+        talk(THOUGHT, THOUGHT),
         talk("2+2?", THOUGHT + "<tool_call>"),
         talk("2+2?", "Four.<|im_end|>"),
     ):
