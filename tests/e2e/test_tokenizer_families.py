@@ -101,7 +101,7 @@ def test_no_end_of_turn_is_doubled_in_a_conversation_of_several_turns(qwen):
     turns = []
     for t, (user, answer) in enumerate([("hi", "hello"), ("bye", "see you")]):
         prompt, response = tokenizer.chat.frame(user, answer, first=t == 0, last=t == 1)
-        turns.append((Variant(prompt=prompt, response=response),))
+        turns.append((Variant(prompt=prompt, response=response, user=user, answer=answer),))
     text = InterleavedTextPreprocessor(tokenizer=tokenizer)([Branch(turns=tuple(turns))], key="k")
     eos = tokenizer.special_ids["eos"]
     sequence: list[int] = []
