@@ -187,7 +187,7 @@ class DataFormatter:
         >>> DataFormatter().draw(message, np.random.RandomState(0))
         ('', 'A red ball.')
         """
-        _check_style(message)
+        _check_style(message, self.styles)
         return self._exchange(message, rng)
 
     def system_prefix(self, style: str, response: str, rng: np.random.RandomState) -> str:

@@ -1,6 +1,5 @@
 """What a user's class may replace: each fault has a name, and none is a bare traceback."""
 
-
 import pytest
 
 from preprocess.__main__ import command_line
