@@ -5,7 +5,7 @@ import json
 import pytest
 
 from preprocess.__main__ import command_line
-from preprocess.cli import with_spec
+from preprocess.cli import with_files
 from preprocess.cli.build import job_settings
 from preprocess.cli.make import make_arguments
 from shardspec.manifest import load_manifest
@@ -51,15 +51,10 @@ def test_sheet_beside_a_spec_is_part_of_the_recipe(inline_cli, data):
     assert "nothing to do" in build(inline_cli, data, "out", "--styles", data / "again.toml").out
 
 
-def test_sheet_of_the_settings_is_beside_the_spec_too(data):
-    spec = (data / "mine.toml").read_text().replace('styles = "my.toml"\n', "")
-    (data / "mine.toml").write_text(spec + 'styles = "my.toml"\n')
+def test_sheet_of_a_flag_is_used_for_any_dataset(data):
     parser, verbs = command_line()
-    given = make_arguments(["shards", f"DATASET={data / 'mine.toml'}", "OUT=out"], verbs)
-    settings = job_settings(parser.parse_args(with_spec(given, parser, verbs)))
-    assert settings.recipe.text.styles.path == str(data / "my.toml")
     given = make_arguments(["shards", "DATASET=vqa2", f"STYLES={data / 'my.toml'}"], verbs)
-    settings = job_settings(parser.parse_args(with_spec(given, parser, verbs)))
+    settings = job_settings(parser.parse_args(with_files(given, parser, verbs)))
     assert [name for name, _ in settings.recipe.text.styles.styles] == ["receipt"]
 
 
