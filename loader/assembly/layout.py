@@ -478,7 +478,7 @@ def _count_placeholders(
     mark = _token_bytes(ids.placeholder)
     for branch in branches:
         for turn in branch.turns:
-            for text in turn:
+            for text in (turn.prompt, turn.response):
                 # Looking for its bytes first takes a quarter of the time, and mostly there is none.
                 if mark in text.tobytes():
                     count += int(np.count_nonzero(text == ids.placeholder))

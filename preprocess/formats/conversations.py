@@ -98,7 +98,7 @@ def _parse_pairs(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     images = _given(row, spec, url=False)
     for pair in row["texts"]:
         turns = [{"role": role, "content": pair[role]} for role in ("user", "assistant")]
-        told = _alternating([_turn(each, images) for each in turns])
+        told = [t.text for t in _alternating([_turn(each, images) for each in turns])]
         messages.append({"style": spec.style or STYLE, "messages": told})
     if not messages:
         raise SampleError("conversation.nothing", turns=0)
