@@ -323,11 +323,12 @@ def lay_out(
                     if is_block:
                         image_starts.append(length)
                         image_ends.append(length + len(run))
-                    elif len(run):
+                    elif len(run) and weight:
                         targets = run if length else run[1:]  # nothing predicts the very first
                         at = length + len(run) - len(targets)
                         labels += (_ignored(at - 1 - labelled), targets, _NOTHING)
                         learned.append(len(targets))
+                        weights.append(weight / WEIGHT_ONE)
                         labelled = at - 1 + len(targets)
                     runs.append(run)
                     length += len(run)

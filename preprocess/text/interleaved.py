@@ -105,6 +105,8 @@ class InterleavedTextPreprocessor:
         frame, template = self.tokenizer.chat, self.tokenizer.template
         if frame is None or template is None:
             return branch, []
+        if not any(variant.answer for turn in branch.turns for variant in turn):
+            return branch, []  # a document: no template writes it
         try:
             return render_branch(branch, template=template, frame=frame)
         except SampleError as error:
