@@ -19,7 +19,7 @@ from shardspec.errors import (
 )
 from shardspec.manifest import FORMAT_VERSION, Manifest, load_manifest
 from shardspec.sample import Geometry, PreparedImage, PreparedSample
-from shardspec.tiling import ImageView
+from shardspec.tiling import FrameView, ImageView
 
 __all__ = [
     "FORMAT_VERSION",
@@ -27,6 +27,7 @@ __all__ = [
     "ConfigError",
     "ConflictError",
     "FetchError",
+    "FrameView",
     "Geometry",
     "ImageView",
     "Manifest",

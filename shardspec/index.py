@@ -27,9 +27,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shardspec.errors import ShardError
-from shardspec.sample import ARRAY_HEADER_BYTES, PreparedSample, image_rows, lead_rows, text_rows
+from shardspec.sample import (
+    ARRAY_HEADER_BYTES,
+    PreparedSample,
+    image_rows,
+    lead_rows,
+    text_rows,
+    video_rows,
+)
 from shardspec.tar import TarRange, payload_offsets
-from shardspec.tiling import ImageView, num_crops, num_image_tokens
+from shardspec.tiling import FrameView, ImageView, num_crops, num_image_tokens
 
 INDEX_DTYPE = np.dtype(
     [
@@ -147,6 +154,7 @@ def index_row(
     json_bytes: int,
     image_sizes: list[int],
     views: Sequence[ImageView] = (),
+    frames: FrameView | None = None,
     placeholder: int = -1,
     bos: bool = True,
 ) -> np.ndarray:
@@ -158,6 +166,7 @@ def index_row(
       json_bytes: Length of its record.
       image_sizes: Lengths of its encoded images.
       views: The recipe's views, for the lengths of sequences.
+      frames: How its frames are seen; None where there are none.
       placeholder: Id of <|image|>, which an image block replaces.
       bos: Whether sequences begin with BOS.
 
@@ -182,10 +191,16 @@ def index_row(
         row["loss_length"] = loss
         row["num_branches"], row["num_turns"] = count_questions(sample.spans)
         sizes = [(int(p[2]), int(p[3])) for p in pictures]
+        num_frames = 0
+        for _, _, start, count, *_ in video_rows(sample.spans)[::-1].tolist():
+            del sizes[start : start + count]
+            num_frames += count
         for v, view in enumerate(views):
             image_tokens = sum(num_image_tokens(*size, view) for size in sizes)
+            if frames is not None:
+                image_tokens += num_frames * frames.num_tokens(view)
             row["view_length"][0, v] = text + image_tokens
-            row["view_crops"][0, v] = sum(num_crops(*size, view) for size in sizes)
+            row["view_crops"][0, v] = num_frames + sum(num_crops(*size, view) for size in sizes)
     return row
 
 
@@ -214,7 +229,10 @@ def longest_sequence(
         positions[at] = max(positions.get(at, 0), length)
         loss[at] = max(loss.get(at, 0), stop - start + 1)
     branches = len({branch for branch, _ in positions})
-    leads = sum(stop - start for _, _, start, stop, *_ in lead_rows(spans).tolist())
+    leads = sum(
+        max(stop - start, first_stop - first_start)
+        for _, _, start, stop, first_start, first_stop, *_ in lead_rows(spans).tolist()
+    )
     inner_eos = len(positions) - branches
     return bos + leads + sum(positions.values()) + inner_eos, sum(loss.values())
 

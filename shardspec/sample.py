@@ -6,14 +6,16 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
     <key>.spans.npy     int32 [S, 8], the table below
     <key>.tokens.npy    int32 [T], every distinct token run of the sample, end to end
     <key>.jpg           the image; `<key>.0.jpg`, `<key>.1.jpg` ... where a dataset has several
-                        (.png, .webp, or .image.npy for uncompressed uint8 [H, W, 3])
+                        (.png, .webp, or .image.npy for uncompressed uint8 [H, W, 3]); the frames of
+                        a video are images, one after the other
     <key>.overview.jpg  where the dataset's views tile: the image at the size of a crop, directly
                         after it; `<key>.0.overview.jpg` where a dataset has several
 
-A row of `spans` is one of four kinds (column 0):
+A row of `spans` is one of five kinds (column 0):
 
     TEXT   (0, branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight)
-    LEAD   (2, image, start, stop, 0, 0, 0, 0)
+    LEAD   (2, image, start, stop, first_start, first_stop, time_ms, 0)
+    VIDEO  (4, video, first_image, num_images, 0, 0, 0, 0)
     OVERVIEW (3, image, width, height, num_bytes, 0, 0, 0)
     IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
 
@@ -21,9 +23,11 @@ TEXT rows that share (branch, turn) are the *baked variants* of one exchange: th
 of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption
 that answers eight prompts is stored once. A *branch* is one conversation about the sample's
 images. The weight is the loss weight of the response in millionths; one of 0 is context alone. LEAD
-rows name the tokens before an image, such as "Image 2"; there is one per image, or none. OVERVIEW
-rows describe the overviews that are stored. Rows are sorted: TEXT (by branch and turn), LEAD,
-OVERVIEW, IMAGE.
+rows name the tokens before an image, such as "Image 2"; there is one per image, or none. VIDEO rows
+say which images are the frames of a video. The LEAD row of a frame names its time as tokens, as
+they are after another frame and as they are before the first, and in milliseconds; columns 4 to 6
+are 0 for other images. OVERVIEW rows describe the overviews that are stored. Rows are sorted: TEXT
+(by branch and turn), LEAD, VIDEO, OVERVIEW, IMAGE.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -66,6 +70,7 @@ class SpanKind(enum.IntEnum):
     IMAGE = 1
     LEAD = 2
     OVERVIEW = 3
+    VIDEO = 4
 
 
 class Geometry(enum.IntFlag):
@@ -121,6 +126,12 @@ def lead_rows(spans: np.ndarray) -> np.ndarray:
     """Selects the LEAD rows of a spans table, as a view: int32 [M or 0, 8]."""
     start = len(text_rows(spans))
     return spans[start : start + np.count_nonzero(spans[:, 0] == SpanKind.LEAD.value)]
+
+
+def video_rows(spans: np.ndarray) -> np.ndarray:
+    """Selects the VIDEO rows of a spans table, as a view: int32 [videos, 8]."""
+    start = len(text_rows(spans)) + len(lead_rows(spans))
+    return spans[start : start + np.count_nonzero(spans[:, 0] == SpanKind.VIDEO.value)]
 
 
 def overview_rows(spans: np.ndarray) -> np.ndarray:
@@ -265,20 +276,25 @@ def spans_table(
     texts: Sequence[tuple[int, int, int, int, int, int, int]],
     images: Sequence[PreparedImage],
     *,
-    leads: Sequence[tuple[int, int]] = (),
+    leads: Sequence[tuple[int, ...]] = (),
+    videos: Sequence[tuple[int, int]] = (),
 ) -> np.ndarray:
     """Builds the spans table of a sample.
 
     Args:
       texts: (branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight).
       images: In order; their num_bytes stays 0 until the codec has run.
-      leads: (start, stop) of the tokens before each image, or ().
+      leads: (start, stop) of the tokens before each image, or (); for a frame also the tokens where
+        it is the first of its video, and its time in ms.
+      videos: (first image, number of images) of each video.
 
     Returns:
       int32 [S, 8].
     """
     rows = [(int(SpanKind.TEXT), *text) for text in texts]
-    rows += [(int(SpanKind.LEAD), i, *lead, 0, 0, 0, 0) for i, lead in enumerate(leads)]
+    for i, lead in enumerate(leads):
+        rows.append((int(SpanKind.LEAD), i, *lead, *[0] * (6 - len(lead))))  # type: ignore[arg-type]
+    rows += [(int(SpanKind.VIDEO), v, *video, 0, 0, 0, 0) for v, video in enumerate(videos)]
     for i, image in enumerate(images):
         if image.overview is not None:
             height, width = image.overview.shape[:2]

@@ -3,7 +3,8 @@
 Both halves must agree on it: the planner counts tokens before any pixel is decoded, the loader cuts
 crops and lays out tokens. Everything is a function of the *source* picture's width and height and
 of an `ImageView`: grid, frame, crops, patches (`grid`), sizes (`sizes`), numbers of crops and
-tokens (`counts`), the token block (`tokens`) and the patches of each token (`pooling`).
+tokens (`counts`), the token block (`tokens`) and the patches of each token (`pooling`). The frames
+of a video are pictures with a view of their own (`frames`).
 
 The scheme, called "overlap-and-resize-c2", and its float32 arithmetic are those of the Molmo models
 (allenai/molmo and allenai/molmo2). Nothing here touches pixels, draws at random or knows a
@@ -17,6 +18,7 @@ from shardspec.tiling.counts import (
     num_crops,
     num_image_tokens,
 )
+from shardspec.tiling.frames import FrameMarks, FrameView
 from shardspec.tiling.grid import crop_boxes, patch_grid, select_tiling, select_tilings
 from shardspec.tiling.masks import image_masks
 from shardspec.tiling.pooling import (
@@ -35,6 +37,8 @@ __all__ = [
     "CropMode",
     "EXCLUDED",
     "Fit",
+    "FrameMarks",
+    "FrameView",
     "ImageBounds",
     "ImageTokenIds",
     "ImageView",
