@@ -1,12 +1,13 @@
 """From any media file to what is stored of it.
 
-Decides how an image is decoded, oriented, converted to sRGB, resized and encoded. Never opens a
-URL.
+Decides how an image is decoded, oriented, converted to sRGB, resized and encoded, and which frames
+of a video are taken (`preprocess.media.video`). Never opens a URL.
 """
 
 from preprocess.media.header import SOURCE_FORMATS, ImageLimits, open_source
 from preprocess.media.image import ImagePolicy, ImagePreprocessor, pixels_file
 from preprocess.media.memory import MemoryBudget
+from preprocess.media.video import StoredFrames, VideoPolicy, VideoPreparer, encode_video
 
 __all__ = [
     "SOURCE_FORMATS",
@@ -14,6 +15,10 @@ __all__ = [
     "ImagePolicy",
     "ImagePreprocessor",
     "MemoryBudget",
+    "StoredFrames",
+    "VideoPolicy",
+    "VideoPreparer",
+    "encode_video",
     "open_source",
     "pixels_file",
 ]
