@@ -11,6 +11,7 @@ from loader import (
     MMCollator,
     MolmoPreprocessor,
     StreamingDataset,
+    VideoPreprocessor,
     View,
     make_dataloader,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "RobotDataset",
     "StreamingDataset",
     "TextSft",
+    "VideoPreprocessor",
     "View",
     "get_dataset",
     "make_dataloader",

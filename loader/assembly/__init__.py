@@ -21,6 +21,7 @@ from loader.assembly.packed import Pack, fitting
 from loader.assembly.pixels import MEAN_STD, Encoded, Normalization, normalize
 from loader.assembly.questions import Questions
 from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor, render_image
+from loader.assembly.video import VideoPreprocessor
 
 __all__ = [
     "MEAN_STD",
@@ -39,6 +40,7 @@ __all__ = [
     "Planner",
     "Questions",
     "TokenIds",
+    "VideoPreprocessor",
     "View",
     "assemble",
     "describe_question",

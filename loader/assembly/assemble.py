@@ -1,8 +1,9 @@
 """`assemble`: from a prepared sample to the arrays of a training example.
 
 The online half of the pipeline, and the only place that draws, always from the sample's own
-generator and in this order: a variant of each turn, the order of the branches, the resolution,
-the augmentation of each image, the filter of their resize. The rest follows from the draws. It
+generator and in this order: a variant of each turn, the order of the branches, the resolution, the
+frames of each video, the augmentation of each image (of all frames of a video together), the filter
+of their resize. The rest follows from the draws. It
 needs no tokenizer and no formatter, and it does not know whether the sample came out of a shard or
 straight from `prepare`.
 
@@ -57,11 +58,14 @@ from loader.assembly.questions import (
 )
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.frames import draw_frames, even_frames
 from shardspec.index import count_questions
 from shardspec.keyed import draw_below, draw_order
 from shardspec.sample import PreparedSample, SpanKind
 from shardspec.tiling import (
+    EXCLUDED,
     NO_PATCH,
+    FrameView,
     ImageView,
     first_patch_positions,
     image_input_idx,
@@ -75,6 +79,7 @@ _UNCHANGED = Augment()
 
 # Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
 _TEXT, _IMAGE, _LEAD = SpanKind.TEXT.value, SpanKind.IMAGE.value, SpanKind.LEAD.value
+_VIDEO = SpanKind.VIDEO.value
 
 _UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
 
@@ -88,6 +93,9 @@ class View:
 
     image: ImageView = field(default_factory=ImageView)
     """Crops, patches and tokens."""
+    frames: FrameView | None = None
+    """The frames of videos; None where the dataset has none. A `StreamingDataset` fills in what its
+    shards were made for."""
     high_res: ImageView | None = None
     """Another view of the same stored images, such as 24 instead of 8 crops."""
     high_res_probability: float = 0.0
@@ -155,12 +163,13 @@ class View:
         """Tells the shapes of what an example in one of the resolutions has for each crop."""
         crops = (3, image.size_px, image.size_px)
         patches = (image.num_patches, image.patch_px**2 * 3)
+        pools = [image.pool, *([self.frames.pool] if self.frames else [])]
         return Shapes(
             image=patches if self.pixels == "patches" else crops,
             dtype=_UINT8 if self.normalize is None else _FLOAT32,
             num_patches=image.num_patches,
             tokens_per_crop=math.prod(image.crop_tokens) if self.image_map == "per_token" else None,
-            pool=math.prod(image.pool) if self.image_map == "pooling" else None,
+            pool=max(map(math.prod, pools)) if self.image_map == "pooling" else None,
         )
 
 
@@ -177,6 +186,9 @@ class Planner:
         self._training = view.purpose == "train"
         self._augments = self._training and view.augment != _UNCHANGED
         self._images = _Seen(view.image, view, ids)
+        self._frames = None
+        if view.frames is not None:
+            self._frames = _Seen(view.frames.image_view(view.image), view, ids, frames=view.frames)
         self._high_res = None
         if self._training and view.high_res is not None:
             self._high_res = _Seen(view.high_res, view, ids)
@@ -206,10 +218,6 @@ class Planner:
         view = self.view
         kinds = spans[:, 0].tolist()
         num_texts, num_images = kinds.count(_TEXT), kinds.count(_IMAGE)
-        if view.max_images is not None and num_images > view.max_images:
-            raise SampleError(
-                "too_many_images.view", where=key, images=num_images, max_images=view.max_images
-            )
         branches = _choose(tokens, spans[:num_texts], rng if self._training else None)
         if self._training and view.branch_order == "shuffled" and len(branches) > 1:
             branches = [branches[b] for b in draw_order(rng, len(branches))]
@@ -225,30 +233,49 @@ class Planner:
             num_images = count_placed(branches, self.ids) if placed else num_images
         first_image = kinds.index(_IMAGE) if num_images else 0
         pictures = spans[first_image : first_image + num_images].tolist()
-        draws = [NO_CHANGE] * num_images
+        others = spans[num_texts:first_image].tolist() if first_image > num_texts else []
+        shown = None
+        videos = [row for row in others if row[0] == _VIDEO]
+        if videos:
+            sizes = [(row[2], row[3]) for row in pictures]
+            shown = self._draw_frames(videos, sizes, others, rng, key)
+            pictures = [pictures[i] for i in shown.images]
+        if view.max_images is not None and len(pictures) > view.max_images:
+            raise SampleError(
+                "too_many_images.view", where=key, images=len(pictures), max_images=view.max_images
+            )
+        draws = [NO_CHANGE] * len(pictures)
         if self._augments:
             seen_as = [(row[2], row[3], row[7]) for row in pictures]
-            draws = draw_pictures(view, seen_as, rng, key=key)
+            if shown is None:
+                draws = draw_pictures(view, seen_as, rng, key=key)
+            else:  # one draw for all frames of a video
+                own = [i for i, begins in enumerate(shown.begins) if begins]
+                made = draw_pictures(view, [seen_as[i] for i in own], rng, key=key)
+                draw_of = dict(zip(own, made, strict=True))
+                draws = [draw_of[first] for first in shown.firsts]
         sizes = [(row[2], row[3]) for row in pictures]
-        seen = [images.of(size) for size in sizes]
-        leads: list[np.ndarray] = []
-        if num_texts + num_images < len(kinds):
-            leads = [tokens[row[2] : row[3]] for row in spans.tolist() if row[0] == _LEAD]
-        if asked is not None:
+        if shown is None:
+            seen = [images.of(size) for size in sizes]
+            leads = [tokens[row[2] : row[3]] for row in others if row[0] == _LEAD]
             blocks = [each.block for each in seen]
-            limit = view.sequence_length
+        else:
+            seen, leads, blocks = self._lay_frames(images, shown, sizes, tokens, others)
+        if asked is not None:
             sequence = lay_out_prompt(
                 blocks,
                 branches[0],
                 ids=self.ids,
                 leads=leads,
-                limit=limit,
+                limit=view.sequence_length,
                 tree=view.tree,
                 where=key,
             )
-            return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes, asked)
+            return ExamplePlan(
+                sequence, images.view, draws, sizes, seen, images.shapes, shown, asked
+            )
         sequence = lay_out(
-            [each.block for each in seen],
+            blocks,
             branches,
             ids=self.ids,
             leads=leads,
@@ -258,7 +285,110 @@ class Planner:
             where=key,
         )
         sequence.weight = view.weight
-        return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes)
+        return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes, shown)
+
+    def _draw_frames(
+        self,
+        videos: Sequence[Sequence[int]],
+        sizes: Sequence[tuple[int, int]],
+        others: Sequence[Sequence[int]],
+        rng: np.random.RandomState,
+        key: str,
+    ) -> _Shown:
+        """Draws the frames of each video; other images are all shown.
+
+        Raises:
+          SampleError: `video_view`: the view does not say how frames are seen.
+        """
+        frames, num_images = self.view.frames, len(sizes)
+        if frames is None or self._frames is None:
+            raise SampleError("video_view", where=key)
+        leads = [row for row in others if row[0] == _LEAD]
+        images: list[int] = []
+        firsts: list[int] = []
+        begins: list[bool] = []
+        is_frame: list[bool] = []
+        done = 0
+        for _, _, start, count, *_ in [*videos, (0, 0, num_images, 0)]:
+            for i in range(done, start):
+                firsts.append(len(images))
+                images.append(i)
+                begins.append(True)
+                is_frame.append(False)
+            number = min(count, frames.max_frames or count)
+            if not number:
+                continue
+            if frames.max_tokens is not None:
+                longest = max(row[3] - row[2] for row in leads[start : start + count])
+                each = len(self._frames.of(sizes[start]).block) + frames.timestamps * longest
+                room = frames.max_tokens - 2 * (frames.marks == "video")
+                number = max(1, min(number, room // each))
+            drawn = (
+                draw_frames(count, number, rng)
+                if self._training and frames.sampling == "random"
+                else even_frames(count, number)
+            ).tolist()
+            firsts += [len(images)] * number
+            images += [start + i for i in drawn]
+            begins += [True] + [False] * (number - 1)
+            is_frame += [True] * number
+            done = start + count
+        return _Shown(images, firsts, begins, is_frame)
+
+    def _lay_frames(
+        self,
+        images: _Seen,
+        shown: _Shown,
+        sizes: Sequence[tuple[int, int]],
+        tokens: np.ndarray,
+        others: Sequence[Sequence[int]],
+    ) -> tuple[list[_Size], list[np.ndarray], list[np.ndarray]]:
+        """Gives what is seen of each image, the tokens before it, and its block."""
+        frames, seen_frames = self.view.frames, self._frames
+        assert frames is not None
+        assert seen_frames is not None
+        lead_rows = [row for row in others if row[0] == _LEAD]
+        seen: list[_Size] = []
+        leads: list[np.ndarray] = []
+        blocks: list[np.ndarray] = []
+        around = frames.marks == "video"
+        for i, (image, size) in enumerate(zip(shown.images, sizes, strict=True)):
+            row, first = lead_rows[image], shown.begins[i]
+            is_frame = shown.is_frame[i]
+            each = (seen_frames if is_frame else images).of(size)
+            lead = tokens[row[4] : row[5]] if is_frame and first else tokens[row[2] : row[3]]
+            block = each.block
+            if is_frame:
+                shown.times_ms.append(row[6])
+                lead = lead if frames.timestamps else lead[:0]
+                if around and first:
+                    lead = np.append(np.int32(self.ids.frame_start), lead)
+                last = i + 1 == len(sizes) or shown.begins[i + 1]
+                if around and last:
+                    block = np.append(block, np.int32(self.ids.frame_end))
+            seen.append(each)
+            leads.append(lead)
+            blocks.append(block)
+        return seen, leads, blocks
+
+
+class _Shown:
+    """The images of a sample with videos that an example has."""
+
+    __slots__ = ("begins", "firsts", "images", "is_frame", "times_ms")
+
+    def __init__(
+        self, images: list[int], firsts: list[int], begins: list[bool], is_frame: list[bool]
+    ) -> None:
+        self.images = images
+        """Numbers of the stored images, ascending."""
+        self.firsts = firsts
+        """For each, where in this list its video begins; for other images, where it is itself."""
+        self.begins = begins
+        """For each, whether it is the first that is shown of its video, or no frame."""
+        self.is_frame = is_frame
+        self.times_ms: list[int] = []
+        """Times of the frames."""
 
 
 def draw_pictures(
@@ -303,6 +433,8 @@ class ExamplePlan:
     """What the view makes of each image."""
     shapes: Shapes
     """Of what it has for each crop."""
+    shown: _Shown | None = None
+    """Which images of a sample with videos it has; None for all images of another one."""
     asked: tuple[int, int] | None = None
     """Conversation and exchange of the question that is asked, for evaluation."""
 
@@ -332,27 +464,36 @@ class _Size(NamedTuple):
     """int64 [crops], where in the block each crop's first patch token is; read-only."""
     ready: tuple[int, int, int] | None
     """Shape of a stored picture that is its only crop as it is; None where there is none."""
+    view: ImageView
 
 
 class _Seen:
     """What a view makes of pictures, by their sizes."""
 
-    def __init__(self, image: ImageView, view: View, ids: TokenIds) -> None:
-        self.view, self._ids, self.shapes = image, ids.image, view.shapes(image)
+    def __init__(
+        self, image: ImageView, view: View, ids: TokenIds, *, frames: FrameView | None = None
+    ) -> None:
+        self.view, self._ids, self.shapes = image, ids, view.shapes(image)
+        self._frames = frames
         self._sizes: dict[tuple[int, int], _Size] = {}
 
     def of(self, size: tuple[int, int]) -> _Size:
         """Looks up what becomes of pictures of a source's (width, height), in pixels."""
         found = self._sizes.get(size)
         if found is None:
-            firsts = first_patch_positions(*size, self.view, self._ids)
-            block = image_token_ids(*size, self.view, self._ids)
+            firsts = first_patch_positions(*size, self.view, self._ids.image)
+            block = image_token_ids(*size, self.view, self._ids.image)
+            if self._frames is not None:
+                block = block.copy()
+                block[0], block[-1] = self._ids.frame_start, self._ids.frame_end
+                if self._frames.marks != "frame":
+                    block, firsts = block[1:-1], firsts - 1
             if len(self._sizes) >= _MOST_SIZES:
                 self._sizes.clear()
             side = self.view.size_px
             alone = len(firsts) == 1 and overview_size(*size, self.view) == (side, side)
             ready = (side, side, 3) if alone else None
-            found = self._sizes[size] = _Size(len(firsts), block, firsts, ready)
+            found = self._sizes[size] = _Size(len(firsts), block, firsts, ready, self.view)
         return found
 
 
@@ -384,6 +525,8 @@ class Draft:
           key: The sample's.
           scratch: Memory for pictures that are not decoded straight into the batch.
         """
+        if plan.shown is not None:
+            sources = [sources[i] for i in plan.shown.images]
         self.plan, self.view, self.key = plan, view, key
         self.sources = sources[: len(plan.sizes)]
         self.scratch = scratch
@@ -450,7 +593,7 @@ class Draft:
                         picture,
                         source_width=width,
                         source_height=height,
-                        view=plan.view,
+                        view=seen.view,
                         draw=own,
                         overview=overview,
                         out=crops[done:stop],
@@ -473,7 +616,7 @@ class Draft:
             out.fill(1.0)
             return
         for size, seen in zip(plan.sizes, plan.seen, strict=True):
-            out[done : done + seen.crops] = image_masks(*size, plan.view)
+            out[done : done + seen.crops] = image_masks(*size, seen.view)
             done += seen.crops
 
     def write_input_idx(self, out: np.ndarray) -> None:
@@ -485,7 +628,11 @@ class Draft:
         ):
             own = out[done : done + seen.crops]
             if per_token:
-                own[...] = image_input_idx(*size, plan.view, offset=start)
+                found = image_input_idx(*size, seen.view, offset=start)
+                if plan.shown is not None:  # frames pool more, and may have no start token
+                    found = np.where(found == EXCLUDED, EXCLUDED, found + seen.first_patches[0] - 1)
+                own[:, : found.shape[1]] = found
+                own[:, found.shape[1] :] = EXCLUDED
             else:
                 np.add(seen.first_patches, start, out=own)
             done += seen.crops
@@ -501,13 +648,17 @@ class Draft:
         """Makes Molmo 2's map: int64 [image tokens, pool], patches of all crops counted, or -1."""
         plan, found, crops_before = self.plan, [], 0
         for size, seen in zip(plan.sizes, plan.seen, strict=True):
-            pooled = token_pooling(*size, plan.view)
+            pooled = token_pooling(*size, seen.view)
             shift = crops_before * plan.view.num_patches
             found.append(np.where(pooled == NO_PATCH, NO_PATCH, pooled + shift))
             crops_before += seen.crops
+        pool = self.shapes.pool or plan.view.pool[0] * plan.view.pool[1]
+        for k, pooled in enumerate(found):
+            if pooled.shape[1] < pool:
+                found[k] = np.full((len(pooled), pool), NO_PATCH, np.int64)
+                found[k][:, : pooled.shape[1]] = pooled
         if len(found) == 1:
             return found[0]
-        pool = plan.view.pool[0] * plan.view.pool[1]
         return np.concatenate(found) if found else np.zeros((0, pool), np.int64)
 
     def metadata(self) -> dict[str, Any]:
@@ -521,6 +672,8 @@ class Draft:
             ],
             "dropped_branches": plan.sequence.dropped_branches,
         }
+        if plan.shown is not None:
+            described["frame_times_s"] = [ms / 1000 for ms in plan.shown.times_ms]
         described |= self.described
         if not self.real:
             described["real"] = False

@@ -63,6 +63,9 @@ class TokenIds:
     image: ImageTokenIds
     placeholder: int = -1
     """<|image|>: where a text wants its next image; -1 where texts never say so."""
+    frame_start: int = -1
+    """<frame_start>; -1 for a tokenizer without it."""
+    frame_end: int = -1
 
     @classmethod
     def from_special_ids(cls, ids: Mapping[str, int]) -> TokenIds:
@@ -72,6 +75,8 @@ class TokenIds:
             eos=ids["eos"],
             pad=ids["pad"],
             placeholder=ids["<|image|>"],
+            frame_start=ids.get("<frame_start>", -1),
+            frame_end=ids.get("<frame_end>", -1),
             image=ImageTokenIds(
                 im_start=ids["<im_start>"],
                 im_end=ids["<im_end>"],

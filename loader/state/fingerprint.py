@@ -119,6 +119,8 @@ def _fields(view: View) -> dict[str, Any]:
     for name, value in described.items():
         if name == "questions" and view.purpose != "evaluation":
             continue  # states of training are those of releases without it
+        if name == "frames" and value is None:
+            continue  # likewise, where there are no videos
         part = value if isinstance(value, dict) else {"": value}
         for inner, v in part.items():
             plain = list(v) if isinstance(v, tuple) else v

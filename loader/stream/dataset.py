@@ -29,7 +29,7 @@ from loader.stream.subset import Keys
 from shardspec.errors import ConfigError
 from shardspec.manifest import Manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
-from shardspec.tiling import ImageView, canvas_size, stored_size
+from shardspec.tiling import FrameView, ImageView, canvas_size, stored_size
 
 _NAMES_LENGTH = "style_and_length"
 """How the names begin of system prompts with a hint of the answer's length."""
@@ -179,6 +179,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         if data.manifest.raw:
             raise ConfigError("raw_dataset", where=url)
         view = view or View(image=stored_view(data.manifest))
+        if view.frames is None:
+            view = replace(view, frames=stored_frames(data.manifest))
         if view.purpose == "evaluation":
             for name, value, wanted in (("tail", tail, "pad"), ("on_bad", on_bad, "raise")):
                 if value != wanted:
@@ -299,6 +301,12 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
 def stored_view(manifest: Manifest) -> ImageView:
     """Gives the view that a dataset's images were stored for."""
     return ImageView.from_dict(manifest.recipe["image"]["views"][0])
+
+
+def stored_frames(manifest: Manifest) -> FrameView | None:
+    """Gives the view that the frames of a dataset's videos were stored for; None without videos."""
+    video = manifest.recipe.get("video")
+    return None if video is None else FrameView(pool=(video["pool"], video["pool"]))
 
 
 def check_view(manifest: Manifest, view: ImageView, *, where: str) -> None:

@@ -193,6 +193,9 @@ class PreparedBuilder:
         missing = [view for view in views if view not in stored]
         if missing:
             raise ConfigError("view_lengths.view", where=where, view=missing[0].to_dict())
+        video, frames = manifest.recipe.get("video"), self.view.frames
+        if video is not None and frames is not None and min(frames.pool) < video["pool"]:
+            raise ConfigError("view_lengths.frames", where=where, pool=frames.pool)
         columns = [stored.index(view) for view in views]
         tokens = self.data.reader.column("view_length", sample)[:, columns].max(axis=1)
         crops = self.data.reader.column("view_crops", sample)[:, columns].max(axis=1)

@@ -13,7 +13,7 @@ from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import ConfigError, ShardError, StateError
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import require_manifest
-from shardspec.tiling import ImageView
+from shardspec.tiling import FrameView, ImageView
 
 NUM = 30
 
@@ -330,7 +330,8 @@ def changed_views():
 def test_fields_below_are_all_there_are():
     tables = (ImageView, IMAGE), (Augment, AUGMENT)
     assert all({f.name for f in dataclasses.fields(kind)} == set(t) for kind, t in tables)
-    parts = {"image", "augment", "high_res", "high_res_probability"}
+    parts = {"image", "augment", "high_res", "high_res_probability", "frames"}
+    assert {f.name for f in dataclasses.fields(FrameView)} == set(FRAMES)
     assert {f.name for f in dataclasses.fields(View)} == parts | set(OTHERS) | {"questions"}
 
 
@@ -364,6 +365,28 @@ def test_second_resolution_is_noticed_field_by_field():
     }
     found = view_differences(view_fingerprint(View()), view_fingerprint(high))
     assert found["high_res.max_crops"] == "view.high_res.max_crops: (nothing) here, 24 asked"
+
+
+FRAMES = {
+    "pool": (2, 2),
+    "marks": "video",
+    "timestamps": False,
+    "max_frames": 4,
+    "max_tokens": 99,
+    "sampling": "even",
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_frames_are_noticed_field_by_field(name):
+    own = view_fingerprint(View(frames=FrameView()))
+    other = view_fingerprint(View(frames=FrameView(**{name: FRAMES[name]})))
+    assert list(view_differences(other, own)) == [f"frames.{name}"]
+    assert list(view_differences(own, view_fingerprint(View())))
+
+
+def test_states_of_before_there_were_frames_keep_their_hash():
+    assert view_fingerprint(View())["hash"] == "d1abe952049fd00a"
 
 
 def test_view_of_a_release_with_other_fields_is_noticed():
