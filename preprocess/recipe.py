@@ -17,9 +17,25 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from preprocess.datasets import ImageSource, RemoteImage, SceneImage, example_images
+from preprocess.datasets import (
+    ImageSource,
+    RemoteImage,
+    SceneImage,
+    SceneVideo,
+    VideoSource,
+    example_clip,
+    example_images,
+    example_video,
+)
 from preprocess.formats import parse_messages
-from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
+from preprocess.media import (
+    ImagePolicy,
+    ImagePreprocessor,
+    MemoryBudget,
+    StoredFrames,
+    VideoPolicy,
+    VideoPreparer,
+)
 from preprocess.settings import Setting
 from preprocess.text import (
     DataFormatter,
@@ -42,7 +58,7 @@ from shardspec.errors import ConfigError, SampleError
 from shardspec.index import longest_text
 from shardspec.manifest import canonical_json
 from shardspec.sample import PreparedSample, spans_table
-from shardspec.tiling import num_image_tokens
+from shardspec.tiling import FrameView, num_image_tokens
 
 KEY_BYTES = 12
 """96 bits: among 10**10 samples the chance of any collision is about 10**-9."""
@@ -54,6 +70,8 @@ class Recipe:
 
     text: TextPolicy = field(default_factory=TextPolicy)
     image: ImagePolicy = field(default_factory=ImagePolicy)
+    video: VideoPolicy = field(default_factory=VideoPolicy)
+    """Counts for datasets with videos only."""
     seed: Annotated[
         int, Setting("seed of the baked draws and of the stored order", group="what to build")
     ] = 0
@@ -139,6 +157,16 @@ class Preparer:
         """The image half."""
         return ImagePreprocessor(self.recipe.image, memory=self.memory)
 
+    @property
+    def frame_view(self) -> FrameView:
+        """How the frames of videos are seen."""
+        return FrameView(pool=(self.recipe.video.pool, self.recipe.video.pool))
+
+    @cached_property
+    def video_preparer(self) -> VideoPreparer:
+        """Makes the frames of a video; it keeps a process that decodes."""
+        return VideoPreparer(self.recipe.video, self.recipe.image)
+
     def __call__(self, example: Mapping[str, Any], *, key: str | None = None) -> PreparedSample:
         """Prepares one example.
 
@@ -151,10 +179,12 @@ class Preparer:
         """
         if "messages" in example and "message_list" not in example:
             example = parse_messages(example)
-        found = example_images(example)
+        found, video = example_images(example), example_video(example)
         sources = [self._read(image) for image in found]
         if key is None:
-            identities = map(image_identity, found, sources)
+            identities = [*map(image_identity, found, sources)]
+            if video is not None:
+                identities.append(video_identity(video, example))
             key = sample_key(example, image_id=images_identity(identities))
         texts = message_texts(example)
         keeps = self.recipe.text.reasoning == "keep"
@@ -174,19 +204,35 @@ class Preparer:
         branches = self.formatter(example, key=key, image_sizes=sizes)
         if not branches:
             raise SampleError("no_message.row", where=key)
-        check_placeholders(branches, num_images=len(images), key=key)
         leads = image_prefixes(len(images))
-        text_preprocessor = InterleavedTextPreprocessor(tokenizer=self.tokenizer)
-        tokenized = text_preprocessor(branches, key=key, leads=leads)
-        spans = spans_table(tokenized.rows, images, leads=tokenized.leads)
-        limit = example.get("max_tokens")
-        if limit and (length := self._length(spans, sizes)) > limit:
-            raise SampleError("document_tokens", where=key, tokens=length, limit=limit)
         record = {
             "key": key,
             "message_list": example["message_list"],
             "metadata": example.get("metadata", {}),
         }
+        stored: StoredFrames | None = None
+        if video is not None:
+            stored = self.video_preparer(
+                video.read() if isinstance(video, SceneVideo) else video,
+                clip=example_clip(example),
+                geometry=geometry,
+                where=key,
+            )
+            images = (*images, *stored.images)
+            record["video"] = stored.record
+        check_placeholders(branches, num_images=len(images), key=key)
+        tokenized = InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
+            branches, key=key, leads=leads, frame_times_s=stored.times_s if stored else ()
+        )
+        spans = spans_table(
+            tokenized.rows,
+            images,
+            leads=tokenized.leads,
+            videos=[(len(leads), len(stored.images))] if stored else (),
+        )
+        limit = example.get("max_tokens")
+        if limit and (length := self._length(spans, sizes)) > limit:
+            raise SampleError("document_tokens", where=key, tokens=length, limit=limit)
         return PreparedSample(
             key=key,
             tokens=tokenized.tokens,
@@ -252,6 +298,44 @@ def image_identity(image: ImageSource, encoded: Any) -> str:
         return hashlib.sha256(encoded).hexdigest()
     pixels = np.ascontiguousarray(np.asarray(encoded))
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def video_identity(video: VideoSource, example: Mapping[str, Any], *, sha256: str = "") -> str:
+    """Names what a video is, and which part of it an example is about.
+
+    Args:
+      video: The example's video.
+      example: May have a `clip`.
+      sha256: Of its file, if that is known.
+    """
+    if isinstance(video, SceneVideo):
+        name = f"scene-video:{video.seed}:{video.idx}"
+    elif sha256:
+        name = f"video:{sha256}"
+    else:
+        name = f"video:{file_sha256(video)}"
+    clip = example_clip(example)
+    return name if clip is None else f"{name}@{clip[0]}-{clip[1]}"
+
+
+def file_sha256(file: bytes | Path) -> str:
+    """Hashes a video file, in parts.
+
+    Raises:
+      SampleError: `video_open`: it is not there.
+    """
+    if isinstance(file, bytes):
+        return hashlib.sha256(file).hexdigest()
+    try:
+        if not file.is_file():
+            raise SampleError("video_open.missing", where=str(file))
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 20):
+                digest.update(part)
+    except (OSError, ValueError) as error:
+        raise SampleError("video_open.missing", where=str(file), error=error) from error
+    return digest.hexdigest()
 
 
 def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:

@@ -18,7 +18,7 @@ from preprocess.sizes import size_text
 from shardspec.errors import ConfigError, redacted
 from shardspec.tiling import Fit, ImageView, SmallSides
 
-_GROUPS = ("what to build", "text", "images", "the job", "downloading images")
+_GROUPS = ("what to build", "text", "images", "videos", "the job", "downloading images")
 _STANDARD = ImageView()
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.cli.verbs import Console, Verb
-from preprocess.datasets import OwnDataset, RemoteImage, dataset_class, example_images
+from preprocess.datasets import (
+    OwnDataset,
+    RemoteImage,
+    dataset_class,
+    example_images,
+    example_video,
+)
 from preprocess.formats import Spec
 from preprocess.media import ImageLimits, open_source
 from preprocess.recipe import read_path
@@ -69,6 +75,8 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
             told.setdefault(error.reason, f"row {item}: {str(error).splitlines()[0]}")
             continue
         lines += [f"row {item}: {len(images)} images {[_image_text(each) for each in images]}"]
+        video = example_video(example)
+        lines += [] if video is None else [f"  video     {_image_text(video)}"]
         for branch in branches:
             for turn in branch.turns:
                 lines += [f"  prompt    {turn[0].prompt!r}", f"  response  {turn[0].response!r}"]
@@ -113,6 +121,8 @@ def _spec_lines(spec: Spec) -> list[str]:
         f'format = "{spec.format}"',
         f"source = {json.dumps(source, ensure_ascii=False)}",
         f'name = "{spec.name}"',
+        *(["", "[columns]"] if spec.columns else []),
+        *(f"{name} = {json.dumps(column)}" for name, column in spec.columns.items()),
     ]
 
 

@@ -20,7 +20,11 @@ from preprocess.datasets.base import (
     HfDataset,
     ImageSource,
     SceneImage,
+    SceneVideo,
+    VideoSource,
+    example_clip,
     example_images,
+    example_video,
 )
 from preprocess.datasets.images import RemoteImage
 from preprocess.datasets.kinds import DocumentDataset, RobotDataset
@@ -63,10 +67,14 @@ __all__ = [
     "RemoteImage",
     "RobotDataset",
     "SceneImage",
+    "SceneVideo",
     "TextSft",
+    "VideoSource",
     "dataset_class",
     "dataset_names",
+    "example_clip",
     "example_images",
+    "example_video",
     "get_dataset",
     "is_own",
 ]

@@ -4,6 +4,8 @@ An *example* is a plain dict, as in the Molmo code bases:
 
     image         an ImageSource (below), or a list of them where the dataset has `several_images`;
                   absent for text-only examples
+    video         a VideoSource (below), where the dataset has `videos`; it follows the images
+    clip          the part of the video that is meant, [start, end] in seconds; either may be None
     message_list  messages, each an independent conversation about the image; a dict with `style`
                   and the fields that the formatter wants for that style, all of JSON types
     metadata      JSON types, kept for people and evaluators
@@ -46,7 +48,8 @@ from preprocess.datasets.images import RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.formats import parse_messages
-from preprocess.synthetic import plan_scene, render
+from preprocess.media import encode_video
+from preprocess.synthetic import plan_clip, plan_scene, render, render_clip
 from shardspec.errors import ConfigError, SampleError, ShardsError, SourceError
 from shardspec.keyed import hash_text, keyed
 
@@ -72,11 +75,31 @@ class SceneImage:
         return stream.getvalue()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneVideo:
+    """A generated clip, named by its numbers; it is drawn when it is read."""
+
+    seed: int
+    idx: int
+
+    def read(self) -> bytes:
+        """Draws the clip and returns it as an MP4 file.
+
+        Raises:
+          ConfigError: `video_extra`.
+        """
+        plan = plan_clip(self.seed, self.idx)
+        return encode_video(render_clip(plan), fps=plan.fps)
+
+
 Value = TypeVar("Value")
 
 ImageSource = bytes | str | Path | RemoteImage | SceneImage | Image.Image | np.ndarray
 """Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, or pixels
 (uint8 [H, W, 3])."""
+
+VideoSource = bytes | Path | SceneVideo
+"""The bytes of a video file, a local path, or a generated clip."""
 
 
 class Dataset(abc.ABC):
@@ -117,6 +140,8 @@ class DatasetBase(Dataset):
     source's own splits are used."""
     several_images: ClassVar[bool] = False
     """Whether an example may have several images; its `image` is a list then."""
+    videos: ClassVar[bool] = False
+    """Whether examples have videos; `several_images` is True then, as frames are images."""
     grouped: ClassVar[bool] = False
     """Whether the source has a row per annotation: all rows of an image become one example.
 
@@ -223,7 +248,7 @@ class DatasetBase(Dataset):
                 want="a list of messages",
                 fields=sorted(map(str, example)),
             )
-        return {**example, **_found_images(example)}
+        return {**example, **_found_images(example), **_found_video(example)}
 
     def sample_row(self, seed: int, idx: int) -> dict[str, Any]:  # noqa: ARG002
         """Generates a row in the true schema, for SOURCE=sample; its image is a SceneImage.
@@ -462,11 +487,14 @@ class DatasetBase(Dataset):
     def _mark(self, example: Mapping[str, Any]) -> int:
         """Hashes what the example is about: its images, or its text; 64 bits."""
         names = [self._image_name(image) for image in example_images(example)]
+        video = example_video(example)
+        if video is not None:
+            names.append(self._image_name(video))
         if not names:
             names = [json.dumps(example["message_list"], sort_keys=True)]
         return hash_text("\0".join([self.split_salt, *names]))
 
-    def _image_name(self, image: ImageSource) -> str:
+    def _image_name(self, image: ImageSource | VideoSource) -> str:
         if isinstance(image, Path) and self.rows.base and image.is_relative_to(self.rows.base):
             image = image.relative_to(self.rows.base)  # the same wherever the folder is
         if isinstance(image, RemoteImage):
@@ -613,6 +641,48 @@ def _in_memory(example: dict[str, Any]) -> dict[str, Any]:
 
 def _bytes_of(image: ImageSource) -> ImageSource:
     return image.read_bytes() if isinstance(image, Path) and image.is_file() else image
+
+
+def _found_video(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Finds the video that an adapter has only named; names start from the working directory."""
+    video = example.get("video")
+    if video is None:
+        return {}
+    found = _found_image(video)
+    if isinstance(found, str | RemoteImage):
+        raise SampleError("video_url", where=found if isinstance(found, str) else found.url)
+    return {"video": found}
+
+
+def example_video(example: Mapping[str, Any]) -> VideoSource | None:
+    """Gives the video of an example, if it has one; names start from the working directory.
+
+    Raises:
+      SampleError: `video_url`.
+    """
+    found: VideoSource | None = _found_video(example).get("video")
+    return found
+
+
+def example_clip(example: Mapping[str, Any]) -> tuple[float | None, float | None] | None:
+    """Gives the part of the video that an example is about: start and end in seconds.
+
+    Raises:
+      SampleError: `video_clip`: it is no such pair.
+    """
+    clip = example.get("clip")
+    if clip is None:
+        return None
+    pair = isinstance(clip, list | tuple) and len(clip) == 2
+    if not pair or not all(v is None or _is_time(v) for v in clip):
+        raise SampleError("video_clip.field", got=str(clip)[:80])
+    start_s, end_s = (None if v is None else float(v) for v in clip)
+    return start_s, end_s
+
+
+def _is_time(value: object) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and 0 <= value < 1e9  # type: ignore[operator]
 
 
 def image_facts(row: Mapping[str, Any]) -> dict[str, Any]:

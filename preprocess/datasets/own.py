@@ -41,10 +41,12 @@ from preprocess.formats import (
     NAME,
     PIECE,
     ROWS,
+    VIDEO_NAMES,
     Spec,
     annotation_names,
     check_unit,
     guess_format,
+    is_empty,
     open_records,
     parse_row,
     read_spec,
@@ -106,6 +108,7 @@ def _specified(spec: Spec, *, folder: Path, path: Path | None) -> type[DatasetBa
             "spec": spec,
             "folder": folder,
             "validation_share": float(spec.validation),
+            "videos": "video" in spec.columns,
             "__doc__": f"Rows of {path or spec.source}.",
         },
     )
@@ -243,6 +246,8 @@ class OwnDataset(DatasetBase):
             raise row[BROKEN]
         example = parse_row(row, self.spec)
         images = [resolve_image(each, base=self.base) for each in example.pop("image", ())]
+        if "video" in example:
+            example["video"] = resolve_image(example["video"], base=self.base)
         return {**example, "image": images} if images else example
 
 
@@ -463,7 +468,8 @@ def _likely_base(
     if "://" not in bases[0]:
         for row in (part[i] for part in parts for i in range(min(len(part), PROBED_IMAGES))):
             try:
-                images = parse_row(row, spec).get("image", ()) if BROKEN not in row else ()
+                found = parse_row(row, spec) if BROKEN not in row else {}
+                images = [*found.get("image", ()), found.get("video")]
             except SampleError:
                 continue
             names += [each for each in images if isinstance(each, str) and "://" not in each]
@@ -490,11 +496,18 @@ def _guessed(source: str) -> Spec:
     """
     files = list_files(source)
     records = open_records(files[0])
-    guess = guess_format(probed_rows(records))
+    probed = probed_rows(records)
+    guess = guess_format(probed)
     if not guess.format:
         raise SourceError("source_guess", where=files[0], reason=guess.reason)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).absolute().name.partition(".")[0])
-    return Spec(name=stem.strip("_-")[:80] or "own", format=guess.format, source=source)
+    columns = {}
+    if "video" in FORMATS[guess.format].fields:
+        names = [n for n in VIDEO_NAMES if any(not is_empty(row.get(n)) for row in probed)]
+        columns = {"video": names[0]} if names else {}
+    return Spec(
+        name=stem.strip("_-")[:80] or "own", format=guess.format, source=source, columns=columns
+    )
 
 
 def probed_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 """
 
 from preprocess.formats.detect import Guess, guess_format
+from preprocess.formats.images import is_empty
 from preprocess.formats.interleaved import PIECE
 from preprocess.formats.parse import FORMATS, parse_messages, parse_row
 from preprocess.formats.records import (
@@ -22,6 +23,7 @@ from preprocess.formats.records import (
 )
 from preprocess.formats.spec import NAME, Spec, read_spec
 from preprocess.formats.tasks import check_unit
+from preprocess.formats.video import VIDEO_NAMES
 
 __all__ = [
     "BROKEN",
@@ -33,9 +35,11 @@ __all__ = [
     "ROWS",
     "Records",
     "Spec",
+    "VIDEO_NAMES",
     "annotation_names",
     "check_unit",
     "guess_format",
+    "is_empty",
     "open_records",
     "parse_messages",
     "parse_row",

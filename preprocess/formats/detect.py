@@ -9,6 +9,7 @@ from typing import Any
 
 from preprocess.formats.images import NAMES
 from preprocess.formats.tasks import BOXES, CAPTIONS
+from preprocess.formats.video import VIDEO_NAMES
 
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
 SHARE = 0.95
@@ -67,8 +68,8 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
     if "question" in there and there & {"answer", "answers", "options"}:
         return "vqa", "a question with answers"
     caption = next((name for name in CAPTIONS if name in there), None)
-    if caption and there & set(NAMES):
-        return "captions", f"an image with {caption}"
+    if caption and there & {*NAMES, *VIDEO_NAMES}:
+        return "captions", f"an image or a video with {caption}"
     if there & set(BOXES):
         return "", "boxes need a spec, whose `box` and `unit` say what the numbers are"
     return "", f"fields {', '.join(sorted(map(str, there))[:12])}"

@@ -11,6 +11,7 @@ from preprocess.formats.detect import guess_format
 from preprocess.formats.interleaved import count_pieces, parse_document
 from preprocess.formats.spec import Spec
 from preprocess.formats.tasks import parse_boxes, parse_caption, parse_points, parse_question
+from preprocess.formats.video import with_video
 from shardspec.errors import SampleError, redacted_url
 
 METADATA = ("id", "question_id", "image_id", "source", "url", "licence", "license")
@@ -60,12 +61,12 @@ FORMATS: Mapping[str, Format] = {
     "sharegpt": _CONVERSATION,
     "captions": Format(
         parse=parse_caption,
-        fields=("image", "caption", "question"),
-        help="an image and one or more texts about it",
+        fields=("image", "video", "start", "end", "caption", "question"),
+        help="an image or a video, and one or more texts about it",
     ),
     "vqa": Format(
         parse=parse_question,
-        fields=("image", "question", "answer", "answers", "options"),
+        fields=("image", "video", "start", "end", "question", "answer", "answers", "options"),
         help="a question with an answer, several answers, or options",
     ),
     "points": Format(
@@ -121,7 +122,7 @@ def parse_row(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     Raises:
       SampleError: The row cannot become one; `reason` says why.
     """
-    example = FORMATS[spec.format].parse(row, spec)
+    example = with_video(FORMATS[spec.format].parse(row, spec), row, spec)
     metadata = {
         name: row[name] if isinstance(row[name], str) or abs(row[name]) < 2**63 else str(row[name])
         for name in METADATA

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.datasets import SceneImage
+from preprocess.datasets import SceneImage, SceneVideo
 from preprocess.fetch import BlobCache
 from preprocess.job.plan import shard_name
-from preprocess.recipe import Preparer, read_path
+from preprocess.recipe import Preparer, file_sha256, read_path
 from shardspec import storage
 from shardspec.documents import DocumentError, read_object
 from shardspec.errors import SampleError, ShardsError, StorageError
@@ -208,6 +208,7 @@ def _index_row(
             json_bytes=len(members[0][1]),
             image_sizes=[len(payload) for payload in encoded],
             views=preparer.recipe.image.views,
+            frames=preparer.frame_view,
             placeholder=preparer.tokenizer.special_ids["<|image|>"],
             bos="bos" in preparer.tokenizer.special_ids,
         )
@@ -328,6 +329,8 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
         example["image"] = [_open_image(each, cache=cache) for each in image]
     elif image is not None:
         example["image"] = _open_image(image, cache=cache)
+    if row.get("video") is not None:
+        example["video"] = _open_video(row["video"], cache=cache)
     try:
         return preparer(example, key=row["key"])
     except (ShardsError, MemoryError, OSError):
@@ -446,3 +449,14 @@ def _open_image(image: Mapping[str, Any], *, cache: BlobCache) -> Any:
     if hashlib.sha256(payload).hexdigest() != image["sha256"]:
         raise SampleError("image_changed", where=image["path"])
     return payload
+
+
+def _open_video(video: Mapping[str, Any], *, cache: BlobCache) -> bytes | Path | SceneVideo:
+    if video["kind"] == "scene":
+        return SceneVideo(seed=video["seed"], idx=video["idx"])
+    if video["kind"] == "blob":
+        return cache.get(video["sha256"])
+    path = Path(video["path"])
+    if file_sha256(path) != video["sha256"]:
+        raise SampleError("video_changed", where=video["path"])
+    return path

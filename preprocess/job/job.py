@@ -296,6 +296,8 @@ class Job:
                 **({"template_sha256": tokenizer.template.sha256} if tokenizer.template else {}),
             },
         }
+        if kind.videos:
+            self.recipe["video"] = settings.recipe.video.to_dict()
         self.libraries = library_versions(kind)
 
     @cached_property
@@ -398,16 +400,23 @@ def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:
     versions = {
         name: importlib.metadata.version(name) for name in ("numpy", "pillow", "tokenizers")
     }
+    if dataset.videos:
+        # Not imported here: the process that decodes has a compiled library of its own version.
+        versions["av"] = _version("av")
     for feature in ("libjpeg_turbo", "zlib", "webp", "littlecms2"):
         versions[feature] = str(PIL.features.version(feature))
-    try:
-        versions["simplejpeg"] = importlib.metadata.version("simplejpeg")
-    except importlib.metadata.PackageNotFoundError:
-        versions["simplejpeg"] = "absent"
+    versions["simplejpeg"] = _version("simplejpeg")
     return {**versions, "code_sha256": code.hexdigest()}
 
 
-_OWN = ("mode", "several_images", "frame")
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+_OWN = ("mode", "several_images", "frame", "video")
 """What a job adds to the settings of a recipe."""
 
 _ROOT = Path(__file__).parents[2]
@@ -429,6 +438,7 @@ _BYTE_SOURCES = (
     "preprocess/text/**/*.py",
     "preprocess/text/**/*.toml",
     "shardspec/checksum.py",
+    "shardspec/frames.py",
     "shardspec/image_file.py",
     "shardspec/index.py",
     "shardspec/keyed.py",

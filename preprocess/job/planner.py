@@ -27,7 +27,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from preprocess.datasets import ImageSource, RemoteImage, SceneImage, example_images
+from preprocess.datasets import (
+    ImageSource,
+    RemoteImage,
+    SceneImage,
+    SceneVideo,
+    VideoSource,
+    example_images,
+    example_video,
+)
 from preprocess.fetch import FetchPolicy, FetchResult, Ledger, fetch_all, redact
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.job import (
@@ -40,7 +48,15 @@ from preprocess.job.job import (
 from preprocess.job.plan import count_shards, plan_order, shard_borders
 from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
 from preprocess.media import pixels_file
-from preprocess.recipe import image_identity, images_identity, read_path, repeated_key, sample_key
+from preprocess.recipe import (
+    file_sha256,
+    image_identity,
+    images_identity,
+    read_path,
+    repeated_key,
+    sample_key,
+    video_identity,
+)
 from shardspec import storage
 from shardspec.documents import read_fields, read_object, require_plain
 from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleError, StorageError
@@ -367,16 +383,23 @@ def _planned_row(
     results: Mapping[str, FetchResult],
     stamps: StampWriter,
 ) -> tuple[dict[str, Any], SampleError | None]:
-    images = example_images(example)
+    images, video = example_images(example), example_video(example)
     example.pop("image", None)
+    example.pop("video", None)
     _check_number(job, images)
     planned = [_plan_image(job, image, results, stamps) for image in images]
+    planned_video = None
+    if video is not None:
+        planned_video = _plan_video(job, video, example, stamps)
+        planned.append(planned_video)
     key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
-    locations = [image.location for image in planned]
+    locations = [image.location for image in planned if image is not planned_video]
     location = locations if job.dataset.several_images else next(iter(locations), None)
     if "metadata" in example:
         example = {**example, "metadata": _without_secrets(example["metadata"])}
     row = {"key": key, "image": location, "example": example}
+    if planned_video is not None:
+        row["video"] = planned_video.location
     errors = [image.error for image in planned if image.error is not None]
     if not example["message_list"]:
         errors.append(SampleError("no_message.mode"))
@@ -452,6 +475,36 @@ def _plan_image(
         identity = image_identity(image, image)
         return _PlannedImage(location={"kind": "blob", "sha256": digest}, identity=identity)
     raise ConfigError("image_type", got=type(image).__name__)
+
+
+def _plan_video(
+    job: Job, video: VideoSource, example: Mapping[str, Any], stamps: StampWriter
+) -> _PlannedImage:
+    """Finds where a video is, and its identity; its frames are decoded when it is built."""
+    if not job.dataset.videos:
+        raise ConfigError("video_dataset", dataset=job.dataset.name)
+    if isinstance(video, SceneVideo):
+        location: dict[str, Any] = {"kind": "scene", "seed": video.seed, "idx": video.idx}
+        return _PlannedImage(location=location, identity=video_identity(video, example))
+    if isinstance(video, bytes):
+        sha256 = hashlib.sha256(video).hexdigest()
+        if not job.blobs.has(sha256, num_bytes=len(video)):
+            job.blobs.put(video)
+        location = {"kind": "blob", "sha256": sha256}
+    elif isinstance(video, Path):
+        location = {"kind": "path", "path": str(video.absolute())}
+        stamp = stamp_file(video)
+        try:
+            sha256 = file_sha256(video)
+        except SampleError as unreadable:
+            stamps.add(stamp)
+            return _PlannedImage(location=location, identity="", error=unreadable)
+        stamps.add(with_content(stamp, sha256))
+        location["sha256"] = sha256
+    else:
+        raise ConfigError("video_type", got=type(video).__name__)
+    identity = video_identity(video, example, sha256=sha256)
+    return _PlannedImage(location=location, identity=identity)
 
 
 def _check_number(job: Job, images: Sequence[ImageSource]) -> None:

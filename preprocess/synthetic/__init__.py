@@ -1,8 +1,9 @@
-"""Generated scenes and questions about them: the sample rows of every dataset.
+"""Generated scenes and clips, and questions about them: the sample rows of every dataset.
 
 Decides what a generated row holds. Never reads files; the same seed gives the same row.
 """
 
+from preprocess.synthetic.clips import plan_clip, render_clip
 from preprocess.synthetic.questions import (
     POINT_MARK,
     choose,
@@ -25,9 +26,11 @@ __all__ = [
     "compared_scenes",
     "listed",
     "percent_points",
+    "plan_clip",
     "plan_scene",
     "pointed_answers",
     "render",
+    "render_clip",
     "row_rng",
     "scene_plan",
     "scene_questions",

@@ -32,8 +32,9 @@ class TokenizedText:
     """int32 [T], distinct runs end to end."""
     rows: tuple[tuple[int, int, int, int, int, int, int], ...]
     """TEXT rows without their kind: branch, turn, prompt and response spans, weight."""
-    leads: tuple[tuple[int, int], ...]
-    """(start, stop) of the tokens in front of each image, or ()."""
+    leads: tuple[tuple[int, ...], ...]
+    """(start, stop) of the tokens in front of each image, or (). Those of frames have more: (start,
+    stop) for the first frame of a video, and its time in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,12 @@ class InterleavedTextPreprocessor:
     tokenizer: Tokenizer
 
     def __call__(
-        self, branches: Sequence[Branch], *, key: str, leads: Sequence[str] = ()
+        self,
+        branches: Sequence[Branch],
+        *,
+        key: str,
+        leads: Sequence[str] = (),
+        frame_times_s: Sequence[float] = (),
     ) -> TokenizedText:
         """Tokenizes every variant of every turn.
 
@@ -51,6 +57,7 @@ class InterleavedTextPreprocessor:
           branches: Formatted conversations.
           key: The sample's, for errors.
           leads: Texts in front of the images, one per image; () for none.
+          frame_times_s: When the frames of a video are shown, which follow the images.
 
         Raises:
           SampleError: `empty_response` (no token to learn from), `image_placeholder`,
@@ -94,8 +101,17 @@ class InterleavedTextPreprocessor:
             IMAGE_PLACEHOLDER in variant.prompt or IMAGE_PLACEHOLDER in variant.response
             for variant in _variants(branches)
         )
+        if frame_times_s:
+            lead_spans: list[tuple[int, ...]] = [span(text) if text else (0, 0) for text in leads]
+            lead_spans += [
+                (*span(" " + text), *span(text), round(time_s * 1000))
+                for time_s in frame_times_s
+                for text in [frame_time(time_s)]
+            ]
+        else:
+            lead_spans = [] if placed or not any(leads) else [*map(span, leads)]
         return TokenizedText(
-            leads=() if placed or not any(leads) else tuple(span(text) for text in leads),
+            leads=tuple(lead_spans),
             rows=tuple(rows),
             tokens=np.array(ids, dtype="<i4"),
         )
@@ -136,6 +152,16 @@ class InterleavedTextPreprocessor:
         for part in rest:
             ids += [self.tokenizer.special_ids[IMAGE_PLACEHOLDER], *self.tokenizer.encode(part)]
         return ids
+
+
+def frame_time(time_s: float) -> str:
+    """Writes the time in front of a frame, as Molmo 2 does; one that follows others has a space
+    before it.
+
+    >>> frame_time(12.46)
+    '12.5 '
+    """
+    return f"{time_s:.1f} "
 
 
 def check_placeholders(branches: Sequence[Branch], *, num_images: int, key: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from preprocess.datasets import SceneImage, get_dataset
-from preprocess.media import ImageLimits, ImagePolicy
+from preprocess.media import ImageLimits, ImagePolicy, VideoPolicy
 from preprocess.recipe import Preparer, Recipe, image_identity, read_path, sample_key
 from preprocess.text import StyleSheet, TextPolicy
 from preprocess.text.sheet import OwnStyle
@@ -283,7 +283,7 @@ def test_recipe_is_plain_json():
 def test_every_setting_of_the_policies_is_tried_below():
     assert set(OTHER_TEXT) == {f.name for f in dataclasses.fields(TextPolicy)}
     assert set(OTHER_IMAGE) == {f.name for f in dataclasses.fields(ImagePolicy)}
-    assert {f.name for f in dataclasses.fields(Recipe)} == {"text", "image", "seed"}
+    assert {f.name for f in dataclasses.fields(Recipe)} == {"text", "image", "video", "seed"}
 
 
 @pytest.mark.parametrize(
@@ -303,6 +303,14 @@ def test_every_setting_of_the_policies_is_tried_below():
 def test_change_of_any_setting_shows_in_the_recipe(other):
     assert other.to_dict() != RECIPE.to_dict()
     assert json.loads(json.dumps(other.to_dict())) == other.to_dict()
+
+
+def test_settings_of_videos_count_for_datasets_with_videos_only():
+    other = Recipe(image=IMAGE, video=VideoPolicy(max_frames=3, pool=2))
+    assert other.to_dict() == RECIPE.to_dict()
+    plain = other.video.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert set(plain) == {f.name for f in dataclasses.fields(VideoPolicy)}
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ImageView)])

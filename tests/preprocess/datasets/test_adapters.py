@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from preprocess.datasets import (
     DatasetBase,
     SceneImage,
+    SceneVideo,
     dataset_class,
     dataset_names,
     example_images,
+    example_video,
     get_dataset,
 )
 from preprocess.datasets.base import row_image
@@ -103,7 +105,8 @@ def points_of(message):
 
 
 def test_every_dataset_but_the_first_has_golden_rows():
-    assert set(GOLDEN_NAMES) == set(dataset_names()) - {"pixmo_cap"}
+    # The one with videos has generated rows only.
+    assert set(GOLDEN_NAMES) == set(dataset_names()) - {"pixmo_cap", "moving_shapes"}
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -126,7 +129,8 @@ def test_generated_examples_are_whole_and_of_plain_json(name, mode):
         assert example["message_list"]
         images = example_images(example)
         assert all(isinstance(image, SceneImage) for image in images)
-        assert isinstance(example.get("image"), list) == dataset.several_images
+        assert isinstance(example.get("image"), list) == dataset.several_images - dataset.videos
+        assert isinstance(example_video(example), SceneVideo) == dataset.videos
         for message in example["message_list"]:
             assert message["style"] in STYLES
             if "options" in message:
@@ -540,9 +544,10 @@ def build(tmp_path_factory):
 def test_a_job_builds_generated_rows(name, build):
     out = build(name)
     manifest = require_manifest(str(out))
-    several = name == "pixmo_multi_image_qa"
+    several, videos = name in ("pixmo_multi_image_qa", "moving_shapes"), name == "moving_shapes"
     assert manifest.splits["train"].num_samples == 2
     assert manifest.recipe["several_images"] is several
+    assert ("video" in manifest.recipe) == ("av" in manifest.libraries) == videos
     assert verify(str(out), Silent(), deep=True) == []
     dataset = get_dataset(name, source="sample", limit=2)
     want = sorted(
@@ -563,7 +568,9 @@ def test_a_job_builds_generated_rows(name, build):
                     assert suffixes == [f"{i}.jpg" for i in range(len(suffixes))]
                 else:
                     assert suffixes in (["jpg"], [])
-                got.append((len(suffixes), record["message_list"][0].get("question", "")))
+                assert len(suffixes) == len(record["video"]["frame_times_s"]) if videos else True
+                number = 0 if videos else len(suffixes)
+                got.append((number, record["message_list"][0].get("question", "")))
     assert sorted(got) == want
 
 

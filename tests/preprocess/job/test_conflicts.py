@@ -167,6 +167,17 @@ OTHERS = {
     "NUM_SHARDS": "2",
 }
 """Another value of every variable that enters the identity of a job."""
+VIDEOS = {
+    "FRAMES": "uniform",
+    "MAX_FRAMES": "8",
+    "MAX_FPS": "1",
+    "FRAME_SPACING": "0.5",
+    "FRAME_POOL": "2",
+    "DAMAGED_VIDEOS": "refuse",
+    "VIDEO_TIME": "60",
+    "VIDEO_MEMORY": "2GB",
+}
+"""The same of datasets with videos."""
 NOT_IN_IT = {
     "ALLOW_HOSTS",
     "ATTEMPTS",
@@ -186,9 +197,9 @@ NOT_IN_IT = {
 """Variables that change no byte."""
 
 
-def identity(*flags):
+def identity(*flags, dataset="text_sft"):
     parser, _ = command_line()
-    given = ["shards", "text_sft", "--source=sample", "--out=out", "--crops=6", *flags]
+    given = ["shards", dataset, "--source=sample", "--out=out", "--crops=6", *flags]
     return Job(job_settings(parser.parse_args(given))).identity
 
 
@@ -203,7 +214,25 @@ def test_every_setting_is_told_by_its_own_name_alone(variable, tmp_path):
     assert table(found).splitlines()[1].split()[0] == variable
 
 
+@pytest.mark.parametrize("variable", VIDEOS)
+def test_settings_of_videos_are_told_where_there_are_videos(variable):
+    flag = f"--{variable.lower().replace('_', '-')}={VIDEOS[variable]}"
+    same = [identity(dataset="moving_shapes"), identity(flag, dataset="moving_shapes")]
+    assert [each.name for each in find_differences(*same)] == [variable]
+    assert not find_differences(identity(), identity(flag))
+
+
 def test_every_variable_is_in_one_of_the_lists():
     _, verbs = command_line()
-    told = {*OTHERS, *NOT_IN_IT, "CONFIG", "DATASET", "NAME", "SOURCE", "MODE", "TOKENIZER"}
+    told = {
+        *OTHERS,
+        *VIDEOS,
+        *NOT_IN_IT,
+        "CONFIG",
+        "DATASET",
+        "NAME",
+        "SOURCE",
+        "MODE",
+        "TOKENIZER",
+    }
     assert set(make_variables(verbs["shards"])) == told

@@ -1,0 +1,324 @@
+"""Videos from the file to the batch: shards change speed, never content.
+
+Frames are stored, so with a lossless codec the invariant of `test_invariant` holds for them too:
+which of them an example has is drawn from the sample's generator, on both paths.
+"""
+
+import json
+import tarfile
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loader import (
+    Augment,
+    DeterministicDataset,
+    MolmoPreprocessor,
+    StreamingDataset,
+    View,
+    make_dataloader,
+)
+from preprocess.datasets import get_dataset
+from preprocess.job import JobSettings, run_job, verify
+from preprocess.job.build import prepare_row
+from preprocess.media import ImagePolicy, VideoPolicy, encode_video
+from preprocess.recipe import Preparer, Recipe
+from preprocess.synthetic import plan_clip, render_clip
+from preprocess.text import TextPolicy, load_tokenizer
+from shardspec.errors import ConfigError, SampleError
+from shardspec.keyed import dataset_seed
+from shardspec.tiling import FrameView, ImageView
+from tests import inline
+
+pytest.importorskip("av")
+
+SEED = 7
+SMALL = ImageView(size_px=84, patch_px=14)
+RECIPE = Recipe(
+    text=TextPolicy(num_variants=2),
+    image=ImagePolicy(views=(SMALL,), codec="png"),
+    video=VideoPolicy(max_frames=7),
+    seed=3,
+)
+VIEWS = {
+    "all-frames": FrameView(),
+    "three-random-frames": FrameView(max_frames=3),
+    "pool-2-around-the-video": FrameView(pool=(2, 2), marks="video", max_frames=4),
+    "no-times-no-marks": FrameView(timestamps=False, marks="none"),
+}
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    return Preparer(recipe=RECIPE, tokenizer=load_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The shards of five generated clips."""
+    folder = tmp_path_factory.mktemp("videos")
+    settings = JobSettings(
+        dataset="moving_shapes",
+        source="sample",
+        limit=5,
+        out=str(folder / "shards"),
+        cache=str(folder / "cache"),
+        recipe=RECIPE,
+        num_shards=2,
+    )
+    with inline.jobs():
+        run_job(settings, inline.Quiet())
+    return settings.out
+
+
+class InStoredOrder:
+    def __init__(self, prepared):
+        self.prepared = prepared
+
+    def __len__(self):
+        return len(self.prepared)
+
+    def get(self, item, rng):
+        return self.prepared[item]
+
+
+@pytest.fixture(scope="module")
+def unsharded(built, prepare):
+    """The prepared samples of the rows themselves, in stored order."""
+    rows = get_dataset("moving_shapes", source="sample", limit=5)
+    samples = {sample.key: sample for sample in (prepare(rows.get(i)) for i in range(len(rows)))}
+    reader = StreamingDataset(built).reader
+    return InStoredOrder([samples[reader.read(i).key] for i in range(len(samples))])
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_batches_from_shards_equal_the_unsharded_ones(name, built, unsharded, prepare):
+    view = View(image=SMALL, frames=VIEWS[name], augment=Augment.standard(), image_map="pooling")
+    stream = StreamingDataset(built, seed=SEED, view=view)
+    other = DeterministicDataset(
+        unsharded,
+        MolmoPreprocessor(lambda s: s, special_ids=prepare.tokenizer.special_ids, view=view),
+        seed=dataset_seed(SEED, "moving_shapes"),
+    )
+    times = set()
+    for number in range(5):
+        for epoch in (0, 1):
+            got, want = stream.example(number, epoch=epoch), other.get(number, epoch=epoch)
+            assert want["metadata"].pop("valid")
+            assert got["metadata"] == want["metadata"]
+            assert got.keys() == want.keys()
+            for key in got.keys() - {"metadata"}:
+                assert got[key].tobytes() == want[key].tobytes(), key
+            times.add((number, *got["metadata"]["frame_times_s"]))
+    # Frames are drawn anew in each epoch, where there are more of them.
+    assert len(times) > 5 if VIEWS[name].max_frames else len(times) == 5
+
+
+def test_loader_takes_the_view_that_the_shards_were_made_for(built):
+    loader = make_dataloader(
+        StreamingDataset(built, seed=SEED), global_batch_size=2, sequence_length=1024, workers=0
+    )
+    batch = next(iter(loader))
+    patches = int((batch["input_ids"] == loader.dataset.ids.image.im_patch).sum())
+    assert patches == batch["images"].shape[0] * batch["images"].shape[1] * 4 or patches % 4 == 0
+    assert loader.dataset.view.frames == FrameView()
+
+
+def test_recorded_lengths_hold_every_draw_and_pack(built):
+    view = View(image=SMALL, frames=FrameView(max_frames=3))
+    stream = StreamingDataset(built, seed=SEED, view=view)
+    builder = stream._stream.parts[0].builder
+    tokens, crops = builder.lengths(np.arange(5))
+    for number in range(5):
+        example = stream.example(number)
+        assert len(example["input_ids"]) <= tokens[number]
+        assert len(example["images"]) <= crops[number]
+    everything = StreamingDataset(built, seed=SEED)
+    tokens, crops = everything._stream.parts[0].builder.lengths(np.arange(5))
+    for number in range(5):
+        assert len(everything.example(number)["images"]) == crops[number]
+    smaller = replace(view, frames=FrameView(pool=(2, 2)))
+    with pytest.raises(ConfigError, match="smaller pool"):
+        StreamingDataset(built, view=smaller)._stream.parts[0].builder.lengths(np.arange(5))
+
+
+def test_evaluation_sees_the_same_frames_each_time(built):
+    view = View(image=SMALL, frames=FrameView(max_frames=3), purpose="inference")
+    stream = StreamingDataset(built, seed=SEED, view=view)
+    first = [stream.example(0, epoch=epoch) for epoch in (0, 1)]
+    assert np.array_equal(first[0]["images"], first[1]["images"])
+    times = first[0]["metadata"]["frame_times_s"]
+    assert len(times) == 3
+    assert times[0] == 0.0
+
+
+def test_each_question_of_an_evaluation_is_asked_about_the_same_frames(built):
+    view = View(image=SMALL, frames=FrameView(max_frames=3), purpose="evaluation")
+    stream = StreamingDataset(built, seed=SEED, view=view, tail="pad")
+    loader = make_dataloader(stream, global_batch_size=2, sequence_length=1024, with_metadata=True)
+    asked = [one for batch in loader for one in batch["metadata"]]
+    times = {one["key"]: one["frame_times_s"] for one in asked}
+    assert len(asked) > len(times) > 2
+    assert all(one["frame_times_s"] == times[one["key"]] for one in asked)
+    assert all(len(each) == 3 for each in times.values())
+
+
+def test_sample_says_where_its_frames_are_from(built):
+    names = []
+    for shard in StreamingDataset(built).manifest.shards:
+        with tarfile.open(f"{built}/{shard.url}") as tar:
+            names += [m for m in tar.getnames() if m.endswith(".json")]
+            record = json.load(tar.extractfile(next(n for n in names if n in tar.getnames())))
+    video = record["video"]
+    assert len(video["frame_times_s"]) == len(video["frame_numbers"]) <= 7
+    assert video["frame_times_s"][0] == 0.0
+    assert video["codec"] == "h264"
+    assert video["fps"] > 9
+    assert video["damaged"] == 0
+    assert video["decoder"].startswith("PyAV")
+    assert video["access"] == "index"
+    assert verify(built, inline.Quiet(), deep=True) == []
+
+
+def test_stored_frames_show_the_scenes_of_the_clip(prepare):
+    """A frame before a cut has the first background, one after it the second."""
+    seed, idx = next(
+        (s, i) for s in range(1) for i in range(50) if len(plan_clip(s, i).scenes) == 2
+    )
+    plan = plan_clip(seed, idx)
+    file = encode_video(render_clip(plan), fps=plan.fps)
+    message = {"style": "vqa2", "question": "What is it?", "answer": "a clip"}
+    sample = prepare({"video": file, "message_list": [message]})
+    frames = list(render_clip(plan))
+    for image, number in zip(sample.images, sample.record["video"]["frame_numbers"], strict=True):
+        want = np.asarray(Image.fromarray(frames[number]).resize((84, 84), 3), np.int16)
+        assert np.abs(image.pixels.astype(np.int16) - want).mean() < 6
+
+
+def test_view_without_frames_is_refused_by_name(prepare):
+    rows = get_dataset("moving_shapes", source="sample", limit=1)
+    preprocessor = MolmoPreprocessor(prepare, special_ids=prepare.tokenizer.special_ids)
+    with pytest.raises(SampleError, match="does not say how its frames are seen") as found:
+        preprocessor(rows.get(0), np.random.RandomState(0))
+    assert found.value.reason == "video_view"
+
+
+def test_file_that_changes_between_plan_and_build_is_named(prepare, tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"1")
+    row = {
+        "key": "a",
+        "image": None,
+        "video": {"kind": "path", "path": str(path), "sha256": "0" * 64},
+        "example": {"message_list": [{"style": "vqa2", "question": "What?", "answer": "a"}]},
+    }
+    with pytest.raises(SampleError) as found:
+        prepare_row(prepare, row, cache=None)
+    assert found.value.reason == "video_changed"
+
+
+def test_packs_of_videos_show_every_sample_once(built):
+    loader = make_dataloader(
+        StreamingDataset(built, seed=SEED),
+        global_batch_size=1,
+        sequence_length=2048,
+        pack=True,
+        with_metadata=True,
+    )
+    rows = [row for batch in loader for row in batch["metadata"]]
+    keys = [one["key"] for row in rows for one in row["examples"]]
+    assert len(keys) == len(set(keys)) == 5
+
+
+CODE = """
+from preprocess.datasets import DatasetBase
+
+class Clips(DatasetBase):
+    videos = {videos}
+    several_images = True
+
+    def load(self):
+        message = {{"style": "vqa2", "question": "What is it?", "answer": "a clip"}}
+        return [{{"video": {video}, "message_list": [message]}}]
+"""
+
+
+@pytest.mark.parametrize(
+    "videos, video, reason",
+    [("False", "b'0'", "video_dataset"), ("True", "7", "video_type")],
+)
+def test_classes_that_give_videos_otherwise_are_refused(videos, video, reason, tmp_path):
+    (tmp_path / "mine.py").write_text(CODE.format(videos=videos, video=video))
+    settings = JobSettings(
+        dataset=f"{tmp_path / 'mine.py'}:Clips",
+        out=str(tmp_path / "shards"),
+        cache=str(tmp_path / "cache"),
+        recipe=RECIPE,
+    )
+    with inline.jobs(), pytest.raises(ConfigError) as found:
+        run_job(settings, inline.Quiet())
+    assert found.value.reason == reason
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of two clips of a second each, and rows about them."""
+    folder = tmp_path_factory.mktemp("own")
+    for i in range(2):
+        frames = [np.full((48, 64, 3), 20 * t + i, np.uint8) for t in range(10)]
+        (folder / f"{i}.mp4").write_bytes(encode_video(frames, fps=Fraction(10)))
+    captions = [{"video": f"{i}.mp4", "caption": f"It gets lighter, {i}."} for i in range(2)]
+    questions = [
+        {"video": "0.mp4", "question": "What happens?", "answer": "fading", "start": 0.5},
+        {"video": "0.mp4", "question": "What happens?", "answer": "fading", "end": 0.35},
+        {"video": "1.mp4", "question": "What happens?", "answer": "fading"},
+    ]
+    for name, rows in {"captions": captions, "questions": questions}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, want",
+    [
+        ("captions", [[0.0, 0.5, 0.9]] * 2),
+        ("questions", [[0.0, 0.4], [0.0, 0.3], [0.0, 0.5, 0.9]]),
+    ],
+)
+def test_own_rows_with_a_column_of_videos_become_samples(name, want, clips, tmp_path):
+    settings = JobSettings(
+        dataset=str(clips / f"{name}.jsonl"),
+        out=str(tmp_path / "shards"),
+        cache=str(tmp_path / "cache"),
+        recipe=RECIPE,
+    )
+    with inline.jobs():
+        run_job(settings, inline.Quiet())
+    stream = StreamingDataset(settings.out, split="train")
+    got = [stream.example(i)["metadata"]["frame_times_s"] for i in range(len(want))]
+    assert sorted(got) == sorted(want)
+    assert not verify(settings.out, inline.Quiet(), deep=True)
+
+
+def test_videos_that_cannot_be_used_are_quarantined_by_name(clips, tmp_path):
+    (clips / "text.mp4").write_text("no video")
+    rows = [{"video": f"{i}.mp4", "caption": "It gets lighter."} for i in (0, 1, "text", "absent")]
+    rows.append({"video": "https://example.com/a.mp4", "caption": "It is elsewhere."})
+    rows.append({"video": "0.mp4", "caption": "It is too late.", "start": 7})
+    (clips / "broken.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    settings = JobSettings(
+        dataset=str(clips / "broken.jsonl"),
+        out=str(tmp_path / "shards"),
+        cache=str(tmp_path / "cache"),
+        recipe=RECIPE,
+        max_lost_rows=1.0,
+        max_bad_samples=1.0,
+    )
+    with inline.jobs():
+        outcome = run_job(settings, inline.Quiet())
+    reasons = outcome.result.split.quarantined
+    assert reasons == {"video_open": 2, "video_url": 1, "video_clip": 1}
+    assert outcome.result.split.num_samples == 2
