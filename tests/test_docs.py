@@ -152,6 +152,11 @@ def datasets(tiny_dataset, session_cli, tmp_path_factory):
         *("shards", "vqa2", "--source", "sample", "--limit", 8, "--num-shards", 1),
         *("--out", questions, "--cache", folder / "cache", "--workers", 1),
     )
+    videos = folder / "moving_shapes"
+    session_cli.good(
+        *("shards", "moving_shapes", "--source", "sample", "--limit", 2, "--num-shards", 1),
+        *("--out", videos, "--cache", folder / "cache", "--workers", 1),
+    )
     session_cli.good("import", tiny_dataset / "train", "--out", raw, "--name", "raw")
     scored = annotated(tiny_dataset, folder)
     return {
@@ -159,6 +164,7 @@ def datasets(tiny_dataset, session_cli, tmp_path_factory):
         "s3://bucket/pixmo_cap": tiny_dataset,
         "shards/vqa2": questions,
         "shards/laion": raw,
+        "shards/moving_shapes": videos,
         "shards/scored": scored,
         "/nvme/cache": folder / "blocks",
     }
