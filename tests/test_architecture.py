@@ -45,6 +45,14 @@ PURE = {
     "shardspec/columns.py",
     "shardspec/errors.py",
     "shardspec/expression.py",
+    "shardspec/families/__init__.py",
+    "shardspec/families/configs.py",
+    "shardspec/families/fixed.py",
+    "shardspec/families/gemma3.py",
+    "shardspec/families/internvl.py",
+    "shardspec/families/plan.py",
+    "shardspec/families/qwen2_vl.py",
+    "shardspec/families/stored.py",
     "shardspec/image_file.py",
     "shardspec/keyed.py",
     "shardspec/sample.py",
@@ -128,7 +136,7 @@ CLOCKS = {
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
-CALENDARS = {"preprocess/text/chat_template.py"}
+CALENDARS = {"preprocess/model/render.py", "preprocess/text/chat_template.py"}
 """Write a day that they are given."""
 
 OF_CLIENTS = {"shardspec/storage/signing.py": {"botocore"}}
@@ -143,6 +151,7 @@ FLOORS = {
         {"documents", "keyed", "toml", "checksum"},
         {"messages"},
         {"errors", "image_file"},
+        {"families"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns"},
@@ -154,6 +163,7 @@ FLOORS = {
         {"media"},
         {"fetch", "synthetic"},
         {"text", "tokenizer", "datasets"},
+        {"model"},
         {"recipe"},
         {"job"},
         {"reshard"},
