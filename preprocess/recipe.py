@@ -20,12 +20,16 @@ import numpy as np
 from preprocess.datasets import ImageSource, RemoteImage, SceneImage, example_images
 from preprocess.formats import parse_messages
 from preprocess.media import ImagePolicy, ImagePreprocessor, MemoryBudget
+from preprocess.model import ChatModel, conversations, tokenized_conversations
 from preprocess.settings import Setting
 from preprocess.text import (
+    BareFrame,
+    Branch,
     DataFormatter,
     Frame,
     InterleavedTextPreprocessor,
     TextPolicy,
+    TokenizedText,
     Tokenizer,
     answer_flags,
     chat_frame,
@@ -36,9 +40,11 @@ from preprocess.text import (
     message_texts,
     safe_geometry,
     styles_of,
+    system_text,
     word_groups,
 )
 from shardspec.errors import ConfigError, SampleError
+from shardspec.families import family_to_dict
 from shardspec.index import longest_text
 from shardspec.manifest import canonical_json
 from shardspec.sample import PreparedSample, spans_table
@@ -63,9 +69,11 @@ class Recipe:
         image = {
             f.name: getattr(self.image, f.name)
             for f in dataclasses.fields(self.image)
-            if f.name != "views"
+            if f.name not in ("views", "family")
         }
         image["limits"] = dataclasses.asdict(self.image.limits)
+        if self.image.family is not None:
+            image["family"] = family_to_dict(self.image.family)
         views = [view.to_dict() for view in self.image.views]
         text = {f.name: getattr(self.text, f.name) for f in dataclasses.fields(self.text)}
         text["styles"] = self.text.styles.to_dict()
@@ -82,6 +90,8 @@ class Preparer:
     tokenizer: Tokenizer
     read_url: Callable[[str], bytes] | None = None
     """Reads the bytes of a URL, for example from a blob cache; None refuses URLs."""
+    model: ChatModel | None = None
+    """The model whose chat template makes the text; None for the recipe's message format."""
     memory: MemoryBudget | None = None
     """What decoding may take in all processes together; None for no bound but each image's own."""
 
@@ -92,6 +102,8 @@ class Preparer:
         Raises:
           ConfigError: `no_chat_template`, `tokenizer_format`.
         """
+        if self.model is not None:
+            return BareFrame()
         wanted = self.recipe.text.message_format
         frame = chat_frame(wanted, self.tokenizer.chat)
         if not self.tokenizer.fits(wanted):
@@ -174,10 +186,7 @@ class Preparer:
         branches = self.formatter(example, key=key, image_sizes=sizes)
         if not branches:
             raise SampleError("no_message.row", where=key)
-        check_placeholders(branches, num_images=len(images), key=key)
-        leads = image_prefixes(len(images))
-        text_preprocessor = InterleavedTextPreprocessor(tokenizer=self.tokenizer)
-        tokenized = text_preprocessor(branches, key=key, leads=leads)
+        tokenized = self._tokenized(example, branches, num_images=len(images), key=key)
         spans = spans_table(tokenized.rows, images, leads=tokenized.leads)
         limit = example.get("max_tokens")
         if limit and (length := self._length(spans, sizes)) > limit:
@@ -203,6 +212,18 @@ class Preparer:
         ]
         text = longest_text(spans)[0] - len(sizes)  # each has a symbol in the text
         return ("bos" in self.tokenizer.special_ids) + text + max(per_view)
+
+    def _tokenized(
+        self, example: Mapping[str, Any], branches: Sequence[Branch], *, num_images: int, key: str
+    ) -> TokenizedText:
+        if self.model is None:
+            check_placeholders(branches, num_images=num_images, key=key)
+            leads = image_prefixes(num_images)
+            text_preprocessor = InterleavedTextPreprocessor(tokenizer=self.tokenizer)
+            return text_preprocessor(branches, key=key, leads=leads)
+        systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
+        alternatives = conversations(branches, systems)
+        return tokenized_conversations(self.model, alternatives, images=num_images, key=key)
 
     def _read(self, image: ImageSource) -> Any:
         if isinstance(image, SceneImage | RemoteImage):

@@ -206,4 +206,5 @@ def test_every_setting_is_told_by_its_own_name_alone(variable, tmp_path):
 def test_every_variable_is_in_one_of_the_lists():
     _, verbs = command_line()
     told = {*OTHERS, *NOT_IN_IT, "CONFIG", "DATASET", "NAME", "SOURCE", "MODE", "TOKENIZER"}
+    told |= {"MODEL"}
     assert set(make_variables(verbs["shards"])) == told
