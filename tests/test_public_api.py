@@ -60,6 +60,8 @@ PUBLIC = {
         "DevicePrefetcher",
         "IterableDatasetMixture",
         "MMCollator",
+        "ModelPreprocessor",
+        "ModelView",
         "MolmoPreprocessor",
         "Network",
         "Order",
@@ -75,6 +77,7 @@ PUBLIC = {
         "assemble",
         "group_by",
         "make_dataloader",
+        "model_view",
         "plan_order",
         "view_collator",
     ],
@@ -94,7 +97,7 @@ PUBLIC = {
         "score_results",
         "write_table",
     ],
-    "loader.integrations": ["SteadyPasses", "attach_to_trainer"],
+    "loader.integrations": ["SteadyPasses", "attach_to_trainer", "check_model"],
     "vlm_shards": [
         "VQA2",
         "AOkVqa",
@@ -189,6 +192,8 @@ MEMBERS = {
         *("state_dict", "view"),
     ],
     "MMCollator": ["collate"],
+    "ModelPreprocessor": [],
+    "ModelView": ["backend", "family"],
     "MolmoPreprocessor": ["questions"],
     "Network": [
         *("ahead_bytes", "ahead_steps", "block_bytes", "cold_steps", "requests", "retry"),
@@ -233,7 +238,8 @@ MEMBERS = {
     ],
     "View": [
         *("augment", "branch_order", "high_res", "high_res_probability", "image", "image_map"),
-        *("loss", "max_images", "normalize", "pixels", "purpose", "questions", "reduced_decoding"),
+        *("loss", "max_images", "model", "normalize", "pixels", "purpose", "questions"),
+        *("reduced_decoding",),
         *("resample", "sequence_length", "shapes", "tree", "weight"),
     ],
 }
