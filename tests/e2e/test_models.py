@@ -272,8 +272,7 @@ def run(datasets, name, *, world_size, count, state=None, **options):
             pad_mode="max_len",
             with_metadata=True,
             decode_threads=options.get("decode_threads", 0),
-            pack=options.get("pack", False),
-            balance=False,
+            **({"pack": True, "balance": False} if options.get("pack") else {}),
         )
         if state is not None:
             loader.load_state_dict(state)

@@ -162,6 +162,9 @@ def test_every_message_is_drawn_equally_often_whatever_its_variants():
     assert [each.system for each in found] == ["", "", "Be brief.", "Be brief."]
     assert found[0].turns == (Turn("q", "a"), Turn("s", "c"))
     assert found[1].turns == (Turn("r", "b"), Turn("s", "c"))
+    with pytest.raises(SampleError) as caught:  # an answer without loss would be learned
+        conversations([Branch(turns=one.turns, shares=(0.0, 1.0))], [""])
+    assert caught.value.reason == "loss_span"
     same = branch([("q", "a"), ("q", "a")])
     assert len(conversations([same], [""])) == 1
 
