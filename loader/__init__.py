@@ -4,6 +4,8 @@ from loader.assembly import (
     Augment,
     DeterministicDataset,
     MMCollator,
+    ModelPreprocessor,
+    ModelView,
     MolmoPreprocessor,
     VideoPreprocessor,
     View,
@@ -17,7 +19,7 @@ from loader.mixture_stream import IterableDatasetMixture
 from loader.order import Order, OrderConfig, SampleRef, plan_order
 from loader.raw import RawDataset, RawSample
 from loader.reading import Network
-from loader.stream import StreamingDataset, group_by
+from loader.stream import StreamingDataset, group_by, model_view
 from shardspec.storage import RetryPolicy
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "DevicePrefetcher",
     "IterableDatasetMixture",
     "MMCollator",
+    "ModelPreprocessor",
+    "ModelView",
     "MolmoPreprocessor",
     "Network",
     "Order",
@@ -42,6 +46,7 @@ __all__ = [
     "assemble",
     "group_by",
     "make_dataloader",
+    "model_view",
     "plan_order",
     "view_collator",
 ]

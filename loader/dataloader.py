@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loader.assembly import PadSide, view_collator
+from loader.assembly import MMCollator, ModelCollator, PadSide, view_collator
 from loader.buffers import BufferPool
 from loader.delivery import (
     AheadLimit,
@@ -299,24 +299,48 @@ def make_dataloader(
             raise ConfigError("loader_options.sequence_length")
         if pack and bucket_steps:
             raise ConfigError("packing_and_buckets", bucket_steps=bucket_steps)
-        if pack:
+        view = builders[0].view
+        if pack and view.model is not None and not view.model.family.packs:
+            raise ConfigError("loader_options.packs", family=view.model.family.kind)
+        wrong: dict[str, object] = {
+            "min_images": min_images,
+            "max_images": max_images or 0,
+            "pad_side": "" if pad_side == "right" else pad_side,
+            "map": map is not None,
+            "collate": collate is not None,
+        }
+        if view.model is not None and any(wrong.values()):
+            raise ConfigError("loader_options.model", facts=wrong)
+        if pack and view.model is None:
             extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
         if pack and max_images is not None:
             max_crops = max_images if max_crops is None else min(max_crops, max_images)
         builders = [builder.with_record(wanted_fields) for builder in builders]
-        view = builders[0].view
-        collator = view_collator(
-            view,
-            sequence_length=sequence_length,
-            pad_mode=pad_mode,
-            pad_token_id=builders[0].ids.pad,
-            extra_keys=extra_keys,
-            with_metadata=with_metadata,
-            with_real=stream.parts[0].tail == "pad",
-            min_images=min_images,
-            max_images=max_images,
-            pad_side=pad_side,
-        )
+        collator: MMCollator | ModelCollator
+        if view.model is not None:
+            collator = ModelCollator(
+                view.model.family,
+                sequence_length=sequence_length,
+                pad_mode=pad_mode,
+                pad_token_id=builders[0].ids.pad,
+                packed=pack,
+                extra_keys=extra_keys,
+                with_metadata=with_metadata,
+                with_real=stream.parts[0].tail == "pad",
+            )
+        else:
+            collator = view_collator(
+                view,
+                sequence_length=sequence_length,
+                pad_mode=pad_mode,
+                pad_token_id=builders[0].ids.pad,
+                extra_keys=extra_keys,
+                with_metadata=with_metadata,
+                with_real=stream.parts[0].tail == "pad",
+                min_images=min_images,
+                max_images=max_images,
+                pad_side=pad_side,
+            )
         lengths = partial(_lengths, builders)
         if pack:
             make_packs = partial(
@@ -324,7 +348,8 @@ def make_dataloader(
                 lengths=lengths,
                 sequence_length=sequence_length,
                 max_crops=max_crops,
-                patches_per_crop=view.image.num_patches,
+                # A crop of a view for a model is a token of a picture.
+                patches_per_crop=1 if view.model else view.image.num_patches,
                 balance=balance is True,
             )
             packs = make_packs(stream.order)

@@ -60,7 +60,7 @@ class MapStyleDataset(Protocol):
 
 _TOKENIZER = ("sha256", "special_ids")
 _RANKS = ("rank", "world_size")
-_VIEW = ("image", "pixels", "normalize", "image_map")
+_VIEW = ("image", "pixels", "normalize", "image_map", "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,12 +36,16 @@ from preprocess.media import (
     VideoPolicy,
     VideoPreparer,
 )
+from preprocess.model import ChatModel, conversations, tokenized_conversations
 from preprocess.settings import Setting
 from preprocess.text import (
+    BareFrame,
+    Branch,
     DataFormatter,
     Frame,
     InterleavedTextPreprocessor,
     TextPolicy,
+    TokenizedText,
     Tokenizer,
     answer_flags,
     chat_frame,
@@ -52,9 +56,11 @@ from preprocess.text import (
     message_texts,
     safe_geometry,
     styles_of,
+    system_text,
     word_groups,
 )
 from shardspec.errors import ConfigError, SampleError
+from shardspec.families import family_to_dict
 from shardspec.index import longest_text
 from shardspec.manifest import canonical_json
 from shardspec.sample import PreparedSample, spans_table
@@ -81,9 +87,11 @@ class Recipe:
         image = {
             f.name: getattr(self.image, f.name)
             for f in dataclasses.fields(self.image)
-            if f.name != "views"
+            if f.name not in ("views", "family")
         }
         image["limits"] = dataclasses.asdict(self.image.limits)
+        if self.image.family is not None:
+            image["family"] = family_to_dict(self.image.family)
         views = [view.to_dict() for view in self.image.views]
         text = {f.name: getattr(self.text, f.name) for f in dataclasses.fields(self.text)}
         text["styles"] = self.text.styles.to_dict()
@@ -100,6 +108,8 @@ class Preparer:
     tokenizer: Tokenizer
     read_url: Callable[[str], bytes] | None = None
     """Reads the bytes of a URL, for example from a blob cache; None refuses URLs."""
+    model: ChatModel | None = None
+    """The model whose chat template makes the text; None for the recipe's message format."""
     memory: MemoryBudget | None = None
     """What decoding may take in all processes together; None for no bound but each image's own."""
 
@@ -110,6 +120,8 @@ class Preparer:
         Raises:
           ConfigError: `no_chat_template`, `tokenizer_format`.
         """
+        if self.model is not None:
+            return BareFrame()
         wanted = self.recipe.text.message_format
         frame = chat_frame(wanted, self.tokenizer.chat)
         if not self.tokenizer.fits(wanted):
@@ -180,6 +192,8 @@ class Preparer:
         if "messages" in example and "message_list" not in example:
             example = parse_messages(example)
         found, video = example_images(example), example_video(example)
+        if video is not None and self.model is not None:
+            raise ConfigError("model_videos", where=key or "")
         sources = [self._read(image) for image in found]
         if key is None:
             identities = [*map(image_identity, found, sources)]
@@ -204,7 +218,6 @@ class Preparer:
         branches = self.formatter(example, key=key, image_sizes=sizes)
         if not branches:
             raise SampleError("no_message.row", where=key)
-        leads = image_prefixes(len(images))
         record = {
             "key": key,
             "message_list": example["message_list"],
@@ -220,15 +233,18 @@ class Preparer:
             )
             images = (*images, *stored.images)
             record["video"] = stored.record
-        check_placeholders(branches, num_images=len(images), key=key)
-        tokenized = InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
-            branches, key=key, leads=leads, frame_times_s=stored.times_s if stored else ()
+        tokenized = self._tokenized(
+            example,
+            branches,
+            num_pictures=len(sizes),
+            frame_times_s=stored.times_s if stored else (),
+            key=key,
         )
         spans = spans_table(
             tokenized.rows,
             images,
             leads=tokenized.leads,
-            videos=[(len(leads), len(stored.images))] if stored else (),
+            videos=[(len(sizes), len(stored.images))] if stored else (),
         )
         limit = example.get("max_tokens")
         if limit and (length := self._length(spans, sizes)) > limit:
@@ -249,6 +265,28 @@ class Preparer:
         ]
         text = longest_text(spans)[0] - len(sizes)  # each has a symbol in the text
         return ("bos" in self.tokenizer.special_ids) + text + max(per_view)
+
+    def _tokenized(
+        self,
+        example: Mapping[str, Any],
+        branches: Sequence[Branch],
+        *,
+        num_pictures: int,
+        frame_times_s: Sequence[float],
+        key: str,
+    ) -> TokenizedText:
+        """Tokenizes the texts; `num_pictures` are the images that are not frames."""
+        if self.model is None:
+            check_placeholders(branches, num_images=num_pictures + len(frame_times_s), key=key)
+            return InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
+                branches,
+                key=key,
+                leads=image_prefixes(num_pictures),
+                frame_times_s=frame_times_s,
+            )
+        systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
+        alternatives = conversations(branches, systems)
+        return tokenized_conversations(self.model, alternatives, images=num_pictures, key=key)
 
     def _read(self, image: ImageSource) -> Any:
         if isinstance(image, SceneImage | RemoteImage):

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shardspec.errors import ShardError
+from shardspec.families import StoredModel
 from shardspec.sample import (
     ARRAY_HEADER_BYTES,
     PreparedSample,
@@ -157,6 +158,7 @@ def index_row(
     frames: FrameView | None = None,
     placeholder: int = -1,
     bos: bool = True,
+    model: StoredModel | None = None,
 ) -> np.ndarray:
     """Makes the row of a sample that has just been written.
 
@@ -169,13 +171,19 @@ def index_row(
       frames: How its frames are seen; None where there are none.
       placeholder: Id of <|image|>, which an image block replaces.
       bos: Whether sequences begin with BOS.
+      model: The model that the dataset is built for, as its only view; `view_crops` is then the
+        number of its pictures' tokens.
 
     Returns:
-      index_dtype(len(views)) [1].
+      index_dtype(len(views)) [1], index_dtype(1) with a model.
     """
-    row = np.zeros(1, dtype=index_dtype(len(views)))
+    row = np.zeros(1, dtype=index_dtype(1 if model else len(views)))
     pictures = image_rows(sample.spans)
-    num_tokens, num_loss_tokens = longest_text(sample.spans)
+    if model:
+        text, loss = longest_conversation(sample.spans, num_images=len(pictures))
+        num_tokens, num_loss_tokens = text, loss
+    else:
+        num_tokens, num_loss_tokens = longest_text(sample.spans)
     first = pictures[0] if len(pictures) else np.zeros(8, dtype="<i4")
     row["offset"], row["num_bytes"], row["crc32"] = place.offset, place.num_bytes, place.crc32
     row["json_bytes"] = json_bytes
@@ -186,7 +194,12 @@ def index_row(
     row["num_images"] = len(pictures)
     row["num_tokens"], row["num_loss_tokens"] = num_tokens, num_loss_tokens
     row["key"] = sample.key.encode()
-    if views:
+    if model:
+        plans = model.family.plan([(int(p[3]), int(p[2])) for p in pictures])
+        visual = sum(map(model.block_length, plans))
+        row["loss_length"] = loss
+        row["view_length"], row["view_crops"] = text + visual, visual
+    elif views:
         text, loss = longest_sequence(sample.tokens, sample.spans, placeholder=placeholder, bos=bos)
         row["loss_length"] = loss
         row["num_branches"], row["num_turns"] = count_questions(sample.spans)
@@ -202,6 +215,23 @@ def index_row(
             row["view_length"][0, v] = text + image_tokens
             row["view_crops"][0, v] = num_frames + sum(num_crops(*size, view) for size in sizes)
     return row
+
+
+def longest_conversation(spans: np.ndarray, *, num_images: int) -> tuple[int, int]:
+    """Counts the text tokens of the longest conversation of a sample for a model, and its loss.
+
+    Args:
+      spans: int32 [S, 8].
+      num_images: Pictures, each one token of every conversation, which does not count here.
+    """
+    totals: dict[int, tuple[int, int]] = {}
+    for _, branch, _, prompt_start, prompt_stop, start, stop, _ in text_rows(spans).tolist():
+        tokens, loss = totals.get(branch, (0, 0))
+        totals[branch] = (tokens + prompt_stop - prompt_start + stop - start, loss + stop - start)
+    return (
+        max((tokens for tokens, _ in totals.values()), default=0) - num_images,
+        max((loss for _, loss in totals.values()), default=0),
+    )
 
 
 def longest_sequence(

@@ -45,6 +45,14 @@ PURE = {
     "shardspec/columns.py",
     "shardspec/errors.py",
     "shardspec/expression.py",
+    "shardspec/families/__init__.py",
+    "shardspec/families/configs.py",
+    "shardspec/families/fixed.py",
+    "shardspec/families/gemma3.py",
+    "shardspec/families/internvl.py",
+    "shardspec/families/plan.py",
+    "shardspec/families/qwen2_vl.py",
+    "shardspec/families/stored.py",
     "shardspec/frames.py",
     "shardspec/image_file.py",
     "shardspec/keyed.py",
@@ -132,7 +140,7 @@ CLOCKS = {
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
-CALENDARS = {"preprocess/text/chat_template.py"}
+CALENDARS = {"preprocess/model/render.py", "preprocess/text/chat_template.py"}
 """Write a day that they are given."""
 
 OF_CLIENTS = {"shardspec/storage/signing.py": {"botocore"}}
@@ -147,6 +155,7 @@ FLOORS = {
         {"documents", "keyed", "toml", "checksum"},
         {"messages"},
         {"errors", "image_file"},
+        {"families"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns", "frames"},
@@ -158,6 +167,7 @@ FLOORS = {
         {"media"},
         {"fetch", "synthetic"},
         {"text", "tokenizer", "datasets"},
+        {"model"},
         {"recipe"},
         {"job"},
         {"reshard"},

@@ -65,6 +65,8 @@ PUBLIC = {
         "DevicePrefetcher",
         "IterableDatasetMixture",
         "MMCollator",
+        "ModelPreprocessor",
+        "ModelView",
         "MolmoPreprocessor",
         "Network",
         "Order",
@@ -81,6 +83,7 @@ PUBLIC = {
         "assemble",
         "group_by",
         "make_dataloader",
+        "model_view",
         "plan_order",
         "view_collator",
     ],
@@ -100,7 +103,7 @@ PUBLIC = {
         "score_results",
         "write_table",
     ],
-    "loader.integrations": ["SteadyPasses", "attach_to_trainer"],
+    "loader.integrations": ["SteadyPasses", "attach_to_trainer", "check_model"],
     "vlm_shards": [
         "VQA2",
         "AOkVqa",
@@ -196,6 +199,8 @@ MEMBERS = {
         *("state_dict", "view"),
     ],
     "MMCollator": ["collate"],
+    "ModelPreprocessor": [],
+    "ModelView": ["backend", "family"],
     "MolmoPreprocessor": ["questions"],
     "Network": [
         *("ahead_bytes", "ahead_steps", "block_bytes", "cold_steps", "requests", "retry"),
@@ -241,8 +246,9 @@ MEMBERS = {
     "VideoPreprocessor": ["choose"],
     "View": [
         *("augment", "branch_order", "frames", "high_res", "high_res_probability", "image"),
-        *("image_map", "loss", "max_images", "normalize", "pixels", "purpose", "questions"),
-        *("reduced_decoding", "resample", "sequence_length", "shapes", "tree", "weight"),
+        *("image_map", "loss", "max_images", "model", "normalize", "pixels", "purpose"),
+        *("questions", "reduced_decoding", "resample", "sequence_length", "shapes", "tree"),
+        "weight",
     ],
 }
 """Methods, properties and fields of the loader's public classes; what is inherited is not ours."""

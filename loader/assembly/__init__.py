@@ -15,6 +15,16 @@ from loader.assembly.assemble import (
 )
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator, PadSide, finished
+from loader.assembly.families.collate import ModelCollator, finished_for_model
+from loader.assembly.families.example import (
+    ModelDraft,
+    ModelPack,
+    ModelPlan,
+    ModelPlanner,
+    ModelView,
+)
+from loader.assembly.families.kernels import Backend, unit_shape
+from loader.assembly.families.unsharded import ModelPreprocessor, assemble_for_model
 from loader.assembly.layout import TokenIds
 from loader.assembly.own_augment import AugmentFunction, OwnAugment
 from loader.assembly.packed import Pack, fitting
@@ -27,11 +37,19 @@ __all__ = [
     "MEAN_STD",
     "Augment",
     "AugmentFunction",
+    "Backend",
     "DeterministicDataset",
     "Draft",
     "Encoded",
     "ExamplePlan",
     "MMCollator",
+    "ModelCollator",
+    "ModelDraft",
+    "ModelPack",
+    "ModelPlan",
+    "ModelPlanner",
+    "ModelPreprocessor",
+    "ModelView",
     "MolmoPreprocessor",
     "Normalization",
     "OwnAugment",
@@ -43,10 +61,13 @@ __all__ = [
     "VideoPreprocessor",
     "View",
     "assemble",
+    "assemble_for_model",
     "describe_question",
     "finished",
+    "finished_for_model",
     "fitting",
     "normalize",
     "render_image",
+    "unit_shape",
     "view_collator",
 ]

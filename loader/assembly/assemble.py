@@ -19,7 +19,7 @@ import functools
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -35,6 +35,7 @@ from loader.assembly.augment import (
     draw_own,
 )
 from loader.assembly.collate import MMCollator, PadSide, Shapes, finished
+from loader.assembly.families.example import ModelPlan, ModelView
 from loader.assembly.layout import (
     IGNORED,
     BranchTurns,
@@ -137,8 +138,19 @@ class View:
     questions: Questions = "all"
     """For evaluation: "all" asks each question after the exchanges before it in its conversation,
     with the answers of those; "first" asks the first one of each conversation only."""
+    model: ModelView | None = None
+    """Of a dataset that was built for a model: its family decides what `image`, `pixels`,
+    `image_map` and the other settings of the Molmo kind decide otherwise."""
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            usual = {f.name: f.default for f in fields(View)}
+            usual |= {"image": ImageView(), "augment": Augment()}
+            own = ("model", "sequence_length", "max_images", "weight", "purpose")
+            given = [n for n in usual if n not in own and getattr(self, n) != usual[n]]
+            given += ["purpose"] if self.purpose == "evaluation" else []
+            if given:
+                raise ConfigError("model_view.settings", names=", ".join(given))
         wrong: dict[str, object] = {}
         if not 0 <= self.high_res_probability <= 1:
             wrong["high_res_probability"] = self.high_res_probability
@@ -689,7 +701,7 @@ PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
 
 
 def describe_question(
-    plan: ExamplePlan, question: int, record: Mapping[str, Any] | None
+    plan: ExamplePlan | ModelPlan, question: int, record: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Makes what the metadata of an example say beside its pictures.
 

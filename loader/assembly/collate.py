@@ -207,7 +207,7 @@ class MMCollator:
         self.with_real = with_real
         self.extra_keys = tuple(extra_keys)
         self.pad_side = pad_side
-        self._multiple = _parse_pad_mode(pad_mode, sequence_length=sequence_length)
+        self._multiple = parse_pad_mode(pad_mode, sequence_length=sequence_length)
         self._text_specs: dict[str, tuple[type[np.generic], float]] = {
             "input_ids": (np.int64, pad_token_id),
             "labels": (np.int64, IGNORE_INDEX),
@@ -511,10 +511,10 @@ class _Made:
         return _metadata(self._example)
 
 
-def _parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
+def parse_pad_mode(pad_mode: str, *, sequence_length: int) -> int:
     """Turns a pad mode into the number that lengths are rounded up to a multiple of.
 
-    >>> [_parse_pad_mode(m, sequence_length=2048) for m in ("max_len", "batch_max", "to_128")]
+    >>> [parse_pad_mode(m, sequence_length=2048) for m in ("max_len", "batch_max", "to_128")]
     [2048, 1, 128]
     """
     if pad_mode == "max_len":

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from loader.assembly.assemble import Draft
 from loader.assembly.attention import PACKED_STRIDE
+from loader.assembly.families.example import ModelDraft
 from shardspec.errors import ConfigError
 from shardspec.tiling import NO_PATCH
+
+_Draft = TypeVar("_Draft", Draft, ModelDraft)
 
 
 class Pack:
@@ -99,7 +102,9 @@ class Pack:
             done += part.num_crops
 
 
-def fitting(drafts: Sequence[Draft], *, sequence_length: int, max_crops: int | None) -> list[Draft]:
+def fitting(
+    drafts: Sequence[_Draft], *, sequence_length: int, max_crops: int | None
+) -> list[_Draft]:
     """Leaves out substitutes that are longer than the samples they replace, until all fit.
 
     Packs are planned for the longest draws, so only substitutes can be too long. The first

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 
 from loader.assembly import Augment, View
-from loader.cli.readable import describe_batch, readable_rows
+from loader.cli.readable import describe_batch, readable_model_rows, readable_rows
 from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
-from loader.stream import StreamingDataset, stored_view
+from loader.stream import StreamingDataset, stored_model, stored_view
 from preprocess.text import IMAGE_SYMBOLS, tokenizer_from_entry
 from shardspec import storage
 from shardspec.errors import ShardError
@@ -29,7 +29,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> str:
     manifest = require_manifest(options.shards)
     augment = Augment.standard() if options.augment else Augment()
-    view = View(image=stored_view(manifest), augment=augment)
+    model = stored_model(manifest, where=options.shards)
+    view = View(augment=augment)
+    if model is None:
+        view = View(image=stored_view(manifest), augment=augment)
     dataset = StreamingDataset(options.shards, split=options.split, seed=options.seed, view=view)
     loader = make_dataloader(
         dataset,
@@ -41,11 +44,14 @@ def _run(options: argparse.Namespace) -> str:
     text = _tokenizer_json(options.shards, manifest.tokenizer)
     tokenizer = tokenizer_from_entry(text, manifest.tokenizer)
     ids = manifest.tokenizer.special_ids
-    rows = readable_rows(
-        batch,
-        decode=tokenizer.decode,
-        image_ids={ids[symbol]: symbol for symbol in IMAGE_SYMBOLS},
-    )
+    if model is not None:
+        rows = readable_model_rows(batch, decode=tokenizer.decode, soft_id=model.soft_id)
+    else:
+        rows = readable_rows(
+            batch,
+            decode=tokenizer.decode,
+            image_ids={ids[symbol]: symbol for symbol in IMAGE_SYMBOLS},
+        )
     keys = [metadata["key"] for metadata in batch.pop("metadata")]
     split = manifest.splits[options.split]
     head = (

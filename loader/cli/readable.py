@@ -57,6 +57,43 @@ def readable_rows(
     return texts
 
 
+def readable_model_rows(
+    batch: Mapping[str, Any], *, decode: Callable[[list[int]], str], soft_id: int
+) -> list[str]:
+    """Turns the sequences of a batch for a model back into text.
+
+    Args:
+      batch: As `ModelCollator` makes it without packs, with `metadata`.
+      decode: Ids to text, special tokens included.
+      soft_id: The id that the features of a picture replace.
+    """
+    texts = []
+    for ids, labels, mask, metadata in zip(
+        batch["input_ids"].tolist(),
+        batch["labels"].tolist(),
+        batch["attention_mask"].tolist(),
+        batch["metadata"],
+        strict=True,
+    ):
+        row = ids[: sum(mask)]
+        learned = [label == token for label, token in zip(labels, row, strict=False)]
+        pictures = iter(
+            f"<image {one['width']}×{one['height']}, {one['tokens']} tokens>"
+            for one in metadata["images"]
+        )
+        parts, start = [], 0
+        while start < len(row):
+            kind = _kind(row[start], learned[start], {soft_id: ""})
+            stop = start
+            while stop < len(row) and _kind(row[stop], learned[stop], {soft_id: ""}) == kind:
+                stop += 1
+            text = next(pictures, "<image?>") if kind == "image" else decode(row[start:stop])
+            parts.append(f"⟦{text}⟧" if kind == "learned" else text)
+            start = stop
+        texts.append("".join(parts))
+    return texts
+
+
 def _named_images(metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Names each image of a sample, with the number of token blocks that it has."""
     named = []

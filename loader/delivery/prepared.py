@@ -6,6 +6,7 @@ memory is taken from a pool, and each picture is decoded straight into the batch
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -15,7 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from loader.assembly import Draft, MMCollator, Pack, finished, fitting
+from loader.assembly import (
+    Draft,
+    MMCollator,
+    ModelCollator,
+    ModelDraft,
+    ModelPack,
+    Pack,
+    finished,
+    fitting,
+    unit_shape,
+)
 from loader.buffers import Allocate
 from loader.delivery.batches import MadeBatch
 from loader.delivery.raw import Collate
@@ -27,6 +38,7 @@ from shardspec.errors import ConfigError, SampleError, ShardError
 from shardspec.keyed import SampleRng
 from shardspec.tiling import image_bounds
 
+_Example = Draft | Pack | ModelDraft | ModelPack
 MapExample = Callable[[dict[str, Any], np.random.RandomState], Any]
 """Changes the example of a row; all draws are to come from the generator, the sample's own."""
 
@@ -37,7 +49,7 @@ class PreparedBatches:
     def __init__(
         self,
         examples: Sequence[PreparedBuilder],
-        collator: MMCollator,
+        collator: MMCollator | ModelCollator,
         *,
         packing: PackConfig | None,
         columns: Sequence[str] = (),
@@ -85,7 +97,8 @@ class PreparedBatches:
                 if self._names:
                     batch = self._made(rows, planned, examples, allocate)
                 else:
-                    batch = self.collator.collate(examples, allocate=allocate)
+                    # Of the same view: the collator and the examples are of one kind.
+                    batch = self.collator.collate(examples, allocate=allocate)  # type: ignore[arg-type]
                 break
             except (SampleError, ShardError):
                 if not self._replace_broken(rows, planned):
@@ -102,7 +115,7 @@ class PreparedBatches:
         self,
         rows: list[Row],
         planned: list[list[PlannedExample]],
-        examples: Sequence[Draft | Pack],
+        examples: Sequence[Any],
         allocate: Allocate,
     ) -> Any:
         """Makes the examples of a batch one by one, for functions of the user's.
@@ -128,6 +141,7 @@ class PreparedBatches:
                     )
             made.append(whole)
         if self._collate is None:
+            assert isinstance(self.collator, MMCollator)  # others are refused with functions
             return self.collator(made, allocate=allocate)
         keys = [one.draft.key for own in planned for one in own]
         with naming_function(self._collate, where=f"samples {', '.join(keys[:8])}"):
@@ -137,7 +151,7 @@ class PreparedBatches:
         self,
         rows: list[Row],
         planned: list[list[PlannedExample]],
-        examples: Sequence[Draft | Pack],
+        examples: Sequence[_Example],
     ) -> dict[str, Any]:
         """Looks up the added columns of the samples of a batch, row after row.
 
@@ -148,7 +162,8 @@ class PreparedBatches:
         found: list[tuple[int, int, int]] = []
         for number, (row, own, example) in enumerate(zip(rows, planned, examples, strict=True)):
             # A substitute that did not fit is not in the pack.
-            parts = example.parts if isinstance(example, Pack) else (example,)
+            parts: Sequence[Draft | ModelDraft]
+            parts = (example,) if isinstance(example, Draft) else example.parts
             kept = {id(part) for part in parts}
             found += [
                 (number, ref.dataset, one.sample)
@@ -185,6 +200,9 @@ class PreparedBatches:
     def expected_bytes(self, num_rows: int) -> int:
         """Guesses that each row has as many crops as one picture can have."""
         view = self.examples[0].view
+        if view.model is not None:
+            units = view.model.family.plan([(1000, 1000)])[0].num_units
+            return int(num_rows * units * math.prod(unit_shape(view.model.family)) * 4)
         crop_bytes = view.image.size_px**2 * 3 * (1 if view.normalize is None else 4)
         return num_rows * image_bounds(view.image).num_crops * crop_bytes
 
@@ -200,21 +218,18 @@ class PreparedBatches:
                     return True
         return False
 
-    def _joined(self, planned: list[list[PlannedExample]]) -> Sequence[Draft | Pack]:
+    def _joined(self, planned: list[list[PlannedExample]]) -> Sequence[_Example]:
         """Gives the examples of the rows."""
         limits = self.packing
         if limits is None:
             return [row[0].draft for row in planned]
-        return [
-            Pack(
-                fitting(
-                    [one.draft for one in row],
-                    sequence_length=limits.sequence_length,
-                    max_crops=limits.max_crops,
-                )
-            )
-            for row in planned
-        ]
+        bounds = {"sequence_length": limits.sequence_length, "max_crops": limits.max_crops}
+        joined: list[_Example] = []
+        for row in planned:
+            drafts: list[Any] = [one.draft for one in row]
+            kind = Pack if isinstance(drafts[0], Draft) else ModelPack
+            joined.append(kind(fitting(drafts, **bounds)))  # type: ignore[arg-type]
+        return joined
 
 
 def _substituted(rows: list[Row], planned: list[list[PlannedExample]]) -> list[dict[str, Any]]:

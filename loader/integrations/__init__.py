@@ -5,6 +5,6 @@ divides samples between ranks, and imports no trainer before it is given one of 
 """
 
 from loader.integrations.steady import SteadyPasses
-from loader.integrations.trainer import attach_to_trainer
+from loader.integrations.trainer import attach_to_trainer, check_model
 
-__all__ = ["SteadyPasses", "attach_to_trainer"]
+__all__ = ["SteadyPasses", "attach_to_trainer", "check_model"]

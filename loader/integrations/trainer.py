@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+from loader.assembly import View
 from loader.dataloader import StreamLoader
 from loader.device import DevicePrefetcher
 from loader.integrations.steady import SteadyPasses
+from shardspec.errors import ConfigError
 
 _STATE = "vlm_shards"
 """Name of a loader's state among the states of a Trainer's callbacks."""
+
+
+def check_model(model: Any, loader: StreamLoader | DevicePrefetcher) -> None:
+    """Refuses a loader of the Molmo kind for another model, which would run without pictures.
+
+    The models of transformers ignore arguments that they do not know, and shift the labels that
+    batches of the Molmo kind have shifted already.
+
+    Args:
+      model: Whose `forward` is to be called with batches.
+      loader: What gives them.
+
+    Raises:
+      ConfigError: `trainer_model`.
+    """
+    source: Any = loader.loader if isinstance(loader, DevicePrefetcher) else loader
+    view = getattr(source.dataset, "view", None)
+    forward = getattr(getattr(model, "module", model), "forward", None)
+    if forward is None or not isinstance(view, View) or view.model is not None:
+        return
+    names = inspect.signature(forward).parameters
+    if "pixel_values" in names and "images" not in names:
+        raise ConfigError("trainer_model", model=type(model).__name__)
 
 
 def attach_to_trainer(trainer: Any, loader: StreamLoader | DevicePrefetcher) -> None:
@@ -22,7 +48,11 @@ def attach_to_trainer(trainer: Any, loader: StreamLoader | DevicePrefetcher) -> 
       trainer: A `transformers.Trainer`; its `train_dataset` is not used. Set
         `per_device_train_batch_size` to the rows of a rank, which is what it reports.
       loader: Made by `make_dataloader`, or a `DevicePrefetcher` over such.
+
+    Raises:
+      ConfigError: `trainer_model`, the Trainer's model would not see the pictures of the batches.
     """
+    check_model(trainer.model, loader)
     from transformers import TrainerCallback
 
     batches = SteadyPasses(loader)

@@ -24,6 +24,7 @@ import numpy as np
 
 from loader.assembly import OwnAugment, View
 from loader.reading import ShardReader
+from shardspec.families import family_to_dict
 from shardspec.manifest import Manifest, differences, fingerprint
 
 _MOST_KEYS = 16_384  # 0.1 s from a warm disk, whatever the size of the split
@@ -122,6 +123,10 @@ def _fields(view: View) -> dict[str, Any]:
         if name == "frames" and value is None:
             continue  # likewise, where there are no videos
         part = value if isinstance(value, dict) else {"": value}
+        if name == "model":
+            if view.model is None:
+                continue  # states of such views are older than models
+            part = {"backend": view.model.backend, **family_to_dict(view.model.family)}
         for inner, v in part.items():
             plain = list(v) if isinstance(v, tuple) else v
             fields[f"{name}.{inner}" if inner else name] = plain

@@ -5,7 +5,7 @@ part in which datasets of prepared and of raw samples differ. Never makes a batc
 a thread or a process.
 """
 
-from loader.stream.dataset import StreamingDataset, check_view, stored_view
+from loader.stream.dataset import StreamingDataset, check_view, model_view, stored_view
 from loader.stream.groups import group_by
 from loader.stream.options import (
     CACHE_BYTES,
@@ -18,7 +18,7 @@ from loader.stream.options import (
     seed_argument,
     whole_argument,
 )
-from loader.stream.prepared import PlannedExample, PreparedBuilder
+from loader.stream.prepared import PlannedExample, PreparedBuilder, stored_model
 from loader.stream.split import OpenSplit, open_split, stored_in, stored_in_order
 from loader.stream.stream import (
     DatasetPlan,
@@ -54,7 +54,9 @@ __all__ = [
     "require_used",
     "seed_argument",
     "stored_in",
+    "model_view",
     "stored_in_order",
+    "stored_model",
     "stored_view",
     "whole_argument",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from loader.assembly import View
+from loader.assembly import Backend, ModelView, View
 from loader.order import Locality, SampleRef, Tail
 from loader.reading import Check, Network
 from loader.state import Allowed
@@ -23,11 +23,12 @@ from loader.stream.options import (
     require_argument,
     require_used,
 )
-from loader.stream.prepared import OnBad, PreparedBuilder
+from loader.stream.prepared import OnBad, PreparedBuilder, stored_model
 from loader.stream.stream import Stream
 from loader.stream.subset import Keys
 from shardspec.errors import ConfigError
-from shardspec.manifest import Manifest
+from shardspec.families import StoredModel, family_from_dict, family_to_dict
+from shardspec.manifest import Manifest, require_manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import FrameView, ImageView, canvas_size, stored_size
 
@@ -178,9 +179,20 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         url = data.url
         if data.manifest.raw:
             raise ConfigError("raw_dataset", where=url)
-        view = view or View(image=stored_view(data.manifest))
-        if view.frames is None:
-            view = replace(view, frames=stored_frames(data.manifest))
+        model = stored_model(data.manifest, where=url)
+        if model is None:
+            if view is not None and view.model is not None:
+                raise ConfigError("model_view.unbuilt", where=url)
+            view = view or View(image=stored_view(data.manifest))
+            if view.frames is None:
+                view = replace(view, frames=stored_frames(data.manifest))
+            for image in filter(None, (view.image, view.high_res)):
+                check_view(data.manifest, image, where=url)
+        else:
+            view = view or View()
+            if view.model is None:
+                view = replace(view, model=ModelView(family=model.family))
+            check_model_view(model, view, where=url)
         if view.purpose == "evaluation":
             for name, value, wanted in (("tail", tail, "pad"), ("on_bad", on_bad, "raise")):
                 if value != wanted:
@@ -194,8 +206,6 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
                     url,
                     text["system_prompt"],
                 )
-        for image in filter(None, (view.image, view.high_res)):
-            check_view(data.manifest, image, where=url)
         if tokenizer is not None:
             check_tokenizer(data.manifest.tokenizer, tokenizer, where=url)
         builder = PreparedBuilder(
@@ -307,6 +317,36 @@ def stored_frames(manifest: Manifest) -> FrameView | None:
     """Gives the view that the frames of a dataset's videos were stored for; None without videos."""
     video = manifest.recipe.get("video")
     return None if video is None else FrameView(pool=(video["pool"], video["pool"]))
+
+
+def model_view(url: str, *, backend: Backend = "torchvision", **changes: Any) -> ModelView:
+    """Makes the view of a dataset that was built for a model, for `View(model=...)`.
+
+    Args:
+      url: Folder or URL of the dataset.
+      backend: Whose values pictures have: those of transformers' default processors, which resize
+        with torchvision, or of the others, which resize with Pillow.
+      changes: Fields of the family to change, such as max_pixels=500_000; no more than was stored.
+
+    Raises:
+      ConfigError: `model_view`, the dataset was not built for a model, or has no such field.
+    """
+    model = stored_model(require_manifest(url), where=url)
+    if model is None:
+        raise ConfigError("model_view.unbuilt", where=url)
+    document = {**family_to_dict(model.family), **changes}
+    return ModelView(family=family_from_dict(document, where=url), backend=backend)
+
+
+def check_model_view(model: StoredModel, view: View, *, where: str) -> None:
+    """Refuses a view that requests pictures that were not stored.
+
+    Raises:
+      ConfigError: `model_view.bound`.
+    """
+    assert view.model is not None
+    if wrong := view.model.family.unlike(model.family):
+        raise ConfigError("model_view.bound", where=where, facts=wrong)
 
 
 def check_view(manifest: Manifest, view: ImageView, *, where: str) -> None:

@@ -19,11 +19,15 @@ import numpy as np
 from loader.assembly import (
     Draft,
     ExamplePlan,
+    ModelDraft,
+    ModelPlan,
+    ModelPlanner,
     Planner,
     TokenIds,
     View,
     describe_question,
     finished,
+    finished_for_model,
 )
 from loader.buffers import Scratch
 from loader.order import SampleRef
@@ -32,7 +36,9 @@ from loader.state import view_fingerprint
 from loader.stream.options import require_used
 from loader.stream.split import OpenSplit
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
+from shardspec.families import Family, StoredModel, plan_one
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
+from shardspec.manifest import Manifest
 from shardspec.tiling import ImageView
 
 OnBad = Literal["raise", "substitute"]
@@ -48,7 +54,7 @@ _MAPPED = 0x6D6170  # keeps these seeds apart from the numbers of substitutes
 class PlannedExample:
     """An example whose arrays are not made yet, and what it took to get there."""
 
-    draft: Draft
+    draft: Draft | ModelDraft
     """It names the sample that it substitutes: `Quarantine.record`."""
     sample: int
     """Id of the sample that was read: the slot's own, or a substitute."""
@@ -60,6 +66,16 @@ class PlannedExample:
     """Seconds of draws and layout."""
     num_bytes: int
     """Of the sample as it is stored."""
+
+
+def stored_model(manifest: Manifest, *, where: str = "") -> StoredModel | None:
+    """Reads for which model a dataset was built; None for models of the Molmo kind.
+
+    Raises:
+      ConfigError: `family_unknown`, `family_field`.
+    """
+    document = manifest.recipe.get("model")
+    return None if document is None else StoredModel.from_dict(document, where=where)
 
 
 class PreparedBuilder:
@@ -86,7 +102,9 @@ class PreparedBuilder:
         self._dataset: str | None = None
         """Name of the dataset that examples tell; None outside mixtures."""
         self._base_seed = dataset_seed(seed, data.manifest.dataset, data.name)
-        self._planner = Planner(view, self.ids)
+        self.model = stored_model(data.manifest, where=data.url)
+        """The model that the dataset was built for; None for those of the Molmo kind."""
+        self._planner = self._planner_of(view)
         self._rng = SampleRng()
         self._scratch = Scratch()
 
@@ -110,8 +128,20 @@ class PreparedBuilder:
         length = sequence_length or own
         other = copy.copy(self)
         other.view = replace(self.view, sequence_length=length)
-        other._planner = Planner(other.view, self.ids)
+        other._planner = self._planner_of(other.view)
         return other
+
+    def _planner_of(self, view: View) -> Planner | ModelPlanner:
+        if self.model is None or view.model is None:
+            return Planner(view, self.ids)
+        return ModelPlanner(
+            self.model,
+            view.model,
+            limit=view.sequence_length,
+            max_images=view.max_images,
+            weight=view.weight,
+            training=view.purpose == "train",
+        )
 
     def with_record(self, fields: bool | Sequence[str]) -> PreparedBuilder:
         """Makes a builder whose examples tell these fields of the record; True: all of them."""
@@ -142,7 +172,8 @@ class PreparedBuilder:
         planned = self.plan_example(ref)
         while True:
             try:
-                return finished(planned.draft)
+                draft = planned.draft
+                return finished(draft) if isinstance(draft, Draft) else finished_for_model(draft)
             except (SampleError, ShardError):
                 planned = self.plan_example(ref, after_failed=planned)
 
@@ -186,6 +217,8 @@ class PreparedBuilder:
           ShardError: `index_column`, or as `open_index`.
         """
         where, manifest = self.data.url, self.data.manifest
+        if self.model is not None and self.view.model is not None:
+            return self._model_lengths(sample, self.model, self.view.model.family)
         if self.view.tree == "molmo1":
             raise ConfigError("view_lengths.tree", where=where, tree=self.view.tree)
         stored = [ImageView.from_dict(v) for v in manifest.recipe["image"]["views"]]
@@ -200,6 +233,25 @@ class PreparedBuilder:
         tokens = self.data.reader.column("view_length", sample)[:, columns].max(axis=1)
         crops = self.data.reader.column("view_crops", sample)[:, columns].max(axis=1)
         return tokens.astype(np.int64), crops.astype(np.int64)
+
+    def _model_lengths(
+        self, sample: np.ndarray, model: StoredModel, family: Family
+    ) -> tuple[np.ndarray, np.ndarray]:
+        column = self.data.reader.column
+        tokens = column("view_length", sample)[:, 0].astype(np.int64)
+        visual = column("view_crops", sample)[:, 0].astype(np.int64)
+        if family == model.family:
+            return tokens, visual
+        num_images = column("num_images", sample)
+        if num_images.max(initial=0) > 1:
+            raise ConfigError("view_lengths.pictures", where=self.data.url)
+        sides = [column(name, sample).tolist() for name in ("height", "width")]
+        own = [
+            model.block_length(plan_one(family, (height, width))) if height else 0
+            for height, width in zip(*sides, strict=True)
+        ]
+        found = np.array(own, np.int64).reshape(len(sample))
+        return tokens - visual + found, found
 
     def _planned(self, ref: SampleRef, *, after_failed: PlannedExample | None) -> PlannedExample:
         sample_id, epoch = ref.sample, ref.epoch
@@ -262,16 +314,27 @@ class PreparedBuilder:
         stored = self.data.reader.stored(number)
         read_s = perf_counter()
         seed = sample_seed(self._base_seed, idx=number, length=self.data.num_stored, epoch=epoch)
-        plan = self._planner.plan(
-            stored.tokens, stored.spans, self._rng(seed), key=stored.key, question=question
-        )
-        draft = Draft(
-            plan,
-            list(zip(stored.pictures, stored.overviews, strict=True)),
-            view=self.view,
-            key=stored.key,
-            scratch=self._scratch,
-        )
+        rng = self._rng(seed)
+        sources = list(zip(stored.pictures, stored.overviews, strict=True))
+        draft: Draft | ModelDraft
+        plan: ExamplePlan | ModelPlan
+        if isinstance(self._planner, Planner):
+            plan = self._planner.plan(
+                stored.tokens, stored.spans, rng, key=stored.key, question=question
+            )
+            draft = Draft(plan, sources, view=self.view, key=stored.key, scratch=self._scratch)
+        else:
+            assert self.model is not None
+            assert self.view.model is not None
+            plan = self._planner.plan(stored.tokens, stored.spans, rng, key=stored.key)
+            draft = ModelDraft(
+                plan,
+                sources,
+                view=self.view.model,
+                stored=self.model,
+                key=stored.key,
+                scratch=self._scratch,
+            )
         if self._record or plan.asked is not None:
             draft.described = self._describe(stored, plan, number, question)
         return PlannedExample(
@@ -297,7 +360,7 @@ class PreparedBuilder:
         return {"key": stored.key, **described, "images": images}
 
     def _describe(
-        self, stored: StoredSample, plan: ExamplePlan, number: int, question: int
+        self, stored: StoredSample, plan: ExamplePlan | ModelPlan, number: int, question: int
     ) -> dict[str, Any]:
         record = read_record(stored) if self._record else None
         described = describe_question(plan, question, record)

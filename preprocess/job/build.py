@@ -161,7 +161,8 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
                 index.append(index_of)
                 on_row("")
             sha256 = writer.finish()
-        table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(len(views)))
+        num_views = 1 if context.preparer.model else len(views)
+        table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(num_views))
         encoded_index = encode_index(table)
         entry = ShardEntry(
             url=name + ".tar",
@@ -211,6 +212,7 @@ def _index_row(
             frames=preparer.frame_view,
             placeholder=preparer.tokenizer.special_ids["<|image|>"],
             bos="bos" in preparer.tokenizer.special_ids,
+            model=preparer.model.stored if preparer.model else None,
         )
     except OverflowError as error:
         raise SampleError(

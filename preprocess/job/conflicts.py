@@ -81,6 +81,7 @@ _DERIVED = (
     "recipe.frame.",
     "recipe.several_images",
     "recipe.image.views.",
+    "recipe.model.",
     "tokenizer.",
 )
 """Fields that follow from others."""

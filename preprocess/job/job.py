@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -22,6 +22,7 @@ from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.plan import is_name
 from preprocess.job.stamps import Compare, Compared, compare_files
 from preprocess.media import MemoryBudget
+from preprocess.model import ChatModel, load_model
 from preprocess.recipe import Preparer, Recipe
 from preprocess.settings import Setting, usable_cores, usable_memory
 from preprocess.sizes import parse_bytes
@@ -121,6 +122,14 @@ class JobSettings:
     tokenizer: Annotated[
         str, Setting("hub id, folder with tokenizer.json, or embedded", group="text")
     ] = EMBEDDED
+    model: Annotated[
+        str,
+        Setting(
+            "the model that is to be trained, a folder or hub id: its own chat template, tokenizer "
+            "and sizes of pictures; without it the dataset is for models of the Molmo kind",
+            group="what to build",
+        ),
+    ] = ""
     pad_to: Annotated[
         int | None,
         Setting(
@@ -238,6 +247,33 @@ class JobSettings:
             raise ConfigError("out_memory", where=self.out)
 
 
+def _for_model(settings: JobSettings) -> Recipe:
+    """Makes the recipe of a dataset for a model, whose own files decide markup and pictures.
+
+    Raises:
+      ConfigError: `model_settings`, a setting means nothing for such a dataset.
+    """
+    recipe, usual = settings.recipe, Recipe()
+    text, image = recipe.text, recipe.image
+    given = {
+        "tokenizer": settings.tokenizer != EMBEDDED,
+        "message_format": text.message_format != usual.text.message_format,
+        "system_prompt": text.system_prompt not in (usual.text.system_prompt, "none"),
+        "styles": bool(text.styles.to_dict()),
+        "resample": image.resample != usual.image.resample,
+        "image_bound": image.headroom != 1.0 or image.max_side_px is not None,
+        "image_size, patch_size, crops, image_fit": image.views != usual.image.views,
+    }
+    wrong = [name for name, is_given in given.items() if is_given]
+    if wrong:
+        raise ConfigError("model_settings", where=settings.model, names=", ".join(wrong))
+    return replace(
+        recipe,
+        text=replace(text, message_format="none", system_prompt="none"),
+        image=replace(image, views=(), max_side_px=1),
+    )
+
+
 def _is_share(value: float | None) -> bool:
     return value is None or 0 <= value <= 1
 
@@ -266,18 +302,29 @@ class Job:
             for folder in (out, *out.parents):
                 if folder.is_file():
                     raise ConfigError("out_file", where=str(folder))
+        recipe = settings.recipe
+        if settings.model:
+            recipe = _for_model(settings)
         tokenizer = load_tokenizer(
-            settings.tokenizer, pad_to=settings.pad_to, policy=settings.recipe.text
+            settings.model or settings.tokenizer, pad_to=settings.pad_to, policy=recipe.text
         )
         self.blobs = BlobCache(Path(settings.cache).expanduser())
+        model: ChatModel | None = None
+        if settings.model:
+            model = load_model(settings.model, tokenizer=tokenizer, date=recipe.text.chat_date)
+            family = model.stored.family
+            image = replace(recipe.image, family=family, max_side_px=None, resample=family.filter)
+            recipe = replace(recipe, image=image)
         self.preparer = Preparer(
-            recipe=settings.recipe, tokenizer=tokenizer, memory=self._memory_budget()
+            recipe=recipe, tokenizer=tokenizer, model=model, memory=self._memory_budget()
         )
         self.tokenizer = tokenizer.entry
         kind = dataset_class(settings.dataset)
         self.kind = kind
         self.name = settings.name or kind.name
         """Of the result: in the manifest, in the names of its files, and for seeds."""
+        if model is not None and kind.videos:
+            raise ConfigError("model_videos", where=kind.name)
         self.preparer.check_styles()
         if issubclass(kind, OwnDataset):
             require_style(kind.spec.style, settings.recipe.text.styles, where=kind.name)
@@ -286,7 +333,7 @@ class Job:
         if taken:
             raise ConfigError("dataset_code.describe", where=kind.name, name=taken[0])
         self.recipe = {
-            **settings.recipe.to_dict(),
+            **recipe.to_dict(),
             **described,
             "mode": kind.resolve_mode(settings.mode),
             "several_images": kind.several_images,
@@ -299,6 +346,10 @@ class Job:
         if kind.videos:
             self.recipe["video"] = settings.recipe.video.to_dict()
         self.libraries = library_versions(kind)
+        if model is not None:
+            self.recipe["model"] = model.describe()
+            for name in ("jinja2", "transformers"):
+                self.libraries[name] = importlib.metadata.version(name)
 
     @cached_property
     def dataset(self) -> DatasetBase:
@@ -432,12 +483,14 @@ _BYTE_SOURCES = (
     "preprocess/job/plan.py",
     "preprocess/job/planner.py",
     "preprocess/media/**/*.py",
+    "preprocess/model/**/*.py",
     "preprocess/recipe.py",
     "preprocess/sizes.py",
     "preprocess/synthetic/**/*.py",
     "preprocess/text/**/*.py",
     "preprocess/text/**/*.toml",
     "shardspec/checksum.py",
+    "shardspec/families/**/*.py",
     "shardspec/frames.py",
     "shardspec/image_file.py",
     "shardspec/index.py",

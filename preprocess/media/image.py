@@ -53,6 +53,7 @@ from preprocess.media.header import (
 from preprocess.media.memory import MemoryBudget
 from preprocess.settings import Setting
 from shardspec.errors import ConfigError, SampleError, ShardError, StorageError, nearest
+from shardspec.families import Family
 from shardspec.image_file import (
     JPEG_EOI,
     JPEG_FRAMES,
@@ -136,6 +137,8 @@ class ImagePolicy:
 
     views: tuple[ImageView, ...] = (ImageView(),)
     """What training may ask for; the stored size serves all of them."""
+    family: Family | None = None
+    """The model whose pictures these are, instead of views."""
     headroom: float = 1.0
     """Factor >= 1 on both sides of the largest canvas, for training that crops or resizes again."""
     max_side_px: int | None = None
@@ -168,7 +171,7 @@ class ImagePolicy:
     """Larger images are refused from their header."""
 
     def __post_init__(self) -> None:
-        if not self.views and self.max_side_px is None:
+        if not self.views and self.max_side_px is None and self.family is None:
             _reject("views", self.views, "at least one view, or max_side_px")
         if not (math.isfinite(self.headroom) and self.headroom >= 1.0):
             _reject("headroom", self.headroom, "a number >= 1")
@@ -425,6 +428,8 @@ class ImagePreprocessor:
 
     def _stored_size(self, width: int, height: int) -> tuple[int, int]:
         limit_px, longest_px = self.policy.max_side_px, max(width, height)
+        if self.policy.family is not None:
+            return self.policy.family.stored_size((height, width))[::-1]
         if limit_px is None:
             return stored_size(width, height, self.policy.views, headroom=self.policy.headroom)
         if longest_px <= limit_px:

@@ -4,12 +4,16 @@ Decides every text that a model sees. Draws nothing that training redraws: alter
 as variants.
 """
 
-from preprocess.text.chat import ChatFrame, Frame, chat_frame, image_prefixes
-from preprocess.text.chat_template import TemplateFrame
+from preprocess.text.chat import BareFrame, ChatFrame, Frame, chat_frame, image_prefixes
+from preprocess.text.chat_template import ANSWER, FIXED_DATE, USER, TemplateFrame
 from preprocess.text.choices import ChoiceForm
-from preprocess.text.formatter import DataFormatter
+from preprocess.text.formatter import Branch, DataFormatter, Variant, system_text
 from preprocess.text.geometry import safe_geometry
-from preprocess.text.interleaved import InterleavedTextPreprocessor, check_placeholders
+from preprocess.text.interleaved import (
+    InterleavedTextPreprocessor,
+    TokenizedText,
+    check_placeholders,
+)
 from preprocess.text.message import answer_flags, message_styles, message_texts
 from preprocess.text.own_styles import require_style, styles_of
 from preprocess.text.paraphrase import word_groups
@@ -19,6 +23,7 @@ from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt,
 from preprocess.text.sheet import StyleSheet, read_styles
 from preprocess.text.tokens import (
     EMBEDDED,
+    IMAGE_PLACEHOLDER,
     IMAGE_SYMBOLS,
     Tokenizer,
     load_tokenizer,
@@ -26,8 +31,14 @@ from preprocess.text.tokens import (
 )
 
 __all__ = [
+    "ANSWER",
     "EMBEDDED",
+    "FIXED_DATE",
+    "IMAGE_PLACEHOLDER",
     "IMAGE_SYMBOLS",
+    "USER",
+    "BareFrame",
+    "Branch",
     "ChatFrame",
     "ChoiceForm",
     "DataFormatter",
@@ -40,7 +51,9 @@ __all__ = [
     "SystemPrompt",
     "TemplateFrame",
     "TextPolicy",
+    "TokenizedText",
     "Tokenizer",
+    "Variant",
     "answer_flags",
     "chat_frame",
     "check_placeholders",
@@ -53,6 +66,7 @@ __all__ = [
     "require_style",
     "safe_geometry",
     "styles_of",
+    "system_text",
     "tokenizer_from_entry",
     "word_groups",
 ]

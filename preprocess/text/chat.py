@@ -36,7 +36,22 @@ class ChatFrame:
         )
 
 
-Frame = ChatFrame | TemplateFrame
+@dataclass(frozen=True, kw_only=True)
+class BareFrame:
+    """No markup at all: the texts are rendered later, by the chat template of a model."""
+
+    folds_system: ClassVar[bool] = False
+    """The template renders it."""
+
+    def frame(
+        self, user: str, response: str, *, first: bool, last: bool, system: str = ""
+    ) -> tuple[str, str]:
+        """Gives the texts as they are; see `TemplateFrame.frame`."""
+        del first, last, system
+        return user, response
+
+
+Frame = BareFrame | ChatFrame | TemplateFrame
 
 
 def chat_frame(message_format: MessageFormat, template: TemplateFrame | None) -> Frame:

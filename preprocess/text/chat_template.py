@@ -228,7 +228,7 @@ def _unescaped(literal: str) -> str:
     return literal.encode("ascii", "backslashreplace").decode("unicode-escape", "replace")
 
 
-_FIXED_DATE = (
+FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{%- if format in chat_dates -%}{{ chat_dates[format] }}"
     "{%- else -%}{{ raise_exception('unknown date format') }}{%- endif -%}{%- endmacro -%}{{ '' }}"
 )
@@ -269,7 +269,7 @@ class _Reader:
 
         def options(day: str) -> dict[str, Any]:
             table = {text: datetime.fromisoformat(day).strftime(text) for text in formats}
-            return {"chat_template": _FIXED_DATE + source, "chat_dates": table}
+            return {"chat_template": FIXED_DATE + source, "chat_dates": table}
 
         seen: dict[str, set[str]] = {"": set(), SYSTEM: set()}
         for day in ("2001-02-03", "2020-11-14"):

@@ -212,7 +212,7 @@ class DataFormatter:
         image_sizes: Sequence[ImageSize],
     ) -> tuple[tuple[Variant, ...], ...]:
         select = self.policy.select_answer
-        told = as_written(optional_text(message, "system"), self.policy)
+        told = system_text(message, self.policy)
         for turn in messages:
             _check_style(turn, self.styles)
         own = self.styles[messages[0]["style"]].system or self.policy.styles.system
@@ -303,6 +303,15 @@ class DataFormatter:
 
     def _draw(self, message: Message, rng: np.random.RandomState) -> Draw:
         return Draw(style=self.styles[message["style"]], policy=self.policy, rng=rng)
+
+
+def system_text(message: Message, policy: TextPolicy) -> str:
+    """Gives the system text of a conversation, or "".
+
+    Raises:
+      SampleError: `message_fields` (not a string).
+    """
+    return as_written(optional_text(message, "system"), policy)
 
 
 def _conversation(image: Any, question: str, answer: str) -> dict[str, Any]:

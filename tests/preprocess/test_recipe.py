@@ -16,6 +16,7 @@ from preprocess.text import StyleSheet, TextPolicy
 from preprocess.text.sheet import OwnStyle
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
+from shardspec.families import Qwen2VL
 from shardspec.sample import Geometry, SpanKind, image_rows, text_rows
 from shardspec.tiling import ImageView
 from tests.chat_shapes import SHAPES, make_tokenizer
@@ -272,6 +273,7 @@ OTHER_IMAGE = {
     "overview": "resized",
     "limits": ImageLimits(max_megapixels=10),
     "resample": "bilinear",
+    "family": Qwen2VL(),
 }
 
 

@@ -6,11 +6,13 @@ import pytest
 
 from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
+from loader.assembly.families.example import ModelView
 from loader.dataloader import make_dataloader
 from loader.mixture_stream import IterableDatasetMixture
 from loader.state.fingerprint import keys_fingerprint, view_differences, view_fingerprint
 from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import ConfigError, ShardError, StateError
+from shardspec.families import Qwen2VL
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import require_manifest
 from shardspec.tiling import FrameView, ImageView
@@ -315,6 +317,11 @@ OTHERS = {
     "weight": 2.0,
     "purpose": "inference",
 }
+MODELS = {
+    "model.max_pixels": ModelView(family=Qwen2VL(max_pixels=10_000)),
+    "model.backend": ModelView(family=Qwen2VL(), backend="pil"),
+}
+"""Views for a model that differ from that of its own values in one field."""
 
 
 def changed_views():
@@ -332,7 +339,10 @@ def test_fields_below_are_all_there_are():
     assert all({f.name for f in dataclasses.fields(kind)} == set(t) for kind, t in tables)
     parts = {"image", "augment", "high_res", "high_res_probability", "frames"}
     assert {f.name for f in dataclasses.fields(FrameView)} == set(FRAMES)
-    assert {f.name for f in dataclasses.fields(View)} == parts | set(OTHERS) | {"questions"}
+    assert {f.name for f in dataclasses.fields(View)} == parts | set(OTHERS) | {
+        "model",
+        "questions",
+    }
 
 
 def test_which_questions_are_asked_counts_in_evaluations_only():
@@ -341,6 +351,21 @@ def test_which_questions_are_asked_counts_in_evaluations_only():
         view_fingerprint(View(purpose="evaluation", questions=which)) for which in ("all", "first")
     )
     assert view_differences(other, own).keys() == {"questions"}
+
+
+def test_views_without_a_model_have_the_fingerprint_that_they_had_before_there_were_any():
+    assert view_fingerprint(View()) == {"hash": "d1abe952049fd00a"}
+
+
+@pytest.mark.parametrize("field", MODELS)
+def test_each_field_of_a_view_for_a_model_is_noticed_by_name(field):
+    own = view_fingerprint(View(model=ModelView(family=Qwen2VL())))
+    other = json.loads(json.dumps(view_fingerprint(View(model=MODELS[field]))))
+    assert list(view_differences(other, own)) == [field]
+    assert view_differences(other, other) == view_differences(own, own) == {}
+    plain = view_fingerprint(View())
+    assert "model.kind" in view_differences(plain, own)
+    assert "model.kind" in view_differences(own, plain)
 
 
 @pytest.mark.parametrize(("field", "view"), list(changed_views()))

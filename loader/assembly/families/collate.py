@@ -1,0 +1,206 @@
+"""ModelCollator: the batch that a model's `forward` takes, with its names and shapes.
+
+    input_ids         int64   [B, L]         padding: pad_token_id
+    labels            int64   [B, L]         those of the same positions (the models shift them);
+                                             -100 on pictures, markup and padding
+    attention_mask    int64   [B, L]         without packs only
+    position_ids      int64   [B, L]         with packs: restarting with each example, which keeps
+                              or [4, B, L]   them apart; four rows for multimodal positions
+    use_cache         False                  with packs: models with a cache ignore the restarts
+    mm_token_type_ids int64   [B, L]         1 for tokens of pictures: qwen2_vl; Gemma 3 calls it
+                                             token_type_ids, others have none
+    pixel_values      float32 [N, ...]       the rows of all pictures of the batch
+    image_grid_thw    int64   [n, 3]         qwen2_vl: (1, rows, columns) of patches
+
+The last two are absent from a batch without pictures, as a processor leaves them out. On request
+`subsegment_ids` (number of the example in its row, padding: -1), `loss_weights`, `position_ids`
+without packs, `metadata` and `real`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from loader.assembly.collate import IGNORE_INDEX, parse_pad_mode
+from loader.assembly.families.example import ModelDraft, ModelPack
+from loader.assembly.families.kernels import unit_shape
+from loader.buffers import Allocate
+from shardspec.errors import ConfigError, SampleError, nearest
+from shardspec.families import Family, Qwen2VL
+
+EXTRA_KEYS = ("position_ids", "subsegment_ids", "loss_weights")
+
+_PADDING: dict[str, float] = {
+    "labels": IGNORE_INDEX,
+    "mm_token_type_ids": 0,
+    "token_type_ids": 0,
+    "subsegment_ids": -1,
+    "loss_weights": 0.0,
+}
+
+
+class ModelCollator:
+    """Collates the examples of a dataset that was built for a model; stateless and picklable."""
+
+    def __init__(
+        self,
+        family: Family,
+        *,
+        sequence_length: int,
+        pad_mode: str = "to_128",
+        pad_token_id: int = 0,
+        packed: bool = False,
+        extra_keys: tuple[str, ...] = (),
+        with_metadata: bool = False,
+        with_real: bool = False,
+    ) -> None:
+        """Builds the collator.
+
+        Args:
+          family: The view's.
+          sequence_length: Most tokens of a row, >= 1.
+          pad_mode: As of `MMCollator`.
+          pad_token_id: Padding of `input_ids`.
+          packed: Whether rows may be of several examples.
+          extra_keys: Of `EXTRA_KEYS`, to be delivered as well.
+          with_metadata, with_real: As of `MMCollator`.
+
+        Raises:
+          ConfigError: `pad_mode`, `extra_key`.
+        """
+        for name in extra_keys:
+            if name not in EXTRA_KEYS:
+                raise ConfigError("extra_key", hint=nearest(name, EXTRA_KEYS), got=name)
+        self.family, self.sequence_length, self.pad_mode = family, sequence_length, pad_mode
+        self.pad_token_id, self.packed = pad_token_id, packed
+        self.with_metadata, self.with_real = with_metadata, with_real
+        self._multiple = parse_pad_mode(pad_mode, sequence_length=sequence_length)
+        self._positions = packed or "position_ids" in extra_keys
+        columns = ["input_ids", "labels"]
+        columns += [family.type_ids] if family.type_ids else []
+        self._columns = (*columns, *(name for name in extra_keys if name != "position_ids"))
+
+    def collate(
+        self, examples: Sequence[ModelDraft | ModelPack], *, allocate: Allocate = np.empty
+    ) -> dict[str, Any]:
+        """Collates examples whose arrays are still to be made.
+
+        Args:
+          examples: At least one.
+          allocate: Gives the memory of each tensor.
+
+        Raises:
+          SampleError: `too_long`, and as `ModelDraft.write_units`.
+          ConfigError: `empty_batch`.
+        """
+        if not examples:
+            raise ConfigError("empty_batch")
+        longest = max(example.num_tokens for example in examples)
+        if longest > self.sequence_length:
+            key = next(e for e in examples if e.num_tokens == longest).metadata()["key"]
+            raise SampleError(
+                "too_long", where=key, tokens=longest, sequence_length=self.sequence_length
+            )
+        width = min(-(-longest // self._multiple) * self._multiple, self.sequence_length)
+        arrays = {name: self._column(name, examples, width, allocate) for name in self._columns}
+        if not self.packed:
+            mask = arrays["attention_mask"] = allocate((len(examples), width), np.int64)
+            lengths = np.array([example.num_tokens for example in examples])
+            np.less(np.arange(width), lengths[:, None], out=mask)
+        if self._positions:
+            arrays["position_ids"] = self._position_ids(examples, width, allocate)
+        batch: dict[str, Any] = {name: torch.from_numpy(a) for name, a in arrays.items()}
+        if self.packed:
+            # With a cache, models do not look at where positions restart, and examples see each
+            # other: transformers, masking_utils.py.
+            batch["use_cache"] = False
+        batch |= self._pictures(examples, allocate)
+        if self.with_metadata:
+            batch["metadata"] = [example.metadata() for example in examples]
+        if self.with_real:
+            real = [bool(example.metadata().get("real", True)) for example in examples]
+            batch["real"] = torch.tensor(real)
+        return batch
+
+    def _column(
+        self,
+        name: str,
+        examples: Sequence[ModelDraft | ModelPack],
+        width: int,
+        allocate: Allocate,
+    ) -> np.ndarray:
+        dtype = np.float32 if name == "loss_weights" else np.int64
+        array = allocate((len(examples), width), dtype)
+        padding = self.pad_token_id if name == "input_ids" else _PADDING[name]
+        for row, example in enumerate(examples):
+            done = 0
+            for number, part in enumerate(example.parts):
+                stop = done + part.num_tokens
+                array[row, done:stop] = part.column(name)
+                if name == "subsegment_ids":
+                    array[row, done:stop] = number
+                elif name == "labels" and done:
+                    # The token in front of it is another example's: nobody predicts it.
+                    array[row, done] = IGNORE_INDEX
+                done = stop
+            array[row, done:] = padding
+        return array
+
+    def _position_ids(
+        self, examples: Sequence[ModelDraft | ModelPack], width: int, allocate: Allocate
+    ) -> np.ndarray:
+        mrope = self.family.positions == "mrope"
+        shape = (4, len(examples), width) if mrope else (len(examples), width)
+        array = allocate(shape, np.int64)
+        for row, example in enumerate(examples):
+            done = 0
+            for part in example.parts:
+                stop = done + part.num_tokens
+                array[..., row, done:stop] = part.positions()
+                done = stop
+            # Padding counts as an example of its own.
+            array[..., row, done:] = np.arange(width - done)
+        return array
+
+    def _pictures(
+        self, examples: Sequence[ModelDraft | ModelPack], allocate: Allocate
+    ) -> dict[str, torch.Tensor]:
+        parts = [part for example in examples for part in example.parts if part.num_units]
+        if not parts:
+            return {}
+        total = sum(part.num_units for part in parts)
+        pixels = allocate((total, *unit_shape(self.family)), np.float32)
+        done = 0
+        for part in parts:
+            part.write_units(pixels[done : done + part.num_units])
+            done += part.num_units
+        found = {"pixel_values": torch.from_numpy(pixels)}
+        if isinstance(self.family, Qwen2VL):
+            grids = [(1, *picture.grid) for part in parts for picture in part.plan.pictures]
+            found["image_grid_thw"] = torch.tensor(grids, dtype=torch.int64)
+        return found
+
+
+def finished_for_model(draft: ModelDraft) -> dict[str, Any]:
+    """Makes every array of an example: the keys of a batch, without their axis of rows.
+
+    Raises:
+      ShardError, SampleError: As `ModelDraft.write_units`.
+    """
+    family = draft.view.family
+    names = ["input_ids", "labels", "subsegment_ids", "loss_weights"]
+    names += [family.type_ids] if family.type_ids else []
+    made: dict[str, Any] = {name: draft.column(name) for name in names}
+    made["position_ids"] = draft.positions()
+    if draft.num_units:
+        pixels = np.empty((draft.num_units, *unit_shape(family)), np.float32)
+        draft.write_units(pixels)
+        made["pixel_values"] = pixels
+        if isinstance(family, Qwen2VL):
+            made["image_grid_thw"] = np.array([(1, *p.grid) for p in draft.plan.pictures], np.int64)
+    made["metadata"] = draft.metadata()
+    return made

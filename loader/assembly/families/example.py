@@ -1,0 +1,356 @@
+"""The examples of a dataset that was built for a model: `ModelPlanner`, `ModelDraft`, `ModelPack`.
+
+A sample's conversations are alternatives: one is drawn, by the sample's generator. Its tokens are
+the model's own, from the first to the last; each picture's placeholder becomes the run of tokens
+that the family's plan gives for the picture's size. Labels are those of the same positions: the
+models shift them.
+"""
+
+# Shape letters: L tokens, n pictures, N rows of pixel_values.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from loader.assembly.families.kernels import Backend, write_units
+from loader.assembly.layout import IGNORED
+from loader.assembly.pixels import Encoded
+from loader.buffers import Scratch
+from shardspec.errors import SampleError, ShardError, ShardsError
+from shardspec.families import Family, PicturePlan, StoredModel, plan_one
+from shardspec.keyed import draw_below
+from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows
+
+_TEXT = SpanKind.TEXT.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelView:
+    """The part of a view that is about a model: its pictures, and whose values they have."""
+
+    family: Family
+    backend: Backend = "torchvision"
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelSequence:
+    """The tokens of one conversation."""
+
+    ids: np.ndarray
+    """int64 [L]."""
+    targets: np.ndarray
+    """int64 [L], -100 where there is no loss."""
+    weight: float
+    """Of each token with loss."""
+    starts: tuple[int, ...]
+    """Position of each picture's first soft token."""
+    learns: bool = True
+    """False leaves no loss at all, as for padding."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.targets if self.learns else np.full(len(self.ids), IGNORED)
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelPlan:
+    """Everything about an example but its pixels."""
+
+    sequence: ModelSequence
+    pictures: tuple[PicturePlan, ...]
+    sizes: list[tuple[int, int]]
+    """Source (width, height) of each picture."""
+    visual: int
+    """Tokens of all pictures, marks included."""
+    asked: tuple[int, int] | None = None
+    """No question is asked: evaluation is not for models yet."""
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Positions with loss."""
+        return int(np.count_nonzero(self.sequence.labels != IGNORED))
+
+
+class ModelPlanner:
+    """Lays out conversations; safe to share between threads."""
+
+    def __init__(
+        self,
+        stored: StoredModel,
+        view: ModelView,
+        *,
+        limit: int | None,
+        max_images: int | None,
+        weight: float,
+        training: bool,
+    ) -> None:
+        """Joins what the dataset knows of its model and what the run wants.
+
+        Args:
+          stored: The dataset's.
+          view: The run's family; what it asks for must be stored.
+          limit: Longest sequence; text is cut there, pictures never are.
+          max_images: Most pictures of a sample; None for any.
+          weight: Factor of all loss weights.
+          training: False takes the first conversation.
+        """
+        self._stored, self._family = stored, view.family
+        self._limit, self._max_images = limit, max_images
+        self._weight, self._training = weight, training
+
+    def plan(
+        self,
+        tokens: np.ndarray,
+        spans: np.ndarray,
+        rng: np.random.RandomState,
+        *,
+        key: str = "",
+        question: int = 0,  # noqa: ARG002 - of evaluations, which views for models refuse
+    ) -> ModelPlan:
+        """Plans one example; arguments as `loader.assembly.assemble.Planner.plan`.
+
+        Raises:
+          SampleError: `too_many_images`, `picture_shape`, `image_placeholder`, `image_cut`,
+            `no_loss`.
+        """
+        rows, images = text_rows(spans), image_rows(spans)
+        if self._max_images is not None and len(images) > self._max_images:
+            raise SampleError(
+                "too_many_images.view", where=key, images=len(images), max_images=self._max_images
+            )
+        branch = 0
+        if self._training:
+            num_branches = int(rows[-1, 1]) + 1
+            branch = draw_below(rng, num_branches) if num_branches > 1 else 0
+        turns = rows[rows[:, 1] == branch].tolist()
+        sizes = [(row[2], row[3]) for row in images.tolist()]
+        plans = self._plans(sizes)
+        ids: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for _, _, _, start, stop, response, end, _ in turns:
+            for run, learned in ((tokens[start:stop], False), (tokens[response:end], True)):
+                ids.append(run)
+                labels.append(run if learned else np.full(len(run), IGNORED))
+        sequence = self._expanded(np.concatenate(ids), np.concatenate(labels), plans, key)
+        sequence.weight = turns[0][7] / WEIGHT_ONE * self._weight
+        visual = sum(map(self._stored.block_length, plans))
+        return ModelPlan(sequence=sequence, pictures=plans, sizes=sizes, visual=visual)
+
+    def _plans(self, sizes: Sequence[tuple[int, int]]) -> tuple[PicturePlan, ...]:
+        if len(sizes) == 1:
+            return (plan_one(self._family, sizes[0][::-1]),)
+        return self._family.plan([size[::-1] for size in sizes])
+
+    def _expanded(
+        self, ids: np.ndarray, labels: np.ndarray, plans: Sequence[PicturePlan], key: str
+    ) -> ModelSequence:
+        """Puts the tokens of pictures where their placeholders are."""
+        places = np.flatnonzero(ids == self._stored.placeholder)
+        if len(places) != len(plans):
+            raise SampleError(
+                "image_placeholder.rendered",
+                where=key,
+                images=len(plans),
+                placeholders=len(places),
+            )
+        runs: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        starts: list[int] = []
+        done = length = 0
+        end = 0
+        for place, plan in zip(places.tolist(), plans, strict=True):
+            block = self._stored.block(plan)
+            runs += (ids[done:place], block)
+            targets += (labels[done:place], np.full(len(block), IGNORED))
+            length += place - done
+            starts.append(length + int(np.argmax(block == self._stored.soft_id)))
+            length += len(block)
+            done, end = place + 1, length
+        runs.append(ids[done:])
+        targets.append(labels[done:])
+        all_ids = np.concatenate(runs).astype(np.int64)
+        all_targets = np.concatenate(targets).astype(np.int64)
+        limit = self._limit
+        if limit is not None and len(all_ids) > limit:
+            if end > limit:
+                raise SampleError(
+                    "image_cut.sample", where=key, image_tokens=end, sequence_length=limit
+                )
+            all_ids, all_targets = all_ids[:limit], all_targets[:limit]
+        # The first token of a sequence is never predicted.
+        if not (all_targets[1:] != IGNORED).any():
+            raise SampleError(
+                "no_loss.sample", where=key, length=len(all_ids), sequence_length=limit
+            )
+        return ModelSequence(ids=all_ids, targets=all_targets, weight=1.0, starts=tuple(starts))
+
+
+PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
+
+
+class ModelDraft:
+    """The example of one sample before its arrays are made; see `loader.assembly.Draft`."""
+
+    __slots__ = (
+        *(
+            "dataset",
+            "described",
+            "error",
+            "key",
+            "num_crops",
+            "num_tokens",
+            "num_units",
+            "plan",
+            "real",
+        ),
+        *("render_s", "scratch", "sources", "stored", "substitutes", "view"),
+    )
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        sources: Sequence[PictureSource],
+        *,
+        view: ModelView,
+        stored: StoredModel,
+        key: str,
+        scratch: Scratch,
+    ) -> None:
+        """Joins what was planned and the pictures.
+
+        Args:
+          plan: As a `ModelPlanner` of the same view makes it.
+          sources: A picture for each image of the sample; overviews are not used.
+          view: What the run wants.
+          stored: What the dataset knows of its model.
+          key: The sample's.
+          scratch: Memory for decoding.
+        """
+        self.plan, self.sources, self.view, self.stored = plan, sources, view, stored
+        self.key, self.scratch = key, scratch
+        self.num_tokens = len(plan.sequence.ids)
+        self.num_crops = plan.visual
+        """Tokens of all pictures: what `max_crops` of packs bounds."""
+        self.num_units = sum(picture.num_units for picture in plan.pictures)
+        """Rows of `pixel_values`, N."""
+        self.substitutes: dict[str, Any] | None = None
+        self.dataset: str | None = None
+        self.described: Mapping[str, Any] = {}
+        """Further metadata."""
+        self.real = True
+        self.error: ShardsError | None = None
+        self.render_s = 0.0
+
+    @property
+    def parts(self) -> tuple[ModelDraft, ...]:
+        """The examples of the row."""
+        return (self,)
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds of decoding."""
+        return sum([one.decode_s for one, _ in self.sources if type(one) is Encoded])
+
+    def positions(self) -> np.ndarray:
+        """Counts positions: int64 [L], or [4, L] with multimodal ones.
+
+        Of the four rows the first counts tokens, which keeps packed examples apart; the others are
+        time, height and width.
+        """
+        text = np.arange(self.num_tokens)
+        if self.stored.family.positions == "plain":
+            return text
+        found = np.empty((4, self.num_tokens), np.int64)
+        found[0] = text
+        merge = getattr(self.view.family, "merge", 1)
+        done = at = 0
+        for start, picture in zip(self.plan.sequence.starts, self.plan.pictures, strict=True):
+            found[1:, done:start] = np.arange(at, at + start - done)
+            at += start - done
+            rows, cols = (side // merge for side in picture.grid)
+            cells = np.arange(rows * cols)
+            stop = start + rows * cols
+            found[1, start:stop] = at
+            found[2, start:stop] = at + cells // cols
+            found[3, start:stop] = at + cells % cols
+            at += max(rows, cols)
+            done = stop
+        found[1:, done:] = np.arange(at, at + self.num_tokens - done)
+        return found
+
+    def column(self, name: str) -> np.ndarray:
+        """Makes one of the arrays of a value per token, [L]."""
+        sequence = self.plan.sequence
+        if name == "input_ids":
+            return sequence.ids
+        if name == "labels":
+            return sequence.labels
+        if name == self.stored.family.type_ids:
+            soft: np.ndarray = sequence.ids == self.stored.soft_id
+            return soft.astype(np.int64)
+        if name == "loss_weights":
+            return np.where(sequence.labels == IGNORED, 0.0, sequence.weight).astype(np.float32)
+        assert name == "subsegment_ids"
+        return np.zeros(self.num_tokens, np.int64)
+
+    def write_units(self, out: np.ndarray) -> None:
+        """Renders the pictures into float32 [N, ...].
+
+        Raises:
+          ShardError, SampleError: Of a picture; kept as `error`.
+        """
+        start_s, done = perf_counter(), 0
+        family, backend = self.view.family, self.view.backend
+        try:
+            for (picture, _), plan in zip(self.sources, self.plan.pictures, strict=True):
+                pixels = picture
+                if isinstance(picture, Encoded):
+                    pixels = picture.pixels(self.scratch, "picture")
+                assert isinstance(pixels, np.ndarray)
+                stop = done + plan.num_units
+                write_units(family, plan, pixels, out[done:stop], backend=backend)
+                done = stop
+        except (ShardError, SampleError) as error:
+            self.error = error
+            raise
+        self.render_s += perf_counter() - start_s
+
+    def metadata(self) -> dict[str, Any]:
+        """Describes the example."""
+        described: dict[str, Any] = {
+            "key": self.key if self.real else None,
+            "images": [
+                {"width": width, "height": height, "tokens": picture.num_tokens}
+                for (width, height), picture in zip(
+                    self.plan.sizes, self.plan.pictures, strict=True
+                )
+            ],
+        }
+        described |= self.described
+        if not self.real:
+            described["real"] = False
+        if self.substitutes is not None:
+            described["substitutes"] = self.substitutes
+        if self.dataset is not None:
+            described["dataset"] = self.dataset
+        return described
+
+
+class ModelPack:
+    """A row of several examples, one after the other; positions restart with each."""
+
+    def __init__(self, parts: Sequence[ModelDraft]) -> None:
+        """Joins drafts of one view, at least one."""
+        self.parts = tuple(parts)
+        self.num_tokens = sum(part.num_tokens for part in parts)
+        self.num_crops = sum(part.num_crops for part in parts)
+
+    def metadata(self) -> dict[str, Any]:
+        """Describes the row and, as `examples`, its parts."""
+        parts = [part.metadata() for part in self.parts]
+        return {"key": "+".join([part["key"] for part in parts]), "examples": parts}

@@ -1,0 +1,139 @@
+"""From formatted messages to the tokens of conversations, and to the rows that store them.
+
+A sample's conversations are alternatives: training draws one of them in each epoch. A message with
+several variants is as many conversations; messages with fewer are repeated, so that each message is
+drawn equally often. Their tokens are stored once.
+
+A conversation is stored as turns (prompt, response) whose ids, one after the other, are the whole
+of it: the responses are what is learned, and the last one may be empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from preprocess.model.render import ChatModel, Message, TokenizedConversation
+from preprocess.text import IMAGE_PLACEHOLDER, Branch, TokenizedText
+from shardspec.errors import SampleError
+
+
+class Turn(NamedTuple):
+    """One exchange, without markup."""
+
+    user: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """One conversation."""
+
+    turns: tuple[Turn, ...]
+    system: str = ""
+    weight: int
+    """In millionths."""
+
+
+def conversations(branches: Sequence[Branch], systems: Sequence[str]) -> list[Turns]:
+    """Lists the conversations of a sample.
+
+    Args:
+      branches: Formatted messages, whose variants have no markup.
+      systems: The system text of each; "" for none.
+
+    Raises:
+      SampleError: `loss_span`, an answer has a weight of its own.
+    """
+    found: list[list[Turns]] = []
+    for branch, system in zip(branches, systems, strict=True):
+        if set(branch.shares) - {1.0}:
+            problem = "answers with weights of their own, or without loss, are not for models yet"
+            raise SampleError("loss_span", problem=problem)
+        count = math.lcm(*[len(variants) for variants in branch.turns])
+        drawn = [
+            tuple(
+                Turn(variants[v % len(variants)].prompt, variants[v % len(variants)].response)
+                for variants in branch.turns
+            )
+            for v in range(count)
+        ]
+        distinct = drawn[:1] if len(set(drawn)) == 1 else drawn
+        found.append([Turns(turns=t, system=system, weight=branch.weight) for t in distinct])
+    total = math.lcm(*map(len, found))
+    return [own for each in found for own in each * (total // len(each))]
+
+
+def tokenized_conversations(
+    model: ChatModel, alternatives: Sequence[Turns], *, images: int, key: str
+) -> TokenizedText:
+    """Tokenizes every conversation of a sample.
+
+    Args:
+      model: Whose template and tokenizer.
+      alternatives: The conversations.
+      images: Pictures of the sample; each is in every conversation.
+      key: The sample's, for errors.
+
+    Raises:
+      SampleError: `image_placeholder`, `empty_response`, and as `ChatModel.tokenize`.
+    """
+    ids: list[np.ndarray] = []
+    length = 0
+    known: dict[bytes, tuple[int, int]] = {}
+
+    def store(run: np.ndarray) -> tuple[int, int]:
+        nonlocal length
+        name = run.tobytes()
+        if name not in known:
+            known[name] = (length, length + len(run))
+            ids.append(run)
+            length += len(run)
+        return known[name]
+
+    rows = []
+    memo: dict[tuple[tuple[Turn, ...], str], TokenizedConversation] = {}
+    for b, each in enumerate(alternatives):
+        name = (each.turns, each.system)
+        try:
+            if name not in memo:
+                memo[name] = model.tokenize(_messages(model, each, images=images), images=images)
+        except SampleError as error:
+            error.where = error.where or key
+            raise
+        for t, (prompt, response) in enumerate(_runs(memo[name])):
+            rows.append((b, t, *store(prompt), *store(response), each.weight))
+    tokens = np.concatenate(ids) if ids else np.zeros(0, "<i4")
+    return TokenizedText(tokens=tokens.astype("<i4"), rows=tuple(rows), leads=())
+
+
+def _messages(model: ChatModel, each: Turns, *, images: int) -> list[Message]:
+    placed = sum(turn.user.count(IMAGE_PLACEHOLDER) for turn in each.turns)
+    others = [each.system, *(turn.answer for turn in each.turns)]
+    if placed not in (0, images) or any(IMAGE_PLACEHOLDER in text for text in others):
+        raise SampleError("image_placeholder.turn", images=images, placeholders=[placed])
+    if not all(turn.answer.strip() for turn in each.turns):
+        raise SampleError("empty_response")
+    messages = [model.message("system", each.system)] if each.system else []
+    for t, turn in enumerate(each.turns):
+        first = images if t == 0 and not placed else 0
+        messages.append(model.message("user", turn.user, images=first))
+        messages.append(model.message("assistant", turn.answer))
+    return messages
+
+
+def _runs(conversation: TokenizedConversation) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Cuts a conversation into (not learned, learned) pairs; the last may learn nothing."""
+    ids, learned = conversation.ids, conversation.learned
+    edges = np.flatnonzero(np.diff(learned.astype(np.int8), prepend=0, append=0))
+    pairs, done = [], 0
+    for start, stop in edges.reshape(-1, 2).tolist():
+        pairs.append((ids[done:start], ids[start:stop]))
+        done = stop
+    if done < len(ids):
+        pairs.append((ids[done:], ids[:0]))
+    return pairs

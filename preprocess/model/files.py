@@ -1,0 +1,153 @@
+"""Opening a model's folder or hub id: its configuration, its tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from preprocess.model.render import ChatModel
+from preprocess.text import IMAGE_PLACEHOLDER, USER, Tokenizer
+from shardspec.errors import ConfigError, SampleError
+from shardspec.families import Family, ModelConfig, StoredModel, read_family
+
+_NAMED = ("start_image_token", "end_image_token", "boi_token", "eoi_token")
+"""Attributes of tokenizers that name the tokens around a picture."""
+
+
+def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
+    """Loads the text side of a model.
+
+    Args:
+      name: A folder with the model's configuration, processor and tokenizer files, or a hub id.
+      tokenizer: The model's, as it is stored with the dataset.
+      date: Day for templates that write one, YYYY-MM-DD.
+
+    Raises:
+      ConfigError: `model_file`, `model_template`, `chat_date`; as `read_family`.
+    """
+    from transformers import AutoTokenizer
+
+    config = _document(name, "config.json")
+    if config is None:
+        raise ConfigError("model_file", where=name, file="config.json")
+    processor = _document(name, "processor_config.json") or {}
+    images = _document(name, "preprocessor_config.json") or processor.get("image_processor")
+    if images is None:
+        raise ConfigError("model_file", where=name, file="preprocessor_config.json")
+    loaded: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    token_id = config.get("image_token_id", config.get("image_token_index"))
+    token = "" if token_id is None else loaded.convert_ids_to_tokens(token_id) or ""
+    family = read_family(
+        ModelConfig(
+            config=config,
+            image_processor=images,
+            processor=processor,
+            image_token=token,
+            tokens={name: getattr(loaded, name) for name in _NAMED if hasattr(loaded, name)},
+        ),
+        where=name,
+    )
+    ids = {symbol: loaded.convert_tokens_to_ids(symbol) for symbol in family.symbols}
+    added = tuple(each.content for each in loaded.added_tokens_decoder.values())
+    written = (*ids, family.marker, *_tokens_of(family))
+    missing = [symbol for symbol in written if symbol not in added]
+    if missing:
+        problem = f"the tokenizer has no token {missing[0]}"
+        raise ConfigError("model_template", where=name, problem=problem)
+    template = _template(name, processor, loaded)
+    if "strftime_now" in template and not date:
+        raise ConfigError("chat_date.missing", where=name)
+    stored = StoredModel(
+        family=family,
+        symbols={symbol: (int(number),) for symbol, number in ids.items()},
+        placeholder=tokenizer.special_ids[IMAGE_PLACEHOLDER],
+    )
+    special = {k: v for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
+    for content in ("parts", "text"):
+        model = ChatModel(
+            name=name,
+            stored=stored,
+            template=template,
+            tokenizer_json=tokenizer.json,
+            added_tokens=added,
+            special_tokens=special,
+            content=content,  # type: ignore[arg-type]
+            date=date,
+        )
+        problem = _problem(model, loaded)
+        if not problem:
+            return model
+    raise ConfigError("model_template", where=name, problem=problem)
+
+
+def _tokens_of(family: Family) -> tuple[str, ...]:
+    """Lists the tokens that a processor writes around a picture."""
+    return (
+        tuple(re.findall(r"<[^<>\s]+>", family.written)) if family.written != family.marker else ()
+    )
+
+
+def _problem(model: ChatModel, loaded: Any) -> str:
+    """Says why the template cannot render a picture and a question; "" if it can."""
+    messages = [model.message("user", USER, images=1), model.message("assistant", "An answer.")]
+    marker = model.stored.family.marker
+    try:
+        text, _ = model.render(messages)
+    except SampleError as error:
+        return str(error.facts.get("error", error.what))
+    if text.count(marker) != 1:
+        return f"it writes {marker} {text.count(marker)} times for one picture"
+    # A list that is written as such has its quotes around each text.
+    if text.count(USER) != 1 or f"'{USER}'" in text:
+        return "it does not write the user's text once"
+    try:
+        found = model.tokenize(messages, images=1)
+    except SampleError as error:
+        return str(error.facts.get("problem", error.what))
+    bos, (text, _) = loaded.bos_token, model.expanded(text, [])
+    own = loaded(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+    ids = found.ids.tolist()
+    mark = loaded.convert_tokens_to_ids(model.stored.family.soft_token)
+    if [mark if i == model.stored.placeholder else i for i in ids] != list(own):
+        return "its text is tokenized otherwise by the tokenizers library"
+    return ""
+
+
+def _template(name: str, processor: Mapping[str, Any], loaded: Any) -> str:
+    path = _file(name, "chat_template.jinja")
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    older = (_document(name, "chat_template.json") or {}).get("chat_template")
+    found = older or processor.get("chat_template") or getattr(loaded, "chat_template", None)
+    if isinstance(found, Mapping):
+        found = found.get("default")
+    if not found:
+        raise ConfigError("model_template", where=name, problem="there is none")
+    return str(found)
+
+
+def _document(name: str, file: str) -> dict[str, Any] | None:
+    path = _file(name, file)
+    if path is None:
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError("model_file", where=str(path), file=file) from error
+    if not isinstance(document, dict):
+        raise ConfigError("model_file", where=str(path), file=file)
+    return document
+
+
+def _file(name: str, file: str) -> Path | None:
+    """Finds a file of a model, from the hub if need be; None where the model has none."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError("model_file", where=name, file=file) from error
+    return None if found is None else Path(found)

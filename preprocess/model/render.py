@@ -1,0 +1,270 @@
+"""ChatModel: renders a conversation as a model's processor does, and finds what is learned in it.
+
+The whole conversation is rendered by transformers' own template engine, and tokenized as a whole.
+What is learned of it:
+
+1. Templates with `{% generation %}` marks say it themselves: one marked part for each answer.
+2. For others, each answer is replaced by a sentinel and the conversation is rendered again: what is
+   equal in front of it and after it is markup. The learned part begins where the conversation up to
+   there ends when it is rendered with the generation prompt, and it ends with the token that ends
+   the turn.
+
+Both are proven for each conversation: a part that does not contain its answer, or markup that
+depends on the answer, is refused (`loss_span`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from preprocess.text import ANSWER, FIXED_DATE, IMAGE_PLACEHOLDER
+from shardspec.errors import SampleError
+from shardspec.families import StoredModel
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedConversation:
+    """A conversation as ids, with one id for each picture."""
+
+    ids: np.ndarray
+    """int32 [T]."""
+    learned: np.ndarray
+    """bool [T]: which of them have loss as targets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatModel:
+    """The text side of a model, as a value: it can be sent to worker processes."""
+
+    name: str
+    stored: StoredModel
+    template: str
+    """Source of the chat template."""
+    tokenizer_json: str
+    added_tokens: tuple[str, ...]
+    """Every added token of the tokenizer: what may end a turn."""
+    special_tokens: Mapping[str, Any]
+    """Variables of the template, such as `bos_token`."""
+    content: Literal["parts", "text"] = "parts"
+    """How the template takes a message: as a list of typed parts, or as one text."""
+    date: str = ""
+    """Day that the template writes, YYYY-MM-DD."""
+
+    @cached_property
+    def _backend(self) -> Any:
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self.tokenizer_json)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def _marker_id(self) -> int:
+        found: int | None = self._backend.token_to_id(self.stored.family.soft_token)
+        return -1 if found is None else found
+
+    @cached_property
+    def _ends(self) -> re.Pattern[str]:
+        tokens = sorted(filter(str.strip, self.added_tokens), key=len, reverse=True)
+        return re.compile(r"\s*(?:" + "|".join(map(re.escape, tokens)) + ")")
+
+    @cached_property
+    def _options(self) -> tuple[str, dict[str, Any]]:
+        """The template with a fixed day, and the variables that it needs."""
+        if "strftime_now" not in self.template:
+            return self.template, {}
+        day = datetime.fromisoformat(self.date)
+        formats = re.findall(r"""strftime_now\(\s*(['"])(.*?)\1""", self.template)
+        dates = {text: day.strftime(text) for _, text in formats}
+        return FIXED_DATE + self.template, {"chat_dates": dates}
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_backend", "_marker_id", "_ends", "_options")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def describe(self) -> dict[str, Any]:
+        """Lists what the bytes of a dataset follow from, in plain JSON types, for its recipe."""
+        return {
+            **self.stored.to_dict(),
+            "template_sha256": hashlib.sha256(self.template.encode()).hexdigest(),
+            "content": self.content,
+            "special_tokens": dict(self.special_tokens),
+            "loss": "marks" if self.marks_generation else "prefixes",
+        }
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template says itself what is generated."""
+        return _GENERATION.search(self.template) is not None
+
+    def message(self, role: str, text: str, *, images: int = 0) -> Message:
+        """Makes a message of the template.
+
+        Args:
+          role: Of the chat.
+          text: With `IMAGE_PLACEHOLDER` where a picture is.
+          images: Pictures in front of all text.
+        """
+        first, *rest = text.split(IMAGE_PLACEHOLDER)
+        if self.content == "text":
+            marker = self.stored.family.marker
+            return {"role": role, "content": f"{marker}\n" * images + marker.join((first, *rest))}
+        parts: list[dict[str, str]] = [{"type": "image"}] * images
+        parts += [{"type": "text", "text": first}] if first or not (rest or images) else []
+        for piece in rest:
+            parts.append({"type": "image"})
+            parts += [{"type": "text", "text": piece}] if piece else []
+        return {"role": role, "content": parts}
+
+    def render(
+        self, messages: Sequence[Message], *, generation: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Renders a conversation.
+
+        Returns:
+          The text, and the parts of it that the template marks as generated.
+
+        Raises:
+          SampleError: `chat_render`, the template refuses it.
+        """
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template, variables = self._options
+        chats: Any = [list(messages)]
+        try:
+            # Declared as a text; it is (texts, generated parts).
+            found: Any = render_jinja_template(
+                conversations=chats,
+                chat_template=template,
+                add_generation_prompt=generation,
+                return_assistant_tokens_mask=self.marks_generation,
+                **self.special_tokens,
+                **variables,
+            )
+        # A template's own arithmetic raises what Python does: an index, a missing attribute.
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            roles = " ".join(str(message["role"]) for message in messages)
+            raise SampleError("chat_render", roles=roles, error=error) from error
+        texts, spans = found
+        marked = spans[0] if spans else ()
+        return str(texts[0]), [(int(a), int(b)) for a, b in marked]
+
+    def tokenize(self, messages: Sequence[Message], *, images: int) -> TokenizedConversation:
+        """Turns a conversation into ids.
+
+        Args:
+          messages: Made by `message`; answers have the role "assistant".
+          images: Its pictures.
+
+        Raises:
+          SampleError: `chat_render`, `loss_span`; `image_placeholder`, the template does not write
+            each picture once.
+        """
+        text, marked = self.render(messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.marks_generation:
+            spans = self._marked(text, marked, [messages[i] for i in answers])
+        else:
+            spans = [self._span(text, messages, i) for i in answers]
+        text, spans = self.expanded(text, spans)
+        bos = str(self.special_tokens.get("bos_token") or "")
+        # As processors do: no second BOS where the template has written one.
+        adds = not (bos and text.startswith(bos))
+        encoding = self._backend.encode(text, add_special_tokens=adds)
+        ids = np.array(encoding.ids, dtype="<i4")
+        pictures = ids == self._marker_id
+        if np.count_nonzero(pictures) != images:
+            raise SampleError(
+                "image_placeholder.rendered",
+                images=images,
+                placeholders=int(np.count_nonzero(pictures)),
+            )
+        ids[pictures] = self.stored.placeholder
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        learned = np.zeros(len(ids), bool)
+        for start, stop in spans:
+            learned |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
+        if (learned & pictures).any():
+            raise SampleError("loss_span", problem="a picture is part of an answer")
+        return TokenizedConversation(ids=ids, learned=learned)
+
+    def expanded(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Writes what the model's processor writes for the marker of each picture.
+
+        Line breaks around a picture may be joined with those of the text, so this comes before the
+        text is tokenized.
+
+        Args:
+          text: As the template renders it.
+          spans: Parts of it, (start, stop); they move along.
+        """
+        family = self.stored.family
+        if family.written == family.marker:
+            return text, list(spans)
+        marker = re.escape(family.marker)
+        places = [found.start() for found in re.finditer(marker, text)]
+        longer = len(family.written) - len(family.marker)
+
+        def moved(at: int) -> int:
+            return at + longer * sum(place < at for place in places)
+
+        return (
+            text.replace(family.marker, family.written),
+            [(moved(start), moved(stop)) for start, stop in spans],
+        )
+
+    def _marked(
+        self, text: str, spans: list[tuple[int, int]], answers: Sequence[Message]
+    ) -> list[tuple[int, int]]:
+        texts = [_text_of(message).strip() for message in answers]
+        if len(spans) != len(answers):
+            problem = f"{len(answers)} answers, {len(spans)} marked as generated"
+            raise SampleError("loss_span", problem=problem)
+        for (start, stop), answer in zip(spans, texts, strict=True):
+            if answer not in text[start:stop]:
+                raise SampleError("loss_span", problem="an answer is not in its marked part")
+        return spans
+
+    def _span(self, text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
+        """Finds what is learned of answer i, its end of turn included."""
+        answer = _text_of(messages[i])
+        replaced = [*messages[:i], self.message("assistant", ANSWER), *messages[i + 1 :]]
+        head, found, tail = self.render(replaced)[0].partition(ANSWER)
+        if not found or ANSWER in tail:
+            raise SampleError("loss_span", problem="an answer is left out, or written twice")
+        own = text[len(head) : len(text) - len(tail)]
+        same = text.startswith(head) and text.endswith(tail) and own.strip() == answer.strip()
+        if not same or len(head) + len(tail) > len(text):
+            problem = "the markup around an answer depends on its text"
+            raise SampleError("loss_span", problem=problem)
+        before = self.render(messages[:i], generation=True)[0]
+        if not head.startswith(before):
+            problem = "the conversation does not begin with what is in front of an answer"
+            raise SampleError("loss_span", problem=problem)
+        end = self._ends.match(tail)
+        if end is None:
+            raise SampleError("loss_span", problem="no token ends an answer")
+        return len(before), len(text) - len(tail) + end.end()
+
+
+def _text_of(message: Message) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")

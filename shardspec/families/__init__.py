@@ -1,0 +1,31 @@
+"""Model families: what a model sees of a picture of some size, and which tokens stand for it.
+
+Each family is a frozen dataclass of plain values with a pure `plan`; the kernels that make tensors
+of pixels are in `loader.assembly.families`. Never touches pixels. Molmo's own tiling is
+`shardspec.tiling`.
+"""
+
+from shardspec.families.configs import MODEL_TYPES, ModelConfig, read_family
+from shardspec.families.fixed import FixedSize
+from shardspec.families.gemma3 import Gemma3
+from shardspec.families.internvl import InternVL
+from shardspec.families.plan import Family, PicturePlan, Size, plan_one
+from shardspec.families.qwen2_vl import Qwen2VL
+from shardspec.families.stored import StoredModel, family_from_dict, family_to_dict
+
+__all__ = [
+    "MODEL_TYPES",
+    "Family",
+    "FixedSize",
+    "Gemma3",
+    "InternVL",
+    "ModelConfig",
+    "PicturePlan",
+    "Qwen2VL",
+    "Size",
+    "StoredModel",
+    "family_from_dict",
+    "family_to_dict",
+    "plan_one",
+    "read_family",
+]

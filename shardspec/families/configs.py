@@ -1,0 +1,220 @@
+"""Reading a family from the configuration files of a model, as transformers saves them.
+
+Every number comes from the files: a checkpoint's values differ from the defaults of its classes.
+What a file asks for and a family does not do is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from shardspec.errors import ConfigError, nearest
+from shardspec.families.fixed import FixedSize
+from shardspec.families.gemma3 import Gemma3
+from shardspec.families.internvl import InternVL
+from shardspec.families.plan import Family, Filter
+from shardspec.families.qwen2_vl import Qwen2VL
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_FILTERS: Mapping[Any, Filter] = {2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers. LANCZOS is missing: torch's has other values than Pillow's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The parsed configuration files of a model."""
+
+    config: Mapping[str, Any]
+    """config.json."""
+    image_processor: Mapping[str, Any] = field(default_factory=dict)
+    """preprocessor_config.json, or the part of processor_config.json."""
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    """processor_config.json."""
+    image_token: str = ""
+    """The token of `image_token_id`."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Named tokens of the tokenizer, such as `start_image_token`."""
+
+
+def read_family(model: ModelConfig, *, where: str = "") -> Family:
+    """Reads the family of a model.
+
+    Raises:
+      ConfigError: `family_unknown`, `family_setting`, `family_field`.
+    """
+    kind = str(model.config.get("model_type", ""))
+    if kind not in _READERS:
+        raise ConfigError(
+            "family_unknown",
+            where=where,
+            got=kind or "no model_type",
+            known=", ".join(_READERS),
+            hint=nearest(kind, _READERS),
+        )
+    return _READERS[kind](_Files(model, where))
+
+
+class _Files:
+    """What readers need of the files of one model."""
+
+    def __init__(self, model: ModelConfig, where: str) -> None:
+        self.model, self.where = model, where
+        self.images = model.image_processor
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            # None: an older file, whose class decides; all of them do.
+            if self.images.get(name) is False:
+                self.refuse(name, False)
+        factor = self.images.get("rescale_factor")
+        if factor is not None and abs(factor * 255 - 1) > 1e-9:
+            self.refuse("rescale_factor", factor)
+
+    def refuse(self, name: str, value: object) -> NoReturn:
+        raise ConfigError("family_setting", where=self.where, name=name, got=repr(value))
+
+    def look(self, *names: str) -> Any:
+        """Gives the first value among processor_config.json and config.json; dots go deeper."""
+        for source in (self.model.processor, self.model.config):
+            for name in names:
+                found: Any = source
+                for part in name.split("."):
+                    found = found.get(part) if isinstance(found, Mapping) else None
+                if found is not None:
+                    return found
+        return None
+
+    @property
+    def resize(self) -> dict[str, Any]:
+        """Filter, mean and standard deviation."""
+        return self.resize_by(3, mean=CLIP_MEAN, std=CLIP_STD)
+
+    def resize_by(
+        self, number: int, *, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> dict[str, Any]:
+        """Gives the same with other defaults."""
+        number = self.images.get("resample", number)
+        if number not in _FILTERS:
+            self.refuse("resample", number)
+        return {
+            "filter": _FILTERS[number],
+            "mean": tuple(self.images.get("image_mean") or mean),
+            "std": tuple(self.images.get("image_std") or std),
+        }
+
+    @property
+    def token(self) -> dict[str, Any]:
+        if not self.model.image_token:
+            self.refuse("image_token_id", self.look("image_token_id", "image_token_index"))
+        return {"image_token": self.model.image_token}
+
+    def square(self, size: object, name: str) -> int | None:
+        """Gives the side of {"height": S, "width": S} or S."""
+        if isinstance(size, int):
+            return size
+        if isinstance(size, Mapping) and "height" in size:
+            if size["height"] != size.get("width"):
+                self.refuse(name, dict(size))
+            return int(size["height"])
+        return None
+
+
+def _qwen2_vl(files: _Files) -> Family:
+    images, size = files.images, files.images.get("size") or {}
+    standard = Qwen2VL()
+    least = images.get("min_pixels", size.get("shortest_edge", size.get("min_pixels")))
+    most = images.get("max_pixels", size.get("longest_edge", size.get("max_pixels")))
+    return Qwen2VL(
+        patch_px=images.get("patch_size", standard.patch_px),
+        merge=images.get("merge_size", standard.merge),
+        temporal_patch=images.get("temporal_patch_size", standard.temporal_patch),
+        min_pixels=standard.min_pixels if least is None else least,
+        max_pixels=standard.max_pixels if most is None else most,
+        **files.resize,
+        **files.token,
+    )
+
+
+def _llava(files: _Files) -> Family:
+    images = files.images
+    if images.get("do_pad"):
+        files.refuse("do_pad", True)
+    size = images.get("size", 224)
+    crop = files.square(images.get("crop_size"), "crop_size")
+    crops = bool(images.get("do_center_crop", crop is not None))
+    short = size.get("shortest_edge") if isinstance(size, Mapping) else size
+    side = files.square(size, "size") if isinstance(size, Mapping) else None
+    if side is None:
+        if not crops or crop != short or not isinstance(short, int):
+            files.refuse("size", size)
+        side = short
+    elif crops and crop != side:
+        files.refuse("crop_size", images.get("crop_size"))
+    patch = files.look("patch_size", "vision_config.patch_size")
+    more = files.look("num_additional_image_tokens")
+    if more is None:  # the class token of CLIP's tower; SigLIP's has none
+        more = int(files.look("vision_config.model_type") == "clip_vision_model")
+    fewer = files.look("vision_feature_select_strategy") in ("default", None)
+    if not isinstance(patch, int):
+        files.refuse("patch_size", patch)
+    return FixedSize(
+        size_px=side,
+        fit="squash" if isinstance(size, Mapping) and "height" in size else "center-crop",
+        num_tokens=(side // patch) ** 2 + more - fewer,
+        **files.resize,
+        **files.token,
+    )
+
+
+def _internvl(files: _Files) -> Family:
+    images, standard = files.images, InternVL()
+    if not images.get("crop_to_patches", True):
+        files.refuse("crop_to_patches", False)
+    side = files.square(images.get("size", standard.size_px), "size")
+    tokens = files.model.tokens
+    if side is None:
+        files.refuse("size", images.get("size"))
+    return InternVL(
+        size_px=side,
+        min_tiles=images.get("min_patches", standard.min_tiles),
+        max_tiles=images.get("max_patches", standard.max_tiles),
+        tokens_per_tile=files.look("image_seq_length") or standard.tokens_per_tile,
+        start_token=tokens.get("start_image_token", standard.start_token),
+        end_token=tokens.get("end_image_token", standard.end_token),
+        **files.resize,
+        **files.token,
+    )
+
+
+def _gemma3(files: _Files) -> Family:
+    images, standard, tokens = files.images, Gemma3(), files.model.tokens
+    if images.get("do_pan_and_scan"):
+        files.refuse("do_pan_and_scan", True)
+    side = files.square(images.get("size", standard.size_px), "size")
+    if side is None:
+        files.refuse("size", images.get("size"))
+    return Gemma3(
+        size_px=side,
+        num_tokens=files.look("image_seq_length", "mm_tokens_per_image") or standard.num_tokens,
+        start_token=tokens.get("boi_token", standard.start_token),
+        end_token=tokens.get("eoi_token", standard.end_token),
+        **files.resize_by(2, mean=standard.mean, std=standard.std),
+        **files.token,
+    )
+
+
+_READERS: Mapping[str, Callable[[_Files], Family]] = {
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_vl,
+    "qwen3_vl": _qwen2_vl,
+    "qwen3_vl_moe": _qwen2_vl,
+    "llava": _llava,
+    "internvl": _internvl,
+    "gemma3": _gemma3,
+}
+"""By `model_type` of config.json."""
+
+MODEL_TYPES = tuple(_READERS)
+"""The `model_type`s that are native."""

@@ -1,0 +1,84 @@
+"""Gemma 3: every picture squashed to one size, its tokens between marks and line breaks.
+
+Pan and scan, which adds crops, is not done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from shardspec.families.plan import (
+    Family,
+    Filter,
+    PicturePlan,
+    Positions,
+    Size,
+    different,
+    keep_smaller,
+    require_numbers,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemma3:
+    """The picture side of Gemma 3."""
+
+    kind: ClassVar[str] = "gemma3"
+    positions: ClassVar[Positions] = "plain"
+    type_ids: ClassVar[str] = "token_type_ids"
+    packs: ClassVar[bool] = False
+    """The masks that transformers 5.23 makes for the sliding layers of packed rows let some tokens
+    see what follows them."""
+
+    size_px: int = 896
+    num_tokens: int = 256
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    start_token: str = "<start_of_image>"  # noqa: S105 - tokens of text
+    image_token: str = "<image_soft_token>"  # noqa: S105
+    end_token: str = "<end_of_image>"  # noqa: S105
+    filter: Filter = "bilinear"
+
+    def __post_init__(self) -> None:
+        require_numbers(self, size_px=1, num_tokens=1)
+
+    @property
+    def marker(self) -> str:
+        return self.start_token
+
+    @property
+    def written(self) -> str:
+        return f"\n\n{self.start_token}{self.image_token}{self.end_token}\n\n"
+
+    @property
+    def soft_token(self) -> str:
+        return self.image_token
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return (self.image_token,)
+
+    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
+        """Plans every picture alike; see `Family.plan`.
+
+        >>> [(p.resized, p.num_tokens) for p in Gemma3().plan([(427, 640)])]
+        [((896, 896), 256)]
+        """
+        side = self.size_px
+        return tuple(
+            PicturePlan(
+                resized=(side, side),
+                grid=(1, 1),
+                num_units=1,
+                layout=((self.image_token, self.num_tokens),),
+            )
+            for _ in sizes
+        )
+
+    def stored_size(self, size: Size) -> Size:
+        return keep_smaller(size, (self.size_px, self.size_px))
+
+    def unlike(self, stored: Family) -> dict[str, str]:
+        return different(self, stored, free={"mean": False, "std": False})

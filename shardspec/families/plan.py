@@ -1,0 +1,171 @@
+"""What a model family makes of pictures, as plain values: the protocol that all families fulfil.
+
+A *family* is a value: the numbers that a model's configuration files give for its picture side. Its
+`plan` says, from the sizes of a sample's pictures alone, to which size each is resized, into how
+many patches or tiles it is cut, and which tokens stand for it; no pixel is needed. The kernel
+that makes the tensors is in `loader.assembly.families`: it needs torch.
+
+Tokens are named by their *symbols*, the texts of the tokenizer's own tokens. Their ids are the
+dataset's: they are looked up once, when it is built.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
+
+from shardspec.errors import ConfigError
+
+Size = tuple[int, int]
+"""(height, width) in pixels, as image processors have it."""
+
+Filter = Literal["bilinear", "bicubic"]
+
+Positions = Literal["plain", "mrope"]
+"""How a model counts positions: one number per token, or three (time, height, width) for pictures
+as in multimodal rotary embeddings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PicturePlan:
+    """What a family makes of one picture."""
+
+    resized: Size
+    """To which size the whole picture is resized before it is cut into patches or tiles."""
+    grid: tuple[int, int]
+    """(rows, columns) of patches, or of tiles."""
+    num_units: int
+    """Rows of `pixel_values` that it takes: patches, or tiles with the thumbnail."""
+    layout: tuple[tuple[str, int], ...]
+    """Its tokens as runs: (symbol, how many)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the picture."""
+        return sum(count for _, count in self.layout)
+
+
+class Family(Protocol):
+    """The picture side of a model; a frozen dataclass of plain values."""
+
+    kind: ClassVar[str]
+    """Its name in manifests."""
+    positions: ClassVar[Positions]
+    type_ids: ClassVar[str]
+    """Name of the key of batches that is 1 for the tokens of pictures; "" where there is none."""
+
+    packs: ClassVar[bool]
+    """Whether rows of several examples give each the result that it has alone."""
+
+    @property
+    def marker(self) -> str:
+        """The token that a chat template writes where a picture is."""
+
+    @property
+    def written(self) -> str:
+        """What the model's processor writes for the marker, before it repeats `soft_token`."""
+
+    @property
+    def soft_token(self) -> str:
+        """The symbol that the features of a picture replace; once in `written`."""
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Every symbol that a layout may have."""
+
+    @property
+    def filter(self) -> Filter:
+        """Of the resize."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
+        """Plans the pictures of a sample, in order.
+
+        Args:
+          sizes: (height, width) of each upright original.
+
+        Raises:
+          SampleError: `picture_shape`, the family refuses such a picture.
+        """
+
+    def stored_size(self, size: Size) -> Size:
+        """Computes the size to store a picture at, such that nothing is resized twice.
+
+        A picture is stored as it is resized where that makes no side longer; otherwise as it is.
+
+        Raises:
+          SampleError: As `plan`.
+        """
+
+    def unlike(self, stored: Family) -> dict[str, str]:
+        """Names what differs from the family of a dataset so that its pictures cannot serve it.
+
+        Returns:
+          {field: why}, empty where the view fits.
+        """
+
+
+def keep_smaller(size: Size, resized: Size) -> Size:
+    """Gives the size to store: the resized one, unless a side of it is longer than the picture's.
+
+    >>> keep_smaller((900, 1200), (868, 1148)), keep_smaller((20, 900), (28, 896))
+    ((868, 1148), (20, 900))
+    """
+    shrinks = resized[0] <= size[0] and resized[1] <= size[1]
+    return resized if shrinks else size
+
+
+def different(view: Family, stored: Family, *, free: Mapping[str, bool]) -> dict[str, str]:
+    """Compares the fields of two families.
+
+    Args:
+      view: What is asked for.
+      stored: What a dataset was built for.
+      free: Fields that may differ: True where no more may be asked for than was stored.
+    """
+    if view.kind != stored.kind:
+        return {"kind": f"{stored.kind} stored, {view.kind} asked for"}
+    wrong: dict[str, str] = {}
+    for field in fields(view):  # type: ignore[arg-type]
+        have, want = getattr(stored, field.name), getattr(view, field.name)
+        if have == want or (field.name in free and not (free[field.name] and want > have)):
+            continue
+        wrong[field.name] = f"{have} stored, {want} asked for"
+    return wrong
+
+
+def require_numbers(family: Family, **least: int) -> None:
+    """Refuses fields that are no whole numbers of at least so much.
+
+    Raises:
+      ConfigError: `family_field`.
+    """
+    for name, bound in least.items():
+        value = getattr(family, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+            raise ConfigError(
+                "family_field",
+                where=f"{type(family).__name__}.{name}",
+                name=name,
+                got=repr(value),
+                want=f"a whole number of at least {bound}",
+            )
+
+
+def plan_one(family: Family, size: Size) -> PicturePlan:
+    """Plans a sample of one picture; remembered, as pictures share sizes."""
+    known: Any = family  # frozen, so hashable
+    return _plan_one(known, size)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _plan_one(family: Any, size: Size) -> PicturePlan:
+    plan: PicturePlan = family.plan([size])[0]
+    return plan

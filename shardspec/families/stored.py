@@ -1,0 +1,95 @@
+"""How a dataset names its family: the part `model` of a manifest's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from shardspec.errors import ConfigError, nearest
+from shardspec.families.fixed import FixedSize
+from shardspec.families.gemma3 import Gemma3
+from shardspec.families.internvl import InternVL
+from shardspec.families.plan import Family, PicturePlan
+from shardspec.families.qwen2_vl import Qwen2VL
+
+KINDS: Mapping[str, Any] = {kind.kind: kind for kind in (Qwen2VL, FixedSize, InternVL, Gemma3)}
+"""The families by their names in manifests."""
+
+
+def family_to_dict(family: Family) -> dict[str, Any]:
+    """Lists a family's fields in plain JSON types, with its kind."""
+    values = {f.name: getattr(family, f.name) for f in fields(family)}  # type: ignore[arg-type]
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return {"kind": family.kind, **plain}
+
+
+def family_from_dict(document: Mapping[str, Any], *, where: str = "") -> Family:
+    """Reads what `family_to_dict` wrote.
+
+    Raises:
+      ConfigError: `family_unknown`, for another kind or field; `family_field`.
+    """
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in document.items()}
+    kind = str(values.pop("kind", ""))
+    unknown, known = [kind], list(KINDS)
+    if kind in KINDS:
+        known = [f.name for f in fields(KINDS[kind])]
+        unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ConfigError(
+            "family_unknown",
+            where=where,
+            got=unknown[0],
+            known=", ".join(known),
+            hint=nearest(unknown[0], known),
+        )
+    family: Family = KINDS[kind](**values)
+    return family
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredModel:
+    """For what model a dataset was built: the part `model` of its recipe."""
+
+    family: Family
+    symbols: Mapping[str, tuple[int, ...]]
+    """Ids of each symbol in the vocabulary of the dataset's tokenizer."""
+    placeholder: int
+    """Id that stands for a picture in stored tokens; no text has it."""
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], *, where: str = "") -> StoredModel:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+          ConfigError: As `family_from_dict`.
+        """
+        symbols = {name: tuple(ids) for name, ids in document["symbols"].items()}
+        family = family_from_dict(document["family"], where=where)
+        return cls(family=family, symbols=symbols, placeholder=document["placeholder"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists it in plain JSON types."""
+        return {
+            "family": family_to_dict(self.family),
+            "symbols": {name: list(ids) for name, ids in sorted(self.symbols.items())},
+            "placeholder": self.placeholder,
+        }
+
+    @property
+    def soft_id(self) -> int:
+        """The id that the features of a picture replace."""
+        (found,) = self.symbols[self.family.soft_token]
+        return found
+
+    def block(self, plan: PicturePlan) -> np.ndarray:
+        """Makes the tokens of a picture: int64 [num_tokens or more]."""
+        runs = [np.tile(np.array(self.symbols[name]), count) for name, count in plan.layout]
+        return np.concatenate(runs).astype(np.int64)
+
+    def block_length(self, plan: PicturePlan) -> int:
+        """Counts the tokens of a picture."""
+        return sum(len(self.symbols[name]) * count for name, count in plan.layout)

@@ -1,0 +1,592 @@
+"""Datasets for models of transformers: batches equal those of the models' own processors."""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from loader import (
+    IterableDatasetMixture,
+    ModelPreprocessor,
+    StreamingDataset,
+    View,
+    make_dataloader,
+    model_view,
+)
+from loader.integrations import attach_to_trainer, check_model
+from preprocess.media import ImagePolicy
+from preprocess.model import load_model
+from preprocess.recipe import Preparer, Recipe
+from preprocess.text import TextPolicy, load_tokenizer
+from shardspec.errors import ConfigError, SampleError
+from shardspec.keyed import SampleRng, dataset_seed, sample_seed
+from shardspec.manifest import require_manifest
+from tests import model_folders
+
+FAMILIES = tuple(model_folders.WRITERS)
+SIZES = ((61, 97), (200, 150), (30, 31), (56, 84), (150, 40), (112, 112), (90, 33), (28, 28))
+"""(height, width) of the pictures; some are stored as they are, some smaller."""
+
+CHATS = (
+    ([0], None, ["What is it?", "A red ball."]),
+    ([1], "Be brief.\n", ["  Naïve, 你好:\n\n- a\n- b\n", "\n3 cats 👩‍👩‍👧, ok "]),
+    ([2, 3], None, ["From <image> to <image>?", "Bluer."]),
+    ([4, 5, 6], None, ["<image>One", "1", "and <image> or <image>?", "2 or 3\n"]),
+    ([], None, ["Say hello.", "Hello."]),
+    ([7], "You see all.", ["<image>\nWhy?", "So.", "Really?", "Yes, really.", "Hm", "x"]),
+    ([0], None, ["<image>\nx", "y"]),
+    ([], "Sum.", ["1+1", "2", "2+2", "4"]),
+)
+"""(pictures, system text, texts in turn); `<image>` is where a picture is."""
+
+
+def picture(i):
+    height, width = SIZES[i]
+    levels = np.random.RandomState(i).randint(0, 256, (height, width, 3)).astype(np.uint8)
+    return Image.fromarray(levels)
+
+
+def rows():
+    """The chats as rows of a file."""
+    for pictures, system, texts in CHATS:
+        sides = itertools.cycle(("user", "assistant"))
+        turns = [{"role": "system", "content": system}] if system else []
+        turns += [{"role": side, "content": text} for side, text in zip(sides, texts, strict=False)]
+        yield {"messages": turns, "images": [f"{i}.png" for i in pictures]}
+
+
+def parts(text, images):
+    """A text with placeholders as the parts of a message, as a person would write it."""
+    found = []
+    for n, piece in enumerate(text.split("<image>")):
+        if n:
+            found.append({"type": "image", "image": next(images)})
+        if piece:
+            found.append({"type": "text", "text": piece})
+    return found
+
+
+def messages(chat, stored):
+    """The messages of a chat for a processor; `stored` gives its pictures."""
+    pictures, system, texts = chat
+    images = iter(stored)
+    found = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    leading = "<image>" * (len(pictures) if not any("<image>" in t for t in texts) else 0)
+    for t, text in enumerate(texts):
+        # A placeholder in front of everything says nothing: its line break goes with it.
+        if t == 0:
+            text = leading + text.replace("<image>\n", "<image>", 1)
+        found.append({"role": ("user", "assistant")[t % 2], "content": parts(text, images)})
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def folders(build_once):
+    """The folder of each family's tiny model."""
+
+    def build(folder):
+        for name, write in model_folders.WRITERS.items():
+            write(folder / name)
+
+    return build_once("models", build)
+
+
+@pytest.fixture(scope="session")
+def datasets(build_once, inline_cli, folders):
+    """The chats as a dataset for each family, with lossless pictures, in two shards."""
+
+    def build(folder):
+        for i in range(len(SIZES)):
+            picture(i).save(folder / f"{i}.png")
+        lines = [json.dumps(row) for row in rows()]
+        (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+        for name in FAMILIES:
+            inline_cli.good(
+                *("shards", folder / "chats.jsonl", "--model", folders / name),
+                *("--out", folder / name, "--cache", folder / "cache", "--codec", "png"),
+                *("--workers", 1, "--num-shards", 2),
+            )
+
+    return build_once("model-datasets", build)
+
+
+@pytest.fixture(scope="session")
+def processors(folders):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = model_folders.processor(name, folders / name)
+        return made[name]
+
+    return get
+
+
+def open_dataset(datasets, name, *, backend="pil", **options):
+    url = str(datasets / name)
+    changes = options.pop("changes", {})
+    view = View(model=model_view(url, backend=backend, **changes), purpose="inference")
+    return StreamingDataset(url, view=view, seed=3, **options)
+
+
+def chat_of(dataset, i):
+    """Finds the chat that a stored sample is."""
+    (message,) = dataset.reader.record(i)["message_list"]
+    (found,) = [chat for chat in CHATS if chat[2][-1] == message["messages"][-1]]
+    return found
+
+
+def theirs(processor, chat, **options):
+    """What the model's own processor makes of a chat."""
+    found = processor.apply_chat_template(
+        messages(chat, map(picture, chat[0])),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **options,
+    )
+    return dict(found)
+
+
+def batches(dataset, count=1, **options):
+    options = {"global_batch_size": len(CHATS), "decode_threads": 0, **options}
+    loader = make_dataloader(
+        dataset, sequence_length=512, pad_mode="batch_max", with_metadata=True, **options
+    )
+    return list(itertools.islice(loader, count))
+
+
+def order_of(dataset, batch):
+    """Lists the stored numbers of the rows of a batch."""
+    numbers = {dataset.reader.record(i)["key"]: i for i in range(dataset.num_samples)}
+    return [numbers[each["key"]] for each in batch["metadata"]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_is_what_the_processor_makes_of_the_originals(datasets, processors, name):
+    dataset = open_dataset(datasets, name)
+    (batch,) = batches(dataset)
+    chats = [chat_of(dataset, i) for i in order_of(dataset, batch)]
+    want = [theirs(processors(name), chat) for chat in chats]
+    names = {"input_ids", "attention_mask", "labels", "pixel_values", "metadata"}
+    names |= {"mm_token_type_ids", "image_grid_thw"} if name == "qwen2_vl" else set()
+    names |= {"token_type_ids"} if name == "gemma3" else set()
+    assert set(batch) == names
+    for row, own in enumerate(want):
+        length = own["input_ids"].shape[1]
+        for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if key in own:
+                assert batch[key][row, :length].tolist() == own[key][0].tolist()
+        assert not batch["attention_mask"][row, length:].any()
+        assert (batch["labels"][row, length:] == -100).all()
+    for key in ("pixel_values", "image_grid_thw"):
+        if key in batch:
+            joined = torch.cat([own[key] for own in want if key in own])
+            assert batch[key].shape == joined.shape
+            assert batch[key].dtype == joined.dtype
+            same = (batch[key] == joined).reshape(len(joined), -1).all(1)
+            if name == "internvl":  # the thumbnail of a picture that was stored smaller is not
+                assert same.float().mean() > 0.8
+            else:
+                assert same.all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_and_what_ends_them_are_learned_and_nothing_else(datasets, processors, name):
+    dataset = open_dataset(datasets, name)
+    tokenizer = processors(name).tokenizer
+    for i in range(dataset.num_samples):
+        example = dataset.example(i)
+        labels, ids = example["labels"], example["input_ids"]
+        learned = labels != -100
+        assert (labels[learned] == ids[learned]).all()
+        answers = chat_of(dataset, i)[2][1::2]
+        if name == "llava":  # its template has generation marks, and no token ends an answer
+            own = theirs(processors(name), chat_of(dataset, i), return_assistant_tokens_mask=True)
+            assert own["assistant_masks"][0].tolist() == learned.tolist()
+            assert learned.any()
+        else:
+            end, trim = ("<end_of_turn>", str.strip) if name == "gemma3" else ("<|im_end|>", str)
+            text = tokenizer.decode(ids[learned])
+            assert text == "".join(trim(answer) + end for answer in answers)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shards_equal_the_unsharded_path(datasets, folders, name):
+    dataset = open_dataset(datasets, name)
+    folder = str(folders / name)
+    tokenizer = load_tokenizer(folder, policy=TextPolicy(message_format="none"))
+    model = load_model(folder, tokenizer=tokenizer)
+    image = ImagePolicy(
+        views=(), family=model.stored.family, codec="png", resample=model.stored.family.filter
+    )
+    text = TextPolicy(message_format="none", system_prompt="none")
+    prepare = Preparer(recipe=Recipe(text=text, image=image), tokenizer=tokenizer, model=model)
+    unsharded = ModelPreprocessor(prepare, stored=model.stored, view=dataset.view.model)
+    seed = dataset_seed(3, "chats", "train")
+    for i in range(dataset.num_samples):
+        record = dataset.reader.record(i)
+        pictures = [np.asarray(picture(n)) for n in chat_of(dataset, i)[0]]
+        example = {"message_list": record["message_list"], "image": pictures}
+        rng = SampleRng()(sample_seed(seed, idx=i, length=dataset.num_samples, epoch=0))
+        want, got = unsharded(example, rng), dataset.example(i)
+        assert set(want) == set(got)
+        for key, value in got.items():
+            if key != "metadata":
+                np.testing.assert_array_equal(value, want[key])
+
+
+def rows_of(batch):
+    """The rows of a batch in a form that can be compared, and its pictures."""
+    keys = [each["key"] for each in batch["metadata"]]
+    columns = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    pictures = [
+        columns.pop(k).flatten() for k in ("pixel_values", "image_grid_thw") if k in columns
+    ]
+    columns = {k: v.movedim(-2, 0) for k, v in columns.items()}
+    return [(k, *(v[r].tolist() for v in columns.values())) for r, k in enumerate(keys)], pictures
+
+
+def run(datasets, name, *, world_size, count, state=None, **options):
+    """Gives global batches of all ranks together, and a state."""
+    steps, loader = [([], []) for _ in range(count)], None
+    for rank in range(world_size):
+        dataset = open_dataset(datasets, name, rank=rank, world_size=world_size, canonical_ranks=4)
+        loader = make_dataloader(
+            dataset,
+            global_batch_size=4,
+            sequence_length=400,
+            pad_mode="max_len",
+            with_metadata=True,
+            decode_threads=options.get("decode_threads", 0),
+            **({"pack": True, "balance": False} if options.get("pack") else {}),
+        )
+        if state is not None:
+            loader.load_state_dict(state)
+        taken = 0
+        while taken < count:
+            for batch in itertools.islice(loader, count - taken):
+                rows, pictures = rows_of(batch)
+                steps[taken][0].extend(rows)
+                steps[taken][1].append(pictures)
+                taken += 1
+    joined = [
+        (rows, *map(torch.cat, zip(*filter(None, pictures), strict=True)))
+        for rows, pictures in steps
+    ]
+    return joined, json.loads(json.dumps(loader.state_dict()))
+
+
+def equal(one, other):
+    return len(one) == len(other) and all(
+        a[0] == b[0] and all(map(torch.equal, a[1:], b[1:]))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+PACKED = tuple(name for name in FAMILIES if name != "gemma3")
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [*((name, False) for name in FAMILIES), *((name, True) for name in PACKED)]
+)
+def test_every_number_of_ranks_and_every_resume_gives_the_same_batches(datasets, name, pack):
+    want, _ = run(datasets, name, world_size=1, count=5, pack=pack)
+    for world_size, threads in ((2, 0), (4, 2)):
+        got, _ = run(
+            datasets, name, world_size=world_size, count=5, pack=pack, decode_threads=threads
+        )
+        assert equal(got, want)
+    _, state = run(datasets, name, world_size=2, count=2, pack=pack)
+    rest, _ = run(datasets, name, world_size=4, count=3, pack=pack, state=state)
+    assert equal(rest, want[2:])
+
+
+def token_losses(model, batch):
+    """The loss of each learned token of each example, by the example's key."""
+    labels = batch["labels"]
+    metadata = batch["metadata"]
+    inputs = {k: v for k, v in batch.items() if k not in ("metadata", "subsegment_ids", "labels")}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+    )
+    found = {}
+    for row, each in enumerate(metadata):
+        examples = each.get("examples", [each])
+        for number, example in enumerate(examples):
+            learned = labels[row, 1:] != -100
+            if "examples" in each:
+                learned &= batch["subsegment_ids"][row, 1:] == number
+            found[example["key"]] = losses[row, learned]
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
+    datasets, folders, processors, name
+):
+    dataset = open_dataset(datasets, name)
+    model = model_folders.model(name, folders / name)
+    (batch,) = batches(dataset)
+    numbers = order_of(dataset, batch)
+    metadata = batch.pop("metadata")
+    ours = model(**batch).loss
+    ours.backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    # Each row alone, as its processor makes it, with our labels: the processor makes none.
+    model.zero_grad()
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    total, alone = 0.0, {}
+    for row, i in enumerate(numbers):
+        own = theirs(processors(name), chat_of(dataset, i))
+        labels = batch["labels"][row : row + 1, : own["input_ids"].shape[1]]
+        loss = model(**own, labels=labels).loss * int((labels[:, 1:] != -100).sum()) / count
+        loss.backward()
+        total += float(loss.detach())
+        alone |= token_losses(model, {**own, "labels": labels, "metadata": [metadata[row]]})
+    if name != "internvl":  # see the thumbnails above
+        assert float(ours.detach()) == pytest.approx(total, rel=1e-5)
+        for mine, parameter in zip(gradients, model.parameters(), strict=True):
+            if parameter.grad is not None:
+                torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-6)
+    if name == "gemma3":
+        refused("loader_options", lambda: batches(dataset, pack=True))
+        return
+    (packed,) = batches(dataset, global_batch_size=1, pack=True, extra_keys=("subsegment_ids",))
+    assert len(packed["metadata"][0]["examples"]) == len(CHATS)
+    assert "attention_mask" not in packed
+    if name != "internvl":
+        for key, losses in token_losses(model, packed).items():
+            torch.testing.assert_close(losses, alone[key], rtol=1e-4, atol=2e-5)
+    (single,) = batches(dataset)
+    unpacked = token_losses(model, single)
+    for key, losses in token_losses(model, packed).items():
+        torch.testing.assert_close(losses, unpacked[key], rtol=1e-4, atol=2e-5)
+
+
+# Batches for a model that are not what its user thinks
+
+
+def refused(reason, call):
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert caught.value.reason == reason
+    return str(caught.value)
+
+
+def test_fewer_pixels_need_no_new_shards_and_more_are_refused(datasets, processors):
+    dataset = open_dataset(datasets, "qwen2_vl", changes={"max_pixels": 28 * 28 * 9})
+    assert (
+        max(
+            image["tokens"]
+            for i in range(dataset.num_samples)
+            for image in dataset.example(i)["metadata"]["images"]
+        )
+        <= 9
+    )
+    url = str(datasets / "qwen2_vl")
+    text = refused(
+        "model_view",
+        lambda: open_dataset(datasets, "qwen2_vl", changes={"max_pixels": 28 * 28 * 41}),
+    )
+    assert "max_pixels=31360 stored, 32144 asked for" in text
+    refused("family_unknown", lambda: model_view(url, max_pixel=1))
+    # Lengths of samples with several pictures are known for the stored values alone.
+    refused("view_lengths", lambda: batches(dataset, pack=True, global_batch_size=1))
+    one = open_dataset(
+        datasets, "qwen2_vl", changes={"max_pixels": 28 * 28 * 9}, where="num_images < 2"
+    )
+    (batch,) = batches(one, pack=True, global_batch_size=1)
+    assert len(batch["metadata"][0]["examples"]) == one.num_samples
+    assert batch["image_grid_thw"].prod(1).max() <= 36
+
+
+def test_settings_of_the_other_kind_are_refused_by_name(datasets, tiny_dataset):
+    url = str(datasets / "qwen2_vl")
+    model = model_view(url)
+    text = refused("model_view", lambda: View(model=model, normalize="siglip", tree="molmo1"))
+    assert "normalize, tree" in text
+    refused("model_view", lambda: StreamingDataset(url, view=View(pixels="patches")))
+    refused("model_view", lambda: StreamingDataset(str(tiny_dataset), view=View(model=model)))
+    refused("model_view", lambda: model_view(str(tiny_dataset)))
+    dataset = StreamingDataset(url)
+    assert dataset.view.model == model
+    assert dataset.view.model.backend == "torchvision"
+    refused("loader_options", lambda: batches(dataset, max_images=3))
+    refused("loader_options", lambda: batches(dataset, pad_side="left"))
+    assert "purpose" in refused("model_view", lambda: View(model=model, purpose="evaluation"))
+    refused("extra_key", lambda: batches(dataset, extra_keys=("token_pooling",)))
+
+
+def test_datasets_whose_views_are_for_different_models_do_not_mix(datasets, tmp_path):
+    shutil.copytree(datasets / "llava", tmp_path / "other", copy_function=shutil.copyfile)
+    manifest = require_manifest(str(datasets / "llava"))
+    (tmp_path / "other").chmod(0o755)
+    (tmp_path / "other" / "manifest.json").write_bytes(replace(manifest, dataset="other").encode())
+    one = StreamingDataset(str(datasets / "llava"))
+    alike = StreamingDataset(str(tmp_path / "other"))
+    mixture = IterableDatasetMixture([one, alike], seed=0)
+    assert len(batches(mixture, global_batch_size=4)[0]["pixel_values"]) > 2
+    view = View(model=model_view(str(tmp_path / "other"), backend="pil"))
+    other = StreamingDataset(str(tmp_path / "other"), view=view)
+    text = refused("mixture_view", lambda: IterableDatasetMixture([one, other], seed=0))
+    assert "backend" in text
+
+
+def test_a_model_that_would_not_see_the_pictures_is_refused(datasets, folders, tiny_dataset):
+    model = model_folders.model("llava", folders / "llava")
+    molmo = make_dataloader(
+        StreamingDataset(str(tiny_dataset)), global_batch_size=1, sequence_length=1024
+    )
+    text = refused("trainer_model", lambda: check_model(model, molmo))
+    assert "LlavaForConditionalGeneration" in text
+    check_model(torch.nn.Linear(1, 1), molmo)
+    check_model(
+        model,
+        make_dataloader(
+            StreamingDataset(str(datasets / "llava")), global_batch_size=1, sequence_length=512
+        ),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava"])
+def test_trainer_trains_on_the_batches(datasets, folders, tmp_path, name, pack):
+    from transformers import Trainer, TrainingArguments
+
+    model = model_folders.model(name, folders / name)
+    loader = make_dataloader(
+        StreamingDataset(str(datasets / name), seed=1),
+        global_batch_size=2,
+        sequence_length=512,
+        decode_threads=1,
+        pack=pack,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        report_to=[],
+        use_cpu=True,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+    )
+    trainer = Trainer(model=model, args=arguments)
+    attach_to_trainer(trainer, loader)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+
+def test_evaluation_counts_every_sample_once_and_fillers_have_no_loss(datasets):
+    dataset = open_dataset(datasets, "llava", tail="pad", shuffle=False)
+    found = batches(dataset, count=2, global_batch_size=5)
+    real = torch.cat([batch["real"] for batch in found])
+    assert real.tolist() == [True] * 8 + [False] * 2
+    assert (found[1]["labels"][~found[1]["real"]] == -100).all()
+
+
+def test_a_sequence_is_cut_in_its_text_and_never_in_a_picture(datasets):
+    url = str(datasets / "llava")
+    view = View(model=model_view(url), sequence_length=120, purpose="inference")
+    dataset = StreamingDataset(url, view=view)
+    lengths = [len(dataset.example(i)["input_ids"]) for i in range(5)]
+    assert max(lengths) <= 120
+    short = View(model=model_view(url), sequence_length=12, max_images=2)
+    dataset = StreamingDataset(url, view=short)
+    reasons = set()
+    for i in range(dataset.num_samples):
+        with pytest.raises(SampleError) as caught:
+            dataset.example(i)
+        reasons.add(caught.value.reason)
+    assert reasons == {"image_cut", "no_loss", "too_many_images"}
+
+
+def _conversations(count):
+    """Conversations of any texts, with pictures anywhere, and their sizes."""
+    rng = np.random.RandomState(7)
+    words = [
+        "a",
+        " red",
+        "ball\n",
+        "\n\n",
+        "  ",
+        "naïve",
+        "你好",
+        "👩‍👩‍👧",
+        "1.",
+        "- x",
+        "def f(x):\n\t",
+        "é",
+        "!?",
+    ]
+    for _ in range(count):
+        chosen, texts = [], []
+        for turn in range(2 * rng.randint(1, 4)):
+            pieces = ["".join(rng.choice(words, rng.randint(1, 9))) + "w" for _ in range(2)]
+            pictures = rng.randint(0, 3) if turn % 2 == 0 else 0
+            chosen += rng.randint(0, len(SIZES), pictures).tolist()
+            texts.append(pieces[0] + ("<image>" * pictures + pieces[1] if pictures else ""))
+        yield chosen, "Be brief.\n" if rng.randint(2) else None, texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_conversation_has_the_ids_of_the_processor_with_qwens_own_tokenizer(tmp_path, name):
+    folder = model_folders.WRITERS[name](tmp_path / "m", real=True)
+    tokenizer = load_tokenizer(str(folder), policy=TextPolicy(message_format="none"))
+    model = load_model(str(folder), tokenizer=tokenizer)
+    processor = model_folders.processor(name, folder)
+    for chosen, system, texts in _conversations(40):
+        own = [model.message("system", system)] if system else []
+        for t, text in enumerate(texts):
+            text = text.replace("<image>", "<|image|>")
+            own.append(model.message(("user", "assistant")[t % 2], text))
+        found = model.tokenize(own, images=len(chosen))
+        plans = iter(model.stored.family.plan([SIZES[i] for i in chosen]))
+        blocks = [
+            model.stored.block(next(plans)) if i == model.stored.placeholder else [i]
+            for i in found.ids.tolist()
+        ]
+        images = map(picture, chosen)
+        asked = [{"role": "system", "content": parts(system, images)}] if system else []
+        for t, text in enumerate(texts):
+            role = ("user", "assistant")[t % 2]
+            asked.append({"role": role, "content": parts(text, images)})
+        want = processor.apply_chat_template(
+            asked, tokenize=True, return_dict=True, return_tensors="np"
+        )
+        assert np.concatenate(blocks).tolist() == want["input_ids"][0].tolist()
+        learned = processor.tokenizer.decode(found.ids[found.learned].tolist())
+        for answer in texts[1::2]:
+            assert answer.strip() in learned
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_batches(datasets):
+    dataset = open_dataset(datasets, "qwen2_vl")
+    (want,) = batches(dataset, pack=True, global_batch_size=2)
+    (got,) = batches(dataset, pack=True, global_batch_size=2, workers=1)
+    assert set(got) == set(want)
+    assert got["use_cache"] is False
+    for key, value in want.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, got[key])

