@@ -461,7 +461,7 @@ def balance_ranks(
     >>> balance_ranks(np.array([9, 1, 8, 2]), world_size=2).tolist()
     [0, 1, 2, 3]
     >>> balance_ranks(np.array([9, 1, 8, 2]), world_size=2, first=np.arange(4) % 2 == 1).tolist()
-    [1, 2, 0, 3]
+    [2, 3, 0, 1]
     """
     _require_positive("world_size", world_size)
     if len(cost) % world_size:

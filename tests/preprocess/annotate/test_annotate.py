@@ -491,6 +491,7 @@ def test_no_split_is_built_into_a_view(verb, tiny_dataset, tmp_path, capsys):
     asked = ["--source", "sample", "--limit", "4", "--split", "validation", "--workers", "1"]
     asked += ["--out", out, "--cache", str(tmp_path / "cache")]
     assert main(["shards", "pixmo_cap", *asked]) == 3
-    assert "view: True here, False asked" in capsys.readouterr().err
+    told = {"filter": "a view of other shards", "annotate": "added columns"}
+    assert told[verb] in capsys.readouterr().err
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
     assert not (tmp_path / "out" / "validation").exists()
