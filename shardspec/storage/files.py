@@ -42,6 +42,11 @@ _ALIASES = {"s3a": "s3", "gcs": "gs"}
 
 _DELETES_AT_ONCE = 16
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+_OWN_DISKS = ("ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs")
+"""File systems that no other machine writes to."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredObject:
@@ -141,11 +146,7 @@ def version(url: str) -> str | None:
     """
     with translate_errors(url):
         if is_local(url):
-            try:
-                stat = local_path(url).stat()
-            except FileNotFoundError:
-                return None
-            return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
+            return _local_version(local_path(url))
         fs, path = filesystem(url)
         return with_retries(lambda: upload.version_of(fs, path), where=url)
 
@@ -277,6 +278,13 @@ def delete(url: str) -> None:
         _delete_all(fs, found, where=url)
 
 
+def delete_if_empty(url: str) -> None:
+    """Removes a local folder that holds nothing; stores have no folders."""
+    if is_local(url):
+        with suppress(OSError):
+            local_path(url).rmdir()
+
+
 def delete_objects(url: str, names: Iterable[str]) -> None:
     """Removes objects by their names below a URL; missing ones are skipped."""
     with translate_errors(url):
@@ -311,7 +319,9 @@ def compare_and_swap(url: str, payload: bytes, *, replacing: str | None) -> bool
     """Writes a small object in place of one known version, or where there is none.
 
     Object stores make this atomic for all writers (`shardspec.storage.upload` names those that do
-    not). On a local disk only "where there is none" is atomic: hold `exclusive` when replacing.
+    not). So do local and network disks: a link where there is none, else the kernel's lock of the
+    file that is replaced, which NFS passes on to its server. A file system without locks is named
+    in a warning; there it is atomic only where there is none.
 
     Args:
       url: The object.
@@ -327,10 +337,7 @@ def compare_and_swap(url: str, payload: bytes, *, replacing: str | None) -> bool
             with _naming_bucket(url):
                 return upload.compare_and_swap(fs, path, payload, replacing=replacing, where=url)
         if replacing is not None:
-            if version(url) != replacing:
-                return False
-            publish_bytes(url, payload)
-            return True
+            return _replace_local(local_path(url), payload, replacing=replacing)
         return _create_local(local_path(url), payload)
 
 
@@ -377,7 +384,7 @@ def exclusive(url: str) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StorageError("output_busy", where=url) from error
+            raise StorageError("output_busy.job", where=url) from error
         except OSError as error:
             logger.warning("%s: the file system has no locks (%s)", url, error)
         yield
@@ -404,6 +411,24 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             raise
         raise StorageError("unknown_scheme.package", where=url, error=error) from error
     return fs, path
+
+
+def is_own_disk(url: str) -> bool:
+    """Returns True if a local folder is on a disk that no other machine sees; False if unknown."""
+    if not is_local(url):
+        return False
+    path = local_path(url).absolute()
+    while not path.exists():
+        path = path.parent
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    # proc(5): the device is the third field; the type is the first after " - ".
+    kinds = {line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number}
+    return bool(kinds) and kinds <= {*_OWN_DISKS}
 
 
 def free_bytes(url: str) -> int | None:
@@ -439,6 +464,46 @@ def _publish_local(path: Path, source: Path) -> None:
             source.unlink()
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
+
+
+def _local_version(path: Path) -> str | None:
+    # Opened, not only looked at: NFS asks its server when a file is opened, and else may answer
+    # with what this machine has known for a minute.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        return _version_of(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _version_of(stat: os.stat_result) -> str:
+    return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _replace_local(path: Path, payload: bytes, *, replacing: str) -> bool:
+    try:
+        # For writing: NFS gives exclusive locks of no other files.
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning("%s: the file system has no locks (%s)", path, error)
+        # Whoever has waited for the lock holds that of a file that has been replaced meanwhile.
+        if _version_of(os.fstat(descriptor)) != replacing or _local_version(path) != replacing:
+            return False
+        with _replacing(path) as temporary:
+            _write_synced(temporary, payload)
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _create_local(path: Path, payload: bytes) -> bool:

@@ -1,9 +1,11 @@
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -168,6 +170,7 @@ def test_killed_process_leaves_the_old_state(tmp_path, moment, old, how):
         storage.publish_bytes(str(place), old)
     code = f"""
 import os, signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shardspec import storage
 def killed(*_):
@@ -390,3 +393,70 @@ def test_a_folder_is_held_by_one_process_and_free_when_it_is_gone(tmp_path):
         process.stdout.close()
     with storage.exclusive(str(tmp_path / "out")):
         pass
+
+
+def test_of_many_that_replace_one_version_of_a_local_file_one_does(tmp_path):
+    """Each adds one to a number, again and again: none is lost, in threads and in processes."""
+    url, code = (
+        str(tmp_path / "number"),
+        (
+            "import sys; from shardspec import storage\n"
+            "def add(url):\n"
+            "    while True:\n"
+            "        version = storage.version(url)\n"
+            "        number = int(storage.read_bytes(url)) + 1\n"
+            "        if storage.compare_and_swap(url, b'%d' % number, replacing=version):\n"
+            "            return\n"
+            "for _ in range(40):\n"
+            "    add(sys.argv[1])\n"
+        ),
+    )
+    storage.publish_bytes(url, b"0")
+    command = [sys.executable, "-c", code, url]
+    others = [subprocess.Popen(command, cwd=Path(__file__).parents[3]) for _ in range(2)]
+
+    def add(_):
+        while True:
+            version = storage.version(url)
+            number = int(storage.read_bytes(url)) + 1
+            if storage.compare_and_swap(url, b"%d" % number, replacing=version):
+                return
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(40)))
+    assert [each.wait(60) for each in others] == [0, 0]
+    assert storage.read_bytes(url) == b"120"
+    assert storage.compare_and_swap(url, b"1", replacing="another version") is False
+    (tmp_path / "number").unlink()
+    assert storage.compare_and_swap(url, b"1", replacing="gone") is False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    url = str(tmp_path / "number")
+    storage.publish_bytes(url, b"0")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert storage.compare_and_swap(url, b"1", replacing=storage.version(url))
+    assert "no locks" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        ("ext4 /dev/sda1 rw", True),
+        ("overlay overlay rw", True),
+        ("nfs4 server:/export rw", False),
+        ("lustre mds:/scratch rw", False),
+        ("fuse.s3fs s3fs rw", False),
+    ],
+)
+def test_a_disk_of_this_machine_is_told_from_a_shared_one(tmp_path, monkeypatch, line, own):
+    device = tmp_path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    text = f"1 0 0:1 / /other rw - tmpfs tmpfs rw\n36 35 {number} / /mnt rw shared:1 - {line}\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert storage.is_own_disk(str(tmp_path / "not" / "made")) is own
+    assert storage.is_own_disk("s3://bucket/out") is False
