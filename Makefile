@@ -23,7 +23,7 @@ run_verb = @$(PY) -m preprocess make $@ $(foreach v,$(given),$(call quote,$v=$(c
 only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards plan verify gc reshard merge split filter annotate import export-index datasets stream train test check bench setup
+.PHONY: help shards plan commit status verify gc reshard merge split filter annotate import export-index datasets stream train test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,12 @@ shards: $(VENV)/ready ## build the shards of DATASET, or resume an interrupted j
 	$(run_verb)
 
 plan: $(VENV)/ready ## print what `make shards` would do
+	$(run_verb)
+
+commit: $(VENV)/ready ## complete a dataset whose shards are all built, as the last PART does
+	$(run_verb)
+
+status: $(VENV)/ready ## show how far the job in OUT is, and which parts are to be started
 	$(run_verb)
 
 verify: $(VENV)/ready ## compare every stored byte of OUT with its manifest

@@ -138,7 +138,7 @@ def one_core(folder: Path) -> None:
             out=settings.out,
             num_shards=plan.num_shards,
             build_key=plan.build_key,
-            blobs=str(job.blobs.root),
+            blobs=job.blobs.url,
             scratch=job.scratch,
         )
         seconds = paired(

@@ -37,6 +37,7 @@ exit codes:
   0 done (or nothing to do)      1 the request cannot be honoured
   2 too many failures            3 the output holds the result of another job
   4 stored data is damaged     130 interrupted: run the same command to resume
+  of `status`: 0 complete, 5 all that is left is being done, 6 something is to be started
 """
 
 

@@ -53,3 +53,14 @@ def size_text(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def age_text(seconds: float) -> str:
+    """Writes a duration in the unit that suits it.
+
+    >>> age_text(12.34), age_text(600), age_text(90_000)
+    ('12.3 s', '10.0 min', '25.0 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

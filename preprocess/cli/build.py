@@ -1,17 +1,28 @@
-"""The verbs that build datasets: shards, plan and datasets."""
+"""The verbs that build datasets: shards, plan, commit and datasets."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 from preprocess.cli.config import add_config
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb, default_output
 from preprocess.datasets import dataset_class, dataset_names
-from preprocess.job import DryRun, JobSettings, Outcome, count_rows, dry_run, run_job
+from preprocess.job import (
+    DryRun,
+    JobSettings,
+    Outcome,
+    PartOutcome,
+    commit_job,
+    count_rows,
+    dry_run,
+    run_job,
+    run_part,
+)
 from preprocess.media import ImagePolicy
 from preprocess.settings import Setting
 from preprocess.sizes import size_text
@@ -103,8 +114,8 @@ def _number(text: str, flag: str) -> float:
         raise ConfigError("number_text", flag=flag, got=text) from error
 
 
-def _add_job(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser, ViewSettings, JobSettings, groups=_GROUPS)
+def _add_job(verb: str, parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, ViewSettings, JobSettings, verb=verb, groups=_GROUPS)
     add_config(parser)
 
 
@@ -126,9 +137,32 @@ def job_settings(options: argparse.Namespace) -> JobSettings:
 
 def _shards(options: argparse.Namespace, console: Console) -> int:
     settings = job_settings(options)
-    outcome = run_job(settings, console)
-    console.show(_outcome_text(settings, outcome))
+    if settings.part is None:
+        console.show(_outcome_text(settings, run_job(settings, console)))
+        return 0
+    part = run_part(settings, console)
+    if part.result is None:
+        console.show(_part_text(settings, part))
+    else:
+        done = Outcome(
+            result=part.result, built_shards=part.built_shards, fresh=part.fresh, seconds=0.0
+        )
+        console.show(_outcome_text(settings, done))
     return 0
+
+
+def _commit(options: argparse.Namespace, console: Console) -> int:
+    settings = job_settings(options)
+    console.show(_outcome_text(settings, commit_job(settings, console)))
+    return 0
+
+
+def _part_text(settings: JobSettings, outcome: PartOutcome) -> str:
+    return (
+        f"{redacted(settings.out)}: part {outcome.part} has built its {outcome.num_shards} shards; "
+        f"{outcome.missing_shards} of other parts are missing, and whoever builds the last of them "
+        "commits"
+    )
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
@@ -211,14 +245,20 @@ VERBS = (
     Verb(
         name="shards",
         help="build the shards of a dataset, or resume an interrupted job",
-        add=_add_job,
+        add=partial(_add_job, "shards"),
         run=_shards,
     ),
     Verb(
         name="plan",
         help="print what `shards` would do; writes nothing",
-        add=_add_job,
+        add=partial(_add_job, "plan"),
         run=_plan,
+    ),
+    Verb(
+        name="commit",
+        help="complete a dataset whose shards are all built, as the last part of a job does",
+        add=partial(_add_job, "commit"),
+        run=_commit,
     ),
     Verb(name="datasets", help="list the datasets", add=lambda _: None, run=_datasets),
 )

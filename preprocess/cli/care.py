@@ -1,17 +1,26 @@
-"""The verbs that look after a dataset: verify and gc."""
+"""The verbs that look after a dataset: verify, status and gc."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb
-from preprocess.job import find_strays, output_lock, remove_strays, verify
+from preprocess.job import (
+    State,
+    find_strays,
+    output_lock,
+    read_status,
+    remove_strays,
+    status_text,
+    verify,
+)
 from preprocess.settings import Setting
-from preprocess.sizes import parse_age_s, size_text
+from preprocess.sizes import age_text, parse_age_s, size_text
 from shardspec import storage
 from shardspec.errors import redacted
 
@@ -39,6 +48,25 @@ class GcSettings:
         ),
     ] = None
     """Seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusSettings:
+    """What to look at."""
+
+    out: Annotated[str, Setting("folder or URL of the output", positional=True)]
+
+
+STATUS_CODES: Mapping[State, int] = {"complete": 0, "working": 5, "stopped": 6}
+"""Exit codes of `status`."""
+
+
+def _status(options: argparse.Namespace, console: Console) -> int:
+    settings = read_settings(StatusSettings, options)
+    found = read_status(settings.out)
+    lines = status_text(found, duration=age_text)
+    console.show("\n".join([f"{redacted(settings.out)}: {found.state}", *lines]))
+    return STATUS_CODES[found.state]
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
@@ -82,6 +110,12 @@ VERBS = (
         help="compare every stored byte with the manifest",
         add=lambda parser: add_settings(parser, VerifySettings),
         run=_verify,
+    ),
+    Verb(
+        name="status",
+        help="show how far a job is, part by part, and which parts are to be started",
+        add=lambda parser: add_settings(parser, StatusSettings),
+        run=_status,
     ),
     Verb(
         name="gc",

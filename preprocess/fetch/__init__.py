@@ -4,15 +4,26 @@ Decides which hosts may be contacted, how often to retry, and what counts as a u
 decides which rows become samples.
 """
 
-from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, read_ledger, redact
-from preprocess.fetch.download import FetchPolicy, fetch_all
+from preprocess.fetch.blobs import (
+    BlobCache,
+    FetchResult,
+    Ledger,
+    decode_results,
+    encode_results,
+    read_ledger,
+    redact,
+)
+from preprocess.fetch.download import FetchPolicy, fetch_all, host_key
 
 __all__ = [
     "BlobCache",
     "FetchPolicy",
     "FetchResult",
     "Ledger",
+    "decode_results",
+    "encode_results",
     "fetch_all",
+    "host_key",
     "read_ledger",
     "redact",
 ]

@@ -23,7 +23,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -81,25 +81,33 @@ class FetchResult:
 
 
 class BlobCache:
-    """Files named by their content, in a local directory that any number of processes share."""
+    """Files named by their content, in a folder or a store that any number of processes share."""
 
     def __init__(self, root: str | Path) -> None:
-        """Names the directory; it is created by the first `put`."""
-        self.root = Path(root)
+        """Names the folder or URL; a folder is created by the first `put`."""
+        self.url = str(root)
+
+    @property
+    def root(self) -> Path:
+        """The folder, where it is a local one."""
+        return storage.local_path(self.url)
 
     def path(self, sha256: str) -> Path:
-        """Names the file of a content.
+        """Names the file of a content in a local folder.
 
         Raises:
           ConfigError: `bad_sha256`: not 64 lower-case hexadecimal digits.
         """
+        return storage.local_path(self._blob_url(sha256))
+
+    def _blob_url(self, sha256: str) -> str:
         if not _SHA256.fullmatch(sha256):
             raise ConfigError("bad_sha256", got=repr(sha256))
-        return self.root / "blobs" / sha256[:2] / sha256
+        return storage.join(self.url, "blobs", sha256[:2], sha256)
 
     def has(self, sha256: str, *, num_bytes: int | None = None) -> bool:
         """Returns True if a blob exists (with that length); its content is not read."""
-        got = storage.size(str(self.path(sha256)))
+        got = storage.size(self._blob_url(sha256))
         return got is not None and num_bytes in (None, got)
 
     def put(self, payload: bytes) -> str:
@@ -109,7 +117,7 @@ class BlobCache:
           StorageError: The disk refused; nothing appeared.
         """
         sha256 = hashlib.sha256(payload).hexdigest()
-        storage.publish_bytes(str(self.path(sha256)), payload)
+        storage.publish_bytes(self._blob_url(sha256), payload)
         return sha256
 
     def get(self, sha256: str) -> bytes:
@@ -120,18 +128,30 @@ class BlobCache:
         Raises:
           StorageError: `blob_missing` or `blob_corrupt`.
         """
-        path = self.path(sha256)
+        url = self._blob_url(sha256)
         try:
-            payload = storage.read_bytes(str(path))
+            payload = storage.read_bytes(url)
         except FileNotFoundError as error:
-            raise StorageError("blob_missing", where=str(path)) from error
+            raise StorageError("blob_missing", where=url) from error
         got = hashlib.sha256(payload).hexdigest()
         if got != sha256:
-            storage.delete(str(path))
-            raise StorageError(
-                "blob_corrupt", where=str(path), got_sha256=got, num_bytes=len(payload)
-            )
+            storage.delete(url)
+            raise StorageError("blob_corrupt", where=url, got_sha256=got, num_bytes=len(payload))
         return payload
+
+    def leave_token(self, name: str) -> None:
+        """Leaves a mark by which another machine can tell that it sees the same cache."""
+        storage.publish_bytes(storage.join(self.url, "tokens", name), b"")
+
+    def has_token(self, name: str) -> bool:
+        """Returns True if somebody has left this mark here."""
+        return storage.exists(storage.join(self.url, "tokens", name))
+
+    def remove_tokens(self, prefix: str) -> None:
+        """Removes the marks whose names begin like this."""
+        folder = storage.join(self.url, "tokens")
+        names = [name for name in storage.list_names(folder) if name.startswith(prefix)]
+        storage.delete_objects(folder, names)
 
 
 class Ledger:
@@ -231,6 +251,22 @@ def read_ledger(path: str | Path) -> dict[str, FetchResult]:
       StorageError: `ledger_corrupt`: a line other than a torn last one cannot be read.
     """
     return _parse(Path(path))[0]
+
+
+def encode_results(results: Mapping[str, FetchResult]) -> bytes:
+    """Writes results by URL as lines, sorted."""
+    lines = sorted((redact(url), dataclasses.asdict(result)) for url, result in results.items())
+    return b"".join(json.dumps(fields).encode() + b"\n" for _, fields in lines)
+
+
+def decode_results(payload: bytes) -> dict[str, FetchResult]:
+    """Reads what `encode_results` has written; results by redacted URL.
+
+    Raises:
+      ValueError: A line is damaged.
+    """
+    results = [read_fields(FetchResult, read_json(line)) for line in payload.splitlines()]
+    return {result.url: result for result in results}
 
 
 def _parse(path: Path) -> tuple[dict[str, FetchResult], int]:

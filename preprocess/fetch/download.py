@@ -265,6 +265,15 @@ def group_by_host(urls: Iterable[str]) -> list[Host]:
     return sorted(hosts.values(), key=lambda host: _text_key(host.name))
 
 
+def host_key(url: str) -> int:
+    """Hashes the host of a URL: by it, hosts are dealt to the parts of a job.
+
+    >>> host_key("http://a.com/1") == host_key("https://user@A.com:8080/2?x=3")
+    True
+    """
+    return _text_key(_host_of(url))
+
+
 def is_public(address: str) -> bool:
     """Returns True if an IP address belongs to the public internet, looking through tunnels.
 

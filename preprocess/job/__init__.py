@@ -17,8 +17,10 @@ from preprocess.job.dry_run import DryRun, dry_run
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.job import JobSettings, Reporter
 from preprocess.job.lease import output_lock
-from preprocess.job.pipeline import Outcome, run_job
+from preprocess.job.part_run import PartOutcome, run_part
+from preprocess.job.pipeline import Outcome, commit_job, run_job
 from preprocess.job.plan import (
+    Part,
     ShardCount,
     count_shards,
     is_name,
@@ -29,16 +31,21 @@ from preprocess.job.plan import (
 )
 from preprocess.job.planner import read_json, require_space
 from preprocess.job.rows import RowCounts, count_rows
+from preprocess.job.status import State, read_status, status_text
 from preprocess.job.verify import verify
 
 __all__ = [
     "JobSettings",
     "Outcome",
+    "Part",
+    "PartOutcome",
     "Reporter",
     "RowCounts",
     "ShardCount",
+    "State",
     "Difference",
     "DryRun",
+    "commit_job",
     "count_rows",
     "count_shards",
     "find_differences",
@@ -50,14 +57,17 @@ __all__ = [
     "publish_columns",
     "read_columns",
     "read_json",
+    "read_status",
     "remove_strays",
     "require_name",
     "require_space",
     "run_job",
+    "run_part",
     "scratch_folder",
     "scratch_root",
     "shard_borders",
     "shard_name",
+    "status_text",
     "stored_sizes",
     "dry_run",
     "table",

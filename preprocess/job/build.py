@@ -258,7 +258,7 @@ def publish_shard(
         storage.delete_objects(context.out, [quarantine_name])
     url = storage.join(context.out, receipt_name)
     if not storage.compare_and_swap(url, encode_receipt(built.receipt), replacing=None):
-        raise StorageError("output_busy", where=url)
+        raise StorageError("output_busy.job", where=url)
     return built.receipt
 
 
@@ -267,9 +267,15 @@ def rows_url(out: str, split: str, shard: int) -> str:
     return storage.join(out, "plan", split, f"rows-{shard:05d}.jsonl")
 
 
-def find_receipts(context: BuildContext) -> dict[int, Receipt]:
-    """Finds the receipts of finished shards: of this very build, whose shards exist."""
-    names = {context.name(shard): shard for shard in range(context.num_shards)}
+def find_receipts(context: BuildContext, shards: Iterable[int] | None = None) -> dict[int, Receipt]:
+    """Finds the receipts of finished shards: of this very build, whose shards exist.
+
+    Args:
+      context: The job.
+      shards: Those that are looked for; None for all.
+    """
+    wanted = range(context.num_shards) if shards is None else shards
+    names = {context.name(shard): shard for shard in wanted}
     found = valid_receipts(context.out, names, keys={context.build_key})
     return {names[name]: receipt for name, receipt in found.items()}
 

@@ -7,7 +7,8 @@ gives are considered; any other file is left alone.
 
 Kept are the manifest and all it names, the tokenizer, run.json, the identities of the jobs that
 made the splits, receipts and quarantine lists of shards that are named, and all that belongs to a
-plan that is not committed yet: the same `make shards` resumes from there. An import may name tars
+plan that is not committed yet: the same `make shards` resumes from there. So is what the parts of a
+job have told each other, as long as a split has begun and is not committed. An import may name tars
 inside its own output: other files in their folders are not ours either, and are kept.
 
 Google Cloud Storage keeps its unfinished uploads to itself and drops them after a week; there is
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from preprocess.job.build import SCRATCH
-from preprocess.job.lease import LEASE_NAME
+from preprocess.job.lease import LEASE_NAME, PARTS_FOLDER
 from preprocess.job.planner import read_json
 from shardspec import storage
 from shardspec.columns import COLUMNS_SUFFIX
@@ -83,7 +84,14 @@ def find_strays(url: str, *, written_before_unix_s: float | None = None) -> Stra
     if manifest is None and not begun and not plans:
         raise ManifestError("manifest_missing.nothing", where=storage.join(url, MANIFEST_NAME))
     kept = _kept(url, manifest, _planned(url, plans, names))
-    strays = [each for each in listed if _is_stray(url, each.name, kept=kept, plans=plans)]
+    splits = manifest.splits.keys() if manifest else set()
+    unfinished = bool(plans) or bool({posixpath.basename(n)[:-5] for n in begun} - splits)
+    strays = [
+        each
+        for each in listed
+        if _is_stray(url, each.name, kept=kept, plans=plans)
+        or (not unfinished and each.name.startswith(f"{PARTS_FOLDER}/"))
+    ]
     uploads = [
         each
         for each in storage.list_uploads(url)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import platform
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ import PIL.features
 from preprocess.datasets import DatasetBase, OwnDataset, Unmatched, dataset_class, is_own
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
-from preprocess.job.plan import is_name
+from preprocess.job.plan import Part, is_name, parse_part
 from preprocess.job.stamps import Compare, Compared, compare_files
 from preprocess.media import MemoryBudget
 from preprocess.model import ChatModel, load_model
@@ -29,6 +30,7 @@ from preprocess.sizes import parse_bytes
 from preprocess.text import EMBEDDED, load_tokenizer, require_style
 from shardspec import storage
 from shardspec.errors import ConfigError
+from shardspec.manifest import fingerprint
 
 SMALL_JOB_FAILURES = 10
 """Failures that a small job may have where the user gives no budget. A given one means just what it
@@ -38,7 +40,11 @@ DEAD_LINKS_SHARE = 0.4
 """In 2025, 22.5 % of PixMo-Cap's image URLs had died."""
 FAILED_ROWS_SHARE = 0.01
 
+LOCAL_CACHE = "~/.cache/vlm-shards"
+"""Where a machine keeps what others need not see, if the image cache is a store."""
+
 Duplicates = Literal["drop", "keep"]
+OwnDisk = Literal["refuse", "allow"]
 
 
 class Reporter(Protocol):
@@ -165,9 +171,41 @@ class JobSettings:
             unset=usable_cores,
         ),
     ] = 1
+    part: Annotated[
+        Part | None,
+        Setting(
+            "build one of N equal parts only, numbered from 0; each runs on a machine of its own",
+            group="the job",
+            metavar="I/N",
+            parse=parse_part,
+            verbs=("shards",),
+        ),
+    ] = None
+    part_wait_s: Annotated[
+        float,
+        Setting(
+            "how long a part waits for the downloads of parts that are not alive, in seconds",
+            flag="part-wait",
+            group="the job",
+            verbs=("shards",),
+        ),
+    ] = 600.0
+    own_disk: Annotated[
+        OwnDisk,
+        Setting(
+            "whether the output of a job in parts may be on a disk that other machines do not see",
+            group="the job",
+            verbs=("shards",),
+        ),
+    ] = "refuse"
     cache: Annotated[
-        str, Setting("local folder for downloaded images and their ledgers", group="the job")
-    ] = "~/.cache/vlm-shards"
+        str,
+        Setting(
+            "folder for downloaded and embedded images and their ledgers; with PART, a folder or "
+            "URL that all parts see",
+            group="the job",
+        ),
+    ] = LOCAL_CACHE
     image_memory: Annotated[
         int | None,
         Setting(
@@ -233,6 +271,7 @@ class JobSettings:
             "shard_bytes": self.shard_bytes >= 2**20,
             "num_shards": self.num_shards is None or self.num_shards >= 1,
             "num_workers": self.num_workers >= 1,
+            "part_wait_s": self.part_wait_s >= 0,
             "image_memory": self.image_memory is None or self.image_memory >= 1,
             "max_dead_links": _is_share(self.max_dead_links),
             "max_lost_rows": _is_share(self.max_lost_rows),
@@ -243,6 +282,8 @@ class JobSettings:
             raise ConfigError("job_settings", facts={name: getattr(self, name) for name in wrong})
         if "://" in self.source and not is_own(self.dataset):
             raise ConfigError("source_url", where=self.source)
+        if self.part is not None and self.force:
+            raise ConfigError("part_force", part=str(self.part))
         if self.out.startswith("memory://"):
             raise ConfigError("out_memory", where=self.out)
 
@@ -308,7 +349,10 @@ class Job:
         tokenizer = load_tokenizer(
             settings.model or settings.tokenizer, pad_to=settings.pad_to, policy=recipe.text
         )
-        self.blobs = BlobCache(Path(settings.cache).expanduser())
+        local = storage.is_local(settings.cache)
+        self.local_cache = storage.local_path(settings.cache if local else LOCAL_CACHE)
+        """Local folder for ledgers, locks and unfinished files."""
+        self.blobs = BlobCache(self.local_cache if local else settings.cache)
         model: ChatModel | None = None
         if settings.model:
             model = load_model(settings.model, tokenizer=tokenizer, date=recipe.text.chat_date)
@@ -388,17 +432,27 @@ class Job:
             "libraries": self.libraries,
         }
 
+    @cached_property
+    def key(self) -> str:
+        """Hash of the identity."""
+        return fingerprint(self.identity)
+
     def _memory_budget(self) -> MemoryBudget:
         s = self.settings
         largest = s.recipe.image.limits.max_decode_bytes
         return MemoryBudget(
-            folder=str(self.blobs.root / "locks"),  # local, and shared by the jobs of a machine
+            folder=str(self.local_cache / self._locks_name),  # of the jobs of one machine
             total_bytes=(
                 max(largest, usable_memory() // 2) if s.image_memory is None else s.image_memory
             ),
             largest_bytes=largest,
             num_workers=s.num_workers,
         )
+
+    @property
+    def _locks_name(self) -> str:
+        # Parts share a cache between machines, and each of those has memory of its own.
+        return "locks" if self.settings.part is None else f"locks-{platform.node()}"
 
     def source_files(self) -> list[Path]:
         """Lists the local files that the rows are read from."""
@@ -418,8 +472,15 @@ class Job:
 
     @property
     def scratch(self) -> str:
-        """Local folder for unfinished files, emptied when the job starts."""
-        return str(scratch_root(self.settings.out, cache=self.blobs.root))
+        """Local folder for unfinished files, emptied when the job (or this part of it) starts."""
+        part = self.settings.part
+        root = Path(self.scratch_of_all)
+        return str(root if part is None else root / f"part-{part.index:05d}-of-{part.count:05d}")
+
+    @property
+    def scratch_of_all(self) -> str:
+        """Local folder with those of all parts that run here."""
+        return str(scratch_root(self.settings.out, cache=self.local_cache))
 
     @property
     def identity_url(self) -> str:
@@ -436,8 +497,16 @@ class Job:
         return rows_url(self.settings.out, self.settings.split, shard)
 
     def ledger_path(self) -> Path:
-        """Where the results of this dataset's URLs are kept."""
-        return self.blobs.root / "ledgers" / f"{self.name}.jsonl"
+        """Where the results of this dataset's URLs are kept; a part has those of its hosts."""
+        part = self.settings.part
+        name = self.name if part is None else f"{self.name}.{part.index:05d}-of-{part.count:05d}"
+        return self.local_cache / "ledgers" / f"{name}.jsonl"
+
+    def other_ledger_paths(self) -> list[Path]:
+        """Lists the ledgers of this dataset from runs in another number of parts."""
+        folder = self.local_cache / "ledgers"
+        found = [folder / f"{self.name}.jsonl", *folder.glob(f"{self.name}.?????-of-?????.jsonl")]
+        return sorted(path for path in found if path.exists() and path != self.ledger_path())
 
 
 def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""Holds an output for one job: by the kernel's lock on local disk, by a lease on object stores.
+"""Holds an output for one job, or for the parts of one job: by leases, which other machines see.
 
 Two jobs on one output would mix their plans: each shard is named by its number, whatever its rows.
-So a job on an object store keeps an object `.lease` in its output, which no other job has made:
+So a job keeps an object `.lease` in its output, which no other job has made:
 
-1. It is created on the condition that there is none. The store decides between two that try.
+1. It is created on the condition that there is none. The store decides between two that try; on a
+   local or network disk it is the file system (`storage.compare_and_swap`).
 2. While the job runs, the lease is rewritten every `BEAT_S`.
 3. A job that finds a lease checks if its holder is alive. On this machine the kernel knows. A lease
    of another machine is watched: one that changes is held; one that stays the same for `TTL_S`
@@ -11,6 +12,12 @@ So a job on an object store keeps an object `.lease` in its output, which no oth
 4. A holder that finds another job's lease instead of its own has lost it: `check` raises, and the
    job stops before it writes a manifest. After more than `TTL_S` without a renewal, as in an outage
    of the store, another job may have it: `check` then renews it before it says that it is held.
+
+A job in parts (`preprocess.job.parts`) has a `.lease` that names the job instead of a process, and
+a lease of each part below `.parts`. It holds the output as long as one of those is alive.
+
+On a local disk the kernel's lock of the folder is held as well: it answers at once, also between
+containers that do not see each other's processes.
 
 No clock is compared with another machine's; the own one measures how long ago the last renewal
 began. A store that ignores conditions cannot decide between two jobs that start at the same time:
@@ -25,10 +32,11 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shardspec import storage
 from shardspec.documents import read_object
@@ -39,11 +47,19 @@ logger = logging.getLogger(__name__)
 
 LEASE_NAME = ".lease"
 
+PARTS_FOLDER = ".parts"
+"""Folder of an output with what the parts of a job tell each other, one folder per job."""
+
 BEAT_S = 15.0
 """Between two renewals."""
 
 TTL_S = 60.0
 """A lease that has not changed for this long is expired."""
+
+_LOOKS = 20
+"""Times that a lease is looked at within `TTL_S`."""
+
+Life = Literal["absent", "ended", "alive", "dead", "unknown"]
 
 
 @contextmanager
@@ -57,26 +73,59 @@ def output_lock(url: str) -> Iterator[Callable[[], None]]:
     Raises:
       StorageError: `output_busy`: another job holds it; `output_removed`.
     """
-    if storage.is_local(url):
-        with storage.exclusive(url):
-            check = _folder_check(url)
-            try:
-                yield check
-            except FileNotFoundError as error:
-                check()
-                if str(error.filename).startswith(str(storage.local_path(url))):
-                    raise StorageError("output_removed", where=str(error.filename)) from error
-                raise
+    if not storage.is_local(url):
+        lease = Lease(url, LEASE_NAME)
+        lease.take()
+        try:
+            yield lease.check
+        finally:
+            lease.give_back()
         return
-    lease = _Lease(url)
-    lease.take()
+    with storage.exclusive(url):
+        check_folder = folder_check(url)
+        # On a disk of this machine, the lock says that no other process holds the output alone.
+        found = _take_local(Lease(url, LEASE_NAME, locked=storage.is_own_disk(url)))
+
+        def check() -> None:
+            check_folder()
+            if found is not None:
+                found.check()
+
+        try:
+            with naming_removal(url, check_folder):
+                yield check
+        finally:
+            if found is not None:
+                found.give_back()
+
+
+def _take_local(lease: Lease) -> Lease | None:
+    """Takes the lease of a local output; None where the lock has to do.
+
+    A folder that cannot be written to can still be looked at, and a full disk can be tidied up.
+    """
     try:
-        yield lease.check
-    finally:
-        lease.give_back()
+        lease.take()
+    except StorageError as error:
+        if error.reason not in ("permission", "no_space"):
+            raise
+        return None
+    return lease
 
 
-def _folder_check(url: str) -> Callable[[], None]:
+@contextmanager
+def naming_removal(url: str, check: Callable[[], None]) -> Iterator[None]:
+    """Names files of a local output that are missing because somebody has removed them."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        check()
+        if str(error.filename).startswith(str(storage.local_path(url))):
+            raise StorageError("output_removed", where=str(error.filename)) from error
+        raise
+
+
+def folder_check(url: str) -> Callable[[], None]:
     """Makes a function that raises once a folder is not the one that it is now.
 
     The lock is of the folder: one that is removed and made again may be another job's. While it is
@@ -96,10 +145,43 @@ def _folder_check(url: str) -> Callable[[], None]:
     return check
 
 
-class _Lease:
-    def __init__(self, output: str) -> None:
+class Lease:
+    """A lease of this process; `take` it first, and end with `give_back` or `end`."""
+
+    def __init__(
+        self,
+        output: str,
+        name: str,
+        *,
+        locked: bool = False,
+        busy: str = "output_busy.job",
+        facts: Mapping[str, Any] | None = None,
+        waits: int = logging.WARNING,
+        state: Callable[[], Mapping[str, Any]] = dict,
+        guard: Callable[[bool], bool] = lambda late: True,  # noqa: ARG005
+    ) -> None:
+        """Names a lease; touches nothing yet.
+
+        Args:
+          output: The output.
+          name: Of the lease's object, below the output.
+          locked: Whether a kernel's lock shows that no other process holds it.
+          busy: Code of the error where another process holds it.
+          facts: Of that error.
+          waits: Level at which it is logged that `take` waits.
+          state: Called at each renewal; what it gives is written into the lease.
+          guard: Called at each renewal, with whether it comes so late that others may have taken
+            the lease over; False: it is lost.
+        """
         self._output = output
-        self._url = storage.join(output, LEASE_NAME)
+        self._url = storage.join(output, name)
+        self._name = name
+        self._locked = locked
+        self._busy = busy
+        self._facts = dict(facts or {})
+        self._waits = waits
+        self._state = state
+        self._guard = guard
         self._holder = {"job": uuid.uuid4().hex, "host": platform.node(), **_this_process()}
         self._beats = 0
         self._stop = threading.Event()
@@ -111,12 +193,17 @@ class _Lease:
         self._heart = threading.Thread(target=self._beat_on, name="lease", daemon=True)
 
     def take(self) -> None:
+        """Takes the lease, and renews it from now on in a thread.
+
+        Raises:
+          StorageError: Another process holds it.
+        """
         while True:
             version = storage.version(self._url)
             if version is not None:
-                holder = self._read()
-                if holder is not None and not _is_dead(holder):
-                    self._watch(version, holder)
+                holder = read_lease(self._url)
+                if holder is not None:
+                    self.require_free(version, holder)
             self._renewed_s = _now_s()
             if storage.compare_and_swap(self._url, self._payload(), replacing=version):
                 break
@@ -129,17 +216,34 @@ class _Lease:
         self._heart.start()
 
     def check(self) -> None:
+        """Makes sure that the lease is held.
+
+        Raises:
+          StorageError: `lease_lost`.
+        """
         if not self._lost.is_set() and self._is_old():
             self._renew(only_if_old=True)
         if self._lost.is_set() or self._is_old():
             raise StorageError("lease_lost", where=self._output)
 
     def give_back(self) -> None:
-        self._stop.set()
-        self._heart.join()
+        """Removes the lease."""
+        self._stop_beating()
         with suppress(StorageError):  # otherwise it expires
             if not self._lost.is_set() and self._is_ours():
-                storage.delete_objects(self._output, [LEASE_NAME])
+                storage.delete_objects(self._output, [self._name])
+
+    def end(self, outcome: str) -> None:
+        """Leaves the lease as a note of how its holder has ended; it holds nothing any more."""
+        self._stop_beating()
+        self._holder["ended"] = outcome
+        with suppress(StorageError):
+            if not self._lost.is_set():
+                self._replace()
+
+    def _stop_beating(self) -> None:
+        self._stop.set()
+        self._heart.join()
 
     def _beat_on(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -148,7 +252,7 @@ class _Lease:
                 return
 
     def _is_ours(self) -> bool:
-        holder = self._read()
+        holder = read_lease(self._url)
         return holder is not None and holder.get("job") == self._holder["job"]
 
     def _is_old(self) -> bool:
@@ -170,39 +274,136 @@ class _Lease:
 
     def _replace(self) -> bool:
         version = storage.version(self._url)
-        if version is None or not self._is_ours():
+        if version is None or not self._is_ours() or not self._guard(self._is_old()):
             return False
         return storage.compare_and_swap(self._url, self._payload(), replacing=version)
 
     def _payload(self) -> bytes:
         self._beats += 1  # so that no two writes are equal
-        return canonical_json({**self._holder, "beats": self._beats})
+        return canonical_json({**self._holder, "beats": self._beats, **self._state()})
 
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            return read_object(storage.read_bytes(self._url))
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def _watch(self, version: str, holder: dict[str, Any]) -> None:
-        """Waits until a lease has expired; raises as soon as it changes."""
+    def require_free(self, version: str, holder: Mapping[str, Any]) -> None:
+        """Waits until a lease has expired; raises as soon as its holder is found to be alive."""
+        if "parts" in holder:
+            require_no_parts(self._output, holder)
+            return
+        if self._locked or holder.get("ended") or _is_dead(holder):
+            return
+        facts = {**self._facts, "host": holder.get("host"), "pid": holder.get("pid")}
         if not _is_alive(holder):
-            logger.warning(
+            logger.log(
+                self._waits,
                 "%s: held by a job on %s; waiting %.0f s to see if it is alive",
                 self._output,
                 holder.get("host"),
                 TTL_S,
             )
-            looks = 20
-            for _ in range(looks):
-                self._stop.wait(TTL_S / looks)
+            for _ in range(_LOOKS):
+                _pause(TTL_S / _LOOKS)
                 if storage.version(self._url) != version:
                     break
             else:
                 return
-        raise StorageError(
-            "output_busy", where=self._output, host=holder.get("host"), pid=holder.get("pid")
-        )
+        raise StorageError(self._busy, where=self._output, **facts)
+
+
+def read_lease(url: str) -> dict[str, Any] | None:
+    """Reads a lease; None where there is none, or one that is damaged."""
+    try:
+        return read_object(storage.read_bytes(url))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@dataclass
+class Watch:
+    """Tells whether the holders of leases are alive, by looking at them again and again.
+
+    Only one thread uses it.
+    """
+
+    _seen: dict[str, tuple[str, float, bool]] = field(default_factory=dict)
+    """Version of each lease, when it was first seen, and whether there was another one before."""
+
+    def look(self, url: str) -> tuple[Life, dict[str, Any]]:
+        """Looks at a lease.
+
+        Returns:
+          The life of its holder, and the lease. "unknown": of another machine, and the lease has
+          been watched for less than `TTL_S` without a change.
+        """
+        version = storage.version(url)
+        holder = None if version is None else read_lease(url)
+        if version is None or holder is None:
+            return "absent", {}
+        if holder.get("ended"):
+            return "ended", holder
+        if _is_here(holder):
+            return ("dead" if _is_dead(holder) else "alive"), holder
+        before = self._seen.get(url)
+        if before is None or before[0] != version:
+            self._seen[url] = version, _now_s(), before is not None
+        version, since_s, changed = self._seen[url]
+        if _now_s() - since_s >= TTL_S:
+            return "dead", holder
+        return ("alive" if changed else "unknown"), holder
+
+
+def parts_folder(job: str) -> str:
+    """Names the folder, below an output, of a job in parts."""
+    return f"{PARTS_FOLDER}/{job[:16]}"
+
+
+def part_name(index: int, count: int) -> str:
+    """Names the lease of a part, in its job's folder.
+
+    >>> part_name(3, 64)
+    '00003-of-00064.json'
+    """
+    return f"{index:05d}-of-{count:05d}.json"
+
+
+def require_no_parts(output: str, record: Mapping[str, Any]) -> None:
+    """Refuses an output of whose job in parts one is alive; leases of other machines are watched.
+
+    Raises:
+      StorageError: `output_busy`.
+    """
+    folder = storage.join(output, parts_folder(str(record.get("job"))))
+    count = record.get("parts")
+    names = {name for name in storage.list_names(folder) if name.endswith(f"-of-{count:05}.json")}
+    watch, warned = Watch(), False
+    for _ in range(_LOOKS + 2):
+        unknown = []
+        for name in sorted(names):
+            life, holder = watch.look(storage.join(folder, name))
+            if life == "alive":
+                raise StorageError(
+                    "output_busy.parts",
+                    where=output,
+                    title=record.get("title"),
+                    parts=count,
+                    part=f"{int(name[:5])}/{count}",
+                    host=holder.get("host"),
+                    pid=holder.get("pid"),
+                )
+            if life == "unknown":
+                unknown.append(name)
+        if not unknown:
+            return
+        if not warned:
+            logger.warning(
+                "%s: held by parts of %s; waiting %.0f s to see if they are alive",
+                output,
+                record.get("title"),
+                TTL_S,
+            )
+            warned = True
+        _pause(TTL_S / _LOOKS)
+
+
+def _pause(seconds: float) -> None:
+    threading.Event().wait(seconds)
 
 
 def _now_s() -> float:
@@ -227,16 +428,16 @@ def _this_machine() -> dict[str, str | None]:
         return {"boot": None, "pids": None}
 
 
-def _is_here(holder: dict[str, Any]) -> bool:
+def _is_here(holder: Mapping[str, Any]) -> bool:
     here = _this_machine()
     return here["boot"] is not None and all(holder.get(name) == here[name] for name in here)
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
+def _is_dead(holder: Mapping[str, Any]) -> bool:
     return _is_here(holder) and _born(holder.get("pid")) != holder.get("born")
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
+def _is_alive(holder: Mapping[str, Any]) -> bool:
     return _is_here(holder) and _born(holder.get("pid")) == holder.get("born")
 
 

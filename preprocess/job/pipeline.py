@@ -43,7 +43,8 @@ from preprocess.job.conflicts import check_same, find_differences, table
 from preprocess.job.engines import local
 from preprocess.job.job import Job, JobSettings, Reporter
 from preprocess.job.lease import output_lock
-from preprocess.job.plan import shard_borders
+from preprocess.job.parts import forget_parts
+from preprocess.job.plan import Part, shard_borders
 from preprocess.job.planner import Plan, drop_plan, load_plan, make_plan, read_json
 from preprocess.job.stamps import Compared
 from preprocess.job.verify import check_hashes
@@ -87,13 +88,11 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
     job = Job(settings)
     result = None
     if not settings.force:
-        _check_conflict(job)
+        check_conflict(job)
         result = committed(job)
     if result is not None:
-        compared = _check_sources(job)
-        if storage.exists(job.url("plan", settings.split)):  # a run ended between commit and here
-            with output_lock(settings.out):
-                _tidy(job)
+        compared = check_sources(job)
+        tidy_finished(job)
         return Outcome(
             result=result,
             built_shards=0,
@@ -104,10 +103,48 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
     with output_lock(settings.out) as check_held:
         if settings.force:
             _withdraw(job, report)
-        promised = _check_conflict(job)  # once more: another job may have ended in between
+        promised = check_conflict(job)  # once more: another job may have ended in between
         result, built = _make(job, report, promised, check_held)
     outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
-    _write_run(job, outcome)
+    write_run(job, outcome)
+    return outcome
+
+
+def commit_job(settings: JobSettings, report: Reporter) -> Outcome:
+    """Commits a job whose shards are all built; builds nothing.
+
+    Raises:
+      ConflictError: The output holds something else.
+      StorageError: `commit_unfinished`: shards are missing; `output_busy`: parts are at work.
+    """
+    started = time.monotonic()
+    job = Job(settings)
+    check_conflict(job)
+    result = committed(job)
+    if result is not None:
+        return Outcome(result=result, built_shards=0, fresh=False, seconds=_since(started))
+    with output_lock(settings.out) as check_held:
+        plan = load_plan(job, report)
+        if plan is None:
+            raise StorageError("commit_unfinished.plan", where=settings.out)
+        context = build_context(job, plan)
+        receipts = find_receipts(context)
+        missing = [shard for shard in range(plan.num_shards) if shard not in receipts]
+        if missing:
+            raise StorageError(
+                "commit_unfinished.shards",
+                where=settings.out,
+                missing=len(missing),
+                of=plan.num_shards,
+                first=context.name(missing[0]),
+            )
+        ordered = [receipts[shard] for shard in range(plan.num_shards)]
+        check_bad_samples(job, plan, ordered)
+        check_held()
+        result = commit(job, plan, ordered)
+        _tidy(job)
+    outcome = Outcome(result=result, built_shards=0, fresh=True, seconds=_since(started))
+    write_run(job, outcome)
     return outcome
 
 
@@ -118,7 +155,7 @@ def _make(
     storage.delete(job.scratch)
     plan = load_plan(job, report) or make_plan(job, report, promised=promised)
     try:
-        receipts, built = _build(job, plan, report, check_held)
+        receipts, built = build_missing(job, plan, report, check_held)
     except StorageError as error:
         if error.reason in ("blob_missing", "blob_corrupt"):
             drop_plan(job)  # so that the same command fetches it again
@@ -130,11 +167,25 @@ def _make(
     return result, built
 
 
+def tidy_finished(job: Job) -> None:
+    """Removes what a run has left that ended between its commit and its end."""
+    if not storage.exists(job.url("plan", job.settings.split)):
+        return
+    try:
+        with output_lock(job.settings.out):
+            _tidy(job)
+    except StorageError as error:
+        if error.reason != "output_busy":
+            raise  # else a part is about to tidy up itself
+
+
 def _tidy(job: Job) -> None:
     """Removes what only an unfinished job needs."""
-    storage.delete(job.scratch)
+    storage.delete(job.scratch_of_all)
     if storage.is_local(job.settings.out):
         storage.delete_temporaries(job.settings.out)
+    job.blobs.remove_tokens(job.key[:16])
+    forget_parts(job.settings.out, job.key)
     drop_plan(job)  # last: while there is a plan, the next run of the same command tidies up
 
 
@@ -142,7 +193,7 @@ def _since(started: float) -> float:
     return time.monotonic() - started
 
 
-def _check_conflict(job: Job) -> str | None:
+def check_conflict(job: Job) -> str | None:
     """Refuses an output that holds the result of another job.
 
     Returns:
@@ -180,7 +231,7 @@ def _check_recipe(job: Job, manifest: Manifest) -> None:
     check_same(manifest, ours, where=job.url(MANIFEST_NAME), named=named)
 
 
-def _check_sources(job: Job) -> Compared | None:
+def check_sources(job: Job) -> Compared | None:
     """Refuses a finished split whose source files have changed since it was planned."""
     compared = job.compare_files()
     if compared is not None and compared.num_changed:
@@ -214,31 +265,56 @@ def _withdraw(job: Job, report: Reporter) -> None:
     report.note(f"split {split}: the result in the output is replaced")
 
 
-def _build(
-    job: Job, plan: Plan, report: Reporter, check_held: Callable[[], None]
-) -> tuple[list[Receipt], int]:
-    """Builds what is missing; returns every receipt in shard order, and how many are new."""
-    context = BuildContext(
+def build_context(job: Job, plan: Plan) -> BuildContext:
+    """Makes what every task of a plan shares."""
+    return BuildContext(
         preparer=job.preparer,
         dataset=job.name,
         split=job.settings.split,
         out=job.settings.out,
         num_shards=plan.num_shards,
         build_key=plan.build_key,
-        blobs=str(job.blobs.root),
+        blobs=job.blobs.url,
         scratch=job.scratch,
         several_images=job.recipe["several_images"],
     )
-    receipts = _intact(context, find_receipts(context), report)
-    missing = [shard for shard in range(plan.num_shards) if shard not in receipts]
+
+
+def build_missing(
+    job: Job,
+    plan: Plan,
+    report: Reporter,
+    check_held: Callable[[], None],
+    *,
+    part: Part | None = None,
+    on_shard: Callable[[int, bool], None] = lambda shard, done: None,  # noqa: ARG005
+) -> tuple[list[Receipt], int]:
+    """Builds what is missing.
+
+    Args:
+      job: The job.
+      plan: What to build.
+      report: Gets the progress.
+      check_held: Raises where another job may have taken the output.
+      part: Whose shards are built; None for all.
+      on_shard: Called when the work on a shard begins, and (True) when it is done.
+
+    Returns:
+      The receipts in shard order, and how many are new.
+    """
+    context = build_context(job, plan)
+    wanted = range(plan.num_shards) if part is None else part.shards(plan.num_shards)
+    receipts = _intact(context, find_receipts(context, wanted), report)
+    missing = [shard for shard in wanted if shard not in receipts]
     if receipts:
-        report.note(f"{len(receipts)} of {plan.num_shards} shards are finished")
+        report.note(f"{len(receipts)} of {len(wanted)} shards are finished")
     borders = shard_borders(plan.num_samples, num_shards=plan.num_shards)
     report.stage("build", int(sum(borders[shard + 1] - borders[shard] for shard in missing)))
     for event in local.run(
         missing, work=_build_task, context=context, num_workers=job.settings.num_workers
     ):
         check_held()
+        on_shard(event.task, isinstance(event, local.TaskDone))
         if isinstance(event, local.TaskLost):
             report.note(f"a worker died (exit code {event.exit_code}); its shard is built again")
         elif isinstance(event, local.TaskDone):
@@ -247,7 +323,7 @@ def _build(
             report.sent(event.note)
         else:
             report.step(event.note)
-    return [receipts[shard] for shard in range(plan.num_shards)], len(missing)
+    return [receipts[shard] for shard in wanted], len(missing)
 
 
 def _intact(
@@ -310,7 +386,7 @@ def _naming_removal() -> Iterator[None]:
         raise StorageError("output_removed", where=where) from error
 
 
-def _write_run(job: Job, outcome: Outcome) -> None:
+def write_run(job: Job, outcome: Outcome) -> None:
     """Notes what differs from run to run: for people, read by nothing."""
     run = {
         "finished_unix_s": round(time.time()),

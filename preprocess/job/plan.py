@@ -19,8 +19,58 @@ from shardspec.keyed import hash_text, keyed
 SHARD_MULTIPLE = 8
 """Shard counts are rounded up to a multiple of this, for readers that deal out whole shards."""
 
+MAX_PARTS = 10_000
+"""Most parts of a job: each has a file in the output while the job runs."""
+
 MIN_SHARD_BYTES = 4 * 2**20
 """Shards are not made smaller than this to reach a multiple."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One of the equal parts that a job is divided into, each of which runs somewhere of its own.
+
+    Shards are dealt in turn: shard `s` belongs to part `s % count`. Hosts are dealt by a hash of
+    their names, so that all requests to a host come from one part.
+    """
+
+    index: int
+    """From 0 on."""
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count <= MAX_PARTS:
+            raise ConfigError("part_text", got=str(self), most=MAX_PARTS)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def shards(self, num_shards: int) -> range:
+        """Gives the shards of this part.
+
+        >>> list(Part(index=1, count=3).shards(8))
+        [1, 4, 7]
+        """
+        return range(self.index, num_shards, self.count)
+
+    def has_host(self, key: int) -> bool:
+        """Returns True if the host whose name has this hash belongs to this part."""
+        return key % self.count == self.index
+
+
+def parse_part(text: str) -> Part:
+    """Reads a part.
+
+    Raises:
+      ConfigError: `part_text`.
+
+    >>> parse_part("3/64")
+    Part(index=3, count=64)
+    """
+    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+    if found is None:
+        raise ConfigError("part_text", got=text, most=MAX_PARTS)
+    return Part(index=int(found[1]), count=int(found[2]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from preprocess.datasets import (
     example_images,
     example_video,
 )
-from preprocess.fetch import FetchPolicy, FetchResult, Ledger, fetch_all, redact
+from preprocess.fetch import FetchResult, Ledger, fetch_all, read_ledger, redact
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.job import (
     DEAD_LINKS_SHARE,
@@ -85,13 +85,21 @@ class Plan:
     """What the manifest says of the source."""
     quarantined: Mapping[str, int]
     """Rows that cannot become samples, by reason."""
+    cache_token: str = ""
+    """Mark that the planning part has left in the image cache; "" where no sample needs that."""
 
 
-def load_plan(job: Job, report: Reporter | None = None) -> Plan | None:
+def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False) -> Plan | None:
     """Finds the frozen plan of this very job; None if a file of its source has changed since.
 
+    Args:
+      job: The job.
+      report: Is told of such a change.
+      shared: Whether other machines build from the plan: it is not made again.
+
     Raises:
-      ConflictError: `job_conflict`: an unfinished reshard owns this output.
+      ConflictError: `job_conflict`: an unfinished reshard owns this output; `source_changed`: of a
+        shared plan.
     """
     document = read_json(_plan_url(job))
     if document is not None and document.get("kind") == "reshard":
@@ -102,10 +110,18 @@ def load_plan(job: Job, report: Reporter | None = None) -> Plan | None:
     try:
         compared = job.compare_files()
     except StorageError as error:
-        if error.reason != "plan_files":
+        if error.reason != "plan_files" or shared:
             raise
         return None
     if compared is not None and compared.num_changed:
+        if shared:
+            raise ConflictError(
+                "source_changed.part",
+                where=job.settings.source,
+                changed=compared.num_changed,
+                compared=compared.num_files,
+                facts={**compared.changed, "how": compared.how},
+            )
         if report is not None:
             first = next(iter(compared.changed.items()))
             report.note(
@@ -119,7 +135,15 @@ def load_plan(job: Job, report: Reporter | None = None) -> Plan | None:
         return None  # damaged, as one that is no JSON
 
 
-def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Plan:
+def make_plan(
+    job: Job,
+    report: Reporter,
+    *,
+    promised: str | None = None,
+    fetched: Mapping[str, FetchResult] | None = None,
+    cache_token: str = "",
+    check_held: Callable[[], None] = lambda: None,
+) -> Plan:
     """Fetches the images and freezes a plan.
 
     Args:
@@ -127,12 +151,16 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
       report: Gets the progress.
       promised: Build key of the split that the output already names, to be repaired. Links that
         had failed then are not requested again.
+      fetched: How the download of each URL has ended, where the parts of the job have made them.
+      cache_token: Mark to leave in the image cache, if samples need that, for the parts that build.
+      check_held: Raises where another process may plan; called before anything appears.
 
     Raises:
       BudgetError: `dead_links`, `nothing_left`, `probe_failed`.
       ConflictError: `source_changed`: the plan differs from the one of that key.
       StorageError: `no_space`, and others of the storage.
     """
+    check_held()
     drop_plan(job)
     row_stamps = [
         stamp_file(
@@ -145,10 +173,10 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
     for line in job.dataset.notes():
         report.note(line)
     storage.publish_bytes(job.identity_url, canonical_json(job.identity, indent=1))
-    policy = job.settings.fetch
-    if promised is not None:
-        policy = dataclasses.replace(policy, retry="none")
-    results = _fetch(job, policy, report)
+    results = fetched
+    if results is None:
+        results = fetch_images(job, image_urls(job, report), report, again=promised is None)
+    _check_links(job, results)
     with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
         with StampWriter(folder / "files") as stamps:
@@ -170,7 +198,7 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
         )
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
-        rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder, report)
+        rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder, report, check_held)
     build = {
         "rows": rows_sha256,
         "recipe": job.recipe,
@@ -178,6 +206,10 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
         "libraries": job.libraries,
     }
     build_key = fingerprint(build)
+    if not rows.has_blobs:
+        cache_token = ""
+    if cache_token:
+        job.blobs.leave_token(cache_token)
     if promised not in (None, build_key):
         raise ConflictError(
             "source_changed.rebuild",
@@ -201,12 +233,14 @@ def make_plan(job: Job, report: Reporter, *, promised: str | None = None) -> Pla
             },
         },
         quarantined=dict(sorted(rows.reasons.items())),
+        cache_token=cache_token,
     )
     name = f"{job.name}-{job.settings.split}-plan.jsonl"
     if rows.lost:
         storage.publish_bytes(job.url("quarantine", name), b"".join(rows.lost))
     else:
         storage.delete(job.url("quarantine", name))
+    check_held()
     storage.publish_bytes(_plan_url(job), canonical_json(dataclasses.asdict(plan), indent=1))
     return plan
 
@@ -263,6 +297,8 @@ class _Rows:
     """Rows of the source that are lost, by reason: an example may have several."""
     num_rows: int
     """Rows of the source in the spool."""
+    has_blobs: bool
+    """Whether images of theirs are in the image cache."""
 
 
 def _spool_rows(
@@ -277,12 +313,13 @@ def _spool_rows(
     reasons = Counter(job.dataset.left_out)
     dead_rows = 0  # for their links, which have a budget of their own
     num_rows = 0
+    has_blobs = False
     seen: Counter[str] = Counter()
 
     first = ""  # error of the first row that is lost
 
     def good_rows() -> Iterator[bytes]:
-        nonlocal dead_rows, num_rows, first
+        nonlocal dead_rows, num_rows, has_blobs, first
         for row, error in _planned_rows(job, results, stamps):
             if error is None:
                 error = _repeated(job, row, seen)
@@ -296,6 +333,7 @@ def _spool_rows(
                 continue
             keys.append(row["key"])
             num_rows += count
+            has_blobs = has_blobs or _has_blobs(row)
             yield canonical_json(row)
 
     for reason, count in sorted(job.dataset.left_out.items()):
@@ -309,7 +347,13 @@ def _spool_rows(
     if not keys:
         raise BudgetError("nothing_left", facts={**dict(reasons.most_common()), "first": first})
     _check_lost(job, reasons, dead_rows=dead_rows)
-    return _Rows(keys=keys, lost=lost, reasons=reasons, num_rows=num_rows)
+    return _Rows(keys=keys, lost=lost, reasons=reasons, num_rows=num_rows, has_blobs=has_blobs)
+
+
+def _has_blobs(row: Mapping[str, Any]) -> bool:
+    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    found = [*images, row.get("video")]
+    return any(each is not None and each["kind"] == "blob" for each in found)
 
 
 def _repeated(job: Job, row: dict[str, Any], seen: Counter[str]) -> SampleError | None:
@@ -563,7 +607,13 @@ def require_space(out: str, total_bytes: int) -> None:
 
 
 def _write_rows(
-    job: Job, spool: _Spool, order: list[int], num_shards: int, folder: Path, report: Reporter
+    job: Job,
+    spool: _Spool,
+    order: list[int],
+    num_shards: int,
+    folder: Path,
+    report: Reporter,
+    check_held: Callable[[], None],
 ) -> str:
     """Writes the rows to one file per shard, in the source's order.
 
@@ -600,6 +650,7 @@ def _write_rows(
             held_bytes = 0
     flush()
     for shard in range(num_shards):
+        check_held()
         storage.publish_file(job.rows_url(shard), folder / str(shard))
     return fingerprint([digest.hexdigest() for digest in hashes])
 
@@ -615,13 +666,29 @@ def image_urls(job: Job, report: Reporter) -> list[str]:
     return urls
 
 
-def _fetch(job: Job, policy: FetchPolicy, report: Reporter) -> dict[str, FetchResult]:
-    urls = image_urls(job, report)
+def fetch_images(
+    job: Job, urls: Sequence[str], report: Reporter, *, again: bool
+) -> dict[str, FetchResult]:
+    """Downloads images into the cache.
+
+    Args:
+      job: The job.
+      urls: What to download.
+      report: Gets the progress.
+      again: Whether transient failures of earlier runs are requested again.
+
+    Returns:
+      How each URL has ended.
+    """
     if not urls:
         return {}
+    policy = job.settings.fetch
+    if not again:
+        policy = dataclasses.replace(policy, retry="none")
     report.stage("fetch", len(set(urls)))
     with Ledger(job.ledger_path()) as ledger:
-        results = fetch_all(
+        _copy_known(job, ledger, urls)
+        return fetch_all(
             urls,
             cache=job.blobs,
             ledger=ledger,
@@ -629,6 +696,25 @@ def _fetch(job: Job, policy: FetchPolicy, report: Reporter) -> dict[str, FetchRe
             limits=job.settings.recipe.image.limits,
             on_result=lambda result: report.step(result.reason),
         )
+
+
+def _copy_known(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
+    """Copies what runs in another number of parts know of some URLs, so that none is fetched twice.
+
+    Only URLs that the ledger lacks: this is done when a part is first run.
+    """
+    others = job.other_ledger_paths()
+    wanted = {name for name in map(redact, urls) if ledger.get(name) is None} if others else set()
+    for path in others if wanted else ():
+        known = read_ledger(path)
+        for name in sorted(wanted & known.keys()):
+            ledger.append(known[name])
+        wanted -= known.keys()
+
+
+def _check_links(job: Job, results: Mapping[str, FetchResult]) -> None:
+    if not results:
+        return
     dead = Counter(result.reason for result in results.values() if result.status != "ok")
     share = job.settings.max_dead_links
     allowed = allowed_failures(share, len(results), default=DEAD_LINKS_SHARE)
@@ -636,4 +722,3 @@ def _fetch(job: Job, policy: FetchPolicy, report: Reporter) -> dict[str, FetchRe
         raise BudgetError(
             "dead_links", links=len(results), allowed=allowed, facts=dict(dead.most_common())
         )
-    return results

@@ -53,7 +53,7 @@ def context_of(job):
         out=job.settings.out,
         num_shards=plan.num_shards,
         build_key=plan.build_key,
-        blobs=str(job.blobs.root),
+        blobs=job.blobs.url,
         scratch=job.scratch,
     )
 
@@ -190,19 +190,19 @@ def interrupt_cleanup(monkeypatch, out, at):
 
 
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("at", range(1, 6))
+@pytest.mark.parametrize("at", range(1, 7))
 def test_a_run_killed_between_commit_and_its_last_removal_is_tidied_by_the_next(
     tmp_path, monkeypatch, at
 ):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupted = interrupt_cleanup(patch, out, at)
-        if at < 5:
+        if at < 6:
             with pytest.raises(KeyboardInterrupt):
                 run_job(settings(tmp_path, seed=0), Silent())
         else:
             run_job(settings(tmp_path, seed=0), Silent())
-        assert bool(interrupted) is (at < 5)  # four removals, and each of them is tried
+        assert bool(interrupted) is (at < 6)  # five removals, and each of them is tried
     run_job(settings(tmp_path, seed=0), Silent())
     assert sorted(p.name for p in out.iterdir() if p.name != "run.json") == [
         "manifest.json",

@@ -23,6 +23,7 @@ STRAYS = [
     f".manifest.json.tmp-{HEX}",
     f"train/.pixmo_cap-train-00000-of-00003.tar.tmp-{HEX}",
     ".scratch/x/shard.tar",
+    ".parts/0123456789abcdef/00000-of-00002.json",
 ]
 FOREIGN = [
     "README.md",

@@ -189,11 +189,13 @@ def test_a_store_that_ignores_conditions_is_named(out, monkeypatch, caplog):
     assert "ignores conditional writes" in caplog.text
 
 
-def test_a_local_output_is_held_by_the_kernel(tmp_path):
-    with output_lock(str(tmp_path / "out")) as check:
+def test_a_local_output_is_held_by_the_kernel_and_by_a_lease(tmp_path):
+    out = tmp_path / "out"
+    with output_lock(str(out)) as check:
         check()
-        refused(str(tmp_path / "out"))
-        assert list((tmp_path / "out").iterdir()) == []
+        refused(str(out))
+        assert [path.name for path in out.iterdir()] == [LEASE_NAME]
+    assert [*out.iterdir()] == []
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,0 +1,307 @@
+"""One part of a job: its share of FETCH and BUILD, and COMMIT if it is the last.
+
+1. It joins the job (`preprocess.job.parts`).
+2. Where there is no plan, it downloads the images of its hosts and hands in the results. Once all
+   parts have, one of them plans; the others wait for the plan.
+3. It checks that it sees the image cache of the part that has planned, if samples need that.
+4. It builds its shards: every `count`-th, from its number on.
+5. If the shards of all parts are there, it commits. Two that commit at once write the same bytes.
+
+A plan is frozen, as it is for a job on one machine, so the bytes are the same too. A part never
+does the work of another: run the same PART anywhere else, and it resumes there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from preprocess.fetch import FetchResult, host_key, redact
+from preprocess.job.board import Board
+from preprocess.job.build import find_receipts
+from preprocess.job.commit import Committed, check_bad_samples, commit, committed
+from preprocess.job.job import Job, JobSettings, Reporter
+from preprocess.job.lease import LEASE_NAME, read_lease
+from preprocess.job.parts import HeldPart, PartOfJob, forget_parts, join_job
+from preprocess.job.pipeline import (
+    Outcome,
+    build_context,
+    build_missing,
+    check_conflict,
+    check_sources,
+    tidy_finished,
+    write_run,
+)
+from preprocess.job.plan import Part
+from preprocess.job.planner import (
+    Plan,
+    drop_plan,
+    fetch_images,
+    image_urls,
+    load_plan,
+    make_plan,
+)
+from shardspec import storage
+from shardspec.errors import BudgetError, ConflictError, StorageError
+from shardspec.manifest import Receipt, canonical_json
+
+POLL_S = 1.0
+"""Between two looks at what other parts have done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartOutcome:
+    """How a part ended."""
+
+    part: Part
+    built_shards: int
+    """Shards built in this run."""
+    num_shards: int
+    """Shards of this part."""
+    missing_shards: int
+    """Shards of other parts that are not built yet."""
+    result: Committed | None
+    """The finished dataset; None where shards of other parts are missing."""
+    fresh: bool
+    """Whether this run committed."""
+
+
+def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
+    """Builds a part of a split, or resumes it.
+
+    Raises:
+      ConfigError, SourceError: The request cannot be honoured.
+      ConflictError: The output holds something else, or parts of another job are at work.
+      BudgetError: Too many failures; nothing was committed.
+      StorageError: `own_disk`: other machines do not see the output; `part_busy`: another process
+        has this part; `parts_missing`: the downloads of other parts are; `cache_not_shared`; the
+        output cannot be written.
+    """
+    started = time.monotonic()
+    job, part = Job(settings), settings.part
+    assert part is not None
+    check_conflict(job)
+    result = committed(job)
+    if result is not None:
+        check_sources(job)
+        tidy_finished(job)
+        return _finished(part, result)
+    _require_shared(job, part)
+    board = Board(report)
+    me = PartOfJob(
+        part=part,
+        job=job.key,
+        title=f"{job.name}, split {settings.split}",
+        identity=json.loads(canonical_json(job.identity)),
+        dataset=job.name,
+        split=settings.split,
+    )
+    try:
+        with join_job(settings.out, me, state=board.snapshot) as held:
+            outcome = _work(job, part, held, board)
+    except StorageError as error:
+        # The part that committed has removed what the others hold.
+        result = committed(job) if error.reason in ("lease_lost", "output_removed") else None
+        if result is None:
+            raise
+        return _finished(part, result)
+    if outcome.fresh and outcome.result is not None:
+        done = Outcome(
+            result=outcome.result,
+            built_shards=outcome.built_shards,
+            fresh=True,
+            seconds=time.monotonic() - started,
+        )
+        write_run(job, done)
+    return outcome
+
+
+def _finished(part: Part, result: Committed) -> PartOutcome:
+    return PartOutcome(
+        part=part, built_shards=0, num_shards=0, missing_shards=0, result=result, fresh=False
+    )
+
+
+def _work(job: Job, part: Part, held: HeldPart, board: Board) -> PartOutcome:
+    storage.delete(job.scratch)
+    plan = _agree_on_plan(job, held, board)
+    if plan is None:
+        result = committed(job)
+        assert result is not None
+        return _finished(part, result)
+    if plan.cache_token and not job.blobs.has_token(plan.cache_token):
+        raise StorageError("cache_not_shared", where=job.blobs.url, part=str(part))
+    _, built = build_missing(job, plan, board, held.check, part=part, on_shard=board.shard)
+    storage.delete(job.scratch)
+    storage.delete_if_empty(job.scratch_of_all)
+    mine = len(part.shards(plan.num_shards))
+    receipts = _all_receipts(job, plan)
+    if isinstance(receipts, int):
+        return PartOutcome(
+            part=part,
+            built_shards=built,
+            num_shards=mine,
+            missing_shards=receipts,
+            result=None,
+            fresh=False,
+        )
+    check_bad_samples(job, plan, receipts)
+    result = committed(job)
+    fresh = result is None
+    if result is None:
+        held.check()
+        result = commit(job, plan, receipts)
+    _tidy(job, held)
+    return PartOutcome(
+        part=part,
+        built_shards=built,
+        num_shards=mine,
+        missing_shards=0,
+        result=result,
+        fresh=fresh,
+    )
+
+
+def _require_shared(job: Job, part: Part) -> None:
+    """Refuses an output that parts on other machines cannot see: each would begin one of its own.
+
+    That a part sees the same output as the others shows when it joins them; whether there are
+    others that it does not see shows nowhere.
+    """
+    s = job.settings
+    if part.count > 1 and s.own_disk == "refuse" and storage.is_own_disk(s.out):
+        raise StorageError("own_disk", where=s.out, part=str(part))
+
+
+def _agree_on_plan(job: Job, held: HeldPart, board: Board) -> Plan | None:
+    """Gives the frozen plan, which this part or another has made; None if the job has ended."""
+    urls: list[str] | None = None
+    waited_s: float | None = None
+    named: list[int] = []
+    for turn in itertools.count():
+        held.check()
+        plan = load_plan(job, board, shared=True)
+        if plan is not None:
+            return plan
+        if committed(job) is not None:
+            return None
+        if urls is None:
+            urls = image_urls(job, board)
+            if urls:
+                _fetch_share(job, urls, held, board)
+        missing = held.not_fetched() if urls else []
+        if not missing:
+            if not _try_to_plan(job, urls, held, board):
+                _pause(turn)
+            continue
+        board.waits("wait for downloads")
+        texts = ", ".join(f"{index}/{held.me.part.count}" for index in missing)
+        if missing != named:
+            named = missing
+            board.note(f"waiting for the downloads of parts {texts}")
+        if any(held.life(index) in ("alive", "unknown") for index in missing):
+            waited_s = None
+        elif waited_s is None:
+            waited_s = time.monotonic()
+        elif time.monotonic() - waited_s >= job.settings.part_wait_s:
+            raise StorageError(
+                "parts_missing",
+                where=job.settings.out,
+                missing=texts,
+                part=str(held.me.part),
+            )
+        _pause(turn)
+    raise AssertionError
+
+
+def _pause(turn: int) -> None:
+    """Waits, longer with each turn: hundreds of parts may wait for one."""
+    threading.Event().wait(POLL_S * min(1 + turn / 10, 5))
+
+
+def _fetch_share(job: Job, urls: list[str], held: HeldPart, board: Board) -> None:
+    """Downloads the images of this part's hosts, and hands in how that ended."""
+    part = held.me.part
+    mine = [url for url in urls if part.has_host(host_key(url))]
+    results = fetch_images(job, mine, board, again=check_conflict(job) is None)
+    held.check()
+    held.publish_fetched(results)
+
+
+def _try_to_plan(job: Job, urls: list[str], held: HeldPart, board: Board) -> bool:
+    """Makes the plan; False: another part is about to."""
+    try:
+        with held.claim_plan() as check_claim:
+            if load_plan(job, board, shared=True) is not None or committed(job) is not None:
+                return True
+            fetched = _fetched(job, urls, held) if urls else {}
+            token = f"{job.key[:16]}-{uuid.uuid4().hex}"
+
+            def check() -> None:
+                held.check()
+                check_claim()
+
+            try:
+                make_plan(
+                    job,
+                    board,
+                    promised=check_conflict(job),
+                    fetched=fetched,
+                    cache_token=token,
+                    check_held=check,
+                )
+            except BudgetError:
+                held.forget_fetched()  # the next try may download some of it
+                raise
+    except StorageError as error:
+        if error.reason != "part_busy":
+            raise
+        board.waits("wait for the plan")
+        return False
+    return True
+
+
+def _fetched(job: Job, urls: list[str], held: HeldPart) -> Mapping[str, FetchResult]:
+    try:
+        results = held.read_fetched()
+    except FileNotFoundError:  # a part has downloaded again
+        held.forget_fetched()
+        results = held.read_fetched()
+    try:
+        return {url: results[redact(url)] for url in urls}
+    except KeyError as error:
+        held.forget_fetched()
+        raise ConflictError(
+            "source_changed.urls", where=job.settings.source, url=str(error.args[0])
+        ) from error
+
+
+def _all_receipts(job: Job, plan: Plan) -> list[Receipt] | int:
+    """Gives the receipts of all shards in order, or how many are missing."""
+    context = build_context(job, plan)
+    wanted = {f"{context.name(shard)}.json" for shard in range(plan.num_shards)}
+    missing = len(wanted - set(storage.list_names(job.url("receipts"))))
+    if missing:
+        return missing
+    receipts = find_receipts(context)
+    if len(receipts) < plan.num_shards:
+        return plan.num_shards - len(receipts)
+    return [receipts[shard] for shard in range(plan.num_shards)]
+
+
+def _tidy(job: Job, held: HeldPart) -> None:
+    """Removes what only an unfinished job needs; other parts may be about to do the same."""
+    if storage.is_local(job.settings.out):
+        # Not of the whole output: other parts are renewing their leases.
+        for folder in (job.settings.split, "receipts", "quarantine"):
+            storage.delete_temporaries(job.url(folder))
+    job.blobs.remove_tokens(job.key[:16])
+    record = read_lease(job.url(LEASE_NAME))
+    if record is not None and record.get("job") == held.me.job:
+        forget_parts(job.settings.out, held.me.job)
+    drop_plan(job)
