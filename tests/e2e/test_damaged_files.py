@@ -249,7 +249,7 @@ def stamp(context):
     source.write_bytes(b"{}")
 
     def load(changed):
-        Path(url).write_bytes(gzip.compress(changed.replace(b"\n", b"") + b"\n", 1))
+        Path(url).write_bytes(gzip.compress(changed.replace(b"\n", b"") + b"\n", 1, mtime=0))
         found = compare_files(url, [source], how="content")
         assert isinstance(found.num_changed, int)
 
@@ -378,7 +378,7 @@ def test_any_bytes_of_a_stores_file_give_a_named_error_or_are_right(tmp_path, mo
 @amounts
 def test_any_bytes_of_a_list_of_files_give_a_named_error_or_are_right(tmp_path, count):
     lines = b"".join(b'["/none/%d", null, 0, "", false]\n' % i for i in range(40))
-    payload, url = gzip.compress(lines, 1), str(tmp_path / "files.gz")
+    payload, url = gzip.compress(lines, 1, mtime=0), str(tmp_path / "files.gz")
 
     def read(changed):
         Path(url).write_bytes(changed)
