@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -297,7 +298,198 @@ def gemma3(folder, *, size=56, real=False):
     return folder
 
 
-WRITERS = {"qwen2_vl": qwen2_vl, "llava": llava, "internvl": internvl, "gemma3": gemma3}
+ANYRES = [[112, 112], [56, 112], [112, 56], [224, 168]]
+"""What tiles of 56 px of the tiny any-resolution models may cover."""
+
+
+def _llava_like(folder, *, kind, named, tower, images, processor, template, real, **config):
+    """Writes the folder of a tiny LLaVA of a newer kind, whose tower has 4 features per tile."""
+    import transformers
+
+    folder.mkdir(parents=True)
+    loaded = tokenizer(folder, template=template, named=named, real=real)
+    vision = {
+        "model_type": tower,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 28,
+    }
+    made = getattr(transformers, kind)(
+        text_config={**text_config(len(loaded) + 8), "model_type": "llama"},
+        vision_config=vision | ({"vision_use_head": False} if tower.startswith("siglip") else {}),
+        image_token_index=loaded.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=ANYRES,
+        **config,
+    )
+    write_json(folder / "config.json", made.to_dict())
+    write_json(folder / "preprocessor_config.json", {"image_grid_pinpoints": ANYRES, **images})
+    write_json(folder / "processor_config.json", processor)
+    return folder
+
+
+def llava_next(folder, *, real=False):
+    """Writes the folder of a tiny LLaVA-NeXT: up to 12 tiles of 56 px and an overview."""
+    size = {"height": 56, "width": 56}
+    return _llava_like(
+        folder,
+        kind="LlavaNextConfig",
+        named={"image_token": "<image>"},
+        tower="clip_vision_model",
+        images={"size": {"shortest_edge": 56}, "crop_size": size, "do_center_crop": True},
+        processor={"patch_size": 28, "num_additional_image_tokens": 1},
+        template=LLAVA,
+        real=real,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def llava_onevision(folder, *, real=False):
+    """Writes the folder of a tiny LLaVA-OneVision: features of 3 tiles at most."""
+    return _llava_like(
+        folder,
+        kind="LlavaOnevisionConfig",
+        named={"image_token": "<image>", "video_token": "<video>"},
+        tower="siglip_vision_model",
+        images={
+            "size": {"height": 56, "width": 56},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        processor={"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
+        template=INTERNVL.replace("<IMG_CONTEXT>", "<image>"),
+        real=real,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_3",
+    )
+
+
+IDEFICS3 = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""SmolVLM's own."""
+
+
+def idefics3(folder, *, kind="idefics3", real=False):
+    """Writes the folder of a tiny Idefics3 or SmolVLM: tiles of 28 px, one token each."""
+    from transformers import Idefics3Config, SmolVLMConfig
+
+    folder.mkdir(parents=True)
+    loaded = tokenizer(folder, template=IDEFICS3, real=real)
+    # As in SmolVLM, whose tokenizer names the tiles; here it does so in its first row only.
+    names = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
+    first = tuple(f"<row_1_col_{col}>" for col in range(1, 4))
+    loaded.add_special_tokens({"additional_special_tokens": [*VISION, *PADS, *names, *first]})
+    loaded.save_pretrained(str(folder))
+    config = (Idefics3Config if kind == "idefics3" else SmolVLMConfig)(
+        text_config={**text_config(len(loaded) + 8), "model_type": "llama"},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        image_token_id=loaded.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    write_json(folder / "config.json", config.to_dict())
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "size": {"longest_edge": 84},
+            "max_image_size": {"longest_edge": 28},
+            "do_image_splitting": True,
+            "resample": 1,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+    )
+    write_json(folder / "processor_config.json", {"image_seq_len": 1})
+    return folder
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "[SYSTEM_PROMPT]{{ message['content'] if message['content'] is string else"
+    " message['content'][0]['text'] }}[/SYSTEM_PROMPT]{% elif message['role'] == 'user' %}[INST]"
+    "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '[IMG]' }}"
+    "{% endfor %}[/INST]{% else %}{% for part in message['content'] %}{{ part['text'] }}"
+    "{% endfor %}</s>{% endif %}{% endfor %}"
+)
+
+
+def pixtral(folder, *, real=False):
+    """Writes the folder of a tiny Mistral 3: pictures of 112 px, a token for 14 x 14."""
+    from transformers import Mistral3Config
+
+    folder.mkdir(parents=True)
+    loaded = tokenizer(folder, template=MISTRAL, real=real, bos="<s>")
+    names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "</s>")
+    loaded.add_special_tokens({"additional_special_tokens": [*VISION, *PADS, *names]})
+    loaded.save_pretrained(str(folder))
+    config = Mistral3Config(
+        text_config={**text_config(len(loaded) + 8), "model_type": "mistral", "head_dim": 8},
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "head_dim": 8,
+            "image_size": 112,
+            "patch_size": 7,
+        },
+        image_token_index=loaded.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    write_json(folder / "config.json", config.to_dict())
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "size": {"longest_edge": 112},
+            "patch_size": 7,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+        },
+    )
+    write_json(folder / "processor_config.json", {"patch_size": 7, "spatial_merge_size": 2})
+    return folder
+
+
+WRITERS = {
+    "qwen2_vl": qwen2_vl,
+    "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "internvl": internvl,
+    "idefics3": idefics3,
+    "gemma3": gemma3,
+    "pixtral": pixtral,
+}
+
+
+def pixtral_processor_class():
+    """Imports the processor of Pixtral without torchvision."""
+    from transformers.models.pixtral import image_processing_pil_pixtral as pil
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Its module imports the arithmetic of sizes from that of the class that needs torchvision.
+        patch.setitem(sys.modules, "transformers.models.pixtral.image_processing_pixtral", pil)
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+    return PixtralProcessor
 
 
 def processor(name, folder):
@@ -306,7 +498,7 @@ def processor(name, folder):
     from transformers.processing_utils import ProcessorMixin
 
     images = json.loads((folder / "preprocessor_config.json").read_text())
-    images.pop("image_processor_type")
+    images.pop("image_processor_type", None)
     loaded = AutoTokenizer.from_pretrained(str(folder))
     with pytest.MonkeyPatch.context() as patch:
         # Without torchvision there is no class of video processors to compare None with.
@@ -341,6 +533,57 @@ def processor(name, folder):
             made = Gemma3Processor(
                 own, loaded, image_seq_length=4, chat_template=loaded.chat_template
             )
+        elif name == "llava_next":
+            from transformers.models.llava_next.image_processing_pil_llava_next import (
+                LlavaNextImageProcessorPil,
+            )
+            from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
+            made = LlavaNextProcessor(
+                LlavaNextImageProcessorPil(**images),
+                loaded,
+                patch_size=28,
+                num_additional_image_tokens=1,
+                vision_feature_select_strategy="default",
+                chat_template=loaded.chat_template,
+            )
+        elif name == "llava_onevision":
+            from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+                LlavaOnevisionImageProcessorPil,
+            )
+            from transformers.models.llava_onevision.processing_llava_onevision import (
+                LlavaOnevisionProcessor,
+            )
+
+            made = LlavaOnevisionProcessor(
+                LlavaOnevisionImageProcessorPil(**images),
+                loaded,
+                None,
+                num_image_tokens=4,
+                vision_feature_select_strategy="full",
+                vision_aspect_ratio="anyres_max_3",
+                chat_template=loaded.chat_template,
+            )
+        elif name == "idefics3":
+            from transformers.models.idefics3.image_processing_pil_idefics3 import (
+                Idefics3ImageProcessorPil,
+            )
+            from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+
+            own = Idefics3ImageProcessorPil(**images)
+            made = Idefics3Processor(
+                own, loaded, image_seq_len=1, chat_template=loaded.chat_template
+            )
+        elif name == "pixtral":
+            from transformers.models.pixtral import image_processing_pil_pixtral as pil
+
+            made = pixtral_processor_class()(
+                pil.PixtralImageProcessorPil(**images),
+                loaded,
+                patch_size=7,
+                spatial_merge_size=2,
+                chat_template=loaded.chat_template,
+            )
         else:
             from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
                 GotOcr2ImageProcessorPil,
@@ -365,6 +608,11 @@ def model(name, folder):
         "llava": "LlavaForConditionalGeneration",
         "internvl": "InternVLForConditionalGeneration",
         "gemma3": "Gemma3ForConditionalGeneration",
+        "llava_next": "LlavaNextForConditionalGeneration",
+        "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+        "idefics3": "Idefics3ForConditionalGeneration",
+        "smolvlm": "SmolVLMForConditionalGeneration",
+        "pixtral": "Mistral3ForConditionalGeneration",
     }
     config = transformers.AutoConfig.from_pretrained(str(folder))
     return getattr(transformers, kinds[name])(config).float().eval()

@@ -201,8 +201,9 @@ class PreparedBatches:
         """Guesses that each row has as many crops as one picture can have."""
         view = self.examples[0].view
         if view.model is not None:
-            units = view.model.family.plan([(1000, 1000)])[0].num_units
-            return int(num_rows * units * math.prod(unit_shape(view.model.family)) * 4)
+            family = view.model.family
+            (plan,) = family.plan([(1000, 1000)])
+            return int(num_rows * plan.num_units * math.prod(unit_shape(family, [plan])) * 4)
         crop_bytes = view.image.size_px**2 * 3 * (1 if view.normalize is None else 4)
         return num_rows * image_bounds(view.image).num_crops * crop_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from shardspec.families import Family, ModelConfig, StoredModel, read_family
 
 _NAMED = ("start_image_token", "end_image_token", "boi_token", "eoi_token")
 """Attributes of tokenizers that name the tokens around a picture."""
+
+_TEXT = re.compile(r"\n+|<row_\d+_col_\d+>|<global-img>")
+"""What Idefics3's processor writes as plain text where the tokenizer has no such token."""
 
 
 def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
@@ -50,10 +53,10 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
         ),
         where=name,
     )
-    ids = {symbol: loaded.convert_tokens_to_ids(symbol) for symbol in family.symbols}
     added = tuple(each.content for each in loaded.added_tokens_decoder.values())
+    ids = {symbol: _ids_of(symbol, family, loaded, added) for symbol in family.symbols}
     written = (*ids, family.marker, *_tokens_of(family))
-    missing = [symbol for symbol in written if symbol not in added]
+    missing = [symbol for symbol in written if symbol not in added and not _TEXT.fullmatch(symbol)]
     if missing:
         problem = f"the tokenizer has no token {missing[0]}"
         raise ConfigError("model_template", where=name, problem=problem)
@@ -62,7 +65,7 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
         raise ConfigError("chat_date.missing", where=name)
     stored = StoredModel(
         family=family,
-        symbols={symbol: (int(number),) for symbol, number in ids.items()},
+        symbols=ids,
         placeholder=tokenizer.special_ids[IMAGE_PLACEHOLDER],
     )
     special = {k: v for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
@@ -81,6 +84,15 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
         if not problem:
             return model
     raise ConfigError("model_template", where=name, problem=problem)
+
+
+def _ids_of(symbol: str, family: Family, loaded: Any, added: Sequence[str]) -> tuple[int, ...]:
+    """Gives the ids of a symbol; of a text those that it has between two tokens of a picture."""
+    if symbol in added or not _TEXT.fullmatch(symbol):
+        return (int(loaded.convert_tokens_to_ids(symbol) or 0),)
+    soft = family.soft_token
+    ids = loaded(f"{soft}{symbol}{soft}", add_special_tokens=False)["input_ids"]
+    return tuple(map(int, ids[1:-1]))
 
 
 def _tokens_of(family: Family) -> tuple[str, ...]:

@@ -5,22 +5,28 @@ of pixels are in `loader.assembly.families`. Never touches pixels. Molmo's own t
 `shardspec.tiling`.
 """
 
+from shardspec.families.anyres import AnyRes
 from shardspec.families.configs import MODEL_TYPES, ModelConfig, read_family
 from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
+from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
+from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, PicturePlan, Size, plan_one
 from shardspec.families.qwen2_vl import Qwen2VL
 from shardspec.families.stored import StoredModel, family_from_dict, family_to_dict
 
 __all__ = [
     "MODEL_TYPES",
+    "AnyRes",
     "Family",
     "FixedSize",
     "Gemma3",
+    "Idefics3",
     "InternVL",
     "ModelConfig",
     "PicturePlan",
+    "Pixtral",
     "Qwen2VL",
     "Size",
     "StoredModel",

@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from shardspec.errors import ConfigError, nearest
+from shardspec.families.anyres import AnyRes
 from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
+from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
+from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, Filter
 from shardspec.families.qwen2_vl import Qwen2VL
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_FILTERS: Mapping[Any, Filter] = {2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers. LANCZOS is missing: torch's has other values than Pillow's."""
+_FILTERS: Mapping[Any, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +95,17 @@ class _Files:
         return self.resize_by(3, mean=CLIP_MEAN, std=CLIP_STD)
 
     def resize_by(
-        self, number: int, *, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        number: int,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        lanczos: bool = False,
     ) -> dict[str, Any]:
         """Gives the same with other defaults."""
         number = self.images.get("resample", number)
-        if number not in _FILTERS:
+        # Only one family is tried with LANCZOS.
+        if number not in _FILTERS or (_FILTERS[number] == "lanczos") > lanczos:
             self.refuse("resample", number)
         return {
             "filter": _FILTERS[number],
@@ -109,6 +118,26 @@ class _Files:
         if not self.model.image_token:
             self.refuse("image_token_id", self.look("image_token_id", "image_token_index"))
         return {"image_token": self.model.image_token}
+
+    def patches(self, side: int) -> int:
+        """Counts the patches of the tower per side of a square."""
+        patch = self.look("patch_size", "vision_config.patch_size")
+        if not isinstance(patch, int):
+            self.refuse("patch_size", patch)
+        return side // patch
+
+    @property
+    def more_tokens(self) -> int:
+        """Features of a tower that are no patches: the class token of CLIP's; SigLIP's has none."""
+        more = self.look("num_additional_image_tokens")
+        if more is None:
+            more = self.look("vision_config.model_type") == "clip_vision_model"
+        return int(more)
+
+    @property
+    def fewer_tokens(self) -> int:
+        """Features that the model drops."""
+        return int(self.look("vision_feature_select_strategy") in ("default", None))
 
     def square(self, size: object, name: str) -> int | None:
         """Gives the side of {"height": S, "width": S} or S."""
@@ -139,6 +168,8 @@ def _qwen2_vl(files: _Files) -> Family:
 
 def _llava(files: _Files) -> Family:
     images = files.images
+    if files.look("vision_config.model_type") == "pixtral":
+        return _pixtral(files)
     if images.get("do_pad"):
         files.refuse("do_pad", True)
     size = images.get("size", 224)
@@ -152,17 +183,105 @@ def _llava(files: _Files) -> Family:
         side = short
     elif crops and crop != side:
         files.refuse("crop_size", images.get("crop_size"))
-    patch = files.look("patch_size", "vision_config.patch_size")
-    more = files.look("num_additional_image_tokens")
-    if more is None:  # the class token of CLIP's tower; SigLIP's has none
-        more = int(files.look("vision_config.model_type") == "clip_vision_model")
-    fewer = files.look("vision_feature_select_strategy") in ("default", None)
-    if not isinstance(patch, int):
-        files.refuse("patch_size", patch)
     return FixedSize(
         size_px=side,
         fit="squash" if isinstance(size, Mapping) and "height" in size else "center-crop",
-        num_tokens=(side // patch) ** 2 + more - fewer,
+        num_tokens=files.patches(side) ** 2 + files.more_tokens - files.fewer_tokens,
+        **files.resize,
+        **files.token,
+    )
+
+
+def _llava_next(files: _Files) -> Family:
+    side, resolutions = _tiles(files)
+    patches = files.patches(side)
+    return AnyRes(
+        size_px=side,
+        resolutions=resolutions,
+        patches=patches,
+        num_tokens=patches**2 + files.more_tokens - files.fewer_tokens,
+        **files.resize,
+        **files.token,
+    )
+
+
+def _llava_onevision(files: _Files) -> Family:
+    side, resolutions = _tiles(files)
+    patches = files.patches(side)
+    if files.look("num_image_tokens") not in (None, patches**2):
+        files.refuse("num_image_tokens", files.look("num_image_tokens"))
+    bound = str(files.look("vision_aspect_ratio") or "anyres_max_9")
+    if not bound.removeprefix("anyres_max_").isdigit():
+        files.refuse("vision_aspect_ratio", bound)
+    strategy = files.look("vision_feature_select_strategy")
+    return AnyRes(
+        size_px=side,
+        resolutions=resolutions,
+        patches=patches,
+        # Its classes keep every feature where no file says otherwise.
+        num_tokens=patches**2 - (strategy == "default"),
+        most_tiles=int(bound.removeprefix("anyres_max_")),
+        single_tiles=True,
+        **files.resize,
+        **files.token,
+    )
+
+
+def _tiles(files: _Files) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Reads the side of a tile and what tiles may cover."""
+    images = files.images
+    size, crop = images.get("size"), files.square(images.get("crop_size"), "crop_size")
+    short = size.get("shortest_edge") if isinstance(size, Mapping) else None
+    side = files.square(size, "size") or short
+    if not isinstance(side, int):
+        files.refuse("size", size)
+    if images.get("do_center_crop") and crop != side:
+        files.refuse("crop_size", images.get("crop_size"))
+    if files.look("vision_config.image_size") not in (None, side):
+        files.refuse("size", size)
+    found = images.get("image_grid_pinpoints") or files.look("image_grid_pinpoints")
+    if not found:
+        files.refuse("image_grid_pinpoints", found)
+    return side, tuple((int(high), int(wide)) for high, wide in found)
+
+
+def _idefics3(files: _Files) -> Family:
+    images, standard = files.images, Idefics3()
+    longest = (images.get("size") or {}).get("longest_edge")
+    side = (images.get("max_image_size") or {}).get("longest_edge")
+    if not isinstance(longest, int):
+        files.refuse("size", images.get("size"))
+    if not isinstance(side, int):
+        files.refuse("max_image_size", images.get("max_image_size"))
+    scale = files.look("scale_factor")
+    tokens = files.look("image_seq_len")
+    if tokens is None and scale:
+        tokens = (files.patches(side) // scale) ** 2
+    return Idefics3(
+        size_px=side,
+        longest_px=longest,
+        splits=images.get("do_image_splitting") is not False,
+        tokens_per_tile=tokens or standard.tokens_per_tile,
+        **files.resize_by(1, mean=standard.mean, std=standard.std, lanczos=True),
+        **files.token,
+    )
+
+
+def _pixtral(files: _Files) -> Family:
+    images, standard, processor = files.images, Pixtral(), files.model.processor
+    size = images.get("size") or {}
+    longest = size.get("longest_edge", files.square(size, "size"))
+    patch = files.look("patch_size", "vision_config.patch_size")
+    if not isinstance(longest, int):
+        files.refuse("size", size)
+    if not isinstance(patch, int):
+        files.refuse("patch_size", patch)
+    return Pixtral(
+        patch_px=patch,
+        merge=files.look("spatial_merge_size") or 1,
+        longest_px=longest,
+        break_token=processor.get("image_break_token", standard.break_token),
+        end_token=processor.get("image_end_token", standard.end_token),
         **files.resize,
         **files.token,
     )
@@ -211,8 +330,13 @@ _READERS: Mapping[str, Callable[[_Files], Family]] = {
     "qwen3_vl": _qwen2_vl,
     "qwen3_vl_moe": _qwen2_vl,
     "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
     "internvl": _internvl,
+    "idefics3": _idefics3,
+    "smolvlm": _idefics3,
     "gemma3": _gemma3,
+    "mistral3": _pixtral,
 }
 """By `model_type` of config.json."""
 

@@ -21,7 +21,7 @@ from shardspec.errors import ConfigError
 Size = tuple[int, int]
 """(height, width) in pixels, as image processors have it."""
 
-Filter = Literal["bilinear", "bicubic"]
+Filter = Literal["bilinear", "bicubic", "lanczos"]
 
 Positions = Literal["plain", "mrope"]
 """How a model counts positions: one number per token, or three (time, height, width) for pictures
@@ -35,7 +35,7 @@ class PicturePlan:
     resized: Size
     """To which size the whole picture is resized before it is cut into patches or tiles."""
     grid: tuple[int, int]
-    """(rows, columns) of patches, or of tiles."""
+    """(rows, columns) of patches, or of tiles; (0, 0) of LLaVA-OneVision's one tile."""
     num_units: int
     """Rows of `pixel_values` that it takes: patches, or tiles with the thumbnail."""
     layout: tuple[tuple[str, int], ...]

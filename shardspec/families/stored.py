@@ -9,21 +9,25 @@ from typing import Any
 import numpy as np
 
 from shardspec.errors import ConfigError, nearest
+from shardspec.families.anyres import AnyRes
 from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
+from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
+from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, PicturePlan
 from shardspec.families.qwen2_vl import Qwen2VL
 
-KINDS: Mapping[str, Any] = {kind.kind: kind for kind in (Qwen2VL, FixedSize, InternVL, Gemma3)}
+KINDS: Mapping[str, Any] = {
+    kind.kind: kind for kind in (Qwen2VL, FixedSize, AnyRes, InternVL, Idefics3, Gemma3, Pixtral)
+}
 """The families by their names in manifests."""
 
 
 def family_to_dict(family: Family) -> dict[str, Any]:
     """Lists a family's fields in plain JSON types, with its kind."""
     values = {f.name: getattr(family, f.name) for f in fields(family)}  # type: ignore[arg-type]
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-    return {"kind": family.kind, **plain}
+    return {"kind": family.kind, **{name: _plain(v) for name, v in values.items()}}
 
 
 def family_from_dict(document: Mapping[str, Any], *, where: str = "") -> Family:
@@ -32,7 +36,7 @@ def family_from_dict(document: Mapping[str, Any], *, where: str = "") -> Family:
     Raises:
       ConfigError: `family_unknown`, for another kind or field; `family_field`.
     """
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in document.items()}
+    values = {name: _frozen(v) for name, v in document.items()}
     kind = str(values.pop("kind", ""))
     unknown, known = [kind], list(KINDS)
     if kind in KINDS:
@@ -48,6 +52,14 @@ def family_from_dict(document: Mapping[str, Any], *, where: str = "") -> Family:
         )
     family: Family = KINDS[kind](**values)
     return family
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

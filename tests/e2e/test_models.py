@@ -135,6 +135,15 @@ def processors(folders):
     return get
 
 
+ENDS = dict.fromkeys(FAMILIES, "<|im_end|>") | {
+    "gemma3": "<end_of_turn>",
+    "idefics3": "<end_of_utterance>",
+    "pixtral": "</s>",
+}
+
+PICTURES = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+
+
 def open_dataset(datasets, name, *, backend="pil", **options):
     url = str(datasets / name)
     changes = options.pop("changes", {})
@@ -161,10 +170,27 @@ def theirs(processor, chat, **options):
     return dict(found)
 
 
+def unpadded(name, own):
+    """What a processor makes of a sample without its padding, which our batches do not have."""
+    found = dict(own)
+    if name in ("llava_next", "llava_onevision") and "pixel_values" in own:
+        pixels = own["pixel_values"].flatten(0, 1)
+        found["pixel_values"] = pixels[pixels.flatten(1).any(1)]
+    if name == "idefics3" and "pixel_values" in own:
+        assert own["pixel_attention_mask"].all()
+    if name == "pixtral" and "pixel_values" in own:
+        sizes = own["image_sizes"].tolist()
+        found["pixel_values"] = [
+            picture[:, :high, :wide]
+            for picture, (high, wide) in zip(own["pixel_values"], sizes, strict=True)
+        ]
+    return found
+
+
 def batches(dataset, count=1, **options):
-    options = {"global_batch_size": len(CHATS), "decode_threads": 0, **options}
+    options = {"sequence_length": 512, "global_batch_size": len(CHATS), **options}
     loader = make_dataloader(
-        dataset, sequence_length=512, pad_mode="batch_max", with_metadata=True, **options
+        dataset, decode_threads=0, pad_mode="batch_max", with_metadata=True, **options
     )
     return list(itertools.islice(loader, count))
 
@@ -184,6 +210,8 @@ def test_a_batch_is_what_the_processor_makes_of_the_originals(datasets, processo
     names = {"input_ids", "attention_mask", "labels", "pixel_values", "metadata"}
     names |= {"mm_token_type_ids", "image_grid_thw"} if name == "qwen2_vl" else set()
     names |= {"token_type_ids"} if name == "gemma3" else set()
+    names |= {"image_sizes"} if name in ("llava_next", "llava_onevision", "pixtral") else set()
+    names |= {"batch_num_images"} if name == "llava_onevision" else set()
     assert set(batch) == names
     for row, own in enumerate(want):
         length = own["input_ids"].shape[1]
@@ -192,9 +220,21 @@ def test_a_batch_is_what_the_processor_makes_of_the_originals(datasets, processo
                 assert batch[key][row, :length].tolist() == own[key][0].tolist()
         assert not batch["attention_mask"][row, length:].any()
         assert (batch["labels"][row, length:] == -100).all()
-    for key in ("pixel_values", "image_grid_thw"):
-        if key in batch:
-            joined = torch.cat([own[key] for own in want if key in own])
+    own = [unpadded(name, each) for each in want]
+    for key in PICTURES:
+        if key in batch and (name, key) == ("pixtral", "pixel_values"):
+            largest = batch["image_sizes"].amax(0).tolist()
+            pictures = [picture for each in own if key in each for picture in each[key]]
+            assert batch[key].shape == (len(pictures), 3, *largest)
+            for mine, theirs_ in zip(batch[key], pictures, strict=True):
+                high, wide = theirs_.shape[1:]
+                assert torch.equal(mine[:, :high, :wide], theirs_)
+                assert not mine[:, high:].any()
+                assert not mine[:, :, wide:].any()
+        elif key in batch:
+            # The pictures of Idefics3 are those of one row.
+            axis = 1 if (name, key) == ("idefics3", "pixel_values") else 0
+            joined = torch.cat([each[key] for each in own if key in each], axis)
             assert batch[key].shape == joined.shape
             assert batch[key].dtype == joined.dtype
             same = (batch[key] == joined).reshape(len(joined), -1).all(1)
@@ -214,14 +254,18 @@ def test_answers_and_what_ends_them_are_learned_and_nothing_else(datasets, proce
         learned = labels != -100
         assert (labels[learned] == ids[learned]).all()
         answers = chat_of(dataset, i)[2][1::2]
-        if name == "llava":  # its template has generation marks, and no token ends an answer
+        if name in (
+            "llava",
+            "llava_next",
+        ):  # their template has generation marks, and no token ends an answer
             own = theirs(processors(name), chat_of(dataset, i), return_assistant_tokens_mask=True)
             assert own["assistant_masks"][0].tolist() == learned.tolist()
             assert learned.any()
         else:
-            end, trim = ("<end_of_turn>", str.strip) if name == "gemma3" else ("<|im_end|>", str)
+            trim = str.strip if name == "gemma3" else str
+            start = " " if name == "idefics3" else ""
             text = tokenizer.decode(ids[learned])
-            assert text == "".join(trim(answer) + end for answer in answers)
+            assert text == "".join(f"{start}{trim(answer)}{ENDS[name]}" for answer in answers)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -249,13 +293,16 @@ def test_shards_equal_the_unsharded_path(datasets, folders, name):
                 np.testing.assert_array_equal(value, want[key])
 
 
-def rows_of(batch):
+def rows_of(batch, name):
     """The rows of a batch in a form that can be compared, and its pictures."""
     keys = [each["key"] for each in batch["metadata"]]
     columns = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
-    pictures = [
-        columns.pop(k).flatten() for k in ("pixel_values", "image_grid_thw") if k in columns
-    ]
+    pictures = {k: columns.pop(k) for k in PICTURES if k in columns}
+    if name == "pixtral" and pictures:  # padded to the largest of a rank's batch
+        pixels, sizes = pictures["pixel_values"], pictures["image_sizes"].tolist()
+        cut = [each[:, :h, :w].flatten() for each, (h, w) in zip(pixels, sizes, strict=True)]
+        pictures["pixel_values"] = torch.cat(cut)
+    pictures = [each.flatten() for each in pictures.values()]
     columns = {k: v.movedim(-2, 0) for k, v in columns.items()}
     return [(k, *(v[r].tolist() for v in columns.values())) for r, k in enumerate(keys)], pictures
 
@@ -279,7 +326,7 @@ def run(datasets, name, *, world_size, count, state=None, **options):
         taken = 0
         while taken < count:
             for batch in itertools.islice(loader, count - taken):
-                rows, pictures = rows_of(batch)
+                rows, pictures = rows_of(batch, name)
                 steps[taken][0].extend(rows)
                 steps[taken][1].append(pictures)
                 taken += 1
@@ -367,7 +414,13 @@ def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
     if name == "gemma3":
         refused("loader_options", lambda: batches(dataset, pack=True))
         return
-    (packed,) = batches(dataset, global_batch_size=1, pack=True, extra_keys=("subsegment_ids",))
+    (packed,) = batches(
+        dataset,
+        global_batch_size=1,
+        pack=True,
+        sequence_length=1024,
+        extra_keys=("subsegment_ids",),
+    )
     assert len(packed["metadata"][0]["examples"]) == len(CHATS)
     assert "attention_mask" not in packed
     if name != "internvl":

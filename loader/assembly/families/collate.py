@@ -9,12 +9,19 @@
     use_cache         False                  with packs: models with a cache ignore the restarts
     mm_token_type_ids int64   [B, L]         1 for tokens of pictures: qwen2_vl; Gemma 3 calls it
                                              token_type_ids, others have none
-    pixel_values      float32 [N, ...]       the rows of all pictures of the batch
+    pixel_values      float32 [N, ...]       the rows of all pictures of the batch, without padding:
+                                             tiles of LLaVA-NeXT and -OneVision are not padded to
+                                             the picture with most of them, and those of Idefics3
+                                             and SmolVLM are one row, [1, N, ...]. Only Pixtral's
+                                             pictures are padded, to the largest
     image_grid_thw    int64   [n, 3]         qwen2_vl: (1, rows, columns) of patches
+    image_sizes       int64   [n, 2]         (height, width): anyres of the originals, pixtral
+                                             without padding
+    batch_num_images  int64   [...]          LLaVA-OneVision: pictures of each example that has any
 
-The last two are absent from a batch without pictures, as a processor leaves them out. On request
-`subsegment_ids` (number of the example in its row, padding: -1), `loss_weights`, `position_ids`
-without packs, `metadata` and `real`.
+Those of pictures are absent from a batch without pictures, as a processor leaves them out. On
+request `subsegment_ids` (number of the example in its row, padding: -1), `loss_weights`,
+`position_ids` without packs, `metadata` and `real`.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ from loader.assembly.families.example import ModelDraft, ModelPack
 from loader.assembly.families.kernels import unit_shape
 from loader.buffers import Allocate
 from shardspec.errors import ConfigError, SampleError, nearest
-from shardspec.families import Family, Qwen2VL
+from shardspec.families import AnyRes, Family, Idefics3, Pixtral, Qwen2VL
 
 EXTRA_KEYS = ("position_ids", "subsegment_ids", "loss_weights")
 
@@ -173,16 +180,36 @@ class ModelCollator:
         if not parts:
             return {}
         total = sum(part.num_units for part in parts)
-        pixels = allocate((total, *unit_shape(self.family)), np.float32)
+        plans = [picture for part in parts for picture in part.plan.pictures]
+        pixels = allocate((total, *unit_shape(self.family, plans)), np.float32)
         done = 0
         for part in parts:
             part.write_units(pixels[done : done + part.num_units])
             done += part.num_units
+        if isinstance(self.family, Idefics3):
+            # Its models drop rows of zeros, which pad the pictures of one example to those of
+            # another, and take all others one after the other: so one row needs no padding.
+            pixels = pixels[None]
         found = {"pixel_values": torch.from_numpy(pixels)}
-        if isinstance(self.family, Qwen2VL):
-            grids = [(1, *picture.grid) for part in parts for picture in part.plan.pictures]
-            found["image_grid_thw"] = torch.tensor(grids, dtype=torch.int64)
+        found |= {k: torch.from_numpy(v) for k, v in _described(self.family, parts).items()}
         return found
+
+
+def _described(family: Family, parts: Sequence[ModelDraft]) -> dict[str, np.ndarray]:
+    """Lists what models want to know of the pictures of some examples besides their pixels."""
+    plans = [picture for part in parts for picture in part.plan.pictures]
+    if isinstance(family, Qwen2VL):
+        return {"image_grid_thw": np.array([(1, *plan.grid) for plan in plans], np.int64)}
+    if isinstance(family, Pixtral):
+        return {"image_sizes": np.array([plan.resized for plan in plans], np.int64)}
+    if not isinstance(family, AnyRes):
+        return {}
+    sizes = [size[::-1] for part in parts for size in part.plan.sizes]
+    found = {"image_sizes": np.array(sizes, np.int64)}
+    if family.single_tiles:
+        counts = [len(part.plan.pictures) for part in parts]
+        found["batch_num_images"] = np.array(counts, np.int64)
+    return found
 
 
 def finished_for_model(draft: ModelDraft) -> dict[str, Any]:
@@ -197,10 +224,10 @@ def finished_for_model(draft: ModelDraft) -> dict[str, Any]:
     made: dict[str, Any] = {name: draft.column(name) for name in names}
     made["position_ids"] = draft.positions()
     if draft.num_units:
-        pixels = np.empty((draft.num_units, *unit_shape(family)), np.float32)
+        shape = (draft.num_units, *unit_shape(family, draft.plan.pictures))
+        pixels = np.empty(shape, np.float32)
         draft.write_units(pixels)
         made["pixel_values"] = pixels
-        if isinstance(family, Qwen2VL):
-            made["image_grid_thw"] = np.array([(1, *p.grid) for p in draft.plan.pictures], np.int64)
+        made |= _described(family, [draft])
     made["metadata"] = draft.metadata()
     return made

@@ -325,7 +325,11 @@ class ModelDraft:
         described: dict[str, Any] = {
             "key": self.key if self.real else None,
             "images": [
-                {"width": width, "height": height, "tokens": picture.num_tokens}
+                {
+                    "width": width,
+                    "height": height,
+                    "tokens": self.stored.block_length(picture),
+                }
                 for (width, height), picture in zip(
                     self.plan.sizes, self.plan.pictures, strict=True
                 )

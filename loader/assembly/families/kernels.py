@@ -17,7 +17,7 @@ wherever the pixels do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,16 +25,30 @@ import torch
 from PIL import Image
 
 from loader.assembly.pixels import resize as resize_torch
-from shardspec.families import Family, FixedSize, Gemma3, InternVL, PicturePlan, Qwen2VL
+from shardspec.families import (
+    AnyRes,
+    Family,
+    FixedSize,
+    Gemma3,
+    Idefics3,
+    InternVL,
+    PicturePlan,
+    Pixtral,
+    Qwen2VL,
+)
 
 Backend = Literal["torchvision", "pil"]
 
-_PIL = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_PIL = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
-def unit_shape(family: Family) -> tuple[int, ...]:
-    """Returns the shape of one row of `pixel_values`."""
-    return _KERNELS[family.kind][0](family)
+def unit_shape(family: Family, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
+    """Returns the shape of one row of `pixel_values` that has these pictures, one at least."""
+    return _KERNELS[family.kind][0](family, plans)
 
 
 def write_units(
@@ -46,7 +60,8 @@ def write_units(
       family: Whose model.
       plan: Of the source's size.
       pixels: uint8 [H, W, 3], as it is stored.
-      out: float32 [plan.num_units, *unit_shape(family)], C-contiguous, to be filled.
+      out: float32 [plan.num_units, *unit_shape(family, plans)], C-contiguous, to be filled; the
+        plans have this one among them.
       backend: Whose values.
     """
     table = _table(family.mean, family.std, backend)
@@ -60,9 +75,35 @@ def _resized(
     if pixels.shape[:2] == size:
         return pixels
     if backend == "torchvision":
+        if family.filter == "lanczos":
+            return _lanczos(pixels, height, width)
         return resize_torch(pixels, width, height, resample=family.filter)
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((width, height), _PIL[family.filter]))
+
+
+def _lanczos(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes with torch's LANCZOS, or BICUBIC where torch has none, as transformers does."""
+    if not has_lanczos():
+        return resize_torch(pixels, width, height, resample="bicubic")
+    image_1CHW = torch.from_numpy(np.require(pixels, np.uint8, ["C", "W"]))[None].permute(
+        0, 3, 1, 2
+    )
+    resized = torch.nn.functional.interpolate(
+        image_1CHW, size=(height, width), mode="lanczos", antialias=True
+    )
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0))
+
+
+@functools.cache
+def has_lanczos() -> bool:
+    """Tells whether torch has that filter."""
+    image = torch.zeros((1, 3, 8, 8), dtype=torch.uint8)
+    try:
+        torch.nn.functional.interpolate(image, size=(4, 4), mode="lanczos", antialias=True)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=64)
@@ -129,11 +170,85 @@ def _internvl(
 ) -> None:
     whole, side = _resized(pixels, plan.resized, family, backend), family.size_px
     rows, cols = plan.grid
+    _put_tiles(out, whole, plan.grid, side, table)
+    if rows * cols > 1:
+        _put(out[rows * cols], _resized(pixels, (side, side), family, backend), table)
+
+
+def _anyres(
+    family: AnyRes,
+    plan: PicturePlan,
+    pixels: np.ndarray,
+    out: np.ndarray,
+    table: np.ndarray,
+    backend: Backend,
+) -> None:
+    side, (rows, cols) = family.size_px, plan.grid
+    if not rows:  # one of several pictures
+        square = _squared(pixels, family.mean)
+        _put(out[0], _resized(square, (side, side), family, backend), table)
+        return
+    _put(out[0], _resized(pixels, (side, side), family, backend), table)
+    fitted = _resized(pixels, plan.resized, family, backend)
+    height, width = fitted.shape[:2]
+    canvas = np.zeros((rows * side, cols * side, 3), np.uint8)
+    top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
+    canvas[top : top + height, left : left + width] = fitted
+    _put_tiles(out[1:], canvas, plan.grid, side, table)
+
+
+def _squared(pixels: np.ndarray, mean: tuple[float, float, float]) -> np.ndarray:
+    """Pads a picture to a square with the colour of the mean."""
+    height, width = pixels.shape[:2]
+    if height == width:
+        return pixels
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = [int(part * 255) for part in mean]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return square
+
+
+def _idefics3(
+    family: Idefics3,
+    plan: PicturePlan,
+    pixels: np.ndarray,
+    out: np.ndarray,
+    table: np.ndarray,
+    backend: Backend,
+) -> None:
+    side, (rows, cols) = family.size_px, plan.grid
+    # Resized twice, as by the processor, and a third time for the whole picture.
+    whole = _resized(pixels, plan.resized, family, backend)
+    whole = _resized(whole, (rows * side, cols * side), family, backend)
+    if rows * cols > 1:
+        _put_tiles(out, whole, plan.grid, side, table)
+    _put(out[plan.num_units - 1], _resized(whole, (side, side), family, backend), table)
+
+
+def _pixtral(
+    family: Pixtral,
+    plan: PicturePlan,
+    pixels: np.ndarray,
+    out: np.ndarray,
+    table: np.ndarray,
+    backend: Backend,
+) -> None:
+    height, width = plan.resized
+    _put(out[0, :, :height, :width], _resized(pixels, plan.resized, family, backend), table)
+    out[0, :, height:] = 0
+    out[0, :, :height, width:] = 0
+
+
+def _put_tiles(
+    out: np.ndarray, whole: np.ndarray, grid: tuple[int, int], side: int, table: np.ndarray
+) -> None:
+    """Writes the tiles of a picture, row by row."""
+    rows, cols = grid
     for t in range(rows * cols):
         y, x = t // cols * side, t % cols * side
         _put(out[t], whole[y : y + side, x : x + side], table)
-    if rows * cols > 1:
-        _put(out[rows * cols], _resized(pixels, (side, side), family, backend), table)
 
 
 def _put(out: np.ndarray, pixels: np.ndarray, table: np.ndarray) -> None:
@@ -142,18 +257,30 @@ def _put(out: np.ndarray, pixels: np.ndarray, table: np.ndarray) -> None:
         np.take(table[c], pixels[..., c], out=out[c], mode="clip")  # "raise" would copy
 
 
-def _square(family: FixedSize | Gemma3 | InternVL) -> tuple[int, ...]:
+def _square(family: FixedSize | Gemma3 | InternVL, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
+    del plans
     return (3, family.size_px, family.size_px)
 
 
-def _patch(family: Qwen2VL) -> tuple[int, ...]:
+def _patch(family: Qwen2VL, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
+    del plans
     return (3 * family.temporal_patch * family.patch_px**2,)
 
 
-_KERNELS: Mapping[str, tuple[Callable[[Any], tuple[int, ...]], Callable[..., None]]] = {
+def _largest(family: Pixtral, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
+    del family
+    return (3, max(plan.resized[0] for plan in plans), max(plan.resized[1] for plan in plans))
+
+
+_Shape = Callable[[Any, Sequence[PicturePlan]], tuple[int, ...]]
+
+_KERNELS: Mapping[str, tuple[_Shape, Callable[..., None]]] = {
     Qwen2VL.kind: (_patch, _qwen2_vl),
     FixedSize.kind: (_square, _fixed),
     Gemma3.kind: (_square, _fixed),
     InternVL.kind: (_square, _internvl),
+    AnyRes.kind: (_square, _anyres),
+    Idefics3.kind: (_square, _idefics3),
+    Pixtral.kind: (_largest, _pixtral),
 }
 """By the kind of a family: shape of a row, and what fills the rows of a picture."""
