@@ -85,6 +85,13 @@ def messages(chat, stored):
     return found
 
 
+def mostly_slow(*everyday, known=FAMILIES):
+    """Families as parameters: what all do alike is tested every day for a few of them."""
+    return [
+        name if name in everyday else pytest.param(name, marks=pytest.mark.slow) for name in known
+    ]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_torch_thread():
     num_threads = torch.get_num_threads()
@@ -268,7 +275,7 @@ def test_answers_and_what_ends_them_are_learned_and_nothing_else(datasets, proce
             assert text == "".join(f"{start}{trim(answer)}{ENDS[name]}" for answer in answers)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "llava_onevision", "pixtral"))
 def test_shards_equal_the_unsharded_path(datasets, folders, name):
     dataset = open_dataset(datasets, name)
     folder = str(folders / name)
@@ -347,10 +354,17 @@ def equal(one, other):
 PACKED = tuple(name for name in FAMILIES if name != "gemma3")
 
 
-@pytest.mark.parametrize(
-    ("name", "pack"), [*((name, False) for name in FAMILIES), *((name, True) for name in PACKED)]
-)
-def test_every_number_of_ranks_and_every_resume_gives_the_same_batches(datasets, name, pack):
+@pytest.mark.parametrize("name", mostly_slow("gemma3", "pixtral"))
+def test_every_number_of_ranks_and_every_resume_gives_the_same_rows(datasets, name):
+    same_for_every_number_of_ranks(datasets, name, pack=False)
+
+
+@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "llava_onevision", known=PACKED))
+def test_every_number_of_ranks_and_every_resume_gives_the_same_packs(datasets, name):
+    same_for_every_number_of_ranks(datasets, name, pack=True)
+
+
+def same_for_every_number_of_ranks(datasets, name, *, pack):
     want, _ = run(datasets, name, world_size=1, count=5, pack=pack)
     for world_size, threads in ((2, 0), (4, 2)):
         got, _ = run(
@@ -383,7 +397,7 @@ def token_losses(model, batch):
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "llava_onevision", "pixtral"))
 def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
     datasets, folders, processors, name
 ):
