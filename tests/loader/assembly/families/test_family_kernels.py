@@ -30,7 +30,7 @@ FAMILIES = {
         mean=HALF,
         std=HALF,
     ),
-    "idefics3": Idefics3(),
+    "idefics3": Idefics3(size_px=112, longest_px=448),
     "pixtral": Pixtral(),
 }
 SIZES = ((61, 97), (427, 640), (1201, 333), (30, 31), (56, 84))
