@@ -446,6 +446,35 @@ def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
         torch.testing.assert_close(losses, unpacked[key], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_smolvlm_takes_pictures_without_their_padding_as_idefics3_does(tmp_path):
+    folder = model_folders.idefics3(tmp_path / "m", kind="smolvlm")
+    tokenizer = load_tokenizer(str(folder), policy=TextPolicy(message_format="none"))
+    assert load_model(str(folder), tokenizer=tokenizer).stored.family.kind == "idefics3"
+    processor = model_folders.processor("idefics3", folder)
+    own = processor.apply_chat_template(
+        [messages(CHATS[i], map(picture, CHATS[i][0])) for i in (3, 5)],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+    pixels = own.pop("pixel_values").flatten(0, 1)
+    mask = own.pop("pixel_attention_mask")
+    kept = pixels[pixels.flatten(1).any(1)]
+    assert len(kept) < len(pixels)
+    model, labels = model_folders.model("smolvlm", folder), own["input_ids"]
+    with torch.no_grad():
+        want = model(
+            **own,
+            pixel_values=pixels.unflatten(0, (2, -1)),
+            pixel_attention_mask=mask,
+            labels=labels,
+        ).loss
+        got = model(**own, pixel_values=kept[None], labels=labels).loss
+    torch.testing.assert_close(got, want)
+
+
 # Batches for a model that are not what its user thinks
 
 
