@@ -41,6 +41,7 @@ tomli where Python has no tomllib yet."""
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
 
 PURE = {
+    "shardspec/actions.py",
     "shardspec/checksum.py",
     "shardspec/columns.py",
     "shardspec/errors.py",
@@ -77,6 +78,7 @@ PURE = {
     "preprocess/formats/tasks.py",
     "preprocess/formats/video.py",
     "preprocess/annotate/join.py",
+    "preprocess/episodes/windows.py",
     "preprocess/job/plan.py",
     "preprocess/reshard/assign.py",
     "preprocess/sizes.py",
@@ -160,7 +162,7 @@ FLOORS = {
         {"documents", "keyed", "toml", "checksum"},
         {"messages"},
         {"errors", "image_file"},
-        {"families"},
+        {"actions", "families"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns", "frames"},
@@ -170,7 +172,7 @@ FLOORS = {
     "preprocess": (
         {"sizes", "settings", "formats"},
         {"media"},
-        {"fetch", "synthetic"},
+        {"episodes", "fetch", "synthetic"},
         {"text", "tokenizer", "datasets"},
         {"model"},
         {"recipe"},

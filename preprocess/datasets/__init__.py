@@ -26,8 +26,10 @@ from preprocess.datasets.base import (
     example_images,
     example_video,
 )
-from preprocess.datasets.images import RemoteImage
+from preprocess.datasets.episodes import EpisodeDataset
+from preprocess.datasets.images import EpisodeFrame, RemoteImage
 from preprocess.datasets.kinds import DocumentDataset, RobotDataset
+from preprocess.datasets.lerobot import LeRobot
 from preprocess.datasets.own import OwnDataset, is_own
 from preprocess.datasets.own import check_class as _check_class
 from preprocess.datasets.own import own_dataset as _own_dataset
@@ -43,7 +45,7 @@ from preprocess.datasets.text_sft import TextSft
 from preprocess.datasets.vqa2 import Vqa2 as VQA2
 from shardspec.errors import ConfigError, nearest
 
-_NOT_DATASETS = ("base", "code", "hooks", "images", "kinds", "own", "rows", "splits")
+_NOT_DATASETS = ("base", "code", "episodes", "hooks", "images", "kinds", "own", "rows", "splits")
 
 _ENTRY_POINTS = "vlm_shards.datasets"
 """Group of entry points by which packages offer datasets."""
@@ -54,8 +56,11 @@ __all__ = [
     "Dataset",
     "DatasetBase",
     "DocumentDataset",
+    "EpisodeDataset",
+    "EpisodeFrame",
     "HfDataset",
     "ImageSource",
+    "LeRobot",
     "OwnDataset",
     "PixMoAskModelAnything",
     "PixMoCap",

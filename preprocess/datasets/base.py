@@ -44,7 +44,7 @@ from PIL import Image
 
 from preprocess.datasets.code import code_beside
 from preprocess.datasets.hooks import naming_hook, wrap_hooks
-from preprocess.datasets.images import RemoteImage, resolve_image
+from preprocess.datasets.images import EpisodeFrame, RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.formats import parse_messages
@@ -94,9 +94,11 @@ class SceneVideo:
 
 Value = TypeVar("Value")
 
-ImageSource = bytes | str | Path | RemoteImage | SceneImage | Image.Image | np.ndarray
-"""Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, or pixels
-(uint8 [H, W, 3])."""
+ImageSource = (
+    bytes | str | Path | RemoteImage | SceneImage | EpisodeFrame | Image.Image | np.ndarray
+)
+"""Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, a frame of
+a robot's camera, or pixels (uint8 [H, W, 3])."""
 
 VideoSource = bytes | Path | SceneVideo
 """The bytes of a video file, a local path, or a generated clip."""

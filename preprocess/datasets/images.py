@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
+
+from preprocess.episodes import FrameReader
 from shardspec import storage
 from shardspec.errors import SampleError
 
@@ -31,6 +34,25 @@ class RemoteImage:
         except FileNotFoundError as error:
             told = "no such object"
             raise SampleError("image_missing.row", where=self.url, error=told) from error
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeFrame:
+    """What a robot's camera saw at a step of an episode; it is decoded when it is read."""
+
+    frames: FrameReader
+    camera: str
+    row: int
+    window: int
+    """Step of the window that it is read for: neighbours are decoded together."""
+
+    def read(self) -> bytes | np.ndarray:
+        """Gives the frame: uint8 [H, W, 3], or an encoded image.
+
+        Raises:
+          SampleError: `robot_frame`, and what a video is refused for.
+        """
+        return self.frames.frame(self.camera, self.row, window=self.window)
 
 
 def resolve_image(image: Any, *, base: str) -> bytes | str | Path | RemoteImage:

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets import (
+    EpisodeFrame,
     ImageSource,
     RemoteImage,
     SceneImage,
@@ -480,6 +481,11 @@ def _plan_image(
             image = image.read()
         except SampleError as missing:
             return _PlannedImage(location=location, identity="", error=missing)
+    if isinstance(image, EpisodeFrame):
+        try:
+            image = image.read()
+        except SampleError as missing:
+            return _PlannedImage(location={"kind": "blob"}, identity="", error=missing)
     if isinstance(image, bytes):
         identity = hashlib.sha256(image).hexdigest()
         if not job.blobs.has(identity, num_bytes=len(image)):
