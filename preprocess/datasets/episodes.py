@@ -20,6 +20,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -79,6 +80,18 @@ class EpisodeDataset(RobotDataset):
         """Gives the policy of windows, for the recipe."""
         return {"window": cls.window.to_dict(), "validation_episodes": cls.validation_episodes}
 
+    @classmethod
+    def code_files(cls) -> list[Path]:
+        """Adds what reads episodes to the files of the class."""
+        root = Path(__file__).parents[2]
+        return sorted(
+            {
+                *super().code_files(),
+                *(root / "preprocess" / "episodes").glob("*.py"),
+                root / "shardspec" / "actions.py",
+            }
+        )
+
     def load(self) -> Rows:
         """Enumerates the windows of the split's episodes, in order."""
         if self.source == "hub":
@@ -95,7 +108,7 @@ class EpisodeDataset(RobotDataset):
             raise SampleError("robot_failed", where=rows.where)
         window = cut_window(table, t, policy=self.window, fps=rows.fps)
         images = [
-            EpisodeFrame(frames=rows.frames, camera=camera, row=shown, window=t)
+            EpisodeFrame(frames=rows.frames, episode=rows.where, camera=camera, row=shown, window=t)
             for shown in window.history_rows
             for camera in rows.cameras
         ]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 import numpy as np
 
-from preprocess.episodes import FrameReader
 from shardspec import storage
 from shardspec.errors import SampleError
 
@@ -36,11 +35,21 @@ class RemoteImage:
             raise SampleError("image_missing.row", where=self.url, error=told) from error
 
 
-@dataclass(frozen=True, slots=True)
+class FrameReader(Protocol):
+    """What gives the frames of an episode."""
+
+    def frame(self, camera: str, row: int, *, window: int) -> np.ndarray | bytes:
+        """Gives the frame of a camera at a step, for the window that is read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeFrame:
     """What a robot's camera saw at a step of an episode; it is decoded when it is read."""
 
-    frames: FrameReader
+    frames: FrameReader = field(compare=False)
+    episode: str
+    """Its source and number."""
     camera: str
     row: int
     window: int

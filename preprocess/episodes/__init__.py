@@ -5,7 +5,7 @@ unusable, and that frames belong to steps by their timestamps.
 """
 
 from preprocess.episodes.episode import CameraVideo, Episode, EpisodeSource, EpisodeTable
-from preprocess.episodes.frames import EpisodeFrames, FrameReader
+from preprocess.episodes.frames import EpisodeFrames
 from preprocess.episodes.lerobot import open_lerobot
 from preprocess.episodes.windows import Window, WindowPolicy, cut_window, num_windows
 
@@ -15,7 +15,6 @@ __all__ = [
     "EpisodeFrames",
     "EpisodeSource",
     "EpisodeTable",
-    "FrameReader",
     "Window",
     "WindowPolicy",
     "cut_window",

@@ -11,7 +11,6 @@ read for is held as well: every window that needs the frame is refused for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -24,14 +23,6 @@ AHEAD = 32
 """Frames that are decoded at once: 29 MB of 640 x 480 pixels."""
 
 Held = np.ndarray | SampleError
-
-
-class FrameReader(Protocol):
-    """What gives the frames of an episode."""
-
-    def frame(self, camera: str, row: int, *, window: int) -> np.ndarray | bytes:
-        """Gives the frame of a camera at a step, for the window that is read."""
-        ...
 
 
 class EpisodeFrames:

@@ -42,10 +42,10 @@ def episodes_of(lengths, *, dims=3, seed=0):
     return made
 
 
-def write_video(path, frames, *, fps=FPS, fragmented=False):
+def write_video(path, frames, *, fps=FPS, index_first=False):
     """Writes H.264, 4:2:0, a key frame every two."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"movflags": "frag_keyframe+empty_moov"} if fragmented else {}
+    options = {"movflags": "faststart"} if index_first else {}
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.pix_fmt = "yuv420p"
@@ -120,7 +120,7 @@ def steps_of(episodes, numbers):
 
 
 def write_v3(folder, episodes, *, splits=None):
-    """Writes v3.0: two data files; the videos of the second camera in two files, of the first in one.
+    """Writes v3.0: two data files; the first camera in one video, the second one in two.
 
     So where an episode is differs between its data and each of its cameras.
     """
@@ -144,7 +144,9 @@ def write_v3(folder, episodes, *, splits=None):
         }
         for name in CAMERAS:
             before = [
-                len(episodes[b].frames[name]) for b in range(e) if file_of[name][b] == file_of[name][e]
+                len(episodes[b].frames[name])
+                for b in range(e)
+                if file_of[name][b] == file_of[name][e]
             ]
             row[f"videos/{name}/chunk_index"] = 0
             row[f"videos/{name}/file_index"] = file_of[name][e]
@@ -178,9 +180,7 @@ def write_v2(folder, episodes, *, splits=None):
     (meta / "tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tasks))
     lines = []
     for e, episode in enumerate(episodes):
-        lines.append(
-            {"episode_index": e, "tasks": [episode.task], "length": len(episode.actions)}
-        )
+        lines.append({"episode_index": e, "tasks": [episode.task], "length": len(episode.actions)})
         data = folder / "data" / "chunk-000" / f"episode_{e:06d}.parquet"
         data.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(steps_of(episodes, [e]), data)
