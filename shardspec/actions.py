@@ -4,8 +4,8 @@
 2. `normalize` maps [q01, q99] of each dimension to [-1, 1] and clips what is outside;
    `denormalize` undoes it.
 3. `value_bins` cuts [-1, 1] into bins, `bin_values` gives their centers.
-4. `bin_tokens` names bins by the last ids of a vocabulary, in reverse (as OpenVLA), `token_bins`
-   undoes it.
+4. `bin_tokens` names bins by the last ids of a vocabulary, in reverse, `token_bins` undoes it;
+   `openvla_tokens` does the same with OpenVLA's own bins, `openvla_values` undoes it.
 
 A dimension whose q01 equals its q99 becomes 0, and q01 again. Dimensions that are `kept`, such as a
 gripper that is 0 or 1, are neither scaled nor clipped: which these are is stated, never guessed.
@@ -174,6 +174,27 @@ def bin_tokens(bins: np.ndarray, *, vocab_size: int) -> np.ndarray:
 def token_bins(tokens: np.ndarray, *, vocab_size: int) -> np.ndarray:
     """Undoes `bin_tokens`; other ids give the nearest bin."""
     return np.clip(vocab_size - 1 - np.asarray(tokens, np.int64), 0, NUM_BINS - 1)
+
+
+def openvla_tokens(values: np.ndarray, *, vocab_size: int) -> np.ndarray:
+    """Names values from -1 to 1 by the last ids of a vocabulary exactly as OpenVLA does.
+
+    Its bins lie between 256 edges, so there are 255, and 1.0 has an id of its own.
+
+    >>> openvla_tokens(np.array([-1.0, 0.0, 1.0]), vocab_size=32_000).tolist()
+    [31999, 31872, 31744]
+    """
+    edges = np.linspace(-1.0, 1.0, NUM_BINS)
+    return vocab_size - np.digitize(np.clip(np.asarray(values, np.float64), -1.0, 1.0), edges)
+
+
+def openvla_values(tokens: np.ndarray, *, vocab_size: int) -> np.ndarray:
+    """Undoes `openvla_tokens`: the centers of its bins, at most 1/255 away from the values."""
+    edges = np.linspace(-1.0, 1.0, NUM_BINS)
+    centers = (edges[:-1] + edges[1:]) / 2.0
+    number = np.clip(vocab_size - 1 - np.asarray(tokens, np.int64), 0, NUM_BINS - 2)
+    values: np.ndarray = centers[number]
+    return values
 
 
 def named_dimensions(names: Collection[str], known: Sequence[str]) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from shardspec.actions import (
     denormalize,
     named_dimensions,
     normalize,
+    openvla_tokens,
+    openvla_values,
     token_bins,
     value_bins,
     value_statistics,
@@ -80,6 +82,14 @@ def test_bins_and_tokens_are_undone_and_are_those_of_the_text(values, vocab_size
     tokens = bin_tokens(bins, vocab_size=vocab_size)
     assert ((vocab_size - NUM_BINS <= tokens) & (tokens < vocab_size)).all()
     assert np.array_equal(token_bins(tokens, vocab_size=vocab_size), bins)
+
+
+@given(st.lists(st.floats(-1.5, 1.5), min_size=1, max_size=20), st.integers(256, 10**6))
+def test_tokens_of_openvla_are_undone_to_within_half_a_bin(values, vocab_size):
+    tokens = openvla_tokens(np.array(values), vocab_size=vocab_size)
+    assert ((vocab_size - NUM_BINS <= tokens) & (tokens < vocab_size)).all()
+    back = openvla_values(tokens, vocab_size=vocab_size)
+    assert (np.abs(back - np.clip(values, -1, 1)) <= 1 / 255 + 1e-12).all()
 
 
 def test_statistics_that_do_not_fit_are_refused():
