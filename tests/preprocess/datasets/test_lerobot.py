@@ -1,5 +1,6 @@
 """LeRobot folders as datasets: frames, values, windows, masks, statistics, and what is refused."""
 
+import io
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from preprocess.datasets import LeRobot, get_dataset
 from preprocess.datasets import episodes as episodes_module
@@ -381,3 +383,34 @@ def test_actions_of_the_simulated_arm_are_true_of_its_pictures():
         assert np.abs(seen[1] - seen[0] - 160 * action[:2]).max() <= 1.5
         moved += bool(np.abs(action[:2]).max() > 0.02)
     assert moved > 10
+
+
+def test_images_may_be_in_the_steps_and_tasks_in_the_index_of_pandas(tmp_path, episodes):
+    """As lerobot writes them: structs of PNG files, and a table whose index is the text."""
+    folder = write_v3(tmp_path / "x", episodes)
+    path = folder / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"][CAMERAS[0]]["dtype"] = "image"
+    info["features"][CAMERAS[1]]["info"] = {"video.is_depth_map": True}
+    path.write_text(json.dumps(info))
+    table = pa.table({"task_index": [0, 1], "__index_level_0__": ["Task 0.", "Task 1."]})
+    pq.write_table(table, folder / "meta/tasks.parquet")
+    for number, part in ((0, (0, 1)), (1, (2,))):
+        data = folder / f"data/chunk-000/file-00{number}.parquet"
+        files = []
+        for e in part:
+            for frame in episodes[e].frames[CAMERAS[0]]:
+                stream = io.BytesIO()
+                Image.fromarray(frame).save(stream, "PNG")
+                files.append({"bytes": stream.getvalue(), "path": None})
+        if number:
+            files[2]["bytes"] = None
+        table = pq.read_table(data)
+        pq.write_table(table.append_column(CAMERAS[0], pa.array(files)), data)
+    dataset = get_dataset("lerobot", source=str(folder))
+    assert list(dataset.rows.kind["robot"]["cameras"]) == [CAMERAS[0]]
+    assert refused(dataset) == GOOD * 13 + ["robot_frame"] + GOOD * 6
+    (image,) = dataset[8]["image"]
+    with Image.open(io.BytesIO(image.read())) as opened:
+        assert np.array_equal(np.asarray(opened), episodes[1].frames[CAMERAS[0]][1])
+    assert dataset[8]["message_list"][0]["instruction"] == "Task 1."
