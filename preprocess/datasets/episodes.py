@@ -12,7 +12,8 @@ episodes. Its metadata have the floats themselves, as they are in the source:
     views                  of each image its camera
     success                whether the episode succeeded, where the source says it
 
-All windows of an episode are in one split.
+All windows of an episode are in one split: `validation_share` is a share of the episodes of
+"train", chosen by a hash of their numbers, where the source has no split "validation".
 """
 
 from __future__ import annotations
@@ -54,9 +55,6 @@ class EpisodeDataset(RobotDataset):
     """Windows of episodes; a subclass opens the source, and may set `window`."""
 
     window: ClassVar[WindowPolicy] = WindowPolicy()
-    validation_episodes: ClassVar[float] = 0.0
-    """Share of the episodes of "train" set aside as "validation", by a hash of their number, where
-    the source has no split of that name."""
     leaves_out: ClassVar[frozenset[str]] = frozenset({"robot_failed"})
 
     @abc.abstractmethod
@@ -75,10 +73,15 @@ class EpisodeDataset(RobotDataset):
         """
         raise ConfigError("no_sample_rows", dataset=self.name)
 
+    @property
+    def divided(self) -> bool:
+        """False: `load` gives the windows of the split's own episodes."""
+        return False
+
     @classmethod
     def describe(cls) -> dict[str, Any]:
         """Gives the policy of windows, for the recipe."""
-        return {"window": cls.window.to_dict(), "validation_episodes": cls.validation_episodes}
+        return {"window": cls.window.to_dict(), "validation_share": cls.validation_share}
 
     @classmethod
     def code_files(cls) -> list[Path]:
@@ -198,7 +201,7 @@ class EpisodeDataset(RobotDataset):
         """
         last = max((episode.number for episode in source.episodes), default=-1)
         splits = source.splits or {"train": (0, last + 1)}
-        share = 0.0 if "validation" in splits else self.validation_episodes
+        share = 0.0 if "validation" in splits else self.validation_share
         named = "train" if share and split == "validation" else split
         if named not in splits:
             raise SourceError(

@@ -47,7 +47,7 @@ class FrameReader(Protocol):
 class EpisodeFrame:
     """What a robot's camera saw at a step of an episode; it is decoded when it is read."""
 
-    frames: FrameReader = field(compare=False)
+    frames: FrameReader = field(compare=False, repr=False)
     episode: str
     """Its source and number."""
     camera: str

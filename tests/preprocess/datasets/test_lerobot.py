@@ -167,7 +167,7 @@ def test_splits_are_those_of_the_folder_or_of_whole_episodes(tmp_path, episodes)
     assert caught.value.reason == "source_split"
 
     many = write_v2(tmp_path / "many", episodes_of([2] * 12))
-    kind = windows(WindowPolicy(), validation_episodes=0.4)
+    kind = windows(WindowPolicy(), validation_share=0.4)
     found = [
         {d[i]["metadata"]["episode"] for i in range(len(d))}
         for d in (kind(split, source=str(many)) for split in ("train", "validation"))
