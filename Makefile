@@ -23,7 +23,7 @@ run_verb = @$(PY) -m preprocess make $@ $(foreach v,$(given),$(call quote,$v=$(c
 only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards plan commit status verify gc reshard merge split filter annotate import export-index datasets stream train test check bench setup
+.PHONY: help shards plan commit status verify report gc reshard merge split filter annotate import export-index datasets stream train test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ status: $(VENV)/ready ## show how far the job in OUT is, and which parts are to 
 	$(run_verb)
 
 verify: $(VENV)/ready ## compare every stored byte of OUT with its manifest
+	$(run_verb)
+
+report: $(VENV)/ready ## write report.html into OUT: numbers, charts and samples, to look at
 	$(run_verb)
 
 gc: $(VENV)/ready ## remove files that interrupted jobs have left in OUT (DRY_RUN=1 lists them)

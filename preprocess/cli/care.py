@@ -1,4 +1,4 @@
-"""The verbs that look after a dataset: verify, status and gc."""
+"""The verbs that look after a dataset: verify, status, report and gc."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from preprocess.job import (
     status_text,
     verify,
 )
+from preprocess.report import ReportSettings, make_report
 from preprocess.settings import Setting
 from preprocess.sizes import age_text, parse_age_s, size_text
 from shardspec import storage
@@ -80,6 +81,12 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace, console: Console) -> int:
+    written = make_report(read_settings(ReportSettings, options), console)
+    console.show(redacted(written))
+    return 0
+
+
 def _gc(options: argparse.Namespace, console: Console) -> int:
     settings = read_settings(GcSettings, options)
     out = settings.out
@@ -116,6 +123,12 @@ VERBS = (
         help="show how far a job is, part by part, and which parts are to be started",
         add=lambda parser: add_settings(parser, StatusSettings),
         run=_status,
+    ),
+    Verb(
+        name="report",
+        help="write report.html: numbers, charts and samples of a dataset, to look at",
+        add=lambda parser: add_settings(parser, ReportSettings),
+        run=_report,
     ),
     Verb(
         name="gc",

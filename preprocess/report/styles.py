@@ -1,0 +1,72 @@
+"""Texts by style, from the samples that are read for it: the indexes do not know styles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from preprocess.report.charts import Counts
+from preprocess.report.marks import marks
+from preprocess.report.stored import Sample
+from preprocess.text import message_styles
+from shardspec.sample import image_rows, text_rows
+
+NO_STYLE = "(none)"
+
+
+@dataclass(slots=True, kw_only=True)
+class StyleCounts:
+    """Exchanges of one style; each counts with its longest variant."""
+
+    tokens: Counts = field(default_factory=Counts)
+    loss_tokens: Counts = field(default_factory=Counts)
+    variants: Counts = field(default_factory=Counts)
+
+
+@dataclass(slots=True, kw_only=True)
+class TextCounts:
+    """What the read samples say."""
+
+    num_samples: int = 0
+    styles: dict[str, StyleCounts] = field(default_factory=dict)
+    marks: Counts = field(default_factory=Counts)
+    """Points and boxes per image, of samples that have some."""
+
+
+def count_texts(samples: Iterable[Sample]) -> TextCounts:
+    """Counts the exchanges of samples by style."""
+    found = TextCounts()
+    for sample in samples:
+        found.num_samples += 1
+        exchanges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for _, branch, turn, a, b, c, d, _ in text_rows(sample.spans).tolist():
+            exchanges.setdefault((branch, turn), []).append((b - a + d - c, d - c))
+        num_branches = 1 + max((branch for branch, _ in exchanges), default=-1)
+        for (branch, _), variants in exchanges.items():
+            style = _style(sample.record.get("message_list"), branch, num_branches)
+            tokens, loss = max(variants)
+            counts = found.styles.setdefault(style, StyleCounts())
+            counts.tokens.add(np.array([tokens]))
+            counts.loss_tokens.add(np.array([loss]))
+            counts.variants.add(np.array([len(variants)]))
+        sizes = [(int(row[2]), int(row[3])) for row in image_rows(sample.spans)]
+        per_image = [0] * len(sizes)
+        for mark in marks(sample.record, sizes):
+            per_image[mark.image] += 1
+        if any(per_image):
+            found.marks.add(np.array(per_image))
+    ordered = sorted(found.styles.items(), key=lambda pair: (-pair[1].tokens.count, pair[0]))
+    found.styles = dict(ordered)
+    return found
+
+
+def _style(messages: Any, branch: int, num_branches: int) -> str:
+    """Names the styles of the message that a branch was made of."""
+    if not isinstance(messages, list) or not messages:
+        return NO_STYLE
+    # Where messages were joined or left out, it is not known which of them a branch is.
+    part = [messages[branch]] if len(messages) == num_branches else messages
+    return ", ".join(dict.fromkeys(message_styles({"message_list": part}))) or NO_STYLE
