@@ -13,6 +13,7 @@ from loader.assembly.assemble import (
     describe_question,
     view_collator,
 )
+from loader.assembly.attention import build_attention_mask
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator, PadSide, finished
 from loader.assembly.families.collate import ModelCollator, finished_for_model
@@ -62,6 +63,7 @@ __all__ = [
     "View",
     "assemble",
     "assemble_for_model",
+    "build_attention_mask",
     "describe_question",
     "finished",
     "finished_for_model",

@@ -6,10 +6,11 @@ Decides how batches, plans, samples and scores are shown. Never touches training
 from loader.cli.get import GET
 from loader.cli.peek import PEEK
 from loader.cli.plan import PLAN
+from loader.cli.preview import PREVIEW
 from loader.cli.score import SCORE
 from loader.cli.verb import Verb
 from loader.cli.which import WHICH
 
-VERBS = (PEEK, PLAN, WHICH, GET, SCORE)
+VERBS = (PEEK, PREVIEW, PLAN, WHICH, GET, SCORE)
 
 __all__ = ["VERBS", "Verb"]

@@ -12,10 +12,10 @@ from loader.cli.readable import describe_batch, readable_model_rows, readable_ro
 from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
 from loader.stream import StreamingDataset, stored_model, stored_view
-from preprocess.text import IMAGE_SYMBOLS, tokenizer_from_entry
+from preprocess.text import IMAGE_SYMBOLS, Tokenizer, tokenizer_from_entry
 from shardspec import storage
 from shardspec.errors import ShardError
-from shardspec.manifest import TOKENIZER_NAME, TokenizerEntry, require_manifest
+from shardspec.manifest import TOKENIZER_NAME, Manifest, require_manifest
 from shardspec.probe import check_stored_tokenizer
 
 
@@ -41,8 +41,7 @@ def _run(options: argparse.Namespace) -> str:
         with_metadata=True,
     )
     batch = next(iter(loader))
-    text = _tokenizer_json(options.shards, manifest.tokenizer)
-    tokenizer = tokenizer_from_entry(text, manifest.tokenizer)
+    tokenizer = open_tokenizer(options.shards, manifest)
     ids = manifest.tokenizer.special_ids
     if model is not None:
         rows = readable_model_rows(batch, decode=tokenizer.decode, soft_id=model.soft_id)
@@ -63,14 +62,20 @@ def _run(options: argparse.Namespace) -> str:
     return "\n".join([head, "", describe_batch(batch), "", legend, *shown])
 
 
-def _tokenizer_json(url: str, entry: TokenizerEntry) -> str:
+def open_tokenizer(url: str, manifest: Manifest) -> Tokenizer:
+    """Reads the tokenizer that a dataset carries.
+
+    Raises:
+      ShardError: `tokenizer_file`.
+    """
+    entry = manifest.tokenizer
     where = storage.join(url, TOKENIZER_NAME)
     try:
         payload = storage.read_bytes(where)
     except FileNotFoundError as error:
         raise ShardError("tokenizer_file.missing", where=where) from error
     check_stored_tokenizer(entry, payload, where=where)
-    return payload.decode()
+    return tokenizer_from_entry(payload.decode(), entry)
 
 
 PEEK = Verb(

@@ -17,7 +17,8 @@ from PIL import Image
 from preprocess.report.html import Child, Markup, element, join
 from preprocess.report.marks import Mark, marks
 from preprocess.report.stored import Sample, SampleReader
-from preprocess.text import Tokenizer, message_styles
+from preprocess.report.styles import style_names
+from preprocess.text import Tokenizer
 from shardspec.media import decode_stored
 from shardspec.sample import WEIGHT_ONE, Geometry, text_rows
 from shardspec.tiling import (
@@ -162,7 +163,7 @@ def sample_card(sample: Sample, reader: SampleReader, tokenizer: Tokenizer, *, w
       why: It was chosen; "" for no reason.
     """
     row = sample.row
-    styles = ", ".join(dict.fromkeys(message_styles(sample.record))) or "no style"
+    styles = style_names(sample.record.get("message_list"))
     facts = [
         why,
         f"{sample.split} {sample.number:,}",

@@ -14,7 +14,7 @@ from preprocess.report.stored import Sample
 from preprocess.text import message_styles
 from shardspec.sample import image_rows, text_rows
 
-NO_STYLE = "(none)"
+NO_STYLE = "no style"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,8 +65,12 @@ def count_texts(samples: Iterable[Sample]) -> TextCounts:
 
 def _style(messages: Any, branch: int, num_branches: int) -> str:
     """Names the styles of the message that a branch was made of."""
-    if not isinstance(messages, list) or not messages:
-        return NO_STYLE
     # Where messages were joined or left out, it is not known which of them a branch is.
-    part = [messages[branch]] if len(messages) == num_branches else messages
-    return ", ".join(dict.fromkeys(message_styles({"message_list": part}))) or NO_STYLE
+    known = isinstance(messages, list) and len(messages) == num_branches
+    return style_names([messages[branch]] if known else messages)
+
+
+def style_names(messages: Any) -> str:
+    """Names the styles of messages, each once."""
+    styles = message_styles({"message_list": messages}) if isinstance(messages, list) else []
+    return ", ".join(dict.fromkeys(styles)) or NO_STYLE

@@ -1,0 +1,322 @@
+"""`python -m loader preview`: a page with one batch as training sees it at a step, seed and rank.
+
+Joins both halves of the project: the loader gives the batch, the offline half its tokenizer and the
+parts of pages. The batch is the very one that the run with these settings gets: augmented, cut into
+crops, packed and padded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from loader.assembly import Augment, View, build_attention_mask
+from loader.cli.peek import open_tokenizer
+from loader.cli.readable import describe_batch
+from loader.cli.verb import Verb, add_dataset, add_flag
+from loader.dataloader import make_dataloader
+from loader.order import require_step
+from loader.stream import StreamingDataset, stored_view
+from preprocess.report import (
+    Markup,
+    Piece,
+    card,
+    element,
+    figure,
+    loss_text,
+    page,
+    section,
+    table,
+)
+from preprocess.text import IMAGE_SYMBOLS
+from shardspec import storage
+from shardspec.manifest import require_manifest
+
+_CROP_PX = 112
+_MASK_CELLS = 192
+_MOST_CROPS = 40
+_MOST_CHARS = 4_000
+
+_SEEN, _HIDDEN, _PADDING = (42, 107, 176), (226, 231, 237), (140, 150, 160)
+"""Colours of the attention mask."""
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_dataset(parser)
+    add_flag(parser, "--step", "step of the run", 0)
+    add_flag(parser, "--global-batch", "rows per step over all ranks", 8)
+    add_flag(parser, "--ranks", "data-parallel ranks of the run", 1)
+    add_flag(parser, "--rank", "rank to show", 0)
+    add_flag(parser, "--sequence-length", "longest sequence", 2048)
+    add_flag(parser, "--pad-mode", "padding: max_len, batch_max or to_N", "to_128")
+    parser.add_argument("--pack", action="store_true", help="fill rows with several samples")
+    parser.add_argument("--augment", action="store_true", help="augment images as in training")
+    add_flag(parser, "--out", "file or URL to write", "preview.html")
+
+
+def _run(options: argparse.Namespace) -> str:
+    require_step(options.step)
+    manifest = require_manifest(options.shards)
+    augment = Augment.standard() if options.augment else Augment()
+    dataset = StreamingDataset(
+        options.shards,
+        split=options.split,
+        seed=options.seed,
+        view=View(image=stored_view(manifest), augment=augment),
+        rank=options.rank,
+        world_size=options.ranks,
+    )
+    loader = make_dataloader(
+        dataset,
+        global_batch_size=options.global_batch,
+        sequence_length=options.sequence_length,
+        pad_mode=options.pad_mode,
+        pack=options.pack,
+        decode_threads=0,
+        extra_keys=("position_ids", "subsegment_ids"),
+        with_metadata=True,
+    )
+    loader.load_state_dict({**loader.state_dict(), "step": options.step})
+    batch = next(iter(loader))
+    tokenizer = open_tokenizer(options.shards, manifest)
+    ids = manifest.tokenizer.special_ids
+    symbols = {ids[name]: name for name in IMAGE_SYMBOLS if name in ids}
+    told = (
+        f"{manifest.dataset} {options.split}: step {options.step:,} of a run with seed "
+        f"{options.seed}, rank {options.rank} of {options.ranks}, "
+        f"{options.global_batch} rows per step, "
+        + ("augmented, " if options.augment else "not augmented, ")
+        + (f"packed to {options.sequence_length:,} tokens" if options.pack else "one sample a row")
+    )
+    document = preview_page(
+        batch, title=f"{manifest.dataset}: preview", lead=told, decode=tokenizer.decode,
+        symbols=symbols,
+    )  # fmt: skip
+    storage.publish_bytes(options.out, document.encode())
+    return f"{told}\n{options.out}"
+
+
+def preview_page(
+    batch: Mapping[str, Any],
+    *,
+    title: str,
+    lead: str,
+    decode: Callable[[list[int]], str],
+    symbols: Mapping[int, str],
+) -> str:
+    """Makes a page of a batch.
+
+    Args:
+      batch: As `MMCollator` makes it, with `metadata`, `position_ids` and `subsegment_ids`.
+      title: Of the page.
+      lead: What the batch is.
+      decode: Ids to text.
+      symbols: The image symbols by id.
+    """
+    rows = [_Row.of(batch, i) for i in range(len(batch["metadata"]))]
+    cards = [_card(row, number, decode, symbols) for number, row in enumerate(rows)]
+    described = [line.split(None, 2) for line in _tensors(batch)]
+    learned = sum(int(row.learned.sum()) for row in rows)
+    used, places = sum(row.used for row in rows), sum(len(row.ids) for row in rows)
+    facts = [
+        ("rows", f"{len(rows):,}"),
+        ("samples", f"{sum(len(row.parts) for row in rows):,}"),
+        ("positions", f"{places:,}"),
+        ("padding", f"{1 - used / max(1, places):.1%}"),
+        ("targets under loss", f"{learned:,}"),
+    ]
+    pairs = [element("div", element("dt", name), element("dd", value)) for name, value in facts]
+    legend = element(
+        "p",
+        "Text with a ",
+        element("mark", "background"),
+        " is under loss. Crops are the pixels that the model gets, the overview first.",
+        class_="note",
+    )
+    return page(
+        title,
+        section(
+            "Batch",
+            element("dl", *pairs, class_="facts"),
+            table("Tensors", ("key", "type", "shape and values"), described, numeric=False),
+            anchor="batch",
+        ),
+        section("Rows", legend, element("div", *cards, class_="cards"), anchor="rows"),
+        lead=lead,
+        contents=[("batch", "Batch"), ("rows", "Rows")],
+    )
+
+
+def _tensors(batch: Mapping[str, Any]) -> list[str]:
+    return describe_batch({k: v for k, v in batch.items() if k != "metadata"}).splitlines()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One row of a batch."""
+
+    key: str
+    parts: Sequence[Mapping[str, Any]]
+    """Metadata of each sample in it."""
+    ids: np.ndarray
+    """int64 [L], with padding; so are the others."""
+    learned: np.ndarray
+    """bool [L]: the token is the target of the position before it, or another one is of its own."""
+    real: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    images: np.ndarray
+    """uint8 [crops, 3, S, S]."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], i: int) -> _Row:
+        metadata = batch["metadata"][i]
+        parts = metadata.get("examples", [metadata])
+        crops = sum(image["crops"] for part in parts for image in part["images"])
+        ids, labels = batch["input_ids"][i].numpy(), batch["labels"][i].numpy()
+        learned = np.zeros(len(ids), bool)
+        # A branch's last target is its EOS, which is not the next token of the row.
+        learned[1:] = labels[:-1] == ids[1:]
+        images = batch["images"][i][:crops].numpy() if "images" in batch else np.zeros((0, 3, 1, 1))
+        return cls(
+            key=str(metadata["key"]),
+            parts=parts,
+            ids=ids,
+            learned=learned,
+            real=batch["attention_mask"][i].numpy().astype(bool),
+            positions=batch["position_ids"][i].numpy(),
+            segments=batch["subsegment_ids"][i].numpy(),
+            images=images,
+        )
+
+    @property
+    def used(self) -> int:
+        """Positions that are not padding."""
+        return int(self.real.sum())
+
+    @property
+    def borders(self) -> list[int]:
+        """Where its samples begin, and where the last one ends."""
+        (real,) = np.nonzero(self.real)
+        if not len(real):
+            return [0]
+        # Positions begin with 0 in each sample, and nowhere else.
+        starts = [int(at) for at in real if self.positions[at] == 0]
+        return [*starts, int(real[-1]) + 1]
+
+
+def _card(
+    row: _Row, number: int, decode: Callable[[list[int]], str], symbols: Mapping[int, str]
+) -> Markup:
+    several = len(row.parts) > 1
+    title = f"Row {number}: {f'pack of {len(row.parts)} samples' if several else row.key}"
+    crops, padded = len(row.images), len(row.ids) - row.used
+    dropped = sum(part.get("dropped_branches", 0) for part in row.parts)
+    told = (
+        f"{row.used:,} tokens and {padded:,} of padding; {int(row.learned.sum()):,} under loss; "
+        f"{crops} crops" + (f"; {dropped} conversations did not fit" if dropped else "")
+    )
+    bodies = []
+    for part, (start, stop) in zip(row.parts, pairwise(row.borders), strict=False):
+        heading = (
+            element("h4", f"Sample {part['key']}, {stop - start:,} tokens") if several else None
+        )
+        pieces = row_pieces(
+            row.ids[start:stop].tolist(), row.learned[start:stop].tolist(), decode, symbols
+        )
+        label = f"Text of {part['key']}; marked parts are under loss"
+        bodies += [heading, loss_text(pieces, label=label)]
+    return card(title, _fill(row), *_tiles(row), *bodies, _mask(row, number), meta=told)
+
+
+def _fill(row: _Row) -> Markup:
+    """Draws how the samples of a row fill it."""
+    length = max(1, len(row.ids))
+    lengths = [stop - start for start, stop in pairwise(row.borders)]
+    bars = [element("span", style=f"width:{100 * each / length:.2f}%") for each in lengths]
+    told = ", ".join(f"{each:,}" for each in lengths)
+    label = f"Of {length:,} positions, samples take {told}; the rest is padding"
+    return element("div", *bars, class_="fill", role="img", aria_label=label)
+
+
+def _tiles(row: _Row) -> list[Markup]:
+    names = []
+    for s, part in enumerate(row.parts):
+        for i, image in enumerate(part["images"]):
+            for crop in range(image["crops"]):
+                sample = f"sample {s + 1}, " if len(row.parts) > 1 else ""
+                picture = f"picture {i + 1}, " if len(part["images"]) > 1 else ""
+                what = "overview" if crop == 0 else f"crop {crop}"
+                names.append(f"{sample}{picture}{what}")
+    shown = [
+        figure(
+            np.ascontiguousarray(pixels.transpose(1, 2, 0)),
+            alt=name.capitalize(),
+            caption=name,
+            longest_px=_CROP_PX,
+        )
+        for pixels, name in zip(row.images[:_MOST_CROPS], names, strict=False)
+    ]
+    rest = len(row.images) - len(shown)
+    more = [element("p", f"{rest} more crops.", class_="note")] if rest else []
+    return [element("div", *shown, class_="tiles"), *more] if shown else []
+
+
+def _mask(row: _Row, number: int) -> Markup:
+    """Draws which positions see which, by evenly spaced positions of the row."""
+    count = min(len(row.ids), _MASK_CELLS)
+    # Their order is the row's, so that the rule for them is the rule of the row.
+    at = np.linspace(0, len(row.ids) - 1, count).astype(np.int64)
+    seen = build_attention_mask(
+        torch.from_numpy(row.segments[at])[None], torch.from_numpy(row.real[at])[None]
+    )[0].numpy()
+    colors: np.ndarray = np.array([_HIDDEN, _SEEN], np.uint8)[seen.astype(np.int64)]
+    colors[~row.real[at]] = _PADDING
+    colors[:, ~row.real[at]] = _PADDING
+    scale = max(1, 224 // count)
+    pixels = np.ascontiguousarray(colors.repeat(scale, axis=0).repeat(scale, axis=1))
+    share = float(seen[np.ix_(row.real[at], row.real[at])].mean()) if row.real[at].any() else 0.0
+    picture = figure(
+        pixels,
+        alt=f"Attention mask of row {number}: of all pairs of tokens, {share:.0%} are seen",
+        caption="rows are queries, columns keys; blue is seen, dark grey is padding",
+        longest_px=256,
+    )
+    return element("details", element("summary", f"Attention mask of row {number}"), picture)
+
+
+def row_pieces(
+    ids: Sequence[int],
+    learned: Sequence[bool],
+    decode: Callable[[list[int]], str],
+    symbols: Mapping[int, str],
+) -> list[Piece]:
+    """Decodes a row by its runs: given text, learned text, and image tokens, which are counted."""
+    kinds = [(token in symbols, known) for token, known in zip(ids, learned, strict=True)]
+    borders = [i for i in range(len(ids)) if not i or kinds[i] != kinds[i - 1]] + [len(ids)]
+    pieces = []
+    for start, stop in pairwise(borders):
+        is_image, is_learned = kinds[start]
+        if is_image:
+            text = f"{stop - start:,} image tokens"
+            pieces.append(Piece(text, False, symbol=True))
+            continue
+        text = decode(list(ids[start:stop]))
+        rest = len(text) - _MOST_CHARS
+        text = f"{text[:_MOST_CHARS]} … ({rest:,} more characters)" if rest > 0 else text
+        pieces.append(Piece(text, is_learned))
+    return pieces
+
+
+PREVIEW = Verb(
+    name="preview",
+    help="write a page with one batch as training sees it: crops, text, loss, padding, masks",
+    add=_add,
+    run=_run,
+)
