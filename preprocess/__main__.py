@@ -25,6 +25,7 @@ examples:
   python -m preprocess shards pixmo_cap --source /data/pixmo-cap --out s3://bucket/pixmo_cap
   python -m preprocess plan pixmo_cap --source hub
   python -m preprocess verify shards/pixmo_cap --deep
+  python -m preprocess report shards/pixmo_cap
   python -m preprocess gc s3://bucket/pixmo_cap --dry-run
   python -m preprocess reshard shards/pixmo_cap shards/by_16 --nodes 16 --ranks 8 --workers 4 --copy
   python -m preprocess import /data/laion --out shards/laion --name laion

@@ -23,7 +23,7 @@ from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
 from loader.order import require_step
 from loader.stream import StreamingDataset, stored_view
-from preprocess.report import (
+from preprocess.page import (
     Markup,
     Piece,
     card,

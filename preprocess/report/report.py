@@ -18,9 +18,19 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from preprocess.job import Reporter, count_rows
+from preprocess.page import (
+    BarChart,
+    Child,
+    Counts,
+    Markup,
+    bar_chart,
+    element,
+    histogram_chart,
+    page,
+    section,
+    table,
+)
 from preprocess.report.cards import sample_card
-from preprocess.report.charts import BarChart, Counts, bar_chart, histogram_chart
-from preprocess.report.html import Child, Markup, element, page, section, table
 from preprocess.report.left_out import left_out_examples
 from preprocess.report.stored import Sample, SampleReader
 from preprocess.report.styles import TextCounts, count_texts

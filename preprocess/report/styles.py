@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.report.charts import Counts
+from preprocess.page import Counts
 from preprocess.report.marks import marks
 from preprocess.report.stored import Sample
 from preprocess.text import message_styles

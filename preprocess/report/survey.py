@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from preprocess.report.charts import Counts
+from preprocess.page import Counts
 from shardspec.keyed import keyed, mix_array
 
 NUM_WORST = 3

@@ -42,7 +42,19 @@ def call(capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "shards", "plan", "verify", "gc", "datasets", "reshard", "merge", "split", "filter"]
+    [
+        "",
+        "shards",
+        "plan",
+        "verify",
+        "report",
+        "gc",
+        "datasets",
+        "reshard",
+        "merge",
+        "split",
+        "filter",
+    ]
     + ["annotate", "import", "export-index"],
 )
 def test_help_is_the_golden_file(monkeypatch, capsys, golden, verb):

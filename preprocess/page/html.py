@@ -140,4 +140,4 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @functools.cache
 def _style() -> str:
-    return resources.files("preprocess.report").joinpath("page.css").read_text("utf-8")
+    return resources.files("preprocess.page").joinpath("page.css").read_text("utf-8")

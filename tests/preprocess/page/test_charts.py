@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.report import BarChart, Counts, bar_chart, histogram_chart
+from preprocess.page import BarChart, Counts, bar_chart, histogram_chart
 from tests.pages import Page
 
 VALUES = st.lists(st.integers(0, 10**12), min_size=1, max_size=60)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.report import element, page, section, table
+from preprocess.page import element, page, section, table
 from tests.pages import Page, checked
 
-STYLE = resources.files("preprocess.report").joinpath("page.css").read_text("utf-8")
+STYLE = resources.files("preprocess.page").joinpath("page.css").read_text("utf-8")
 
 
 def whole(*children):

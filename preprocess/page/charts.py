@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from preprocess.report.html import Markup, element, join, table
+from preprocess.page.html import Markup, element, join, table
 
 _NUM_BINS = 10_000
 _MOST_BARS = 20
