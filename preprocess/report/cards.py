@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -66,7 +67,11 @@ def sample_card(sample: Sample, reader: SampleReader, tokenizer: Tokenizer, *, w
         element(
             "details",
             element("summary", f"Metadata of {sample.key}"),
-            element("div", _shortened(str(metadata)), class_="text"),
+            element(
+                "div",
+                _shortened(json.dumps(metadata, sort_keys=True, ensure_ascii=False)),
+                class_="text",
+            ),
         )
         if metadata
         else None,

@@ -15,6 +15,7 @@ from PIL import Image
 from loader.reading.reader import ShardReader
 from preprocess.report import ReportSettings, make_report
 from preprocess.report.cards import crop_shapes
+from preprocess.report.left_out import left_out_examples
 from preprocess.report.stored import SampleReader
 from shardspec import storage
 from shardspec.errors import ConfigError, ManifestError, ShardError
@@ -34,12 +35,14 @@ def report(url, to, **settings):
 
 @pytest.fixture(scope="module")
 def captions(inline_cli, build_once, captioned_rows, write_parquet):
-    """12 rows: two are no image, one is a duplicate, one has markup in its caption."""
+    """12 rows: two are no image, one is a duplicate, one has markup in its caption, and two have
+    the same image with other captions."""
 
     def build(folder):
         rows = captioned_rows(12, broken=2)
         rows[4] = {**rows[3]}
         rows[5] = {**rows[5], "caption": HOSTILE}
+        rows[7] = {**rows[7], "image": rows[6]["image"]}
         source = write_parquet(folder / "source" / "train", rows)
         inline_cli.good(
             *("shards", "pixmo_cap", "--source", source.parent, "--out", folder / "out"),
@@ -121,6 +124,25 @@ def test_what_was_left_out_has_counts_and_examples(caption_page, captions):
     assert "left out: 1." in caption_page.text, "the duplicate"
 
 
+def test_samples_with_the_same_image_are_found(caption_page):
+    part = caption_page.document.split('id="duplicates-train"')[1].split("<section")[0]
+    found = re.findall(r'<th scope="row">[0-9a-f]{12}</th><td>2</td><td>(\d+), (\d+)</td>', part)
+    assert len(found) == 1
+
+
+def test_long_quarantine_lists_are_read_in_part(tmp_path, monkeypatch):
+    lines = [b'{"reason":"r%d","key":"k"}\n' % (i % 3) for i in range(100)]
+    lines.insert(5, b"no JSON\n")
+    (tmp_path / "quarantine").mkdir()
+    (tmp_path / "quarantine" / "a.jsonl").write_bytes(b"".join(lines))
+    found = left_out_examples(str(tmp_path))
+    assert {reason: len(each) for reason, each in found.items()} == {"r0": 3, "r1": 3, "r2": 3}
+    monkeypatch.setattr("preprocess.report.left_out._MOST_BYTES", 60)
+    found = left_out_examples(str(tmp_path))
+    assert {reason: len(each) for reason, each in found.items()} == {"r0": 1, "r1": 1}
+    assert left_out_examples(str(tmp_path / "none")) == {}
+
+
 def test_all_samples_of_a_small_dataset_are_shown_once(caption_page, captions):
     manifest = require_manifest(str(captions))
     reader = ShardReader(str(captions), manifest, split="train")
@@ -174,6 +196,22 @@ def test_same_dataset_gives_the_same_bytes_anywhere(captions, tmp_path):
     assert report(url, f"{url}/report.html") == first
     assert str(captions) not in first
     fsspec.filesystem("memory").rm(f"/reports/{tmp_path.name}", recursive=True)
+
+
+@pytest.mark.slow
+def test_report_and_preview_of_an_s3_store_are_those_of_the_disk(points, s3_server, tmp_path):
+    from loader.__main__ import main
+
+    with s3_server.entered():
+        url = s3_server.make_bucket() + "/points"
+        for path in sorted(points.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(points).as_posix()
+                storage.publish_bytes(storage.join(url, name), path.read_bytes())
+        assert report(url, f"{url}/report.html") == report(points, tmp_path / "a.html")
+        for source, out in ((url, "b.html"), (str(points), "c.html")):
+            assert main(["preview", source, "--out", str(tmp_path / out)]) == 0
+    assert (tmp_path / "b.html").read_bytes() == (tmp_path / "c.html").read_bytes()
 
 
 def test_only_shown_samples_are_read(points, tmp_path):
