@@ -22,7 +22,7 @@ from loader.cli.readable import describe_batch
 from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
 from loader.order import require_step
-from loader.stream import StreamingDataset, stored_view
+from loader.stream import StreamingDataset, stored_model, stored_view
 from preprocess.page import (
     Markup,
     Piece,
@@ -36,6 +36,7 @@ from preprocess.page import (
 )
 from preprocess.text import IMAGE_SYMBOLS
 from shardspec import storage
+from shardspec.families import Family, PicturePlan, Qwen2VL, StoredModel
 from shardspec.manifest import require_manifest
 
 _CROP_PX = 112
@@ -64,11 +65,15 @@ def _run(options: argparse.Namespace) -> str:
     require_step(options.step)
     manifest = require_manifest(options.shards)
     augment = Augment.standard() if options.augment else Augment()
+    model = stored_model(manifest, where=options.shards)
+    view = View(augment=augment)
+    if model is None:
+        view = View(image=stored_view(manifest), augment=augment)
     dataset = StreamingDataset(
         options.shards,
         split=options.split,
         seed=options.seed,
-        view=View(image=stored_view(manifest), augment=augment),
+        view=view,
         rank=options.rank,
         world_size=options.ranks,
     )
@@ -87,6 +92,8 @@ def _run(options: argparse.Namespace) -> str:
     tokenizer = open_tokenizer(options.shards, manifest)
     ids = manifest.tokenizer.special_ids
     symbols = {ids[name]: name for name in IMAGE_SYMBOLS if name in ids}
+    if model is not None:
+        symbols = {model.soft_id: model.family.soft_token}
     told = (
         f"{manifest.dataset} {options.split}: step {options.step:,} of a run with seed "
         f"{options.seed}, rank {options.rank} of {options.ranks}, "
@@ -97,6 +104,7 @@ def _run(options: argparse.Namespace) -> str:
     document = preview_page(
         batch, title=f"{manifest.dataset}: preview", lead=told, decode=tokenizer.decode,
         symbols=symbols,
+        model=model,
     )  # fmt: skip
     storage.publish_bytes(options.out, document.encode())
     return f"{told}\n{options.out}"
@@ -109,17 +117,20 @@ def preview_page(
     lead: str,
     decode: Callable[[list[int]], str],
     symbols: Mapping[int, str],
+    model: StoredModel | None = None,
 ) -> str:
     """Makes a page of a batch.
 
     Args:
-      batch: As `MMCollator` makes it, with `metadata`, `position_ids` and `subsegment_ids`.
+      batch: As `MMCollator` or, with a model, `ModelCollator` makes it, with `metadata` and
+        `subsegment_ids`, and `position_ids` without a model.
       title: Of the page.
       lead: What the batch is.
       decode: Ids to text.
       symbols: The image symbols by id.
+      model: That the dataset was built for.
     """
-    rows = [_Row.of(batch, i) for i in range(len(batch["metadata"]))]
+    rows = _rows(batch, model)
     cards = [_card(row, number, decode, symbols) for number, row in enumerate(rows)]
     described = [line.split(None, 2) for line in _tensors(batch)]
     learned = sum(int(row.learned.sum()) for row in rows)
@@ -154,7 +165,8 @@ def preview_page(
 
 
 def _tensors(batch: Mapping[str, Any]) -> list[str]:
-    return describe_batch({k: v for k, v in batch.items() if k != "metadata"}).splitlines()
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return describe_batch(tensors).splitlines()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,33 +179,14 @@ class _Row:
     ids: np.ndarray
     """int64 [L], with padding; so are the others."""
     learned: np.ndarray
-    """bool [L]: the token is the target of the position before it, or another one is of its own."""
+    """bool [L]: the token is a target."""
     real: np.ndarray
-    positions: np.ndarray
+    """bool [L]: no padding."""
     segments: np.ndarray
-    images: np.ndarray
-    """uint8 [crops, 3, S, S]."""
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Any], i: int) -> _Row:
-        metadata = batch["metadata"][i]
-        parts = metadata.get("examples", [metadata])
-        crops = sum(image["crops"] for part in parts for image in part["images"])
-        ids, labels = batch["input_ids"][i].numpy(), batch["labels"][i].numpy()
-        learned = np.zeros(len(ids), bool)
-        # A branch's last target is its EOS, which is not the next token of the row.
-        learned[1:] = labels[:-1] == ids[1:]
-        images = batch["images"][i][:crops].numpy() if "images" in batch else np.zeros((0, 3, 1, 1))
-        return cls(
-            key=str(metadata["key"]),
-            parts=parts,
-            ids=ids,
-            learned=learned,
-            real=batch["attention_mask"][i].numpy().astype(bool),
-            positions=batch["position_ids"][i].numpy(),
-            segments=batch["subsegment_ids"][i].numpy(),
-            images=images,
-        )
+    starts: Sequence[int]
+    """Where its samples begin."""
+    pictures: Sequence[tuple[str, np.ndarray]]
+    """Name and pixels of what the model gets: uint8 [H, W, 3]."""
 
     @property
     def used(self) -> int:
@@ -204,11 +197,93 @@ class _Row:
     def borders(self) -> list[int]:
         """Where its samples begin, and where the last one ends."""
         (real,) = np.nonzero(self.real)
-        if not len(real):
-            return [0]
-        # Positions begin with 0 in each sample, and nowhere else.
-        starts = [int(at) for at in real if self.positions[at] == 0]
-        return [*starts, int(real[-1]) + 1]
+        return [*self.starts, int(real[-1]) + 1] if len(real) else [0]
+
+
+def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
+    """Takes a batch apart."""
+    rows = []
+    first_unit = 0
+    for i, metadata in enumerate(batch["metadata"]):
+        parts = metadata.get("examples", [metadata])
+        ids, labels = batch["input_ids"][i].numpy(), batch["labels"][i].numpy()
+        segments = batch["subsegment_ids"][i].numpy()
+        real = segments >= 0
+        names = _names(parts)
+        if model is None:
+            learned = np.zeros(len(ids), bool)
+            # A branch's last target is its EOS, which is not the next token of the row.
+            learned[1:] = labels[:-1] == ids[1:]
+            # Positions begin with 0 in each sample, and nowhere else.
+            begins = real & (batch["position_ids"][i].numpy() == 0)
+            crops = batch["images"][i].numpy() if "images" in batch else ()
+            pixels = [np.ascontiguousarray(crop.transpose(1, 2, 0)) for crop in crops]
+        else:
+            learned = labels == ids
+            begins = real & (np.diff(segments, prepend=-1) != 0)
+            plans = [
+                plan
+                for part in parts
+                for plan in model.family.plan(
+                    [(image["height"], image["width"]) for image in part["images"]]
+                )
+            ]
+            pixels = []
+            for plan in plans:
+                units = batch["pixel_values"][first_unit : first_unit + plan.num_units].numpy()
+                first_unit += plan.num_units
+                pixels.append(model_picture(model.family, plan, units))
+        rows.append(
+            _Row(
+                key=str(metadata["key"]),
+                parts=parts,
+                ids=ids,
+                learned=learned,
+                real=real,
+                segments=segments,
+                starts=np.flatnonzero(begins).tolist(),
+                pictures=list(zip(names, pixels, strict=False)),
+            )
+        )
+    return rows
+
+
+def _names(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names each crop of a row; pictures of models have one, which shows all their parts."""
+    names = []
+    for s, part in enumerate(parts):
+        for i, image in enumerate(part["images"]):
+            number = image.get("crops", 1)
+            for crop in range(number):
+                sample = f"sample {s + 1}, " if len(parts) > 1 else ""
+                picture = f"picture {i + 1}, " if len(part["images"]) > 1 else ""
+                what = ("overview" if crop == 0 else f"crop {crop}") if number > 1 else "whole"
+                names.append(f"{sample}{picture}{what}")
+    return names
+
+
+def model_picture(family: Family, plan: PicturePlan, units: np.ndarray) -> np.ndarray:
+    """Puts the rows of `pixel_values` of one picture together again.
+
+    Args:
+      family: Of the model.
+      plan: Of the picture.
+      units: float32 [plan.num_units, ...]: tiles [3, S, S], which come side by side, or patches.
+
+    Returns:
+      uint8 [H, W, 3], without the model's normalisation.
+    """
+    if isinstance(family, Qwen2VL):
+        (rows, cols), merge, side = plan.grid, family.merge, family.patch_px
+        # Patches come by squares that become one token, each with all its frames.
+        cells = units.reshape(rows // merge, cols // merge, merge, merge, 3, -1, side, side)
+        chw = cells[:, :, :, :, :, 0].transpose(4, 0, 2, 5, 1, 3, 6)
+        chw = chw.reshape(3, rows * side, cols * side)
+    else:
+        chw = np.concatenate(list(units), axis=2)
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (family.mean, family.std))
+    levels = np.rint((chw * std + mean) * 255).clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(levels.transpose(1, 2, 0))
 
 
 def _card(
@@ -216,7 +291,7 @@ def _card(
 ) -> Markup:
     several = len(row.parts) > 1
     title = f"Row {number}: {f'pack of {len(row.parts)} samples' if several else row.key}"
-    crops, padded = len(row.images), len(row.ids) - row.used
+    crops, padded = len(row.pictures), len(row.ids) - row.used
     dropped = sum(part.get("dropped_branches", 0) for part in row.parts)
     told = (
         f"{row.used:,} tokens and {padded:,} of padding; {int(row.learned.sum()):,} under loss; "
@@ -246,24 +321,11 @@ def _fill(row: _Row) -> Markup:
 
 
 def _tiles(row: _Row) -> list[Markup]:
-    names = []
-    for s, part in enumerate(row.parts):
-        for i, image in enumerate(part["images"]):
-            for crop in range(image["crops"]):
-                sample = f"sample {s + 1}, " if len(row.parts) > 1 else ""
-                picture = f"picture {i + 1}, " if len(part["images"]) > 1 else ""
-                what = "overview" if crop == 0 else f"crop {crop}"
-                names.append(f"{sample}{picture}{what}")
     shown = [
-        figure(
-            np.ascontiguousarray(pixels.transpose(1, 2, 0)),
-            alt=name.capitalize(),
-            caption=name,
-            longest_px=_CROP_PX,
-        )
-        for pixels, name in zip(row.images[:_MOST_CROPS], names, strict=False)
+        figure(pixels, alt=name.capitalize(), caption=name, longest_px=_CROP_PX)
+        for name, pixels in row.pictures[:_MOST_CROPS]
     ]
-    rest = len(row.images) - len(shown)
+    rest = len(row.pictures) - len(shown)
     more = [element("p", f"{rest} more crops.", class_="note")] if rest else []
     return [element("div", *shown, class_="tiles"), *more] if shown else []
 

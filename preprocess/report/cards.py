@@ -23,8 +23,10 @@ from preprocess.report.marks import Mark, marks
 from preprocess.report.stored import Sample, SampleReader
 from preprocess.report.styles import style_names
 from preprocess.text import Tokenizer
+from shardspec.families import StoredModel
+from shardspec.manifest import Manifest
 from shardspec.media import decode_stored
-from shardspec.sample import WEIGHT_ONE, Geometry, text_rows
+from shardspec.sample import WEIGHT_ONE, Geometry, lead_rows, text_rows, video_rows
 from shardspec.tiling import (
     ImageView,
     canvas_size,
@@ -34,7 +36,7 @@ from shardspec.tiling import (
     num_image_tokens,
 )
 
-_MOST_IMAGES = 8
+_MOST_IMAGES = 12
 _MOST_BRANCHES = 8
 _MOST_VARIANTS = 12
 _MOST_TOKENS = 240
@@ -80,24 +82,18 @@ def sample_card(sample: Sample, reader: SampleReader, tokenizer: Tokenizer, *, w
 
 
 def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
-    views = [ImageView.from_dict(v) for v in reader.manifest.recipe["image"]["views"]]
     sizes = [image.source_size for image in sample.images]
     found = marks(sample.record, sizes)
+    seen = _seen(sample, reader.manifest)
     shown: list[Child] = []
     for i, image in enumerate(sample.images[:_MOST_IMAGES]):
         where = f"{sample.shard} sample {sample.key}"
         pixels = decode_stored(image.payload, codec=reader.codec, where=where)
         uri, width, height = picture_uri(pixels)
         own = [mark for mark in found if mark.image == i]
-        shapes = [
-            *crop_shapes(image.source_size, views[-1], (width, height)),
-            *(_mark_shape(mark, (width, height)) for mark in own),
-        ]
-        told = [
-            f"{num_crops(*image.source_size, view)} crops and "
-            f"{num_image_tokens(*image.source_size, view):,} image tokens at {view.size_px} px"
-            for view in views
-        ]
+        told, view = seen[i]
+        crops = [] if view is None else crop_shapes(image.source_size, view, (width, height))
+        shapes = [*crops, *(_mark_shape(mark, (width, height)) for mark in own)]
         size = f"{image.source_size[0]}×{image.source_size[1]}"
         stored = f"{image.stored_size[0]}×{image.stored_size[1]}"
         geometry = Geometry(int(sample.row["geometry"])).name or "none"
@@ -112,14 +108,47 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
                 width,
                 height,
                 shapes,
-                alt=f"Picture{number} of sample {sample.key}, {size} pixels, {told[-1]}{marked}",
-                caption=f"{size}, stored as {stored}, {len(image.payload):,} bytes; "
-                f"{'; '.join(told)}; may change: {geometry.lower().replace('|', ', ')}{marked}",
+                alt=f"Picture{number} of sample {sample.key}, {size} pixels, {told}{marked}",
+                caption=f"{size}, stored as {stored}, {len(image.payload):,} bytes; {told}; "
+                f"may change: {geometry.lower().replace('|', ', ')}{marked}",
             )
         )
     rest = len(sample.images) - _MOST_IMAGES
     shown.append(element("p", f"{rest} more pictures.", class_="note") if rest > 0 else None)
     return shown
+
+
+def _seen(sample: Sample, manifest: Manifest) -> list[tuple[str, ImageView | None]]:
+    """Says of each picture what a model sees of it, and which view's crops are drawn."""
+    sizes = [image.source_size for image in sample.images]
+    if "model" in manifest.recipe:
+        family = StoredModel.from_dict(manifest.recipe["model"]).family
+        plans = family.plan([(height, width) for width, height in sizes])
+        return [
+            (
+                f"{plan.num_tokens:,} image tokens at {plan.resized[1]}×{plan.resized[0]}, "
+                f"{plan.grid[0]}×{plan.grid[1]} parts",
+                None,
+            )
+            for plan in plans
+        ]
+    views = [ImageView.from_dict(v) for v in manifest.recipe["image"]["views"]]
+    found: list[tuple[str, ImageView | None]] = []
+    for size in sizes:
+        told = [
+            f"{num_crops(*size, view)} crops and {num_image_tokens(*size, view):,} image tokens at "
+            f"{view.size_px} px"
+            for view in views
+        ]
+        found.append(("; ".join(told), views[-1]))
+    times = {int(row[1]): int(row[6]) / 1000 for row in lead_rows(sample.spans)}
+    for _, video, first, count, *_ in video_rows(sample.spans).tolist():
+        for i in range(first, first + count):
+            told_time = (
+                f"frame {i - first + 1} of {count} of video {video + 1}, at {times[i]:.2f} s"
+            )
+            found[i] = (told_time, None)
+    return found
 
 
 def crop_shapes(source: tuple[int, int], view: ImageView, shown: tuple[int, int]) -> list[Shape]:
@@ -180,7 +209,7 @@ def _texts(sample: Sample, tokenizer: Tokenizer) -> list[Child]:
                 loss_text(
                     token_pieces(
                         [*ids[0], *responses[0]],
-                        [False] * len(ids[0]) + [True] * len(responses[0]),
+                        [False] * len(ids[0]) + [weight > 0] * len(responses[0]),
                         tokenizer.decode,
                     ),
                     label=f"Tokens of {title.lower()}; marked ones are learned",

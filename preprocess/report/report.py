@@ -52,6 +52,9 @@ _MOST_STYLES = 12
 _MOST_COMPARED = 8
 _MOST_ALIKE = 32
 
+_ALSO_ZERO = ("num_images", "num_loss_tokens")
+"""Columns of which it is worth to know that all values are 0."""
+
 _WORST = {
     "length": "longest sequence",
     "pixels": "largest picture",
@@ -114,7 +117,11 @@ def make_report(settings: ReportSettings, progress: Reporter) -> str:
             texts = count_texts(_texts(reader, split, numbers, progress))
         named = f" of {split}" if len(splits) > 1 else ""
         parts.append(
-            (f"distributions-{split}", f"Distributions{named}", _distributions(found, texts))
+            (
+                f"distributions-{split}",
+                f"Distributions{named}",
+                _distributions(found, texts, crops=_crops(manifest)),
+            )
         )
         if tokenizer is None:
             continue
@@ -268,7 +275,12 @@ def _left_out_line(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     )
 
 
-def _distributions(found: Survey, texts: TextCounts) -> Markup:
+def _crops(manifest: Manifest) -> str:
+    """Names what the index counts in `view_crops`."""
+    return "Tokens of the pictures" if "model" in manifest.recipe else "Crops"
+
+
+def _distributions(found: Survey, texts: TextCounts, *, crops: str) -> Markup:
     names = {
         "num_tokens": ("Text tokens of a sample", "samples"),
         "num_loss_tokens": ("Tokens under loss of a sample", "samples"),
@@ -285,12 +297,12 @@ def _distributions(found: Survey, texts: TextCounts) -> Markup:
     for name in views:
         kind, view = name.split()
         several = f", view {int(view) + 1}" if f"{kind} 1" in found.histograms else ""
-        title = "Longest sequence" if kind == "length" else "Crops"
+        title = "Longest sequence" if kind == "length" else crops
         names[name] = (f"{title} of a sample{several}", "samples")
     charts = [
         histogram_chart(title, found.histograms[name], unit=unit)
         for name, (title, unit) in names.items()
-        if name in found.histograms and found.histograms[name].count
+        if name in found.histograms and (found.histograms[name].most or name in _ALSO_ZERO)
     ]
     if found.aspects.any():
         bars = [(name, int(n)) for (name, _), n in zip(ASPECTS, found.aspects, strict=True)]
@@ -374,7 +386,8 @@ def _worst(reader: SampleReader, split: str, found: Survey, tokenizer: Tokenizer
     # A sample at the end of several scales is shown once.
     reasons: dict[int, list[str]] = {}
     rows = []
-    for name, title in _WORST.items():
+    crops = _crops(reader.manifest).lower()
+    for name, title in {**_WORST, "crops": f"most {crops}"}.items():
         pairs = found.extremes.get(name, [])
         values = {number: abs(value) for value, number in pairs}
         if values:

@@ -61,7 +61,7 @@ def test_page_shows_the_batch_of_the_run(preview, tiny_dataset, step, rank, rank
     batch = batch_at(tiny_dataset, step, rank=rank, ranks=ranks, pack=pack)
     rows = page.document.split('id="rows"')[1]
     assert re.findall(r'aria-label="Text of (\w{24});', rows) == keys_of(batch)
-    crops = len(re.findall(r"<figcaption>(?:sample \d+, )?overview</figcaption>", rows))
+    crops = len(re.findall(r"<figcaption>(?:sample \d+, )?whole</figcaption>", rows))
     assert crops == len(keys_of(batch))
     assert rows.count("<article") == len(batch["metadata"])
 
@@ -87,7 +87,7 @@ def test_pixels_are_those_of_the_batch(preview, tiny_dataset):
     dataset = StreamingDataset(str(tiny_dataset), seed=3, view=view, rank=0, world_size=1)
     loader = make_dataloader(dataset, global_batch_size=4, sequence_length=2048)
     images = next(iter(loader))["images"]
-    first = [img["src"] for img in page.all("img") if img["alt"] == "Overview"]
+    first = [img["src"] for img in page.all("img") if img["alt"] == "Whole"]
     assert len(first) == 4
     for uri, crops in zip(first, images, strict=True):
         payload = base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))
