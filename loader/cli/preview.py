@@ -39,7 +39,7 @@ from shardspec import storage
 from shardspec.families import Family, PicturePlan, Qwen2VL, StoredModel
 from shardspec.manifest import require_manifest
 
-_CROP_PX = 112
+_CROP_PX = 128
 _MASK_CELLS = 192
 _MOST_CROPS = 40
 _MOST_CHARS = 4_000
@@ -147,7 +147,7 @@ def preview_page(
         "p",
         "Text with a ",
         element("mark", "background"),
-        " is under loss. Crops are the pixels that the model gets, the overview first.",
+        " is under loss. Crops are the pixels that the model gets.",
         class_="note",
     )
     return page(
@@ -209,7 +209,6 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
         ids, labels = batch["input_ids"][i].numpy(), batch["labels"][i].numpy()
         segments = batch["subsegment_ids"][i].numpy()
         real = segments >= 0
-        names = _names(parts)
         if model is None:
             learned = np.zeros(len(ids), bool)
             # A branch's last target is its EOS, which is not the next token of the row.
@@ -218,6 +217,7 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
             begins = real & (batch["position_ids"][i].numpy() == 0)
             crops = batch["images"][i].numpy() if "images" in batch else ()
             pixels = [np.ascontiguousarray(crop.transpose(1, 2, 0)) for crop in crops]
+            counts = [image["crops"] for part in parts for image in part["images"]]
         else:
             learned = labels == ids
             begins = real & (np.diff(segments, prepend=-1) != 0)
@@ -228,11 +228,12 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
                     [(image["height"], image["width"]) for image in part["images"]]
                 )
             ]
-            pixels = []
+            pixels, counts = [], []
             for plan in plans:
                 units = batch["pixel_values"][first_unit : first_unit + plan.num_units].numpy()
                 first_unit += plan.num_units
-                pixels.append(model_picture(model.family, plan, units))
+                pixels += (own := model_pictures(model.family, plan, units))
+                counts.append(len(own))
         rows.append(
             _Row(
                 key=str(metadata["key"]),
@@ -242,48 +243,57 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
                 real=real,
                 segments=segments,
                 starts=np.flatnonzero(begins).tolist(),
-                pictures=list(zip(names, pixels, strict=False)),
+                pictures=list(zip(_names(parts, counts, model), pixels, strict=False)),
             )
         )
     return rows
 
 
-def _names(parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names each crop of a row; pictures of models have one, which shows all their parts."""
-    names = []
+def _names(
+    parts: Sequence[Mapping[str, Any]], counts: Sequence[int], model: StoredModel | None
+) -> list[str]:
+    """Names each crop of a row.
+
+    Args:
+      parts: Metadata of each sample.
+      counts: Crops of each picture, of all samples.
+      model: For which there is no overview.
+    """
+    names, numbers = [], iter(counts)
     for s, part in enumerate(parts):
-        for i, image in enumerate(part["images"]):
-            number = image.get("crops", 1)
-            for crop in range(number):
-                sample = f"sample {s + 1}, " if len(parts) > 1 else ""
-                picture = f"picture {i + 1}, " if len(part["images"]) > 1 else ""
-                what = ("overview" if crop == 0 else f"crop {crop}") if number > 1 else "whole"
-                names.append(f"{sample}{picture}{what}")
+        for i, _ in enumerate(part["images"]):
+            sample = f"sample {s + 1}, " if len(parts) > 1 else ""
+            picture = f"picture {i + 1}, " if len(part["images"]) > 1 else ""
+            number = next(numbers)
+            crops = ["whole"]
+            if number > 1:
+                crops = [f"crop {crop}" for crop in range(number)]
+                crops = ["overview", *crops[1:]] if model is None else crops
+            names += [f"{sample}{picture}{crop}" for crop in crops]
     return names
 
 
-def model_picture(family: Family, plan: PicturePlan, units: np.ndarray) -> np.ndarray:
-    """Puts the rows of `pixel_values` of one picture together again.
+def model_pictures(family: Family, plan: PicturePlan, units: np.ndarray) -> list[np.ndarray]:
+    """Makes pictures of the rows of `pixel_values` that one picture has become.
 
     Args:
       family: Of the model.
       plan: Of the picture.
-      units: float32 [plan.num_units, ...]: tiles [3, S, S], which come side by side, or patches.
+      units: float32 [plan.num_units, ...]: tiles [3, S, S], or patches.
 
     Returns:
-      uint8 [H, W, 3], without the model's normalisation.
+      uint8 [H, W, 3] each, without the model's normalisation: the tiles, or all patches put
+      together again.
     """
     if isinstance(family, Qwen2VL):
         (rows, cols), merge, side = plan.grid, family.merge, family.patch_px
         # Patches come by squares that become one token, each with all its frames.
         cells = units.reshape(rows // merge, cols // merge, merge, merge, 3, -1, side, side)
         chw = cells[:, :, :, :, :, 0].transpose(4, 0, 2, 5, 1, 3, 6)
-        chw = chw.reshape(3, rows * side, cols * side)
-    else:
-        chw = np.concatenate(list(units), axis=2)
+        units = chw.reshape(1, 3, rows * side, cols * side)
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (family.mean, family.std))
-    levels = np.rint((chw * std + mean) * 255).clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(levels.transpose(1, 2, 0))
+    levels = np.rint((units * std + mean) * 255).clip(0, 255).astype(np.uint8)
+    return [np.ascontiguousarray(each.transpose(1, 2, 0)) for each in levels]
 
 
 def _card(
@@ -295,7 +305,8 @@ def _card(
     dropped = sum(part.get("dropped_branches", 0) for part in row.parts)
     told = (
         f"{row.used:,} tokens and {padded:,} of padding; {int(row.learned.sum()):,} under loss; "
-        f"{crops} crops" + (f"; {dropped} conversations did not fit" if dropped else "")
+        f"{crops} crop{'' if crops == 1 else 's'}"
+        + (f"; {dropped} conversations did not fit" if dropped else "")
     )
     bodies = []
     for part, (start, stop) in zip(row.parts, pairwise(row.borders), strict=False):

@@ -6,9 +6,19 @@ shown, and reads nothing.
 
 from preprocess.page.charts import BarChart, Counts, bar_chart, histogram_chart
 from preprocess.page.html import Child, Markup, element, join, page, section, table
-from preprocess.page.parts import Piece, Shape, card, drawing, figure, loss_text, picture_uri
+from preprocess.page.parts import (
+    PICTURE_PX,
+    Piece,
+    Shape,
+    card,
+    drawing,
+    figure,
+    loss_text,
+    picture_uri,
+)
 
 __all__ = [
+    "PICTURE_PX",
     "BarChart",
     "Child",
     "Counts",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from preprocess.page import (
+    PICTURE_PX,
     Child,
     Markup,
     Piece,
@@ -35,6 +36,9 @@ from shardspec.tiling import (
     num_crops,
     num_image_tokens,
 )
+
+_SMALL_PX = 220
+"""Longest side of pictures of which a sample has many, such as frames."""
 
 _MOST_IMAGES = 12
 _MOST_BRANCHES = 8
@@ -89,7 +93,8 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
     for i, image in enumerate(sample.images[:_MOST_IMAGES]):
         where = f"{sample.shard} sample {sample.key}"
         pixels = decode_stored(image.payload, codec=reader.codec, where=where)
-        uri, width, height = picture_uri(pixels)
+        longest_px = PICTURE_PX if len(sample.images) <= 2 else _SMALL_PX
+        uri, width, height = picture_uri(pixels, longest_px=longest_px)
         own = [mark for mark in found if mark.image == i]
         told, view = seen[i]
         crops = [] if view is None else crop_shapes(image.source_size, view, (width, height))
@@ -113,6 +118,8 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
                 f"may change: {geometry.lower().replace('|', ', ')}{marked}",
             )
         )
+    if len(shown) > 2:
+        shown = [element("div", *shown, class_="tiles")]
     rest = len(sample.images) - _MOST_IMAGES
     shown.append(element("p", f"{rest} more pictures.", class_="note") if rest > 0 else None)
     return shown

@@ -21,6 +21,7 @@ from shardspec import storage
 from shardspec.errors import ConfigError, ManifestError, ShardError
 from shardspec.index import sample_layout
 from shardspec.manifest import require_manifest
+from shardspec.sample import text_rows
 from shardspec.tiling import ImageView
 from tests.inline import Quiet
 from tests.pages import checked
@@ -266,6 +267,30 @@ def test_several_images_are_shown_each(write_dataset, tiny_sample, tmp_path):
         page = checked(report(url, tmp_path / "a.html"))
     names = [svg["aria-label"] for svg in page.all("svg")]
     assert sum(name.startswith("Picture 2 of 2") for name in names) >= 3
+
+
+def test_frames_are_shown_with_their_times(inline_cli, tmp_path):
+    inline_cli.good(
+        *("shards", "moving_shapes", "--source", "sample", "--limit", 1, "--workers", 1),
+        *("--out", tmp_path / "out", "--cache", tmp_path / "cache"),
+    )
+    page = checked(report(tmp_path / "out", tmp_path / "a.html", samples=0))
+    found = re.findall(r"frame (\d+) of (\d+) of video 1, at ([\d.]+) s;", page.document)
+    numbers = [int(number) for number, _, _ in found]
+    assert numbers == [*range(1, int(found[0][1]) + 1)]
+    times = [float(time) for _, _, time in found]
+    assert times == sorted(set(times))
+    assert times[0] == 0
+
+
+def test_context_of_no_weight_is_not_marked(write_dataset, tiny_sample, tmp_path):
+    samples = [tiny_sample(i) for i in range(2)]
+    for sample in samples:
+        text_rows(sample.spans)[:, 7] = 0
+    url = write_dataset(tmp_path / "context", samples)
+    with mock.patch("preprocess.report.report._tokenizer", return_value=Numbers()):
+        page = checked(report(url, tmp_path / "a.html"))
+    assert [text for text in page.text_of("mark") if text != "background"] == []
 
 
 class Numbers:
