@@ -199,7 +199,7 @@ FLOORS = {
         {"mixture_stream"},
         {"delivery", "resume"},
         {"dataloader"},
-        {"device", "evaluation"},
+        {"device", "evaluation", "monitoring"},
         {"integrations"},
         {"cli"},
         {"__main__"},

@@ -107,6 +107,7 @@ PUBLIC = {
         "write_table",
     ],
     "loader.integrations": ["SteadyPasses", "attach_to_trainer", "check_model"],
+    "loader.monitoring": ["Fanout", "Hook", "JsonLines", "Prometheus", "TensorBoard", "WandB"],
     "vlm_shards": [
         "VQA2",
         "AOkVqa",

@@ -15,7 +15,7 @@ from loader.assembly.assemble import (
 )
 from loader.assembly.attention import build_attention_mask
 from loader.assembly.augment import Augment
-from loader.assembly.collate import MMCollator, PadSide, finished
+from loader.assembly.collate import IGNORE_INDEX, MMCollator, PadSide, finished
 from loader.assembly.families.collate import ModelCollator, finished_for_model
 from loader.assembly.families.example import (
     ModelDraft,
@@ -35,6 +35,7 @@ from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor, r
 from loader.assembly.video import VideoPreprocessor
 
 __all__ = [
+    "IGNORE_INDEX",
     "MEAN_STD",
     "Augment",
     "AugmentFunction",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from loader.assembly import (
+    IGNORE_INDEX,
     Draft,
     MMCollator,
     ModelCollator,
@@ -264,9 +265,13 @@ def _timings(planned: list[list[PlannedExample]], batch: Any, total_s: float) ->
     decode_s = sum([one.draft.decode_s for one in examples if one.draft.num_crops])
     values = batch.values() if isinstance(batch, Mapping) else ()  # of the user's: of any type
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    positions, tokens, loss_tokens = _count_tokens(examples, values=batch)
     return StageTimings(
         batches=1,
         samples=len(examples),
+        positions=positions,
+        tokens=tokens,
+        loss_tokens=loss_tokens,
         read_bytes=sum([one.num_bytes for one in examples]),
         batch_bytes=sum(tensor.nbytes for tensor in tensors),
         read_s=read_s,
@@ -276,3 +281,23 @@ def _timings(planned: list[list[PlannedExample]], batch: Any, total_s: float) ->
         render_s=render_s - decode_s,
         collate_s=total_s - read_s - layout_s - render_s,
     )
+
+
+def _count_tokens(examples: list[PlannedExample], *, values: Any) -> tuple[int, int, int]:
+    """Counts (positions, tokens, targets) of a batch; 0 of what a user's does not have."""
+    named = values if isinstance(values, Mapping) else {}
+    ids, mask, labels = (
+        value.numpy() if isinstance(value, torch.Tensor) and _is_plain(value) else None
+        for value in (named.get(name) for name in ("input_ids", "attention_mask", "labels"))
+    )
+    positions = 0 if ids is None else ids.size
+    # Packs for models have no mask: they are as long as their examples.
+    drafted = min(positions, sum([one.draft.num_tokens for one in examples]))
+    tokens = drafted if mask is None else int(np.count_nonzero(mask))
+    loss_tokens = 0 if labels is None else int(np.count_nonzero(labels != IGNORE_INDEX))
+    return positions, tokens, loss_tokens
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Returns True if NumPy can see a tensor: a user's may be of any kind."""
+    return value.device.type == "cpu" and value.dtype == torch.int64 and not value.requires_grad

@@ -17,6 +17,12 @@ STAGES = ("read", "layout", "decode", "render", "collate")
 _SERVED = 0.02
 """Share of waiting below which the loader keeps up."""
 
+_RATES = (
+    *("wait_share", "busy_share", "padding_share", "mean_ready"),
+    *("samples_per_s", "tokens_per_s", "loss_tokens_per_s"),
+)
+"""What `Stats.to_dict` gives beside sums."""
+
 _ADVICE: Mapping[str, str] = {
     "plan": "the schedule takes the time: plan with fewer lengths (no pack, no buckets), or with "
     "larger batches",
@@ -38,6 +44,12 @@ class StageTimings:
     """Of the samples as they are stored."""
     batch_bytes: int = 0
     """Of the tensors."""
+    positions: int = 0
+    """Of `input_ids`, padding included; 0 of batches without them."""
+    tokens: int = 0
+    """Positions that are not padding."""
+    loss_tokens: int = 0
+    """Positions that have a target."""
     read_s: float = 0.0
     layout_s: float = 0.0
     decode_s: float = 0.0
@@ -110,6 +122,22 @@ class Stats:
         return self.timings.samples / max(1e-9, self.wait_s + self.use_s)
 
     @property
+    def tokens_per_s(self) -> float:
+        """Tokens delivered per second, padding not counted."""
+        return self.timings.tokens / max(1e-9, self.wait_s + self.use_s)
+
+    @property
+    def loss_tokens_per_s(self) -> float:
+        """Targets delivered per second."""
+        return self.timings.loss_tokens / max(1e-9, self.wait_s + self.use_s)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions, 0 to 1, that are padding."""
+        positions = self.timings.positions
+        return 1 - self.timings.tokens / positions if positions else 0.0
+
+    @property
     def busy_share(self) -> float:
         """Share of their time, 0 to 1, in which threads or worker processes worked."""
         share = self.timings.busy_s / max(1e-9, self.workers * (self.wait_s + self.use_s))
@@ -162,7 +190,6 @@ class Stats:
     def to_dict(self) -> dict[str, float]:
         """Gives the totals as flat numbers, for loggers."""
         flat: dict[str, float] = dict(asdict(self.timings))
-        for name in ("plan_s", "wait_s", "use_s", "wait_share", "samples_per_s", "busy_share"):
+        for name in ("plan_s", "wait_s", "use_s", *_RATES):
             flat[name] = getattr(self, name)
-        flat["mean_ready"] = self.mean_ready
         return {**flat, **self.counters}
