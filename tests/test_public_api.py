@@ -107,7 +107,7 @@ PUBLIC = {
         "write_table",
     ],
     "loader.integrations": ["SteadyPasses", "attach_to_trainer", "check_model"],
-    "loader.monitoring": ["Fanout", "Hook", "JsonLines", "Prometheus", "TensorBoard", "WandB"],
+    "loader.monitoring": ["Fanout", "JsonLines", "Prometheus", "TensorBoard", "WandB"],
     "vlm_shards": [
         "VQA2",
         "AOkVqa",
@@ -235,9 +235,9 @@ MEMBERS = {
     ],
     "SampleRef": ["dataset", "epoch", "question", "real", "sample"],
     "Stats": [
-        *("bottleneck", "busy_share", "counters", "line", "mean_ready", "plan_s", "ready"),
-        *("samples_per_s", "since", "timings", "to_dict", "use_s", "verdict", "wait_s"),
-        *("wait_share", "worker_kind", "workers"),
+        *("bottleneck", "busy_share", "counters", "line", "loss_tokens_per_s", "mean_ready"),
+        *("padding_share", "plan_s", "ready", "samples_per_s", "since", "timings", "to_dict"),
+        *("tokens_per_s", "use_s", "verdict", "wait_s", "wait_share", "worker_kind", "workers"),
     ],
     "StreamLoader": [
         *("change", "close", "epoch", "load_state_dict", "pass_is_exact", "places", "state_dict"),

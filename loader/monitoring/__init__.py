@@ -4,6 +4,6 @@ Decides in which form the statistics of a run are written. Never measures anythi
 a run: what cannot be written is logged once.
 """
 
-from loader.monitoring.hooks import Fanout, Hook, JsonLines, Prometheus, TensorBoard, WandB
+from loader.monitoring.hooks import Fanout, JsonLines, Prometheus, TensorBoard, WandB
 
-__all__ = ["Fanout", "Hook", "JsonLines", "Prometheus", "TensorBoard", "WandB"]
+__all__ = ["Fanout", "JsonLines", "Prometheus", "TensorBoard", "WandB"]
