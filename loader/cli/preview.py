@@ -230,7 +230,10 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
             ]
             pixels, counts = [], []
             for plan in plans:
-                units = batch["pixel_values"][first_unit : first_unit + plan.num_units].numpy()
+                values = batch["pixel_values"]
+                # Idefics3 has all rows in one: [1, N, 3, S, S].
+                values = values[0] if values.ndim == 5 and len(values) == 1 else values
+                units = values[first_unit : first_unit + plan.num_units].numpy()
                 first_unit += plan.num_units
                 pixels += (own := model_pictures(model.family, plan, units))
                 counts.append(len(own))
@@ -291,6 +294,9 @@ def model_pictures(family: Family, plan: PicturePlan, units: np.ndarray) -> list
         cells = units.reshape(rows // merge, cols // merge, merge, merge, 3, -1, side, side)
         chw = cells[:, :, :, :, :, 0].transpose(4, 0, 2, 5, 1, 3, 6)
         units = chw.reshape(1, 3, rows * side, cols * side)
+    elif units.ndim < 4 or units.shape[-3] != 3:
+        return []  # of a form that is not known here
+    units = units.reshape(-1, *units.shape[-3:])
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (family.mean, family.std))
     levels = np.rint((units * std + mean) * 255).clip(0, 255).astype(np.uint8)
     return [np.ascontiguousarray(each.transpose(1, 2, 0)) for each in levels]
