@@ -191,7 +191,9 @@ def make_dataloader(
       pad_side: "left" pads texts in front, for models that generate; see `MMCollator`.
       metadata: Fields of the samples' records that `metadata` has as `record`, plain Python objects
         (question_id, answers, options, points, image_url ...; None where a sample has none); True:
-        all. It implies `with_metadata`. In an evaluation they are those of the row's question.
+        all. `ocr_boxes` is where the words of documents are on the crops, see
+        `loader.assembly.ocr_boxes`. It implies `with_metadata`. In an evaluation they are those of
+        the row's question.
 
     Raises:
       ConfigError: `argument`; `argument_unused`, one that means nothing beside the others;

@@ -19,6 +19,7 @@ import numpy as np
 
 from preprocess.datasets import (
     ImageSource,
+    PageImage,
     RemoteImage,
     SceneImage,
     SceneVideo,
@@ -47,6 +48,7 @@ from preprocess.text import (
     TextPolicy,
     TokenizedText,
     Tokenizer,
+    add_ocr,
     answer_flags,
     chat_frame,
     check_placeholders,
@@ -63,7 +65,7 @@ from shardspec.errors import ConfigError, SampleError
 from shardspec.families import family_to_dict
 from shardspec.index import longest_text
 from shardspec.manifest import canonical_json
-from shardspec.sample import PreparedSample, spans_table
+from shardspec.sample import Geometry, PreparedSample, spans_table
 from shardspec.tiling import FrameView, num_image_tokens
 
 KEY_BYTES = 12
@@ -200,6 +202,8 @@ class Preparer:
             if video is not None:
                 identities.append(video_identity(video, example))
             key = sample_key(example, image_id=images_identity(identities))
+        told = example["message_list"]
+        example = add_ocr(example, encode=self.tokenizer.encode)
         texts = message_texts(example)
         keeps = self.recipe.text.reasoning == "keep"
         for text, is_answer in zip(texts, answer_flags(example), strict=True):
@@ -211,8 +215,16 @@ class Preparer:
                 raise SampleError("media_placeholder", where=key, spelled=spelled)
         known = self.formatter.styles
         geometry = safe_geometry(texts, styles=message_styles(example), known=known)
+        if example.get("rigid"):
+            geometry &= Geometry.COLOR
         images = tuple(
-            self.image_preprocessor(source, geometry=geometry, where=key) for source in sources
+            self.image_preprocessor(
+                source,
+                geometry=geometry,
+                where=key,
+                frame=image.frame if isinstance(image, PageImage) else 0,
+            )
+            for image, source in zip(found, sources, strict=True)
         )
         sizes = [(image.source_width, image.source_height) for image in images]
         branches = self.formatter(example, key=key, image_sizes=sizes)
@@ -220,7 +232,7 @@ class Preparer:
             raise SampleError("no_message.row", where=key)
         record = {
             "key": key,
-            "message_list": example["message_list"],
+            "message_list": told,
             "metadata": example.get("metadata", {}),
         }
         stored: StoredFrames | None = None
@@ -281,7 +293,7 @@ class Preparer:
             return InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
                 branches,
                 key=key,
-                leads=image_prefixes(num_pictures),
+                leads=example.get("leads") or image_prefixes(num_pictures),
                 frame_times_s=frame_times_s,
             )
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
@@ -289,7 +301,7 @@ class Preparer:
         return tokenized_conversations(self.model, alternatives, images=num_pictures, key=key)
 
     def _read(self, image: ImageSource) -> Any:
-        if isinstance(image, SceneImage | RemoteImage):
+        if isinstance(image, SceneImage | RemoteImage | PageImage):
             return image.read()
         if isinstance(image, Path):
             return read_path(image)
@@ -332,6 +344,8 @@ def image_identity(image: ImageSource, encoded: Any) -> str:
     """
     if isinstance(image, SceneImage):
         return f"scene:{image.seed}:{image.idx}"
+    if isinstance(image, PageImage):
+        return image.identity()
     if isinstance(encoded, bytes):
         return hashlib.sha256(encoded).hexdigest()
     pixels = np.ascontiguousarray(np.asarray(encoded))

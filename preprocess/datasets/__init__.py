@@ -26,6 +26,7 @@ from preprocess.datasets.base import (
     example_images,
     example_video,
 )
+from preprocess.datasets.documents import Documents
 from preprocess.datasets.images import RemoteImage
 from preprocess.datasets.kinds import DocumentDataset, RobotDataset
 from preprocess.datasets.own import OwnDataset, is_own
@@ -41,6 +42,8 @@ from preprocess.datasets.pixmo_points import PixMoPoints
 from preprocess.datasets.splits import Unmatched as Unmatched
 from preprocess.datasets.text_sft import TextSft
 from preprocess.datasets.vqa2 import Vqa2 as VQA2
+from preprocess.documents import PageImage
+from preprocess.formats import DocumentPolicy
 from shardspec.errors import ConfigError, nearest
 
 _NOT_DATASETS = ("base", "code", "hooks", "images", "kinds", "own", "rows", "splits")
@@ -54,9 +57,12 @@ __all__ = [
     "Dataset",
     "DatasetBase",
     "DocumentDataset",
+    "DocumentPolicy",
+    "Documents",
     "HfDataset",
     "ImageSource",
     "OwnDataset",
+    "PageImage",
     "PixMoAskModelAnything",
     "PixMoCap",
     "PixMoCapQa",

@@ -29,6 +29,7 @@ from PIL import Image
 
 from preprocess.datasets import (
     ImageSource,
+    PageImage,
     RemoteImage,
     SceneImage,
     SceneVideo,
@@ -36,6 +37,7 @@ from preprocess.datasets import (
     example_images,
     example_video,
 )
+from preprocess.documents import page_identity
 from preprocess.fetch import FetchResult, Ledger, fetch_all, read_ledger, redact
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.job import (
@@ -480,6 +482,12 @@ def _plan_image(
             image = image.read()
         except SampleError as missing:
             return _PlannedImage(location=location, identity="", error=missing)
+    if isinstance(image, PageImage):
+        planned = _plan_image(job, image.document, results, stamps)
+        page, dpi = image.page, image.dpi
+        found = {"kind": "page", "document": planned.location, "page": page, "dpi": dpi}
+        identity = planned.identity and page_identity(planned.identity, page=page, dpi=dpi)
+        return _PlannedImage(location=found, identity=identity, error=planned.error)
     if isinstance(image, bytes):
         identity = hashlib.sha256(image).hexdigest()
         if not job.blobs.has(identity, num_bytes=len(image)):

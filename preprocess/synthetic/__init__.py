@@ -4,6 +4,7 @@ Decides what a generated row holds. Never reads files; the same seed gives the s
 """
 
 from preprocess.synthetic.clips import plan_clip, render_clip
+from preprocess.synthetic.papers import PAGE_PX, Paper, plan_paper
 from preprocess.synthetic.questions import (
     POINT_MARK,
     choose,
@@ -20,13 +21,16 @@ from preprocess.synthetic.scenes import COLORS, SHAPES, plan_scene, render
 
 __all__ = [
     "COLORS",
+    "PAGE_PX",
     "POINT_MARK",
+    "Paper",
     "SHAPES",
     "choose",
     "compared_scenes",
     "listed",
     "percent_points",
     "plan_clip",
+    "plan_paper",
     "plan_scene",
     "pointed_answers",
     "render",

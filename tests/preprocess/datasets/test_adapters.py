@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from preprocess.datasets import (
     DatasetBase,
+    PageImage,
     SceneImage,
     SceneVideo,
     dataset_class,
@@ -131,12 +132,14 @@ def test_generated_examples_are_whole_and_of_plain_json(name, mode):
         assert all(isinstance(image, SceneImage) for image in images)
         assert isinstance(example.get("image"), list) == dataset.several_images - dataset.videos
         assert isinstance(example_video(example), SceneVideo) == dataset.videos
+        assert all(isinstance(image, SceneImage | PageImage) for image in images)
+        assert isinstance(example.get("image"), list) == dataset.several_images
         for message in example["message_list"]:
             assert message["style"] in STYLES
             if "options" in message:
                 assert len(set(message["options"])) == len(message["options"]) == 4
                 assert 0 <= message["answer_idx"] < 4
-            if points_of(message):
+            if points_of(message) and name != "documents":  # they have a test of their own
                 plan = plan_scene(images[0].seed, images[0].idx)
                 scale = message.get("point_scale")
                 width, height = (scale, scale) if scale else (plan.width_px, plan.height_px)
@@ -545,6 +548,7 @@ def test_a_job_builds_generated_rows(name, build):
     out = build(name)
     manifest = require_manifest(str(out))
     several, videos = name in ("pixmo_multi_image_qa", "moving_shapes"), name == "moving_shapes"
+    several = dataset_class(name).several_images
     assert manifest.splits["train"].num_samples == 2
     assert manifest.recipe["several_images"] is several
     assert ("video" in manifest.recipe) == ("av" in manifest.libraries) == videos
