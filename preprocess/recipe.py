@@ -56,6 +56,7 @@ from preprocess.text import (
     media_placeholder,
     message_styles,
     message_texts,
+    name_pages,
     safe_geometry,
     styles_of,
     system_text,
@@ -204,6 +205,8 @@ class Preparer:
             key = sample_key(example, image_id=images_identity(identities))
         told = example["message_list"]
         example = add_ocr(example, encode=self.tokenizer.encode)
+        if self.model is not None:  # its template places the images itself
+            example = name_pages(example)
         texts = message_texts(example)
         keeps = self.recipe.text.reasoning == "keep"
         for text, is_answer in zip(texts, answer_flags(example), strict=True):

@@ -282,7 +282,8 @@ def _messages(
             message = {"style": request["style"], "question": asked["question"], **said}
             yield {**message, **with_ocr}
         if "grounded" in policy.tasks and asked.get("boxes"):
-            yield {**_grounded(asked, pages, policy, where), **with_ocr}
+            for message in _grounded(asked, {**request, "where": where}, pages, policy):
+                yield {**message, **with_ocr}
     if "transcription" in policy.tasks:
         yield from _transcriptions(pages, plain)
     if "region" in policy.tasks:
@@ -294,25 +295,39 @@ def _messages(
 
 
 def _grounded(
-    asked: Mapping[str, Any], pages: _Pages, policy: DocumentPolicy, where: str
-) -> dict[str, Any]:
-    """Requests the places of an answer: the middles of its boxes, in the order of the pages."""
-    points: dict[int, list[list[float]]] = {page: [] for page in pages.numbers}
+    asked: Mapping[str, Any], request: Mapping[str, Any], pages: _Pages, policy: DocumentPolicy
+) -> Iterator[dict[str, Any]]:
+    """Requests the places of an answer: as points on all pages, or as boxes on each."""
+    boxes: dict[int, list[Box]] = {page: [] for page in pages.numbers}
+    where = request["where"]
     for each in _records(asked["boxes"], "boxes"):
         page = each.get("page", pages.numbers[0])
-        if page not in points:
+        if page not in boxes:
             raise SampleError(
                 "document_page_number", where=where, page=page, pages=list(pages.numbers)
             )
-        x0, y0, x1, y1 = pages.place(page, each.get("box"), unit=policy.box_unit, where=where)
-        points[page].append([(x0 + x1) / 2, (y0 + y1) / 2])
+        boxes[page].append(pages.place(page, each.get("box"), unit=policy.box_unit, where=where))
     label = asked.get("answer") or (asked.get("answers") or [asked["question"]])[0]
-    shared = {"question": f"{asked['question']} Point to the answer.", "point_scale": 1.0}
+    shared = {"label": label, "point_scale": 1.0}
+    if policy.grounding == "box":
+        for page, found in boxes.items():
+            named = pages.named(page, preposition="on")
+            question = f"{asked['question']} Give the boxes of the answer{named}."
+            message = {"style": "boxes", "question": question, "boxes": list(map(list, found))}
+            if found:
+                yield {**message, **shared, "notation": request["notation"]}
+        return
+    points = [[_middle(box) for box in found] for found in boxes.values()]
+    shared["question"] = f"{asked['question']} Point to the answer."
     if pages.several:
-        style = "multi_image_pointing"
-        return {"style": style, "label": label, "points": list(points.values()), **shared}
-    found = points[pages.numbers[0]]
-    return {"style": "pointing", "label": label, "points": found, **shared}
+        yield {"style": "multi_image_pointing", "points": points, **shared}
+    else:
+        yield {"style": "pointing", "points": points[0], **shared}
+
+
+def _middle(box: Box) -> list[float]:
+    x0, y0, x1, y1 = box
+    return [(x0 + x1) / 2, (y0 + y1) / 2]
 
 
 def _transcriptions(pages: _Pages, plain: str | None) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,8 @@ from shardspec.errors import ConfigError, SampleError, nearest
 
 OcrMode = Literal["none", "text", "words_with_boxes"]
 
+Grounding = Literal["point", "box"]
+
 TASKS = ("qa", "transcription", "region", "key_value", "table", "grounded")
 """What a document may be asked for."""
 
@@ -55,6 +57,8 @@ class DocumentPolicy:
     """Whether the text layer of a PDF is taken where a row has no OCR."""
     tasks: tuple[str, ...] = ("qa", "grounded")
     """Of `TASKS`; a row gives the messages of those that it has what is needed for."""
+    grounding: Grounding = "point"
+    """What a grounded answer is: the middles of its boxes, or the boxes, in the spec's notation."""
     box_unit: str = "page"
     """Of boxes in rows: "page", shares of the page from 0 to 1, or "ocr", the unit of its OCR."""
 
@@ -68,6 +72,10 @@ class DocumentPolicy:
             "tasks": (
                 bool(self.tasks) and all(task in TASKS for task in self.tasks),
                 f"some of {', '.join(TASKS)}",
+            ),
+            "grounding": (
+                self.grounding in get_args(Grounding),
+                ", ".join(get_args(Grounding)),
             ),
             "box_unit": (self.box_unit in ("page", "ocr"), "page, ocr"),
         }
@@ -133,7 +141,7 @@ def document_request(row: Mapping[str, Any], spec: Spec, *, url: bool = False) -
         numbers = _numbers(column(name), name)
         if numbers is not None:
             request[name] = numbers
-    request["style"] = spec.style or "doc_qa"
+    request |= {"style": spec.style or "doc_qa", "notation": spec.notation}
     return {"image": images, "document": request, "message_list": []}
 
 

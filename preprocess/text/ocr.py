@@ -61,6 +61,26 @@ def add_ocr(
     return {**example, "message_list": found}
 
 
+def name_pages(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Puts the names of pages in front of questions, for templates that place images themselves.
+
+    >>> name_pages({"leads": ["Page 1", "Page 7"], "message_list": [{"question": "Total?"}]})[
+    ...     "message_list"
+    ... ]
+    [{'question': 'Page 1, Page 7\\n\\nTotal?'}]
+    """
+    if not example.get("leads"):
+        return example
+    names = ", ".join(example["leads"])
+    messages = [
+        {**message, "question": f"{names}\n\n{message['question']}"}
+        if isinstance(message.get("question"), str)
+        else message
+        for message in example["message_list"]
+    ]
+    return {**example, "message_list": messages}
+
+
 def fit_pieces(
     pieces: Sequence[str], *, budget: int, encode: Callable[[str], Sequence[int]]
 ) -> str:

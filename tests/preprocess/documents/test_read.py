@@ -7,8 +7,9 @@ import pytest
 
 from preprocess.datasets import DocumentDataset
 from preprocess.formats import DocumentPolicy
-from preprocess.text import add_ocr
+from preprocess.text import TextPolicy, add_ocr
 from preprocess.text.ocr import fit_pieces
+from preprocess.text.styles import STYLES, Draw
 from shardspec.errors import ConfigError, SampleError
 from tests.preprocess.documents import made
 
@@ -103,6 +104,18 @@ def test_grounded_answers_on_several_pages_point_at_each():
     assert message["points"][1][0] == pytest.approx([0.3, 0.5])
 
 
+def test_grounded_answers_may_be_boxes_on_each_page():
+    boxes = [{"page": 2, "box": [0.2, 0.4, 0.4, 0.6]}, {"page": 1, "box": [0, 0, 0.5, 1]}]
+    row = {"pages": [PAGE, PAGE, PAGE], "questions": [{**ASKED, "boxes": boxes}]}
+    first, second = example(row, tasks=("grounded",), grounding="box")["message_list"]
+    assert first["question"].endswith("Give the boxes of the answer on page 1.")
+    assert second["boxes"] == [[0.2, 0.4, 0.4, 0.6]]
+    style = STYLES["boxes"]
+    draw = Draw(style=style, policy=TextPolicy(), rng=np.random.RandomState(0))
+    want = '[{"bbox_2d": [200, 400, 400, 600], "label": "12.50"}]'
+    assert style.draw(second, draw)[1] == want
+
+
 def test_a_transcription_has_no_ocr_in_front_of_it():
     got = example({"document": PDF, **ASKED}, ocr="text", tasks=("qa", "transcription"))
     assert ["ocr" in message for message in got["message_list"]] == [True] + [False] * 4
@@ -149,6 +162,7 @@ def test_as_many_pieces_as_fit_are_kept():
         {"tasks": []},
         {"tasks": ["sing"]},
         {"box_unit": "mile"},
+        {"grounding": "line"},
         {"text_layer": 1},
         {"colour": 1},
     ],
