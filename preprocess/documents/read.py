@@ -301,7 +301,7 @@ def _grounded(
     boxes: dict[int, list[Box]] = {page: [] for page in pages.numbers}
     where = request["where"]
     for each in _records(asked["boxes"], "boxes"):
-        page = each.get("page", pages.numbers[0])
+        page = _page_of(each, pages, "boxes")
         if page not in boxes:
             raise SampleError(
                 "document_page_number", where=where, page=page, pages=list(pages.numbers)
@@ -345,11 +345,13 @@ def _regions(
     regions: Any, pages: _Pages, policy: DocumentPolicy, where: str
 ) -> Iterator[dict[str, Any]]:
     for each in _records(regions, "regions"):
-        page = each.get("page", pages.numbers[0])
+        page = _page_of(each, pages, "regions")
         if page not in pages.numbers:
             continue
         box = pages.place(page, each.get("box"), unit=policy.box_unit, where=where)
         text = each.get("text") or "\n".join(_inside(pages.texts.get(page), box))
+        if not isinstance(text, str):
+            raise SampleError("row_fields", name="regions", want="a text in each", fields=[])
         if not text.strip():
             continue
         corners = ", ".join(str(round(1000 * value)) for value in box)
@@ -377,6 +379,9 @@ def _key_values(
     pairs: dict[str, Any] = {}
     if isinstance(fields, Mapping):
         pairs = {str(key): value for key, value in fields.items() if value not in (None, "")}
+        if not all(isinstance(value, str | int) for value in pairs.values()):
+            want = "a text or a number for each key"
+            raise SampleError("row_fields", name="fields", want=want, fields=sorted(pairs))
     elif fields is not None:
         raise SampleError("row_fields", name="fields", want="{key: value}", fields=[])
     else:
@@ -395,7 +400,7 @@ def _tables(
     tables: Any, pages: _Pages, with_ocr: Mapping[str, Any], where: str
 ) -> Iterator[dict[str, Any]]:
     for each in _records(tables, "tables"):
-        page = each.get("page", pages.numbers[0])
+        page = _page_of(each, pages, "tables")
         if page not in pages.numbers:
             continue
         question = f"Write the table{pages.named(page, preposition='on')} as Markdown."
@@ -423,6 +428,16 @@ def markdown_table(rows: Any, *, where: str = "") -> str:
     header, *rest = [[" ".join(str(c).split()).replace("|", "\\|") for c in row] for row in rows]
     lines = [header, ["---"] * len(header), *rest]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _page_of(record: Mapping[str, Any], pages: _Pages, name: str) -> int:
+    """Gives the number of the page that a record is about, the first kept one by default."""
+    page = record.get("page")
+    if page is None:
+        return pages.numbers[0]
+    if not isinstance(page, int) or isinstance(page, bool):
+        raise SampleError("row_fields", name=name, want="page numbers from 1 on", fields=[])
+    return page
 
 
 def _records(value: Any, name: str) -> list[Mapping[str, Any]]:

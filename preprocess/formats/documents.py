@@ -136,6 +136,8 @@ def document_request(row: Mapping[str, Any], spec: Spec, *, url: bool = False) -
     if not images:
         raise SampleError("row_image", fields=sorted(map(str, row)), got="nothing")
     request: dict[str, Any] = {name: column(name) for name in _KEPT if not _is_absent(column(name))}
+    if not isinstance(request.get("ocr_text", ""), str):
+        raise _missing(row, spec.column("ocr_text"), "a text")
     request["questions"] = _questions(row, spec, column)
     for name in ("page_numbers", "evidence_pages"):
         numbers = _numbers(column(name), name)
@@ -160,10 +162,10 @@ def _questions(row: Mapping[str, Any], spec: Spec, column: Any) -> list[dict[str
                 raise _missing(row, spec.column("question"), "a text")
             return []
     if isinstance(found, Mapping):  # the hub's record of lists
-        keys = list(found)
-        found = [
-            dict(zip(keys, values, strict=True)) for values in zip(*found.values(), strict=True)
-        ]
+        lists = [value for value in found.values() if isinstance(value, list | tuple)]
+        if len(lists) < len(found) or len({len(value) for value in lists}) != 1:
+            raise _missing(row, spec.column("questions"), "a list of {question, answer}")
+        found = [dict(zip(found, values, strict=True)) for values in zip(*lists, strict=True)]
     if not isinstance(found, list | tuple) or not all(isinstance(q, Mapping) for q in found):
         raise _missing(row, spec.column("questions"), "a list of {question, answer}")
     return [_question(each, row, spec) for each in found]
@@ -176,7 +178,8 @@ def _question(asked: Mapping[str, Any], row: Mapping[str, Any], spec: Spec) -> d
     answer = asked.get("answers")
     answer = answer if answer is not None else asked.get("answer", asked.get("assistant"))
     answers = answer if isinstance(answer, list | tuple) else [answer]
-    texts = [str(each) for each in answers if each is not None and str(each).strip()]
+    texts = [each if isinstance(each, str) else _number(each) for each in answers]
+    texts = [text for text in texts if text.strip()]
     boxes = asked.get("boxes")
     if not texts and not boxes:
         raise _missing(row, spec.column("answer"), "a text, or a list of texts")
@@ -191,6 +194,11 @@ def _question(asked: Mapping[str, Any], row: Mapping[str, Any], spec: Spec) -> d
     if boxes:
         message["boxes"] = boxes
     return message
+
+
+def _number(value: Any) -> str:
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return str(value) if plain else ""
 
 
 def _numbers(value: Any, name: str) -> list[int] | None:

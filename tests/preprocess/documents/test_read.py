@@ -1,16 +1,21 @@
 """Rows of documents: what they become, and which are refused."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from preprocess.datasets import DocumentDataset
-from preprocess.formats import DocumentPolicy
+from preprocess.documents import read_document
+from preprocess.formats import DOCUMENT_TASKS, DocumentPolicy, Spec, document_request
 from preprocess.text import TextPolicy, add_ocr
 from preprocess.text.ocr import fit_pieces
 from preprocess.text.styles import STYLES, Draw
 from shardspec.errors import ConfigError, SampleError
+from tests.examples import examples
 from tests.preprocess.documents import made
 
 ASKED = {"question": "What is the total?", "answer": "12.50"}
@@ -119,6 +124,43 @@ def test_grounded_answers_may_be_boxes_on_each_page():
 def test_a_transcription_has_no_ocr_in_front_of_it():
     got = example({"document": PDF, **ASKED}, ocr="text", tasks=("qa", "transcription"))
     assert ["ocr" in message for message in got["message_list"]] == [True] + [False] * 4
+
+
+SIMPLE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 3),
+    st.floats(),
+    st.text(max_size=3),
+    st.binary(max_size=3),
+    st.sampled_from(["qa", "<a/>", "[1]", b"<alto/>", {"form": []}]),
+)
+NAMES = ["page", "box", "text", "rows", "words", "width", "height", "question", "answer", "boxes"]
+VALUES = st.recursive(
+    SIMPLE,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(NAMES), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+COLUMNS = ["questions", "ocr", "ocr_text", "regions", "fields", "tables", "evidence_pages"]
+COLUMNS += ["page_numbers", "question", "answer", "answers", "boxes", "answer_page_idx", "texts"]
+
+
+@given(row=st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=5), good=st.booleans())
+@settings(max_examples=examples(200))
+def test_a_row_of_any_shape_is_an_example_or_one_bad_row(row, good):
+    """Whatever else a row has: an error of another kind would name no field."""
+    given = {"pages": [PAGE, PAGE], **row, **(ASKED if good else {})}
+    policy = DocumentPolicy(tasks=DOCUMENT_TASKS, box_unit="page", max_pages=1)
+    with contextlib.suppress(SampleError):
+        found = read_document(
+            {**document_request(given, Spec(name="own", format="documents")), "metadata": {}},
+            policy=policy,
+        )
+        assert json.loads(json.dumps(found["metadata"], allow_nan=False)) == found["metadata"]
+        json.dumps(found["message_list"], allow_nan=False)
+        assert len(found["image"]) == 1
 
 
 def words(number):
