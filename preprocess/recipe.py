@@ -304,8 +304,10 @@ class Preparer:
         return tokenized_conversations(self.model, alternatives, images=num_pictures, key=key)
 
     def _read(self, image: ImageSource) -> Any:
-        if isinstance(image, SceneImage | RemoteImage | PageImage):
+        if isinstance(image, SceneImage | RemoteImage):
             return image.read()
+        if isinstance(image, PageImage):
+            return image.read(memory=self.memory)
         if isinstance(image, Path):
             return read_path(image)
         if isinstance(image, str):

@@ -25,6 +25,7 @@ from preprocess.documents.pdf import (
     page_words,
 )
 from preprocess.documents.words import PageText
+from preprocess.media import MemoryBudget
 from shardspec.errors import SampleError
 
 Kind = Literal["pdf", "tiff", "image"]
@@ -54,8 +55,11 @@ class PageImage:
         name = str(self.document) if isinstance(self.document, Path) else "document"
         return f"{name} page {self.page}"
 
-    def read(self) -> np.ndarray | bytes:
+    def read(self, *, memory: MemoryBudget | None = None) -> np.ndarray | bytes:
         """Draws the page of a PDF, uint8 [H, W, 3]; gives the whole file of any other document.
+
+        Args:
+          memory: What drawing may take in all processes together.
 
         Raises:
           SampleError: As `open_pdf` and `page_pixels`; `image_missing`.
@@ -64,7 +68,7 @@ class PageImage:
         if document_kind(payload) != "pdf":
             return payload
         with open_pdf(payload, where=self.where) as pdf:
-            return page_pixels(pdf, self.page, dpi=self.dpi, where=self.where)
+            return page_pixels(pdf, self.page, dpi=self.dpi, memory=memory, where=self.where)
 
     @property
     def frame(self) -> int:

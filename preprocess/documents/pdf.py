@@ -18,13 +18,14 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from preprocess.documents.words import Box, PageText, page_text
+from preprocess.media import MemoryBudget
 from shardspec.errors import ConfigError, SampleError
 
 MAX_PAGES = 5_000
@@ -37,6 +38,9 @@ MAX_PAGE_SIDE_PX = 16_384
 
 MAX_CHARS = 200_000
 """Most characters of a page that are looked at; a dense page of a newspaper has 30,000."""
+
+_DRAWN_BYTES = 7
+"""Bytes of a pixel while it is drawn, and of its copy."""
 
 _PASSWORD = 4
 """FPDF_ERR_PASSWORD."""
@@ -110,24 +114,30 @@ def open_pdf(payload: bytes, *, where: str = "") -> Iterator[Any]:
             pdf.close()
 
 
-def page_pixels(pdf: Any, page: int, *, dpi: float, where: str = "") -> np.ndarray:
+def page_pixels(
+    pdf: Any, page: int, *, dpi: float, memory: MemoryBudget | None = None, where: str = ""
+) -> np.ndarray:
     """Draws a page: uint8 [H, W, 3].
 
     Args:
       pdf: As `open_pdf` gives it.
       page: Its number, from 1 on.
       dpi: Pixels per 72 points; sides are rounded up.
+      memory: What drawing may take in all processes together.
       where: Named in errors.
 
     Raises:
       SampleError: `document_page_size`, `document_broken`.
     """
-    check_page(pdf, page, dpi=dpi, where=where)
-    bitmap = pdf[page - 1].render(scale=dpi / 72, rev_byteorder=True)
-    try:
-        return np.array(bitmap.to_numpy()[..., :3])
-    finally:
-        bitmap.close()
+    width, height = check_page(pdf, page, dpi=dpi, where=where)
+    need_bytes = width * height * _DRAWN_BYTES
+    # No thread that has memory waits for PDFium, so that waiting here for memory ends.
+    with memory.hold(min(need_bytes, memory.largest_bytes)) if memory else nullcontext():
+        bitmap = pdf[page - 1].render(scale=dpi / 72, rev_byteorder=True)
+        try:
+            return np.array(bitmap.to_numpy()[..., :3])
+        finally:
+            bitmap.close()
 
 
 def check_page(pdf: Any, page: int, *, dpi: float, where: str = "") -> tuple[int, int]:
