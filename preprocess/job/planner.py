@@ -355,7 +355,9 @@ def _spool_rows(
 def _has_blobs(row: Mapping[str, Any]) -> bool:
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
     found = [*images, row.get("video")]
-    return any(each is not None and each["kind"] == "blob" for each in found)
+    # A page is where its document is.
+    places = [each.get("document", each) for each in found if each is not None]
+    return any(place["kind"] == "blob" for place in places)
 
 
 def _repeated(job: Job, row: dict[str, Any], seen: Counter[str]) -> SampleError | None:
