@@ -106,6 +106,7 @@ _PREPARED_ONLY: Mapping[str, Any] = {
     "bucket_steps": 0,
     "pad_side": "right",
     "metadata": False,
+    "arrays": (),
 }
 """Defaults of `make_dataloader`: arguments that mean nothing for raw samples."""
 
@@ -138,6 +139,7 @@ def make_dataloader(
     prefetch_bytes: int = 1 << 32,
     pad_side: PadSide = "right",
     metadata: bool | tuple[str, ...] = False,
+    arrays: tuple[str, ...] = (),
 ) -> StreamLoader:
     """Makes the loader of this rank.
 
@@ -194,6 +196,9 @@ def make_dataloader(
         all. `ocr_boxes` is where the words of documents are on the crops, see
         `loader.assembly.ocr_boxes`. It implies `with_metadata`. In an evaluation they are those of
         the row's question.
+      arrays: Fields of the samples' records to deliver as tensors of their own names, [B, ...]:
+        float32, int64 or bool, of one shape in all samples, such as the `actions`, `action_mask`
+        and `state` of robots. Not with packs or `collate`.
 
     Raises:
       ConfigError: `argument`; `argument_unused`, one that means nothing beside the others;
@@ -213,7 +218,8 @@ def make_dataloader(
     require_argument(isinstance(pad_mode, str), "pad_mode", pad_mode, "the name of a mode")
     name_argument("pad_side", pad_side, PadSide)
     fields = () if isinstance(metadata, bool | np.bool_) else metadata
-    for name, listed in (("extra_keys", extra_keys), ("columns", columns), ("metadata", fields)):
+    listings = {"extra_keys": extra_keys, "columns": columns, "metadata": fields, "arrays": arrays}
+    for name, listed in listings.items():
         fits = isinstance(listed, tuple | list) and all(isinstance(one, str) for one in listed)
         wanted = "True, False or a tuple of names" if name == "metadata" else "a tuple of names"
         require_argument(fits, name, listed, wanted)
@@ -277,6 +283,7 @@ def make_dataloader(
             "bucket_steps": bucket_steps,
             "pad_side": pad_side,
             "metadata": wanted_fields,
+            "arrays": tuple(arrays),
         }
         given = sorted(name for name in options if options[name] != _PREPARED_ONLY[name])
         if given:
@@ -293,6 +300,7 @@ def make_dataloader(
                 "columns": tuple(columns),
                 "min_images": min_images,
                 "pad_side": pad_side,
+                "arrays": tuple(arrays),
             }
             given = sorted(name for name in layout if layout[name] != _PREPARED_ONLY[name])
             if given:
@@ -317,7 +325,10 @@ def make_dataloader(
             extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
         if pack and max_images is not None:
             max_crops = max_images if max_crops is None else min(max_crops, max_images)
-        builders = [builder.with_record(wanted_fields) for builder in builders]
+        if pack:
+            require_used({"arrays": bool(arrays)}, "with packs", remedy="use pack=False")
+        told = wanted_fields if wanted_fields is True else {*(wanted_fields or ()), *arrays}
+        builders = [builder.with_record(told or False) for builder in builders]
         collator: MMCollator | ModelCollator
         if view.model is not None:
             collator = ModelCollator(
@@ -360,7 +371,14 @@ def make_dataloader(
         packing = packs.config if packs else None
         _require_columns(builders, columns)
         batches = PreparedBatches(
-            builders, collator, packing=packing, columns=columns, map=map, collate=collate
+            builders,
+            collator,
+            packing=packing,
+            columns=columns,
+            arrays=arrays,
+            told=wanted_fields,
+            map=map,
+            collate=collate,
         )
     stream.warn_of_unused()
     if packs is None:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from preprocess.datasets import (
+    EpisodeFrame,
     ImageSource,
     PageImage,
     RemoteImage,
@@ -304,7 +305,7 @@ class Preparer:
         return tokenized_conversations(self.model, alternatives, images=num_pictures, key=key)
 
     def _read(self, image: ImageSource) -> Any:
-        if isinstance(image, SceneImage | RemoteImage):
+        if isinstance(image, SceneImage | RemoteImage | EpisodeFrame):
             return image.read()
         if isinstance(image, PageImage):
             return image.read(memory=self.memory)

@@ -41,6 +41,7 @@ tomli where Python has no tomllib yet."""
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
 
 PURE = {
+    "shardspec/actions.py",
     "shardspec/checksum.py",
     "shardspec/columns.py",
     "shardspec/errors.py",
@@ -83,6 +84,7 @@ PURE = {
     "preprocess/formats/tasks.py",
     "preprocess/formats/video.py",
     "preprocess/annotate/join.py",
+    "preprocess/episodes/windows.py",
     "preprocess/job/plan.py",
     "preprocess/reshard/assign.py",
     "preprocess/sizes.py",
@@ -168,7 +170,7 @@ FLOORS = {
         {"documents", "keyed", "toml", "checksum"},
         {"messages"},
         {"errors", "image_file"},
-        {"families"},
+        {"actions", "families"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns", "frames"},
@@ -178,7 +180,7 @@ FLOORS = {
     "preprocess": (
         {"sizes", "settings", "formats"},
         {"media"},
-        {"fetch", "synthetic", "documents"},
+        {"documents", "episodes", "fetch", "synthetic"},
         {"text", "tokenizer", "datasets"},
         {"model"},
         {"recipe"},

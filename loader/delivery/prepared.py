@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from time import perf_counter
 from typing import Any
@@ -28,6 +28,7 @@ from loader.assembly import (
     unit_shape,
 )
 from loader.buffers import Allocate
+from loader.delivery.arrays import stacked_field, without_fields
 from loader.delivery.batches import MadeBatch
 from loader.delivery.raw import Collate
 from loader.delivery.stats import StageTimings
@@ -53,6 +54,8 @@ class PreparedBatches:
         *,
         packing: PackConfig | None,
         columns: Sequence[str] = (),
+        arrays: Sequence[str] = (),
+        told: bool | Collection[str] = (),
         map: MapExample | None = None,
         collate: Collate | None = None,
     ) -> None:
@@ -63,6 +66,8 @@ class PreparedBatches:
           collator: Of the same view.
           packing: The limits of a row of several samples; None where a row is one.
           columns: Added columns that all datasets have, of the same types.
+          arrays: Fields of the samples' records to stack; the builders give them as their metadata.
+          told: Fields of the records that the batch's metadata keep; True: all.
           map: The user's, of each row's example before it is collated.
           collate: The user's, instead of the collator.
 
@@ -71,6 +76,7 @@ class PreparedBatches:
         """
         self.examples, self.collator, self.packing = tuple(examples), collator, packing
         self.columns = tuple(columns)
+        self.arrays, self._told = tuple(arrays), told
         self.map, self._collate = map, collate
         functions = {"map": map, "collate": collate}
         self._names = {name: function_name(f) for name, f in functions.items() if f is not None}
@@ -105,6 +111,14 @@ class PreparedBatches:
                     raise
         if self.columns:
             batch |= self._added(rows, planned, examples)
+        if self.arrays:
+            described = [example.metadata() for example in examples]
+            batch |= {name: stacked_field(name, described) for name in self.arrays}
+            if "metadata" in batch and self._told is not True:
+                batch["metadata"] = [
+                    without_fields(one, {*self.arrays} - {*(self._told or ())}, bare=not self._told)
+                    for one in batch["metadata"]
+                ]
         return MadeBatch(
             batch=batch,
             bad=_substituted(rows, planned),

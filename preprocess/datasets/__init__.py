@@ -27,8 +27,10 @@ from preprocess.datasets.base import (
     example_video,
 )
 from preprocess.datasets.documents import Documents
-from preprocess.datasets.images import RemoteImage
+from preprocess.datasets.episodes import EpisodeDataset
+from preprocess.datasets.images import EpisodeFrame, RemoteImage
 from preprocess.datasets.kinds import DocumentDataset, RobotDataset
+from preprocess.datasets.lerobot import LeRobot
 from preprocess.datasets.own import OwnDataset, is_own
 from preprocess.datasets.own import check_class as _check_class
 from preprocess.datasets.own import own_dataset as _own_dataset
@@ -46,7 +48,7 @@ from preprocess.documents import PageImage
 from preprocess.formats import DocumentPolicy
 from shardspec.errors import ConfigError, nearest
 
-_NOT_DATASETS = ("base", "code", "hooks", "images", "kinds", "own", "rows", "splits")
+_NOT_DATASETS = ("base", "code", "episodes", "hooks", "images", "kinds", "own", "rows", "splits")
 
 _ENTRY_POINTS = "vlm_shards.datasets"
 """Group of entry points by which packages offer datasets."""
@@ -59,8 +61,11 @@ __all__ = [
     "DocumentDataset",
     "DocumentPolicy",
     "Documents",
+    "EpisodeDataset",
+    "EpisodeFrame",
     "HfDataset",
     "ImageSource",
+    "LeRobot",
     "OwnDataset",
     "PageImage",
     "PixMoAskModelAnything",

@@ -46,7 +46,7 @@ from PIL import Image
 
 from preprocess.datasets.code import code_beside
 from preprocess.datasets.hooks import naming_hook, wrap_hooks
-from preprocess.datasets.images import RemoteImage, resolve_image
+from preprocess.datasets.images import EpisodeFrame, RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.documents import PageImage, read_file
@@ -100,9 +100,19 @@ DOCUMENT_SETTINGS: Mapping[str, str] = {"CODEC": "webp"}
 
 Value = TypeVar("Value")
 
-ImageSource = bytes | str | Path | RemoteImage | SceneImage | PageImage | Image.Image | np.ndarray
+ImageSource = (
+    bytes
+    | str
+    | Path
+    | RemoteImage
+    | SceneImage
+    | PageImage
+    | EpisodeFrame
+    | Image.Image
+    | np.ndarray
+)
 """Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, a page of a
-document, or pixels (uint8 [H, W, 3])."""
+document, a frame of a robot's camera, or pixels (uint8 [H, W, 3])."""
 
 VideoSource = bytes | Path | SceneVideo
 """The bytes of a video file, a local path, or a generated clip."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote
+
+import numpy as np
 
 from shardspec import storage
 from shardspec.errors import SampleError
@@ -31,6 +33,35 @@ class RemoteImage:
         except FileNotFoundError as error:
             told = "no such object"
             raise SampleError("image_missing.row", where=self.url, error=told) from error
+
+
+class FrameReader(Protocol):
+    """What gives the frames of an episode."""
+
+    def frame(self, camera: str, row: int, *, window: int) -> np.ndarray | bytes:
+        """Gives the frame of a camera at a step, for the window that is read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeFrame:
+    """What a robot's camera saw at a step of an episode; it is decoded when it is read."""
+
+    frames: FrameReader = field(compare=False, repr=False)
+    episode: str
+    """Its source and number."""
+    camera: str
+    row: int
+    window: int
+    """Step of the window that it is read for: neighbours are decoded together."""
+
+    def read(self) -> bytes | np.ndarray:
+        """Gives the frame: uint8 [H, W, 3], or an encoded image.
+
+        Raises:
+          SampleError: `robot_frame`, and what a video is refused for.
+        """
+        return self.frames.frame(self.camera, self.row, window=self.window)
 
 
 def resolve_image(image: Any, *, base: str) -> bytes | str | Path | RemoteImage:

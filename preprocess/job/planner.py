@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets import (
+    EpisodeFrame,
     ImageSource,
     PageImage,
     RemoteImage,
@@ -490,6 +491,11 @@ def _plan_image(
         found = {"kind": "page", "document": planned.location, "page": page, "dpi": dpi}
         identity = planned.identity and page_identity(planned.identity, page=page, dpi=dpi)
         return _PlannedImage(location=found, identity=identity, error=planned.error)
+    if isinstance(image, EpisodeFrame):
+        try:
+            image = image.read()
+        except SampleError as missing:
+            return _PlannedImage(location={"kind": "blob"}, identity="", error=missing)
     if isinstance(image, bytes):
         identity = hashlib.sha256(image).hexdigest()
         if not job.blobs.has(identity, num_bytes=len(image)):

@@ -7,7 +7,13 @@ of a video are taken (`preprocess.media.video`). Never opens a URL.
 from preprocess.media.header import SOURCE_FORMATS, ImageLimits, open_source
 from preprocess.media.image import ImagePolicy, ImagePreprocessor, pixels_file
 from preprocess.media.memory import MemoryBudget
-from preprocess.media.video import StoredFrames, VideoPolicy, VideoPreparer, encode_video
+from preprocess.media.video import (
+    StoredFrames,
+    VideoDecoder,
+    VideoPolicy,
+    VideoPreparer,
+    encode_video,
+)
 
 __all__ = [
     "SOURCE_FORMATS",
@@ -16,6 +22,7 @@ __all__ = [
     "ImagePreprocessor",
     "MemoryBudget",
     "StoredFrames",
+    "VideoDecoder",
     "VideoPolicy",
     "VideoPreparer",
     "encode_video",

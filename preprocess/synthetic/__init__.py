@@ -3,6 +3,16 @@
 Decides what a generated row holds. Never reads files; the same seed gives the same row.
 """
 
+from preprocess.synthetic.arm import (
+    ARM_ACTIONS,
+    ARM_CAMERAS,
+    ARM_FPS,
+    ARM_STATE,
+    ARM_STEPS,
+    ArmEpisode,
+    plan_arm_episode,
+    render_arm,
+)
 from preprocess.synthetic.clips import plan_clip, render_clip
 from preprocess.synthetic.papers import PAGE_PX, Paper, plan_paper
 from preprocess.synthetic.questions import (
@@ -20,20 +30,28 @@ from preprocess.synthetic.questions import (
 from preprocess.synthetic.scenes import COLORS, SHAPES, plan_scene, render
 
 __all__ = [
+    "ARM_ACTIONS",
+    "ARM_CAMERAS",
+    "ARM_FPS",
+    "ARM_STATE",
+    "ARM_STEPS",
     "COLORS",
     "PAGE_PX",
     "POINT_MARK",
     "Paper",
     "SHAPES",
+    "ArmEpisode",
     "choose",
     "compared_scenes",
     "listed",
     "percent_points",
+    "plan_arm_episode",
     "plan_clip",
     "plan_paper",
     "plan_scene",
     "pointed_answers",
     "render",
+    "render_arm",
     "render_clip",
     "row_rng",
     "scene_plan",

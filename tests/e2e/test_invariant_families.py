@@ -107,7 +107,8 @@ def test_shards_equal_the_unsharded_path(build, name):
                     assert got[key].dtype == value.dtype
                     assert np.array_equal(got[key], value), key
             crops.add(len(got["images"]))
-    assert len(crops) > 1 or name == "text_sft"
+    # Without pictures, or all of them below the size of a crop.
+    assert len(crops) > 1 or name in ("text_sft", "lerobot")
 
 
 def test_a_tree_of_a_dozen_question_answer_pairs_is_among_them(build):

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ class VideoDecoder:
         *,
         start_s: float | None = None,
         end_s: float | None = None,
+        instants_s: Sequence[float] | None = None,
         where: str = "",
     ) -> VideoFrames[Frame]:
         """Decodes the frames that the policy chooses.
@@ -92,6 +93,8 @@ class VideoDecoder:
           on_frame: Makes of each frame, uint8 [H, W, 3], and the video's info what is kept of it.
           start_s: Where the clip begins; None for the beginning.
           end_s: Where it ends, itself left out; None for the end.
+          instants_s: Decode the frames nearest to these instants of the video, each once, instead
+            of those that the policy chooses; `times_s` are instants of the video then.
           where: Named in errors.
 
         Raises:
@@ -110,6 +113,7 @@ class VideoDecoder:
             end_s=end_s,
             damaged=policy.damaged,
             max_pixels=policy.max_pixels,
+            instants_s=None if instants_s is None else list(instants_s),
         )
         payload = source if isinstance(source, bytes) else None
         asked = {

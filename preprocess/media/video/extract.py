@@ -6,7 +6,7 @@ Pure but for the file: the same file, sampling and versions of the libraries giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Request:
     end_s: float | None = None
     damaged: str = "keep"
     max_pixels: int = 1 << 26
+    instants_s: list[float] | None = None
+    """Instants of the video whose nearest frames are wanted, whatever the sampling and the clip."""
 
     @property
     def sampling(self) -> FrameSampling:
@@ -76,6 +78,15 @@ def _extracted(
     if info.damaged and request.damaged == "refuse":
         raise SampleError("video_damaged", where=where, damaged=info.damaged)
     times_N = reader.times_N
+    if request.instants_s is not None:
+        numbers = nearest_frames(times_N, request.instants_s)
+        yield {
+            "info": asdict(info),
+            "times": times_N[numbers].tolist(),
+            "numbers": numbers.tolist(),
+        }
+        yield from reader.read(numbers.tolist())
+        return
     part = clip_frames(times_N, start_s=request.start_s, end_s=request.end_s)
     first, stop = part.start, part.stop if part.stop is not None else len(times_N)
     begins_late = request.start_s is not None and request.start_s >= info.end_s
@@ -101,6 +112,23 @@ def _extracted(
         "numbers": (numbers + first).tolist(),
     }
     yield from reader.read((numbers + first).tolist())
+
+
+def nearest_frames(times_N: np.ndarray, instants_s: Sequence[float]) -> np.ndarray:
+    """Finds the frames whose timestamps are nearest to some instants; of two the earlier.
+
+    Returns:
+      Numbers of frames, int64, strictly ascending: one that is nearest to several is there once.
+
+    >>> nearest_frames(np.array([0.0, 0.1, 0.2]), [0.16, 0.05, 9.0]).tolist()
+    [0, 2]
+    """
+    instants = np.asarray(instants_s, np.float64)
+    after = np.clip(np.searchsorted(times_N, instants), 1, max(len(times_N) - 1, 1))
+    after = np.minimum(after, len(times_N) - 1)
+    before = np.maximum(after - 1, 0)
+    nearer = times_N[after] - instants < instants - times_N[before]
+    return np.unique(np.where(nearer, after, before))
 
 
 def content_change(reader: VideoReader, first: int, stop: int) -> np.ndarray:

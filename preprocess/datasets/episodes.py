@@ -1,0 +1,318 @@
+"""EpisodeDataset: windows of robots' episodes, whatever format they are in.
+
+A sample is a window (`preprocess.episodes.windows`). Its images are the frames of all cameras at
+the instants of the history, instant by instant from the oldest on; its prompt is the task, and its
+response the actions of the chunk that are there, in 256 bins from q01 to q99 of the training
+episodes. Its metadata have the floats themselves, as they are in the source:
+
+    actions, action_mask   [n, d] and [n]; rows whose mask is False are padding
+    history_mask           [k]; False where the episode had not begun, and its first step is shown
+    state                  [d], of the window's step, where there is one
+    episode, step, time_s  the place of the window
+    views                  of each image its camera
+    success                whether the episode succeeded, where the source says it
+
+All windows of an episode are in one split: `validation_share` is a share of the episodes of
+"train", chosen by a hash of their numbers, where the source has no split "validation".
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from preprocess.datasets.images import EpisodeFrame
+from preprocess.datasets.kinds import RobotDataset
+from preprocess.datasets.rows import Rows
+from preprocess.episodes import (
+    Episode,
+    EpisodeFrames,
+    EpisodeSource,
+    EpisodeTable,
+    WindowPolicy,
+    cut_window,
+    num_windows,
+)
+from preprocess.media import VideoDecoder, VideoPolicy
+from shardspec.actions import (
+    ValueStatistics,
+    bin_values,
+    named_dimensions,
+    normalize,
+    value_bins,
+    value_statistics,
+)
+from shardspec.errors import ConfigError, SampleError, SourceError
+from shardspec.keyed import hash_text
+
+
+class EpisodeDataset(RobotDataset):
+    """Windows of episodes; a subclass opens the source, and may set `window`."""
+
+    window: ClassVar[WindowPolicy] = WindowPolicy()
+    leaves_out: ClassVar[frozenset[str]] = frozenset({"robot_failed"})
+
+    @abc.abstractmethod
+    def open_episodes(self) -> EpisodeSource:
+        """Opens `self.source`, a local folder or file.
+
+        Raises:
+          SourceError: It cannot be read.
+        """
+
+    def sample_episodes(self) -> EpisodeSource:
+        """Opens the generated episodes of SOURCE=sample.
+
+        Raises:
+          ConfigError: `no_sample_rows`: there are none.
+        """
+        raise ConfigError("no_sample_rows", dataset=self.name)
+
+    @property
+    def divided(self) -> bool:
+        """False: `load` gives the windows of the split's own episodes."""
+        return False
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Gives the policy of windows, for the recipe."""
+        return {"window": cls.window.to_dict(), "validation_share": cls.validation_share}
+
+    @classmethod
+    def code_files(cls) -> list[Path]:
+        """Adds what reads episodes to the files of the class."""
+        root = Path(__file__).parents[2]
+        return sorted(
+            {
+                *super().code_files(),
+                *(root / "preprocess" / "episodes").glob("*.py"),
+                root / "shardspec" / "actions.py",
+            }
+        )
+
+    def load(self) -> Rows:
+        """Enumerates the windows of the split's episodes, in order."""
+        if self.source == "hub":
+            raise SourceError("source_missing.robot", where=self.source, dataset=self.name)
+        return self._windows(self.open_episodes())
+
+    def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Turns a window into an example; its frames are decoded when they are read."""
+        if not isinstance(row, _WindowRow):
+            return super().to_example(row)
+        rows, t = row.rows, row.step
+        table = rows.table
+        if self.window.only_success and table.success is False:
+            raise SampleError("robot_failed", where=rows.where)
+        window = cut_window(table, t, policy=self.window, fps=rows.fps)
+        images = [
+            EpisodeFrame(frames=rows.frames, episode=rows.where, camera=camera, row=shown, window=t)
+            for shown in window.history_rows
+            for camera in rows.cameras
+        ]
+        real = window.actions_ND[np.array(window.action_mask)]
+        scaled = normalize(real, rows.statistics, kept=rows.kept)
+        place = {"episode": rows.episode.number, "step": t}
+        message = {
+            "style": "robot_action",
+            "instruction": table.tasks[t],
+            "action": bin_values(value_bins(scaled)).tolist(),
+            **place,  # windows of a robot that waits are samples of their own
+        }
+        metadata: dict[str, Any] = {
+            **place,
+            "time_s": float(table.times_L[t]),
+            "views": list(rows.cameras) * len(window.history_rows),
+            "history_mask": list(window.history_mask),
+            "actions": window.actions_ND.tolist(),
+            "action_mask": list(window.action_mask),
+        }
+        if window.state_D is not None:
+            metadata["state"] = window.state_D.tolist()
+        if table.success is not None:
+            metadata["success"] = table.success
+        return {"image": images, "message_list": [message], "metadata": metadata}
+
+    def _sample_rows(self, limit: int | None) -> Rows:
+        del limit  # windows are enumerated as those of a folder are
+        return self._windows(self.sample_episodes())
+
+    def _windows(self, source: EpisodeSource) -> Rows:
+        """Joins the windows of the split's episodes to rows.
+
+        Raises:
+          SourceError: `source_split`: there is no such split; `robot_source`: no episode of the
+            training split can be read.
+          ConfigError: `window_policy`, `value_names`.
+        """
+        policy = self.window
+        policy.step(source.fps)
+        cameras = policy.cameras or tuple(source.cameras)
+        unknown = sorted({*cameras} - {*source.cameras})
+        if unknown or not cameras:
+            known = ", ".join(source.cameras) or "none"
+            raise ConfigError(
+                "window_policy.camera", where=source.where, name=", ".join(unknown), known=known
+            )
+        statistics = _statistics(source, self._episodes(source, "train"))
+        kept = named_dimensions(policy.kept, source.action_names)
+        decoder = VideoDecoder(VideoPolicy())
+        chosen = self._episodes(source, self.split)
+        pieces = [
+            EpisodeWindows(
+                source,
+                episode,
+                policy=policy,
+                cameras=cameras,
+                statistics=statistics["actions"],
+                kept=kept,
+                decoder=decoder,
+            )
+            for episode in chosen
+        ]
+        described = {
+            "fps": source.fps,
+            "robot": source.robot,
+            "cameras": list(cameras),
+            "action_names": list(source.action_names),
+            "state_names": list(source.state_names),
+            "kept": list(kept),
+            "conventions": dict(policy.conventions),
+            "episodes": len(chosen),
+            "statistics": {name: each.to_dict() for name, each in statistics.items()},
+        }
+        return Rows(
+            [lambda piece=piece: piece for piece in pieces],  # type: ignore[misc]
+            lengths=[len(piece) for piece in pieces],
+            kind={"kind": source.kind, "robot": described},
+            origins=[(episode.file, 0) for episode in chosen],
+        )
+
+    def _episodes(self, source: EpisodeSource, split: str) -> list[Episode]:
+        """Chooses the episodes of a split.
+
+        Raises:
+          SourceError: `source_split`.
+        """
+        last = max((episode.number for episode in source.episodes), default=-1)
+        splits = source.splits or {"train": (0, last + 1)}
+        share = 0.0 if "validation" in splits else self.validation_share
+        named = "train" if share and split == "validation" else split
+        if named not in splits:
+            raise SourceError(
+                "source_split.robot", where=source.where, split=split, splits=sorted(splits)
+            )
+        first, stop = splits[named]
+        found = [episode for episode in source.episodes if first <= episode.number < stop]
+        if share and named == "train":
+            wanted = split == "validation"
+            found = [e for e in found if (self._mark_of(e) / 2**64 < share) == wanted]
+        return found
+
+    def _mark_of(self, episode: Episode) -> int:
+        return hash_text(f"{self.split_salt}\0episode {episode.number}")
+
+
+@dataclass(frozen=True, slots=True)
+class _WindowRow(Mapping[str, Any]):
+    """A window of an episode; a row whose columns are its place."""
+
+    rows: EpisodeWindows
+    step: int
+
+    def __getitem__(self, name: str) -> Any:
+        return {"episode": self.rows.episode.number, "step": self.step}[name]
+
+    def __iter__(self) -> Any:
+        return iter(("episode", "step"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+@dataclass(kw_only=True)
+class _Opened:
+    """The steps of an episode, or what they cannot be read for."""
+
+    table: EpisodeTable | SampleError | None = None
+    frames: EpisodeFrames | None = None
+
+
+class EpisodeWindows(Sequence[Mapping[str, Any]]):
+    """The windows of an episode, whose steps are read when the first one is wanted."""
+
+    def __init__(
+        self,
+        source: EpisodeSource,
+        episode: Episode,
+        *,
+        policy: WindowPolicy,
+        cameras: Sequence[str],
+        statistics: ValueStatistics,
+        kept: Sequence[int],
+        decoder: VideoDecoder,
+    ) -> None:
+        """Names an episode; reads nothing."""
+        self.episode, self.cameras, self.fps = episode, tuple(cameras), source.fps
+        self.statistics, self.kept = statistics, tuple(kept)
+        self.where = f"{source.where}, episode {episode.number}"
+        self._source, self._policy, self._decoder = source, policy, decoder
+        self._opened = _Opened()
+
+    def __len__(self) -> int:
+        return num_windows(self.episode.length, stride=self._policy.stride)
+
+    def __getitem__(self, i: Any) -> Any:
+        return _WindowRow(self, range(len(self))[i] * self._policy.stride)
+
+    @property
+    def table(self) -> EpisodeTable:
+        """The steps.
+
+        Raises:
+          SampleError: As `EpisodeSource.table`.
+        """
+        if self._opened.table is None:
+            try:
+                self._opened.table = self._source.table(self.episode)
+            except SampleError as error:
+                self._opened.table = error
+        if isinstance(self._opened.table, SampleError):
+            raise self._opened.table
+        return self._opened.table
+
+    @property
+    def frames(self) -> EpisodeFrames:
+        """The frames of its cameras."""
+        if self._opened.frames is None:
+            self._opened.frames = EpisodeFrames(
+                self.table, self._decoder, policy=self._policy, fps=self.fps, where=self.where
+            )
+        return self._opened.frames
+
+
+def _statistics(source: EpisodeSource, episodes: Sequence[Episode]) -> dict[str, ValueStatistics]:
+    """Measures the actions and states of some episodes; those that cannot be read are left out.
+
+    Raises:
+      SourceError: `robot_source`: none can be read.
+    """
+    parts: dict[str, list[np.ndarray]] = {"actions": [], "state": []}
+    first: SampleError | None = None
+    for episode in episodes:
+        try:
+            table = source.table(episode)
+        except SampleError as error:
+            first = first or error
+            continue
+        parts["actions"].append(table.actions_LD)
+        if table.state_LD is not None:
+            parts["state"].append(table.state_LD)
+    if not parts["actions"]:
+        raise SourceError("robot_source.empty", where=source.where, error=str(first or "none"))
+    return {name: value_statistics(np.concatenate(part)) for name, part in parts.items() if part}

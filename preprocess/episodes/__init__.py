@@ -1,0 +1,23 @@
+"""Episodes of robots: what the folders of other tools hold, and which windows samples are made of.
+
+Decides where the steps, the tasks and the camera frames of an episode are, what makes a window
+unusable, and that frames belong to steps by their timestamps.
+"""
+
+from preprocess.episodes.episode import CameraVideo, Episode, EpisodeSource, EpisodeTable
+from preprocess.episodes.frames import EpisodeFrames
+from preprocess.episodes.lerobot import open_lerobot
+from preprocess.episodes.windows import Window, WindowPolicy, cut_window, num_windows
+
+__all__ = [
+    "CameraVideo",
+    "Episode",
+    "EpisodeFrames",
+    "EpisodeSource",
+    "EpisodeTable",
+    "Window",
+    "WindowPolicy",
+    "cut_window",
+    "num_windows",
+    "open_lerobot",
+]

@@ -1,0 +1,179 @@
+"""A robot's folder from Parquet and MP4 to batches with actions, and the same without shards."""
+
+import numpy as np
+import pytest
+import torch
+
+from loader import DeterministicDataset, MolmoPreprocessor, StreamingDataset, View, make_dataloader
+from loader.assembly import Augment
+from preprocess.datasets import LeRobot
+from preprocess.episodes import WindowPolicy
+from preprocess.job.job import JobSettings
+from preprocess.job.pipeline import run_job
+from preprocess.media import ImagePolicy
+from preprocess.recipe import Preparer, Recipe
+from preprocess.text import load_tokenizer
+from shardspec.actions import ValueStatistics, denormalize, normalize, value_statistics
+from shardspec.errors import ConfigError
+from shardspec.keyed import dataset_seed
+from shardspec.manifest import require_manifest
+from shardspec.tiling import ImageView
+from tests import inline
+from tests.lerobot_folders import episodes_of, write_v3
+
+SMALL = ImageView(size_px=56, patch_px=14, max_crops=1)
+RECIPE = Recipe(image=ImagePolicy(views=(SMALL,), codec="png"), seed=3)
+LENGTHS = (5, 3)
+CODE = """
+from preprocess.datasets import LeRobot
+from preprocess.episodes import WindowPolicy
+
+
+class Arm(LeRobot):
+    name = "arm"
+    window = WindowPolicy(
+        history=2, chunk=3, kept=("gripper",), conventions=(("gripper", "1 opens"),)
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return episodes_of(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, episodes):
+    return write_v3(tmp_path_factory.mktemp("lerobot") / "x", episodes)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, source):
+    folder = tmp_path_factory.mktemp("robots")
+    (folder / "arm.py").write_text(CODE)
+    settings = JobSettings(
+        dataset=f"{folder / 'arm.py'}:Arm",
+        source=str(source),
+        out=str(folder / "shards"),
+        cache=str(folder / "cache"),
+        recipe=RECIPE,
+        num_shards=2,
+    )
+    with inline.jobs():
+        run_job(settings, inline.Quiet())
+    return settings.out
+
+
+def test_the_manifest_has_the_statistics_and_the_conventions(built, episodes):
+    manifest = require_manifest(built)
+    described = manifest.splits["train"].source["robot"]
+    actions = np.concatenate([episode.actions for episode in episodes])
+    statistics = ValueStatistics.from_dict(described["statistics"]["actions"])
+    assert statistics == value_statistics(actions)
+    assert (described["kept"], described["conventions"]) == ([2], {"gripper": "1 opens"})
+    assert manifest.recipe["window"]["history"] == 2
+    scaled = normalize(actions, statistics, kept=described["kept"])
+    back = denormalize(scaled, statistics, kept=described["kept"])
+    assert np.allclose(back[:, 2], actions[:, 2])
+
+
+def test_batches_have_the_values_of_the_folder_bit_for_bit(built, episodes):
+    stream = StreamingDataset(built, seed=5, view=View(image=SMALL))
+    loader = make_dataloader(
+        stream,
+        global_batch_size=4,
+        sequence_length=256,
+        arrays=("actions", "action_mask", "state", "history_mask"),
+        metadata=("episode", "step"),
+    )
+    seen = set()
+    batches = iter(loader)
+    for _ in range(2):
+        batch = next(batches)
+        assert batch["actions"].shape == (4, 3, 3)
+        assert batch["actions"].dtype == batch["state"].dtype == torch.float32
+        assert batch["action_mask"].dtype == batch["history_mask"].dtype == torch.bool
+        for row in range(4):
+            record = batch["metadata"][row]["record"]
+            assert set(record) == {"episode", "step"}
+            e, t = record["episode"], record["step"]
+            seen.add((e, t))
+            length = LENGTHS[e]
+            rows = [min(t + i, length - 1) for i in range(3)]
+            assert batch["actions"][row].numpy().tobytes() == episodes[e].actions[rows].tobytes()
+            assert batch["action_mask"][row].tolist() == [t + i < length for i in range(3)]
+            assert batch["state"][row].numpy().tobytes() == episodes[e].state[t].tobytes()
+            assert batch["history_mask"][row].tolist() == [t > 0, True]
+    assert seen == {(e, t) for e, length in enumerate(LENGTHS) for t in range(length)}
+
+
+def test_metadata_that_nobody_wants_are_not_in_the_batch(built):
+    stream = StreamingDataset(built, seed=5, view=View(image=SMALL))
+    settings = {"global_batch_size": 2, "sequence_length": 256, "decode_threads": 0}
+    bare = next(iter(make_dataloader(stream, arrays=("state",), **settings)))
+    assert "metadata" not in bare
+    named = next(iter(make_dataloader(stream, arrays=("state",), with_metadata=True, **settings)))
+    assert "record" not in named["metadata"][0]
+    assert torch.equal(bare["state"], named["state"])
+
+
+@pytest.mark.parametrize("name", ["views", "nothing", "success"])
+def test_fields_that_are_not_arrays_are_refused(built, name):
+    stream = StreamingDataset(built, seed=5, view=View(image=SMALL))
+    loader = make_dataloader(
+        stream, global_batch_size=2, sequence_length=256, arrays=(name,), decode_threads=0
+    )
+    with pytest.raises(ConfigError) as caught:
+        next(iter(loader))
+    assert caught.value.reason == "loader_arrays"
+
+
+def test_arrays_mean_nothing_with_packs(built):
+    stream = StreamingDataset(built, seed=5, view=View(image=SMALL))
+    with pytest.raises(ConfigError) as caught:
+        make_dataloader(
+            stream, global_batch_size=2, sequence_length=256, arrays=("state",), pack=True
+        )
+    assert caught.value.reason == "argument_unused"
+
+
+def test_shards_equal_the_unsharded_path_with_augmentation(built, source):
+    view = View(image=SMALL, augment=Augment.standard())
+    stream = StreamingDataset(built, seed=5, view=view)
+    policy = WindowPolicy(history=2, chunk=3, kept=("gripper",))
+    rows = type("Arm", (LeRobot,), {"window": policy, "name": "arm"})(source=str(source))
+    prepare = Preparer(recipe=RECIPE, tokenizer=load_tokenizer())
+    prepared = {sample.key: sample for sample in map(prepare, (rows[i] for i in range(len(rows))))}
+    keys = [stream.reader.read(number).key for number in range(stream.num_samples)]
+    assert sorted(keys) == sorted(prepared)
+
+    class Stored:
+        def __len__(self):
+            return len(keys)
+
+        def get(self, item, rng):  # noqa: ARG002
+            return prepared[keys[item]]
+
+    other = DeterministicDataset(
+        Stored(),
+        MolmoPreprocessor(lambda s: s, special_ids=prepare.tokenizer.special_ids, view=view),
+        seed=dataset_seed(5, "arm"),
+    )
+    for number in range(len(keys)):
+        for epoch in (0, 1):
+            got, want = stream.example(number, epoch=epoch), other.get(number, epoch=epoch)
+            assert len(got["images"]) == 4
+            for name in ("input_ids", "labels", "images", "image_input_idx"):
+                assert np.array_equal(got[name], want[name]), name
+
+
+def test_the_text_names_the_task_and_the_actions_that_are_there(built):
+    reader = StreamingDataset(built).reader
+    found = {}
+    for number in range(sum(LENGTHS)):
+        record = reader.record(number)
+        found[record["metadata"]["episode"], record["metadata"]["step"]] = record
+    last = found[1, 2]
+    assert last["message_list"][0]["instruction"] == "Task 1."
+    assert len(last["message_list"][0]["action"]) == 1
+    assert last["metadata"]["action_mask"] == [True, False, False]
