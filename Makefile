@@ -99,7 +99,7 @@ setup: $(VENV)/ready-dev ## make the virtual environment
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[hub,fast,video]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[hub,fast,video,documents]'
 	@touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready-dev

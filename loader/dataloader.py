@@ -193,7 +193,9 @@ def make_dataloader(
       pad_side: "left" pads texts in front, for models that generate; see `MMCollator`.
       metadata: Fields of the samples' records that `metadata` has as `record`, plain Python objects
         (question_id, answers, options, points, image_url ...; None where a sample has none); True:
-        all. It implies `with_metadata`. In an evaluation they are those of the row's question.
+        all. `ocr_boxes` is where the words of documents are on the crops, see
+        `loader.assembly.ocr_boxes`. It implies `with_metadata`. In an evaluation they are those of
+        the row's question.
       arrays: Fields of the samples' records to deliver as tensors of their own names, [B, ...]:
         float32, int64 or bool, of one shape in all samples, such as the `actions`, `action_mask`
         and `state` of robots. Not with packs or `collate`.

@@ -20,6 +20,7 @@ import numpy as np
 from preprocess.datasets import (
     EpisodeFrame,
     ImageSource,
+    PageImage,
     RemoteImage,
     SceneImage,
     SceneVideo,
@@ -48,6 +49,7 @@ from preprocess.text import (
     TextPolicy,
     TokenizedText,
     Tokenizer,
+    add_ocr,
     answer_flags,
     chat_frame,
     check_placeholders,
@@ -55,6 +57,7 @@ from preprocess.text import (
     media_placeholder,
     message_styles,
     message_texts,
+    name_pages,
     safe_geometry,
     styles_of,
     system_text,
@@ -64,7 +67,7 @@ from shardspec.errors import ConfigError, SampleError
 from shardspec.families import family_to_dict
 from shardspec.index import longest_text
 from shardspec.manifest import canonical_json
-from shardspec.sample import PreparedSample, spans_table
+from shardspec.sample import Geometry, PreparedSample, spans_table
 from shardspec.tiling import FrameView, num_image_tokens
 
 KEY_BYTES = 12
@@ -201,6 +204,10 @@ class Preparer:
             if video is not None:
                 identities.append(video_identity(video, example))
             key = sample_key(example, image_id=images_identity(identities))
+        told = example["message_list"]
+        example = add_ocr(example, encode=self.tokenizer.encode)
+        if self.model is not None:  # its template places the images itself
+            example = name_pages(example)
         texts = message_texts(example)
         keeps = self.recipe.text.reasoning == "keep"
         for text, is_answer in zip(texts, answer_flags(example), strict=True):
@@ -212,8 +219,16 @@ class Preparer:
                 raise SampleError("media_placeholder", where=key, spelled=spelled)
         known = self.formatter.styles
         geometry = safe_geometry(texts, styles=message_styles(example), known=known)
+        if example.get("rigid"):
+            geometry &= Geometry.COLOR
         images = tuple(
-            self.image_preprocessor(source, geometry=geometry, where=key) for source in sources
+            self.image_preprocessor(
+                source,
+                geometry=geometry,
+                where=key,
+                frame=image.frame if isinstance(image, PageImage) else 0,
+            )
+            for image, source in zip(found, sources, strict=True)
         )
         sizes = [(image.source_width, image.source_height) for image in images]
         branches = self.formatter(example, key=key, image_sizes=sizes)
@@ -221,7 +236,7 @@ class Preparer:
             raise SampleError("no_message.row", where=key)
         record = {
             "key": key,
-            "message_list": example["message_list"],
+            "message_list": told,
             "metadata": example.get("metadata", {}),
         }
         stored: StoredFrames | None = None
@@ -282,7 +297,7 @@ class Preparer:
             return InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
                 branches,
                 key=key,
-                leads=image_prefixes(num_pictures),
+                leads=example.get("leads") or image_prefixes(num_pictures),
                 frame_times_s=frame_times_s,
             )
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
@@ -292,6 +307,8 @@ class Preparer:
     def _read(self, image: ImageSource) -> Any:
         if isinstance(image, SceneImage | RemoteImage | EpisodeFrame):
             return image.read()
+        if isinstance(image, PageImage):
+            return image.read(memory=self.memory)
         if isinstance(image, Path):
             return read_path(image)
         if isinstance(image, str):
@@ -333,6 +350,8 @@ def image_identity(image: ImageSource, encoded: Any) -> str:
     """
     if isinstance(image, SceneImage):
         return f"scene:{image.seed}:{image.idx}"
+    if isinstance(image, PageImage):
+        return image.identity()
     if isinstance(encoded, bytes):
         return hashlib.sha256(encoded).hexdigest()
     pixels = np.ascontiguousarray(np.asarray(encoded))

@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from preprocess.job.job import JobSettings
+from preprocess.job.pipeline import run_job
+from tests import inline
 from tests.test_architecture import FLOORS
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +160,18 @@ def datasets(tiny_dataset, session_cli, tmp_path_factory):
         *("shards", "moving_shapes", "--source", "sample", "--limit", 2, "--num-shards", 1),
         *("--out", videos, "--cache", folder / "cache", "--workers", 1),
     )
+    papers = folder / "documents"
+    with inline.jobs():
+        run_job(
+            JobSettings(
+                dataset="documents",
+                source="sample",
+                limit=2,
+                out=str(papers),
+                cache=str(folder / "cache"),
+            ),
+            inline.Quiet(),
+        )
     session_cli.good("import", tiny_dataset / "train", "--out", raw, "--name", "raw")
     scored = annotated(tiny_dataset, folder)
     return {
@@ -165,6 +180,7 @@ def datasets(tiny_dataset, session_cli, tmp_path_factory):
         "shards/vqa2": questions,
         "shards/laion": raw,
         "shards/moving_shapes": videos,
+        "shards/documents": papers,
         "shards/scored": scored,
         "/nvme/cache": folder / "blocks",
     }

@@ -27,6 +27,7 @@ from loader.assembly.families.example import (
 from loader.assembly.families.kernels import Backend, unit_shape
 from loader.assembly.families.unsharded import ModelPreprocessor, assemble_for_model
 from loader.assembly.layout import TokenIds
+from loader.assembly.ocr_boxes import ocr_boxes
 from loader.assembly.own_augment import AugmentFunction, OwnAugment
 from loader.assembly.packed import Pack, fitting
 from loader.assembly.pixels import MEAN_STD, Encoded, Normalization, normalize
@@ -70,6 +71,7 @@ __all__ = [
     "finished_for_model",
     "fitting",
     "normalize",
+    "ocr_boxes",
     "render_image",
     "unit_shape",
     "view_collator",

@@ -28,6 +28,7 @@ from loader.assembly import (
     describe_question,
     finished,
     finished_for_model,
+    ocr_boxes,
 )
 from loader.buffers import Scratch
 from loader.order import SampleRef
@@ -366,6 +367,10 @@ class PreparedBuilder:
         described = describe_question(plan, question, record)
         if plan.asked is not None:
             described["sample"] = number
+        if "record" in described and isinstance(plan, ExamplePlan):
+            pages = described["record"].get("ocr")
+            boxes = ocr_boxes(pages, sizes=plan.sizes, view=plan.view)
+            described["record"] |= {"ocr_boxes": boxes} if boxes is not None else {}
         if not isinstance(self._record, bool):
             found = described["record"]
             described["record"] = {name: found.get(name) for name in sorted(self._record)}

@@ -77,7 +77,7 @@ def with_files(
     given: dict[str, str] = {}
     if _is_users(dataset):
         kind = dataset_class(dataset)
-        given |= OWN_DEFAULTS
+        given |= {**OWN_DEFAULTS, **kind.settings}
         if issubclass(kind, OwnDataset):
             given["SOURCE"] = kind.source_url()
             given |= _variables(
@@ -85,6 +85,8 @@ def with_files(
             )
             if kind.spec.styles:
                 given.setdefault("STYLES", str(kind.folder / kind.spec.styles))
+    else:
+        given |= dataset_class(dataset).settings
     pairs = [f"{name}={value}" for name, value in {**given, **config}.items()]
     # The dataset is there only because the verb wants one; it comes with the rest.
     flags = make_arguments([verb, "DATASET=x", *pairs], verbs)[1:-2]

@@ -26,6 +26,7 @@ from preprocess.datasets.base import (
     example_images,
     example_video,
 )
+from preprocess.datasets.documents import Documents
 from preprocess.datasets.episodes import EpisodeDataset
 from preprocess.datasets.images import EpisodeFrame, RemoteImage
 from preprocess.datasets.kinds import DocumentDataset, RobotDataset
@@ -43,6 +44,8 @@ from preprocess.datasets.pixmo_points import PixMoPoints
 from preprocess.datasets.splits import Unmatched as Unmatched
 from preprocess.datasets.text_sft import TextSft
 from preprocess.datasets.vqa2 import Vqa2 as VQA2
+from preprocess.documents import PageImage
+from preprocess.formats import DocumentPolicy
 from shardspec.errors import ConfigError, nearest
 
 _NOT_DATASETS = ("base", "code", "episodes", "hooks", "images", "kinds", "own", "rows", "splits")
@@ -56,12 +59,15 @@ __all__ = [
     "Dataset",
     "DatasetBase",
     "DocumentDataset",
+    "DocumentPolicy",
+    "Documents",
     "EpisodeDataset",
     "EpisodeFrame",
     "HfDataset",
     "ImageSource",
     "LeRobot",
     "OwnDataset",
+    "PageImage",
     "PixMoAskModelAnything",
     "PixMoCap",
     "PixMoCapQa",

@@ -9,6 +9,8 @@ An *example* is a plain dict, as in the Molmo code bases:
     message_list  messages, each an independent conversation about the image; a dict with `style`
                   and the fields that the formatter wants for that style, all of JSON types
     metadata      JSON types, kept for people and evaluators
+    rigid         True where no crop or flip may be applied to the images, whatever the texts say
+    leads         texts in front of the images, such as "Page 3"; absent for "Image 1" and so on
 
 Instead of `message_list` an example may have `messages`, a conversation of role and content.
 
@@ -35,7 +37,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -47,6 +49,7 @@ from preprocess.datasets.hooks import naming_hook, wrap_hooks
 from preprocess.datasets.images import EpisodeFrame, RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
+from preprocess.documents import PageImage, read_file
 from preprocess.formats import parse_messages
 from preprocess.media import encode_video
 from preprocess.synthetic import plan_clip, plan_scene, render, render_clip
@@ -92,13 +95,24 @@ class SceneVideo:
         return encode_video(render_clip(plan), fps=plan.fps)
 
 
+DOCUMENT_SETTINGS: Mapping[str, str] = {"CODEC": "webp"}
+"""Settings of documents: no loss, and the smaller of the lossless formats (docs/documents.md)."""
+
 Value = TypeVar("Value")
 
 ImageSource = (
-    bytes | str | Path | RemoteImage | SceneImage | EpisodeFrame | Image.Image | np.ndarray
+    bytes
+    | str
+    | Path
+    | RemoteImage
+    | SceneImage
+    | PageImage
+    | EpisodeFrame
+    | Image.Image
+    | np.ndarray
 )
-"""Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, a frame of
-a robot's camera, or pixels (uint8 [H, W, 3])."""
+"""Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, a page of a
+document, a frame of a robot's camera, or pixels (uint8 [H, W, 3])."""
 
 VideoSource = bytes | Path | SceneVideo
 """The bytes of a video file, a local path, or a generated clip."""
@@ -153,6 +167,8 @@ class DatasetBase(Dataset):
     """
     leaves_out: ClassVar[frozenset[str]] = frozenset()
     """Reasons for which the dataset itself leaves rows out; they are no failures of a job."""
+    settings: ClassVar[Mapping[str, str]] = {}
+    """Variables of `make shards` whose default is another one for this dataset."""
     sample_rows_per_example: ClassVar[int] = 1
     """Generated rows about one image."""
 
@@ -497,6 +513,8 @@ class DatasetBase(Dataset):
         return hash_text("\0".join([self.split_salt, *names]))
 
     def _image_name(self, image: ImageSource | VideoSource) -> str:
+        if isinstance(image, PageImage):  # all pages of a document are of one split
+            image = image.document
         if isinstance(image, Path) and self.rows.base and image.is_relative_to(self.rows.base):
             image = image.relative_to(self.rows.base)  # the same wherever the folder is
         if isinstance(image, RemoteImage):
@@ -642,6 +660,8 @@ def _in_memory(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bytes_of(image: ImageSource) -> ImageSource:
+    if isinstance(image, PageImage) and isinstance(image.document, Path):
+        return replace(image, document=read_file(image.document))
     return image.read_bytes() if isinstance(image, Path) and image.is_file() else image
 
 

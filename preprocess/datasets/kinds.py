@@ -8,38 +8,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from preprocess.datasets.base import DatasetBase
+from preprocess.datasets.base import DOCUMENT_SETTINGS, DatasetBase
+from preprocess.datasets.images import resolve_image
+from preprocess.documents import pdfium_version, read_document
+from preprocess.formats import DocumentPolicy, Spec, document_request
 from shardspec.errors import SampleError
 
 
 class DocumentDataset(DatasetBase):
-    """Questions about documents: flips and crops are never applied to their pages.
+    """Questions about documents, with what their pages say and where.
 
-    A row has `image`, or `pages` (a list in reading order); `question` and `answer`, or
-    `questions`: a list of {question, answer or answers}; and perhaps `ocr`, which is kept as
-    metadata.
+    Pages are PDFs, TIFFs or images; flips and crops are never applied to them. A row has the
+    columns of `preprocess.formats.documents`: `document`, or `image`, or `pages` (a list in reading
+    order); `question` and `answer` or `answers`, or `questions`, a list of such records; and
+    perhaps `ocr`. Here a text as `ocr` is the text itself; a file is a `Path` or its bytes.
     """
 
     several_images: ClassVar[bool] = True
+    settings: ClassVar[Mapping[str, str]] = DOCUMENT_SETTINGS
     style: ClassVar[str] = "doc_qa"
-    """Of the messages; one of the document styles."""
+    """Of the questions; one of the document styles."""
+    policy: ClassVar[DocumentPolicy] = DocumentPolicy()
+    """Which pages are kept, how they are drawn, and what is asked for."""
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
-        pages = row["pages"] if "pages" in row else [_needed(row, "image")]
-        asked = row.get("questions") or [row]
-        messages = [
-            {
-                "style": self.style,
-                "question": _needed(each, "question"),
-                **{name: each[name] for name in ("answer", "answers") if name in each},
-            }
-            for each in asked
+        if isinstance(row.get("ocr"), str):
+            row = {**{k: v for k, v in row.items() if k != "ocr"}, "ocr_text": row["ocr"]}
+        spec = Spec(name=self.name, format="documents", style=self.style)
+        example = document_request(row, spec)
+        base = str(self.rows.base or "")
+        images = [
+            resolve_image(each, base=base) if isinstance(each, str | Mapping) else each
+            for each in example["image"]
         ]
-        metadata = {**row.get("metadata", {})}
-        if "ocr" in row:
-            metadata["ocr"] = row["ocr"]
-        return {"image": list(pages), "message_list": messages, "metadata": metadata}
+        example |= {"image": images, "metadata": dict(row.get("metadata") or {})}
+        return read_document(example, policy=self.policy)
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Says what else samples follow from."""
+        return {"documents": cls.policy.to_dict(), "pdfium": pdfium_version()}
 
 
 class RobotDataset(DatasetBase):

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from preprocess.datasets.base import Dataset, DatasetBase, class_files
+from preprocess.datasets.base import DOCUMENT_SETTINGS, Dataset, DatasetBase, class_files
 from preprocess.datasets.hooks import check_attributes
 from preprocess.datasets.images import resolve_image
 from preprocess.datasets.rows import Rows
@@ -34,6 +34,7 @@ from preprocess.datasets.splits import (
     matches,
     split_layout,
 )
+from preprocess.documents import pdfium_version, read_document
 from preprocess.formats import (
     BROKEN,
     FORMATS,
@@ -42,6 +43,7 @@ from preprocess.formats import (
     PIECE,
     ROWS,
     VIDEO_NAMES,
+    DocumentPolicy,
     Spec,
     annotation_names,
     check_unit,
@@ -100,6 +102,9 @@ def own_dataset(name: str) -> type[DatasetBase]:
 
 
 def _specified(spec: Spec, *, folder: Path, path: Path | None) -> type[DatasetBase]:
+    if spec.documents and spec.format != "documents":
+        raise ConfigError("document_policy.format", where=str(path))
+    DocumentPolicy.from_table(spec.documents)  # refused early
     return type(
         "OwnDataset",
         (OwnDataset,),
@@ -109,6 +114,7 @@ def _specified(spec: Spec, *, folder: Path, path: Path | None) -> type[DatasetBa
             "folder": folder,
             "validation_share": float(spec.validation),
             "videos": "video" in spec.columns,
+            "settings": DOCUMENT_SETTINGS if spec.format == "documents" else {},
             "__doc__": f"Rows of {path or spec.source}.",
         },
     )
@@ -135,7 +141,8 @@ class OwnDataset(DatasetBase):
     @classmethod
     def describe(cls) -> dict[str, Any]:
         """Says what the rows mean."""
-        return {"data": cls.spec.to_dict()}
+        pdfium = {"pdfium": pdfium_version()} if cls.spec.format == "documents" else {}
+        return {"data": cls.spec.to_dict(), **pdfium}
 
     @classmethod
     def code_files(cls) -> list[Path]:
@@ -248,6 +255,12 @@ class OwnDataset(DatasetBase):
         images = [resolve_image(each, base=self.base) for each in example.pop("image", ())]
         if "video" in example:
             example["video"] = resolve_image(example["video"], base=self.base)
+        if "document" in example:
+            return read_document(
+                {**example, "image": images},
+                policy=DocumentPolicy.from_table(self.spec.documents),
+                find=lambda name: resolve_image(name, base=self.base),
+            )
         return {**example, "image": images} if images else example
 
 

@@ -9,6 +9,8 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 """
 
 from preprocess.formats.detect import Guess, guess_format
+from preprocess.formats.documents import TASKS as DOCUMENT_TASKS
+from preprocess.formats.documents import DocumentPolicy, document_request
 from preprocess.formats.images import is_empty
 from preprocess.formats.interleaved import PIECE
 from preprocess.formats.parse import FORMATS, parse_messages, parse_row
@@ -27,6 +29,8 @@ from preprocess.formats.video import VIDEO_NAMES
 
 __all__ = [
     "BROKEN",
+    "DOCUMENT_TASKS",
+    "DocumentPolicy",
     "FORMATS",
     "Guess",
     "IMAGES",
@@ -38,6 +42,7 @@ __all__ = [
     "VIDEO_NAMES",
     "annotation_names",
     "check_unit",
+    "document_request",
     "guess_format",
     "is_empty",
     "open_records",

@@ -63,6 +63,9 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
             return "interleaved", "texts and images of one length"
     if "text_list" in there and "image_info" in there:
         return "interleaved", "text_list and image_info"
+    names = [row[name] for name in ("document", "pdf", "file") if name in there]
+    if any(isinstance(n, str) and n.lower().endswith((".pdf", ".tif", ".tiff")) for n in names):
+        return "documents", "files of documents"
     if "points" in there and there & {"label", "question"}:
         return "points", "points of a label or question"
     if "question" in there and there & {"answer", "answers", "options"}:

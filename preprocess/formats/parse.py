@@ -8,6 +8,7 @@ from typing import Any
 
 from preprocess.formats.conversations import parse_conversation
 from preprocess.formats.detect import guess_format
+from preprocess.formats.documents import parse_pages
 from preprocess.formats.interleaved import count_pieces, parse_document
 from preprocess.formats.spec import Spec
 from preprocess.formats.tasks import parse_boxes, parse_caption, parse_points, parse_question
@@ -89,6 +90,26 @@ FORMATS: Mapping[str, Format] = {
         count=count_pieces,
         fields=("texts", "images", "text_list", "image_info", "document", "text"),
         help="documents: texts and images in their order, all texts learned",
+    ),
+    "documents": Format(
+        parse=parse_pages,
+        fields=(
+            "document",
+            "image",
+            "question",
+            "answer",
+            "answers",
+            "questions",
+            "evidence_pages",
+            "page_numbers",
+            "ocr",
+            "ocr_text",
+            "regions",
+            "fields",
+            "tables",
+            "boxes",
+        ),
+        help="pages of documents with questions, OCR, forms and tables",
     ),
 }
 """The formats by name."""

@@ -37,7 +37,7 @@ NOTATIONS = ("json", "ref", "brackets")
 """How boxes may be written (`preprocess.text.styles.boxes`)."""
 
 _TYPES: Mapping[str, tuple[str, Any]] = {
-    **dict.fromkeys(("columns", "splits", "settings"), ("a table", Mapping)),
+    **dict.fromkeys(("columns", "splits", "settings", "documents"), ("a table", Mapping)),
     "validation": ("a number", (int, float)),
     **dict.fromkeys(("max_images", "max_chars", "max_tokens"), ("a whole number", int)),
 }
@@ -83,6 +83,8 @@ class Spec:
     """Characters of a sample of a document; what is beyond becomes the next sample. 0 for any."""
     max_tokens: int = 0
     """Tokens of a sample of a document, images included, above which it is left out; 0 for any."""
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    """How documents become examples (`preprocess.formats.DocumentPolicy`)."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Files or patterns of each split; {} leaves it to the names of the files."""
     validation: float = 0.0
@@ -95,7 +97,8 @@ class Spec:
     def to_dict(self) -> dict[str, Any]:
         """Gives what samples follow from, in plain JSON types: all but places and settings."""
         told = dataclasses.asdict(self)
-        return {name: told[name] for name in told if name not in _PLACES}
+        left_out = (*_PLACES, *(() if self.documents else ("documents",)))
+        return {name: told[name] for name in told if name not in left_out}
 
     def column(self, name: str) -> str:
         """Names the column of the file that a field of the format is in."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.datasets import SceneImage, SceneVideo
+from preprocess.datasets import PageImage, SceneImage, SceneVideo
 from preprocess.fetch import BlobCache
 from preprocess.job.plan import shard_name
 from preprocess.recipe import Preparer, file_sha256, read_path
@@ -449,6 +449,9 @@ def scratch_folder(root: str) -> Iterator[Path]:
 
 
 def _open_image(image: Mapping[str, Any], *, cache: BlobCache) -> Any:
+    if image["kind"] == "page":
+        document = _open_image(image["document"], cache=cache)
+        return PageImage(document=document, page=image["page"], dpi=image["dpi"])
     if image["kind"] == "scene":
         return SceneImage(seed=image["seed"], idx=image["idx"])
     if image["kind"] == "blob":

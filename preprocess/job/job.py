@@ -547,6 +547,7 @@ _BYTE_SOURCES = (
     "preprocess/datasets/images.py",
     "preprocess/datasets/rows.py",
     "preprocess/datasets/splits.py",
+    "preprocess/documents/*.py",
     "preprocess/formats/*.py",
     "preprocess/job/build.py",
     "preprocess/job/plan.py",

@@ -30,6 +30,7 @@ from PIL import Image
 from preprocess.datasets import (
     EpisodeFrame,
     ImageSource,
+    PageImage,
     RemoteImage,
     SceneImage,
     SceneVideo,
@@ -37,6 +38,7 @@ from preprocess.datasets import (
     example_images,
     example_video,
 )
+from preprocess.documents import page_identity
 from preprocess.fetch import FetchResult, Ledger, fetch_all, read_ledger, redact
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.job import (
@@ -354,7 +356,9 @@ def _spool_rows(
 def _has_blobs(row: Mapping[str, Any]) -> bool:
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
     found = [*images, row.get("video")]
-    return any(each is not None and each["kind"] == "blob" for each in found)
+    # A page is where its document is.
+    places = [each.get("document", each) for each in found if each is not None]
+    return any(place["kind"] == "blob" for place in places)
 
 
 def _repeated(job: Job, row: dict[str, Any], seen: Counter[str]) -> SampleError | None:
@@ -481,6 +485,12 @@ def _plan_image(
             image = image.read()
         except SampleError as missing:
             return _PlannedImage(location=location, identity="", error=missing)
+    if isinstance(image, PageImage):
+        planned = _plan_image(job, image.document, results, stamps)
+        page, dpi = image.page, image.dpi
+        found = {"kind": "page", "document": planned.location, "page": page, "dpi": dpi}
+        identity = planned.identity and page_identity(planned.identity, page=page, dpi=dpi)
+        return _PlannedImage(location=found, identity=identity, error=planned.error)
     if isinstance(image, EpisodeFrame):
         try:
             image = image.read()

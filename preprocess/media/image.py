@@ -207,6 +207,7 @@ class ImagePreprocessor:
         *,
         geometry: Geometry = Geometry.NONE,
         where: str = "",
+        frame: int = 0,
     ) -> PreparedImage:
         """Prepares one image.
 
@@ -215,6 +216,7 @@ class ImagePreprocessor:
             current frame), or uint8 [H, W, 3] pixels, upright sRGB.
           geometry: Which augmentations leave the sample's text true.
           where: Row or URL, named in errors; a path names itself.
+          frame: Which picture of a file is meant that has several, such as a page of a TIFF.
 
         Returns:
           The image; its pixels are to be read only, they may be the caller's own array.
@@ -241,6 +243,8 @@ class ImagePreprocessor:
             where = where or str(source)
             source = _read(source, where)
         image = open_source(source, limits=self.policy.limits, where=where)
+        if frame:
+            self._seek(image, frame, where)
         try:
             plan = self._plan(image, source, where)
             with self.memory.hold(plan.num_bytes) if self.memory else nullcontext():
@@ -249,6 +253,14 @@ class ImagePreprocessor:
             raise StorageError(
                 "image_memory", where=where, width_px=image.width, height_px=image.height
             ) from None
+
+    def _seek(self, image: ImageFile.ImageFile, frame: int, where: str) -> None:
+        """Goes to a picture of a file that has several; each may have a size of its own."""
+        try:
+            image.seek(frame)
+        except PILLOW_DECODE_ERRORS as error:
+            refuse_file(error, where)
+        self.policy.limits.check_size(*image.size, where=where)
 
     def encode(self, image: PreparedImage) -> bytes:
         """Gives the bytes to store: the kept ones, or the pixels in the policy's codec.

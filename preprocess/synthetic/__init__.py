@@ -14,6 +14,7 @@ from preprocess.synthetic.arm import (
     render_arm,
 )
 from preprocess.synthetic.clips import plan_clip, render_clip
+from preprocess.synthetic.papers import PAGE_PX, Paper, plan_paper
 from preprocess.synthetic.questions import (
     POINT_MARK,
     choose,
@@ -35,7 +36,9 @@ __all__ = [
     "ARM_STATE",
     "ARM_STEPS",
     "COLORS",
+    "PAGE_PX",
     "POINT_MARK",
+    "Paper",
     "SHAPES",
     "ArmEpisode",
     "choose",
@@ -44,6 +47,7 @@ __all__ = [
     "percent_points",
     "plan_arm_episode",
     "plan_clip",
+    "plan_paper",
     "plan_scene",
     "pointed_answers",
     "render",

@@ -15,6 +15,7 @@ from preprocess.text.interleaved import (
     check_placeholders,
 )
 from preprocess.text.message import answer_flags, message_styles, message_texts
+from preprocess.text.ocr import add_ocr, name_pages
 from preprocess.text.own_styles import require_style, styles_of
 from preprocess.text.paraphrase import word_groups
 from preprocess.text.placeholders import media_placeholder
@@ -55,6 +56,7 @@ __all__ = [
     "Tokenizer",
     "Variant",
     "answer_flags",
+    "add_ocr",
     "chat_frame",
     "check_placeholders",
     "image_prefixes",
@@ -62,6 +64,7 @@ __all__ = [
     "media_placeholder",
     "message_styles",
     "message_texts",
+    "name_pages",
     "read_styles",
     "require_style",
     "safe_geometry",

@@ -11,6 +11,7 @@ The scheme, called "overlap-and-resize-c2", and its float32 arithmetic are those
 tokenizer.
 """
 
+from shardspec.tiling.boxes import CropBoxes, boxes_on_crops
 from shardspec.tiling.counts import (
     ImageBounds,
     image_bounds,
@@ -34,6 +35,7 @@ from shardspec.tiling.tokens import ImageTokenIds, image_token_ids
 from shardspec.tiling.view import CropMode, Fit, ImageView, OverviewStart, Pooling, SmallSides
 
 __all__ = [
+    "CropBoxes",
     "CropMode",
     "EXCLUDED",
     "Fit",
@@ -46,6 +48,7 @@ __all__ = [
     "OverviewStart",
     "Pooling",
     "SmallSides",
+    "boxes_on_crops",
     "canvas_size",
     "crop_boxes",
     "first_patch_positions",

