@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loader.assembly import MMCollator, ModelCollator, PadSide, view_collator
+from loader.assembly import MMCollator, ModelCollator, PadSide, View, view_collator
 from loader.buffers import BufferPool
 from loader.delivery import (
     AheadLimit,
@@ -302,6 +302,8 @@ def make_dataloader(
                 "pad_side": pad_side,
                 "arrays": tuple(arrays),
             }
+            if not pack:  # packs are planned to have no more
+                layout["max_images"] = max_images
             given = sorted(name for name in layout if layout[name] != _PREPARED_ONLY[name])
             if given:
                 raise ConfigError("loader_options.collate", names=", ".join(given))
@@ -361,8 +363,7 @@ def make_dataloader(
                 lengths=lengths,
                 sequence_length=sequence_length,
                 max_crops=max_crops,
-                # A crop of a view for a model is a token of a picture.
-                patches_per_crop=1 if view.model else view.image.num_patches,
+                patches_per_crop=_patches_per_crop(view),
                 balance=balance is True,
             )
             packs = make_packs(stream.order)
@@ -415,6 +416,12 @@ def _require_columns(builders: Sequence[PreparedBuilder], columns: Sequence[str]
             kinds["text" if kind.startswith("text") else kind] = builder.data.title
         if len(kinds) > 1:
             raise ConfigError("loader_columns.types", where=", ".join(kinds.values()), column=name)
+
+
+def _patches_per_crop(view: View) -> int:
+    """Gives the cost of a crop, where a token costs 1."""
+    # A crop of a view for a model is a token of a picture.
+    return 1 if view.model is not None else view.image.num_patches
 
 
 def _packs_of(
@@ -859,7 +866,7 @@ class StreamLoader:
         """Shares the pictures of a schedule's steps between ranks, where that is asked for."""
         if self._share_images:
             assert self._lengths is not None
-            patches = self._stream.parts[0].builder.view.image.num_patches
+            patches = _patches_per_crop(self._stream.parts[0].builder.view)
             schedule = BalancedSchedule(schedule, self._lengths, patches_per_crop=patches)
         return self._stream.by_id(schedule)
 

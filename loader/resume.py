@@ -31,6 +31,7 @@ from loader.state import (
     STATE_VERSION,
     Allowed,
     member_differences,
+    require_allowed,
     require_plain_state,
     require_state,
     with_members,
@@ -109,6 +110,7 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
     Raises:
       StateError, ConfigError: as `StreamLoader.load_state_dict`.
     """
+    require_allowed(allow)
     own, ours, packs, given = dict(here.own), here.order, here.packs, state
     _require_sound(state, own)
     if packs is not None:

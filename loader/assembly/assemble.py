@@ -779,7 +779,13 @@ def view_collator(
     pad_side: PadSide = "right",
     overlong: Literal["error", "truncate"] = "error",
 ) -> MMCollator:
-    """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s."""
+    """Makes the collator that fits a view's examples; the arguments are `MMCollator`'s.
+
+    Raises:
+      ConfigError: `model_view`, the view is of a model; and as `MMCollator`.
+    """
+    if view.model is not None:
+        raise ConfigError("model_view.collator", family=view.model.family.kind)
     shapes = view.shapes(view.image)
     max_pooled = None
     if max_images is not None and shapes.pool is not None:

@@ -410,7 +410,11 @@ class MMCollator:
         """Refuses examples that do not fit each other or the collator, and lists all of them."""
         pairs = list(zip(examples, counts, strict=True))
         problems = [problem for pair in pairs for problem in self._problems(*pair)]
-        types = {example["images"].dtype for example, num in pairs if num and "images" in example}
+        types = {
+            example["images"].dtype
+            for example, num in pairs
+            if num and isinstance(example.get("images"), np.ndarray)
+        }
         if len(types) > 1:
             problems.append("images of several types")
         if problems:
@@ -434,6 +438,13 @@ class MMCollator:
             missing += [key for key in IMAGE_KEYS if key not in example]
         if missing:
             return [f"{key} is missing" for key in missing]
+        if "pixel_values" in example:
+            return [
+                "pixel_values are of a dataset for a model, whose batches make_dataloader makes"
+            ]
+        known = (*self._text_specs, *IMAGE_KEYS, "image_end", "token_pooling")
+        if wrong := [key for key in known if key in example and not _is_listed(example[key])]:
+            return [f"{key} is not an array: {type(example[key]).__name__}" for key in wrong]
         if num and len({len(example[key]) for key in IMAGE_KEYS}) > 1:
             return [f"{', '.join(IMAGE_KEYS)} differ in length"]
         want: dict[str, tuple[int, ...]]
@@ -562,8 +573,13 @@ def _num_images(example: Example) -> int:
     most = 0
     for key in IMAGE_KEYS:
         if key in example:
-            most = max(most, len(example[key]))
+            # What has no length is refused as no array.
+            most = max(most, len(example[key]) if _is_listed(example[key]) else 1)
     return most
+
+
+def _is_listed(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim > 0
 
 
 def _metadata(example: Example) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from loader.state.cursor import (
     STATE_VERSION,
     Allowed,
     Cursor,
+    require_allowed,
     require_plain_state,
     require_state,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "keys_fingerprint",
     "member_differences",
     "require_plain_state",
+    "require_allowed",
     "require_state",
     "split_fingerprint",
     "view_fingerprint",

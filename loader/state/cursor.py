@@ -160,6 +160,20 @@ def require_plain_state(state: object) -> None:
 _OF_VIEWS = ("view", "pad_mode", "functions")
 
 
+def require_allowed(allow: Sequence[Allowed]) -> None:
+    """Refuses what is not a list of names that `allow` may have.
+
+    Raises:
+      ConfigError: `state_allow`.
+    """
+    listed = isinstance(allow, tuple | list | set | frozenset)
+    if not listed or not all(isinstance(name, str) for name in allow):
+        raise ConfigError("state_allow.type", got=repr(allow)[:80])
+    for name in allow:
+        if name not in get_args(Allowed):
+            raise ConfigError("state_allow.name", hint=nearest(name, get_args(Allowed)), got=name)
+
+
 def require_state(
     state: Mapping[str, Any],
     own: Mapping[str, Any],
@@ -183,9 +197,7 @@ def require_state(
         same samples in another view. Every differing field is named.
       ConfigError: `state_allow`.
     """
-    for name in allow:
-        if name not in get_args(Allowed):
-            raise ConfigError("state_allow", hint=nearest(name, get_args(Allowed)), got=name)
+    require_allowed(allow)
     if state.get("version") != STATE_VERSION:
         raise StateError("state_version", got=state.get("version"), want=STATE_VERSION)
     required = {name: value for name, value in own.items() if name not in _OF_VIEWS}

@@ -12,11 +12,13 @@ from PIL import Image
 
 from loader import (
     IterableDatasetMixture,
+    MMCollator,
     ModelPreprocessor,
     StreamingDataset,
     View,
     make_dataloader,
     model_view,
+    view_collator,
 )
 from loader.integrations import attach_to_trainer, check_model
 from preprocess.media import ImagePolicy
@@ -520,6 +522,7 @@ def test_settings_of_the_other_kind_are_refused_by_name(datasets, tiny_dataset):
     refused("model_view", lambda: StreamingDataset(url, view=View(pixels="patches")))
     refused("model_view", lambda: StreamingDataset(str(tiny_dataset), view=View(model=model)))
     refused("model_view", lambda: model_view(str(tiny_dataset)))
+    refused("argument", lambda: model_view(url, backend="Pillow"))
     dataset = StreamingDataset(url)
     assert dataset.view.model == model
     assert dataset.view.model.backend == "torchvision"
@@ -527,6 +530,17 @@ def test_settings_of_the_other_kind_are_refused_by_name(datasets, tiny_dataset):
     refused("loader_options", lambda: batches(dataset, pad_side="left"))
     assert "purpose" in refused("model_view", lambda: View(model=model, purpose="evaluation"))
     refused("extra_key", lambda: batches(dataset, extra_keys=("token_pooling",)))
+    refused("model_view", lambda: view_collator(dataset.view, sequence_length=512))
+    examples = [dataset.example(i) for i in range(len(CHATS))]
+    text = refused("example_mismatch", lambda: MMCollator(sequence_length=512)(examples))
+    assert "pixel_values are of a dataset for a model" in text
+
+
+def test_pictures_that_ranks_share_cost_their_tokens(datasets):
+    dataset = open_dataset(datasets, "internvl", rank=0, world_size=2)
+    options = {"global_batch_size": 2, "sequence_length": 512}
+    loader = make_dataloader(dataset, balance="images", **options)
+    assert loader._schedule._patches_per_crop == 1
 
 
 def test_datasets_whose_views_are_for_different_models_do_not_mix(datasets, tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from loader.assembly.families.kernels import Backend, write_units
 from loader.assembly.layout import IGNORED
 from loader.assembly.pixels import Encoded
 from loader.buffers import Scratch
-from shardspec.errors import SampleError, ShardError, ShardsError
+from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.families import Family, PicturePlan, StoredModel, plan_one
 from shardspec.keyed import draw_below
 from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows
@@ -35,6 +35,11 @@ class ModelView:
 
     family: Family
     backend: Backend = "torchvision"
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(Backend):
+            wanted = "one of " + ", ".join(map(repr, get_args(Backend)))
+            raise ConfigError("argument", name="backend", got=repr(self.backend), wanted=wanted)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -305,6 +305,10 @@ def test_more_images_than_the_fixed_number_are_refused():
         ({"image_masks": None}, "image_masks is missing"),
         ({"labels": None}, "labels is missing"),
         ({"loss_weights": None}, "loss_weights is missing"),
+        ({"labels": [1, 2, 3, 4]}, "labels is not an array: list"),
+        ({"images": torch.zeros(1, *SHAPE)}, "images is not an array: Tensor"),
+        ({"image_masks": 3}, "image_masks is not an array: int"),
+        ({"image_input_idx": np.array(3)}, "image_input_idx is not an array: ndarray"),
     ],
 )
 def test_examples_that_do_not_fit_together_are_all_listed(change, problem):

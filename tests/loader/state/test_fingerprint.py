@@ -503,6 +503,9 @@ def test_only_what_may_differ_can_be_allowed(write):
         loader.load_state_dict(loader.state_dict(), allow=("views",))
     assert caught.value.reason == "state_allow"
     assert "view" in caught.value.fix
+    for allow in ("view", None, 3, [None], [[]]):
+        with pytest.raises(ConfigError, match="allow= is not a tuple of names"):
+            loader.load_state_dict(loader.state_dict(), allow=allow)
 
 
 KINDS = {
