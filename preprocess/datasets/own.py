@@ -179,6 +179,7 @@ class OwnDataset(DatasetBase):
         rows = list(islice((part[i] for part in parts for i in range(len(part))), FIRST_ROWS))
         rows = [row for row in rows if BROKEN not in row]
         _require_columns(rows, self.spec, where=files[0])
+        _require_images(rows, self.spec, where=files[0])
         if self.spec.format in ("points", "boxes"):
             check_unit(rows, self.spec, where=files[0])
         parts = self._pieces(parts)
@@ -426,6 +427,41 @@ def _require_columns(rows: Sequence[Mapping[str, Any]], spec: Spec, *, where: st
         raise SourceError(
             "source_columns", where=where, name=name, want=want, hint=hint, columns=there[:40]
         )
+
+
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_IMAGE_WORDS = ("image", "img", "imgname", "picture", "photo")
+
+
+def _require_images(rows: Sequence[Mapping[str, Any]], spec: Spec, *, where: str) -> None:
+    """Refuses rows without any image that have a column which is called as if it held some.
+
+    Questions and conversations may be about no image; those whose images were not found would be
+    learned without them.
+
+    Raises:
+      SourceError: `source_images`.
+    """
+    if {"image", "images", "video"} & set(spec.columns):
+        return
+    names: dict[str, None] = {}
+    for row in rows:
+        try:
+            found = parse_row(row, spec)
+        except SampleError:
+            continue
+        if "image" in found or "video" in found:
+            return
+        names |= {
+            name: None
+            for name, value in row.items()
+            if isinstance(value, str | bytes | list | tuple | Mapping)
+            and value
+            and not is_empty(value)
+            and any(word.lower().rstrip("s") in _IMAGE_WORDS for word in _WORDS.findall(str(name)))
+        }
+    if names:
+        raise SourceError("source_images", where=where, columns=list(names))
 
 
 def _below(folder: Path, name: str) -> str:

@@ -317,6 +317,9 @@ def _elements(path: Path, name: str) -> tuple[array[int], array[int]]:
         while True:
             following = skip(" \t\r\n,")
             if following == "]":
+                at += 1
+                if skip(" \t\r\n"):
+                    raise bad("text after the end of the array", base + at)
                 return starts, stops
             if not following:
                 raise bad("the array does not end", base + at)
@@ -339,6 +342,10 @@ def _elements(path: Path, name: str) -> tuple[array[int], array[int]]:
             at = stop
 
 
+_LISTS = ("data", "train", "rows", "validation", "val", "dev", "test")
+"""Keys of an object that hold rows; an object may have one of the first three."""
+
+
 def _joined(document: Any, name: str) -> Sequence[Row]:
     """Makes rows of an object: of COCO's captions, VQA v2's questions, or a single record."""
     if not isinstance(document, dict):
@@ -354,12 +361,13 @@ def _joined(document: Any, name: str) -> Sequence[Row]:
             {**each, "question_id": number, "image": f"{each['imageId']}.jpg"}
             for number, each in document.items()
         ]  # GQA
-    for each in ("data", "train", "rows"):
-        if isinstance(document.get(each), list):
-            return [
-                _object(row, where=f"{name} row {i + 1}") for i, row in enumerate(document[each])
-            ]
-    return [document]
+    lists = [each for each in _LISTS if isinstance(document.get(each), list)]
+    if len(lists) > 1:
+        raise SourceError("source_lists", where=name, lists=lists)
+    if not lists or lists[0] not in _LISTS[:3]:
+        return [document]
+    rows = document[lists[0]]
+    return [_object(row, where=f"{name} row {i + 1}") for i, row in enumerate(rows)]
 
 
 def _coco_rows(document: Mapping[str, Any]) -> list[Row]:
@@ -371,8 +379,11 @@ def _coco_rows(document: Mapping[str, Any]) -> list[Row]:
         if "caption" in annotation:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         elif "bbox" in annotation and not annotation.get("iscrowd"):
-            box = (annotation["bbox"], names.get(annotation.get("category_id")))
-            found.setdefault(annotation["image_id"], []).append(box)
+            # With their names, so that no spec can take a size for a corner.
+            box = annotation["bbox"]
+            box = dict(zip("xywh", box, strict=True)) if len(box) == 4 else box
+            label = names.get(annotation.get("category_id"))
+            found.setdefault(annotation["image_id"], []).append((box, label))
     if found:
         return [
             {
@@ -460,6 +471,7 @@ def _delimiter(path: Path) -> str:
 
 def _csv_table(path: Path, *, delimiter: str, quote: str | bool) -> Any:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.csv
 
     parse = pa.csv.ParseOptions(
@@ -482,6 +494,11 @@ def _csv_table(path: Path, *, delimiter: str, quote: str | bool) -> Any:
             table = pa.csv.read_csv(
                 path, parse_options=parse, read_options=read, convert_options=convert
             )
+            spaced = [name for name in header.names if name[:1] == " "]  # "a, b": so are values
+            for name in spaced:
+                place = header.names.index(name)
+                column = pc.utf8_ltrim(table[name], characters=" ")
+                table = table.set_column(place, name, column)
             return table.rename_columns(names)
         except pa.ArrowInvalid as error:
             if "block" not in str(error) or block == _CSV_BLOCKS[-1]:

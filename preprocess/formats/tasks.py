@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preprocess.formats.conversations import has_placeholder, place_images
-from preprocess.formats.images import row_images
+from preprocess.formats.images import require_no_media, row_images
 from preprocess.formats.spec import UNITS, Spec
 from preprocess.formats.video import row_video
 from shardspec.errors import SampleError, SourceError
@@ -25,6 +25,12 @@ _BOX_FIELDS: Mapping[str, Sequence[Sequence[str]]] = {
     "cxcywh": (("cx", "cy", "w", "h"), ("cx", "cy", "width", "height")),
 }
 
+OPTIONS = ("options", "choices")
+"""Columns that hold the options of a question, the first that is there wins."""
+
+_OPTION_COLUMNS = ("{}", "choice_{}", "option_{}")
+"""Columns of one option each, by its letter: MMBench and SEED-Bench."""
+
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -36,7 +42,7 @@ def parse_caption(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """
     names = (spec.columns["caption"],) if "caption" in spec.columns else CAPTIONS
     name, value = next(((n, row[n]) for n in names if row.get(n) is not None), (names[0], None))
-    texts = _texts(value)
+    texts = _texts(_listed(value))
     if not texts:
         raise _unusable(row, name, "a text, or a list of texts")
     message: dict[str, Any] = {"style": spec.style or "long_caption"}
@@ -58,10 +64,12 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     question = row.get(spec.column("question")) or spec.prompt
     if not isinstance(question, str) or not question.strip():
         raise _missing(row, spec.column("question"), "a text")
-    options = _options(row.get(spec.column("options")))
+    options = _row_options(row, spec)
     if any(map(has_placeholder, options)):  # the order of options is drawn, that of images is not
         raise SampleError("image_placeholder.option")
     question, images = place_images(question, row, spec)
+    if not images and "video" not in spec.columns:
+        require_no_media(row, spec)
     answers = row.get(spec.column("answers"))
     answer = row.get(spec.column("answer"))
     message: dict[str, Any] = {"question": question}
@@ -275,6 +283,40 @@ def _number(value: Any) -> str:
     return str(value) if isinstance(value, int | float) and value == value else ""
 
 
+def _listed(value: Any) -> Any:
+    """Reads a list of texts that is written as a text, as cells of CSV files have it."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        found = _literal(value)
+        if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
+            return found
+    return value
+
+
+def _row_options(row: Mapping[str, Any], spec: Spec) -> list[str]:
+    """Lists the options of a question: of a list, or of a column for each letter; [] for none.
+
+    Raises:
+      SampleError: `row_fields`: an option between others is missing.
+    """
+    if "options" in spec.columns:
+        return _options(row.get(spec.columns["options"]))
+    options = next((found for name in OPTIONS if (found := _options(row.get(name)))), [])
+    if options:
+        return options
+    for form in _OPTION_COLUMNS:
+        for letters in (_LETTERS, _LETTERS.lower()):
+            names = [form.format(letter) for letter in letters]
+            texts = ["".join(_texts(row.get(name))) for name in names]
+            while texts and not texts[-1]:
+                texts.pop()
+            if "" in texts[:2] or len(texts) < 2:
+                continue
+            if "" in texts:
+                raise _missing(row, names[texts.index("")], "a text")
+            return texts
+    return []
+
+
 def _options(value: Any) -> list[str]:
     if isinstance(value, str) and value.strip().startswith("["):  # MMMU: a list as a text
         value = _literal(value)
@@ -284,24 +326,27 @@ def _options(value: Any) -> list[str]:
 
 
 def _answer_idx(answer: Any, options: Sequence[str], row: Mapping[str, Any]) -> int:
-    """Finds the right option: by number from 0, by its letter, or by its text."""
-    found: int | None = None
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        found = answer
-    elif isinstance(answer, str):
-        text = answer.strip()
+    """Finds the right option: by number from 0, by its letter, or by its text.
+
+    Raises:
+      SampleError: `row_answer`: it is none of them, or the number or letter of one option and the
+        text of another.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, int | str):
+        found: set[int] = set()
+    else:
+        text = str(answer).strip()
         letter = text.rstrip(".)").lstrip("(")
-        if text in options:
-            found = list(options).index(text)
-        elif len(letter) == 1 and letter in _LETTERS:
-            found = _LETTERS.index(letter)
+        found = {list(options).index(text)} if text in options else set()
+        if len(letter) == 1 and letter in _LETTERS:
+            found.add(_LETTERS.index(letter))
         elif text.isdecimal():
-            found = int(text)
-    if found is None or not 0 <= found < len(options):
-        raise SampleError(
-            "row_answer", got=str(answer)[:80], options=len(options), fields=sorted(row)
-        )
-    return found
+            found.add(int(text))
+        found = {each for each in found if each < len(options)}
+    if len(found) != 1:
+        reason = "row_answer.both" if found else "row_answer.none"
+        raise SampleError(reason, got=str(answer)[:80], options=len(options), fields=sorted(row))
+    return found.pop()
 
 
 def _required_images(row: Mapping[str, Any], spec: Spec) -> list[Any]:

@@ -612,6 +612,23 @@ def test_web_dataset_tars_become_prepared_shards(inline_cli, tmp_path):
     assert len(colors) == 4
 
 
+@pytest.mark.parametrize("name", ["img_path", "image_local_name", "imageName", "imgname", "photo"])
+def test_images_that_are_not_found_are_not_left_out_in_silence(name, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]
+    for row in ({"conversations": turns}, {"question": "What?", "answer": "A cup."}):
+        rows.write_text(json.dumps({**row, name: "a.jpg", "image": None}))
+        with pytest.raises(SourceError) as caught:
+            dataset_class(str(rows))()
+        assert (caught.value.reason, caught.value.facts["columns"]) == ("source_images", [name])
+        rows.write_text(json.dumps({**row, name: None, "imagination": "x", "num_images": 0}))
+        assert "image" not in dataset_class(str(rows))().get(0)
+    spec = tmp_path / "spec.toml"
+    rows.write_text(json.dumps({"conversations": turns, name: "a.jpg"}))
+    spec.write_text(f'format = "llava"\nsource = "rows.jsonl"\n[columns]\nimage = "{name}"\n')
+    assert dataset_class(str(spec))().get(0)["image"] == [tmp_path / "a.jpg"]
+
+
 def test_source_without_a_column_of_its_format_is_refused_with_those_it_has(tmp_path):
     (tmp_path / "a.toml").write_text('format = "captions"\nsource = "a.csv"\n')
     (tmp_path / "a.csv").write_text("image,captoin\na.png,x\n")
