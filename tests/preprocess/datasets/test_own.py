@@ -242,6 +242,7 @@ def test_messages_of_role_and_content_are_understood_everywhere(image):
         ("{}:Empty", "dataset_code"),
         ("no.such.module:X", "dataset_code"),
         ("nosuch.py:X", "dataset_code"),
+        ("{}", "dataset_code"),
     ],
 )
 def test_code_that_is_no_dataset_is_refused(name, reason, code):
@@ -627,6 +628,16 @@ def test_images_that_are_not_found_are_not_left_out_in_silence(name, tmp_path):
     rows.write_text(json.dumps({"conversations": turns, name: "a.jpg"}))
     spec.write_text(f'format = "llava"\nsource = "rows.jsonl"\n[columns]\nimage = "{name}"\n')
     assert dataset_class(str(spec))().get(0)["image"] == [tmp_path / "a.jpg"]
+    spec.write_text(spec.read_text().replace(name, ""))
+    assert "image" not in dataset_class(str(spec))().get(0)
+    spec.write_text(spec.read_text().replace('image = ""', 'image = "imgs"'))
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(spec))()
+    assert caught.value.reason == "source_columns"
+    assert caught.value.facts["columns"] == ["conversations", name]
+    last = json.dumps({"conversations": turns, "imgs": "a.jpg"})
+    rows.write_text(f"{rows.read_text()}\n" * 300 + last)  # rows of JSON may lack a column
+    assert "image" not in dataset_class(str(spec))().get(0)
 
 
 def test_source_without_a_column_of_its_format_is_refused_with_those_it_has(tmp_path):

@@ -205,3 +205,14 @@ def test_images_are_named_for_evaluators_without_secrets(images, names):
     row = {"image": images, "caption": "A door.", "id": 7}
     want = {"id": 7} if names is None else {"id": 7, "image_names": names}
     assert parse_row(row, Spec(name="own", format="captions"))["metadata"] == want
+
+
+@pytest.mark.parametrize(
+    "start, end, want",
+    [(1, 2.5, [1, 2.5]), ("1", "2.5", [1.0, 2.5]), ("", " ", None), ("", "3", [None, 3.0])],
+)
+def test_times_of_a_clip_may_be_written_as_texts(start, end, want):
+    row = {"video": "a.mp4", "caption": "x", "start": start, "end": end}
+    spec = Spec(name="own", format="captions", columns={"video": "video"})
+    assert parse_row(row, spec).get("clip") == want
+    assert parse_row({**row, "end": "late"}, spec)["clip"][1] == "late"  # refused by the job
