@@ -275,6 +275,8 @@ def _turn(entry: Any, images: _Images) -> _Turn:
         raise SampleError("conversation.role", role=role[:40], fields=sorted(map(str, entry)))
     content = entry.get("content")
     content = entry.get("value") if content is None else content
+    if side == "user" and isinstance(content, str) and _PARTS.match(content):
+        raise SampleError("conversation.part", got="a text of JSON")
     parts = _with_numbers(content if isinstance(content, list | tuple) else [content])
     thoughts: list[Any] = []
     if side == "assistant":
@@ -290,6 +292,9 @@ def _turn(entry: Any, images: _Images) -> _Turn:
         return _Turn(side, text)
     return _Turn(side, text, weight=_weight(entry), reasoning=_reasoning(entry, thoughts))
 
+
+_PARTS = re.compile(r"\s*\[\s*\{\s*\"type\"\s*:\s*\"(?:text|image|image_url|video)\"\s*[,}]")
+"""How a list of parts begins that was written as a text."""
 
 _INDEX = "index"
 

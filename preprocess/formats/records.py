@@ -644,12 +644,12 @@ class _Tar(Sequence[Row]):
     def __getitem__(self, i: Any) -> Any:
         key, members = self._samples[i]
         row: dict[str, Any] = {}
-        images: list[bytes] = []
+        images: dict[str, bytes] = {}
         for suffix, (start, size) in members.items():
             payload = self._file.read(start, start + size)
             last = "." + suffix.rpartition(".")[2]
             if last in IMAGES:
-                images.append(payload)
+                images[suffix] = payload
             elif last == ".json":
                 row = {**_parsed(payload, where=f"{self._name}: {key}"), **row}
             elif last in (".txt", ".caption"):
@@ -660,8 +660,21 @@ class _Tar(Sequence[Row]):
                     row[BROKEN] = SampleError("row_side", where=where, error=str(error)[:80])
         if images:  # members win over fields of the same name
             row = {name: value for name, value in row.items() if name not in ("images", "url")}
-            row["image"] = images[0] if len(images) == 1 else images
+            found = [images[suffix] for suffix in _in_order(list(images))]
+            row["image"] = found[0] if len(found) == 1 else found
         return {**row, "id": key}
+
+
+def _in_order(suffixes: list[str]) -> list[str]:
+    """Orders the members of a sample by their numbers; writers of tars put 10 in front of 2.
+
+    >>> _in_order(["1.jpg", "10.jpg", "2.png"]), _in_order(["b.jpg", "a.jpg"])
+    (['1.jpg', '2.png', '10.jpg'], ['b.jpg', 'a.jpg'])
+    """
+    parts = {suffix: re.split(r"(\d+)", suffix.rpartition(".")[0]) for suffix in suffixes}
+    if len({tuple(part[::2]) for part in parts.values()}) > 1:
+        return suffixes
+    return sorted(suffixes, key=lambda suffix: [int(number) for number in parts[suffix][1::2]])
 
 
 _READERS: Mapping[str, Callable[[Path, str], Sequence[Row]]] = {

@@ -324,6 +324,16 @@ REFUSED = {
         {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         "conversation",
     ),
+    "parts as a text": (
+        {
+            "image": "a",
+            "messages": [
+                {"role": "user", "content": '[{"type": "image"}, {"type": "text", "text": "x"}]'},
+                {"role": "assistant", "content": "b"},
+            ],
+        },
+        "conversation",
+    ),
     "nothing learned": (
         {
             "messages": [

@@ -406,3 +406,15 @@ def test_boxes_of_coco_are_corners_and_sizes_whatever_the_spec_says(tmp_path):
         with pytest.raises(SampleError) as caught:
             parse_row(row, Spec(name="own", format="boxes", box=box))
         assert caught.value.reason == "box_shape"
+
+
+@pytest.mark.parametrize("names", [("img{}.jpg", 12), ("{}.png", 11), ("p{}.v2.webp", 3)])
+def test_images_of_a_tar_are_in_the_order_of_their_numbers(names, tmp_path):
+    form, count = names
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in sorted(form.format(i) for i in range(count)):  # as WebDataset writes them
+            info = tarfile.TarInfo(f"a.{name}")
+            info.size = len(name)
+            archive.addfile(info, io.BytesIO(name.encode()))
+    (row,) = open_records(str(tmp_path / "a.tar"))
+    assert row["image"] == [form.format(i).encode() for i in range(count)]
