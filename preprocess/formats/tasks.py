@@ -64,7 +64,7 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     question = row.get(spec.column("question")) or spec.prompt
     if not isinstance(question, str) or not question.strip():
         raise _missing(row, spec.column("question"), "a text")
-    options = _row_options(row, spec)
+    options, labels = _row_options(row, spec)
     if any(map(has_placeholder, options)):  # the order of options is drawn, that of images is not
         raise SampleError("image_placeholder.option")
     question, images = place_images(question, row, spec)
@@ -77,7 +77,7 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         message |= {
             "style": spec.style or "a_okvqa_mc",
             "options": options,
-            "answer_idx": _answer_idx(answer, options, row),
+            "answer_idx": _answer_idx(answer, options, labels, row),
         }
     elif answers is not None:
         texts = _texts(_answers(answers))
@@ -292,17 +292,24 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _row_options(row: Mapping[str, Any], spec: Spec) -> list[str]:
+def _row_options(row: Mapping[str, Any], spec: Spec) -> tuple[list[str], list[str]]:
     """Lists the options of a question: of a list, or of a column for each letter; [] for none.
 
+    Returns:
+      The options, and what the row calls them; [] where that is their letters.
+
     Raises:
-      SampleError: `row_fields`: an option between others is missing.
+      SampleError: `row_fields`: an option between others is missing, or they cannot be read.
     """
+    named = (spec.columns["options"],) if "options" in spec.columns else OPTIONS
+    for name in named:
+        options, labels = _options(row.get(name))
+        if options:
+            return options, labels
+        if isinstance(row.get(name), str) and row[name].strip().strip("[]"):
+            raise _missing(row, name, "a list of options")
     if "options" in spec.columns:
-        return _options(row.get(spec.columns["options"]))
-    options = next((found for name in OPTIONS if (found := _options(row.get(name)))), [])
-    if options:
-        return options
+        return [], []
     for form in _OPTION_COLUMNS:
         for letters in (_LETTERS, _LETTERS.lower()):
             names = [form.format(letter) for letter in letters]
@@ -313,19 +320,25 @@ def _row_options(row: Mapping[str, Any], spec: Spec) -> list[str]:
                 continue
             if "" in texts:
                 raise _missing(row, names[texts.index("")], "a text")
-            return texts
-    return []
+            return texts, []
+    return [], []
 
 
-def _options(value: Any) -> list[str]:
+def _options(value: Any) -> tuple[list[str], list[str]]:
     if isinstance(value, str) and value.strip().startswith("["):  # MMMU: a list as a text
         value = _literal(value)
+    labels: Any = []
     if isinstance(value, Mapping):  # {"A": ..., "B": ...}, or the hub's record of lists
-        value = value.get("text") or [value[key] for key in sorted(value, key=str)]
-    return [str(option) for option in value] if isinstance(value, list | tuple) else []
+        labels = value.get("label") if value.get("text") else sorted(value, key=str)
+        value = value.get("text") or [value[key] for key in labels]
+    options = [str(option) for option in value] if isinstance(value, list | tuple) else []
+    fits = isinstance(labels, list | tuple) and len(labels) == len(options)
+    return options, [str(label).strip() for label in labels] if fits else []
 
 
-def _answer_idx(answer: Any, options: Sequence[str], row: Mapping[str, Any]) -> int:
+def _answer_idx(
+    answer: Any, options: Sequence[str], labels: Sequence[str], row: Mapping[str, Any]
+) -> int:
     """Finds the right option: by number from 0, by its letter, or by its text.
 
     Raises:
@@ -338,7 +351,9 @@ def _answer_idx(answer: Any, options: Sequence[str], row: Mapping[str, Any]) -> 
         text = str(answer).strip()
         letter = text.rstrip(".)").lstrip("(")
         found = {list(options).index(text)} if text in options else set()
-        if len(letter) == 1 and letter in _LETTERS:
+        if letter in labels:  # ARC's are 1 to 4 in some rows
+            found.add(list(labels).index(letter))
+        elif len(letter) == 1 and letter in _LETTERS:
             found.add(_LETTERS.index(letter))
         elif text.isdecimal():
             found.add(int(text))

@@ -42,6 +42,15 @@ OPTIONS = ["a cat", "a dog", "a cow"]
         ({"options": OPTIONS, "answer": "a cow"}, {"answer_idx": 2}),
         ({"options": "['a cat', 'a dog', 'a cow']", "answer": "A"}, {"answer_idx": 0}),
         ({"choices": OPTIONS, "answer": 2}, {"answer_idx": 2}),
+        (
+            {"choices": {"text": OPTIONS, "label": ["1", "2", "3"]}, "answer": "1"},
+            {"answer_idx": 0},
+        ),
+        ({"choices": {"text": OPTIONS, "label": list("ABC")}, "answer": 1}, {"answer_idx": 1}),
+        (
+            {"options": {"3": OPTIONS[2], "1": OPTIONS[0], "2": OPTIONS[1]}, "answer": 2},
+            {"answer_idx": 1},
+        ),
         ({"options": None, "choices": OPTIONS, "answer": "B"}, {"answer_idx": 1}),
         ({"options": [], "choices": None, "answer": "a cat"}, {"style": "vqa2", "answer": "a cat"}),
         ({**dict(zip("ABC", OPTIONS, strict=True)), "D": "", "answer": "C"}, {"answer_idx": 2}),
@@ -139,6 +148,7 @@ def test_points(points, unit, scale):
         ("vqa", {"question": "Q?", "options": [2, 3, 4], "answer": 2}, "row_answer"),
         ("vqa", {"question": "Q?", "options": ["B", "A"], "answer": "A"}, "row_answer"),
         ("vqa", {"question": "Q?", "A": "x", "B": "y", "D": "z", "answer": "A"}, "row_fields"),
+        ("vqa", {"question": "Q?", "options": "A. x\nB. y", "answer": "B"}, "row_fields"),
         ("vqa", {"question": "Q?", "answer": "x", "video": "a.mp4"}, "row_media"),
         ("vqa", {"question": "Q?", "answers": [None]}, "row_fields"),
         ("vqa", {"question": "Q?", "answers": {"a": 1}}, "row_fields"),
