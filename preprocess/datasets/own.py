@@ -44,6 +44,7 @@ from preprocess.formats import (
     ROWS,
     VIDEO_NAMES,
     DocumentPolicy,
+    Records,
     Spec,
     annotation_names,
     check_unit,
@@ -79,7 +80,7 @@ def is_own(name: str) -> bool:
     return bool(
         "/" in name
         or name in (".", "..")
-        or name.endswith((".toml", *ROWS, ".gz", ".zst"))
+        or name.endswith((".toml", ".py", *ROWS, ".gz", ".zst"))
         or (_CODE.fullmatch(name) and "://" not in name)
     )
 
@@ -92,6 +93,8 @@ def own_dataset(name: str) -> type[DatasetBase]:
       SourceError: The format of a file cannot be told.
     """
     code = _CODE.fullmatch(name)
+    if name.endswith(".py"):
+        raise ConfigError("dataset_code.unnamed", where=name)
     if code and "://" not in name:
         return _coded(code["place"], code["name"])
     if name.endswith(".toml"):
@@ -185,7 +188,9 @@ class OwnDataset(DatasetBase):
         """Folder or URL that image names start from."""
         rows = list(islice((part[i] for part in parts for i in range(len(part))), FIRST_ROWS))
         rows = [row for row in rows if BROKEN not in row]
+        _require_named(records, self.spec)
         _require_columns(rows, self.spec, where=files[0])
+        _require_images(rows, self.spec, where=files[0])
         if self.spec.format in ("points", "boxes"):
             check_unit(rows, self.spec, where=files[0])
         parts = self._pieces(parts)
@@ -416,6 +421,37 @@ def _is_bookkeeping(path: Path) -> bool:
     )
 
 
+_TABLES = (".parquet", ".arrow", ".csv", ".tsv")
+"""Files whose rows all have the same columns."""
+
+
+def _require_named(records: Sequence[Records], spec: Spec) -> None:
+    """Refuses a spec that names a column which no row of the source has.
+
+    Rows of JSON may leave a column out, so rows of the whole of each file are looked at.
+
+    Raises:
+      SourceError: `source_columns`.
+    """
+    missing = {name: field for field, name in spec.columns.items() if name}
+    if not missing:
+        return
+    there: dict[str, None] = {}
+    for each in records:
+        table = any(suffix in each.files[0].lower() for suffix in _TABLES)
+        for row in islice(_probed(each), 1 if table else None):
+            there |= dict.fromkeys(map(str, row))
+            missing = {name: missing[name] for name in missing if name not in row}
+            if not missing:
+                return
+    for name, field in missing.items() if there else ():
+        hint, known = nearest(name, there), list(there)[:40]
+        where = records[0].files[0]
+        raise SourceError(
+            "source_columns", where=where, name=name, want=field, hint=hint, columns=known
+        )
+
+
 def _require_columns(rows: Sequence[Mapping[str, Any]], spec: Spec, *, where: str) -> None:
     """Refuses a source of whose first rows none has a column that all need.
 
@@ -439,6 +475,41 @@ def _require_columns(rows: Sequence[Mapping[str, Any]], spec: Spec, *, where: st
         raise SourceError(
             "source_columns", where=where, name=name, want=want, hint=hint, columns=there[:40]
         )
+
+
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_IMAGE_WORDS = ("image", "img", "imgname", "picture", "photo")
+
+
+def _require_images(rows: Sequence[Mapping[str, Any]], spec: Spec, *, where: str) -> None:
+    """Refuses rows without any image that have a column which is called as if it held some.
+
+    Questions and conversations may be about no image; those whose images were not found would be
+    learned without them.
+
+    Raises:
+      SourceError: `source_images`.
+    """
+    if {"image", "images", "video"} & set(spec.columns):
+        return
+    names: dict[str, None] = {}
+    for row in rows:
+        try:
+            found = parse_row(row, spec)
+        except SampleError:
+            continue
+        if "image" in found or "video" in found:
+            return
+        names |= {
+            name: None
+            for name, value in row.items()
+            if isinstance(value, str | bytes | list | tuple | Mapping)
+            and value
+            and not is_empty(value)
+            and any(word.lower().rstrip("s") in _IMAGE_WORDS for word in _WORDS.findall(str(name)))
+        }
+    if names:
+        raise SourceError("source_images", where=where, columns=list(names))
 
 
 def _below(folder: Path, name: str) -> str:
@@ -529,13 +600,17 @@ def probed_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     Raises:
       SourceError: `source_empty`: no row can be read.
     """
-    half = PROBED_ROWS // 2
-    spread = range(0, len(rows), max(1, len(rows) // half))
-    numbers = sorted({*range(min(half, len(rows))), *spread})
-    found = [row for row in (rows[i] for i in numbers) if BROKEN not in row]
+    found = list(_probed(rows))
     if not found:
         raise SourceError("source_empty.rows", rows=len(rows))
     return found
+
+
+def _probed(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    half = PROBED_ROWS // 2
+    spread = range(0, len(rows), max(1, len(rows) // half))
+    numbers = sorted({*range(min(half, len(rows))), *spread})
+    return (row for row in (rows[i] for i in numbers) if BROKEN not in row)
 
 
 def _coded(place: str, name: str) -> type[DatasetBase]:

@@ -19,12 +19,14 @@ else they say nothing, and the images are laid out as those of any other dataset
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.formats.images import is_empty, part_image, row_images
+from preprocess.formats.images import is_empty, part_image, require_no_media, row_images
 from preprocess.formats.spec import Spec
 from shardspec.errors import SampleError
 
@@ -60,8 +62,9 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
 
     Raises:
       SampleError: `conversation`, `assistant_first`, `empty_answer`, `row_fields`,
-        `image_placeholder`, `image_without_placeholder`, `placeholder_without_image`.
+        `row_media`, `image_placeholder`, `image_without_placeholder`, `placeholder_without_image`.
     """
+    require_no_media(row, spec)
     found = None
     for name in ("messages", "conversations", "conversation"):
         found = row.get(spec.columns.get("messages", name)) if found is None else found
@@ -82,8 +85,19 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         message["turn_weights"] = [turn.weight for turn in spoken[1::2]]
     if any(turn.reasoning is not None for turn in spoken[1::2]):
         message["reasoning"] = [turn.reasoning for turn in spoken[1::2]]
-    told = "\n\n".join(t.text for t in turns if t.side == "system" and t.text.strip())
+    system_texts = [t.text for t in turns if t.side == "system"]
+    told = "\n\n".join(text for text in [*system_texts, _tools(row.get("tools"))] if text.strip())
     return {"image": placed, "message_list": [{**message, **({"system": told} if told else {})}]}
+
+
+def _tools(tools: Any) -> str:
+    """Writes the tools that a conversation may call, a line of JSON for each; "" for none."""
+    if isinstance(tools, str):
+        return "" if tools.strip() in ("", "[]", "{}", "null") else tools
+    if not isinstance(tools, list | tuple):
+        return ""
+    lines = [t if isinstance(t, str) else json.dumps(t, ensure_ascii=False) for t in tools]
+    return "\n".join(lines)
 
 
 def _are_pairs(texts: Any) -> bool:
@@ -184,8 +198,11 @@ class _Images:
         """Replaces the placeholders of a text."""
         return self._pattern.sub(self._place, text)
 
-    def bare(self) -> str:
-        """Places the next image of the column."""
+    def bare(self, index: int | None = None) -> str:
+        """Places the next image of the column, or the one of a number from 0."""
+        if index is not None:
+            self.placed.append(_Number(index))
+            return MARK
         self.placed.append(_Number(self.num_unnumbered))
         self.num_unnumbered += 1
         return MARK
@@ -258,7 +275,9 @@ def _turn(entry: Any, images: _Images) -> _Turn:
         raise SampleError("conversation.role", role=role[:40], fields=sorted(map(str, entry)))
     content = entry.get("content")
     content = entry.get("value") if content is None else content
-    parts = content if isinstance(content, list | tuple) else [content]
+    if side == "user" and isinstance(content, str) and _PARTS.match(content):
+        raise SampleError("conversation.part", got="a text of JSON")
+    parts = _with_numbers(content if isinstance(content, list | tuple) else [content])
     thoughts: list[Any] = []
     if side == "assistant":
         thoughts = [part for part in parts if _is_thought(part)]
@@ -274,6 +293,31 @@ def _turn(entry: Any, images: _Images) -> _Turn:
     return _Turn(side, text, weight=_weight(entry), reasoning=_reasoning(entry, thoughts))
 
 
+_PARTS = re.compile(r"\s*\[\s*\{\s*\"type\"\s*:\s*\"(?:text|image|image_url|video)\"\s*[,}]")
+"""How a list of parts begins that was written as a text."""
+
+_INDEX = "index"
+
+
+def _with_numbers(parts: Sequence[Any]) -> list[Any]:
+    """Keeps `index` where it is the number of an image from 0, as llava-instruct-mix has it.
+
+    Where texts are numbered as well, it counts the parts.
+    """
+    given = [part for part in parts if isinstance(part, Mapping) and part.get(_INDEX) is not None]
+    if all(part.get("type") == "image" and _is_number(part[_INDEX]) for part in given):
+        return [{**p, _INDEX: int(p[_INDEX])} if p in given else p for p in parts]
+    return [
+        {name: p[name] for name in p if name != _INDEX} if isinstance(p, Mapping) else p
+        for p in parts
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    whole = isinstance(value, int | float) and not isinstance(value, bool)
+    return whole and value >= 0 and value == int(value)
+
+
 def _part(part: Any, images: _Images, *, role: str) -> str:
     if part is None:
         return ""
@@ -287,7 +331,7 @@ def _part(part: Any, images: _Images, *, role: str) -> str:
         return _part(part.get("text") or part.get("value") or "", images, role=role)
     if kind in ("image", "image_url"):
         found = part_image(part)
-        return images.bare() if found is None else images.inline(found)
+        return images.bare(part.get(_INDEX)) if found is None else images.inline(found)
     raise SampleError("conversation.part", got=str(kind)[:40])
 
 
@@ -299,11 +343,20 @@ def _call(call: Any) -> str:
 
 
 def _weight(entry: Mapping[str, Any]) -> float:
+    """Gives the factor on the loss of an answer.
+
+    Raises:
+      SampleError: `conversation.weight`: a text such as "false", or no number of 0 or more.
+    """
+    weight = 1.0
     for name in ("train", "loss", "weight"):
         value = entry.get(name)
-        if isinstance(value, bool | int | float):
-            return value if name == "weight" else float(bool(value))
-    return 1.0
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or not 0 <= value < math.inf:
+            raise SampleError("conversation.weight", name=name, got=repr(value)[:40])
+        weight *= value if name == "weight" else float(bool(value))
+    return weight
 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")

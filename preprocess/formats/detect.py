@@ -12,6 +12,9 @@ from preprocess.formats.tasks import BOXES, CAPTIONS
 from preprocess.formats.video import VIDEO_NAMES
 
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
+_ANSWERS = ("answer", "answers", "response", "responses", "completion", "output", "reply")
+"""Columns beside which a `text` or a `prompt` is a question, and not a caption."""
+
 SHARE = 0.95
 """Share of the rows that must agree."""
 
@@ -71,6 +74,9 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
     if "question" in there and there & {"answer", "answers", "options"}:
         return "vqa", "a question with answers"
     caption = next((name for name in CAPTIONS if name in there), None)
+    answered = sorted(there & {*_ANSWERS, *(["label"] if caption == "prompt" else [])})
+    if caption in ("text", "prompt") and answered:
+        return "", f"{caption} beside {answered[0]}, which may be a question with its answer"
     if caption and there & {*NAMES, *VIDEO_NAMES}:
         return "captions", f"an image or a video with {caption}"
     if there & set(BOXES):

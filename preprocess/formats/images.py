@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preprocess.formats.spec import Spec
+from shardspec.errors import SampleError
 
 _EMPTY = (None, "", "None", "none", "nan", "null")
 """What files write where a row has no image; a NaN of a float column is one, too."""
@@ -20,8 +21,12 @@ NAMES = (
     "file_name",
     "filepath",
     "url",
+    "URL",
 )
 """Columns that hold images, the first that is there wins."""
+
+_MEDIA = ("video", "videos", "video_path", "video_file", "audio", "audios")
+"""Columns that hold what a text is about, and that not every format takes."""
 
 
 def row_images(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> list[Any]:
@@ -32,13 +37,26 @@ def row_images(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> list[
       spec: Says which column, where it is not one of `NAMES`.
       url: Whether a column `url` is an image; of a conversation it is the page that it is from.
     """
-    names = [name for name in NAMES if url or name != "url"]
+    names = [name for name in NAMES if url or name.lower() != "url"]
     for name in (spec.columns["image"],) if "image" in spec.columns else names:
         found = [each for each in _as_list(row.get(name)) if not is_empty(each)]
         if found:
             return found
     numbered = [row.get(f"image_{i}") for i in range(1, 20)]  # MMMU: image_1 ... image_7
     return [each for each in numbered if not is_empty(each)]
+
+
+def require_no_media(row: Mapping[str, Any], spec: Spec) -> None:
+    """Refuses a row that is about a video or a sound which its format does not take.
+
+    Raises:
+      SampleError: `row_media`.
+    """
+    for name in _MEDIA:
+        value = row.get(name)
+        nothing = is_empty(value) or (isinstance(value, list | tuple) and not any(value))
+        if not nothing and name not in spec.columns.values():
+            raise SampleError("row_media", name=name, fields=sorted(map(str, row)))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -317,6 +317,9 @@ def _elements(path: Path, name: str) -> tuple[array[int], array[int]]:
         while True:
             following = skip(" \t\r\n,")
             if following == "]":
+                at += 1
+                if skip(" \t\r\n"):
+                    raise bad("text after the end of the array", base + at)
                 return starts, stops
             if not following:
                 raise bad("the array does not end", base + at)
@@ -339,6 +342,10 @@ def _elements(path: Path, name: str) -> tuple[array[int], array[int]]:
             at = stop
 
 
+_LISTS = ("data", "train", "rows", "validation", "val", "dev", "test")
+"""Keys of an object that hold rows; an object may have one of the first three."""
+
+
 def _joined(document: Any, name: str) -> Sequence[Row]:
     """Makes rows of an object: of COCO's captions, VQA v2's questions, or a single record."""
     if not isinstance(document, dict):
@@ -354,12 +361,13 @@ def _joined(document: Any, name: str) -> Sequence[Row]:
             {**each, "question_id": number, "image": f"{each['imageId']}.jpg"}
             for number, each in document.items()
         ]  # GQA
-    for each in ("data", "train", "rows"):
-        if isinstance(document.get(each), list):
-            return [
-                _object(row, where=f"{name} row {i + 1}") for i, row in enumerate(document[each])
-            ]
-    return [document]
+    lists = [each for each in _LISTS if isinstance(document.get(each), list)]
+    if len(lists) > 1:
+        raise SourceError("source_lists", where=name, lists=lists)
+    if not lists or lists[0] not in _LISTS[:3]:
+        return [document]
+    rows = document[lists[0]]
+    return [_object(row, where=f"{name} row {i + 1}") for i, row in enumerate(rows)]
 
 
 def _coco_rows(document: Mapping[str, Any]) -> list[Row]:
@@ -371,8 +379,11 @@ def _coco_rows(document: Mapping[str, Any]) -> list[Row]:
         if "caption" in annotation:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         elif "bbox" in annotation and not annotation.get("iscrowd"):
-            box = (annotation["bbox"], names.get(annotation.get("category_id")))
-            found.setdefault(annotation["image_id"], []).append(box)
+            # With their names, so that no spec can take a size for a corner.
+            box = annotation["bbox"]
+            box = dict(zip("xywh", box, strict=True)) if len(box) == 4 else box
+            label = names.get(annotation.get("category_id"))
+            found.setdefault(annotation["image_id"], []).append((box, label))
     if found:
         return [
             {
@@ -460,6 +471,7 @@ def _delimiter(path: Path) -> str:
 
 def _csv_table(path: Path, *, delimiter: str, quote: str | bool) -> Any:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.csv
 
     parse = pa.csv.ParseOptions(
@@ -482,6 +494,11 @@ def _csv_table(path: Path, *, delimiter: str, quote: str | bool) -> Any:
             table = pa.csv.read_csv(
                 path, parse_options=parse, read_options=read, convert_options=convert
             )
+            spaced = [name for name in header.names if name[:1] == " "]  # "a, b": so are values
+            for name in spaced:
+                place = header.names.index(name)
+                column = pc.utf8_ltrim(table[name], characters=" ")
+                table = table.set_column(place, name, column)
             return table.rename_columns(names)
         except pa.ArrowInvalid as error:
             if "block" not in str(error) or block == _CSV_BLOCKS[-1]:
@@ -627,12 +644,12 @@ class _Tar(Sequence[Row]):
     def __getitem__(self, i: Any) -> Any:
         key, members = self._samples[i]
         row: dict[str, Any] = {}
-        images: list[bytes] = []
+        images: dict[str, bytes] = {}
         for suffix, (start, size) in members.items():
             payload = self._file.read(start, start + size)
             last = "." + suffix.rpartition(".")[2]
             if last in IMAGES:
-                images.append(payload)
+                images[suffix] = payload
             elif last == ".json":
                 row = {**_parsed(payload, where=f"{self._name}: {key}"), **row}
             elif last in (".txt", ".caption"):
@@ -643,8 +660,21 @@ class _Tar(Sequence[Row]):
                     row[BROKEN] = SampleError("row_side", where=where, error=str(error)[:80])
         if images:  # members win over fields of the same name
             row = {name: value for name, value in row.items() if name not in ("images", "url")}
-            row["image"] = images[0] if len(images) == 1 else images
+            found = [images[suffix] for suffix in _in_order(list(images))]
+            row["image"] = found[0] if len(found) == 1 else found
         return {**row, "id": key}
+
+
+def _in_order(suffixes: list[str]) -> list[str]:
+    """Orders the members of a sample by their numbers; writers of tars put 10 in front of 2.
+
+    >>> _in_order(["1.jpg", "10.jpg", "2.png"]), _in_order(["b.jpg", "a.jpg"])
+    (['1.jpg', '2.png', '10.jpg'], ['b.jpg', 'a.jpg'])
+    """
+    parts = {suffix: re.split(r"(\d+)", suffix.rpartition(".")[0]) for suffix in suffixes}
+    if len({tuple(part[::2]) for part in parts.values()}) > 1:
+        return suffixes
+    return sorted(suffixes, key=lambda suffix: [int(number) for number in parts[suffix][1::2]])
 
 
 _READERS: Mapping[str, Callable[[Path, str], Sequence[Row]]] = {

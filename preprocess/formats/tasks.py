@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preprocess.formats.conversations import has_placeholder, place_images
-from preprocess.formats.images import row_images
+from preprocess.formats.images import require_no_media, row_images
 from preprocess.formats.spec import UNITS, Spec
 from preprocess.formats.video import row_video
 from shardspec.errors import SampleError, SourceError
@@ -25,6 +25,12 @@ _BOX_FIELDS: Mapping[str, Sequence[Sequence[str]]] = {
     "cxcywh": (("cx", "cy", "w", "h"), ("cx", "cy", "width", "height")),
 }
 
+OPTIONS = ("options", "choices")
+"""Columns that hold the options of a question, the first that is there wins."""
+
+_OPTION_COLUMNS = ("{}", "choice_{}", "option_{}")
+"""Columns of one option each, by its letter: MMBench and SEED-Bench."""
+
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -36,7 +42,7 @@ def parse_caption(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """
     names = (spec.columns["caption"],) if "caption" in spec.columns else CAPTIONS
     name, value = next(((n, row[n]) for n in names if row.get(n) is not None), (names[0], None))
-    texts = _texts(value)
+    texts = _texts(_listed(value))
     if not texts:
         raise _unusable(row, name, "a text, or a list of texts")
     message: dict[str, Any] = {"style": spec.style or "long_caption"}
@@ -58,10 +64,12 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     question = row.get(spec.column("question")) or spec.prompt
     if not isinstance(question, str) or not question.strip():
         raise _missing(row, spec.column("question"), "a text")
-    options = _options(row.get(spec.column("options")))
+    options, labels = _row_options(row, spec)
     if any(map(has_placeholder, options)):  # the order of options is drawn, that of images is not
         raise SampleError("image_placeholder.option")
     question, images = place_images(question, row, spec)
+    if not images and "video" not in spec.columns:
+        require_no_media(row, spec)
     answers = row.get(spec.column("answers"))
     answer = row.get(spec.column("answer"))
     message: dict[str, Any] = {"question": question}
@@ -69,7 +77,7 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         message |= {
             "style": spec.style or "a_okvqa_mc",
             "options": options,
-            "answer_idx": _answer_idx(answer, options, row),
+            "answer_idx": _answer_idx(answer, options, labels, row),
         }
     elif answers is not None:
         texts = _texts(_answers(answers))
@@ -275,33 +283,85 @@ def _number(value: Any) -> str:
     return str(value) if isinstance(value, int | float) and value == value else ""
 
 
-def _options(value: Any) -> list[str]:
+def _listed(value: Any) -> Any:
+    """Reads a list of texts that is written as a text, as cells of CSV files have it."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        found = _literal(value)
+        if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
+            return found
+    return value
+
+
+def _row_options(row: Mapping[str, Any], spec: Spec) -> tuple[list[str], list[str]]:
+    """Lists the options of a question: of a list, or of a column for each letter; [] for none.
+
+    Returns:
+      The options, and what the row calls them; [] where that is their letters.
+
+    Raises:
+      SampleError: `row_fields`: an option between others is missing, or they cannot be read.
+    """
+    named = (spec.columns["options"],) if "options" in spec.columns else OPTIONS
+    for name in named:
+        options, labels = _options(row.get(name))
+        if options:
+            return options, labels
+        if isinstance(row.get(name), str) and row[name].strip().strip("[]"):
+            raise _missing(row, name, "a list of options")
+    if "options" in spec.columns:
+        return [], []
+    for form in _OPTION_COLUMNS:
+        for letters in (_LETTERS, _LETTERS.lower()):
+            names = [form.format(letter) for letter in letters]
+            texts = ["".join(_texts(row.get(name))) for name in names]
+            while texts and not texts[-1]:
+                texts.pop()
+            if "" in texts[:2] or len(texts) < 2:
+                continue
+            if "" in texts:
+                raise _missing(row, names[texts.index("")], "a text")
+            return texts, []
+    return [], []
+
+
+def _options(value: Any) -> tuple[list[str], list[str]]:
     if isinstance(value, str) and value.strip().startswith("["):  # MMMU: a list as a text
         value = _literal(value)
+    labels: Any = []
     if isinstance(value, Mapping):  # {"A": ..., "B": ...}, or the hub's record of lists
-        value = value.get("text") or [value[key] for key in sorted(value, key=str)]
-    return [str(option) for option in value] if isinstance(value, list | tuple) else []
+        labels = value.get("label") if value.get("text") else sorted(value, key=str)
+        value = value.get("text") or [value[key] for key in labels]
+    options = [str(option) for option in value] if isinstance(value, list | tuple) else []
+    fits = isinstance(labels, list | tuple) and len(labels) == len(options)
+    return options, [str(label).strip() for label in labels] if fits else []
 
 
-def _answer_idx(answer: Any, options: Sequence[str], row: Mapping[str, Any]) -> int:
-    """Finds the right option: by number from 0, by its letter, or by its text."""
-    found: int | None = None
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        found = answer
-    elif isinstance(answer, str):
-        text = answer.strip()
+def _answer_idx(
+    answer: Any, options: Sequence[str], labels: Sequence[str], row: Mapping[str, Any]
+) -> int:
+    """Finds the right option: by number from 0, by its letter, or by its text.
+
+    Raises:
+      SampleError: `row_answer`: it is none of them, or the number or letter of one option and the
+        text of another.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, int | str):
+        found: set[int] = set()
+    else:
+        text = str(answer).strip()
         letter = text.rstrip(".)").lstrip("(")
-        if text in options:
-            found = list(options).index(text)
+        found = {list(options).index(text)} if text in options else set()
+        if letter in labels:  # ARC's are 1 to 4 in some rows
+            found.add(list(labels).index(letter))
         elif len(letter) == 1 and letter in _LETTERS:
-            found = _LETTERS.index(letter)
+            found.add(_LETTERS.index(letter))
         elif text.isdecimal():
-            found = int(text)
-    if found is None or not 0 <= found < len(options):
-        raise SampleError(
-            "row_answer", got=str(answer)[:80], options=len(options), fields=sorted(row)
-        )
-    return found
+            found.add(int(text))
+        found = {each for each in found if each < len(options)}
+    if len(found) != 1:
+        reason = "row_answer.both" if found else "row_answer.none"
+        raise SampleError(reason, got=str(answer)[:80], options=len(options), fields=sorted(row))
+    return found.pop()
 
 
 def _required_images(row: Mapping[str, Any], spec: Spec) -> list[Any]:

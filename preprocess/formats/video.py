@@ -39,6 +39,12 @@ def row_video(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
 
 
 def _time(value: Any) -> Any:
+    """Reads seconds, in CSV files written as a text; what is not a number is left to the job."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if value.strip() else None
+        except ValueError:
+            return value
     return None if value is None or value != value else value
 
 

@@ -24,6 +24,7 @@ _SPELLINGS = re.compile(
     r"|<[Ii]mageHere>|<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>|<boi>|<eoi>"
     r"|<tile_global_thumbnail>|<im_(?:start|end|patch|col|low)>|<low_res_im_start>"
     r"|<frame_(?:start|end)>"
+    r"|<ref-object>|<bbox>(?![^<]*</bbox>)"  # ms-swift, which puts names and boxes there
 )
 
 

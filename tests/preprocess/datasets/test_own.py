@@ -242,6 +242,7 @@ def test_messages_of_role_and_content_are_understood_everywhere(image):
         ("{}:Empty", "dataset_code"),
         ("no.such.module:X", "dataset_code"),
         ("nosuch.py:X", "dataset_code"),
+        ("{}", "dataset_code"),
     ],
 )
 def test_code_that_is_no_dataset_is_refused(name, reason, code):
@@ -610,6 +611,33 @@ def test_web_dataset_tars_become_prepared_shards(inline_cli, tmp_path):
     assert stream.num_samples == 4
     colors = {tuple(np.median(stream.example(i)["images"], axis=(0, 2, 3))) for i in range(4)}
     assert len(colors) == 4
+
+
+@pytest.mark.parametrize("name", ["img_path", "image_local_name", "imageName", "imgname", "photo"])
+def test_images_that_are_not_found_are_not_left_out_in_silence(name, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]
+    for row in ({"conversations": turns}, {"question": "What?", "answer": "A cup."}):
+        rows.write_text(json.dumps({**row, name: "a.jpg", "image": None}))
+        with pytest.raises(SourceError) as caught:
+            dataset_class(str(rows))()
+        assert (caught.value.reason, caught.value.facts["columns"]) == ("source_images", [name])
+        rows.write_text(json.dumps({**row, name: None, "imagination": "x", "num_images": 0}))
+        assert "image" not in dataset_class(str(rows))().get(0)
+    spec = tmp_path / "spec.toml"
+    rows.write_text(json.dumps({"conversations": turns, name: "a.jpg"}))
+    spec.write_text(f'format = "llava"\nsource = "rows.jsonl"\n[columns]\nimage = "{name}"\n')
+    assert dataset_class(str(spec))().get(0)["image"] == [tmp_path / "a.jpg"]
+    spec.write_text(spec.read_text().replace(name, ""))
+    assert "image" not in dataset_class(str(spec))().get(0)
+    spec.write_text(spec.read_text().replace('image = ""', 'image = "imgs"'))
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(spec))()
+    assert caught.value.reason == "source_columns"
+    assert caught.value.facts["columns"] == ["conversations", name]
+    last = json.dumps({"conversations": turns, "imgs": "a.jpg"})
+    rows.write_text(f"{rows.read_text()}\n" * 300 + last)  # rows of JSON may lack a column
+    assert "image" not in dataset_class(str(spec))().get(0)
 
 
 def test_source_without_a_column_of_its_format_is_refused_with_those_it_has(tmp_path):

@@ -159,6 +159,70 @@ LAYOUTS = {
         },
         (["In <|image|>, x? See <|image|> and <|image|>.", "3"], ["b", "a", "b"]),
     ),
+    "llava-instruct-mix": (
+        {
+            "images": ["a", "b"],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"index": 1.0, "text": None, "type": "image"},
+                        {"index": None, "text": "or", "type": "text"},
+                        {"index": 0.0, "text": None, "type": "image"},
+                    ],
+                },
+                {"role": "assistant", "content": "1"},
+            ],
+        },
+        (["<|image|>or<|image|>", "1"], ["b", "a"]),
+    ),
+    "parts that are numbered": (
+        {
+            "images": ["a"],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"index": 0, "text": "See", "type": "text"},
+                        {"index": 1, "type": "image"},
+                    ],
+                },
+                {"role": "assistant", "content": "1"},
+            ],
+        },
+        (["See<|image|>", "1"], ["a"]),
+    ),
+    "tools": (
+        {
+            "messages": [
+                {"role": "system", "content": "Help."},
+                {"role": "user", "content": "Now?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "clock", "arguments": "{}"}}],
+                },
+                {"role": "tool", "content": "12:40"},
+                {"role": "assistant", "content": "12:40."},
+            ],
+            "tools": [{"type": "function", "function": {"name": "clock"}}, {"type": "x"}],
+        },
+        (
+            [
+                'Help.\n\n{"type": "function", "function": {"name": "clock"}}\n{"type": "x"}',
+                *("Now?", "clock({})", "12:40", "12:40."),
+            ],
+            [],
+        ),
+    ),
+    "tools as a text": (
+        {
+            "conversations": said(("Now?", "12:40.")),
+            "tools": '[{"name": "clock"}]',
+            "system": "",
+        },
+        (['[{"name": "clock"}]', "Now?", "12:40."], []),
+    ),
     "end that is not learned": (
         {
             "image": ["a", "b"],
@@ -182,6 +246,7 @@ LAYOUTS = {
         ([{"train": False}, {}, {}], [0, 1, 1]),
         ([{}, {"weight": 0}, {}], [1, 0, 1]),
         ([{"loss": False}, {"weight": 0.5}, {"weight": 2}], [0, 0.5, 2]),
+        ([{"train": True, "weight": 0}, {}], [0, 1]),
         ([{"train": None}, {"weight": 0.0}, {}, {"train": False}], [1, 0, 1]),
     ],
 )
@@ -259,6 +324,16 @@ REFUSED = {
         {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         "conversation",
     ),
+    "parts as a text": (
+        {
+            "image": "a",
+            "messages": [
+                {"role": "user", "content": '[{"type": "image"}, {"type": "text", "text": "x"}]'},
+                {"role": "assistant", "content": "b"},
+            ],
+        },
+        "conversation",
+    ),
     "nothing learned": (
         {
             "messages": [
@@ -277,6 +352,27 @@ REFUSED = {
         },
         "conversation",
     ),
+    **{
+        f"{name} of {value!r}": (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", name: value},
+                ]
+            },
+            "conversation",
+        )
+        for name, value in [
+            *(("train", "false"), ("loss", "0"), ("weight", -1), ("weight", float("nan"))),
+        ]
+    },
+    **{
+        f"column {name}": (
+            {"conversations": said(("What happens?", "x")), name: value},
+            "row_media",
+        )
+        for name, value in [("video", "a.mp4"), ("videos", ["a.mp4"]), ("audios", ["a.wav"])]
+    },
     "no turns": ({"image": "a.jpg", "text": "x"}, "row_fields"),
     "turns as a text": ({"messages": "hello"}, "row_fields"),
 }

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preprocess.formats import BROKEN, open_records
+from preprocess.formats import BROKEN, Spec, open_records, parse_row
 from preprocess.formats import records as module
-from shardspec.errors import SourceError
+from shardspec.errors import SampleError, SourceError
 
 ROWS = [{"id": str(i), "text": f"näh {i} \U0001f600", "image": f"{i}.jpg"} for i in range(23)]
 
@@ -250,6 +250,8 @@ def test_values_of_a_wrapped_list_that_are_no_rows_are_bad_rows(tmp_path):
         ("a.tsv", 'image\tcaption\n1\t"open quote\n2\tan "inner" one\n3\tc\n', None),
         ("a.tsv", 'image\tcaption\n1\t"a, ""b"""\n2\tc\n', ['a, "b"', "c"]),
         ("a.tsv", 'image\tcaption\n1\t"one\n2\ttwo"\n', ['"one', 'two"']),
+        ("a.csv", "image| caption\n1| Two men. \n2| A, dog\n", ["Two men. ", "A, dog"]),
+        ("a.csv", "image,caption\n1, x\n", [" x"]),
         ("a.csv", f"image,caption\n1,{'x y ' * 2**19}\n", ["x y " * 2**19]),
     ],
 )
@@ -366,3 +368,53 @@ def test_two_million_rows_take_less_than_a_gigabyte(tmp_path):
     number, peak_mib = map(int, done.stdout.split())
     assert number == 2_000_000
     assert peak_mib < 1024
+
+
+@pytest.mark.parametrize("end", ['[{"a": 2}]', '{"a": 2}', "x", "\n]"])
+def test_text_after_an_array_is_not_dropped(end, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(f'[{{"a": 1}}]\n{end}\n')
+    with pytest.raises(SourceError) as caught:
+        open_records(str(path))
+    assert caught.value.reason == "source_json"
+    path.write_text('[{"a": 1}]\n\n')
+    assert list(open_records(str(path))) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("keys", [("train", "validation"), ("data", "rows")])
+def test_an_object_of_several_lists_is_refused(keys, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({key: [{"a": 1}] for key in keys}))
+    with pytest.raises(SourceError) as caught:
+        open_records(str(path))
+    assert caught.value.reason == "source_lists"
+
+
+def test_boxes_of_coco_are_corners_and_sizes_whatever_the_spec_says(tmp_path):
+    path = tmp_path / "instances.json"
+    document = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 1, "bbox": [5, 6, 20, 30], "category_id": 3}],
+        "categories": [{"id": 3, "name": "cup"}],
+    }
+    path.write_text(json.dumps(document))
+    (row,) = open_records(str(path))
+    assert row["boxes"] == [{"x": 5, "y": 6, "w": 20, "h": 30}]
+    made = parse_row(row, Spec(name="own", format="boxes", box="xywh"))["message_list"][0]
+    assert made["boxes"] == [[5, 6, 25, 36]]
+    for box in ("xyxy", "cxcywh"):
+        with pytest.raises(SampleError) as caught:
+            parse_row(row, Spec(name="own", format="boxes", box=box))
+        assert caught.value.reason == "box_shape"
+
+
+@pytest.mark.parametrize("names", [("img{}.jpg", 12), ("{}.png", 11), ("p{}.v2.webp", 3)])
+def test_images_of_a_tar_are_in_the_order_of_their_numbers(names, tmp_path):
+    form, count = names
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in sorted(form.format(i) for i in range(count)):  # as WebDataset writes them
+            info = tarfile.TarInfo(f"a.{name}")
+            info.size = len(name)
+            archive.addfile(info, io.BytesIO(name.encode()))
+    (row,) = open_records(str(tmp_path / "a.tar"))
+    assert row["image"] == [form.format(i).encode() for i in range(count)]

@@ -18,6 +18,8 @@ def message(row, name, **options):
         ({"image": "a.jpg", "TEXT": "A door."}, {"text": "A door."}),
         ({"image": "a.jpg", "caption": ["One.", "Two."]}, {"alternatives": ["One.", "Two."]}),
         ({"image": "a.jpg", "text": "x", "question": "Q?"}, {"text": "x", "question": "Q?"}),
+        ({"URL": "a.jpg", "TEXT": '["One.", "Two."]'}, {"alternatives": ["One.", "Two."]}),
+        ({"image": "a.jpg", "caption": "[1, 2]"}, {"text": "[1, 2]"}),
     ],
 )
 def test_captions(row, want):
@@ -39,6 +41,29 @@ OPTIONS = ["a cat", "a dog", "a cow"]
         ({"options": OPTIONS, "answer": "(C)"}, {"answer_idx": 2}),
         ({"options": OPTIONS, "answer": "a cow"}, {"answer_idx": 2}),
         ({"options": "['a cat', 'a dog', 'a cow']", "answer": "A"}, {"answer_idx": 0}),
+        ({"choices": OPTIONS, "answer": 2}, {"answer_idx": 2}),
+        (
+            {"choices": {"text": OPTIONS, "label": ["1", "2", "3"]}, "answer": "1"},
+            {"answer_idx": 0},
+        ),
+        ({"choices": {"text": OPTIONS, "label": list("ABC")}, "answer": 1}, {"answer_idx": 1}),
+        (
+            {"options": {"3": OPTIONS[2], "1": OPTIONS[0], "2": OPTIONS[1]}, "answer": 2},
+            {"answer_idx": 1},
+        ),
+        ({"options": None, "choices": OPTIONS, "answer": "B"}, {"answer_idx": 1}),
+        ({"options": [], "choices": None, "answer": "a cat"}, {"style": "vqa2", "answer": "a cat"}),
+        ({**dict(zip("ABC", OPTIONS, strict=True)), "D": "", "answer": "C"}, {"answer_idx": 2}),
+        (
+            {f"choice_{letter}": text for letter, text in zip("abc", OPTIONS, strict=True)}
+            | {"answer": "B"},
+            {"answer_idx": 1},
+        ),
+        (
+            {f"option_{letter}": text for letter, text in zip("ABC", OPTIONS, strict=True)}
+            | {"option_D": None, "answer": "a dog"},
+            {"answer_idx": 1},
+        ),
         ({"answers": "yes"}, {"style": "vqa2", "answers": ["yes"]}),
         ({"answers": 3}, {"style": "vqa2", "answers": ["3"]}),
         ({"answers": "['yes', 'no']"}, {"style": "vqa2", "answers": ["yes", "no"]}),
@@ -119,6 +144,12 @@ def test_points(points, unit, scale):
         ("vqa", {"question": "Q?", "options": OPTIONS, "answer": 3}, "row_answer"),
         ("vqa", {"question": "Q?", "options": OPTIONS, "answer": "AB"}, "row_answer"),
         ("vqa", {"question": "Q?", "options": OPTIONS, "answer": ")"}, "row_answer"),
+        ("vqa", {"question": "Q?", "options": ["1", "3"], "answer": "1"}, "row_answer"),
+        ("vqa", {"question": "Q?", "options": [2, 3, 4], "answer": 2}, "row_answer"),
+        ("vqa", {"question": "Q?", "options": ["B", "A"], "answer": "A"}, "row_answer"),
+        ("vqa", {"question": "Q?", "A": "x", "B": "y", "D": "z", "answer": "A"}, "row_fields"),
+        ("vqa", {"question": "Q?", "options": "A. x\nB. y", "answer": "B"}, "row_fields"),
+        ("vqa", {"question": "Q?", "answer": "x", "video": "a.mp4"}, "row_media"),
         ("vqa", {"question": "Q?", "answers": [None]}, "row_fields"),
         ("vqa", {"question": "Q?", "answers": {"a": 1}}, "row_fields"),
         ("points", {"image": "a.jpg", "label": "cup", "points": {"x": [1]}}, "row_fields"),
@@ -145,6 +176,10 @@ def test_row_that_lacks_something_names_it_and_what_is_there(name, row, reason):
         ({"image": "a", "question": "x", "answer": "y"}, "vqa"),
         ({"image": "a", "points": [], "label": "x"}, "points"),
         ({"messages": [{"role": "user", "content": "x"}], "chosen": "a"}, ""),
+        ({"image": "a", "prompt": "x"}, "captions"),
+        ({"image": "a", "prompt": "x", "response": "y"}, ""),
+        ({"image": "a", "prompt": "x", "label": "y"}, ""),
+        ({"image": "a", "text": "x", "answer": "y"}, ""),
         ({"vocab_size": 3}, ""),
     ],
 )
@@ -180,3 +215,14 @@ def test_images_are_named_for_evaluators_without_secrets(images, names):
     row = {"image": images, "caption": "A door.", "id": 7}
     want = {"id": 7} if names is None else {"id": 7, "image_names": names}
     assert parse_row(row, Spec(name="own", format="captions"))["metadata"] == want
+
+
+@pytest.mark.parametrize(
+    "start, end, want",
+    [(1, 2.5, [1, 2.5]), ("1", "2.5", [1.0, 2.5]), ("", " ", None), ("", "3", [None, 3.0])],
+)
+def test_times_of_a_clip_may_be_written_as_texts(start, end, want):
+    row = {"video": "a.mp4", "caption": "x", "start": start, "end": end}
+    spec = Spec(name="own", format="captions", columns={"video": "video"})
+    assert parse_row(row, spec).get("clip") == want
+    assert parse_row({**row, "end": "late"}, spec)["clip"][1] == "late"  # refused by the job

@@ -25,6 +25,7 @@ SPELLINGS = {
     "mmmu": ["<image 1>", "<image 12>"],
     "mantis, interleave": ["<image1>", "<image_1>", "<image-1>", "<video_1>"],
     "molmo": ["<im_col>", "<low_res_im_start>", "<im_low>", "<frame_start>", "<|video|>"],
+    "ms-swift": ["<image>", "<ref-object>", "<bbox>"],
     "chameleon, emu": ["<boi>", "<eoi>", "<|image_token|>", "<|image start|>"],
 }
 
@@ -33,6 +34,7 @@ TEXTS = [
     *('<img src="a.png">', "the <img> tag", "</img>", '<video controls src="x">', "<picture>"),
     *("List<Image>", "Promise<Video>", "std::vector<Image>", "[IMAGE]", "[img]", "a[IMGS]"),
     *("<|user|>", "<b>", "<image_url>", "<audio src=1>", "x < image > y", "<row_1>", "<frame>"),
+    *("<bbox>[1, 2, 3, 4]</bbox>", "<ref>a</ref>"),
     "<img>" + "x" * 600 + "</img>",
 ]
 
