@@ -145,6 +145,7 @@ class PreparedBatches:
                 where = whole["metadata"]["key"] or ""
                 builder = self.examples[row[0].dataset]
                 rng = self._rng(builder.map_seed(own[0].sample, row[0].epoch))
+                known = set(whole)
                 with naming_function(self.map, where=where):
                     whole = self.map(whole, rng)
                 if whole is None or (self._collate is None and not isinstance(whole, Mapping)):
@@ -154,6 +155,11 @@ class PreparedBatches:
                         name=qualified_name(self.map),
                         got=type(whole).__name__,
                     )
+                # The collator knows nothing of other keys, and would drop them in silence.
+                if self._collate is None and (added := set(whole) - known):
+                    names = ", ".join(sorted(map(str, added)))
+                    name = qualified_name(self.map)
+                    raise ConfigError("user_function.keys", where=where, name=name, keys=names)
             made.append(whole)
         if self._collate is None:
             assert isinstance(self.collator, MMCollator)  # others are refused with functions

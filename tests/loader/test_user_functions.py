@@ -376,6 +376,10 @@ def count(example, rng):
     return len(example["labels"])
 
 
+def scores(example, rng):
+    return {**example, "score": 1}
+
+
 def breaks(example, rng):
     raise KeyError("boom")
 
@@ -438,8 +442,9 @@ def test_packed_rows_go_through_functions_too(url):
         ({"map": forgets}, "NoneType"),
         ({"map": forgets, "collate": listed}, "NoneType"),
         ({"map": count}, "int"),
+        ({"map": scores}, "adds score to the example"),
     ],
-    ids=["map", "collate", "nothing", "nothing to collate", "no example"],
+    ids=["map", "collate", "nothing", "nothing to collate", "no example", "a key of its own"],
 )
 def test_function_that_fails_is_named_with_its_samples(functions, want, url):
     with pytest.raises(ConfigError) as caught:
