@@ -288,6 +288,11 @@ def test_an_outage_of_half_a_minute_changes_no_batch(s3, local, kind):
 
 
 @pytest.mark.slow
+def test_an_outage_of_two_minutes_changes_no_batch(s3, local):
+    outlast(s3, local, kind="status_503", seconds=120)
+
+
+@pytest.mark.slow
 def test_a_dataset_is_opened_through_an_outage_of_half_a_minute(s3):
     url, proxy = s3
     opened = []

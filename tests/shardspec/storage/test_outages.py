@@ -118,3 +118,8 @@ def test_a_short_outage_ends_nothing(store, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["refused", "status_503"])
 def test_an_outage_of_half_a_minute_ends_nothing(store, tmp_path, kind):
     survive(store, tmp_path, kind=kind, seconds=30)
+
+
+@pytest.mark.slow
+def test_an_outage_of_two_minutes_ends_nothing(store, tmp_path):
+    survive(store, tmp_path, kind="refused", seconds=120)
