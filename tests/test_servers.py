@@ -29,6 +29,7 @@ def server(request):
     return request.getfixturevalue(f"{request.param}_server")
 
 
+@pytest.mark.slow
 def test_another_process_needs_nothing_but_the_environment(server):
     bucket = server.make_bucket()
     done = subprocess.run(
@@ -50,6 +51,7 @@ def test_a_server_leaves_nothing_in_the_environment(server):
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_what_was_stored_survives_the_death_of_the_server(s3_servers):
     with s3_servers() as server:
         bucket = server.make_bucket()

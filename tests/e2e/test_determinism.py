@@ -90,6 +90,7 @@ def finished(reference, tmp_path):
     return shutil.copytree(reference, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_killed_while_building_the_same_command_ends_in_the_same_bytes(
     cli, source, reference, tmp_path
 ):
@@ -212,6 +213,7 @@ def _fields(pid):
         return ["Z"]
 
 
+@pytest.mark.slow
 def test_stray_files_are_ignored_and_unfinished_ones_swept(cli, source, reference, tmp_path):
     out = tmp_path / "out"
     stray = {

@@ -49,6 +49,7 @@ def losses(shards):
     return run_training(shards, "--steps", STEPS)
 
 
+@pytest.mark.slow
 def test_loss_falls_when_the_example_trains_on_shards(losses):
     values = list(losses.values())
     assert list(losses) == list(range(1, STEPS + 1))

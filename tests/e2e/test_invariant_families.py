@@ -63,7 +63,7 @@ def build(tmp_path_factory):
 
 
 # Where each family of texts and images is met once; the others follow in the slow run.
-EVERYDAY = {"pixmo_cap", "pixmo_points", "pixmo_count", "a_okvqa", "vqa2", "text_sft"}
+EVERYDAY = {"pixmo_cap", "pixmo_points", "vqa2", "text_sft"}
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_ctrl_c_while_building_exits_with_130_and_the_same_command_finishes(cli,
     assert json.loads((out / "run.json").read_text())["built_shards"] <= 20 - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ("numpy", slow("libc"), slow("_imaging"), slow("tokenizers")))
 def test_ctrl_c_while_workers_start_is_quiet(cli, source, tmp_path, library):
     """A worker that is still importing when Ctrl-C comes has no say, and no traceback."""

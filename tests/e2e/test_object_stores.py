@@ -102,6 +102,7 @@ def test_verify_names_what_is_damaged_on_a_store(cli, store, local, suffix):
     assert "Traceback" not in missing.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"AWS_SECRET_ACCESS_KEY": "hunter2hunter2"}, {}])
 def test_a_job_without_the_right_keys_says_so_at_once(cli, s3_server, tmp_path, keys):
     cli.env.update({**s3_server.env, "AWS_EC2_METADATA_DISABLED": "true", **keys})

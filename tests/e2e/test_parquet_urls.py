@@ -267,6 +267,7 @@ def test_lost_blob_costs_a_download_and_no_sample(cli, server, write_parquet, tm
     assert manifest_bytes(tmp_path / "lost") == manifest_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_repair_of_a_committed_split_does_not_take_up_links_that_revived(
     cli, server, write_parquet, tmp_path
 ):

@@ -57,6 +57,7 @@ def check_whole_or_nothing(out):
         assert (out / shard.index_url).stat().st_size == shard.index_bytes
 
 
+@pytest.mark.slow
 def test_a_killed_copy_goes_on_and_ends_as_if_nothing_had_been(cli, source, undisturbed, tmp_path):
     before, out = tree(source), tmp_path / "out"
     running = cli.start(*copying(source, out))

@@ -136,7 +136,10 @@ EVERYDAY = [
 """Packs take most of the time; the everyday suite tests their states elsewhere."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if k in ("mixture", "packed") else ()) for k in KINDS],
+)
 def test_every_number_of_ranks_gives_the_same_global_batches(kind, urls, undisturbed):
     for i, world_size in enumerate(WORLDS):
         got, states = run(

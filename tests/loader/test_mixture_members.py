@@ -189,6 +189,7 @@ def test_a_removed_dataset_that_returns_with_other_data_is_refused(
     assert "state.data.bee.keys" in caught.value.facts["differences"]
 
 
+@pytest.mark.slow
 def test_worker_processes_of_a_pass_make_what_a_state_of_other_members_says(urls):
     """What they had made ahead is dropped; they stay, for the new order too."""
     names = ("dog", "cat", "ant")

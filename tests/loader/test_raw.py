@@ -349,6 +349,7 @@ def test_exceptions_of_decode_reach_the_consumer(threads, urls):
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.slow
 def test_exceptions_of_decode_in_workers_name_their_line(urls):
     with pytest.raises(ConfigError, match="ZeroDivisionError: no ant-") as caught:
         list(make(raw(urls["ant"], decode=failing), workers=1))
@@ -356,6 +357,7 @@ def test_exceptions_of_decode_in_workers_name_their_line(urls):
     assert "test_raw.py:" in caught.value.facts["line"]
 
 
+@pytest.mark.slow
 def test_batches_that_cannot_be_sent_are_a_named_error_of_the_worker(urls):
     with pytest.raises(WorkerError, match="generator") as caught:
         list(make(raw(urls["ant"]), collate=generators, workers=1))

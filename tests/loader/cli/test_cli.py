@@ -130,6 +130,7 @@ def test_command_runs_as_a_module_and_fails_with_a_code():
     assert finished.stderr.count("\n") == 3
 
 
+@pytest.mark.slow
 def test_importing_the_loader_loads_nothing_of_the_offline_half():
     heavy = ("transformers", "tokenizers", "datasets", "preprocess", "webdataset", "aiohttp")
     code = f"import sys, loader; print([name for name in {heavy} if name in sys.modules])"

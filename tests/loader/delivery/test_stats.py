@@ -178,6 +178,7 @@ def test_batch_that_a_failing_logger_held_back_counts_once(options, url):
     assert heard == [(2, 2), (4, 2), (6, 2)]
 
 
+@pytest.mark.slow
 def test_samples_of_a_batch_that_a_failing_logger_held_back_are_listed_once(
     tiny_sample, write_dataset, tmp_path
 ):

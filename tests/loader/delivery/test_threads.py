@@ -306,6 +306,7 @@ print(*sizes)
 """
 
 
+@pytest.mark.slow
 def test_memory_after_ten_epochs_is_that_after_one(tiny_sample, write_dataset, tmp_path):
     view = ImageView(size_px=336, patch_px=14)
     samples = [tiny_sample(i, size=(336, 336)) for i in range(64)]
@@ -357,6 +358,7 @@ batch = next(batches)
 """
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_inside_a_pass_says_nothing(url):
     done = subprocess.run(
         [sys.executable, "-c", ENDS, url], cwd=ROOT, capture_output=True, text=True, check=False

@@ -84,6 +84,7 @@ def test_memory_is_used_again_and_what_is_left_of_a_batch_keeps_it(url, undistur
     assert len(set(places)) <= 5
 
 
+@pytest.mark.slow
 def test_consumer_that_keeps_more_than_can_be_mapped_gets_copies(url, undisturbed, monkeypatch):
     monkeypatch.setattr("loader.delivery.workers._MOST_MAPPED", 4)
     before = len(os.listdir("/proc/self/fd"))
@@ -108,6 +109,7 @@ def test_killed_worker_is_an_error_that_names_the_signal(url):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 1])
 def test_descriptors_that_run_out_are_an_error_that_names_their_limit(left, url):
     batches = iter(make(url))
@@ -132,6 +134,7 @@ class Failing(MMCollator):
         raise ZeroDivisionError("in the user's code")
 
 
+@pytest.mark.slow
 def test_other_exceptions_of_a_worker_come_with_their_traceback(url):
     loader = make(url)
     loader._batches.collator = Failing(sequence_length=8)
@@ -166,6 +169,7 @@ def test_busy_workers_are_waited_for_together(url, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_workers_end_at_once_although_a_forked_child_has_their_pipes_too(url, monkeypatch):
     monkeypatch.setattr("loader.delivery.workers._JOIN_S", 200.0)
     loader = make(url, workers=2)
@@ -194,6 +198,7 @@ class Talking:
         return self.maker.make(task, allocate=allocate)
 
 
+@pytest.mark.slow
 def test_what_the_users_code_prints_is_not_lost(url, capfd, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     loader = make(url)
@@ -220,6 +225,7 @@ class NoMemory:
         return self.maker.make(task, allocate=allocate)
 
 
+@pytest.mark.slow
 def test_without_shared_memory_batches_are_copied_with_one_warning(url, undisturbed, caplog):
     loader = make(url)
     loader._maker = NoMemory(loader._maker)
@@ -230,6 +236,7 @@ def test_without_shared_memory_batches_are_copied_with_one_warning(url, undistur
     ]
 
 
+@pytest.mark.slow
 def test_killed_consumer_leaves_no_workers(url, tmp_path):
     script = tmp_path / "consume.py"
     script.write_text(
@@ -311,6 +318,7 @@ def test_the_next_epoch_is_made_ahead_across_the_border(url):
     assert loader.state_dict()["step"] == NUM // BATCH + 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_between_passes_is_named_and_replaced(url, undisturbed):
     others = pids()
     loader = make(url)

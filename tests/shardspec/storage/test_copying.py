@@ -237,6 +237,7 @@ def test_more_files_than_may_be_open_are_joined(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[[50_000] * 1600] * 2, [[150 * MIB]]])
 def test_memory_grows_neither_with_what_is_joined_nor_with_its_samples(sizes, tmp_path):
     ranges, rows = make_sources(tmp_path, sizes)

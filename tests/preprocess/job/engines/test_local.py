@@ -196,6 +196,7 @@ def test_every_task_gives_its_result_whatever_the_number_of_workers(work, num_wo
     assert len(events) == 10
 
 
+@pytest.mark.slow
 def test_no_more_processes_start_than_there_are_tasks(work):
     events = run([4, 7], work=work.tell_pid, context=None, num_workers=8)
     first = next(events)
@@ -216,6 +217,7 @@ def test_killed_worker_costs_only_its_task_which_runs_again(work, tmp_path):
     assert lost < events.index(TaskDone(task=1, value=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, exit_code", [("die_always", -9), ("leave", 7)])
 def test_task_that_always_takes_its_worker_down_stops_the_job(work, name, exit_code):
     events = run([3], work=getattr(work, name), context=None, num_workers=2)
@@ -228,6 +230,7 @@ def test_task_that_always_takes_its_worker_down_stops_the_job(work, name, exit_c
     assert list(events) == []
 
 
+@pytest.mark.slow
 def test_worker_that_dies_before_it_has_read_its_context_stops_the_job(work):
     context = (work.Unreadable(), bytes(4 * 2**20))  # more than fits into any pipe
     with pytest.raises(StorageError) as caught:
@@ -235,6 +238,7 @@ def test_worker_that_dies_before_it_has_read_its_context_stops_the_job(work):
     assert caught.value.facts == {"attempts": MAX_ATTEMPTS, "exit_code": 7}
 
 
+@pytest.mark.slow
 def test_worker_killed_between_two_tasks_costs_nothing_but_a_new_one(work):
     events = run(range(3), work=work.tell_pid, context=None, num_workers=1)
     first = next(events)
@@ -245,6 +249,7 @@ def test_worker_killed_between_two_tasks_costs_nothing_but_a_new_one(work):
     assert first.value not in [event.value for event in rest[1:]]
 
 
+@pytest.mark.slow
 def test_idle_worker_that_is_killed_does_not_stop_the_others(work, tmp_path):
     events = run(range(2), work=work.second_waits, context=str(tmp_path), num_workers=2)
     done = next(event for event in events if isinstance(event, TaskDone))
@@ -326,6 +331,7 @@ def test_broken_pipe_of_the_task_itself_is_its_failure(work):
         list(run([5], work=work.break_pipe, context=None, num_workers=1))
 
 
+@pytest.mark.slow
 def test_failure_of_one_task_ends_the_workers_of_the_others(work, tmp_path):
     events = run(range(2), work=work.second_waits, context=str(tmp_path), num_workers=2)
     next(event for event in events if isinstance(event, TaskProgress))
@@ -335,6 +341,7 @@ def test_failure_of_one_task_ends_the_workers_of_the_others(work, tmp_path):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_closing_the_events_early_ends_even_silent_processes(work):
     events = run(range(2), work=work.sleep_silently, context=None, num_workers=2)
     next(event for event in events if isinstance(event, TaskProgress))
