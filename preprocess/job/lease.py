@@ -310,9 +310,15 @@ class Lease:
 def read_lease(url: str) -> dict[str, Any] | None:
     """Reads a lease; None where there is none, or one that is damaged."""
     try:
-        return read_object(storage.read_bytes(url))
+        found = read_object(storage.read_bytes(url))
     except (FileNotFoundError, ValueError):
         return None
+    if "parts" in found:
+        count, texts = found["parts"], (found.get("job"), found.get("split"))
+        is_count = isinstance(count, int) and not isinstance(count, bool) and 0 < count < 100_000
+        if not is_count or not all(isinstance(text, str) for text in texts):
+            return None
+    return found
 
 
 @dataclass

@@ -19,7 +19,7 @@ from loader import IterableDatasetMixture, StreamingDataset, make_dataloader
 from loader.reading.cache import MARKER, BlockCache
 from loader.reading.open_shards import LoadedRows
 from preprocess.fetch.blobs import FetchResult, read_ledger
-from preprocess.job import lease
+from preprocess.job import lease, status
 from preprocess.job.build import read_rows
 from preprocess.job.planner import Plan, load_plan
 from preprocess.job.stamps import compare_files
@@ -273,16 +273,31 @@ def sealed_manifest(context):
 
 def lease_record(context):
     holder = {"job": "other", "host": "elsewhere", "pid": 1, "boot": "b", "pids": "p", "born": "9"}
-    held = lease._Lease(str(context.folder))
+    url = str(context.folder / lease.LEASE_NAME)
 
     def load(changed):
-        (context.folder / lease.LEASE_NAME).write_bytes(changed)
-        found = held._read()
+        Path(url).write_bytes(changed)
+        lease.Watch().look(url)
+        found = lease.read_lease(url)
         if found is not None:
             lease._is_dead(found)
             lease._is_alive(found)
 
     return canonical_json(holder), load
+
+
+def record_of_parts(context):
+    record = {"job": "a1b2", "split": "train", "parts": 3, "title": "mine", "host": "h", "pid": 1}
+    url = str(context.folder / lease.LEASE_NAME)
+
+    def load(changed):
+        Path(url).write_bytes(changed)
+        status.read_status(str(context.folder))
+        found = lease.read_lease(url)
+        if found is not None and "parts" in found:
+            lease.require_no_parts(str(context.folder), found)
+
+    return canonical_json(record), load
 
 
 def cache_marker(context):
@@ -313,6 +328,7 @@ PARSERS = [
     rows,
     stamp,
     lease_record,
+    record_of_parts,
     cache_marker,
 ]
 

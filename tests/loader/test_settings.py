@@ -335,6 +335,7 @@ FREE = {
     "bucket_steps": "refused with packs and for raw samples",
     "pad_side": "refused for raw samples",
     "metadata": "refused for raw samples",
+    "arrays": "refused for raw samples, with packs and with collate=",
     "prefetch_bytes": "always: it bounds what is kept to be used again",
     "decode": "always",
 }
