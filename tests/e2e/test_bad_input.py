@@ -160,7 +160,7 @@ def test_output_with_a_manifest_that_is_none_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("name", ("absent", "file"))
-def test_verify_of_what_is_no_dataset_is_refused(inline_cli, tmp_path, name):
+def test_verify_of_what_is_not_a_dataset_is_refused(inline_cli, tmp_path, name):
     (tmp_path / "file").write_text("no dataset")
     check_refused(inline_cli.run("verify", tmp_path / name), says=(name,))
 

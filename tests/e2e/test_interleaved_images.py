@@ -55,7 +55,7 @@ def readable(preparer, ids):
     return shown + preparer.tokenizer.decode(run)
 
 
-def test_several_images_stand_in_front_each_behind_its_number(preparer):
+def test_several_images_stand_in_front_each_after_its_number(preparer):
     out = assembled(preparer, example_of("same place?", num_images=3))
     text = readable(preparer, out["input_ids"].tolist())
     assert text == "<|endoftext|>Image 1<img>Image 2<img>Image 3<img>same place? yes"

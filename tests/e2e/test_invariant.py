@@ -380,7 +380,7 @@ def test_batches_from_lossless_shards_equal_the_unsharded_ones(lossless, batches
     assert min(seen.values()) == 2
 
 
-def test_jpeg_touches_pixels_only_and_only_where_they_are_encoded_anew(jpeg):
+def test_jpeg_touches_pixels_only_and_only_where_they_are_encoded_again(jpeg):
     worst_db = np.inf
     for number in range(jpeg.stream.num_samples):
         for epoch in EPOCHS:

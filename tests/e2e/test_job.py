@@ -169,7 +169,7 @@ def test_ctrl_c_while_planning_and_sigterm_while_building_can_be_finished(cli, s
     finish(cli, source, out)
 
 
-def test_more_broken_pictures_than_the_budget_stop_the_job_and_accepting_them_goes_on(
+def test_more_broken_pictures_than_the_budget_stop_the_job_and_accepting_them_continues(
     inline_cli, write_parquet, captioned_rows, tmp_path
 ):
     source = write_parquet(tmp_path / "source", captioned_rows(40, broken=11))

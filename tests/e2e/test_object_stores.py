@@ -176,7 +176,7 @@ def large(inline_cli, source, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_upload_open_and_the_same_command_goes_on(cli, s3_server, source, large):
+def test_ctrl_c_leaves_no_upload_open_and_the_same_command_continues(cli, s3_server, source, large):
     cli.env.update(s3_server.env)
     out = s3_server.make_bucket() + "/out"
     running = cli.start(*large_job(source, out))

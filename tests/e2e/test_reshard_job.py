@@ -58,7 +58,7 @@ def check_whole_or_nothing(out):
 
 
 @pytest.mark.slow
-def test_a_killed_copy_goes_on_and_ends_as_if_nothing_had_been(cli, source, undisturbed, tmp_path):
+def test_a_killed_copy_continues_and_ends_as_undisturbed(cli, source, undisturbed, tmp_path):
     before, out = tree(source), tmp_path / "out"
     running = cli.start(*copying(source, out))
     assert running.wait_until(lambda: receipts(out) >= 7)

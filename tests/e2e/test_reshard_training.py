@@ -30,7 +30,7 @@ def cut_anew(source, out, form):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind, forms", [("one", ("view", "copy")), ("packed", ("view",))])
-def test_a_run_goes_on_with_data_that_was_cut_anew(kind, forms, source, tmp_path):
+def test_a_run_continues_with_data_that_was_cut_again(kind, forms, source, tmp_path):
     # Over the end of the first epoch of 61 samples, in global batches of 8.
     want, _ = torchrun(tmp_path, kind, [source], processes=2, count=10)
     first, state = torchrun(tmp_path, kind, [source], processes=2, count=4)

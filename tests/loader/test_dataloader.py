@@ -268,7 +268,7 @@ def test_state_of_packs_by_epochs_is_not_taken_for_one_of_endless_packs(url, mon
 @pytest.mark.parametrize(
     "batch_size", [0, -4, 2.0, "8", True, [8], {}, 1e308, torch.tensor([8, 8])]
 )
-def test_change_to_a_batch_that_is_no_number_of_rows_is_refused(url, kind, batch_size):
+def test_change_to_a_batch_that_is_not_a_number_of_rows_is_refused(url, kind, batch_size):
     options = {"packs": {"pack": True}, "buckets": {"bucket_steps": 2}}.get(kind, {})
     loader = make(url, **options)
     state = loader.state_dict()
@@ -417,7 +417,7 @@ def saved_after(loader, count):
 
 
 @pytest.mark.parametrize("stop", range(13))
-def test_run_goes_on_after_any_batch_and_once_more(stop, url, undisturbed):
+def test_run_continues_after_any_batch_and_again(stop, url, undisturbed):
     # Batches are made ahead by three threads when the first run stops.
     _, state = saved_after(make(url, decode_threads=3), stop)
     second = make(url, decode_threads=1)
@@ -431,7 +431,7 @@ def test_run_goes_on_after_any_batch_and_once_more(stop, url, undisturbed):
 
 @pytest.mark.parametrize("stop", [0, 3, 6, 11])
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 2), (2, 1)])
-def test_run_goes_on_with_another_number_of_ranks(stop, before, after, url, undisturbed):
+def test_run_continues_with_another_number_of_ranks(stop, before, after, url, undisturbed):
     states = []
     for rank in range(before):
         states.append(saved_after(make(url, rank=rank, world_size=before), stop)[1])
@@ -457,7 +457,7 @@ def test_state_in_the_loop_counts_the_batch_in_hand_as_done(url, undisturbed):
     assert rows(take(loader, 1)) == undisturbed[3 * BATCH : 4 * BATCH]
 
 
-def test_loop_that_was_left_goes_on_with_the_next_batch(url, undisturbed):
+def test_loop_that_was_left_continues_with_the_next_batch(url, undisturbed):
     loader = make(url, decode_threads=4)
     batches = []
     while len(batches) < 6:
@@ -667,7 +667,7 @@ def test_dataset_that_was_given_stays_as_it_is(url):
     assert (dataset._stream.batch_size, dataset.view) == (2, before)
 
 
-def test_only_the_iterator_begun_last_goes_on(url, undisturbed):
+def test_only_the_iterator_begun_last_continues(url, undisturbed):
     loader = make(url)
     first = iter(loader)
     got = [next(first)]
@@ -697,7 +697,7 @@ def test_loader_that_goes_elsewhere_ends_the_pass_under_way(go, url):
     assert loader.step == (go == "change")
 
 
-def test_behind_the_last_batch_of_an_epoch_the_loader_may_change_without_leaving_the_loop(url):
+def test_after_the_last_batch_of_an_epoch_the_loader_may_change_without_leaving_the_loop(url):
     loader = make(url)
     for _ in loader:
         if loader.epoch == 1:

@@ -75,7 +75,7 @@ def test_unknown_normalisation_is_refused_at_once(url):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_state_is_that_behind_the_batch_handed_out_last(device, url):
+def test_state_is_that_after_the_batch_handed_out_last(device, url):
     want = list(make(url))
     first = DevicePrefetcher(make(url), device)
     next(iter(first))
@@ -86,7 +86,7 @@ def test_state_is_that_behind_the_batch_handed_out_last(device, url):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_pass_that_was_left_goes_on_behind_the_batch_handed_out_last(device, url):
+def test_pass_that_was_left_continues_after_the_batch_handed_out_last(device, url):
     want = [batch["metadata"] for batch in make(url)]
     prefetcher = DevicePrefetcher(make(url), device)
     got = []
@@ -125,7 +125,7 @@ def rest(prefetcher):
 
 
 @pytest.mark.parametrize("options", [{}, {"pack": True, "max_crops": 2}, {"bucket_steps": 2}])
-def test_change_behind_a_pass_that_was_left_begins_at_the_next_batch(url, options):
+def test_change_after_a_pass_that_was_left_begins_at_the_next_batch(url, options):
     num = options.get("bucket_steps", 1)  # a change is possible between groups only
     plain = make(url, **options)
     for _ in zip(range(num), plain, strict=False):
@@ -202,7 +202,7 @@ def test_batch_that_was_sent_is_not_lost_where_the_next_one_fails(url):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_change_behind_a_pass_on_the_device_begins_at_the_next_batch(device, url):
+def test_change_after_a_pass_on_the_device_begins_at_the_next_batch(device, url):
     loader = make(url)
     prefetcher = DevicePrefetcher(loader, device)
     for _ in prefetcher:

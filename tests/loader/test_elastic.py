@@ -312,7 +312,7 @@ def test_worker_processes_of_any_number_give_the_same_batches(kind, urls, undist
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("kind", ["mixture", "packed"])
-def test_ranks_with_worker_processes_go_on_from_a_run_with_threads(kind, urls, undisturbed):
+def test_ranks_with_worker_processes_continue_from_a_run_with_threads(kind, urls, undisturbed):
     _, states = run(urls, kind, world_size=1, count=4, decode_threads=3)
     got, states = run(urls, kind, world_size=3, count=3, state=states[0], workers=2)
     assert got == undisturbed[kind][4:7]

@@ -132,7 +132,7 @@ def test_each_dataset_continues_at_its_own_place(change, kind, urls):
             assert len(set(keys[name][start : start + size])) == size
 
 
-def test_packs_begin_anew_with_samples_that_no_pack_has_read(urls, caplog):
+def test_packs_begin_again_with_samples_that_no_pack_has_read(urls, caplog):
     """No slot of a dataset comes twice; what slower streams had not packed is left out, counted."""
     shown, begins, state, counted = [], [], None, 0
     for names in (("ant", "bee", "cat"), ("dog", "cat", "ant"), ("ant", "bee", "cat", "dog")):

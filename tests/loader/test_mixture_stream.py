@@ -136,7 +136,7 @@ def test_datasets_that_were_given_stay_as_they_are(urls):
 
 
 @pytest.mark.parametrize("stop, steps", [("first_exhausted", 3), ("all_exhausted", 27), (5, 5)])
-def test_passes_end_by_the_stop_rule_and_go_on(stop, steps, urls):
+def test_passes_end_by_the_stop_rule_and_continue(stop, steps, urls):
     loader = make(mixture(urls, stop=stop))
     assert len(loader) in (steps, steps + 1)  # the word's hash decides in which batch it falls
     count = len(loader)

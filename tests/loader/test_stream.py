@@ -209,7 +209,7 @@ def test_examples_of_a_pass_are_those_of_their_epoch(url, augmented):
         assert contents(example) == contents(want)
 
 
-def test_wrap_goes_on_where_the_last_pass_stopped(url):
+def test_wrap_continues_where_the_last_pass_stopped(url):
     dataset = stream(url, shuffle=False)
     keys = [key_of(e) for epoch in range(4) for e in one_pass(dataset, epoch)]
     assert keys == [f"sample-{i % NUM:04d}" for i in range(len(keys))]

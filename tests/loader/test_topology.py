@@ -102,7 +102,7 @@ def test_half_an_environment_says_nothing(name, monkeypatch):
     assert find_topology() == Topology()
 
 
-def test_what_is_no_number_is_refused_with_the_variables(monkeypatch):
+def test_what_is_not_a_number_is_refused_with_the_variables(monkeypatch):
     set_all(monkeypatch, **{**ELASTIC, "RANK": "first"})
     with pytest.raises(ConfigError, match="RANK and WORLD_SIZE") as caught:
         find_topology()

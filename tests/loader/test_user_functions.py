@@ -246,7 +246,7 @@ def test_augmentation_that_breaks_its_word_is_named_with_the_sample(augment, rea
 
 
 @pytest.mark.parametrize("augment", ["standard", None, Mirror, 3], ids=str)
-def test_augmentation_that_is_no_function_is_refused(augment):
+def test_augmentation_that_is_not_a_function_is_refused(augment):
     with pytest.raises(ConfigError) as caught:
         View(augment=augment)
     assert caught.value.reason == "augment_function"
@@ -410,7 +410,7 @@ def test_map_that_changes_nothing_gives_the_batches_of_none(url):
     same(got, want)
 
 
-def test_map_draws_the_same_in_threads_and_anew_in_each_epoch(url):
+def test_map_draws_the_same_in_threads_and_again_in_each_epoch(url):
     loader = make(url, map=lengths, decode_threads=0)
     want, later = list(loader), list(loader)
     same(list(make(url, map=lengths, decode_threads=2)), want)
@@ -466,7 +466,7 @@ def test_failure_in_a_worker_process_has_its_name_too(url):
 
 
 @pytest.mark.parametrize("name", ["map", "collate"])
-def test_what_is_no_function_is_refused(name, url):
+def test_what_is_not_a_function_is_refused(name, url):
     with pytest.raises(ConfigError) as caught:
         make(url, **{name: "list"})
     assert caught.value.reason == "argument"

@@ -196,7 +196,7 @@ def test_url_without_a_reader_is_refused():
     assert (caught.value.reason, caught.value.where) == ("image_url", "http://example.com/a.jpg")
 
 
-def test_bytes_that_are_no_image_are_a_sample_error_that_names_the_key():
+def test_bytes_that_are_not_an_image_are_a_sample_error_that_names_the_key():
     with pytest.raises(SampleError) as caught:
         PREPARE(example(b"no image"), key="k7")
     assert "k7" in caught.value.where

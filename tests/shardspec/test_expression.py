@@ -113,7 +113,7 @@ def test_a_condition_on_no_column_holds_for_all_samples_or_none():
         "num_tokens < 1\0",
     ],
 )
-def test_what_is_no_condition_is_refused_by_name(text):
+def test_what_is_not_a_condition_is_refused_by_name(text):
     with pytest.raises(ConfigError) as caught:
         select(text, columns((1, 2, 3)))
     assert caught.value.reason == "filter_expression"

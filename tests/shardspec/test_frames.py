@@ -202,7 +202,7 @@ def test_too_many_cuts_leave_the_greatest():
     assert adaptive_frames(np.arange(100.0), change, 1).tolist() == [0]
 
 
-def test_fast_motion_is_no_cut():
+def test_fast_motion_is_not_a_cut():
     assert find_cuts(np.full(50, 0.2)).tolist() == []
 
 

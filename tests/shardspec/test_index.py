@@ -276,7 +276,7 @@ def numpy_saves_archive(array):
         "npz",
     ],
 )
-def test_file_that_is_no_index_is_refused(index_path, payload):
+def test_file_that_is_not_an_index_is_refused(index_path, payload):
     assert refusal(index_path(payload)) == "index_format"
 
 

@@ -154,7 +154,7 @@ def test_unknown_split_offers_the_nearest():
 
 
 @pytest.mark.parametrize("payload", [b"", b"{", b"\xff\xfe", manifest().encode()[:-100]])
-def test_manifest_that_is_no_json_is_refused(payload):
+def test_manifest_that_is_not_json_is_refused(payload):
     assert refusal(payload).reason == "manifest_json"
 
 
@@ -166,7 +166,7 @@ def test_manifest_of_another_version_is_refused(version):
 
 
 @pytest.mark.parametrize("value", [[], 1, "text", None, {}])
-def test_json_that_is_no_manifest_is_of_no_known_version(value):
+def test_json_that_is_not_a_manifest_is_of_no_known_version(value):
     assert refusal(json.dumps(value).encode()).reason == "manifest_version"
 
 
@@ -367,13 +367,13 @@ def test_receipt_cut_anywhere_is_none(cut):
         {"quarantined": None},
     ],
 )
-def test_document_that_is_no_receipt_is_none(change):
+def test_document_that_is_not_a_receipt_is_none(change):
     read = {**json.loads(encode_receipt(RECEIPT)), **change}
     assert parse_receipt(json.dumps(read).encode(), where="") is None
 
 
 @pytest.mark.parametrize("payload", [b"[]", b"null", b"\xff", b"{}"])
-def test_bytes_that_are_no_receipt_are_none(payload):
+def test_bytes_that_are_not_a_receipt_are_none(payload):
     assert parse_receipt(payload, where="") is None
 
 

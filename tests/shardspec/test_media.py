@@ -252,14 +252,14 @@ def test_bytes_of_another_format_are_refused(codec, decoder):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_jpeg_in_cmyk_is_no_stored_image(decoder):
+def test_jpeg_in_cmyk_is_not_a_stored_image(decoder):
     payload = saved(Image.fromarray(scene()).convert("CMYK"), "JPEG")
     with pytest.raises(ShardError, match="CMYK"):
         decode_stored(payload, codec="jpeg", decoder=decoder)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1"])
-def test_png_of_other_modes_is_no_stored_image(mode):
+def test_png_of_other_modes_is_not_a_stored_image(mode):
     payload = saved(Image.fromarray(scene()).convert(mode), "PNG")
     with pytest.raises(ShardError, match="mode"):
         decode_stored(payload, codec="png")

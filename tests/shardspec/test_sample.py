@@ -144,7 +144,7 @@ def test_array_with_any_other_header_byte_is_refused(array, position, flip):
     ],
     ids=["empty", "int64", "big-endian", "flat", "fortran", "long-byte", "long-row", "nine"],
 )
-def test_payload_that_is_no_spans_table_is_refused(payload, reason):
+def test_payload_that_is_not_a_spans_table_is_refused(payload, reason):
     with pytest.raises(ShardError) as raised:
         decode_array(payload, dtype="<i4", columns=SPAN_COLUMNS)
     assert raised.value.reason == reason
@@ -203,7 +203,7 @@ def test_overviews_have_rows_of_their_own_between_leads_and_images(leads):
     assert num_images(table) == 3
 
 
-def test_overview_is_stored_directly_behind_its_image():
+def test_overview_is_stored_directly_after_its_image():
     images = [picture(8, 4), with_overview(picture(6, 6))]
     members = sample_members(
         sample(images=images),

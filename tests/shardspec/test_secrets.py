@@ -95,7 +95,7 @@ def test_a_ledger_of_an_older_release_is_found_under_the_same_urls(tmp_path):
         "fix: set hf_hub_offline=1",
     ],
 )
-def test_what_is_no_secret_is_shown(text):
+def test_what_is_not_a_secret_is_shown(text):
     assert redacted(text) == text
 
 

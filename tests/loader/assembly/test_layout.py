@@ -122,7 +122,7 @@ def test_prompt_of_an_evaluation_does_not_depend_on_weights(weights):
     assert set(got.loss_weights.tolist()) == {0.0}
 
 
-def test_two_branches_behind_an_image_are_laid_out_as_molmo_2_does():
+def test_two_branches_after_an_image_are_laid_out_as_molmo_2_does():
     sequence = lay_out([BLOCK], TWO_BRANCHES, ids=IDS)
     no = IGNORED
     assert sequence.input_ids.tolist() == [1, 90, 92, 92, 91, 10, 11, 20, 21, 12, 22, 23, 24]
@@ -168,7 +168,7 @@ def test_text_without_images_gets_bos_positions_and_the_shift_too():
     assert sequence.image_starts == sequence.image_ends == ()
 
 
-def test_images_stand_one_after_another_behind_bos():
+def test_images_stand_one_after_another_after_bos():
     sequence = lay_out([BLOCK, BLOCK[1:], BLOCK], [branch(([10], [20]))], ids=IDS)
     assert sequence.image_starts == (1, 5, 8)
     assert sequence.image_ends == (5, 8, 12)
@@ -195,7 +195,7 @@ def test_labels_are_the_next_inputs_but_for_the_eos_that_ends_a_branch(sample):
 
 
 @given(samples)
-def test_positions_of_every_branch_go_on_from_the_prefix(sample):
+def test_positions_of_every_branch_continue_from_the_prefix(sample):
     blocks, branches = sample
     s = lay_out(blocks, branches, ids=IDS)
     prefix = int((s.subsegment_ids == 10_000).sum())

@@ -51,7 +51,7 @@ def examples(drafts):
     return make
 
 
-def test_rows_stand_one_after_the_other_and_positions_begin_anew(examples):
+def test_rows_stand_one_after_the_other_and_positions_begin_again(examples):
     parts, row = examples()
     start = 0
     for e, part in enumerate(parts):

@@ -143,7 +143,7 @@ def test_padding_is_item_0_of_the_same_epoch():
 
 
 @pytest.mark.parametrize("idx", [-1, 5, 10**9])
-def test_item_beyond_the_ends_is_no_item(idx):
+def test_item_beyond_the_ends_is_not_an_item(idx):
     dataset = DeterministicDataset(Draws(3), tell, n_pad=2)
     with pytest.raises(IndexError, match=f"item {idx} of 5"):
         dataset[idx]

@@ -54,7 +54,7 @@ def responses(document):
     return texts
 
 
-def test_peek_shows_captions_as_learned_text_behind_the_picture(shards, capsys):
+def test_peek_shows_captions_as_learned_text_after_the_picture(shards, capsys):
     out = peek(capsys, shards, "--batch-size", 6, "--sequence-length", 4096)
     assert out.startswith("pixmo_cap train: 6 samples, 1 steps of 6 per epoch\n")
     known = records(shards)

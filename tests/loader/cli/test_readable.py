@@ -80,7 +80,7 @@ def test_row_without_loss_has_no_marks():
     assert readable(example("only given")) == ["^only given"]
 
 
-def test_response_right_behind_bos_is_marked_whole():
+def test_response_right_after_bos_is_marked_whole():
     assert readable(example(("hello",))) == ["^⟦hello⟧"]
 
 

@@ -48,7 +48,7 @@ def test_account_holds_what_was_delivered(options, url):
     assert 0 < stats.wait_share < 1
 
 
-def test_account_goes_on_and_earlier_ones_can_be_taken_off(url):
+def test_account_continues_and_earlier_ones_can_be_taken_off(url):
     loader = make(url)
     assert loader.stats().verdict == "nothing delivered yet"
     list(loader)

@@ -74,7 +74,7 @@ def test_values_that_json_has_not_are_refused(tmp_path, value):
     assert not list(tmp_path.iterdir())
 
 
-def test_lines_that_are_no_rows_are_named(tmp_path):
+def test_lines_that_are_not_rows_are_named(tmp_path):
     path = tmp_path / "table.jsonl"
     path.write_text('{"key": "a"}\n\n[1]\n')
     with pytest.raises(ConfigError) as caught:

@@ -117,7 +117,7 @@ PROPORTIONS = {
 
 @pytest.mark.parametrize("name", PROPORTIONS)
 @pytest.mark.parametrize("steps", [0, 1003, 10**6, 10**9, 2**50])
-def test_counts_follow_the_weights_for_ever(name, steps):
+def test_counts_follow_the_weights_forever(name, steps):
     weights = PROPORTIONS[name]
     order = weighted(weights, batch=256, ranks=32)
     dataset = rows(order, np.arange(steps, steps + 40), 256)[:, 0]
@@ -661,7 +661,7 @@ def test_groups_that_give_no_weights_are_refused(group, unit, reason):
 @pytest.mark.parametrize(
     "rate", ["1", None, {}, [1.0], True, float("inf"), float("nan"), 1e308, -1, np.ones(2), 1j]
 )
-def test_a_weight_that_is_no_plain_number_is_refused(rate):
+def test_a_weight_that_is_not_a_plain_number_is_refused(rate):
     group = MixtureGroup(sources=(MixtureSource(name="a", num_samples=5, rate=rate),))
     with pytest.raises(ConfigError) as caught:
         mixture_weights(group)

@@ -551,7 +551,7 @@ def shown(orders, chain, stop):
 
 @settings(max_examples=examples(80), deadline=None)
 @given(chain=continuations())
-def test_another_width_shows_every_sample_once_per_epoch_all_the_same(chain):
+def test_another_width_shows_every_sample_once_per_epoch_anyway(chain):
     orders = continued(chain)
     config = orders[-1].config
     slots = config.owed + 2 * config.num_samples
@@ -659,7 +659,7 @@ def test_ranks_of_another_width_read_no_smaller_pieces_while_they_finish_the_epo
     assert other < 1.1 * one < 0.2
 
 
-def test_order_goes_on_from_its_first_step_on_without_a_trace_of_the_one_before():
+def test_order_continues_from_its_first_step_on_without_a_trace_of_the_one_before():
     old = Order(plan_order(5000, global_batch_size=8, seed=1))
     new = plan_order(5000, global_batch_size=12, seed=1)
     assert old.continued(new, step=0).config == new
@@ -677,7 +677,7 @@ def test_order_goes_on_from_its_first_step_on_without_a_trace_of_the_one_before(
         {"layout": "sequential"},
     ],
 )
-def test_orders_that_cannot_go_on_with_each_other_are_refused(changes):
+def test_orders_that_cannot_continue_with_each_other_are_refused(changes):
     old = Order(OrderConfig(num_samples=100, global_batch_size=8, seed=0, layout="global"))
     with pytest.raises(ConfigError) as caught:
         old.continued(dataclasses.replace(old.config, **changes), step=5)

@@ -202,7 +202,7 @@ def test_changes_made_on_the_way_are_those_known_in_advance_and_resume(own, data
             made = resumed
 
 
-def test_hundreds_of_changes_within_an_epoch_are_no_burden():
+def test_hundreds_of_changes_within_an_epoch_are_not_a_burden():
     own = {"num_samples": 3000, "ranks": 2, "batch": 2, "streams": 1, "seed": 0}
     own |= {"window": 16, "windows": 8, "mean": 700}
     sizes = [(step, 2 if step % 2 else 4) for step in range(600)]

@@ -338,7 +338,7 @@ def test_packs_that_ranks_cannot_share_evenly_are_refused():
 
 @pytest.mark.parametrize("name", ["sequence_length", "max_crops", "window", "windows_per_run"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8", True, 1e308, {}])
-def test_limits_that_are_no_number_of_samples_or_tokens_are_refused(name, value):
+def test_limits_that_are_not_a_number_of_samples_or_tokens_are_refused(name, value):
     with pytest.raises(ConfigError) as caught:
         PackConfig(**{"sequence_length": 10, name: value})
     assert caught.value.reason == "packing_limit"

@@ -315,7 +315,7 @@ def test_resuming_late_in_a_hundred_million_samples_takes_no_longer_than_startin
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8, 16])
-def test_state_of_one_balanced_rank_lets_any_rank_go_on_where_it_was(world_size):
+def test_state_of_one_balanced_rank_lets_any_rank_continue_where_it_was(world_size):
     saving = packed(40_000, batch=16, balance=True, endless=True)
     saving.rows(900, Topology(rank=0, world_size=2))
     assert len(saving.places(901)) == saving.num_streams == 16
@@ -331,7 +331,7 @@ def test_state_of_one_balanced_rank_lets_any_rank_go_on_where_it_was(world_size)
     assert sum(looked_up_samples) <= 2 * 16 * resumed.config.run
 
 
-def test_going_on_with_packs_costs_less_than_a_second_per_million_samples_of_a_stream():
+def test_continuing_with_packs_costs_less_than_a_second_per_million_samples_of_a_stream():
     """Without saved places, 100,000 samples of the only stream are packed again."""
     times = []
     for _ in range(3):  # the best of them: what others do on the machine costs processor time too

@@ -142,7 +142,7 @@ def test_many_threads_and_one_block_make_one_writer(cache):
     assert cache.find(name(1), 100).read(0, 100) == payload(1)
 
 
-def test_a_lost_counter_is_counted_anew(cache):
+def test_a_lost_counter_is_counted_again(cache):
     for i in range(10):
         put(cache, i, step=i)
     (cache.folder / "usage").unlink()

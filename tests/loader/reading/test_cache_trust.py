@@ -206,7 +206,7 @@ def test_a_folder_that_is_exchanged_after_it_was_opened_is_not_used(tmp_path):
     assert (tmp_path / "moved" / "blocks" / other).exists()
 
 
-def test_other_kinds_of_file_in_the_place_of_a_block_are_no_block(tmp_path):
+def test_other_kinds_of_file_in_the_place_of_a_block_are_not_a_block(tmp_path):
     cache = opened(tmp_path / "cache")
     os.mkfifo(cache.blocks / NAME)
     assert cache.find(NAME, 100) is None  # and waits for nobody

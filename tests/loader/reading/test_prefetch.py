@@ -428,7 +428,7 @@ def test_a_cache_that_cannot_be_made_costs_one_warning(url, tmp_path, caplog):
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
 
 
-def test_a_folder_that_is_no_cache_is_refused_each_time(url, tmp_path):
+def test_a_folder_that_is_not_a_cache_is_refused_each_time(url, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     prefetcher = Prefetcher(Network(), cache=str(tmp_path), cache_bytes=10**7)
     for _ in range(2):

@@ -78,7 +78,7 @@ def test_a_copy_in_another_process_knows_what_was_known():
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_a_child_forked_while_a_thread_counts_goes_on_counting():
+def test_a_child_forked_while_a_thread_counts_continues_counting():
     quarantine = Quarantine(max_rate=None)
     assert goes_on_in_a_child(quarantine.asked, forked_under=quarantine._lock)
 

@@ -100,7 +100,7 @@ def test_dataset_may_have_empty_shards(samples, write_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("sample_id", [-1, 10])
-def test_sample_beyond_the_ends_is_no_sample(sample_id, url):
+def test_sample_beyond_the_ends_is_not_a_sample(sample_id, url):
     reader = open_reader(url)
     for read in (reader.read, reader.record):
         with pytest.raises(IndexError, match=f"sample {sample_id} of 10"):
@@ -251,7 +251,7 @@ def test_descriptors_stay_few_however_many_shards_there_are(tiny_sample, write_d
 
 # Python 3.12 warns of forking beside threads.
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_child_forked_while_a_thread_opens_a_shard_reads_all_the_same(url):
+def test_child_forked_while_a_thread_opens_a_shard_reads_anyway(url):
     reader = open_reader(url)
     assert goes_on_in_a_child(lambda: reader.read(0), forked_under=reader._open.lock)
     assert reader.read(0).key == "sample-0000"

@@ -305,7 +305,7 @@ def test_a_dataset_is_opened_through_an_outage_of_half_a_minute(s3):
     assert len(opened) == 1
 
 
-def test_a_dead_store_ends_the_run_in_time_and_is_no_bad_sample(s3):
+def test_a_dead_store_ends_the_run_in_time_and_is_not_a_bad_sample(s3):
     url, proxy = s3
     network = Network(retry=RetryPolicy(idle_s=0.5, wall_s=2, first_wait_s=0.01), ahead_steps=2)
     loader = loader_of(url, network=network, on_bad="substitute")
@@ -321,7 +321,7 @@ def test_a_dead_store_ends_the_run_in_time_and_is_no_bad_sample(s3):
     assert loader.bad_samples == []
 
 
-def test_a_dead_store_is_given_up_in_time_when_a_dataset_is_opened(s3):
+def test_a_dead_store_is_abandoned_in_time_when_a_dataset_is_opened(s3):
     url, proxy = s3
     proxy.dead = True
     network = Network(retry=RetryPolicy(idle_s=0.5, wall_s=2, first_wait_s=0.01))
@@ -351,7 +351,7 @@ def test_a_cache_that_is_cut_in_place_during_a_pass_changes_no_batch(s3, local, 
     assert loader.stats().counters["cache_corrupt"] >= 1
 
 
-def test_a_cache_that_is_no_cache_is_refused_at_once(s3, tmp_path):
+def test_a_cache_that_is_not_a_cache_is_refused_at_once(s3, tmp_path):
     url, _ = s3
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError) as caught:

@@ -75,7 +75,7 @@ def passes(dataset, count):
     return found
 
 
-def test_plain_dataloader_goes_on_at_any_step(dataset):
+def test_plain_dataloader_continues_at_any_step(dataset):
     want = passes(dataset(), 2)
     for step in range(len(want)):
         resumed = dataset()
@@ -88,7 +88,7 @@ def test_plain_dataloader_goes_on_at_any_step(dataset):
         assert len(loader) == 6
 
 
-def test_plain_dataloader_goes_on_with_any_number_of_workers(dataset):
+def test_plain_dataloader_continues_with_any_number_of_workers(dataset):
     want = passes(dataset(), 1)
     for num_workers in (1, 2, 3):
         resumed = dataset()
@@ -103,7 +103,7 @@ def test_plain_dataloader_goes_on_with_any_number_of_workers(dataset):
         assert list(loader) == want[2:6]
 
 
-def test_stateful_dataloader_goes_on_after_every_batch_and_once_more(dataset):
+def test_stateful_dataloader_continues_after_every_batch_and_again(dataset):
     want = passes(dataset(), 1)
     for stop in range(1, 6):
         loader = stateful(dataset(), 0)
@@ -120,7 +120,7 @@ def test_stateful_dataloader_goes_on_after_every_batch_and_once_more(dataset):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_stateful_dataloader_with_workers_goes_on_in_the_middle_of_prefetching(
+def test_stateful_dataloader_with_workers_continues_in_the_middle_of_prefetching(
     num_workers, dataset
 ):
     want = passes(dataset(), 1)

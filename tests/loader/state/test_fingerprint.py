@@ -52,7 +52,7 @@ def saved(loader, count):
     return json.loads(json.dumps(loader.state_dict()))
 
 
-def test_shards_cut_anew_have_the_same_fingerprint_and_order(write):
+def test_shards_cut_again_have_the_same_fingerprint_and_order(write):
     one, other = write("one", num_shards=1), write("other", num_shards=7)
     assert make(one).dataset.fingerprint() == make(other).dataset.fingerprint()
     want = keys(make(one), 12)
@@ -79,7 +79,7 @@ def test_large_splits_are_judged_by_keys_spread_over_all_of_them(write, monkeypa
     assert keys_fingerprint(reader, 7) == keys_fingerprint(later, 7)
 
 
-def test_appended_samples_are_named_and_the_run_can_go_on_without_them(write, samples):
+def test_appended_samples_are_named_and_the_run_can_continue_without_them(write, samples):
     before = write("before", samples[:23], num_shards=2)
     grown = write("grown", num_shards=3)
     want = keys(make(before), 12)
@@ -638,7 +638,7 @@ def test_settings_of_an_order_that_a_mixture_would_ignore_are_refused(write, opt
     assert next(iter(options)) in caught.value.what
 
 
-def test_a_width_that_was_asked_for_is_not_given_up_for_the_states(write):
+def test_a_width_that_was_asked_for_is_not_abandoned_for_the_states(write):
     url = write("set")
     loader = make(url, batch=2, canonical_ranks=1)
     loader.change(global_batch_size=8)

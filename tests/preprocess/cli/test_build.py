@@ -43,7 +43,7 @@ def test_bound_is_a_factor_on_the_canvas_or_a_side(bound, headroom, max_side_px)
 
 
 @pytest.mark.parametrize("bound", ["wide", "canvas*wide", "nan", "inf", "canvas*inf"])
-def test_bound_that_is_no_number_is_refused(bound):
+def test_bound_that_is_not_a_number_is_refused(bound):
     with pytest.raises(ConfigError) as caught:
         settings_of("--image-bound", bound)
     assert caught.value.reason == "number_text"

@@ -79,7 +79,7 @@ def test_unknown_dataset_names_the_nearest():
 
 
 @pytest.mark.parametrize("name", ["base", "own", "rows", "__init__", ""])
-def test_modules_that_are_no_datasets_are_unknown(name):
+def test_modules_that_are_not_datasets_are_unknown(name):
     with pytest.raises(ConfigError) as caught:
         dataset_class(name)
     assert caught.value.reason == "unknown_dataset"

@@ -245,7 +245,7 @@ def test_messages_of_role_and_content_are_understood_everywhere(image):
         ("{}", "dataset_code"),
     ],
 )
-def test_code_that_is_no_dataset_is_refused(name, reason, code):
+def test_code_that_is_not_a_dataset_is_refused(name, reason, code):
     with pytest.raises(ConfigError) as caught:
         dataset_class(name.format(code))
     assert caught.value.reason == reason
@@ -291,7 +291,7 @@ def test_rows_that_are_generated_by_nobody_are_refused(code):
     assert caught.value.reason == "no_sample_rows"
 
 
-def test_rows_that_are_no_examples_are_bad_rows():
+def test_rows_that_are_not_examples_are_bad_rows():
     class Rows(DatasetBase):
         def load(self):
             return [{"caption": "x"}]
@@ -487,7 +487,7 @@ def test_images_are_found_from_the_folders_around_the_rows(rows, tmp_path):
     assert dataset[0]["image"][0].read_bytes() == photo(0)
 
 
-def test_hidden_files_and_answers_are_no_rows_of_their_own(tmp_path):
+def test_hidden_files_and_answers_are_not_rows_of_their_own(tmp_path):
     for name in ("a.jsonl", ".ipynb_checkpoints/a.jsonl", "__MACOSX/._a.jsonl", ".b.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -576,7 +576,7 @@ def test_inspect_shows_points_of_the_image_and_why_rows_are_left_out(inline_cli,
 
 
 @pytest.mark.parametrize("value", ["absent_module:A", "json:Nope", "json:loads"])
-def test_entry_point_that_is_no_dataset_is_refused(value, tmp_path, monkeypatch):
+def test_entry_point_that_is_not_a_dataset_is_refused(value, tmp_path, monkeypatch):
     offer(tmp_path, value)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError) as caught:

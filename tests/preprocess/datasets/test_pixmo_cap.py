@@ -74,7 +74,7 @@ def test_generated_rows_have_messages_in_every_mode(mode):
 
 
 @pytest.mark.parametrize("transcripts", ["one text", [3], [["a"]]])
-def test_transcripts_that_are_no_list_of_texts_are_a_sample_error(transcripts):
+def test_transcripts_that_are_not_a_list_of_texts_are_a_sample_error(transcripts):
     row = {"image_url": "http://example.com/0.jpg", "caption": "A.", "transcripts": transcripts}
     with pytest.raises(SampleError) as caught:
         PixMoCap(source="sample", limit=1).to_example(row)

@@ -186,7 +186,7 @@ def test_take_builds_files_without_a_split_as_any_split(tmp_path):
     assert layout.files("validation", unmatched="take", where="") == ["a.parquet"]
 
 
-def test_caches_beside_the_files_of_save_to_disk_are_no_rows(tmp_path):
+def test_caches_beside_the_files_of_save_to_disk_are_not_rows(tmp_path):
     import datasets
 
     datasets.disable_progress_bars()

@@ -48,7 +48,7 @@ def test_table_of_documents_in_a_spec_of_another_format_is_refused(tmp_path):
     assert caught.value.reason == "document_policy"
 
 
-def test_hub_is_no_source_of_documents():
+def test_hub_is_not_a_source_of_documents():
     with pytest.raises(ConfigError) as caught:
         Documents(split="train", source="hub").load()
     assert caught.value.reason == "document_source"

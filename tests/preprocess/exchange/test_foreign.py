@@ -151,7 +151,7 @@ def test_any_names_are_grouped_as_webdataset_groups_them(files, form, tmp_path_f
     assert caught.value.reason == "foreign_sample"
 
 
-def test_what_img2dataset_wrote_is_streamed_cut_anew_merged_and_verified(tmp_path):
+def test_what_img2dataset_wrote_is_streamed_cut_again_merged_and_verified(tmp_path):
     paths = img2dataset(tmp_path / "tars")
     before = {path: path.read_bytes() for path in paths}
     done = imported([tmp_path / "tars"], tmp_path / "a")
@@ -205,7 +205,7 @@ def test_an_output_where_a_split_that_is_not_asked_for_lies_is_refused(tmp_path)
     assert caught.value.reason == "reshard_in_place"
 
 
-def test_an_import_into_the_folder_of_its_tars_is_cut_anew_elsewhere(tmp_path):
+def test_an_import_into_the_folder_of_its_tars_is_cut_again_elsewhere(tmp_path):
     paths = img2dataset(tmp_path / "set" / "train")
     imported([tmp_path / "set" / "train"], tmp_path / "set")
     assert list(raw(tmp_path / "set")) == by_webdataset(paths)
@@ -217,7 +217,7 @@ def _fields(settings):
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 
-def test_states_fit_raw_data_that_was_cut_anew(tmp_path):
+def test_states_fit_raw_data_that_was_cut_again(tmp_path):
     img2dataset(tmp_path / "tars")
     write_tar(tmp_path / "tars" / "z.tar", [("long/key/0.txt", b"x"), ("long/key/1.txt", b"y")])
     imported([tmp_path / "tars"], tmp_path / "a")
@@ -354,7 +354,7 @@ def test_a_tar_that_changes_after_its_import_is_noticed(tmp_path):
     assert caught.value.reason == "sample_crc"
 
 
-def test_an_import_goes_on_and_another_is_refused(tmp_path, monkeypatch):
+def test_an_import_continues_and_another_is_refused(tmp_path, monkeypatch):
     paths = img2dataset(tmp_path / "tars")
     first = imported(paths, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
@@ -492,7 +492,7 @@ def test_raw_samples_are_prepared_at_load_time(tmp_path, small_jpeg):
     assert all(any(f"number {i}" in text for text in texts) for i in range(6))
 
 
-def test_tars_without_a_sample_are_no_dataset(tmp_path):
+def test_tars_without_a_sample_are_not_a_dataset(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("README", b"x")])
     with pytest.raises(ConfigError) as caught:
         imported([path], tmp_path / "out")

@@ -66,7 +66,7 @@ def test_put_repairs_a_corrupt_blob(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "../" * 21 + "x", "A" * 64, "0" * 63, "0" * 64 + "\n"])
-def test_blob_name_that_is_no_sha256_is_refused(tmp_path, name):
+def test_blob_name_that_is_not_a_sha256_is_refused(tmp_path, name):
     with pytest.raises(ConfigError) as caught:
         BlobCache(tmp_path).has(name)
     assert caught.value.reason == "bad_sha256"

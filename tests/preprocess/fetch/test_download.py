@@ -496,7 +496,7 @@ def test_host_is_never_asked_more_than_its_limit_at_a_time(server, run):
     assert server.most_running[""] == 3
 
 
-def test_limit_of_a_host_holds_behind_redirects_from_other_hosts(run):
+def test_limit_of_a_host_holds_after_redirects_from_other_hosts(run):
     hosts = tuple(f"127.0.0.{i}" for i in range(1, 9))
     with FaultyServer(hosts=hosts) as server:
         target = server.url("/slow/a.png", host="127.0.0.1")
@@ -763,7 +763,7 @@ def test_limit_of_pixels_is_ours_and_not_pillows():
     assert image_fault(buffer.getvalue(), limits=limits) == ""
 
 
-def test_postscript_is_no_image():
+def test_postscript_is_not_an_image():
     buffer = io.BytesIO()
     Image.new("RGB", (20, 10)).save(buffer, "EPS")
     assert image_fault(buffer.getvalue(), limits=ImageLimits()) == "not_image"

@@ -462,7 +462,7 @@ def test_mapping_names_the_placeholders_of_its_images():
     assert text == "<|image|> of url after <|image|>, <|image|>?"
 
 
-def test_mapping_without_placeholders_is_no_list_of_them():
+def test_mapping_without_placeholders_is_not_a_list_of_them():
     turns = [
         {"role": "user", "content": "See the url <image>."},
         {"role": "assistant", "content": "Yes."},

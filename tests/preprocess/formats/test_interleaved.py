@@ -87,7 +87,7 @@ def test_images_of_mmc4_are_urls_unless_the_spec_has_a_folder():
     assert document_parts(row, there) == [Image("0.png"), "a b"]
 
 
-def test_pairs_of_the_cauldron_are_no_document():
+def test_pairs_of_the_cauldron_are_not_a_document():
     row = {"texts": [{"user": "a", "assistant": "b"}], "images": ["a.png"]}
     assert guess_format([row]).format == "messages"
     assert guess_format([{"texts": ["a"], "images": [None]}]).format == "interleaved"

@@ -164,7 +164,7 @@ def test_a_broken_line_is_one_bad_row_with_its_number(line, tmp_path):
         (b'[{"a": 1} oops]', 1),
     ],
 )
-def test_a_file_that_is_no_json_names_the_line(payload, line, tmp_path):
+def test_a_file_that_is_not_json_names_the_line(payload, line, tmp_path):
     (tmp_path / "a.json").write_bytes(payload)
     with pytest.raises(SourceError) as caught:
         list(open_records(str(tmp_path / "a.json")))
@@ -236,7 +236,7 @@ def test_damaged_parquet_is_named_and_a_text_that_is_not_utf8_is_one_bad_row(tmp
     assert (caught.value.reason, caught.value.where) == ("source_unreadable", str(path))
 
 
-def test_values_of_a_wrapped_list_that_are_no_rows_are_bad_rows(tmp_path):
+def test_values_of_a_wrapped_list_that_are_not_rows_are_bad_rows(tmp_path):
     (tmp_path / "a.json").write_text('{"data": [{"a": 1}, 3, "x"]}')
     rows = list(open_records(str(tmp_path / "a.json")))
     assert rows[0] == {"a": 1}

@@ -136,7 +136,7 @@ def test_a_budget_of_zero_allows_none(job_of, captioned_rows):
     assert (error.reason, error.facts["allowed"]) == ("dead_links", 0)
 
 
-def test_duplicates_and_rows_without_a_message_are_no_losses(job_of, captioned_rows):
+def test_duplicates_and_rows_without_a_message_are_not_losses(job_of, captioned_rows):
     rows = captioned_rows(5)
     rows += [rows[0], {**rows[1], "transcripts": []}]
     plan = make_plan(job_of(rows, max_lost_rows=0.0, mode="transcript"), Silent())

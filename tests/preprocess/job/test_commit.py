@@ -120,7 +120,7 @@ def test_two_commits_in_the_same_moment_both_end_in_the_manifest(tmp_path, monke
     assert verify(str(tmp_path / "out"), Silent()) == []
 
 
-def test_a_manifest_that_others_write_all_the_time_is_given_up(tmp_path, monkeypatch):
+def test_a_manifest_that_others_write_all_the_time_is_abandoned(tmp_path, monkeypatch):
     train = built(tmp_path, "train")
     monkeypatch.setattr(storage, "compare_and_swap", lambda url, payload, *, replacing: False)
     with pytest.raises(ConflictError) as caught:

@@ -102,7 +102,7 @@ def test_all_urls_of_a_host_belong_to_one_part(hosts):
 @pytest.mark.parametrize(
     "text", ["", "3", "3/3", "-1/3", "1/0", "a/b", "1/3/4", "0x1/3", "1.0/3", f"0/{MAX_PARTS + 1}"]
 )
-def test_what_is_no_part_is_refused(text):
+def test_what_is_not_a_part_is_refused(text):
     with pytest.raises(ConfigError) as caught:
         parse_part(text)
     assert caught.value.reason == "part_text"

@@ -57,7 +57,7 @@ def test_a_split_cannot_lead_out_of_the_output(inline_cli, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_note_of_an_unfinished_reshard_is_no_plan(inline_cli, tmp_path):
+def test_the_note_of_an_unfinished_reshard_is_not_a_plan(inline_cli, tmp_path):
     out = tmp_path / "out"
     job = ("shards", "pixmo_cap", "--source", "sample", "--limit", 4, "--out", out)
     inline_cli.good(*job)

@@ -327,7 +327,7 @@ def test_row_that_cannot_be_read_is_quarantined(tmp_path, captioned_rows, datase
     ],
 )
 @pytest.mark.parametrize("dataset", ["pixmo_cap", "vqa2"])
-def test_one_row_that_is_no_example_is_quarantined(tmp_path, source, monkeypatch, dataset, example):
+def test_row_that_is_not_an_example_is_quarantined(tmp_path, source, monkeypatch, dataset, example):
     kind = dataset_class(dataset)
     first = dataset_class("pixmo_cap").to_example
 

@@ -594,7 +594,7 @@ GREY = Image.fromarray(scene()).convert("L")
     ids=["progressive", "grey jpeg", "turned", "png as jpeg", "jpeg as png", "grey png", "palette",
          "rgba", "lossy webp", "webp with metadata", "raw"],
 )  # fmt: skip
-def test_unfitting_file_is_encoded_anew(codec, payload):
+def test_unfitting_file_is_encoded_again(codec, payload):
     preprocessor = ImagePreprocessor(ImagePolicy(max_side_px=100, codec=codec, quality=91))
     image = preprocessor(payload)
     assert image.kept is None
@@ -626,7 +626,7 @@ def test_empty_sources_are_refused(source):
     [b"<html>404 not found</html>", b"P", b"%!PS-Adobe-3.0 EPSF-3.0\n", bytes(1000)],
     ids=["html", "one byte", "eps", "zeros"],
 )
-def test_files_that_are_no_pictures_are_refused(source):
+def test_files_that_are_not_pictures_are_refused(source):
     assert refusal(source) == "image_decode"
 
 

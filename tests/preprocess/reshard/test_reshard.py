@@ -410,7 +410,7 @@ def test_differing_names_want_one(dataset, tiny_sample, write_dataset, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["view", "copy"])
-def test_splits_share_the_samples_and_are_cut_anew_together(form, dataset, tmp_path):
+def test_splits_share_the_samples_and_are_cut_again_together(form, dataset, tmp_path):
     recut(dataset, tmp_path / "a", into={"train": 0.6, "held-out": 0.4}, salt="s", form=form)
     train, held_out = contents(tmp_path / "a"), contents(tmp_path / "a", "held-out")
     assert 0 < len(held_out) < len(train)
@@ -619,7 +619,7 @@ def test_requests_that_make_no_sense_are_refused(verb, words, reason, dataset, t
     assert caught.value.fix
 
 
-def test_list_of_keys_that_is_no_text_is_refused(dataset, tmp_path):
+def test_list_of_keys_that_is_not_a_text_is_refused(dataset, tmp_path):
     keys = tmp_path / "keys.txt"
     keys.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError) as caught:
@@ -660,7 +660,7 @@ def interrupted(source, out, **options):
             recut(source, out, **options)
 
 
-def test_gc_keeps_what_an_interrupted_copy_goes_on_from_and_removes_the_rest(dataset, tmp_path):
+def test_gc_keeps_what_an_interrupted_copy_continues_from_and_removes_the_rest(dataset, tmp_path):
     out = tmp_path / "out"
     interrupted(dataset, out, num_shards=5)
     tars = sorted((out / "train").glob("*.tar"))
@@ -724,7 +724,7 @@ def test_samples_of_two_sources_with_one_key_are_refused_in_any_two_splits(datas
     assert caught.value.reason == "key_collision"
 
 
-def test_what_a_kill_behind_the_commit_has_left_goes_with_the_next_run(dataset, tmp_path):
+def test_what_a_kill_after_the_commit_has_left_goes_with_the_next_run(dataset, tmp_path):
     out = tmp_path / "out"
     recut(dataset, out, num_shards=3)
     want = tree(out)
@@ -736,7 +736,7 @@ def test_what_a_kill_behind_the_commit_has_left_goes_with_the_next_run(dataset, 
 
 
 @pytest.mark.parametrize("form", ["copy", "view"])
-def test_notes_of_a_copy_that_was_given_up_go_whatever_its_splits(form, dataset, tmp_path):
+def test_notes_of_a_copy_that_was_abandoned_go_whatever_its_splits(form, dataset, tmp_path):
     out = tmp_path / "out"
     interrupted(dataset, out, num_shards=3, into={"a": 0.5, "b": 0.5})
     assert len(list(out.glob("plan/*/plan.json"))) == 2

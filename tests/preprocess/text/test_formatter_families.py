@@ -488,7 +488,7 @@ def test_choice_with_an_explicit_prompt_is_answered_in_the_standard_form(choices
 
 
 @pytest.mark.parametrize("answer_idx", [2, -1, True, "B"])
-def test_answer_that_is_no_option_is_refused(answer_idx):
+def test_answer_that_is_not_an_option_is_refused(answer_idx):
     assert refused({**CHOICE, "answer_idx": answer_idx}).reason == "answer_idx"
 
 
@@ -620,7 +620,7 @@ def test_bins_have_equal_width():
 @pytest.mark.parametrize(
     "action", [[], [[]], [[0.1], []], [True], ["0"], [None], 0.5, "go", [[0.1], 0.2], [[[0.1]]]]
 )
-def test_what_is_no_action_is_refused(action):
+def test_what_is_not_an_action_is_refused(action):
     with pytest.raises(ValueError, match="action"):
         action_text(action)
 

@@ -158,7 +158,7 @@ def test_other_number_of_tags_than_placeholders_is_refused(tags):
         [[[1, 2]]],
     ],
 )
-def test_points_that_are_no_pairs_of_finite_numbers_are_refused(points):
+def test_points_that_are_not_pairs_of_finite_numbers_are_refused(points):
     with pytest.raises(SampleError) as caught:
         parse_points(points)
     assert caught.value.reason == "points_shape"

@@ -248,7 +248,7 @@ def test_malformed_tokenizer_file_is_named(tmp_path, change):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_tokenizer_file_that_is_no_document_is_named(tmp_path, text):
+def test_tokenizer_file_that_is_not_a_document_is_named(tmp_path, text):
     name = make_folder(tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -446,7 +446,7 @@ def test_marker_that_the_normalizer_makes_of_a_text_is_found(tmp_path):
     assert tokenizer.control_token(f"a {wide}") == "<think>"
 
 
-def test_placeholder_of_an_image_is_no_control_token(tmp_path):
+def test_placeholder_of_an_image_is_not_a_control_token(tmp_path):
     name = make_folder(tmp_path / "t", control=["<|image|>"])
     assert load_tokenizer(name).control_token("a <|image|>") is None
 

@@ -217,7 +217,7 @@ class Impatient(socketserver.BaseRequestHandler):
             self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody")
 
 
-def test_a_complaint_about_an_idle_connection_is_no_answer():
+def test_a_complaint_about_an_idle_connection_is_not_an_answer():
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Impatient) as server:
         server.daemon_threads, server.patience_s = True, 0.2
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -186,7 +186,7 @@ def test_where_they_cannot_the_bytes_are_read_and_written(refusal, apart, monkey
     assert (apart / "out").read_bytes() == joined(ranges)
 
 
-def test_an_error_of_the_disk_is_no_reason_to_try_another_way(apart, monkeypatch):
+def test_an_error_of_the_disk_is_not_a_reason_to_try_another_way(apart, monkeypatch):
     ranges, _ = make_sources(apart, SIZES[2])
 
     def fail(*args):

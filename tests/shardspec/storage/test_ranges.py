@@ -164,7 +164,7 @@ def test_retry_after_is_honoured(store):
     assert reader.counters["retries"] == 1
 
 
-def test_a_dead_store_is_given_up_in_time_and_the_error_says_what_was_tried(store):
+def test_a_dead_store_is_abandoned_in_time_and_the_error_says_what_was_tried(store):
     reader = RangeReader(RetryPolicy(idle_s=0.4, wall_s=2, first_wait_s=0.01))
     reader.read(store.url, 0, 1)
     store.proxy.dead = True
@@ -186,7 +186,7 @@ def test_attempts_in_vain_are_limited(store):
     assert store.proxy.counts["gets"] == 3  # the client below retries nothing by itself
 
 
-def test_nobody_listening_is_given_up_after_the_attempts(s3_server):
+def test_nobody_listening_is_abandoned_after_the_attempts(s3_server):
     (port,) = servers.free_ports(1)
     env = {**s3_server.env, "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}"}
     with entered(env):
@@ -219,7 +219,7 @@ def signed_by(reader, url):
     return signed.urls, path, signed.urls.get(path, 10)
 
 
-def test_a_signature_that_is_refused_leaves_it_to_the_client_and_is_made_anew(s3_server):
+def test_a_signature_that_is_refused_leaves_it_to_the_client_and_is_made_again(s3_server):
     url = s3_server.make_bucket() + "/set/a b+c"
     s3_server.client().pipe_file(url, PAYLOAD)
     with FaultProxy(s3_server.endpoint) as proxy, proxy.entered(s3_server):
@@ -408,7 +408,7 @@ def test_a_child_process_makes_clients_of_its_own(store, method):
     assert reader.read(store.url, 20, 30) == PAYLOAD[20:30]
 
 
-def test_a_copy_begins_anew():
+def test_a_copy_begins_again():
     reader = pickle.loads(pickle.dumps(RangeReader(QUICK)))
     assert reader.policy == QUICK
     assert reader.counters == {}

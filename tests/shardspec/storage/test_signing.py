@@ -187,7 +187,7 @@ class Role:
         }
 
 
-def test_credentials_that_run_out_are_fetched_anew_and_waited_for_so_long_only():
+def test_credentials_that_run_out_are_fetched_again_and_waited_for_so_long_only():
     role = Role()
     with (
         environment(),

@@ -101,7 +101,7 @@ def test_a_variable_that_names_no_field_is_refused():
 
 
 @pytest.mark.parametrize("text", ["[weka", "weka = 1\n[weka]\n"])
-def test_a_file_that_is_no_toml_is_named(stores_file, text):
+def test_a_file_that_is_not_toml_is_named(stores_file, text):
     path = stores_file(text)
     with pytest.raises(ConfigError) as caught:
         named_stores()

@@ -75,7 +75,7 @@ def test_what_the_store_has_not_kept_is_sent_again(keeps, tmp_path):
     assert not store.cancelled
 
 
-def test_a_store_that_keeps_nothing_is_given_up(tmp_path):
+def test_a_store_that_keeps_nothing_is_abandoned(tmp_path):
     (tmp_path / "a").write_bytes(PAYLOAD)
     store = Bucket([0] * 1000)
     with pytest.raises(StorageError) as caught:

@@ -83,7 +83,7 @@ def test_adaptive_frames_are_on_both_sides_of_every_cut():
     assert len(found.numbers) == 8
 
 
-def test_errors_are_told_and_the_process_goes_on_serving(decoder, file):
+def test_errors_are_told_and_the_process_continues_serving(decoder, file):
     process = decoder._process
     with pytest.raises(SampleError) as found:
         stamps(decoder, b"no video", where="row 3")

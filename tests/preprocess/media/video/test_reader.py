@@ -140,7 +140,7 @@ def turned(file, matrix):
         (stamped(0).tobytes(), "video_open"),
     ],
 )
-def test_what_is_no_video_is_refused_by_name(file, reason):
+def test_what_is_not_a_video_is_refused_by_name(file, reason):
     with pytest.raises(SampleError) as found:
         VideoReader(file, where="row 3")
     assert found.value.reason == reason
