@@ -100,7 +100,9 @@ def test_labels_are_the_next_tokens_and_decode_to_the_responses(batches, dataset
     "settings",
     [
         {"num_workers": 2, "multiprocessing_context": "fork"},
-        {"num_workers": 2, "multiprocessing_context": "spawn"},
+        pytest.param(
+            {"num_workers": 2, "multiprocessing_context": "spawn"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["two forked workers", "two spawned workers"],
 )

@@ -218,6 +218,7 @@ def check_hugging_face(folder, tmp_path, *, streaming):
             check_sample(key, {"json": record, **arrays}, want[key])
 
 
+@pytest.mark.slow
 def test_hugging_face_datasets_streams_the_shards(tiny_dataset, tmp_path):
     check_hugging_face(tiny_dataset, tmp_path, streaming=True)
 

@@ -141,8 +141,8 @@ def test_bad_flag_is_code_1_with_usage_and_a_remedy(capsys, args):
     check_one_block(printed.err)
 
 
-def test_verify_without_a_dataset_is_code_1(cli, tmp_path):
-    finished = cli.run("verify", tmp_path / "none")
+def test_verify_without_a_dataset_is_code_1(inline_cli, tmp_path):
+    finished = inline_cli.run("verify", tmp_path / "none")
     assert (finished.code, finished.out) == (1, "")
     check_one_block(finished.err)
 
@@ -164,10 +164,10 @@ def dataset(tiny_copy):
     return tiny_copy
 
 
-def test_output_of_another_job_is_code_3_with_the_difference(cli, dataset):
+def test_output_of_another_job_is_code_3_with_the_difference(inline_cli, dataset):
     before = (dataset / "manifest.json").read_bytes()
     asked = (*SAMPLE, "--limit", 24, "--num-shards", 3, "--seed", 1, "--out", dataset)
-    finished = cli.run(*asked)
+    finished = inline_cli.run(*asked)
     assert (finished.code, finished.out) == (3, "")
     assert "  SEED     0              1\n" in finished.err
     check_one_block(finished.err)
@@ -185,8 +185,8 @@ def test_same_command_again_has_nothing_to_do(call, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--deep",)])
-def test_verify_of_a_whole_dataset_is_code_0(cli, dataset, flags):
-    finished = cli.good("verify", dataset, *flags)
+def test_verify_of_a_whole_dataset_is_code_0(inline_cli, dataset, flags):
+    finished = inline_cli.good("verify", dataset, *flags)
     assert finished.out == f"{dataset}: every shard matches the manifest\n"
 
 
@@ -202,10 +202,10 @@ def cut(path):
 
 @pytest.mark.parametrize("suffix", [".tar", ".index.npy"])
 @pytest.mark.parametrize("damage", [flip_byte, cut, lambda path: path.unlink()])
-def test_verify_of_a_damaged_shard_is_code_4_and_names_it(cli, dataset, suffix, damage):
+def test_verify_of_a_damaged_shard_is_code_4_and_names_it(inline_cli, dataset, suffix, damage):
     path = dataset / "train" / f"pixmo_cap-train-00001-of-00003{suffix}"
     damage(path)
-    finished = cli.run("verify", dataset)
+    finished = inline_cli.run("verify", dataset)
     assert (finished.code, finished.out) == (4, "")
     assert f"  where: {path}" in finished.err
     check_one_block(finished.err)
