@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loader import Augment, MolmoPreprocessor, StreamingDataset, View
-from preprocess.datasets import dataset_names, get_dataset
+from preprocess.datasets import dataset_class, dataset_names, get_dataset
 from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.media.image import ImagePolicy
@@ -12,7 +12,7 @@ from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
-from shardspec.tiling import ImageView
+from shardspec.tiling import FrameView, ImageView
 from tests import inline
 
 LIMIT = 9
@@ -83,6 +83,7 @@ def test_shards_equal_the_unsharded_path(build, name):
         image_map="pooling",
         loss="root_both",
         sequence_length=1024,
+        frames=FrameView() if dataset_class(name).videos else None,
     )
     stream = StreamingDataset(out, seed=11, view=view)
     tokenizer = load_tokenizer()

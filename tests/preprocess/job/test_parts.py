@@ -605,7 +605,8 @@ def test_a_part_that_does_not_see_the_image_cache_is_refused(tmp_path, urls):
 
 
 @pytest.mark.slow
-def test_images_may_be_in_a_store_that_all_parts_see(tmp_path, urls, s3_server):
+def test_images_may_be_in_a_store_that_all_parts_see(tmp_path, urls, s3_server, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # has the ledger of a cache in a store
     source, _ = urls
     one = run_job(url_job(tmp_path, source, out=str(tmp_path / "one")), Quiet()).result.sha256
     with s3_server.entered():
