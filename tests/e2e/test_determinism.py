@@ -130,6 +130,7 @@ def test_killed_while_planning_the_same_command_ends_in_the_same_bytes(
     assert unexpected(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_killed_worker_costs_its_shard_and_nothing_else(cli, source, reference, tmp_path):
     running = half_built(cli, source, tmp_path)
     os.kill(running.workers()[0], signal.SIGKILL)

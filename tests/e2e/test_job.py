@@ -131,6 +131,7 @@ def num_receipts(out):
     return len([*(out / "receipts").glob("[!.]*.json")])
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_building_exits_with_130_and_the_same_command_finishes(cli, source, tmp_path):
     out = tmp_path / "out"
     interrupt(cli, source, out, number=signal.SIGINT, when=lambda _: num_receipts(out) >= 2)

@@ -80,6 +80,7 @@ def test_a_store_gets_the_bytes_of_local_disk(cli, inline_cli, store, local, tmp
             assert secret.encode() not in kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".tar", slow(".index.npy")])
 def test_verify_names_what_is_damaged_on_a_store(cli, store, local, suffix):
     server, place, out = store

@@ -606,6 +606,7 @@ def test_broken_sample_stops_the_loop_with_its_own_error(num_threads, broken):
         assert decode_threads() == []
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches_and_their_own_errors(url, undisturbed, broken):
     _, state = saved_after(make(url), 2)
     loader = make(url, workers=2)

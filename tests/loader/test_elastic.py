@@ -138,7 +138,10 @@ EVERYDAY = [
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(k, marks=pytest.mark.slow if k in ("mixture", "packed") else ()) for k in KINDS],
+    [
+        pytest.param(k, marks=pytest.mark.slow if k in ("mixture", "packed", "buckets") else ())
+        for k in KINDS
+    ],
 )
 def test_every_number_of_ranks_gives_the_same_global_batches(kind, urls, undisturbed):
     for i, world_size in enumerate(WORLDS):

@@ -180,6 +180,7 @@ def test_every_step_can_be_resumed_from_on_other_ranks_and_threads(kind, urls, u
         assert later == undisturbed[kind][step + 1 : step + 3], step
 
 
+@pytest.mark.slow
 def test_worker_processes_resume_where_threads_of_other_ranks_stopped(urls, undisturbed):
     _, states = run(urls, "mixture", world_size=2, count=5)
     got, _ = run(urls, "mixture", world_size=1, count=3, state=states[0], workers=2)

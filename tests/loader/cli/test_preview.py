@@ -51,7 +51,14 @@ def keys_of(batch):
 
 
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("step, rank, ranks", [(0, 0, 1), (2, 1, 2), (7, 0, 2)])
+@pytest.mark.parametrize(
+    "step, rank, ranks",
+    [
+        pytest.param(0, 0, 1, marks=pytest.mark.slow),
+        (2, 1, 2),
+        pytest.param(7, 0, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_page_shows_the_batch_of_the_run(preview, tiny_dataset, step, rank, ranks, pack):
     flags = ["--pack"] if pack else []
     page = preview(

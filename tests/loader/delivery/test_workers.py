@@ -335,7 +335,10 @@ def test_a_worker_that_is_killed_between_passes_is_named_and_replaced(url, undis
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 0, "decode_threads": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"workers": 1}, pytest.param({"workers": 0, "decode_threads": 2}, marks=pytest.mark.slow)],
+)
 def test_a_forked_child_takes_nothing_from_the_pass_of_its_parent(url, undisturbed, options):
     loader = make(url, **options)
     iterator = iter(loader)

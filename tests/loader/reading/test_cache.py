@@ -266,6 +266,7 @@ while True:
 
 
 # What a killed writer leaves must never be taken for a block, nor keep others from writing it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills", [5, pytest.param(30, marks=pytest.mark.slow)], ids=["a few", "many"]
 )

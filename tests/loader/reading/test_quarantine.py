@@ -130,7 +130,7 @@ def keys(batches):
     return [[m["key"] for m in batch["metadata"]] for batch in batches]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_loader_lists_what_was_substituted_and_where(broken, workers):
     url, _ = broken
     loader = loader_of(url, workers=workers)

@@ -183,6 +183,7 @@ def test_a_mixture_streams_from_two_stores(s3_url, gs_url, s3_server, gcs_server
 @pytest.mark.parametrize(
     "cached", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no cache", "cache"]
 )
+@pytest.mark.slow
 def test_worker_processes_get_the_same_batches(s3, local, cached, tmp_path):
     url, _ = s3
     cache = str(tmp_path / "cache") if cached else None

@@ -184,7 +184,7 @@ def kill_and_wait(pid):
     process.join()
 
 
-@pytest.mark.parametrize("num_workers", [1, 3, 8])
+@pytest.mark.parametrize("num_workers", [1, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_task_gives_its_result_whatever_the_number_of_workers(work, num_workers):
     context = {"offset": 100}
     events = list(run(range(5), work=work.square, context=context, num_workers=num_workers))
