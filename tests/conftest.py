@@ -1,5 +1,6 @@
 """Fixtures that several test files share: the command line as a real process, and small sources."""
 
+import compileall
 import contextlib
 import fcntl
 import gc
@@ -59,6 +60,13 @@ def pytest_xdist_auto_num_workers(config):
         return 0
     cores = min(len(os.sched_getaffinity(0)), 8)
     return cores + 1 if config.option.markexpr == "not slow" else cores
+
+
+def pytest_sessionstart(session):
+    """Compiles our modules once, before the workers of pytest-xdist all do."""
+    if getattr(session.config.option, "numprocesses", None) and not sys.dont_write_bytecode:
+        for room in ("shardspec", "preprocess", "loader", "vlm_shards"):
+            compileall.compile_dir(ROOT / room, quiet=2, workers=0)
 
 
 def pytest_collection_finish(session):

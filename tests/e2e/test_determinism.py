@@ -238,6 +238,7 @@ def test_stray_files_are_ignored_and_unfinished_ones_swept(cli, source, referenc
     assert unexpected(tmp_path) == {"notes.txt", "train/pixmo_cap-train-00099-of-00100.tar"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     (

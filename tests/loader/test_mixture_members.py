@@ -88,7 +88,9 @@ def shown(batches):
     return keys
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["plain", pytest.param("nested", marks=pytest.mark.slow), "packed"]
+)
 @pytest.mark.parametrize("change", CHANGES)
 def test_each_dataset_continues_at_its_own_place(change, kind, urls):
     """In the middle of epochs, on other ranks, and with a return to all datasets."""

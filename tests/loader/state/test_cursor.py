@@ -119,6 +119,7 @@ def test_stateful_dataloader_continues_after_every_batch_and_again(dataset):
         assert list(third) == want[stop + 1 : 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_stateful_dataloader_with_workers_continues_in_the_middle_of_prefetching(
     num_workers, dataset
@@ -134,6 +135,7 @@ def test_stateful_dataloader_with_workers_continues_in_the_middle_of_prefetching
     assert list(resumed) == want[3:6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_stateful_dataloader_saved_at_the_end_of_an_epoch_begins_the_next(num_workers, dataset):
     want = passes(dataset(), 2)
