@@ -504,7 +504,9 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets", "webdataset", "pand
     "module, absent",
     [
         ("shardspec", HEAVY | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "preprocess", "loader"}),
-        ("shardspec.storage", HEAVY | {"s3fs", "gcsfs", "aiohttp"}),
+        pytest.param(
+            *("shardspec.storage", HEAVY | {"s3fs", "gcsfs", "aiohttp"}), marks=pytest.mark.slow
+        ),
         ("preprocess.__main__", HEAVY | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "loader"}),
         ("preprocess.job.build", HEAVY | {"loader"}),
         ("vlm_shards", (HEAVY - {"torch"}) | {"tokenizers", "pyarrow", "s3fs", "gcsfs"}),

@@ -131,7 +131,8 @@ def undisturbed(urls):
 
 
 EVERYDAY = [
-    pytest.param(kind, marks=pytest.mark.slow if "packed" in kind else ()) for kind in KINDS
+    pytest.param(kind, marks=() if kind in ("one", "buckets") else pytest.mark.slow)
+    for kind in KINDS
 ]
 """Packs take most of the time; the everyday suite tests their states elsewhere."""
 

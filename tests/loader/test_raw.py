@@ -380,7 +380,7 @@ def any_type(samples):
     return (pair, one_tensor, list)[samples[0][2] % 3](samples)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_batches_can_be_of_any_type(workers, urls):
     numbers = [[row[2] for row in batch] for batch in run(urls, "one", count=7)[0]]
     found = set()

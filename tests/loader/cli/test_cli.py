@@ -122,6 +122,7 @@ def test_short_shard_ends_the_command_with_its_own_exit_code(shards, tmp_path, c
     assert "file has the wrong length" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_runs_as_a_module_and_fails_with_a_code():
     finished = run_python("-m", "loader", "peek", "nothing/here")
     assert finished.returncode == 1

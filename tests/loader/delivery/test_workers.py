@@ -69,6 +69,7 @@ def test_batches_are_the_same_and_stay_what_they_were_for_as_long_as_they_are_ke
     assert all(map(same, kept, undisturbed))
 
 
+@pytest.mark.slow
 def test_memory_is_used_again_and_what_is_left_of_a_batch_keeps_it(url, undisturbed):
     loader = make(url, workers=1)
     places, labels = [], []
