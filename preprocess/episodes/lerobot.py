@@ -285,6 +285,8 @@ class LeRobotFolder:
                 return SampleError("robot_episode.column", where=file, name=missing[0])
         except FileNotFoundError:
             return SampleError("robot_episode.missing", where=file)
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of pyarrow
             return SampleError("robot_episode.damaged", where=file, error=error)
         return columns
@@ -295,6 +297,8 @@ class LeRobotFolder:
             with parquet.ParquetFile(path) as opened:
                 names = [n for n in opened.schema_arrow.names if not n.startswith("stats/")]
                 rows: list[dict[str, Any]] = opened.read(columns=names).to_pylist()
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a damaged file makes of pyarrow
             raise SourceError("robot_source.file", where=str(path), error=error) from error
         return rows
