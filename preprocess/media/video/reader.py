@@ -297,12 +297,13 @@ class VideoReader:
 
     def _first_look(self) -> None:
         """Decodes the first frame: it says more than the header."""
+        if self._is_encrypted():  # what is encrypted can pass for a picture by chance
+            raise SampleError("video_stream.encrypted", where=self.where)
+        self._reopen()
         frame = next(self._decoded(strict=False), None)
         self._reopen()
         if frame is None:
             self._require_room()
-            if self._is_encrypted():
-                raise SampleError("video_stream.encrypted", where=self.where)
             raise SampleError("video_stream.empty", where=self.where)
         self._size = frame.width, frame.height
         self._require_size(frame.width, frame.height, self._max_pixels)

@@ -1,9 +1,11 @@
 """The reader gives the frame that is shown at a time, whatever the file is."""
 
 import hashlib
+import os
 import random
 import struct
 import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -109,6 +111,29 @@ def test_display_matrix_is_applied(matrix, want):
         info = other.info
     assert np.array_equal(after, want(before))
     assert (info.width, info.height) == after.shape[1::-1]
+
+
+ENCODE = """
+from preprocess.datasets import get_dataset
+import hashlib
+video = get_dataset("moving_shapes", source="sample", limit=8).get(6)["video"]
+print(hashlib.md5(video.read()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_a_generated_video_does_not_depend_on_what_memory_held_before():
+    """glibc fills new memory with MALLOC_PERTURB_."""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", ENCODE],
+            env={**os.environ, "MALLOC_PERTURB_": fill},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for fill in ("0", "85", "170")
+    }
+    assert len(found) == 1
 
 
 def test_other_angles_are_refused():
@@ -390,6 +415,17 @@ def test_frames_before_a_cut_equal_those_of_ffmpeg(name, ffmpeg, folder):
     path = folder / f"cut-{name}"
     want = frames_of_ffmpeg(ffmpeg, path)
     assert_equal_frames(path, want, at_least=len(want) - 3)
+
+
+@pytest.mark.slow
+def test_encrypted_files_are_refused_whatever_their_bytes_look_like(ffmpeg, tmp_path):
+    """Each run of ffmpeg draws another initialization vector."""
+    before, after = REFUSED["encrypted.mp4"][0]
+    for i in range(20):
+        command = [ffmpeg, "-v", "error", "-y", *before, *after, "-frames:v", "3", f"{i}.mp4"]
+        subprocess.run(command, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
+        with pytest.raises(SampleError, match="encrypted"):
+            VideoReader(tmp_path / f"{i}.mp4")
 
 
 @pytest.mark.slow
