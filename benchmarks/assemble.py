@@ -33,9 +33,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.job import TILED, draw, machine, paired, row
-from loader.assembly.assemble import Draft, Planner, View, assemble
+from loader.assembly.assemble import assemble
+from loader.assembly.draft import Draft
 from loader.assembly.layout import TokenIds
 from loader.assembly.pixels import render
+from loader.assembly.planner import Planner
+from loader.assembly.view import View
 from loader.buffers import Scratch
 from preprocess.media.image import ImagePolicy
 from preprocess.recipe import Preparer, Recipe

@@ -4,18 +4,11 @@ Decides which variants, crops and augmentations an example gets and where its to
 Never decides which sample comes next, and never opens a shard.
 """
 
-from loader.assembly.assemble import (
-    Draft,
-    ExamplePlan,
-    Planner,
-    View,
-    assemble,
-    describe_question,
-    view_collator,
-)
+from loader.assembly.assemble import assemble
 from loader.assembly.attention import build_attention_mask
 from loader.assembly.augment import Augment
 from loader.assembly.collate import IGNORE_INDEX, MMCollator, PadSide, finished
+from loader.assembly.draft import Draft, describe_question
 from loader.assembly.families.collate import ModelCollator, finished_for_model
 from loader.assembly.families.example import (
     ModelDraft,
@@ -31,9 +24,11 @@ from loader.assembly.ocr_boxes import ocr_boxes
 from loader.assembly.own_augment import AugmentFunction, OwnAugment
 from loader.assembly.packed import Pack, fitting
 from loader.assembly.pixels import MEAN_STD, Encoded, Normalization, normalize
+from loader.assembly.planner import ExamplePlan, Planner
 from loader.assembly.questions import Questions
 from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor, render_image
 from loader.assembly.video import VideoPreprocessor
+from loader.assembly.view import View, view_collator
 
 __all__ = [
     "IGNORE_INDEX",

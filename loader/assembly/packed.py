@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from loader.assembly.assemble import Draft
 from loader.assembly.attention import PACKED_STRIDE
+from loader.assembly.draft import Draft
 from loader.assembly.families.example import ModelDraft
 from shardspec.errors import ConfigError
 from shardspec.tiling import NO_PATCH

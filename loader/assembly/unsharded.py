@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
-from loader.assembly.assemble import View, assemble
+from loader.assembly.assemble import assemble
 from loader.assembly.layout import TokenIds
+from loader.assembly.view import View
 from shardspec.index import count_questions
 from shardspec.keyed import SampleRng, sample_seed
 from shardspec.sample import WEIGHT_ONE, PreparedImage, PreparedSample, spans_table

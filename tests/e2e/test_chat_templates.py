@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader.assembly.assemble import View, assemble
+from loader.assembly.assemble import assemble
 from loader.assembly.layout import TokenIds
+from loader.assembly.view import View
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import SampleError

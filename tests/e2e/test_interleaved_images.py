@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loader.assembly.assemble import View, assemble
+from loader.assembly.assemble import assemble
 from loader.assembly.layout import IGNORED, PREFIX_SUBSEGMENT, TokenIds
+from loader.assembly.view import View
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer

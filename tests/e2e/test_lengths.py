@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from loader.assembly.assemble import Planner, View
 from loader.assembly.layout import TokenIds
+from loader.assembly.planner import Planner
+from loader.assembly.view import View
 from loader.reading.reader import ShardReader
 from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job

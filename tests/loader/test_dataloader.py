@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator
+from loader.assembly.view import View
 from loader.dataloader import make_dataloader
 from loader.mixture_stream import IterableDatasetMixture
 from loader.stream import StreamingDataset, stored_view

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from loader.assembly.assemble import View
+from loader.assembly.view import View
 from loader.dataloader import make_dataloader
 from loader.delivery.workers import _Worker
 from loader.mixture_stream import IterableDatasetMixture

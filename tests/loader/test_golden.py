@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from loader.assembly.assemble import View, assemble
+from loader.assembly.assemble import assemble
 from loader.assembly.layout import TokenIds
+from loader.assembly.view import View
 from shardspec.sample import PreparedImage, PreparedSample, spans_table
 from shardspec.tiling import ImageTokenIds, ImageView
 

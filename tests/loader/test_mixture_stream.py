@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
+from loader.assembly.view import View
 from loader.dataloader import make_dataloader
 from loader.mixture_stream import IterableDatasetMixture
 from loader.order.weights import mixture_weights

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from loader.assembly import view_collator
-from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
+from loader.assembly.view import View
 from loader.dataloader import make_dataloader
 from loader.stream import StreamingDataset, check_view, stored_view
 from shardspec.errors import ConfigError, ManifestError, ShardError

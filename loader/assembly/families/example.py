@@ -117,7 +117,7 @@ class ModelPlanner:
         key: str = "",
         question: int = 0,  # noqa: ARG002 - of evaluations, which views for models refuse
     ) -> ModelPlan:
-        """Plans one example; arguments as `loader.assembly.assemble.Planner.plan`.
+        """Plans one example; arguments as `loader.assembly.planner.Planner.plan`.
 
         Raises:
           SampleError: `too_many_images`, `picture_shape`, `image_placeholder`, `image_cut`,

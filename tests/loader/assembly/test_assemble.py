@@ -3,11 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from loader.assembly.assemble import View, assemble
+from loader.assembly.assemble import assemble
 from loader.assembly.augment import Augment, Draw, draw
 from loader.assembly.collate import MMCollator
 from loader.assembly.layout import TokenIds
 from loader.assembly.pixels import normalize, render
+from loader.assembly.view import View
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry, PreparedImage, image_rows, spans_table, text_rows
 from shardspec.tiling import (

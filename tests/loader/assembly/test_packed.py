@@ -5,12 +5,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loader.assembly import view_collator
-from loader.assembly.assemble import Draft, Planner, View
 from loader.assembly.attention import PACKED_STRIDE, build_attention_mask
 from loader.assembly.collate import EXTRA_KEYS, finished
+from loader.assembly.draft import Draft
 from loader.assembly.layout import TokenIds
 from loader.assembly.packed import Pack, fitting
 from loader.assembly.pixels import Encoded
+from loader.assembly.planner import Planner
+from loader.assembly.view import View
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError
 from shardspec.media import decode_stored, encode_stored

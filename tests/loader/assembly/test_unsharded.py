@@ -4,9 +4,10 @@ import threading
 import numpy as np
 import pytest
 
-from loader.assembly.assemble import View, assemble
+from loader.assembly.assemble import assemble
 from loader.assembly.augment import Augment
 from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor
+from loader.assembly.view import View
 from loader.stream import StreamingDataset, stored_view
 from shardspec.errors import SampleError
 from shardspec.keyed import dataset_seed

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from loader import StreamingDataset, make_dataloader
-from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator
+from loader.assembly.view import View
 from loader.delivery import AheadLimit, Task, make_in_threads
 from loader.reading.reader import ShardReader
 from loader.stream import PreparedBuilder

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from loader import StreamingDataset, make_dataloader
-from loader.assembly.assemble import View
 from loader.assembly.collate import MMCollator
+from loader.assembly.view import View
 from shardspec.errors import ConfigError, StateError, WorkerError
 from shardspec.tiling import ImageView
 

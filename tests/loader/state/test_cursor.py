@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from loader.assembly.assemble import View
+from loader.assembly.view import View
 from loader.mixture_stream import IterableDatasetMixture
 from loader.stream import StreamingDataset
 from shardspec.errors import StateError

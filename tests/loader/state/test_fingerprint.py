@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from loader.assembly.assemble import View
 from loader.assembly.augment import Augment
 from loader.assembly.families.example import ModelView
+from loader.assembly.view import View
 from loader.dataloader import make_dataloader
 from loader.mixture_stream import IterableDatasetMixture
 from loader.state.fingerprint import keys_fingerprint, view_differences, view_fingerprint

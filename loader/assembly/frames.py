@@ -1,0 +1,125 @@
+"""VideoFrames: which frames of a sample's videos an example has, and where their tokens go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loader.assembly.layout import TokenIds
+from loader.assembly.seen import Seen, SeenSize
+from loader.assembly.view import View
+from shardspec.frames import draw_frames, even_frames
+from shardspec.sample import SpanKind
+from shardspec.tiling import FrameView
+
+_LEAD = SpanKind.LEAD.value
+
+
+class Shown:
+    """The images of a sample with videos that an example has."""
+
+    __slots__ = ("begins", "firsts", "images", "is_frame", "times_ms")
+
+    def __init__(
+        self, images: list[int], firsts: list[int], begins: list[bool], is_frame: list[bool]
+    ) -> None:
+        self.images = images
+        """Numbers of the stored images, ascending."""
+        self.firsts = firsts
+        """For each, where in this list its video begins; for other images, where it is itself."""
+        self.begins = begins
+        """For each, whether it is the first that is shown of its video, or no frame."""
+        self.is_frame = is_frame
+        self.times_ms: list[int] = []
+        """Times of the frames."""
+
+
+class VideoFrames:
+    """Draws the frames of the examples of one view and lays out their tokens."""
+
+    def __init__(self, frames: FrameView, view: View, ids: TokenIds) -> None:
+        """Joins how frames are seen, what the run wants and the special ids of the tokenizer."""
+        self._view, self._ids = frames, ids
+        self._seen = Seen(frames.image_view(view.image), view, ids, frames=frames)
+        self._random = view.purpose == "train" and frames.sampling == "random"
+
+    def draw(
+        self,
+        videos: Sequence[Sequence[int]],
+        sizes: Sequence[tuple[int, int]],
+        others: Sequence[Sequence[int]],
+        rng: np.random.RandomState,
+    ) -> Shown:
+        """Draws the frames of each video; other images are all shown.
+
+        Args:
+          videos: Rows of the spans.
+          sizes: Source (width, height) of each stored image.
+          others: The spans that are neither texts nor images.
+          rng: The sample's generator.
+        """
+        frames, num_images = self._view, len(sizes)
+        leads = [row for row in others if row[0] == _LEAD]
+        images: list[int] = []
+        firsts: list[int] = []
+        begins: list[bool] = []
+        is_frame: list[bool] = []
+        done = 0
+        for _, _, start, count, *_ in [*videos, (0, 0, num_images, 0)]:
+            for i in range(done, start):
+                firsts.append(len(images))
+                images.append(i)
+                begins.append(True)
+                is_frame.append(False)
+            number = min(count, frames.max_frames or count)
+            if not number:
+                continue
+            if frames.max_tokens is not None:
+                longest = max(row[3] - row[2] for row in leads[start : start + count])
+                each = len(self._seen.of(sizes[start]).block) + frames.timestamps * longest
+                room = frames.max_tokens - 2 * (frames.marks == "video")
+                number = max(1, min(number, room // each))
+            drawn = (
+                draw_frames(count, number, rng) if self._random else even_frames(count, number)
+            ).tolist()
+            firsts += [len(images)] * number
+            images += [start + i for i in drawn]
+            begins += [True] + [False] * (number - 1)
+            is_frame += [True] * number
+            done = start + count
+        return Shown(images, firsts, begins, is_frame)
+
+    def lay_out(
+        self,
+        images: Seen,
+        shown: Shown,
+        sizes: Sequence[tuple[int, int]],
+        tokens: np.ndarray,
+        others: Sequence[Sequence[int]],
+    ) -> tuple[list[SeenSize], list[np.ndarray], list[np.ndarray]]:
+        """Gives what is seen of each image, the tokens before it, and its block."""
+        frames = self._view
+        lead_rows = [row for row in others if row[0] == _LEAD]
+        seen: list[SeenSize] = []
+        leads: list[np.ndarray] = []
+        blocks: list[np.ndarray] = []
+        around = frames.marks == "video"
+        for i, (image, size) in enumerate(zip(shown.images, sizes, strict=True)):
+            row, first = lead_rows[image], shown.begins[i]
+            is_frame = shown.is_frame[i]
+            each = (self._seen if is_frame else images).of(size)
+            lead = tokens[row[4] : row[5]] if is_frame and first else tokens[row[2] : row[3]]
+            block = each.block
+            if is_frame:
+                shown.times_ms.append(row[6])
+                lead = lead if frames.timestamps else lead[:0]
+                if around and first:
+                    lead = np.append(np.int32(self._ids.frame_start), lead)
+                last = i + 1 == len(sizes) or shown.begins[i + 1]
+                if around and last:
+                    block = np.append(block, np.int32(self._ids.frame_end))
+            seen.append(each)
+            leads.append(lead)
+            blocks.append(block)
+        return seen, leads, blocks
