@@ -1,4 +1,4 @@
-"""`make_dataloader`: batches of a dataset or a mixture, made ahead by threads or worker processes.
+"""StreamLoader: batches of a dataset or a mixture, made ahead by threads or worker processes.
 
 The consumer's thread plans which samples make up the next batches; threads or worker processes make
 these. Batches come in the order of the run whatever makes them, and the state counts the batches
@@ -17,24 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from loader.assembly import MMCollator, ModelCollator, PadSide, View, view_collator
 from loader.buffers import BufferPool
+from loader.dataloader.planning import Lengths, patches_per_crop
 from loader.delivery import (
     AheadLimit,
     BatchBuilder,
     BatchMaker,
-    Collate,
     MadeBatch,
-    MapExample,
-    PreparedBatches,
-    RawBatches,
     Stats,
     TaskPlan,
     WorkerCrew,
@@ -45,408 +38,30 @@ from loader.order import (
     BalancedSchedule,
     BucketSchedule,
     MixtureOrder,
-    Order,
     PackSchedule,
     Row,
     Schedule,
     SlotSchedule,
-    is_whole,
-    plan_packing,
     rank_positions,
-    require_count,
     require_step,
 )
-from loader.raw import RawBuilder, RawDataset
+from loader.raw import RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
 from loader.resume import FREE, MakePacks, RunHere, describe_packs, require_border, resume
 from loader.state import STATE_VERSION, Allowed
-from loader.stream import (
-    PreparedBuilder,
-    Stream,
-    StreamingDataset,
-    flag_argument,
-    name_argument,
-    require_argument,
-    require_used,
-    whole_argument,
-)
+from loader.stream import Stream, StreamingDataset
 from loader.topology import Topology
-from shardspec.errors import ConfigError, StateError, nearest
+from shardspec.errors import ConfigError, StateError
 
 logger = logging.getLogger(__name__)
-
-_PASSES = {
-    True: "one epoch: each sample once, but for the step that two epochs share",
-    False: "a number of steps: samples continue from one pass to the next",
-}
 
 _LEFT_OUT = (
     "packs begin anew with other datasets: at most %d samples that slower streams had not packed"
     " are left out of their epochs (counted in `packing.left_out` of states)"
 )
 
-_DECODE_THREADS = 2
-"""Default number of threads."""
-
 _AHEAD = 2
 """Batches that each thread may be ahead of the consumer."""
-
-_PREPARED_ONLY: Mapping[str, Any] = {
-    "sequence_length": None,
-    "map": None,
-    "pad_mode": "to_128",
-    "extra_keys": (),
-    "with_metadata": False,
-    "columns": (),
-    "pack": False,
-    "max_crops": None,
-    "min_images": 0,
-    "max_images": None,
-    "balance": True,
-    "bucket_steps": 0,
-    "pad_side": "right",
-    "metadata": False,
-    "arrays": (),
-}
-"""Defaults of `make_dataloader`: arguments that mean nothing for raw samples."""
-
-Balance = bool | Literal["images"]
-"""Which rows the ranks of a step exchange; see `make_dataloader`."""
-
-_Lengths = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(dataset [n], sample [n]) to (tokens [n], crops [n]), the most that a sample can take."""
-
-
-def make_dataloader(
-    dataset: StreamingDataset | RawDataset | IterableDatasetMixture,
-    *,
-    global_batch_size: int,
-    sequence_length: int | None = None,
-    collate: Collate | None = None,
-    map: MapExample | None = None,
-    pad_mode: str = "to_128",
-    decode_threads: int = _DECODE_THREADS,
-    workers: int = 0,
-    extra_keys: tuple[str, ...] = (),
-    with_metadata: bool = False,
-    columns: tuple[str, ...] = (),
-    pack: bool = False,
-    max_crops: int | None = None,
-    min_images: int = 0,
-    max_images: int | None = None,
-    balance: Balance = True,
-    bucket_steps: int = 0,
-    prefetch_bytes: int = 1 << 32,
-    pad_side: PadSide = "right",
-    metadata: bool | tuple[str, ...] = False,
-    arrays: tuple[str, ...] = (),
-) -> StreamLoader:
-    """Makes the loader of this rank.
-
-    Prepared samples need `sequence_length`, raw ones `collate`; both take `global_batch_size`,
-    `collate`, `decode_threads`, `workers` and `prefetch_bytes`. All other arguments are for
-    prepared samples.
-
-    Args:
-      dataset: What to stream.
-      global_batch_size: Rows per step over all ranks; the number of ranks must divide it. A row is
-        a sample, or a pack.
-      sequence_length: Longest sequence; text is cut there, and packs are filled up to there.
-      collate: Makes a batch of a list, one entry per row of this rank: of what a RawDataset's
-        `decode` or a map-style dataset returned, or of examples as `assemble` describes them, which
-        `MMCollator` would pad. It may be called from several threads at a time; in worker processes
-        it must be picklable.
-      map: `map(example, rng)` changes each row's example before it is collated, and returns it; as
-        `collate` otherwise. All its draws are to come from `rng`, which is the sample's own in the
-        epoch. Both functions are named in states, by their source: see `View.augment`.
-      pad_mode: "max_len", "batch_max" or "to_N"; see `MMCollator`.
-      decode_threads: Threads that make batches, where workers is 0. With 0 threads each batch is
-        made when it is asked for, in the consumer's thread.
-      workers: Worker processes instead of threads, for Python code that holds the interpreter.
-      extra_keys: Further keys of the batch; see `MMCollator`.
-      with_metadata: Add `metadata`, a list with each sample's key; None as the key of a row that
-        only fills the last batch of an evaluation. With tail "pad" a batch has `real` in any case,
-        bool [B], False for such rows.
-      columns: Added columns (`make annotate`) to deliver, as `column_NAME`: a tensor of S values
-        (bool, int64 or float64; vectors float32 or int64, [S, length]), or a list of S texts. The S
-        samples come row after row: one per row; with packs any number, and `sample_rows`, int64
-        [S], has the row of each.
-      pack: Fill each row with several samples, planned from the lengths in the indexes; adds
-        `position_ids` and `subsegment_ids` to the batch. Needs tail "wrap".
-      max_crops: Most crops in a pack; None: any number.
-      min_images: Least crops per row of `images`, 1 where some ranks may have a step of text alone
-        (as FSDP hangs if only some ranks run the image encoder): what is missing is padding, which
-        no token refers to.
-      max_images: Fixed crops per row of `images`, so that all steps have one shape (with pad_mode
-        "max_len"); a row with more is an error. With `pack`, the default of `max_crops`.
-      balance: Exchange rows between the ranks of a step, never between steps. True exchanges packs,
-        so that all ranks have equal work; without packs rows keep their slots. "images" exchanges
-        rows of either kind, so that every rank has pictures where the batch has as many rows with
-        pictures as there are ranks, and work is nearly equal; every rank then reads the lengths of
-        all rows. False: rows keep their slots, and a rank plans its own packs only.
-      bucket_steps: Deal the samples of this many steps to these steps by length, so that batches
-        pad less: the lighter alternative to packs. The order can change between such groups only.
-        0: do not.
-      prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
-        to be used again. One batch is always made, however large; where fewer fit than there are
-        threads or workers, some of these have nothing to do.
-      pad_side: "left" pads texts in front, for models that generate; see `MMCollator`.
-      metadata: Fields of the samples' records that `metadata` has as `record`, plain Python objects
-        (question_id, answers, options, points, image_url ...; None where a sample has none); True:
-        all. `ocr_boxes` is where the words of documents are on the crops, see
-        `loader.assembly.ocr_boxes`. It implies `with_metadata`. In an evaluation they are those of
-        the row's question.
-      arrays: Fields of the samples' records to deliver as tensors of their own names, [B, ...]:
-        float32, int64 or bool, of one shape in all samples, such as the `actions`, `action_mask`
-        and `state` of robots. Not with packs or `collate`.
-
-    Raises:
-      ConfigError: `argument`; `argument_unused`, one that means nothing beside the others;
-        `batch_size`, the dataset was made for another one; `order_count`, `batch_not_divisible`,
-        `loader_range`, `loader_options`, `loader_columns`, `collator_range`, `packing_tail`,
-        `packing_and_buckets`, and as `MMCollator`; `user_function`, states cannot name
-        `map` or `collate`.
-    """
-    fits = isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture)
-    require_argument(fits, "dataset", dataset, "a dataset or a mixture of datasets")
-    require_argument(collate is None or callable(collate), "collate", collate, "a function")
-    require_argument(map is None or callable(map), "map", map, "a function")
-    for name, flag in (("with_metadata", with_metadata), ("pack", pack)):
-        flag_argument(name, flag)
-    fits = isinstance(balance, bool) or (isinstance(balance, str) and balance == "images")
-    require_argument(fits, "balance", balance, 'True, False or "images"')
-    require_argument(isinstance(pad_mode, str), "pad_mode", pad_mode, "the name of a mode")
-    name_argument("pad_side", pad_side, PadSide)
-    fields = () if isinstance(metadata, bool | np.bool_) else metadata
-    listings = {"extra_keys": extra_keys, "columns": columns, "metadata": fields, "arrays": arrays}
-    for name, listed in listings.items():
-        fits = isinstance(listed, tuple | list) and all(isinstance(one, str) for one in listed)
-        wanted = "True, False or a tuple of names" if name == "metadata" else "a tuple of names"
-        require_argument(fits, name, listed, wanted)
-    wanted_fields: bool | tuple[str, ...] = tuple(fields) or bool(metadata)
-    with_metadata = with_metadata or bool(wanted_fields)
-    if sequence_length is not None:
-        sequence_length = whole_argument("sequence_length", sequence_length, most=2**31)
-    if max_crops is not None:
-        max_crops = whole_argument("max_crops", max_crops, most=2**31)
-    min_images = whole_argument("min_images", min_images, least=0, most=2**31)
-    if max_images is not None:
-        max_images = whole_argument("max_images", max_images, least=0, most=2**31)
-    bucket_steps = whole_argument("bucket_steps", bucket_steps, least=0, most=2**31)
-    world_size = dataset._stream.topology.world_size
-    require_count("global_batch_size", global_batch_size)
-    global_batch_size = whole_argument("global_batch_size", global_batch_size, most=2**31)
-    if global_batch_size % world_size:
-        below = global_batch_size // world_size * world_size
-        near = [str(batch) for batch in (below, below + world_size) if batch > 0]
-        raise ConfigError(
-            "batch_not_divisible.ranks",
-            near=" or ".join(near),
-            global_batch_size=global_batch_size,
-            world_size=world_size,
-        )
-    amounts = (decode_threads, workers, prefetch_bytes)
-    if not all(is_whole(n) and n >= 0 for n in amounts) or prefetch_bytes < 1:
-        raise ConfigError(
-            "loader_range",
-            decode_threads=decode_threads,
-            workers=workers,
-            prefetch_bytes=prefetch_bytes,
-        )
-    if not pack:
-        changed = {"max_crops": max_crops is not None, "balance": not balance}
-        require_used(changed, "without packs", remedy="pass pack=True")
-    if workers:
-        changed = {"decode_threads": decode_threads not in (0, _DECODE_THREADS)}
-        require_used(changed, "with worker processes", remedy="use workers=0")
-    dataset._stream.require_batch(global_batch_size)
-    dataset = dataset._resized(global_batch_size, sequence_length=sequence_length)
-    stream: Stream[Any] = dataset._stream
-    builders = [part.builder for part in stream.parts]
-    lengths: _Lengths | None = None
-    packs: PackSchedule | None = None
-    make_packs: MakePacks | None = None
-    batches: BatchBuilder
-    if isinstance(builders[0], RawBuilder):
-        options = {
-            "sequence_length": sequence_length,
-            "map": map,
-            "pad_mode": pad_mode,
-            "extra_keys": extra_keys,
-            "with_metadata": with_metadata,
-            "columns": tuple(columns),
-            "pack": pack,
-            "max_crops": max_crops,
-            "min_images": min_images,
-            "max_images": max_images,
-            "balance": balance,
-            "bucket_steps": bucket_steps,
-            "pad_side": pad_side,
-            "metadata": wanted_fields,
-            "arrays": tuple(arrays),
-        }
-        given = sorted(name for name in options if options[name] != _PREPARED_ONLY[name])
-        if given:
-            raise ConfigError("loader_options.raw", names=", ".join(given))
-        if collate is None:
-            raise ConfigError("loader_options.no_collate")
-        batches = RawBatches(builders, collate)
-    else:
-        if collate is not None:
-            layout = {
-                "pad_mode": pad_mode,
-                "extra_keys": extra_keys,
-                "with_metadata": with_metadata,
-                "columns": tuple(columns),
-                "min_images": min_images,
-                "pad_side": pad_side,
-                "arrays": tuple(arrays),
-            }
-            if not pack:  # packs are planned to have no more
-                layout["max_images"] = max_images
-            given = sorted(name for name in layout if layout[name] != _PREPARED_ONLY[name])
-            if given:
-                raise ConfigError("loader_options.collate", names=", ".join(given))
-        if sequence_length is None:
-            raise ConfigError("loader_options.sequence_length")
-        if pack and bucket_steps:
-            raise ConfigError("packing_and_buckets", bucket_steps=bucket_steps)
-        view = builders[0].view
-        if pack and view.model is not None and not view.model.family.packs:
-            raise ConfigError("loader_options.packs", family=view.model.family.kind)
-        wrong: dict[str, object] = {
-            "min_images": min_images,
-            "max_images": max_images or 0,
-            "pad_side": "" if pad_side == "right" else pad_side,
-            "map": map is not None,
-            "collate": collate is not None,
-        }
-        if view.model is not None and any(wrong.values()):
-            raise ConfigError("loader_options.model", facts=wrong)
-        if pack and view.model is None:
-            extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))
-        if pack and max_images is not None:
-            max_crops = max_images if max_crops is None else min(max_crops, max_images)
-        if pack:
-            require_used({"arrays": bool(arrays)}, "with packs", remedy="use pack=False")
-        told = wanted_fields if wanted_fields is True else {*(wanted_fields or ()), *arrays}
-        builders = [builder.with_record(told or False) for builder in builders]
-        collator: MMCollator | ModelCollator
-        if view.model is not None:
-            collator = ModelCollator(
-                view.model.family,
-                sequence_length=sequence_length,
-                pad_mode=pad_mode,
-                pad_token_id=builders[0].ids.pad,
-                packed=pack,
-                extra_keys=extra_keys,
-                with_metadata=with_metadata,
-                with_real=stream.parts[0].tail == "pad",
-            )
-        else:
-            collator = view_collator(
-                view,
-                sequence_length=sequence_length,
-                pad_mode=pad_mode,
-                pad_token_id=builders[0].ids.pad,
-                extra_keys=extra_keys,
-                with_metadata=with_metadata,
-                with_real=stream.parts[0].tail == "pad",
-                min_images=min_images,
-                max_images=max_images,
-                pad_side=pad_side,
-            )
-        lengths = partial(_lengths, builders)
-        if pack:
-            make_packs = partial(
-                _packs_of,
-                lengths=lengths,
-                sequence_length=sequence_length,
-                max_crops=max_crops,
-                patches_per_crop=_patches_per_crop(view),
-                balance=balance is True,
-            )
-            packs = make_packs(stream.order)
-            if stream.topology.rank == 0:
-                logger.info("a pass over packs is %s", _PASSES[packs.pass_is_exact])
-        packing = packs.config if packs else None
-        _require_columns(builders, columns)
-        batches = PreparedBatches(
-            builders,
-            collator,
-            packing=packing,
-            columns=columns,
-            arrays=arrays,
-            told=wanted_fields,
-            map=map,
-            collate=collate,
-        )
-    stream.warn_of_unused()
-    if packs is None:
-        stream.warn_of_pairs(stream.order, step=0)
-    return StreamLoader(
-        dataset,
-        batches,
-        lengths=lengths,
-        packs=packs,
-        make_packs=make_packs,
-        bucket_steps=bucket_steps,
-        share_images=balance == "images",
-        decode_threads=decode_threads,
-        workers=workers,
-        prefetch_bytes=prefetch_bytes,
-    )
-
-
-def _require_columns(builders: Sequence[PreparedBuilder], columns: Sequence[str]) -> None:
-    """Refuses columns that a dataset lacks, or that differ in their types between datasets."""
-    for name in columns:
-        kinds = {}
-        for builder in builders:
-            added = builder.data.manifest.columns
-            known = added.types if added else {}
-            if name not in known:
-                raise ConfigError(
-                    "loader_columns.unknown",
-                    where=builder.data.url,
-                    column=name,
-                    hint=nearest(name, known) if known else "run `make annotate`",
-                )
-            kind = known[name]
-            kinds["text" if kind.startswith("text") else kind] = builder.data.title
-        if len(kinds) > 1:
-            raise ConfigError("loader_columns.types", where=", ".join(kinds.values()), column=name)
-
-
-def _patches_per_crop(view: View) -> int:
-    """Gives the cost of a crop, where a token costs 1."""
-    # A crop of a view for a model is a token of a picture.
-    return 1 if view.model is not None else view.image.num_patches
-
-
-def _packs_of(
-    order: Order | MixtureOrder,
-    *,
-    lengths: _Lengths,
-    sequence_length: int,
-    max_crops: int | None,
-    patches_per_crop: int,
-    balance: bool,
-) -> PackSchedule:
-    limits = plan_packing(order, sequence_length=sequence_length, max_crops=max_crops)
-    return PackSchedule(order, lengths, limits, patches_per_crop=patches_per_crop, balance=balance)
-
-
-def _lengths(
-    builders: Sequence[PreparedBuilder], dataset: np.ndarray, sample: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Looks up how long samples are at most, by their numbers in the order, in the indexes."""
-    tokens, crops = np.zeros(len(sample), np.int64), np.zeros(len(sample), np.int64)
-    for number in np.unique(dataset).tolist():
-        own = np.flatnonzero(dataset == number)
-        builder = builders[number]
-        tokens[own], crops[own] = builder.lengths(builder.data.sample_ids(sample[own]))
-    return tokens, crops
 
 
 class StreamLoader:
@@ -457,7 +72,7 @@ class StreamLoader:
         dataset: StreamingDataset | RawDataset | IterableDatasetMixture,
         batches: BatchBuilder,
         *,
-        lengths: _Lengths | None,
+        lengths: Lengths | None,
         packs: PackSchedule | None,
         make_packs: MakePacks | None,
         bucket_steps: int,
@@ -866,7 +481,7 @@ class StreamLoader:
         """Shares the pictures of a schedule's steps between ranks, where that is asked for."""
         if self._share_images:
             assert self._lengths is not None
-            patches = _patches_per_crop(self._stream.parts[0].builder.view)
+            patches = patches_per_crop(self._stream.parts[0].builder.view)
             schedule = BalancedSchedule(schedule, self._lengths, patches_per_crop=patches)
         return self._stream.by_id(schedule)
 
