@@ -23,7 +23,7 @@ run_verb = @$(PY) -m preprocess make $@ $(foreach v,$(given),$(call quote,$v=$(c
 only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards plan commit status verify report gc reshard merge split filter annotate import export-index datasets stream train test check bench setup
+.PHONY: help shards plan commit status verify report gc reshard merge split filter annotate import export-index datasets doctor stream train test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,9 @@ export-index: $(VENV)/ready ## write the index files of FORMAT=wids, energon or 
 	$(run_verb)
 
 datasets: $(VENV)/ready ## list the datasets
+	$(run_verb)
+
+doctor: $(VENV)/ready ## check this machine: packages, GPU, shared memory, open files, access to URL
 	$(run_verb)
 
 stream: $(VENV)/ready ## print one batch of OUT as training sees it

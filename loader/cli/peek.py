@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 
-from loader.assembly import Augment, View
+from loader.cli.opened import open_dataset
 from loader.cli.readable import describe_batch, readable_model_rows, readable_rows
 from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
-from loader.stream import StreamingDataset, stored_model, stored_view
 from preprocess.text import IMAGE_SYMBOLS, Tokenizer, tokenizer_from_entry
 from shardspec import storage
 from shardspec.errors import ShardError
-from shardspec.manifest import TOKENIZER_NAME, Manifest, require_manifest
+from shardspec.manifest import TOKENIZER_NAME, Manifest
 from shardspec.probe import check_stored_tokenizer
 
 
@@ -27,13 +26,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> str:
-    manifest = require_manifest(options.shards)
-    augment = Augment.standard() if options.augment else Augment()
-    model = stored_model(manifest, where=options.shards)
-    view = View(augment=augment)
-    if model is None:
-        view = View(image=stored_view(manifest), augment=augment)
-    dataset = StreamingDataset(options.shards, split=options.split, seed=options.seed, view=view)
+    dataset, manifest, model = open_dataset(options)
     loader = make_dataloader(
         dataset,
         global_batch_size=options.batch_size,

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from loader.assembly import Augment, View, build_attention_mask
+from loader.assembly import build_attention_mask
+from loader.cli.opened import open_dataset
 from loader.cli.peek import open_tokenizer
 from loader.cli.readable import describe_batch
 from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
 from loader.order import require_step
-from loader.stream import StreamingDataset, stored_model, stored_view
 from preprocess.page import (
     Markup,
     Piece,
@@ -37,7 +37,6 @@ from preprocess.page import (
 from preprocess.text import IMAGE_SYMBOLS
 from shardspec import storage
 from shardspec.families import Family, PicturePlan, Qwen2VL, StoredModel
-from shardspec.manifest import require_manifest
 
 _CROP_PX = 128
 _MASK_CELLS = 192
@@ -63,20 +62,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> str:
     require_step(options.step)
-    manifest = require_manifest(options.shards)
-    augment = Augment.standard() if options.augment else Augment()
-    model = stored_model(manifest, where=options.shards)
-    view = View(augment=augment)
-    if model is None:
-        view = View(image=stored_view(manifest), augment=augment)
-    dataset = StreamingDataset(
-        options.shards,
-        split=options.split,
-        seed=options.seed,
-        view=view,
-        rank=options.rank,
-        world_size=options.ranks,
-    )
+    dataset, manifest, model = open_dataset(options, rank=options.rank, world_size=options.ranks)
     loader = make_dataloader(
         dataset,
         global_batch_size=options.global_batch,

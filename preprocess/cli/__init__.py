@@ -4,7 +4,7 @@ Decides how people call the offline half and what they read. Never prints by its
 joins the verbs and owns the terminal.
 """
 
-from preprocess.cli import annotate, build, care, exchange, own, reshard
+from preprocess.cli import annotate, build, care, doctor, exchange, own, reshard
 from preprocess.cli.config import with_files
 from preprocess.cli.make import make_arguments, make_variables
 from preprocess.cli.verbs import Console, Verb
@@ -16,6 +16,7 @@ VERBS = (
     *reshard.VERBS,
     *annotate.VERBS,
     *exchange.VERBS,
+    *doctor.VERBS,
 )
 """Every verb, in the order in which `--help` lists them."""
 
