@@ -47,6 +47,7 @@ def make_dataloader(
     balance: Balance = True,
     bucket_steps: int = 0,
     prefetch_bytes: int = 1 << 32,
+    watchdog_s: float | None = 600.0,
     pad_side: PadSide = "right",
     metadata: bool | tuple[str, ...] = False,
     arrays: tuple[str, ...] = (),
@@ -54,8 +55,8 @@ def make_dataloader(
     """Makes the loader of this rank.
 
     Prepared samples need `sequence_length`, raw ones `collate`; both take `global_batch_size`,
-    `collate`, `decode_threads`, `workers` and `prefetch_bytes`. All other arguments are for
-    prepared samples.
+    `collate`, `decode_threads`, `workers`, `prefetch_bytes` and `watchdog_s`. All other
+    arguments are for prepared samples.
 
     Args:
       dataset: What to stream.
@@ -100,6 +101,9 @@ def make_dataloader(
       prefetch_bytes: Most bytes in batches that are made ahead of the consumer, and most that wait
         to be used again. One batch is always made, however large; where fewer fit than there are
         threads or workers, some of these have nothing to do.
+      watchdog_s: Seconds, above 0, that a batch may be awaited before a warning shows the stacks of
+        all threads, and worker processes write theirs to standard error: what hangs is there. The
+        run waits on. None: never. Without threads or workers nobody watches.
       pad_side: "left" pads texts in front, for models that generate; see `MMCollator`.
       metadata: Fields of the samples' records that `metadata` has as `record`, plain Python objects
         (question_id, answers, options, points, image_url ...; None where a sample has none); True:
@@ -137,6 +141,7 @@ def make_dataloader(
         balance=balance,
         bucket_steps=bucket_steps,
         prefetch_bytes=prefetch_bytes,
+        watchdog_s=watchdog_s,
         pad_side=pad_side,
         metadata=metadata,
         arrays=arrays,
@@ -194,6 +199,7 @@ def make_dataloader(
         decode_threads=options.decode_threads,
         workers=options.workers,
         prefetch_bytes=options.prefetch_bytes,
+        watchdog_s=options.watchdog_s,
     )
 
 

@@ -55,6 +55,9 @@ _LAYOUT = ("pad_mode", "extra_keys", "with_metadata", "columns", "min_images", "
 _MOST = 2**31
 """Bound of counts that go into arrays."""
 
+_MOST_S = 10**6
+"""Bound of waits, in seconds: all systems can wait that long."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderOptions:
@@ -77,6 +80,7 @@ class LoaderOptions:
     balance: Balance
     bucket_steps: int
     prefetch_bytes: int
+    watchdog_s: float | None
     pad_side: PadSide
     metadata: bool | tuple[str, ...]
     arrays: tuple[str, ...]
@@ -137,6 +141,11 @@ class LoaderOptions:
                 workers=self.workers,
                 prefetch_bytes=self.prefetch_bytes,
             )
+
+        limit = self.watchdog_s
+        number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        fits = limit is None or (number and 0 < limit <= _MOST_S)
+        require_argument(fits, "watchdog_s", limit, f"seconds, 0 to {_MOST_S:,}, or None")
 
     def require_ranks(self, world_size: int) -> None:
         """Refuses a batch that the ranks cannot divide.

@@ -80,6 +80,7 @@ class StreamLoader:
         decode_threads: int,
         workers: int,
         prefetch_bytes: int,
+        watchdog_s: float | None,
     ) -> None:
         """Joins a dataset and what makes batches of its samples; see `make_dataloader`."""
         self.dataset = dataset
@@ -109,6 +110,7 @@ class StreamLoader:
         self._decode_threads = decode_threads
         self._workers = workers
         self._prefetch_bytes = prefetch_bytes
+        self._watchdog_s = watchdog_s
         self._pool = BufferPool(keep_bytes=prefetch_bytes)
         self._stats = Stats(
             workers=max(1, workers or decode_threads),
@@ -274,7 +276,8 @@ class StreamLoader:
         ahead = self._ahead()
         if crew is not None:
             # Over the end of the epoch: the next pass begins with what is ready.
-            return crew.make((plan.task(self._plan) for _ in count()), ahead=ahead)
+            tasks = (plan.task(self._plan) for _ in count())
+            return crew.make(tasks, ahead=ahead, watchdog_s=self._watchdog_s)
         tasks = (plan.task(self._plan) for _ in range(plan.next_step, stop))
         return make_in_threads(
             tasks,
@@ -282,6 +285,7 @@ class StreamLoader:
             threads=self._decode_threads,
             allocate=self._pool.empty,
             ahead=ahead,
+            watchdog_s=self._watchdog_s,
         )
 
     def _ahead(self) -> AheadLimit:

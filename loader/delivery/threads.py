@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -17,6 +17,7 @@ import torch
 
 from loader.buffers import Allocate
 from loader.delivery.batches import BatchMaker, MadeBatch, Task
+from loader.delivery.watchdog import wait_watched
 
 _Job = tuple["Future[MadeBatch]", Callable[[], MadeBatch]]
 
@@ -61,6 +62,7 @@ def make_in_threads(
     threads: int,
     allocate: Allocate,
     ahead: AheadLimit,
+    watchdog_s: float | None = None,
 ) -> Generator[tuple[MadeBatch, int], None, None]:
     """Makes batches ahead of the consumer, in their sequence.
 
@@ -70,6 +72,7 @@ def make_in_threads(
       threads: Number of threads; 0: each batch is made when it is asked for, in this thread.
       allocate: Gives memory.
       ahead: How far to go ahead.
+      watchdog_s: See `wait_watched`; without threads there is nobody to watch.
 
     Yields:
       A batch, and how many after it were ready by then.
@@ -96,7 +99,10 @@ def make_in_threads(
                     futures.append(pool.submit(partial(make, replace(planned, ahead=[]))))
             if futures:
                 ready = sum(future.done() for future in futures)
-                made = futures.popleft().result()
+                future = futures.popleft()
+                wait_watched(partial(_is_done, future), watchdog_s)
+                made = future.result()
+                del future
                 ahead.note(made.timings.batch_bytes)
                 yield made, max(0, ready - 1)
                 del made
@@ -108,6 +114,10 @@ def make_in_threads(
             for future in futures:
                 future.cancel()
             pool.stop(wait_s)
+
+
+def _is_done(future: Future[MadeBatch], timeout_s: float | None) -> bool:
+    return bool(wait((future,), timeout_s).done)
 
 
 class _Threads:

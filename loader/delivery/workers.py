@@ -47,6 +47,7 @@ from loader.buffers import LEAST_POOLED_BYTES
 from loader.delivery.batches import BatchMaker, MadeBatch, Task
 from loader.delivery.stats import StageTimings
 from loader.delivery.threads import AheadLimit
+from loader.delivery.watchdog import stacks, wait_watched
 from loader.reading import count_reading
 from shardspec.errors import ConfigError, ShardsError, WorkerError
 from shardspec.messages import messages
@@ -80,6 +81,11 @@ class _Cancel:
     """What was requested before a turn is not wanted any more."""
 
     turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Dump:
+    """The stacks of all threads are wanted, on standard error."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -156,13 +162,14 @@ class WorkerCrew:
         return len(self._workers)
 
     def make(
-        self, tasks: Iterator[Task], *, ahead: AheadLimit
+        self, tasks: Iterator[Task], *, ahead: AheadLimit, watchdog_s: float | None = None
     ) -> Generator[tuple[MadeBatch, int], None, None]:
         """Makes batches in their sequence; what is still pending of an earlier call comes first.
 
         Args:
           tasks: The batches; planned here, when there is room for more.
           ahead: How far to go ahead.
+          watchdog_s: See `wait_watched`; the workers write their stacks to standard error.
 
         Yields:
           A batch, and how many after it were ready by then.
@@ -181,6 +188,7 @@ class WorkerCrew:
                 if not self._pending:
                     return
                 ready = sum(worker.is_ready() for worker in self._workers)
+                wait_watched(self._pending[0].is_ready, watchdog_s, ask=self._ask_for_stacks)
                 made = self._pending[0].answer()
                 self._pending.popleft()
                 ahead.note(made.timings.batch_bytes)
@@ -193,6 +201,10 @@ class WorkerCrew:
                 raise
             yield made, max(0, ready - 1)
             del made
+
+    def _ask_for_stacks(self) -> str:
+        pids = [worker.ask_for_stacks() for worker in self._workers]
+        return f" (worker processes {pids} write theirs to standard error)"
 
     def cancel(self) -> None:
         """Drops what is pending: the run continues at another step."""
@@ -272,15 +284,20 @@ class _Worker:
         """Cancels what was requested before a turn."""
         self._send(_Cancel(turn))
 
-    def _send(self, message: _Request | _Cancel) -> None:
+    def _send(self, message: _Request | _Cancel | _Dump) -> None:
         try:
             self._pipe.send(message)
         except OSError as error:
             raise self._death() from error
 
-    def is_ready(self) -> bool:
-        """Tells whether an answer waits."""
-        return self._pipe.poll()
+    def is_ready(self, timeout_s: float | None = 0.0) -> bool:
+        """Tells whether an answer waits, or comes within a time; None: waits for it."""
+        return self._pipe.poll(timeout_s)
+
+    def ask_for_stacks(self) -> int:
+        """Lets the process write its stacks to standard error; returns its id."""
+        self._send(_Dump())
+        return self._process.pid or 0
 
     def answer(self) -> MadeBatch:
         """Waits for the next batch.
@@ -445,6 +462,9 @@ def _receive(
             message = pipe.recv()
             if isinstance(message, _Cancel):
                 newest[0] = message.turn
+            elif isinstance(message, _Dump):
+                sys.stderr.write(f"worker process {os.getpid()}:\n{stacks()}\n")
+                sys.stderr.flush()
             else:
                 requests.put(message)
     except (EOFError, OSError):

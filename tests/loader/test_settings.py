@@ -336,6 +336,7 @@ FREE = {
     "pad_side": "refused for raw samples",
     "metadata": "refused for raw samples",
     "arrays": "refused for raw samples, with packs and with collate=",
+    "watchdog_s": "always, but where batches are made in the consumer's thread, as documented",
     "prefetch_bytes": "always: it bounds what is kept to be used again",
     "decode": "always",
 }
