@@ -109,7 +109,7 @@ PUBLIC = {
         "score_results",
         "write_table",
     ],
-    "loader.integrations": ["SteadyPasses", "attach_to_trainer", "check_model"],
+    "loader.integrations": ["DistributedState", "SteadyPasses", "attach_to_trainer", "check_model"],
     "loader.monitoring": ["Fanout", "JsonLines", "Prometheus", "TensorBoard", "WandB"],
     "vlm_shards": [
         "VQA2",
