@@ -13,7 +13,7 @@ import time
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from loader.cli.opened import open_dataset
+from loader.cli.opened import add_mixture, open_dataset
 from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
 from loader.delivery import STAGES, Stats
@@ -22,6 +22,7 @@ from shardspec.errors import ConfigError
 
 def _add(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
+    add_mixture(parser)
     add_flag(parser, "--batch-size", "rows of a batch, of one rank", 16)
     add_flag(parser, "--sequence-length", "longest sequence", 2048)
     add_flag(parser, "--steps", "batches to time, after a first one", 30)
@@ -46,10 +47,10 @@ def _run(options: argparse.Namespace) -> str:
     if options.model_step is not None and not 0 < options.model_step < math.inf:
         raise ConfigError("bench_setting", flag="--model-step", value=options.model_step)
     began = time.perf_counter()
-    dataset, manifest, _ = open_dataset(options, rank=0, world_size=1)
+    opened = open_dataset(options, rank=0, world_size=1)
     alone = options.profile is not None
     loader = make_dataloader(
-        dataset,
+        opened.dataset,
         global_batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         pack=options.pack,
@@ -72,7 +73,7 @@ def _run(options: argparse.Namespace) -> str:
         profile.dump_stats(options.profile)
     stats = loader.stats().since(before)
     batches.close()
-    title = f"{manifest.dataset} {options.split}: {options.steps:,} batches of {options.batch_size}"
+    title = f"{opened.name} {options.split}: {options.steps:,} batches of {options.batch_size}"
     lines = [title, *describe_run(stats, first_s=first_s, wall_s=wall_s)]
     if options.model_step is not None:
         lines += ["", describe_feeding(stats, wall_s=wall_s, model_step_s=options.model_step)]

@@ -26,9 +26,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> str:
-    dataset, manifest, model = open_dataset(options)
+    opened = open_dataset(options)
+    manifest, model = opened.manifest, opened.model
     loader = make_dataloader(
-        dataset,
+        opened.dataset,
         global_batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         with_metadata=True,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from loader.assembly import build_attention_mask
-from loader.cli.opened import open_dataset
+from loader.cli.opened import add_mixture, open_dataset
 from loader.cli.peek import open_tokenizer
 from loader.cli.readable import describe_batch
 from loader.cli.verb import Verb, add_dataset, add_flag
@@ -49,6 +49,7 @@ _SEEN, _HIDDEN, _PADDING = (42, 107, 176), (226, 231, 237), (140, 150, 160)
 
 def _add(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
+    add_mixture(parser)
     add_flag(parser, "--step", "step of the run", 0)
     add_flag(parser, "--global-batch", "rows per step over all ranks", 8)
     add_flag(parser, "--ranks", "data-parallel ranks of the run", 1)
@@ -62,9 +63,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> str:
     require_step(options.step)
-    dataset, manifest, model = open_dataset(options, rank=options.rank, world_size=options.ranks)
+    opened = open_dataset(options, rank=options.rank, world_size=options.ranks)
+    manifest, model = opened.manifest, opened.model
     loader = make_dataloader(
-        dataset,
+        opened.dataset,
         global_batch_size=options.global_batch,
         sequence_length=options.sequence_length,
         pad_mode=options.pad_mode,
@@ -81,14 +83,14 @@ def _run(options: argparse.Namespace) -> str:
     if model is not None:
         symbols = {model.soft_id: model.family.soft_token}
     told = (
-        f"{manifest.dataset} {options.split}: step {options.step:,} of a run with seed "
+        f"{opened.name} {options.split}: step {options.step:,} of a run with seed "
         f"{options.seed}, rank {options.rank} of {options.ranks}, "
         f"{options.global_batch} rows per step, "
         + ("augmented, " if options.augment else "not augmented, ")
         + (f"packed to {options.sequence_length:,} tokens" if options.pack else "one sample a row")
     )
     document = preview_page(
-        batch, title=f"{manifest.dataset}: preview", lead=told, decode=tokenizer.decode,
+        batch, title=f"{opened.name}: preview", lead=told, decode=tokenizer.decode,
         symbols=symbols,
         model=model,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from loader import StreamingDataset, View, make_dataloader
+from loader import IterableDatasetMixture, StreamingDataset, View, make_dataloader
 from loader.__main__ import main
 from loader.assembly import Augment
 from loader.cli.preview import row_pieces
@@ -167,3 +167,22 @@ def test_text_only_rows_have_no_crops():
     }
     page = checked(preview_page(batch, title="T", lead="x", decode=str, symbols={}))
     assert "2 tokens and 1 of padding; 1 under loss; 0 crops" in page.text
+
+
+def test_page_of_a_mixture_shows_the_batch_of_the_run(preview, tiny_dataset, inline_cli, tmp_path):
+    other = tmp_path / "other"
+    source = ("--source", "sample", "--limit", 6, "--name", "other", "--cache", tmp_path / "cache")
+    inline_cli.good("shards", "pixmo_cap", *source, "--out", other)
+    page = preview(
+        *("--with", other, "--weights", "0.5,0.5", "--step", 1, "--seed", 3),
+        *("--global-batch", 4),
+    )
+    datasets = [StreamingDataset(str(url), seed=3) for url in (tiny_dataset, other)]
+    loader = make_dataloader(
+        IterableDatasetMixture(datasets, [0.5, 0.5], seed=3),
+        global_batch_size=4, sequence_length=2048, with_metadata=True,
+    )  # fmt: skip
+    batches = iter(loader)
+    next(batches)
+    rows = page.document.split('id="rows"')[1]
+    assert re.findall(r'aria-label="Text of (\w{24});', rows) == keys_of(next(batches))
