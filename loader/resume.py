@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from loader.order import (
     MixtureConfig,
     MixtureOrder,
@@ -30,16 +32,19 @@ from loader.order import (
 from loader.state import (
     STATE_VERSION,
     Allowed,
+    describe_backlog,
+    describe_read_up,
     member_differences,
     require_allowed,
     require_plain_state,
     require_state,
+    stored_backlog,
     with_members,
 )
 from loader.stream import Stream, stored_in
 from shardspec.errors import ConfigError, StateError
 
-FREE = ("version", "step", "streams", "bad", "removed")
+FREE = ("version", "step", "streams", "delivered", "bad", "removed")
 """Of a state: what may differ from the loader's."""
 
 _MOST_SLOTS = 2**62
@@ -86,8 +91,8 @@ class Resumption:
     order: Order | MixtureOrder
     """The order from there on."""
     packs: PackSchedule | None
-    """The packs to use, still without `sizes`, `begins` and `streams`: new ones, or those in use
-    where changes were made here."""
+    """The packs to use, still without what follows here: new ones, or those in use where changes
+    were made here."""
     bad: list[dict[str, Any]]
     """Samples that the state's run substituted."""
     removed: dict[str, Any]
@@ -96,6 +101,8 @@ class Resumption:
     """Of packs: steps, and the global batch size from there on."""
     begins: tuple[int, int]
     """Of packs of a mixture: as `PackSchedule.begins`."""
+    backlog: Sequence[np.ndarray]
+    """Of packs of a mixture: as `PackSchedule.backlog`."""
     left_out: int
     """Of packs of a mixture: as `PackSchedule.left_out`."""
     leaves_out: int
@@ -135,6 +142,10 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
                 "begins": _begins(saved_packing),
                 "left_out": _left_out(saved_packing),
             }
+            if "backlog" in saved_packing:
+                own["packing"]["backlog"] = saved_packing["backlog"]
+            else:
+                own["packing"].pop("backlog", None)
         if saved_sizes[:1] == own["packing"]["sizes"]:
             own["packing"] = {**own["packing"], "sizes": saved_sizes}
     continues = _continues(state, own, here, allow, ours=ours)
@@ -161,6 +172,7 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
     sizes: list[tuple[int, int]] = []
     streams: list[list[int]] = []
     begins, left_out = (0, 0), 0
+    backlog: Sequence[np.ndarray] = ()
     if packs is None:
         batch = order.batch_at(step)[0]
     else:
@@ -170,6 +182,7 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
         if isinstance(ours, MixtureOrder):
             first, begin = map(int, state["packing"]["begins"])
             begins, left_out = (first, begin), _left_out(state["packing"])
+            backlog = stored_backlog(state["packing"], MixtureConfig.from_dict(state["order"]))
     # The state's batch at its step may be another than the one that this loader began with.
     rank_positions(0, here.stream.topology.world_size, batch)
     if step * batch >= _MOST_SLOTS:
@@ -182,6 +195,7 @@ def resume(state: Mapping[str, Any], here: RunHere, *, allow: Sequence[Allowed])
         removed=dict(state.get("removed", {})),
         sizes=sizes,
         begins=begins,
+        backlog=backlog,
         left_out=left_out,
         leaves_out=left_out - _left_out(given["packing"]) if left_out else 0,
         streams=streams,
@@ -207,7 +221,16 @@ def describe_packs(packs: PackSchedule, *, mixed: bool) -> dict[str, Any]:
         "sizes": [list(size) for size in packs.sizes],
         # Only those of mixtures ever begin anew.
         **({"begins": list(packs.begins), "left_out": packs.left_out} if mixed else {}),
+        **describe_backlog(packs.backlog),
     }
+
+
+def describe_streams(
+    packs: PackSchedule, streams: Sequence[Sequence[int]], *, step: int, mixed: bool
+) -> dict[str, Any]:
+    """Gives the fields of states that say how far the streams of packs are at a step."""
+    found = describe_read_up(packs.read_up(streams, step)) if mixed else {}
+    return {"streams": streams, **found}
 
 
 def _begun_packs(
@@ -245,7 +268,7 @@ def _with_members(
         return state
     saved = MixtureOrder(MixtureConfig.from_dict(order), stop=ours.stop)
     require_border(saved, int(state["step"]), bucket_steps=bucket_steps)
-    return with_members(state, own, saved=saved, ours=ours, packs=packs)
+    return with_members(state, own, saved=saved, ours=ours, packed=packs is not None)
 
 
 def _continues(

@@ -47,7 +47,15 @@ from loader.order import (
 )
 from loader.raw import RawDataset
 from loader.reading import MOST_RECORDS, LookaheadWindow, count_reading
-from loader.resume import FREE, MakePacks, RunHere, describe_packs, require_border, resume
+from loader.resume import (
+    FREE,
+    MakePacks,
+    RunHere,
+    describe_packs,
+    describe_streams,
+    require_border,
+    resume,
+)
 from loader.state import STATE_VERSION, Allowed
 from loader.stream import Stream, StreamingDataset
 from loader.topology import Topology
@@ -56,7 +64,7 @@ from shardspec.errors import ConfigError, StateError
 logger = logging.getLogger(__name__)
 
 _LEFT_OUT = (
-    "packs begin anew with other datasets: at most %d samples that slower streams had not packed"
+    "packs begin anew with other datasets: %d samples of removed datasets that streams had passed"
     " are left out of their epochs (counted in `packing.left_out` of states)"
 )
 
@@ -386,7 +394,7 @@ class StreamLoader:
         if self._packs is not None:
             mixed = isinstance(self._order, MixtureOrder)
             state["packing"] = describe_packs(self._packs, mixed=mixed)
-            state["streams"] = self._streams
+            state |= describe_streams(self._packs, self._streams, step=self.step, mixed=mixed)
         if self._removed:
             state["removed"] = self._removed
         if self.bad_samples:
@@ -417,9 +425,10 @@ class StreamLoader:
             "mixture": the datasets of a mixture and their weights: those at hand apply from the
             state's step on. Each dataset that stays continues at its own place, a new one begins
             with its epoch 0. A removed one's place stays in the state: with the same data it
-            continues there when it returns, as if its weight had been 0. Packs begin anew with what
-            no pack has read so far; samples that slower streams had not packed are left out, which
-            a warning and `packing.left_out` of later states count (at most so many).
+            continues there when it returns, as if its weight had been 0. Packs begin anew; samples
+            of datasets that stay that streams had read and not delivered come in turn with the
+            new ones. Those of removed datasets are left out, which a warning and
+            `packing.left_out` of later states count.
 
         Raises:
           StateError: `state_version`; `state_fields`, `order_fields`, `order_values`, a field is
@@ -462,7 +471,12 @@ class StreamLoader:
             self._schedule = self._unpacked()
         else:
             if isinstance(resumed.order, MixtureOrder):
-                packs.begin(resumed.order, at=resumed.begins, left_out=resumed.left_out)
+                packs.begin(
+                    resumed.order,
+                    at=resumed.begins,
+                    backlog=resumed.backlog,
+                    left_out=resumed.left_out,
+                )
             self._packs, self._schedule = packs, self._shared(packs)
             self._streams = resumed.streams
             packs.go_to(self._streams)

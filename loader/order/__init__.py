@@ -5,9 +5,10 @@ which rows a rank's batch has. Never reads a file, a clock or the environment, a
 sample's content.
 """
 
+from loader.order.backlog import ReadUp, StreamSlots, backlog_after
 from loader.order.config import BLOCK_SIZE, Locality, OrderConfig, Tail, plan_order
 from loader.order.mixture import MixtureOrder, Stop, mixture_blocks, require_stop
-from loader.order.mixture_config import MixtureConfig, plan_mixture
+from loader.order.mixture_config import MixtureConfig, MixtureMember, plan_mixture
 from loader.order.order import Order
 from loader.order.packing import PackConfig
 from loader.order.quality import (
@@ -48,6 +49,7 @@ __all__ = [
     "Locality",
     "MixtureConfig",
     "MixtureGroup",
+    "MixtureMember",
     "MixtureOrder",
     "MixtureSource",
     "Order",
@@ -55,16 +57,19 @@ __all__ = [
     "PackConfig",
     "PackSchedule",
     "Passes",
+    "ReadUp",
     "SampleRef",
     "Row",
     "Schedule",
     "SlotSchedule",
     "Slots",
     "Stop",
+    "StreamSlots",
     "SubsetSchedule",
     "Tail",
     "Unit",
     "Weighting",
+    "backlog_after",
     "bucket_group",
     "epoch_of",
     "is_whole",

@@ -197,6 +197,7 @@ class MixtureOrder:
         members: Sequence[MixtureMember],
         *,
         step: int,
+        keep: int | None = None,
         global_batch_size: int | None = None,
         canonical_ranks: int | None = None,
     ) -> MixtureOrder:
@@ -209,13 +210,14 @@ class MixtureOrder:
         Args:
           members: All datasets from then on, and their weights.
           step: The first step with them.
+          keep: An earlier step from which on the order stays described; None: some steps before.
           global_batch_size, canonical_ranks: From then on; None: as they were.
 
         Raises:
           ConfigError: As `changed`.
         """
         require_step(step)
-        config = self._pruned(step).with_members(members, step=step)
+        config = self._pruned(step if keep is None else keep).with_members(members, step=step)
         last = config.segments()[-1]
         batch = last.global_batch_size if global_batch_size is None else global_batch_size
         ranks = last.canonical_ranks if canonical_ranks is None else canonical_ranks

@@ -11,8 +11,8 @@ them the lengths are packed again from the start of the run, which changes nothi
 takes.
 
 Where the datasets of a mixture change, streams begin anew at a step of the order that none of them
-has reached. What slower streams have not read of the slots before is left out: about a run of each.
-How many samples that is at most is counted, for a warning and for the state.
+has reached. What they have not delivered of the slots before is their backlog, which comes in turn
+with the new slots (backlog.py). So every sample of the datasets that stay comes exactly once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from loader.order.backlog import ReadUp, StreamSlots
 from loader.order.batch_sizes import BatchSizes
 from loader.order.mixture import MixtureOrder
 from loader.order.order import Order
 from loader.order.packing import PackConfig, PackStream, plan_run
 from loader.order.rows import Lengths, Row, sample_refs
 from loader.order.slots import Slots
+from shardspec.errors import ConfigError
 
 
 class PackedStreams:
@@ -50,43 +52,53 @@ class PackedStreams:
         self._pass_steps: int | None = None
         self._streams: dict[int, _Stream] = {}
         self._saved: dict[int, tuple[int, int]] = {}
-        # The first step of packs, and the step of the order that its streams begin with.
+        # The first step of packs, the step of the order that its streams begin with, and what they
+        # have left of the slots before: none, or one entry per stream.
         self._begins = (0, 0)
+        self.backlog: Sequence[np.ndarray] = ()
         self.left_out = 0
-        """Samples that were left out where streams began anew, at most."""
+        """Samples that were left out where streams began anew: of datasets that were removed."""
 
     @property
     def begins(self) -> tuple[int, int]:
         """The first step of packs, and the step of the order that its streams begin with."""
         return self._begins
 
-    def begin(self, order: Order | MixtureOrder, *, at: tuple[int, int]) -> None:
+    def begin(
+        self, order: Order | MixtureOrder, *, at: tuple[int, int], backlog: Sequence[np.ndarray]
+    ) -> None:
         """Begins the streams anew over an order; `at` is as `begins`."""
-        self._order, self._begins = order, at
+        self._order, self._begins, self.backlog = order, at, backlog
         self._pass_steps, self._streams, self._saved = None, {}, {}
 
-    def unread_step(
-        self, places: Sequence[Sequence[int]], *, begins: tuple[int, int]
-    ) -> tuple[int, range] | None:
-        """Finds the first step of the order that no stream has planned a pack of.
+    def read_up(self, places: Sequence[Sequence[int]], step: int) -> list[ReadUp] | None:
+        """Tells how far all streams are.
 
         Args:
-          places: As `places` gave them after the last pack; all streams must be there.
-          begins: As `begins` was there.
+          places: As `places` gave them for a step.
+          step: That step.
 
         Returns:
-          (the step, the least and the most samples of earlier steps that no pack had: how many
-          packs of the runs under way were delivered, only lengths would say); None where streams
-          are missing.
+          One entry per stream, or none before the first pack; None where places of streams are
+          missing, or are older than the step.
         """
-        runs = {int(number): int(run) for number, run, _ in places}
-        if set(runs) != set(range(self.num_streams)):
+        known = {int(number): (int(run), int(first)) for number, run, first in places}
+        if step == self._begins[0]:
+            return []
+        if set(known) != set(range(self.num_streams)):
             return None
-        share = self._order.config.global_batch_size // self.num_streams
-        run = self._config.run
-        steps = -(-(max(runs.values()) + 1) * run // share)
-        whole = steps * share * self.num_streams - sum(runs.values()) * run
-        return begins[1] + steps, range(whole - run * self.num_streams, whole)
+        if len(self._streams) not in (0, self.num_streams):
+            return None  # planned for some ranks alone: the places of the others are old
+        packs, found = self._packs_before(step), []
+        for number, (run, first) in sorted(known.items()):
+            planned = self._run_at(number, (run, first))
+            if not 0 <= packs - first <= len(planned):
+                return None
+            delivered = np.zeros(self._config.run, np.bool_)
+            if packs > first:
+                delivered[np.concatenate(planned[: packs - first]) - run * len(delivered)] = True
+            found.append(ReadUp(run=run, delivered=delivered))
+        return found
 
     def set_sizes(self, sizes: BatchSizes) -> None:
         """Takes over the packs per step."""
@@ -94,10 +106,10 @@ class PackedStreams:
 
     def packs(self, step: int, positions: np.ndarray) -> list[tuple[Row, int]]:
         """Gives the packs at positions of a step, each with its cost."""
-        segment = self._sizes.segment_at(step)
-        share = self._sizes.pairs[segment][1] // self.num_streams
-        begin = self._sizes.slots_before(self._begins[0])
-        before = (self._sizes.slots_before(step) - begin) // self.num_streams
+        if step < self._begins[0]:
+            raise ConfigError("order_slot.over", where="step", since=self._begins[0])
+        share = self._sizes.pairs[self._sizes.segment_at(step)][1] // self.num_streams
+        before = self._packs_before(step)
         streams, places = np.divmod(positions, share)
         pairs = zip(streams.tolist(), places.tolist(), strict=True)
         return [
@@ -131,6 +143,19 @@ class PackedStreams:
         self._streams = {}
         self._saved = {number: (run, first) for number, run, first in places}
 
+    def _packs_before(self, step: int) -> int:
+        """Counts the packs of each stream before a step."""
+        begin = self._sizes.slots_before(self._begins[0])
+        return (self._sizes.slots_before(step) - begin) // self.num_streams
+
+    def _run_at(self, number: int, place: tuple[int, int]) -> list[np.ndarray]:
+        """Gives the packs of a stream's run: those at hand, or planned once more."""
+        stream = self._streams.get(number)
+        if stream is None or stream.packs.place != place:
+            # Not the stream itself: what it has at hand belongs to later packs.
+            stream = _Stream(self._samples(number), self._config, place=place)
+        return stream.packs.planned()
+
     def _stream(self, number: int) -> _Stream:
         if number not in self._streams:
             place = self._saved.get(number, (0, 0))
@@ -139,9 +164,10 @@ class PackedStreams:
 
     def _samples(self, number: int) -> _Samples:
         share = self._order.config.global_batch_size // self.num_streams
-        return _Samples(
-            self._order, self._lengths, number=number, share=share, since=self._begins[1]
-        )
+        backlog = self.backlog[number] if self.backlog else np.zeros(0, np.int64)
+        begin, run = self._begins[1] * share, self._config.run
+        slots = StreamSlots(backlog=backlog, begin=begin, run=run)
+        return _Samples(self._order, self._lengths, slots, number=number, share=share)
 
 
 class _Samples:
@@ -151,13 +177,13 @@ class _Samples:
         self,
         order: Order | MixtureOrder,
         lengths: Lengths,
+        slots: StreamSlots,
         *,
         number: int,
         share: int,
-        since: int,
     ) -> None:
-        self._order, self._lengths = order, lengths
-        self.number, self._share, self._since = number, share, since
+        self._order, self._lengths, self._sequence = order, lengths, slots
+        self.number, self._share = number, share
         self._start = 0
         self._slots: Slots
         self._tokens: np.ndarray
@@ -165,8 +191,8 @@ class _Samples:
 
     def lengths(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Looks up the lengths of the stream's samples, and keeps what they are."""
-        steps, inside = np.divmod(np.arange(start, stop), self._share)
-        slots = self._order.slots(self._since + steps, self.number * self._share + inside)
+        steps, inside = np.divmod(self._sequence.find(np.arange(start, stop)), self._share)
+        slots = self._order.slots(steps, self.number * self._share + inside)
         self._start, self._slots = start, slots
         self._tokens, self._crops = self._lengths(slots.dataset, slots.sample)
         return self._tokens, self._crops

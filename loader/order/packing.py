@@ -391,21 +391,25 @@ class PackStream:
         """(run, number of its first pack), for the state."""
         return self._place
 
+    def planned(self) -> list[np.ndarray]:
+        """Returns the packs of the run that the stream is in; see `pack`."""
+        if self._packs is None:
+            self._packs = self._plan(self._place[0])
+        return self._packs
+
     def pack(self, n: int) -> np.ndarray:
         """Returns the samples of pack n: int64, numbers in the stream, ascending."""
         if n < self._place[1]:
             self._place, self._packs = (0, 0), None
-        if self._packs is None:
-            self._packs = self._plan(self._place[0])
-        while n >= self._place[1] + len(self._packs):
+        packs = self.planned()
+        while n >= self._place[1] + len(packs):
             run, first = self._place
-            num_packs = len(self._packs)
-            between = (n - first) // num_packs - 1
+            between = (n - first) // len(packs) - 1
             # Looking lengths up may fail: packs of one run must never stand for another's.
-            self._packs, self._place = None, (run + 1, first + num_packs)
+            self._packs, self._place = None, (run + 1, first + len(packs))
             self._pass(n, most=min(between, max(1, _PASSED // self._config.run)))
-            self._packs = self._plan(self._place[0])
-        return self._packs[n - self._place[1]]
+            packs = self.planned()
+        return packs[n - self._place[1]]
 
     def _pass(self, n: int, *, most: int) -> None:
         """Passes runs before the one that holds pack n, by counting: `most` of them."""

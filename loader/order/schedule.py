@@ -23,6 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
+from loader.order.backlog import ReadUp
 from loader.order.batch_sizes import BatchSizes
 from loader.order.mixture import MixtureOrder
 from loader.order.order import Order
@@ -256,26 +257,31 @@ class PackSchedule:
 
     @property
     def left_out(self) -> int:
-        """Samples that were left out where packs began anew, at most."""
+        """Samples of removed datasets that were left out where packs began anew."""
         return self._packs.left_out if isinstance(self._packs, PackedStreams) else 0
 
-    def begin(self, order: MixtureOrder, *, at: tuple[int, int], left_out: int) -> None:
+    @property
+    def backlog(self) -> Sequence[np.ndarray]:
+        """What each stream of a mixture has left of the slots before `begins`; none: nothing."""
+        return self._packs.backlog if isinstance(self._packs, PackedStreams) else ()
+
+    def begin(
+        self,
+        order: MixtureOrder,
+        *,
+        at: tuple[int, int],
+        backlog: Sequence[np.ndarray],
+        left_out: int,
+    ) -> None:
         """Begins the packs of a mixture anew over another order; `at` is as `begins`."""
         assert isinstance(self._packs, PackedStreams), "packs of a mixture"
-        self._packs.begin(order, at=at)
+        self._packs.begin(order, at=at, backlog=backlog)
         self._packs.left_out = left_out
 
-    def unread_step(
-        self, places: Sequence[Sequence[int]], *, begins: tuple[int, int]
-    ) -> tuple[int, range] | None:
-        """Finds the first step of the order that has no sample in a pack up to `places`.
-
-        Returns:
-          (the step, the least and the most samples of earlier steps that no pack had); None where
-          `places` does not know all streams.
-        """
+    def read_up(self, places: Sequence[Sequence[int]], step: int) -> list[ReadUp] | None:
+        """Tells how far each stream of a mixture is; see `PackedStreams.read_up`."""
         assert isinstance(self._packs, PackedStreams), "packs of a mixture"
-        return self._packs.unread_step(places, begins=begins)
+        return self._packs.read_up(places, step)
 
     def drawn(self, rows: Sequence[Row], *, world_size: int) -> Drawn:
         """Tells where a rank's rows of a step are drawn from."""

@@ -13,17 +13,21 @@ from loader.state.cursor import (
 )
 from loader.state.fingerprint import keys_fingerprint, split_fingerprint, view_fingerprint
 from loader.state.members import member_differences, with_members
+from loader.state.read_up import describe_backlog, describe_read_up, stored_backlog
 
 __all__ = [
     "STATE_VERSION",
     "Allowed",
     "Cursor",
+    "describe_backlog",
+    "describe_read_up",
     "keys_fingerprint",
     "member_differences",
     "require_plain_state",
     "require_allowed",
     "require_state",
     "split_fingerprint",
+    "stored_backlog",
     "view_fingerprint",
     "with_members",
 ]

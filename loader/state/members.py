@@ -3,6 +3,10 @@
 Each dataset that stays keeps its place (its own counter, and what is left of its epoch), a new one
 begins with its epoch 0, and one that is left out is kept in the state, where it waits for its
 return. What is rewritten is a state like any other: whatever else differs is found by comparing it.
+
+Packs begin anew with the slots that none of their streams has delivered a sample of; what they have
+left of the slots before is their backlog. Where the datasets are the same ones at the same weights,
+packs continue.
 """
 
 from __future__ import annotations
@@ -11,8 +15,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loader.order import MixtureConfig, MixtureOrder, PackSchedule
+import numpy as np
+
+from loader.order import (
+    MixtureConfig,
+    MixtureMember,
+    MixtureOrder,
+    PackConfig,
+    StreamSlots,
+    backlog_after,
+)
+from loader.state.read_up import describe_backlog, read_up_of, stored_backlog
 from shardspec.errors import StateError
+
+_NONE = np.zeros(0, np.int64)
 
 
 def with_members(
@@ -21,7 +37,7 @@ def with_members(
     *,
     saved: MixtureOrder,
     ours: MixtureOrder,
-    packs: PackSchedule | None,
+    packed: bool,
 ) -> dict[str, Any]:
     """Rewrites a state for the datasets and weights of a loader.
 
@@ -30,7 +46,7 @@ def with_members(
       own: The loader's state; `data` and `view` of datasets that the state does not know are taken
         from it.
       saved, ours: The orders; of ours, the members count.
-      packs: The loader's packs, if it makes any.
+      packed: Whether the loader makes packs.
 
     Raises:
       StateError: `state_mixture`, packs whose state does not know all streams.
@@ -43,9 +59,10 @@ def with_members(
         for member in ours.config.members
     ]
     step, packing = int(state["step"]), dict[str, Any]()
-    if packs is not None:
-        packing, step = _begin_packs(state, own, packs)
-    order = saved.with_members(members, step=step)
+    if not packed:
+        order = saved.with_members(members, step=step)
+    else:
+        order, packing = _begin_packs(state, own, saved=saved, members=members)
     fields = {name: value for name, value in state.items() if name != "removed"}
     gone = {**state.get("removed", {}), **state["data"]}
     fields["data"] = {name: gone.get(name, entry) for name, entry in own["data"].items()}
@@ -67,22 +84,64 @@ def with_members(
 
 
 def _begin_packs(
-    state: Mapping[str, Any], own: Mapping[str, Any], packs: PackSchedule
-) -> tuple[dict[str, Any], int]:
-    """Lets packs begin anew: (fields of the state, the step of the order to begin with)."""
-    step, saved = int(state["step"]), state.get("packing")
-    if not (isinstance(saved, Mapping) and own["packing"] and "begins" in saved):
-        return {}, step  # refused, as one of the two makes no packs
-    first, begin = map(int, saved["begins"])
-    if step > first:
-        found = packs.unread_step(state.get("streams", []), begins=(first, begin))
-        if found is None:
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    *,
+    saved: MixtureOrder,
+    members: Sequence[MixtureMember],
+) -> tuple[MixtureOrder, dict[str, Any]]:
+    """Lets packs begin anew with other datasets: (their order, fields of the state)."""
+    step, packing = int(state["step"]), state.get("packing")
+    if not (isinstance(packing, Mapping) and own["packing"] and "begins" in packing):
+        return saved.with_members(members, step=step), {}  # refused, as one of them has no packs
+    first, begin = map(int, packing["begins"])
+    num_streams = saved.config.canonical_ranks
+    share = saved.config.global_batch_size // num_streams
+    left: Sequence[np.ndarray] = stored_backlog(packing, saved.config)
+    same = _weights(saved.config.members) == _weights(members)
+    if step > first and not same:
+        limits = _limits(packing)
+        reads = read_up_of(state, limits, num_streams=num_streams)
+        if reads is None:
             raise StateError("state_mixture.streams")
-        begin, left_out = found
-        saved = {**saved, "left_out": saved.get("left_out", 0) + left_out.stop}
-    # The windows follow from the sizes of the datasets, and nothing is left of those begun.
-    packing = {**saved, "window": own["packing"]["window"], "begins": [step, begin]}
-    return {"packing": packing, "streams": []}, begin
+        slots = [
+            StreamSlots(backlog=left[n] if left else _NONE, begin=begin * share, run=limits.run)
+            for n in range(num_streams)
+        ]
+        begin, left = backlog_after(slots, reads, share=share)
+    earliest = min((int(one[0]) // share for one in left if len(one)), default=begin)
+    order = saved.with_members(members, step=begin, keep=min(begin, earliest))
+    if same:  # at most listed otherwise
+        return order, {}
+    kept = []
+    for number, one in enumerate(left):
+        steps, inside = np.divmod(one, share)
+        kept.append(one[order.slots(steps, number * share + inside).dataset < len(members)])
+    left_out = sum(map(len, left)) - sum(map(len, kept))
+    fields = {name: value for name, value in packing.items() if name != "backlog"}
+    return order, {
+        "packing": {
+            **fields,
+            # The windows follow from the sizes of the datasets.
+            "window": own["packing"]["window"],
+            "begins": [step, begin],
+            "left_out": packing["left_out"] + left_out,
+            **describe_backlog(kept),
+        },
+        "streams": [],
+    }
+
+
+def _weights(members: Sequence[MixtureMember]) -> dict[str, float]:
+    return {member.name: member.weight for member in members}
+
+
+def _limits(packing: Mapping[str, Any]) -> PackConfig:
+    """Reads the limits of a state's packs."""
+    names = ("sequence_length", "max_crops", "window", "windows_per_run", "seed")
+    if not all(name in packing for name in names):
+        raise StateError("state_fields", field="packing")
+    return PackConfig(**{name: packing[name] for name in names})
 
 
 def member_differences(saved: Mapping[str, Any], own: MixtureConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections import defaultdict
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from loader.dataloader import make_dataloader
 from loader.mixture_stream import IterableDatasetMixture
 from loader.stream import StreamingDataset
-from shardspec.errors import StateError
+from shardspec.errors import ConfigError, StateError
 
 SIZES = {"ant": 60, "bee": 150, "cat": 20, "dog": 90}
 BATCH = 12
@@ -36,11 +37,25 @@ def urls(tiny_sample, write_dataset, tmp_path_factory):
     }
 
 
-def make(urls, names, *, rank=0, world_size=1, batch=BATCH, nested=False, stop=1000, **options):
+def make(
+    urls,
+    names,
+    *,
+    rank=0,
+    world_size=1,
+    batch=BATCH,
+    nested=False,
+    stop=1000,
+    weights=None,
+    canonical_ranks=12,
+    **options,
+):
     parts = [StreamingDataset(urls[name], rank=rank, world_size=world_size) for name in names]
     if nested and len(parts) > 1:
         parts = [parts[0], IterableDatasetMixture(parts[1:], by="size", seed=0)]
-    whole = IterableDatasetMixture(parts, by="root_size", seed=3, stop=stop, canonical_ranks=12)
+    whole = IterableDatasetMixture(
+        parts, weights, by="root_size", seed=3, stop=stop, canonical_ranks=canonical_ranks
+    )
     return make_dataloader(
         whole,
         global_batch_size=batch,
@@ -134,38 +149,156 @@ def test_each_dataset_continues_at_its_own_place(change, kind, urls):
             assert len(set(keys[name][start : start + size])) == size
 
 
-def test_packs_begin_again_with_samples_that_no_pack_has_read(urls, caplog):
-    """No slot of a dataset comes twice; what slower streams had not packed is left out, counted."""
-    shown, begins, state, counted = [], [], None, 0
-    for names in (("ant", "bee", "cat"), ("dog", "cat", "ant"), ("ant", "bee", "cat", "dog")):
-        loader = make(urls, names, pack=True)
-        if state is not None:
-            caplog.clear()
-            loader.load_state_dict(state, allow=("mixture",))
-            packing = loader.state_dict()["packing"]
-            # Slots of the order before the step that packs begin with.
-            left_out = packing["begins"][1] * BATCH - len(shown)
-            assert 0 < left_out <= packing["left_out"]
-            run = packing["window"] * packing["windows_per_run"]
-            assert packing["left_out"] - counted <= left_out - counted + 12 * run
-            (text,) = caplog.messages
-            assert f"at most {packing['left_out'] - counted} samples" in text
-            counted = packing["left_out"]
-            make(urls, names, pack=True).load_state_dict(loader.state_dict())
-            assert len(caplog.messages) == 1  # nothing more is left out
-        for step in range(loader.step, loader.step + 9):
-            refs = [ref for row in loader.places(step) for ref in row]
-            shown += [(names[ref.dataset], ref.epoch, ref.sample) for ref in refs]
-            (batch,) = itertools.islice(loader, 1)
-            assert sum(map(len, rows(batch))) == len(refs)
-        state = json.loads(json.dumps(loader.state_dict()))
-        begins.append(state["packing"]["begins"][0])
-    assert begins == [0, 9, 18]
+def deliver(loader, names, *, count):
+    """Takes batches, and lists what is in them: (dataset, epoch, sample)."""
+    found = []
+    for step in range(loader.step, loader.step + count):
+        refs = [ref for row in loader.places(step) for ref in row]
+        found += [(names[ref.dataset], ref.epoch, ref.sample) for ref in refs]
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # pass after pass
+    delivered = sum(len(row) for batch in itertools.islice(batches, count) for row in rows(batch))
+    assert delivered == len(found)
+    return found
+
+
+def require_each_once(shown, loader, names, kept):
+    """Every sample of a kept dataset has been delivered once per epoch, or is still to come."""
     assert len(set(shown)) == len(shown)
-    # Per dataset, epochs of the later parts continue those of the first.
-    for name in ("ant", "cat"):
-        epochs = [epoch for dataset, epoch, _ in shown if dataset == name]
-        assert epochs[-1] > epochs[len(epochs) // 2] > 0
+    of_kept = [one for one in shown if one[0] in kept]
+    last = {name: max(epoch for d, epoch, _ in of_kept if d == name) for name in kept}
+    want = {(d, epoch, i) for d in kept for epoch in range(last[d] + 1) for i in range(SIZES[d])}
+    missing, step = want - set(of_kept), loader.step
+    shown = set(shown)
+    while missing:
+        assert step < loader.step + 400, sorted(missing)[:9]
+        for ref in itertools.chain.from_iterable(loader.places(step)):
+            one = (names[ref.dataset], ref.epoch, ref.sample)
+            assert one not in shown
+            shown.add(one)
+            missing.discard(one)
+        step += 1
+
+
+# The slots of four streams, eight each, all of them left.
+BACKLOG = {"first": [0] * 4, "spans": [8] * 4, "slots": "eNr7////fwAJ+AP9"}
+PACKED = {"pack": True, "batch": 4, "canonical_ranks": 4, "stop": "first_exhausted"}
+
+
+def change_members(urls, parts, *, between=lambda state: None, **options):
+    """Runs packed mixtures one after the other: [(datasets, weights or None, steps)]."""
+    shown, state = [], None
+    for names, weights, count in parts:
+        loader = make(urls, names, weights=weights, **{**PACKED, **options})
+        if state is not None:
+            loader.load_state_dict(state, allow=("mixture",))
+        shown += deliver(loader, names, count=count)
+        state = json.loads(json.dumps(loader.state_dict()))
+        between(state)
+    return shown, loader, names, state
+
+
+CHANGED = {
+    "add": [(("ant", "bee"), None, 9), (("ant", "bee", "dog"), None, 9)],
+    "remove": [(("ant", "bee", "cat"), None, 11), (("ant", "cat"), None, 9)],
+    "weights": [(("ant", "bee"), None, 9), (("ant", "bee"), (1, 5), 7), (("ant", "bee"), None, 3)],
+    "pause": [
+        (("ant", "bee", "cat"), None, 9),
+        (("ant", "bee", "cat"), (1, 0, 1), 9),
+        (("ant", "bee", "cat"), None, 0),
+    ],
+    "list otherwise": [(("ant", "bee", "dog"), None, 9), (("dog", "ant", "bee"), None, 9)],
+    "return": [
+        (("ant", "bee", "cat"), None, 7),
+        (("dog", "cat", "ant"), None, 1),
+        (("ant", "bee", "cat", "dog"), None, 0),
+        (("bee", "cat", "ant", "dog"), None, 9),
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_packs_deliver_each_sample_of_datasets_that_stay_once_per_epoch(change, urls):
+    """What streams had read and not delivered is delivered after the change."""
+    parts = CHANGED[change]
+    shown, loader, names, state = change_members(urls, parts)
+    kept = set.intersection(*(set(part[0]) for part in parts))
+    require_each_once(shown, loader, names, kept)
+    # The rest of the run is the same from its state, on other ranks and without `allow`.
+    options = {**PACKED, "weights": parts[-1][1]}
+    again, _ = run(urls, names, count=2, state=state, world_size=2, **options)
+    here = [sorted(rows(batch)) for batch in itertools.islice(loader, 2)]
+    assert [sorted(step) for step in again] == here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_packs_of_random_mixtures_lose_nothing_in_random_changes(seed, urls):
+    draw = random.Random(seed)
+    everyone = tuple(SIZES)
+    kept = draw.sample(everyone, draw.randint(1, 3))
+    parts = []
+    for _ in range(draw.randint(2, 6)):
+        others = [name for name in everyone if name not in kept and draw.random() < 0.5]
+        names = (*kept, *others)
+        names = draw.sample(names, len(names))
+        weights = None if draw.random() < 0.5 else [draw.uniform(0.2, 3) for _ in names]
+        parts.append((names, weights, draw.choice((0, 1, 2, 9, 25, 60))))
+    ranks = draw.choice((1, 2, 4))
+    options = {"canonical_ranks": ranks, "batch": ranks * draw.choice((1, 2))}
+    require_each_once(*change_members(urls, parts, **options)[:3], kept)
+
+
+def test_packs_leave_out_of_removed_datasets_what_streams_had_passed(urls, caplog):
+    parts = [
+        (("ant", "bee", "cat"), None, 9),
+        (("ant", "cat"), None, 5),
+        (("ant", "bee"), None, 0),
+    ]
+    counts = []
+    shown, loader, names, state = change_members(
+        urls, parts, between=lambda state: counts.append(state["packing"]["left_out"])
+    )
+    assert counts[0] == 0 < counts[1] <= counts[2]
+    assert [int(text.split(": ")[1].split()[0]) for text in caplog.messages] == [
+        count - before for before, count in itertools.pairwise(counts) if count > before
+    ]
+    assert len(set(shown)) == len(shown)
+    # A weight of 0 first, until nothing of it is left, leaves out nothing.
+    parts[1:1] = [(("ant", "bee", "cat"), (1, 0, 1), 120)]
+    shown, loader, names, state = change_members(urls, parts[:3])
+    assert state["packing"]["left_out"] == 0
+
+
+def test_packs_continue_where_allow_meets_the_same_datasets(urls):
+    names, others = ("ant", "bee", "dog"), ("dog", "ant", "bee")
+    whole = make(urls, names, **PACKED)
+    deliver(whole, names, count=9)
+    state = whole.state_dict()
+    want = deliver(whole, names, count=9)
+    for listed in (names, others):
+        loader = make(urls, listed, **PACKED)
+        loader.load_state_dict(state, allow=("mixture",))
+        assert deliver(loader, listed, count=9) == want
+
+
+def test_steps_before_packs_began_anew_are_refused(urls):
+    _, loader, _, _ = change_members(urls, CHANGED["add"])
+    with pytest.raises(ConfigError) as caught:
+        loader.places(8)
+    assert caught.value.reason == "order_slot"
+    assert caught.value.facts["since"] == 9
+
+
+@pytest.mark.slow
+def test_what_packs_have_left_does_not_grow_with_the_changes(urls):
+    weights = [None, (1, 2), (3, 1)]
+    parts = [(("ant", "bee"), weights[i % 3], 1 + i % 3) for i in range(20)]
+    sizes = []
+    shown, loader, names, _ = change_members(
+        urls, parts, between=lambda state: sizes.append(len(json.dumps(state["packing"])))
+    )
+    require_each_once(shown, loader, names, set(names))
+    assert max(sizes[10:]) < 1.5 * max(sizes[:10]) < 1_500
 
 
 def test_a_removed_dataset_waits_in_the_state_for_its_return(urls):
@@ -259,11 +392,27 @@ def test_packs_of_ranks_that_plan_their_own_streams_only_need_all_of_them(urls):
     [
         *(("begins", begins) for begins in (None, 3, [1], ["a", 2], [0, 0, 0])),
         *(("left_out", count) for count in (None, -1, 1.5, "a", 2**60)),
+        *(("backlog", part) for part in (3, {}, {"first": [0], "spans": [8], "slots": "AA=="})),
+        *(("backlog", {**BACKLOG, "slots": text}) for text in ("", None, "!", "AAAA")),
+        *(("backlog", {**BACKLOG, "first": first}) for first in ([0, -1, 0, 0], [2**50, 0, 0, 0])),
+        ("backlog", {**BACKLOG, "spans": [2**40] * 4}),
     ],
 )
 def test_a_damaged_field_is_named(field, value, urls):
-    state = make(urls, ("ant", "bee"), pack=True).state_dict()
+    state = make(urls, ("ant", "bee"), **PACKED).state_dict()
     state["packing"][field] = value
     with pytest.raises(StateError) as caught:
-        make(urls, ("ant", "bee"), pack=True).load_state_dict(state)
+        make(urls, ("ant", "bee"), **PACKED).load_state_dict(state)
     assert caught.value.reason == "state_fields"
+
+
+@pytest.mark.parametrize("value", [None, 3, "", "!", "AAAA"])
+def test_damaged_packs_of_a_state_are_named_where_they_matter(value, urls):
+    loader = make(urls, ("ant", "bee"), **PACKED)
+    deliver(loader, ("ant", "bee"), count=2)
+    state = {**loader.state_dict(), "delivered": value}
+    make(urls, ("ant", "bee"), **PACKED).load_state_dict(state)
+    with pytest.raises(StateError) as caught:
+        make(urls, ("ant",), **PACKED).load_state_dict(state, allow=("mixture",))
+    assert caught.value.reason == "state_fields"
+    assert caught.value.facts["field"] == "delivered"
