@@ -48,6 +48,8 @@ def make(
     stop=1000,
     weights=None,
     canonical_ranks=12,
+    sequence_length=64,
+    alone=False,
     **options,
 ):
     parts = [StreamingDataset(urls[name], rank=rank, world_size=world_size) for name in names]
@@ -56,10 +58,13 @@ def make(
     whole = IterableDatasetMixture(
         parts, weights, by="root_size", seed=3, stop=stop, canonical_ranks=canonical_ranks
     )
+    if alone:  # no mixture at all
+        (url,), topology = map(urls.get, names), {"rank": rank, "world_size": world_size}
+        whole = StreamingDataset(url, seed=3, canonical_ranks=canonical_ranks, **topology)
     return make_dataloader(
         whole,
         global_batch_size=batch,
-        sequence_length=64,
+        sequence_length=sequence_length,
         with_metadata=True,
         decode_threads=0,
         **options,
@@ -70,7 +75,7 @@ def rows(batch):
     """The samples of each row of a batch: (dataset, key)."""
     found = []
     for entry in batch["metadata"]:
-        found.append([(one["dataset"], one["key"]) for one in entry.get("examples", [entry])])
+        found.append([(one.get("dataset"), one["key"]) for one in entry.get("examples", [entry])])
     return found
 
 
@@ -104,7 +109,8 @@ def shown(batches):
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", pytest.param("nested", marks=pytest.mark.slow), "packed"]
+    "kind",
+    ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nested", "packed"))],
 )
 @pytest.mark.parametrize("change", CHANGES)
 def test_each_dataset_continues_at_its_own_place(change, kind, urls):
@@ -267,6 +273,62 @@ def test_packs_leave_out_of_removed_datasets_what_streams_had_passed(urls, caplo
     parts[1:1] = [(("ant", "bee", "cat"), (1, 0, 1), 120)]
     shown, loader, names, state = change_members(urls, parts[:3])
     assert state["packing"]["left_out"] == 0
+
+
+# What else may change of a run with packs: settings of the loader, `allow`, and why it is refused.
+OTHERWISE = {
+    "ranks": ({"world_size": 2}, (), None),
+    "ranks without exchange": ({"world_size": 4, "balance": False}, (), None),
+    "exchange": ({"balance": "images"}, (), None),
+    "padding": ({"pad_mode": "max_len"}, ("view",), None),
+    "batch": ({"batch": 8}, (), "state_mismatch"),
+    "batch allowed": ({"batch": 8}, ("order",), "state_mismatch"),
+    "width": ({"canonical_ranks": 2}, ("order",), "state_canonical_ranks"),
+    "batch and members": ({"batch": 8}, ("order", "mixture"), "state_mismatch"),
+    "length": ({"sequence_length": 48}, ("view", "order", "mixture"), "state_mismatch"),
+    "crops": ({"max_crops": 3}, ("view", "order", "mixture"), "state_mismatch"),
+    "no packs": ({"pack": False}, ("view", "order", "mixture"), "state_mismatch"),
+    "appended": ({"batch": 8}, ("appended",), "state_mismatch"),
+}
+
+
+ALONE = {"one": True, "mixture": False}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("change", OTHERWISE)
+def test_packs_of_other_settings_lose_nothing_or_are_refused_by_name(change, kind, urls):
+    options, allow, reason = OTHERWISE[change]
+    names = ("ant",) if ALONE[kind] else ("ant", "bee")
+    shown, loader, _, state = change_members(urls, [(names, None, 3)], alone=ALONE[kind])
+    other = make(urls, names, alone=ALONE[kind], **{**PACKED, **options})
+    if reason is not None:
+        with pytest.raises(StateError) as caught:
+            other.load_state_dict(state, allow=allow)
+        assert caught.value.reason == reason
+        return
+    other.load_state_dict(state, allow=allow)
+    for step in range(loader.step, loader.step + 3):
+        assert sorted(other.places(step)) == sorted(loader.places(step))
+    if other.dataset._stream.topology.world_size == 1:
+        shown += deliver(other, names, count=3)
+        require_each_once(shown, other, names, set(names))
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_packs_of_another_batch_come_once(kind, urls):
+    names = ("ant",) if ALONE[kind] else ("ant", "bee")
+    shown, loader, _, _ = change_members(urls, [(names, None, 3)], alone=ALONE[kind])
+    for batch in (8, 12, 4):
+        loader.change(global_batch_size=batch)
+        shown += deliver(loader, names, count=2)
+        state = loader.state_dict()
+        loader = make(urls, names, alone=ALONE[kind], **{**PACKED, "batch": batch})
+        loader.load_state_dict(state)
+    require_each_once(shown, loader, names, set(names))
+    with pytest.raises(ConfigError) as caught:
+        loader.change(weights=[1] * len(names))
+    assert caught.value.reason == "change_weights"
 
 
 def test_packs_continue_where_allow_meets_the_same_datasets(urls):
