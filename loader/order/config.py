@@ -56,6 +56,11 @@ class RampStep:
     """Samples per step from there on, a multiple of the canonical ranks."""
 
 
+MOST_CHANGES = 256
+"""Changes of a run whose consequences are not over: those inside the present epoch of a dataset.
+What is left of an epoch is known by all of them together, so none can be dropped before it ends."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderConfig:
     """Everything the order depends on: a dozen integers. `plan_order` fills in good values."""
@@ -120,6 +125,8 @@ class OrderConfig:
         rises = sorted(set(steps)) == steps and all(max(self.since, 1) <= step for step in steps)
         if self.ramp and (self.tail != "wrap" or not rises):
             raise ConfigError("order_ramp", tail=self.tail, steps=steps)
+        if len(self.ramp) > MOST_CHANGES:
+            raise ConfigError("order_changes", changes=len(self.ramp), most=MOST_CHANGES)
         if self.tail == "drop_last" and self.steps_per_epoch == 0:
             raise ConfigError(
                 "order_empty", num_samples=self.num_samples, batch=self.global_batch_size
@@ -156,12 +163,18 @@ class OrderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration in plain JSON types, `version` first."""
-        return {
-            "version": ORDER_VERSION,
-            **asdict(self),
-            "ramp": [asdict(c) for c in self.ramp],
-            "before": self.before and self.before.to_dict(),
-        }
+        chain, after = [], self
+        while after.before is not None:
+            before = after.before
+            own, other = before._values(), after._values()
+            chain.append({name: value for name, value in own.items() if value != other[name]})
+            after = before
+        return {"version": ORDER_VERSION, **self._values(), "before": chain}
+
+    def _values(self) -> dict[str, Any]:
+        """Lists the fields but `before`, in plain JSON types."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "before"}
+        return {**values, "ramp": [asdict(change) for change in self.ramp]}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> OrderConfig:
@@ -180,13 +193,26 @@ class OrderConfig:
                 "order_fields", missing=sorted(known - given), unknown=sorted(given - known)
             )
         require_stored(state)
-        values = {name: state[name] for name in known}
-        try:
-            values["ramp"] = tuple(RampStep(**change) for change in state["ramp"])
-            values["before"] = None if state["before"] is None else cls.from_dict(state["before"])
-        except (TypeError, AttributeError) as e:
-            raise StateError("order_values", got=str(e)) from e
-        return cls(**values)
+        chain, values = state["before"], {name: state[name] for name in known - {"before"}}
+        listed = isinstance(chain, list | tuple) and all(isinstance(one, Mapping) for one in chain)
+        if not listed or len(chain) > MOST_CHANGES:
+            raise StateError("order_values", got=repr(chain)[:200])
+        unknown = sorted({name for one in chain for name in one} - set(values))
+        if unknown:
+            raise StateError("order_fields", missing=[], unknown=unknown)
+        parts = [values]
+        for one in chain:
+            require_stored(one)
+            parts.append({**parts[-1], **one})
+        config = None
+        for part in reversed(parts):
+            try:
+                ramp = tuple(RampStep(**change) for change in part["ramp"])
+            except (TypeError, AttributeError) as e:
+                raise StateError("order_values", got=str(e)) from e
+            config = cls(**{**part, "ramp": ramp, "before": config})
+        assert config is not None, "the order itself"
+        return config
 
 
 def plan_order(

@@ -23,7 +23,7 @@ epoch first: the remainder (remainder.py) is dealt to its new lanes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -74,13 +74,20 @@ def mixture_blocks(weights: Sequence[float], share: int, *, least: int = 8) -> l
 class MixtureOrder:
     """The order of a mixture; immutable, with tables of M numbers per segment and none of N."""
 
-    def __init__(self, config: MixtureConfig, *, stop: Stop | int = "first_exhausted") -> None:
+    def __init__(
+        self,
+        config: MixtureConfig,
+        *,
+        stop: Stop | int = "first_exhausted",
+        known: Mapping[MixtureChange, InterleavePattern] | None = None,
+    ) -> None:
         """Builds the tables.
 
         Args:
           config: The mixture.
           stop: Where a pass ends: when the first, or the last, dataset has been seen once, or
             after a number of steps.
+          known: Patterns of segments of the same datasets, which need not be laid out again.
 
         Raises:
           ConfigError: `mixture_stop`; `mixture_weights`, more datasets than a pattern can hold;
@@ -88,6 +95,7 @@ class MixtureOrder:
         """
         require_stop(stop)
         self.config = config
+        self._laid_out = known or {}
         self.stop: Stop | int = stop
         self._pass_steps: int | None = None
         everyone = config.everyone
@@ -190,7 +198,9 @@ class MixtureOrder:
             weights=weights,
             canonical_ranks=canonical_ranks,
         )
-        return MixtureOrder(config, stop=self.stop)
+        parts = (*self._past, *self._segments)
+        known = {part.change: part._pattern for part in parts if part._pattern is not None}
+        return MixtureOrder(config, stop=self.stop, known=known)
 
     def with_members(
         self,
@@ -337,6 +347,7 @@ class MixtureOrder:
         require_pattern(part, workers=config.canonical_workers)
         return _Segment(
             part,
+            pattern=self._laid_out.get(part),
             make_pattern=partial(
                 InterleavePattern,
                 part,
@@ -438,6 +449,7 @@ class _Segment:
         self,
         change: MixtureChange,
         *,
+        pattern: InterleavePattern | None,
         make_pattern: Callable[[], InterleavePattern],
         line: Line,
         earlier: tuple[_Segment, ...],
@@ -449,7 +461,7 @@ class _Segment:
         self.change, self.step, self.line = change, change.step, line
         self.global_batch_size = change.global_batch_size
         self._make_pattern = make_pattern
-        self._pattern: InterleavePattern | None = None
+        self._pattern = pattern
         self.earlier = earlier
         """The segments before that are known, in sequence."""
         self.until = until
@@ -461,7 +473,7 @@ class _Segment:
         self.first_epoch = first_epoch
         """int64 [datasets], the epochs after what is owed."""
         # Remainders by dataset. Pure functions of the segment: written twice, they are the same.
-        self._rests: dict[int, EpochRemainder] = {}
+        self._rests: dict[int, EpochRemainder[_Part]] = {}
         # Borders by (dataset, number of the epoch), two of each dataset at most: the epoch that a
         # run is in and the next. A dataset's are replaced as a whole, never changed: of two threads
         # that add borders at once one wins, and the other's are computed again.
@@ -476,7 +488,7 @@ class _Segment:
             self._pattern = self._make_pattern()
         return self._pattern
 
-    def rest(self, dataset: int) -> EpochRemainder:
+    def rest(self, dataset: int) -> EpochRemainder[_Part]:
         """Finds what a dataset owes of its epoch when the segment begins.
 
         Raises:
@@ -497,12 +509,14 @@ class _Segment:
 
     def read_before(self, dataset: int) -> list[_Segment]:
         """Lists the segments that know what a dataset owes when this one begins."""
+        found: list[_Segment] = []
         before = self._reader_before(dataset)
-        if before is None:
-            return []
-        if int(before.end_counts()[dataset]) >= before.owed[dataset]:
-            return [before]
-        return [before, *before.read_before(dataset)]
+        while before is not None:
+            found.append(before)
+            if int(before.end_counts()[dataset]) >= before.owed[dataset]:
+                break
+            before = before._reader_before(dataset)
+        return found
 
     def end_counts(self) -> np.ndarray:
         """Counts each dataset's slots of the segment, which has ended: int64 [datasets]."""
@@ -523,7 +537,7 @@ class _Segment:
         owed = np.where(begun, np.where(whole, 0, sizes - inside), self.owed - counts)
         return self.counted + counts, first_epoch, owed
 
-    def remainder(self, dataset: int) -> EpochRemainder:
+    def remainder(self, dataset: int) -> EpochRemainder[_Part]:
         """Finds what a dataset owes when the segment ends, in the middle of its epoch."""
         count = int(self.end_counts()[dataset])
         number, owed = -1, int(self.owed[dataset])
@@ -566,13 +580,21 @@ class _Segment:
         self, dataset: int, number: int, track: np.ndarray, count: np.ndarray
     ) -> np.ndarray:
         """Finds the samples that a dataset's cells read after `count` others of an epoch."""
-        borders = self._find_borders(dataset, number)
-        start, length = borders.starts[track], borders.lengths[track]
-        if number < 0:
-            return self._owed(dataset, start, length, count)
+        segment = self
+        while number < 0:  # not by recursion: there may be hundreds of changes
+            start, length = segment._cells(dataset, number, track)
+            rest = segment.rest(dataset)
+            track, count = rest.find(segment._owed_places(dataset, start, length, count))
+            segment, number = rest.part.segment, rest.part.number
+        start, length = segment._cells(dataset, number, track)
         datasets = np.full(len(track), dataset)
-        epoch = self.first_epoch[datasets] + number
-        return self._take(datasets, epoch, start, length, count)
+        epoch = segment.first_epoch[datasets] + number
+        return segment._take(datasets, epoch, start, length, count)
+
+    def _cells(self, dataset: int, number: int, track: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Looks up where cells begin on a dataset's line, and how long they are."""
+        borders = self._find_borders(dataset, number)
+        return borders.starts[track], borders.lengths[track]
 
     def lengths(self, dataset: int, number: int) -> np.ndarray:
         """How many samples a dataset's cells have of an epoch: int64 [its cells]."""
@@ -602,16 +624,20 @@ class _Segment:
         self, dataset: int, start: np.ndarray, length: np.ndarray, count: np.ndarray
     ) -> np.ndarray:
         """Finds samples of the remainder of a dataset's epoch."""
-        rest = self.rest(dataset)
-        place = count
+        return self.rest(dataset).samples(self._owed_places(dataset, start, length, count))
+
+    def _owed_places(
+        self, dataset: int, start: np.ndarray, length: np.ndarray, count: np.ndarray
+    ) -> np.ndarray:
+        """Finds places on the line of what a dataset owes."""
         since = np.full(len(count), self.step)
         datasets = np.full(len(count), dataset)
         if self.pattern.laned[dataset]:
-            place = self._line(datasets).places(start, length, epoch=since, taken=count)
-        elif rest.num_tracks > 1:  # one track was shuffled as a whole, and continues as it would
+            return self._line(datasets).places(start, length, epoch=since, taken=count)
+        if self.rest(dataset).num_tracks > 1:
             key = keyed_array(np.asarray(self.line.seed)[datasets], _KEY_REST, since)
-            place = permute(count, size=length, key=key)
-        return rest.samples(place)
+            return permute(count, size=length, key=key)
+        return count  # one track was shuffled as a whole, and continues as it would
 
     def _line(self, dataset: np.ndarray) -> Line:
         line = self.line

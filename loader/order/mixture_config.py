@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loader.order.config import Locality, default_canonical_ranks, require_name
+from loader.order.config import MOST_CHANGES, Locality, default_canonical_ranks, require_name
 from loader.order.slots import is_whole, require_count, require_step, require_stored
 from loader.order.weights import (
     MixtureGroup,
@@ -18,7 +18,7 @@ from loader.order.weights import (
     mixture_weights,
     require,
 )
-from shardspec.errors import StateError
+from shardspec.errors import ConfigError, StateError
 
 MIXTURE_VERSION = 4
 """Version of the order of mixtures: the same configuration and version mean the same samples. Since
@@ -169,6 +169,9 @@ class MixtureConfig:
             require_step(step)
         self._check_base()
         require(sorted(set(steps)) == steps, "mixture_changes", steps=steps)
+        changes = len(self.changes) + len(self.past)
+        if changes > MOST_CHANGES:
+            raise ConfigError("order_changes", changes=changes, most=MOST_CHANGES)
         for segment in [*(part.segment for part in self.past), *self.segments()]:
             weights, batch = segment.weights, segment.global_batch_size
             ranks = segment.canonical_ranks

@@ -50,7 +50,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loader.order.config import OrderConfig, RampStep, batch_sizes, widened
+from loader.order.config import MOST_CHANGES, OrderConfig, RampStep, batch_sizes, widened
 from loader.order.lanes import Lanes, OneTrack
 from loader.order.line import Line
 from loader.order.permutation import keyed_array, permute
@@ -76,41 +76,17 @@ class Order:
           ConfigError: `order_before`, the configuration owes something else than the order before.
         """
         self.config = config
-        past: tuple[_Segment, ...] = ()
-        first_epoch, rest = config.first_epoch, None
-        if config.before is not None:
-            before = Order(config.before)
-            past = before._known
-            first_epoch, rest = before._known[-1].remainder(config.since)
-            if (first_epoch, rest.length if rest else 0) != (config.first_epoch, config.owed):
-                raise ConfigError(
-                    "order_before", since=config.since, before=config.before.to_dict()
-                )
-        first, *later = batch_sizes(config)
-        segments = [
-            _Segment(
-                config,
-                step=config.since,
-                global_batch_size=first.global_batch_size,
-                first_epoch=first_epoch,
-                owed=config.owed,
-                rest=rest,
-            )
-        ]
-        for change in later:
-            first_epoch, rest = segments[-1].remainder(change.step)
-            segments.append(
-                _Segment(
-                    config,
-                    step=change.step,
-                    global_batch_size=change.global_batch_size,
-                    first_epoch=first_epoch,
-                    owed=rest.length if rest else 0,
-                    rest=rest,
-                )
-            )
+        chain = [config]
+        while chain[-1].before is not None:
+            chain.append(chain[-1].before)
+        known: list[_Segment] = []
+        for part in reversed(chain):
+            segments = _segments(part, known[-1] if known else None)
+            known += segments
+        if len(known) > MOST_CHANGES + 1:
+            raise ConfigError("order_changes", changes=len(known) - 1, most=MOST_CHANGES)
         self._segments = segments
-        self._known: tuple[_Segment, ...] = (*past, *segments)
+        self._known = tuple(known)
         self._starts = np.array([segment.step for segment in segments], np.int64)
         self._batches = np.array([s.lanes.global_batch_size for s in segments], np.int64)
 
@@ -305,6 +281,32 @@ class Order:
         }
 
 
+def _segments(config: OrderConfig, before: _Segment | None) -> list[_Segment]:
+    """Lays out the segments of a configuration, which continues the last one before."""
+    first_epoch, rest = config.first_epoch, None
+    if before is not None:
+        first_epoch, rest = before.remainder(config.since)
+        if (first_epoch, rest.length if rest else 0) != (config.first_epoch, config.owed):
+            was = config.before and replace(config.before, before=None).to_dict()
+            raise ConfigError("order_before", since=config.since, before=was)
+    owed, segments = config.owed, list[_Segment]()
+    for change in batch_sizes(config):
+        if segments:
+            first_epoch, rest = segments[-1].remainder(change.step)
+            owed = rest.length if rest else 0
+        segments.append(
+            _Segment(
+                config,
+                step=change.step if segments else config.since,
+                global_batch_size=change.global_batch_size,
+                first_epoch=first_epoch,
+                owed=owed,
+                rest=rest,
+            )
+        )
+    return segments
+
+
 class _Segment:
     """The steps of a run that share one batch size; its slots are counted from its first step."""
 
@@ -316,7 +318,7 @@ class _Segment:
         global_batch_size: int,
         first_epoch: int,
         owed: int,
-        rest: EpochRemainder | None,
+        rest: EpochRemainder[_Part] | None,
     ) -> None:
         self.step, self.first_epoch, self.owed, self.rest = step, first_epoch, owed, rest
         self.layout, self._seed, self.num_samples = config.layout, config.seed, config.num_samples
@@ -348,7 +350,7 @@ class _Segment:
             sample[chosen] = self._part(i).at(steps[chosen], places[chosen])
         return self.first_epoch + number, sample
 
-    def remainder(self, step: int) -> tuple[int, EpochRemainder | None]:
+    def remainder(self, step: int) -> tuple[int, EpochRemainder[_Part] | None]:
         """Finds the first epoch after the one that a step is in, and what is left of that.
 
         Returns:
@@ -426,28 +428,32 @@ class _Part:
         return self.samples(track, count - self.borders.before[track])
 
     def samples(self, track: np.ndarray, count: np.ndarray) -> np.ndarray:
-        start, length = self.borders.starts[track], self.borders.lengths[track]
-        line, layout = self.segment.line, self.segment.layout
-        if self.owed:
-            return self._owed(start, length, count)
-        epoch = np.full(count.shape, self.epoch)
+        part = self
+        while part.owed:  # not by recursion: there may be hundreds of changes
+            rest = part.segment.rest
+            if rest is None:
+                raise ConfigError("order_slot.over", where="step", since=part.segment.step)
+            track, count = rest.find(part._place(track, count))
+            part = rest.part
+        start, length = part.borders.starts[track], part.borders.lengths[track]
+        line, layout = part.segment.line, part.segment.layout
+        epoch = np.full(count.shape, part.epoch)
         if layout == "lanes":
             return line.samples(start, length, epoch=epoch, taken=count)
         return line.shuffled(count, epoch=epoch) if layout == "global" else count
 
-    def _owed(self, start: np.ndarray, length: np.ndarray, count: np.ndarray) -> np.ndarray:
+    def _place(self, track: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Finds places on the line of what is owed."""
         segment = self.segment
-        if segment.rest is None:
-            raise ConfigError("order_slot.over", where="step", since=segment.step)
-        place = count
         if segment.layout == "lanes":
             # No blocks to be shuffled: those of the old lanes are.
+            start, length = self.borders.starts[track], self.borders.lengths[track]
             since = np.full(count.shape, segment.step)
-            place = segment.line.places(start, length, epoch=since, taken=count)
-        elif segment.layout == "global":
+            return segment.line.places(start, length, epoch=since, taken=count)
+        if segment.layout == "global":
             key = keyed_array(segment._seed, _KEY_REST, segment.step)
-            place = permute(count, size=max(1, segment.owed), key=key)
-        return segment.rest.samples(place)
+            return permute(count, size=max(1, segment.owed), key=key)
+        return count
 
 
 def groups(number: np.ndarray) -> list[tuple[int, slice | np.ndarray]]:

@@ -11,7 +11,7 @@ Memory is proportional to the lanes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,12 +27,15 @@ class EpochPart(Protocol):
         """Finds the samples that tracks read after `count` others of this epoch: int64."""
 
 
-class EpochRemainder:
+Part = TypeVar("Part", bound=EpochPart)
+
+
+class EpochRemainder(Generic[Part]):
     """What is left of an epoch."""
 
-    def __init__(self, part: EpochPart, *, taken: np.ndarray) -> None:
+    def __init__(self, part: Part, *, taken: np.ndarray) -> None:
         """Joins an epoch and int64 [tracks], how much of it each track has read."""
-        self._part = part
+        self.part = part
         left = part.lengths - taken
         self._ends = np.cumsum(left)
         self._offset = taken - (self._ends - left)
@@ -42,5 +45,9 @@ class EpochRemainder:
 
     def samples(self, place: np.ndarray) -> np.ndarray:
         """Finds the samples of places of the line: int64, 0 to length - 1."""
+        return self.part.samples(*self.find(place))
+
+    def find(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finds where the epoch's part has places of the line: (tracks, counts), int64 each."""
         track = np.searchsorted(self._ends, place, side="right")
-        return self._part.samples(track, place + self._offset[track])
+        return track, place + self._offset[track]
