@@ -605,10 +605,10 @@ def test_hundreds_of_changes_within_one_epoch_stay_short_and_loadable(
     write, tiny_sample, how, count, most
 ):
     url = write("set", [tiny_sample(i, num_images=0) for i in range(1_000)])
-    shown, state = [], make(url, batch=4).state_dict()
+    shown, state = [], make(url, batch=2).state_dict()
     for i in range(count):
-        batch = (4, 2)[i % 2]
-        loader = make(url, batch=batch if how == "allow" else 4)
+        batch = (2, 4)[i % 2]
+        loader = make(url, batch=batch if how == "allow" else 2)
         loader.load_state_dict(state, allow=("order",) if how == "allow" else ())
         loader.change(global_batch_size=batch)
         shown += [ref for (ref,) in loader.places(loader.step)]
