@@ -321,8 +321,8 @@ class StreamLoader:
 
         Raises:
           ConfigError: `batch_not_divisible`, `order_count`; `change_weights`, there is no mixture,
-            or it is packed; `bucket_group`, the step is inside a group of `bucket_steps`; as
-            `Order.changed`, `MixtureOrder.changed`.
+            or it is packed; `change_tail`; `bucket_group`, the step is inside a group of
+            `bucket_steps`; as `Order.changed`, `MixtureOrder.changed`.
         """
         batch = self._schedule.batch_at(self.step)[0]
         if global_batch_size is not None:

@@ -217,10 +217,13 @@ class Order:
         then are dropped.
 
         Raises:
-          ConfigError: `order_ramp`, `order_step`, `order_count`, `batch_not_divisible`.
+          ConfigError: `change_tail`, `order_step`, `order_count`, `order_changes`,
+            `batch_not_divisible`.
         """
         require_step(step)
         require_count("global_batch_size", global_batch_size)
+        if step > 0 and self.config.tail != "wrap":
+            raise ConfigError("change_tail", tail=self.config.tail, step=step)
         config = self._pruned(step)
         change = RampStep(step=step, global_batch_size=global_batch_size)
         if step == 0:

@@ -181,8 +181,7 @@ class BalancedSchedule:
 
     def rows(self, step: int, topology: Topology) -> list[Row]:
         """Lists the rows of a rank in a step."""
-        if topology.world_size == 1:
-            return self._schedule.rows(step, topology)
+        # For a single rank too: what cannot be balanced is refused on any number of them.
         found = self._schedule.rows(step, Topology())
         row_of = np.repeat(np.arange(len(found)), [len(row) for row in found])
         refs = [(ref.dataset, ref.sample) for row in found for ref in row]

@@ -198,20 +198,21 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
                 if value != wanted:
                     raise ConfigError("evaluation", where=url, name=name, got=value, wanted=wanted)
             data = replace(data, questions=view.questions)
-            text = data.manifest.recipe.get("text") or {}
-            if str(text.get("system_prompt")).startswith(_NAMES_LENGTH):
-                logger.warning(
-                    "prompts of %s may name the length of the answer: the shards were built with"
-                    " SYSTEM_PROMPT=%s; build those of an evaluation with SYSTEM_PROMPT=style",
-                    url,
-                    text["system_prompt"],
-                )
         if tokenizer is not None:
             check_tokenizer(data.manifest.tokenizer, tokenizer, where=url)
         builder = PreparedBuilder(
             data, view=view, seed=options.seed, on_bad=on_bad, max_bad_rate=max_bad_rate
         )
         self._use(options.stream(data, builder))
+        prompt = str((data.manifest.recipe.get("text") or {}).get("system_prompt"))
+        names_length = view.purpose == "evaluation" and prompt.startswith(_NAMES_LENGTH)
+        if names_length and self._stream.topology.rank == 0:
+            logger.warning(
+                "prompts of %s may name the length of the answer: the shards were built with"
+                " SYSTEM_PROMPT=%s; build those of an evaluation with SYSTEM_PROMPT=style",
+                url,
+                prompt,
+            )
 
     def _use(self, stream: Stream[PreparedBuilder]) -> None:
         (part,) = stream.parts

@@ -31,6 +31,14 @@ from shardspec.tiling import Fit, ImageView, SmallSides
 
 _GROUPS = ("what to build", "text", "images", "videos", "the job", "downloading images")
 _STANDARD = ImageView()
+_FLAGS = {
+    "size_px": "--image-size",
+    "margin_patches": "--image-size",
+    "patch_px": "--patch-size",
+    "max_crops": "--crops",
+    "fit": "--image-fit",
+}
+"""By fields of a view: the flags that they follow from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +101,34 @@ class ViewSettings:
 
     def _view(self, crops: int) -> ImageView:
         """Makes the view of one resolution: a single crop, or an overview and tiles."""
-        single = ImageView(size_px=self.image_size, patch_px=self.patch_size, fit=self.image_fit)
-        if not crops:
-            return single
-        return replace(
-            single,
-            crop_mode="overlap-and-resize-c2",
-            max_crops=crops,
-            small_sides=self.small_sides,
-        )
+        try:
+            single = ImageView(
+                size_px=self.image_size, patch_px=self.patch_size, fit=self.image_fit
+            )
+            if not crops:
+                return single
+            return replace(
+                single,
+                crop_mode="overlap-and-resize-c2",
+                max_crops=crops,
+                small_sides=self.small_sides,
+            )
+        except ConfigError as error:
+            name, want = str(error.facts.get("name")), str(error.facts.get("want"))
+            if name == "size_px":
+                want = f"a multiple of --patch-size {self.patch_size}, 1 or more"
+            if name == "margin_patches":
+                least = (sum(_STANDARD.margin_patches) + 1) * self.patch_size
+                want = f"{least} or more with tiles, or --crops 0"
+            if name not in _FLAGS:
+                raise
+            flag = _FLAGS[name]
+            if name == "max_crops":
+                flag = flag if crops == self.crops else "--high-res-crops"
+                want = "0 or more"
+            if name == "fit":
+                want = "another than center-crop with tiles, or --crops 0"
+            raise ConfigError("image_view.setting", where=flag, name=flag, want=want) from error
 
 
 def _number(text: str, flag: str) -> float:

@@ -342,10 +342,26 @@ def test_state_inside_a_group_of_buckets_is_taken_where_the_order_stays(url):
     assert caught.value.reason == "bucket_group"
 
 
-def test_view_without_lengths_in_the_indexes_cannot_be_packed(url):
+@pytest.mark.parametrize("tail", ["pad", "drop_last"])
+def test_a_batch_that_changes_needs_tail_wrap_and_says_so(url, tail):
+    dataset = StreamingDataset(url, tail=tail, canonical_ranks=1)
+    loader = make_dataloader(dataset, global_batch_size=2, sequence_length=64)
+    loader.change(global_batch_size=4)  # before the first step
+    loader.step = 1
+    with pytest.raises(ConfigError) as caught:
+        loader.change(global_batch_size=2)
+    assert caught.value.reason == "change_tail"
+    assert caught.value.facts["tail"] == tail
+
+
+@pytest.mark.parametrize("options", [{"pack": True}, {"balance": "images"}])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_view_without_lengths_in_the_indexes_is_refused_on_any_number_of_ranks(
+    url, options, world_size
+):
     image = dataclasses.replace(stored_view(require_manifest(url)), column_tokens=False)
-    dataset = StreamingDataset(url, view=View(image=image))
-    loader = make_dataloader(dataset, global_batch_size=2, sequence_length=64, pack=True)
+    dataset = StreamingDataset(url, view=View(image=image), rank=0, world_size=world_size)
+    loader = make_dataloader(dataset, global_batch_size=2, sequence_length=64, **options)
     with pytest.raises(ConfigError) as caught:
         next(iter(loader))
     assert caught.value.reason == "view_lengths"

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 import pytest
 
+from preprocess.cli.build import ViewSettings
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.settings import Setting
+from shardspec.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +75,21 @@ def test_help_shows_types_and_defaults(capsys, monkeypatch):
     assert "more: --limit N how many" in shown
     assert "--fast be fast" in shown
     assert "hidden" not in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag", "want"),
+    [
+        ({"image_size": 112, "crops": 2}, "--image-size", "126 or more"),
+        ({"image_size": 100}, "--image-size", "a multiple of --patch-size 14"),
+        ({"patch_size": 0}, "--patch-size", "an integer >= 1"),
+        ({"crops": -1}, "--crops", "0 or more"),
+        ({"high_res_crops": -1}, "--high-res-crops", "0 or more"),
+        ({"crops": 2, "image_fit": "center-crop"}, "--image-fit", "another than center-crop"),
+    ],
+)
+def test_what_does_not_fit_a_view_is_named_by_its_flag(settings, flag, want):
+    with pytest.raises(ConfigError) as caught:
+        _ = ViewSettings(**settings).views
+    assert (caught.value.reason, caught.value.facts["name"]) == ("image_view", flag)
+    assert caught.value.facts["want"].startswith(want)
