@@ -336,7 +336,8 @@ class StreamLoader:
         require_border(self._order, self.step, bucket_steps=self._bucket_steps)
         if self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
-            self._packs.set_sizes([*before, (self.step, batch)])
+            as_before = before and before[-1][1] == batch
+            self._packs.set_sizes([*before, *([] if as_before else [(self.step, batch)])])
         elif self.step == 0 and weights is None:
             self._order = self._stream.plan.order(global_batch_size=batch)
             self._schedule = self._unpacked()

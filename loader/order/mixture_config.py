@@ -259,6 +259,9 @@ class MixtureConfig:
             canonical_ranks=last.canonical_ranks if canonical_ranks is None else canonical_ranks,
         )
         if step > self.since:
+            before = [segment for segment in self.segments() if segment.step < step][-1]
+            if replace(before, step=step) == change:
+                return replace(self, changes=kept)  # a change is taken back
             return replace(self, changes=(*kept, change))
         if self.base is not None:
             return replace(self, base=replace(self.base, segment=change), changes=())

@@ -229,6 +229,8 @@ class Order:
         if step == 0:
             return Order(replace(config, global_batch_size=global_batch_size, ramp=()))
         kept = tuple(change for change in config.ramp if change.step < step)
+        if step > config.since and (kept or (config,))[-1].global_batch_size == global_batch_size:
+            return Order(replace(config, ramp=kept))  # a change is taken back
         return Order(replace(config, ramp=(*kept, change)))
 
     def _pruned(self, step: int) -> OrderConfig:

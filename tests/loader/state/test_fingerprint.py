@@ -621,6 +621,19 @@ def test_hundreds_of_changes_within_one_epoch_stay_short_and_loadable(
     assert {ref.epoch for ref in shown} == {0}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_that_is_taken_back_leaves_nothing(make_kind, kind):
+    loader = make_kind(kind, batch=2)
+    keys(loader, 2)
+    state = loader.state_dict()
+    loader.change(global_batch_size=4)
+    loader.change(global_batch_size=2)
+    assert loader.state_dict() == state
+    fresh = make_kind(kind, batch=2)
+    fresh.load_state_dict(state)
+    assert keys(loader, 2) == keys(fresh, 2)
+
+
 def test_a_change_before_the_first_step_is_as_if_the_loader_had_been_made_so(write):
     url = write("set")
     loader = make(url, batch=2)
