@@ -481,7 +481,7 @@ def _inherited_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
     for name in ("ramp", "changes"):
         if own.get(name) == []:
             inherited[name] = saved.get(name, [])
-    if own.get("before") == []:
+    if "before" in own and own["before"] is None:
         names = ("since", "first_epoch", "owed", "before")
         inherited |= {name: saved[name] for name in names if name in saved}
     if "base" in own and own["base"] is None:

@@ -169,7 +169,7 @@ class OrderConfig:
             own, other = before._values(), after._values()
             chain.append({name: value for name, value in own.items() if value != other[name]})
             after = before
-        return {"version": ORDER_VERSION, **self._values(), "before": chain}
+        return {"version": ORDER_VERSION, **self._values(), "before": chain or None}
 
     def _values(self) -> dict[str, Any]:
         """Lists the fields but `before`, in plain JSON types."""
@@ -193,7 +193,7 @@ class OrderConfig:
                 "order_fields", missing=sorted(known - given), unknown=sorted(given - known)
             )
         require_stored(state)
-        chain, values = state["before"], {name: state[name] for name in known - {"before"}}
+        chain, values = state["before"] or [], {name: state[name] for name in known - {"before"}}
         listed = isinstance(chain, list | tuple) and all(isinstance(one, Mapping) for one in chain)
         if not listed or len(chain) > MOST_CHANGES:
             raise StateError("order_values", got=repr(chain)[:200])
