@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from preprocess.datasets import (
+    Clip,
     EpisodeFrame,
     ImageSource,
     PageImage,
@@ -25,26 +26,27 @@ from preprocess.datasets import (
     SceneImage,
     SceneVideo,
     VideoSource,
-    example_clip,
+    example_clips,
     example_images,
-    example_video,
+    example_videos,
 )
 from preprocess.formats import parse_messages
 from preprocess.media import (
     ImagePolicy,
     ImagePreprocessor,
     MemoryBudget,
-    StoredFrames,
     VideoPolicy,
     VideoPreparer,
 )
 from preprocess.model import ChatModel, conversations, tokenized_conversations
 from preprocess.settings import Setting
 from preprocess.text import (
+    VIDEO_PLACEHOLDER,
     BareFrame,
     Branch,
     DataFormatter,
     Frame,
+    FrameLead,
     InterleavedTextPreprocessor,
     TextPolicy,
     TokenizedText,
@@ -52,12 +54,12 @@ from preprocess.text import (
     add_ocr,
     answer_flags,
     chat_frame,
-    check_placeholders,
     image_prefixes,
     media_placeholder,
     message_styles,
     message_texts,
     name_pages,
+    place_media,
     safe_geometry,
     styles_of,
     system_text,
@@ -195,14 +197,14 @@ class Preparer:
         """
         if "messages" in example and "message_list" not in example:
             example = parse_messages(example)
-        found, video = example_images(example), example_video(example)
-        if video is not None and self.model is not None:
+        found, videos = example_images(example), example_videos(example)
+        clips = example_clips(example)
+        if videos and self.model is not None:
             raise ConfigError("model_videos", where=key or "")
         sources = [self._read(image) for image in found]
         if key is None:
             identities = [*map(image_identity, found, sources)]
-            if video is not None:
-                identities.append(video_identity(video, example))
+            identities += map(video_identity, videos, clips)
             key = sample_key(example, image_id=images_identity(identities))
         told = example["message_list"]
         example = add_ocr(example, encode=self.tokenizer.encode)
@@ -211,6 +213,8 @@ class Preparer:
         texts = message_texts(example)
         keeps = self.recipe.text.reasoning == "keep"
         for text, is_answer in zip(texts, answer_flags(example), strict=True):
+            if videos:  # their placeholder may be a token of the tokenizer
+                text = text.replace(VIDEO_PLACEHOLDER, "")
             control = self.tokenizer.control_token(text, reasoning=keeps and is_answer)
             if control:
                 raise SampleError("control_token", where=key, control=control)
@@ -239,29 +243,35 @@ class Preparer:
             "message_list": told,
             "metadata": example.get("metadata", {}),
         }
-        stored: StoredFrames | None = None
-        if video is not None:
-            stored = self.video_preparer(
+        stored = [
+            self.video_preparer(
                 video.read() if isinstance(video, SceneVideo) else video,
-                clip=example_clip(example),
+                clip=clip,
                 geometry=geometry,
                 where=key,
             )
-            images = (*images, *stored.images)
-            record["video"] = stored.record
+            for video, clip in zip(videos, clips, strict=True)
+        ]
+        if len(stored) == 1:
+            record["video"] = stored[0].record
+        elif stored:
+            record["videos"] = [each.record for each in stored]
+        placed: Sequence[Branch] = branches
+        places = [0] * len(stored)
+        if self.model is None:
+            placed, places = place_media(
+                branches, num_images=len(images), num_videos=len(stored), key=key
+            )
+        frames: list[FrameLead | None] = [None] * len(images) if stored else []
+        rows = []
+        for shown, place in zip(stored, places, strict=True):
+            rows.append((len(images), len(shown.images), place))
+            images = (*images, *shown.images)
+            frames += [FrameLead(time_s=time_s) for time_s in shown.times_s]
         tokenized = self._tokenized(
-            example,
-            branches,
-            num_pictures=len(sizes),
-            frame_times_s=stored.times_s if stored else (),
-            key=key,
+            example, placed, num_pictures=len(sizes), frames=frames, key=key
         )
-        spans = spans_table(
-            tokenized.rows,
-            images,
-            leads=tokenized.leads,
-            videos=[(len(sizes), len(stored.images))] if stored else (),
-        )
+        spans = spans_table(tokenized.rows, images, leads=tokenized.leads, videos=rows)
         limit = example.get("max_tokens")
         if limit and (length := self._length(spans, sizes)) > limit:
             raise SampleError("document_tokens", where=key, tokens=length, limit=limit)
@@ -288,17 +298,16 @@ class Preparer:
         branches: Sequence[Branch],
         *,
         num_pictures: int,
-        frame_times_s: Sequence[float],
+        frames: Sequence[FrameLead | None],
         key: str,
     ) -> TokenizedText:
         """Tokenizes the texts; `num_pictures` are the images that are not frames."""
         if self.model is None:
-            check_placeholders(branches, num_images=num_pictures + len(frame_times_s), key=key)
             return InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
                 branches,
                 key=key,
                 leads=example.get("leads") or image_prefixes(num_pictures),
-                frame_times_s=frame_times_s,
+                frames=frames,
             )
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
         alternatives = conversations(branches, systems)
@@ -358,12 +367,12 @@ def image_identity(image: ImageSource, encoded: Any) -> str:
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def video_identity(video: VideoSource, example: Mapping[str, Any], *, sha256: str = "") -> str:
+def video_identity(video: VideoSource, clip: Clip | None, *, sha256: str = "") -> str:
     """Names what a video is, and which part of it an example is about.
 
     Args:
-      video: The example's video.
-      example: May have a `clip`.
+      video: A video of the example.
+      clip: The part; None for the whole.
       sha256: Of its file, if that is known.
     """
     if isinstance(video, SceneVideo):
@@ -372,7 +381,6 @@ def video_identity(video: VideoSource, example: Mapping[str, Any], *, sha256: st
         name = f"video:{sha256}"
     else:
         name = f"video:{file_sha256(video)}"
-    clip = example_clip(example)
     return name if clip is None else f"{name}@{clip[0]}-{clip[1]}"
 
 

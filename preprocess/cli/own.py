@@ -14,7 +14,7 @@ from preprocess.datasets import (
     RemoteImage,
     dataset_class,
     example_images,
-    example_video,
+    example_videos,
 )
 from preprocess.formats import Spec
 from preprocess.media import ImageLimits, open_source
@@ -75,8 +75,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
             told.setdefault(error.reason, f"row {item}: {str(error).splitlines()[0]}")
             continue
         lines += [f"row {item}: {len(images)} images {[_image_text(each) for each in images]}"]
-        video = example_video(example)
-        lines += [] if video is None else [f"  video     {_image_text(video)}"]
+        lines += [f"  video     {_image_text(video)}" for video in example_videos(example)]
         for branch in branches:
             for turn in branch.turns:
                 lines += [f"  prompt    {turn[0].prompt!r}", f"  response  {turn[0].response!r}"]

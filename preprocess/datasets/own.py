@@ -49,6 +49,7 @@ from preprocess.formats import (
     annotation_names,
     check_unit,
     guess_format,
+    has_video_part,
     is_empty,
     open_records,
     parse_row,
@@ -259,7 +260,9 @@ class OwnDataset(DatasetBase):
         example = parse_row(row, self.spec)
         images = [resolve_image(each, base=self.base) for each in example.pop("image", ())]
         if "video" in example:
-            example["video"] = resolve_image(example["video"], base=self.base)
+            example["video"] = [
+                resolve_image(each, base=self.base) for each in _listed(example["video"])
+            ]
         if "document" in example:
             return read_document(
                 {**example, "image": images},
@@ -553,7 +556,7 @@ def _likely_base(
         for row in (part[i] for part in parts for i in range(min(len(part), PROBED_IMAGES))):
             try:
                 found = parse_row(row, spec) if BROKEN not in row else {}
-                images = [*found.get("image", ()), found.get("video")]
+                images = [*found.get("image", ()), *_listed(found.get("video"))]
             except SampleError:
                 continue
             names += [each for each in images if isinstance(each, str) and "://" not in each]
@@ -563,6 +566,10 @@ def _likely_base(
     counts = {base: sum(_exists(Path(base, name)) for name in names) for base in bases}
     best = max(bases, key=lambda base: counts[base])
     return best, (counts[best], len(names))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _exists(path: Path) -> bool:
@@ -589,6 +596,8 @@ def _guessed(source: str) -> Spec:
     if "video" in FORMATS[guess.format].fields:
         names = [n for n in VIDEO_NAMES if any(not is_empty(row.get(n)) for row in probed)]
         columns = {"video": names[0]} if names else {}
+        if not names and any(map(has_video_part, probed)):
+            columns = {"video": ""}  # in parts of the contents alone
     return Spec(
         name=stem.strip("_-")[:80] or "own", format=guess.format, source=source, columns=columns
     )

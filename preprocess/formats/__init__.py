@@ -8,6 +8,7 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 `FORMATS` in `preprocess.formats.parse`; `preprocess.formats.detect` says how it is recognised.
 """
 
+from preprocess.formats.conversations import has_video_part
 from preprocess.formats.detect import Guess, guess_format
 from preprocess.formats.documents import TASKS as DOCUMENT_TASKS
 from preprocess.formats.documents import DocumentPolicy, document_request
@@ -44,6 +45,7 @@ __all__ = [
     "check_unit",
     "document_request",
     "guess_format",
+    "has_video_part",
     "is_empty",
     "open_records",
     "parse_messages",

@@ -12,7 +12,7 @@ from preprocess.formats.documents import parse_pages
 from preprocess.formats.interleaved import count_pieces, parse_document
 from preprocess.formats.spec import Spec
 from preprocess.formats.tasks import parse_boxes, parse_caption, parse_points, parse_question
-from preprocess.formats.video import with_video
+from preprocess.formats.video import with_row_videos
 from shardspec.errors import SampleError, redacted_url
 
 METADATA = ("id", "question_id", "image_id", "source", "url", "licence", "license")
@@ -38,8 +38,8 @@ class Format:
 
 _CONVERSATION = Format(
     parse=parse_conversation,
-    fields=("messages", "image", "system"),
-    help="turns of from/value or role/content, with images beside or in them",
+    fields=("messages", "image", "video", "start", "end", "system"),
+    help="turns of from/value or role/content, with images and videos beside or in them",
 )
 
 
@@ -143,7 +143,7 @@ def parse_row(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     Raises:
       SampleError: The row cannot become one; `reason` says why.
     """
-    example = with_video(FORMATS[spec.format].parse(row, spec), row, spec)
+    example = with_row_videos(FORMATS[spec.format].parse(row, spec), row, spec)
     metadata = {
         name: row[name] if isinstance(row[name], str) or abs(row[name]) < 2**63 else str(row[name])
         for name in METADATA

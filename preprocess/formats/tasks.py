@@ -10,7 +10,7 @@ from typing import Any
 from preprocess.formats.conversations import has_placeholder, place_images
 from preprocess.formats.images import require_no_media, row_images
 from preprocess.formats.spec import UNITS, Spec
-from preprocess.formats.video import row_video
+from preprocess.formats.video import row_videos
 from shardspec.errors import SampleError, SourceError
 
 CAPTIONS = ("caption", "captions", "text", "TEXT", "description", "alt", "prompt", "title")
@@ -366,7 +366,7 @@ def _answer_idx(
 
 def _required_images(row: Mapping[str, Any], spec: Spec) -> list[Any]:
     images = row_images(row, spec)
-    if not images and not row_video(row, spec):
+    if not images and not row_videos(row, spec):
         raise SampleError("row_image", fields=sorted(row), got="nothing")
     return images
 

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets import (
+    Clip,
     EpisodeFrame,
     ImageSource,
     PageImage,
@@ -35,8 +36,9 @@ from preprocess.datasets import (
     SceneImage,
     SceneVideo,
     VideoSource,
+    example_clips,
     example_images,
-    example_video,
+    example_videos,
 )
 from preprocess.documents import page_identity
 from preprocess.fetch import FetchResult, Ledger, fetch_all, read_ledger, redact
@@ -355,7 +357,7 @@ def _spool_rows(
 
 def _has_blobs(row: Mapping[str, Any]) -> bool:
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    found = [*images, row.get("video")]
+    found = [*images, *row.get("video", ())]
     # A page is where its document is.
     places = [each.get("document", each) for each in found if each is not None]
     return any(place["kind"] == "blob" for place in places)
@@ -432,23 +434,23 @@ def _planned_row(
     results: Mapping[str, FetchResult],
     stamps: StampWriter,
 ) -> tuple[dict[str, Any], SampleError | None]:
-    images, video = example_images(example), example_video(example)
+    images, videos, clips = example_images(example), example_videos(example), example_clips(example)
     example.pop("image", None)
     example.pop("video", None)
     _check_number(job, images)
     planned = [_plan_image(job, image, results, stamps) for image in images]
-    planned_video = None
-    if video is not None:
-        planned_video = _plan_video(job, video, example, stamps)
-        planned.append(planned_video)
+    locations = [image.location for image in planned]
+    found = [
+        _plan_video(job, video, clip, stamps) for video, clip in zip(videos, clips, strict=True)
+    ]
+    planned += found
     key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
-    locations = [image.location for image in planned if image is not planned_video]
     location = locations if job.dataset.several_images else next(iter(locations), None)
     if "metadata" in example:
         example = {**example, "metadata": _without_secrets(example["metadata"])}
     row = {"key": key, "image": location, "example": example}
-    if planned_video is not None:
-        row["video"] = planned_video.location
+    if found:
+        row["video"] = [video.location for video in found]
     errors = [image.error for image in planned if image.error is not None]
     if not example["message_list"]:
         errors.append(SampleError("no_message.mode"))
@@ -538,14 +540,14 @@ def _plan_image(
 
 
 def _plan_video(
-    job: Job, video: VideoSource, example: Mapping[str, Any], stamps: StampWriter
+    job: Job, video: VideoSource, clip: Clip | None, stamps: StampWriter
 ) -> _PlannedImage:
     """Finds where a video is, and its identity; its frames are decoded when it is built."""
     if not job.dataset.videos:
         raise ConfigError("video_dataset", dataset=job.dataset.name)
     if isinstance(video, SceneVideo):
         location: dict[str, Any] = {"kind": "scene", "seed": video.seed, "idx": video.idx}
-        return _PlannedImage(location=location, identity=video_identity(video, example))
+        return _PlannedImage(location=location, identity=video_identity(video, clip))
     if isinstance(video, bytes):
         sha256 = hashlib.sha256(video).hexdigest()
         if not job.blobs.has(sha256, num_bytes=len(video)):
@@ -563,7 +565,7 @@ def _plan_video(
         location["sha256"] = sha256
     else:
         raise ConfigError("video_type", got=type(video).__name__)
-    identity = video_identity(video, example, sha256=sha256)
+    identity = video_identity(video, clip, sha256=sha256)
     return _PlannedImage(location=location, identity=identity)
 
 

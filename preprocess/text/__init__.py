@@ -10,9 +10,10 @@ from preprocess.text.choices import ChoiceForm
 from preprocess.text.formatter import Branch, DataFormatter, Variant, system_text
 from preprocess.text.geometry import safe_geometry
 from preprocess.text.interleaved import (
+    FrameLead,
     InterleavedTextPreprocessor,
     TokenizedText,
-    check_placeholders,
+    place_media,
 )
 from preprocess.text.message import answer_flags, message_styles, message_texts
 from preprocess.text.ocr import add_ocr, name_pages
@@ -26,6 +27,7 @@ from preprocess.text.tokens import (
     EMBEDDED,
     IMAGE_PLACEHOLDER,
     IMAGE_SYMBOLS,
+    VIDEO_PLACEHOLDER,
     Tokenizer,
     load_tokenizer,
     tokenizer_from_entry,
@@ -38,12 +40,14 @@ __all__ = [
     "IMAGE_PLACEHOLDER",
     "IMAGE_SYMBOLS",
     "USER",
+    "VIDEO_PLACEHOLDER",
     "BareFrame",
     "Branch",
     "ChatFrame",
     "ChoiceForm",
     "DataFormatter",
     "Frame",
+    "FrameLead",
     "InterleavedTextPreprocessor",
     "MessageFormat",
     "PointFormat",
@@ -58,13 +62,13 @@ __all__ = [
     "answer_flags",
     "add_ocr",
     "chat_frame",
-    "check_placeholders",
     "image_prefixes",
     "load_tokenizer",
     "media_placeholder",
     "message_styles",
     "message_texts",
     "name_pages",
+    "place_media",
     "read_styles",
     "require_style",
     "safe_geometry",

@@ -4,7 +4,9 @@ Frames are stored, so with a lossless codec the invariant of `test_invariant` ho
 which of them an example has is drawn from the sample's generator, on both paths.
 """
 
+import itertools
 import json
+import re
 import tarfile
 from dataclasses import replace
 from fractions import Fraction
@@ -21,6 +23,7 @@ from loader import (
     View,
     make_dataloader,
 )
+from loader.assembly import TokenIds, assemble
 from preprocess.datasets import get_dataset
 from preprocess.job import JobSettings, run_job, verify
 from preprocess.job.build import prepare_row
@@ -30,7 +33,8 @@ from preprocess.synthetic import plan_clip, render_clip
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.keyed import dataset_seed
-from shardspec.tiling import FrameView, ImageView
+from shardspec.sample import text_rows, video_rows
+from shardspec.tiling import FrameView, ImageView, image_token_ids
 from tests import inline
 
 pytest.importorskip("av")
@@ -212,7 +216,7 @@ def test_file_that_changes_between_plan_and_build_is_named(prepare, tmp_path):
     row = {
         "key": "a",
         "image": None,
-        "video": {"kind": "path", "path": str(path), "sha256": "0" * 64},
+        "video": [{"kind": "path", "path": str(path), "sha256": "0" * 64}],
         "example": {"message_list": [{"style": "vqa2", "question": "What?", "answer": "a"}]},
     }
     with pytest.raises(SampleError) as found:
@@ -300,6 +304,110 @@ def test_own_rows_with_a_column_of_videos_become_samples(name, want, clips, tmp_
     stream = StreamingDataset(settings.out, split="train")
     got = [stream.example(i)["metadata"]["frame_times_s"] for i in range(len(want))]
     assert sorted(got) == sorted(want)
+    assert not verify(settings.out, inline.Quiet(), deep=True)
+
+
+PLACED = [
+    ["First <|video|>, then <|image|> and <|video|>?", "Alike.", "Sure?", "Yes."],
+    ["Ready?", "Yes.", "What is <|image|>?", "Grey.", "And <|video|>, <|video|>?", "Lighter."],
+]
+
+
+def placed_example(clips, texts):
+    videos = [(clips / f"{i}.mp4").read_bytes() for i in range(2)]
+    message = {"style": "demo", "messages": texts}
+    image = np.full((84, 84, 3), 200, np.uint8)
+    return {"video": videos, "clip": [None, [0.35, 0.8]], "image": image, "message_list": [message]}
+
+
+def frames_by_hand(times_s, marks, special, encode):
+    """The tokens of a video, and where the block of each of its frames begins."""
+    begin, end = [special["<frame_start>"]], [special["<frame_end>"]]
+    patches = [special["<im_patch>"]] * 4
+    block, starts = begin if marks == "video" else [], []
+    for time_s in times_s:
+        block = block + encode(f"{' ' * bool(starts)}{time_s:.1f} ")
+        starts.append(len(block))
+        block += [*begin, *patches, *end] if marks == "frame" else patches
+    return block + (end if marks == "video" else []), starts
+
+
+@pytest.mark.parametrize("marks", ["frame", "video"])
+@pytest.mark.parametrize("texts", PLACED)
+def test_videos_and_images_are_where_the_text_has_them(texts, marks, clips, prepare):
+    tokenizer = prepare.tokenizer
+    special, ids = tokenizer.special_ids, TokenIds.from_special_ids(tokenizer.special_ids)
+    sample = prepare(placed_example(clips, texts))
+    image = (image_token_ids(84, 84, SMALL, ids.image).tolist(), [0])
+    videos = iter(
+        frames_by_hand(record["frame_times_s"], marks, special, tokenizer.encode)
+        for record in sample.record["videos"]
+    )
+    kinds = re.findall(r"<\|(image|video)\|>", "".join(texts))
+    units = iter([image if kind == "image" else next(videos) for kind in kinds])
+    want, starts = [special["bos"]], []
+    variants = {row[2]: row for row in text_rows(sample.spans)[::-1].tolist()}  # the first of each
+    for turn, row in sorted(variants.items()):
+        prompt, prompt_stop, response, stop = row[3:7]
+        tokens = [*sample.tokens[prompt:prompt_stop], *sample.tokens[response:stop]]
+        for token in [special["eos"], *tokens] if turn else tokens:
+            unit, own = next(units) if token == special["<|image|>"] else ([int(token)], [])
+            starts += [len(want) + start for start in own]
+            want += unit
+    view = View(image=SMALL, frames=FrameView(marks=marks), purpose="inference")
+    got = assemble(sample, None, view=view, ids=ids)
+    assert got["input_ids"].tolist() == want
+    first_patches = [want.index(special["<im_patch>"], start) for start in starts]
+    assert got["image_input_idx"].tolist() == first_patches
+    assert len(first_patches) == len(sample.images) > 5
+    videos = [range(first, first + n) for _, _, first, n, *_ in video_rows(sample.spans).tolist()]
+    stored = {"image": [[0]], "video": videos}
+    for i, made in zip([i for k in kinds for i in stored[k].pop(0)], got["images"], strict=True):
+        assert abs(sample.images[i].pixels.mean() - made.mean()) < 1  # each is of one colour
+
+
+def test_question_is_asked_about_the_videos_that_have_come_by_then(clips, prepare):
+    view = View(image=SMALL, frames=FrameView(), purpose="evaluation")
+    ids = TokenIds.from_special_ids(prepare.tokenizer.special_ids)
+    sample = prepare(placed_example(clips, PLACED[1]))
+    asked = [assemble(sample, None, view=view, ids=ids, question=q) for q in range(3)]
+    assert [len(one["images"]) for one in asked] == [0, 1, len(sample.images)]
+
+
+def test_own_conversations_about_videos_are_the_same_with_and_without_shards(
+    clips, prepare, tmp_path
+):
+    Image.new("RGB", (84, 84), "gray").save(clips / "a.png")
+    texts = ["Is <image> in <video> or in <video>?", "<video>\nWhat happens?"]
+    media = [{"image": "a.png", "video": ["0.mp4", "1.mp4"]}, {"video": "1.mp4", "start": 0.5}]
+    rows = [
+        {**each, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]}
+        for each, text in zip(media, texts, strict=True)
+    ]
+    rows.append({**rows[0], "image": None})
+    (clips / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    settings = JobSettings(
+        dataset=str(clips / "chats.jsonl"),
+        out=str(tmp_path / "shards"),
+        cache=str(tmp_path / "cache"),
+        recipe=RECIPE,
+        max_lost_rows=0.5,
+    )
+    with inline.jobs():
+        outcome = run_job(settings, inline.Quiet())
+    assert outcome.result.split.quarantined == {"placeholder_without_image": 1}
+    view = View(image=SMALL, frames=FrameView(max_frames=2), image_map="pooling")
+    stream = StreamingDataset(settings.out, seed=SEED, view=view)
+    dataset = get_dataset(str(clips / "chats.jsonl"))
+    samples = {sample.key: sample for sample in (prepare(dataset.get(i)) for i in range(2))}
+    other = DeterministicDataset(
+        InStoredOrder([samples[stream.reader.read(i).key] for i in range(2)]),
+        MolmoPreprocessor(lambda s: s, special_ids=prepare.tokenizer.special_ids, view=view),
+        seed=dataset_seed(SEED, stream.manifest.dataset),
+    )
+    for number, epoch in itertools.product(range(2), range(2)):
+        got, want = stream.example(number, epoch=epoch), other.get(number, epoch=epoch)
+        assert all(got[k].tobytes() == want[k].tobytes() for k in got.keys() - {"metadata"})
     assert not verify(settings.out, inline.Quiet(), deep=True)
 
 

@@ -54,7 +54,7 @@ def sample(tokenizer, times_s, *, images=0):
     return PreparedSample(
         key="a",
         tokens=np.array(tokens, "<i4"),
-        spans=spans_table([text], pictures, leads=leads, videos=[(images, len(times_s))]),
+        spans=spans_table([text], pictures, leads=leads, videos=[(images, len(times_s), 0)]),
         images=pictures,
     )
 

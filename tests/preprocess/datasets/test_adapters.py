@@ -25,7 +25,7 @@ from preprocess.datasets import (
     dataset_class,
     dataset_names,
     example_images,
-    example_video,
+    example_videos,
     get_dataset,
 )
 from preprocess.datasets.base import row_image
@@ -133,7 +133,7 @@ def test_generated_examples_are_whole_and_of_plain_json(name, mode):
         images = example_images(example)
         assert all(isinstance(image, SceneImage | EpisodeFrame | PageImage) for image in images)
         assert isinstance(example.get("image"), list) == dataset.several_images - dataset.videos
-        assert isinstance(example_video(example), SceneVideo) == dataset.videos
+        assert [type(v) for v in example_videos(example)] == [SceneVideo] * dataset.videos
         for message in example["message_list"]:
             assert message["style"] in STYLES
             if "options" in message:
