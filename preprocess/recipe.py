@@ -28,6 +28,7 @@ from preprocess.datasets import (
     VideoSource,
     example_clips,
     example_images,
+    example_subtitles,
     example_videos,
 )
 from preprocess.formats import parse_messages
@@ -48,6 +49,7 @@ from preprocess.text import (
     Frame,
     FrameLead,
     InterleavedTextPreprocessor,
+    SubtitleText,
     TextPolicy,
     TokenizedText,
     Tokenizer,
@@ -60,6 +62,7 @@ from preprocess.text import (
     message_texts,
     name_pages,
     place_media,
+    place_subtitles,
     safe_geometry,
     styles_of,
     system_text,
@@ -207,6 +210,7 @@ class Preparer:
             identities += map(video_identity, videos, clips)
             key = sample_key(example, image_id=images_identity(identities))
         told = example["message_list"]
+        subtitles = example_subtitles(example)
         example = add_ocr(example, encode=self.tokenizer.encode)
         if self.model is not None:  # its template places the images itself
             example = name_pages(example)
@@ -221,6 +225,9 @@ class Preparer:
             spelled = media_placeholder(text)
             if spelled and self.recipe.text.placeholders == "refuse":
                 raise SampleError("media_placeholder", where=key, spelled=spelled)
+        for text in [text for lines in subtitles for _, _, text in lines]:
+            if control := self.tokenizer.control_token(text) or media_placeholder(text):
+                raise SampleError("control_token", where=key, control=control)
         known = self.formatter.styles
         geometry = safe_geometry(texts, styles=message_styles(example), known=known)
         if example.get("rigid"):
@@ -235,14 +242,6 @@ class Preparer:
             for image, source in zip(found, sources, strict=True)
         )
         sizes = [(image.source_width, image.source_height) for image in images]
-        branches = self.formatter(example, key=key, image_sizes=sizes)
-        if not branches:
-            raise SampleError("no_message.row", where=key)
-        record = {
-            "key": key,
-            "message_list": told,
-            "metadata": example.get("metadata", {}),
-        }
         stored = [
             self.video_preparer(
                 video.read() if isinstance(video, SceneVideo) else video,
@@ -252,16 +251,28 @@ class Preparer:
             )
             for video, clip in zip(videos, clips, strict=True)
         ]
-        if len(stored) == 1:
-            record["video"] = stored[0].record
-        elif stored:
-            record["videos"] = [each.record for each in stored]
+        branches = self.formatter(example, key=key, image_sizes=sizes)
+        if not branches:
+            raise SampleError("no_message.row", where=key)
         placed: Sequence[Branch] = branches
         places = [0] * len(stored)
         if self.model is None:
             placed, places = place_media(
                 branches, num_images=len(images), num_videos=len(stored), key=key
             )
+        video_policy = self.recipe.video
+        said = [
+            place_subtitles(
+                lines,
+                form=video_policy.subtitles,
+                max_tokens=video_policy.subtitle_tokens,
+                window_s=video_policy.subtitle_window_s,
+                clip=clip or (None, None),
+                frame_times_s=shown.times_s,
+                count=lambda text: len(self.tokenizer.encode(text)),
+            )
+            for lines, clip, shown in zip(subtitles, clips, stored, strict=True)
+        ]
         frames: list[FrameLead | None] = [None] * len(images) if stored else []
         rows = []
         for shown, place in zip(stored, places, strict=True):
@@ -269,9 +280,31 @@ class Preparer:
             images = (*images, *shown.images)
             frames += [FrameLead(time_s=time_s) for time_s in shown.times_s]
         tokenized = self._tokenized(
-            example, placed, num_pictures=len(sizes), frames=frames, key=key
+            example,
+            placed,
+            num_pictures=len(sizes),
+            frames=frames,
+            subtitles=[placed.lines for placed in said],
+            key=key,
         )
-        spans = spans_table(tokenized.rows, images, leads=tokenized.leads, videos=rows)
+        spans = spans_table(
+            tokenized.rows,
+            images,
+            leads=tokenized.leads,
+            videos=rows,
+            subtitles=tokenized.subtitles,
+        )
+        record = {
+            "key": key,
+            "message_list": told,
+            "metadata": example.get("metadata", {}),
+        }
+        described = [
+            {**shown.record, **({"subtitles_left_out": text.left_out} if text.left_out else {})}
+            for shown, text in zip(stored, said, strict=True)
+        ]
+        if described:
+            record |= {"videos": described} if len(described) > 1 else {"video": described[0]}
         limit = example.get("max_tokens")
         if limit and (length := self._length(spans, sizes)) > limit:
             raise SampleError("document_tokens", where=key, tokens=length, limit=limit)
@@ -299,6 +332,7 @@ class Preparer:
         *,
         num_pictures: int,
         frames: Sequence[FrameLead | None],
+        subtitles: Sequence[Sequence[SubtitleText]],
         key: str,
     ) -> TokenizedText:
         """Tokenizes the texts; `num_pictures` are the images that are not frames."""
@@ -308,6 +342,7 @@ class Preparer:
                 key=key,
                 leads=example.get("leads") or image_prefixes(num_pictures),
                 frames=frames,
+                subtitles=subtitles,
             )
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
         alternatives = conversations(branches, systems)
@@ -409,7 +444,10 @@ def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:
 
     The same row gives the same key in every source that delivers the same bytes.
     """
-    text = canonical_json({"image": image_id, "message_list": example["message_list"]})
+    content = {"image": image_id, "message_list": example["message_list"]}
+    if example.get("subtitles"):
+        content["subtitles"] = example["subtitles"]
+    text = canonical_json(content)
     return hashlib.blake2b(text, digest_size=KEY_BYTES).hexdigest()
 
 

@@ -62,6 +62,7 @@ PUBLIC = {
         "dataset_names",
         "example_clips",
         "example_images",
+        "example_subtitles",
         "example_videos",
         "get_dataset",
         "is_own",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from shardspec.frames import draw_frames, even_frames
 from shardspec.sample import SpanKind
 from shardspec.tiling import FrameView
 
+_SUBTITLE = SpanKind.SUBTITLE.value
 _LEAD, _IMAGE, _VIDEO = SpanKind.LEAD.value, SpanKind.IMAGE.value, SpanKind.VIDEO.value
 
 
@@ -102,6 +104,7 @@ class VideoFrames:
         leads: list[np.ndarray] = []
         blocks: list[np.ndarray] = []
         around = frames.marks == "video"
+        said = _Subtitles(tokens, others)
         for i, (image, size) in enumerate(zip(shown.images, sizes, strict=True)):
             row, first = lead_rows[image], shown.begins[i]
             is_frame = shown.is_frame[i]
@@ -111,15 +114,46 @@ class VideoFrames:
             if is_frame:
                 shown.times_ms.append(row[6])
                 lead = lead if frames.timestamps else lead[:0]
+                spoken = said.before(image, row[6])
                 if around and first:
                     lead = np.append(np.int32(self._ids.frame_start), lead)
                 last = i + 1 == len(sizes) or shown.begins[i + 1]
                 if around and last:
                     block = np.append(block, np.int32(self._ids.frame_end))
+                if spoken:
+                    lead = np.concatenate([*spoken, lead])
+                if last and (spoken := said.rest(image)):
+                    block = np.concatenate([block, *spoken])
             seen.append(each)
             leads.append(lead)
             blocks.append(block)
         return seen, leads, blocks
+
+
+class _Subtitles:
+    """Hands out the subtitles of the videos of a sample, as their frames come up."""
+
+    def __init__(self, tokens: np.ndarray, others: Sequence[Sequence[int]]) -> None:
+        """Takes the tokens of a sample, and its spans that are neither texts nor images."""
+        self._tokens = tokens
+        videos = [row for row in others if row[0] == _VIDEO]
+        lines = [row for row in others if row[0] == _SUBTITLE]
+        self._lines = {row[1]: [line for line in lines if line[1] == row[1]] for row in videos}
+        self._videos = videos if lines else []
+
+    def before(self, image: int, time_ms: float) -> list[np.ndarray]:
+        """Lists what is said before a frame, and not before an earlier one."""
+        for _, video, first, count, *_ in self._videos:
+            if first <= image < first + count:
+                lines = self._lines[video]
+                number = sum(line[4] < time_ms for line in lines)
+                self._lines[video] = lines[number:]
+                return [self._tokens[line[2] : line[3]] for line in lines[:number]]
+        return []
+
+    def rest(self, image: int) -> list[np.ndarray]:
+        """Lists what is said after the last frame that is shown, which is `image`."""
+        return self.before(image, math.inf)
 
 
 def video_units(videos: Sequence[Sequence[int]], num_images: int) -> list[Sequence[int]]:

@@ -25,6 +25,7 @@ from preprocess.datasets.base import (
     VideoSource,
     example_clips,
     example_images,
+    example_subtitles,
     example_videos,
 )
 from preprocess.datasets.documents import Documents
@@ -87,6 +88,7 @@ __all__ = [
     "dataset_names",
     "example_clips",
     "example_images",
+    "example_subtitles",
     "example_videos",
     "get_dataset",
     "is_own",

@@ -8,6 +8,8 @@ An *example* is a plain dict, as in the Molmo code bases:
                   follow the images, or are where a user text has `<|video|>`
     clip          the part of the video that is meant, [start, end] in seconds, either of which may
                   be None; of several videos a list with a part, or None, for each
+    subtitles     what is said in the video, [start, end, text] for each line, in seconds of the
+                  video, or the text of an SRT or WebVTT file; of several videos a list
     message_list  messages, each an independent conversation about the image; a dict with `style`
                   and the fields that the formatter wants for that style, all of JSON types
     metadata      JSON types, kept for people and evaluators
@@ -52,7 +54,7 @@ from preprocess.datasets.images import EpisodeFrame, RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.documents import PageImage, read_file
-from preprocess.formats import parse_messages
+from preprocess.formats import Subtitle, parse_messages, row_subtitles
 from preprocess.media import encode_video
 from preprocess.synthetic import plan_clip, plan_scene, render, render_clip
 from shardspec.errors import ConfigError, SampleError, ShardsError, SourceError
@@ -684,6 +686,21 @@ def example_videos(example: Mapping[str, Any]) -> list[VideoSource]:
         if isinstance(each, str | RemoteImage):
             raise SampleError("video_url", where=each if isinstance(each, str) else each.url)
     return found
+
+
+def example_subtitles(example: Mapping[str, Any]) -> list[list[Subtitle]]:
+    """Lists the subtitles of each video of an example.
+
+    Raises:
+      SampleError: `subtitles`.
+    """
+    number, value = len(example_videos(example)), example.get("subtitles")
+    if value is None:
+        return [[]] * number
+    values = [value] if number == 1 else value
+    if not isinstance(values, list | tuple) or len(values) != number:
+        raise SampleError("subtitles.number", videos=number)
+    return [row_subtitles(each) for each in values]
 
 
 Clip = tuple[float | None, float | None]

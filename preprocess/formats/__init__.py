@@ -25,6 +25,7 @@ from preprocess.formats.records import (
     visible_files,
 )
 from preprocess.formats.spec import NAME, Spec, read_spec
+from preprocess.formats.subtitles import Subtitle, row_subtitles
 from preprocess.formats.tasks import check_unit
 from preprocess.formats.video import VIDEO_NAMES
 
@@ -40,6 +41,7 @@ __all__ = [
     "ROWS",
     "Records",
     "Spec",
+    "Subtitle",
     "VIDEO_NAMES",
     "annotation_names",
     "check_unit",
@@ -51,5 +53,6 @@ __all__ = [
     "parse_messages",
     "parse_row",
     "read_spec",
+    "row_subtitles",
     "visible_files",
 ]

@@ -23,6 +23,10 @@ from preprocess.text.placeholders import media_placeholder
 from preprocess.text.points import PointFormat
 from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
 from preprocess.text.sheet import StyleSheet, read_styles
+from preprocess.text.subtitles import (
+    SubtitleText,
+    place_subtitles,
+)
 from preprocess.text.tokens import (
     EMBEDDED,
     IMAGE_PLACEHOLDER,
@@ -53,6 +57,7 @@ __all__ = [
     "PointFormat",
     "PromptTemplates",
     "StyleSheet",
+    "SubtitleText",
     "SystemPrompt",
     "TemplateFrame",
     "TextPolicy",
@@ -69,6 +74,7 @@ __all__ = [
     "message_texts",
     "name_pages",
     "place_media",
+    "place_subtitles",
     "read_styles",
     "require_style",
     "safe_geometry",

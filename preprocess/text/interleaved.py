@@ -21,6 +21,7 @@ import numpy as np
 
 from preprocess.text.formatter import Branch, Variant
 from preprocess.text.rendering import Conversation, render_branch
+from preprocess.text.subtitles import SubtitleText
 from preprocess.text.tokens import (
     IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
@@ -41,6 +42,8 @@ class TokenizedText:
     leads: tuple[tuple[int, ...], ...]
     """(start, stop) of the tokens in front of each image, or (). Those of frames have more: (start,
     stop) for the first frame of a video, and its time in milliseconds."""
+    subtitles: tuple[tuple[int, int, int, int, int], ...] = ()
+    """(video, start, stop, begin and end in milliseconds) of each run of subtitles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,7 @@ class InterleavedTextPreprocessor:
         key: str,
         leads: Sequence[str] = (),
         frames: Sequence[FrameLead | None] = (),
+        subtitles: Sequence[Sequence[SubtitleText]] = (),
     ) -> TokenizedText:
         """Tokenizes every variant of every turn.
 
@@ -73,6 +77,7 @@ class InterleavedTextPreprocessor:
           leads: Texts in front of the images that are not frames, one for each; () for none.
           frames: Where there are videos, what is in front of each image as a frame; None for one
             that is not a frame.
+          subtitles: Of each video.
 
         Raises:
           SampleError: `empty_response` (no token to learn from), `image_placeholder`,
@@ -130,8 +135,14 @@ class InterleavedTextPreprocessor:
             lead_spans = [*map(lead, frames)]
         else:
             lead_spans = [] if placed or not any(leads) else [*map(span, leads)]
+        said = [
+            (video, *span(line.text), line.begin_ms, line.end_ms)
+            for video, lines in enumerate(subtitles)
+            for line in lines
+        ]
         return TokenizedText(
             leads=tuple(lead_spans),
+            subtitles=tuple(said),
             rows=tuple(rows),
             tokens=np.array(ids, dtype="<i4"),
         )

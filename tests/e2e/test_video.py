@@ -380,6 +380,9 @@ def test_own_conversations_about_videos_are_the_same_with_and_without_shards(
     Image.new("RGB", (84, 84), "gray").save(clips / "a.png")
     texts = ["Is <image> in <video> or in <video>?", "<video>\nWhat happens?"]
     media = [{"image": "a.png", "video": ["0.mp4", "1.mp4"]}, {"video": "1.mp4", "start": 0.5}]
+    (clips / "said.srt").write_text("1\n00:00:00,200 --> 00:00:00,900\nIt is late.\n")
+    media[0]["subtitles"] = [None, "said.srt"]
+    media[1]["subtitles"] = [[0.2, 0.7, "It begins."], [0, 0.1, "It is over."]]
     rows = [
         {**each, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]}
         for each, text in zip(media, texts, strict=True)
@@ -408,6 +411,9 @@ def test_own_conversations_about_videos_are_the_same_with_and_without_shards(
     for number, epoch in itertools.product(range(2), range(2)):
         got, want = stream.example(number, epoch=epoch), other.get(number, epoch=epoch)
         assert all(got[k].tobytes() == want[k].tobytes() for k in got.keys() - {"metadata"})
+        text = prepare.tokenizer.decode(got["input_ids"].tolist())
+        assert ("\n0.2 - 0.9 It is late.\n" in text) + ("\n0.0 - 0.2 It begins.\n" in text) == 1
+        assert "over" not in text
     assert not verify(settings.out, inline.Quiet(), deep=True)
 
 
