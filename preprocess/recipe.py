@@ -53,6 +53,7 @@ from preprocess.text import (
     TextPolicy,
     TokenizedText,
     Tokenizer,
+    VideoFacts,
     add_ocr,
     answer_flags,
     chat_frame,
@@ -251,7 +252,15 @@ class Preparer:
             )
             for video, clip in zip(videos, clips, strict=True)
         ]
-        branches = self.formatter(example, key=key, image_sizes=sizes)
+        facts = [
+            VideoFacts(
+                frame_times_s=shown.times_s,
+                clip=clip,
+                size=(shown.record["width"], shown.record["height"]),
+            )
+            for shown, clip in zip(stored, clips, strict=True)
+        ]
+        branches = self.formatter(example, key=key, image_sizes=sizes, videos=facts)
         if not branches:
             raise SampleError("no_message.row", where=key)
         placed: Sequence[Branch] = branches

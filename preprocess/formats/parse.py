@@ -12,7 +12,13 @@ from preprocess.formats.documents import parse_pages
 from preprocess.formats.interleaved import count_pieces, parse_document
 from preprocess.formats.spec import Spec
 from preprocess.formats.subtitles import with_row_subtitles
-from preprocess.formats.tasks import parse_boxes, parse_caption, parse_points, parse_question
+from preprocess.formats.tasks import (
+    parse_boxes,
+    parse_caption,
+    parse_points,
+    parse_question,
+    parse_tracks,
+)
 from preprocess.formats.video import with_row_videos
 from shardspec.errors import SampleError, redacted_url
 
@@ -75,8 +81,13 @@ FORMATS: Mapping[str, Format] = {
     ),
     "points": Format(
         parse=parse_points,
-        fields=("image", "points", "label", "question"),
-        help="points of what a label names",
+        fields=("image", *VIDEO_FIELDS, "points", "timestamps", "fps", "label", "question"),
+        help="points of what a label names, in an image or at times of a video",
+    ),
+    "tracks": Format(
+        parse=parse_tracks,
+        fields=(*VIDEO_FIELDS, "frame_trajectories", "sampling_fps", "label", "question"),
+        help="where what a label names is in the frames of a video",
     ),
     "boxes": Format(
         parse=parse_boxes,

@@ -16,7 +16,7 @@ VIDEO_NAMES = ("video", "videos", "video_path", "video_file")
 QUESTION = "Describe this video."
 """User text of a caption without one: the templates speak of an image."""
 
-_BY_COLUMN = ("captions", "vqa")
+_BY_COLUMN = ("captions", "vqa", "points", "tracks")
 """Formats that know videos by their column alone."""
 
 _CLIP = (("start", "video_start"), ("end", "video_end"))
@@ -83,6 +83,8 @@ def with_videos(example: dict[str, Any], videos: list[RowVideo]) -> dict[str, An
 def with_row_videos(example: dict[str, Any], row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """Adds the videos of a row whose format leaves them in the order of their column."""
     videos = row_videos(row, spec) if spec.format in _BY_COLUMN else []
+    if not videos:
+        return example
     messages = [
         {"question": QUESTION, **message} if spec.format == "captions" else message
         for message in example["message_list"]

@@ -15,7 +15,7 @@ from preprocess.text.interleaved import (
     TokenizedText,
     place_media,
 )
-from preprocess.text.message import answer_flags, message_styles, message_texts
+from preprocess.text.message import VideoFacts, answer_flags, message_styles, message_texts
 from preprocess.text.ocr import add_ocr, name_pages
 from preprocess.text.own_styles import require_style, styles_of
 from preprocess.text.paraphrase import word_groups
@@ -64,6 +64,7 @@ __all__ = [
     "TokenizedText",
     "Tokenizer",
     "Variant",
+    "VideoFacts",
     "answer_flags",
     "add_ocr",
     "chat_frame",

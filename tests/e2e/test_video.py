@@ -29,7 +29,7 @@ from preprocess.job import JobSettings, run_job, verify
 from preprocess.job.build import prepare_row
 from preprocess.media import ImagePolicy, VideoPolicy, encode_video
 from preprocess.recipe import Preparer, Recipe
-from preprocess.synthetic import plan_clip, render_clip
+from preprocess.synthetic import COLORS, SHAPES, plan_clip, render_clip
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.keyed import dataset_seed
@@ -200,6 +200,62 @@ def test_stored_frames_show_the_scenes_of_the_clip(prepare):
     for image, number in zip(sample.images, sample.record["video"]["frame_numbers"], strict=True):
         want = np.asarray(Image.fromarray(frames[number]).resize((84, 84), 3), np.int16)
         assert np.abs(image.pixels.astype(np.int16) - want).mean() < 6
+
+
+def drawn_color(sample, time_s, x, y):
+    """The pixel of a stored frame at a place in thousandths."""
+    times = sample.record["video"]["frame_times_s"]
+    frame = next(i for i, t in enumerate(times) if f"{t:.1f}" == time_s)
+    height, width = sample.images[frame].pixels.shape[:2]
+    return sample.images[frame].pixels[int(y) * height // 1000, int(x) * width // 1000]
+
+
+def answers_of(mode, prepare, *, limit):
+    """The samples of generated clips, their plans, and each message with its answer."""
+    rows = get_dataset("moving_shapes", source="sample", limit=limit, mode=mode)
+    for i in range(limit):
+        example = rows.get(i)
+        (video,) = example["video"]
+        sample, plan = prepare(example), plan_clip(video.seed, video.idx)
+        texts = {row[1]: row for row in text_rows(sample.spans)[::-1].tolist()}
+        for branch, message in enumerate(example["message_list"]):
+            answer = sample.tokens[slice(*texts[branch][5:7])].tolist()
+            yield sample, plan, message, prepare.tokenizer.decode(answer)
+
+
+def test_tracks_of_generated_clips_lead_to_the_shapes(prepare):
+    followed = 0
+    for sample, plan, message, answer in answers_of("tracks", prepare, limit=2):
+        match = re.fullmatch(r' <tracks coords="(.*)">(.*)</tracks>', answer)
+        assert match[2] in [shape.label for shape in plan.shapes]
+        assert match[2] == message["label"]
+        for time_s, number, x, y in [group.split() for group in match[1].split(";")]:
+            assert number == "1"
+            seen = drawn_color(sample, time_s, x, y).astype(int)
+            assert np.abs(seen - COLORS[message["label"].split()[0]]).max() < 60
+            followed += 1
+    assert followed > 20
+
+
+def test_counts_of_generated_clips_are_those_of_their_shapes(prepare):
+    counts = set()
+    for _, plan, message, answer in answers_of("points", prepare, limit=2):
+        kind = next(kind for kind in SHAPES if message["label"] in (f"{kind}s", f"{kind}es"))
+        count = sum(shape.shape == kind for shape in plan.shapes)
+        counts.add(count)
+        assert (answer == " There are none.") == (not count)
+        if count:
+            (coords,) = re.findall('coords="(.*)"', answer)
+            assert sum(len(group.split()) // 3 for group in coords.split(";")) == count
+            assert answer.endswith(f" {count}.") == (message["style"] == "video_point_count")
+    assert {0, 1} <= counts
+
+
+def test_choices_of_generated_clips_are_the_true_ones(prepare):
+    for _, plan, message, answer in answers_of("choices", prepare, limit=2):
+        name = re.fullmatch("What does the (.*) do\\?", message["question"])[1]
+        (told,) = [said for said in message["options"] if said in answer]
+        assert f"{name} {told}" in plan.caption
 
 
 def test_view_without_frames_is_refused_by_name(prepare):
