@@ -201,7 +201,8 @@ class Preparer:
         """
         if "messages" in example and "message_list" not in example:
             example = parse_messages(example)
-        found, videos = example_images(example), example_videos(example)
+        found = example_images(example)
+        videos = [self._video_file(video) for video in example_videos(example)]
         clips = example_clips(example)
         if videos and self.model is not None:
             raise ConfigError("model_videos", where=key or "")
@@ -357,6 +358,17 @@ class Preparer:
         alternatives = conversations(branches, systems)
         return tokenized_conversations(self.model, alternatives, images=num_pictures, key=key)
 
+    def _video_file(self, video: VideoSource) -> bytes | Path | SceneVideo:
+        """Reads a video that is not a local file.
+
+        Raises:
+          SampleError: `image_url`: it is a URL, and there is nothing that reads it.
+        """
+        if isinstance(video, str | RemoteImage):
+            payload: bytes = self._read(video)
+            return payload
+        return video
+
     def _read(self, image: ImageSource) -> Any:
         if isinstance(image, SceneImage | RemoteImage | EpisodeFrame):
             return image.read()
@@ -421,10 +433,11 @@ def video_identity(video: VideoSource, clip: Clip | None, *, sha256: str = "") -
     """
     if isinstance(video, SceneVideo):
         name = f"scene-video:{video.seed}:{video.idx}"
-    elif sha256:
-        name = f"video:{sha256}"
     else:
-        name = f"video:{file_sha256(video)}"
+        if not sha256:
+            assert isinstance(video, bytes | Path)
+            sha256 = file_sha256(video)
+        name = f"video:{sha256}"
     return name if clip is None else f"{name}@{clip[0]}-{clip[1]}"
 
 

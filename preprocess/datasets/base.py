@@ -118,8 +118,9 @@ ImageSource = (
 """Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, a page of a
 document, a frame of a robot's camera, or pixels (uint8 [H, W, 3])."""
 
-VideoSource = bytes | Path | SceneVideo
-"""The bytes of a video file, a local path, or a generated clip."""
+VideoSource = bytes | str | Path | RemoteImage | SceneVideo
+"""The bytes of a video file, an http(s) URL, a local path, an object of a store, or a generated
+clip."""
 
 
 class Dataset(abc.ABC):
@@ -673,19 +674,11 @@ def _found_videos(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def example_videos(example: Mapping[str, Any]) -> list[VideoSource]:
-    """Lists the videos of an example; names start from the working directory.
-
-    Raises:
-      SampleError: `video_url`.
-    """
+    """Lists the videos of an example; names start from the working directory."""
     video = example.get("video")
     if video is None:
         return []
-    found = [_found_image(v) for v in (video if isinstance(video, list | tuple) else [video])]
-    for each in found:
-        if isinstance(each, str | RemoteImage):
-            raise SampleError("video_url", where=each if isinstance(each, str) else each.url)
-    return found
+    return [_found_image(v) for v in (video if isinstance(video, list | tuple) else [video])]
 
 
 def example_subtitles(example: Mapping[str, Any]) -> list[list[Subtitle]]:

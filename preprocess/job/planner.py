@@ -69,6 +69,9 @@ from shardspec.manifest import canonical_json, differences, fingerprint
 
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:[/\\]{2}\S+\s*", re.IGNORECASE)
 
+MAX_VIDEO_BYTES = 2**29
+"""Largest video that is downloaded. A body is in memory until it is complete."""
+
 PROBE_ROWS = 32
 """Samples built before the plan, to estimate bytes and to stop early if nothing works."""
 
@@ -441,8 +444,10 @@ def _planned_row(
     planned = [_plan_image(job, image, results, stamps) for image in images]
     locations = [image.location for image in planned]
     found = [
-        _plan_video(job, video, clip, stamps) for video, clip in zip(videos, clips, strict=True)
+        _plan_video(job, video, clip, results, stamps)
+        for video, clip in zip(videos, clips, strict=True)
     ]
+    changed = _changed_image(example, planned)
     planned += found
     key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
     location = locations if job.dataset.several_images else next(iter(locations), None)
@@ -454,7 +459,7 @@ def _planned_row(
     errors = [image.error for image in planned if image.error is not None]
     if not example["message_list"]:
         errors.append(SampleError("no_message.mode"))
-    return row, errors[0] if errors else _changed_image(example, planned)
+    return row, errors[0] if errors else changed
 
 
 def _without_secrets(value: Any) -> Any:
@@ -520,7 +525,7 @@ def _plan_image(
         if result.status != "ok":
             error = SampleError(
                 result.reason,
-                what="image could not be fetched",
+                what="image or video could not be fetched",
                 url=result.url,
                 http_status=result.http_status,
             )
@@ -540,7 +545,11 @@ def _plan_image(
 
 
 def _plan_video(
-    job: Job, video: VideoSource, clip: Clip | None, stamps: StampWriter
+    job: Job,
+    video: VideoSource,
+    clip: Clip | None,
+    results: Mapping[str, FetchResult],
+    stamps: StampWriter,
 ) -> _PlannedImage:
     """Finds where a video is, and its identity; its frames are decoded when it is built."""
     if not job.dataset.videos:
@@ -548,11 +557,11 @@ def _plan_video(
     if isinstance(video, SceneVideo):
         location: dict[str, Any] = {"kind": "scene", "seed": video.seed, "idx": video.idx}
         return _PlannedImage(location=location, identity=video_identity(video, clip))
-    if isinstance(video, bytes):
-        sha256 = hashlib.sha256(video).hexdigest()
-        if not job.blobs.has(sha256, num_bytes=len(video)):
-            job.blobs.put(video)
-        location = {"kind": "blob", "sha256": sha256}
+    if isinstance(video, bytes | str | RemoteImage):  # it goes the way of an image
+        planned = _plan_image(job, video, results, stamps)
+        if planned.error is not None:
+            return planned
+        location, sha256 = planned.location, planned.identity
     elif isinstance(video, Path):
         location = {"kind": "path", "path": str(video.absolute())}
         stamp = stamp_file(video)
@@ -674,12 +683,14 @@ def _write_rows(
 
 
 def image_urls(job: Job, report: Reporter) -> list[str]:
-    """Lists the image URLs of the dataset, duplicates included."""
+    """Lists the URLs of images and videos of the dataset, duplicates included."""
     report.stage("rows", len(job.dataset))
     urls: list[str] = []
     for i in range(len(job.dataset)):
         with suppress(SampleError):  # the plan reads the row again and counts the error
-            urls += [image for image in example_images(job.dataset[i]) if isinstance(image, str)]
+            example = job.dataset[i]
+            media = [*example_images(example), *example_videos(example)]
+            urls += [each for each in media if isinstance(each, str)]
         report.step("")
     return urls
 
@@ -703,6 +714,9 @@ def fetch_images(
     policy = job.settings.fetch
     if not again:
         policy = dataclasses.replace(policy, retry="none")
+    if job.dataset.videos:
+        most = max(policy.max_bytes, MAX_VIDEO_BYTES)
+        policy = dataclasses.replace(policy, max_bytes=most)
     report.stage("fetch", len(set(urls)))
     with Ledger(job.ledger_path()) as ledger:
         _copy_known(job, ledger, urls)
@@ -712,6 +726,7 @@ def fetch_images(
             ledger=ledger,
             policy=policy,
             limits=job.settings.recipe.image.limits,
+            videos=job.dataset.videos,
             on_result=lambda result: report.step(result.reason),
         )
 

@@ -8,9 +8,12 @@ import itertools
 import json
 import re
 import tarfile
+import threading
 from dataclasses import replace
 from fractions import Fraction
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +28,7 @@ from loader import (
 )
 from loader.assembly import TokenIds, assemble
 from preprocess.datasets import get_dataset
+from preprocess.fetch import FetchPolicy
 from preprocess.job import JobSettings, run_job, verify
 from preprocess.job.build import prepare_row
 from preprocess.media import ImagePolicy, VideoPolicy, encode_video
@@ -476,7 +480,6 @@ def test_own_conversations_about_videos_are_the_same_with_and_without_shards(
 def test_videos_that_cannot_be_used_are_quarantined_by_name(clips, tmp_path):
     (clips / "text.mp4").write_text("no video")
     rows = [{"video": f"{i}.mp4", "caption": "It gets lighter."} for i in (0, 1, "text", "absent")]
-    rows.append({"video": "https://example.com/a.mp4", "caption": "It is elsewhere."})
     rows.append({"video": "0.mp4", "caption": "It is too late.", "start": 7})
     (clips / "broken.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     settings = JobSettings(
@@ -490,5 +493,66 @@ def test_videos_that_cannot_be_used_are_quarantined_by_name(clips, tmp_path):
     with inline.jobs():
         outcome = run_job(settings, inline.Quiet())
     reasons = outcome.result.split.quarantined
-    assert reasons == {"video_open": 2, "video_url": 1, "video_clip": 1}
+    assert reasons == {"video_open": 2, "video_clip": 1}
     assert outcome.result.split.num_samples == 2
+
+
+@pytest.fixture
+def web(clips):
+    """A server of the folder of clips, and what it was asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args, **more):
+            super().__init__(*args, directory=str(clips), **more)
+
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_videos_are_fetched_once_and_are_the_same_from_anywhere(clips, web, prepare, tmp_path):
+    address, asked = web
+    (clips / "page.mp4").write_text("<!doctype html><p>It is gone.")
+    store = fsspec.filesystem("memory")
+    store.pipe("/clips/1.mp4", (clips / "1.mp4").read_bytes())
+    names = ["0.mp4", f"{address}/0.mp4", f"{address}/1.mp4", "memory://clips/1.mp4"]
+    names += [f"{address}/page.mp4", f"{address}/absent.mp4", "memory://clips/absent.mp4"]
+    rows = [{"video": name, "caption": f"It is {i}."} for i, name in enumerate(names)]
+    rows.append({"video": names[1], "caption": "It is there twice."})
+    (clips / "web.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    settings = JobSettings(
+        dataset=str(clips / "web.jsonl"),
+        out=str(tmp_path / "shards"),
+        cache=str(tmp_path / "cache"),
+        recipe=RECIPE,
+        fetch=FetchPolicy(allow_hosts=frozenset({"127.0.0.1"})),
+        max_lost_rows=1.0,
+        max_dead_links=1.0,
+    )
+    with inline.jobs():
+        outcome = run_job(settings, inline.Quiet())
+        again = run_job(settings, inline.Quiet())
+    split = outcome.result.split
+    assert split.quarantined == {"not_image": 1, "http_404": 1, "image_missing": 1}
+    assert not again.fresh
+    wanted = [path for path in asked if path != "/robots.txt"]
+    assert sorted(wanted) == sorted({f"/{n}.mp4" for n in ("0", "1", "page", "absent")})
+    local = [("0", 0), ("0", 1), ("1", 2), ("1", 3), ("0", 7)]
+    message = {"style": "long_caption", "question": "Describe this video."}
+    keys = {
+        prepare({"video": clips / f"{n}.mp4", "message_list": [{**message, "text": told}]}).key
+        for n, told in ((name, rows[i]["caption"]) for name, i in local)
+    }
+    reader = StreamingDataset(settings.out).reader
+    assert {reader.read(i).key for i in range(split.num_samples)} == keys
