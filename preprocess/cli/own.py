@@ -13,6 +13,7 @@ from preprocess.datasets import (
     OwnDataset,
     RemoteImage,
     dataset_class,
+    example_clips,
     example_images,
     example_videos,
 )
@@ -23,6 +24,7 @@ from preprocess.text import (
     DataFormatter,
     StyleSheet,
     TextPolicy,
+    VideoFacts,
     chat_frame,
     read_styles,
     require_style,
@@ -69,7 +71,11 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
                 for message in example["message_list"]:
                     message.pop("bounds", None)
             known = [size or (1, 1) for size in sizes]
-            branches = formatter(example, key="inspect", image_sizes=known)
+            videos = [
+                VideoFacts(frame_times_s=(), clip=clip, size=(1000, 1000))
+                for clip in example_clips(example)
+            ]
+            branches = formatter(example, key="inspect", image_sizes=known, videos=videos)
         except SampleError as error:
             problems[error.reason] = problems.get(error.reason, 0) + 1
             told.setdefault(error.reason, f"row {item}: {str(error).splitlines()[0]}")

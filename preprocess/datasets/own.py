@@ -624,7 +624,11 @@ def _guessed(source: str) -> Spec:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).absolute().name.partition(".")[0])
     columns = {}
     if "video" in FORMATS[guess.format].fields:
-        names = [n for n in VIDEO_NAMES if any(not is_empty(row.get(n)) for row in probed)]
+        names = [
+            name
+            for name in VIDEO_NAMES
+            if any(not is_empty(each) for row in probed for each in _listed(row.get(name)))
+        ]
         columns = {"video": names[0]} if names else {}
         if not names and any(map(has_video_part, probed)):
             columns = {"video": ""}  # in parts of the contents alone

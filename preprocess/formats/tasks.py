@@ -114,10 +114,7 @@ def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         isinstance(each, Mapping | list | tuple) for each in points
     ):
         raise _missing(row, spec.column("points"), "a list of [x, y]")
-    pairs = [
-        [each.get("x"), each.get("y")] if isinstance(each, Mapping) else list(each)
-        for each in points
-    ]
+    pairs = [list(each) for each in _pairs(points)]
     images = _required_images(row, spec)
     if not isinstance(label, str) and not isinstance(question, str):
         raise _missing(row, spec.column("label"), "a text")
@@ -145,7 +142,7 @@ def _parse_timed(row: Mapping[str, Any], spec: Spec, *names: str, style: str) ->
         value = row.get(spec.column(name))
         if not isinstance(value, list | tuple):
             raise _missing(row, spec.column(name), "a list")
-        message[name] = list(value)
+        message[name] = [_pairs(each) for each in value] if name == "points" else list(value)
     for name in ("fps", "sampling_fps"):
         rate = row.get(spec.column(name))
         if rate is not None and (name == "sampling_fps" or "timestamps" in names):
@@ -162,6 +159,13 @@ def _parse_timed(row: Mapping[str, Any], spec: Spec, *names: str, style: str) ->
     elif None not in size:
         message["point_size"] = size
     return {"image": _required_images(row, spec), "message_list": [message]}
+
+
+def _pairs(points: Any) -> Any:
+    """Gives points as [x, y], records among them; other values are left to the style."""
+    if not isinstance(points, list | tuple):
+        return points
+    return [[p.get("x"), p.get("y")] if isinstance(p, Mapping) else p for p in points]
 
 
 def parse_boxes(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import threading
 from dataclasses import replace
 from fractions import Fraction
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -29,6 +30,7 @@ from loader import (
 from loader.assembly import TokenIds, assemble
 from preprocess.datasets import get_dataset
 from preprocess.fetch import FetchPolicy
+from preprocess.formats import Spec, parse_row
 from preprocess.job import JobSettings, run_job, verify
 from preprocess.job.build import prepare_row
 from preprocess.media import ImagePolicy, VideoPolicy, encode_video
@@ -556,3 +558,68 @@ def test_videos_are_fetched_once_and_are_the_same_from_anywhere(clips, web, prep
     }
     reader = StreamingDataset(settings.out).reader
     assert {reader.read(i).key for i in range(split.num_samples)} == keys
+
+
+def annotated(i, time, *points):
+    return {
+        "frame": i,
+        "time": time,
+        "points": [{"id": n, "point": [x, y], "occluded": hidden} for n, x, y, hidden in points],
+    }
+
+
+PUBLISHED = {
+    "tracks": (
+        {
+            **{"id": "a", "fps": 10.0, "width": 640, "height": 480, "mask_id": ["0", "1"]},
+            **{"expression": "The light", "sampling_fps": 1},
+            "frame_trajectories": [
+                annotated(0, 0.0, (0, 320.0, 48.0, False), (1, 64.0, 48.0, True)),
+                annotated(5, 0.5, (0, 320.0, 240.0, False), (1, 64.0, 48.0, False)),
+                annotated(7, 0.7, (0, 1.0, 1.0, False)),
+            ],
+        },
+        '<tracks coords="0.0 1 500 100">the light</tracks>',
+    ),
+    "points": (
+        {
+            "label": "lights",
+            "two_fps_timestamps": [0.0, 0.5],
+            "points": [[{"x": 90.0, "y": 10.0}, {"x": 50.0, "y": 10.0}], [{"x": 5.0, "y": 5.0}]],
+        },
+        'Counting the <points coords="0.0 1 500 100 2 900 100;0.5 3 050 050">lights</points>'
+        " shows a total of 3.",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_specs_of_published_sets_read_their_layout(form, clips, prepare, tmp_path, write_parquet):
+    page = (Path(__file__).parents[2] / "docs" / "video.md").read_text()
+    specs = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    spec = next(each for each in specs if f'format = "{form}"' in each)
+    row, answer = PUBLISHED[form]
+    source = Path(re.search('source = "(.*)"', spec)[1])
+    write_parquet(tmp_path / source.parent, [{"video": "0.mp4", **row}])
+    (tmp_path / source.parent / "videos").mkdir()
+    (tmp_path / source.parent / "videos" / "0.mp4").write_bytes((clips / "0.mp4").read_bytes())
+    (tmp_path / "set.toml").write_text(spec)
+    dataset = get_dataset(str(tmp_path / "set.toml"))
+    sample = prepare(dataset.get(0))
+    row = text_rows(sample.spans)[0].tolist()
+    assert prepare.tokenizer.decode(sample.tokens[row[5] : row[6]].tolist()) == f" {answer}"
+
+
+def test_question_may_place_its_videos():
+    spec = Spec(name="own", format="vqa", columns={"video": "video"})
+    row = {
+        "video": ["a.mp4", "b.mp4"],
+        "question": "Is <video> as fast as <video>?",
+        "answer": "No.",
+    }
+    example = parse_row(row, spec)
+    assert example["video"] == ["a.mp4", "b.mp4"]
+    assert example["message_list"][0]["question"] == "Is <|video|> as fast as <|video|>?"
+    for question in ("Is <video> fast?", "Is <video> <video> <video> fast?"):
+        with pytest.raises(SampleError, match="placeholder"):
+            parse_row({**row, "question": question}, spec)
