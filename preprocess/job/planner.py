@@ -480,7 +480,12 @@ class _PlannedImage:
 
 
 def _plan_image(
-    job: Job, image: ImageSource, results: Mapping[str, FetchResult], stamps: StampWriter
+    job: Job,
+    image: ImageSource,
+    results: Mapping[str, FetchResult],
+    stamps: StampWriter,
+    *,
+    kind: str = "image",
 ) -> _PlannedImage:
     location: dict[str, Any]
     if isinstance(image, SceneImage):
@@ -525,7 +530,7 @@ def _plan_image(
         if result.status != "ok":
             error = SampleError(
                 result.reason,
-                what="image or video could not be fetched",
+                what=f"{kind} could not be fetched",
                 url=result.url,
                 http_status=result.http_status,
             )
@@ -558,7 +563,7 @@ def _plan_video(
         location: dict[str, Any] = {"kind": "scene", "seed": video.seed, "idx": video.idx}
         return _PlannedImage(location=location, identity=video_identity(video, clip))
     if isinstance(video, bytes | str | RemoteImage):  # it goes the way of an image
-        planned = _plan_image(job, video, results, stamps)
+        planned = _plan_image(job, video, results, stamps, kind="video")
         if planned.error is not None:
             return planned
         location, sha256 = planned.location, planned.identity
