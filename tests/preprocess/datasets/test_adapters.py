@@ -679,6 +679,7 @@ def file_of(module):
     return found[0] if found and module.split(".")[0] in PACKAGES else None
 
 
+@functools.cache
 def defining(module, name):
     """The file that a name of a module comes from: doors of rooms are looked through."""
     if file_of(f"{module}.{name}") is not None:
@@ -691,8 +692,10 @@ def defining(module, name):
     return path
 
 
+@functools.cache
 def imported(path):
     """Files of the two packages whose names a source file imports, wherever in it."""
+    files = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             found = {defining(node.module, alias.name) for alias in node.names}
@@ -700,7 +703,8 @@ def imported(path):
             found = {file_of(alias.name) for alias in node.names}
         else:
             continue
-        yield from found - {None}
+        files |= found - {None}
+    return files
 
 
 PASSIVE = (
