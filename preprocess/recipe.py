@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from preprocess.datasets import (
+    Clip,
     EpisodeFrame,
     ImageSource,
     PageImage,
@@ -25,39 +26,44 @@ from preprocess.datasets import (
     SceneImage,
     SceneVideo,
     VideoSource,
-    example_clip,
+    example_clips,
     example_images,
-    example_video,
+    example_subtitles,
+    example_videos,
 )
 from preprocess.formats import parse_messages
 from preprocess.media import (
     ImagePolicy,
     ImagePreprocessor,
     MemoryBudget,
-    StoredFrames,
     VideoPolicy,
     VideoPreparer,
 )
 from preprocess.model import ChatModel, conversations, tokenized_conversations
 from preprocess.settings import Setting
 from preprocess.text import (
+    VIDEO_PLACEHOLDER,
     BareFrame,
     Branch,
     DataFormatter,
     Frame,
+    FrameLead,
     InterleavedTextPreprocessor,
+    SubtitleText,
     TextPolicy,
     TokenizedText,
     Tokenizer,
+    VideoFacts,
     add_ocr,
     answer_flags,
     chat_frame,
-    check_placeholders,
     image_prefixes,
     media_placeholder,
     message_styles,
     message_texts,
     name_pages,
+    place_media,
+    place_subtitles,
     safe_geometry,
     styles_of,
     system_text,
@@ -195,28 +201,35 @@ class Preparer:
         """
         if "messages" in example and "message_list" not in example:
             example = parse_messages(example)
-        found, video = example_images(example), example_video(example)
-        if video is not None and self.model is not None:
+        found = example_images(example)
+        videos = [self._video_file(video) for video in example_videos(example)]
+        clips = example_clips(example)
+        if videos and self.model is not None:
             raise ConfigError("model_videos", where=key or "")
         sources = [self._read(image) for image in found]
         if key is None:
             identities = [*map(image_identity, found, sources)]
-            if video is not None:
-                identities.append(video_identity(video, example))
+            identities += map(video_identity, videos, clips)
             key = sample_key(example, image_id=images_identity(identities))
         told = example["message_list"]
+        subtitles = example_subtitles(example)
         example = add_ocr(example, encode=self.tokenizer.encode)
         if self.model is not None:  # its template places the images itself
             example = name_pages(example)
         texts = message_texts(example)
         keeps = self.recipe.text.reasoning == "keep"
         for text, is_answer in zip(texts, answer_flags(example), strict=True):
+            if videos:  # their placeholder may be a token of the tokenizer
+                text = text.replace(VIDEO_PLACEHOLDER, "")
             control = self.tokenizer.control_token(text, reasoning=keeps and is_answer)
             if control:
                 raise SampleError("control_token", where=key, control=control)
             spelled = media_placeholder(text)
             if spelled and self.recipe.text.placeholders == "refuse":
                 raise SampleError("media_placeholder", where=key, spelled=spelled)
+        for text in [text for lines in subtitles for _, _, text in lines]:
+            if control := self.tokenizer.control_token(text) or media_placeholder(text):
+                raise SampleError("control_token", where=key, control=control)
         known = self.formatter.styles
         geometry = safe_geometry(texts, styles=message_styles(example), known=known)
         if example.get("rigid"):
@@ -231,37 +244,77 @@ class Preparer:
             for image, source in zip(found, sources, strict=True)
         )
         sizes = [(image.source_width, image.source_height) for image in images]
-        branches = self.formatter(example, key=key, image_sizes=sizes)
-        if not branches:
-            raise SampleError("no_message.row", where=key)
-        record = {
-            "key": key,
-            "message_list": told,
-            "metadata": example.get("metadata", {}),
-        }
-        stored: StoredFrames | None = None
-        if video is not None:
-            stored = self.video_preparer(
+        stored = [
+            self.video_preparer(
                 video.read() if isinstance(video, SceneVideo) else video,
-                clip=example_clip(example),
+                clip=clip,
                 geometry=geometry,
                 where=key,
             )
-            images = (*images, *stored.images)
-            record["video"] = stored.record
+            for video, clip in zip(videos, clips, strict=True)
+        ]
+        facts = [
+            VideoFacts(
+                frame_times_s=shown.times_s,
+                clip=clip,
+                size=(shown.record["width"], shown.record["height"]),
+            )
+            for shown, clip in zip(stored, clips, strict=True)
+        ]
+        branches = self.formatter(example, key=key, image_sizes=sizes, videos=facts)
+        if not branches:
+            raise SampleError("no_message.row", where=key)
+        placed: Sequence[Branch] = branches
+        places = [0] * len(stored)
+        if self.model is None:
+            placed, places = place_media(
+                branches, num_images=len(images), num_videos=len(stored), key=key
+            )
+        video_policy = self.recipe.video
+        said = [
+            place_subtitles(
+                lines,
+                form=video_policy.subtitles,
+                max_tokens=video_policy.subtitle_tokens,
+                window_s=video_policy.subtitle_window_s,
+                clip=clip or (None, None),
+                frame_times_s=shown.times_s,
+                count=lambda text: len(self.tokenizer.encode(text)),
+            )
+            for lines, clip, shown in zip(subtitles, clips, stored, strict=True)
+        ]
+        frames: list[FrameLead | None] = [None] * len(images) if stored else []
+        rows = []
+        for shown, place in zip(stored, places, strict=True):
+            rows.append((len(images), len(shown.images), place))
+            images = (*images, *shown.images)
+            frames += [FrameLead(time_s=time_s) for time_s in shown.times_s]
         tokenized = self._tokenized(
             example,
-            branches,
+            placed,
             num_pictures=len(sizes),
-            frame_times_s=stored.times_s if stored else (),
+            frames=frames,
+            subtitles=[placed.lines for placed in said],
             key=key,
         )
         spans = spans_table(
             tokenized.rows,
             images,
             leads=tokenized.leads,
-            videos=[(len(sizes), len(stored.images))] if stored else (),
+            videos=rows,
+            subtitles=tokenized.subtitles,
         )
+        record = {
+            "key": key,
+            "message_list": told,
+            "metadata": example.get("metadata", {}),
+        }
+        described = [
+            {**shown.record, **({"subtitles_left_out": text.left_out} if text.left_out else {})}
+            for shown, text in zip(stored, said, strict=True)
+        ]
+        if described:
+            record |= {"videos": described} if len(described) > 1 else {"video": described[0]}
         limit = example.get("max_tokens")
         if limit and (length := self._length(spans, sizes)) > limit:
             raise SampleError("document_tokens", where=key, tokens=length, limit=limit)
@@ -288,21 +341,33 @@ class Preparer:
         branches: Sequence[Branch],
         *,
         num_pictures: int,
-        frame_times_s: Sequence[float],
+        frames: Sequence[FrameLead | None],
+        subtitles: Sequence[Sequence[SubtitleText]],
         key: str,
     ) -> TokenizedText:
         """Tokenizes the texts; `num_pictures` are the images that are not frames."""
         if self.model is None:
-            check_placeholders(branches, num_images=num_pictures + len(frame_times_s), key=key)
             return InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
                 branches,
                 key=key,
                 leads=example.get("leads") or image_prefixes(num_pictures),
-                frame_times_s=frame_times_s,
+                frames=frames,
+                subtitles=subtitles,
             )
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
         alternatives = conversations(branches, systems)
         return tokenized_conversations(self.model, alternatives, images=num_pictures, key=key)
+
+    def _video_file(self, video: VideoSource) -> bytes | Path | SceneVideo:
+        """Reads a video that is not a local file.
+
+        Raises:
+          SampleError: `image_url`: it is a URL, and there is nothing that reads it.
+        """
+        if isinstance(video, str | RemoteImage):
+            payload: bytes = self._read(video)
+            return payload
+        return video
 
     def _read(self, image: ImageSource) -> Any:
         if isinstance(image, SceneImage | RemoteImage | EpisodeFrame):
@@ -358,21 +423,21 @@ def image_identity(image: ImageSource, encoded: Any) -> str:
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def video_identity(video: VideoSource, example: Mapping[str, Any], *, sha256: str = "") -> str:
+def video_identity(video: VideoSource, clip: Clip | None, *, sha256: str = "") -> str:
     """Names what a video is, and which part of it an example is about.
 
     Args:
-      video: The example's video.
-      example: May have a `clip`.
+      video: A video of the example.
+      clip: The part; None for the whole.
       sha256: Of its file, if that is known.
     """
     if isinstance(video, SceneVideo):
         name = f"scene-video:{video.seed}:{video.idx}"
-    elif sha256:
-        name = f"video:{sha256}"
     else:
-        name = f"video:{file_sha256(video)}"
-    clip = example_clip(example)
+        if not sha256:
+            assert isinstance(video, bytes | Path)
+            sha256 = file_sha256(video)
+        name = f"video:{sha256}"
     return name if clip is None else f"{name}@{clip[0]}-{clip[1]}"
 
 
@@ -401,7 +466,10 @@ def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:
 
     The same row gives the same key in every source that delivers the same bytes.
     """
-    text = canonical_json({"image": image_id, "message_list": example["message_list"]})
+    content = {"image": image_id, "message_list": example["message_list"]}
+    if example.get("subtitles"):
+        content["subtitles"] = example["subtitles"]
+    text = canonical_json(content)
     return hashlib.blake2b(text, digest_size=KEY_BYTES).hexdigest()
 
 

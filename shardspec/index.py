@@ -33,6 +33,7 @@ from shardspec.sample import (
     PreparedSample,
     image_rows,
     lead_rows,
+    subtitle_rows,
     text_rows,
     video_rows,
 )
@@ -263,6 +264,7 @@ def longest_sequence(
         max(stop - start, first_stop - first_start)
         for _, _, start, stop, first_start, first_stop, *_ in lead_rows(spans).tolist()
     )
+    leads += int(sum(subtitle_rows(spans)[:, 3] - subtitle_rows(spans)[:, 2]))
     inner_eos = len(positions) - branches
     return bos + leads + sum(positions.values()) + inner_eos, sum(loss.values())
 

@@ -11,11 +11,12 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
     <key>.overview.jpg  where the dataset's views tile: the image at the size of a crop, directly
                         after it; `<key>.0.overview.jpg` where a dataset has several
 
-A row of `spans` is one of five kinds (column 0):
+A row of `spans` is one of six kinds (column 0):
 
     TEXT   (0, branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight)
     LEAD   (2, image, start, stop, first_start, first_stop, time_ms, 0)
-    VIDEO  (4, video, first_image, num_images, 0, 0, 0, 0)
+    VIDEO  (4, video, first_image, num_images, 0, 0, 0, place)
+    SUBTITLE (5, video, start, stop, begin_ms, end_ms, 0, 0)
     OVERVIEW (3, image, width, height, num_bytes, 0, 0, 0)
     IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
 
@@ -24,10 +25,13 @@ of them, each equally likely. Starts and stops index `tokens`; variants share ru
 that answers eight prompts is stored once. A *branch* is one conversation about the sample's
 images. The weight is the loss weight of the response in millionths; one of 0 is context alone. LEAD
 rows name the tokens before an image, such as "Image 2"; there is one per image, or none. VIDEO rows
-say which images are the frames of a video. The LEAD row of a frame names its time as tokens, as
-they are after another frame and as they are before the first, and in milliseconds; columns 4 to 6
-are 0 for other images. OVERVIEW rows describe the overviews that are stored. Rows are sorted: TEXT
-(by branch and turn), LEAD, VIDEO, OVERVIEW, IMAGE.
+say which images are the frames of a video, and as `place` which placeholder of the texts stands for
+the video, from 1; the other ones stand for the images that are not frames. It is 0 where texts have
+none. The LEAD row of a frame names its time as tokens, as they are after another frame and as they
+are before the first, and in milliseconds; columns 4 to 6 are 0 for other images. SUBTITLE rows
+are tokens among the frames of a video: before the first frame that is shown later than they begin,
+or after the last one. OVERVIEW rows describe the overviews that are stored. Rows are sorted: TEXT
+(by branch and turn), LEAD, VIDEO, SUBTITLE (by video and beginning), OVERVIEW, IMAGE.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -71,6 +75,7 @@ class SpanKind(enum.IntEnum):
     LEAD = 2
     OVERVIEW = 3
     VIDEO = 4
+    SUBTITLE = 5
 
 
 class Geometry(enum.IntFlag):
@@ -132,6 +137,12 @@ def video_rows(spans: np.ndarray) -> np.ndarray:
     """Selects the VIDEO rows of a spans table, as a view: int32 [videos, 8]."""
     start = len(text_rows(spans)) + len(lead_rows(spans))
     return spans[start : start + np.count_nonzero(spans[:, 0] == SpanKind.VIDEO.value)]
+
+
+def subtitle_rows(spans: np.ndarray) -> np.ndarray:
+    """Selects the SUBTITLE rows of a spans table: int32 [runs, 8]."""
+    rows: np.ndarray = spans[spans[:, 0] == SpanKind.SUBTITLE.value]
+    return rows
 
 
 def overview_rows(spans: np.ndarray) -> np.ndarray:
@@ -277,7 +288,8 @@ def spans_table(
     images: Sequence[PreparedImage],
     *,
     leads: Sequence[tuple[int, ...]] = (),
-    videos: Sequence[tuple[int, int]] = (),
+    videos: Sequence[tuple[int, int, int]] = (),
+    subtitles: Sequence[tuple[int, int, int, int, int]] = (),
 ) -> np.ndarray:
     """Builds the spans table of a sample.
 
@@ -286,7 +298,8 @@ def spans_table(
       images: In order; their num_bytes stays 0 until the codec has run.
       leads: (start, stop) of the tokens before each image, or (); for a frame also the tokens where
         it is the first of its video, and its time in ms.
-      videos: (first image, number of images) of each video.
+      videos: (first image, number of images, place) of each video.
+      subtitles: (video, start, stop, begin_ms, end_ms) of each run of them, in their order.
 
     Returns:
       int32 [S, 8].
@@ -294,7 +307,9 @@ def spans_table(
     rows = [(int(SpanKind.TEXT), *text) for text in texts]
     for i, lead in enumerate(leads):
         rows.append((int(SpanKind.LEAD), i, *lead, *[0] * (6 - len(lead))))  # type: ignore[arg-type]
-    rows += [(int(SpanKind.VIDEO), v, *video, 0, 0, 0, 0) for v, video in enumerate(videos)]
+    for v, (first, count, place) in enumerate(videos):
+        rows.append((int(SpanKind.VIDEO), v, first, count, 0, 0, 0, place))
+    rows += [(int(SpanKind.SUBTITLE), *subtitle, 0, 0) for subtitle in subtitles]
     for i, image in enumerate(images):
         if image.overview is not None:
             height, width = image.overview.shape[:2]

@@ -400,14 +400,14 @@ def captioned_rows():
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(session_cli, build_once):
+def tiny_dataset(inline_cli, build_once):
     """The folder of a small finished dataset: 24 generated rows in 3 shards, split "train".
 
     It is read-only: `tiny_copy` may be changed.
     """
 
     def build(folder):
-        session_cli.good(
+        inline_cli.good(
             *("shards", "pixmo_cap", "--source", "sample", "--limit", 24, "--num-shards", 3),
             *("--out", folder / "out", "--cache", folder / "cache", "--workers", 2),
         )

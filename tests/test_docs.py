@@ -147,16 +147,16 @@ def annotated(url, folder):
 
 
 @pytest.fixture(scope="module")
-def datasets(tiny_dataset, session_cli, tmp_path_factory):
+def datasets(tiny_dataset, inline_cli, tmp_path_factory):
     """What the URLs of the pages stand for: small datasets on the local disk."""
     folder = tmp_path_factory.mktemp("docs")
     questions, raw = folder / "vqa2", folder / "raw"
-    session_cli.good(
+    inline_cli.good(
         *("shards", "vqa2", "--source", "sample", "--limit", 8, "--num-shards", 1),
         *("--out", questions, "--cache", folder / "cache", "--workers", 1),
     )
     videos = folder / "moving_shapes"
-    session_cli.good(
+    inline_cli.good(
         *("shards", "moving_shapes", "--source", "sample", "--limit", 2, "--num-shards", 1),
         *("--out", videos, "--cache", folder / "cache", "--workers", 1),
     )
@@ -172,7 +172,7 @@ def datasets(tiny_dataset, session_cli, tmp_path_factory):
             ),
             inline.Quiet(),
         )
-    session_cli.good("import", tiny_dataset / "train", "--out", raw, "--name", "raw")
+    inline_cli.good("import", tiny_dataset / "train", "--out", raw, "--name", "raw")
     scored = annotated(tiny_dataset, folder)
     return {
         "shards/pixmo_cap": tiny_dataset,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from loader.assembly.layout import TokenIds
+from loader.assembly.layout import Sequence1d, TokenIds
 from loader.assembly.seen import Seen, SeenSize
 from loader.assembly.view import View
 from shardspec.frames import draw_frames, even_frames
 from shardspec.sample import SpanKind
 from shardspec.tiling import FrameView
 
-_LEAD = SpanKind.LEAD.value
+_SUBTITLE = SpanKind.SUBTITLE.value
+_LEAD, _IMAGE, _VIDEO = SpanKind.LEAD.value, SpanKind.IMAGE.value, SpanKind.VIDEO.value
 
 
 class Shown:
@@ -25,7 +27,7 @@ class Shown:
         self, images: list[int], firsts: list[int], begins: list[bool], is_frame: list[bool]
     ) -> None:
         self.images = images
-        """Numbers of the stored images, ascending."""
+        """Numbers of the stored images, in the order of the sequence."""
         self.firsts = firsts
         """For each, where in this list its video begins; for other images, where it is itself."""
         self.begins = begins
@@ -46,7 +48,7 @@ class VideoFrames:
 
     def draw(
         self,
-        videos: Sequence[Sequence[int]],
+        units: Sequence[Sequence[int]],
         sizes: Sequence[tuple[int, int]],
         others: Sequence[Sequence[int]],
         rng: np.random.RandomState,
@@ -54,27 +56,25 @@ class VideoFrames:
         """Draws the frames of each video; other images are all shown.
 
         Args:
-          videos: Rows of the spans.
+          units: Images and videos, as `video_units` lists them.
           sizes: Source (width, height) of each stored image.
           others: The spans that are neither texts nor images.
           rng: The sample's generator.
         """
-        frames, num_images = self._view, len(sizes)
+        frames = self._view
         leads = [row for row in others if row[0] == _LEAD]
         images: list[int] = []
         firsts: list[int] = []
         begins: list[bool] = []
         is_frame: list[bool] = []
-        done = 0
-        for _, _, start, count, *_ in [*videos, (0, 0, num_images, 0)]:
-            for i in range(done, start):
+        for kind, _, start, count, *_ in units:
+            if kind != _VIDEO:
                 firsts.append(len(images))
-                images.append(i)
+                images.append(start)
                 begins.append(True)
                 is_frame.append(False)
-            number = min(count, frames.max_frames or count)
-            if not number:
                 continue
+            number = min(count, frames.max_frames or count)
             if frames.max_tokens is not None:
                 longest = max(row[3] - row[2] for row in leads[start : start + count])
                 each = len(self._seen.of(sizes[start]).block) + frames.timestamps * longest
@@ -87,7 +87,6 @@ class VideoFrames:
             images += [start + i for i in drawn]
             begins += [True] + [False] * (number - 1)
             is_frame += [True] * number
-            done = start + count
         return Shown(images, firsts, begins, is_frame)
 
     def lay_out(
@@ -105,6 +104,7 @@ class VideoFrames:
         leads: list[np.ndarray] = []
         blocks: list[np.ndarray] = []
         around = frames.marks == "video"
+        said = _Subtitles(tokens, others)
         for i, (image, size) in enumerate(zip(shown.images, sizes, strict=True)):
             row, first = lead_rows[image], shown.begins[i]
             is_frame = shown.is_frame[i]
@@ -114,12 +114,97 @@ class VideoFrames:
             if is_frame:
                 shown.times_ms.append(row[6])
                 lead = lead if frames.timestamps else lead[:0]
+                spoken = said.before(image, row[6])
                 if around and first:
                     lead = np.append(np.int32(self._ids.frame_start), lead)
                 last = i + 1 == len(sizes) or shown.begins[i + 1]
                 if around and last:
                     block = np.append(block, np.int32(self._ids.frame_end))
+                if spoken:
+                    lead = np.concatenate([*spoken, lead])
+                if last and (spoken := said.rest(image)):
+                    block = np.concatenate([block, *spoken])
             seen.append(each)
             leads.append(lead)
             blocks.append(block)
         return seen, leads, blocks
+
+
+class _Subtitles:
+    """Hands out the subtitles of the videos of a sample, as their frames come up."""
+
+    def __init__(self, tokens: np.ndarray, others: Sequence[Sequence[int]]) -> None:
+        """Takes the tokens of a sample, and its spans that are neither texts nor images."""
+        self._tokens = tokens
+        videos = [row for row in others if row[0] == _VIDEO]
+        lines = [row for row in others if row[0] == _SUBTITLE]
+        self._lines = {row[1]: [line for line in lines if line[1] == row[1]] for row in videos}
+        self._videos = videos if lines else []
+
+    def before(self, image: int, time_ms: float) -> list[np.ndarray]:
+        """Lists what is said before a frame, and not before an earlier one."""
+        for _, video, first, count, *_ in self._videos:
+            if first <= image < first + count:
+                lines = self._lines[video]
+                number = sum(line[4] < time_ms for line in lines)
+                self._lines[video] = lines[number:]
+                return [self._tokens[line[2] : line[3]] for line in lines[:number]]
+        return []
+
+    def rest(self, image: int) -> list[np.ndarray]:
+        """Lists what is said after the last frame that is shown, which is `image`."""
+        return self.before(image, math.inf)
+
+
+def video_units(videos: Sequence[Sequence[int]], num_images: int) -> list[Sequence[int]]:
+    """Lists the images that are not frames, and the videos, in the order of the sequence.
+
+    Args:
+      videos: VIDEO rows, one or more.
+      num_images: Of the sample.
+
+    Returns:
+      VIDEO rows, and (IMAGE, 0, number, 1) for an image.
+    """
+    frames = {i for _, _, first, count, *_ in videos for i in range(first, first + count)}
+    units: list[Sequence[int]] = [(_IMAGE, 0, i, 1) for i in range(num_images) if i not in frames]
+    if not videos[0][7]:
+        return sorted([*units, *videos], key=lambda unit: unit[2])
+    for row in sorted(videos, key=lambda row: row[7]):
+        units.insert(row[7] - 1, row)
+    return units
+
+
+Places = list[tuple[int, int, int]]
+"""Of each image: the number of the block that it is in, and where in that it begins and ends."""
+
+
+def join_frames(
+    leads: Sequence[np.ndarray], blocks: Sequence[np.ndarray], shown: Shown
+) -> tuple[list[np.ndarray], list[np.ndarray], Places]:
+    """Joins the frames of each video, and what is in front of them, into one block.
+
+    One placeholder of a text stands for all of it.
+
+    Returns:
+      No leads, the blocks, and where the images are in them.
+    """
+    runs: list[list[np.ndarray]] = []
+    places: Places = []
+    length = 0
+    for lead, block, first in zip(leads, blocks, shown.begins, strict=True):
+        if first:
+            runs.append([])
+            length = 0
+        runs[-1] += [lead, block]
+        start = length + len(lead)
+        length = start + len(block)
+        places.append((len(runs) - 1, start, length))
+    return [], [np.concatenate(each) for each in runs], places
+
+
+def place_images(sequence: Sequence1d, places: Places) -> None:
+    """Says where the images are in a sequence that was laid out of joined blocks."""
+    starts = sequence.image_starts
+    sequence.image_starts = tuple(starts[block] + start for block, start, _ in places)
+    sequence.image_ends = tuple(starts[block] + end for block, _, end in places)

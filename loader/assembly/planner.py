@@ -16,7 +16,7 @@ import numpy as np
 
 from loader.assembly.augment import NO_CHANGE, Augment, Draw, draw, draw_filter, draw_own
 from loader.assembly.collate import Shapes
-from loader.assembly.frames import Shown, VideoFrames
+from loader.assembly.frames import Shown, VideoFrames, join_frames, place_images, video_units
 from loader.assembly.layout import (
     IGNORED,
     BranchTurns,
@@ -124,6 +124,7 @@ class Planner:
         view = self.view
         kinds = spans[:, 0].tolist()
         num_texts, num_images = kinds.count(_TEXT), kinds.count(_IMAGE)
+        most = num_images  # placeholders that there is something for
         branches = _choose(tokens, spans[:num_texts], rng if self._training else None)
         if self._training and view.branch_order == "shuffled" and len(branches) > 1:
             branches = [branches[b] for b in draw_order(rng, len(branches))]
@@ -135,8 +136,9 @@ class Planner:
             placed = count_placed(branches, self.ids)
             asked = question_of(branches, question, view.questions)
             branches = [prompt_of(branches[asked[0]], asked[1])]
-            # Images that the conversation places itself come only as far as it goes.
-            num_images = count_placed(branches, self.ids) if placed else num_images
+            if placed:  # images that the conversation places itself come only as far as it goes
+                most = count_placed(branches, self.ids)
+                num_images = num_images if _VIDEO in kinds else most
         first_image = kinds.index(_IMAGE) if num_images else 0
         pictures = spans[first_image : first_image + num_images].tolist()
         others = spans[num_texts:first_image].tolist() if first_image > num_texts else []
@@ -146,7 +148,7 @@ class Planner:
             sizes = [(row[2], row[3]) for row in pictures]
             if frames is None:
                 raise SampleError("video_view", where=key)
-            shown = frames.draw(videos, sizes, others, rng)
+            shown = frames.draw(video_units(videos, num_images)[:most], sizes, others, rng)
             pictures = [pictures[i] for i in shown.images]
         if view.max_images is not None and len(pictures) > view.max_images:
             raise SampleError(
@@ -162,6 +164,9 @@ class Planner:
             blocks = [each.block for each in seen]
         else:
             seen, leads, blocks = frames.lay_out(images, shown, sizes, tokens, others)
+        places = None
+        if shown is not None and count_placed(branches, self.ids):
+            leads, blocks, places = join_frames(leads, blocks, shown)
         if asked is not None:
             sequence = lay_out_prompt(
                 blocks,
@@ -184,6 +189,8 @@ class Planner:
                 where=key,
             )
             sequence.weight = view.weight
+        if places is not None:
+            place_images(sequence, places)
         return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes, shown, asked)
 
     def _draw_changes(

@@ -13,8 +13,9 @@ from preprocess.datasets import (
     OwnDataset,
     RemoteImage,
     dataset_class,
+    example_clips,
     example_images,
-    example_video,
+    example_videos,
 )
 from preprocess.formats import Spec
 from preprocess.media import ImageLimits, open_source
@@ -23,6 +24,7 @@ from preprocess.text import (
     DataFormatter,
     StyleSheet,
     TextPolicy,
+    VideoFacts,
     chat_frame,
     read_styles,
     require_style,
@@ -69,14 +71,17 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
                 for message in example["message_list"]:
                     message.pop("bounds", None)
             known = [size or (1, 1) for size in sizes]
-            branches = formatter(example, key="inspect", image_sizes=known)
+            videos = [
+                VideoFacts(frame_times_s=(), clip=clip, size=(1000, 1000))
+                for clip in example_clips(example)
+            ]
+            branches = formatter(example, key="inspect", image_sizes=known, videos=videos)
         except SampleError as error:
             problems[error.reason] = problems.get(error.reason, 0) + 1
             told.setdefault(error.reason, f"row {item}: {str(error).splitlines()[0]}")
             continue
         lines += [f"row {item}: {len(images)} images {[_image_text(each) for each in images]}"]
-        video = example_video(example)
-        lines += [] if video is None else [f"  video     {_image_text(video)}"]
+        lines += [f"  video     {_image_text(video)}" for video in example_videos(example)]
         for branch in branches:
             for turn in branch.turns:
                 lines += [f"  prompt    {turn[0].prompt!r}", f"  response  {turn[0].response!r}"]

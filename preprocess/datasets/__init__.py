@@ -15,6 +15,7 @@ import pkgutil
 
 from preprocess.datasets.a_okvqa import AOkVqa
 from preprocess.datasets.base import (
+    Clip,
     Dataset,
     DatasetBase,
     HfDataset,
@@ -22,9 +23,10 @@ from preprocess.datasets.base import (
     SceneImage,
     SceneVideo,
     VideoSource,
-    example_clip,
+    example_clips,
     example_images,
-    example_video,
+    example_subtitles,
+    example_videos,
 )
 from preprocess.datasets.documents import Documents
 from preprocess.datasets.episodes import EpisodeDataset
@@ -56,6 +58,7 @@ _ENTRY_POINTS = "vlm_shards.datasets"
 __all__ = [
     "VQA2",
     "AOkVqa",
+    "Clip",
     "Dataset",
     "DatasetBase",
     "DocumentDataset",
@@ -83,9 +86,10 @@ __all__ = [
     "VideoSource",
     "dataset_class",
     "dataset_names",
-    "example_clip",
+    "example_clips",
     "example_images",
-    "example_video",
+    "example_subtitles",
+    "example_videos",
     "get_dataset",
     "is_own",
 ]

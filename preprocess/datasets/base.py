@@ -4,8 +4,12 @@ An *example* is a plain dict, as in the Molmo code bases:
 
     image         an ImageSource (below), or a list of them where the dataset has `several_images`;
                   absent for text-only examples
-    video         a VideoSource (below), where the dataset has `videos`; it follows the images
-    clip          the part of the video that is meant, [start, end] in seconds; either may be None
+    video         a VideoSource (below), or a list of them, where the dataset has `videos`; they
+                  follow the images, or are where a user text has `<|video|>`
+    clip          the part of the video that is meant, [start, end] in seconds, either of which may
+                  be None; of several videos a list with a part, or None, for each
+    subtitles     what is said in the video, [start, end, text] for each line, in seconds of the
+                  video, or the text of an SRT or WebVTT file; of several videos a list
     message_list  messages, each an independent conversation about the image; a dict with `style`
                   and the fields that the formatter wants for that style, all of JSON types
     metadata      JSON types, kept for people and evaluators
@@ -50,7 +54,7 @@ from preprocess.datasets.images import EpisodeFrame, RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.documents import PageImage, read_file
-from preprocess.formats import parse_messages
+from preprocess.formats import Subtitle, parse_messages, row_subtitles
 from preprocess.media import encode_video
 from preprocess.synthetic import plan_clip, plan_scene, render, render_clip
 from shardspec.errors import ConfigError, SampleError, ShardsError, SourceError
@@ -114,8 +118,9 @@ ImageSource = (
 """Encoded bytes, an http(s) URL, a local path, an object of a store, a generated scene, a page of a
 document, a frame of a robot's camera, or pixels (uint8 [H, W, 3])."""
 
-VideoSource = bytes | Path | SceneVideo
-"""The bytes of a video file, a local path, or a generated clip."""
+VideoSource = bytes | str | Path | RemoteImage | SceneVideo
+"""The bytes of a video file, an http(s) URL, a local path, an object of a store, or a generated
+clip."""
 
 
 class Dataset(abc.ABC):
@@ -266,7 +271,7 @@ class DatasetBase(Dataset):
                 want="a list of messages",
                 fields=sorted(map(str, example)),
             )
-        return {**example, **_found_images(example), **_found_video(example)}
+        return {**example, **_found_images(example), **_found_videos(example)}
 
     def sample_row(self, seed: int, idx: int) -> dict[str, Any]:  # noqa: ARG002
         """Generates a row in the true schema, for SOURCE=sample; its image is a SceneImage.
@@ -505,9 +510,7 @@ class DatasetBase(Dataset):
     def _mark(self, example: Mapping[str, Any]) -> int:
         """Hashes what the example is about: its images, or its text; 64 bits."""
         names = [self._image_name(image) for image in example_images(example)]
-        video = example_video(example)
-        if video is not None:
-            names.append(self._image_name(video))
+        names += [self._image_name(video) for video in example_videos(example)]
         if not names:
             names = [json.dumps(example["message_list"], sort_keys=True)]
         return hash_text("\0".join([self.split_salt, *names]))
@@ -665,34 +668,56 @@ def _bytes_of(image: ImageSource) -> ImageSource:
     return image.read_bytes() if isinstance(image, Path) and image.is_file() else image
 
 
-def _found_video(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Finds the video that an adapter has only named; names start from the working directory."""
+def _found_videos(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Finds the videos that an adapter has only named."""
+    return {"video": example_videos(example)} if example.get("video") is not None else {}
+
+
+def example_videos(example: Mapping[str, Any]) -> list[VideoSource]:
+    """Lists the videos of an example; names start from the working directory."""
     video = example.get("video")
     if video is None:
-        return {}
-    found = _found_image(video)
-    if isinstance(found, str | RemoteImage):
-        raise SampleError("video_url", where=found if isinstance(found, str) else found.url)
-    return {"video": found}
+        return []
+    return [_found_image(v) for v in (video if isinstance(video, list | tuple) else [video])]
 
 
-def example_video(example: Mapping[str, Any]) -> VideoSource | None:
-    """Gives the video of an example, if it has one; names start from the working directory.
+def example_subtitles(example: Mapping[str, Any]) -> list[list[Subtitle]]:
+    """Lists the subtitles of each video of an example.
 
     Raises:
-      SampleError: `video_url`.
+      SampleError: `subtitles`.
     """
-    found: VideoSource | None = _found_video(example).get("video")
-    return found
+    number, value = len(example_videos(example)), example.get("subtitles")
+    if value is None:
+        return [[]] * number
+    values = [value] if number == 1 else value
+    if not isinstance(values, list | tuple) or len(values) != number:
+        raise SampleError("subtitles.number", videos=number)
+    return [row_subtitles(each) for each in values]
 
 
-def example_clip(example: Mapping[str, Any]) -> tuple[float | None, float | None] | None:
-    """Gives the part of the video that an example is about: start and end in seconds.
+Clip = tuple[float | None, float | None]
+"""Start and end of a part of a video, in seconds."""
+
+
+def example_clips(example: Mapping[str, Any]) -> list[Clip | None]:
+    """Lists the parts of its videos that an example is about; None for a whole video.
 
     Raises:
-      SampleError: `video_clip`: it is no such pair.
+      SampleError: `video_clip`: it is not such a pair, or there are not as many as videos.
     """
-    clip = example.get("clip")
+    clip, videos = example.get("clip"), example.get("video")
+    number = len(videos) if isinstance(videos, list | tuple) else int(videos is not None)
+    if clip is None:
+        return [None] * number
+    several = isinstance(clip, list | tuple) and any(isinstance(c, list | tuple) for c in clip)
+    clips = list(clip) if several else [clip]
+    if len(clips) != number:
+        raise SampleError("video_clip.number", clips=len(clips), videos=number)
+    return [_clip(each) for each in clips]
+
+
+def _clip(clip: Any) -> Clip | None:
     if clip is None:
         return None
     pair = isinstance(clip, list | tuple) and len(clip) == 2

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 from preprocess.datasets.base import DOCUMENT_SETTINGS, Dataset, DatasetBase, class_files
 from preprocess.datasets.hooks import check_attributes
-from preprocess.datasets.images import resolve_image
+from preprocess.datasets.images import RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows
 from preprocess.datasets.splits import (
     SplitLayout,
@@ -49,10 +49,12 @@ from preprocess.formats import (
     annotation_names,
     check_unit,
     guess_format,
+    has_video_part,
     is_empty,
     open_records,
     parse_row,
     read_spec,
+    row_subtitles,
     visible_files,
 )
 from shardspec import storage
@@ -259,7 +261,13 @@ class OwnDataset(DatasetBase):
         example = parse_row(row, self.spec)
         images = [resolve_image(each, base=self.base) for each in example.pop("image", ())]
         if "video" in example:
-            example["video"] = resolve_image(example["video"], base=self.base)
+            example["video"] = [
+                resolve_image(each, base=self.base) for each in _listed(example["video"])
+            ]
+        if "subtitles" in example:
+            found, several = example["subtitles"], len(example["video"]) > 1
+            read = [self._subtitles(each) for each in (found if several else [found])]
+            example["subtitles"] = read if several else read[0]
         if "document" in example:
             return read_document(
                 {**example, "image": images},
@@ -267,6 +275,29 @@ class OwnDataset(DatasetBase):
                 find=lambda name: resolve_image(name, base=self.base),
             )
         return {**example, "image": images} if images else example
+
+    def _subtitles(self, value: Any) -> Any:
+        """Reads the subtitles of a video, where they are a file.
+
+        Raises:
+          SampleError: `subtitles`.
+        """
+        if not isinstance(value, Mapping) or "path" not in value:
+            return value
+        name, place = value["path"], resolve_image(value["path"], base=self.base)
+        if isinstance(place, str | bytes):
+            raise SampleError("subtitles.url", where=name)
+        try:
+            payload = place.read() if isinstance(place, RemoteImage) else place.read_bytes()
+            return row_subtitles(payload.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise SampleError("subtitles.encoding", where=name, error=error) from error
+        except (OSError, SampleError) as error:
+            if isinstance(error, SampleError) and error.reason != "image_missing":
+                raise
+            if value.get("optional"):
+                return None
+            raise SampleError("subtitles.missing", where=name, error=error) from error
 
 
 class _Pieces(Sequence[Mapping[str, Any]]):
@@ -433,7 +464,9 @@ def _require_named(records: Sequence[Records], spec: Spec) -> None:
     Raises:
       SourceError: `source_columns`.
     """
-    missing = {name: field for field, name in spec.columns.items() if name}
+    missing = {
+        name: field for field, name in spec.columns.items() if name and not name.startswith(".")
+    }
     if not missing:
         return
     there: dict[str, None] = {}
@@ -553,7 +586,7 @@ def _likely_base(
         for row in (part[i] for part in parts for i in range(min(len(part), PROBED_IMAGES))):
             try:
                 found = parse_row(row, spec) if BROKEN not in row else {}
-                images = [*found.get("image", ()), found.get("video")]
+                images = [*found.get("image", ()), *_listed(found.get("video"))]
             except SampleError:
                 continue
             names += [each for each in images if isinstance(each, str) and "://" not in each]
@@ -563,6 +596,10 @@ def _likely_base(
     counts = {base: sum(_exists(Path(base, name)) for name in names) for base in bases}
     best = max(bases, key=lambda base: counts[base])
     return best, (counts[best], len(names))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _exists(path: Path) -> bool:
@@ -587,8 +624,16 @@ def _guessed(source: str) -> Spec:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).absolute().name.partition(".")[0])
     columns = {}
     if "video" in FORMATS[guess.format].fields:
-        names = [n for n in VIDEO_NAMES if any(not is_empty(row.get(n)) for row in probed)]
+        names = [
+            name
+            for name in VIDEO_NAMES
+            if any(not is_empty(each) for row in probed for each in _listed(row.get(name)))
+        ]
         columns = {"video": names[0]} if names else {}
+        if not names and any(map(has_video_part, probed)):
+            columns = {"video": ""}  # in parts of the contents alone
+        if columns and any(not is_empty(row.get("subtitles")) for row in probed):
+            columns["subtitles"] = "subtitles"
     return Spec(
         name=stem.strip("_-")[:80] or "own", format=guess.format, source=source, columns=columns
     )

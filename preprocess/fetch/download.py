@@ -177,6 +177,7 @@ def fetch_all(
     expected_sha256: Mapping[str, str] | None = None,
     sha_policy: ShaPolicy = "require",
     limits: ImageLimits | None = None,
+    videos: bool = False,
     on_result: Callable[[FetchResult], None] | None = None,
 ) -> dict[str, FetchResult]:
     """Downloads what is missing and returns the result of each URL.
@@ -192,6 +193,7 @@ def fetch_all(
       expected_sha256: Hexadecimal sha256 of some URLs' bodies.
       sha_policy: What another content is: a failure, an ok with reason "sha_mismatch", or nothing.
       limits: The largest image that is kept; None for the defaults.
+      videos: Whether bodies may be other than images: anything but a page of HTML or XML.
       on_result: Called once per unique URL, first for the settled ones, in the calling thread. What
         it raises ends the run.
 
@@ -217,6 +219,7 @@ def fetch_all(
         expected=expected if sha_policy != "ignore" else {},
         sha_policy=sha_policy,
         limits=limits or ImageLimits(),
+        videos=videos,
         on_result=on_result or _ignore,
     )
     todo = []
@@ -400,6 +403,7 @@ class _Run:
     expected: Mapping[str, str]
     sha_policy: ShaPolicy
     limits: ImageLimits
+    videos: bool
     on_result: Callable[[FetchResult], None]
     results: dict[str, FetchResult] = field(default_factory=dict)
     _stopped: bool = False
@@ -561,6 +565,8 @@ class _Run:
         """Judges a body and stores a usable one; returns the reason against it and its sha256."""
         sha256 = hashlib.sha256(body).hexdigest()
         reason: str = image_fault(body, limits=self.limits)
+        if self.videos and reason == "not_image" and not body[:64].lstrip().startswith(b"<"):
+            reason = ""  # whether it is a video is seen where it is decoded
         if not reason and self.expected.get(name, sha256) != sha256:
             reason = "sha_mismatch"
         if not reason or (reason == "sha_mismatch" and self.sha_policy == "warn"):

@@ -8,6 +8,7 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 `FORMATS` in `preprocess.formats.parse`; `preprocess.formats.detect` says how it is recognised.
 """
 
+from preprocess.formats.conversations import has_video_part
 from preprocess.formats.detect import Guess, guess_format
 from preprocess.formats.documents import TASKS as DOCUMENT_TASKS
 from preprocess.formats.documents import DocumentPolicy, document_request
@@ -24,6 +25,7 @@ from preprocess.formats.records import (
     visible_files,
 )
 from preprocess.formats.spec import NAME, Spec, read_spec
+from preprocess.formats.subtitles import Subtitle, row_subtitles
 from preprocess.formats.tasks import check_unit
 from preprocess.formats.video import VIDEO_NAMES
 
@@ -39,15 +41,18 @@ __all__ = [
     "ROWS",
     "Records",
     "Spec",
+    "Subtitle",
     "VIDEO_NAMES",
     "annotation_names",
     "check_unit",
     "document_request",
     "guess_format",
+    "has_video_part",
     "is_empty",
     "open_records",
     "parse_messages",
     "parse_row",
     "read_spec",
+    "row_subtitles",
     "visible_files",
 ]

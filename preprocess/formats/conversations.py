@@ -11,10 +11,14 @@ read:
   of those), a mapping of placeholders to images (MiniCPM-V), or inside of parts;
 - placeholders: `<image>`, `<|image|>`, `<ImageHere>`; `<img>NAME</img>` (Qwen-VL), which names its
   image; and numbered ones such as `<image 2>`, `<image_2>`, `<image-2>`, whose image is the one of
-  its number, counted from 1 unless the row has a number 0.
+  its number, counted from 1 unless the row has a number 0;
+- videos, where the spec names their column ("" for none but those of parts): `video` or `videos` (a
+  name, bytes, or a list), and parts of type video and video_url. Their placeholders are `<video>`
+  and `<|video|>`; LLaVA has `<image>` in rows with videos alone.
 
-An image stays where its placeholder is. Where all placeholders of a row are in front of everything
-else they say nothing, and the images are laid out as those of any other dataset.
+An image or video stays where its placeholder is. Where all placeholders of a row are in front of
+everything else, images first, they say nothing, and the images are laid out as those of any other
+dataset. Where a row has placeholders of one kind only, what is of the other comes first.
 """
 
 from __future__ import annotations
@@ -26,12 +30,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.formats.images import is_empty, part_image, require_no_media, row_images
+from preprocess.formats.images import is_empty, part_media, require_no_media, row_images
 from preprocess.formats.spec import Spec
+from preprocess.formats.video import RowVideo, part_video, row_videos, with_videos
 from shardspec.errors import SampleError
 
 MARK = "<|image|>"
 """Placeholder of an image in the texts of an example (`preprocess.text.interleaved`)."""
+
+VIDEO_MARK = "<|video|>"
+"""Placeholder of a video there."""
 
 STYLE = "demo"
 """Default style: free form, without a prefix that names it."""
@@ -43,6 +51,7 @@ _SYSTEM = ("system", "developer")
 _PLACEHOLDER = (
     r"<image[ _-]?(?P<number>\d+)>|<image>|<\|image\|>|<ImageHere>|<img>(?P<name>[^<>]+)</img>"
 )
+_VIDEO_PLACEHOLDER = r"(?P<video><video>|<\|video\|>)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,8 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
 
     Raises:
       SampleError: `conversation`, `assistant_first`, `empty_answer`, `row_fields`,
-        `row_media`, `image_placeholder`, `image_without_placeholder`, `placeholder_without_image`.
+        `row_media`, `image_placeholder`, `image_without_placeholder`, `placeholder_without_image`,
+        `video_without_placeholder`, `placeholder_without_video`.
     """
     require_no_media(row, spec)
     found = None
@@ -79,7 +89,7 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     if isinstance(system, str) and system.strip() and not any(t.side == "system" for t in turns):
         turns.insert(0, _Turn("system", system))
     spoken = _alternating(turns)
-    texts, placed = _placed([turn.text for turn in spoken], given, spec)
+    texts, placed, videos = _placed([turn.text for turn in spoken], given, spec)
     message: dict[str, Any] = {"style": spec.style or STYLE, "messages": texts}
     if any(turn.weight != 1 for turn in spoken[1::2]):
         message["turn_weights"] = [turn.weight for turn in spoken[1::2]]
@@ -87,7 +97,8 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         message["reasoning"] = [turn.reasoning for turn in spoken[1::2]]
     system_texts = [t.text for t in turns if t.side == "system"]
     told = "\n\n".join(text for text in [*system_texts, _tools(row.get("tools"))] if text.strip())
-    return {"image": placed, "message_list": [{**message, **({"system": told} if told else {})}]}
+    message |= {"system": told} if told else {}
+    return with_videos({"image": placed, "message_list": [message]}, videos)
 
 
 def _tools(tools: Any) -> str:
@@ -123,7 +134,7 @@ def _parse_pairs(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         raise SampleError(
             "image_placeholder.place", images=len(images.column), placeholders=len(images.placed)
         )
-    texts, placed = _placed(messages[0]["messages"], images, spec)
+    texts, placed, _ = _placed(messages[0]["messages"], images, spec)
     return {"image": placed, "message_list": [{**messages[0], "messages": texts}]}
 
 
@@ -131,16 +142,17 @@ def place_images(question: str, row: Mapping[str, Any], spec: Spec) -> tuple[str
     """Puts the images of a row at the placeholders of its only user text, if there are any.
 
     Returns:
-      The text with a `MARK` per image, or with none where the images come first; and the images.
+      The text with a `MARK` per image and a `VIDEO_MARK` per video, or with none where these come
+      first; and the images. The videos stay in the order of the row.
 
     Raises:
       SampleError: `image_without_placeholder`, `placeholder_without_image`.
     """
     given = _given(row, spec)
     marked = given.marked(question)
-    if not given.placed:
+    if not given.placed and not given.videos.placed:
         return question, given.column
-    texts, images = _placed([marked], given, spec)
+    texts, images, _ = _placed([marked], given, spec)
     return texts[0], images
 
 
@@ -166,6 +178,17 @@ def has_placeholder(text: str) -> bool:
     return re.search(_PLACEHOLDER, text) is not None
 
 
+def has_video_part(row: Mapping[str, Any]) -> bool:
+    """Tells whether a conversation has a video in a part of a content."""
+    for turns in (row.get("messages"), row.get("conversations"), row.get("conversation")):
+        for turn in turns if isinstance(turns, list | tuple) else ():
+            content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
+            for part in content if isinstance(content, list | tuple) else ():
+                if isinstance(part, Mapping) and part.get("type") in ("video", "video_url"):
+                    return True
+    return False
+
+
 def _given(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> _Images:
     named = row.get(spec.column("image"))
     keyed = [
@@ -173,17 +196,47 @@ def _given(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> _Images:
         for key, value in (named.items() if isinstance(named, Mapping) else ())
         if re.fullmatch("<[^<>]+>", str(key)) and not is_empty(value)
     ]
-    return _Images(row_images(row, spec, url=url), keyed=keyed)
+    videos = _Videos(row_videos(row, spec), allowed="video" in spec.columns)
+    return _Images(row_images(row, spec, url=url), keyed=keyed, videos=videos)
+
+
+class _Videos:
+    """The videos of a row, handed out to placeholders in the order in which they come up."""
+
+    def __init__(self, videos: Sequence[RowVideo] = (), *, allowed: bool = False) -> None:
+        self.column, self.allowed = list(videos), allowed
+        self.placed: list[RowVideo | None] = []
+        """By placeholder: the video, or None for the next one of `column`."""
+
+    def place(self, video: RowVideo | None = None) -> str:
+        """Places a video that its part of the content brings along, or the next of the column."""
+        self.placed.append(video)
+        return VIDEO_MARK
+
+    def resolve(self) -> list[RowVideo]:
+        """Lists the video of each placeholder.
+
+        Raises:
+          SampleError: `video_without_placeholder`, `placeholder_without_video`.
+        """
+        wanted = sum(each is None for each in self.placed)
+        if wanted != len(self.column):
+            raise mismatch(len(self.column), wanted, kind="video")
+        column = iter(self.column)
+        return [next(column) if each is None else each for each in self.placed]
 
 
 class _Images:
     """The images of a row, handed out to placeholders in the order in which they come up."""
 
-    def __init__(self, images: Sequence[Any], *, keyed: Sequence[str] = ()) -> None:
-        self.column = list(images)
+    def __init__(
+        self, images: Sequence[Any], *, keyed: Sequence[str] = (), videos: _Videos
+    ) -> None:
+        self.column, self.videos = list(images), videos
         self._keyed = {name: i for i, name in enumerate(keyed)}
         """Number of the image by its placeholder, where the row has such a mapping."""
-        self._pattern = re.compile("|".join([*map(re.escape, keyed), _PLACEHOLDER]))
+        named = [_PLACEHOLDER, *([_VIDEO_PLACEHOLDER] if videos.allowed else [])]
+        self._pattern = re.compile("|".join([*map(re.escape, keyed), *named]))
         self.placed: list[Any] = []
         """By placeholder: the image, or a number that says which of `column`."""
         self.num_unnumbered = 0
@@ -211,6 +264,8 @@ class _Images:
         if match[0] in self._keyed:
             self.placed.append(_Number(self._keyed[match[0]]))
             return MARK
+        if match.groupdict().get("video"):
+            return self.videos.place()
         if match["name"] is not None:
             return self.inline(match["name"].strip())
         if match["number"] is None:
@@ -241,16 +296,24 @@ class _Images:
             raise self._mismatch()
         return resolved
 
+    def are_videos(self) -> bool:
+        """Tells whether the placeholders of images are those of videos, as LLaVA writes them."""
+        bare = all(isinstance(each, _Number) and not each.numbered for each in self.placed)
+        return bool(
+            self.placed and bare and self.videos.column and not (self.column or self.videos.placed)
+        )
+
     def _mismatch(self) -> SampleError:
         placed = sum(isinstance(each, _Number) for each in self.placed)
         return mismatch(len(self.column), placed)
 
 
-def mismatch(images: int, placeholders: int) -> SampleError:
-    """Makes the error of a row that has another number of placeholders than of images."""
+def mismatch(number: int, placeholders: int, *, kind: str = "image") -> SampleError:
+    """Makes the error of a row that has another number of placeholders than of images or videos."""
     # Equally many, and still no match: a number in a placeholder is of no image.
-    reason = "image_without_placeholder" if images > placeholders else "placeholder_without_image"
-    return SampleError(reason, images=images, placeholders=placeholders)
+    more = number > placeholders
+    reason = f"{kind}_without_placeholder" if more else f"placeholder_without_{kind}"
+    return SampleError(reason, facts={f"{kind}s": number, "placeholders": placeholders})
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +349,7 @@ def _turn(entry: Any, images: _Images) -> _Turn:
     calls = entry.get("tool_calls")
     if calls:
         text = "\n".join(filter(None, [text, *(_call(call) for call in calls)]))
-    if side != "user" and MARK in text:
+    if side != "user" and (MARK in text or (images.videos.allowed and VIDEO_MARK in text)):
         raise SampleError("image_placeholder.side", side=side)
     if side != "assistant":
         return _Turn(side, text)
@@ -330,8 +393,12 @@ def _part(part: Any, images: _Images, *, role: str) -> str:
     if kind == "text" or (kind is None and isinstance(part.get("text"), str)):
         return _part(part.get("text") or part.get("value") or "", images, role=role)
     if kind in ("image", "image_url"):
-        found = part_image(part)
+        found = part_media(part, "image")
         return images.bare(part.get(_INDEX)) if found is None else images.inline(found)
+    if kind in ("video", "video_url") and images.videos.allowed:
+        return images.videos.place(part_video(part))
+    if kind in ("video", "video_url"):
+        raise SampleError("row_media", name=f"a part of type {kind}", fields=sorted(map(str, part)))
     raise SampleError("conversation.part", got=str(kind)[:40])
 
 
@@ -408,24 +475,49 @@ def _alternating(turns: Sequence[_Turn]) -> list[_Turn]:
     return found
 
 
-def _placed(texts: Sequence[str], given: _Images, spec: Spec) -> tuple[list[str], list[Any]]:
-    """Checks the placeholders, and drops them where they only say that images come first."""
-    if not given.placed:
+def _placed(
+    texts: Sequence[str], given: _Images, spec: Spec
+) -> tuple[list[str], list[Any], list[RowVideo]]:
+    """Checks the placeholders, and drops them where they only say that images come first.
+
+    Returns:
+      The texts, and the images and the videos in the order of their placeholders.
+    """
+    texts = list(texts)
+    if given.are_videos():
+        texts = [text.replace(MARK, VIDEO_MARK) for text in texts]
+        given.videos.placed, given.placed = [None] * len(given.placed), []
+    images, videos = given.column, given.videos.column
+    if given.placed:
+        images = given.resolve()
+    if given.videos.placed:
+        videos = given.videos.resolve()
+    if not (given.placed and given.videos.placed):
         _require_placeholders(given, spec)
-        return list(texts), given.column
-    images = given.resolve()
-    kept = sum(text.count(MARK) for text in texts)
-    images = images[:kept]  # the others are of turns that were left out at the end
+    if given.placed and not given.videos.placed:
+        texts[0] = VIDEO_MARK * len(videos) + texts[0]
+    elif given.videos.placed and not given.placed:
+        texts[0] = MARK * len(images) + texts[0]
+    if not (given.placed or given.videos.placed):
+        return texts, images, videos
+    # The others are of turns that were left out at the end.
+    images = images[: sum(text.count(MARK) for text in texts)]
+    if given.videos.allowed:
+        videos = videos[: sum(text.count(VIDEO_MARK) for text in texts)]
     body = texts[0]
-    for _ in range(kept):
+    for mark in [MARK] * len(images) + [VIDEO_MARK] * len(videos):
         body = body.lstrip()
-        if not body.startswith(MARK):
-            return list(texts), images
-        body = body.removeprefix(MARK)
-    return [body.lstrip(), *texts[1:]], images
+        if not body.startswith(mark):
+            return texts, images, videos
+        body = body.removeprefix(mark)
+    return [body.lstrip(), *texts[1:]], images, videos
 
 
 def _require_placeholders(given: _Images, spec: Spec) -> None:
-    """Refuses images that no text places, where the spec says so."""
-    if given.column and spec.missing_placeholder == "refuse":
+    """Refuses images and videos that no text places, where the spec says so."""
+    if spec.missing_placeholder != "refuse":
+        return
+    if given.column and not given.placed:
         raise mismatch(len(given.column), 0)
+    if given.videos.column and not given.videos.placed:
+        raise mismatch(len(given.videos.column), 0, kind="video")

@@ -69,6 +69,8 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
     names = [row[name] for name in ("document", "pdf", "file") if name in there]
     if any(isinstance(n, str) and n.lower().endswith((".pdf", ".tif", ".tiff")) for n in names):
         return "documents", "files of documents"
+    if "frame_trajectories" in there:
+        return "tracks", "frame_trajectories"
     if "points" in there and there & {"label", "question"}:
         return "points", "points of a label or question"
     if "question" in there and there & {"answer", "answers", "options"}:

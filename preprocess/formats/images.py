@@ -76,14 +76,18 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in _EMPTY)
 
 
-def part_image(part: Mapping[str, Any]) -> Any:
-    """Finds the image that a part of a content brings along; None where it is in a column.
+def part_media(part: Mapping[str, Any], kind: str) -> Any:
+    """Finds what a part of a content brings along; None where it is in a column.
 
     Parts are those of Qwen-VL and ms-swift (`image`, `path`, `url`), OpenAI (`image_url`), TRL
     (none) and Anthropic (`source`: base64 with its media type, or a URL).
+
+    Args:
+      part: The part.
+      kind: "image" or "video".
     """
     source = part.get("source")
-    values = [part.get(name) for name in ("image", "image_url", "path", "url", "value")]
+    values = [part.get(name) for name in (kind, f"{kind}_url", "path", "url", "value")]
     values.append(_base64(part.get("base64")))
     if isinstance(source, Mapping):
         media_type = source.get("media_type", "image/png")

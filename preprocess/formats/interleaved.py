@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preprocess.formats.conversations import MARK, mismatch, text_with_images
-from preprocess.formats.images import is_empty, part_image
+from preprocess.formats.images import is_empty, part_media
 from preprocess.formats.spec import Spec
 from shardspec.errors import SampleError
 
@@ -205,7 +205,7 @@ def _part(part: Any) -> Part:
         kind = part.get("type")
         if kind == "text" or (kind is None and isinstance(part.get("text"), str)):
             return str(part.get("text") or part.get("value") or "")
-        image = part_image(part)
+        image = part_media(part, "image")
         if image is not None:
             return Image(image)
     raise SampleError("document.part", number=-1, got=type(part).__name__)

@@ -11,8 +11,15 @@ from preprocess.formats.detect import guess_format
 from preprocess.formats.documents import parse_pages
 from preprocess.formats.interleaved import count_pieces, parse_document
 from preprocess.formats.spec import Spec
-from preprocess.formats.tasks import parse_boxes, parse_caption, parse_points, parse_question
-from preprocess.formats.video import with_video
+from preprocess.formats.subtitles import with_row_subtitles
+from preprocess.formats.tasks import (
+    parse_boxes,
+    parse_caption,
+    parse_points,
+    parse_question,
+    parse_tracks,
+)
+from preprocess.formats.video import with_row_videos
 from shardspec.errors import SampleError, redacted_url
 
 METADATA = ("id", "question_id", "image_id", "source", "url", "licence", "license")
@@ -36,10 +43,12 @@ class Format:
     """Counts the examples of a row, where it may have several; None where it is one."""
 
 
+VIDEO_FIELDS = ("video", "start", "end", "subtitles")
+
 _CONVERSATION = Format(
     parse=parse_conversation,
-    fields=("messages", "image", "system"),
-    help="turns of from/value or role/content, with images beside or in them",
+    fields=("messages", "image", *VIDEO_FIELDS, "system"),
+    help="turns of from/value or role/content, with images and videos beside or in them",
 )
 
 
@@ -62,18 +71,23 @@ FORMATS: Mapping[str, Format] = {
     "sharegpt": _CONVERSATION,
     "captions": Format(
         parse=parse_caption,
-        fields=("image", "video", "start", "end", "caption", "question"),
+        fields=("image", *VIDEO_FIELDS, "caption", "question"),
         help="an image or a video, and one or more texts about it",
     ),
     "vqa": Format(
         parse=parse_question,
-        fields=("image", "video", "start", "end", "question", "answer", "answers", "options"),
+        fields=("image", *VIDEO_FIELDS, "question", "answer", "answers", "options"),
         help="a question with an answer, several answers, or options",
     ),
     "points": Format(
         parse=parse_points,
-        fields=("image", "points", "label", "question"),
-        help="points of what a label names",
+        fields=("image", *VIDEO_FIELDS, "points", "timestamps", "fps", "label", "question"),
+        help="points of what a label names, in an image or at times of a video",
+    ),
+    "tracks": Format(
+        parse=parse_tracks,
+        fields=(*VIDEO_FIELDS, "frame_trajectories", "sampling_fps", "label", "question"),
+        help="where what a label names is in the frames of a video",
     ),
     "boxes": Format(
         parse=parse_boxes,
@@ -143,7 +157,8 @@ def parse_row(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     Raises:
       SampleError: The row cannot become one; `reason` says why.
     """
-    example = with_video(FORMATS[spec.format].parse(row, spec), row, spec)
+    example = with_row_videos(FORMATS[spec.format].parse(row, spec), row, spec)
+    example = with_row_subtitles(example, row, spec)
     metadata = {
         name: row[name] if isinstance(row[name], str) or abs(row[name]) < 2**63 else str(row[name])
         for name in METADATA

@@ -10,7 +10,7 @@ from typing import Any
 from preprocess.formats.conversations import has_placeholder, place_images
 from preprocess.formats.images import require_no_media, row_images
 from preprocess.formats.spec import UNITS, Spec
-from preprocess.formats.video import row_video
+from preprocess.formats.video import row_videos
 from shardspec.errors import SampleError, SourceError
 
 CAPTIONS = ("caption", "captions", "text", "TEXT", "description", "alt", "prompt", "title")
@@ -101,6 +101,8 @@ def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     Raises:
       SampleError: `row_fields`, `row_image`.
     """
+    if row.get(spec.column("timestamps")) is not None and row_videos(row, spec):
+        return _parse_timed(row, spec, "points", "timestamps", style="video_point")
     points = row.get(spec.column("points"))
     label, question = row.get(spec.column("label")), row.get(spec.column("question"))
     if isinstance(points, Mapping):  # the hub's record of lists
@@ -112,10 +114,7 @@ def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         isinstance(each, Mapping | list | tuple) for each in points
     ):
         raise _missing(row, spec.column("points"), "a list of [x, y]")
-    pairs = [
-        [each.get("x"), each.get("y")] if isinstance(each, Mapping) else list(each)
-        for each in points
-    ]
+    pairs = [list(each) for each in _pairs(points)]
     images = _required_images(row, spec)
     if not isinstance(label, str) and not isinstance(question, str):
         raise _missing(row, spec.column("label"), "a text")
@@ -125,6 +124,48 @@ def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         question, images = place_images(question, row, spec)
         message["question"] = question
     return {"image": images, "message_list": [_with_unit(message, spec)]}
+
+
+def parse_tracks(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Turns a row with the places of things in the frames of its video into an example.
+
+    Raises:
+      SampleError: `row_fields`, `row_image`.
+    """
+    return _parse_timed(row, spec, "frame_trajectories", style="video_point_track_per_frame")
+
+
+def _parse_timed(row: Mapping[str, Any], spec: Spec, *names: str, style: str) -> dict[str, Any]:
+    """Takes fields of a message with times as they are; its style checks them."""
+    message: dict[str, Any] = {"style": spec.style or style}
+    for name in names:
+        value = row.get(spec.column(name))
+        if not isinstance(value, list | tuple):
+            raise _missing(row, spec.column(name), "a list")
+        message[name] = [_pairs(each) for each in value] if name == "points" else list(value)
+    for name in ("fps", "sampling_fps"):
+        rate = row.get(spec.column(name))
+        if rate is not None and (name == "sampling_fps" or "timestamps" in names):
+            message[name] = rate
+    label, question = row.get(spec.column("label")), row.get(spec.column("question"))
+    label = row.get("expression") if label is None else label
+    if not isinstance(label, str) and not isinstance(question, str):
+        raise _missing(row, spec.column("label"), "a text")
+    message |= {"label": label} if isinstance(label, str) else {}
+    message |= {"question": question} if isinstance(question, str) else {}
+    size = [row.get("width"), row.get("height")]
+    if UNITS[spec.unit] is not None:
+        message["point_scale"] = UNITS[spec.unit]
+    elif None not in size:
+        message["point_size"] = size
+    return {"image": _required_images(row, spec), "message_list": [message]}
+
+
+def _pairs(points: Any) -> Any:
+    """Gives points as [x, y], records among them; other values are left to the style."""
+    if not isinstance(points, list | tuple):
+        return points
+    return [[p.get("x"), p.get("y")] if isinstance(p, Mapping) else p for p in points]
 
 
 def parse_boxes(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -366,7 +407,7 @@ def _answer_idx(
 
 def _required_images(row: Mapping[str, Any], spec: Spec) -> list[Any]:
     images = row_images(row, spec)
-    if not images and not row_video(row, spec):
+    if not images and not row_videos(row, spec):
         raise SampleError("row_image", fields=sorted(row), got="nothing")
     return images
 

@@ -337,8 +337,8 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
         example["image"] = [_open_image(each, cache=cache) for each in image]
     elif image is not None:
         example["image"] = _open_image(image, cache=cache)
-    if row.get("video") is not None:
-        example["video"] = _open_video(row["video"], cache=cache)
+    if "video" in row:
+        example["video"] = [_open_video(each, cache=cache) for each in row["video"]]
     try:
         return preparer(example, key=row["key"])
     except (ShardsError, MemoryError, OSError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from preprocess.datasets import ImageSource, example_images
+from preprocess.datasets import ImageSource, VideoSource, example_images, example_videos
 from preprocess.fetch import FetchResult, read_ledger
 from preprocess.job.build import SampleSize, sample_size
 from preprocess.job.job import Job, JobSettings, Reporter
@@ -84,12 +84,19 @@ def _survey_rows(job: Job, known: Mapping[str, FetchResult]) -> Iterator[dict[st
         images = [_at_hand(job, image, known) for image in example_images(example)]
         if any(image is None for image in images):
             continue
+        videos = [_at_hand(job, video, known) for video in example_videos(example)]
+        if any(video is None for video in videos):
+            continue
+        if videos:
+            example["video"] = videos
         if images:
             example["image"] = images if job.dataset.several_images else images[0]
         yield {"key": f"row-{i}", "example": example, "image": None}
 
 
-def _at_hand(job: Job, image: ImageSource, known: Mapping[str, FetchResult]) -> ImageSource | None:
+def _at_hand(
+    job: Job, image: ImageSource | VideoSource, known: Mapping[str, FetchResult]
+) -> ImageSource | VideoSource | None:
     if not isinstance(image, str):
         return image
     result = known.get(image)

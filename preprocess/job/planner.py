@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.datasets import (
+    Clip,
     EpisodeFrame,
     ImageSource,
     PageImage,
@@ -35,8 +36,9 @@ from preprocess.datasets import (
     SceneImage,
     SceneVideo,
     VideoSource,
+    example_clips,
     example_images,
-    example_video,
+    example_videos,
 )
 from preprocess.documents import page_identity
 from preprocess.fetch import FetchResult, Ledger, fetch_all, read_ledger, redact
@@ -66,6 +68,9 @@ from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleErro
 from shardspec.manifest import canonical_json, differences, fingerprint
 
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:[/\\]{2}\S+\s*", re.IGNORECASE)
+
+MAX_VIDEO_BYTES = 2**29
+"""Largest video that is downloaded. A body is in memory until it is complete."""
 
 PROBE_ROWS = 32
 """Samples built before the plan, to estimate bytes and to stop early if nothing works."""
@@ -355,7 +360,7 @@ def _spool_rows(
 
 def _has_blobs(row: Mapping[str, Any]) -> bool:
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    found = [*images, row.get("video")]
+    found = [*images, *row.get("video", ())]
     # A page is where its document is.
     places = [each.get("document", each) for each in found if each is not None]
     return any(place["kind"] == "blob" for place in places)
@@ -432,27 +437,29 @@ def _planned_row(
     results: Mapping[str, FetchResult],
     stamps: StampWriter,
 ) -> tuple[dict[str, Any], SampleError | None]:
-    images, video = example_images(example), example_video(example)
+    images, videos, clips = example_images(example), example_videos(example), example_clips(example)
     example.pop("image", None)
     example.pop("video", None)
     _check_number(job, images)
     planned = [_plan_image(job, image, results, stamps) for image in images]
-    planned_video = None
-    if video is not None:
-        planned_video = _plan_video(job, video, example, stamps)
-        planned.append(planned_video)
+    locations = [image.location for image in planned]
+    found = [
+        _plan_video(job, video, clip, results, stamps)
+        for video, clip in zip(videos, clips, strict=True)
+    ]
+    changed = _changed_image(example, planned)
+    planned += found
     key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
-    locations = [image.location for image in planned if image is not planned_video]
     location = locations if job.dataset.several_images else next(iter(locations), None)
     if "metadata" in example:
         example = {**example, "metadata": _without_secrets(example["metadata"])}
     row = {"key": key, "image": location, "example": example}
-    if planned_video is not None:
-        row["video"] = planned_video.location
+    if found:
+        row["video"] = [video.location for video in found]
     errors = [image.error for image in planned if image.error is not None]
     if not example["message_list"]:
         errors.append(SampleError("no_message.mode"))
-    return row, errors[0] if errors else _changed_image(example, planned)
+    return row, errors[0] if errors else changed
 
 
 def _without_secrets(value: Any) -> Any:
@@ -473,7 +480,12 @@ class _PlannedImage:
 
 
 def _plan_image(
-    job: Job, image: ImageSource, results: Mapping[str, FetchResult], stamps: StampWriter
+    job: Job,
+    image: ImageSource,
+    results: Mapping[str, FetchResult],
+    stamps: StampWriter,
+    *,
+    kind: str = "image",
 ) -> _PlannedImage:
     location: dict[str, Any]
     if isinstance(image, SceneImage):
@@ -518,7 +530,7 @@ def _plan_image(
         if result.status != "ok":
             error = SampleError(
                 result.reason,
-                what="image could not be fetched",
+                what=f"{kind} could not be fetched",
                 url=result.url,
                 http_status=result.http_status,
             )
@@ -538,19 +550,23 @@ def _plan_image(
 
 
 def _plan_video(
-    job: Job, video: VideoSource, example: Mapping[str, Any], stamps: StampWriter
+    job: Job,
+    video: VideoSource,
+    clip: Clip | None,
+    results: Mapping[str, FetchResult],
+    stamps: StampWriter,
 ) -> _PlannedImage:
     """Finds where a video is, and its identity; its frames are decoded when it is built."""
     if not job.dataset.videos:
         raise ConfigError("video_dataset", dataset=job.dataset.name)
     if isinstance(video, SceneVideo):
         location: dict[str, Any] = {"kind": "scene", "seed": video.seed, "idx": video.idx}
-        return _PlannedImage(location=location, identity=video_identity(video, example))
-    if isinstance(video, bytes):
-        sha256 = hashlib.sha256(video).hexdigest()
-        if not job.blobs.has(sha256, num_bytes=len(video)):
-            job.blobs.put(video)
-        location = {"kind": "blob", "sha256": sha256}
+        return _PlannedImage(location=location, identity=video_identity(video, clip))
+    if isinstance(video, bytes | str | RemoteImage):  # it goes the way of an image
+        planned = _plan_image(job, video, results, stamps, kind="video")
+        if planned.error is not None:
+            return planned
+        location, sha256 = planned.location, planned.identity
     elif isinstance(video, Path):
         location = {"kind": "path", "path": str(video.absolute())}
         stamp = stamp_file(video)
@@ -563,7 +579,7 @@ def _plan_video(
         location["sha256"] = sha256
     else:
         raise ConfigError("video_type", got=type(video).__name__)
-    identity = video_identity(video, example, sha256=sha256)
+    identity = video_identity(video, clip, sha256=sha256)
     return _PlannedImage(location=location, identity=identity)
 
 
@@ -672,12 +688,14 @@ def _write_rows(
 
 
 def image_urls(job: Job, report: Reporter) -> list[str]:
-    """Lists the image URLs of the dataset, duplicates included."""
+    """Lists the URLs of images and videos of the dataset, duplicates included."""
     report.stage("rows", len(job.dataset))
     urls: list[str] = []
     for i in range(len(job.dataset)):
         with suppress(SampleError):  # the plan reads the row again and counts the error
-            urls += [image for image in example_images(job.dataset[i]) if isinstance(image, str)]
+            example = job.dataset[i]
+            media = [*example_images(example), *example_videos(example)]
+            urls += [each for each in media if isinstance(each, str)]
         report.step("")
     return urls
 
@@ -701,6 +719,9 @@ def fetch_images(
     policy = job.settings.fetch
     if not again:
         policy = dataclasses.replace(policy, retry="none")
+    if job.dataset.videos:
+        most = max(policy.max_bytes, MAX_VIDEO_BYTES)
+        policy = dataclasses.replace(policy, max_bytes=most)
     report.stage("fetch", len(set(urls)))
     with Ledger(job.ledger_path()) as ledger:
         _copy_known(job, ledger, urls)
@@ -710,6 +731,7 @@ def fetch_images(
             ledger=ledger,
             policy=policy,
             limits=job.settings.recipe.image.limits,
+            videos=job.dataset.videos,
             on_result=lambda result: report.step(result.reason),
         )
 

@@ -13,7 +13,7 @@ from preprocess.synthetic.arm import (
     plan_arm_episode,
     render_arm,
 )
-from preprocess.synthetic.clips import plan_clip, render_clip
+from preprocess.synthetic.clips import MOVES, ClipPlan, plan_clip, render_clip
 from preprocess.synthetic.papers import PAGE_PX, Paper, plan_paper
 from preprocess.synthetic.questions import (
     POINT_MARK,
@@ -36,11 +36,13 @@ __all__ = [
     "ARM_STATE",
     "ARM_STEPS",
     "COLORS",
+    "MOVES",
     "PAGE_PX",
     "POINT_MARK",
     "Paper",
     "SHAPES",
     "ArmEpisode",
+    "ClipPlan",
     "choose",
     "compared_scenes",
     "listed",

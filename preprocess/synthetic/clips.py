@@ -43,6 +43,9 @@ _MOVES: dict[Motion, str] = {
     "left": "moves from right to left",
     "still": "stays where it is",
 }
+MOVES = tuple(_MOVES.values())
+"""What a shape may do."""
+
 _ORDINALS = ("first", "second", "third")
 _DRAWN_LARGER = 2
 
@@ -115,6 +118,48 @@ class ClipPlan:
             texts.append(f"{lead}In front of a {scene.background} background, {said}.")
         return " ".join(texts)
 
+    @property
+    def scene_starts(self) -> list[int]:
+        """Numbers of the frames with which the scenes begin."""
+        return [0, *self.cuts]
+
+    def center_px(
+        self, scene: int, shape: MovingShape, frame: int, *, size: tuple[int, int]
+    ) -> tuple[float, float]:
+        """Computes where a shape is in a frame of its scene, in a picture of some size: (x, y)."""
+        row_px = size[1] / MAX_SHAPES
+        radius = _radius_px(size)
+        share = frame / max(1, self.scenes[scene].num_frames - 1)
+        way = {"right": share, "left": 1 - share, "still": 0.5}[shape.motion]
+        return radius + way * (size[0] - 2 * radius), (shape.row + 0.5) * row_px
+
+    def _center(self, scene: int, shape: MovingShape, frame: int) -> tuple[float, float]:
+        """The same in percent of the picture."""
+        size = self.width_px, self.height_px
+        x, y = self.center_px(scene, shape, frame, size=size)
+        return 100 * x / size[0], 100 * y / size[1]
+
+    def tracks(self) -> list[tuple[str, list[tuple[float, float, float]]]]:
+        """Lists the shapes by their labels with (time in seconds, x, y) in each of their frames."""
+        return [
+            (
+                shape.label,
+                [
+                    (float((start + k) / self.fps), *self._center(i, shape, k))
+                    for k in range(scene.num_frames)
+                ],
+            )
+            for i, (scene, start) in enumerate(zip(self.scenes, self.scene_starts, strict=True))
+            for shape in scene.shapes
+        ]
+
+    def choices(self) -> list[tuple[str, int]]:
+        """Lists questions about what shapes do, each with the number of its answer in `MOVES`."""
+        return [
+            (f"What does the {shape.label} do?", list(_MOVES).index(shape.motion))
+            for shape in self.shapes
+        ]
+
     def questions(self) -> list[tuple[str, str]]:
         """Lists questions about the clip and their answers."""
         found = [("How many shapes appear in the video?", str(len(self.shapes)))]
@@ -163,20 +208,20 @@ def plan_clip(seed: int, idx: int) -> ClipPlan:
 def render_clip(plan: ClipPlan) -> Iterator[np.ndarray]:
     """Paints the frames of a plan: uint8 [H, W, 3] each."""
     size = plan.width_px * _DRAWN_LARGER, plan.height_px * _DRAWN_LARGER
-    row_px = size[1] / MAX_SHAPES
-    radius = 0.4 * min(row_px, size[0] / MAX_SHAPES)
-    for scene in plan.scenes:
+    radius = _radius_px(size)
+    for i, scene in enumerate(plan.scenes):
         for k in range(scene.num_frames):
-            share = k / max(1, scene.num_frames - 1)
             canvas = Image.new("RGB", size, BACKGROUNDS[scene.background])
             pen = ImageDraw.Draw(canvas)
             for shape in scene.shapes:
-                way = {"right": share, "left": 1 - share, "still": 0.5}[shape.motion]
-                x = radius + way * (size[0] - 2 * radius)
-                y = (shape.row + 0.5) * row_px
+                x, y = plan.center_px(i, shape, k, size=size)
                 outline = np.array(SHAPES[shape.shape]) * radius + (x, y)
                 pen.polygon(outline.ravel().tolist(), fill=COLORS[shape.color])
             yield np.asarray(canvas.reduce(_DRAWN_LARGER))
+
+
+def _radius_px(size: tuple[int, int]) -> float:
+    return 0.4 * min(size[1] / MAX_SHAPES, size[0] / MAX_SHAPES)
 
 
 def _seconds(time_s: Fraction) -> str:

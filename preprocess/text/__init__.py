@@ -10,11 +10,12 @@ from preprocess.text.choices import ChoiceForm
 from preprocess.text.formatter import Branch, DataFormatter, Variant, system_text
 from preprocess.text.geometry import safe_geometry
 from preprocess.text.interleaved import (
+    FrameLead,
     InterleavedTextPreprocessor,
     TokenizedText,
-    check_placeholders,
+    place_media,
 )
-from preprocess.text.message import answer_flags, message_styles, message_texts
+from preprocess.text.message import VideoFacts, answer_flags, message_styles, message_texts
 from preprocess.text.ocr import add_ocr, name_pages
 from preprocess.text.own_styles import require_style, styles_of
 from preprocess.text.paraphrase import word_groups
@@ -22,10 +23,15 @@ from preprocess.text.placeholders import media_placeholder
 from preprocess.text.points import PointFormat
 from preprocess.text.policy import MessageFormat, PromptTemplates, SystemPrompt, TextPolicy
 from preprocess.text.sheet import StyleSheet, read_styles
+from preprocess.text.subtitles import (
+    SubtitleText,
+    place_subtitles,
+)
 from preprocess.text.tokens import (
     EMBEDDED,
     IMAGE_PLACEHOLDER,
     IMAGE_SYMBOLS,
+    VIDEO_PLACEHOLDER,
     Tokenizer,
     load_tokenizer,
     tokenizer_from_entry,
@@ -38,33 +44,38 @@ __all__ = [
     "IMAGE_PLACEHOLDER",
     "IMAGE_SYMBOLS",
     "USER",
+    "VIDEO_PLACEHOLDER",
     "BareFrame",
     "Branch",
     "ChatFrame",
     "ChoiceForm",
     "DataFormatter",
     "Frame",
+    "FrameLead",
     "InterleavedTextPreprocessor",
     "MessageFormat",
     "PointFormat",
     "PromptTemplates",
     "StyleSheet",
+    "SubtitleText",
     "SystemPrompt",
     "TemplateFrame",
     "TextPolicy",
     "TokenizedText",
     "Tokenizer",
     "Variant",
+    "VideoFacts",
     "answer_flags",
     "add_ocr",
     "chat_frame",
-    "check_placeholders",
     "image_prefixes",
     "load_tokenizer",
     "media_placeholder",
     "message_styles",
     "message_texts",
     "name_pages",
+    "place_media",
+    "place_subtitles",
     "read_styles",
     "require_style",
     "safe_geometry",

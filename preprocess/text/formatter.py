@@ -30,7 +30,9 @@ from preprocess.text.chat import Frame, chat_frame
 from preprocess.text.message import (
     ImageSize,
     Message,
+    VideoFacts,
     add_image_sizes,
+    add_video_facts,
     alternatives,
     fixed_texts,
     loss_weight,
@@ -101,7 +103,12 @@ class DataFormatter:
         object.__setattr__(self, "styles", styles_of(self.policy.styles))
 
     def __call__(
-        self, example: Mapping[str, Any], *, key: str, image_sizes: Sequence[ImageSize] = ()
+        self,
+        example: Mapping[str, Any],
+        *,
+        key: str,
+        image_sizes: Sequence[ImageSize] = (),
+        videos: Sequence[VideoFacts] = (),
     ) -> tuple[Branch, ...]:
         """Formats every message of an example, each as a conversation.
 
@@ -109,6 +116,7 @@ class DataFormatter:
           example: Has `message_list`.
           key: The sample's key; all draws follow from it.
           image_sizes: Of the example's images, in order; points in pixels need them.
+          videos: Of its videos; tracks follow from the frames that are stored.
 
         Raises:
           SampleError: `message_style`, `message_fields`, `points_shape`, `answer_idx`.
@@ -117,7 +125,7 @@ class DataFormatter:
         base = keyed(self.seed, hash_text(key))
         try:
             return tuple(
-                self._branch(message, keyed(base, i), image_sizes)
+                self._branch(message, keyed(base, i), image_sizes, videos)
                 for i, message in enumerate(example["message_list"])
             )
         except SampleError as error:
@@ -195,8 +203,14 @@ class DataFormatter:
         mode, styles = self.policy.system_prompt, self.styles
         return draw_prefix(style, num_chars=len(response), mode=mode, rng=rng, styles=styles)
 
-    def _branch(self, message: Message, base: int, image_sizes: Sequence[ImageSize]) -> Branch:
-        messages = split_turns(message)
+    def _branch(
+        self,
+        message: Message,
+        base: int,
+        image_sizes: Sequence[ImageSize],
+        videos: Sequence[VideoFacts],
+    ) -> Branch:
+        messages = [add_video_facts(turn, videos) for turn in split_turns(message)]
         shares = turn_shares(messages)
         return Branch(
             turns=self._turns(message, messages, base, image_sizes),

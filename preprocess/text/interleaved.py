@@ -5,22 +5,29 @@ it; so the ids of a response do not depend on the prompt that is drawn before it
 "template" both are tokenized together, as transformers does it, and the ids of whole conversations
 are compared with those of their renderings. Equal runs of ids are stored once.
 
-A user text may place the images itself, by the placeholder `<|image|>`: that takes a single
-conversation with one placeholder per image. So may a document, a response without a prompt, whose
-texts are all learned. Otherwise images precede all text, each after its lead
-("Image 2"), if there are leads.
+A user text may place the images itself, by the placeholder `<|image|>`, and videos by `<|video|>`:
+that takes a single conversation with one placeholder per image and per video. So may a document, a
+response without a prompt, whose texts are all learned. Otherwise images precede all text, each
+after its lead ("Image 2"), if there are leads, and then the frames of videos.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from preprocess.text.formatter import Branch, Variant
 from preprocess.text.rendering import Conversation, render_branch
-from preprocess.text.tokens import IMAGE_PLACEHOLDER, EncodedPieces, Tokenizer
+from preprocess.text.subtitles import SubtitleText
+from preprocess.text.tokens import (
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    EncodedPieces,
+    Tokenizer,
+)
 from shardspec.errors import SampleError
 
 
@@ -35,6 +42,16 @@ class TokenizedText:
     leads: tuple[tuple[int, ...], ...]
     """(start, stop) of the tokens in front of each image, or (). Those of frames have more: (start,
     stop) for the first frame of a video, and its time in milliseconds."""
+    subtitles: tuple[tuple[int, int, int, int, int], ...] = ()
+    """(video, start, stop, begin and end in milliseconds) of each run of subtitles."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameLead:
+    """What is in front of a frame of a video."""
+
+    time_s: float
+    """When it is shown, in seconds from the beginning of the clip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +66,18 @@ class InterleavedTextPreprocessor:
         *,
         key: str,
         leads: Sequence[str] = (),
-        frame_times_s: Sequence[float] = (),
+        frames: Sequence[FrameLead | None] = (),
+        subtitles: Sequence[Sequence[SubtitleText]] = (),
     ) -> TokenizedText:
         """Tokenizes every variant of every turn.
 
         Args:
           branches: Formatted conversations.
           key: The sample's, for errors.
-          leads: Texts in front of the images, one per image; () for none.
-          frame_times_s: When the frames of a video are shown, which follow the images.
+          leads: Texts in front of the images that are not frames, one for each; () for none.
+          frames: Where there are videos, what is in front of each image as a frame; None for one
+            that is not a frame.
+          subtitles: Of each video.
 
         Raises:
           SampleError: `empty_response` (no token to learn from), `image_placeholder`,
@@ -101,17 +121,28 @@ class InterleavedTextPreprocessor:
             IMAGE_PLACEHOLDER in variant.prompt or IMAGE_PLACEHOLDER in variant.response
             for variant in _variants(branches)
         )
-        if frame_times_s:
-            lead_spans: list[tuple[int, ...]] = [span(text) if text else (0, 0) for text in leads]
-            lead_spans += [
-                (*span(" " + text), *span(text), round(time_s * 1000))
-                for time_s in frame_times_s
-                for text in [frame_time(time_s)]
-            ]
+        lead_spans: list[tuple[int, ...]]
+        if frames:
+            names = iter(() if placed else leads)
+
+            def lead(frame: FrameLead | None) -> tuple[int, ...]:
+                if frame is None:
+                    name = next(names, "")
+                    return span(name) if name else (0, 0)
+                text = frame_time(frame.time_s)
+                return (*span(" " + text), *span(text), round(frame.time_s * 1000))
+
+            lead_spans = [*map(lead, frames)]
         else:
             lead_spans = [] if placed or not any(leads) else [*map(span, leads)]
+        said = [
+            (video, *span(line.text), line.begin_ms, line.end_ms)
+            for video, lines in enumerate(subtitles)
+            for line in lines
+        ]
         return TokenizedText(
             leads=tuple(lead_spans),
+            subtitles=tuple(said),
             rows=tuple(rows),
             tokens=np.array(ids, dtype="<i4"),
         )
@@ -164,34 +195,63 @@ def frame_time(time_s: float) -> str:
     return f"{time_s:.1f} "
 
 
-def check_placeholders(branches: Sequence[Branch], *, num_images: int, key: str) -> None:
-    """Refuses placeholders that do not name each image once, or have no meaning where they are.
+def place_media(
+    branches: Sequence[Branch], *, num_images: int, num_videos: int = 0, key: str
+) -> tuple[Sequence[Branch], list[int]]:
+    """Finds where the texts of an example have its videos.
+
+    Args:
+      branches: Formatted conversations.
+      num_images, num_videos: Of the example.
+      key: The sample's, for errors.
+
+    Returns:
+      The conversations, with the placeholder of an image where a video is to be as well; and which
+      placeholder each video has, from 1: 0 where there are none.
 
     Raises:
-      SampleError: `image_placeholder`.
+      SampleError: `image_placeholder`: placeholders that do not name each image and video once, or
+        have no meaning where they are.
     """
-    if not any(
-        IMAGE_PLACEHOLDER in text
-        for variant in _variants(branches)
-        for text in (variant.prompt, variant.response)
-    ):
-        return
-    counts = [
-        sum(_count(turn[v % len(turn)]) for turn in branch.turns)
+    marks = [IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if num_videos else [])]
+    pattern = re.compile("|".join(map(re.escape, marks)))
+    orders = {
+        tuple(pattern.findall("".join(v.prompt + v.response for v in drawn)))
         for branch in branches
-        for v in range(max(len(turn) for turn in branch.turns))
-    ]
-    answered = any(
-        IMAGE_PLACEHOLDER in variant.response and variant.prompt for variant in _variants(branches)
-    )
-    if len(branches) > 1 or answered or set(counts) != {num_images}:
+        for i in range(max(map(len, branch.turns)))
+        for drawn in [[turn[i % len(turn)] for turn in branch.turns]]
+    }
+    if orders == {()}:
+        return branches, [0] * num_videos
+    answered = any(pattern.search(v.response) and v.prompt for v in _variants(branches))
+    counts = [sorted({order.count(mark) for order in orders}) for mark in marks]
+    found = [[num_images], [num_videos]][: len(marks)]
+    if len(branches) > 1 or len(orders) > 1 or answered or counts != found:
+        facts = {"videos": num_videos, "video_placeholders": counts[1]} if num_videos else {}
         raise SampleError(
-            "image_placeholder.turn", where=key, images=num_images, placeholders=sorted(set(counts))
+            "image_placeholder.turn",
+            where=key,
+            images=num_images,
+            placeholders=counts[0],
+            facts=facts,
+        )
+    if num_videos:
+        branches = [_with_images(branch) for branch in branches]
+    marked = enumerate(next(iter(orders)), start=1)
+    return branches, [number for number, mark in marked if mark == VIDEO_PLACEHOLDER]
+
+
+def _with_images(branch: Branch) -> Branch:
+    """Writes the placeholder of an image for that of a video: one token says where either is."""
+
+    def changed(variant: Variant) -> Variant:
+        texts = {name: getattr(variant, name) for name in ("prompt", "response", "user", "system")}
+        return replace(
+            variant,
+            **{n: text.replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER) for n, text in texts.items()},
         )
 
-
-def _count(variant: Variant) -> int:
-    return (variant.prompt + variant.response).count(IMAGE_PLACEHOLDER)
+    return replace(branch, turns=tuple(tuple(map(changed, turn)) for turn in branch.turns))
 
 
 def _variants(branches: Sequence[Branch]) -> Iterator[Variant]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from preprocess.text.policy import SelectAnswer
@@ -165,6 +166,25 @@ def add_image_sizes(message: Message, image_sizes: Sequence[ImageSize]) -> Messa
     if not image_sizes or not ("points" in message or "boxes" in message):
         return message
     return {**message, "image_sizes": image_sizes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoFacts:
+    """What texts with times need to know of their video."""
+
+    frame_times_s: Sequence[float]
+    """When the stored frames are shown, in seconds from the beginning of the clip."""
+    clip: tuple[float | None, float | None] | None
+    """Start and end of the clip, in seconds of the video."""
+    size: tuple[int, int]
+    """Width and height of an upright frame, in pixels."""
+
+
+def add_video_facts(message: Message, videos: Sequence[VideoFacts]) -> Message:
+    """Adds the facts of the first video to a message with times."""
+    if not videos or not ("timestamps" in message or "frame_trajectories" in message):
+        return message
+    return {**message, "video_facts": videos[0]}
 
 
 def alternatives(message: Message, select: SelectAnswer) -> list[Message]:

@@ -21,6 +21,8 @@ _FIELDS: Mapping[Family, str | None] = {
     "inline_points": "question",
     "pointing": "label",
     "counting": "label",
+    "video_points": "label",
+    "tracking": "label",
     "robot": "instruction",
     "multiple_choice": None,
 }

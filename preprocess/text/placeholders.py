@@ -31,7 +31,8 @@ _SPELLINGS = re.compile(
 def media_placeholder(text: str) -> str | None:
     """Finds a placeholder in a spelling that is not ours.
 
-    HTML tags with attributes and `<img>` alone are text; `<|image|>` is ours.
+    HTML tags with attributes and `<img>` alone are text; `<|image|>` is ours. So is `<|video|>`,
+    but only where there are videos: it is not to be in `text` there.
 
     >>> media_placeholder("<image>\\nWhat is it?"), media_placeholder('<img src="a.png">')
     ('<image>', None)

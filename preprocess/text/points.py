@@ -23,6 +23,9 @@ from typing import Any, Literal
 from shardspec.errors import ConfigError, SampleError
 
 PointFormat = Literal["xml", "coords"]
+PointFrame = tuple[float, list[tuple[int, int, int]]]
+"""A time in seconds, and (number, x, y) of what is seen then, in thousandths."""
+
 PointMode = Literal["point", "point_then_count", "count_then_point", "count"]
 
 PLACEHOLDER = "<|POINT|>"
@@ -31,8 +34,11 @@ PLACEHOLDER = "<|POINT|>"
 NO_POINTS = "There are none."
 """The answer where nothing is to be pointed at, in every mode (Molmo 1 and 2)."""
 
+NO_TRACKS = "No tracks available."
+"""The answer where nothing is to be followed (Molmo 2)."""
+
 GROUP_SEPARATOR = ";"
-"""Between the images of a coords attribute (Molmo 2's fine-tuning; its pre-training has a tab)."""
+"""Between the images or times of a coords attribute (Molmo 2's fine-tuning; a tab before it)."""
 
 _SENTENCES: Mapping[PointMode, str] = {
     "point": "{tag}",
@@ -108,6 +114,21 @@ def point_tag(
     return _TAGS[point_format](groups, label, alt)
 
 
+def timed_tag(
+    name: Literal["points", "tracks"], frames: Sequence[PointFrame], *, label: str
+) -> str:
+    """Writes the tag of points at times of a video.
+
+    >>> timed_tag("tracks", [(0.0, [(1, 635, 22)]), (0.5, [(1, 606, 490), (2, 5, 0)])], label="a")
+    '<tracks coords="0.0 1 635 022;0.5 1 606 490 2 005 000">a</tracks>'
+    """
+    groups = [
+        " ".join([f"{time_s:.1f}", *(f"{number} {x:03d} {y:03d}" for number, x, y in points)])
+        for time_s, points in frames
+    ]
+    return f'<{name} coords="{GROUP_SEPARATOR.join(groups)}">{label}</{name}>'
+
+
 def point_sentence(tag: str, *, count: int, mode: PointMode) -> str:
     """Writes the answer to a pointing or counting question.
 
@@ -151,7 +172,7 @@ def _coords_tag(groups: Sequence[PointGroup], label: str, alt: str | None) -> st
     number = 0
     for group in groups:
         words = [str(group.image)]
-        for x, y in sorted(_thousandths(point, group.scale) for point in group.points):
+        for x, y in sorted(thousandths(point, group.scale) for point in group.points):
             number += 1
             words.append(f"{number} {x:03d} {y:03d}")
         if group.points:
@@ -172,7 +193,8 @@ def _percent(point: Point, scale: tuple[float, float]) -> Point:
     return x, y
 
 
-def _thousandths(point: Point, scale: tuple[float, float]) -> tuple[int, int]:
+def thousandths(point: Point, scale: tuple[float, float]) -> tuple[int, int]:
+    """Gives a point in thousandths of the image."""
     # Clamped on both axes: Molmo 2 means to, but its check lets a y outside of the image pass.
     x, y = (
         round(1000 * min(max(value / full, 0.0), 1.0))

@@ -75,6 +75,9 @@ VOCAB_MULTIPLE = 128
 IMAGE_PLACEHOLDER = "<|image|>"
 """Where a user text wants its next image: the symbol that data on the hub uses as well."""
 
+VIDEO_PLACEHOLDER = "<|video|>"
+"""The same for a video, in texts; in tokens it is that of an image."""
+
 CHATML_END = "<|im_end|>"
 
 _MARKER_SHAPES = re.compile(

@@ -15,8 +15,9 @@ from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.tiling import FrameView, ImageView
 from tests import inline
 
-LIMIT = 9
+ROWS = {"vqa2": 9}
 """The ninth vqa2 row has twelve question-answer pairs."""
+FEW_ROWS = 6
 TILES = ImageView(
     size_px=112, crop_mode="overlap-and-resize-c2", max_crops=4, margin_patches=(2, 2)
 )
@@ -49,7 +50,7 @@ def build(tmp_path_factory):
         settings = JobSettings(
             dataset=name,
             source="sample",
-            limit=LIMIT,
+            limit=ROWS.get(name, FEW_ROWS),
             out=out,
             recipe=recipe,
             num_shards=2,
@@ -89,7 +90,7 @@ def test_shards_equal_the_unsharded_path(build, name):
     tokenizer = load_tokenizer()
     prepare = Preparer(recipe=recipe, tokenizer=tokenizer)
     preprocess = MolmoPreprocessor(prepare, special_ids=tokenizer.special_ids, view=view)
-    dataset = get_dataset(name, source="sample", limit=LIMIT)
+    dataset = get_dataset(name, source="sample", limit=ROWS.get(name, FEW_ROWS))
     item_of = {prepare(dataset.get(item)).key: item for item in range(len(dataset))}
     assert len(item_of) == stream.num_samples == len(dataset)
 
@@ -128,10 +129,10 @@ def test_rows_of_an_evaluation_equal_the_unsharded_path(build, name):
     tokenizer = load_tokenizer()
     prepare = Preparer(recipe=recipe, tokenizer=tokenizer)
     preprocess = MolmoPreprocessor(prepare, special_ids=tokenizer.special_ids, view=view)
-    dataset = get_dataset(name, source="sample", limit=LIMIT)
+    dataset = get_dataset(name, source="sample", limit=ROWS.get(name, FEW_ROWS))
     rows = [preprocess.questions(dataset.get(item)) for item in range(len(dataset))]
     by_key = {own[0]["metadata"]["key"]: own for own in rows}
-    assert sum(map(len, rows)) == stream.num_samples > 2 * LIMIT
+    assert sum(map(len, rows)) == stream.num_samples > 2 * len(dataset)
     for number in range(len(dataset)):
         for question, want in enumerate(by_key[stream.reader.name(number)[1]]):
             got = stream.example(number, question=question)

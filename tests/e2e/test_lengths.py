@@ -58,7 +58,7 @@ def built(request, tmp_path_factory):
         dataset=dataset,
         source="sample",
         mode=mode,
-        limit=5,
+        limit=3,
         out=out,
         recipe=recipe,
         num_shards=2,

@@ -53,9 +53,18 @@ def store(request, cli):
     return server, place, place
 
 
-def test_a_store_gets_the_bytes_of_local_disk(cli, inline_cli, store, local, tmp_path):
+@pytest.mark.parametrize(
+    "store, processes",
+    [("s3", False), slow("s3", True), slow("gs", True), slow("weka", True)],
+    indirect=["store"],
+)
+def test_a_store_gets_the_bytes_of_local_disk(cli, inline_cli, store, processes, local, tmp_path):
     server, place, out = store
-    made = cli.good(*small_job(out, tmp_path / "cache"))
+    if processes:
+        made = cli.good(*small_job(out, tmp_path / "cache"))
+    else:
+        with mock.patch.object(inline_cli, "env", cli.env), server.entered():
+            made = inline_cli.good(*small_job(out, tmp_path / "cache"))
     assert f"manifest sha256 {sha256((local / 'manifest.json').read_bytes())}" in made.out
     found = server.objects(place)
     files = {p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()}

@@ -4,11 +4,17 @@ Frames are stored, so with a lossless codec the invariant of `test_invariant` ho
 which of them an example has is drawn from the sample's generator, on both paths.
 """
 
+import itertools
 import json
+import re
 import tarfile
+import threading
 from dataclasses import replace
 from fractions import Fraction
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,16 +27,20 @@ from loader import (
     View,
     make_dataloader,
 )
+from loader.assembly import TokenIds, assemble
 from preprocess.datasets import get_dataset
+from preprocess.fetch import FetchPolicy
+from preprocess.formats import Spec, parse_row
 from preprocess.job import JobSettings, run_job, verify
 from preprocess.job.build import prepare_row
 from preprocess.media import ImagePolicy, VideoPolicy, encode_video
 from preprocess.recipe import Preparer, Recipe
-from preprocess.synthetic import plan_clip, render_clip
-from preprocess.text import TextPolicy, load_tokenizer
+from preprocess.synthetic import COLORS, SHAPES, plan_clip, render_clip
+from preprocess.text import DataFormatter, TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.keyed import dataset_seed
-from shardspec.tiling import FrameView, ImageView
+from shardspec.sample import text_rows, video_rows
+from shardspec.tiling import FrameView, ImageView, image_token_ids
 from tests import inline
 
 pytest.importorskip("av")
@@ -198,6 +208,64 @@ def test_stored_frames_show_the_scenes_of_the_clip(prepare):
         assert np.abs(image.pixels.astype(np.int16) - want).mean() < 6
 
 
+def drawn_color(sample, time_s, x, y):
+    """The pixel of a stored frame at a place in thousandths."""
+    times = sample.record["video"]["frame_times_s"]
+    frame = next(i for i, t in enumerate(times) if f"{t:.1f}" == time_s)
+    height, width = sample.images[frame].pixels.shape[:2]
+    return sample.images[frame].pixels[int(y) * height // 1000, int(x) * width // 1000]
+
+
+def answers_of(mode, *, limit):
+    """The plans of generated clips, and each message with its answer."""
+    rows = get_dataset("moving_shapes", source="sample", limit=limit, mode=mode)
+    formatter = DataFormatter(policy=TextPolicy(num_variants=1))
+    for i in range(limit):
+        example = rows.get(i)
+        (video,) = example["video"]
+        branches = formatter(example, key="k")
+        for message, branch in zip(example["message_list"], branches, strict=True):
+            yield plan_clip(video.seed, video.idx), message, branch.turns[0][0].response
+
+
+def test_tracks_of_generated_clips_lead_to_the_shapes(prepare):
+    followed = 0
+    example = get_dataset("moving_shapes", source="sample", limit=1, mode="tracks").get(0)
+    sample = prepare(example)
+    texts = {row[1]: row[5:7] for row in text_rows(sample.spans)[::-1].tolist()}
+    for branch, message in enumerate(example["message_list"]):
+        answer = prepare.tokenizer.decode(sample.tokens[slice(*texts[branch])].tolist())
+        match = re.fullmatch(r' <tracks coords="(.*)">(.*)</tracks>', answer)
+        assert match[2] == message["label"]
+        for time_s, number, x, y in [group.split() for group in match[1].split(";")]:
+            assert number == "1"
+            seen = drawn_color(sample, time_s, x, y).astype(int)
+            assert np.abs(seen - COLORS[message["label"].split()[0]]).max() < 60
+            followed += 1
+    assert followed > 8
+
+
+def test_counts_of_generated_clips_are_those_of_their_shapes():
+    counts = set()
+    for plan, message, answer in answers_of("points", limit=4):
+        kind = next(kind for kind in SHAPES if message["label"] in (f"{kind}s", f"{kind}es"))
+        count = sum(shape.shape == kind for shape in plan.shapes)
+        counts.add(count)
+        assert (answer == " There are none.") == (not count)
+        if count:
+            (coords,) = re.findall('coords="(.*)"', answer)
+            assert sum(len(group.split()) // 3 for group in coords.split(";")) == count
+            assert answer.endswith(f" {count}.") == (message["style"] == "video_point_count")
+    assert {0, 1} <= counts
+
+
+def test_choices_of_generated_clips_are_the_true_ones():
+    for plan, message, answer in answers_of("choices", limit=4):
+        name = re.fullmatch("What does the (.*) do\\?", message["question"])[1]
+        (told,) = [said for said in message["options"] if said in answer]
+        assert f"{name} {told}" in plan.caption
+
+
 def test_view_without_frames_is_refused_by_name(prepare):
     rows = get_dataset("moving_shapes", source="sample", limit=1)
     preprocessor = MolmoPreprocessor(prepare, special_ids=prepare.tokenizer.special_ids)
@@ -212,7 +280,7 @@ def test_file_that_changes_between_plan_and_build_is_named(prepare, tmp_path):
     row = {
         "key": "a",
         "image": None,
-        "video": {"kind": "path", "path": str(path), "sha256": "0" * 64},
+        "video": [{"kind": "path", "path": str(path), "sha256": "0" * 64}],
         "example": {"message_list": [{"style": "vqa2", "question": "What?", "answer": "a"}]},
     }
     with pytest.raises(SampleError) as found:
@@ -303,10 +371,119 @@ def test_own_rows_with_a_column_of_videos_become_samples(name, want, clips, tmp_
     assert not verify(settings.out, inline.Quiet(), deep=True)
 
 
+PLACED = [
+    ["First <|video|>, then <|image|> and <|video|>?", "Alike.", "Sure?", "Yes."],
+    ["Ready?", "Yes.", "What is <|image|>?", "Grey.", "And <|video|>, <|video|>?", "Lighter."],
+]
+
+
+def placed_example(clips, texts):
+    videos = [(clips / f"{i}.mp4").read_bytes() for i in range(2)]
+    message = {"style": "demo", "messages": texts}
+    image = np.full((84, 84, 3), 200, np.uint8)
+    return {"video": videos, "clip": [None, [0.35, 0.8]], "image": image, "message_list": [message]}
+
+
+def frames_by_hand(times_s, marks, special, encode):
+    """The tokens of a video, and where the block of each of its frames begins."""
+    begin, end = [special["<frame_start>"]], [special["<frame_end>"]]
+    patches = [special["<im_patch>"]] * 4
+    block, starts = begin if marks == "video" else [], []
+    for time_s in times_s:
+        block = block + encode(f"{' ' * bool(starts)}{time_s:.1f} ")
+        starts.append(len(block))
+        block += [*begin, *patches, *end] if marks == "frame" else patches
+    return block + (end if marks == "video" else []), starts
+
+
+@pytest.mark.parametrize("marks", ["frame", "video"])
+@pytest.mark.parametrize("texts", PLACED)
+def test_videos_and_images_are_where_the_text_has_them(texts, marks, clips, prepare):
+    tokenizer = prepare.tokenizer
+    special, ids = tokenizer.special_ids, TokenIds.from_special_ids(tokenizer.special_ids)
+    sample = prepare(placed_example(clips, texts))
+    image = (image_token_ids(84, 84, SMALL, ids.image).tolist(), [0])
+    videos = iter(
+        frames_by_hand(record["frame_times_s"], marks, special, tokenizer.encode)
+        for record in sample.record["videos"]
+    )
+    kinds = re.findall(r"<\|(image|video)\|>", "".join(texts))
+    units = iter([image if kind == "image" else next(videos) for kind in kinds])
+    want, starts = [special["bos"]], []
+    variants = {row[2]: row for row in text_rows(sample.spans)[::-1].tolist()}  # the first of each
+    for turn, row in sorted(variants.items()):
+        prompt, prompt_stop, response, stop = row[3:7]
+        tokens = [*sample.tokens[prompt:prompt_stop], *sample.tokens[response:stop]]
+        for token in [special["eos"], *tokens] if turn else tokens:
+            unit, own = next(units) if token == special["<|image|>"] else ([int(token)], [])
+            starts += [len(want) + start for start in own]
+            want += unit
+    view = View(image=SMALL, frames=FrameView(marks=marks), purpose="inference")
+    got = assemble(sample, None, view=view, ids=ids)
+    assert got["input_ids"].tolist() == want
+    first_patches = [want.index(special["<im_patch>"], start) for start in starts]
+    assert got["image_input_idx"].tolist() == first_patches
+    assert len(first_patches) == len(sample.images) > 5
+    videos = [range(first, first + n) for _, _, first, n, *_ in video_rows(sample.spans).tolist()]
+    stored = {"image": [[0]], "video": videos}
+    for i, made in zip([i for k in kinds for i in stored[k].pop(0)], got["images"], strict=True):
+        assert abs(sample.images[i].pixels.mean() - made.mean()) < 1  # each is of one colour
+
+
+def test_question_is_asked_about_the_videos_that_have_come_by_then(clips, prepare):
+    view = View(image=SMALL, frames=FrameView(), purpose="evaluation")
+    ids = TokenIds.from_special_ids(prepare.tokenizer.special_ids)
+    sample = prepare(placed_example(clips, PLACED[1]))
+    asked = [assemble(sample, None, view=view, ids=ids, question=q) for q in range(3)]
+    assert [len(one["images"]) for one in asked] == [0, 1, len(sample.images)]
+
+
+def test_own_conversations_about_videos_are_the_same_with_and_without_shards(
+    clips, prepare, tmp_path
+):
+    Image.new("RGB", (84, 84), "gray").save(clips / "a.png")
+    texts = ["Is <image> in <video> or in <video>?", "<video>\nWhat happens?"]
+    media = [{"image": "a.png", "video": ["0.mp4", "1.mp4"]}, {"video": "1.mp4", "start": 0.5}]
+    (clips / "said.srt").write_text("1\n00:00:00,200 --> 00:00:00,900\nIt is late.\n")
+    media[0]["subtitles"] = [None, "said.srt"]
+    media[1]["subtitles"] = [[0.2, 0.7, "It begins."], [0, 0.1, "It is over."]]
+    rows = [
+        {**each, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]}
+        for each, text in zip(media, texts, strict=True)
+    ]
+    rows.append({**rows[0], "image": None})
+    (clips / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    settings = JobSettings(
+        dataset=str(clips / "chats.jsonl"),
+        out=str(tmp_path / "shards"),
+        cache=str(tmp_path / "cache"),
+        recipe=RECIPE,
+        max_lost_rows=0.5,
+    )
+    with inline.jobs():
+        outcome = run_job(settings, inline.Quiet())
+    assert outcome.result.split.quarantined == {"placeholder_without_image": 1}
+    view = View(image=SMALL, frames=FrameView(max_frames=2), image_map="pooling")
+    stream = StreamingDataset(settings.out, seed=SEED, view=view)
+    dataset = get_dataset(str(clips / "chats.jsonl"))
+    samples = {sample.key: sample for sample in (prepare(dataset.get(i)) for i in range(2))}
+    other = DeterministicDataset(
+        InStoredOrder([samples[stream.reader.read(i).key] for i in range(2)]),
+        MolmoPreprocessor(lambda s: s, special_ids=prepare.tokenizer.special_ids, view=view),
+        seed=dataset_seed(SEED, stream.manifest.dataset),
+    )
+    for number, epoch in itertools.product(range(2), range(2)):
+        got, want = stream.example(number, epoch=epoch), other.get(number, epoch=epoch)
+        assert all(got[k].tobytes() == want[k].tobytes() for k in got.keys() - {"metadata"})
+        text = prepare.tokenizer.decode(got["input_ids"].tolist())
+        assert ("\n0.2 - 0.9 It is late.\n" in text) + ("\n0.0 - 0.2 It begins.\n" in text) == 1
+        assert "over" not in text
+    assert not verify(settings.out, inline.Quiet(), deep=True)
+
+
 def test_videos_that_cannot_be_used_are_quarantined_by_name(clips, tmp_path):
     (clips / "text.mp4").write_text("no video")
     rows = [{"video": f"{i}.mp4", "caption": "It gets lighter."} for i in (0, 1, "text", "absent")]
-    rows.append({"video": "https://example.com/a.mp4", "caption": "It is elsewhere."})
     rows.append({"video": "0.mp4", "caption": "It is too late.", "start": 7})
     (clips / "broken.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     settings = JobSettings(
@@ -320,5 +497,131 @@ def test_videos_that_cannot_be_used_are_quarantined_by_name(clips, tmp_path):
     with inline.jobs():
         outcome = run_job(settings, inline.Quiet())
     reasons = outcome.result.split.quarantined
-    assert reasons == {"video_open": 2, "video_url": 1, "video_clip": 1}
+    assert reasons == {"video_open": 2, "video_clip": 1}
     assert outcome.result.split.num_samples == 2
+
+
+@pytest.fixture
+def web(clips):
+    """A server of the folder of clips, and what it was asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args, **more):
+            super().__init__(*args, directory=str(clips), **more)
+
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_videos_are_fetched_once_and_are_the_same_from_anywhere(clips, web, prepare, tmp_path):
+    address, asked = web
+    (clips / "page.mp4").write_text("<!doctype html><p>It is gone.")
+    store = fsspec.filesystem("memory")
+    store.pipe("/clips/1.mp4", (clips / "1.mp4").read_bytes())
+    names = ["0.mp4", f"{address}/0.mp4", f"{address}/1.mp4", "memory://clips/1.mp4"]
+    names += [f"{address}/page.mp4", f"{address}/absent.mp4", "memory://clips/absent.mp4"]
+    rows = [{"video": name, "caption": f"It is {i}."} for i, name in enumerate(names)]
+    rows.append({"video": names[1], "caption": "It is there twice."})
+    (clips / "web.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    settings = JobSettings(
+        dataset=str(clips / "web.jsonl"),
+        out=str(tmp_path / "shards"),
+        cache=str(tmp_path / "cache"),
+        recipe=RECIPE,
+        fetch=FetchPolicy(allow_hosts=frozenset({"127.0.0.1"})),
+        max_lost_rows=1.0,
+        max_dead_links=1.0,
+    )
+    with inline.jobs():
+        outcome = run_job(settings, inline.Quiet())
+        again = run_job(settings, inline.Quiet())
+    split = outcome.result.split
+    assert split.quarantined == {"not_image": 1, "http_404": 1, "image_missing": 1}
+    assert not again.fresh
+    wanted = [path for path in asked if path != "/robots.txt"]
+    assert sorted(wanted) == sorted({f"/{n}.mp4" for n in ("0", "1", "page", "absent")})
+    local = [("0", 0), ("0", 1), ("1", 2), ("1", 3), ("0", 7)]
+    message = {"style": "long_caption", "question": "Describe this video."}
+    keys = {
+        prepare({"video": clips / f"{n}.mp4", "message_list": [{**message, "text": told}]}).key
+        for n, told in ((name, rows[i]["caption"]) for name, i in local)
+    }
+    reader = StreamingDataset(settings.out).reader
+    assert {reader.read(i).key for i in range(split.num_samples)} == keys
+
+
+def annotated(i, time, *points):
+    return {
+        "frame": i,
+        "time": time,
+        "points": [{"id": n, "point": [x, y], "occluded": hidden} for n, x, y, hidden in points],
+    }
+
+
+PUBLISHED = {
+    "tracks": (
+        {
+            **{"id": "a", "fps": 10.0, "width": 640, "height": 480, "mask_id": ["0", "1"]},
+            **{"expression": "The light", "sampling_fps": 1},
+            "frame_trajectories": [
+                annotated(0, 0.0, (0, 320.0, 48.0, False), (1, 64.0, 48.0, True)),
+                annotated(5, 0.5, (0, 320.0, 240.0, False), (1, 64.0, 48.0, False)),
+                annotated(7, 0.7, (0, 1.0, 1.0, False)),
+            ],
+        },
+        '<tracks coords="0.0 1 500 100">the light</tracks>',
+    ),
+    "points": (
+        {
+            "label": "lights",
+            "two_fps_timestamps": [0.0, 0.5],
+            "points": [[{"x": 90.0, "y": 10.0}, {"x": 50.0, "y": 10.0}], [{"x": 5.0, "y": 5.0}]],
+        },
+        'Counting the <points coords="0.0 1 500 100 2 900 100;0.5 3 050 050">lights</points>'
+        " shows a total of 3.",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_specs_of_published_sets_read_their_layout(form, clips, prepare, tmp_path, write_parquet):
+    page = (Path(__file__).parents[2] / "docs" / "video.md").read_text()
+    specs = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    spec = next(each for each in specs if f'format = "{form}"' in each)
+    row, answer = PUBLISHED[form]
+    source = Path(re.search('source = "(.*)"', spec)[1])
+    write_parquet(tmp_path / source.parent, [{"video": "0.mp4", **row}])
+    (tmp_path / source.parent / "videos").mkdir()
+    (tmp_path / source.parent / "videos" / "0.mp4").write_bytes((clips / "0.mp4").read_bytes())
+    (tmp_path / "set.toml").write_text(spec)
+    dataset = get_dataset(str(tmp_path / "set.toml"))
+    sample = prepare(dataset.get(0))
+    row = text_rows(sample.spans)[0].tolist()
+    assert prepare.tokenizer.decode(sample.tokens[row[5] : row[6]].tolist()) == f" {answer}"
+
+
+def test_question_may_place_its_videos():
+    spec = Spec(name="own", format="vqa", columns={"video": "video"})
+    row = {
+        "video": ["a.mp4", "b.mp4"],
+        "question": "Is <video> as fast as <video>?",
+        "answer": "No.",
+    }
+    example = parse_row(row, spec)
+    assert example["video"] == ["a.mp4", "b.mp4"]
+    assert example["message_list"][0]["question"] == "Is <|video|> as fast as <|video|>?"
+    for question in ("Is <video> fast?", "Is <video> <video> <video> fast?"):
+        with pytest.raises(SampleError, match="placeholder"):
+            parse_row({**row, "question": question}, spec)

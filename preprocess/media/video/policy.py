@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -14,6 +15,8 @@ StoredMode = Literal["uniform", "uniform_last", "fps", "adaptive"]
 """Modes of `shardspec.frames` without draws: those are made at load, among what is stored."""
 
 Damaged = Literal["keep", "refuse"]
+
+Subtitles = Literal["frames", "after", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,23 @@ class VideoPolicy:
             group="videos",
         ),
     ] = "keep"
+    subtitles: Annotated[
+        Subtitles,
+        Setting("where subtitles are: among the frames, after them, or nowhere", group="videos"),
+    ] = "frames"
+    """"frames": before the first frame that is shown later; "after": all of them behind the last
+    frame (Molmo 2)."""
+    subtitle_tokens: Annotated[
+        int, Setting("most tokens of the subtitles of a video; 0 for any", group="videos")
+    ] = 0
+    subtitle_window_s: Annotated[
+        float,
+        Setting(
+            "leave out subtitles that are more seconds from every stored frame; 0 for none",
+            flag="subtitle-window",
+            group="videos",
+        ),
+    ] = 0.0
     time_limit_s: Annotated[
         float,
         Setting(
@@ -79,6 +99,9 @@ class VideoPolicy:
         checks = {
             "pool": isinstance(self.pool, int) and self.pool >= 1,
             "damaged": self.damaged in get_args(Damaged),
+            "subtitles": self.subtitles in get_args(Subtitles),
+            "subtitle_tokens": isinstance(self.subtitle_tokens, int) and self.subtitle_tokens >= 0,
+            "subtitle_window_s": 0 <= self.subtitle_window_s < math.inf,
             "time_limit_s": self.time_limit_s >= 1,
             "memory_bytes": self.memory_bytes >= 1 << 20,
             "max_pixels": self.max_pixels >= 1,

@@ -18,10 +18,22 @@ from preprocess.text.styles import (
     pointing,
     qa,
     robots,
+    videos,
 )
 from preprocess.text.styles.base import Draw, Exchange, Family, Style
 
-_FAMILIES = (captions, qa, pointing, counting, choices, instructions, robots, documents, boxes)
+_FAMILIES = (
+    captions,
+    qa,
+    pointing,
+    counting,
+    choices,
+    instructions,
+    robots,
+    documents,
+    boxes,
+    videos,
+)
 
 STYLES: Mapping[str, Style] = {
     name: style for family in _FAMILIES for name, style in family.STYLES.items()

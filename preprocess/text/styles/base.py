@@ -8,6 +8,7 @@ styles by name. To add a style, add a line to the `STYLES` of its family (and a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,8 @@ Family = Literal[
     "robot",
     "interleaved",
     "boxes",
+    "video_points",
+    "tracking",
 ]
 
 Exchange = tuple[str, str]
@@ -134,10 +137,17 @@ def user_text(message: Message, draw: Draw, *, plain: str = "", **fields: str) -
 
 @cache
 def prompt_templates(name: str) -> Sequence[str]:
-    """Reads the templates of a list, "file.list"; all of a list have the same fields."""
-    file, _, section = name.partition(".")
+    """Reads the templates of a list, "file.list"; all of a list have the same fields.
+
+    "file.list/video" are those of images, about a video (Molmo 2).
+    """
+    listed, _, kind = name.partition("/")
+    file, _, section = listed.partition(".")
     templates: Sequence[str] = load_toml(TEMPLATES / f"{file}.toml")[section]
-    return templates
+    return [_PICTURE.sub("video", each) for each in templates] if kind else templates
+
+
+_PICTURE = re.compile(r"(?:image|picture|photo)(?=s?\b)")
 
 
 _LEVEL: Mapping[PromptTemplates, int] = {"none": 0, "uber_model": 1, "uber_model_v2": 2}

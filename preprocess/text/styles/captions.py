@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from preprocess.text.message import Message
+from preprocess.text.policy import PromptTemplates
 from preprocess.text.styles.base import (
     Draw,
     Exchange,
@@ -24,12 +25,19 @@ def draw_caption(message: Message, draw: Draw) -> Exchange:
     return user_text(message, draw, plain=question), whole_text(message, "text", draw)
 
 
-def _caption(name: str, *, demo: bool = False) -> Style:
-    return Style(family="caption", draw=draw_caption, template=f"caption.{name}", demo=demo)
+def _caption(name: str, *, demo: bool = False, since: PromptTemplates = "uber_model") -> Style:
+    template = f"caption.{name}"
+    return Style(family="caption", draw=draw_caption, template=template, demo=demo, since=since)
 
 
 STYLES: Mapping[str, Style] = {
     "long_caption": _caption("long_caption", demo=True),
     "short_caption": _caption("short_caption", demo=True),
     "transcript": _caption("transcript"),
+    **{
+        f"video_{name}_caption": _caption(
+            f"{template}_caption/video", demo=True, since="uber_model_v2"
+        )
+        for name, template in {"short": "short", "merged": "long", "long": "long"}.items()
+    },
 }

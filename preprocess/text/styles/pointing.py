@@ -38,7 +38,7 @@ ANNOTATION_SCALE = 100.0
 
 def draw_pointing(message: Message, draw: Draw) -> Exchange:
     """Draws a request to point at things: `points` of `label`."""
-    label = _label(message, grouped=draw.style.grouped)
+    label = point_label(message, grouped=draw.style.grouped)
     # A question is a whole sentence; only a bare label goes into a template.
     plain = message.get("question") or label
     templated = {} if "question" in message else {"label": label}
@@ -53,7 +53,7 @@ def draw_inline_points(message: Message, draw: Draw) -> Exchange:
     image), `inline_text` and `alt_text`.
     """
     question = "" if message.get("prompt") else whole_text(message, "question", draw)
-    scale = _positive(message.get("point_scale", ANNOTATION_SCALE), message)
+    scale = positive(message.get("point_scale", ANNOTATION_SCALE), message)
     tags = [
         _inline_tag(annotation, scale, draw.policy.point_format)
         for annotation in require_field(message, "answer_annotations")
@@ -88,8 +88,8 @@ def _inline_tag(annotation: Message, scale: float, point_format: PointFormat) ->
     return point_tag([group], label=text, alt=annotation.get("alt_text"), point_format=point_format)
 
 
-def _label(message: Message, *, grouped: bool) -> str:
-    """The name of what is pointed at: in lower case, unless the row's own case matters."""
+def point_label(message: Message, *, grouped: bool = False) -> str:
+    """Gives the name of what is pointed at: in lower case, unless the row's own case matters."""
     if "label" in message:
         label = require_text(message, "label")
         # Labels of image groups stay as they are (Molmo 2).
@@ -138,7 +138,7 @@ def check_bounds(points: Sequence[Point], scale: tuple[float, float], message: M
 def point_scale(message: Message, image: int) -> tuple[float, float]:
     """Says what the coordinates of a message about an image are fractions of."""
     if "point_scale" in message:
-        scale = _positive(message["point_scale"], message)
+        scale = positive(message["point_scale"], message)
         return scale, scale
     if not message.get("image_sizes"):
         raise field_error(message, "point_scale", "a scale, or images whose pixels are meant")
@@ -146,7 +146,12 @@ def point_scale(message: Message, image: int) -> tuple[float, float]:
     return float(width), float(height)
 
 
-def _positive(scale: Any, message: Message) -> float:
+def positive(scale: Any, message: Message) -> float:
+    """Reads what coordinates are fractions of.
+
+    Raises:
+      SampleError: `message_fields`.
+    """
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise field_error(message, "point_scale", "a number above 0")
     return float(scale)

@@ -62,6 +62,8 @@ STYLES: Mapping[str, Style] = {
     "a_okvqa_da": _QA,
     "mantis_instruct_da": _QA,
     "eval_short_answer": Style(family="qa", draw=draw_qa, trained_as="vqa2"),
+    "video_short_answer": _QA,
+    "video_eval_short_answer": Style(family="qa", draw=draw_qa, trained_as="video_short_answer"),
     "tally_qa": _COUNTED,
     "text_vqa": _DOCUMENT,
     "ocr_vqa": _DOCUMENT,

@@ -11,7 +11,7 @@ from loader.assembly import TokenIds
 from preprocess.text import load_tokenizer
 from preprocess.text.interleaved import frame_time
 from shardspec.errors import ConfigError, SampleError
-from shardspec.index import index_row
+from shardspec.index import index_row, longest_sequence
 from shardspec.sample import PreparedImage, PreparedSample, spans_table, video_rows
 from shardspec.tar import TarRange
 from shardspec.tiling import FrameView, ImageView, image_token_ids, num_image_tokens
@@ -36,8 +36,8 @@ def frame(i):
     )
 
 
-def sample(tokenizer, times_s, *, images=0):
-    """A sample of some images and then a video, with the text "yes"."""
+def sample(tokenizer, times_s, *, images=0, said=()):
+    """A sample of some images and then a video with subtitles, with the text "yes"."""
     tokens, leads = [], []
 
     def span(text):
@@ -51,15 +51,22 @@ def sample(tokenizer, times_s, *, images=0):
         written = frame_time(time_s)
         leads.append((*span(" " + written), *span(written), round(time_s * 1000)))
     pictures = tuple(frame(i) for i in range(images + len(times_s)))
+    subtitles = [(0, *span(f"\n{s:.1f} x\n"), round(s * 1000), round(s * 1000)) for s in said]
     return PreparedSample(
         key="a",
         tokens=np.array(tokens, "<i4"),
-        spans=spans_table([text], pictures, leads=leads, videos=[(images, len(times_s))]),
+        spans=spans_table(
+            [text],
+            pictures,
+            leads=leads,
+            videos=[(images, len(times_s), 0)],
+            subtitles=subtitles,
+        ),
         images=pictures,
     )
 
 
-def made(tokenizer, ids, times_s, *, images=0, seed=0, **frames):
+def made(tokenizer, ids, times_s, *, images=0, seed=0, said=(), **frames):
     view = View(
         image=VIEW,
         frames=FrameView(**frames),
@@ -67,7 +74,8 @@ def made(tokenizer, ids, times_s, *, images=0, seed=0, **frames):
         purpose=frames.pop("purpose", "train"),
     )
     rng = np.random.RandomState(seed)
-    return assemble(sample(tokenizer, times_s, images=images), rng, view=view, ids=ids)
+    made_of = sample(tokenizer, times_s, images=images, said=said)
+    return assemble(made_of, rng, view=view, ids=ids)
 
 
 def encoded(text, tokenizer):
@@ -97,6 +105,38 @@ def test_frames_are_written_as_the_processor_of_molmo_2_writes_them(tokenizer, i
     want = Molmo2Processor.get_video_string(processor, np.array([5, 3, 3]), times)
     example = made(tokenizer, ids, times)
     assert prefix(example) == encoded(want, tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("marks", ["frame", "video"])
+def test_subtitles_are_between_the_frames_that_are_shown(marks, seed, tokenizer, ids):
+    times, said = [1.0, 2.0, 3.0, 4.0, 5.0], [0.2, 1.5, 1.7, 3.0, 4.0, 4.5, 9.0]
+    view = {"seed": seed, "said": said, "max_frames": 3, "marks": marks}
+    example = made(tokenizer, ids, times, **view)
+    shown = example["metadata"]["frame_times_s"]
+    order = sorted([*((time, 0) for time in shown), *((begin, 1) for begin in said)])
+    begin, end = ("<frame_start>", "<frame_end>") if marks == "frame" else ("", "")
+    text = ""
+    for time, is_said in order:
+        space = " " if time != shown[0] else ""
+        frame = f"{space}{time:.1f} {begin}{PATCHES}{end}"
+        if marks == "video" and time == shown[0]:
+            frame = f"<frame_start>{frame}"
+        if marks == "video" and time == shown[-1]:
+            frame += "<frame_end>"
+        text += f"<cut>\n{time:.1f} x\n<cut>" if is_said else frame
+    want = [i for part in text.split("<cut>") for i in encoded(part, tokenizer)]
+    assert prefix(example) == want
+
+
+def test_recorded_length_counts_subtitles(tokenizer, ids):
+    lengths = []
+    for said in [(), [0.5, 9.0]]:
+        made_of = sample(tokenizer, [1.0, 2.0], said=said)
+        lengths.append(longest_sequence(made_of.tokens, made_of.spans)[0])
+    longest = len(made(tokenizer, ids, [1.0, 2.0], said=said)["input_ids"])
+    plain = len(made(tokenizer, ids, [1.0, 2.0])["input_ids"])
+    assert lengths[1] - lengths[0] == longest - plain > 0
 
 
 PATCHES = "<im_patch>" * 9

@@ -25,10 +25,10 @@ def run_python(*args):
 
 
 @pytest.fixture(scope="module")
-def shards(session_cli, tmp_path_factory):
+def shards(inline_cli, tmp_path_factory):
     """A dataset that the offline half made of generated scenes."""
     folder = tmp_path_factory.mktemp("cli") / "shards"
-    session_cli.good("shards", "pixmo_cap", "--source", "sample", "--limit", 6, "--out", folder)
+    inline_cli.good("shards", "pixmo_cap", "--source", "sample", "--limit", 6, "--out", folder)
     return str(folder)
 
 

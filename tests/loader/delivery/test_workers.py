@@ -46,6 +46,21 @@ def undisturbed(url):
     return list(make(url, workers=0, decode_threads=0))
 
 
+@pytest.fixture(scope="module")
+def two_workers(url):
+    """A loader whose two processes several tests use; it starts others where they were ended."""
+    loader = make(url, workers=2)
+    yield loader
+    loader.close()
+
+
+@pytest.fixture
+def shared(two_workers):
+    """The same, at its first step."""
+    two_workers.load_state_dict({**two_workers.state_dict(), "step": 0})
+    return two_workers
+
+
 def files_of_batches():
     """Lists the files with batches that this process maps."""
     maps = Path("/proc/self/maps").read_text().splitlines()
@@ -55,9 +70,9 @@ def files_of_batches():
 
 
 def test_batches_are_the_same_and_stay_what_they_were_for_as_long_as_they_are_kept(
-    url, undisturbed
+    shared, undisturbed
 ):
-    loader = make(url, workers=2)
+    loader = shared
     kept = list(loader)  # memory that is looked at carries no other batch
     # Without a name there is nothing that could be left behind.
     assert files_of_batches() == {"/memfd:batch (deleted)"}
@@ -94,20 +109,6 @@ def test_consumer_that_keeps_more_than_can_be_mapped_gets_copies(url, undisturbe
     # The pipe, the process's sentinel, and a file for each buffer in use or on its way.
     assert len(os.listdir("/proc/self/fd")) - before <= 4 + 10
     assert all(map(same, [*kept, *batches], undisturbed))
-
-
-def test_killed_worker_is_an_error_that_names_the_signal(url):
-    loader = make(url, workers=2)
-    batches = iter(loader)
-    next(batches)
-    (victim, *_) = multiprocessing.active_children()
-    os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(WorkerError) as caught:
-        for _ in batches:
-            pass
-    assert caught.value.reason == "worker_died"
-    assert caught.value.facts == {"exit_code": -9, "signal": "SIGKILL"}
-    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
@@ -305,8 +306,8 @@ def test_workers_stay_over_epochs_and_follow_states_and_changes(url):
     assert alive(workers) == []
 
 
-def test_the_next_epoch_is_made_ahead_across_the_border(url):
-    loader = make(url)
+def test_the_next_epoch_is_made_ahead_across_the_border(shared):
+    loader = shared
     for _ in loader:
         pass
     stats = loader.stats()
@@ -363,3 +364,17 @@ def test_a_forked_child_takes_nothing_from_the_pass_of_its_parent(url, undisturb
     kept += iterator
     assert all(map(same, kept, undisturbed))
     assert len(kept) == len(undisturbed)
+
+
+def test_killed_worker_is_an_error_that_names_the_signal(shared):
+    others = pids()
+    batches = iter(shared)
+    next(batches)
+    (victim, *_) = multiprocessing.active_children()
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError) as caught:
+        for _ in batches:
+            pass
+    assert caught.value.reason == "worker_died"
+    assert caught.value.facts == {"exit_code": -9, "signal": "SIGKILL"}
+    assert not pids() - others

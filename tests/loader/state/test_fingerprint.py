@@ -538,7 +538,9 @@ def make_kind(write, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "world_size", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))]
+)
 def test_after_a_ramp_the_state_fits_every_number_of_ranks_of_its_batch_then(
     make_kind, kind, world_size
 ):

@@ -386,6 +386,177 @@ def test_row_that_cannot_be_read_has_a_reason(name):
     assert caught.value.reason == reason
 
 
+VIDEO_SPEC = Spec(name="own", format="llava", columns={"video": "video"})
+
+VIDEOS = {
+    "llava": (
+        {"video": "a.mp4", "conversations": said(("<video>\nWhat?", "A cup."))},
+        (["What?", "A cup."], [], "a.mp4", None),
+    ),
+    "llava, called an image": (
+        {"video": "a.mp4", "conversations": said(("See <image>.", "A cup."))},
+        (["See <|video|>.", "A cup."], [], "a.mp4", None),
+    ),
+    "no placeholder": (
+        {"video": "a.mp4", "start": 1, "end": 2.5, "conversations": said(("What?", "A cup."))},
+        (["What?", "A cup."], [], "a.mp4", [1, 2.5]),
+    ),
+    "two videos in their order": (
+        {
+            "video": ["a.mp4", "b.mp4"],
+            "start": [None, 2],
+            "conversations": said(("First <video>, then <|video|>?", "Same.")),
+        },
+        (
+            ["First <|video|>, then <|video|>?", "Same."],
+            [],
+            ["a.mp4", "b.mp4"],
+            [None, [2, None]],
+        ),
+    ),
+    "a video and images": (
+        {
+            "image": ["a.jpg", "b.jpg"],
+            "video": "c.mp4",
+            "conversations": said(("<image><video> or <image>?", "The first."), ("Sure?", "Yes.")),
+        },
+        (
+            ["<|image|><|video|> or <|image|>?", "The first.", "Sure?", "Yes."],
+            ["a.jpg", "b.jpg"],
+            "c.mp4",
+            None,
+        ),
+    ),
+    "images in front of a video": (
+        {
+            "image": "a.jpg",
+            "video": "c.mp4",
+            "conversations": said(("<image>\n<video>\nSame?", "Yes.")),
+        },
+        (["Same?", "Yes."], ["a.jpg"], "c.mp4", None),
+    ),
+    "a video in front of images": (
+        {
+            "image": "a.jpg",
+            "video": "c.mp4",
+            "conversations": said(("<video><image>Same?", "Yes.")),
+        },
+        (["<|video|><|image|>Same?", "Yes."], ["a.jpg"], "c.mp4", None),
+    ),
+    "a video without a placeholder beside an image with one": (
+        {
+            "image": "a.jpg",
+            "video": "c.mp4",
+            "conversations": said(("Is <image> in it?", "Yes.")),
+        },
+        (["<|video|>Is <|image|> in it?", "Yes."], ["a.jpg"], "c.mp4", None),
+    ),
+    "parts": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "Compare "},
+                        {"type": "video", "video": "a.mp4", "video_start": 1.5, "video_end": 4},
+                        {"type": "image", "image": "b.jpg"},
+                        {"type": "video_url", "video_url": {"url": "https://x.test/c.mp4"}},
+                        {"type": "video", "path": "d.mp4"},
+                    ],
+                },
+                {"role": "assistant", "content": "Alike."},
+            ]
+        },
+        (
+            ["Compare <|video|><|image|><|video|><|video|>", "Alike."],
+            ["b.jpg"],
+            ["a.mp4", "https://x.test/c.mp4", "d.mp4"],
+            [[1.5, 4], None, None],
+        ),
+    ),
+    "parts with a column": (
+        {
+            "video": [{"path": "a.mp4", "start": 2, "end": 3}],
+            "messages": [
+                {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "A cup."}]},
+            ],
+        },
+        (["What?", "A cup."], [], "a.mp4", [2, 3]),
+    ),
+    "turns that are left out take their videos along": (
+        {
+            "video": ["a.mp4", "b.mp4"],
+            "conversations": [
+                *said(("Play <video>.", "A cup.")),
+                *said(("And <video>?", "A pan.")),
+            ],
+        },
+        (["Play <|video|>.", "A cup."], [], "a.mp4", None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_of_conversations_stay_where_their_placeholders_are(name):
+    row, (said_texts, images, video, clip) = VIDEOS[name]
+    if name.startswith("turns"):
+        row["conversations"][-1]["loss"] = False
+    example = parse_row(row, VIDEO_SPEC)
+    assert texts(row, VIDEO_SPEC) == (said_texts, images)
+    assert (example["video"], example.get("clip")) == (video, clip)
+
+
+@pytest.mark.parametrize(
+    "video, text, reason",
+    [
+        ("a.mp4", "<video><video>?", "placeholder_without_video"),
+        (None, "<video>?", "placeholder_without_video"),
+        (["a.mp4", "b.mp4"], "<video>?", "video_without_placeholder"),
+        (["a.mp4"], "<image><image>?", "placeholder_without_video"),
+        ([["1.jpg", "2.jpg"]], "<video>?", "row_fields"),
+    ],
+)
+def test_another_number_of_videos_than_of_placeholders_has_a_reason(video, text, reason):
+    row = {"video": video, "conversations": said((text, "x"))}
+    with pytest.raises(SampleError) as caught:
+        parse_row(row, VIDEO_SPEC)
+    assert caught.value.reason == reason
+
+
+def spoken(part, role="user"):
+    turns = [(role, [part]), ("assistant", "x")]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(
+    "row, spec, reason",
+    [
+        (spoken({"type": "video", "video": "a.mp4"}), SPEC, "row_media"),
+        (spoken({"type": "video_url"}, role="system"), VIDEO_SPEC, "image_placeholder"),
+        (
+            {"video": "a.mp4", "start": [1, 2], "conversations": said(("?", "x"))},
+            VIDEO_SPEC,
+            "row_fields",
+        ),
+        (
+            {"video": "a.mp4", "conversations": said(("?", "x"))},
+            Spec(
+                name="own",
+                format="llava",
+                columns={"video": "video"},
+                missing_placeholder="refuse",
+            ),
+            "video_without_placeholder",
+        ),
+    ],
+)
+def test_other_videos_are_refused(row, spec, reason):
+    with pytest.raises(SampleError) as caught:
+        parse_row(row, spec)
+    assert caught.value.reason == reason
+
+
 def test_missing_placeholder_can_be_refused():
     row = {"image": "a.jpg", "conversations": said(("What?", "A cup."))}
     with pytest.raises(SampleError) as caught:

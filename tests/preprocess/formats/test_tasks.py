@@ -226,3 +226,42 @@ def test_times_of_a_clip_may_be_written_as_texts(start, end, want):
     spec = Spec(name="own", format="captions", columns={"video": "video"})
     assert parse_row(row, spec).get("clip") == want
     assert parse_row({**row, "end": "late"}, spec)["clip"][1] == "late"  # refused by the job
+
+
+TRAJECTORIES = [{"frame": 0, "time": 0.0, "points": [{"id": 1, "point": [3, 4]}]}]
+
+
+@pytest.mark.parametrize(
+    "form, row, unit, want",
+    [
+        (
+            "points",
+            {"label": "cup", "timestamps": [0.5], "points": [[[1, 2]]], "fps": 4},
+            "100",
+            {"style": "video_point", "timestamps": [0.5], "points": [[[1, 2]]], "label": "cup"}
+            | {"fps": 4, "point_scale": 100.0},
+        ),
+        (
+            "tracks",
+            {"expression": "the cup", "frame_trajectories": TRAJECTORIES, "fps": 30}
+            | {"sampling_fps": 2, "width": 640, "height": 480},
+            "pixel",
+            {"style": "video_point_track_per_frame", "frame_trajectories": TRAJECTORIES}
+            | {"label": "the cup", "sampling_fps": 2, "point_size": [640, 480]},
+        ),
+    ],
+)
+def test_points_and_tracks_of_videos(form, row, unit, want):
+    spec = Spec(name="own", format=form, unit=unit, columns={"video": "video"})
+    example = parse_row({"video": "a.mp4", **row}, spec)
+    assert example["video"] == "a.mp4"
+    assert example["message_list"] == [want]
+
+
+@pytest.mark.parametrize("wrong", [{"label": None}, {"frame_trajectories": "x"}])
+def test_tracks_without_a_label_or_a_list_are_refused(wrong):
+    spec = Spec(name="own", format="tracks", columns={"video": "video"})
+    row = {"video": "a.mp4", "label": "cup", "frame_trajectories": TRAJECTORIES, **wrong}
+    with pytest.raises(SampleError) as caught:
+        parse_row(row, spec)
+    assert caught.value.reason == "row_fields"

@@ -174,6 +174,9 @@ VIDEOS = {
     "FRAME_SPACING": "0.5",
     "FRAME_POOL": "2",
     "DAMAGED_VIDEOS": "refuse",
+    "SUBTITLES": "after",
+    "SUBTITLE_TOKENS": "64",
+    "SUBTITLE_WINDOW": "1",
     "VIDEO_TIME": "60",
     "VIDEO_MEMORY": "2GB",
 }

@@ -783,7 +783,13 @@ def test_limits_name_the_field_they_refuse(name, value):
     assert (caught.value.reason, caught.value.where) == ("image_policy", name)
 
 
-@pytest.mark.parametrize("fmt", ["JPEG", "GIF", "TIFF", "AVIF"])
+@pytest.mark.parametrize(
+    "fmt",
+    [  # a decoder of its own, and a plug-in of Pillow's; a start of Python each
+        *("JPEG", "AVIF"),
+        *(pytest.param(fmt, marks=pytest.mark.slow) for fmt in ("GIF", "TIFF")),
+    ],
+)
 def test_preprocessor_travels_to_a_fresh_process(fmt):
     payload = saved(scene(), fmt)
     LARGE(saved(scene(), "PNG", icc_profile=linear_rgb_profile()))  # has parsed a profile

@@ -27,7 +27,7 @@ from preprocess.text import (
 )
 from preprocess.text.chat import ChatFrame
 from preprocess.text.styles import STYLES
-from preprocess.text.styles.base import TEMPLATES
+from preprocess.text.styles.base import TEMPLATES, prompt_templates
 from preprocess.text.styles.counting import asks_for_count
 from preprocess.text.styles.robots import action_text
 from preprocess.text.tokens import load_tokenizer
@@ -61,6 +61,19 @@ EXPLANATION = {
 }
 ROBOT = {"style": "robot_action", "instruction": "pick up the cup", "action": [0.5, -2.0, 1.0]}
 CAPTION = {"style": "long_caption", "text": "A red ball."}
+TIMED = {
+    "style": "video_point",
+    "label": "Dog",
+    "timestamps": [1.5, 0.7],
+    "points": [[[90, 20], [10.34, 33.333]], [[50, 50]]],
+    "point_scale": 100,
+}
+TRACK = {
+    "style": "video_point_track_per_frame",
+    "label": "Dog",
+    "frame_trajectories": [{"time": t, "points": [{"id": 7, "point": [t, 50]}]} for t in (0, 1)],
+    "point_scale": 100,
+}
 
 EXAMPLE_OF_FAMILY = {
     "caption": CAPTION,
@@ -73,6 +86,8 @@ EXAMPLE_OF_FAMILY = {
     "instruction": {**QUESTION, "style": "user_qa"},
     "robot": ROBOT,
     "interleaved": {"style": "interleaved", "text": "A red ball."},
+    "video_points": TIMED,
+    "tracking": TRACK,
     "boxes": {"style": "boxes", "label": "cat", "boxes": [[1, 2, 3, 4]], "point_scale": 10},
 }
 
@@ -140,6 +155,13 @@ def test_every_family_can_be_drawn_alone(family):
     assert formatter().draw(message, np.random.RandomState(0)) == only(message)
 
 
+VIDEO_STYLES = {
+    *("video_point", "video_point_count", "video_count_point", "video_count"),
+    *("video_point_track_per_frame", "video_point_ground_start_end"),
+    "video_single_point_track_per_frame",
+}
+
+
 def styles_with(**facts):
     return {
         name
@@ -162,13 +184,18 @@ def test_styles_whose_prefix_differs_are_those_of_molmo():
         "multi_image_counting",
         "multi_image_point_then_count",
         "multi_image_count_then_point",
+        *VIDEO_STYLES,
+        *(f"video_{name}_caption" for name in ("short", "merged", "long")),
     }
     assert styles_with(unnamed=True) == {"android_control", "demo"}
-    assert styles_with(length_hint=False) == {"pointing", "point_count", "cosyn_point"}
+    images = {"pointing", "point_count", "cosyn_point"}
+    assert styles_with(length_hint=False) == {*images, *VIDEO_STYLES}
     assert {name: style.trained_as for name, style in STYLES.items() if style.trained_as} == {
         "eval_short_answer": "vqa2",
         "eval_multiple_choice": "a_okvqa_mc",
         "eval_multi_image_mc": "multi_image_mc",
+        "video_eval_multiple_choice": "video_multiple_choice",
+        "video_eval_short_answer": "video_short_answer",
     }
 
 
@@ -188,11 +215,12 @@ def test_templates_of_a_style_all_have_the_field_that_its_family_fills(style):
         "document": ["question"],
         "pointing": ["label"],
         "counting": ["label"],
+        "video_points": ["label"],
+        "tracking": ["label"],
         "robot": ["instruction"],
     }
     if STYLES[style].template:
-        file, _, section = STYLES[style].template.partition(".")
-        for template in load_toml(TEMPLATES / f"{file}.toml")[section]:
+        for template in prompt_templates(STYLES[style].template):
             assert re.findall(r"\{(\w*)\}", template) == field[STYLES[style].family]
 
 
@@ -334,7 +362,7 @@ def test_answers_of_the_pointing_styles(point_format, tag):
     "style", [name for name, style in STYLES.items() if style.template.startswith("pointing")]
 )
 def test_no_points_are_said_in_words(style):
-    points = [[], []] if STYLES[style].grouped else []
+    points = [[], []] if STYLES[style].grouped or style in VIDEO_STYLES else []
     assert only({**message_of(style), "points": points})[1] == "There are none."
 
 
