@@ -31,12 +31,15 @@ from preprocess.datasets.kinds import RobotDataset
 from preprocess.datasets.rows import Rows
 from preprocess.episodes import (
     Episode,
+    EpisodeFields,
     EpisodeFrames,
     EpisodeSource,
     EpisodeTable,
     WindowPolicy,
     cut_window,
     num_windows,
+    open_hdf5,
+    open_rlds,
 )
 from preprocess.media import VideoDecoder, VideoPolicy
 from shardspec.actions import (
@@ -199,16 +202,15 @@ class EpisodeDataset(RobotDataset):
         Raises:
           SourceError: `source_split`.
         """
-        last = max((episode.number for episode in source.episodes), default=-1)
-        splits = source.splits or {"train": (0, last + 1)}
+        splits = source.splits or {"train": [episode.number for episode in source.episodes]}
         share = 0.0 if "validation" in splits else self.validation_share
         named = "train" if share and split == "validation" else split
         if named not in splits:
             raise SourceError(
                 "source_split.robot", where=source.where, split=split, splits=sorted(splits)
             )
-        first, stop = splits[named]
-        found = [episode for episode in source.episodes if first <= episode.number < stop]
+        numbers = splits[named] if isinstance(splits[named], range) else {*splits[named]}
+        found = [episode for episode in source.episodes if episode.number in numbers]
         if share and named == "train":
             wanted = split == "validation"
             found = [e for e in found if (self._mark_of(e) / 2**64 < share) == wanted]
@@ -216,6 +218,28 @@ class EpisodeDataset(RobotDataset):
 
     def _mark_of(self, episode: Episode) -> int:
         return hash_text(f"{self.split_salt}\0episode {episode.number}")
+
+
+class EpisodeFiles(EpisodeDataset):
+    """Windows of HDF5 files (robomimic, ALOHA) or of an RLDS folder; a subclass sets `fields`."""
+
+    fields: ClassVar[EpisodeFields | None] = None
+    """What the files leave open, the rate first."""
+
+    def open_episodes(self) -> EpisodeSource:
+        """Opens the source: RLDS where there is `features.json`."""
+        path, fields = Path(self.source), self.fields
+        if not isinstance(fields, EpisodeFields):
+            raise ConfigError("episode_fields.none", where=self.name)
+        if not path.exists():
+            raise SourceError("source_missing.file", where=str(path))
+        return (open_rlds if (path / "features.json").is_file() else open_hdf5)(path, fields)
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Adds what the fields mean."""
+        fields = cls.fields.to_dict() if isinstance(cls.fields, EpisodeFields) else None
+        return {**super().describe(), "fields": fields}
 
 
 @dataclass(frozen=True, slots=True)
