@@ -2,8 +2,8 @@
 
 A sample is a window (`preprocess.episodes.windows`). Its images are the frames of all cameras at
 the instants of the history, instant by instant from the oldest on; its prompt is the task, and its
-response the actions of the chunk that are there, in 256 bins from q01 to q99 of the training
-episodes. Its metadata have the floats themselves, as they are in the source:
+response the actions of the chunk that are there, scaled by q01 and q99 of the training episodes.
+Its metadata have the floats themselves, as they are in the source:
 
     actions, action_mask   [n, d] and [n]; rows whose mask is False are padding
     history_mask           [k]; False where the episode had not begun, and its first step is shown
@@ -44,10 +44,8 @@ from preprocess.episodes import (
 from preprocess.media import VideoDecoder, VideoPolicy
 from shardspec.actions import (
     ValueStatistics,
-    bin_values,
     named_dimensions,
     normalize,
-    value_bins,
     value_statistics,
 )
 from shardspec.errors import ConfigError, SampleError, SourceError
@@ -124,7 +122,7 @@ class EpisodeDataset(RobotDataset):
         message = {
             "style": "robot_action",
             "instruction": table.tasks[t],
-            "action": bin_values(value_bins(scaled)).tolist(),
+            "action": scaled.tolist(),
             **place,  # windows of a robot that waits are samples of their own
         }
         metadata: dict[str, Any] = {

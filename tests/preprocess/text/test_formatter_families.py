@@ -25,11 +25,11 @@ from preprocess.text import (
     message_texts,
     safe_geometry,
 )
+from preprocess.text.actions import action_text
 from preprocess.text.chat import ChatFrame
 from preprocess.text.styles import STYLES
 from preprocess.text.styles.base import TEMPLATES, prompt_templates
 from preprocess.text.styles.counting import asks_for_count
-from preprocess.text.styles.robots import action_text
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry
