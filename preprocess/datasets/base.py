@@ -14,6 +14,7 @@ An *example* is a plain dict, as in the Molmo code bases:
                   and the fields that the formatter wants for that style, all of JSON types
     metadata      JSON types, kept for people and evaluators
     rigid         True where no crop or flip may be applied to the images, whatever the texts say
+    group         name of a group of examples, such as an episode, that stay in one shard
     leads         texts in front of the images, such as "Page 3"; absent for "Image 1" and so on
 
 Instead of `message_list` an example may have `messages`, a conversation of role and content.

@@ -12,8 +12,8 @@ Its metadata have the floats themselves, as they are in the source:
     views                  of each image its camera
     success                whether the episode succeeded, where the source says it
 
-All windows of an episode are in one split: `validation_share` is a share of the episodes of
-"train", chosen by a hash of their numbers, where the source has no split "validation".
+All windows of an episode are in one shard and in one split: `validation_share` is a share of the
+episodes of "train", chosen by a hash of their numbers, where the source has no split "validation".
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class EpisodeDataset(RobotDataset):
             metadata["state"] = window.state_D.tolist()
         if table.success is not None:
             metadata["success"] = table.success
-        return {"image": images, "message_list": [message], "metadata": metadata}
+        group = f"episode {rows.episode.number}"
+        return {"image": images, "message_list": [message], "metadata": metadata, "group": group}
 
     def _sample_rows(self, limit: int | None) -> Rows:
         del limit  # windows are enumerated as those of a folder are

@@ -50,7 +50,7 @@ from preprocess.job.job import (
     Reporter,
     allowed_failures,
 )
-from preprocess.job.plan import count_shards, plan_order, shard_borders
+from preprocess.job.plan import count_shards, plan_groups, plan_order, shard_borders
 from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
 from preprocess.media import pixels_file
 from preprocess.recipe import (
@@ -95,6 +95,8 @@ class Plan:
     """Rows that cannot become samples, by reason."""
     cache_token: str = ""
     """Mark that the planning part has left in the image cache; "" where no sample needs that."""
+    borders: Sequence[int] = ()
+    """Of the shards in the stored order, where samples have groups; () for equal shares."""
 
 
 def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False) -> Plan | None:
@@ -201,12 +203,21 @@ def make_plan(
         count = count_shards(
             total_bytes,
             target_bytes=job.settings.shard_bytes,
-            num_samples=len(order),
+            num_samples=rows.num_groups,
             num_shards=job.settings.num_shards,
         )
+        borders: list[int] = []
+        if any(rows.groups):
+            order, borders = plan_groups(
+                rows.keys,
+                rows.groups,
+                seed=job.settings.recipe.seed,
+                num_shards=count.num_shards,
+            )
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
-        rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder, report, check_held)
+        shares = borders or shard_borders(len(order), num_shards=count.num_shards)
+        rows_sha256 = _write_rows(job, spool, order, shares, folder, report, check_held)
     build = {
         "rows": rows_sha256,
         "recipe": job.recipe,
@@ -242,6 +253,7 @@ def make_plan(
         },
         quarantined=dict(sorted(rows.reasons.items())),
         cache_token=cache_token,
+        borders=borders,
     )
     name = f"{job.name}-{job.settings.split}-plan.jsonl"
     if rows.lost:
@@ -299,6 +311,8 @@ class _Spool:
 class _Rows:
     keys: list[str]
     """Of the rows in the spool, in its order."""
+    groups: list[str]
+    """Of each its group; "" for none."""
     lost: list[bytes]
     """Quarantine lines of the others."""
     reasons: Counter[str]
@@ -307,6 +321,11 @@ class _Rows:
     """Rows of the source in the spool."""
     has_blobs: bool
     """Whether images of theirs are in the image cache."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups, each of which is in one shard; samples of none are groups of their own."""
+        return len({*self.groups} - {""}) + self.groups.count("")
 
 
 def _spool_rows(
@@ -317,6 +336,7 @@ def _spool_rows(
     report: Reporter,
 ) -> _Rows:
     keys: list[str] = []
+    groups: list[str] = []
     lost: list[bytes] = []
     reasons = Counter(job.dataset.left_out)
     dead_rows = 0  # for their links, which have a budget of their own
@@ -340,6 +360,7 @@ def _spool_rows(
                 dead_rows += count if _is_link(error) else 0
                 continue
             keys.append(row["key"])
+            groups.append(row.pop("group", ""))
             num_rows += count
             has_blobs = has_blobs or _has_blobs(row)
             yield canonical_json(row)
@@ -355,7 +376,14 @@ def _spool_rows(
     if not keys:
         raise BudgetError("nothing_left", facts={**dict(reasons.most_common()), "first": first})
     _check_lost(job, reasons, dead_rows=dead_rows)
-    return _Rows(keys=keys, lost=lost, reasons=reasons, num_rows=num_rows, has_blobs=has_blobs)
+    return _Rows(
+        keys=keys,
+        groups=groups,
+        lost=lost,
+        reasons=reasons,
+        num_rows=num_rows,
+        has_blobs=has_blobs,
+    )
 
 
 def _has_blobs(row: Mapping[str, Any]) -> bool:
@@ -454,6 +482,8 @@ def _planned_row(
     if "metadata" in example:
         example = {**example, "metadata": _without_secrets(example["metadata"])}
     row = {"key": key, "image": location, "example": example}
+    if group := example.pop("group", ""):
+        row["group"] = str(group)
     if found:
         row["video"] = [video.location for video in found]
     errors = [image.error for image in planned if image.error is not None]
@@ -642,7 +672,7 @@ def _write_rows(
     job: Job,
     spool: _Spool,
     order: list[int],
-    num_shards: int,
+    borders: Sequence[int] | np.ndarray,
     folder: Path,
     report: Reporter,
     check_held: Callable[[], None],
@@ -653,7 +683,7 @@ def _write_rows(
       The hash of all rows. Where in the source a row was is not in it: no byte depends on that.
     """
     report.stage("write plan", len(order))
-    borders = shard_borders(len(order), num_shards=num_shards)
+    num_shards = len(borders) - 1
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
     shard_of = np.searchsorted(borders, position, side="right") - 1

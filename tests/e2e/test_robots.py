@@ -107,6 +107,15 @@ def test_batches_have_the_values_of_the_folder_bit_for_bit(built, episodes):
     assert seen == {(e, t) for e, length in enumerate(LENGTHS) for t in range(length)}
 
 
+def test_the_windows_of_an_episode_are_in_one_shard(built):
+    reader = StreamingDataset(built).reader
+    episodes = [reader.record(i)["metadata"]["episode"] for i in range(sum(LENGTHS))]
+    sizes = [shard.nsamples for shard in require_manifest(built).shards]
+    assert sorted(sizes) == sorted(LENGTHS)
+    first = sizes[0]
+    assert len({*episodes[:first]}) == len({*episodes[first:]}) == 1
+
+
 def test_metadata_that_nobody_wants_are_not_in_the_batch(built):
     stream = StreamingDataset(built, seed=5, view=View(image=SMALL))
     settings = {"global_batch_size": 2, "sequence_length": 256, "decode_threads": 0}
