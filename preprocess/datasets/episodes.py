@@ -56,7 +56,6 @@ class EpisodeDataset(RobotDataset):
     """Windows of episodes; a subclass opens the source, and may set `window`."""
 
     window: ClassVar[WindowPolicy] = WindowPolicy()
-    leaves_out: ClassVar[frozenset[str]] = frozenset({"robot_failed"})
 
     @abc.abstractmethod
     def open_episodes(self) -> EpisodeSource:

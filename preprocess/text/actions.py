@@ -20,6 +20,8 @@ from shardspec.actions import NUM_BINS, bin_tokens, openvla_tokens, token_bins, 
 from shardspec.errors import ConfigError
 
 _TOKEN = re.compile(r"<\|action_(\d{1,3})\|>")
+_NAME = re.compile(r"[^\W\d][\w .-]*")
+"""Of a structured step, or of a field of one."""
 
 
 def action_text(action: Any, form: ActionForm = "bins") -> str:
@@ -29,8 +31,12 @@ def action_text(action: Any, form: ActionForm = "bins") -> str:
     bins of equal width, numbered from 0; values outside go to the outer bins. "tokens" writes the
     same bins as tokens, one per value, end to end; "openvla" the bins of OpenVLA.
 
+    Structured steps, as robots that navigate have them, are text in any form: names are separated
+    by semicolons, records are a list in JSON.
+
     Args:
-      action: Numbers: [values] of one step, or [steps, values].
+      action: Numbers: [values] of one step, or [steps, values]. Or a list of steps that are names,
+        such as "turn_left", or records of numbers and texts; or one record.
       form: As the recipe states.
 
     Raises:
@@ -42,7 +48,12 @@ def action_text(action: Any, form: ActionForm = "bins") -> str:
     '192 0; 160 128'
     >>> action_text([-1.0, 0.0], "openvla")
     '<|action_0|><|action_127|>'
+    >>> action_text(["move_forward", "stop"]), action_text({"turn_deg": -15.0, "forward_m": 0.25})
+    ('move_forward; stop', '[{"turn_deg": -15.0, "forward_m": 0.25}]')
     """
+    structured = _structured_text([action] if isinstance(action, Mapping) else action)
+    if structured:
+        return structured
     nested = isinstance(action, list | tuple) and action and isinstance(action[0], list | tuple)
     steps = action if nested else [action]
     if not all(isinstance(step, list | tuple) and step for step in steps):
@@ -93,6 +104,23 @@ def check_action_tokens(tokenizer_json: str, special_ids: Mapping[str, int], *, 
     wrong = sorted(name for i, name in control.items() if size - NUM_BINS <= i < size)
     if wrong or size < NUM_BINS:
         raise ConfigError("action_tokens.control", names=", ".join(wrong) or "none", size=size)
+
+
+def _structured_text(steps: Any) -> str:
+    """Writes steps that are names or records; "" for any other."""
+    if not isinstance(steps, list | tuple) or not steps:
+        return ""
+    if all(isinstance(step, str) and _NAME.fullmatch(step) for step in steps):
+        return "; ".join(steps)
+    if not all(isinstance(step, Mapping) and step for step in steps):
+        return ""
+    for step in steps:
+        for name, value in step.items():
+            if not (isinstance(name, str) and _NAME.fullmatch(name)):
+                raise ValueError("a field of an action has a name that begins with a letter")
+            if not isinstance(value, str):
+                _value(value)
+    return json.dumps([dict(step) for step in steps], ensure_ascii=False)
 
 
 def _value(value: Any) -> float:

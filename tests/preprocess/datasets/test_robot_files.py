@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocess.datasets import EpisodeFiles, LeRobot
+from preprocess.datasets import EpisodeFiles, LeRobot, RobotDataset
 from preprocess.datasets import episodes as episodes_module
 from preprocess.episodes import EpisodeFields, WindowPolicy
 from preprocess.episodes.tfrecord import parse_example
@@ -354,6 +354,48 @@ def test_metadata_of_records_that_cannot_be_used_are_refused(tmp_path, file, cha
     with pytest.raises(SourceError) as caught:
         files(folder, fields=RLDS)
     assert caught.value.reason == "robot_source"
+
+
+# --- rows of a user's own: navigation
+
+
+class Rover(RobotDataset):
+    only_success = True
+
+    def load(self):
+        return ROWS
+
+
+VIEWS = {"overhead": ["o0.png", "o1.png"], "egocentric": ["e0.png", "e1.png"]}
+ROWS = [
+    {"views": VIEWS, "task": "Go.", "actions": ["move_forward", "stop"], "success": True},
+    {"views": VIEWS, "task": "Go.", "actions": [{"turn_deg": 9}], "success": False},
+    {"views": {**VIEWS, "overhead": ["o0.png"]}, "task": "Go.", "actions": ["stop"]},
+    {"views": VIEWS, "task": "Go.", "actions": [{"turn_deg": 9}]},
+]
+
+
+def test_episodes_of_a_rover_are_instants_of_views_and_structured_actions():
+    dataset = Rover()
+    first = dataset[0]
+    assert [image.name for image in first["image"]] == ["e0.png", "o0.png", "e1.png", "o1.png"]
+    assert first["metadata"] == {"views": ["egocentric", "overhead"] * 2, "success": True}
+    assert first["message_list"][0]["action"] == ["move_forward", "stop"]
+    assert reasons_of_rows(dataset) == ["", "robot_failed", "robot_frame", ""]
+    assert "success" not in dataset[3]["metadata"]
+    assert "robot_failed" in dataset.leaves_out
+
+
+def reasons_of_rows(dataset):
+    found = []
+    for i in range(len(dataset)):
+        try:
+            dataset[i]
+        except SampleError as error:
+            found.append(error.reason)
+        else:
+            found.append("")
+    return found
 
 
 # --- the parser, beside the protobuf library
