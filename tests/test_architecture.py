@@ -154,7 +154,7 @@ CLOCKS = {
     "preprocess/job/lease.py",
     "preprocess/job/part_run.py",
     "preprocess/job/pipeline.py",
-    "preprocess/media/video/decoder.py",
+    "preprocess/media/child.py",
     "shardspec/storage/connections.py",
     "shardspec/storage/ranges.py",
     "shardspec/storage/retries.py",

@@ -4,6 +4,7 @@ Decides how an image is decoded, oriented, converted to sRGB, resized and encode
 of a video are taken (`preprocess.media.video`). Never opens a URL.
 """
 
+from preprocess.media.child import ChildProcess, Part, run_child
 from preprocess.media.header import SOURCE_FORMATS, ImageLimits, open_source
 from preprocess.media.image import ImagePolicy, ImagePreprocessor, pixels_file
 from preprocess.media.memory import MemoryBudget
@@ -17,10 +18,12 @@ from preprocess.media.video import (
 
 __all__ = [
     "SOURCE_FORMATS",
+    "ChildProcess",
     "ImageLimits",
     "ImagePolicy",
     "ImagePreprocessor",
     "MemoryBudget",
+    "Part",
     "StoredFrames",
     "VideoDecoder",
     "VideoPolicy",
@@ -28,4 +31,5 @@ __all__ = [
     "encode_video",
     "open_source",
     "pixels_file",
+    "run_child",
 ]

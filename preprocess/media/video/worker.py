@@ -1,88 +1,22 @@
-"""The process that decodes: `python -m preprocess.media.video.worker`, fed through its pipes.
-
-It reads requests from its standard input, one line of JSON each and, where the line says so, the
-bytes of the video; and writes answers to its standard output, one line of JSON each and, after a
-line that says so, the pixels of a frame. Errors are answers too. It ends with its input.
-
-Nothing that a decoder does reaches further than this process: its memory is bounded, and a request
-that takes too long ends it (by an alarm whose default action the kernel takes, even inside of a
-decoder, and without the parent).
-"""
+"""The process that decodes videos: what `preprocess.media.child` runs for `VideoDecoder`."""
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import signal
-import sys
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-
+from preprocess.media.child import Part, run_child
 from preprocess.media.video.extract import Request, extract
 from preprocess.media.video.reader import import_av
-from shardspec.errors import ConfigError, SampleError
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers requests until there are no more."""
-
-    def say(**answer: Any) -> None:
-        answers.write(json.dumps(answer).encode() + b"\n")
-
-    for line in iter(requests.readline, b""):
-        asked = json.loads(line)
-        source: Path | bytes = Path(asked["path"]) if asked["path"] else b""
-        if asked["num_bytes"] is not None:
-            source = requests.read(asked["num_bytes"])
-        signal.setitimer(signal.ITIMER_REAL, asked["time_limit_s"])
-        try:
-            for part in extract(source, Request(**asked["request"]), where=asked["where"]):
-                if isinstance(part, np.ndarray):
-                    say(kind="frame", shape=part.shape)
-                    answers.write(part.data)
-                else:
-                    say(kind="frames", **part)
-            say(kind="end")
-        except (MemoryError, BlockingIOError):  # the latter: a thread could not be started
-            say(kind="memory")
-        except (SampleError, ConfigError) as error:
-            facts = {name: str(value) for name, value in error.facts.items()}
-            say(
-                kind="refused" if isinstance(error, SampleError) else "config",
-                reason=error.reason,
-                what=error.what,
-                fix=error.fix,
-                facts=facts,
-            )
-        except Exception as error:  # noqa: BLE001 - whatever a library raises: one video, not all
-            say(kind="failed", error=f"{type(error).__name__}: {error}")
-        answers.flush()
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+def decode(request: dict[str, Any], payload: bytes | None, where: str) -> Iterator[Part]:
+    """Decodes the frames that a request chooses, as `extract` gives them."""
+    source = Path(request.pop("path")) if payload is None else payload
+    return extract(source, Request(**request), where=where)
 
 
 def main() -> None:
-    """Runs the process; its arguments are the bound on its memory and the parent's id."""
-    memory_bytes, parent = int(sys.argv[1]), int(sys.argv[2])
-    with suppress(ConfigError):  # which is told when a video comes
-        import_av()
-    # The bound is on what decoding takes, not on the libraries.
-    mapped_pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = memory_bytes + mapped_pages * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if os.getppid() != parent:
-        return
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is not an answer
-    serve(sys.stdin.buffer, answers)
-
-
-if __name__ == "__main__":
-    main()
+    """Runs the process."""
+    run_child(decode, load=import_av)
