@@ -40,7 +40,7 @@ import sys
 import traceback
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,6 +177,8 @@ class DatasetBase(Dataset):
     """Variables of `make shards` whose default is another one for this dataset."""
     sample_rows_per_example: ClassVar[int] = 1
     """Generated rows about one image."""
+    read_url: Callable[[str], bytes] | None = None
+    """Gives the file of a URL, for documents; set on an object once there is something to give."""
 
     def __init__(
         self,

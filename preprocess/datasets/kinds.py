@@ -43,7 +43,7 @@ class DocumentDataset(DatasetBase):
             for each in example["image"]
         ]
         example |= {"image": images, "metadata": dict(row.get("metadata") or {})}
-        return read_document(example, policy=self.policy)
+        return read_document(example, policy=self.policy, read_url=self.read_url)
 
     @classmethod
     def describe(cls) -> dict[str, Any]:

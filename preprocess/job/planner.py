@@ -447,6 +447,14 @@ def _planned_rows(
     job: Job, results: Mapping[str, FetchResult], stamps: StampWriter
 ) -> Iterator[tuple[dict[str, Any], SampleError | None]]:
     """Gives each row of the dataset as the plan keeps it, with its error if it cannot be built."""
+
+    def read_url(url: str) -> bytes:
+        result = results[url]
+        if result.status != "ok":
+            raise _link_error(result, kind="document")
+        return job.blobs.get(result.sha256 or "")
+
+    job.dataset.read_url = read_url
     for i in range(len(job.dataset)):
         numbers = job.dataset.row_numbers(i)
         origin = _origin(job, numbers)
@@ -499,6 +507,15 @@ def _without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_secrets(each) for each in value]
     return redact(value) if isinstance(value, str) and _URL.fullmatch(value) else value
+
+
+def _link_error(result: FetchResult, *, kind: str) -> SampleError:
+    return SampleError(
+        result.reason,
+        what=f"{kind} could not be fetched",
+        url=result.url,
+        http_status=result.http_status,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -556,14 +573,7 @@ def _plan_image(
     if isinstance(image, str):
         result = results[image]
         location = {"kind": "blob", "url": result.url, "sha256": result.sha256}
-        error = None
-        if result.status != "ok":
-            error = SampleError(
-                result.reason,
-                what=f"{kind} could not be fetched",
-                url=result.url,
-                http_status=result.http_status,
-            )
+        error = None if result.status == "ok" else _link_error(result, kind=kind)
         return _PlannedImage(location=location, identity=result.sha256 or "", error=error)
     if isinstance(image, np.ndarray | Image.Image):
         try:

@@ -1,7 +1,10 @@
 """Documents from their files to batches: words are where their boxes say, and pages in order."""
 
+import functools
+import http.server
 import json
 import re
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +19,7 @@ from loader import (
     make_dataloader,
 )
 from preprocess.datasets import dataset_class
+from preprocess.fetch import FetchPolicy
 from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.media.image import ImagePolicy
@@ -236,3 +240,47 @@ def test_examples_of_documents_from_shards_equal_the_unsharded_ones(built):
             for name in got.keys() - {"metadata"}:
                 assert got[name].tobytes() == want[name].tobytes(), name
         assert all(image.geometry == Geometry.COLOR for image in stream.reader.read(number).images)
+
+
+def test_documents_of_the_web_are_fetched_with_the_pictures(tmp_path):
+    """A local server stands for the web; one file is not there."""
+    files = {"a.pdf": made.pdf(PAGES[:3]), "b.tif": made.tiff([(300, 200), (320, 240)])}
+    (tmp_path / "web").mkdir()
+    for name, payload in files.items():
+        (tmp_path / "web" / name).write_bytes(payload)
+    serve = functools.partial(SilentFiles, directory=tmp_path / "web")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        rows = [{"document": f"{base}/{name}", **QA} for name in (*files, "gone.pdf")]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "docs.toml").write_text(SPEC)
+        settings = JobSettings(
+            dataset=str(tmp_path / "docs.toml"),
+            out=str(tmp_path / "shards"),
+            source=str(tmp_path / "rows.jsonl"),
+            recipe=Recipe(image=ImagePolicy(views=(CROPS,), codec="png")),
+            num_shards=1,
+            max_dead_links=0.9,
+            cache=str(tmp_path / "cache"),
+            fetch=FetchPolicy(allow_hosts=frozenset({"127.0.0.1"})),
+        )
+        with inline.jobs():
+            outcome = run_job(settings, inline.Quiet())
+        server.shutdown()
+        thread.join()
+    assert outcome.result.split.quarantined == {"http_404": 1}
+    reader = StreamingDataset(settings.out).reader
+    found = [reader.record(i)["metadata"] for i in range(2)]
+    assert sorted(record["pages"] for record in found) == [[1, 2], [1, 2, 3]]
+    words = next(record["ocr"] for record in found if "ocr" in record)
+    assert words[2]["words"][0][0] == "Invoice3"
+
+
+QA = {"question": "What is the total?", "answer": "11.50"}
+
+
+class SilentFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
