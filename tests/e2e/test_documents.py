@@ -5,10 +5,12 @@ import http.server
 import json
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from loader import (
     Augment,
@@ -18,6 +20,7 @@ from loader import (
     View,
     make_dataloader,
 )
+from loader.assembly import ocr_boxes
 from preprocess.datasets import dataset_class
 from preprocess.fetch import FetchPolicy
 from preprocess.job.job import JobSettings
@@ -151,9 +154,13 @@ def test_words_of_a_streamed_page_are_where_their_boxes_say(built):
     counts = [image["crops"] for image in described["images"]]
     assert all(count > 20 for count in counts)
     assert len(images) >= sum(counts)
+    check_ink(images[: sum(counts)], found["crop"], found["corners"])
+
+
+def check_ink(images, crops, corners):
     side = images.shape[1]
     shown = np.zeros((len(images), side, side), bool)
-    for crop, (x0, y0, x1, y1) in zip(found["crop"], found["corners"], strict=True):
+    for crop, (x0, y0, x1, y1) in zip(crops, corners, strict=True):
         # A pixel and a half around: a box is of outlines, ink is of blurred pixels.
         rows = slice(max(0, int(y0 - 1.5)), int(np.ceil(y1 + 1.5)))
         columns = slice(max(0, int(x0 - 1.5)), int(np.ceil(x1 + 1.5)))
@@ -161,10 +168,53 @@ def test_words_of_a_streamed_page_are_where_their_boxes_say(built):
         if min(x1 - x0, y1 - y0) > 3:
             part = images[crop, rows, columns]
             assert part.min() < part.max() - 60, "a box without ink"
-    for crop in range(sum(counts)):
+    for crop in range(len(images)):
         paper = np.median(images[crop])
         dark = images[crop].min(axis=-1) < paper - 100
         assert not (dark & ~shown[crop]).any()
+
+
+def test_a_page_on_36_crops(tmp_path):
+    """A4 at 150 dpi is seven by five tiles; its pixels, and those of a batch, are bounded."""
+    view = replace(CROPS, max_crops=36)
+    (tmp_path / "a.pdf").write_bytes(made.pdf(PAGES[:1], width=595, height=842))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"document": "a.pdf", **QA}))
+    (tmp_path / "docs.toml").write_text(SPEC.replace("dpi = 144", "dpi = 150"))
+    example = dataset_class(str(tmp_path / "docs.toml"))()[0]
+    recipe = Recipe(image=ImagePolicy(views=(view,), codec="raw"))
+    prepared = Preparer(recipe=recipe, tokenizer=load_tokenizer())(example)
+    special_ids = load_tokenizer().special_ids
+    preprocess = MolmoPreprocessor(
+        lambda sample: sample, special_ids=special_ids, view=View(image=view)
+    )
+    images = preprocess(prepared, np.random.RandomState(0))["images"]
+    assert images.shape == (1 + 7 * 5, 3, 336, 336)
+    sizes = [(image.source_width, image.source_height) for image in prepared.images]
+    found = ocr_boxes(prepared.record["metadata"]["ocr"], sizes=sizes, view=view)
+    assert set(found["word"]) == set(range(4))
+    check_ink(images.transpose(0, 2, 3, 1), found["crop"], found["corners"])
+
+
+@pytest.mark.slow
+def test_boxes_are_tensors_on_request_padded_to_the_longest_row(built):
+    view = View(image=CROPS)
+    stream = StreamingDataset(str(Path(built.dataset).parent / "shards"), seed=SEED, view=view)
+    options = {"global_batch_size": 3, "sequence_length": 32_768, "decode_threads": 1}
+    loader = make_dataloader(stream, arrays=("ocr_boxes",), metadata=("ocr_boxes",), **options)
+    batch = next(iter(loader))
+    told = [row["record"]["ocr_boxes"] for row in batch["metadata"]]
+    most = max(len(each["word"]) for each in told if each)
+    assert batch["boxes"].shape == (3, most, 4)
+    assert batch["boxes"].dtype == torch.float32
+    assert any(each is None for each in told)
+    for row, each in enumerate(told):
+        real = batch["box_crop"][row] >= 0
+        assert int(real.sum()) == (len(each["word"]) if each else 0)
+        if each:
+            assert np.allclose(batch["boxes"][row][real], each["corners"])
+            assert batch["box_crop"][row][real].tolist() == each["crop"].tolist()
+            assert batch["box_word"][row][real].tolist() == each["word"].tolist()
+            assert int(batch["box_crop"].max()) < batch["images"].shape[1]
 
 
 def test_pages_within_the_budget_are_the_stated_ones_in_order(built):
@@ -260,7 +310,7 @@ def test_documents_of_the_web_are_fetched_with_the_pictures(tmp_path):
             dataset=str(tmp_path / "docs.toml"),
             out=str(tmp_path / "shards"),
             source=str(tmp_path / "rows.jsonl"),
-            recipe=Recipe(image=ImagePolicy(views=(CROPS,), codec="png")),
+            recipe=Recipe(image=ImagePolicy(views=(ImageView(size_px=56),), codec="png")),
             num_shards=1,
             max_dead_links=0.9,
             cache=str(tmp_path / "cache"),
