@@ -19,8 +19,9 @@ episodes of "train", chosen by a hash of their numbers, where the source has no 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +51,9 @@ from shardspec.actions import (
 )
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.keyed import hash_text
+
+EPISODES_HELD = 4
+"""Episodes whose steps and frames are held: windows are read in order, or at random in few."""
 
 
 class EpisodeDataset(RobotDataset):
@@ -164,6 +168,11 @@ class EpisodeDataset(RobotDataset):
         kept = named_dimensions(policy.kept, source.action_names)
         decoder = VideoDecoder(VideoPolicy())
         chosen = self._episodes(source, self.split)
+
+        @lru_cache(EPISODES_HELD)
+        def opened(episode: Episode) -> _Opened:
+            return _open_episode(source, episode, policy=policy, decoder=decoder)
+
         pieces = [
             EpisodeWindows(
                 source,
@@ -172,7 +181,7 @@ class EpisodeDataset(RobotDataset):
                 cameras=cameras,
                 statistics=statistics["actions"],
                 kept=kept,
-                decoder=decoder,
+                opened=opened,
             )
             for episode in chosen
         ]
@@ -257,12 +266,29 @@ class _WindowRow(Mapping[str, Any]):
         return 2
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """The steps of an episode, or what they cannot be read for."""
+    """The steps of an episode and the frames of its cameras, or what it cannot be read for."""
 
-    table: EpisodeTable | SampleError | None = None
+    table: EpisodeTable | SampleError
     frames: EpisodeFrames | None = None
+
+
+def _open_episode(
+    source: EpisodeSource, episode: Episode, *, policy: WindowPolicy, decoder: VideoDecoder
+) -> _Opened:
+    """Reads the steps of an episode."""
+    try:
+        table = source.table(episode)
+    except SampleError as error:
+        return _Opened(table=error)
+    where = _where(source, episode)
+    frames = EpisodeFrames(table, decoder, policy=policy, fps=source.fps, where=where)
+    return _Opened(table=table, frames=frames)
+
+
+def _where(source: EpisodeSource, episode: Episode) -> str:
+    return f"{source.where}, episode {episode.number}"
 
 
 class EpisodeWindows(Sequence[Mapping[str, Any]]):
@@ -277,14 +303,13 @@ class EpisodeWindows(Sequence[Mapping[str, Any]]):
         cameras: Sequence[str],
         statistics: ValueStatistics,
         kept: Sequence[int],
-        decoder: VideoDecoder,
+        opened: Callable[[Episode], _Opened],
     ) -> None:
-        """Names an episode; reads nothing."""
+        """Names an episode; reads nothing. `opened` holds those that were read last."""
         self.episode, self.cameras, self.fps = episode, tuple(cameras), source.fps
         self.statistics, self.kept = statistics, tuple(kept)
-        self.where = f"{source.where}, episode {episode.number}"
-        self._source, self._policy, self._decoder = source, policy, decoder
-        self._opened = _Opened()
+        self.where = _where(source, episode)
+        self._policy, self._opened = policy, opened
 
     def __len__(self) -> int:
         return num_windows(self.episode.length, stride=self._policy.stride)
@@ -299,23 +324,17 @@ class EpisodeWindows(Sequence[Mapping[str, Any]]):
         Raises:
           SampleError: As `EpisodeSource.table`.
         """
-        if self._opened.table is None:
-            try:
-                self._opened.table = self._source.table(self.episode)
-            except SampleError as error:
-                self._opened.table = error
-        if isinstance(self._opened.table, SampleError):
-            raise self._opened.table
-        return self._opened.table
+        table = self._opened(self.episode).table
+        if isinstance(table, SampleError):
+            raise table
+        return table
 
     @property
     def frames(self) -> EpisodeFrames:
-        """The frames of its cameras."""
-        if self._opened.frames is None:
-            self._opened.frames = EpisodeFrames(
-                self.table, self._decoder, policy=self._policy, fps=self.fps, where=self.where
-            )
-        return self._opened.frames
+        """The frames of its cameras, where the steps can be read."""
+        frames = self._opened(self.episode).frames
+        assert frames is not None
+        return frames
 
 
 def _statistics(source: EpisodeSource, episodes: Sequence[Episode]) -> dict[str, ValueStatistics]:

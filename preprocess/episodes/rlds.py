@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from preprocess.episodes.episode import CameraFrames, Episode, EpisodeTable
-from preprocess.episodes.fields import EpisodeFields, Layout, as_rgb, make_table
+from preprocess.episodes.fields import Channels, EpisodeFields, Layout, as_rgb, make_table
 from preprocess.episodes.tfrecord import FeatureValues, parse_example, read_record, read_records
 from shardspec.errors import SampleError, SourceError
 
@@ -145,8 +145,7 @@ class RldsFolder:
                 frames = list(pixels.astype(np.uint8))
             if frames is not None:
                 told = f"{where}, camera {name}"
-                channels = self._fields.channels
-                found[name] = [as_rgb(each, channels=channels, where=told) for each in frames]
+                found[name] = _Frames(frames, channels=self._fields.channels, where=told)
         return found
 
     def _tasks(self, values: Mapping[str, FeatureValues], length: int) -> list[str]:
@@ -307,6 +306,19 @@ class RldsFolder:
 
     def _refused(self, path: Path, problem: str) -> SourceError:
         return SourceError("robot_source.file", where=str(path), error=problem)
+
+
+class _Frames(Sequence[Any]):
+    """The pictures of a camera in an episode; channels are turned when one is wanted."""
+
+    def __init__(self, frames: Sequence[Any], *, channels: Channels, where: str) -> None:
+        self._frames, self._channels, self._where = frames, channels, where
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, i: Any) -> Any:
+        return as_rgb(self._frames[i], channels=self._channels, where=self._where)
 
 
 def _shape(entry: Mapping[str, Any]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """HDF5 files and RLDS folders: the samples of LeRobot, and what damage costs."""
 
+import gc
 import io
 import json
 import struct
@@ -14,7 +15,8 @@ from PIL import Image
 
 from preprocess.datasets import EpisodeFiles, LeRobot, RobotDataset
 from preprocess.datasets import episodes as episodes_module
-from preprocess.episodes import EpisodeFields, WindowPolicy
+from preprocess.datasets.episodes import EPISODES_HELD
+from preprocess.episodes import EpisodeFields, EpisodeFrames, WindowPolicy
 from preprocess.episodes.tfrecord import parse_example
 from preprocess.media import VideoDecoder, VideoPolicy
 from shardspec.errors import ConfigError, SampleError, SourceError
@@ -133,6 +135,9 @@ def test_pictures_of_recorders_with_other_channels_are_turned(tmp_path):
         dataset = files(folder, fields={"channels": "bgr", "task_field": "task"})
         pixels = pixels_of(dataset[1]["image"][0].read()).astype(int)
         assert np.abs(pixels - episodes[0].frames[name][1]).max() <= (4 if form else 0)
+    folder = write_rlds(tmp_path / "rlds", turned, shards=1)
+    dataset = files(folder, fields={"channels": "bgr", **RLDS})
+    assert np.array_equal(dataset[1]["image"][0].read(), episodes[0].frames[name][1])
 
 
 def test_what_no_file_says_comes_from_the_class(tmp_path):
@@ -354,6 +359,16 @@ def test_metadata_of_records_that_cannot_be_used_are_refused(tmp_path, file, cha
     with pytest.raises(SourceError) as caught:
         files(folder, fields=RLDS)
     assert caught.value.reason == "robot_source"
+
+
+def test_few_episodes_are_held_however_many_are_read(tmp_path):
+    dataset = files(write_rlds(tmp_path / "x", episodes_of([1] * 12)), fields=RLDS)
+    for _ in range(2):
+        assert reasons(dataset) == [""] * 12
+    gc.collect()
+    held = [each for each in gc.get_objects() if type(each) is EpisodeFrames]
+    mine = [each for each in held if str(tmp_path) in each._where]
+    assert len(mine) <= EPISODES_HELD
 
 
 # --- rows of a user's own: navigation
