@@ -131,9 +131,9 @@ def make_table(
     if not all(tasks):
         raise SampleError("robot_task.text", where=where)
 
-    def vectors(names: Sequence[str], size: int) -> np.ndarray:
-        parts = [_steps(columns, name, length, where).reshape(length, -1) for name in names]
-        joined = np.concatenate(parts, axis=1).astype(np.float32)
+    def vectors(names: Sequence[str], size: int, dtype: Any = np.float32) -> np.ndarray:
+        parts = [_steps(columns, name, length, where) for name in names]
+        joined = np.concatenate(parts, axis=1).astype(dtype)
         if joined.shape[1] != size:
             name, got = ", ".join(names), joined.shape[1]
             raise SampleError(
@@ -143,7 +143,7 @@ def make_table(
 
     times = np.arange(length) / fields.fps
     if fields.times:
-        told_L = _steps(columns, fields.times, length, where).reshape(length).astype(np.float64)
+        told_L = vectors((fields.times,), 1, np.float64)[:, 0]
         times = told_L - told_L[:1]
     success = None
     if fields.success:
@@ -160,7 +160,7 @@ def make_table(
 
 
 def _steps(columns: Columns, name: str, length: int, where: str) -> np.ndarray:
-    """Reads a field of each step.
+    """Reads a field of each step, [L, D].
 
     Raises:
       SampleError: `robot_episode`: there is none, or of other steps; `robot_values`: no numbers.
@@ -173,7 +173,8 @@ def _steps(columns: Columns, name: str, length: int, where: str) -> np.ndarray:
     if found.ndim == 0 or len(found) < length:
         got = len(found) if found.ndim else 0
         raise SampleError("robot_episode.short", where=where, name=name, got=got, want=length)
-    return found[:length]
+    size = math.prod(found.shape[1:])
+    return found[:length].reshape(length, size)
 
 
 def as_rgb(image: bytes | np.ndarray, *, channels: Channels, where: str) -> bytes | np.ndarray:

@@ -14,6 +14,7 @@ or virtual datasets do not exist here.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ import numpy as np
 from preprocess.episodes.episode import CameraFrames, Episode, EpisodeTable
 from preprocess.episodes.fields import Channels, EpisodeFields, Layout, as_rgb, make_table
 from shardspec.errors import SampleError, SourceError
+
+MAX_BYTES = 1 << 29
+"""Most bytes of a field of an episode, or of a picture: a day of 14 joints at 50 Hz has half."""
 
 _SUFFIXES = (".hdf5", ".h5")
 _FILES_OPEN = 2
@@ -120,10 +124,11 @@ class Hdf5Episodes:
             group = file[place.group]
 
             def columns(name: str) -> np.ndarray | None:
-                if name in group.attrs:
-                    return np.asarray(group.attrs[name])
                 found = _own(group, name)
-                return None if found is None else np.asarray(found[()])
+                if found is None:
+                    return np.asarray(group.attrs[name]) if name in group.attrs else None
+                _check_size(found.shape, found.dtype, f"{where}, {name}")
+                return np.asarray(found[()])
 
             cameras: dict[str, CameraFrames] = {}
             for name in place.cameras:
@@ -238,8 +243,10 @@ class _Frames(Sequence[Any]):
 
     def __getitem__(self, i: Any) -> Any:
         try:
-            pixels = np.asarray(self._file[self._name][i])
-        except MemoryError:
+            stored = self._file[self._name]
+            _check_size(stored.shape[1:], stored.dtype, self._where)
+            pixels = np.asarray(stored[i])
+        except (SampleError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of HDF5
             raise SampleError("robot_frame.image", where=self._where, error=error) from error
@@ -278,10 +285,23 @@ def _shape_of(group: Any, name: str, where: str) -> tuple[int, ...]:
     Raises:
       SampleError: `robot_episode`: there is none.
     """
-    shape = getattr(_own(group, name), "shape", None)
+    found = _own(group, name)
+    shape = getattr(found, "shape", None)
     if not shape:
         raise SampleError("robot_episode.column", where=where, name=name)
+    _check_size(shape, found.dtype, f"{where}, {name}")
     return tuple(map(int, shape))
+
+
+def _check_size(shape: tuple[int, ...], dtype: Any, where: str) -> None:
+    """Refuses what would be too much to read: a file may state any size without having data.
+
+    Raises:
+      SampleError: `robot_episode`.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes > MAX_BYTES:
+        raise SampleError("robot_episode.size", where=where, num_bytes=num_bytes, most=MAX_BYTES)
 
 
 def _is_camera(found: Any, kind: Kind) -> bool:

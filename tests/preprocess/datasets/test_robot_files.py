@@ -194,8 +194,14 @@ CAMERA = "observations/images/observation.images.front"
 
 
 def replaced(file, name, value):
+    """Replaces a dataset; a shape stands for one that states a size and has no data."""
     del file[name]
-    file[name] = value
+    if value is None or isinstance(value, tuple):
+        shape, chunk = value or (2**40, 3), (1, 64, 64, 3)
+        kind, chunks = ("u1", chunk) if value else ("f4", (1, 3))
+        file.create_dataset(name, shape, kind, chunks=chunks)
+    else:
+        file[name] = value
 
 
 def no_link(file, name):
@@ -228,9 +234,21 @@ HARMS = {
     ),
     "another file's camera": (lambda file: no_link(file, CAMERA), ["robot_frame"] * 4),
     "another file's action": (lambda file: no_link(file, "action"), ["robot_episode"]),
+    "times of another shape": (
+        lambda file: file.__setitem__("at", np.zeros((4, 2))),
+        ["robot_values"] * 4,
+    ),
+    "more steps than memory": (
+        lambda file: replaced(file, "action", None),
+        ["robot_episode"],
+    ),
+    "a picture beyond memory": (
+        lambda file: replaced(file, CAMERA, (4, 2**18, 2**18, 3)),
+        ["robot_episode"] * 4,
+    ),
     "drift": (
         lambda file: file.__setitem__("at", np.array([5.0, 5.1, 5.23, 5.3])),
-        ["", "robot_time", "robot_time", ""],
+        ["", "robot_time", "robot_time", ""],  # in the windows from the step before it on
     ),
 }
 
@@ -242,14 +260,12 @@ def test_a_broken_episode_of_hdf5_costs_its_windows_by_name(tmp_path, harm):
     with h5py.File(folder / "episode_1.hdf5", "a") as file:
         change(file)
     fields = dict(ALOHA)
-    if harm == "drift":
+    if harm in ("drift", "times of another shape"):
         fields["times"] = "at"
         for e in (0, 2):
             with h5py.File(folder / f"episode_{e}.hdf5", "a") as file:
                 file["at"] = 3 + np.arange(LENGTHS[e]) / FPS
     found = reasons(files(folder, fields=fields))
-    if harm == "drift":  # the late step is in the windows from the one before it on
-        want = ["", "robot_time", "robot_time", ""]
     assert found == FIRST + want + LAST
 
 
@@ -359,6 +375,11 @@ def test_metadata_of_records_that_cannot_be_used_are_refused(tmp_path, file, cha
     with pytest.raises(SourceError) as caught:
         files(folder, fields=RLDS)
     assert caught.value.reason == "robot_source"
+
+
+def test_a_record_of_one_step_has_no_window_where_that_has_no_action(tmp_path):
+    folder = write_rlds(tmp_path / "x", episodes_of([1, 3]))
+    assert reasons(files(folder)) == [""] * 2
 
 
 def test_few_episodes_are_held_however_many_are_read(tmp_path):
