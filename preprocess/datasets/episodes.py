@@ -91,13 +91,8 @@ class EpisodeDataset(RobotDataset):
     def code_files(cls) -> list[Path]:
         """Adds what reads episodes to the files of the class."""
         root = Path(__file__).parents[2]
-        return sorted(
-            {
-                *super().code_files(),
-                *(root / "preprocess" / "episodes").glob("*.py"),
-                root / "shardspec" / "actions.py",
-            }
-        )
+        readers = (root / "preprocess" / "episodes").glob("*.py")
+        return sorted({*super().code_files(), *readers})
 
     def load(self) -> Rows:
         """Enumerates the windows of the split's episodes, in order."""

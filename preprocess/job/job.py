@@ -561,6 +561,7 @@ _BYTE_SOURCES = (
     "preprocess/synthetic/**/*.py",
     "preprocess/text/**/*.py",
     "preprocess/text/**/*.toml",
+    "shardspec/actions.py",
     "shardspec/checksum.py",
     "shardspec/families/**/*.py",
     "shardspec/frames.py",
