@@ -5,7 +5,7 @@
     ALOHA       a file per episode, `episode_3.hdf5`: `action`, `observations/qpos`, and pictures in
                 `observations/images`, raw or as JPEG files that zeros follow
 
-Nothing outside of the file is read: data that HDF5 finds through external links, external storage
+Nothing outside of the file is read: data that HDF5 finds through links, external storage
 or virtual datasets do not exist here.
 """
 
