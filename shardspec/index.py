@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shardspec.errors import ShardError
-from shardspec.families import StoredModel
+from shardspec.families import StoredModel, plan_pictures
 from shardspec.sample import (
     ARRAY_HEADER_BYTES,
     PreparedSample,
@@ -196,7 +196,7 @@ def index_row(
     row["num_tokens"], row["num_loss_tokens"] = num_tokens, num_loss_tokens
     row["key"] = sample.key.encode()
     if model:
-        plans = model.family.plan([(int(p[3]), int(p[2])) for p in pictures])
+        plans = plan_pictures(model.family, [(int(p[3]), int(p[2])) for p in pictures])
         visual = sum(map(model.block_length, plans))
         row["loss_length"] = loss
         row["view_length"], row["view_crops"] = text + visual, visual

@@ -223,7 +223,7 @@ class PreparedBatches:
         view = self.examples[0].view
         if view.model is not None:
             family = view.model.family
-            (plan,) = family.plan([(1000, 1000)])
+            plan = family.plan((1000, 1000))
             return int(num_rows * plan.num_units * math.prod(unit_shape(family, [plan])) * 4)
         crop_bytes = view.image.size_px**2 * 3 * (1 if view.normalize is None else 4)
         return num_rows * image_bounds(view.image).num_crops * crop_bytes

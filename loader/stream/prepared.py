@@ -37,7 +37,7 @@ from loader.state import view_fingerprint
 from loader.stream.options import require_used
 from loader.stream.split import OpenSplit
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
-from shardspec.families import Family, StoredModel, plan_one
+from shardspec.families import Family, StoredModel, plan_pictures
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
 from shardspec.manifest import Manifest
 from shardspec.tiling import ImageView
@@ -248,7 +248,7 @@ class PreparedBuilder:
             raise ConfigError("view_lengths.pictures", where=self.data.url)
         sides = [column(name, sample).tolist() for name in ("height", "width")]
         own = [
-            model.block_length(plan_one(family, (height, width))) if height else 0
+            model.block_length(plan_pictures(family, [(height, width)])[0]) if height else 0
             for height, width in zip(*sides, strict=True)
         ]
         found = np.array(own, np.int64).reshape(len(sample))

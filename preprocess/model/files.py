@@ -54,8 +54,8 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
         where=name,
     )
     added = tuple(each.content for each in loaded.added_tokens_decoder.values())
-    ids = {symbol: _ids_of(symbol, family, loaded, added) for symbol in family.symbols}
-    written = (*ids, family.marker, *_tokens_of(family))
+    ids = {symbol: _ids_of(symbol, family, loaded, added) for symbol in family.tokens.symbols}
+    written = (*ids, family.tokens.marker, *_tokens_of(family))
     missing = [symbol for symbol in written if symbol not in added and not _TEXT.fullmatch(symbol)]
     if missing:
         problem = f"the tokenizer has no token {missing[0]}"
@@ -90,22 +90,23 @@ def _ids_of(symbol: str, family: Family, loaded: Any, added: Sequence[str]) -> t
     """Gives the ids of a symbol; of a text those that it has between two tokens of a picture."""
     if symbol in added or not _TEXT.fullmatch(symbol):
         return (int(loaded.convert_tokens_to_ids(symbol) or 0),)
-    soft = family.soft_token
+    soft = family.image_token
     ids = loaded(f"{soft}{symbol}{soft}", add_special_tokens=False)["input_ids"]
     return tuple(map(int, ids[1:-1]))
 
 
 def _tokens_of(family: Family) -> tuple[str, ...]:
     """Lists the tokens that a processor writes around a picture."""
-    return (
-        tuple(re.findall(r"<[^<>\s]+>", family.written)) if family.written != family.marker else ()
+    tokens = family.tokens
+    return tuple(
+        re.findall(r"<[^<>\s]+>", tokens.written if tokens.written != tokens.marker else "")
     )
 
 
 def _problem(model: ChatModel, loaded: Any) -> str:
     """Says why the template cannot render a picture and a question; "" if it can."""
     messages = [model.message("user", USER, images=1), model.message("assistant", "An answer.")]
-    marker = model.stored.family.marker
+    marker = model.stored.family.tokens.marker
     try:
         text, _ = model.render(messages)
     except SampleError as error:
@@ -122,7 +123,7 @@ def _problem(model: ChatModel, loaded: Any) -> str:
     bos, (text, _) = loaded.bos_token, model.expanded(text, [])
     own = loaded(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
     ids = found.ids.tolist()
-    mark = loaded.convert_tokens_to_ids(model.stored.family.soft_token)
+    mark = loaded.convert_tokens_to_ids(model.stored.family.image_token)
     if [mark if i == model.stored.placeholder else i for i in ids] != list(own):
         return "its text is tokenized otherwise by the tokenizers library"
     return ""

@@ -73,7 +73,7 @@ class ChatModel:
 
     @cached_property
     def _marker_id(self) -> int:
-        found: int | None = self._backend.token_to_id(self.stored.family.soft_token)
+        found: int | None = self._backend.token_to_id(self.stored.family.image_token)
         return -1 if found is None else found
 
     @cached_property
@@ -120,7 +120,7 @@ class ChatModel:
         """
         first, *rest = text.split(IMAGE_PLACEHOLDER)
         if self.content == "text":
-            marker = self.stored.family.marker
+            marker = self.stored.family.tokens.marker
             return {"role": role, "content": f"{marker}\n" * images + marker.join((first, *rest))}
         parts: list[dict[str, str]] = [{"type": "image"}] * images
         parts += [{"type": "text", "text": first}] if first or not (rest or images) else []
@@ -214,7 +214,7 @@ class ChatModel:
           text: As the template renders it.
           spans: Parts of it, (start, stop); they move along.
         """
-        family = self.stored.family
+        family = self.stored.family.tokens
         if family.written == family.marker:
             return text, list(spans)
         marker = re.escape(family.marker)

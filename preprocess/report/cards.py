@@ -24,7 +24,7 @@ from preprocess.report.marks import Mark, marks
 from preprocess.report.stored import Sample, SampleReader
 from preprocess.report.styles import style_names
 from preprocess.text import Tokenizer
-from shardspec.families import StoredModel
+from shardspec.families import StoredModel, plan_pictures
 from shardspec.manifest import Manifest
 from shardspec.media import decode_stored
 from shardspec.sample import WEIGHT_ONE, Geometry, lead_rows, text_rows, video_rows
@@ -130,7 +130,7 @@ def _seen(sample: Sample, manifest: Manifest) -> list[tuple[str, ImageView | Non
     sizes = [image.source_size for image in sample.images]
     if "model" in manifest.recipe:
         family = StoredModel.from_dict(manifest.recipe["model"]).family
-        plans = family.plan([(height, width) for width, height in sizes])
+        plans = plan_pictures(family, [(height, width) for width, height in sizes])
         return [
             (
                 f"{plan.num_tokens:,} image tokens at {plan.resized[1]}×{plan.resized[0]}, "

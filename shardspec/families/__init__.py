@@ -12,26 +12,28 @@ from shardspec.families.gemma3 import Gemma3
 from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
 from shardspec.families.pixtral import Pixtral
-from shardspec.families.plan import Family, PicturePlan, Size, plan_one
+from shardspec.families.plan import Family, Filter, PicturePlan, PictureTokens, Size
 from shardspec.families.qwen2_vl import Qwen2VL
-from shardspec.families.stored import StoredModel, family_from_dict, family_to_dict
+from shardspec.families.stored import StoredModel, family_from_dict, family_to_dict, plan_pictures
 
 __all__ = [
     "MODEL_TYPES",
     "AnyRes",
     "Family",
+    "Filter",
     "FixedSize",
     "Gemma3",
     "Idefics3",
     "InternVL",
     "ModelConfig",
     "PicturePlan",
+    "PictureTokens",
     "Pixtral",
     "Qwen2VL",
     "Size",
     "StoredModel",
     "family_from_dict",
     "family_to_dict",
-    "plan_one",
+    "plan_pictures",
     "read_family",
 ]

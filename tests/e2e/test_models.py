@@ -26,6 +26,7 @@ from preprocess.model import load_model
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
+from shardspec.families import plan_pictures
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.manifest import require_manifest
 from tests import model_folders
@@ -671,7 +672,7 @@ def test_any_conversation_has_the_ids_of_the_processor_with_qwens_own_tokenizer(
             text = text.replace("<image>", "<|image|>")
             own.append(model.message(("user", "assistant")[t % 2], text))
         found = model.tokenize(own, images=len(chosen))
-        plans = iter(model.stored.family.plan([SIZES[i] for i in chosen]))
+        plans = iter(plan_pictures(model.stored.family, [SIZES[i] for i in chosen]))
         blocks = [
             model.stored.block(next(plans)) if i == model.stored.placeholder else [i]
             for i in found.ids.tolist()

@@ -22,7 +22,7 @@ from loader.assembly.layout import IGNORED
 from loader.assembly.pixels import Encoded
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
-from shardspec.families import Family, PicturePlan, StoredModel, plan_one
+from shardspec.families import Family, PicturePlan, StoredModel, plan_pictures
 from shardspec.keyed import draw_below
 from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows
 
@@ -134,7 +134,7 @@ class ModelPlanner:
             branch = draw_below(rng, num_branches) if num_branches > 1 else 0
         turns = rows[rows[:, 1] == branch].tolist()
         sizes = [(row[2], row[3]) for row in images.tolist()]
-        plans = self._plans(sizes)
+        plans = plan_pictures(self._family, [size[::-1] for size in sizes])
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         for _, _, _, start, stop, response, end, _ in turns:
@@ -145,11 +145,6 @@ class ModelPlanner:
         sequence.weight = turns[0][7] / WEIGHT_ONE * self._weight
         visual = sum(map(self._stored.block_length, plans))
         return ModelPlan(sequence=sequence, pictures=plans, sizes=sizes, visual=visual)
-
-    def _plans(self, sizes: Sequence[tuple[int, int]]) -> tuple[PicturePlan, ...]:
-        if len(sizes) == 1:
-            return (plan_one(self._family, sizes[0][::-1]),)
-        return self._family.plan([size[::-1] for size in sizes])
 
     def _expanded(
         self, ids: np.ndarray, labels: np.ndarray, plans: Sequence[PicturePlan], key: str
