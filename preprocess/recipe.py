@@ -292,7 +292,7 @@ class Preparer:
         tokenized = self._tokenized(
             example,
             placed,
-            num_pictures=len(sizes),
+            sizes=sizes,
             frames=frames,
             subtitles=[placed.lines for placed in said],
             key=key,
@@ -340,12 +340,13 @@ class Preparer:
         example: Mapping[str, Any],
         branches: Sequence[Branch],
         *,
-        num_pictures: int,
+        sizes: Sequence[tuple[int, int]],
         frames: Sequence[FrameLead | None],
         subtitles: Sequence[Sequence[SubtitleText]],
         key: str,
     ) -> TokenizedText:
-        """Tokenizes the texts; `num_pictures` are the images that are not frames."""
+        """Tokenizes the texts; `sizes` are (width, height) of the images that are not frames."""
+        num_pictures = len(sizes)
         if self.model is None:
             return InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
                 branches,
@@ -356,7 +357,9 @@ class Preparer:
             )
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
         alternatives = conversations(branches, systems)
-        return tokenized_conversations(self.model, alternatives, images=num_pictures, key=key)
+        return tokenized_conversations(
+            self.model, alternatives, sizes=[size[::-1] for size in sizes], key=key
+        )
 
     def _video_file(self, video: VideoSource) -> bytes | Path | SceneVideo:
         """Reads a video that is not a local file.

@@ -181,7 +181,8 @@ def index_row(
     row = np.zeros(1, dtype=index_dtype(1 if model else len(views)))
     pictures = image_rows(sample.spans)
     if model:
-        text, loss = longest_conversation(sample.spans, num_images=len(pictures))
+        num_symbols = 0 if model.inline else len(pictures)
+        text, loss = longest_conversation(sample.spans, num_images=num_symbols)
         num_tokens, num_loss_tokens = text, loss
     else:
         num_tokens, num_loss_tokens = longest_text(sample.spans)
@@ -198,8 +199,10 @@ def index_row(
     if model:
         plans = plan_pictures(model.family, [(int(p[3]), int(p[2])) for p in pictures])
         visual = sum(map(model.block_length, plans))
-        row["loss_length"] = loss
-        row["view_length"], row["view_crops"] = text + visual, visual
+        row["loss_length"], row["view_length"] = loss, text + visual
+        row["view_crops"] = (
+            num_soft_tokens(sample, soft_id=model.soft_id) if model.inline else visual
+        )
     elif views:
         text, loss = longest_sequence(sample.tokens, sample.spans, placeholder=placeholder, bos=bos)
         row["loss_length"] = loss
@@ -216,6 +219,14 @@ def index_row(
             row["view_length"][0, v] = text + image_tokens
             row["view_crops"][0, v] = num_frames + sum(num_crops(*size, view) for size in sizes)
     return row
+
+
+def num_soft_tokens(sample: PreparedSample, *, soft_id: int) -> int:
+    """Counts the tokens of pictures in the first conversation of a sample; each has all of them."""
+    rows = text_rows(sample.spans)
+    first = rows[rows[:, 1] == rows[0, 1]].tolist() if len(rows) else []
+    runs = [run for row in first for run in (row[3:5], row[5:7])]
+    return sum(int(np.count_nonzero(sample.tokens[a:b] == soft_id)) for a, b in runs)
 
 
 def longest_conversation(spans: np.ndarray, *, num_images: int) -> tuple[int, int]:

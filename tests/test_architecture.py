@@ -28,8 +28,9 @@ FORBIDDEN = {
     "loader": {"preprocess", "transformers", "tokenizers", "datasets", "vlm_shards"},
     "vlm_shards": {"torchvision", "transformers", "tokenizers", "datasets", "webdataset"},
 }
-ADAPTERS = {"loader/integrations/trainer.py"}
-"""May import the library that they adapt to, in functions: the caller has imported it."""
+ADAPTERS = {"loader/integrations/trainer.py", "loader/assembly/families/processor.py"}
+"""May import the library that they adapt to, in functions: the caller has
+imported it, or the dataset was built for it."""
 
 COMPOSITION_ROOTS = {"loader/cli/peek.py", "loader/cli/preview.py"}
 """May import both halves."""
@@ -55,6 +56,7 @@ PURE = {
     "shardspec/families/internvl.py",
     "shardspec/families/pixtral.py",
     "shardspec/families/plan.py",
+    "shardspec/families/processor.py",
     "shardspec/families/qwen2_vl.py",
     "shardspec/families/stored.py",
     "shardspec/frames.py",

@@ -20,6 +20,7 @@ import numpy as np
 from preprocess.model.render import ChatModel, Message, TokenizedConversation
 from preprocess.text import IMAGE_PLACEHOLDER, Branch, TokenizedText
 from shardspec.errors import SampleError
+from shardspec.families import Size
 
 
 class Turn(NamedTuple):
@@ -69,14 +70,14 @@ def conversations(branches: Sequence[Branch], systems: Sequence[str]) -> list[Tu
 
 
 def tokenized_conversations(
-    model: ChatModel, alternatives: Sequence[Turns], *, images: int, key: str
+    model: ChatModel, alternatives: Sequence[Turns], *, sizes: Sequence[Size], key: str
 ) -> TokenizedText:
     """Tokenizes every conversation of a sample.
 
     Args:
       model: Whose template and tokenizer.
       alternatives: The conversations.
-      images: Pictures of the sample; each is in every conversation.
+      sizes: (height, width) of the upright pictures of the sample; each is in every conversation.
       key: The sample's, for errors.
 
     Raises:
@@ -101,7 +102,7 @@ def tokenized_conversations(
         name = (each.turns, each.system)
         try:
             if name not in memo:
-                memo[name] = model.tokenize(_messages(model, each, images=images), images=images)
+                memo[name] = model.tokenize(_messages(model, each, images=len(sizes)), sizes=sizes)
         except SampleError as error:
             error.where = error.where or key
             raise

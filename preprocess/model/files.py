@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from preprocess.model.processor import is_model_type, open_processor, read_processor
 from preprocess.model.render import ChatModel
 from preprocess.text import IMAGE_PLACEHOLDER, USER, Tokenizer
 from shardspec.errors import ConfigError, SampleError
-from shardspec.families import Family, ModelConfig, StoredModel, read_family
+from shardspec.families import MODEL_TYPES, Family, ModelConfig, StoredModel, read_family
 
 _NAMED = ("start_image_token", "end_image_token", "boi_token", "eoi_token")
 """Attributes of tokenizers that name the tokens around a picture."""
+
+_TRIED = (224, 336)
+"""(height, width) of a picture by which templates are tried."""
 
 _TEXT = re.compile(r"\n+|<row_\d+_col_\d+>|<global-img>")
 """What Idefics3's processor writes as plain text where the tokenizer has no such token."""
@@ -43,16 +47,21 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
     loaded: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     token_id = config.get("image_token_id", config.get("image_token_index"))
     token = "" if token_id is None else loaded.convert_ids_to_tokens(token_id) or ""
-    family = read_family(
-        ModelConfig(
-            config=config,
-            image_processor=images,
-            processor=processor,
-            image_token=token,
-            tokens={name: getattr(loaded, name) for name in _NAMED if hasattr(loaded, name)},
-        ),
-        where=name,
-    )
+    model_type = config.get("model_type")
+    family: Family
+    if model_type in MODEL_TYPES or not is_model_type(model_type):
+        family = read_family(
+            ModelConfig(
+                config=config,
+                image_processor=images,
+                processor=processor,
+                image_token=token,
+                tokens={name: getattr(loaded, name) for name in _NAMED if hasattr(loaded, name)},
+            ),
+            where=name,
+        )
+    else:
+        family = read_processor(name, open_processor(name, config, images), config, images)
     added = tuple(each.content for each in loaded.added_tokens_decoder.values())
     ids = {symbol: _ids_of(symbol, family, loaded, added) for symbol in family.tokens.symbols}
     written = (*ids, family.tokens.marker, *_tokens_of(family))
@@ -79,6 +88,8 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
             special_tokens=special,
             content=content,  # type: ignore[arg-type]
             date=date,
+            config=config if stored.inline else {},
+            images=images if stored.inline else {},
         )
         problem = _problem(model, loaded)
         if not problem:
@@ -117,9 +128,11 @@ def _problem(model: ChatModel, loaded: Any) -> str:
     if text.count(USER) != 1 or f"'{USER}'" in text:
         return "it does not write the user's text once"
     try:
-        found = model.tokenize(messages, images=1)
+        found = model.tokenize(messages, sizes=[_TRIED])
     except SampleError as error:
         return str(error.facts.get("problem", error.what))
+    if model.stored.inline:
+        return ""
     bos, (text, _) = loaded.bos_token, model.expanded(text, [])
     own = loaded(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
     ids = found.ids.tolist()

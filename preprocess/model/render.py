@@ -18,16 +18,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from preprocess.model.processor import black, open_processor, run
 from preprocess.text import ANSWER, FIXED_DATE, IMAGE_PLACEHOLDER
 from shardspec.errors import SampleError
-from shardspec.families import StoredModel
+from shardspec.families import Size, StoredModel
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -61,6 +62,10 @@ class ChatModel:
     """How the template takes a message: as a list of typed parts, or as one text."""
     date: str = ""
     """Day that the template writes, YYYY-MM-DD."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+    """The documents config.json and preprocessor_config.json, where the model's own processor
+    writes the tokens of pictures."""
 
     @cached_property
     def _backend(self) -> Any:
@@ -70,6 +75,10 @@ class ChatModel:
         backend.no_truncation()
         backend.no_padding()
         return backend
+
+    @cached_property
+    def _processor(self) -> Any:
+        return open_processor(self.name, self.config, self.images)
 
     @cached_property
     def _marker_id(self) -> int:
@@ -92,7 +101,7 @@ class ChatModel:
         return FIXED_DATE + self.template, {"chat_dates": dates}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_marker_id", "_ends", "_options")
+        own = ("_backend", "_processor", "_marker_id", "_ends", "_options")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def describe(self) -> dict[str, Any]:
@@ -163,16 +172,18 @@ class ChatModel:
         marked = spans[0] if spans else ()
         return str(texts[0]), [(int(a), int(b)) for a, b in marked]
 
-    def tokenize(self, messages: Sequence[Message], *, images: int) -> TokenizedConversation:
+    def tokenize(
+        self, messages: Sequence[Message], *, sizes: Sequence[Size]
+    ) -> TokenizedConversation:
         """Turns a conversation into ids.
 
         Args:
           messages: Made by `message`; answers have the role "assistant".
-          images: Its pictures.
+          sizes: (height, width) of its pictures, upright.
 
         Raises:
-          SampleError: `chat_render`, `loss_span`; `image_placeholder`, the template does not write
-            each picture once.
+          SampleError: `chat_render`, `loss_span`, `picture_processor`; `image_placeholder`, the
+            template does not write each picture once.
         """
         text, marked = self.render(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -180,27 +191,58 @@ class ChatModel:
             spans = self._marked(text, marked, [messages[i] for i in answers])
         else:
             spans = [self._span(text, messages, i) for i in answers]
-        text, spans = self.expanded(text, spans)
         bos = str(self.special_tokens.get("bos_token") or "")
         # As processors do: no second BOS where the template has written one.
         adds = not (bos and text.startswith(bos))
-        encoding = self._backend.encode(text, add_special_tokens=adds)
-        ids = np.array(encoding.ids, dtype="<i4")
-        pictures = ids == self._marker_id
-        if np.count_nonzero(pictures) != images:
-            raise SampleError(
-                "image_placeholder.rendered",
-                images=images,
-                placeholders=int(np.count_nonzero(pictures)),
-            )
-        ids[pictures] = self.stored.placeholder
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        if self.stored.inline:
+            ids, offsets, spans = self._processed(text, spans, sizes, adds=adds)
+            pictures = ids == self._marker_id
+        else:
+            text, spans = self.expanded(text, spans)
+            encoding = self._backend.encode(text, add_special_tokens=adds)
+            ids = np.array(encoding.ids, dtype="<i4")
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            pictures = ids == self._marker_id
+            _require_each(sizes, int(np.count_nonzero(pictures)))
+            ids[pictures] = self.stored.placeholder
         learned = np.zeros(len(ids), bool)
         for start, stop in spans:
             learned |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
         if (learned & pictures).any():
             raise SampleError("loss_span", problem="a picture is part of an answer")
         return TokenizedConversation(ids=ids, learned=learned)
+
+    def _processed(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        sizes: Sequence[Size],
+        *,
+        adds: bool,
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+        """Tokenizes as the model's processor does, with the tokens that it writes for pictures.
+
+        Returns:
+          int32 [T] ids; int64 [T, 2] where they are in the text; the parts of it, moved along.
+        """
+        _require_each(sizes, text.count(self.stored.family.tokens.marker))
+        try:
+            found = run(self._processor, text, [black(size) for size in sizes], special=adds)
+        except (ValueError, ZeroDivisionError) as error:
+            problem = str(error).strip().partition("\n")[0]
+            raise SampleError("picture_processor", problem=problem) from error
+        replaced = (found.get("text_replacement_offsets") or [[]])[0]
+        moves = [(one["span"][1], one["new_span"][1] - one["span"][1]) for one in replaced]
+
+        def moved(at: int) -> int:
+            # Each says how far all replacements up to it move the text.
+            return at + next((by for end, by in reversed(moves) if end <= at), 0)
+
+        return (
+            np.array(found["input_ids"][0], dtype="<i4"),
+            np.array(found["offset_mapping"][0], np.int64).reshape(-1, 2),
+            [(moved(start), moved(stop)) for start, stop in spans],
+        )
 
     def expanded(
         self, text: str, spans: Sequence[tuple[int, int]]
@@ -261,6 +303,11 @@ class ChatModel:
         if end is None:
             raise SampleError("loss_span", problem="no token ends an answer")
         return len(before), len(text) - len(tail) + end.end()
+
+
+def _require_each(sizes: Sequence[Size], written: int) -> None:
+    if written != len(sizes):
+        raise SampleError("image_placeholder.rendered", images=len(sizes), placeholders=written)
 
 
 def _text_of(message: Message) -> str:

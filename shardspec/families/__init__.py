@@ -13,6 +13,7 @@ from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
 from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, Filter, PicturePlan, PictureTokens, Size
+from shardspec.families.processor import Processor, packs_as_plain_decoder, refusal
 from shardspec.families.qwen2_vl import Qwen2VL
 from shardspec.families.stored import StoredModel, family_from_dict, family_to_dict, plan_pictures
 
@@ -29,11 +30,14 @@ __all__ = [
     "PicturePlan",
     "PictureTokens",
     "Pixtral",
+    "Processor",
     "Qwen2VL",
     "Size",
     "StoredModel",
     "family_from_dict",
     "family_to_dict",
+    "packs_as_plain_decoder",
     "plan_pictures",
     "read_family",
+    "refusal",
 ]

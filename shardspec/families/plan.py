@@ -75,12 +75,17 @@ class Family(Protocol):
 
     kind: ClassVar[str]
     """Its name in manifests."""
-    positions: ClassVar[Positions]
-    type_ids: ClassVar[str]
-    """Name of the key of batches that is 1 for the tokens of pictures; "" where there is none."""
 
-    packs: ClassVar[bool]
-    """Whether rows of several examples give each the result that it has alone."""
+    @property
+    def positions(self) -> Positions: ...
+
+    @property
+    def type_ids(self) -> str:
+        """Name of the key of batches that is 1 for the tokens of pictures; "" for none."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows of several examples give each the result that it has alone."""
 
     @property
     def image_token(self) -> str:

@@ -17,10 +17,12 @@ from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
 from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, PicturePlan, Size
+from shardspec.families.processor import Processor
 from shardspec.families.qwen2_vl import Qwen2VL
 
 KINDS: Mapping[str, Any] = {
-    kind.kind: kind for kind in (Qwen2VL, FixedSize, AnyRes, InternVL, Idefics3, Gemma3, Pixtral)
+    kind.kind: kind
+    for kind in (Qwen2VL, FixedSize, AnyRes, InternVL, Idefics3, Gemma3, Pixtral, Processor)
 }
 """The families by their names in manifests."""
 
@@ -122,6 +124,11 @@ class StoredModel:
         """The id that the features of a picture replace."""
         (found,) = self.symbols[self.family.image_token]
         return found
+
+    @property
+    def inline(self) -> bool:
+        """Whether stored tokens have those of the pictures, instead of a placeholder for each."""
+        return isinstance(self.family, Processor)
 
     def block(self, plan: PicturePlan) -> np.ndarray:
         """Makes the tokens of a picture: int64 [num_tokens or more]."""

@@ -671,7 +671,7 @@ def test_any_conversation_has_the_ids_of_the_processor_with_qwens_own_tokenizer(
         for t, text in enumerate(texts):
             text = text.replace("<image>", "<|image|>")
             own.append(model.message(("user", "assistant")[t % 2], text))
-        found = model.tokenize(own, images=len(chosen))
+        found = model.tokenize(own, sizes=[SIZES[i] for i in chosen])
         plans = iter(plan_pictures(model.stored.family, [SIZES[i] for i in chosen]))
         blocks = [
             model.stored.block(next(plans)) if i == model.stored.placeholder else [i]

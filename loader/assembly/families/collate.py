@@ -35,9 +35,10 @@ import torch
 from loader.assembly.collate import IGNORE_INDEX, parse_pad_mode
 from loader.assembly.families.example import ModelDraft, ModelPack
 from loader.assembly.families.kernels import unit_shape
+from loader.assembly.families.processor import joined
 from loader.buffers import Allocate
 from shardspec.errors import ConfigError, SampleError, nearest
-from shardspec.families import AnyRes, Family, Idefics3, Pixtral, Qwen2VL
+from shardspec.families import AnyRes, Family, Idefics3, Pixtral, Processor, Qwen2VL
 
 EXTRA_KEYS = ("position_ids", "subsegment_ids", "loss_weights")
 
@@ -86,6 +87,8 @@ class ModelCollator:
         self.pad_token_id, self.packed = pad_token_id, packed
         self.with_metadata, self.with_real = with_metadata, with_real
         self._multiple = parse_pad_mode(pad_mode, sequence_length=sequence_length)
+        if "position_ids" in extra_keys and isinstance(family, Processor) and not family.packs:
+            raise ConfigError("extra_positions")
         self._positions = packed or "position_ids" in extra_keys
         columns = ["input_ids", "labels"]
         columns += [family.type_ids] if family.type_ids else []
@@ -179,6 +182,8 @@ class ModelCollator:
         parts = [part for example in examples for part in example.parts if part.num_units]
         if not parts:
             return {}
+        if isinstance(self.family, Processor):
+            return joined([part.processed() for part in parts])
         total = sum(part.num_units for part in parts)
         plans = [picture for part in parts for picture in part.plan.pictures]
         pixels = allocate((total, *unit_shape(self.family, plans)), np.float32)
@@ -223,7 +228,9 @@ def finished_for_model(draft: ModelDraft) -> dict[str, Any]:
     names += [family.type_ids] if family.type_ids else []
     made: dict[str, Any] = {name: draft.column(name) for name in names}
     made["position_ids"] = draft.positions()
-    if draft.num_units:
+    if draft.num_units and isinstance(family, Processor):
+        made |= {name: value.numpy() for name, value in draft.processed().items()}
+    elif draft.num_units:
         shape = (draft.num_units, *unit_shape(family, draft.plan.pictures))
         pixels = np.empty(shape, np.float32)
         draft.write_units(pixels)

@@ -10,19 +10,22 @@ models shift them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from loader.assembly.families.kernels import Backend, write_units
+from loader.assembly.families.processor import processed
 from loader.assembly.layout import IGNORED
 from loader.assembly.pixels import Encoded
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
-from shardspec.families import Family, PicturePlan, StoredModel, plan_pictures
+from shardspec.families import Family, PicturePlan, Processor, StoredModel, plan_pictures
 from shardspec.keyed import draw_below
 from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows
 
@@ -144,6 +147,8 @@ class ModelPlanner:
         sequence = self._expanded(np.concatenate(ids), np.concatenate(labels), plans, key)
         sequence.weight = turns[0][7] / WEIGHT_ONE * self._weight
         visual = sum(map(self._stored.block_length, plans))
+        if self._stored.inline:
+            visual = int(np.count_nonzero(sequence.ids == self._stored.soft_id))
         return ModelPlan(sequence=sequence, pictures=plans, sizes=sizes, visual=visual)
 
     def _expanded(
@@ -151,6 +156,10 @@ class ModelPlanner:
     ) -> ModelSequence:
         """Puts the tokens of pictures where their placeholders are."""
         places = np.flatnonzero(ids == self._stored.placeholder)
+        if self._stored.inline:
+            soft = np.flatnonzero(ids == self._stored.soft_id)
+            end = int(soft[-1]) + 1 if len(soft) else 0
+            return self._cut(ids, labels, end, (), key)
         if len(places) != len(plans):
             raise SampleError(
                 "image_placeholder.rendered",
@@ -161,8 +170,7 @@ class ModelPlanner:
         runs: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         starts: list[int] = []
-        done = length = 0
-        end = 0
+        done = length = end = 0
         for place, plan in zip(places.tolist(), plans, strict=True):
             block = self._stored.block(plan)
             runs += (ids[done:place], block)
@@ -173,8 +181,13 @@ class ModelPlanner:
             done, end = place + 1, length
         runs.append(ids[done:])
         targets.append(labels[done:])
-        all_ids = np.concatenate(runs).astype(np.int64)
-        all_targets = np.concatenate(targets).astype(np.int64)
+        return self._cut(np.concatenate(runs), np.concatenate(targets), end, tuple(starts), key)
+
+    def _cut(
+        self, ids: np.ndarray, labels: np.ndarray, end: int, starts: tuple[int, ...], key: str
+    ) -> ModelSequence:
+        """Keeps within the limit; the last picture ends at `end`."""
+        all_ids, all_targets = ids.astype(np.int64), labels.astype(np.int64)
         limit = self._limit
         if limit is not None and len(all_ids) > limit:
             if end > limit:
@@ -187,7 +200,7 @@ class ModelPlanner:
             raise SampleError(
                 "no_loss.sample", where=key, length=len(all_ids), sequence_length=limit
             )
-        return ModelSequence(ids=all_ids, targets=all_targets, weight=1.0, starts=tuple(starts))
+        return ModelSequence(ids=all_ids, targets=all_targets, weight=1.0, starts=starts)
 
 
 PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
@@ -304,17 +317,38 @@ class ModelDraft:
         Raises:
           ShardError, SampleError: Of a picture; kept as `error`.
         """
-        start_s, done = perf_counter(), 0
-        family, backend = self.view.family, self.view.backend
-        try:
+        family, backend, done = self.view.family, self.view.backend, 0
+        with self._rendering():
             for (picture, _), plan in zip(self.sources, self.plan.pictures, strict=True):
-                pixels = picture
-                if isinstance(picture, Encoded):
-                    pixels = picture.pixels(self.scratch, "picture")
-                assert isinstance(pixels, np.ndarray)
                 stop = done + plan.num_units
-                write_units(family, plan, pixels, out[done:stop], backend=backend)
+                write_units(family, plan, self._pixels(picture), out[done:stop], backend=backend)
                 done = stop
+
+    def processed(self) -> dict[str, torch.Tensor]:
+        """Gives what the model's own image processor makes of the pictures, one at least.
+
+        Raises:
+          ShardError, SampleError: As `write_units`.
+          ConfigError: `image_processor`.
+        """
+        family, backend = self.view.family, self.view.backend
+        assert isinstance(family, Processor)
+        with self._rendering():
+            # Copies: decoding the next one may use the same memory.
+            pictures = [self._pixels(picture).copy() for picture, _ in self.sources]
+            return processed(family, pictures, backend=backend)
+
+    def _pixels(self, picture: np.ndarray | Encoded) -> np.ndarray:
+        if isinstance(picture, Encoded):
+            return picture.pixels(self.scratch, "picture")
+        return picture
+
+    @contextmanager
+    def _rendering(self) -> Iterator[None]:
+        """Takes the time, and keeps an error of a picture."""
+        start_s = perf_counter()
+        try:
+            yield
         except (ShardError, SampleError) as error:
             self.error = error
             raise

@@ -36,6 +36,7 @@ from shardspec.families import (
     InternVL,
     PicturePlan,
     Pixtral,
+    Processor,
     Qwen2VL,
 )
 
@@ -52,6 +53,8 @@ _PIL = {
 
 def unit_shape(family: Family, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
     """Returns the shape of one row of `pixel_values` that has these pictures, one at least."""
+    if isinstance(family, Processor):  # a guess, by which memory is estimated
+        return (3, *plans[0].resized)
     return _KERNELS[family.kind][0](family, plans)
 
 

@@ -70,7 +70,7 @@ def test_a_conversation_is_that_of_transformers_and_its_answers_are_learned(shap
     model, theirs = shapes(name)
     pairs = PAIRS[:count]
     try:
-        found = model.tokenize(chat(model, pairs), images=0)
+        found = model.tokenize(chat(model, pairs), sizes=[])
     except SampleError as error:
         assert name in NOT_BY_PREFIX, error  # noqa: PT017 - a template that is refused by name
         assert error.reason == "loss_span"  # noqa: PT017
@@ -105,7 +105,7 @@ def test_what_cannot_be_told_is_refused_by_name(shapes):
     def problem(pairs, **changes):
         changed, _ = shapes("qwen3", **changes)
         with pytest.raises(SampleError) as caught:
-            changed.tokenize(chat(changed, pairs), images=0)
+            changed.tokenize(chat(changed, pairs), sizes=[])
         assert caught.value.reason == "loss_span"
         return caught.value.facts["problem"]
 
@@ -122,10 +122,10 @@ def test_what_cannot_be_told_is_refused_by_name(shapes):
     assert "does not begin" in problem([("q", "a")], template=late)
     changed, _ = shapes("qwen3", template="{{ raise_exception('no') }}")
     with pytest.raises(SampleError) as caught:
-        changed.tokenize(chat(changed, [("q", "a")]), images=0)
+        changed.tokenize(chat(changed, [("q", "a")]), sizes=[])
     assert caught.value.reason == "chat_render"
     with pytest.raises(SampleError) as caught:
-        model.tokenize(chat(model, [("q", "a")]), images=1)
+        model.tokenize(chat(model, [("q", "a")]), sizes=[(9, 9)])
     assert caught.value.reason == "image_placeholder"
 
 
@@ -135,18 +135,18 @@ def test_marks_must_be_those_of_the_answers(shapes):
         "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     model, theirs = shapes("chatml", template=marked)
-    found = model.tokenize(chat(model, PAIRS), images=0)
+    found = model.tokenize(chat(model, PAIRS), sizes=[])
     text = theirs.decode(found.ids[found.learned].tolist())
     assert text == "".join(f"{answer}<|im_end|>" for _, answer in PAIRS)
     once = marked.replace("m.role == 'assistant'", "loop.last")
     model, _ = shapes("chatml", template=once)
     with pytest.raises(SampleError) as caught:
-        model.tokenize(chat(model, PAIRS), images=0)
+        model.tokenize(chat(model, PAIRS), sizes=[])
     assert caught.value.facts["problem"] == "3 answers, 1 marked as generated"
     users = marked.replace("'assistant'", "'user'")
     model, _ = shapes("chatml", template=users)
     with pytest.raises(SampleError) as caught:
-        model.tokenize(chat(model, PAIRS), images=0)
+        model.tokenize(chat(model, PAIRS), sizes=[])
     assert caught.value.facts["problem"] == "an answer is not in its marked part"
 
 
@@ -172,8 +172,8 @@ def test_every_message_is_drawn_equally_often_whatever_its_variants():
 def test_tokens_of_repeated_conversations_are_stored_once(shapes):
     model, _ = shapes("chatml")
     each = Turns(turns=(Turn("q", "a"),), weight=1)
-    once = tokenized(model, [each], images=0, key="k")
-    twice = tokenized(model, [each, each], images=0, key="k")
+    once = tokenized(model, [each], sizes=[], key="k")
+    twice = tokenized(model, [each, each], sizes=[], key="k")
     assert once.tokens.tolist() == twice.tokens.tolist()
     assert len(twice.rows) == 2 * len(once.rows)
     for turn, reason in (
@@ -182,7 +182,7 @@ def test_tokens_of_repeated_conversations_are_stored_once(shapes):
         (Turn("q", "<|image|>"), "image_placeholder"),
     ):
         with pytest.raises(SampleError) as caught:
-            tokenized(model, [Turns(turns=(turn,), weight=1)], images=0, key="k")
+            tokenized(model, [Turns(turns=(turn,), weight=1)], sizes=[], key="k")
         assert (caught.value.reason, caught.value.where) == (reason, "k")
 
 
@@ -240,7 +240,10 @@ def test_templates_of_texts_get_texts(folder, tmp_path):
         ("config.json", "[1]", "model_file"),
         ("preprocessor_config.json", None, "model_file"),
         ("preprocessor_config.json", "{", "model_file"),
-        ("config.json", {"model_type": "mllama"}, "family_unknown"),
+        ("config.json", {"model_type": "bert"}, "family_unknown"),
+        ("config.json", {"model_type": "mllama"}, "family_processor"),
+        ("config.json", {"model_type": "qwen3_5"}, "family_processor"),
+        ("config.json", {"model_type": "idefics2"}, "family_processor"),
         ("config.json", {"image_token_id": 3}, "model_template"),
         ("preprocessor_config.json", {"do_rescale": False}, "family_setting"),
         ("chat_template.jinja", "{{ strftime_now('%Y') }}", "chat_date"),
