@@ -34,7 +34,7 @@ OCR = {
 KINDS = {
     "aya_vision": (
         {**SMALL, "max_patches": 6},
-        {"patch_size": 14, "img_size": 56},
+        {"patch_size": 14, "img_size": 56, "downsample_factor": 2},
         {"named": IMAGE, "tokens": AYA},
     ),
     "video_llama_3": ({"min_pixels": 784, "max_pixels": 31360}, {}, {}),
@@ -100,7 +100,10 @@ SIGLIP = _tower("siglip_vision_model", vision_use_head=False)
 CONFIGS = {
     "aya_vision": {"vision_config": SIGLIP, "downsample_factor": 2},
     "deepseek_vl": {"vision_config": _tower("siglip_vision_model", patch=28)},
-    "ovis2": {"vision_config": _tower("ovis2_visual", hidden_stride=2, vocab_size=32)},
+    "ovis2": {
+        "vision_config": _tower("ovis2_visual", hidden_stride=2, vocab_size=32),
+        "hidden_size": 32,
+    },
     "vipllava": {
         "vision_config": _tower("clip_vision_model", projection_dim=32),
         "vision_feature_layers": [-2, -1],

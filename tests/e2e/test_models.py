@@ -29,9 +29,13 @@ from shardspec.errors import ConfigError, SampleError
 from shardspec.families import plan_pictures
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.manifest import require_manifest
-from tests import model_folders
+from tests import model_folders, processor_folders
 
-FAMILIES = tuple(model_folders.WRITERS)
+NATIVE = tuple(model_folders.WRITERS)
+THROUGH = ("aya_vision",)
+"""Goes through its own processor."""
+
+FAMILIES = (*NATIVE, *THROUGH)
 SIZES = ((61, 97), (200, 150), (30, 31), (56, 84), (150, 40), (112, 112), (90, 33), (28, 28))
 """(height, width) of the pictures; some are stored as they are, some smaller."""
 
@@ -110,6 +114,8 @@ def folders(build_once):
     def build(folder):
         for name, write in model_folders.WRITERS.items():
             write(folder / name)
+        for name in THROUGH:
+            processor_folders.write(name, folder / name)
 
     return build_once("models", build)
 
@@ -139,7 +145,8 @@ def processors(folders):
 
     def get(name):
         if name not in made:
-            made[name] = model_folders.processor(name, folders / name)
+            room = processor_folders if name in THROUGH else model_folders
+            made[name] = room.processor(name, folders / name)
         return made[name]
 
     return get
@@ -405,7 +412,7 @@ def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
     datasets, folders, processors, name
 ):
     dataset = open_dataset(datasets, name)
-    model = model_folders.model(name, folders / name)
+    model = (processor_folders if name in THROUGH else model_folders).model(name, folders / name)
     (batch,) = batches(dataset)
     numbers = order_of(dataset, batch)
     metadata = batch.pop("metadata")
@@ -660,7 +667,7 @@ def _conversations(count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NATIVE)
 def test_any_conversation_has_the_ids_of_the_processor_with_qwens_own_tokenizer(tmp_path, name):
     folder = model_folders.WRITERS[name](tmp_path / "m", real=True)
     tokenizer = load_tokenizer(str(folder), policy=TextPolicy(message_format="none"))

@@ -1,5 +1,7 @@
 """Models through their own processors: samples and batches equal what those make of originals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from PIL import Image
 
 from loader.assembly.families.processor import joined, processed
 from preprocess.model import load_model
+from preprocess.model.processor import open_processor, read_processor
 from preprocess.text import TextPolicy, load_tokenizer
-from shardspec.families import Processor
+from shardspec.errors import ConfigError
+from shardspec.families import Processor, refusal
 from tests import processor_folders
 from tests.e2e.test_models import mostly_slow
 
@@ -107,3 +111,70 @@ def test_samples_and_batches_are_what_the_processor_makes(tmp_path, kind):
 def test_any_size_is_what_the_processor_makes_of_it(tmp_path, kind):
     # Aria's processor passes a size of 980 px, whatever its files say.
     same_as_processor(kind, tmp_path / "m", MANY[-12:] if kind == "aria" else MANY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", processor_folders.CONFIGS)
+def test_models_that_are_packed_compute_of_a_row_what_they_compute_of_its_samples(tmp_path, kind):
+    model = load(kind, tmp_path / "m")
+    assert model.stored.family.packs
+    network = processor_folders.model(kind, tmp_path / "m")
+    rows, alone = [], []
+    for i, size in enumerate(SIZES[:3]):
+        asked = model.message("user", f"What is {i}?", images=1)
+        found = model.tokenize([asked, model.message("assistant", "A red ball")], sizes=[size])
+        ids = torch.tensor(found.ids[None].astype(np.int64))
+        pictures = processed(model.stored.family, [picture(size)], backend="pil")
+        rows.append((ids, torch.arange(ids.shape[1])[None], pictures))
+        with torch.no_grad():
+            alone.append(network(input_ids=ids, **pictures).logits)
+    ids, positions, pictures = zip(*rows, strict=True)
+    with torch.no_grad():
+        packed = network(
+            input_ids=torch.cat(ids, 1),
+            position_ids=torch.cat(positions, 1),
+            use_cache=False,
+            **joined(pictures),
+        )
+    torch.testing.assert_close(packed.logits, torch.cat(alone, 1), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "mllama"}, "cross attention"),
+        ({"model_type": "x", "text_config": {"layer_types": ["full_attention", "conv"]}}, "conv"),
+        ({"model_type": "x", "text_config": {"cross_attention_layers": [1]}}, "cross attention"),
+        ({"model_type": "x", "is_encoder_decoder": True}, "encoder"),
+        ({"model_type": "aya_vision", "text_config": {"layer_types": ["full_attention"]}}, ""),
+    ],
+)
+def test_models_that_keep_more_than_a_sequence_are_refused(config, told):
+    assert told in refusal(config)
+    assert bool(refusal(config)) == bool(told)
+
+
+def test_an_image_processor_that_is_not_there_is_refused_with_the_other_backend(tmp_path):
+    family = load("aya_vision", tmp_path / "m").stored.family
+    with pytest.raises(ConfigError) as caught:
+        processed(replace(family, image_processor="NoneSuch"), [picture((9, 9))], backend="pil")
+    assert caught.value.reason == "image_processor"
+    assert "NoneSuch" in str(caught.value)
+
+
+def test_outputs_that_cannot_be_joined_are_refused(tmp_path):
+    processor_folders.write("aya_vision", tmp_path / "m")
+    config = {"model_type": "aya_vision"}
+    images = processor_folders.KINDS["aya_vision"][0]
+    opened = open_processor(str(tmp_path / "m"), config, images)
+    own = opened.image_processor._own
+
+    def counted(pictures, **options):
+        found = own(pictures, **options)
+        return {**found, "batch_num_images": np.array([len(found["num_patches"])])}
+
+    counted.fetch_images = own.fetch_images
+    opened.image_processor._own = counted
+    with pytest.raises(ConfigError) as caught:
+        read_processor("m", opened, config, images)
+    assert "batch_num_images of several pictures" in str(caught.value)
