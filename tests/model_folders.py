@@ -454,6 +454,28 @@ def pixtral(folder, *, real=False):
     return folder
 
 
+def paligemma(folder):
+    """Writes the folder of a tiny PaliGemma: pictures of 56 px, 16 tokens."""
+    from transformers import PaliGemmaConfig
+
+    folder.mkdir(parents=True)
+    named = {"image_token": "<image>"}
+    loaded = tokenizer(folder, template=None, named=named, bos="<bos>")
+    config = PaliGemmaConfig(
+        text_config={**text_config(len(loaded) + 1200), "model_type": "gemma", "head_dim": 8},
+        vision_config={**TOWER, "image_size": 56, "patch_size": 14, "vision_use_head": False}
+        | {"model_type": "siglip_vision_model", "projection_dim": 32},
+        image_token_index=loaded.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+        hidden_size=32,
+    )
+    write_json(folder / "config.json", config.to_dict())
+    size = {"size": {"height": 56, "width": 56}, "image_seq_length": 16}
+    write_json(folder / "preprocessor_config.json", {**size, **HALF, "resample": 3})
+    write_json(folder / "processor_config.json", {"processor_class": "PaliGemmaProcessor"})
+    return folder
+
+
 WRITERS = {
     "qwen2_vl": qwen2_vl,
     "llava": llava,
@@ -509,6 +531,7 @@ PROCESSORS = {
     "internvl": ("InternVLProcessor", "GotOcr2ImageProcessorPil", {"image_seq_length": 4}),
     "idefics3": ("Idefics3Processor", "Idefics3ImageProcessorPil", {"image_seq_len": 1}),
     "gemma3": ("Gemma3Processor", "Gemma3ImageProcessorPil", {"image_seq_length": 4}),
+    "paligemma": ("PaliGemmaProcessor", "SiglipImageProcessorPil", {}),
     "pixtral": (
         "PixtralProcessor",
         "PixtralImageProcessorPil",
@@ -563,6 +586,7 @@ def model(name, folder):
         "idefics3": "Idefics3ForConditionalGeneration",
         "smolvlm": "SmolVLMForConditionalGeneration",
         "pixtral": "Mistral3ForConditionalGeneration",
+        "paligemma": "PaliGemmaForConditionalGeneration",
     }
     config = transformers.AutoConfig.from_pretrained(str(folder))
     return getattr(transformers, kinds[name])(config).float().eval()

@@ -54,6 +54,7 @@ PURE = {
     "shardspec/families/gemma3.py",
     "shardspec/families/idefics3.py",
     "shardspec/families/internvl.py",
+    "shardspec/families/paligemma.py",
     "shardspec/families/pixtral.py",
     "shardspec/families/plan.py",
     "shardspec/families/processor.py",

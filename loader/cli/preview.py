@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> str:
         pad_mode=options.pad_mode,
         pack=options.pack,
         decode_threads=0,
-        extra_keys=("position_ids", "subsegment_ids"),
+        extra_keys=("subsegment_ids",) if model else ("position_ids", "subsegment_ids"),
         with_metadata=True,
     )
     loader.load_state_dict({**loader.state_dict(), "step": options.step})

@@ -12,7 +12,20 @@ from preprocess.model.processor import is_model_type, open_processor, read_proce
 from preprocess.model.render import ChatModel
 from preprocess.text import IMAGE_PLACEHOLDER, USER, Tokenizer
 from shardspec.errors import ConfigError, SampleError
-from shardspec.families import MODEL_TYPES, Family, ModelConfig, StoredModel, read_family
+from shardspec.families import MODEL_TYPES, Family, ModelConfig, PaliGemma, StoredModel, read_family
+
+PALIGEMMA = (
+    "{% if messages | length != 2 or messages[0].role != 'user' %}"
+    "{{ raise_exception('PaliGemma takes one question and one answer') }}{% endif %}"
+    "{% for part in messages[0].content %}{% if part.type == 'text' %}"
+    "{{ bos_token if loop.first or loop.previtem.type == 'image' }}{{ part.text }}"
+    "{% elif loop.first or loop.previtem.type == 'image' %}<image>{% else %}"
+    "{{ raise_exception('PaliGemma takes pictures in front of the question') }}{% endif %}"
+    "{% endfor %}{{ '\n' }}{% generation %}"
+    "{% for part in messages[1].content %}{{ part.text }}{% endfor %}{{ eos_token }}"
+    "{% endgeneration %}"
+)
+"""What PaliGemma's processor makes of a question and an answer; its files have no template."""
 
 _NAMED = ("start_image_token", "end_image_token", "boi_token", "eoi_token")
 """Attributes of tokenizers that name the tokens around a picture."""
@@ -69,7 +82,9 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
     if missing:
         problem = f"the tokenizer has no token {missing[0]}"
         raise ConfigError("model_template", where=name, problem=problem)
-    template = _template(name, processor, loaded)
+    template = PALIGEMMA
+    if not isinstance(family, PaliGemma):
+        template = _template(name, processor, loaded)
     if "strftime_now" in template and not date:
         raise ConfigError("chat_date.missing", where=name)
     stored = StoredModel(
@@ -131,7 +146,7 @@ def _problem(model: ChatModel, loaded: Any) -> str:
         found = model.tokenize(messages, sizes=[_TRIED])
     except SampleError as error:
         return str(error.facts.get("problem", error.what))
-    if model.stored.inline:
+    if model.stored.inline or isinstance(model.stored.family, PaliGemma):
         return ""
     bos, (text, _) = loaded.bos_token, model.expanded(text, [])
     own = loaded(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ import numpy as np
 from preprocess.model.processor import black, open_processor, run
 from preprocess.text import ANSWER, FIXED_DATE, IMAGE_PLACEHOLDER
 from shardspec.errors import SampleError
-from shardspec.families import Size, StoredModel
+from shardspec.families import PaliGemma, Size, StoredModel
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -199,9 +200,7 @@ class ChatModel:
             pictures = ids == self._marker_id
         else:
             text, spans = self.expanded(text, spans)
-            encoding = self._backend.encode(text, add_special_tokens=adds)
-            ids = np.array(encoding.ids, dtype="<i4")
-            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            ids, offsets = self._encoded(text, spans, adds=adds)
             pictures = ids == self._marker_id
             _require_each(sizes, int(np.count_nonzero(pictures)))
             ids[pictures] = self.stored.placeholder
@@ -211,6 +210,22 @@ class ChatModel:
         if (learned & pictures).any():
             raise SampleError("loss_span", problem="a picture is part of an answer")
         return TokenizedConversation(ids=ids, learned=learned)
+
+    def _encoded(
+        self, text: str, spans: Sequence[tuple[int, int]], *, adds: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gives int32 [T] ids, and int64 [T, 2] where they are in the text."""
+        cuts = [0, len(text)]
+        if isinstance(self.stored.family, PaliGemma):
+            # Its processor takes an answer as a text of its own, and adds no tokens.
+            cuts, adds = sorted({*cuts, *(start for start, _ in spans)}), False
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, stop in pairwise(cuts):
+            encoding = self._backend.encode(text[start:stop], add_special_tokens=adds)
+            ids += encoding.ids
+            offsets += [(start + a, start + b) for a, b in encoding.offsets]
+        return np.array(ids, dtype="<i4"), np.array(offsets, np.int64).reshape(-1, 2)
 
     def _processed(
         self,

@@ -11,6 +11,7 @@ from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
 from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
+from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, Filter, PicturePlan, PictureTokens, Size
 from shardspec.families.processor import Processor, packs_as_plain_decoder, refusal
@@ -27,6 +28,7 @@ __all__ = [
     "Idefics3",
     "InternVL",
     "ModelConfig",
+    "PaliGemma",
     "PicturePlan",
     "PictureTokens",
     "Pixtral",

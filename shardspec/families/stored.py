@@ -15,15 +15,17 @@ from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
 from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
+from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, PicturePlan, Size
 from shardspec.families.processor import Processor
 from shardspec.families.qwen2_vl import Qwen2VL
 
-KINDS: Mapping[str, Any] = {
-    kind.kind: kind
-    for kind in (Qwen2VL, FixedSize, AnyRes, InternVL, Idefics3, Gemma3, Pixtral, Processor)
-}
+_FAMILIES: tuple[Any, ...] = (
+    *(Qwen2VL, FixedSize, AnyRes, InternVL, Idefics3, Gemma3, Pixtral, PaliGemma),
+    Processor,
+)
+KINDS: Mapping[str, Any] = {family.kind: family for family in _FAMILIES}
 """The families by their names in manifests."""
 
 

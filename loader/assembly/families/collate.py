@@ -8,7 +8,8 @@
                               or [4, B, L]   them apart; four rows for multimodal positions
     use_cache         False                  with packs: models with a cache ignore the restarts
     mm_token_type_ids int64   [B, L]         1 for tokens of pictures: qwen2_vl; Gemma 3 calls it
-                                             token_type_ids, others have none
+                                             token_type_ids, PaliGemma's are 1 for answers; others
+                                             have none
     pixel_values      float32 [N, ...]       the rows of all pictures of the batch, without padding:
                                              tiles of LLaVA-NeXT and -OneVision are not padded to
                                              the picture with most of them, and those of Idefics3
@@ -38,7 +39,7 @@ from loader.assembly.families.kernels import unit_shape
 from loader.assembly.families.processor import joined
 from loader.buffers import Allocate
 from shardspec.errors import ConfigError, SampleError, nearest
-from shardspec.families import AnyRes, Family, Idefics3, Pixtral, Processor, Qwen2VL
+from shardspec.families import AnyRes, Family, Idefics3, PaliGemma, Pixtral, Processor, Qwen2VL
 
 EXTRA_KEYS = ("position_ids", "subsegment_ids", "loss_weights")
 
@@ -87,7 +88,8 @@ class ModelCollator:
         self.pad_token_id, self.packed = pad_token_id, packed
         self.with_metadata, self.with_real = with_metadata, with_real
         self._multiple = parse_pad_mode(pad_mode, sequence_length=sequence_length)
-        if "position_ids" in extra_keys and isinstance(family, Processor) and not family.packs:
+        unknown = isinstance(family, PaliGemma | Processor) and not family.packs
+        if unknown and "position_ids" in extra_keys:
             raise ConfigError("extra_positions")
         self._positions = packed or "position_ids" in extra_keys
         columns = ["input_ids", "labels"]

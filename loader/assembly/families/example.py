@@ -25,7 +25,7 @@ from loader.assembly.layout import IGNORED
 from loader.assembly.pixels import Encoded
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
-from shardspec.families import Family, PicturePlan, Processor, StoredModel, plan_pictures
+from shardspec.families import Family, PaliGemma, PicturePlan, Processor, StoredModel, plan_pictures
 from shardspec.keyed import draw_below
 from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows
 
@@ -304,6 +304,9 @@ class ModelDraft:
         if name == "labels":
             return sequence.labels
         if name == self.stored.family.type_ids:
+            if isinstance(self.stored.family, PaliGemma):
+                answers: np.ndarray = sequence.targets != IGNORED
+                return answers.astype(np.int64)
             soft: np.ndarray = sequence.ids == self.stored.soft_id
             return soft.astype(np.int64)
         if name == "loss_weights":

@@ -34,6 +34,7 @@ from shardspec.families import (
     Gemma3,
     Idefics3,
     InternVL,
+    PaliGemma,
     PicturePlan,
     Pixtral,
     Processor,
@@ -42,7 +43,7 @@ from shardspec.families import (
 
 Backend = Literal["torchvision", "pil"]
 
-_OneSize = FixedSize | Gemma3
+_OneSize = FixedSize | Gemma3 | PaliGemma
 
 _PIL = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -262,6 +263,7 @@ _KERNELS: Mapping[str, tuple[_Shape, Callable[..., None]]] = {
     Qwen2VL.kind: (_patch, _qwen2_vl),
     FixedSize.kind: (_square, _fixed),
     Gemma3.kind: (_square, _fixed),
+    PaliGemma.kind: (_square, _fixed),
     InternVL.kind: (_square, _internvl),
     AnyRes.kind: (_square, _anyres),
     Idefics3.kind: (_square, _idefics3),

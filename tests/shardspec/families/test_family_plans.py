@@ -15,7 +15,9 @@ from shardspec.families import (
     Idefics3,
     InternVL,
     ModelConfig,
+    PaliGemma,
     Pixtral,
+    Processor,
     Qwen2VL,
     family_from_dict,
     family_to_dict,
@@ -266,6 +268,15 @@ def test_what_is_stored_is_never_larger_and_plans_alike(family):
         ONEVISION,
         Idefics3(),
         Pixtral(),
+        PaliGemma(),
+        Processor(
+            model_type="aria",
+            image_processor="AriaImageProcessor",
+            settings="{}",
+            image_token="<image>",
+            marker="<image>",
+            unused=("num_crops",),
+        ),
     ],
 )
 def test_a_family_survives_the_manifest(family):
