@@ -200,6 +200,8 @@ def index_row(
         plans = plan_pictures(model.family, [(int(p[3]), int(p[2])) for p in pictures])
         visual = sum(map(model.block_length, plans))
         row["loss_length"], row["view_length"] = loss, text + visual
+        num_messages = len(sample.record.get("message_list") or [()])
+        row["num_branches"], row["num_turns"] = count_answers(sample.spans, num_messages)
         row["view_crops"] = (
             num_soft_tokens(sample, soft_id=model.soft_id) if model.inline else visual
         )
@@ -292,6 +294,27 @@ def count_questions(spans: np.ndarray) -> tuple[int, int]:
         return 0, 0
     begins = np.any(exchanges[1:] != exchanges[:-1], axis=1)
     return 1 + int(np.count_nonzero(np.diff(exchanges[:, 0]))), 1 + int(np.count_nonzero(begins))
+
+
+def first_conversations(spans: np.ndarray, num_messages: int) -> np.ndarray:
+    """Gives the conversations of a sample for a model that its messages are asked in.
+
+    Each message has equally many conversations, its variants, one after the other.
+
+    Args:
+      spans: int32 [S, 8].
+      num_messages: Of the sample's record, >= 1.
+    """
+    rows = text_rows(spans)
+    count = int(rows[-1, 1]) + 1 if len(rows) else 0
+    return np.arange(0, count, max(1, count // num_messages))
+
+
+def count_answers(spans: np.ndarray, num_messages: int) -> tuple[int, int]:
+    """Counts the messages of a sample for a model, and the answers in all of them."""
+    first, rows = first_conversations(spans, num_messages), text_rows(spans)
+    answers = np.isin(rows[:, 1], first) & (rows[:, 5] < rows[:, 6])
+    return len(first), int(np.count_nonzero(answers))
 
 
 def longest_text(spans: np.ndarray) -> tuple[int, int]:

@@ -31,7 +31,16 @@ def question_of(branches: Sequence[BranchTurns], number: int, which: Questions) 
     Raises:
       ConfigError: `question_number`: the sample has fewer.
     """
-    counts = [len(branch.turns) if which == "all" else 1 for branch in branches]
+    return question_at([len(branch.turns) for branch in branches], number, which)
+
+
+def question_at(answers: Sequence[int], number: int, which: Questions) -> tuple[int, int]:
+    """Finds the same by the numbers of answers of the conversations.
+
+    Raises:
+      ConfigError: `question_number`: there are fewer.
+    """
+    counts = [count if which == "all" else min(count, 1) for count in answers]
     left = number
     for b, count in enumerate(counts):
         if 0 <= left < count:

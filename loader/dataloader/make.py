@@ -210,6 +210,7 @@ def _collator(
     if view.model is not None:
         return ModelCollator(
             view.model.family,
+            pad_side=options.pad_side,
             sequence_length=sequence_length,
             pad_mode=options.pad_mode,
             pad_token_id=builder.ids.pad,

@@ -198,9 +198,10 @@ class LoaderOptions:
             wrong: dict[str, object] = {
                 "min_images": self.min_images,
                 "max_images": self.max_images or 0,
-                "pad_side": "" if self.pad_side == "right" else self.pad_side,
-                "map": self.map is not None,
-                "collate": self.collate is not None,
+                # Of packs, positions and pictures are those of the examples as they were planned.
+                "pad_side": self.pad_side if self.pack and self.pad_side != "right" else "",
+                "map": self.pack and self.map is not None,
+                "collate": self.pack and self.collate is not None,
             }
             if any(wrong.values()):
                 raise ConfigError("loader_options.model", facts=wrong)

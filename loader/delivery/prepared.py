@@ -25,6 +25,7 @@ from loader.assembly import (
     ModelPack,
     Pack,
     finished,
+    finished_for_model,
     fitting,
     unit_shape,
 )
@@ -140,7 +141,11 @@ class PreparedBatches:
         """
         made: list[Any] = []
         for row, own, example in zip(rows, planned, examples, strict=True):
-            whole: Any = finished(example)
+            whole: Any = (
+                finished_for_model(example)
+                if isinstance(example, ModelDraft)
+                else finished(example)
+            )
             if self.map is not None:
                 where = whole["metadata"]["key"] or ""
                 builder = self.examples[row[0].dataset]
@@ -162,7 +167,6 @@ class PreparedBatches:
                     raise ConfigError("user_function.keys", where=where, name=name, keys=names)
             made.append(whole)
         if self._collate is None:
-            assert isinstance(self.collator, MMCollator)  # others are refused with functions
             return self.collator(made, allocate=allocate)
         keys = [one.draft.key for own in planned for one in own]
         with naming_function(self._collate, where=f"samples {', '.join(keys[:8])}"):

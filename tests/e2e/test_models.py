@@ -20,6 +20,7 @@ from loader import (
     model_view,
     view_collator,
 )
+from loader.evaluation import questions_of, references
 from loader.integrations import attach_to_trainer, check_model
 from preprocess.media import ImagePolicy
 from preprocess.model import load_model
@@ -488,8 +489,8 @@ def test_smolvlm_takes_pictures_without_their_padding_as_idefics3_does(tmp_path)
 # Batches for a model that are not what its user thinks
 
 
-def refused(reason, call):
-    with pytest.raises(ConfigError) as caught:
+def refused(reason, call, kind=ConfigError):
+    with pytest.raises(kind) as caught:
         call()
     assert caught.value.reason == reason
     return str(caught.value)
@@ -535,8 +536,8 @@ def test_settings_of_the_other_kind_are_refused_by_name(datasets, tiny_dataset):
     assert dataset.view.model == model
     assert dataset.view.model.backend == "torchvision"
     refused("loader_options", lambda: batches(dataset, max_images=3))
-    refused("loader_options", lambda: batches(dataset, pad_side="left"))
-    assert "purpose" in refused("model_view", lambda: View(model=model, purpose="evaluation"))
+    refused("loader_options", lambda: batches(dataset, pad_side="left", pack=True))
+    refused("loader_options", lambda: batches(dataset, map=lambda example, _: example, pack=True))
     refused("extra_key", lambda: batches(dataset, extra_keys=("token_pooling",)))
     refused("model_view", lambda: view_collator(dataset.view, sequence_length=512))
     examples = [dataset.example(i) for i in range(len(CHATS))]
@@ -708,3 +709,119 @@ def test_worker_processes_make_the_same_batches(datasets):
     for key, value in want.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, got[key])
+
+
+# Evaluations, and functions of the user's
+
+ASKED = [(chat, turn) for chat in CHATS for turn in range(len(chat[2]) // 2)]
+
+
+def evaluation(datasets, name, *, where=None, **view):
+    url = str(datasets / name)
+    own = View(model=model_view(url, backend="pil"), purpose="evaluation", **view)
+    return StreamingDataset(url, view=own, seed=1, tail="pad", shuffle=False, where=where)
+
+
+def answer_of(chat, turn):
+    return chat[2][2 * turn + 1].strip()
+
+
+def prompt_of(processor, chat, turn):
+    """What the model's own processor makes of a conversation in front of an answer."""
+    number = bool(chat[1]) + 2 * turn + 1
+    return processor.apply_chat_template(
+        messages(chat, map(picture, chat[0]))[:number],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )["input_ids"][0]
+
+
+@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "aya_vision"))
+def test_every_question_is_asked_by_the_prompt_of_the_processor(datasets, processors, name):
+    # Where pictures are of several turns, their own processors leave no mark of each.
+    where = "num_images < 3" if name in THROUGH else None
+    dataset = evaluation(datasets, name, where=where)
+    known = [asked for asked in ASKED if len(asked[0][0]) < 3 or not where]
+    assert dataset.num_samples == len(known)
+    found = batches(dataset, count=2, global_batch_size=8, pad_side="left", metadata=True)
+    rows = [row for batch in found for row in asked_rows(batch)]
+    assert len(rows) == len(known)
+    for ids, labels, metadata in rows:
+        answer = metadata["record"]["answer"].strip()
+        ((chat, turn),) = [asked for asked in ASKED if answer_of(*asked) == answer]
+        assert (labels == -100).all()
+        want = prompt_of(processors(name), chat, turn).tolist()
+        if name in ("llava", "llava_next"):
+            # Their templates write a space after the prompt, often a token that is not learned.
+            assert ids.tolist()[: len(want)] == want
+            assert len(ids) - len(want) <= 1
+        else:
+            assert ids.tolist() == want
+
+
+def asked_rows(batch):
+    """The rows of a batch without padding, which is in front."""
+    for row, metadata in enumerate(batch["metadata"]):
+        mask = batch["attention_mask"][row].bool()
+        assert mask.tolist() == sorted(mask.tolist())
+        if batch["real"][row]:
+            yield batch["input_ids"][row, mask], batch["labels"][row], metadata
+
+
+def test_references_name_each_question_and_its_answer(datasets):
+    dataset = evaluation(datasets, "qwen2_vl")
+    right = references(dataset)
+    assert [(row["key"], row["question_idx"]) for row in right] == questions_of(dataset)
+    answers = sorted(answer_of(*asked) for asked in ASKED)
+    assert sorted(row["record"]["answer"].strip() for row in right) == answers
+    assert evaluation(datasets, "qwen2_vl", questions="first").num_samples == len(CHATS)
+    short = StreamingDataset(
+        str(datasets / "qwen2_vl"),
+        view=View(purpose="evaluation", sequence_length=8),
+        tail="pad",
+    )
+    with pytest.raises(SampleError) as caught:
+        short.example(0)
+    assert caught.value.reason == "too_long"
+    with pytest.raises(ConfigError) as caught:
+        dataset.example(0, question=9)
+    assert caught.value.reason == "question_number"
+
+
+def test_pictures_of_later_turns_are_refused_where_they_cannot_be_told(datasets):
+    dataset = evaluation(datasets, "aya_vision", where="num_images > 2")
+    (found, *_) = batches(evaluation(datasets, "qwen2_vl", where="num_images > 2"))
+    sample = found["metadata"][0]["sample"]
+    refused("evaluation_pictures", lambda: dataset.example(sample), SampleError)
+
+
+def noted(example, rng):
+    return {**example, "input_ids": example["input_ids"] + rng.randint(1)}
+
+
+@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "pixtral"))
+def test_a_map_that_changes_nothing_changes_nothing(datasets, name):
+    dataset = open_dataset(datasets, name)
+    (want,) = batches(dataset)
+    (got,) = batches(dataset, map=noted)
+    assert set(got) == set(want)
+    for key, value in want.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(got[key], value)
+            assert got[key].dtype == value.dtype
+        else:
+            assert got[key] == value
+
+
+def test_a_users_collate_gets_the_examples_of_a_model(datasets):
+    def lengths(examples):
+        return [len(example["input_ids"]) for example in examples]
+
+    dataset = open_dataset(datasets, "llava")
+    loader = make_dataloader(
+        dataset, sequence_length=512, global_batch_size=8, decode_threads=0, collate=lengths
+    )
+    found = next(iter(loader))
+    assert sorted(found) == sorted(len(dataset.example(i)["input_ids"]) for i in range(8))
