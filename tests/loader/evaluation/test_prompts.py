@@ -22,7 +22,7 @@ from preprocess.text import TextPolicy
 from preprocess.text.styles import STYLES
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
-from shardspec.index import count_questions
+from shardspec.index import count_answers, count_questions, first_conversations
 from shardspec.sample import SpanKind, text_rows
 from shardspec.tiling import ImageView
 from tests.chat_shapes import SHAPES, make_tokenizer
@@ -310,3 +310,17 @@ def test_questions_are_counted_by_their_spans():
     assert count_questions(spans) == (3, 4)
     assert count_questions(spans[-1:]) == (0, 0)
     assert count_questions(spans[:1]) == (1, 1)
+
+
+def test_variants_of_messages_for_models_are_no_questions_of_their_own():
+    # Two messages of two variants each: the first has one answer, the second two and an end.
+    rows = [
+        (0, branch, turn, 0, 3, 3, 3 + length, 1)
+        for branch, lengths in enumerate(((5,), (6,), (2, 2, 0), (3, 3, 0)))
+        for turn, length in enumerate(lengths)
+    ]
+    spans = np.array([*rows, (1, 0, 9, 9, 9, 9, 0, 0)], "<i4")
+    assert first_conversations(spans, 2).tolist() == [0, 2]
+    assert count_answers(spans, 2) == (2, 3)
+    assert count_answers(spans, 4) == (4, 6)
+    assert count_answers(spans[-1:], 1) == (0, 0)
