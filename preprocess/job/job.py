@@ -136,6 +136,14 @@ class JobSettings:
             group="what to build",
         ),
     ] = ""
+    family: Annotated[
+        Literal["own", "processor"],
+        Setting(
+            "who prepares the pictures of MODEL in training: own, a kernel where its family has "
+            "one; processor, its image processor of transformers in any case",
+            group="what to build",
+        ),
+    ] = "own"
     pad_to: Annotated[
         int | None,
         Setting(
@@ -355,7 +363,12 @@ class Job:
         self.blobs = BlobCache(self.local_cache if local else settings.cache)
         model: ChatModel | None = None
         if settings.model:
-            model = load_model(settings.model, tokenizer=tokenizer, date=recipe.text.chat_date)
+            model = load_model(
+                settings.model,
+                tokenizer=tokenizer,
+                date=recipe.text.chat_date,
+                own=settings.family == "own",
+            )
             family = model.stored.family
             image = replace(recipe.image, family=family, max_side_px=None, resample=family.filter)
             recipe = replace(recipe, image=image)

@@ -37,16 +37,17 @@ _TEXT = re.compile(r"\n+|<row_\d+_col_\d+>|<global-img>")
 """What Idefics3's processor writes as plain text where the tokenizer has no such token."""
 
 
-def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
+def load_model(name: str, *, tokenizer: Tokenizer, date: str = "", own: bool = True) -> ChatModel:
     """Loads the text side of a model.
 
     Args:
       name: A folder with the model's configuration, processor and tokenizer files, or a hub id.
       tokenizer: The model's, as it is stored with the dataset.
       date: Day for templates that write one, YYYY-MM-DD.
+      own: Whether a family of `shardspec.families` is preferred to the model's own processor.
 
     Raises:
-      ConfigError: `model_file`, `model_template`, `chat_date`; as `read_family`.
+      ConfigError: `model_file`, `model_template`, `chat_date`; as `read_family`, `read_processor`.
     """
     from transformers import AutoTokenizer
 
@@ -62,7 +63,7 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
     token = "" if token_id is None else loaded.convert_ids_to_tokens(token_id) or ""
     model_type = config.get("model_type")
     family: Family
-    if model_type in MODEL_TYPES or not is_model_type(model_type):
+    if (own and model_type in MODEL_TYPES) or not is_model_type(model_type):
         family = read_family(
             ModelConfig(
                 config=config,

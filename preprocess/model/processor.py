@@ -127,7 +127,7 @@ def read_processor(
             options = {k: v for k, v in remembered.options.items() if v is not None}
             options.pop("return_tensors", None)
             *made, joint = [
-                remembered._own(pictures, **options, return_tensors="np")
+                remembered._own([pictures], **options, return_tensors="np")
                 for pictures in (*([picture] for picture in noise), noise)
             ]
             soft = _soft_token(processor)
@@ -156,7 +156,8 @@ def run(processor: Any, text: str, images: Sequence[Any], *, special: bool = Fal
     """Runs a processor on one text: ids, offsets of characters and what was replaced."""
     return processor(
         text=[text],
-        images=list(images) or None,
+        # The pictures of one sample: where there are several, it makes a difference to some.
+        images=[list(images)] if images else None,
         add_special_tokens=special,
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,

@@ -73,7 +73,7 @@ def same_as_processor(kind, folder, sizes):
         pictures = [picture(size) for size in chosen]
         text, _ = model.render(messages)
         images = [Image.fromarray(each) for each in pictures] or None
-        want = theirs(text=[text], images=images, return_tensors="pt")
+        want = theirs(text=[text], images=images and [images], return_tensors="pt")
         assert found.ids.tolist() == want["input_ids"][0].tolist()
         learned = theirs.tokenizer.decode(found.ids[found.learned].tolist())
         answers = [m["content"][0]["text"] for m in messages if m["role"] == "assistant"]
@@ -88,7 +88,7 @@ def same_as_processor(kind, folder, sizes):
             texts.append(text)
     # The pictures of a batch are those of its samples, padded as the processor pads them.
     few = slice(0, 6)
-    whole = theirs(text=texts[few], images=sum(asked[few], []), return_tensors="pt", padding=True)
+    whole = theirs(text=texts[few], images=asked[few], return_tensors="pt", padding=True)
     same(joined(parts[few]), whole)
 
 

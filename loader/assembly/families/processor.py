@@ -35,7 +35,7 @@ def processed(
     """
     images = [Image.fromarray(np.ascontiguousarray(picture)) for picture in pictures]
     _, options = family.arguments()
-    found = _image_processor(family, backend)(images, return_tensors="pt", **options)
+    found = _image_processor(family, backend)([images], return_tensors="pt", **options)
     return {name: value for name, value in found.items() if name not in family.unused}
 
 

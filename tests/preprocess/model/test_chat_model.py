@@ -259,6 +259,12 @@ def test_files_that_cannot_be_used_are_refused_by_name(folder, tmp_path, name, d
     assert caught.value.reason == reason
 
 
+def test_a_family_goes_through_its_processor_on_request(folder):
+    family = load(folder, own=False).stored.family
+    assert (family.kind, family.image_processor) == ("processor", "Qwen2VLImageProcessor")
+    assert (family.marker, family.type_ids) == ("<|image_pad|>", "mm_token_type_ids")
+
+
 def test_settings_that_the_model_decides_are_refused_beside_it(folder):
     settings = {"dataset": "text_sft", "source": "sample", "out": "out", "model": str(folder)}
     styled = Recipe(text=TextPolicy(system_prompt="style", message_format="role"))
