@@ -28,6 +28,8 @@ class Turn(NamedTuple):
 
     user: str
     answer: str
+    reasoning: str = ""
+    """What the assistant thought, where a row has it beside the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +60,8 @@ def conversations(branches: Sequence[Branch], systems: Sequence[str]) -> list[Tu
         count = math.lcm(*[len(variants) for variants in branch.turns])
         drawn = [
             tuple(
-                Turn(variants[v % len(variants)].prompt, variants[v % len(variants)].response)
-                for variants in branch.turns
+                Turn(own.prompt, own.response, own.reasoning or "")
+                for own in (variants[v % len(variants)] for variants in branch.turns)
             )
             for v in range(count)
         ]
@@ -81,7 +83,7 @@ def tokenized_conversations(
       key: The sample's, for errors.
 
     Raises:
-      SampleError: `image_placeholder`, `empty_response`, and as `ChatModel.tokenize`.
+      SampleError: `image_placeholder`, `empty_response`, `reasoning`, and as `ChatModel.tokenize`.
     """
     ids: list[np.ndarray] = []
     length = 0
@@ -123,7 +125,7 @@ def _messages(model: ChatModel, each: Turns, *, images: int) -> list[Message]:
     for t, turn in enumerate(each.turns):
         first = images if t == 0 and not placed else 0
         messages.append(model.message("user", turn.user, images=first))
-        messages.append(model.message("assistant", turn.answer))
+        messages.append(model.message("assistant", turn.answer, reasoning=turn.reasoning))
     return messages
 
 

@@ -5,7 +5,8 @@ What is learned of it:
 
 1. Templates with `{% generation %}` marks say it themselves: one marked part for each answer.
 2. For others, each answer is replaced by a sentinel and the conversation is rendered again: what is
-   equal in front of it and after it is markup. The learned part begins where the conversation up to
+   equal in front of it and after it is markup; a thought in front of an answer is the template's
+   to place. The learned part begins where the conversation up to
    there ends when it is rendered with the generation prompt, and it ends with the token that ends
    the turn.
 
@@ -32,6 +33,8 @@ from shardspec.errors import SampleError
 from shardspec.families import PaliGemma, Size, StoredModel
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_THOUGHT = re.compile(r"\s*<(?P<tag>think|thinking|thought)>(?P<thought>.*)</(?P=tag)>\s*", re.S)
 
 Message = Mapping[str, Any]
 
@@ -120,24 +123,27 @@ class ChatModel:
         """Whether the template says itself what is generated."""
         return _GENERATION.search(self.template) is not None
 
-    def message(self, role: str, text: str, *, images: int = 0) -> Message:
+    def message(self, role: str, text: str, *, images: int = 0, reasoning: str = "") -> Message:
         """Makes a message of the template.
 
         Args:
           role: Of the chat.
           text: With `IMAGE_PLACEHOLDER` where a picture is.
           images: Pictures in front of all text.
+          reasoning: What templates know as `reasoning_content`.
         """
         first, *rest = text.split(IMAGE_PLACEHOLDER)
+        thought = {"reasoning_content": reasoning} if reasoning else {}
         if self.content == "text":
             marker = self.stored.family.tokens.marker
-            return {"role": role, "content": f"{marker}\n" * images + marker.join((first, *rest))}
+            content = f"{marker}\n" * images + marker.join((first, *rest))
+            return {"role": role, "content": content, **thought}
         parts: list[dict[str, str]] = [{"type": "image"}] * images
         parts += [{"type": "text", "text": first}] if first or not (rest or images) else []
         for piece in rest:
             parts.append({"type": "image"})
             parts += [{"type": "text", "text": piece}] if piece else []
-        return {"role": role, "content": parts}
+        return {"role": role, "content": parts, **thought}
 
     def render(
         self, messages: Sequence[Message], *, generation: bool = False
@@ -183,8 +189,8 @@ class ChatModel:
           sizes: (height, width) of its pictures, upright.
 
         Raises:
-          SampleError: `chat_render`, `loss_span`, `picture_processor`; `image_placeholder`, the
-            template does not write each picture once.
+          SampleError: `chat_render`, `loss_span`, `reasoning`, `picture_processor`;
+            `image_placeholder`, the template does not write each picture once.
         """
         text, marked = self.render(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -192,6 +198,8 @@ class ChatModel:
             spans = self._marked(text, marked, [messages[i] for i in answers])
         else:
             spans = [self._span(text, messages, i) for i in answers]
+        if answers:
+            _require_thought(messages[answers[-1]], text[slice(*spans[-1])])
         bos = str(self.special_tokens.get("bos_token") or "")
         # As processors do: no second BOS where the template has written one.
         adds = not (bos and text.startswith(bos))
@@ -289,7 +297,7 @@ class ChatModel:
     def _marked(
         self, text: str, spans: list[tuple[int, int]], answers: Sequence[Message]
     ) -> list[tuple[int, int]]:
-        texts = [_text_of(message).strip() for message in answers]
+        texts = [_split(_text_of(message))[1].strip() for message in answers]
         if len(spans) != len(answers):
             problem = f"{len(answers)} answers, {len(spans)} marked as generated"
             raise SampleError("loss_span", problem=problem)
@@ -300,8 +308,10 @@ class ChatModel:
 
     def _span(self, text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
         """Finds what is learned of answer i, its end of turn included."""
-        answer = _text_of(messages[i])
-        replaced = [*messages[:i], self.message("assistant", ANSWER), *messages[i + 1 :]]
+        thought, answer = _split(_text_of(messages[i]))
+        beside = messages[i].get("reasoning_content", "")
+        probe = self.message("assistant", thought + ANSWER, reasoning=beside)
+        replaced = [*messages[:i], probe, *messages[i + 1 :]]
         head, found, tail = self.render(replaced)[0].partition(ANSWER)
         if not found or ANSWER in tail:
             raise SampleError("loss_span", problem="an answer is left out, or written twice")
@@ -323,6 +333,21 @@ class ChatModel:
 def _require_each(sizes: Sequence[Size], written: int) -> None:
     if written != len(sizes):
         raise SampleError("image_placeholder.rendered", images=len(sizes), placeholders=written)
+
+
+def _split(answer: str) -> tuple[str, str]:
+    """Splits an answer into the thought in front of it, if there is one, and the rest."""
+    found = _THOUGHT.match(answer)
+    return (found.group(), answer[found.end() :]) if found else ("", answer)
+
+
+def _require_thought(message: Message, learned: str) -> None:
+    """Refuses a template that leaves the thought of the last answer out."""
+    beside = str(message.get("reasoning_content", "")).strip()
+    found = _THOUGHT.match(_text_of(message))
+    for thought in filter(None, (beside, found.group("thought").strip() if found else "")):
+        if thought not in learned:
+            raise SampleError("reasoning.dropped", chars=len(thought))
 
 
 def _text_of(message: Message) -> str:

@@ -109,8 +109,8 @@ def test_what_cannot_be_told_is_refused_by_name(shapes):
         assert caught.value.reason == "loss_span"
         return caught.value.facts["problem"]
 
-    thinking = "<think>\nHm.\n</think>\n\nA ball."
-    assert "depends on its text" in problem([("q", thinking), ("r", "b")])
+    counted = "{% for m in messages %}{{ m.content|length }}{{ m.content }}<|im_end|>{% endfor %}"
+    assert "depends on its text" in problem([("q", "abc")], template=counted)
     twice = "{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}"
     assert "written twice" in problem([("q", "a")], template=twice)
     bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -127,6 +127,43 @@ def test_what_cannot_be_told_is_refused_by_name(shapes):
     with pytest.raises(SampleError) as caught:
         model.tokenize(chat(model, [("q", "a")]), sizes=[(9, 9)])
     assert caught.value.reason == "image_placeholder"
+
+
+BESIDE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""It writes the thought that a message has beside its text, of the last answer alone."""
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_thoughts_are_where_the_template_puts_them_and_are_learned(shapes, beside):
+    model, theirs = shapes("qwen3", **({"template": BESIDE} if beside else {}))
+
+    def answer(text, thought):
+        whole = text if beside else f"<think>\n{thought}\n</think>\n\n{text}"
+        return model.message("assistant", whole, reasoning=thought if beside else "")
+
+    messages = [
+        *(model.message("user", "q"), answer("A ball.", "Round?")),
+        *(model.message("user", "r"), answer("b", "Hm.")),
+    ]
+    found = model.tokenize(messages, sizes=[])
+    assert theirs.decode(found.ids.tolist()) == model.render(messages)[0]
+    learned = theirs.decode(found.ids[found.learned].tolist())
+    assert learned == "A ball.<|im_end|><think>\nHm.\n</think>\n\nb<|im_end|>"
+    # A template that leaves the last one out would teach another answer.
+    plain, _ = shapes("qwen3", template=BESIDE.replace("loop.last", "loop.first"))
+    with pytest.raises(SampleError) as caught:
+        plain.tokenize([messages[0], plain.message("assistant", "b", reasoning="Hm.")], sizes=[])
+    assert caught.value.reason == "reasoning"
+
+
+def test_conversations_keep_the_thoughts_of_variants():
+    variant = Variant(prompt="q", response="a", user="q", answer="a", reasoning="Hm.")
+    (found,) = conversations([Branch(turns=((variant,),))], [""])
+    assert found.turns == (Turn("q", "a", "Hm."),)
 
 
 def test_marks_must_be_those_of_the_answers(shapes):
