@@ -825,3 +825,42 @@ def test_a_users_collate_gets_the_examples_of_a_model(datasets):
     )
     found = next(iter(loader))
     assert sorted(found) == sorted(len(dataset.example(i)["input_ids"]) for i in range(8))
+
+
+@pytest.mark.slow
+def test_several_conversations_of_a_sample_are_shown_one_per_epoch(folders, inline_cli, tmp_path):
+    inline_cli.good(
+        *("shards", "pixmo_cap", "--source", "sample", "--limit", 6, "--workers", 1),
+        *("--model", folders / "llava", "--out", tmp_path / "out", "--num-shards", 1),
+        *("--cache", tmp_path / "cache"),
+    )
+    seen, drawn = {}, []
+    for world_size in (1, 2):
+        rows = []
+        for rank in range(world_size):
+            dataset = StreamingDataset(
+                str(tmp_path / "out"), seed=3, rank=rank, world_size=world_size, canonical_ranks=2
+            )
+            loader = make_dataloader(
+                dataset, global_batch_size=2, sequence_length=1024, with_metadata=True
+            )
+            for batch in itertools.chain.from_iterable(loader for _ in range(3)):
+                rows += zip(
+                    (one["key"] for one in batch["metadata"]),
+                    map(tuple, batch["labels"].tolist()),
+                    strict=True,
+                )
+        drawn.append(sorted((key, tuple(x for x in labels if x != -100)) for key, labels in rows))
+    assert drawn[0] == drawn[1]
+    for key, learned in drawn[0]:
+        seen.setdefault(key, set()).add(learned)
+    # Three epochs of six samples: each is shown three times, some by their other conversation.
+    counts = [sum(key == one for one, _ in drawn[0]) for key in seen]
+    assert counts == [3] * 6
+    assert max(map(len, seen.values())) > 1
+    # An evaluation asks each message, in its first variant.
+    asked = evaluation(tmp_path, "out")
+    num_messages = [len(dataset.reader.record(i)["message_list"]) for i in range(6)]
+    assert asked.num_samples == sum(num_messages) > 6
+    last = asked.example(0, question=num_messages[0] - 1)["metadata"]["record"]
+    assert last["style"] == dataset.reader.record(0)["message_list"][-1]["style"]
