@@ -206,7 +206,7 @@ class OwnDataset(DatasetBase):
             [lambda part=part: part for part in parts],  # type: ignore[misc]
             lengths=[len(part) for part in parts],
             kind=kind,
-            base=Path(base) if "://" not in base else None,
+            base=base,
             layout=layout,
             origins=[(name, 0) for each in records for name in each.files],
         )
@@ -439,11 +439,11 @@ def imported_tars(folder: str) -> dict[str, int]:
 def _is_bookkeeping(path: Path) -> bool:
     """Returns True for the files of `save_to_disk` that hold no rows: lists, and caches."""
     if path.name == "dataset_dict.json":
-        return "splits" in json_object(path)
+        return "splits" in json_object(path.read_bytes())
     state = path.parent / "state.json"
     if path.suffix not in (".json", ".arrow") or not state.is_file():
         return False
-    listed = json_object(state).get("_data_files")
+    listed = json_object(state.read_bytes()).get("_data_files")
     if not isinstance(listed, list):
         return False
     own = {each.get("filename") for each in listed if isinstance(each, Mapping)}

@@ -21,6 +21,7 @@ from preprocess.formats.records import (
     ROWS,
     Records,
     annotation_names,
+    local_copy,
     open_records,
     visible_files,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "guess_format",
     "has_video_part",
     "is_empty",
+    "local_copy",
     "open_records",
     "parse_messages",
     "parse_row",

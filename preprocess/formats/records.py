@@ -112,7 +112,7 @@ def open_records(url: str) -> Records:
     if reader is None:
         raise SourceError("source_format", where=url, want=", ".join(ROWS))
     try:
-        local = _local(url, packed)
+        local = local_copy(url, packed)
         if suffix in _TEXTS:
             local = _utf8(local)
         return Records([reader(local, url)], [url])
@@ -124,7 +124,7 @@ def open_records(url: str) -> Records:
         raise SourceError("source_unreadable", where=url, error=text) from error
 
 
-def _local(url: str, packed: str) -> Path:
+def local_copy(url: str, packed: str = "") -> Path:
     """Gives a local file with the bytes of a URL, unpacked; temporary ones go with the process."""
     remote = "://" in url and not url.startswith("file://")
     path = Path(url.removeprefix("file://"))
@@ -437,7 +437,7 @@ def _annotations(name: str) -> Any:
     beside = annotation_names(name)
     for each in beside:
         try:
-            local = _local(each, packed if packed in _PACKED else "")
+            local = local_copy(each, packed if packed in _PACKED else "")
         except FileNotFoundError:
             continue
         return json.loads(local.read_bytes())["annotations"]

@@ -280,7 +280,7 @@ class JobSettings:
         wrong = [name for name, good in checks.items() if not good]
         if wrong:
             raise ConfigError("job_settings", facts={name: getattr(self, name) for name in wrong})
-        if "://" in self.source and not is_own(self.dataset):
+        if self.source.startswith(("http://", "https://")) and not is_own(self.dataset):
             raise ConfigError("source_url", where=self.source)
         if self.part is not None and self.force:
             raise ConfigError("part_force", part=str(self.part))
