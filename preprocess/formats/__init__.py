@@ -9,19 +9,18 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 """
 
 from preprocess.formats.conversations import has_video_part
+from preprocess.formats.copies import local_copy
 from preprocess.formats.detect import Guess, guess_format
 from preprocess.formats.documents import TASKS as DOCUMENT_TASKS
 from preprocess.formats.documents import DocumentPolicy, document_request
 from preprocess.formats.images import is_empty
 from preprocess.formats.interleaved import PIECE
+from preprocess.formats.json_files import BROKEN, annotation_names
 from preprocess.formats.parse import FORMATS, parse_messages, parse_row
 from preprocess.formats.records import (
-    BROKEN,
     IMAGES,
     ROWS,
     Records,
-    annotation_names,
-    local_copy,
     open_records,
     visible_files,
 )
