@@ -187,10 +187,14 @@ def test_own_augmentation_is_that_of_the_unsharded_path(url, samples):
                 assert np.array_equal(got[name], want[name]), name
 
 
-def test_pictures_whose_texts_forbid_it_are_left_alone():
+def test_pictures_whose_texts_forbid_it_are_left_alone(caplog):
     own, plain = OwnAugment(Mirror()), np.random.RandomState(1)
-    assert draw_own(own, plain, geometry=Geometry.COLOR) == Draw()
+    assert draw_own(own, plain, geometry=Geometry.COLOR, where="key-1") == Draw()
     assert draw_own(OwnAugment(Noise(1)), plain, geometry=Geometry.COLOR).own is not None
+    # It is said once, with the names of the function and the sample.
+    draw_own(own, plain, geometry=Geometry.COLOR, where="key-2")
+    (said,) = caplog.messages
+    assert ("Mirror" in said, "key-1" in said) == (True, True)
     # The seeds that follow are the same, whatever a picture allows.
     first, second = np.random.RandomState(1), np.random.RandomState(1)
     draw_own(own, first, geometry=Geometry.NONE)
