@@ -270,13 +270,16 @@ def longest_sequence(
 
 
 def count_questions(spans: np.ndarray) -> tuple[int, int]:
-    """Counts the conversations of a sample, and the exchanges of all of them.
+    """Counts the conversations of a sample, and the exchanges of all of them, that are learned.
+
+    Those of weight 0 are context.
 
     Args:
       spans: int32 [S, 8].
     """
     # The variants of an exchange are adjacent, and so are the exchanges of a conversation.
-    exchanges = text_rows(spans)[:, 1:3]
+    texts = text_rows(spans)
+    exchanges = texts[texts[:, 7] != 0, 1:3]
     if not len(exchanges):
         return 0, 0
     begins = np.any(exchanges[1:] != exchanges[:-1], axis=1)
