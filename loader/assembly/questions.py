@@ -2,8 +2,9 @@
 
 An exchange is a prompt and a response of a conversation. One of weight 0 is context, and is not
 asked. The others are numbered from 0 in stored order: those of the first conversation, then those
-of the second. Of each the first stored variant is asked. A row of an evaluation has everything that comes before the response in the sequence of
-its conversation alone: images, the exchanges before it with their responses, and its prompt.
+of the second. Of each the first stored variant is asked. A row of an evaluation has everything that
+comes before the response in the sequence of its conversation alone: images, the exchanges before it
+with their responses, and its prompt.
 
 Pure.
 """

@@ -65,6 +65,9 @@ from shardspec.manifest import MANIFEST_NAME, load_manifest
 PROBED_ROWS = 100
 """Rows that a format is told from, half of them from the beginning, half spread over the file."""
 
+PROBED_FILES = 8
+"""Files of a folder that its format is told from, spread over them."""
+
 FIRST_ROWS = 100
 """Rows that show whether a source has the columns of its format, and the unit of coordinates."""
 
@@ -613,14 +616,24 @@ def _guessed(source: str) -> Spec:
     """Makes the spec of a file or folder from its rows.
 
     Raises:
-      SourceError: `source_guess`.
+      SourceError: `source_guess`: of its rows, or its files are of several formats.
     """
     files = list_files(source)
-    records = open_records(files[0])
-    probed = probed_rows(records)
-    guess = guess_format(probed)
+    last = len(files) - 1
+    looked_at = [
+        files[i] for i in sorted({last * k // (PROBED_FILES - 1) for k in range(PROBED_FILES)})
+    ]
+    rows = {name: list(_probed(open_records(name))) for name in looked_at}
+    guesses = {name: guess_format(found) for name, found in rows.items() if found}
+    if not guesses:
+        raise SourceError("source_empty.rows", where=source)
+    guess = next(iter(guesses.values()))
+    if any(FORMATS.get(each.format) is not FORMATS.get(guess.format) for each in guesses.values()):
+        told = {os.path.relpath(name, source): g.format or g.reason for name, g in guesses.items()}
+        raise SourceError("source_guess.mixed", where=source, facts=told)
     if not guess.format:
-        raise SourceError("source_guess", where=files[0], reason=guess.reason)
+        raise SourceError("source_guess.rows", where=files[0], reason=guess.reason)
+    probed = [row for each in rows.values() for row in each]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).absolute().name.partition(".")[0])
     columns = {}
     if "video" in FORMATS[guess.format].fields:
@@ -639,19 +652,8 @@ def _guessed(source: str) -> Spec:
     )
 
 
-def probed_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Reads rows of the beginning and rows spread over the file, broken ones left out.
-
-    Raises:
-      SourceError: `source_empty`: no row can be read.
-    """
-    found = list(_probed(rows))
-    if not found:
-        raise SourceError("source_empty.rows", rows=len(rows))
-    return found
-
-
 def _probed(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Reads rows of the beginning and rows spread over the file, broken ones left out."""
     half = PROBED_ROWS // 2
     spread = range(0, len(rows), max(1, len(rows) // half))
     numbers = sorted({*range(min(half, len(rows))), *spread})

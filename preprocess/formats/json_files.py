@@ -310,6 +310,9 @@ def _joined(document: _Document, path: Path, name: str) -> Sequence[Row]:
     if "" in found:
         return _Lines(path, name, found[""].starts, found[""].stops)
     if "questions" in found:
+        questions = _Lines(path, name, found["questions"].starts, found["questions"].stops)
+        if len(questions) and "answer" in questions[0]:  # CLEVR
+            return questions
         return _Questions(document, path, name)
     if "annotations" in found and "images" in found:
         return _Pictures(found, path, name)

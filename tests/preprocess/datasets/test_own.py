@@ -532,6 +532,25 @@ def test_files_of_a_folder_are_those_with_rows(tmp_path):
     assert caught.value.reason == "source_missing"
 
 
+def test_a_folder_of_several_formats_is_refused_with_the_files(tmp_path):
+    for i in range(20):
+        row = {"image": "a.jpg", "caption": "A cat."} if i < 19 else {"vocab": 3}
+        (tmp_path / f"{i:02}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "00a.jsonl").write_text("{\n")
+    assert dataset_class(str(tmp_path / "0*.jsonl")).spec.format == "captions"
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(tmp_path))
+    assert caught.value.reason == "source_guess"
+    assert caught.value.facts["00.jsonl"] == "captions"
+    assert "vocab" in caught.value.facts["19.jsonl"]
+    # One reader takes all conversations.
+    (tmp_path / "in").mkdir()
+    llava = {"conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]}
+    (tmp_path / "in" / "a.jsonl").write_text(json.dumps(llava))
+    (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"query": "A?", "response": "B."}))
+    assert dataset_class(str(tmp_path / "in")).spec.format == "llava"
+
+
 def test_file_whose_format_cannot_be_told_is_refused_with_what_it_has(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"vocab": 3}\n')
     with pytest.raises(SourceError) as caught:
@@ -613,7 +632,7 @@ def test_web_dataset_tars_become_prepared_shards(inline_cli, tmp_path):
     assert len(colors) == 4
 
 
-@pytest.mark.parametrize("name", ["img_path", "image_local_name", "imageName", "imgname", "photo"])
+@pytest.mark.parametrize("name", ["img_path", "image_local_name", "imageName", "photo"])
 def test_images_that_are_not_found_are_not_left_out_in_silence(name, tmp_path):
     rows = tmp_path / "rows.jsonl"
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]

@@ -142,6 +142,16 @@ def test_vqa_questions_are_joined_to_the_annotations_beside_them(tmp_path):
     assert (row["question"], row["answers"]) == ("How many?", [{"answer": "2"}])
 
 
+def test_questions_that_hold_their_answers_need_no_annotations(tmp_path):
+    question = {"image_filename": "CLEVR_0.png", "question": "How many?", "answer": "3"}
+    document = {"info": {"split": "val"}, "questions": [question]}
+    (tmp_path / "CLEVR_val_questions.json").write_text(json.dumps(document))
+    (row,) = open_records(str(tmp_path / "CLEVR_val_questions.json"))
+    example = parse_row(row, Spec(name="own", format="vqa"))
+    assert example["image"] == ["CLEVR_0.png"]
+    assert example["message_list"][0]["answer"] == "3"
+
+
 @pytest.mark.parametrize(
     "line", [b"{", b"3", b"[]", b'{"a": "\xff"}', b'{"a": ' + b"[" * 100_000, b"{'a': 1}"]
 )
