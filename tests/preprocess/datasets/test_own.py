@@ -1,12 +1,22 @@
 """A user's own data: specs, files whose format is told, and code, from a folder to batches."""
 
+import functools
+import gzip
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -466,6 +476,90 @@ def test_rows_and_images_can_lie_in_an_object_store(s3_server, data):
         with pytest.raises(SampleError) as caught:
             resolve_image("nine.png", base=f"{url}/photos").read()
     assert caught.value.reason == "image_missing"
+
+
+class WebHandler(SimpleHTTPRequestHandler):
+    """Serves a folder as a web server does, and as the hub does a repository of that folder."""
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+    def do_GET(self):
+        """Answers the hub's questions, and gives files."""
+        top, _, below = self.path.partition("?")[0].removeprefix("/api").partition("/main")
+        if not self.path.startswith("/api/datasets/me/own"):
+            self.path = self.path.removeprefix("/datasets/me/own/resolve/main")
+            if "Range" not in self.headers:
+                super().do_GET()
+                return
+            start, stop = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            self._give(Path(self.directory, self.path[1:]).read_bytes()[start : stop + 1], 206)
+            return
+        folder = Path(self.directory, below.strip("/"))
+        found = [{"id": "me/own", "sha": "a" * 40}] if not top.endswith("/tree") else None
+        if found is None:
+            found = [
+                {"type": "directory" if each.is_dir() else "file", "oid": "b" * 40}
+                | {"size": each.stat().st_size, "path": each.relative_to(self.directory).as_posix()}
+                for each in sorted(folder.glob("**/*" if "recursive=true" in self.path else "*"))
+            ]
+        self._give(json.dumps(found if top.endswith("/tree") else found[0]).encode(), 200)
+
+    def _give(self, payload, status):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+
+@pytest.fixture
+def web(data):
+    """Serves the data from loopback; gives its address."""
+    lines = [json.dumps(row) for row in json.loads((data / "chats.json").read_text())]
+    (data / "chats.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    handler = functools.partial(WebHandler, directory=str(data))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["chats.json", "chats.jsonl.gz"])
+def test_rows_and_images_can_be_on_a_web_server(name, web, data):
+    dataset = dataset_class(f"{web}/{name}")()
+    assert len(dataset) == len(json.loads((data / "chats.json").read_text()))
+    example = dataset.get(0)
+    assert example["image"] == [f"{web}/0.png"]
+    assert example["message_list"][0]["messages"][1] == f"It is {COLORS[0]}."
+
+
+_HUB = """
+import sys
+from preprocess.datasets import dataset_class, get_dataset
+for name in sys.argv[1:]:
+    dataset = dataset_class(name)()
+    print(len(dataset), len(dataset.get(6)["image"][1].read()))
+print(get_dataset("pixmo_cap", source="hf://datasets/me/own/rows").get(0)["message_list"][0]["text"])
+"""
+
+
+@pytest.mark.slow
+def test_rows_and_images_can_be_in_a_repository_of_the_hub(web, data):
+    (data / "rows").mkdir()
+    rows = [{"image_url": "http://a/b.jpg", "caption": "A door.", "transcripts": []}]
+    pq.write_table(pa.Table.from_pylist(rows), data / "rows" / "train.parquet")
+    url = "hf://datasets/me/own"
+    specs = [data / f"{i}.toml" for i in range(3)]
+    for spec, name in zip(specs, ("chats.jsonl.gz", "chats.json", "c*.json"), strict=True):
+        images = f'images = "{url}/photos"'
+        spec.write_text(f'format = "llava"\nsource = "{url}/{name}"\n{images}\n')
+    command = [sys.executable, "-c", _HUB, *map(str, specs)]
+    env = {**os.environ, "HF_ENDPOINT": web, "HF_HUB_OFFLINE": "0", "HF_HOME": str(data / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    size = len(photo(2))
+    assert done.stdout.splitlines() == [f"9 {size}"] * 3 + ["A door."], done.stderr
 
 
 @pytest.mark.parametrize(
