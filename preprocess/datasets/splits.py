@@ -19,13 +19,13 @@ and folders, and folders that begin with two underscores, are not looked at.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from preprocess.formats import visible_names
 from shardspec import storage
 from shardspec.errors import SourceError
 
@@ -111,7 +111,7 @@ def folder_layout(folder: str, *, unmatched: Unmatched = "refuse") -> SplitLayou
         subsets, or cannot be parsed.
       OSError: The folder cannot be read.
     """
-    there = _names(folder)
+    there = frozenset(visible_names(folder))
     names = _data_files(folder, there)
     readme = storage.join(folder, _README)
     configs = _readme_configs(readme) if _README in there else {}
@@ -179,27 +179,6 @@ def _named_splits(name: str) -> set[str]:
     return {_SPLIT_OF[word.lower()] for part in path.parts for word in _WORD.findall(part)}
 
 
-def _names(folder: str) -> frozenset[str]:
-    """Lists the files below a folder or URL, without hidden ones and folders that tools keep."""
-    if not storage.is_local(folder):
-        found = [each.name for each in storage.list_objects(folder)]
-    else:
-
-        def fail(error: OSError) -> None:
-            raise error
-
-        found = []
-        for root, folders, files in os.walk(folder, onerror=fail):
-            folders[:] = [each for each in folders if not _is_hidden(each)]
-            found += [(Path(root) / name).relative_to(folder).as_posix() for name in files]
-    return frozenset(
-        name
-        for name in found
-        for *above, last in [name.split("/")]
-        if not any(map(_is_hidden, above)) and not last.startswith(".")
-    )
-
-
 def _data_files(folder: str, names: frozenset[str]) -> list[str]:
     """Lists the Parquet and Arrow files of a folder, those of `save_to_disk` without its caches."""
     found = [name for name in names if name.lower().endswith(DATA_SUFFIXES)]
@@ -215,10 +194,6 @@ def _data_files(folder: str, names: frozenset[str]) -> list[str]:
         for here, _, last in [name.rpartition("/")]
         if here not in listed or last in listed[here] or not last.endswith(".arrow")
     )
-
-
-def _is_hidden(folder: str) -> bool:
-    return folder.startswith((".", "__"))
 
 
 def _object(folder: str, name: str, names: frozenset[str]) -> dict[str, Any]:

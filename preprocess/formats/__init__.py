@@ -21,8 +21,10 @@ from preprocess.formats.records import (
     IMAGES,
     ROWS,
     Records,
+    holds_rows,
+    is_folder,
     open_records,
-    visible_files,
+    visible_names,
 )
 from preprocess.formats.spec import NAME, Spec, read_spec
 from preprocess.formats.subtitles import Subtitle, row_subtitles
@@ -48,12 +50,14 @@ __all__ = [
     "document_request",
     "guess_format",
     "has_video_part",
+    "holds_rows",
     "is_empty",
+    "is_folder",
     "local_copy",
     "open_records",
     "parse_messages",
     "parse_row",
     "read_spec",
     "row_subtitles",
-    "visible_files",
+    "visible_names",
 ]

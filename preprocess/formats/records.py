@@ -16,6 +16,7 @@ of those of object stores and web servers (`preprocess.formats.copies`).
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 import zlib
@@ -35,6 +36,7 @@ from preprocess.formats.json_files import (
     open_lines,
     parsed_row,
 )
+from shardspec import storage
 from shardspec.errors import SampleError, SourceError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -83,6 +85,20 @@ class Records(Sequence[Row]):
         return part, i - starts[part]
 
 
+def is_folder(url: str) -> bool:
+    """Tells a folder of images from a file with rows; of a store by its suffix."""
+    if storage.is_local(url):
+        return storage.local_path(url).is_dir()
+    if url.startswith(("http://", "https://")):  # nobody lists those
+        return False
+    return not holds_rows(url)
+
+
+def holds_rows(name: str) -> bool:
+    """Tells by its name whether a file holds rows."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(ROWS)
+
+
 def open_records(url: str) -> Records:
     """Opens a file, or a folder of images with side files.
 
@@ -92,9 +108,8 @@ def open_records(url: str) -> Records:
     Raises:
       SourceError: `source_missing`, `source_unreadable`, `source_format`.
     """
-    path = Path(url.removeprefix("file://"))
-    if "://" not in url.removeprefix("file://") and path.is_dir():
-        return Records([_Sides(path)], [url])
+    if is_folder(url):
+        return Records([_Sides(url)], [url])
     suffixes = [s.lower() for s in PurePosixPath(url.split("?")[0]).suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
     suffix = suffixes[-1] if suffixes else ""
@@ -259,29 +274,39 @@ def _open_arrow(path: Path, name: str) -> Sequence[Row]:  # noqa: ARG001
         return _Table([reader.get_batch(i) for i in range(reader.num_record_batches)])
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """Lists the files below a folder, without hidden ones and folders that tools keep there.
+def visible_names(folder: str) -> list[str]:
+    """Lists the files below a folder, local or of a store, sorted: paths relative to it.
 
-    Those of `.ipynb_checkpoints`, `__MACOSX` and `._photo.jpg` repeat what is beside them.
+    Hidden files, and folders that are hidden or that tools keep there, are left out: those of
+    `.ipynb_checkpoints`, `__MACOSX` and `._photo.jpg` repeat what is beside them.
+
+    Raises:
+      OSError: A folder cannot be read.
     """
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    if storage.is_local(folder):
+        top, found = storage.local_path(folder), []
+        for root, folders, files in os.walk(top, onerror=fail):
+            folders[:] = [each for each in folders if not each.startswith((".", "__"))]
+            below = Path(root).relative_to(top).as_posix() + "/"
+            found += [below.removeprefix("./") + name for name in files]
+    else:
+        found = [each.name for each in storage.list_objects(folder)]
+    hidden = re.compile(r"(?:^|/)(?:\.|__[^/]*/)").search
+    return sorted(name for name in found if not hidden(name))
 
 
 class _Sides(Sequence[Row]):
     """The images of a folder, in the order of their names, each with its side files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._images = sorted(
-            path.relative_to(folder).as_posix()
-            for path in visible_files(folder)
-            if path.suffix.lower() in IMAGES
-        )
+        names = visible_names(folder)
+        self._images = [name for name in names if _suffix(name) in IMAGES]
+        self._sides = frozenset(name for name in names if _suffix(name) in _SIDES)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -290,18 +315,23 @@ class _Sides(Sequence[Row]):
         name = self._images[i]
         row: dict[str, Any] = {}
         for suffix in _SIDES:
-            side = (self._folder / name).with_suffix(suffix)
-            if not side.exists():
+            side = str(PurePosixPath(name).with_suffix(suffix))
+            if side not in self._sides:
                 continue
+            where = storage.join(self._folder, side)
             try:
+                payload = storage.read_bytes(where)
                 if suffix == ".json":
-                    read = parsed_row(side.read_bytes(), where=str(side))
-                    row = {**row, **read}
+                    row = {**row, **parsed_row(payload, where=where)}
                 else:
-                    row["text"] = side.read_text("utf-8-sig")
+                    row["text"] = io.TextIOWrapper(io.BytesIO(payload), "utf-8-sig").read()
             except (OSError, UnicodeDecodeError) as error:
-                row[BROKEN] = SampleError("row_side", where=str(side), error=str(error)[:80])
+                row[BROKEN] = SampleError("row_side", where=where, error=str(error)[:80])
         return {**row, "image": name, "id": name}
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
 class _Tar(Sequence[Row]):

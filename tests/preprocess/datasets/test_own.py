@@ -478,6 +478,38 @@ def test_rows_and_images_can_lie_in_an_object_store(s3_server, data):
     assert caught.value.reason == "image_missing"
 
 
+def test_folders_of_an_object_store_are_read_as_local_ones(s3_server, tmp_path):
+    url = s3_server.make_bucket()
+    photos, saved = tmp_path / "photos", tmp_path / "saved" / "train"
+    for folder in (photos / "in", photos / ".hidden", saved):
+        folder.mkdir(parents=True)
+    for i, name in enumerate(("a.png", "in/b.PNG", ".hidden/c.png")):
+        (photos / name).write_bytes(photo(i))
+    (photos / "a.txt").write_text("A door.\r\n")
+    (photos / "in" / "b.json").write_text('{"caption": "A window."}')
+    (saved / "state.json").write_text('{"_data_files": [{"filename": "rows.arrow"}]}')
+    (saved / "dataset_info.json").write_text('{"features": {}}')
+    rows = pa.Table.from_pylist([{"image": {"bytes": photo(3), "path": None}, "caption": "A cup."}])
+    for name in ("rows.arrow", "cache-1.arrow"):
+        with pa.ipc.new_stream(saved / name, rows.schema) as out:
+            out.write_table(rows)
+    s3_server.client().put(f"{tmp_path}/", url, recursive=True)
+    for name, texts in (("photos", ["A door.", "A window."]), ("saved", ["A cup."])):
+        local = dataset_class(str(tmp_path / name))()
+        with s3_server.entered():
+            stored = dataset_class(f"{url}/{name}")()
+            examples = [stored.get(i) for i in range(len(stored))]
+            found = [e["message_list"][0]["text"].strip() for e in examples]
+            images = [e["image"][0] for e in examples]
+            images = [i if isinstance(i, bytes) else i.read() for i in images]
+        assert (
+            found
+            == texts
+            == [local.get(i)["message_list"][0]["text"].strip() for i in range(len(local))]
+        )
+        assert images == ([photo(0), photo(1)] if name == "photos" else [photo(3)])
+
+
 class WebHandler(SimpleHTTPRequestHandler):
     """Serves a folder as a web server does, and as the hub does a repository of that folder."""
 
