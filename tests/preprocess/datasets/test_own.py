@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tarfile
 import threading
+from contextlib import nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -478,8 +480,13 @@ def test_rows_and_images_can_lie_in_an_object_store(s3_server, data):
     assert caught.value.reason == "image_missing"
 
 
-def test_folders_of_an_object_store_are_read_as_local_ones(s3_server, tmp_path):
-    url = s3_server.make_bucket()
+@pytest.mark.parametrize("kind", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
+def test_folders_of_an_object_store_are_read_as_local_ones(kind, request, tmp_path):
+    if kind == "memory":
+        url, client, entered = "memory://own-folders", fsspec.filesystem("memory"), nullcontext
+    else:
+        server = request.getfixturevalue("s3_server")
+        url, client, entered = server.make_bucket(), server.client(), server.entered
     photos, saved = tmp_path / "photos", tmp_path / "saved" / "train"
     for folder in (photos / "in", photos / ".hidden", saved):
         folder.mkdir(parents=True)
@@ -493,10 +500,10 @@ def test_folders_of_an_object_store_are_read_as_local_ones(s3_server, tmp_path):
     for name in ("rows.arrow", "cache-1.arrow"):
         with pa.ipc.new_stream(saved / name, rows.schema) as out:
             out.write_table(rows)
-    s3_server.client().put(f"{tmp_path}/", url, recursive=True)
+    client.put(f"{tmp_path}/", url, recursive=True)
     for name, texts in (("photos", ["A door.", "A window."]), ("saved", ["A cup."])):
         local = dataset_class(str(tmp_path / name))()
-        with s3_server.entered():
+        with entered():
             stored = dataset_class(f"{url}/{name}")()
             examples = [stored.get(i) for i in range(len(stored))]
             found = [e["message_list"][0]["text"].strip() for e in examples]
