@@ -34,9 +34,9 @@ ADAPTERS = {"loader/integrations/trainer.py"}
 COMPOSITION_ROOTS = {"loader/cli/peek.py", "loader/cli/preview.py"}
 """May import both halves."""
 
-CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "isal", "shardspec", "tomli"}
-"""All that shardspec may import beside the standard library; simplejpeg and isal, if installed, and
-tomli where Python has no tomllib yet."""
+CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "isal", "av", "shardspec", "tomli"}
+"""All that shardspec may import beside the standard library; simplejpeg, isal and av, if installed,
+and tomli where Python has no tomllib yet."""
 
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
 
@@ -154,12 +154,12 @@ CLOCKS = {
     "preprocess/job/lease.py",
     "preprocess/job/part_run.py",
     "preprocess/job/pipeline.py",
-    "preprocess/media/video/decoder.py",
     "shardspec/storage/connections.py",
     "shardspec/storage/ranges.py",
     "shardspec/storage/retries.py",
     "shardspec/storage/signed_ranges.py",
     "shardspec/storage/transfers.py",
+    "shardspec/video/process.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
@@ -182,7 +182,7 @@ FLOORS = {
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns", "frames"},
-        {"manifest"},
+        {"manifest", "video"},
         {"probe"},
     ),
     "preprocess": (

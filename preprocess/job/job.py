@@ -569,6 +569,7 @@ _BYTE_SOURCES = (
     "shardspec/sample.py",
     "shardspec/tar.py",
     "shardspec/tiling/**/*.py",
+    "shardspec/video/**/*.py",
 )
 """Sources whose change may change the bytes of a shard, whatever the dataset. Rooms are given as
 patterns, so that a module that is split or added there counts too."""
