@@ -285,10 +285,13 @@ class Preparer:
         ]
         frames: list[FrameLead | None] = [None] * len(images) if stored else []
         rows = []
+        first = len(images)
         for shown, place in zip(stored, places, strict=True):
-            rows.append((len(images), len(shown.images), place))
+            rows.append((first, len(shown.times_s), place))
+            first += len(shown.times_s)
             images = (*images, *shown.images)
             frames += [FrameLead(time_s=time_s) for time_s in shown.times_s]
+        prepared_clips = tuple(shown.clip for shown in stored if shown.clip is not None)
         tokenized = self._tokenized(
             example,
             placed,
@@ -303,6 +306,7 @@ class Preparer:
             leads=tokenized.leads,
             videos=rows,
             subtitles=tokenized.subtitles,
+            clips=prepared_clips,
         )
         record = {
             "key": key,
@@ -323,6 +327,7 @@ class Preparer:
             tokens=tokenized.tokens,
             spans=spans,
             images=images,
+            clips=prepared_clips,
             record=record,
         )
 

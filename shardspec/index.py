@@ -31,6 +31,7 @@ from shardspec.families import StoredModel, plan_pictures
 from shardspec.sample import (
     ARRAY_HEADER_BYTES,
     PreparedSample,
+    clip_rows,
     image_rows,
     lead_rows,
     subtitle_rows,
@@ -211,9 +212,9 @@ def index_row(
         row["num_branches"], row["num_turns"] = count_questions(sample.spans)
         sizes = [(int(p[2]), int(p[3])) for p in pictures]
         num_frames = 0
-        for _, _, start, count, *_ in video_rows(sample.spans)[::-1].tolist():
+        for _, _, start, count, table_bytes, _, most, _ in video_rows(sample.spans)[::-1].tolist():
             del sizes[start : start + count]
-            num_frames += count
+            num_frames += most if table_bytes else count
         for v, view in enumerate(views):
             image_tokens = sum(num_image_tokens(*size, view) for size in sizes)
             if frames is not None:
@@ -273,23 +274,29 @@ def longest_sequence(
         positions[at] = max(positions.get(at, 0), length)
         loss[at] = max(loss.get(at, 0), stop - start + 1)
     branches = len({branch for branch, _ in positions})
-    leads = sum(
+    lengths = [
         max(stop - start, first_stop - first_start)
         for _, _, start, stop, first_start, first_stop, *_ in lead_rows(spans).tolist()
-    )
-    leads += int(sum(subtitle_rows(spans)[:, 3] - subtitle_rows(spans)[:, 2]))
+    ]
+    for _, _, first, count, _, _, most, _ in clip_rows(spans)[::-1].tolist():
+        if most:
+            lengths[first : first + count] = sorted(lengths[first : first + count])[-most:]
+    leads = sum(lengths) + int(sum(subtitle_rows(spans)[:, 3] - subtitle_rows(spans)[:, 2]))
     inner_eos = len(positions) - branches
     return bos + leads + sum(positions.values()) + inner_eos, sum(loss.values())
 
 
 def count_questions(spans: np.ndarray) -> tuple[int, int]:
-    """Counts the conversations of a sample, and the exchanges of all of them.
+    """Counts the conversations of a sample, and the exchanges of all of them, that are learned.
+
+    Those of weight 0 are context.
 
     Args:
       spans: int32 [S, 8].
     """
     # The variants of an exchange are adjacent, and so are the exchanges of a conversation.
-    exchanges = text_rows(spans)[:, 1:3]
+    texts = text_rows(spans)
+    exchanges = texts[texts[:, 7] != 0, 1:3]
     if not len(exchanges):
         return 0, 0
     begins = np.any(exchanges[1:] != exchanges[:-1], axis=1)

@@ -35,9 +35,9 @@ imported it, or the dataset was built for it."""
 COMPOSITION_ROOTS = {"loader/cli/peek.py", "loader/cli/preview.py"}
 """May import both halves."""
 
-CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "isal", "shardspec", "tomli"}
-"""All that shardspec may import beside the standard library; simplejpeg and isal, if installed, and
-tomli where Python has no tomllib yet."""
+CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "isal", "av", "shardspec", "tomli"}
+"""All that shardspec may import beside the standard library; simplejpeg, isal and av, if installed,
+and tomli where Python has no tomllib yet."""
 
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
 
@@ -157,12 +157,12 @@ CLOCKS = {
     "preprocess/job/lease.py",
     "preprocess/job/part_run.py",
     "preprocess/job/pipeline.py",
-    "preprocess/media/video/decoder.py",
     "shardspec/storage/connections.py",
     "shardspec/storage/ranges.py",
     "shardspec/storage/retries.py",
     "shardspec/storage/signed_ranges.py",
     "shardspec/storage/transfers.py",
+    "shardspec/video/process.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
@@ -185,7 +185,7 @@ FLOORS = {
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns", "frames"},
-        {"manifest"},
+        {"manifest", "video"},
         {"probe"},
     ),
     "preprocess": (

@@ -324,7 +324,14 @@ class PreparedBuilder:
             plan = self._planner.plan(
                 stored.tokens, stored.spans, rng, key=stored.key, question=question
             )
-            draft = Draft(plan, sources, view=self.view, key=stored.key, scratch=self._scratch)
+            draft = Draft(
+                plan,
+                sources,
+                clips=stored.clips,
+                view=self.view,
+                key=stored.key,
+                scratch=self._scratch,
+            )
         else:
             assert self.model is not None
             assert self.view.model is not None

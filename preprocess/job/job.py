@@ -288,7 +288,7 @@ class JobSettings:
         wrong = [name for name, good in checks.items() if not good]
         if wrong:
             raise ConfigError("job_settings", facts={name: getattr(self, name) for name in wrong})
-        if "://" in self.source and not is_own(self.dataset):
+        if self.source.startswith(("http://", "https://")) and not is_own(self.dataset):
             raise ConfigError("source_url", where=self.source)
         if self.part is not None and self.force:
             raise ConfigError("part_force", part=str(self.part))
@@ -582,6 +582,7 @@ _BYTE_SOURCES = (
     "shardspec/sample.py",
     "shardspec/tar.py",
     "shardspec/tiling/**/*.py",
+    "shardspec/video/**/*.py",
 )
 """Sources whose change may change the bytes of a shard, whatever the dataset. Rooms are given as
 patterns, so that a module that is split or added there counts too."""

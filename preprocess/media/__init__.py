@@ -8,7 +8,7 @@ from preprocess.media.header import SOURCE_FORMATS, ImageLimits, open_source
 from preprocess.media.image import ImagePolicy, ImagePreprocessor, pixels_file
 from preprocess.media.memory import MemoryBudget
 from preprocess.media.video import (
-    StoredFrames,
+    StoredVideo,
     VideoDecoder,
     VideoPolicy,
     VideoPreparer,
@@ -21,7 +21,7 @@ __all__ = [
     "ImagePolicy",
     "ImagePreprocessor",
     "MemoryBudget",
-    "StoredFrames",
+    "StoredVideo",
     "VideoDecoder",
     "VideoPolicy",
     "VideoPreparer",

@@ -821,7 +821,7 @@ def test_a_users_collate_gets_the_examples_of_a_model(datasets):
 
     dataset = open_dataset(datasets, "llava")
     loader = make_dataloader(
-        dataset, sequence_length=512, global_batch_size=8, decode_threads=0, collate=lengths
+        dataset, sequence_length=512, global_batch_size=8, decode_threads=0, collate_fn=lengths
     )
     found = next(iter(loader))
     assert sorted(found) == sorted(len(dataset.example(i)["input_ids"]) for i in range(8))

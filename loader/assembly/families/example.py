@@ -153,8 +153,10 @@ class ModelPlanner:
                 rows[rows[:, 1] == first].tolist()
                 for first in first_conversations(spans, num_messages)
             ]
-            answers = [sum(row[5] < row[6] for row in each) for each in conversations]
-            asked = question_at(answers, question, self._questions)
+            answered = [
+                [i for i, row in enumerate(each) if row[5] < row[6]] for each in conversations
+            ]
+            asked = question_at(answered, question, self._questions)
             conversation = conversations[asked[0]]
             turns = [row[:] for row in conversation[: asked[1] + 1]]
             turns[-1][6] = turns[-1][5]

@@ -1,8 +1,9 @@
-"""The process that decodes: `python -m preprocess.media.video.worker`, fed through its pipes.
+"""The process that decodes: `python -m shardspec.video.worker`, fed through its pipes.
 
 It reads requests from its standard input, one line of JSON each and, where the line says so, the
 bytes of the video; and writes answers to its standard output, one line of JSON each and, after a
-line that says so, the pixels of a frame. Errors are answers too. It ends with its input.
+line that says so, an array such as the pixels of a frame. Errors are answers too. It ends with its
+input.
 
 Nothing that a decoder does reaches further than this process: its memory is bounded, and a request
 that takes too long ends it (by an alarm whose default action the kernel takes, even inside of a
@@ -16,15 +17,17 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from preprocess.media.video.extract import Request, extract
-from preprocess.media.video.reader import import_av
 from shardspec.errors import ConfigError, SampleError
+from shardspec.video.clip import read_clip, store_clip
+from shardspec.video.extract import Request, extract
+from shardspec.video.reader import import_av
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -35,17 +38,17 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
     for line in iter(requests.readline, b""):
         asked = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, asked["time_limit_s"])
         source: Path | bytes = Path(asked["path"]) if asked["path"] else b""
         if asked["num_bytes"] is not None:
             source = requests.read(asked["num_bytes"])
-        signal.setitimer(signal.ITIMER_REAL, asked["time_limit_s"])
         try:
-            for part in extract(source, Request(**asked["request"]), where=asked["where"]):
+            for part in _work(asked["work"], source, asked["request"], where=asked["where"]):
                 if isinstance(part, np.ndarray):
-                    say(kind="frame", shape=part.shape)
+                    say(kind="array", shape=part.shape, dtype=part.dtype.str, num_bytes=part.nbytes)
                     answers.write(part.data)
                 else:
-                    say(kind="frames", **part)
+                    say(kind="facts", **part)
             say(kind="end")
         except (MemoryError, BlockingIOError):  # the latter: a thread could not be started
             say(kind="memory")
@@ -62,6 +65,17 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             say(kind="failed", error=f"{type(error).__name__}: {error}")
         answers.flush()
         signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+def _work(
+    work: str, source: Path | bytes, request: dict[str, Any], *, where: str
+) -> Iterator[dict[str, Any] | np.ndarray]:
+    if work == "extract":
+        return extract(source, Request(**request), where=where)
+    if work == "store":
+        return store_clip(source, Request(**request), where=where)
+    assert isinstance(source, bytes)
+    return read_clip(source, **request, where=where)
 
 
 def main() -> None:
