@@ -4,7 +4,7 @@
 * W2: Molmo's tiling, crops of 378 px, at most 8 and the overview, JPEG;
 * W3: W1 with the raw codec;
 * W4: text alone, instruction following;
-* W5: clips of 16 frames of 336 px, as 16 JPEG members of one sample (video files are not read yet).
+* W5: clips of 16 frames of 336 px, as 16 JPEG members of one sample.
 """
 
 from __future__ import annotations

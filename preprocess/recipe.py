@@ -307,14 +307,17 @@ class Preparer:
         ]
         frames: list[FrameLead | None] = [None] * len(images) if stored else []
         rows = []
+        first = len(images)
         for shown, place in zip(stored, places, strict=True):
-            rows.append((len(images), len(shown.images), place))
+            rows.append((first, len(shown.times_s), place))
+            first += len(shown.times_s)
             images = (*images, *shown.images)
             frames += [FrameLead(time_s=time_s) for time_s in shown.times_s]
+        prepared_clips = tuple(shown.clip for shown in stored if shown.clip is not None)
         tokenized = self._tokenized(
             example,
             placed,
-            num_pictures=len(sizes),
+            sizes=sizes,
             frames=frames,
             subtitles=[placed.lines for placed in said],
             key=key,
@@ -325,6 +328,7 @@ class Preparer:
             leads=tokenized.leads,
             videos=rows,
             subtitles=tokenized.subtitles,
+            clips=prepared_clips,
         )
         record = {
             "key": key,
@@ -345,6 +349,7 @@ class Preparer:
             tokens=tokenized.tokens,
             spans=spans,
             images=images,
+            clips=prepared_clips,
             record=record,
         )
 
@@ -362,12 +367,13 @@ class Preparer:
         example: Mapping[str, Any],
         branches: Sequence[Branch],
         *,
-        num_pictures: int,
+        sizes: Sequence[tuple[int, int]],
         frames: Sequence[FrameLead | None],
         subtitles: Sequence[Sequence[SubtitleText]],
         key: str,
     ) -> TokenizedText:
-        """Tokenizes the texts; `num_pictures` are the images that are not frames."""
+        """Tokenizes the texts; `sizes` are (width, height) of the images that are not frames."""
+        num_pictures = len(sizes)
         if self.model is None:
             interleave = InterleavedTextPreprocessor(
                 tokenizer=self.tokenizer, action_tokens=self.action_vocab_size is not None
@@ -381,7 +387,9 @@ class Preparer:
             )
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
         alternatives = conversations(branches, systems)
-        return tokenized_conversations(self.model, alternatives, images=num_pictures, key=key)
+        return tokenized_conversations(
+            self.model, alternatives, sizes=[size[::-1] for size in sizes], key=key
+        )
 
     def _video_file(self, video: VideoSource) -> bytes | Path | SceneVideo:
         """Reads a video that is not a local file.

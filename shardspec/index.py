@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shardspec.errors import ShardError
-from shardspec.families import StoredModel
+from shardspec.families import StoredModel, plan_pictures
 from shardspec.sample import (
     ARRAY_HEADER_BYTES,
     PreparedSample,
+    clip_rows,
     image_rows,
     lead_rows,
     subtitle_rows,
@@ -181,7 +182,8 @@ def index_row(
     row = np.zeros(1, dtype=index_dtype(1 if model else len(views)))
     pictures = image_rows(sample.spans)
     if model:
-        text, loss = longest_conversation(sample.spans, num_images=len(pictures))
+        num_symbols = 0 if model.inline else len(pictures)
+        text, loss = longest_conversation(sample.spans, num_images=num_symbols)
         num_tokens, num_loss_tokens = text, loss
     else:
         num_tokens, num_loss_tokens = longest_text(sample.spans)
@@ -196,19 +198,23 @@ def index_row(
     row["num_tokens"], row["num_loss_tokens"] = num_tokens, num_loss_tokens
     row["key"] = sample.key.encode()
     if model:
-        plans = model.family.plan([(int(p[3]), int(p[2])) for p in pictures])
+        plans = plan_pictures(model.family, [(int(p[3]), int(p[2])) for p in pictures])
         visual = sum(map(model.block_length, plans))
-        row["loss_length"] = loss
-        row["view_length"], row["view_crops"] = text + visual, visual
+        row["loss_length"], row["view_length"] = loss, text + visual
+        num_messages = len(sample.record.get("message_list") or [()])
+        row["num_branches"], row["num_turns"] = count_answers(sample.spans, num_messages)
+        row["view_crops"] = (
+            num_soft_tokens(sample, soft_id=model.soft_id) if model.inline else visual
+        )
     elif views:
         text, loss = longest_sequence(sample.tokens, sample.spans, placeholder=placeholder, bos=bos)
         row["loss_length"] = loss
         row["num_branches"], row["num_turns"] = count_questions(sample.spans)
         sizes = [(int(p[2]), int(p[3])) for p in pictures]
         num_frames = 0
-        for _, _, start, count, *_ in video_rows(sample.spans)[::-1].tolist():
+        for _, _, start, count, table_bytes, _, most, _ in video_rows(sample.spans)[::-1].tolist():
             del sizes[start : start + count]
-            num_frames += count
+            num_frames += most if table_bytes else count
         for v, view in enumerate(views):
             image_tokens = sum(num_image_tokens(*size, view) for size in sizes)
             if frames is not None:
@@ -216,6 +222,14 @@ def index_row(
             row["view_length"][0, v] = text + image_tokens
             row["view_crops"][0, v] = num_frames + sum(num_crops(*size, view) for size in sizes)
     return row
+
+
+def num_soft_tokens(sample: PreparedSample, *, soft_id: int) -> int:
+    """Counts the tokens of pictures in the first conversation of a sample; each has all of them."""
+    rows = text_rows(sample.spans)
+    first = rows[rows[:, 1] == rows[0, 1]].tolist() if len(rows) else []
+    runs = [run for row in first for run in (row[3:5], row[5:7])]
+    return sum(int(np.count_nonzero(sample.tokens[a:b] == soft_id)) for a, b in runs)
 
 
 def longest_conversation(spans: np.ndarray, *, num_images: int) -> tuple[int, int]:
@@ -260,27 +274,54 @@ def longest_sequence(
         positions[at] = max(positions.get(at, 0), length)
         loss[at] = max(loss.get(at, 0), stop - start + 1)
     branches = len({branch for branch, _ in positions})
-    leads = sum(
+    lengths = [
         max(stop - start, first_stop - first_start)
         for _, _, start, stop, first_start, first_stop, *_ in lead_rows(spans).tolist()
-    )
-    leads += int(sum(subtitle_rows(spans)[:, 3] - subtitle_rows(spans)[:, 2]))
+    ]
+    for _, _, first, count, _, _, most, _ in clip_rows(spans)[::-1].tolist():
+        if most:
+            lengths[first : first + count] = sorted(lengths[first : first + count])[-most:]
+    leads = sum(lengths) + int(sum(subtitle_rows(spans)[:, 3] - subtitle_rows(spans)[:, 2]))
     inner_eos = len(positions) - branches
     return bos + leads + sum(positions.values()) + inner_eos, sum(loss.values())
 
 
 def count_questions(spans: np.ndarray) -> tuple[int, int]:
-    """Counts the conversations of a sample, and the exchanges of all of them.
+    """Counts the conversations of a sample, and the exchanges of all of them, that are learned.
+
+    Those of weight 0 are context.
 
     Args:
       spans: int32 [S, 8].
     """
     # The variants of an exchange are adjacent, and so are the exchanges of a conversation.
-    exchanges = text_rows(spans)[:, 1:3]
+    texts = text_rows(spans)
+    exchanges = texts[texts[:, 7] != 0, 1:3]
     if not len(exchanges):
         return 0, 0
     begins = np.any(exchanges[1:] != exchanges[:-1], axis=1)
     return 1 + int(np.count_nonzero(np.diff(exchanges[:, 0]))), 1 + int(np.count_nonzero(begins))
+
+
+def first_conversations(spans: np.ndarray, num_messages: int) -> np.ndarray:
+    """Gives the conversations of a sample for a model that its messages are asked in.
+
+    Each message has equally many conversations, its variants, one after the other.
+
+    Args:
+      spans: int32 [S, 8].
+      num_messages: Of the sample's record, >= 1.
+    """
+    rows = text_rows(spans)
+    count = int(rows[-1, 1]) + 1 if len(rows) else 0
+    return np.arange(0, count, max(1, count // num_messages))
+
+
+def count_answers(spans: np.ndarray, num_messages: int) -> tuple[int, int]:
+    """Counts the messages of a sample for a model, and the answers in all of them."""
+    first, rows = first_conversations(spans, num_messages), text_rows(spans)
+    answers = np.isin(rows[:, 1], first) & (rows[:, 5] < rows[:, 6])
+    return len(first), int(np.count_nonzero(answers))
 
 
 def longest_text(spans: np.ndarray) -> tuple[int, int]:

@@ -10,12 +10,15 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
                         a video are images, one after the other
     <key>.overview.jpg  where the dataset's views tile: the image at the size of a crop, directly
                         after it; `<key>.0.overview.jpg` where a dataset has several
+    <key>.0.frames.npy  of a video that is stored as a clip: int64 [R, 4], where its frames are
+                        (`shardspec.video.reader.VideoReader.table`); `<key>.1.frames.npy` ...
+    <key>.0.mp4         directly after it: the file of the clip; .video where it is no copy into MP4
 
 A row of `spans` is one of six kinds (column 0):
 
     TEXT   (0, branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight)
-    LEAD   (2, image, start, stop, first_start, first_stop, time_ms, 0)
-    VIDEO  (4, video, first_image, num_images, 0, 0, 0, place)
+    LEAD   (2, image, start, stop, first_start, first_stop, time_ms, chosen)
+    VIDEO  (4, video, first_image, num_images, table_bytes, file_bytes, most_frames, place)
     SUBTITLE (5, video, start, stop, begin_ms, end_ms, 0, 0)
     OVERVIEW (3, image, width, height, num_bytes, 0, 0, 0)
     IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
@@ -28,10 +31,16 @@ rows name the tokens before an image, such as "Image 2"; there is one per image,
 say which images are the frames of a video, and as `place` which placeholder of the texts stands for
 the video, from 1; the other ones stand for the images that are not frames. It is 0 where texts have
 none. The LEAD row of a frame names its time as tokens, as they are after another frame and as they
-are before the first, and in milliseconds; columns 4 to 6 are 0 for other images. SUBTITLE rows
+are before the first, and in milliseconds; columns 4 to 7 are 0 for other images. SUBTITLE rows
 are tokens among the frames of a video: before the first frame that is shown later than they begin,
-or after the last one. OVERVIEW rows describe the overviews that are stored. Rows are sorted: TEXT
-(by branch and turn), LEAD, VIDEO, SUBTITLE (by video and beginning), OVERVIEW, IMAGE.
+or after the last one.
+
+A clip has all its frames as images, without members of their own and `num_bytes` 0: they are in its
+file. `chosen` is 1 for those that the recipe chooses, `most_frames` is their number: an example has
+no more. Both are 0 where frames are stored.
+
+OVERVIEW rows describe the overviews that are stored. Rows are sorted: TEXT (by branch and turn),
+LEAD, VIDEO, SUBTITLE (by video and beginning), OVERVIEW, IMAGE.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -109,6 +118,27 @@ class PreparedImage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedClip:
+    """A video of a prepared sample that is stored as it is, in part or as a whole."""
+
+    table: np.ndarray
+    """int64 [R, 4], where the frames are."""
+    file: bytes
+    suffix: str
+    """Of the member, such as "mp4"."""
+    num_frames: int
+    chosen: tuple[int, ...]
+    """Frames that the recipe chooses, counted from the clip's first, ascending."""
+    width: int
+    """Of a decoded frame, upright, in pixels."""
+    height: int
+    source_width: int
+    """Of a frame with square pixels."""
+    source_height: int
+    geometry: Geometry = Geometry.NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedSample:
     """One sample after the offline half: what a shard stores, and what `assemble` takes."""
 
@@ -118,6 +148,8 @@ class PreparedSample:
     spans: np.ndarray
     """int32 [S, 8], the table of the module docstring (num_bytes is 0 until stored)."""
     images: tuple[PreparedImage, ...] = ()
+    """Those that have members of their own: not the frames of clips, which come after them."""
+    clips: tuple[PreparedClip, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     """Metadata and text in plain JSON types: `key`, `message_list`, `metadata`."""
 
@@ -143,6 +175,17 @@ def subtitle_rows(spans: np.ndarray) -> np.ndarray:
     """Selects the SUBTITLE rows of a spans table: int32 [runs, 8]."""
     rows: np.ndarray = spans[spans[:, 0] == SpanKind.SUBTITLE.value]
     return rows
+
+
+def clip_rows(spans: np.ndarray) -> np.ndarray:
+    """Selects the VIDEO rows of clips: int32 [clips, 8]."""
+    rows = video_rows(spans)
+    return rows[rows[:, 4] > 0]
+
+
+def num_stored_images(spans: np.ndarray) -> int:
+    """Counts the images that have members: all but the frames of clips, which come last."""
+    return num_images(spans) - int(clip_rows(spans)[:, 3].sum())
 
 
 def overview_rows(spans: np.ndarray) -> np.ndarray:
@@ -267,7 +310,7 @@ def sample_members(
       (member name, payload), json first.
     """
     spans = sample.spans.copy()
-    image_rows(spans)[:, 6] = [len(payload) for payload in encoded]
+    image_rows(spans)[: num_stored_images(spans), 6] = [len(payload) for payload in encoded]
     overview_rows(spans)[:, 4] = [len(payload) for payload in overviews]
     overview_of = dict(zip(overview_rows(spans)[:, 1].tolist(), overviews, strict=True))
     members = [
@@ -280,6 +323,9 @@ def sample_members(
         if i in overview_of:
             suffix = image_suffix(codec, image=i, several=several, overview=True)
             members.append((suffix, overview_of[i]))
+    for (_, video, *_), clip in zip(clip_rows(spans).tolist(), sample.clips, strict=True):
+        members.append((f"{video}.frames.npy", encode_array(clip.table)))
+        members.append((f"{video}.{clip.suffix}", clip.file))
     return [(f"{sample.key}.{suffix}", payload) for suffix, payload in members]
 
 
@@ -290,6 +336,7 @@ def spans_table(
     leads: Sequence[tuple[int, ...]] = (),
     videos: Sequence[tuple[int, int, int]] = (),
     subtitles: Sequence[tuple[int, int, int, int, int]] = (),
+    clips: Sequence[PreparedClip] = (),
 ) -> np.ndarray:
     """Builds the spans table of a sample.
 
@@ -298,17 +345,29 @@ def spans_table(
       images: In order; their num_bytes stays 0 until the codec has run.
       leads: (start, stop) of the tokens before each image, or (); for a frame also the tokens where
         it is the first of its video, and its time in ms.
-      videos: (first image, number of images, place) of each video.
+      videos: (first image, number of images, place) of each video; frames come after all other
+        images.
       subtitles: (video, start, stop, begin_ms, end_ms) of each run of them, in their order.
+      clips: Where videos are stored themselves: each of `videos`.
 
     Returns:
       int32 [S, 8].
     """
     rows = [(int(SpanKind.TEXT), *text) for text in texts]
+    stored = [(0, 0, 0)] * len(videos)
+    in_clips: list[tuple[int, ...]] = []
+    chosen: set[int] = set()
+    for v, clip in enumerate(clips):
+        table_bytes = ARRAY_HEADER_BYTES + clip.table.nbytes
+        stored[v] = (table_bytes, len(clip.file), len(clip.chosen))
+        chosen |= {videos[v][0] + number for number in clip.chosen}
+        sizes = (clip.source_width, clip.source_height, clip.width, clip.height)
+        in_clips += [(*sizes, 0, int(clip.geometry))] * clip.num_frames
     for i, lead in enumerate(leads):
-        rows.append((int(SpanKind.LEAD), i, *lead, *[0] * (6 - len(lead))))  # type: ignore[arg-type]
+        padding = [0] * (5 - len(lead))
+        rows.append((int(SpanKind.LEAD), i, *lead, *padding, int(i in chosen)))  # type: ignore[arg-type]
     for v, (first, count, place) in enumerate(videos):
-        rows.append((int(SpanKind.VIDEO), v, first, count, 0, 0, 0, place))
+        rows.append((int(SpanKind.VIDEO), v, first, count, *stored[v], place))
     rows += [(int(SpanKind.SUBTITLE), *subtitle, 0, 0) for subtitle in subtitles]
     for i, image in enumerate(images):
         if image.overview is not None:
@@ -318,4 +377,5 @@ def spans_table(
         height, width = image.pixels.shape[:2]
         source = (image.source_width, image.source_height)
         rows.append((int(SpanKind.IMAGE), i, *source, width, height, 0, int(image.geometry)))
+    rows += [(int(SpanKind.IMAGE), i, *row) for i, row in enumerate(in_clips, len(images))]  # type: ignore[misc]
     return np.array(rows, dtype="<i4").reshape(-1, SPAN_COLUMNS)

@@ -44,6 +44,18 @@ INTERNVL = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
 PIXELS = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 40}
 """Bounds of the tiny Qwen2-VL: at most 40 tokens a picture."""
 
@@ -62,10 +74,7 @@ def write_json(path, document):
 
 def text_config(vocab_size):
     return {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        **TOWER,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "vocab_size": vocab_size,
@@ -133,8 +142,7 @@ def qwen2_vl(folder, *, kind="qwen2_vl", template=QWEN2_VL, real=False, **images
             "patch_size": 14,
             "merge_size": 2,
             "temporal_patch_size": 2,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            **CLIP,
             **PIXELS,
             **images,
         },
@@ -152,10 +160,7 @@ def llava(folder, *, size=56, template=LLAVA, real=False):
         text_config={**text_config(len(loaded) + 8), "model_type": "llama"},
         vision_config={
             "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **TOWER,
             "image_size": size,
             "patch_size": 14,
             "projection_dim": 32,
@@ -172,8 +177,7 @@ def llava(folder, *, size=56, template=LLAVA, real=False):
             "size": {"shortest_edge": size},
             "crop_size": {"height": size, "width": size},
             "do_center_crop": True,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            **CLIP,
             "resample": 3,
         },
     )
@@ -205,10 +209,7 @@ def internvl(folder, *, size=56, real=False):
     config = InternVLConfig(
         text_config={**text_config(len(loaded) + 8), "model_type": "qwen2"},
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **TOWER,
             "image_size": [size, size],
             "patch_size": [14, 14],
         },
@@ -269,10 +270,7 @@ def gemma3(folder, *, size=56, real=False):
     config = Gemma3Config(
         text_config={**text, "layer_types": ["sliding_attention", "full_attention"]},
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **TOWER,
             "image_size": size,
             "patch_size": 14,
             "vision_use_head": False,
@@ -289,8 +287,7 @@ def gemma3(folder, *, size=56, real=False):
             "image_processor_type": "Gemma3ImageProcessor",
             "size": {"height": size, "width": size},
             "do_pan_and_scan": None,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **HALF,
             "resample": 2,
         },
     )
@@ -310,10 +307,7 @@ def _llava_like(folder, *, kind, named, tower, images, processor, template, real
     loaded = tokenizer(folder, template=template, named=named, real=real)
     vision = {
         "model_type": tower,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        **TOWER,
         "image_size": 56,
         "patch_size": 28,
     }
@@ -356,8 +350,7 @@ def llava_onevision(folder, *, real=False):
         tower="siglip_vision_model",
         images={
             "size": {"height": 56, "width": 56},
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **HALF,
         },
         processor={"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
         template=INTERNVL.replace("<IMG_CONTEXT>", "<image>"),
@@ -392,10 +385,7 @@ def idefics3(folder, *, kind="idefics3", real=False):
     config = (Idefics3Config if kind == "idefics3" else SmolVLMConfig)(
         text_config={**text_config(len(loaded) + 8), "model_type": "llama"},
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **TOWER,
             "image_size": 28,
             "patch_size": 14,
         },
@@ -411,8 +401,7 @@ def idefics3(folder, *, kind="idefics3", real=False):
             "max_image_size": {"longest_edge": 28},
             "do_image_splitting": True,
             "resample": 1,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **HALF,
         },
     )
     write_json(folder / "processor_config.json", {"image_seq_len": 1})
@@ -442,10 +431,7 @@ def pixtral(folder, *, real=False):
         text_config={**text_config(len(loaded) + 8), "model_type": "mistral", "head_dim": 8},
         vision_config={
             "model_type": "pixtral",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **TOWER,
             "head_dim": 8,
             "image_size": 112,
             "patch_size": 7,
@@ -460,12 +446,33 @@ def pixtral(folder, *, real=False):
         {
             "size": {"longest_edge": 112},
             "patch_size": 7,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            **CLIP,
             "resample": 3,
         },
     )
     write_json(folder / "processor_config.json", {"patch_size": 7, "spatial_merge_size": 2})
+    return folder
+
+
+def paligemma(folder):
+    """Writes the folder of a tiny PaliGemma: pictures of 56 px, 16 tokens."""
+    from transformers import PaliGemmaConfig
+
+    folder.mkdir(parents=True)
+    named = {"image_token": "<image>"}
+    loaded = tokenizer(folder, template=None, named=named, bos="<bos>")
+    config = PaliGemmaConfig(
+        text_config={**text_config(len(loaded) + 1200), "model_type": "gemma", "head_dim": 8},
+        vision_config={**TOWER, "image_size": 56, "patch_size": 14, "vision_use_head": False}
+        | {"model_type": "siglip_vision_model", "projection_dim": 32},
+        image_token_index=loaded.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+        hidden_size=32,
+    )
+    write_json(folder / "config.json", config.to_dict())
+    size = {"size": {"height": 56, "width": 56}, "image_seq_length": 16}
+    write_json(folder / "preprocessor_config.json", {**size, **HALF, "resample": 3})
+    write_json(folder / "processor_config.json", {"processor_class": "PaliGemmaProcessor"})
     return folder
 
 
@@ -492,109 +499,75 @@ def pixtral_processor_class():
     return PixtralProcessor
 
 
+PROCESSORS = {
+    "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLImageProcessorPil", {}),
+    "llava": (
+        "LlavaProcessor",
+        "CLIPImageProcessorPil",
+        {
+            "patch_size": 14,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+    ),
+    "llava_next": (
+        "LlavaNextProcessor",
+        "LlavaNextImageProcessorPil",
+        {
+            "patch_size": 28,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+    ),
+    "llava_onevision": (
+        "LlavaOnevisionProcessor",
+        "LlavaOnevisionImageProcessorPil",
+        {
+            "num_image_tokens": 4,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_3",
+        },
+    ),
+    "internvl": ("InternVLProcessor", "GotOcr2ImageProcessorPil", {"image_seq_length": 4}),
+    "idefics3": ("Idefics3Processor", "Idefics3ImageProcessorPil", {"image_seq_len": 1}),
+    "gemma3": ("Gemma3Processor", "Gemma3ImageProcessorPil", {"image_seq_length": 4}),
+    "paligemma": ("PaliGemmaProcessor", "SiglipImageProcessorPil", {}),
+    "pixtral": (
+        "PixtralProcessor",
+        "PixtralImageProcessorPil",
+        {"patch_size": 7, "spatial_merge_size": 2},
+    ),
+}
+"""Transformers' own processors of the folders: classes, with Pillow's resize, and settings."""
+
+
 def processor(name, folder):
     """Makes transformers' own processor of a folder, with Pillow's resize and without videos."""
+    from transformers.models.auto.processing_auto import processor_class_from_name
+
+    kind, image_kind, settings = PROCESSORS[name]
+    found = pixtral_processor_class() if name == "pixtral" else processor_class_from_name(kind)
+    return processor_of(found, image_kind, settings, folder)
+
+
+def processor_of(kind, image_kind, settings, folder):
+    """Makes a processor of a class and the name of that of its image processor."""
     from transformers import AutoTokenizer
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
     from transformers.processing_utils import ProcessorMixin
 
     images = json.loads((folder / "preprocessor_config.json").read_text())
     images.pop("image_processor_type", None)
     loaded = AutoTokenizer.from_pretrained(str(folder))
+    parts = {
+        "image_processor": get_image_processor_class_from_name(image_kind)(**images),
+        "tokenizer": loaded,
+    }
     with pytest.MonkeyPatch.context() as patch:
         # Without torchvision there is no class of video processors to compare None with.
         patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
-        if name == "qwen2_vl":
-            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-                Qwen2VLImageProcessorPil,
-            )
-            from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
-
-            own = Qwen2VLImageProcessorPil(**images)
-            made = Qwen2VLProcessor(own, loaded, None, chat_template=loaded.chat_template)
-        elif name == "llava":
-            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-            from transformers.models.llava.processing_llava import LlavaProcessor
-
-            made = LlavaProcessor(
-                CLIPImageProcessorPil(**images),
-                loaded,
-                patch_size=14,
-                num_additional_image_tokens=1,
-                vision_feature_select_strategy="default",
-                chat_template=loaded.chat_template,
-            )
-        elif name == "gemma3":
-            from transformers.models.gemma3.image_processing_pil_gemma3 import (
-                Gemma3ImageProcessorPil,
-            )
-            from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
-
-            own = Gemma3ImageProcessorPil(**images)
-            made = Gemma3Processor(
-                own, loaded, image_seq_length=4, chat_template=loaded.chat_template
-            )
-        elif name == "llava_next":
-            from transformers.models.llava_next.image_processing_pil_llava_next import (
-                LlavaNextImageProcessorPil,
-            )
-            from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
-
-            made = LlavaNextProcessor(
-                LlavaNextImageProcessorPil(**images),
-                loaded,
-                patch_size=28,
-                num_additional_image_tokens=1,
-                vision_feature_select_strategy="default",
-                chat_template=loaded.chat_template,
-            )
-        elif name == "llava_onevision":
-            from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-                LlavaOnevisionImageProcessorPil,
-            )
-            from transformers.models.llava_onevision.processing_llava_onevision import (
-                LlavaOnevisionProcessor,
-            )
-
-            made = LlavaOnevisionProcessor(
-                LlavaOnevisionImageProcessorPil(**images),
-                loaded,
-                None,
-                num_image_tokens=4,
-                vision_feature_select_strategy="full",
-                vision_aspect_ratio="anyres_max_3",
-                chat_template=loaded.chat_template,
-            )
-        elif name == "idefics3":
-            from transformers.models.idefics3.image_processing_pil_idefics3 import (
-                Idefics3ImageProcessorPil,
-            )
-            from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
-
-            own = Idefics3ImageProcessorPil(**images)
-            made = Idefics3Processor(
-                own, loaded, image_seq_len=1, chat_template=loaded.chat_template
-            )
-        elif name == "pixtral":
-            from transformers.models.pixtral import image_processing_pil_pixtral as pil
-
-            made = pixtral_processor_class()(
-                pil.PixtralImageProcessorPil(**images),
-                loaded,
-                patch_size=7,
-                spatial_merge_size=2,
-                chat_template=loaded.chat_template,
-            )
-        else:
-            from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
-                GotOcr2ImageProcessorPil,
-            )
-            from transformers.models.internvl.processing_internvl import InternVLProcessor
-
-            own = GotOcr2ImageProcessorPil(**images)
-            made = InternVLProcessor(
-                own, loaded, None, image_seq_length=4, chat_template=loaded.chat_template
-            )
-    return made
+        arguments = {part: parts.get(part) for part in kind.get_attributes()}
+        return kind(**arguments, **settings, chat_template=loaded.chat_template)
 
 
 def model(name, folder):
@@ -613,6 +586,7 @@ def model(name, folder):
         "idefics3": "Idefics3ForConditionalGeneration",
         "smolvlm": "SmolVLMForConditionalGeneration",
         "pixtral": "Mistral3ForConditionalGeneration",
+        "paligemma": "PaliGemmaForConditionalGeneration",
     }
     config = transformers.AutoConfig.from_pretrained(str(folder))
     return getattr(transformers, kinds[name])(config).float().eval()

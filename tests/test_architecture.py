@@ -28,15 +28,16 @@ FORBIDDEN = {
     "loader": {"preprocess", "transformers", "tokenizers", "datasets", "vlm_shards"},
     "vlm_shards": {"torchvision", "transformers", "tokenizers", "datasets", "webdataset"},
 }
-ADAPTERS = {"loader/integrations/trainer.py"}
-"""May import the library that they adapt to, in functions: the caller has imported it."""
+ADAPTERS = {"loader/integrations/trainer.py", "loader/assembly/families/processor.py"}
+"""May import the library that they adapt to, in functions: the caller has
+imported it, or the dataset was built for it."""
 
 COMPOSITION_ROOTS = {"loader/cli/peek.py", "loader/cli/preview.py"}
 """May import both halves."""
 
-CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "isal", "shardspec", "tomli"}
-"""All that shardspec may import beside the standard library; simplejpeg and isal, if installed, and
-tomli where Python has no tomllib yet."""
+CORE_NEEDS = {"numpy", "PIL", "fsspec", "simplejpeg", "isal", "av", "shardspec", "tomli"}
+"""All that shardspec may import beside the standard library; simplejpeg, isal and av, if installed,
+and tomli where Python has no tomllib yet."""
 
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
 
@@ -53,8 +54,10 @@ PURE = {
     "shardspec/families/gemma3.py",
     "shardspec/families/idefics3.py",
     "shardspec/families/internvl.py",
+    "shardspec/families/paligemma.py",
     "shardspec/families/pixtral.py",
     "shardspec/families/plan.py",
+    "shardspec/families/processor.py",
     "shardspec/families/qwen2_vl.py",
     "shardspec/families/stored.py",
     "shardspec/frames.py",
@@ -154,12 +157,12 @@ CLOCKS = {
     "preprocess/job/lease.py",
     "preprocess/job/part_run.py",
     "preprocess/job/pipeline.py",
-    "preprocess/media/child.py",
     "shardspec/storage/connections.py",
     "shardspec/storage/ranges.py",
     "shardspec/storage/retries.py",
     "shardspec/storage/signed_ranges.py",
     "shardspec/storage/transfers.py",
+    "shardspec/child.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
@@ -178,11 +181,11 @@ FLOORS = {
         {"documents", "keyed", "toml", "checksum"},
         {"messages"},
         {"errors", "image_file"},
-        {"actions", "families"},
+        {"actions", "child", "families"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns", "frames"},
-        {"manifest"},
+        {"manifest", "video"},
         {"probe"},
     ),
     "preprocess": (

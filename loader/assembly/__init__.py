@@ -7,6 +7,7 @@ Never decides which sample comes next, and never opens a shard.
 from loader.assembly.assemble import assemble
 from loader.assembly.attention import build_attention_mask
 from loader.assembly.augment import Augment
+from loader.assembly.clip import Clip
 from loader.assembly.collate import IGNORE_INDEX, MMCollator, PadSide, finished
 from loader.assembly.draft import Draft, describe_question
 from loader.assembly.families.collate import ModelCollator, finished_for_model
@@ -36,6 +37,7 @@ __all__ = [
     "Augment",
     "AugmentFunction",
     "Backend",
+    "Clip",
     "DeterministicDataset",
     "Draft",
     "Encoded",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from loader.assembly.clip import prepared_clips
 from loader.assembly.collate import finished
 from loader.assembly.draft import Draft, describe_question
 from loader.assembly.layout import TokenIds
@@ -64,7 +65,8 @@ def assemble(
     planner = _planner(view, ids)
     plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key, question=question)
     sources = [(image.pixels, image.overview) for image in sample.images]
-    draft = Draft(plan, sources, view=view, key=sample.key, scratch=Scratch())
+    clips = prepared_clips(sample)
+    draft = Draft(plan, sources, clips=clips, view=view, key=sample.key, scratch=Scratch())
     if plan.asked is not None:
         draft.described = describe_question(plan, question, sample.record)
     return finished(draft)

@@ -223,6 +223,7 @@ def draw_own(
     """
     seed = draw_below(rng, 1 << 32)
     if int(augment.needs) & ~int(geometry):
+        augment.warn_of_left_alone(where)
         return NO_CHANGE
     return Draw(own=OwnDraw(augment=augment, seed=seed, where=where))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from loader.assembly.augment import NO_CHANGE
+from loader.assembly.clip import Clip, ClipFrame, PictureSource, sources_of
 from loader.assembly.families.example import ModelPlan
 from loader.assembly.pixels import Encoded, normalize, patch_cells, render
 from loader.assembly.planner import ExamplePlan
@@ -18,16 +20,13 @@ from loader.buffers import Scratch
 from shardspec.errors import SampleError, ShardError, ShardsError
 from shardspec.tiling import EXCLUDED, NO_PATCH, image_input_idx, image_masks, token_pooling
 
-PictureSource = tuple[np.ndarray | Encoded, np.ndarray | Encoded | None]
-"""A stored picture, uint8 [H, W, 3] or encoded, and its stored overview."""
-
 
 class Draft:
     """The example of one sample before its arrays are made (a `LazyExample`)."""
 
     __slots__ = (
         *("described", "dataset", "error", "key", "num_crops", "num_tokens", "plan", "real"),
-        *("render_s", "scratch", "shapes", "sources", "substitutes", "view"),
+        *("render_s", "scratch", "shapes", "sources", "substitutes", "view", "_clips_s"),
     )
 
     channels_first = False
@@ -37,6 +36,7 @@ class Draft:
         plan: ExamplePlan,
         sources: Sequence[PictureSource],
         *,
+        clips: Sequence[Clip] = (),
         view: View,
         key: str,
         scratch: Scratch,
@@ -45,13 +45,14 @@ class Draft:
 
         Args:
           plan: As a `Planner` of the same view makes it.
-          sources: A picture and its overview for each image of the sample.
+          sources: A picture and its overview for each image of the sample, but for frames of clips.
+          clips: Whose frames are the images after those.
           view: What the run wants.
           key: The sample's.
           scratch: Memory for pictures that are not decoded straight into the batch.
         """
         if plan.shown is not None:
-            sources = [sources[i] for i in plan.shown.images]
+            sources = sources_of(plan.shown.images, sources, clips)
         self.plan, self.view, self.key = plan, view, key
         self.sources = sources[: len(plan.sizes)]
         self.scratch = scratch
@@ -72,11 +73,13 @@ class Draft:
         """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
         """Seconds of rendering pictures, decoding included."""
+        self._clips_s = 0.0
 
     @property
     def decode_s(self) -> float:
         """Seconds of decoding."""
-        return sum([one.decode_s for pair in self.sources for one in pair if type(one) is Encoded])
+        encoded = [one for pair in self.sources for one in pair if type(one) is Encoded]
+        return self._clips_s + sum([one.decode_s for one in encoded])
 
     def pieces(self, name: str) -> list[np.ndarray]:
         """Lists the arrays that one of the `COLUMNS` consists of; they are only to be read."""
@@ -100,12 +103,15 @@ class Draft:
         if view.normalize is not None:
             side = plan.view.size_px
             crops = self.scratch("crops", (plan.num_crops, side, side, 3))
+        in_clips: list[tuple[ClipFrame, int, int]] = []
         try:
-            for (picture, overview), (width, height), own, seen in zip(
-                self.sources, plan.sizes, plan.draws, plan.seen, strict=True
+            for k, ((picture, overview), (width, height), own, seen) in enumerate(
+                zip(self.sources, plan.sizes, plan.draws, plan.seen, strict=True)
             ):
                 stop = done + seen.crops
-                if (
+                if isinstance(picture, ClipFrame):
+                    in_clips.append((picture, k, done))
+                elif (
                     own is NO_CHANGE
                     and overview is None
                     and type(picture) is Encoded
@@ -127,12 +133,37 @@ class Draft:
                         reduced=view.reduced_decoding,
                     )
                 done = stop
+            for _, frames in itertools.groupby(in_clips, lambda frame: id(frame[0].clip)):
+                self._write_frames(list(frames), crops)
         except (ShardError, SampleError) as error:
             self.error = error
             raise
         if view.normalize is not None:
             normalize(crops.reshape(cells.shape), kind=view.normalize, out=cells)
         self.render_s += perf_counter() - start_s
+
+    def _write_frames(
+        self, frames: Sequence[tuple[ClipFrame, int, int]], crops: np.ndarray
+    ) -> None:
+        """Renders frames of one clip: (the frame, its number here, its first crop) of each."""
+        plan = self.plan
+
+        def put(at: int, pixels: np.ndarray) -> None:
+            _, k, start = frames[at]
+            width, height = plan.sizes[k]
+            render(
+                pixels,
+                source_width=width,
+                source_height=height,
+                view=plan.seen[k].view,
+                draw=plan.draws[k],
+                out=crops[start : start + plan.seen[k].crops],
+                scratch=self.scratch,
+                resample=self.view.resample,
+            )
+
+        numbers = [frame.number for frame, _, _ in frames]
+        self._clips_s += frames[0][0].clip.frames(numbers, put, scratch=self.scratch)
 
     def write_masks(self, out: np.ndarray) -> None:
         """Writes the share of each patch that is picture: float32 [n, patches]."""

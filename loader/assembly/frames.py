@@ -67,22 +67,28 @@ class VideoFrames:
         firsts: list[int] = []
         begins: list[bool] = []
         is_frame: list[bool] = []
-        for kind, _, start, count, *_ in units:
+        for unit in units:
+            kind, _, start, count = unit[:4]
             if kind != _VIDEO:
                 firsts.append(len(images))
                 images.append(start)
                 begins.append(True)
                 is_frame.append(False)
                 continue
-            number = min(count, frames.max_frames or count)
+            most = unit[6] or count
+            number = min(most, frames.max_frames or most)
             if frames.max_tokens is not None:
                 longest = max(row[3] - row[2] for row in leads[start : start + count])
                 each = len(self._seen.of(sizes[start]).block) + frames.timestamps * longest
                 room = frames.max_tokens - 2 * (frames.marks == "video")
                 number = max(1, min(number, room // each))
-            drawn = (
-                draw_frames(count, number, rng) if self._random else even_frames(count, number)
-            ).tolist()
+            if self._random:
+                drawn = draw_frames(count, number, rng).tolist()
+            else:
+                drawn = even_frames(most, number).tolist()
+                if unit[6]:  # among those that the recipe chose, as if these were stored
+                    chosen = [i for i in range(count) if leads[start + i][7]]
+                    drawn = [chosen[i] for i in drawn]
             firsts += [len(images)] * number
             images += [start + i for i in drawn]
             begins += [True] + [False] * (number - 1)

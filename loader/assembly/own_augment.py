@@ -8,16 +8,19 @@ What it may rely on, and what is checked:
   worker and rank, and after a resume. The first call in a process is made twice, and refused if the
   results differ: the function draws from something else.
 - *Its picture is a copy.* It may be written to.
-- *Texts stay true.* A sample whose text would not survive a flip or a crop is left alone, unless
-  the function says that it needs neither: `geometry = Geometry.COLOR` for one that moves nothing.
-- *Points* are moved along by its `points(points_N2, rng, width=, height=)`, if it has one, with the
-  same generator (`loader.assembly.augment.transform_points`).
+- *Texts stay true.* A sample whose text would not survive a flip or a crop, such as one with
+  coordinates, is left alone, unless the function says that it needs neither:
+  `geometry = Geometry.COLOR` for one that moves nothing. The first one is reported.
+- *Points* that are kept outside of the texts are moved along by its
+  `points(points_N2, rng, width=, height=)`, if it has one, with the same generator
+  (`loader.assembly.augment.transform_points`).
 - *Its name* is part of states: the qualified names and the source of the function, and the values
   that it holds; or its `fingerprint`, a text of the user's. What it calls elsewhere is not seen.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +30,8 @@ from loader.user_code import function_name, naming_function
 from shardspec.errors import ConfigError
 from shardspec.keyed import SampleRng
 from shardspec.sample import Geometry
+
+logger = logging.getLogger(__name__)
 
 AugmentFunction = Callable[[np.ndarray, np.random.RandomState], np.ndarray]
 """Makes a picture of a picture: uint8 [H, W, 3], of the same size."""
@@ -53,7 +58,7 @@ class OwnAugment:
         self.needs = Geometry(geometry)
         """What a sample must allow to be augmented."""
         self._rng = SampleRng()
-        self._checked = False
+        self._checked = self._warned = False
 
     def __repr__(self) -> str:
         return f"OwnAugment({self.name})"
@@ -62,7 +67,7 @@ class OwnAugment:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_checked": False}
+        return {**self.__dict__, "_checked": False, "_warned": False}
 
     def apply(self, picture: np.ndarray, seed: int, *, where: str) -> np.ndarray:
         """Augments a picture; gives a new one.
@@ -83,6 +88,18 @@ class OwnAugment:
                 raise ConfigError("augment_function.random", where=where, name=self.name)
             self._checked = True
         return made
+
+    def warn_of_left_alone(self, where: str) -> None:
+        """Says, once per process, that a sample does not allow what the function needs."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "augment=%s leaves the sample %s as it is, and others like it: coordinates or sides"
+                " in its text, which is stored as tokens, would become wrong. If the function moves"
+                " nothing in the picture, give it `geometry = Geometry.COLOR`.",
+                self.name,
+                where,
+            )
 
     def move(
         self, points_N2: np.ndarray, seed: int, *, width: int, height: int, where: str

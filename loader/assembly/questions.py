@@ -1,9 +1,10 @@
 """Questions: the exchanges of a sample one by one, as an evaluation asks them.
 
-An exchange is a prompt and a response of a conversation. Exchanges are numbered from 0 in stored
-order: those of the first conversation, then those of the second. Of each the first stored variant
-is asked. A row of an evaluation has everything that comes before the response in the sequence of
-its conversation alone: images, the exchanges before it with their responses, and its prompt.
+An exchange is a prompt and a response of a conversation. One of weight 0 is context, and is not
+asked. The others are numbered from 0 in stored order: those of the first conversation, then those
+of the second. Of each the first stored variant is asked. A row of an evaluation has everything that
+comes before the response in the sequence of its conversation alone: images, the exchanges before it
+with their responses, and its prompt.
 
 Pure.
 """
@@ -20,7 +21,7 @@ from shardspec.errors import ConfigError
 
 Questions = Literal["all", "first"]
 """Which exchanges are asked: all, each after those before it in its conversation; or only the first
-one of each conversation, after which no response is ever in the input."""
+one of each conversation, in whose input no response is but those of weight 0 before it."""
 
 _NOTHING = np.zeros(0, np.int32)
 
@@ -31,13 +32,21 @@ def question_of(branches: Sequence[BranchTurns], number: int, which: Questions) 
     Raises:
       ConfigError: `question_number`: the sample has fewer.
     """
-    counts = [len(branch.turns) if which == "all" else 1 for branch in branches]
-    left = number
-    for b, count in enumerate(counts):
-        if 0 <= left < count:
-            return b, left
-        left -= count
-    raise ConfigError("question_number.none", number=number, questions=sum(counts))
+    asked = [[i for i, each in enumerate(one.turns) if each.weight != 0] for one in branches]
+    return question_at(asked, number, which)
+
+
+def question_at(asked: Sequence[Sequence[int]], number: int, which: Questions) -> tuple[int, int]:
+    """Finds the same by the numbers of the exchanges that are asked, conversation by conversation.
+
+    Raises:
+      ConfigError: `question_number`: there are fewer.
+    """
+    most = None if which == "all" else 1
+    found = [(b, turn) for b, turns in enumerate(asked) for turn in turns[:most]]
+    if not 0 <= number < len(found):
+        raise ConfigError("question_number.none", number=number, questions=len(found))
+    return found[number]
 
 
 def prompt_of(branch: BranchTurns, turn: int) -> BranchTurns:

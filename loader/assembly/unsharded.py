@@ -20,8 +20,8 @@ from loader.assembly.layout import TokenIds
 from loader.assembly.view import View
 from shardspec.index import count_questions
 from shardspec.keyed import SampleRng, sample_seed
-from shardspec.sample import WEIGHT_ONE, PreparedImage, PreparedSample, spans_table
-from shardspec.tiling import ImageTokenIds
+from shardspec.sample import WEIGHT_ONE, PreparedImage, PreparedSample, spans_table, video_rows
+from shardspec.tiling import FrameView, ImageTokenIds
 
 
 class ExampleSource(Protocol):
@@ -51,11 +51,21 @@ class MolmoPreprocessor:
         Args:
           prepare: The offline half.
           special_ids: bos, eos, pad and image symbols of the tokenizer that `prepare` uses.
-          view: What to see of the sample; None for single crops of 336 px.
+          view: What to see of the sample; None for single crops of 336 px. Where it does not say
+            how the frames of videos are seen, `prepare.frame_view` does, if there is one, as the
+            manifest does for shards.
         """
         self.prepare = prepare
         self.ids = TokenIds.from_special_ids(special_ids)
         self.view = view or View()
+        frames = getattr(prepare, "frame_view", None)
+        # Not for pictures alone: what a view says of frames is in the shapes of their examples.
+        self._with_frames = self.view
+        if self.view.frames is None and isinstance(frames, FrameView):
+            self._with_frames = replace(self.view, frames=frames)
+
+    def _view(self, sample: PreparedSample) -> View:
+        return self._with_frames if len(video_rows(sample.spans)) else self.view
 
     def __call__(
         self, example: Mapping[str, Any], rng: np.random.RandomState, *, question: int | None = None
@@ -73,7 +83,7 @@ class MolmoPreprocessor:
           ConfigError: `question_number`: there is no such question, or several and none is named.
         """
         sample = self.prepare(example)
-        return assemble(sample, rng, view=self.view, ids=self.ids, question=question)
+        return assemble(sample, rng, view=self._view(sample), ids=self.ids, question=question)
 
     def questions(
         self, example: Mapping[str, Any], rng: np.random.RandomState | None = None
@@ -88,7 +98,7 @@ class MolmoPreprocessor:
           SampleError: The example cannot be prepared or laid out.
         """
         sample = self.prepare(example)
-        view = replace(self.view, purpose="evaluation")
+        view = replace(self._view(sample), purpose="evaluation")
         branches, turns = count_questions(sample.spans)
         count = turns if view.questions == "all" else branches
         rng = rng or np.random.RandomState(0)

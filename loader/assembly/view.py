@@ -79,9 +79,8 @@ class View:
         if self.model is not None:
             usual = {f.name: f.default for f in fields(View)}
             usual |= {"image": ImageView(), "augment": Augment()}
-            own = ("model", "sequence_length", "max_images", "weight", "purpose")
+            own = ("model", "sequence_length", "max_images", "weight", "purpose", "questions")
             given = [n for n in usual if n not in own and getattr(self, n) != usual[n]]
-            given += ["purpose"] if self.purpose == "evaluation" else []
             if given:
                 raise ConfigError("model_view.settings", names=", ".join(given))
         wrong: dict[str, object] = {}

@@ -36,7 +36,7 @@ from preprocess.page import (
 )
 from preprocess.text import IMAGE_SYMBOLS
 from shardspec import storage
-from shardspec.families import Family, PicturePlan, Qwen2VL, StoredModel
+from shardspec.families import Family, PicturePlan, Qwen2VL, StoredModel, plan_pictures
 
 _CROP_PX = 128
 _MASK_CELLS = 192
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> str:
         pad_mode=options.pad_mode,
         pack=options.pack,
         decode_threads=0,
-        extra_keys=("position_ids", "subsegment_ids"),
+        extra_keys=("subsegment_ids",) if model else ("position_ids", "subsegment_ids"),
         with_metadata=True,
     )
     loader.load_state_dict({**loader.state_dict(), "step": options.step})
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> str:
     ids = manifest.tokenizer.special_ids
     symbols = {ids[name]: name for name in IMAGE_SYMBOLS if name in ids}
     if model is not None:
-        symbols = {model.soft_id: model.family.soft_token}
+        symbols = {model.soft_id: model.family.image_token}
     told = (
         f"{opened.name} {options.split}: step {options.step:,} of a run with seed "
         f"{options.seed}, rank {options.rank} of {options.ranks}, "
@@ -212,8 +212,9 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
             plans = [
                 plan
                 for part in parts
-                for plan in model.family.plan(
-                    [(image["height"], image["width"]) for image in part["images"]]
+                for plan in plan_pictures(
+                    model.family,
+                    [(image["height"], image["width"]) for image in part["images"]],
                 )
             ]
             pixels, counts = [], []

@@ -32,7 +32,7 @@ def make_dataloader(
     *,
     global_batch_size: int,
     sequence_length: int | None = None,
-    collate: Collate | None = None,
+    collate_fn: Collate | None = None,
     map: MapExample | None = None,
     pad_mode: str = "to_128",
     decode_threads: int = DECODE_THREADS,
@@ -54,8 +54,8 @@ def make_dataloader(
 ) -> StreamLoader:
     """Makes the loader of this rank.
 
-    Prepared samples need `sequence_length`, raw ones `collate`; both take `global_batch_size`,
-    `collate`, `decode_threads`, `workers`, `prefetch_bytes` and `watchdog_s`. All other
+    Prepared samples need `sequence_length`, raw ones `collate_fn`; both take `global_batch_size`,
+    `collate_fn`, `decode_threads`, `workers`, `prefetch_bytes` and `watchdog_s`. All other
     arguments are for prepared samples.
 
     Args:
@@ -63,13 +63,13 @@ def make_dataloader(
       global_batch_size: Rows per step over all ranks; the number of ranks must divide it. A row is
         a sample, or a pack.
       sequence_length: Longest sequence; text is cut there, and packs are filled up to there.
-      collate: Makes a batch of a list, one entry per row of this rank: of what a RawDataset's
+      collate_fn: Makes a batch of a list, one entry per row of this rank: of what a RawDataset's
         `decode` or a map-style dataset returned, or of examples as `assemble` describes them, which
         `MMCollator` would pad. It may be called from several threads at a time; in worker processes
         it must be picklable.
       map: `map(example, rng)` changes each row's example before it is collated, and returns it; as
-        `collate` otherwise. All its draws are to come from `rng`, which is the sample's own in the
-        epoch. Both functions are named in states, by their source: see `View.augment`.
+        `collate_fn` otherwise. All its draws are to come from `rng`, the sample's own in the epoch.
+        Both functions are named in states, by their source: see `View.augment`.
       pad_mode: "max_len", "batch_max" or "to_N"; see `MMCollator`.
       decode_threads: Threads that make batches, where workers is 0. With 0 threads each batch is
         made when it is asked for, in the consumer's thread.
@@ -113,21 +113,21 @@ def make_dataloader(
       arrays: Fields of the samples' records to deliver as tensors of their own names, [B, ...]:
         float32, int64 or bool, of one shape in all samples, such as the `actions`, `action_mask`
         and `state` of robots. `ocr_boxes` gives `boxes`, `box_crop` and `box_word`: the words of
-        documents on the crops, padded to the row with most. Not with packs or `collate`.
+        documents on the crops, padded to the row with most. Not with packs or `collate_fn`.
 
     Raises:
       ConfigError: `argument`; `argument_unused`, one that means nothing beside the others;
         `batch_size`, the dataset was made for another one; `order_count`, `batch_not_divisible`,
         `loader_range`, `loader_options`, `loader_columns`, `collator_range`, `packing_tail`,
         `packing_and_buckets`, and as `MMCollator`; `user_function`, states cannot name
-        `map` or `collate`.
+        `map` or `collate_fn`.
     """
     fits = isinstance(dataset, StreamingDataset | RawDataset | IterableDatasetMixture)
     require_argument(fits, "dataset", dataset, "a dataset or a mixture of datasets")
     options = LoaderOptions(
         global_batch_size=global_batch_size,
         sequence_length=sequence_length,
-        collate=collate,
+        collate_fn=collate_fn,
         map=map,
         pad_mode=pad_mode,
         decode_threads=decode_threads,
@@ -184,7 +184,7 @@ def make_dataloader(
             arrays=options.arrays,
             told=options.metadata,
             map=options.map,
-            collate=options.collate,
+            collate=options.collate_fn,
         )
     stream.warn_of_unused()
     if packs is None:
@@ -211,6 +211,7 @@ def _collator(
     if view.model is not None:
         return ModelCollator(
             view.model.family,
+            pad_side=options.pad_side,
             sequence_length=sequence_length,
             pad_mode=options.pad_mode,
             pad_token_id=builder.ids.pad,

@@ -50,7 +50,7 @@ _PREPARED_ONLY: Mapping[str, Any] = {
 """Defaults of `make_dataloader`: arguments that mean nothing for raw samples."""
 
 _LAYOUT = ("pad_mode", "extra_keys", "with_metadata", "columns", "min_images", "pad_side", "arrays")
-"""Arguments that mean nothing beside a `collate` of the user's."""
+"""Arguments that mean nothing beside a `collate_fn` of the user's."""
 
 _MOST = 2**31
 """Bound of counts that go into arrays."""
@@ -65,7 +65,7 @@ class LoaderOptions:
 
     global_batch_size: int
     sequence_length: int | None
-    collate: Collate | None
+    collate_fn: Collate | None
     map: MapExample | None
     pad_mode: str
     decode_threads: int
@@ -100,7 +100,7 @@ class LoaderOptions:
 
     def _check_kinds(self) -> None:
         """Refuses values of another type; listings become tuples."""
-        for name in ("collate", "map"):
+        for name in ("collate_fn", "map"):
             value = getattr(self, name)
             require_argument(value is None or callable(value), name, value, "a function")
         for name in ("with_metadata", "pack"):
@@ -165,7 +165,7 @@ class LoaderOptions:
             )
 
     def require_raw(self) -> Collate:
-        """Refuses what means nothing for raw samples, and returns their `collate`.
+        """Refuses what means nothing for raw samples, and returns their `collate_fn`.
 
         Raises:
           ConfigError: `loader_options`.
@@ -173,9 +173,9 @@ class LoaderOptions:
         given = self._given(_PREPARED_ONLY)
         if given:
             raise ConfigError("loader_options.raw", names=", ".join(given))
-        if self.collate is None:
+        if self.collate_fn is None:
             raise ConfigError("loader_options.no_collate")
-        return self.collate
+        return self.collate_fn
 
     def require_prepared(self, view: View) -> int:
         """Refuses what means nothing for prepared samples, and returns the sequence length.
@@ -183,7 +183,7 @@ class LoaderOptions:
         Raises:
           ConfigError: `loader_options`, `packing_and_buckets`, `argument_unused`.
         """
-        if self.collate is not None:
+        if self.collate_fn is not None:
             # Packs are planned to have no more than `max_images`.
             given = self._given(_LAYOUT if self.pack else (*_LAYOUT, "max_images"))
             if given:
@@ -198,9 +198,10 @@ class LoaderOptions:
             wrong: dict[str, object] = {
                 "min_images": self.min_images,
                 "max_images": self.max_images or 0,
-                "pad_side": "" if self.pad_side == "right" else self.pad_side,
-                "map": self.map is not None,
-                "collate": self.collate is not None,
+                # Of packs, positions and pictures are those of the examples as they were planned.
+                "pad_side": self.pad_side if self.pack and self.pad_side != "right" else "",
+                "map": self.pack and self.map is not None,
+                "collate_fn": self.pack and self.collate_fn is not None,
             }
             if any(wrong.values()):
                 raise ConfigError("loader_options.model", facts=wrong)

@@ -25,6 +25,7 @@ from loader.assembly import (
     ModelPack,
     Pack,
     finished,
+    finished_for_model,
     fitting,
     unit_shape,
 )
@@ -144,7 +145,11 @@ class PreparedBatches:
         """
         made: list[Any] = []
         for row, own, example in zip(rows, planned, examples, strict=True):
-            whole: Any = finished(example)
+            whole: Any = (
+                finished_for_model(example)
+                if isinstance(example, ModelDraft)
+                else finished(example)
+            )
             if self.map is not None:
                 where = whole["metadata"]["key"] or ""
                 builder = self.examples[row[0].dataset]
@@ -166,7 +171,6 @@ class PreparedBatches:
                     raise ConfigError("user_function.keys", where=where, name=name, keys=names)
             made.append(whole)
         if self._collate is None:
-            assert isinstance(self.collator, MMCollator)  # others are refused with functions
             return self.collator(made, allocate=allocate)
         keys = [one.draft.key for own in planned for one in own]
         with naming_function(self._collate, where=f"samples {', '.join(keys[:8])}"):
@@ -227,7 +231,7 @@ class PreparedBatches:
         view = self.examples[0].view
         if view.model is not None:
             family = view.model.family
-            (plan,) = family.plan([(1000, 1000)])
+            plan = family.plan((1000, 1000))
             return int(num_rows * plan.num_units * math.prod(unit_shape(family, [plan])) * 4)
         crop_bytes = view.image.size_px**2 * 3 * (1 if view.normalize is None else 4)
         return num_rows * image_bounds(view.image).num_crops * crop_bytes

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loader.assembly import Encoded
+from loader.assembly import Clip, Encoded
 from shardspec.documents import read_object
 from shardspec.errors import ShardError
 from shardspec.media import decode_stored
@@ -21,6 +21,7 @@ from shardspec.sample import (
     PreparedImage,
     PreparedSample,
     SpanKind,
+    clip_rows,
     decode_array,
     image_rows,
 )
@@ -28,6 +29,7 @@ from shardspec.tar import BLOCK, padded
 
 # Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
 _IMAGE, _OVERVIEW = SpanKind.IMAGE.value, SpanKind.OVERVIEW.value
+_VIDEO = SpanKind.VIDEO.value
 
 
 @dataclass(slots=True)
@@ -40,7 +42,9 @@ class StoredSample:
     spans: np.ndarray
     """int32 [S, 8], read-only; see `shardspec.sample`."""
     pictures: list[Encoded]
-    """Each image."""
+    """Each image that has a member of its own; the frames of clips come after them."""
+    clips: list[Clip]
+    """The clips."""
     overviews: list[Encoded | None]
     """The overview of each image, None if none is stored."""
     where: str
@@ -82,9 +86,12 @@ def read_sample(
     num_images, num_overviews = kinds.count(_IMAGE), kinds.count(_OVERVIEW)
     pictures: list[Encoded] = []
     overviews: list[Encoded | None] = []
+    clips: list[Clip] = []
+    position = tokens_at + padded(tokens_bytes) + BLOCK
+    in_clips = clip_rows(spans).tolist() if _VIDEO in kinds else []
     if num_images:
-        position = tokens_at + padded(tokens_bytes) + BLOCK
-        rows = spans[len(kinds) - num_images - num_overviews :].tolist()
+        rows = spans[len(kinds) - num_images - num_overviews :]
+        rows = rows[: len(rows) - sum([row[3] for row in in_clips])].tolist()
         small = {row[1]: row for row in rows[:num_overviews]}
         for _, image, _, _, width, height, length, _ in rows[num_overviews:]:
             payload = members[position : position + length]
@@ -98,8 +105,16 @@ def read_sample(
                 overview = Encoded(payload, width, height, codec=codec, where=where)
                 position += padded(length) + BLOCK
             overviews.append(overview)
+    for _, _, first, _, *sizes, _, _ in in_clips:
+        parts = []
+        for length in sizes:
+            parts.append(members[position : position + length])
+            position += padded(length) + BLOCK
+        width, height = spans[len(kinds) - num_images + first, 4:6].tolist()
+        table, file = parts
+        clips.append(Clip(table, file, width, height, first, where))
     record = members[BLOCK : BLOCK + json_bytes]
-    return StoredSample(key, tokens, spans, pictures, overviews, where, num_bytes, record)
+    return StoredSample(key, tokens, spans, pictures, clips, overviews, where, num_bytes, record)
 
 
 def read_record(stored: StoredSample) -> dict[str, Any]:
@@ -115,14 +130,17 @@ def read_record(stored: StoredSample) -> dict[str, Any]:
 
 
 def decode_sample(stored: StoredSample) -> PreparedSample:
-    """Decodes the pictures of a stored sample.
+    """Decodes the pictures of a stored sample; clips are left out.
 
     Raises:
       ShardError: `image_decode`.
     """
     images = []
     for picture, overview, row in zip(
-        stored.pictures, stored.overviews, image_rows(stored.spans).tolist(), strict=True
+        stored.pictures,
+        stored.overviews,
+        image_rows(stored.spans)[: len(stored.pictures)].tolist(),
+        strict=True,
     ):
         images.append(
             PreparedImage(

@@ -37,7 +37,7 @@ from loader.state import view_fingerprint
 from loader.stream.options import require_used
 from loader.stream.split import OpenSplit
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
-from shardspec.families import Family, StoredModel, plan_one
+from shardspec.families import Family, StoredModel, plan_pictures
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
 from shardspec.manifest import Manifest
 from shardspec.tiling import ImageView
@@ -141,7 +141,8 @@ class PreparedBuilder:
             limit=view.sequence_length,
             max_images=view.max_images,
             weight=view.weight,
-            training=view.purpose == "train",
+            purpose=view.purpose,
+            questions=view.questions,
         )
 
     def with_record(self, fields: bool | Sequence[str]) -> PreparedBuilder:
@@ -248,7 +249,7 @@ class PreparedBuilder:
             raise ConfigError("view_lengths.pictures", where=self.data.url)
         sides = [column(name, sample).tolist() for name in ("height", "width")]
         own = [
-            model.block_length(plan_one(family, (height, width))) if height else 0
+            model.block_length(plan_pictures(family, [(height, width)])[0]) if height else 0
             for height, width in zip(*sides, strict=True)
         ]
         found = np.array(own, np.int64).reshape(len(sample))
@@ -323,14 +324,22 @@ class PreparedBuilder:
             plan = self._planner.plan(
                 stored.tokens, stored.spans, rng, key=stored.key, question=question
             )
-            draft = Draft(plan, sources, view=self.view, key=stored.key, scratch=self._scratch)
+            draft = Draft(
+                plan,
+                sources,
+                clips=stored.clips,
+                view=self.view,
+                key=stored.key,
+                scratch=self._scratch,
+            )
         else:
             assert self.model is not None
             assert self.view.model is not None
-            plan = self._planner.plan(stored.tokens, stored.spans, rng, key=stored.key)
+            plan = self._model_plan(stored, rng, question)
             draft = ModelDraft(
                 plan,
-                sources,
+                # A question is asked without the pictures of later turns.
+                sources[: len(plan.pictures)],
                 view=self.view.model,
                 stored=self.model,
                 key=stored.key,
@@ -353,12 +362,32 @@ class PreparedBuilder:
           ShardError: As `read_record`.
           SampleError: The question cannot be laid out.
         """
-        plan = self._planner.plan(
-            stored.tokens, stored.spans, self._rng(0), key=stored.key, question=question
-        )
+        plan: ExamplePlan | ModelPlan
+        if isinstance(self._planner, Planner):
+            plan = self._planner.plan(
+                stored.tokens, stored.spans, self._rng(0), key=stored.key, question=question
+            )
+        else:
+            plan = self._model_plan(stored, self._rng(0), question)
         images = [{"width": width, "height": height} for width, height in plan.sizes]
         described = self.with_record(True)._describe(stored, plan, number, question)
         return {"key": stored.key, **described, "images": images}
+
+    def _model_plan(
+        self, stored: StoredSample, rng: np.random.RandomState, question: int
+    ) -> ModelPlan:
+        assert isinstance(self._planner, ModelPlanner)
+        num_messages = 1
+        if self.view.purpose == "evaluation":
+            num_messages = len(read_record(stored).get("message_list") or [()])
+        return self._planner.plan(
+            stored.tokens,
+            stored.spans,
+            rng,
+            key=stored.key,
+            question=question,
+            num_messages=num_messages,
+        )
 
     def _describe(
         self, stored: StoredSample, plan: ExamplePlan | ModelPlan, number: int, question: int

@@ -155,6 +155,8 @@ def list_questions(
         )
         found = (count_questions(stored.spans) for stored in stored_in_order(reader, sample_ids))
         counts = np.array([pair[which == "all"] for pair in found], np.int64)
+    if not counts.all():  # of a dataset for a model, by a release that did not evaluate those
+        raise ShardError("index_column", where=reader.url, name=column)
     ends = np.cumsum(counts)
     numbers = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
     return np.repeat(sample_ids, counts), numbers.astype(np.int32)

@@ -121,7 +121,7 @@ def get_dataset(
     Args:
       name: One of `dataset_names()`.
       split: Split to open.
-      source: "hub", "sample" or a local folder.
+      source: "hub", "sample", or a folder, local or of an object store.
       limit: Examples of the split to use.
       mode: What a row becomes, where the dataset has several modes; None for its default.
       unmatched: What happens to files of a folder that are of no known split.

@@ -58,6 +58,7 @@ from preprocess.documents import PageImage, read_file
 from preprocess.formats import Subtitle, parse_messages, row_subtitles
 from preprocess.media import encode_video
 from preprocess.synthetic import plan_clip, plan_scene, render, render_clip
+from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, ShardsError, SourceError
 from shardspec.keyed import hash_text, keyed
 
@@ -193,7 +194,7 @@ class DatasetBase(Dataset):
 
         Args:
           split: "train", "validation" or another split of the source.
-          source: "hub", "sample" (generated rows, no network) or a local folder.
+          source: "hub", "sample" (generated rows, no network), or a folder, local or of a store.
           limit: Examples of the split to use, from the first on; None for all.
           mode: One of `modes`; None for the first.
           unmatched: What happens to files of a folder that are of no known split.
@@ -397,7 +398,7 @@ class DatasetBase(Dataset):
         that reads further files adds them here. This one lists a file, or all files of a folder.
         """
         del split, unmatched
-        if source in ("hub", "sample"):
+        if source in ("hub", "sample") or not storage.is_local(source):
             return []
         path = Path(source)
         return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -521,10 +522,11 @@ class DatasetBase(Dataset):
     def _image_name(self, image: ImageSource | VideoSource) -> str:
         if isinstance(image, PageImage):  # all pages of a document are of one split
             image = image.document
-        if isinstance(image, Path) and self.rows.base and image.is_relative_to(self.rows.base):
-            image = image.relative_to(self.rows.base)  # the same wherever the folder is
+        base = self.rows.base
+        if isinstance(image, Path) and base and image.is_relative_to(base):
+            image = image.relative_to(base)  # the same wherever the folder is
         if isinstance(image, RemoteImage):
-            return image.url
+            return image.url.removeprefix(f"{base.rstrip('/')}/" if base else "")
         return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
 
 
@@ -552,10 +554,9 @@ class HfDataset(DatasetBase):
         if self.source == "hub":
             split = self._stored_split(None, self.split)
             return hub_rows(self.PATH, revision=self.REVISION, split=split, want=self.COLUMNS)
-        folder = Path(self.source)
-        layout = local_layout(folder, unmatched=self.unmatched)
+        layout = local_layout(self.source, unmatched=self.unmatched)
         return local_rows(
-            folder,
+            self.source,
             split=self._stored_split(layout, self.split),
             want=self.COLUMNS,
             unmatched=self.unmatched,
@@ -565,13 +566,12 @@ class HfDataset(DatasetBase):
     @classmethod
     def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
         """Lists the files of the split, and those that say which files are of it."""
-        if source in ("hub", "sample"):
+        if source in ("hub", "sample") or not storage.is_local(source):
             return []
-        folder = Path(source)
-        layout = local_layout(folder, unmatched=unmatched)
+        layout = local_layout(source, unmatched=unmatched)
         stored = cls._stored_split(layout, split)
         names = layout.files(stored, unmatched=unmatched, where=source)
-        return [folder / name for name in [*names, *layout.configured_by]]
+        return [Path(source) / name for name in [*names, *layout.configured_by]]
 
     @classmethod
     def _stored_split(cls, layout: SplitLayout | None, split: str) -> str:
@@ -597,12 +597,12 @@ class SampleRows(Sequence[Mapping[str, Any]]):
         return (self[i] for i in range(self._count))
 
 
-def row_image(row: Mapping[str, Any], *, base: Path | None = None) -> ImageSource:
+def row_image(row: Mapping[str, Any], *, base: str = "") -> ImageSource:
     """Finds the image of a row: embedded bytes, a local path or a URL.
 
     Args:
       row: Has `image` (bytes, the hub's {"bytes", "path"}, a path or a scene) or `image_url`.
-      base: Folder that relative paths start from.
+      base: Folder or URL that relative paths start from.
 
     Raises:
       SampleError: `row_image`.
@@ -613,12 +613,12 @@ def row_image(row: Mapping[str, Any], *, base: Path | None = None) -> ImageSourc
     return _image_source(row.get("image_url") if image is None else image, row, base)
 
 
-def row_images(row: Mapping[str, Any], *, base: Path | None = None) -> list[ImageSource]:
+def row_images(row: Mapping[str, Any], *, base: str = "") -> list[ImageSource]:
     """Finds the images of a row that has several; as `row_image`.
 
     Args:
       row: Has `images` or `image_urls`, lists.
-      base: Folder that relative paths start from.
+      base: Folder or URL that relative paths start from.
 
     Raises:
       SampleError: `row_image`.
@@ -626,12 +626,12 @@ def row_images(row: Mapping[str, Any], *, base: Path | None = None) -> list[Imag
     return [_image_source(image, row, base) for image in row.get("images") or row["image_urls"]]
 
 
-def _image_source(image: Any, row: Mapping[str, Any], base: Path | None) -> ImageSource:
+def _image_source(image: Any, row: Mapping[str, Any], base: str) -> ImageSource:
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, str) and not image.startswith(("http://", "https://")):
-        return (base or Path()) / image.removeprefix("file://")
-    if isinstance(image, bytes | str | Path | SceneImage | Image.Image | np.ndarray):
+    if isinstance(image, str):
+        return resolve_image(image, base=base)
+    if isinstance(image, bytes | Path | SceneImage | Image.Image | np.ndarray):
         return image
     raise SampleError("row_image", fields=sorted(row), got=type(image).__name__)
 

@@ -96,7 +96,7 @@ class EpisodeDataset(RobotDataset):
 
     def load(self) -> Rows:
         """Enumerates the windows of the split's episodes, in order."""
-        if self.source == "hub":
+        if self.source == "hub" or "://" in self.source:
             raise SourceError("source_missing.robot", where=self.source, dataset=self.name)
         return self._windows(self.open_episodes())
 

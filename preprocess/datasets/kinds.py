@@ -37,9 +37,8 @@ class DocumentDataset(DatasetBase):
             row = {**{k: v for k, v in row.items() if k != "ocr"}, "ocr_text": row["ocr"]}
         spec = Spec(name=self.name, format="documents", style=self.style)
         example = document_request(row, spec)
-        base = str(self.rows.base or "")
         images = [
-            resolve_image(each, base=base) if isinstance(each, str | Mapping) else each
+            resolve_image(each, base=self.rows.base) if isinstance(each, str | Mapping) else each
             for each in example["image"]
         ]
         example |= {"image": images, "metadata": dict(row.get("metadata") or {})}

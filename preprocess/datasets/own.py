@@ -19,7 +19,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -50,12 +50,14 @@ from preprocess.formats import (
     check_unit,
     guess_format,
     has_video_part,
+    holds_rows,
     is_empty,
+    is_folder,
     open_records,
     parse_row,
     read_spec,
     row_subtitles,
-    visible_files,
+    visible_names,
 )
 from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, SourceError, nearest
@@ -64,6 +66,9 @@ from shardspec.manifest import MANIFEST_NAME, load_manifest
 
 PROBED_ROWS = 100
 """Rows that a format is told from, half of them from the beginning, half spread over the file."""
+
+PROBED_FILES = 8
+"""Files of a folder that its format is told from, spread over them."""
 
 FIRST_ROWS = 100
 """Rows that show whether a source has the columns of its format, and the unit of coordinates."""
@@ -166,7 +171,9 @@ class OwnDataset(DatasetBase):
         return [
             path
             for each in [*paths, *sorted(p for p in answers - {*paths} if p.is_file())]
-            for path in (visible_files(each) if each.is_dir() else [each])
+            for path in (
+                [each / name for name in visible_names(str(each))] if each.is_dir() else [each]
+            )
         ]
 
     def load(self) -> Rows:
@@ -206,7 +213,7 @@ class OwnDataset(DatasetBase):
             [lambda part=part: part for part in parts],  # type: ignore[misc]
             lengths=[len(part) for part in parts],
             kind=kind,
-            base=Path(base) if "://" not in base else None,
+            base=base,
             layout=layout,
             origins=[(name, 0) for each in records for name in each.files],
         )
@@ -246,7 +253,7 @@ class OwnDataset(DatasetBase):
         if len(found) > 1:
             root = os.path.commonpath(found)
             by_name = {os.path.relpath(each, root): each for each in found}
-        elif Path(found[0]).is_dir():
+        elif is_folder(found[0]):
             return found, None  # images with side files
         layout = split_layout(by_name, default=None if unmatched == "take" else "train")
         divided = cls.spec.validation and "validation" not in layout.splits
@@ -362,22 +369,30 @@ def list_files(source: str) -> list[str]:
         ]
     if not path.is_dir():
         raise SourceError("source_missing.file", where=source)
-    stems, rows, images = set(), [], False
-    for each in visible_files(path):
-        if _is_bookkeeping(each):
-            continue
-        suffix = each.suffix.lower()
-        inner = Path(each.stem).suffix.lower() if suffix in (".gz", ".zst") else suffix
-        if suffix in IMAGES:
-            images = True
-            stems.add(each.with_suffix(""))
-        elif inner in ROWS:
-            rows.append(each)
-    answers = {name for each in rows for name in annotation_names(str(each))}
-    rows = [each for each in rows if each.with_suffix("") not in stems and str(each) not in answers]
+    try:
+        names = visible_names(source)
+    except OSError as error:
+        raise SourceError("source_unreadable", where=source, error=error) from error
+    return _rows_of(source, [name for name in names if (path / name).is_file()])
+
+
+def _rows_of(folder: str, names: Sequence[str]) -> list[str]:
+    """Lists the files of a folder that hold rows; the folder itself where it holds images."""
+    there = frozenset(names)
+    kept = [name for name in names if not _is_bookkeeping(folder, name, there)]
+    rows = [name for name in kept if holds_rows(name)]
+    images = [name for name in kept if name.lower().endswith(IMAGES)]
+    stems = {_stem(name) for name in rows}
+    stems &= {_stem(name) for name in images}  # side files
+    answers = {name for each in rows for name in annotation_names(each)}
+    rows = [name for name in rows if _stem(name) not in stems and name not in answers]
     if not rows and not images:
-        raise SourceError("source_empty.files", where=source, want=", ".join(ROWS))
-    return [str(each) for each in rows] or [source]
+        raise SourceError("source_empty.files", where=folder, want=", ".join(ROWS))
+    return [storage.join(folder, name) for name in rows] or [folder]
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
 
 
 _WILD = re.compile(r"[*?\[]")
@@ -396,26 +411,25 @@ def _list_objects(source: str) -> list[str]:
     """Lists the files with rows of a URL: itself, those that a pattern matches, or of a folder."""
     if source.startswith(("http://", "https://")):  # nobody lists those
         return [source]
-    name = source.rpartition("/")[2]
-    suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
-    if not any(c in source for c in "*?[{") and suffix in ROWS:
-        return [source]
+    if not any(c in source for c in "*?[{"):
+        if not is_folder(source):
+            return [source]
+        folder = source.rstrip("/")
+        names = visible_names(folder)
+        if MANIFEST_NAME in names and (imported := imported_tars(folder)):
+            return list(imported)
+        if not names:
+            raise SourceError("source_missing.file", where=source)
+        return _rows_of(folder, names)
     scheme, _, place = source.partition("://")
     plain = re.split(r"[*?\[{]", place)[0]
-    base = plain.rpartition("/")[0] if plain != place else place.rstrip("/")
-    patterns = _alternatives(place[len(base) + 1 :]) if plain != place else [""]
+    base = plain.rpartition("/")[0]
+    patterns = _alternatives(place[len(base) + 1 :])
     found = [
         f"{scheme}://{base}/{each.name}"
         for each in storage.list_objects(f"{scheme}://{base}")
-        if any(
-            matches(each.name, pattern)
-            if pattern
-            else Path(each.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower() in ROWS
-            for pattern in patterns
-        )
+        if any(matches(each.name, pattern) for pattern in patterns)
     ]
-    if f"{source.rstrip('/')}/{MANIFEST_NAME}" in found and (imported := imported_tars(source)):
-        return list(imported)
     answers = {name for each in found for name in annotation_names(each)}
     if not found:
         raise SourceError("source_missing.file", where=source)
@@ -437,19 +451,20 @@ def imported_tars(folder: str) -> dict[str, int]:
     return tars
 
 
-def _is_bookkeeping(path: Path) -> bool:
+def _is_bookkeeping(folder: str, name: str, names: frozenset[str]) -> bool:
     """Returns True for the files of `save_to_disk` that hold no rows: lists, and caches."""
-    if path.name == "dataset_dict.json":
-        return "splits" in json_object(path)
-    state = path.parent / "state.json"
-    if path.suffix not in (".json", ".arrow") or not state.is_file():
+    above, _, base = name.rpartition("/")
+    if base == "dataset_dict.json":
+        return "splits" in json_object(storage.read_bytes(storage.join(folder, name)))
+    state = storage.join(above, "state.json")
+    if not base.endswith((".json", ".arrow")) or state not in names:
         return False
-    listed = json_object(state).get("_data_files")
+    listed = json_object(storage.read_bytes(storage.join(folder, state))).get("_data_files")
     if not isinstance(listed, list):
         return False
     own = {each.get("filename") for each in listed if isinstance(each, Mapping)}
-    return path.name in ("state.json", "dataset_info.json") or (
-        path.suffix == ".arrow" and path.name not in own
+    return base in ("state.json", "dataset_info.json") or (
+        base.endswith(".arrow") and base not in own
     )
 
 
@@ -558,7 +573,7 @@ def _bases(spec: Spec, files: Sequence[str], folder: Path) -> list[str]:
             raise SourceError("source_missing.images", where=base)
         return [base]
     if "://" in files[0]:
-        return [files[0].rpartition("/")[0]]
+        return [files[0] if is_folder(files[0]) else files[0].rpartition("/")[0]]
     paths = [Path(each) for each in files if "://" not in each]
     beside = list(dict.fromkeys(each if each.is_dir() else each.parent for each in paths))
     below = [folder for each in beside for folder in _folders(each)]
@@ -614,14 +629,24 @@ def _guessed(source: str) -> Spec:
     """Makes the spec of a file or folder from its rows.
 
     Raises:
-      SourceError: `source_guess`.
+      SourceError: `source_guess`: of its rows, or its files are of several formats.
     """
     files = list_files(source)
-    records = open_records(files[0])
-    probed = probed_rows(records)
-    guess = guess_format(probed)
+    last = len(files) - 1
+    looked_at = [
+        files[i] for i in sorted({last * k // (PROBED_FILES - 1) for k in range(PROBED_FILES)})
+    ]
+    rows = {name: list(_probed(open_records(name))) for name in looked_at}
+    guesses = {name: guess_format(found) for name, found in rows.items() if found}
+    if not guesses:
+        raise SourceError("source_empty.rows", where=source)
+    guess = next(iter(guesses.values()))
+    if any(FORMATS.get(each.format) is not FORMATS.get(guess.format) for each in guesses.values()):
+        told = {os.path.relpath(name, source): g.format or g.reason for name, g in guesses.items()}
+        raise SourceError("source_guess.mixed", where=source, facts=told)
     if not guess.format:
-        raise SourceError("source_guess", where=files[0], reason=guess.reason)
+        raise SourceError("source_guess.rows", where=files[0], reason=guess.reason)
+    probed = [row for each in rows.values() for row in each]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).absolute().name.partition(".")[0])
     columns = {}
     if "video" in FORMATS[guess.format].fields:
@@ -640,19 +665,8 @@ def _guessed(source: str) -> Spec:
     )
 
 
-def probed_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Reads rows of the beginning and rows spread over the file, broken ones left out.
-
-    Raises:
-      SourceError: `source_empty`: no row can be read.
-    """
-    found = list(_probed(rows))
-    if not found:
-        raise SourceError("source_empty.rows", rows=len(rows))
-    return found
-
-
 def _probed(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Reads rows of the beginning and rows spread over the file, broken ones left out."""
     half = PROBED_ROWS // 2
     spread = range(0, len(rows), max(1, len(rows) // half))
     numbers = sorted({*range(min(half, len(rows))), *spread})

@@ -1,5 +1,8 @@
 """Rows of a source: Parquet and Arrow files of a folder, or a dataset of the hub, read in pieces.
 
+The folder may be in an object store: of a Parquet file there the row groups are read that are
+needed, an Arrow file is copied.
+
 `Rows` is a sequence made of *pieces* (a Parquet row group, an Arrow record batch). Arrow pieces
 stay in memory as they are stored, up to `HELD_BYTES`; of other pieces one. So reading in order
 costs one pass whatever the size, and reading at random a piece per jump only where the source is
@@ -8,6 +11,7 @@ larger than that.
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.datasets.splits import SplitLayout, Unmatched, folder_layout
+from preprocess.formats import local_copy
+from shardspec import storage
 from shardspec.errors import SampleError, ShardsError, SourceError
 
 Piece = Sequence[Mapping[str, Any]]
@@ -37,7 +43,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         *,
         lengths: Sequence[int],
         kind: Mapping[str, Any],
-        base: Path | None = None,
+        base: str = "",
         layout: SplitLayout | None = None,
         origins: Sequence[tuple[str, int]] = (),
     ) -> None:
@@ -47,7 +53,7 @@ class Rows(Sequence[Mapping[str, Any]]):
           pieces: Functions that read a piece.
           lengths: Rows of each.
           kind: What the manifest says of the source.
-          base: Folder that relative image paths start from.
+          base: Folder or URL that relative image names start from.
           layout: Which files of a folder make which split.
           origins: Of each piece, its file below the folder and the number of its first row there.
         """
@@ -157,28 +163,30 @@ def _num_bytes(piece: Piece) -> int:
     return piece.num_bytes if isinstance(piece, ArrowRows) else HELD_BYTES
 
 
-def local_layout(folder: Path, *, unmatched: Unmatched = "refuse") -> SplitLayout:
+def local_layout(folder: str, *, unmatched: Unmatched = "refuse") -> SplitLayout:
     """Finds out which Parquet and Arrow files of a folder make which split.
 
     Raises:
       SourceError: `source_missing`, `source_empty`, `source_split`, `source_unreadable`.
     """
-    if not folder.is_dir():
-        raise SourceError("source_missing.folder", where=str(folder))
+    if storage.is_local(folder) and not Path(folder).is_dir():
+        raise SourceError("source_missing.folder", where=folder)
     try:
         layout = folder_layout(folder, unmatched=unmatched)
     except OSError as error:
         raise _unreadable(folder, error) from error
     if not layout.splits and not layout.unmatched:
-        metadata = next(folder.glob("**/metadata.*"), None)
-        if metadata is not None and metadata.suffix in (".jsonl", ".csv"):
-            raise SourceError("source_empty.metadata", where=str(metadata))
-        raise SourceError("source_empty.folder", where=str(folder))
+        names = [each.name for each in storage.list_objects(folder)]
+        for name in names:
+            if name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv"):
+                raise SourceError("source_empty.metadata", where=storage.join(folder, name))
+        missing = not names and not storage.is_local(folder)  # a store has no empty folders
+        raise SourceError(f"source_{'missing' if missing else 'empty'}.folder", where=folder)
     return layout
 
 
 def local_rows(
-    folder: Path,
+    folder: str,
     *,
     split: str,
     want: Sequence[str],
@@ -188,7 +196,7 @@ def local_rows(
     """Opens the Parquet or Arrow files of a folder that are of one split (`splits`).
 
     Args:
-      folder: The source.
+      folder: The source: a local folder, or the URL of one.
       split: One of the source's own.
       want: Columns that each file must have.
       unmatched: What happens to files that are of no split.
@@ -200,23 +208,23 @@ def local_rows(
     """
     pa = _pyarrow()
     layout = layout or local_layout(folder, unmatched=unmatched)
-    files = [folder / name for name in layout.files(split, unmatched=unmatched, where=str(folder))]
     pieces: list[Callable[[], Piece]] = []
     lengths: list[int] = []
     origins: list[tuple[str, int]] = []
-    for path in files:
-        if not path.is_file():  # reading a named pipe would wait for a writer
-            raise SourceError("source_unreadable", where=str(path), error="not a regular file")
+    for name in layout.files(split, unmatched=unmatched, where=folder):
+        path = storage.join(folder, name)
+        if storage.is_local(path) and not Path(path).is_file():  # a named pipe waits for a writer
+            raise SourceError("source_unreadable", where=path, error="not a regular file")
         try:
             schema, parts = _open_file(path)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
-        _check_columns(schema, want, where=str(path))
+        _check_columns(schema, want, where=path)
         first = 0
         for length, read in parts:
             pieces.append(partial(_read_piece, path, read))
             lengths.append(length)
-            origins.append((path.relative_to(folder).as_posix(), first))
+            origins.append((name, first))
             first += length
     kind = {"kind": "folder"}
     return Rows(pieces, lengths=lengths, kind=kind, base=folder, layout=layout, origins=origins)
@@ -246,12 +254,45 @@ def hub_rows(path: str, *, revision: str | None, split: str, want: Sequence[str]
     return Rows([lambda: table], lengths=[len(table)], kind=kind)
 
 
-def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piece]]]]:
+class _StoredFile(io.RawIOBase):
+    """An object of a store as a file that is read at any place."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._position = url, 0
+        self._reader = storage.RangeReader()
+        length = storage.size(url)
+        if length is None:
+            raise FileNotFoundError(url)
+        self._length = length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._length)[whence]
+        return self._position
+
+    def readinto(self, target: Any) -> int:
+        stop = min(self._position + len(target), self._length)
+        payload = self._reader.read(self._url, self._position, stop, total=self._length)
+        target[: len(payload)] = payload
+        self._position = stop
+        return len(payload)
+
+
+def _open_file(path: str) -> tuple[list[str], list[tuple[int, Callable[[], Piece]]]]:
     """Lists the pieces of a file: column names, then (rows, reader) per piece."""
-    if path.suffix.lower() == ".parquet":
+    if path.lower().endswith(".parquet"):
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(path)  # not mapped: a file cut meanwhile would end the process
+        stored: Any = path if storage.is_local(path) else _StoredFile(path)
+        file = pq.ParquetFile(stored)  # not mapped: a file cut meanwhile would end the process
         return file.schema_arrow.names, [
             (
                 file.metadata.row_group(g).num_rows,
@@ -261,7 +302,7 @@ def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piec
         ]
     import pyarrow as pa
 
-    source = pa.memory_map(str(path))
+    source = pa.memory_map(str(local_copy(path)))
     try:
         reader = pa.ipc.open_stream(source)
         batches = list(reader)
@@ -274,7 +315,7 @@ def _open_file(path: Path) -> tuple[list[str], list[tuple[int, Callable[[], Piec
     ]
 
 
-def _read_piece(path: Path, read: Callable[[], Piece]) -> Piece:
+def _read_piece(path: str, read: Callable[[], Piece]) -> Piece:
     import pyarrow as pa
 
     try:
@@ -289,8 +330,8 @@ def _check_columns(names: Sequence[str], want: Sequence[str], *, where: str) -> 
         raise SourceError("source_schema", where=where, missing=missing, got=list(names))
 
 
-def _unreadable(path: Path, error: Exception) -> SourceError:
-    return SourceError("source_unreadable", where=str(path), error=str(error).splitlines()[0])
+def _unreadable(path: str, error: Exception) -> SourceError:
+    return SourceError("source_unreadable", where=path, error=str(error).splitlines()[0])
 
 
 def _pyarrow() -> Any:

@@ -19,13 +19,14 @@ and folders, and folders that begin with two underscores, are not looked at.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from preprocess.formats import visible_names
+from shardspec import storage
 from shardspec.errors import SourceError
 
 Unmatched = Literal["refuse", "take", "skip"]
@@ -97,11 +98,11 @@ class SplitLayout:
         return found
 
 
-def folder_layout(folder: Path, *, unmatched: Unmatched = "refuse") -> SplitLayout:
+def folder_layout(folder: str, *, unmatched: Unmatched = "refuse") -> SplitLayout:
     """Finds out which files of a folder make which split.
 
     Args:
-      folder: The source.
+      folder: The source: a local folder, or the URL of one.
       unmatched: With "take", files without a split in their name are of no split: rule 5 is left
         out.
 
@@ -110,11 +111,13 @@ def folder_layout(folder: Path, *, unmatched: Unmatched = "refuse") -> SplitLayo
         subsets, or cannot be parsed.
       OSError: The folder cannot be read.
     """
-    names = _data_files(folder)
-    configs = _readme_configs(folder / _README)
+    there = frozenset(visible_names(folder))
+    names = _data_files(folder, there)
+    readme = storage.join(folder, _README)
+    configs = _readme_configs(readme) if _README in there else {}
     if configs:
-        return _configured(names, configs, where=str(folder / _README))
-    listed = json_object(folder / _SPLITS_LIST).get("splits")
+        return _configured(names, configs, where=readme)
+    listed = _object(folder, _SPLITS_LIST, there).get("splits")
     if isinstance(listed, list) and listed:
         layout = split_layout(names, folders=[str(split) for split in listed])
         return replace(layout, configured_by=[_SPLITS_LIST])
@@ -176,24 +179,26 @@ def _named_splits(name: str) -> set[str]:
     return {_SPLIT_OF[word.lower()] for part in path.parts for word in _WORD.findall(part)}
 
 
-def _data_files(folder: Path) -> list[str]:
+def _data_files(folder: str, names: frozenset[str]) -> list[str]:
     """Lists the Parquet and Arrow files of a folder, those of `save_to_disk` without its caches."""
+    found = [name for name in names if name.lower().endswith(DATA_SUFFIXES)]
+    listed: dict[str, Any] = {}
+    """Of each folder with a `state.json`, the files that it lists."""
+    for here in {name.rpartition("/")[0] for name in found}:
+        own = _object(folder, f"{here}/{_STATE}".lstrip("/"), names).get("_data_files")
+        if isinstance(own, list):
+            listed[here] = {str(each.get("filename")) for each in own if isinstance(each, dict)}
+    return sorted(
+        name
+        for name in found
+        for here, _, last in [name.rpartition("/")]
+        if here not in listed or last in listed[here] or not last.endswith(".arrow")
+    )
 
-    def fail(error: OSError) -> None:
-        raise error
 
-    found = []
-    for root, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
-        here = Path(root)
-        data = [f for f in files if f.lower().endswith(DATA_SUFFIXES) and not f.startswith(".")]
-        if data and _STATE in files:
-            listed = json_object(here / _STATE).get("_data_files")
-            if isinstance(listed, list):
-                own = {str(each.get("filename")) for each in listed if isinstance(each, dict)}
-                data = [f for f in data if f in own or not f.endswith(".arrow")]
-        found += [(here / f).relative_to(folder).as_posix() for f in data]
-    return sorted(found)
+def _object(folder: str, name: str, names: frozenset[str]) -> dict[str, Any]:
+    """Reads a JSON object of a folder; {} where there is none."""
+    return json_object(storage.read_bytes(storage.join(folder, name))) if name in names else {}
 
 
 def _in_order(splits: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -201,11 +206,11 @@ def _in_order(splits: Mapping[str, list[str]]) -> dict[str, list[str]]:
     return {split: splits[split] for split in [*usual, *sorted(splits.keys() - set(usual))]}
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; {} where there is none."""
+def json_object(payload: bytes) -> dict[str, Any]:
+    """Reads a JSON object; {} where it is something else."""
     try:
-        document = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        document = json.loads(payload)
+    except ValueError:
         return {}
     return document if isinstance(document, dict) else {}
 
@@ -217,19 +222,16 @@ _Patterns = dict[str, list[str]]
 """Patterns of the files of each split."""
 
 
-def _readme_configs(path: Path) -> dict[str, _Patterns]:
+def _readme_configs(url: str) -> dict[str, _Patterns]:
     """Reads the subsets that a README configures with `data_files`; {} where there are none."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, IsADirectoryError):
-        return {}
+    text = storage.read_bytes(url).decode(errors="replace")
     match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
     if match is None or "configs" not in match[1]:
         return {}
     try:
         import yaml  # type: ignore[import-untyped]  # of the hub's libraries
     except ImportError as error:
-        raise SourceError("source_missing.yaml", where=str(path)) from error
+        raise SourceError("source_missing.yaml", where=url) from error
     try:
         document = yaml.safe_load(match[1])
         listed = (document or {}).get("configs") or []
@@ -240,7 +242,7 @@ def _readme_configs(path: Path) -> dict[str, _Patterns]:
         }
     except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
         problem = str(error).splitlines()[0]
-        raise SourceError("source_split.readme", where=str(path), error=problem) from error
+        raise SourceError("source_split.readme", where=url, error=problem) from error
 
 
 def _patterns(config: Mapping[str, Any]) -> _Patterns:

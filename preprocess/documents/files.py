@@ -1,6 +1,6 @@
 """Files of documents: which kind one is, how many pages it has, and one page of it.
 
-A PDF is drawn at a dpi, in a process of its own (`preprocess.media.child`): a file that ends
+A PDF is drawn at a dpi, in a process of its own (`shardspec.child`): a file that ends
 PDFium, or takes it too long, costs itself alone. Pages of a TIFF, and files of a single picture,
 are what they are. The pages of a TIFF are counted by walking its directories: a file that is cut
 has fewer to Pillow, and no error.
@@ -13,7 +13,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,8 @@ import numpy as np
 
 from preprocess.documents.pdf import MAX_PAGES, is_pdf
 from preprocess.documents.words import PageText, Word
-from preprocess.media import ChildProcess, MemoryBudget, Part
+from preprocess.media import MemoryBudget
+from shardspec.child import ChildProcess, Part
 from shardspec.errors import SampleError
 
 Kind = Literal["pdf", "tiff", "image"]
@@ -30,11 +31,16 @@ Kind = Literal["pdf", "tiff", "image"]
 MAX_DOCUMENT_BYTES = 1 << 30
 """Longest file of a document: it is held in memory."""
 
-PDF_TIME_LIMIT_S = 120.0
-"""Longest time that PDFium has for one request: pages take tenths of a second."""
 
-PDF_MEMORY_BYTES = 4 << 30
-"""Most memory of PDFium: the longest file, the largest page, and the pictures on it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PdfLimits:
+    """What PDFium may take for one request."""
+
+    time_limit_s: float = 120.0
+    """Pages take tenths of a second."""
+    memory_bytes: int = 4 << 30
+    """For the longest file, the largest page, and the pictures on it."""
+
 
 _DRAWN_BYTES = 7
 """Bytes of a pixel while it is drawn, and of its copy."""
@@ -182,18 +188,19 @@ def _ask_pdfium(request: Mapping[str, Any], payload: bytes, where: str) -> list[
       SampleError: `document_process`, and what the request raises.
       ConfigError: `documents_extra`.
     """
-    child = _pdfium_of(os.getpid())
-    with closing(child.ask(request, payload, time_limit_s=PDF_TIME_LIMIT_S, where=where)) as parts:
-        return list(parts)
+    parts: list[Part] = []
+    _pdfium_of(os.getpid()).ask(
+        request, (payload,), on_facts=parts.append, on_array=parts.append, where=where
+    )
+    return parts
 
 
 @functools.lru_cache(1)
 def _pdfium_of(pid: int) -> ChildProcess:
     """Gives the process of PDFium that a process has: a fork gets one of its own, lock and all."""
     del pid
-    return ChildProcess(
-        "preprocess.documents.worker", reason="document_process", memory_bytes=PDF_MEMORY_BYTES
-    )
+    limits = PdfLimits()
+    return ChildProcess("preprocess.documents.worker", reason="document_process", limits=limits)
 
 
 def _count_directories(payload: bytes, *, where: str) -> int:

@@ -1,4 +1,4 @@
-"""The process that reads PDFs: what `preprocess.media.run_child` runs, the only one with PDFium.
+"""The process that reads PDFs: what `shardspec.child` runs, the only one with PDFium.
 
 count   gives the number of pages
 texts   checks pages against the bounds on their size; gives the text layer of each, if wanted
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from preprocess.documents.pdf import check_page, open_pdf, page_pixels, page_words, pdfium
-from preprocess.media import Part, run_child
+from shardspec.child import Part, run_child
 
 
-def read_pdf(request: dict[str, Any], payload: bytes | None, where: str) -> Iterator[Part]:
+def read_pdf(request: dict[str, Any], payload: Path | bytes, where: str) -> Iterator[Part]:
     """Answers a request about a file."""
-    assert payload is not None
+    assert isinstance(payload, bytes)
     with open_pdf(payload, where=where) as pdf:
         if request["work"] == "count":
             yield {"pages": len(pdf)}

@@ -9,20 +9,22 @@ To add a format, add a module with a function from (row, `Spec`) to an example, 
 """
 
 from preprocess.formats.conversations import has_video_part
+from preprocess.formats.copies import local_copy
 from preprocess.formats.detect import Guess, guess_format
 from preprocess.formats.documents import TASKS as DOCUMENT_TASKS
 from preprocess.formats.documents import DocumentPolicy, document_request
 from preprocess.formats.images import is_empty
 from preprocess.formats.interleaved import PIECE
+from preprocess.formats.json_files import BROKEN, annotation_names
 from preprocess.formats.parse import FORMATS, parse_messages, parse_row
 from preprocess.formats.records import (
-    BROKEN,
     IMAGES,
     ROWS,
     Records,
-    annotation_names,
+    holds_rows,
+    is_folder,
     open_records,
-    visible_files,
+    visible_names,
 )
 from preprocess.formats.spec import NAME, Spec, read_spec
 from preprocess.formats.subtitles import Subtitle, row_subtitles
@@ -48,11 +50,14 @@ __all__ = [
     "document_request",
     "guess_format",
     "has_video_part",
+    "holds_rows",
     "is_empty",
+    "is_folder",
+    "local_copy",
     "open_records",
     "parse_messages",
     "parse_row",
     "read_spec",
     "row_subtitles",
-    "visible_files",
+    "visible_names",
 ]

@@ -2,8 +2,9 @@
 
 One reader for all of them, since files mix the spellings: LLaVA, LLaVA-OneVision, ShareGPT4V,
 InternVL and Cambrian (from/value), TRL, Qwen-VL, ms-swift and OpenAI (role/content, as a text or as
-parts), LLaMA-Factory's sharegpt, The Cauldron and FineVision (pairs of user and assistant). What is
-read:
+parts), LLaMA-Factory's sharegpt, The Cauldron and FineVision (pairs of user and assistant), and
+rows of one exchange: alpaca (instruction, input, output), ms-swift (query, response, history), TRL
+(prompt, completion). What is read:
 
 - roles: user, human; assistant, gpt, model, function_call; system, developer; tool, observation,
   function (taken as user turns, as templates without tool turns write them);
@@ -44,6 +45,10 @@ VIDEO_MARK = "<|video|>"
 STYLE = "demo"
 """Default style: free form, without a prefix that names it."""
 
+PROMPTS = ("instruction", "query", "prompt")
+RESPONSES = ("output", "response", "completion")
+"""Columns of a prompt and its response, the first that is there wins."""
+
 _USER = ("user", "human", "tool", "observation", "function", "ipython")
 _ASSISTANT = ("assistant", "gpt", "model", "function_call", "chatgpt", "bot")
 _SYSTEM = ("system", "developer")
@@ -80,11 +85,12 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         found = row.get(spec.columns.get("messages", name)) if found is None else found
     if found is None and _are_pairs(row.get("texts")):
         return _parse_pairs(row, spec)
+    found = _exchange(row, spec) if found is None else found
     if not isinstance(found, Sequence) or isinstance(found, str | bytes):
         want = spec.columns.get("messages", "messages or conversations")
         raise SampleError("row_fields", name=want, want="a list of turns", fields=sorted(row))
     given = _given(row, spec, url=False)
-    turns = [_turn(each, given) for each in found]
+    turns = [_turn(each, given) for entry in found for each in _halves(entry)]
     system = row.get(spec.column("system"))
     if isinstance(system, str) and system.strip() and not any(t.side == "system" for t in turns):
         turns.insert(0, _Turn("system", system))
@@ -99,6 +105,45 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     told = "\n\n".join(text for text in [*system_texts, _tools(row.get("tools"))] if text.strip())
     message |= {"system": told} if told else {}
     return with_videos({"image": placed, "message_list": [message]}, videos)
+
+
+def _exchange(row: Mapping[str, Any], spec: Spec) -> list[Any] | None:
+    """Reads a row of one prompt and one response as turns; None where it lacks either."""
+    prompt, name = _first(row, spec, "prompt", PROMPTS)
+    response, _ = _first(row, spec, "response", RESPONSES)
+    if prompt is None or response is None:
+        return None
+    more = row.get("input")
+    if name == "instruction" and isinstance(prompt, str) and isinstance(more, str) and more.strip():
+        prompt = f"{prompt}\n{more}" if prompt.strip() else more
+    turns: list[Any] = []
+    for exchange in [*(row.get("history") or ()), (prompt, response)]:
+        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
+            raise SampleError("conversation.entry", got=type(exchange).__name__)
+        for role, content in zip(("user", "assistant"), exchange, strict=True):
+            parts = isinstance(content, list | tuple) and _are_turns(content)
+            turns += content if parts else [{"role": role, "content": content}]
+    return turns
+
+
+def _first(
+    row: Mapping[str, Any], spec: Spec, field: str, usual: Sequence[str]
+) -> tuple[Any, str | None]:
+    """Finds the column of a field that a row has: the one of the spec, or a usual one."""
+    names = (spec.columns[field],) if field in spec.columns else usual
+    name = next((name for name in names if row.get(name) is not None), None)
+    return (None if name is None else row[name]), name
+
+
+def _are_turns(content: Sequence[Any]) -> bool:
+    return bool(content) and all(isinstance(p, Mapping) and "role" in p for p in content)
+
+
+def _halves(entry: Any) -> list[Any]:
+    """Divides an entry that is a whole exchange, as ms-swift's old files have it."""
+    if isinstance(entry, Mapping) and {"human", "assistant"} <= set(entry):
+        return [{"role": role, "content": entry[role]} for role in ("human", "assistant")]
+    return [entry]
 
 
 def _tools(tools: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from preprocess.formats.conversations import PROMPTS, RESPONSES
 from preprocess.formats.images import NAMES
 from preprocess.formats.tasks import BOXES, CAPTIONS
 from preprocess.formats.video import VIDEO_NAMES
@@ -57,6 +58,8 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
                 return "llava", f"{name} of from and value"  # sharegpt is read alike
             if "role" in turns[0]:
                 return "messages", f"{name} of role and content"
+            if {"human", "assistant"} <= set(turns[0]):
+                return "messages", f"{name} of human and assistant"
     if "texts" in there and "images" in there and isinstance(row["texts"], Sequence):
         pairs = [each for each in row["texts"] if isinstance(each, Mapping)]
         if pairs and "user" in pairs[0] and "assistant" in pairs[0]:
@@ -75,6 +78,18 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
         return "points", "points of a label or question"
     if "question" in there and there & {"answer", "answers", "options"}:
         return "vqa", "a question with answers"
+    if "query" in there and "label" in there:
+        return "vqa", "a query with its label"
+    told = [name for name in (*PROMPTS, *RESPONSES) if name in there]
+    if set(told) & set(PROMPTS) and set(told) & set(RESPONSES):
+        return "messages", " and ".join(told)
+    if {"regions", "qas"} & there and not there & set(NAMES):
+        return "", "Visual Genome, whose rows name no image: join image_data.json in a class"
+    inner = next(iter(row.values()), None)
+    if isinstance(inner, Mapping) and {"imageURL", "questions", "answers"} <= set(inner):
+        return "", "OCR-VQA, whose splits are in one file: give the rows of one in a class"
+    if "question_id" in there and not there & set(_ANSWERS) and "text" in there:
+        return "", "questions without answers"
     caption = next((name for name in CAPTIONS if name in there), None)
     answered = sorted(there & {*_ANSWERS, *(["label"] if caption == "prompt" else [])})
     if caption in ("text", "prompt") and answered:

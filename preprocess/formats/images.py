@@ -18,6 +18,8 @@ NAMES = (
     "image_url",
     "image_urls",
     "img",
+    "imgname",
+    "image_filename",
     "file_name",
     "filepath",
     "url",

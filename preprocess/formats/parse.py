@@ -47,8 +47,8 @@ VIDEO_FIELDS = ("video", "start", "end", "subtitles")
 
 _CONVERSATION = Format(
     parse=parse_conversation,
-    fields=("messages", "image", *VIDEO_FIELDS, "system"),
-    help="turns of from/value or role/content, with images and videos beside or in them",
+    fields=("messages", "image", *VIDEO_FIELDS, "system", "prompt", "response"),
+    help="turns, or a prompt and its response, with images and videos beside or in them",
 )
 
 

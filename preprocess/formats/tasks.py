@@ -61,7 +61,8 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     Raises:
       SampleError: `row_fields`, `row_answer`, `image_placeholder`.
     """
-    question = row.get(spec.column("question")) or spec.prompt
+    chart = "query" in row and not {"question", "answer"} & set(spec.columns)  # ChartQA
+    question = row.get(spec.column("question")) or (chart and row["query"]) or spec.prompt
     if not isinstance(question, str) or not question.strip():
         raise _missing(row, spec.column("question"), "a text")
     options, labels = _row_options(row, spec)
@@ -72,6 +73,7 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         require_no_media(row, spec)
     answers = row.get(spec.column("answers"))
     answer = row.get(spec.column("answer"))
+    answer = row.get("label") if chart and answer is None else answer
     message: dict[str, Any] = {"question": question}
     if options:
         message |= {

@@ -62,6 +62,7 @@ _VARIABLES = {
     "recipe.image.limits.max_source_side_px": "MAX_SOURCE_SIDE",
     "recipe.image.limits.max_aspect": "MAX_ASPECT",
     "recipe.image.limits.max_decode_bytes": "DECODE_MEMORY",
+    "recipe.video.store": "VIDEO_STORE",
     "recipe.video.mode": "FRAMES",
     "recipe.video.max_frames": "MAX_FRAMES",
     "recipe.video.max_fps": "MAX_FPS",

@@ -136,6 +136,14 @@ class JobSettings:
             group="what to build",
         ),
     ] = ""
+    family: Annotated[
+        Literal["own", "processor"],
+        Setting(
+            "who prepares the pictures of MODEL in training: own, a kernel where its family has "
+            "one; processor, its image processor of transformers in any case",
+            group="what to build",
+        ),
+    ] = "own"
     pad_to: Annotated[
         int | None,
         Setting(
@@ -280,7 +288,7 @@ class JobSettings:
         wrong = [name for name, good in checks.items() if not good]
         if wrong:
             raise ConfigError("job_settings", facts={name: getattr(self, name) for name in wrong})
-        if "://" in self.source and not is_own(self.dataset):
+        if self.source.startswith(("http://", "https://")) and not is_own(self.dataset):
             raise ConfigError("source_url", where=self.source)
         if self.part is not None and self.force:
             raise ConfigError("part_force", part=str(self.part))
@@ -355,7 +363,12 @@ class Job:
         self.blobs = BlobCache(self.local_cache if local else settings.cache)
         model: ChatModel | None = None
         if settings.model:
-            model = load_model(settings.model, tokenizer=tokenizer, date=recipe.text.chat_date)
+            model = load_model(
+                settings.model,
+                tokenizer=tokenizer,
+                date=recipe.text.chat_date,
+                own=settings.family == "own",
+            )
             family = model.stored.family
             image = replace(recipe.image, family=family, max_side_px=None, resample=family.filter)
             recipe = replace(recipe, image=image)
@@ -572,6 +585,7 @@ _BYTE_SOURCES = (
     "shardspec/sample.py",
     "shardspec/tar.py",
     "shardspec/tiling/**/*.py",
+    "shardspec/video/**/*.py",
 )
 """Sources whose change may change the bytes of a shard, whatever the dataset. Rooms are given as
 patterns, so that a module that is split or added there counts too."""

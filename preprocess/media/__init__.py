@@ -4,12 +4,11 @@ Decides how an image is decoded, oriented, converted to sRGB, resized and encode
 of a video are taken (`preprocess.media.video`). Never opens a URL.
 """
 
-from preprocess.media.child import ChildProcess, Part, run_child
 from preprocess.media.header import SOURCE_FORMATS, ImageLimits, open_source
 from preprocess.media.image import ImagePolicy, ImagePreprocessor, pixels_file
 from preprocess.media.memory import MemoryBudget
 from preprocess.media.video import (
-    StoredFrames,
+    StoredVideo,
     VideoDecoder,
     VideoPolicy,
     VideoPreparer,
@@ -18,18 +17,15 @@ from preprocess.media.video import (
 
 __all__ = [
     "SOURCE_FORMATS",
-    "ChildProcess",
     "ImageLimits",
     "ImagePolicy",
     "ImagePreprocessor",
     "MemoryBudget",
-    "Part",
-    "StoredFrames",
+    "StoredVideo",
     "VideoDecoder",
     "VideoPolicy",
     "VideoPreparer",
     "encode_video",
     "open_source",
     "pixels_file",
-    "run_child",
 ]

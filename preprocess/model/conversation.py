@@ -20,6 +20,7 @@ import numpy as np
 from preprocess.model.render import ChatModel, Message, TokenizedConversation
 from preprocess.text import IMAGE_PLACEHOLDER, Branch, TokenizedText
 from shardspec.errors import SampleError
+from shardspec.families import Size
 
 
 class Turn(NamedTuple):
@@ -27,6 +28,8 @@ class Turn(NamedTuple):
 
     user: str
     answer: str
+    reasoning: str = ""
+    """What the assistant thought, where a row has it beside the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +60,8 @@ def conversations(branches: Sequence[Branch], systems: Sequence[str]) -> list[Tu
         count = math.lcm(*[len(variants) for variants in branch.turns])
         drawn = [
             tuple(
-                Turn(variants[v % len(variants)].prompt, variants[v % len(variants)].response)
-                for variants in branch.turns
+                Turn(own.prompt, own.response, own.reasoning or "")
+                for own in (variants[v % len(variants)] for variants in branch.turns)
             )
             for v in range(count)
         ]
@@ -69,18 +72,18 @@ def conversations(branches: Sequence[Branch], systems: Sequence[str]) -> list[Tu
 
 
 def tokenized_conversations(
-    model: ChatModel, alternatives: Sequence[Turns], *, images: int, key: str
+    model: ChatModel, alternatives: Sequence[Turns], *, sizes: Sequence[Size], key: str
 ) -> TokenizedText:
     """Tokenizes every conversation of a sample.
 
     Args:
       model: Whose template and tokenizer.
       alternatives: The conversations.
-      images: Pictures of the sample; each is in every conversation.
+      sizes: (height, width) of the upright pictures of the sample; each is in every conversation.
       key: The sample's, for errors.
 
     Raises:
-      SampleError: `image_placeholder`, `empty_response`, and as `ChatModel.tokenize`.
+      SampleError: `image_placeholder`, `empty_response`, `reasoning`, and as `ChatModel.tokenize`.
     """
     ids: list[np.ndarray] = []
     length = 0
@@ -101,7 +104,7 @@ def tokenized_conversations(
         name = (each.turns, each.system)
         try:
             if name not in memo:
-                memo[name] = model.tokenize(_messages(model, each, images=images), images=images)
+                memo[name] = model.tokenize(_messages(model, each, images=len(sizes)), sizes=sizes)
         except SampleError as error:
             error.where = error.where or key
             raise
@@ -122,7 +125,7 @@ def _messages(model: ChatModel, each: Turns, *, images: int) -> list[Message]:
     for t, turn in enumerate(each.turns):
         first = images if t == 0 and not placed else 0
         messages.append(model.message("user", turn.user, images=first))
-        messages.append(model.message("assistant", turn.answer))
+        messages.append(model.message("assistant", turn.answer, reasoning=turn.reasoning))
     return messages
 
 

@@ -8,28 +8,46 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from preprocess.model.processor import is_model_type, open_processor, read_processor
 from preprocess.model.render import ChatModel
 from preprocess.text import IMAGE_PLACEHOLDER, USER, Tokenizer
 from shardspec.errors import ConfigError, SampleError
-from shardspec.families import Family, ModelConfig, StoredModel, read_family
+from shardspec.families import MODEL_TYPES, Family, ModelConfig, PaliGemma, StoredModel, read_family
+
+PALIGEMMA = (
+    "{% if messages | length != 2 or messages[0].role != 'user' %}"
+    "{{ raise_exception('PaliGemma takes one question and one answer') }}{% endif %}"
+    "{% for part in messages[0].content %}{% if part.type == 'text' %}"
+    "{{ bos_token if loop.first or loop.previtem.type == 'image' }}{{ part.text }}"
+    "{% elif loop.first or loop.previtem.type == 'image' %}<image>{% else %}"
+    "{{ raise_exception('PaliGemma takes pictures in front of the question') }}{% endif %}"
+    "{% endfor %}{{ '\n' }}{% generation %}"
+    "{% for part in messages[1].content %}{{ part.text }}{% endfor %}{{ eos_token }}"
+    "{% endgeneration %}"
+)
+"""What PaliGemma's processor makes of a question and an answer; its files have no template."""
 
 _NAMED = ("start_image_token", "end_image_token", "boi_token", "eoi_token")
 """Attributes of tokenizers that name the tokens around a picture."""
+
+_TRIED = (224, 336)
+"""(height, width) of a picture by which templates are tried."""
 
 _TEXT = re.compile(r"\n+|<row_\d+_col_\d+>|<global-img>")
 """What Idefics3's processor writes as plain text where the tokenizer has no such token."""
 
 
-def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
+def load_model(name: str, *, tokenizer: Tokenizer, date: str = "", own: bool = True) -> ChatModel:
     """Loads the text side of a model.
 
     Args:
       name: A folder with the model's configuration, processor and tokenizer files, or a hub id.
       tokenizer: The model's, as it is stored with the dataset.
       date: Day for templates that write one, YYYY-MM-DD.
+      own: Whether a family of `shardspec.families` is preferred to the model's own processor.
 
     Raises:
-      ConfigError: `model_file`, `model_template`, `chat_date`; as `read_family`.
+      ConfigError: `model_file`, `model_template`, `chat_date`; as `read_family`, `read_processor`.
     """
     from transformers import AutoTokenizer
 
@@ -43,24 +61,31 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
     loaded: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     token_id = config.get("image_token_id", config.get("image_token_index"))
     token = "" if token_id is None else loaded.convert_ids_to_tokens(token_id) or ""
-    family = read_family(
-        ModelConfig(
-            config=config,
-            image_processor=images,
-            processor=processor,
-            image_token=token,
-            tokens={name: getattr(loaded, name) for name in _NAMED if hasattr(loaded, name)},
-        ),
-        where=name,
-    )
+    model_type = config.get("model_type")
+    family: Family
+    if (own and model_type in MODEL_TYPES) or not is_model_type(model_type):
+        family = read_family(
+            ModelConfig(
+                config=config,
+                image_processor=images,
+                processor=processor,
+                image_token=token,
+                tokens={name: getattr(loaded, name) for name in _NAMED if hasattr(loaded, name)},
+            ),
+            where=name,
+        )
+    else:
+        family = read_processor(name, open_processor(name, config, images), config, images)
     added = tuple(each.content for each in loaded.added_tokens_decoder.values())
-    ids = {symbol: _ids_of(symbol, family, loaded, added) for symbol in family.symbols}
-    written = (*ids, family.marker, *_tokens_of(family))
+    ids = {symbol: _ids_of(symbol, family, loaded, added) for symbol in family.tokens.symbols}
+    written = (*ids, family.tokens.marker, *_tokens_of(family))
     missing = [symbol for symbol in written if symbol not in added and not _TEXT.fullmatch(symbol)]
     if missing:
         problem = f"the tokenizer has no token {missing[0]}"
         raise ConfigError("model_template", where=name, problem=problem)
-    template = _template(name, processor, loaded)
+    template = PALIGEMMA
+    if not isinstance(family, PaliGemma):
+        template = _template(name, processor, loaded)
     if "strftime_now" in template and not date:
         raise ConfigError("chat_date.missing", where=name)
     stored = StoredModel(
@@ -79,6 +104,8 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "") -> ChatModel:
             special_tokens=special,
             content=content,  # type: ignore[arg-type]
             date=date,
+            config=config if stored.inline else {},
+            images=images if stored.inline else {},
         )
         problem = _problem(model, loaded)
         if not problem:
@@ -90,22 +117,23 @@ def _ids_of(symbol: str, family: Family, loaded: Any, added: Sequence[str]) -> t
     """Gives the ids of a symbol; of a text those that it has between two tokens of a picture."""
     if symbol in added or not _TEXT.fullmatch(symbol):
         return (int(loaded.convert_tokens_to_ids(symbol) or 0),)
-    soft = family.soft_token
+    soft = family.image_token
     ids = loaded(f"{soft}{symbol}{soft}", add_special_tokens=False)["input_ids"]
     return tuple(map(int, ids[1:-1]))
 
 
 def _tokens_of(family: Family) -> tuple[str, ...]:
     """Lists the tokens that a processor writes around a picture."""
-    return (
-        tuple(re.findall(r"<[^<>\s]+>", family.written)) if family.written != family.marker else ()
+    tokens = family.tokens
+    return tuple(
+        re.findall(r"<[^<>\s]+>", tokens.written if tokens.written != tokens.marker else "")
     )
 
 
 def _problem(model: ChatModel, loaded: Any) -> str:
     """Says why the template cannot render a picture and a question; "" if it can."""
     messages = [model.message("user", USER, images=1), model.message("assistant", "An answer.")]
-    marker = model.stored.family.marker
+    marker = model.stored.family.tokens.marker
     try:
         text, _ = model.render(messages)
     except SampleError as error:
@@ -116,13 +144,15 @@ def _problem(model: ChatModel, loaded: Any) -> str:
     if text.count(USER) != 1 or f"'{USER}'" in text:
         return "it does not write the user's text once"
     try:
-        found = model.tokenize(messages, images=1)
+        found = model.tokenize(messages, sizes=[_TRIED])
     except SampleError as error:
         return str(error.facts.get("problem", error.what))
+    if model.stored.inline or isinstance(model.stored.family, PaliGemma):
+        return ""
     bos, (text, _) = loaded.bos_token, model.expanded(text, [])
     own = loaded(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
     ids = found.ids.tolist()
-    mark = loaded.convert_tokens_to_ids(model.stored.family.soft_token)
+    mark = loaded.convert_tokens_to_ids(model.stored.family.image_token)
     if [mark if i == model.stored.placeholder else i for i in ids] != list(own):
         return "its text is tokenized otherwise by the tokenizers library"
     return ""

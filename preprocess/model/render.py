@@ -5,7 +5,8 @@ What is learned of it:
 
 1. Templates with `{% generation %}` marks say it themselves: one marked part for each answer.
 2. For others, each answer is replaced by a sentinel and the conversation is rendered again: what is
-   equal in front of it and after it is markup. The learned part begins where the conversation up to
+   equal in front of it and after it is markup; a thought in front of an answer is the template's
+   to place. The learned part begins where the conversation up to
    there ends when it is rendered with the generation prompt, and it ends with the token that ends
    the turn.
 
@@ -18,18 +19,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
+from preprocess.model.processor import black, open_processor, run
 from preprocess.text import ANSWER, FIXED_DATE, IMAGE_PLACEHOLDER
 from shardspec.errors import SampleError
-from shardspec.families import StoredModel
+from shardspec.families import PaliGemma, Size, StoredModel
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_THOUGHT = re.compile(r"\s*<(?P<tag>think|thinking|thought)>(?P<thought>.*)</(?P=tag)>\s*", re.S)
 
 Message = Mapping[str, Any]
 
@@ -61,6 +66,10 @@ class ChatModel:
     """How the template takes a message: as a list of typed parts, or as one text."""
     date: str = ""
     """Day that the template writes, YYYY-MM-DD."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+    """The documents config.json and preprocessor_config.json, where the model's own processor
+    writes the tokens of pictures."""
 
     @cached_property
     def _backend(self) -> Any:
@@ -72,8 +81,12 @@ class ChatModel:
         return backend
 
     @cached_property
+    def _processor(self) -> Any:
+        return open_processor(self.name, self.config, self.images)
+
+    @cached_property
     def _marker_id(self) -> int:
-        found: int | None = self._backend.token_to_id(self.stored.family.soft_token)
+        found: int | None = self._backend.token_to_id(self.stored.family.image_token)
         return -1 if found is None else found
 
     @cached_property
@@ -92,7 +105,7 @@ class ChatModel:
         return FIXED_DATE + self.template, {"chat_dates": dates}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_marker_id", "_ends", "_options")
+        own = ("_backend", "_processor", "_marker_id", "_ends", "_options")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def describe(self) -> dict[str, Any]:
@@ -110,24 +123,27 @@ class ChatModel:
         """Whether the template says itself what is generated."""
         return _GENERATION.search(self.template) is not None
 
-    def message(self, role: str, text: str, *, images: int = 0) -> Message:
+    def message(self, role: str, text: str, *, images: int = 0, reasoning: str = "") -> Message:
         """Makes a message of the template.
 
         Args:
           role: Of the chat.
           text: With `IMAGE_PLACEHOLDER` where a picture is.
           images: Pictures in front of all text.
+          reasoning: What templates know as `reasoning_content`.
         """
         first, *rest = text.split(IMAGE_PLACEHOLDER)
+        thought = {"reasoning_content": reasoning} if reasoning else {}
         if self.content == "text":
-            marker = self.stored.family.marker
-            return {"role": role, "content": f"{marker}\n" * images + marker.join((first, *rest))}
+            marker = self.stored.family.tokens.marker
+            content = f"{marker}\n" * images + marker.join((first, *rest))
+            return {"role": role, "content": content, **thought}
         parts: list[dict[str, str]] = [{"type": "image"}] * images
         parts += [{"type": "text", "text": first}] if first or not (rest or images) else []
         for piece in rest:
             parts.append({"type": "image"})
             parts += [{"type": "text", "text": piece}] if piece else []
-        return {"role": role, "content": parts}
+        return {"role": role, "content": parts, **thought}
 
     def render(
         self, messages: Sequence[Message], *, generation: bool = False
@@ -163,16 +179,18 @@ class ChatModel:
         marked = spans[0] if spans else ()
         return str(texts[0]), [(int(a), int(b)) for a, b in marked]
 
-    def tokenize(self, messages: Sequence[Message], *, images: int) -> TokenizedConversation:
+    def tokenize(
+        self, messages: Sequence[Message], *, sizes: Sequence[Size]
+    ) -> TokenizedConversation:
         """Turns a conversation into ids.
 
         Args:
           messages: Made by `message`; answers have the role "assistant".
-          images: Its pictures.
+          sizes: (height, width) of its pictures, upright.
 
         Raises:
-          SampleError: `chat_render`, `loss_span`; `image_placeholder`, the template does not write
-            each picture once.
+          SampleError: `chat_render`, `loss_span`, `reasoning`, `picture_processor`;
+            `image_placeholder`, the template does not write each picture once.
         """
         text, marked = self.render(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -180,27 +198,74 @@ class ChatModel:
             spans = self._marked(text, marked, [messages[i] for i in answers])
         else:
             spans = [self._span(text, messages, i) for i in answers]
-        text, spans = self.expanded(text, spans)
+        if answers:
+            _require_thought(messages[answers[-1]], text[slice(*spans[-1])])
         bos = str(self.special_tokens.get("bos_token") or "")
         # As processors do: no second BOS where the template has written one.
         adds = not (bos and text.startswith(bos))
-        encoding = self._backend.encode(text, add_special_tokens=adds)
-        ids = np.array(encoding.ids, dtype="<i4")
-        pictures = ids == self._marker_id
-        if np.count_nonzero(pictures) != images:
-            raise SampleError(
-                "image_placeholder.rendered",
-                images=images,
-                placeholders=int(np.count_nonzero(pictures)),
-            )
-        ids[pictures] = self.stored.placeholder
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        if self.stored.inline:
+            ids, offsets, spans = self._processed(text, spans, sizes, adds=adds)
+            pictures = ids == self._marker_id
+        else:
+            text, spans = self.expanded(text, spans)
+            ids, offsets = self._encoded(text, spans, adds=adds)
+            pictures = ids == self._marker_id
+            _require_each(sizes, int(np.count_nonzero(pictures)))
+            ids[pictures] = self.stored.placeholder
         learned = np.zeros(len(ids), bool)
         for start, stop in spans:
             learned |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
         if (learned & pictures).any():
             raise SampleError("loss_span", problem="a picture is part of an answer")
         return TokenizedConversation(ids=ids, learned=learned)
+
+    def _encoded(
+        self, text: str, spans: Sequence[tuple[int, int]], *, adds: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gives int32 [T] ids, and int64 [T, 2] where they are in the text."""
+        cuts = [0, len(text)]
+        if isinstance(self.stored.family, PaliGemma):
+            # Its processor takes an answer as a text of its own, and adds no tokens.
+            cuts, adds = sorted({*cuts, *(start for start, _ in spans)}), False
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, stop in pairwise(cuts):
+            encoding = self._backend.encode(text[start:stop], add_special_tokens=adds)
+            ids += encoding.ids
+            offsets += [(start + a, start + b) for a, b in encoding.offsets]
+        return np.array(ids, dtype="<i4"), np.array(offsets, np.int64).reshape(-1, 2)
+
+    def _processed(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        sizes: Sequence[Size],
+        *,
+        adds: bool,
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+        """Tokenizes as the model's processor does, with the tokens that it writes for pictures.
+
+        Returns:
+          int32 [T] ids; int64 [T, 2] where they are in the text; the parts of it, moved along.
+        """
+        _require_each(sizes, text.count(self.stored.family.tokens.marker))
+        try:
+            found = run(self._processor, text, [black(size) for size in sizes], special=adds)
+        except (ValueError, ZeroDivisionError) as error:
+            problem = str(error).strip().partition("\n")[0]
+            raise SampleError("picture_processor", problem=problem) from error
+        replaced = (found.get("text_replacement_offsets") or [[]])[0]
+        moves = [(one["span"][1], one["new_span"][1] - one["span"][1]) for one in replaced]
+
+        def moved(at: int) -> int:
+            # Each says how far all replacements up to it move the text.
+            return at + next((by for end, by in reversed(moves) if end <= at), 0)
+
+        return (
+            np.array(found["input_ids"][0], dtype="<i4"),
+            np.array(found["offset_mapping"][0], np.int64).reshape(-1, 2),
+            [(moved(start), moved(stop)) for start, stop in spans],
+        )
 
     def expanded(
         self, text: str, spans: Sequence[tuple[int, int]]
@@ -214,7 +279,7 @@ class ChatModel:
           text: As the template renders it.
           spans: Parts of it, (start, stop); they move along.
         """
-        family = self.stored.family
+        family = self.stored.family.tokens
         if family.written == family.marker:
             return text, list(spans)
         marker = re.escape(family.marker)
@@ -232,7 +297,7 @@ class ChatModel:
     def _marked(
         self, text: str, spans: list[tuple[int, int]], answers: Sequence[Message]
     ) -> list[tuple[int, int]]:
-        texts = [_text_of(message).strip() for message in answers]
+        texts = [_split(_text_of(message))[1].strip() for message in answers]
         if len(spans) != len(answers):
             problem = f"{len(answers)} answers, {len(spans)} marked as generated"
             raise SampleError("loss_span", problem=problem)
@@ -243,8 +308,10 @@ class ChatModel:
 
     def _span(self, text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
         """Finds what is learned of answer i, its end of turn included."""
-        answer = _text_of(messages[i])
-        replaced = [*messages[:i], self.message("assistant", ANSWER), *messages[i + 1 :]]
+        thought, answer = _split(_text_of(messages[i]))
+        beside = messages[i].get("reasoning_content", "")
+        probe = self.message("assistant", thought + ANSWER, reasoning=beside)
+        replaced = [*messages[:i], probe, *messages[i + 1 :]]
         head, found, tail = self.render(replaced)[0].partition(ANSWER)
         if not found or ANSWER in tail:
             raise SampleError("loss_span", problem="an answer is left out, or written twice")
@@ -261,6 +328,26 @@ class ChatModel:
         if end is None:
             raise SampleError("loss_span", problem="no token ends an answer")
         return len(before), len(text) - len(tail) + end.end()
+
+
+def _require_each(sizes: Sequence[Size], written: int) -> None:
+    if written != len(sizes):
+        raise SampleError("image_placeholder.rendered", images=len(sizes), placeholders=written)
+
+
+def _split(answer: str) -> tuple[str, str]:
+    """Splits an answer into the thought in front of it, if there is one, and the rest."""
+    found = _THOUGHT.match(answer)
+    return (found.group(), answer[found.end() :]) if found else ("", answer)
+
+
+def _require_thought(message: Message, learned: str) -> None:
+    """Refuses a template that leaves the thought of the last answer out."""
+    beside = str(message.get("reasoning_content", "")).strip()
+    found = _THOUGHT.match(_text_of(message))
+    for thought in filter(None, (beside, found.group("thought").strip() if found else "")):
+        if thought not in learned:
+            raise SampleError("reasoning.dropped", chars=len(thought))
 
 
 def _text_of(message: Message) -> str:

@@ -24,10 +24,10 @@ from preprocess.report.marks import Mark, marks
 from preprocess.report.stored import Sample, SampleReader
 from preprocess.report.styles import style_names
 from preprocess.text import Tokenizer
-from shardspec.families import StoredModel
+from shardspec.families import StoredModel, plan_pictures
 from shardspec.manifest import Manifest
 from shardspec.media import decode_stored
-from shardspec.sample import WEIGHT_ONE, Geometry, lead_rows, text_rows, video_rows
+from shardspec.sample import WEIGHT_ONE, Geometry, clip_rows, lead_rows, text_rows, video_rows
 from shardspec.tiling import (
     ImageView,
     canvas_size,
@@ -120,6 +120,9 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
         )
     if len(shown) > 2:
         shown = [element("div", *shown, class_="tiles")]
+    for _, video, _, count, _, num_bytes, *_ in clip_rows(sample.spans).tolist():
+        told = f"Video {video + 1} is a clip of {count:,} frames, {num_bytes:,} bytes."
+        shown.append(element("p", told, class_="note"))
     rest = len(sample.images) - _MOST_IMAGES
     shown.append(element("p", f"{rest} more pictures.", class_="note") if rest > 0 else None)
     return shown
@@ -130,7 +133,7 @@ def _seen(sample: Sample, manifest: Manifest) -> list[tuple[str, ImageView | Non
     sizes = [image.source_size for image in sample.images]
     if "model" in manifest.recipe:
         family = StoredModel.from_dict(manifest.recipe["model"]).family
-        plans = family.plan([(height, width) for width, height in sizes])
+        plans = plan_pictures(family, [(height, width) for width, height in sizes])
         return [
             (
                 f"{plan.num_tokens:,} image tokens at {plan.resized[1]}×{plan.resized[0]}, "
@@ -150,7 +153,7 @@ def _seen(sample: Sample, manifest: Manifest) -> list[tuple[str, ImageView | Non
         found.append(("; ".join(told), views[-1]))
     times = {int(row[1]): int(row[6]) / 1000 for row in lead_rows(sample.spans)}
     for _, video, first, count, *_ in video_rows(sample.spans).tolist():
-        for i in range(first, first + count):
+        for i in range(first, min(first + count, len(found))):  # those of a clip are in its file
             told_time = (
                 f"frame {i - first + 1} of {count} of video {video + 1}, at {times[i]:.2f} s"
             )

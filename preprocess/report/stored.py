@@ -24,6 +24,7 @@ from shardspec.sample import (
     Codec,
     decode_array,
     image_rows,
+    num_stored_images,
     overview_rows,
 )
 from shardspec.storage import RangeReader
@@ -189,7 +190,7 @@ class SampleReader:
 def _images(members: bytes, spans: np.ndarray, row: np.void) -> tuple[StoredImage, ...]:
     overview_bytes = {int(o[1]): int(o[4]) for o in overview_rows(spans)}
     sizes = [int(row["json_bytes"]), int(row["spans_bytes"]), int(row["tokens_bytes"])]
-    pictures, at = image_rows(spans), []
+    pictures, at = image_rows(spans)[: num_stored_images(spans)], []
     for image in pictures:
         at.append(len(sizes))
         sizes.append(int(image[6]))

@@ -18,13 +18,23 @@ _SIDED = re.compile(
     re.IGNORECASE,
 )
 
+_NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
+_PLACED = re.compile(
+    r"<\|?(?:points?\b|tracks?\b|bbox|box|loc\d)|"  # Molmo, InternVL, Qwen-VL, PaliGemma
+    rf"\b(?:bbox|point)_2d\b|[\[(]{_NUMBER}(?:,{_NUMBER})+[\])]|"
+    r"\b[xy][12]?\s*[=:]\s*[\"']?-?\d",
+    re.IGNORECASE,
+)
+"""Coordinates in the spellings of other code bases; a list of numbers may be some."""
+
 
 def safe_geometry(
     texts: Sequence[str], *, styles: Sequence[str] = (), known: Mapping[str, Style] = STYLES
 ) -> Geometry:
     """Decides which augmentations leave an example's texts true.
 
-    Points, motions and pages to be read allow neither flips nor crops. Otherwise a flip is allowed
+    Points, motions and pages to be read allow neither flips nor crops, and neither do texts with
+    coordinates: a text is stored as tokens, and cannot follow. Otherwise a flip is allowed
     if no text mentions sides or things to be read, and a free crop if none requests a count: a
     caption survives the loss of a margin, a number does not. Colour may always change.
 
@@ -39,8 +49,12 @@ def safe_geometry(
     False
     >>> safe_geometry(["dogs"], styles=["pointing"]) == Geometry.COLOR
     True
+    >>> safe_geometry(["Where is it?", "[0.25, 0.1, 0.6, 0.84]"]) == Geometry.COLOR
+    True
     """
     if any(known[style].rigid for style in styles if style in known):
+        return Geometry.COLOR
+    if any(_PLACED.search(text) for text in texts):
         return Geometry.COLOR
     safe = Geometry.ALL
     if any(_SIDED.search(text) for text in texts):

@@ -11,27 +11,35 @@ from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
 from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
+from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
-from shardspec.families.plan import Family, PicturePlan, Size, plan_one
+from shardspec.families.plan import Family, Filter, PicturePlan, PictureTokens, Size
+from shardspec.families.processor import Processor, packs_as_plain_decoder, refusal
 from shardspec.families.qwen2_vl import Qwen2VL
-from shardspec.families.stored import StoredModel, family_from_dict, family_to_dict
+from shardspec.families.stored import StoredModel, family_from_dict, family_to_dict, plan_pictures
 
 __all__ = [
     "MODEL_TYPES",
     "AnyRes",
     "Family",
+    "Filter",
     "FixedSize",
     "Gemma3",
     "Idefics3",
     "InternVL",
     "ModelConfig",
+    "PaliGemma",
     "PicturePlan",
+    "PictureTokens",
     "Pixtral",
+    "Processor",
     "Qwen2VL",
     "Size",
     "StoredModel",
     "family_from_dict",
     "family_to_dict",
-    "plan_one",
+    "packs_as_plain_decoder",
+    "plan_pictures",
     "read_family",
+    "refusal",
 ]

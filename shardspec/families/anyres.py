@@ -9,7 +9,6 @@ several pictures of a sample is one tile, padded to a square.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from shardspec.families.plan import (
     Family,
     Filter,
     PicturePlan,
+    PictureTokens,
     Positions,
     Size,
     different,
@@ -69,46 +69,30 @@ class AnyRes:
             )
 
     @property
-    def marker(self) -> str:
-        return self.image_token
-
-    @property
-    def written(self) -> str:
-        return self.marker
-
-    @property
-    def soft_token(self) -> str:
-        return self.image_token
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (self.image_token,)
-
-    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
-        """Plans the pictures of a sample; see `Family.plan`.
-
-        >>> [(p.resized, p.grid, p.num_tokens) for p in AnyRes().plan([(427, 640)])]
-        [((449, 672), (2, 2), 2144)]
-        """
-        if self.single_tiles and len(sizes) > 1:
-            return (self._single(),) * len(sizes)
-        return tuple(self._plan(size) for size in sizes)
+    def tokens(self) -> PictureTokens:
+        return PictureTokens(soft=self.image_token)
 
     def stored_size(self, size: Size) -> Size:
-        return keep_smaller(size, self._plan(size).resized)
+        return keep_smaller(size, self.plan(size).resized)
 
     def unlike(self, stored: Family) -> dict[str, str]:
         return different(self, stored, free={"mean": False, "std": False})
 
-    def _single(self) -> PicturePlan:
+    def one_tile(self) -> PicturePlan:
+        """Plans each of several pictures of a sample, with `single_tiles`."""
         return PicturePlan(
             resized=(self.size_px, self.size_px),
             grid=(0, 0),
-            num_units=1,
             layout=((self.image_token, self.num_tokens + 1),),
         )
 
-    def _plan(self, size: Size) -> PicturePlan:
+    def plan(self, size: Size) -> PicturePlan:
+        """Plans the picture of a sample; see `Family.plan`.
+
+        >>> p = AnyRes().plan((427, 640))
+        >>> p.resized, p.grid, p.num_tokens
+        ((449, 672), (2, 2), 2144)
+        """
         height, width = self._resolution(size)
         rows, cols = height // self.size_px, width // self.size_px
         return PicturePlan(

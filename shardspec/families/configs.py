@@ -16,6 +16,7 @@ from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
 from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
+from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, Filter
 from shardspec.families.qwen2_vl import Qwen2VL
@@ -324,6 +325,20 @@ def _gemma3(files: _Files) -> Family:
     )
 
 
+def _paligemma(files: _Files) -> Family:
+    images, standard = files.images, PaliGemma()
+    side = files.square(images.get("size", standard.size_px), "size")
+    if side is None:
+        files.refuse("size", images.get("size"))
+    tokens = images.get("image_seq_length") or files.patches(side) ** 2
+    return PaliGemma(
+        size_px=side,
+        num_tokens=tokens,
+        **files.resize_by(3, mean=standard.mean, std=standard.std),
+        **files.token,
+    )
+
+
 _READERS: Mapping[str, Callable[[_Files], Family]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_vl,
@@ -337,6 +352,7 @@ _READERS: Mapping[str, Callable[[_Files], Family]] = {
     "smolvlm": _idefics3,
     "gemma3": _gemma3,
     "mistral3": _pixtral,
+    "paligemma": _paligemma,
 }
 """By `model_type` of config.json."""
 

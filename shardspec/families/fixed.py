@@ -5,7 +5,6 @@ The picture is squashed to the size, or its short side is resized to it and the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +13,7 @@ from shardspec.families.plan import (
     Family,
     Filter,
     PicturePlan,
+    PictureTokens,
     Positions,
     Size,
     different,
@@ -48,36 +48,18 @@ class FixedSize:
         require_numbers(self, size_px=1, num_tokens=1)
 
     @property
-    def marker(self) -> str:
-        return self.image_token
+    def tokens(self) -> PictureTokens:
+        return PictureTokens(soft=self.image_token)
 
-    @property
-    def written(self) -> str:
-        return self.marker
+    def plan(self, size: Size) -> PicturePlan:
+        """Plans a picture; see `Family.plan`.
 
-    @property
-    def soft_token(self) -> str:
-        return self.image_token
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (self.image_token,)
-
-    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
-        """Plans each picture by itself; see `Family.plan`.
-
-        >>> [(p.resized, p.num_tokens) for p in FixedSize().plan([(427, 640)])]
-        [((336, 503), 576)]
+        >>> p = FixedSize().plan((427, 640))
+        >>> p.resized, p.num_tokens
+        ((336, 503), 576)
         """
-        return tuple(
-            PicturePlan(
-                resized=self._resized(size),
-                grid=(1, 1),
-                num_units=1,
-                layout=((self.image_token, self.num_tokens),),
-            )
-            for size in sizes
-        )
+        layout = ((self.image_token, self.num_tokens),)
+        return PicturePlan(resized=self._resized(size), layout=layout)
 
     def stored_size(self, size: Size) -> Size:
         resized = self._resized(size)

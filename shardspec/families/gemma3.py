@@ -5,7 +5,6 @@ Pan and scan, which adds crops, is not done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from shardspec.families.plan import (
     Family,
     Filter,
     PicturePlan,
+    PictureTokens,
     Positions,
     Size,
     different,
@@ -45,37 +45,21 @@ class Gemma3:
         require_numbers(self, size_px=1, num_tokens=1)
 
     @property
-    def marker(self) -> str:
-        return self.start_token
+    def tokens(self) -> PictureTokens:
+        # The processor writes all of it where the template has the first mark.
+        around = f"\n\n{self.start_token}{self.image_token}{self.end_token}\n\n"
+        return PictureTokens(soft=self.image_token, marker=self.start_token, written=around)
 
-    @property
-    def written(self) -> str:
-        return f"\n\n{self.start_token}{self.image_token}{self.end_token}\n\n"
-
-    @property
-    def soft_token(self) -> str:
-        return self.image_token
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (self.image_token,)
-
-    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
+    def plan(self, size: Size) -> PicturePlan:
         """Plans every picture alike; see `Family.plan`.
 
-        >>> [(p.resized, p.num_tokens) for p in Gemma3().plan([(427, 640)])]
-        [((896, 896), 256)]
+        >>> p = Gemma3().plan((427, 640))
+        >>> p.resized, p.num_tokens
+        ((896, 896), 256)
         """
-        side = self.size_px
-        return tuple(
-            PicturePlan(
-                resized=(side, side),
-                grid=(1, 1),
-                num_units=1,
-                layout=((self.image_token, self.num_tokens),),
-            )
-            for _ in sizes
-        )
+        del size
+        layout = ((self.image_token, self.num_tokens),)
+        return PicturePlan(resized=(self.size_px, self.size_px), layout=layout)
 
     def stored_size(self, size: Size) -> Size:
         return keep_smaller(size, (self.size_px, self.size_px))

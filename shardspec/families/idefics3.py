@@ -8,7 +8,6 @@ into one tile, is the last.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from shardspec.families.plan import (
     Family,
     Filter,
     PicturePlan,
+    PictureTokens,
     Positions,
     Size,
     different,
@@ -54,32 +54,13 @@ class Idefics3:
         require_numbers(self, size_px=1, longest_px=1, tokens_per_tile=1)
 
     @property
-    def marker(self) -> str:
-        return self.image_token
-
-    @property
-    def written(self) -> str:
-        return self.marker
-
-    @property
-    def soft_token(self) -> str:
-        return self.image_token
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
+    def tokens(self) -> PictureTokens:
         most = math.ceil(min(self.longest_px, MOST_SIDE) / self.size_px) if self.splits else 0
         numbers = range(1, most + 1)
         tiles = [_tile(row, col) for row in numbers for col in numbers]
         breaks = ["\n", "\n\n"] if tiles else []
-        return (self.image_token, self.around_token, self.whole_token, *tiles, *breaks)
-
-    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
-        """Plans each picture by itself; see `Family.plan`.
-
-        >>> [(p.resized, p.grid, p.num_units) for p in Idefics3().plan([(427, 640)])]
-        [((972, 1456), (3, 4), 13)]
-        """
-        return tuple(self._plan(size) for size in sizes)
+        marks = (self.around_token, self.whole_token, *tiles, *breaks)
+        return PictureTokens(soft=self.image_token, marks=marks)
 
     def stored_size(self, size: Size) -> Size:
         return keep_smaller(size, self._longest(size))
@@ -92,7 +73,13 @@ class Idefics3:
             wrong["splits"] = "False stored, True asked for"
         return wrong
 
-    def _plan(self, size: Size) -> PicturePlan:
+    def plan(self, size: Size) -> PicturePlan:
+        """Plans a picture; see `Family.plan`.
+
+        >>> p = Idefics3().plan((427, 640))
+        >>> p.resized, p.grid, p.num_units
+        ((972, 1456), (3, 4), 13)
+        """
         resized = self._longest(size)
         rows, cols = self._grid(resized) if self.splits else (1, 1)
         whole = (
@@ -102,7 +89,7 @@ class Idefics3:
             (self.around_token, 1),
         )
         if rows * cols == 1:
-            return PicturePlan(resized=resized, grid=(1, 1), num_units=1, layout=whole)
+            return PicturePlan(resized=resized, layout=whole)
         layout: list[tuple[str, int]] = []
         for row in range(1, rows + 1):
             for col in range(1, cols + 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ from shardspec.families.plan import (
     Family,
     Filter,
     PicturePlan,
+    PictureTokens,
     Positions,
     Size,
     different,
@@ -44,38 +44,24 @@ class InternVL:
         require_numbers(self, size_px=1, min_tiles=1, max_tiles=1, tokens_per_tile=1)
 
     @property
-    def marker(self) -> str:
-        return self.image_token
-
-    @property
-    def written(self) -> str:
-        return self.marker
-
-    @property
-    def soft_token(self) -> str:
-        return self.image_token
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (self.start_token, self.image_token, self.end_token)
-
-    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
-        """Plans each picture by itself; see `Family.plan`.
-
-        >>> [(p.grid, p.num_units, p.num_tokens) for p in InternVL().plan([(427, 640)])]
-        [((2, 3), 7, 1794)]
-        """
-        return tuple(self._plan(size) for size in sizes)
+    def tokens(self) -> PictureTokens:
+        return PictureTokens(soft=self.image_token, marks=(self.start_token, self.end_token))
 
     def stored_size(self, size: Size) -> Size:
         """Gives the size of the tiles together: the thumbnail is made of what is stored."""
-        return keep_smaller(size, self._plan(size).resized)
+        return keep_smaller(size, self.plan(size).resized)
 
     def unlike(self, stored: Family) -> dict[str, str]:
         free = {"min_tiles": False, "max_tiles": True, "mean": False, "std": False}
         return different(self, stored, free=free)
 
-    def _plan(self, size: Size) -> PicturePlan:
+    def plan(self, size: Size) -> PicturePlan:
+        """Plans a picture; see `Family.plan`.
+
+        >>> p = InternVL().plan((427, 640))
+        >>> p.grid, p.num_units, p.num_tokens
+        ((2, 3), 7, 1794)
+        """
         rows, cols = self._grid(size)
         tiles = rows * cols + (rows * cols > 1)
         return PicturePlan(

@@ -7,7 +7,6 @@ are padded to the largest of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from shardspec.families.plan import (
     Family,
     Filter,
     PicturePlan,
+    PictureTokens,
     Positions,
     Size,
     different,
@@ -48,37 +48,23 @@ class Pixtral:
         require_numbers(self, patch_px=1, merge=1, longest_px=1)
 
     @property
-    def marker(self) -> str:
-        return self.image_token
-
-    @property
-    def written(self) -> str:
-        return self.marker
-
-    @property
-    def soft_token(self) -> str:
-        return self.image_token
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (self.image_token, self.break_token, self.end_token)
-
-    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
-        """Plans each picture by itself; see `Family.plan`.
-
-        >>> [(p.resized, p.num_tokens) for p in Pixtral().plan([(427, 640)])]
-        [((432, 640), 1107)]
-        """
-        return tuple(self._plan(size) for size in sizes)
+    def tokens(self) -> PictureTokens:
+        return PictureTokens(soft=self.image_token, marks=(self.break_token, self.end_token))
 
     def stored_size(self, size: Size) -> Size:
-        return keep_smaller(size, self._plan(size).resized)
+        return keep_smaller(size, self.plan(size).resized)
 
     def unlike(self, stored: Family) -> dict[str, str]:
         free = {"longest_px": True, "mean": False, "std": False}
         return different(self, stored, free=free)
 
-    def _plan(self, size: Size) -> PicturePlan:
+    def plan(self, size: Size) -> PicturePlan:
+        """Plans a picture; see `Family.plan`.
+
+        >>> p = Pixtral().plan((427, 640))
+        >>> p.resized, p.num_tokens
+        ((432, 640), 1107)
+        """
         height, width = size
         ratio = max(height / self.longest_px, width / self.longest_px)
         if ratio > 1:
@@ -91,6 +77,5 @@ class Pixtral:
         return PicturePlan(
             resized=(rows * token, cols * token),
             grid=(rows, cols),
-            num_units=1,
             layout=tuple(run for end in ends for run in ((self.image_token, cols), (end, 1))),
         )

@@ -11,10 +11,9 @@ dataset's: they are looked up once, when it is built.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from shardspec.errors import ConfigError
 
@@ -34,9 +33,9 @@ class PicturePlan:
 
     resized: Size
     """To which size the whole picture is resized before it is cut into patches or tiles."""
-    grid: tuple[int, int]
+    grid: tuple[int, int] = (1, 1)
     """(rows, columns) of patches, or of tiles; (0, 0) of LLaVA-OneVision's one tile."""
-    num_units: int
+    num_units: int = 1
     """Rows of `pixel_values` that it takes: patches, or tiles with the thumbnail."""
     layout: tuple[tuple[str, int], ...]
     """Its tokens as runs: (symbol, how many)."""
@@ -47,33 +46,54 @@ class PicturePlan:
         return sum(count for _, count in self.layout)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureTokens:
+    """Which tokens chat templates, processors and plans write for pictures."""
+
+    soft: str
+    """The symbol that the features of a picture replace."""
+    marks: tuple[str, ...] = ()
+    """The other symbols that a layout may have."""
+    marker: str = ""
+    """The token that a chat template writes where a picture is; "" for `soft`."""
+    written: str = ""
+    """What the model's processor writes for the marker before it repeats `soft`, which is once in
+    it; "" for the marker itself."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "marker", self.marker or self.soft)
+        object.__setattr__(self, "written", self.written or self.marker)
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Every symbol that a layout may have."""
+        return (self.soft, *self.marks)
+
+
 class Family(Protocol):
     """The picture side of a model; a frozen dataclass of plain values."""
 
     kind: ClassVar[str]
     """Its name in manifests."""
-    positions: ClassVar[Positions]
-    type_ids: ClassVar[str]
-    """Name of the key of batches that is 1 for the tokens of pictures; "" where there is none."""
-
-    packs: ClassVar[bool]
-    """Whether rows of several examples give each the result that it has alone."""
 
     @property
-    def marker(self) -> str:
-        """The token that a chat template writes where a picture is."""
+    def positions(self) -> Positions: ...
 
     @property
-    def written(self) -> str:
-        """What the model's processor writes for the marker, before it repeats `soft_token`."""
+    def type_ids(self) -> str:
+        """Name of the key of batches that is 1 for the tokens of pictures; "" for none."""
 
     @property
-    def soft_token(self) -> str:
-        """The symbol that the features of a picture replace; once in `written`."""
+    def packs(self) -> bool:
+        """Whether rows of several examples give each the result that it has alone."""
 
     @property
-    def symbols(self) -> tuple[str, ...]:
-        """Every symbol that a layout may have."""
+    def image_token(self) -> str:
+        """`tokens.soft`, which is needed for every picture."""
+
+    @property
+    def tokens(self) -> PictureTokens:
+        """How its pictures are written."""
 
     @property
     def filter(self) -> Filter:
@@ -85,11 +105,11 @@ class Family(Protocol):
     @property
     def std(self) -> tuple[float, float, float]: ...
 
-    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
-        """Plans the pictures of a sample, in order.
+    def plan(self, size: Size) -> PicturePlan:
+        """Plans the only picture of a sample; `plan_pictures` plans any number.
 
         Args:
-          sizes: (height, width) of each upright original.
+          size: (height, width) of the upright original.
 
         Raises:
           SampleError: `picture_shape`, the family refuses such a picture.
@@ -157,15 +177,3 @@ def require_numbers(family: Family, **least: int) -> None:
                 got=repr(value),
                 want=f"a whole number of at least {bound}",
             )
-
-
-def plan_one(family: Family, size: Size) -> PicturePlan:
-    """Plans a sample of one picture; remembered, as pictures share sizes."""
-    known: Any = family  # frozen, so hashable
-    return _plan_one(known, size)
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _plan_one(family: Any, size: Size) -> PicturePlan:
-    plan: PicturePlan = family.plan([size])[0]
-    return plan

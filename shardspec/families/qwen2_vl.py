@@ -7,7 +7,6 @@ patches become one token.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from shardspec.families.plan import (
     Family,
     Filter,
     PicturePlan,
+    PictureTokens,
     Positions,
     Size,
     different,
@@ -53,28 +53,8 @@ class Qwen2VL:
         require_numbers(self, patch_px=1, merge=1, temporal_patch=1, min_pixels=1, max_pixels=1)
 
     @property
-    def marker(self) -> str:
-        return self.image_token
-
-    @property
-    def written(self) -> str:
-        return self.marker
-
-    @property
-    def soft_token(self) -> str:
-        return self.image_token
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (self.image_token,)
-
-    def plan(self, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
-        """Plans each picture by itself; see `Family.plan`.
-
-        >>> [(p.resized, p.grid, p.num_tokens) for p in Qwen2VL().plan([(427, 640)])]
-        [((420, 644), (30, 46), 345)]
-        """
-        return tuple(self._plan(size) for size in sizes)
+    def tokens(self) -> PictureTokens:
+        return PictureTokens(soft=self.image_token)
 
     def stored_size(self, size: Size) -> Size:
         return keep_smaller(size, self._resized(size))
@@ -83,7 +63,13 @@ class Qwen2VL:
         free = {"min_pixels": False, "max_pixels": True, "mean": False, "std": False}
         return different(self, stored, free=free)
 
-    def _plan(self, size: Size) -> PicturePlan:
+    def plan(self, size: Size) -> PicturePlan:
+        """Plans a picture; see `Family.plan`.
+
+        >>> p = Qwen2VL().plan((427, 640))
+        >>> p.resized, p.grid, p.num_tokens
+        ((420, 644), (30, 46), 345)
+        """
         resized = self._resized(size)
         rows, cols = resized[0] // self.patch_px, resized[1] // self.patch_px
         return PicturePlan(

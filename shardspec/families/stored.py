@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,13 +15,17 @@ from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
 from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
+from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
-from shardspec.families.plan import Family, PicturePlan
+from shardspec.families.plan import Family, PicturePlan, Size
+from shardspec.families.processor import Processor
 from shardspec.families.qwen2_vl import Qwen2VL
 
-KINDS: Mapping[str, Any] = {
-    kind.kind: kind for kind in (Qwen2VL, FixedSize, AnyRes, InternVL, Idefics3, Gemma3, Pixtral)
-}
+_FAMILIES: tuple[Any, ...] = (
+    *(Qwen2VL, FixedSize, AnyRes, InternVL, Idefics3, Gemma3, Pixtral, PaliGemma),
+    Processor,
+)
+KINDS: Mapping[str, Any] = {family.kind: family for family in _FAMILIES}
 """The families by their names in manifests."""
 
 
@@ -52,6 +57,31 @@ def family_from_dict(document: Mapping[str, Any], *, where: str = "") -> Family:
         )
     family: Family = KINDS[kind](**values)
     return family
+
+
+def plan_pictures(family: Family, sizes: Sequence[Size]) -> tuple[PicturePlan, ...]:
+    """Plans the pictures of a sample, in order; remembered, as pictures share sizes.
+
+    Args:
+      family: Whose model.
+      sizes: (height, width) of each upright original.
+
+    Raises:
+      SampleError: As `Family.plan`.
+
+    >>> [p.num_tokens for p in plan_pictures(Qwen2VL(), [(427, 640), (56, 56)])]
+    [345, 4]
+    """
+    if isinstance(family, AnyRes) and family.single_tiles and len(sizes) > 1:
+        return (family.one_tile(),) * len(sizes)
+    known: Any = family  # frozen, so hashable
+    return tuple(_plan(known, size) for size in sizes)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _plan(family: Any, size: Size) -> PicturePlan:
+    plan: PicturePlan = family.plan(size)
+    return plan
 
 
 def _plain(value: Any) -> Any:
@@ -94,8 +124,13 @@ class StoredModel:
     @property
     def soft_id(self) -> int:
         """The id that the features of a picture replace."""
-        (found,) = self.symbols[self.family.soft_token]
+        (found,) = self.symbols[self.family.image_token]
         return found
+
+    @property
+    def inline(self) -> bool:
+        """Whether stored tokens have those of the pictures, instead of a placeholder for each."""
+        return isinstance(self.family, Processor)
 
     def block(self, plan: PicturePlan) -> np.ndarray:
         """Makes the tokens of a picture: int64 [num_tokens or more]."""

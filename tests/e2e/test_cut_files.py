@@ -182,7 +182,7 @@ def test_a_parquet_source(tmp_path, read, left):
     def check():
         rows = _Groups(path, "rows")
         if read == "dataset":
-            rows = local_rows(tmp_path, split="train", want=["text"])
+            rows = local_rows(str(tmp_path), split="train", want=["text"])
         assert rows[0]["text"]
         cut(path, left)
         got = reasons(lambda i=i: rows[i] for i in range(399, -1, -40))

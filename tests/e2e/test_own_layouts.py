@@ -175,6 +175,37 @@ LAYOUTS = {
             + asked("Highest?", "May")
         ],
     ),
+    "alpaca and ms-swift": (
+        "messages",
+        jsonl(
+            {
+                "instruction": "Name the colour.",
+                "input": "<image>",
+                "output": "Red.",
+                "images": ["photos/0.png"],
+            },
+            {"query": "<image>Newer?", "response": "Yes.", "images": ["photos/2.png"]},
+        ),
+        [
+            asked(f"Name the colour.\n{IMAGE[0]}", "Red."),
+            IMAGE[2] + asked("Newer?", "Yes."),
+        ],
+    ),
+    "chartqa and clevr": (
+        "vqa",
+        {
+            "questions.json": json.dumps(
+                {
+                    "info": {"split": "val"},
+                    "questions": [
+                        {"image_filename": "1.png", "question": "How many?", "answer": "3"},
+                        {"imgname": "2.png", "query": "Highest?", "answer": None, "label": "14"},
+                    ],
+                }
+            ).encode()
+        },
+        [IMAGE[1] + asked("How many?", "3"), IMAGE[2] + asked("Highest?", "14")],
+    ),
     "captions parquet": (
         "captions",
         parquet({"image": hf(2), "caption": "A red door."}),

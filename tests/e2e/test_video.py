@@ -1,7 +1,8 @@
 """Videos from the file to the batch: shards change speed, never content.
 
-Frames are stored, so with a lossless codec the invariant of `test_invariant` holds for them too:
-which of them an example has is drawn from the sample's generator, on both paths.
+With a lossless codec the invariant of `test_invariant` holds for stored frames too, and for clips,
+which are decoded at load on both paths: which frames an example has is drawn from the sample's
+generator.
 """
 
 import itertools
@@ -13,15 +14,18 @@ from dataclasses import replace
 from fractions import Fraction
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from loader import (
     Augment,
     DeterministicDataset,
+    IterableDatasetMixture,
     MolmoPreprocessor,
     StreamingDataset,
     View,
@@ -41,6 +45,7 @@ from shardspec.errors import ConfigError, SampleError
 from shardspec.keyed import dataset_seed
 from shardspec.sample import text_rows, video_rows
 from shardspec.tiling import FrameView, ImageView, image_token_ids
+from shardspec.video import read_frames
 from tests import inline
 
 pytest.importorskip("av")
@@ -53,6 +58,7 @@ RECIPE = Recipe(
     video=VideoPolicy(max_frames=7),
     seed=3,
 )
+CLIPS = replace(RECIPE, video=VideoPolicy(max_frames=7, store="clip"))
 VIEWS = {
     "all-frames": FrameView(),
     "three-random-frames": FrameView(max_frames=3),
@@ -95,26 +101,29 @@ class InStoredOrder:
         return self.prepared[item]
 
 
-@pytest.fixture(scope="module")
-def unsharded(built, prepare):
-    """The prepared samples of the rows themselves, in stored order."""
-    rows = get_dataset("moving_shapes", source="sample", limit=5)
+def in_stored_order(rows, built, prepare):
+    """The prepared samples of the rows themselves."""
     samples = {sample.key: sample for sample in (prepare(rows.get(i)) for i in range(len(rows)))}
     reader = StreamingDataset(built).reader
     return InStoredOrder([samples[reader.read(i).key] for i in range(len(samples))])
 
 
-@pytest.mark.parametrize("name", VIEWS)
-def test_batches_from_shards_equal_the_unsharded_ones(name, built, unsharded, prepare):
-    view = View(image=SMALL, frames=VIEWS[name], augment=Augment.standard(), image_map="pooling")
+@pytest.fixture(scope="module")
+def unsharded(built, prepare):
+    rows = get_dataset("moving_shapes", source="sample", limit=5)
+    return in_stored_order(rows, built, prepare)
+
+
+def assert_equal_examples(built, unsharded, view, ids):
+    """Compares two epochs of all samples; returns the frames that each was drawn."""
     stream = StreamingDataset(built, seed=SEED, view=view)
     other = DeterministicDataset(
         unsharded,
-        MolmoPreprocessor(lambda s: s, special_ids=prepare.tokenizer.special_ids, view=view),
-        seed=dataset_seed(SEED, "moving_shapes"),
+        MolmoPreprocessor(lambda s: s, special_ids=ids, view=view),
+        seed=dataset_seed(SEED, stream.manifest.dataset),
     )
     times = set()
-    for number in range(5):
+    for number in range(len(unsharded)):
         for epoch in (0, 1):
             got, want = stream.example(number, epoch=epoch), other.get(number, epoch=epoch)
             assert want["metadata"].pop("valid")
@@ -123,6 +132,13 @@ def test_batches_from_shards_equal_the_unsharded_ones(name, built, unsharded, pr
             for key in got.keys() - {"metadata"}:
                 assert got[key].tobytes() == want[key].tobytes(), key
             times.add((number, *got["metadata"]["frame_times_s"]))
+    return times
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_batches_from_shards_equal_the_unsharded_ones(name, built, unsharded, prepare):
+    view = View(image=SMALL, frames=VIEWS[name], augment=Augment.standard(), image_map="pooling")
+    times = assert_equal_examples(built, unsharded, view, prepare.tokenizer.special_ids)
     # Frames are drawn anew in each epoch, where there are more of them.
     assert len(times) > 5 if VIEWS[name].max_frames else len(times) == 5
 
@@ -266,11 +282,17 @@ def test_choices_of_generated_clips_are_the_true_ones():
         assert f"{name} {told}" in plan.caption
 
 
-def test_view_without_frames_is_refused_by_name(prepare):
-    rows = get_dataset("moving_shapes", source="sample", limit=1)
-    preprocessor = MolmoPreprocessor(prepare, special_ids=prepare.tokenizer.special_ids)
+def test_view_without_frames_takes_those_of_the_recipe_or_is_refused_by_name(clips, prepare):
+    row = get_dataset(str(clips / "captions.jsonl")).get(0)
+    ids = prepare.tokenizer.special_ids
+    named = MolmoPreprocessor(prepare, special_ids=ids, view=View(image=SMALL, frames=FrameView()))
+    usual = MolmoPreprocessor(prepare, special_ids=ids, view=View(image=SMALL))
+    got, want = (each(row, np.random.RandomState(0)) for each in (usual, named))
+    assert np.array_equal(got["input_ids"], want["input_ids"])
+    assert np.array_equal(got["images"], want["images"])
+    preprocessor = MolmoPreprocessor(lambda row: prepare(row), special_ids=ids)
     with pytest.raises(SampleError, match="does not say how its frames are seen") as found:
-        preprocessor(rows.get(0), np.random.RandomState(0))
+        preprocessor(row, np.random.RandomState(0))
     assert found.value.reason == "video_view"
 
 
@@ -349,16 +371,9 @@ def clips(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name, want",
-    [
-        ("captions", [[0.0, 0.5, 0.9]] * 2),
-        ("questions", [[0.0, 0.4], [0.0, 0.3], [0.0, 0.5, 0.9]]),
-    ],
-)
-def test_own_rows_with_a_column_of_videos_become_samples(name, want, clips, tmp_path):
+def test_own_rows_with_a_column_of_videos_become_samples(clips, tmp_path):
     settings = JobSettings(
-        dataset=str(clips / f"{name}.jsonl"),
+        dataset=str(clips / "captions.jsonl"),
         out=str(tmp_path / "shards"),
         cache=str(tmp_path / "cache"),
         recipe=RECIPE,
@@ -366,8 +381,8 @@ def test_own_rows_with_a_column_of_videos_become_samples(name, want, clips, tmp_
     with inline.jobs():
         run_job(settings, inline.Quiet())
     stream = StreamingDataset(settings.out, split="train")
-    got = [stream.example(i)["metadata"]["frame_times_s"] for i in range(len(want))]
-    assert sorted(got) == sorted(want)
+    got = [stream.example(i)["metadata"]["frame_times_s"] for i in range(2)]
+    assert got == [[0.0, 0.5, 0.9]] * 2
     assert not verify(settings.out, inline.Quiet(), deep=True)
 
 
@@ -625,3 +640,194 @@ def test_question_may_place_its_videos():
     for question in ("Is <video> fast?", "Is <video> <video> <video> fast?"):
         with pytest.raises(SampleError, match="placeholder"):
             parse_row({**row, "question": question}, spec)
+
+
+@pytest.fixture(scope="module")
+def own_built(clips, tmp_path_factory):
+    """The rows with questions, as frames and as clips."""
+    folder = tmp_path_factory.mktemp("stored")
+    made = {}
+    for store in ("frames", "clip"):
+        video = replace(CLIPS.video, store=store)
+        settings = JobSettings(
+            dataset=str(clips / "questions.jsonl"),
+            out=str(folder / store),
+            cache=str(folder / "cache"),
+            recipe=replace(CLIPS, video=video),
+            num_shards=2,
+        )
+        with inline.jobs():
+            run_job(settings, inline.Quiet())
+        made[store] = settings.out
+    return made
+
+
+@pytest.fixture(scope="module")
+def own_unsharded(clips, own_built, prepare):
+    rows = get_dataset(str(clips / "questions.jsonl"))
+    return in_stored_order(rows, own_built["clip"], replace(prepare, recipe=CLIPS))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_batches_of_clips_equal_the_unsharded_ones(name, own_built, own_unsharded, prepare):
+    view = View(image=SMALL, frames=VIEWS[name], augment=Augment.standard(), image_map="pooling")
+    ids = prepare.tokenizer.special_ids
+    times = assert_equal_examples(own_built["clip"], own_unsharded, view, ids)
+    assert len(times) > len(own_unsharded)
+    # All frames are drawn from, not only those that the recipe chooses.
+    assert {time_s for _, *each in times for time_s in each} - {0.0, 0.3, 0.4, 0.5, 0.9}
+
+
+def test_evaluation_of_clips_sees_the_frames_that_would_be_stored(own_built):
+    """Frames, times, tokens and questions are those of the other way to store."""
+    for frames in (FrameView(), FrameView(max_frames=2)):
+        view = View(image=SMALL, frames=frames, purpose="inference")
+        stored, clip = (
+            StreamingDataset(own_built[store], seed=SEED, view=view) for store in ("frames", "clip")
+        )
+        want = {(e := stored.example(i))["metadata"]["key"]: e for i in range(3)}
+        times = [each["metadata"]["frame_times_s"] for each in want.values()]
+        three = [0.0, 0.9] if frames.max_frames else [0.0, 0.5, 0.9]
+        assert sorted(times) == sorted([[0.0, 0.4], [0.0, 0.3], three])
+        for number in range(3):
+            got = clip.example(number, epoch=number)
+            same = want[got["metadata"]["key"]]
+            assert got["metadata"] == same["metadata"]
+            assert np.array_equal(got["input_ids"], same["input_ids"])
+            # Resized by another filter.
+            assert np.abs(got["images"].astype(int) - same["images"]).max() <= 2
+
+
+def test_clips_pack_by_lengths_that_hold_every_draw(own_built):
+    stream = StreamingDataset(own_built["clip"], seed=SEED)
+    tokens, crops = stream._stream.parts[0].builder.lengths(np.arange(3))
+    for number in range(3):
+        for epoch in range(3):
+            example = stream.example(number, epoch=epoch)
+            assert len(example["input_ids"]) <= tokens[number]
+            assert len(example["images"]) <= crops[number] <= 3
+    assert not verify(own_built["clip"], inline.Quiet(), deep=True)
+
+
+MIXED = """
+from pathlib import Path
+
+import numpy as np
+
+from preprocess.datasets import DatasetBase
+
+class Mixed(DatasetBase):
+    videos = True
+    several_images = True
+
+    def load(self):
+        def message(text):
+            return [{{"style": "vqa2", "question": "What is it?", "answer": text}}]
+
+        picture = np.full((40, 60, 3), 90, np.uint8)
+        first, second = (Path({folder!r}, name) for name in ("0.mp4", "1.mp4"))
+        return [
+            {{"video": first, "message_list": message("a clip")}},
+            {{"video": second, "image": picture, "message_list": message("both")}},
+            {{"image": picture, "message_list": message("a picture")}},
+            {{"message_list": message("text")}},
+        ]
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed_built(clips, own_built, tmp_path_factory):
+    """Clips, a picture, and a text, as one dataset; and the rows with frames."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "mine.py").write_text(MIXED.format(folder=str(clips)))
+    settings = JobSettings(
+        dataset=f"{folder / 'mine.py'}:Mixed",
+        out=str(folder / "shards"),
+        cache=str(folder / "cache"),
+        recipe=CLIPS,
+    )
+    with inline.jobs():
+        run_job(settings, inline.Quiet())
+    return settings.out, own_built["frames"]
+
+
+def mixed_batches(urls, count, *, world_size, state=None, **options):
+    """Takes global batches of packs, joined from all ranks, and the state after them."""
+    parts, states = [], []
+    for rank in range(world_size):
+        view = View(image=SMALL, frames=FrameView(), image_map="pooling")
+        datasets = [
+            StreamingDataset(url, view=view, rank=rank, world_size=world_size, canonical_ranks=1)
+            for url in urls
+        ]
+        mixture = IterableDatasetMixture(datasets, [0.7, 0.3], seed=SEED, stop=8, canonical_ranks=1)
+        loader = make_dataloader(
+            mixture,
+            global_batch_size=4,
+            sequence_length=384,
+            pad_mode="max_len",
+            pack=True,
+            balance=False,
+            with_metadata=True,
+            **options,
+        )
+        if state is not None:
+            loader.load_state_dict(state)
+        endless = itertools.chain.from_iterable(itertools.repeat(loader))
+        parts.append(list(itertools.islice(endless, count)))
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    steps = []
+    for step in zip(*parts, strict=True):
+        examples = [one for part in step for row in part["metadata"] for one in row["examples"]]
+        # Rows are padded to as many pictures as the rank's longest one has.
+        crops = torch.cat([part["images"].reshape(-1, 3, 84, 84) for part in step])
+        crops = crops[crops.flatten(1).bool().any(1)]
+        ids = [part["input_ids"].numpy() for part in step]
+        steps.append((examples, np.concatenate(ids).tobytes(), crops.numpy().tobytes()))
+    return steps, states[0]
+
+
+def test_mixtures_with_clips_pack_and_resume_on_any_number_of_ranks(mixed_built):
+    want, _ = mixed_batches(mixed_built, 4, world_size=1, decode_threads=3)
+    shown = [one for examples, *_ in want for one in examples]
+    kinds = {(len(one["images"]) > 0, bool(one.get("frame_times_s"))) for one in shown}
+    assert kinds == {(True, True), (True, False), (False, False)}
+    first, state = mixed_batches(mixed_built, 2, world_size=2, decode_threads=0)
+    second, _ = mixed_batches(mixed_built, 2, world_size=4, state=state, decode_threads=1)
+    assert [*first, *second] == want
+
+
+def test_clip_that_cannot_be_decoded_is_an_error_or_is_substituted_and_counted(own_built):
+    url = own_built["clip"]
+    good = StreamingDataset(url, seed=SEED)
+    key = good.example(1)["metadata"]["key"]
+
+    def dies(table, file, numbers, *, where, **how):
+        if where.endswith(key):
+            raise SampleError("video_process.load", where=where, problem="process died")
+        read_frames(table, file, numbers, where=where, **how)
+
+    def batches(on_bad, threads):
+        dataset = StreamingDataset(url, seed=SEED, on_bad=on_bad)
+        loader = make_dataloader(
+            dataset,
+            global_batch_size=3,
+            sequence_length=512,
+            decode_threads=threads,
+            with_metadata=True,
+        )
+        return next(iter(loader)), dataset
+
+    with mock.patch("loader.assembly.clip.read_frames", dies):
+        for threads in (0, 2):
+            batch, dataset = batches("substitute", threads)
+            assert dataset.bad == {"video_process": 1}
+            (told,) = [one for one in batch["metadata"] if "substitutes" in one]
+            assert (told["substitutes"]["key"], told["substitutes"]["reason"]) == (
+                key,
+                "video_process",
+            )
+            assert told["key"] != key
+        with pytest.raises(SampleError, match="process died") as found:
+            batches("raise", 2)
+    assert key in found.value.where

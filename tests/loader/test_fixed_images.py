@@ -105,7 +105,7 @@ def test_a_sample_with_more_pictures_is_named(url):
         ({"min_images": -1}, "argument"),
         ({"max_images": "2"}, "argument"),
         ({"min_images": 3, "max_images": 2}, "collator_range"),
-        ({"max_images": 3, "collate": len}, "loader_options"),
+        ({"max_images": 3, "collate_fn": len}, "loader_options"),
     ],
 )
 def test_impossible_numbers_of_images_are_refused(url, limits, reason):

@@ -93,7 +93,9 @@ def source(urls, kind, **ranks):
 
 
 def make(dataset, **options):
-    return make_dataloader(dataset, **{"global_batch_size": BATCH, "collate": collate, **options})
+    return make_dataloader(
+        dataset, **{"global_batch_size": BATCH, "collate_fn": collate, **options}
+    )
 
 
 def rows(batch):
@@ -306,7 +308,7 @@ def test_loader_options_that_are_not_for_raw_samples_are_refused_by_name(urls):
     assert caught.value.reason == "loader_options"
     assert caught.value.facts["names"] == "pack, pad_mode, sequence_length"
     with pytest.raises(ConfigError) as caught:
-        make(raw(urls["ant"]), collate=None)
+        make(raw(urls["ant"]), collate_fn=None)
     assert caught.value.reason == "loader_options"
     assert "collate" in str(caught.value)
 
@@ -321,7 +323,7 @@ def test_prepared_samples_need_a_sequence_length_and_with_collate_no_layout(
     assert "sequence_length" in str(caught.value)
     with pytest.raises(ConfigError) as caught:
         make_dataloader(
-            dataset, global_batch_size=1, sequence_length=64, collate=list, with_metadata=True
+            dataset, global_batch_size=1, sequence_length=64, collate_fn=list, with_metadata=True
         )
     assert caught.value.reason == "loader_options"
     assert "collate" in str(caught.value)
@@ -361,7 +363,7 @@ def test_exceptions_of_decode_in_workers_name_their_line(urls):
 @pytest.mark.slow
 def test_batches_that_cannot_be_sent_are_a_named_error_of_the_worker(urls):
     with pytest.raises(WorkerError, match="generator") as caught:
-        list(make(raw(urls["ant"]), collate=generators, workers=1))
+        list(make(raw(urls["ant"]), collate_fn=generators, workers=1))
     assert caught.value.reason == "worker_crash"
 
 
@@ -385,7 +387,7 @@ def test_batches_can_be_of_any_type(workers, urls):
     numbers = [[row[2] for row in batch] for batch in run(urls, "one", count=7)[0]]
     found = set()
     for want, batch in zip(
-        numbers, make(raw(urls["bee"]), collate=any_type, workers=workers), strict=True
+        numbers, make(raw(urls["bee"]), collate_fn=any_type, workers=workers), strict=True
     ):
         found.add(type(batch))
         if isinstance(batch, tuple):
@@ -430,13 +432,13 @@ def test_states_say_nothing_of_views_and_padding(urls):
 
 def one_rank(urls, *, batch=BATCH, rank=0, world_size=1, **options):
     dataset = raw(urls["bee"], rank=rank, world_size=world_size, **options)
-    return make_dataloader(dataset, global_batch_size=batch, collate=collate, decode_threads=0)
+    return make_dataloader(dataset, global_batch_size=batch, collate_fn=collate, decode_threads=0)
 
 
 def mixed_ranks(urls, *, batch=BATCH, rank=0, world_size=1, **options):
     parts = [raw(url, rank=rank, world_size=world_size) for url in urls.values()]
     dataset = IterableDatasetMixture(parts, seed=3, stop=STEPS, **options)
-    return make_dataloader(dataset, global_batch_size=batch, collate=collate, decode_threads=0)
+    return make_dataloader(dataset, global_batch_size=batch, collate_fn=collate, decode_threads=0)
 
 
 def keys_of(loader, count):
@@ -560,7 +562,7 @@ def test_raw_samples_that_fill_an_evaluation_are_flagged(urls):
     seen = []
     for rank in range(2):
         dataset = RawDataset(urls["cat"], decode=flagged, tail="pad", rank=rank, world_size=2)
-        for batch in make_dataloader(dataset, global_batch_size=4, collate=list):
+        for batch in make_dataloader(dataset, global_batch_size=4, collate_fn=list):
             seen += batch
     real = [key for key, counts in seen if counts]
     assert len(seen) == 8

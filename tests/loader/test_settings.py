@@ -266,7 +266,7 @@ def test_any_value_of_a_raw_dataset_works_or_is_refused(name, raw_url):
             options |= {"rank": 0, "world_size": 4}
         dataset = RawDataset(**{**options, name: value})
         len(dataset)
-        loader = make_dataloader(dataset, global_batch_size=4, collate=list)
+        loader = make_dataloader(dataset, global_batch_size=4, collate_fn=list)
         return state_and_places(loader)
 
     assert refusals(make)
@@ -322,7 +322,7 @@ FREE = {
     "dataset": "always",
     "global_batch_size": "always",
     "sequence_length": "refused for raw samples",
-    "collate": "always",
+    "collate_fn": "always",
     "map": "refused for raw samples",
     "pad_mode": "refused for raw samples",
     "workers": "always",
@@ -335,7 +335,7 @@ FREE = {
     "bucket_steps": "refused with packs and for raw samples",
     "pad_side": "refused for raw samples",
     "metadata": "refused for raw samples",
-    "arrays": "refused for raw samples, with packs and with collate=",
+    "arrays": "refused for raw samples, with packs and with collate_fn=",
     "watchdog_s": "always, but where batches are made in the consumer's thread, as documented",
     "prefetch_bytes": "always: it bounds what is kept to be used again",
     "decode": "always",
@@ -388,7 +388,7 @@ def test_an_argument_without_effect_is_refused_by_name_or_warned_of(
     def make():
         if context == "raw":
             dataset = RawDataset(first, decode=lambda sample, rng: 1, **own)  # noqa: ARG005
-            return make_dataloader(dataset, global_batch_size=4, collate=list, **rest)
+            return make_dataloader(dataset, global_batch_size=4, collate_fn=list, **rest)
         dataset = StreamingDataset(first, **own)
         if context == "mixture":
             dataset = IterableDatasetMixture([dataset, StreamingDataset(urls[1])], seed=1)

@@ -1,4 +1,4 @@
-"""Functions of the user's in a loader: own augmentation, `map=` and `collate=`."""
+"""Functions of the user's in a loader: own augmentation, `map=` and `collate_fn=`."""
 
 import functools
 import re
@@ -187,10 +187,14 @@ def test_own_augmentation_is_that_of_the_unsharded_path(url, samples):
                 assert np.array_equal(got[name], want[name]), name
 
 
-def test_pictures_whose_texts_forbid_it_are_left_alone():
+def test_pictures_whose_texts_forbid_it_are_left_alone(caplog):
     own, plain = OwnAugment(Mirror()), np.random.RandomState(1)
-    assert draw_own(own, plain, geometry=Geometry.COLOR) == Draw()
+    assert draw_own(own, plain, geometry=Geometry.COLOR, where="key-1") == Draw()
     assert draw_own(OwnAugment(Noise(1)), plain, geometry=Geometry.COLOR).own is not None
+    # It is said once, with the names of the function and the sample.
+    draw_own(own, plain, geometry=Geometry.COLOR, where="key-2")
+    (said,) = caplog.messages
+    assert ("Mirror" in said, "key-1" in said) == (True, True)
     # The seeds that follow are the same, whatever a picture allows.
     first, second = np.random.RandomState(1), np.random.RandomState(1)
     draw_own(own, first, geometry=Geometry.NONE)
@@ -328,7 +332,7 @@ def test_view_with_a_function_is_described_by_its_name():
         ({"map": "lengths"}, {"map": "marked"}),
         ({"map": "lengths"}, {}),
         ({}, {"map": "lengths"}),
-        ({"collate": "listed"}, {}),
+        ({"collate_fn": "listed"}, {}),
     ],
     ids=str,
 )
@@ -423,9 +427,9 @@ def test_map_draws_the_same_in_threads_and_again_in_each_epoch(url):
 
 def test_own_collate_makes_the_batch_of_a_list_of_examples(url):
     want = [key for batch in make(url, with_metadata=True) for key in batch["metadata"]]
-    got = [key for batch in make(url, collate=listed) for key, _ in batch]
+    got = [key for batch in make(url, collate_fn=listed) for key, _ in batch]
     assert got == [one["key"] for one in want]
-    got = list(make(url, map=count, collate=summed, decode_threads=0))
+    got = list(make(url, map=count, collate_fn=summed, decode_threads=0))
     assert [batch["counts"].shape for batch in got] == [(3,)] * 3
 
 
@@ -438,9 +442,9 @@ def test_packed_rows_go_through_functions_too(url):
     "functions, want",
     [
         ({"map": breaks}, "KeyError: 'boom'"),
-        ({"collate": spoils}, "KeyError: 'boom'"),
+        ({"collate_fn": spoils}, "KeyError: 'boom'"),
         ({"map": forgets}, "NoneType"),
-        ({"map": forgets, "collate": listed}, "NoneType"),
+        ({"map": forgets, "collate_fn": listed}, "NoneType"),
         ({"map": count}, "int"),
         ({"map": scores}, "adds score to the example"),
     ],
@@ -450,7 +454,7 @@ def test_function_that_fails_is_named_with_its_samples(functions, want, url):
     with pytest.raises(ConfigError) as caught:
         list(make(url, decode_threads=1, **functions))
     assert caught.value.reason == "user_function"
-    named = functions.get("map") or functions["collate"]
+    named = functions.get("map") or functions["collate_fn"]
     assert named.__name__ in str(caught.value)
     assert want in str(caught.value)
     keys = [key.decode() for key in stream(url).reader.column("key", np.arange(9))]
@@ -465,7 +469,7 @@ def test_failure_in_a_worker_process_has_its_name_too(url):
     assert "test_user_functions.py:" in caught.value.facts["line"]
 
 
-@pytest.mark.parametrize("name", ["map", "collate"])
+@pytest.mark.parametrize("name", ["map", "collate_fn"])
 def test_what_is_not_a_function_is_refused(name, url):
     with pytest.raises(ConfigError) as caught:
         make(url, **{name: "list"})
@@ -535,7 +539,7 @@ def test_map_style_datasets_show_every_example_once_an_epoch():
 def test_map_style_datasets_give_the_same_in_a_loader_and_resume(options):
     def make(**options):
         mixture = mixed(Letters("a", 10), Letters("b", 20))
-        return make_dataloader(mixture, global_batch_size=4, collate=list, **options)
+        return make_dataloader(mixture, global_batch_size=4, collate_fn=list, **options)
 
     want = list(make(decode_threads=0))
     first = make(**options)
@@ -546,7 +550,7 @@ def test_map_style_datasets_give_the_same_in_a_loader_and_resume(options):
     first.close()
     later.close()
     grown = make_dataloader(
-        mixed(Letters("a", 11), Letters("b", 20)), global_batch_size=4, collate=list
+        mixed(Letters("a", 11), Letters("b", 20)), global_batch_size=4, collate_fn=list
     )
     with pytest.raises(StateError):
         grown.load_state_dict(first.state_dict())

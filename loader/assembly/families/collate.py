@@ -8,7 +8,8 @@
                               or [4, B, L]   them apart; four rows for multimodal positions
     use_cache         False                  with packs: models with a cache ignore the restarts
     mm_token_type_ids int64   [B, L]         1 for tokens of pictures: qwen2_vl; Gemma 3 calls it
-                                             token_type_ids, others have none
+                                             token_type_ids, PaliGemma's are 1 for answers; others
+                                             have none
     pixel_values      float32 [N, ...]       the rows of all pictures of the batch, without padding:
                                              tiles of LLaVA-NeXT and -OneVision are not padded to
                                              the picture with most of them, and those of Idefics3
@@ -26,18 +27,21 @@ request `subsegment_ids` (number of the example in its row, padding: -1), `loss_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from loader.assembly.collate import IGNORE_INDEX, parse_pad_mode
+from loader.assembly.collate import IGNORE_INDEX, PadSide, parse_pad_mode
 from loader.assembly.families.example import ModelDraft, ModelPack
 from loader.assembly.families.kernels import unit_shape
+from loader.assembly.families.processor import joined
 from loader.buffers import Allocate
 from shardspec.errors import ConfigError, SampleError, nearest
-from shardspec.families import AnyRes, Family, Idefics3, Pixtral, Qwen2VL
+from shardspec.families import AnyRes, Family, Idefics3, PaliGemma, Pixtral, Processor, Qwen2VL
+
+_Example: TypeAlias = "ModelDraft | ModelPack | _Finished"
 
 EXTRA_KEYS = ("position_ids", "subsegment_ids", "loss_weights")
 
@@ -61,6 +65,7 @@ class ModelCollator:
         pad_mode: str = "to_128",
         pad_token_id: int = 0,
         packed: bool = False,
+        pad_side: PadSide = "right",
         extra_keys: tuple[str, ...] = (),
         with_metadata: bool = False,
         with_real: bool = False,
@@ -73,6 +78,7 @@ class ModelCollator:
           pad_mode: As of `MMCollator`.
           pad_token_id: Padding of `input_ids`.
           packed: Whether rows may be of several examples.
+          pad_side: As of `MMCollator`.
           extra_keys: Of `EXTRA_KEYS`, to be delivered as well.
           with_metadata, with_real: As of `MMCollator`.
 
@@ -85,14 +91,29 @@ class ModelCollator:
         self.family, self.sequence_length, self.pad_mode = family, sequence_length, pad_mode
         self.pad_token_id, self.packed = pad_token_id, packed
         self.with_metadata, self.with_real = with_metadata, with_real
+        self.pad_side = pad_side
         self._multiple = parse_pad_mode(pad_mode, sequence_length=sequence_length)
+        unknown = isinstance(family, PaliGemma | Processor) and not family.packs
+        if unknown and "position_ids" in extra_keys:
+            raise ConfigError("extra_positions")
         self._positions = packed or "position_ids" in extra_keys
         columns = ["input_ids", "labels"]
         columns += [family.type_ids] if family.type_ids else []
         self._columns = (*columns, *(name for name in extra_keys if name != "position_ids"))
 
+    def __call__(
+        self, examples: Sequence[Mapping[str, Any]], *, allocate: Allocate = np.empty
+    ) -> dict[str, Any]:
+        """Collates finished examples, as `finished_for_model` makes them.
+
+        Raises:
+          SampleError, ConfigError: As `collate`.
+        """
+        rows = [_Finished(example, self.family) for example in examples]
+        return self.collate(rows, allocate=allocate)
+
     def collate(
-        self, examples: Sequence[ModelDraft | ModelPack], *, allocate: Allocate = np.empty
+        self, examples: Sequence[_Example], *, allocate: Allocate = np.empty
     ) -> dict[str, Any]:
         """Collates examples whose arrays are still to be made.
 
@@ -117,7 +138,8 @@ class ModelCollator:
         if not self.packed:
             mask = arrays["attention_mask"] = allocate((len(examples), width), np.int64)
             lengths = np.array([example.num_tokens for example in examples])
-            np.less(np.arange(width), lengths[:, None], out=mask)
+            numbers = np.arange(width)[:: -1 if self.pad_side == "left" else 1]
+            np.less(numbers, lengths[:, None], out=mask)
         if self._positions:
             arrays["position_ids"] = self._position_ids(examples, width, allocate)
         batch: dict[str, Any] = {name: torch.from_numpy(a) for name, a in arrays.items()}
@@ -136,7 +158,7 @@ class ModelCollator:
     def _column(
         self,
         name: str,
-        examples: Sequence[ModelDraft | ModelPack],
+        examples: Sequence[_Example],
         width: int,
         allocate: Allocate,
     ) -> np.ndarray:
@@ -144,27 +166,34 @@ class ModelCollator:
         array = allocate((len(examples), width), dtype)
         padding = self.pad_token_id if name == "input_ids" else _PADDING[name]
         for row, example in enumerate(examples):
-            done = 0
-            for number, part in enumerate(example.parts):
+            done = self._first(example, width)
+            array[row, :done] = padding
+            parts: Sequence[ModelDraft | _Finished] = example.parts
+            for number, part in enumerate(parts):
                 stop = done + part.num_tokens
                 array[row, done:stop] = part.column(name)
                 if name == "subsegment_ids":
                     array[row, done:stop] = number
-                elif name == "labels" and done:
+                elif name == "labels" and number:
                     # The token in front of it is another example's: nobody predicts it.
                     array[row, done] = IGNORE_INDEX
                 done = stop
             array[row, done:] = padding
         return array
 
+    def _first(self, example: _Example, width: int) -> int:
+        """Gives the position of the first token of a row."""
+        return width - example.num_tokens if self.pad_side == "left" else 0
+
     def _position_ids(
-        self, examples: Sequence[ModelDraft | ModelPack], width: int, allocate: Allocate
+        self, examples: Sequence[_Example], width: int, allocate: Allocate
     ) -> np.ndarray:
         mrope = self.family.positions == "mrope"
         shape = (4, len(examples), width) if mrope else (len(examples), width)
         array = allocate(shape, np.int64)
         for row, example in enumerate(examples):
-            done = 0
+            done = self._first(example, width)
+            array[..., row, :done] = 0
             for part in example.parts:
                 stop = done + part.num_tokens
                 array[..., row, done:stop] = part.positions()
@@ -174,24 +203,56 @@ class ModelCollator:
         return array
 
     def _pictures(
-        self, examples: Sequence[ModelDraft | ModelPack], allocate: Allocate
+        self, examples: Sequence[_Example], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
         parts = [part for example in examples for part in example.parts if part.num_units]
-        if not parts:
-            return {}
-        total = sum(part.num_units for part in parts)
-        plans = [picture for part in parts for picture in part.plan.pictures]
-        pixels = allocate((total, *unit_shape(self.family, plans)), np.float32)
-        done = 0
-        for part in parts:
-            part.write_units(pixels[done : done + part.num_units])
-            done += part.num_units
-        if isinstance(self.family, Idefics3):
+        drafts = [part for part in parts if isinstance(part, ModelDraft)]
+        found: dict[str, torch.Tensor]
+        if not drafts:
+            found = joined([part.pictures for part in parts if isinstance(part, _Finished)])
+        elif isinstance(self.family, Processor):
+            found = joined([draft.processed() for draft in drafts])
+        else:
+            found = self._rendered(drafts, allocate)
+        if isinstance(self.family, Idefics3) and found:
             # Its models drop rows of zeros, which pad the pictures of one example to those of
             # another, and take all others one after the other: so one row needs no padding.
-            pixels = pixels[None]
-        found = {"pixel_values": torch.from_numpy(pixels)}
-        found |= {k: torch.from_numpy(v) for k, v in _described(self.family, parts).items()}
+            found["pixel_values"] = found["pixel_values"][None]
+        return found
+
+    def _rendered(
+        self, drafts: Sequence[ModelDraft], allocate: Allocate
+    ) -> dict[str, torch.Tensor]:
+        total = sum(draft.num_units for draft in drafts)
+        plans = [picture for draft in drafts for picture in draft.plan.pictures]
+        pixels = allocate((total, *unit_shape(self.family, plans)), np.float32)
+        done = 0
+        for draft in drafts:
+            draft.write_units(pixels[done : done + draft.num_units])
+            done += draft.num_units
+        found = {"pixel_values": pixels, **_described(self.family, drafts)}
+        return {name: torch.from_numpy(array) for name, array in found.items()}
+
+
+class _Finished:
+    """A finished example, as a row to collate."""
+
+    def __init__(self, example: Mapping[str, Any], family: Family) -> None:
+        self._example = example
+        self.parts: tuple[_Finished, ...] = (self,)
+        self.num_tokens = len(example["input_ids"])
+        known = {"input_ids", "labels", "metadata", "position_ids", *EXTRA_KEYS, family.type_ids}
+        self.pictures = {k: torch.as_tensor(v) for k, v in example.items() if k not in known}
+        self.num_units = len(self.pictures)
+
+    def column(self, name: str) -> np.ndarray:
+        return np.asarray(self._example[name])
+
+    def positions(self) -> np.ndarray:
+        return np.asarray(self._example["position_ids"])
+
+    def metadata(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._example["metadata"]
         return found
 
 
@@ -223,7 +284,9 @@ def finished_for_model(draft: ModelDraft) -> dict[str, Any]:
     names += [family.type_ids] if family.type_ids else []
     made: dict[str, Any] = {name: draft.column(name) for name in names}
     made["position_ids"] = draft.positions()
-    if draft.num_units:
+    if draft.num_units and isinstance(family, Processor):
+        made |= {name: value.numpy() for name, value in draft.processed().items()}
+    elif draft.num_units:
         shape = (draft.num_units, *unit_shape(family, draft.plan.pictures))
         pixels = np.empty(shape, np.float32)
         draft.write_units(pixels)

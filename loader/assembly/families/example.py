@@ -10,21 +10,28 @@ models shift them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 
 from loader.assembly.families.kernels import Backend, write_units
+from loader.assembly.families.processor import processed
 from loader.assembly.layout import IGNORED
 from loader.assembly.pixels import Encoded
+from loader.assembly.questions import Questions, question_at
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
-from shardspec.families import Family, PicturePlan, StoredModel, plan_one
+from shardspec.families import Family, PaliGemma, PicturePlan, Processor, StoredModel, plan_pictures
+from shardspec.index import first_conversations
 from shardspec.keyed import draw_below
 from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows
+
+Purpose = Literal["train", "inference", "evaluation"]
 
 _TEXT = SpanKind.TEXT.value
 
@@ -73,7 +80,7 @@ class ModelPlan:
     visual: int
     """Tokens of all pictures, marks included."""
     asked: tuple[int, int] | None = None
-    """No question is asked: evaluation is not for models yet."""
+    """Message and exchange of the question that is asked, for evaluation."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -92,7 +99,8 @@ class ModelPlanner:
         limit: int | None,
         max_images: int | None,
         weight: float,
-        training: bool,
+        purpose: Purpose,
+        questions: Questions = "all",
     ) -> None:
         """Joins what the dataset knows of its model and what the run wants.
 
@@ -102,11 +110,13 @@ class ModelPlanner:
           limit: Longest sequence; text is cut there, pictures never are.
           max_images: Most pictures of a sample; None for any.
           weight: Factor of all loss weights.
-          training: False takes the first conversation.
+          purpose: "train" draws a conversation, "inference" takes the first one; "evaluation" ends
+            in front of the answer to a question.
+          questions: Which ones an evaluation asks.
         """
         self._stored, self._family = stored, view.family
         self._limit, self._max_images = limit, max_images
-        self._weight, self._training = weight, training
+        self._weight, self._purpose, self._questions = weight, purpose, questions
 
     def plan(
         self,
@@ -115,47 +125,86 @@ class ModelPlanner:
         rng: np.random.RandomState,
         *,
         key: str = "",
-        question: int = 0,  # noqa: ARG002 - of evaluations, which views for models refuse
+        question: int = 0,
+        num_messages: int = 1,
     ) -> ModelPlan:
-        """Plans one example; arguments as `loader.assembly.planner.Planner.plan`.
+        """Plans one example; other arguments as `loader.assembly.planner.Planner.plan`.
+
+        Args:
+          num_messages: Of the sample's record; for evaluation only.
 
         Raises:
           SampleError: `too_many_images`, `picture_shape`, `image_placeholder`, `image_cut`,
-            `no_loss`.
+            `no_loss`; `too_long`, for evaluation.
+          ConfigError: `question_number`.
         """
         rows, images = text_rows(spans), image_rows(spans)
         if self._max_images is not None and len(images) > self._max_images:
             raise SampleError(
                 "too_many_images.view", where=key, images=len(images), max_images=self._max_images
             )
-        branch = 0
-        if self._training:
+        branch, asked = 0, None
+        if self._purpose == "train":
             num_branches = int(rows[-1, 1]) + 1
             branch = draw_below(rng, num_branches) if num_branches > 1 else 0
         turns = rows[rows[:, 1] == branch].tolist()
+        if self._purpose == "evaluation":
+            conversations = [
+                rows[rows[:, 1] == first].tolist()
+                for first in first_conversations(spans, num_messages)
+            ]
+            answered = [
+                [i for i, row in enumerate(each) if row[5] < row[6]] for each in conversations
+            ]
+            asked = question_at(answered, question, self._questions)
+            conversation = conversations[asked[0]]
+            turns = [row[:] for row in conversation[: asked[1] + 1]]
+            turns[-1][6] = turns[-1][5]
+            images = images[: self._pictures_in(tokens, turns, conversation, len(images), key)]
         sizes = [(row[2], row[3]) for row in images.tolist()]
-        plans = self._plans(sizes)
+        plans = plan_pictures(self._family, [size[::-1] for size in sizes])
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         for _, _, _, start, stop, response, end, _ in turns:
-            for run, learned in ((tokens[start:stop], False), (tokens[response:end], True)):
+            for run, learned in ((tokens[start:stop], False), (tokens[response:end], not asked)):
                 ids.append(run)
                 labels.append(run if learned else np.full(len(run), IGNORED))
         sequence = self._expanded(np.concatenate(ids), np.concatenate(labels), plans, key)
         sequence.weight = turns[0][7] / WEIGHT_ONE * self._weight
         visual = sum(map(self._stored.block_length, plans))
-        return ModelPlan(sequence=sequence, pictures=plans, sizes=sizes, visual=visual)
+        if self._stored.inline:
+            visual = int(np.count_nonzero(sequence.ids == self._stored.soft_id))
+        return ModelPlan(sequence=sequence, pictures=plans, sizes=sizes, visual=visual, asked=asked)
 
-    def _plans(self, sizes: Sequence[tuple[int, int]]) -> tuple[PicturePlan, ...]:
-        if len(sizes) == 1:
-            return (plan_one(self._family, sizes[0][::-1]),)
-        return self._family.plan([size[::-1] for size in sizes])
+    def _pictures_in(
+        self,
+        tokens: np.ndarray,
+        turns: Sequence[Sequence[int]],
+        conversation: Sequence[Sequence[int]],
+        num_images: int,
+        key: str,
+    ) -> int:
+        """Counts the pictures of a sample that come before an answer."""
+        wanted = self._stored.soft_id if self._stored.inline else self._stored.placeholder
+        count, total = (
+            sum(int(np.count_nonzero(tokens[row[3] : row[4]] == wanted)) for row in rows)
+            for rows in (turns, conversation)
+        )
+        if not self._stored.inline:
+            return count
+        if count not in (0, total):
+            raise SampleError("evaluation_pictures", where=key, images=num_images)
+        return num_images if count else 0
 
     def _expanded(
         self, ids: np.ndarray, labels: np.ndarray, plans: Sequence[PicturePlan], key: str
     ) -> ModelSequence:
         """Puts the tokens of pictures where their placeholders are."""
         places = np.flatnonzero(ids == self._stored.placeholder)
+        if self._stored.inline:
+            soft = np.flatnonzero(ids == self._stored.soft_id)
+            end = int(soft[-1]) + 1 if len(soft) else 0
+            return self._cut(ids, labels, end, (), key)
         if len(places) != len(plans):
             raise SampleError(
                 "image_placeholder.rendered",
@@ -166,8 +215,7 @@ class ModelPlanner:
         runs: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         starts: list[int] = []
-        done = length = 0
-        end = 0
+        done = length = end = 0
         for place, plan in zip(places.tolist(), plans, strict=True):
             block = self._stored.block(plan)
             runs += (ids[done:place], block)
@@ -178,9 +226,18 @@ class ModelPlanner:
             done, end = place + 1, length
         runs.append(ids[done:])
         targets.append(labels[done:])
-        all_ids = np.concatenate(runs).astype(np.int64)
-        all_targets = np.concatenate(targets).astype(np.int64)
+        return self._cut(np.concatenate(runs), np.concatenate(targets), end, tuple(starts), key)
+
+    def _cut(
+        self, ids: np.ndarray, labels: np.ndarray, end: int, starts: tuple[int, ...], key: str
+    ) -> ModelSequence:
+        """Keeps within the limit; the last picture ends at `end`."""
+        all_ids, all_targets = ids.astype(np.int64), labels.astype(np.int64)
         limit = self._limit
+        if self._purpose == "evaluation":
+            if limit is not None and len(all_ids) > limit:
+                raise SampleError("too_long", where=key, tokens=len(all_ids), sequence_length=limit)
+            return ModelSequence(ids=all_ids, targets=all_targets, weight=1.0, starts=starts)
         if limit is not None and len(all_ids) > limit:
             if end > limit:
                 raise SampleError(
@@ -192,7 +249,7 @@ class ModelPlanner:
             raise SampleError(
                 "no_loss.sample", where=key, length=len(all_ids), sequence_length=limit
             )
-        return ModelSequence(ids=all_ids, targets=all_targets, weight=1.0, starts=tuple(starts))
+        return ModelSequence(ids=all_ids, targets=all_targets, weight=1.0, starts=starts)
 
 
 PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
@@ -296,6 +353,9 @@ class ModelDraft:
         if name == "labels":
             return sequence.labels
         if name == self.stored.family.type_ids:
+            if isinstance(self.stored.family, PaliGemma):
+                answers: np.ndarray = sequence.targets != IGNORED
+                return answers.astype(np.int64)
             soft: np.ndarray = sequence.ids == self.stored.soft_id
             return soft.astype(np.int64)
         if name == "loss_weights":
@@ -309,17 +369,38 @@ class ModelDraft:
         Raises:
           ShardError, SampleError: Of a picture; kept as `error`.
         """
-        start_s, done = perf_counter(), 0
-        family, backend = self.view.family, self.view.backend
-        try:
+        family, backend, done = self.view.family, self.view.backend, 0
+        with self._rendering():
             for (picture, _), plan in zip(self.sources, self.plan.pictures, strict=True):
-                pixels = picture
-                if isinstance(picture, Encoded):
-                    pixels = picture.pixels(self.scratch, "picture")
-                assert isinstance(pixels, np.ndarray)
                 stop = done + plan.num_units
-                write_units(family, plan, pixels, out[done:stop], backend=backend)
+                write_units(family, plan, self._pixels(picture), out[done:stop], backend=backend)
                 done = stop
+
+    def processed(self) -> dict[str, torch.Tensor]:
+        """Gives what the model's own image processor makes of the pictures, one at least.
+
+        Raises:
+          ShardError, SampleError: As `write_units`.
+          ConfigError: `image_processor`.
+        """
+        family, backend = self.view.family, self.view.backend
+        assert isinstance(family, Processor)
+        with self._rendering():
+            # Copies: decoding the next one may use the same memory.
+            pictures = [self._pixels(picture).copy() for picture, _ in self.sources]
+            return processed(family, pictures, backend=backend)
+
+    def _pixels(self, picture: np.ndarray | Encoded) -> np.ndarray:
+        if isinstance(picture, Encoded):
+            return picture.pixels(self.scratch, "picture")
+        return picture
+
+    @contextmanager
+    def _rendering(self) -> Iterator[None]:
+        """Takes the time, and keeps an error of a picture."""
+        start_s = perf_counter()
+        try:
+            yield
         except (ShardError, SampleError) as error:
             self.error = error
             raise

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,16 +29,21 @@ from loader.assembly.pixels import resize as resize_torch
 from shardspec.families import (
     AnyRes,
     Family,
+    Filter,
     FixedSize,
     Gemma3,
     Idefics3,
     InternVL,
+    PaliGemma,
     PicturePlan,
     Pixtral,
+    Processor,
     Qwen2VL,
 )
 
 Backend = Literal["torchvision", "pil"]
+
+_OneSize = FixedSize | Gemma3 | PaliGemma
 
 _PIL = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -48,6 +54,8 @@ _PIL = {
 
 def unit_shape(family: Family, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
     """Returns the shape of one row of `pixel_values` that has these pictures, one at least."""
+    if isinstance(family, Processor):  # a guess, by which memory is estimated
+        return (3, *plans[0].resized)
     return _KERNELS[family.kind][0](family, plans)
 
 
@@ -65,21 +73,43 @@ def write_units(
       backend: Whose values.
     """
     table = _table(family.mean, family.std, backend)
-    _KERNELS[family.kind][1](family, plan, pixels, out, table, backend)
+    values = _Values(filter=family.filter, backend=backend, table=table)
+    _KERNELS[family.kind][1](family, plan, pixels, out, values)
 
 
-def _resized(
-    pixels: np.ndarray, size: tuple[int, int], family: Family, backend: Backend
-) -> np.ndarray:
-    height, width = size
-    if pixels.shape[:2] == size:
-        return pixels
-    if backend == "torchvision":
-        if family.filter == "lanczos":
-            return _lanczos(pixels, height, width)
-        return resize_torch(pixels, width, height, resample=family.filter)
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(image.resize((width, height), _PIL[family.filter]))
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """Whose pixels and values a kernel makes."""
+
+    filter: Filter
+    backend: Backend
+    table: np.ndarray
+    """float32 [3, 256]."""
+
+    def resized(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        height, width = size
+        if pixels.shape[:2] == size:
+            return pixels
+        if self.backend == "torchvision":
+            if self.filter == "lanczos":
+                return _lanczos(pixels, height, width)
+            return resize_torch(pixels, width, height, resample=self.filter)
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        return np.asarray(image.resize((width, height), _PIL[self.filter]))
+
+    def put(self, out: np.ndarray, pixels: np.ndarray) -> None:
+        """Writes the values of [S, S, 3] levels as [3, S, S]."""
+        for c in range(3):
+            np.take(self.table[c], pixels[..., c], out=out[c], mode="clip")  # "raise" would copy
+
+    def put_tiles(
+        self, out: np.ndarray, whole: np.ndarray, grid: tuple[int, int], side: int
+    ) -> None:
+        """Writes the tiles of a picture, row by row."""
+        rows, cols = grid
+        for t in range(rows * cols):
+            y, x = t // cols * side, t % cols * side
+            self.put(out[t], whole[y : y + side, x : x + side])
 
 
 def _lanczos(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -127,14 +157,9 @@ def _table(
 
 
 def _qwen2_vl(
-    family: Qwen2VL,
-    plan: PicturePlan,
-    pixels: np.ndarray,
-    out: np.ndarray,
-    table: np.ndarray,
-    backend: Backend,
+    family: Qwen2VL, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
 ) -> None:
-    resized = _resized(pixels, plan.resized, family, backend)
+    resized = values.resized(pixels, plan.resized)
     m, p = family.merge, family.patch_px
     rows, cols = plan.grid[0] // m, plan.grid[1] // m
     squares = resized.reshape(rows, m, p, cols, m, p, 3)
@@ -143,58 +168,43 @@ def _qwen2_vl(
     patches_3Npp = patches_3Npp.reshape(3, plan.num_units, p, p)
     cells = out.reshape(plan.num_units, 3, family.temporal_patch, p, p)
     for c in range(3):
-        cells[:, c] = table[c][patches_3Npp[c]][:, None]
+        cells[:, c] = values.table[c][patches_3Npp[c]][:, None]
 
 
 def _fixed(
-    family: FixedSize | Gemma3,
-    plan: PicturePlan,
-    pixels: np.ndarray,
-    out: np.ndarray,
-    table: np.ndarray,
-    backend: Backend,
+    family: _OneSize, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
 ) -> None:
-    resized = _resized(pixels, plan.resized, family, backend)
+    resized = values.resized(pixels, plan.resized)
     side = family.size_px
     top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
-    _put(out[0], resized[top : top + side, left : left + side], table)
+    values.put(out[0], resized[top : top + side, left : left + side])
 
 
 def _internvl(
-    family: InternVL,
-    plan: PicturePlan,
-    pixels: np.ndarray,
-    out: np.ndarray,
-    table: np.ndarray,
-    backend: Backend,
+    family: InternVL, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
 ) -> None:
-    whole, side = _resized(pixels, plan.resized, family, backend), family.size_px
+    whole, side = values.resized(pixels, plan.resized), family.size_px
     rows, cols = plan.grid
-    _put_tiles(out, whole, plan.grid, side, table)
+    values.put_tiles(out, whole, plan.grid, side)
     if rows * cols > 1:
-        _put(out[rows * cols], _resized(pixels, (side, side), family, backend), table)
+        values.put(out[rows * cols], values.resized(pixels, (side, side)))
 
 
 def _anyres(
-    family: AnyRes,
-    plan: PicturePlan,
-    pixels: np.ndarray,
-    out: np.ndarray,
-    table: np.ndarray,
-    backend: Backend,
+    family: AnyRes, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
 ) -> None:
     side, (rows, cols) = family.size_px, plan.grid
     if not rows:  # one of several pictures
         square = _squared(pixels, family.mean)
-        _put(out[0], _resized(square, (side, side), family, backend), table)
+        values.put(out[0], values.resized(square, (side, side)))
         return
-    _put(out[0], _resized(pixels, (side, side), family, backend), table)
-    fitted = _resized(pixels, plan.resized, family, backend)
+    values.put(out[0], values.resized(pixels, (side, side)))
+    fitted = values.resized(pixels, plan.resized)
     height, width = fitted.shape[:2]
     canvas = np.zeros((rows * side, cols * side, 3), np.uint8)
     top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
     canvas[top : top + height, left : left + width] = fitted
-    _put_tiles(out[1:], canvas, plan.grid, side, table)
+    values.put_tiles(out[1:], canvas, plan.grid, side)
 
 
 def _squared(pixels: np.ndarray, mean: tuple[float, float, float]) -> np.ndarray:
@@ -211,53 +221,28 @@ def _squared(pixels: np.ndarray, mean: tuple[float, float, float]) -> np.ndarray
 
 
 def _idefics3(
-    family: Idefics3,
-    plan: PicturePlan,
-    pixels: np.ndarray,
-    out: np.ndarray,
-    table: np.ndarray,
-    backend: Backend,
+    family: Idefics3, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
 ) -> None:
     side, (rows, cols) = family.size_px, plan.grid
     # Resized twice, as by the processor, and a third time for the whole picture.
-    whole = _resized(pixels, plan.resized, family, backend)
-    whole = _resized(whole, (rows * side, cols * side), family, backend)
+    whole = values.resized(pixels, plan.resized)
+    whole = values.resized(whole, (rows * side, cols * side))
     if rows * cols > 1:
-        _put_tiles(out, whole, plan.grid, side, table)
-    _put(out[plan.num_units - 1], _resized(whole, (side, side), family, backend), table)
+        values.put_tiles(out, whole, plan.grid, side)
+    values.put(out[plan.num_units - 1], values.resized(whole, (side, side)))
 
 
 def _pixtral(
-    family: Pixtral,
-    plan: PicturePlan,
-    pixels: np.ndarray,
-    out: np.ndarray,
-    table: np.ndarray,
-    backend: Backend,
+    family: Pixtral, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
 ) -> None:
+    del family
     height, width = plan.resized
-    _put(out[0, :, :height, :width], _resized(pixels, plan.resized, family, backend), table)
+    values.put(out[0, :, :height, :width], values.resized(pixels, plan.resized))
     out[0, :, height:] = 0
     out[0, :, :height, width:] = 0
 
 
-def _put_tiles(
-    out: np.ndarray, whole: np.ndarray, grid: tuple[int, int], side: int, table: np.ndarray
-) -> None:
-    """Writes the tiles of a picture, row by row."""
-    rows, cols = grid
-    for t in range(rows * cols):
-        y, x = t // cols * side, t % cols * side
-        _put(out[t], whole[y : y + side, x : x + side], table)
-
-
-def _put(out: np.ndarray, pixels: np.ndarray, table: np.ndarray) -> None:
-    """Writes the values of [S, S, 3] levels as [3, S, S]."""
-    for c in range(3):
-        np.take(table[c], pixels[..., c], out=out[c], mode="clip")  # "raise" would copy
-
-
-def _square(family: FixedSize | Gemma3 | InternVL, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
+def _square(family: _OneSize | InternVL, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
     del plans
     return (3, family.size_px, family.size_px)
 
@@ -278,6 +263,7 @@ _KERNELS: Mapping[str, tuple[_Shape, Callable[..., None]]] = {
     Qwen2VL.kind: (_patch, _qwen2_vl),
     FixedSize.kind: (_square, _fixed),
     Gemma3.kind: (_square, _fixed),
+    PaliGemma.kind: (_square, _fixed),
     InternVL.kind: (_square, _internvl),
     AnyRes.kind: (_square, _anyres),
     Idefics3.kind: (_square, _idefics3),

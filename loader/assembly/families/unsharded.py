@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from loader.assembly.families.collate import finished_for_model
-from loader.assembly.families.example import ModelDraft, ModelPlanner, ModelView
+from loader.assembly.families.example import ModelDraft, ModelPlanner, ModelView, Purpose
 from loader.buffers import Scratch
 from shardspec.families import StoredModel
 from shardspec.sample import PreparedSample
@@ -20,7 +20,7 @@ def assemble_for_model(
     *,
     stored: StoredModel,
     view: ModelView,
-    training: bool = True,
+    purpose: Purpose = "train",
 ) -> dict[str, Any]:
     """Makes the example of one sample in one epoch.
 
@@ -29,12 +29,12 @@ def assemble_for_model(
       rng: The sample's generator for this epoch.
       stored: The model that it was prepared for.
       view: What the run wants.
-      training: False takes the first conversation.
+      purpose: "inference" takes the first conversation.
 
     Raises:
       SampleError: As `ModelPlanner.plan`.
     """
-    planner = ModelPlanner(stored, view, limit=None, max_images=None, weight=1.0, training=training)
+    planner = ModelPlanner(stored, view, limit=None, max_images=None, weight=1.0, purpose=purpose)
     plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key)
     sources = [(image.pixels, None) for image in sample.images]
     draft = ModelDraft(plan, sources, view=view, stored=stored, key=sample.key, scratch=Scratch())

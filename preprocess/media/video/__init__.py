@@ -1,22 +1,18 @@
-"""Videos: which frames a file has, and their pixels, exactly.
+"""Videos: which frames or which part of a file are stored.
 
-`VideoDecoder` is the door: it chooses frames and decodes them in a process of its own, the only one
-that imports PyAV.
+`VideoDecoder` is the door: it chooses, and has `shardspec.video` decode in a process of its own.
 """
 
 from preprocess.media.video.decoder import VideoDecoder, VideoFrames
 from preprocess.media.video.encode import encode_video
 from preprocess.media.video.policy import VideoPolicy
-from preprocess.media.video.prepare import StoredFrames, VideoPreparer
-from preprocess.media.video.reader import VideoInfo, shown_size
+from preprocess.media.video.prepare import StoredVideo, VideoPreparer
 
 __all__ = [
-    "StoredFrames",
+    "StoredVideo",
     "VideoDecoder",
     "VideoFrames",
-    "VideoInfo",
     "VideoPolicy",
     "VideoPreparer",
     "encode_video",
-    "shown_size",
 ]

@@ -1,23 +1,16 @@
-"""VideoDecoder: frames of a video, decoded in a process that may hang or die.
-
-The process and what its end costs: `preprocess.media.child`.
-"""
+"""VideoDecoder: what a policy chooses of videos, decoded in a process that may hang or die."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from preprocess.media.child import ChildProcess
-from preprocess.media.video.extract import Request
 from preprocess.media.video.policy import VideoPolicy
-from shardspec.errors import ConfigError
+from shardspec.video import Request, decoder_process
 
 Frame = TypeVar("Frame")
 
@@ -32,7 +25,7 @@ class VideoFrames(Generic[Frame]):
     numbers: list[int]
     """Which frames of the video they are, from 0."""
     info: dict[str, Any]
-    """`preprocess.media.video.VideoInfo` in plain JSON types."""
+    """`shardspec.video.VideoInfo` in plain JSON types."""
 
 
 class VideoDecoder:
@@ -44,11 +37,7 @@ class VideoDecoder:
     def __init__(self, policy: VideoPolicy) -> None:
         """Takes the policy; starts nothing yet."""
         self.policy = policy
-        self.child = ChildProcess(
-            "preprocess.media.video.worker",
-            reason="video_process",
-            memory_bytes=policy.memory_bytes,
-        )
+        self.decoding = decoder_process(policy)
 
     def __call__(
         self,
@@ -72,48 +61,97 @@ class VideoDecoder:
           where: Named in errors.
 
         Raises:
-          SampleError: As `extract`, and `video_process`: the process died, took too long, or was
-            refused memory.
-          ConfigError: `video_extra`: PyAV is missing.
+          SampleError, ConfigError: As `extract` and `ChildProcess.ask`.
         """
+        frames: list[Frame] = []
+        chosen: dict[str, Any] = {}
+
+        def begin(facts: dict[str, Any]) -> None:
+            chosen.update(facts)
+            frames.clear()
+
+        self._ask(
+            "extract",
+            source,
+            on_facts=begin,
+            on_array=lambda pixels: frames.append(on_frame(pixels, chosen["info"])),
+            where=where,
+            start_s=start_s,
+            end_s=end_s,
+            instants_s=None if instants_s is None else list(instants_s),
+        )
+        return VideoFrames(
+            frames=frames, times_s=chosen["times"], numbers=chosen["numbers"], info=chosen["info"]
+        )
+
+    def clip(
+        self,
+        source: Path | bytes,
+        *,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        where: str = "",
+    ) -> tuple[dict[str, Any], np.ndarray, bytes]:
+        """Makes the clip that is stored.
+
+        Args:
+          source: A local file, or its bytes.
+          start_s: Where the clip begins; None for the beginning.
+          end_s: Where it ends, itself left out; None for the end.
+          where: Named in errors.
+
+        Returns:
+          What `shardspec.video.clip.store_clip` yields: facts, table and file.
+
+        Raises:
+          SampleError, ConfigError: As `store_clip` and `ChildProcess.ask`.
+        """
+        found: dict[str, Any] = {}
+        arrays: list[np.ndarray] = []
+        self._ask(
+            "store",
+            source,
+            on_facts=found.update,
+            on_array=arrays.append,
+            where=where,
+            start_s=start_s,
+            end_s=end_s,
+        )
+        table, file = arrays
+        return found, table, file.tobytes()
+
+    def _ask(
+        self,
+        work: str,
+        source: Path | bytes,
+        *,
+        on_facts: Callable[[dict[str, Any]], None],
+        on_array: Callable[[np.ndarray], None],
+        where: str,
+        **clip: Any,
+    ) -> None:
         policy = self.policy
-        where = where or (str(source) if isinstance(source, Path) else "")
         request = Request(
             mode=policy.mode,
             max_frames=policy.max_frames,
             max_fps=policy.max_fps,
             min_spacing_s=policy.min_spacing_s,
-            start_s=start_s,
-            end_s=end_s,
             damaged=policy.damaged,
             max_pixels=policy.max_pixels,
-            instants_s=None if instants_s is None else list(instants_s),
+            max_bytes=policy.max_clip_bytes,
+            **clip,
         )
-        if importlib.util.find_spec("av") is None:
-            raise ConfigError("video_extra", error="No module named 'av'")
-        asked = asdict(request)
-        if isinstance(source, Path):
-            asked["path"] = str(source)
-        payload = source if isinstance(source, bytes) else None
-        frames: list[Frame] = []
-        chosen: dict[str, Any] = {}
-        parts = self.child.ask(asked, payload, time_limit_s=policy.time_limit_s, where=where)
-        with closing(parts):  # at once, not when the garbage is collected
-            for part in parts:
-                if isinstance(part, dict):
-                    chosen, frames = part, []
-                else:
-                    frames.append(on_frame(part, chosen["info"]))
-        return VideoFrames(
-            frames=frames,
-            times_s=chosen["times"],
-            numbers=chosen["numbers"],
-            info=chosen["info"],
+        self.decoding.ask(
+            {"work": work, **asdict(request)},
+            source if isinstance(source, Path) else (source,),
+            on_facts=on_facts,
+            on_array=on_array,
+            where=where or (str(source) if isinstance(source, Path) else ""),
         )
 
     def close(self) -> None:
         """Ends the process."""
-        self.child.close()
+        self.decoding.close()
 
     def __enter__(self) -> VideoDecoder:
         return self

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from preprocess.media.video.reader import import_av
+from shardspec.video import import_av
 
 
 def encode_video(frames: Iterable[np.ndarray], *, fps: Fraction) -> bytes:

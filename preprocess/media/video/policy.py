@@ -17,22 +17,35 @@ StoredMode = Literal["uniform", "uniform_last", "fps", "adaptive"]
 Damaged = Literal["keep", "refuse"]
 
 Subtitles = Literal["frames", "after", "none"]
+Stored = Literal["frames", "clip"]
+
+MAX_CLIP_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoPolicy:
-    """How videos are stored: as some of their frames, each an image of the model's size.
+    """How videos are stored: as some of their frames, each an image of the model's size, or as the
+    clip itself.
 
     Raises:
       ConfigError: `video_policy`, `frame_sampling`.
     """
 
+    store: Annotated[
+        Stored,
+        Setting(
+            "what is stored of a video: its frames as images, or the clip, decoded at load",
+            flag="video-store",
+            group="videos",
+        ),
+    ] = "frames"
     mode: Annotated[
         StoredMode,
         Setting("how frames are chosen", flag="frames", group="videos"),
     ] = "uniform_last"
-    """A mode of `shardspec.frames`; training draws among the frames that are stored."""
-    max_frames: Annotated[int, Setting("most frames stored of a video", group="videos")] = 64
+    """A mode of `shardspec.frames`; training draws among the frames that are stored. Of a clip all
+    are: the mode says how many frames an example has, and which ones in an evaluation."""
+    max_frames: Annotated[int, Setting("most frames of a video", group="videos")] = 64
     max_fps: Annotated[
         float,
         Setting("frames per second of --frames uniform_last, as far as they fit", group="videos"),
@@ -94,6 +107,8 @@ class VideoPolicy:
     ] = 4_000_000_000
     max_pixels: int = 1 << 26
     """Pixels of the largest picture that is decoded, 8192 x 8192."""
+    max_clip_bytes: int = MAX_CLIP_BYTES
+    """Length of the longest clip that is stored: its sample is read as a whole."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -106,6 +121,8 @@ class VideoPolicy:
             "memory_bytes": self.memory_bytes >= 1 << 20,
             "max_pixels": self.max_pixels >= 1,
             "mode": self.mode in get_args(StoredMode),
+            "store": self.store in get_args(Stored),
+            "max_clip_bytes": 1 <= self.max_clip_bytes < 1 << 31,
         }
         wrong = {name: getattr(self, name) for name, good in checks.items() if not good}
         if wrong:
@@ -125,4 +142,7 @@ class VideoPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Gives what samples follow from, in plain JSON types."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        # What came later is told where it differs: the recipes of older datasets stay as they are.
+        later = {"store": "frames", "max_clip_bytes": MAX_CLIP_BYTES}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {n: value for n, value in values.items() if n not in later or value != later[n]}

@@ -1,4 +1,4 @@
-"""VideoPreparer: the frames of a video as they are stored, images of the model's size.
+"""VideoPreparer: what is stored of a video: frames, images of the model's size, or a clip.
 
 A frame becomes an image as any other does: resized by the policy of images, for views with a single
 crop. Its original has square pixels.
@@ -16,15 +16,18 @@ from PIL import Image
 from preprocess.media.image import ImagePolicy, ImagePreprocessor
 from preprocess.media.video.decoder import VideoDecoder
 from preprocess.media.video.policy import VideoPolicy
-from shardspec.sample import Geometry, PreparedImage
+from shardspec.sample import Geometry, PreparedClip, PreparedImage
 from shardspec.tiling import FrameView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFrames:
+class StoredVideo:
     """What is stored of a video."""
 
-    images: tuple[PreparedImage, ...]
+    images: tuple[PreparedImage, ...] = ()
+    """Its frames, where they are stored."""
+    clip: PreparedClip | None = None
+    """The video itself, otherwise."""
     times_s: list[float]
     """When each frame is shown, in seconds from the beginning of the clip."""
     record: dict[str, Any]
@@ -48,7 +51,7 @@ class VideoPreparer:
         clip: tuple[float | None, float | None] | None = None,
         geometry: Geometry = Geometry.NONE,
         where: str = "",
-    ) -> StoredFrames:
+    ) -> StoredVideo:
         """Makes the frames that are stored.
 
         Args:
@@ -62,6 +65,8 @@ class VideoPreparer:
           ConfigError: `video_extra`.
         """
         start_s, end_s = clip or (None, None)
+        if self._decoder.policy.store == "clip":
+            return self._clip(source, (start_s, end_s), clip is None, geometry, where)
 
         # Resized as they come, so that a single frame is held at its full size.
         def made(pixels: np.ndarray, info: dict[str, Any]) -> PreparedImage:
@@ -74,7 +79,39 @@ class VideoPreparer:
             **{name: found.info[name] for name in _RECORDED},
             "clip": None if clip is None else list(clip),
         }
-        return StoredFrames(images=tuple(found.frames), times_s=found.times_s, record=record)
+        return StoredVideo(images=tuple(found.frames), times_s=found.times_s, record=record)
+
+    def _clip(
+        self,
+        source: Path | bytes,
+        clip: tuple[float | None, float | None],
+        whole: bool,
+        geometry: Geometry,
+        where: str,
+    ) -> StoredVideo:
+        found, table, file = self._decoder.clip(source, start_s=clip[0], end_s=clip[1], where=where)
+        info, times_s, numbers = found["info"], found["times"], found["numbers"]
+        width, height = found["size"]
+        prepared = PreparedClip(
+            table=table,
+            file=file,
+            suffix="video" if found["stored"] == "file" else "mp4",
+            num_frames=len(times_s),
+            chosen=tuple(numbers),
+            width=width,
+            height=height,
+            source_width=info["width"],
+            source_height=info["height"],
+            geometry=geometry,
+        )
+        record = {
+            "frame_times_s": [round(times_s[number], 6) for number in numbers],
+            "frame_numbers": [found["first"] + number for number in numbers],
+            **{name: info[name] for name in _RECORDED},
+            "clip": None if whole else list(clip),
+            "stored": found["stored"],
+        }
+        return StoredVideo(clip=prepared, times_s=times_s, record=record)
 
 
 def _square(pixels: np.ndarray, info: dict[str, Any]) -> np.ndarray:

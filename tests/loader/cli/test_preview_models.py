@@ -29,7 +29,7 @@ FAMILIES = {
 
 
 def rendered(family, pixels):
-    (plan,) = family.plan([pixels.shape[:2]])
+    plan = family.plan(pixels.shape[:2])
     units = np.zeros((plan.num_units, *unit_shape(family, [plan])), np.float32)
     write_units(family, plan, pixels, units, backend="pil")
     return plan, model_pictures(family, plan, units)

@@ -22,7 +22,7 @@ from preprocess.text import TextPolicy
 from preprocess.text.styles import STYLES
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
-from shardspec.index import count_questions
+from shardspec.index import count_answers, count_questions, first_conversations
 from shardspec.sample import SpanKind, text_rows
 from shardspec.tiling import ImageView
 from tests.chat_shapes import SHAPES, make_tokenizer
@@ -274,6 +274,20 @@ def test_the_unsharded_path_asks_every_question_of_an_example():
     assert again["input_ids"].tolist() == rows[2]["input_ids"].tolist()
 
 
+@pytest.mark.parametrize("questions", ["all", "first"])
+def test_exchanges_of_weight_0_are_context_and_not_asked(questions):
+    turns = ["Who?", "Anna", "Where?", "Berlin", "When?", "Today"]
+    chat = {"style": "demo", "messages": turns, "turn_weights": [0, 1, 0.5]}
+    prepare = preparer()
+    view = View(image=IMAGE, questions=questions)
+    rows = MolmoPreprocessor(prepare, special_ids=prepare.tokenizer.special_ids, view=view)
+    rows = rows.questions({"message_list": [chat, message_of("vqa2")]})
+    asked = [row["metadata"]["record"]["question"] for row in rows]
+    assert asked == ["Where?", *["When?"] * (questions == "all"), "What is it?"]
+    told = prepare.tokenizer.decode(rows[0]["input_ids"].tolist())
+    assert [part in told for part in turns] == [True, True, True, False, False, False]
+
+
 @pytest.mark.parametrize("image_map", ["first", "per_token", "pooling"])
 def test_padding_at_the_left_moves_all_that_points_at_tokens(image_map):
     long = {**message_of("vqa2"), "question": "What is it, and " * 9}
@@ -306,7 +320,23 @@ def test_unknown_sides_are_refused():
 
 def test_questions_are_counted_by_their_spans():
     rows = [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 3, 0], [SpanKind.IMAGE, 0, 0]]
-    spans = np.array([[*row, 0, 0, 0, 0, 0] for row in rows], np.int32)
+    spans = np.array([[*row, 0, 0, 0, 0, 1] for row in rows], np.int32)
     assert count_questions(spans) == (3, 4)
+    spans[2:4, 7] = 0
+    assert count_questions(spans) == (2, 2)
     assert count_questions(spans[-1:]) == (0, 0)
     assert count_questions(spans[:1]) == (1, 1)
+
+
+def test_variants_of_messages_for_models_are_no_questions_of_their_own():
+    # Two messages of two variants each: the first has one answer, the second two and an end.
+    rows = [
+        (0, branch, turn, 0, 3, 3, 3 + length, 1)
+        for branch, lengths in enumerate(((5,), (6,), (2, 2, 0), (3, 3, 0)))
+        for turn, length in enumerate(lengths)
+    ]
+    spans = np.array([*rows, (1, 0, 9, 9, 9, 9, 0, 0)], "<i4")
+    assert first_conversations(spans, 2).tolist() == [0, 2]
+    assert count_answers(spans, 2) == (2, 3)
+    assert count_answers(spans, 4) == (4, 6)
+    assert count_answers(spans[-1:], 1) == (0, 0)

@@ -152,7 +152,10 @@ def test_batches_of_the_users_own_are_counted_as_far_as_they_say(
         return {"input_ids": torch.zeros(2, 3), "labels": "none"}
 
     loader = make_dataloader(
-        StreamingDataset(url, view=view), global_batch_size=2, sequence_length=64, collate=collate
+        StreamingDataset(url, view=view),
+        global_batch_size=2,
+        sequence_length=64,
+        collate_fn=collate,
     )
     assert len(list(loader)) == 2
     flat = loader.stats().to_dict()

@@ -277,7 +277,7 @@ def test_raw_samples_are_chosen_by_added_columns_and_batches_are_the_users_own(p
     dataset = RawDataset(url, decode=key_of, where="score > 0.5", shuffle=False, tail="pad")
     assert list(dataset) == [key for key, each in ROWS.items() if each["score"] > 0.5]
     with pytest.raises(ConfigError) as caught:
-        make_dataloader(dataset, global_batch_size=2, collate=list, columns=("score",))
+        make_dataloader(dataset, global_batch_size=2, collate_fn=list, columns=("score",))
     assert caught.value.reason == "loader_options"
 
 

@@ -61,8 +61,7 @@ def test_terminal_has_a_bar(monkeypatch):
 @pytest.mark.parametrize(
     "place, reason",
     [
-        (("--source", "s3://bucket/rows"), "rows are not read from URLs"),
-        (("--source", "https://huggingface.co/datasets/x/y"), "rows are not read from URLs"),
+        (("--source", "https://huggingface.co/datasets/x/y"), "a web server does not list"),
         (("--source", "sample", "--out", "memory://x"), "memory of one process"),
     ],
 )

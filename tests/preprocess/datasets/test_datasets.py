@@ -274,12 +274,12 @@ def test_image_of_a_row_is_found(row, want):
     "image", ["a.jpg", {"bytes": None, "path": "a.jpg"}, {"bytes": b"", "path": "a.jpg"}]
 )
 def test_relative_path_starts_from_the_folder(tmp_path, image):
-    assert row_image({"image": image}, base=tmp_path) == tmp_path / "a.jpg"
+    assert row_image({"image": image}, base=str(tmp_path)) == tmp_path / "a.jpg"
 
 
 @pytest.mark.parametrize("image", ["/data/a.jpg", "file:///data/a.jpg"])
 def test_absolute_path_stays_as_it_is(tmp_path, image):
-    assert str(row_image({"image": image}, base=tmp_path)) == "/data/a.jpg"
+    assert str(row_image({"image": image}, base=str(tmp_path))) == "/data/a.jpg"
 
 
 @pytest.mark.parametrize("image", [np.zeros((2, 2, 3), np.uint8), Image.new("RGB", (2, 2))])

@@ -15,9 +15,9 @@ from preprocess.datasets import LeRobot, get_dataset
 from preprocess.datasets import episodes as episodes_module
 from preprocess.episodes import WindowPolicy
 from preprocess.media import VideoDecoder, VideoPolicy
-from preprocess.media.video.reader import VideoReader
 from shardspec.actions import normalize, value_bins, value_statistics
 from shardspec.errors import ConfigError, SampleError, SourceError
+from shardspec.video.reader import VideoReader
 from tests.lerobot_folders import (
     CAMERAS,
     FPS,

@@ -1,12 +1,24 @@
 """A user's own data: specs, files whose format is told, and code, from a folder to batches."""
 
+import functools
+import gzip
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
+import threading
+from contextlib import nullcontext
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from unittest import mock
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -468,6 +480,127 @@ def test_rows_and_images_can_lie_in_an_object_store(s3_server, data):
     assert caught.value.reason == "image_missing"
 
 
+@pytest.mark.parametrize("kind", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
+def test_folders_of_an_object_store_are_read_as_local_ones(kind, request, tmp_path):
+    if kind == "memory":
+        url, client, entered = "memory://own-folders", fsspec.filesystem("memory"), nullcontext
+    else:
+        server = request.getfixturevalue("s3_server")
+        url, client, entered = server.make_bucket(), server.client(), server.entered
+    photos, saved = tmp_path / "photos", tmp_path / "saved" / "train"
+    for folder in (photos / "in", photos / ".hidden", saved):
+        folder.mkdir(parents=True)
+    for i, name in enumerate(("a.png", "in/b.PNG", ".hidden/c.png")):
+        (photos / name).write_bytes(photo(i))
+    (photos / "a.txt").write_text("A door.\r\n")
+    (photos / "in" / "b.json").write_text('{"caption": "A window."}')
+    (saved / "state.json").write_text('{"_data_files": [{"filename": "rows.arrow"}]}')
+    (saved / "dataset_info.json").write_text('{"features": {}}')
+    rows = pa.Table.from_pylist([{"image": {"bytes": photo(3), "path": None}, "caption": "A cup."}])
+    for name in ("rows.arrow", "cache-1.arrow"):
+        with pa.ipc.new_stream(saved / name, rows.schema) as out:
+            out.write_table(rows)
+    client.put(f"{tmp_path}/", url, recursive=True)
+    for name, texts in (("photos", ["A door.", "A window."]), ("saved", ["A cup."])):
+        local = dataset_class(str(tmp_path / name))()
+        with entered():
+            stored = dataset_class(f"{url}/{name}")()
+            examples = [stored.get(i) for i in range(len(stored))]
+            found = [e["message_list"][0]["text"].strip() for e in examples]
+            images = [e["image"][0] for e in examples]
+            images = [i if isinstance(i, bytes) else i.read() for i in images]
+        assert (
+            found
+            == texts
+            == [local.get(i)["message_list"][0]["text"].strip() for i in range(len(local))]
+        )
+        assert images == ([photo(0), photo(1)] if name == "photos" else [photo(3)])
+
+
+class WebHandler(SimpleHTTPRequestHandler):
+    """Serves a folder as a web server does, and as the hub does a repository of that folder."""
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+    def do_GET(self):
+        """Answers the hub's questions, and gives files."""
+        top, _, below = self.path.partition("?")[0].removeprefix("/api").partition("/main")
+        if not self.path.startswith("/api/datasets/me/own"):
+            self.path = self.path.removeprefix("/datasets/me/own/resolve/main")
+            if "Range" not in self.headers:
+                super().do_GET()
+                return
+            start, stop = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            self._give(Path(self.directory, self.path[1:]).read_bytes()[start : stop + 1], 206)
+            return
+        folder = Path(self.directory, below.strip("/"))
+        found = [{"id": "me/own", "sha": "a" * 40}] if not top.endswith("/tree") else None
+        if found is None:
+            found = [
+                {"type": "directory" if each.is_dir() else "file", "oid": "b" * 40}
+                | {"size": each.stat().st_size, "path": each.relative_to(self.directory).as_posix()}
+                for each in sorted(folder.glob("**/*" if "recursive=true" in self.path else "*"))
+            ]
+        self._give(json.dumps(found if top.endswith("/tree") else found[0]).encode(), 200)
+
+    def _give(self, payload, status):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+
+@pytest.fixture
+def web(data):
+    """Serves the data from loopback; gives its address."""
+    lines = [json.dumps(row) for row in json.loads((data / "chats.json").read_text())]
+    (data / "chats.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    handler = functools.partial(WebHandler, directory=str(data))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["chats.json", "chats.jsonl.gz"])
+def test_rows_and_images_can_be_on_a_web_server(name, web, data):
+    dataset = dataset_class(f"{web}/{name}")()
+    assert len(dataset) == len(json.loads((data / "chats.json").read_text()))
+    example = dataset.get(0)
+    assert example["image"] == [f"{web}/0.png"]
+    assert example["message_list"][0]["messages"][1] == f"It is {COLORS[0]}."
+
+
+_HUB = """
+import sys
+from preprocess.datasets import dataset_class, get_dataset
+for name in sys.argv[1:]:
+    dataset = dataset_class(name)()
+    print(len(dataset), len(dataset.get(6)["image"][1].read()))
+print(get_dataset("pixmo_cap", source="hf://datasets/me/own/rows").get(0)["message_list"][0]["text"])
+"""
+
+
+@pytest.mark.slow
+def test_rows_and_images_can_be_in_a_repository_of_the_hub(web, data):
+    (data / "rows").mkdir()
+    rows = [{"image_url": "http://a/b.jpg", "caption": "A door.", "transcripts": []}]
+    pq.write_table(pa.Table.from_pylist(rows), data / "rows" / "train.parquet")
+    url = "hf://datasets/me/own"
+    specs = [data / f"{i}.toml" for i in range(3)]
+    for spec, name in zip(specs, ("chats.jsonl.gz", "chats.json", "c*.json"), strict=True):
+        images = f'images = "{url}/photos"'
+        spec.write_text(f'format = "llava"\nsource = "{url}/{name}"\n{images}\n')
+    command = [sys.executable, "-c", _HUB, *map(str, specs)]
+    env = {**os.environ, "HF_ENDPOINT": web, "HF_HUB_OFFLINE": "0", "HF_HOME": str(data / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    size = len(photo(2))
+    assert done.stdout.splitlines() == [f"9 {size}"] * 3 + ["A door."], done.stderr
+
+
 @pytest.mark.parametrize(
     "rows", ["rows.jsonl", "annotations/rows.jsonl", "deep/er/rows.jsonl", "photos/rows.jsonl"]
 )
@@ -530,6 +663,25 @@ def test_files_of_a_folder_are_those_with_rows(tmp_path):
     with pytest.raises(SourceError) as caught:
         list_files(str(tmp_path / "*.tsv"))
     assert caught.value.reason == "source_missing"
+
+
+def test_a_folder_of_several_formats_is_refused_with_the_files(tmp_path):
+    for i in range(20):
+        row = {"image": "a.jpg", "caption": "A cat."} if i < 19 else {"vocab": 3}
+        (tmp_path / f"{i:02}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "00a.jsonl").write_text("{\n")
+    assert dataset_class(str(tmp_path / "0*.jsonl")).spec.format == "captions"
+    with pytest.raises(SourceError) as caught:
+        dataset_class(str(tmp_path))
+    assert caught.value.reason == "source_guess"
+    assert caught.value.facts["00.jsonl"] == "captions"
+    assert "vocab" in caught.value.facts["19.jsonl"]
+    # One reader takes all conversations.
+    (tmp_path / "in").mkdir()
+    llava = {"conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]}
+    (tmp_path / "in" / "a.jsonl").write_text(json.dumps(llava))
+    (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"query": "A?", "response": "B."}))
+    assert dataset_class(str(tmp_path / "in")).spec.format == "llava"
 
 
 def test_file_whose_format_cannot_be_told_is_refused_with_what_it_has(tmp_path):
@@ -613,7 +765,7 @@ def test_web_dataset_tars_become_prepared_shards(inline_cli, tmp_path):
     assert len(colors) == 4
 
 
-@pytest.mark.parametrize("name", ["img_path", "image_local_name", "imageName", "imgname", "photo"])
+@pytest.mark.parametrize("name", ["img_path", "image_local_name", "imageName", "photo"])
 def test_images_that_are_not_found_are_not_left_out_in_silence(name, tmp_path):
     rows = tmp_path / "rows.jsonl"
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]

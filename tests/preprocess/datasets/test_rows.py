@@ -2,7 +2,6 @@
 
 import weakref
 from collections import UserList
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -33,7 +32,7 @@ def write_parquet(path, start, stop, *, group=4):
 
 
 def open_rows(folder, split="train", want=WANT):
-    return local_rows(Path(folder), split=split, want=want)
+    return local_rows(str(folder), split=split, want=want)
 
 
 def check_is_range(rows, count):

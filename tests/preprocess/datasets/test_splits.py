@@ -149,7 +149,7 @@ def by_split(want):
 def test_layout_gives_the_splits_that_people_mean(tmp_path, case):
     want, differs = LAYOUTS[case]
     write(tmp_path, want)
-    layout = folder_layout(tmp_path)
+    layout = folder_layout(str(tmp_path))
     assert {split: list(files) for split, files in layout.splits.items()} == by_split(want)
     assert sorted(layout.unmatched) == sorted(n for n, s in want.items() if s == "UNMATCHED")
     theirs = of_datasets(tmp_path)
@@ -165,7 +165,7 @@ def test_the_table_is_as_long_as_it_should_be():
 def test_files_that_no_rule_explains_are_refused_taken_or_skipped(tmp_path, case):
     want = LAYOUTS[case][0]
     write(tmp_path, want)
-    layout = folder_layout(tmp_path)
+    layout = folder_layout(str(tmp_path))
     lost = sorted(name for name, split in want.items() if split == "UNMATCHED")
     with pytest.raises(SourceError) as caught:
         layout.files("train", unmatched="refuse", where="here")
@@ -180,9 +180,9 @@ def test_files_that_no_rule_explains_are_refused_taken_or_skipped(tmp_path, case
 def test_take_builds_files_without_a_split_as_any_split(tmp_path):
     write(tmp_path, ["a.parquet"])
     with pytest.raises(SourceError) as caught:
-        folder_layout(tmp_path).files("validation", unmatched="refuse", where="")
+        folder_layout(str(tmp_path)).files("validation", unmatched="refuse", where="")
     assert (caught.value.reason, caught.value.facts["splits"]) == ("source_split", ["train"])
-    layout = folder_layout(tmp_path, unmatched="take")
+    layout = folder_layout(str(tmp_path), unmatched="take")
     assert layout.files("validation", unmatched="take", where="") == ["a.parquet"]
 
 
@@ -193,7 +193,7 @@ def test_caches_beside_the_files_of_save_to_disk_are_not_rows(tmp_path):
     splits = {name: datasets.Dataset.from_dict({"a": [1, 2]}) for name in ("train", "odd_rows")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
     write(tmp_path / "data", ["train/cache-0123.arrow"])
-    layout = folder_layout(tmp_path / "data")
+    layout = folder_layout(str(tmp_path / "data"))
     assert layout.splits == {
         "train": ["train/data-00000-of-00001.arrow"],
         "odd_rows": ["odd_rows/data-00000-of-00001.arrow"],
@@ -234,7 +234,7 @@ def test_splits_that_a_readme_configures_are_followed(tmp_path, case):
     for name in "abc":
         datasets.Dataset.from_dict({"name": [name]}).to_parquet(tmp_path / f"{name}.parquet")
     (tmp_path / "README.md").write_text(f"---\nlicense: odc-by\nconfigs:\n{configs}---\n# Data\n")
-    layout = folder_layout(tmp_path)
+    layout = folder_layout(str(tmp_path))
     assert layout.splits == want
     assert (dict(layout.unmatched), layout.configured_by) == ({}, ["README.md"])
     theirs = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / ".cache"))
@@ -261,7 +261,7 @@ def test_readme_that_does_not_say_which_rows_is_refused(tmp_path, configs, says)
     write(tmp_path, ["a.parquet", "b.parquet"])
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     with pytest.raises(SourceError) as caught:
-        folder_layout(tmp_path)
+        folder_layout(str(tmp_path))
     assert caught.value.reason == "source_split"
     assert says in str(caught.value)
 
@@ -269,7 +269,7 @@ def test_readme_that_does_not_say_which_rows_is_refused(tmp_path, configs, says)
 def test_file_that_a_readme_forgets_is_unmatched(tmp_path):
     write(tmp_path, ["a.parquet", "b.parquet"])
     (tmp_path / "README.md").write_text("---\nconfigs:\n- data_files: a.parquet\n---\n")
-    layout = folder_layout(tmp_path)
+    layout = folder_layout(str(tmp_path))
     assert layout.splits == {"train": ["a.parquet"]}
     assert layout.unmatched == {"b.parquet": "README.md does not configure it"}
 
@@ -277,4 +277,4 @@ def test_file_that_a_readme_forgets_is_unmatched(tmp_path):
 def test_readme_without_front_matter_decides_nothing(tmp_path):
     write(tmp_path, ["a.parquet"])
     (tmp_path / "README.md").write_text("# configs: none\n")
-    assert folder_layout(tmp_path).splits == {"train": ["a.parquet"]}
+    assert folder_layout(str(tmp_path)).splits == {"train": ["a.parquet"]}

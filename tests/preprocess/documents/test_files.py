@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from preprocess.documents import PageImage, files, keep_pages
-from preprocess.documents.files import count_pages, pdf_texts
+from preprocess.documents.files import PdfLimits, count_pages, pdf_texts
 from preprocess.documents.pdf import MAX_PAGES
-from preprocess.media import ChildProcess, ImagePolicy, ImagePreprocessor, child
+from preprocess.media import ImagePolicy, ImagePreprocessor
+from shardspec import child
+from shardspec.child import ChildProcess
 from shardspec.errors import SampleError
 from tests.preprocess.documents import made
 
@@ -120,13 +122,15 @@ def test_a_pdf_that_hangs_or_takes_too_much_memory_costs_itself_alone(monkeypatc
     process = files._pdfium_of(os.getpid()).process
     os.kill(process.pid, signal.SIGSTOP)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "PDF_TIME_LIMIT_S", 1.0)
+        patch.setattr(files._pdfium_of(os.getpid()), "limits", PdfLimits(time_limit_s=1.0))
         patch.setattr(child, "_GRACE_S", -0.9)
         with pytest.raises(SampleError, match="takes too long") as caught:
             page.read()
     assert caught.value.reason == "document_process"
     assert process.returncode == -signal.SIGKILL
-    small = ChildProcess("preprocess.documents.worker", reason="document_process", memory_bytes=9)
+    small = ChildProcess(
+        "preprocess.documents.worker", reason="document_process", limits=PdfLimits(memory_bytes=9)
+    )
     with monkeypatch.context() as patch:
         patch.setattr(files, "_pdfium_of", lambda pid: small)
         with pytest.raises(SampleError) as caught:

@@ -77,8 +77,50 @@ COLUMNS = [
     "caption",
     "options",
     "answers",
+    "instruction",
+    "input",
+    "response",
+    "query",
+    "history",
 ]
 ROWS = st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=6)
+
+TURNS = [{"role": "user", "content": "<image>What?"}]
+ANSWER = [{"role": "assistant", "content": "That."}]
+EXCHANGES = [
+    ({"instruction": "<image>What?", "input": "", "output": "That."}, ["What?", "That."]),
+    ({"instruction": "Put it in Dutch.", "input": "<image>", "output": "Kat."}, None),
+    ({"query": "Left?<image>", "response": "No.", "history": [["Hi", "Oh"]]}, None),
+    ({"query": "<image>What?", "response": "That.", "system": "Be short."}, ["What?", "That."]),
+    ({"prompt": "What?", "completion": "That."}, ["What?", "That."]),
+    ({"prompt": TURNS, "completion": ANSWER}, ["What?", "That."]),
+    ({"conversations": [{"human": "What?", "assistant": "That."}]}, ["What?", "That."]),
+    ({"query": "Highest?", "label": ["14"], "human_or_machine": 0}, {"question": "Highest?"}),
+]
+
+
+@pytest.mark.parametrize("row, want", EXCHANGES)
+def test_rows_of_one_exchange_are_conversations(row, want):
+    guess = guess_format([{**row, "images": ["a.jpg"]}])
+    example = parse_row({**row, "images": ["a.jpg"]}, Spec(name="own", format=guess.format))
+    (message,) = example["message_list"]
+    assert example["image"] == ["a.jpg"]
+    if isinstance(want, dict):
+        assert (message["question"], message["answer"]) == ("Highest?", "14")
+    elif want:
+        assert message["messages"] == want
+    elif "query" in row:
+        assert message["messages"] == ["Hi", "Oh", "Left?<|image|>", "No."]
+    else:
+        assert message["messages"] == ["Put it in Dutch.\n<|image|>", "Kat."]
+    assert message.get("system") == row.get("system")
+
+
+def test_columns_of_an_exchange_may_have_any_name():
+    columns = {"prompt": "ask", "response": "say"}
+    spec = Spec(name="own", format="messages", columns=columns)
+    (message,) = parse_row({"ask": "A?", "say": "B.", "output": "C."}, spec)["message_list"]
+    assert message["messages"] == ["A?", "B."]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -71,7 +71,7 @@ def test_settings_out_of_range_are_all_named(wrong):
 
 @pytest.mark.parametrize(
     "place, reason",
-    [({"source": "s3://bucket/rows"}, "source_url"), ({"out": "memory://out"}, "out_memory")],
+    [({"source": "https://host/rows"}, "source_url"), ({"out": "memory://out"}, "out_memory")],
 )
 def test_places_that_a_job_cannot_use_are_refused(place, reason):
     with pytest.raises(ConfigError) as caught:

@@ -169,6 +169,7 @@ OTHERS = {
 }
 """Another value of every variable that enters the identity of a job."""
 VIDEOS = {
+    "VIDEO_STORE": "clip",
     "FRAMES": "uniform",
     "MAX_FRAMES": "8",
     "MAX_FPS": "1",

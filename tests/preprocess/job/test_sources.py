@@ -20,6 +20,7 @@ from preprocess.job.pipeline import run_job
 from preprocess.job.planner import load_plan, make_plan
 from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
+from shardspec import storage
 from shardspec.errors import BudgetError, ConfigError, ConflictError, SourceError, StorageError
 from shardspec.manifest import load_manifest
 from tests.inline import Quiet
@@ -60,6 +61,42 @@ def source(tmp_path, captioned_rows, write_parquet, small_jpeg):
         path.write_bytes(small_jpeg(i))
         rows.append({**row, "image": {"bytes": None, "path": f"pictures/{i}.jpg"}})
     return write_parquet(tmp_path / "source", rows)
+
+
+# --- sources in an object store
+
+
+def test_a_folder_of_a_store_gives_the_shards_of_a_local_one(tmp_path, source, s3_server):
+    shutil.move(source / "part.parquet", source / "rows-train.parquet")
+    (source / "more").mkdir()
+    pq.write_table(
+        pq.read_table(source / "rows-train.parquet").slice(0, 3),
+        source / "more" / "rows.parquet",
+        row_group_size=2,
+    )
+    (source / "README.md").write_text(
+        "---\nconfigs:\n- data_files:\n  - {split: train, path: '*.parquet'}\n"
+        "  - {split: validation, path: more/*}\n---\n"
+    )
+    url = s3_server.make_bucket() + "/captions"
+    s3_server.client().put(str(source), url, recursive=True)
+    for name, given in (("local", source), ("stored", url)):
+        (tmp_path / name).mkdir()
+        with s3_server.entered():
+            run_job(job_settings(tmp_path / name, given, split="validation"), Quiet())
+    assert shard_bytes(tmp_path / "stored") == shard_bytes(tmp_path / "local") != {}
+    splits = load_manifest(str(tmp_path / "stored" / "out")).splits
+    assert splits["validation"].num_samples == 3
+
+
+def test_a_store_without_rows_is_refused_by_its_url(s3_server):
+    url = s3_server.make_bucket()
+    with s3_server.entered():
+        for path, reason in (("nothing", "source_missing"), ("photos", "source_empty")):
+            storage.publish_bytes(f"{url}/photos/a.jpg", b"x")
+            with pytest.raises(SourceError) as caught:
+                get_dataset("pixmo_cap", source=f"{url}/{path}")
+            assert (caught.value.reason, f"{url}/{path}" in str(caught.value)) == (reason, True)
 
 
 # --- changed sources

@@ -70,7 +70,7 @@ def test_a_conversation_is_that_of_transformers_and_its_answers_are_learned(shap
     model, theirs = shapes(name)
     pairs = PAIRS[:count]
     try:
-        found = model.tokenize(chat(model, pairs), images=0)
+        found = model.tokenize(chat(model, pairs), sizes=[])
     except SampleError as error:
         assert name in NOT_BY_PREFIX, error  # noqa: PT017 - a template that is refused by name
         assert error.reason == "loss_span"  # noqa: PT017
@@ -105,12 +105,12 @@ def test_what_cannot_be_told_is_refused_by_name(shapes):
     def problem(pairs, **changes):
         changed, _ = shapes("qwen3", **changes)
         with pytest.raises(SampleError) as caught:
-            changed.tokenize(chat(changed, pairs), images=0)
+            changed.tokenize(chat(changed, pairs), sizes=[])
         assert caught.value.reason == "loss_span"
         return caught.value.facts["problem"]
 
-    thinking = "<think>\nHm.\n</think>\n\nA ball."
-    assert "depends on its text" in problem([("q", thinking), ("r", "b")])
+    counted = "{% for m in messages %}{{ m.content|length }}{{ m.content }}<|im_end|>{% endfor %}"
+    assert "depends on its text" in problem([("q", "abc")], template=counted)
     twice = "{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}"
     assert "written twice" in problem([("q", "a")], template=twice)
     bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -122,11 +122,48 @@ def test_what_cannot_be_told_is_refused_by_name(shapes):
     assert "does not begin" in problem([("q", "a")], template=late)
     changed, _ = shapes("qwen3", template="{{ raise_exception('no') }}")
     with pytest.raises(SampleError) as caught:
-        changed.tokenize(chat(changed, [("q", "a")]), images=0)
+        changed.tokenize(chat(changed, [("q", "a")]), sizes=[])
     assert caught.value.reason == "chat_render"
     with pytest.raises(SampleError) as caught:
-        model.tokenize(chat(model, [("q", "a")]), images=1)
+        model.tokenize(chat(model, [("q", "a")]), sizes=[(9, 9)])
     assert caught.value.reason == "image_placeholder"
+
+
+BESIDE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""It writes the thought that a message has beside its text, of the last answer alone."""
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_thoughts_are_where_the_template_puts_them_and_are_learned(shapes, beside):
+    model, theirs = shapes("qwen3", **({"template": BESIDE} if beside else {}))
+
+    def answer(text, thought):
+        whole = text if beside else f"<think>\n{thought}\n</think>\n\n{text}"
+        return model.message("assistant", whole, reasoning=thought if beside else "")
+
+    messages = [
+        *(model.message("user", "q"), answer("A ball.", "Round?")),
+        *(model.message("user", "r"), answer("b", "Hm.")),
+    ]
+    found = model.tokenize(messages, sizes=[])
+    assert theirs.decode(found.ids.tolist()) == model.render(messages)[0]
+    learned = theirs.decode(found.ids[found.learned].tolist())
+    assert learned == "A ball.<|im_end|><think>\nHm.\n</think>\n\nb<|im_end|>"
+    # A template that leaves the last one out would teach another answer.
+    plain, _ = shapes("qwen3", template=BESIDE.replace("loop.last", "loop.first"))
+    with pytest.raises(SampleError) as caught:
+        plain.tokenize([messages[0], plain.message("assistant", "b", reasoning="Hm.")], sizes=[])
+    assert caught.value.reason == "reasoning"
+
+
+def test_conversations_keep_the_thoughts_of_variants():
+    variant = Variant(prompt="q", response="a", user="q", answer="a", reasoning="Hm.")
+    (found,) = conversations([Branch(turns=((variant,),))], [""])
+    assert found.turns == (Turn("q", "a", "Hm."),)
 
 
 def test_marks_must_be_those_of_the_answers(shapes):
@@ -135,18 +172,18 @@ def test_marks_must_be_those_of_the_answers(shapes):
         "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     model, theirs = shapes("chatml", template=marked)
-    found = model.tokenize(chat(model, PAIRS), images=0)
+    found = model.tokenize(chat(model, PAIRS), sizes=[])
     text = theirs.decode(found.ids[found.learned].tolist())
     assert text == "".join(f"{answer}<|im_end|>" for _, answer in PAIRS)
     once = marked.replace("m.role == 'assistant'", "loop.last")
     model, _ = shapes("chatml", template=once)
     with pytest.raises(SampleError) as caught:
-        model.tokenize(chat(model, PAIRS), images=0)
+        model.tokenize(chat(model, PAIRS), sizes=[])
     assert caught.value.facts["problem"] == "3 answers, 1 marked as generated"
     users = marked.replace("'assistant'", "'user'")
     model, _ = shapes("chatml", template=users)
     with pytest.raises(SampleError) as caught:
-        model.tokenize(chat(model, PAIRS), images=0)
+        model.tokenize(chat(model, PAIRS), sizes=[])
     assert caught.value.facts["problem"] == "an answer is not in its marked part"
 
 
@@ -172,8 +209,8 @@ def test_every_message_is_drawn_equally_often_whatever_its_variants():
 def test_tokens_of_repeated_conversations_are_stored_once(shapes):
     model, _ = shapes("chatml")
     each = Turns(turns=(Turn("q", "a"),), weight=1)
-    once = tokenized(model, [each], images=0, key="k")
-    twice = tokenized(model, [each, each], images=0, key="k")
+    once = tokenized(model, [each], sizes=[], key="k")
+    twice = tokenized(model, [each, each], sizes=[], key="k")
     assert once.tokens.tolist() == twice.tokens.tolist()
     assert len(twice.rows) == 2 * len(once.rows)
     for turn, reason in (
@@ -182,7 +219,7 @@ def test_tokens_of_repeated_conversations_are_stored_once(shapes):
         (Turn("q", "<|image|>"), "image_placeholder"),
     ):
         with pytest.raises(SampleError) as caught:
-            tokenized(model, [Turns(turns=(turn,), weight=1)], images=0, key="k")
+            tokenized(model, [Turns(turns=(turn,), weight=1)], sizes=[], key="k")
         assert (caught.value.reason, caught.value.where) == (reason, "k")
 
 
@@ -240,7 +277,10 @@ def test_templates_of_texts_get_texts(folder, tmp_path):
         ("config.json", "[1]", "model_file"),
         ("preprocessor_config.json", None, "model_file"),
         ("preprocessor_config.json", "{", "model_file"),
-        ("config.json", {"model_type": "mllama"}, "family_unknown"),
+        ("config.json", {"model_type": "bert"}, "family_unknown"),
+        ("config.json", {"model_type": "mllama"}, "family_processor"),
+        ("config.json", {"model_type": "qwen3_5"}, "family_processor"),
+        ("config.json", {"model_type": "idefics2"}, "family_processor"),
         ("config.json", {"image_token_id": 3}, "model_template"),
         ("preprocessor_config.json", {"do_rescale": False}, "family_setting"),
         ("chat_template.jinja", "{{ strftime_now('%Y') }}", "chat_date"),
@@ -254,6 +294,12 @@ def test_files_that_cannot_be_used_are_refused_by_name(folder, tmp_path, name, d
     with pytest.raises(ConfigError) as caught:
         load_model(where, tokenizer=tokenizer)
     assert caught.value.reason == reason
+
+
+def test_a_family_goes_through_its_processor_on_request(folder):
+    family = load(folder, own=False).stored.family
+    assert (family.kind, family.image_processor) == ("processor", "Qwen2VLImageProcessor")
+    assert (family.marker, family.type_ids) == ("<|image_pad|>", "mm_token_type_ids")
 
 
 def test_settings_that_the_model_decides_are_refused_beside_it(folder):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import preprocess.text.styles
+from preprocess.formats import parse_messages
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import (
     DataFormatter,
@@ -809,6 +810,36 @@ def test_settings_that_do_not_exist_are_refused_by_name(name):
 )
 def test_points_pages_and_motions_stay_where_they_are(style):
     assert safe_geometry(["two dogs"], styles=["vqa2", style]) == Geometry.COLOR
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[0.25, 0.1, 0.6, 0.84]",
+        "<ref>cup</ref><box>[[253, 231, 733, 787]]</box>",
+        "<ref>cup</ref><box>(588,499),(725,789)</box>",
+        "<|box_start|>(1,2),(3,4)<|box_end|>",
+        '[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]',
+        '{"point_2d": "10 20"}',
+        '<point x="61.5" y="40.2" alt="cup">cup</point>',
+        '<points coords="1 1 500 300">cups</points>',
+        "<loc0123><loc0001><loc0002><loc0003> cat",
+        "pyautogui.click(x=0.3, y=0.4)",
+        "Click(352, 512)",
+    ],
+)
+def test_texts_with_coordinates_stay_where_they_are(text):
+    told = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": text}]
+    example = parse_messages({"image": "a.jpg", "messages": told})
+    got = safe_geometry(message_texts(example), styles=["demo"])
+    assert got == Geometry.COLOR
+
+
+@pytest.mark.parametrize(
+    "text", ["1,200 people (see below)", "2019, 2020 and 2021", "a ratio of 3:4", "[1] f(2)"]
+)
+def test_other_numbers_are_no_coordinates(text):
+    assert safe_geometry([text], styles=["demo"]) == Geometry.ALL
 
 
 def test_questions_without_sides_may_be_flipped():

@@ -15,10 +15,13 @@ from shardspec.families import (
     Idefics3,
     InternVL,
     ModelConfig,
+    PaliGemma,
     Pixtral,
+    Processor,
     Qwen2VL,
     family_from_dict,
     family_to_dict,
+    plan_pictures,
     read_family,
 )
 from tests import model_folders
@@ -58,11 +61,11 @@ def test_qwen2_vl_plans_as_the_processor(family):
     for size in SIZES:
         if max(size) / min(size) > 200:
             with pytest.raises(SampleError) as caught:
-                family.plan([size])
+                family.plan(size)
             assert caught.value.reason == "picture_shape"
             refused += 1
             continue
-        (plan,) = family.plan([size])
+        plan = family.plan(size)
         assert plan.num_units == theirs.get_number_of_image_patches(*size)
         assert plan.num_tokens == plan.num_units // 4
         assert plan.resized == (plan.grid[0] * family.patch_px, plan.grid[1] * family.patch_px)
@@ -88,10 +91,10 @@ def test_a_fixed_size_is_resized_as_by_the_processor(side):
         want = get_resize_output_image_size(
             picture, size=side, default_to_square=False, input_data_format="channels_first"
         )
-        (plan,) = family.plan([size])
+        plan = family.plan(size)
         assert plan.resized == want
         assert plan.num_tokens == 576
-    (plan,) = FixedSize(size_px=side, fit="squash").plan([(1, 8000)])
+    plan = FixedSize(size_px=side, fit="squash").plan((1, 8000))
     assert plan.resized == (side, side)
 
 
@@ -108,7 +111,7 @@ def test_internvl_plans_as_the_processor(tiles):
     family = InternVL(min_tiles=least, max_tiles=most)
     canvas = __import__(kind.__module__, fromlist=["x"]).get_optimal_tiled_canvas
     for size in SIZES:
-        (plan,) = family.plan([size])
+        plan = family.plan(size)
         assert plan.num_units == theirs.get_number_of_image_patches(*size)
         assert plan.grid[::-1] == canvas(tuple(size), (448, 448), least, most)
         assert plan.num_tokens == plan.num_units * 256 + 2
@@ -140,7 +143,7 @@ def test_llava_next_and_onevision_plan_as_their_processors(family):
     theirs.num_image_tokens, theirs.vision_aspect_ratio = 729, "anyres_max_9"
     side, reduced = family.size_px, 0
     for size in SIZES:
-        (plan,) = family.plan([size])
+        plan = family.plan(size)
         best = select_best_resolution(size, resolutions)
         assert plan.grid == (best[0] // side, best[1] // side)
         assert plan.num_units == plan.grid[0] * plan.grid[1] + 1
@@ -148,12 +151,12 @@ def test_llava_next_and_onevision_plan_as_their_processors(family):
         assert plan.resized == get_patch_output_size(picture, best, "channels_first")
         assert plan.num_tokens == theirs._get_number_of_features(*size, side, side)
         reduced += plan.num_tokens < 729 + 0.9 * plan.grid[0] * plan.grid[1] * 729
-        both = family.plan([size, (100, 100)])
+        both = plan_pictures(family, [size, (100, 100)])
         if family.single_tiles:
             assert [each.num_tokens for each in both] == [730, 730]
             assert [each.num_units for each in both] == [1, 1]
         else:
-            assert both == (plan, *family.plan([(100, 100)]))
+            assert both == (plan, family.plan((100, 100)))
     assert reduced
 
 
@@ -180,7 +183,7 @@ def test_idefics3_plans_and_writes_tokens_as_the_processor(family):
     theirs.global_image_tag, theirs.image_seq_len = family.whole_token, family.tokens_per_tile
     seen, canvas = set(), []
     for size in SIZES:
-        (plan,) = family.plan([size])
+        plan = family.plan(size)
         picture = np.broadcast_to(np.uint8(0), (3, *size))
         assert plan.resized == module.get_resize_output_image_size(picture, family.longest_px)
         if family.splits:
@@ -199,7 +202,7 @@ def test_idefics3_plans_and_writes_tokens_as_the_processor(family):
         if plan.grid not in seen:
             assert text == theirs.replace_image_token(grid, 0)
         seen.add(plan.grid)
-        assert {symbol for symbol, _ in plan.layout} <= set(family.symbols)
+        assert {symbol for symbol, _ in plan.layout} <= set(family.tokens.symbols)
     assert len(seen) > 5 or not family.splits
 
 
@@ -218,11 +221,11 @@ def test_pixtral_plans_and_writes_tokens_as_the_processor(family):
         )
         if 0 in want:
             with pytest.raises(SampleError) as caught:
-                family.plan([size])
+                family.plan(size)
             assert caught.value.reason == "picture_shape"
             refused += 1
             continue
-        (plan,) = family.plan([size])
+        plan = family.plan(size)
         assert plan.resized == want
         text = "".join(symbol * count for symbol, count in plan.layout)
         assert text == theirs.replace_image_token({"image_sizes": [want]}, 0)
@@ -248,7 +251,7 @@ def test_what_is_stored_is_never_larger_and_plans_alike(family):
         stored = family.stored_size(size)
         assert stored[0] <= size[0]
         assert stored[1] <= size[1]
-        (plan,) = family.plan([size])
+        plan = family.plan(size)
         if plan.resized[0] <= size[0] and plan.resized[1] <= size[1]:
             assert stored == plan.resized
         else:
@@ -265,6 +268,15 @@ def test_what_is_stored_is_never_larger_and_plans_alike(family):
         ONEVISION,
         Idefics3(),
         Pixtral(),
+        PaliGemma(),
+        Processor(
+            model_type="aria",
+            image_processor="AriaImageProcessor",
+            settings="{}",
+            image_token="<image>",
+            marker="<image>",
+            unused=("num_crops",),
+        ),
     ],
 )
 def test_a_family_survives_the_manifest(family):

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from loader.assembly.families.kernels import has_lanczos, unit_shape, write_units
-from shardspec.families import AnyRes, FixedSize, Gemma3, Idefics3, InternVL, Pixtral, Qwen2VL
+from shardspec.families import (
+    AnyRes,
+    FixedSize,
+    Gemma3,
+    Idefics3,
+    InternVL,
+    Pixtral,
+    Qwen2VL,
+    plan_pictures,
+)
 
 HALF = (0.5, 0.5, 0.5)
 FAMILIES = {
@@ -46,7 +55,7 @@ def noise(size):
 
 def ours(family, pixels, backend, count=1):
     """Renders the first of some equal pictures of a sample."""
-    plan = family.plan([pixels.shape[:2]] * count)[0]
+    plan = plan_pictures(family, [pixels.shape[:2]] * count)[0]
     out = np.full((plan.num_units, *unit_shape(family, [plan])), np.nan, np.float32)
     write_units(family, plan, pixels, out, backend=backend)
     return out
@@ -126,7 +135,7 @@ def test_backend_pil_is_bit_for_bit_that_of_the_processor(name):
         made = ours(family, pixels, "pil")
         np.testing.assert_array_equal(made, want["pixel_values"].reshape(made.shape))
         if "image_grid_thw" in want:
-            assert want["image_grid_thw"].tolist() == [[1, *family.plan([size])[0].grid]]
+            assert want["image_grid_thw"].tolist() == [[1, *family.plan(size).grid]]
         if family.kind == "anyres" and family.single_tiles:
             want = processor([[pixels] * 2], return_tensors="np", input_data_format="channels_last")
             made = ours(family, pixels, "pil", count=2)

@@ -15,7 +15,7 @@ from preprocess.media.image import ImagePolicy
 from preprocess.media.video import VideoDecoder, VideoPreparer, encode_video
 from shardspec.errors import ConfigError, SampleError
 from shardspec.tiling import ImageView
-from tests.preprocess.media.video.stamped import SIZE, stamp, stamped, write
+from tests.shardspec.video.stamped import SIZE, stamp, stamped, write
 
 pytest.importorskip("av")
 
@@ -84,20 +84,20 @@ def test_adaptive_frames_are_on_both_sides_of_every_cut():
 
 
 def test_errors_are_told_and_the_process_continues_serving(decoder, file):
-    process = decoder.child.process
+    process = decoder.decoding.process
     with pytest.raises(SampleError) as found:
         stamps(decoder, b"no video", where="row 3")
     assert (found.value.reason, found.value.where) == ("video_open", "row 3")
     with pytest.raises(SampleError, match="does not exist"):
         stamps(decoder, Path("/absent/a.mp4"))
     assert stamps(decoder, file).numbers == [0, 6, 12, 18, 23]
-    assert decoder.child.process is process
+    assert decoder.decoding.process is process
 
 
 def test_process_that_dies_costs_one_video(decoder, file):
     def die(pixels, info):
-        os.kill(decoder.child.process.pid, signal.SIGKILL)
-        decoder.child.process.wait()
+        os.kill(decoder.decoding.process.pid, signal.SIGKILL)
+        decoder.decoding.process.wait()
         return stamp(pixels)
 
     big = encode_video([np.zeros((720, 1280, 3), np.uint8)] * 5, fps=Fraction(1))
@@ -110,10 +110,10 @@ def test_process_that_dies_costs_one_video(decoder, file):
 def test_video_that_takes_too_long_ends_the_process_by_itself(file):
     with VideoDecoder(VideoPolicy(max_frames=5, time_limit_s=1.0)) as decoder:
         stamps(decoder, file)
-        process = decoder.child.process
+        process = decoder.decoding.process
         os.kill(process.pid, signal.SIGSTOP)  # a decoder that hangs
         with (
-            mock.patch("preprocess.media.child._GRACE_S", -0.9),
+            mock.patch("shardspec.child._GRACE_S", -0.9),
             pytest.raises(SampleError, match="takes too long"),
         ):
             stamps(decoder, file)
@@ -150,9 +150,9 @@ def test_failure_of_the_caller_leaves_no_answer_behind(decoder, file):
 def test_copies_start_their_own_process(decoder, file):
     stamps(decoder, file)
     with pickle.loads(pickle.dumps(decoder)) as copy:
-        assert copy.child.process is None
+        assert copy.decoding.process is None
         assert stamps(copy, file) == stamps(decoder, file)
-        assert copy.child.process.pid != decoder.child.process.pid
+        assert copy.decoding.process.pid != decoder.decoding.process.pid
 
 
 def test_damaged_videos_are_kept_with_a_count_or_refused(tmp_path):

@@ -22,7 +22,7 @@ import bisect
 import io
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -43,6 +43,12 @@ _HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 _ENCRYPTED_TAGS = frozenset({"encv", "drmi"})
 
 _MATRIX_ONE = 1 << 16
+
+_SKIPPING_CODECS = frozenset({"h264", "hevc"})
+"""Codecs that mark the pictures to which no other refers."""
+
+_KEY, _SHOWN = 1, 2
+_TABLE_COLUMNS = 4
 
 _KEPT_FRAMES = 20
 """Frames that a decoder holds: 16 that others refer to, and those on their way."""
@@ -95,6 +101,8 @@ class _Frames:
     """Another place to seek each key frame at: its decoding timestamp, if that is earlier."""
     kept: list[int] = field(default_factory=list)
     """Of a scan: the number, among all that are decoded, of each frame."""
+    packets: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """Of an index: (pts, dts, bytes, 1 for a key frame) of every packet, in the file's order."""
     last_duration: int = 0
     damaged: int = 0
     interlaced: bool = False
@@ -107,13 +115,21 @@ class _Unindexed(Exception):
 class VideoReader:
     """One video file, opened for reading frames."""
 
-    def __init__(self, source: Path | bytes, *, where: str = "", max_pixels: int = 1 << 26) -> None:
+    def __init__(
+        self,
+        source: Path | bytes,
+        *,
+        where: str = "",
+        max_pixels: int = 1 << 26,
+        table: np.ndarray | None = None,
+    ) -> None:
         """Opens a file and finds its frames.
 
         Args:
           source: A local file, or its bytes.
           where: Named in errors.
           max_pixels: Larger pictures are refused.
+          table: What `table` gave for this file: nothing is searched for then.
 
         Raises:
           SampleError: `video_open`, `video_stream`, `video_hdr`, `video_size`, `video_rotation`,
@@ -126,9 +142,13 @@ class VideoReader:
         try:
             self._turn: tuple[int, int, int, int] | None = None
             self._graph: tuple[Any, ...] | None = None
+            self._skips = False
             self._check_stream(max_pixels)
-            self._first_look()
             self.access = "index"
+            if table is not None:
+                self._use_table(table)
+                return
+            self._first_look()
             try:
                 self._frames = self._index()
             except _Unindexed:
@@ -196,7 +216,68 @@ class VideoReader:
         number = {pts: i for i, pts in enumerate(self._frames.pts)}
         return [number[pts] for pts in self._frames.key_pts if pts in number]
 
-    def read(self, numbers: list[int]) -> Iterator[np.ndarray]:
+    def table(self, shown: Sequence[int] | None = None) -> np.ndarray:
+        """Describes where frames are, so that a reader of the same bytes need not search for them.
+
+        Args:
+          shown: Numbers of the frames that the reader with this table has; None for all.
+
+        Returns:
+          int64 [2 + packets, 4]: (numerator, denominator of the clock, 1 if frames are found by
+          decoding everything, turn), (stored width, height, 1 if
+          interlaced, 0), then a row for each packet in
+          the file's order (pts, dts, bytes, 1 for a key frame + 2 if shown); where everything is
+          decoded, a row for each frame that is shown (pts, number among all, 0, 2).
+        """
+        frames = self._frames
+        wanted = range(len(frames.pts)) if shown is None else shown
+        scanned = self.access == "scan"
+        turn = 0 if self._turn is None else 1 + _TURNS.index(self._turn)
+        rows = [(self._time_base.numerator, self._time_base.denominator, int(scanned), turn)]
+        rows.append((*self._size, int(frames.interlaced or self._interlaced), 0))
+        if scanned:
+            rows += [(frames.pts[n], frames.kept[n], 0, _SHOWN) for n in wanted]
+        else:
+            pts = {frames.pts[n] for n in wanted}
+            rows += [(p, d, size, key | _SHOWN * (p in pts)) for p, d, size, key in frames.packets]
+        return np.array(rows, "<i8").reshape(-1, _TABLE_COLUMNS)
+
+    def decodes(self, numbers: Sequence[int]) -> bool:
+        """Returns True if all of some frames can be decoded; their pixels are not made."""
+        try:
+            return sum(1 for _ in self._read_indexed(numbers)) == len(numbers)
+        except MissingFrameError:
+            return False
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height of the frames that `read` gives."""
+        width, height = self._size
+        return (height, width) if self._swaps else (width, height)
+
+    @property
+    def packets(self) -> list[tuple[int, int, int, int]]:
+        """(pts, dts, bytes, 1 for a key frame) of every packet, in the file's order."""
+        return self._frames.packets
+
+    @property
+    def pts(self) -> list[int]:
+        """Presentation timestamps of the frames, ascending, in units of `time_base`."""
+        return self._frames.pts
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds of a unit of timestamps."""
+        base: Fraction = self._time_base
+        return base
+
+    def demuxed(self) -> tuple[Any, Iterator[Any]]:
+        """Gives the stream, and its packets from the beginning, in the order of `packets`."""
+        self._reopen()
+        found = self._container.demux(self._stream)
+        return self._stream, (p for p in found if p.size and not p.is_corrupt)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         """Decodes frames.
 
         Args:
@@ -235,6 +316,28 @@ class VideoReader:
         self._require_frames()
 
     # Opening.
+
+    def _use_table(self, table: np.ndarray) -> None:
+        numerator, denominator, scanned, turn = table[0].tolist()
+        if Fraction(numerator, denominator) != self._time_base:
+            raise SampleError("video_stream.changed", where=self.where)
+        *size, self._interlaced, _ = table[1].tolist()
+        self._size = tuple(size)
+        # Of a whole video no more is known than its packets say: frames are read from it in full.
+        codec = self._stream.codec_context.codec.name
+        self._skips = codec in _SKIPPING_CODECS and not self._interlaced
+        self._turn = _TURNS[turn - 1] if turn else None
+        self._frames = found = _Frames()
+        rows = table[2:]
+        shown = rows[rows[:, 3] & _SHOWN > 0]
+        if scanned:
+            self.access = "scan"
+            found.pts, found.kept = shown[:, 0].tolist(), shown[:, 1].tolist()
+            return
+        found.pts = sorted(shown[:, 0].tolist())
+        keys = rows[rows[:, 3] & _KEY > 0, :2]
+        keys = keys[np.argsort(keys[:, 0], kind="stable")]
+        found.key_pts, found.key_goals = keys[:, 0].tolist(), keys.min(axis=1).tolist()
 
     def _open(self) -> tuple[Any, Any]:
         av = self._av
@@ -382,9 +485,10 @@ class VideoReader:
                 if packet.is_corrupt:
                     found.damaged += 1
                     continue
+                dts = packet.pts if packet.dts is None else packet.dts
+                found.packets.append((packet.pts, dts, packet.size, int(packet.is_keyframe)))
                 if packet.is_keyframe:
-                    goal = packet.pts if packet.dts is None else min(packet.pts, packet.dts)
-                    keys.append((packet.pts, goal))
+                    keys.append((packet.pts, min(packet.pts, dts)))
                 if not packet.is_discard:
                     shown.append((packet.pts, packet.duration or 0))
         except self._av.error.FFmpegError as error:
@@ -439,7 +543,12 @@ class VideoReader:
     # Decoding.
 
     def _decoded(
-        self, *, strict: bool, damaged: _Frames | None = None, key_pts: int | None = None
+        self,
+        *,
+        strict: bool,
+        damaged: _Frames | None = None,
+        key_pts: int | None = None,
+        wanted: frozenset[int] | None = None,
     ) -> Iterator[Any]:
         """Decodes from where the container is.
 
@@ -447,8 +556,13 @@ class VideoReader:
           strict: Raise `MissingFrameError` for what cannot be decoded, instead of leaving it out.
           damaged: Counts what is left out.
           key_pts: The key frame that the container was sent to: it must not be past it.
+          wanted: Timestamps of the frames that are wanted, if others may be left out: those to
+            which no frame refers are not decoded. None: all.
         """
         errors = self._av.error.FFmpegError
+        context = self._stream.codec_context
+        skips = False
+        context.skip_frame = "DEFAULT"
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -466,6 +580,9 @@ class VideoReader:
                 if packet.pts is None or packet.pts > key_pts:
                     raise _TooFarError
                 key_pts = None
+            if wanted is not None and skips != (packet.pts not in wanted):
+                skips = not skips
+                context.skip_frame = "NONREF" if skips else "DEFAULT"
             try:
                 frames = packet.decode()
             except EOFError:
@@ -480,7 +597,7 @@ class VideoReader:
             yield from frames
         # The last packet of `demux` is an empty one, which drains the decoder.
 
-    def _read_scan(self, numbers: Any) -> Iterator[Any]:
+    def _read_scan(self, numbers: Sequence[int]) -> Iterator[Any]:
         self._reopen()
         wanted = [self._frames.kept[number] for number in numbers]
         at = 0
@@ -493,10 +610,11 @@ class VideoReader:
         if at < len(wanted):
             raise SampleError("video_stream.changed", where=self.where)
 
-    def _read_indexed(self, numbers: Any) -> Iterator[Any]:
+    def _read_indexed(self, numbers: Sequence[int]) -> Iterator[Any]:
         frames = self._frames
         decoded: Iterator[Any] = iter(())
         position: int | None = None  # timestamp of the frame that was decoded last
+        all_wanted = frozenset(frames.pts[number] for number in numbers)
         for number in numbers:
             wanted = frames.pts[number]
             key = bisect.bisect_right(frames.key_pts, wanted) - 1
@@ -504,7 +622,7 @@ class VideoReader:
             frame = None
             if ahead:
                 frame, position = self._next(decoded, wanted, position)
-            starts = self._starts(key)
+            starts = self._starts(key, all_wanted)
             while frame is None:
                 found = next(starts, None)
                 if found is None:
@@ -516,23 +634,32 @@ class VideoReader:
                 raise MissingFrameError
             yield frame
 
-    def _starts(self, key: int) -> Iterator[Iterator[Any]]:
+    def _starts(self, key: int, wanted: frozenset[int]) -> Iterator[Iterator[Any]]:
         """Decodes from a key frame on, then from earlier ones, at last from the beginning.
+
+        With `_skips` frames that are not wanted are left out at the first attempt: a decoder that
+        does not know how many frames are out of order learns it from them.
 
         Containers seek by either kind of timestamp: in MP4 the decoding timestamp of a key frame
         leads to the one before it, in others the other one to the one after it (`_TooFarError`).
         """
         frames = self._frames
+        if self._skips and key >= 0:
+            self._seek(frames.key_pts[key])
+            yield self._decoded(strict=True, key_pts=frames.key_pts[key], wanted=wanted)
         for k in range(key, -1, -1):
             for goal in dict.fromkeys((frames.key_pts[k], frames.key_goals[k])):
-                try:
-                    self._container.seek(goal, stream=self._stream, backward=True)
-                except self._av.error.FFmpegError as error:
-                    _require_memory(error)
-                    self._reopen()
+                self._seek(goal)
                 yield self._decoded(strict=True, key_pts=frames.key_pts[k])
         self._reopen()
         yield self._decoded(strict=True)
+
+    def _seek(self, goal: int) -> None:
+        try:
+            self._container.seek(goal, stream=self._stream, backward=True)
+        except self._av.error.FFmpegError as error:
+            _require_memory(error)
+            self._reopen()
 
     def _next(
         self, decoded: Iterator[Any], wanted: int, position: int | None
@@ -643,7 +770,7 @@ def shown_size(size: tuple[int, int], aspect: Fraction, *, turned: bool = False)
 
 _UPRIGHT = (1, 0, 0, 1)
 
-_TURNS = {
+_TURNS = (
     # (a, b, c, d) of the display matrix: x' = a x + c y, y' = b x + d y, y downwards.
     (0, 1, -1, 0),
     (-1, 0, 0, -1),
@@ -652,7 +779,7 @@ _TURNS = {
     (1, 0, 0, -1),
     (0, 1, 1, 0),
     (0, -1, -1, 0),
-}
+)
 
 _ROTATIONS = {(0, 1, -1, 0): 90, (-1, 0, 0, -1): 180, (0, -1, 1, 0): 270}
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.media.video.reader import MissingFrameError, VideoReader
 from shardspec.errors import SampleError
 from shardspec.frames import FrameSampling, choose_frames, clip_frames
+from shardspec.video.reader import MissingFrameError, VideoInfo, VideoReader
 
 THUMBNAIL_PX = 32
 """Side of the pictures that the change from frame to frame is measured on."""
@@ -34,6 +34,8 @@ class Request:
     end_s: float | None = None
     damaged: str = "keep"
     max_pixels: int = 1 << 26
+    max_bytes: int = 0
+    """Longest clip that is stored; for `store_clip`."""
     instants_s: list[float] | None = None
     """Instants of the video whose nearest frames are wanted, whatever the sampling and the clip."""
 
@@ -75,10 +77,9 @@ def _extracted(
     reader: VideoReader, request: Request, where: str
 ) -> Iterator[dict[str, Any] | np.ndarray]:
     info = reader.info
-    if info.damaged and request.damaged == "refuse":
-        raise SampleError("video_damaged", where=where, damaged=info.damaged)
-    times_N = reader.times_N
     if request.instants_s is not None:
+        require_sound(info, request, where)
+        times_N = reader.times_N
         numbers = nearest_frames(times_N, request.instants_s)
         yield {
             "info": asdict(info),
@@ -87,6 +88,38 @@ def _extracted(
         }
         yield from reader.read(numbers.tolist())
         return
+    chosen = choose(reader, request, where)
+    numbers = chosen.numbers + chosen.first
+    yield {
+        "info": asdict(info),
+        "times": chosen.times_s[chosen.numbers].tolist(),
+        "numbers": numbers.tolist(),
+    }
+    yield from reader.read(numbers.tolist())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The frames of a clip, and those of them that a request chooses."""
+
+    first: int
+    """Number of the clip's first frame, among all of the video."""
+    times_s: np.ndarray
+    """When each frame of the clip is shown, float64, in seconds from its beginning."""
+    numbers: np.ndarray
+    """Of the frames that are chosen, counted from the first of the clip."""
+
+
+def choose(reader: VideoReader, request: Request, where: str) -> Chosen:
+    """Finds the frames of the clip that a request names, and chooses among them.
+
+    Raises:
+      SampleError: `video_clip` (no frame in the clip), `video_damaged`.
+      MissingFrameError: As `VideoReader.read`, for mode "adaptive".
+    """
+    info = reader.info
+    require_sound(info, request, where)
+    times_N = reader.times_N
     part = clip_frames(times_N, start_s=request.start_s, end_s=request.end_s)
     first, stop = part.start, part.stop if part.stop is not None else len(times_N)
     begins_late = request.start_s is not None and request.start_s >= info.end_s
@@ -105,13 +138,18 @@ def _extracted(
     if request.mode == "adaptive":
         change_N = content_change(reader, first, stop)
     numbers = choose_frames(clip_N, request.sampling, end_s=end_s, change_N=change_N)
-    origin_s = request.start_s or 0.0
-    yield {
-        "info": asdict(info),
-        "times": np.maximum(clip_N[numbers] - origin_s, 0.0).tolist(),
-        "numbers": (numbers + first).tolist(),
-    }
-    yield from reader.read((numbers + first).tolist())
+    times_s = np.maximum(clip_N - (request.start_s or 0.0), 0.0)
+    return Chosen(first=first, times_s=times_s, numbers=numbers)
+
+
+def require_sound(info: VideoInfo, request: Request, where: str) -> None:
+    """Refuses a damaged video, where the request does.
+
+    Raises:
+      SampleError: `video_damaged`.
+    """
+    if info.damaged and request.damaged == "refuse":
+        raise SampleError("video_damaged", where=where, damaged=info.damaged)
 
 
 def nearest_frames(times_N: np.ndarray, instants_s: Sequence[float]) -> np.ndarray:

@@ -1,0 +1,81 @@
+"""Local files with the bytes of a user's own ones: fetched, unpacked, in UTF-8 or as a table.
+
+They are in a temporary folder of the process, and made once per version of the original: a job
+opens its source several times.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shardspec import storage
+
+COPY_BYTES = 4 * 2**20
+"""Copied at once."""
+
+PACKED = (".gz", ".zst")
+"""Suffixes of files that are unpacked."""
+
+_COPIES: dict[tuple[str, str, str | None], Path] = {}
+"""The copy of each version of a file."""
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+"""The folder of this process for copies; removed when it ends."""
+
+
+def local_copy(url: str, packed: str = "") -> Path:
+    """Gives a local file with the bytes of a URL, unpacked."""
+    remote = "://" in url and not url.startswith("file://")
+    path = Path(url.removeprefix("file://"))
+    if remote:
+        path = made_of(url, "copy", lambda target: storage.fetch_file(url, target))
+    else:
+        path.stat()
+    if not packed:
+        return path
+
+    def unpack(target: Path) -> None:
+        with path.open("rb") as stream, target.open("wb") as out:
+            shutil.copyfileobj(_unpacked(stream, packed), out, COPY_BYTES)
+
+    return made_of(str(path), "unpacked", unpack)
+
+
+def utf8_copy(path: Path) -> Path:
+    """Gives a file of the same text in UTF-8; the file itself where it is that already."""
+    with path.open("rb") as stream:
+        encoding = json.detect_encoding(stream.read(4))
+    if encoding.startswith("utf-8"):
+        return path
+
+    def rewrite(target: Path) -> None:
+        with path.open("r", encoding=encoding, newline="") as source, target.open("wb") as out:
+            while text := source.read(COPY_BYTES):
+                out.write(text.encode())
+
+    return made_of(str(path), encoding, rewrite)
+
+
+def made_of(url: str, how: str, make: Callable[[Path], None]) -> Path:
+    """Gives what `make` writes from a file, from an earlier call where the file is the same."""
+    key = (url, how, storage.version(url))
+    if key not in _COPIES:
+        if not _FOLDERS:
+            _FOLDERS.append(tempfile.TemporaryDirectory(prefix="vlm-shards-rows-"))
+        target = Path(_FOLDERS[0].name) / str(len(_COPIES))
+        make(target)
+        _COPIES[key] = target
+    return _COPIES[key]
+
+
+def _unpacked(stream: Any, packed: str) -> Any:
+    if packed == ".gz":
+        return gzip.GzipFile(fileobj=stream)
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")

@@ -1,0 +1,96 @@
+"""PaliGemma: questions seen as a whole, answers causally, as its own processor has them."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from loader import StreamingDataset, View, make_dataloader, model_view
+from shardspec.errors import ConfigError
+from tests import model_folders
+from tests.e2e.test_models import picture
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+CHATS = (
+    ([0], "What is it?", " A red ball.\n"),
+    ([2], "Naïve, 你好:\n\n- a", "\n3 cats 👩‍👩‍👧"),
+    ([3, 4], "caption en", "two"),
+)
+REFUSED = (
+    ([0], ["Why?", "So.", "Really?", "Yes."]),
+    ([1], ["From <image> to?", "Bluer."]),
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, inline_cli):
+    folder = tmp_path_factory.mktemp("paligemma")
+    model_folders.paligemma(folder / "model")
+    for i in range(5):
+        picture(i).save(folder / f"{i}.png")
+    lines = []
+    for pictures, texts in (*((p, [q, a]) for p, q, a in CHATS), *REFUSED):
+        sides = itertools.cycle(("user", "assistant"))
+        turns = [{"role": r, "content": t} for r, t in zip(sides, texts, strict=False)]
+        row = {"messages": turns, "images": [f"{i}.png" for i in pictures]}
+        lines.append(json.dumps(row))
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    inline_cli.good(
+        *("shards", folder / "chats.jsonl", "--model", folder / "model", "--out", folder / "out"),
+        *("--cache", folder / "cache", "--codec", "png", "--workers", 1, "--num-shards", 1),
+    )
+    return folder
+
+
+def batch_of(folder, **options):
+    url = str(folder / "out")
+    view = View(model=model_view(url, backend="pil"))
+    dataset = StreamingDataset(url, view=view, shuffle=False)
+    loader = make_dataloader(
+        dataset, sequence_length=256, decode_threads=0, pad_mode="batch_max", **options
+    )
+    return next(iter(loader))
+
+
+def test_a_batch_is_what_the_processor_makes_of_prompts_and_suffixes(built):
+    batch = batch_of(built, global_batch_size=3)
+    processor = model_folders.processor("paligemma", built / "model")
+    model = model_folders.model("paligemma", built / "model").train()
+    rows = []
+    for pictures, question, answer in CHATS:
+        own = processor(
+            text="<image>" * len(pictures) + question,
+            images=[[picture(i) for i in pictures]],
+            suffix=answer,
+            return_tensors="pt",
+        )
+        rows.append(own)
+        (row,) = [
+            i
+            for i, ids in enumerate(batch["input_ids"])
+            if ids[: own["input_ids"].shape[1]].tolist() == own["input_ids"][0].tolist()
+        ]
+        length = own["input_ids"].shape[1]
+        for key in ("attention_mask", "token_type_ids", "labels"):
+            assert batch[key][row, :length].tolist() == own[key][0].tolist()
+        assert not batch["attention_mask"][row, length:].any()
+    assert sorted(map(len, batch["pixel_values"].flatten(1))) == [3 * 56 * 56] * 4
+    count = sum(int((own["labels"][:, 1:] != -100).sum()) for own in rows)
+    with torch.no_grad():
+        total = sum(
+            float(model(**own).loss) * int((own["labels"][:, 1:] != -100).sum()) / count
+            for own in rows
+        )
+        assert float(model(**batch).loss) == pytest.approx(total, rel=1e-5)
+
+
+def test_packs_and_positions_are_refused(built):
+    for options, reason in (
+        ({"pack": True}, "loader_options"),
+        ({"extra_keys": ("position_ids",)}, "extra_positions"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            batch_of(built, global_batch_size=1, **options)
+        assert caught.value.reason == reason
