@@ -575,6 +575,7 @@ _BYTE_SOURCES = (
     "preprocess/text/**/*.py",
     "preprocess/text/**/*.toml",
     "shardspec/actions.py",
+    "shardspec/child.py",
     "shardspec/checksum.py",
     "shardspec/families/**/*.py",
     "shardspec/frames.py",
