@@ -28,7 +28,7 @@ FORBIDDEN = {
     "loader": {"preprocess", "transformers", "tokenizers", "datasets", "vlm_shards"},
     "vlm_shards": {"torchvision", "transformers", "tokenizers", "datasets", "webdataset"},
 }
-ADAPTERS = {"loader/integrations/trainer.py", "loader/assembly/families/processor.py"}
+ADAPTERS = {"loader/integrations/hf.py", "loader/assembly/families/processor.py"}
 """May import the library that they adapt to, in functions: the caller has
 imported it, or the dataset was built for it."""
 

@@ -112,7 +112,9 @@ PUBLIC = {
         "score_results",
         "write_table",
     ],
-    "loader.integrations": ["DistributedState", "SteadyPasses", "attach_to_trainer", "check_model"],
+    "loader.integrations": [
+        *("DistributedState", "SteadyPasses", "attach_to_trainer", "check_model", "hf"),
+    ],
     "loader.monitoring": ["Fanout", "JsonLines", "Prometheus", "TensorBoard", "WandB"],
     "vlm_shards": [
         "VQA2",

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -581,6 +582,15 @@ def test_a_model_that_would_not_see_the_pictures_is_refused(datasets, folders, t
             StreamingDataset(str(datasets / "llava")), global_batch_size=1, sequence_length=512
         ),
     )
+
+
+def test_a_trainer_that_would_divide_a_models_batches_by_rows_is_refused(datasets, folders):
+    dataset = StreamingDataset(str(datasets / "llava"))
+    loader = make_dataloader(dataset, global_batch_size=8, sequence_length=512)
+    model = model_folders.model("llava", folders / "llava")
+    trainer = SimpleNamespace(model=model, args=SimpleNamespace(n_gpu=8))
+    text = refused("trainer_gpus", lambda: attach_to_trainer(trainer, loader))
+    assert "8 GPUs" in text
 
 
 @pytest.mark.slow

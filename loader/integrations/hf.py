@@ -1,9 +1,17 @@
-"""Hugging Face Trainer: training with a loader, with its state in the Trainer's checkpoints."""
+"""Hugging Face Trainer and TRL's SFTTrainer: a loader's batches, its state in their checkpoints.
+
+    trainer = Trainer(model=model, args=args)
+    hf.attach_to_trainer(trainer, loader)
+
+A Trainer puts a data loader of its own around a dataset, divides it between ranks and skips through
+it on resume. So the loader replaces that data loader; `dataset` and `collate` fill the arguments
+that a trainer insists on.
+"""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 from loader.assembly import View
 from loader.dataloader import StreamLoader
@@ -28,10 +36,9 @@ def check_model(model: Any, loader: StreamLoader | DevicePrefetcher) -> None:
     Raises:
       ConfigError: `trainer_model`.
     """
-    source: Any = loader.loader if isinstance(loader, DevicePrefetcher) else loader
-    view = getattr(source.dataset, "view", None)
     forward = getattr(getattr(model, "module", model), "forward", None)
-    if forward is None or not isinstance(view, View) or view.model is not None:
+    view = _view(loader)
+    if forward is None or view is None or view.model is not None:
         return
     names = inspect.signature(forward).parameters
     if "pixel_values" in names and "images" not in names:
@@ -50,9 +57,21 @@ def attach_to_trainer(trainer: Any, loader: StreamLoader | DevicePrefetcher) -> 
       loader: Made by `make_dataloader`, or a `DevicePrefetcher` over such.
 
     Raises:
-      ConfigError: `trainer_model`, the Trainer's model would not see the pictures of the batches.
+      ConfigError: `trainer_model`, the Trainer's model would not see the pictures of the batches;
+        `trainer_gpus`, `torch.nn.DataParallel` would cut the pictures of a batch by rows.
     """
     check_model(trainer.model, loader)
+    args, view = trainer.args, _view(loader)
+    if view is not None and view.model is not None:
+        if args.n_gpu > 1:
+            raise ConfigError("trainer_gpus", gpus=args.n_gpu)
+        checkpointing = args.gradient_checkpointing_kwargs or {}
+        if args.ddp_find_unused_parameters is None and not checkpointing.get("use_reentrant"):
+            # A batch of text alone leaves a vision tower without gradients: its rank would wait for
+            # the others for ever. Reentrant checkpointing does not work with it.
+            args.ddp_find_unused_parameters = True
+            if trainer.accelerator.ddp_handler is not None:  # made of the settings already
+                trainer.accelerator.ddp_handler.find_unused_parameters = True
     from transformers import TrainerCallback
 
     batches = SteadyPasses(loader)
@@ -69,6 +88,31 @@ def attach_to_trainer(trainer: Any, loader: StreamLoader | DevicePrefetcher) -> 
             state.stateful_callbacks[_STATE] = batches.state_dict()
 
     # What a resumed Trainer would skip is what the state says was seen.
-    trainer.args.ignore_data_skip = True
+    args.ignore_data_skip = True
     trainer.get_train_dataloader = lambda: batches
     trainer.add_callback(LoaderState())
+
+
+def dataset() -> Any:
+    """Gives a `datasets.Dataset` for trainers that want one, as TRL's: its row is not trained on.
+
+    Use it with `collate` and, for TRL, `dataset_kwargs={"skip_prepare_dataset": True}`.
+    """
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": [[]]})
+
+
+def collate(rows: Any) -> NoReturn:  # noqa: ARG001
+    """Stands in as a trainer's `data_collator`, which a loader does not need.
+
+    Raises:
+      ConfigError: `trainer_unattached`, always: the trainer reads `dataset()`, not the loader.
+    """
+    raise ConfigError("trainer_unattached")
+
+
+def _view(loader: StreamLoader | DevicePrefetcher) -> View | None:
+    source: Any = loader.loader if isinstance(loader, DevicePrefetcher) else loader
+    view = getattr(source.dataset, "view", None)
+    return view if isinstance(view, View) else None
