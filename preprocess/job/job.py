@@ -443,6 +443,8 @@ class Job:
             "recipe": self.recipe,
             "tokenizer": dataclasses.asdict(self.tokenizer),
             "libraries": self.libraries,
+            # Only what is not as usual, so that outputs of older releases keep their identity.
+            **({"downloads": downloads} if (downloads := s.fetch.describe()) else {}),
         }
 
     @cached_property

@@ -41,7 +41,14 @@ from preprocess.datasets import (
     example_videos,
 )
 from preprocess.documents import page_identity
-from preprocess.fetch import FetchResult, Ledger, fetch_all, read_ledger, redact
+from preprocess.fetch import (
+    FetchResult,
+    Ledger,
+    fetch_all,
+    mark_placeholders,
+    read_ledger,
+    redact,
+)
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.job import (
     DEAD_LINKS_SHARE,
@@ -184,6 +191,7 @@ def make_plan(
     results = fetched
     if results is None:
         results = fetch_images(job, image_urls(job, report), report, again=promised is None)
+    results = _without_placeholders(job, results, report)
     _check_links(job, results)
     with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
@@ -207,6 +215,7 @@ def make_plan(
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
         rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder, report, check_held)
+    downloads = job.settings.fetch.describe()
     build = {
         "rows": rows_sha256,
         "recipe": job.recipe,
@@ -234,6 +243,7 @@ def make_plan(
             **job.dataset.rows.kind,
             "num_rows": len(job.dataset),
             "limit": job.settings.limit,
+            **({"downloads": downloads} if results and downloads else {}),
             "rows_sha256": rows_sha256,
             "rows_read": job.dataset.num_rows_read,
             "rows_not_taken": {
@@ -325,13 +335,15 @@ def _spool_rows(
     seen: Counter[str] = Counter()
 
     first = ""  # error of the first row that is lost
+    warned = 0
 
     def good_rows() -> Iterator[bytes]:
-        nonlocal dead_rows, num_rows, has_blobs, first
+        nonlocal dead_rows, num_rows, has_blobs, first, warned
         for row, error in _planned_rows(job, results, stamps):
             if error is None:
                 error = _repeated(job, row, seen)
             count = row.get("rows", 1)
+            warned += row.pop("warning", None) is not None
             report.step(error.reason if error else "")
             if error is not None:
                 first = first or (str(error).splitlines() or [""])[0][:200]
@@ -352,6 +364,8 @@ def _spool_rows(
         lost.append(canonical_json(quarantine_line(row, stage="read", error=error)))
     report.stage("plan", len(job.dataset))
     spool.write(good_rows())
+    if warned:
+        report.note(f"{warned:,} images are not those that were annotated (SHA256=warn)")
     if not keys:
         raise BudgetError("nothing_left", facts={**dict(reasons.most_common()), "first": first})
     _check_lost(job, reasons, dead_rows=dead_rows)
@@ -447,7 +461,8 @@ def _planned_row(
         _plan_video(job, video, clip, results, stamps)
         for video, clip in zip(videos, clips, strict=True)
     ]
-    changed = _changed_image(example, planned)
+    want = example.get("metadata", {}).get("image_sha256")
+    changed = _changed_image(want, planned) if job.settings.fetch.sha256 != "ignore" else None
     planned += found
     key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
     location = locations if job.dataset.several_images else next(iter(locations), None)
@@ -456,9 +471,17 @@ def _planned_row(
     row = {"key": key, "image": location, "example": example}
     if found:
         row["video"] = [video.location for video in found]
-    errors = [image.error for image in planned if image.error is not None]
+    errors = [
+        image.error
+        for image in planned
+        # A picture that was annotated as it is, is none that stands for others.
+        if image.error is not None
+        and not (image.error.reason == "placeholder" and image.identity == want)
+    ]
     if not example["message_list"]:
         errors.append(SampleError("no_message.mode"))
+    if changed is not None and job.settings.fetch.sha256 == "warn":
+        row["warning"], changed = changed.reason, None
     return row, errors[0] if errors else changed
 
 
@@ -588,11 +611,8 @@ def _check_number(job: Job, images: Sequence[ImageSource]) -> None:
         raise ConfigError("image_number", got=len(images), dataset=job.dataset.name)
 
 
-def _changed_image(
-    example: Mapping[str, Any], planned: Sequence[_PlannedImage]
-) -> SampleError | None:
+def _changed_image(want: str | None, planned: Sequence[_PlannedImage]) -> SampleError | None:
     """Finds a fetched image that is not the one that was annotated."""
-    want = example.get("metadata", {}).get("image_sha256")
     for image in planned:
         if want and "url" in image.location and image.identity != want:
             return SampleError(
@@ -748,6 +768,19 @@ def _copy_known(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
         for name in sorted(wanted & known.keys()):
             ledger.append(known[name])
         wanted -= known.keys()
+
+
+def _without_placeholders(
+    job: Job, results: Mapping[str, FetchResult], report: Reporter
+) -> Mapping[str, FetchResult]:
+    """Fails the URLs that give a placeholder, and says which they are."""
+    marked, found = mark_placeholders(results, num_urls=job.settings.fetch.placeholder_urls)
+    for sha256, urls in sorted(found.items(), key=lambda each: (-len(each[1]), each[0])):
+        report.note(
+            f"{len(urls):,} URLs give one image ({sha256[:16]}, for example {urls[0]}): taken for "
+            "a placeholder (PLACEHOLDER_URLS=0 keeps it)"
+        )
+    return marked
 
 
 def _check_links(job: Job, results: Mapping[str, FetchResult]) -> None:
