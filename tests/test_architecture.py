@@ -88,6 +88,7 @@ PURE = {
     "preprocess/formats/video.py",
     "preprocess/annotate/join.py",
     "preprocess/episodes/windows.py",
+    "preprocess/job/keys.py",
     "preprocess/job/plan.py",
     "preprocess/reshard/assign.py",
     "preprocess/page/charts.py",

@@ -162,13 +162,21 @@ def require_name(name: str, *, of: str) -> None:
         raise ConfigError("dataset_name.letters", of=of, got=name)
 
 
-def plan_order(keys: Sequence[str], *, seed: int) -> list[int]:
+def plan_order(keys: Sequence[str], *, seed: int) -> np.ndarray:
     """Orders samples for their shards.
 
     Returns:
-      Indices into `keys`, in stored order.
+      int64 [N], indices into `keys`, in stored order.
 
-    >>> sorted(plan_order(["a", "b", "c"], seed=1))
+    >>> sorted(plan_order(["a", "b", "c"], seed=1).tolist())
     [0, 1, 2]
     """
-    return sorted(range(len(keys)), key=lambda i: (order_hash(keys[i], seed=seed), keys[i]))
+    hashes = np.fromiter((order_hash(key, seed=seed) for key in keys), np.uint64, len(keys))
+    order = np.argsort(hashes, kind="stable")
+    ranked = hashes[order]
+    for hashed in np.unique(ranked[1:][ranked[1:] == ranked[:-1]]):
+        first, stop = (
+            int(np.searchsorted(ranked, hashed, side=side)) for side in ("left", "right")
+        )
+        order[first:stop] = sorted(order[first:stop].tolist(), key=keys.__getitem__)
+    return order

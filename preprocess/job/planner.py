@@ -13,10 +13,12 @@ change nothing.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -57,6 +59,7 @@ from preprocess.job.job import (
     Reporter,
     allowed_failures,
 )
+from preprocess.job.keys import KeyList
 from preprocess.job.plan import count_shards, plan_order, shard_borders
 from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
 from preprocess.media import pixels_file
@@ -195,16 +198,16 @@ def make_plan(
     _check_links(job, results)
     with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
-        with StampWriter(folder / "files") as stamps:
+        with StampWriter(folder / "files") as stamps, _LostRows(folder / "lost.jsonl") as lost:
             for stamp in row_stamps:
                 stamps.add(stamp)
-            rows = _spool_rows(job, results, spool, stamps, report)
+            rows = _spool_rows(job, results, spool, lost, stamps, report)
         if len(stamps):
             storage.publish_file(job.files_url, folder / "files")
         else:
             storage.delete(job.files_url)
         order = plan_order(rows.keys, seed=job.settings.recipe.seed)
-        mean_bytes = _probe(job, spool, sorted(order[:PROBE_ROWS]), report)
+        mean_bytes = _probe(job, spool, sorted(order[:PROBE_ROWS].tolist()), report)
         total_bytes = round(mean_bytes * len(order))
         count = count_shards(
             total_bytes,
@@ -215,6 +218,11 @@ def make_plan(
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
         rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder, report, check_held)
+        quarantine_url = job.url("quarantine", f"{job.name}-{job.settings.split}-plan.jsonl")
+        if rows.num_lost:
+            storage.publish_file(quarantine_url, folder / "lost.jsonl")
+        else:
+            storage.delete(quarantine_url)
     downloads = job.settings.fetch.describe()
     build = {
         "rows": rows_sha256,
@@ -253,11 +261,6 @@ def make_plan(
         quarantined=dict(sorted(rows.reasons.items())),
         cache_token=cache_token,
     )
-    name = f"{job.name}-{job.settings.split}-plan.jsonl"
-    if rows.lost:
-        storage.publish_bytes(job.url("quarantine", name), b"".join(rows.lost))
-    else:
-        storage.delete(job.url("quarantine", name))
     check_held()
     storage.publish_bytes(_plan_url(job), canonical_json(dataclasses.asdict(plan), indent=1))
     return plan
@@ -287,7 +290,7 @@ class _Spool:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._starts = [0]
+        self._starts = array("Q", [0])
 
     def write(self, rows: Iterator[bytes]) -> None:
         with storage.translate_errors(str(self._path)), self._path.open("wb") as stream:
@@ -305,12 +308,33 @@ class _Spool:
         return row
 
 
+class _LostRows:
+    """Quarantine lines of rows that are not planned, in a local file: there may be millions."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.num_rows = 0
+
+    def add(self, line: bytes) -> None:
+        with storage.translate_errors(str(self._path)):
+            self._stream.write(line)
+        self.num_rows += 1
+
+    def __enter__(self) -> _LostRows:
+        self._stream = self._path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with storage.translate_errors(str(self._path)):
+            self._stream.close()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
-    keys: list[str]
+    keys: KeyList
     """Of the rows in the spool, in its order."""
-    lost: list[bytes]
-    """Quarantine lines of the others."""
+    num_lost: int
+    """Rows of the quarantine list."""
     reasons: Counter[str]
     """Rows of the source that are lost, by reason: an example may have several."""
     num_rows: int
@@ -323,16 +347,16 @@ def _spool_rows(
     job: Job,
     results: Mapping[str, FetchResult],
     spool: _Spool,
+    lost: _LostRows,
     stamps: StampWriter,
     report: Reporter,
 ) -> _Rows:
-    keys: list[str] = []
-    lost: list[bytes] = []
+    keys = KeyList()
     reasons = Counter(job.dataset.left_out)
     dead_rows = 0  # for their links, which have a budget of their own
     num_rows = 0
     has_blobs = False
-    seen: Counter[str] = Counter()
+    repeats: Counter[str] = Counter()
 
     first = ""  # error of the first row that is lost
     warned = 0
@@ -341,17 +365,16 @@ def _spool_rows(
         nonlocal dead_rows, num_rows, has_blobs, first, warned
         for row, error in _planned_rows(job, results, stamps):
             if error is None:
-                error = _repeated(job, row, seen)
+                error = _repeated(job, row, keys, repeats)
             count = row.get("rows", 1)
             warned += row.pop("warning", None) is not None
             report.step(error.reason if error else "")
             if error is not None:
                 first = first or (str(error).splitlines() or [""])[0][:200]
-                lost.append(canonical_json(quarantine_line(row, stage="plan", error=error)))
+                lost.add(canonical_json(quarantine_line(row, stage="plan", error=error)))
                 reasons[error.reason] += count
                 dead_rows += count if _is_link(error) else 0
                 continue
-            keys.append(row["key"])
             num_rows += count
             has_blobs = has_blobs or _has_blobs(row)
             yield canonical_json(row)
@@ -361,7 +384,7 @@ def _spool_rows(
     _check_lost(job, reasons, dead_rows=0)
     for number, error in job.dataset.left_out_rows():
         row = {"key": f"row-{number}", "image": None, "example": {}, **_origin(job, [number])}
-        lost.append(canonical_json(quarantine_line(row, stage="read", error=error)))
+        lost.add(canonical_json(quarantine_line(row, stage="read", error=error)))
     report.stage("plan", len(job.dataset))
     spool.write(good_rows())
     if warned:
@@ -369,7 +392,9 @@ def _spool_rows(
     if not keys:
         raise BudgetError("nothing_left", facts={**dict(reasons.most_common()), "first": first})
     _check_lost(job, reasons, dead_rows=dead_rows)
-    return _Rows(keys=keys, lost=lost, reasons=reasons, num_rows=num_rows, has_blobs=has_blobs)
+    return _Rows(
+        keys=keys, num_lost=lost.num_rows, reasons=reasons, num_rows=num_rows, has_blobs=has_blobs
+    )
 
 
 def _has_blobs(row: Mapping[str, Any]) -> bool:
@@ -380,15 +405,18 @@ def _has_blobs(row: Mapping[str, Any]) -> bool:
     return any(place["kind"] == "blob" for place in places)
 
 
-def _repeated(job: Job, row: dict[str, Any], seen: Counter[str]) -> SampleError | None:
-    """Finds a row whose key another has; where such rows are kept, it gets a key of its own."""
+def _repeated(
+    job: Job, row: dict[str, Any], keys: KeyList, repeats: Counter[str]
+) -> SampleError | None:
+    """Adds a row's key; where another has it and such rows are kept, the row gets its own."""
     key = row["key"]
-    seen[key] += 1
-    if seen[key] == 1:
+    if keys.add(key):
         return None
     if job.settings.duplicates == "drop":
         return SampleError("duplicate")
-    row["key"] = repeated_key(key, seen[key])
+    repeats[key] += 1
+    row["key"] = repeated_key(key, repeats[key] + 1)
+    keys.add(row["key"])
     return None
 
 
@@ -661,7 +689,7 @@ def require_space(out: str, total_bytes: int) -> None:
 def _write_rows(
     job: Job,
     spool: _Spool,
-    order: list[int],
+    order: np.ndarray,
     num_shards: int,
     folder: Path,
     report: Reporter,
@@ -673,10 +701,9 @@ def _write_rows(
       The hash of all rows. Where in the source a row was is not in it: no byte depends on that.
     """
     report.stage("write plan", len(order))
-    borders = shard_borders(len(order), num_shards=num_shards)
+    borders = shard_borders(len(order), num_shards=num_shards).tolist()
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
-    shard_of = np.searchsorted(borders, position, side="right") - 1
     hashes = [hashlib.sha256() for _ in range(num_shards)]
     waiting: dict[int, list[bytes]] = {}
     held_bytes = 0
@@ -689,9 +716,9 @@ def _write_rows(
         waiting.clear()
 
     for i, row in enumerate(spool):
-        shard = int(shard_of[i])
         origin = row.pop("origin")
         row["position"] = int(position[i])
+        shard = bisect.bisect_right(borders, row["position"]) - 1
         hashes[shard].update(canonical_json(row))
         line = canonical_json({**row, "origin": origin})
         report.step("")
