@@ -45,6 +45,7 @@ LOCAL_CACHE = "~/.cache/vlm-shards"
 
 Duplicates = Literal["drop", "keep"]
 OwnDisk = Literal["refuse", "allow"]
+Engine = Literal["local", "ray"]
 
 
 class Reporter(Protocol):
@@ -179,6 +180,20 @@ class JobSettings:
             unset=usable_cores,
         ),
     ] = 1
+    engine: Annotated[
+        Engine,
+        Setting(
+            "who builds the shards: processes of this machine, or a Ray cluster", group="the job"
+        ),
+    ] = "local"
+    ray_address: Annotated[
+        str,
+        Setting(
+            "address of the Ray cluster, for example auto; else one of WORKERS cores is started",
+            group="the job",
+            metavar="ADDRESS",
+        ),
+    ] = ""
     part: Annotated[
         Part | None,
         Setting(

@@ -17,7 +17,6 @@ import itertools
 import json
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from preprocess.job.pipeline import (
     Outcome,
     build_context,
     build_missing,
+    cache_token,
     check_conflict,
     check_sources,
     tidy_finished,
@@ -135,7 +135,7 @@ def _work(job: Job, part: Part, held: HeldPart, board: Board) -> PartOutcome:
         assert result is not None
         return _finished(part, result)
     if plan.cache_token and not job.blobs.has_token(plan.cache_token):
-        raise StorageError("cache_not_shared", where=job.blobs.url, part=str(part))
+        raise StorageError("cache_not_shared.part", where=job.blobs.url, part=str(part))
     _, built = build_missing(job, plan, board, held.check, part=part, on_shard=board.shard)
     storage.delete(job.scratch)
     storage.delete_if_empty(job.scratch_of_all)
@@ -240,7 +240,6 @@ def _try_to_plan(job: Job, urls: list[str], held: HeldPart, board: Board) -> boo
             if load_plan(job, board, shared=True) is not None or committed(job) is not None:
                 return True
             fetched = _fetched(job, urls, held) if urls else {}
-            token = f"{job.key[:16]}-{uuid.uuid4().hex}"
 
             def check() -> None:
                 held.check()
@@ -252,7 +251,7 @@ def _try_to_plan(job: Job, urls: list[str], held: HeldPart, board: Board) -> boo
                     board,
                     promised=check_conflict(job),
                     fetched=fetched,
-                    cache_token=token,
+                    cache_token=cache_token(job),
                     check_held=check,
                 )
             except BudgetError:

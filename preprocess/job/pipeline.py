@@ -19,12 +19,15 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from preprocess.datasets import dataset_class
+from preprocess.fetch import BlobCache
 from preprocess.job.build import (
     BuildContext,
     BuiltShard,
@@ -40,12 +43,12 @@ from preprocess.job.commit import (
     withdraw_split,
 )
 from preprocess.job.conflicts import check_same, find_differences, table
-from preprocess.job.engines import local
-from preprocess.job.job import Job, JobSettings, Reporter
+from preprocess.job.engines import local, ray_cluster
+from preprocess.job.job import Job, JobSettings, Reporter, library_versions
 from preprocess.job.lease import output_lock
 from preprocess.job.parts import forget_parts
 from preprocess.job.plan import Part, shard_borders
-from preprocess.job.planner import Plan, drop_plan, load_plan, make_plan, read_json
+from preprocess.job.planner import Plan, drop_plan, load_plan, make_plan, plan_url, read_json
 from preprocess.job.stamps import Compared
 from preprocess.job.verify import check_hashes
 from shardspec import storage
@@ -153,7 +156,8 @@ def _make(
 ) -> tuple[Committed, int]:
     """Plans, builds and commits what is missing; returns the result and the shards built."""
     storage.delete(job.scratch)
-    plan = load_plan(job, report) or make_plan(job, report, promised=promised)
+    token = cache_token(job) if job.settings.engine == "ray" else ""
+    plan = load_plan(job, report) or make_plan(job, report, promised=promised, cache_token=token)
     try:
         receipts, built = build_missing(job, plan, report, check_held)
     except StorageError as error:
@@ -165,6 +169,11 @@ def _make(
     result = commit(job, plan, receipts)
     _tidy(job)
     return result, built
+
+
+def cache_token(job: Job) -> str:
+    """Names a mark in the image cache, by which other machines tell that they see the same."""
+    return f"{job.key[:16]}-{uuid.uuid4().hex}"
 
 
 def tidy_finished(job: Job) -> None:
@@ -310,9 +319,7 @@ def build_missing(
         report.note(f"{len(receipts)} of {len(wanted)} shards are finished")
     borders = shard_borders(plan.num_samples, num_shards=plan.num_shards)
     report.stage("build", int(sum(borders[shard + 1] - borders[shard] for shard in missing)))
-    for event in local.run(
-        missing, work=_build_task, context=context, num_workers=job.settings.num_workers
-    ):
+    for event in _run(job, plan, missing, context):
         check_held()
         on_shard(event.task, isinstance(event, local.TaskDone))
         if isinstance(event, local.TaskLost):
@@ -324,6 +331,57 @@ def build_missing(
         else:
             report.step(event.note)
     return [receipts[shard] for shard in wanted], len(missing)
+
+
+def _run(job: Job, plan: Plan, missing: list[int], context: BuildContext) -> Iterator[local.Event]:
+    """Runs the tasks of a plan on the engine of the job."""
+    workers = job.settings.num_workers
+    if job.settings.engine == "local":
+        return local.run(missing, work=_build_task, context=context, num_workers=workers)
+    cluster = _Cluster(
+        context=context,
+        dataset=job.settings.dataset,
+        libraries=job.libraries,
+        plan_url=plan_url(job),
+        cache_token=plan.cache_token,
+    )
+    return ray_cluster.run(
+        missing,
+        work=_cluster_task,
+        context=cluster,
+        num_workers=workers,
+        address=job.settings.ray_address,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cluster:
+    """What every task on another machine shares, and how it tells that it may work."""
+
+    context: BuildContext
+    dataset: str
+    libraries: Mapping[str, str]
+    """Of the process that has planned."""
+    plan_url: str
+    cache_token: str
+
+
+def _cluster_task(
+    cluster: _Cluster, shard: int, report: Callable[[str | int], None]
+) -> local.Deferred:
+    """Builds a shard on a machine that must have the same code, libraries and storage."""
+    where = platform.node()
+    found = find_differences(cluster.libraries, library_versions(dataset_class(cluster.dataset)))
+    if found:
+        raise ConflictError(
+            "mixed_cluster", where=where, table=table(found, heads=("of the job", "on this node"))
+        )
+    plan, cache = read_json(cluster.plan_url) or {}, BlobCache(cluster.context.blobs)
+    if plan.get("build_key") != cluster.context.build_key:
+        raise StorageError("output_not_shared", where=cluster.context.out, node=where)
+    if cluster.cache_token and not cache.has_token(cluster.cache_token):
+        raise StorageError("cache_not_shared.node", where=cluster.context.blobs, node=where)
+    return _build_task(cluster.context, shard, report)
 
 
 def _intact(

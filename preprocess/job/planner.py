@@ -119,9 +119,9 @@ def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False)
       ConflictError: `job_conflict`: an unfinished reshard owns this output; `source_changed`: of a
         shared plan.
     """
-    document = read_json(_plan_url(job))
+    document = read_json(plan_url(job))
     if document is not None and document.get("kind") == "reshard":
-        raise ConflictError("job_conflict.reshard", where=_plan_url(job))
+        raise ConflictError("job_conflict.reshard", where=plan_url(job))
     identity = read_json(job.identity_url)
     if document is None or identity is None or differences(identity, job.identity, "job"):
         return None
@@ -262,14 +262,14 @@ def make_plan(
         cache_token=cache_token,
     )
     check_held()
-    storage.publish_bytes(_plan_url(job), canonical_json(dataclasses.asdict(plan), indent=1))
+    storage.publish_bytes(plan_url(job), canonical_json(dataclasses.asdict(plan), indent=1))
     return plan
 
 
 def drop_plan(job: Job) -> None:
     """Removes the rows of a plan; its job's identity stays."""
     # First what makes it a plan: an interruption must not leave one that lacks some of its rows.
-    storage.delete(_plan_url(job))
+    storage.delete(plan_url(job))
     storage.delete(job.url("plan", job.settings.split))
 
 
@@ -281,7 +281,8 @@ def read_json(url: str) -> dict[str, Any] | None:
         return None
 
 
-def _plan_url(job: Job) -> str:
+def plan_url(job: Job) -> str:
+    """URL of a job's frozen plan."""
     return job.url("plan", job.settings.split, "plan.json")
 
 
