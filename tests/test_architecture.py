@@ -155,6 +155,7 @@ CLOCKS = {
     "preprocess/fetch/blobs.py",
     "preprocess/fetch/download.py",
     "preprocess/job/board.py",
+    "preprocess/job/events.py",
     "preprocess/job/lease.py",
     "preprocess/job/part_run.py",
     "preprocess/job/pipeline.py",

@@ -204,6 +204,22 @@ class JobSettings:
             verbs=("shards",),
         ),
     ] = None
+    events: Annotated[
+        str | None,
+        Setting(
+            "file of this machine to which events are appended, one JSON object a line",
+            group="the job",
+            metavar="FILE",
+        ),
+    ] = None
+    stall_s: Annotated[
+        float,
+        Setting(
+            "seconds without any progress after which the job says so; 0 for never",
+            flag="stall-after",
+            group="the job",
+        ),
+    ] = 600.0
     part_wait_s: Annotated[
         float,
         Setting(

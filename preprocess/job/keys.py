@@ -27,7 +27,7 @@ class KeyList(Sequence[str]):
     def __init__(self) -> None:
         """Makes an empty list."""
         self._packed = bytearray()
-        self._table = array("q", [_FREE]) * _SMALLEST
+        self._table = array("i", [_FREE]) * _SMALLEST
 
     def __len__(self) -> int:
         return len(self._packed) // KEY_BYTES
@@ -67,7 +67,7 @@ class KeyList(Sequence[str]):
         return slot
 
     def _grow(self) -> None:
-        self._table = array("q", [_FREE]) * (2 * len(self._table))
+        self._table = array("i", [_FREE]) * (2 * len(self._table))
         for i in range(len(self)):
             packed = bytes(self._packed[i * KEY_BYTES : (i + 1) * KEY_BYTES])
             self._table[self._slot(packed)] = i

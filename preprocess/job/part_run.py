@@ -34,6 +34,8 @@ from preprocess.job.pipeline import (
     cache_token,
     check_conflict,
     check_sources,
+    make_board,
+    telling_end,
     tidy_finished,
     write_run,
 )
@@ -92,7 +94,7 @@ def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
         tidy_finished(job)
         return _finished(part, result)
     _require_shared(job, part)
-    board = Board(report)
+    board = make_board(job, report)
     me = PartOfJob(
         part=part,
         job=job.key,
@@ -102,7 +104,7 @@ def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
         split=settings.split,
     )
     try:
-        with join_job(settings.out, me, state=board.snapshot) as held:
+        with telling_end(board), join_job(settings.out, me, state=board.snapshot) as held:
             outcome = _work(job, part, held, board)
     except StorageError as error:
         # The part that committed has removed what the others hold.
@@ -156,6 +158,7 @@ def _work(job: Job, part: Part, held: HeldPart, board: Board) -> PartOutcome:
     if result is None:
         held.check()
         result = commit(job, plan, receipts)
+        board.committed(result.sha256)
     _tidy(job, held)
     return PartOutcome(
         part=part,

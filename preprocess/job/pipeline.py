@@ -28,6 +28,7 @@ from functools import partial
 
 from preprocess.datasets import dataset_class
 from preprocess.fetch import BlobCache
+from preprocess.job.board import Board, ShardEvent
 from preprocess.job.build import (
     BuildContext,
     BuiltShard,
@@ -44,6 +45,7 @@ from preprocess.job.commit import (
 )
 from preprocess.job.conflicts import check_same, find_differences, table
 from preprocess.job.engines import local, ray_cluster
+from preprocess.job.events import EventLog
 from preprocess.job.job import Job, JobSettings, Reporter, library_versions
 from preprocess.job.lease import output_lock
 from preprocess.job.parts import forget_parts
@@ -62,6 +64,12 @@ from shardspec.manifest import (
 )
 
 _HASHED_AT_ONCE = 4
+
+_SHARD_EVENTS: Mapping[type, ShardEvent] = {
+    local.TaskProgress: "progress",
+    local.TaskLost: "lost",
+    local.TaskDone: "done",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +111,15 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
             seconds=_since(started),
             compared=compared,
         )
-    with output_lock(settings.out) as check_held:
+    board = make_board(job, report)
+    with (
+        telling_end(board),
+        output_lock(settings.out, state=board.snapshot) as check_held,
+    ):
         if settings.force:
-            _withdraw(job, report)
+            _withdraw(job, board)
         promised = check_conflict(job)  # once more: another job may have ended in between
-        result, built = _make(job, report, promised, check_held)
+        result, built = _make(job, board, promised, check_held)
     outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
     write_run(job, outcome)
     return outcome
@@ -152,14 +164,14 @@ def commit_job(settings: JobSettings, report: Reporter) -> Outcome:
 
 
 def _make(
-    job: Job, report: Reporter, promised: str | None, check_held: Callable[[], None]
+    job: Job, board: Board, promised: str | None, check_held: Callable[[], None]
 ) -> tuple[Committed, int]:
     """Plans, builds and commits what is missing; returns the result and the shards built."""
     storage.delete(job.scratch)
     token = cache_token(job) if job.settings.engine == "ray" else ""
-    plan = load_plan(job, report) or make_plan(job, report, promised=promised, cache_token=token)
+    plan = load_plan(job, board) or make_plan(job, board, promised=promised, cache_token=token)
     try:
-        receipts, built = build_missing(job, plan, report, check_held)
+        receipts, built = build_missing(job, plan, board, check_held, on_shard=board.shard)
     except StorageError as error:
         if error.reason in ("blob_missing", "blob_corrupt"):
             drop_plan(job)  # so that the same command fetches it again
@@ -167,8 +179,32 @@ def _make(
     check_bad_samples(job, plan, receipts)
     check_held()
     result = commit(job, plan, receipts)
+    board.committed(result.sha256)
     _tidy(job)
     return result, built
+
+
+def make_board(job: Job, report: Reporter) -> Board:
+    """Makes what watches a job, in front of a reporter."""
+    settings = job.settings
+    events = EventLog(settings.events)
+    part = None if settings.part is None else str(settings.part)
+    events.write("start", dataset=job.name, split=settings.split, part=part, pid=os.getpid())
+    return Board(report, events=events, stall_s=settings.stall_s)
+
+
+@contextmanager
+def telling_end(board: Board) -> Iterator[None]:
+    """Tells how the block ends."""
+    outcome = "interrupted"
+    try:
+        yield
+        outcome = "done"
+    except Exception as error:
+        outcome = f"failed: {getattr(error, 'reason', type(error).__name__)}"
+        raise
+    finally:
+        board.end(outcome)
 
 
 def cache_token(job: Job) -> str:
@@ -296,7 +332,7 @@ def build_missing(
     check_held: Callable[[], None],
     *,
     part: Part | None = None,
-    on_shard: Callable[[int, bool], None] = lambda shard, done: None,  # noqa: ARG005
+    on_shard: Callable[[int, ShardEvent], None] = lambda shard, what: None,  # noqa: ARG005
 ) -> tuple[list[Receipt], int]:
     """Builds what is missing.
 
@@ -306,7 +342,7 @@ def build_missing(
       report: Gets the progress.
       check_held: Raises where another job may have taken the output.
       part: Whose shards are built; None for all.
-      on_shard: Called when the work on a shard begins, and (True) when it is done.
+      on_shard: Called with what happens to each shard.
 
     Returns:
       The receipts in shard order, and how many are new.
@@ -321,7 +357,7 @@ def build_missing(
     report.stage("build", int(sum(borders[shard + 1] - borders[shard] for shard in missing)))
     for event in _run(job, plan, missing, context):
         check_held()
-        on_shard(event.task, isinstance(event, local.TaskDone))
+        on_shard(event.task, _SHARD_EVENTS[type(event)])
         if isinstance(event, local.TaskLost):
             report.note(f"a worker died (exit code {event.exit_code}); its shard is built again")
         elif isinstance(event, local.TaskDone):

@@ -486,8 +486,8 @@ def test_what_a_part_writes_beside_its_lease_is_bounded():
     board.stage("build", 10**6)
     for i in range(1000):
         board.step(f"reason_{i}")
-        board.shard(i, False)
-        board.shard(i, True)
+        board.shard(i, "progress")
+        board.shard(i, "done")
     found = board.snapshot()
     assert (found["done"], found["total"]) == (1000, 10**6)
     assert len(found["failed"]) == MAX_REASONS + 1
