@@ -105,7 +105,7 @@ setup: $(VENV)/ready-dev ## make the virtual environment
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[hub,fast,video,documents]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[hub,fast,video,documents,robots]'
 	@touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready-dev

@@ -57,6 +57,7 @@ from preprocess.text import (
     add_ocr,
     answer_flags,
     chat_frame,
+    check_action_tokens,
     image_prefixes,
     media_placeholder,
     message_styles,
@@ -65,6 +66,7 @@ from preprocess.text import (
     place_media,
     place_subtitles,
     safe_geometry,
+    spelled_action,
     styles_of,
     system_text,
     word_groups,
@@ -107,6 +109,8 @@ class Recipe:
         text["styles"] = self.text.styles.to_dict()
         if not text["styles"]:
             del text["styles"]
+        if self.text.actions == "bins":  # manifests from before there was a choice say nothing
+            del text["actions"]
         return {"text": text, "image": {**image, "views": views}, "seed": self.seed}
 
 
@@ -175,6 +179,22 @@ class Preparer:
                 )
 
     @cached_property
+    def action_vocab_size(self) -> int | None:
+        """Ids that action tokens are counted back from; None where actions are text.
+
+        Raises:
+          ConfigError: `action_tokens`: texts are made by a chat template, or the vocabulary ends
+            in control tokens.
+        """
+        if self.recipe.text.actions == "bins":
+            return None
+        if self.model is not None or self.recipe.text.message_format == "template":
+            raise ConfigError("action_tokens.template", actions=self.recipe.text.actions)
+        ids, size = self.tokenizer.special_ids, self.tokenizer.own_size
+        check_action_tokens(self.tokenizer.json, ids, size=size)
+        return size
+
+    @cached_property
     def image_preprocessor(self) -> ImagePreprocessor:
         """The image half."""
         return ImagePreprocessor(self.recipe.image, memory=self.memory)
@@ -224,6 +244,8 @@ class Preparer:
             control = self.tokenizer.control_token(text, reasoning=keeps and is_answer)
             if control:
                 raise SampleError("control_token", where=key, control=control)
+            if self.action_vocab_size and (token := spelled_action(text)):
+                raise SampleError("control_token", where=key, control=token)
             spelled = media_placeholder(text)
             if spelled and self.recipe.text.placeholders == "refuse":
                 raise SampleError("media_placeholder", where=key, spelled=spelled)
@@ -353,7 +375,10 @@ class Preparer:
         """Tokenizes the texts; `sizes` are (width, height) of the images that are not frames."""
         num_pictures = len(sizes)
         if self.model is None:
-            return InterleavedTextPreprocessor(tokenizer=self.tokenizer)(
+            interleave = InterleavedTextPreprocessor(
+                tokenizer=self.tokenizer, action_tokens=self.action_vocab_size is not None
+            )
+            return interleave(
                 branches,
                 key=key,
                 leads=example.get("leads") or image_prefixes(num_pictures),

@@ -164,7 +164,7 @@ CLOCKS = {
     "shardspec/storage/retries.py",
     "shardspec/storage/signed_ranges.py",
     "shardspec/storage/transfers.py",
-    "shardspec/video/process.py",
+    "shardspec/child.py",
 }
 """May look at the clock: for ledgers, timeouts, ages and run.json, never for what a shard holds."""
 
@@ -183,7 +183,7 @@ FLOORS = {
         {"documents", "keyed", "toml", "checksum"},
         {"messages"},
         {"errors", "image_file"},
-        {"actions", "families"},
+        {"actions", "child", "families"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
         {"columns", "frames"},

@@ -39,6 +39,7 @@ PUBLIC = {
         "DocumentPolicy",
         "Documents",
         "EpisodeDataset",
+        "EpisodeFiles",
         "EpisodeFrame",
         "HfDataset",
         "ImageSource",

@@ -112,7 +112,8 @@ def make_dataloader(
         the row's question.
       arrays: Fields of the samples' records to deliver as tensors of their own names, [B, ...]:
         float32, int64 or bool, of one shape in all samples, such as the `actions`, `action_mask`
-        and `state` of robots. Not with packs or `collate_fn`.
+        and `state` of robots. `ocr_boxes` gives `boxes`, `box_crop` and `box_word`: the words of
+        documents on the crops, padded to the row with most. Not with packs or `collate_fn`.
 
     Raises:
       ConfigError: `argument`; `argument_unused`, one that means nothing beside the others;

@@ -49,6 +49,28 @@ def stacked_field(name: str, described: Sequence[Mapping[str, Any]]) -> torch.Te
     return torch.from_numpy(np.stack(arrays).astype(_DTYPES[kinds.pop()]))
 
 
+def stacked_boxes(described: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stacks where the words of documents are on the crops, padded to the row that has most.
+
+    Args:
+      described: Metadata of the rows, with `ocr_boxes` in `record`; None where there are no words.
+
+    Returns:
+      `boxes`, float32 [B, M, 4], corners in pixels of the crop; `box_crop` and `box_word`, int64
+      [B, M], the number of the crop in the row's `images` and of the word; -1 for padding.
+    """
+    found = [one["record"].get("ocr_boxes") for one in described]
+    most = max(len(each["word"]) if each else 0 for each in found)
+    boxes = torch.zeros((len(found), most, 4))
+    numbers = {name: torch.full((len(found), most), -1) for name in ("crop", "word")}
+    for row, each in enumerate(found):
+        if each:
+            boxes[row, : len(each["word"])] = torch.from_numpy(each["corners"])
+            for name, column in numbers.items():
+                column[row, : len(each["word"])] = torch.from_numpy(each[name])
+    return {"boxes": boxes, **{f"box_{name}": column for name, column in numbers.items()}}
+
+
 def without_fields(
     described: Mapping[str, Any], fields: Collection[str], *, bare: bool
 ) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from loader.assembly import (
     unit_shape,
 )
 from loader.buffers import Allocate
-from loader.delivery.arrays import stacked_field, without_fields
+from loader.delivery.arrays import stacked_boxes, stacked_field, without_fields
 from loader.delivery.batches import MadeBatch
 from loader.delivery.raw import Collate
 from loader.delivery.stats import StageTimings
@@ -115,7 +115,11 @@ class PreparedBatches:
             batch |= self._added(rows, planned, examples)
         if self.arrays:
             described = [example.metadata() for example in examples]
-            batch |= {name: stacked_field(name, described) for name in self.arrays}
+            for name in self.arrays:
+                boxes = name == "ocr_boxes"
+                batch |= (
+                    stacked_boxes(described) if boxes else {name: stacked_field(name, described)}
+                )
             if "metadata" in batch and self._told is not True:
                 batch["metadata"] = [
                     without_fields(one, {*self.arrays} - {*(self._told or ())}, bare=not self._told)

@@ -29,7 +29,7 @@ from preprocess.datasets.base import (
     example_videos,
 )
 from preprocess.datasets.documents import Documents
-from preprocess.datasets.episodes import EpisodeDataset
+from preprocess.datasets.episodes import EpisodeDataset, EpisodeFiles
 from preprocess.datasets.images import EpisodeFrame, RemoteImage
 from preprocess.datasets.kinds import DocumentDataset, RobotDataset
 from preprocess.datasets.lerobot import LeRobot
@@ -65,6 +65,7 @@ __all__ = [
     "DocumentPolicy",
     "Documents",
     "EpisodeDataset",
+    "EpisodeFiles",
     "EpisodeFrame",
     "HfDataset",
     "ImageSource",

@@ -14,6 +14,7 @@ An *example* is a plain dict, as in the Molmo code bases:
                   and the fields that the formatter wants for that style, all of JSON types
     metadata      JSON types, kept for people and evaluators
     rigid         True where no crop or flip may be applied to the images, whatever the texts say
+    group         name of a group of examples, such as an episode, that stay in one shard
     leads         texts in front of the images, such as "Page 3"; absent for "Image 1" and so on
 
 Instead of `message_list` an example may have `messages`, a conversation of role and content.
@@ -39,7 +40,7 @@ import sys
 import traceback
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,6 +178,8 @@ class DatasetBase(Dataset):
     """Variables of `make shards` whose default is another one for this dataset."""
     sample_rows_per_example: ClassVar[int] = 1
     """Generated rows about one image."""
+    read_url: Callable[[str], bytes] | None = None
+    """Gives the file of a URL, for documents; set on an object once there is something to give."""
 
     def __init__(
         self,

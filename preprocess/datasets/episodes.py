@@ -2,8 +2,8 @@
 
 A sample is a window (`preprocess.episodes.windows`). Its images are the frames of all cameras at
 the instants of the history, instant by instant from the oldest on; its prompt is the task, and its
-response the actions of the chunk that are there, in 256 bins from q01 to q99 of the training
-episodes. Its metadata have the floats themselves, as they are in the source:
+response the actions of the chunk that are there, scaled by q01 and q99 of the training episodes.
+Its metadata have the floats themselves, as they are in the source:
 
     actions, action_mask   [n, d] and [n]; rows whose mask is False are padding
     history_mask           [k]; False where the episode had not begun, and its first step is shown
@@ -12,15 +12,16 @@ episodes. Its metadata have the floats themselves, as they are in the source:
     views                  of each image its camera
     success                whether the episode succeeded, where the source says it
 
-All windows of an episode are in one split: `validation_share` is a share of the episodes of
-"train", chosen by a hash of their numbers, where the source has no split "validation".
+All windows of an episode are in one shard and in one split: `validation_share` is a share of the
+episodes of "train", chosen by a hash of their numbers, where the source has no split "validation".
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,31 +32,34 @@ from preprocess.datasets.kinds import RobotDataset
 from preprocess.datasets.rows import Rows
 from preprocess.episodes import (
     Episode,
+    EpisodeFields,
     EpisodeFrames,
     EpisodeSource,
     EpisodeTable,
     WindowPolicy,
     cut_window,
     num_windows,
+    open_hdf5,
+    open_rlds,
 )
 from preprocess.media import VideoDecoder, VideoPolicy
 from shardspec.actions import (
     ValueStatistics,
-    bin_values,
     named_dimensions,
     normalize,
-    value_bins,
     value_statistics,
 )
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.keyed import hash_text
+
+EPISODES_HELD = 4
+"""Episodes whose steps and frames are held: windows are read in order, or at random in few."""
 
 
 class EpisodeDataset(RobotDataset):
     """Windows of episodes; a subclass opens the source, and may set `window`."""
 
     window: ClassVar[WindowPolicy] = WindowPolicy()
-    leaves_out: ClassVar[frozenset[str]] = frozenset({"robot_failed"})
 
     @abc.abstractmethod
     def open_episodes(self) -> EpisodeSource:
@@ -87,13 +91,8 @@ class EpisodeDataset(RobotDataset):
     def code_files(cls) -> list[Path]:
         """Adds what reads episodes to the files of the class."""
         root = Path(__file__).parents[2]
-        return sorted(
-            {
-                *super().code_files(),
-                *(root / "preprocess" / "episodes").glob("*.py"),
-                root / "shardspec" / "actions.py",
-            }
-        )
+        readers = (root / "preprocess" / "episodes").glob("*.py")
+        return sorted({*super().code_files(), *readers})
 
     def load(self) -> Rows:
         """Enumerates the windows of the split's episodes, in order."""
@@ -121,7 +120,7 @@ class EpisodeDataset(RobotDataset):
         message = {
             "style": "robot_action",
             "instruction": table.tasks[t],
-            "action": bin_values(value_bins(scaled)).tolist(),
+            "action": scaled.tolist(),
             **place,  # windows of a robot that waits are samples of their own
         }
         metadata: dict[str, Any] = {
@@ -136,7 +135,8 @@ class EpisodeDataset(RobotDataset):
             metadata["state"] = window.state_D.tolist()
         if table.success is not None:
             metadata["success"] = table.success
-        return {"image": images, "message_list": [message], "metadata": metadata}
+        group = f"episode {rows.episode.number}"
+        return {"image": images, "message_list": [message], "metadata": metadata, "group": group}
 
     def _sample_rows(self, limit: int | None) -> Rows:
         del limit  # windows are enumerated as those of a folder are
@@ -163,6 +163,11 @@ class EpisodeDataset(RobotDataset):
         kept = named_dimensions(policy.kept, source.action_names)
         decoder = VideoDecoder(VideoPolicy())
         chosen = self._episodes(source, self.split)
+
+        @lru_cache(EPISODES_HELD)
+        def opened(episode: Episode) -> _Opened:
+            return _open_episode(source, episode, policy=policy, decoder=decoder)
+
         pieces = [
             EpisodeWindows(
                 source,
@@ -171,7 +176,7 @@ class EpisodeDataset(RobotDataset):
                 cameras=cameras,
                 statistics=statistics["actions"],
                 kept=kept,
-                decoder=decoder,
+                opened=opened,
             )
             for episode in chosen
         ]
@@ -199,16 +204,15 @@ class EpisodeDataset(RobotDataset):
         Raises:
           SourceError: `source_split`.
         """
-        last = max((episode.number for episode in source.episodes), default=-1)
-        splits = source.splits or {"train": (0, last + 1)}
+        splits = source.splits or {"train": [episode.number for episode in source.episodes]}
         share = 0.0 if "validation" in splits else self.validation_share
         named = "train" if share and split == "validation" else split
         if named not in splits:
             raise SourceError(
                 "source_split.robot", where=source.where, split=split, splits=sorted(splits)
             )
-        first, stop = splits[named]
-        found = [episode for episode in source.episodes if first <= episode.number < stop]
+        numbers = splits[named] if isinstance(splits[named], range) else {*splits[named]}
+        found = [episode for episode in source.episodes if episode.number in numbers]
         if share and named == "train":
             wanted = split == "validation"
             found = [e for e in found if (self._mark_of(e) / 2**64 < share) == wanted]
@@ -216,6 +220,28 @@ class EpisodeDataset(RobotDataset):
 
     def _mark_of(self, episode: Episode) -> int:
         return hash_text(f"{self.split_salt}\0episode {episode.number}")
+
+
+class EpisodeFiles(EpisodeDataset):
+    """Windows of HDF5 files (robomimic, ALOHA) or of an RLDS folder; a subclass sets `fields`."""
+
+    fields: ClassVar[EpisodeFields | None] = None
+    """What the files leave open, the rate first."""
+
+    def open_episodes(self) -> EpisodeSource:
+        """Opens the source: RLDS where there is `features.json`."""
+        path, fields = Path(self.source), self.fields
+        if not isinstance(fields, EpisodeFields):
+            raise ConfigError("episode_fields.none", where=self.name)
+        if not path.exists():
+            raise SourceError("source_missing.file", where=str(path))
+        return (open_rlds if (path / "features.json").is_file() else open_hdf5)(path, fields)
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Adds what the fields mean."""
+        fields = cls.fields.to_dict() if isinstance(cls.fields, EpisodeFields) else None
+        return {**super().describe(), "fields": fields}
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,12 +261,29 @@ class _WindowRow(Mapping[str, Any]):
         return 2
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """The steps of an episode, or what they cannot be read for."""
+    """The steps of an episode and the frames of its cameras, or what it cannot be read for."""
 
-    table: EpisodeTable | SampleError | None = None
+    table: EpisodeTable | SampleError
     frames: EpisodeFrames | None = None
+
+
+def _open_episode(
+    source: EpisodeSource, episode: Episode, *, policy: WindowPolicy, decoder: VideoDecoder
+) -> _Opened:
+    """Reads the steps of an episode."""
+    try:
+        table = source.table(episode)
+    except SampleError as error:
+        return _Opened(table=error)
+    where = _where(source, episode)
+    frames = EpisodeFrames(table, decoder, policy=policy, fps=source.fps, where=where)
+    return _Opened(table=table, frames=frames)
+
+
+def _where(source: EpisodeSource, episode: Episode) -> str:
+    return f"{source.where}, episode {episode.number}"
 
 
 class EpisodeWindows(Sequence[Mapping[str, Any]]):
@@ -255,14 +298,13 @@ class EpisodeWindows(Sequence[Mapping[str, Any]]):
         cameras: Sequence[str],
         statistics: ValueStatistics,
         kept: Sequence[int],
-        decoder: VideoDecoder,
+        opened: Callable[[Episode], _Opened],
     ) -> None:
-        """Names an episode; reads nothing."""
+        """Names an episode; reads nothing. `opened` holds those that were read last."""
         self.episode, self.cameras, self.fps = episode, tuple(cameras), source.fps
         self.statistics, self.kept = statistics, tuple(kept)
-        self.where = f"{source.where}, episode {episode.number}"
-        self._source, self._policy, self._decoder = source, policy, decoder
-        self._opened = _Opened()
+        self.where = _where(source, episode)
+        self._policy, self._opened = policy, opened
 
     def __len__(self) -> int:
         return num_windows(self.episode.length, stride=self._policy.stride)
@@ -277,23 +319,17 @@ class EpisodeWindows(Sequence[Mapping[str, Any]]):
         Raises:
           SampleError: As `EpisodeSource.table`.
         """
-        if self._opened.table is None:
-            try:
-                self._opened.table = self._source.table(self.episode)
-            except SampleError as error:
-                self._opened.table = error
-        if isinstance(self._opened.table, SampleError):
-            raise self._opened.table
-        return self._opened.table
+        table = self._opened(self.episode).table
+        if isinstance(table, SampleError):
+            raise table
+        return table
 
     @property
     def frames(self) -> EpisodeFrames:
-        """The frames of its cameras."""
-        if self._opened.frames is None:
-            self._opened.frames = EpisodeFrames(
-                self.table, self._decoder, policy=self._policy, fps=self.fps, where=self.where
-            )
-        return self._opened.frames
+        """The frames of its cameras, where the steps can be read."""
+        frames = self._opened(self.episode).frames
+        assert frames is not None
+        return frames
 
 
 def _statistics(source: EpisodeSource, episodes: Sequence[Episode]) -> dict[str, ValueStatistics]:

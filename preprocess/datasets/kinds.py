@@ -42,7 +42,7 @@ class DocumentDataset(DatasetBase):
             for each in example["image"]
         ]
         example |= {"image": images, "metadata": dict(row.get("metadata") or {})}
-        return read_document(example, policy=self.policy)
+        return read_document(example, policy=self.policy, read_url=self.read_url)
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
@@ -54,25 +54,51 @@ class RobotDataset(DatasetBase):
     """Episodes of robots: views of a scene, a task, and the actions that fulfil it.
 
     A row has `views`, images by their names (such as egocentric and overhead) or a list; `task`;
-    `actions`, numbers from -1 to 1 of one step, or a list of steps; and perhaps `success`.
+    `actions`; and perhaps `success`. A view may be a list of images, one per instant, all of the
+    same number: a sample shows them instant by instant. Actions are numbers from -1 to 1 of one
+    step, or a list of steps; or structured steps, as robots that navigate have them: names, such as
+    "turn_left", or records, such as {"turn_deg": 15, "forward_m": 0.25}.
     """
 
     several_images: ClassVar[bool] = True
+    leaves_out: ClassVar[frozenset[str]] = frozenset({"robot_failed"})
+    only_success: ClassVar[bool] = False
+    """Whether rows whose `success` is false are left out."""
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
-        views = _needed(row, "views")
-        names = sorted(views) if isinstance(views, Mapping) else []
+        success = row.get("success")
+        if self.only_success and success is not None and not success:
+            raise SampleError("robot_failed")
+        images, names = _instants(_needed(row, "views"))
         message = {
             "style": "robot_action",
             "instruction": _needed(row, "task"),
             "action": _needed(row, "actions"),
         }
         metadata = {**row.get("metadata", {}), **({"views": names} if names else {})}
-        if "success" in row:
-            metadata["success"] = bool(row["success"])
-        images = [views[name] for name in names] if names else list(views)
+        if success is not None:
+            metadata["success"] = bool(success)
         return {"image": images, "message_list": [message], "metadata": metadata}
+
+
+def _instants(views: Any) -> tuple[list[Any], list[str]]:
+    """Lists the images of views by instant, then by name; and of each its name, if it has one.
+
+    Raises:
+      SampleError: `robot_frame`: views of different lengths.
+    """
+    if not isinstance(views, Mapping):
+        return list(views), []
+    columns = {
+        name: list(view) if isinstance(view, list | tuple) else [view]
+        for name, view in sorted(views.items())
+    }
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len({*lengths.values()}) > 1:
+        raise SampleError("robot_frame.lengths", facts=lengths)
+    images = [image for instant in zip(*columns.values(), strict=True) for image in instant]
+    return images, [*columns] * (len(images) // max(len(columns), 1))
 
 
 def _needed(row: Mapping[str, Any], name: str) -> Any:

@@ -66,7 +66,7 @@ class SimulatedArm:
         """Numbers the episodes of "train", and those of the split; nothing is simulated yet."""
         self._seed = seed
         first = 0 if split == "train" else (1 + hash_text(split) % 2**10) * 2**20
-        self.splits = {"train": (0, count), split: (first, first + count)}
+        self.splits = {"train": range(count), split: range(first, first + count)}
         numbers = sorted({*range(count), *range(first, first + count)})
         self.episodes = [Episode(number=i, length=ARM_STEPS, file="") for i in numbers]
 

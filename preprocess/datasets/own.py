@@ -280,6 +280,7 @@ class OwnDataset(DatasetBase):
                 {**example, "image": images},
                 policy=DocumentPolicy.from_table(self.spec.documents),
                 find=lambda name: resolve_image(name, base=self.base),
+                read_url=self.read_url,
             )
         return {**example, "image": images} if images else example
 

@@ -1,37 +1,49 @@
 """Files of documents: which kind one is, how many pages it has, and one page of it.
 
-A PDF is drawn at a dpi; pages of a TIFF, and files of a single picture, are what they are. The
-pages of a TIFF are counted by walking its directories: a file that is cut has fewer to Pillow, and
-no error.
+A PDF is drawn at a dpi, in a process of its own (`shardspec.child`): a file that ends
+PDFium, or takes it too long, costs itself alone. Pages of a TIFF, and files of a single picture,
+are what they are. The pages of a TIFF are counted by walking its directories: a file that is cut
+has fewer to Pillow, and no error.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from preprocess.documents.pdf import (
-    MAX_PAGES,
-    check_page,
-    is_pdf,
-    open_pdf,
-    page_pixels,
-    page_words,
-)
-from preprocess.documents.words import PageText
+from preprocess.documents.pdf import MAX_PAGES, is_pdf
+from preprocess.documents.words import PageText, Word
 from preprocess.media import MemoryBudget
+from shardspec.child import ChildProcess, Part
 from shardspec.errors import SampleError
 
 Kind = Literal["pdf", "tiff", "image"]
 
 MAX_DOCUMENT_BYTES = 1 << 30
 """Longest file of a document: it is held in memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PdfLimits:
+    """What PDFium may take for one request."""
+
+    time_limit_s: float = 120.0
+    """Pages take tenths of a second."""
+    memory_bytes: int = 4 << 30
+    """For the longest file, the largest page, and the pictures on it."""
+
+
+_DRAWN_BYTES = 7
+"""Bytes of a pixel while it is drawn, and of its copy."""
 
 _TIFF_ORDER = {b"II": "<", b"MM": ">"}
 
@@ -62,13 +74,20 @@ class PageImage:
           memory: What drawing may take in all processes together.
 
         Raises:
-          SampleError: As `open_pdf` and `page_pixels`; `image_missing`.
+          SampleError: As `open_pdf` and `page_pixels`; `image_missing`, `document_process`.
         """
         payload = read_file(self.document)
         if document_kind(payload) != "pdf":
             return payload
-        with open_pdf(payload, where=self.where) as pdf:
-            return page_pixels(pdf, self.page, dpi=self.dpi, memory=memory, where=self.where)
+        where, request = self.where, {"dpi": self.dpi, "page": self.page}
+        checked = {**request, "work": "texts", "pages": [self.page], "words": False}
+        (size,) = _ask_pdfium(checked, payload, where)
+        assert isinstance(size, dict)
+        need_bytes = size["width_px"] * size["height_px"] * _DRAWN_BYTES
+        with memory.hold(min(need_bytes, memory.largest_bytes)) if memory else nullcontext():
+            (pixels,) = _ask_pdfium({**request, "work": "draw"}, payload, where)
+        assert isinstance(pixels, np.ndarray)
+        return pixels
 
     @property
     def frame(self) -> int:
@@ -130,8 +149,9 @@ def count_pages(payload: bytes, *, where: str = "") -> int:
     """
     kind = document_kind(payload)
     if kind == "pdf":
-        with open_pdf(payload, where=where) as pdf:
-            return len(pdf)
+        (answer,) = _ask_pdfium({"work": "count"}, payload, where)
+        assert isinstance(answer, dict)
+        return int(answer["pages"])
     return _count_directories(payload, where=where) if kind == "tiff" else 1
 
 
@@ -150,10 +170,37 @@ def pdf_texts(
     Raises:
       SampleError: As `open_pdf`, `check_page` and `page_words`.
     """
-    with open_pdf(payload, where=where) as pdf:
-        for page in pages:
-            check_page(pdf, page, dpi=dpi, where=where)
-        return [page_words(pdf, page, where=where) for page in pages] if words else []
+    request = {"work": "texts", "pages": list(pages), "dpi": dpi, "words": words}
+    found = _ask_pdfium(request, payload, where)[len(pages) :]
+    return [_page_text(part) for part in found if isinstance(part, dict)]
+
+
+def _page_text(told: Mapping[str, Any]) -> PageText:
+    """Rebuilds the text of a page as another process has sent it."""
+    words = tuple(Word(**{**word, "box": tuple(word["box"])}) for word in told["words"])
+    return PageText(words=words, width=told["width"], height=told["height"], unit=told["unit"])
+
+
+def _ask_pdfium(request: Mapping[str, Any], payload: bytes, where: str) -> list[Part]:
+    """Has the process of PDFium answer a request.
+
+    Raises:
+      SampleError: `document_process`, and what the request raises.
+      ConfigError: `documents_extra`.
+    """
+    parts: list[Part] = []
+    _pdfium_of(os.getpid()).ask(
+        request, (payload,), on_facts=parts.append, on_array=parts.append, where=where
+    )
+    return parts
+
+
+@functools.lru_cache(1)
+def _pdfium_of(pid: int) -> ChildProcess:
+    """Gives the process of PDFium that a process has: a fork gets one of its own, lock and all."""
+    del pid
+    limits = PdfLimits()
+    return ChildProcess("preprocess.documents.worker", reason="document_process", limits=limits)
 
 
 def _count_directories(payload: bytes, *, where: str) -> int:

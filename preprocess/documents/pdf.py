@@ -1,8 +1,8 @@
 """PDF, by PDFium: pages as pictures, and the text layer as words.
 
 Sizes are judged from the page's description before anything of its size is allocated. PDFium must
-not be entered by two threads at a time: one lock of the process is held around every use, also
-while the process forks.
+not be entered by two threads at a time, and a file may hang or end it: this is for a process that
+does nothing else (`preprocess.documents.worker`).
 
 Boxes of characters are in the page's own space, which is neither rotated nor moved to the crop box;
 PDFium's own mapping to a device brings them onto the upright page. PDFium ignores `/UserUnit`, for
@@ -15,17 +15,14 @@ import ctypes
 import functools
 import importlib.metadata
 import math
-import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from preprocess.documents.words import Box, PageText, page_text
-from preprocess.media import MemoryBudget
 from shardspec.errors import ConfigError, SampleError
 
 MAX_PAGES = 5_000
@@ -39,9 +36,6 @@ MAX_PAGE_SIDE_PX = 16_384
 MAX_CHARS = 200_000
 """Most characters of a page that are looked at; a dense page of a newspaper has 30,000."""
 
-_DRAWN_BYTES = 7
-"""Bytes of a pixel while it is drawn, and of its copy."""
-
 _PASSWORD = 4
 """FPDF_ERR_PASSWORD."""
 
@@ -50,8 +44,6 @@ _SCALE = 100
 
 _HYPHENS = {0x02: "-", 0xFFFE: "-", 0xAD: "-"}
 """How PDFium may give the hyphen at the end of a line."""
-
-_LOCK = threading.RLock()
 
 
 @functools.cache
@@ -65,10 +57,6 @@ def pdfium() -> ModuleType:
         import pypdfium2
     except ImportError as error:
         raise ConfigError("documents_extra", error=error) from error
-    # A child must not inherit the lock from a thread that it does not have.
-    os.register_at_fork(
-        before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
-    )
     module: ModuleType = pypdfium2
     return module
 
@@ -88,56 +76,49 @@ def is_pdf(payload: bytes) -> bool:
 
 @contextmanager
 def open_pdf(payload: bytes, *, where: str = "") -> Iterator[Any]:
-    """Opens a PDF, and holds the lock of PDFium meanwhile.
+    """Opens a PDF.
 
     Raises:
       SampleError: `document_encrypted`, `document_broken`, `document_pages`.
       ConfigError: `documents_extra`.
     """
     library = pdfium()
-    with _LOCK:
-        try:
-            pdf = library.PdfDocument(payload)
-        except library.PdfiumError as error:
-            if error.err_code == _PASSWORD:
-                raise SampleError("document_encrypted", where=where) from error
-            raise SampleError("document_broken.file", where=where, error=error) from error
-        try:
-            if not 1 <= len(pdf) <= MAX_PAGES:
-                raise SampleError("document_pages", where=where, pages=len(pdf), most=MAX_PAGES)
-            if pdf.get_formtype():
-                pdf.init_forms()  # or fields are drawn without what is in them
-            yield pdf
-        except library.PdfiumError as error:
-            raise SampleError("document_broken.page", where=where, error=error) from error
-        finally:
-            pdf.close()
+    try:
+        pdf = library.PdfDocument(payload)
+    except library.PdfiumError as error:
+        if error.err_code == _PASSWORD:
+            raise SampleError("document_encrypted", where=where) from error
+        raise SampleError("document_broken.file", where=where, error=error) from error
+    try:
+        if not 1 <= len(pdf) <= MAX_PAGES:
+            raise SampleError("document_pages", where=where, pages=len(pdf), most=MAX_PAGES)
+        if pdf.get_formtype():
+            pdf.init_forms()  # or fields are drawn without what is in them
+        yield pdf
+    except library.PdfiumError as error:
+        raise SampleError("document_broken.page", where=where, error=error) from error
+    finally:
+        pdf.close()
 
 
-def page_pixels(
-    pdf: Any, page: int, *, dpi: float, memory: MemoryBudget | None = None, where: str = ""
-) -> np.ndarray:
+def page_pixels(pdf: Any, page: int, *, dpi: float, where: str = "") -> np.ndarray:
     """Draws a page: uint8 [H, W, 3].
 
     Args:
       pdf: As `open_pdf` gives it.
       page: Its number, from 1 on.
       dpi: Pixels per 72 points; sides are rounded up.
-      memory: What drawing may take in all processes together.
       where: Named in errors.
 
     Raises:
       SampleError: `document_page_size`, `document_broken`.
     """
-    width, height = check_page(pdf, page, dpi=dpi, where=where)
-    need_bytes = width * height * _DRAWN_BYTES
-    # No thread that has memory waits for PDFium, so that waiting here for memory ends.
-    with memory.hold(min(need_bytes, memory.largest_bytes)) if memory else nullcontext():
-        bitmap = pdf[page - 1].render(scale=dpi / 72, rev_byteorder=True)
-        try:
-            return np.array(bitmap.to_numpy()[..., :3])
-        finally:
-            bitmap.close()
+    check_page(pdf, page, dpi=dpi, where=where)
+    bitmap = pdf[page - 1].render(scale=dpi / 72, rev_byteorder=True)
+    try:
+        return np.array(bitmap.to_numpy()[..., :3])
+    finally:
+        bitmap.close()
 
 
 def check_page(pdf: Any, page: int, *, dpi: float, where: str = "") -> tuple[int, int]:

@@ -38,6 +38,9 @@ from shardspec.media import PILLOW_DECODE_ERRORS
 _ONE_PAGE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 """Suffixes of files that need not be opened to know that they have one page."""
 
+_MANY_PAGES = (".pdf", ".tif", ".tiff")
+"""Suffixes of URLs whose files are read whole, for their pages."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
@@ -56,6 +59,7 @@ def read_document(
     *,
     policy: DocumentPolicy,
     find: Callable[[Any], Any] = lambda source: source,
+    read_url: Callable[[str], bytes] | None = None,
 ) -> dict[str, Any]:
     """Makes the example of a document.
 
@@ -63,6 +67,8 @@ def read_document(
       example: As `preprocess.formats.documents` gives it; its images are found already.
       policy: How.
       find: Finds a file of OCR that the row names: bytes or a path.
+      read_url: Gives the file of a URL. None: nothing is fetched yet; a document that is the URL of
+        a PDF or TIFF is an example without messages then, whose one image is the URL.
 
     Returns:
       An example with `image` (the kept pages), `message_list`, `metadata` (`pages`, the numbers of
@@ -73,7 +79,12 @@ def read_document(
       SampleError: `document_*`, `ocr_*`, `row_fields`, `image_missing`.
     """
     request = example["document"]
-    opened = _open(example["image"], dpi=policy.dpi)
+    url = _document_url(example["image"])
+    if url and read_url is None:
+        metadata = dict(example.get("metadata", {}))
+        return {"image": [url], "message_list": [], "metadata": metadata, "rigid": True}
+    images = [read_url(url)] if url and read_url is not None else example["image"]
+    opened = _open(images, dpi=policy.dpi, name=url)
     num_pages = len(opened.images)
     candidates = request.get("page_numbers") or list(range(1, num_pages + 1))
     if candidates[-1] > num_pages:
@@ -101,10 +112,18 @@ def read_document(
     return {**found, **leads}
 
 
-def _open(images: Sequence[Any], *, dpi: float) -> _Opened:
+def _document_url(images: Sequence[Any]) -> str:
+    """Gives the URL of a file that may have several pages; "" for anything else."""
+    first = images[0]
+    if len(images) != 1 or not isinstance(first, str):
+        return ""
+    return first if first.partition("?")[0].lower().endswith(_MANY_PAGES) else ""
+
+
+def _open(images: Sequence[Any], *, dpi: float, name: str) -> _Opened:
     images = _read_remote(images) if len(images) == 1 else images
     first = images[0]
-    where = first if isinstance(first, str) else str(first) if isinstance(first, Path) else ""
+    where = str(first) if isinstance(first, str | Path) else name
     one_file = len(images) == 1 and isinstance(first, bytes | Path)
     if one_file and not (isinstance(first, Path) and first.suffix.lower() in _ONE_PAGE):
         payload = read_file(first)

@@ -5,13 +5,17 @@ unusable, and that frames belong to steps by their timestamps.
 """
 
 from preprocess.episodes.episode import CameraVideo, Episode, EpisodeSource, EpisodeTable
+from preprocess.episodes.fields import EpisodeFields
 from preprocess.episodes.frames import EpisodeFrames
+from preprocess.episodes.hdf5 import open_hdf5
 from preprocess.episodes.lerobot import open_lerobot
+from preprocess.episodes.rlds import open_rlds
 from preprocess.episodes.windows import Window, WindowPolicy, cut_window, num_windows
 
 __all__ = [
     "CameraVideo",
     "Episode",
+    "EpisodeFields",
     "EpisodeFrames",
     "EpisodeSource",
     "EpisodeTable",
@@ -19,5 +23,7 @@ __all__ = [
     "WindowPolicy",
     "cut_window",
     "num_windows",
+    "open_hdf5",
     "open_lerobot",
+    "open_rlds",
 ]

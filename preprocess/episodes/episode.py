@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -91,8 +91,8 @@ class EpisodeSource(Protocol):
         """By their numbers, ascending."""
 
     @property
-    def splits(self) -> Mapping[str, tuple[int, int]]:
-        """Of each split the numbers of its episodes: first, and one past the last."""
+    def splits(self) -> Mapping[str, Collection[int]]:
+        """Of each split the numbers of its episodes; {} where all are for training."""
 
     def table(self, episode: Episode) -> EpisodeTable:
         """Reads the steps of an episode.

@@ -63,7 +63,7 @@ class EpisodeFrames:
         if frames is None:
             raise SampleError("robot_frame.camera", where=self._where, camera=camera)
         if not isinstance(frames, CameraVideo):
-            image = frames[row]
+            image = frames[row] if row < len(frames) else None  # cameras of other lengths
             if image is None or len(image) == 0:
                 raise SampleError("robot_frame.empty", where=self._where, camera=camera, step=row)
             return image

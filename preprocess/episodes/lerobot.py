@@ -152,7 +152,7 @@ class LeRobotFolder:
         except (KeyError, TypeError, ValueError) as error:
             raise self._refused(f"tasks: {error!r}") from error
         if not task.strip():
-            raise SampleError("robot_task", where=where, number=number)
+            raise SampleError("robot_task.number", where=where, number=number)
         return task
 
     def _read_episodes(self) -> list[Episode]:
@@ -210,15 +210,15 @@ class LeRobotFolder:
             raise ValueError(f"path {path!r}")
         return path
 
-    def _splits(self) -> dict[str, tuple[int, int]]:
+    def _splits(self) -> dict[str, range]:
         found = {}
         try:
             for name, text in dict(self._info.get("splits") or {}).items():
                 first, _, stop = str(text).partition(":")
-                found[str(name)] = (int(first), int(stop))
+                found[str(name)] = range(int(first), int(stop))
         except ValueError as error:
             raise self._refused(f"splits: {error}") from error
-        return {{"val": "validation"}.get(name, name): pair for name, pair in found.items()}
+        return {{"val": "validation"}.get(name, name): part for name, part in found.items()}
 
     def _names(self, feature: str) -> tuple[str, ...]:
         """Names the dimensions of a vector; "" where the folder does not.

@@ -353,12 +353,21 @@ class _Images:
         return mismatch(len(self.column), placed)
 
 
+_MISMATCHES = {
+    ("image", True): "image_without_placeholder",
+    ("image", False): "placeholder_without_image",
+    ("video", True): "video_without_placeholder",
+    ("video", False): "placeholder_without_video",
+}
+
+
 def mismatch(number: int, placeholders: int, *, kind: str = "image") -> SampleError:
     """Makes the error of a row that has another number of placeholders than of images or videos."""
     # Equally many, and still no match: a number in a placeholder is of no image.
     more = number > placeholders
-    reason = f"{kind}_without_placeholder" if more else f"placeholder_without_{kind}"
-    return SampleError(reason, facts={f"{kind}s": number, "placeholders": placeholders})
+    return SampleError(
+        _MISMATCHES[kind, more], facts={f"{kind}s": number, "placeholders": placeholders}
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ _VARIABLES = {
     "recipe.text.styles": "STYLES",
     "recipe.text.reasoning": "REASONING",
     "recipe.text.paraphrase": "PARAPHRASE",
+    "recipe.text.actions": "ACTIONS",
     "recipe.image.views.0.size_px": "IMAGE_SIZE",
     "recipe.image.views.0.patch_px": "PATCH_SIZE",
     "recipe.image.views.0.max_crops": "CROPS",
@@ -88,6 +89,7 @@ _SHEET = "recipe.text.styles."
 _DERIVED = (
     "recipe.frame.",
     "recipe.several_images",
+    "recipe.action_vocab_size",
     "recipe.image.views.",
     "recipe.model.",
     "tokenizer.",

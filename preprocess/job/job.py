@@ -431,6 +431,8 @@ class Job:
                 **({"template_sha256": tokenizer.template.sha256} if tokenizer.template else {}),
             },
         }
+        if self.preparer.action_vocab_size is not None:
+            self.recipe["action_vocab_size"] = self.preparer.action_vocab_size
         if kind.videos:
             self.recipe["video"] = settings.recipe.video.to_dict()
         self.libraries = library_versions(kind)
@@ -582,7 +584,7 @@ def _version(package: str) -> str:
         return "absent"
 
 
-_OWN = ("mode", "several_images", "frame", "video")
+_OWN = ("mode", "several_images", "frame", "video", "action_vocab_size")
 """What a job adds to the settings of a recipe."""
 
 _ROOT = Path(__file__).parents[2]
@@ -606,6 +608,8 @@ _BYTE_SOURCES = (
     "preprocess/synthetic/**/*.py",
     "preprocess/text/**/*.py",
     "preprocess/text/**/*.toml",
+    "shardspec/actions.py",
+    "shardspec/child.py",
     "shardspec/checksum.py",
     "shardspec/families/**/*.py",
     "shardspec/frames.py",

@@ -353,7 +353,7 @@ def build_missing(
     missing = [shard for shard in wanted if shard not in receipts]
     if receipts:
         report.note(f"{len(receipts)} of {len(wanted)} shards are finished")
-    borders = shard_borders(plan.num_samples, num_shards=plan.num_shards)
+    borders = plan.borders or shard_borders(plan.num_samples, num_shards=plan.num_shards)
     report.stage("build", int(sum(borders[shard + 1] - borders[shard] for shard in missing)))
     for event in _run(job, plan, missing, context):
         check_held()

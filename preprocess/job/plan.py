@@ -2,7 +2,8 @@
 
 Pure. A sample's position follows from a keyed hash of its key, so the order is a uniform shuffle
 that does not change when other samples are added or removed; shards take equal shares of it, to
-within one sample.
+within one sample. Samples of a group, such as the windows of an episode, stay in one shard: borders
+move to the nearest one between groups, and each shard is shuffled by itself.
 """
 
 from __future__ import annotations
@@ -180,3 +181,39 @@ def plan_order(keys: Sequence[str], *, seed: int) -> np.ndarray:
         )
         order[first:stop] = sorted(order[first:stop].tolist(), key=keys.__getitem__)
     return order
+
+
+def plan_groups(
+    keys: Sequence[str], groups: Sequence[str], *, seed: int, num_shards: int
+) -> tuple[np.ndarray, list[int]]:
+    """Orders samples for their shards, those of a group in the same one.
+
+    Args:
+      keys: Of the samples.
+      groups: Of each sample the name of its group; "" for one of its own.
+      seed: As of `plan_order`.
+      num_shards: At most the number of groups.
+
+    Returns:
+      int64 [N], indices into `keys`, in stored order, and the borders of the shards in it.
+
+    >>> order, borders = plan_groups("abcd", ["x", "y", "x", "y"], seed=1, num_shards=2)
+    >>> [sorted(order[:2].tolist()), borders]
+    [[0, 2], [0, 2, 4]]
+    """
+    members: dict[str, list[int]] = {}
+    for i in plan_order(keys, seed=seed).tolist():
+        members.setdefault(groups[i] or f"sample {keys[i]}", []).append(i)
+    names = sorted(members, key=lambda name: (order_hash(name, seed=seed), name))
+    starts = np.cumsum([0, *(len(members[name]) for name in names)])
+    cuts = [0]
+    for share in shard_borders(len(keys), num_shards=num_shards)[1:-1]:
+        nearest = int(np.argmin(np.abs(starts - share)))
+        last = len(names) - (num_shards - len(cuts))  # a group is left for each further shard
+        cuts.append(min(max(nearest, cuts[-1] + 1), last))
+    cuts.append(len(names))
+    order: list[int] = []
+    for first, stop in zip(cuts, cuts[1:], strict=False):
+        inside = [i for name in names[first:stop] for i in members[name]]
+        order += [inside[j] for j in plan_order([keys[i] for i in inside], seed=seed)]
+    return np.array(order, np.int64), starts[cuts].tolist()

@@ -60,7 +60,7 @@ from preprocess.job.job import (
     allowed_failures,
 )
 from preprocess.job.keys import KeyList
-from preprocess.job.plan import count_shards, plan_order, shard_borders
+from preprocess.job.plan import count_shards, plan_groups, plan_order, shard_borders
 from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
 from preprocess.media import pixels_file
 from preprocess.recipe import (
@@ -105,6 +105,8 @@ class Plan:
     """Rows that cannot become samples, by reason."""
     cache_token: str = ""
     """Mark that the planning part has left in the image cache; "" where no sample needs that."""
+    borders: Sequence[int] = ()
+    """Of the shards in the stored order, where samples have groups; () for equal shares."""
 
 
 def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False) -> Plan | None:
@@ -212,12 +214,21 @@ def make_plan(
         count = count_shards(
             total_bytes,
             target_bytes=job.settings.shard_bytes,
-            num_samples=len(order),
+            num_samples=rows.num_groups,
             num_shards=job.settings.num_shards,
         )
+        borders: list[int] = []
+        if any(rows.groups):
+            order, borders = plan_groups(
+                rows.keys,
+                rows.groups,
+                seed=job.settings.recipe.seed,
+                num_shards=count.num_shards,
+            )
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
-        rows_sha256 = _write_rows(job, spool, order, count.num_shards, folder, report, check_held)
+        shares = borders or shard_borders(len(order), num_shards=count.num_shards).tolist()
+        rows_sha256 = _write_rows(job, spool, order, shares, folder, report, check_held)
         quarantine_url = job.url("quarantine", f"{job.name}-{job.settings.split}-plan.jsonl")
         if rows.num_lost:
             storage.publish_file(quarantine_url, folder / "lost.jsonl")
@@ -260,6 +271,7 @@ def make_plan(
         },
         quarantined=dict(sorted(rows.reasons.items())),
         cache_token=cache_token,
+        borders=borders,
     )
     check_held()
     storage.publish_bytes(plan_url(job), canonical_json(dataclasses.asdict(plan), indent=1))
@@ -334,6 +346,8 @@ class _LostRows:
 class _Rows:
     keys: KeyList
     """Of the rows in the spool, in its order."""
+    groups: list[str]
+    """Of each its group; "" for none."""
     num_lost: int
     """Rows of the quarantine list."""
     reasons: Counter[str]
@@ -342,6 +356,11 @@ class _Rows:
     """Rows of the source in the spool."""
     has_blobs: bool
     """Whether images of theirs are in the image cache."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups, each of which is in one shard; samples of none are groups of their own."""
+        return len({*self.groups} - {""}) + self.groups.count("")
 
 
 def _spool_rows(
@@ -353,6 +372,7 @@ def _spool_rows(
     report: Reporter,
 ) -> _Rows:
     keys = KeyList()
+    groups: list[str] = []
     reasons = Counter(job.dataset.left_out)
     dead_rows = 0  # for their links, which have a budget of their own
     num_rows = 0
@@ -376,6 +396,7 @@ def _spool_rows(
                 reasons[error.reason] += count
                 dead_rows += count if _is_link(error) else 0
                 continue
+            groups.append(row.pop("group", ""))
             num_rows += count
             has_blobs = has_blobs or _has_blobs(row)
             yield canonical_json(row)
@@ -394,7 +415,12 @@ def _spool_rows(
         raise BudgetError("nothing_left", facts={**dict(reasons.most_common()), "first": first})
     _check_lost(job, reasons, dead_rows=dead_rows)
     return _Rows(
-        keys=keys, num_lost=lost.num_rows, reasons=reasons, num_rows=num_rows, has_blobs=has_blobs
+        keys=keys,
+        groups=groups,
+        num_lost=lost.num_rows,
+        reasons=reasons,
+        num_rows=num_rows,
+        has_blobs=has_blobs,
     )
 
 
@@ -462,6 +488,14 @@ def _planned_rows(
     job: Job, results: Mapping[str, FetchResult], stamps: StampWriter
 ) -> Iterator[tuple[dict[str, Any], SampleError | None]]:
     """Gives each row of the dataset as the plan keeps it, with its error if it cannot be built."""
+
+    def read_url(url: str) -> bytes:
+        result = results[url]
+        if result.status != "ok":
+            raise _link_error(result, kind="document")
+        return job.blobs.get(result.sha256 or "")
+
+    job.dataset.read_url = read_url
     for i in range(len(job.dataset)):
         numbers = job.dataset.row_numbers(i)
         origin = _origin(job, numbers)
@@ -498,6 +532,8 @@ def _planned_row(
     if "metadata" in example:
         example = {**example, "metadata": _without_secrets(example["metadata"])}
     row = {"key": key, "image": location, "example": example}
+    if group := example.pop("group", ""):
+        row["group"] = str(group)
     if found:
         row["video"] = [video.location for video in found]
     errors = [
@@ -521,6 +557,15 @@ def _without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_secrets(each) for each in value]
     return redact(value) if isinstance(value, str) and _URL.fullmatch(value) else value
+
+
+def _link_error(result: FetchResult, *, kind: str) -> SampleError:
+    return SampleError(
+        result.reason,
+        what=f"{kind} could not be fetched",
+        url=result.url,
+        http_status=result.http_status,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -578,14 +623,7 @@ def _plan_image(
     if isinstance(image, str):
         result = results[image]
         location = {"kind": "blob", "url": result.url, "sha256": result.sha256}
-        error = None
-        if result.status != "ok":
-            error = SampleError(
-                result.reason,
-                what=f"{kind} could not be fetched",
-                url=result.url,
-                http_status=result.http_status,
-            )
+        error = None if result.status == "ok" else _link_error(result, kind=kind)
         return _PlannedImage(location=location, identity=result.sha256 or "", error=error)
     if isinstance(image, np.ndarray | Image.Image):
         try:
@@ -691,7 +729,7 @@ def _write_rows(
     job: Job,
     spool: _Spool,
     order: np.ndarray,
-    num_shards: int,
+    borders: Sequence[int],
     folder: Path,
     report: Reporter,
     check_held: Callable[[], None],
@@ -702,7 +740,7 @@ def _write_rows(
       The hash of all rows. Where in the source a row was is not in it: no byte depends on that.
     """
     report.stage("write plan", len(order))
-    borders = shard_borders(len(order), num_shards=num_shards).tolist()
+    num_shards = len(borders) - 1
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
     hashes = [hashlib.sha256() for _ in range(num_shards)]

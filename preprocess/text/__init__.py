@@ -4,6 +4,7 @@ Decides every text that a model sees. Draws nothing that training redraws: alter
 as variants.
 """
 
+from preprocess.text.actions import check_action_tokens, spelled_action
 from preprocess.text.chat import BareFrame, ChatFrame, Frame, chat_frame, image_prefixes
 from preprocess.text.chat_template import ANSWER, FIXED_DATE, USER, TemplateFrame
 from preprocess.text.choices import ChoiceForm
@@ -68,6 +69,7 @@ __all__ = [
     "answer_flags",
     "add_ocr",
     "chat_frame",
+    "check_action_tokens",
     "image_prefixes",
     "load_tokenizer",
     "media_placeholder",
@@ -79,6 +81,7 @@ __all__ = [
     "read_styles",
     "require_style",
     "safe_geometry",
+    "spelled_action",
     "styles_of",
     "system_text",
     "tokenizer_from_entry",

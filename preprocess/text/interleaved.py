@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from preprocess.text.actions import encode_actions
 from preprocess.text.formatter import Branch, Variant
 from preprocess.text.rendering import Conversation, render_branch
 from preprocess.text.subtitles import SubtitleText
@@ -59,6 +60,8 @@ class InterleavedTextPreprocessor:
     """Tokenizes branches."""
 
     tokenizer: Tokenizer
+    action_tokens: bool = False
+    """Whether texts name action tokens (`preprocess.text.actions`)."""
 
     def __call__(
         self,
@@ -178,6 +181,12 @@ class InterleavedTextPreprocessor:
             raise SampleError("template_ids.tokens", where=key, token=at)
 
     def _encode(self, text: str) -> list[int]:
+        if self.action_tokens:
+            size = self.tokenizer.own_size
+            return encode_actions(text, self._encode_plain, vocab_size=size)
+        return self._encode_plain(text)
+
+    def _encode_plain(self, text: str) -> list[int]:
         first, *rest = text.split(IMAGE_PLACEHOLDER)
         ids = self.tokenizer.encode(first)
         for part in rest:

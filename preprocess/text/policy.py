@@ -28,6 +28,7 @@ SelectAnswer = Literal["best", "first"]
 Whitespace = Literal["keep", "strip"]
 Placeholders = Literal["refuse", "keep"]
 Reasoning = Literal["refuse", "keep"]
+ActionForm = Literal["bins", "tokens", "openvla"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,11 @@ class TextPolicy:
     """"refuse": rows whose answers have thoughts are refused (`reasoning`, or `control_token` for
     markers of the tokenizer); "keep": they are what the chat template makes of them, which may drop
     those of earlier answers, and plain text in Molmo's own formats."""
+    actions: Annotated[ActionForm, Setting("how a robot's actions are written", group="text")] = (
+        "bins"
+    )
+    """"bins": numbers as text; "tokens": one of the last 256 ids of the vocabulary for each value;
+    "openvla": the same by OpenVLA's own bins. Tokens are for Molmo's own message formats."""
     paraphrase: Annotated[
         float, Setting("share of variants with a paraphrased user text, 0 to 1", group="text")
     ] = 0.0
@@ -130,5 +136,6 @@ _NAMES: Mapping[str, Sequence[str]] = {
     "whitespace": get_args(Whitespace),
     "placeholders": get_args(Placeholders),
     "reasoning": get_args(Reasoning),
+    "actions": get_args(ActionForm),
 }
 """The settings that are names, and the names they take."""

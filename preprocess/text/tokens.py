@@ -124,6 +124,11 @@ class Tokenizer:
         return backend
 
     @cached_property
+    def own_size(self) -> int:
+        """Ids of the vocabulary itself, without added tokens."""
+        return int(self._backend.get_vocab_size(with_added_tokens=False))
+
+    @cached_property
     def _control(self) -> re.Pattern[str]:
         tokens = {t["content"] for t in json.loads(self.json)["added_tokens"] if t["special"]}
         # The placeholder of an image never reaches the tokenizer.

@@ -1,22 +1,20 @@
 """Videos: which frames a file has, their pixels, exactly, and clips as they are stored.
 
-`DecoderProcess` is the door: it decodes in a process of its own, the only one that imports PyAV.
+`decoder_process` is the door: it decodes in a process of its own, the only one that imports PyAV.
 `read_frames` is that for stored clips, with a bounded number of such processes. Never decides
 which frames are wanted of a stored clip.
 """
 
 from shardspec.video.clip import decode_table, encode_table
 from shardspec.video.extract import Request
-from shardspec.video.pool import read_frames
-from shardspec.video.process import DecoderProcess, Limits
+from shardspec.video.pool import decoder_process, read_frames
 from shardspec.video.reader import VideoInfo, import_av, shown_size
 
 __all__ = [
-    "DecoderProcess",
-    "Limits",
     "Request",
     "VideoInfo",
     "decode_table",
+    "decoder_process",
     "encode_table",
     "import_av",
     "read_frames",

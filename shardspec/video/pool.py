@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shardspec.child import ChildProcess, Limits, Room, new_room
 from shardspec.errors import SampleError
-from shardspec.video.process import DecoderProcess, Room, new_room
 
 MAX_PROCESSES = max(1, min(16, len(os.sched_getaffinity(0))))
 """Decoders that are open at a time in a process: each takes a core while it decodes."""
@@ -33,6 +33,11 @@ class _ClipLimits:
     memory_bytes: int = 4_000_000_000
 
 
+def decoder_process(limits: Limits) -> ChildProcess:
+    """Makes the caller's end of a process that decodes; errors have the reason `video_process`."""
+    return ChildProcess("shardspec.video.worker", reason="video_process", limits=limits)
+
+
 class _Pool:
     """The processes of this process; `idle` changes under the lock."""
 
@@ -40,14 +45,14 @@ class _Pool:
         self.pid = os.getpid()
         self.free = threading.BoundedSemaphore(MAX_PROCESSES)
         self.lock = threading.Lock()
-        self.idle: list[DecoderProcess] = []
+        self.idle: list[ChildProcess] = []
 
-    def take(self) -> DecoderProcess:
+    def take(self) -> ChildProcess:
         self.free.acquire()
         with self.lock:
-            return self.idle.pop() if self.idle else DecoderProcess(_ClipLimits())
+            return self.idle.pop() if self.idle else decoder_process(_ClipLimits())
 
-    def give_back(self, process: DecoderProcess) -> None:
+    def give_back(self, process: ChildProcess) -> None:
         with self.lock:
             self.idle.append(process)
         self.free.release()
@@ -103,8 +108,7 @@ def read_frames(
 
             try:
                 process.ask(
-                    "read",
-                    {"table_bytes": len(table), "numbers": list(numbers)},
+                    {"work": "read", "table_bytes": len(table), "numbers": list(numbers)},
                     (table, file),
                     on_facts=lambda _: None,
                     on_array=take,

@@ -1,11 +1,16 @@
 """Documents from their files to batches: words are where their boxes say, and pages in order."""
 
+import functools
+import http.server
 import json
 import re
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from loader import (
     Augment,
@@ -15,7 +20,9 @@ from loader import (
     View,
     make_dataloader,
 )
+from loader.assembly import ocr_boxes
 from preprocess.datasets import dataset_class
+from preprocess.fetch import FetchPolicy
 from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.media.image import ImagePolicy
@@ -147,9 +154,13 @@ def test_words_of_a_streamed_page_are_where_their_boxes_say(built):
     counts = [image["crops"] for image in described["images"]]
     assert all(count > 20 for count in counts)
     assert len(images) >= sum(counts)
+    check_ink(images[: sum(counts)], found["crop"], found["corners"])
+
+
+def check_ink(images, crops, corners):
     side = images.shape[1]
     shown = np.zeros((len(images), side, side), bool)
-    for crop, (x0, y0, x1, y1) in zip(found["crop"], found["corners"], strict=True):
+    for crop, (x0, y0, x1, y1) in zip(crops, corners, strict=True):
         # A pixel and a half around: a box is of outlines, ink is of blurred pixels.
         rows = slice(max(0, int(y0 - 1.5)), int(np.ceil(y1 + 1.5)))
         columns = slice(max(0, int(x0 - 1.5)), int(np.ceil(x1 + 1.5)))
@@ -157,10 +168,53 @@ def test_words_of_a_streamed_page_are_where_their_boxes_say(built):
         if min(x1 - x0, y1 - y0) > 3:
             part = images[crop, rows, columns]
             assert part.min() < part.max() - 60, "a box without ink"
-    for crop in range(sum(counts)):
+    for crop in range(len(images)):
         paper = np.median(images[crop])
         dark = images[crop].min(axis=-1) < paper - 100
         assert not (dark & ~shown[crop]).any()
+
+
+def test_a_page_on_36_crops(tmp_path):
+    """A4 at 150 dpi is seven by five tiles; its pixels, and those of a batch, are bounded."""
+    view = replace(CROPS, max_crops=36)
+    (tmp_path / "a.pdf").write_bytes(made.pdf(PAGES[:1], width=595, height=842))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"document": "a.pdf", **QA}))
+    (tmp_path / "docs.toml").write_text(SPEC.replace("dpi = 144", "dpi = 150"))
+    example = dataset_class(str(tmp_path / "docs.toml"))()[0]
+    recipe = Recipe(image=ImagePolicy(views=(view,), codec="raw"))
+    prepared = Preparer(recipe=recipe, tokenizer=load_tokenizer())(example)
+    special_ids = load_tokenizer().special_ids
+    preprocess = MolmoPreprocessor(
+        lambda sample: sample, special_ids=special_ids, view=View(image=view)
+    )
+    images = preprocess(prepared, np.random.RandomState(0))["images"]
+    assert images.shape == (1 + 7 * 5, 3, 336, 336)
+    sizes = [(image.source_width, image.source_height) for image in prepared.images]
+    found = ocr_boxes(prepared.record["metadata"]["ocr"], sizes=sizes, view=view)
+    assert set(found["word"]) == set(range(4))
+    check_ink(images.transpose(0, 2, 3, 1), found["crop"], found["corners"])
+
+
+@pytest.mark.slow
+def test_boxes_are_tensors_on_request_padded_to_the_longest_row(built):
+    view = View(image=CROPS)
+    stream = StreamingDataset(str(Path(built.dataset).parent / "shards"), seed=SEED, view=view)
+    options = {"global_batch_size": 3, "sequence_length": 32_768, "decode_threads": 1}
+    loader = make_dataloader(stream, arrays=("ocr_boxes",), metadata=("ocr_boxes",), **options)
+    batch = next(iter(loader))
+    told = [row["record"]["ocr_boxes"] for row in batch["metadata"]]
+    most = max(len(each["word"]) for each in told if each)
+    assert batch["boxes"].shape == (3, most, 4)
+    assert batch["boxes"].dtype == torch.float32
+    assert any(each is None for each in told)
+    for row, each in enumerate(told):
+        real = batch["box_crop"][row] >= 0
+        assert int(real.sum()) == (len(each["word"]) if each else 0)
+        if each:
+            assert np.allclose(batch["boxes"][row][real], each["corners"])
+            assert batch["box_crop"][row][real].tolist() == each["crop"].tolist()
+            assert batch["box_word"][row][real].tolist() == each["word"].tolist()
+            assert int(batch["box_crop"].max()) < batch["images"].shape[1]
 
 
 def test_pages_within_the_budget_are_the_stated_ones_in_order(built):
@@ -236,3 +290,47 @@ def test_examples_of_documents_from_shards_equal_the_unsharded_ones(built):
             for name in got.keys() - {"metadata"}:
                 assert got[name].tobytes() == want[name].tobytes(), name
         assert all(image.geometry == Geometry.COLOR for image in stream.reader.read(number).images)
+
+
+def test_documents_of_the_web_are_fetched_with_the_pictures(tmp_path):
+    """A local server stands for the web; one file is not there."""
+    files = {"a.pdf": made.pdf(PAGES[:3]), "b.tif": made.tiff([(300, 200), (320, 240)])}
+    (tmp_path / "web").mkdir()
+    for name, payload in files.items():
+        (tmp_path / "web" / name).write_bytes(payload)
+    serve = functools.partial(SilentFiles, directory=tmp_path / "web")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        rows = [{"document": f"{base}/{name}", **QA} for name in (*files, "gone.pdf")]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "docs.toml").write_text(SPEC)
+        settings = JobSettings(
+            dataset=str(tmp_path / "docs.toml"),
+            out=str(tmp_path / "shards"),
+            source=str(tmp_path / "rows.jsonl"),
+            recipe=Recipe(image=ImagePolicy(views=(ImageView(size_px=56),), codec="png")),
+            num_shards=1,
+            max_dead_links=0.9,
+            cache=str(tmp_path / "cache"),
+            fetch=FetchPolicy(allow_hosts=frozenset({"127.0.0.1"})),
+        )
+        with inline.jobs():
+            outcome = run_job(settings, inline.Quiet())
+        server.shutdown()
+        thread.join()
+    assert outcome.result.split.quarantined == {"http_404": 1}
+    reader = StreamingDataset(settings.out).reader
+    found = [reader.record(i)["metadata"] for i in range(2)]
+    assert sorted(record["pages"] for record in found) == [[1, 2], [1, 2, 3]]
+    words = next(record["ocr"] for record in found if "ocr" in record)
+    assert words[2]["words"][0][0] == "Invoice3"
+
+
+QA = {"question": "What is the total?", "answer": "11.50"}
+
+
+class SilentFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass

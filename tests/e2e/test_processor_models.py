@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from loader.assembly.families.processor import joined, processed
-from preprocess.model import load_model
+from preprocess.model import load_model, render
 from preprocess.model.processor import open_processor, read_processor
 from preprocess.text import TextPolicy, load_tokenizer
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, SampleError
 from shardspec.families import Processor, refusal
 from tests import processor_folders
 from tests.e2e.test_models import mostly_slow
@@ -137,6 +137,19 @@ def test_models_that_are_packed_compute_of_a_row_what_they_compute_of_its_sample
             **joined(pictures),
         )
     torch.testing.assert_close(packed.logits, torch.cat(alone, 1), atol=2e-6, rtol=1e-5)
+
+
+def test_a_picture_that_the_processor_refuses_is_a_row_that_is_left_out(tmp_path, monkeypatch):
+    model = load("aya_vision", tmp_path / "m")
+    messages = [model.message("user", "What is it?", images=1), model.message("assistant", "2")]
+
+    def refuse(*args, **options):  # noqa: ARG001
+        raise ValueError("absolute aspect ratio must be smaller than 200\nmore")
+
+    monkeypatch.setattr(render, "run", refuse)
+    with pytest.raises(SampleError, match="aspect ratio must be smaller than 200") as caught:
+        model.tokenize(messages, sizes=[(1, 400)])
+    assert caught.value.reason == "picture_processor"
 
 
 @pytest.mark.parametrize(

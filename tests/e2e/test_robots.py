@@ -1,5 +1,7 @@
 """A robot's folder from Parquet and MP4 to batches with actions, and the same without shards."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.media import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
-from preprocess.text import load_tokenizer
+from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.actions import ValueStatistics, denormalize, normalize, value_statistics
 from shardspec.errors import ConfigError
 from shardspec.keyed import dataset_seed
@@ -20,6 +22,7 @@ from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
 from tests import inline
 from tests.lerobot_folders import episodes_of, write_v3
+from tests.robot_files import write_aloha, write_rlds
 
 SMALL = ImageView(size_px=56, patch_px=14, max_crops=1)
 RECIPE = Recipe(image=ImagePolicy(views=(SMALL,), codec="png"), seed=3)
@@ -107,6 +110,15 @@ def test_batches_have_the_values_of_the_folder_bit_for_bit(built, episodes):
     assert seen == {(e, t) for e, length in enumerate(LENGTHS) for t in range(length)}
 
 
+def test_the_windows_of_an_episode_are_in_one_shard(built):
+    reader = StreamingDataset(built).reader
+    episodes = [reader.record(i)["metadata"]["episode"] for i in range(sum(LENGTHS))]
+    sizes = [shard.nsamples for shard in require_manifest(built).shards]
+    assert sorted(sizes) == sorted(LENGTHS)
+    first = sizes[0]
+    assert len({*episodes[:first]}) == len({*episodes[first:]}) == 1
+
+
 def test_metadata_that_nobody_wants_are_not_in_the_batch(built):
     stream = StreamingDataset(built, seed=5, view=View(image=SMALL))
     settings = {"global_batch_size": 2, "sequence_length": 256, "decode_threads": 0}
@@ -177,3 +189,53 @@ def test_the_text_names_the_task_and_the_actions_that_are_there(built):
     assert last["message_list"][0]["instruction"] == "Task 1."
     assert len(last["message_list"][0]["action"]) == 1
     assert last["metadata"]["action_mask"] == [True, False, False]
+
+
+FILES = """
+from preprocess.datasets import EpisodeFiles
+from preprocess.episodes import EpisodeFields, WindowPolicy
+
+
+class Arm(EpisodeFiles):
+    name = "arm"
+    fields = EpisodeFields(fps=10, task_field="{task}", last_step="keep")
+    window = WindowPolicy(chunk=3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["aloha", "rlds"])
+def test_damage_to_files_is_counted_and_the_job_goes_to_its_end(tmp_path, layout):
+    """Five episodes: one cut, one with a value that is not a number, one short of pictures."""
+    episodes = episodes_of([5] * 5)
+    episodes[1].actions[4, 0] = np.nan
+    name = next(iter(episodes[2].frames))
+    del episodes[2].frames[name][3:]
+    write = {"aloha": write_aloha, "rlds": write_rlds}[layout]
+    folder = write(tmp_path / "x", episodes)
+    last = sorted(folder.glob("*tfrecord*") if layout == "rlds" else folder.glob("*.hdf5"))[-1]
+    last.write_bytes(last.read_bytes()[:-99])
+    task = {"aloha": "task", "rlds": "language_instruction"}[layout]
+    (tmp_path / "arm.py").write_text(FILES.replace("{task}", task))
+    settings = JobSettings(
+        dataset=f"{tmp_path / 'arm.py'}:Arm",
+        source=str(folder),
+        out=str(tmp_path / "shards"),
+        cache=str(tmp_path / "cache"),
+        recipe=dataclasses.replace(RECIPE, text=TextPolicy(actions="tokens")),
+        num_shards=2,
+        max_lost_rows=0.5,
+    )
+    with inline.jobs():
+        outcome = run_job(settings, inline.Quiet())
+    split = outcome.result.split
+    assert split.quarantined == {"robot_episode": 1, "robot_values": 3, "robot_frame": 2}
+    assert split.num_samples == 5 + 2 + 3 + 5
+    manifest = require_manifest(settings.out)
+    assert manifest.recipe["fields"]["fps"] == 10
+    assert manifest.recipe["action_vocab_size"] == load_tokenizer().own_size
+    described = split.source["robot"]["statistics"]["actions"]
+    good = np.concatenate([e.actions for e in episodes[:4]])
+    assert described == value_statistics(good).to_dict()
+    found = StreamingDataset(settings.out, seed=1, view=View(image=SMALL))
+    assert {found.reader.record(i)["metadata"]["episode"] for i in range(15)} == {0, 1, 2, 3}

@@ -12,9 +12,10 @@ from PIL import Image
 from preprocess.datasets import SceneImage, get_dataset
 from preprocess.media import ImageLimits, ImagePolicy, VideoPolicy
 from preprocess.recipe import Preparer, Recipe, image_identity, read_path, sample_key
-from preprocess.text import StyleSheet, TextPolicy
+from preprocess.text import StyleSheet, TextPolicy, check_action_tokens
 from preprocess.text.sheet import OwnStyle
 from preprocess.text.tokens import load_tokenizer
+from shardspec.actions import bin_tokens, openvla_tokens, value_bins
 from shardspec.errors import ConfigError, SampleError
 from shardspec.families import Qwen2VL
 from shardspec.sample import Geometry, SpanKind, image_rows, text_rows
@@ -245,6 +246,47 @@ def test_tokenizer_of_another_message_format_is_refused(tmp_path):
         assert caught.value.facts["got"] == loaded
 
 
+# --- actions as tokens
+
+ROBOT = {"style": "robot_action", "instruction": "go", "action": [[-1.0, 0.3], [1.0, 0.0]]}
+
+
+def robot_ids(form, *, message=ROBOT, **text):
+    recipe = Recipe(image=IMAGE, text=TextPolicy(actions=form, system_prompt="none", **text))
+    prepare = Preparer(recipe=recipe, tokenizer=TOKENIZER)
+    return prepare({"message_list": [message]}).tokens.tolist()
+
+
+@pytest.mark.parametrize("message_format", ["role", "chatml", "none"])
+def test_actions_are_the_last_ids_of_the_vocabulary(message_format):
+    values = np.array(ROBOT["action"]).reshape(-1)
+    size = TOKENIZER.own_size
+    ids = robot_ids("tokens", message_format=message_format)
+    assert ids[-4:] == bin_tokens(value_bins(values), vocab_size=size).tolist()
+    assert "go" in TOKENIZER.decode(ids[:-4])
+    ids = robot_ids("openvla", message_format=message_format)
+    assert ids[-4:] == openvla_tokens(values, vocab_size=size).tolist()
+
+
+def test_actions_are_not_tokens_where_they_would_be_markup():
+    with pytest.raises(ConfigError) as caught:
+        robot_ids("tokens", message_format="template")
+    assert caught.value.reason == "action_tokens"
+    changed, size = json.loads(TOKENIZER.json), TOKENIZER.own_size
+    changed["added_tokens"].append({**changed["added_tokens"][0], "id": size - 9, "content": "<x>"})
+    with pytest.raises(ConfigError) as caught:
+        check_action_tokens(json.dumps(changed), {}, size=size)
+    assert caught.value.reason == "action_tokens"
+    with pytest.raises(ConfigError):
+        check_action_tokens(TOKENIZER.json, {"eos": size - 1}, size=size)
+
+
+def test_a_text_that_spells_an_action_token_is_refused():
+    with pytest.raises(SampleError) as caught:
+        robot_ids("tokens", message={**ROBOT, "instruction": "say <|action_3|>"})
+    assert caught.value.reason == "control_token"
+
+
 # --- the recipe as data
 
 RECIPE = Recipe(image=IMAGE)
@@ -262,6 +304,7 @@ OTHER_TEXT = {
     "reasoning": "keep",
     "styles": StyleSheet(styles=(("mine", OwnStyle(like="vqa2", templates=("{question}!",))),)),
     "paraphrase": 0.5,
+    "actions": "tokens",
 }
 OTHER_IMAGE = {
     "views": (VIEW, ImageView(size_px=112)),

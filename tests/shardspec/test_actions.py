@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from preprocess.text.styles.robots import action_text
+from preprocess.text.actions import action_text, encode_actions
 from shardspec.actions import (
     NUM_BINS,
     ValueStatistics,
@@ -82,12 +82,16 @@ def test_bins_and_tokens_are_undone_and_are_those_of_the_text(values, vocab_size
     tokens = bin_tokens(bins, vocab_size=vocab_size)
     assert ((vocab_size - NUM_BINS <= tokens) & (tokens < vocab_size)).all()
     assert np.array_equal(token_bins(tokens, vocab_size=vocab_size), bins)
+    written = action_text(values, "tokens")
+    assert encode_actions(written, lambda text: 1 / 0, vocab_size=vocab_size) == tokens.tolist()
 
 
 @given(st.lists(st.floats(-1.5, 1.5), min_size=1, max_size=20), st.integers(256, 10**6))
 def test_tokens_of_openvla_are_undone_to_within_half_a_bin(values, vocab_size):
     tokens = openvla_tokens(np.array(values), vocab_size=vocab_size)
     assert ((vocab_size - NUM_BINS <= tokens) & (tokens < vocab_size)).all()
+    written = action_text(values, "openvla")
+    assert encode_actions(written, lambda text: 1 / 0, vocab_size=vocab_size) == tokens.tolist()
     back = openvla_values(tokens, vocab_size=vocab_size)
     assert (np.abs(back - np.clip(values, -1, 1)) <= 1 / 255 + 1e-12).all()
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from preprocess.media.video.policy import VideoPolicy
-from shardspec.video import DecoderProcess, Request
+from shardspec.video import Request, decoder_process
 
 Frame = TypeVar("Frame")
 
@@ -37,7 +37,7 @@ class VideoDecoder:
     def __init__(self, policy: VideoPolicy) -> None:
         """Takes the policy; starts nothing yet."""
         self.policy = policy
-        self.decoding = DecoderProcess(policy)
+        self.decoding = decoder_process(policy)
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ class VideoDecoder:
           where: Named in errors.
 
         Raises:
-          SampleError, ConfigError: As `extract` and `DecoderProcess.ask`.
+          SampleError, ConfigError: As `extract` and `ChildProcess.ask`.
         """
         frames: list[Frame] = []
         chosen: dict[str, Any] = {}
@@ -104,7 +104,7 @@ class VideoDecoder:
           What `shardspec.video.clip.store_clip` yields: facts, table and file.
 
         Raises:
-          SampleError, ConfigError: As `store_clip` and `DecoderProcess.ask`.
+          SampleError, ConfigError: As `store_clip` and `ChildProcess.ask`.
         """
         found: dict[str, Any] = {}
         arrays: list[np.ndarray] = []
@@ -142,8 +142,7 @@ class VideoDecoder:
             **clip,
         )
         self.decoding.ask(
-            work,
-            asdict(request),
+            {"work": work, **asdict(request)},
             source if isinstance(source, Path) else (source,),
             on_facts=on_facts,
             on_array=on_array,

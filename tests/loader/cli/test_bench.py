@@ -1,11 +1,13 @@
+import argparse
 import pstats
 import re
 
 import pytest
 
 from loader.__main__ import main
-from loader.cli.bench import describe_feeding, feeding
+from loader.cli.bench import BENCH, describe_feeding, feeding
 from loader.delivery.stats import StageTimings, Stats
+from shardspec.errors import ConfigError
 
 
 def stats(*, batches=10, work_s=2.0, workers=2):
@@ -59,6 +61,9 @@ def test_bench_writes_a_profile_of_the_functions(shards, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flag", [("--steps", "0"), ("--model-step", "-1"), ("--model-step", "nan")]
 )
-def test_what_cannot_be_timed_is_refused(flag, shards, capsys):
-    assert main(["bench", shards, *flag]) == 1
-    assert f"{flag[0]} " in capsys.readouterr().err  # bench_setting
+def test_what_cannot_be_timed_is_refused(flag, shards):
+    parser = argparse.ArgumentParser()
+    BENCH.add(parser)
+    with pytest.raises(ConfigError, match=flag[0]) as caught:
+        BENCH.run(parser.parse_args([shards, *flag]))
+    assert caught.value.reason == "bench_setting"

@@ -47,6 +47,15 @@ FIELDS = {
     "instruction": {"question": "Write a line.", "answer": "A line."},
     "interleaved": {"text": "A red ball."},
     "boxes": {"label": "dog", "boxes": [[1, 2, 3, 4]], "point_scale": 10},
+    "video_points": {**POINTS, "timestamps": [1.0, 2.5], "points": [[[90, 20]], [[10, 33]]]},
+    "tracking": {
+        "label": "dog",
+        "point_scale": 1000,
+        "frame_trajectories": [
+            {"time": time, "points": [{"id": "a", "point": [5, 6], "occluded": False}]}
+            for time in (0.0, 0.5)
+        ],
+    },
     "robot": {"instruction": "pick up the cup", "action": [0.5, -2.0, 1.0]},
 }
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -113,6 +114,23 @@ def test_frames_and_values_are_those_of_the_folder(folder, episodes):
     assert described["statistics"]["actions"] == statistics.to_dict()
     assert described["action_names"] == described["state_names"] == ["x", "y", "gripper"]
     assert (described["robot"], described["fps"]) == ("so100", 10.0)
+
+
+def test_a_folder_that_lerobot_wrote_is_read_as_lerobot_reads_it():
+    """lerobot 0.6.1 wrote it, AV1 videos and all, and gave the values that are beside it.
+
+    Its pixels are means of each channel, of pictures of one colour.
+    """
+    folder = Path(__file__).parents[2] / "golden/lerobot-v3.0"
+    dataset = windows(WindowPolicy(chunk=1))(source=str(folder))
+    wanted = json.loads((folder / "as-lerobot-reads-it.json").read_text())
+    assert len(dataset) == len(wanted) == 8
+    for i, want in enumerate(wanted):
+        example = dataset[i]
+        for image, camera in zip(example["image"], ("front", "wrist"), strict=True):
+            assert np.allclose(image.read().mean(axis=(0, 1)), want[camera], atol=1)
+        assert example["metadata"]["actions"] == [want["action"]]
+        assert example["message_list"][0]["instruction"] == f"Task {int(i >= 5)}."
 
 
 def test_windows_out_of_order_have_the_same_frames(folder):

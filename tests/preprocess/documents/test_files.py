@@ -1,13 +1,16 @@
 import os
+import signal
 import threading
 
 import numpy as np
 import pytest
 
-from preprocess.documents import PageImage, keep_pages
-from preprocess.documents.files import count_pages, pdf_texts
+from preprocess.documents import PageImage, files, keep_pages
+from preprocess.documents.files import PdfLimits, count_pages, pdf_texts
 from preprocess.documents.pdf import MAX_PAGES
 from preprocess.media import ImagePolicy, ImagePreprocessor
+from shardspec import child
+from shardspec.child import ChildProcess
 from shardspec.errors import SampleError
 from tests.preprocess.documents import made
 
@@ -111,6 +114,30 @@ def test_threads_take_turns_in_pdfium_and_a_forked_child_can_draw():
     if not child:
         os._exit(0 if np.array_equal(page.read(), want) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_pdf_that_hangs_or_takes_too_much_memory_costs_itself_alone(monkeypatch):
+    page = PageImage(document=made.pdf([WORDS]), page=1, dpi=72)
+    want = page.read()
+    process = files._pdfium_of(os.getpid()).process
+    os.kill(process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(files._pdfium_of(os.getpid()), "limits", PdfLimits(time_limit_s=1.0))
+        patch.setattr(child, "_GRACE_S", -0.9)
+        with pytest.raises(SampleError, match="takes too long") as caught:
+            page.read()
+    assert caught.value.reason == "document_process"
+    assert process.returncode == -signal.SIGKILL
+    small = ChildProcess(
+        "preprocess.documents.worker", reason="document_process", limits=PdfLimits(memory_bytes=9)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_pdfium_of", lambda pid: small)
+        with pytest.raises(SampleError) as caught:
+            page.read()
+    assert caught.value.reason == "document_process"
+    small.close()
+    assert np.array_equal(page.read(), want)
 
 
 def test_keeping_pages_is_evidence_first_then_in_order():

@@ -85,7 +85,7 @@ def test_text_layers_can_be_left_alone():
         ({"image": PAGE, "questions": [3]}, "row_fields"),
         ({"image": PAGE, **ASKED, "evidence_pages": [0]}, "row_fields"),
         ({"image": PAGE, **ASKED, "page_numbers": ["a"]}, "row_fields"),
-        ({"pages": ["https://a.b/c.pdf"], **ASKED}, "document_url"),
+        ({"pages": ["https://a.b/c.pdf"] * 2, **ASKED}, "document_url"),
         ({"document": "/nowhere/a.pdf", **ASKED}, "image_missing"),
         ({"image": PAGE, "questions": [{**ASKED, "boxes": [{"box": [0, 0, 9, 9]}]}]}, "ocr_boxes"),
         ({"image": PAGE, "questions": [{**ASKED, "boxes": [{"box": "a"}]}]}, "ocr_boxes"),

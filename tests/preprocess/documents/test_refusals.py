@@ -66,8 +66,8 @@ def test_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
 def test_page_with_too_many_characters_is_refused(monkeypatch):
     monkeypatch.setattr(pdf, "MAX_CHARS", 4)
     payload = made.pdf([[("Hello world", 100, 600)]])
-    with pytest.raises(SampleError) as caught:
-        files.pdf_texts(payload, [1], dpi=72, words=True)
+    with pytest.raises(SampleError) as caught, pdf.open_pdf(payload) as opened:
+        pdf.page_words(opened, 1)
     assert caught.value.reason == "document_text"
 
 

@@ -148,6 +148,7 @@ OTHERS = {
     "REASONING": "keep",
     "STYLES": "FILE",
     "PARAPHRASE": "0.5",
+    "ACTIONS": "tokens",
     "IMAGE_SIZE": "224",
     "PATCH_SIZE": "28",
     "CROPS": "8",

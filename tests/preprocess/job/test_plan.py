@@ -1,8 +1,10 @@
 """The arithmetic of a plan: borders, counts, names, and an order that stays put."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from preprocess.job import plan
@@ -12,10 +14,12 @@ from preprocess.job.plan import (
     SHARD_MULTIPLE,
     count_shards,
     order_hash,
+    plan_groups,
     plan_order,
     shard_borders,
     shard_name,
 )
+from shardspec.keyed import hash_text
 
 MIB = 2**20
 
@@ -153,3 +157,22 @@ def test_shard_names_sort_in_order():
     names = [shard_name("d", "train", shard, num_shards=11) for shard in range(11)]
     assert names == sorted(names)
     assert names[10] == "d-train-00010-of-00011"
+
+
+@given(keys, st.integers(1, 12), st.integers(1, 8), st.integers(0, 2**32))
+def test_samples_of_a_group_are_in_one_shard(names, num_groups, num_shards, seed):
+    assume(names)
+    groups = [("", f"g{hash_text(n) % num_groups}")[hash_text(n) % 5 > 0] for n in names]
+    total = len({*groups} - {""}) + groups.count("")
+    num_shards = min(num_shards, total)
+    order, borders = plan_groups(names, groups, seed=seed, num_shards=num_shards)
+    assert sorted(order) == list(range(len(names)))
+    assert (borders[0], borders[-1], len(borders)) == (0, len(names), num_shards + 1)
+    assert np.diff(borders).min() >= 1
+    shards = [{groups[i] or names[i] for i in order[a:b]} for a, b in pairwise(borders)]
+    assert sum(map(len, shards)) == total
+    for a, b in pairwise(borders):
+        inside = [names[i] for i in order[a:b]]
+        assert [inside[i] for i in plan_order(inside, seed=seed)] == inside
+    if total == len(names):
+        assert borders == shard_borders(len(names), num_shards=num_shards).tolist()

@@ -26,11 +26,11 @@ from preprocess.text import (
     message_texts,
     safe_geometry,
 )
+from preprocess.text.actions import action_text
 from preprocess.text.chat import ChatFrame
 from preprocess.text.styles import STYLES
 from preprocess.text.styles.base import TEMPLATES, prompt_templates
 from preprocess.text.styles.counting import asks_for_count
-from preprocess.text.styles.robots import action_text
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.sample import Geometry
@@ -632,6 +632,15 @@ def test_action_is_written_in_bins():
     assert only({**ROBOT, "action": [[0.0, -1], [1, 0.25]]})[1] == "128 0; 255 160"
 
 
+@pytest.mark.parametrize("form", ["bins", "tokens", "openvla"])
+def test_structured_actions_are_text_in_any_form(form):
+    steps = ["move_forward", "turn left", "stop"]
+    assert action_text(steps, form) == "move_forward; turn left; stop"
+    records = [{"turn_deg": 15, "forward_m": 0.25}, {"name": "stop"}]
+    assert json.loads(action_text(records, form)) == records
+    assert json.loads(action_text(records[0], form)) == records[:1]
+
+
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=8))
 def test_middle_of_a_bin_is_within_half_a_bin_of_the_action(action):
     bins = [int(word) for word in action_text(action).split()]
@@ -647,7 +656,9 @@ def test_bins_have_equal_width():
 
 
 @pytest.mark.parametrize(
-    "action", [[], [[]], [[0.1], []], [True], ["0"], [None], 0.5, "go", [[0.1], 0.2], [[[0.1]]]]
+    "action",
+    [[], [[]], [[0.1], []], [True], ["0"], [None], 0.5, "go", [[0.1], 0.2], [[[0.1]]], {}, [{}]]
+    + [["a", 0.1], ["<|x|>"], ["a;"], [{"<|x|>": 1}], [{"a": None}], [{"a": [1]}], [{"a": 1e999}]],
 )
 def test_what_is_not_an_action_is_refused(action):
     with pytest.raises(ValueError, match="action"):

@@ -113,7 +113,7 @@ def test_video_that_takes_too_long_ends_the_process_by_itself(file):
         process = decoder.decoding.process
         os.kill(process.pid, signal.SIGSTOP)  # a decoder that hangs
         with (
-            mock.patch("shardspec.video.process._GRACE_S", -0.9),
+            mock.patch("shardspec.child._GRACE_S", -0.9),
             pytest.raises(SampleError, match="takes too long"),
         ):
             stamps(decoder, file)

@@ -1,15 +1,22 @@
-"""DecoderProcess: a process that decodes videos, and may hang or die.
+"""A process that reads files with a library that may hang or die: both of its ends.
 
-It is started at the first video and serves all that follow. When it dies, takes too long or is
-refused memory, that video is refused by name, and the next one gets a new process.
+`ChildProcess` is the end of the caller. The process is started at the first file and serves all
+that follow. When it dies, takes too long or is refused memory, that file is refused by name, and
+the next one gets a new process. `run_child` is the other end: what the process runs.
+
+A request is a line of JSON and, where the line says so, the bytes of a file. Answers are lines of
+JSON, and the bytes of an array after a line that says so; errors are answers too. The process ends
+with its input. Nothing that a library does reaches further: memory is bounded, and a request that
+takes too long ends the process, by an alarm whose default action the kernel takes, even inside of a
+library, and without the parent.
 """
 
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -17,10 +24,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -36,16 +43,22 @@ _LINE_BYTES = 1 << 12
 
 
 class Limits(Protocol):
-    """What decoding a video may take."""
+    """What reading a file may take."""
 
     @property
     def time_limit_s(self) -> float:
-        """Seconds for one video."""
+        """Seconds for one request."""
 
     @property
     def memory_bytes(self) -> int:
         """Memory beside that of the libraries."""
 
+
+Part = dict[str, Any] | np.ndarray
+"""Of an answer: plain JSON types, or an array."""
+
+Work = Callable[[dict[str, Any], Path | bytes, str], Iterator[Part]]
+"""Answers a request: what is wanted, the file, and what it is called."""
 
 Room = Callable[[int], "np.ndarray"]
 """Gives uint8 memory of some length."""
@@ -56,15 +69,21 @@ def new_room(num_bytes: int) -> np.ndarray:
     return np.empty(num_bytes, np.uint8)
 
 
-class DecoderProcess:
-    """Decodes videos, one at a time, also for several threads.
+class ChildProcess:
+    """Reads files, one at a time, also for several threads.
 
     A value: copies in other processes start a process of their own.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        """Takes the limits; starts nothing yet."""
-        self.limits = limits
+    def __init__(self, module: str, *, reason: str, limits: Limits) -> None:
+        """Starts nothing yet.
+
+        Args:
+          module: Its `main`, which calls `run_child`, is what the process runs.
+          reason: Of errors: one of `errors.toml` with `died`, `failed`, `memory` and `time`.
+          limits: Of each request.
+        """
+        self._module, self._reason, self.limits = module, reason, limits
         self.process: subprocess.Popen[bytes] | None = None
         self._buffer = bytearray()
         self._deadline = 0.0
@@ -85,7 +104,6 @@ class DecoderProcess:
 
     def ask(
         self,
-        work: str,
         request: Mapping[str, Any],
         source: Path | Sequence[bytes | memoryview],
         *,
@@ -94,10 +112,9 @@ class DecoderProcess:
         room: Room = new_room,
         where: str = "",
     ) -> None:
-        """Has something done with a video.
+        """Has something done with a file.
 
         Args:
-          work: "extract", "store" or "read": `shardspec.video.worker`.
           request: What is wanted, in plain JSON types.
           source: A local file, or parts of bytes that are sent one after the other.
           on_facts: Gets each dict of the answer.
@@ -106,18 +123,17 @@ class DecoderProcess:
           where: Named in errors.
 
         Raises:
-          SampleError: What the video is refused for, and `video_process`: the process died, took
-            too long, or was refused memory.
-          ConfigError: `video_extra`: PyAV is missing.
+          SampleError: What the file is refused for; the reason of this object: the process died,
+            took too long, was refused memory, or its library raised something.
+          ConfigError: What the work raises.
         """
         parts = () if isinstance(source, Path) else source
         asked = {
-            "work": work,
             "path": str(source) if isinstance(source, Path) else None,
             "num_bytes": None if isinstance(source, Path) else sum(map(len, parts)),
             "where": where,
             "time_limit_s": self.limits.time_limit_s,
-            "request": request,
+            "request": dict(request),
         }
         with self._lock:
             self._deadline = time.monotonic() + self.limits.time_limit_s + _GRACE_S
@@ -136,7 +152,7 @@ class DecoderProcess:
         if self._end is not None:
             self._end()
 
-    def __enter__(self) -> DecoderProcess:
+    def __enter__(self) -> ChildProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,7 +174,7 @@ class DecoderProcess:
                 on_array(memory.view(answer["dtype"]).reshape(answer["shape"]))
                 continue
             if kind == "facts":
-                on_facts(answer)
+                on_facts(answer["facts"])
                 continue
             self._answered = True
             if kind == "end":
@@ -166,10 +182,10 @@ class DecoderProcess:
             if kind == "memory":
                 self.close()
                 raise SampleError(
-                    "video_process.memory", where=where, memory_bytes=self.limits.memory_bytes
+                    f"{self._reason}.memory", where=where, memory_bytes=self.limits.memory_bytes
                 )
             if kind == "failed":
-                raise SampleError("video_process.failed", where=where, error=answer["error"])
+                raise SampleError(f"{self._reason}.failed", where=where, error=answer["error"])
             error = SampleError if kind == "refused" else ConfigError
             raise error(
                 answer["reason"],
@@ -181,21 +197,19 @@ class DecoderProcess:
 
     def _too_long(self, where: str) -> SampleError:
         self.close()
-        return SampleError("video_process.time", where=where, limit_s=self.limits.time_limit_s)
+        return SampleError(f"{self._reason}.time", where=where, limit_s=self.limits.time_limit_s)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self.process is not None and self._starter == os.getpid():
             if self.process.poll() is None:
                 return self.process
             self.close()
-        if importlib.util.find_spec("av") is None:
-            raise ConfigError("video_extra", error="No module named 'av'")
         self._buffer.clear()
         self._starter = os.getpid()
-        root = str(Path(__file__).parents[2])
+        root = str(Path(__file__).parents[1])
         code = (
-            # Instead of the working folder, in which anything may be called `av`.
-            f"import sys; sys.path[0] = {root!r}; from shardspec.video.worker import main; main()"
+            # Instead of the working folder, in which anything may have the name of a library.
+            f"import sys; sys.path[0] = {root!r}; from {self._module} import main; main()"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(self.limits.memory_bytes), str(os.getpid())],
@@ -262,7 +276,7 @@ class DecoderProcess:
         if status == -signal.SIGALRM:  # its own limit
             raise self._too_long(where)
         self.close()
-        raise SampleError("video_process.died", where=where, status=status)
+        raise SampleError(f"{self._reason}.died", where=where, status=status)
 
 
 def _end_process(process: subprocess.Popen[bytes], starter: int) -> None:
@@ -275,3 +289,67 @@ def _end_process(process: subprocess.Popen[bytes], starter: int) -> None:
         if stream is not None:
             with suppress(OSError):
                 stream.close()
+
+
+# The process itself.
+
+
+def run_child(work: Work, *, load: Callable[[], object]) -> None:
+    """Runs the process; its arguments are the bound on its memory and the parent's id.
+
+    Args:
+      work: Answers a request.
+      load: Imports the library, which the bound does not count.
+    """
+    memory_bytes, parent = int(sys.argv[1]), int(sys.argv[2])
+    with suppress(ConfigError):  # which is told when a file comes
+        load()
+    mapped_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = memory_bytes + mapped_pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if os.getppid() != parent:
+        return
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is not an answer
+    _serve(sys.stdin.buffer, answers, work)
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO, work: Work) -> None:
+    """Answers requests until there are no more."""
+
+    def say(**answer: Any) -> None:
+        answers.write(json.dumps(answer).encode() + b"\n")
+
+    for line in iter(requests.readline, b""):
+        asked = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, asked["time_limit_s"])
+        source: Path | bytes = Path(asked["path"]) if asked["path"] else b""
+        if asked["num_bytes"] is not None:
+            source = requests.read(asked["num_bytes"])
+        try:
+            for part in work(asked["request"], source, asked["where"]):
+                if isinstance(part, np.ndarray):
+                    say(kind="array", shape=part.shape, dtype=part.dtype.str, num_bytes=part.nbytes)
+                    answers.write(part.data)
+                else:
+                    say(kind="facts", facts=part)
+            say(kind="end")
+        except (MemoryError, BlockingIOError):  # the latter: a thread could not be started
+            say(kind="memory")
+        except (SampleError, ConfigError) as error:
+            facts = {name: str(value) for name, value in error.facts.items()}
+            say(
+                kind="refused" if isinstance(error, SampleError) else "config",
+                reason=error.reason,
+                what=error.what,
+                fix=error.fix,
+                facts=facts,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever a library raises: one file, not all
+            say(kind="failed", error=f"{type(error).__name__}: {error}")
+        answers.flush()
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
