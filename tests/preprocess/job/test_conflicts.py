@@ -255,5 +255,5 @@ def test_settings_of_videos_are_told_where_there_are_videos(variable):
 def test_every_variable_is_in_one_of_the_lists():
     _, verbs = command_line()
     told = {*OTHERS, *VIDEOS, *NOT_IN_IT, "CONFIG", "DATASET", "NAME", "SOURCE", "MODE"}
-    told |= {"TOKENIZER", "MODEL"}
+    told |= {"TOKENIZER", "MODEL", "FAMILY"}
     assert set(make_variables(verbs["shards"])) == told

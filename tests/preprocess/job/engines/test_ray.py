@@ -5,6 +5,7 @@ Ray is an extra that CI does not install; without it, only the refusal is tested
 
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
@@ -35,6 +36,20 @@ def test_without_ray_the_engine_says_what_to_install(monkeypatch):
     with pytest.raises(ConfigError) as caught:
         list(ray_cluster.run([0], work=abs, context=None, num_workers=1))
     assert caught.value.reason == "ray_missing"
+
+
+def test_a_cluster_that_does_not_answer_is_named():
+    def init(**known):
+        raise ConnectionError(f"nobody at {known['address']}")
+
+    ray = mock.Mock(**{"is_initialized.return_value": False})
+    ray.init = init
+    with (
+        pytest.raises(StorageError, match="ray://there:1") as caught,
+        ray_cluster._connected(ray, "ray://there:1", 2),
+    ):
+        pass
+    assert caught.value.reason == "ray_unreachable"
 
 
 def test_what_a_task_reports_comes_with_its_result():
