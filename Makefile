@@ -23,13 +23,16 @@ run_verb = @$(PY) -m preprocess make $@ $(foreach v,$(given),$(call quote,$v=$(c
 only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards plan commit status verify report gc reshard merge split filter annotate import export-index datasets doctor stream train test check bench setup
+.PHONY: help shards retry plan commit status verify report gc reshard merge split filter annotate import export-index datasets doctor stream train test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo; echo "Variables are the flags of $(PY) -m preprocess TARGET --help: IMAGE_SIZE=224 is --image-size 224."
 
 shards: $(VENV)/ready ## build the shards of DATASET, or resume an interrupted job
+	$(run_verb)
+
+retry: $(VENV)/ready ## download what failed for a passing reason, and build again if something came
 	$(run_verb)
 
 plan: $(VENV)/ready ## print what `make shards` would do

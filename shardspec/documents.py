@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -128,7 +129,7 @@ def read_fields(kind: type[Kind], document: object) -> Kind:
     if not isinstance(document, dict):
         raise DocumentError(f"want an object, got {_kind(document)}")
     specs = {spec.name: spec for spec in fields(kind)}  # type: ignore[arg-type]
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     for name in document:
         if name not in specs:
             raise DocumentError(f"unknown field {name[:40]!r}")
@@ -139,6 +140,11 @@ def read_fields(kind: type[Kind], document: object) -> Kind:
         elif spec.default is MISSING and spec.default_factory is MISSING:
             raise DocumentError(f"field {name} is missing")
     return kind(**document)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _has_type(value: object, hint: Any) -> bool:

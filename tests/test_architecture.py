@@ -88,6 +88,7 @@ PURE = {
     "preprocess/formats/video.py",
     "preprocess/annotate/join.py",
     "preprocess/episodes/windows.py",
+    "preprocess/job/keys.py",
     "preprocess/job/plan.py",
     "preprocess/reshard/assign.py",
     "preprocess/page/charts.py",
@@ -154,6 +155,7 @@ CLOCKS = {
     "preprocess/fetch/blobs.py",
     "preprocess/fetch/download.py",
     "preprocess/job/board.py",
+    "preprocess/job/events.py",
     "preprocess/job/lease.py",
     "preprocess/job/part_run.py",
     "preprocess/job/pipeline.py",
@@ -373,7 +375,11 @@ def test_rooms_are_entered_by_their_door():
     assert not {m: found for m, found in wrong.items() if found - INNER_DOORS}
 
 
-INNER_DOORS = {"preprocess.job.engines", "preprocess.job.engines.local"}
+INNER_DOORS = {
+    "preprocess.job.engines",
+    "preprocess.job.engines.local",
+    "preprocess.job.engines.ray_cluster",
+}
 """Engines are modules of one function, chosen by name."""
 
 

@@ -13,6 +13,7 @@ from preprocess.__main__ import command_line
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SLURM = EXAMPLES / "slurm_array.sh"
+KUBERAY = EXAMPLES / "kuberay_job.yaml"
 KUBERNETES = EXAMPLES / "kubernetes_indexed_job.yaml"
 
 
@@ -58,3 +59,67 @@ def test_the_kubernetes_job_is_valid_and_builds_each_part_once(called):
     # Parts share what all pods see.
     assert "://" in options.out
     assert "://" in options.cache
+
+
+POD = {"spec": {...: ...}}
+GROUP = {"rayStartParams": {...: str}, "template": POD}
+RAY_JOB = {
+    "apiVersion": str,
+    "kind": str,
+    "metadata": {"name": str},
+    "spec": {
+        "entrypoint": str,
+        "submissionMode": ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"),
+        "backoffLimit": int,
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "rayClusterSpec": {
+            "rayVersion": str,
+            "headGroupSpec": GROUP,
+            "workerGroupSpecs": [
+                {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int} | GROUP
+            ],
+        },
+    },
+}
+"""What of KubeRay's CRD (ray.io_rayjobs.yaml, version v1) the example uses; `...` is any name."""
+
+
+def check_fields(found, want, where="job"):
+    if want is ...:
+        return
+    if isinstance(want, dict):
+        assert isinstance(found, dict), where
+        for name, value in found.items():
+            assert name in want or ... in want, f"{where}.{name}"
+            check_fields(value, want.get(name, want.get(...)), f"{where}.{name}")
+    elif isinstance(want, list):
+        for each in found:
+            check_fields(each, want[0], where)
+    elif isinstance(want, tuple):
+        assert found in want, where
+    else:
+        assert type(found) is want, where
+
+
+def test_the_kuberay_job_has_the_fields_of_its_schema_and_builds_the_dataset():
+    job = yaml.safe_load(KUBERAY.read_text())
+    check_fields(job, RAY_JOB)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    program, dash_m, module, *arguments = job["spec"]["entrypoint"].split()
+    assert (program, dash_m, module) == ("python", "-m", "preprocess")
+    options = command_line()[0].parse_args(arguments)
+    assert (options.verb, options.engine, options.ray_address) == ("shards", "ray", "auto")
+    assert "://" in options.out
+    assert "://" in options.cache
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert len({g["template"]["spec"]["containers"][0]["image"] for g in groups}) == 1
+    for group in groups:  # pods are those of Kubernetes
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "pod"},
+            **group["template"],
+        }
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)

@@ -99,7 +99,7 @@ def test_every_variable_of_a_job_is_documented_with_its_default(help_of):
 
     text = help_of(main, "shards")
     rows = dict(
-        re.findall(r"^\| `([A-Z_]+)` \| .* \| ([^|]*) \|$", PAGES["docs/build.md"], re.MULTILINE)
+        re.findall(r"^\| `([A-Z0-9_]+)` \| .* \| ([^|]*) \|$", PAGES["docs/build.md"], re.MULTILINE)
     )
     for variable in make_variables_of("shards") - {"DATASET"}:
         flag = variable.lower().replace("_", "-")

@@ -20,6 +20,7 @@ from preprocess.job import (
     commit_job,
     count_rows,
     dry_run,
+    retry_job,
     run_job,
     run_part,
 )
@@ -178,6 +179,15 @@ def _shards(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _retry(options: argparse.Namespace, console: Console) -> int:
+    settings = job_settings(options)
+    done = retry_job(settings, console)
+    if done.outcome is not None:
+        console.show(_outcome_text(settings, done.outcome))
+    console.show(f"{done.recovered:,} of {done.failed:,} missing images have come")
+    return 0
+
+
 def _commit(options: argparse.Namespace, console: Console) -> int:
     settings = job_settings(options)
     console.show(_outcome_text(settings, commit_job(settings, console)))
@@ -274,6 +284,12 @@ VERBS = (
         help="build the shards of a dataset, or resume an interrupted job",
         add=partial(_add_job, "shards"),
         run=_shards,
+    ),
+    Verb(
+        name="retry",
+        help="download what failed for a passing reason, and build again if something came",
+        add=partial(_add_job, "retry"),
+        run=_retry,
     ),
     Verb(
         name="plan",

@@ -181,7 +181,9 @@ def local_layout(folder: str, *, unmatched: Unmatched = "refuse") -> SplitLayout
             if name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv"):
                 raise SourceError("source_empty.metadata", where=storage.join(folder, name))
         missing = not names and not storage.is_local(folder)  # a store has no empty folders
-        raise SourceError(f"source_{'missing' if missing else 'empty'}.folder", where=folder)
+        raise SourceError(
+            "source_missing.folder" if missing else "source_empty.folder", where=folder
+        )
     return layout
 
 

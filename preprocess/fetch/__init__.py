@@ -13,7 +13,10 @@ from preprocess.fetch.blobs import (
     read_ledger,
     redact,
 )
-from preprocess.fetch.download import FetchPolicy, fetch_all, host_key
+from preprocess.fetch.download import fetch_all
+from preprocess.fetch.hosts import host_key
+from preprocess.fetch.placeholders import mark_placeholders
+from preprocess.fetch.policy import FetchPolicy
 
 __all__ = [
     "BlobCache",
@@ -24,6 +27,7 @@ __all__ = [
     "encode_results",
     "fetch_all",
     "host_key",
+    "mark_placeholders",
     "read_ledger",
     "redact",
 ]

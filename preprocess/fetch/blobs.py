@@ -73,11 +73,18 @@ class FetchResult:
     num_bytes: int = 0
     """Length of that body."""
     attempts: int = 0
-    """Times the URL was requested in the run that wrote this, redirects not counted."""
+    """Times the URL was requested in the run that wrote this, redirects not counted; or the
+    robots.txt in front of it, where that gave no answer."""
     content_type: str = ""
     """As the server reports it; nothing depends on it."""
     final_url: str = ""
     """Where the redirects led, redacted; "" where no answer came."""
+    finished_unix_s: int = 0
+    """When this was written, for failures that expire; 0 in ledgers of older releases."""
+    not_before_unix_s: int = 0
+    """When the host may be asked again, if it has asked for a pause that is not over; else 0."""
+    opt_outs_ignored: bool = False
+    """Whether robots.txt or X-Robots-Tag were not looked at."""
 
 
 class BlobCache:

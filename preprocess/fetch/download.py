@@ -4,23 +4,31 @@ The network is the only part of the offline job that differs from run to run, so
 its results are frozen in the ledger, and everything after is a function of that.
 
 1. URLs are made unique, and those that an earlier run settled are left alone: "ok" with the blob in
-   place, or failed for a reason that another request would not change.
+   place, or failed for a reason that another request would not change, until it expires.
 2. The rest is fetched host by host. A host has up to `per_host` *tickets* in one ring; a worker
    that takes a ticket fetches that host's next URL and puts the ticket back. So hosts take turns,
-   no host gets more requests at a time than allowed, a slow one delays no other, and there are as
-   many tasks as workers however many URLs there are.
-3. A URL is tried `attempts` times while its failures are transient, with exponential backoff and
-   full jitter; Retry-After pauses the whole host. A body counts when it is complete, its header is
-   an image's, and its sha256 is the expected one.
-4. A result goes to the ledger as soon as its blob is in place.
+   a slow one delays no other, and there are as many tasks as workers however many URLs there are.
+3. Each request, redirects and robots.txt included, waits until its host has fewer than `per_host`
+   others, until the host's rate and Crawl-delay allow it, and until a Retry-After of the host is
+   over. A host that asks for more than `max_pause_s` is left for a later run (`host_busy`), which
+   knows until when.
+4. The robots.txt of each origin is requested once a day, and kept as a blob with a line of the
+   ledger. Where it cannot be had, nothing else of the origin is requested.
+5. A URL is tried `attempts` times while its failures are transient, with exponential backoff and
+   full jitter. A body counts when it is complete, its header is an image's, and its sha256 is the
+   expected one.
+6. A result goes to the ledger as soon as its blob is in place.
 
 Reasons of failure, stable codes. Transient (`TRANSIENT`), tried again at once and in later runs:
 dns, connect, tls, timeout, protocol (no proper HTTP), truncated, http_429, http_5xx, host_down (not
-requested: its host failed too often in a row), offline (see `BudgetError` below). Permanent, until
-`retry="all"`: http_404 and every other status, bad_url, bad_scheme, private_addr,
-too_many_redirects, too_big, empty, not_image, incomplete (the file ends early or is damaged, as far
-as its structure shows), sha_mismatch. Not tried again at once, but in later runs, whose limits may
-differ: bomb (larger than `ImageLimits`).
+requested: its host failed too often in a row), host_busy (not requested: see 3),
+robots_unreachable (not requested: the server gave no robots.txt and did not say that there is
+none), offline (see `BudgetError` below). Permanent, until `retry="all"` or they expire: http_404
+and every other status, bad_url, bad_scheme, private_addr, too_many_redirects, too_big, empty,
+not_image, incomplete (the file ends early or is damaged, as far as its structure shows),
+sha_mismatch; robots and x_robots (not requested, or not kept: the site forbids it), until that is
+ignored. Not tried again at once, but in later runs, whose limits may differ: bomb (larger than
+`ImageLimits`).
 
 A URL list is hostile input: only http and https are spoken, and a connection is made only to the
 very address that was checked to be a public one, at every redirect. Pixels are not decoded here.
@@ -37,24 +45,26 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
+from preprocess.fetch.hosts import Host, bare, group_by_host, text_key
+from preprocess.fetch.policy import FetchPolicy, ShaPolicy
+from preprocess.fetch.robots import KEPT_S, MAX_BYTES, Robots, forbids_use
 from preprocess.media import ImageLimits, open_source
-from preprocess.settings import Setting
 from shardspec.errors import BudgetError, ConfigError, SampleError, nearest
 from shardspec.image_file import check_image_file
-from shardspec.keyed import hash_text
 from shardspec.storage import retry_after_s
 
 if TYPE_CHECKING:
@@ -62,18 +72,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Retry = Literal["none", "transient", "all"]
-ShaPolicy = Literal["require", "warn", "ignore"]
+T = TypeVar("T")
 
 TRANSIENT = frozenset(
     {
         "connect",
         "dns",
+        "host_busy",
         "host_down",
         "http_429",
         "http_5xx",
         "offline",
         "protocol",
+        "robots_unreachable",
         "timeout",
         "tls",
         "truncated",
@@ -81,7 +92,6 @@ TRANSIENT = frozenset(
 )
 """Reasons that another attempt may change."""
 
-_GROUP = "downloading images"
 ImageFault = Literal["", "empty", "not_image", "bomb", "incomplete"]
 
 _FAULTS: Mapping[str, ImageFault] = {
@@ -90,6 +100,11 @@ _FAULTS: Mapping[str, ImageFault] = {
     "image_truncated": "incomplete",
 }
 """Reasons of an image's refusal that the ledger tells apart; the others are "not_image"."""
+_NOT_REACHED = frozenset(
+    {"bad_scheme", "bad_url", "connect", "dns", "host_busy", "private_addr", "timeout", "tls"}
+)
+"""Failures of robots.txt that are the host's, whatever is requested of it."""
+_DAY_S = 24 * 3600
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WORKERS_PER_SLOT = 4
 """Workers that wait out a backoff or a pause hold no slot; this many let others continue
@@ -98,74 +113,6 @@ _NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 """A last label that makes a host an IPv4 address (URL standard, "ends in a number checker")."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """The well-known prefix under which IPv6-only networks reach IPv4 (RFC 6052)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchPolicy:
-    """Limits of FETCH: pauses, timeouts, sizes and numbers of requests."""
-
-    connect_timeout_s: float = 10.0
-    """Longest wait for a TCP connection."""
-    read_timeout_s: Annotated[
-        float,
-        Setting("longest silence of a server, in seconds", flag="read-timeout", group=_GROUP),
-    ] = 15.0
-    wall_timeout_s: Annotated[
-        float,
-        Setting("longest download of one image, in seconds", flag="wall-timeout", group=_GROUP),
-    ] = 60.0
-    """Of one attempt, redirects and slow bodies included; also the longest pause between two."""
-    max_bytes: int = 64 * 2**20
-    """Largest body."""
-    max_redirects: int = 5
-    """Most redirects that are followed."""
-    attempts: Annotated[
-        int, Setting("maximum number of attempts at one image in one run", group=_GROUP)
-    ] = 4
-    backoff_s: float = 1.0
-    """The wait after attempt n is drawn from 0 to backoff_s * 2**(n - 1)."""
-    per_host: int = 4
-    """Most requests at one host at a time."""
-    concurrency: int = 32
-    """Most requests, and bodies in memory, at a time."""
-    host_failures: int = 20
-    """After this many URLs of a host in a row have failed for transient reasons, the rest of the
-    host is left for a later run (`host_down`): a dead host would cost minutes per URL."""
-    breaker_window: int = 200
-    breaker_hosts: int = 10
-    breaker_success: float = 0.10
-    """Fewer than this share of the last `breaker_window` URLs, from at least `breaker_hosts` hosts,
-    stops the run; 0.0 never does."""
-    user_agent: Annotated[
-        str, Setting("your name and a contact, for public hosts", group=_GROUP, metavar="TEXT")
-    ] = "vlm-shards"
-    allow_hosts: Annotated[
-        frozenset[str],
-        Setting(
-            "hosts that may have private addresses, separated by commas",
-            group=_GROUP,
-            metavar="HOSTS",
-            parse=lambda text: frozenset(text.split(",")) - {""},
-        ),
-    ] = frozenset()
-    """In lower case, as they are written in URLs."""
-    retry: Retry = "transient"
-    """Which failures of earlier runs are tried again."""
-
-    def __post_init__(self) -> None:
-        may_be_zero = {"max_redirects", "backoff_s", "breaker_success"}
-        wrong = []
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            least = 0 if setting.name in may_be_zero else 1e-9
-            if isinstance(value, (int, float)) and value < least:
-                wrong.append(setting.name)
-        if self.breaker_success > 1:
-            wrong.append("breaker_success")
-        if self.retry not in get_args(Retry):
-            wrong.append("retry")
-        if wrong:
-            raise ConfigError("bad_policy", facts={name: getattr(self, name) for name in wrong})
 
 
 def fetch_all(
@@ -179,6 +126,7 @@ def fetch_all(
     limits: ImageLimits | None = None,
     videos: bool = False,
     on_result: Callable[[FetchResult], None] | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> dict[str, FetchResult]:
     """Downloads what is missing and returns the result of each URL.
 
@@ -196,6 +144,7 @@ def fetch_all(
       videos: Whether bodies may be other than images: anything but a page of HTML or XML.
       on_result: Called once per unique URL, first for the settled ones, in the calling thread. What
         it raises ends the run.
+      clock: Gives the time of day in seconds, by which results expire.
 
     Returns:
       The result of every URL given, by the URL as it was given.
@@ -221,6 +170,7 @@ def fetch_all(
         limits=limits or ImageLimits(),
         videos=videos,
         on_result=on_result or _ignore,
+        clock=clock,
     )
     todo = []
     for name, url in {name: url for url, name in names.items()}.items():
@@ -238,43 +188,6 @@ def fetch_all(
     counts = Counter(result.reason or result.status for result in run.results.values())
     logger.info("%d URLs, %d requested: %s", len(run.results), len(todo), dict(counts))
     return {url: run.results[name] for url, name in names.items()}
-
-
-@dataclass(slots=True)
-class Host:
-    """The URLs of one host that wait, and how the host behaves."""
-
-    name: str
-    urls: list[str] = field(default_factory=list)
-    """Taken from the end."""
-    resume_at_s: float = 0.0
-    """Loop time before which the host accepts no request (Retry-After)."""
-    failures_in_a_row: int = 0
-    """URLs that ended in a transient failure since the last one that did not."""
-
-
-def group_by_host(urls: Iterable[str]) -> list[Host]:
-    """Groups URLs by host; the order of hosts, and of the URLs in them, is keyed by their text.
-
-    >>> [(host.name, len(host.urls)) for host in group_by_host(["http://a/1", "http://b/", "http://a/2"])]
-    [('b', 1), ('a', 2)]
-    """
-    hosts: dict[str, Host] = {}
-    for url in urls:
-        name = _host_of(url)
-        hosts.setdefault(name, Host(name)).urls.append(url)
-    for host in hosts.values():
-        host.urls.sort(key=_text_key)
-    return sorted(hosts.values(), key=lambda host: _text_key(host.name))
-
-
-def host_key(url: str) -> int:
-    """Hashes the host of a URL: by it, hosts are dealt to the parts of a job.
-
-    >>> host_key("http://a.com/1") == host_key("https://user@A.com:8080/2?x=3")
-    True
-    """
-    return _text_key(_host_of(url))
 
 
 def is_public(address: str) -> bool:
@@ -317,12 +230,19 @@ class _Failure(Exception):
     """One attempt that gave no body."""
 
     def __init__(
-        self, reason: str, *, http_status: int | None = None, pause_s: float = 0.0
+        self,
+        reason: str,
+        *,
+        http_status: int | None = None,
+        pause_s: float = 0.0,
+        attempts: int | None = None,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.http_status = http_status
         self.pause_s = pause_s
+        self.attempts = attempts
+        """If another attempt now is pointless: how many have been made."""
 
 
 class _RefusedError(OSError):
@@ -361,7 +281,7 @@ class _PublicResolver(AbstractResolver):
             raise _RefusedError("bad_url") from error
         if not found:
             raise socket.gaierror(socket.EAI_NONAME, "no address")
-        if _bare(host) in self._allow_hosts:
+        if bare(host) in self._allow_hosts:
             return found
         public = [address for address in found if is_public(address["host"])]
         if not public:
@@ -405,9 +325,14 @@ class _Run:
     limits: ImageLimits
     videos: bool
     on_result: Callable[[FetchResult], None]
+    clock: Callable[[], float]
     results: dict[str, FetchResult] = field(default_factory=dict)
     _stopped: bool = False
     _breaker: _Breaker = field(init=False)
+    _hosts: dict[str, Host] = field(default_factory=dict)
+    """Also those that only redirects lead to."""
+    _robots: dict[URL, asyncio.Task[tuple[Robots, float]]] = field(default_factory=dict)
+    """By origin: each robots.txt, and the loop time until which it is used."""
     _slots: asyncio.Semaphore = field(init=False)
     _session: aiohttp.ClientSession = field(init=False)
 
@@ -420,17 +345,24 @@ class _Run:
         differs = self.sha_policy == "require" and expected not in (None, known.sha256)
         if known.status == "ok":
             blob = known.sha256 or ""
-            return not differs and self.cache.has(blob, num_bytes=known.num_bytes)
+            unasked = known.opt_outs_ignored and not self.policy.ignored_opt_outs
+            return not (differs or unasked) and self.cache.has(blob, num_bytes=known.num_bytes)
         if self.policy.retry != "transient":
             return self.policy.retry == "none"
+        if self.clock() - known.finished_unix_s > self.policy.failures_expire_days * _DAY_S:
+            return False
         if known.reason == "sha_mismatch":
             return differs
+        if known.reason in ("robots", "x_robots"):
+            return not self.policy.ignored_opt_outs
         return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
 
     async def fetch(self, hosts: list[Host]) -> None:
         """Fetches all URLs of the hosts."""
         _cancel_on_sigint()
         policy = self.policy
+        self._hosts = {host.name: host for host in hosts}
+        self._remember_pauses(hosts)
         ring = deque(
             host for turn in range(policy.per_host) for host in hosts if len(host.urls) > turn
         )
@@ -441,7 +373,6 @@ class _Run:
         connector = aiohttp.TCPConnector(
             resolver=_PublicResolver(policy.allow_hosts),
             limit=policy.concurrency,
-            limit_per_host=policy.per_host,  # the tickets do not know where redirects lead
             ttl_dns_cache=300,
             keepalive_timeout=2.0,  # idle sockets of a thousand hosts are a thousand descriptors
         )
@@ -452,8 +383,12 @@ class _Run:
                 total=None, sock_connect=policy.connect_timeout_s, sock_read=policy.read_timeout_s
             ),
             # Compression gains nothing on images and would hide their length.
-            headers={"User-Agent": policy.user_agent, "Accept-Encoding": "identity"},
+            headers={"User-Agent": policy.sent_user_agent, "Accept-Encoding": "identity"},
         )
+        if hasattr(self._session, "_retry_connection"):
+            # A connection that breaks is an attempt like others: a request that aiohttp repeats by
+            # itself would come at once, whatever the host's rate.
+            self._session._retry_connection = False
         num_workers = min(len(ring), policy.concurrency * _WORKERS_PER_SLOT)
         async with self._session:
             workers = [asyncio.create_task(self._work(ring)) for _ in range(num_workers)]
@@ -464,6 +399,18 @@ class _Run:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+                for task in self._robots.values():
+                    task.cancel()
+                await asyncio.gather(*self._robots.values(), return_exceptions=True)
+
+    def _remember_pauses(self, hosts: Iterable[Host]) -> None:
+        """Holds the pauses that hosts have asked an earlier run for."""
+        now_s, now_unix_s = asyncio.get_running_loop().time(), self.clock()
+        for host in hosts:
+            known = (self.ledger.get(url) for url in host.urls)
+            until = max((each.not_before_unix_s for each in known if each), default=0)
+            if until > now_unix_s:
+                host.pause(until - now_unix_s, now_s=now_s)
 
     async def _work(self, ring: deque[Host]) -> None:
         # A worker that finds no ticket may leave: every other ticket is held by a worker that will
@@ -490,8 +437,9 @@ class _Run:
         self.ledger.append(result)
         self.results[result.url] = result
         self.on_result(result)
-        transient = result.reason in TRANSIENT
-        host.failures_in_a_row = host.failures_in_a_row + 1 if transient else 0
+        if result.reason != "host_busy":
+            transient = result.reason in TRANSIENT
+            host.failures_in_a_row = host.failures_in_a_row + 1 if transient else 0
         # URLs that were never requested, and those that failed before, say nothing about today.
         fresh = before is None or before.status == "ok" or before.reason == "offline"
         if not result.attempts or not fresh:
@@ -510,42 +458,191 @@ class _Run:
         name = redact(text)
         if host.failures_in_a_row >= self.policy.host_failures:
             await asyncio.sleep(0)  # a host may have a hundred thousand of these
-            return FetchResult(url=name, status="failed", reason="host_down")
+            return self._failed(name, host, _Failure("host_down"), attempts=0)
         try:
             url = _checked_url(text, allow_hosts=self.policy.allow_hosts)
         except _Failure as failure:
-            return FetchResult(url=name, status="failed", reason=failure.reason)
+            return self._failed(name, host, failure, attempts=0)
         attempt = 1
+        last: _Failure | None = None
         while True:
-            await _wait_until_welcome(host)
-            async with self._slots:
-                result = await self._attempt(url, name=name, host=host, attempt=attempt)
-            if result.reason not in TRANSIENT or attempt >= self.policy.attempts:
-                return result
-            # Full jitter from the URL's own hash: spread over URLs, and no generator to own.
-            share = _text_key(f"{name} {attempt}") / 2**64
-            backoff_s = self.policy.backoff_s * 2 ** (attempt - 1)
-            await asyncio.sleep(min(share * backoff_s, self.policy.wall_timeout_s))
-            attempt += 1
+            try:
+                return await self._attempt(url, name=name, attempt=attempt)
+            except _Failure as failure:
+                if failure.attempts is not None:
+                    # What the host has said before is more than that it is not asked again.
+                    final, requests = (last, attempt - 1) if last else (failure, failure.attempts)
+                    return self._failed(name, host, final, attempts=requests)
+                if failure.reason not in TRANSIENT or attempt >= self.policy.attempts:
+                    return self._failed(name, host, failure, attempts=attempt)
+                last = failure
+                await self._back_off(name, attempt)
+                attempt += 1
 
-    async def _attempt(self, url: URL, *, name: str, host: Host, attempt: int) -> FetchResult:
+    async def _back_off(self, name: str, attempt: int) -> None:
+        # Full jitter from the URL's own hash: spread over URLs, and no generator to own.
+        share = text_key(f"{name} {attempt}") / 2**64
+        backoff_s = self.policy.backoff_s * 2 ** (attempt - 1)
+        await asyncio.sleep(min(share * backoff_s, self.policy.max_pause_s))
+
+    def _failed(self, name: str, host: Host, failure: _Failure, *, attempts: int) -> FetchResult:
+        now_unix_s = self.clock()
+        pause_s = host.resume_at_s - asyncio.get_running_loop().time()
+        return FetchResult(
+            url=name,
+            status="failed",
+            reason=failure.reason,
+            http_status=failure.http_status,
+            attempts=attempts,
+            finished_unix_s=int(now_unix_s),
+            not_before_unix_s=int(now_unix_s + pause_s) + 1 if pause_s > 0 else 0,
+        )
+
+    async def _attempt(self, url: URL, *, name: str, attempt: int) -> FetchResult:
+        """Requests an image once, and stores it."""
+        left_s, now_s = self.policy.wall_timeout_s, asyncio.get_running_loop().time
+        for _ in range(self.policy.max_redirects + 1):
+            if self.policy.robots_txt == "obey":
+                robots = await self._robots_of(url)
+                if not robots.allows(str(url)):
+                    raise _Failure("robots", attempts=attempt - 1)
+            async with self._turn(url) as began_s:
+                found = await self._limited(self._get(url), left_s)
+                if isinstance(found, _Answer):
+                    # Outside the wall limit: the server is not to blame for a slow disk.
+                    return await self._stored(found, name=name, attempt=attempt)
+            left_s -= now_s() - began_s
+            url = found
+        raise _Failure("too_many_redirects")
+
+    async def _limited(self, request: Coroutine[Any, Any, T], left_s: float) -> T:
         try:
-            answer = await asyncio.wait_for(self._download(url), self.policy.wall_timeout_s)
+            return await asyncio.wait_for(request, left_s)
         except asyncio.TimeoutError:
-            return FetchResult(url=name, status="failed", reason="timeout", attempts=attempt)
+            raise _Failure("timeout") from None
+
+    @asynccontextmanager
+    async def _turn(self, url: URL) -> AsyncIterator[float]:
+        """Waits until a URL may be requested, and holds a slot of all and one of its host.
+
+        Gives the loop time at which it begins. A pause that the host asks for in the block is held
+        by all of its requests.
+
+        Raises:
+          _Failure: host_busy.
+        """
+        name = bare(url.host or "")
+        host = self._hosts.setdefault(name, Host(name))
+        if host.slots is None:
+            host.slots = asyncio.Semaphore(self.policy.per_host)
+        now_s = asyncio.get_running_loop().time
+        interval_s = 1 / self.policy.host_rate if self.policy.host_rate else 0.0
+        async with host.slots:
+            while True:
+                wait_s = host.wait_s(now_s=now_s())
+                if wait_s > self.policy.max_pause_s:
+                    raise _Failure("host_busy", attempts=0)
+                if wait_s:
+                    await asyncio.sleep(wait_s)
+                async with self._slots:
+                    if host.wait_s(now_s=now_s()):
+                        continue  # others were first, or the host has asked for a pause
+                    began_s = now_s()
+                    host.begin(now_s=began_s, interval_s=interval_s)
+                    try:
+                        yield began_s
+                    except _Failure as failure:
+                        if failure.pause_s:
+                            host.pause(failure.pause_s, now_s=now_s())
+                        raise
+                    return
+
+    async def _robots_of(self, url: URL) -> Robots:
+        """Gives the robots.txt of a URL's origin, which is requested by whoever needs it first.
+
+        Raises:
+          _Failure: It cannot be had.
+        """
+        origin, now_s = url.origin(), asyncio.get_running_loop().time()
+        task = self._robots.get(origin)
+        if task is not None and task.done() and not task.exception() and task.result()[1] < now_s:
+            task = None
+        if task is None:
+            task = self._robots[origin] = asyncio.create_task(self._load_robots(origin))
+        return (await asyncio.shield(task))[0]
+
+    async def _load_robots(self, origin: URL) -> tuple[Robots, float]:
+        url = origin / "robots.txt"
+        name, host = str(url), bare(url.host or "")
+        known = self.ledger.get(name)
+        age_s = KEPT_S if known is None else self.clock() - known.finished_unix_s
+        blob = known.sha256 if known is not None else None
+        try:
+            if age_s >= KEPT_S or (blob is not None and not self.cache.has(blob)):
+                known, age_s = await self._request_robots(url, name=name), 0.0
+                self.ledger.append(known)
         except _Failure as failure:
-            if failure.pause_s:
-                pause_s = min(failure.pause_s, self.policy.wall_timeout_s)
-                now_s = asyncio.get_running_loop().time()
-                host.resume_at_s = max(host.resume_at_s, now_s + pause_s)
-            return FetchResult(
-                url=name,
-                status="failed",
-                reason=failure.reason,
-                http_status=failure.http_status,
-                attempts=attempt,
-            )
-        # Outside the wall limit: the server is not to blame for a slow disk.
+            reached = failure.reason not in _NOT_REACHED
+            reason = "robots_unreachable" if reached else failure.reason
+            raise _Failure(reason, attempts=failure.attempts) from failure
+        body = b""
+        if known is not None and known.sha256:
+            loop = asyncio.get_running_loop()
+            body = await loop.run_in_executor(None, self.cache.get, known.sha256)
+        robots = Robots(body, self.policy.user_agent)
+        delayed = self._hosts.setdefault(host, Host(host))
+        delayed.crawl_delay_s = max(delayed.crawl_delay_s, robots.delay_s)
+        return robots, asyncio.get_running_loop().time() + KEPT_S - age_s
+
+    async def _request_robots(self, url: URL, *, name: str) -> FetchResult:
+        """Requests a robots.txt; a file that does not exist is a result too."""
+        for attempt in range(1, self.policy.attempts + 1):
+            try:
+                status, body = await self._robots_body(url)
+            except _Failure as failure:
+                last = attempt == self.policy.attempts or failure.attempts is not None
+                if last or failure.reason not in TRANSIENT:
+                    # No URL of this origin tries it again in this run.
+                    failure.attempts = attempt if failure.attempts is None else failure.attempts
+                    raise
+                await self._back_off(name, attempt)
+            else:
+                break
+        loop = asyncio.get_running_loop()
+        sha256 = await loop.run_in_executor(None, self.cache.put, body) if body else None
+        return FetchResult(
+            url=name,
+            status="ok" if status == 200 else "failed",
+            reason="" if status == 200 else _status_reason(status),
+            http_status=status,
+            sha256=sha256,
+            num_bytes=len(body),
+            attempts=attempt,
+            finished_unix_s=int(self.clock()),
+        )
+
+    async def _robots_body(self, url: URL) -> tuple[int, bytes]:
+        """Requests a robots.txt once; status 404 stands for all ways in which there is none.
+
+        Raises:
+          _Failure: Among others http_5xx and http_429: there may be one.
+        """
+        left_s, now_s = self.policy.wall_timeout_s, asyncio.get_running_loop().time
+        first = url
+        try:
+            for _ in range(self.policy.max_redirects + 1):
+                async with self._turn(url) as began_s:
+                    found = await self._limited(self._get(url, robots=True), left_s)
+                left_s -= now_s() - began_s
+                if isinstance(found, _Answer):
+                    return 200, found.body
+                url = found
+        except _Failure as failure:
+            if failure.reason in TRANSIENT or (failure.http_status is None and url == first):
+                raise
+        return 404, b""
+
+    async def _stored(self, answer: _Answer, *, name: str, attempt: int) -> FetchResult:
         loop = asyncio.get_running_loop()
         reason, sha256 = await loop.run_in_executor(None, self._keep, name, answer.body)
         only_warned = reason == "sha_mismatch" and self.sha_policy == "warn"
@@ -559,6 +656,8 @@ class _Run:
             attempts=attempt,
             content_type=answer.content_type,
             final_url=redact(str(answer.url)),
+            finished_unix_s=int(self.clock()),
+            opt_outs_ignored=bool(self.policy.ignored_opt_outs),
         )
 
     def _keep(self, name: str, body: bytes) -> tuple[str, str]:
@@ -575,31 +674,38 @@ class _Run:
             self.cache.put(body)
         return reason, sha256
 
-    async def _download(self, url: URL) -> _Answer:
-        for _ in range(self.policy.max_redirects + 1):
-            try:
-                async with self._session.get(url, allow_redirects=False) as response:
-                    location = response.headers.get("Location")
-                    if response.status not in _REDIRECTS or location is None:
-                        return await self._read(response)
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise _Failure(_reason_of(error)) from error
-            url = _checked_url(location, base=url, allow_hosts=self.policy.allow_hosts)
-        raise _Failure("too_many_redirects")
+    async def _get(self, url: URL, *, robots: bool = False) -> _Answer | URL:
+        """Requests a URL once; returns the answer, or where it redirects to."""
+        try:
+            async with self._session.get(url, allow_redirects=False) as response:
+                location = response.headers.get("Location")
+                if response.status not in _REDIRECTS or location is None:
+                    return await self._read(response, robots=robots)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise _Failure(_reason_of(error)) from error
+        return _checked_url(location, base=url, allow_hosts=self.policy.allow_hosts)
 
-    async def _read(self, response: aiohttp.ClientResponse) -> _Answer:
+    async def _read(self, response: aiohttp.ClientResponse, *, robots: bool) -> _Answer:
         status = response.status
         if status != 200:
-            now = datetime.now(timezone.utc)
+            now = datetime.fromtimestamp(self.clock(), timezone.utc)
             pause_s = retry_after_s(response.headers, now=now) if status in (429, 503) else 0.0
             raise _Failure(_status_reason(status), http_status=status, pause_s=pause_s)
-        if (response.content_length or 0) > self.policy.max_bytes:
+        policy = self.policy
+        if not robots and policy.x_robots_tag == "obey":
+            names = ("x-robots-tag", "tdm-reservation")
+            asked = {name: response.headers.getall(name, []) for name in names}
+            if forbids_use(asked, user_agent=policy.user_agent):
+                raise _Failure("x_robots", http_status=status)
+        if not robots and (response.content_length or 0) > policy.max_bytes:
             raise _Failure("too_big", http_status=status)
         body = bytearray()
         try:
             async for chunk in response.content.iter_any():
                 body += chunk
-                if len(body) > self.policy.max_bytes:
+                if robots and len(body) > MAX_BYTES:
+                    break
+                if len(body) > policy.max_bytes and not robots:
                     raise _Failure("too_big", http_status=status)
         except (aiohttp.ClientError, OSError) as error:
             # Any error in the middle of a body leaves a part of it.
@@ -621,7 +727,7 @@ def _checked_url(text: str, *, allow_hosts: frozenset[str], base: URL | None = N
     try:
         url = URL(text.strip())
         url = base.join(url) if base is not None else url
-        scheme, host = url.scheme, _bare(url.host or "")
+        scheme, host = url.scheme, bare(url.host or "")
     except ValueError as error:
         raise _Failure("bad_url") from error
     if scheme not in ("http", "https"):
@@ -654,12 +760,6 @@ def _cancel_on_sigint() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
 
 
-async def _wait_until_welcome(host: Host) -> None:
-    now_s = asyncio.get_running_loop().time
-    while (pause_s := host.resume_at_s - now_s()) > 0:
-        await asyncio.sleep(pause_s)
-
-
 def _reason_of(error: Exception) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "timeout"
@@ -684,19 +784,3 @@ def _status_reason(status: int) -> str:
 
 def _ignore(result: FetchResult) -> None:
     del result
-
-
-def _host_of(url: str) -> str:
-    try:
-        return _bare(urlsplit(url).hostname or "")
-    except ValueError:
-        return ""
-
-
-def _bare(host: str) -> str:
-    return host.rstrip(".").lower()
-
-
-def _text_key(text: str) -> int:
-    # ascii(): a URL from JSON may hold lone surrogates, which no encoding takes.
-    return hash_text(ascii(text))

@@ -30,6 +30,7 @@ from preprocess.job.plan import (
     shard_name,
 )
 from preprocess.job.planner import read_json, require_space
+from preprocess.job.retry import Retried, retry_job
 from preprocess.job.rows import RowCounts, count_rows
 from preprocess.job.status import State, read_status, status_text
 from preprocess.job.verify import verify
@@ -40,6 +41,7 @@ __all__ = [
     "Part",
     "PartOutcome",
     "Reporter",
+    "Retried",
     "RowCounts",
     "ShardCount",
     "State",
@@ -61,6 +63,7 @@ __all__ = [
     "remove_strays",
     "require_name",
     "require_space",
+    "retry_job",
     "run_job",
     "run_part",
     "scratch_folder",

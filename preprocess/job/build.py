@@ -257,7 +257,12 @@ def publish_shard(
         # An earlier, uncommitted build's.
         storage.delete_objects(context.out, [quarantine_name])
     url = storage.join(context.out, receipt_name)
-    if not storage.compare_and_swap(url, encode_receipt(built.receipt), replacing=None):
+    receipt = encode_receipt(built.receipt)
+    # Another attempt at this shard, on a node that was given up, may have written the very same.
+    if (
+        not storage.compare_and_swap(url, receipt, replacing=None)
+        and storage.read_bytes(url) != receipt
+    ):
         raise StorageError("output_busy.job", where=url)
     return built.receipt
 

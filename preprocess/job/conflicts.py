@@ -76,6 +76,10 @@ _VARIABLES = {
     "recipe.video.memory_bytes": "VIDEO_MEMORY",
     "shard_bytes": "SHARD_SIZE",
     "num_shards": "NUM_SHARDS",
+    "downloads.robots_txt": "ROBOTS_TXT",
+    "downloads.x_robots_tag": "X_ROBOTS_TAG",
+    "downloads.sha256": "SHA256",
+    "downloads.placeholder_urls": "PLACEHOLDER_URLS",
 }
 """Fields of the identity that follow from one setting, in the order of the table."""
 

@@ -45,6 +45,7 @@ LOCAL_CACHE = "~/.cache/vlm-shards"
 
 Duplicates = Literal["drop", "keep"]
 OwnDisk = Literal["refuse", "allow"]
+Engine = Literal["local", "ray"]
 
 
 class Reporter(Protocol):
@@ -179,6 +180,20 @@ class JobSettings:
             unset=usable_cores,
         ),
     ] = 1
+    engine: Annotated[
+        Engine,
+        Setting(
+            "who builds the shards: processes of this machine, or a Ray cluster", group="the job"
+        ),
+    ] = "local"
+    ray_address: Annotated[
+        str,
+        Setting(
+            "address of the Ray cluster, for example auto; else one of WORKERS cores is started",
+            group="the job",
+            metavar="ADDRESS",
+        ),
+    ] = ""
     part: Annotated[
         Part | None,
         Setting(
@@ -189,6 +204,22 @@ class JobSettings:
             verbs=("shards",),
         ),
     ] = None
+    events: Annotated[
+        str | None,
+        Setting(
+            "file of this machine to which events are appended, one JSON object a line",
+            group="the job",
+            metavar="FILE",
+        ),
+    ] = None
+    stall_s: Annotated[
+        float,
+        Setting(
+            "seconds without any progress after which the job says so; 0 for never",
+            flag="stall-after",
+            group="the job",
+        ),
+    ] = 600.0
     part_wait_s: Annotated[
         float,
         Setting(
@@ -445,6 +476,8 @@ class Job:
             "recipe": self.recipe,
             "tokenizer": dataclasses.asdict(self.tokenizer),
             "libraries": self.libraries,
+            # Only what is not as usual, so that outputs of older releases keep their identity.
+            **({"downloads": downloads} if (downloads := s.fetch.describe()) else {}),
         }
 
     @cached_property
@@ -565,6 +598,7 @@ _BYTE_SOURCES = (
     "preprocess/documents/*.py",
     "preprocess/formats/*.py",
     "preprocess/job/build.py",
+    "preprocess/job/keys.py",
     "preprocess/job/plan.py",
     "preprocess/job/planner.py",
     "preprocess/media/**/*.py",

@@ -63,8 +63,14 @@ Life = Literal["absent", "ended", "alive", "dead", "unknown"]
 
 
 @contextmanager
-def output_lock(url: str) -> Iterator[Callable[[], None]]:
+def output_lock(
+    url: str, *, state: Callable[[], Mapping[str, Any]] = dict
+) -> Iterator[Callable[[], None]]:
     """Holds an output for this process.
+
+    Args:
+      url: The output.
+      state: Called at each renewal: what this process is doing, in a few hundred bytes.
 
     Yields:
       A function that raises StorageError `lease_lost` once the output is no longer held, or
@@ -74,7 +80,7 @@ def output_lock(url: str) -> Iterator[Callable[[], None]]:
       StorageError: `output_busy`: another job holds it; `output_removed`.
     """
     if not storage.is_local(url):
-        lease = Lease(url, LEASE_NAME)
+        lease = Lease(url, LEASE_NAME, state=state)
         lease.take()
         try:
             yield lease.check
@@ -84,7 +90,8 @@ def output_lock(url: str) -> Iterator[Callable[[], None]]:
     with storage.exclusive(url):
         check_folder = folder_check(url)
         # On a disk of this machine, the lock says that no other process holds the output alone.
-        found = _take_local(Lease(url, LEASE_NAME, locked=storage.is_own_disk(url)))
+        own = storage.is_own_disk(url)
+        found = _take_local(Lease(url, LEASE_NAME, locked=own, state=state))
 
         def check() -> None:
             check_folder()

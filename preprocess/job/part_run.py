@@ -17,7 +17,6 @@ import itertools
 import json
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,8 +31,11 @@ from preprocess.job.pipeline import (
     Outcome,
     build_context,
     build_missing,
+    cache_token,
     check_conflict,
     check_sources,
+    make_board,
+    telling_end,
     tidy_finished,
     write_run,
 )
@@ -92,7 +94,7 @@ def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
         tidy_finished(job)
         return _finished(part, result)
     _require_shared(job, part)
-    board = Board(report)
+    board = make_board(job, report)
     me = PartOfJob(
         part=part,
         job=job.key,
@@ -102,7 +104,7 @@ def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
         split=settings.split,
     )
     try:
-        with join_job(settings.out, me, state=board.snapshot) as held:
+        with telling_end(board), join_job(settings.out, me, state=board.snapshot) as held:
             outcome = _work(job, part, held, board)
     except StorageError as error:
         # The part that committed has removed what the others hold.
@@ -135,7 +137,7 @@ def _work(job: Job, part: Part, held: HeldPart, board: Board) -> PartOutcome:
         assert result is not None
         return _finished(part, result)
     if plan.cache_token and not job.blobs.has_token(plan.cache_token):
-        raise StorageError("cache_not_shared", where=job.blobs.url, part=str(part))
+        raise StorageError("cache_not_shared.part", where=job.blobs.url, part=str(part))
     _, built = build_missing(job, plan, board, held.check, part=part, on_shard=board.shard)
     storage.delete(job.scratch)
     storage.delete_if_empty(job.scratch_of_all)
@@ -156,6 +158,7 @@ def _work(job: Job, part: Part, held: HeldPart, board: Board) -> PartOutcome:
     if result is None:
         held.check()
         result = commit(job, plan, receipts)
+        board.committed(result.sha256)
     _tidy(job, held)
     return PartOutcome(
         part=part,
@@ -240,7 +243,6 @@ def _try_to_plan(job: Job, urls: list[str], held: HeldPart, board: Board) -> boo
             if load_plan(job, board, shared=True) is not None or committed(job) is not None:
                 return True
             fetched = _fetched(job, urls, held) if urls else {}
-            token = f"{job.key[:16]}-{uuid.uuid4().hex}"
 
             def check() -> None:
                 held.check()
@@ -252,7 +254,7 @@ def _try_to_plan(job: Job, urls: list[str], held: HeldPart, board: Board) -> boo
                     board,
                     promised=check_conflict(job),
                     fetched=fetched,
-                    cache_token=token,
+                    cache_token=cache_token(job),
                     check_held=check,
                 )
             except BudgetError:

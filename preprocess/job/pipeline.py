@@ -19,12 +19,16 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from preprocess.datasets import dataset_class
+from preprocess.fetch import BlobCache
+from preprocess.job.board import Board, ShardEvent
 from preprocess.job.build import (
     BuildContext,
     BuiltShard,
@@ -40,12 +44,13 @@ from preprocess.job.commit import (
     withdraw_split,
 )
 from preprocess.job.conflicts import check_same, find_differences, table
-from preprocess.job.engines import local
-from preprocess.job.job import Job, JobSettings, Reporter
+from preprocess.job.engines import local, ray_cluster
+from preprocess.job.events import EventLog
+from preprocess.job.job import Job, JobSettings, Reporter, library_versions
 from preprocess.job.lease import output_lock
 from preprocess.job.parts import forget_parts
 from preprocess.job.plan import Part, shard_borders
-from preprocess.job.planner import Plan, drop_plan, load_plan, make_plan, read_json
+from preprocess.job.planner import Plan, drop_plan, load_plan, make_plan, plan_url, read_json
 from preprocess.job.stamps import Compared
 from preprocess.job.verify import check_hashes
 from shardspec import storage
@@ -59,6 +64,12 @@ from shardspec.manifest import (
 )
 
 _HASHED_AT_ONCE = 4
+
+_SHARD_EVENTS: Mapping[type, ShardEvent] = {
+    local.TaskProgress: "progress",
+    local.TaskLost: "lost",
+    local.TaskDone: "done",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +111,15 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
             seconds=_since(started),
             compared=compared,
         )
-    with output_lock(settings.out) as check_held:
+    board = make_board(job, report)
+    with (
+        telling_end(board),
+        output_lock(settings.out, state=board.snapshot) as check_held,
+    ):
         if settings.force:
-            _withdraw(job, report)
+            _withdraw(job, board)
         promised = check_conflict(job)  # once more: another job may have ended in between
-        result, built = _make(job, report, promised, check_held)
+        result, built = _make(job, board, promised, check_held)
     outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
     write_run(job, outcome)
     return outcome
@@ -149,13 +164,14 @@ def commit_job(settings: JobSettings, report: Reporter) -> Outcome:
 
 
 def _make(
-    job: Job, report: Reporter, promised: str | None, check_held: Callable[[], None]
+    job: Job, board: Board, promised: str | None, check_held: Callable[[], None]
 ) -> tuple[Committed, int]:
     """Plans, builds and commits what is missing; returns the result and the shards built."""
     storage.delete(job.scratch)
-    plan = load_plan(job, report) or make_plan(job, report, promised=promised)
+    token = cache_token(job) if job.settings.engine == "ray" else ""
+    plan = load_plan(job, board) or make_plan(job, board, promised=promised, cache_token=token)
     try:
-        receipts, built = build_missing(job, plan, report, check_held)
+        receipts, built = build_missing(job, plan, board, check_held, on_shard=board.shard)
     except StorageError as error:
         if error.reason in ("blob_missing", "blob_corrupt"):
             drop_plan(job)  # so that the same command fetches it again
@@ -163,8 +179,37 @@ def _make(
     check_bad_samples(job, plan, receipts)
     check_held()
     result = commit(job, plan, receipts)
+    board.committed(result.sha256)
     _tidy(job)
     return result, built
+
+
+def make_board(job: Job, report: Reporter) -> Board:
+    """Makes what watches a job, in front of a reporter."""
+    settings = job.settings
+    events = EventLog(settings.events)
+    part = None if settings.part is None else str(settings.part)
+    events.write("start", dataset=job.name, split=settings.split, part=part, pid=os.getpid())
+    return Board(report, events=events, stall_s=settings.stall_s)
+
+
+@contextmanager
+def telling_end(board: Board) -> Iterator[None]:
+    """Tells how the block ends."""
+    outcome = "interrupted"
+    try:
+        yield
+        outcome = "done"
+    except Exception as error:
+        outcome = f"failed: {getattr(error, 'reason', type(error).__name__)}"
+        raise
+    finally:
+        board.end(outcome)
+
+
+def cache_token(job: Job) -> str:
+    """Names a mark in the image cache, by which other machines tell that they see the same."""
+    return f"{job.key[:16]}-{uuid.uuid4().hex}"
 
 
 def tidy_finished(job: Job) -> None:
@@ -287,7 +332,7 @@ def build_missing(
     check_held: Callable[[], None],
     *,
     part: Part | None = None,
-    on_shard: Callable[[int, bool], None] = lambda shard, done: None,  # noqa: ARG005
+    on_shard: Callable[[int, ShardEvent], None] = lambda shard, what: None,  # noqa: ARG005
 ) -> tuple[list[Receipt], int]:
     """Builds what is missing.
 
@@ -297,7 +342,7 @@ def build_missing(
       report: Gets the progress.
       check_held: Raises where another job may have taken the output.
       part: Whose shards are built; None for all.
-      on_shard: Called when the work on a shard begins, and (True) when it is done.
+      on_shard: Called with what happens to each shard.
 
     Returns:
       The receipts in shard order, and how many are new.
@@ -310,11 +355,9 @@ def build_missing(
         report.note(f"{len(receipts)} of {len(wanted)} shards are finished")
     borders = plan.borders or shard_borders(plan.num_samples, num_shards=plan.num_shards)
     report.stage("build", int(sum(borders[shard + 1] - borders[shard] for shard in missing)))
-    for event in local.run(
-        missing, work=_build_task, context=context, num_workers=job.settings.num_workers
-    ):
+    for event in _run(job, plan, missing, context):
         check_held()
-        on_shard(event.task, isinstance(event, local.TaskDone))
+        on_shard(event.task, _SHARD_EVENTS[type(event)])
         if isinstance(event, local.TaskLost):
             report.note(f"a worker died (exit code {event.exit_code}); its shard is built again")
         elif isinstance(event, local.TaskDone):
@@ -324,6 +367,57 @@ def build_missing(
         else:
             report.step(event.note)
     return [receipts[shard] for shard in wanted], len(missing)
+
+
+def _run(job: Job, plan: Plan, missing: list[int], context: BuildContext) -> Iterator[local.Event]:
+    """Runs the tasks of a plan on the engine of the job."""
+    workers = job.settings.num_workers
+    if job.settings.engine == "local":
+        return local.run(missing, work=_build_task, context=context, num_workers=workers)
+    cluster = _Cluster(
+        context=context,
+        dataset=job.settings.dataset,
+        libraries=job.libraries,
+        plan_url=plan_url(job),
+        cache_token=plan.cache_token,
+    )
+    return ray_cluster.run(
+        missing,
+        work=_cluster_task,
+        context=cluster,
+        num_workers=workers,
+        address=job.settings.ray_address,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cluster:
+    """What every task on another machine shares, and how it tells that it may work."""
+
+    context: BuildContext
+    dataset: str
+    libraries: Mapping[str, str]
+    """Of the process that has planned."""
+    plan_url: str
+    cache_token: str
+
+
+def _cluster_task(
+    cluster: _Cluster, shard: int, report: Callable[[str | int], None]
+) -> local.Deferred:
+    """Builds a shard on a machine that must have the same code, libraries and storage."""
+    where = platform.node()
+    found = find_differences(cluster.libraries, library_versions(dataset_class(cluster.dataset)))
+    if found:
+        raise ConflictError(
+            "mixed_cluster", where=where, table=table(found, heads=("of the job", "on this node"))
+        )
+    plan, cache = read_json(cluster.plan_url) or {}, BlobCache(cluster.context.blobs)
+    if plan.get("build_key") != cluster.context.build_key:
+        raise StorageError("output_not_shared", where=cluster.context.out, node=where)
+    if cluster.cache_token and not cache.has_token(cluster.cache_token):
+        raise StorageError("cache_not_shared.node", where=cluster.context.blobs, node=where)
+    return _build_task(cluster.context, shard, report)
 
 
 def _intact(

@@ -163,21 +163,29 @@ def require_name(name: str, *, of: str) -> None:
         raise ConfigError("dataset_name.letters", of=of, got=name)
 
 
-def plan_order(keys: Sequence[str], *, seed: int) -> list[int]:
+def plan_order(keys: Sequence[str], *, seed: int) -> np.ndarray:
     """Orders samples for their shards.
 
     Returns:
-      Indices into `keys`, in stored order.
+      int64 [N], indices into `keys`, in stored order.
 
-    >>> sorted(plan_order(["a", "b", "c"], seed=1))
+    >>> sorted(plan_order(["a", "b", "c"], seed=1).tolist())
     [0, 1, 2]
     """
-    return sorted(range(len(keys)), key=lambda i: (order_hash(keys[i], seed=seed), keys[i]))
+    hashes = np.fromiter((order_hash(key, seed=seed) for key in keys), np.uint64, len(keys))
+    order = np.argsort(hashes, kind="stable")
+    ranked = hashes[order]
+    for hashed in np.unique(ranked[1:][ranked[1:] == ranked[:-1]]):
+        first, stop = (
+            int(np.searchsorted(ranked, hashed, side=side)) for side in ("left", "right")
+        )
+        order[first:stop] = sorted(order[first:stop].tolist(), key=keys.__getitem__)
+    return order
 
 
 def plan_groups(
     keys: Sequence[str], groups: Sequence[str], *, seed: int, num_shards: int
-) -> tuple[list[int], list[int]]:
+) -> tuple[np.ndarray, list[int]]:
     """Orders samples for their shards, those of a group in the same one.
 
     Args:
@@ -187,14 +195,14 @@ def plan_groups(
       num_shards: At most the number of groups.
 
     Returns:
-      Indices into `keys`, in stored order, and the borders of the shards in it.
+      int64 [N], indices into `keys`, in stored order, and the borders of the shards in it.
 
     >>> order, borders = plan_groups("abcd", ["x", "y", "x", "y"], seed=1, num_shards=2)
-    >>> [sorted(order[:2]), borders]
+    >>> [sorted(order[:2].tolist()), borders]
     [[0, 2], [0, 2, 4]]
     """
     members: dict[str, list[int]] = {}
-    for i in plan_order(keys, seed=seed):
+    for i in plan_order(keys, seed=seed).tolist():
         members.setdefault(groups[i] or f"sample {keys[i]}", []).append(i)
     names = sorted(members, key=lambda name: (order_hash(name, seed=seed), name))
     starts = np.cumsum([0, *(len(members[name]) for name in names)])
@@ -208,4 +216,4 @@ def plan_groups(
     for first, stop in zip(cuts, cuts[1:], strict=False):
         inside = [i for name in names[first:stop] for i in members[name]]
         order += [inside[j] for j in plan_order([keys[i] for i in inside], seed=seed)]
-    return order, starts[cuts].tolist()
+    return np.array(order, np.int64), starts[cuts].tolist()

@@ -13,10 +13,12 @@ change nothing.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -41,7 +43,14 @@ from preprocess.datasets import (
     example_videos,
 )
 from preprocess.documents import page_identity
-from preprocess.fetch import FetchResult, Ledger, fetch_all, read_ledger, redact
+from preprocess.fetch import (
+    FetchResult,
+    Ledger,
+    fetch_all,
+    mark_placeholders,
+    read_ledger,
+    redact,
+)
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.job import (
     DEAD_LINKS_SHARE,
@@ -50,6 +59,7 @@ from preprocess.job.job import (
     Reporter,
     allowed_failures,
 )
+from preprocess.job.keys import KeyList
 from preprocess.job.plan import count_shards, plan_groups, plan_order, shard_borders
 from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
 from preprocess.media import pixels_file
@@ -111,9 +121,9 @@ def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False)
       ConflictError: `job_conflict`: an unfinished reshard owns this output; `source_changed`: of a
         shared plan.
     """
-    document = read_json(_plan_url(job))
+    document = read_json(plan_url(job))
     if document is not None and document.get("kind") == "reshard":
-        raise ConflictError("job_conflict.reshard", where=_plan_url(job))
+        raise ConflictError("job_conflict.reshard", where=plan_url(job))
     identity = read_json(job.identity_url)
     if document is None or identity is None or differences(identity, job.identity, "job"):
         return None
@@ -186,19 +196,20 @@ def make_plan(
     results = fetched
     if results is None:
         results = fetch_images(job, image_urls(job, report), report, again=promised is None)
+    results = _without_placeholders(job, results, report)
     _check_links(job, results)
     with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
-        with StampWriter(folder / "files") as stamps:
+        with StampWriter(folder / "files") as stamps, _LostRows(folder / "lost.jsonl") as lost:
             for stamp in row_stamps:
                 stamps.add(stamp)
-            rows = _spool_rows(job, results, spool, stamps, report)
+            rows = _spool_rows(job, results, spool, lost, stamps, report)
         if len(stamps):
             storage.publish_file(job.files_url, folder / "files")
         else:
             storage.delete(job.files_url)
         order = plan_order(rows.keys, seed=job.settings.recipe.seed)
-        mean_bytes = _probe(job, spool, sorted(order[:PROBE_ROWS]), report)
+        mean_bytes = _probe(job, spool, sorted(order[:PROBE_ROWS].tolist()), report)
         total_bytes = round(mean_bytes * len(order))
         count = count_shards(
             total_bytes,
@@ -216,8 +227,14 @@ def make_plan(
             )
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
-        shares = borders or shard_borders(len(order), num_shards=count.num_shards)
+        shares = borders or shard_borders(len(order), num_shards=count.num_shards).tolist()
         rows_sha256 = _write_rows(job, spool, order, shares, folder, report, check_held)
+        quarantine_url = job.url("quarantine", f"{job.name}-{job.settings.split}-plan.jsonl")
+        if rows.num_lost:
+            storage.publish_file(quarantine_url, folder / "lost.jsonl")
+        else:
+            storage.delete(quarantine_url)
+    downloads = job.settings.fetch.describe()
     build = {
         "rows": rows_sha256,
         "recipe": job.recipe,
@@ -245,6 +262,7 @@ def make_plan(
             **job.dataset.rows.kind,
             "num_rows": len(job.dataset),
             "limit": job.settings.limit,
+            **({"downloads": downloads} if results and downloads else {}),
             "rows_sha256": rows_sha256,
             "rows_read": job.dataset.num_rows_read,
             "rows_not_taken": {
@@ -255,20 +273,15 @@ def make_plan(
         cache_token=cache_token,
         borders=borders,
     )
-    name = f"{job.name}-{job.settings.split}-plan.jsonl"
-    if rows.lost:
-        storage.publish_bytes(job.url("quarantine", name), b"".join(rows.lost))
-    else:
-        storage.delete(job.url("quarantine", name))
     check_held()
-    storage.publish_bytes(_plan_url(job), canonical_json(dataclasses.asdict(plan), indent=1))
+    storage.publish_bytes(plan_url(job), canonical_json(dataclasses.asdict(plan), indent=1))
     return plan
 
 
 def drop_plan(job: Job) -> None:
     """Removes the rows of a plan; its job's identity stays."""
     # First what makes it a plan: an interruption must not leave one that lacks some of its rows.
-    storage.delete(_plan_url(job))
+    storage.delete(plan_url(job))
     storage.delete(job.url("plan", job.settings.split))
 
 
@@ -280,7 +293,8 @@ def read_json(url: str) -> dict[str, Any] | None:
         return None
 
 
-def _plan_url(job: Job) -> str:
+def plan_url(job: Job) -> str:
+    """URL of a job's frozen plan."""
     return job.url("plan", job.settings.split, "plan.json")
 
 
@@ -289,7 +303,7 @@ class _Spool:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._starts = [0]
+        self._starts = array("Q", [0])
 
     def write(self, rows: Iterator[bytes]) -> None:
         with storage.translate_errors(str(self._path)), self._path.open("wb") as stream:
@@ -307,14 +321,35 @@ class _Spool:
         return row
 
 
+class _LostRows:
+    """Quarantine lines of rows that are not planned, in a local file: there may be millions."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.num_rows = 0
+
+    def add(self, line: bytes) -> None:
+        with storage.translate_errors(str(self._path)):
+            self._stream.write(line)
+        self.num_rows += 1
+
+    def __enter__(self) -> _LostRows:
+        self._stream = self._path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with storage.translate_errors(str(self._path)):
+            self._stream.close()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
-    keys: list[str]
+    keys: KeyList
     """Of the rows in the spool, in its order."""
     groups: list[str]
     """Of each its group; "" for none."""
-    lost: list[bytes]
-    """Quarantine lines of the others."""
+    num_lost: int
+    """Rows of the quarantine list."""
     reasons: Counter[str]
     """Rows of the source that are lost, by reason: an example may have several."""
     num_rows: int
@@ -332,34 +367,35 @@ def _spool_rows(
     job: Job,
     results: Mapping[str, FetchResult],
     spool: _Spool,
+    lost: _LostRows,
     stamps: StampWriter,
     report: Reporter,
 ) -> _Rows:
-    keys: list[str] = []
+    keys = KeyList()
     groups: list[str] = []
-    lost: list[bytes] = []
     reasons = Counter(job.dataset.left_out)
     dead_rows = 0  # for their links, which have a budget of their own
     num_rows = 0
     has_blobs = False
-    seen: Counter[str] = Counter()
+    repeats: Counter[str] = Counter()
 
     first = ""  # error of the first row that is lost
+    warned = 0
 
     def good_rows() -> Iterator[bytes]:
-        nonlocal dead_rows, num_rows, has_blobs, first
+        nonlocal dead_rows, num_rows, has_blobs, first, warned
         for row, error in _planned_rows(job, results, stamps):
             if error is None:
-                error = _repeated(job, row, seen)
+                error = _repeated(job, row, keys, repeats)
             count = row.get("rows", 1)
+            warned += row.pop("warning", None) is not None
             report.step(error.reason if error else "")
             if error is not None:
                 first = first or (str(error).splitlines() or [""])[0][:200]
-                lost.append(canonical_json(quarantine_line(row, stage="plan", error=error)))
+                lost.add(canonical_json(quarantine_line(row, stage="plan", error=error)))
                 reasons[error.reason] += count
                 dead_rows += count if _is_link(error) else 0
                 continue
-            keys.append(row["key"])
             groups.append(row.pop("group", ""))
             num_rows += count
             has_blobs = has_blobs or _has_blobs(row)
@@ -370,16 +406,18 @@ def _spool_rows(
     _check_lost(job, reasons, dead_rows=0)
     for number, error in job.dataset.left_out_rows():
         row = {"key": f"row-{number}", "image": None, "example": {}, **_origin(job, [number])}
-        lost.append(canonical_json(quarantine_line(row, stage="read", error=error)))
+        lost.add(canonical_json(quarantine_line(row, stage="read", error=error)))
     report.stage("plan", len(job.dataset))
     spool.write(good_rows())
+    if warned:
+        report.note(f"{warned:,} images are not those that were annotated (SHA256=warn)")
     if not keys:
         raise BudgetError("nothing_left", facts={**dict(reasons.most_common()), "first": first})
     _check_lost(job, reasons, dead_rows=dead_rows)
     return _Rows(
         keys=keys,
         groups=groups,
-        lost=lost,
+        num_lost=lost.num_rows,
         reasons=reasons,
         num_rows=num_rows,
         has_blobs=has_blobs,
@@ -394,15 +432,18 @@ def _has_blobs(row: Mapping[str, Any]) -> bool:
     return any(place["kind"] == "blob" for place in places)
 
 
-def _repeated(job: Job, row: dict[str, Any], seen: Counter[str]) -> SampleError | None:
-    """Finds a row whose key another has; where such rows are kept, it gets a key of its own."""
+def _repeated(
+    job: Job, row: dict[str, Any], keys: KeyList, repeats: Counter[str]
+) -> SampleError | None:
+    """Adds a row's key; where another has it and such rows are kept, the row gets its own."""
     key = row["key"]
-    seen[key] += 1
-    if seen[key] == 1:
+    if keys.add(key):
         return None
     if job.settings.duplicates == "drop":
         return SampleError("duplicate")
-    row["key"] = repeated_key(key, seen[key])
+    repeats[key] += 1
+    row["key"] = repeated_key(key, repeats[key] + 1)
+    keys.add(row["key"])
     return None
 
 
@@ -483,7 +524,8 @@ def _planned_row(
         _plan_video(job, video, clip, results, stamps)
         for video, clip in zip(videos, clips, strict=True)
     ]
-    changed = _changed_image(example, planned)
+    want = example.get("metadata", {}).get("image_sha256")
+    changed = _changed_image(want, planned) if job.settings.fetch.sha256 != "ignore" else None
     planned += found
     key = sample_key(example, image_id=images_identity([image.identity for image in planned]))
     location = locations if job.dataset.several_images else next(iter(locations), None)
@@ -494,9 +536,17 @@ def _planned_row(
         row["group"] = str(group)
     if found:
         row["video"] = [video.location for video in found]
-    errors = [image.error for image in planned if image.error is not None]
+    errors = [
+        image.error
+        for image in planned
+        # A picture that was annotated as it is, is none that stands for others.
+        if image.error is not None
+        and not (image.error.reason == "placeholder" and image.identity == want)
+    ]
     if not example["message_list"]:
         errors.append(SampleError("no_message.mode"))
+    if changed is not None and job.settings.fetch.sha256 == "warn":
+        row["warning"], changed = changed.reason, None
     return row, errors[0] if errors else changed
 
 
@@ -628,11 +678,8 @@ def _check_number(job: Job, images: Sequence[ImageSource]) -> None:
         raise ConfigError("image_number", got=len(images), dataset=job.dataset.name)
 
 
-def _changed_image(
-    example: Mapping[str, Any], planned: Sequence[_PlannedImage]
-) -> SampleError | None:
+def _changed_image(want: str | None, planned: Sequence[_PlannedImage]) -> SampleError | None:
     """Finds a fetched image that is not the one that was annotated."""
-    want = example.get("metadata", {}).get("image_sha256")
     for image in planned:
         if want and "url" in image.location and image.identity != want:
             return SampleError(
@@ -681,8 +728,8 @@ def require_space(out: str, total_bytes: int) -> None:
 def _write_rows(
     job: Job,
     spool: _Spool,
-    order: list[int],
-    borders: Sequence[int] | np.ndarray,
+    order: np.ndarray,
+    borders: Sequence[int],
     folder: Path,
     report: Reporter,
     check_held: Callable[[], None],
@@ -696,7 +743,6 @@ def _write_rows(
     num_shards = len(borders) - 1
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
-    shard_of = np.searchsorted(borders, position, side="right") - 1
     hashes = [hashlib.sha256() for _ in range(num_shards)]
     waiting: dict[int, list[bytes]] = {}
     held_bytes = 0
@@ -709,9 +755,9 @@ def _write_rows(
         waiting.clear()
 
     for i, row in enumerate(spool):
-        shard = int(shard_of[i])
         origin = row.pop("origin")
         row["position"] = int(position[i])
+        shard = bisect.bisect_right(borders, row["position"]) - 1
         hashes[shard].update(canonical_json(row))
         line = canonical_json({**row, "origin": origin})
         report.step("")
@@ -788,6 +834,19 @@ def _copy_known(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
         for name in sorted(wanted & known.keys()):
             ledger.append(known[name])
         wanted -= known.keys()
+
+
+def _without_placeholders(
+    job: Job, results: Mapping[str, FetchResult], report: Reporter
+) -> Mapping[str, FetchResult]:
+    """Fails the URLs that give a placeholder, and says which they are."""
+    marked, found = mark_placeholders(results, num_urls=job.settings.fetch.placeholder_urls)
+    for sha256, urls in sorted(found.items(), key=lambda each: (-len(each[1]), each[0])):
+        report.note(
+            f"{len(urls):,} URLs give one image ({sha256[:16]}, for example {urls[0]}): taken for "
+            "a placeholder (PLACEHOLDER_URLS=0 keeps it)"
+        )
+    return marked
 
 
 def _check_links(job: Job, results: Mapping[str, FetchResult]) -> None:

@@ -29,6 +29,9 @@ from shardspec import storage
 from shardspec.errors import ManifestError
 from shardspec.manifest import MANIFEST_NAME, load_manifest
 
+STILL_S = 300.0
+"""Seconds without progress from which on they are shown; a lease is 15 s old at most."""
+
 LOOK_S = 1.0
 """Between two looks at the leases of other machines."""
 
@@ -56,6 +59,8 @@ class PartStatus:
     """Shards of this part; None before there is a plan."""
     slowest: tuple[tuple[int, float], ...]
     """Shards and the seconds that they took."""
+    still_s: float
+    """How long nothing has happened."""
 
     @property
     def needs_start(self) -> bool:
@@ -76,6 +81,8 @@ class JobStatus:
     """Where it runs, if it is one process without parts; "" otherwise."""
     holder_life: Life
     parts: tuple[PartStatus, ...]
+    single: PartStatus | None = None
+    """What that one process does."""
 
     @property
     def state(self) -> State:
@@ -89,15 +96,19 @@ class JobStatus:
     def failed(self) -> Counter[str]:
         """Failures of all parts, by reason."""
         total: Counter[str] = Counter()
-        for each in self.parts:
+        for each in self._workers:
             total.update(each.failed)
         return total
 
     @property
     def slowest(self) -> list[tuple[int, float]]:
         """The slowest shards of all parts, and the seconds that they took."""
-        found = [pair for each in self.parts for pair in each.slowest]
+        found = [pair for each in self._workers for pair in each.slowest]
         return sorted(found, key=lambda pair: -pair[1])[:3]
+
+    @property
+    def _workers(self) -> tuple[PartStatus, ...]:
+        return self.parts or (() if self.single is None else (self.single,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +204,9 @@ def _single(
         holder=f"{record.get('host')}, process {record.get('pid')}" if single else "",
         holder_life=life if single else "absent",
         parts=(),
+        single=_part_status(Part(index=0, count=1), life, record, num_shards, set())
+        if single
+        else None,
     )
 
 
@@ -252,6 +266,7 @@ def _part_status(
             for pair in (slowest if isinstance(slowest, list) else [])
             if isinstance(pair, list) and len(pair) == 2
         ),
+        still_s=_number(lease.get("still")),
     )
 
 
@@ -279,8 +294,8 @@ def status_text(found: OutputStatus, *, duration: Callable[[float], str]) -> lis
             lines.append(f"at work: {job.holder}")
         elif not job.parts:
             lines.append("nobody is at work: run the same command to resume")
-        if not job.parts:
-            continue
+        if job.single is not None and job.single.stage:
+            lines.append(_stage_line(job.single, duration))
         rows: list[tuple[str, ...]] = [
             ("part", "state", "host", "shards", "rate", "left", "failed")
         ]
@@ -288,7 +303,7 @@ def status_text(found: OutputStatus, *, duration: Callable[[float], str]) -> lis
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
+            for row in (rows if job.parts else ())
         ]
         if job.failed:
             reasons = ", ".join(f"{reason} {n:,}" for reason, n in job.failed.most_common(8))
@@ -296,10 +311,26 @@ def status_text(found: OutputStatus, *, duration: Callable[[float], str]) -> lis
         if job.slowest:
             slow = ", ".join(f"{shard} ({duration(seconds)})" for shard, seconds in job.slowest)
             lines.append(f"slowest shards: {slow}")
+        lines += [
+            f"part {each.part}: no progress for {duration(each.still_s)}"
+            for each in job.parts
+            if each.life == "alive" and each.still_s >= STILL_S
+        ]
         lost = [str(each.part) for each in job.parts if each.needs_start]
         if lost:
             lines.append("to be started, on any machine: PART=" + ", PART=".join(lost))
     return lines
+
+
+def _stage_line(each: PartStatus, duration: Callable[[float], str]) -> str:
+    facts = [f"stage {each.stage}"]
+    if each.rate is not None:
+        facts.append(f"{each.rate:.1f}/s")
+    if each.left_s is not None:
+        facts.append(f"{duration(each.left_s)} left")
+    if each.still_s >= STILL_S:
+        facts.append(f"no progress for {duration(each.still_s)}")
+    return ", ".join(facts)
 
 
 _WORDS: Mapping[str, str] = {"absent": "not started", "dead": "dead"}

@@ -389,7 +389,7 @@ def test_image_of_a_url_is_fetched_once_for_all_processes(tmp_path):
         finally:
             server.shutdown()
             thread.join()
-    assert requests == ["/a.png"]
+    assert requests == ["/robots.txt", "/a.png"]
     assert (made[0]["images"] == 200).all()
     assert np.array_equal(made[0]["images"], made[1]["images"])
 

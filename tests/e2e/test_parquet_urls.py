@@ -92,7 +92,8 @@ def job(source, folder, *more):
     return (
         *("shards", "pixmo_cap", "--source", source, "--out", folder / "out"),
         *("--cache", folder / "cache", "--num-shards", 2, "--workers", 1, "--image-size", 112),
-        *("--allow-hosts", "127.0.0.1", "--attempts", 1, "--read-timeout", 0.4, *more),
+        *("--allow-hosts", "127.0.0.1", "--attempts", 1, "--read-timeout", 0.4),
+        *("--host-rate", 0, *more),
     )
 
 

@@ -69,6 +69,7 @@ def test_a_job_leaves_no_secret_of_its_urls(inline_cli, write_parquet, small_jpe
             *("shards", "pixmo_cap", "--source", source, "--out", tmp_path / "out"),
             *("--cache", tmp_path / "cache", "--num-shards", 2, "--workers", 1),
             *("--image-size", 112, "--allow-hosts", "127.0.0.1", "--attempts", 1),
+            *("--host-rate", 0, "--placeholder-urls", 0),
             *("--read-timeout", 0.4, "--max-dead-links", 1.0, "--max-lost-rows", 1.0),
             *("--max-bad-samples", 1.0),
         )

@@ -266,7 +266,7 @@ def _serve(pipe: Connection, work: Work) -> None:
         try:
             while True:
                 task = pipe.recv()
-                value = _value_of(task, partial(work, context, task, partial(report, task)))
+                value = value_of(task, partial(work, context, task, partial(report, task)))
                 if rest is not None:
                     rest.result()  # no more than one waits for storage
                     rest = None
@@ -285,12 +285,12 @@ def _serve(pipe: Connection, work: Work) -> None:
 
 
 def _finish(send: Callable[[str, int, Any], None], task: int, deferred: Deferred) -> None:
-    value = _value_of(task, deferred.finish)
+    value = value_of(task, deferred.finish)
     with suppress(ConnectionError):
         send("failed" if isinstance(value, Exception) else "done", task, value)
 
 
-def _value_of(task: int, action: Callable[[], Any]) -> Any:
+def value_of(task: int, action: Callable[[], Any]) -> Any:
     """Gives what a part of a task returns, or its error as one that can cross processes."""
     try:
         return action()

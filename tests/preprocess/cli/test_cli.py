@@ -103,7 +103,7 @@ def test_request_that_cannot_be_honoured_is_code_1(call, tmp_path, args, text):
         ("--image-bound", "nan", "got=nan"),
         ("--image-bound", "inf", "got=inf"),
         ("--image-bound", "canvas*0.5", "headroom"),
-        ("--image-size", "335", "patch_px"),
+        ("--image-size", "335", "--patch-size 14"),
         ("--variants", "0", "got=0"),
         ("--quality", "101", "quality"),
         ("--limit", "0", "limit=0"),

@@ -32,7 +32,7 @@ from preprocess.datasets.base import row_image
 from preprocess.datasets.pixmo_cap_qa import user_turns
 from preprocess.datasets.rows import ArrowRows, Rows
 from preprocess.datasets.text_sft import conversation
-from preprocess.fetch.download import FetchPolicy
+from preprocess.fetch import FetchPolicy
 from preprocess.job.job import (
     _BYTE_SOURCES,
     Job,
@@ -635,22 +635,42 @@ def picture_server(tmp_path, small_jpeg):
         thread.join()
 
 
-def test_an_image_that_is_not_the_annotated_one_is_quarantined(
-    build, picture_server, small_jpeg, write_parquet, tmp_path
+@pytest.mark.parametrize(
+    "images, settings, left_out, noted",
+    [
+        (("0.jpg", "1.jpg"), {}, {"image_sha256": 1}, None),
+        (("0.jpg", "1.jpg"), {"sha256": "warn"}, {}, {"sha256": "warn"}),
+        (("1.jpg?a", "1.jpg?b", "0.jpg"), {"placeholder_urls": 2}, {"placeholder": 2}, "same"),
+        # What was annotated as it is, stands for nothing else.
+        (("0.jpg?a", "0.jpg?b"), {"placeholder_urls": 2}, {}, "same"),
+    ],
+)
+def test_images_that_are_not_the_annotated_ones_are_quarantined(
+    build,
+    picture_server,
+    small_jpeg,
+    write_parquet,
+    tmp_path,
+    images,
+    settings,
+    left_out,
+    noted,
 ):
     right = hashlib.sha256(small_jpeg(0)).hexdigest()
     points = {"x": [4.0, 30.0], "y": [5.0, 6.0]}
     rows = [
-        {"image_url": f"{picture_server}/{i}.jpg", "image_sha256": right, "count": 2}
-        | {"points": points, "label": "dots"}
-        for i in range(2)
+        {"image_url": f"{picture_server}/{image}", "image_sha256": right, "count": 2}
+        | {"points": points, "label": f"dots {image}"}
+        for image in images
     ]
     folder = write_parquet(tmp_path / "rows", rows)
-    fetch = FetchPolicy(allow_hosts=frozenset({"127.0.0.1"}))
+    fetch = FetchPolicy(allow_hosts=frozenset({"127.0.0.1"}), host_rate=0.0, **settings)
     out = build("pixmo_count", source=str(folder), limit=None, fetch=fetch)
     split = require_manifest(str(out)).splits["train"]
-    assert split.num_samples == 1
-    assert split.quarantined == {"image_sha256": 1}
+    assert split.quarantined == left_out
+    assert split.num_samples == len(images) - sum(left_out.values())
+    # Whoever reads the dataset sees that it is not the usual one.
+    assert split.source.get("downloads") == (settings if noted == "same" else noted)
 
 
 @pytest.mark.parametrize("name", ["pixmo_multi_image_qa", "text_sft"])

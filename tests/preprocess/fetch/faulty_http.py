@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-import time
 from collections import Counter
 
 from aiohttp import web
@@ -78,11 +77,13 @@ class FaultyServer:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests[request.path_qs] += 1
         self.headers.append(dict(request.headers))
-        self.times_s.setdefault(request.path_qs, []).append(time.monotonic())
+        self.times_s.setdefault(request.path_qs, []).append(asyncio.get_running_loop().time())
         for name in ("", request.host):
             self.running[name] += 1
             self.most_running[name] = max(self.most_running[name], self.running[name])
         try:
+            if request.path == "/robots.txt":
+                return web.Response(status=404)
             kind = request.path.split("/")[1]
             return await getattr(self, f"_{kind}")(request)
         finally:

@@ -166,6 +166,10 @@ OTHERS = {
     "DECODE_MEMORY": "100MiB",
     "SHARD_SIZE": "4MiB",
     "NUM_SHARDS": "2",
+    "ROBOTS_TXT": "ignore",
+    "X_ROBOTS_TAG": "ignore",
+    "SHA256": "warn",
+    "PLACEHOLDER_URLS": "0",
 }
 """Another value of every variable that enters the identity of a job."""
 VIDEOS = {
@@ -186,18 +190,36 @@ VIDEOS = {
 NOT_IN_IT = {
     "ALLOW_HOSTS",
     "ATTEMPTS",
+    "BACKOFF",
+    "BREAKER_HOSTS",
+    "BREAKER_SUCCESS",
+    "BREAKER_WINDOW",
     "CACHE",
     "COMPARE",
+    "CONCURRENCY",
+    "CONNECT_TIMEOUT",
+    "ENGINE",
+    "EVENTS",
+    "FAILURES_EXPIRE",
     "FORCE",
+    "HOST_FAILURES",
+    "HOST_RATE",
     "IMAGE_MEMORY",
     "MAX_BAD_SAMPLES",
     "MAX_DEAD_LINKS",
+    "MAX_DOWNLOAD",
     "MAX_LOST_ROWS",
+    "MAX_PAUSE",
+    "MAX_REDIRECTS",
     "OUT",
     "OWN_DISK",
     "PART",
     "PART_WAIT",
+    "PER_HOST",
+    "RAY_ADDRESS",
     "READ_TIMEOUT",
+    "RETRY",
+    "STALL_AFTER",
     "USER_AGENT",
     "WALL_TIMEOUT",
     "WORKERS",
@@ -233,5 +255,5 @@ def test_settings_of_videos_are_told_where_there_are_videos(variable):
 def test_every_variable_is_in_one_of_the_lists():
     _, verbs = command_line()
     told = {*OTHERS, *VIDEOS, *NOT_IN_IT, "CONFIG", "DATASET", "NAME", "SOURCE", "MODE"}
-    told |= {"TOKENIZER", "MODEL"}
+    told |= {"TOKENIZER", "MODEL", "FAMILY"}
     assert set(make_variables(verbs["shards"])) == told

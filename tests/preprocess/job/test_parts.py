@@ -486,8 +486,8 @@ def test_what_a_part_writes_beside_its_lease_is_bounded():
     board.stage("build", 10**6)
     for i in range(1000):
         board.step(f"reason_{i}")
-        board.shard(i, False)
-        board.shard(i, True)
+        board.shard(i, "progress")
+        board.shard(i, "done")
     found = board.snapshot()
     assert (found["done"], found["total"]) == (1000, 10**6)
     assert len(found["failed"]) == MAX_REASONS + 1
@@ -512,7 +512,7 @@ def urls(write_parquet, tmp_path, small_jpeg, monkeypatch):
     source = write_parquet(tmp_path / "source", rows)
     requests = []
 
-    def fetch_all(found, *, cache, ledger, policy, limits, on_result):  # noqa: ARG001
+    def fetch_all(found, *, cache, ledger, policy, limits, on_result, videos):  # noqa: ARG001
         results = {url: ledger.get(url) for url in found if ledger.get(url)}
         for url in found:
             if url in results:

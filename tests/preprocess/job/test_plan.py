@@ -7,6 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from preprocess.job import plan
+from preprocess.job.keys import KeyList
 from preprocess.job.plan import (
     MIN_SHARD_BYTES,
     SHARD_MULTIPLE,
@@ -95,7 +97,7 @@ def test_counts_around_the_borders_of_the_rules(total_mib, num_samples, num_shar
 
 @given(keys, st.integers(0, 2**32))
 def test_order_holds_every_sample_once(names, seed):
-    assert sorted(plan_order(names, seed=seed)) == list(range(len(names)))
+    assert sorted(plan_order(names, seed=seed).tolist()) == list(range(len(names)))
 
 
 @given(keys, st.randoms(use_true_random=False))
@@ -116,7 +118,7 @@ def test_samples_that_go_leave_the_others_in_order(names, gone):
 
 def test_order_is_another_for_another_seed_and_not_that_of_the_keys():
     names = [f"{i:04d}" for i in range(100)]
-    orders = [plan_order(names, seed=seed) for seed in (0, 1)]
+    orders = [plan_order(names, seed=seed).tolist() for seed in (0, 1)]
     assert orders[0] != orders[1]
     assert list(range(100)) not in orders
 
@@ -124,7 +126,24 @@ def test_order_is_another_for_another_seed_and_not_that_of_the_keys():
 def test_order_of_known_keys_stays_as_it_is():
     # Stored datasets depend on it: another order here is another manifest for the same inputs.
     assert order_hash("a", seed=1) == 9895371918849641950
-    assert plan_order(["a", "b", "c", "d", "e"], seed=1) == [3, 1, 2, 0, 4]
+    assert plan_order(["a", "b", "c", "d", "e"], seed=1).tolist() == [3, 1, 2, 0, 4]
+
+
+def test_samples_of_one_hash_are_in_the_order_of_their_keys(monkeypatch):
+    monkeypatch.setattr(plan, "order_hash", lambda key, seed: len(key))
+    names = ["bbb", "z", "ccc", "aaa", "yy", "a"]
+    order = plan_order(names, seed=0)
+    assert [names[i] for i in order] == ["a", "z", "yy", "aaa", "bbb", "ccc"]
+
+
+@given(st.lists(st.integers(0, 2000)))
+def test_a_packed_list_of_keys_is_a_list_without_repeats(numbers):
+    keys, want = KeyList(), []
+    for number in numbers:
+        key = f"{number:024x}"
+        assert keys.add(key) == (key not in want)
+        want += [key] * (key not in want)
+    assert list(keys) == want
 
 
 def test_places_are_spread_evenly():

@@ -1,0 +1,96 @@
+"""Hosts: which URLs are whose, and when a host may be asked next.
+
+Pure: times are those that the caller gives. Two requests to a host begin at least its interval
+apart, and none begins before the time that the host has asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from shardspec.keyed import hash_text
+
+LONGEST_PAUSE_S = 24 * 3600.0
+"""A host that asks for more is taken to mean this."""
+
+
+@dataclass(slots=True)
+class Host:
+    """The URLs of one host that wait, and how the host behaves."""
+
+    name: str
+    urls: list[str] = field(default_factory=list)
+    """Taken from the end."""
+    resume_at_s: float = 0.0
+    """Time before which the host accepts no request (Retry-After)."""
+    free_at_s: float = 0.0
+    """Time from which the next request may begin, by the rate."""
+    crawl_delay_s: float = 0.0
+    """Seconds between two requests that its robots.txt asks for."""
+    failures_in_a_row: int = 0
+    """URLs that ended in a transient failure since the last one that did not."""
+    slots: asyncio.Semaphore | None = field(default=None, compare=False)
+    """Requests that may run at a time."""
+
+    def pause(self, pause_s: float, *, now_s: float) -> None:
+        """Asks for no request in this time; a longer pause that is held already stays."""
+        self.resume_at_s = max(self.resume_at_s, now_s + min(pause_s, LONGEST_PAUSE_S))
+
+    def wait_s(self, *, now_s: float) -> float:
+        """Gives the seconds until a request may begin; 0.0: at once."""
+        return max(0.0, self.resume_at_s - now_s, self.free_at_s - now_s)
+
+    def begin(self, *, now_s: float, interval_s: float) -> None:
+        """Notes that a request begins.
+
+        >>> host = Host("a")
+        >>> host.begin(now_s=10.0, interval_s=0.5)
+        >>> host.wait_s(now_s=10.2), host.wait_s(now_s=10.5)
+        (0.3000000000000007, 0.0)
+        """
+        self.free_at_s = now_s + max(interval_s, self.crawl_delay_s)
+
+
+def group_by_host(urls: Iterable[str]) -> list[Host]:
+    """Groups URLs by host; the order of hosts, and of the URLs in them, is keyed by their text.
+
+    >>> [(host.name, len(host.urls)) for host in group_by_host(["http://a/1", "http://b/", "http://a/2"])]
+    [('b', 1), ('a', 2)]
+    """
+    hosts: dict[str, Host] = {}
+    for url in urls:
+        name = host_of(url)
+        hosts.setdefault(name, Host(name)).urls.append(url)
+    for host in hosts.values():
+        host.urls.sort(key=text_key)
+    return sorted(hosts.values(), key=lambda host: text_key(host.name))
+
+
+def host_key(url: str) -> int:
+    """Hashes the host of a URL: by it, hosts are dealt to the parts of a job.
+
+    >>> host_key("http://a.com/1") == host_key("https://user@A.com:8080/2?x=3")
+    True
+    """
+    return text_key(host_of(url))
+
+
+def host_of(url: str) -> str:
+    """Names the host of a URL; "" where there is none."""
+    try:
+        return bare(urlsplit(url).hostname or "")
+    except ValueError:
+        return ""
+
+
+def bare(host: str) -> str:
+    """Writes a host's name as it is compared."""
+    return host.rstrip(".").lower()
+
+
+def text_key(text: str) -> int:
+    """Hashes a text that may not be encodable: a URL from JSON may hold lone surrogates."""
+    return hash_text(ascii(text))

@@ -1,0 +1,130 @@
+"""Runs tasks on a Ray cluster: one that is named by its address, or one of this machine alone.
+
+A task is a Ray core task; what it reported comes with its result. Ray runs a task again whose
+worker or node dies, on another node, up to `MAX_ATTEMPTS` times. A node that was only cut off may
+still finish its attempt: tasks must be safe to run twice at once. Errors of a task are values and
+end the run at once. Results are small: a task returns what it has published, not its bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from preprocess.job.engines.local import (
+    MAX_ATTEMPTS,
+    Deferred,
+    Event,
+    TaskDone,
+    TaskProgress,
+    Work,
+    value_of,
+)
+from shardspec.errors import ConfigError, StorageError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of a cluster that is started here: it holds the context of the tasks."""
+
+WAIT_S = 5.0
+"""Between two looks at how many cores the cluster has."""
+
+
+def run(
+    tasks: Sequence[int], *, work: Work, context: Any, num_workers: int, address: str = ""
+) -> Iterator[Event]:
+    """Runs tasks in any order and yields what happens.
+
+    Args:
+      tasks: Numbers of the tasks.
+      work: As of `local.run`.
+      context: Sent to each node once, pickled.
+      num_workers: Tasks at a time, if the cluster is started here; another one has as many as
+        cores.
+      address: Of a running cluster; "" starts one on this machine, and ends it.
+
+    Raises:
+      ShardsError: A task raised it; ConfigError `ray_missing`, StorageError `ray_unreachable`,
+        `worker_died`.
+    """
+    if not tasks:
+        return
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("ray_missing") from error
+    with _connected(ray, address, num_workers):
+        remote = ray.remote(num_cpus=1, max_retries=MAX_ATTEMPTS)(_run_task)
+        shared = ray.put(context)
+        todo = deque(tasks)
+        running: dict[Any, int] = {}
+        try:
+            while todo or running:
+                # Twice the cores: none waits for the driver, and an autoscaler sees the demand.
+                window = max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))
+                while todo and len(running) < window:
+                    task = todo.popleft()
+                    running[remote.remote(work, shared, task)] = task
+                ready, _ = ray.wait([*running], num_returns=1, timeout=WAIT_S)
+                for each in ready:
+                    task = running.pop(each)
+                    yield from _events(ray, each, task)
+        finally:
+            for each in running:
+                ray.cancel(each, force=True)
+
+
+@contextmanager
+def _connected(ray: Any, address: str, num_workers: int) -> Iterator[None]:
+    """Connects this process to a cluster, unless the program around it has done that."""
+    if ray.is_initialized():
+        yield
+        return
+    known: dict[str, Any] = {"address": address}
+    if not address:
+        known = {
+            "address": "local",
+            "num_cpus": num_workers,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **known)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise StorageError("ray_unreachable", where=address or "local", error=error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _events(ray: Any, reference: Any, task: int) -> Iterator[Event]:
+    try:
+        notes, value = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise StorageError(
+            "worker_died.job",
+            where=f"task {task}",
+            attempts=MAX_ATTEMPTS + 1,
+            exit_code=type(error).__name__,
+        ) from error
+    for note, count in notes:
+        for _ in range(count):
+            yield TaskProgress(task=task, note=note)
+    if isinstance(value, Exception):
+        raise value
+    yield TaskDone(task=task, value=value)
+
+
+def _run_task(work: Work, context: Any, task: int) -> tuple[list[tuple[Any, int]], Any]:
+    """Runs a task where Ray has put it; returns what it reported, in runs, and its value."""
+    notes: list[Any] = []
+
+    def both_parts() -> Any:
+        value = work(context, task, notes.append)
+        return value.finish() if isinstance(value, Deferred) else value
+
+    value = value_of(task, both_parts)
+    return [(note, len(list(same))) for note, same in itertools.groupby(notes)], value

@@ -1,0 +1,58 @@
+"""RETRY: requests again what failed for a reason that may have passed, and builds with what came.
+
+Shards follow from all rows of a split, so a row that is added moves others: what was planned or
+built is replaced. Where nothing came, it stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from preprocess.fetch import read_ledger, redact
+from preprocess.job.commit import committed
+from preprocess.job.job import Job, JobSettings, Reporter
+from preprocess.job.lease import output_lock
+from preprocess.job.pipeline import Outcome, check_conflict, run_job
+from preprocess.job.planner import drop_plan, fetch_images, image_urls
+from shardspec.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retried:
+    """What came of it."""
+
+    failed: int
+    """Images that were missing."""
+    recovered: int
+    """Those that are there now."""
+    outcome: Outcome | None
+    """How the job ended; None where no image came."""
+
+
+def retry_job(settings: JobSettings, report: Reporter) -> Retried:
+    """Downloads what an earlier run could not, and builds the split again if something came.
+
+    Raises:
+      ConfigError: `part_force`: parts build from one plan.
+      What `run_job` raises.
+    """
+    if settings.part is not None:
+        raise ConfigError("part_force", part=str(settings.part))
+    job = Job(settings)
+    check_conflict(job)
+    with output_lock(settings.out):
+        urls = image_urls(job, report)
+        names = {redact(url) for url in urls}
+        try:
+            known = read_ledger(job.ledger_path())
+        except FileNotFoundError:
+            known = {}
+        failed = {name for name in names if name not in known or known[name].status != "ok"}
+        results = fetch_images(job, urls, report, again=True)
+        came = {result.url for result in results.values() if result.status == "ok"} & failed
+        if came:
+            drop_plan(job)
+    outcome = None
+    if came:
+        outcome = run_job(replace(settings, force=committed(job) is not None), report)
+    return Retried(failed=len(failed), recovered=len(came), outcome=outcome)

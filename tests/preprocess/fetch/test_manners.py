@@ -1,0 +1,302 @@
+"""What a server that misbehaves in every way sees of FETCH, and how each URL ends.
+
+Judged from the server's log, in virtual time.
+"""
+
+import itertools
+from collections import Counter, defaultdict
+
+import pytest
+
+from preprocess.fetch import BlobCache, FetchPolicy, Ledger, fetch_all, mark_placeholders
+from preprocess.fetch.download import TRANSIENT
+from preprocess.fetch.robots import MAX_BYTES, Robots, forbids_use
+from tests.preprocess.fetch.virtual_time import virtual_server  # noqa: F401
+
+PLAIN, STRICT, NONE, DOWN, SILENT, SLOW, LIMITED, CLOSED = HOSTS = [
+    f"127.0.0.{i}" for i in range(2, 10)
+]
+RATE, PER_HOST = 4.0, 2
+POLICY = FetchPolicy(
+    user_agent="testbot/1.0 (me@example.com)",
+    allow_hosts=frozenset(HOSTS),
+    host_rate=RATE,
+    per_host=PER_HOST,
+    attempts=3,
+    max_bytes=50_000,
+    max_redirects=3,
+    max_pause_s=120.0,
+)
+DAY_S = 24 * 3600
+
+PATHS = {
+    "/ok/a.png": "ok",
+    "/slowly/a.png": "ok",
+    "/slowly/b.png": "ok",
+    "/slowly/c.png": "ok",
+    "/flaky/500/1/a.png": "ok",
+    "/flaky/503/1/a.png?after=7": "ok",
+    "/to?url=/ok/moved.png": "ok",
+    "/status/403": "http_403",
+    "/status/404": "http_404",
+    "/status/410": "http_410",
+    "/status/451": "http_451",
+    "/status/204": "http_204",
+    "/status/500": "http_5xx",
+    "/status/429": "http_429",
+    "/status/408": "timeout",
+    "/hang": "timeout",
+    "/trickle": "timeout",
+    "/short/a.png": "truncated",
+    "/chop/a.png": "truncated",
+    "/garbage": "protocol",
+    "/reset": "connect",
+    "/html": "not_image",
+    "/empty": "empty",
+    "/big": "too_big",
+    "/endless": "too_big",
+    "/loop": "too_many_redirects",
+    "/to?url=ftp://example.com/a.png": "bad_scheme",
+    "/to?url=http://127.0.0.200/a.png": "private_addr",
+    f"/to?url=http://{STRICT}:PORT/secret/a.png": "robots",
+    "/header/a.png?X-Robots-Tag=noai": "x_robots",
+    "/header/b.png?X-Robots-Tag=otherbot:+noindex": "ok",
+    "/header/c.png?TDM-Reservation=1": "x_robots",
+}
+
+
+class Site:
+    """The server, and FETCH with one cache and ledger."""
+
+    def __init__(self, server, folder):
+        self.server, self.folder = server, folder
+
+    def fetch(self, *urls, **settings):
+        """Fetches URLs; returns how each ended, and the log of this run."""
+        self.server.log.clear()
+        with Ledger(self.folder / "ledger.jsonl") as ledger:
+            results = fetch_all(
+                urls,
+                cache=BlobCache(self.folder / "cache"),
+                ledger=ledger,
+                policy=FetchPolicy(**{**{n: getattr(POLICY, n) for n in NAMES}, **settings}),
+                clock=self.server.clock,
+            )
+        return {url: result.reason or "ok" for url, result in results.items()}, [*self.server.log]
+
+
+NAMES = FetchPolicy.__dataclass_fields__
+
+
+@pytest.fixture
+def site(virtual_server, tmp_path):  # noqa: F811
+    return Site(virtual_server(*HOSTS), tmp_path)
+
+
+def misbehaving(server):
+    """Sets up the hosts; returns the class that each URL is to have."""
+    server.robots |= {
+        PLAIN: (200, "User-agent: *\nDisallow: /private/\nAllow: /private/open/\n"),
+        STRICT: (200, "User-agent: testbot\nDisallow: /secret\n\nUser-agent: *\nDisallow: /\n"),
+        DOWN: (503, ""),
+        SILENT: (0, ""),
+        SLOW: (200, "\ufeffUser-agent: *\nCrawl-delay: 5\n"),
+        CLOSED: (200, "User-agent: vlm-shards\nDisallow: /\n"),
+    }
+    port = str(server.ports[STRICT])
+    want = {server.url(p.replace("PORT", port), host=PLAIN): c for p, c in PATHS.items()}
+    more = {
+        PLAIN: {"/private/a.png": "robots", "/private/open/../a.png": "robots"},
+        STRICT: {"/secret/b.png": "robots", "/ok/s.png": "ok"},
+        NONE: {"/ok/n.png": "ok"},
+        DOWN: {"/ok/1.png": "robots_unreachable", "/ok/2.png": "robots_unreachable"},
+        SILENT: {"/ok/1.png": "timeout", "/ok/2.png": "timeout"},
+        SLOW: {f"/ok/{i}.png": "ok" for i in range(5)},
+        LIMITED: {f"/ok/{i}.png": "ok" for i in range(6)} | {"/flaky/429/1/a?after=30": "ok"},
+        CLOSED: {"/ok/1.png": "robots"},
+    }
+    for host, paths in more.items():
+        want |= {server.url(path, host=host): reason for path, reason in paths.items()}
+    return want
+
+
+def by_host(log):
+    found = defaultdict(list)
+    for line in log:
+        found[line.host].append(line)
+    return found
+
+
+def test_each_url_has_its_class_and_the_log_shows_good_manners(site):
+    want = misbehaving(site.server)
+    got, log = site.fetch(*want)
+    assert got == want
+    seen = by_host(log)
+
+    # Rates and numbers of requests at a time, redirects and robots.txt included.
+    for host, lines in seen.items():
+        least_s = 5.0 if host == SLOW else 1 / RATE
+        gaps = [b.at_s - a.at_s for a, b in itertools.pairwise(lines[host == SLOW :])]
+        assert min(gaps, default=least_s) >= least_s - 1e-6, host
+        running = [sum(a.at_s <= b.at_s < a.until_s for a in lines) for b in lines]
+        assert max(running) <= PER_HOST, host
+
+    # Robots: asked first, once, and held; nothing is requested where it cannot be had.
+    for host, lines in seen.items():
+        paths = [line.path for line in lines]
+        asked = POLICY.attempts if host in (DOWN, SILENT) else 1
+        assert (paths[0], paths.count("/robots.txt")) == ("/robots.txt", asked)
+    assert not [line for line in log if line.path.startswith(("/private", "/secret"))]
+    for host in (DOWN, SILENT, CLOSED):
+        assert {line.path for line in seen[host]} == {"/robots.txt"}
+
+    # Retry-After: the whole host is quiet.
+    first = next(line for line in seen[LIMITED] if line.path.startswith("/flaky"))
+    assert not [line for line in seen[LIMITED] if first.until_s < line.at_s < first.until_s + 30]
+
+    # Nothing twice that is settled, and no more than the attempts otherwise.
+    requests = Counter((line.host, line.path) for line in log)
+    for url, reason in want.items():
+        host, _, path = url.removeprefix("http://").partition(":")
+        path = "/" + path.partition("/")[2]
+        if reason == "ok" and "flaky" not in path or (reason not in TRANSIENT | {"ok"}):
+            assert requests[host, path] <= (4 if path == "/loop" else 1), url
+        assert requests[host, path] <= max(POLICY.attempts, 4), url
+    assert {line.user_agent for line in log} == {"testbot/1.0 (me@example.com) vlm-shards"}
+
+
+def test_later_runs_ask_only_for_what_may_have_changed(site):
+    want = misbehaving(site.server)
+    site.fetch(*want)
+    site.server.now_s += 3600
+    got, log = site.fetch(*want)
+    assert got == {**want, **{u: "ok" for u, reason in want.items() if "flaky" in u}}
+    asked = {site.server.url(line.path, host=line.host) for line in log}
+    transient = {url for url, reason in want.items() if reason in TRANSIENT}
+    robots = {site.server.url("/robots.txt", host=host) for host in (DOWN, SILENT)}
+    assert asked <= transient | robots
+    site.server.now_s += 31 * DAY_S  # failures of any class have expired
+    _, log = site.fetch(*want)
+    asked = {site.server.url(line.path, host=line.host) for line in log}
+    assert {url for url, reason in want.items() if reason.startswith("http_")} <= asked
+
+
+def test_a_long_pause_leaves_the_host_for_a_later_run_that_holds_it(site):
+    busy = site.server.url("/flaky/429/1/a?after=3600", host=LIMITED)
+    others = [site.server.url(f"/ok/{i}.png", host=LIMITED) for i in range(30)]
+    free = site.server.url("/ok/a.png", host=PLAIN)
+    settings = {"per_host": 1, "robots_txt": "ignore"}
+    got, log = site.fetch(busy, *others, free, **settings)
+    assert got.pop(busy) == "http_429"
+    assert got.pop(free) == "ok"
+    assert set(got.values()) <= {"ok", "host_busy"}
+    left = [url for url, reason in got.items() if reason == "host_busy"]
+    assert left
+    assert by_host(log)[LIMITED][-1].path.startswith("/flaky")
+    site.server.now_s += 1800
+    again, log = site.fetch(busy, *others, **settings)
+    assert not log
+    assert {again[url] for url in left} == {"host_busy"}
+    site.server.now_s += 1800
+    again, log = site.fetch(busy, *others, **settings)
+    assert set(again.values()) == {"ok"}
+    assert len(log) == len(left) + 1
+
+
+def test_an_opt_out_that_was_ignored_is_obeyed_when_asked_to(site):
+    site.server.robots[PLAIN] = (200, "User-agent: *\nDisallow: /ok/\n")
+    url = site.server.url("/ok/a.png", host=PLAIN)
+    assert site.fetch(url)[0] == {url: "robots"}
+    assert site.fetch(url, robots_txt="ignore")[0] == {url: "ok"}
+    assert site.fetch(url)[0] == {url: "robots"}
+    tagged = site.server.url("/header/a.png?X-Robots-Tag=noindex", host=NONE)
+    assert site.fetch(tagged)[0] == {tagged: "x_robots"}
+    assert site.fetch(tagged, x_robots_tag="ignore")[0] == {tagged: "ok"}
+    assert site.fetch(tagged)[0] == {tagged: "x_robots"}
+
+
+def test_robots_txt_is_kept_for_a_day(site):
+    urls = [site.server.url(f"/ok/{i}.png", host=SLOW) for i in range(3)]
+    site.server.robots[SLOW] = (200, "User-agent: *\nDisallow: /private\n")
+    for url, later_s, asked in ((urls[0], 0, 1), (urls[1], DAY_S - 60, 0), (urls[2], 120, 1)):
+        site.server.now_s += later_s
+        _, log = site.fetch(url)
+        assert [line.path for line in log].count("/robots.txt") == asked
+
+
+def test_placeholders_are_found_among_the_results(site):
+    gone = [site.server.url(f"/gone/{i}.png", host=NONE) for i in range(5)]
+    good = [site.server.url(f"/ok/{i}.png", host=NONE) for i in range(5)]
+    with Ledger(site.folder / "ledger.jsonl") as ledger:
+        results = fetch_all(
+            gone + good, cache=BlobCache(site.folder / "cache"), ledger=ledger, policy=POLICY
+        )
+    marked, found = mark_placeholders(results, num_urls=5)
+    assert [*found.values()] == [gone]
+    assert {marked[url].reason for url in gone} == {"placeholder"}
+    assert {marked[url].status for url in good} == {"ok"}
+    for num_urls in (0, 6):
+        assert mark_placeholders(results, num_urls=num_urls) == (results, {})
+
+
+# --- robots.txt, by RFC 9309 ------------------------------------------------------------------
+
+CASES = [
+    # text, path, allowed
+    ("", "/a", True),
+    ("User-agent: *\nDisallow:", "/a", True),
+    ("User-agent: *\nDisallow: /", "/a", False),
+    ("User-agent: *\nDisallow: /", "/robots.txt", True),
+    ("user-AGENT: TestBot\ndisallow: /", "/a", False),
+    ("User-agent: other\nDisallow: /", "/a", True),
+    ("User-agent: testbots\nDisallow: /", "/a", True),
+    ("User-agent: testbot\nAllow: /\nUser-agent: *\nDisallow: /", "/a", True),
+    ("User-agent: vlm-shards\nDisallow: /\nUser-agent: *\nAllow: /", "/a", False),
+    ("User-agent: testbot\nDisallow: /a\nUser-agent: testbot\nDisallow: /b", "/b", False),
+    ("User-agent: testbot\nUser-agent: other\nDisallow: /a", "/a", False),
+    ("User-agent: *\nDisallow: /a\nAllow: /a/b", "/a/b/c", True),
+    ("User-agent: *\nAllow: /a/b\nDisallow: /a", "/a/b/c", True),
+    ("User-agent: *\nAllow: /a\nDisallow: /a", "/a", True),
+    ("User-agent: *\nDisallow: /*.png$", "/x/y.png", False),
+    ("User-agent: *\nDisallow: /*.png$", "/x/y.png?size=2", True),
+    ("User-agent: *\nDisallow: /A", "/a", True),
+    ("User-agent: *\nDisallow: /%7Ejoe", "/~joe/a.png", False),
+    ("User-agent: *\nDisallow: /a%2Fb", "/a/b", True),
+    ("User-agent: *\nSitemap: http://h/s.xml\nDisallow: /a", "/a", False),
+    ("User-agent: * # all\n\nDisallow: /a # this", "/a", False),
+    ("\ufeffUser-agent: *\nDisallow: /a", "/a", False),
+    ("<html>not found</html>", "/a", True),
+    ("User-agent: *\nDisallow: /a\r\nDisallow: /b", "/b", False),
+]
+
+
+@pytest.mark.parametrize("text, path, allowed", CASES)
+def test_robots_txt_is_read_as_the_standard_says(text, path, allowed):
+    robots = Robots(text.encode(), "TestBot/2.0 (me@example.com)")
+    assert robots.allows(f"http://h{path}") == allowed
+
+
+def test_a_huge_robots_txt_is_read_up_to_its_last_whole_line():
+    line = b"Disallow: /nothing/of/this\n"
+    body = b"User-agent: *\nDisallow: /a\n" + line * (MAX_BYTES // len(line)) + b"Disallow: /b\n"
+    robots = Robots(body, "me")
+    assert not robots.allows("http://h/a")
+    assert robots.allows("http://h/b")
+
+
+@pytest.mark.parametrize(
+    "value, forbidden",
+    [
+        ("noai", True),
+        ("NoImageAI, nofollow", True),
+        ("none", True),
+        ("nofollow, noarchive", False),
+        ("testbot: noindex", True),
+        ("otherbot: noindex, nofollow", False),
+        ("otherbot: nofollow, testbot: noimageindex", True),
+        ("unavailable_after: Fri, 25 Jun 2010 15:00:00 PST, noai", True),
+        ("max-image-preview: none", False),
+    ],
+)
+def test_x_robots_tag_counts_where_it_is_for_us(value, forbidden):
+    assert forbids_use({"x-robots-tag": [value]}, user_agent="TestBot/2") == forbidden

@@ -1,0 +1,176 @@
+"""FETCH and a server in one event loop whose clock moves only when nothing else happens.
+
+Hours of pauses pass in milliseconds, and what the server's log says of time is exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import socket
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+from aiohttp import web
+
+from preprocess.fetch import download
+from tests.preprocess.fetch.faulty_http import FaultyServer
+
+GRACE_S = 0.002
+"""Real seconds in which the kernel brings what has been sent over loopback."""
+
+
+class _Selector(selectors.DefaultSelector):
+    now_s = 0.0
+
+    def select(self, timeout=None):
+        if timeout is None:
+            return super().select()
+        found = super().select(0) or (super().select(GRACE_S) if timeout > 0 else [])
+        if not found and timeout > 0:
+            self.now_s += max(timeout, 1e-6)
+        return found
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time starts where it is told to."""
+
+    def __init__(self, now_s: float) -> None:
+        self._clock = _Selector()
+        self._clock.now_s = now_s
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now_s
+
+
+class _Inline(ThreadPoolExecutor):
+    """Does at once what is given to threads."""
+
+    def submit(self, call, /, *args, **kwargs):
+        done: Future = Future()
+        try:
+            done.set_result(call(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - it is the caller's
+            done.set_exception(error)
+        return done
+
+
+@dataclass
+class Request:
+    """A line of the server's log."""
+
+    at_s: float
+    host: str
+    path: str
+    user_agent: str
+    until_s: float = 0.0
+
+
+@dataclass
+class VirtualServer(FaultyServer):
+    """Serves while FETCH runs, on loopback addresses that each play a host."""
+
+    robots: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Status and text of robots.txt by host; the others have none. Status 0 never answers."""
+    log: list[Request] = field(default_factory=list)
+    now_s: float = 0.0
+    """Of all loops."""
+
+    def clock(self) -> float:
+        """Gives the time of day."""
+        return 1_700_000_000 + self.loop.time() if self.loop else 1_700_000_000 + self.now_s
+
+    def __init__(self, *, hosts: tuple[str, ...]) -> None:
+        super().__init__(hosts=hosts)
+        self.robots, self.log, self.loop = {}, [], None
+        self._sockets = {host: socket.create_server((host, 0)) for host in hosts}
+        self.ports = {host: each.getsockname()[1] for host, each in self._sockets.items()}
+
+    def close(self) -> None:
+        for each in self._sockets.values():
+            each.close()
+
+    def run(self, work):
+        """What asyncio.run is meanwhile."""
+        self.loop = VirtualLoop(self.now_s)
+        try:
+            return self.loop.run_until_complete(self._run(work))
+        finally:
+            self.now_s = self.loop.time()
+            self.loop.close()
+            self.loop = None
+
+    async def _run(self, work):
+        app = web.Application()
+        app.router.add_get("/{kind}{rest:.*}", self._logged)
+        runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True
+        )
+        await runner.setup()
+        for each in self._sockets.values():
+            await web.SockSite(runner, each.dup()).start()
+        try:
+            return await work
+        finally:
+            await runner.cleanup()
+
+    async def _logged(self, request: web.Request) -> web.StreamResponse:
+        now_s = asyncio.get_running_loop().time
+        line = Request(
+            at_s=now_s(),
+            host=request.host.partition(":")[0],
+            path=request.path_qs,
+            user_agent=request.headers["User-Agent"],
+        )
+        self.log.append(line)
+        try:
+            if request.path == "/robots.txt":
+                status, text = self.robots.get(line.host, (404, ""))
+                if not status:
+                    await asyncio.sleep(3600)
+                return web.Response(status=status, text=text)
+            return await self._answer(request)
+        finally:
+            line.until_s = now_s()
+
+    async def _header(self, request: web.Request) -> web.Response:
+        """/header/any?NAME=VALUE: an image with these headers."""
+        response = await self._ok(request)
+        for name, value in request.query.items():
+            response.headers.add(name, value)
+        return response
+
+    async def _slowly(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(3)
+        return await self._ok(request)
+
+    async def _trickle(self, request: web.Request) -> web.StreamResponse:
+        """A byte now and then, without end."""
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"x")
+            await asyncio.sleep(5)
+
+    async def _gone(self, request: web.Request) -> web.Response:
+        """The same picture whatever the path."""
+        return await self._ok(request.clone(rel_url="/ok/gone"))
+
+
+@pytest.fixture
+def virtual_server(monkeypatch):
+    """A function that makes a server for hosts; FETCH runs in the server's loop from then on."""
+    made = []
+
+    def make(*hosts):
+        server = VirtualServer(hosts=hosts)
+        made.append(server)
+        monkeypatch.setattr(download, "ThreadPoolExecutor", _Inline)
+        monkeypatch.setattr(asyncio, "run", server.run)
+        return server
+
+    yield make
+    for server in made:
+        server.close()
