@@ -34,7 +34,7 @@ from loader.order.pack_epochs import (
     epoch_streams,
     plans_epochs,
 )
-from loader.order.pack_streams import PackedStreams, pass_samples
+from loader.order.pack_streams import PackedStreams
 from loader.order.packing import PackConfig, balance_ranks
 from loader.order.permutation import keyed_array, permute
 from loader.order.quality import Drawn
@@ -108,7 +108,7 @@ class BucketSchedule:
         """Joins an order and lengths.
 
         Args:
-          order: Any order; the groups do not cross the ends of its passes.
+          order: Any order; as `bucket_group` says, groups end with the epochs of one dataset.
           lengths: As `Lengths`.
           steps: Steps of a group, >= 2. A sample moves by less than so many steps.
         """
@@ -146,15 +146,19 @@ class BucketSchedule:
 def bucket_group(order: Order | MixtureOrder, step: int, *, steps: int) -> range:
     """Finds the steps that exchange samples with a step.
 
-    Groups begin anew with each pass and each change of the order. What a change finds delivered of
-    a group is not what the order says of these steps, so a change is possible between groups only.
+    Groups begin anew with each change of the order, and with each epoch of one dataset; not with
+    the passes of a mixture, whose ends (`stop`) are no part of the order and may move during a run.
+    What a change finds delivered of a group is not what the order says of these steps, so a change
+    is possible between groups only.
     """
-    epoch = epoch_of(order, step)
     batch, since = order.batch_at(step)
-    begin = max(order.epoch_start(epoch), since)
+    begin, stop = since, step + steps
+    if isinstance(order, Order):
+        epoch = epoch_of(order, step)
+        begin, stop = max(order.epoch_start(epoch), since), order.epoch_start(epoch + 1)
     begin += (step - begin) // steps * steps
     end = begin + 1
-    stop = min(begin + steps, order.epoch_start(epoch + 1))
+    stop = min(begin + steps, stop)
     while end < stop and order.batch_at(end) == (batch, since):
         end += 1
     return range(begin, end)
@@ -318,15 +322,19 @@ def plan_packing(
     """Chooses the windows: 256 samples, fewer where a stream's share of an epoch is smaller.
 
     Where streams are endless, a window mixes the epochs that meet in it: small datasets of a
-    mixture get small windows.
+    mixture get small windows. Where the passes of a mixture end (`stop`) is no part of the order.
     """
     streams = order.config.canonical_ranks
+    if isinstance(order, Order):
+        samples = order.config.num_samples
+    else:
+        samples = order.num_steps("first_exhausted") * order.config.global_batch_size
     if isinstance(order, Order) and plans_epochs(order):
         streams = epoch_streams(order.config)
     return PackConfig(
         sequence_length=sequence_length,
         max_crops=max_crops,
-        window=max(_LEAST_WINDOW, min(WINDOW, pass_samples(order) // streams)),
+        window=max(_LEAST_WINDOW, min(WINDOW, samples // streams)),
         windows_per_run=WINDOWS_PER_RUN,
         seed=order.config.seed,
     )

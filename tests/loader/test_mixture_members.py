@@ -347,6 +347,21 @@ def test_packs_continue_where_allow_meets_the_same_datasets(urls):
         assert deliver(loader, listed, count=9) == want
 
 
+STOPS = (3, "first_exhausted", "all_exhausted", 1000)
+
+
+@pytest.mark.parametrize("options", [{"bucket_steps": 2}, PACKED], ids=["buckets", "packs"])
+def test_another_stop_moves_no_sample(options, urls):
+    """Where passes end is no part of the order: it may differ when a state is loaded."""
+    names, states, batches = ("ant", "bee"), [], []
+    for stop in STOPS:
+        loader = make(urls, names, **{**options, "stop": stop})
+        batches.append(deliver(loader, names, count=11))
+        states.append(loader.state_dict())
+    assert all(one == states[0] for one in states)
+    assert all(one == batches[0] for one in batches)
+
+
 def test_steps_before_packs_began_anew_are_refused(urls):
     _, loader, _, _ = change_members(urls, CHANGED["add"])
     with pytest.raises(ConfigError) as caught:
