@@ -189,7 +189,8 @@ class MixtureOrder:
         dropped.
 
         Raises:
-          ConfigError: `mixture_weights`, `mixture_changes`, `order_step`, `batch_not_divisible`.
+          ConfigError: `mixture_weights`, `mixture_changes`, `order_step`, `batch_not_divisible`;
+            `mixture_never`, as `num_steps`.
         """
         require_step(step)
         config = self._pruned(step).changed(
@@ -200,7 +201,10 @@ class MixtureOrder:
         )
         parts = (*self._past, *self._segments)
         known = {part.change: part._pattern for part in parts if part._pattern is not None}
-        return MixtureOrder(config, stop=self.stop, known=known)
+        order = MixtureOrder(config, stop=self.stop, known=known)
+        if weights is not None and self.stop == "all_exhausted":
+            order.epoch_start(1)  # refuses now what the next pass would
+        return order
 
     def with_members(
         self,

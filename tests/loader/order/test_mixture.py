@@ -495,6 +495,17 @@ def test_exhaustion_is_found_across_a_change_of_weights():
     assert caught.value.facts["datasets"] == "d0"
 
 
+def test_weights_with_which_no_pass_ends_are_refused_when_they_change():
+    order = MixtureOrder(
+        mixed((30, 500), by="rate", batch=16, ranks=2).config, stop="all_exhausted"
+    )
+    with pytest.raises(ConfigError) as caught:
+        order.changed(step=1, global_batch_size=16, weights=[0, 1])
+    assert caught.value.reason == "mixture_never"
+    # Seen once by then.
+    assert order.changed(step=9, global_batch_size=16, weights=[0, 1]).epoch_start(1) > 9
+
+
 def test_rare_dataset_has_its_share_and_no_more():
     order = weighted([1.0, 1e-6], size=100, batch=8)
     assert order.counts(10**9)[1] == pytest.approx(8e9 * 1e-6, abs=MOST_OFF)
