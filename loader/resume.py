@@ -242,7 +242,7 @@ def _begun_packs(
     another one by now, and the loader that.
     """
     assert here.make_packs is not None, "a loader with packs"
-    order, sizes = here.stream.order, _packs_per_step(state)
+    order, sizes = here.order, _packs_per_step(state)
     batch = order.batch_at(0)[0]
     begun = [size for since, size in sizes if since <= state["step"]]
     if begun and begun[0] != batch == begun[-1]:

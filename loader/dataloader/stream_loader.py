@@ -12,6 +12,7 @@ recycled (`loader.buffers`).
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from loader.order import (
     BalancedSchedule,
     BucketSchedule,
     MixtureOrder,
+    Order,
     PackSchedule,
     Row,
     Schedule,
@@ -103,8 +105,9 @@ class StreamLoader:
         self._maker = BatchMaker(self._stream.ahead, batches)
         # Of the pass that began last: a process group may have been made since the loader was.
         self._topology = self._stream.topology
-        # The order in use: with the changes that were made here or in the run of a state.
-        self._order = self._stream.order
+        # The order that the run begins with, as the loader was made or changed before its first
+        # step, and that in use: with the changes that were made here or in the run of a state.
+        self._made = self._order = self._stream.order
         # Whether changes were made here; those of a loaded state give way to another state's.
         self._changed = False
         # What a state says of the data of datasets that were removed from the mixture.
@@ -334,26 +337,41 @@ class StreamLoader:
         if weights is not None and (self._packs or not isinstance(self._order, MixtureOrder)):
             raise ConfigError("change_weights")
         require_border(self._order, self.step, bucket_steps=self._bucket_steps)
-        if self._packs is not None:
+        if self.step == 0:
+            order = self._planned_anew(batch, weights)
+            self._packs = self._make_packs(order) if self._make_packs else None
+            self._made = self._order = order
+            self._schedule = self._shared(self._packs) if self._packs else self._unpacked()
+        elif self._packs is not None:
             before = [size for size in self._packs.sizes if size[0] < self.step]
             as_before = before and before[-1][1] == batch
             self._packs.set_sizes([*before, *([] if as_before else [(self.step, batch)])])
-        elif self.step == 0 and weights is None:
-            self._order = self._stream.plan.order(global_batch_size=batch)
-            self._schedule = self._unpacked()
         elif isinstance(self._order, MixtureOrder):
             self._order = self._order.changed(
                 step=self.step, global_batch_size=batch, weights=weights
             )
             self._schedule = self._unpacked()
-            self._stream.warn_of_pairs(self._order, step=self.step)
         else:
             self._order = self._order.changed(step=self.step, global_batch_size=batch)
             self._schedule = self._unpacked()
+        if self._packs is None:
             self._stream.warn_of_pairs(self._order, step=self.step)
         self._turn += 1
         self._ahead_of = None
-        self._changed = True
+        self._changed = self.step > 0
+
+    def _planned_anew(self, batch: int, weights: Sequence[float] | None) -> Order | MixtureOrder:
+        """Plans the order as if the loader had been made so; without weights, those in use stay."""
+        order = self._stream.plan.order(global_batch_size=batch)
+        if not isinstance(order, MixtureOrder):
+            return order
+        assert isinstance(self._order, MixtureOrder), "the order of the same datasets"
+        shares = [member.weight for member in self._order.config.members]
+        if weights is not None:
+            given = order.changed(step=0, global_batch_size=batch, weights=weights).config.members
+            total = math.fsum(member.weight for member in given)
+            shares = [member.weight / total for member in given]
+        return order.changed(step=0, global_batch_size=batch, weights=shares)
 
     def places(self, step: int) -> list[Row]:
         """Lists which samples are in a step, before or after it ran.
@@ -442,7 +460,7 @@ class StreamLoader:
             `bucket_group`, another order inside a group of `bucket_steps`.
         """
         own = self.state_dict()
-        ours = self._order if self._changed and self._packs is None else self._stream.order
+        ours = self._order if self._changed and self._packs is None else self._made
         own["order"] = ours.config.to_dict()
         here = RunHere(
             stream=self._stream,

@@ -50,13 +50,14 @@ def make(
     canonical_ranks=12,
     sequence_length=64,
     alone=False,
+    by="root_size",
     **options,
 ):
     parts = [StreamingDataset(urls[name], rank=rank, world_size=world_size) for name in names]
     if nested and len(parts) > 1:
         parts = [parts[0], IterableDatasetMixture(parts[1:], by="size", seed=0)]
     whole = IterableDatasetMixture(
-        parts, weights, by="root_size", seed=3, stop=stop, canonical_ranks=canonical_ranks
+        parts, weights, by=by, seed=3, stop=stop, canonical_ranks=canonical_ranks
     )
     if alone:  # no mixture at all
         (url,), topology = map(urls.get, names), {"rank": rank, "world_size": world_size}
@@ -333,6 +334,36 @@ def test_packs_of_another_batch_come_once(kind, urls):
     with pytest.raises(ConfigError) as caught:
         loader.change(weights=[1] * len(names))
     assert caught.value.reason == "change_weights"
+
+
+BEFORE = [
+    ("ant", {}, [{"global_batch_size": 24}]),
+    ("ant", {"pack": True}, [{"global_batch_size": 24}]),
+    ("ant bee", {}, [{"global_batch_size": 24}]),
+    ("ant bee", {"pack": True}, [{"global_batch_size": 24}]),
+    ("ant bee", {"weights": (1, 5)}, [{"global_batch_size": 24}, {"weights": (1, 5)}]),
+    ("ant bee", {"weights": (1, 5)}, [{"weights": (1, 5)}, {"global_batch_size": 24}]),
+    ("ant bee", {"weights": (1, 5)}, [{"weights": (1, 5), "global_batch_size": 24}]),
+]
+
+
+@pytest.mark.parametrize("names, so, changes", BEFORE)
+def test_a_change_before_the_first_step_is_as_if_the_loader_had_been_made_so(
+    names, so, changes, urls
+):
+    names = tuple(names.split())
+    so = {"canonical_ranks": None, "by": "rate", "alone": len(names) == 1, "stop": 3, **so}
+    loader = make(urls, names, **{**so, "weights": None})
+    for change in changes:
+        loader.change(**change)
+    made = make(urls, names, batch=24, **so)
+    assert deliver(loader, names, count=3) == deliver(made, names, count=3)
+    state = loader.state_dict()
+    assert state == made.state_dict()
+    want = deliver(made, names, count=3)
+    for again in (loader, loader, made):
+        again.load_state_dict(state)
+        assert deliver(again, names, count=3) == want
 
 
 def test_packs_continue_where_allow_meets_the_same_datasets(urls):
