@@ -56,6 +56,9 @@ BEAT_S = 15.0
 TTL_S = 60.0
 """A lease that has not changed for this long is expired."""
 
+_LATE_RENEWALS = 5
+"""Renewals in a row that may succeed and yet last for `TTL_S` or longer before a lease is lost."""
+
 _LOOKS = 20
 """Times that a lease is looked at within `TTL_S`."""
 
@@ -228,8 +231,15 @@ class Lease:
         Raises:
           StorageError: `lease_lost`.
         """
-        if not self._lost.is_set() and self._is_old():
+        for _ in range(_LATE_RENEWALS):
+            if self._lost.is_set() or not self._is_old():
+                break
+            renewed_s = self._renewed_s
             self._renew(only_if_old=True)
+            # One that succeeded but lasted for `TTL_S` does not count: another job may have taken
+            # the lease since. The next one finds out.
+            if self._renewed_s == renewed_s:
+                break
         if self._lost.is_set() or self._is_old():
             raise StorageError("lease_lost", where=self._output)
 

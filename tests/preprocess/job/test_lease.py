@@ -38,9 +38,14 @@ def s3_out(s3_server, tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """A lease that beats ten times a second and is dead after one."""
+def beating(monkeypatch):
+    """A lease that beats ten times a second."""
     monkeypatch.setattr(lease, "BEAT_S", 0.1)
+
+
+@pytest.fixture
+def quick(beating, monkeypatch):  # noqa: ARG001
+    """A lease that beats ten times a second and is dead after one."""
     monkeypatch.setattr(lease, "TTL_S", 1.0)
 
 
@@ -127,28 +132,15 @@ def test_a_lease_of_another_machine_that_stands_still_is_taken_over(s3_out, capl
     assert "held by a job on elsewhere" in caplog.text
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_lease_of_another_machine_that_beats_is_respected(s3_out):
-    holder, stop = holder_of_another_machine(s3_out), threading.Event()
-
-    def beat():
-        for n in range(1000):
-            if stop.wait(0.1):
-                return
-            payload = json.dumps({**holder, "beats": n}).encode()
-            storage.publish_bytes(storage.join(s3_out, LEASE_NAME), payload)
-
-    heart = threading.Thread(target=beat)
-    heart.start()
-    try:
-        assert refused(s3_out).facts["host"] == "elsewhere"
-    finally:
-        stop.set()
-        heart.join()
-    assert read(s3_out)["job"] == "other"
+def test_a_lease_of_another_machine_that_beats_is_respected(s3_out, monkeypatch):
+    beat = json.dumps({**holder_of_another_machine(s3_out), "beats": 1}).encode()
+    url = storage.join(s3_out, LEASE_NAME)
+    monkeypatch.setattr(lease, "_pause", lambda _: storage.publish_bytes(url, beat))
+    assert refused(s3_out).facts["host"] == "elsewhere"
+    assert storage.read_bytes(url) == beat
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("beating")
 def test_a_lease_beats_while_it_is_held(s3_out):
     with output_lock(s3_out) as check:
         first = read(s3_out)["beats"]
@@ -161,7 +153,7 @@ def test_a_lease_beats_while_it_is_held(s3_out):
         check()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("beating")
 def test_a_job_whose_lease_was_taken_over_stops_and_leaves_it(s3_out):
     waited = threading.Event()
 
@@ -252,6 +244,56 @@ def test_a_lease_that_cannot_be_renewed_for_whatever_reason_is_lost(out, monkeyp
             check()
         assert caught.value.reason == "lease_lost"
         monkeypatch.undo()
+
+
+class _SlowStore:
+    """A store whose renewals each last as long as a lease does, by the clock that leases go by."""
+
+    def __init__(self, patch, *, slow=1, after=lambda: None):
+        self.late_s, self.left, self.renewals, self.after = lease.TTL_S, slow, 0, after
+        start_s, self.swap = lease._now_s(), storage.compare_and_swap
+        patch.setattr(lease, "_now_s", lambda: start_s + self.late_s)
+        patch.setattr(storage, "compare_and_swap", self.compare_and_swap)
+
+    def compare_and_swap(self, url, payload, *, replacing):
+        swapped = self.swap(url, payload, replacing=replacing)
+        self.renewals += 1
+        if self.left:
+            self.left -= 1
+            self.late_s += lease.TTL_S
+            self.after()
+        return swapped
+
+
+@pytest.mark.parametrize("out", ["memory"], indirect=True)
+def test_a_renewal_that_arrives_late_is_repeated_before_the_lease_is_called_lost(out, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 3600.0)  # `check` alone renews
+    with output_lock(out) as check, monkeypatch.context() as patch:
+        store = _SlowStore(patch)
+        check()
+        check()
+        assert store.renewals == 2
+
+
+@pytest.mark.parametrize("out", ["memory"], indirect=True)
+def test_a_lease_that_another_takes_over_during_a_late_renewal_is_lost(out, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 3600.0)  # `check` alone renews
+    with output_lock(out) as check, monkeypatch.context() as patch:
+        store = _SlowStore(patch, after=lambda: holder_of_another_machine(out))
+        with pytest.raises(StorageError) as caught:
+            check()
+        assert (caught.value.reason, store.renewals) == ("lease_lost", 1)
+    assert read(out)["job"] == "other"
+
+
+@pytest.mark.parametrize("out", ["memory"], indirect=True)
+def test_a_lease_of_which_no_renewal_arrives_in_time_is_lost(out, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 3600.0)  # `check` alone renews
+    with output_lock(out) as check, monkeypatch.context() as patch:
+        store = _SlowStore(patch, slow=100)
+        with pytest.raises(StorageError) as caught:
+            check()
+        assert (caught.value.reason, store.renewals) == ("lease_lost", lease._LATE_RENEWALS)
 
 
 def test_a_lease_that_another_has_taken_over_is_not_given_back(out):
