@@ -34,10 +34,18 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Leases that beat ten times a second and are dead after one."""
+    """Leases that beat ten times a second.
+
+    They expire as late as those of real jobs: on a busy machine, a renewal may last for seconds.
+    """
     monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "TTL_S", 1.0)
     monkeypatch.setattr(part_run, "POLL_S", 0.02)
+
+
+@pytest.fixture
+def expiring(monkeypatch):
+    """Leases that are dead after a second, for tests that wait until one is."""
+    monkeypatch.setattr(lease, "TTL_S", 1.0)
 
 
 def slow(*values):
@@ -167,9 +175,9 @@ def test_parts_that_start_together_agree_on_one_plan(tmp_path, place, undisturbe
             thread.start()
         for thread in threads:
             thread.join()
-    assert len(plans) == 1
     results = [each for each in outcomes.values() if each is not None]
-    assert {each.sha256 for each in results} == {undisturbed}, outcomes
+    assert {getattr(each, "sha256", each) for each in results} == {undisturbed}
+    assert len(plans) == 1
 
 
 def test_one_process_finishes_what_parts_have_begun_and_the_other_way_round(tmp_path, undisturbed):
@@ -404,7 +412,7 @@ def test_other_work_on_the_output_is_refused_while_a_part_is_alive_and_the_other
         held[0].check()
 
 
-def test_a_part_of_another_machine_that_beats_holds_the_output_and_its_number(place):
+def test_a_part_of_another_machine_that_beats_holds_the_output_and_its_number(place, monkeypatch):
     out = f"{place}/out"
     with joined(out, me("0/2")):
         pass
@@ -415,10 +423,12 @@ def test_a_part_of_another_machine_that_beats_holds_the_output_and_its_number(pl
             assert caught.value.reason in ("part_busy", "job_conflict")
         with pytest.raises(StorageError), output_lock(out):
             pass
+    monkeypatch.setattr(lease, "TTL_S", 1.0)
     with joined(out, me("1/2")) as held:  # it is dead: its part can be given to this machine
         held[0].check()
 
 
+@pytest.mark.usefixtures("expiring")
 def test_a_part_that_waits_for_another_jobs_dead_parts_keeps_its_lease(tmp_path, monkeypatch):
     out, beaten = str(tmp_path / "out"), []
     with joined(out, me("0/2")):
@@ -454,7 +464,6 @@ def test_a_job_that_found_no_living_part_does_not_take_an_output_that_one_has_jo
     def join_after_the_look(output, record):
         real(output, record)
         monkeypatch.undo()
-        monkeypatch.setattr(lease, "TTL_S", 1.0)
         late.enter_context(join_job(out, me("1/2"), state=dict))
 
     monkeypatch.setattr(lease, "require_no_parts", join_after_the_look)
@@ -659,6 +668,7 @@ def test_results_are_handed_in_as_they_are():
 # --- status
 
 
+@pytest.mark.usefixtures("expiring")
 def test_status_names_the_dead_and_those_that_never_started(tmp_path, undisturbed):
     out = str(tmp_path / "out")
     run(settings(tmp_path, "0/4"))
