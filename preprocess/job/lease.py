@@ -11,7 +11,8 @@ So a job keeps an object `.lease` in its output, which no other job has made:
    belonged to a job that died, and is taken over, on the condition that it is still the same one.
 4. A holder that finds another job's lease instead of its own has lost it: `check` raises, and the
    job stops before it writes a manifest. After more than `TTL_S` without a renewal, as in an outage
-   of the store, another job may have it: `check` then renews it before it says that it is held.
+   of the store, another job may have it: `check` then renews it before it says that it is held,
+   and again where the renewal itself lasted for so long.
 
 A job in parts (`preprocess.job.parts`) has a `.lease` that names the job instead of a process, and
 a lease of each part below `.parts`. It holds the output as long as one of those is alive.
