@@ -169,10 +169,12 @@ def test_damaged_videos_are_kept_with_a_count_or_refused(tmp_path):
                 assert found.value.reason == expect
 
 
-def test_missing_library_is_named(file):
-    absent = mock.patch("importlib.util.find_spec", return_value=None)
-    with absent, pytest.raises(ConfigError, match="PyAV") as found:
-        VideoDecoder(VideoPolicy())(file, lambda pixels, info: 0)
+def test_missing_library_is_named(file, tmp_path, monkeypatch):
+    (tmp_path / "av.py").write_text("raise ImportError('there is none')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the process that decodes
+    decoder = VideoDecoder(VideoPolicy())
+    with decoder, pytest.raises(ConfigError, match="PyAV") as found:
+        decoder(file, lambda pixels, info: 0)
     assert found.value.reason == "video_extra"
 
 
