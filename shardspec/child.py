@@ -95,6 +95,7 @@ class ChildProcess:
         self._end: weakref.finalize | None = None
         """Ends the process, also when this object or the program ends."""
         self._answered = False
+        _children.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"process": None, "_end": None, "_buffer": bytearray(), "_lock": None}
@@ -102,6 +103,11 @@ class ChildProcess:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._lock = threading.Lock()
+        _children.add(self)
+
+    def renew_lock(self) -> None:
+        """Frees it in a fork: the thread that held it is not there."""
         self._lock = threading.Lock()
 
     def ask(
@@ -288,6 +294,18 @@ class ChildProcess:
             raise self._too_long(where)
         self.close()
         raise SampleError(f"{self._reason}.died", where=where, status=status)
+
+
+_children: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
+"""All of this process, for its forks."""
+
+
+def _renew_locks() -> None:
+    for child in list(_children):
+        child.renew_lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _end_process(process: subprocess.Popen[bytes], starter: int) -> None:
