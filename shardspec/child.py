@@ -38,6 +38,8 @@ _GRACE_S = 2.0
 
 _PIPE_BYTES = 1 << 20
 
+_MAX_POLL_MS = 2**31 - 1
+
 _LINE_BYTES = 1 << 12
 """Read at a time where a line is expected: what follows goes straight to where it is wanted."""
 
@@ -93,6 +95,7 @@ class ChildProcess:
         self._end: weakref.finalize | None = None
         """Ends the process, also when this object or the program ends."""
         self._answered = False
+        _children.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"process": None, "_end": None, "_buffer": bytearray(), "_lock": None}
@@ -100,6 +103,11 @@ class ChildProcess:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._lock = threading.Lock()
+        _children.add(self)
+
+    def renew_lock(self) -> None:
+        """Frees it in a fork: the thread that held it is not there."""
         self._lock = threading.Lock()
 
     def ask(
@@ -139,7 +147,7 @@ class ChildProcess:
             self._deadline = time.monotonic() + self.limits.time_limit_s + _GRACE_S
             self._answered = False
             try:
-                self._send([json.dumps(asked).encode() + b"\n", *parts])
+                self._send([json.dumps(asked).encode() + b"\n", *parts], where)
                 self._answer(on_facts, on_array, room, where)
             finally:
                 if not self._answered:  # the rest of this answer would be taken for the next one
@@ -220,19 +228,22 @@ class ChildProcess:
             close_fds=True,
         )
         self._end = weakref.finalize(self, _end_process, self.process, self._starter)
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
+        os.set_blocking(self.process.stdin.fileno(), False)  # writing to it has a limit
         with suppress(OSError, AttributeError):  # a frame in fewer parts
             fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         return self.process
 
-    def _send(self, parts: Sequence[bytes | memoryview]) -> None:
+    def _send(self, parts: Sequence[bytes | memoryview], where: str) -> None:
         process = self._started()
         assert process.stdin is not None
         try:
             for part in parts:
                 view = memoryview(part)
                 while view:
-                    view = view[process.stdin.write(view) :]
+                    self._wait(process.stdin.fileno(), select.POLLOUT, where)
+                    view = view[process.stdin.write(view) or 0 :]
         except OSError:  # it has died, as the answer will say
             pass
 
@@ -262,10 +273,16 @@ class ChildProcess:
         process = self.process
         assert process is not None
         assert process.stdout is not None
-        left_s = self._deadline - time.monotonic()
-        if left_s <= 0 or not select.select([process.stdout], [], [], left_s)[0]:
-            raise self._too_long(where)
+        self._wait(process.stdout.fileno(), select.POLLIN, where)
         return process.stdout.fileno()
+
+    def _wait(self, stream: int, event: int, where: str) -> None:
+        """Waits for a pipe until the deadline; `poll`, as `select` has no numbers above 1,023."""
+        poll = select.poll()
+        poll.register(stream, event)
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0 or not poll.poll(min(left_s * 1000, _MAX_POLL_MS)):
+            raise self._too_long(where)
 
     def _require(self, got: bytes | int, where: str) -> None:
         """Tells how the process ended, where it has."""
@@ -277,6 +294,18 @@ class ChildProcess:
             raise self._too_long(where)
         self.close()
         raise SampleError(f"{self._reason}.died", where=where, status=status)
+
+
+_children: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
+"""All of this process, for its forks."""
+
+
+def _renew_locks() -> None:
+    for child in list(_children):
+        child.renew_lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _end_process(process: subprocess.Popen[bytes], starter: int) -> None:
@@ -306,6 +335,9 @@ def run_child(work: Work, *, load: Callable[[], object]) -> None:
         load()
     mapped_pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = memory_bytes + mapped_pages * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:  # a limit of the user's own cannot be raised
+        limit = min(limit, most)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
@@ -328,9 +360,9 @@ def _serve(requests: BinaryIO, answers: BinaryIO, work: Work) -> None:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, asked["time_limit_s"])
         source: Path | bytes = Path(asked["path"]) if asked["path"] else b""
-        if asked["num_bytes"] is not None:
-            source = requests.read(asked["num_bytes"])
         try:
+            if asked["num_bytes"] is not None:
+                source = requests.read(asked["num_bytes"])
             for part in work(asked["request"], source, asked["where"]):
                 if isinstance(part, np.ndarray):
                     say(kind="array", shape=part.shape, dtype=part.dtype.str, num_bytes=part.nbytes)

@@ -36,6 +36,8 @@ MAX_BYTES = 1 << 29
 _SUFFIXES = (".hdf5", ".h5")
 _FILES_OPEN = 2
 
+_LINKED = "it is a link, and links are not followed: copy what it names into the file"
+
 Kind = Literal["robomimic", "aloha"]
 
 _ACTIONS: Mapping[Kind, tuple[str, ...]] = {"robomimic": ("actions",), "aloha": ("action",)}
@@ -183,11 +185,15 @@ class Hdf5Episodes:
                 if "data" not in file:
                     self._add(0, self._place(path, "/", "aloha"))
                     return "aloha"
-                names = [name for name in file["data"] if name.startswith("demo")]
+                if (data := _own(file, "data")) is None:
+                    raise ValueError(_LINKED)
+                names = [name for name in data if name.startswith("demo")]
                 for name in names:
                     number = _number(name, path)
                     self._add(number, self._place(path, f"/data/{name}", "robomimic"))
-                for name, members in dict(file.get("mask") or {}).items():
+                for name in file.get("mask") or ():
+                    if (members := _own(file, f"mask/{name}")) is None:
+                        raise ValueError(_LINKED)
                     listed = {bytes(each).decode() for each in members[()]}
                     numbers = sorted(_number(each, path) for each in listed)
                     self.splits[{"valid": "validation"}.get(name, name)] = numbers
@@ -209,7 +215,9 @@ class Hdf5Episodes:
         fields = self._fields
         try:
             with _reading(where):
-                group = self._open_file(path)[group_name]
+                group = _own(self._open_file(path), group_name)
+                if group is None:
+                    raise ValueError(_LINKED)
                 sizes = []
                 lengths = []
                 for names in (fields.actions or _ACTIONS[kind], fields.state or _STATES[kind]):

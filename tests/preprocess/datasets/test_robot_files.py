@@ -209,6 +209,25 @@ def no_link(file, name):
     file[name] = h5py.ExternalLink("episode_0.hdf5", name)
 
 
+@pytest.mark.parametrize("link", [h5py.SoftLink, lambda at: h5py.ExternalLink("o.hdf5", at)])
+def test_no_episode_is_read_through_a_link(tmp_path, link):
+    write_robomimic(tmp_path / "o", episodes_of((3,)))
+    (path,) = [p for p in tmp_path.rglob("*") if p.is_file()]
+    written = path.read_bytes()
+    for name in ("o", "demo", "data"):
+        (tmp_path / f"{name}.hdf5").write_bytes(written)
+    with h5py.File(tmp_path / "demo.hdf5", "a") as file:
+        file["data/demo_7"] = link("/data/demo_0")
+    dataset = files(tmp_path / "demo.hdf5", fields=STATE)
+    with pytest.raises(SampleError, match="links are not followed"):
+        dataset[len(dataset) - 1]
+    with h5py.File(tmp_path / "data.hdf5", "a") as file:
+        file.move("data", "other")
+        file["data"] = link("/other" if link is h5py.SoftLink else "/data")
+    with pytest.raises(SourceError, match="links are not followed"):
+        files(tmp_path / "data.hdf5", fields=STATE)
+
+
 HARMS = {
     "not a number": (
         lambda file: file["action"].__setitem__((2, 1), np.nan),

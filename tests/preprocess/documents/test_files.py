@@ -1,4 +1,6 @@
+import fcntl
 import os
+import resource
 import signal
 import threading
 
@@ -138,6 +140,31 @@ def test_a_pdf_that_hangs_or_takes_too_much_memory_costs_itself_alone(monkeypatc
     assert caught.value.reason == "document_process"
     small.close()
     assert np.array_equal(page.read(), want)
+
+
+def test_a_process_that_reads_nothing_has_a_limit_and_large_numbers_of_files_are_waited_for(
+    monkeypatch,
+):
+    page = PageImage(document=made.pdf([WORDS]), page=1, dpi=72)
+    want = page.read()
+    process = files._pdfium_of(os.getpid()).process
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    try:
+        large = fcntl.fcntl(process.stdout, fcntl.F_DUPFD_CLOEXEC, 1024)
+        with os.fdopen(large, "rb", buffering=0) as stream, monkeypatch.context() as patch:
+            patch.setattr(process, "stdout", stream)
+            assert np.array_equal(page.read(), want)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    os.kill(process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(files._pdfium_of(os.getpid()), "limits", PdfLimits(time_limit_s=1.0))
+        patch.setattr(child, "_GRACE_S", -0.9)
+        longer = made.pdf([WORDS]) + bytes(1 << 20)  # than a pipe
+        with pytest.raises(SampleError, match="takes too long"):
+            PageImage(document=longer, page=1, dpi=72).read()
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_keeping_pages_is_evidence_first_then_in_order():

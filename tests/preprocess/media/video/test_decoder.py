@@ -169,10 +169,22 @@ def test_damaged_videos_are_kept_with_a_count_or_refused(tmp_path):
                 assert found.value.reason == expect
 
 
-def test_missing_library_is_named(file):
-    absent = mock.patch("importlib.util.find_spec", return_value=None)
-    with absent, pytest.raises(ConfigError, match="PyAV") as found:
-        VideoDecoder(VideoPolicy())(file, lambda pixels, info: 0)
+def test_a_fork_decodes_while_a_thread_of_its_parent_does(file):
+    decoder = VideoDecoder(VideoPolicy(max_frames=2))
+    with decoder, decoder.decoding._lock:  # as a thread holds it that decodes
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # whose default action ends one that waits
+            os._exit(0 if len(decoder(file, lambda pixels, info: 0).frames) == 2 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_missing_library_is_named(file, tmp_path, monkeypatch):
+    (tmp_path / "av.py").write_text("raise ImportError('there is none')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the process that decodes
+    decoder = VideoDecoder(VideoPolicy())
+    with decoder, pytest.raises(ConfigError, match="PyAV") as found:
+        decoder(file, lambda pixels, info: 0)
     assert found.value.reason == "video_extra"
 
 
