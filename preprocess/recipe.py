@@ -385,6 +385,9 @@ class Preparer:
                 frames=frames,
                 subtitles=subtitles,
             )
+        known = self.formatter.styles
+        if any(known[style].bare for style in message_styles(example) if style in known):
+            raise SampleError("loss_span", where=key, problem="documents are not for models yet")
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
         alternatives = conversations(branches, systems)
         return tokenized_conversations(

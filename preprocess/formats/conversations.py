@@ -459,7 +459,10 @@ def _part(part: Any, images: _Images, *, role: str) -> str:
 def _call(call: Any) -> str:
     function = call.get("function", call) if isinstance(call, Mapping) else call
     if isinstance(function, Mapping):
-        return f"{function.get('name', '')}({function.get('arguments', '')})"
+        given = function.get("arguments") or ""
+        if not isinstance(given, str):
+            given = json.dumps(given, ensure_ascii=False, default=str)
+        return f"{function.get('name', '')}({given})"
     return str(function)
 
 

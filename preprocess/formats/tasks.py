@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
+import json
 import math
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -179,6 +182,7 @@ def parse_boxes(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     found, label = row_boxes(row, spec)
     boxes = [_corners(each, spec.box) for each in found]
     question = row.get(spec.column("question"))
+    label = _listed(label)
     labels = [label] * bool(label) if isinstance(label, str) else label
     if not isinstance(question, str) and spec.prompt:
         question = spec.prompt.replace("{label}", ", ".join(dict.fromkeys(map(str, labels or ()))))
@@ -297,7 +301,8 @@ def _answers(value: Any) -> list[Any]:
         found = value.get("answer")
         return _answers(value.get("text") if found is None else found)
     if isinstance(value, str) and value.strip().startswith("["):
-        value = _literal(value) or [value]
+        found = _literal(value)
+        value = [value] if found is None else found
     if isinstance(value, list | tuple):
         return [
             text
@@ -308,10 +313,26 @@ def _answers(value: Any) -> list[Any]:
 
 
 def _literal(text: str) -> Any:
-    """Reads a list that is written as a text, as Python or JSON does it; None for another text."""
+    """Reads a list that is written as a text, as JSON, Python or NumPy does it; None for another.
+
+    >>> _literal('["a", null]'), _literal("['a' 'b']"), _literal("[a]")
+    (['a', None], ['a', 'b'], None)
+    """
     try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found: list[str] = []
+        strings = 0
+        for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
+            if token.type in (tokenize.NL, tokenize.COMMENT):
+                continue
+            # NumPy writes no commas, and Python would join the texts.
+            strings = (strings + 1) if token.type == tokenize.STRING else 0
+            found += [",", token.string] if strings > 1 else [token.string]
+        return ast.literal_eval(" ".join(found).strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
         return None
 
 
@@ -330,7 +351,7 @@ def _listed(value: Any) -> Any:
     """Reads a list of texts that is written as a text, as cells of CSV files have it."""
     if isinstance(value, str) and value.strip().startswith("["):
         found = _literal(value)
-        if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
+        if isinstance(found, list) and all(isinstance(each, str | None) for each in found):
             return found
     return value
 
@@ -348,7 +369,13 @@ def _row_options(row: Mapping[str, Any], spec: Spec) -> tuple[list[str], list[st
     for name in named:
         options, labels = _options(row.get(name))
         if options:
-            return options, labels
+            texts = [option if isinstance(option, str) else _number(option) for option in options]
+            # Arrow and tables fill up with nothing.
+            while texts and options[len(texts) - 1] in (None, ""):
+                texts.pop()
+            if not all(text.strip() for text in texts):
+                raise _missing(row, name, "a list of texts")
+            return texts, labels[: len(texts)]
         if isinstance(row.get(name), str) and row[name].strip().strip("[]"):
             raise _missing(row, name, "a list of options")
     if "options" in spec.columns:
@@ -367,14 +394,17 @@ def _row_options(row: Mapping[str, Any], spec: Spec) -> tuple[list[str], list[st
     return [], []
 
 
-def _options(value: Any) -> tuple[list[str], list[str]]:
+def _options(value: Any) -> tuple[list[Any], list[str]]:
     if isinstance(value, str) and value.strip().startswith("["):  # MMMU: a list as a text
         value = _literal(value)
     labels: Any = []
     if isinstance(value, Mapping):  # {"A": ..., "B": ...}, or the hub's record of lists
         labels = value.get("label") if value.get("text") else sorted(value, key=str)
         value = value.get("text") or [value[key] for key in labels]
-    options = [str(option) for option in value] if isinstance(value, list | tuple) else []
+    options = list(value) if isinstance(value, list | tuple) else []
+    if options and all(isinstance(each, Mapping) and each.get("text") for each in options):
+        labels = [each.get("label", "") for each in options]
+        options = [each["text"] for each in options]
     fits = isinstance(labels, list | tuple) and len(labels) == len(options)
     return options, [str(label).strip() for label in labels] if fits else []
 

@@ -21,7 +21,8 @@ PALIGEMMA = (
     "{{ bos_token if loop.first or loop.previtem.type == 'image' }}{{ part.text }}"
     "{% elif loop.first or loop.previtem.type == 'image' %}<image>{% else %}"
     "{{ raise_exception('PaliGemma takes pictures in front of the question') }}{% endif %}"
-    "{% endfor %}{{ '\n' }}{% generation %}"
+    "{% endfor %}{{ bos_token if messages[0].content[-1].type == 'image' }}"
+    "{{ '\n' }}{% generation %}"
     "{% for part in messages[1].content %}{{ part.text }}{% endfor %}{{ eos_token }}"
     "{% endgeneration %}"
 )

@@ -18,11 +18,12 @@ _SIDED = re.compile(
     re.IGNORECASE,
 )
 
-_NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
+_NUMBER = r"\s*-?(?:\d+(?:\.\d*)?|\.\d+)\s*(?:(?:%|px)\s*)?"
 _PLACED = re.compile(
-    r"<\|?(?:points?\b|tracks?\b|bbox|box|loc\d)|"  # Molmo, InternVL, Qwen-VL, PaliGemma
+    r"<\|?(?:points?\b|tracks?\b|bbox|box|loc_?\d|patch_index)|"
+    # Molmo, InternVL, Qwen-VL, PaliGemma, Florence-2, Kosmos-2
     rf"\b(?:bbox|point)_2d\b|[\[(]{_NUMBER}(?:,{_NUMBER})+[\])]|"
-    r"\b[xy][12]?\s*[=:]\s*[\"']?-?\d",
+    r"\b[xy](?:[12]|_?min|_?max)?[\"']?\s*[=:]\s*[\"']?-?\.?\d",
     re.IGNORECASE,
 )
 """Coordinates in the spellings of other code bases; a list of numbers may be some."""

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from loader import StreamingDataset, View, make_dataloader, model_view
-from shardspec.errors import ConfigError
+from preprocess.media import ImagePolicy
+from preprocess.model import load_model
+from preprocess.recipe import Preparer, Recipe
+from preprocess.text import TextPolicy, load_tokenizer
+from shardspec.errors import ConfigError, SampleError
 from tests import model_folders
 from tests.e2e.test_models import picture
 
@@ -84,6 +88,30 @@ def test_a_batch_is_what_the_processor_makes_of_prompts_and_suffixes(built):
             for own in rows
         )
         assert float(model(**batch).loss) == pytest.approx(total, rel=1e-5)
+
+
+def test_a_caption_that_nobody_asked_for_is_what_the_processor_makes_of_it(built):
+    folder = built / "model"
+    chat = load_model(str(folder), tokenizer=load_tokenizer(str(folder)))
+    turns = [chat.message("user", "", images=1), chat.message("assistant", "A ball.")]
+    got = chat.tokenize(turns, sizes=[(97, 61)])
+    processor = model_folders.processor("paligemma", folder)
+    own = processor(text="<image>", images=[[picture(0)]], suffix="A ball.", return_tensors="pt")
+    one_picture = own["input_ids"][0, 15:].tolist()
+    assert got.ids[1:].tolist() == one_picture[1:]
+    assert got.learned[1:].tolist() == (own["labels"][0, 16:] != -100).tolist()
+
+
+def test_documents_are_not_rendered_as_chats(built):
+    folder = str(built / "model")
+    tokenizer = load_tokenizer(folder, policy=TextPolicy(message_format="none"))
+    chat = load_model(folder, tokenizer=tokenizer)
+    image = ImagePolicy(views=(), family=chat.stored.family, resample=chat.stored.family.filter)
+    recipe = Recipe(text=TextPolicy(message_format="none", system_prompt="none"), image=image)
+    prepare = Preparer(recipe=recipe, tokenizer=tokenizer, model=chat)
+    with pytest.raises(SampleError) as caught:
+        prepare({"message_list": [{"style": "interleaved", "text": "A text."}]}, key="k")
+    assert caught.value.reason == "loss_span"
 
 
 def test_packs_and_positions_are_refused(built):

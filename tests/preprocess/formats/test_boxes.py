@@ -33,6 +33,12 @@ FORMS = {
 }
 
 
+def test_labels_in_a_cell_of_a_table_are_one_for_each_box():
+    row = {"boxes": "[[50, 40, 100, 80], [0, 0, 20, 10]]", "label": "['cup', 'hat']"}
+    _, told = answer(row, spec())
+    assert [each["label"] for each in json.loads(told)] == ["cup", "hat"]
+
+
 @pytest.mark.parametrize("unit", FORMS)
 @pytest.mark.parametrize("i, form", list(enumerate(["xyxy", "xywh", "cxcywh"])))
 def test_a_box_reads_the_same_in_every_form_and_unit(unit, i, form):

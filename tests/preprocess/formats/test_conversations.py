@@ -215,6 +215,19 @@ LAYOUTS = {
             [],
         ),
     ),
+    "calls with arguments that are no text": (
+        {
+            "messages": [
+                {"role": "user", "content": "On?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "lamp", "arguments": {"on": True}}}],
+                },
+            ],
+        },
+        (["On?", 'lamp({"on": true})'], []),
+    ),
     "tools as a text": (
         {
             "conversations": said(("Now?", "12:40.")),

@@ -20,6 +20,8 @@ def message(row, name, **options):
         ({"image": "a.jpg", "text": "x", "question": "Q?"}, {"text": "x", "question": "Q?"}),
         ({"URL": "a.jpg", "TEXT": '["One.", "Two."]'}, {"alternatives": ["One.", "Two."]}),
         ({"image": "a.jpg", "caption": "[1, 2]"}, {"text": "[1, 2]"}),
+        ({"image": "a.jpg", "caption": "['A b.'\n 'C d.']"}, {"alternatives": ["A b.", "C d."]}),
+        ({"image": "a.jpg", "caption": '["One.", null]'}, {"text": "One."}),
     ],
 )
 def test_captions(row, want):
@@ -52,6 +54,19 @@ OPTIONS = ["a cat", "a dog", "a cow"]
             {"answer_idx": 1},
         ),
         ({"options": None, "choices": OPTIONS, "answer": "B"}, {"answer_idx": 1}),
+        ({"options": [*OPTIONS, None, ""], "answer": "B"}, {"answer_idx": 1}),
+        (
+            {"options": {**dict(zip("ABC", OPTIONS, strict=True)), "D": None}, "answer": "C"},
+            {"answer_idx": 2},
+        ),
+        (
+            {
+                "choices": [{"label": n, "text": t} for n, t in zip("ABC", OPTIONS, strict=True)],
+                "answer": "B",
+            },
+            {"answer_idx": 1},
+        ),
+        ({"options": "['a cat' 'a dog'\n 'a cow']", "answer": "B"}, {"answer_idx": 1}),
         ({"options": [], "choices": None, "answer": "a cat"}, {"style": "vqa2", "answer": "a cat"}),
         ({**dict(zip("ABC", OPTIONS, strict=True)), "D": "", "answer": "C"}, {"answer_idx": 2}),
         (
@@ -67,6 +82,9 @@ OPTIONS = ["a cat", "a dog", "a cow"]
         ({"answers": "yes"}, {"style": "vqa2", "answers": ["yes"]}),
         ({"answers": 3}, {"style": "vqa2", "answers": ["3"]}),
         ({"answers": "['yes', 'no']"}, {"style": "vqa2", "answers": ["yes", "no"]}),
+        ({"answers": '["yes", null]'}, {"style": "vqa2", "answers": ["yes"]}),
+        ({"answers": "['yes' \"no\"]"}, {"style": "vqa2", "answers": ["yes", "no"]}),
+        ({"answers": "[sic] yes"}, {"style": "vqa2", "answers": ["[sic] yes"]}),
         ({"answers": {"answer": ["a", "b"]}}, {"style": "vqa2", "answers": ["a", "b"]}),
         ({"answers": {"text": ["a"], "start": [3]}}, {"style": "vqa2", "answers": ["a"]}),
     ],
@@ -150,7 +168,11 @@ def test_points(points, unit, scale):
         ("vqa", {"question": "Q?", "A": "x", "B": "y", "D": "z", "answer": "A"}, "row_fields"),
         ("vqa", {"question": "Q?", "options": "A. x\nB. y", "answer": "B"}, "row_fields"),
         ("vqa", {"question": "Q?", "answer": "x", "video": "a.mp4"}, "row_media"),
+        ("vqa", {"question": "Q?", "options": ["x", None, "y"], "answer": "A"}, "row_fields"),
+        ("vqa", {"question": "Q?", "options": [{"x": 1}, {"x": 2}], "answer": "A"}, "row_fields"),
         ("vqa", {"question": "Q?", "answers": [None]}, "row_fields"),
+        ("vqa", {"question": "Q?", "answers": "[]"}, "row_fields"),
+        ("captions", {"image": "a.jpg", "caption": "[]"}, "row_fields"),
         ("vqa", {"question": "Q?", "answers": {"a": 1}}, "row_fields"),
         ("points", {"image": "a.jpg", "label": "cup", "points": {"x": [1]}}, "row_fields"),
         ("points", {"image": "a.jpg", "label": "cup", "points": [1, 2]}, "row_fields"),

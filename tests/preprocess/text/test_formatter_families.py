@@ -826,6 +826,12 @@ def test_points_pages_and_motions_stay_where_they_are(style):
         "<loc0123><loc0001><loc0002><loc0003> cat",
         "pyautogui.click(x=0.3, y=0.4)",
         "Click(352, 512)",
+        '{"x": 0.25, "y": 0.5}',
+        '{"xmin": 12, "ymin": 30}',
+        "cup<loc_120><loc_44>",
+        "<patch_index_0044><patch_index_0863>",
+        "[.25, .1]",
+        "tap (25%, 40%)",
     ],
 )
 def test_texts_with_coordinates_stay_where_they_are(text):
