@@ -122,12 +122,27 @@ def test_members_of_a_sample_are_the_codes_in_order():
     tiled = replace(image, overview=np.zeros((1, 1, 3), np.uint8))
     described = list(table(section("The sample"), "member"))
 
-    def members(images, several):
+    clip = sample.PreparedClip(
+        table=np.zeros((1, 4), np.int64),
+        file=b"",
+        suffix="mp4",
+        num_frames=1,
+        chosen=(0,),
+        width=1,
+        height=1,
+        source_width=1,
+        source_height=1,
+    )
+
+    def members(images, several, clips=()):
         made = sample.PreparedSample(
             key="<key>",
             tokens=np.zeros(0, "<i4"),
-            spans=sample.spans_table([], images),
+            spans=sample.spans_table(
+                [], images, videos=[(v, 1, 0) for v in range(len(clips))], clips=clips
+            ),
             images=tuple(images),
+            clips=clips,
         )
         overviews = [b"" for image in images if image.overview is not None]
         found = sample.sample_members(
@@ -136,10 +151,13 @@ def test_members_of_a_sample_are_the_codes_in_order():
         return [name.replace(".png", ".<suffix>") for name, _ in found]
 
     plain, with_overviews = members([image] * 2, True)[3:], members([tiled] * 2, True)[3:]
+    with_clips = members([], True, (clip, clip))[3:]
     assert described == [
         *members([tiled], False),
         *plain,
         *(name for name in with_overviews if name not in plain),
+        *with_clips[::2],
+        *with_clips[1::2],
     ]
     # Each directly after its image.
     assert with_overviews == [described[i] for i in (5, 7, 6, 8)]

@@ -48,7 +48,7 @@ def check_nothing_made(out):
         (("--shard-size", "1KB"), ("shard_bytes=1000",)),
         (("--num-shards", 0), ("num_shards=0",)),
         (("--workers", -1), ("num_workers=-1",)),
-        (("--image-size", 100), ("got=100", "patch_px")),
+        (("--image-size", 100), ("--image-size", "--patch-size 14")),
         (("--variants", 0), ("got=0",)),
         (("--max-dead-links", 1.5), ("max_dead_links=1.5",)),
         (("--mode", "haiku"), ("captions",)),
