@@ -201,10 +201,11 @@ def plan_groups(
     >>> [sorted(order[:2].tolist()), borders]
     [[0, 2], [0, 2, 4]]
     """
-    members: dict[str, list[int]] = {}
+    members: dict[tuple[str, bool], list[int]] = {}
     for i in plan_order(keys, seed=seed).tolist():
-        members.setdefault(groups[i] or f"sample {keys[i]}", []).append(i)
-    names = sorted(members, key=lambda name: (order_hash(name, seed=seed), name))
+        name = (groups[i], True) if groups[i] else (f"sample {keys[i]}", False)
+        members.setdefault(name, []).append(i)
+    names = sorted(members, key=lambda name: (order_hash(name[0], seed=seed), name))
     starts = np.cumsum([0, *(len(members[name]) for name in names)])
     cuts = [0]
     for share in shard_borders(len(keys), num_shards=num_shards)[1:-1]:

@@ -176,3 +176,8 @@ def test_samples_of_a_group_are_in_one_shard(names, num_groups, num_shards, seed
         assert [inside[i] for i in plan_order(inside, seed=seed)] == inside
     if total == len(names):
         assert borders == shard_borders(len(names), num_shards=num_shards).tolist()
+
+
+def test_a_group_may_be_called_as_a_sample_is():
+    order, borders = plan_groups(["k0", "k1", "k2"], ["sample k1", "", ""], seed=0, num_shards=3)
+    assert (sorted(order.tolist()), borders) == ([0, 1, 2], [0, 1, 2, 3])
