@@ -303,7 +303,8 @@ def width_and_batch() -> None:
             if width > batch:
                 continue
             config = plan_order(size, global_batch_size=batch, seed=8, canonical_ranks=width)
-            steps = np.arange(max(256, min(4096, 10**6 // batch)))[:, None]
+            # Of small batches more steps: pairs are rare there.
+            steps = np.arange(max(256, min(30_000, 2 * 10**6 // batch)))[:, None]
             samples = Order(config).slots(steps, np.arange(batch)).sample
             row = f"{batch:>8}{width:>7}{config.active_blocks:>7}{config.block_size:>4}"
             print(f"{row}   {quality(samples, size)}")
