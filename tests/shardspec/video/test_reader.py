@@ -117,7 +117,7 @@ def test_display_matrix_is_applied(matrix, want):
 ENCODE = """
 from preprocess.datasets import get_dataset
 import hashlib
-video = get_dataset("moving_shapes", source="sample", limit=8).get(6)["video"]
+(video,) = get_dataset("moving_shapes", source="sample", limit=8).get(6)["video"]
 print(hashlib.md5(video.read()).hexdigest())
 """
 
