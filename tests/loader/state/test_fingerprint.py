@@ -617,7 +617,7 @@ def test_hundreds_of_changes_within_one_epoch_stay_short_and_loadable(
         loader.step += 1
         state = json.loads(json.dumps(loader.state_dict()))
     assert len(json.dumps(state)) < most
-    left = (1_000 - len(shown)) // 2
+    left = (1_000 - len(shown)) // batch
     shown += [ref for step in range(count, count + left) for (ref,) in loader.places(step)]
     assert sorted(ref.sample for ref in shown) == list(range(1_000))
     assert {ref.epoch for ref in shown} == {0}
