@@ -1,4 +1,4 @@
-"""Loaders inside of trainers that have a data loop of their own: Hugging Face Trainer, Lightning.
+"""Loaders inside of trainers that have a data loop of their own, and in distributed checkpoints.
 
 Accelerate needs nothing of this: a loader that is not given to `prepare()` is used as it is. Never
 divides samples between ranks, and imports no trainer before it is given one of its objects.
