@@ -2,8 +2,8 @@
 
 The consumer's thread plans which samples make up the next batches; threads or worker processes make
 these. Batches come in the order of the run whatever makes them, and the state counts the batches
-that were *delivered*, never those made ahead. A state is a few hundred bytes and valid for any
-number of ranks, threads and workers.
+that were *delivered*, never those made ahead. A state is valid for any number of ranks, threads
+and workers; it is a few hundred bytes, some kB of packs of a mixture.
 
 A batch belongs to the consumer for as long as any part of it is referred to; then its memory is
 recycled (`loader.buffers`).
