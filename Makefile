@@ -23,7 +23,7 @@ run_verb = @$(PY) -m preprocess make $@ $(foreach v,$(given),$(call quote,$v=$(c
 only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards retry plan commit status verify report gc reshard merge split filter annotate import export-index datasets doctor stream train test check bench setup
+.PHONY: help shards retry plan commit status verify report gc reshard merge split filter annotate import export-index datasets doctor stream preview train docs test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,10 @@ stream: $(VENV)/ready ## print one batch of OUT as training sees it
 	$(call only,DATASET OUT)
 	@$(PY) -m loader peek '$(OUT)'
 
+preview: $(VENV)/ready ## write preview.html: what a step of training on OUT sees
+	$(call only,DATASET OUT)
+	@$(PY) -m loader preview '$(OUT)'
+
 train: $(VENV)/ready ## train a small vision-language model on OUT
 	$(call only,DATASET OUT)
 	@$(PY) examples/train.py '$(OUT)'
@@ -101,6 +105,10 @@ bench: $(VENV)/ready-bench ## measure the loader beside its limits and beside ot
 	$(call only,ARGS)
 	@$(PY) benchmarks/loader.py $(ARGS) && $(PY) benchmarks/assemble.py && $(PY) benchmarks/peers.py --plot benchmarks/peers.png $(ARGS)
 
+docs: $(VENV)/ready-docs ## build the documentation site into build/docs/site; a link that leads nowhere stops it
+	$(call only,)
+	@$(PY) docs/site.py build/docs && cd build/docs && $(abspath $(VENV))/bin/zensical build --strict --clean
+
 setup: $(VENV)/ready-dev ## make the virtual environment
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -112,6 +120,10 @@ $(VENV)/ready-bench: $(VENV)/ready-dev
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(PY) -m pip uninstall --quiet --yes torchvision
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps mosaicml-streaming
+	@touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready-dev
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready

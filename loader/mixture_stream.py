@@ -127,7 +127,8 @@ class IterableDatasetMixture(IterableDataset[Any]):
           stop: Where a pass ends: when the first, or the last ("all_exhausted"), dataset has been
             seen once, or after a number of steps. The next pass continues from there.
           batch_size: Samples per batch of this rank, the same as the DataLoader's.
-          canonical_ranks, locality: See `StreamingDataset`.
+          canonical_ranks: See `StreamingDataset`.
+          locality: See `StreamingDataset`.
 
         Raises:
           ConfigError: `argument`; `mixture_view`, `mixture_tokenizer` (naming the differences),

@@ -152,10 +152,10 @@ class RawDataset(IterableDataset[Any]):
           url: The dataset.
           decode: Makes an example of a sample. It may be called from several threads at a time; in
             worker processes it must be picklable.
-          split, seed, batch_size, shuffle, tail, rank, world_size, check, cache, cache_bytes,
-            network, canonical_ranks, active_blocks, block_size, locality, max_samples, where, keys:
-            As in `StreamingDataset`; with tail "pad", samples that fill the last batch are repeats,
-            with `RawSample.real` False. Columns for `where` are `num_bytes` and `num_members`.
+          split: As in `StreamingDataset`, and so are all arguments that follow.
+          tail: With "pad", samples that fill the last batch are repeats, with `RawSample.real`
+            False.
+          where: A condition on the columns `num_bytes` and `num_members`.
 
         Raises:
           ManifestError: There is no readable manifest.

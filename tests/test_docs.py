@@ -218,6 +218,11 @@ def test_streaming_page_names_the_keys_of_a_batch(datasets):
 # --- files
 
 
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = set(re.findall(r'"([\w-]+\.md)"', (ROOT / "docs/site.toml").read_text()))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= listed
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", PAGES[page]):

@@ -93,7 +93,8 @@ def save_results(
     Args:
       folder: Local or in a store; best a fresh one for each evaluation.
       results: This rank's rows.
-      rank, world_size: By default those of torch.distributed or of the environment.
+      rank: By default that of torch.distributed or of the environment.
+      world_size: As `rank`.
 
     Raises:
       ConfigError: `results`, `rank`, `topology`.

@@ -94,8 +94,9 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           tail: How an epoch ends: "wrap" (the next one begins inside the batch; nothing is dropped
             or repeated), "drop_last", or "pad" (evaluation: every sample once, and what fills the
             last batch has labels -100 throughout).
-          rank, world_size: Of the data-parallel group; by default those of torch.distributed or of
-            the environment.
+          rank: In the data-parallel group; by default that of torch.distributed or of the
+            environment.
+          world_size: Of the data-parallel group; as `rank`.
           check: "crc" compares each sample's checksum as it is read. "size" only compares the
             lengths of local tars; samples of remote ones are always verified, and so are indexes.
           on_bad: What a sample that cannot be read or laid out does: it raises, or another sample,
@@ -112,8 +113,9 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
           tokenizer: The run's Hugging Face tokenizer, to be compared with the shards'.
           canonical_ranks: See `plan_order`; set it where the default does not suit the numbers of
             ranks that the run may have. It cannot change during a run.
-          active_blocks, block_size: See `plan_order`; block_size 1 is a global shuffle, for data
-            that is read sample by sample.
+          active_blocks: See `plan_order`.
+          block_size: See `plan_order`; 1 is a global shuffle, for data that is read sample by
+            sample.
           locality: "node" lets a node read the same samples in every epoch, so that a `cache` with
             room for its share fetches each once; see `OrderConfig`.
           max_samples: Use only this many samples, the first ones: continues a run whose dataset has
