@@ -8,6 +8,7 @@ state of their datasets (torchdata's StatefulDataLoader saves each worker's copy
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,8 @@ from loader.topology import find_worker
 from shardspec.documents import DocumentError, require_plain
 from shardspec.errors import ConfigError, StateError, nearest
 from shardspec.manifest import differences
+
+logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
 """Version of the states of loaders and datasets; any other is refused."""
@@ -34,10 +37,11 @@ class Cursor:
     """The position of one dataset object; that of the run is in the loader's state."""
 
     def __init__(self) -> None:
-        # Epoch, steps of it that are skipped, and the step that was asked for (-1: none). In shared
-        # memory: written by the process that owns the dataset, read by its workers when they begin
-        # a pass.
-        self._position = torch.tensor([0, 0, -1])
+        # Epoch, steps of it that are skipped, and the step that was asked for (-1: none): written
+        # by the process that owns the dataset, read by its workers when they begin a pass. Then the
+        # passes that have ended since these were set, and whether there was a warning: written by
+        # worker 0. In shared memory.
+        self._position = torch.tensor([0, 0, -1, 0, 0])
         self._position.share_memory_()  # type: ignore[no-untyped-call]
         # Epoch and skipped steps of the pass that was begun last, and examples yielded of it; of
         # this process alone.
@@ -52,16 +56,16 @@ class Cursor:
 
     def set_epoch(self, epoch: int) -> None:
         """Lets the next pass begin at the start of an epoch."""
-        self._position[:] = torch.tensor([epoch, 0, -1])
+        self._position[:4] = torch.tensor([epoch, 0, -1, 0])
 
     def set_step(self, order: Passes, step: int) -> None:
         """Lets the next pass begin at a step of the run, and end with that step's epoch."""
         epoch = epoch_of(order, step)
-        self._position[:] = torch.tensor([epoch, step - order.epoch_start(epoch), step])
+        self._position[:4] = torch.tensor([epoch, step - order.epoch_start(epoch), step, 0])
 
     def _begin(self, order: Passes) -> tuple[int, int]:
         """Finds the epoch of the next pass and the steps of it that are skipped."""
-        epoch, skipped, step = self._position.tolist()
+        epoch, skipped, step = self._position[:3].tolist()
         if step >= 0:
             # The ranks, and with them the steps of an epoch, may be others than at `set_step`.
             epoch = epoch_of(order, step)
@@ -74,7 +78,12 @@ class Cursor:
         return order.epoch_start(epoch + 1) - order.epoch_start(epoch) - skipped
 
     def examples(
-        self, order: Passes, batch: Callable[[int], list[dict[str, Any]]], *, batch_size: int
+        self,
+        order: Passes,
+        batch: Callable[[int], list[dict[str, Any]]],
+        *,
+        batch_size: int,
+        trains: bool,
     ) -> Iterator[dict[str, Any]]:
         """Yields this worker's share of the pass: worker k of K makes every K-th batch.
 
@@ -82,12 +91,15 @@ class Cursor:
           order: Where the pass begins and ends.
           batch: Makes this rank's examples of a step.
           batch_size: Examples in one of them.
+          trains: Whether a pass that gives an epoch once more is a mistake, to be warned of once.
         """
         epoch, skipped = self._begin(order)
         taken = 0
         # Here, not at the first example: loaders may make an iterator and never use it.
         if self._resume is not None:
             (epoch, skipped, taken), self._resume = self._resume, None
+        elif trains:
+            self._warn_of_repeat(epoch)
         self._pass, self._taken = (epoch, skipped), taken
         worker, num_workers = find_worker()
         start = order.epoch_start(epoch) + skipped + worker
@@ -109,6 +121,19 @@ class Cursor:
                 self._taken += 1
                 yield example
             part = 0
+        if find_worker()[0] == 0:
+            self._position[3] += 1
+
+    def _warn_of_repeat(self, epoch: int) -> None:
+        """Warns of a pass that begins where the one before did."""
+        _, _, _, ended, warned = self._position.tolist()
+        if ended and not warned and find_worker()[0] == 0:
+            self._position[4] = 1
+            logger.warning(
+                "this pass gives epoch %d once more: call set_epoch(epoch) before each pass, or "
+                "use make_dataloader, which continues with the next epoch",
+                epoch,
+            )
 
     def state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Describes this process's position in its pass, in plain JSON types.

@@ -263,7 +263,10 @@ class Stream(Generic[Builder]):
         if num_workers > 1 and self.batch_size is None:
             raise ConfigError("batch_size.workers", num_workers=num_workers)
         return self.cursor.examples(
-            self.order, self._step_examples(topology), batch_size=self.batch_size or 1
+            self.order,
+            self._step_examples(topology),
+            batch_size=self.batch_size or 1,
+            trains=self.parts[0].tail != "pad",
         )
 
     def example(self, ref: SampleRef) -> Any:

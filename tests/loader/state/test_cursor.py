@@ -1,6 +1,7 @@
 """Resuming outside our own loader: a plain DataLoader, and torchdata's StatefulDataLoader."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -101,6 +102,36 @@ def test_plain_dataloader_continues_with_any_number_of_workers(dataset):
             multiprocessing_context="fork",
         )
         assert list(loader) == want[2:6]
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_second_pass_without_set_epoch_is_warned_of_once(
+    num_workers, persistent, dataset, tmp_path, monkeypatch
+):
+    log = logging.FileHandler(tmp_path / "log")  # forked workers write to it too
+    monkeypatch.setattr("loader.state.cursor.logger.handlers", [log])
+    source = dataset()
+    loader = DataLoader(
+        source,
+        batch_size=BATCH,
+        collate_fn=keys,
+        num_workers=num_workers,
+        persistent_workers=persistent,
+        multiprocessing_context="fork" if num_workers else None,
+    )
+    for epoch in range(3):
+        source.set_epoch(epoch)
+        first = list(loader)
+    assert (tmp_path / "log").read_text() == ""
+    assert [list(loader), list(loader)] == [first, first]
+    log.close()
+    assert (tmp_path / "log").read_text().count("this pass gives epoch 2 once more") == 1
+
+
+def test_passes_of_an_evaluation_may_repeat(urls, caplog):
+    source = StreamingDataset(urls[0], batch_size=BATCH, tail="pad")
+    assert keys(source) == keys(source)
+    assert not caplog.text
 
 
 def test_stateful_dataloader_continues_after_every_batch_and_again(dataset):
