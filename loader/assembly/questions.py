@@ -104,12 +104,12 @@ def window_record(record: Mapping[str, Any], window: int) -> dict[str, Any]:
     {'message_list': ['b'], 'metadata': {'id': 5, 't': 6, 'x': [9, 9]}}
     """
     metadata = dict(record["metadata"])
-    told = metadata.pop("windows", {})
-    metadata |= {name: values[window] for name, values in told.get("each", {}).items()}
-    if "runs" in told:
-        first = told["first"][window]
-        stop = first + told["rows"]
-        metadata |= {name: values[first:stop] for name, values in told["runs"].items()}
+    windows = metadata.pop("windows", {})
+    metadata |= {name: values[window] for name, values in windows.get("each", {}).items()}
+    if "runs" in windows:
+        first = windows["first"][window]
+        stop = first + windows["rows"]
+        metadata |= {name: values[first:stop] for name, values in windows["runs"].items()}
     return {**record, "message_list": [record["message_list"][window]], "metadata": metadata}
 
 
