@@ -80,10 +80,10 @@ class WindowPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the policy in plain JSON types, for the recipe."""
-        told = {**asdict(self), "conventions": dict(self.conventions)}
+        settings = {**asdict(self), "conventions": dict(self.conventions)}
         if self.segment == 1:  # manifests from before there were segments say nothing
-            del told["segment"]
-        return told
+            del settings["segment"]
+        return settings
 
     def step(self, fps: float) -> int:
         """Counts the steps from one instant of the history to the next.

@@ -113,7 +113,7 @@ def enumerated(tmp_path_factory, source, prepare):
     return found
 
 
-EPOCHS = 12
+EPOCHS = 8
 
 
 def loader_of(url, *, batch, state=None, purpose="train", **options):

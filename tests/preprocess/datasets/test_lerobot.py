@@ -142,16 +142,14 @@ def test_windows_out_of_order_have_the_same_frames(folder):
             assert np.array_equal(image.read(), want)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_segments_have_the_frames_of_their_windows_once(folder, order):
+def test_segments_have_the_frames_of_their_windows_once(folder):
     policies = [WindowPolicy(history=3, history_hz=5.0, segment=segment) for segment in (1, 3)]
     single, joined = (windows(policy)(source=str(folder)) for policy in policies)
     found = {}
-    for i in range(len(joined))[::order]:
+    for i in (*range(len(joined)), 0):  # the last one out of order
         example = joined[i]
-        assert len({(image.camera, image.row) for image in example["image"]}) == len(
-            example["image"]
-        )
+        places = [(image.camera, image.row) for image in example["image"]]
+        assert len({*places}) == len(places)
         images = [image.read() for image in example["image"]]
         for message, shown in zip(example["message_list"], example["windows"], strict=True):
             found[message["episode"], message["step"]] = [images[i] for i in shown]
