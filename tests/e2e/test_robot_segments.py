@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +18,18 @@ from preprocess.job.verify import verify
 from preprocess.media import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy, load_tokenizer
-from shardspec.actions import normalize, value_bins, value_statistics
+from shardspec.actions import (
+    bin_tokens,
+    normalize,
+    openvla_tokens,
+    value_bins,
+    value_statistics,
+)
 from shardspec.errors import SampleError
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.manifest import require_manifest
 from shardspec.messages import messages
-from shardspec.sample import image_rows, window_images
+from shardspec.sample import image_rows, text_rows, window_images
 from shardspec.tiling import ImageView
 from tests import inline, model_folders, processor_folders
 from tests.lerobot_folders import CAMERAS, episodes_of
@@ -290,6 +297,21 @@ def test_the_windows_of_a_sample_are_drawn_equally_often(late, prepare):
         assert len(counts) == len(window_images(sample.spans))
         expected = len(drawn) / len(counts)
         assert ((counts - expected) ** 2 / expected).sum() < 13.8
+
+
+@pytest.mark.parametrize("form", ["tokens", "openvla"])
+def test_each_window_has_the_tokens_of_its_actions(late, episodes, prepare, form):
+    recipe = replace(RECIPE, text=replace(RECIPE.text, actions=form))
+    prepare, size = replace(prepare, recipe=recipe), prepare.tokenizer.own_size
+    statistics = value_statistics(np.concatenate([e.actions for e in episodes]))
+    sample = prepare(late.dataset[2])
+    for row, (e, t) in zip(text_rows(sample.spans).tolist(), SEGMENTS[2], strict=True):
+        scaled = normalize(episodes[e].actions[t : t + 3], statistics, kept=(2,))
+        want = {
+            "tokens": bin_tokens(value_bins(scaled), vocab_size=size),
+            "openvla": openvla_tokens(scaled, vocab_size=size),
+        }[form]
+        assert sample.tokens[row[5] : row[6]].tolist()[-want.size :] == want.flatten().tolist()
 
 
 def test_inference_shows_the_first_window(late, enumerated):
