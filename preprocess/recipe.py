@@ -42,6 +42,7 @@ from preprocess.media import (
 from preprocess.model import ChatModel, conversations, tokenized_conversations
 from preprocess.settings import Setting
 from preprocess.text import (
+    IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
     BareFrame,
     Branch,
@@ -266,6 +267,11 @@ class Preparer:
             for image, source in zip(found, sources, strict=True)
         )
         sizes = [(image.source_width, image.source_height) for image in images]
+        windows = example.get("windows") or ()
+        if windows:
+            if videos or any(IMAGE_PLACEHOLDER in text for text in texts):
+                raise SampleError("sample_windows.media", where=key)
+            sizes = window_sizes(windows, sizes, num_messages=len(told), key=key)
         stored = [
             self.video_preparer(
                 video.read() if isinstance(video, SceneVideo) else video,
@@ -290,7 +296,7 @@ class Preparer:
         places = [0] * len(stored)
         if self.model is None:
             placed, places = place_media(
-                branches, num_images=len(images), num_videos=len(stored), key=key
+                branches, num_images=len(sizes), num_videos=len(stored), key=key
             )
         video_policy = self.recipe.video
         said = [
@@ -329,6 +335,7 @@ class Preparer:
             videos=rows,
             subtitles=tokenized.subtitles,
             clips=prepared_clips,
+            windows=windows,
         )
         record = {
             "key": key,
@@ -417,6 +424,36 @@ class Preparer:
                 raise SampleError("image_url", where=image)
             return self.read_url(image)
         return image
+
+
+def window_sizes(
+    windows: Sequence[Sequence[int]],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    num_messages: int,
+    key: str,
+) -> list[tuple[int, int]]:
+    """Gives the sizes of the images of each window of an example.
+
+    Args:
+      windows: The numbers of the images of each.
+      sizes: (width, height) of each image of the example.
+      num_messages: Of the example.
+      key: The sample's, for errors.
+
+    Raises:
+      SampleError: `sample_windows`.
+
+    >>> window_sizes([[0, 1], [2, 1]], [(4, 3), (8, 8), (4, 3)], num_messages=2, key="")
+    [(4, 3), (8, 8)]
+    """
+    known = range(len(sizes))
+    if len(windows) != num_messages or not all(i in known for each in windows for i in each):
+        raise SampleError("sample_windows.images", where=key, windows=len(windows))
+    found = [[sizes[i] for i in each] for each in windows]
+    if not found[0] or any(each != found[0] for each in found):
+        raise SampleError("sample_windows.sizes", where=key)
+    return found[0]
 
 
 def read_path(path: Path) -> bytes:

@@ -19,7 +19,7 @@ import os
 import threading
 import tokenize
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,12 +31,14 @@ from shardspec.families import StoredModel, plan_pictures
 from shardspec.sample import (
     ARRAY_HEADER_BYTES,
     PreparedSample,
+    SpanKind,
     clip_rows,
     image_rows,
     lead_rows,
     subtitle_rows,
     text_rows,
     video_rows,
+    window_images,
 )
 from shardspec.tar import TarRange, payload_offsets
 from shardspec.tiling import FrameView, ImageView, num_crops, num_image_tokens
@@ -181,8 +183,10 @@ def index_row(
     """
     row = np.zeros(1, dtype=index_dtype(1 if model else len(views)))
     pictures = image_rows(sample.spans)
+    windows = window_images(sample.spans)
+    shown = pictures[windows[0]] if windows else pictures  # all windows have the same sizes
     if model:
-        num_symbols = 0 if model.inline else len(pictures)
+        num_symbols = 0 if model.inline else len(shown)
         text, loss = longest_conversation(sample.spans, num_images=num_symbols)
         num_tokens, num_loss_tokens = text, loss
     else:
@@ -198,7 +202,7 @@ def index_row(
     row["num_tokens"], row["num_loss_tokens"] = num_tokens, num_loss_tokens
     row["key"] = sample.key.encode()
     if model:
-        plans = plan_pictures(model.family, [(int(p[3]), int(p[2])) for p in pictures])
+        plans = plan_pictures(model.family, [(int(p[3]), int(p[2])) for p in shown])
         visual = sum(map(model.block_length, plans))
         row["loss_length"], row["view_length"] = loss, text + visual
         num_messages = len(sample.record.get("message_list") or [()])
@@ -210,7 +214,7 @@ def index_row(
         text, loss = longest_sequence(sample.tokens, sample.spans, placeholder=placeholder, bos=bos)
         row["loss_length"] = loss
         row["num_branches"], row["num_turns"] = count_questions(sample.spans)
-        sizes = [(int(p[2]), int(p[3])) for p in pictures]
+        sizes = [(int(p[2]), int(p[3])) for p in shown]
         num_frames = 0
         for _, _, start, count, table_bytes, _, most, _ in video_rows(sample.spans)[::-1].tolist():
             del sizes[start : start + count]
@@ -263,7 +267,8 @@ def longest_sequence(
     Returns:
       (positions: BOS, leads, texts and the EOS between the turns of a branch; positions under
       loss: responses and their EOS), each turn drawing its longest variant. No draw exceeds them
-      in Molmo 2 trees; Molmo 1 trees keep one more EOS per branch after the first.
+      in Molmo 2 trees; Molmo 1 trees keep one more EOS per branch after the first. Of windows
+      the longest counts.
     """
     positions: dict[tuple[int, int], int] = {}
     loss: dict[tuple[int, int], int] = {}
@@ -273,7 +278,6 @@ def longest_sequence(
         length = prompt_stop - prompt_start + stop - start - int(marks)
         positions[at] = max(positions.get(at, 0), length)
         loss[at] = max(loss.get(at, 0), stop - start + 1)
-    branches = len({branch for branch, _ in positions})
     lengths = [
         max(stop - start, first_stop - first_start)
         for _, _, start, stop, first_start, first_stop, *_ in lead_rows(spans).tolist()
@@ -282,8 +286,21 @@ def longest_sequence(
         if most:
             lengths[first : first + count] = sorted(lengths[first : first + count])[-most:]
     leads = sum(lengths) + int(sum(subtitle_rows(spans)[:, 3] - subtitle_rows(spans)[:, 2]))
-    inner_eos = len(positions) - branches
-    return bos + leads + sum(positions.values()) + inner_eos, sum(loss.values())
+    # Each turn of a branch but the last ends in EOS.
+    ended = {at: length + 1 for at, length in positions.items()}
+    branches = {(branch, 0): 1 for branch, _ in positions}
+    text = _in_example(ended, spans) - _in_example(branches, spans)
+    return bos + leads + text, _in_example(loss, spans)
+
+
+def _in_example(lengths: Mapping[tuple[int, int], int], spans: np.ndarray) -> int:
+    """Adds up the lengths of the turns, by branch and turn, that an example has at its longest."""
+    if not (spans[:, 0] == SpanKind.WINDOW.value).any():
+        return sum(lengths.values())
+    totals: dict[int, int] = {}
+    for (branch, _), length in lengths.items():
+        totals[branch] = totals.get(branch, 0) + length
+    return max(totals.values(), default=0)
 
 
 def count_questions(spans: np.ndarray) -> tuple[int, int]:
@@ -328,7 +345,7 @@ def longest_text(spans: np.ndarray) -> tuple[int, int]:
     """Counts the text tokens of a sample when every turn draws its longest variant.
 
     Returns:
-      (tokens, response tokens), without BOS, EOS and image tokens.
+      (tokens, response tokens), without BOS, EOS and image tokens; of windows those of the longest.
     """
     rows = text_rows(spans)
     longest: dict[tuple[int, int], tuple[int, int]] = {}
@@ -337,7 +354,9 @@ def longest_text(spans: np.ndarray) -> tuple[int, int]:
         total = prompt_stop - prompt_start + response
         old = longest.get((branch, turn), (0, 0))
         longest[branch, turn] = max(old, (total, response))
-    return sum(n for n, _ in longest.values()), sum(n for _, n in longest.values())
+    tokens = {at: total for at, (total, _) in longest.items()}
+    responses = {at: response for at, (_, response) in longest.items()}
+    return _in_example(tokens, spans), _in_example(responses, spans)
 
 
 def sample_places(rows: np.ndarray) -> np.ndarray:

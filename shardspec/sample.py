@@ -14,12 +14,13 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
                         (`shardspec.video.reader.VideoReader.table`); `<key>.1.frames.npy` ...
     <key>.0.mp4         directly after it: the file of the clip; .video where it is no copy into MP4
 
-A row of `spans` is one of six kinds (column 0):
+A row of `spans` is one of seven kinds (column 0):
 
     TEXT   (0, branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight)
     LEAD   (2, image, start, stop, first_start, first_stop, time_ms, chosen)
     VIDEO  (4, video, first_image, num_images, table_bytes, file_bytes, most_frames, place)
     SUBTITLE (5, video, start, stop, begin_ms, end_ms, 0, 0)
+    WINDOW (6, window, image, image, image, image, image, image)
     OVERVIEW (3, image, width, height, num_bytes, 0, 0, 0)
     IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
 
@@ -35,12 +36,17 @@ are before the first, and in milliseconds; columns 4 to 7 are 0 for other images
 are tokens among the frames of a video: before the first frame that is shown later than they begin,
 or after the last one.
 
+WINDOW rows say that the branches are alternatives, the *windows* of the sample: an example has one
+branch, each equally likely, and of the images those that its window names, in that order, perhaps
+repeatedly; -1 is none, and a window of more images has further rows. All windows have equally many
+images, of the same source sizes, so there are as many LEAD rows as a window has images.
+
 A clip has all its frames as images, without members of their own and `num_bytes` 0: they are in its
 file. `chosen` is 1 for those that the recipe chooses, `most_frames` is their number: an example has
 no more. Both are 0 where frames are stored.
 
 OVERVIEW rows describe the overviews that are stored. Rows are sorted: TEXT (by branch and turn),
-LEAD, VIDEO, SUBTITLE (by video and beginning), OVERVIEW, IMAGE.
+LEAD, VIDEO, SUBTITLE (by video and beginning), WINDOW (by window), OVERVIEW, IMAGE.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -67,6 +73,8 @@ KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,60}")
 """Valid keys: no dot (readers split names there), no upper case, short enough for ustar."""
 
 SPAN_COLUMNS = 8
+_WINDOW_IMAGES = SPAN_COLUMNS - 2
+"""Images that a WINDOW row has room for."""
 WEIGHT_ONE = 1_000_000
 """The loss weight 1.0 in the units of the spans table."""
 
@@ -85,6 +93,7 @@ class SpanKind(enum.IntEnum):
     OVERVIEW = 3
     VIDEO = 4
     SUBTITLE = 5
+    WINDOW = 6
 
 
 class Geometry(enum.IntFlag):
@@ -186,6 +195,14 @@ def clip_rows(spans: np.ndarray) -> np.ndarray:
 def num_stored_images(spans: np.ndarray) -> int:
     """Counts the images that have members: all but the frames of clips, which come last."""
     return num_images(spans) - int(clip_rows(spans)[:, 3].sum())
+
+
+def window_images(spans: np.ndarray) -> list[list[int]]:
+    """Lists the images of each window of a sample; [] where it has no windows."""
+    found: dict[int, list[int]] = {}
+    for _, window, *images in spans[spans[:, 0] == SpanKind.WINDOW.value].tolist():
+        found.setdefault(window, []).extend(image for image in images if image >= 0)
+    return list(found.values())
 
 
 def overview_rows(spans: np.ndarray) -> np.ndarray:
@@ -337,6 +354,7 @@ def spans_table(
     videos: Sequence[tuple[int, int, int]] = (),
     subtitles: Sequence[tuple[int, int, int, int, int]] = (),
     clips: Sequence[PreparedClip] = (),
+    windows: Sequence[Sequence[int]] = (),
 ) -> np.ndarray:
     """Builds the spans table of a sample.
 
@@ -349,6 +367,7 @@ def spans_table(
         images.
       subtitles: (video, start, stop, begin_ms, end_ms) of each run of them, in their order.
       clips: Where videos are stored themselves: each of `videos`.
+      windows: Where branches are alternatives: the images of each.
 
     Returns:
       int32 [S, 8].
@@ -369,6 +388,10 @@ def spans_table(
     for v, (first, count, place) in enumerate(videos):
         rows.append((int(SpanKind.VIDEO), v, first, count, *stored[v], place))
     rows += [(int(SpanKind.SUBTITLE), *subtitle, 0, 0) for subtitle in subtitles]
+    for w, shown in enumerate(windows):
+        for start in range(0, len(shown), _WINDOW_IMAGES):
+            part = [*shown[start : start + _WINDOW_IMAGES], *[-1] * _WINDOW_IMAGES]
+            rows.append((int(SpanKind.WINDOW), w, *part[:_WINDOW_IMAGES]))  # type: ignore[arg-type]
     for i, image in enumerate(images):
         if image.overview is not None:
             height, width = image.overview.shape[:2]

@@ -14,7 +14,7 @@ from loader.assembly.clip import Clip, ClipFrame, PictureSource, sources_of
 from loader.assembly.families.example import ModelPlan
 from loader.assembly.pixels import Encoded, normalize, patch_cells, render
 from loader.assembly.planner import ExamplePlan
-from loader.assembly.questions import question_record, sample_record
+from loader.assembly.questions import question_record, sample_record, window_record
 from loader.assembly.view import View
 from loader.buffers import Scratch
 from shardspec.errors import SampleError, ShardError, ShardsError
@@ -51,8 +51,8 @@ class Draft:
           key: The sample's.
           scratch: Memory for pictures that are not decoded straight into the batch.
         """
-        if plan.shown is not None:
-            sources = sources_of(plan.shown.images, sources, clips)
+        if plan.images is not None:
+            sources = sources_of(plan.images, sources, clips)
         self.plan, self.view, self.key = plan, view, key
         self.sources = sources[: len(plan.sizes)]
         self.scratch = scratch
@@ -254,9 +254,12 @@ def describe_question(
       `question_idx`, for evaluation; `record`: what it says of the question, or of the sample.
     """
     described: dict[str, Any] = {} if plan.asked is None else {"question_idx": question}
+    if record is not None and plan.window is not None:
+        record = window_record(record, plan.window)
     if record is not None and plan.asked is None:
         described["record"] = sample_record(record)
     elif record is not None and plan.asked is not None:
         branch, turn = plan.asked
+        branch = branch if plan.window is None else 0
         described["record"] = question_record(record, branch=branch, turn=turn)
     return described

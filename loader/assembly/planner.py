@@ -1,9 +1,9 @@
 """Planner: every draw of an example, and where its tokens go, without a pixel.
 
-The only place that draws, always from the sample's own generator and in this order: a variant of
-each turn, the order of the branches, the resolution, the frames of each video, the augmentation of
-each image (of all frames of a video together), the filter of their resize. The rest follows from
-the draws.
+The only place that draws, always from the sample's own generator and in this order: one of the
+sample's windows, if it has any, a variant of each turn, the order of the branches, the resolution,
+the frames of each video, the augmentation of each image (of all frames of a video together), the
+filter of their resize. The rest follows from the draws.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from loader.assembly.seen import Seen, SeenSize
 from loader.assembly.view import View
 from shardspec.errors import SampleError
 from shardspec.keyed import draw_below, draw_order
-from shardspec.sample import SpanKind
+from shardspec.sample import SpanKind, window_images
 from shardspec.tiling import ImageView
 
 _UNCHANGED = Augment()
 
 # Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
 _TEXT, _IMAGE, _LEAD = SpanKind.TEXT.value, SpanKind.IMAGE.value, SpanKind.LEAD.value
-_VIDEO = SpanKind.VIDEO.value
+_VIDEO, _WINDOW = SpanKind.VIDEO.value, SpanKind.WINDOW.value
 
 
 @dataclass(slots=True)
@@ -59,9 +59,13 @@ class ExamplePlan:
     shapes: Shapes
     """Of what it has for each crop."""
     shown: Shown | None = None
-    """Which images of a sample with videos it has; None for all images of another one."""
+    """Which images of a sample with videos it has; None for another one."""
     asked: tuple[int, int] | None = None
     """Conversation and exchange of the question that is asked, for evaluation."""
+    images: Sequence[int] | None = None
+    """Numbers of the stored images that it has; None for the first ones, in order."""
+    window: int | None = None
+    """The window that it is, of a sample that has windows."""
 
     @property
     def num_tokens(self) -> int:
@@ -125,7 +129,13 @@ class Planner:
         kinds = spans[:, 0].tolist()
         num_texts, num_images = kinds.count(_TEXT), kinds.count(_IMAGE)
         most = num_images  # placeholders that there is something for
-        branches = _choose(tokens, spans[:num_texts], rng if self._training else None)
+        texts, window = spans[:num_texts], None
+        windows = window_images(spans) if _WINDOW in kinds else []
+        if windows and view.purpose != "evaluation":
+            drawn = self._training and len(windows) > 1
+            window = draw_below(rng, len(windows)) if drawn else 0
+            texts = texts[texts[:, 1] == window]
+        branches = _choose(tokens, texts, rng if self._training else None)
         if self._training and view.branch_order == "shuffled" and len(branches) > 1:
             branches = [branches[b] for b in draw_order(rng, len(branches))]
         images = self._images
@@ -139,8 +149,13 @@ class Planner:
             if placed:  # images that the conversation places itself come only as far as it goes
                 most = count_placed(branches, self.ids)
                 num_images = num_images if _VIDEO in kinds else most
+            window = asked[0] if windows else None
         first_image = kinds.index(_IMAGE) if num_images else 0
         pictures = spans[first_image : first_image + num_images].tolist()
+        shown_images = None
+        if window is not None:
+            shown_images = windows[window]
+            pictures = [pictures[i] for i in shown_images]
         others = spans[num_texts:first_image].tolist() if first_image > num_texts else []
         shown, frames = None, self._frames
         videos = [row for row in others if row[0] == _VIDEO]
@@ -149,7 +164,8 @@ class Planner:
             if frames is None:
                 raise SampleError("video_view", where=key)
             shown = frames.draw(video_units(videos, num_images)[:most], sizes, others, rng)
-            pictures = [pictures[i] for i in shown.images]
+            shown_images = shown.images
+            pictures = [pictures[i] for i in shown_images]
         if view.max_images is not None and len(pictures) > view.max_images:
             raise SampleError(
                 "too_many_images.view", where=key, images=len(pictures), max_images=view.max_images
@@ -191,7 +207,18 @@ class Planner:
             sequence.weight = view.weight
         if places is not None:
             place_images(sequence, places)
-        return ExamplePlan(sequence, images.view, draws, sizes, seen, images.shapes, shown, asked)
+        return ExamplePlan(
+            sequence,
+            images.view,
+            draws,
+            sizes,
+            seen,
+            images.shapes,
+            shown,
+            asked,
+            shown_images,
+            window,
+        )
 
     def _draw_changes(
         self,

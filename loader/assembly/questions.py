@@ -86,6 +86,33 @@ def question_record(record: Mapping[str, Any], *, branch: int, turn: int) -> dic
     return {**(record.get("metadata") or {}), **fields}
 
 
+def window_record(record: Mapping[str, Any], window: int) -> dict[str, Any]:
+    """Picks what the record of a sample with windows says of one of them.
+
+    Args:
+      record: As the job wrote it. `metadata["windows"]` has `each`, a list of a value per window by
+        name, and `runs`, lists by name of which a window has the `rows` values from its number in
+        `first` on.
+      window: The window's number.
+
+    Returns:
+      The record that the window would have as a sample of its own.
+
+    >>> windows = {"each": {"t": [4, 6]}, "runs": {"x": [7, 8, 9, 9]}, "first": [0, 2], "rows": 2}
+    >>> record = {"message_list": ["a", "b"], "metadata": {"id": 5, "windows": windows}}
+    >>> window_record(record, 1)
+    {'message_list': ['b'], 'metadata': {'id': 5, 't': 6, 'x': [9, 9]}}
+    """
+    metadata = dict(record["metadata"])
+    windows = metadata.pop("windows", {})
+    metadata |= {name: values[window] for name, values in windows.get("each", {}).items()}
+    if "runs" in windows:
+        first = windows["first"][window]
+        stop = first + windows["rows"]
+        metadata |= {name: values[first:stop] for name, values in windows["runs"].items()}
+    return {**record, "message_list": [record["message_list"][window]], "metadata": metadata}
+
+
 def sample_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Gives what a record says of its whole sample: its metadata, and its `message_list`."""
     metadata = record.get("metadata") or {}

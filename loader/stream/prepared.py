@@ -338,8 +338,7 @@ class PreparedBuilder:
             plan = self._model_plan(stored, rng, question)
             draft = ModelDraft(
                 plan,
-                # A question is asked without the pictures of later turns.
-                sources[: len(plan.pictures)],
+                sources,
                 view=self.view.model,
                 stored=self.model,
                 key=stored.key,

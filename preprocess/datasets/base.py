@@ -15,6 +15,9 @@ An *example* is a plain dict, as in the Molmo code bases:
     metadata      JSON types, kept for people and evaluators
     rigid         True where no crop or flip may be applied to the images, whatever the texts say
     group         name of a group of examples, such as an episode, that stay in one shard
+    windows       for each message the numbers of the images that it shows, in order: the messages
+                  are alternatives, of which training draws one, with those images, in each epoch;
+                  what metadata differ by is in their `windows` (docs/robots.md)
     leads         texts in front of the images, such as "Page 3"; absent for "Image 1" and so on
 
 Instead of `message_list` an example may have `messages`, a conversation of role and content.

@@ -12,6 +12,10 @@ Its metadata have the floats themselves, as they are in the source:
     views                  of each image its camera
     success                whether the episode succeeded, where the source says it
 
+With `WindowPolicy.segment` a sample is several windows in a row, and an example one of them. What
+their metadata share, such as frames and actions, is stored once, and `windows` says which part of
+it each has (`window_record` of the loader's assembly takes it out).
+
 All windows of an episode are in one shard and in one split: `validation_share` is a share of the
 episodes of "train", chosen by a hash of their numbers, where the source has no split "validation".
 """
@@ -36,11 +40,14 @@ from preprocess.episodes import (
     EpisodeFrames,
     EpisodeSource,
     EpisodeTable,
+    Window,
     WindowPolicy,
     cut_window,
-    num_windows,
+    num_segments,
     open_hdf5,
     open_rlds,
+    segment_chunk,
+    segment_steps,
 )
 from preprocess.media import VideoDecoder, VideoPolicy
 from shardspec.actions import (
@@ -101,42 +108,57 @@ class EpisodeDataset(RobotDataset):
         return self._windows(self.open_episodes())
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Turns a window into an example; its frames are decoded when they are read."""
+        """Turns a window or a segment into an example; frames are decoded when they are read."""
         if not isinstance(row, _WindowRow):
             return super().to_example(row)
-        rows, t = row.rows, row.step
+        rows, steps, policy = row.rows, row.steps, self.window
         table = rows.table
         if self.window.only_success and table.success is False:
             raise SampleError("robot_failed", where=rows.where)
-        window = cut_window(table, t, policy=self.window, fps=rows.fps)
-        images = [
-            EpisodeFrame(frames=rows.frames, episode=rows.where, camera=camera, row=shown, window=t)
-            for shown in window.history_rows
-            for camera in rows.cameras
-        ]
-        real = window.actions_ND[np.array(window.action_mask)]
-        scaled = normalize(real, rows.statistics, kept=rows.kept)
-        place = {"episode": rows.episode.number, "step": t}
-        message = {
-            "style": "robot_action",
-            "instruction": table.tasks[t],
-            "action": scaled.tolist(),
-            **place,  # windows of a robot that waits are samples of their own
+        windows = [cut_window(table, t, policy=policy, fps=rows.fps) for t in steps]
+        shown = windows[0].history_rows
+        if policy.segment > 1:
+            shown = tuple(sorted({step for window in windows for step in window.history_rows}))
+        example: dict[str, Any] = {
+            "image": [
+                EpisodeFrame(
+                    frames=rows.frames,
+                    episode=rows.where,
+                    camera=camera,
+                    row=step,
+                    segment=row.number,
+                )
+                for step in shown
+                for camera in rows.cameras
+            ],
+            "message_list": [
+                rows.message(t, window) for t, window in zip(steps, windows, strict=True)
+            ],
+            "group": f"episode {rows.episode.number}",
         }
         metadata: dict[str, Any] = {
-            **place,
-            "time_s": float(table.times_L[t]),
-            "views": list(rows.cameras) * len(window.history_rows),
-            "history_mask": list(window.history_mask),
-            "actions": window.actions_ND.tolist(),
-            "action_mask": list(window.action_mask),
+            "episode": rows.episode.number,
+            "views": list(rows.cameras) * policy.history,
         }
-        if window.state_D is not None:
-            metadata["state"] = window.state_D.tolist()
         if table.success is not None:
             metadata["success"] = table.success
-        group = f"episode {rows.episode.number}"
-        return {"image": images, "message_list": [message], "metadata": metadata, "group": group}
+        each = [rows.facts(t, window) for t, window in zip(steps, windows, strict=True)]
+        if policy.segment == 1:
+            chunk = (windows[0].actions_ND, windows[0].action_mask)
+            metadata |= {**each[0], **_chunk_fields(*chunk)}
+        else:
+            metadata["windows"] = {
+                "each": {name: [facts[name] for facts in each] for name in each[0]},
+                "first": [t - steps[0] for t in steps],
+                "rows": policy.chunk,
+                "runs": _chunk_fields(*segment_chunk(table, steps, policy=policy)),
+            }
+            place = {step: i * len(rows.cameras) for i, step in enumerate(shown)}
+            example["windows"] = [
+                [place[s] + c for s in window.history_rows for c in range(len(rows.cameras))]
+                for window in windows
+            ]
+        return {**example, "metadata": metadata}
 
     def _sample_rows(self, limit: int | None) -> Rows:
         del limit  # windows are enumerated as those of a folder are
@@ -246,13 +268,14 @@ class EpisodeFiles(EpisodeDataset):
 
 @dataclass(frozen=True, slots=True)
 class _WindowRow(Mapping[str, Any]):
-    """A window of an episode; a row whose columns are its place."""
+    """A window of an episode, or a segment; a row whose columns are its place."""
 
     rows: EpisodeWindows
-    step: int
+    number: int
+    steps: range
 
     def __getitem__(self, name: str) -> Any:
-        return {"episode": self.rows.episode.number, "step": self.step}[name]
+        return {"episode": self.rows.episode.number, "step": self.steps[0]}[name]
 
     def __iter__(self) -> Any:
         return iter(("episode", "step"))
@@ -287,7 +310,7 @@ def _where(source: EpisodeSource, episode: Episode) -> str:
 
 
 class EpisodeWindows(Sequence[Mapping[str, Any]]):
-    """The windows of an episode, whose steps are read when the first one is wanted."""
+    """The samples of an episode, whose steps are read when the first one is wanted."""
 
     def __init__(
         self,
@@ -307,10 +330,33 @@ class EpisodeWindows(Sequence[Mapping[str, Any]]):
         self._policy, self._opened = policy, opened
 
     def __len__(self) -> int:
-        return num_windows(self.episode.length, stride=self._policy.stride)
+        return num_segments(self.episode.length, self._policy)
 
     def __getitem__(self, i: Any) -> Any:
-        return _WindowRow(self, range(len(self))[i] * self._policy.stride)
+        number = range(len(self))[i]
+        return _WindowRow(self, number, segment_steps(self.episode.length, number, self._policy))
+
+    def message(self, t: int, window: Window) -> dict[str, Any]:
+        """Makes the message of a window."""
+        real = window.actions_ND[np.array(window.action_mask)]
+        return {
+            "style": "robot_action",
+            "instruction": self.table.tasks[t],
+            "action": normalize(real, self.statistics, kept=self.kept).tolist(),
+            # Windows of a robot that waits are samples of their own.
+            "episode": self.episode.number,
+            "step": t,
+        }
+
+    def facts(self, t: int, window: Window) -> dict[str, Any]:
+        """Lists what the metadata say of a window alone."""
+        state = {} if window.state_D is None else {"state": window.state_D.tolist()}
+        return {
+            "step": t,
+            "time_s": float(self.table.times_L[t]),
+            "history_mask": list(window.history_mask),
+            **state,
+        }
 
     @property
     def table(self) -> EpisodeTable:
@@ -330,6 +376,10 @@ class EpisodeWindows(Sequence[Mapping[str, Any]]):
         frames = self._opened(self.episode).frames
         assert frames is not None
         return frames
+
+
+def _chunk_fields(actions_ND: np.ndarray, mask: Sequence[bool]) -> dict[str, Any]:
+    return {"actions": actions_ND.tolist(), "action_mask": list(mask)}
 
 
 def _statistics(source: EpisodeSource, episodes: Sequence[Episode]) -> dict[str, ValueStatistics]:

@@ -38,8 +38,8 @@ class RemoteImage:
 class FrameReader(Protocol):
     """What gives the frames of an episode."""
 
-    def frame(self, camera: str, row: int, *, window: int) -> np.ndarray | bytes:
-        """Gives the frame of a camera at a step, for the window that is read."""
+    def frame(self, camera: str, row: int, *, segment: int) -> np.ndarray | bytes:
+        """Gives the frame of a camera at a step, for the sample that is read."""
         ...
 
 
@@ -52,8 +52,8 @@ class EpisodeFrame:
     """Its source and number."""
     camera: str
     row: int
-    window: int
-    """Step of the window that it is read for: neighbours are decoded together."""
+    segment: int
+    """Number of the episode's sample that it is read for: neighbours are decoded together."""
 
     def read(self) -> bytes | np.ndarray:
         """Gives the frame: uint8 [H, W, 3], or an encoded image.
@@ -61,7 +61,7 @@ class EpisodeFrame:
         Raises:
           SampleError: `robot_frame`, and what a video is refused for.
         """
-        return self.frames.frame(self.camera, self.row, window=self.window)
+        return self.frames.frame(self.camera, self.row, segment=self.segment)
 
 
 def resolve_image(image: Any, *, base: str) -> bytes | str | Path | RemoteImage:

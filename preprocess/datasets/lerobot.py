@@ -16,7 +16,7 @@ import numpy as np
 
 from preprocess.datasets.base import SAMPLE_ROWS
 from preprocess.datasets.episodes import EpisodeDataset
-from preprocess.episodes import Episode, EpisodeSource, EpisodeTable, num_windows, open_lerobot
+from preprocess.episodes import Episode, EpisodeSource, EpisodeTable, num_segments, open_lerobot
 from preprocess.synthetic import (
     ARM_ACTIONS,
     ARM_CAMERAS,
@@ -45,7 +45,7 @@ class LeRobot(EpisodeDataset):
     def sample_episodes(self) -> EpisodeSource:
         """Simulates enough episodes for the limit."""
         wanted = SAMPLE_ROWS if self.limit is None else self.limit
-        per_episode = num_windows(ARM_STEPS, stride=self.window.stride)
+        per_episode = num_segments(ARM_STEPS, self.window)
         count = max(_LEAST_EPISODES, -(-wanted // per_episode))
         seed = keyed(hash_text(self.name), hash_text("train")) % 2**31
         return SimulatedArm(seed, split=self.split, count=count)

@@ -10,7 +10,14 @@ from preprocess.episodes.frames import EpisodeFrames
 from preprocess.episodes.hdf5 import open_hdf5
 from preprocess.episodes.lerobot import open_lerobot
 from preprocess.episodes.rlds import open_rlds
-from preprocess.episodes.windows import Window, WindowPolicy, cut_window, num_windows
+from preprocess.episodes.windows import (
+    Window,
+    WindowPolicy,
+    cut_window,
+    num_segments,
+    segment_chunk,
+    segment_steps,
+)
 
 __all__ = [
     "CameraVideo",
@@ -22,8 +29,10 @@ __all__ = [
     "Window",
     "WindowPolicy",
     "cut_window",
-    "num_windows",
+    "num_segments",
     "open_hdf5",
     "open_lerobot",
     "open_rlds",
+    "segment_chunk",
+    "segment_steps",
 ]

@@ -1,11 +1,11 @@
 """EpisodeFrames: the frames of an episode's cameras, decoded a run at a time.
 
-Windows are read in order, and neighbours share frames. So a window that follows the one before it
-decodes the frames of the next ones too: opening a video costs a pass over its packets. A window out
-of order decodes its own frames alone.
+Samples (windows, or segments of several) are read in order, and neighbours share frames. So one
+that follows the one before it decodes the frames of the next ones too: opening a video costs a pass
+over its packets. A sample out of order decodes its own frames alone.
 
-At most `AHEAD` frames of a camera are held, besides those of one window. What a camera cannot be
-read for is held as well: every window that needs the frame is refused for it.
+At most `AHEAD` frames of a camera are held, besides those of one sample. What a camera cannot be
+read for is held as well: every sample that needs the frame is refused for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from preprocess.episodes.episode import CameraVideo, EpisodeTable
-from preprocess.episodes.windows import WindowPolicy, history_rows, num_windows
+from preprocess.episodes.windows import (
+    WindowPolicy,
+    history_rows,
+    num_segments,
+    segment_steps,
+)
 from preprocess.media import VideoDecoder
 from shardspec.errors import SampleError
 
@@ -26,7 +31,7 @@ Held = np.ndarray | SampleError
 
 
 class EpisodeFrames:
-    """Reads the frames that the windows of one episode show."""
+    """Reads the frames that the samples of one episode show."""
 
     def __init__(
         self,
@@ -43,15 +48,15 @@ class EpisodeFrames:
         self._where = where
         self._held: dict[str, dict[int, Held]] = {}
         self._next: dict[str, int] = {}
-        """Window of each camera that would follow the last one."""
+        """Number of the sample that would follow the last one, of each camera."""
 
-    def frame(self, camera: str, row: int, *, window: int) -> np.ndarray | bytes:
+    def frame(self, camera: str, row: int, *, segment: int) -> np.ndarray | bytes:
         """Gives the frame of a camera at a step.
 
         Args:
           camera: Its name.
           row: The step.
-          window: Step of the window that is read, of which `row` is one.
+          segment: Number of the sample that is read, of whose steps `row` is one.
 
         Returns:
           uint8 [H, W, 3], or an encoded image.
@@ -69,31 +74,30 @@ class EpisodeFrames:
             return image
         held = self._held.setdefault(camera, {})
         if row not in held:
-            own = self._rows(window)
-            wanted = {*own, row, *self._ahead(camera, window)}
+            wanted = {row, *self._rows(segment), *self._ahead(camera, segment)}
             kept = {number: held[number] for number in wanted if number in held}
             made = self._decoded(camera, frames, sorted(wanted - kept.keys()))
             self._held[camera] = held = {**kept, **made}
-        self._next[camera] = window + self._policy.stride
+        self._next[camera] = segment + 1
         found = held[row]
         if isinstance(found, SampleError):
             raise found
         return found
 
-    def _rows(self, t: int) -> list[int]:
-        rows = history_rows(t, history=self._policy.history, step=self._step)
-        return [max(row, 0) for row in rows]
+    def _rows(self, segment: int) -> set[int]:
+        steps = segment_steps(len(self._table.times_L), segment, self._policy)
+        history = self._policy.history
+        rows = [row for t in steps for row in history_rows(t, history=history, step=self._step)]
+        return {max(row, 0) for row in rows}
 
-    def _ahead(self, camera: str, window: int) -> set[int]:
-        """Lists the steps that the next windows show, where this one is read in order."""
+    def _ahead(self, camera: str, segment: int) -> set[int]:
+        """Lists the steps that the next samples show, where this one is read in order."""
         follows = self._next.get(camera, 0)
-        if window not in (follows, follows - self._policy.stride):  # or the same one again
+        if segment not in (follows, follows - 1):  # or the same one again
             return set()
-        length, stride = len(self._table.times_L), self._policy.stride
         rows: set[int] = set()
-        first = window // stride
-        for number in range(first, num_windows(length, stride=stride)):
-            rows |= set(self._rows(number * stride))
+        for number in range(segment, num_segments(len(self._table.times_L), self._policy)):
+            rows |= self._rows(number)
             if len(rows) >= AHEAD:
                 break
         return rows

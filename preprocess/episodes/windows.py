@@ -8,6 +8,8 @@ The window of step t has
 Before the first step history repeats it, with False in `history_mask`. After the last step the
 chunk is filled as `padding` says, with False in `action_mask`. Windows begin at the steps
 0, stride, 2 stride, ...
+
+A sample is one window; or a segment, `segment` windows in a row, of which each epoch draws one.
 """
 
 # L: steps of an episode; D: dimensions; K: history; N: chunk.
@@ -15,6 +17,7 @@ chunk is filled as `padding` says, with False in `action_mask`. Windows begin at
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -44,6 +47,9 @@ class WindowPolicy:
     """Actions of a sample, >= 1."""
     stride: int = 1
     """Steps from one window to the next, >= 1."""
+    segment: int = 1
+    """Most windows of a sample, >= 1; of several, each epoch draws one. The segments of an episode
+    differ by one window at most."""
     tolerance_s: float = 1e-4
     """Most seconds between a step and its frame, and between a step and its place on the clock of
     the episode's rate."""
@@ -60,7 +66,7 @@ class WindowPolicy:
     """Whether episodes that say they failed are left out."""
 
     def __post_init__(self) -> None:
-        wholes = ("history", "chunk", "stride")
+        wholes = ("history", "chunk", "stride", "segment")
         checks = {
             **{name: _is_count(getattr(self, name)) for name in wholes},
             "history_hz": self.history_hz is None or 0 < self.history_hz < math.inf,
@@ -74,7 +80,10 @@ class WindowPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the policy in plain JSON types, for the recipe."""
-        return {**asdict(self), "conventions": dict(self.conventions)}
+        settings = {**asdict(self), "conventions": dict(self.conventions)}
+        if self.segment == 1:  # manifests from before there were segments say nothing
+            del settings["segment"]
+        return settings
 
     def step(self, fps: float) -> int:
         """Counts the steps from one instant of the history to the next.
@@ -116,6 +125,26 @@ def num_windows(length: int, *, stride: int) -> int:
     return -(-length // stride)
 
 
+def num_segments(length: int, policy: WindowPolicy) -> int:
+    """Counts the samples of an episode.
+
+    >>> [num_segments(length, WindowPolicy(segment=4)) for length in (0, 1, 4, 5)]
+    [0, 1, 1, 2]
+    """
+    return -(-num_windows(length, stride=policy.stride) // policy.segment)
+
+
+def segment_steps(length: int, number: int, policy: WindowPolicy) -> range:
+    """Gives the steps at which the windows of a sample begin.
+
+    >>> [[*segment_steps(9, i, WindowPolicy(segment=2, stride=2))] for i in range(3)]
+    [[0], [2, 4], [6, 8]]
+    """
+    windows, segments = num_windows(length, stride=policy.stride), num_segments(length, policy)
+    first, stop = (i * windows // segments * policy.stride for i in (number, number + 1))
+    return range(first, stop, policy.stride)
+
+
 def history_rows(t: int, *, history: int, step: int) -> list[int]:
     """Lists the steps of the history of step t, those before the first one included (below 0).
 
@@ -132,17 +161,11 @@ def cut_window(table: EpisodeTable, t: int, *, policy: WindowPolicy, fps: float)
       SampleError: `robot_values`, a value of the window is not finite; `robot_time`, its steps are
         not at the rate.
     """
-    length = len(table.times_L)
     seen = history_rows(t, history=policy.history, step=policy.step(fps))
     shown = [max(row, 0) for row in seen]
-    wanted = range(t, t + policy.chunk)
-    used = [min(row, length - 1) for row in wanted]
-    mask = [row < length for row in wanted]
+    used, mask, actions = _chunk(table, t, policy.chunk, padding=policy.padding)
     steps = np.array(sorted({*shown, *used}))
     _check_clock(table.times_L, steps, t, fps=fps, tolerance_s=policy.tolerance_s)
-    actions = table.actions_LD[used]
-    if policy.padding == "zero":
-        actions = np.where(np.array(mask)[:, None], actions, np.float32(0))
     state = None if table.state_LD is None else table.state_LD[t]
     for name, values in (("action", table.actions_LD[used]), ("state", state)):
         if values is not None and not np.isfinite(values).all():
@@ -154,6 +177,32 @@ def cut_window(table: EpisodeTable, t: int, *, policy: WindowPolicy, fps: float)
         action_mask=tuple(mask),
         state_D=state,
     )
+
+
+def segment_chunk(
+    table: EpisodeTable, steps: Sequence[int], *, policy: WindowPolicy
+) -> tuple[np.ndarray, list[bool]]:
+    """Joins the chunks of the windows of a segment: actions [M, D] and their mask [M].
+
+    That of the window of step t begins at row t - steps[0]. Rows that no window has may be zeros.
+    """
+    rows = steps[-1] - steps[0] + policy.chunk
+    _, mask, actions = _chunk(table, steps[0], rows, padding=policy.padding)
+    # JSON has no other numbers; those of the windows themselves are finite.
+    return np.where(np.isfinite(actions), actions, np.float32(0)), mask
+
+
+def _chunk(
+    table: EpisodeTable, t: int, number: int, *, padding: Padding
+) -> tuple[list[int], list[bool], np.ndarray]:
+    """Takes the actions from step t on: their steps, their mask, and the values."""
+    length = len(table.times_L)
+    used = [min(row, length - 1) for row in range(t, t + number)]
+    mask = [row < length for row in range(t, t + number)]
+    actions = table.actions_LD[used]
+    if padding == "zero":
+        actions = np.where(np.array(mask)[:, None], actions, np.float32(0))
+    return used, mask, actions
 
 
 def _check_clock(

@@ -31,6 +31,7 @@ from shardspec.sample import (
     sample_members,
     spans_table,
     text_rows,
+    window_images,
 )
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -233,10 +234,21 @@ def test_sample_with_another_number_of_encoded_overviews_is_refused():
 def test_numbers_of_the_contract_never_change():
     kinds = (SpanKind.TEXT, SpanKind.IMAGE, SpanKind.LEAD, SpanKind.OVERVIEW)
     assert kinds == (0, 1, 2, 3)
+    assert (SpanKind.VIDEO, SpanKind.SUBTITLE, SpanKind.WINDOW) == (4, 5, 6)
     assert (Geometry.FLIP, Geometry.CROP, Geometry.COLOR, Geometry.ALL) == (1, 2, 4, 7)
     assert (ARRAY_HEADER_BYTES, SPAN_COLUMNS) == (128, 8)
     assert CODEC_SUFFIX == {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}
     assert {"png", "webp", "raw"} == LOSSLESS_CODECS
+
+
+def test_windows_list_as_many_images_as_they_show():
+    images = [picture(4, 4)] * 3
+    windows = [[0, 0, 1, 2, 1, 0, 2], [2] * 7]
+    spans = spans_table([(0, 0, 0, 1, 1, 2, 10**6)], images, windows=windows)
+    assert spans[:, 0].tolist() == [0, 6, 6, 6, 6, 1, 1, 1]
+    assert spans[2].tolist() == [6, 0, 2, -1, -1, -1, -1, -1]
+    assert window_images(spans) == windows
+    assert window_images(spans_table([], images)) == []
 
 
 @pytest.mark.parametrize("codec, suffix", CODEC_SUFFIX.items())

@@ -29,7 +29,7 @@ from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.families import Family, PaliGemma, PicturePlan, Processor, StoredModel, plan_pictures
 from shardspec.index import first_conversations
 from shardspec.keyed import draw_below
-from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows
+from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows, window_images
 
 Purpose = Literal["train", "inference", "evaluation"]
 
@@ -81,6 +81,10 @@ class ModelPlan:
     """Tokens of all pictures, marks included."""
     asked: tuple[int, int] | None = None
     """Message and exchange of the question that is asked, for evaluation."""
+    images: Sequence[int]
+    """Numbers of the stored images that it has."""
+    window: int | None = None
+    """The window that it is, of a sample that has windows: a message."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -138,15 +142,18 @@ class ModelPlanner:
             `no_loss`; `too_long`, for evaluation.
           ConfigError: `question_number`.
         """
-        rows, images = text_rows(spans), image_rows(spans)
-        if self._max_images is not None and len(images) > self._max_images:
+        rows, windows = text_rows(spans), window_images(spans)
+        numbers: Sequence[int] = windows[0] if windows else range(len(image_rows(spans)))
+        if self._max_images is not None and len(numbers) > self._max_images:
             raise SampleError(
-                "too_many_images.view", where=key, images=len(images), max_images=self._max_images
+                "too_many_images.view", where=key, images=len(numbers), max_images=self._max_images
             )
-        branch, asked = 0, None
+        branch, asked, window = 0, None, None
+        num_branches = int(rows[-1, 1]) + 1
         if self._purpose == "train":
-            num_branches = int(rows[-1, 1]) + 1
             branch = draw_below(rng, num_branches) if num_branches > 1 else 0
+        if windows:  # each is a message, with equally many conversations
+            window = branch * len(windows) // num_branches
         turns = rows[rows[:, 1] == branch].tolist()
         if self._purpose == "evaluation":
             conversations = [
@@ -160,8 +167,12 @@ class ModelPlanner:
             conversation = conversations[asked[0]]
             turns = [row[:] for row in conversation[: asked[1] + 1]]
             turns[-1][6] = turns[-1][5]
-            images = images[: self._pictures_in(tokens, turns, conversation, len(images), key)]
-        sizes = [(row[2], row[3]) for row in images.tolist()]
+            window = asked[0] if windows else None
+            numbers = numbers[: self._pictures_in(tokens, turns, conversation, len(numbers), key)]
+        if window is not None:
+            numbers = windows[window][: len(numbers)]
+        images = image_rows(spans).tolist()
+        sizes = [(images[i][2], images[i][3]) for i in numbers]
         plans = plan_pictures(self._family, [size[::-1] for size in sizes])
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
@@ -174,7 +185,15 @@ class ModelPlanner:
         visual = sum(map(self._stored.block_length, plans))
         if self._stored.inline:
             visual = int(np.count_nonzero(sequence.ids == self._stored.soft_id))
-        return ModelPlan(sequence=sequence, pictures=plans, sizes=sizes, visual=visual, asked=asked)
+        return ModelPlan(
+            sequence=sequence,
+            pictures=plans,
+            sizes=sizes,
+            visual=visual,
+            asked=asked,
+            images=numbers,
+            window=window,
+        )
 
     def _pictures_in(
         self,
@@ -287,13 +306,15 @@ class ModelDraft:
 
         Args:
           plan: As a `ModelPlanner` of the same view makes it.
-          sources: A picture for each image of the sample; overviews are not used.
+          sources: A picture for each image of the sample, of which the plan has some or all;
+            overviews are not used.
           view: What the run wants.
           stored: What the dataset knows of its model.
           key: The sample's.
           scratch: Memory for decoding.
         """
-        self.plan, self.sources, self.view, self.stored = plan, sources, view, stored
+        self.plan, self.view, self.stored = plan, view, stored
+        self.sources = [sources[i] for i in plan.images]
         self.key, self.scratch = key, scratch
         self.num_tokens = len(plan.sequence.ids)
         self.num_crops = plan.visual

@@ -142,6 +142,25 @@ def test_windows_out_of_order_have_the_same_frames(folder):
             assert np.array_equal(image.read(), want)
 
 
+def test_segments_have_the_frames_of_their_windows_once(folder):
+    policies = [WindowPolicy(history=3, history_hz=5.0, segment=segment) for segment in (1, 3)]
+    single, joined = (windows(policy)(source=str(folder)) for policy in policies)
+    found = {}
+    for i in (*range(len(joined)), 0):  # the last one out of order
+        example = joined[i]
+        places = [(image.camera, image.row) for image in example["image"]]
+        assert len({*places}) == len(places)
+        images = [image.read() for image in example["image"]]
+        for message, shown in zip(example["message_list"], example["windows"], strict=True):
+            found[message["episode"], message["step"]] = [images[i] for i in shown]
+    assert len(found) == len(single)
+    for i in range(len(single)):
+        example = single[i]
+        got = found[example["metadata"]["episode"], example["metadata"]["step"]]
+        for image, pixels in zip(example["image"], got, strict=True):
+            assert np.array_equal(image.read(), pixels)
+
+
 def test_both_versions_give_the_same_samples(tmp_path, episodes):
     first, second = (
         windows(WindowPolicy(history=2, chunk=3))(source=str(write(tmp_path / name, episodes)))
