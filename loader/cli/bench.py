@@ -7,12 +7,15 @@ the processor time of a batch (`feeding`): no accelerator is needed to ask.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import math
 import time
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
+from loader.cli.flame import StackSampler, draw_flame_graph
 from loader.cli.opened import add_mixture, open_dataset
 from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
@@ -36,8 +39,9 @@ def _add(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--profile", metavar="FILE",
-        help="write a profile of Python's functions (cProfile, for snakeviz or flameprof): batches "
-        "are made without threads then",
+        help="write which functions take the time: a flame graph of all threads to FILE.svg, or to "
+        "any other FILE a profile (cProfile, for snakeviz), for which batches are made without "
+        "threads; without worker processes",
     )  # fmt: skip
 
 
@@ -48,29 +52,27 @@ def _run(options: argparse.Namespace) -> str:
         raise ConfigError("bench_setting", flag="--model-step", value=options.model_step)
     began = time.perf_counter()
     opened = open_dataset(options, rank=0, world_size=1)
-    alone = options.profile is not None
+    profiled = options.profile is not None
+    graph = profiled and options.profile.endswith(".svg")
+    alone = profiled and not graph
     loader = make_dataloader(
         opened.dataset,
         global_batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         pack=options.pack,
         decode_threads=0 if alone else options.threads,
-        workers=0 if alone else options.processes,
+        workers=0 if profiled else options.processes,
     )
     batches = _endless(loader)
     next(batches)
     first_s = time.perf_counter() - began
     before = loader.stats()
-    profile = cProfile.Profile() if alone else None
-    if profile is not None:
-        profile.enable()
-    began = time.perf_counter()
-    for _ in range(options.steps):
-        next(batches)
-    wall_s = time.perf_counter() - began
-    if profile is not None:
-        profile.disable()
-        profile.dump_stats(options.profile)
+    sampler, profile = StackSampler(), cProfile.Profile()
+    with sampler if graph else profile if alone else contextlib.nullcontext():
+        began = time.perf_counter()
+        for _ in range(options.steps):
+            next(batches)
+        wall_s = time.perf_counter() - began
     stats = loader.stats().since(before)
     batches.close()
     title = f"{opened.name} {options.split}: {options.steps:,} batches of {options.batch_size}"
@@ -78,6 +80,10 @@ def _run(options: argparse.Namespace) -> str:
     if options.model_step is not None:
         lines += ["", describe_feeding(stats, wall_s=wall_s, model_step_s=options.model_step)]
     if alone:
+        profile.dump_stats(options.profile)
+    elif graph:
+        Path(options.profile).write_text(draw_flame_graph(sampler.stacks, title=title))
+    if profiled:
         lines += ["", f"profile: {options.profile}"]
     return "\n".join(lines)
 

@@ -58,6 +58,13 @@ def test_bench_writes_a_profile_of_the_functions(shards, tmp_path, capsys):
     assert any("loader/assembly" in file for file in files)
 
 
+def test_bench_draws_a_flame_graph_of_the_threads(shards, tmp_path, capsys):
+    path = tmp_path / "flame.svg"
+    assert not main(["bench", shards, "--steps", "2", "--batch-size", "2", "--profile", str(path)])
+    assert str(path) in capsys.readouterr().out
+    assert path.read_text().startswith("<svg ")
+
+
 @pytest.mark.parametrize(
     "flag", [("--steps", "0"), ("--model-step", "-1"), ("--model-step", "nan")]
 )
