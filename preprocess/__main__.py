@@ -42,6 +42,11 @@ exit codes:
 """
 
 
+_PROGRAM = "vlm-shards"
+"""Name of the installed program, as pyproject.toml has it."""
+
+_SHELLS = ("bash", "zsh", "tcsh")
+
 LOG_INTERVAL_S = 30.0
 """Between two lines of progress where standard error is not a terminal."""
 
@@ -181,6 +186,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(1, f"error: {message}\n  fix:   see `python -m preprocess --help`\n")
 
 
+class _PrintCompletion(argparse.Action):
+    """Prints a shell's completion of the installed program, and ends."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        _namespace: argparse.Namespace,
+        values: object,
+        _option: str | None = None,
+    ) -> NoReturn:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("completion needs shtab: pip install 'vlm-shards[completion]'")
+        parser.prog = _PROGRAM
+        print(shtab.complete(parser, shell=str(values)))
+        parser.exit()
+
+
 def command_line() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """Makes the parser of the program, and those of its verbs by name."""
     parser = _Parser(
@@ -189,6 +213,11 @@ def command_line() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=_SHELLS, metavar="SHELL",
+        help=f"print what lets {', '.join(_SHELLS[:-1])} or {_SHELLS[-1]} complete the verbs and "
+        "flags of `vlm-shards`",
+    )  # fmt: skip
     group = parser.add_subparsers(dest="verb", required=True, metavar="verb", parser_class=_Parser)
     verbs = {}
     for verb in VERBS:

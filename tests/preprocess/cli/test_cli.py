@@ -1,6 +1,7 @@
 """The command line: help as golden files, exit codes, errors as one block, sizes."""
 
 import signal
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,31 @@ def test_help_is_the_golden_file(monkeypatch, capsys, golden, verb):
         main([*([verb] if verb else []), "--help"])
     assert caught.value.code == 0
     golden(f"help-{verb or 'program'}.txt", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("vlm-shards resh", "reshard"), ("vlm-shards shards pixmo_cap --image-s", "--image-size")],
+)
+def test_bash_completes_verbs_and_flags(typed, completed, capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", "bash"])
+    assert caught.value.code == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    script = (
+        f"source completion; COMP_WORDS=({typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
+        '_shtab_vlm_shards; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [completed]
+
+
+def test_completion_of_an_unknown_shell_is_refused(cli, capsys):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "fish"])
+    assert "choose from" in capsys.readouterr().err
 
 
 def test_datasets_are_listed(cli):
