@@ -39,7 +39,7 @@ from preprocess.job.build import BuildContext, build_shard, publish_shard
 from preprocess.job.job import Job, JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.job.planner import make_plan
-from preprocess.media.image import ImagePolicy
+from preprocess.media.image import Decoding, ImagePolicy
 from preprocess.recipe import Recipe
 from preprocess.synthetic.scenes import make_scene
 from shardspec.media import decode_stored, encode_stored
@@ -60,12 +60,15 @@ class Case:
     view: ImageView
     side_px: int
     """Longer side of the source pictures."""
+    decode: Decoding = "full"
+    """Of the job; the bare loop decodes them whole."""
 
 
 CASES = (
     Case(name="336 px canvas", view=ImageView(), side_px=1280),
     Case(name="378 px, 8 + 1 crops", view=TILED, side_px=1280),
     Case(name="kept files (640 px)", view=TILED, side_px=640),
+    Case(name="12 MP to 336, reduced", view=ImageView(), side_px=4000, decode="reduced"),
 )
 
 
@@ -128,7 +131,7 @@ def one_core(folder: Path) -> None:
     row("one core", "bare, ms", "job, ms", "images/s", "ratio", "by wall")
     for i, case in enumerate(CASES):
         files = draw(case.side_px)
-        settings = write_source(folder / f"core-{i}", files, rows=len(files), view=case.view)
+        settings = write_source(folder / f"core-{i}", files, rows=len(files), case=case)
         job = Job(settings)
         plan = make_plan(job, Silent())
         context = BuildContext(
@@ -166,7 +169,7 @@ def one_core(folder: Path) -> None:
 def whole_job(folder: Path) -> None:
     case = CASES[0]
     files = draw(case.side_px)
-    settings = write_source(folder / "whole", files, rows=JOB_ROWS, view=case.view)
+    settings = write_source(folder / "whole", files, rows=JOB_ROWS, case=case)
     runs: list[tuple[int, Stages]] = []
 
     def job(num_workers: int) -> None:
@@ -221,7 +224,7 @@ def draw(side_px: int) -> list[bytes]:
     return files
 
 
-def write_source(folder: Path, files: list[bytes], *, rows: int, view: ImageView) -> JobSettings:
+def write_source(folder: Path, files: list[bytes], *, rows: int, case: Case) -> JobSettings:
     """Writes rows of PixMo-Cap as Parquet and names the job that builds them as one shard each."""
     import pyarrow
     import pyarrow.parquet
@@ -246,7 +249,7 @@ def write_source(folder: Path, files: list[bytes], *, rows: int, view: ImageView
         out=str(folder / "out"),
         source=str(source),
         cache=str(folder / "cache"),
-        recipe=Recipe(image=ImagePolicy(views=(view,))),
+        recipe=Recipe(image=ImagePolicy(views=(case.view,), decode=case.decode)),
         num_shards=max(1, rows // PICTURES),
     )
 

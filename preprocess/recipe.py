@@ -102,6 +102,8 @@ class Recipe:
             for f in dataclasses.fields(self.image)
             if f.name not in ("views", "family")
         }
+        if self.image.decode == "full":  # manifests from before there was a choice say nothing
+            del image["decode"]
         image["limits"] = dataclasses.asdict(self.image.limits)
         if self.image.family is not None:
             image["family"] = family_to_dict(self.image.family)

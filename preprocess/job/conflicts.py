@@ -58,6 +58,7 @@ _VARIABLES = {
     "recipe.image.quality": "QUALITY",
     "recipe.image.keep": "KEEP",
     "recipe.image.resample": "RESAMPLE",
+    "recipe.image.decode": "DECODE",
     "recipe.image.limits.max_megapixels": "MAX_MEGAPIXELS",
     "recipe.image.limits.max_source_side_px": "MAX_SOURCE_SIDE",
     "recipe.image.limits.max_aspect": "MAX_ASPECT",

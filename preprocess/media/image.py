@@ -131,6 +131,9 @@ _PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"IDAT", b"IEND"})
 _PNG_MEANING_CHUNKS = frozenset({b"tRNS", b"acTL"})
 
 
+Decoding = Literal["full", "reduced"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePolicy:
     """How images are stored."""
@@ -163,6 +166,16 @@ class ImagePolicy:
     ] = "lanczos"
     """Molmo 1 resizes with "bilinear", Molmo 2 with "bilinear-aliased"; docs/build.md says what the
     filters differ by."""
+    decode: Annotated[
+        Decoding,
+        Setting(
+            "full: decode images whole; reduced: decode large JPEGs at 1/2, 1/4 or 1/8 of their "
+            "sides, as long as these are twice what is stored, which is faster",
+            group="images",
+        ),
+    ] = "full"
+    """Measured with scenes of 12 megapixels for 336 px: "reduced" takes a fifth of the time to
+    decode and resize, and its pixels are 54 dB from those of "full"."""
     overview: Literal["stored", "resized"] = "stored"
     """"stored": where views tile, and share size_px and fit, the overview is stored beside the
     image. For about a fifth more bytes nothing is resized at load, and the overview is made from
@@ -185,6 +198,8 @@ class ImagePolicy:
             _reject("keep", self.keep, "'auto' or 'never'")
         if self.resample not in get_args(Resample):
             _reject("resample", self.resample, nearest(str(self.resample), get_args(Resample)))
+        if self.decode not in get_args(Decoding):
+            _reject("decode", self.decode, nearest(str(self.decode), get_args(Decoding)))
         if self.overview not in ("stored", "resized"):
             _reject("overview", self.overview, "'stored' or 'resized'")
 
@@ -290,8 +305,10 @@ class ImagePreprocessor:
         stored_w, stored_h = stored[::-1] if turn in _SWAPPING else stored
         limits = self.policy.limits
         whole_bytes = decode_bytes(image, payload, resized=resized)
-        if whole_bytes > limits.max_decode_bytes and is_jpeg(image):
-            for reduce in REDUCTIONS:
+        reduces = self.policy.decode == "reduced"
+        if (reduces or whole_bytes > limits.max_decode_bytes) and is_jpeg(image):
+            # The least that memory asks for, or the most that keeps the detail.
+            for reduce in reversed(REDUCTIONS) if reduces else REDUCTIONS:
                 num_bytes = decode_bytes(image, payload, reduce=reduce, resized=resized)
                 # Half of what is left at least goes in the resize, as in Pillow's own drafts.
                 detailed = image.width >= 2 * reduce * stored_w

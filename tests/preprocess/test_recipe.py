@@ -316,6 +316,7 @@ OTHER_IMAGE = {
     "overview": "resized",
     "limits": ImageLimits(max_megapixels=10),
     "resample": "bilinear",
+    "decode": "reduced",
     "family": Qwen2VL(),
 }
 

@@ -160,6 +160,7 @@ OTHERS = {
     "QUALITY": "90",
     "KEEP": "never",
     "RESAMPLE": "bilinear",
+    "DECODE": "reduced",
     "MAX_MEGAPIXELS": "100",
     "MAX_SOURCE_SIDE": "1000",
     "MAX_ASPECT": "10",

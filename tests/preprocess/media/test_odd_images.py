@@ -14,6 +14,7 @@ from PIL import Image
 
 from preprocess.fetch.download import image_fault
 from preprocess.media import ImageLimits, ImagePolicy, ImagePreprocessor
+from preprocess.media import image as media_image
 from shardspec.errors import SampleError
 from shardspec.tiling import ImageView
 from tests.preprocess.media.odd_images import exif, odd_images, saved, scene
@@ -139,6 +140,33 @@ def test_reduced_jpeg_is_close_to_the_whole_resized():
         difference = np.abs(reduced.pixels.astype(int) - whole.pixels)
         assert 0 < difference.mean() < 1
         assert difference.max() < 8
+
+
+@pytest.mark.parametrize(("size_px", "reduce"), [(56, 8), (112, 4), (238, 2), (252, 1), (504, 1)])
+def test_reduced_decoding_leaves_half_to_the_resize_and_45_db(size_px, reduce, monkeypatch):
+    payload = saved(scene(1001, 1003), "JPEG", quality=95)
+    scales = []
+    monkeypatch.setattr(
+        media_image,
+        "_decode_reduced",
+        lambda *args, decode=media_image._decode_reduced: scales.append(args[2]) or decode(*args),
+    )
+    full, reduced = (
+        ImagePreprocessor(ImagePolicy(views=(ImageView(size_px=size_px),), decode=decode))(payload)
+        for decode in ("full", "reduced")
+    )
+    assert scales == [reduce] * (reduce > 1)
+    squares = np.square(full.pixels.astype(float) - reduced.pixels)
+    assert squares.mean() <= 255**2 / 10**4.5
+
+
+def test_pictures_other_than_jpeg_are_decoded_whole():
+    payload = saved(scene(1001, 1203), "PNG")
+    images = [
+        ImagePreprocessor(ImagePolicy(views=(ImageView(size_px=112),), decode=decode))(payload)
+        for decode in ("full", "reduced")
+    ]
+    assert np.array_equal(images[0].pixels, images[1].pixels)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
