@@ -394,11 +394,12 @@ class DatasetBase(Dataset):
         return lines
 
     @classmethod
-    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
-        """Lists the local files that rows are read from; files that rows name are not among them.
+    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> Sequence[Path | str]:
+        """Lists the files that rows are read from; files that rows name are not among them.
 
         A change of one of them is a change of the source, which the same job notices. An adapter
-        that reads further files adds them here. This one lists a file, or all files of a folder.
+        that reads further files adds them here: local ones as a `Path`, objects of stores as a URL.
+        This one lists a file, or all files of a folder, and nothing of a store.
         """
         del split, unmatched
         if source in ("hub", "sample") or not storage.is_local(source):
@@ -567,14 +568,15 @@ class HfDataset(DatasetBase):
         )
 
     @classmethod
-    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
+    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> Sequence[Path | str]:
         """Lists the files of the split, and those that say which files are of it."""
-        if source in ("hub", "sample") or not storage.is_local(source):
+        if source in ("hub", "sample"):
             return []
         layout = local_layout(source, unmatched=unmatched)
         stored = cls._stored_split(layout, split)
         names = layout.files(stored, unmatched=unmatched, where=source)
-        return [Path(source) / name for name in [*names, *layout.configured_by]]
+        places = [storage.join(source, name) for name in [*names, *layout.configured_by]]
+        return [Path(each) if storage.is_local(each) else each for each in places]
 
     @classmethod
     def _stored_split(cls, layout: SplitLayout | None, split: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from shardspec import storage
 from shardspec.errors import ConfigError, SampleError, ShardsError
 
 HOOKS = (
@@ -142,15 +143,16 @@ def _described(found: Any) -> dict[str, Any]:
     return dict(found)
 
 
-def _files(found: Any) -> list[Path]:
+def _files(found: Any) -> list[Path | str]:
+    """Gives local files as paths, and the URLs of objects."""
     entries = [] if isinstance(found, str | bytes | Path) else list(found)
     if isinstance(found, str | bytes | Path) or not all(isinstance(e, str | Path) for e in entries):
         raise _Unusable("a list of paths")
-    return [Path(each) for each in entries]
+    return [Path(each) if storage.is_local(str(each)) else str(each) for each in entries]
 
 
 def _code_files(found: Any) -> list[Path]:
-    paths = _files(found)
+    paths = [Path(each) for each in _files(found)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise _Unusable(f"files that exist, unlike {str(missing[0])!r}")

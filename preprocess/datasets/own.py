@@ -160,21 +160,23 @@ class OwnDataset(DatasetBase):
         return [Path(__file__)]
 
     @classmethod
-    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> list[Path]:
+    def source_files(cls, source: str, split: str, *, unmatched: Unmatched) -> Sequence[Path | str]:
         """Lists the files of the split, with the answers to VQA questions.
 
         Of a folder of images these are all that are in it.
         """
         files = cls._files(source, split, unmatched)[0]
-        paths = [Path(each) for each in files if "://" not in each]
-        answers = {Path(name) for each in files for name in annotation_names(each)}
-        return [
-            path
-            for each in [*paths, *sorted(p for p in answers - {*paths} if p.is_file())]
-            for path in (
-                [each / name for name in visible_names(str(each))] if each.is_dir() else [each]
+        answers = {name for each in files for name in annotation_names(each)} - {*files}
+        found = [
+            place
+            for each in [*files, *sorted(filter(storage.exists, answers))]
+            for place in (
+                [storage.join(each, name) for name in visible_names(each)]
+                if is_folder(each)
+                else [each]
             )
         ]
+        return [storage.local_path(each) if storage.is_local(each) else each for each in found]
 
     def load(self) -> Rows:
         """Opens the files of the split."""

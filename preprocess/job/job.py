@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -502,15 +503,15 @@ class Job:
         # Parts share a cache between machines, and each of those has memory of its own.
         return "locks" if self.settings.part is None else f"locks-{platform.node()}"
 
-    def source_files(self) -> list[Path]:
-        """Lists the local files that the rows are read from."""
+    def source_files(self) -> Sequence[Path | str]:
+        """Lists the files and objects that the rows are read from."""
         s = self.settings
         return self.kind.source_files(s.source, s.split, unmatched=s.unmatched)
 
     def compare_files(self) -> Compared | None:
         """Compares the files of the source with those of the plan that the output keeps."""
         how = self.settings.compare
-        if how == "none" or self.settings.source in ("hub", "sample"):
+        if how == "none" or self.settings.source == "sample":
             return None
         return compare_files(self.files_url, self.source_files(), how=how)
 

@@ -2,7 +2,7 @@
 
 1. Image URLs are downloaded into the blob cache; the ledger remembers how each ended.
 2. Each row gets its image's identity and its key, and is written to a spool; rows without an image
-   and repeated rows go to the quarantine list. Local files are stamped (`stamps`).
+   and repeated rows go to the quarantine list. Files and objects are stamped (`stamps`).
 3. A few samples are built: their length gives the number of shards, and a recipe that cannot work
    stops here.
 4. The rows are distributed to one file per shard, in one pass over the spool; plan.json comes last.
@@ -61,7 +61,7 @@ from preprocess.job.job import (
 )
 from preprocess.job.keys import KeyList
 from preprocess.job.plan import count_shards, plan_groups, plan_order, shard_borders
-from preprocess.job.stamps import StampWriter, content_sha256, stamp_file, with_content
+from preprocess.job.stamps import StampWriter, stamp_file, stamp_rows, with_content
 from preprocess.media import pixels_file
 from preprocess.recipe import (
     file_sha256,
@@ -74,7 +74,14 @@ from preprocess.recipe import (
 )
 from shardspec import storage
 from shardspec.documents import read_fields, read_object, require_plain
-from shardspec.errors import BudgetError, ConfigError, ConflictError, SampleError, StorageError
+from shardspec.errors import (
+    BudgetError,
+    ConfigError,
+    ConflictError,
+    SampleError,
+    StorageError,
+    redacted_url,
+)
 from shardspec.manifest import canonical_json, differences, fingerprint
 
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:[/\\]{2}\S+\s*", re.IGNORECASE)
@@ -182,14 +189,7 @@ def make_plan(
     """
     check_held()
     drop_plan(job)
-    row_stamps = [
-        stamp_file(
-            path,
-            sha256=content_sha256(path) if job.settings.compare == "content" else "",
-            holds_rows=True,
-        )
-        for path in job.source_files()
-    ]
+    row_stamps = stamp_rows(job.source_files(), content=job.settings.compare == "content")
     for line in job.dataset.notes():
         report.note(line)
     storage.publish_bytes(job.identity_url, canonical_json(job.identity, indent=1))
@@ -590,6 +590,8 @@ def _plan_image(
         return _PlannedImage(location=location, identity=image_identity(image, None))
     if isinstance(image, RemoteImage):
         location = {"kind": "blob", "url": image.url, "sha256": ""}
+        if job.settings.compare != "none" and redacted_url(image.url) == image.url:
+            stamps.add(stamp_file(image.url))
         try:
             image = image.read()
         except SampleError as missing:

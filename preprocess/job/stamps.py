@@ -1,9 +1,10 @@
-"""What the local files of a job were when its plan was made, and which have changed since.
+"""What the files of a job's source were when its plan was made, and which have changed since.
 
 A stamp is the size and the modification time of a file that rows are read from, or that a row
-names. PLAN reads the content of each named file anyway, so its hash is in the stamp too. The
-stamps of a split are one file of the output, `plan/SPLIT-files.jsonl.gz`; no other file depends on
-it, since times differ from machine to machine.
+names. PLAN reads the content of each named file anyway, so its hash is in the stamp too. Of an
+object of a store it is the size and what the store changes with each write: ETag, generation, or
+time. The stamps of a split are one file of the output, `plan/SPLIT-files.jsonl.gz`; no other file
+depends on it, since times differ from machine to machine.
 
 Cost of a million named files (2 cores, local disk): PLAN holds 100 MB, writes 27 MB and takes at
 most 46 s more; a comparison by time reads those and takes 12 s. "content" reads every file again;
@@ -27,7 +28,7 @@ from types import NoneType, TracebackType
 from typing import Any, Literal
 
 from shardspec import storage
-from shardspec.errors import StorageError
+from shardspec.errors import StorageError, redacted_url
 from shardspec.keyed import hash_text
 
 Compare = Literal["time", "content", "none"]
@@ -47,12 +48,12 @@ class Stamp:
     """A file as it was."""
 
     path: str
-    """Absolute."""
+    """Absolute path; URL of an object, without what may be secret in it."""
     num_bytes: int | None
     """None where there was none."""
     mtime_ns: int = 0
     digest: str = ""
-    """First digits of its sha256; "" where it was not read."""
+    """First digits of its sha256, "" where it was not read; the version of an object."""
     holds_rows: bool = False
     """Whether rows are read from it; else a row names it."""
 
@@ -107,15 +108,26 @@ class StampWriter:
         self._stream.write(json.dumps(fields).encode() + b"\n")
 
 
-def stamp_file(path: Path, *, sha256: str = "", holds_rows: bool = False) -> Stamp:
+def stamp_file(path: Path | str, *, sha256: str = "", holds_rows: bool = False) -> Stamp:
     """Makes the stamp of a file; call it before the file is read.
 
     Args:
-      path: The file; it may be missing.
+      path: The file, or the URL of an object; it may be missing.
       sha256: Of its content, where it is known.
       holds_rows: Whether rows are read from it.
+
+    Raises:
+      StorageError: The store refused or failed.
     """
-    where = str(path.absolute())
+    where = _name(path)
+    if isinstance(path, str):
+        found = storage.object_version(path)
+        return Stamp(
+            path=where,
+            num_bytes=found.num_bytes if found else None,
+            digest=found.version if found else "",
+            holds_rows=holds_rows,
+        )
     try:
         stat = path.stat()
     except (OSError, ValueError):
@@ -127,6 +139,26 @@ def stamp_file(path: Path, *, sha256: str = "", holds_rows: bool = False) -> Sta
         digest=sha256[:_DIGEST_CHARS],
         holds_rows=holds_rows,
     )
+
+
+def stamp_rows(paths: Iterable[Path | str], *, content: bool) -> list[Stamp]:
+    """Makes the stamps of the files that rows are read from.
+
+    Args:
+      paths: The files, or URLs of objects.
+      content: Whether local files are hashed, too.
+    """
+
+    def stamp(path: Path | str) -> Stamp:
+        sha256 = content_sha256(path) if content and isinstance(path, Path) else ""
+        return stamp_file(path, sha256=sha256, holds_rows=True)
+
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return list(_bounded_map(pool, stamp, iter(paths)))
+
+
+def _name(path: Path | str) -> str:
+    return str(path.absolute()) if isinstance(path, Path) else redacted_url(path)
 
 
 def with_content(stamp: Stamp, sha256: str) -> Stamp:
@@ -148,19 +180,20 @@ def content_sha256(path: Path) -> str:
         return ""
 
 
-def compare_files(url: str, row_files: Iterable[Path], *, how: Compare) -> Compared | None:
+def compare_files(url: str, row_files: Iterable[Path | str], *, how: Compare) -> Compared | None:
     """Compares the files of a job with the stamps of its plan.
 
     Args:
       url: The stamps.
-      row_files: Files that rows would be read from now.
-      how: "content" still goes by size and time where a stamp has no hash.
+      row_files: Files that rows would be read from now, and URLs of objects.
+      how: "content" still goes by size and time where a stamp has no hash, and by the version of an
+        object.
 
     Returns:
       None where nothing was compared: there are no stamps, or `how` is "none".
 
     Raises:
-      StorageError: `plan_files`, the stamps are damaged.
+      StorageError: `plan_files`, the stamps are damaged; the store refused or failed.
     """
     if how == "none":
         return None
@@ -170,11 +203,12 @@ def compare_files(url: str, row_files: Iterable[Path], *, how: Compare) -> Compa
         return None
     changed: dict[str, str] = {}
     num_changed, num_files = 0, 0
-    left = {str(path.absolute()) for path in row_files}
+    places = {_name(path): path for path in row_files}
+    left = set(places)
     batches = _batches(_stamps(payload, where=url))
 
     def found(stamps: list[Stamp]) -> list[tuple[Stamp, str]]:
-        return [(stamp, _change(stamp, how)) for stamp in stamps]
+        return [(stamp, _change(stamp, places.get(stamp.path), how)) for stamp in stamps]
 
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         for batch in _bounded_map(pool, found, batches):
@@ -231,22 +265,39 @@ def _stamp(line: bytes) -> Stamp:
     )
 
 
-def _change(stamp: Stamp, how: Compare) -> str:
-    """Says how a file differs from its stamp; "" if it does not."""
+def _change(stamp: Stamp, place: Path | str | None, how: Compare) -> str:
+    """Says how a file differs from its stamp; "" if it does not.
+
+    Args:
+      stamp: The stamp.
+      place: Where rows are read from; None for what a row names.
+      how: How it is compared.
+    """
+    if "://" in stamp.path:
+        now = stamp_file(str(place or stamp.path))
+        if now.num_bytes is None or stamp.num_bytes is None:
+            return _presence(now.num_bytes is None, stamp)
+        if now.num_bytes != stamp.num_bytes:
+            return f"has {now.num_bytes} bytes, had {stamp.num_bytes}"
+        return "" if now.digest == stamp.digest else "has another version"
     try:
         stat: os.stat_result | None = os.stat(stamp.path)
     except (OSError, ValueError):
         stat = None
     if stat is None or stamp.num_bytes is None:
-        if stat is None and stamp.num_bytes is None:
-            return ""
-        return "is missing" if stat is None else "was missing"
+        return _presence(stat is None, stamp)
     if stat.st_size != stamp.num_bytes:
         return f"has {stat.st_size} bytes, had {stamp.num_bytes}"
     if how == "content" and stamp.digest:
         same = content_sha256(Path(stamp.path))[:_DIGEST_CHARS] == stamp.digest
         return "" if same else "has another content"
     return "" if stat.st_mtime_ns == stamp.mtime_ns else "has another modification time"
+
+
+def _presence(is_missing: bool, stamp: Stamp) -> str:
+    if is_missing and stamp.num_bytes is None:
+        return ""
+    return "is missing" if is_missing else "was missing"
 
 
 def _batches(stamps: Iterator[Stamp]) -> Iterator[list[Stamp]]:

@@ -90,8 +90,8 @@ def version_of_entry(fs: Any, info: Mapping[str, Any]) -> str:
         return str(info.get("ETag"))
     if kind_of(fs) == "gs":
         return str(info.get("generation"))
-    # fsspec's HTTP file system names the fields after the response's headers.
-    for name in ("etag", "ETag", "Last-Modified"):
+    # fsspec's HTTP file system names the fields after the response's headers; the hub has blobs.
+    for name in ("etag", "ETag", "Last-Modified", "blob_id"):
         if info.get(name):
             return str(info[name])
     return f"{info['size']}-{info.get('mtime', info.get('created'))}"

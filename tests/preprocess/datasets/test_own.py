@@ -31,7 +31,8 @@ from loader import (
 )
 from preprocess.datasets import DatasetBase, dataset_class, example_images, is_own
 from preprocess.datasets.images import resolve_image
-from preprocess.datasets.own import list_files
+from preprocess.datasets.own import OwnDataset, list_files
+from preprocess.formats import Spec
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import load_tokenizer
 from shardspec import storage
@@ -515,6 +516,21 @@ def test_folders_of_an_object_store_are_read_as_local_ones(kind, request, tmp_pa
             == [local.get(i)["message_list"][0]["text"].strip() for i in range(len(local))]
         )
         assert images == ([photo(0), photo(1)] if name == "photos" else [photo(3)])
+
+
+def test_objects_that_rows_are_read_from_are_files_of_the_source():
+    kind = type("Own", (OwnDataset,), {"spec": Spec(name="own", format="llava")})
+    url, client = "memory://own-compared", fsspec.filesystem("memory")
+    for name in ("rows.jsonl", "photos/a.png", "photos/a.txt", "vqa/v2_questions.json"):
+        client.pipe_file(f"{url}/{name}", b"{}")
+    client.pipe_file(f"{url}/vqa/v2_annotations.json", b"{}")
+    for source, names in (
+        ("rows.jsonl", ["rows.jsonl"]),
+        ("photos", ["photos/a.png", "photos/a.txt"]),
+        ("vqa/v2_questions.json", ["vqa/v2_questions.json", "vqa/v2_annotations.json"]),
+    ):
+        found = kind.source_files(f"{url}/{source}", "train", unmatched="refuse")
+        assert found == [f"{url}/{name}" for name in names]
 
 
 class WebHandler(SimpleHTTPRequestHandler):

@@ -1,10 +1,15 @@
 """Sources under a job: files that change, rows that are odd, and where every row went."""
 
 import dataclasses
+import functools
 import gzip
+import hashlib
 import json
 import os
 import shutil
+import threading
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +23,7 @@ from preprocess.job import verify as verify_job
 from preprocess.job.job import Job, JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.job.planner import load_plan, make_plan
+from preprocess.job.stamps import StampWriter, compare_files, stamp_rows
 from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
 from shardspec import storage
@@ -175,6 +181,139 @@ def test_no_comparison_costs_nothing_and_says_so(tmp_path, source, small_jpeg):
     replace_picture(source, small_jpeg)
     outcome = run_job(job_settings(tmp_path, source, compare="none"), Quiet())
     assert (outcome.fresh, outcome.compared) == (False, None)
+
+
+@pytest.fixture(params=["s3", "http"])
+def stored(request, tmp_path):
+    """A store: its URL, and what writes an object."""
+    if request.param == "s3":
+        server = request.getfixturevalue("s3_server")
+        url = server.make_bucket()
+        entered = server.entered()
+
+        def put(name, payload):
+            storage.publish_bytes(f"{url}/{name}", payload)
+
+    else:
+        entered = served(tmp_path / "served")
+
+        def put(name, payload):
+            (tmp_path / "served" / name).write_bytes(payload)
+
+    with entered as address:
+        yield url if request.param == "s3" else address, put
+
+
+@contextmanager
+def served(folder):
+    """Serves a folder with ETags, which follow from the content."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def end_headers(self):
+            payload = Path(self.translate_path(self.path))
+            if payload.is_file():
+                digest = hashlib.sha256(payload.read_bytes()).hexdigest()
+                self.send_header("ETag", f'"{digest}"')
+            super().end_headers()
+
+    folder.mkdir()
+    handler = functools.partial(Handler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def chats(*answers):
+    rows = [
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]}
+        for answer in answers
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.slow
+def test_changed_object_of_a_store_is_noticed_as_a_file_is(tmp_path, stored):
+    url, put = stored
+    put("rows.jsonl", chats("No.", "Yes."))
+    settings = job_settings(tmp_path, f"{url}/rows.jsonl", dataset=f"{url}/rows.jsonl")
+    run_job(settings, Quiet())
+    again = run_job(settings, Quiet())
+    assert (again.fresh, again.compared.num_files) == (False, 1)
+    put("rows.jsonl", chats("No.", "Yes?"))  # as many bytes
+    with pytest.raises(ConflictError) as caught:
+        run_job(settings, Quiet())
+    assert caught.value.facts[f"{url}/rows.jsonl"] == "has another version"
+    put("rows.jsonl", chats("No.", "Yes.", "Perhaps."))
+    with pytest.raises(ConflictError, match="bytes, had"):
+        run_job(settings, Quiet())
+    assert run_job(dataclasses.replace(settings, compare="none"), Quiet()).fresh is False
+    forced = run_job(dataclasses.replace(settings, force=True), Quiet())
+    assert forced.result.split.num_samples == 3
+    assert run_job(settings, Quiet()).fresh is False
+
+
+@pytest.mark.slow
+def test_plan_of_objects_that_have_changed_is_made_again(tmp_path, s3_server, small_jpeg):
+    url = s3_server.make_bucket()
+    row = json.loads(chats("No."))
+    row |= {"image": "a.jpg"}
+    spec = tmp_path / "mine.toml"
+    spec.write_text(f'format = "llava"\nsource = "{url}/rows.jsonl"\n')
+    with s3_server.entered():
+        storage.publish_bytes(f"{url}/rows.jsonl", json.dumps(row).encode())
+        storage.publish_bytes(f"{url}/a.jpg", small_jpeg(1))
+        settings = job_settings(tmp_path, "hub", dataset=str(spec))
+        make_plan(Job(settings), Quiet())
+        assert Job(settings).compare_files().num_files == 2
+        assert load_plan(Job(settings)) is not None
+        payload = bytearray(small_jpeg(1))
+        payload[-20] ^= 1
+        storage.publish_bytes(f"{url}/a.jpg", bytes(payload))
+        report = Quiet()
+        assert load_plan(Job(settings), report) is None
+    assert f"({url}/a.jpg has another version)" in report.notes[0]
+
+
+@pytest.mark.slow
+def test_folder_of_a_store_is_compared_as_a_local_one(tmp_path, source, s3_server, small_jpeg):
+    url = s3_server.make_bucket() + "/captions"
+    s3_server.client().put(str(source), url, recursive=True)
+    settings = job_settings(tmp_path, url)
+    with s3_server.entered():
+        run_job(settings, Quiet())
+        assert run_job(settings, Quiet()).compared.num_files == 7
+        storage.publish_bytes(f"{url}/pictures/2.jpg", small_jpeg(77))
+        with pytest.raises(ConflictError) as caught:
+            run_job(settings, Quiet())
+    assert f"{url}/pictures/2.jpg" in caught.value.facts
+
+
+def test_object_is_compared_with_its_stamp(tmp_path, stored):
+    url, put = stored
+    put("a", b"a")
+    stamps = stamp_rows([f"{url}/a", f"{url}/missing"], content=True)
+    with StampWriter(tmp_path / "files") as writer:
+        for stamp in stamps:
+            writer.add(stamp)
+    places = [f"{url}/a", f"{url}/missing"]
+    assert compare_files(str(tmp_path / "files"), places, how="content").num_changed == 0
+    put("missing", b"")
+    for again, why in ((b"?", "has another version"), (b"longer", "has 6 bytes, had 1")):
+        put("a", again)
+        for how in ("time", "content"):
+            changed = compare_files(str(tmp_path / "files"), places, how=how).changed
+            assert changed == {places[0]: why, places[1]: "was missing"}
+
+
+def test_stamps_of_urls_hold_no_secrets():
+    stamp = stamp_rows(["memory://own/a.jsonl?token=abc"], content=False)[0]
+    assert (stamp.num_bytes, "abc" in stamp.path) == (None, False)
 
 
 def test_file_that_an_adapter_reads_besides_its_rows_is_compared(tmp_path, source, monkeypatch):
