@@ -6,8 +6,11 @@ parts), LLaMA-Factory's sharegpt, The Cauldron and FineVision (pairs of user and
 rows of one exchange: alpaca (instruction, input, output), ms-swift (query, response, history), TRL
 (prompt, completion). What is read:
 
-- roles: user, human; assistant, gpt, model, function_call; system, developer; tool, observation,
-  function (taken as user turns, as templates without tool turns write them);
+- roles: user, human; assistant, gpt, model, function_call; system, developer, in front of the other
+  turns; tool, observation, function: turns of the user whose text begins with the role, as in
+  "tool: 3", since Molmo's formats and most templates have no other role that is not learned;
+- contents: a text, or parts: text, image, image_url, and those of OpenAI's Responses (input_text,
+  output_text, refusal, input_image);
 - images: `image` or `images` (a name, a URL, a data: URL, bytes, the hub's {bytes, path}, or a list
   of those), a mapping of placeholders to images (MiniCPM-V), or inside of parts;
 - placeholders: `<image>`, `<|image|>`, `<ImageHere>`; `<img>NAME</img>` (Qwen-VL), which names its
@@ -49,8 +52,9 @@ PROMPTS = ("instruction", "query", "prompt")
 RESPONSES = ("output", "response", "completion")
 """Columns of a prompt and its response, the first that is there wins."""
 
-_USER = ("user", "human", "tool", "observation", "function", "ipython")
-_ASSISTANT = ("assistant", "gpt", "model", "function_call", "chatgpt", "bot")
+_TOOL = ("tool", "tool_response", "observation", "function", "function_response", "ipython")
+_USER = ("user", "human", *_TOOL)
+_ASSISTANT = ("assistant", "gpt", "model", "function_call", "tool_call", "chatgpt", "bot")
 _SYSTEM = ("system", "developer")
 
 _PLACEHOLDER = (
@@ -91,17 +95,20 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         raise SampleError("row_fields", name=want, want="a list of turns", fields=sorted(row))
     given = _given(row, spec, url=False)
     turns = [_turn(each, given) for entry in found for each in _halves(entry)]
+    first = next((i for i, turn in enumerate(turns) if turn.side != "system"), len(turns))
     system = row.get(spec.column("system"))
-    if isinstance(system, str) and system.strip() and not any(t.side == "system" for t in turns):
-        turns.insert(0, _Turn("system", system))
+    if isinstance(system, str) and system.strip() and not first:
+        turns, first = [_Turn("system", system), *turns], 1
     spoken = _alternating(turns)
     texts, placed, videos = _placed([turn.text for turn in spoken], given, spec)
+    if not texts[0].strip():
+        raise SampleError("empty_user.turn", turns=len(turns))
     message: dict[str, Any] = {"style": spec.style or STYLE, "messages": texts}
     if any(turn.weight != 1 for turn in spoken[1::2]):
         message["turn_weights"] = [turn.weight for turn in spoken[1::2]]
     if any(turn.reasoning is not None for turn in spoken[1::2]):
         message["reasoning"] = [turn.reasoning for turn in spoken[1::2]]
-    system_texts = [t.text for t in turns if t.side == "system"]
+    system_texts = [t.text for t in turns[:first]]
     told = "\n\n".join(text for text in [*system_texts, _tools(row.get("tools"))] if text.strip())
     message |= {"system": told} if told else {}
     return with_videos({"image": placed, "message_list": [message]}, videos)
@@ -172,14 +179,18 @@ def _parse_pairs(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         messages.append({"style": spec.style or STYLE, "messages": told})
     if not messages:
         raise SampleError("conversation.nothing", turns=0)
-    if not images.placed:
+    if len(messages) > 1 and not images.placed:
         _require_placeholders(images, spec)
+        if not all(each["messages"][0].strip() for each in messages):
+            raise SampleError("empty_user.turn", turns=2 * len(messages))
         return {"image": images.column, "message_list": messages}
     if len(messages) > 1:  # an image has one place, and the questions are apart
         raise SampleError(
             "image_placeholder.place", images=len(images.column), placeholders=len(images.placed)
         )
     texts, placed, _ = _placed(messages[0]["messages"], images, spec)
+    if not texts[0].strip():
+        raise SampleError("empty_user.turn", turns=2)
     return {"image": placed, "message_list": [{**messages[0], "messages": texts}]}
 
 
@@ -216,6 +227,15 @@ def text_with_images(text: str, row: Mapping[str, Any], spec: Spec) -> tuple[str
         return marked, given.resolve()
     _require_placeholders(given, spec)
     return MARK * len(given.column) + text, given.column
+
+
+def without_marks(text: str) -> str:
+    """Removes the places of images and videos from a text.
+
+    >>> without_marks("Where is <|image|> it?"), without_marks("<|image|>")
+    ('Where is it?', '')
+    """
+    return " ".join(text.replace(MARK, " ").replace(VIDEO_MARK, " ").split())
 
 
 def has_placeholder(text: str) -> bool:
@@ -400,18 +420,27 @@ def _turn(entry: Any, images: _Images) -> _Turn:
         thoughts = [part for part in parts if _is_thought(part)]
         parts = [part for part in parts if not _is_thought(part)]
     text = "".join(_part(part, images, role=role) for part in parts)
-    calls = entry.get("tool_calls")
+    calls = entry.get("tool_calls") or list(filter(None, [entry.get("function_call")]))
     if calls:
         text = "\n".join(filter(None, [text, *(_call(call) for call in calls)]))
+    elif not text and side == "assistant" and isinstance(entry.get("refusal"), str):
+        text = entry["refusal"]  # OpenAI's, beside an empty content
     if side != "user" and (MARK in text or (images.videos.allowed and VIDEO_MARK in text)):
         raise SampleError("image_placeholder.side", side=side)
+    if role in _TOOL:
+        name = entry.get("name")
+        text = f"{role} {name}: {text}" if isinstance(name, str) and name else f"{role}: {text}"
     if side != "assistant":
         return _Turn(side, text)
     return _Turn(side, text, weight=_weight(entry), reasoning=_reasoning(entry, thoughts))
 
 
-_PARTS = re.compile(r"\s*\[\s*\{\s*\"type\"\s*:\s*\"(?:text|image|image_url|video)\"\s*[,}]")
+_PARTS = re.compile(
+    r"\s*\[\s*\{\s*\"type\"\s*:\s*\"(?:input_)?(?:text|image|image_url|video)\"\s*[,}]"
+)
 """How a list of parts begins that was written as a text."""
+
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 _INDEX = "index"
 
@@ -444,9 +473,12 @@ def _part(part: Any, images: _Images, *, role: str) -> str:
     if not isinstance(part, Mapping):
         raise SampleError("conversation.part", got=type(part).__name__)
     kind = part.get("type")
-    if kind == "text" or (kind is None and isinstance(part.get("text"), str)):
-        return _part(part.get("text") or part.get("value") or "", images, role=role)
-    if kind in ("image", "image_url"):
+    if kind in _TEXT_PARTS or (kind is None and isinstance(part.get("text"), str)):
+        values = (part.get(name) for name in ("text", "refusal", "value"))
+        return _part(next(filter(None, values), ""), images, role=role)
+    if kind == "input_image" and part_media(part, "image") is None:
+        raise SampleError("conversation.file", fields=sorted(map(str, part)))
+    if kind in ("image", "image_url", "input_image"):
         found = part_media(part, "image")
         return images.bare(part.get(_INDEX)) if found is None else images.inline(found)
     if kind in ("video", "video_url") and images.videos.allowed:
@@ -518,6 +550,9 @@ def _alternating(turns: Sequence[_Turn]) -> list[_Turn]:
         raise SampleError("conversation.nothing", turns=len(turns))
     if spoken[0].side == "assistant":
         raise SampleError("assistant_first", roles=" ".join(turn.side for turn in turns[:8]))
+    start, stop = (next(i for i, t in enumerate(turns) if t is spoken[end]) for end in (0, -1))
+    if any(turn.side == "system" and turn.text.strip() for turn in turns[start:stop]):
+        raise SampleError("conversation.system", roles=" ".join(turn.side for turn in turns[:8]))
     found: list[_Turn] = []
     for turn in spoken:
         if turn.side == "user" and len(found) % 2:
@@ -556,6 +591,8 @@ def _placed(
     elif given.videos.placed and not given.placed:
         texts[0] = MARK * len(images) + texts[0]
     if not (given.placed or given.videos.placed):
+        if not texts[0].strip():
+            texts[0] = MARK * len(images) + VIDEO_MARK * len(videos)
         return texts, images, videos
     # The others are of turns that were left out at the end.
     images = images[: sum(text.count(MARK) for text in texts)]
@@ -567,6 +604,8 @@ def _placed(
         if not body.startswith(mark):
             return texts, images, videos
         body = body.removeprefix(mark)
+    if not body.strip():  # the images are the question
+        return texts, images, videos
     return [body.lstrip(), *texts[1:]], images, videos
 
 

@@ -8,9 +8,9 @@ import json
 import math
 import tokenize
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
-from preprocess.formats.conversations import has_placeholder, place_images
+from preprocess.formats.conversations import MARK, has_placeholder, place_images, without_marks
 from preprocess.formats.images import require_no_media, row_images
 from preprocess.formats.spec import UNITS, Spec
 from preprocess.formats.video import row_videos
@@ -19,8 +19,13 @@ from shardspec.errors import SampleError, SourceError
 CAPTIONS = ("caption", "captions", "text", "TEXT", "description", "alt", "prompt", "title")
 """Columns that hold a caption, the first that is there wins."""
 
-BOXES = ("boxes", "bboxes", "bbox", "box")
+BOXES = ("boxes", "bboxes", "bbox", "box", "bbox_2d")
 """Columns that hold boxes, the first that is there wins."""
+
+_OBJECT_LABELS = ("categories", "label", "labels", "category", "class", "name")
+"""What objects call their labels."""
+
+_POINT_FIELDS = (("x", "y"),)
 
 _BOX_FIELDS: Mapping[str, Sequence[Sequence[str]]] = {
     "xyxy": (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax")),
@@ -54,7 +59,7 @@ def parse_caption(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     question = row.get(spec.column("question")) or spec.prompt
     if question:
         question, images = place_images(str(question), row, spec)
-        message |= {"question": question} if question else {}
+        message |= {"question": question} if without_marks(question) else {}
     return {"image": images, "message_list": [message]}
 
 
@@ -108,26 +113,25 @@ def parse_points(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """
     if row.get(spec.column("timestamps")) is not None and row_videos(row, spec):
         return _parse_timed(row, spec, "points", "timestamps", style="video_point")
-    points = row.get(spec.column("points"))
     label, question = row.get(spec.column("label")), row.get(spec.column("question"))
-    if isinstance(points, Mapping):  # the hub's record of lists
-        x: Any = points.get("x")
-        y: Any = points.get("y")
-        lists = isinstance(x, list | tuple) and isinstance(y, list | tuple)
-        points = list(zip(x, y, strict=True)) if lists and len(x) == len(y) else None
-    if not isinstance(points, list | tuple) or not all(
-        isinstance(each, Mapping | list | tuple) for each in points
+    points = _shaped(_of_columns(row, row.get(spec.column("points")), _POINT_FIELDS), _POINT_FIELDS)
+    if points is None or not all(
+        {"x", "y"} <= set(each) if isinstance(each, Mapping) else isinstance(each, list | tuple)
+        for each in points
     ):
         raise _missing(row, spec.column("points"), "a list of [x, y]")
     pairs = [list(each) for each in _pairs(points)]
     images = _required_images(row, spec)
-    if not isinstance(label, str) and not isinstance(question, str):
-        raise _missing(row, spec.column("label"), "a text")
     message: dict[str, Any] = {"style": spec.style or "pointing", "points": pairs}
-    message |= {"label": label} if isinstance(label, str) else {}
-    if isinstance(question, str):
+    message |= {"label": label} if _is_text(label) else {}
+    if _is_text(question):
         question, images = place_images(question, row, spec)
-        message["question"] = question
+        asked = without_marks(question)
+        message |= {"question": question} if asked else {}
+        if asked and MARK in question and "label" not in message:
+            message["label_cased"] = asked  # an answer has no place for images
+    if not {"label", "question"} & set(message):
+        raise _missing(row, spec.column("label"), "a text")
     return {"image": images, "message_list": [_with_unit(message, spec)]}
 
 
@@ -184,16 +188,16 @@ def parse_boxes(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     question = row.get(spec.column("question"))
     label = _listed(label)
     labels = [label] * bool(label) if isinstance(label, str) else label
-    if not isinstance(question, str) and spec.prompt:
+    if not _is_text(question) and spec.prompt:
         question = spec.prompt.replace("{label}", ", ".join(dict.fromkeys(map(str, labels or ()))))
-    if not isinstance(question, str) and not labels:
+    if not _is_text(question) and not labels:
         raise _missing(row, spec.column("label"), "a text, or one for each box")
     message: dict[str, Any] = {"style": spec.style or "boxes", "boxes": boxes}
     message |= {"notation": spec.notation, **({"label": label} if labels else {})}
     images = _required_images(row, spec)
-    if isinstance(question, str):
+    if _is_text(question):
         question, images = place_images(question, row, spec)
-        message["question"] = question
+        message |= {"question": question} if without_marks(question) or not labels else {}
     return {"image": images, "message_list": [_with_unit(message, spec)]}
 
 
@@ -203,22 +207,64 @@ def row_boxes(row: Mapping[str, Any], spec: Spec) -> tuple[list[Any], Any]:
     Raises:
       SampleError: `row_fields`, `box_shape`.
     """
-    names = (spec.columns["boxes"],) if "boxes" in spec.columns else BOXES
-    boxes = next((row[name] for name in names if row.get(name) is not None), None)
-    label = row.get(spec.column("label"))
-    objects = row.get("objects")
-    if boxes is None and isinstance(objects, Mapping):  # an image folder of the hub
-        boxes = next((objects[name] for name in BOXES if objects.get(name) is not None), None)
-        label = objects.get("categories", objects.get("label")) if label is None else label
-    if isinstance(boxes, str) and boxes.strip().startswith("["):  # a cell of a CSV file
-        boxes = _literal(boxes)
-    if isinstance(boxes, Mapping) or (
-        isinstance(boxes, list | tuple) and boxes and isinstance(boxes[0], int | float)
-    ):
-        boxes = [boxes]
-    if not isinstance(boxes, list | tuple):
+    fields = _BOX_FIELDS[spec.box]
+    names = (spec.columns["boxes"],) if "boxes" in spec.columns else (*BOXES, "objects")
+    found = next((row[name] for name in names if row.get(name) is not None), None)
+    boxes, label = _objects(_literal(found) if isinstance(found, str) else found)
+    boxes = _shaped(_of_columns(row, boxes, fields), fields)
+    if boxes is None:
         raise _missing(row, spec.column("boxes"), "a list of boxes")
-    return list(boxes), label
+    own = row.get(spec.column("label"))
+    return boxes, label if own is None else own
+
+
+def _objects(value: Any) -> tuple[Any, Any]:
+    """Divides objects into their boxes and labels: the hub's record of lists, or records."""
+    if isinstance(value, Mapping):
+        boxes = (value[name] for name in BOXES if value.get(name) is not None)
+        labels = (value[name] for name in _OBJECT_LABELS if value.get(name) is not None)
+        return next(boxes, value), next(labels, None)
+    if isinstance(value, list | tuple) and value and all(isinstance(v, Mapping) for v in value):
+        pairs = [_objects(each) for each in value]
+        given = [label for _, label in pairs]
+        return [box for box, _ in pairs], None if None in given else given
+    return value, None
+
+
+def _of_columns(row: Mapping[str, Any], value: Any, fields: Sequence[Sequence[str]]) -> Any:
+    """Makes a record of columns of one number each where there is no column of points or boxes."""
+    if value is not None:
+        return value
+    for names in fields:
+        try:
+            return {name: float(row[name]) for name in names}
+        except (KeyError, TypeError, ValueError):
+            continue
+    return None
+
+
+def _shaped(value: Any, fields: Sequence[Sequence[str]]) -> list[Any] | None:
+    """Lists points or boxes however a column holds them; None for what is none of these.
+
+    A list, one point or box by itself, a record of lists, or the text of one of these, as cells of
+    CSV files have it.
+
+    >>> _shaped("[[1, 2]]", _POINT_FIELDS), _shaped({"x": [1, 3], "y": [2, 4]}, _POINT_FIELDS)
+    ([[1, 2]], [[1, 2], [3, 4]])
+    """
+    if isinstance(value, str):
+        value = _literal(value)
+    if isinstance(value, Mapping):
+        names = next((each for each in fields if set(each) <= set(value)), ())
+        columns = [value[name] for name in names]
+        if not any(isinstance(column, list | tuple) for column in columns):
+            return [value]
+        lists = all(isinstance(column, list | tuple) for column in columns)
+        even = lists and len({len(column) for column in columns}) == 1
+        return list(map(list, zip(*columns, strict=True))) if even else None
+    if not isinstance(value, list | tuple):
+        return None
+    return [value] if value and isinstance(value[0], int | float) else list(value)
 
 
 def _corners(box: Any, form: str) -> list[float]:
@@ -451,6 +497,10 @@ def _unusable(row: Mapping[str, Any], name: str, want: str) -> SampleError:
     if value is not None and all(isinstance(p, str) and not p.strip() for p in parts):
         return SampleError("empty_answer.field", name=name, fields=sorted(map(str, row)))
     return _missing(row, name, want)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _missing(row: Mapping[str, Any], name: str, want: str) -> SampleError:

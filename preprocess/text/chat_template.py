@@ -129,7 +129,7 @@ class TemplateFrame:
         markup = markups.at(first=first, last=last)
         user = markup.user_trims(user)
         if not user and not self.empty_user:
-            raise SampleError("empty_user")
+            raise SampleError("empty_user.template")
         slots = {USER: user, SYSTEM: markup.system_trims(system)}
         prompt = re.sub(f"[{USER}{SYSTEM}]", lambda found: slots[found[0]], markup.prompt)
         return prompt, markup.answer + markup.answer_trims(response) + self.tail

@@ -20,10 +20,15 @@ def photo():
     return stream.getvalue()
 
 
+FILE = {"type": "input_image", "file_id": "file-1"}
+TURNS = ("human", "gpt", "system", "gpt")
+
+
 def said(*texts, roles=("human", "gpt")):
-    return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
+    return [{"from": roles[i % len(roles)], "value": text} for i, text in enumerate(texts)]
 
 
+PLACES = "placeholder_without_image"
 DEEP = "[" * 100_000
 
 ROWS = {
@@ -49,6 +54,9 @@ ROWS = {
         ({"conversations": said("Hi!", "Hi.", roles=("human", "human"))}, "conversation"),
         ({"conversations": said("Hi!", "Hi.", roles=("human", "poet"))}, "conversation"),
         ({"conversations": []}, "conversation"),
+        ({"conversations": said("?", "x", "Be brief.", "x", roles=TURNS)}, "conversation"),
+        ({"messages": [{"role": "user", "content": [FILE]}]}, "conversation"),
+        ({"conversations": said("", "x")}, "empty_user"),
         ({"conversations": said("Play <video>.", "x")}, "media_placeholder"),
         ({"conversations": said("Say <|endoftext|>.", "x")}, "control_token"),
     ],
@@ -65,6 +73,12 @@ ROWS = {
         ({"image": "a.png", "caption": "\n"}, "empty_answer"),
         ({"image": None, "caption": "A cup."}, "row_image"),
         ({"image": 3, "caption": "A cup."}, "row_image"),
+    ],
+    "points": [
+        ({"image": "a.png", "points": [[1, 2]], "label": "cup"}, ""),
+        ({"image": "a.png", "points": [[1, 2]], "question": "<image>"}, "row_fields"),
+        ({"image": "a.png", "points": [[1, 2]], "label": " "}, "row_fields"),
+        ({"image": "a.png", "points": [[1, 2]], "question": "<image><image>?"}, PLACES),
     ],
     "interleaved": [
         ({"document": ["A cup ", {"image": "a.png"}, "."]}, ""),

@@ -48,7 +48,18 @@ def test_a_box_reads_the_same_in_every_form_and_unit(unit, i, form):
     assert answer({"label": "cup", "bbox": box}, made) == WANT
     assert answer({"label": ["cup"], "boxes": json.dumps([box])}, made) == WANT
     fields = {"xyxy": "x1 y1 x2 y2", "xywh": "x y w h", "cxcywh": "cx cy w h"}[form].split()
-    assert answer({"label": "cup", "boxes": [dict(zip(fields, box, strict=True))]}, made) == WANT
+    record = dict(zip(fields, box, strict=True))
+    lists = {name: [value] for name, value in record.items()}
+    for boxes in (box, [record], record, lists):
+        assert answer({"label": "cup", "boxes": boxes}, made) == WANT
+        assert answer({"label": "cup", "boxes": json.dumps(boxes)}, made) == WANT
+        assert answer({"label": "cup", "boxes": str(boxes)}, made) == WANT
+    assert answer({"label": "cup", **{k: str(v) for k, v in record.items()}}, made) == WANT
+    objects = [{"bbox": [box], "categories": ["cup"]}, [{"bbox_2d": box, "label": "cup"}]]
+    for each in [*objects, [{**record, "category": "cup"}]]:
+        assert answer({"objects": each}, made) == WANT
+        assert answer({"boxes": each}, made) == WANT
+        assert answer({"boxes": json.dumps(each)}, made) == WANT
 
 
 @pytest.mark.parametrize(
@@ -92,6 +103,8 @@ def test_no_boxes_are_an_answer_and_a_question_needs_no_label():
         ([50, 40, 30, "a"], spec(), "box_shape"),
         ([50, 40, 30, float("nan")], spec(), "box_shape"),
         ({"x": 1, "y": 2, "w": 3, "h": 4}, spec(), "box_shape"),
+        ({"x1": [1], "y1": [2], "x2": [3]}, spec(), "box_shape"),
+        ("10 20 30 40", spec(), "box_shape"),
     ],
 )
 def test_a_box_that_cannot_be_in_its_unit_is_a_counted_row(box, made, reason):

@@ -66,7 +66,7 @@ LAYOUTS = {
                 {"from": "gpt", "value": "It is 3."},
             ]
         },
-        (["Be brief.", "Sum?", "add(1, 2)", "3", "It is 3."], []),
+        (["Be brief.", "Sum?", "add(1, 2)", "observation: 3", "It is 3."], []),
     ),
     "swift": (
         {
@@ -119,6 +119,66 @@ LAYOUTS = {
             ]
         },
         (["Read.", "Total?\n<|image|>", "12.40"], [PNG]),
+    ),
+    "openai, responses": (
+        {
+            "messages": [
+                {"role": "developer", "content": [{"type": "input_text", "text": "Read."}]},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "input_text", "text": "Whose is "},
+                        {"type": "input_image", "image_url": PNG, "detail": "auto"},
+                        {"type": "input_image", "image_url": {"url": "b.png", "detail": "low"}},
+                        {"type": "image_url", "image_url": "c.png"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "I won't."}]},
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "Privacy."}]},
+            ]
+        },
+        (
+            ["Read.", "Whose is <|image|><|image|><|image|>", "I won't.", "Why?", "Privacy."],
+            [PNG, "b.png", "c.png"],
+        ),
+    ),
+    "openai, refusals and calls beside an empty content": (
+        {
+            "messages": [
+                {"role": "user", "content": "Now?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "clock", "arguments": "{}"},
+                },
+                {"role": "function", "name": "clock", "content": "12:40"},
+                {"role": "user", "content": "And who asks?"},
+                {"role": "assistant", "content": None, "refusal": "I won't say."},
+            ]
+        },
+        (["Now?", "clock({})", "function clock: 12:40\nAnd who asks?", "I won't say."], []),
+    ),
+    "an image and no text": (
+        {"image": "a", "conversations": said(("<image>", "A cup."), ("Red?", "No."))},
+        (["<|image|>", "A cup.", "Red?", "No."], ["a"]),
+    ),
+    "an image without placeholder and no text": (
+        {"image": ["a", "b"], "conversations": said((" ", "Two cups."))},
+        (["<|image|><|image|>", "Two cups."], ["a", "b"]),
+    ),
+    "an image and no text, as parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "a"}]},
+                {"role": "assistant", "content": "A cup."},
+            ]
+        },
+        (["<|image|>", "A cup."], ["a"]),
+    ),
+    "an image and no text, as a pair": (
+        {"images": ["a"], "texts": [{"user": "", "assistant": "A cup."}]},
+        (["<|image|>", "A cup."], ["a"]),
     ),
     "anthropic": (
         {
@@ -210,7 +270,7 @@ LAYOUTS = {
         (
             [
                 'Help.\n\n{"type": "function", "function": {"name": "clock"}}\n{"type": "x"}',
-                *("Now?", "clock({})", "12:40", "12:40."),
+                *("Now?", "clock({})", "tool: 12:40", "12:40."),
             ],
             [],
         ),
@@ -386,6 +446,19 @@ REFUSED = {
         )
         for name, value in [("video", "a.mp4"), ("videos", ["a.mp4"]), ("audios", ["a.wav"])]
     },
+    "neither text nor image": ({"conversations": said((" ", "x"))}, "empty_user"),
+    "neither text nor image in a pair": (
+        {"texts": [{"user": "", "assistant": "x"}], "images": []},
+        "empty_user",
+    ),
+    "no text in one of the pairs": (
+        {"texts": [{"user": u, "assistant": "x"} for u in ("a", "")], "images": ["a"]},
+        "empty_user",
+    ),
+    "image by number of a file": (
+        {"messages": [{"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]}]},
+        "conversation",
+    ),
     "no turns": ({"image": "a.jpg", "text": "x"}, "row_fields"),
     "turns as a text": ({"messages": "hello"}, "row_fields"),
 }
@@ -397,6 +470,50 @@ def test_row_that_cannot_be_read_has_a_reason(name):
     with pytest.raises(SampleError) as caught:
         texts(row)
     assert caught.value.reason == reason
+
+
+def in_turn(number):
+    return [
+        {"role": role, "content": f"{role} {i}"}
+        for i in range(number)
+        for role in ("user", "assistant")
+    ]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_system_turn_is_in_front_or_counted_and_never_moved(role):
+    turn = {"role": role, "content": "Be brief."}
+    plain = [each["content"] for each in in_turn(3)]
+    for place in range(7):
+        turns = in_turn(3)
+        turns.insert(place, turn)
+        if place in (0, 6):  # nothing that is learned follows the last
+            assert texts({"messages": turns})[0] == ["Be brief."] * (place == 0) + plain
+            continue
+        with pytest.raises(SampleError) as caught:
+            texts({"messages": turns})
+        assert caught.value.reason == "conversation"
+        assert "in front" in caught.value.fix
+        turns[place] = {**turn, "content": " "}
+        assert texts({"messages": turns})[0] == plain
+
+
+def test_system_turns_in_front_are_joined():
+    turns = [{"role": role, "content": role} for role in ("system", "developer")]
+    assert texts({"messages": turns + in_turn(1)})[0][0] == "system\n\ndeveloper"
+
+
+TOOLS = ("tool", "tool_response", "observation", "function", "function_response", "ipython")
+
+
+@pytest.mark.parametrize("role", TOOLS)
+def test_result_of_a_tool_keeps_its_role_and_is_never_learned(role):
+    for place in range(1, 4):
+        turns = in_turn(3)
+        result = {"role": role, "content": "3", "weight": 1, "train": True}
+        turns[2:3] = [result] * place + [turns[2]]
+        assert texts({"messages": turns})[0][2] == f"{role}: 3\n" * place + "user 1"
+        assert texts({"messages": turns})[0][1::2] == [f"assistant {i}" for i in range(3)]
 
 
 VIDEO_SPEC = Spec(name="own", format="llava", columns={"video": "video"})

@@ -137,9 +137,17 @@ def test_placeholder_of_a_question_without_its_image_is_a_bad_row(row, reason):
     "unit, scale",
     [("pixel", {}), ("1", {"point_scale": 1.0}), ("100", {"point_scale": 100.0})],
 )
-@pytest.mark.parametrize("points", [[[1, 2]], [{"x": 1, "y": 2}], {"x": [1], "y": [2]}])
+@pytest.mark.parametrize(
+    "points",
+    [
+        *([[1, 2]], [{"x": 1, "y": 2}], {"x": [1], "y": [2]}, {"x": 1, "y": 2}, [1, 2], ((1, 2),)),
+        *("[[1, 2]]", '[{"x": 1, "y": 2}]', "{'x': [1], 'y': [2]}", '{"x": 1, "y": 2}', "(1, 2)"),
+    ],
+)
 def test_points(points, unit, scale):
     row = {"image": "a.jpg", "points": points, "label": "cup"}
+    columns = {"image": "a.jpg", "x": "1", "y": "2.0", "label": "cup"}
+    assert message(columns, "points", unit=unit)[0]["points"] == [[1, 2]]
     got, _ = message(row, "points", unit=unit)
     assert got == {
         "style": "pointing",
@@ -151,8 +159,42 @@ def test_points(points, unit, scale):
 
 
 @pytest.mark.parametrize(
+    "question, label, want",
+    [
+        ("<image>", "cup", {"label": "cup"}),
+        ("<image>\nWhere?", None, {"question": "Where?"}),
+        (
+            "Where in <image> is it?",
+            None,
+            {"question": "Where in <|image|> is it?", "label_cased": "Where in is it?"},
+        ),
+        ("Where in <image>?", "cup", {"question": "Where in <|image|>?", "label": "cup"}),
+    ],
+)
+def test_question_about_points_says_no_more_than_its_text(question, label, want):
+    row = {"image": "a", "points": [[1, 2]], "question": question, "label": label}
+    got, _ = message(row, "points")
+    fields = ("label", "label_cased", "question")
+    assert {name: got[name] for name in fields if name in got} == want
+
+
+def test_placeholder_alone_is_a_question_about_the_image():
+    row = {"image": "a", "question": "<image>", "answer": "x", "caption": "x"}
+    assert message(row, "vqa")[0]["question"] == "<|image|>"
+    assert "question" not in message(row, "captions")[0]
+
+
+@pytest.mark.parametrize(
     "name, row, reason",
     [
+        ("points", {"image": "a.jpg", "points": [[1, 2]], "question": "<image>"}, "row_fields"),
+        ("points", {"image": "a.jpg", "points": [[1, 2], None], "label": "x"}, "row_fields"),
+        (
+            "points",
+            {"image": "a.jpg", "points": {"x": [1], "y": [1, 2]}, "label": "x"},
+            "row_fields",
+        ),
+        ("points", {"image": "a.jpg", "x": "one", "y": "2", "label": "x"}, "row_fields"),
         ("captions", {"image": "a.jpg", "caption": " "}, "empty_answer"),
         ("captions", {"caption": "x"}, "row_image"),
         ("captions", {"caption": "x", "image": float("nan")}, "row_image"),
@@ -175,7 +217,7 @@ def test_points(points, unit, scale):
         ("captions", {"image": "a.jpg", "caption": "[]"}, "row_fields"),
         ("vqa", {"question": "Q?", "answers": {"a": 1}}, "row_fields"),
         ("points", {"image": "a.jpg", "label": "cup", "points": {"x": [1]}}, "row_fields"),
-        ("points", {"image": "a.jpg", "label": "cup", "points": [1, 2]}, "row_fields"),
+        ("points", {"image": "a.jpg", "label": "cup", "points": "1 2"}, "row_fields"),
         ("points", {"image": "a.jpg", "label": "cup"}, "row_fields"),
         ("points", {"image": "a.jpg", "points": [[1, 2]]}, "row_fields"),
     ],
