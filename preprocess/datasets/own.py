@@ -181,7 +181,7 @@ class OwnDataset(DatasetBase):
     def load(self) -> Rows:
         """Opens the files of the split."""
         files, layout = self._files(self.source, self.split, self.unmatched)
-        records = [open_records(each) for each in files]
+        records = [open_records(each, self.spec.encoding) for each in files]
         source = self.source_url() if self.source == "hub" else self.source
         if "://" not in source and (Path(source) / MANIFEST_NAME).is_file():
             # Its keys may have been read by another rule than that of WebDataset.

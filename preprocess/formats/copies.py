@@ -6,6 +6,7 @@ opens its source several times.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shardspec import storage
+from shardspec.errors import SourceError
 
 COPY_BYTES = 4 * 2**20
 """Copied at once."""
@@ -46,19 +48,64 @@ def local_copy(url: str, packed: str = "") -> Path:
     return made_of(str(path), "unpacked", unpack)
 
 
-def utf8_copy(path: Path) -> Path:
-    """Gives a file of the same text in UTF-8; the file itself where it is that already."""
-    with path.open("rb") as stream:
-        encoding = json.detect_encoding(stream.read(4))
-    if encoding.startswith("utf-8"):
+def utf8_copy(path: Path, name: str, encoding: str = "") -> Path:
+    """Gives a file of the same text in UTF-8; the file itself where it is that already.
+
+    Args:
+      path: The file.
+      name: What people call it.
+      encoding: Its encoding; "" where it is UTF-8, or a UTF-16 or UTF-32 that its first bytes tell.
+
+    Raises:
+      SourceError: `source_encoding`.
+    """
+    if not encoding:
+        with path.open("rb") as stream:
+            encoding = json.detect_encoding(stream.read(4))
+    if codecs.lookup(encoding).name.startswith("utf-8"):
         return path
 
     def rewrite(target: Path) -> None:
-        with path.open("r", encoding=encoding, newline="") as source, target.open("wb") as out:
-            while text := source.read(COPY_BYTES):
-                out.write(text.encode())
+        try:
+            with path.open("r", encoding=encoding, newline="") as source, target.open("wb") as out:
+                while text := source.read(COPY_BYTES):
+                    out.write(text.encode(errors="surrogatepass"))
+        except UnicodeError:
+            require_encoding(path, name, encoding)
+            raise
 
     return made_of(str(path), encoding, rewrite)
+
+
+def require_encoding(path: Path, name: str, encoding: str = "utf-8") -> None:
+    """Refuses a file with bytes that its encoding does not have.
+
+    Args:
+      path: The file.
+      name: What people call it.
+      encoding: Its encoding.
+
+    Raises:
+      SourceError: `source_encoding`.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()
+    start, lines = 0, 0
+    with path.open("rb") as stream:
+        while True:
+            chunk = stream.read(COPY_BYTES)
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                before, at = error.object[: error.start], start - held + error.start
+                line = lines + before.count(b"\n") + 1
+                wrong = f"0x{error.object[error.start]:02x}"
+                raise SourceError(
+                    "source_encoding", where=name, encoding=encoding, byte=wrong, at=at, line=line
+                ) from error
+            if not chunk:
+                return
+            start, lines = start + len(chunk), lines + chunk.count(b"\n")
 
 
 def made_of(url: str, how: str, make: Callable[[Path], None]) -> Path:

@@ -69,15 +69,31 @@ class _Lines(Sequence[Row]):
         return parsed_row(payload, where=f"{self._name} row {i + 1}")
 
 
-def parsed_row(payload: bytes, *, where: str) -> Row:
+def decoded(payload: bytes, *, where: str, encoding: str = "") -> str:
+    """Decodes a text; "" as its encoding is UTF-8.
+
+    Raises:
+      SampleError: `row_encoding`.
+    """
     try:
-        row = json.loads(payload)
+        return payload.decode(encoding or "utf-8-sig").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise SampleError("row_encoding", where=where, error=str(error)[:80]) from error
+
+
+def parsed_row(payload: bytes, *, where: str, encoding: str = "") -> Row:
+    try:
+        row = json.loads(decoded(payload, where=where, encoding=encoding) if encoding else payload)
+    except SampleError as error:
+        return {BROKEN: error}
     except json.JSONDecodeError as error:
         told = f"{error.msg} at character {error.colno}"
         return {BROKEN: SampleError("row_json", where=where, error=told)}
     except RecursionError:
         return {BROKEN: SampleError("row_json", where=where, error="nested too deeply")}
-    except (UnicodeDecodeError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        return {BROKEN: SampleError("row_encoding", where=where, error=str(error)[:80])}
+    except ValueError as error:
         return {BROKEN: SampleError("row_json", where=where, error=str(error)[:80])}
     return _object(row, where=where)
 

@@ -27,17 +27,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from preprocess.formats.copies import PACKED, local_copy, made_of, utf8_copy
+import numpy as np
+
+from preprocess.formats.copies import PACKED, local_copy, made_of, require_encoding, utf8_copy
 from preprocess.formats.json_files import (
     BROKEN,
     OpenFile,
     Row,
+    decoded,
     open_json,
     open_lines,
     parsed_row,
 )
 from shardspec import storage
-from shardspec.errors import SampleError, SourceError
+from shardspec.errors import SampleError, SourceError, StorageError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Suffixes of the images of a folder."""
@@ -99,17 +102,18 @@ def holds_rows(name: str) -> bool:
     return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(ROWS)
 
 
-def open_records(url: str) -> Records:
+def open_records(url: str, encoding: str = "") -> Records:
     """Opens a file, or a folder of images with side files.
 
     Args:
       url: A local path, or any URL that fsspec reads.
+      encoding: Of its texts; "" for UTF-8, and where the first bytes tell UTF-16 or UTF-32.
 
     Raises:
-      SourceError: `source_missing`, `source_unreadable`, `source_format`.
+      SourceError: `source_missing`, `source_unreadable`, `source_format`, `source_encoding`.
     """
     if is_folder(url):
-        return Records([_Sides(url)], [url])
+        return Records([_Sides(url, encoding)], [url])
     suffixes = [s.lower() for s in PurePosixPath(url.split("?")[0]).suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
     suffix = suffixes[-1] if suffixes else ""
@@ -119,8 +123,9 @@ def open_records(url: str) -> Records:
     try:
         local = local_copy(url, packed)
         if suffix in _TEXTS:
-            local = utf8_copy(local)
-        return Records([reader(local, url)], [url])
+            local = utf8_copy(local, url, encoding)
+        rows = _Tar(local, url, encoding) if suffix == ".tar" else reader(local, url)
+        return Records([rows], [url])
     except FileNotFoundError as error:
         raise SourceError("source_missing.file", where=url) from error
     except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError) as error:
@@ -139,15 +144,43 @@ def _open_csv(path: Path, name: str) -> Sequence[Row]:
 
     def make(target: Path) -> None:
         try:
-            _write_table(path, target, delimiter=delimiter, quote='"')
-        except _TabInside:
-            _write_table(path, target, delimiter=delimiter, quote=False)
+            try:
+                _write_table(path, target, delimiter=delimiter, quote='"')
+            except _TabInside:
+                _write_table(path, target, delimiter=delimiter, quote=False)
+        except ValueError:  # Arrow's errors are of these
+            require_encoding(path, name)
+            raise
 
-    return _Groups(made_of(str(path), f"table {delimiter}", make), name)
+    table = made_of(str(path), f"table {delimiter}", make)
+    return _Ragged(_Groups(table, name), np.load(_ragged(table)), name)
 
 
 class _TabInside(Exception):
     """A value has a tab: the file does not quote, and a quote in it is only a character."""
+
+
+def _ragged(table: Path) -> Path:
+    """Names the list of the rows that are not in a table: number, values, columns."""
+    return table.with_name(f"{table.name}.npy")
+
+
+class _Ragged(Sequence[Row]):
+    """The rows of a CSV file, with an error for each that has another number of values."""
+
+    def __init__(self, rows: Sequence[Row], ragged: np.ndarray, name: str) -> None:
+        self._rows, self._ragged, self._name = rows, ragged, name
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._ragged)
+
+    def __getitem__(self, i: Any) -> Any:
+        before = int(np.searchsorted(self._ragged[:, 0], i))
+        if before < len(self._ragged) and self._ragged[before, 0] == i:
+            _, got, want = map(int, self._ragged[before])
+            where = f"{self._name} row {i + 1}"
+            return {BROKEN: SampleError("row_columns", where=where, got=got, want=want)}
+        return self._rows[i - before]
 
 
 def _delimiter(path: Path) -> str:
@@ -158,17 +191,33 @@ def _delimiter(path: Path) -> str:
 
 
 def _write_table(path: Path, target: Path, *, delimiter: str, quote: str | bool) -> None:
-    """Writes a CSV file as Parquet, of which a part at a time is in memory."""
+    """Writes a CSV file as Parquet, of which a part at a time is in memory.
+
+    Rows with another number of values than the header are left out, and listed beside it.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv
     import pyarrow.parquet
 
+    ragged = array("q")
+    quoted = False
+
+    def leave_out(row: Any) -> str:
+        nonlocal quoted
+        # The header is row 1; a number is there without threads, which cost more than they save.
+        ragged.extend((row.number - 2, row.actual_columns, row.expected_columns))
+        quoted |= '"' in row.text
+        return "skip"
+
     parse = pa.csv.ParseOptions(
-        delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote)
+        delimiter=delimiter,
+        quote_char=quote,
+        newlines_in_values=bool(quote),
+        invalid_row_handler=leave_out,
     )
     for block in _CSV_BLOCKS:
-        read = pa.csv.ReadOptions(block_size=block)
+        read = pa.csv.ReadOptions(block_size=block, use_threads=False)
         try:
             with path.open("rb") as stream:
                 header = pa.csv.open_csv(stream, parse_options=parse, read_options=read).schema
@@ -182,6 +231,8 @@ def _write_table(path: Path, target: Path, *, delimiter: str, quote: str | bool)
                 quoted_strings_can_be_null=False,
             )
             schema = pa.schema([(name, pa.string()) for name in names])
+            del ragged[:]  # of the first block, read for the header
+            num_rows = 0
             with (
                 pa.csv.open_csv(
                     path, parse_options=parse, read_options=read, convert_options=convert
@@ -199,6 +250,12 @@ def _write_table(path: Path, target: Path, *, delimiter: str, quote: str | bool)
                         for name, column in zip(header.names, batch.columns, strict=True)
                     ]
                     out.write_batch(pa.record_batch(columns, schema))
+                    num_rows += batch.num_rows
+            if ragged and quoted and delimiter == "\t" and quote:
+                raise _TabInside
+            if ragged and not num_rows:
+                raise ValueError(f"row 1 has {ragged[1]} values, the header has {ragged[2]}")
+            np.save(_ragged(target), np.array(ragged, np.int64).reshape(-1, 3))
             return
         except pa.ArrowInvalid as error:
             if "block" not in str(error) or block == _CSV_BLOCKS[-1]:
@@ -302,8 +359,8 @@ def visible_names(folder: str) -> list[str]:
 class _Sides(Sequence[Row]):
     """The images of a folder, in the order of their names, each with its side files."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, encoding: str) -> None:
+        self._folder, self._encoding = folder, encoding
         names = visible_names(folder)
         self._images = [name for name in names if _suffix(name) in IMAGES]
         self._sides = frozenset(name for name in names if _suffix(name) in _SIDES)
@@ -322,11 +379,17 @@ class _Sides(Sequence[Row]):
             try:
                 payload = storage.read_bytes(where)
                 if suffix == ".json":
-                    row = {**row, **parsed_row(payload, where=where)}
+                    parsed = parsed_row(payload, where=where, encoding=self._encoding)
+                    row = {**row, **parsed}
                 else:
-                    row["text"] = io.TextIOWrapper(io.BytesIO(payload), "utf-8-sig").read()
-            except (OSError, UnicodeDecodeError) as error:
+                    text = decoded(payload, where=where, encoding=self._encoding)
+                    row["text"] = text.replace("\r\n", "\n").replace("\r", "\n")
+            except (OSError, StorageError) as error:
+                if isinstance(error, StorageError) and not storage.is_local(where):
+                    raise  # an outage is not the row's fault
                 row[BROKEN] = SampleError("row_side", where=where, error=str(error)[:80])
+            except SampleError as error:
+                row[BROKEN] = error
         return {**row, "image": name, "id": name}
 
 
@@ -340,8 +403,8 @@ class _Tar(Sequence[Row]):
     Of each sample it holds where it begins and ends: 16 bytes.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
-        self._file, self._name = OpenFile(path), name
+    def __init__(self, path: Path, name: str, encoding: str = "") -> None:
+        self._file, self._name, self._encoding = OpenFile(path), name, encoding
         self._starts, self._stops = array("q"), array("q")
         last = None
         with tarfile.open(path, "r:") as archive:
@@ -374,13 +437,14 @@ class _Tar(Sequence[Row]):
             if last in IMAGES:
                 images[suffix] = payload
             elif last == ".json":
-                row = {**parsed_row(payload, where=f"{self._name}: {key}"), **row}
+                where = f"{self._name}: {key}"
+                row = {**parsed_row(payload, where=where, encoding=self._encoding), **row}
             elif last in (".txt", ".caption"):
+                where = f"{self._name}: {key}.{suffix}"
                 try:
-                    row["text"] = payload.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    where = f"{self._name}: {key}.{suffix}"
-                    row[BROKEN] = SampleError("row_side", where=where, error=str(error)[:80])
+                    row["text"] = decoded(payload, where=where, encoding=self._encoding)
+                except SampleError as error:
+                    row[BROKEN] = error
         if images:  # members win over fields of the same name
             row = {name: value for name, value in row.items() if name not in ("images", "url")}
             found = [images[suffix] for suffix in _in_order(list(images))]

@@ -63,6 +63,9 @@ class Spec:
     """Folder or URL that relative image names start from; "" for the folder of the rows."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Column of the file for a field of the format, where the names differ."""
+    encoding: str = ""
+    """Encoding of texts, as Python calls it, such as "cp1252"; "" for UTF-8, and for UTF-16 and
+    UTF-32 that their first bytes tell."""
     style: str = ""
     """Style of the messages; "" for the format's own."""
     styles: str = ""
@@ -97,7 +100,8 @@ class Spec:
     def to_dict(self) -> dict[str, Any]:
         """Gives what samples follow from, in plain JSON types: all but places and settings."""
         told = dataclasses.asdict(self)
-        left_out = (*_PLACES, *(() if self.documents else ("documents",)))
+        unused = (name for name in ("documents", "encoding") if not told[name])
+        left_out = (*_PLACES, *unused)
         return {name: told[name] for name in told if name not in left_out}
 
     def column(self, name: str) -> str:
@@ -172,6 +176,11 @@ def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
         if value not in known:
             names = [each for each in known if each]
             raise refuse(name, want=", ".join(names), hint=nearest(value, names))
+    try:
+        b"".decode(spec.encoding or "utf-8")
+    except (LookupError, ValueError):
+        hint = "such as cp1252, shift_jis or gb18030"
+        raise refuse("encoding", want="an encoding that Python knows", hint=hint) from None
     if not NAME.fullmatch(spec.name):
         raise refuse("name", want='letters, digits, "_" and "-"', hint="give a short name")
     if spec.format == "boxes" and not spec.box:

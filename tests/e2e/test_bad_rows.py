@@ -13,6 +13,14 @@ from preprocess.datasets import dataset_class
 from shardspec.errors import ShardsError
 from shardspec.manifest import load_manifest
 
+CSV = {
+    "image,caption": "",
+    'a.png,"A cup, a hat"': "",
+    "a.png,A cup, a hat": "row_columns",
+    "a.png": "row_columns",
+    "b.png,A hat": "image_missing",
+}
+
 
 def photo():
     stream = io.BytesIO()
@@ -121,6 +129,18 @@ def test_every_bad_row_is_quarantined_with_its_number_file_and_reason(
     golden(f"bad-rows-{kind}.txt", "\n".join(told).replace(str(tmp_path), "DIR") + "\n")
 
 
+def test_ragged_rows_of_a_table_are_quarantined_with_their_numbers(inline_cli, tmp_path):
+    (tmp_path / "a.png").write_bytes(photo())
+    (tmp_path / "rows.csv").write_text("\n".join(CSV))
+    job = ("shards", tmp_path / "rows.csv", "--out", tmp_path / "out", "--workers", 1)
+    inline_cli.good(*job, "--image-size", 56, "--max-lost-rows", 1)
+    (path,) = (tmp_path / "out" / "quarantine").iterdir()
+    lost = [json.loads(line) for line in path.read_text().splitlines()]
+    want = [(i - 1, reason) for i, reason in enumerate(CSV.values()) if reason]
+    assert [(each["row"], each["reason"]) for each in lost] == want
+    assert load_manifest(str(tmp_path / "out")).splits["train"].num_samples == 1
+
+
 FILES = {
     "rows.json": [
         '[{"image": "a.png", "caption": "x"},\n {"image": "b.png" "caption": "y"}]',
@@ -132,7 +152,10 @@ FILES = {
         '{"picture": "a.png", "title_of_it": "x"}\n{"picture": "b.png", "title_of_it": "y"}',
         "",
     ],
-    "rows.csv": ["image,image\na,b\n", "image,words\na.png,x\n"],
+    "rows.csv": [
+        *("image,image\na,b\n", "image,words\na.png,x\n", "image,caption\na\n"),
+        "image,caption\na.png,caf\udce9\n",
+    ],
     "rows.parquet": ["no parquet"],
     "rows.tar": ["no tar"],
     "rows.xml": ["<a/>"],
@@ -143,7 +166,7 @@ def test_every_bad_file_is_refused_with_what_is_wrong_and_where(golden, tmp_path
     told = []
     for name, texts in FILES.items():
         for text in texts:
-            (tmp_path / name).write_text(text)
+            (tmp_path / name).write_text(text, errors="surrogateescape")
             (tmp_path / "spec.toml").write_text(f'format = "captions"\nsource = "{name}"\n')
             with pytest.raises(ShardsError) as caught:
                 dataset_class(str(tmp_path / "spec.toml"))()

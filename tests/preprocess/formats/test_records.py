@@ -105,7 +105,7 @@ def test_folder_of_images_has_a_row_per_image_with_its_side_files(tmp_path):
 
 def test_side_file_that_cannot_be_read_is_one_bad_row(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "a.txt").symlink_to("a.txt")
     (row,) = open_records(str(tmp_path))
     assert row[BROKEN].reason == "row_side"
     assert row[BROKEN].where == str(tmp_path / "a.txt")
@@ -159,7 +159,7 @@ def test_a_broken_line_is_one_bad_row_with_its_number(line, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"id": 1}\n' + line + b'\n{"id": 3}\n')
     rows = list(open_records(str(tmp_path / "a.jsonl")))
     assert [rows[0], rows[2]] == [{"id": 1}, {"id": 3}]
-    assert rows[1][BROKEN].reason == "row_json"
+    assert rows[1][BROKEN].reason == ("row_encoding" if b"\xff" in line else "row_json")
     assert rows[1][BROKEN].where.endswith("a.jsonl row 2")
 
 
@@ -290,7 +290,98 @@ def test_text_of_a_tar_that_is_not_utf8_is_one_bad_row(tmp_path):
             archive.addfile(info, io.BytesIO(payload))
     good, bad = open_records(str(tmp_path / "a.tar"))
     assert good == {"text": "good", "id": "0"}
-    assert bad[BROKEN].reason == "row_side"
+    assert bad[BROKEN].reason == "row_encoding"
+    assert [row["text"] for row in open_records(str(tmp_path / "a.tar"), "cp1252")][1] == "café"
+
+
+ENCODED = {
+    "a.csv": 'image,caption\n1.png,"Ein\nTor"\n2.png,Größe\n',
+    "a.tsv": "image\tcaption\n1.png\tEin Tor\n2.png\tGröße\n",
+    "a.jsonl": '{"caption": "Ein Tor"}\n{"caption": "Größe"}\n',
+    "a.json": '[{"caption": "Ein Tor"},\n {"caption": "Größe"}]',
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "cp437", "utf-16-be", "utf-8"])
+def test_texts_in_another_encoding_are_read_by_its_name(name, encoding, tmp_path):
+    (tmp_path / name).write_text(ENCODED[name], encoding=encoding, newline="")
+    rows = open_records(str(tmp_path / name), encoding)
+    assert [row["caption"] for row in rows][1] == "Größe"
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_text_in_another_encoding_is_named_with_its_place_and_the_remedy(name, tmp_path):
+    (tmp_path / name).write_text(ENCODED[name], encoding="latin-1", newline="")
+    if ".json" in name:
+        good, bad = open_records(str(tmp_path / name))
+        assert good == {"caption": "Ein Tor"}
+        error = bad[BROKEN]
+        assert (error.reason, error.where) == ("row_encoding", f"{tmp_path / name} row 2")
+        assert "0xf6" in str(error)
+    else:
+        with pytest.raises(SourceError) as caught:
+            open_records(str(tmp_path / name))
+        error, whole = caught.value, (tmp_path / name).read_bytes()
+        assert (error.reason, error.where) == ("source_encoding", str(tmp_path / name))
+        at = whole.index("ö".encode("latin-1"))
+        line = whole[:at].count(b"\n") + 1
+        want = {"encoding": "utf-8", "byte": "0xf6", "line": line, "at": at}
+        assert {name: error.facts[name] for name in want} == want
+    assert "encoding = " in error.fix
+
+
+def test_text_that_is_not_in_the_encoding_of_the_spec_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"image,caption\n1.png,\x81\n")
+    with pytest.raises(SourceError) as caught:
+        open_records(str(tmp_path / "a.csv"), "cp1252")
+    assert (caught.value.reason, caught.value.facts["line"]) == ("source_encoding", 2)
+
+
+def test_column_in_another_encoding_and_side_files_of_one(tmp_path):
+    (tmp_path / "a.csv").write_bytes("Größe,caption\n1,x\n".encode("cp1252"))
+    with pytest.raises(SourceError) as caught:
+        open_records(str(tmp_path / "a.csv"))
+    assert caught.value.reason == "source_encoding"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"x")
+    (tmp_path / "photos" / "a.txt").write_bytes("Größe\r\n".encode("cp1252"))
+    (row,) = open_records(str(tmp_path / "photos"), "cp1252")
+    assert row["text"] == "Größe\n"
+    (row,) = open_records(str(tmp_path / "photos"))
+    assert row[BROKEN].reason == "row_encoding"
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("name, by", [("a.csv", ","), ("a.tsv", "\t"), ("a.csv", ";")])
+def test_row_with_another_number_of_values_is_one_bad_row(name, by, place, tmp_path):
+    lines = [f"{i}.png{by}text {i}" for i in range(3)]
+    lines[place:place] = [by.join("abc"), "", "alone"]
+    (tmp_path / name).write_text("\n".join([f"image{by}caption", *lines]))
+    rows = list(open_records(str(tmp_path / name)))
+    assert [BROKEN in row for row in rows] == [place <= i < place + 2 for i in range(5)]
+    bad = [row[BROKEN] for row in rows if BROKEN in row]
+    assert [each.reason for each in bad] == ["row_columns"] * 2
+    assert [each.facts["got"] for each in bad] == [3, 1]
+    assert bad[1].where == f"{tmp_path / name} row {place + 2}"
+    assert [row["caption"] for row in rows if BROKEN not in row] == [f"text {i}" for i in range(3)]
+
+
+def test_ragged_rows_keep_their_numbers_over_blocks_and_quotes(tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocess.formats.records._CSV_BLOCKS", (400, 2**20))
+    lines = [f'{i},"a\n{i}"' if i % 10 else f"{i}" for i in range(200)]
+    (tmp_path / "a.csv").write_text("\n".join(["image,caption", *lines]))
+    rows = open_records(str(tmp_path / "a.csv"))
+    assert [BROKEN in row for row in rows] == [i % 10 == 0 for i in range(200)]
+    assert rows[101]["caption"] == "a\n101"
+    assert len(pickle.loads(pickle.dumps(rows))) == 200
+
+
+def test_file_of_which_no_row_fits_its_header_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption\na\nb\n")
+    with pytest.raises(SourceError) as caught:
+        open_records(str(tmp_path / "a.csv"))
+    assert "row 1 has 1 values, the header has 2" in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
