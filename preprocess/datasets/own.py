@@ -641,7 +641,9 @@ def _guessed(source: str) -> Spec:
     rows = {name: list(_probed(open_records(name))) for name in looked_at}
     guesses = {name: guess_format(found) for name, found in rows.items() if found}
     if not guesses:
-        raise SourceError("source_empty.rows", where=source)
+        broken = [row[BROKEN] for name in looked_at for row in islice(open_records(name), 1)]
+        told = {"first": str(broken[0]).splitlines()[0]} if broken else {}
+        raise SourceError("source_empty.rows", where=source, facts=told)
     guess = next(iter(guesses.values()))
     if any(FORMATS.get(each.format) is not FORMATS.get(guess.format) for each in guesses.values()):
         told = {os.path.relpath(name, source): g.format or g.reason for name, g in guesses.items()}

@@ -410,8 +410,8 @@ def _turn(entry: Any, images: _Images) -> _Turn:
     )
     if side is None:
         raise SampleError("conversation.role", role=role[:40], fields=sorted(map(str, entry)))
-    content = entry.get("content")
-    content = entry.get("value") if content is None else content
+    values = (entry.get(name) for name in ("content", "value", "text"))  # InternVL has a text
+    content = next((value for value in values if value is not None), None)
     if side == "user" and isinstance(content, str) and _PARTS.match(content):
         raise SampleError("conversation.part", got="a text of JSON")
     parts = _with_numbers(content if isinstance(content, list | tuple) else [content])

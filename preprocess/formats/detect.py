@@ -96,6 +96,8 @@ def _guess_row(row: Mapping[str, Any]) -> tuple[str, str]:
         return "", f"{caption} beside {answered[0]}, which may be a question with its answer"
     if caption and there & {*NAMES, *VIDEO_NAMES}:
         return "captions", f"an image or a video with {caption}"
-    if there & set(BOXES):
+    objects = row.get("objects")
+    found = objects if isinstance(objects, Mapping) else row
+    if any(found.get(name) is not None for name in BOXES):
         return "", "boxes need a spec, whose `box` and `unit` say what the numbers are"
     return "", f"fields {', '.join(sorted(map(str, there))[:12])}"

@@ -117,6 +117,33 @@ def open_lines(path: Path, name: str) -> Sequence[Row]:
     return _Lines(path, name, starts, stops)
 
 
+def _are_lines(path: Path) -> bool:
+    """Returns True if the first line is a value."""
+    with path.open("rb") as stream:
+        first = next((line for line in stream if line.strip()), b"")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _open_values(path: Path, name: str) -> Sequence[Row]:
+    """Opens objects that follow each other and have several lines each.
+
+    Raises:
+      SourceError: `source_json`.
+    """
+    starts, stops = array("q"), array("q")
+    with path.open("rb") as stream:
+        scanner = _Scanner(stream, path, name)
+        while scanner.following(_SPACE + "\xef\xbb\xbf"):
+            start, stop, _ = scanner.value()
+            starts.append(start)
+            stops.append(stop)
+    return _Lines(path, name, starts, stops)
+
+
 def open_json(path: Path, name: str) -> Sequence[Row]:
     """Opens an array of objects, or an object that holds rows.
 
@@ -126,7 +153,7 @@ def open_json(path: Path, name: str) -> Sequence[Row]:
     """
     found = _scanned(path, name)
     if found is None:
-        return open_lines(path, name)
+        return open_lines(path, name) if _are_lines(path) else _open_values(path, name)
     try:
         return _joined(found, path, name)
     except (AttributeError, KeyError, TypeError) as error:
@@ -182,13 +209,16 @@ class _Scanner:
         start, self._at = self._base + self._at, stop
         return start, self._base + stop, value
 
-    def elements(self) -> Iterator[tuple[int, int, Any]]:
-        """Reads the elements of the array that follows."""
+    def elements(self, *, packed: bool = False) -> Iterator[tuple[int, int, Any]]:
+        """Reads the elements of the array that follows; `packed`: of arrays in it, too."""
         self._at += 1  # the bracket
         while (following := self.following(_SPACE + ",")) != "]":
             if not following:
                 raise self.bad("the array does not end")
-            yield self.value()
+            if packed and following == "[":
+                yield from self.elements()
+            else:
+                yield self.value()
         self._at += 1
 
     def members(self) -> Iterator[tuple[int, str]]:
@@ -293,7 +323,7 @@ def _scanned(path: Path, name: str) -> _Document | None:
         document = _Document()
         if first == "[":
             table = document.lists[""] = _Table()
-            for start, stop, value in scanner.elements():
+            for start, stop, value in scanner.elements(packed=True):  # Qwen's packs
                 table.add(start, stop, value)
             if scanner.following():
                 raise scanner.bad("text after the end of the array")

@@ -53,6 +53,9 @@ _TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 
 _SIDES = (".txt", ".caption", ".json")
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has not downloaded."""
+
 
 @dataclass(frozen=True)
 class Records(Sequence[Row]):
@@ -110,7 +113,8 @@ def open_records(url: str, encoding: str = "") -> Records:
       encoding: Of its texts; "" for UTF-8, and where the first bytes tell UTF-16 or UTF-32.
 
     Raises:
-      SourceError: `source_missing`, `source_unreadable`, `source_format`, `source_encoding`.
+      SourceError: `source_missing`, `source_unreadable`, `source_format`, `source_encoding`,
+        `source_pointer`.
     """
     if is_folder(url):
         return Records([_Sides(url, encoding)], [url])
@@ -122,6 +126,9 @@ def open_records(url: str, encoding: str = "") -> Records:
         raise SourceError("source_format", where=url, want=", ".join(ROWS))
     try:
         local = local_copy(url, packed)
+        with local.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise SourceError("source_pointer", where=url)
         if suffix in _TEXTS:
             local = utf8_copy(local, url, encoding)
         rows = _Tar(local, url, encoding) if suffix == ".tar" else reader(local, url)

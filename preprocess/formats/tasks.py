@@ -207,7 +207,7 @@ def row_boxes(row: Mapping[str, Any], spec: Spec) -> tuple[list[Any], Any]:
     Raises:
       SampleError: `row_fields`, `box_shape`.
     """
-    fields = _BOX_FIELDS[spec.box]
+    fields = _BOX_FIELDS.get(spec.box, ())
     names = (spec.columns["boxes"],) if "boxes" in spec.columns else (*BOXES, "objects")
     found = next((row[name] for name in names if row.get(name) is not None), None)
     boxes, label = _objects(_literal(found) if isinstance(found, str) else found)
@@ -274,7 +274,7 @@ def _corners(box: Any, form: str) -> list[float]:
     ([10, 20, 14, 26], [8.0, 17.0, 12.0, 23.0])
     """
     if isinstance(box, Mapping):
-        names = next((each for each in _BOX_FIELDS[form] if set(each) <= set(box)), ())
+        names = next((each for each in _BOX_FIELDS.get(form, ()) if set(each) <= set(box)), ())
         box = [box[name] for name in names]
     if (
         not isinstance(box, list | tuple)

@@ -44,6 +44,10 @@ LAYOUTS = {
         },
         (["<|image|>\nWho?", "Ann.", "And <|image|> here?", "Bob."], ["a.jpg", "b.jpg"]),
     ),
+    "internvl, answers called a text": (
+        {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "text": "Ann."}]},
+        (["Who?", "Ann."], []),
+    ),
     "several images in front": (
         {"image": ["a", "b"], "conversations": said(("<image>\n<image>\nDiffer?", "Yes."))},
         (["Differ?", "Yes."], ["a", "b"]),

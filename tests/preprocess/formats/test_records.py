@@ -294,6 +294,26 @@ def test_text_of_a_tar_that_is_not_utf8_is_one_bad_row(tmp_path):
     assert [row["text"] for row in open_records(str(tmp_path / "a.tar"), "cp1252")][1] == "café"
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.tar", "a.arrow"])
+def test_file_that_git_lfs_has_not_downloaded_says_so(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(SourceError) as caught:
+        open_records(str(tmp_path / name))
+    assert caught.value.reason == "source_pointer"
+
+
+def test_rows_of_packs_and_of_several_lines_are_rows(tmp_path):
+    rows = [{"id": i, "text": "[{\n}]"} for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps([[rows[0], rows[1]], [], rows[2], [rows[3]]]))
+    assert list(open_records(str(tmp_path / "a.json"))) == rows
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    assert list(open_records(str(tmp_path / "a.json"))) == rows
+    (tmp_path / "a.json").write_text('{\n"a": 1}\n{\n"a" 2}')
+    with pytest.raises(SourceError) as caught:
+        open_records(str(tmp_path / "a.json"))
+    assert (caught.value.facts["line"], caught.value.facts["column"]) == (4, 5)
+
+
 ENCODED = {
     "a.csv": 'image,caption\n1.png,"Ein\nTor"\n2.png,Größe\n',
     "a.tsv": "image\tcaption\n1.png\tEin Tor\n2.png\tGröße\n",
