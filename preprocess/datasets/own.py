@@ -483,7 +483,7 @@ def _require_named(records: Sequence[Records], spec: Spec) -> None:
       SourceError: `source_columns`.
     """
     missing = {
-        name: field for field, name in spec.columns.items() if name and not name.startswith(".")
+        name: field for name, field in spec.named().items() if name and not name.startswith(".")
     }
     if not missing:
         return

@@ -86,12 +86,12 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     require_no_media(row, spec)
     found = None
     for name in ("messages", "conversations", "conversation"):
-        found = row.get(spec.columns.get("messages", name)) if found is None else found
+        found = row.get(spec.names("messages", (name,))[0]) if found is None else found
     if found is None and _are_pairs(row.get("texts")):
         return _parse_pairs(row, spec)
     found = _exchange(row, spec) if found is None else found
     if not isinstance(found, Sequence) or isinstance(found, str | bytes):
-        want = spec.columns.get("messages", "messages or conversations")
+        want = spec.names("messages", ("messages or conversations",))[0]
         raise SampleError("row_fields", name=want, want="a list of turns", fields=sorted(row))
     given = _given(row, spec, url=False)
     turns = [_turn(each, given) for entry in found for each in _halves(entry)]
@@ -137,7 +137,7 @@ def _first(
     row: Mapping[str, Any], spec: Spec, field: str, usual: Sequence[str]
 ) -> tuple[Any, str | None]:
     """Finds the column of a field that a row has: the one of the spec, or a usual one."""
-    names = (spec.columns[field],) if field in spec.columns else usual
+    names = spec.names(field, usual)
     name = next((name for name in names if row.get(name) is not None), None)
     return (None if name is None else row[name]), name
 

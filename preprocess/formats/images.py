@@ -40,8 +40,10 @@ def row_images(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> list[
       url: Whether a column `url` is an image; of a conversation it is the page that it is from.
     """
     names = [name for name in NAMES if url or name.lower() != "url"]
-    for name in (spec.columns["image"],) if "image" in spec.columns else names:
-        found = [each for each in _as_list(row.get(name)) if not is_empty(each)]
+    own = spec.names("image", ())
+    for columns in (own,) if own else ((name,) for name in names):
+        values = [each for name in columns for each in _as_list(row.get(name))]
+        found = [each for each in values if not is_empty(each)]
         if found:
             return found
     numbered = [row.get(f"image_{i}") for i in range(1, 20)]  # MMMU: image_1 ... image_7
@@ -57,7 +59,7 @@ def require_no_media(row: Mapping[str, Any], spec: Spec) -> None:
     for name in _MEDIA:
         value = row.get(name)
         nothing = is_empty(value) or (isinstance(value, list | tuple) and not any(value))
-        if not nothing and name not in spec.columns.values():
+        if not nothing and name not in spec.named():
             raise SampleError("row_media", name=name, fields=sorted(map(str, row)))
 
 

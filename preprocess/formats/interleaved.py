@@ -94,7 +94,7 @@ def document_parts(row: Mapping[str, Any], spec: Spec) -> list[Part]:
         return _joined(_matched(sentences, row.get(spec.column("image_info")), spec), _SENTENCE)
     if isinstance(texts, Sequence) and not isinstance(texts, str):
         return _joined(_aligned(texts, images), _PARAGRAPH)
-    names = (spec.columns["document"],) if "document" in spec.columns else PARTS
+    names = spec.names("document", PARTS)
     listed = next((row[name] for name in names if isinstance(row.get(name), list | tuple)), None)
     if listed is not None:
         return _joined([_part(part) for part in listed], _PARAGRAPH)

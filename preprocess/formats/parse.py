@@ -159,10 +159,11 @@ def parse_row(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """
     example = with_row_videos(FORMATS[spec.format].parse(row, spec), row, spec)
     example = with_row_subtitles(example, row, spec)
+    named = spec.named()
     metadata = {
         name: row[name] if isinstance(row[name], str) or abs(row[name]) < 2**63 else str(row[name])
         for name in METADATA
-        if isinstance(row.get(name), str | int) and name not in spec.columns.values()
+        if isinstance(row.get(name), str | int) and name not in named
     }
     images = example["image"]
     if images and all(map(_is_name, images)):

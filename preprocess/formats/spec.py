@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ _TYPES: Mapping[str, tuple[str, Any]] = {
     **dict.fromkeys(("max_images", "max_chars", "max_tokens"), ("a whole number", int)),
 }
 
+SEVERAL = ("caption", "image")
+"""Fields that may be in several columns."""
+
 _PLACES = ("source", "settings", "splits", "styles")
 """Keys that say where something is, or that are in the recipe anyway."""
 
@@ -61,8 +64,9 @@ class Spec:
     """File, folder, pattern or URL of the rows."""
     images: str = ""
     """Folder or URL that relative image names start from; "" for the folder of the rows."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Column of the file for a field of the format, where the names differ."""
+    columns: Mapping[str, str | list[str]] = field(default_factory=dict)
+    """Column of the file for a field of the format, where the names differ; a list of columns for
+    those of `SEVERAL`."""
     encoding: str = ""
     """Encoding of texts, as Python calls it, such as "cp1252"; "" for UTF-8, and for UTF-16 and
     UTF-32 that their first bytes tell."""
@@ -105,8 +109,17 @@ class Spec:
         return {name: told[name] for name in told if name not in left_out}
 
     def column(self, name: str) -> str:
-        """Names the column of the file that a field of the format is in."""
-        return self.columns.get(name, name)
+        """Names the column of the file that a field of the format is in; of several the first."""
+        return self.names(name, (name,))[0]
+
+    def names(self, name: str, usual: Sequence[str]) -> Sequence[str]:
+        """Names the columns of a field: those of the spec, or the usual ones."""
+        found = self.columns.get(name)
+        return usual if found is None else [found] if isinstance(found, str) else found
+
+    def named(self) -> dict[str, str]:
+        """Gives the field of each column that the spec names."""
+        return {column: name for name in self.columns for column in self.names(name, ())}
 
 
 def read_spec(path: Path, *, formats: Mapping[str, Any]) -> Spec:
@@ -137,10 +150,12 @@ def read_spec(path: Path, *, formats: Mapping[str, Any]) -> Spec:
         raise ConfigError("spec_key.format", where=str(path), formats=", ".join(formats))
     columns = dict(document.get("columns", {}))
     for name, value in columns.items():
-        if not isinstance(value, str):
-            got = type(value).__name__
+        texts = value if isinstance(value, list) and value and name in SEVERAL else [value]
+        if not all(isinstance(each, str) for each in texts):
+            got, want = type(value).__name__, "a text"
+            want += ", or a list of texts" if name in SEVERAL else ""
             name = f"columns.{name}"
-            raise ConfigError("spec_key.type", where=str(path), name=name, want="a text", got=got)
+            raise ConfigError("spec_key.type", where=str(path), name=name, want=want, got=got)
     spec = Spec(
         **{
             **document,
@@ -177,7 +192,7 @@ def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
             names = [each for each in known if each]
             raise refuse(name, want=", ".join(names), hint=nearest(value, names))
     try:
-        b"".decode(spec.encoding or "utf-8")
+        "a".encode(spec.encoding or "utf-8")
     except (LookupError, ValueError):
         hint = "such as cp1252, shift_jis or gb18030"
         raise refuse("encoding", want="an encoding that Python knows", hint=hint) from None

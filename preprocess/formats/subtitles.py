@@ -86,7 +86,7 @@ def with_row_subtitles(
     Raises:
       SampleError: `subtitles`, `row_fields`: another number of values than of videos.
     """
-    name, video = spec.columns.get("subtitles"), example.get("video")
+    name, video = spec.names("subtitles", ("",))[0], example.get("video")
     if not name or video is None:
         return example
     videos = video if isinstance(video, list) else [video]

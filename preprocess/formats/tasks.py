@@ -48,9 +48,11 @@ def parse_caption(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     Raises:
       SampleError: `row_fields`, `row_image`.
     """
-    names = (spec.columns["caption"],) if "caption" in spec.columns else CAPTIONS
-    name, value = next(((n, row[n]) for n in names if row.get(n) is not None), (names[0], None))
-    texts = _texts(_listed(value))
+    names = spec.names("caption", CAPTIONS)
+    there = [name for name in names if row.get(name) is not None] or [names[0]]
+    name = there[0]
+    used = there if "caption" in spec.columns else there[:1]
+    texts = [text for each in used for text in _texts(_listed(row.get(each)))]
     if not texts:
         raise _unusable(row, name, "a text, or a list of texts")
     message: dict[str, Any] = {"style": spec.style or "long_caption"}
@@ -208,7 +210,7 @@ def row_boxes(row: Mapping[str, Any], spec: Spec) -> tuple[list[Any], Any]:
       SampleError: `row_fields`, `box_shape`.
     """
     fields = _BOX_FIELDS.get(spec.box, ())
-    names = (spec.columns["boxes"],) if "boxes" in spec.columns else (*BOXES, "objects")
+    names = spec.names("boxes", (*BOXES, "objects"))
     found = next((row[name] for name in names if row.get(name) is not None), None)
     boxes, label = _objects(_literal(found) if isinstance(found, str) else found)
     boxes = _shaped(_of_columns(row, boxes, fields), fields)
@@ -411,7 +413,7 @@ def _row_options(row: Mapping[str, Any], spec: Spec) -> tuple[list[str], list[st
     Raises:
       SampleError: `row_fields`: an option between others is missing, or they cannot be read.
     """
-    named = (spec.columns["options"],) if "options" in spec.columns else OPTIONS
+    named = spec.names("options", OPTIONS)
     for name in named:
         options, labels = _options(row.get(name))
         if options:

@@ -41,7 +41,7 @@ def row_videos(row: Mapping[str, Any], spec: Spec) -> list[RowVideo]:
     Raises:
       SampleError: `row_fields`: a value is of another type, or there are not as many clips.
     """
-    value = row.get(spec.columns.get("video", ""))
+    value = row.get(spec.names("video", ("",))[0])
     values = value if isinstance(value, list | tuple) else [value]
     videos = [_video(each, row, spec) for each in values if not is_empty(each)]
     bounds = [row.get(spec.column(name)) for name, _ in _CLIP]
@@ -98,7 +98,7 @@ def _video(value: Any, row: Mapping[str, Any], spec: Spec) -> RowVideo:
         if found is not None:
             return found
     if not isinstance(value, str | bytes | bytearray | memoryview | Mapping):
-        raise _field(row, spec.columns["video"], "a path or bytes")
+        raise _field(row, spec.column("video"), "a path or bytes")
     return RowVideo(value)
 
 

@@ -28,6 +28,20 @@ def test_captions(row, want):
     assert message(row, "captions") == ({"style": "long_caption", **want}, ["a.jpg"])
 
 
+def test_captions_and_images_may_be_in_several_columns():
+    columns = {"caption": ["short", "long"], "image": ["left", "right"]}
+    row = {"left": "a", "right": "b", "short": "One.", "long": "", "text": "not this", "id": "1"}
+    for more, want in (
+        ({}, {"text": "One."}),
+        ({"long": "Two."}, {"alternatives": ["One.", "Two."]}),
+    ):
+        got, images = message({**row, **more}, "captions", columns=columns)
+        assert (got, images) == ({"style": "long_caption", **want}, ["a", "b"])
+    with pytest.raises(SampleError) as caught:
+        message({"left": "a"}, "captions", columns=columns)
+    assert caught.value.facts["name"] == "short"
+
+
 OPTIONS = ["a cat", "a dog", "a cow"]
 
 
