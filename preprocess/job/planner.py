@@ -590,7 +590,9 @@ def _plan_image(
         return _PlannedImage(location=location, identity=image_identity(image, None))
     if isinstance(image, RemoteImage):
         location = {"kind": "blob", "url": image.url, "sha256": ""}
-        if job.settings.compare != "none" and redacted_url(image.url) == image.url:
+        # A stamp is a request, so it is made once; compared by its URL, which must not be masked.
+        wanted = job.settings.compare != "none" and redacted_url(image.url) == image.url
+        if wanted and image.url not in stamps:
             stamps.add(stamp_file(image.url))
         try:
             image = image.read()

@@ -97,6 +97,9 @@ class StampWriter:
     def __len__(self) -> int:
         return len(self._seen)
 
+    def __contains__(self, path: str) -> bool:
+        return hash_text(path) in self._seen
+
     def add(self, stamp: Stamp) -> None:
         """Writes a stamp, unless its path has one."""
         assert self._stream is not None
