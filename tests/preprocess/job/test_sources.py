@@ -183,11 +183,11 @@ def test_no_comparison_costs_nothing_and_says_so(tmp_path, source, small_jpeg):
     assert (outcome.fresh, outcome.compared) == (False, None)
 
 
-@pytest.fixture(params=["s3", "http"])
+@pytest.fixture(params=["s3", pytest.param("gcs", marks=pytest.mark.slow), "http"])
 def stored(request, tmp_path):
     """A store: its URL, and what writes an object."""
-    if request.param == "s3":
-        server = request.getfixturevalue("s3_server")
+    if request.param != "http":
+        server = request.getfixturevalue(f"{request.param}_server")
         url = server.make_bucket()
         entered = server.entered()
 
@@ -201,7 +201,7 @@ def stored(request, tmp_path):
             (tmp_path / "served" / name).write_bytes(payload)
 
     with entered as address:
-        yield url if request.param == "s3" else address, put
+        yield address if request.param == "http" else url, put
 
 
 @contextmanager
