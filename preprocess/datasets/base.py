@@ -104,8 +104,8 @@ class SceneVideo:
         return encode_video(render_clip(plan), fps=plan.fps)
 
 
-DOCUMENT_SETTINGS: Mapping[str, str] = {"CODEC": "webp"}
-"""Settings of documents: no loss, and the smaller of the lossless formats (docs/documents.md)."""
+DOCUMENT_SETTINGS: Mapping[str, str] = {"CODEC": "lossless"}
+"""Settings of documents: no loss, and for each page the smaller format (docs/documents.md)."""
 
 Value = TypeVar("Value")
 

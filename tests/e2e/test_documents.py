@@ -96,7 +96,7 @@ def built(tmp_path_factory):
     (folder / "docs.toml").write_text(SPEC)
     recipe = Recipe(
         text=TextPolicy(system_prompt="none", num_variants=2),
-        image=ImagePolicy(views=(CROPS,), codec="png"),
+        image=ImagePolicy(views=(CROPS,), codec="lossless"),
         seed=3,
     )
     settings = JobSettings(
