@@ -79,6 +79,10 @@ class EpisodeSource(Protocol):
         """Names, sorted."""
 
     @property
+    def not_read(self) -> Mapping[str, str]:
+        """Fields of steps that no sample has, and what each is; pictures first."""
+
+    @property
     def action_names(self) -> Sequence[str]:
         """Of the dimensions; "" each where nothing says them."""
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.episodes.episode import CameraFrames, CameraVideo, Episode, EpisodeTable
+from preprocess.episodes.fields import field_text, pictures_first
 from shardspec.errors import SampleError, SourceError
 
 ACTION = "action"
@@ -28,6 +29,8 @@ STATE = "observation.state"
 SUCCESS = "next.success"
 
 _STEPS = ("timestamp", "frame_index", "episode_index", "task_index")
+_OWN = frozenset({*_STEPS, "index", ACTION, STATE, SUCCESS})
+"""Features that are read, beside cameras, or that every folder has."""
 
 _FILES_HELD = 2
 """Tables of steps that are held: neighbours in order are in the same file."""
@@ -81,8 +84,10 @@ class LeRobotFolder:
             raise self._refused(f"no feature {ACTION!r}")
         kinds = {name: feature.get("dtype") for name, feature in self._features.items()}
         self._videos = tuple(n for n, k in kinds.items() if k == "video" and not self._is_depth(n))
-        self._images = tuple(n for n, k in kinds.items() if k == "image")
+        self._images = tuple(n for n, k in kinds.items() if k == "image" and not self._is_depth(n))
         self.cameras = tuple(sorted((*self._videos, *self._images)))
+        others = sorted(self._features.keys() - {*self.cameras, *_OWN})
+        self.not_read = pictures_first({name: self._feature_text(name) for name in others})
         self.action_names = self._names(ACTION)
         self.state_names = self._names(STATE) if STATE in self._features else ()
         self.splits = self._splits()
@@ -237,6 +242,16 @@ class LeRobotFolder:
         if not isinstance(names, list) or len(names) != size:
             return ("",) * size
         return tuple(map(str, names))
+
+    def _feature_text(self, name: str) -> str:
+        """Says what a feature is that is not read."""
+        entry = self._features[name]
+        if self._is_depth(name):
+            return f"{entry.get('dtype')} {entry.get('shape')}, pictures of depth"
+        try:
+            return field_text(str(entry.get("dtype")), [int(n) for n in entry.get("shape") or ()])
+        except (TypeError, ValueError):
+            return f"{entry.get('dtype')} {entry.get('shape')}"
 
     def _is_depth(self, feature: str) -> bool:
         entry = self._features[feature]
