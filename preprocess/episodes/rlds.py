@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -32,8 +33,16 @@ from preprocess.episodes.fields import (
     make_table,
     pictures_first,
 )
-from preprocess.episodes.tfrecord import FeatureValues, parse_example, read_record, read_records
+from preprocess.episodes.tfrecord import (
+    FeatureValues,
+    RecordFile,
+    parse_example,
+    read_record,
+    read_records,
+)
 from shardspec.errors import SampleError, SourceError
+
+_FILES_OPEN = 2
 
 _STEPS = "steps/"
 _OBSERVATION = "steps/observation/"
@@ -113,6 +122,7 @@ class RldsFolder:
         used |= {each for name in stated for each in (name, _STEPS + name)}
         others = {n: f.told for n, f in self._features.items() if n not in used}
         self.not_read = pictures_first({n.removeprefix(_STEPS): t for n, t in others.items()})
+        self._open_file = lru_cache(_FILES_OPEN)(RecordFile)
         self._places: dict[int, _Place] = {}
         self.splits: dict[str, range] = {}
         self.episodes = tuple(self._read_episodes(folder))
@@ -130,7 +140,12 @@ class RldsFolder:
         where = f"{place.file}, episode {episode.number}"
         if place.error is not None:
             raise place.error
-        values = parse_example(read_record(place.file, place.offset), where=where)
+        try:
+            file = self._open_file(place.file)
+        except OSError as error:
+            raise SampleError("robot_episode.damaged", where=where, error=error) from error
+        payload = read_record(file, place.offset, where=str(place.file))
+        values = parse_example(payload, where=where)
         num_steps = self._num_steps(values)
 
         def columns(name: str) -> np.ndarray | None:
@@ -261,7 +276,7 @@ class RldsFolder:
         try:
             form = str(info.get("fileFormat") or "tfrecord")
             if form != "tfrecord":
-                raise ValueError(f"files of the format {form!r}, not tfrecord")
+                raise SourceError("robot_source.format", where=str(path), form=form)
             for split in info["splits"]:
                 name, lengths = str(split["name"]), [int(n) for n in split["shardLengths"]]
                 default = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"

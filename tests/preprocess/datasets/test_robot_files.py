@@ -1,9 +1,11 @@
 """HDF5 files and RLDS folders: the samples of LeRobot, and what damage costs."""
 
 import gc
+import gzip
 import io
 import json
 import struct
+import zlib
 from contextlib import suppress
 
 import h5py
@@ -17,7 +19,7 @@ from preprocess.datasets import EpisodeFiles, LeRobot, RobotDataset
 from preprocess.datasets import episodes as episodes_module
 from preprocess.datasets.episodes import EPISODES_HELD
 from preprocess.episodes import EpisodeFields, EpisodeFrames, WindowPolicy
-from preprocess.episodes.tfrecord import parse_example
+from preprocess.episodes.tfrecord import masked_crc, parse_example
 from preprocess.media import VideoDecoder, VideoPolicy
 from shardspec.errors import ConfigError, SampleError, SourceError
 from tests.lerobot_folders import FPS, WrittenEpisode, episodes_of, write_v2
@@ -455,6 +457,35 @@ def test_damage_to_a_file_of_records_costs_episodes_by_name(tmp_path, harm, want
         (length,) = struct.unpack("<Q", payload[:8])
         path.write_bytes(record_bytes(b"\xff" * 20) + payload[length + 16 :])
     assert reasons(files(folder, fields=RLDS)) == want
+
+
+def members(payload):
+    """A file of gzip may have several, which end anywhere."""
+    return gzip.compress(payload[:700]) + gzip.compress(payload[700:])
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress, members])
+def test_files_of_records_may_be_compressed(tmp_path, compress):
+    plain = files(write_rlds(tmp_path / "plain", episodes_of(LENGTHS)), fields=RLDS)
+    folder = write_rlds(tmp_path / "x", episodes_of(LENGTHS))
+    for path in folder.glob("*tfrecord*"):
+        path.write_bytes(compress(path.read_bytes()))
+    dataset = files(folder, fields=RLDS)
+    for i in (*range(len(plain)), 0, 19, 3):  # and back
+        got, want = comparable(dataset[i]), comparable(plain[i])
+        for a, b in zip(got.pop("images"), want.pop("images"), strict=True):
+            assert np.array_equal(a, b)
+        assert got == want
+    path = shard(folder, 0)
+    payload = path.read_bytes()
+    path.write_bytes(payload[: len(payload) * 2 // 3])
+    assert reasons(files(folder, fields=RLDS))[-len(LAST) - 1 :] == ["robot_episode", *LAST]
+    huge = struct.pack("<Q", 2**60)
+    path.write_bytes(compress(huge + struct.pack("<I", masked_crc(huge)) + b"x" * 20))
+    dataset = files(folder, fields=RLDS)
+    assert reasons(dataset) == ["robot_episode", "robot_episode", *LAST]
+    with pytest.raises(SampleError, match="at most 2147483647 can be read"):
+        dataset[0]
 
 
 def test_steps_of_records_that_are_broken_cost_their_windows(tmp_path):
