@@ -837,6 +837,7 @@ def fetch_images(
             policy=policy,
             limits=job.settings.recipe.image.limits,
             videos=job.dataset.videos,
+            ocr_files=job.dataset.ocr_files,
             on_result=lambda result: report.step(result.reason),
         )
 
