@@ -23,6 +23,7 @@ episodes of "train", chosen by a hash of their numbers, where the source has no 
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -242,6 +243,7 @@ class EpisodeDataset(RobotDataset):
           SourceError: `source_split`.
         """
         splits = source.splits or {"train": [episode.number for episode in source.episodes]}
+        _check_splits_apart(source)
         share = 0.0 if "validation" in splits else self.validation_share
         named = "train" if share and split == "validation" else split
         if named not in splits:
@@ -395,6 +397,30 @@ class EpisodeWindows(Sequence[Mapping[str, Any]]):
 
 def _chunk_fields(actions_ND: np.ndarray, mask: Sequence[bool]) -> dict[str, Any]:
     return {"actions": actions_ND.tolist(), "action_mask": list(mask)}
+
+
+def _check_splits_apart(source: EpisodeSource) -> None:
+    """Refuses a source that tests on what it trains on; other lists may be parts of these.
+
+    Raises:
+      SourceError: `source_split`.
+    """
+    numbers = [episode.number for episode in source.episodes]
+    named = {
+        name: {n for n in numbers if n in own}
+        for name, own in source.splits.items()
+        if name in ("train", "validation", "test")
+    }
+    for one, other in itertools.combinations(named, 2):
+        shared = sorted(named[one] & named[other])
+        if shared:
+            raise SourceError(
+                "source_split.episodes",
+                where=source.where,
+                splits=[one, other],
+                count=len(shared),
+                episodes=shared[:10],
+            )
 
 
 def _statistics(source: EpisodeSource, episodes: Sequence[Episode]) -> dict[str, ValueStatistics]:

@@ -118,7 +118,8 @@ def field_text(kind: str, shape: Sequence[int]) -> str:
     >>> field_text("float32", (7,))
     'float32 [7]'
     """
-    told = f"{kind} [{', '.join('?' if side < 0 else str(side) for side in shape)}]"
+    sides = ", ".join("?" if side < 0 else str(side) for side in shape)
+    told = f"{kind} [{sides}]" if shape else kind
     if _is_picture(shape):
         told += (
             ", which looks like pictures or depth maps: those of cameras are uint8 [H, W, 3], or "
@@ -167,7 +168,8 @@ def make_table(
 
     def vectors(names: Sequence[str], size: int, dtype: Any = np.float32) -> np.ndarray:
         parts = [_steps(columns, name, length, where) for name in names]
-        joined = np.concatenate(parts, axis=1).astype(dtype)
+        with np.errstate(over="ignore"):  # it becomes infinite, and its windows are refused
+            joined = np.concatenate(parts, axis=1).astype(dtype)
         if joined.shape[1] != size:
             name, got = ", ".join(names), joined.shape[1]
             raise SampleError(

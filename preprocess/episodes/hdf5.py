@@ -94,7 +94,7 @@ class Hdf5Episodes:
         self._fields = fields
         self._open_file = lru_cache(_FILES_OPEN)(_opened)
         self._places: dict[int, _Place] = {}
-        self.splits: dict[str, Sequence[int]] = {}
+        self.splits: dict[str, frozenset[int]] = {}
         self._layout_kind = self._read_places(path)
         self.kind = f"hdf5 {self._layout_kind}"
         good = [place for place in self._places.values() if place.error is None]
@@ -212,13 +212,13 @@ class Hdf5Episodes:
                     listed = {bytes(each).decode() for each in members[()]}
                     for demo in sorted(listed - {*names}):
                         self._add_missing(demo, path, mask=name)
-                    numbers = sorted(_number(each, path) for each in listed)
+                    numbers = frozenset(_number(each, path) for each in listed)
                     self.splits[{"valid": "validation"}.get(name, name)] = numbers
         except SampleError as error:
             raise self._refused(path, str(error.facts.get("error", error.what))) from error
         if self.splits and "train" not in self.splits:
-            others = {*self.splits.get("validation", ())}
-            self.splits["train"] = [n for n in sorted(self._places) if n not in others]
+            others = [self.splits.get(name, frozenset()) for name in ("validation", "test")]
+            self.splits["train"] = frozenset(self._places).difference(*others)
         return "robomimic"
 
     def _add(self, number: int, place: _Place) -> None:

@@ -32,6 +32,9 @@ _STEPS = ("timestamp", "frame_index", "episode_index", "task_index")
 _OWN = frozenset({*_STEPS, "index", ACTION, STATE, SUCCESS})
 """Features that are read, beside cameras, or that every folder has."""
 
+MAX_STEPS = 10_000_000
+"""Most steps of an episode that metadata may state: a day at 100 Hz. Each would be a window."""
+
 _FILES_HELD = 2
 """Tables of steps that are held: neighbours in order are in the same file."""
 
@@ -176,6 +179,8 @@ class LeRobotFolder:
                 if number in self._places or length < 0:
                     raise ValueError(f"episode {number} twice, or of length {length}")
                 self._places[number] = place
+                # One that is longer than any is lost as one window, when it is read.
+                length = length if length <= MAX_STEPS else 1
                 found.append(Episode(number=number, length=length, file=place.file))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise self._refused(f"episodes: {error!r}") from error
@@ -268,7 +273,11 @@ class LeRobotFolder:
         made = np.empty((len(rows), size), np.float32)
         for i, row in enumerate(rows):
             value = steps[name][row]
-            vector = np.atleast_1d(np.array(value, np.float64))  # a missing value is not a number
+            try:  # a missing value is not a number
+                vector = np.atleast_1d(np.array(value, np.float64))
+            except (TypeError, ValueError) as error:
+                got = type(value).__name__
+                raise SampleError("robot_values.kind", where=where, name=name, got=got) from error
             if vector.shape != (size,) and value is not None:
                 raise SampleError(
                     "robot_values.dimensions",
@@ -278,7 +287,8 @@ class LeRobotFolder:
                     got=len(vector),
                     want=size,
                 )
-            made[i] = vector
+            with np.errstate(over="ignore"):  # it becomes infinite, and its windows are refused
+                made[i] = vector
         return made
 
     def _read_file(self, file: str) -> dict[str, Any] | SampleError:

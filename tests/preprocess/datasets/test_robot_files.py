@@ -189,6 +189,26 @@ def test_a_list_of_episodes_that_names_others_is_counted(tmp_path):
     assert len(files(source, fields=STATE, split="validation")) == 3
 
 
+def test_an_episode_is_in_one_split(tmp_path):
+    episodes = episodes_of([2, 3, 1])
+    source = write_robomimic(
+        tmp_path / "a", episodes, masks={"valid": [1], "test": [2], "few": [0]}
+    )
+    parts = [files(source, fields=STATE, split=name) for name in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [2, 3, 1]
+    assert len(files(source, fields=STATE, split="few")) == 2  # a part of another
+    source = write_robomimic(tmp_path / "b", episodes, masks={"train": [0, 1], "valid": [1]})
+    folder = write_v2(tmp_path / "v2", episodes, splits={"train": "0:2", "val": "1:3"})
+    for split in ("train", "validation"):
+        for open_it in (
+            lambda split=split: files(source, fields=STATE, split=split),
+            lambda split=split: LeRobot(split, source=str(folder)),
+        ):
+            with pytest.raises(SourceError, match="1 episodes are in two splits") as caught:
+                len(open_it())
+            assert caught.value.reason == "source_split"
+
+
 def test_features_of_folders_that_no_sample_has_are_named(tmp_path):
     folder = write_v2(tmp_path / "v2", episodes_of([2]))
     path = folder / "meta" / "info.json"
