@@ -335,7 +335,10 @@ def test_broken_steps_cost_their_episode(broken, harm):
     elif harm == "steps":
         change_steps(data, frame_index=[0, 1, 1, 3])
     elif harm in ("text", "ragged"):
-        change_steps(data, action=["a"] * 4 if harm == "text" else [[[1.0], [1.0, 2.0]]] * 4)
+        table = pq.read_table(data)
+        values = pa.array(["a"] * 4 if harm == "text" else [[[1.0], [1.0, 2.0]]] * 4)
+        at = table.schema.get_field_index("action")
+        pq.write_table(table.set_column(at, "action", values), data)
         reason = "robot_values"
     else:
         change_steps(data, task_index=[9] * 4)
