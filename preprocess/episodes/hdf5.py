@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from preprocess.episodes.episode import CameraFrames, Episode, EpisodeTable
+from preprocess.episodes.episode import MAX_STEPS, CameraFrames, Episode, EpisodeTable
 from preprocess.episodes.fields import (
     Channels,
     EpisodeFields,
@@ -249,6 +249,9 @@ class Hdf5Episodes:
                     shapes = [_shape_of(group, name, where) for name in names]
                     sizes.append(sum(int(np.prod(shape[1:])) for shape in shapes))
                     lengths += [shape[0] for shape in shapes]
+                if lengths[0] > MAX_STEPS:
+                    facts = {"got": lengths[0], "most": MAX_STEPS}
+                    raise SampleError("robot_episode.long", where=where, facts=facts)
                 images = _own(group, _IMAGES[kind])
                 cameras = [n for n in images or () if _is_camera(_own(images, n), kind)]
                 used = {

@@ -20,7 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.episodes.episode import CameraFrames, CameraVideo, Episode, EpisodeTable
+from preprocess.episodes.episode import (
+    MAX_STEPS,
+    CameraFrames,
+    CameraVideo,
+    Episode,
+    EpisodeTable,
+)
 from preprocess.episodes.fields import field_text, pictures_first
 from shardspec.errors import SampleError, SourceError
 
@@ -31,9 +37,6 @@ SUCCESS = "next.success"
 _STEPS = ("timestamp", "frame_index", "episode_index", "task_index")
 _OWN = frozenset({*_STEPS, "index", ACTION, STATE, SUCCESS})
 """Features that are read, beside cameras, or that every folder has."""
-
-MAX_STEPS = 10_000_000
-"""Most steps of an episode that metadata may state: a day at 100 Hz. Each would be a window."""
 
 _FILES_HELD = 2
 """Tables of steps that are held: neighbours in order are in the same file."""

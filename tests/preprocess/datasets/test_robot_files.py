@@ -325,8 +325,8 @@ def replaced(file, name, value):
     """Replaces a dataset; a shape stands for one that states a size and has no data."""
     del file[name]
     if value is None or isinstance(value, tuple):
-        shape, chunk = value or (2**40, 3), (1, 64, 64, 3)
-        kind, chunks = ("u1", chunk) if value else ("f4", (1, 3))
+        shape = value or (2**40, 3)
+        kind, chunks = ("u1", (1, 64, 64, 3)) if len(shape) == 4 else ("f4", (1, 3))
         file.create_dataset(name, shape, kind, chunks=chunks)
     else:
         file[name] = value
@@ -387,6 +387,10 @@ HARMS = {
     ),
     "more steps than memory": (
         lambda file: replaced(file, "action", None),
+        ["robot_episode"],
+    ),
+    "more steps than windows": (
+        lambda file: replaced(file, "action", (2**25, 3)),
         ["robot_episode"],
     ),
     "a picture beyond memory": (
