@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ def read_document(
 
     Returns:
       An example with `image` (the kept pages), `message_list`, `metadata` (`pages`, the numbers of
-      the kept pages; `num_pages`; `ocr`, their words), `leads`, the texts in front of them, and
-      `rigid`.
+      the kept pages; `num_pages`; `ocr`, their words; `questions_left_out`, how many, if any),
+      `leads`, the texts in front of them, and `rigid`.
 
     Raises:
       SampleError: `document_*`, `ocr_*`, `row_fields`, `image_missing`.
@@ -101,12 +101,18 @@ def read_document(
     evidence = {
         page for each in (request, *request["questions"]) for page in each.get("evidence_pages", ())
     }
+    if max(evidence, default=0) > num_pages:
+        raise SampleError(
+            "document_page_number", where=opened.where, page=max(evidence), pages=num_pages
+        )
     kept = keep_pages(candidates, budget=policy.max_pages, evidence=sorted(evidence))
     texts = _texts(request, opened, kept, candidates, policy=policy, find=find, read_url=read_url)
     plain = request.get("ocr_text")
     pages = _Pages(numbers=kept, texts=texts, several=num_pages > 1)
     messages = list(_messages(request, pages, policy=policy, plain=plain, where=opened.where))
     metadata = dict(example.get("metadata", {}))
+    if left_out := sum(not _has_evidence(each, request, kept) for each in request["questions"]):
+        metadata["questions_left_out"] = left_out
     if num_pages > 1:
         metadata |= {"pages": kept, "num_pages": num_pages}
     if texts:
@@ -320,7 +326,7 @@ def _messages(
         with_ocr = {"ocr": policy.ocr, "ocr_tokens": policy.ocr_tokens}
     kept = set(pages.numbers)
     for asked in request["questions"]:
-        if not kept.issuperset(asked.get("evidence_pages", ())):
+        if not _has_evidence(asked, request, kept):
             continue
         said = {name: asked[name] for name in ("answer", "answers") if name in asked}
         if "qa" in policy.tasks and said:
@@ -337,6 +343,14 @@ def _messages(
         yield from _key_values(request.get("fields"), pages, with_ocr)
     if "table" in policy.tasks:
         yield from _tables(request.get("tables"), pages, with_ocr, where)
+
+
+def _has_evidence(
+    asked: Mapping[str, Any], request: Mapping[str, Any], kept: Collection[int]
+) -> bool:
+    """Returns True if the pages that an answer is on are kept, those of the row if it has none."""
+    pages = asked.get("evidence_pages") or request.get("evidence_pages", ())
+    return set(kept).issuperset(pages)
 
 
 def _grounded(
