@@ -24,7 +24,14 @@ from contextlib import contextmanager
 import numpy as np
 
 from shardspec.errors import ShardError
-from shardspec.index import RowFile, encode_index, index_dtype, parse_rows, raw_index_dtype
+from shardspec.index import (
+    GROUP_COLUMN,
+    RowFile,
+    encode_index,
+    index_dtype,
+    parse_rows,
+    raw_index_dtype,
+)
 
 COLUMNS_SUFFIX = ".columns.npy"
 
@@ -39,7 +46,9 @@ MAX_NAME_CHARACTERS = 60
 _NAME = re.compile(rf"[A-Za-z_][A-Za-z0-9_]{{0,{MAX_NAME_CHARACTERS - 1}}}")
 _TYPE = re.compile(r"(bool|int64|float64)|(text|int64|float32)\[([1-9][0-9]{0,4})\]")
 _STORED = {"bool": "|b1", "int64": "<i8", "float64": "<f8", "float32": "<f4"}
-_OF_INDEXES = frozenset({*(index_dtype(1).names or ()), *(raw_index_dtype(1).names or ())})
+_OF_INDEXES = frozenset(
+    {*(index_dtype(1).names or ()), *(raw_index_dtype(1).names or ()), GROUP_COLUMN}
+)
 
 
 def name_problem(name: str) -> str:

@@ -40,8 +40,8 @@ def _checked(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return checked
 
 
-_NOT_CONTENT = frozenset({"offset", "crc32", "key"})
-"""Index columns that say where a sample is, or that are not numbers."""
+_NOT_CONTENT = frozenset({"offset", "crc32", "key", "group_hash"})
+"""Index columns that say where a sample is, or whose values are not quantities."""
 
 _ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: _checked(operator.add),

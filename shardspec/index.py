@@ -68,6 +68,11 @@ _MOST_HEADER_BYTES = 64 * 1024  # of a .npy; ours have about 600
 QUESTION_COLUMNS = ("num_branches", "num_turns")
 """Columns that indexes of earlier releases lack: readers count in the samples then."""
 
+GROUP_COLUMN = "group_hash"
+"""Column of datasets whose samples have groups, such as the windows of an episode: `<u8`, equal
+for the samples of a group, 0 for a sample of none. Resharding keeps a group in one shard and split.
+"""
+
 _READ_BYTES = 2**20
 """Most bytes of a file that are read at a time."""
 
@@ -108,6 +113,20 @@ def index_dtype(num_views: int) -> np.dtype:
         *((name, "<u4") for name in QUESTION_COLUMNS),
     ]
     return np.dtype(INDEX_DTYPE.descr + lengths)
+
+
+def with_groups(rows: np.ndarray, groups: Sequence[int]) -> np.ndarray:
+    """Adds `GROUP_COLUMN` to the rows of an index.
+
+    Args:
+      rows: [n].
+      groups: n hashes.
+    """
+    made = np.zeros(len(rows), np.dtype([*rows.dtype.descr, (GROUP_COLUMN, "<u8")]))
+    for name in rows.dtype.names or ():
+        made[name] = rows[name]
+    made[GROUP_COLUMN] = np.array(groups, np.uint64)
+    return made
 
 
 class _OneHeader:

@@ -39,7 +39,7 @@ from shardspec.image_file import (
     require_payload,
     size_before_opening,
 )
-from shardspec.sample import ARRAY_HEADER_BYTES, Codec, encode_array
+from shardspec.sample import ARRAY_HEADER_BYTES, Codec, codec_of, encode_array
 
 JpegDecoder = Literal["simplejpeg", "pillow"]
 
@@ -129,6 +129,7 @@ def decode_stored(
     """
     if out is not None and (out.dtype != np.uint8 or not out.flags.writeable):
         raise TypeError(f"out must be writable uint8, not {out.dtype}")
+    codec = codec_of(payload, codec)
     if reduce != 1 and codec != "jpeg":
         raise ValueError(f"{codec} cannot be decoded at a reduced size")
     if codec == "raw":
@@ -142,8 +143,8 @@ def encode_stored(pixels: np.ndarray, *, codec: Codec, quality: int = 95) -> byt
     """Encodes pixels for storing; the same pixels give the same bytes.
 
     jpeg is baseline with 4:4:4 chroma and the standard Huffman tables; png and webp are lossless
-    (webp has no alpha here, so `exact` would change nothing); raw is uncompressed .npy. None of
-    them carries metadata.
+    (webp has no alpha here, so `exact` would change nothing), lossless is the smaller one of them,
+    webp where both are equal; raw is uncompressed .npy. None of them carries metadata.
 
     Args:
       pixels: uint8 [H, W, 3], H and W >= 1.
@@ -156,6 +157,11 @@ def encode_stored(pixels: np.ndarray, *, codec: Codec, quality: int = 95) -> byt
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"pixels must be uint8 [H, W, 3], not {pixels.dtype} {pixels.shape}")
+    if codec == "lossless":
+        png = encode_stored(pixels, codec="png")
+        if max(pixels.shape) > CODEC_MAX_SIDE_PX["webp"]:
+            return png
+        return min(encode_stored(pixels, codec="webp"), png, key=len)
     limit_px = CODEC_MAX_SIDE_PX.get(codec)
     if limit_px is not None and max(pixels.shape) > limit_px:
         raise SampleError(

@@ -78,10 +78,15 @@ _WINDOW_IMAGES = SPAN_COLUMNS - 2
 WEIGHT_ONE = 1_000_000
 """The loss weight 1.0 in the units of the spans table."""
 
-Codec = Literal["jpeg", "png", "webp", "raw"]
+Codec = Literal["jpeg", "png", "webp", "raw", "lossless"]
+"""How images are stored. "lossless" is whichever of png and webp is smaller, image by image: the
+name of the member, and the first bytes of the file, tell which."""
 CODEC_SUFFIX: Mapping[str, str] = {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}
-LOSSLESS_CODECS = frozenset({"png", "webp", "raw"})
+LOSSLESS_CODECS = frozenset({"png", "webp", "raw", "lossless"})
 """webp is always written lossless here; lossy images are JPEG, which decodes 3.5 x faster."""
+
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class SpanKind(enum.IntEnum):
@@ -222,6 +227,13 @@ def num_images(spans: np.ndarray) -> int:
     return int(np.count_nonzero(spans[:, 0] == SpanKind.IMAGE.value))
 
 
+def codec_of(payload: bytes | memoryview, codec: Codec) -> Codec:
+    """Gives the codec of one stored image: that of the dataset, or which of the lossless ones."""
+    if codec != "lossless":
+        return codec
+    return "png" if payload[:8] == _PNG_SIGNATURE else "webp"
+
+
 def image_suffix(codec: str, *, image: int, several: bool, overview: bool = False) -> str:
     """Names the member of an image or of its overview, without the key.
 
@@ -311,7 +323,7 @@ def sample_members(
     encoded: Sequence[bytes],
     *,
     overviews: Sequence[bytes] = (),
-    codec: str,
+    codec: Codec,
     several: bool,
 ) -> list[tuple[str, bytes]]:
     """Lays out a sample as tar members, in the contract's order.
@@ -336,9 +348,11 @@ def sample_members(
         ("tokens.npy", encode_array(sample.tokens)),
     ]
     for i, payload in enumerate(encoded):
-        members.append((image_suffix(codec, image=i, several=several), payload))
+        own = codec_of(payload, codec)
+        members.append((image_suffix(own, image=i, several=several), payload))
         if i in overview_of:
-            suffix = image_suffix(codec, image=i, several=several, overview=True)
+            own = codec_of(overview_of[i], codec)
+            suffix = image_suffix(own, image=i, several=several, overview=True)
             members.append((suffix, overview_of[i]))
     for (_, video, *_), clip in zip(clip_rows(spans).tolist(), sample.clips, strict=True):
         members.append((f"{video}.frames.npy", encode_array(clip.table)))

@@ -466,9 +466,9 @@ def tiny_sample():
 
 
 def _write_dataset(
-    folder, samples, *, num_shards=1, codec="raw", several=False, name="tiny", view=None
+    folder, samples, *, num_shards=1, codec="raw", several=False, name="tiny", view=None, groups=()
 ):
-    from shardspec.index import encode_index, index_dtype, index_row
+    from shardspec.index import encode_index, index_dtype, index_row, with_groups
     from shardspec.manifest import Manifest, ShardEntry, SplitEntry, TokenizerEntry
     from shardspec.media import encode_stored
     from shardspec.sample import sample_members
@@ -501,7 +501,7 @@ def _write_dataset(
                 )
             sha256 = writer.finish()
         table = np.concatenate(rows)
-        index = encode_index(table)
+        index = encode_index(with_groups(table, groups[slice(*borders)]) if groups else table)
         entry = ShardEntry(
             url=url,
             split="train",

@@ -146,7 +146,11 @@ def plan_annotation(settings: AnnotateSettings, report: Reporter) -> Annotation:
     table = read_table(settings.columns)
     plan = plan_reshard(
         ReshardSettings(
-            sources=(settings.src,), out=settings.out, split=settings.split, form="view"
+            sources=(settings.src,),
+            out=settings.out,
+            split=settings.split,
+            form="view",
+            num_shards=1,  # its own order, also where samples have groups
         ),
         report,
     )

@@ -104,8 +104,8 @@ class SceneVideo:
         return encode_video(render_clip(plan), fps=plan.fps)
 
 
-DOCUMENT_SETTINGS: Mapping[str, str] = {"CODEC": "webp"}
-"""Settings of documents: no loss, and the smaller of the lossless formats (docs/documents.md)."""
+DOCUMENT_SETTINGS: Mapping[str, str] = {"CODEC": "lossless"}
+"""Settings of documents: no loss, and for each page the smaller format (docs/documents.md)."""
 
 Value = TypeVar("Value")
 
@@ -168,6 +168,8 @@ class DatasetBase(Dataset):
     """Whether an example may have several images; its `image` is a list then."""
     videos: ClassVar[bool] = False
     """Whether examples have videos; `several_images` is True then, as frames are images."""
+    ocr_files: ClassVar[bool] = False
+    """Whether URLs of examples may be files of OCR; the plan reads them by `read_url`."""
     grouped: ClassVar[bool] = False
     """Whether the source has a row per annotation: all rows of an image become one example.
 
@@ -182,7 +184,8 @@ class DatasetBase(Dataset):
     sample_rows_per_example: ClassVar[int] = 1
     """Generated rows about one image."""
     read_url: Callable[[str], bytes] | None = None
-    """Gives the file of a URL, for documents; set on an object once there is something to give."""
+    """Gives the file of a URL, for documents and OCR; set on an object once there is something to
+    give."""
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ episodes of "train", chosen by a hash of their numbers, where the source has no 
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,6 +59,9 @@ from shardspec.actions import (
 )
 from shardspec.errors import ConfigError, SampleError, SourceError
 from shardspec.keyed import hash_text
+
+_NAMED = 20
+"""Most fields that no sample has which the job names; the manifest names all."""
 
 EPISODES_HELD = 4
 """Episodes whose steps and frames are held: windows are read in order, or at random in few."""
@@ -100,6 +104,14 @@ class EpisodeDataset(RobotDataset):
         root = Path(__file__).parents[2]
         readers = (root / "preprocess" / "episodes").glob("*.py")
         return sorted({*super().code_files(), *readers})
+
+    def notes(self) -> list[str]:
+        """Says which fields of steps no sample has."""
+        fields = dict(self.rows.kind.get("robot", {}).get("not_read", {}))
+        lines = [f"not read: {name}, {told}" for name, told in [*fields.items()][:_NAMED]]
+        if len(fields) > _NAMED:
+            lines.append(f"not read: {len(fields) - _NAMED} more fields, which the manifest names")
+        return [*super().notes(), *lines]
 
     def load(self) -> Rows:
         """Enumerates the windows of the split's episodes, in order."""
@@ -176,8 +188,11 @@ class EpisodeDataset(RobotDataset):
         policy.step(source.fps)
         cameras = policy.cameras or tuple(source.cameras)
         unknown = sorted({*cameras} - {*source.cameras})
+        left_out = {n: "a camera that `cameras` leaves out" for n in {*source.cameras} - {*cameras}}
+        not_read = {**dict(sorted(left_out.items())), **source.not_read}
         if unknown or not cameras:
-            known = ", ".join(source.cameras) or "none"
+            others = [f"not {name}: {told}" for name, told in source.not_read.items()]
+            known = "; ".join([", ".join(source.cameras) or "none", *others[:_NAMED]])
             raise ConfigError(
                 "window_policy.camera", where=source.where, name=", ".join(unknown), known=known
             )
@@ -211,6 +226,7 @@ class EpisodeDataset(RobotDataset):
             "kept": list(kept),
             "conventions": dict(policy.conventions),
             "episodes": len(chosen),
+            **({"not_read": not_read} if not_read else {}),
             "statistics": {name: each.to_dict() for name, each in statistics.items()},
         }
         return Rows(
@@ -227,6 +243,7 @@ class EpisodeDataset(RobotDataset):
           SourceError: `source_split`.
         """
         splits = source.splits or {"train": [episode.number for episode in source.episodes]}
+        _check_splits_apart(source)
         share = 0.0 if "validation" in splits else self.validation_share
         named = "train" if share and split == "validation" else split
         if named not in splits:
@@ -380,6 +397,30 @@ class EpisodeWindows(Sequence[Mapping[str, Any]]):
 
 def _chunk_fields(actions_ND: np.ndarray, mask: Sequence[bool]) -> dict[str, Any]:
     return {"actions": actions_ND.tolist(), "action_mask": list(mask)}
+
+
+def _check_splits_apart(source: EpisodeSource) -> None:
+    """Refuses a source that tests on what it trains on; other lists may be parts of these.
+
+    Raises:
+      SourceError: `source_split`.
+    """
+    numbers = [episode.number for episode in source.episodes]
+    named = {
+        name: {n for n in numbers if n in own}
+        for name, own in source.splits.items()
+        if name in ("train", "validation", "test")
+    }
+    for one, other in itertools.combinations(named, 2):
+        shared = sorted(named[one] & named[other])
+        if shared:
+            raise SourceError(
+                "source_split.episodes",
+                where=source.where,
+                splits=[one, other],
+                count=len(shared),
+                episodes=shared[:10],
+            )
 
 
 def _statistics(source: EpisodeSource, episodes: Sequence[Episode]) -> dict[str, ValueStatistics]:

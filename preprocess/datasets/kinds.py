@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from preprocess.datasets.base import DOCUMENT_SETTINGS, DatasetBase
 from preprocess.datasets.images import resolve_image
-from preprocess.documents import pdfium_version, read_document
+from preprocess.documents import is_web_url, pdfium_version, read_document
 from preprocess.formats import DocumentPolicy, Spec, document_request
 from shardspec.errors import SampleError
 
@@ -21,11 +21,12 @@ class DocumentDataset(DatasetBase):
     Pages are PDFs, TIFFs or images; flips and crops are never applied to them. A row has the
     columns of `preprocess.formats.documents`: `document`, or `image`, or `pages` (a list in reading
     order); `question` and `answer` or `answers`, or `questions`, a list of such records; and
-    perhaps `ocr`. Here a text as `ocr` is the text itself; a file is a `Path` or its bytes.
+    perhaps `ocr`. Here a text as `ocr` is the text itself; a file is a `Path`, its bytes or a URL.
     """
 
     several_images: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, str]] = DOCUMENT_SETTINGS
+    ocr_files: ClassVar[bool] = True
     style: ClassVar[str] = "doc_qa"
     """Of the questions; one of the document styles."""
     policy: ClassVar[DocumentPolicy] = DocumentPolicy()
@@ -33,7 +34,7 @@ class DocumentDataset(DatasetBase):
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
-        if isinstance(row.get("ocr"), str):
+        if isinstance(row.get("ocr"), str) and not is_web_url(row["ocr"]):
             row = {**{k: v for k, v in row.items() if k != "ocr"}, "ocr_text": row["ocr"]}
         spec = Spec(name=self.name, format="documents", style=self.style)
         example = document_request(row, spec)

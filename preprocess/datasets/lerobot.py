@@ -8,7 +8,7 @@ A subclass sets what a window is:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +59,7 @@ class SimulatedArm:
     fps = ARM_FPS
     robot = "simulated arm"
     cameras = ARM_CAMERAS
+    not_read: Mapping[str, str] = {}
     action_names = ARM_ACTIONS
     state_names = ARM_STATE
 

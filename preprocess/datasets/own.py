@@ -125,6 +125,7 @@ def _specified(spec: Spec, *, folder: Path, path: Path | None) -> type[DatasetBa
             "validation_share": float(spec.validation),
             "videos": "video" in spec.columns,
             "settings": DOCUMENT_SETTINGS if spec.format == "documents" else {},
+            "ocr_files": spec.format == "documents",
             "__doc__": f"Rows of {path or spec.source}.",
         },
     )

@@ -9,13 +9,14 @@ from preprocess.documents.files import PageImage, page_identity, read_file
 from preprocess.documents.ocr import parse_ocr
 from preprocess.documents.pages import keep_pages
 from preprocess.documents.pdf import pdfium_version
-from preprocess.documents.read import read_document
+from preprocess.documents.read import is_web_url, read_document
 from preprocess.documents.words import PageText, Word
 
 __all__ = [
     "PageImage",
     "PageText",
     "Word",
+    "is_web_url",
     "keep_pages",
     "page_identity",
     "parse_ocr",

@@ -13,6 +13,7 @@ Pure: a payload, or the object that a row holds, becomes pages.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ Size = tuple[int, int]
 """Width and height of the picture of a page, in pixels."""
 
 KINDS = "hOCR, ALTO, PAGE XML, FUNSD, Azure (DocVQA), Textract, or {width, height, words}"
+
+_DECLARATION = re.compile(r"\A\s*<\?xml[^>]*\?>")
 
 _BBOX = re.compile(r"\bbbox\s+(-?[\d.]+)\s+(-?[\d.]+)\s+(-?[\d.]+)\s+(-?[\d.]+)")
 
@@ -49,6 +52,7 @@ def parse_ocr(
     """
     if isinstance(source, bytes):
         check_length(source, where=where)
+        source = _in_utf8(source)
         text = source.removeprefix(b"\xef\xbb\xbf").lstrip()
         if text[:1] == b"<":
             return _parse_markup(source, where=where)
@@ -63,6 +67,17 @@ def parse_ocr(
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         told = f"{type(error).__name__}: {error}"[:120]
         raise SampleError("ocr_broken", where=where, error=told) from error
+
+
+def _in_utf8(payload: bytes) -> bytes:
+    """Rewrites a file in UTF-16, which some engines write; what cannot be decoded stays."""
+    if payload[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return payload
+    try:
+        text = payload.decode("utf-16")
+    except UnicodeDecodeError:
+        return payload
+    return _DECLARATION.sub("", text, count=1).encode(errors="replace")
 
 
 def _parse_markup(payload: bytes, *, where: str) -> list[PageText]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.documents.words import Box, PageText, page_text
+from preprocess.documents.words import MAX_CHARS, Box, PageText, page_text
 from shardspec.errors import ConfigError, SampleError
 
 MAX_PAGES = 5_000
@@ -32,9 +32,6 @@ MAX_PAGE_PX = 32_000_000
 """Most pixels of a page: A1 at 200 dpi, 4 bytes for each while it is drawn."""
 
 MAX_PAGE_SIDE_PX = 16_384
-
-MAX_CHARS = 200_000
-"""Most characters of a page that are looked at; a dense page of a newspaper has 30,000."""
 
 _PASSWORD = 4
 """FPDF_ERR_PASSWORD."""
@@ -162,7 +159,8 @@ def page_words(pdf: Any, page: int, *, where: str = "") -> PageText:
     """Reads the text layer of a page, in points of the upright page.
 
     Characters up to white space are a word, and its box is around theirs. The order is that of the
-    file, which most programs write in reading order.
+    file, which most programs write in reading order. Words beside the page, which nobody sees, are
+    left out, and boxes end with the page.
 
     Raises:
       SampleError: `document_text`: more characters than are looked at; `document_broken`.
@@ -172,8 +170,10 @@ def page_words(pdf: Any, page: int, *, where: str = "") -> PageText:
     text_page = opened.get_textpage()
     count = text_page.count_chars()
     if count > MAX_CHARS:
-        raise SampleError("document_text", where=where, page=page, characters=count, most=MAX_CHARS)
-    words = list(_words(_characters(opened, text_page, count)))
+        raise SampleError(
+            "document_text.page", where=where, page=page, characters=count, most=MAX_CHARS
+        )
+    words = list(_seen(_words(_characters(opened, text_page, count)), width, height))
     return page_text(words, width=width, height=height, unit="point", where=where)
 
 
@@ -220,6 +220,15 @@ def _words(characters: Iterator[tuple[str, Box]]) -> Iterator[tuple[str, Sequenc
         line += character in "\r\n"
     if text:
         yield text, _around(boxes), line
+
+
+def _seen(
+    words: Iterator[tuple[str, Sequence[float], int]], width: float, height: float
+) -> Iterator[tuple[str, Sequence[float], int]]:
+    """Cuts the boxes of words to the page, and leaves out what is beside it."""
+    for text, (x0, y0, x1, y1), line in words:
+        if x0 < width and y0 < height and x1 > 0 and y1 > 0:
+            yield text, (max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height)), line
 
 
 def _around(boxes: Sequence[Box]) -> Box:

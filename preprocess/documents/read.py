@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from shardspec.media import PILLOW_DECODE_ERRORS
 
 _ONE_PAGE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 """Suffixes of files that need not be opened to know that they have one page."""
+
+_WEB_URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
 _MANY_PAGES = (".pdf", ".tif", ".tiff")
 """Suffixes of URLs whose files are read whole, for their pages."""
@@ -67,22 +70,26 @@ def read_document(
       example: As `preprocess.formats.documents` gives it; its images are found already.
       policy: How.
       find: Finds a file of OCR that the row names: bytes or a path.
-      read_url: Gives the file of a URL. None: nothing is fetched yet; a document that is the URL of
-        a PDF or TIFF is an example without messages then, whose one image is the URL.
+      read_url: Gives the file of a URL. None: nothing is fetched yet; where the document is the URL
+        of a PDF or TIFF, or its OCR is at URLs, this is an example without messages then, whose
+        images are all of its URLs.
 
     Returns:
       An example with `image` (the kept pages), `message_list`, `metadata` (`pages`, the numbers of
-      the kept pages; `num_pages`; `ocr`, their words), `leads`, the texts in front of them, and
-      `rigid`.
+      the kept pages; `num_pages`; `ocr`, their words; `questions_left_out`, how many, if any),
+      `leads`, the texts in front of them, and `rigid`.
 
     Raises:
       SampleError: `document_*`, `ocr_*`, `row_fields`, `image_missing`.
     """
     request = example["document"]
     url = _document_url(example["image"])
-    if url and read_url is None:
+    ocr_urls = [each for each in _ocr_files(request.get("ocr"), find) if is_web_url(each)]
+    if read_url is None and (url or ocr_urls):
         metadata = dict(example.get("metadata", {}))
-        return {"image": [url], "message_list": [], "metadata": metadata, "rigid": True}
+        urls = [*filter(is_web_url, example["image"]), *ocr_urls]
+        images = list(dict.fromkeys(urls))
+        return {"image": images, "message_list": [], "metadata": metadata, "rigid": True}
     images = [read_url(url)] if url and read_url is not None else example["image"]
     opened = _open(images, dpi=policy.dpi, name=url)
     num_pages = len(opened.images)
@@ -94,12 +101,18 @@ def read_document(
     evidence = {
         page for each in (request, *request["questions"]) for page in each.get("evidence_pages", ())
     }
+    if max(evidence, default=0) > num_pages:
+        raise SampleError(
+            "document_page_number", where=opened.where, page=max(evidence), pages=num_pages
+        )
     kept = keep_pages(candidates, budget=policy.max_pages, evidence=sorted(evidence))
-    texts = _texts(request, opened, kept, candidates, policy=policy, find=find)
+    texts = _texts(request, opened, kept, candidates, policy=policy, find=find, read_url=read_url)
     plain = request.get("ocr_text")
     pages = _Pages(numbers=kept, texts=texts, several=num_pages > 1)
     messages = list(_messages(request, pages, policy=policy, plain=plain, where=opened.where))
     metadata = dict(example.get("metadata", {}))
+    if left_out := sum(not _has_evidence(each, request, kept) for each in request["questions"]):
+        metadata["questions_left_out"] = left_out
     if num_pages > 1:
         metadata |= {"pages": kept, "num_pages": num_pages}
     if texts:
@@ -155,6 +168,7 @@ def _texts(
     *,
     policy: DocumentPolicy,
     find: Callable[[Any], Any],
+    read_url: Callable[[str], bytes] | None,
 ) -> dict[int, PageText]:
     """Gives the text of each kept page, {} where none is known."""
     source = request.get("ocr")
@@ -168,12 +182,10 @@ def _texts(
             return found
     if source is None:
         return {}
-    sources = source if isinstance(source, list | tuple) and _are_files(source) else [source]
-    sizes = _page_sizes(opened)
+    sizes = _page_sizes(opened, read_url)
     pages: list[PageText] = []
-    for each in sources:
-        found_source = _read_remote([find(each)])[0] if _is_name(each) else each
-        payload, where = _ocr_source(found_source, opened.where)
+    for each in _ocr_files(source, find):
+        payload, where = _ocr_source(_read_remote([each])[0], opened.where, read_url)
         pages += parse_ocr(payload, page_sizes=sizes[len(pages) :], where=where)
     if len(pages) == len(opened.images):
         return {page: pages[page - 1] for page in kept}
@@ -183,6 +195,19 @@ def _texts(
     raise SampleError(
         "ocr_pages", where=opened.where, ocr_pages=len(pages), pages=len(opened.images)
     )
+
+
+def _ocr_files(source: Any, find: Callable[[Any], Any]) -> list[Any]:
+    """Lists the files of OCR of a document, found, or what the row has instead of files."""
+    if source is None:
+        return []
+    several = isinstance(source, list | tuple) and _are_files(source)
+    return [find(each) if _is_name(each) else each for each in (source if several else [source])]
+
+
+def is_web_url(source: Any) -> bool:
+    """Returns True for a URL of the web, which is fetched."""
+    return isinstance(source, str) and _WEB_URL.fullmatch(source) is not None
 
 
 def _are_files(sources: Sequence[Any]) -> bool:
@@ -197,22 +222,24 @@ def _is_name(source: Any) -> bool:
     return isinstance(source, Mapping) and not {"bytes", "path"}.isdisjoint(source)
 
 
-def _ocr_source(source: Any, where: str) -> tuple[Any, str]:
+def _ocr_source(
+    source: Any, where: str, read_url: Callable[[str], bytes] | None
+) -> tuple[Any, str]:
     if isinstance(source, Path):
         return read_file(source), str(source)
+    if read_url is not None and is_web_url(source):
+        return read_url(source), source
     if isinstance(source, str):
-        if source.startswith(("http://", "https://")):
-            raise SampleError("document_url", where=source)
         return source.encode(), where
     return source, where
 
 
-def _page_sizes(opened: _Opened) -> list[Size | None]:
+def _page_sizes(opened: _Opened, read_url: Callable[[str], bytes] | None) -> list[Size | None]:
     """Reads the sizes of the pages' pictures from their headers; None where one is not at hand."""
     if opened.kind == "pdf":
         return [None] * len(opened.images)  # the picture is not what an engine for scans has seen
     if opened.payload is None:
-        return [_image_size(each) for each in opened.images]
+        return [_image_size(each, read_url) for each in opened.images]
     try:
         with Image.open(io.BytesIO(opened.payload), formats=["TIFF"]) as tiff:
             return [_frame_size(tiff, number) for number in range(len(opened.images))]
@@ -225,7 +252,12 @@ def _frame_size(tiff: Image.Image, number: int) -> Size:
     return _upright_size(tiff)
 
 
-def _image_size(image: Any) -> Size | None:
+def _image_size(image: Any, read_url: Callable[[str], bytes] | None) -> Size | None:
+    if read_url is not None and is_web_url(image):
+        try:
+            image = read_url(image)
+        except SampleError:  # a dead link, which the job counts as one
+            return None
     if isinstance(image, Image.Image):
         return _upright_size(image)
     if isinstance(image, bytes | Path):
@@ -294,7 +326,7 @@ def _messages(
         with_ocr = {"ocr": policy.ocr, "ocr_tokens": policy.ocr_tokens}
     kept = set(pages.numbers)
     for asked in request["questions"]:
-        if not kept.issuperset(asked.get("evidence_pages", ())):
+        if not _has_evidence(asked, request, kept):
             continue
         said = {name: asked[name] for name in ("answer", "answers") if name in asked}
         if "qa" in policy.tasks and said:
@@ -311,6 +343,14 @@ def _messages(
         yield from _key_values(request.get("fields"), pages, with_ocr)
     if "table" in policy.tasks:
         yield from _tables(request.get("tables"), pages, with_ocr, where)
+
+
+def _has_evidence(
+    asked: Mapping[str, Any], request: Mapping[str, Any], kept: Collection[int]
+) -> bool:
+    """Returns True if the pages that an answer is on are kept, those of the row if it has none."""
+    pages = asked.get("evidence_pages") or request.get("evidence_pages", ())
+    return set(kept).issuperset(pages)
 
 
 def _grounded(

@@ -16,6 +16,9 @@ from shardspec.errors import SampleError
 
 Box = tuple[float, float, float, float]
 
+MAX_CHARS = 200_000
+"""Most characters of a page that are looked at; a dense page of a newspaper has 30,000."""
+
 OUTSIDE = 0.02
 """Share of a side by which a box may reach beyond the page, and is cut off; OCR engines do it."""
 
@@ -91,15 +94,18 @@ def page_text(
 
     Raises:
       SampleError: `ocr_boxes`: a box is not of numbers, or not on the page, so that it must be of
-        another page or another unit.
+        another page or another unit; `document_text`: more characters than are looked at.
     """
     if not (_is_number(width) and _is_number(height) and width > 0 and height > 0):
         raise SampleError("ocr_boxes.page", where=where, width=width, height=height)
-    found, lines = [], dict[int, int]()
+    found, lines, characters = [], dict[int, int](), 0
     for text, box, line in words:
         text = " ".join(str(text).split())
         if not text:
             continue
+        characters += len(text)
+        if characters > MAX_CHARS:
+            raise SampleError("document_text.ocr", where=where, most=MAX_CHARS)
         if len(box) != 4 or not all(map(_is_number, box)):
             raise SampleError("ocr_boxes.numbers", where=where, word=text[:40], got=str(box)[:80])
         x0, x1 = sorted((float(box[0]), float(box[2])))

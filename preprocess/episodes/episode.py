@@ -11,6 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
+MAX_STEPS = 10_000_000
+"""Most steps of an episode: a day at 100 Hz. A file may state any number, and each is a window."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CameraVideo:
@@ -77,6 +80,10 @@ class EpisodeSource(Protocol):
     @property
     def cameras(self) -> Sequence[str]:
         """Names, sorted."""
+
+    @property
+    def not_read(self) -> Mapping[str, str]:
+        """Fields of steps that no sample has, and what each is; pictures first."""
 
     @property
     def action_names(self) -> Sequence[str]:

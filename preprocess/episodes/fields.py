@@ -24,6 +24,11 @@ from shardspec.errors import ConfigError, SampleError
 Channels = Literal["rgb", "bgr"]
 LastStep = Literal["drop", "keep"]
 
+_LEAST_SIDE_PX = 16
+"""Smallest side of what looks like a picture and not like a matrix."""
+
+_PNG, _PNG_DEPTH_AT, _PNG_COLOR_AT = b"\x89PNG\r\n\x1a\n", 24, 25
+
 Columns = Callable[[str], "np.ndarray | None"]
 """Gives a field by its name: of all steps [L, ...], or of the episode; None where there is none."""
 
@@ -103,6 +108,36 @@ class Layout:
     num_state: int
 
 
+def field_text(kind: str, shape: Sequence[int]) -> str:
+    """Says what a field is that is not read; what looks like pictures gets the remedy.
+
+    Args:
+      kind: Its type.
+      shape: Of one step, -1 for a side that differs.
+
+    >>> field_text("float32", (7,))
+    'float32 [7]'
+    """
+    sides = ", ".join("?" if side < 0 else str(side) for side in shape)
+    told = f"{kind} [{sides}]" if shape else kind
+    if _is_picture(shape):
+        told += (
+            ", which looks like pictures or depth maps: those of cameras are uint8 [H, W, 3], or "
+            "[H, W, 4] that are opaque, and where the layout has its cameras"
+        )
+    return told
+
+
+def _is_picture(shape: Sequence[int]) -> bool:
+    large = sum(side < 0 or side >= _LEAST_SIDE_PX for side in shape)
+    return len(shape) == 3 or (len(shape) == 2 and large == 2)
+
+
+def pictures_first(fields: Mapping[str, str]) -> dict[str, str]:
+    """Orders fields that are not read, as `field_text` describes them."""
+    return dict(sorted(fields.items(), key=lambda each: ("pictures" not in each[1], each[0])))
+
+
 def make_table(
     columns: Columns,
     *,
@@ -133,7 +168,8 @@ def make_table(
 
     def vectors(names: Sequence[str], size: int, dtype: Any = np.float32) -> np.ndarray:
         parts = [_steps(columns, name, length, where) for name in names]
-        joined = np.concatenate(parts, axis=1).astype(dtype)
+        with np.errstate(over="ignore"):  # it becomes infinite, and its windows are refused
+            joined = np.concatenate(parts, axis=1).astype(dtype)
         if joined.shape[1] != size:
             name, got = ", ".join(names), joined.shape[1]
             raise SampleError(
@@ -181,14 +217,26 @@ def as_rgb(image: bytes | np.ndarray, *, channels: Channels, where: str) -> byte
     """Gives a picture whose channels are red, green and blue.
 
     Raises:
-      SampleError: `robot_frame`: a picture that is encoded, and not whole.
+      SampleError: `robot_frame`: a picture that is encoded, and not whole; one that is not opaque.
     """
-    if channels == "rgb":
-        return image
     if isinstance(image, bytes):
+        has_alpha = image.startswith(_PNG) and image[_PNG_COLOR_AT : _PNG_COLOR_AT + 1] in b"\4\6"
+        if channels == "rgb" and not has_alpha:
+            return image
         try:
             with Image.open(io.BytesIO(image), formats=["JPEG", "PNG"]) as opened:
-                image = np.asarray(opened.convert("RGB"))
+                image = np.asarray(opened.convert("RGBA" if has_alpha else "RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SampleError("robot_frame.image", where=where, error=error) from error
-    return np.ascontiguousarray(image[..., ::-1])
+    if image.shape[-1] == 4:
+        if int(image[..., 3].min(initial=255)) < 255:
+            raise SampleError("robot_frame.alpha", where=where)
+        image = image[..., :3]
+    return np.ascontiguousarray(image if channels == "rgb" else image[..., ::-1])
+
+
+def is_deep(image: bytes | np.ndarray) -> bool:
+    """Returns True for a PNG of 16 bits, which cameras of depth write."""
+    if not isinstance(image, bytes) or not image.startswith(_PNG):
+        return False
+    return image[_PNG_DEPTH_AT : _PNG_DEPTH_AT + 1] == b"\x10"

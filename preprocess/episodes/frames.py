@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from preprocess.episodes.episode import CameraVideo, EpisodeTable
+from preprocess.episodes.fields import is_deep
 from preprocess.episodes.windows import (
     WindowPolicy,
     history_rows,
@@ -71,6 +72,8 @@ class EpisodeFrames:
             image = frames[row] if row < len(frames) else None  # cameras of other lengths
             if image is None or len(image) == 0:
                 raise SampleError("robot_frame.empty", where=self._where, camera=camera, step=row)
+            if is_deep(image):
+                raise SampleError("robot_frame.depth", where=self._where, camera=camera, step=row)
             return image
         held = self._held.setdefault(camera, {})
         if row not in held:

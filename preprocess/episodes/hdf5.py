@@ -13,6 +13,7 @@ or virtual datasets do not exist here.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -26,12 +27,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from preprocess.episodes.episode import CameraFrames, Episode, EpisodeTable
-from preprocess.episodes.fields import Channels, EpisodeFields, Layout, as_rgb, make_table
+from preprocess.episodes.episode import MAX_STEPS, CameraFrames, Episode, EpisodeTable
+from preprocess.episodes.fields import (
+    Channels,
+    EpisodeFields,
+    Layout,
+    as_rgb,
+    field_text,
+    make_table,
+    pictures_first,
+)
 from shardspec.errors import SampleError, SourceError
 
 MAX_BYTES = 1 << 29
 """Most bytes of a field of an episode, or of a picture: a day of 14 joints at 50 Hz has half."""
+
+_MOST_FIELDS, _MOST_DEPTH = 1000, 4
+"""Of an episode, whose fields that are not read are named: a file may have any number."""
 
 _SUFFIXES = (".hdf5", ".h5")
 _FILES_OPEN = 2
@@ -56,6 +68,8 @@ class _Place:
     sizes: tuple[int, int] = (0, 0)
     """Dimensions of the action and of the state."""
     cameras: tuple[str, ...] = ()
+    not_read: tuple[tuple[str, str], ...] = ()
+    """Fields that no sample has, and what each is."""
     error: SampleError | None = None
 
 
@@ -80,7 +94,7 @@ class Hdf5Episodes:
         self._fields = fields
         self._open_file = lru_cache(_FILES_OPEN)(_opened)
         self._places: dict[int, _Place] = {}
-        self.splits: dict[str, Sequence[int]] = {}
+        self.splits: dict[str, frozenset[int]] = {}
         self._layout_kind = self._read_places(path)
         self.kind = f"hdf5 {self._layout_kind}"
         good = [place for place in self._places.values() if place.error is None]
@@ -98,6 +112,7 @@ class Hdf5Episodes:
         self.action_names = fields.dimension_names("action", num_actions)
         self.state_names = fields.dimension_names("state", num_state)
         self.cameras = tuple(sorted({name for place in good for name in place.cameras}))
+        self.not_read = _not_read(good)
         folder = path if path.is_dir() else path.parent
         self.episodes = tuple(
             Episode(
@@ -195,19 +210,29 @@ class Hdf5Episodes:
                     if (members := _own(file, f"mask/{name}")) is None:
                         raise ValueError(_LINKED)
                     listed = {bytes(each).decode() for each in members[()]}
-                    numbers = sorted(_number(each, path) for each in listed)
+                    for demo in sorted(listed - {*names}):
+                        self._add_missing(demo, path, mask=name)
+                    numbers = frozenset(_number(each, path) for each in listed)
                     self.splits[{"valid": "validation"}.get(name, name)] = numbers
         except SampleError as error:
             raise self._refused(path, str(error.facts.get("error", error.what))) from error
         if self.splits and "train" not in self.splits:
-            others = {*self.splits.get("validation", ())}
-            self.splits["train"] = [n for n in sorted(self._places) if n not in others]
+            others = [self.splits.get(name, frozenset()) for name in ("validation", "test")]
+            self.splits["train"] = frozenset(self._places).difference(*others)
         return "robomimic"
 
     def _add(self, number: int, place: _Place) -> None:
         if number in self._places:
             raise self._refused(place.file, f"two episodes of the number {number}")
         self._places[number] = place
+
+    def _add_missing(self, name: str, path: Path, *, mask: str) -> None:
+        """Adds an episode that only a list of `mask` names, so that its loss is counted."""
+        number, group = _number(name, path), f"/data/{name}"
+        if number in self._places and self._places[number].group != group:
+            raise self._refused(path, f"two episodes of the number {number}")
+        error = SampleError("robot_episode.mask", where=str(path), name=name, mask=f"mask/{mask}")
+        self._places.setdefault(number, _Place(file=path, group=group, error=error))
 
     def _place(self, path: Path, group_name: str, kind: Kind) -> _Place:
         """Reads the shapes of an episode."""
@@ -224,8 +249,19 @@ class Hdf5Episodes:
                     shapes = [_shape_of(group, name, where) for name in names]
                     sizes.append(sum(int(np.prod(shape[1:])) for shape in shapes))
                     lengths += [shape[0] for shape in shapes]
+                if lengths[0] > MAX_STEPS:
+                    facts = {"got": lengths[0], "most": MAX_STEPS}
+                    raise SampleError("robot_episode.long", where=where, facts=facts)
                 images = _own(group, _IMAGES[kind])
                 cameras = [n for n in images or () if _is_camera(_own(images, n), kind)]
+                used = {
+                    *(fields.actions or _ACTIONS[kind]),
+                    *(fields.state or _STATES[kind]),
+                    *(fields.times, fields.success, fields.task_field),
+                    *(f"{_IMAGES[kind]}/{name}" for name in cameras),
+                }
+                others = ((n, told) for n, told in _walk(group) if n not in used)
+                not_read = tuple(itertools.islice(others, _MOST_FIELDS))
         except SampleError as error:
             return _Place(file=path, group=group_name, error=error)
         return _Place(
@@ -234,6 +270,7 @@ class Hdf5Episodes:
             length=lengths[0],
             sizes=(sizes[0], sizes[1]),
             cameras=tuple(sorted(cameras)),
+            not_read=not_read,
         )
 
     def _refused(self, path: Path, problem: str) -> SourceError:
@@ -318,11 +355,40 @@ def _is_camera(found: Any, kind: Kind) -> bool:
 
     if not isinstance(found, h5py.Dataset):
         return False
-    shape, dtype = found.shape or (), found.dtype
+    shape: tuple[int, ...] = found.shape or ()
+    dtype = found.dtype
     if kind == "aloha" and len(shape) < 3:
         of_bytes = h5py.check_vlen_dtype(dtype) == np.uint8
         return bool(dtype == np.uint8 if len(shape) == 2 else of_bytes)
-    return bool(dtype == np.uint8 and len(shape) == 4 and shape[3:] == (3,))
+    return bool(dtype == np.uint8 and len(shape) == 4 and shape[-1] in (3, 4))
+
+
+def _walk(group: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Gives the datasets below a group, and what each is; none is read."""
+    import h5py
+
+    for name in group:
+        full = f"{prefix}{name}"
+        try:
+            found = _own(group, name)
+        except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of HDF5
+            yield full, f"cannot be read: {error}"[:200]
+            continue
+        if found is None:
+            yield full, "data that are not in the file itself"
+        elif isinstance(found, h5py.Dataset):
+            yield full, field_text(str(found.dtype), (found.shape or ())[1:])
+        elif depth < _MOST_DEPTH:
+            yield from _walk(found, f"{full}/", depth + 1)
+
+
+def _not_read(places: Sequence[_Place]) -> dict[str, str]:
+    """Joins the fields that are not read, with how many episodes have them so."""
+    told: dict[str, list[str]] = {}
+    for (name, text), count in Counter(each for p in places for each in p.not_read).items():
+        some = "" if count == len(places) else f" (in {count} of {len(places)} episodes)"
+        told.setdefault(name, []).append(text + some)
+    return pictures_first({name: "; ".join(texts) for name, texts in told.items()})
 
 
 @contextmanager

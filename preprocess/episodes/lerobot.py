@@ -20,7 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.episodes.episode import CameraFrames, CameraVideo, Episode, EpisodeTable
+from preprocess.episodes.episode import (
+    MAX_STEPS,
+    CameraFrames,
+    CameraVideo,
+    Episode,
+    EpisodeTable,
+)
+from preprocess.episodes.fields import field_text, pictures_first
 from shardspec.errors import SampleError, SourceError
 
 ACTION = "action"
@@ -28,6 +35,8 @@ STATE = "observation.state"
 SUCCESS = "next.success"
 
 _STEPS = ("timestamp", "frame_index", "episode_index", "task_index")
+_OWN = frozenset({*_STEPS, "index", ACTION, STATE, SUCCESS})
+"""Features that are read, beside cameras, or that every folder has."""
 
 _FILES_HELD = 2
 """Tables of steps that are held: neighbours in order are in the same file."""
@@ -81,8 +90,10 @@ class LeRobotFolder:
             raise self._refused(f"no feature {ACTION!r}")
         kinds = {name: feature.get("dtype") for name, feature in self._features.items()}
         self._videos = tuple(n for n, k in kinds.items() if k == "video" and not self._is_depth(n))
-        self._images = tuple(n for n, k in kinds.items() if k == "image")
+        self._images = tuple(n for n, k in kinds.items() if k == "image" and not self._is_depth(n))
         self.cameras = tuple(sorted((*self._videos, *self._images)))
+        others = sorted(self._features.keys() - {*self.cameras, *_OWN})
+        self.not_read = pictures_first({name: self._feature_text(name) for name in others})
         self.action_names = self._names(ACTION)
         self.state_names = self._names(STATE) if STATE in self._features else ()
         self.splits = self._splits()
@@ -171,6 +182,8 @@ class LeRobotFolder:
                 if number in self._places or length < 0:
                     raise ValueError(f"episode {number} twice, or of length {length}")
                 self._places[number] = place
+                # One that is longer than any is lost as one window, when it is read.
+                length = length if length <= MAX_STEPS else 1
                 found.append(Episode(number=number, length=length, file=place.file))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise self._refused(f"episodes: {error!r}") from error
@@ -238,6 +251,16 @@ class LeRobotFolder:
             return ("",) * size
         return tuple(map(str, names))
 
+    def _feature_text(self, name: str) -> str:
+        """Says what a feature is that is not read."""
+        entry = self._features[name]
+        if self._is_depth(name):
+            return f"{entry.get('dtype')} {entry.get('shape')}, pictures of depth"
+        try:
+            return field_text(str(entry.get("dtype")), [int(n) for n in entry.get("shape") or ()])
+        except (TypeError, ValueError):
+            return f"{entry.get('dtype')} {entry.get('shape')}"
+
     def _is_depth(self, feature: str) -> bool:
         entry = self._features[feature]
         facts = {**(entry.get("info") or {}), **(entry.get("video_info") or {})}
@@ -253,7 +276,11 @@ class LeRobotFolder:
         made = np.empty((len(rows), size), np.float32)
         for i, row in enumerate(rows):
             value = steps[name][row]
-            vector = np.atleast_1d(np.array(value, np.float64))  # a missing value is not a number
+            try:  # a missing value is not a number
+                vector = np.atleast_1d(np.array(value, np.float64))
+            except (TypeError, ValueError) as error:
+                got = type(value).__name__
+                raise SampleError("robot_values.kind", where=where, name=name, got=got) from error
             if vector.shape != (size,) and value is not None:
                 raise SampleError(
                     "robot_values.dimensions",
@@ -263,7 +290,8 @@ class LeRobotFolder:
                     got=len(vector),
                     want=size,
                 )
-            made[i] = vector
+            with np.errstate(over="ignore"):  # it becomes infinite, and its windows are refused
+                made[i] = vector
         return made
 
     def _read_file(self, file: str) -> dict[str, Any] | SampleError:

@@ -17,15 +17,32 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 
 from preprocess.episodes.episode import CameraFrames, Episode, EpisodeTable
-from preprocess.episodes.fields import Channels, EpisodeFields, Layout, as_rgb, make_table
-from preprocess.episodes.tfrecord import FeatureValues, parse_example, read_record, read_records
+from preprocess.episodes.fields import (
+    Channels,
+    EpisodeFields,
+    Layout,
+    as_rgb,
+    field_text,
+    make_table,
+    pictures_first,
+)
+from preprocess.episodes.tfrecord import (
+    FeatureValues,
+    RecordFile,
+    parse_example,
+    read_record,
+    read_records,
+)
 from shardspec.errors import SampleError, SourceError
+
+_FILES_OPEN = 2
 
 _STEPS = "steps/"
 _OBSERVATION = "steps/observation/"
@@ -34,20 +51,23 @@ _STATE = ("observation/state",)
 _TASKS = ("language_instruction", "observation/natural_language_instruction")
 
 _FIRST = "steps/is_first"
+_FLAGS = frozenset({_FIRST, "steps/is_last", "steps/is_terminal"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Feature:
     """What `features.json` says of a field."""
 
-    kind: Literal["tensor", "image", "text"]
-    shape: tuple[int, ...]
+    kind: Literal["tensor", "image", "text", "other"]
+    shape: tuple[int, ...] = ()
     """Of one step; -1 for a side that differs."""
+    told: str = ""
+    """What it is, for people."""
 
     @property
     def is_color(self) -> bool:
         """Whether it is a picture, but not a map of depths."""
-        return self.kind == "image" and (not self.shape or self.shape[-1] == 3)
+        return self.kind == "image" and (not self.shape or self.shape[-1] in (3, 4))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +117,12 @@ class RldsFolder:
         self._task_fields = tuple(_STEPS + name for name in wanted)
         self.action_names = fields.dimension_names("action", self._layout.num_actions)
         self.state_names = fields.dimension_names("state", self._layout.num_state)
+        stated = (*actions, *state, *wanted, fields.times, fields.success)
+        used = {*_FLAGS, *(_OBSERVATION + name for name in self.cameras)}
+        used |= {each for name in stated for each in (name, _STEPS + name)}
+        others = {n: f.told for n, f in self._features.items() if n not in used}
+        self.not_read = pictures_first({n.removeprefix(_STEPS): t for n, t in others.items()})
+        self._open_file = lru_cache(_FILES_OPEN)(RecordFile)
         self._places: dict[int, _Place] = {}
         self.splits: dict[str, range] = {}
         self.episodes = tuple(self._read_episodes(folder))
@@ -114,7 +140,12 @@ class RldsFolder:
         where = f"{place.file}, episode {episode.number}"
         if place.error is not None:
             raise place.error
-        values = parse_example(read_record(place.file, place.offset), where=where)
+        try:
+            file = self._open_file(place.file)
+        except OSError as error:
+            raise SampleError("robot_episode.damaged", where=where, error=error) from error
+        payload = read_record(file, place.offset, where=str(place.file))
+        values = parse_example(payload, where=where)
         num_steps = self._num_steps(values)
 
         def columns(name: str) -> np.ndarray | None:
@@ -245,7 +276,7 @@ class RldsFolder:
         try:
             form = str(info.get("fileFormat") or "tfrecord")
             if form != "tfrecord":
-                raise ValueError(f"files of the format {form!r}, not tfrecord")
+                raise SourceError("robot_source.format", where=str(path), form=form)
             for split in info["splits"]:
                 name, lengths = str(split["name"]), [int(n) for n in split["shardLengths"]]
                 default = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -275,17 +306,26 @@ class RldsFolder:
             elif "sequence" in entry and prefix == "steps":
                 walk(entry["sequence"]["feature"], prefix)
             elif "image" in entry:
-                found[prefix] = _Feature(kind="image", shape=_shape(entry["image"]))
+                shape = _shape(entry["image"])
+                told = field_text(f"{entry['image'].get('dtype') or 'uint8'} image", shape)
+                found[prefix] = _Feature(kind="image", shape=shape, told=told)
             elif "text" in entry:
-                found[prefix] = _Feature(kind="text", shape=())
+                found[prefix] = _Feature(kind="text", told="text")
             elif "tensor" in entry:
                 tensor = entry["tensor"]
                 texts = str(tensor.get("dtype")) in ("string", "object")
                 shape = _shape(tensor)
-                pixels = tensor.get("dtype") == "uint8" and len(shape) == 3 and shape[-1] == 3
+                pixels = tensor.get("dtype") == "uint8" and len(shape) == 3 and shape[-1] in (3, 4)
                 kind: Any = "text" if texts else "image" if pixels else "tensor"
-                if str(tensor.get("encoding") or "none") == "none":
-                    found[prefix] = _Feature(kind=kind, shape=shape)
+                told = field_text(str(tensor.get("dtype")), shape)
+                encoding = str(tensor.get("encoding") or "none")
+                if encoding != "none":
+                    kind, told = "other", f"{told}, with the encoding {encoding}"
+                found[prefix] = _Feature(kind=kind, shape=shape, told=told)
+            elif prefix not in ("", "steps"):
+                kinds = sorted(key for key in entry if key != "pythonClassName") or ["unknown"]
+                told = "a sequence in each step, which is not read" if "sequence" in entry else ""
+                found[prefix] = _Feature(kind="other", told=told or f"of the kind {kinds[0]}")
 
         try:
             walk(self._document(path), "")

@@ -2,7 +2,8 @@
 
 A record is its length (uint64, little-endian), a checksum of that, the bytes, and a checksum of
 them: CRC-32C, rotated and added to. Without a true length nothing after it can be found, so damage
-there costs the rest of the file; damage in the bytes costs the record.
+there costs the rest of the file; damage in the bytes costs the record. TensorFlow may compress a
+file as a whole.
 
 An Example is a map from names to lists of bytes, float32 or int64. The parser knows the three
 messages that it is made of, and follows the wire format of protocol buffers: fields that it does
@@ -11,11 +12,14 @@ not know are passed over, lists may be packed or not.
 
 from __future__ import annotations
 
+import io
+import os
 import struct
+import weakref
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +30,14 @@ FeatureValues = list[bytes] | np.ndarray
 
 _MASK = 0xA282EAD8
 _HEAD_BYTES, _CRC_BYTES = 12, 4
+_CUT = "the file ends within a record"
+
+MAX_RECORD_BYTES = 2**31 - 1
+"""Longest message that protocol buffers allow."""
+
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+_INFLATED_BYTES = 2**18
+"""Most bytes that are read or inflated at once."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 """Wire types of protocol buffers."""
@@ -40,6 +52,78 @@ class RecordAt:
     """Its bytes, or why there are none."""
 
 
+class RecordFile:
+    """A file of records, as it is or compressed as a whole by gzip or zlib.
+
+    Offsets count what is compressed. There, reading forward is cheap and reading back begins anew,
+    so records are best read in order. A fork may go on with it: no position is the system's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens a file, and tells from its first bytes whether it is compressed.
+
+        Raises:
+          OSError: It cannot be opened.
+          SourceError: `source_missing`: google-crc32c is missing.
+        """
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._size = os.fstat(self._descriptor).st_size
+        head = os.pread(self._descriptor, _HEAD_BYTES, 0)
+        # A length may begin as a stream of zlib does, but its checksum would not be right then.
+        plain = len(head) == _HEAD_BYTES and _told_length(head) is not None
+        zlib_head = head[:1] == b"\x78" and int.from_bytes(head[:2], "big") % 31 == 0
+        self._compressed = not plain and (head[:2] == b"\x1f\x8b" or zlib_head)
+        self._begin()
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Reads bytes; fewer where the file ends before.
+
+        Raises:
+          OSError: It cannot be read.
+          zlib.error: The compressed stream is damaged.
+        """
+        if not self._compressed:
+            num_bytes = max(0, min(num_bytes, self._size - offset))
+            parts = []
+            while num_bytes and (part := os.pread(self._descriptor, num_bytes, offset)):
+                parts.append(part)
+                offset, num_bytes = offset + len(part), num_bytes - len(part)
+            return b"".join(parts)
+        if offset < self._at:
+            self._begin()
+        while self._at < offset and self._inflated(min(offset - self._at, _INFLATED_BYTES)):
+            pass
+        found = io.BytesIO()
+        while found.tell() < num_bytes and self._at >= offset:
+            part = self._inflated(min(num_bytes - found.tell(), _INFLATED_BYTES))
+            if not part:
+                break
+            found.write(part)
+        return found.getvalue()
+
+    def _begin(self) -> None:
+        self._at, self._from = 0, 0
+        self._stream = zlib.decompressobj(_GZIP_OR_ZLIB)
+
+    def _inflated(self, most: int) -> bytes:
+        """Gives the next bytes, at most `most`; none at the end."""
+        while True:
+            waiting = self._stream.unconsumed_tail
+            if self._stream.eof:  # another member of gzip may follow
+                waiting = self._stream.unused_data
+                self._stream = zlib.decompressobj(_GZIP_OR_ZLIB)
+            if not waiting:
+                waiting = os.pread(self._descriptor, _INFLATED_BYTES, self._from)
+                self._from += len(waiting)
+                if not waiting:
+                    return b""
+            part = self._stream.decompress(waiting, most)
+            if part:
+                self._at += len(part)
+                return part
+
+
 def read_records(path: Path) -> Iterator[RecordAt]:
     """Reads the records of a file in order; one that is damaged is an error in its place.
 
@@ -49,57 +133,70 @@ def read_records(path: Path) -> Iterator[RecordAt]:
       SourceError: `source_missing`: google-crc32c is missing.
     """
     try:
-        with path.open("rb") as file:
-            size, offset = path.stat().st_size, 0
-            while offset < size:
-                found = _record(file, offset, size=size, where=f"{path} at byte {offset}")
-                yield RecordAt(offset=offset, payload=found[0])
-                offset = found[1]
+        file, offset = RecordFile(path), 0
     except OSError as error:
         refused = SampleError("robot_episode.damaged", where=str(path), error=error)
         yield RecordAt(offset=0, payload=refused)
+        return
+    while True:
+        found = _record(file, offset, where=f"{path} at byte {offset}")
+        if found is None:
+            return
+        yield RecordAt(offset=offset, payload=found[0])
+        if found[1] is None:
+            return
+        offset = found[1]
 
 
-def read_record(path: Path, offset: int) -> bytes:
+def read_record(file: RecordFile, offset: int, *, where: str) -> bytes:
     """Reads one record.
 
     Raises:
       SampleError: `robot_episode`: it is damaged.
     """
-    where = f"{path} at byte {offset}"
-    try:
-        with path.open("rb") as file:
-            payload, _ = _record(file, offset, size=path.stat().st_size, where=where)
-    except OSError as error:
-        raise SampleError("robot_episode.damaged", where=where, error=error) from error
+    found = _record(file, offset, where=f"{where} at byte {offset}")
+    payload = found[0] if found is not None else _refused(where, _CUT)
     if isinstance(payload, SampleError):
         raise payload
     return payload
 
 
-def _record(file: Any, offset: int, *, size: int, where: str) -> tuple[bytes | SampleError, int]:
-    """Reads a record, and says where the next one begins: the end of the file if nobody knows."""
-
-    def refused(problem: str) -> SampleError:
-        return SampleError("robot_episode.damaged", where=where, error=problem)
-
-    file.seek(offset)
-    head = file.read(_HEAD_BYTES)
-    if len(head) < _HEAD_BYTES:
-        return refused("the file ends within a record"), size
-    num_bytes, told = struct.unpack("<QI", head)
-    if masked_crc(head[:8]) != told:
-        return refused("the checksum of a length differs"), size
+def _record(
+    file: RecordFile, offset: int, *, where: str
+) -> tuple[bytes | SampleError, int | None] | None:
+    """Reads a record, and says where the next one begins, None if nobody knows; None at the end."""
+    try:
+        head = file.read(offset, _HEAD_BYTES)
+        if not head:
+            return None
+        if len(head) < _HEAD_BYTES:
+            return _refused(where, _CUT), None
+        num_bytes = _told_length(head)
+        if num_bytes is None:
+            return _refused(where, "the checksum of a length differs"), None
+        if num_bytes > MAX_RECORD_BYTES:
+            problem = f"a record of {num_bytes} bytes; at most {MAX_RECORD_BYTES} can be read"
+            return _refused(where, problem), None
+        found = file.read(offset + _HEAD_BYTES, num_bytes + _CRC_BYTES)
+    except (OSError, zlib.error) as error:
+        return _refused(where, str(error)), None
+    if len(found) < num_bytes + _CRC_BYTES:
+        return _refused(where, _CUT), None
+    payload, tail = found[:num_bytes], found[num_bytes:]
     end = offset + _HEAD_BYTES + num_bytes + _CRC_BYTES
-    if end > size:
-        return refused("the file ends within a record"), size
-    payload = file.read(num_bytes)
-    tail = file.read(_CRC_BYTES)
-    if len(tail) < _CRC_BYTES:  # it was cut meanwhile
-        return refused("the file ends within a record"), size
     if masked_crc(payload) != struct.unpack("<I", tail)[0]:
-        return refused("the checksum of a record differs"), end
+        return _refused(where, "the checksum of a record differs"), end
     return payload, end
+
+
+def _told_length(head: bytes) -> int | None:
+    """Gives the length that the first bytes of a record state; None where they are damaged."""
+    num_bytes, told = struct.unpack("<QI", head)
+    return int(num_bytes) if masked_crc(head[:8]) == told else None
+
+
+def _refused(where: str, problem: str) -> SampleError:
+    return SampleError("robot_episode.damaged", where=where, error=problem)
 
 
 def masked_crc(payload: bytes) -> int:

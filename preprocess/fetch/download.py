@@ -125,6 +125,7 @@ def fetch_all(
     sha_policy: ShaPolicy = "require",
     limits: ImageLimits | None = None,
     videos: bool = False,
+    ocr_files: bool = False,
     on_result: Callable[[FetchResult], None] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> dict[str, FetchResult]:
@@ -142,6 +143,7 @@ def fetch_all(
       sha_policy: What another content is: a failure, an ok with reason "sha_mismatch", or nothing.
       limits: The largest image that is kept; None for the defaults.
       videos: Whether bodies may be other than images: anything but a page of HTML or XML.
+      ocr_files: Whether bodies may be files of OCR: JSON, or markup of hOCR, ALTO or PAGE.
       on_result: Called once per unique URL, first for the settled ones, in the calling thread. What
         it raises ends the run.
       clock: Gives the time of day in seconds, by which results expire.
@@ -169,6 +171,7 @@ def fetch_all(
         sha_policy=sha_policy,
         limits=limits or ImageLimits(),
         videos=videos,
+        ocr_files=ocr_files,
         on_result=on_result or _ignore,
         clock=clock,
     )
@@ -224,6 +227,13 @@ def image_fault(body: bytes, *, limits: ImageLimits) -> ImageFault:
     except ValueError:
         return "incomplete"
     return ""
+
+
+_OCR_HEAD = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:[{\[]|(?=<).*(?:ocr_page|ocr-system|<(?:\w+:)?(?:alto|PcGts)\b))",
+    re.DOTALL | re.IGNORECASE,
+)
+"""How files of OCR begin; a page of HTML that a host gives for an error does not."""
 
 
 class _Failure(Exception):
@@ -324,6 +334,7 @@ class _Run:
     sha_policy: ShaPolicy
     limits: ImageLimits
     videos: bool
+    ocr_files: bool
     on_result: Callable[[FetchResult], None]
     clock: Callable[[], float]
     results: dict[str, FetchResult] = field(default_factory=dict)
@@ -668,6 +679,8 @@ class _Run:
         reason: str = "" if is_document else image_fault(body, limits=self.limits)
         if self.videos and reason == "not_image" and not body[:64].lstrip().startswith(b"<"):
             reason = ""  # whether it is a video is seen where it is decoded
+        if self.ocr_files and reason == "not_image" and _OCR_HEAD.match(body[:4096]):
+            reason = ""  # whether it can be read is seen by who reads it
         if not reason and self.expected.get(name, sha256) != sha256:
             reason = "sha_mismatch"
         if not reason or (reason == "sha_mismatch" and self.sha_policy == "warn"):

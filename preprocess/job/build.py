@@ -30,7 +30,8 @@ from preprocess.recipe import Preparer, file_sha256, read_path
 from shardspec import storage
 from shardspec.documents import DocumentError, read_object
 from shardspec.errors import SampleError, ShardsError, StorageError
-from shardspec.index import encode_index, index_dtype, index_row, longest_text
+from shardspec.index import encode_index, index_dtype, index_row, longest_text, with_groups
+from shardspec.keyed import hash_text
 from shardspec.manifest import (
     Receipt,
     ShardEntry,
@@ -63,6 +64,8 @@ class BuildContext:
     """Local folder for unfinished files."""
     several_images: bool = False
     """Whether the members of images carry numbers."""
+    grouped: bool = False
+    """Whether samples have groups, which the index then names."""
 
     @cached_property
     def cache(self) -> BlobCache:
@@ -133,7 +136,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     name = f"{context.split}/{context.name(shard)}"
     quarantined: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
-    index = []
+    index, groups = [], []
     codec = context.preparer.recipe.image.codec
     views = context.preparer.recipe.image.views
     with ExitStack() as stack:
@@ -159,11 +162,12 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
                     continue
                 index_of["crc32"] = writer.write_sample(members).crc32
                 index.append(index_of)
+                groups.append(hash_text(row["group"]) if row.get("group") else 0)
                 on_row("")
             sha256 = writer.finish()
         num_views = 1 if context.preparer.model else len(views)
         table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(num_views))
-        encoded_index = encode_index(table)
+        encoded_index = encode_index(with_groups(table, groups) if context.grouped else table)
         entry = ShardEntry(
             url=name + ".tar",
             split=context.split,

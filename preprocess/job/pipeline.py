@@ -322,6 +322,7 @@ def build_context(job: Job, plan: Plan) -> BuildContext:
         blobs=job.blobs.url,
         scratch=job.scratch,
         several_images=job.recipe["several_images"],
+        grouped=bool(plan.borders),
     )
 
 

@@ -89,15 +89,21 @@ def order_hash(key: str, *, seed: int) -> int:
 
 
 def count_shards(
-    total_bytes: int, *, target_bytes: int, num_samples: int, num_shards: int | None = None
+    total_bytes: int,
+    *,
+    target_bytes: int,
+    num_samples: int,
+    num_shards: int | None = None,
+    unit: str = "sample",
 ) -> ShardCount:
     """Chooses the number of shards; exactly one rule binds.
 
     Args:
       total_bytes: Estimated length of all shards together.
       target_bytes: Wanted length of a shard.
-      num_samples: No shard is left empty.
+      num_samples: No shard is left empty. Of groups, where samples have them.
       num_shards: Requested by the user, or None.
+      unit: What is not divided, for people.
 
     >>> count_shards(10 * 2**30, target_bytes=2**28, num_samples=10**5).num_shards
     40
@@ -105,20 +111,21 @@ def count_shards(
     1
     """
     if num_shards is not None:
-        return _at_most(num_samples, num_shards, rule=f"{num_shards} shards were requested")
+        requested = f"{num_shards} shards were requested"
+        return _at_most(num_samples, num_shards, rule=requested, unit=unit)
     by_target = -(-total_bytes // target_bytes)
     rounded = -(-by_target // SHARD_MULTIPLE) * SHARD_MULTIPLE
     if total_bytes >= rounded * MIN_SHARD_BYTES:
         count, rule = rounded, f"shard size, rounded up to a multiple of {SHARD_MULTIPLE}"
     else:
         count, rule = total_bytes // MIN_SHARD_BYTES, "smallest shard size of 4 MiB"
-    return _at_most(num_samples, count, rule=rule)
+    return _at_most(num_samples, count, rule=rule, unit=unit)
 
 
-def _at_most(num_samples: int, count: int, *, rule: str) -> ShardCount:
+def _at_most(num_samples: int, count: int, *, rule: str, unit: str) -> ShardCount:
     """Lowers a count so that no shard is empty; one shard there is always."""
     if max(1, num_samples) < count:
-        return ShardCount(num_shards=max(1, num_samples), rule="one sample per shard")
+        return ShardCount(num_shards=max(1, num_samples), rule=f"one {unit} per shard")
     return ShardCount(num_shards=max(1, count), rule=rule)
 
 
@@ -183,6 +190,29 @@ def plan_order(keys: Sequence[str], *, seed: int) -> np.ndarray:
     return order
 
 
+def cut_groups(starts: np.ndarray, *, num_shards: int) -> list[int]:
+    """Deals groups to shards: each border is the one between groups that is nearest to its share.
+
+    Args:
+      starts: int64 [groups + 1], in samples; groups are in their order.
+      num_shards: At most the number of groups; no shard is left empty.
+
+    Returns:
+      num_shards + 1 numbers of groups, the first of each shard.
+
+    >>> cut_groups(np.array([0, 5, 6, 10]), num_shards=2)
+    [0, 1, 3]
+    """
+    num_groups, cuts = len(starts) - 1, [0]
+    for share in shard_borders(int(starts[-1]), num_shards=num_shards)[1:-1].tolist():
+        above = int(np.searchsorted(starts, share))
+        nearer_below = above > 0 and share - starts[above - 1] <= starts[above] - share
+        nearest = above - nearer_below
+        last = num_groups - (num_shards - len(cuts))  # a group is left for each further shard
+        cuts.append(min(max(nearest, cuts[-1] + 1), last))
+    return [*cuts, num_groups]
+
+
 def plan_groups(
     keys: Sequence[str], groups: Sequence[str], *, seed: int, num_shards: int
 ) -> tuple[np.ndarray, list[int]]:
@@ -207,12 +237,7 @@ def plan_groups(
         members.setdefault(name, []).append(i)
     names = sorted(members, key=lambda name: (order_hash(name[0], seed=seed), name))
     starts = np.cumsum([0, *(len(members[name]) for name in names)])
-    cuts = [0]
-    for share in shard_borders(len(keys), num_shards=num_shards)[1:-1]:
-        nearest = int(np.argmin(np.abs(starts - share)))
-        last = len(names) - (num_shards - len(cuts))  # a group is left for each further shard
-        cuts.append(min(max(nearest, cuts[-1] + 1), last))
-    cuts.append(len(names))
+    cuts = cut_groups(starts, num_shards=num_shards)
     order: list[int] = []
     for first, stop in zip(cuts, cuts[1:], strict=False):
         inside = [i for name in names[first:stop] for i in members[name]]

@@ -216,6 +216,7 @@ def make_plan(
             target_bytes=job.settings.shard_bytes,
             num_samples=rows.num_groups,
             num_shards=job.settings.num_shards,
+            unit="group" if any(rows.groups) else "sample",
         )
         borders: list[int] = []
         if any(rows.groups):
@@ -228,7 +229,8 @@ def make_plan(
         require_space(job.settings.out, total_bytes)
         report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
         shares = borders or shard_borders(len(order), num_shards=count.num_shards).tolist()
-        rows_sha256 = _write_rows(job, spool, order, shares, folder, report, check_held)
+        firsts = _first_keys(rows) if borders else {}
+        rows_sha256 = _write_rows(job, spool, order, shares, firsts, folder, report, check_held)
         quarantine_url = job.url("quarantine", f"{job.name}-{job.settings.split}-plan.jsonl")
         if rows.num_lost:
             storage.publish_file(quarantine_url, folder / "lost.jsonl")
@@ -396,7 +398,7 @@ def _spool_rows(
                 reasons[error.reason] += count
                 dead_rows += count if _is_link(error) else 0
                 continue
-            groups.append(row.pop("group", ""))
+            groups.append(row.get("group", ""))
             num_rows += count
             has_blobs = has_blobs or _has_blobs(row)
             yield canonical_json(row)
@@ -734,11 +736,14 @@ def _write_rows(
     spool: _Spool,
     order: np.ndarray,
     borders: Sequence[int],
+    groups: Mapping[str, str],
     folder: Path,
     report: Reporter,
     check_held: Callable[[], None],
 ) -> str:
     """Writes the rows to one file per shard, in the source's order.
+
+    The group of a row is named there by the first of its keys: `groups`, by the dataset's name.
 
     Returns:
       The hash of all rows. Where in the source a row was is not in it: no byte depends on that.
@@ -761,6 +766,8 @@ def _write_rows(
     for i, row in enumerate(spool):
         origin = row.pop("origin")
         row["position"] = int(position[i])
+        if "group" in row:
+            row["group"] = groups[row["group"]]
         shard = bisect.bisect_right(borders, row["position"]) - 1
         hashes[shard].update(canonical_json(row))
         line = canonical_json({**row, "origin": origin})
@@ -775,6 +782,18 @@ def _write_rows(
         check_held()
         storage.publish_file(job.rows_url(shard), folder / str(shard))
     return fingerprint([digest.hexdigest() for digest in hashes])
+
+
+def _first_keys(rows: _Rows) -> dict[str, str]:
+    """Gives the lowest key of each group: keys follow from contents, unlike a dataset's own names.
+
+    So groups of other sources have other names, wherever those sources are.
+    """
+    found: dict[str, str] = {}
+    for key, group in zip(rows.keys, rows.groups, strict=True):
+        if group:
+            found[group] = min(key, found.get(group, key))
+    return found
 
 
 def image_urls(job: Job, report: Reporter) -> list[str]:
@@ -822,6 +841,7 @@ def fetch_images(
             policy=policy,
             limits=job.settings.recipe.image.limits,
             videos=job.dataset.videos,
+            ocr_files=job.dataset.ocr_files,
             on_result=lambda result: report.step(result.reason),
         )
 

@@ -147,7 +147,12 @@ class ImagePolicy:
     max_side_px: int | None = None
     """Longest side, in pixels, instead of the bound that follows from the views."""
     codec: Annotated[
-        Codec, Setting("format of the stored images; all but jpeg are lossless", group="images")
+        Codec,
+        Setting(
+            "format of the stored images; all but jpeg are without loss, and lossless is the "
+            "smaller of png and webp for each image",
+            group="images",
+        ),
     ] = "jpeg"
     quality: Annotated[
         int, Setting("JPEG quality, 1 to 100; chroma is always 4:4:4", group="images")
@@ -280,12 +285,16 @@ class ImagePreprocessor:
     def encode(self, image: PreparedImage) -> bytes:
         """Gives the bytes to store: the kept ones, or the pixels in the policy's codec.
 
+        With "lossless", whichever of these are fewer.
+
         Raises:
           SampleError: `image_size`: a side is longer than the codec can write.
         """
-        if image.kept is not None:
-            return image.kept
-        return encode_stored(image.pixels, codec=self.policy.codec, quality=self.policy.quality)
+        codec, kept = self.policy.codec, image.kept
+        if kept is not None and codec != "lossless":
+            return kept
+        encoded = encode_stored(image.pixels, codec=codec, quality=self.policy.quality)
+        return encoded if kept is None else min(kept, encoded, key=len)
 
     def encode_overview(self, overview: np.ndarray) -> bytes:
         """Encodes an overview, uint8 [h, w, 3], in the policy's codec."""
@@ -754,9 +763,9 @@ def _bare_file(payload: bytes, image: Image.Image, codec: Codec) -> bytes | None
     """
     if codec == "jpeg" and image.format in ("JPEG", "MPO"):
         return _bare_jpeg(payload)
-    if codec == "png" and image.format == "PNG":
+    if codec in ("png", "lossless") and image.format == "PNG":
         return _bare_png(payload)
-    if codec == "webp" and image.format == "WEBP" and image.mode == "RGB":
+    if codec in ("webp", "lossless") and image.format == "WEBP" and image.mode == "RGB":
         # The short form of a lossless file: one chunk, no room for metadata.
         size = 8 + int.from_bytes(payload[4:8], "little")
         return payload[:size] if payload[12:16] == b"VP8L" else None

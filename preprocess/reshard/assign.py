@@ -1,7 +1,8 @@
 """The arithmetic of resharding: which old samples go to which new shard.
 
 Pure. The samples of all sources are numbered through, segment after segment. A new split is a list
-of those numbers (chosen, then ordered), cut into shards of equal counts; a shard is a list of runs,
+of those numbers (chosen, then ordered), cut into shards of equal counts, or between groups where
+samples have them; a shard is a list of runs,
 each some consecutive samples of one segment. Nothing here knows bytes: runs are turned into byte
 ranges by the caller, who holds the indexes.
 """
@@ -14,7 +15,13 @@ from typing import Literal
 
 import numpy as np
 
-from preprocess.job import ShardCount, count_shards, is_name, plan_order
+from preprocess.job import (
+    ShardCount,
+    count_shards,
+    cut_groups,
+    is_name,
+    plan_order,
+)
 from shardspec.errors import ConfigError
 from shardspec.keyed import hash_text
 
@@ -67,6 +74,58 @@ def order_numbers(
     return numbers
 
 
+def number_groups(groups: np.ndarray, *, order: SampleOrder) -> np.ndarray:
+    """Numbers what must stay in one shard, by first samples.
+
+    That is a group, and a sample of hash 0 by itself. Where the order is kept, groups whose samples
+    are mixed are one: no border between shards can divide them.
+
+    Args:
+      groups: uint64 [n], the hash of each sample's group, in order.
+      order: "keep" for the sources' own.
+
+    Returns:
+      int64 [n], from 0 on.
+
+    >>> hashes = np.array([7, 0, 3, 7, 0], np.uint64)
+    >>> [number_groups(hashes, order=order).tolist() for order in ("shuffle", "keep")]
+    [[0, 1, 2, 0, 3], [0, 0, 0, 0, 1]]
+    """
+    at = np.arange(len(groups))
+    _, firsts, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    first = np.where(groups == 0, at, firsts[inverse])
+    if order == "keep":
+        last = at.copy()
+        np.maximum.at(last, first, at)
+        ends = np.maximum.accumulate(last[first]) == at
+        return np.concatenate([[0], np.cumsum(ends)[:-1]]).astype(np.int64)[: len(groups)]
+    return np.unique(first, return_inverse=True)[1].astype(np.int64)
+
+
+def cut_shards(
+    numbers: np.ndarray, group: np.ndarray, *, num_shards: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts ordered samples into shards that divide no group.
+
+    Args:
+      numbers: int64 [n], in the new order.
+      group: int64 [n], as `number_groups` gives it.
+      num_shards: At most the number of groups.
+
+    Returns:
+      The numbers in stored order, and int64 [num_shards + 1], where each shard begins. Within a
+      shard the order is that of `numbers`.
+
+    >>> group = np.array([0, 1, 0, 1, 1])
+    >>> [each.tolist() for each in cut_shards(np.arange(5), group, num_shards=2)]
+    [[0, 2, 1, 3, 4], [0, 2, 5]]
+    """
+    starts = np.concatenate([[0], np.cumsum(np.bincount(group))])
+    cuts = np.array(cut_groups(starts, num_shards=num_shards))
+    shard = np.searchsorted(cuts, group, side="right")
+    return numbers[np.argsort(shard, kind="stable")], starts[cuts].astype(np.int64)
+
+
 def cut_runs(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Finds the runs of a list of samples.
 
@@ -96,27 +155,33 @@ def count_outputs(
     target_bytes: int,
     num_shards: int | None = None,
     cluster: ReaderCluster | None = None,
+    unit: str = "sample",
 ) -> ShardCount:
     """Chooses how many shards a split becomes.
 
     Args:
       total_bytes: Of its samples.
-      num_samples: No shard is left empty.
+      num_samples: No shard is left empty. Of groups, where samples have them.
       target_bytes: Wanted length of a shard.
       num_shards: Asked for by the user.
       cluster: Readers that each shall have equally many shards.
+      unit: What is not divided, for people.
 
     >>> count_outputs(2**30, num_samples=10**5, target_bytes=2**28, cluster=ReaderCluster(ranks=8))
     ShardCount(num_shards=8, rule='1 for each of 8 readers')
     """
     if cluster is None or num_shards is not None:
         return count_shards(
-            total_bytes, target_bytes=target_bytes, num_samples=num_samples, num_shards=num_shards
+            total_bytes,
+            target_bytes=target_bytes,
+            num_samples=num_samples,
+            num_shards=num_shards,
+            unit=unit,
         )
     readers = cluster.num_readers
     each = max(1, -(-total_bytes // (target_bytes * readers)))
     if each * readers > num_samples:
-        return ShardCount(num_shards=max(1, num_samples), rule="one sample per shard")
+        return ShardCount(num_shards=max(1, num_samples), rule=f"one {unit} per shard")
     return ShardCount(num_shards=each * readers, rule=f"{each} for each of {readers} readers")
 
 

@@ -35,6 +35,8 @@ from preprocess.reshard.assign import (
     advise,
     count_outputs,
     cut_runs,
+    cut_shards,
+    number_groups,
     order_numbers,
     parse_shares,
     repeated_key,
@@ -53,7 +55,7 @@ from shardspec.expression import (
     scalar_names,
     select,
 )
-from shardspec.index import QUESTION_COLUMNS, parse_index, raw_index_dtype
+from shardspec.index import GROUP_COLUMN, QUESTION_COLUMNS, parse_index, raw_index_dtype
 from shardspec.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -360,10 +362,16 @@ def plan_reshard(settings: ReshardSettings, report: Reporter) -> ReshardPlan:
             report.step("")
     keys = {split: _keys(segments, tables) for split, segments in gathered.items()}
     _check_keys_apart(sources, splits, tables)
+    groups = {
+        split: _groups(settings, sources, segments, tables) for split, segments in gathered.items()
+    }
+    _check_groups_apart(groups)
     plans: list[SplitPlan] = []
     for split, segments in gathered.items():
         added = _added(sources, split)
-        plans += _plan_split(settings, sources, split, segments, tables, keys[split], added)
+        plans += _plan_split(
+            settings, sources, split, segments, tables, keys[split], groups[split], added
+        )
     num_runs = sum(len(plan.runs(shard)) for plan in plans for shard in range(plan.num_shards))
     return ReshardPlan(
         settings=settings,
@@ -550,6 +558,38 @@ def _keys(segments: Sequence[Segment], tables: Mapping[str, np.ndarray]) -> np.n
     return keys if keys.dtype.kind == "S" else keys.astype("S1")
 
 
+def _groups(
+    settings: ReshardSettings,
+    sources: Sequence[ReshardSource],
+    segments: Sequence[Segment],
+    tables: Mapping[str, np.ndarray],
+) -> np.ndarray | None:
+    """Gives the hash of each sample's group: uint64 [n]; None where no sample has one.
+
+    Raises:
+      ConflictError: `index_groups`: some samples have one, and an index does not say which.
+    """
+    lack = [s.file for s in segments if GROUP_COLUMN not in (tables[s.file.url].dtype.names or ())]
+    # Datasets of windows that an earlier release has built. One shard and split divides nothing.
+    unknown = sources[0].manifest.recipe.get("window") is not None or len(lack) < len(segments)
+    if lack and unknown and (settings.num_shards != 1 or settings.into is not None):
+        raise ConflictError("index_groups", where=lack[0].index_url, column=GROUP_COLUMN)
+    return None if lack else _column(segments, tables, GROUP_COLUMN)
+
+
+def _check_groups_apart(groups: Mapping[str, np.ndarray | None]) -> None:
+    """Refuses sources of which a group is in several splits, such as an episode's windows.
+
+    Raises:
+      ConflictError: `group_splits`.
+    """
+    split_of: dict[int, str] = {}
+    for split, own in groups.items():
+        for group in np.unique(own[own != 0]).tolist() if own is not None else ():
+            if split_of.setdefault(group, split) != split:
+                raise ConflictError("group_splits", split=split, other=split_of[group])
+
+
 def _check_keys_apart(
     sources: Sequence[ReshardSource], splits: Sequence[str], tables: Mapping[str, np.ndarray]
 ) -> None:
@@ -577,9 +617,10 @@ def _plan_split(
     segments: tuple[Segment, ...],
     tables: Mapping[str, np.ndarray],
     keys: np.ndarray,
+    groups: np.ndarray | None,
     added: np.ndarray | None,
 ) -> Iterator[SplitPlan]:
-    chosen = _choose(settings, split, segments, tables, keys, added)
+    chosen = _choose(settings, split, segments, tables, keys, groups, added)
     total, num_chosen = len(keys), sum(map(len, chosen.values()))
     sizes = _column(segments, tables, "num_bytes").astype(np.int64)
     having = [source for source in sources if split in source.manifest.splits]
@@ -598,18 +639,27 @@ def _plan_split(
             lengths=_lengths(segments, tables)[own] if settings.order == "length" else own,
         )
         num_bytes = int(sizes[own].sum())
+        group = None
+        if groups is not None:
+            group = number_groups(groups[ordered], order=settings.order)
+            _check_shards(settings, groups[ordered], most=int(group.max()) + 1, split=name)
         count = count_outputs(
             num_bytes,
-            num_samples=len(own),
+            num_samples=len(own) if group is None else int(group.max()) + 1,
             target_bytes=settings.shard_bytes,
             num_shards=settings.num_shards,
             cluster=settings.cluster,
+            unit="sample" if group is None else "group",
         )
+        if group is None:
+            borders = shard_borders(len(own), num_shards=count.num_shards)
+        else:
+            ordered, borders = cut_shards(ordered, group, num_shards=count.num_shards)
         yield SplitPlan(
             split=name,
             segments=segments,
             numbers=ordered,
-            borders=shard_borders(len(own), num_shards=count.num_shards),
+            borders=borders,
             count=count,
             num_bytes=num_bytes,
             num_left_out=total - num_chosen,
@@ -626,12 +676,30 @@ def _plan_split(
         )
 
 
+def _check_shards(settings: ReshardSettings, groups: np.ndarray, *, most: int, split: str) -> None:
+    """Refuses a number of shards that only another order allows.
+
+    Raises:
+      ConfigError: `group_shards`.
+    """
+    possible = int(number_groups(groups, order="shuffle").max()) + 1
+    if most < min(settings.num_shards or 1, possible):
+        raise ConfigError(
+            "group_shards",
+            where=f"split {split}",
+            shards=settings.num_shards,
+            most=most,
+            possible=possible,
+        )
+
+
 def _choose(
     settings: ReshardSettings,
     split: str,
     segments: tuple[Segment, ...],
     tables: Mapping[str, np.ndarray],
     keys: np.ndarray,
+    groups: np.ndarray | None,
     added: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Filters the samples of a split, and assigns them: new split -> int64 [n], ascending."""
@@ -647,6 +715,9 @@ def _choose(
     if settings.into is None:
         return {split: numbers}
     names = [key.decode() for key in keys[numbers].tolist()]
+    if groups is not None:
+        hashes = groups[numbers].tolist()
+        names = [f"group {own}" if own else name for own, name in zip(hashes, names, strict=True)]
     assigned = split_numbers(names, settings.into, salt=settings.salt)
     return {name: numbers[positions] for name, positions in assigned.items()}
 

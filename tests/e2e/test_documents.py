@@ -96,7 +96,7 @@ def built(tmp_path_factory):
     (folder / "docs.toml").write_text(SPEC)
     recipe = Recipe(
         text=TextPolicy(system_prompt="none", num_variants=2),
-        image=ImagePolicy(views=(CROPS,), codec="png"),
+        image=ImagePolicy(views=(CROPS,), codec="lossless"),
         seed=3,
     )
     settings = JobSettings(
@@ -292,40 +292,81 @@ def test_examples_of_documents_from_shards_equal_the_unsharded_ones(built):
         assert all(image.geometry == Geometry.COLOR for image in stream.reader.read(number).images)
 
 
-def test_documents_of_the_web_are_fetched_with_the_pictures(tmp_path):
-    """A local server stands for the web; one file is not there."""
-    files = {"a.pdf": made.pdf(PAGES[:3]), "b.tif": made.tiff([(300, 200), (320, 240)])}
-    (tmp_path / "web").mkdir()
+OCR_FILES = {
+    "hocr": made.hocr(),
+    "alto": made.alto().partition(b"?>")[2],
+    "page": made.page_xml(),
+    "azure": json.dumps(made.azure()).encode(),
+    "textract": json.dumps(made.textract()).encode(),
+    "funsd": b"\xef\xbb\xbf" + json.dumps(made.funsd()).encode(),
+}
+
+
+@pytest.fixture(scope="module")
+def of_the_web(tmp_path_factory):
+    """Metadata and losses of documents whose files are at a local server, which is the web."""
+    folder = tmp_path_factory.mktemp("web")
+    files = {
+        "a.pdf": made.pdf(PAGES[:3]),
+        "b.tif": made.tiff([(300, 200), (320, 240)]),
+        "a.png": made.page_picture(),
+        "error": b"<!doctype html><html><body>No such file.</body></html>",
+        **OCR_FILES,
+    }
+    (folder / "web").mkdir()
     for name, payload in files.items():
-        (tmp_path / "web" / name).write_bytes(payload)
-    serve = functools.partial(SilentFiles, directory=tmp_path / "web")
+        (folder / "web" / name).write_bytes(payload)
+    serve = functools.partial(SilentFiles, directory=folder / "web")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         base = f"http://127.0.0.1:{server.server_address[1]}"
-        rows = [{"document": f"{base}/{name}", **QA} for name in (*files, "gone.pdf")]
-        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        (tmp_path / "docs.toml").write_text(SPEC)
+        rows = [{"document": f"{base}/{name}", **QA} for name in ("a.pdf", "b.tif", "gone.pdf")]
+        for name in (*OCR_FILES, "error", "gone"):
+            asked = {"ocr": f"{base}/{name}", "question": f"{name}?", "answer": name}
+            # Pages are at the server, too, or files.
+            rows.append({"image": f"{base}/a.png", **asked})
+            rows.append({"image": str(folder / "web" / "a.png"), **asked, "answer": "here"})
+        rows[3]["ocr"] = [rows[3]["ocr"]]
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (folder / "docs.toml").write_text(SPEC)
         settings = JobSettings(
-            dataset=str(tmp_path / "docs.toml"),
-            out=str(tmp_path / "shards"),
-            source=str(tmp_path / "rows.jsonl"),
+            dataset=str(folder / "docs.toml"),
+            out=str(folder / "shards"),
+            source=str(folder / "rows.jsonl"),
             recipe=Recipe(image=ImagePolicy(views=(ImageView(size_px=56),), codec="png")),
             num_shards=1,
             max_dead_links=0.9,
-            cache=str(tmp_path / "cache"),
+            cache=str(folder / "cache"),
             fetch=FetchPolicy(allow_hosts=frozenset({"127.0.0.1"})),
         )
         with inline.jobs():
             outcome = run_job(settings, inline.Quiet())
         server.shutdown()
         thread.join()
-    assert outcome.result.split.quarantined == {"http_404": 1}
     reader = StreamingDataset(settings.out).reader
-    found = [reader.record(i)["metadata"] for i in range(2)]
+    found = [reader.record(i)["metadata"] for i in range(len(reader))]
+    return found, outcome.result.split.quarantined
+
+
+def test_documents_of_the_web_are_fetched_with_the_pictures(of_the_web):
+    found, _ = of_the_web
+    found = [record for record in found if "pages" in record]
     assert sorted(record["pages"] for record in found) == [[1, 2], [1, 2, 3]]
     words = next(record["ocr"] for record in found if "ocr" in record)
     assert words[2]["words"][0][0] == "Invoice3"
+
+
+def test_files_of_ocr_are_fetched_beside_their_pages(of_the_web):
+    """Also those of FUNSD, which name no size: that of a page at a URL is taken."""
+    found, lost = of_the_web
+    assert lost == {"http_404": 3, "not_image": 2}
+    found = [record for record in found if "pages" not in record]
+    assert len(found) == 2 * len(OCR_FILES)
+    for record in found:
+        (page,) = record["ocr"]
+        assert sorted(word[0] for word in page["words"]) == ["12.50", "EUR", "Total"]
+        assert page["width"] in (300, 1000)
 
 
 QA = {"question": "What is the total?", "answer": "11.50"}

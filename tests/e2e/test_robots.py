@@ -14,6 +14,7 @@ from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.media import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
+from preprocess.reshard import ReshardSettings, plan_reshard
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.actions import ValueStatistics, denormalize, normalize, value_statistics
 from shardspec.errors import ConfigError
@@ -117,6 +118,11 @@ def test_the_windows_of_an_episode_are_in_one_shard(built):
     assert sorted(sizes) == sorted(LENGTHS)
     first = sizes[0]
     assert len({*episodes[:first]}) == len({*episodes[first:]}) == 1
+    wanted = ReshardSettings(sources=(built,), out="nowhere", num_shards=4, order="shuffle")
+    again = plan_reshard(wanted, inline.Quiet()).splits[0]
+    cut = [{episodes[i] for i in again.shard_numbers(shard).tolist()} for shard in range(2)]
+    assert again.num_shards == 2
+    assert sorted(cut, key=min) == [{0}, {1}]
 
 
 def test_metadata_that_nobody_wants_are_not_in_the_batch(built):

@@ -28,7 +28,7 @@ from shardspec.media import (
     jpeg_decoder,
     open_image,
 )
-from shardspec.sample import encode_array
+from shardspec.sample import codec_of, encode_array
 from tests.examples import examples
 
 CODECS = ("jpeg", "png", "webp", "raw")
@@ -58,7 +58,7 @@ def jpeg(pixels, **options):
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(pixels=small_pixels, codec=st.sampled_from(["png", "webp", "raw"]))
+@given(pixels=small_pixels, codec=st.sampled_from(["png", "webp", "raw", "lossless"]))
 def test_lossless_codecs_round_trip_exactly(pixels, codec):
     np.testing.assert_array_equal(
         decode_stored(encode_stored(pixels, codec=codec), codec=codec), pixels
@@ -375,6 +375,24 @@ def test_stored_png_and_webp_are_lossless_and_bare():
     png = encode_stored(scene(), codec="png")
     assert {kind for kind, _, _ in check_png(png)} == {b"IHDR", b"IDAT", b"IEND"}
     assert encode_stored(scene(), codec="webp")[12:16] == b"VP8L"
+
+
+NOISE = np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "codec"),
+    [(scene(), "webp"), (NOISE, "png"), (np.zeros((1, 16_384, 3), np.uint8), "png")],
+    ids=["flat", "noise", "too long for webp"],
+)
+def test_lossless_is_the_smaller_format_and_names_its_member(pixels, codec):
+    payload = encode_stored(pixels, codec="lossless")
+    assert payload == encode_stored(pixels, codec=codec)
+    assert codec_of(payload, "lossless") == codec
+    if pixels is not NOISE:
+        return
+    with pytest.raises(ShardError):  # a file that is neither
+        decode_stored(encode_stored(pixels, codec="jpeg"), codec="lossless")
 
 
 def test_strided_pixels_encode_like_their_copy():

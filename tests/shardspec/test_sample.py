@@ -238,7 +238,7 @@ def test_numbers_of_the_contract_never_change():
     assert (Geometry.FLIP, Geometry.CROP, Geometry.COLOR, Geometry.ALL) == (1, 2, 4, 7)
     assert (ARRAY_HEADER_BYTES, SPAN_COLUMNS) == (128, 8)
     assert CODEC_SUFFIX == {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}
-    assert {"png", "webp", "raw"} == LOSSLESS_CODECS
+    assert {"png", "webp", "raw", "lossless"} == LOSSLESS_CODECS
 
 
 def test_windows_list_as_many_images_as_they_show():

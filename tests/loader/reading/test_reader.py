@@ -64,7 +64,7 @@ def url(samples, write_dataset, tmp_path):
     return write_dataset(tmp_path / "set", samples, num_shards=3)
 
 
-@pytest.mark.parametrize("codec", ["raw", "png", "webp"])
+@pytest.mark.parametrize("codec", ["raw", "png", "webp", "lossless"])
 def test_samples_are_read_as_they_were_written(codec, samples, write_dataset, tmp_path):
     reader = open_reader(write_dataset(tmp_path / "set", samples, num_shards=3, codec=codec))
     assert len(reader) == 10

@@ -324,7 +324,7 @@ def test_an_episode_that_points_elsewhere_in_a_video_is_refused(tmp_path):
     assert reasons_of(folder) == GOOD * 4 + ["robot_frame"] * 4
 
 
-@pytest.mark.parametrize("harm", ["missing", "garbage", "steps", "task"])
+@pytest.mark.parametrize("harm", ["missing", "garbage", "steps", "task", "text", "ragged"])
 def test_broken_steps_cost_their_episode(broken, harm):
     folder, data, _ = broken
     reason = "robot_episode"
@@ -334,10 +334,25 @@ def test_broken_steps_cost_their_episode(broken, harm):
         data.write_bytes(b"PAR1" * 9)
     elif harm == "steps":
         change_steps(data, frame_index=[0, 1, 1, 3])
+    elif harm in ("text", "ragged"):
+        table = pq.read_table(data)
+        values = pa.array(["a"] * 4 if harm == "text" else [[[1.0], [1.0, 2.0]]] * 4)
+        at = table.schema.get_field_index("action")
+        pq.write_table(table.set_column(at, "action", values), data)
+        reason = "robot_values"
     else:
         change_steps(data, task_index=[9] * 4)
         reason = "robot_task"
     assert reasons_of(folder) == GOOD * 7 + [reason] * 4 + GOOD * 9
+
+
+def test_an_absurd_length_costs_one_window_and_no_time(broken):
+    folder, _, _ = broken
+    path = folder / "meta" / "episodes.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["length"] = 10**12
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert reasons_of(folder) == GOOD * 7 + ["robot_episode"] + GOOD * 9
 
 
 def test_episodes_that_failed_may_be_left_out(broken):

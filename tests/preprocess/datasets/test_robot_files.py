@@ -1,9 +1,11 @@
 """HDF5 files and RLDS folders: the samples of LeRobot, and what damage costs."""
 
 import gc
+import gzip
 import io
 import json
 import struct
+import zlib
 from contextlib import suppress
 
 import h5py
@@ -17,7 +19,7 @@ from preprocess.datasets import EpisodeFiles, LeRobot, RobotDataset
 from preprocess.datasets import episodes as episodes_module
 from preprocess.datasets.episodes import EPISODES_HELD
 from preprocess.episodes import EpisodeFields, EpisodeFrames, WindowPolicy
-from preprocess.episodes.tfrecord import parse_example
+from preprocess.episodes.tfrecord import masked_crc, parse_example
 from preprocess.media import VideoDecoder, VideoPolicy
 from shardspec.errors import ConfigError, SampleError, SourceError
 from tests.lerobot_folders import FPS, WrittenEpisode, episodes_of, write_v2
@@ -40,6 +42,9 @@ LAYOUTS = {
     "rlds": (write_rlds, {"last_step": "keep"}),
     "rlds by definition": (lambda f, e: write_rlds(f, e, extra_step=True), {}),
 }
+
+
+NOT_READ = {"robomimic": {"dones", "obs/depth"}, "rlds": {"observation/depth"}}
 
 
 def files(source, policy=None, fields=None, **attributes):
@@ -98,7 +103,8 @@ def test_an_episode_gives_the_same_samples_in_all_layouts(shown, tmp_path, layou
         for a, b in zip(got.pop("images"), want["images"], strict=True):
             assert np.array_equal(a, b)
         assert got == {name: value for name, value in want.items() if name != "images"}
-    told = dataset.rows.kind["robot"]
+    told = dict(dataset.rows.kind["robot"])
+    assert told.pop("not_read", {}).keys() == NOT_READ.get(layout.partition(" ")[0], set())
     assert {**told, "robot": described["robot"]} == described
     assert dataset.describe()["fields"]["fps"] == FPS
 
@@ -138,6 +144,128 @@ def test_pictures_of_recorders_with_other_channels_are_turned(tmp_path):
     folder = write_rlds(tmp_path / "rlds", turned, shards=1)
     dataset = files(folder, fields={"channels": "bgr", **RLDS})
     assert np.array_equal(dataset[1]["image"][0].read(), episodes[0].frames[name][1])
+
+
+ODD = {
+    "opaque": (np.full((2, 32, 48, 4), 255, np.uint8), None, ""),
+    "transparent": (np.full((2, 32, 48, 4), 254, np.uint8), None, "robot_frame"),
+    "float": (np.zeros((2, 32, 48, 3), np.float32), "float32 [32, 48, 3], which looks", ""),
+    "depth": (np.zeros((2, 32, 48), np.uint16), "uint16 [32, 48], which looks", ""),
+    "grey": (np.zeros((2, 32, 48, 1), np.uint8), "uint8 [32, 48, 1], which looks", ""),
+    "channels first": (np.zeros((2, 3, 32, 48), np.uint8), "uint8 [3, 32, 48], which looks", ""),
+    "pairs": (np.zeros((2, 32, 48, 2), np.int8), "int8 [32, 48, 2], which looks", ""),
+    "vector": (np.zeros((2, 7)), "float64 [7]", ""),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_whatever_looks_like_a_camera_is_read_or_named(tmp_path, odd):
+    value, text, reason = ODD[odd]
+    source = write_robomimic(tmp_path, episodes_of([2, 3]))
+    with h5py.File(source, "a") as file:
+        file["data/demo_0/obs/odd"] = value
+        file["data/demo_1/obs/linked"] = h5py.SoftLink("/data/demo_1/obs/depth")
+    dataset = files(source, fields=STATE)
+    told = dataset.rows.kind["robot"]["not_read"]
+    notes = "\n".join(dataset.notes())
+    assert told["obs/linked"] == "data that are not in the file itself (in 1 of 2 episodes)"
+    if text is None:
+        assert "obs/odd" not in told
+        assert "odd" in dataset.rows.kind["robot"]["cameras"]
+        assert reasons(dataset) == [reason, reason, *["robot_frame"] * 3]
+        return
+    assert told["obs/odd"].startswith(text)
+    assert f"not read: obs/odd, {text}" in notes
+    with pytest.raises(ConfigError, match="not obs/odd: ") as caught:
+        len(files(source, WindowPolicy(cameras=("odd",)), fields=STATE))
+    assert caught.value.reason == "window_policy"
+
+
+def test_a_list_of_episodes_that_names_others_is_counted(tmp_path):
+    source = write_robomimic(tmp_path, episodes_of([2, 3]), masks={"train": [0, 7], "valid": [1]})
+    assert reasons(files(source, fields=STATE)) == ["", "", "robot_episode"]
+    with pytest.raises(SampleError, match="mask/train names demo_7"):
+        files(source, fields=STATE)[2]
+    assert len(files(source, fields=STATE, split="validation")) == 3
+
+
+def test_an_episode_is_in_one_split(tmp_path):
+    episodes = episodes_of([2, 3, 1])
+    source = write_robomimic(
+        tmp_path / "a", episodes, masks={"valid": [1], "test": [2], "few": [0]}
+    )
+    parts = [files(source, fields=STATE, split=name) for name in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [2, 3, 1]
+    assert len(files(source, fields=STATE, split="few")) == 2  # a part of another
+    source = write_robomimic(tmp_path / "b", episodes, masks={"train": [0, 1], "valid": [1]})
+    folder = write_v2(tmp_path / "v2", episodes, splits={"train": "0:2", "val": "1:3"})
+    for split in ("train", "validation"):
+        for open_it in (
+            lambda split=split: files(source, fields=STATE, split=split),
+            lambda split=split: LeRobot(split, source=str(folder)),
+        ):
+            with pytest.raises(SourceError, match="1 episodes are in two splits") as caught:
+                len(open_it())
+            assert caught.value.reason == "source_split"
+
+
+def test_features_of_folders_that_no_sample_has_are_named(tmp_path):
+    folder = write_v2(tmp_path / "v2", episodes_of([2]))
+    path = folder / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    features = {
+        "observation.images.depth": {
+            "dtype": "video",
+            "shape": [8, 8, 1],
+            "info": {"is_depth_map": True},
+        },
+        "observation.force": {"dtype": "float32", "shape": [6]},
+        "observation.touch": {"dtype": "float32", "shape": [16, 16]},
+    }
+    path.write_text(json.dumps({**info, "features": {**info["features"], **features}}))
+    attributes = {"window": WindowPolicy(cameras=("observation.images.wrist",))}
+    told = type("Own", (LeRobot,), attributes)("train", source=str(folder)).rows.kind["robot"]
+    assert {name: text[:20] for name, text in told["not_read"].items()} == {
+        "observation.images.front": "a camera that `camer",
+        "observation.images.depth": "video [8, 8, 1], pic",
+        "observation.touch": "float32 [16, 16], wh",
+        "observation.force": "float32 [6]",
+    }
+
+
+def test_fields_of_records_that_no_sample_has_are_named(tmp_path):
+    folder = write_rlds(tmp_path, episodes_of([2]))
+    path = folder / "features.json"
+    document = json.loads(path.read_text())
+    steps = document["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]
+    tensor = {"shape": {"dimensions": ["4"]}, "dtype": "float32", "encoding": "none"}
+    pixels = {"shape": {"dimensions": ["32", "48", "3"]}, "dtype": "float32", "encoding": "none"}
+    steps["features"]["observation"]["featuresDict"]["features"] |= {
+        "joints": {"tensor": {**tensor, "encoding": "zlib"}},
+        "past": {"sequence": {"feature": {"image": {}}}},
+        "hand": {"tensor": pixels},
+    }
+    steps["features"]["reward"] = {"classLabel": {}}
+    path.write_text(json.dumps(document))
+    told = files(folder, fields={"last_step": "keep"}).rows.kind["robot"]["not_read"]
+    assert {name: text[:24] for name, text in told.items()} == {
+        "observation/depth": "uint16 image [4, 4, 1], ",
+        "observation/hand": "float32 [32, 48, 3], whi",
+        "observation/joints": "float32 [4], with the en",
+        "observation/past": "a sequence in each step,",
+        "reward": "of the kind classLabel",
+    }
+
+
+def test_pictures_of_16_bits_are_depth_maps(tmp_path):
+    deep = io.BytesIO()
+    Image.fromarray(np.full((32, 48), 1000, np.uint16)).save(deep, "PNG")
+    source = write_aloha(tmp_path, episodes_of([2]), form="PNG")
+    with h5py.File(source / "episode_0.hdf5", "a") as file:
+        del file[CAMERA]
+        files_N = np.frombuffer(deep.getvalue() * 2, np.uint8).reshape(2, -1)
+        file[CAMERA] = files_N
+    assert reasons(files(source, fields=ALOHA)) == ["robot_frame"] * 2
 
 
 def test_what_no_file_says_comes_from_the_class(tmp_path):
@@ -197,8 +325,8 @@ def replaced(file, name, value):
     """Replaces a dataset; a shape stands for one that states a size and has no data."""
     del file[name]
     if value is None or isinstance(value, tuple):
-        shape, chunk = value or (2**40, 3), (1, 64, 64, 3)
-        kind, chunks = ("u1", chunk) if value else ("f4", (1, 3))
+        shape = value or (2**40, 3)
+        kind, chunks = ("u1", (1, 64, 64, 3)) if len(shape) == 4 else ("f4", (1, 3))
         file.create_dataset(name, shape, kind, chunks=chunks)
     else:
         file[name] = value
@@ -259,6 +387,10 @@ HARMS = {
     ),
     "more steps than memory": (
         lambda file: replaced(file, "action", None),
+        ["robot_episode"],
+    ),
+    "more steps than windows": (
+        lambda file: replaced(file, "action", (2**25, 3)),
         ["robot_episode"],
     ),
     "a picture beyond memory": (
@@ -349,6 +481,35 @@ def test_damage_to_a_file_of_records_costs_episodes_by_name(tmp_path, harm, want
         (length,) = struct.unpack("<Q", payload[:8])
         path.write_bytes(record_bytes(b"\xff" * 20) + payload[length + 16 :])
     assert reasons(files(folder, fields=RLDS)) == want
+
+
+def members(payload):
+    """A file of gzip may have several, which end anywhere."""
+    return gzip.compress(payload[:700]) + gzip.compress(payload[700:])
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress, members])
+def test_files_of_records_may_be_compressed(tmp_path, compress):
+    plain = files(write_rlds(tmp_path / "plain", episodes_of(LENGTHS)), fields=RLDS)
+    folder = write_rlds(tmp_path / "x", episodes_of(LENGTHS))
+    for path in folder.glob("*tfrecord*"):
+        path.write_bytes(compress(path.read_bytes()))
+    dataset = files(folder, fields=RLDS)
+    for i in (*range(len(plain)), 0, 19, 3):  # and back
+        got, want = comparable(dataset[i]), comparable(plain[i])
+        for a, b in zip(got.pop("images"), want.pop("images"), strict=True):
+            assert np.array_equal(a, b)
+        assert got == want
+    path = shard(folder, 0)
+    payload = path.read_bytes()
+    path.write_bytes(payload[: len(payload) * 2 // 3])
+    assert reasons(files(folder, fields=RLDS))[-len(LAST) - 1 :] == ["robot_episode", *LAST]
+    huge = struct.pack("<Q", 2**60)
+    path.write_bytes(compress(huge + struct.pack("<I", masked_crc(huge)) + b"x" * 20))
+    dataset = files(folder, fields=RLDS)
+    assert reasons(dataset) == ["robot_episode", "robot_episode", *LAST]
+    with pytest.raises(SampleError, match="at most 2147483647 can be read"):
+        dataset[0]
 
 
 def test_steps_of_records_that_are_broken_cost_their_windows(tmp_path):

@@ -37,6 +37,22 @@ def test_words_of_a_pdf_are_where_its_ink_is(rotate, crop):
         assert got == pytest.approx([x0, y0, x1, y1], abs=1.5)
 
 
+@pytest.mark.parametrize("rotate", [0, 90])
+def test_words_beside_a_page_are_not_on_it(rotate):
+    """Programs leave words outside of the box that is shown; the page itself is sound."""
+    beside = [("left", 10, 300), ("below", 100, 40), ("far", -900, 5000)]
+    payload = made.pdf(
+        [[*WORDS, *beside, ("across", 480, 200)]], rotate=rotate, crop=(60, 100, 520, 700)
+    )
+    (page,) = pdf_texts(payload, [1], dpi=72, words=True)
+    found = {word.text: word.box for word in page.words}
+    assert found.keys() == {"Hello", "world", "Total:", "12", "across"}
+    x0, y0, x1, y1 = found["across"]
+    assert 0 <= x0 < x1 <= page.width
+    assert 0 <= y0 < y1 <= page.height
+    assert x1 == page.width if rotate == 0 else y1 == page.height
+
+
 def test_lines_of_a_pdf_are_told_apart():
     (page,) = pdf_texts(made.pdf([WORDS]), [1], dpi=72, words=True)
     assert page.lines() == ["Hello world", "Total: 12"]

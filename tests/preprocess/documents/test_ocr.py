@@ -44,6 +44,24 @@ def test_every_layout_gives_the_same_words_at_the_same_places(name):
         assert shares == pytest.approx(want, abs=0.006)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_files_may_be_in_utf_16(encoding):
+    bom = "\ufeff" if encoding == "utf-16-be" else ""
+    xml = made.alto().decode().replace("UTF-8", "UTF-16")
+    for text in (xml, made.hocr().decode(), json.dumps(made.azure())):
+        (page,) = parse_ocr((bom + text).encode(encoding))
+        assert [word.text for word in page.words] == ["Total", "12.50", "EUR"]
+    with pytest.raises(SampleError):
+        parse_ocr(b"\xff\xfe" + xml.encode("utf-16-le")[:-1])
+
+
+def test_a_page_has_a_bounded_text():
+    words = [["a" * 100, 0, 0, 1, 1]] * 2001
+    with pytest.raises(SampleError) as caught:
+        parse_ocr({"width": 9, "height": 9, "words": words})
+    assert caught.value.reason == "document_text"
+
+
 def test_forms_of_funsd_give_their_keys_and_values():
     (page,) = parse_ocr(made.funsd(), page_sizes=[(300, 200)])
     assert page.pairs == (("Total", "12.50"),)

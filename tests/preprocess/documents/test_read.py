@@ -42,6 +42,12 @@ def test_questions_whose_evidence_is_not_kept_are_left_out():
     assert got["metadata"]["pages"] == [2]
     assert len(got["message_list"]) == 1
     assert got["leads"] == ["Page 2"]
+    assert got["metadata"]["questions_left_out"] == 1
+    of_row = {"document": PDF, "questions": [ASKED], "evidence_pages": [2, 4]}
+    got = example(of_row, max_pages=1)
+    assert (got["message_list"], got["metadata"]["questions_left_out"]) == ([], 1)
+    assert "questions_left_out" not in example(of_row, max_pages=2)["metadata"]
+    assert reason({**of_row, "evidence_pages": [5]}) == "document_page_number"
 
 
 def test_pages_may_be_chosen_and_keep_their_numbers():

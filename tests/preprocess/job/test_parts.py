@@ -521,7 +521,7 @@ def urls(write_parquet, tmp_path, small_jpeg, monkeypatch):
     source = write_parquet(tmp_path / "source", rows)
     requests = []
 
-    def fetch_all(found, *, cache, ledger, policy, limits, on_result, videos):  # noqa: ARG001
+    def fetch_all(found, *, cache, ledger, policy, limits, on_result, **_):  # noqa: ARG001
         results = {url: ledger.get(url) for url in found if ledger.get(url)}
         for url in found:
             if url in results:

@@ -604,6 +604,17 @@ def test_unfitting_file_is_encoded_again(codec, payload):
         same(decode_stored(stored, codec=codec), image.pixels)
 
 
+@pytest.mark.parametrize("level", [0, 9])
+def test_lossless_keeps_a_file_only_where_it_is_smallest(level):
+    noise = np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+    payload = saved(noise, "PNG", compress_level=level)
+    preprocessor = ImagePreprocessor(ImagePolicy(max_side_px=100, codec="lossless"))
+    image = preprocessor(payload)
+    smallest = min(payload, encode_stored(noise, codec="lossless"), key=len)
+    assert preprocessor.encode(image) == smallest
+    assert image.kept == payload
+
+
 def test_nothing_is_kept_when_resized_or_told_not_to():
     payload = saved(scene(), "JPEG")
     assert ImagePreprocessor(ImagePolicy(max_side_px=82))(payload).kept is None

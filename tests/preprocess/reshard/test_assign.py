@@ -11,6 +11,8 @@ from preprocess.reshard.assign import (
     advise,
     count_outputs,
     cut_runs,
+    cut_shards,
+    number_groups,
     order_numbers,
     parse_shares,
     repeated_key,
@@ -49,6 +51,33 @@ def test_an_order_gives_every_sample_once(count, seed, order):
     keys = [f"k{i}" for i in range(count)]
     found = order_numbers(numbers, order=order, seed=seed, keys=keys, lengths=numbers)
     assert sorted(found.tolist()) == numbers.tolist()
+
+
+@given(
+    groups=st.lists(st.integers(0, 6), min_size=1, max_size=40),
+    order=st.sampled_from(["keep", "shuffle", "length"]),
+    data=st.data(),
+)
+def test_shards_divide_no_group_and_keep_the_order_within_them(groups, order, data):
+    hashes = np.array(groups, np.uint64)
+    group = number_groups(hashes, order=order)
+    most = int(group.max()) + 1
+    num_shards = data.draw(st.integers(1, most))
+    numbers = np.arange(100, 100 + len(groups))
+    stored, borders = cut_shards(numbers, group, num_shards=num_shards)
+    assert sorted(stored.tolist()) == numbers.tolist()
+    assert (borders[0], borders[-1], len(borders)) == (0, len(groups), num_shards + 1)
+    assert np.all(np.diff(borders) > 0)
+    shard = np.zeros(len(groups), int)
+    for i, (a, b) in enumerate(zip(borders, borders[1:], strict=False)):
+        assert stored[a:b].tolist() == sorted(stored[a:b].tolist())  # within a shard as before
+        shard[stored[a:b] - 100] = i
+    for own in {*groups} - {0}:
+        assert len({*shard[hashes == own].tolist()}) == 1
+    if order == "keep":
+        assert stored.tolist() == numbers.tolist()
+    elif 0 not in groups:
+        assert most == len({*groups})
 
 
 def test_a_shuffle_depends_on_keys_and_seed_and_not_on_places():

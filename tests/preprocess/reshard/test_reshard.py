@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from loader.reading.reader import ShardReader
 from loader.state.fingerprint import split_fingerprint
 from preprocess.__main__ import command_line
+from preprocess.annotate import AnnotateSettings, annotate, plan_annotation
 from preprocess.cli.reshard import plan_text, reshard_settings
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.verify import verify
@@ -782,3 +784,113 @@ def test_a_copy_killed_between_commit_and_its_last_removal_is_tidied_by_the_next
     recut(dataset, out)
     assert not scratch.exists()
     assert not [p for p in out.rglob("*") if p.name.startswith(".") or p.name == "plan.json"]
+
+
+# --- groups: samples that stay in one shard and one split
+
+# As a job stores them: mixed within a shard, two samples of none. In this order: at most 4 shards.
+GROUPS = [7, 8, 7, 8, 8, 5, 5, 0, 5, 5, 5, 4, 3, 4, 3, 4, 3, 2, 0, 2, 9, 2, 9]
+
+
+@pytest.fixture(scope="module")
+def grouped(samples, write_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grouped") / "source"
+    return write_dataset(folder, samples, num_shards=4, groups=GROUPS)
+
+
+def group_of(key):
+    return GROUPS[int(key[-4:])] or key
+
+
+def places(url):
+    """Of each group the shards that it is in."""
+    found = {}
+    manifest = require_manifest(str(url))
+    for split in manifest.splits:
+        keys = [group_of(key) for key, _ in contents(url, split)]
+        counts = [shard.nsamples for shard in manifest.select(split)]
+        for key, shard in zip(keys, np.repeat(np.arange(len(counts)), counts), strict=True):
+            found.setdefault(key, set()).add((split, int(shard)))
+    return found
+
+
+@settings(max_examples=examples(15))
+@given(
+    num_shards=st.none() | st.integers(1, 9),
+    order=st.sampled_from(["shuffle", "length", "keep"]),
+    seed=st.integers(0, 5),
+    into=st.none() | st.just({"train": 0.5, "held-out": 0.5}),
+    salt=st.text(max_size=2),
+    where=st.sampled_from(["", "width > 22", "width % 2 == 0"]),
+)
+def test_a_group_is_in_one_shard_and_one_split_whatever_is_planned(
+    num_shards, order, seed, into, salt, where, grouped
+):
+    wanted = {"num_shards": num_shards, "order": order, "seed": seed, "where": where}
+    request = ReshardSettings(
+        sources=(grouped,), out="nowhere", shard_bytes=4096, into=into, salt=salt, **wanted
+    )
+    plan = None
+    with suppress(ConfigError):
+        plan = plan_reshard(request, Quiet())
+    if plan is None:
+        with pytest.raises(ConfigError) as caught:
+            plan_reshard(request, Quiet())
+        # A split without samples, or a border that the kept order has not.
+        reasons = {"empty_result", "group_shards"} if order == "keep" else {"empty_result"}
+        assert caught.value.reason in reasons
+        return
+    found = {}
+    for split in plan.splits:
+        for shard in range(split.num_shards):
+            for number in split.shard_numbers(shard).tolist():
+                group = GROUPS[number] or f"sample {number}"
+                found.setdefault(group, set()).add((split.split, shard))
+        if order == "keep":
+            assert split.numbers.tolist() == sorted(split.numbers.tolist())
+    assert all(len(own) == 1 for own in found.values())
+
+
+def test_groups_stay_together_when_a_result_is_cut_again(grouped, tmp_path):
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    recut(grouped, a, form="view", order="shuffle", num_shards=7)
+    recut(a, b, num_shards=3)
+    with pytest.raises(ConfigError) as caught:
+        recut(grouped, tmp_path / "e", num_shards=5)
+    assert caught.value.reason == "group_shards"
+    recut(b, c, form="view", into={"x": 0.5, "y": 0.5}, salt="c")
+    keys = [key for split in "xy" for key, _ in contents(c, split)]
+    columns = tmp_path / "c.jsonl"
+    columns.write_text("".join(json.dumps({"key": key, "score": 1.0}) + "\n" for key in keys))
+    settings = AnnotateSettings(src=c, columns=str(columns))
+    annotate(plan_annotation(settings, Quiet()), Quiet())
+    assert places(settings.out) == places(c)
+    for url in (a, b, c):
+        assert all(len(own) == 1 for own in places(url).values())
+
+
+def test_a_group_in_two_splits_is_refused(grouped, tmp_path):
+    for split, keys in {"train": "sample-0000", "held-out": "sample-0002"}.items():
+        recut(grouped, tmp_path / split, into={split: 1.0}, keys=frozenset([keys]))
+    with pytest.raises(ConflictError) as caught:
+        recut([str(tmp_path / "train"), str(tmp_path / "held-out")], tmp_path / "out")
+    assert caught.value.reason == "group_splits"
+
+
+@pytest.mark.parametrize("windows", [True, False])
+def test_a_source_that_does_not_name_its_groups_is_refused(
+    windows, grouped, other, tmp_path, write_dataset, samples
+):
+    if windows:  # of an earlier release: known by its recipe
+        url = write_dataset(tmp_path / "old", samples, num_shards=2)
+        manifest = require_manifest(url)
+        recipe = {**manifest.recipe, "window": {"chunk": 8}}
+        changed = dataclasses.replace(manifest, recipe=recipe)
+        (tmp_path / "old" / "manifest.json").write_bytes(changed.encode())
+        recut(url, tmp_path / "one", num_shards=1)
+        sources = [url]
+    else:
+        sources = [grouped, other]
+    with pytest.raises(ConflictError) as caught:
+        recut(sources, tmp_path / "out", num_shards=2)
+    assert caught.value.reason == "index_groups"
