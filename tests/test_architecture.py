@@ -108,6 +108,7 @@ PURE = {
     "loader/reading/request_queue.py",
     "loader/assembly/frames.py",
     "loader/assembly/layout.py",
+    "loader/assembly/moved.py",
     "loader/assembly/ocr_boxes.py",
     "loader/assembly/planner.py",
     "loader/assembly/questions.py",
