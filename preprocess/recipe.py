@@ -59,10 +59,12 @@ from preprocess.text import (
     answer_flags,
     chat_frame,
     check_action_tokens,
+    digit_ids,
     image_prefixes,
     media_placeholder,
     message_styles,
     message_texts,
+    movable_geometry,
     name_pages,
     place_media,
     place_subtitles,
@@ -114,6 +116,8 @@ class Recipe:
             del text["styles"]
         if self.text.actions == "bins":  # manifests from before there was a choice say nothing
             del text["actions"]
+        if not self.text.movable:
+            del text["movable"]
         return {"text": text, "image": {**image, "views": views}, "seed": self.seed}
 
 
@@ -196,6 +200,23 @@ class Preparer:
         ids, size = self.tokenizer.special_ids, self.tokenizer.own_size
         check_action_tokens(self.tokenizer.json, ids, size=size)
         return size
+
+    @cached_property
+    def digits(self) -> tuple[int, ...]:
+        """The ids that spell numbers, where points may be moved; () where they are not.
+
+        Raises:
+          ConfigError: `movable`: it is for a model of another kind, or the tokenizer does not spell
+            numbers digit by digit.
+        """
+        if not self.recipe.text.movable:
+            return ()
+        if self.model is not None:
+            raise ConfigError("movable.model")
+        found = digit_ids(self.tokenizer.encode)
+        if not found:
+            raise ConfigError("movable.tokenizer", where=self.tokenizer.name)
+        return found
 
     @cached_property
     def image_preprocessor(self) -> ImagePreprocessor:
@@ -328,6 +349,7 @@ class Preparer:
             sizes=sizes,
             frames=frames,
             subtitles=[placed.lines for placed in said],
+            movable=None if stored or windows else self._movable(example, len(sizes), geometry),
             key=key,
         )
         spans = spans_table(
@@ -338,6 +360,7 @@ class Preparer:
             subtitles=tokenized.subtitles,
             clips=prepared_clips,
             windows=windows,
+            points=tokenized.points,
         )
         record = {
             "key": key,
@@ -371,6 +394,16 @@ class Preparer:
         text = longest_text(spans)[0] - len(sizes)  # each has a symbol in the text
         return ("bos" in self.tokenizer.special_ids) + text + max(per_view)
 
+    def _movable(
+        self, example: Mapping[str, Any], num_images: int, safe: Geometry
+    ) -> dict[int, int] | None:
+        """Says what each image allows if its points move; None where that is no more than now."""
+        if not self.digits or not num_images:
+            return None
+        known = self.formatter.styles
+        allowed = movable_geometry(example, num_images=num_images, known=known)
+        return dict.fromkeys(range(num_images), int(allowed)) if allowed & ~safe else None
+
     def _tokenized(
         self,
         example: Mapping[str, Any],
@@ -379,13 +412,16 @@ class Preparer:
         sizes: Sequence[tuple[int, int]],
         frames: Sequence[FrameLead | None],
         subtitles: Sequence[Sequence[SubtitleText]],
+        movable: Mapping[int, int] | None,
         key: str,
     ) -> TokenizedText:
         """Tokenizes the texts; `sizes` are (width, height) of the images that are not frames."""
         num_pictures = len(sizes)
         if self.model is None:
             interleave = InterleavedTextPreprocessor(
-                tokenizer=self.tokenizer, action_tokens=self.action_vocab_size is not None
+                tokenizer=self.tokenizer,
+                action_tokens=self.action_vocab_size is not None,
+                digits=self.digits,
             )
             return interleave(
                 branches,
@@ -393,6 +429,7 @@ class Preparer:
                 leads=example.get("leads") or image_prefixes(num_pictures),
                 frames=frames,
                 subtitles=subtitles,
+                movable=movable,
             )
         known = self.formatter.styles
         if any(known[style].bare for style in message_styles(example) if style in known):

@@ -19,13 +19,14 @@ import os
 import threading
 import tokenize
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from shardspec.coordinates import MOST_CHARACTERS
 from shardspec.errors import ShardError
 from shardspec.families import StoredModel, plan_pictures
 from shardspec.sample import (
@@ -35,6 +36,7 @@ from shardspec.sample import (
     clip_rows,
     image_rows,
     lead_rows,
+    point_lists,
     subtitle_rows,
     text_rows,
     video_rows,
@@ -286,17 +288,19 @@ def longest_sequence(
     Returns:
       (positions: BOS, leads, texts and the EOS between the turns of a branch; positions under
       loss: responses and their EOS), each turn drawing its longest variant. No draw exceeds them
-      in Molmo 2 trees; Molmo 1 trees keep one more EOS per branch after the first. Of windows
-      the longest counts.
+      in Molmo 2 trees, wherever points are moved; Molmo 1 trees keep one more EOS per branch after
+      the first. Of windows the longest counts.
     """
     positions: dict[tuple[int, int], int] = {}
     loss: dict[tuple[int, int], int] = {}
+    room = _room_of_numbers(spans)
     for _, branch, turn, prompt_start, prompt_stop, start, stop, _ in text_rows(spans).tolist():
         at = (branch, turn)
         marks = np.count_nonzero(tokens[prompt_start:prompt_stop] == placeholder)
-        length = prompt_stop - prompt_start + stop - start - int(marks)
+        response = stop - start + room(start, stop)
+        length = prompt_stop - prompt_start + response - int(marks)
         positions[at] = max(positions.get(at, 0), length)
-        loss[at] = max(loss.get(at, 0), stop - start + 1)
+        loss[at] = max(loss.get(at, 0), response + 1)
     lengths = [
         max(stop - start, first_stop - first_start)
         for _, _, start, stop, first_start, first_stop, *_ in lead_rows(spans).tolist()
@@ -365,17 +369,29 @@ def longest_text(spans: np.ndarray) -> tuple[int, int]:
 
     Returns:
       (tokens, response tokens), without BOS, EOS and image tokens; of windows those of the longest.
+      Numbers that may move count as the longest of their notation.
     """
-    rows = text_rows(spans)
+    rows, room = text_rows(spans), _room_of_numbers(spans)
     longest: dict[tuple[int, int], tuple[int, int]] = {}
     for _, branch, turn, prompt_start, prompt_stop, start, stop, _ in rows.tolist():
-        response = stop - start
+        response = stop - start + room(start, stop)
         total = prompt_stop - prompt_start + response
         old = longest.get((branch, turn), (0, 0))
         longest[branch, turn] = max(old, (total, response))
     tokens = {at: total for at, (total, _) in longest.items()}
     responses = {at: response for at, (_, response) in longest.items()}
     return _in_example(tokens, spans), _in_example(responses, spans)
+
+
+def _room_of_numbers(spans: np.ndarray) -> Callable[[int, int], int]:
+    """Gives what the numbers of a run of tokens may grow by when their points are moved."""
+    growth = [
+        (start, MOST_CHARACTERS[each.notation] - (stop - start))
+        for each in point_lists(spans)
+        for row in each.points
+        for start, stop in (row[:2], row[2:4])
+    ]
+    return lambda start, stop: sum(more for at, more in growth if start <= at < stop)
 
 
 def sample_places(rows: np.ndarray) -> np.ndarray:

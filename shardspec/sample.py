@@ -14,13 +14,15 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
                         (`shardspec.video.reader.VideoReader.table`); `<key>.1.frames.npy` ...
     <key>.0.mp4         directly after it: the file of the clip; .video where it is no copy into MP4
 
-A row of `spans` is one of seven kinds (column 0):
+A row of `spans` is one of nine kinds (column 0):
 
     TEXT   (0, branch, turn, prompt_start, prompt_stop, response_start, response_stop, weight)
     LEAD   (2, image, start, stop, first_start, first_stop, time_ms, chosen)
     VIDEO  (4, video, first_image, num_images, table_bytes, file_bytes, most_frames, place)
     SUBTITLE (5, video, start, stop, begin_ms, end_ms, 0, 0)
     WINDOW (6, window, image, image, image, image, image, image)
+    POINTS (7, image, geometry, notation, digits_start, 0, 0, 0)
+    POINT  (8, list, x_start, x_stop, y_start, y_stop, x, y)
     OVERVIEW (3, image, width, height, num_bytes, 0, 0, 0)
     IMAGE  (1, image, source_width, source_height, stored_width, stored_height, num_bytes, geometry)
 
@@ -45,8 +47,13 @@ A clip has all its frames as images, without members of their own and `num_bytes
 file. `chosen` is 1 for those that the recipe chooses, `most_frames` is their number: an example has
 no more. Both are 0 where frames are stored.
 
+POINTS and POINT rows, of recipes that want them, say where coordinates are in the texts: a list of
+points of an image, and its points (`shardspec.coordinates`). An image of such a sample has a list,
+if an empty one, and allows what its `geometry` says as long as the texts follow.
+
 OVERVIEW rows describe the overviews that are stored. Rows are sorted: TEXT (by branch and turn),
-LEAD, VIDEO, SUBTITLE (by video and beginning), WINDOW (by window), OVERVIEW, IMAGE.
+LEAD, VIDEO, SUBTITLE (by video and beginning), WINDOW (by window), POINTS, POINT (by list, as
+written), OVERVIEW, IMAGE.
 
 The arrays are stored as .npy version 1.0 with a header of exactly 128 bytes, so that a reader finds
 the numbers without parsing (`ARRAY_HEADER_BYTES`); every reader of .npy files reads them too.
@@ -64,6 +71,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from shardspec.coordinates import PointList, PointRow
 from shardspec.errors import ShardError
 
 ARRAY_HEADER_BYTES = 128
@@ -99,6 +107,8 @@ class SpanKind(enum.IntEnum):
     VIDEO = 4
     SUBTITLE = 5
     WINDOW = 6
+    POINTS = 7
+    POINT = 8
 
 
 class Geometry(enum.IntFlag):
@@ -189,6 +199,18 @@ def subtitle_rows(spans: np.ndarray) -> np.ndarray:
     """Selects the SUBTITLE rows of a spans table: int32 [runs, 8]."""
     rows: np.ndarray = spans[spans[:, 0] == SpanKind.SUBTITLE.value]
     return rows
+
+
+def point_lists(spans: np.ndarray) -> list[PointList]:
+    """Reads the POINTS and POINT rows of a spans table; [] where there are none."""
+    kinds = spans[:, 0]
+    if not np.any(kinds == SpanKind.POINTS.value):
+        return []
+    heads = spans[kinds == SpanKind.POINTS.value, 1:5].tolist()
+    points: list[list[PointRow]] = [[] for _ in heads]
+    for number, *row in spans[kinds == SpanKind.POINT.value, 1:].tolist():
+        points[number].append(PointRow(*row))
+    return [PointList._make((*head, own)) for head, own in zip(heads, points, strict=True)]
 
 
 def clip_rows(spans: np.ndarray) -> np.ndarray:
@@ -369,6 +391,7 @@ def spans_table(
     subtitles: Sequence[tuple[int, int, int, int, int]] = (),
     clips: Sequence[PreparedClip] = (),
     windows: Sequence[Sequence[int]] = (),
+    points: Sequence[PointList] = (),
 ) -> np.ndarray:
     """Builds the spans table of a sample.
 
@@ -382,6 +405,7 @@ def spans_table(
       subtitles: (video, start, stop, begin_ms, end_ms) of each run of them, in their order.
       clips: Where videos are stored themselves: each of `videos`.
       windows: Where branches are alternatives: the images of each.
+      points: The lists of points of the texts.
 
     Returns:
       int32 [S, 8].
@@ -406,6 +430,8 @@ def spans_table(
         for start in range(0, len(shown), _WINDOW_IMAGES):
             part = [*shown[start : start + _WINDOW_IMAGES], *[-1] * _WINDOW_IMAGES]
             rows.append((int(SpanKind.WINDOW), w, *part[:_WINDOW_IMAGES]))  # type: ignore[arg-type]
+    rows += [(int(SpanKind.POINTS), *each[:4], 0, 0, 0) for each in points]
+    rows += [(int(SpanKind.POINT), n, *row) for n, each in enumerate(points) for row in each.points]
     for i, image in enumerate(images):
         if image.overview is not None:
             height, width = image.overview.shape[:2]

@@ -415,6 +415,22 @@ def tiny_dataset(inline_cli, build_once):
     return build_once("tiny", build) / "out"
 
 
+@pytest.fixture(scope="session")
+def movable_dataset(inline_cli, build_once):
+    """The folder of a small finished dataset whose points can be moved: 6 rows of pixmo_points."""
+
+    def build(folder):
+        from tests.digits import write_digit_tokenizer
+
+        inline_cli.good(
+            *("shards", "pixmo_points", "--source", "sample", "--limit", 6, "--codec", "raw"),
+            *("--tokenizer", write_digit_tokenizer(folder / "digits"), "--movable"),
+            *("--out", folder / "out", "--cache", folder / "cache", "--workers", 1),
+        )
+
+    return build_once("movable", build) / "out"
+
+
 @pytest.fixture
 def tiny_copy(tiny_dataset, tmp_path):
     """A copy of the tiny dataset in `tmp_path / "out"`, to be changed."""

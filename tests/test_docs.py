@@ -147,7 +147,7 @@ def annotated(url, folder):
 
 
 @pytest.fixture(scope="module")
-def datasets(tiny_dataset, inline_cli, tmp_path_factory):
+def datasets(tiny_dataset, movable_dataset, inline_cli, tmp_path_factory):
     """What the URLs of the pages stand for: small datasets on the local disk."""
     folder = tmp_path_factory.mktemp("docs")
     questions, raw = folder / "vqa2", folder / "raw"
@@ -182,6 +182,7 @@ def datasets(tiny_dataset, inline_cli, tmp_path_factory):
         "shards/moving_shapes": videos,
         "shards/documents": papers,
         "shards/scored": scored,
+        "shards/pixmo_points": movable_dataset,
         "/nvme/cache": folder / "blocks",
     }
 

@@ -11,8 +11,9 @@ What it may rely on, and what is checked:
 - *Texts stay true.* A sample whose text would not survive a flip or a crop, such as one with
   coordinates, is left alone, unless the function says that it needs neither:
   `geometry = Geometry.COLOR` for one that moves nothing. The first one is reported.
-- *Points* that are kept outside of the texts are moved along by its
-  `points(points_N2, rng, width=, height=)`, if it has one, with the same generator
+- *Points* are moved along by its `points(points_N2, rng, width=, height=)`, if it has one, with an
+  equal generator, in pixels of the picture that it is called with: those of texts, where the shards
+  say where they are (`loader.assembly.moved`), and those that are kept outside of texts
   (`loader.assembly.augment.transform_points`).
 - *Its name* is part of states: the qualified names and the source of the function, and the values
   that it holds; or its `fingerprint`, a text of the user's. What it calls elsewhere is not seen.
@@ -57,8 +58,11 @@ class OwnAugment:
         """What states say of it."""
         self.needs = Geometry(geometry)
         """What a sample must allow to be augmented."""
+        self.moves_points = callable(getattr(function, "points", None))
+        """Whether it says where points go."""
         self._rng = SampleRng()
-        self._checked = self._warned = False
+        self._checked = self._points_checked = False
+        self._warned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"OwnAugment({self.name})"
@@ -67,7 +71,7 @@ class OwnAugment:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_checked": False, "_warned": False}
+        return {**self.__dict__, "_checked": False, "_points_checked": False, "_warned": set()}
 
     def apply(self, picture: np.ndarray, seed: int, *, where: str) -> np.ndarray:
         """Augments a picture; gives a new one.
@@ -91,14 +95,25 @@ class OwnAugment:
 
     def warn_of_left_alone(self, where: str) -> None:
         """Says, once per process, that a sample does not allow what the function needs."""
-        if not self._warned:
-            self._warned = True
+        self._warn(
+            where,
+            "coordinates or sides in its text, which is stored as tokens, would become wrong. If"
+            " the function moves nothing in the picture, give it `geometry = Geometry.COLOR`; if it"
+            " says where points go, build the shards with MOVABLE=1.",
+        )
+
+    def warn_of_points_outside(self, where: str) -> None:
+        """Says, once per process, that all draws for a sample moved points out of its picture."""
+        self._warn(where, "all of its draws moved points out of the picture.")
+
+    def _warn(self, where: str, why: str) -> None:
+        if why not in self._warned:
+            self._warned.add(why)
             logger.warning(
-                "augment=%s leaves the sample %s as it is, and others like it: coordinates or sides"
-                " in its text, which is stored as tokens, would become wrong. If the function moves"
-                " nothing in the picture, give it `geometry = Geometry.COLOR`.",
+                "augment=%s leaves the sample %s as it is, and others like it: %s",
                 self.name,
                 where,
+                why,
             )
 
     def move(
@@ -107,14 +122,26 @@ class OwnAugment:
         """Moves points along, float64 [N, 2]; where nothing moves they stay.
 
         Raises:
-          ConfigError: `augment_function`: it does not say where points go.
+          ConfigError: `augment_function`: it does not say where points go, or somewhere else each
+            time; `user_function`: it raises.
         """
         points = np.array(points_N2, np.float64).reshape(-1, 2)
-        mover = getattr(self.function, "points", None)
-        if mover is None:
+        if not self.moves_points:
             if self.needs & ~Geometry.COLOR:
                 raise ConfigError("augment_function.points", where=where, name=self.name)
             return points
+        moved = self._moved(points, seed, where, width=width, height=height)
+        if not self._points_checked:
+            again = self._moved(points, seed, where, width=width, height=height)
+            if not np.array_equal(moved, again, equal_nan=True):
+                raise ConfigError("augment_function.random", where=where, name=self.name)
+            self._points_checked = True
+        return moved
+
+    def _moved(
+        self, points: np.ndarray, seed: int, where: str, *, width: int, height: int
+    ) -> np.ndarray:
+        mover: Callable[..., Any] = self.function.points  # type: ignore[attr-defined]
         with naming_function(mover, where=where):
             moved = np.asarray(mover(points.copy(), self._rng(seed), width=width, height=height))
         if moved.shape != points.shape or moved.dtype.kind not in "fiu":

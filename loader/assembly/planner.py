@@ -27,13 +27,15 @@ from loader.assembly.layout import (
     lay_out,
     lay_out_prompt,
 )
+from loader.assembly.moved import draw_with_points
 from loader.assembly.own_augment import OwnAugment
 from loader.assembly.questions import prompt_of, question_of
 from loader.assembly.seen import Seen, SeenSize
 from loader.assembly.view import View
+from shardspec.coordinates import replace_runs
 from shardspec.errors import SampleError
 from shardspec.keyed import draw_below, draw_order
-from shardspec.sample import SpanKind, window_images
+from shardspec.sample import SpanKind, point_lists, window_images
 from shardspec.tiling import ImageView
 
 _UNCHANGED = Augment()
@@ -41,6 +43,7 @@ _UNCHANGED = Augment()
 # Plain integers: comparing with a member of an enum costs as much as all the rest of a row.
 _TEXT, _IMAGE, _LEAD = SpanKind.TEXT.value, SpanKind.IMAGE.value, SpanKind.LEAD.value
 _VIDEO, _WINDOW = SpanKind.VIDEO.value, SpanKind.WINDOW.value
+_POINTS = SpanKind.POINTS.value
 
 
 @dataclass(slots=True)
@@ -135,9 +138,10 @@ class Planner:
             drawn = self._training and len(windows) > 1
             window = draw_below(rng, len(windows)) if drawn else 0
             texts = texts[texts[:, 1] == window]
-        branches = _choose(tokens, texts, rng if self._training else None)
-        if self._training and view.branch_order == "shuffled" and len(branches) > 1:
-            branches = [branches[b] for b in draw_order(rng, len(branches))]
+        chosen = _choose(texts, rng if self._training else None)
+        if self._training and view.branch_order == "shuffled" and len(chosen) > 1:
+            chosen = [chosen[b] for b in draw_order(rng, len(chosen))]
+        branches = _branches(tokens, chosen)
         images = self._images
         if self._high_res is not None and rng.random_sample() < view.high_res_probability:
             images = self._high_res
@@ -171,7 +175,14 @@ class Planner:
                 "too_many_images.view", where=key, images=len(pictures), max_images=view.max_images
             )
         draws = [NO_CHANGE] * len(pictures)
-        if self._augments:
+        if self._augments and _POINTS in kinds:
+            lists = point_lists(spans)
+            draws, changes = draw_with_points(view.augment, pictures, lists, tokens, rng, key=key)
+            draws = _with_filter(draws, view.augment, rng)
+            if changes:
+                moved, positions = replace_runs(tokens, changes)
+                branches = _branches(moved, _elsewhere(chosen, positions))
+        elif self._augments:
             draws = self._draw_changes(pictures, shown, rng, key)
         sizes = [(row[2], row[3]) for row in pictures]
         if shown is None or frames is None:
@@ -260,15 +271,21 @@ def draw_pictures(
         draw(augment, rng, geometry=allowed, width=width, height=height)
         for width, height, allowed in pictures
     ]
-    chosen = draw_filter(augment, rng)
+    return _with_filter(draws, augment, rng)
+
+
+def _with_filter(draws: list[Draw], augment: object, rng: np.random.RandomState) -> list[Draw]:
+    chosen = draw_filter(augment, rng) if isinstance(augment, Augment) else None
     return draws if chosen is None else [replace(each, resample=chosen) for each in draws]
 
 
-def _choose(
-    tokens: np.ndarray, texts: np.ndarray, rng: np.random.RandomState | None
-) -> list[BranchTurns]:
-    """Draws one variant of every turn, branch by branch; the first one without a generator."""
-    branches: list[BranchTurns] = []
+def _choose(texts: np.ndarray, rng: np.random.RandomState | None) -> list[list[list[int]]]:
+    """Draws one variant of every turn, branch by branch; the first one without a generator.
+
+    Returns:
+      The TEXT rows of each branch.
+    """
+    chosen: list[list[list[int]]] = []
     turns = texts[:, 1:3].tolist()
     last = -1
     first = 0
@@ -278,12 +295,31 @@ def _choose(
         drawn = first
         if rng is not None and turn_end - first > 1:
             drawn += draw_below(rng, turn_end - first)
-        _, branch, _, start, stop, response, end, weight = texts[drawn].tolist()
-        turn = Turn(tokens[start:stop], tokens[response:end], weight)
-        if branch == last:
-            branches[-1].turns.append(turn)
+        row = texts[drawn].tolist()
+        if row[1] == last:
+            chosen[-1].append(row)
         else:
-            branches.append(BranchTurns([turn], weight))
-            last = branch
+            chosen.append([row])
+            last = row[1]
         first = turn_end
-    return branches
+    return chosen
+
+
+def _branches(tokens: np.ndarray, chosen: Sequence[Sequence[Sequence[int]]]) -> list[BranchTurns]:
+    """Takes the tokens of chosen rows."""
+    return [
+        BranchTurns(
+            [Turn(tokens[a:b], tokens[c:d], weight) for _, _, _, a, b, c, d, weight in rows],
+            rows[0][7],
+        )
+        for rows in chosen
+    ]
+
+
+def _elsewhere(
+    chosen: Sequence[Sequence[Sequence[int]]], positions: np.ndarray
+) -> list[list[list[int]]]:
+    """Gives the rows for tokens of which each has another position."""
+    return [
+        [[*row[:3], *positions[list(row[3:7])].tolist(), row[7]] for row in rows] for rows in chosen
+    ]

@@ -46,6 +46,7 @@ _VARIABLES = {
     "recipe.text.reasoning": "REASONING",
     "recipe.text.paraphrase": "PARAPHRASE",
     "recipe.text.actions": "ACTIONS",
+    "recipe.text.movable": "MOVABLE",
     "recipe.image.views.0.size_px": "IMAGE_SIZE",
     "recipe.image.views.0.patch_px": "PATCH_SIZE",
     "recipe.image.views.0.max_crops": "CROPS",

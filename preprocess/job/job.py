@@ -415,6 +415,7 @@ class Job:
         if model is not None and kind.videos:
             raise ConfigError("model_videos", where=kind.name)
         self.preparer.check_styles()
+        _ = self.preparer.digits  # refuses what cannot be movable before anything is read
         if issubclass(kind, OwnDataset):
             require_style(kind.spec.style, settings.recipe.text.styles, where=kind.name)
         described = kind.describe()
@@ -612,6 +613,7 @@ _BYTE_SOURCES = (
     "shardspec/actions.py",
     "shardspec/child.py",
     "shardspec/checksum.py",
+    "shardspec/coordinates.py",
     "shardspec/families/**/*.py",
     "shardspec/frames.py",
     "shardspec/image_file.py",

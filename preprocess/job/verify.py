@@ -146,8 +146,10 @@ def _verify_sample(
     spans = decode_array(payloads[1], dtype="<i4", columns=SPAN_COLUMNS, where=where)
     tokens = decode_array(payloads[2], dtype="<i4", where=where)
     ranges = spans[spans[:, 0] == SpanKind.TEXT, 3:7]
-    if len(ranges) and (ranges.min() < 0 or ranges.max() > len(tokens)):
-        raise _wrong(where, "span_range", {"num_tokens": len(tokens), "max": int(ranges.max())})
+    numbers = spans[spans[:, 0] == SpanKind.POINT, 2:6]
+    bounds = np.concatenate([ranges.ravel(), numbers.ravel()])
+    if len(bounds) and (bounds.min() < 0 or bounds.max() > len(tokens)):
+        raise _wrong(where, "span_range", {"num_tokens": len(tokens), "max": int(bounds.max())})
     turns = text_rows(spans)[:, 1:3].tolist()
     if turns != sorted(turns) or len(turns) != len(ranges):
         raise _wrong(where, "span_order", {"turns": turns[:20]})

@@ -9,7 +9,7 @@ from preprocess.text.chat import BareFrame, ChatFrame, Frame, chat_frame, image_
 from preprocess.text.chat_template import ANSWER, FIXED_DATE, USER, TemplateFrame
 from preprocess.text.choices import ChoiceForm
 from preprocess.text.formatter import Branch, DataFormatter, Variant, system_text
-from preprocess.text.geometry import safe_geometry
+from preprocess.text.geometry import movable_geometry, safe_geometry
 from preprocess.text.interleaved import (
     FrameLead,
     InterleavedTextPreprocessor,
@@ -17,6 +17,7 @@ from preprocess.text.interleaved import (
     place_media,
 )
 from preprocess.text.message import VideoFacts, answer_flags, message_styles, message_texts
+from preprocess.text.movable import digit_ids
 from preprocess.text.ocr import add_ocr, name_pages
 from preprocess.text.own_styles import require_style, styles_of
 from preprocess.text.paraphrase import word_groups
@@ -70,11 +71,13 @@ __all__ = [
     "add_ocr",
     "chat_frame",
     "check_action_tokens",
+    "digit_ids",
     "image_prefixes",
     "load_tokenizer",
     "media_placeholder",
     "message_styles",
     "message_texts",
+    "movable_geometry",
     "name_pages",
     "place_media",
     "place_subtitles",

@@ -42,6 +42,7 @@ from preprocess.text.message import (
 )
 from preprocess.text.own_styles import styles_of
 from preprocess.text.paraphrase import paraphrase
+from preprocess.text.points import Tag
 from preprocess.text.policy import TextPolicy
 from preprocess.text.prefix import draw_prefix
 from preprocess.text.styles import Draw, Exchange, Style
@@ -64,6 +65,8 @@ class Variant:
     """What the assistant thought before the answer, where the row keeps it apart."""
     system: str = field(default="", compare=False)
     """The conversation's; in its first exchange only."""
+    tags: tuple[Tag, ...] = field(default=(), compare=False)
+    """The coordinates of the response, in its order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +261,8 @@ class DataFormatter:
         for a, message in enumerate(messages):
             for v in range(self.policy.num_variants):
                 rng = self.rng(keyed(base, a, v) >> 32)
-                user, response = self._exchange(message, rng)
+                draw = self._draw(message, rng)
+                user, response = draw.style.draw(message, draw)
                 if self.styles[message["style"]].bare:
                     drawn.append(Variant(prompt="", response=response))
                     continue
@@ -292,6 +296,7 @@ class DataFormatter:
                         answer=response,
                         reasoning=reasoning,
                         system=system if first else "",
+                        tags=tuple(draw.tags),
                     )
                 )
         num_variants = self.policy.num_variants

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from preprocess.text.message import message_styles, message_texts
+from preprocess.text.points import PLACEHOLDER
 from preprocess.text.styles import STYLES, Style
 from preprocess.text.styles.counting import asks_for_count
 from shardspec.sample import Geometry
@@ -55,11 +58,50 @@ def safe_geometry(
     """
     if any(known[style].rigid for style in styles if style in known):
         return Geometry.COLOR
+    return _allowed(texts, texts)
+
+
+def movable_geometry(
+    example: Mapping[str, Any], *, num_images: int, known: Mapping[str, Style] = STYLES
+) -> Geometry:
+    """Decides which augmentations leave an example's texts true if its points are moved along.
+
+    Nothing that is pointed at leaves the picture then, so a crop does not change how many there
+    are. Everything else is decided as by `safe_geometry`.
+
+    Args:
+      example: Has `message_list`.
+      num_images: Of the example.
+      known: All styles by name.
+
+    Returns:
+      COLOR where the points are not all that would become wrong.
+    """
+    if example.get("rigid"):
+        return Geometry.COLOR
+    counted: list[str] = []
+    for message in example["message_list"]:
+        part = {"message_list": [message]}
+        styles = [known[style] for style in message_styles(part) if style in known]
+        for style in styles:
+            # Where there are several images, coordinates must say which one they are of; and a
+            # number alone does not show what has left the picture.
+            follows = style.movable and style.mode != "count"
+            if style.rigid and not (follows and (style.grouped or num_images == 1)):
+                return Geometry.COLOR
+        if not all(style.rigid for style in styles):
+            counted += message_texts(part)
+    texts = [text.replace(PLACEHOLDER, "") for text in message_texts(example)]
+    return _allowed(texts, counted)
+
+
+def _allowed(texts: Sequence[str], counted: Sequence[str]) -> Geometry:
+    """Decides by texts alone; those that are `counted` may request a count."""
     if any(_PLACED.search(text) for text in texts):
         return Geometry.COLOR
     safe = Geometry.ALL
     if any(_SIDED.search(text) for text in texts):
         safe &= ~Geometry.FLIP
-    if any(asks_for_count(text) for text in texts):
+    if any(asks_for_count(text) for text in counted):
         safe &= ~Geometry.CROP
     return safe

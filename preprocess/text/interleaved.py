@@ -16,11 +16,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from preprocess.text.actions import encode_actions
 from preprocess.text.formatter import Branch, Variant
+from preprocess.text.movable import Encode, find_numbers, list_points
 from preprocess.text.rendering import Conversation, render_branch
 from preprocess.text.subtitles import SubtitleText
 from preprocess.text.tokens import (
@@ -29,6 +32,7 @@ from preprocess.text.tokens import (
     EncodedPieces,
     Tokenizer,
 )
+from shardspec.coordinates import Notation, PointList
 from shardspec.errors import SampleError
 
 
@@ -45,6 +49,8 @@ class TokenizedText:
     stop) for the first frame of a video, and its time in milliseconds."""
     subtitles: tuple[tuple[int, int, int, int, int], ...] = ()
     """(video, start, stop, begin and end in milliseconds) of each run of subtitles."""
+    points: tuple[PointList, ...] = ()
+    """Where the coordinates of responses are, of samples whose points may be moved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +68,8 @@ class InterleavedTextPreprocessor:
     tokenizer: Tokenizer
     action_tokens: bool = False
     """Whether texts name action tokens (`preprocess.text.actions`)."""
+    digits: Sequence[int] = ()
+    """The ids that spell numbers, where points may be moved (`preprocess.text.movable`)."""
 
     def __call__(
         self,
@@ -71,6 +79,7 @@ class InterleavedTextPreprocessor:
         leads: Sequence[str] = (),
         frames: Sequence[FrameLead | None] = (),
         subtitles: Sequence[Sequence[SubtitleText]] = (),
+        movable: Mapping[int, int] | None = None,
     ) -> TokenizedText:
         """Tokenizes every variant of every turn.
 
@@ -81,16 +90,18 @@ class InterleavedTextPreprocessor:
           frames: Where there are videos, what is in front of each image as a frame; None for one
             that is not a frame.
           subtitles: Of each video.
+          movable: Where points may be moved, what each image allows then.
 
         Raises:
           SampleError: `empty_response` (no token to learn from), `image_placeholder`,
             `template_ids`, `reasoning`.
         """
         ids: list[int] = []
-        spans: dict[str | tuple[int, ...], tuple[int, int]] = {}
+        spans: dict[str | tuple[object, ...], tuple[int, int]] = {}
         memo: EncodedPieces = {}
+        lists: list[PointList] | None = None if movable is None else []
 
-        def store(name: str | tuple[int, ...], run: Sequence[int]) -> tuple[int, int]:
+        def store(name: str | tuple[object, ...], run: Sequence[int]) -> tuple[int, int]:
             start = len(ids)
             ids.extend(run)
             return spans.setdefault(name, (start, len(ids)))
@@ -98,12 +109,33 @@ class InterleavedTextPreprocessor:
         def span(text: str) -> tuple[int, int]:
             return spans.get(text) or store(text, self._encode(text))
 
+        def movable_response(variant: Variant, encode: Encode) -> tuple[int, int]:
+            """Stores a response with coordinates: once, unless those of an equal text differ."""
+            nonlocal lists
+            run = encode(variant.response)
+            name = (variant.tags, *run)
+            if name in spans:
+                return spans[name]
+            start, stop = store(name, run)
+            numbers = find_numbers(variant.response, variant.tags, encode, self.digits)
+            if lists is not None and numbers is not None:
+                lists += list_points(variant.tags, numbers, start=start, geometry=movable or {})
+            else:
+                lists = None
+            return start, stop
+
         def exchange(variant: Variant, first: bool) -> Sequence[tuple[int, int]]:
+            tags = variant.tags if movable is not None else ()
             if self.tokenizer.chat is None or not variant.prompt:  # documents have no turns
-                return span(variant.prompt), span(variant.response)
-            runs = self.tokenizer.encode_exchange(
-                variant.prompt, variant.response, first=first, memo=memo
-            )
+                prompt = span(variant.prompt)
+                if tags:
+                    return prompt, movable_response(variant, self._encode)
+                return prompt, span(variant.response)
+            encode = partial(self.tokenizer.encode_exchange, variant.prompt, first=first)
+            runs = encode(variant.response, memo=memo)
+            if tags:
+                own = movable_response(variant, partial(_response_ids, encode, runs[0]))
+                return spans.get(tuple(runs[0])) or store(tuple(runs[0]), runs[0]), own
             return [spans.get(tuple(run)) or store(tuple(run), run) for run in runs]
 
         rows = []
@@ -143,7 +175,18 @@ class InterleavedTextPreprocessor:
             for video, lines in enumerate(subtitles)
             for line in lines
         ]
+        if lists and any(each.points for each in lists):
+            digits, _ = spans.get(tuple(self.digits)) or store(tuple(self.digits), self.digits)
+            lists = [each._replace(digits=digits) for each in lists]
+        if lists is not None and movable is not None:
+            named = {each.image for each in lists}
+            lists += [
+                PointList(image, allowed, int(Notation.NOTHING), 0, ())
+                for image, allowed in movable.items()
+                if image not in named
+            ]
         return TokenizedText(
+            points=tuple(lists or ()),
             leads=tuple(lead_spans),
             subtitles=tuple(said),
             rows=tuple(rows),
@@ -192,6 +235,15 @@ class InterleavedTextPreprocessor:
         for part in rest:
             ids += [self.tokenizer.special_ids[IMAGE_PLACEHOLDER], *self.tokenizer.encode(part)]
         return ids
+
+
+def _response_ids(encode: Any, prompt: Sequence[int], response: str) -> list[int]:
+    """Encodes another response of an exchange; [] where the ids of the prompt change with it."""
+    try:
+        found, ids = encode(response)
+    except SampleError:
+        return []
+    return list(ids) if found == prompt else []
 
 
 def frame_time(time_s: float) -> str:

@@ -6,8 +6,8 @@
     coords  thousandths of the image in one attribute, "image id x y id x y ..." (Molmo 2):
             <points coords="1 1 900 400 2 911 800">dog</points>
 
-Points are sorted by (x, y) *after* rounding: sorted before, two points that round to the same x
-could come out in an order that the text does not show. Ids run on over the images of a group.
+Points are sorted by (x, y) *after* rounding (`shardspec.coordinates`). Ids run on over the images
+of a group.
 
 Neither notation escapes its label, as in Molmo; coordinates never hold a quote or a bracket, so
 they can be read back whatever the label is.
@@ -18,8 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
+from shardspec.coordinates import Notation, write_number, write_points
 from shardspec.errors import ConfigError, SampleError
 
 PointFormat = Literal["xml", "coords"]
@@ -68,6 +70,45 @@ class PointGroup:
         return PointGroup(points=inside, scale=self.scale, image=self.image)
 
 
+class Number(str):
+    """A coordinate among the pieces of a text."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tag:
+    """The text of some points or boxes, and what it says where."""
+
+    text: str
+    numbers: tuple[tuple[int, int], ...]
+    """Where the coordinates are in the text: x and y of each point, in its order."""
+    notation: Notation
+    lists: tuple[tuple[int, tuple[Point, ...]], ...]
+    """(image from 0, its points as shares of width and height), in the order of the text."""
+
+    @classmethod
+    def of(
+        cls,
+        pieces: Sequence[str],
+        notation: Notation,
+        lists: Sequence[tuple[int, Sequence[Point]]],
+    ) -> Tag:
+        """Joins the pieces of a text; its coordinates are pieces of their own."""
+        ends = list(accumulate(map(len, pieces)))
+        numbers = [
+            (end - len(piece), end)
+            for piece, end in zip(pieces, ends, strict=True)
+            if isinstance(piece, Number)
+        ]
+        return cls(
+            text="".join(pieces),
+            numbers=tuple(numbers),
+            notation=notation,
+            lists=tuple((image, tuple(points)) for image, points in lists),
+        )
+
+
 def parse_points(points: Any) -> list[Point]:
     """Reads a message's points.
 
@@ -94,7 +135,25 @@ def point_tag(
     alt: str | None = None,
     point_format: PointFormat = "coords",
 ) -> str:
-    """Writes the tag of at least one point.
+    """Writes the tag of at least one point; see `placed_tag`.
+
+    >>> cat = PointGroup(points=[(64, 48)], scale=(640, 480))
+    >>> point_tag([cat], label="cat", point_format="xml")
+    '<point x="10.0" y="10.0" alt="cat">cat</point>'
+    >>> point_tag([cat], label="cat", point_format="coords")
+    '<points coords="1 1 100 100">cat</points>'
+    """
+    return placed_tag(groups, label=label, alt=alt, point_format=point_format).text
+
+
+def placed_tag(
+    groups: Sequence[PointGroup],
+    *,
+    label: str,
+    alt: str | None = None,
+    point_format: PointFormat = "coords",
+) -> Tag:
+    """Writes the tag of at least one point, and says where its numbers are.
 
     Args:
       groups: Per image, its points; images without points are left out of the text.
@@ -104,12 +163,6 @@ def point_tag(
 
     Raises:
       ConfigError: `point_format` (xml cannot say which of several images it means).
-
-    >>> cat = PointGroup(points=[(64, 48)], scale=(640, 480))
-    >>> point_tag([cat], label="cat", point_format="xml")
-    '<point x="10.0" y="10.0" alt="cat">cat</point>'
-    >>> point_tag([cat], label="cat", point_format="coords")
-    '<points coords="1 1 100 100">cat</points>'
     """
     return _TAGS[point_format](groups, label, alt)
 
@@ -155,49 +208,54 @@ def fill_placeholders(text: str, tags: Sequence[str]) -> str:
     return "".join(piece + tag for piece, tag in zip(pieces, [*tags, ""], strict=True))
 
 
-def _xml_tag(groups: Sequence[PointGroup], label: str, alt: str | None) -> str:
+def _xml_tag(groups: Sequence[PointGroup], label: str, alt: str | None) -> Tag:
     if len(groups) > 1:
         raise ConfigError("point_format", images=len(groups))
+    (group,) = groups
     alt = label if alt is None else alt
-    points = sorted(_percent(point, groups[0].scale) for point in groups[0].points)
-    if len(points) == 1:
-        x, y = points[0]
-        return f'<point x="{x:.1f}" y="{y:.1f}" alt="{alt}">{label}</point>'
-    pairs = (f'x{i}="{x:.1f}" y{i}="{y:.1f}"' for i, (x, y) in enumerate(points, start=1))
-    return f'<points {" ".join(pairs)} alt="{alt}">{label}</points>'
+    written = write_points(group.points, group.scale, Notation.PERCENT)
+    pieces = ["<point" if len(written) == 1 else "<points"]
+    for i, (x, y, _) in enumerate(written, start=1):
+        mark = "" if len(written) == 1 else str(i)
+        pieces += [f' x{mark}="', Number(x), f'" y{mark}="', Number(y), '"']
+    pieces.append(f' alt="{alt}">{label}{"</point>" if len(written) == 1 else "</points>"}')
+    return Tag.of(pieces, Notation.PERCENT, [_shares(group, written)])
 
 
-def _coords_tag(groups: Sequence[PointGroup], label: str, alt: str | None) -> str:
-    written = []
+def _coords_tag(groups: Sequence[PointGroup], label: str, alt: str | None) -> Tag:
+    attribute = "" if alt is None else f' alt="{alt}"'
+    pieces = [f'<points{attribute} coords="']
+    lists: list[tuple[int, list[Point]]] = []
     number = 0
     for group in groups:
-        words = [str(group.image)]
-        for x, y in sorted(thousandths(point, group.scale) for point in group.points):
+        written = write_points(group.points, group.scale, Notation.THOUSANDTHS)
+        if not written:
+            continue
+        pieces.append(f"{GROUP_SEPARATOR if lists else ''}{group.image}")
+        lists.append(_shares(group, written))
+        for x, y, _ in written:
             number += 1
-            words.append(f"{number} {x:03d} {y:03d}")
-        if group.points:
-            written.append(" ".join(words))
-    attribute = "" if alt is None else f' alt="{alt}"'
-    return f'<points{attribute} coords="{GROUP_SEPARATOR.join(written)}">{label}</points>'
+            pieces += [f" {number} ", Number(x), " ", Number(y)]
+    return Tag.of([*pieces, f'">{label}</points>'], Notation.THOUSANDTHS, lists)
 
 
-_TAGS: Mapping[PointFormat, Callable[[Sequence[PointGroup], str, str | None], str]] = {
+_TAGS: Mapping[PointFormat, Callable[[Sequence[PointGroup], str, str | None], Tag]] = {
     "xml": _xml_tag,
     "coords": _coords_tag,
 }
 
 
-def _percent(point: Point, scale: tuple[float, float]) -> Point:
-    # Divided by scale / 100, which is exactly 1 for percentages; + 0.0 turns -0.0 into 0.0.
-    x, y = (round(value / (full / 100), 1) + 0.0 for value, full in zip(point, scale, strict=True))
-    return x, y
+def _shares(group: PointGroup, written: Sequence[tuple[str, str, int]]) -> tuple[int, list[Point]]:
+    """Gives the points of an image in the order in which they are written."""
+    width, height = group.scale
+    points = [group.points[i] for _, _, i in written]
+    return group.image - 1, [(x / width, y / height) for x, y in points]
 
 
 def thousandths(point: Point, scale: tuple[float, float]) -> tuple[int, int]:
     """Gives a point in thousandths of the image."""
-    # Clamped on both axes: Molmo 2 means to, but its check lets a y outside of the image pass.
     x, y = (
-        round(1000 * min(max(value / full, 0.0), 1.0))
+        int(write_number(value, full, Notation.THOUSANDTHS))
         for value, full in zip(point, scale, strict=True)
     )
     return x, y

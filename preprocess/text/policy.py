@@ -102,6 +102,15 @@ class TextPolicy:
     )
     """"bins": numbers as text; "tokens": one of the last 256 ids of the vocabulary for each value;
     "openvla": the same by OpenVLA's own bins. Tokens are for Molmo's own message formats."""
+    movable: Annotated[
+        bool,
+        Setting(
+            "also store where coordinates are in texts, so that flips, crops and own augmentation"
+            " move them",
+            group="text",
+        ),
+    ] = False
+    """Needs a tokenizer that spells numbers digit by digit, and Molmo's image tokens."""
     paraphrase: Annotated[
         float, Setting("share of variants with a paraphrased user text, 0 to 1", group="text")
     ] = 0.0

@@ -303,6 +303,7 @@ OTHER_TEXT = {
     "placeholders": "keep",
     "reasoning": "keep",
     "styles": StyleSheet(styles=(("mine", OwnStyle(like="vqa2", templates=("{question}!",))),)),
+    "movable": True,
     "paraphrase": 0.5,
     "actions": "tokens",
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ import numpy as np
 
 from preprocess.text.choices import fill
 from preprocess.text.message import Message, alternatives, require_text
-from preprocess.text.points import PointMode
+from preprocess.text.points import PointMode, Tag
 from preprocess.text.policy import PromptTemplates, TextPolicy
 from shardspec.toml import load_toml
 
@@ -52,6 +52,8 @@ class Draw:
     style: Style
     policy: TextPolicy
     rng: np.random.RandomState
+    tags: list[Tag] = field(default_factory=list)
+    """The coordinates of the response, in its order: the style adds them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,9 @@ class Style:
     """Whether an explanation must precede the answer."""
     rigid: bool = False
     """Whether a flip or a crop would make the text wrong: coordinates, or pages to be read."""
+    movable: bool = False
+    """Whether only its coordinates would become wrong: they are the `Draw.tags` of its responses,
+    but for a `mode` of "count"."""
     demo: bool = False
     """Whether a person would use the style without naming it: the prefix is the exception in the
     demo modes (Molmo 2)."""

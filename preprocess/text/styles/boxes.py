@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from preprocess.text.message import Message, field_error, require_field
-from preprocess.text.points import NO_POINTS
+from preprocess.text.points import NO_POINTS, Number, Point, Tag
 from preprocess.text.styles.base import Draw, Exchange, Style, user_text
 from preprocess.text.styles.pointing import check_bounds, point_scale
+from shardspec.coordinates import Notation, write_number
 from shardspec.errors import SampleError
 
 Fractions = tuple[float, float, float, float]
@@ -39,7 +39,8 @@ def draw_boxes(message: Message, draw: Draw) -> Exchange:
     notation = message.get("notation", "json")
     if notation not in NOTATIONS:
         raise field_error(message, "notation", " or ".join(NOTATIONS))
-    return user, NOTATIONS[notation](boxes, labels)
+    draw.tags.append(NOTATIONS[notation](boxes, labels))
+    return user, draw.tags[-1].text
 
 
 def _boxes(message: Message) -> list[Fractions]:
@@ -85,37 +86,48 @@ def _labels(message: Message, number: int) -> list[str]:
     raise field_error(message, "label", "a text, or one for each box")
 
 
-def _json(boxes: Sequence[Fractions], labels: Sequence[str]) -> str:
-    entries: list[dict[str, Any]] = [
-        {"bbox_2d": _thousandths(box), **({"label": label} if label else {})}
-        for box, label in zip(boxes, labels, strict=True)
-    ]
-    return json.dumps(entries, ensure_ascii=False)
+def _json(boxes: Sequence[Fractions], labels: Sequence[str]) -> Tag:
+    pieces = ["["]
+    for k, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        pieces += [", " if k else "", '{"bbox_2d": ', *_numbers(box, Notation.BOX_THOUSANDTHS)]
+        pieces.append(f', "label": {json.dumps(label, ensure_ascii=False)}}}' if label else "}")
+    return Tag.of([*pieces, "]"], Notation.BOX_THOUSANDTHS, _corners(boxes))
 
 
-def _ref(boxes: Sequence[Fractions], labels: Sequence[str]) -> str:
-    groups: dict[str, list[list[int]]] = {}
+def _ref(boxes: Sequence[Fractions], labels: Sequence[str]) -> Tag:
+    groups: dict[str, list[Fractions]] = {}
     for box, label in zip(boxes, labels, strict=True):
-        groups.setdefault(label, []).append(_thousandths(box))
-    return "".join(
-        (f"<ref>{label}</ref>" if label else "") + f"<box>{json.dumps(group)}</box>"
-        for label, group in groups.items()
-    )
+        groups.setdefault(label, []).append(box)
+    pieces = []
+    for label, group in groups.items():
+        pieces.append(f"<ref>{label}</ref><box>[" if label else "<box>[")
+        for k, box in enumerate(group):
+            pieces += [", " if k else "", *_numbers(box, Notation.BOX_THOUSANDTHS)]
+        pieces.append("]</box>")
+    ordered = [box for group in groups.values() for box in group]
+    return Tag.of(pieces, Notation.BOX_THOUSANDTHS, _corners(ordered))
 
 
-def _brackets(boxes: Sequence[Fractions], labels: Sequence[str]) -> str:
+def _brackets(boxes: Sequence[Fractions], labels: Sequence[str]) -> Tag:
     several = len(set(labels)) > 1
-    return "\n".join(
-        (f"{label}: " if several else "") + "[" + ", ".join(f"{value:.2f}" for value in box) + "]"
-        for box, label in zip(boxes, labels, strict=True)
-    )
+    pieces = []
+    for k, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        pieces += ["\n" if k else "", f"{label}: " if several else ""]
+        pieces += _numbers(box, Notation.BOX_HUNDREDTHS)
+    return Tag.of(pieces, Notation.BOX_HUNDREDTHS, _corners(boxes))
 
 
-def _thousandths(box: Fractions) -> list[int]:
-    return [round(1000 * value) for value in box]
+def _numbers(box: Fractions, notation: Notation) -> list[str]:
+    """Writes "[x1, y1, x2, y2]", in pieces."""
+    pieces = [part for each in box for part in (", ", Number(write_number(each, 1, notation)))]
+    return ["[", *pieces[1:], "]"]
 
 
-NOTATIONS: Mapping[str, Callable[[Sequence[Fractions], Sequence[str]], str]] = {
+def _corners(boxes: Sequence[Fractions]) -> list[tuple[int, list[Point]]]:
+    return [(0, [corner for a, b, c, d in boxes for corner in ((a, b), (c, d))])]
+
+
+NOTATIONS: Mapping[str, Callable[[Sequence[Fractions], Sequence[str]], Tag]] = {
     "json": _json,
     "ref": _ref,
     "brackets": _brackets,
@@ -123,5 +135,5 @@ NOTATIONS: Mapping[str, Callable[[Sequence[Fractions], Sequence[str]], str]] = {
 """How boxes are written, by name."""
 
 STYLES: Mapping[str, Style] = {
-    "boxes": Style(family="boxes", draw=draw_boxes, rigid=True),
+    "boxes": Style(family="boxes", draw=draw_boxes, rigid=True, movable=True),
 }

@@ -45,6 +45,7 @@ def _counting(
         mode=mode,
         grouped=grouped,
         rigid=True,
+        movable=True,
         demo=demo,
         length_hint=length_hint,
     )

@@ -16,12 +16,11 @@ from preprocess.text.message import Message, field_error, require_field, require
 from preprocess.text.points import (
     NO_POINTS,
     Point,
-    PointFormat,
     PointGroup,
     fill_placeholders,
     parse_points,
+    placed_tag,
     point_sentence,
-    point_tag,
 )
 from preprocess.text.styles.base import Draw, Exchange, Style, user_text, whole_text
 from shardspec.errors import SampleError
@@ -55,7 +54,7 @@ def draw_inline_points(message: Message, draw: Draw) -> Exchange:
     question = "" if message.get("prompt") else whole_text(message, "question", draw)
     scale = positive(message.get("point_scale", ANNOTATION_SCALE), message)
     tags = [
-        _inline_tag(annotation, scale, draw.policy.point_format)
+        _inline_tag(annotation, scale, draw)
         for annotation in require_field(message, "answer_annotations")
     ]
     user = user_text(message, draw, plain=question, question=question)
@@ -75,17 +74,20 @@ def _answer(message: Message, label: str, draw: Draw) -> str:
         return NO_POINTS
     if mode == "count":
         return point_sentence("", count=count, mode=mode)
-    tag = point_tag(groups, label=label, point_format=draw.policy.point_format)
-    return point_sentence(tag, count=count, mode=mode)
+    tag = placed_tag(groups, label=label, point_format=draw.policy.point_format)
+    draw.tags.append(tag)
+    return point_sentence(tag.text, count=count, mode=mode)
 
 
-def _inline_tag(annotation: Message, scale: float, point_format: PointFormat) -> str:
+def _inline_tag(annotation: Message, scale: float, draw: Draw) -> str:
     points = parse_points(require_field(annotation, "points"))
     text = require_text(annotation, "inline_text")
     if not points:
         return text  # nothing to point at: the words alone
     group = PointGroup(points=points, scale=(scale, scale)).clipped()
-    return point_tag([group], label=text, alt=annotation.get("alt_text"), point_format=point_format)
+    alt, point_format = annotation.get("alt_text"), draw.policy.point_format
+    draw.tags.append(placed_tag([group], label=text, alt=alt, point_format=point_format))
+    return draw.tags[-1].text
 
 
 def point_label(message: Message, *, grouped: bool = False) -> str:
@@ -163,6 +165,7 @@ STYLES: Mapping[str, Style] = {
         draw=draw_pointing,
         template="pointing.pointing",
         rigid=True,
+        movable=True,
         demo=True,
         length_hint=False,
     ),
@@ -180,7 +183,8 @@ STYLES: Mapping[str, Style] = {
         template="pointing.multi_image_pointing",
         grouped=True,
         rigid=True,
+        movable=True,
         demo=True,
     ),
-    "point_qa": Style(family="inline_points", draw=draw_inline_points, rigid=True),
+    "point_qa": Style(family="inline_points", draw=draw_inline_points, rigid=True, movable=True),
 }

@@ -245,6 +245,13 @@ def test_every_setting_is_told_by_its_own_name_alone(variable, tmp_path):
     assert table(found).splitlines()[1].split()[0] == variable
 
 
+def test_points_that_move_are_told_by_the_name_of_their_setting():
+    old = identity()
+    text = {**old["recipe"]["text"], "movable": True}
+    new = {**old, "recipe": {**old["recipe"], "text": text}}
+    assert [each.name for each in find_differences(old, new)] == ["MOVABLE"]
+
+
 @pytest.mark.parametrize("variable", VIDEOS)
 def test_settings_of_videos_are_told_where_there_are_videos(variable):
     flag = f"--{variable.lower().replace('_', '-')}={VIDEOS[variable]}"
@@ -256,5 +263,5 @@ def test_settings_of_videos_are_told_where_there_are_videos(variable):
 def test_every_variable_is_in_one_of_the_lists():
     _, verbs = command_line()
     told = {*OTHERS, *VIDEOS, *NOT_IN_IT, "CONFIG", "DATASET", "NAME", "SOURCE", "MODE"}
-    told |= {"TOKENIZER", "MODEL", "FAMILY"}
+    told |= {"TOKENIZER", "MODEL", "FAMILY", "MOVABLE"}
     assert set(make_variables(verbs["shards"])) == told
