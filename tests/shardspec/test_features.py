@@ -6,6 +6,7 @@ import pytest
 from shardspec.errors import ConfigError, SampleError, ShardError
 from shardspec.families import Qwen2VL
 from shardspec.features import StoredFeatures
+from shardspec.media import decode_stored
 from shardspec.tiling import ImageView
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
@@ -140,3 +141,10 @@ def test_same_features_made_elsewhere_are_equal():
     made = stored(device="cpu", batch=1)
     assert made == stored(device="cuda", batch=8)
     assert made != stored("float16")
+
+
+def test_features_are_never_decoded_as_a_picture():
+    payload = stored().encode(values_of((1, 3, 5)))
+    with pytest.raises(ShardError) as raised:
+        decode_stored(payload, codec="features")
+    assert raised.value.reason == "image_decode"
