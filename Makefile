@@ -19,11 +19,12 @@ define newline
 endef
 given    = $(filter-out $(OWN),$(foreach v,$(sort $(.VARIABLES)),$(if $(filter command,$(origin $v)),$v)))
 one_line = $(if $(findstring $(newline),$(value $1)),$(error $1 has a line break),$(value $1))
-run_verb = @$(PY) -m preprocess make $@ $(foreach v,$(given),$(call quote,$v=$(call one_line,$v)))
+run_of   = @$(PY) -m $1 make $@ $(foreach v,$(given),$(call quote,$v=$(call one_line,$v)))
+run_verb = $(call run_of,preprocess)
 only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards retry plan commit status verify report gc reshard merge split filter annotate import export-index datasets doctor stream preview train docs test check bench setup
+.PHONY: help shards retry plan commit status verify report gc reshard merge split filter annotate features import export-index datasets doctor stream preview train docs test check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +68,9 @@ filter: $(VENV)/ready ## keep the samples of SRC with WHERE='num_tokens < 2048' 
 
 annotate: $(VENV)/ready ## add the columns of COLUMNS=scores.parquet to the samples of SRC, by key, as a view DST
 	$(run_verb)
+
+features: $(VENV)/ready ## store what the frozen vision model BACKBONE makes of the pictures of SRC, in DST
+	$(call run_of,vlm_shards)
 
 import: $(VENV)/ready ## index the WebDataset tars SRC in place; OUT= NAME=
 	$(run_verb)

@@ -30,6 +30,7 @@ PACKAGES = (
     "loader.integrations.hf",
     "loader.integrations.distributed",
     "loader.evaluation",
+    "loader.features",
     "loader.monitoring",
     "preprocess.datasets",
     "shardspec",

@@ -359,7 +359,8 @@ def _require_alike(parts: Sequence[StreamPart[Any]]) -> None:
             tokenizers = [part.data.manifest.tokenizer for part in (first, other)]
             _compare(first, other, "tokenizer", tokenizers, _TOKENIZER)
             views = [part.builder.view for part in (first, other)]
-            _compare(first, other, "view", views, _VIEW)
+            same = views[0].features == views[1].features
+            _compare(first, other, "view", views, _VIEW if same else (*_VIEW, "features"))
         topologies = [part.topology.now() for part in (first, other)]
         _compare(first, other, "topology", topologies, _RANKS)
     for part in parts:

@@ -134,6 +134,8 @@ def decode_stored(
         raise ValueError(f"{codec} cannot be decoded at a reduced size")
     if codec == "raw":
         return _decode_raw(payload, out, where)
+    if codec not in _PILLOW_CLASSES:  # features: a picture was, and is no more
+        _refuse(codec, "it is no picture", where)
     if codec == "jpeg" and (decoder or jpeg_decoder()) == "simplejpeg":
         return _decode_simplejpeg(payload, out, where, reduce)
     return _decode_pillow(payload, out, codec, where, reduce)

@@ -64,6 +64,7 @@ from __future__ import annotations
 import enum
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,15 @@ WEIGHT_ONE = 1_000_000
 Codec = Literal["jpeg", "png", "webp", "raw", "lossless"]
 """How images are stored. "lossless" is whichever of png and webp is smaller, image by image: the
 name of the member, and the first bytes of the file, tell which."""
-CODEC_SUFFIX: Mapping[str, str] = {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}
+CODEC_SUFFIX: Mapping[str, str] = {
+    "jpeg": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "raw": "image.npy",
+    "features": "features.npy",
+}
+"""Endings of members; "features" are no pictures, but what a backbone made of them
+(`shardspec.features`)."""
 LOSSLESS_CODECS = frozenset({"png", "webp", "raw", "lossless"})
 """webp is always written lossless here; lossy images are JPEG, which decodes 3.5 x faster."""
 
@@ -291,25 +300,30 @@ def _array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _array_member(
-    dtype: str, columns: int | None, num_bytes: int
+    dtype: str, columns: int | tuple[int, ...] | None, num_bytes: int
 ) -> tuple[np.dtype, tuple[int, ...], bytes, int]:
     """Returns what a member of `num_bytes` contains: (type, shape, header, bytes left over)."""
     kind = np.dtype(dtype)
     body_bytes = max(0, num_bytes - ARRAY_HEADER_BYTES)
-    num_rows, rest = divmod(body_bytes, kind.itemsize * (columns or 1))
-    shape = (num_rows, columns) if columns else (num_rows,)
+    row = (columns,) if isinstance(columns, int) else columns or ()
+    num_rows, rest = divmod(body_bytes, kind.itemsize * math.prod(row))
+    shape = (num_rows, *row)
     return kind, shape, _array_header(dtype, shape), rest
 
 
 def decode_array(
-    payload: bytes | memoryview, *, dtype: str, columns: int | None = None, where: str = ""
+    payload: bytes | memoryview,
+    *,
+    dtype: str,
+    columns: int | tuple[int, ...] | None = None,
+    where: str = "",
 ) -> np.ndarray:
     """Views the payload of an array member without copying.
 
     Args:
       payload: The whole member.
       dtype: NumPy type string the member must have, such as "<i4".
-      columns: Length of the second axis of a two-dimensional array; None for one axis.
+      columns: Length of the second axis, or of all axes after the first; None for one axis.
       where: Named in the error.
 
     Raises:

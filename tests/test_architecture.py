@@ -28,7 +28,11 @@ FORBIDDEN = {
     "loader": {"preprocess", "transformers", "tokenizers", "datasets", "vlm_shards"},
     "vlm_shards": {"torchvision", "transformers", "tokenizers", "datasets", "webdataset"},
 }
-ADAPTERS = {"loader/integrations/hf.py", "loader/assembly/families/processor.py"}
+ADAPTERS = {
+    "loader/integrations/hf.py",
+    "loader/assembly/families/processor.py",
+    "loader/features/backbone.py",
+}
 """May import the library that they adapt to, in functions: the caller has
 imported it, or the dataset was built for it."""
 
@@ -61,6 +65,7 @@ PURE = {
     "shardspec/families/processor.py",
     "shardspec/families/qwen2_vl.py",
     "shardspec/families/stored.py",
+    "shardspec/features.py",
     "shardspec/frames.py",
     "shardspec/image_file.py",
     "shardspec/keyed.py",
@@ -189,7 +194,7 @@ FLOORS = {
         {"actions", "child", "families"},
         {"expression", "sample", "tar", "tiling"},
         {"index", "foreign", "media", "storage"},
-        {"columns", "frames"},
+        {"columns", "features", "frames"},
         {"manifest", "video"},
         {"probe"},
     ),
@@ -218,12 +223,12 @@ FLOORS = {
         {"mixture_stream"},
         {"delivery", "resume"},
         {"dataloader"},
-        {"device", "evaluation", "monitoring"},
+        {"device", "evaluation", "features", "monitoring"},
         {"integrations"},
         {"cli"},
         {"__main__"},
     ),
-    "vlm_shards": ({"config", "preprocessors"},),
+    "vlm_shards": ({"config", "features", "preprocessors"}, {"__main__"}),
 }
 """The rooms of each package from the ground up: an import goes down, or stays in its room."""
 

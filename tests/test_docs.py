@@ -37,8 +37,9 @@ def make_variables_of(*verbs: str) -> set[str]:
     """Lists the variables of some make targets, which are the flags of their verbs."""
     from preprocess.__main__ import command_line
     from preprocess.cli import make_variables
+    from vlm_shards.__main__ import command_line as of_both
 
-    parsers = command_line()[1]
+    parsers = {**command_line()[1], **of_both()[1]}
     return {name for verb in verbs or parsers for name in make_variables(parsers[verb])}
 
 
@@ -113,6 +114,7 @@ def test_every_variable_of_resharding_is_documented():
     documented = set(variables(PAGES["docs/resharding.md"]))
     assert make_variables_of("reshard", "merge", "split", "filter") <= documented
     assert make_variables_of("annotate") == set(variables(PAGES["docs/columns.md"]))
+    assert make_variables_of("features") == set(variables(PAGES["docs/features.md"]))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -112,6 +112,15 @@ PUBLIC = {
         "score_results",
         "write_table",
     ],
+    "loader.features": [
+        "Backbone",
+        "FeatureCache",
+        "Shown",
+        "check_backbone",
+        "extract",
+        "load_backbone",
+        "show_pictures",
+    ],
     "loader.integrations": [
         *("DistributedState", "SteadyPasses", "attach_to_trainer", "check_model", "hf"),
     ],
@@ -258,8 +267,8 @@ MEMBERS = {
     ],
     "VideoPreprocessor": ["choose"],
     "View": [
-        *("augment", "branch_order", "frames", "high_res", "high_res_probability", "image"),
-        *("image_map", "loss", "max_images", "model", "normalize", "pixels", "purpose"),
+        *("augment", "branch_order", "features", "frames", "high_res", "high_res_probability"),
+        *("image", "image_map", "loss", "max_images", "model", "normalize", "pixels", "purpose"),
         *("questions", "reduced_decoding", "resample", "sequence_length", "shapes", "tree"),
         "weight",
     ],

@@ -18,13 +18,20 @@ from loader.assembly.families.example import (
     ModelPlanner,
     ModelView,
 )
-from loader.assembly.families.kernels import Backend, unit_shape
+from loader.assembly.families.kernels import Backend, unit_shape, write_units
 from loader.assembly.families.unsharded import ModelPreprocessor, assemble_for_model
 from loader.assembly.layout import TokenIds
 from loader.assembly.ocr_boxes import ocr_boxes
 from loader.assembly.own_augment import AugmentFunction, OwnAugment
 from loader.assembly.packed import Pack, fitting
-from loader.assembly.pixels import MEAN_STD, Encoded, Normalization, normalize
+from loader.assembly.pixels import (
+    MEAN_STD,
+    Encoded,
+    Normalization,
+    normalize,
+    patchify,
+    render,
+)
 from loader.assembly.planner import ExamplePlan, Planner
 from loader.assembly.questions import Questions
 from loader.assembly.unsharded import DeterministicDataset, MolmoPreprocessor, render_image
@@ -69,7 +76,10 @@ __all__ = [
     "fitting",
     "normalize",
     "ocr_boxes",
+    "patchify",
+    "render",
     "render_image",
     "unit_shape",
     "view_collator",
+    "write_units",
 ]

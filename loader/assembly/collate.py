@@ -15,6 +15,9 @@ and, where asked for, `position_ids` (0), `subsegment_ids` (-1), `loss_weights` 
 list of dictionaries) and `real` (bool [B], False for rows that only fill the batch). L follows from
 the pad mode, M is the batch's maximum or a fixed number.
 
+Features of a backbone that stand for pictures (`View.features`) are `image_features` instead of
+`images`: [B, M, *row], of the type that is stored.
+
 Two other forms of pictures are taken as the view gives them: `images` as patches [B, M, P, D], and
 maps from image to tokens: `image_input_idx` per token [B, M, T] (padding -100, as for tokens of
 other crops), or `token_pooling` int64 [B, R, pool] (padding -1), R the batch's most image tokens.
@@ -39,9 +42,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from loader.assembly.features import IMAGE_FEATURES, as_tensor
 from loader.assembly.layout import COLUMNS, cut
 from loader.buffers import Allocate
 from shardspec.errors import ConfigError, SampleError, nearest
+from shardspec.features import StoredFeatures
 from shardspec.tiling import EXCLUDED, NO_PATCH
 
 IGNORE_INDEX = -100
@@ -59,7 +64,8 @@ _PIXEL_TYPES = (np.dtype(np.uint8), np.dtype(np.float32))
 PadSide = Literal["right", "left"]
 """Where texts are padded: models that generate need the left, so that all prompts end together."""
 
-IMAGE_KEYS = ("images", "image_masks", "image_input_idx")
+IMAGES = "images"
+_MAPS = ("image_masks", "image_input_idx")
 
 Example = Mapping[str, Any]
 
@@ -77,6 +83,8 @@ class Shapes(NamedTuple):
     """Of `image_input_idx`, where it maps every token."""
     pool: int | None
     """Of `token_pooling`'s rows; None without it."""
+    key: str = IMAGES
+    """What they are called: pictures, or features."""
 
 
 class LazyExample(Protocol):
@@ -138,6 +146,7 @@ class MMCollator:
         max_images: int | None = None,
         max_pooled: int | None = None,
         image_dtype: type[np.generic] | np.dtype = np.uint8,
+        features: StoredFeatures | None = None,
         overlong: Literal["error", "truncate"] = "error",
         with_metadata: bool = False,
         with_real: bool = False,
@@ -162,6 +171,7 @@ class MMCollator:
           max_pooled: Fixed number of rows of `token_pooling`, at least as many as image tokens;
             None takes the most of the batch.
           image_dtype: Of `images` where no example of the batch has any, but there is padding.
+          features: What stands for pictures, of the shape `image_shape` for each; None: pictures.
           overlong: What happens to an example longer than `sequence_length`: refused, or cut where
             that loses no image and leaves something to learn.
           with_metadata: Hand over the examples' `metadata`, {} where there is none.
@@ -175,7 +185,9 @@ class MMCollator:
           ConfigError: `pad_side`, `pad_mode`, `overlong`, `extra_key` or `collator_range`.
         """
         numbers = {"sequence_length": sequence_length, "num_patches": num_patches}
-        axes = ("channels", "height", "width") if len(image_shape) == 3 else ("patches", "dim")
+        axes = {3: ("channels", "height", "width"), 2: ("patches", "dim")}.get(
+            len(image_shape), ("dim",)
+        )
         numbers |= dict(zip(axes, image_shape, strict=True))
         numbers |= {"tokens_per_crop": 1 if tokens_per_crop is None else tokens_per_crop}
         numbers |= {"pool": 1 if pool is None else pool}
@@ -202,6 +214,8 @@ class MMCollator:
         self.min_images, self.max_images = min_images, max_images
         self.max_pooled = max_pooled
         self.image_dtype = np.dtype(image_dtype)
+        self.features = features
+        self.image_key = IMAGES if features is None else IMAGE_FEATURES
         self.overlong = overlong
         self.with_metadata = with_metadata
         self.with_real = with_real
@@ -228,9 +242,9 @@ class MMCollator:
         Raises:
           As `collate`.
         """
-        counts = [_num_images(example) for example in examples]
+        counts = [_num_images(example, self.image_key) for example in examples]
         self._check(examples, counts)
-        made = [_Made(*pair) for pair in zip(examples, counts, strict=True)]
+        made = [_Made(*pair, self.image_key) for pair in zip(examples, counts, strict=True)]
         return self.collate(made, allocate=allocate)
 
     def collate(
@@ -317,10 +331,14 @@ class MMCollator:
                 images[row, n:] = 0
                 masks[row, n:] = 0
                 input_idx[row, n:] = index_pad
-        arrays = {"images": images, "image_masks": masks, "image_input_idx": input_idx}
+        arrays = {"image_masks": masks, "image_input_idx": input_idx}
         if self.pool is not None:
             arrays["token_pooling"] = self._collate_pooling(examples, self.pool, allocate)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        pixels = torch.from_numpy(images)
+        if self.features is not None:
+            pixels = as_tensor(images, self.features)
+        tensors = {self.image_key: pixels}
+        tensors |= {name: torch.from_numpy(array) for name, array in arrays.items()}
         # After all the rest: a decoder evicts everything else from the caches.
         for row, example in rows:
             if n := example.num_crops:
@@ -358,7 +376,7 @@ class MMCollator:
         if num:
             dtype = self.image_dtype if first is None else first.shapes.dtype
         shape = (len(examples), num)
-        if len(self.image_shape) == 2 or (first is not None and first.channels_first):
+        if len(self.image_shape) != 3 or (first is not None and first.channels_first):
             return allocate((*shape, *self.image_shape), dtype)
         channels, height, width = self.image_shape
         buffer = allocate((*shape, height, width, channels), dtype)
@@ -374,6 +392,7 @@ class MMCollator:
     def _fits(self, shapes: Shapes) -> bool:
         return (
             shapes.image == self.image_shape
+            and shapes.key == self.image_key
             and shapes.num_patches == self.num_patches
             and shapes.tokens_per_crop == self.tokens_per_crop
             and self.pool in (None, shapes.pool)
@@ -411,12 +430,12 @@ class MMCollator:
         pairs = list(zip(examples, counts, strict=True))
         problems = [problem for pair in pairs for problem in self._problems(*pair)]
         types = {
-            example["images"].dtype
+            example[self.image_key].dtype
             for example, num in pairs
-            if num and isinstance(example.get("images"), np.ndarray)
+            if num and isinstance(example.get(self.image_key), np.ndarray)
         }
         if len(types) > 1:
-            problems.append("images of several types")
+            problems.append(f"{self.image_key} of several types")
         if problems:
             specs = {
                 _name(row, _metadata(example)): _spec(example)
@@ -425,7 +444,8 @@ class MMCollator:
             raise ConfigError(
                 "example_mismatch.batch",
                 where="; ".join(dict.fromkeys(problems)),
-                want=f"images uint8 or float32 [n, {_joined(self.image_shape)}], "
+                want=f"{self.image_key} {self._type_names} "
+                f"[n, {_joined(self.image_shape)}], "
                 f"image_masks [n, {self.num_patches}], image_input_idx [n"
                 + (f", {self.tokens_per_crop}]" if self.tokens_per_crop else "]"),
                 facts=specs,
@@ -434,23 +454,24 @@ class MMCollator:
     def _problems(self, example: Example, num: int) -> list[str]:
         """Lists what is wrong with one example of `num` images by itself."""
         missing = [key for key in self._text_specs if key not in example]
+        image_keys = (self.image_key, *_MAPS)
         if num:
-            missing += [key for key in IMAGE_KEYS if key not in example]
+            missing += [key for key in image_keys if key not in example]
         if missing:
             return [f"{key} is missing" for key in missing]
         if "pixel_values" in example:
             return [
                 "pixel_values are of a dataset for a model, whose batches make_dataloader makes"
             ]
-        known = (*self._text_specs, *IMAGE_KEYS, "image_end", "token_pooling")
+        known = (*self._text_specs, *image_keys, "image_end", "token_pooling")
         if wrong := [key for key in known if key in example and not _is_listed(example[key])]:
             return [f"{key} is not an array: {type(example[key]).__name__}" for key in wrong]
-        if num and len({len(example[key]) for key in IMAGE_KEYS}) > 1:
-            return [f"{', '.join(IMAGE_KEYS)} differ in length"]
+        if num and len({len(example[key]) for key in image_keys}) > 1:
+            return [f"{', '.join(image_keys)} differ in length"]
         want: dict[str, tuple[int, ...]]
         want = dict.fromkeys(self._text_specs, (len(example["input_ids"]),))
         if num:
-            want["images"] = (num, *self.image_shape)
+            want[self.image_key] = (num, *self.image_shape)
             want["image_masks"] = (num, self.num_patches)
             per_token = () if self.tokens_per_crop is None else (self.tokens_per_crop,)
             want["image_input_idx"] = (num, *per_token)
@@ -466,21 +487,29 @@ class MMCollator:
             for key in ("input_ids", "labels", "image_input_idx")
             if key in want and example[key].dtype.kind not in "iu"
         ]
-        if num and example["images"].dtype not in _PIXEL_TYPES:
-            found.append("images of a type that is neither uint8 nor float32")
+        if num and example[self.image_key].dtype not in self._types:
+            found.append(f"{self.image_key} of a type that is not {self._type_names}")
         return found
+
+    @property
+    def _types(self) -> tuple[np.dtype, ...]:
+        return _PIXEL_TYPES if self.features is None else (self.features.array_dtype,)
+
+    @property
+    def _type_names(self) -> str:
+        return " or ".join(map(str, self._types))
 
 
 class _Made:
     """An example whose arrays are there."""
 
-    def __init__(self, example: Example, num_crops: int) -> None:
-        self._example, self.num_crops = example, num_crops
+    def __init__(self, example: Example, num_crops: int, image_key: str) -> None:
+        self._example, self.num_crops, self._image_key = example, num_crops, image_key
         self.num_tokens = len(example["input_ids"])
 
     @property
     def shapes(self) -> Shapes:
-        images, input_idx = self._example["images"], self._example["image_input_idx"]
+        images, input_idx = self._example[self._image_key], self._example["image_input_idx"]
         pooling = self._example.get("token_pooling")
         return Shapes(
             image=images.shape[1:],
@@ -488,18 +517,19 @@ class _Made:
             num_patches=self._example["image_masks"].shape[1],
             tokens_per_crop=input_idx.shape[1] if input_idx.ndim == 2 else None,
             pool=None if pooling is None else pooling.shape[1],
+            key=self._image_key,
         )
 
     @property
     def channels_first(self) -> bool:
-        strides: tuple[int, ...] = self._example["images"].strides
+        strides: tuple[int, ...] = self._example[self._image_key].strides
         return strides[1] > strides[-1]
 
     def pieces(self, name: str) -> list[np.ndarray]:
         return [self._example[name]]
 
     def write_images(self, out: np.ndarray) -> None:
-        np.copyto(out, self._example["images"])
+        np.copyto(out, self._example[self._image_key])
 
     def write_masks(self, out: np.ndarray) -> None:
         out[...] = self._example["image_masks"]
@@ -554,7 +584,7 @@ def finished(example: LazyExample) -> dict[str, Any]:
         images = np.empty((num, height, width, channels), shapes.dtype).transpose(0, 3, 1, 2)
     else:
         images = np.empty((num, *shapes.image), shapes.dtype)
-    made["images"] = images
+    made[shapes.key] = images
     made["image_masks"] = np.empty((num, shapes.num_patches), np.float32)
     per_token = () if shapes.tokens_per_crop is None else (shapes.tokens_per_crop,)
     made["image_input_idx"] = np.empty((num, *per_token), np.int64)
@@ -569,9 +599,9 @@ def finished(example: LazyExample) -> dict[str, Any]:
     return made
 
 
-def _num_images(example: Example) -> int:
+def _num_images(example: Example, image_key: str) -> int:
     most = 0
-    for key in IMAGE_KEYS:
+    for key in (image_key, *_MAPS):
         if key in example:
             # What has no length is refused as no array.
             most = max(most, len(example[key]) if _is_listed(example[key]) else 1)

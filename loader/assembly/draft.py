@@ -12,6 +12,7 @@ import numpy as np
 from loader.assembly.augment import NO_CHANGE
 from loader.assembly.clip import Clip, ClipFrame, PictureSource, sources_of
 from loader.assembly.families.example import ModelPlan
+from loader.assembly.features import write_features
 from loader.assembly.pixels import Encoded, normalize, patch_cells, render
 from loader.assembly.planner import ExamplePlan
 from loader.assembly.questions import question_record, sample_record, window_record
@@ -95,6 +96,14 @@ class Draft:
         """
         start_s = perf_counter()
         plan, view, done = self.plan, self.view, 0
+        if view.features is not None:
+            try:
+                write_features(self.sources, [seen.crops for seen in plan.seen], view.features, out)
+            except ShardError as error:
+                self.error = error
+                raise
+            self.render_s += perf_counter() - start_s
+            return
         if view.pixels == "patches":
             cells = patch_cells(out, plan.view.patch_px)
         else:

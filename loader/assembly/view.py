@@ -9,13 +9,15 @@ from typing import Literal, get_args
 import numpy as np
 
 from loader.assembly.augment import Augment, Resample
-from loader.assembly.collate import MMCollator, PadSide, Shapes
+from loader.assembly.collate import IMAGES, MMCollator, PadSide, Shapes
 from loader.assembly.families.example import ModelView
+from loader.assembly.features import IMAGE_FEATURES
 from loader.assembly.layout import LossScale, Tree
 from loader.assembly.own_augment import AugmentFunction, OwnAugment
 from loader.assembly.pixels import Normalization
 from loader.assembly.questions import Questions
 from shardspec.errors import ConfigError
+from shardspec.features import StoredFeatures
 from shardspec.tiling import FrameView, ImageView
 
 _UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
@@ -74,12 +76,19 @@ class View:
     model: ModelView | None = None
     """Of a dataset that was built for a model: its family decides what `image`, `pixels`,
     `image_map` and the other settings of the Molmo kind decide otherwise."""
+    features: StoredFeatures | None = None
+    """Of a dataset that stores features of a backbone instead of pictures; a `StreamingDataset`
+    fills them in. What they were made of decides `image`, `resample` and `normalize`, or `model`,
+    and pictures cannot be augmented (docs/features.md)."""
 
     def __post_init__(self) -> None:
+        if self.features is not None:
+            self._take_features(self.features)
         if self.model is not None:
             usual = {f.name: f.default for f in fields(View)}
             usual |= {"image": ImageView(), "augment": Augment()}
-            own = ("model", "sequence_length", "max_images", "weight", "purpose", "questions")
+            own: tuple[str, ...] = ("model", "sequence_length", "max_images", "weight")
+            own = (*own, "purpose", "questions", "features")
             given = [n for n in usual if n not in own and getattr(self, n) != usual[n]]
             if given:
                 raise ConfigError("model_view.settings", names=", ".join(given))
@@ -103,17 +112,55 @@ class View:
         if not isinstance(self.augment, Augment | OwnAugment):
             object.__setattr__(self, "augment", OwnAugment(self.augment))
 
+    def _take_features(self, features: StoredFeatures) -> None:
+        """Takes over what features were made of where a field has its default.
+
+        Raises:
+          ConfigError: `features_view`: a field says otherwise, or changes pictures.
+        """
+        model = None
+        if features.family is not None:
+            model = ModelView(family=features.family, backend=features.backend)  # type: ignore[arg-type]
+        made_of = {
+            "image": features.image or ImageView(),
+            "resample": features.resample or "bicubic",
+            "normalize": features.normalize,
+            "pixels": features.pixels or "crops",
+            "model": model,
+            "augment": Augment(),
+            "high_res": None,
+        }
+        wrong: dict[str, object] = {}
+        for each in fields(View):
+            if each.name not in made_of:
+                continue
+            usual = Augment() if each.name == "augment" else each.default
+            usual = ImageView() if each.name == "image" else usual
+            value, own = made_of[each.name], getattr(self, each.name)
+            if own == usual:
+                object.__setattr__(self, each.name, value)
+            elif own != value:
+                wrong[each.name] = f"{own} asked for, {value} stored"
+        if wrong:
+            raise ConfigError("features_view.fields", facts=wrong)
+
     def shapes(self, image: ImageView) -> Shapes:
         """Tells the shapes of what an example in one of the resolutions has for each crop."""
-        crops = (3, image.size_px, image.size_px)
-        patches = (image.num_patches, image.patch_px**2 * 3)
+        shape: tuple[int, ...] = (3, image.size_px, image.size_px)
+        dtype, key = (_UINT8 if self.normalize is None else _FLOAT32), IMAGES
+        if self.pixels == "patches":
+            shape = (image.num_patches, image.patch_px**2 * 3)
+        if self.features is not None:
+            shape, dtype = self.features.row_shape, self.features.array_dtype
+            key = IMAGE_FEATURES
         pools = [image.pool, *([self.frames.pool] if self.frames else [])]
         return Shapes(
-            image=patches if self.pixels == "patches" else crops,
-            dtype=_UINT8 if self.normalize is None else _FLOAT32,
+            image=shape,
+            dtype=dtype,
             num_patches=image.num_patches,
             tokens_per_crop=math.prod(image.crop_tokens) if self.image_map == "per_token" else None,
             pool=max(map(math.prod, pools)) if self.image_map == "pooling" else None,
+            key=key,
         )
 
 
@@ -161,5 +208,6 @@ def view_collator(
         pad_side=pad_side,
         max_pooled=max_pooled,
         image_dtype=shapes.dtype,
+        features=view.features,
         overlong=overlong,
     )

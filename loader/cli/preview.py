@@ -219,6 +219,9 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
             ]
             pixels, counts = [], []
             for plan in plans:
+                if "pixel_values" not in batch:  # features
+                    counts.append(0)
+                    continue
                 values = batch["pixel_values"]
                 # Idefics3 has all rows in one: [1, N, 3, S, S].
                 values = values[0] if values.ndim == 5 and len(values) == 1 else values

@@ -219,6 +219,7 @@ def _collator(
             extra_keys=extra_keys,
             with_metadata=options.with_metadata,
             with_real=with_real,
+            features=view.features,
         )
     if options.pack:
         extra_keys = tuple(dict.fromkeys((*extra_keys, "position_ids", "subsegment_ids")))

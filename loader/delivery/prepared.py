@@ -229,6 +229,14 @@ class PreparedBatches:
     def expected_bytes(self, num_rows: int) -> int:
         """Guesses that each row has as many crops as one picture can have."""
         view = self.examples[0].view
+        if view.features is not None:
+            # A unit of a model's picture has a row at most, and crops of Molmo have one.
+            if view.model is None:
+                units = image_bounds(view.image).num_crops
+            else:
+                units = view.model.family.plan((1000, 1000)).num_units
+            item_bytes = view.features.array_dtype.itemsize
+            return num_rows * units * math.prod(view.features.row_shape) * item_bytes
         if view.model is not None:
             family = view.model.family
             plan = family.plan((1000, 1000))

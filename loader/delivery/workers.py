@@ -109,6 +109,13 @@ class _Sent:
     """Which of its axes each axis of the tensor is: channels stay last in memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """A tensor of bfloat16, which NumPy lacks: that of its bits."""
+
+    bits: Any
+
+
 @dataclass(slots=True, kw_only=True)
 class _Answer:
     """What a worker sends back; the descriptors of new buffers follow it."""
@@ -356,6 +363,8 @@ class _Worker:
         self._process.close()
 
     def _opened(self, value: Any) -> Any:
+        if isinstance(value, _Bits):
+            return self._opened(value.bits).view(torch.bfloat16)
         if isinstance(value, _Sent):
             return torch.from_numpy(value.array.transpose(value.axes))
         if not isinstance(value, _Shared):
@@ -527,6 +536,8 @@ class _SharedMemory:
         return _each_value(batch, self._described)
 
     def _described(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+            return _Bits(self._described(value.view(torch.uint16)))
         array = _as_array(value) if isinstance(value, torch.Tensor) else None
         if array is None:
             return value

@@ -122,6 +122,8 @@ def _fields(view: View) -> dict[str, Any]:
             continue  # states of training are those of releases without it
         if name == "frames" and value is None:
             continue  # likewise, where there are no videos
+        if name == "features":
+            continue  # the recipe says which: that of a view follows from it
         part = value if isinstance(value, dict) else {"": value}
         if name == "model":
             if view.model is None:

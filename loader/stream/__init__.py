@@ -18,7 +18,12 @@ from loader.stream.options import (
     seed_argument,
     whole_argument,
 )
-from loader.stream.prepared import PlannedExample, PreparedBuilder, stored_model
+from loader.stream.prepared import (
+    PlannedExample,
+    PreparedBuilder,
+    stored_features,
+    stored_model,
+)
 from loader.stream.split import OpenSplit, open_split, stored_in, stored_in_order
 from loader.stream.stream import (
     DatasetPlan,
@@ -53,6 +58,7 @@ __all__ = [
     "require_argument",
     "require_used",
     "seed_argument",
+    "stored_features",
     "stored_in",
     "model_view",
     "stored_in_order",

@@ -23,11 +23,12 @@ from loader.stream.options import (
     require_argument,
     require_used,
 )
-from loader.stream.prepared import OnBad, PreparedBuilder, stored_model
+from loader.stream.prepared import OnBad, PreparedBuilder, stored_features, stored_model
 from loader.stream.stream import Stream
 from loader.stream.subset import Keys
 from shardspec.errors import ConfigError
 from shardspec.families import StoredModel, family_from_dict, family_to_dict
+from shardspec.features import StoredFeatures
 from shardspec.manifest import Manifest, require_manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import FrameView, ImageView, canvas_size, stored_size
@@ -182,6 +183,9 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         if data.manifest.raw:
             raise ConfigError("raw_dataset", where=url)
         model = stored_model(data.manifest, where=url)
+        features = stored_features(data.manifest, where=url)
+        if features is not None or (view is not None and view.features is not None):
+            view = features_view(features, view, where=url)
         if model is None:
             if view is not None and view.model is not None:
                 raise ConfigError("model_view.unbuilt", where=url)
@@ -320,6 +324,34 @@ def stored_frames(manifest: Manifest) -> FrameView | None:
     """Gives the view that the frames of a dataset's videos were stored for; None without videos."""
     video = manifest.recipe.get("video")
     return None if video is None else FrameView(pool=(video["pool"], video["pool"]))
+
+
+def features_view(features: StoredFeatures | None, view: View | None, *, where: str) -> View:
+    """Gives the view of a dataset of features.
+
+    Args:
+      features: The dataset's.
+      view: What is asked for; None: what the features were made of.
+      where: URL of the dataset.
+
+    Raises:
+      ConfigError: `features_view`: the dataset has no features, or those of other pictures or of
+        another backbone.
+    """
+    if features is None:
+        raise ConfigError("features_view.none", where=where)
+    if view is None:
+        return View(features=features)
+    if view.features is not None and view.features != features:
+        ours, theirs = view.features.to_dict(), features.to_dict()
+        wrong = {
+            n: f"{ours[n]} asked for, {theirs[n]} stored" for n in ours if ours[n] != theirs[n]
+        }
+        raise ConfigError("features_view.fields", where=where, facts=wrong)
+    if view.features is None and features.image is not None and view.image != features.image:
+        wrong = {"image": f"{view.image} asked for, {features.image} stored"}
+        raise ConfigError("features_view.fields", where=where, facts=wrong)
+    return replace(view, features=features)
 
 
 def model_view(url: str, *, backend: Backend = "torchvision", **changes: Any) -> ModelView:

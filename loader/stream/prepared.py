@@ -38,6 +38,7 @@ from loader.stream.options import require_used
 from loader.stream.split import OpenSplit
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.families import Family, StoredModel, plan_pictures
+from shardspec.features import FEATURES, StoredFeatures
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
 from shardspec.manifest import Manifest
 from shardspec.tiling import ImageView
@@ -77,6 +78,16 @@ def stored_model(manifest: Manifest, *, where: str = "") -> StoredModel | None:
     """
     document = manifest.recipe.get("model")
     return None if document is None else StoredModel.from_dict(document, where=where)
+
+
+def stored_features(manifest: Manifest, *, where: str = "") -> StoredFeatures | None:
+    """Reads whose features a dataset has instead of pictures; None for one with pictures.
+
+    Raises:
+      ConfigError: `features_fields`.
+    """
+    document = manifest.recipe.get(FEATURES)
+    return None if document is None else StoredFeatures.from_dict(document, where=where)
 
 
 class PreparedBuilder:
@@ -343,6 +354,7 @@ class PreparedBuilder:
                 stored=self.model,
                 key=stored.key,
                 scratch=self._scratch,
+                features=self.view.features,
             )
         if self._record or plan.asked is not None:
             draft.described = self._describe(stored, plan, number, question)

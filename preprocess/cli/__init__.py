@@ -7,6 +7,7 @@ joins the verbs and owns the terminal.
 from preprocess.cli import annotate, build, care, doctor, exchange, own, reshard
 from preprocess.cli.config import with_files
 from preprocess.cli.make import make_arguments, make_variables
+from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb
 
 VERBS = (
@@ -20,4 +21,13 @@ VERBS = (
 )
 """Every verb, in the order in which `--help` lists them."""
 
-__all__ = ["VERBS", "Console", "Verb", "make_arguments", "make_variables", "with_files"]
+__all__ = [
+    "VERBS",
+    "Console",
+    "Verb",
+    "add_settings",
+    "make_arguments",
+    "make_variables",
+    "read_settings",
+    "with_files",
+]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -20,6 +21,7 @@ from preprocess.job.job import Reporter
 from shardspec import storage
 from shardspec.checksum import crc32
 from shardspec.errors import ShardError, ShardsError
+from shardspec.features import FEATURES, StoredFeatures
 from shardspec.index import open_index, sample_layout
 from shardspec.manifest import TOKENIZER_NAME, FileEntry, Manifest, require_manifest
 from shardspec.media import decode_stored
@@ -37,6 +39,9 @@ from shardspec.sample import (
 from shardspec.tar import TarMember, walk_tar
 from shardspec.video import read_frames
 
+_Decode = Callable[..., np.ndarray]
+"""Reads an image as it is stored: (payload, where=)."""
+
 
 def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsError]:
     """Checks every shard of a dataset.
@@ -44,7 +49,7 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     Args:
       url: The dataset.
       report: Gets a step per shard.
-      deep: Decode every image as well.
+      deep: Decode every image, or read its features, as well.
 
     Returns:
       What is wrong, at most one finding a file; [] where all is as promised.
@@ -53,7 +58,6 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
       ManifestError: There is no readable manifest.
     """
     manifest = require_manifest(url)
-    codec = None if manifest.raw else str(manifest.recipe["image"]["codec"])
     findings: list[ShardsError] = []
     if not manifest.raw:
         try:
@@ -69,11 +73,20 @@ def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsErro
     report.stage("verify", len(manifest.files))
     for file in manifest.files:
         try:
-            _verify_file(url, file, manifest, codec=codec if deep else None)
+            _verify_file(url, file, manifest, decode=_decoder(manifest) if deep else None)
         except ShardsError as error:
             findings.append(error)
         report.step(findings[-1].reason if findings and findings[-1].where else "")
     return findings
+
+
+def _decoder(manifest: Manifest) -> _Decode | None:
+    """Gives what reads an image as it is stored; None for foreign tars."""
+    if manifest.raw:
+        return None
+    if FEATURES in manifest.recipe:
+        return StoredFeatures.from_dict(manifest.recipe[FEATURES]).decode
+    return partial(decode_stored, codec=manifest.recipe["image"]["codec"])
 
 
 def _verify_tokenizer(manifest: Manifest, where: str) -> None:
@@ -84,7 +97,7 @@ def _verify_tokenizer(manifest: Manifest, where: str) -> None:
     check_stored_tokenizer(manifest.tokenizer, payload, where=where)
 
 
-def _verify_file(url: str, file: FileEntry, manifest: Manifest, *, codec: str | None) -> None:
+def _verify_file(url: str, file: FileEntry, manifest: Manifest, *, decode: _Decode | None) -> None:
     raw, embedding_size = manifest.raw, manifest.tokenizer.embedding_size
     tar_url = storage.resolve_place(url, file.url)
     counts: dict[str, Any] = {"num_samples": file.nsamples, "shard_bytes": file.num_bytes}
@@ -95,7 +108,7 @@ def _verify_file(url: str, file: FileEntry, manifest: Manifest, *, codec: str | 
             if not raw:  # foreign headers have forms that ours never do
                 members = walk_tar(stream, where=tar_url)
                 for row in rows:
-                    tokens = _verify_sample(stream, row, members, codec=codec, where=tar_url)
+                    tokens = _verify_sample(stream, row, members, decode=decode, where=tar_url)
                     _verify_tokens(tokens, row, embedding_size=embedding_size, where=tar_url)
                 extra = next(members, None)
                 if extra is not None:
@@ -131,7 +144,12 @@ def _verify_crc(tar: IO[bytes], row: np.void, *, where: str) -> None:
 
 
 def _verify_sample(
-    tar: IO[bytes], row: np.void, members: Iterator[TarMember], *, codec: str | None, where: str
+    tar: IO[bytes],
+    row: np.void,
+    members: Iterator[TarMember],
+    *,
+    decode: _Decode | None,
+    where: str,
 ) -> np.ndarray:
     """Compares a sample with its row; returns its tokens."""
     key, start = row["key"].decode(), int(row["offset"])
@@ -166,10 +184,10 @@ def _verify_sample(
     misnamed = [m.name for m in (*found, *pictures) if not m.name.startswith(f"{key}.")]
     if misnamed:
         raise _wrong(where, "member_layout", {"members": misnamed})
-    if codec is not None:
+    if decode is not None:
         stored = [_read(tar, m.offset, m.num_bytes, where=where) for m in pictures]
         for payload in stored[:num_pictures]:
-            decode_stored(payload, codec=codec, where=where)  # type: ignore[arg-type]
+            decode(payload, where=where)
         files = iter(stored[num_pictures:])
         for clip, table, file in zip(clip_rows(spans).tolist(), files, files, strict=True):
             read_frames(table, file, range(clip[3]), on_frame=_ignored, where=where)

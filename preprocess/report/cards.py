@@ -25,6 +25,7 @@ from preprocess.report.stored import Sample, SampleReader
 from preprocess.report.styles import style_names
 from preprocess.text import Tokenizer
 from shardspec.families import StoredModel, plan_pictures
+from shardspec.features import FEATURES
 from shardspec.manifest import Manifest
 from shardspec.media import decode_stored
 from shardspec.sample import WEIGHT_ONE, Geometry, clip_rows, lead_rows, text_rows, video_rows
@@ -87,6 +88,9 @@ def sample_card(sample: Sample, reader: SampleReader, tokenizer: Tokenizer, *, w
 
 def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
     sizes = [image.source_size for image in sample.images]
+    if reader.codec == FEATURES:
+        told = ", ".join(f"{width}×{height}" for width, height in sizes)
+        return [element("p", f"Features of pictures of {told}.", class_="note")] if told else []
     found = marks(sample.record, sizes)
     seen = _seen(sample, reader.manifest)
     shown: list[Child] = []

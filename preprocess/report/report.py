@@ -40,6 +40,7 @@ from preprocess.sizes import size_text
 from preprocess.text import Tokenizer, tokenizer_from_entry
 from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, redacted
+from shardspec.features import FEATURES
 from shardspec.manifest import TOKENIZER_NAME, Manifest, require_manifest
 from shardspec.probe import check_stored_tokenizer
 
@@ -108,7 +109,7 @@ def make_report(settings: ReportSettings, progress: Reporter) -> str:
         ("numbers", "Numbers", _numbers(manifest, splits)),
     ]
     for split in splits:
-        same = not manifest.raw and reader.codec != "raw"
+        same = not manifest.raw and reader.codec not in ("raw", FEATURES)
         found = survey(reader.rows(split), same_images=same)
         texts = TextCounts()
         if tokenizer is not None:

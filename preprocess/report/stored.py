@@ -21,7 +21,6 @@ from shardspec.index import open_index, parse_index, sample_layout
 from shardspec.manifest import FileEntry, Manifest, Segment
 from shardspec.sample import (
     SPAN_COLUMNS,
-    Codec,
     decode_array,
     image_rows,
     num_stored_images,
@@ -139,9 +138,9 @@ class SampleReader:
         return hashlib.sha256(payload).hexdigest()
 
     @property
-    def codec(self) -> Codec:
-        """Of the stored images."""
-        codec: Codec = self.manifest.recipe["image"]["codec"]
+    def codec(self) -> Any:
+        """A `Codec` of the stored images, or "features"."""
+        codec: Any = self.manifest.recipe["image"]["codec"]
         return codec
 
     def _of(self, split: str) -> tuple[Segment, ...]:

@@ -5,6 +5,7 @@ a sample.
 """
 
 from preprocess.reshard.assign import ReaderCluster, SampleOrder, parse_shares, repeated_key
+from preprocess.reshard.copy import scratch_of
 from preprocess.reshard.plan import (
     ReshardPlan,
     ReshardSettings,
@@ -38,5 +39,6 @@ __all__ = [
     "read_notes",
     "repeated_key",
     "reshard",
+    "scratch_of",
     "split_keys",
 ]

@@ -237,7 +237,13 @@ def test_numbers_of_the_contract_never_change():
     assert (SpanKind.VIDEO, SpanKind.SUBTITLE, SpanKind.WINDOW) == (4, 5, 6)
     assert (Geometry.FLIP, Geometry.CROP, Geometry.COLOR, Geometry.ALL) == (1, 2, 4, 7)
     assert (ARRAY_HEADER_BYTES, SPAN_COLUMNS) == (128, 8)
-    assert CODEC_SUFFIX == {"jpeg": "jpg", "png": "png", "webp": "webp", "raw": "image.npy"}
+    assert CODEC_SUFFIX == {
+        "jpeg": "jpg",
+        "png": "png",
+        "webp": "webp",
+        "raw": "image.npy",
+        "features": "features.npy",
+    }
     assert {"png", "webp", "raw", "lossless"} == LOSSLESS_CODECS
 
 

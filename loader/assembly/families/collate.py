@@ -19,6 +19,7 @@
     image_sizes       int64   [n, 2]         (height, width): anyres of the originals, pixtral
                                              without padding
     batch_num_images  int64   [...]          LLaVA-OneVision: pictures of each example that has any
+    image_features    [N, ...]               instead of pixel_values, of a dataset of features
 
 Those of pictures are absent from a batch without pictures, as a processor leaves them out. On
 request `subsegment_ids` (number of the example in its row, padding: -1), `loss_weights`,
@@ -37,9 +38,11 @@ from loader.assembly.collate import IGNORE_INDEX, PadSide, parse_pad_mode
 from loader.assembly.families.example import ModelDraft, ModelPack
 from loader.assembly.families.kernels import unit_shape
 from loader.assembly.families.processor import joined
+from loader.assembly.features import IMAGE_FEATURES, as_tensor
 from loader.buffers import Allocate
 from shardspec.errors import ConfigError, SampleError, nearest
 from shardspec.families import AnyRes, Family, Idefics3, PaliGemma, Pixtral, Processor, Qwen2VL
+from shardspec.features import StoredFeatures
 
 _Example: TypeAlias = "ModelDraft | ModelPack | _Finished"
 
@@ -69,6 +72,7 @@ class ModelCollator:
         extra_keys: tuple[str, ...] = (),
         with_metadata: bool = False,
         with_real: bool = False,
+        features: StoredFeatures | None = None,
     ) -> None:
         """Builds the collator.
 
@@ -80,7 +84,7 @@ class ModelCollator:
           packed: Whether rows may be of several examples.
           pad_side: As of `MMCollator`.
           extra_keys: Of `EXTRA_KEYS`, to be delivered as well.
-          with_metadata, with_real: As of `MMCollator`.
+          with_metadata, with_real, features: As of `MMCollator`.
 
         Raises:
           ConfigError: `pad_mode`, `extra_key`.
@@ -91,7 +95,7 @@ class ModelCollator:
         self.family, self.sequence_length, self.pad_mode = family, sequence_length, pad_mode
         self.pad_token_id, self.packed = pad_token_id, packed
         self.with_metadata, self.with_real = with_metadata, with_real
-        self.pad_side = pad_side
+        self.pad_side, self.features = pad_side, features
         self._multiple = parse_pad_mode(pad_mode, sequence_length=sequence_length)
         unknown = isinstance(family, PaliGemma | Processor) and not family.packs
         if unknown and "position_ids" in extra_keys:
@@ -210,6 +214,8 @@ class ModelCollator:
         found: dict[str, torch.Tensor]
         if not drafts:
             found = joined([part.pictures for part in parts if isinstance(part, _Finished)])
+            if self.features is not None and found:
+                found[IMAGE_FEATURES] = as_tensor(found[IMAGE_FEATURES].numpy(), self.features)
         elif isinstance(self.family, Processor):
             found = joined([draft.processed() for draft in drafts])
         else:
@@ -217,13 +223,18 @@ class ModelCollator:
         if isinstance(self.family, Idefics3) and found:
             # Its models drop rows of zeros, which pad the pictures of one example to those of
             # another, and take all others one after the other: so one row needs no padding.
-            found["pixel_values"] = found["pixel_values"][None]
+            found = {n: v[None] if n == "pixel_values" else v for n, v in found.items()}
         return found
 
     def _rendered(
         self, drafts: Sequence[ModelDraft], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
         total = sum(draft.num_units for draft in drafts)
+        if self.features is not None:
+            return _read(drafts, self.features, allocate) | {
+                name: torch.from_numpy(array)
+                for name, array in _described(self.family, drafts).items()
+            }
         plans = [picture for draft in drafts for picture in draft.plan.pictures]
         pixels = allocate((total, *unit_shape(self.family, plans)), np.float32)
         done = 0
@@ -232,6 +243,18 @@ class ModelCollator:
             done += draft.num_units
         found = {"pixel_values": pixels, **_described(self.family, drafts)}
         return {name: torch.from_numpy(array) for name, array in found.items()}
+
+
+def _read(
+    drafts: Sequence[ModelDraft], stored: StoredFeatures, allocate: Allocate
+) -> dict[str, torch.Tensor]:
+    counts = [sum(draft.feature_rows()) for draft in drafts]
+    array = allocate((sum(counts), *stored.row_shape), stored.array_dtype)
+    done = 0
+    for draft, count in zip(drafts, counts, strict=True):
+        draft.write_features(array[done : done + count])
+        done += count
+    return {IMAGE_FEATURES: as_tensor(array, stored)}
 
 
 class _Finished:
@@ -286,6 +309,12 @@ def finished_for_model(draft: ModelDraft) -> dict[str, Any]:
     made["position_ids"] = draft.positions()
     if draft.num_units and isinstance(family, Processor):
         made |= {name: value.numpy() for name, value in draft.processed().items()}
+    elif draft.num_units and draft.features is not None:
+        rows = np.empty(
+            (sum(draft.feature_rows()), *draft.features.row_shape), draft.features.array_dtype
+        )
+        draft.write_features(rows)
+        made |= {IMAGE_FEATURES: rows, **_described(family, [draft])}
     elif draft.num_units:
         shape = (draft.num_units, *unit_shape(family, draft.plan.pictures))
         pixels = np.empty(shape, np.float32)

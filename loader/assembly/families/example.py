@@ -21,12 +21,14 @@ import torch
 
 from loader.assembly.families.kernels import Backend, write_units
 from loader.assembly.families.processor import processed
+from loader.assembly.features import write_features
 from loader.assembly.layout import IGNORED
 from loader.assembly.pixels import Encoded
 from loader.assembly.questions import Questions, question_at
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
 from shardspec.families import Family, PaliGemma, PicturePlan, Processor, StoredModel, plan_pictures
+from shardspec.features import StoredFeatures
 from shardspec.index import first_conversations
 from shardspec.keyed import draw_below
 from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows, window_images
@@ -289,7 +291,7 @@ class ModelDraft:
             "plan",
             "real",
         ),
-        *("render_s", "scratch", "sources", "stored", "substitutes", "view"),
+        *("features", "render_s", "scratch", "sources", "stored", "substitutes", "view"),
     )
 
     def __init__(
@@ -301,6 +303,7 @@ class ModelDraft:
         stored: StoredModel,
         key: str,
         scratch: Scratch,
+        features: StoredFeatures | None = None,
     ) -> None:
         """Joins what was planned and the pictures.
 
@@ -312,9 +315,10 @@ class ModelDraft:
           stored: What the dataset knows of its model.
           key: The sample's.
           scratch: Memory for decoding.
+          features: Of a dataset that stores them instead of pictures.
         """
         self.plan, self.view, self.stored = plan, view, stored
-        self.sources = [sources[i] for i in plan.images]
+        self.sources, self.features = [sources[i] for i in plan.images], features
         self.key, self.scratch = key, scratch
         self.num_tokens = len(plan.sequence.ids)
         self.num_crops = plan.visual
@@ -396,6 +400,32 @@ class ModelDraft:
                 stop = done + plan.num_units
                 write_units(family, plan, self._pixels(picture), out[done:stop], backend=backend)
                 done = stop
+
+    def feature_rows(self) -> list[int]:
+        """Counts the rows of features of each picture."""
+        assert self.features is not None
+        return [
+            self.features.num_rows(len(one.payload)) if isinstance(one, Encoded) else 0
+            for one, _ in self.sources
+        ]
+
+    def write_features(self, out: np.ndarray) -> None:
+        """Reads the features of the pictures into [rows, *row].
+
+        Raises:
+          ShardError: Of a picture; kept as `error`.
+          SampleError: `features_rows`: they were made of other tiles, as those of LLaVA-OneVision
+            are where a sample has several pictures and the example one; likewise.
+        """
+        assert self.features is not None
+        counts, ratio = self.feature_rows(), self.features.rows_per_units
+        with self._rendering():
+            for count, plan in zip(counts, self.plan.pictures, strict=True):
+                if ratio is not None and count * ratio[1] != plan.num_units * ratio[0]:
+                    raise SampleError(
+                        "features_rows.pictures", where=self.key, rows=count, units=plan.num_units
+                    )
+            write_features(self.sources, counts, self.features, out)
 
     def processed(self) -> dict[str, torch.Tensor]:
         """Gives what the model's own image processor makes of the pictures, one at least.

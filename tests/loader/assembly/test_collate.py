@@ -294,7 +294,7 @@ def test_more_images_than_the_fixed_number_are_refused():
     [
         ({"images": np.zeros((1, 3, 9, 9), np.uint8)}, "images has another shape"),
         ({"images": np.zeros((2, *SHAPE), np.uint8)}, "image_input_idx differ in length"),
-        ({"images": np.zeros((1, *SHAPE), np.float64)}, "neither uint8 nor float32"),
+        ({"images": np.zeros((1, *SHAPE), np.float64)}, "not uint8 or float32"),
         ({"images": np.zeros((1, *SHAPE), np.float32)}, "images of several types"),
         ({"image_masks": np.zeros((1, 7), np.float32)}, "image_masks has another shape"),
         ({"image_input_idx": np.zeros((1, 2), int)}, "image_input_idx has another shape"),

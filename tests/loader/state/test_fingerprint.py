@@ -340,6 +340,7 @@ def test_fields_below_are_all_there_are():
     parts = {"image", "augment", "high_res", "high_res_probability", "frames"}
     assert {f.name for f in dataclasses.fields(FrameView)} == set(FRAMES)
     assert {f.name for f in dataclasses.fields(View)} == parts | set(OTHERS) | {
+        "features",  # of the recipe
         "model",
         "questions",
     }

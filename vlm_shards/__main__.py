@@ -1,0 +1,74 @@
+"""The command line of what needs both halves: `python -m vlm_shards features`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Mapping
+
+from preprocess.__main__ import INTERRUPTED, TerminalConsole
+from preprocess.cli import Console, add_settings, make_arguments, read_settings
+from shardspec.errors import ShardsError, redacted
+from vlm_shards.features import FeatureSettings, make_features, plan_features
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb and returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser, verbs = command_line()
+    console = TerminalConsole()
+    try:
+        # How the Makefile calls it, as `python -m preprocess`.
+        if arguments[:1] == ["make"]:
+            arguments = make_arguments(arguments[1:], verbs)
+        options = parser.parse_args(arguments)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return _features(options, console)
+    except ShardsError as error:
+        console.fail(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.close()
+        print("interrupted; run the same command to resume", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        console.close()
+
+
+def command_line() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Makes the parser of the program, and those of its verbs by name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlm_shards", description="What needs shards and a model."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+    features = verbs.add_parser(
+        "features", help="store what a frozen vision backbone makes of a dataset's pictures"
+    )
+    add_settings(features, FeatureSettings)
+    return parser, {"features": features}
+
+
+def _features(options: argparse.Namespace, console: Console) -> int:
+    settings = read_settings(FeatureSettings, options)
+    plan = plan_features(settings, console)
+    done = make_features(plan, console)
+    made = plan.features
+    shape = ", ".join(map(str, made.row_shape))
+    lines = [f"{redacted(settings.out)}: {made.dtype} [{shape}] for each row of a picture"]
+    for split in plan.splits:
+        entry = done.manifest.splits[split]
+        lines.append(
+            f"{split} has {entry.num_samples:,} samples, {entry.num_images:,} pictures, "
+            f"{entry.num_bytes:,} bytes"
+        )
+    lines.append(f"backbone {made.fingerprint}")
+    lines.append(f"manifest sha256 {done.sha256}")
+    if not done.fresh:
+        lines.append("nothing to do: the dataset is already complete")
+    console.show("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
