@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import gc
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -18,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from _pytest.assertion import rewrite
 from hypothesis import settings
 from PIL import Image
 
@@ -63,10 +65,44 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_sessionstart(session):
-    """Compiles our modules once, before the workers of pytest-xdist all do."""
+    """Compiles our modules and tests once, before the workers of pytest-xdist all do."""
     if getattr(session.config.option, "numprocesses", None) and not sys.dont_write_bytecode:
         for room in ("shardspec", "preprocess", "loader", "vlm_shards"):
             compileall.compile_dir(ROOT / room, quiet=2, workers=0)
+        compile_tests(session.config)
+
+
+def compile_tests(config):
+    """Compiles the tests with their asserts rewritten, on all cores, as importing them would.
+
+    Rewriting takes longer than all else that a worker does before its first test.
+    """
+    paths = sorted(Path(__file__).parent.rglob("test_*.py"))
+    cores = len(os.sched_getaffinity(0))
+    children = []
+    for core in range(cores):
+        child = os.fork()
+        if not child:
+            try:
+                gc.disable()
+                _rewrite(config.pluginmanager.rewrite_hook, paths[core::cores])
+            finally:
+                os._exit(0)  # what failed is rewritten, or fails, where it is imported
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def _rewrite(hook, paths):
+    with mock.patch.object(rewrite, "exec", create=True):
+        for path in paths:
+            spec = importlib.util.spec_from_file_location(path.stem, path, loader=hook)
+            hook.exec_module(importlib.util.module_from_spec(spec))  # writes the file, runs nothing
+
+
+def pytest_collection(session):
+    """Leaves out the search for garbage while all modules are imported: they are no garbage."""
+    gc.disable()
 
 
 def pytest_collection_finish(session):
@@ -74,6 +110,7 @@ def pytest_collection_finish(session):
 
     It is a million objects, and each full collection of the suite would look through all of them.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
 

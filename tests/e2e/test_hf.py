@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 from loader import StreamingDataset, make_dataloader
@@ -198,6 +197,8 @@ def test_the_loop_of_the_docs_runs_and_resumes_to_the_same_losses(built, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", [False, True])
 def test_distributed_checkpoints_keep_the_state_of_a_loader_for_a_model(built, tmp_path, pack):
+    import torch.distributed.checkpoint as dcp
+
     options = {"pack": pack, "global_batch_size": 1, "sequence_length": 160}
     loader, other = (load(built, **options) for _ in range(2))
     batches = iter(loader)

@@ -1,5 +1,4 @@
 import pytest
-import torch.distributed.checkpoint as dcp
 
 from loader import StreamingDataset, make_dataloader
 from loader.integrations import DistributedState
@@ -19,6 +18,8 @@ def keys(batch):
 def test_distributed_checkpoints_keep_the_state_of_a_run_that_changed(
     changed, tiny_dataset, tmp_path
 ):
+    import torch.distributed.checkpoint as dcp
+
     loader, other = load(tiny_dataset), load(tiny_dataset)
     next(iter(loader))
     if changed:

@@ -1,5 +1,6 @@
 """The scene generator: same index, same scene; and every text is true of its picture."""
 
+import functools
 import hashlib
 import io
 import itertools
@@ -31,8 +32,6 @@ from preprocess.synthetic.scenes import (
 from shardspec.errors import ConfigError
 from tests.examples import examples
 
-PLANS = [plan_scene(11, idx) for idx in range(300)]
-
 SIDE_WORDS = re.compile(r"\b(left|right)\b")
 RELATION = re.compile(
     r"[Tt]he (\w+ \w+) is (to the left of|to the right of|above|below|in front of) the (\w+ \w+)"
@@ -45,6 +44,11 @@ THING = re.compile(
     r"(?: (?:can be (?:found|seen) )?(?P<where>(?:in|on|at|near) [a-z ]+))?",
     re.IGNORECASE,
 )
+
+
+@functools.cache
+def plans():
+    return [plan_scene(11, idx) for idx in range(300)]
 
 
 def fingerprint(scene):
@@ -129,14 +133,14 @@ def test_cap_below_the_least_is_refused():
 
 
 def test_colour_at_every_centre_is_the_named_one_in_full_size_pictures():
-    for plan in PLANS[:12]:
+    for plan in plans()[:12]:
         pixels = render(plan)
         for thing in plan.objects:
             assert nearest_color(pixels, thing) == thing.color, thing
 
 
 def test_box_is_tight_around_the_shape():
-    for plan in PLANS[:60]:
+    for plan in plans()[:60]:
         for thing in plan.objects:
             ys, xs = np.nonzero(mask(plan, thing))
             drawn = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
@@ -145,7 +149,7 @@ def test_box_is_tight_around_the_shape():
 
 def test_shapes_overlap_only_where_one_is_said_to_cover_the_other_and_hide_little():
     seen = 0
-    for plan in PLANS[:120]:
+    for plan in plans()[:120]:
         masks = [mask(plan, thing) for thing in plan.objects]
         for back, front in itertools.combinations(range(len(masks)), 2):
             shared = (masks[back] & masks[front]).sum()
@@ -161,7 +165,7 @@ def test_shapes_overlap_only_where_one_is_said_to_cover_the_other_and_hide_littl
 
 def test_covering_shape_is_painted_over_the_covered_one():
     seen = 0
-    for plan in PLANS:
+    for plan in plans():
         for front, back in plan.covers:
             near, far = plan.objects[front], plan.objects[back]
             if seen == 12 or {near.texture, far.texture} != {"plain"}:
@@ -177,7 +181,7 @@ def test_covering_shape_is_painted_over_the_covered_one():
 
 def test_textures_show_two_tones_and_plain_shapes_one():
     spread = {texture: [] for texture in TEXTURES}
-    for plan in PLANS[:25]:
+    for plan in plans()[:25]:
         gray = np.asarray(Image.fromarray(render(plan)).convert("L"), np.float32)
         for thing in plan.objects:
             (x, y), reach = thing.center_px, max(3, int(thing.radius_px * 0.3))
@@ -188,20 +192,20 @@ def test_textures_show_two_tones_and_plain_shapes_one():
 
 
 def test_size_names_the_share_of_the_short_side():
-    for plan in PLANS:
+    for plan in plans():
         for thing in plan.objects:
             low, high = SIZES[thing.size]
             assert low <= thing.radius_px / min(plan.width_px, plan.height_px) <= high
 
 
 def test_colour_and_shape_name_one_kind_per_scene():
-    for plan in PLANS:
+    for plan in plans():
         labels = {(thing.color, thing.shape): thing.label for thing in plan.objects}
         assert all(labels[thing.color, thing.shape] == thing.label for thing in plan.objects)
 
 
 def test_every_text_names_every_kind_once_with_its_true_number_size_and_place():
-    for plan in PLANS:
+    for plan in plans():
         for text in texts(plan):
             named = []
             for match in THING.finditer(text):
@@ -234,7 +238,7 @@ def assert_place(plan, kind, where):
 
 def test_places_put_first_in_a_sentence_are_true_too():
     seen = 0
-    for plan in PLANS:
+    for plan in plans():
         for match in re.finditer(r"([A-Z][a-z ]+?) lies? (\w+ [a-z ]+)\.", plan.caption):
             thing = THING.match(match[2])
             label = " ".join(filter(None, thing.group("color", "texture", "shape")))
@@ -244,7 +248,7 @@ def test_places_put_first_in_a_sentence_are_true_too():
 
 
 def test_totals_are_the_number_of_objects():
-    for plan in PLANS:
+    for plan in plans():
         total = len(plan.objects)
         word = "a single shape" if total == 1 else f"{NUMBERS[total]} shapes"
         assert word in plan.caption.split(".")[0]
@@ -255,7 +259,7 @@ def test_totals_are_the_number_of_objects():
 
 def test_relations_hold_between_the_objects():
     seen = dict.fromkeys(("to the left of", "to the right of", "above", "below", "in front of"), 0)
-    for plan in PLANS:
+    for plan in plans():
         for text in texts(plan):
             for first, relation, second in RELATION.findall(text):
                 a, b = (
@@ -277,19 +281,19 @@ def test_relations_hold_between_the_objects():
 
 
 def test_about_half_of_the_scenes_speak_of_sides_and_the_others_never_do():
-    told = [bool(SIDE_WORDS.search(" ".join(texts(plan)))) for plan in PLANS]
-    in_caption = [bool(SIDE_WORDS.search(plan.caption)) for plan in PLANS]
+    told = [bool(SIDE_WORDS.search(" ".join(texts(plan)))) for plan in plans()]
+    in_caption = [bool(SIDE_WORDS.search(plan.caption)) for plan in plans()]
     assert 0.4 < statistics.mean(told) < 0.6
     assert 0.35 < statistics.mean(in_caption) < 0.6
 
 
 def test_told_light_is_the_light_and_shadows_fall_away_from_it():
-    for plan in PLANS:
+    for plan in plans():
         for text in texts(plan):
             for word in re.findall(r"comes from (?:the )?(\w+)|coming from the (\w+)", text):
                 assert "".join(word).replace("top", "above") == plan.light
     seen = set()
-    for plan in PLANS[:40]:
+    for plan in plans()[:40]:
         # The cloth is even enough to compare its brightness on both sides of a shape.
         thing = plan.objects[0]
         if plan.background.phrase != "a gray woven cloth" or len(plan.objects) > 1:
@@ -309,7 +313,7 @@ def test_told_light_is_the_light_and_shadows_fall_away_from_it():
 
 def test_frame_words_fit_the_shape_of_the_picture():
     frames = set()
-    for plan in PLANS:
+    for plan in plans():
         frame = re.search(r"\b((?:very )?(?:wide|tall)|square) (?:picture|image)", plan.caption)[1]
         ratio = plan.width_px / plan.height_px
         assert frame.endswith("square" if ratio == 1 else "wide" if ratio > 1 else "tall")
@@ -319,7 +323,7 @@ def test_frame_words_fit_the_shape_of_the_picture():
 
 
 def test_captions_are_long_plain_english_and_transcripts_differ():
-    for plan in PLANS:
+    for plan in plans():
         assert 40 <= len(plan.caption.split()) <= 140
         assert plan.background.phrase in plan.caption
         assert len(set(plan.transcripts)) == len(plan.transcripts)
@@ -333,7 +337,7 @@ def test_captions_are_long_plain_english_and_transcripts_differ():
 
 
 def test_sizes_and_backgrounds_are_varied():
-    longest = [max(plan.width_px, plan.height_px) for plan in PLANS]
+    longest = [max(plan.width_px, plan.height_px) for plan in plans()]
     assert min(longest) < 520
     assert max(longest) == 1280
     assert (
@@ -343,14 +347,14 @@ def test_sizes_and_backgrounds_are_varied():
         )
         > 1500
     )
-    assert {plan.background.phrase for plan in PLANS} == {b.phrase for b in BACKGROUNDS}
-    assert {thing.shape for plan in PLANS for thing in plan.objects} == set(SHAPES)
-    assert {thing.color for plan in PLANS for thing in plan.objects} == set(COLORS)
+    assert {plan.background.phrase for plan in plans()} == {b.phrase for b in BACKGROUNDS}
+    assert {thing.shape for plan in plans() for thing in plan.objects} == set(SHAPES)
+    assert {thing.color for plan in plans() for thing in plan.objects} == set(COLORS)
 
 
 def test_jpeg_sizes_are_those_of_photographs():
     crops, bits_per_pixel = [], []
-    for plan in PLANS[:20]:
+    for plan in plans()[:20]:
         image = Image.fromarray(render(plan))
         crops.append(jpeg_bytes(image.resize((336, 336), Image.Resampling.LANCZOS)))
         bits_per_pixel.append(8 * jpeg_bytes(image) / (image.width * image.height))
