@@ -263,16 +263,23 @@ def sources() -> Sources:
 SOURCES = sources()
 
 
-def imported(tree: ast.AST) -> set[str]:
+@functools.cache
+def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All nodes of a tree: a dozen rules look through those of each source file."""
+    return tuple(ast.walk(tree))
+
+
+@functools.cache
+def imported(tree: ast.AST) -> frozenset[str]:
     """Lists every dotted name that a module imports, wherever in it the import stands."""
     names = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports are not used here"
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return names
+    return frozenset(names)
 
 
 def tops(tree: ast.AST) -> set[str]:
@@ -289,8 +296,9 @@ def dotted(node: ast.AST) -> str:
     return ""
 
 
-def chains(tree: ast.AST) -> set[str]:
-    return {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+@functools.cache
+def chains(tree: ast.AST) -> frozenset[str]:
+    return frozenset(dotted(node) for node in nodes(tree) if isinstance(node, ast.Attribute))
 
 
 def room(name: str) -> str:
@@ -375,7 +383,7 @@ def test_rooms_are_entered_by_their_door():
     rooms = {m for m, p in zip(MODULES, SOURCES, strict=True) if p.endswith("__init__.py")}
     wrong = {}
     for module, tree in MODULES.items():
-        doors = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        doors = {n.module for n in nodes(tree) if isinstance(n, ast.ImportFrom)}
         for name in doors & MODULES.keys():
             inside = ".".join(name.split(".")[:2])
             if inside in rooms and name != inside and not f"{module}.".startswith(f"{inside}."):
@@ -413,9 +421,9 @@ def test_contract_needs_numpy_pillow_and_fsspec_only():
 
 @pytest.mark.parametrize("name", OF_CLIENTS)
 def test_what_comes_with_a_client_is_imported_only_where_it_is_used(name):
-    functions = [n for n in ast.walk(SOURCES[name]) if isinstance(n, ast.FunctionDef)]
+    functions = [n for n in nodes(SOURCES[name]) if isinstance(n, ast.FunctionDef)]
     inside = {node for function in functions for node in ast.walk(function)}
-    imports = [n for n in ast.walk(SOURCES[name]) if isinstance(n, ast.Import | ast.ImportFrom)]
+    imports = [n for n in nodes(SOURCES[name]) if isinstance(n, ast.Import | ast.ImportFrom)]
     outside = {top for node in imports if node not in inside for top in tops(ast.Module([node]))}
     assert not outside & OF_CLIENTS[name]
     assert tops(SOURCES[name]) >= OF_CLIENTS[name]
@@ -431,7 +439,7 @@ def test_storage_is_the_one_door_to_fsspec():
 def test_pure_module_touches_nothing_outside(name):
     assert not imported(SOURCES[name]) & OUTSIDE_WORLD
     assert not tops(SOURCES[name]) & OUTSIDE_WORLD
-    calls = {dotted(node.func) for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Call)}
+    calls = {dotted(node.func) for node in nodes(SOURCES[name]) if isinstance(node, ast.Call)}
     assert "open" not in calls
 
 
@@ -478,7 +486,7 @@ def test_only_command_lines_print():
         name
         for name, tree in SOURCES.items()
         if not name.endswith("__main__.py")
-        for node in ast.walk(tree)
+        for node in nodes(tree)
         if isinstance(node, ast.Call) and dotted(node.func) in ("print", "pprint.pprint")
     }
     assert not wrong
@@ -492,7 +500,7 @@ def test_no_pickle_is_loaded():
     wrong = {}
     for name, tree in SOURCES.items():
         found = tops(tree) & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.Call):
                 found |= {dotted(node.func)} & {"eval", "exec"}
                 # Without pickled objects torch.load makes tensors and plain values only.
@@ -519,6 +527,28 @@ def test_no_module_is_a_drawer():
 HEAVY = {"torch", "torchvision", "transformers", "datasets", "webdataset", "pandas", "ray"}
 
 
+CHAINS = (
+    ("shardspec", "loader", "vlm_shards"),
+    ("shardspec.storage",),
+    ("preprocess.__main__", "preprocess.job.build"),
+)
+"""Modules that one process imports one after the other: a start costs as much as the import."""
+
+
+@functools.cache
+def loaded_by(chain: tuple[str, ...]) -> dict[str, set[str]]:
+    """Imports modules in order, and gives for each the packages that are loaded then."""
+    code = "import sys\n" + "\n".join(f"import {name}; print(*sys.modules)" for name in chain)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    return {
+        module: {name.split(".")[0] for name in line.split()}
+        for module, line in zip(chain, lines, strict=True)
+    }
+
+
 # What an import costs is paid by every worker of a job and at every start of a training run.
 @pytest.mark.parametrize(
     "module, absent",
@@ -534,10 +564,7 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets", "webdataset", "pand
     ],
 )
 def test_import_leaves_heavy_packages_unloaded(module, absent):
-    code = f"import sys, {module}; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    (chain,) = (chain for chain in CHAINS if module in chain)
+    loaded = loaded_by(chain)[module]
     assert module.split(".")[0] in loaded
     assert not loaded & absent

@@ -1,4 +1,5 @@
 import ast
+import functools
 import inspect
 import pickle
 import re
@@ -125,6 +126,7 @@ PASSED_ON = re.compile(
 )
 
 
+@functools.cache
 def calls_of_errors(path: Path) -> list[ast.Call]:
     kinds = {kind.__name__ for kind in TREE}
     found = ast.walk(ast.parse(path.read_text()))
