@@ -85,14 +85,18 @@ def spread(quotas: np.ndarray, *, batch: int, key: int) -> np.ndarray:
 def _earliest_first(release: np.ndarray, urgency: np.ndarray) -> list[int]:
     """Gives the urgency of the sample in each slot: of those that are due, the least."""
     coming = urgency[np.argsort(release, kind="stable")].tolist()
-    # How many samples are due by each slot.
-    due_by = np.cumsum(np.bincount(release, minlength=len(release))).tolist()
-    push, pop = heapq.heappush, heapq.heappop  # twice a slot: looked up once
+    # How many samples are due from each slot on.
+    number_due = np.bincount(release, minlength=len(release)).tolist()
+    push, pop, push_pop = heapq.heappush, heapq.heappop, heapq.heappushpop  # looked up once
     due: list[int] = []
     taken: list[int] = []
     seen = 0
-    for stop in due_by:
-        while seen < stop:
+    for number in number_due:
+        if number == 1:  # most often: one step of the heap for two
+            taken.append(push_pop(due, coming[seen]))
+            seen += 1
+            continue
+        for _ in range(number):
             push(due, coming[seen])
             seen += 1
         taken.append(pop(due))

@@ -19,6 +19,7 @@ closed form.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -42,6 +43,10 @@ _MIN_PATTERN_SLOTS = 2**18
 take 6 MB."""
 
 _KEPT_REPEATS = 4
+
+_KEPT_PATTERNS = 4
+"""Patterns that are kept for whoever needs them again, of 1 MB each: laying one out takes 0.1 s,
+and each state, change or other world size of a run makes the orders of the same segments anew."""
 
 _MOST_OFF = 2
 """How far the number of a dataset's slots is from its share after whole repetitions."""
@@ -75,6 +80,13 @@ def _num_batches(batch: int, *, workers: int) -> int:
     batches = max(_MIN_PATTERN_BATCHES, -(-_MIN_PATTERN_SLOTS // batch))
     batches = min(batches, MOST_SLOTS // batch - workers + 1)
     return -(-batches // workers) * workers
+
+
+@functools.lru_cache(maxsize=_KEPT_PATTERNS)
+def _laid_out(quotas: tuple[int, ...], batch: int, key: int) -> np.ndarray:
+    pattern = spread(np.array(quotas, np.int64), batch=batch, key=key)
+    pattern.flags.writeable = False
+    return pattern
 
 
 class InterleavePattern:
@@ -119,7 +131,8 @@ class InterleavePattern:
         self._number[by_name] = np.arange(len(weights))
 
         key = keyed(seed, _KEY_PATTERN, segment.step)
-        spread_over = spread(np.append(self.quotas[by_name], self.num_free), batch=batch, key=key)
+        wanted = (*self.quotas[by_name].tolist(), self.num_free)
+        spread_over = _laid_out(wanted, batch, key)
         free = len(sizes)
         self.dataset = np.append(by_name, free)[spread_over].astype(np.int32)
         """int32 [M], the dataset of each slot; the number of datasets where it is free."""
