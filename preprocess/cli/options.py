@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from types import NoneType, UnionType
@@ -94,8 +95,13 @@ def read_settings(
     return kind(**values)
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)  # compiles their texts
+
+
 def _fields(kind: Any) -> Iterator[_Field]:
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     for each in dataclasses.fields(kind):
         hint, setting = hints[each.name], None
         if get_origin(hint) is Annotated:

@@ -7,6 +7,7 @@ same bytes; an output that holds another identity is refused, field by field.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -564,12 +565,10 @@ def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:
 
     Of the datasets' modules only the one being built counts: a new adapter changes no other output.
     """
-    code = hashlib.sha256()
-    for path in byte_sources(dataset):
+    code = _own_code().copy()
+    for path in dataset.code_files():
         code.update(path.read_bytes())
-    versions = {
-        name: importlib.metadata.version(name) for name in ("numpy", "pillow", "tokenizers")
-    }
+    versions = {name: _version(name) for name in ("numpy", "pillow", "tokenizers")}
     if dataset.videos:
         # Not imported here: the process that decodes has a compiled library of its own version.
         versions["av"] = _version("av")
@@ -579,6 +578,16 @@ def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:
     return {**versions, "code_sha256": code.hexdigest()}
 
 
+@functools.cache
+def _own_code() -> hashlib._Hash:
+    """Hashes what counts for all datasets, once: the code that runs is that of the first time."""
+    code = hashlib.sha256()
+    for path in _own_sources():
+        code.update(path.read_bytes())
+    return code
+
+
+@functools.cache
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -631,5 +640,8 @@ patterns, so that a module that is split or added there counts too."""
 
 def byte_sources(dataset: type[DatasetBase]) -> list[Path]:
     """Lists the files of code that may change the bytes of a dataset's shards, in a fixed order."""
-    ours = [path for pattern in _BYTE_SOURCES for path in sorted(_ROOT.glob(pattern))]
-    return [*ours, *dataset.code_files()]
+    return [*_own_sources(), *dataset.code_files()]
+
+
+def _own_sources() -> list[Path]:
+    return [path for pattern in _BYTE_SOURCES for path in sorted(_ROOT.glob(pattern))]

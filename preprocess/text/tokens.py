@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -284,7 +285,7 @@ class Tokenizer:
             ids = [image if i == anchor and next(found) != mark else i for i in ids]
         return ids
 
-    @property
+    @cached_property
     def entry(self) -> TokenizerEntry:
         """Describes the tokenizer for the manifest, with its fingerprints."""
         return TokenizerEntry(
@@ -318,6 +319,12 @@ def load_tokenizer(
         `tokenizer_pad_to`; with message format "template" `no_chat_template`, `chat_template`,
         `chat_date`.
     """
+    policy = policy or TextPolicy()
+    load = _load_embedded if name == EMBEDDED else _load
+    return load(name, pad_to, policy.message_format, policy.chat_date)
+
+
+def _load(name: str, pad_to: int | None, wanted_format: MessageFormat, chat_date: str) -> Tokenizer:
     loader: Any
     if name == EMBEDDED:
         # The class that AutoTokenizer would choose, without the 2 s in which that imports torch.
@@ -345,7 +352,6 @@ def load_tokenizer(
     start = -(-length // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if pad_to is None else pad_to
     if start < length:
         raise ConfigError("tokenizer_pad_to", where=name, got_pad_to=start, want_at_least=length)
-    policy = policy or TextPolicy()
     eos = loaded.eos_token_id
     # A tokenizer without BOS uses EOS instead, as Molmo does.
     bos = eos if loaded.bos_token_id is None else loaded.bos_token_id
@@ -356,17 +362,17 @@ def load_tokenizer(
     chat: TemplateFrame | None = None
     template: ChatTemplate | None = None
     added = {token.content: i for i, token in loaded.added_tokens_decoder.items()}
-    if policy.message_format == "chatml" and added.get(CHATML_END, eos) != eos:
+    if wanted_format == "chatml" and added.get(CHATML_END, eos) != eos:
         message_format, ids["eos"] = "chatml", added[CHATML_END]
-    elif policy.message_format == "template":
+    elif wanted_format == "template":
         message_format = "template"
-        chat = read_template(loaded, where=name, date=policy.chat_date)
+        chat = read_template(loaded, where=name, date=chat_date)
         if chat is None:
             raise ConfigError("no_chat_template", where=name)
         ids["eos"] = added[chat.end]
         if not chat.bos:
             del ids["bos"]
-        source, variables = template_source(loaded, where=name, date=policy.chat_date)
+        source, variables = template_source(loaded, where=name, date=chat_date)
         template = ChatTemplate(source=source, variables=variables)
     backend = loaded.backend_tokenizer
     backend.no_truncation()
@@ -384,6 +390,10 @@ def load_tokenizer(
     if chat is not None:
         _check_template_ids(loaded, tokenizer, chat)
     return tokenizer
+
+
+# Its files are part of the package, so that it stays what it is; each job of a process asks for it.
+_load_embedded = functools.lru_cache(maxsize=8)(_load)
 
 
 def tokenizer_from_entry(text: str, entry: TokenizerEntry) -> Tokenizer:
