@@ -3,6 +3,7 @@
 import compileall
 import contextlib
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -24,6 +25,7 @@ from hypothesis import settings
 from PIL import Image
 
 from preprocess.__main__ import main
+from preprocess.datasets.base import SceneImage
 from tests import inline, servers
 
 collect_ignore = ["e2e/launched.py"]  # a program, which wants arguments
@@ -44,6 +46,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("all", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("suite")
+
+# Rows of SOURCE=sample are the same in hundreds of jobs: each picture is drawn once per worker.
+SceneImage.read = functools.lru_cache(maxsize=1024)(SceneImage.read)
 
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: the
 # tests that interrupt one would wait for ever.
