@@ -133,8 +133,9 @@ def test_description_survives_the_manifest(fields):
     ],
 )
 def test_description_of_another_release_is_refused(change):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         StoredFeatures.from_dict({**stored().to_dict(), **change})
+    assert caught.value.reason == "features_fields"
 
 
 def test_same_features_made_elsewhere_are_equal():

@@ -108,7 +108,7 @@ def test_process_that_dies_costs_one_video(decoder, file):
 
 
 def test_video_that_takes_too_long_ends_the_process_by_itself(file):
-    with VideoDecoder(VideoPolicy(max_frames=5, time_limit_s=1.0)) as decoder:
+    with VideoDecoder(VideoPolicy(max_frames=5, time_limit_s=60.0)) as decoder:
         stamps(decoder, file)
         process = decoder.decoding.process
         os.kill(process.pid, signal.SIGSTOP)  # a decoder that hangs
@@ -123,7 +123,7 @@ def test_video_that_takes_too_long_ends_the_process_by_itself(file):
 
 def test_process_ends_itself_when_the_kernel_says_that_it_is_time(file):
     """The alarm of the process itself, for a parent that is gone."""
-    with VideoDecoder(VideoPolicy(max_frames=5, time_limit_s=1.0)) as decoder:
+    with VideoDecoder(VideoPolicy(max_frames=5, time_limit_s=60.0)) as decoder:
         stamps(decoder, file)
         # The request carries the limit.
         object.__setattr__(decoder.policy, "time_limit_s", 1e-6)
