@@ -27,7 +27,7 @@ class Draft:
 
     __slots__ = (
         *("described", "dataset", "error", "key", "num_crops", "num_tokens", "plan", "real"),
-        *("render_s", "scratch", "shapes", "sources", "substitutes", "view", "_clips_s"),
+        *("read_s", "render_s", "scratch", "shapes", "sources", "substitutes", "view", "_clips_s"),
     )
 
     channels_first = False
@@ -74,6 +74,8 @@ class Draft:
         """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
         """Seconds of rendering pictures, decoding included."""
+        self.read_s = 0.0
+        """Seconds of reading clips, after it was planned."""
         self._clips_s = 0.0
 
     @property
@@ -94,7 +96,7 @@ class Draft:
         Raises:
           ShardError, SampleError: As `render`, and kept as `error`.
         """
-        start_s = perf_counter()
+        start_s, read_s = perf_counter(), self.read_s
         plan, view, done = self.plan, self.view, 0
         if view.features is not None:
             try:
@@ -149,7 +151,7 @@ class Draft:
             raise
         if view.normalize is not None:
             normalize(crops.reshape(cells.shape), kind=view.normalize, out=cells)
-        self.render_s += perf_counter() - start_s
+        self.render_s += perf_counter() - start_s - (self.read_s - read_s)
 
     def _write_frames(
         self, frames: Sequence[tuple[ClipFrame, int, int]], crops: np.ndarray
@@ -172,7 +174,9 @@ class Draft:
             )
 
         numbers = [frame.number for frame, _, _ in frames]
-        self._clips_s += frames[0][0].clip.frames(numbers, put, scratch=self.scratch)
+        decode_s, read_s = frames[0][0].clip.frames(numbers, put, scratch=self.scratch)
+        self._clips_s += decode_s
+        self.read_s += read_s
 
     def write_masks(self, out: np.ndarray) -> None:
         """Writes the share of each patch that is picture: float32 [n, patches]."""

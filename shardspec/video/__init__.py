@@ -7,10 +7,13 @@ which frames are wanted of a stored clip.
 
 from shardspec.video.clip import decode_table, encode_table
 from shardspec.video.extract import Request
+from shardspec.video.parts import FilePart, RemoteFile, with_parts
 from shardspec.video.pool import decoder_process, read_frames
 from shardspec.video.reader import VideoInfo, import_av, shown_size
 
 __all__ = [
+    "FilePart",
+    "RemoteFile",
     "Request",
     "VideoInfo",
     "decode_table",
@@ -19,4 +22,5 @@ __all__ = [
     "import_av",
     "read_frames",
     "shown_size",
+    "with_parts",
 ]

@@ -12,11 +12,14 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from shardspec.child import ChildProcess, Limits, Room, new_room
 from shardspec.errors import SampleError
+from shardspec.video.clip import decode_table
+from shardspec.video.parts import RemoteFile, file_parts, needed_parts
 
 MAX_PROCESSES = max(1, min(16, len(os.sched_getaffinity(0))))
 """Decoders that are open at a time in a process: each takes a core while it decodes."""
@@ -72,7 +75,7 @@ os.register_at_fork(after_in_child=_renew)
 
 def read_frames(
     table: bytes | memoryview,
-    file: bytes | memoryview,
+    file: bytes | memoryview | RemoteFile,
     numbers: Sequence[int],
     *,
     on_frame: Callable[[int, np.ndarray], None],
@@ -83,10 +86,10 @@ def read_frames(
 
     Args:
       table: The encoded table of the clip.
-      file: Its file.
+      file: Its file; of one that is elsewhere, the parts are read that the frames need.
       numbers: Of the frames, counted from the clip's first, strictly ascending.
       on_frame: Gets the position in `numbers` and the pixels of each, uint8 [H, W, 3], in order;
-        after a process has died, all of them once more.
+        after a process has died, or where more parts of the file are needed, all of them again.
       room: Gives the memory that a frame is written to; it is asked for each.
       where: Named in errors.
 
@@ -94,12 +97,36 @@ def read_frames(
       SampleError: `video_process`: the process hung, died or was refused memory, twice;
         `video_stream`: the clip has other frames than its table says; as `VideoReader`.
       ConfigError: `video_extra`: PyAV is missing.
+      ShardError: As `file.read`.
     """
+    request = {"work": "read", "table_bytes": len(table), "numbers": list(numbers)}
+    if isinstance(file, bytes | memoryview):
+        _read(request, (table, file), on_frame=on_frame, room=room, where=where)
+        return
+    rows = decode_table(table, where=where)
+    needed, every = needed_parts(rows, numbers), file_parts(rows)
+    for parts in (needed, every):
+        own = {**request, "parts": parts if parts != every else None}
+        source = table, *file.read(parts)
+        if _read(own, source, on_frame=on_frame, room=room, where=where):
+            return
+
+
+def _read(
+    request: dict[str, Any],
+    source: Sequence[bytes | memoryview],
+    *,
+    on_frame: Callable[[int, np.ndarray], None],
+    room: Room,
+    where: str,
+) -> bool:
+    """Returns False if the frames need parts of the file that are not in `source`."""
+    numbers = request["numbers"]
     pool = _pool
     process = pool.take()
     try:
         for attempt in range(1, 1 + _ATTEMPTS):
-            count = 0
+            count, found = 0, dict[str, Any]()
 
             def take(pixels: np.ndarray) -> None:
                 nonlocal count
@@ -108,9 +135,9 @@ def read_frames(
 
             try:
                 process.ask(
-                    {"work": "read", "table_bytes": len(table), "numbers": list(numbers)},
-                    (table, file),
-                    on_facts=lambda _: None,
+                    request,
+                    source,
+                    on_facts=found.update,
                     on_array=take,
                     room=room,
                     where=where,
@@ -123,8 +150,9 @@ def read_frames(
                         "video_process.load", where=where, problem=error.what
                     ) from error
             else:
-                if count != len(numbers):
+                if not found and count != len(numbers):
                     raise SampleError("video_stream.changed", where=where)
-                return
+                return not found
     finally:
         pool.give_back(process)
+    raise AssertionError("each attempt ends in a result or an error")
