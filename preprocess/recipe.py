@@ -76,9 +76,9 @@ from preprocess.text import (
 )
 from shardspec.errors import ConfigError, SampleError
 from shardspec.families import family_to_dict
-from shardspec.index import longest_text
+from shardspec.index import longest_sequence
 from shardspec.manifest import canonical_json
-from shardspec.sample import Geometry, PreparedSample, spans_table
+from shardspec.sample import Geometry, PreparedSample, spans_table, video_rows
 from shardspec.tiling import FrameView, num_image_tokens
 
 KEY_BYTES = 12
@@ -374,7 +374,7 @@ class Preparer:
         if described:
             record |= {"videos": described} if len(described) > 1 else {"video": described[0]}
         limit = example.get("max_tokens")
-        if limit and (length := self._length(spans, sizes)) > limit:
+        if limit and (length := self._length(tokenized.tokens, spans, sizes)) > limit:
             raise SampleError("document_tokens", where=key, tokens=length, limit=limit)
         return PreparedSample(
             key=key,
@@ -385,14 +385,23 @@ class Preparer:
             record=record,
         )
 
-    def _length(self, spans: np.ndarray, sizes: Sequence[tuple[int, int]]) -> int:
-        """Counts the tokens of a document with its images, by the longest of the recipe's views."""
+    def _length(
+        self, tokens: np.ndarray, spans: np.ndarray, sizes: Sequence[tuple[int, int]]
+    ) -> int:
+        """Counts the tokens of a document with its images and the frames of its videos.
+
+        By the longest of the recipe's views; each image and video has a symbol in the text.
+        """
+        num_frames: int = sum(row[6] or row[3] for row in video_rows(spans).tolist())
         per_view = [
             sum(num_image_tokens(width, height, view) for width, height in sizes)
+            + num_frames * self.frame_view.num_tokens(view)
             for view in self.recipe.image.views
         ]
-        text = longest_text(spans)[0] - len(sizes)  # each has a symbol in the text
-        return ("bos" in self.tokenizer.special_ids) + text + max(per_view)
+        ids = self.tokenizer.special_ids
+        placeholder = ids["<|image|>"]
+        text, _ = longest_sequence(tokens, spans, placeholder=placeholder, bos="bos" in ids)
+        return int(text + max(per_view))
 
     def _movable(
         self, example: Mapping[str, Any], num_images: int, safe: Geometry

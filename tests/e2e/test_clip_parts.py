@@ -80,7 +80,7 @@ def index_of(url):
     return open_index(str(path), num_samples=file.nsamples, shard_bytes=file.num_bytes)
 
 
-def examples_of(url, *, epochs=3, **options):
+def examples_of(url, *, epochs=2, **options):
     stream = StreamingDataset(url, seed=5, view=VIEW, **options)
     return [stream.example(i, epoch=epoch) for i in range(3) for epoch in range(epochs)]
 
@@ -231,6 +231,7 @@ def test_damage_is_found_where_it_is_read_and_by_verify(built, damaged):
         bad.reader.members(number)
 
 
+@pytest.mark.slow
 def test_substitutes_of_damaged_parts_are_the_same_on_any_number_of_ranks(built, damaged):
     """No rank knows of damage what another one does not: it is found anew in each epoch."""
     url, key = damaged
