@@ -60,6 +60,7 @@ from preprocess.text import (
     chat_frame,
     check_action_tokens,
     digit_ids,
+    has_times,
     image_prefixes,
     media_placeholder,
     message_styles,
@@ -295,14 +296,17 @@ class Preparer:
             if videos or any(IMAGE_PLACEHOLDER in text for text in texts):
                 raise SampleError("sample_windows.media", where=key)
             sizes = window_sizes(windows, sizes, num_messages=len(told), key=key)
+        # Texts name frames of the first video, as `add_video_facts` has it.
+        named = int(len(videos) > 0 and any(map(has_times, told)))
         stored = [
             self.video_preparer(
                 video.read() if isinstance(video, SceneVideo) else video,
                 clip=clip,
                 geometry=geometry,
+                draws=number >= named,
                 where=key,
             )
-            for video, clip in zip(videos, clips, strict=True)
+            for number, (video, clip) in enumerate(zip(videos, clips, strict=True))
         ]
         facts = [
             VideoFacts(
@@ -361,6 +365,7 @@ class Preparer:
             clips=prepared_clips,
             windows=windows,
             points=tokenized.points,
+            named=named,
         )
         record = {
             "key": key,

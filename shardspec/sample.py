@@ -51,7 +51,8 @@ images, of the same source sizes, so there are as many LEAD rows as a window has
 
 A clip has all its frames as images, without members of their own and `num_bytes` 0: they are in its
 file. `chosen` is 1 for those that the recipe chooses, `most_frames` is their number: an example has
-no more. Both are 0 where frames are stored.
+no more. Both are 0 where frames are stored. A video whose frames a text names has `chosen` 2 for
+all of them, in either way to store: an example has each of them, and no other.
 
 POINTS and POINT rows, of recipes that want them, say where coordinates are in the texts: a list of
 points of an image, and its points (`shardspec.coordinates`). An image of such a sample has a list,
@@ -126,6 +127,10 @@ class SpanKind(enum.IntEnum):
     WINDOW = 6
     POINTS = 7
     POINT = 8
+
+
+ALL_SHOWN = 2
+"""What `chosen` is for the frames of a video of which an example has all."""
 
 
 class Geometry(enum.IntFlag):
@@ -445,6 +450,7 @@ def spans_table(
     clips: Sequence[PreparedClip] = (),
     windows: Sequence[Sequence[int]] = (),
     points: Sequence[PointList] = (),
+    named: int = 0,
 ) -> np.ndarray:
     """Builds the spans table of a sample.
 
@@ -459,6 +465,7 @@ def spans_table(
       clips: Where videos are stored themselves: each of `videos`.
       windows: Where branches are alternatives: the images of each.
       points: The lists of points of the texts.
+      named: Videos, from the first, whose frames the texts name.
 
     Returns:
       int32 [S, 8].
@@ -466,16 +473,18 @@ def spans_table(
     rows = [(int(SpanKind.TEXT), *text) for text in texts]
     stored = [(0, 0, 0)] * len(videos)
     in_clips: list[tuple[int, ...]] = []
-    chosen: set[int] = set()
+    chosen: dict[int, int] = {}
     for v, clip in enumerate(clips):
         table_bytes = ARRAY_HEADER_BYTES + clip.table.nbytes
         stored[v] = (table_bytes, len(clip.file), len(clip.chosen))
-        chosen |= {videos[v][0] + number for number in clip.chosen}
+        chosen |= {videos[v][0] + number: 1 for number in clip.chosen}
         sizes = (clip.source_width, clip.source_height, clip.width, clip.height)
         in_clips += [(*sizes, 0, int(clip.geometry))] * clip.num_frames
+    for first, count, _ in videos[:named]:
+        chosen |= dict.fromkeys(range(first, first + count), ALL_SHOWN)
     for i, lead in enumerate(leads):
         padding = [0] * (5 - len(lead))
-        rows.append((int(SpanKind.LEAD), i, *lead, *padding, int(i in chosen)))  # type: ignore[arg-type]
+        rows.append((int(SpanKind.LEAD), i, *lead, *padding, chosen.get(i, 0)))  # type: ignore[arg-type]
     for v, (first, count, place) in enumerate(videos):
         rows.append((int(SpanKind.VIDEO), v, first, count, *stored[v], place))
     rows += [(int(SpanKind.SUBTITLE), *subtitle, 0, 0) for subtitle in subtitles]

@@ -65,6 +65,24 @@ def with_parts(table: np.ndarray, file: bytes) -> np.ndarray:
     return np.concatenate([table, np.array(rows, "<i8").reshape(-1, 4)])
 
 
+def select_frames(table: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """Gives the table of a clip that has only some of its frames; all else is as it was.
+
+    Args:
+      table: Of the clip.
+      numbers: Of the frames, strictly ascending.
+    """
+    found: np.ndarray = table.copy()
+    rows = found[2:]
+    shown = np.flatnonzero(rows[:, 3] & _SHOWN)
+    shown = shown[np.argsort(rows[shown, 0], kind="stable")]
+    left_out = np.delete(shown, numbers)
+    if table[0, 2]:  # found by decoding: a row for each
+        return np.delete(found, 2 + left_out, axis=0)
+    rows[left_out, 3] &= ~_SHOWN
+    return found
+
+
 def file_parts(table: np.ndarray) -> list[FilePart]:
     """Lists all parts of a clip's file; [] of a table without them."""
     return [FilePart(*row[:3]) for row in table[2:].tolist() if row[3] == _PART]

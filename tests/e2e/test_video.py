@@ -261,6 +261,29 @@ def test_tracks_of_generated_clips_lead_to_the_shapes(prepare):
     assert followed > 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["frames", "clip"])
+@pytest.mark.parametrize("mode", ["tracks", "points"])
+def test_frames_that_a_text_names_are_in_every_example(mode, store, prepare):
+    """Whatever the view: nothing is drawn among them, and a clip gives no others."""
+    recipe = replace(RECIPE, video=VideoPolicy(max_frames=4, store=store))
+    sample = replace(prepare, recipe=recipe)(
+        get_dataset("moving_shapes", source="sample", mode=mode, limit=1).get(0)
+    )
+    record = [round(time_s, 3) for time_s in sample.record["video"]["frame_times_s"]]
+    ids = TokenIds.from_special_ids(prepare.tokenizer.special_ids)
+    for most, purpose in ((2, "train"), (None, "train"), (1, "inference")):
+        view = View(image=SMALL, frames=FrameView(max_frames=most), purpose=purpose)
+        rng = np.random.RandomState(most) if purpose == "train" else None
+        example = assemble(sample, rng, view=view, ids=ids)
+        assert example["metadata"]["frame_times_s"] == record
+        assert len(example["images"]) == len(record) == 4
+    if mode == "tracks":
+        text = prepare.tokenizer.decode(example["input_ids"].tolist())
+        told = {float(each) for each in re.findall(r"(?:\"|;)([0-9.]+) 1 ", text)}
+        assert told <= {round(time_s, 1) for time_s in record}
+
+
 def test_counts_of_generated_clips_are_those_of_their_shapes():
     counts = set()
     for plan, message, answer in answers_of("points", limit=4):

@@ -8,7 +8,14 @@ import pytest
 
 from shardspec.checksum import crc32
 from shardspec.errors import ShardError
-from shardspec.video import encode_table, parts, pool, read_frames, with_parts
+from shardspec.video import (
+    encode_table,
+    parts,
+    pool,
+    read_frames,
+    select_frames,
+    with_parts,
+)
 from shardspec.video.clip import store_clip
 from shardspec.video.extract import Request
 from tests.shardspec.video.matrix import CUT, MATRIX
@@ -106,6 +113,16 @@ def test_table_without_parts_is_that_of_the_whole_file(clip):
     old = table[: -len(parts.file_parts(table))]
     assert parts.file_parts(old) == []
     assert frames_of(old, file, [150]) == frames_of(table, file, [150]) == [150]
+
+
+def test_a_clip_may_have_some_of_its_frames_alone(clip):
+    table, file = clip
+    few = select_frames(table, [7, 90, 199])
+    assert frames_of(few, Elsewhere(file), [1, 2]) == [90, 199]
+    assert frames_of(few, file, range(3)) == [7, 90, 199]
+    scanned = write("mpeg4", "avi", count=8)
+    few = select_frames(stored(scanned)[0], [2, 5])
+    assert frames_of(few, Elsewhere(scanned), range(2)) == [2, 5]
 
 
 def test_parted_file_reads_as_files_do():
