@@ -12,7 +12,7 @@ from loader.assembly.pixels import Encoded
 from loader.buffers import Scratch
 from shardspec.errors import SampleError
 from shardspec.sample import PreparedSample
-from shardspec.video import RemoteFile, encode_table, read_frames
+from shardspec.video import ClipLimits, RemoteFile, encode_table, read_frames
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +40,7 @@ class Clip:
         on_frame: Callable[[int, np.ndarray], None],
         *,
         scratch: Scratch,
+        limits: ClipLimits,
     ) -> tuple[float, float]:
         """Decodes frames, in another process.
 
@@ -48,6 +49,7 @@ class Clip:
           on_frame: Gets the position in `numbers` and the pixels of each, uint8 [H, W, 3]: only to
             be read, and valid until the next one.
           scratch: Memory for one frame.
+          limits: Of the process.
 
         Returns:
           Seconds of decoding, in which nothing is done with the frames; and of reading the file.
@@ -76,6 +78,7 @@ class Clip:
             numbers,
             on_frame=take,
             room=lambda num_bytes: scratch("frame", (num_bytes,)),
+            limits=limits,
             where=self.where,
         )
         read_s = self._read_s - before_s

@@ -42,6 +42,7 @@ from shardspec.features import FEATURES, StoredFeatures
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
 from shardspec.manifest import Manifest
 from shardspec.tiling import ImageView
+from shardspec.video import DEFAULT_LIMITS, ClipLimits
 
 OnBad = Literal["raise", "substitute"]
 
@@ -101,12 +102,14 @@ class PreparedBuilder:
         seed: int,
         on_bad: OnBad,
         max_bad_rate: float | None,
+        clips: ClipLimits = DEFAULT_LIMITS,
     ) -> None:
         """Joins a split and what to see of its samples; see `StreamingDataset`."""
         self.data = data
         self.view = view
         self.ids = TokenIds.from_special_ids(data.manifest.tokenizer.special_ids)
         self.on_bad: OnBad = on_bad
+        self._clips = clips
         self.quarantine = Quarantine(max_rate=max_bad_rate)
         """Samples substituted in this process; shared between copies."""
         self._record: bool | frozenset[str] = view.purpose == "evaluation"
@@ -344,6 +347,7 @@ class PreparedBuilder:
                 plan,
                 sources,
                 clips=stored.clips,
+                limits=self._clips,
                 view=self.view,
                 key=stored.key,
                 scratch=self._scratch,
