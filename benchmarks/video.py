@@ -147,6 +147,18 @@ def with_torchcodec(payload: bytes) -> Draw:
     return draw
 
 
+def with_energon(payload: bytes) -> Draw:
+    """Asks the decoder that Megatron-Energon's samples bring along for clips of one frame each."""
+    from megatron.energon.av import AVDecoder
+
+    def draw(numbers: Sequence[int]) -> list[np.ndarray]:
+        decoder = AVDecoder(io.BytesIO(payload))
+        found, _ = decoder.get_video_clips([(n, n) for n in numbers], video_unit="frames")
+        return [clip[0].permute(1, 2, 0).contiguous().numpy() for clip in found]
+
+    return draw
+
+
 def with_webdataset(folder: Path, payload: bytes) -> Draw:
     """Reads the file from a tar by webdataset, and decodes with PyAV."""
     import webdataset
@@ -184,6 +196,7 @@ def peers(folder: Path, payload: bytes) -> dict[str, Draw]:
         "decord": lambda: with_decord(payload),
         "torchcodec": lambda: with_torchcodec(payload),
         "webdataset + PyAV": lambda: with_webdataset(folder, payload),
+        "Energon": lambda: with_energon(payload),
     }
     found: dict[str, Draw] = {}
     for name, make in makers.items():

@@ -21,9 +21,11 @@ from loader.raw import RawDataset, RawSample
 from loader.reading import Network
 from loader.stream import StreamingDataset, group_by, model_view
 from shardspec.storage import RetryPolicy
+from shardspec.video import ClipLimits
 
 __all__ = [
     "Augment",
+    "ClipLimits",
     "DeterministicDataset",
     "DevicePrefetcher",
     "IterableDatasetMixture",

@@ -60,6 +60,7 @@ from preprocess.text import (
     chat_frame,
     check_action_tokens,
     digit_ids,
+    has_times,
     image_prefixes,
     media_placeholder,
     message_styles,
@@ -76,9 +77,9 @@ from preprocess.text import (
 )
 from shardspec.errors import ConfigError, SampleError
 from shardspec.families import family_to_dict
-from shardspec.index import longest_text
+from shardspec.index import longest_sequence
 from shardspec.manifest import canonical_json
-from shardspec.sample import Geometry, PreparedSample, spans_table
+from shardspec.sample import Geometry, PreparedSample, spans_table, video_rows
 from shardspec.tiling import FrameView, num_image_tokens
 
 KEY_BYTES = 12
@@ -295,14 +296,17 @@ class Preparer:
             if videos or any(IMAGE_PLACEHOLDER in text for text in texts):
                 raise SampleError("sample_windows.media", where=key)
             sizes = window_sizes(windows, sizes, num_messages=len(told), key=key)
+        # Texts name frames of the first video, as `add_video_facts` has it.
+        named = int(len(videos) > 0 and any(map(has_times, told)))
         stored = [
             self.video_preparer(
                 video.read() if isinstance(video, SceneVideo) else video,
                 clip=clip,
                 geometry=geometry,
+                draws=number >= named,
                 where=key,
             )
-            for video, clip in zip(videos, clips, strict=True)
+            for number, (video, clip) in enumerate(zip(videos, clips, strict=True))
         ]
         facts = [
             VideoFacts(
@@ -361,6 +365,7 @@ class Preparer:
             clips=prepared_clips,
             windows=windows,
             points=tokenized.points,
+            named=named,
         )
         record = {
             "key": key,
@@ -374,7 +379,7 @@ class Preparer:
         if described:
             record |= {"videos": described} if len(described) > 1 else {"video": described[0]}
         limit = example.get("max_tokens")
-        if limit and (length := self._length(spans, sizes)) > limit:
+        if limit and (length := self._length(tokenized.tokens, spans, sizes)) > limit:
             raise SampleError("document_tokens", where=key, tokens=length, limit=limit)
         return PreparedSample(
             key=key,
@@ -385,14 +390,23 @@ class Preparer:
             record=record,
         )
 
-    def _length(self, spans: np.ndarray, sizes: Sequence[tuple[int, int]]) -> int:
-        """Counts the tokens of a document with its images, by the longest of the recipe's views."""
+    def _length(
+        self, tokens: np.ndarray, spans: np.ndarray, sizes: Sequence[tuple[int, int]]
+    ) -> int:
+        """Counts the tokens of a document with its images and the frames of its videos.
+
+        By the longest of the recipe's views; each image and video has a symbol in the text.
+        """
+        num_frames: int = sum(row[6] or row[3] for row in video_rows(spans).tolist())
         per_view = [
             sum(num_image_tokens(width, height, view) for width, height in sizes)
+            + num_frames * self.frame_view.num_tokens(view)
             for view in self.recipe.image.views
         ]
-        text = longest_text(spans)[0] - len(sizes)  # each has a symbol in the text
-        return ("bos" in self.tokenizer.special_ids) + text + max(per_view)
+        ids = self.tokenizer.special_ids
+        placeholder = ids["<|image|>"]
+        text, _ = longest_sequence(tokens, spans, placeholder=placeholder, bos="bos" in ids)
+        return int(text + max(per_view))
 
     def _movable(
         self, example: Mapping[str, Any], num_images: int, safe: Geometry

@@ -47,7 +47,11 @@ _NAME = re.compile(rf"[A-Za-z_][A-Za-z0-9_]{{0,{MAX_NAME_CHARACTERS - 1}}}")
 _TYPE = re.compile(r"(bool|int64|float64)|(text|int64|float32)\[([1-9][0-9]{0,4})\]")
 _STORED = {"bool": "|b1", "int64": "<i8", "float64": "<f8", "float32": "<f4"}
 _OF_INDEXES = frozenset(
-    {*(index_dtype(1).names or ()), *(raw_index_dtype(1).names or ()), GROUP_COLUMN}
+    {
+        *(index_dtype(1, clips=True).names or ()),
+        *(raw_index_dtype(1).names or ()),
+        GROUP_COLUMN,
+    }
 )
 
 

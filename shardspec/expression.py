@@ -40,7 +40,7 @@ def _checked(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return checked
 
 
-_NOT_CONTENT = frozenset({"offset", "crc32", "key", "group_hash"})
+_NOT_CONTENT = frozenset({"offset", "crc32", "head_bytes", "head_crc32", "key", "group_hash"})
 """Index columns that say where a sample is, or whose values are not quantities."""
 
 _ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {

@@ -75,6 +75,10 @@ GROUP_COLUMN = "group_hash"
 for the samples of a group, 0 for a sample of none. Resharding keeps a group in one shard and split.
 """
 
+HEAD_COLUMNS = ("head_bytes", "head_crc32")
+"""Columns of datasets that store clips: the part of a sample before the first file of a clip, and
+its CRC-32. Both are 0 where a sample has no clip, or was written before there were such columns."""
+
 _READ_BYTES = 2**20
 """Most bytes of a file that are read at a time."""
 
@@ -97,24 +101,25 @@ def raw_index_dtype(key_bytes: int) -> np.dtype:
     return np.dtype([*own, ("num_members", "<u4"), ("key", f"S{max(1, key_bytes)}")])
 
 
-def index_dtype(num_views: int) -> np.dtype:
-    """Returns the row type of a dataset whose recipe has `num_views`.
+def index_dtype(num_views: int, *, clips: bool = False) -> np.dtype:
+    """Returns the row type of a dataset whose recipe has `num_views` and may store clips.
 
     After INDEX_DTYPE come the columns for planning batches and packs without reading data:
     `view_length` u4 [views] and `view_crops` u2 [views], the longest sequence and the crops of a
     sample in each view, and `loss_length` u4, the most positions under loss; then `num_branches`
     and `num_turns` u4, the conversations and the exchanges of a sample, each a row of an
-    evaluation.
+    evaluation. Datasets that store clips have `HEAD_COLUMNS` u4 at the end.
     """
-    if not num_views:
-        return INDEX_DTYPE
-    lengths = [
-        ("view_length", "<u4", (num_views,)),
-        ("view_crops", "<u2", (num_views,)),
-        ("loss_length", "<u4"),
-        *((name, "<u4") for name in QUESTION_COLUMNS),
-    ]
-    return np.dtype(INDEX_DTYPE.descr + lengths)
+    further: list[tuple[str, str] | tuple[str, str, tuple[int, ...]]] = []
+    if num_views:
+        further = [
+            ("view_length", "<u4", (num_views,)),
+            ("view_crops", "<u2", (num_views,)),
+            ("loss_length", "<u4"),
+            *((name, "<u4") for name in QUESTION_COLUMNS),
+        ]
+    further += [(name, "<u4") for name in HEAD_COLUMNS if clips]
+    return np.dtype(INDEX_DTYPE.descr + further)
 
 
 def with_groups(rows: np.ndarray, groups: Sequence[int]) -> np.ndarray:
@@ -151,7 +156,10 @@ _one_header = _OneHeader()
 
 
 class SamplePlace(NamedTuple):
-    """Where a sample and its array members are: columns of its index row, as plain values."""
+    """Where a sample and its array members are: columns of its index row, as plain values.
+
+    Most datasets have no `HEAD_COLUMNS`, and rows of theirs have no such values.
+    """
 
     offset: int
     num_bytes: int
@@ -159,6 +167,8 @@ class SamplePlace(NamedTuple):
     json_bytes: int
     spans_bytes: int
     tokens_bytes: int
+    head_bytes: int
+    head_crc32: int
     key: bytes
 
 
@@ -184,6 +194,7 @@ def index_row(
     placeholder: int = -1,
     bos: bool = True,
     model: StoredModel | None = None,
+    head_bytes: int | None = None,
 ) -> np.ndarray:
     """Makes the row of a sample that has just been written.
 
@@ -198,11 +209,15 @@ def index_row(
       bos: Whether sequences begin with BOS.
       model: The model that the dataset is built for, as its only view; `view_crops` is then the
         number of its pictures' tokens.
+      head_bytes: Length of its head, of a dataset that stores clips; None of others.
 
     Returns:
       index_dtype(len(views)) [1], index_dtype(1) with a model.
     """
-    row = np.zeros(1, dtype=index_dtype(1 if model else len(views)))
+    clips = head_bytes is not None
+    row = np.zeros(1, dtype=index_dtype(1 if model else len(views), clips=clips))
+    if clips:
+        row["head_bytes"] = head_bytes
     pictures = image_rows(sample.spans)
     windows = window_images(sample.spans)
     shown = pictures[windows[0]] if windows else pictures  # all windows have the same sizes

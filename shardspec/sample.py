@@ -11,8 +11,14 @@ A sample `<key>` is a run of adjacent tar members, always in this order:
     <key>.overview.jpg  where the dataset's views tile: the image at the size of a crop, directly
                         after it; `<key>.0.overview.jpg` where a dataset has several
     <key>.0.frames.npy  of a video that is stored as a clip: int64 [R, 4], where its frames are
-                        (`shardspec.video.reader.VideoReader.table`); `<key>.1.frames.npy` ...
-    <key>.0.mp4         directly after it: the file of the clip; .video where it is no copy into MP4
+                        (`shardspec.video.reader.VideoReader.table`) and the checksums of its parts;
+                        `<key>.1.frames.npy` ...
+    <key>.0.mp4         after all tables: the file of the clip; .video where it is no copy into MP4;
+                        `<key>.1.mp4` ...
+
+What is before the first file of a clip is the *head* of a sample: it can be read and verified
+without the files, of which then no more is read than an example needs. Samples whose head has no
+checksum in the index have each file directly after its table.
 
 A row of `spans` is one of nine kinds (column 0):
 
@@ -45,7 +51,8 @@ images, of the same source sizes, so there are as many LEAD rows as a window has
 
 A clip has all its frames as images, without members of their own and `num_bytes` 0: they are in its
 file. `chosen` is 1 for those that the recipe chooses, `most_frames` is their number: an example has
-no more. Both are 0 where frames are stored.
+no more. Both are 0 where frames are stored. A video whose frames a text names has `chosen` 2 for
+all of them, in either way to store: an example has each of them, and no other.
 
 POINTS and POINT rows, of recipes that want them, say where coordinates are in the texts: a list of
 points of an image, and its points (`shardspec.coordinates`). An image of such a sample has a list,
@@ -68,7 +75,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -86,6 +93,8 @@ _WINDOW_IMAGES = SPAN_COLUMNS - 2
 """Images that a WINDOW row has room for."""
 WEIGHT_ONE = 1_000_000
 """The loss weight 1.0 in the units of the spans table."""
+
+Member = TypeVar("Member")
 
 Codec = Literal["jpeg", "png", "webp", "raw", "lossless"]
 """How images are stored. "lossless" is whichever of png and webp is smaller, image by image: the
@@ -118,6 +127,10 @@ class SpanKind(enum.IntEnum):
     WINDOW = 6
     POINTS = 7
     POINT = 8
+
+
+ALL_SHOWN = 2
+"""What `chosen` is for the frames of a video of which an example has all."""
 
 
 class Geometry(enum.IntFlag):
@@ -226,6 +239,35 @@ def clip_rows(spans: np.ndarray) -> np.ndarray:
     """Selects the VIDEO rows of clips: int32 [clips, 8]."""
     rows = video_rows(spans)
     return rows[rows[:, 4] > 0]
+
+
+def clip_sizes(spans: np.ndarray, *, tables_first: bool) -> list[int]:
+    """Lists the lengths of the members of clips in their order: tables and files.
+
+    Args:
+      spans: int32 [S, 8].
+      tables_first: Whether all tables come first, or each file directly after its table.
+    """
+    sizes = clip_rows(spans)[:, 4:6]
+    found: list[int] = (sizes.T if tables_first else sizes).flatten().tolist()
+    return found
+
+
+def clip_pairs(members: Sequence[Member], *, tables_first: bool) -> list[tuple[Member, Member]]:
+    """Finds the table and the file of each clip among their members.
+
+    Args:
+      members: In their order, each in any form.
+      tables_first: As for `clip_sizes`.
+
+    >>> clip_pairs(["0.frames.npy", "1.frames.npy", "0.mp4", "1.mp4"], tables_first=True)
+    [('0.frames.npy', '0.mp4'), ('1.frames.npy', '1.mp4')]
+    """
+    half = len(members) // 2
+    tables, files = members[::2], members[1::2]
+    if tables_first:
+        tables, files = members[:half], members[half:]
+    return list(zip(tables, files, strict=True))
 
 
 def num_stored_images(spans: np.ndarray) -> int:
@@ -390,9 +432,11 @@ def sample_members(
             own = codec_of(overview_of[i], codec)
             suffix = image_suffix(own, image=i, several=several, overview=True)
             members.append((suffix, overview_of[i]))
+    files: list[tuple[str, bytes]] = []
     for (_, video, *_), clip in zip(clip_rows(spans).tolist(), sample.clips, strict=True):
         members.append((f"{video}.frames.npy", encode_array(clip.table)))
-        members.append((f"{video}.{clip.suffix}", clip.file))
+        files.append((f"{video}.{clip.suffix}", clip.file))
+    members += files
     return [(f"{sample.key}.{suffix}", payload) for suffix, payload in members]
 
 
@@ -406,6 +450,7 @@ def spans_table(
     clips: Sequence[PreparedClip] = (),
     windows: Sequence[Sequence[int]] = (),
     points: Sequence[PointList] = (),
+    named: int = 0,
 ) -> np.ndarray:
     """Builds the spans table of a sample.
 
@@ -420,6 +465,7 @@ def spans_table(
       clips: Where videos are stored themselves: each of `videos`.
       windows: Where branches are alternatives: the images of each.
       points: The lists of points of the texts.
+      named: Videos, from the first, whose frames the texts name.
 
     Returns:
       int32 [S, 8].
@@ -427,16 +473,18 @@ def spans_table(
     rows = [(int(SpanKind.TEXT), *text) for text in texts]
     stored = [(0, 0, 0)] * len(videos)
     in_clips: list[tuple[int, ...]] = []
-    chosen: set[int] = set()
+    chosen: dict[int, int] = {}
     for v, clip in enumerate(clips):
         table_bytes = ARRAY_HEADER_BYTES + clip.table.nbytes
         stored[v] = (table_bytes, len(clip.file), len(clip.chosen))
-        chosen |= {videos[v][0] + number for number in clip.chosen}
+        chosen |= {videos[v][0] + number: 1 for number in clip.chosen}
         sizes = (clip.source_width, clip.source_height, clip.width, clip.height)
         in_clips += [(*sizes, 0, int(clip.geometry))] * clip.num_frames
+    for first, count, _ in videos[:named]:
+        chosen |= dict.fromkeys(range(first, first + count), ALL_SHOWN)
     for i, lead in enumerate(leads):
         padding = [0] * (5 - len(lead))
-        rows.append((int(SpanKind.LEAD), i, *lead, *padding, int(i in chosen)))  # type: ignore[arg-type]
+        rows.append((int(SpanKind.LEAD), i, *lead, *padding, chosen.get(i, 0)))  # type: ignore[arg-type]
     for v, (first, count, place) in enumerate(videos):
         rows.append((int(SpanKind.VIDEO), v, first, count, *stored[v], place))
     rows += [(int(SpanKind.SUBTITLE), *subtitle, 0, 0) for subtitle in subtitles]

@@ -46,6 +46,8 @@ class TarRange:
     """Headers, payloads and padding together."""
     crc32: int
     """CRC-32 (zlib) of those bytes."""
+    head_crc32: int = 0
+    """The same of its first members, as many as the writer was told."""
 
 
 def padded(num_bytes: int) -> int:
@@ -106,15 +108,23 @@ class TarWriter:
         self.num_bytes = 0
         """Bytes written so far."""
 
-    def write_sample(self, members: Sequence[tuple[str, bytes]]) -> TarRange:
-        """Appends the members of one sample, in the given order."""
-        offset, crc = self.num_bytes, 0
-        for name, payload in members:
+    def write_sample(self, members: Sequence[tuple[str, bytes]], *, num_head: int = 0) -> TarRange:
+        """Appends the members of one sample, in the given order.
+
+        Args:
+          members: Name and payload of each.
+          num_head: The first members, which have a checksum of their own.
+        """
+        offset, crc, head_crc = self.num_bytes, 0, 0
+        for number, (name, payload) in enumerate(members):
+            if number == num_head:
+                head_crc = crc
             padding = bytes(padded(len(payload)) - len(payload))
             for part in (member_header(name, len(payload)), payload, padding):
                 self._write(part)
                 crc = crc32(part, crc)
-        return TarRange(offset=offset, num_bytes=self.num_bytes - offset, crc32=crc)
+        num_bytes = self.num_bytes - offset
+        return TarRange(offset=offset, num_bytes=num_bytes, crc32=crc, head_crc32=head_crc)
 
     def finish(self) -> str:
         """Writes the end-of-archive blocks and returns the sha256 of the whole file."""

@@ -51,6 +51,12 @@ def test_index_columns_and_their_types_are_the_codes_in_order():
     assert f"a row of {index.INDEX_DTYPE.itemsize} bytes" in section("The index")
 
 
+def test_columns_of_clips_are_the_codes():
+    for name in index.HEAD_COLUMNS:
+        assert index.index_dtype(1, clips=True)[name] == np.dtype("<u4")
+        assert f"| `{name}` | `<u4` |" in section("The index")
+
+
 @pytest.mark.parametrize(
     "head, kind",
     [
@@ -157,8 +163,7 @@ def test_members_of_a_sample_are_the_codes_in_order():
         *members([tiled], False),
         *plain,
         *(name for name in with_overviews if name not in plain),
-        *with_clips[::2],
-        *with_clips[1::2],
+        *with_clips,
     ]
     # Each directly after its image.
     assert with_overviews == [described[i] for i in (5, 7, 6, 8)]

@@ -70,6 +70,7 @@ PUBLIC = {
     ],
     "loader": [
         "Augment",
+        "ClipLimits",
         "DeterministicDataset",
         "DevicePrefetcher",
         "IterableDatasetMixture",
@@ -214,6 +215,7 @@ MEMBERS = {
         *("brightness", "contrast", "crop_ratio", "crop_scale", "flip_probability", "hue"),
         *("resample", "saturation", "standard"),
     ],
+    "ClipLimits": ["memory_bytes", "processes", "time_limit_s"],
     "DeterministicDataset": ["example", "get", "preload", "set_epoch"],
     "DevicePrefetcher": ["load_state_dict", "state_dict"],
     "IterableDatasetMixture": [

@@ -12,7 +12,7 @@ from loader.assembly.pixels import Encoded
 from loader.buffers import Scratch
 from shardspec.errors import SampleError
 from shardspec.sample import PreparedSample
-from shardspec.video import encode_table, read_frames
+from shardspec.video import ClipLimits, RemoteFile, encode_table, read_frames
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,7 +21,7 @@ class Clip:
 
     table: bytes | memoryview
     """Encoded: where the frames are."""
-    file: bytes | memoryview
+    file: bytes | memoryview | RemoteFile
     width: int
     """Of a frame, in pixels."""
     height: int
@@ -40,7 +40,8 @@ class Clip:
         on_frame: Callable[[int, np.ndarray], None],
         *,
         scratch: Scratch,
-    ) -> float:
+        limits: ClipLimits,
+    ) -> tuple[float, float]:
         """Decodes frames, in another process.
 
         Args:
@@ -48,14 +49,17 @@ class Clip:
           on_frame: Gets the position in `numbers` and the pixels of each, uint8 [H, W, 3]: only to
             be read, and valid until the next one.
           scratch: Memory for one frame.
+          limits: Of the process.
 
         Returns:
-          Seconds of decoding: those in which nothing is done with the frames.
+          Seconds of decoding, in which nothing is done with the frames; and of reading the file.
 
         Raises:
           SampleError: As `read_frames`; `video_size`, a frame has another size than is stored.
+          ShardError, StorageError: The file cannot be read.
         """
         start_s, used_s = perf_counter(), 0.0
+        before_s = self._read_s
         want = (self.height, self.width, 3)
 
         def take(at: int, pixels: np.ndarray) -> None:
@@ -74,9 +78,15 @@ class Clip:
             numbers,
             on_frame=take,
             room=lambda num_bytes: scratch("frame", (num_bytes,)),
+            limits=limits,
             where=self.where,
         )
-        return perf_counter() - start_s - used_s
+        read_s = self._read_s - before_s
+        return perf_counter() - start_s - used_s - read_s, read_s
+
+    @property
+    def _read_s(self) -> float:
+        return 0.0 if isinstance(self.file, bytes | memoryview) else self.file.read_s
 
 
 PictureSource = tuple["np.ndarray | Encoded | ClipFrame", "np.ndarray | Encoded | None"]

@@ -20,6 +20,7 @@ from loader.assembly.view import View
 from loader.buffers import Scratch
 from shardspec.errors import SampleError, ShardError, ShardsError
 from shardspec.tiling import EXCLUDED, NO_PATCH, image_input_idx, image_masks, token_pooling
+from shardspec.video import DEFAULT_LIMITS, ClipLimits
 
 
 class Draft:
@@ -27,7 +28,8 @@ class Draft:
 
     __slots__ = (
         *("described", "dataset", "error", "key", "num_crops", "num_tokens", "plan", "real"),
-        *("render_s", "scratch", "shapes", "sources", "substitutes", "view", "_clips_s"),
+        *("read_s", "render_s", "scratch", "shapes", "sources", "substitutes", "view"),
+        *("_clips_s", "_limits"),
     )
 
     channels_first = False
@@ -38,6 +40,7 @@ class Draft:
         sources: Sequence[PictureSource],
         *,
         clips: Sequence[Clip] = (),
+        limits: ClipLimits = DEFAULT_LIMITS,
         view: View,
         key: str,
         scratch: Scratch,
@@ -48,6 +51,7 @@ class Draft:
           plan: As a `Planner` of the same view makes it.
           sources: A picture and its overview for each image of the sample, but for frames of clips.
           clips: Whose frames are the images after those.
+          limits: Of decoding clips.
           view: What the run wants.
           key: The sample's.
           scratch: Memory for pictures that are not decoded straight into the batch.
@@ -56,7 +60,7 @@ class Draft:
             sources = sources_of(plan.images, sources, clips)
         self.plan, self.view, self.key = plan, view, key
         self.sources = sources[: len(plan.sizes)]
-        self.scratch = scratch
+        self.scratch, self._limits = scratch, limits
         self.shapes = plan.shapes
         self.num_tokens = plan.sequence.length
         """Length of the sequence, L."""
@@ -74,6 +78,8 @@ class Draft:
         """Why its pictures cannot be rendered, after an attempt."""
         self.render_s = 0.0
         """Seconds of rendering pictures, decoding included."""
+        self.read_s = 0.0
+        """Seconds of reading clips, after it was planned."""
         self._clips_s = 0.0
 
     @property
@@ -94,7 +100,7 @@ class Draft:
         Raises:
           ShardError, SampleError: As `render`, and kept as `error`.
         """
-        start_s = perf_counter()
+        start_s, read_s = perf_counter(), self.read_s
         plan, view, done = self.plan, self.view, 0
         if view.features is not None:
             try:
@@ -149,7 +155,7 @@ class Draft:
             raise
         if view.normalize is not None:
             normalize(crops.reshape(cells.shape), kind=view.normalize, out=cells)
-        self.render_s += perf_counter() - start_s
+        self.render_s += perf_counter() - start_s - (self.read_s - read_s)
 
     def _write_frames(
         self, frames: Sequence[tuple[ClipFrame, int, int]], crops: np.ndarray
@@ -172,7 +178,11 @@ class Draft:
             )
 
         numbers = [frame.number for frame, _, _ in frames]
-        self._clips_s += frames[0][0].clip.frames(numbers, put, scratch=self.scratch)
+        decode_s, read_s = frames[0][0].clip.frames(
+            numbers, put, scratch=self.scratch, limits=self._limits
+        )
+        self._clips_s += decode_s
+        self.read_s += read_s
 
     def write_masks(self, out: np.ndarray) -> None:
         """Writes the share of each patch that is picture: float32 [n, patches]."""

@@ -11,7 +11,7 @@ from loader.assembly.layout import Sequence1d, TokenIds
 from loader.assembly.seen import Seen, SeenSize
 from loader.assembly.view import View
 from shardspec.frames import draw_frames, even_frames
-from shardspec.sample import SpanKind
+from shardspec.sample import ALL_SHOWN, SpanKind
 from shardspec.tiling import FrameView
 
 _SUBTITLE = SpanKind.SUBTITLE.value
@@ -82,7 +82,10 @@ class VideoFrames:
                 each = len(self._seen.of(sizes[start]).block) + frames.timestamps * longest
                 room = frames.max_tokens - 2 * (frames.marks == "video")
                 number = max(1, min(number, room // each))
-            if self._random:
+            if leads[start][7] == ALL_SHOWN:  # a text names them
+                number = count
+                drawn = list(range(count))
+            elif self._random:
                 drawn = draw_frames(count, number, rng).tolist()
             else:
                 drawn = even_frames(most, number).tolist()

@@ -281,7 +281,7 @@ def _substituted(rows: list[Row], planned: list[list[PlannedExample]]) -> list[d
 
 def _timings(planned: list[list[PlannedExample]], batch: Any, total_s: float) -> StageTimings:
     examples = [one for row in planned for one in row]
-    read_s = sum([one.read_s for one in examples])
+    read_s = sum([one.read_s + one.draft.read_s for one in examples])
     layout_s = sum([one.plan_s for one in examples])
     render_s = sum([one.draft.render_s for one in examples])
     decode_s = sum([one.draft.decode_s for one in examples if one.draft.num_crops])

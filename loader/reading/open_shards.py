@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -59,6 +59,14 @@ class LoadedRows:
         return {name: self.table[name][numbers] for name in names}
 
 
+class Range(NamedTuple):
+    """Bytes [start, stop) of a shard, and their checksum."""
+
+    start: int
+    stop: int
+    crc32: int
+
+
 class Shard(Protocol):
     """A shard with its index."""
 
@@ -72,6 +80,14 @@ class Shard(Protocol):
         Args:
           number: Its row.
           place: `IndexRows.place` of the row.
+          where: For errors.
+        """
+
+    def ranges(self, ranges: Sequence[Range], *, where: str) -> list[memoryview]:
+        """Gives bytes of the shard, after their checksums were compared.
+
+        Args:
+          ranges: All that is needed, none of it twice.
           where: For errors.
         """
 

@@ -1,13 +1,14 @@
 """Quarantine: the bad samples of a dataset in this process, and when there are too many.
 
-A bad sample is one whose bytes are wrong (stage "read") or that cannot be laid out (stage
-"layout"). A failed request to a store does not make a sample bad, and neither does a shard or an
-index that is missing or damaged: substitutes would replace all of its samples, unnoticed.
+A bad sample is one whose bytes are wrong (stage "read"), or that cannot be laid out or lacks a
+sound part that its frames need (stage "layout"). A failed request to a store does not make a sample
+bad, and neither does a shard or an index that is missing or damaged: substitutes would replace all
+of its samples, unnoticed.
 
 A sample whose bytes were wrong once is bad for the whole run, and is listed in the run's states: a
 replay substitutes what the run has substituted, even if the data was repaired in between. Whether a
-layout fits can depend on the epoch's draws, so it is determined each time, with the same result on
-every rank.
+layout fits, and which parts of a clip are needed, can depend on the epoch's draws, so it is
+determined each time, with the same result on every rank.
 """
 
 from __future__ import annotations

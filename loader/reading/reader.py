@@ -20,6 +20,7 @@ from loader.reading.columns import ColumnFiles
 from loader.reading.local import Check, LocalShards
 from loader.reading.network import Network, blocks_of
 from loader.reading.open_shards import OpenShards, Shard, ShardSource
+from loader.reading.parted import parted_head
 from loader.reading.prefetch import Prefetcher
 from loader.reading.remote import RemoteShard, RemoteShards
 from loader.reading.stored import StoredSample, decode_sample, read_sample
@@ -146,6 +147,8 @@ class ShardReader:
     def stored(self, sample_id: int) -> StoredSample:
         """Reads one sample as it is stored: its arrays, and its pictures still encoded.
 
+        The files of large clips stay where they are, until frames are wanted of them.
+
         Args:
           sample_id: 0 to len - 1, counted through the shards.
 
@@ -158,6 +161,10 @@ class ShardReader:
         place = shard.rows.place(i)
         key = _key(place[-1], shard.url)
         where = f"{shard.url} sample {key}"
+        head = parted_head(place)
+        if head is not None:
+            (members,) = shard.ranges([head], where=where)
+            return read_sample(members, place, key, codec=self.codec, where=where, shard=shard)
         members = shard.sample(i, place, where=where)
         return read_sample(members, place, key, codec=self.codec, where=where)
 
@@ -181,7 +188,7 @@ class ShardReader:
 
     def _is_damaged(self, sample_id: int) -> bool:
         try:
-            self.stored(sample_id)
+            self.members(sample_id)
         except ShardError as error:
             if error.reason != "sample_crc":
                 raise

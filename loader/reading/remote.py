@@ -13,14 +13,15 @@ This module decides what is read; when, and where it is kept, is prefetch.py's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from loader.reading.blocks import Block, Span, block_rows
-from loader.reading.open_shards import LoadedRows
+from loader.reading.open_shards import LoadedRows, Range
+from loader.reading.parted import parted_rows
 from loader.reading.prefetch import Prefetcher
 from shardspec import storage
 from shardspec.checksum import crc32
@@ -67,6 +68,7 @@ class RemoteShards:
             offsets=np.ascontiguousarray(rows["offset"]),
             prefetcher=self.prefetcher,
             block_bytes=self.prefetcher.blocks_of(file),
+            parted=parted_rows(rows),
         )
 
     def _open_local(self, file: FileEntry) -> np.ndarray:
@@ -122,6 +124,8 @@ class RemoteShard:
     prefetcher: Prefetcher
     block_bytes: int
     """Where it is cut into blocks."""
+    parted: np.ndarray
+    """int64, the numbers of samples of which only parts are read, ascending."""
 
     def sample(self, number: int, place: tuple[Any, ...], *, where: str) -> memoryview:
         """Reads the members of one sample, and compares their checksum.
@@ -130,8 +134,27 @@ class RemoteShard:
           ShardError: `shard_missing`, `shard_size`, `sample_crc`.
           StorageError: As `Prefetcher.read`.
         """
-        block, span = self.place(number)
         _, _, want, *_ = place
+        return self._checked(*self._whole(number), want, where)
+
+    def ranges(self, ranges: Sequence[Range], *, where: str) -> list[memoryview]:
+        """Reads parts of a sample, all at once; errors as `sample`."""
+        blocks = [self._block(start, stop) for start, stop, _ in ranges]
+        if len(blocks) > 1:
+            self.prefetcher.fetch_soon(blocks)
+        found: list[memoryview] = []
+        failure: ShardError | None = None
+        for block, (start, stop, want) in zip(blocks, ranges, strict=True):
+            # All are taken, also after a wrong one: what is fetched is held until it is read.
+            try:
+                found.append(self._checked(block, (start, stop), want, where))
+            except ShardError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return found
+
+    def _checked(self, block: Block, span: Span, want: int, where: str) -> memoryview:
         members = _read(self.prefetcher.read, block, span)
         got = crc32(members)
         if got == want:
@@ -149,19 +172,39 @@ class RemoteShard:
         raise ShardError("sample_crc.stored", where=where, got=fresh, want=want)
 
     def place(self, row: int) -> tuple[Block, Span]:
-        """Finds the block of a sample, and the sample's bytes in the shard."""
+        """Finds what is read of a sample in any case: its block, and its bytes in the shard."""
+        if row in self.parted:
+            start = int(self.offsets[row])
+            stop = start + int(self.rows.table[row]["head_bytes"])
+            return self._block(start, stop), (start, stop)
+        return self._whole(row)
+
+    def _whole(self, row: int) -> tuple[Block, Span]:
         first, stop = block_rows(self.offsets, row, block_bytes=self.block_bytes)
+        if len(self.parted):  # these are in no block: most of their bytes may never be read
+            after = int(np.searchsorted(self.parted, row))
+            if after < len(self.parted):
+                is_parted = int(self.parted[after]) == row
+                stop = min(stop, int(self.parted[after]) + is_parted)
+                first = row if is_parted else first
+            first = max(first, int(self.parted[after - 1]) + 1) if after else first
         table = self.rows.table
         last = table[stop - 1]
-        block = Block(
+        end = int(last["offset"]) + int(last["num_bytes"])
+        start = int(self.offsets[row])
+        return (
+            self._block(int(self.offsets[first]), end),
+            (start, start + int(table[row]["num_bytes"])),
+        )
+
+    def _block(self, start: int, stop: int) -> Block:
+        return Block(
             url=self.url,
-            start=int(self.offsets[first]),
-            stop=int(last["offset"]) + int(last["num_bytes"]),
+            start=start,
+            stop=stop,
             total=self.file.num_bytes,
             sha256=self.file.content_sha256,
         )
-        start = int(self.offsets[row])
-        return block, (start, start + int(table[row]["num_bytes"]))
 
 
 def _read(read: Callable[[Block, Span], memoryview], block: Block, span: Span) -> memoryview:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from loader.assembly import Clip, Encoded
+from loader.reading.open_shards import Shard
+from loader.reading.parted import PartedFile
 from shardspec.documents import read_object
 from shardspec.errors import ShardError
 from shardspec.media import decode_stored
@@ -21,7 +23,9 @@ from shardspec.sample import (
     PreparedImage,
     PreparedSample,
     SpanKind,
+    clip_pairs,
     clip_rows,
+    clip_sizes,
     decode_array,
     image_rows,
 )
@@ -57,25 +61,27 @@ class StoredSample:
 
 def read_sample(
     members: memoryview,
-    place: tuple[int, int, int, int, int, int, bytes],
+    place: tuple[Any, ...],
     key: str,
     *,
     codec: Codec,
     where: str,
+    shard: Shard | None = None,
 ) -> StoredSample:
     """Finds the parts of a sample in its bytes, without copying.
 
     Args:
       members: The sample's part of its shard, from its first header on.
-      place: Its row of the index: the values of `SamplePlace`.
+      place: Its row of the index: the values of `SamplePlace` that its dataset has.
       key: Of the sample.
       codec: Of its pictures.
       where: Shard and key, for errors.
+      shard: Where `members` are its head alone: what the files of its clips are read from.
 
     Raises:
       ShardError: As `decode_array`.
     """
-    _, num_bytes, _, json_bytes, spans_bytes, tokens_bytes, _ = place
+    offset, num_bytes, _, json_bytes, spans_bytes, tokens_bytes, *head, _ = place
     spans_at = 2 * BLOCK + padded(json_bytes)
     tokens_at = spans_at + padded(spans_bytes) + BLOCK
     spans = decode_array(
@@ -105,14 +111,19 @@ def read_sample(
                 overview = Encoded(payload, width, height, codec=codec, where=where)
                 position += padded(length) + BLOCK
             overviews.append(overview)
-    for _, _, first, _, *sizes, _, _ in in_clips:
-        parts = []
-        for length in sizes:
-            parts.append(members[position : position + length])
+    if in_clips:
+        tables_first = bool(head and head[0])
+        places: list[slice] = []
+        for length in clip_sizes(spans, tables_first=tables_first):
+            places.append(slice(position, position + length))
             position += padded(length) + BLOCK
-        width, height = spans[len(kinds) - num_images + first, 4:6].tolist()
-        table, file = parts
-        clips.append(Clip(table, file, width, height, first, where))
+        pairs = clip_pairs(places, tables_first=tables_first)
+        for (_, _, first, *_), (table, file) in zip(in_clips, pairs, strict=True):
+            clip: memoryview | PartedFile = members[file]
+            if shard is not None:
+                clip = PartedFile(shard, offset + file.start, where=where)
+            width, height = spans[len(kinds) - num_images + first, 4:6].tolist()
+            clips.append(Clip(members[table], clip, width, height, first, where))
     record = members[BLOCK : BLOCK + json_bytes]
     return StoredSample(key, tokens, spans, pictures, clips, overviews, where, num_bytes, record)
 

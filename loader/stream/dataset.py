@@ -32,6 +32,7 @@ from shardspec.features import StoredFeatures
 from shardspec.manifest import Manifest, require_manifest
 from shardspec.probe import TrainingTokenizer, check_tokenizer
 from shardspec.tiling import FrameView, ImageView, canvas_size, stored_size
+from shardspec.video import ClipLimits
 
 _NAMES_LENGTH = "style_and_length"
 """How the names begin of system prompts with a hint of the answer's length."""
@@ -71,6 +72,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         cache: str | None = None,
         cache_bytes: int = CACHE_BYTES,
         network: Network | None = None,
+        clips: ClipLimits | None = None,
         tokenizer: TrainingTokenizer | None = None,
         canonical_ranks: int | None = None,
         active_blocks: int | None = None,
@@ -111,6 +113,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
             node's share of the data.
           cache_bytes: Most bytes in the cache.
           network: How remote shards are read.
+          clips: What decoding stored clips may take.
           tokenizer: The run's Hugging Face tokenizer, to be compared with the shards'.
           canonical_ranks: See `plan_order`; set it where the default does not suit the numbers of
             ranks that the run may have. It cannot change during a run.
@@ -174,6 +177,8 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
                 'with on_bad="raise"',
                 remedy='use on_bad="substitute"',
             )
+        fits = clips is None or isinstance(clips, ClipLimits)
+        require_argument(fits, "clips", clips, "ClipLimits or None")
         require_argument(view is None or isinstance(view, View), "view", view, "a View or None")
         fits = tokenizer is None or callable(getattr(tokenizer, "encode", None))
         fits = fits and not isinstance(tokenizer, str)
@@ -207,7 +212,12 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         if tokenizer is not None:
             check_tokenizer(data.manifest.tokenizer, tokenizer, where=url)
         builder = PreparedBuilder(
-            data, view=view, seed=options.seed, on_bad=on_bad, max_bad_rate=max_bad_rate
+            data,
+            view=view,
+            seed=options.seed,
+            on_bad=on_bad,
+            max_bad_rate=max_bad_rate,
+            clips=clips or ClipLimits(),
         )
         self._use(options.stream(data, builder))
         prompt = str((data.manifest.recipe.get("text") or {}).get("system_prompt"))

@@ -42,6 +42,7 @@ from shardspec.features import FEATURES, StoredFeatures
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
 from shardspec.manifest import Manifest
 from shardspec.tiling import ImageView
+from shardspec.video import DEFAULT_LIMITS, ClipLimits
 
 OnBad = Literal["raise", "substitute"]
 
@@ -101,12 +102,14 @@ class PreparedBuilder:
         seed: int,
         on_bad: OnBad,
         max_bad_rate: float | None,
+        clips: ClipLimits = DEFAULT_LIMITS,
     ) -> None:
         """Joins a split and what to see of its samples; see `StreamingDataset`."""
         self.data = data
         self.view = view
         self.ids = TokenIds.from_special_ids(data.manifest.tokenizer.special_ids)
         self.on_bad: OnBad = on_bad
+        self._clips = clips
         self.quarantine = Quarantine(max_rate=max_bad_rate)
         """Samples substituted in this process; shared between copies."""
         self._record: bool | frozenset[str] = view.purpose == "evaluation"
@@ -279,7 +282,8 @@ class PreparedBuilder:
             if self.on_bad == "raise" or not is_of_one_sample(failure):
                 raise failure
             number = self._candidate(sample_id, epoch, after_failed.attempt)
-            broken = self._bad_record(number, failure)
+            self._require_sound_shard(number, failure)
+            broken = self._bad_record(number, failure, late=True)
             self.quarantine.add(broken, failure)
             first, start = after_failed.draft.substitutes or broken, after_failed.attempt + 1
         for attempt in range(start, 1 + MAX_SUBSTITUTES):
@@ -291,9 +295,7 @@ class PreparedBuilder:
                 except (SampleError, ShardError) as error:
                     if self.on_bad == "raise" or not is_of_one_sample(error):
                         raise
-                    if error.reason == "sample_crc" and self.data.reader.is_shard_damaged(number):
-                        shard, _ = self.data.reader.name(number)
-                        raise ShardError("shard_damaged", where=shard) from error
+                    self._require_sound_shard(number, error)
                     failure = failure or error
                     known = self._bad_record(number, error)
                     self.quarantine.add(known, error)
@@ -314,6 +316,12 @@ class PreparedBuilder:
         raise SampleError(
             "all_substitutes_bad.layout", where=where, first_reason=reason
         ) from failure
+
+    def _require_sound_shard(self, number: int, error: ShardsError) -> None:
+        """Raises where the shard of a damaged sample is damaged as a whole."""
+        if error.reason == "sample_crc" and self.data.reader.is_shard_damaged(number):
+            shard, _ = self.data.reader.name(number)
+            raise ShardError("shard_damaged", where=shard) from error
 
     def _candidate(self, sample_id: int, epoch: int, attempt: int) -> int:
         """Gives the sample itself, and then its substitutes, which are samples in use too."""
@@ -339,6 +347,7 @@ class PreparedBuilder:
                 plan,
                 sources,
                 clips=stored.clips,
+                limits=self._clips,
                 view=self.view,
                 key=stored.key,
                 scratch=self._scratch,
@@ -416,8 +425,10 @@ class PreparedBuilder:
             described["record"] = {name: found.get(name) for name in sorted(self._record)}
         return described
 
-    def _bad_record(self, number: int, error: ShardsError) -> dict[str, Any]:
+    def _bad_record(self, number: int, error: ShardsError, *, late: bool = False) -> dict[str, Any]:
         shard, key = self.data.reader.name(number)
-        stage = "read" if isinstance(error, ShardError) else "layout"
+        # Which parts of a clip are read follows from the epoch's draws.
+        is_part = late and error.reason == "sample_crc"
+        stage = "read" if isinstance(error, ShardError) and not is_part else "layout"
         names = {"sample": number, "shard": shard, "key": key}
         return {**names, "stage": stage, "reason": error.reason}

@@ -226,7 +226,9 @@ class OwnDataset(DatasetBase):
     ) -> list[Sequence[Mapping[str, Any]]]:
         """Divides rows of which one may give several examples; reads every row once for that."""
         count = FORMATS[self.spec.format].count
-        if count is None or not (self.spec.max_images or self.spec.max_chars):
+        if count is None or not any(
+            (self.spec.max_images, self.spec.max_videos, self.spec.max_chars)
+        ):
             return list(parts)
         if self._owners is None:
             self._owners = [_owners(part, lambda row: count(row, self.spec)) for part in parts]

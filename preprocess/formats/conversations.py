@@ -212,21 +212,24 @@ def place_images(question: str, row: Mapping[str, Any], spec: Spec) -> tuple[str
     return texts[0], images
 
 
-def text_with_images(text: str, row: Mapping[str, Any], spec: Spec) -> tuple[str, list[Any]]:
-    """Puts the images of a row at the placeholders of a text; without any they are in front.
+def text_with_media(
+    text: str, row: Mapping[str, Any], spec: Spec
+) -> tuple[str, list[Any], list[RowVideo]]:
+    """Puts the images and videos of a row at the placeholders of a text.
+
+    Those of a kind without any placeholder are in front, images first.
 
     Returns:
-      The text with a `MARK` per image, and the images.
+      The text with a `MARK` per image and a `VIDEO_MARK` per video, the images, and the videos.
 
     Raises:
-      SampleError: `image_without_placeholder`, `placeholder_without_image`.
+      SampleError: As `_marked`.
     """
     given = _given(row, spec, url=False)
-    marked = given.marked(text)
-    if given.placed:
-        return marked, given.resolve()
-    _require_placeholders(given, spec)
-    return MARK * len(given.column) + text, given.column
+    (marked,), images, videos = _marked([given.marked(text)], given, spec)
+    if not (given.placed or given.videos.placed):
+        marked = MARK * len(images) + VIDEO_MARK * len(videos) + marked
+    return marked, images, videos
 
 
 def without_marks(text: str) -> str:
@@ -575,21 +578,7 @@ def _placed(
     Returns:
       The texts, and the images and the videos in the order of their placeholders.
     """
-    texts = list(texts)
-    if given.are_videos():
-        texts = [text.replace(MARK, VIDEO_MARK) for text in texts]
-        given.videos.placed, given.placed = [None] * len(given.placed), []
-    images, videos = given.column, given.videos.column
-    if given.placed:
-        images = given.resolve()
-    if given.videos.placed:
-        videos = given.videos.resolve()
-    if not (given.placed and given.videos.placed):
-        _require_placeholders(given, spec)
-    if given.placed and not given.videos.placed:
-        texts[0] = VIDEO_MARK * len(videos) + texts[0]
-    elif given.videos.placed and not given.placed:
-        texts[0] = MARK * len(images) + texts[0]
+    texts, images, videos = _marked(texts, given, spec)
     if not (given.placed or given.videos.placed):
         if not texts[0].strip():
             texts[0] = MARK * len(images) + VIDEO_MARK * len(videos)
@@ -607,6 +596,36 @@ def _placed(
     if not body.strip():  # the images are the question
         return texts, images, videos
     return [body.lstrip(), *texts[1:]], images, videos
+
+
+def _marked(
+    texts: Sequence[str], given: _Images, spec: Spec
+) -> tuple[list[str], list[Any], list[RowVideo]]:
+    """Finds the image or video of each placeholder; where one kind has none, it comes first.
+
+    Returns:
+      The texts, without any placeholders where neither kind has one, the images and the videos.
+
+    Raises:
+      SampleError: `image_without_placeholder`, `placeholder_without_image`,
+        `video_without_placeholder`, `placeholder_without_video`.
+    """
+    texts = list(texts)
+    if given.are_videos():
+        texts = [text.replace(MARK, VIDEO_MARK) for text in texts]
+        given.videos.placed, given.placed = [None] * len(given.placed), []
+    images, videos = given.column, given.videos.column
+    if given.placed:
+        images = given.resolve()
+    if given.videos.placed:
+        videos = given.videos.resolve()
+    if not (given.placed and given.videos.placed):
+        _require_placeholders(given, spec)
+    if given.placed and not given.videos.placed:
+        texts[0] = VIDEO_MARK * len(videos) + texts[0]
+    elif given.videos.placed and not given.placed:
+        texts[0] = MARK * len(images) + texts[0]
+    return texts, images, videos
 
 
 def _require_placeholders(given: _Images, spec: Spec) -> None:

@@ -1,31 +1,36 @@
-"""Documents: texts and images in the order in which they are read.
+"""Documents: texts, images and videos in the order in which they are read.
 
     OBELICS, MINT-1T   `texts` and `images` of one length, one of the two set at each place
     MMC4               `text_list`, and `image_info` with the `matched_text_index` of each image
-    parts              `document`, `content` or `parts`: texts, and images as in conversations
-    a text             `text` with a placeholder (`<image>`) for each of `images`
+    parts              `document`, `content` or `parts`: texts, and images and videos as in
+                       conversations
+    a text             `text` with a placeholder (`<image>`) for each of `images`, and one
+                       (`<video>`) for each video of the column that the spec names
 
 All texts are learned. An image is where it was between them; MMC4's are in front of the text that
 they match. Texts with nothing between them are separated by an empty line, MMC4's sentences by a
 space; beside an image nothing is added.
 
-A document with more than `max_images` images or `max_chars` characters becomes several samples. The
-next one begins with the image or the text that does not fit. A text longer than `max_chars` is cut
-after the last white space that fits, or at the limit where there is none. Nothing is left out:
-joined, the samples are the document. One of images alone has nothing to learn, and is a counted
-reason; so is a sample of more than `max_tokens` tokens, which only the tokenizer can count.
+A document with more than `max_images` images, `max_videos` videos or `max_chars` characters becomes
+several samples. The next one begins with the image, the video or the text that does not fit. A text
+longer than `max_chars` is cut after the last white space that fits, or at the limit where there is
+none. Nothing is left out: joined, the samples are the document. One without text has nothing to
+learn, and is a counted reason; so is a sample of more than `max_tokens` tokens, which only the
+tokenizer can count.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from preprocess.formats.conversations import MARK, mismatch, text_with_images
-from preprocess.formats.images import is_empty, part_media
+from preprocess.formats.conversations import MARK, VIDEO_MARK, text_with_media
+from preprocess.formats.images import is_empty, part_media, require_no_media
 from preprocess.formats.spec import Spec
+from preprocess.formats.video import RowVideo, part_video, with_videos
 from shardspec.errors import SampleError
 
 PIECE = "__piece__"
@@ -49,7 +54,7 @@ class Image:
     """A name, a URL, bytes or the hub's {bytes, path}."""
 
 
-Part = str | Image
+Part = str | Image | RowVideo
 
 
 def parse_document(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -58,73 +63,91 @@ def parse_document(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     Raises:
       SampleError: `document_no_text`, and as `document_parts`.
     """
-    pieces = split_parts(
-        document_parts(row, spec), max_images=spec.max_images, max_chars=spec.max_chars
-    )
+    pieces = _pieces(row, spec)
     number = row.get(PIECE, 0)
     piece = pieces[number]
     if not any(isinstance(part, str) and part.strip() for part in piece):
         raise SampleError("document_no_text", piece=number + 1, pieces=len(pieces))
-    text = "".join(part if isinstance(part, str) else MARK for part in piece)
+    text = "".join(
+        part if isinstance(part, str) else MARK if isinstance(part, Image) else VIDEO_MARK
+        for part in piece
+    )
     images = [part.value for part in piece if isinstance(part, Image)]
     budget = {"max_tokens": spec.max_tokens} if spec.max_tokens else {}
     message = {"style": spec.style or STYLE, "text": text}
-    return {"image": images, "message_list": [message], **budget}
+    videos = [part for part in piece if isinstance(part, RowVideo)]
+    return with_videos({"image": images, "message_list": [message], **budget}, videos)
 
 
 def count_pieces(row: Mapping[str, Any], spec: Spec) -> int:
     """Counts the samples of a document; one that cannot be read is one, which says why."""
     try:
-        parts = document_parts(row, spec)
+        return len(_pieces(row, spec))
     except SampleError:
         return 1
-    return len(split_parts(parts, max_images=spec.max_images, max_chars=spec.max_chars))
+
+
+def _pieces(row: Mapping[str, Any], spec: Spec) -> list[list[Part]]:
+    return split_parts(
+        document_parts(row, spec),
+        max_images=spec.max_images,
+        max_videos=spec.max_videos,
+        max_chars=spec.max_chars,
+    )
 
 
 def document_parts(row: Mapping[str, Any], spec: Spec) -> list[Part]:
-    """Lists the texts and images of a row in their order; no text is followed by another one.
+    """Lists the parts of a row in their order; no text is followed by another one.
 
     Raises:
-      SampleError: `document`, `row_image`, `row_fields`, `image_without_placeholder`,
-        `placeholder_without_image`.
+      SampleError: `document`, `row_image`, `row_fields`, `row_media`, `image_without_placeholder`,
+        `placeholder_without_image`, `video_without_placeholder`, `placeholder_without_video`.
     """
     texts, images = row.get(spec.column("texts")), row.get(spec.column("images"))
-    sentences = row.get(spec.column("text_list"))
+    sentences, text = row.get(spec.column("text_list")), row.get(spec.column("text"))
+    names = spec.names("document", PARTS)
+    listed = next((row[name] for name in names if isinstance(row.get(name), list | tuple)), None)
+    known: Any = sentences, texts, listed
+    is_text = not any(isinstance(each, Sequence) and not isinstance(each, str) for each in known)
+    # Only a text says where the videos of a column are.
+    require_no_media(row, spec if is_text else replace(spec, columns={}))
     if isinstance(sentences, Sequence) and not isinstance(sentences, str):
         return _joined(_matched(sentences, row.get(spec.column("image_info")), spec), _SENTENCE)
     if isinstance(texts, Sequence) and not isinstance(texts, str):
         return _joined(_aligned(texts, images), _PARAGRAPH)
-    names = spec.names("document", PARTS)
-    listed = next((row[name] for name in names if isinstance(row.get(name), list | tuple)), None)
     if listed is not None:
-        return _joined([_part(part) for part in listed], _PARAGRAPH)
-    text = row.get(spec.column("text"))
+        return _joined([_part(part, spec) for part in listed], _PARAGRAPH)
     if isinstance(text, str):
         return _placed(text, row, spec)
     want = "texts and images, text_list and image_info, document, or text"
     raise SampleError("row_fields", name="texts", want=want, fields=sorted(map(str, row)))
 
 
-def split_parts(parts: Sequence[Part], *, max_images: int, max_chars: int) -> list[list[Part]]:
+def split_parts(
+    parts: Sequence[Part], *, max_images: int, max_chars: int, max_videos: int = 0
+) -> list[list[Part]]:
     """Divides a document by the budget of a sample; 0 is none. Pure, and loses nothing.
 
     >>> split_parts(["ab cd", Image(1), "ef"], max_images=0, max_chars=4)
     [['ab '], ['cd', Image(value=1), 'ef']]
     """
     pieces: list[list[Part]] = [[]]
-    num_images = num_chars = 0
+    most = {Image: max_images, RowVideo: max_videos}
+    counts: Counter[type] = Counter()
+    num_chars = 0
     for part in parts:
-        if isinstance(part, Image):
-            if max_images and num_images == max_images:
+        if not isinstance(part, str):
+            kind = type(part)
+            if most[kind] and counts[kind] == most[kind]:
                 pieces.append([])
-                num_images = num_chars = 0
+                counts, num_chars = Counter(), 0
             pieces[-1].append(part)
-            num_images += 1
+            counts[kind] += 1
             continue
         for text in _cut(part, max_chars):
             if max_chars and num_chars and num_chars + len(text) > max_chars:
                 pieces.append([])
-                num_images = num_chars = 0
+                counts, num_chars = Counter(), 0
             pieces[-1].append(text)
             num_chars += len(text)
     return pieces
@@ -198,25 +221,28 @@ def _matched(sentences: Sequence[Any], found: Any, spec: Spec) -> list[Part]:
     return parts
 
 
-def _part(part: Any) -> Part:
+def _part(part: Any, spec: Spec) -> Part:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping):
         kind = part.get("type")
         if kind == "text" or (kind is None and isinstance(part.get("text"), str)):
             return str(part.get("text") or part.get("value") or "")
-        image = part_media(part, "image")
+        if kind in ("video", "video_url") or (kind is None and not is_empty(part.get("video"))):
+            if "video" not in spec.columns:
+                raise SampleError("row_media", name="a part of type video", fields=sorted(part))
+            video = part_video(part)
+            if video is not None:
+                return video
+        image = part_media(part, "image") if kind not in ("video", "video_url") else None
         if image is not None:
             return Image(image)
     raise SampleError("document.part", number=-1, got=type(part).__name__)
 
 
 def _placed(text: str, row: Mapping[str, Any], spec: Spec) -> list[Part]:
-    marked, images = text_with_images(text, row, spec)
-    first, *rest = marked.split(MARK)
-    if len(rest) != len(images):
-        raise mismatch(len(images), len(rest))
-    parts: list[Part] = [first]
-    for image, following in zip(images, rest, strict=True):
-        parts += [Image(image), following]
-    return [part for part in parts if part]
+    marked, images, videos = text_with_media(text, row, spec)
+    media: dict[str, Iterator[Part]] = {MARK: map(Image, images), VIDEO_MARK: iter(videos)}
+    marks = [MARK, *([VIDEO_MARK] if "video" in spec.columns else [])]
+    found = re.split(f"({'|'.join(map(re.escape, marks))})", marked)
+    return [next(media[each]) if each in marks else each for each in found if each]

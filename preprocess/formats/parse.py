@@ -102,8 +102,11 @@ FORMATS: Mapping[str, Format] = {
     "interleaved": Format(
         parse=parse_document,
         count=count_pieces,
-        fields=("texts", "images", "text_list", "image_info", "document", "text"),
-        help="documents: texts and images in their order, all texts learned",
+        fields=(
+            *("texts", "images", "text_list", "image_info", "document", "text"),
+            *("video", "start", "end"),
+        ),
+        help="documents: texts, images and videos in their order, all texts learned",
     ),
     "documents": Format(
         parse=parse_pages,

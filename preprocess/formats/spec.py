@@ -39,7 +39,9 @@ NOTATIONS = ("json", "ref", "brackets")
 _TYPES: Mapping[str, tuple[str, Any]] = {
     **dict.fromkeys(("columns", "splits", "settings", "documents"), ("a table", Mapping)),
     "validation": ("a number", (int, float)),
-    **dict.fromkeys(("max_images", "max_chars", "max_tokens"), ("a whole number", int)),
+    **dict.fromkeys(
+        ("max_images", "max_videos", "max_chars", "max_tokens"), ("a whole number", int)
+    ),
 }
 
 SEVERAL = ("caption", "image")
@@ -86,10 +88,13 @@ class Spec:
     """Where images go whose row has no placeholder at all: "front", or "refuse" the row."""
     max_images: int = 8
     """Images of a sample of a document; what is beyond becomes the next sample. 0 for any."""
+    max_videos: int = 2
+    """Videos of a sample of a document; what is beyond becomes the next sample. 0 for any."""
     max_chars: int = 0
     """Characters of a sample of a document; what is beyond becomes the next sample. 0 for any."""
     max_tokens: int = 0
-    """Tokens of a sample of a document, images included, above which it is left out; 0 for any."""
+    """Tokens of a sample of a document, images and frames included, above which it is left out; 0
+    for any."""
     documents: Mapping[str, Any] = field(default_factory=dict)
     """How documents become examples (`preprocess.formats.DocumentPolicy`)."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -104,7 +109,8 @@ class Spec:
     def to_dict(self) -> dict[str, Any]:
         """Gives what samples follow from, in plain JSON types: all but places and settings."""
         told = dataclasses.asdict(self)
-        unused = (name for name in ("documents", "encoding") if not told[name])
+        unused = [name for name in ("documents", "encoding") if not told[name]]
+        unused += [] if "video" in self.columns else ["max_videos"]
         left_out = (*_PLACES, *unused)
         return {name: told[name] for name in told if name not in left_out}
 
@@ -201,7 +207,7 @@ def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
     if spec.format == "boxes" and not spec.box:
         hint = "say what the four numbers of a box are"
         raise refuse("box", want=", ".join(BOXES), hint=hint)
-    for name in ("max_images", "max_chars", "max_tokens"):
+    for name in ("max_images", "max_videos", "max_chars", "max_tokens"):
         if getattr(spec, name) < 0:
             raise refuse(name, want="0 or more", hint="0 is no limit")
     if not 0 <= spec.validation < 1:

@@ -160,13 +160,17 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
                     reasons[error.reason] += row.get("rows", 1)
                     on_row(error.reason)
                     continue
-                index_of["crc32"] = writer.write_sample(members).crc32
+                place = writer.write_sample(members, num_head=len(members) - len(sample.clips))
+                index_of["crc32"] = place.crc32
+                if _stores_clips(context.preparer):
+                    index_of["head_crc32"] = place.head_crc32
                 index.append(index_of)
                 groups.append(hash_text(row["group"]) if row.get("group") else 0)
                 on_row("")
             sha256 = writer.finish()
         num_views = 1 if context.preparer.model else len(views)
-        table = np.concatenate(index) if index else np.zeros(0, dtype=index_dtype(num_views))
+        dtype = index_dtype(num_views, clips=_stores_clips(context.preparer))
+        table = np.concatenate(index) if index else np.zeros(0, dtype)
         encoded_index = encode_index(with_groups(table, groups) if context.grouped else table)
         entry = ShardEntry(
             url=name + ".tar",
@@ -206,6 +210,9 @@ def _index_row(
       SampleError: `sample_length`: a number does not fit in its column.
     """
     num_bytes = tar_length(members)
+    head_bytes = None
+    if _stores_clips(preparer):
+        head_bytes = tar_length(members[: -len(sample.clips)]) if sample.clips else 0
     try:
         return index_row(
             sample,
@@ -217,6 +224,7 @@ def _index_row(
             placeholder=preparer.tokenizer.special_ids["<|image|>"],
             bos="bos" in preparer.tokenizer.special_ids,
             model=preparer.model.stored if preparer.model else None,
+            head_bytes=head_bytes,
         )
     except OverflowError as error:
         raise SampleError(
@@ -226,6 +234,10 @@ def _index_row(
             num_images=len(encoded),
             error=error,
         ) from error
+
+
+def _stores_clips(preparer: Preparer) -> bool:
+    return preparer.recipe.video is not None and preparer.recipe.video.store == "clip"
 
 
 def tar_length(members: Sequence[tuple[str, bytes]]) -> int:

@@ -29,7 +29,9 @@ from shardspec.probe import check_stored_tokenizer
 from shardspec.sample import (
     SPAN_COLUMNS,
     SpanKind,
+    clip_pairs,
     clip_rows,
+    clip_sizes,
     decode_array,
     image_rows,
     num_stored_images,
@@ -176,7 +178,9 @@ def _verify_sample(
     for i, picture in enumerate(image_rows(spans)[: num_stored_images(spans)].tolist()):
         want += [picture[6], overview_bytes[i]] if i in overview_bytes else [picture[6]]
     num_pictures = len(want)
-    want += [size for clip in clip_rows(spans).tolist() for size in clip[4:6]]
+    head_bytes = int(row["head_bytes"]) if "head_bytes" in (row.dtype.names or ()) else 0
+    order = {"tables_first": head_bytes > 0}
+    want += clip_sizes(spans, **order)
     pictures = list(itertools.islice(members, len(want)))
     sizes = [member.num_bytes for member in pictures]
     if sizes != want or len(image_rows(spans)) != int(row["num_images"]):
@@ -188,8 +192,8 @@ def _verify_sample(
         stored = [_read(tar, m.offset, m.num_bytes, where=where) for m in pictures]
         for payload in stored[:num_pictures]:
             decode(payload, where=where)
-        files = iter(stored[num_pictures:])
-        for clip, table, file in zip(clip_rows(spans).tolist(), files, files, strict=True):
+        pairs = clip_pairs(stored[num_pictures:], **order)
+        for clip, (table, file) in zip(clip_rows(spans).tolist(), pairs, strict=True):
             read_frames(table, file, range(clip[3]), on_frame=_ignored, where=where)
     return tokens
 

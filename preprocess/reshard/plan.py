@@ -55,7 +55,13 @@ from shardspec.expression import (
     scalar_names,
     select,
 )
-from shardspec.index import GROUP_COLUMN, QUESTION_COLUMNS, parse_index, raw_index_dtype
+from shardspec.index import (
+    GROUP_COLUMN,
+    HEAD_COLUMNS,
+    QUESTION_COLUMNS,
+    parse_index,
+    raw_index_dtype,
+)
 from shardspec.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -765,7 +771,8 @@ def shard_rows(plan: ReshardPlan, split: SplitPlan, shard: int) -> tuple[np.ndar
         table = plan.tables[source.file.url]
         picked = table[numbers[own] - starts[i] + source.first_row]
         for name in dtype.names or ():
-            rows[name][own] = picked[name]
+            if name in (picked.dtype.names or ()):
+                rows[name][own] = picked[name]
         files[own] = file_numbers[source.file.url]
     return rows, files
 
@@ -776,9 +783,14 @@ def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
     if all(dtype.names == raw_index_dtype(1).names for dtype in dtypes):
         return raw_index_dtype(max(dtype["key"].itemsize for dtype in dtypes))
     # Of an earlier release and of this one: what readers can do without is left out.
-    kept = {_without(dtype, QUESTION_COLUMNS) for dtype in dtypes}
+    kept = {_without(dtype, (*QUESTION_COLUMNS, *HEAD_COLUMNS)) for dtype in dtypes}
     if len(kept) == 1:
-        return kept.pop()
+        # Of datasets with clips and without: 0 means that a sample has no head to read by itself.
+        heads = any(HEAD_COLUMNS[0] in (dtype.names or ()) for dtype in dtypes)
+        further = [(name, "<u4") for name in HEAD_COLUMNS if heads]
+        questions = all(QUESTION_COLUMNS[0] in (dtype.names or ()) for dtype in dtypes)
+        asked = [(name, "<u4") for name in QUESTION_COLUMNS if questions]
+        return np.dtype([*kept.pop().descr, *asked, *further])
     raise ConflictError("index_columns", columns=sorted({str(dtype.names) for dtype in dtypes}))
 
 

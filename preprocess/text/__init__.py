@@ -16,7 +16,13 @@ from preprocess.text.interleaved import (
     TokenizedText,
     place_media,
 )
-from preprocess.text.message import VideoFacts, answer_flags, message_styles, message_texts
+from preprocess.text.message import (
+    VideoFacts,
+    answer_flags,
+    has_times,
+    message_styles,
+    message_texts,
+)
 from preprocess.text.movable import digit_ids
 from preprocess.text.ocr import add_ocr, name_pages
 from preprocess.text.own_styles import require_style, styles_of
@@ -72,6 +78,7 @@ __all__ = [
     "chat_frame",
     "check_action_tokens",
     "digit_ids",
+    "has_times",
     "image_prefixes",
     "load_tokenizer",
     "media_placeholder",

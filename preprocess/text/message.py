@@ -180,9 +180,18 @@ class VideoFacts:
     """Width and height of an upright frame, in pixels."""
 
 
+def has_times(message: Message) -> bool:
+    """Returns True if a text of a message, or of one of its turns, names frames of a video."""
+    return any(map(_has_times, split_turns(message)))
+
+
+def _has_times(turn: Message) -> bool:
+    return "timestamps" in turn or "frame_trajectories" in turn
+
+
 def add_video_facts(message: Message, videos: Sequence[VideoFacts]) -> Message:
     """Adds the facts of the first video to a message with times."""
-    if not videos or not ("timestamps" in message or "frame_trajectories" in message):
+    if not videos or not _has_times(message):
         return message
     return {**message, "video_facts": videos[0]}
 

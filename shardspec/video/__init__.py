@@ -7,10 +7,15 @@ which frames are wanted of a stored clip.
 
 from shardspec.video.clip import decode_table, encode_table
 from shardspec.video.extract import Request
-from shardspec.video.pool import decoder_process, read_frames
+from shardspec.video.parts import FilePart, RemoteFile, select_frames, with_parts
+from shardspec.video.pool import DEFAULT_LIMITS, ClipLimits, decoder_process, read_frames
 from shardspec.video.reader import VideoInfo, import_av, shown_size
 
 __all__ = [
+    "DEFAULT_LIMITS",
+    "ClipLimits",
+    "FilePart",
+    "RemoteFile",
     "Request",
     "VideoInfo",
     "decode_table",
@@ -18,5 +23,7 @@ __all__ = [
     "encode_table",
     "import_av",
     "read_frames",
+    "select_frames",
     "shown_size",
+    "with_parts",
 ]

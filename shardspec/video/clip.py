@@ -29,6 +29,7 @@ import numpy as np
 from shardspec.errors import SampleError
 from shardspec.sample import decode_array, encode_array
 from shardspec.video.extract import Chosen, Request, choose
+from shardspec.video.parts import MissingPartError, PartedFile, file_parts
 from shardspec.video.reader import MissingFrameError, VideoReader, import_av
 
 TABLE_COLUMNS = 4
@@ -58,8 +59,13 @@ def decode_table(payload: bytes | memoryview, *, where: str = "") -> np.ndarray:
 
 
 def read_clip(
-    source: bytes, *, table_bytes: int, numbers: list[int], where: str
-) -> Iterator[np.ndarray]:
+    source: bytes,
+    *,
+    table_bytes: int,
+    numbers: list[int],
+    where: str,
+    parts: list[list[int]] | None = None,
+) -> Iterator[dict[str, Any] | np.ndarray]:
     """Decodes frames of a stored clip: uint8 [H, W, 3] each.
 
     Args:
@@ -67,16 +73,32 @@ def read_clip(
       table_bytes: Length of the table.
       numbers: Of the frames, counted from the clip's first, strictly ascending.
       where: Named in errors.
+      parts: (start, stop, ...) of the parts of the file that there are; None: all of it.
+
+    Yields:
+      The frames; a dict at last where other parts are needed.
 
     Raises:
       SampleError: As `VideoReader`; `video_stream`, it has other frames than its table says.
     """
     table = decode_table(source[:table_bytes], where=where)
-    with VideoReader(source[table_bytes:], where=where, table=table) as reader:
-        try:
-            yield from reader.read(numbers)
-        except MissingFrameError as error:
-            raise SampleError("video_stream.changed", where=where) from error
+    file: bytes | PartedFile = source[table_bytes:]
+    if parts is not None:
+        file = PartedFile(source[table_bytes:], parts, file_parts(table)[-1].stop)
+    try:
+        with VideoReader(file, where=where, table=table) as reader:
+            try:
+                for pixels in reader.read(numbers):
+                    if isinstance(file, PartedFile) and file.is_incomplete:
+                        break  # a library may take the error for an end
+                    yield pixels
+            except MissingFrameError as error:
+                raise SampleError("video_stream.changed", where=where) from error
+    except (SampleError, MissingPartError):
+        if not (isinstance(file, PartedFile) and file.is_incomplete):
+            raise
+    if isinstance(file, PartedFile) and file.is_incomplete:
+        yield {"incomplete": True}
 
 
 def store_clip(

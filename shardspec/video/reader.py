@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from shardspec.errors import ConfigError, SampleError
+from shardspec.video.parts import PartedFile
 
 _INDEXED_CONTAINERS = frozenset({"mov", "mp4", "m4a", "matroska", "webm"})
 _INDEXED_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4"})
@@ -103,6 +104,8 @@ class _Frames:
     """Of a scan: the number, among all that are decoded, of each frame."""
     packets: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Of an index: (pts, dts, bytes, 1 for a key frame) of every packet, in the file's order."""
+    data_start: int = 0
+    """Of an index: where the first packet is in the file; 0 where others do not follow directly."""
     last_duration: int = 0
     damaged: int = 0
     interlaced: bool = False
@@ -117,7 +120,7 @@ class VideoReader:
 
     def __init__(
         self,
-        source: Path | bytes,
+        source: Path | bytes | PartedFile,
         *,
         where: str = "",
         max_pixels: int = 1 << 26,
@@ -126,7 +129,7 @@ class VideoReader:
         """Opens a file and finds its frames.
 
         Args:
-          source: A local file, or its bytes.
+          source: A local file, its bytes, or those of them that the frames to be read need.
           where: Named in errors.
           max_pixels: Larger pictures are refused.
           table: What `table` gave for this file: nothing is searched for then.
@@ -224,8 +227,8 @@ class VideoReader:
 
         Returns:
           int64 [2 + packets, 4]: (numerator, denominator of the clock, 1 if frames are found by
-          decoding everything, turn), (stored width, height, 1 if
-          interlaced, 0), then a row for each packet in
+          decoding everything, turn), (stored width, height, 1 if interlaced, where the first packet
+          is in the file, or 0 where the packets have gaps), then a row for each packet in
           the file's order (pts, dts, bytes, 1 for a key frame + 2 if shown); where everything is
           decoded, a row for each frame that is shown (pts, number among all, 0, 2).
         """
@@ -234,7 +237,8 @@ class VideoReader:
         scanned = self.access == "scan"
         turn = 0 if self._turn is None else 1 + _TURNS.index(self._turn)
         rows = [(self._time_base.numerator, self._time_base.denominator, int(scanned), turn)]
-        rows.append((*self._size, int(frames.interlaced or self._interlaced), 0))
+        interlaced = int(frames.interlaced or self._interlaced)
+        rows.append((*self._size, interlaced, frames.data_start))
         if scanned:
             rows += [(frames.pts[n], frames.kept[n], 0, _SHOWN) for n in wanted]
         else:
@@ -344,9 +348,13 @@ class VideoReader:
         # MJPEG and others warn of what is no error; the process has no terminal to show it on.
         av.logging.set_level(av.logging.PANIC)
         source = self._source
+        opened: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        if isinstance(source, PartedFile):
+            source.seek(0)
+            opened = source
         try:
             container = av.open(
-                io.BytesIO(source) if isinstance(source, bytes) else str(source),
+                opened,
                 metadata_errors="replace",
             )
         except FileNotFoundError as error:
@@ -474,11 +482,16 @@ class VideoReader:
         found = _Frames()
         shown: list[tuple[int, int]] = []
         keys: list[tuple[int, int]] = []
-        num_packets = 0
+        num_packets, position = 0, None
         try:
             for packet in self._container.demux(self._stream):
                 if packet.size == 0:
                     continue
+                if position is None:
+                    position = found.data_start = packet.pos or 0
+                if packet.pos != position:
+                    found.data_start = 0
+                position += packet.size
                 num_packets += 1
                 if packet.pts is None:
                     raise _Unindexed

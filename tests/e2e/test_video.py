@@ -261,6 +261,29 @@ def test_tracks_of_generated_clips_lead_to_the_shapes(prepare):
     assert followed > 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["frames", "clip"])
+@pytest.mark.parametrize("mode", ["tracks", "points"])
+def test_frames_that_a_text_names_are_in_every_example(mode, store, prepare):
+    """Whatever the view: nothing is drawn among them, and a clip gives no others."""
+    recipe = replace(RECIPE, video=VideoPolicy(max_frames=4, store=store))
+    sample = replace(prepare, recipe=recipe)(
+        get_dataset("moving_shapes", source="sample", mode=mode, limit=1).get(0)
+    )
+    record = [round(time_s, 3) for time_s in sample.record["video"]["frame_times_s"]]
+    ids = TokenIds.from_special_ids(prepare.tokenizer.special_ids)
+    for most, purpose in ((2, "train"), (None, "train"), (1, "inference")):
+        view = View(image=SMALL, frames=FrameView(max_frames=most), purpose=purpose)
+        rng = np.random.RandomState(most) if purpose == "train" else None
+        example = assemble(sample, rng, view=view, ids=ids)
+        assert example["metadata"]["frame_times_s"] == record
+        assert len(example["images"]) == len(record) == 4
+    if mode == "tracks":
+        text = prepare.tokenizer.decode(example["input_ids"].tolist())
+        told = {float(each) for each in re.findall(r"(?:\"|;)([0-9.]+) 1 ", text)}
+        assert told <= {round(time_s, 1) for time_s in record}
+
+
 def test_counts_of_generated_clips_are_those_of_their_shapes():
     counts = set()
     for plan, message, answer in answers_of("points", limit=4):
@@ -696,6 +719,43 @@ def test_evaluation_of_clips_sees_the_frames_that_would_be_stored(own_built):
             assert np.array_equal(got["input_ids"], same["input_ids"])
             # Resized by another filter.
             assert np.abs(got["images"].astype(int) - same["images"]).max() <= 2
+
+
+@pytest.mark.slow
+def test_documents_have_videos_among_texts_and_images(clips, prepare, tmp_path):
+    """In their order, divided by the budget, and the same with and without shards."""
+    image = np.full((60, 80, 3), 200, np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    text = "One <video> two <image> three <video> four <video> five."
+    names = [str(clips / name) for name in ("0.mp4", "1.mp4", "0.mp4")]
+    row = {"text": text, "images": ["a.png"], "video": names, "end": [0.5, None, None]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    spec = 'format = "interleaved"\nsource = "rows.jsonl"\n[columns]\nvideo = "video"\n'
+    (tmp_path / "own.toml").write_text(spec)
+    for recipe in (RECIPE, CLIPS):
+        settings = JobSettings(
+            dataset=str(tmp_path / "own.toml"),
+            out=str(tmp_path / recipe.video.store),
+            cache=str(tmp_path / "cache"),
+            recipe=recipe,
+        )
+        with inline.jobs():
+            run_job(settings, inline.Quiet())
+        rows = get_dataset(settings.dataset)
+        unsharded = in_stored_order(rows, settings.out, replace(prepare, recipe=recipe))
+        view = View(image=SMALL, frames=FrameView(max_frames=3), image_map="pooling")
+        ids = prepare.tokenizer.special_ids
+        assert_equal_examples(settings.out, unsharded, view, ids)
+        stream = StreamingDataset(settings.out, seed=SEED, view=view)
+        shown = {}
+        for i in range(2):
+            example = stream.example(i)
+            # Pictures, times between them, and the ends of the text as one mark each.
+            decode, marks = prepare.tokenizer.decode, {*ids.values()}
+            parts = ["#" if id in marks else decode([id]) for id in example["input_ids"].tolist()]
+            text = re.sub(r"[#0-9. ]*#[#0-9. ]*", "#", "".join(parts))
+            shown[text.strip()] = len(example["metadata"]["frame_times_s"])
+        assert shown == {"#One#two#three#four": 5, "#five.": 3}
 
 
 def test_clips_pack_by_lengths_that_hold_every_draw(own_built):

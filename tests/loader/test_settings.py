@@ -72,6 +72,7 @@ AROUND = {
     "cache": "its own",
     "cache_bytes": "its own",
     "network": "its own",
+    "clips": "its own",
     "tokenizer": "its own",
     "max_samples": "its own",
     "where": "its own",
@@ -339,6 +340,7 @@ FREE = {
     "watchdog_s": "always, but where batches are made in the consumer's thread, as documented",
     "prefetch_bytes": "always: it bounds what is kept to be used again",
     "decode": "always",
+    "clips": "always: it bounds what decoding may take, which is nothing without clips",
 }
 """All others, and why they are never ignored in silence."""
 

@@ -294,6 +294,9 @@ class ModelDraft:
         *("features", "render_s", "scratch", "sources", "stored", "substitutes", "view"),
     )
 
+    read_s = 0.0
+    """Seconds of reading after it was planned: nothing is read then."""
+
     def __init__(
         self,
         plan: ModelPlan,

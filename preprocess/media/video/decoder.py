@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from preprocess.media.video.policy import VideoPolicy
-from shardspec.video import Request, decoder_process
+from shardspec.video import Request, decoder_process, with_parts
 
 Frame = TypeVar("Frame")
 
@@ -101,7 +101,8 @@ class VideoDecoder:
           where: Named in errors.
 
         Returns:
-          What `shardspec.video.clip.store_clip` yields: facts, table and file.
+          What `shardspec.video.clip.store_clip` yields: facts, table and file; the table has the
+          checksums of the file's parts too.
 
         Raises:
           SampleError, ConfigError: As `store_clip` and `ChildProcess.ask`.
@@ -118,7 +119,8 @@ class VideoDecoder:
             end_s=end_s,
         )
         table, file = arrays
-        return found, table, file.tobytes()
+        whole = file.tobytes()
+        return found, with_parts(table, whole), whole
 
     def _ask(
         self,

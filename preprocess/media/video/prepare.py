@@ -18,6 +18,7 @@ from preprocess.media.video.decoder import VideoDecoder
 from preprocess.media.video.policy import VideoPolicy
 from shardspec.sample import Geometry, PreparedClip, PreparedImage
 from shardspec.tiling import FrameView
+from shardspec.video import select_frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class VideoPreparer:
         *,
         clip: tuple[float | None, float | None] | None = None,
         geometry: Geometry = Geometry.NONE,
+        draws: bool = True,
         where: str = "",
     ) -> StoredVideo:
         """Makes the frames that are stored.
@@ -58,6 +60,8 @@ class VideoPreparer:
           source: A local file, or its bytes.
           clip: Start and end in seconds; None for the whole video.
           geometry: Which augmentations leave the sample's text true.
+          draws: Whether training may draw among all frames of a clip; else it has those that the
+            policy chooses.
           where: Named in errors.
 
         Raises:
@@ -66,7 +70,8 @@ class VideoPreparer:
         """
         start_s, end_s = clip or (None, None)
         if self._decoder.policy.store == "clip":
-            return self._clip(source, (start_s, end_s), clip is None, geometry, where)
+            stored = self._clip(source, (start_s, end_s), clip is None, geometry, where)
+            return stored if draws else _chosen_alone(stored, stored.clip)
 
         # Resized as they come, so that a single frame is held at its full size.
         def made(pixels: np.ndarray, info: dict[str, Any]) -> PreparedImage:
@@ -112,6 +117,19 @@ class VideoPreparer:
             "stored": found["stored"],
         }
         return StoredVideo(clip=prepared, times_s=times_s, record=record)
+
+
+def _chosen_alone(stored: StoredVideo, clip: PreparedClip | None) -> StoredVideo:
+    """Leaves a clip those frames that were chosen; its file stays as it is."""
+    assert clip is not None
+    times_s = [stored.times_s[number] for number in clip.chosen]
+    clip = replace(
+        clip,
+        table=select_frames(clip.table, clip.chosen),
+        num_frames=len(times_s),
+        chosen=tuple(range(len(times_s))),
+    )
+    return replace(stored, clip=clip, times_s=times_s)
 
 
 def _square(pixels: np.ndarray, info: dict[str, Any]) -> np.ndarray:

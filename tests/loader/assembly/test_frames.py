@@ -36,7 +36,7 @@ def frame(i):
     )
 
 
-def sample(tokenizer, times_s, *, images=0, said=()):
+def sample(tokenizer, times_s, *, images=0, said=(), named=0):
     """A sample of some images and then a video with subtitles, with the text "yes"."""
     tokens, leads = [], []
 
@@ -61,12 +61,13 @@ def sample(tokenizer, times_s, *, images=0, said=()):
             leads=leads,
             videos=[(images, len(times_s), 0)],
             subtitles=subtitles,
+            named=named,
         ),
         images=pictures,
     )
 
 
-def made(tokenizer, ids, times_s, *, images=0, seed=0, said=(), **frames):
+def made(tokenizer, ids, times_s, *, images=0, seed=0, said=(), named=0, **frames):
     view = View(
         image=VIEW,
         frames=FrameView(**frames),
@@ -74,8 +75,16 @@ def made(tokenizer, ids, times_s, *, images=0, seed=0, said=(), **frames):
         purpose=frames.pop("purpose", "train"),
     )
     rng = np.random.RandomState(seed)
-    made_of = sample(tokenizer, times_s, images=images, said=said)
+    made_of = sample(tokenizer, times_s, images=images, said=said, named=named)
     return assemble(made_of, rng, view=view, ids=ids)
+
+
+@pytest.mark.parametrize("few", [{"max_frames": 1}, {"max_tokens": 9}, {"sampling": "even"}])
+def test_frames_that_texts_name_are_all_shown(few, tokenizer, ids):
+    times_s = [0.0, 0.5, 2.0]
+    got = made(tokenizer, ids, times_s, images=1, named=1, **few)
+    assert got["metadata"]["frame_times_s"] == times_s
+    assert len(got["images"]) == 4
 
 
 def encoded(text, tokenizer):

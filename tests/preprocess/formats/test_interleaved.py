@@ -13,6 +13,7 @@ from PIL import Image as Picture
 from preprocess.datasets import dataset_class, own
 from preprocess.formats import Spec, guess_format, parse_row
 from preprocess.formats.interleaved import PIECE, Image, document_parts, split_parts
+from preprocess.formats.video import RowVideo
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import SampleError
@@ -20,14 +21,21 @@ from shardspec.manifest import load_manifest
 from tests.chat_shapes import SHAPES, make_tokenizer
 
 SPEC = Spec(name="own", format="interleaved")
+VIDEOS = Spec(name="own", format="interleaved", columns={"video": "clip"})
 PARTS = st.lists(
-    st.one_of(st.text("ab \n", min_size=1, max_size=30), st.integers(0, 9).map(Image)), max_size=20
+    st.one_of(
+        st.text("ab \n", min_size=1, max_size=30),
+        st.integers(0, 9).map(Image),
+        st.integers(0, 9).map(RowVideo),
+    ),
+    max_size=20,
 )
 
 
-@given(PARTS, st.integers(0, 4), st.integers(0, 12))
-def test_pieces_keep_to_the_budget_and_lose_nothing(parts, max_images, max_chars):
-    pieces = split_parts(parts, max_images=max_images, max_chars=max_chars)
+@given(PARTS, st.integers(0, 4), st.integers(0, 2), st.integers(0, 12))
+def test_pieces_keep_to_the_budget_and_lose_nothing(parts, max_images, max_videos, max_chars):
+    budget = {"max_images": max_images, "max_videos": max_videos, "max_chars": max_chars}
+    pieces = split_parts(parts, **budget)
 
     def flat(parts):
         return [c for part in parts for c in (part if isinstance(part, str) else [part])]
@@ -36,8 +44,10 @@ def test_pieces_keep_to_the_budget_and_lose_nothing(parts, max_images, max_chars
     for piece in pieces:
         assert piece or not parts
         images = [part for part in piece if isinstance(part, Image)]
+        videos = [part for part in piece if isinstance(part, RowVideo)]
         assert not max_images or len(images) <= max_images
-        assert not max_chars or len(flat(piece)) - len(images) <= max_chars
+        assert not max_videos or len(videos) <= max_videos
+        assert not max_chars or len(flat(piece)) - len(images) - len(videos) <= max_chars
 
 
 def test_a_text_beyond_the_budget_is_cut_at_white_space():
@@ -65,6 +75,9 @@ def test_a_text_beyond_the_budget_is_cut_at_white_space():
         ({"text": "a <image>", "images": []}, "placeholder_without_image"),
         ({"text": "a <image>", "images": ["a", "b"]}, "image_without_placeholder"),
         ({"title": "a"}, "row_fields"),
+        ({"text": "a", "video": "b.mp4"}, "row_media"),
+        ({"texts": ["a"], "images": [None], "videos": ["b.mp4"]}, "row_media"),
+        ({"document": ["a", {"type": "video", "url": "b.mp4"}]}, "row_media"),
     ],
 )
 def test_a_document_that_cannot_be_read_says_why(row, reason):
@@ -72,6 +85,60 @@ def test_a_document_that_cannot_be_read_says_why(row, reason):
         parse_row(row, SPEC)
     want = SampleError(reason, **caught.value.facts)
     assert (caught.value.reason, caught.value.what) == (want.reason, want.what)
+
+
+@pytest.mark.parametrize(
+    "row, parts",
+    [
+        (
+            {"text": "a <video> b <image><video>", "images": ["i"], "clip": ["v", "w"]},
+            ["a ", RowVideo("v"), " b ", Image("i"), RowVideo("w")],
+        ),
+        (  # without a place, in front; a kind at a time
+            {"text": "a <image>", "images": ["i"], "clip": "v", "start": 1},
+            [RowVideo("v", (1, None)), "a ", Image("i")],
+        ),
+        ({"text": "a", "images": "i", "clip": "v"}, [Image("i"), RowVideo("v"), "a"]),
+        (
+            {
+                "content": [
+                    "a",
+                    {"type": "video", "video": "v", "start": 2},
+                    {"video": "w"},
+                    {"type": "image", "path": "i"},
+                    {"type": "video_url", "video_url": {"url": "http://x.test/a.mp4"}},
+                ]
+            },
+            [
+                *("a", RowVideo("v", (2, None)), RowVideo("w"), Image("i")),
+                RowVideo("http://x.test/a.mp4"),
+            ],
+        ),
+    ],
+)
+def test_videos_are_where_the_document_has_them(row, parts):
+    assert document_parts(row, VIDEOS) == parts
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"text": "a <video>", "clip": []}, "placeholder_without_video"),
+        ({"text": "a <video>", "clip": ["v", "w"]}, "video_without_placeholder"),
+        ({"text": "a <video>", "clip": "v", "video": "w"}, "row_media"),
+        ({"content": ["a", {"type": "video"}], "clip": "v"}, "document.part"),
+        ({"texts": ["a"], "images": [None], "video": "v"}, "row_media"),
+    ],
+)
+def test_a_document_whose_videos_have_no_place_says_why(row, reason):
+    with pytest.raises(SampleError) as caught:
+        parse_row(row, VIDEOS)
+    assert caught.value.reason == reason.split(".")[0]
+
+
+def test_budget_of_videos_is_in_the_recipe_of_documents_with_videos_alone():
+    assert VIDEOS.to_dict()["max_videos"] == 2
+    assert "max_videos" not in SPEC.to_dict()
 
 
 def test_places_without_a_text_and_an_image_are_nothing():

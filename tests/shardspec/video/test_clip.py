@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from shardspec.errors import SampleError, ShardError
+from shardspec.errors import ConfigError, SampleError, ShardError
 from shardspec.video import encode_table, pool, read_frames
 from shardspec.video.clip import decode_table, read_clip, store_clip
 from shardspec.video.extract import Request
@@ -151,9 +151,8 @@ def test_damage_to_a_clip_never_gives_another_frame(clip):
 @pytest.fixture
 def alone():
     """A pool of one process, for this test alone."""
-    own = pool._Pool()
-    own.free = threading.BoundedSemaphore(1)
-    with mock.patch.object(pool, "_pool", own):
+    own = pool._Pool(pool.ClipLimits(processes=1))
+    with mock.patch.dict(pool._pools, {pool.DEFAULT_LIMITS: own}):
         yield own
     for process in own.idle:
         process.close()
@@ -183,6 +182,16 @@ def test_process_that_dies_is_replaced_once_and_then_named(alone):
         read_frames(encode_table(table), file, numbers, on_frame=die)
     assert (error.value.reason, asked.call_count) == ("video_process", 2)
     assert alone.idle == [process]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"processes": 0}, {"processes": 1.5}, {"time_limit_s": float("inf")}, {"memory_bytes": True}],
+)
+def test_limits_that_mean_nothing_are_refused_by_name(given):
+    with pytest.raises(ConfigError) as found:
+        pool.ClipLimits(**given)
+    assert (found.value.reason, found.value.facts) == ("clip_limits", given)
 
 
 def test_no_more_decoders_are_open_than_the_bound(clip, alone):
