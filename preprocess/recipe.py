@@ -57,7 +57,9 @@ from preprocess.text import (
     VideoFacts,
     add_ocr,
     answer_flags,
+    chat_as_written,
     chat_frame,
+    chat_names,
     check_action_tokens,
     digit_ids,
     has_times,
@@ -274,7 +276,7 @@ class Preparer:
             spelled = media_placeholder(text)
             if spelled and self.recipe.text.placeholders == "refuse":
                 raise SampleError("media_placeholder", where=key, spelled=spelled)
-        for text in [text for lines in subtitles for _, _, text in lines]:
+        for text in [*chat_names(example), *(text for lines in subtitles for _, _, text in lines)]:
             if control := self.tokenizer.control_token(text) or media_placeholder(text):
                 raise SampleError("control_token", where=key, control=control)
         known = self.formatter.styles
@@ -449,7 +451,11 @@ class Preparer:
         if any(known[style].bare for style in message_styles(example) if style in known):
             raise SampleError("loss_span", where=key, problem="documents are not for models yet")
         systems = [system_text(each, self.recipe.text) for each in example["message_list"]]
-        alternatives = conversations(branches, systems)
+        chats = [
+            None if chat is None else chat_as_written(chat, self.recipe.text)
+            for chat in example.get("chats", [None] * len(branches))
+        ]
+        alternatives = conversations(branches, systems, chats)
         return tokenized_conversations(
             self.model, alternatives, sizes=[size[::-1] for size in sizes], key=key
         )

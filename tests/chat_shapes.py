@@ -50,6 +50,67 @@ PLAIN_LOOP = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>'"
     " + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_DEFINITIONS = (
+    '{{- "# Tools\\n\\nYou may call functions, given within <tools></tools>:\\n<tools>" }}'
+    "{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}{{- '\\n</tools>\\n\\n"
+    "Return calls within <tool_call></tool_call>.<|im_end|>\\n' }}"
+)
+_CALLS = (
+    "{%- for tool_call in message.tool_calls %}{%- if (loop.first and message.content) or"
+    " not loop.first %}{{- '\\n' }}{%- endif %}{%- if tool_call.function %}"
+    "{%- set tool_call = tool_call.function %}{%- endif %}"
+    '{{- \'<tool_call>\\n{"name": "\' + tool_call.name + \'", "arguments": \' }}'
+    "{{- tool_call.arguments | tojson }}{{- '}\\n</tool_call>' }}{%- endfor %}"
+)
+_RESULT = (
+    "{%- if loop.first or (messages[loop.index0 - 1].role != 'tool') %}{{- '<|im_start|>user' }}"
+    "{%- endif %}RESULT{{- '\\n</tool_response>' }}"
+    "{%- if loop.last or (messages[loop.index0 + 1].role != 'tool') %}{{- '<|im_end|>\\n' }}"
+    "{%- endif %}"
+)
+_PROMPT = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+TEXT_TOOLS = (
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- if messages[0].role == 'system' %}"
+    "{{- messages[0].content }}{%- else %}{{- 'You are Q.' }}{%- endif %}{{- '\\n\\n' }}"
+    + _DEFINITIONS
+    + "{%- endif %}{%- for message in messages %}{%- if message.role == 'user' or"
+    " (message.role == 'system' and not (loop.first and tools)) %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' + message.content }}"
+    + _CALLS
+    + "{{- '<|im_end|>\\n' }}{%- elif message.role == 'tool' %}"
+    + _RESULT.replace("RESULT", "{{- '\\n<tool_response>\\n' + message.content }}")
+    + "{%- endif %}{%- endfor %}"
+    + _PROMPT
+)
+"""Qwen2.5's shape, with tools."""
+
+_PARTS = (
+    "{%- if message.content is string %}{{- message.content }}{%- else %}"
+    "{%- for content in message.content %}"
+    "{%- if content.type == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif content.type == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{%- elif 'text' in content %}{{- content.text }}{%- endif %}{%- endfor %}{%- endif %}"
+)
+QWEN3_VL = (
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- if messages[0].role == 'system' %}"
+    "{%- set message = messages[0] %}"
+    + _PARTS
+    + "{{- '\\n\\n' }}{%- endif %}"
+    + _DEFINITIONS
+    + "{%- elif messages[0].role == 'system' %}{%- set message = messages[0] %}"
+    "{{- '<|im_start|>system\\n' }}" + _PARTS + "{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if message.role == 'user' or message.role == 'assistant' %}"
+    "{{- '<|im_start|>' + message.role + '\\n' }}" + _PARTS + _CALLS + "{{- '<|im_end|>\\n' }}"
+    "{%- elif message.role == 'tool' %}"
+    + _RESULT.replace("RESULT", "{{- '\\n<tool_response>\\n' }}" + _PARTS)
+    + "{%- endif %}{%- endfor %}"
+    + _PROMPT
+)
+"""Qwen3-VL's shape."""
+
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -75,6 +136,18 @@ SHAPES = {
         "    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
         tokens=CHATML,
         words=("<tool_call>", "</tool_call>"),
+        eos="<|im_end|>",
+    ),
+    "qwen2.5-tools": Shape(
+        template=TEXT_TOOLS,
+        tokens=CHATML,
+        words=("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+        eos="<|im_end|>",
+    ),
+    "qwen3-vl": Shape(
+        template=QWEN3_VL,
+        tokens=(*CHATML, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+        words=("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
         eos="<|im_end|>",
     ),
     # The last answer gets an empty thought, and earlier ones lose theirs.

@@ -19,6 +19,8 @@ An *example* is a plain dict, as in the Molmo code bases:
                   are alternatives, of which training draws one, with those images, in each epoch;
                   what metadata differ by is in their `windows` (docs/robots.md)
     leads         texts in front of the images, such as "Page 3"; absent for "Image 1" and so on
+    chats         for each message with tools what a model's chat template takes, `system`, `tools`
+                  and `turns`; None for others; absent where there is none
 
 Instead of `message_list` an example may have `messages`, a conversation of role and content.
 
@@ -339,7 +341,11 @@ class DatasetBase(Dataset):
             with self.naming_row(number):
                 examples.append(self._example(self.rows[number]))
                 messages += examples[-1]["message_list"]
-        return {**examples[0], "message_list": messages}
+        found = {**examples[0], "message_list": messages}
+        if any("chats" in each for each in examples):
+            chats = [each.get("chats", [None] * len(each["message_list"])) for each in examples]
+            found["chats"] = [chat for each in chats for chat in each]
+        return found
 
     def preload(self) -> None:
         """Makes all examples of the split, and reads their local image files, into memory.

@@ -8,7 +8,8 @@ rows of one exchange: alpaca (instruction, input, output), ms-swift (query, resp
 
 - roles: user, human; assistant, gpt, model, function_call; system, developer, in front of the other
   turns; tool, observation, function: turns of the user whose text begins with the role, as in
-  "tool: 3", since Molmo's formats and most templates have no other role that is not learned;
+  "tool: 3", since Molmo's formats and most templates have no other role that is not learned.
+  `chats` has results and calls as chat templates with tools take them;
 - contents: a text, or parts: text, image, image_url, and those of OpenAI's Responses (input_text,
   output_text, refusal, input_image);
 - images: `image` or `images` (a name, a URL, a data: URL, bytes, the hub's {bytes, path}, or a list
@@ -73,6 +74,8 @@ class _Turn:
     """Factor on the loss of an answer; 0 for one that is only context."""
     reasoning: str | None = None
     """What the assistant thought before an answer, where that is kept apart."""
+    chat: tuple[Mapping[str, Any], ...] = ()
+    """The messages of a chat template that the turn is."""
 
 
 def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -111,7 +114,10 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     system_texts = [t.text for t in turns[:first]]
     told = "\n\n".join(text for text in [*system_texts, _tools(row.get("tools"))] if text.strip())
     message |= {"system": told} if told else {}
-    return with_videos({"image": placed, "message_list": [message]}, videos)
+    example = {"image": placed, "message_list": [message]}
+    if chat := _chat(spoken, texts, system_texts, row.get("tools")):
+        example["chats"] = [chat]
+    return with_videos(example, videos)
 
 
 def _exchange(row: Mapping[str, Any], spec: Spec) -> list[Any] | None:
@@ -161,6 +167,78 @@ def _tools(tools: Any) -> str:
         return ""
     lines = [t if isinstance(t, str) else json.dumps(t, ensure_ascii=False) for t in tools]
     return "\n".join(lines)
+
+
+def _chat(
+    spoken: Sequence[_Turn], texts: Sequence[str], systems: Sequence[str], tools: Any
+) -> dict[str, Any] | None:
+    """Gives a conversation with tools as chat templates take it; None for one without.
+
+    Returns:
+      `system`, `tools` (a text where they are not JSON) and, for each text of the message, `turns`:
+      its messages of role and content, with `tool_calls` after an answer.
+    """
+    defined = _tool_definitions(tools)
+    turns = [
+        list(turn.chat)
+        if turn.side == "assistant" or any(each["role"] == "tool" for each in turn.chat)
+        else [{"role": "user", "content": text}]
+        for turn, text in zip(spoken, texts, strict=True)
+    ]
+    spoken_of = [each for turn in turns for each in turn]
+    if not defined and not any(m["role"] == "tool" or "tool_calls" in m for m in spoken_of):
+        return None
+    system = "\n\n".join(filter(str.strip, systems))
+    return {"system": system, "tools": defined, "turns": turns}
+
+
+def _tool_definitions(tools: Any) -> Any:
+    """Gives the definitions of tools as JSON objects, or as the text that is not JSON."""
+    if not _tools(tools):
+        return []
+    found = _json(tools)
+    found = [found] if isinstance(found, Mapping) else found
+    if not isinstance(found, list | tuple):
+        return _tools(tools)
+    objects = [_json(each) for each in found]
+    return _plain(objects) if all(isinstance(o, Mapping) for o in objects) else _tools(tools)
+
+
+def _json(value: Any) -> Any:
+    """Reads a text of JSON; gives anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _plain(value: Any) -> Any:
+    """Gives a value in the types of JSON."""
+    return json.loads(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _calls(given: Any) -> list[dict[str, Any]]:
+    """Lists tool calls in the form that chat templates take."""
+    found = []
+    for call in given if isinstance(given, list | tuple) else [given]:
+        function = call.get("function", call) if isinstance(call, Mapping) else {"name": str(call)}
+        function = {"name": function} if isinstance(function, str) else function
+        read = _json(function.get("arguments"))
+        arguments = read if isinstance(read, Mapping) else function.get("arguments") or {}
+        own = {"name": str(function.get("name", "")), "arguments": _plain(arguments)}
+        named = {"id": str(call["id"])} if isinstance(call, Mapping) and call.get("id") else {}
+        found.append({**named, "type": "function", "function": own})
+    return found
+
+
+def _spoken_call(text: str) -> Any:
+    """Reads calls that are the text of a turn, as ShareGPT has them; None for another text."""
+    found = _json(text)
+    calls = [found] if isinstance(found, Mapping) else found
+    are_calls = isinstance(calls, list) and all(
+        isinstance(c, Mapping) and "name" in c for c in calls
+    )
+    return calls if are_calls and calls else None
 
 
 def _are_pairs(texts: Any) -> bool:
@@ -424,18 +502,27 @@ def _turn(entry: Any, images: _Images) -> _Turn:
         parts = [part for part in parts if not _is_thought(part)]
     text = "".join(_part(part, images, role=role) for part in parts)
     calls = entry.get("tool_calls") or list(filter(None, [entry.get("function_call")]))
+    content = text
     if calls:
         text = "\n".join(filter(None, [text, *(_call(call) for call in calls)]))
     elif not text and side == "assistant" and isinstance(entry.get("refusal"), str):
-        text = entry["refusal"]  # OpenAI's, beside an empty content
+        text = content = entry["refusal"]  # OpenAI's, beside an empty content
     if side != "user" and (MARK in text or (images.videos.allowed and VIDEO_MARK in text)):
         raise SampleError("image_placeholder.side", side=side)
+    chat: dict[str, Any] = {"role": side, "content": content}
+    if calls:
+        chat["tool_calls"] = _calls(calls)
+    elif role == "function_call" and (read := _spoken_call(text)):
+        chat = {"role": side, "content": "", "tool_calls": _calls(read)}
     if role in _TOOL:
+        named = {k: str(entry[k]) for k in ("name", "tool_call_id") if entry.get(k)}
+        chat = {"role": "tool", "content": content, **named}
         name = entry.get("name")
         text = f"{role} {name}: {text}" if isinstance(name, str) and name else f"{role}: {text}"
     if side != "assistant":
-        return _Turn(side, text)
-    return _Turn(side, text, weight=_weight(entry), reasoning=_reasoning(entry, thoughts))
+        return _Turn(side, text, chat=(chat,))
+    thought = _reasoning(entry, thoughts)
+    return _Turn(side, text, weight=_weight(entry), reasoning=thought, chat=(chat,))
 
 
 _PARTS = re.compile(
@@ -559,7 +646,8 @@ def _alternating(turns: Sequence[_Turn]) -> list[_Turn]:
     found: list[_Turn] = []
     for turn in spoken:
         if turn.side == "user" and len(found) % 2:
-            found[-1] = _Turn("user", "\n".join(filter(None, [found[-1].text, turn.text])))
+            text = "\n".join(filter(None, [found[-1].text, turn.text]))
+            found[-1] = _Turn("user", text, chat=found[-1].chat + turn.chat)
         elif turn.side == "assistant" and not len(found) % 2:
             raise SampleError("conversation.order", roles=" ".join(t.side for t in spoken[:8]))
         else:

@@ -147,8 +147,9 @@ def parse_messages(example: Mapping[str, Any]) -> dict[str, Any]:
     """
     parsed = parse_conversation(example, _PLAIN)
     rest = {k: v for k, v in example.items() if k not in ("messages", "image", "images")}
-    images = {"image": parsed["image"]} if parsed["image"] else {}
-    return {**rest, **images, "message_list": parsed["message_list"]}
+    found = {"image": parsed["image"]} if parsed["image"] else {}
+    found |= {"chats": parsed["chats"]} if "chats" in parsed else {}
+    return {**rest, **found, "message_list": parsed["message_list"]}
 
 
 _PLAIN = Spec(name="messages", format="messages")

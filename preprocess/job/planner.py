@@ -533,6 +533,8 @@ def _planned_row(
     location = locations if job.dataset.several_images else next(iter(locations), None)
     if "metadata" in example:
         example = {**example, "metadata": _without_secrets(example["metadata"])}
+    if job.preparer.model is None:
+        example.pop("chats", None)
     row = {"key": key, "image": location, "example": example}
     if group := example.pop("group", ""):
         row["group"] = str(group)

@@ -10,10 +10,11 @@ of it: the responses are what is learned, and the last one may be empty.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,10 @@ class Turn(NamedTuple):
     answer: str
     reasoning: str = ""
     """What the assistant thought, where a row has it beside the answer."""
+    asked: str = ""
+    """JSON of the messages in front of the answer, in place of `user`: tool results among them."""
+    calls: str = ""
+    """JSON of the tool calls after the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,25 +43,36 @@ class Turns:
 
     turns: tuple[Turn, ...]
     system: str = ""
+    tools: str = ""
+    """JSON of the definitions of tools."""
     weight: int
     """In millionths."""
 
 
-def conversations(branches: Sequence[Branch], systems: Sequence[str]) -> list[Turns]:
+def conversations(
+    branches: Sequence[Branch],
+    systems: Sequence[str],
+    chats: Sequence[Mapping[str, Any] | None] | None = None,
+) -> list[Turns]:
     """Lists the conversations of a sample.
 
     Args:
       branches: Formatted messages, whose variants have no markup.
       systems: The system text of each; "" for none.
+      chats: Those with tools as chat templates take them, None for others; they win.
 
     Raises:
-      SampleError: `loss_span`, an answer has a weight of its own.
+      SampleError: `loss_span`, an answer has a weight of its own; `chat_tools`.
     """
     found: list[list[Turns]] = []
-    for branch, system in zip(branches, systems, strict=True):
+    chats = [None] * len(branches) if chats is None else chats
+    for branch, system, chat in zip(branches, systems, chats, strict=True):
         if set(branch.shares) - {1.0}:
             problem = "answers with weights of their own, or without loss, are not for models yet"
             raise SampleError("loss_span", problem=problem)
+        if chat is not None:
+            found.append([_with_tools(branch, chat)])
+            continue
         count = math.lcm(*[len(variants) for variants in branch.turns])
         drawn = [
             tuple(
@@ -69,6 +85,35 @@ def conversations(branches: Sequence[Branch], systems: Sequence[str]) -> list[Tu
         found.append([Turns(turns=t, system=system, weight=branch.weight) for t in distinct])
     total = math.lcm(*map(len, found))
     return [own for each in found for own in each * (total // len(each))]
+
+
+def _with_tools(branch: Branch, chat: Mapping[str, Any]) -> Turns:
+    """Makes the one conversation of a message with tools.
+
+    Raises:
+      SampleError: `chat_tools`.
+    """
+    tools = chat["tools"]
+    if isinstance(tools, str):
+        raise SampleError("chat_tools", problem="their definitions are not JSON objects")
+    turns = []
+    for t, variants in enumerate(branch.turns):
+        asked, (answer,) = chat["turns"][2 * t : 2 * t + 2]
+        calls = answer.get("tool_calls")
+        turn = Turn(
+            user="\n".join(each["content"] for each in asked),
+            answer=answer["content"],
+            reasoning=variants[0].reasoning or "",
+            asked=json.dumps(asked) if any(each["role"] == "tool" for each in asked) else "",
+            calls=json.dumps(calls) if calls else "",
+        )
+        turns.append(turn)
+    return Turns(
+        turns=tuple(turns),
+        system=chat["system"],
+        tools=json.dumps(tools) if tools else "",
+        weight=branch.weight,
+    )
 
 
 def tokenized_conversations(
@@ -99,12 +144,14 @@ def tokenized_conversations(
         return known[name]
 
     rows = []
-    memo: dict[tuple[tuple[Turn, ...], str], TokenizedConversation] = {}
+    memo: dict[tuple[tuple[Turn, ...], str, str], TokenizedConversation] = {}
     for b, each in enumerate(alternatives):
-        name = (each.turns, each.system)
+        name = (each.turns, each.system, each.tools)
         try:
             if name not in memo:
-                memo[name] = model.tokenize(_messages(model, each, images=len(sizes)), sizes=sizes)
+                messages = _messages(model, each, images=len(sizes))
+                tools = json.loads(each.tools or "[]")
+                memo[name] = model.tokenize(messages, sizes=sizes, tools=tools)
         except SampleError as error:
             error.where = error.where or key
             raise
@@ -119,13 +166,21 @@ def _messages(model: ChatModel, each: Turns, *, images: int) -> list[Message]:
     others = [each.system, *(turn.answer for turn in each.turns)]
     if placed not in (0, images) or any(IMAGE_PLACEHOLDER in text for text in others):
         raise SampleError("image_placeholder.turn", images=images, placeholders=[placed])
-    if not all(turn.answer.strip() for turn in each.turns):
+    if not all(turn.answer.strip() or turn.calls for turn in each.turns):
         raise SampleError("empty_response")
     messages = [model.message("system", each.system)] if each.system else []
     for t, turn in enumerate(each.turns):
         first = images if t == 0 and not placed else 0
-        messages.append(model.message("user", turn.user, images=first))
-        messages.append(model.message("assistant", turn.answer, reasoning=turn.reasoning))
+        plain = [{"role": "user", "content": turn.user}]
+        for told in json.loads(turn.asked) if turn.asked else plain:
+            rest = {k: v for k, v in told.items() if k not in ("role", "content")}
+            messages.append({**model.message(told["role"], told["content"], images=first), **rest})
+            first = 0
+        answer = model.message("assistant", turn.answer, reasoning=turn.reasoning)
+        calls = {"tool_calls": json.loads(turn.calls)} if turn.calls else {}
+        # Templates ask whether there is a text in front of the calls; a list of parts would be one.
+        silent = {} if turn.answer else {"content": ""}
+        messages.append({**answer, **silent, **calls})
     return messages
 
 

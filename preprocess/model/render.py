@@ -17,6 +17,7 @@ depends on the answer, is refused (`loss_span`).
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,9 +35,14 @@ from shardspec.families import PaliGemma, Size, StoredModel
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+_TOOL = re.compile(r"\btool")
+"""What every template with tools has in its source."""
+
 _THOUGHT = re.compile(r"\s*<(?P<tag>think|thinking|thought)>(?P<thought>.*)</(?P=tag)>\s*", re.S)
 
 Message = Mapping[str, Any]
+
+Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,9 +152,14 @@ class ChatModel:
         return {"role": role, "content": parts, **thought}
 
     def render(
-        self, messages: Sequence[Message], *, generation: bool = False
+        self, messages: Sequence[Message], *, generation: bool = False, tools: Tools = ()
     ) -> tuple[str, list[tuple[int, int]]]:
         """Renders a conversation.
+
+        Args:
+          messages: Made by `message`.
+          generation: Whether the prompt of a further answer follows.
+          tools: Definitions of what may be called.
 
         Returns:
           The text, and the parts of it that the template marks as generated.
@@ -165,6 +176,7 @@ class ChatModel:
             # Declared as a text; it is (texts, generated parts).
             found: Any = render_jinja_template(
                 conversations=chats,
+                tools=[dict(tool) for tool in tools] or None,
                 chat_template=template,
                 add_generation_prompt=generation,
                 return_assistant_tokens_mask=self.marks_generation,
@@ -180,24 +192,30 @@ class ChatModel:
         return str(texts[0]), [(int(a), int(b)) for a, b in marked]
 
     def tokenize(
-        self, messages: Sequence[Message], *, sizes: Sequence[Size]
+        self, messages: Sequence[Message], *, sizes: Sequence[Size], tools: Tools = ()
     ) -> TokenizedConversation:
         """Turns a conversation into ids.
 
         Args:
-          messages: Made by `message`; answers have the role "assistant".
+          messages: Made by `message`; answers have the role "assistant", and `tool_calls`.
           sizes: (height, width) of its pictures, upright.
+          tools: Definitions of what may be called.
 
         Raises:
-          SampleError: `chat_render`, `loss_span`, `reasoning`, `picture_processor`;
+          SampleError: `chat_render`, `chat_tools`, `loss_span`, `reasoning`, `picture_processor`;
             `image_placeholder`, the template does not write each picture once.
         """
-        text, marked = self.render(messages)
+        results = [message for message in messages if message["role"] == "tool"]
+        calls = any("tool_calls" in message for message in messages)
+        if (tools or results or calls) and not _TOOL.search(self.template):
+            raise SampleError("chat_tools", problem="it has no tools")
+        text, marked = self.render(messages, tools=tools)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marks_generation:
             spans = self._marked(text, marked, [messages[i] for i in answers])
         else:
-            spans = [self._span(text, messages, i) for i in answers]
+            spans = [self._span(text, messages, i, tools) for i in answers]
+        _require_tools(text, spans, [messages[i] for i in answers], results, tools)
         if answers:
             _require_thought(messages[answers[-1]], text[slice(*spans[-1])])
         bos = str(self.special_tokens.get("bos_token") or "")
@@ -306,21 +324,26 @@ class ChatModel:
                 raise SampleError("loss_span", problem="an answer is not in its marked part")
         return spans
 
-    def _span(self, text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
+    def _span(
+        self, text: str, messages: Sequence[Message], i: int, tools: Tools
+    ) -> tuple[int, int]:
         """Finds what is learned of answer i, its end of turn included."""
         thought, answer = _split(_text_of(messages[i]))
         beside = messages[i].get("reasoning_content", "")
         probe = self.message("assistant", thought + ANSWER, reasoning=beside)
         replaced = [*messages[:i], probe, *messages[i + 1 :]]
-        head, found, tail = self.render(replaced)[0].partition(ANSWER)
+        head, found, tail = self.render(replaced, tools=tools)[0].partition(ANSWER)
         if not found or ANSWER in tail:
             raise SampleError("loss_span", problem="an answer is left out, or written twice")
         own = text[len(head) : len(text) - len(tail)]
-        same = text.startswith(head) and text.endswith(tail) and own.strip() == answer.strip()
+        # Calls follow the text of an answer; `_require_tools` looks at them.
+        is_own = own.strip() == answer.strip()
+        is_own |= "tool_calls" in messages[i] and own.lstrip().startswith(answer.strip())
+        same = text.startswith(head) and text.endswith(tail) and is_own
         if not same or len(head) + len(tail) > len(text):
             problem = "the markup around an answer depends on its text"
             raise SampleError("loss_span", problem=problem)
-        before = self.render(messages[:i], generation=True)[0]
+        before = self.render(messages[:i], generation=True, tools=tools)[0]
         if not head.startswith(before):
             problem = "the conversation does not begin with what is in front of an answer"
             raise SampleError("loss_span", problem=problem)
@@ -339,6 +362,34 @@ def _split(answer: str) -> tuple[str, str]:
     """Splits an answer into the thought in front of it, if there is one, and the rest."""
     found = _THOUGHT.match(answer)
     return (found.group(), answer[found.end() :]) if found else ("", answer)
+
+
+def _require_tools(
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    answers: Sequence[Message],
+    results: Sequence[Message],
+    tools: Tools,
+) -> None:
+    """Refuses a template that leaves out what a conversation has of tools, or teaches results."""
+    rest, done = [], 0
+    for start, stop in spans:
+        rest.append(text[done:start])
+        done = stop
+    context = "\n".join((*rest, text[done:]))
+    for tool in tools:
+        if str(tool.get("function", tool).get("name", "")) not in context:
+            raise SampleError("chat_tools", problem="it does not write their definitions")
+    for message in results:
+        told = _text_of(message).strip()
+        if told not in context and json.dumps(told)[1:-1] not in context:
+            raise SampleError("chat_tools", problem="it does not write a result, or it is learned")
+    for (start, stop), message in zip(spans, answers, strict=True):
+        for call in message.get("tool_calls", ()):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            wanted = (name, *(arguments if isinstance(arguments, Mapping) else ()))
+            if not all(each in text[start:stop] for each in wanted):
+                raise SampleError("chat_tools", problem="it does not write a call")
 
 
 def _require_thought(message: Message, learned: str) -> None:

@@ -8,7 +8,13 @@ from preprocess.text.actions import check_action_tokens, spelled_action
 from preprocess.text.chat import BareFrame, ChatFrame, Frame, chat_frame, image_prefixes
 from preprocess.text.chat_template import ANSWER, FIXED_DATE, USER, TemplateFrame
 from preprocess.text.choices import ChoiceForm
-from preprocess.text.formatter import Branch, DataFormatter, Variant, system_text
+from preprocess.text.formatter import (
+    Branch,
+    DataFormatter,
+    Variant,
+    chat_as_written,
+    system_text,
+)
 from preprocess.text.geometry import movable_geometry, safe_geometry
 from preprocess.text.interleaved import (
     FrameLead,
@@ -19,6 +25,7 @@ from preprocess.text.interleaved import (
 from preprocess.text.message import (
     VideoFacts,
     answer_flags,
+    chat_names,
     has_times,
     message_styles,
     message_texts,
@@ -75,7 +82,9 @@ __all__ = [
     "VideoFacts",
     "answer_flags",
     "add_ocr",
+    "chat_as_written",
     "chat_frame",
+    "chat_names",
     "check_action_tokens",
     "digit_ids",
     "has_times",

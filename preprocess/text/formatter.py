@@ -324,6 +324,15 @@ class DataFormatter:
         return Draw(style=self.styles[message["style"]], policy=self.policy, rng=rng)
 
 
+def chat_as_written(chat: Mapping[str, Any], policy: TextPolicy) -> dict[str, Any]:
+    """Gives a conversation with tools whose texts have the space around them that is kept."""
+    turns = [
+        [{**each, "content": as_written(each["content"], policy)} for each in turn]
+        for turn in chat["turns"]
+    ]
+    return {**chat, "system": as_written(chat["system"], policy), "turns": turns}
+
+
 def system_text(message: Message, policy: TextPolicy) -> str:
     """Gives the system text of a conversation, or "".
 

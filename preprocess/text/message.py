@@ -239,6 +239,12 @@ def message_texts(example: Mapping[str, Any]) -> list[str]:
     return [text for name, text in _strings(example["message_list"]) if name != "style"]
 
 
+def chat_names(example: Mapping[str, Any]) -> list[str]:
+    """Lists what only `chats` has: names and numbers of tool calls and of their results."""
+    names = ("id", "name", "tool_call_id")
+    return [text for name, text in _strings(example.get("chats")) if name in names]
+
+
 def answer_flags(example: Mapping[str, Any]) -> list[bool]:
     """Says of each of the `message_texts` whether it is the assistant's."""
     return [name in _ANSWERS for name, _ in _strings(example["message_list"]) if name != "style"]

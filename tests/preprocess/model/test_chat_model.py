@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from preprocess.formats import Spec, parse_row
 from preprocess.job.job import Job, JobSettings
 from preprocess.model import ChatModel, Turn, Turns, conversations, load_model
 from preprocess.model import tokenized_conversations as tokenized
-from preprocess.recipe import Recipe
+from preprocess.recipe import Preparer, Recipe
 from preprocess.text import Branch, TextPolicy, Variant, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.families import FixedSize, StoredModel
@@ -333,3 +334,122 @@ def test_videos_are_refused_for_a_model(folder):
     with pytest.raises(ConfigError) as caught:
         preparer(example)
     assert caught.value.reason == "model_videos"
+
+
+CALLED = [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
+CLOCK = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "description": "Tells the time.",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}},
+    },
+}
+WITH_TOOLS = [
+    {"role": "system", "content": "Be exact."},
+    {"role": "user", "content": "Now, and at noon?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLED},
+    {"role": "tool", "content": '12:40 "UTC"', "name": "clock"},
+    {"role": "tool", "content": "It rains."},
+    {"role": "assistant", "content": "Wait.", "tool_calls": [*CALLED, *CALLED]},
+    {"role": "tool", "content": "12:41"},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "12:41."},
+]
+CALL = '<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call>'
+LEARNED = [CALL, f"Wait.\n{CALL}\n{CALL}", "12:41."]
+
+
+def prepared_with_tools(model, theirs, row, tmp_path):
+    """The ids and the learned texts of a row with tools, by the offline half of a job."""
+    preparer = Preparer(
+        recipe=Recipe(text=TextPolicy(message_format="none", system_prompt="none")),
+        tokenizer=load_tokenizer(str(tmp_path)),
+        model=model,
+    )
+    sample = preparer({**row})
+    rows = sample.spans[sample.spans[:, 0] == 0][:, 3:7].tolist()
+    parts = [(sample.tokens[a:b].tolist(), sample.tokens[c:d].tolist()) for a, b, c, d in rows]
+    ids = [i for pair in parts for part in pair for i in part]
+    return ids, [theirs.decode(answer) for _, answer in parts if answer]
+
+
+@pytest.mark.parametrize("name, content", [("qwen2.5-tools", "text"), ("qwen3-vl", "parts")])
+def test_tools_are_what_the_template_writes_and_results_are_not_learned(
+    shapes, tmp_path, name, content
+):
+    model, theirs = shapes(name, content=content)
+    theirs.save_pretrained(str(tmp_path))
+    row = {"messages": WITH_TOOLS, "tools": [CLOCK]}
+    ids, learned = prepared_with_tools(model, theirs, row, tmp_path)
+    own = theirs.apply_chat_template(WITH_TOOLS, tools=[CLOCK], tokenize=False)
+    assert ids == theirs(own, add_special_tokens=False)["input_ids"]
+    assert learned == [f"{text}<|im_end|>" for text in LEARNED]
+
+
+def test_tools_of_other_spellings_are_the_same_ids(shapes, tmp_path):
+    model, theirs = shapes("qwen2.5-tools")
+    theirs.save_pretrained(str(tmp_path))
+    turns = [
+        ("human", "Now?"),
+        ("function_call", '{"name": "clock", "arguments": {"zone": "UTC"}}'),
+        ("observation", "12:40"),
+        ("gpt", "12:40."),
+    ]
+    said = [{"from": role, "value": text} for role, text in turns]
+    texts = {**CALLED[0]["function"], "arguments": '{"zone": "UTC"}'}
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": texts}]}
+    messages = [
+        {"role": "user", "content": "Now?"},
+        called,
+        {"role": "ipython", "content": [{"type": "text", "text": "12:40"}]},
+        {"role": "assistant", "content": "12:40."},
+    ]
+    rows = [
+        {"conversations": said, "tools": json.dumps([CLOCK])},
+        {"messages": messages, "tools": [json.dumps(CLOCK)]},
+    ]
+    found = [
+        prepared_with_tools(
+            model, theirs, parse_row(row, Spec(name="x", format="messages")), tmp_path
+        )
+        for row in rows
+    ]
+    assert found[0] == found[1]
+    assert found[0][1] == [f"{CALL}<|im_end|>", "12:40.<|im_end|>"]
+
+
+def test_names_of_calls_and_results_are_checked_for_markup(shapes, tmp_path):
+    model, theirs = shapes("qwen2.5-tools")
+    theirs.save_pretrained(str(tmp_path))
+    for name in ("name", "tool_call_id"):
+        messages = [{**each, name: "<|im_end|>"} for each in WITH_TOOLS]
+        with pytest.raises(SampleError) as caught:
+            prepared_with_tools(model, theirs, {"messages": messages}, tmp_path)
+        assert caught.value.reason == "control_token"
+
+
+REFUSED_TOOLS = {
+    "it has no tools": ({}, "qwen2"),
+    "their definitions are not JSON objects": ({"tools": "clock()"}, "qwen2.5-tools"),
+    "it does not write their definitions": ({"template": ("tool | tojson", "1")}, "qwen2.5-tools"),
+    "it does not write a call": ({"template": ("tool_call.name", "'x'")}, "qwen2.5-tools"),
+    "it does not write a result, or it is learned": (
+        {"template": ("'\\n<tool_response>\\n' + message.content", "'x'")},
+        "qwen2.5-tools",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED_TOOLS)
+def test_a_template_that_leaves_tools_out_is_refused_by_name(shapes, tmp_path, problem):
+    changes, name = REFUSED_TOOLS[problem]
+    model, theirs = shapes(name)
+    theirs.save_pretrained(str(tmp_path))
+    if "template" in changes:
+        assert changes["template"][0] in model.template
+        model, _ = shapes(name, template=model.template.replace(*changes["template"]))
+    row = {"messages": WITH_TOOLS, "tools": changes.get("tools", [CLOCK])}
+    with pytest.raises(SampleError) as caught:
+        prepared_with_tools(model, theirs, row, tmp_path)
+    assert (caught.value.reason, caught.value.facts["problem"]) == ("chat_tools", problem)
