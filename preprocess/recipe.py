@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -251,8 +251,6 @@ class Preparer:
         found = example_images(example)
         videos = [self._video_file(video) for video in example_videos(example)]
         clips = example_clips(example)
-        if videos and self.model is not None:
-            raise ConfigError("model_videos", where=key or "")
         sources = [self._read(image) for image in found]
         if key is None:
             identities = [*map(image_identity, found, sources)]
@@ -260,6 +258,8 @@ class Preparer:
             key = sample_key(example, image_id=images_identity(identities))
         told = example["message_list"]
         subtitles = example_subtitles(example)
+        if videos and self.model is not None:
+            self._check_model_videos(self.model, subtitles, key)
         example = add_ocr(example, encode=self.tokenizer.encode)
         if self.model is not None:  # its template places the images itself
             example = name_pages(example)
@@ -323,10 +323,12 @@ class Preparer:
             raise SampleError("no_message.row", where=key)
         placed: Sequence[Branch] = branches
         places = [0] * len(stored)
-        if self.model is None:
+        if self.model is None or stored:
             placed, places = place_media(
                 branches, num_images=len(sizes), num_videos=len(stored), key=key
             )
+        if self.model is not None:  # its template writes videos otherwise than images
+            placed = branches
         video_policy = self.recipe.video
         said = [
             place_subtitles(
@@ -356,6 +358,7 @@ class Preparer:
             frames=frames,
             subtitles=[placed.lines for placed in said],
             movable=None if stored or windows else self._movable(example, len(sizes), geometry),
+            videos=[shown.times_s for shown in stored],
             key=key,
         )
         spans = spans_table(
@@ -391,6 +394,19 @@ class Preparer:
             clips=prepared_clips,
             record=record,
         )
+
+    def _check_model_videos(
+        self, model: ChatModel, subtitles: Sequence[Sequence[Any]], key: str
+    ) -> None:
+        """Refuses videos that the model gets nothing, or less, of.
+
+        Raises:
+          SampleError: `model_videos`.
+        """
+        if model.video is None:
+            raise SampleError("model_videos.family", where=key, family=model.stored.family.kind)
+        if any(subtitles) and self.recipe.video.subtitles != "none":
+            raise SampleError("model_videos.subtitles", where=key)
 
     def _length(
         self, tokens: np.ndarray, spans: np.ndarray, sizes: Sequence[tuple[int, int]]
@@ -429,6 +445,7 @@ class Preparer:
         frames: Sequence[FrameLead | None],
         subtitles: Sequence[Sequence[SubtitleText]],
         movable: Mapping[int, int] | None,
+        videos: Sequence[Sequence[float]],
         key: str,
     ) -> TokenizedText:
         """Tokenizes the texts; `sizes` are (width, height) of the images that are not frames."""
@@ -456,9 +473,15 @@ class Preparer:
             for chat in example.get("chats", [None] * len(branches))
         ]
         alternatives = conversations(branches, systems, chats)
-        return tokenized_conversations(
-            self.model, alternatives, sizes=[size[::-1] for size in sizes], key=key
+        tokenized = tokenized_conversations(
+            self.model,
+            alternatives,
+            sizes=[size[::-1] for size in sizes],
+            videos=videos,
+            key=key,
         )
+        leads = [(0, 0, 0, 0, 0 if f is None else round(f.time_s * 1000)) for f in frames]
+        return replace(tokenized, leads=tuple(leads))
 
     def _video_file(self, video: VideoSource) -> bytes | Path | SceneVideo:
         """Reads a video that is not a local file.

@@ -28,7 +28,7 @@ import numpy as np
 
 from shardspec.coordinates import MOST_CHARACTERS
 from shardspec.errors import ShardError
-from shardspec.families import StoredModel, plan_pictures
+from shardspec.families import StoredModel, plan_pictures, plan_videos
 from shardspec.sample import (
     ARRAY_HEADER_BYTES,
     PreparedSample,
@@ -222,7 +222,13 @@ def index_row(
     windows = window_images(sample.spans)
     shown = pictures[windows[0]] if windows else pictures  # all windows have the same sizes
     if model:
-        num_symbols = 0 if model.inline else len(shown)
+        shapes = [(int(p[3]), int(p[2])) for p in shown]
+        videos = [(int(v[2]), int(v[3])) for v in video_rows(sample.spans)]
+        # The frames of videos come after all pictures.
+        num_pictures = len(shown) - sum(count for _, count in videos)
+        plans = plan_pictures(model.family, shapes[:num_pictures])
+        plans += plan_videos(model.family, shapes, videos)
+        num_symbols = 0 if model.inline else sum(plan.num_blocks for plan in plans)
         text, loss = longest_conversation(sample.spans, num_images=num_symbols)
         num_tokens, num_loss_tokens = text, loss
     else:
@@ -238,7 +244,6 @@ def index_row(
     row["num_tokens"], row["num_loss_tokens"] = num_tokens, num_loss_tokens
     row["key"] = sample.key.encode()
     if model:
-        plans = plan_pictures(model.family, [(int(p[3]), int(p[2])) for p in shown])
         visual = sum(map(model.block_length, plans))
         row["loss_length"], row["view_length"] = loss, text + visual
         num_messages = len(sample.record.get("message_list") or [()])

@@ -217,6 +217,27 @@ def video_rows(spans: np.ndarray) -> np.ndarray:
     return spans[start : start + np.count_nonzero(spans[:, 0] == SpanKind.VIDEO.value)]
 
 
+def video_units(videos: Sequence[Sequence[int]], num_images: int) -> list[Sequence[int]]:
+    """Lists the images that are not frames, and the videos, in the order of the sequence.
+
+    Args:
+      videos: VIDEO rows, one or more.
+      num_images: Of the sample.
+
+    Returns:
+      VIDEO rows, and (IMAGE, 0, number, 1) for an image.
+    """
+    frames = {i for _, _, first, count, *_ in videos for i in range(first, first + count)}
+    units: list[Sequence[int]] = [
+        (SpanKind.IMAGE.value, 0, i, 1) for i in range(num_images) if i not in frames
+    ]
+    if not videos[0][7]:
+        return sorted([*units, *videos], key=lambda unit: unit[2])
+    for row in sorted(videos, key=lambda row: row[7]):
+        units.insert(row[7] - 1, row)
+    return units
+
+
 def subtitle_rows(spans: np.ndarray) -> np.ndarray:
     """Selects the SUBTITLE rows of a spans table: int32 [runs, 8]."""
     rows: np.ndarray = spans[spans[:, 0] == SpanKind.SUBTITLE.value]

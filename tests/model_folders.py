@@ -23,6 +23,12 @@ QWEN2_VL = (
 )
 """Qwen2-VL's own, without its branch for videos."""
 
+QWEN2_VL_VIDEOS = QWEN2_VL.replace(
+    "{% elif 'text' in content %}",
+    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|>"
+    "<|vision_end|>{% elif 'text' in content %}",
+)
+
 LLAVA = (
     "{% for message in messages %}{% if message['role'] != 'system' %}"
     "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}"
@@ -134,7 +140,10 @@ def qwen2_vl(folder, *, kind="qwen2_vl", template=QWEN2_VL, real=False, **images
         vision_start_token_id=loaded.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=loaded.convert_tokens_to_ids("<|vision_end|>"),
     )
-    write_json(folder / "config.json", {**config.to_dict(), "model_type": kind})
+    document = {**config.to_dict(), "model_type": kind}
+    if kind == "qwen2_5_vl":
+        document["vision_config"]["tokens_per_second"] = 4
+    write_json(folder / "config.json", document)
     write_json(
         folder / "preprocessor_config.json",
         {

@@ -15,7 +15,7 @@ from shardspec.sample import ALL_SHOWN, SpanKind
 from shardspec.tiling import FrameView
 
 _SUBTITLE = SpanKind.SUBTITLE.value
-_LEAD, _IMAGE, _VIDEO = SpanKind.LEAD.value, SpanKind.IMAGE.value, SpanKind.VIDEO.value
+_LEAD, _VIDEO = SpanKind.LEAD.value, SpanKind.VIDEO.value
 
 
 class Shown:
@@ -163,25 +163,6 @@ class _Subtitles:
     def rest(self, image: int) -> list[np.ndarray]:
         """Lists what is said after the last frame that is shown, which is `image`."""
         return self.before(image, math.inf)
-
-
-def video_units(videos: Sequence[Sequence[int]], num_images: int) -> list[Sequence[int]]:
-    """Lists the images that are not frames, and the videos, in the order of the sequence.
-
-    Args:
-      videos: VIDEO rows, one or more.
-      num_images: Of the sample.
-
-    Returns:
-      VIDEO rows, and (IMAGE, 0, number, 1) for an image.
-    """
-    frames = {i for _, _, first, count, *_ in videos for i in range(first, first + count)}
-    units: list[Sequence[int]] = [(_IMAGE, 0, i, 1) for i in range(num_images) if i not in frames]
-    if not videos[0][7]:
-        return sorted([*units, *videos], key=lambda unit: unit[2])
-    for row in sorted(videos, key=lambda row: row[7]):
-        units.insert(row[7] - 1, row)
-    return units
 
 
 Places = list[tuple[int, int, int]]

@@ -16,7 +16,7 @@ import numpy as np
 
 from loader.assembly.augment import NO_CHANGE, Augment, Draw, draw, draw_filter, draw_own
 from loader.assembly.collate import Shapes
-from loader.assembly.frames import Shown, VideoFrames, join_frames, place_images, video_units
+from loader.assembly.frames import Shown, VideoFrames, join_frames, place_images
 from loader.assembly.layout import (
     IGNORED,
     BranchTurns,
@@ -35,7 +35,7 @@ from loader.assembly.view import View
 from shardspec.coordinates import replace_runs
 from shardspec.errors import SampleError
 from shardspec.keyed import draw_below, draw_order
-from shardspec.sample import SpanKind, point_lists, window_images
+from shardspec.sample import SpanKind, point_lists, video_units, window_images
 from shardspec.tiling import ImageView
 
 _UNCHANGED = Augment()

@@ -36,7 +36,14 @@ from preprocess.page import (
 )
 from preprocess.text import IMAGE_SYMBOLS
 from shardspec import storage
-from shardspec.families import Family, PicturePlan, Qwen2VL, StoredModel, plan_pictures
+from shardspec.families import (
+    Family,
+    PicturePlan,
+    Qwen2VL,
+    StoredModel,
+    plan_pictures,
+    plan_videos,
+)
 
 _CROP_PX = 128
 _MASK_CELLS = 192
@@ -191,7 +198,7 @@ class _Row:
 def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
     """Takes a batch apart."""
     rows = []
-    first_unit = 0
+    first_units = {"pixel_values": 0, "pixel_values_videos": 0}
     for i, metadata in enumerate(batch["metadata"]):
         parts = metadata.get("examples", [metadata])
         ids, labels = batch["input_ids"][i].numpy(), batch["labels"][i].numpy()
@@ -209,24 +216,18 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
         else:
             learned = labels == ids
             begins = real & (np.diff(segments, prepend=-1) != 0)
-            plans = [
-                plan
-                for part in parts
-                for plan in plan_pictures(
-                    model.family,
-                    [(image["height"], image["width"]) for image in part["images"]],
-                )
-            ]
+            plans = [plan for part in parts for plan in _plans(model.family, part["images"])]
             pixels, counts = [], []
             for plan in plans:
-                if "pixel_values" not in batch:  # features
+                name = "pixel_values_videos" if plan.num_frames else "pixel_values"
+                if name not in batch:  # features
                     counts.append(0)
                     continue
-                values = batch["pixel_values"]
+                values, first_unit = batch[name], first_units[name]
                 # Idefics3 has all rows in one: [1, N, 3, S, S].
                 values = values[0] if values.ndim == 5 and len(values) == 1 else values
                 units = values[first_unit : first_unit + plan.num_units].numpy()
-                first_unit += plan.num_units
+                first_units[name] += plan.num_units
                 pixels += (own := model_pictures(model.family, plan, units))
                 counts.append(len(own))
         rows.append(
@@ -242,6 +243,20 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
             )
         )
     return rows
+
+
+def _plans(family: Family, images: Sequence[Mapping[str, Any]]) -> list[PicturePlan]:
+    """Plans the pictures and videos of a sample by their metadata."""
+    sizes = [(image["height"], image["width"]) for image in images]
+    pictures = iter(
+        plan_pictures(family, [s for s, i in zip(sizes, images, strict=True) if "frames" not in i])
+    )
+    return [
+        plan_videos(family, [size], [(0, image["frames"])])[0]
+        if "frames" in image
+        else next(pictures)
+        for size, image in zip(sizes, images, strict=True)
+    ]
 
 
 def _names(
@@ -278,14 +293,15 @@ def model_pictures(family: Family, plan: PicturePlan, units: np.ndarray) -> list
 
     Returns:
       uint8 [H, W, 3] each, without the model's normalisation: the tiles, or all patches put
-      together again.
+      together again; of a video the first frame of each patch along time.
     """
     if isinstance(family, Qwen2VL):
         (rows, cols), merge, side = plan.grid, family.merge, family.patch_px
         # Patches come by squares that become one token, each with all its frames.
-        cells = units.reshape(rows // merge, cols // merge, merge, merge, 3, -1, side, side)
-        chw = cells[:, :, :, :, :, 0].transpose(4, 0, 2, 5, 1, 3, 6)
-        units = chw.reshape(1, 3, rows * side, cols * side)
+        squares = (rows // merge, cols // merge, merge, merge)
+        cells = units.reshape(plan.num_times, *squares, 3, -1, side, side)
+        chw = cells[..., 0, :, :].transpose(0, 5, 1, 3, 6, 2, 4, 7)
+        units = chw.reshape(plan.num_times, 3, rows * side, cols * side)
     elif units.ndim < 4 or units.shape[-3] != 3:
         return []  # of a form that is not known here
     units = units.reshape(-1, *units.shape[-3:])

@@ -401,6 +401,7 @@ class Job:
                 tokenizer=tokenizer,
                 date=recipe.text.chat_date,
                 own=settings.family == "own",
+                videos=dataset_class(settings.dataset).videos,
             )
             family = model.stored.family
             image = replace(recipe.image, family=family, max_side_px=None, resample=family.filter)
@@ -413,8 +414,8 @@ class Job:
         self.kind = kind
         self.name = settings.name or kind.name
         """Of the result: in the manifest, in the names of its files, and for seeds."""
-        if model is not None and kind.videos:
-            raise ConfigError("model_videos", where=kind.name)
+        if model is not None and kind.videos and settings.recipe.video.store == "clip":
+            raise ConfigError("model_clips", where=kind.name)
         self.preparer.check_styles()
         _ = self.preparer.digits  # refuses what cannot be movable before anything is read
         if issubclass(kind, OwnDataset):

@@ -53,7 +53,7 @@ from preprocess.media.header import (
 from preprocess.media.memory import MemoryBudget
 from preprocess.settings import Setting
 from shardspec.errors import ConfigError, SampleError, ShardError, StorageError, nearest
-from shardspec.families import Family
+from shardspec.families import Family, Qwen2VL
 from shardspec.image_file import (
     JPEG_EOI,
     JPEG_FRAMES,
@@ -228,6 +228,7 @@ class ImagePreprocessor:
         geometry: Geometry = Geometry.NONE,
         where: str = "",
         frame: int = 0,
+        num_frames: int = 0,
     ) -> PreparedImage:
         """Prepares one image.
 
@@ -237,6 +238,7 @@ class ImagePreprocessor:
           geometry: Which augmentations leave the sample's text true.
           where: Row or URL, named in errors; a path names itself.
           frame: Which picture of a file is meant that has several, such as a page of a TIFF.
+          num_frames: Of the video that the pixels are a frame of; 0 for no video.
 
         Returns:
           The image; its pixels are to be read only, they may be the caller's own array.
@@ -255,7 +257,7 @@ class ImagePreprocessor:
             pixels = _checked_array(source, where)
             size = (pixels.shape[1], pixels.shape[0])
             self.policy.limits.check_size(*size, where=where)
-            return self._sized(_Settled(image=pixels, size=size), geometry)
+            return self._sized(_Settled(image=pixels, size=size), geometry, num_frames)
         if isinstance(source, Image.Image):
             self.policy.limits.check_size(source.width, source.height, where=where)
             return self._sized(self._settle(source, where), geometry)
@@ -400,10 +402,11 @@ class ImagePreprocessor:
             rgb = rgb.transpose(turn)
         return _Settled(image=rgb, size=rgb.size)
 
-    def _sized(self, settled: _Settled, geometry: Geometry) -> PreparedImage:
+    def _sized(self, settled: _Settled, geometry: Geometry, num_frames: int = 0) -> PreparedImage:
         """Resizes an upright image to what is stored of it."""
         width, height = settled.size
-        stored, small = self._stored_size(width, height), self._overview_size(width, height)
+        stored = self._stored_size(width, height, num_frames)
+        small = self._overview_size(width, height)
         overview, kept = None, settled.kept
         found = settled.image
         if small is not None or stored != settled.size:
@@ -464,8 +467,11 @@ class ImagePreprocessor:
             return None
         return overview_size(width, height, views[0])
 
-    def _stored_size(self, width: int, height: int) -> tuple[int, int]:
+    def _stored_size(self, width: int, height: int, num_frames: int = 0) -> tuple[int, int]:
         limit_px, longest_px = self.policy.max_side_px, max(width, height)
+        if num_frames and isinstance(self.policy.family, Qwen2VL):
+            size = (height, width)
+            return self.policy.family.stored_frame_size(size, num_frames=num_frames)[::-1]
         if self.policy.family is not None:
             return self.policy.family.stored_size((height, width))[::-1]
         if limit_px is None:

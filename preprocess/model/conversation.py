@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from preprocess.model.render import ChatModel, Message, TokenizedConversation
-from preprocess.text import IMAGE_PLACEHOLDER, Branch, TokenizedText
+from preprocess.text import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Branch, TokenizedText
 from shardspec.errors import SampleError
 from shardspec.families import Size
 
@@ -117,7 +117,12 @@ def _with_tools(branch: Branch, chat: Mapping[str, Any]) -> Turns:
 
 
 def tokenized_conversations(
-    model: ChatModel, alternatives: Sequence[Turns], *, sizes: Sequence[Size], key: str
+    model: ChatModel,
+    alternatives: Sequence[Turns],
+    *,
+    sizes: Sequence[Size],
+    videos: Sequence[Sequence[float]] = (),
+    key: str,
 ) -> TokenizedText:
     """Tokenizes every conversation of a sample.
 
@@ -125,6 +130,7 @@ def tokenized_conversations(
       model: Whose template and tokenizer.
       alternatives: The conversations.
       sizes: (height, width) of the upright pictures of the sample; each is in every conversation.
+      videos: When the frames of its videos are shown, in seconds; likewise.
       key: The sample's, for errors.
 
     Raises:
@@ -149,9 +155,9 @@ def tokenized_conversations(
         name = (each.turns, each.system, each.tools)
         try:
             if name not in memo:
-                messages = _messages(model, each, images=len(sizes))
+                messages = _messages(model, each, images=len(sizes), videos=len(videos))
                 tools = json.loads(each.tools or "[]")
-                memo[name] = model.tokenize(messages, sizes=sizes, tools=tools)
+                memo[name] = model.tokenize(messages, sizes=sizes, videos=videos, tools=tools)
         except SampleError as error:
             error.where = error.where or key
             raise
@@ -161,21 +167,30 @@ def tokenized_conversations(
     return TokenizedText(tokens=tokens.astype("<i4"), rows=tuple(rows), leads=())
 
 
-def _messages(model: ChatModel, each: Turns, *, images: int) -> list[Message]:
-    placed = sum(turn.user.count(IMAGE_PLACEHOLDER) for turn in each.turns)
+def _messages(model: ChatModel, each: Turns, *, images: int, videos: int) -> list[Message]:
+    marks = (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if videos else []))
+    placed = [sum(turn.user.count(mark) for turn in each.turns) for mark in marks]
+    wanted = [images, videos][: len(marks)]
     others = [each.system, *(turn.answer for turn in each.turns)]
-    if placed not in (0, images) or any(IMAGE_PLACEHOLDER in text for text in others):
-        raise SampleError("image_placeholder.turn", images=images, placeholders=[placed])
+    is_placed = any(placed)
+    if placed not in ([0] * len(marks), wanted) or any(m in text for text in others for m in marks):
+        raise SampleError("image_placeholder.turn", images=sum(wanted), placeholders=placed)
     if not all(turn.answer.strip() or turn.calls for turn in each.turns):
         raise SampleError("empty_response")
     messages = [model.message("system", each.system)] if each.system else []
     for t, turn in enumerate(each.turns):
-        first = images if t == 0 and not placed else 0
+        first = (images, videos) if t == 0 and not is_placed else (0, 0)
         plain = [{"role": "user", "content": turn.user}]
         for told in json.loads(turn.asked) if turn.asked else plain:
             rest = {k: v for k, v in told.items() if k not in ("role", "content")}
-            messages.append({**model.message(told["role"], told["content"], images=first), **rest})
-            first = 0
+            made = model.message(
+                told["role"],
+                told["content"],
+                images=first[0],
+                videos=first[1] if videos else None,
+            )
+            messages.append({**made, **rest})
+            first = (0, 0)
         answer = model.message("assistant", turn.answer, reasoning=turn.reasoning)
         calls = {"tool_calls": json.loads(turn.calls)} if turn.calls else {}
         # Templates ask whether there is a text in front of the calls; a list of parts would be one.

@@ -10,7 +10,7 @@ from typing import Any
 
 from preprocess.model.processor import is_model_type, open_processor, read_processor
 from preprocess.model.render import ChatModel
-from preprocess.text import IMAGE_PLACEHOLDER, USER, Tokenizer
+from preprocess.text import IMAGE_PLACEHOLDER, USER, VIDEO_PLACEHOLDER, Tokenizer
 from shardspec.errors import ConfigError, SampleError
 from shardspec.families import MODEL_TYPES, Family, ModelConfig, PaliGemma, StoredModel, read_family
 
@@ -38,7 +38,9 @@ _TEXT = re.compile(r"\n+|<row_\d+_col_\d+>|<global-img>")
 """What Idefics3's processor writes as plain text where the tokenizer has no such token."""
 
 
-def load_model(name: str, *, tokenizer: Tokenizer, date: str = "", own: bool = True) -> ChatModel:
+def load_model(
+    name: str, *, tokenizer: Tokenizer, date: str = "", own: bool = True, videos: bool = False
+) -> ChatModel:
     """Loads the text side of a model.
 
     Args:
@@ -46,6 +48,7 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "", own: bool = T
       tokenizer: The model's, as it is stored with the dataset.
       date: Day for templates that write one, YYYY-MM-DD.
       own: Whether a family of `shardspec.families` is preferred to the model's own processor.
+      videos: Whether the dataset may have videos.
 
     Raises:
       ConfigError: `model_file`, `model_template`, `chat_date`; as `read_family`, `read_processor`.
@@ -62,6 +65,7 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "", own: bool = T
     loaded: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     token_id = config.get("image_token_id", config.get("image_token_index"))
     token = "" if token_id is None else loaded.convert_ids_to_tokens(token_id) or ""
+    video_id = config.get("video_token_id") if videos else None
     model_type = config.get("model_type")
     family: Family
     if (own and model_type in MODEL_TYPES) or not is_model_type(model_type):
@@ -72,6 +76,12 @@ def load_model(name: str, *, tokenizer: Tokenizer, date: str = "", own: bool = T
                 processor=processor,
                 image_token=token,
                 tokens={name: getattr(loaded, name) for name in _NAMED if hasattr(loaded, name)},
+                video_token=""
+                if video_id is None
+                else loaded.convert_ids_to_tokens(video_id) or "",
+                video_processor=processor.get("video_processor")
+                or _document(name, "video_preprocessor_config.json")
+                or images,
             ),
             where=name,
         )
@@ -141,6 +151,13 @@ def _problem(model: ChatModel, loaded: Any) -> str:
         return str(error.facts.get("error", error.what))
     if text.count(marker) != 1:
         return f"it writes {marker} {text.count(marker)} times for one picture"
+    if model.video is not None:
+        if model.content == "text":
+            return f"it writes no {model.video.token} for a video"
+        shown = [model.message("user", VIDEO_PLACEHOLDER + USER, videos=0), messages[1]]
+        written = model.render(shown)[0].count(model.video.token)
+        if written != 1:
+            return f"it writes {model.video.token} {written} times for one video"
     # A list that is written as such has its quotes around each text.
     if text.count(USER) != 1 or f"'{USER}'" in text:
         return "it does not write the user's text once"

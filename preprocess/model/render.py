@@ -31,9 +31,13 @@ import numpy as np
 from preprocess.model.processor import black, open_processor, run
 from preprocess.text import ANSWER, FIXED_DATE, IMAGE_PLACEHOLDER
 from shardspec.errors import SampleError
-from shardspec.families import PaliGemma, Size, StoredModel
+from shardspec.families import PaliGemma, Qwen2VL, Size, StoredModel, VideoSide
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_IMAGES = re.compile(r"<\|(?P<kind>image)\|>")
+_MEDIA = re.compile(r"<\|(?P<kind>image|video)\|>")
+"""Placeholders of texts."""
 
 _TOOL = re.compile(r"\btool")
 """What every template with tools has in its source."""
@@ -90,6 +94,12 @@ class ChatModel:
     def _processor(self) -> Any:
         return open_processor(self.name, self.config, self.images)
 
+    @property
+    def video(self) -> VideoSide | None:
+        """What the model makes of videos; None where the dataset has none."""
+        family = self.stored.family
+        return family.video if isinstance(family, Qwen2VL) else None
+
     @cached_property
     def _marker_id(self) -> int:
         found: int | None = self._backend.token_to_id(self.stored.family.image_token)
@@ -129,26 +139,39 @@ class ChatModel:
         """Whether the template says itself what is generated."""
         return _GENERATION.search(self.template) is not None
 
-    def message(self, role: str, text: str, *, images: int = 0, reasoning: str = "") -> Message:
+    def message(
+        self,
+        role: str,
+        text: str,
+        *,
+        images: int = 0,
+        videos: int | None = None,
+        reasoning: str = "",
+    ) -> Message:
         """Makes a message of the template.
 
         Args:
           role: Of the chat.
-          text: With `IMAGE_PLACEHOLDER` where a picture is.
+          text: With <|image|> where a picture is, <|video|> where a video is.
           images: Pictures in front of all text.
+          videos: Videos after them; None: the sample has none, and <|video|> is a text.
           reasoning: What templates know as `reasoning_content`.
         """
-        first, *rest = text.split(IMAGE_PLACEHOLDER)
         thought = {"reasoning_content": reasoning} if reasoning else {}
+        leading = ("image",) * images + ("video",) * (videos or 0)
+        pattern = _IMAGES if videos is None else _MEDIA
         if self.content == "text":
             marker = self.stored.family.tokens.marker
-            content = f"{marker}\n" * images + marker.join((first, *rest))
+            content = f"{marker}\n" * images + text.replace(IMAGE_PLACEHOLDER, marker)
             return {"role": role, "content": content, **thought}
-        parts: list[dict[str, str]] = [{"type": "image"}] * images
-        parts += [{"type": "text", "text": first}] if first or not (rest or images) else []
-        for piece in rest:
-            parts.append({"type": "image"})
-            parts += [{"type": "text", "text": piece}] if piece else []
+        parts: list[dict[str, str]] = [{"type": kind} for kind in leading]
+        # Texts, with what is between two of them: "image" or "video".
+        pieces = pattern.split(text)
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                parts.append({"type": piece})
+            elif piece or not (leading or len(pieces) > 1):
+                parts.append({"type": "text", "text": piece})
         return {"role": role, "content": parts, **thought}
 
     def render(
@@ -192,13 +215,19 @@ class ChatModel:
         return str(texts[0]), [(int(a), int(b)) for a, b in marked]
 
     def tokenize(
-        self, messages: Sequence[Message], *, sizes: Sequence[Size], tools: Tools = ()
+        self,
+        messages: Sequence[Message],
+        *,
+        sizes: Sequence[Size],
+        videos: Sequence[Sequence[float]] = (),
+        tools: Tools = (),
     ) -> TokenizedConversation:
         """Turns a conversation into ids.
 
         Args:
           messages: Made by `message`; answers have the role "assistant", and `tool_calls`.
           sizes: (height, width) of its pictures, upright.
+          videos: When the frames of each video are shown, in seconds.
           tools: Definitions of what may be called.
 
         Raises:
@@ -225,10 +254,9 @@ class ChatModel:
             ids, offsets, spans = self._processed(text, spans, sizes, adds=adds)
             pictures = ids == self._marker_id
         else:
-            text, spans = self.expanded(text, spans)
+            text, spans = self.expanded(text, spans, videos)
             ids, offsets = self._encoded(text, spans, adds=adds)
-            pictures = ids == self._marker_id
-            _require_each(sizes, int(np.count_nonzero(pictures)))
+            pictures = self._media(ids, messages, sizes, videos)
             ids[pictures] = self.stored.placeholder
         learned = np.zeros(len(ids), bool)
         for start, stop in spans:
@@ -236,6 +264,56 @@ class ChatModel:
         if (learned & pictures).any():
             raise SampleError("loss_span", problem="a picture is part of an answer")
         return TokenizedConversation(ids=ids, learned=learned)
+
+    def _media(
+        self,
+        ids: np.ndarray,
+        messages: Sequence[Message],
+        sizes: Sequence[Size],
+        videos: Sequence[Sequence[float]],
+    ) -> np.ndarray:
+        """Finds the markers of pictures and videos, which are in the order of the messages.
+
+        Returns:
+          bool [T].
+        """
+        is_picture: np.ndarray = ids == self._marker_id
+        _require_each(sizes, int(np.count_nonzero(is_picture)))
+        if not videos or self.video is None:
+            return is_picture
+        is_video: np.ndarray = ids == self.stored.video_id
+        contents = [m["content"] for m in messages if not isinstance(m["content"], str)]
+        kinds = [part["type"] for content in contents for part in content]
+        wanted, v = [], 0
+        for kind in kinds:
+            if kind == "image":
+                wanted.append(False)
+            elif kind == "video":
+                wanted += [True] * (self._num_times(videos[v]) if self.video.times == "text" else 1)
+                v += 1
+        found = is_video[is_picture | is_video].tolist()
+        if found != wanted or v != len(videos):
+            raise SampleError(
+                "image_placeholder.rendered", images=len(wanted), placeholders=len(found)
+            )
+        media: np.ndarray = is_picture | is_video
+        return media
+
+    def _num_times(self, times_s: Sequence[float]) -> int:
+        family = self.stored.family
+        assert isinstance(family, Qwen2VL)
+        return -(-len(times_s) // family.temporal_patch)
+
+    def _written(self, times_s: Sequence[float]) -> str:
+        """Gives what the model's processor writes for the marker of a video with timestamps."""
+        assert self.video is not None
+        count = self._num_times(times_s)
+        each = -(-len(times_s) // count)
+        # The last frame fills the last patch; a patch is shown at the middle of its frames.
+        times = [*times_s, *[times_s[-1]] * (count * each - len(times_s))]
+        middles = [(times[i] + times[i + each - 1]) / 2 for i in range(0, len(times), each)]
+        before, after = self.video.around
+        return "".join(f"<{t:.1f} seconds>{before}{self.video.token}{after}" for t in middles)
 
     def _encoded(
         self, text: str, spans: Sequence[tuple[int, int]], *, adds: bool
@@ -286,9 +364,12 @@ class ChatModel:
         )
 
     def expanded(
-        self, text: str, spans: Sequence[tuple[int, int]]
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        videos: Sequence[Sequence[float]] = (),
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Writes what the model's processor writes for the marker of each picture.
+        """Writes what the model's processor writes for the marker of each picture and video.
 
         Line breaks around a picture may be joined with those of the text, so this comes before the
         text is tokenized.
@@ -296,21 +377,31 @@ class ChatModel:
         Args:
           text: As the template renders it.
           spans: Parts of it, (start, stop); they move along.
+          videos: As of `tokenize`.
         """
         family = self.stored.family.tokens
-        if family.written == family.marker:
+        marker, written = family.marker, [family.written] * text.count(family.marker)
+        if videos and self.video is not None and self.video.times == "text":
+            assert family.written == family.marker
+            marker, written = self.video.token, [*map(self._written, videos)]
+            if text.count(marker) != len(videos):
+                raise SampleError(
+                    "image_placeholder.rendered",
+                    images=len(videos),
+                    placeholders=text.count(marker),
+                )
+        if not written or written[0] == marker:
             return text, list(spans)
-        marker = re.escape(family.marker)
-        places = [found.start() for found in re.finditer(marker, text)]
-        longer = len(family.written) - len(family.marker)
+        pieces = text.split(marker)
+        places = [found.start() for found in re.finditer(re.escape(marker), text)]
+        longer = [len(each) - len(marker) for each in written]
 
         def moved(at: int) -> int:
-            return at + longer * sum(place < at for place in places)
+            before = zip(places, longer, strict=True)
+            return at + sum(by for place, by in before if place < at)
 
-        return (
-            text.replace(family.marker, family.written),
-            [(moved(start), moved(stop)) for start, stop in spans],
-        )
+        expanded = "".join(p + w for p, w in zip(pieces, [*written, ""], strict=True))
+        return expanded, [(moved(start), moved(stop)) for start, stop in spans]
 
     def _marked(
         self, text: str, spans: list[tuple[int, int]], answers: Sequence[Message]

@@ -24,7 +24,7 @@ from preprocess.report.marks import Mark, marks
 from preprocess.report.stored import Sample, SampleReader
 from preprocess.report.styles import style_names
 from preprocess.text import Tokenizer
-from shardspec.families import StoredModel, plan_pictures
+from shardspec.families import PicturePlan, StoredModel, plan_pictures, plan_videos
 from shardspec.features import FEATURES
 from shardspec.manifest import Manifest
 from shardspec.media import decode_stored
@@ -132,20 +132,28 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
     return shown
 
 
+def _plan_text(plan: PicturePlan) -> str:
+    return (
+        f"{plan.num_tokens:,} image tokens at {plan.resized[1]}×{plan.resized[0]}, "
+        f"{plan.grid[0]}×{plan.grid[1]} parts"
+    )
+
+
 def _seen(sample: Sample, manifest: Manifest) -> list[tuple[str, ImageView | None]]:
     """Says of each picture what a model sees of it, and which view's crops are drawn."""
     sizes = [image.source_size for image in sample.images]
     if "model" in manifest.recipe:
         family = StoredModel.from_dict(manifest.recipe["model"]).family
-        plans = plan_pictures(family, [(height, width) for width, height in sizes])
-        return [
-            (
-                f"{plan.num_tokens:,} image tokens at {plan.resized[1]}×{plan.resized[0]}, "
-                f"{plan.grid[0]}×{plan.grid[1]} parts",
-                None,
-            )
-            for plan in plans
-        ]
+        shapes = [(height, width) for width, height in sizes]
+        videos = [(int(row[2]), int(row[3])) for row in video_rows(sample.spans)]
+        pictures = shapes[: videos[0][0]] if videos else shapes
+        told = [_plan_text(plan) for plan in plan_pictures(family, pictures)]
+        for plan in plan_videos(family, shapes, videos):
+            told += [
+                f"frame {i + 1} of {plan.num_frames}, which are {_plan_text(plan)}"
+                for i in range(plan.num_frames)
+            ]
+        return [(each, None) for each in told]
     views = [ImageView.from_dict(v) for v in manifest.recipe["image"]["views"]]
     found: list[tuple[str, ImageView | None]] = []
     for size in sizes:

@@ -13,10 +13,23 @@ from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
 from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
-from shardspec.families.plan import Family, Filter, PicturePlan, PictureTokens, Size
+from shardspec.families.plan import (
+    Family,
+    Filter,
+    PicturePlan,
+    PictureTokens,
+    Size,
+    VideoSide,
+)
 from shardspec.families.processor import Processor, packs_as_plain_decoder, refusal
 from shardspec.families.qwen2_vl import Qwen2VL
-from shardspec.families.stored import StoredModel, family_from_dict, family_to_dict, plan_pictures
+from shardspec.families.stored import (
+    StoredModel,
+    family_from_dict,
+    family_to_dict,
+    plan_pictures,
+    plan_videos,
+)
 
 __all__ = [
     "MODEL_TYPES",
@@ -36,10 +49,12 @@ __all__ = [
     "Qwen2VL",
     "Size",
     "StoredModel",
+    "VideoSide",
     "family_from_dict",
     "family_to_dict",
     "packs_as_plain_decoder",
     "plan_pictures",
+    "plan_videos",
     "read_family",
     "refusal",
 ]

@@ -18,7 +18,7 @@ from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
 from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
-from shardspec.families.plan import Family, Filter
+from shardspec.families.plan import Family, Filter, VideoSide
 from shardspec.families.qwen2_vl import Qwen2VL
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,6 +42,11 @@ class ModelConfig:
     """The token of `image_token_id`."""
     tokens: Mapping[str, str] = field(default_factory=dict)
     """Named tokens of the tokenizer, such as `start_image_token`."""
+    video_token: str = ""
+    """The token of `video_token_id`; "" for a dataset without videos."""
+    video_processor: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of videos: of processor_config.json, video_preprocessor_config.json, or
+    preprocessor_config.json, the first there is."""
 
 
 def read_family(model: ModelConfig, *, where: str = "") -> Family:
@@ -162,8 +167,40 @@ def _qwen2_vl(files: _Files) -> Family:
         temporal_patch=images.get("temporal_patch_size", standard.temporal_patch),
         min_pixels=standard.min_pixels if least is None else least,
         max_pixels=standard.max_pixels if most is None else most,
+        video=_qwen_videos(files) if files.model.video_token else None,
         **files.resize,
         **files.token,
+    )
+
+
+def _qwen_videos(files: _Files) -> VideoSide:
+    """Reads what `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor` make of videos."""
+    images, videos = files.images, files.model.video_processor
+    kind = str(files.model.config.get("model_type"))
+    newer = kind.startswith("qwen3")
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if videos.get(name) is False:
+            files.refuse(f"video_processor.{name}", False)
+    shared = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+    for name in (*shared, "resample", "rescale_factor"):
+        if None not in (images.get(name), videos.get(name)) and images[name] != videos[name]:
+            files.refuse(f"video_processor.{name}", videos[name])
+    if videos.get("cap_pixels_per_frame"):
+        files.refuse("video_processor.cap_pixels_per_frame", True)
+    # Those of the classes, where no file says otherwise.
+    size = videos.get("size") or {}
+    unit = 32 * 32 if newer else 28 * 28
+    least = videos.get("min_pixels") or size.get("shortest_edge") or 128 * unit
+    most = videos.get("max_pixels") or size.get("longest_edge") or 768 * unit
+    rate = files.look("vision_config.tokens_per_second") if kind == "qwen2_5_vl" else None
+    return VideoSide(
+        token=files.model.video_token,
+        min_pixels=least,
+        max_pixels=most,
+        area="video" if newer else "frame",
+        times="text" if newer else "none" if rate is None else "seconds",
+        rate=1.0 if rate is None else float(rate),
+        around=("<|vision_start|>", "<|vision_end|>") if newer else ("", ""),
     )
 
 

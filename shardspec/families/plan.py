@@ -29,7 +29,7 @@ as in multimodal rotary embeddings."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PicturePlan:
-    """What a family makes of one picture."""
+    """What a family makes of one picture, or of one video."""
 
     resized: Size
     """To which size the whole picture is resized before it is cut into patches or tiles."""
@@ -39,11 +39,37 @@ class PicturePlan:
     """Rows of `pixel_values` that it takes: patches, or tiles with the thumbnail."""
     layout: tuple[tuple[str, int], ...]
     """Its tokens as runs: (symbol, how many)."""
+    num_frames: int = 0
+    """Frames of a video; 0 for a picture."""
+    num_times: int = 1
+    """Patches along time."""
+    num_blocks: int = 1
+    """How often its layout is repeated, each at a placeholder of its own."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the picture."""
-        return sum(count for _, count in self.layout)
+        return self.num_blocks * sum(count for _, count in self.layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoSide:
+    """What a model makes of videos, where that differs from pictures."""
+
+    token: str
+    """The symbol that the features of a video replace; templates write it where a video is."""
+    min_pixels: int
+    max_pixels: int
+    """Smallest and largest area."""
+    area: Literal["frame", "video"] = "frame"
+    """Of what: a frame, or all frames together."""
+    times: Literal["none", "seconds", "text"] = "none"
+    """How a model is told when frames are shown: not at all, in seconds of its positions, or as
+    text in front of each patch along time."""
+    rate: float = 1.0
+    """Positions per second, for "seconds"."""
+    around: tuple[str, str] = ("", "")
+    """Tokens before and after each patch along time, for "text"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from shardspec.families.plan import (
     PictureTokens,
     Positions,
     Size,
+    VideoSide,
     different,
     keep_smaller,
     require_numbers,
@@ -48,13 +49,16 @@ class Qwen2VL:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     image_token: str = "<|image_pad|>"  # noqa: S105 - a token of text
     filter: Filter = "bicubic"
+    video: VideoSide | None = None
+    """None for a dataset without videos."""
 
     def __post_init__(self) -> None:
         require_numbers(self, patch_px=1, merge=1, temporal_patch=1, min_pixels=1, max_pixels=1)
 
     @property
     def tokens(self) -> PictureTokens:
-        return PictureTokens(soft=self.image_token)
+        marks = () if self.video is None else (self.video.token,)
+        return PictureTokens(soft=self.image_token, marks=marks)
 
     def stored_size(self, size: Size) -> Size:
         return keep_smaller(size, self._resized(size))
@@ -79,17 +83,74 @@ class Qwen2VL:
             layout=((self.image_token, rows * cols // self.merge**2),),
         )
 
+    def plan_video(self, size: Size, *, num_frames: int) -> PicturePlan:
+        """Plans a video.
+
+        Args:
+          size: (height, width) of its upright frames.
+          num_frames: That are shown; the last one is repeated to fill a patch along time.
+
+        Raises:
+          SampleError: `picture_shape`; `model_videos`, it has too few frames.
+
+        >>> side = VideoSide(token="<|video_pad|>", min_pixels=3136, max_pixels=28 * 28 * 768)
+        >>> p = Qwen2VL(video=side).plan_video((120, 160), num_frames=5)
+        >>> p.resized, p.num_times, p.grid, p.num_units, p.num_tokens
+        ((112, 168), 3, (8, 12), 288, 72)
+        """
+        assert self.video is not None
+        resized = self._frame_size(size, num_frames)
+        rows, cols = resized[0] // self.patch_px, resized[1] // self.patch_px
+        times = -(-num_frames // self.temporal_patch)
+        blocks = times if self.video.times == "text" else 1
+        return PicturePlan(
+            resized=resized,
+            grid=(rows, cols),
+            num_units=times * rows * cols,
+            layout=((self.video.token, times // blocks * rows * cols // self.merge**2),),
+            num_frames=num_frames,
+            num_times=times,
+            num_blocks=blocks,
+        )
+
+    def stored_frame_size(self, size: Size, *, num_frames: int) -> Size:
+        """Computes the size to store the frames of a video at, as `stored_size`.
+
+        Raises:
+          SampleError: As `plan_video`.
+        """
+        return keep_smaller(size, self._frame_size(size, num_frames))
+
+    def _frame_size(self, size: Size, num_frames: int) -> Size:
+        video, factor = self.video, self.patch_px * self.merge
+        assert video is not None
+        bounds = (video.min_pixels, video.max_pixels)
+        if video.area == "frame":
+            return self._bounded(size, bounds)
+        if num_frames < self.temporal_patch:
+            raise SampleError("model_videos.frames", frames=num_frames, least=self.temporal_patch)
+        if min(size) < factor:
+            scale = max(factor / size[0], factor / size[1])
+            size = int(size[0] * scale), int(size[1] * scale)
+        return self._bounded(size, bounds, num_frames=num_frames)
+
     def _resized(self, size: Size) -> Size:
+        return self._bounded(size, (self.min_pixels, self.max_pixels))
+
+    def _bounded(self, size: Size, bounds: tuple[int, int], *, num_frames: int = 1) -> Size:
+        """Rounds both sides; the area of all frames together is bounded."""
         # The order of the operations is that of the processor, whose roundings are floats'.
-        height, width = size
+        (height, width), (least, most) = size, bounds
         if max(size) / min(size) > MOST_ASPECT:
             raise SampleError("picture_shape", height=height, width=width, most=MOST_ASPECT)
-        factor = self.patch_px * self.merge
+        factor, times = self.patch_px * self.merge, 1
+        if num_frames > 1:
+            times = round(num_frames / self.temporal_patch) * self.temporal_patch
         h, w = (round(side / factor) * factor for side in size)
-        if h * w > self.max_pixels:
-            beta = math.sqrt((height * width) / self.max_pixels)
+        if times * h * w > most:
+            beta = math.sqrt((num_frames * height * width) / most)
             h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in size)
-        elif h * w < self.min_pixels:
-            beta = math.sqrt(self.min_pixels / (height * width))
+        elif times * h * w < least:
+            beta = math.sqrt(least / (num_frames * height * width))
             h, w = (math.ceil(side * beta / factor) * factor for side in size)
         return h, w

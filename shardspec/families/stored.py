@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shardspec.errors import ConfigError, nearest
+from shardspec.errors import ConfigError, SampleError, nearest
 from shardspec.families.anyres import AnyRes
 from shardspec.families.fixed import FixedSize
 from shardspec.families.gemma3 import Gemma3
@@ -17,7 +17,7 @@ from shardspec.families.idefics3 import Idefics3
 from shardspec.families.internvl import InternVL
 from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
-from shardspec.families.plan import Family, PicturePlan, Size
+from shardspec.families.plan import Family, PicturePlan, Size, VideoSide
 from shardspec.families.processor import Processor
 from shardspec.families.qwen2_vl import Qwen2VL
 
@@ -32,6 +32,8 @@ KINDS: Mapping[str, Any] = {family.kind: family for family in _FAMILIES}
 def family_to_dict(family: Family) -> dict[str, Any]:
     """Lists a family's fields in plain JSON types, with its kind."""
     values = {f.name: getattr(family, f.name) for f in fields(family)}  # type: ignore[arg-type]
+    # Manifests of datasets without videos are those of before there were any.
+    values = {name: v for name, v in values.items() if not (name == "video" and v is None)}
     return {"kind": family.kind, **{name: _plain(v) for name, v in values.items()}}
 
 
@@ -55,6 +57,8 @@ def family_from_dict(document: Mapping[str, Any], *, where: str = "") -> Family:
             known=", ".join(known),
             hint=nearest(unknown[0], known),
         )
+    if isinstance(values.get("video"), Mapping):
+        values["video"] = VideoSide(**{k: _frozen(v) for k, v in values["video"].items()})
     family: Family = KINDS[kind](**values)
     return family
 
@@ -78,6 +82,26 @@ def plan_pictures(family: Family, sizes: Sequence[Size]) -> tuple[PicturePlan, .
     return tuple(_plan(known, size) for size in sizes)
 
 
+def plan_videos(
+    family: Family, sizes: Sequence[Size], videos: Sequence[tuple[int, int]]
+) -> tuple[PicturePlan, ...]:
+    """Plans the videos of a sample.
+
+    Args:
+      family: Whose model.
+      sizes: (height, width) of each picture of the sample, frames among them.
+      videos: (first, number) of the frames of each.
+
+    Raises:
+      SampleError: As `Qwen2VL.plan_video`; `model_videos`, the family has none.
+    """
+    if not videos:
+        return ()
+    if not isinstance(family, Qwen2VL) or family.video is None:
+        raise SampleError("model_videos.family", family=family.kind)
+    return tuple(family.plan_video(sizes[at], num_frames=count) for at, count in videos)
+
+
 @functools.lru_cache(maxsize=1 << 14)
 def _plan(family: Any, size: Size) -> PicturePlan:
     plan: PicturePlan = family.plan(size)
@@ -85,6 +109,8 @@ def _plan(family: Any, size: Size) -> PicturePlan:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, VideoSide):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
@@ -128,15 +154,22 @@ class StoredModel:
         return found
 
     @property
+    def video_id(self) -> int:
+        """The id that the features of a video replace; -1 where there are none."""
+        video = getattr(self.family, "video", None)
+        return -1 if video is None else self.symbols[video.token][0]
+
+    @property
     def inline(self) -> bool:
         """Whether stored tokens have those of the pictures, instead of a placeholder for each."""
         return isinstance(self.family, Processor)
 
     def block(self, plan: PicturePlan) -> np.ndarray:
-        """Makes the tokens of a picture: int64 [num_tokens or more]."""
+        """Makes the tokens of a picture, or of one block of a video: int64 [tokens]."""
         runs = [np.tile(np.array(self.symbols[name]), count) for name, count in plan.layout]
         return np.concatenate(runs).astype(np.int64)
 
     def block_length(self, plan: PicturePlan) -> int:
         """Counts the tokens of a picture."""
-        return sum(len(self.symbols[name]) * count for name, count in plan.layout)
+        tokens = sum(len(self.symbols[name]) * count for name, count in plan.layout)
+        return tokens * plan.num_blocks

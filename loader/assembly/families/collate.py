@@ -7,23 +7,27 @@
     position_ids      int64   [B, L]         with packs: restarting with each example, which keeps
                               or [4, B, L]   them apart; four rows for multimodal positions
     use_cache         False                  with packs: models with a cache ignore the restarts
-    mm_token_type_ids int64   [B, L]         1 for tokens of pictures: qwen2_vl; Gemma 3 calls it
-                                             token_type_ids, PaliGemma's are 1 for answers; others
-                                             have none
+    mm_token_type_ids int64   [B, L]         1 for tokens of pictures, 2 of videos: qwen2_vl; Gemma
+                                             3 calls it token_type_ids, PaliGemma's are 1 for
+                                             answers; others have none
     pixel_values      float32 [N, ...]       the rows of all pictures of the batch, without padding:
                                              tiles of LLaVA-NeXT and -OneVision are not padded to
                                              the picture with most of them, and those of Idefics3
                                              and SmolVLM are one row, [1, N, ...]. Only Pixtral's
                                              pictures are padded, to the largest
     image_grid_thw    int64   [n, 3]         qwen2_vl: (1, rows, columns) of patches
+    pixel_values_videos  float32 [N, ...]    the same of all frames of videos: qwen2_vl
+    video_grid_thw    int64   [videos, 3]    (times, rows, columns) of patches
+    second_per_grid_ts  float32 [videos]     Qwen2.5-VL: mean seconds between the frames of a video
+                                             times those of a patch
     image_sizes       int64   [n, 2]         (height, width): anyres of the originals, pixtral
                                              without padding
     batch_num_images  int64   [...]          LLaVA-OneVision: pictures of each example that has any
     image_features    [N, ...]               instead of pixel_values, of a dataset of features
 
-Those of pictures are absent from a batch without pictures, as a processor leaves them out. On
-request `subsegment_ids` (number of the example in its row, padding: -1), `loss_weights`,
-`position_ids` without packs, `metadata` and `real`.
+Those of pictures are absent from a batch without pictures, and those of videos likewise, as a
+processor leaves them out. On request `subsegment_ids` (number of the example in its row, padding:
+-1), `loss_weights`, `position_ids` without packs, `metadata` and `real`.
 """
 
 from __future__ import annotations
@@ -209,7 +213,12 @@ class ModelCollator:
     def _pictures(
         self, examples: Sequence[_Example], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
-        parts = [part for example in examples for part in example.parts if part.num_units]
+        parts = [
+            part
+            for example in examples
+            for part in example.parts
+            if part.num_units or part.num_video_units
+        ]
         drafts = [part for part in parts if isinstance(part, ModelDraft)]
         found: dict[str, torch.Tensor]
         if not drafts:
@@ -229,19 +238,12 @@ class ModelCollator:
     def _rendered(
         self, drafts: Sequence[ModelDraft], allocate: Allocate
     ) -> dict[str, torch.Tensor]:
-        total = sum(draft.num_units for draft in drafts)
         if self.features is not None:
             return _read(drafts, self.features, allocate) | {
                 name: torch.from_numpy(array)
                 for name, array in _described(self.family, drafts).items()
             }
-        plans = [picture for draft in drafts for picture in draft.plan.pictures]
-        pixels = allocate((total, *unit_shape(self.family, plans)), np.float32)
-        done = 0
-        for draft in drafts:
-            draft.write_units(pixels[done : done + draft.num_units])
-            done += draft.num_units
-        found = {"pixel_values": pixels, **_described(self.family, drafts)}
+        found = _rendered(self.family, drafts, allocate)
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
@@ -266,7 +268,7 @@ class _Finished:
         self.num_tokens = len(example["input_ids"])
         known = {"input_ids", "labels", "metadata", "position_ids", *EXTRA_KEYS, family.type_ids}
         self.pictures = {k: torch.as_tensor(v) for k, v in example.items() if k not in known}
-        self.num_units = len(self.pictures)
+        self.num_units = self.num_video_units = len(self.pictures)
 
     def column(self, name: str) -> np.ndarray:
         return np.asarray(self._example[name])
@@ -279,11 +281,38 @@ class _Finished:
         return found
 
 
+def _rendered(
+    family: Family, drafts: Sequence[ModelDraft], allocate: Allocate
+) -> dict[str, np.ndarray]:
+    """Renders the pictures and videos of some examples, and lists what models want to know."""
+    plans = [picture for draft in drafts for picture in draft.plan.pictures]
+    shape = unit_shape(family, plans)
+    sums = [sum(d.num_units for d in drafts), sum(d.num_video_units for d in drafts)]
+    # Without videos no memory is asked for them.
+    made = [allocate((n, *shape), np.float32) if n else np.empty((0, *shape)) for n in sums]
+    done = [0, 0]
+    for draft in drafts:
+        stops = [done[0] + draft.num_units, done[1] + draft.num_video_units]
+        draft.write_units(made[0][done[0] : stops[0]], made[1][done[1] : stops[1]])
+        done = stops
+    names = ("pixel_values", "pixel_values_videos")
+    found = {name: array for name, array in zip(names, made, strict=True) if len(array)}
+    return {**found, **_described(family, drafts)}
+
+
 def _described(family: Family, parts: Sequence[ModelDraft]) -> dict[str, np.ndarray]:
     """Lists what models want to know of the pictures of some examples besides their pixels."""
     plans = [picture for part in parts for picture in part.plan.pictures]
     if isinstance(family, Qwen2VL):
-        return {"image_grid_thw": np.array([(1, *plan.grid) for plan in plans], np.int64)}
+        grids = [[], []]  # type: list[list[tuple[int, ...]]]
+        for plan in plans:
+            grids[plan.num_frames > 0].append((plan.num_times, *plan.grid))
+        seconds = [patch_s for part in parts for patch_s in part.plan.seconds]
+        named = {"image_grid_thw": np.array(grids[0], np.int64)} if grids[0] else {}
+        named |= {"video_grid_thw": np.array(grids[1], np.int64)} if grids[1] else {}
+        if grids[1] and family.video and family.video.times == "seconds":
+            named["second_per_grid_ts"] = np.array(seconds, np.float32)
+        return named
     if isinstance(family, Pixtral):
         return {"image_sizes": np.array([plan.resized for plan in plans], np.int64)}
     if not isinstance(family, AnyRes):
@@ -315,11 +344,7 @@ def finished_for_model(draft: ModelDraft) -> dict[str, Any]:
         )
         draft.write_features(rows)
         made |= {IMAGE_FEATURES: rows, **_described(family, [draft])}
-    elif draft.num_units:
-        shape = (draft.num_units, *unit_shape(family, draft.plan.pictures))
-        pixels = np.empty(shape, np.float32)
-        draft.write_units(pixels)
-        made["pixel_values"] = pixels
-        made |= _described(family, [draft])
+    elif draft.plan.pictures:
+        made |= _rendered(family, [draft], np.empty)
     made["metadata"] = draft.metadata()
     return made

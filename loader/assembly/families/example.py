@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from loader.assembly.families.kernels import Backend, write_units
+from loader.assembly.families.kernels import Backend, write_frame, write_units
 from loader.assembly.families.processor import processed
 from loader.assembly.features import write_features
 from loader.assembly.layout import IGNORED
@@ -27,11 +27,29 @@ from loader.assembly.pixels import Encoded
 from loader.assembly.questions import Questions, question_at
 from loader.buffers import Scratch
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
-from shardspec.families import Family, PaliGemma, PicturePlan, Processor, StoredModel, plan_pictures
+from shardspec.families import (
+    Family,
+    PaliGemma,
+    PicturePlan,
+    Processor,
+    Qwen2VL,
+    StoredModel,
+    plan_pictures,
+    plan_videos,
+)
 from shardspec.features import StoredFeatures
 from shardspec.index import first_conversations
 from shardspec.keyed import draw_below
-from shardspec.sample import WEIGHT_ONE, SpanKind, image_rows, text_rows, window_images
+from shardspec.sample import (
+    WEIGHT_ONE,
+    SpanKind,
+    image_rows,
+    lead_rows,
+    text_rows,
+    video_rows,
+    video_units,
+    window_images,
+)
 
 Purpose = Literal["train", "inference", "evaluation"]
 
@@ -62,7 +80,7 @@ class ModelSequence:
     weight: float
     """Of each token with loss."""
     starts: tuple[int, ...]
-    """Position of each picture's first soft token."""
+    """Position of the first soft token of each picture, and of each block of a video."""
     learns: bool = True
     """False leaves no loss at all, as for padding."""
 
@@ -77,14 +95,17 @@ class ModelPlan:
 
     sequence: ModelSequence
     pictures: tuple[PicturePlan, ...]
+    """Pictures and videos, in the order of the sequence."""
     sizes: list[tuple[int, int]]
-    """Source (width, height) of each picture."""
+    """Source (width, height) of each."""
+    images: list[range]
+    """Numbers of the stored images that each is: of a video those of its frames."""
+    seconds: list[float]
+    """How long a patch along time of each video takes."""
     visual: int
     """Tokens of all pictures, marks included."""
     asked: tuple[int, int] | None = None
     """Message and exchange of the question that is asked, for evaluation."""
-    images: Sequence[int]
-    """Numbers of the stored images that it has."""
     window: int | None = None
     """The window that it is, of a sample that has windows: a message."""
 
@@ -170,12 +191,10 @@ class ModelPlanner:
             turns = [row[:] for row in conversation[: asked[1] + 1]]
             turns[-1][6] = turns[-1][5]
             window = asked[0] if windows else None
-            numbers = numbers[: self._pictures_in(tokens, turns, conversation, len(numbers), key)]
-        if window is not None:
-            numbers = windows[window][: len(numbers)]
-        images = image_rows(spans).tolist()
-        sizes = [(images[i][2], images[i][3]) for i in numbers]
-        plans = plan_pictures(self._family, [size[::-1] for size in sizes])
+        shown = self._shown(numbers if window is None else windows[window], spans)
+        if asked is not None:
+            shown = self._before(shown, tokens, turns, conversation, key)
+        plans = tuple(plan for plan, _ in shown)
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         for _, _, _, start, stop, response, end, _ in turns:
@@ -187,35 +206,72 @@ class ModelPlanner:
         visual = sum(map(self._stored.block_length, plans))
         if self._stored.inline:
             visual = int(np.count_nonzero(sequence.ids == self._stored.soft_id))
+        images = image_rows(spans)
+        own = [each for _, each in shown]
         return ModelPlan(
             sequence=sequence,
             pictures=plans,
-            sizes=sizes,
+            sizes=[(int(images[each[0], 2]), int(images[each[0], 3])) for each in own],
             visual=visual,
             asked=asked,
-            images=numbers,
+            images=own,
+            seconds=self._seconds(shown, spans),
             window=window,
         )
 
-    def _pictures_in(
+    def _shown(self, numbers: Sequence[int], spans: np.ndarray) -> list[tuple[PicturePlan, range]]:
+        """Plans the pictures of these numbers, and all videos, in the order of the texts."""
+        images = image_rows(spans).tolist()
+        sizes = [(images[i][3], images[i][2]) for i in numbers]
+        videos = video_rows(spans).tolist()
+        if not videos:
+            plans = plan_pictures(self._family, sizes)
+            return [(p, range(i, i + 1)) for i, p in zip(numbers, plans, strict=True)]
+        shapes = [(row[2], row[3]) for row in videos]
+        # The frames of videos come after all pictures.
+        pictures = plan_pictures(self._family, sizes[: shapes[0][0]])
+        planned = dict(zip(shapes, plan_videos(self._family, sizes, shapes), strict=True))
+        return [
+            (planned.get((first, count)) or pictures[first], range(first, first + count))
+            for _, _, first, count, *_ in video_units(videos, len(sizes))
+        ]
+
+    def _seconds(
+        self, shown: Sequence[tuple[PicturePlan, range]], spans: np.ndarray
+    ) -> list[float]:
+        """Gives the mean seconds between the frames of each video, times those of a patch."""
+        found, times_ms = [], lead_rows(spans)[:, 6]
+        for plan, images in shown:
+            if plan.num_frames:
+                assert isinstance(self._family, Qwen2VL)
+                between = max(plan.num_frames - 1, 1)
+                lasts_ms = int(times_ms[images[-1]]) - int(times_ms[images[0]])
+                found.append(self._family.temporal_patch * (lasts_ms / 1000 / between or 1.0))
+        return found
+
+    def _before(
         self,
+        shown: list[tuple[PicturePlan, range]],
         tokens: np.ndarray,
         turns: Sequence[Sequence[int]],
         conversation: Sequence[Sequence[int]],
-        num_images: int,
         key: str,
-    ) -> int:
-        """Counts the pictures of a sample that come before an answer."""
+    ) -> list[tuple[PicturePlan, range]]:
+        """Selects the pictures and videos of a sample that come before an answer."""
         wanted = self._stored.soft_id if self._stored.inline else self._stored.placeholder
         count, total = (
             sum(int(np.count_nonzero(tokens[row[3] : row[4]] == wanted)) for row in rows)
             for rows in (turns, conversation)
         )
-        if not self._stored.inline:
-            return count
-        if count not in (0, total):
-            raise SampleError("evaluation_pictures", where=key, images=num_images)
-        return num_images if count else 0
+        if self._stored.inline:
+            if count not in (0, total):
+                raise SampleError("evaluation_pictures", where=key, images=len(shown))
+            return shown if count else []
+        number = 0
+        while count > 0:
+            count -= shown[number][0].num_blocks
+            number += 1
+        return shown[:number]
 
     def _expanded(
         self, ids: np.ndarray, labels: np.ndarray, plans: Sequence[PicturePlan], key: str
@@ -226,23 +282,25 @@ class ModelPlanner:
             soft = np.flatnonzero(ids == self._stored.soft_id)
             end = int(soft[-1]) + 1 if len(soft) else 0
             return self._cut(ids, labels, end, (), key)
-        if len(places) != len(plans):
+        blocks = [plan for plan in plans for _ in range(plan.num_blocks)]
+        if len(places) != len(blocks):
             raise SampleError(
                 "image_placeholder.rendered",
                 where=key,
-                images=len(plans),
+                images=len(blocks),
                 placeholders=len(places),
             )
         runs: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         starts: list[int] = []
         done = length = end = 0
-        for place, plan in zip(places.tolist(), plans, strict=True):
+        for place, plan in zip(places.tolist(), blocks, strict=True):
             block = self._stored.block(plan)
             runs += (ids[done:place], block)
             targets += (labels[done:place], np.full(len(block), IGNORED))
             length += place - done
-            starts.append(length + int(np.argmax(block == self._stored.soft_id)))
+            soft_id = self._stored.video_id if plan.num_frames else self._stored.soft_id
+            starts.append(length + int(np.argmax(block == soft_id)))
             length += len(block)
             done, end = place + 1, length
         runs.append(ids[done:])
@@ -288,6 +346,7 @@ class ModelDraft:
             "num_crops",
             "num_tokens",
             "num_units",
+            "num_video_units",
             "plan",
             "real",
         ),
@@ -321,13 +380,16 @@ class ModelDraft:
           features: Of a dataset that stores them instead of pictures.
         """
         self.plan, self.view, self.stored = plan, view, stored
-        self.sources, self.features = [sources[i] for i in plan.images], features
+        self.sources = [[sources[i] for i in images] for images in plan.images]
+        self.features = features
         self.key, self.scratch = key, scratch
         self.num_tokens = len(plan.sequence.ids)
         self.num_crops = plan.visual
         """Tokens of all pictures: what `max_crops` of packs bounds."""
-        self.num_units = sum(picture.num_units for picture in plan.pictures)
+        self.num_units = sum(p.num_units for p in plan.pictures if not p.num_frames)
         """Rows of `pixel_values`, N."""
+        self.num_video_units = sum(p.num_units for p in plan.pictures if p.num_frames)
+        """Rows of `pixel_values_videos`."""
         self.substitutes: dict[str, Any] | None = None
         self.dataset: str | None = None
         self.described: Mapping[str, Any] = {}
@@ -344,7 +406,8 @@ class ModelDraft:
     @property
     def decode_s(self) -> float:
         """Seconds of decoding."""
-        return sum([one.decode_s for one, _ in self.sources if type(one) is Encoded])
+        shown = [one for each in self.sources for one, _ in each]
+        return sum([one.decode_s for one in shown if type(one) is Encoded])
 
     def positions(self) -> np.ndarray:
         """Counts positions: int64 [L], or [4, L] with multimodal ones.
@@ -359,19 +422,34 @@ class ModelDraft:
         found[0] = text
         merge = getattr(self.view.family, "merge", 1)
         done = at = 0
-        for start, picture in zip(self.plan.sequence.starts, self.plan.pictures, strict=True):
+        seconds = iter(self.plan.seconds)
+        each = [(plan, next(seconds) if plan.num_frames else 0.0) for plan in self.plan.pictures]
+        blocks = [block for block in each for _ in range(block[0].num_blocks)]
+        for start, (picture, patch_s) in zip(self.plan.sequence.starts, blocks, strict=True):
             found[1:, done:start] = np.arange(at, at + start - done)
             at += start - done
             rows, cols = (side // merge for side in picture.grid)
-            cells = np.arange(rows * cols)
-            stop = start + rows * cols
-            found[1, start:stop] = at
-            found[2, start:stop] = at + cells // cols
+            times = picture.num_times // picture.num_blocks
+            cells = np.arange(times * rows * cols)
+            stop = start + times * rows * cols
+            found[1, start:stop] = at + self._moments(times, patch_s)[cells // (rows * cols)]
+            found[2, start:stop] = at + cells // cols % rows
             found[3, start:stop] = at + cells % cols
             at += max(rows, cols)
             done = stop
         found[1:, done:] = np.arange(at, at + self.num_tokens - done)
         return found
+
+    def _moments(self, times: int, patch_s: float) -> np.ndarray:
+        """Gives the position of each patch along time, from that of the first: int64 [times]."""
+        family = self.view.family
+        video = family.video if isinstance(family, Qwen2VL) else None
+        if times == 1 or video is None or video.times != "seconds":
+            return np.arange(times)
+        # In float32, as the models.
+        between = np.float32(video.rate) * np.float32(patch_s)
+        moments: np.ndarray = np.arange(times, dtype=np.float32) * between
+        return moments.astype(np.int64)
 
     def column(self, name: str) -> np.ndarray:
         """Makes one of the arrays of a value per token, [L]."""
@@ -384,32 +462,45 @@ class ModelDraft:
             if isinstance(self.stored.family, PaliGemma):
                 answers: np.ndarray = sequence.targets != IGNORED
                 return answers.astype(np.int64)
-            soft: np.ndarray = sequence.ids == self.stored.soft_id
-            return soft.astype(np.int64)
+            soft: np.ndarray = (sequence.ids == self.stored.soft_id).astype(np.int64)
+            if self.plan.seconds:
+                soft[sequence.ids == self.stored.video_id] = 2
+            return soft
         if name == "loss_weights":
             return np.where(sequence.labels == IGNORED, 0.0, sequence.weight).astype(np.float32)
         assert name == "subsegment_ids"
         return np.zeros(self.num_tokens, np.int64)
 
-    def write_units(self, out: np.ndarray) -> None:
-        """Renders the pictures into float32 [N, ...].
+    def write_units(self, out: np.ndarray, videos: np.ndarray) -> None:
+        """Renders the pictures and the videos.
+
+        Args:
+          out: float32 [N, ...] of the pictures, to be filled.
+          videos: float32 [num_video_units, ...], likewise.
 
         Raises:
           ShardError, SampleError: Of a picture; kept as `error`.
         """
-        family, backend, done = self.view.family, self.view.backend, 0
+        family, backend, done = self.view.family, self.view.backend, [0, 0]
         with self._rendering():
-            for (picture, _), plan in zip(self.sources, self.plan.pictures, strict=True):
-                stop = done + plan.num_units
-                write_units(family, plan, self._pixels(picture), out[done:stop], backend=backend)
-                done = stop
+            for sources, plan in zip(self.sources, self.plan.pictures, strict=True):
+                is_video = plan.num_frames > 0
+                start = done[is_video]
+                done[is_video] += plan.num_units
+                rows = (out, videos)[is_video][start : start + plan.num_units]
+                for i, (picture, _) in enumerate(sources):
+                    pixels = self._pixels(picture)
+                    if is_video:
+                        write_frame(family, plan, i, pixels, rows, backend=backend)
+                    else:
+                        write_units(family, plan, pixels, rows, backend=backend)
 
     def feature_rows(self) -> list[int]:
         """Counts the rows of features of each picture."""
         assert self.features is not None
         return [
             self.features.num_rows(len(one.payload)) if isinstance(one, Encoded) else 0
-            for one, _ in self.sources
+            for ((one, _),) in self.sources  # a dataset of features has no videos
         ]
 
     def write_features(self, out: np.ndarray) -> None:
@@ -428,7 +519,7 @@ class ModelDraft:
                     raise SampleError(
                         "features_rows.pictures", where=self.key, rows=count, units=plan.num_units
                     )
-            write_features(self.sources, counts, self.features, out)
+            write_features([one for (one,) in self.sources], counts, self.features, out)
 
     def processed(self) -> dict[str, torch.Tensor]:
         """Gives what the model's own image processor makes of the pictures, one at least.
@@ -441,7 +532,7 @@ class ModelDraft:
         assert isinstance(family, Processor)
         with self._rendering():
             # Copies: decoding the next one may use the same memory.
-            pictures = [self._pixels(picture).copy() for picture, _ in self.sources]
+            pictures = [self._pixels(picture).copy() for ((picture, _),) in self.sources]
             return processed(family, pictures, backend=backend)
 
     def _pixels(self, picture: np.ndarray | Encoded) -> np.ndarray:
@@ -469,6 +560,7 @@ class ModelDraft:
                     "width": width,
                     "height": height,
                     "tokens": self.stored.block_length(picture),
+                    **({"frames": picture.num_frames} if picture.num_frames else {}),
                 }
                 for (width, height), picture in zip(
                     self.plan.sizes, self.plan.pictures, strict=True

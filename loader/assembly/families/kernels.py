@@ -77,6 +77,35 @@ def write_units(
     _KERNELS[family.kind][1](family, plan, pixels, out, values)
 
 
+def write_frame(
+    family: Family,
+    plan: PicturePlan,
+    i: int,
+    pixels: np.ndarray,
+    out: np.ndarray,
+    *,
+    backend: Backend,
+) -> None:
+    """Renders frame i of a video, from 0; the last one fills the last patch along time.
+
+    Args:
+      family: Whose model.
+      plan: Of the video.
+      i: Which frame.
+      pixels: uint8 [H, W, 3], as it is stored.
+      out: float32 [plan.num_units, *unit_shape(family, plans)], C-contiguous, of the whole video.
+      backend: Whose values.
+    """
+    assert isinstance(family, Qwen2VL)
+    table = _table(family.mean, family.std, backend)
+    values = _Values(filter=family.filter, backend=backend, table=table)
+    t, first = divmod(i, family.temporal_patch)
+    stop = family.temporal_patch if i + 1 == plan.num_frames else first + 1
+    squares = plan.num_units // plan.num_times
+    own = out[t * squares : (t + 1) * squares]
+    _write_patches(family, plan, pixels, own, values, slice(first, stop))
+
+
 @dataclass(frozen=True, slots=True)
 class _Values:
     """Whose pixels and values a kernel makes."""
@@ -159,16 +188,28 @@ def _table(
 def _qwen2_vl(
     family: Qwen2VL, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
 ) -> None:
+    _write_patches(family, plan, pixels, out, values, slice(None))
+
+
+def _write_patches(
+    family: Qwen2VL,
+    plan: PicturePlan,
+    pixels: np.ndarray,
+    out: np.ndarray,
+    values: _Values,
+    times: slice,
+) -> None:
+    """Writes a picture as those of the frames of its patches that `times` says."""
     resized = values.resized(pixels, plan.resized)
     m, p = family.merge, family.patch_px
     rows, cols = plan.grid[0] // m, plan.grid[1] // m
     squares = resized.reshape(rows, m, p, cols, m, p, 3)
     # Moved as bytes: a quarter of what moving floats takes.
     patches_3Npp = np.ascontiguousarray(squares.transpose(6, 0, 3, 1, 4, 2, 5))
-    patches_3Npp = patches_3Npp.reshape(3, plan.num_units, p, p)
-    cells = out.reshape(plan.num_units, 3, family.temporal_patch, p, p)
+    patches_3Npp = patches_3Npp.reshape(3, len(out), p, p)
+    cells = out.reshape(len(out), 3, family.temporal_patch, p, p)
     for c in range(3):
-        cells[:, c] = values.table[c][patches_3Npp[c]][:, None]
+        cells[:, c, times] = values.table[c][patches_3Npp[c]][:, None]
 
 
 def _fixed(

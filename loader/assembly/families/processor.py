@@ -41,7 +41,8 @@ def processed(
 
 def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Joins the outputs of several samples."""
-    return {name: _joined([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _joined([part[name] for part in parts if name in part]) for name in names}
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -53,7 +53,8 @@ class VideoDecoder:
 
         Args:
           source: A local file, or its bytes.
-          on_frame: Makes of each frame, uint8 [H, W, 3], and the video's info what is kept of it.
+          on_frame: Makes of each frame, uint8 [H, W, 3], and the video's info what is kept of it;
+            `num_chosen` of the info says how many frames there are.
           start_s: Where the clip begins; None for the beginning.
           end_s: Where it ends, itself left out; None for the end.
           instants_s: Decode the frames nearest to these instants of the video, each once, instead
@@ -74,7 +75,9 @@ class VideoDecoder:
             "extract",
             source,
             on_facts=begin,
-            on_array=lambda pixels: frames.append(on_frame(pixels, chosen["info"])),
+            on_array=lambda pixels: frames.append(
+                on_frame(pixels, {**chosen["info"], "num_chosen": len(chosen["times"])})
+            ),
             where=where,
             start_s=start_s,
             end_s=end_s,

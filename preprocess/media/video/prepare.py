@@ -75,7 +75,8 @@ class VideoPreparer:
 
         # Resized as they come, so that a single frame is held at its full size.
         def made(pixels: np.ndarray, info: dict[str, Any]) -> PreparedImage:
-            return self._images(_square(pixels, info), geometry=geometry, where=where)
+            frame, number = _square(pixels, info), info["num_chosen"]
+            return self._images(frame, geometry=geometry, where=where, num_frames=number)
 
         found = self._decoder(source, made, start_s=start_s, end_s=end_s, where=where)
         record = {

@@ -8,6 +8,7 @@ import pytest
 
 from preprocess.formats import Spec, parse_row
 from preprocess.job.job import Job, JobSettings
+from preprocess.media import VideoPolicy
 from preprocess.model import ChatModel, Turn, Turns, conversations, load_model
 from preprocess.model import tokenized_conversations as tokenized
 from preprocess.recipe import Preparer, Recipe
@@ -324,16 +325,17 @@ def test_settings_that_the_model_decides_are_refused_beside_it(folder):
     assert "transformers" in job.libraries
 
 
-def test_videos_are_refused_for_a_model(folder):
+def test_videos_for_a_model_are_stored_as_frames_and_need_a_template_for_them(folder):
     settings = {"source": "sample", "out": "out", "model": str(folder)}
+    recipe = Recipe(video=VideoPolicy(store="clip"))
     with pytest.raises(ConfigError) as caught:
-        Job(JobSettings(dataset="moving_shapes", **settings))
-    assert caught.value.reason == "model_videos"
-    preparer = Job(JobSettings(dataset="text_sft", **settings)).preparer
-    example = {"key": "clip", "video": "clip.mp4", "message_list": []}
+        Job(JobSettings(dataset="moving_shapes", recipe=recipe, **settings))
+    assert caught.value.reason == "model_template"
+    assert "<|video_pad|>" in str(caught.value)
+    (folder / "chat_template.jinja").write_text(model_folders.QWEN2_VL_VIDEOS)
     with pytest.raises(ConfigError) as caught:
-        preparer(example)
-    assert caught.value.reason == "model_videos"
+        Job(JobSettings(dataset="moving_shapes", recipe=recipe, **settings))
+    assert caught.value.reason == "model_clips"
 
 
 CALLED = [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
