@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from loader.assembly import ModelView, assemble_for_model
+from loader import StreamingDataset, make_dataloader
+from loader.assembly import ModelPlanner, ModelView, assemble_for_model
 from loader.assembly.families.collate import ModelCollator
+from preprocess.datasets import get_dataset
 from preprocess.media import ImagePolicy, VideoPolicy
 from preprocess.media.video import VideoFrames
 from preprocess.model import load_model
@@ -214,6 +216,30 @@ def test_positions_are_those_of_the_model(setups, kind):
         assert torch.equal(batch["position_ids"][1 + row][mask], wanted[row][mask])
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_a_question_is_asked_with_the_videos_up_to_it(setups, kind):
+    preparer, _ = setups(kind)
+    chat = ([0, 3], [(70, 50)], ["<|video|>One?", "1", "And <|image|> or <|video|>?", "2"])
+    sample, stored = prepared(preparer, chat), preparer.model.stored
+    planner = ModelPlanner(
+        stored,
+        ModelView(family=stored.family),
+        limit=None,
+        max_images=None,
+        weight=1.0,
+        purpose="evaluation",
+    )
+    plans = [
+        planner.plan(sample.tokens, sample.spans, np.random.RandomState(0), question=q)
+        for q in (0, 1)
+    ]
+    # Frames come after all pictures in the shard, whatever the order of the text.
+    assert [plan.images for plan in plans] == [
+        [range(1, 6)],
+        [range(1, 6), range(1), range(6, 8)],
+    ]
+
+
 REFUSED = {
     "a family without videos": ("the family fixed get no videos", {}),
     "subtitles": ("has subtitles", {"subtitles": [[0.0, 1.0, "Hello."]]}),
@@ -241,3 +267,74 @@ def test_a_family_with_videos_is_read_as_it_is_written(setups):
     for kind in KINDS:
         family = setups(kind)[0].model.stored.family
         assert family_from_dict(family_to_dict(family)) == family
+
+
+def losses_of(model, batch):
+    """The loss of each learned token, by the key of its example."""
+    inputs = {k: v for k, v in batch.items() if k not in ("metadata", "subsegment_ids", "labels")}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    labels, found = batch["labels"][:, 1:], {}
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels, reduction="none"
+    )
+    for row, each in enumerate(batch["metadata"]):
+        for number, example in enumerate(each.get("examples", [each])):
+            own = (labels[row] != -100) & (batch["subsegment_ids"][row, 1:] == number)
+            found[example["key"]] = losses[row, own]
+    return found
+
+
+@pytest.mark.slow
+def test_videos_go_from_files_through_shards_into_packs(inline_cli, tmp_path):
+    pytest.importorskip("av")
+    folder = model_folders.qwen2_vl(tmp_path / "m", template=model_folders.QWEN2_VL_VIDEOS)
+    command = ("shards", "moving_shapes", "--source", "sample", "--limit", 4, "--workers", 1)
+    command = (*command, "--max-frames", 5, "--codec", "png", "--cache", tmp_path / "cache")
+    inline_cli.good(*command, "--model", folder, "--out", tmp_path / "out")
+    url = str(tmp_path / "out")
+    dataset = StreamingDataset(url, seed=3)
+    options = {"global_batch_size": 4, "sequence_length": 2048, "with_metadata": True}
+    options |= {"extra_keys": ("subsegment_ids",)}
+    batch = next(iter(make_dataloader(dataset, **options)))
+    builder = dataset._stream.parts[0].builder
+    model = builder.model
+    rows = get_dataset("moving_shapes", source="sample", limit=4)
+    preparer = Preparer(
+        recipe=Recipe(
+            text=TextPolicy(message_format="none", system_prompt="none"),
+            image=ImagePolicy(views=(), family=model.family, codec="png", resample="bicubic"),
+            video=VideoPolicy(max_frames=5),
+        ),
+        tokenizer=load_tokenizer(str(folder)),
+        model=load_model(str(folder), tokenizer=load_tokenizer(str(folder)), videos=True),
+    )
+    unsharded = {}
+    for i in range(4):
+        sample = preparer(rows.get(i))
+        own = assemble_for_model(
+            sample,
+            np.random.RandomState(0),
+            stored=model,
+            view=ModelView(family=model.family),
+            purpose="inference",
+        )
+        unsharded[sample.key] = own["pixel_values_videos"]
+    keys = [each["key"] for each in batch["metadata"]]
+    wanted = torch.cat([torch.from_numpy(unsharded[key]) for key in keys])
+    assert torch.equal(batch["pixel_values_videos"], wanted)
+    assert [each["images"][0]["frames"] for each in batch["metadata"]] == [5] * 4
+    lengths, _ = builder.lengths(np.arange(4))
+    assert lengths.max() == int(batch["attention_mask"].sum(1).max())
+    network = model_folders.model("qwen2_vl", folder)
+    packed = next(iter(make_dataloader(dataset, **options | {"global_batch_size": 1}, pack=True)))
+    alone = losses_of(network, batch)
+    together = losses_of(network, packed)
+    assert len(together) > 1
+    for key, losses in together.items():
+        torch.testing.assert_close(losses, alone[key], rtol=1e-4, atol=2e-5)
+    # Another family says so, by row.
+    other = model_folders.llava(tmp_path / "llava")
+    finished = inline_cli.run(*command, "--model", other, "--out", tmp_path / "other")
+    assert finished.code
+    assert "model_videos" in finished.out + finished.err
