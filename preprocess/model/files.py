@@ -167,7 +167,7 @@ def _problem(model: ChatModel, loaded: Any) -> str:
         return str(error.facts.get("problem", error.what))
     if model.stored.inline or isinstance(model.stored.family, PaliGemma):
         return ""
-    bos, (text, _) = loaded.bos_token, model.expanded(text, [])
+    bos, (text, _) = loaded.bos_token, model.expanded(text, [], [_TRIED])
     own = loaded(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
     ids = found.ids.tolist()
     mark = loaded.convert_tokens_to_ids(model.stored.family.image_token)

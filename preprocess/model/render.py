@@ -31,7 +31,15 @@ import numpy as np
 from preprocess.model.processor import black, open_processor, run
 from preprocess.text import ANSWER, FIXED_DATE, IMAGE_PLACEHOLDER
 from shardspec.errors import SampleError
-from shardspec.families import PaliGemma, Qwen2VL, Size, StoredModel, VideoSide
+from shardspec.families import (
+    Gemma3,
+    PaliGemma,
+    Qwen2VL,
+    Size,
+    StoredModel,
+    VideoSide,
+    plan_pictures,
+)
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -254,7 +262,7 @@ class ChatModel:
             ids, offsets, spans = self._processed(text, spans, sizes, adds=adds)
             pictures = ids == self._marker_id
         else:
-            text, spans = self.expanded(text, spans, videos)
+            text, spans = self.expanded(text, spans, sizes, videos)
             ids, offsets = self._encoded(text, spans, adds=adds)
             pictures = self._media(ids, messages, sizes, videos)
             ids[pictures] = self.stored.placeholder
@@ -278,7 +286,9 @@ class ChatModel:
           bool [T].
         """
         is_picture: np.ndarray = ids == self._marker_id
-        _require_each(sizes, int(np.count_nonzero(is_picture)))
+        plans = plan_pictures(self.stored.family, sizes)
+        wanted_ids = sum(plan.num_blocks for plan in plans)
+        _require_each(wanted_ids, int(np.count_nonzero(is_picture)))
         if not videos or self.video is None:
             return is_picture
         is_video: np.ndarray = ids == self.stored.video_id
@@ -344,7 +354,7 @@ class ChatModel:
         Returns:
           int32 [T] ids; int64 [T, 2] where they are in the text; the parts of it, moved along.
         """
-        _require_each(sizes, text.count(self.stored.family.tokens.marker))
+        _require_each(len(sizes), text.count(self.stored.family.tokens.marker))
         try:
             found = run(self._processor, text, [black(size) for size in sizes], special=adds)
         except (ValueError, ZeroDivisionError) as error:
@@ -367,6 +377,7 @@ class ChatModel:
         self,
         text: str,
         spans: Sequence[tuple[int, int]],
+        sizes: Sequence[Size] = (),
         videos: Sequence[Sequence[float]] = (),
     ) -> tuple[str, list[tuple[int, int]]]:
         """Writes what the model's processor writes for the marker of each picture and video.
@@ -377,19 +388,20 @@ class ChatModel:
         Args:
           text: As the template renders it.
           spans: Parts of it, (start, stop); they move along.
-          videos: As of `tokenize`.
+          sizes, videos: As of `tokenize`.
+
+        Raises:
+          SampleError: `image_placeholder`, another number of them is written.
         """
-        family = self.stored.family.tokens
+        family, own = self.stored.family.tokens, self.stored.family
         marker, written = family.marker, [family.written] * text.count(family.marker)
+        if isinstance(own, Gemma3) and own.pan_and_scan and sizes:
+            _require_each(len(sizes), len(written))
+            written = [own.written(own.plan(size).num_units - 1) for size in sizes]
         if videos and self.video is not None and self.video.times == "text":
             assert family.written == family.marker
             marker, written = self.video.token, [*map(self._written, videos)]
-            if text.count(marker) != len(videos):
-                raise SampleError(
-                    "image_placeholder.rendered",
-                    images=len(videos),
-                    placeholders=text.count(marker),
-                )
+            _require_each(len(videos), text.count(marker))
         if not written or written[0] == marker:
             return text, list(spans)
         pieces = text.split(marker)
@@ -444,9 +456,9 @@ class ChatModel:
         return len(before), len(text) - len(tail) + end.end()
 
 
-def _require_each(sizes: Sequence[Size], written: int) -> None:
-    if written != len(sizes):
-        raise SampleError("image_placeholder.rendered", images=len(sizes), placeholders=written)
+def _require_each(images: int, written: int) -> None:
+    if written != images:
+        raise SampleError("image_placeholder.rendered", images=images, placeholders=written)
 
 
 def _split(answer: str) -> tuple[str, str]:

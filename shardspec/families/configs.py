@@ -347,8 +347,12 @@ def _internvl(files: _Files) -> Family:
 
 def _gemma3(files: _Files) -> Family:
     images, standard, tokens = files.images, Gemma3(), files.model.tokens
+    crops = None
     if images.get("do_pan_and_scan"):
-        files.refuse("do_pan_and_scan", True)
+        # Files have nulls where the processor's own numbers hold.
+        usual = {"min_crop_size": 256, "max_num_crops": 4, "min_ratio_to_activate": 1.2}
+        least, most, ratio = (images.get(f"pan_and_scan_{n}") or v for n, v in usual.items())
+        crops = (int(least), int(most), float(ratio))
     side = files.square(images.get("size", standard.size_px), "size")
     if side is None:
         files.refuse("size", images.get("size"))
@@ -357,6 +361,7 @@ def _gemma3(files: _Files) -> Family:
         num_tokens=files.look("image_seq_length", "mm_tokens_per_image") or standard.num_tokens,
         start_token=tokens.get("boi_token", standard.start_token),
         end_token=tokens.get("eoi_token", standard.end_token),
+        pan_and_scan=crops,
         **files.resize_by(2, mean=standard.mean, std=standard.std),
         **files.token,
     )

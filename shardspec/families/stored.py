@@ -32,8 +32,9 @@ KINDS: Mapping[str, Any] = {family.kind: family for family in _FAMILIES}
 def family_to_dict(family: Family) -> dict[str, Any]:
     """Lists a family's fields in plain JSON types, with its kind."""
     values = {f.name: getattr(family, f.name) for f in fields(family)}  # type: ignore[arg-type]
-    # Manifests of datasets without videos are those of before there were any.
-    values = {name: v for name, v in values.items() if not (name == "video" and v is None)}
+    # What came later is told where it is used: manifests without it stay as they are.
+    later = ("video", "pan_and_scan")
+    values = {name: v for name, v in values.items() if not (name in later and v is None)}
     return {"kind": family.kind, **{name: _plain(v) for name, v in values.items()}}
 
 

@@ -43,7 +43,7 @@ from shardspec.families import (
 
 Backend = Literal["torchvision", "pil"]
 
-_OneSize = FixedSize | Gemma3 | PaliGemma
+_OneSize = FixedSize | PaliGemma
 
 _PIL = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -221,6 +221,19 @@ def _fixed(
     values.put(out[0], resized[top : top + side, left : left + side])
 
 
+def _gemma3(
+    family: Gemma3, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
+) -> None:
+    del family
+    values.put(out[0], values.resized(pixels, plan.resized))
+    rows, cols = plan.grid
+    high, wide = -(-pixels.shape[0] // rows), -(-pixels.shape[1] // cols)
+    for i in range(plan.num_units - 1):
+        y, x = i // cols * high, i % cols * wide
+        crop = np.ascontiguousarray(pixels[y : y + high, x : x + wide])
+        values.put(out[1 + i], values.resized(crop, plan.resized))
+
+
 def _internvl(
     family: InternVL, plan: PicturePlan, pixels: np.ndarray, out: np.ndarray, values: _Values
 ) -> None:
@@ -283,7 +296,7 @@ def _pixtral(
     out[0, :, :height, width:] = 0
 
 
-def _square(family: _OneSize | InternVL, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
+def _square(family: _OneSize | Gemma3 | InternVL, plans: Sequence[PicturePlan]) -> tuple[int, ...]:
     del plans
     return (3, family.size_px, family.size_px)
 
@@ -303,7 +316,7 @@ _Shape = Callable[[Any, Sequence[PicturePlan]], tuple[int, ...]]
 _KERNELS: Mapping[str, tuple[_Shape, Callable[..., None]]] = {
     Qwen2VL.kind: (_patch, _qwen2_vl),
     FixedSize.kind: (_square, _fixed),
-    Gemma3.kind: (_square, _fixed),
+    Gemma3.kind: (_square, _gemma3),
     PaliGemma.kind: (_square, _fixed),
     InternVL.kind: (_square, _internvl),
     AnyRes.kind: (_square, _anyres),
