@@ -161,6 +161,54 @@ def test_two_ranks_of_which_one_has_no_picture_train_as_one_does(built, run_exam
     assert losses == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["hf_trainer", "plain_loop", "dataset_and_collator"])
+def test_examples_of_trainers_are_short(name):
+    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 60
+
+
+def run_program(monkeypatch, built, name, *flags):
+    words = (name, built / "shards", built / "model", "--random", *flags)
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--pack",)], ids=["padded", "packed"])
+def test_a_plain_loop_resumes_to_the_losses_of_the_undisturbed_run(
+    built, monkeypatch, capsys, tmp_path, flags
+):
+    def losses(out, steps):
+        options = (*flags, "--steps", steps, "--out", tmp_path / out)
+        run_program(monkeypatch, built, "plain_loop", *options)
+        return capsys.readouterr().out.splitlines()
+
+    whole = losses("whole", STEPS)
+    assert len(whole) == STEPS
+    assert losses("halves", 3) + losses("halves", STEPS) == whole
+
+
+@pytest.mark.slow
+def test_a_trainer_with_a_dataset_and_a_collator_gets_the_batches_of_the_loader(
+    built, monkeypatch, tmp_path
+):
+    from transformers import Trainer
+
+    seen = []
+    training_step = Trainer.training_step
+
+    def noting(self, model, inputs, *rest, **named):
+        seen.append(copied(inputs))
+        return training_step(self, model, inputs, *rest, **named)
+
+    monkeypatch.setattr(Trainer, "training_step", noting)
+    options = ("--steps", STEPS, "--out", tmp_path / "out")
+    run_program(monkeypatch, built, "dataset_and_collator", *options)
+    loader, expected = load(built), []
+    while len(expected) < STEPS:
+        expected += [copied(batch) for batch in loader]
+    assert same(seen, expected[:STEPS])
+
+
 @pytest.mark.slow
 def test_the_loop_of_the_docs_runs_and_resumes_to_the_same_losses(built, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "models.md").read_text()
