@@ -192,7 +192,9 @@ def _qwen_videos(files: _Files) -> VideoSide:
     unit = 32 * 32 if newer else 28 * 28
     least = videos.get("min_pixels") or size.get("shortest_edge") or 128 * unit
     most = videos.get("max_pixels") or size.get("longest_edge") or 768 * unit
-    rate = files.look("vision_config.tokens_per_second") if kind == "qwen2_5_vl" else None
+    rate = None
+    if kind == "qwen2_5_vl":
+        rate = files.look("vision_config.tokens_per_second") or 4
     return VideoSide(
         token=files.model.video_token,
         min_pixels=least,
