@@ -242,6 +242,29 @@ def test_a_question_is_asked_with_the_videos_up_to_it(setups, kind):
     ]
 
 
+def test_a_tool_may_give_a_picture(setups):
+    preparer, processor = setups("qwen3_vl")
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+    messages = [
+        {"role": "user", "content": "Blue?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": [{"type": "text", "text": "Seen: "}, {"type": "image"}]},
+        {"role": "assistant", "content": "Grey."},
+    ]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    seen = picture((61, 97))
+    sample = preparer({"messages": messages, "tools": tools, "image": [np.asarray(seen)]})
+    batch = assembled(preparer, [sample])
+    text = processor.apply_chat_template(messages, tools=tools)
+    own = processor(text=[text], images=[[seen]], return_tensors="pt", add_special_tokens=False)
+    for name in ("input_ids", "image_grid_thw", "mm_token_type_ids"):
+        assert torch.equal(batch[name], own[name])
+    learned = batch["labels"][batch["labels"] != -100].tolist()
+    said = preparer.tokenizer.decode(learned)
+    assert "look" in said
+    assert "Seen" not in said
+
+
 REFUSED = {
     "a family without videos": ("the family fixed get no videos", {}),
     "subtitles": ("has subtitles", {"subtitles": [[0.0, 1.0, "Hello."]]}),
