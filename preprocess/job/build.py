@@ -57,6 +57,7 @@ class BuildContext:
     split: str
     out: str
     num_shards: int
+    generation: int = 0
     build_key: str
     blobs: str
     """Root of the blob cache."""
@@ -74,7 +75,13 @@ class BuildContext:
 
     def name(self, shard: int) -> str:
         """Names a shard."""
-        return shard_name(self.dataset, self.split, shard, num_shards=self.num_shards)
+        return shard_name(
+            self.dataset,
+            self.split,
+            shard,
+            num_shards=self.num_shards,
+            generation=self.generation,
+        )
 
     def receipt_name(self, shard: int) -> str:
         """Where the output keeps a shard's receipt."""

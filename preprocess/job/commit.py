@@ -11,9 +11,11 @@ import json
 import posixpath
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 from preprocess.job.build import is_in_place, stored_sizes
 from preprocess.job.conflicts import check_same
+from preprocess.job.generation import generation_of
 from preprocess.job.job import FAILED_ROWS_SHARE, Job, allowed_failures
 from preprocess.job.planner import Plan
 from shardspec import storage
@@ -87,15 +89,33 @@ def commit(job: Job, plan: Plan, receipts: list[Receipt]) -> Committed:
         quarantined=dict(sorted(quarantined.items())),
     )
     _check_in_place(job, shards)
+    split = job.settings.split
     storage.publish_bytes(job.url(TOKENIZER_NAME), job.preparer.tokenizer.json.encode())
     url = job.url(MANIFEST_NAME)
     for _ in range(COMMIT_ATTEMPTS):
         version = storage.version(url)
-        manifest = _with_split(job, entry, shards)
+        old = load_manifest(job.settings.out)
+        if plan.generation and (old is None or split not in old.splits):
+            raise ConflictError("manifest_conflict.overtaken", where=url)
+        if old is not None and plan.generation:
+            before = old.splits[split]
+            if before.build_key == plan.build_key:  # by another part of the job
+                sha256 = hashlib.sha256(old.encode()).hexdigest()
+                return Committed(manifest=old, split=before, sha256=sha256)
+            if before.build_key != plan.parent:
+                raise ConflictError("manifest_conflict.overtaken", where=url)
+            manifest = _with_split(
+                job,
+                old,
+                _appended(before, entry, num_shards=(len(old.select(split)), len(shards))),
+                (*old.select(split), *shards),
+            )
+        else:
+            manifest = _with_split(job, old, entry, shards)
         payload = manifest.encode()
         if storage.compare_and_swap(url, payload, replacing=version):
             sha256 = hashlib.sha256(payload).hexdigest()
-            return Committed(manifest=manifest, split=entry, sha256=sha256)
+            return Committed(manifest=manifest, split=manifest.splits[split], sha256=sha256)
     raise ConflictError("manifest_conflict.busy", where=url, attempts=COMMIT_ATTEMPTS)
 
 
@@ -134,9 +154,37 @@ def _check_in_place(job: Job, shards: tuple[ShardEntry, ...]) -> None:
         )
 
 
-def _with_split(job: Job, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> Manifest:
+def _appended(before: SplitEntry, new: SplitEntry, *, num_shards: tuple[int, int]) -> SplitEntry:
+    """Makes the entry of a split that has got a generation.
+
+    Args:
+      before: Its entry until now.
+      new: Of the new shards alone, but for what their plan has added up: source and quarantine.
+      num_shards: Of both.
+    """
+    sums = ("num_samples", "num_images", "num_tokens", "num_loss_tokens", "num_bytes")
+    listed = before.source.get("generations") or [_generation(before, num_shards[0])]
+    return replace(
+        new,
+        source={**new.source, "generations": [*listed, _generation(new, num_shards[1])]},
+        **{name: getattr(before, name) + getattr(new, name) for name in sums},
+    )
+
+
+def _generation(entry: SplitEntry, num_shards: int) -> dict[str, Any]:
+    """Describes the generation that an entry is of, before another is added."""
+    return {
+        "build_key": entry.build_key,
+        "rows_sha256": entry.source["rows_sha256"],
+        "num_samples": entry.num_samples,
+        "num_shards": num_shards,
+    }
+
+
+def _with_split(
+    job: Job, old: Manifest | None, entry: SplitEntry, shards: tuple[ShardEntry, ...]
+) -> Manifest:
     """Makes the manifest that names what the stored one names, and the split."""
-    old = load_manifest(job.settings.out)
     manifest = Manifest(
         dataset=job.name,
         recipe=json.loads(canonical_json(job.recipe)),
@@ -152,19 +200,30 @@ def _with_split(job: Job, entry: SplitEntry, shards: tuple[ShardEntry, ...]) -> 
 
 
 def committed(job: Job) -> Committed | None:
-    """Finds the split that this job would make, if it is complete; else None."""
+    """Finds the split that this job would make, if it is complete; else None.
+
+    Raises:
+      StorageError: `generation_damaged`: shards of a split of several generations are missing.
+    """
     manifest = load_manifest(job.settings.out)
-    if manifest is None or job.settings.split not in manifest.splits:
+    split = job.settings.split
+    if manifest is None or split not in manifest.splits:
         return None
-    sizes = stored_sizes(job.settings.out, job.settings.split)
-    if not all(is_in_place(shard, sizes) for shard in manifest.select(job.settings.split)):
+    entry = manifest.splits[split]
+    if job.growth is not None and entry.build_key == job.growth.before.build_key:
+        return None
+    sizes = stored_sizes(job.settings.out, split)
+    missing = [each.url for each in manifest.select(split) if not is_in_place(each, sizes)]
+    if missing and generation_of(entry):
+        raise StorageError("generation_damaged", where=job.url(missing[0]), missing=len(missing))
+    if missing:
         return None
     if not tokenizer_in_place(job.settings.out, manifest):
         return None
     payload = storage.read_bytes(job.url(MANIFEST_NAME))
     return Committed(
         manifest=manifest,
-        split=manifest.splits[job.settings.split],
+        split=entry,
         sha256=hashlib.sha256(payload).hexdigest(),
     )
 

@@ -41,7 +41,7 @@ from shardspec.manifest import (
 from shardspec.storage import OpenUpload, StoredObject
 
 _SHARD = re.compile(
-    r"(?P<split>[A-Za-z0-9_-]+)/[A-Za-z0-9_-]+-(?P=split)-\d{5,}-of-\d{5,}"
+    r"(?P<split>[A-Za-z0-9_-]+)/[A-Za-z0-9_-]+-(?P=split)-(?:g\d{5,}-)?\d{5,}-of-\d{5,}"
     + rf"(?:\.tar|{re.escape(INDEX_SUFFIX)}|{re.escape(COLUMNS_SUFFIX)})"
 )
 _RECEIPT = re.compile(r"receipts/(?P<name>[A-Za-z0-9_-]+-\d{5,}-of-\d{5,})\.json")

@@ -22,8 +22,9 @@ import PIL.features
 from preprocess.datasets import DatasetBase, OwnDataset, Unmatched, dataset_class, is_own
 from preprocess.fetch import BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
-from preprocess.job.plan import Part, is_name, parse_part
-from preprocess.job.stamps import Compare, Compared, compare_files
+from preprocess.job.generation import Growth, RowMarks
+from preprocess.job.plan import Part, generation_name, is_name, parse_part
+from preprocess.job.stamps import Compare, Compared, RowFiles, compare_files
 from preprocess.media import MemoryBudget
 from preprocess.model import ChatModel, load_model
 from preprocess.recipe import Preparer, Recipe
@@ -47,6 +48,7 @@ LOCAL_CACHE = "~/.cache/vlm-shards"
 
 Duplicates = Literal["drop", "keep"]
 OwnDisk = Literal["refuse", "allow"]
+NewRows = Literal["refuse", "append"]
 Engine = Literal["local", "ray"]
 
 
@@ -298,6 +300,14 @@ class JobSettings:
             group="the job",
         ),
     ] = "time"
+    new_rows: Annotated[
+        NewRows,
+        Setting(
+            "rows that the source has got since the split was finished: stop, or append them in "
+            "new shards; the old ones stay",
+            group="the job",
+        ),
+    ] = "refuse"
     force: Annotated[
         bool, Setting("build the split again, replacing the one in the output", group="the job")
     ] = False
@@ -379,6 +389,8 @@ class Job:
     def __init__(self, settings: JobSettings) -> None:
         """Loads the tokenizer and names the job; reads no row yet."""
         self.settings = settings
+        self.growth: Growth | None = None
+        """What the finished split has to get, once that is known; None for a first build."""
         if storage.is_local(settings.out):
             out = Path(settings.out).absolute()
             for folder in (out, *out.parents):
@@ -511,12 +523,31 @@ class Job:
         s = self.settings
         return self.kind.source_files(s.source, s.split, unmatched=s.unmatched)
 
-    def compare_files(self) -> Compared | None:
-        """Compares the files of the source with those of the plan that the output keeps."""
+    def compare_files(self, generation: int, *, rows: RowFiles = "same") -> Compared | None:
+        """Compares the files of the source with those of the plan that the output keeps.
+
+        Args:
+          generation: Of the split, whose plan that was.
+          rows: What is asked of the files that rows are read from.
+        """
         how = self.settings.compare
         if how == "none" or self.settings.source == "sample":
             return None
-        return compare_files(self.files_url, self.source_files(), how=how)
+        return compare_files(self.files_url(generation), self.source_files(), how=how, rows=rows)
+
+    @property
+    def generation(self) -> int:
+        """Number of the generation that is to be built."""
+        return self.growth.generation if self.growth else 0
+
+    @property
+    def examples(self) -> range:
+        """Numbers of the examples that are to be built."""
+        return range(self.growth.stored.num_examples if self.growth else 0, len(self.dataset))
+
+    def row_marks(self) -> RowMarks:
+        """Gives marks of the examples before those that are to be built."""
+        return self.growth.marks.copy() if self.growth else RowMarks()
 
     def url(self, *parts: str) -> str:
         """Names an object of the output."""
@@ -539,10 +570,15 @@ class Job:
         """Where the output keeps the identity of the job that made the split."""
         return self.url("plan", f"{self.settings.split}.json")
 
-    @property
-    def files_url(self) -> str:
+    def files_url(self, generation: int) -> str:
         """Where the output keeps the stamps of the source's files."""
-        return self.url("plan", f"{self.settings.split}-files.jsonl.gz")
+        name = generation_name(f"{self.settings.split}-files", generation)
+        return self.url("plan", f"{name}.jsonl.gz")
+
+    def marks_url(self, generation: int) -> str:
+        """Where the output keeps the marks of the source's rows."""
+        name = generation_name(f"{self.settings.split}-rows", generation)
+        return self.url("plan", f"{name}.json.gz")
 
     def rows_url(self, shard: int) -> str:
         """URL of the planned rows of a shard."""

@@ -43,6 +43,9 @@ class KeyList(Sequence[str]):
             raise IndexError(i)
         return self._packed[i * KEY_BYTES : (i + 1) * KEY_BYTES].hex()
 
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._table[self._slot(bytes.fromhex(key))] != _FREE
+
     def add(self, key: str) -> bool:
         """Adds a key; returns False if it is there already."""
         packed = bytes.fromhex(key)

@@ -24,6 +24,7 @@ from preprocess.fetch import FetchResult, host_key, redact
 from preprocess.job.board import Board
 from preprocess.job.build import find_receipts
 from preprocess.job.commit import Committed, check_bad_samples, commit, committed
+from preprocess.job.generation import RowMarks
 from preprocess.job.job import Job, JobSettings, Reporter
 from preprocess.job.lease import LEASE_NAME, read_lease
 from preprocess.job.parts import HeldPart, PartOfJob, forget_parts, join_job
@@ -90,7 +91,8 @@ def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
     check_conflict(job)
     result = committed(job)
     if result is not None:
-        check_sources(job)
+        check_sources(job, result, report)
+    if result is not None and job.growth is None:
         tidy_finished(job)
         return _finished(part, result)
     _require_shared(job, part)
@@ -184,6 +186,7 @@ def _require_shared(job: Job, part: Part) -> None:
 def _agree_on_plan(job: Job, held: HeldPart, board: Board) -> Plan | None:
     """Gives the frozen plan, which this part or another has made; None if the job has ended."""
     urls: list[str] | None = None
+    marks = job.row_marks()
     waited_s: float | None = None
     named: list[int] = []
     for turn in itertools.count():
@@ -194,12 +197,12 @@ def _agree_on_plan(job: Job, held: HeldPart, board: Board) -> Plan | None:
         if committed(job) is not None:
             return None
         if urls is None:
-            urls = image_urls(job, board)
+            urls = image_urls(job, board, marks)
             if urls:
                 _fetch_share(job, urls, held, board)
         missing = held.not_fetched() if urls else []
         if not missing:
-            if not _try_to_plan(job, urls, held, board):
+            if not _try_to_plan(job, urls, marks, held, board):
                 _pause(turn)
             continue
         board.waits("wait for downloads")
@@ -236,7 +239,7 @@ def _fetch_share(job: Job, urls: list[str], held: HeldPart, board: Board) -> Non
     held.publish_fetched(results)
 
 
-def _try_to_plan(job: Job, urls: list[str], held: HeldPart, board: Board) -> bool:
+def _try_to_plan(job: Job, urls: list[str], marks: RowMarks, held: HeldPart, board: Board) -> bool:
     """Makes the plan; False: another part is about to."""
     try:
         with held.claim_plan() as check_claim:
@@ -254,6 +257,7 @@ def _try_to_plan(job: Job, urls: list[str], held: HeldPart, board: Board) -> boo
                     board,
                     promised=check_conflict(job),
                     fetched=fetched,
+                    marks=marks,
                     cache_token=cache_token(job),
                     check_held=check,
                 )

@@ -46,6 +46,8 @@ from preprocess.job.commit import (
 from preprocess.job.conflicts import check_same, find_differences, table
 from preprocess.job.engines import local, ray_cluster
 from preprocess.job.events import EventLog
+from preprocess.job.generation import generation_of
+from preprocess.job.grown import find_growth, require_same_files
 from preprocess.job.job import Job, JobSettings, Reporter, library_versions
 from preprocess.job.lease import output_lock
 from preprocess.job.parts import forget_parts
@@ -101,8 +103,8 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
     if not settings.force:
         check_conflict(job)
         result = committed(job)
-    if result is not None:
-        compared = check_sources(job)
+    compared = check_sources(job, result, report) if result else None
+    if result is not None and job.growth is None:
         tidy_finished(job)
         return Outcome(
             result=result,
@@ -136,7 +138,9 @@ def commit_job(settings: JobSettings, report: Reporter) -> Outcome:
     job = Job(settings)
     check_conflict(job)
     result = committed(job)
-    if result is not None:
+    if result is not None and settings.new_rows == "append":
+        check_sources(job, result, report)
+    if result is not None and job.growth is None:
         return Outcome(result=result, built_shards=0, fresh=False, seconds=_since(started))
     with output_lock(settings.out) as check_held:
         plan = load_plan(job, report)
@@ -242,7 +246,7 @@ def check_conflict(job: Job) -> str | None:
     """Refuses an output that holds the result of another job.
 
     Returns:
-      The build key of the split that the output names already, or None.
+      The build key of the split that the output names already, and that is to be repaired, or None.
     """
     manifest = load_manifest(job.settings.out)
     if manifest is None:
@@ -253,7 +257,12 @@ def check_conflict(job: Job) -> str | None:
     found = find_differences(read_json(job.identity_url) or {}, json.loads(_identity(job)))
     if found:
         raise ConflictError("job_conflict.settings", where=job.settings.out, table=table(found))
-    return manifest.splits[job.settings.split].build_key
+    build_key = manifest.splits[job.settings.split].build_key
+    if job.growth is None:
+        return build_key
+    if job.growth.before.build_key != build_key:
+        raise ConflictError("manifest_conflict.overtaken", where=job.url(MANIFEST_NAME))
+    return None
 
 
 def _identity(job: Job) -> bytes:
@@ -276,17 +285,20 @@ def _check_recipe(job: Job, manifest: Manifest) -> None:
     check_same(manifest, ours, where=job.url(MANIFEST_NAME), named=named)
 
 
-def check_sources(job: Job) -> Compared | None:
-    """Refuses a finished split whose source files have changed since it was planned."""
-    compared = job.compare_files()
-    if compared is not None and compared.num_changed:
-        raise ConflictError(
-            "source_changed.files",
-            where=job.settings.source,
-            changed=compared.num_changed,
-            compared=compared.num_files,
-            facts={**compared.changed, "how": compared.how},
-        )
+def check_sources(job: Job, result: Committed, report: Reporter) -> Compared | None:
+    """Refuses a finished split whose source has changed since it was planned.
+
+    Where new rows may be appended, and there are some, the job's `growth` says so afterwards.
+
+    Raises:
+      ConflictError: `source_changed`.
+    """
+    s = job.settings
+    if s.new_rows == "append" and s.source != "sample":
+        _check_recipe(job, result.manifest)  # of a view or an annotated dataset, no split can grow
+        return find_growth(job, result.split, report)
+    compared = job.compare_files(generation_of(result.split))
+    require_same_files(job, compared)
     return compared
 
 
@@ -318,6 +330,7 @@ def build_context(job: Job, plan: Plan) -> BuildContext:
         split=job.settings.split,
         out=job.settings.out,
         num_shards=plan.num_shards,
+        generation=plan.generation,
         build_key=plan.build_key,
         blobs=job.blobs.url,
         scratch=job.scratch,

@@ -138,13 +138,27 @@ def shard_borders(num_samples: int, *, num_shards: int) -> np.ndarray:
     return np.arange(num_shards + 1, dtype=np.int64) * num_samples // num_shards
 
 
-def shard_name(dataset: str, split: str, shard: int, *, num_shards: int) -> str:
-    """Names a shard, without its suffix.
+def shard_name(
+    dataset: str, split: str, shard: int, *, num_shards: int, generation: int = 0
+) -> str:
+    """Names a shard, without its suffix; generations sort one after the other.
 
     >>> shard_name("pixmo_cap", "train", 17, num_shards=256)
     'pixmo_cap-train-00017-of-00256'
+    >>> shard_name("pixmo_cap", "train", 0, num_shards=8, generation=1)
+    'pixmo_cap-train-g00001-00000-of-00008'
     """
-    return f"{dataset}-{split}-{shard:05d}-of-{num_shards:05d}"
+    of = generation_name(f"{dataset}-{split}", generation)
+    return f"{of}-{shard:05d}-of-{num_shards:05d}"
+
+
+def generation_name(name: str, generation: int) -> str:
+    """Names a file of a generation; of the first build it has none.
+
+    >>> generation_name("train-rows", 0), generation_name("train-rows", 2)
+    ('train-rows', 'train-rows-g00002')
+    """
+    return f"{name}-g{generation:05d}" if generation else name
 
 
 def is_name(text: str) -> bool:

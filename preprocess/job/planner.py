@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from preprocess.fetch import (
     redact,
 )
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
+from preprocess.job.generation import RowMarks, StoredMarks, encode_marks
 from preprocess.job.job import (
     DEAD_LINKS_SHARE,
     FAILED_ROWS_SHARE,
@@ -60,8 +62,20 @@ from preprocess.job.job import (
     allowed_failures,
 )
 from preprocess.job.keys import KeyList
-from preprocess.job.plan import count_shards, plan_groups, plan_order, shard_borders
-from preprocess.job.stamps import StampWriter, stamp_file, stamp_rows, with_content
+from preprocess.job.plan import (
+    count_shards,
+    generation_name,
+    plan_groups,
+    plan_order,
+    shard_borders,
+)
+from preprocess.job.stamps import (
+    StampWriter,
+    named_stamps,
+    stamp_file,
+    stamp_rows,
+    with_content,
+)
 from preprocess.media import pixels_file
 from preprocess.recipe import (
     file_sha256,
@@ -82,7 +96,9 @@ from shardspec.errors import (
     StorageError,
     redacted_url,
 )
-from shardspec.manifest import canonical_json, differences, fingerprint
+from shardspec.index import parse_index
+from shardspec.keyed import hash_text
+from shardspec.manifest import canonical_json, differences, fingerprint, load_manifest
 
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:[/\\]{2}\S+\s*", re.IGNORECASE)
 
@@ -114,6 +130,10 @@ class Plan:
     """Mark that the planning part has left in the image cache; "" where no sample needs that."""
     borders: Sequence[int] = ()
     """Of the shards in the stored order, where samples have groups; () for equal shares."""
+    generation: int = 0
+    """Number of the generation; the first build is 0."""
+    parent: str = ""
+    """Build key of the generation before."""
 
 
 def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False) -> Plan | None:
@@ -135,7 +155,7 @@ def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False)
     if document is None or identity is None or differences(identity, job.identity, "job"):
         return None
     try:
-        compared = job.compare_files()
+        compared = job.compare_files(job.generation)
     except StorageError as error:
         if error.reason != "plan_files" or shared:
             raise
@@ -157,9 +177,11 @@ def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False)
             )
         return None
     try:
-        return read_fields(Plan, document)
+        plan = read_fields(Plan, document)
     except ValueError:
         return None  # damaged, as one that is no JSON
+    parent = job.growth.before.build_key if job.growth else ""
+    return plan if (plan.generation, plan.parent) == (job.generation, parent) else None
 
 
 def make_plan(
@@ -168,6 +190,7 @@ def make_plan(
     *,
     promised: str | None = None,
     fetched: Mapping[str, FetchResult] | None = None,
+    marks: RowMarks | None = None,
     cache_token: str = "",
     check_held: Callable[[], None] = lambda: None,
 ) -> Plan:
@@ -179,6 +202,7 @@ def make_plan(
       promised: Build key of the split that the output already names, to be repaired. Links that
         had failed then are not requested again.
       fetched: How the download of each URL has ended, where the parts of the job have made them.
+      marks: Of all rows, where they have been read for that.
       cache_token: Mark to leave in the image cache, if samples need that, for the parts that build.
       check_held: Raises where another process may plan; called before anything appears.
 
@@ -194,8 +218,10 @@ def make_plan(
         report.note(line)
     storage.publish_bytes(job.identity_url, canonical_json(job.identity, indent=1))
     results = fetched
-    if results is None:
-        results = fetch_images(job, image_urls(job, report), report, again=promised is None)
+    if results is None or marks is None:
+        urls = image_urls(job, report, marks := job.row_marks())
+        if results is None:
+            results = fetch_images(job, urls, report, again=promised is None)
     results = _without_placeholders(job, results, report)
     _check_links(job, results)
     with scratch_folder(job.scratch) as folder:
@@ -203,11 +229,13 @@ def make_plan(
         with StampWriter(folder / "files") as stamps, _LostRows(folder / "lost.jsonl") as lost:
             for stamp in row_stamps:
                 stamps.add(stamp)
+            for stamp in named_stamps(job.files_url(job.generation - 1)) if job.growth else ():
+                stamps.add(stamp)
             rows = _spool_rows(job, results, spool, lost, stamps, report)
         if len(stamps):
-            storage.publish_file(job.files_url, folder / "files")
+            storage.publish_file(job.files_url(job.generation), folder / "files")
         else:
-            storage.delete(job.files_url)
+            storage.delete(job.files_url(job.generation))
         order = plan_order(rows.keys, seed=job.settings.recipe.seed)
         mean_bytes = _probe(job, spool, sorted(order[:PROBE_ROWS].tolist()), report)
         total_bytes = round(mean_bytes * len(order))
@@ -231,7 +259,8 @@ def make_plan(
         shares = borders or shard_borders(len(order), num_shards=count.num_shards).tolist()
         firsts = _first_keys(rows) if borders else {}
         rows_sha256 = _write_rows(job, spool, order, shares, firsts, folder, report, check_held)
-        quarantine_url = job.url("quarantine", f"{job.name}-{job.settings.split}-plan.jsonl")
+        listed = generation_name(f"{job.name}-{job.settings.split}", job.generation)
+        quarantine_url = job.url("quarantine", f"{listed}-plan.jsonl")
         if rows.num_lost:
             storage.publish_file(quarantine_url, folder / "lost.jsonl")
         else:
@@ -243,6 +272,9 @@ def make_plan(
         "tokenizer": dataclasses.asdict(job.tokenizer),
         "libraries": job.libraries,
     }
+    before = job.growth.before if job.growth else None
+    if before is not None:
+        build["parent"] = before.build_key
     build_key = fingerprint(build)
     if not rows.has_blobs:
         cache_token = ""
@@ -255,6 +287,7 @@ def make_plan(
             got_build_key=build_key[:16],
             want_build_key=str(promised)[:16],
         )
+    downloaded = bool(results) or (before is not None and "downloads" in before.source)
     plan = Plan(
         build_key=build_key,
         num_shards=count.num_shards,
@@ -264,7 +297,7 @@ def make_plan(
             **job.dataset.rows.kind,
             "num_rows": len(job.dataset),
             "limit": job.settings.limit,
-            **({"downloads": downloads} if results and downloads else {}),
+            **({"downloads": downloads} if downloaded and downloads else {}),
             "rows_sha256": rows_sha256,
             "rows_read": job.dataset.num_rows_read,
             "rows_not_taken": {
@@ -274,8 +307,21 @@ def make_plan(
         quarantined=dict(sorted(rows.reasons.items())),
         cache_token=cache_token,
         borders=borders,
+        generation=job.generation,
+        parent=before.build_key if before else "",
     )
     check_held()
+    if job.settings.source != "sample":
+        stored = StoredMarks(
+            build_key=build_key,
+            num_examples=marks.num_examples,
+            blocks=marks.blocks,
+            last=marks.last,
+            frames=marks.frames,
+            num_rows_read=job.dataset.num_rows_read,
+            left_out=dict(job.dataset.left_out),
+        )
+        storage.publish_bytes(job.marks_url(job.generation), encode_marks(stored))
     storage.publish_bytes(plan_url(job), canonical_json(dataclasses.asdict(plan), indent=1))
     return plan
 
@@ -374,8 +420,13 @@ def _spool_rows(
     report: Reporter,
 ) -> _Rows:
     keys = KeyList()
+    before = _stored_keys(job)
     groups: list[str] = []
+    stored = job.growth.stored if job.growth else None
+    num_read = job.dataset.num_rows_read - (stored.num_rows_read if stored else 0)
     reasons = Counter(job.dataset.left_out)
+    reasons.subtract(stored.left_out if stored else {})
+    old_groups = job.growth.marks.groups if job.growth else set()
     dead_rows = 0  # for their links, which have a budget of their own
     num_rows = 0
     has_blobs = False
@@ -388,7 +439,7 @@ def _spool_rows(
         nonlocal dead_rows, num_rows, has_blobs, first, warned
         for row, error in _planned_rows(job, results, stamps):
             if error is None:
-                error = _repeated(job, row, keys, repeats)
+                error = _repeated(job, row, keys, repeats, before)
             count = row.get("rows", 1)
             warned += row.pop("warning", None) is not None
             report.step(error.reason if error else "")
@@ -399,28 +450,38 @@ def _spool_rows(
                 dead_rows += count if _is_link(error) else 0
                 continue
             groups.append(row.get("group", ""))
+            if groups[-1] and hash_text(groups[-1]) in old_groups:
+                raise ConflictError(
+                    "source_changed.group", where=job.settings.source, group=groups[-1]
+                )
             num_rows += count
             has_blobs = has_blobs or _has_blobs(row)
             yield canonical_json(row)
 
-    for reason, count in sorted(job.dataset.left_out.items()):
+    for reason, count in sorted(reasons.items()):
         report.note(f"{count} rows of the source left out: {reason}")
-    _check_lost(job, reasons, dead_rows=0)
-    for number, error in job.dataset.left_out_rows():
+    _check_lost(job, reasons, dead_rows=0, rows=num_read)
+    num_old = sum(stored.left_out.values()) if stored else 0
+    for number, error in islice(job.dataset.left_out_rows(), num_old, None):
         row = {"key": f"row-{number}", "image": None, "example": {}, **_origin(job, [number])}
         lost.add(canonical_json(quarantine_line(row, stage="read", error=error)))
-    report.stage("plan", len(job.dataset))
+    report.stage("plan", len(job.examples))
     spool.write(good_rows())
     if warned:
         report.note(f"{warned:,} images are not those that were annotated (SHA256=warn)")
     if not keys:
-        raise BudgetError("nothing_left", facts={**dict(reasons.most_common()), "first": first})
-    _check_lost(job, reasons, dead_rows=dead_rows)
+        facts = {**dict(reasons.most_common()), "first": first}
+        if job.growth is not None:
+            raise BudgetError("nothing_left.new", facts=facts)
+        raise BudgetError("nothing_left.source", facts=facts)
+    _check_lost(job, reasons, dead_rows=dead_rows, rows=num_read)
+    if job.growth is not None:
+        reasons.update(job.growth.before.quarantined)
     return _Rows(
         keys=keys,
         groups=groups,
         num_lost=lost.num_rows,
-        reasons=reasons,
+        reasons=+reasons,
         num_rows=num_rows,
         has_blobs=has_blobs,
     )
@@ -435,31 +496,56 @@ def _has_blobs(row: Mapping[str, Any]) -> bool:
 
 
 def _repeated(
-    job: Job, row: dict[str, Any], keys: KeyList, repeats: Counter[str]
+    job: Job, row: dict[str, Any], keys: KeyList, repeats: Counter[str], before: KeyList
 ) -> SampleError | None:
-    """Adds a row's key; where another has it and such rows are kept, the row gets its own."""
+    """Adds a row's key; where another has it and such rows are kept, the row gets its own.
+
+    Args:
+      job: The job.
+      row: The row; its key may be replaced.
+      keys: Of the plan.
+      repeats: Number of rows that have repeated a key, by key.
+      before: Keys of the generations before.
+    """
     key = row["key"]
-    if keys.add(key):
+    if key not in before and keys.add(key):
         return None
     if job.settings.duplicates == "drop":
         return SampleError("duplicate")
-    repeats[key] += 1
-    row["key"] = repeated_key(key, repeats[key] + 1)
-    keys.add(row["key"])
+    while row["key"] in before or not keys.add(row["key"]):
+        repeats[key] += 1
+        row["key"] = repeated_key(key, repeats[key] + 1)
     return None
+
+
+def _stored_keys(job: Job) -> KeyList:
+    """Reads the keys of the samples that a finished split has; none where it is a first build."""
+    keys = KeyList()
+    manifest = load_manifest(job.settings.out) if job.growth else None
+    for shard in manifest.select(job.settings.split) if manifest else ():
+        url = job.url(shard.index_url)
+        index = parse_index(
+            memoryview(storage.read_bytes(url)),
+            where=url,
+            num_samples=shard.nsamples,
+            shard_bytes=shard.num_bytes,
+            sha256=shard.index_sha256,
+        )
+        for key in index["key"].tolist():
+            keys.add(key.decode())
+    return keys
 
 
 def _is_link(error: SampleError) -> bool:
     return "url" in error.facts
 
 
-def _check_lost(job: Job, reasons: Counter[str], *, dead_rows: int) -> None:
+def _check_lost(job: Job, reasons: Counter[str], *, dead_rows: int, rows: int) -> None:
     """Refuses a plan that has lost too many rows: to dead links, or for any other failure.
 
     Duplicates, rows without a message and those that the dataset leaves out are no failures.
     """
     settings = job.settings
-    rows = job.dataset.num_rows_read
     meant = {"duplicate", "no_message", *job.dataset.leaves_out}
     lost = Counter({name: n for name, n in reasons.items() if name not in meant})
     failed = sum(lost.values()) - dead_rows
@@ -498,7 +584,7 @@ def _planned_rows(
         return job.blobs.get(result.sha256 or "")
 
     job.dataset.read_url = read_url
-    for i in range(len(job.dataset)):
+    for i in job.examples:
         numbers = job.dataset.row_numbers(i)
         origin = _origin(job, numbers)
         try:
@@ -798,15 +884,24 @@ def _first_keys(rows: _Rows) -> dict[str, str]:
     return found
 
 
-def image_urls(job: Job, report: Reporter) -> list[str]:
-    """Lists the URLs of images and videos of the dataset, duplicates included."""
-    report.stage("rows", len(job.dataset))
+def image_urls(job: Job, report: Reporter, marks: RowMarks | None = None) -> list[str]:
+    """Lists the URLs of images and videos of the examples to build, duplicates included.
+
+    Args:
+      job: The job.
+      report: Gets the progress.
+      marks: Gets those of the examples.
+    """
+    report.stage("rows", len(job.examples))
     urls: list[str] = []
-    for i in range(len(job.dataset)):
+    for i in job.examples:
+        example = None
         with suppress(SampleError):  # the plan reads the row again and counts the error
             example = job.dataset[i]
             media = [*example_images(example), *example_videos(example)]
             urls += [each for each in media if isinstance(each, str)]
+        if marks is not None:
+            marks.add(example)
         report.step("")
     return urls
 

@@ -34,6 +34,10 @@ from shardspec.keyed import hash_text
 Compare = Literal["time", "content", "none"]
 """How files are compared with their stamps: by size and time, by content, or not at all."""
 
+RowFiles = Literal["same", "more", "any"]
+"""What is asked of the files that rows are read from, where rows may have been appended: to be the
+same ones, to be among those of now, or nothing, as their rows are compared."""
+
 MAX_NAMED = 3
 """Changed files that are named; of the others the number."""
 
@@ -183,7 +187,9 @@ def content_sha256(path: Path) -> str:
         return ""
 
 
-def compare_files(url: str, row_files: Iterable[Path | str], *, how: Compare) -> Compared | None:
+def compare_files(
+    url: str, row_files: Iterable[Path | str], *, how: Compare, rows: RowFiles = "same"
+) -> Compared | None:
     """Compares the files of a job with the stamps of its plan.
 
     Args:
@@ -191,6 +197,7 @@ def compare_files(url: str, row_files: Iterable[Path | str], *, how: Compare) ->
       row_files: Files that rows would be read from now, and URLs of objects.
       how: "content" still goes by size and time where a stamp has no hash, and by the version of an
         object.
+      rows: What is asked of the files that rows are read from.
 
     Returns:
       None where nothing was compared: there are no stamps, or `how` is "none".
@@ -216,6 +223,8 @@ def compare_files(url: str, row_files: Iterable[Path | str], *, how: Compare) ->
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         for batch in _bounded_map(pool, found, batches):
             for stamp, why in batch:
+                if stamp.holds_rows and rows == "any":
+                    continue
                 num_files += 1
                 if stamp.holds_rows:
                     if stamp.path not in left:
@@ -225,12 +234,25 @@ def compare_files(url: str, row_files: Iterable[Path | str], *, how: Compare) ->
                     num_changed += 1
                     if len(changed) < MAX_NAMED:
                         changed[stamp.path] = why
-    for path in sorted(left):
+    for path in sorted(left) if rows == "same" else ():
         num_changed += 1
         if len(changed) < MAX_NAMED:
             changed[path] = "is new"
     by = "content" if how == "content" else "size and time"
     return Compared(num_files=num_files, num_changed=num_changed, changed=changed, how=f"by {by}")
+
+
+def named_stamps(url: str) -> Iterator[Stamp]:
+    """Reads the stamps of the files that rows name; of rows' own files there are none.
+
+    Raises:
+      StorageError: `plan_files`, the stamps are damaged.
+    """
+    try:
+        payload = storage.read_bytes(url)
+    except FileNotFoundError:
+        return
+    yield from (stamp for stamp in _stamps(payload, where=url) if not stamp.holds_rows)
 
 
 def _stamps(payload: bytes, *, where: str) -> Iterator[Stamp]:

@@ -171,7 +171,10 @@ def _job_status(out: str, split: str, record: Mapping[str, Any]) -> JobStatus:
     dataset = str(identity.get("dataset", record.get("dataset", "")))
     num_shards = plan.get("num_shards")
     num_shards = num_shards if isinstance(num_shards, int) else None
-    done = _finished_shards(out, dataset, split, num_shards)
+    generation = plan.get("generation", 0)
+    done = _finished_shards(
+        out, dataset, split, num_shards, generation if isinstance(generation, int) else 0
+    )
     title = f"{dataset}, split {split}"
     if "parts" not in record or record.get("split") != split:
         life = Watch().look(storage.join(out, LEASE_NAME))[0] if record else "absent"
@@ -210,7 +213,9 @@ def _single(
     )
 
 
-def _finished_shards(out: str, dataset: str, split: str, num_shards: int | None) -> set[int]:
+def _finished_shards(
+    out: str, dataset: str, split: str, num_shards: int | None, generation: int
+) -> set[int]:
     """Lists the shards with a receipt."""
     if num_shards is None:
         return set()
@@ -218,7 +223,8 @@ def _finished_shards(out: str, dataset: str, split: str, num_shards: int | None)
     return {
         shard
         for shard in range(num_shards)
-        if shard_name(dataset, split, shard, num_shards=num_shards) + ".json" in names
+        if shard_name(dataset, split, shard, num_shards=num_shards, generation=generation) + ".json"
+        in names
     }
 
 
