@@ -3,8 +3,10 @@
 import contextlib
 from unittest import mock
 
+from preprocess.job import lease
 from preprocess.job.engines import local
 from preprocess.job.engines.local import Deferred, TaskDone, TaskProgress
+from shardspec import storage
 
 
 class Quiet:
@@ -44,3 +46,44 @@ def jobs():
     """Runs the tasks of jobs in this process until the block ends."""
     with mock.patch.object(local, "run", run):
         yield
+
+
+class _Killed(BaseException):
+    pass
+
+
+class Processes:
+    """Makes calls in this process look like processes that are killed, one after the other.
+
+    A killed one does nothing more: each further change to storage fails too, so that its leases
+    stay as they were; the next process sees that their holder has another start.
+    """
+
+    def __init__(self, patch):
+        self.number, self.calls, self.at = 0, 0, None
+        real = lease._this_process
+        patch.setattr(lease, "_this_process", lambda: {**real(), "born": f"{self.number}"})
+        patch.setattr(lease, "_born", lambda pid: f"{self.number}")
+        for name in ("publish_bytes", "publish_file", "compare_and_swap", "delete"):
+            patch.setattr(storage, name, self._counted(getattr(storage, name)))
+        patch.setattr(storage, "delete_objects", self._counted(storage.delete_objects))
+
+    def _counted(self, function):
+        def call(*args, **more):
+            self.calls += 1
+            if self.at is not None and self.calls >= self.at:
+                raise _Killed
+            return function(*args, **more)
+
+        return call
+
+    def run(self, work, chosen, *, at=None):
+        """Runs a job; tells how many changes it made, or None where it was killed."""
+        self.number, self.calls, self.at = self.number + 1, 0, at
+        try:
+            work(chosen)
+        except _Killed:
+            return None
+        finally:
+            self.at = None
+        return self.calls

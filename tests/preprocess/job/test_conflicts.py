@@ -197,6 +197,7 @@ NOT_IN_IT = {
     "BREAKER_WINDOW",
     "CACHE",
     "COMPARE",
+    "NEW_ROWS",
     "CONCURRENCY",
     "CONNECT_TIMEOUT",
     "ENGINE",

@@ -27,7 +27,7 @@ from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ShardsError, StorageError
-from tests.inline import Quiet
+from tests.inline import Processes, Quiet
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -213,66 +213,25 @@ def test_the_verb_commit_completes_what_nobody_has_committed(tmp_path, undisturb
     assert commit_job(settings(tmp_path), Quiet()).fresh is False
 
 
-class _Killed(BaseException):
-    pass
-
-
-class _Processes:
-    """Makes calls in this process look like processes that are killed, one after the other.
-
-    A killed one does nothing more: each further change to storage fails too, so that its leases
-    stay as they were; the next process sees that their holder has another start.
-    """
-
-    def __init__(self, patch):
-        self.number, self.calls, self.at = 0, 0, None
-        real = lease._this_process
-        patch.setattr(lease, "_this_process", lambda: {**real(), "born": f"{self.number}"})
-        patch.setattr(lease, "_born", lambda pid: f"{self.number}")
-        for name in ("publish_bytes", "publish_file", "compare_and_swap", "delete"):
-            patch.setattr(storage, name, self.counted(getattr(storage, name)))
-        patch.setattr(storage, "delete_objects", self.counted(storage.delete_objects))
-
-    def counted(self, function):
-        def call(*args, **more):
-            self.calls += 1
-            if self.at is not None and self.calls >= self.at:
-                raise _Killed
-            return function(*args, **more)
-
-        return call
-
-    def run(self, chosen, *, at=None):
-        """Runs a part; tells how many changes it made, or None where it was killed."""
-        self.number, self.calls, self.at = self.number + 1, 0, at
-        try:
-            run(chosen)
-        except _Killed:
-            return None
-        finally:
-            self.at = None
-        return self.calls
-
-
 @pytest.mark.parametrize(("first", "step"), [(1, 9), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_parts_killed_at_any_change_of_storage_end_in_the_same_bytes(
     tmp_path, undisturbed, monkeypatch, first, step
 ):
     """Of the part that plans (0/2), and of the one that commits (1/2)."""
     monkeypatch.setattr(lease, "BEAT_S", 60.0)  # only the changes of the work itself are counted
-    processes = _Processes(monkeypatch)
+    processes = Processes(monkeypatch)
     killed = 0
     for part, before in (("0/2", ()), ("1/2", ("0/2",))):
         at = first
         while True:
             out = str(tmp_path / f"{part[0]}-{at}")
             for other in before:
-                processes.run(settings(tmp_path, other, out=out))
-            if processes.run(settings(tmp_path, part, out=out), at=at) is not None:
+                processes.run(run, settings(tmp_path, other, out=out))
+            if processes.run(run, settings(tmp_path, part, out=out), at=at) is not None:
                 break
             killed += 1
             for other in ("1/2", "0/2"):
-                processes.run(settings(tmp_path, other, out=out))
+                processes.run(run, settings(tmp_path, other, out=out))
             payload = storage.read_bytes(f"{out}/manifest.json")
             assert hashlib.sha256(payload).hexdigest() == undisturbed
             left = {name.split("/")[0] for name in names(out)}
