@@ -46,7 +46,7 @@ import traceback
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -225,6 +225,7 @@ class DatasetBase(Dataset):
         """Rows looked at on opening: those of the examples, and all that are counted here."""
         self.rows_not_taken: Counter[str] = Counter()
         """Rows that are of no example and no failure either: "other_split", "beyond_limit"."""
+        self._held_out = array("q")
         self._numbers, self._borders = self._select(limit)
         if not len(self._numbers):
             raise SourceError(
@@ -486,10 +487,12 @@ class DatasetBase(Dataset):
             self.num_rows_read = num_rows
             return np.arange(num_rows), np.arange(num_rows + 1)
         found, marks = array("q"), array("Q")
-        for number, mark in self._marks():
+        for number, mark, named in self._marks():
             side = "validation" if mark / 2**64 < self.validation_share else "train"
             if divided and side != self.split:
                 self.rows_not_taken["other_split"] += 1
+                if named and side == "validation":
+                    self._held_out.append(number)
             elif not self.grouped and len(found) == limit:
                 self.num_rows_read -= 1  # looked at, but not used
                 break
@@ -509,20 +512,40 @@ class DatasetBase(Dataset):
         self.rows_not_taken["beyond_limit"] = len(numbers) - int(borders[-1])
         return numbers[order[: borders[-1]]], borders
 
-    def _marks(self) -> Iterator[tuple[int, int]]:
-        """Reads the rows in order and hashes what each is about; counts those that cannot be."""
+    def held_out(self) -> Iterator[dict[str, Any]]:
+        """Makes the examples that a hash has put into "validation", for a job that builds "train".
+
+        Of those that were looked at on opening, the ones with a picture whose content another name
+        may have too: what is embedded in rows is named by its content.
+        """
+        for number in self._held_out:
+            with suppress(SampleError):
+                with self.naming_row(number):
+                    example = self._example(self.rows[number])
+                yield example
+
+    def _marks(self) -> Iterator[tuple[int, int, bool]]:
+        """Reads the rows in order; counts those that cannot be read.
+
+        Yields:
+          Number, hash of what the row is about, and whether that has a name that is not its content
+          alone: a URL, a path, or several pictures.
+        """
         for number, row in enumerate(self.rows.attempts()):
             self.num_rows_read += 1
             try:
                 with self.naming_row(number):
                     if isinstance(row, Exception):
                         raise row
-                    mark = self._mark(self._example(row))
+                    example = self._example(row)
+                    mark = self._mark(example)
             except SampleError as error:
                 self.left_out[error.reason] += 1
                 self._left_out_numbers.append(number)
                 continue
-            yield number, mark
+            media = [*example_images(example), *example_videos(example)]
+            named = len(media) > 1 or any(not isinstance(each, bytes) for each in media)
+            yield number, mark, named
 
     def _mark(self, example: Mapping[str, Any]) -> int:
         """Hashes what the example is about: its images, or its text; 64 bits."""

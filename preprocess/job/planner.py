@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,8 +223,12 @@ def make_plan(
         urls = image_urls(job, report, marks := job.row_marks())
         if results is None:
             results = fetch_images(job, urls, report, again=promised is None)
-    results = _without_placeholders(job, results, report)
-    _check_links(job, results)
+    held = _held_out_urls(job)
+    own = {url: result for url, result in results.items() if url not in held}
+    marked = _without_placeholders(job, own, report)
+    _check_links(job, marked)
+    results = {**results, **marked}
+    _note_shared(marked, report)
     with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
         with StampWriter(folder / "files") as stamps, _LostRows(folder / "lost.jsonl") as lost:
@@ -427,6 +432,7 @@ def _spool_rows(
     reasons = Counter(job.dataset.left_out)
     reasons.subtract(stored.left_out if stored else {})
     old_groups = job.growth.marks.groups if job.growth else set()
+    held_out = _held_out_contents(job, results)
     dead_rows = 0  # for their links, which have a budget of their own
     num_rows = 0
     has_blobs = False
@@ -438,6 +444,8 @@ def _spool_rows(
     def good_rows() -> Iterator[bytes]:
         nonlocal dead_rows, num_rows, has_blobs, first, warned
         for row, error in _planned_rows(job, results, stamps):
+            if error is None and held_out and not held_out.isdisjoint(_contents(row)):
+                error = SampleError("held_out")
             if error is None:
                 error = _repeated(job, row, keys, repeats, before)
             count = row.get("rows", 1)
@@ -488,11 +496,55 @@ def _spool_rows(
 
 
 def _has_blobs(row: Mapping[str, Any]) -> bool:
+    return any(place["kind"] == "blob" for place in _places(row))
+
+
+def _places(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Lists where the files of a row are; a page is where its document is."""
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
     found = [*images, *row.get("video", ())]
-    # A page is where its document is.
-    places = [each.get("document", each) for each in found if each is not None]
-    return any(place["kind"] == "blob" for place in places)
+    return [each.get("document", each) for each in found if each is not None]
+
+
+def _contents(row: Mapping[str, Any]) -> set[str]:
+    """Gives the hashes of the files of a row, as far as they are known."""
+    return {str(place["sha256"]) for place in _places(row) if place.get("sha256")}
+
+
+def _held_out_contents(job: Job, results: Mapping[str, FetchResult]) -> set[str]:
+    """Gives the hashes of the pictures of "validation", for a job that builds "train".
+
+    The split goes by the name of a picture, since its content is known after FETCH only. Under two
+    names a picture would be in both: "validation" keeps it.
+    """
+    contents: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder, StampWriter(Path(folder) / "none") as stamps:
+        for example in job.dataset.held_out():
+            with suppress(SampleError):
+                row, _ = _planned_row(job, example, results, stamps)
+                contents |= _contents(row)
+    return contents
+
+
+def _held_out_urls(job: Job) -> set[str]:
+    """Lists the URLs of "validation" that a job that builds "train" downloads too."""
+    return {url for example in job.dataset.held_out() for url in _urls(example)}
+
+
+def _urls(example: Mapping[str, Any]) -> list[str]:
+    media = [*example_images(example), *example_videos(example)]
+    return [each for each in media if isinstance(each, str)]
+
+
+def _note_shared(results: Mapping[str, FetchResult], report: Reporter) -> None:
+    """Tells of pictures that several URLs give."""
+    urls = Counter(result.sha256 for result in results.values() if result.status == "ok")
+    shared = [number for number in urls.values() if number > 1]
+    if shared:
+        report.note(
+            f"{len(shared):,} pictures are under several URLs ({sum(shared):,}): kept, since rows "
+            "with other texts are other samples"
+        )
 
 
 def _repeated(
@@ -546,7 +598,7 @@ def _check_lost(job: Job, reasons: Counter[str], *, dead_rows: int, rows: int) -
     Duplicates, rows without a message and those that the dataset leaves out are no failures.
     """
     settings = job.settings
-    meant = {"duplicate", "no_message", *job.dataset.leaves_out}
+    meant = {"duplicate", "held_out", "no_message", *job.dataset.leaves_out}
     lost = Counter({name: n for name, n in reasons.items() if name not in meant})
     failed = sum(lost.values()) - dead_rows
     for number, share, default, setting in (
@@ -898,12 +950,11 @@ def image_urls(job: Job, report: Reporter, marks: RowMarks | None = None) -> lis
         example = None
         with suppress(SampleError):  # the plan reads the row again and counts the error
             example = job.dataset[i]
-            media = [*example_images(example), *example_videos(example)]
-            urls += [each for each in media if isinstance(each, str)]
+            urls += _urls(example)
         if marks is not None:
             marks.add(example)
         report.step("")
-    return urls
+    return [*urls, *(url for example in job.dataset.held_out() for url in _urls(example))]
 
 
 def fetch_images(
