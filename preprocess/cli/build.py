@@ -13,6 +13,7 @@ from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb, default_output
 from preprocess.datasets import dataset_class, dataset_names
 from preprocess.job import (
+    Downloads,
     DryRun,
     JobSettings,
     Outcome,
@@ -26,7 +27,7 @@ from preprocess.job import (
 )
 from preprocess.media import ImagePolicy
 from preprocess.settings import Setting
-from preprocess.sizes import size_text
+from preprocess.sizes import age_text, size_text
 from shardspec.errors import ConfigError, redacted
 from shardspec.tiling import Fit, ImageView, SmallSides
 
@@ -262,20 +263,42 @@ def _dry_run_text(settings: JobSettings, found: DryRun) -> str:
     ]
     rows += [("source", note) for note in found.notes]
     rows += [(f"  {state}", f"{n:,}") for state, n in found.urls_known.items()]
+    if found.downloads is not None:
+        rows += _download_lines(settings, found.downloads)
     if found.mean_sample_bytes is None or found.shards is None:
         rows.append(("estimate", "none: no image is available before FETCH has run"))
     else:
-        total = found.mean_sample_bytes * found.num_rows
+        total, core_s = found.mean_sample_bytes * found.num_alive, found.build_core_s or 0.0
+        workers = settings.num_workers
         rows += [
             ("bytes per sample", size_text(found.mean_sample_bytes)),
             ("  of them variants", size_text(found.mean_variant_bytes or 0)),
             ("tokens per sample", f"{found.mean_tokens:.0f}"),
             ("shards", f"{found.shards.num_shards} ({found.shards.rule})"),
             ("total", size_text(total)),
+            ("build", f"{age_text(core_s)} of one core, {age_text(core_s / workers)} of {workers}"),
+            ("objects written", f"{_OBJECTS * found.shards.num_shards:,}, a quarter for a while"),
         ]
     if found.free_bytes is not None:
         rows.append(("free at the output", size_text(found.free_bytes)))
     return "\n".join(f"{name:<20} {value}" for name, value in rows)
+
+
+_OBJECTS = 4
+"""For each shard: its tar, its index, its receipt, and until the commit its planned rows."""
+
+
+def _download_lines(settings: JobSettings, found: Downloads) -> list[tuple[str, object]]:
+    rate = settings.fetch.host_rate
+    size = "unknown, as none is there" if found.num_bytes is None else size_text(found.num_bytes)
+    return [
+        ("downloads", f"{found.num_urls:,} of {found.num_hosts:,} hosts; bytes: {size}"),
+        (
+            "  at least",
+            f"{age_text(found.least_s)}: {found.busiest_urls:,} of {found.busiest_host}"
+            + (f", {rate:g} in a second" if rate else ""),
+        ),
+    ]
 
 
 VERBS = (

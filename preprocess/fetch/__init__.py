@@ -14,7 +14,7 @@ from preprocess.fetch.blobs import (
     redact,
 )
 from preprocess.fetch.download import fetch_all
-from preprocess.fetch.hosts import host_key
+from preprocess.fetch.hosts import host_key, host_of
 from preprocess.fetch.placeholders import mark_placeholders
 from preprocess.fetch.policy import FetchPolicy
 
@@ -27,6 +27,7 @@ __all__ = [
     "encode_results",
     "fetch_all",
     "host_key",
+    "host_of",
     "mark_placeholders",
     "read_ledger",
     "redact",

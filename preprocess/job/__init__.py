@@ -13,7 +13,7 @@ from preprocess.job.build import (
 )
 from preprocess.job.columns import publish_columns, read_columns
 from preprocess.job.conflicts import Difference, find_differences, table
-from preprocess.job.dry_run import DryRun, dry_run
+from preprocess.job.dry_run import Downloads, DryRun, dry_run
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.job import JobSettings, Reporter
 from preprocess.job.lease import output_lock
@@ -47,6 +47,7 @@ __all__ = [
     "ShardCount",
     "State",
     "Difference",
+    "Downloads",
     "DryRun",
     "commit_job",
     "count_rows",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,9 +11,11 @@ from itertools import islice
 from typing import Any
 
 from preprocess.datasets import ImageSource, VideoSource, example_images, example_videos
-from preprocess.fetch import FetchResult, read_ledger
+from preprocess.fetch import FetchResult, host_of, read_ledger
 from preprocess.job.build import SampleSize, sample_size
+from preprocess.job.commit import committed
 from preprocess.job.job import Job, JobSettings, Reporter
+from preprocess.job.pipeline import check_conflict, check_sources
 from preprocess.job.plan import ShardCount, count_shards
 from preprocess.job.planner import PROBE_ROWS, image_urls
 from shardspec import storage
@@ -23,11 +27,18 @@ class DryRun:
     """What a job would do, as `make plan` prints it."""
 
     num_rows: int
+    """Those that are to be built: where new rows are appended, these alone."""
+    num_alive: int
+    """Rows without those whose URLs have failed before."""
     notes: tuple[str, ...]
     """Which files make which split, and what a hash divides."""
     num_urls: int
     urls_known: Mapping[str, int]
     """URLs by what the ledger says of them: ok, a reason of failure, or "unknown"."""
+    downloads: Downloads | None
+    """What is left to be downloaded; None where nothing is."""
+    build_core_s: float | None
+    """Seconds of one core that all samples take."""
     mean_sample_bytes: float | None
     """From really built samples; None where no image is available yet."""
     mean_tokens: float | None
@@ -37,23 +48,50 @@ class DryRun:
     free_bytes: int | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Downloads:
+    """What a job has to request."""
+
+    num_urls: int
+    num_hosts: int
+    busiest_host: str
+    busiest_urls: int
+    """URLs of that host."""
+    least_s: float
+    """Seconds that they take at the rate that a host is asked at."""
+    num_bytes: float | None
+    """Estimate by the files that are there; None where none is."""
+
+
 def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
-    """Finds out what a job would do; writes and downloads nothing."""
+    """Finds out what a job would do; writes and downloads nothing.
+
+    Raises:
+      ConflictError: New rows would be appended, and the output or the source do not allow it.
+    """
     job = Job(settings)
+    if settings.new_rows == "append":
+        check_conflict(job)
+        result = committed(job)
+        if result is not None:
+            check_sources(job, result, report)
     known = read_ledger(job.ledger_path()) if job.ledger_path().exists() else {}
     urls = set(image_urls(job, report))
     states = Counter(_url_state(known.get(url)) for url in urls)
     samples: list[SampleSize] = []
-    report.stage("probe", min(PROBE_ROWS, len(job.dataset)))
+    seconds: list[float] = []
+    report.stage("probe", min(PROBE_ROWS, len(job.examples)))
     for row in islice(_survey_rows(job, known), PROBE_ROWS):
+        began_s = time.perf_counter()
         try:
             samples.append(sample_size(job.preparer, row, cache=job.blobs))
+            seconds.append(time.perf_counter() - began_s)
         except SampleError as error:
             report.note(f"a sample cannot be built: {error.what}")
         report.step("")
     mean = _mean([sample.num_bytes for sample in samples])
     count = None
-    alive = len(job.dataset) - sum(n for s, n in states.items() if s not in ("ok", "unknown"))
+    alive = len(job.examples) - sum(n for s, n in states.items() if s not in ("ok", "unknown"))
     if mean is not None and alive > 0:
         count = count_shards(
             round(mean * alive),
@@ -62,10 +100,14 @@ def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
             num_shards=settings.num_shards,
         )
     return DryRun(
-        num_rows=len(job.dataset),
+        num_rows=len(job.examples),
+        num_alive=max(0, alive),
         notes=tuple(job.dataset.notes()),
         num_urls=len(urls),
         urls_known=dict(sorted(states.items())),
+        downloads=_downloads(settings, [url for url in urls if url not in known], known),
+        # The first sample pays for what is loaded once.
+        build_core_s=statistics.median(seconds) * max(0, alive) if seconds else None,
         mean_sample_bytes=mean,
         mean_tokens=_mean([sample.num_tokens for sample in samples]),
         mean_variant_bytes=_mean([sample.variant_bytes for sample in samples]),
@@ -74,9 +116,28 @@ def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
     )
 
 
+def _downloads(
+    settings: JobSettings, urls: list[str], known: Mapping[str, FetchResult]
+) -> Downloads | None:
+    if not urls:
+        return None
+    hosts = Counter(map(host_of, urls))
+    host, most = min(hosts.items(), key=lambda each: (-each[1], each[0]))
+    rate = settings.fetch.host_rate
+    mean = _mean([each.num_bytes for each in known.values() if each.num_bytes])
+    return Downloads(
+        num_urls=len(urls),
+        num_hosts=len(hosts),
+        busiest_host=host,
+        busiest_urls=most,
+        least_s=most / rate if rate else 0.0,
+        num_bytes=None if mean is None else mean * len(urls),
+    )
+
+
 def _survey_rows(job: Job, known: Mapping[str, FetchResult]) -> Iterator[dict[str, Any]]:
     """Gives rows whose image is available without the network."""
-    for i in range(len(job.dataset)):
+    for i in job.examples:
         try:
             example = job.dataset[i]
         except SampleError:

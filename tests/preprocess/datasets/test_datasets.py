@@ -137,6 +137,17 @@ def test_train_and_validation_share_no_row_and_together_are_all(folder):
     assert sorted(urls(train) + urls(validation)) == sorted(row["image_url"] for row in rows(400))
 
 
+def test_the_split_of_a_row_depends_on_no_other_row(tmp_path, write_parquet):
+    """It is chosen before any row is left out, for whatever reason."""
+    whole = write_parquet(tmp_path / "whole", rows(60))
+    fewer = [{**row, "image_url": None} if i % 3 else row for i, row in enumerate(rows(60))]
+    left = write_parquet(tmp_path / "fewer", fewer)
+    kept = {row["image_url"] for row in fewer}
+    for split in ("train", "validation"):
+        want = [url for url in urls(QuarterOut(split, source=str(whole))) if url in kept]
+        assert urls(QuarterOut(split, source=str(left))) == want
+
+
 def test_share_of_the_validation_split_is_about_right():
     count = 100_000
 

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from preprocess.job import generation, lease, part_run, read_status, remove_strays, verify
+from preprocess.job import (
+    dry_run,
+    generation,
+    lease,
+    part_run,
+    read_status,
+    remove_strays,
+    verify,
+)
 from preprocess.job.gc import find_strays
 from preprocess.job.generation import RowMarks
 from preprocess.job.job import JobSettings
@@ -109,6 +117,8 @@ def test_new_rows_get_shards_of_their_own_and_the_old_stay(source, out):
     with pytest.raises(ConflictError) as caught:
         run(settings(source, out, new_rows="refuse"))
     assert (caught.value.reason, "NEW_ROWS=append" in str(caught.value)) == ("source_changed", True)
+    planned = [dry_run(settings(source, out, new_rows=n), Quiet()) for n in ("append", "refuse")]
+    assert [each.num_rows for each in planned] == [3, 9]
     outcome = run(settings(source, out))
     assert (outcome.fresh, outcome.built_shards, outcome.result.split.num_samples) == (True, 2, 9)
     assert {name: stored(out)[name] for name in before} == before
@@ -141,8 +151,6 @@ def test_a_first_build_does_not_depend_on_the_setting(source, out, tmp_path):
 
 CHANGES = {
     "changed": (texts(0, 1, 77, 3, 4, 5, 6), "rows"),
-    "in front": (texts(6, *range(6)), "rows"),
-    "in the middle": (texts(0, 1, 2, 6, 3, 4, 5), "rows"),
     "removed, others appended": (texts(1, 2, 3, 4, 5, 6, 7), "rows"),
     "last removed": (texts(*range(5)), "removed"),
 }
@@ -264,7 +272,7 @@ def after_kill(chosen, before, want):
     return sha256 == before
 
 
-@pytest.mark.parametrize(("first", "step"), [(9, 11), pytest.param(1, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "step"), [(17, 90), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_a_job_killed_at_any_change_of_storage_ends_in_the_same_bytes(
     grown, monkeypatch, first, step
 ):
@@ -363,6 +371,7 @@ def test_two_jobs_cannot_append_the_same_generation(grown, monkeypatch):
     assert storage_sha256(chosen) == want
 
 
+@pytest.mark.slow
 def test_a_damaged_generation_is_refused_by_name(grown, tmp_path):
     make, _ = grown
     chosen = make("damaged")
