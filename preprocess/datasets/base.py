@@ -48,6 +48,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -512,17 +513,25 @@ class DatasetBase(Dataset):
         self.rows_not_taken["beyond_limit"] = len(numbers) - int(borders[-1])
         return numbers[order[: borders[-1]]], borders
 
-    def held_out(self) -> Iterator[dict[str, Any]]:
-        """Makes the examples that a hash has put into "validation", for a job that builds "train".
+    @cached_property
+    def held_out(self) -> tuple[list[ImageSource | VideoSource], set[str]]:
+        """The pictures and videos that a hash has put into "validation", where "train" is opened.
 
-        Of those that were looked at on opening, the ones with a picture whose content another name
-        may have too: what is embedded in rows is named by its content.
+        Of the rows that were looked at on opening: those named by a URL or path, each once, and the
+        sha256 of those that a row embeds beside others. A single embedded one is named by its
+        content, which is in one split anyway.
         """
+        named: dict[Any, ImageSource | VideoSource] = {}
+        contents: set[str] = set()
         for number in self._held_out:
-            with suppress(SampleError):
-                with self.naming_row(number):
-                    example = self._example(self.rows[number])
-                yield example
+            with suppress(SampleError), self.naming_row(number):
+                example = self._example(self.rows[number])
+                for each in [*example_images(example), *example_videos(example)]:
+                    if isinstance(each, bytes):
+                        contents.add(hashlib.sha256(each).hexdigest())
+                    else:
+                        named.setdefault(self._image_name(each), each)
+        return [*named.values()], contents
 
     def _marks(self) -> Iterator[tuple[int, int, bool]]:
         """Reads the rows in order; counts those that cannot be read.

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -432,7 +431,7 @@ def _spool_rows(
     reasons = Counter(job.dataset.left_out)
     reasons.subtract(stored.left_out if stored else {})
     old_groups = job.growth.marks.groups if job.growth else set()
-    held_out = _held_out_contents(job, results)
+    held_out = _held_out_contents(job, results, stamps)
     dead_rows = 0  # for their links, which have a budget of their own
     num_rows = 0
     has_blobs = False
@@ -511,29 +510,26 @@ def _contents(row: Mapping[str, Any]) -> set[str]:
     return {str(place["sha256"]) for place in _places(row) if place.get("sha256")}
 
 
-def _held_out_contents(job: Job, results: Mapping[str, FetchResult]) -> set[str]:
+def _held_out_contents(
+    job: Job, results: Mapping[str, FetchResult], stamps: StampWriter
+) -> set[str]:
     """Gives the hashes of the pictures of "validation", for a job that builds "train".
 
     The split goes by the name of a picture, since its content is known after FETCH only. Under two
     names a picture would be in both: "validation" keeps it.
     """
-    contents: set[str] = set()
-    with tempfile.TemporaryDirectory() as folder, StampWriter(Path(folder) / "none") as stamps:
-        for example in job.dataset.held_out():
-            with suppress(SampleError):
-                row, _ = _planned_row(job, example, results, stamps)
-                contents |= _contents(row)
-    return contents
+    named, contents = job.dataset.held_out
+    places = [
+        _plan_image(job, each, results, stamps).location
+        for each in named
+        if not isinstance(each, SceneVideo)  # no hash divides generated rows
+    ]
+    return contents | _contents({"image": places})
 
 
 def _held_out_urls(job: Job) -> set[str]:
     """Lists the URLs of "validation" that a job that builds "train" downloads too."""
-    return {url for example in job.dataset.held_out() for url in _urls(example)}
-
-
-def _urls(example: Mapping[str, Any]) -> list[str]:
-    media = [*example_images(example), *example_videos(example)]
-    return [each for each in media if isinstance(each, str)]
+    return {each for each in job.dataset.held_out[0] if isinstance(each, str)}
 
 
 def _note_shared(results: Mapping[str, FetchResult], report: Reporter) -> None:
@@ -950,11 +946,12 @@ def image_urls(job: Job, report: Reporter, marks: RowMarks | None = None) -> lis
         example = None
         with suppress(SampleError):  # the plan reads the row again and counts the error
             example = job.dataset[i]
-            urls += _urls(example)
+            media = [*example_images(example), *example_videos(example)]
+            urls += [each for each in media if isinstance(each, str)]
         if marks is not None:
             marks.add(example)
         report.step("")
-    return [*urls, *(url for example in job.dataset.held_out() for url in _urls(example))]
+    return [*urls, *sorted(_held_out_urls(job))]
 
 
 def fetch_images(
