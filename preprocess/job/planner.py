@@ -430,7 +430,6 @@ def _spool_rows(
     num_read = job.dataset.num_rows_read - (stored.num_rows_read if stored else 0)
     reasons = Counter(job.dataset.left_out)
     reasons.subtract(stored.left_out if stored else {})
-    old_groups = job.growth.marks.groups if job.growth else set()
     held_out = _held_out_contents(job, results, stamps)
     dead_rows = 0  # for their links, which have a budget of their own
     num_rows = 0
@@ -457,10 +456,8 @@ def _spool_rows(
                 dead_rows += count if _is_link(error) else 0
                 continue
             groups.append(row.get("group", ""))
-            if groups[-1] and hash_text(groups[-1]) in old_groups:
-                raise ConflictError(
-                    "source_changed.group", where=job.settings.source, group=groups[-1]
-                )
+            if job.growth is not None:
+                _check_group(job, groups[-1], job.growth.marks.groups)
             num_rows += count
             has_blobs = has_blobs or _has_blobs(row)
             yield canonical_json(row)
@@ -564,6 +561,18 @@ def _repeated(
         repeats[key] += 1
         row["key"] = repeated_key(key, repeats[key] + 1)
     return None
+
+
+def _check_group(job: Job, group: str, old: set[int]) -> None:
+    """Refuses a new row of an old group, and one with a group where the others have none.
+
+    Indexes name the groups of all samples of a split, or of none.
+    """
+    where = job.settings.source
+    if group and hash_text(group) in old:
+        raise ConflictError("source_changed.group", where=where, group=group)
+    if bool(group) != bool(old):
+        raise ConflictError("source_changed.groups", where=where, group=group or "none")
 
 
 def _stored_keys(job: Job) -> KeyList:

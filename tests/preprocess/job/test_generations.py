@@ -199,6 +199,37 @@ def test_a_picture_of_an_old_row_that_has_changed_is_refused(tmp_path, out, smal
     assert str(tmp_path / "4.jpg") in caught.value.facts
 
 
+CODE = """
+import json
+from pathlib import Path
+from preprocess.datasets import DatasetBase
+
+class Groups(DatasetBase):
+    def load(self):
+        return [json.loads(line) for line in Path(self.source).read_text().splitlines()]
+
+    @classmethod
+    def source_files(cls, source, split, *, unmatched):
+        return [Path(source)]
+"""
+
+
+@pytest.mark.slow
+def test_groups_are_in_one_generation(tmp_path, source, out):
+    (tmp_path / "code.py").write_text(CODE)
+    rows = [{**row, "group": f"g{i // 2}"} for i, row in enumerate(texts(*range(10)))]
+    chosen = settings(source, out, dataset=f"{tmp_path}/code.py:Groups")
+    write(source, rows[:5])
+    run(chosen)
+    for more in (rows[:6], [*rows[:5], *texts(6)]):
+        write(source, more)
+        with pytest.raises(ConflictError) as caught:
+            run(chosen)
+        assert (caught.value.reason, "group" in caught.value.what) == ("source_changed", True)
+    write(source, [*rows[:5], *rows[6:]])
+    assert run(chosen).result.split.num_samples == 9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("duplicates", "number"), [("drop", 8), ("keep", 12)])
 def test_rows_that_repeat_old_ones_are_duplicates(source, out, duplicates, number):
