@@ -163,6 +163,7 @@ CLOCKS = {
     "preprocess/fetch/blobs.py",
     "preprocess/fetch/download.py",
     "preprocess/job/board.py",
+    "preprocess/job/dry_run.py",
     "preprocess/job/events.py",
     "preprocess/job/lease.py",
     "preprocess/job/part_run.py",

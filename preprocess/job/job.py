@@ -523,7 +523,7 @@ class Job:
         s = self.settings
         return self.kind.source_files(s.source, s.split, unmatched=s.unmatched)
 
-    def compare_files(self, generation: int, *, rows: RowFiles = "same") -> Compared | None:
+    def compare_files(self, generation: int = 0, *, rows: RowFiles = "same") -> Compared | None:
         """Compares the files of the source with those of the plan that the output keeps.
 
         Args:
