@@ -6,7 +6,7 @@
 
 Both runs see the same batches in the same order and print the same losses: what a step trains on
 depends on the seed and the step, not on the number of processes. With --checkpoint a run that was
-stopped goes on exactly where it was, again with any number of processes.
+stopped or killed continues from its last checkpoint, again with any number of processes.
 
 The steps of `main`: open the shards, build a model that fits them, stream batches into it.
 """
@@ -30,8 +30,6 @@ from loader import StreamingDataset, StreamLoader, make_dataloader
 from shardspec import ShardsError
 
 WARMUP_STEPS = 10
-SAVE_EVERY = 100
-"""Steps between checkpoints; the last step is always saved."""
 
 
 def main() -> None:
@@ -88,7 +86,7 @@ def main() -> None:
                 flush=True,
             )
             last = step + 1 == options.steps
-            if options.checkpoint and (last or (step + 1) % SAVE_EVERY == 0):
+            if options.checkpoint and (last or (step + 1) % options.save_every == 0):
                 save(options.checkpoint, model, optimizer, loader)
     if world_size > 1:
         dist.destroy_process_group()
@@ -107,6 +105,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate after the warm-up")
     parser.add_argument("--seed", type=int, default=0, help="seed of the model and of the order")
     parser.add_argument("--checkpoint", type=Path, help="file to save to, and to resume from")
+    parser.add_argument("--save-every", type=int, default=100, help="steps; the last is saved, too")
     return parser.parse_args()
 
 

@@ -1,8 +1,9 @@
-"""The training example as its reader runs it: alone, under torchrun, stopped and resumed."""
+"""The training example as its reader runs it: alone, under torchrun, killed and resumed."""
 
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,20 @@ import torch
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 STEP = re.compile(r"step +(\d+) +loss (\S+) +\S+ samples/s +data wait +\d+%")
-STEPS = 12
+STEPS, SAVED, KILLED = 12, 6, 8
+
+# Runs a program that kills itself with the first line that begins with this text.
+KILLING = """
+import builtins, os, runpy, signal, sys
+shown, text = print, sys.argv.pop(1)
+def show(*words, **named):
+    shown(*words, **named)
+    if words[0].startswith(text):
+        os.kill(os.getpid(), signal.SIGKILL)
+builtins.print = show
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 # Sums over ranks round otherwise; measured: the four decimals are equal for 1, 2 and 4 processes.
 SUM_ORDER = 3e-4
@@ -28,16 +42,19 @@ def shards(tmp_path_factory, inline_cli):
     return out
 
 
-def run_training(shards, *flags, processes=1):
+def run_training(shards, *flags, processes=1, killed_at=None):
     """Runs the example and returns {step: loss} as it printed them."""
     command = [sys.executable]
+    if killed_at is not None:
+        command += ["-c", KILLING, f"step {killed_at:4d} "]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(EXAMPLES / "train.py"), str(shards), "--batch-size", "4", *map(str, flags)]
     # One thread everywhere, as torchrun sets it: two processes share this machine's two cores.
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join((str(ROOT), str(EXAMPLES)))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (0 if killed_at is None else -signal.SIGKILL), done.stderr
     losses = {int(step): float(loss) for step, loss in STEP.findall(done.stdout)}
     assert len(losses) == done.stdout.count("step "), done.stdout
     return losses
@@ -65,25 +82,29 @@ def test_two_processes_print_the_losses_of_one(shards, losses):
 
 
 @pytest.fixture(scope="module")
-def stopped(shards, tmp_path_factory):
-    """The checkpoint of a run that ended at half the steps, and the losses until there."""
-    checkpoint = tmp_path_factory.mktemp("stopped") / "run.pt"
-    half = run_training(shards, "--steps", STEPS // 2, "--checkpoint", checkpoint)
+def killed(shards, tmp_path_factory):
+    """The checkpoint of a run that was killed two steps after it, and the losses until there."""
+    checkpoint = tmp_path_factory.mktemp("killed") / "run.pt"
+    flags = ("--steps", STEPS, "--checkpoint", checkpoint, "--save-every", SAVED)
+    seen = run_training(shards, *flags, killed_at=KILLED)
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
-    return checkpoint, half
+    return checkpoint, seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "tolerance"), [(1, 0.0), (2, SUM_ORDER)])
-def test_resumed_run_prints_the_losses_of_the_whole_one(
-    processes, tolerance, stopped, shards, losses, tmp_path
+def test_run_resumed_after_sigkill_prints_the_losses_of_the_whole_one(
+    processes, tolerance, killed, shards, losses, tmp_path
 ):
-    checkpoint, half = stopped
-    assert list(half) == list(range(1, STEPS // 2 + 1))
+    checkpoint, seen = killed
+    assert list(seen) == list(range(1, KILLED + 1))
     copy = shutil.copy(checkpoint, tmp_path / "run.pt")
     flags = ("--steps", STEPS, "--checkpoint", copy)
     rest = run_training(shards, *flags, processes=processes)
-    assert half | rest == pytest.approx(losses, abs=tolerance)
+    assert list(rest) == list(range(SAVED + 1, STEPS + 1))
+    assert {step: losses[step] for step in seen} == seen
+    assert seen | rest == pytest.approx(losses, abs=tolerance)
+    assert torch.load(copy, weights_only=True)["loader"]["step"] == STEPS
 
 
 @pytest.fixture
