@@ -11,23 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.killed import KILLING
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 STEP = re.compile(r"step +(\d+) +loss (\S+) +\S+ samples/s +data wait +\d+%")
 STEPS, SAVED, KILLED = 12, 6, 8
-
-# Runs a program that kills itself with the first line that begins with this text.
-KILLING = """
-import builtins, os, runpy, signal, sys
-shown, text = print, sys.argv.pop(1)
-def show(*words, **named):
-    shown(*words, **named)
-    if words[0].startswith(text):
-        os.kill(os.getpid(), signal.SIGKILL)
-builtins.print = show
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 # Sums over ranks round otherwise; measured: the four decimals are equal for 1, 2 and 4 processes.
 SUM_ORDER = 3e-4
