@@ -168,7 +168,8 @@ def _plan(out: str, split: str) -> dict[str, Any] | None:
 def _job_status(out: str, split: str, record: Mapping[str, Any]) -> JobStatus:
     identity = read_json(storage.join(out, "plan", f"{split}.json")) or {}
     plan = _plan(out, split) or {}
-    dataset = str(identity.get("dataset", record.get("dataset", "")))
+    # The name of the result, which shards and receipts have.
+    dataset = str(identity.get("name") or identity.get("dataset", record.get("dataset", "")))
     num_shards = plan.get("num_shards")
     num_shards = num_shards if isinstance(num_shards, int) else None
     generation = plan.get("generation", 0)

@@ -668,7 +668,8 @@ def test_status_shows_what_a_living_part_does(tmp_path):
     assert found.jobs[0].num_shards == 5
 
 
-def test_status_of_a_job_without_parts(tmp_path):
+@pytest.mark.parametrize("name", [None, "renamed"])
+def test_status_of_a_job_without_parts(name, tmp_path):
     out = str(tmp_path / "out")
     with output_lock(out):
         found = read_status(out)
@@ -676,9 +677,10 @@ def test_status_of_a_job_without_parts(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("preprocess.job.pipeline.commit", _killed)
         with pytest.raises(KeyboardInterrupt):
-            run_job(settings(tmp_path), Quiet())
+            run_job(replace(settings(tmp_path), name=name), Quiet())
     found = read_status(out)
     assert (found.state, found.jobs[0].shards_done) == ("stopped", 5)
+    assert found.jobs[0].title.startswith(name or "text_sft")
 
 
 @pytest.mark.parametrize("code", [0, 5, 6])
