@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,8 @@ def read_document(
         raise SampleError(
             "document_page_number", where=opened.where, page=candidates[-1], pages=num_pages
         )
-    evidence = {
-        page for each in (request, *request["questions"]) for page in each.get("evidence_pages", ())
-    }
+    evidence = set(request.get("evidence_pages", ()))
+    evidence |= {page for each in request["questions"] for page in _evidence(each, request, policy)}
     if max(evidence, default=0) > num_pages:
         raise SampleError(
             "document_page_number", where=opened.where, page=max(evidence), pages=num_pages
@@ -108,11 +107,12 @@ def read_document(
     kept = keep_pages(candidates, budget=policy.max_pages, evidence=sorted(evidence))
     texts = _texts(request, opened, kept, candidates, policy=policy, find=find, read_url=read_url)
     plain = request.get("ocr_text")
-    pages = _Pages(numbers=kept, texts=texts, several=num_pages > 1)
+    pages = _Pages(numbers=kept, candidates=candidates, total=num_pages, texts=texts)
     messages = list(_messages(request, pages, policy=policy, plain=plain, where=opened.where))
     metadata = dict(example.get("metadata", {}))
-    if left_out := sum(not _has_evidence(each, request, kept) for each in request["questions"]):
-        metadata["questions_left_out"] = left_out
+    left_out = [q for q in request["questions"] if not _evidence(q, request, policy) <= {*kept}]
+    if left_out:
+        metadata["questions_left_out"] = len(left_out)
     if num_pages > 1:
         metadata |= {"pages": kept, "num_pages": num_pages}
     if texts:
@@ -283,8 +283,14 @@ class _Pages:
     """The kept pages, and how texts speak of them."""
 
     numbers: Sequence[int]
+    candidates: Sequence[int]
+    """The pages that the row means, kept or not."""
+    total: int
     texts: Mapping[int, PageText]
-    several: bool
+
+    @property
+    def several(self) -> bool:
+        return self.total > 1
 
     def named(self, page: int, *, preposition: str = "of") -> str:
         """Names a page inside of a sentence; "" for the page of a document that has one."""
@@ -324,9 +330,8 @@ def _messages(
     with_ocr: dict[str, Any] = {}
     if policy.ocr != "none" and (pages.texts or plain):
         with_ocr = {"ocr": policy.ocr, "ocr_tokens": policy.ocr_tokens}
-    kept = set(pages.numbers)
     for asked in request["questions"]:
-        if not _has_evidence(asked, request, kept):
+        if not _evidence(asked, request, policy) <= {*pages.numbers}:
             continue
         said = {name: asked[name] for name in ("answer", "answers") if name in asked}
         if "qa" in policy.tasks and said:
@@ -345,12 +350,13 @@ def _messages(
         yield from _tables(request.get("tables"), pages, with_ocr, where)
 
 
-def _has_evidence(
-    asked: Mapping[str, Any], request: Mapping[str, Any], kept: Collection[int]
-) -> bool:
-    """Returns True if the pages that an answer is on are kept, those of the row if it has none."""
-    pages = asked.get("evidence_pages") or request.get("evidence_pages", ())
-    return set(kept).issuperset(pages)
+def _evidence(
+    asked: Mapping[str, Any], request: Mapping[str, Any], policy: DocumentPolicy
+) -> set[int]:
+    """Gives the pages that an answer is on: those stated, for it or for all, and of its boxes."""
+    pages = set(asked.get("evidence_pages") or request.get("evidence_pages", ()))
+    boxes = _records(asked.get("boxes"), "boxes") if "grounded" in policy.tasks else []
+    return pages | {each["page"] for each in boxes if _is_page(each.get("page"))}
 
 
 def _grounded(
@@ -359,12 +365,9 @@ def _grounded(
     """Requests the places of an answer: as points on all pages, or as boxes on each."""
     boxes: dict[int, list[Box]] = {page: [] for page in pages.numbers}
     where = request["where"]
+    evidence = sorted(_evidence(asked, request, policy))
     for each in _records(asked["boxes"], "boxes"):
-        page = _page_of(each, pages, "boxes")
-        if page not in boxes:
-            raise SampleError(
-                "document_page_number", where=where, page=page, pages=list(pages.numbers)
-            )
+        page = _page_of(each, pages, "boxes", where=where, among=evidence)
         boxes[page].append(pages.place(page, each.get("box"), unit=policy.box_unit, where=where))
     label = asked.get("answer") or (asked.get("answers") or [asked["question"]])[0]
     shared = {"label": label, "point_scale": 1.0}
@@ -404,7 +407,7 @@ def _regions(
     regions: Any, pages: _Pages, policy: DocumentPolicy, where: str
 ) -> Iterator[dict[str, Any]]:
     for each in _records(regions, "regions"):
-        page = _page_of(each, pages, "regions")
+        page = _page_of(each, pages, "regions", where=where)
         if page not in pages.numbers:
             continue
         box = pages.place(page, each.get("box"), unit=policy.box_unit, where=where)
@@ -459,7 +462,7 @@ def _tables(
     tables: Any, pages: _Pages, with_ocr: Mapping[str, Any], where: str
 ) -> Iterator[dict[str, Any]]:
     for each in _records(tables, "tables"):
-        page = _page_of(each, pages, "tables")
+        page = _page_of(each, pages, "tables", where=where)
         if page not in pages.numbers:
             continue
         question = f"Write the table{pages.named(page, preposition='on')} as Markdown."
@@ -489,14 +492,42 @@ def markdown_table(rows: Any, *, where: str = "") -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _page_of(record: Mapping[str, Any], pages: _Pages, name: str) -> int:
-    """Gives the number of the page that a record is about, the first kept one by default."""
+def _page_of(
+    record: Mapping[str, Any],
+    pages: _Pages,
+    name: str,
+    *,
+    where: str,
+    among: Sequence[int] = (),
+) -> int:
+    """Gives the number of the page that a record is about.
+
+    Args:
+      record: What the row says of a part of a page.
+      pages: Of the document.
+      name: Of the field, for errors.
+      where: Named in errors.
+      among: The pages that it can be on, if they are known.
+
+    Raises:
+      SampleError: `row_fields`: it names none, and could be on several; `document_page_number`.
+    """
     page = record.get("page")
     if page is None:
-        return pages.numbers[0]
-    if not isinstance(page, int) or isinstance(page, bool):
+        possible = among or pages.candidates
+        if len(possible) > 1:
+            want = "a page in each, as the document has several,"
+            raise SampleError("row_fields", where=where, name=name, want=want, fields=[])
+        return possible[0]
+    if not _is_page(page):
         raise SampleError("row_fields", name=name, want="page numbers from 1 on", fields=[])
-    return page
+    if page > pages.total:
+        raise SampleError("document_page_number", where=where, page=page, pages=pages.total)
+    return int(page)
+
+
+def _is_page(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _records(value: Any, name: str) -> list[Mapping[str, Any]]:

@@ -50,6 +50,39 @@ def test_questions_whose_evidence_is_not_kept_are_left_out():
     assert reason({**of_row, "evidence_pages": [5]}) == "document_page_number"
 
 
+def test_the_pages_of_boxes_are_evidence():
+    asked = {**ASKED, "boxes": [{"page": 4, "box": [0.2, 0.4, 0.4, 0.6]}]}
+    got = example({"document": PDF, "questions": [asked, {**ASKED, "evidence_pages": [3]}]})
+    assert got["metadata"]["pages"] == [1, 2, 3, 4]
+    got = example({"document": PDF, "questions": [asked]}, max_pages=2)
+    assert got["metadata"]["pages"] == [1, 4]
+    got = example({"document": PDF, "questions": [asked], "page_numbers": [1]})
+    assert got["metadata"]["questions_left_out"] == 1
+
+
+def test_a_box_without_a_page_is_on_the_only_page_that_is_possible():
+    asked = {**ASKED, "boxes": [{"box": [0.2, 0.4, 0.4, 0.6]}]}
+    row = {"document": PDF, "questions": [{**asked, "evidence_pages": [3]}]}
+    (message,) = example(row, tasks=("grounded",))["message_list"]
+    assert [len(points) for points in message["points"]] == [0, 0, 1, 0]
+    (message,) = example(
+        {"document": PDF, "questions": [asked], "page_numbers": [2]}, tasks=("grounded",)
+    )["message_list"]
+    assert message["points"][0]
+    assert reason({"document": PDF, "questions": [asked]}) == "row_fields"
+
+
+@pytest.mark.parametrize(
+    ("page", "want"),
+    [({}, "row_fields"), ({"page": 0}, "row_fields"), ({"page": 5}, "document_page_number")],
+)
+@pytest.mark.parametrize("name", ["regions", "tables"])
+def test_parts_of_pages_that_are_not_there_cost_the_row(name, page, want):
+    part = {"box": [0, 0, 1, 1], "text": "a", "rows": [["a"]], **page}
+    row = {"document": PDF, **ASKED, name: [part]}
+    assert reason(row, tasks=("region", "table")) == want
+
+
 def test_pages_may_be_chosen_and_keep_their_numbers():
     got = example({"document": PDF, "page_numbers": [4, 2], **ASKED})
     assert got["metadata"]["pages"] == [2, 4]
