@@ -21,6 +21,13 @@ MAX_OCR_BYTES = 64 * 2**20
 MAX_DEPTH = 64
 """Of elements. ALTO and PAGE use 8, hOCR 6 and what surrounds it."""
 
+_PIECE = 64 * 1024
+"""Characters of HTML that are parsed at a time."""
+
+_MAX_OPEN = 512 * 1024
+"""Most characters of a tag, a comment or a script: Python's parser takes a time that is quadratic
+in them."""
+
 _VOID = frozenset(
     ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source"]
     + ["track", "wbr"]
@@ -70,11 +77,19 @@ def parse_html(payload: bytes, *, where: str = "") -> Element:
     """Parses HTML, whole or not, into a tree under an element of its own.
 
     Raises:
-      SampleError: `ocr_unsafe` (too long or too deep).
+      SampleError: `ocr_unsafe` (too long or too deep), `ocr_broken` (not UTF-8).
     """
     check_length(payload, where=where)
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleError("ocr_broken", where=where, error=str(error)[:120]) from error
     tree = _Tree(where)
-    tree.feed(payload.decode("utf-8", errors="replace"))
+    for start in range(0, len(text), _PIECE):
+        tree.feed(text[start : start + _PIECE])
+        if len(tree.rawdata) > _MAX_OPEN:
+            told = "a tag or comment that does not end"
+            raise SampleError("ocr_broken", where=where, error=told)
     tree.close()
     return tree.root
 

@@ -132,16 +132,31 @@ def _hocr(root: Element, where: str) -> Iterator[PageText]:
             raise SampleError("ocr_boxes.page", where=where, width=None, height=None)
         left, top, right, bottom = found
         words: list[tuple[str, Box, int]] = []
-        lines = [each for each in page.iter() if _classes(each) & _HOCR_LINES] or [page]
-        for number, line in enumerate(lines):
-            inner = [each for each in line.iter() if "ocrx_word" in _classes(each)]
-            for word in inner or ([line] if line is not page else []):
-                box = _title_box(word) or _title_box(line)
-                if box is not None:
-                    x0, y0, x1, y1 = box
-                    moved = (x0 - left, y0 - top, x1 - left, y1 - top)
-                    words.append(("".join(word.itertext()), moved, number))
+        number, last = 0, page
+        for word, line in _hocr_words(page, page):
+            number, last = number + (line is not last), line
+            box = _title_box(word) or _title_box(line if line is not page else word)
+            if box is not None:
+                x0, y0, x1, y1 = box
+                moved = (x0 - left, y0 - top, x1 - left, y1 - top)
+                words.append(("".join(word.itertext()), moved, number))
         yield page_text(words, width=right - left, height=bottom - top, unit="pixel", where=where)
+
+
+def _hocr_words(element: Element, line: Element) -> Iterator[tuple[Element, Element]]:
+    """Walks words, each with the innermost line around it; a line without words is its own.
+
+    Words beside lines have the element that was given first.
+    """
+    for each in element:
+        classes = _classes(each)
+        if "ocrx_word" in classes:
+            yield each, line
+        elif classes & _HOCR_LINES:
+            inner = list(_hocr_words(each, each))
+            yield from inner or [(each, each)]
+        else:
+            yield from _hocr_words(each, line)
 
 
 def _classes(element: Element) -> set[str]:

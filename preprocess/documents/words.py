@@ -94,12 +94,16 @@ def page_text(
 
     Raises:
       SampleError: `ocr_boxes`: a box is not of numbers, or not on the page, so that it must be of
-        another page or another unit; `document_text`: more characters than are looked at.
+        another page or another unit; `document_text`: more characters than are looked at;
+        `ocr_broken`: a text is none.
     """
     if not (_is_number(width) and _is_number(height) and width > 0 and height > 0):
         raise SampleError("ocr_boxes.page", where=where, width=width, height=height)
     found, lines, characters = [], dict[int, int](), 0
     for text, box, line in words:
+        if not isinstance(text, str | int | float):
+            told = f"the text of a word is {text!r:.40}"
+            raise SampleError("ocr_broken", where=where, error=told)
         text = " ".join(str(text).split())
         if not text:
             continue

@@ -73,6 +73,20 @@ def test_a_page_without_words_of_its_lines_has_the_lines():
     assert len(page.words) == 2
 
 
+def test_words_of_hocr_are_read_once_wherever_their_lines_are():
+    def span(kind, text):
+        return f'<span class="{kind}" title="bbox 1 1 20 20">{text}</span>'
+
+    words = [span("ocrx_word", text) for text in "abcde"]
+    inner = span("ocr_line", words[1])
+    body = "".join(
+        [words[0], span("ocr_textfloat", inner + words[2]), span("ocr_line", "L"), *words[3:]]
+    )
+    html = f'<html><div class="ocr_page" title="bbox 0 0 300 200">{body}</div></html>'
+    (page,) = parse_ocr(html.encode())
+    assert page.lines() == ["a", "b", "c", "L", "d e"]
+
+
 def test_hyphens_of_alto_end_the_word_before_them():
     xml = made.alto([("Rech", (0, 0, 9, 9), 0)]).replace(b"<SP/>", b'<HYP CONTENT="-"/>')
     (page,) = parse_ocr(xml)
@@ -107,6 +121,10 @@ BAD = {
     "NaN": ({"width": 9, "height": 9, "words": [["a", 0, 0, float("nan"), 1]]}, "ocr_boxes"),
     "three numbers": ({"width": 9, "height": 9, "words": [["a", 0, 0, 1]]}, "ocr_boxes"),
     "another unit": (made.alto(size=(30, 20)), "ocr_boxes"),
+    "no text": ({"width": 9, "height": 9, "words": [[None, 0, 0, 1, 1]]}, "ocr_broken"),
+    "Latin-1": (made.hocr().replace(b"Total", b"Tot\xe4l"), "ocr_broken"),
+    # Its parser would look for each end to the end of the file.
+    "no end of tags": (b"<html>" + b"<!" * 500_000, "ocr_broken"),
     "no page": (made.hocr().replace(b"bbox 0 0 300 200; ppageno", b"ppageno"), "ocr_boxes"),
 }
 
