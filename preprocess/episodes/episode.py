@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ class CameraVideo:
     path: Path
     start_s: float
     """Instant of the file at which the episode's clock is 0."""
+    end_s: float = math.inf
+    """Instant of the file at which another episode begins."""
 
 
 CameraFrames = CameraVideo | Sequence[bytes | np.ndarray | None]

@@ -45,7 +45,7 @@ class EpisodeFrames:
     ) -> None:
         """Joins an episode and what decodes its videos."""
         self._table, self._decoder, self._policy = table, decoder, policy
-        self._step = policy.step(fps)
+        self._step, self._fps = policy.step(fps), fps
         self._where = where
         self._held: dict[str, dict[int, Held]] = {}
         self._next: dict[str, int] = {}
@@ -123,12 +123,13 @@ class EpisodeFrames:
         for row, time_s in zip(rows, times_s, strict=True):
             nearest = int(np.argmin(np.abs(shown_s - time_s)))
             off_s = float(shown_s[nearest]) - time_s
-            if abs(off_s) <= self._policy.tolerance_s:
+            ended = time_s > video.end_s - 0.5 / self._fps
+            if abs(off_s) <= self._policy.tolerance_s and not ended:
                 made[row] = found.frames[nearest]
                 continue
             if found.info["damaged"]:
                 code = "robot_frame.damaged"
-            elif time_s >= float(found.info["end_s"]) - self._policy.tolerance_s:
+            elif ended or time_s >= float(found.info["end_s"]) - self._policy.tolerance_s:
                 code = "robot_frame.end"
             else:
                 code = "robot_frame.time"

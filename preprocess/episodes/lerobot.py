@@ -11,9 +11,11 @@ feature `action`, states `observation.state`.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,8 +64,9 @@ class _Place:
     """Where an episode is."""
 
     file: str
-    videos: Mapping[str, tuple[str, float]]
-    """Of each camera its file, and the instant there; cameras without a place are left out."""
+    videos: Mapping[str, tuple[str, float, float]]
+    """Of each camera its file, and the instants there at which the episode begins and ends; cameras
+    without a place are left out."""
 
 
 class LeRobotFolder:
@@ -124,15 +127,16 @@ class LeRobotFolder:
                 "robot_episode.steps", where=where, got=len(rows), want=episode.length
             )
         cameras: dict[str, CameraFrames] = {
-            name: CameraVideo(path=self._folder / file, start_s=start_s)
-            for name, (file, start_s) in place.videos.items()
+            name: CameraVideo(path=self._folder / file, start_s=start_s, end_s=end_s)
+            for name, (file, start_s, end_s) in place.videos.items()
         }
         for name in self._images:
             if name in steps:
                 cameras[name] = [_image(steps[name][row]) for row in rows]
         success = None
-        if SUCCESS in steps:
-            success = any(bool(np.any(steps[SUCCESS][row])) for row in rows)
+        told = [steps[SUCCESS][row] for row in rows] if SUCCESS in steps else []
+        if told := [each for each in told if each is not None]:
+            success = any(bool(np.any(each)) for each in told)
         state = None
         if self.state_names:
             state = self._vectors(steps, STATE, rows, where=where)
@@ -173,7 +177,7 @@ class LeRobotFolder:
             if self._is_v3:
                 files = sorted((meta / "episodes").rglob("*.parquet"))
                 rows = [row for file in files for row in self._meta_rows(file)]
-                places = [self._place_v3(row) for row in rows]
+                places = _with_ends([self._place_v3(row) for row in rows])
             else:
                 rows = _lines(meta / "episodes.jsonl")
                 places = [self._place_v2(int(row["episode_index"])) for row in rows]
@@ -197,7 +201,9 @@ class LeRobotFolder:
             if chunk is None or file is None or start_s is None:
                 continue  # this camera did not record the episode
             path = self._video_path.format(video_key=name, chunk_index=chunk, file_index=file)
-            videos[name] = (self._inside(path), float(start_s))
+            end_s = row.get(f"videos/{name}/to_timestamp")
+            end_s = math.inf if end_s is None else float(end_s)
+            videos[name] = (self._inside(path), float(start_s), end_s)
         data = self._data_path.format(
             chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
         )
@@ -211,7 +217,7 @@ class LeRobotFolder:
             "total_episodes": int(self._info.get("total_episodes", 0)),
         }
         videos = {
-            name: (self._inside(self._video_path.format(video_key=name, **facts)), 0.0)
+            name: (self._inside(self._video_path.format(video_key=name, **facts)), 0.0, math.inf)
             for name in self._videos
         }
         return _Place(file=self._inside(self._data_path.format(**facts)), videos=videos)
@@ -333,6 +339,25 @@ class LeRobotFolder:
 
     def _refused(self, problem: str) -> SourceError:
         return SourceError("robot_source.file", where=self._info_path, error=problem)
+
+
+def _with_ends(places: Sequence[_Place]) -> list[_Place]:
+    """Ends the part of each video where another episode begins, whatever is stated.
+
+    A camera that lacks frames would show those of the next episode.
+    """
+    starts = sorted({part[:2] for place in places for part in place.videos.values()})
+    next_s = {(f, a): b for (f, a), (g, b) in itertools.pairwise(starts) if f == g}
+    return [
+        replace(
+            place,
+            videos={
+                name: (file, start_s, min(end_s, next_s.get((file, start_s), math.inf)))
+                for name, (file, start_s, end_s) in place.videos.items()
+            },
+        )
+        for place in places
+    ]
 
 
 def _image(value: Any) -> bytes | None:

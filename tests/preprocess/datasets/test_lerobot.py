@@ -306,6 +306,14 @@ def test_a_camera_without_an_episode_costs_its_windows(tmp_path, episodes):
     assert reasons_of(folder, cameras=(CAMERAS[1],)) == GOOD * 20
 
 
+def test_a_camera_that_lacks_frames_does_not_show_the_next_episode(tmp_path):
+    """In v3.0 both are in one video."""
+    episodes = episodes_of(LENGTHS)
+    episodes[0].frames[CAMERAS[0]].pop()
+    lost = reasons_of(write_v3(tmp_path / "x", episodes))
+    assert lost == GOOD * 6 + ["robot_frame"] + GOOD * 13
+
+
 def test_drift_within_the_tolerance_is_taken_and_beyond_it_refused(tmp_path):
     episodes = episodes_of([4, 4])
     episodes[1].times = np.arange(4) / FPS + [0.0, 0.0, 0.004, 0.0]
@@ -360,11 +368,12 @@ def test_episodes_that_failed_may_be_left_out(broken):
     for e, length in enumerate(LENGTHS):
         path = folder / f"data/chunk-000/episode_{e:06d}.parquet"
         table = pq.read_table(path)
-        flags = pa.array([False] * (length - 1) + [e != 1])
+        flags = pa.array([False] * (length - 1) + [e != 1] if e else [None] * length, pa.bool_())
         pq.write_table(table.append_column("next.success", flags), path)
     assert reasons_of(folder, only_success=True) == GOOD * 7 + ["robot_failed"] * 4 + GOOD * 9
     dataset = get_dataset("lerobot", source=str(folder))
-    assert [dataset[i]["metadata"]["success"] for i in (0, 7, 11)] == [True, False, True]
+    found = [dataset[i]["metadata"].get("success") for i in (0, 7, 11)]
+    assert found == [None, False, True]  # the first one does not say it
 
 
 @pytest.mark.parametrize(
