@@ -37,6 +37,7 @@ from shardspec.sample import (
     num_stored_images,
     overview_rows,
     text_rows,
+    window_images,
 )
 from shardspec.tar import TarMember, walk_tar
 from shardspec.video import read_frames
@@ -173,6 +174,8 @@ def _verify_sample(
     turns = text_rows(spans)[:, 1:3].tolist()
     if turns != sorted(turns) or len(turns) != len(ranges):
         raise _wrong(where, "span_order", {"turns": turns[:20]})
+    if not windows_fit(spans):
+        raise _wrong(where, "span_windows", {"windows": window_images(spans)[:20]})
     overview_bytes = {row[1]: row[4] for row in overview_rows(spans).tolist()}
     want = []
     for i, picture in enumerate(image_rows(spans)[: num_stored_images(spans)].tolist()):
@@ -196,6 +199,23 @@ def _verify_sample(
         for clip, (table, file) in zip(clip_rows(spans).tolist(), pairs, strict=True):
             read_frames(table, file, range(clip[3]), on_frame=_ignored, where=where)
     return tokens
+
+
+def windows_fit(spans: np.ndarray) -> bool:
+    """Returns True if each window of a sample has images and texts of its own, of one size each."""
+    numbers = spans[spans[:, 0] == SpanKind.WINDOW, 1]
+    if not len(numbers):
+        return True
+    windows, pictures = window_images(spans), image_rows(spans)
+    branches = np.unique(text_rows(spans)[:, 1])
+    if sorted({*numbers.tolist()}) != [*range(len(windows))] or (np.diff(numbers) < 0).any():
+        return False
+    if not len(branches) or len(branches) % len(windows):
+        return False
+    if not all(0 <= image < len(pictures) for each in windows for image in each):
+        return False
+    sizes = {tuple(map(tuple, pictures[each, 2:4].tolist())) for each in windows}
+    return len(sizes) == 1 and sizes != {()}
 
 
 def _ignored(_: int, pixels: np.ndarray) -> None:

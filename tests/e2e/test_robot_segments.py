@@ -14,7 +14,7 @@ from loader.assembly.planner import Planner
 from preprocess.datasets import get_dataset
 from preprocess.job.job import JobSettings
 from preprocess.job.pipeline import run_job
-from preprocess.job.verify import verify
+from preprocess.job.verify import verify, windows_fit
 from preprocess.media import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy, load_tokenizer
@@ -29,7 +29,7 @@ from shardspec.errors import SampleError
 from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.manifest import require_manifest
 from shardspec.messages import messages
-from shardspec.sample import image_rows, text_rows, window_images
+from shardspec.sample import SpanKind, image_rows, text_rows, window_images
 from shardspec.tiling import ImageView
 from tests import inline, model_folders, processor_folders
 from tests.lerobot_folders import CAMERAS, episodes_of
@@ -375,6 +375,21 @@ def test_windows_that_do_not_fit_are_refused(late, prepare, windows, change, cod
     with pytest.raises(SampleError) as caught:
         prepare({**example, "windows": windows, "message_list": changed})
     assert (caught.value.reason, caught.value.what) == ("sample_windows", messages()[code].what)
+
+
+@pytest.mark.parametrize(
+    "row, column, value",
+    [(0, 2, 99), (0, 2, -2), (0, 2, 1), (1, 1, 0), (1, 1, 3), (2, 2, -1)],
+    ids=["image 99", "image -2", "another size", "no window 1", "window 3", "fewer images"],
+)
+def test_windows_of_another_writer_are_verified(late, row, column, value):
+    reader = StreamingDataset(late.url).reader
+    tables = [reader.read(i).spans.copy() for i in range(len(SEGMENTS))]
+    assert all(map(windows_fit, tables))
+    spans = next(table for table in tables if len(window_images(table)) == 3)
+    windows = np.flatnonzero(spans[:, 0] == SpanKind.WINDOW.value)
+    spans[windows[row], column] = value
+    assert not windows_fit(spans)
 
 
 @pytest.mark.slow
