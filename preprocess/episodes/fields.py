@@ -151,7 +151,8 @@ def make_table(
     """Joins the fields of an episode.
 
     Args:
-      columns: Reads a field. Fields of steps may be longer than the episode: what follows is left.
+      columns: Reads a field. Fields of steps may have one more than the episode, which is left:
+        what is observed after the last action.
       layout: Which fields they are.
       fields: The user's statements.
       length: Steps.
@@ -184,7 +185,9 @@ def make_table(
     success = None
     if fields.success:
         told = columns(fields.success)
-        success = None if told is None else bool(np.any(np.asarray(told, np.float64) > 0))
+        if told is None:
+            raise SampleError("robot_episode.column", where=where, name=fields.success)
+        success = bool(np.any(np.asarray(told, np.float64) > 0))
     return EpisodeTable(
         times_L=times,
         actions_LD=vectors(layout.actions, layout.num_actions),
@@ -206,7 +209,7 @@ def _steps(columns: Columns, name: str, length: int, where: str) -> np.ndarray:
         raise SampleError("robot_episode.column", where=where, name=name)
     if found.dtype.kind not in "fiub":
         raise SampleError("robot_values.kind", where=where, name=name, got=str(found.dtype))
-    if found.ndim == 0 or len(found) < length:
+    if found.ndim == 0 or not length <= len(found) <= length + 1:
         got = len(found) if found.ndim else 0
         raise SampleError("robot_episode.short", where=where, name=name, got=got, want=length)
     size = math.prod(found.shape[1:])

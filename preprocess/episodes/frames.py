@@ -69,6 +69,15 @@ class EpisodeFrames:
         if frames is None:
             raise SampleError("robot_frame.camera", where=self._where, camera=camera)
         if not isinstance(frames, CameraVideo):
+            steps = len(self._table.times_L)
+            if len(frames) > steps + 1:  # of another rate; one follows the last action
+                raise SampleError(
+                    "robot_frame.many",
+                    where=self._where,
+                    camera=camera,
+                    got=len(frames),
+                    want=steps,
+                )
             image = frames[row] if row < len(frames) else None  # cameras of other lengths
             if image is None or len(image) == 0:
                 raise SampleError("robot_frame.empty", where=self._where, camera=camera, step=row)

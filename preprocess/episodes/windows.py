@@ -69,10 +69,11 @@ class WindowPolicy:
         wholes = ("history", "chunk", "stride", "segment")
         checks = {
             **{name: _is_count(getattr(self, name)) for name in wholes},
-            "history_hz": self.history_hz is None or 0 < self.history_hz < math.inf,
-            "tolerance_s": 0 < self.tolerance_s < math.inf,
+            "history_hz": self.history_hz is None or _is_positive(self.history_hz),
+            "tolerance_s": _is_positive(self.tolerance_s),
             "padding": self.padding in get_args(Padding),
-            "cameras": len(set(self.cameras)) == len(self.cameras),
+            "cameras": len(set(self.cameras)) == len(self.cameras) and _is_names(self.cameras),
+            "kept": _is_names(self.kept),
         }
         wrong = {name: getattr(self, name) for name, good in checks.items() if not good}
         if wrong:
@@ -219,6 +220,15 @@ def _check_clock(
             fps=fps,
             tolerance_s=tolerance_s,
         )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _is_names(value: object) -> bool:
+    """Returns True for a tuple of names: a text alone would be one of letters."""
+    return isinstance(value, tuple | list) and all(isinstance(each, str) for each in value)
 
 
 def _is_count(value: object) -> bool:

@@ -410,6 +410,9 @@ def test_sources_without_any_episode_are_refused(broken):
     [
         lambda: WindowPolicy(history=0),
         lambda: WindowPolicy(padding="last"),
+        lambda: WindowPolicy(history_hz="5"),
+        lambda: WindowPolicy(kept="gripper"),  # a comma is missing
+        lambda: WindowPolicy(cameras="front"),
         lambda: WindowPolicy(tolerance_s=0),
         lambda: WindowPolicy(history_hz=3.0).step(10.0),
         lambda: windows(WindowPolicy(cameras=("top",)))(source="sample"),

@@ -277,6 +277,8 @@ def test_what_no_file_says_comes_from_the_class(tmp_path):
     dataset = files(source, fields={**STATE, "task": "Wait.", "success": "dones"})
     assert dataset[0]["message_list"][0]["instruction"] == "Wait."
     assert dataset[0]["metadata"]["success"] is True
+    with pytest.raises(SourceError, match="no column 'donez'"):
+        files(source, fields={**STATE, "task": "Wait.", "success": "donez"})
     with pytest.raises(ConfigError) as caught:
         type("Own", (EpisodeFiles,), {})(source=str(source))
     assert caught.value.reason == "episode_fields"
@@ -378,6 +380,18 @@ HARMS = {
     "a short camera": (
         lambda file: replaced(file, CAMERA, file[CAMERA][:2]),
         ["", "", "robot_frame", "robot_frame"],
+    ),
+    "a camera of twice the rate": (
+        lambda file: replaced(file, CAMERA, np.repeat(file[CAMERA][:], 2, axis=0)),
+        ["robot_frame"] * 4,
+    ),
+    "a state of twice the rate": (
+        lambda file: replaced(file, "observations/qpos", np.zeros((8, 3), np.float32)),
+        ["robot_episode"] * 4,
+    ),
+    "one observation more": (
+        lambda file: replaced(file, CAMERA, np.zeros((5, 32, 48, 3), np.uint8)),
+        [""] * 4,
     ),
     "another file's camera": (lambda file: no_link(file, CAMERA), ["robot_frame"] * 4),
     "another file's action": (lambda file: no_link(file, "action"), ["robot_episode"]),
