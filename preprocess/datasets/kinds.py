@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from preprocess.datasets.base import DOCUMENT_SETTINGS, DatasetBase
 from preprocess.datasets.images import resolve_image
 from preprocess.documents import is_web_url, pdfium_version, read_document
@@ -68,19 +70,35 @@ class RobotDataset(DatasetBase):
 
     def to_example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Turns a row into an example."""
-        success = row.get("success")
-        if self.only_success and success is not None and not success:
+        success = _success(row)
+        if self.only_success and success is False:
             raise SampleError("robot_failed")
         images, names = _instants(_needed(row, "views"))
+        actions = _needed(row, "actions")
         message = {
             "style": "robot_action",
             "instruction": _needed(row, "task"),
-            "action": _needed(row, "actions"),
+            "action": actions.tolist() if isinstance(actions, np.ndarray) else actions,
         }
         metadata = {**row.get("metadata", {}), **({"views": names} if names else {})}
         if success is not None:
-            metadata["success"] = bool(success)
+            metadata["success"] = success
         return {"image": images, "message_list": [message], "metadata": metadata}
+
+
+def _success(row: Mapping[str, Any]) -> bool | None:
+    """Returns whether a row says that it succeeded; None where it does not say it.
+
+    Raises:
+      SampleError: `row_fields`: a text, such as "false", which is true to Python.
+    """
+    told = row.get("success")
+    if told is None:
+        return None
+    if not isinstance(told, bool | int | float | np.bool_ | np.number):
+        want = "true, false or a number"
+        raise SampleError("row_fields", name="success", want=want, fields=sorted(map(str, row)))
+    return bool(told) if told == told else None  # a table writes NaN where it has no value
 
 
 def _instants(views: Any) -> tuple[list[Any], list[str]]:
@@ -103,6 +121,7 @@ def _instants(views: Any) -> tuple[list[Any], list[str]]:
 
 
 def _needed(row: Mapping[str, Any], name: str) -> Any:
-    if row.get(name) is None:
+    value = row.get(name)
+    if value is None or (isinstance(value, list | tuple | Mapping) and not value):
         raise SampleError("row_fields", name=name, want="a value", fields=sorted(map(str, row)))
     return row[name]

@@ -40,7 +40,8 @@ def action_text(action: Any, form: ActionForm = "bins") -> str:
       form: As the recipe states.
 
     Raises:
-      ValueError: No step, a step without values, or values that are not finite numbers.
+      ValueError: No step, a step without values, steps of different numbers of them, or values
+        that are not finite numbers.
 
     >>> action_text([-1.0, 0.0, 1.0])
     '0 128 255'
@@ -58,6 +59,8 @@ def action_text(action: Any, form: ActionForm = "bins") -> str:
     steps = action if nested else [action]
     if not all(isinstance(step, list | tuple) and step for step in steps):
         raise ValueError("an action is one or more steps of one or more values")
+    if len({*map(len, steps)}) > 1:
+        raise ValueError("steps of an action have different numbers of values")
     numbers = [_BINS[form](np.array([*map(_value, step)])).tolist() for step in steps]
     if form == "bins":
         return "; ".join(" ".join(map(str, step)) for step in numbers)

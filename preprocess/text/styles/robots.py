@@ -17,7 +17,7 @@ def draw_robot(message: Message, draw: Draw) -> Exchange:
     try:
         return user, action_text(require_field(message, "action"), draw.policy.actions)
     except ValueError:
-        raise field_error(message, "action", "finite numbers, one or more") from None
+        raise field_error(message, "action", "finite numbers, equally many for each step") from None
 
 
 STYLES: Mapping[str, Style] = {

@@ -602,6 +602,10 @@ ROWS = [
     {"views": VIEWS, "task": "Go.", "actions": [{"turn_deg": 9}], "success": False},
     {"views": {**VIEWS, "overhead": ["o0.png"]}, "task": "Go.", "actions": ["stop"]},
     {"views": VIEWS, "task": "Go.", "actions": [{"turn_deg": 9}]},
+    {"views": VIEWS, "task": "Go.", "actions": ["stop"], "success": "false"},
+    {"views": VIEWS, "task": "Go.", "actions": ["stop"], "success": float("nan")},
+    {"views": {}, "task": "Go.", "actions": ["stop"]},
+    {"views": VIEWS, "task": "Go.", "actions": np.zeros((2, 3), np.float32)},
 ]
 
 
@@ -611,8 +615,10 @@ def test_episodes_of_a_rover_are_instants_of_views_and_structured_actions():
     assert [image.name for image in first["image"]] == ["e0.png", "o0.png", "e1.png", "o1.png"]
     assert first["metadata"] == {"views": ["egocentric", "overhead"] * 2, "success": True}
     assert first["message_list"][0]["action"] == ["move_forward", "stop"]
-    assert reasons_of_rows(dataset) == ["", "robot_failed", "robot_frame", ""]
-    assert "success" not in dataset[3]["metadata"]
+    want = ["", "robot_failed", "robot_frame", "", "row_fields", "", "row_fields", ""]
+    assert reasons_of_rows(dataset) == want
+    assert all("success" not in dataset[i]["metadata"] for i in (3, 5))
+    assert dataset[7]["message_list"][0]["action"] == [[0.0] * 3] * 2
     assert "robot_failed" in dataset.leaves_out
 
 

@@ -319,6 +319,7 @@ def test_braces_in_a_question_stay_what_they_are():
         ({"style": "point_qa", "question": "Q?", "answer": "a"}, "answer_annotations"),
         ({"style": "robot_action", "instruction": "go"}, "action"),
         ({**ROBOT, "action": [float("nan")]}, "action"),
+        ({**ROBOT, "action": [[0.1], [0.1, 0.2]]}, "action"),
         ({"style": "robot_action", "action": [0.0]}, "question"),
         ({"style": "user_qa", "messages": []}, "messages"),
         ({"style": "user_qa", "messages": ["Q?", "A", "R?"]}, "messages"),
