@@ -353,6 +353,13 @@ BROKEN = {
         ),
         "span_order",
     ),
+    "window has an image that is not there": (
+        lambda d: rewrite(
+            d,
+            tar=edited(TAR, at=member_start("spans.npy") + 128 + 4 * 16, payload=b"\x06"),
+        ),
+        "span_windows",
+    ),
     "picture's size is another": (
         lambda d: rewrite(
             d,
