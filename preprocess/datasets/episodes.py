@@ -106,11 +106,17 @@ class EpisodeDataset(RobotDataset):
         return sorted({*super().code_files(), *readers})
 
     def notes(self) -> list[str]:
-        """Says which fields of steps no sample has."""
-        fields = dict(self.rows.kind.get("robot", {}).get("not_read", {}))
+        """Says which fields of steps no sample has, and which actions texts cannot write."""
+        robot = self.rows.kind.get("robot", {})
+        fields = dict(robot.get("not_read", {}))
         lines = [f"not read: {name}, {told}" for name, told in [*fields.items()][:_NAMED]]
         if len(fields) > _NAMED:
             lines.append(f"not read: {len(fields) - _NAMED} more fields, which the manifest names")
+        for i in robot.get("kept", ()):
+            low, high = (robot["statistics"]["actions"][n][i] for n in ("minimum", "maximum"))
+            if low < -1 or high > 1:
+                name = robot["action_names"][i]
+                lines.append(f"kept: {name} is from {low:g} to {high:g}; texts end at -1 and 1")
         return [*super().notes(), *lines]
 
     def load(self) -> Rows:

@@ -190,6 +190,14 @@ def test_cameras_may_be_chosen_and_dimensions_kept(folder, episodes):
     assert dataset.rows.kind["robot"]["kept"] == [2]
 
 
+def test_kept_dimensions_that_texts_cannot_write_are_named(folder, episodes):
+    dataset = windows(WindowPolicy(kept=("gripper",)))(source=str(folder))
+    values = np.concatenate([each.actions for each in episodes])[:, 2]
+    told = f"kept: gripper is from {values.min():g} to {values.max():g}; texts end at -1 and 1"
+    assert dataset.notes() == [told]
+    assert windows(WindowPolicy())(source=str(folder)).notes() == []
+
+
 def test_splits_are_those_of_the_folder_or_of_whole_episodes(tmp_path, episodes):
     own = write_v2(tmp_path / "own", episodes, splits={"train": "0:2", "val": "2:3"})
     train, validation = (
