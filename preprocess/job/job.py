@@ -646,6 +646,7 @@ _BYTE_SOURCES = (
     "preprocess/documents/*.py",
     "preprocess/formats/*.py",
     "preprocess/job/build.py",
+    "preprocess/job/generation.py",
     "preprocess/job/keys.py",
     "preprocess/job/plan.py",
     "preprocess/job/planner.py",
