@@ -248,6 +248,8 @@ class Preparer:
         """
         if "messages" in example and "message_list" not in example:
             example = parse_messages(example)
+        if not example.get("message_list"):
+            raise SampleError("no_message.row", where=key or "")
         found = example_images(example)
         videos = [self._video_file(video) for video in example_videos(example)]
         clips = example_clips(example)
@@ -620,11 +622,17 @@ def sample_key(example: Mapping[str, Any], *, image_id: str) -> str:
     """Names a sample by its content: image identity and messages, 24 hex digits.
 
     The same row gives the same key in every source that delivers the same bytes.
+
+    Raises:
+      SampleError: `row_encoding`: a text holds half of a surrogate pair.
     """
     content = {"image": image_id, "message_list": example["message_list"]}
     if example.get("subtitles"):
         content["subtitles"] = example["subtitles"]
-    text = canonical_json(content)
+    try:
+        text = canonical_json(content)
+    except UnicodeEncodeError as error:
+        raise SampleError("row_encoding.surrogate", got=ascii(error.object[error.start])) from error
     return hashlib.blake2b(text, digest_size=KEY_BYTES).hexdigest()
 
 

@@ -696,11 +696,21 @@ def _found_image(image: Any) -> Any:
 
 
 def example_images(example: Mapping[str, Any]) -> list[ImageSource]:
-    """Lists the images of an example: none, the one, or several."""
+    """Lists the images of an example: none, the one, or several.
+
+    Names start from the working directory.
+
+    Raises:
+      SampleError: `row_image`, `row_image_data`.
+    """
     image = example.get("image")
     if image is None:
         return []
-    return list(image) if isinstance(image, list | tuple) else [image]
+    images = [_found_image(i) for i in (image if isinstance(image, list | tuple) else [image])]
+    for each in images:
+        if not isinstance(each, ImageSource):
+            raise SampleError("row_image", fields=sorted(example), got=type(each).__name__)
+    return images
 
 
 def _in_memory(example: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ from preprocess.formats import (
     visible_names,
 )
 from shardspec import storage
-from shardspec.errors import ConfigError, SampleError, SourceError, nearest
+from shardspec.errors import ConfigError, SampleError, SourceError, nearest, redacted_url
 from shardspec.keyed import SampleRng, hash_text, keyed
 from shardspec.manifest import MANIFEST_NAME, load_manifest
 
@@ -209,7 +209,7 @@ class OwnDataset(DatasetBase):
         kind = {
             "kind": "own",
             "format": self.spec.format,
-            "files": [Path(each).name for each in files],
+            "files": [Path(redacted_url(each) if "://" in each else each).name for each in files],
             "licence": self.spec.licence,
         }
         return Rows(

@@ -100,6 +100,9 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     turns = [_turn(each, given) for entry in found for each in _halves(entry)]
     first = next((i for i, turn in enumerate(turns) if turn.side != "system"), len(turns))
     system = row.get(spec.column("system"))
+    if not isinstance(system, str) and not is_empty(system):
+        name = spec.column("system")
+        raise SampleError("row_fields", name=name, want="a text", fields=sorted(row))
     if isinstance(system, str) and system.strip() and not first:
         turns, first = [_Turn("system", system), *turns], 1
     spoken = _alternating(turns)
@@ -163,8 +166,9 @@ def _tools(tools: Any) -> str:
     """Writes the tools that a conversation may call, a line of JSON for each; "" for none."""
     if isinstance(tools, str):
         return "" if tools.strip() in ("", "[]", "{}", "null") else tools
-    if not isinstance(tools, list | tuple):
+    if is_empty(tools):
         return ""
+    tools = tools if isinstance(tools, list | tuple) else [tools]
     lines = [t if isinstance(t, str) else json.dumps(t, ensure_ascii=False) for t in tools]
     return "\n".join(lines)
 

@@ -78,7 +78,7 @@ def decoded(payload: bytes, *, where: str, encoding: str = "") -> str:
     try:
         return payload.decode(encoding or "utf-8-sig").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise SampleError("row_encoding", where=where, error=str(error)[:80]) from error
+        raise SampleError("row_encoding.bytes", where=where, error=str(error)[:80]) from error
 
 
 def parsed_row(payload: bytes, *, where: str, encoding: str = "") -> Row:
@@ -92,7 +92,7 @@ def parsed_row(payload: bytes, *, where: str, encoding: str = "") -> Row:
     except RecursionError:
         return {BROKEN: SampleError("row_json", where=where, error="nested too deeply")}
     except UnicodeDecodeError as error:
-        return {BROKEN: SampleError("row_encoding", where=where, error=str(error)[:80])}
+        return {BROKEN: SampleError("row_encoding.bytes", where=where, error=str(error)[:80])}
     except ValueError as error:
         return {BROKEN: SampleError("row_json", where=where, error=str(error)[:80])}
     return _object(row, where=where)

@@ -15,9 +15,11 @@ of those of object stores and web servers (`preprocess.formats.copies`).
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import re
+import sys
 import tarfile
 import zlib
 from array import array
@@ -114,7 +116,7 @@ def open_records(url: str, encoding: str = "") -> Records:
 
     Raises:
       SourceError: `source_missing`, `source_unreadable`, `source_format`, `source_encoding`,
-        `source_pointer`.
+        `source_pointer`, `source_quotes`.
     """
     if is_folder(url):
         return Records([_Sides(url, encoding)], [url])
@@ -152,9 +154,9 @@ def _open_csv(path: Path, name: str) -> Sequence[Row]:
     def make(target: Path) -> None:
         try:
             try:
-                _write_table(path, target, delimiter=delimiter, quote='"')
+                _write_table(path, target, name, delimiter=delimiter, quote='"')
             except _TabInside:
-                _write_table(path, target, delimiter=delimiter, quote=False)
+                _write_table(path, target, name, delimiter=delimiter, quote=False)
         except ValueError:  # Arrow's errors are of these
             require_encoding(path, name)
             raise
@@ -197,7 +199,7 @@ def _delimiter(path: Path) -> str:
     return next((d for d in ",\t;|" if d.encode() in header), ",")
 
 
-def _write_table(path: Path, target: Path, *, delimiter: str, quote: str | bool) -> None:
+def _write_table(path: Path, target: Path, name: str, *, delimiter: str, quote: str | bool) -> None:
     """Writes a CSV file as Parquet, of which a part at a time is in memory.
 
     Rows with another number of values than the header are left out, and listed beside it.
@@ -208,7 +210,7 @@ def _write_table(path: Path, target: Path, *, delimiter: str, quote: str | bool)
     import pyarrow.parquet
 
     ragged = array("q")
-    quoted = False
+    quoted = several_lines = False
 
     def leave_out(row: Any) -> str:
         nonlocal quoted
@@ -246,11 +248,14 @@ def _write_table(path: Path, target: Path, *, delimiter: str, quote: str | bool)
                 ) as batches,
                 pa.parquet.ParquetWriter(target, schema, compression="zstd") as out,
             ):
+
+                def holds(batch: Any, text: str) -> bool:
+                    return any(pc.any(pc.match_substring(c, text)).as_py() for c in batch.columns)
+
                 for batch in batches:
-                    if delimiter == "\t" and quote:
-                        found = (pc.any(pc.match_substring(c, "\t")).as_py() for c in batch.columns)
-                        if any(found):
-                            raise _TabInside
+                    if delimiter == "\t" and quote and holds(batch, "\t"):
+                        raise _TabInside
+                    several_lines = several_lines or bool(quote and holds(batch, "\n"))
                     columns = [
                         # "a, b": so are values
                         pc.utf8_ltrim(column, characters=" ") if name[:1] == " " else column
@@ -260,6 +265,8 @@ def _write_table(path: Path, target: Path, *, delimiter: str, quote: str | bool)
                     num_rows += batch.num_rows
             if ragged and quoted and delimiter == "\t" and quote:
                 raise _TabInside
+            if several_lines:
+                _require_quotes(path, name, delimiter)
             if ragged and not num_rows:
                 raise ValueError(f"row 1 has {ragged[1]} values, the header has {ragged[2]}")
             np.save(_ragged(target), np.array(ragged, np.int64).reshape(-1, 3))
@@ -267,6 +274,27 @@ def _write_table(path: Path, target: Path, *, delimiter: str, quote: str | bool)
         except pa.ArrowInvalid as error:
             if "block" not in str(error) or block == _CSV_BLOCKS[-1]:
                 raise
+
+
+def _require_quotes(path: Path, name: str, delimiter: str) -> None:
+    """Refuses a quote that does not end where its value ends.
+
+    Arrow takes the lines up to the next quote for one value, and loses their rows.
+
+    Raises:
+      SourceError: `source_quotes`, with the line that the row begins in.
+    """
+    limit = csv.field_size_limit(sys.maxsize)
+    line = 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = csv.reader(stream, delimiter=delimiter, strict=True)
+            for _ in rows:
+                line = rows.line_num + 1
+    except csv.Error as error:
+        raise SourceError("source_quotes", where=name, line=line, error=error) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 class _Table(Sequence[Row]):

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardspec.errors import ConfigError, nearest
+from shardspec.errors import ConfigError, nearest, redacted_url
 from shardspec.toml import load_toml
 
 UNITS: Mapping[str, float | None] = {"pixel": None, "1": 1.0, "100": 100.0, "1000": 1000.0}
@@ -107,8 +107,9 @@ class Spec:
     """Flags of `make shards`, by name."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives what samples follow from, in plain JSON types: all but places and settings."""
+        """Gives what samples follow from, as plain JSON: all but places, settings and secrets."""
         told = dataclasses.asdict(self)
+        told["images"] = redacted_url(self.images) if "://" in self.images else self.images
         unused = [name for name in ("documents", "encoding") if not told[name]]
         unused += [] if "video" in self.columns else ["max_videos"]
         left_out = (*_PLACES, *unused)

@@ -32,7 +32,7 @@ from preprocess.settings import Setting, usable_cores, usable_memory
 from preprocess.sizes import parse_bytes
 from preprocess.text import EMBEDDED, load_tokenizer, require_style
 from shardspec import storage
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, redacted_url
 from shardspec.manifest import fingerprint
 
 SMALL_JOB_FAILURES = 10
@@ -470,10 +470,10 @@ class Job:
 
     @property
     def source(self) -> str:
-        """The source as the identity names it: local paths are absolute."""
+        """The source as the identity names it: local paths are absolute, URLs without secrets."""
         source = self.settings.source
         is_path = source not in ("hub", "sample") and "://" not in source
-        return str(Path(source).absolute()) if is_path else source
+        return str(Path(source).absolute()) if is_path else redacted_url(source)
 
     @property
     def identity(self) -> dict[str, Any]:

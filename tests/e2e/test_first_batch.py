@@ -38,7 +38,7 @@ def fresh(tmp_path, monkeypatch):
             }
         )
     (tmp_path / "chats.json").write_text(json.dumps(rows))
-    code = next(text for language, text in BLOCKS if language == "python")
+    code = next(text for _, text in BLOCKS if "(DatasetBase)" in text)
     assert len(code.splitlines()) <= 20
     (tmp_path / "receipts.py").write_text(code)
     monkeypatch.chdir(tmp_path)

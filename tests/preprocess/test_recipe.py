@@ -1,5 +1,6 @@
 """The recipe as plain data, and `Preparer`: one example in, one prepared sample or a reason."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -53,6 +54,29 @@ def test_bytes_and_the_file_that_holds_them_give_the_same_sample(tmp_path):
     assert np.array_equal(from_bytes.spans, from_path.spans)
     assert np.array_equal(from_bytes.images[0].pixels, from_path.images[0].pixels)
     assert from_bytes.record == from_path.record
+
+
+def test_name_of_an_image_gives_the_same_sample_as_its_bytes(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(picture())
+    monkeypatch.chdir(tmp_path)
+    data = "data:image/jpeg;base64," + base64.b64encode(picture()).decode()
+    for image in ("a.jpg", {"bytes": None, "path": "a.jpg"}, data):
+        assert PREPARE(example(image)).key == PREPARE(example(picture())).key
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({}, "no_message"),
+        ({"image": picture(), "message_list": []}, "no_message"),
+        (example(3), "row_image"),
+        (example(messages=[{**MESSAGES[0], "text": "A \ud83d"}]), "row_encoding"),
+    ],
+)
+def test_example_that_is_none_has_a_reason(row, reason):
+    with pytest.raises(SampleError) as caught:
+        PREPARE(row)
+    assert caught.value.reason == reason
 
 
 def test_url_gives_the_same_sample_as_the_bytes_behind_it():

@@ -292,6 +292,10 @@ LAYOUTS = {
         },
         (["On?", 'lamp({"on": true})'], []),
     ),
+    "one tool, not in a list": (
+        {"conversations": said(("Now?", "12:40.")), "tools": {"name": "clock"}},
+        (['{"name": "clock"}', "Now?", "12:40."], []),
+    ),
     "tools as a text": (
         {
             "conversations": said(("Now?", "12:40.")),
@@ -465,6 +469,10 @@ REFUSED = {
     ),
     "no turns": ({"image": "a.jpg", "text": "x"}, "row_fields"),
     "turns as a text": ({"messages": "hello"}, "row_fields"),
+    "system texts as a list": (
+        {"conversations": said(("Now?", "12:40.")), "system": ["Help."]},
+        "row_fields",
+    ),
 }
 
 

@@ -397,6 +397,26 @@ def test_ragged_rows_keep_their_numbers_over_blocks_and_quotes(tmp_path, monkeyp
     assert len(pickle.loads(pickle.dumps(rows))) == 200
 
 
+@pytest.mark.parametrize(
+    "rows, line",
+    [
+        ('0.png,a\n1.png,"b\n2.png,c\n', 3),
+        ('0.png,"a\n1.png,b\n2.png,"c"\n', 2),
+        ('0.png,"a\nb"\n1.png,"c" d\n', 4),
+    ],
+)
+def test_quote_that_takes_other_rows_into_its_value_is_refused(rows, line, tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption\n" + rows)
+    with pytest.raises(SourceError) as caught:
+        open_records(str(tmp_path / "a.csv"))
+    assert (caught.value.reason, caught.value.facts["line"]) == ("source_quotes", line)
+
+
+def test_quote_that_takes_other_rows_of_tabs_into_its_value_is_a_character(tmp_path):
+    (tmp_path / "a.tsv").write_text('image\tcaption\n0.png\t"a\n1.png\tb\n2.png\t"c"\n')
+    assert [row["caption"] for row in open_records(str(tmp_path / "a.tsv"))] == ['"a', "b", '"c"']
+
+
 def test_file_of_which_no_row_fits_its_header_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("image,caption\na\nb\n")
     with pytest.raises(SourceError) as caught:

@@ -18,6 +18,7 @@ import pytest
 
 from preprocess.datasets import EpisodeDataset, dataset_class, dataset_names, get_dataset
 from preprocess.exchange import ImportSettings, import_tars
+from preprocess.formats import Spec
 from preprocess.job import build, count_rows
 from preprocess.job import verify as verify_job
 from preprocess.job.job import Job, JobSettings
@@ -309,6 +310,16 @@ def test_object_is_compared_with_its_stamp(tmp_path, stored):
         for how in ("time", "content"):
             changed = compare_files(str(tmp_path / "files"), places, how=how).changed
             assert changed == {places[0]: why, places[1]: "was missing"}
+
+
+def test_plan_of_a_source_with_a_signature_does_not_hold_it(tmp_path):
+    with served(tmp_path / "served") as address:
+        (tmp_path / "served" / "rows.jsonl").write_bytes(chats("No."))
+        url = f"{address}/rows.jsonl?sig=s3cr3t"
+        job = Job(job_settings(tmp_path, url, dataset=url))
+        kept = json.dumps([job.identity, job.dataset.rows.kind])
+    kept += json.dumps(Spec(name="a", format="llava", images="https://a/b?sig=s3cr3t").to_dict())
+    assert ("s3cr3t" in kept, kept.count("?sig=***")) == (False, 3)
 
 
 def test_stamps_of_urls_hold_no_secrets():
