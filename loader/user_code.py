@@ -96,13 +96,13 @@ def _compound(value: Any, seen: dict[int, Any], name: str) -> Iterator[str]:
     if isinstance(value, ModuleType | BuiltinFunctionType | np.ufunc):
         yield getattr(value, "__qualname__", value.__name__)
     elif isinstance(value, type):
-        yield _source(value)
+        yield source_of(value)
     elif isinstance(value, functools.partial):
         yield from _parts((value.func, value.args, value.keywords), seen, name)
     elif isinstance(value, MethodType):
         yield from _parts((value.__func__, value.__self__), seen, name)
     elif isinstance(value, FunctionType):
-        yield _source(value)
+        yield source_of(value)
         held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         yield from _parts((held, value.__defaults__, value.__kwdefaults__), seen, name)
     elif isinstance(value, np.ndarray) and value.dtype != object:
@@ -119,7 +119,7 @@ def _compound(value: Any, seen: dict[int, Any], name: str) -> Iterator[str]:
             yield from _parts(key, seen, name)
             yield from _parts(part, seen, f"{name}.{key}")
     else:
-        yield _source(type(value))
+        yield source_of(type(value))
         slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
         fields = {**getattr(value, "__dict__", {})}
         fields |= {s: getattr(value, s) for s in slots if hasattr(value, s) and s[:2] != "__"}
@@ -137,7 +137,8 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def _source(value: Any) -> str:
+def source_of(value: Any) -> str:
+    """Gives the source of a function or a class; of one of a known package its name alone."""
     module = str(value.__module__).partition(".")[0]
     if module in _KNOWN or getattr(builtins, value.__qualname__, None) is value:
         return f"{value.__module__}.{value.__qualname__}"

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from loader.assembly import View
+from loader.user_code import source_of
 from shardspec.errors import ConfigError
 from shardspec.families import PicturePlan, Pixtral, Qwen2VL
 from shardspec.manifest import Manifest, require_manifest
@@ -177,21 +179,56 @@ def _further(family: Any, shown: Sequence[Shown], device: torch.device) -> dict[
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
-    """Hashes a module: its class, its configuration if it has one, and every weight."""
-    kind = type(module)
-    config = getattr(module, "config", None)
-    described: dict[str, Any] = getattr(config, "to_dict", dict)()
-    known = {name: value for name, value in described.items() if name not in _UNSEEN}
+    """Hashes a module: its class, what it does with its weights, and every weight.
+
+    What it does is its configuration, of a model of transformers; of any other its structure, the
+    source of its classes, and the plain values that they hold under public names. What they call
+    elsewhere is not seen.
+    """
     head = json.dumps(
-        [kind.__qualname__, known], sort_keys=True, default=str, separators=(",", ":")
+        [type(module).__qualname__, _described(module)],
+        sort_keys=True,
+        default=str,
+        separators=(",", ":"),
     )
     hashed = hashlib.sha256(head.encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors = module.state_dict()
+    if _configuration(module) is None:
+        # Buffers that are not saved follow from a configuration, where there is one.
+        tensors |= dict(module.named_buffers())
+    for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, torch.Tensor):
             hashed.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             hashed.update(flat.view(torch.uint8).numpy().data)
     return hashed.hexdigest()
+
+
+def _configuration(module: torch.nn.Module) -> dict[str, Any] | None:
+    made = getattr(getattr(module, "config", None), "to_dict", None)
+    if made is None:
+        return None
+    return {name: value for name, value in made().items() if name not in _UNSEEN}
+
+
+def _described(module: torch.nn.Module) -> Any:
+    """Describes what a module does with its weights, in JSON types."""
+    known = _configuration(module)
+    if known is not None:
+        return known
+    fields = {
+        name: repr(value)
+        for name, value in vars(module).items()
+        if name != "training" and name[0] != "_" and _is_plain(value)
+    }
+    parts = [[name, _described(part)] for name, part in module.named_children()]
+    return [[*map(source_of, type(module).__mro__)], module.extra_repr(), fields, parts]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def check_backbone(dataset: str | Manifest, backbone: Backbone | torch.nn.Module) -> None:
@@ -260,10 +297,12 @@ def load_backbone(
 def _imported(path: str, attribute: str, source: str) -> torch.nn.Module:
     try:
         if path.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+            name = f"backbone {Path(path).absolute()}"  # hides no module that is imported by name
+            spec = importlib.util.spec_from_file_location(name, path)
             if spec is None or spec.loader is None:
                 raise ImportError(path)
             loaded = importlib.util.module_from_spec(spec)
+            sys.modules[name] = loaded  # the source of its classes is found by it
             spec.loader.exec_module(loaded)
         else:
             loaded = importlib.import_module(path)

@@ -54,15 +54,15 @@ class Tower(torch.nn.Module):
 
     def __init__(self, seed=0, *, fail_at=None):
         super().__init__()
-        self.fail_at = fail_at
+        self._fail_at = fail_at
         made = torch.Generator().manual_seed(seed)
         self.weight = torch.nn.Parameter(torch.randn(6, 3, 14, 14, generator=made) / 24)
-        self.num_calls = 0
+        self._num_calls = 0
 
     def forward(self, pixel_values):
-        if self.num_calls == self.fail_at:
+        if self._num_calls == self._fail_at:
             raise KeyboardInterrupt
-        self.num_calls += 1
+        self._num_calls += 1
         cells = torch.nn.functional.conv2d(pixel_values, self.weight, stride=14)
         return cells.flatten(2).transpose(1, 2)
 
@@ -317,7 +317,7 @@ def test_several_pictures_a_call_give_the_same_rows(source, stored, tmp_path):
     want = batches(StreamingDataset(stored("float32"), seed=3))
     for batch, other in zip(batches(StreamingDataset(tmp_path / "out", seed=3)), want, strict=True):
         assert torch.allclose(batch["image_features"], other["image_features"], atol=1e-6)
-    assert tower.num_calls < 9
+    assert tower._num_calls < 9
 
 
 @pytest.mark.slow

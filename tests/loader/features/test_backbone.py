@@ -1,0 +1,67 @@
+"""What tells one backbone from another."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from loader.features import Backbone, load_backbone
+
+
+class Scaled(nn.Module):
+    """Has no weights: what it does is in its values and its code."""
+
+    def __init__(self, factor, *, hidden=0.0):
+        super().__init__()
+        self.factors = [factor, 1]
+        self._calls = 0
+        self.register_buffer("hidden", torch.tensor(hidden), persistent=False)
+
+    def forward(self, pixel_values):
+        return pixel_values * self.factors[0] + self.hidden
+
+
+def convolved(*rest, **options):
+    made = nn.Sequential(nn.Conv2d(3, 4, 2, **options), *rest)
+    nn.init.ones_(made[0].weight)
+    nn.init.zeros_(made[0].bias)
+    return made
+
+
+@pytest.mark.parametrize(
+    "make, other",
+    [
+        (lambda: convolved(stride=1), lambda: convolved(stride=2)),
+        (lambda: convolved(nn.GELU()), lambda: convolved(nn.ReLU())),
+        (lambda: convolved(nn.GELU()), lambda: convolved(nn.GELU("tanh"))),
+        (lambda: Scaled(2), lambda: Scaled(3)),
+        (lambda: nn.Sequential(Scaled(2)), lambda: nn.Sequential(Scaled(3))),
+        (lambda: Scaled(2), lambda: Scaled(2, hidden=1.0)),
+    ],
+)
+def test_modules_that_do_other_things_with_equal_weights_differ(make, other):
+    fingerprints = [Backbone(each).fingerprint for each in (make(), make(), other())]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_use_does_not_change_a_fingerprint():
+    module = Scaled(2)
+    first = Backbone(module).fingerprint
+    module.eval()
+    module._calls += 1
+    assert Backbone(module).fingerprint == first
+
+
+def test_code_is_part_of_a_fingerprint(tmp_path, monkeypatch):
+    found = []
+    for i, body in enumerate(("x + 1", "x + 1", "x + 2", "x.neg()")):
+        (tmp_path / f"tower{i}.py").write_text(
+            f"import torch\nclass Base(torch.nn.Module):\n def forward(self, x):\n  return {body}\n"
+            "class Tower(Base):\n pass\n"
+        )
+        found.append(load_backbone(f"{tmp_path}/tower{i}.py:Tower").fingerprint)
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Backbone(importlib.import_module("tower0").Tower()).fingerprint == found[0]
