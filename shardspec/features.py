@@ -148,11 +148,12 @@ class StoredFeatures:
           SampleError: `features_value`: not a number, or too large for the type.
         """
         values = np.ascontiguousarray(values, np.float32)
-        with np.errstate(over="ignore"):
+        # Before rounding, which makes a number of some that are none; a GPU's are among them.
+        finite = bool(np.isfinite(values).all())
+        with np.errstate(over="ignore", invalid="ignore"):
             stored = _ENCODE[self.dtype](values)
-        # What was too large has become infinite. Every integer is finite: its scale counts.
-        kept = values if self.dtype == "int8" else self._values(stored)
-        if not np.isfinite(kept).all():
+        # What was too large has become infinite; no integer has.
+        if not finite or (self.dtype != "int8" and not np.isfinite(self._values(stored)).all()):
             raise SampleError("features_value", where=where, dtype=self.dtype)
         return encode_array(stored)
 
@@ -206,11 +207,10 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 def _to_int8(values: np.ndarray) -> np.ndarray:
     largest = np.abs(values).max(axis=-1, keepdims=True, initial=0)
     scale = (largest / np.float32(_LARGEST_INT8)).astype("<f4")
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(divide="ignore"):
         whole = np.where(scale > 0, np.rint(values / scale), 0)
     stored = np.empty((*values.shape[:-1], values.shape[-1] + _SCALE_BYTES), np.int8)
-    with np.errstate(invalid="ignore"):
-        stored[..., :-_SCALE_BYTES] = np.clip(whole, -_LARGEST_INT8, _LARGEST_INT8)
+    stored[..., :-_SCALE_BYTES] = np.clip(whole, -_LARGEST_INT8, _LARGEST_INT8)
     stored[..., -_SCALE_BYTES:] = scale.view(np.int8)
     return stored
 

@@ -70,7 +70,11 @@ def test_bfloat16_is_rounded_as_torch_rounds_it():
     assert np.array_equal(made.decode(made.encode(values)), want)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+GPU_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+"""What CUDA computes where the result is no number; rounded as a number it would be -0.0."""
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, GPU_NAN, -GPU_NAN])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_no_number_is_refused(dtype, bad):
     values = np.zeros((1, 3, 5), np.float32)
