@@ -25,8 +25,8 @@ from shardspec.keyed import keyed
 NUM_TRIES = 8
 """Draws of a function of the user's before a picture is left as it is."""
 
-_ROUNDING_PX = 1e-6
-"""How far outside of the picture a point may be by the arithmetic of a move."""
+_ROUNDING_PX = 1e-3
+"""How far outside of the picture a point may be by the arithmetic of a move, in float32 too."""
 
 Change = tuple[int, int, np.ndarray]
 """Tokens that are replaced: start, stop, and the ids instead of them."""
@@ -60,6 +60,8 @@ class ImagePoints:
           digits: The id of each character of a number.
         """
         points = self.corners_N2
+        if not len(points):
+            return []
         found, _ = transform_points(points, change, width=self.width, height=self.height)
         moved = np.clip(found, 0, (self.width, self.height))
         if not np.all(np.abs(found - moved) <= _ROUNDING_PX):  # nor is what is not a number

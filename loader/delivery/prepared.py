@@ -23,6 +23,7 @@ from loader.assembly import (
     ModelCollator,
     ModelDraft,
     ModelPack,
+    OwnAugment,
     Pack,
     finished,
     finished_for_model,
@@ -294,6 +295,7 @@ def _timings(planned: list[list[PlannedExample]], batch: Any, total_s: float) ->
         positions=positions,
         tokens=tokens,
         loss_tokens=loss_tokens,
+        left_alone=sum([_left_alone(one.draft) for one in examples]),
         read_bytes=sum([one.num_bytes for one in examples]),
         batch_bytes=sum(tensor.nbytes for tensor in tensors),
         read_s=read_s,
@@ -303,6 +305,15 @@ def _timings(planned: list[list[PlannedExample]], batch: Any, total_s: float) ->
         render_s=render_s - decode_s,
         collate_s=total_s - read_s - layout_s - render_s,
     )
+
+
+def _left_alone(draft: Draft | ModelDraft) -> int:
+    """Counts the pictures of an example that a function of the user's does not change."""
+    if not isinstance(draft, Draft) or draft.view.purpose != "train":
+        return 0
+    if not isinstance(draft.view.augment, OwnAugment):
+        return 0
+    return [draw.own for draw in draft.plan.draws].count(None)
 
 
 def _count_tokens(examples: list[PlannedExample], *, values: Any) -> tuple[int, int, int]:

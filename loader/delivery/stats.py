@@ -50,6 +50,9 @@ class StageTimings:
     """Positions that are not padding."""
     loss_tokens: int = 0
     """Positions that have a target."""
+    left_alone: int = 0
+    """Pictures that an augmentation of the user's does not change, as their texts would become
+    wrong, or as all draws moved a point out."""
     read_s: float = 0.0
     layout_s: float = 0.0
     decode_s: float = 0.0

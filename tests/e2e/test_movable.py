@@ -35,9 +35,9 @@ class Turn:
 AUGMENTS = [Turn(), Augment(crop_scale=(0.8, 1.0), flip_probability=0.5, hue=0.1)]
 
 
-def stream(folder, augment, **options):
+def stream(folder, augment, *, purpose="train", **options):
     image = StreamingDataset(str(folder)).view.image
-    view = View(image=image, augment=augment)
+    view = View(image=image, augment=augment, purpose=purpose)
     return StreamingDataset(str(folder), seed=3, view=view, **options)
 
 
@@ -98,3 +98,23 @@ def test_batches_are_the_same_in_threads_on_two_ranks_and_after_a_resume(movable
     for one, other, whole in zip(*ranks, want, strict=True):
         rows = [row[row >= 0].tolist() for part in (one, other) for row in part["labels"]]
         assert rows == [row[row >= 0].tolist() for row in whole["labels"]]
+
+
+class Away(Turn):
+    def points(self, points_N2, rng, *, width, height):
+        return points_N2 + width
+
+
+def test_pictures_that_are_left_alone_are_counted(movable_dataset):
+    for augment, view, count in (
+        (Away(), {}, 6),
+        (Turn(), {}, 0),
+        (AUGMENTS[1], {}, 0),
+        (Away(), {"purpose": "inference"}, 0),
+    ):
+        dataset = stream(movable_dataset, augment, **view)
+        loader = make_dataloader(
+            dataset, global_batch_size=2, sequence_length=512, decode_threads=0
+        )
+        assert len(list(loader)) == 3
+        assert loader.stats().timings.left_alone == count

@@ -170,7 +170,7 @@ def test_a_text_is_that_of_its_moved_points(make, form, groups, reach, seed, pre
     sample, own = sample_of(groups), Affine(reach)
     text, length = shown(sample, OwnAugment(own), seed)
     for i, size in enumerate(sizes):
-        given = own.given[size]
+        given = own.given.get(size, np.zeros((0, 2)))  # one without points is not asked
         if np.all(given >= 0) and np.all(given <= size):  # else it was the last of all draws
             given = boxes_around(given) if boxed else given[: len(groups[i])]
             groups[i] = given.tolist()
@@ -241,6 +241,24 @@ def test_a_function_without_points_leaves_them_alone(prepared, shown, caplog):
     with pytest.raises(ConfigError) as caught:
         shown(sample, OwnAugment(outside))
     assert caught.value.reason == "augment_function"
+
+
+def test_pictures_without_points_are_not_asked_for_them(prepared, shown):
+    sample = prepared(grouped([[[2, 3]], []]), form="coords role", num_images=2)
+    own = Affine(0.5)
+    text, _ = shown(sample, OwnAugment(own))
+    assert text != shown(sample)[0]
+    assert [*own.given] == [SIZES[0]]
+
+
+def test_points_on_the_border_may_move_in_float32(prepared, shown):
+    class Mirrored(Affine):
+        def points(self, points_N2, rng, *, width, height):
+            return (width, height) - points_N2 - np.float32(2e-6)  # as a matrix of float32 gives
+
+    sample = prepared(pointing([[[20, 10], [2, 3]]]))
+    want = prepared(pointing([[[0, 0], [18, 7]]]))
+    assert shown(sample, OwnAugment(Mirrored(1))) == shown(want)
 
 
 def test_equal_texts_about_other_points_move_apart(prepared, shown):
