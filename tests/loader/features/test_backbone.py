@@ -1,12 +1,14 @@
 """What tells one backbone from another."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from loader.features import Backbone, load_backbone
+from shardspec.errors import ConfigError
 
 
 class Scaled(nn.Module):
@@ -65,3 +67,30 @@ def test_code_is_part_of_a_fingerprint(tmp_path, monkeypatch):
     assert len(set(found)) == 3
     monkeypatch.syspath_prepend(tmp_path)
     assert Backbone(importlib.import_module("tower0").Tower()).fingerprint == found[0]
+
+
+def refusal(call):
+    with pytest.raises(ConfigError) as raised:
+        call()
+    assert raised.value.reason == "features_backbone"
+    return str(raised.value)
+
+
+def test_towers_of_which_several_layers_are_taken_are_refused():
+    module = Scaled(2)
+    module.config = SimpleNamespace(deepstack_visual_indexes=[0, 1])
+    assert "several layers" in refusal(lambda: Backbone(module))
+
+
+@pytest.mark.slow
+def test_qwen3_vl_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "intermediate_size": 32}
+    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    vision = {"depth": 3, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
+    config = transformers.Qwen3VLConfig(
+        text_config={**size, **text, "vocab_size": 100, "head_dim": 16},
+        vision_config={**size, **vision, "deepstack_visual_indexes": [0, 1]},
+    )
+    transformers.Qwen3VLModel(config).save_pretrained(tmp_path)
+    assert "several layers" in refusal(lambda: load_backbone(str(tmp_path)))
