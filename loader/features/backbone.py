@@ -23,7 +23,7 @@ import torch
 
 from loader.assembly import View
 from loader.user_code import source_of
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, ShardsError
 from shardspec.families import PicturePlan, Pixtral, Qwen2VL
 from shardspec.manifest import Manifest, require_manifest
 
@@ -84,7 +84,12 @@ class Backbone:
         self.name, self.layer, self.tokens, self.compute = name, layer, tokens, compute
         self.fingerprint = module_fingerprint(module)
         """Of its configuration and weights, as they were given."""
-        self.device = torch.device(device)
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # of no such type, or of none that is here
+            raise ConfigError(
+                "features_backbone.device", where=name, device=device, error=_first_line(error)
+            ) from error
         self.module = module.eval().requires_grad_(requires_grad=False)
         self.module.to(self.device, getattr(torch, compute))
 
@@ -104,7 +109,8 @@ class Backbone:
           float32 [rows, ...] for each.
 
         Raises:
-          ConfigError: `features_backbone`: the result is not an array of rows for each picture.
+          ConfigError: `features_backbone`: the module raises, or its result is not an array of
+            rows for each picture.
         """
         sizes = [len(each.units) for each in shown]
         joined = np.ascontiguousarray(np.concatenate([each.units for each in shown]))
@@ -112,7 +118,17 @@ class Backbone:
         if pixels.dtype != torch.uint8:
             pixels = pixels.to(getattr(torch, self.compute))
         family = None if view.model is None else view.model.family
-        values = self.features(pixels, **_further(family, shown, self.device))
+        try:
+            values = self.features(pixels, **_further(family, shown, self.device))
+        except (ShardsError, MemoryError):
+            raise
+        except Exception as error:
+            raise ConfigError(
+                "features_backbone.raised",
+                where=self.name,
+                pixels=list(pixels.shape),
+                error=f"{type(error).__name__}: {_first_line(error)}",
+            ) from error
         if isinstance(family, Pixtral) and values.ndim == 3 and len(values) == 1:
             values = values[0]  # the patches of all pictures, one after the other
         # As many rows for each unit, or each for as many units.
@@ -307,9 +323,10 @@ def _imported(path: str, attribute: str, source: str) -> torch.nn.Module:
         else:
             loaded = importlib.import_module(path)
         found = getattr(loaded, attribute)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ConfigError("features_backbone.missing", where=source, error=error) from error
-    made = found if isinstance(found, torch.nn.Module) or not callable(found) else found()
+        made = found if isinstance(found, torch.nn.Module) or not callable(found) else found()
+    except Exception as error:  # of the user's code
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+        raise ConfigError("features_backbone.missing", where=source, error=problem) from error
     if not isinstance(made, torch.nn.Module):
         raise ConfigError("features_backbone.module", where=source, got=type(made).__name__)
     return made
@@ -323,8 +340,9 @@ def _from_transformers(source: str) -> tuple[torch.nn.Module, int | None, Tokens
     try:
         model, loading = AutoModel.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
-        problem = str(error).strip().partition("\n")[0]
-        raise ConfigError("features_backbone.missing", where=source, error=problem) from error
+        raise ConfigError(
+            "features_backbone.missing", where=source, error=_first_line(error)
+        ) from error
     config = model.config
     several = getattr(config, "vision_config", None) is not None
     name, tower = ("", model) if not several else _tower_of(model, source)
@@ -341,6 +359,10 @@ def _from_transformers(source: str) -> tuple[torch.nn.Module, int | None, Tokens
         layer = None  # it takes the last one after its norm
     strategy = getattr(config, "vision_feature_select_strategy", None)
     return tower, layer, None if strategy is None else _STRATEGIES.get(strategy)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _tower_of(model: Any, source: str) -> tuple[str, torch.nn.Module]:

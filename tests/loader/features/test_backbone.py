@@ -3,11 +3,14 @@
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from loader.assembly import View
 from loader.features import Backbone, load_backbone
+from loader.features.backbone import Shown
 from shardspec.errors import ConfigError
 
 
@@ -94,3 +97,24 @@ def test_qwen3_vl_is_refused(tmp_path):
     )
     transformers.Qwen3VLModel(config).save_pretrained(tmp_path)
     assert "several layers" in refusal(lambda: load_backbone(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "text", ["made = 1 / 0", "def made(x): pass", "def made(): raise KeyError(1)", "made ="]
+)
+def test_code_that_fails_is_named(tmp_path, text):
+    (tmp_path / "tower.py").write_text(text)
+    assert "Error" in refusal(lambda: load_backbone(f"{tmp_path}/tower.py:made"))
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
+def test_devices_that_are_not_here_are_named(device):
+    assert device in refusal(lambda: Backbone(Scaled(1), device=device))
+
+
+def test_a_module_that_fails_is_named():
+    shown = [Shown(units=np.zeros((2, 3, 4, 4), np.float32))]
+    told = refusal(lambda: Backbone(nn.Linear(5, 2))(shown, View()))
+    assert "[2, 3, 4, 4]" in told
+    with pytest.raises(RuntimeError):  # where a program calls it, it gets the error itself
+        Backbone(nn.Linear(5, 2)).features(torch.zeros(1, 3))
