@@ -53,37 +53,36 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def key(self, picture: Any) -> bytes:
+    def key(self, picture: Any, **further: Any) -> bytes:
         """Hashes the content of a picture, with its type and shape, and the identity.
 
         Args:
           picture: A tensor or an array of pixels, or the bytes of a file.
+          further: What features follow from besides, such as `grid_thw` of patches; each of a
+            picture's types.
         """
-        if isinstance(picture, torch.Tensor):
-            kind, shape = str(picture.dtype), tuple(picture.shape)
-            flat = picture.detach().cpu().contiguous().reshape(-1)
-            payload: Any = flat.view(torch.uint8).numpy()
-        elif isinstance(picture, np.ndarray):
-            kind, shape = picture.dtype.str, picture.shape
-            payload = np.ascontiguousarray(picture).reshape(-1).view(np.uint8)
-        else:
-            kind, shape, payload = "file", (len(picture),), picture
-        hashed = hashlib.sha256(f"{self.identity} {kind} {shape}\n".encode())
-        hashed.update(payload)
+        hashed = hashlib.sha256(self.identity.encode())
+        for name, value in (("", picture), *sorted(further.items())):
+            kind, shape, payload = _content(value)
+            hashed.update(f"\n{name} {kind} {shape}\n".encode())
+            hashed.update(payload)
         return hashed.digest()
 
-    def get(self, picture: Any, compute: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    def get(
+        self, picture: Any, compute: Callable[..., torch.Tensor], **further: Any
+    ) -> torch.Tensor:
         """Gives the features of a picture.
 
         Args:
           picture: As of `key`.
-          compute: Makes them of the picture; called where they are not there. What it raises is
-            raised to all that wait for it, and nothing is kept.
+          compute: Makes them of the picture and `further`; called where they are not there. What
+            it raises is raised to all that wait for it, and nothing is kept.
+          further: As of `key`: patches of one content are different pictures on other grids.
 
         Returns:
           The tensor that is kept: it must not be written to.
         """
-        key = self.key(picture)
+        key = self.key(picture, **further)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -98,7 +97,7 @@ class FeatureCache:
         if coming is not None:
             return coming.result()
         try:
-            made = compute(picture).detach()
+            made = compute(picture, **further).detach()
         except BaseException as error:
             with self._lock:
                 del self._coming[key]
@@ -126,3 +125,13 @@ class FeatureCache:
         while self.num_bytes > self.max_bytes:
             _, oldest = self._kept.popitem(last=False)
             self.num_bytes -= oldest.nbytes
+
+
+def _content(value: Any) -> tuple[str, tuple[int, ...], Any]:
+    """Gives the type, the shape and the bytes of a picture."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return "file", (len(value),), value

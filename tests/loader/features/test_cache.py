@@ -80,6 +80,16 @@ def test_keys_tell_content_type_shape_and_backbone_apart():
     assert FeatureCache("two").key(pixels) != keys[0]
 
 
+def test_equal_patches_of_other_grids_are_other_pictures():
+    cache, patches = FeatureCache("print"), torch.ones(16, 4)
+    grids = [torch.tensor([[1, *sides]]) for sides in ((4, 4), (2, 8), (4, 4))]
+    found = [
+        cache.get(patches, lambda x, grid_thw: x * grid_thw[0, 1], grid_thw=grid) for grid in grids
+    ]
+    assert [each[0, 0].item() for each in found] == [4, 2, 4]
+    assert (cache.hits, cache.misses) == (1, 2)
+
+
 def test_threads_that_want_the_same_picture_wait_for_one():
     cache, started, release = FeatureCache("print"), threading.Event(), threading.Event()
     calls, found = [], []
