@@ -297,12 +297,7 @@ def _first_features(
             reader = ShardReader(settings.src, manifest, split=split.split)
             shown = show_pictures(reader.stored(number), view, Scratch())
             (first,) = backbone(shown[:1], view)
-            units = len(shown[0].units)
-            if view.model is None and len(first) != units:
-                raise ConfigError(
-                    "features_backbone.shape", where=backbone.name, got=first.shape, units=units
-                )
-            return units, first
+            return len(shown[0].units), first
     raise ConfigError("features_dataset.empty", where=settings.src)
 
 
@@ -322,6 +317,7 @@ def make_features(plan: FeaturePlan, report: Reporter) -> FeatureOutcome:
 
     Raises:
       ConflictError: `job_conflict`: the output holds something else.
+      ConfigError: `features_backbone`: it fails, or gives other rows than of the first picture.
       ShardError: A file of the source is damaged, or is not what it was.
       SampleError: `features_value`.
       StorageError: The output cannot be written.
@@ -434,8 +430,17 @@ def _write_sample(
     """Writes a sample with features for pictures, and what has changed into its row of the index.
 
     Raises:
+      ConfigError: `features_backbone`: rows of another shape than those of the first picture.
       SampleError: `features_value`; `sample_length`: it is too long for the index.
     """
+    for values in found:
+        if values.shape[1:] != features.row_shape:  # no reader would find its rows
+            raise ConfigError(
+                "features_backbone.rows",
+                where=sample.key,
+                got=values.shape[1:],
+                want=features.row_shape,
+            )
     payloads = [features.encode(values, where=sample.key) for values in found]
     # Overviews are made of pictures; features have them among their rows.
     spans = sample.spans[sample.spans[:, 0] != SpanKind.OVERVIEW.value].copy()

@@ -472,6 +472,8 @@ class Odd(torch.nn.Module):
         (lambda x: x.flatten(1), {"tokens": "patches"}),
         (lambda x: x.flatten(2), {"layer": -2}),
         (lambda x: x.flatten(2).repeat(2, 1, 1), {}),
+        (lambda x: x.flatten(2)[..., : 4 + len(x)], {}),
+        (lambda x: x.flatten(2)[:: 1 + (len(x) == 2)], {}),
     ],
 )
 def test_results_that_are_no_rows_of_features_are_refused(source, tmp_path, result, options):
