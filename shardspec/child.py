@@ -40,6 +40,9 @@ _PIPE_BYTES = 1 << 20
 
 _MAX_POLL_MS = 2**31 - 1
 
+_MAX_TIME_S, _MAX_MEMORY_BYTES = 10.0**8, 2**62
+"""Clocks and limits of systems count no further; nothing takes as much."""
+
 _LINE_BYTES = 1 << 12
 """Read at a time where a line is expected: what follows goes straight to where it is wanted."""
 
@@ -136,15 +139,16 @@ class ChildProcess:
           ConfigError: What the work raises.
         """
         parts = () if isinstance(source, Path) else source
+        limit_s = min(self.limits.time_limit_s, _MAX_TIME_S)
         asked = {
             "path": str(source) if isinstance(source, Path) else None,
             "num_bytes": None if isinstance(source, Path) else sum(map(len, parts)),
             "where": where,
-            "time_limit_s": self.limits.time_limit_s,
+            "time_limit_s": limit_s,
             "request": dict(request),
         }
         with self._lock:
-            self._deadline = time.monotonic() + self.limits.time_limit_s + _GRACE_S
+            self._deadline = time.monotonic() + limit_s + _GRACE_S
             self._answered = False
             try:
                 self._send([json.dumps(asked).encode() + b"\n", *parts], where)
@@ -334,7 +338,7 @@ def run_child(work: Work, *, load: Callable[[], object]) -> None:
     with suppress(ConfigError):  # which is told when a file comes
         load()
     mapped_pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = memory_bytes + mapped_pages * resource.getpagesize()
+    limit = min(memory_bytes, _MAX_MEMORY_BYTES) + mapped_pages * resource.getpagesize()
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:  # a limit of the user's own cannot be raised
         limit = min(limit, most)

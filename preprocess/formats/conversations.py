@@ -35,7 +35,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.formats.images import is_empty, part_media, require_no_media, row_images
+from preprocess.formats.images import (
+    is_empty,
+    named_media,
+    part_media,
+    require_no_media,
+    row_images,
+)
 from preprocess.formats.spec import Spec
 from preprocess.formats.video import RowVideo, part_video, row_videos, with_videos
 from shardspec.errors import SampleError
@@ -567,7 +573,10 @@ def _part(part: Any, images: _Images, *, role: str) -> str:
     if not isinstance(part, Mapping):
         raise SampleError("conversation.part", got=type(part).__name__)
     kind = part.get("type")
-    if kind in _TEXT_PARTS or (kind is None and isinstance(part.get("text"), str)):
+    named = named_media(part) if kind is None else []
+    if named and (len(named) > 1 or part.get("text")):
+        raise SampleError("conversation.several", fields=sorted(map(str, part)))
+    if kind in _TEXT_PARTS or (not named and kind is None and isinstance(part.get("text"), str)):
         values = (part.get(name) for name in ("text", "refusal", "value"))
         return _part(next(filter(None, values), ""), images, role=role)
     if kind == "input_image" and part_media(part, "image") is None:

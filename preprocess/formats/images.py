@@ -100,5 +100,11 @@ def part_media(part: Mapping[str, Any], kind: str) -> Any:
     return found["url"] if isinstance(found, Mapping) and "url" in found else found
 
 
+def named_media(part: Mapping[str, Any]) -> list[str]:
+    """Lists the fields by which a part without a type brings images or videos along."""
+    names = [name for kind in ("image", "video") for name in (kind, f"{kind}_url")]
+    return [name for name in names if not is_empty(part.get(name))]
+
+
 def _base64(data: Any, media_type: str = "image/png") -> str | None:
     return f"data:{media_type};base64,{data}" if isinstance(data, str) else None

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from preprocess.formats.conversations import MARK, VIDEO_MARK, text_with_media
-from preprocess.formats.images import is_empty, part_media, require_no_media
+from preprocess.formats.images import is_empty, named_media, part_media, require_no_media
 from preprocess.formats.spec import Spec
 from preprocess.formats.video import RowVideo, part_video, with_videos
 from shardspec.errors import SampleError
@@ -225,8 +225,12 @@ def _part(part: Any, spec: Spec) -> Part:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping):
-        kind = part.get("type")
-        if kind == "text" or (kind is None and isinstance(part.get("text"), str)):
+        kind, text = part.get("type"), part.get("text")
+        named = named_media(part) if kind is None else []
+        told = isinstance(text, str) and bool(text.strip())
+        if named and len(named) + told > 1:
+            raise SampleError("document.several", fields=sorted(named + ["text"] * told))
+        if kind == "text" or (kind is None and isinstance(text, str) and not named):
             return str(part.get("text") or part.get("value") or "")
         if kind in ("video", "video_url") or (kind is None and not is_empty(part.get("video"))):
             if "video" not in spec.columns:

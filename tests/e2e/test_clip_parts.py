@@ -25,7 +25,13 @@ from shardspec.manifest import require_manifest
 from shardspec.sample import sample_members
 from shardspec.tiling import FrameView
 from tests import inline
-from tests.e2e.test_video import SMALL, assert_equal_examples, in_stored_order
+from tests.e2e.test_video import (
+    MIXED,
+    SMALL,
+    assert_equal_examples,
+    in_stored_order,
+    mixed_batches,
+)
 from tests.fault_proxy import FaultProxy
 from tests.shardspec.video.test_parts import PART, noisy_clip
 
@@ -174,6 +180,28 @@ def test_batches_of_parts_from_a_store_equal_those_of_a_disk(cached, built, stor
     assert_same(batches_of(url, 4, cache=cache), want)
     if cached:  # the parts of the first run
         assert fetched_bytes(proxy) == begun
+
+
+@pytest.mark.slow
+def test_packed_mixtures_of_parts_resume_on_other_ranks(built, s3_server, tmp_path):
+    """Clips alone and beside a picture, a picture alone and text: from a disk and a store."""
+    for name in ("0.mp4", "1.mp4"):
+        (tmp_path / name).write_bytes(noisy_clip(150, 12))
+    (tmp_path / "mine.py").write_text(MIXED.format(folder=str(tmp_path)))
+    urls = [built, build(f"{tmp_path / 'mine.py'}:Mixed", tmp_path)]
+    with mock.patch("loader.reading.parted.LEAST_BYTES", 1 << 40):
+        want, _ = mixed_batches(urls, 6, world_size=1)
+    shown = [one for examples, *_ in want for one in examples]
+    assert {len(one.get("frame_times_s", ())) for one in shown} == {0, 2, 4}
+    bucket = s3_server.make_bucket()
+    stored = [f"{bucket}/{number}" for number in range(len(urls))]
+    for url, target in zip(urls, stored, strict=True):
+        s3_server.client().put(url, target, recursive=True)
+    with FaultProxy(s3_server.endpoint, seed=6) as proxy, proxy.entered(s3_server):
+        for places in (urls, stored):
+            first, state = mixed_batches(places, 3, world_size=2, decode_threads=2)
+            rest, _ = mixed_batches(places, 3, world_size=1, state=state, decode_threads=0)
+            assert [*first, *rest] == want
 
 
 @pytest.mark.slow

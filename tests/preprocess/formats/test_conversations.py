@@ -405,6 +405,14 @@ REFUSED = {
         {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         "conversation",
     ),
+    "part that is two": (
+        {"messages": said(([{"text": "x", "image": "a"}], "b"))},
+        "conversation",
+    ),
+    "part that is two, of which one is empty": (
+        {"messages": said(([{"text": "", "image": "a"}], "b"))},
+        "conversation",
+    ),
     "parts as a text": (
         {
             "image": "a",

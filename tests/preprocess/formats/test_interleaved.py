@@ -127,6 +127,8 @@ def test_videos_are_where_the_document_has_them(row, parts):
         ({"text": "a <video>", "clip": ["v", "w"]}, "video_without_placeholder"),
         ({"text": "a <video>", "clip": "v", "video": "w"}, "row_media"),
         ({"content": ["a", {"type": "video"}], "clip": "v"}, "document.part"),
+        ({"content": ["a", {"video": "v", "image": "i"}]}, "document.several"),
+        ({"content": [{"text": "a", "image": "i"}]}, "document.several"),
         ({"texts": ["a"], "images": [None], "video": "v"}, "row_media"),
     ],
 )

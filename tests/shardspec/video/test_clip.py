@@ -194,6 +194,21 @@ def test_limits_that_mean_nothing_are_refused_by_name(given):
     assert (found.value.reason, found.value.facts) == ("clip_limits", given)
 
 
+def test_limits_beyond_what_a_system_can_count_are_none(clip):
+    limits = pool.ClipLimits(processes=1, time_limit_s=10**400, memory_bytes=10**30)
+    found = []
+    read_frames(
+        encode_table(clip[0]),
+        clip[1],
+        [1],
+        on_frame=lambda _, pixels: found.append(stamp(pixels)),
+        limits=limits,
+    )
+    assert found == [1]
+    for process in pool._pools.pop(limits).idle:
+        process.close()
+
+
 def test_no_more_decoders_are_open_than_the_bound(clip, alone):
     table, file = clip
     at_once, most = [], []
