@@ -223,7 +223,7 @@ def cut_groups(starts: np.ndarray, *, num_shards: int) -> list[int]:
         nearer_below = above > 0 and share - starts[above - 1] <= starts[above] - share
         nearest = above - nearer_below
         last = num_groups - (num_shards - len(cuts))  # a group is left for each further shard
-        cuts.append(min(max(nearest, cuts[-1] + 1), last))
+        cuts.append(int(min(max(nearest, cuts[-1] + 1), last)))
     return [*cuts, num_groups]
 
 

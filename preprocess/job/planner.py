@@ -787,7 +787,7 @@ def _plan_image(
         # The key is that of the unsharded path, which sees the pixels.
         identity = image_identity(image, image)
         return _PlannedImage(location={"kind": "blob", "sha256": digest}, identity=identity)
-    raise ConfigError("image_type", got=type(image).__name__)
+    raise SampleError("row_image", fields=[], got=type(image).__name__)
 
 
 def _plan_video(

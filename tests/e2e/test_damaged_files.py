@@ -191,9 +191,11 @@ def plan(context):
     job = SimpleNamespace(
         url=lambda *parts: "/".join([str(context.folder), *parts]),
         settings=SimpleNamespace(split="train"),
+        generation=0,
         identity={"a": 1},
         identity_url=str(context.folder / "identity.json"),
-        compare_files=lambda: None,
+        growth=None,
+        compare_files=lambda generation: None,
     )
     (context.folder / "identity.json").write_text('{"a": 1}')
     (context.folder / "plan" / "train").mkdir(parents=True)
@@ -222,9 +224,11 @@ def identity(context):
     job = SimpleNamespace(
         url=lambda *parts: "/".join([str(context.folder), *parts]),
         settings=SimpleNamespace(split="train"),
+        generation=0,
         identity={"a": 1, "b": {"c": [1]}},
         identity_url=str(context.folder / "identity.json"),
-        compare_files=lambda: None,
+        growth=None,
+        compare_files=lambda generation: None,
     )
 
     def load(changed):

@@ -193,7 +193,11 @@ class ModelPlanner:
             window = asked[0] if windows else None
         shown = self._shown(numbers if window is None else windows[window], spans)
         if asked is not None:
-            shown = self._before(shown, tokens, turns, conversation, key)
+            seen = self._before(shown, tokens, turns, conversation, key)
+            if len(seen) < len(shown) and not len(video_rows(spans)):
+                # Alone a picture may have more tiles than beside others.
+                seen = self._shown([images[0] for _, images in seen], spans)
+            shown = seen
         plans = tuple(plan for plan, _ in shown)
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
