@@ -54,7 +54,7 @@ def unexpected(folder):
         name = shard.url.rsplit("/")[-1].removesuffix(".tar")
         wanted |= {shard.url, shard.index_url, f"receipts/{name}.json"}
     for split in manifest.splits:
-        wanted |= {f"plan/{split}.json", f"plan/{split}-files.jsonl.gz"}
+        wanted |= {f"plan/{split}{rest}" for rest in (".json", "-files.jsonl.gz", "-rows.json.gz")}
     found = {
         str(path.relative_to(folder / "out"))
         for path in (folder / "out").rglob("*")

@@ -280,7 +280,7 @@ def test_a_job_killed_ten_times_never_lies_and_ends_in_the_same_bytes(
     # run.json only tells people how long a job took, and comes last: a kill may cost it.
     assert set(server.objects(out)) - {"run.json"} == {
         *("manifest.json", "tokenizer/tokenizer.json"),
-        *("plan/train.json", "plan/train-files.jsonl.gz"),
+        *("plan/train.json", "plan/train-files.jsonl.gz", "plan/train-rows.json.gz"),
         *(f"train/pixmo_cap-train-{i:05d}-of-00003.tar" for i in range(3)),
         *(f"train/pixmo_cap-train-{i:05d}-of-00003.index.npy" for i in range(3)),
         *(f"receipts/pixmo_cap-train-{i:05d}-of-00003.json" for i in range(3)),
