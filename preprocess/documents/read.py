@@ -149,6 +149,12 @@ def _open(images: Sequence[Any], *, dpi: float, name: str) -> _Opened:
     for each in images:
         if isinstance(each, str) and each.partition("?")[0].lower().endswith(".pdf"):
             raise SampleError("document_url", where=each)
+        if isinstance(each, bytes) or (
+            isinstance(each, Path) and each.suffix.lower() in _MANY_PAGES and each.exists()
+        ):
+            payload = read_file(each)
+            if document_kind(payload) != "image" and count_pages(payload, where=where) > 1:
+                raise SampleError("document_files", where=where, files=len(images))
     return _Opened(images=images, payload=None, kind="image", where=where)
 
 

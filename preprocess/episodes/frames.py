@@ -70,7 +70,8 @@ class EpisodeFrames:
             raise SampleError("robot_frame.camera", where=self._where, camera=camera)
         if not isinstance(frames, CameraVideo):
             steps = len(self._table.times_L)
-            if len(frames) > steps + 1:  # of another rate; one follows the last action
+            # Of another rate, or cut; one may follow the last action.
+            if len(frames) not in (steps, steps + 1):
                 raise SampleError(
                     "robot_frame.many",
                     where=self._where,
@@ -78,7 +79,7 @@ class EpisodeFrames:
                     got=len(frames),
                     want=steps,
                 )
-            image = frames[row] if row < len(frames) else None  # cameras of other lengths
+            image = frames[row]
             if image is None or len(image) == 0:
                 raise SampleError("robot_frame.empty", where=self._where, camera=camera, step=row)
             if is_deep(image):

@@ -21,6 +21,7 @@ from tests.preprocess.documents import made
 ASKED = {"question": "What is the total?", "answer": "12.50"}
 PAGE = np.full((200, 300, 3), 255, np.uint8)
 PDF = made.pdf([[(f"Page{number}", 72, 700)] for number in range(1, 5)])
+TWO_PAGES = made.tiff([(30, 20), (20, 30)])
 
 
 def example(row, **policy):
@@ -125,6 +126,7 @@ def test_text_layers_can_be_left_alone():
         ({"image": PAGE, **ASKED, "evidence_pages": [0]}, "row_fields"),
         ({"image": PAGE, **ASKED, "page_numbers": ["a"]}, "row_fields"),
         ({"pages": ["https://a.b/c.pdf"] * 2, **ASKED}, "document_url"),
+        ({"pages": [PAGE, TWO_PAGES], **ASKED}, "document_files"),
         ({"document": "/nowhere/a.pdf", **ASKED}, "image_missing"),
         ({"image": PAGE, "questions": [{**ASKED, "boxes": [{"box": [0, 0, 9, 9]}]}]}, "ocr_boxes"),
         ({"image": PAGE, "questions": [{**ASKED, "boxes": [{"box": "a"}]}]}, "ocr_boxes"),
