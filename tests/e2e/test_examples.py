@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.killed import KILLING
+from tests.programs import KILLING
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

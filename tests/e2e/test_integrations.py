@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killed import KILLING
+from tests.programs import KILLING
 
 ROOT = Path(__file__).parents[2]
 STEP = re.compile(r"step (\d+) rank (\d+) ([0-9a-f ]+)")

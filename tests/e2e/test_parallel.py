@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import LEAVING
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -17,10 +19,13 @@ def run(shards, checkpoint, *, ranks, shared, steps):
     """Runs the example; gives for each step {group: [(loss, keys) of each of its ranks]}."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
     around = {name: value for name, value in os.environ.items() if name not in names}
+    program = checkpoint.with_suffix(".py")
+    program.write_text(LEAVING)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={ranks}", str(ROOT / "examples" / "parallel.py"), str(shards)),
+            *(f"--nproc_per_node={ranks}", str(program)),
+            *(str(ROOT / "examples" / "parallel.py"), str(shards)),
             *("--shared", str(shared), "--steps", str(steps), "--checkpoint", str(checkpoint)),
         ],
         env={**around, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
