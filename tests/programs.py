@@ -23,5 +23,5 @@ sys.stdout.flush()
 os._exit(0)
 """
 """As `LEAVING PROGRAM ARGUMENTS...`, the process ends with the program's last line. With groups of
-ranks on a mesh, torch 2.13 aborts one process in ten on a busy machine in its own destructors, after
-Python has ended."""
+ranks on a mesh, torch 2.13 aborts one process in ten on a busy machine: in its own destructors,
+after Python has ended."""

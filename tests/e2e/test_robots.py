@@ -235,8 +235,8 @@ def test_damage_to_files_is_counted_and_the_job_goes_to_its_end(tmp_path, layout
     with inline.jobs():
         outcome = run_job(settings, inline.Quiet())
     split = outcome.result.split
-    assert split.quarantined == {"robot_episode": 1, "robot_values": 3, "robot_frame": 2}
-    assert split.num_samples == 5 + 2 + 3 + 5
+    assert split.quarantined == {"robot_episode": 1, "robot_values": 3, "robot_frame": 5}
+    assert split.num_samples == 5 + 2 + 0 + 5
     manifest = require_manifest(settings.out)
     assert manifest.recipe["fields"]["fps"] == 10
     assert manifest.recipe["action_vocab_size"] == load_tokenizer().own_size
