@@ -33,14 +33,12 @@ from loader.features import Backbone, extract, load_backbone, show_pictures
 from loader.reading import ShardReader, StoredSample
 from loader.stream import stored_model, stored_view
 from preprocess.job import (
-    Difference,
     Reporter,
-    find_differences,
     output_lock,
     publish_columns,
     read_columns,
+    require_same_result,
     scratch_folder,
-    table,
     valid_receipts,
 )
 from preprocess.reshard import (
@@ -515,14 +513,12 @@ def _finished(plan: FeaturePlan) -> FeatureOutcome | None:
     manifest = load_manifest(out)
     if manifest is None:
         return None
-    want = {split: plan.build_key(split) for split in plan.splits}
-    if {name: entry.build_key for name, entry in manifest.splits.items()} != want:
-        ours = {split: plan.source_of(split) for split in plan.splits}
-        theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
-        found = find_differences({"splits": theirs}, {"splits": ours}) or [
-            Difference(field="shards", old="others", new="others")
-        ]
-        raise ConflictError("job_conflict.result", where=out, table=table(found))
+    require_same_result(
+        manifest,
+        where=out,
+        build_keys={split: plan.build_key(split) for split in plan.splits},
+        sources={split: plan.source_of(split) for split in plan.splits},
+    )
     payload = storage.read_bytes(storage.join(out, MANIFEST_NAME))
     return FeatureOutcome(
         manifest=manifest,

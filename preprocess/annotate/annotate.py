@@ -20,13 +20,11 @@ import numpy as np
 from preprocess.annotate.join import Joined, UnknownKeys, join, parse_fills
 from preprocess.annotate.table import ColumnTable, read_table
 from preprocess.job import (
-    Difference,
     Reporter,
-    find_differences,
     output_lock,
     publish_columns,
     read_columns,
-    table,
+    require_same_result,
 )
 from preprocess.reshard import (
     ReshardPlan,
@@ -287,14 +285,12 @@ def _finished(annotation: Annotation) -> AnnotateOutcome | None:
     manifest = load_manifest(out)
     if manifest is None:
         return None
-    want = {split: annotation.build_key(split) for split in annotation.joined}
-    if {name: entry.build_key for name, entry in manifest.splits.items()} != want:
-        ours = {split: annotation.source_of(split) for split in annotation.joined}
-        theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
-        found = find_differences({"splits": theirs}, {"splits": ours}) or [
-            Difference(field="shards", old="others", new="others")
-        ]
-        raise ConflictError("job_conflict.result", where=out, table=table(found))
+    require_same_result(
+        manifest,
+        where=out,
+        build_keys={split: annotation.build_key(split) for split in annotation.joined},
+        sources={split: annotation.source_of(split) for split in annotation.joined},
+    )
     payload = storage.read_bytes(storage.join(out, MANIFEST_NAME))
     return AnnotateOutcome(
         manifest=manifest, sha256=hashlib.sha256(payload).hexdigest(), fresh=False

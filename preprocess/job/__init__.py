@@ -12,7 +12,7 @@ from preprocess.job.build import (
     valid_receipts,
 )
 from preprocess.job.columns import publish_columns, read_columns
-from preprocess.job.conflicts import Difference, find_differences, table
+from preprocess.job.conflicts import Difference, find_differences, require_same_result, table
 from preprocess.job.dry_run import Downloads, DryRun, dry_run
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.job import JobSettings, Reporter
@@ -47,6 +47,7 @@ __all__ = [
     "ShardCount",
     "State",
     "Difference",
+    "require_same_result",
     "Downloads",
     "DryRun",
     "commit_job",

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shardspec.errors import ConflictError
 from shardspec.manifest import Manifest, canonical_json
@@ -116,6 +117,33 @@ class Difference:
         if self.field.startswith(_SHEET):
             return f"STYLES {self.field.removeprefix(_SHEET)}"
         return _VARIABLES.get(self.field, self.field)
+
+
+def require_same_result(
+    manifest: Manifest,
+    *,
+    where: str,
+    build_keys: Mapping[str, str],
+    sources: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuses an output that holds the result of other settings.
+
+    Args:
+      manifest: Of the output.
+      where: Its URL.
+      build_keys: Those that each split would get.
+      sources: What each split would be made from.
+
+    Raises:
+      ConflictError: `job_conflict`.
+    """
+    if {name: entry.build_key for name, entry in manifest.splits.items()} == build_keys:
+        return
+    theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
+    found = find_differences({"splits": theirs}, {"splits": sources}) or [
+        Difference(field="shards", old="others", new="others")
+    ]
+    raise ConflictError("job_conflict.result", where=where, table=table(found))
 
 
 def find_differences(old: object, new: object) -> list[Difference]:

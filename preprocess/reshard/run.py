@@ -21,17 +21,15 @@ from typing import Any
 import numpy as np
 
 from preprocess.job import (
-    Difference,
     Reporter,
-    find_differences,
     is_in_place,
     output_lock,
     publish_columns,
     read_json,
+    require_same_result,
     require_space,
     scratch_folder,
     stored_sizes,
-    table,
     valid_receipts,
 )
 from preprocess.job.engines import local
@@ -374,14 +372,12 @@ def _finished(plan: ReshardPlan) -> Resharded | None:
     manifest = load_manifest(out)
     if manifest is None:
         return None
-    want = {split.split: plan.build_key(split) for split in plan.splits}
-    if {name: entry.build_key for name, entry in manifest.splits.items()} != want:
-        ours = {split.split: plan.source_of(split) for split in plan.splits}
-        theirs = {name: dict(entry.source) for name, entry in manifest.splits.items()}
-        found = find_differences({"splits": theirs}, {"splits": ours}) or [
-            Difference(field="shards", old="others", new="others")
-        ]
-        raise ConflictError("job_conflict.result", where=out, table=table(found))
+    require_same_result(
+        manifest,
+        where=out,
+        build_keys={split.split: plan.build_key(split) for split in plan.splits},
+        sources={split.split: plan.source_of(split) for split in plan.splits},
+    )
     if manifest.view is None:
         for split in manifest.splits:
             sizes = stored_sizes(out, split)
