@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
@@ -152,17 +152,33 @@ class _Lines:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = sys.argv[1:] if argv is None else argv
     parser, verbs = command_line()
+
+    def run(console: TerminalConsole) -> int:
+        options = parser.parse_args(with_files(made_by_make(arguments, verbs), parser, verbs))
+        code: int = options.run(options, console)
+        return code
+
+    return run_program(run)
+
+
+def made_by_make(arguments: list[str], verbs: Mapping[str, argparse.ArgumentParser]) -> list[str]:
+    """Turns what the Makefile passes, the target and make's variables, into a verb and flags."""
+    return make_arguments(arguments[1:], verbs) if arguments[:1] == ["make"] else arguments
+
+
+def run_program(run: Callable[[TerminalConsole], int]) -> int:
+    """Runs a program in the terminal and returns its exit code; errors and Ctrl-C end it in words.
+
+    Args:
+      run: Reads the command line, does what it says, and gives the exit code.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     console = TerminalConsole()
     try:
-        # How the Makefile calls it: the target, then the variables of make's command line.
-        if arguments[:1] == ["make"]:
-            arguments = make_arguments(arguments[1:], verbs)
-        options = parser.parse_args(with_files(arguments, parser, verbs))
         signal.signal(signal.SIGTERM, _interrupt)
-        code: int = options.run(options, console)
+        return run(console)
     except ShardsError as error:
         console.fail(error)
         return error.exit_code
@@ -172,7 +188,6 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         console.close()
-    return code
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Mapping
 
-from preprocess.__main__ import INTERRUPTED, TerminalConsole
-from preprocess.cli import Console, add_settings, make_arguments, read_settings
-from shardspec.errors import ShardsError, redacted
+from preprocess.__main__ import made_by_make, run_program
+from preprocess.cli import Console, add_settings, read_settings
+from shardspec.errors import redacted
 from vlm_shards.features import FeatureSettings, make_features, plan_features
 
 
@@ -17,23 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     parser, verbs = command_line()
-    console = TerminalConsole()
-    try:
-        # How the Makefile calls it, as `python -m preprocess`.
-        if arguments[:1] == ["make"]:
-            arguments = make_arguments(arguments[1:], verbs)
-        options = parser.parse_args(arguments)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        return _features(options, console)
-    except ShardsError as error:
-        console.fail(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.close()
-        print("interrupted; run the same command to resume", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        console.close()
+    return run_program(
+        lambda console: _features(parser.parse_args(made_by_make(arguments, verbs)), console)
+    )
 
 
 def command_line() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
