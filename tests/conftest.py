@@ -42,6 +42,10 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 # loops cost several times what they save once two processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Unbuffered, a program prints a line and its end in two writes: lines of ranks that share a pipe
+# run into each other. With a buffer, `flush=True` writes a whole line at once.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # No deadline: the machine may be busy; pytest-timeout ends what hangs.
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("all", derandomize=True, deadline=None, max_examples=100)
