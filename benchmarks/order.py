@@ -22,7 +22,8 @@ moves every sample by up to half a block of 32,768 within its node's sequence of
 
 Resuming is measured at 90 % of an epoch of 1e8 samples. Clumping of
 mixtures and packs in a rank's share is counted, and estimated as the loader's warning does, on a
-million samples in 1,000 shards. ORDER.md holds the numbers.
+million samples in 1,000 shards. The share of short samples is what packs of a mixture hold of them
+from the start of the run. ORDER.md holds the numbers.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main() -> None:
     locality()
     mixture_and_packing()
     mixture_deviations()
+    packed_shares()
     clumping()
 
 
@@ -500,6 +502,45 @@ def mixture_and_packing() -> None:
             costs = cost_of[balance_ranks(cost_of, world_size=64)]
         by_rank = costs.reshape(64, -1).sum(axis=1)
         print(f"  dearest rank / mean, {name:<16}{by_rank.max() / by_rank.mean():>8.3f}")
+
+
+def packed_shares() -> None:
+    """The share of short samples in the packs of a mixture, from the start of the run."""
+    rng, size, counted = np.random.RandomState(5), 50_000, (4, 16, 64, 256, 1000)
+    tokens = np.exp(rng.normal(np.log([[1200], [60]]), 0.4, (2, size))).astype(np.int64)
+    print("\nshare of short samples (60 tokens beside 1,200) in packs of 2,048 up to a step")
+    print(f"  weight, packs of a step, canonical ranks; steps {', '.join(map(str, counted))}")
+    for weight in (0.25, 0.3):
+        for batch, ranks in ((8, 1), (8, 2), (8, 8), (64, 64)):
+            found = np.zeros((len(counted), 2))
+            for seed in range(8 if batch == 8 else 2):
+                sources = tuple(
+                    MixtureSource(name=name, num_samples=size, rate=rate)
+                    for name, rate in (("long", 1 - weight), ("short", weight))
+                )
+                order = MixtureOrder(
+                    plan_mixture(
+                        MixtureGroup(sources=sources),
+                        global_batch_size=batch,
+                        seed=seed,
+                        canonical_ranks=ranks,
+                    )
+                )
+                packs = PackSchedule(
+                    order,
+                    lambda dataset, sample: (tokens[dataset, sample], 0 * sample),
+                    plan_packing(order, sequence_length=2048, max_crops=None),
+                    patches_per_crop=0,
+                    balance=False,
+                )
+                drawn = np.zeros(2)
+                for step in range(counted[-1]):
+                    rows = packs.rows(step, Topology(rank=0, world_size=1))
+                    drawn += np.bincount([ref.dataset for row in rows for ref in row], minlength=2)
+                    if step + 1 in counted:
+                        found[counted.index(step + 1)] += drawn
+            shares = "".join(f"{short / (long + short):>8.3f}" for long, short in found)
+            print(f"  {weight:<6}{batch:>4}{ranks:>4}  {shares}")
 
 
 def clumping() -> None:

@@ -301,6 +301,30 @@ def test_packs_of_a_mixture_hold_its_proportions():
     assert shown[0] / (shown[0] + shown[1]) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
+def test_short_samples_come_early_in_packs_of_a_mixture_and_not_for_long():
+    """docs/mixtures-and-packing.md; one sample per canonical rank and step, the strongest case."""
+    sources = [MixtureSource(name="long", num_samples=50_000, rate=0.7)]
+    sources += [MixtureSource(name="short", num_samples=50_000, rate=0.3)]
+    batch = {"global_batch_size": 8, "canonical_ranks": 8, "seed": 1}
+    order = MixtureOrder(plan_mixture(sources, **batch))
+    schedule = PackSchedule(
+        order,
+        lambda dataset, sample: ((900 + sample % 600) // np.where(dataset == 0, 1, 20), 0 * sample),
+        plan_packing(order, sequence_length=2048, max_crops=None),
+        patches_per_crop=0,
+        balance=False,
+    )
+    found = np.zeros((1000, 2))
+    for step in range(1000):
+        rows = schedule.rows(step, ALONE)
+        found[step] = np.bincount([place.dataset for row in rows for place in row], minlength=2)
+    long, short = found.cumsum(axis=0)[[63, 999]].T
+    early, late = short / (long + short)
+    assert 0.3 < early < 0.35
+    assert late == pytest.approx(0.3, abs=0.006)
+
+
 def test_resuming_late_in_a_hundred_million_samples_takes_no_longer_than_starting():
     def seconds(step):
         begin = time.process_time()
