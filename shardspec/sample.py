@@ -35,8 +35,9 @@ A row of `spans` is one of nine kinds (column 0):
 TEXT rows that share (branch, turn) are the *baked variants* of one exchange: the loader draws one
 of them, each equally likely. Starts and stops index `tokens`; variants share runs, so a caption
 that answers eight prompts is stored once. A *branch* is one conversation about the sample's
-images. The weight is the loss weight of the response in millionths; one of 0 is context alone. LEAD
-rows name the tokens before an image, such as "Image 2"; there is one per image, or none. VIDEO rows
+images. The weight is the loss weight of the response in millionths; one of 0 is context alone. The
+response of a question without an answer, which is the last of its branch, has no tokens. LEAD rows
+name the tokens before an image, such as "Image 2"; there is one per image, or none. VIDEO rows
 say which images are the frames of a video, and as `place` which placeholder of the texts stands for
 the video, from 1; the other ones stand for the images that are not frames. It is 0 where texts have
 none. The LEAD row of a frame names its time as tokens, as they are after another frame and as they

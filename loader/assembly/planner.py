@@ -124,8 +124,9 @@ class Planner:
           question: Number of the question that is asked; for evaluation only.
 
         Raises:
-          SampleError: `too_many_images`; `video_view`, the view does not say how frames are seen;
-            and as `lay_out` or `lay_out_prompt`.
+          SampleError: `too_many_images`; `unanswered`, a question has no answer, and the view
+            is not for evaluation; `video_view`, the view does not say how frames are seen; and as
+            `lay_out` or `lay_out_prompt`.
           ConfigError: `question_number`.
         """
         view = self.view
@@ -154,6 +155,8 @@ class Planner:
                 most = count_placed(branches, self.ids)
                 num_images = num_images if _VIDEO in kinds else most
             window = asked[0] if windows else None
+        elif any(row[5] == row[6] for rows in chosen for row in rows):
+            raise SampleError("unanswered.view", where=key)
         first_image = kinds.index(_IMAGE) if num_images else 0
         pictures = spans[first_image : first_image + num_images].tolist()
         shown_images = None

@@ -77,6 +77,10 @@ def question_record(record: Mapping[str, Any], *, branch: int, turn: int) -> dic
     if "messages" in message:
         question, answer = message["messages"][2 * turn : 2 * turn + 2]
         fields |= {"question": question, "answer": answer}
+        if fields.get("unanswered") and 2 * turn + 2 == len(message["messages"]):
+            del fields["answer"]
+        else:
+            fields.pop("unanswered", None)
         fields.pop("turn_weights", None)  # a number per answer, which only training wants
         if isinstance(fields.get("reasoning"), list):
             fields["reasoning"] = fields["reasoning"][turn]

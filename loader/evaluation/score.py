@@ -49,8 +49,8 @@ def score_results(
       A score per metric, in the order in which they come up.
 
     Raises:
-      ConfigError: `metric`; `references`: a record is not there, or says nothing that the metric
-        needs; `results`: there are no rows.
+      ConfigError: `metric`; `references`: a record is not there, says nothing that the metric
+        needs, or is of a question without an answer; `results`: there are no rows.
     """
     chosen = None if metric is None else metric_named(metric)
     known: dict[tuple[Any, Any], Mapping[str, Any]] | None = None
@@ -74,6 +74,8 @@ def score_results(
 def _score(
     metric: Metric, prediction: Any, reference: Mapping[str, Any], *, key: Any
 ) -> Mapping[str, float]:
+    if reference["record"].get("unanswered"):
+        raise ConfigError("references.unanswered", key=key)
     try:
         return metric.score(str(prediction), reference)
     except (KeyError, TypeError, ValueError, IndexError) as error:

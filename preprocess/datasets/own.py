@@ -18,6 +18,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -201,7 +202,7 @@ class OwnDataset(DatasetBase):
         rows = list(islice((part[i] for part in parts for i in range(len(part))), FIRST_ROWS))
         rows = [row for row in rows if BROKEN not in row]
         _require_named(records, self.spec)
-        _require_columns(rows, self.spec, where=files[0])
+        _require_columns(rows, self._spec_of_split(), where=files[0])
         _require_images(rows, self.spec, where=files[0])
         if self.spec.format in ("points", "boxes"):
             check_unit(rows, self.spec, where=files[0])
@@ -270,7 +271,7 @@ class OwnDataset(DatasetBase):
         """Turns a row into an example."""
         if BROKEN in row:
             raise row[BROKEN]
-        example = parse_row(row, self.spec)
+        example = parse_row(row, self._spec_of_split())
         images = [resolve_image(each, base=self.base) for each in example.pop("image", ())]
         if "video" in example:
             example["video"] = [
@@ -288,6 +289,12 @@ class OwnDataset(DatasetBase):
                 read_url=self.read_url,
             )
         return {**example, "image": images} if images else example
+
+    def _spec_of_split(self) -> Spec:
+        """Gives the spec by which the rows of the split are read."""
+        if self.split in self.spec.unanswered or not self.spec.unanswered:
+            return self.spec
+        return replace(self.spec, unanswered=())
 
     def _subtitles(self, value: Any) -> Any:
         """Reads the subtitles of a video, where they are a file.

@@ -339,7 +339,7 @@ def _messages(
     for asked in request["questions"]:
         if not _evidence(asked, request, policy) <= {*pages.numbers}:
             continue
-        said = {name: asked[name] for name in ("answer", "answers") if name in asked}
+        said = {name: asked[name] for name in ("answer", "answers", "unanswered") if name in asked}
         if "qa" in policy.tasks and said:
             message = {"style": request["style"], "question": asked["question"], **said}
             yield {**message, **with_ocr}

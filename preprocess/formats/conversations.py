@@ -111,11 +111,17 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         raise SampleError("row_fields", name=name, want="a text", fields=sorted(row))
     if isinstance(system, str) and system.strip() and not first:
         turns, first = [_Turn("system", system), *turns], 1
+    unanswered = bool(spec.unanswered) and _has_no_answer(turns)
+    if unanswered:  # a text for the turn that is missing, in the place of an empty one
+        answered = turns if turns[-1].side == "user" else turns[:-1]
+        turns = [*answered, _Turn("assistant", "?")]
     spoken = _alternating(turns)
     texts, placed, videos = _placed([turn.text for turn in spoken], given, spec)
     if not texts[0].strip():
         raise SampleError("empty_user.turn", turns=len(turns))
     message: dict[str, Any] = {"style": spec.style or STYLE, "messages": texts}
+    if unanswered:
+        message |= {"messages": [*texts[:-1], ""], "unanswered": True}
     if any(turn.weight != 1 for turn in spoken[1::2]):
         message["turn_weights"] = [turn.weight for turn in spoken[1::2]]
     if any(turn.reasoning is not None for turn in spoken[1::2]):
@@ -127,6 +133,14 @@ def parse_conversation(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     if chat := _chat(spoken, texts, system_texts, row.get("tools")):
         example["chats"] = [chat]
     return with_videos(example, videos)
+
+
+def _has_no_answer(turns: Sequence[_Turn]) -> bool:
+    """Returns True for a conversation that ends with the user, or with an empty answer."""
+    last = turns[-1] if turns else None
+    return last is not None and (
+        last.side == "user" or (last.side == "assistant" and not last.text.strip())
+    )
 
 
 def _exchange(row: Mapping[str, Any], spec: Spec) -> list[Any] | None:

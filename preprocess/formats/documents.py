@@ -181,7 +181,8 @@ def _question(asked: Mapping[str, Any], row: Mapping[str, Any], spec: Spec) -> d
     texts = [each if isinstance(each, str) else _number(each) for each in answers]
     texts = [text for text in texts if text.strip()]
     boxes = asked.get("boxes")
-    if not texts and not boxes:
+    unanswered = bool(spec.unanswered) and not texts
+    if not texts and not boxes and not unanswered:
         raise _missing(row, spec.column("answer"), "a text, or a list of texts")
     message: dict[str, Any] = {"question": question}
     message |= {"answer": texts[0]} if len(texts) == 1 else {"answers": texts} if texts else {}
@@ -193,6 +194,8 @@ def _question(asked: Mapping[str, Any], row: Mapping[str, Any], spec: Spec) -> d
         message["evidence_pages"] = pages
     if boxes:
         message["boxes"] = boxes
+    if unanswered:
+        message["unanswered"] = True
     return message
 
 

@@ -497,4 +497,6 @@ def _annotations(document: _Document, path: Path, name: str) -> _ById:
             continue
         found = _scanned(local, each)
         return _ById(found.lists["annotations"] if found else _Table(), local, each)
+    if document.folder.startswith("test"):  # the answers to those are not published
+        return _ById(_Table(), path, name)
     raise SourceError("source_missing.annotations", where=" or ".join(beside) or name)

@@ -36,9 +36,15 @@ BOXES = ("xyxy", "xywh", "cxcywh")
 NOTATIONS = ("json", "ref", "brackets")
 """How boxes may be written (`preprocess.text.styles.boxes`)."""
 
+ASKED = ("vqa", "documents", "messages", "llava", "sharegpt")
+"""Formats whose questions may have no answer."""
+
+_ASKED_HINT = f"it is for {', '.join(ASKED)}"
+
 _TYPES: Mapping[str, tuple[str, Any]] = {
     **dict.fromkeys(("columns", "splits", "settings", "documents"), ("a table", Mapping)),
     "validation": ("a number", (int, float)),
+    "unanswered": ("a list of splits", list),
     **dict.fromkeys(
         ("max_images", "max_videos", "max_chars", "max_tokens"), ("a whole number", int)
     ),
@@ -101,6 +107,9 @@ class Spec:
     """Files or patterns of each split; {} leaves it to the names of the files."""
     validation: float = 0.0
     """Share of the images set aside as "validation", by a hash of the image; 0 for none."""
+    unanswered: tuple[str, ...] = ()
+    """Splits whose questions may have no answer, as in tests whose answers are hidden: they can be
+    asked by an evaluation and nothing else. In others, a missing answer refuses the row."""
     licence: str = ""
     """Kept in the manifest for people."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +119,7 @@ class Spec:
         """Gives what samples follow from, as plain JSON: all but places, settings and secrets."""
         told = dataclasses.asdict(self)
         told["images"] = redacted_url(self.images) if "://" in self.images else self.images
-        unused = [name for name in ("documents", "encoding") if not told[name]]
+        unused = [name for name in ("documents", "encoding", "unanswered") if not told[name]]
         unused += [] if "video" in self.columns else ["max_videos"]
         left_out = (*_PLACES, *unused)
         return {name: told[name] for name in told if name not in left_out}
@@ -169,6 +178,7 @@ def read_spec(path: Path, *, formats: Mapping[str, Any]) -> Spec:
             "name": document.get("name", path.stem),
             "splits": _splits(document.get("splits", {}), path),
             "columns": columns,
+            "unanswered": tuple(document.get("unanswered", ())),
         }
     )
     check_spec(spec, where=str(path), formats=formats)
@@ -217,6 +227,10 @@ def check_spec(spec: Spec, *, where: str, formats: Mapping[str, Any]) -> None:
     if spec.validation and spec.splits:
         hint = "[splits] says which files are of which split"
         raise refuse("validation", want="one of both", hint=hint)
+    if spec.unanswered and spec.format not in ASKED:
+        raise refuse("unanswered", want=f"nothing of the format {spec.format}", hint=_ASKED_HINT)
+    if not all(isinstance(split, str) for split in spec.unanswered):
+        raise refuse("unanswered", want="names of splits", hint='such as ["test"]')
     fields = formats[spec.format].fields
     for name in spec.columns:
         if name not in fields:

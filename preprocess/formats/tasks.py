@@ -85,7 +85,12 @@ def parse_question(row: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     answer = row.get(spec.column("answer"))
     answer = row.get("label") if chart and answer is None else answer
     message: dict[str, Any] = {"question": question}
-    if options:
+    given = _answers(answer if answers is None else answers)
+    if spec.unanswered and not _texts(given):
+        message |= {"style": spec.style or ("a_okvqa_mc" if options else "vqa2")}
+        message |= {"options": options} if options else {}
+        message["unanswered"] = True
+    elif options:
         message |= {
             "style": spec.style or "a_okvqa_mc",
             "options": options,

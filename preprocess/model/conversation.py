@@ -62,11 +62,13 @@ def conversations(
       chats: Those with tools as chat templates take them, None for others; they win.
 
     Raises:
-      SampleError: `loss_span`, an answer has a weight of its own; `chat_tools`.
+      SampleError: `loss_span`, an answer has a weight of its own; `chat_tools`; `unanswered`.
     """
     found: list[list[Turns]] = []
     chats = [None] * len(branches) if chats is None else chats
     for branch, system, chat in zip(branches, systems, chats, strict=True):
+        if branch.unanswered:
+            raise SampleError("unanswered.model")
         if set(branch.shares) - {1.0}:
             problem = "answers with weights of their own, or without loss, are not for models yet"
             raise SampleError("loss_span", problem=problem)

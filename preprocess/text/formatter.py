@@ -39,6 +39,7 @@ from preprocess.text.message import (
     optional_text,
     split_turns,
     turn_shares,
+    with_answer,
 )
 from preprocess.text.own_styles import styles_of
 from preprocess.text.paraphrase import paraphrase
@@ -77,6 +78,8 @@ class Branch:
     """Per exchange, its variants; the loader draws one of each."""
     weight: int = WEIGHT_ONE
     """Loss weight in millionths."""
+    unanswered: bool = False
+    """Whether its last question has no answer: the response is there for the markup alone."""
     shares: tuple[float, ...] = ()
     """Per exchange, the factor on the weight; 0 for an answer without loss. () for 1 each."""
 
@@ -213,11 +216,13 @@ class DataFormatter:
         image_sizes: Sequence[ImageSize],
         videos: Sequence[VideoFacts],
     ) -> Branch:
-        messages = [add_video_facts(turn, videos) for turn in split_turns(message)]
+        given = with_answer(message)
+        messages = [add_video_facts(turn, videos) for turn in split_turns(given)]
         shares = turn_shares(messages)
         return Branch(
             turns=self._turns(message, messages, base, image_sizes),
             weight=round(loss_weight(message, "weight") * WEIGHT_ONE),
+            unanswered=given is not message,
             shares=shares,
         )
 

@@ -145,9 +145,12 @@ class InterleavedTextPreprocessor:
             for t, variants in enumerate(branch.turns):
                 for v, variant in enumerate(variants):
                     prompt, response = exchange(variant, t == 0)
-                    if response[0] == response[1]:
+                    if branch.unanswered and t == len(branch.turns) - 1:
+                        rows.append((b, t, *prompt, 0, 0, branch.turn_weight(t)))
+                    elif response[0] == response[1]:
                         raise SampleError("empty_response", where=key)
-                    rows.append((b, t, *prompt, *response, branch.turn_weight(t)))
+                    else:
+                        rows.append((b, t, *prompt, *response, branch.turn_weight(t)))
                     if conversations:
                         drawn[t, v] = ids[slice(*prompt)] + ids[slice(*response)]
             for conversation in conversations:

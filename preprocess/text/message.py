@@ -99,7 +99,7 @@ def split_turns(message: Message) -> list[Message]:
     shared = {
         name: value
         for name, value in message.items()
-        if name not in ("messages", "multi_turn_messages", "system", *_PER_TURN)
+        if name not in ("messages", "multi_turn_messages", "system", "unanswered", *_PER_TURN)
     }
     turns: list[Message] = [message]
     if "messages" in message:
@@ -194,6 +194,23 @@ def add_video_facts(message: Message, videos: Sequence[VideoFacts]) -> Message:
     if not videos or not _has_times(message):
         return message
     return {**message, "video_facts": videos[0]}
+
+
+UNANSWERED = "?"
+"""Formatted in the place of an answer that a question does not have; no token of it is stored."""
+
+
+def with_answer(message: Message) -> Message:
+    """Gives a message with an answer in the place of one that it does not have.
+
+    Raises:
+      SampleError: `message_fields`: it has several exchanges, and `messages` is not a list.
+    """
+    if not message.get("unanswered"):
+        return message
+    if "messages" in message:
+        return {**message, "messages": [*message["messages"][:-1], UNANSWERED]}
+    return {**message, **({"answer_idx": 0} if "options" in message else {"answer": UNANSWERED})}
 
 
 def alternatives(message: Message, select: SelectAnswer) -> list[Message]:

@@ -21,6 +21,7 @@ from loader.evaluation import (
     write_table,
 )
 from preprocess.text.tokens import load_tokenizer
+from shardspec.errors import ConfigError, SampleError
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -74,10 +75,10 @@ def built(tmp_path_factory, inline_cli):
     return build
 
 
-def opened(url, **settings):
-    image = StreamingDataset(url).view.image
+def opened(url, split="train", **settings):
+    image = StreamingDataset(url, split=split).view.image
     view = View(image=image, purpose="evaluation")
-    return StreamingDataset(url, view=view, tail="pad", **settings)
+    return StreamingDataset(url, split=split, view=view, tail="pad", **settings)
 
 
 def predicted(dataset, style):
@@ -137,6 +138,72 @@ def test_prompts_read_as_the_question_and_nothing_more(built):
         assert text.rstrip().endswith("Assistant:")
         assert row["record"]["answer_idx"] in (0, 1)
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]
+
+
+@pytest.fixture
+def hidden(tmp_path):
+    """A function that makes a spec of rows without answers, and returns its path."""
+    pixels = np.random.RandomState(3).randint(0, 256, (40, 50, 3), np.uint8)
+    picture = tmp_path / "images" / "test2015" / "COCO_test2015_000000000007.png"
+    picture.parent.mkdir(parents=True)
+    Image.fromarray(pixels).save(picture)
+    os.link(picture, picture.with_suffix(".jpg"))
+    name = f"test2015/{picture.name}"
+    asked = {"question": "Which colour?", "question_id": 100}
+    chat = [("human", "<image>\nWho?"), ("gpt", "Anna"), ("human", "Where?")]
+    made = {
+        "vqa": [{"image": name, **asked}, {"image": name, **asked, "answer": "red"}],
+        "documents": [{"image": name, "questions": [{**asked, "question": q}]} for q in "ab"],
+        "llava": [{"image": name, "conversations": [{"from": f, "value": v} for f, v in chat]}],
+        "vqa2": {"data_subtype": "test2015", "questions": [{"image_id": 7, **asked}]},
+    }
+
+    def spec(kind):
+        rows = made[kind]
+        text = "\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows]))
+        (tmp_path / "questions.json").write_text(text)
+        path = tmp_path / "set.toml"
+        format_ = {"vqa2": "vqa"}.get(kind, kind)
+        (tmp_path / "train.json").write_text(text)
+        path.write_text(
+            f'name = "set"\nformat = "{format_}"\nimages = "{tmp_path}/images"\n'
+            'unanswered = ["test"]\n[splits]\ntest = "questions.json"\ntrain = "train.json"\n'
+        )
+        return path
+
+    return spec
+
+
+@pytest.mark.parametrize("kind", ["vqa", "documents", "llava", "vqa2"])
+def test_questions_whose_answers_are_hidden_are_asked_and_not_scored(
+    kind, hidden, inline_cli, tmp_path
+):
+    flags = ("--image-size", 112, "--workers", 1, "--num-shards", 1, "--split", "test")
+    inline_cli.good("shards", hidden(kind), *flags, "--out", tmp_path / "out")
+    inline_cli.good("verify", tmp_path / "out")
+    dataset = opened(str(tmp_path / "out"), split="test")
+    loader = make_dataloader(
+        dataset, global_batch_size=1, sequence_length=512, metadata=True, decode_threads=0
+    )
+    rows = [row for batch in loader for row in results_of(batch, ["Red."])]
+    table = gather_results(rows, dataset=dataset)
+    assert len(table) == (1 if kind == "vqa2" else 2)
+    assert [row["prediction"] for row in table] == ["Red."] * len(table)
+    write_table(str(tmp_path / "said.jsonl"), table)
+    assert len(read_table(str(tmp_path / "said.jsonl"))) == len(table)
+    with pytest.raises(ConfigError, match="no answer") as caught:
+        score_results(table)
+    assert caught.value.reason == "references"
+    with pytest.raises(SampleError, match="no answer to learn") as refused:
+        list(StreamingDataset(str(tmp_path / "out"), split="test"))
+    assert refused.value.reason == "unanswered"
+
+
+def test_a_missing_answer_of_another_split_is_a_counted_reason(hidden, inline_cli, tmp_path):
+    flags = ("--image-size", 112, "--workers", 1, "--num-shards", 1, "--max-lost-rows", 0.9)
+    inline_cli.good("shards", hidden("vqa"), *flags, "--out", tmp_path / "out")
+    (bad,) = (tmp_path / "out").glob("quarantine/**/*.jsonl")
+    assert json.loads(bad.read_text())["reason"] == "row_fields"
 
 
 @pytest.fixture(scope="module")

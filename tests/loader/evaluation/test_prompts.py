@@ -349,3 +349,51 @@ def test_variants_of_messages_for_models_are_no_questions_of_their_own():
     assert count_answers(spans, 2) == (2, 3)
     assert count_answers(spans, 4) == (4, 6)
     assert count_answers(spans[-1:], 1) == (0, 0)
+
+
+HIDDEN = {
+    "qa": {"style": "eval_short_answer", "question": "What is it?"},
+    "document": {"style": "doc_qa", "question": "What does it say?"},
+    "choices": {"style": "a_okvqa_mc", "question": "Which?", "options": ["cat", "dog"]},
+    "turns": {"style": "demo", "messages": ["Who?", "Anna", "Where?", ""]},
+}
+"""Questions without answers; of several turns the last one."""
+
+
+@pytest.fixture(scope="module")
+def templated(tmp_path_factory):
+    """A tokenizer with a chat template."""
+    return make_tokenizer(tmp_path_factory.mktemp("templated") / "qwen2", SHAPES["qwen2"])
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+@pytest.mark.parametrize("message_format", ["role", "chatml", "none", "template"])
+def test_a_question_without_an_answer_has_the_prompt_that_it_would_have_with_one(
+    message_format, kind, templated
+):
+    policy = TextPolicy(message_format=message_format, num_variants=3, system_prompt="style")
+    tokenizer = load_tokenizer(
+        templated if message_format == "template" else "embedded", policy=policy
+    )
+    recipe = Recipe(text=policy, image=ImagePolicy(views=(IMAGE,), codec="raw"))
+    prepare = Preparer(recipe=recipe, tokenizer=tokenizer)
+    ids = TokenIds.from_special_ids(tokenizer.special_ids)
+    message = HIDDEN[kind]
+    answer = {"answer_idx": 1} if "options" in message else {"answer": "A long answer."}
+    if "messages" in message:
+        answer = {"messages": [*message["messages"][:-1], "Berlin"]}
+    hidden, known = (
+        prepare({"image": np.zeros((28, 28, 3), np.uint8), "message_list": [each]}, key="k")
+        for each in ({**message, "unanswered": True}, {**message, **answer})
+    )
+    assert count_questions(hidden.spans) == count_questions(known.spans)
+    rows, wanted = rows_of(hidden, ids=ids), rows_of(known, ids=ids)
+    assert [row["input_ids"].tolist() for row in rows] == [w["input_ids"].tolist() for w in wanted]
+    record = rows[-1]["metadata"]["record"]
+    assert record.pop("unanswered")
+    assert not {"answer", "answers", "answer_idx"} & set(record)
+    for purpose in ("train", "inference"):
+        view = View(image=IMAGE, purpose=purpose)
+        with pytest.raises(SampleError) as caught:
+            assemble(hidden, np.random.RandomState(0), view=view, ids=ids)
+        assert caught.value.reason == "unanswered"

@@ -204,6 +204,9 @@ def test_every_message_is_drawn_equally_often_whatever_its_variants():
     with pytest.raises(SampleError) as caught:  # an answer without loss would be learned
         conversations([Branch(turns=one.turns, shares=(0.0, 1.0))], [""])
     assert caught.value.reason == "loss_span"
+    with pytest.raises(SampleError) as caught:
+        conversations([Branch(turns=one.turns, unanswered=True)], [""])
+    assert caught.value.reason == "unanswered"
     same = branch([("q", "a"), ("q", "a")])
     assert len(conversations([same], [""])) == 1
 
