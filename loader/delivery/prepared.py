@@ -6,10 +6,12 @@ memory is taken from a pool, and each picture is decoded straight into the batch
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
@@ -100,7 +102,7 @@ class PreparedBatches:
             if unwanted is not None and unwanted.is_set():
                 raise CancelledError
             planned.append([self._plan(ref) for ref in row])
-        while True:
+        for attempt in itertools.count():
             try:
                 examples = self._joined(planned)
                 if self._names:
@@ -110,7 +112,8 @@ class PreparedBatches:
                     batch = self.collator.collate(examples, allocate=allocate)  # type: ignore[arg-type]
                 break
             except (SampleError, ShardError):
-                if not self._replace_broken(rows, planned):
+                # One alone is replaced at once; several together, without a batch for each.
+                if not self._replace_broken(rows, planned, all_of_them=attempt > 0):
                     raise
         if self.columns:
             batch |= self._added(rows, planned, examples)
@@ -248,14 +251,48 @@ class PreparedBatches:
     def _plan(self, ref: SampleRef, after_failed: PlannedExample | None = None) -> PlannedExample:
         return self.examples[ref.dataset].plan_example(ref, after_failed=after_failed)
 
-    def _replace_broken(self, rows: list[Row], planned: list[list[PlannedExample]]) -> bool:
-        """Substitutes the sample whose pictures could not be rendered; False: there is none."""
-        for row, own in zip(rows, planned, strict=True):
-            for i, (ref, one) in enumerate(zip(row, own, strict=True)):
-                if one.draft.error is not None:
-                    own[i] = self._plan(ref, after_failed=one)
-                    return True
-        return False
+    def _replace_broken(
+        self, rows: list[Row], planned: list[list[PlannedExample]], *, all_of_them: bool
+    ) -> bool:
+        """Substitutes the sample whose pictures could not be rendered; False: there is none.
+
+        Args:
+          rows: The slots of the batch.
+          planned: Their examples, of which those before the broken one were rendered.
+          all_of_them: Find the other broken ones too, and those among the substitutes, in the order
+            in which batches would: every example that was not rendered yet is made alone, once.
+        """
+        # By identity: the same sample may be in several slots. `planned` and `sound` keep them.
+        sound: dict[int, Draft | ModelDraft] = {}
+        is_first = True
+        while (broken := self._first_broken(planned, sound, make=not is_first)) is not None:
+            for row, own in zip(rows, planned, strict=True):
+                for i, (ref, one) in enumerate(zip(row, own, strict=True)):
+                    if one.draft is broken:
+                        own[i] = self._plan(ref, after_failed=one)
+            is_first = False
+            if not all_of_them:
+                break
+        return not is_first
+
+    def _first_broken(
+        self,
+        planned: list[list[PlannedExample]],
+        sound: dict[int, Draft | ModelDraft],
+        *,
+        make: bool,
+    ) -> Draft | ModelDraft | None:
+        """Finds the first example whose pictures cannot be rendered; `sound` gets those before."""
+        for example in self._joined(planned):
+            parts = (example,) if isinstance(example, Draft | ModelDraft) else example.parts
+            for part in parts:
+                if make and id(part) not in sound and part.error is None:
+                    with suppress(SampleError, ShardError):
+                        finished(part) if isinstance(part, Draft) else finished_for_model(part)
+                if part.error is not None:
+                    return part
+                sound[id(part)] = part
+        return None
 
     def _joined(self, planned: list[list[PlannedExample]]) -> Sequence[_Example]:
         """Gives the examples of the rows."""

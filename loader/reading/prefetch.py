@@ -166,6 +166,14 @@ class Prefetcher:
                     self._plan.want(state, span, step)
             self._start_requests()
 
+    def drop_unread(self, blocks: Iterable[Block]) -> None:
+        """Drops whole blocks of `fetch_soon` that will not be read, as the reader has failed."""
+        self._renew_in_child()
+        with self._changed:
+            for block in blocks:
+                self._plan.drop_unread(self._plan.state(block), (block.start, block.stop))
+            self._start_requests()
+
     def read(self, block: Block, span: Span) -> memoryview:
         """Gives bytes of a block, and waits for them where it must.
 

@@ -217,6 +217,19 @@ class ReadPlan:
             self._settle(state)
         return self.held_bytes < held_bytes
 
+    def drop_unread(self, state: BlockState, span: Span) -> None:
+        """Drops a part that was wanted for a reader that has failed: now, or when it arrives.
+
+        Another reader that wants it requests it again.
+        """
+        if not state.uses.get(span) and span not in state.waiting:
+            state.wanted.pop(span, None)
+            if span in state.coming:
+                state.abandoned.add(span)
+            elif state.writer is None:
+                self._drop(state, [span])
+        self._settle(state)
+
     # Requests.
 
     def next_request(self, *, is_locating: bool) -> Request | None:

@@ -144,12 +144,18 @@ class RemoteShard:
             self.prefetcher.fetch_soon(blocks)
         found: list[memoryview] = []
         failure: ShardError | None = None
-        for block, (start, stop, want) in zip(blocks, ranges, strict=True):
-            # All are taken, also after a wrong one: what is fetched is held until it is read.
-            try:
-                found.append(self._checked(block, (start, stop), want, where))
-            except ShardError as error:
-                failure = failure or error
+        taken = 0
+        try:
+            for block, (start, stop, want) in zip(blocks, ranges, strict=True):
+                # All are taken, also after a wrong one: what is fetched is held until it is read.
+                try:
+                    found.append(self._checked(block, (start, stop), want, where))
+                except ShardError as error:
+                    failure = failure or error
+                taken += 1
+        finally:
+            if taken < len(blocks):
+                self.prefetcher.drop_unread(blocks[taken:])
         if failure is not None:
             raise failure
         return found

@@ -13,8 +13,10 @@ import torch
 from loader import StreamingDataset, make_dataloader
 from loader.assembly.augment import Augment
 from loader.assembly.collate import MMCollator
+from loader.assembly.draft import Draft
 from loader.assembly.view import View
 from loader.delivery import AheadLimit, Task, make_in_threads
+from loader.delivery.prepared import PreparedBatches
 from loader.reading.reader import ShardReader
 from loader.stream import PreparedBuilder
 from shardspec.errors import ConfigError, ShardError
@@ -236,6 +238,49 @@ def test_substitutes_of_broken_pictures_are_those_of_the_examples(broken):
             assert batch["metadata"][row] == want["metadata"]
             count = len(want["images"])
             assert np.array_equal(batch["images"][row, :count].numpy(), want["images"])
+
+
+def replaced_one_by_one(self, rows, planned, *, all_of_them):  # noqa: ARG001
+    """Substitutes the first broken sample alone: what the batch must not differ from."""
+    for row, own in zip(rows, planned, strict=True):
+        for i, (ref, one) in enumerate(zip(row, own, strict=True)):
+            if one.draft.error is not None:
+                own[i] = self._plan(ref, after_failed=one)
+                return True
+    return False
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": True, "sequence_length": 96}])
+def test_a_batch_with_many_broken_pictures_is_rendered_a_few_times(
+    options, samples, write_dataset, tmp_path, monkeypatch
+):
+    url = write_dataset(tmp_path / "set", samples, several=True, codec="png", view=VIEW)
+    for number in range(1, NUM, 2):
+        break_picture(url, number)
+    rendered = []
+    render = Draft.write_images
+    monkeypatch.setattr(
+        Draft, "write_images", lambda self, out: (rendered.append(self.key), render(self, out))
+    )
+
+    def batches():
+        rendered.clear()
+        dataset = stream(url, on_bad="substitute", check="size")
+        made = make(dataset, decode_threads=0, global_batch_size=NUM // 2, **options)
+        found = [next(iter(made))]
+        return found, len(rendered), dict(made.dataset.bad)
+
+    found, times, bad = batches()
+    with monkeypatch.context() as old:
+        old.setattr(PreparedBatches, "_replace_broken", replaced_one_by_one)
+        wanted, before, bad_before = batches()
+    assert same(found[0], wanted[0])
+    assert found[0]["metadata"] == wanted[0]["metadata"]
+    assert bad == bad_before
+    drafts = sum(len(entry.get("examples", [entry])) for entry in found[0]["metadata"])
+    assert bad["image_decode"] > 5
+    # Two batches up to a broken one, each example alone, and the batch itself.
+    assert times <= 4 * drafts + bad["image_decode"] < before
 
 
 def test_broken_picture_stops_the_loop_where_it_is_not_to_be_substituted(broken):

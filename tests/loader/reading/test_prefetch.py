@@ -11,6 +11,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -18,8 +19,11 @@ import pytest
 
 from loader.reading.blocks import Block
 from loader.reading.network import Network
+from loader.reading.open_shards import Range
 from loader.reading.prefetch import Prefetcher
+from loader.reading.remote import RemoteShard
 from shardspec import storage
+from shardspec.checksum import crc32
 from shardspec.errors import ConfigError
 from shardspec.storage.ranges import RangeReader
 
@@ -340,6 +344,55 @@ def test_what_was_planned_and_not_read_is_dropped(url):
         threading.Event().wait(0.01)
     assert prefetcher._plan._states == {}
     assert prefetcher._plan.held_bytes == 0
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["memory", "cache"])
+@pytest.mark.parametrize("failing", [0, 2, 5])
+def test_parts_of_a_sample_are_dropped_where_the_store_fails_in_the_middle(
+    failing, cached, url, tmp_path
+):
+    cache = str(tmp_path / "cache") if cached else None
+    prefetcher = Prefetcher(Network(block_bytes=BLOCK), cache=cache, cache_bytes=10**7)
+    shard = RemoteShard(
+        url=url,
+        file=SimpleNamespace(num_bytes=len(OBJECT), content_sha256="ab" * 32),
+        rows=None,
+        offsets=None,
+        prefetcher=prefetcher,
+        block_bytes=BLOCK,
+        parted=np.zeros(0, np.int64),
+    )
+    spans = [(at, at + 3000) for at in range(1000, 19_000, 3000)]
+    parts = [Range(*span, crc32(OBJECT[slice(*span)])) for span in spans]
+
+    def refused(start, stop):
+        return start <= spans[failing][0] < stop
+
+    original, into = RangeReader.read, RangeReader.read_into
+
+    def read_some(self, url, start, stop, **options):
+        if refused(start, stop):
+            raise OSError("the network is away")
+        return original(self, url, start, stop, **options)
+
+    def read_into_some(self, url, start, target, **options):
+        if refused(start, start + len(target)):
+            raise OSError("the network is away")
+        return into(self, url, start, target, **options)
+
+    with (
+        mock.patch.object(RangeReader, "read", read_some),
+        mock.patch.object(RangeReader, "read_into", read_into_some),
+        pytest.raises(OSError, match="away"),
+    ):
+        shard.ranges(parts, where="a clip")
+    plan = prefetcher._plan
+    wait_until(lambda: all(state.is_open for state in list(plan._states.values())))
+    assert plan.held_bytes == 0
+    assert list(map(bytes, shard.ranges(parts, where="a clip"))) == [
+        OBJECT[slice(*span)] for span in spans
+    ]
+    assert plan.held_bytes == 0
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["memory", "cache"])
