@@ -37,6 +37,8 @@ def _load(path: Path) -> object:
         if content.lstrip()[:1] in (b"{", b"["):
             return json.loads(content)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever torch makes of other bytes
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StateError("state_file.unreadable", where=str(path), error=text[:300]) from error

@@ -268,7 +268,11 @@ class _Worker:
         )
         try:
             self._process.start()
-        except (OSError, RuntimeError):  # the system's, or Python's advice on `__main__`
+        except (
+            OSError,
+            RuntimeError,
+            MemoryError,
+        ):  # the system's, or Python's advice on `__main__`
             raise
         except Exception as error:
             self._pipe.close()

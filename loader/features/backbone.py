@@ -325,6 +325,8 @@ def _imported(path: str, attribute: str, source: str) -> torch.nn.Module:
             loaded = importlib.import_module(path)
         found = getattr(loaded, attribute)
         made = found if isinstance(found, torch.nn.Module) or not callable(found) else found()
+    except (ShardsError, MemoryError):
+        raise
     except Exception as error:  # of the user's code
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise ConfigError("features_backbone.missing", where=source, error=problem) from error

@@ -153,6 +153,8 @@ def dataset_class(name: str) -> type[DatasetBase]:
     if name in offered:
         try:
             found = offered[name].load()
+        except MemoryError:
+            raise
         except (Exception, SystemExit) as error:  # whatever the package raises
             told = f"{type(error).__name__}: {error}"
             where = f"{name} = {offered[name].value}"

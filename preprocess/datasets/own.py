@@ -690,6 +690,8 @@ def _probed(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
 def _coded(place: str, name: str) -> type[DatasetBase]:
     try:
         module = _run_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except MemoryError:
+        raise
     except (Exception, SystemExit) as error:  # whatever the user's code raises when it is imported
         told = f"{type(error).__name__}: {error}"
         raise ConfigError("dataset_code.import", where=place, error=told) from error

@@ -371,6 +371,8 @@ def _walk(group: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, s
         full = f"{prefix}{name}"
         try:
             found = _own(group, name)
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of HDF5
             yield full, f"cannot be read: {error}"[:200]
             continue

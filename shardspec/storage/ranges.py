@@ -169,6 +169,8 @@ class RangeReader:
                 transfers.count("requests")
                 try:
                     return attempt(max(attempts.left_s, 0.001))
+                except MemoryError:
+                    raise
                 except Exception as error:
                     is_bad = isinstance(error, BadResponse)
                     kind = str(error) if is_bad else transient_error_kind(error)

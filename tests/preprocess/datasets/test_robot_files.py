@@ -18,7 +18,7 @@ from PIL import Image
 from preprocess.datasets import EpisodeFiles, LeRobot, RobotDataset
 from preprocess.datasets import episodes as episodes_module
 from preprocess.datasets.episodes import EPISODES_HELD
-from preprocess.episodes import EpisodeFields, EpisodeFrames, WindowPolicy
+from preprocess.episodes import EpisodeFields, EpisodeFrames, WindowPolicy, hdf5
 from preprocess.episodes.tfrecord import masked_crc, parse_example
 from preprocess.media import VideoDecoder, VideoPolicy
 from shardspec.errors import ConfigError, SampleError, SourceError
@@ -356,6 +356,18 @@ def test_no_episode_is_read_through_a_link(tmp_path, link):
         file["data"] = link("/other" if link is h5py.SoftLink else "/data")
     with pytest.raises(SourceError, match="links are not followed"):
         files(tmp_path / "data.hdf5", fields=STATE)
+
+
+def test_a_lack_of_memory_is_not_a_fault_of_the_file(tmp_path, monkeypatch):
+    def lacking(*_):
+        raise MemoryError
+
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["qpos"] = [1.0]
+        assert dict(hdf5._walk(file)) == {"qpos": "float64"}
+        monkeypatch.setattr(hdf5, "_own", lacking)
+        with pytest.raises(MemoryError):
+            list(hdf5._walk(file))
 
 
 HARMS = {
