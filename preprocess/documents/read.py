@@ -41,6 +41,9 @@ _ONE_PAGE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 _WEB_URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
+SQUARE = 1.05
+"""A page whose sides differ by no more than this factor may be of either way up."""
+
 _MANY_PAGES = (".pdf", ".tif", ".tiff")
 """Suffixes of URLs whose files are read whole, for their pages."""
 
@@ -193,14 +196,31 @@ def _texts(
     for each in _ocr_files(source, find):
         payload, where = _ocr_source(_read_remote([each])[0], opened.where, read_url)
         pages += parse_ocr(payload, page_sizes=sizes[len(pages) :], where=where)
-    if len(pages) == len(opened.images):
-        return {page: pages[page - 1] for page in kept}
-    if len(pages) == len(candidates):
-        by_number = dict(zip(candidates, pages, strict=True))
-        return {page: by_number[page] for page in kept}
-    raise SampleError(
-        "ocr_pages", where=opened.where, ocr_pages=len(pages), pages=len(opened.images)
-    )
+    num_pages = len(opened.images)
+    numbers = range(1, num_pages + 1) if len(pages) == num_pages else candidates
+    if len(pages) != len(numbers):
+        raise SampleError("ocr_pages", where=opened.where, ocr_pages=len(pages), pages=num_pages)
+    by_number = dict(zip(numbers, pages, strict=True))
+    for page in kept:
+        _require_same_way_up(by_number[page], sizes[page - 1], where=f"{opened.where} page {page}")
+    return {page: by_number[page] for page in kept}
+
+
+def _require_same_way_up(text: PageText, size: Size | None, *, where: str) -> None:
+    """Refuses OCR of an upright page for a picture that lies on its side, and the reverse.
+
+    A page that counts in shares, and one that is square within `SQUARE`, say nothing. Of the same
+    way up, sides may differ: boxes are shares of them, and a picture may have been stretched.
+
+    Raises:
+      SampleError: `ocr_turned`.
+    """
+    if size is None:
+        return
+    aspects = text.width / text.height, size[0] / size[1]
+    if min(aspects) < 1 / SQUARE and max(aspects) > SQUARE:
+        ocr = f"{text.width:g} x {text.height:g}"
+        raise SampleError("ocr_turned", where=where, ocr=ocr, picture=f"{size[0]} x {size[1]}")
 
 
 def _ocr_files(source: Any, find: Callable[[Any], Any]) -> list[Any]:

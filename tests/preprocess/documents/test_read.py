@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from preprocess.datasets import DocumentDataset
 from preprocess.documents import read_document
@@ -109,6 +110,42 @@ def test_ocr_may_come_for_the_document_or_for_each_page():
         found = example({**pages, "ocr": source})["metadata"]["ocr"]
         assert [page["page"] for page in found] == [1, 2]
     assert reason({**pages, "ocr": [ocr] * 3}) == "ocr_pages"
+
+
+@pytest.mark.parametrize(
+    ("sides", "picture", "fits"),
+    [
+        ((600, 400), (30, 20), True),
+        ((600, 400), (20, 30), False),
+        ((400, 600), (30, 20), False),
+        ((600, 400), (28, 30), False),
+        ((600, 400), (20, 20), True),
+        ((600, 600), (20, 30), True),
+        ((600, 590), (20, 30), True),
+        ((600, 400), (90, 20), True),  # stretched: boxes are shares
+    ],
+)
+def test_ocr_of_a_page_that_is_turned_is_a_reason(sides, picture, fits):
+    sources = {each.__name__: each(size=sides) for each in (made.hocr, made.alto, made.page_xml)}
+    sources["azure"] = made.azure(size=sides)
+    sources["plain"] = {"width": sides[0], "height": sides[1], "words": [["a", 0, 0, 9, 9]]}
+    shares = {"textract": made.textract(size=sides)}
+    row = {"image": np.zeros((*picture[::-1], 3), np.uint8), **ASKED}
+    for name, source in {**sources, **shares}.items():
+        if fits or name in shares:
+            assert example({**row, "ocr": source})["metadata"]["ocr"][0]["words"], name
+        else:
+            assert reason({**row, "ocr": source}) == "ocr_turned", name
+
+
+def test_a_picture_that_its_orientation_turns_has_the_ocr_of_what_is_seen(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    ocr = {"width": 300, "height": 200, "words": [["a", 0, 0, 9, 9]]}
+    row = {"image": str(tmp_path / "turned.jpg"), **ASKED}
+    assert example({**row, "ocr": ocr})["metadata"]["ocr"]
+    assert reason({**row, "ocr": {**ocr, "width": 200, "height": 300}}) == "ocr_turned"
 
 
 def test_text_layers_can_be_left_alone():
