@@ -64,6 +64,10 @@ def whole_files():
         "tiff, lzw": ("TIFF", encoded("TIFF", compression="tiff_lzw")),
         "tiff, packbits": ("TIFF", encoded("TIFF", compression="packbits")),
         "tiff, jpeg": ("TIFF", encoded("TIFF", compression="jpeg")),
+        **{
+            f"tiff, {name}": ("TIFF", encoded("TIFF", mode="1", compression=compression))
+            for name, compression in (("fax 3", "group3"), ("fax 4", "group4"))
+        },
         "ppm": ("PPM", encoded("PPM")),
     }
     if features.check("jpg_2000"):

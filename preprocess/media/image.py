@@ -38,6 +38,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from preprocess.media.fax import FAX, is_whole_fax
 from preprocess.media.header import (
     BAND_PX,
     JPEG_SCAN,
@@ -121,7 +122,7 @@ _SEQUENTIAL_SCAN = b"\x00\x3f\x00"
 # TIFF 6.0, and Technical Note 2 for JPEG: tags, and values of the first.
 _TIFF_COMPRESSION, _TIFF_JPEG_TABLES = 259, 347
 _TIFF_PARTS = ((273, 279), (324, 325))
-_TIFF_FAX, _TIFF_JPEG = frozenset({2, 3, 4}), 7
+_TIFF_JPEG = 7
 _MAX_TIFF_TABLES_BYTES = 1 << 16
 """Longest JPEG tables of a TIFF, copied for each of its parts; encoders write 600."""
 _JPEG_SPACES = {"Gray": ("GRAY", 1), "CMYK": ("CMYK", 4), "YCCK": ("CMYK", 4)}
@@ -689,12 +690,12 @@ def _check_tiff(payload: bytes, image: TiffImageFile, where: str, *, most_bytes:
     """Refuses a TIFF whose strips or tiles libtiff would fill up, with a warning at most.
 
     Raises:
-      SampleError: `image_decode`: fax compression, of whose strips the rows cannot be counted.
+      SampleError: `image_decode`: fax compression, and not all rows are known to be there.
       ValueError: Compressed data ends early or is damaged.
     """
     tags = image.tag_v2
     compression = int(tags.get(_TIFF_COMPRESSION, 1))
-    if compression in _TIFF_FAX:
+    if compression in FAX and not is_whole_fax(payload, tags):
         raise SampleError("image_decode.unchecked", where=where, compression=compression)
     if compression != _TIFF_JPEG:
         return  # of the others libtiff refuses strips that are short

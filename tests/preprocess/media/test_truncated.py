@@ -4,12 +4,13 @@ FETCH judges by the structure of the file, BUILD and the reader of stored images
 a file is accepted all the same, it has every pixel of the whole one: what it lacks is a trailer.
 """
 
+import io
 import struct
 import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import TiffImagePlugin, TiffTags
+from PIL import Image, TiffImagePlugin, TiffTags
 
 from preprocess.fetch.download import image_fault
 from preprocess.media import ImageLimits
@@ -34,9 +35,12 @@ TRAILERS = {
     "webp": 3,
     "webp, transparent": 3,
     "bmp": 1,
+    "tiff, fax 3": 4,
+    "tiff, fax 4": 4,
     "bmp, run lengths": 4,
 }
-"""Most bytes at the end that hold no pixel: a terminator, padding of a row or of a range coder."""
+"""Most bytes at the end that hold no pixel: a terminator, padding of a row or of a range coder, or
+where the next page of a TIFF is."""
 
 EARLY = [name for name, (_, payload) in FILES.items() if truncated.early_ends(name, payload, 2)]
 
@@ -157,13 +161,51 @@ def test_a_png_whose_stream_has_a_wrong_checksum_is_left_to_the_decoder(chunk_by
         assert got is None or np.array_equal(got, np.asarray(black))
 
 
-@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
-def test_a_tiff_that_cannot_be_checked_is_refused_by_name(compression):
+def fax_of(payload, *, white_is_0=False, reversed_bits=False, left_out=0, end=b""):
+    """Copies a fax TIFF of one strip: with other tags, less of the strip, and another end."""
+    with Image.open(io.BytesIO(payload)) as image:
+        found = image.tag_v2
+        (start,), (length,) = found[273], found[279]
+    strip = payload[start : start + length - left_out] + end
+    if reversed_bits:
+        strip = bytes(int(f"{byte:08b}"[::-1], 2) for byte in strip)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag in (256, 257, 258, 259, 277, 278):
+        tags[tag] = found.get(tag, 1)
+    tags[262], tags[266] = 0 if white_is_0 else 1, 2 if reversed_bits else 1
+    tags.tagtype[273] = tags.tagtype[279] = TiffTags.LONG
+    tags[273], tags[279] = (0,), (len(strip),)
+    return b"II*\0" + struct.pack("<I", 8) + tags.tobytes(8) + strip
+
+
+FAXES = ["group3", "group4", "tiff_ccitt"]
+
+
+@pytest.mark.parametrize("strip_size", [200, 1 << 16])
+@pytest.mark.parametrize("compression", FAXES)
+def test_a_whole_fax_is_read(compression, strip_size, prepared):
+    want = np.asarray(truncated.scene("1").convert("RGB"))
+    payload = truncated.encoded("TIFF", mode="1", compression=compression, strip_size=strip_size)
+    assert np.array_equal(prepared(payload), want)
+    if strip_size > 200:
+        assert np.array_equal(prepared(fax_of(payload)), want)
+        assert np.array_equal(prepared(fax_of(payload, white_is_0=True)), 255 - want)
+        assert np.array_equal(prepared(fax_of(payload, reversed_bits=True)), want)
+
+
+@pytest.mark.parametrize("compression", FAXES)
+def test_a_fax_whose_rows_are_not_all_there_is_refused_by_name(compression):
     payload = truncated.encoded("TIFF", mode="1", compression=compression)
-    with pytest.raises(SampleError) as caught:
-        ImagePreprocessor(ImagePolicy())(payload)
-    assert caught.value.reason == "image_decode"
-    assert "fax" in caught.value.what
+    for made in (fax_of(payload, left_out=30), fax_of(payload, end=b"abc"), payload[:-40]):
+        with pytest.raises(SampleError) as caught:
+            ImagePreprocessor(ImagePolicy())(made)
+        assert caught.value.reason == "image_decode"
+
+
+@pytest.mark.parametrize("end", ["", "001" * 2, "001" * 6])
+def test_what_ends_a_strip_of_t4_may_be_there_or_not(end, prepared):
+    payload = truncated.encoded("TIFF", mode="1", compression="group3")
+    assert prepared(fax_of(payload, end=bytes.fromhex(end))) is not None
 
 
 def tiff_with_jpeg(part, *, lengths=None, size=(16, 16)):
