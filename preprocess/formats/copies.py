@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -112,12 +113,19 @@ def made_of(url: str, how: str, make: Callable[[Path], None]) -> Path:
     """Gives what `make` writes from a file, from an earlier call where the file is the same."""
     key = (url, how, storage.version(url))
     if key not in _COPIES:
-        if not _FOLDERS:
-            _FOLDERS.append(tempfile.TemporaryDirectory(prefix="vlm-shards-rows-"))
-        target = Path(_FOLDERS[0].name) / str(len(_COPIES))
+        target = new_file()
         make(target)
         _COPIES[key] = target
     return _COPIES[key]
+
+
+def new_file() -> Path:
+    """Makes an empty file in the temporary folder."""
+    if not _FOLDERS:
+        _FOLDERS.append(tempfile.TemporaryDirectory(prefix="vlm-shards-rows-"))
+    descriptor, name = tempfile.mkstemp(dir=_FOLDERS[0].name)
+    os.close(descriptor)
+    return Path(name)
 
 
 def _unpacked(stream: Any, packed: str) -> Any:

@@ -31,7 +31,14 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.formats.copies import PACKED, local_copy, made_of, require_encoding, utf8_copy
+from preprocess.formats.copies import (
+    PACKED,
+    local_copy,
+    made_of,
+    new_file,
+    require_encoding,
+    utf8_copy,
+)
 from preprocess.formats.json_files import (
     BROKEN,
     OpenFile,
@@ -375,20 +382,45 @@ def visible_names(folder: str) -> list[str]:
     Raises:
       OSError: A folder cannot be read.
     """
+    return [name for name, _ in _scan(folder)]
 
-    def fail(error: OSError) -> None:
-        raise error
 
+def _scan(folder: str) -> Iterator[tuple[str, frozenset[str]]]:
+    """Gives the names of `visible_names`, each with all those that are beside it.
+
+    Of a local folder no more is held than the names of the folders that a file is below.
+    """
     if storage.is_local(folder):
-        top, found = storage.local_path(folder), []
-        for root, folders, files in os.walk(top, onerror=fail):
-            folders[:] = [each for each in folders if not each.startswith((".", "__"))]
-            below = Path(root).relative_to(top).as_posix() + "/"
-            found += [below.removeprefix("./") + name for name in files]
-    else:
-        found = [each.name for each in storage.list_objects(folder)]
+        yield from _scan_local(storage.local_path(folder), "")
+        return
     hidden = re.compile(r"(?:^|/)(?:\.|__[^/]*/)").search
-    return sorted(name for name in found if not hidden(name))
+    found = [each.name for each in storage.list_objects(folder)]
+    names = frozenset(name for name in found if not hidden(name))
+    yield from ((name, names) for name in sorted(names))
+
+
+def _scan_local(folder: Path, below: str) -> Iterator[tuple[str, frozenset[str]]]:
+    # What is below a folder is sorted as the folder's name and "/".
+    folders, files = {}, []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _is_folder(entry):
+                files.append(below + entry.name)
+            elif not entry.name.startswith("__"):
+                folders[below + entry.name + "/"] = entry.is_symlink()
+    visible = frozenset(name for name in files if not name.startswith(".", len(below)))
+    for name in sorted([*visible, *folders]):
+        if name in visible:
+            yield name, visible
+        elif not (folders[name] or name.startswith(".", len(below))):  # links are not followed
+            yield from _scan_local(folder / name[len(below) :], name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False
 
 
 class _Sides(Sequence[Row]):
@@ -396,20 +428,31 @@ class _Sides(Sequence[Row]):
 
     def __init__(self, folder: str, encoding: str) -> None:
         self._folder, self._encoding = folder, encoding
-        names = visible_names(folder)
-        self._images = [name for name in names if _suffix(name) in IMAGES]
-        self._sides = frozenset(name for name in names if _suffix(name) in _SIDES)
+        # The names are in a file, one after the other: here is where each begins, and one past
+        # the last; the lowest bits say which side files it has.
+        self._places, at, path = array("q"), 0, new_file()
+        with path.open("wb") as stream:
+            for name, beside in _scan(folder):
+                if _suffix(name) not in IMAGES:
+                    continue
+                sides = [_side(name, suffix) in beside for suffix in _SIDES]
+                self._places.append(at << len(_SIDES) | sum(s << n for n, s in enumerate(sides)))
+                at += stream.write(os.fsencode(name))
+        self._places.append(at << len(_SIDES))
+        self._names = OpenFile(path)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._places) - 1
 
     def __getitem__(self, i: Any) -> Any:
-        name = self._images[i]
+        i = range(len(self))[i]
+        place, after = self._places[i], self._places[i + 1]
+        name = os.fsdecode(self._names.read(place >> len(_SIDES), after >> len(_SIDES)))
         row: dict[str, Any] = {}
-        for suffix in _SIDES:
-            side = str(PurePosixPath(name).with_suffix(suffix))
-            if side not in self._sides:
+        for n, suffix in enumerate(_SIDES):
+            if not place >> n & 1:
                 continue
+            side = _side(name, suffix)
             where = storage.join(self._folder, side)
             try:
                 payload = storage.read_bytes(where)
@@ -426,6 +469,10 @@ class _Sides(Sequence[Row]):
             except SampleError as error:
                 row[BROKEN] = error
         return {**row, "image": name, "id": name}
+
+
+def _side(image: str, suffix: str) -> str:
+    return str(PurePosixPath(image).with_suffix(suffix))
 
 
 def _suffix(name: str) -> str:

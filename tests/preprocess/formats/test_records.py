@@ -1,13 +1,18 @@
 """Rows of files of every kind, and files that are broken."""
 
+import contextlib
 import gzip
 import io
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +22,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preprocess.formats import BROKEN, Spec, copies, json_files, open_records, parse_row
+from preprocess.formats import (
+    BROKEN,
+    Spec,
+    copies,
+    json_files,
+    open_records,
+    parse_row,
+    visible_names,
+)
 from shardspec.errors import SampleError, SourceError
+from tests.examples import examples
 
 ROWS = [{"id": str(i), "text": f"näh {i} \U0001f600", "image": f"{i}.jpg"} for i in range(23)]
 
@@ -560,6 +574,11 @@ def write_many(kind, folder, number):
                 info = tarfile.TarInfo(f"{i}.txt")
                 info.size = len(more)
                 archive.addfile(info, io.BytesIO(more.encode()))
+    elif kind == "images":
+        path = folder / "images"
+        path.mkdir()
+        for i in numbers:
+            os.mknod(path / f"{i:05}.jpg")
     elif kind == "gqa":
         path = folder / "gqa.json"
         rows = (f'"{i}": {{"imageId": "{i}", "question": "{more}"}}' for i in numbers)
@@ -580,8 +599,42 @@ def write_many(kind, folder, number):
     return path
 
 
-KEPT = {"jsonl": 16, "csv": 0, "tar": 16, "gqa": 16, "vqa": 76, "coco": 84}
+KEPT = {"images": 8, "jsonl": 16, "csv": 0, "tar": 16, "gqa": 16, "vqa": 76, "coco": 84}
 """Bytes of memory that stay for a row: offsets, and the ids that rows are joined by."""
+
+
+def listed(folder):
+    """Lists what is visible below a folder in the straightforward way."""
+    found = []
+    for root, _, files in os.walk(folder):
+        found += [str((Path(root) / name).relative_to(folder)) for name in files]
+    return sorted(n for n in found if not re.search(r"(?:^|/)(?:\.|__[^/]*/)", n))
+
+
+PARTS = st.text("ab._-0é ~\n", min_size=1, max_size=3).filter(lambda part: part.strip("."))
+SUFFIXES = st.sampled_from([".txt", ".json", ".png", ".JPG"])
+TREES = st.lists(st.tuples(st.lists(PARTS, max_size=3), PARTS, SUFFIXES), max_size=8)
+
+
+@given(TREES)
+@settings(max_examples=examples(10), deadline=None)
+def test_names_below_a_folder_are_sorted_as_whole_paths(tree):
+    with tempfile.TemporaryDirectory() as folder:
+        for folders, stem, suffix in tree:
+            with contextlib.suppress(NotADirectoryError, FileExistsError, IsADirectoryError):
+                place = Path(folder, *folders)
+                place.mkdir(parents=True, exist_ok=True)
+                (place / (stem + suffix)).write_text("{}" if suffix == ".json" else "a")
+        names = listed(folder)
+        assert visible_names(folder) == names
+        images = [name for name in names if name.lower().endswith((".png", ".jpg"))]
+        if not images:
+            return
+        (rows,) = open_records(folder).parts
+        assert [row["image"] for row in rows] == images
+        assert rows[-1] == rows[len(images) - 1]
+        sides = [str(Path(name).with_suffix(".txt")) in names for name in images]
+        assert ["text" in row for row in rows] == sides
 
 
 @pytest.mark.parametrize("kind", KEPT)
