@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from loader import DeterministicDataset, MolmoPreprocessor, StreamingDataset, View, make_dataloader
+from loader import MolmoPreprocessor, StreamingDataset, View, make_dataloader
 from loader.assembly import Augment, TokenIds
 from loader.assembly.planner import Planner
 from preprocess.datasets import get_dataset
@@ -34,6 +34,7 @@ from shardspec.tiling import ImageView
 from tests import inline, model_folders, processor_folders
 from tests.lerobot_folders import CAMERAS, episodes_of
 from tests.robot_files import write_aloha
+from tests.unsharded import require_unsharded
 
 LENGTHS = (7, 4)
 SEGMENTS = [((0, 0), (0, 1)), ((0, 2), (0, 3)), ((0, 4), (0, 5), (0, 6))]
@@ -227,30 +228,8 @@ def test_lengths_of_the_index_are_those_of_the_longest_window(late, enumerated):
 
 def test_shards_equal_the_unsharded_path_with_augmentation(late, prepare):
     view = View(image=SMALL, augment=Augment.standard())
-    stream = StreamingDataset(late.url, seed=SEED, view=view)
-    samples = [prepare(late.dataset[i]) for i in range(len(late.dataset))]
-    prepared = {sample.key: sample for sample in samples}
-    keys = [stream.reader.read(number).key for number in range(stream.num_samples)]
-    assert sorted(keys) == sorted(prepared)
-
-    class Stored:
-        def __len__(self):
-            return len(keys)
-
-        def get(self, item, rng):  # noqa: ARG002
-            return prepared[keys[item]]
-
-    other = DeterministicDataset(
-        Stored(),
-        MolmoPreprocessor(lambda s: s, special_ids=prepare.tokenizer.special_ids, view=view),
-        seed=dataset_seed(SEED, "arm"),
-    )
-    for number in range(len(keys)):
-        for epoch in range(3):
-            got, want = stream.example(number, epoch=epoch), other.get(number, epoch=epoch)
-            assert len(got["images"]) == 4
-            for name in ("input_ids", "labels", "images", "image_input_idx"):
-                assert np.array_equal(got[name], want[name]), name
+    rows = late.dataset
+    require_unsharded(late.url, rows, prepare, view=view, seed=SEED, epochs=3, num_images=4)
 
 
 def test_draws_are_the_same_on_any_number_of_ranks_and_after_a_resume(late):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loader import DeterministicDataset, MolmoPreprocessor, StreamingDataset, View, make_dataloader
+from loader import StreamingDataset, View, make_dataloader
 from loader.assembly import Augment
 from preprocess.datasets import LeRobot
 from preprocess.episodes import WindowPolicy
@@ -18,12 +18,12 @@ from preprocess.reshard import ReshardSettings, plan_reshard
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.actions import ValueStatistics, denormalize, normalize, value_statistics
 from shardspec.errors import ConfigError
-from shardspec.keyed import dataset_seed
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
 from tests import inline
 from tests.lerobot_folders import episodes_of, write_v3
 from tests.robot_files import write_aloha, write_rlds
+from tests.unsharded import require_unsharded
 
 SMALL = ImageView(size_px=56, patch_px=14, max_crops=1)
 RECIPE = Recipe(image=ImagePolicy(views=(SMALL,), codec="png"), seed=3)
@@ -156,33 +156,11 @@ def test_arrays_mean_nothing_with_packs(built):
 
 
 def test_shards_equal_the_unsharded_path_with_augmentation(built, source):
-    view = View(image=SMALL, augment=Augment.standard())
-    stream = StreamingDataset(built, seed=5, view=view)
     policy = WindowPolicy(history=2, chunk=3, kept=("gripper",))
     rows = type("Arm", (LeRobot,), {"window": policy, "name": "arm"})(source=str(source))
     prepare = Preparer(recipe=RECIPE, tokenizer=load_tokenizer())
-    prepared = {sample.key: sample for sample in map(prepare, (rows[i] for i in range(len(rows))))}
-    keys = [stream.reader.read(number).key for number in range(stream.num_samples)]
-    assert sorted(keys) == sorted(prepared)
-
-    class Stored:
-        def __len__(self):
-            return len(keys)
-
-        def get(self, item, rng):  # noqa: ARG002
-            return prepared[keys[item]]
-
-    other = DeterministicDataset(
-        Stored(),
-        MolmoPreprocessor(lambda s: s, special_ids=prepare.tokenizer.special_ids, view=view),
-        seed=dataset_seed(5, "arm"),
-    )
-    for number in range(len(keys)):
-        for epoch in (0, 1):
-            got, want = stream.example(number, epoch=epoch), other.get(number, epoch=epoch)
-            assert len(got["images"]) == 4
-            for name in ("input_ids", "labels", "images", "image_input_idx"):
-                assert np.array_equal(got[name], want[name]), name
+    view = View(image=SMALL, augment=Augment.standard())
+    require_unsharded(built, rows, prepare, view=view, seed=5, epochs=2, num_images=4)
 
 
 def test_the_text_names_the_task_and_the_actions_that_are_there(built):
