@@ -250,7 +250,9 @@ def replaced_one_by_one(self, rows, planned, *, all_of_them):  # noqa: ARG001
     return False
 
 
-@pytest.mark.parametrize("options", [{}, {"pack": True, "sequence_length": 96}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"pack": True, "sequence_length": 96}, marks=pytest.mark.slow)]
+)
 def test_a_batch_with_many_broken_pictures_is_rendered_a_few_times(
     options, samples, write_dataset, tmp_path, monkeypatch
 ):
