@@ -175,21 +175,10 @@ def fetch_all(
         on_result=on_result or _ignore,
         clock=clock,
     )
-    todo = []
-    for name, url in {name: url for url, name in names.items()}.items():
-        known = ledger.get(name)
-        if known is not None and run.is_settled(known):
-            run.results[name] = known
-            run.on_result(known)
-        else:
-            todo.append(url)
-    if todo:
-        try:
-            asyncio.run(run.fetch(group_by_host(todo)))
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None  # see _cancel_on_sigint
+    with cache.writing():
+        num_requested = run.fetch_missing(names)
     counts = Counter(result.reason or result.status for result in run.results.values())
-    logger.info("%d URLs, %d requested: %s", len(run.results), len(todo), dict(counts))
+    logger.info("%d URLs, %d requested: %s", len(run.results), num_requested, dict(counts))
     return {url: run.results[name] for url, name in names.items()}
 
 
@@ -367,6 +356,25 @@ class _Run:
         if known.reason in ("robots", "x_robots"):
             return not self.policy.ignored_opt_outs
         return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
+
+    def fetch_missing(self, names: Mapping[str, str]) -> int:
+        """Fetches what no earlier run has settled, of redacted names by URL; returns its number."""
+        todo = []
+        if names:
+            self.cache.refresh()
+        for name, url in {name: url for url, name in names.items()}.items():
+            known = self.ledger.get(name)
+            if known is not None and self.is_settled(known):
+                self.results[name] = known
+                self.on_result(known)
+            else:
+                todo.append(url)
+        if todo:
+            try:
+                asyncio.run(self.fetch(group_by_host(todo)))
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None  # see _cancel_on_sigint
+        return len(todo)
 
     async def fetch(self, hosts: list[Host]) -> None:
         """Fetches all URLs of the hosts."""

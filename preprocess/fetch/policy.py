@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from preprocess.fetch.packs import PACK_BYTES
 from preprocess.settings import Setting
 from preprocess.sizes import parse_bytes
 from shardspec.errors import ConfigError
@@ -118,6 +119,17 @@ class FetchPolicy:
             shown="64MiB",
         ),
     ] = 64 * 2**20
+    pack_bytes: Annotated[
+        int,
+        Setting(
+            "length from which a file of CACHE is full that images are appended to",
+            flag="pack-size",
+            group=_GROUP,
+            metavar="SIZE",
+            parse=parse_bytes,
+            shown="512MiB",
+        ),
+    ] = PACK_BYTES
     max_redirects: Annotated[int, Setting("most redirects that are followed", group=_GROUP)] = 5
     retry: Annotated[
         Retry, Setting("which failures of earlier runs are tried again", group=_GROUP)

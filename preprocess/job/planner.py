@@ -470,7 +470,8 @@ def _spool_rows(
         row = {"key": f"row-{number}", "image": None, "example": {}, **_origin(job, [number])}
         lost.add(canonical_json(quarantine_line(row, stage="read", error=error)))
     report.stage("plan", len(job.examples))
-    spool.write(good_rows())
+    with job.blobs.writing():
+        spool.write(good_rows())
     if warned:
         report.note(f"{warned:,} images are not those that were annotated (SHA256=warn)")
     if not keys:

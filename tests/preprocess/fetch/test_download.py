@@ -25,6 +25,7 @@ from preprocess.fetch.hosts import group_by_host
 from preprocess.fetch.policy import FetchPolicy
 from preprocess.media import ImageLimits
 from shardspec.errors import BudgetError, ConfigError, StorageError
+from tests.preprocess.fetch.damage import blobs_of, damage_blob
 from tests.preprocess.fetch.faulty_http import FaultyServer, picture
 
 POLICY = FetchPolicy(
@@ -152,7 +153,7 @@ def test_duplicate_urls_are_requested_once(server, run):
 def test_equal_contents_of_two_urls_are_one_blob(server, run, cache):
     results = run(server.url("/ok/a.png?1"), server.url("/ok/a.png?2"))
     assert len({result.sha256 for result in results.values()}) == 1
-    assert sum(path.is_file() for path in cache.root.rglob("*")) == 1
+    assert len(blobs_of(cache.root)) == 1
 
 
 def test_user_agent_is_sent(server, run):
@@ -466,14 +467,9 @@ def test_permanent_failures_are_tried_again_only_on_demand(server, run):
 def test_damaged_blob_is_noticed_and_fetched_again(server, run, cache, damage):
     url = server.url("/ok/a.png")
     result = one(run(url))
-    path = cache.path(result.sha256)
-    body = path.read_bytes()
-    if damage == "delete":
-        path.unlink()
-    elif damage == "truncate":
-        path.write_bytes(body[:-1])
-    else:
-        path.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+    body = cache.get(result.sha256)
+    damage_blob(cache.root, result.sha256, damage)
+    if damage == "flip":
         with pytest.raises(StorageError):
             cache.get(result.sha256)
     assert one(run(url)) == result
@@ -739,7 +735,7 @@ def test_callback_that_raised_is_not_called_again(run):
 
 def test_disk_that_refuses_a_blob_ends_the_run_and_blames_no_url(server, run, cache, tmp_path):
     cache.root.mkdir()
-    (cache.root / "blobs").write_text("a file where the directory should be")
+    (cache.root / "open").write_text("a file where the directory should be")
     with pytest.raises(StorageError):
         run(server.url("/ok/a.png"))
     assert read_ledger(tmp_path / "ledger.jsonl") == {}
