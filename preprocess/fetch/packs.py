@@ -30,7 +30,7 @@ import struct
 import threading
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -235,7 +235,7 @@ class PackStore:
         written, pack = ledger.read_bytes(), ledger.with_suffix(".pack")
         rows = [*_ROW.iter_unpack(written[: len(written) // _ROW.size * _ROW.size])]
         if pack.exists():
-            whole = [row for row in rows if _is_right(pack, row)]
+            whole = _whole_rows(pack, rows)
         else:  # published by a writer that died then, and had not lost power
             size = storage.size(self.pack_url(ledger.stem)) or 0
             whole = [row for row in rows if row[1] + row[2] <= size]
@@ -323,13 +323,17 @@ def _write(descriptor: int, payload: bytes, start: int) -> None:
         view, start = view[written:], start + written
 
 
-def _is_right(pack: Path, row: tuple[bytes, int, int]) -> bool:
-    sha256, start, num_bytes = row
+def _whole_rows(pack: Path, rows: Iterable[tuple[bytes, int, int]]) -> list[tuple[bytes, int, int]]:
+    """Keeps the rows whose contents are in a pack."""
+    whole = []
     with pack.open("rb") as stream:
-        if start + num_bytes > os.fstat(stream.fileno()).st_size:
-            return False
-        stream.seek(start)
-        return hashlib.sha256(stream.read(num_bytes)).digest() == sha256
+        size = os.fstat(stream.fileno()).st_size
+        for sha256, start, num_bytes in rows:
+            if start + num_bytes <= size:
+                stream.seek(start)
+                if hashlib.sha256(stream.read(num_bytes)).digest() == sha256:
+                    whole.append((sha256, start, num_bytes))
+    return whole
 
 
 def _in_groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:

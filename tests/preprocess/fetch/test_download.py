@@ -505,6 +505,41 @@ def test_limit_of_a_host_holds_after_redirects_from_other_hosts(run):
         assert server.most_running[f"127.0.0.1:{server.ports['127.0.0.1']}"] == 2
 
 
+@pytest.mark.parametrize("seconds, lookups", [(300, 1), (0, 4)])
+def test_the_addresses_of_a_name_are_looked_up_once_or_each_time(
+    server, run, monkeypatch, seconds, lookups
+):
+    asked = []
+
+    def getaddrinfo(host, port, *args, **kwargs):  # noqa: ARG001
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    urls = [server.url(f"/slow/{i}.png", host="pictures.test") for i in range(8)]
+    allowed = frozenset({"pictures.test"})
+    # Connections stay open, so there are as many as requests at a time.
+    results = run(*urls, per_host=4, keepalive_s=60.0, dns_cache_s=seconds, allow_hosts=allowed)
+    assert {result.status for result in results.values()} == {"ok"}
+    assert asked == ["pictures.test"] * lookups
+
+
+@pytest.mark.parametrize(
+    "videos, max_bytes, status",
+    [(False, None, "failed"), (True, None, "ok"), (True, 10, "failed"), (False, 10_000, "ok")],
+)
+def test_the_largest_file_is_what_was_set_else_it_depends_on_videos(
+    server, cache, tmp_path, monkeypatch, videos, max_bytes, status
+):
+    monkeypatch.setattr(fetch, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(fetch, "MAX_VIDEO_BYTES", 10_000)
+    policy = dataclasses.replace(POLICY, max_bytes=max_bytes)
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        urls = [server.url("/ok/a.png")]
+        found = fetch_all(urls, cache=cache, ledger=ledger, policy=policy, videos=videos)
+    assert one(found).status == status
+
+
 def test_hosts_are_asked_side_by_side_up_to_the_limit_of_all(run):
     hosts = tuple(f"127.0.0.{i}" for i in range(1, 9))
     with FaultyServer(hosts=hosts) as server:
