@@ -14,6 +14,7 @@ process may remove, which changes nothing for them.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -43,6 +45,8 @@ _BLOCK_ROWS = 64
 _RANGE_ROWS = 2**18
 """Rows that a merge holds at a time, about: 14 MB, some three times over."""
 _GROWTH = 4
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
 class PackIndex:
@@ -53,16 +57,21 @@ class PackIndex:
         self._folder = folder
         self._segments: list[_Segment] = []
         """The largest first."""
+        self._unwritten: list[_NewRows] = []
+        """What is in memory alone, because the folder may not be written to."""
 
     @property
     def packs(self) -> set[str]:
         """Names of the packs whose rows are here."""
-        return {name for segment in self._segments for name in segment.packs}
+        return {name for each in self._all() for name in each.packs}
 
     def find(self, sha256: bytes) -> Iterator[tuple[str, int, int]]:
         """Gives pack, start and length of each copy of a content."""
-        for segment in self._segments:
-            yield from segment.find(sha256)
+        for each in self._all():
+            yield from each.find(sha256)
+
+    def _all(self) -> list[_Segment | _NewRows]:
+        return [*self._segments, *self._unwritten]
 
     def load(self) -> None:
         """Opens what other processes have made, and drops what is contained in something else."""
@@ -76,24 +85,32 @@ class PackIndex:
         Args:
           ledgers: Rows (`LEDGER_ROW`) by the name of their pack; those that are here are skipped.
         """
-        storage.make_folder(self._folder)
-        with self._locked():
-            self._load()
-            known = self.packs
-            new = {name: rows for name, rows in ledgers.items() if name not in known}
-            if not new:
-                return
-            merged: list[_Segment | _NewRows] = [_NewRows(new)]
-            num_rows = merged[0].num_rows
-            while self._segments and self._segments[-1].num_rows < _GROWTH * num_rows:
-                merged.append(self._segments.pop())
-                num_rows += merged[-1].num_rows
-            path = self._folder / f"{uuid.uuid4().hex}.segment"
-            _write_segment(path, merged)
-            self._segments.append(_Segment(path))
-            for old in merged[1:]:
-                assert isinstance(old, _Segment)
-                old.remove()
+        with _allow_read_only():
+            storage.make_folder(self._folder)
+            with self._locked():
+                self._load()
+                self._merge(self._unknown(ledgers))
+            return
+        self._unwritten.append(_NewRows(self._unknown(ledgers)))
+
+    def _unknown(self, ledgers: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        known = self.packs
+        return {name: rows for name, rows in ledgers.items() if name not in known}
+
+    def _merge(self, ledgers: Mapping[str, np.ndarray]) -> None:
+        if not ledgers:
+            return
+        new = _NewRows(ledgers)
+        kept, num_rows = len(self._segments), new.num_rows
+        while kept and self._segments[kept - 1].num_rows < _GROWTH * num_rows:
+            kept -= 1
+            num_rows += self._segments[kept].num_rows
+        old = self._segments[kept:]
+        path = self._folder / f"{uuid.uuid4().hex}.segment"
+        _write_segment(path, [new, *old])
+        self._segments[kept:] = [_Segment(path)]
+        for segment in old:
+            segment.remove()
 
     def _load(self) -> None:
         known = {segment.path: segment for segment in self._segments}
@@ -102,7 +119,8 @@ class PackIndex:
             try:
                 found.append(known.pop(path) if path in known else _Segment(path))
             except ValueError:
-                path.unlink(missing_ok=True)
+                with _allow_read_only():
+                    path.unlink(missing_ok=True)
         for gone in known.values():
             gone.close()
         found.sort(key=lambda segment: (-segment.num_rows, segment.path.name))
@@ -117,7 +135,12 @@ class PackIndex:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = -1
+        with _allow_read_only():
+            lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        if lock < 0:
+            yield
+            return
         try:
             # Without locks, two may merge the same segments: rows are in the index twice.
             lock_file(lock, wait=True)
@@ -159,14 +182,7 @@ class _Segment:
         # Rows of one prefix may begin in the block before the first that begins with it.
         first = max(int(self._firsts.searchsorted(prefix, "left")) - 1, 0)
         last = int(self._firsts.searchsorted(prefix, "right"))
-        block = self._read(first, last)
-        at = block.find(sha256)
-        while at >= 0:
-            if at % _ROW.itemsize == 0:
-                pack, start, num_bytes = _PLACE.unpack_from(block, at + 32)
-                if pack < len(self.packs):
-                    yield self.packs[pack], start, num_bytes
-            at = block.find(sha256, at + 1)
+        return _places(self._read(first, last), sha256, self.packs)
 
     def between(self, low: int, high: int) -> np.ndarray:
         """Reads the rows whose prefixes are in a range."""
@@ -182,7 +198,8 @@ class _Segment:
 
     def remove(self) -> None:
         self.close()
-        self.path.unlink(missing_ok=True)
+        with _allow_read_only():
+            self.path.unlink(missing_ok=True)
 
 
 class _NewRows:
@@ -200,9 +217,35 @@ class _NewRows:
             part["pack"] = number
             done += len(ledger)
         self._rows = _sorted(rows)
+        self._prefixes = self._rows["prefix"].astype(np.uint64)
+
+    def find(self, sha256: bytes) -> Iterator[tuple[str, int, int]]:
+        prefix = np.uint64(int.from_bytes(sha256[:8], "big"))
+        first, last = (int(self._prefixes.searchsorted(prefix, side)) for side in _SIDES)
+        return _places(self._rows[first:last].tobytes(), sha256, self.packs)
 
     def between(self, low: int, high: int) -> np.ndarray:
         return _between(self._rows, low, high)
+
+
+def _places(rows: bytes, sha256: bytes, packs: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    at = rows.find(sha256)
+    while at >= 0:
+        if at % _ROW.itemsize == 0:
+            pack, start, num_bytes = _PLACE.unpack_from(rows, at + 32)
+            if pack < len(packs):
+                yield packs[pack], start, num_bytes
+        at = rows.find(sha256, at + 1)
+
+
+@contextmanager
+def _allow_read_only() -> Iterator[None]:
+    """Passes over what may not be written: of another user, or a disk that is read only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
 
 
 def _write_segment(path: Path, sources: Sequence[_Segment | _NewRows]) -> None:

@@ -170,7 +170,7 @@ class PackStore:
         Raises:
           StorageError: The disk or store refused.
         """
-        with self._lock:
+        with self._lock, storage.translate_errors(str(self._local)):
             for ledger in sorted((self._local / "open").glob("*.ledger")):
                 if ledger.stem not in self._own:
                     self._finish_dead(ledger)
@@ -211,7 +211,7 @@ class PackStore:
         ledger = np.frombuffer(writer.finish(), LEDGER_ROW)
         _publish_file(self.pack_url(writer.name), writer.pack)
         _publish_file(self._ledger_url(writer.name), writer.ledger)
-        with self._lock:
+        with self._lock, storage.translate_errors(str(self._local)):
             if self._own.pop(writer.name, None) is not None:
                 writer.close()
             self._sizes[writer.name] = writer.num_bytes

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +268,46 @@ def test_a_damaged_index_is_made_again(damage, tmp_path):
         content = segment.read_bytes()
         segment.write_bytes(content[:-1] if damage == "torn" else b"x" * len(content))
     assert found(tmp_path) == CONTENTS
+
+
+@pytest.mark.parametrize("what", ["lock", "segment"])
+def test_a_cache_that_may_not_be_written_to_is_read(what, tmp_path, monkeypatch):
+    fill(tmp_path)
+    fill(tmp_path, [b"more"])
+    shutil.rmtree(tmp_path / "index")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "of another user")
+
+    place, name = (storage, "make_folder") if what == "lock" else (pack_index, "_write_segment")
+    monkeypatch.setattr(place, name, refuse)
+    assert found(tmp_path) == CONTENTS
+    assert not BlobCache(tmp_path).has("0" * 64)
+    monkeypatch.undo()
+    cache = BlobCache(tmp_path)
+    assert cache.has(NAMES[0])
+    monkeypatch.setattr(pack_index, "_write_segment", refuse)
+    fill(tmp_path, [b"third"])
+    assert BlobCache(tmp_path).has(hashlib.sha256(b"third").hexdigest())
+    assert found(tmp_path) == CONTENTS
+
+
+def test_a_full_disk_loses_nothing_of_the_index(tmp_path, monkeypatch):
+    fill(tmp_path)
+    cache = BlobCache(tmp_path)
+    assert cache.has(NAMES[0])
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(pack_index, "_write_segment", fail)
+    with pytest.raises(StorageError) as caught, cache.writing():
+        cache.put(b"more")
+    assert caught.value.reason == "no_space"
+    monkeypatch.undo()
+    assert found(tmp_path) == CONTENTS
+    assert cache.get(NAMES[0]) == CONTENTS[0]
+    assert BlobCache(tmp_path).has(hashlib.sha256(b"more").hexdigest())
 
 
 # --- killed processes, stores -----------------------------------------------------------------
