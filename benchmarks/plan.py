@@ -75,10 +75,11 @@ def write_source(folder, num_rows, urls):
 def write_ledger(cache, num_rows):
     blobs, known = BlobCache(cache), []
     draw = np.random.RandomState(0)
-    for _ in range(CONTENTS):
-        buffer = io.BytesIO()
-        Image.fromarray(draw.randint(0, 256, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
-        known.append((blobs.put(buffer.getvalue()), len(buffer.getvalue())))
+    with blobs.writing():
+        for _ in range(CONTENTS):
+            buffer = io.BytesIO()
+            Image.fromarray(draw.randint(0, 256, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
+            known.append((blobs.put(buffer.getvalue()), len(buffer.getvalue())))
     path = cache / "ledgers" / "pixmo_cap.jsonl"
     path.parent.mkdir(parents=True)
     with path.open("w") as stream:

@@ -5,6 +5,7 @@ decides which rows become samples.
 """
 
 from preprocess.fetch.blobs import (
+    LOCAL_CACHE,
     BlobCache,
     FetchResult,
     Ledger,
@@ -19,6 +20,7 @@ from preprocess.fetch.placeholders import mark_placeholders
 from preprocess.fetch.policy import FetchPolicy
 
 __all__ = [
+    "LOCAL_CACHE",
     "BlobCache",
     "FetchPolicy",
     "FetchResult",

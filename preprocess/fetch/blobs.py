@@ -1,12 +1,13 @@
 """What FETCH stores for PLAN and BUILD: image files by content, and a ledger by URL.
 
-    <root>/blobs/ab/abcdef...     one file per distinct content, named by its sha256
+    <root>/packs, damaged         contents by their sha256 (`preprocess.fetch.packs`)
+    <root>/blobs/ab/abcdef...     one file per content, of older releases; only read
+    <root>/tokens                 marks, by which machines tell that they see the same root
     <ledger>.jsonl                one line per finished URL, appended; the last line of a URL wins
 
-A blob appears under its name only complete. The ledger is append-only: a process that is killed
-can at worst tear the last line, which the next opening drops, so that the URL is fetched again. A
-line is written after its blob is in place. Readers still check the blob, since it may have been
-deleted after its line was written.
+The ledger is append-only: a process that is killed can at worst tear the last line, which the next
+opening drops, so that the URL is fetched again. A line is written after its blob is in place.
+Readers still check the blob, since it may have been deleted after its line was written.
 
 URLs are written here without credentials (`redact`); what differs in user and password only is one
 URL.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,11 +24,15 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
+from preprocess.fetch.locks import lock_file
+from preprocess.fetch.packs import PACK_BYTES, PackStore, Place
 from shardspec import storage
 from shardspec.documents import read_fields, read_json
 from shardspec.errors import ConfigError, StorageError, redacted_url
@@ -87,34 +91,53 @@ class FetchResult:
     """Whether robots.txt or X-Robots-Tag were not looked at."""
 
 
-class BlobCache:
-    """Files named by their content, in a folder or a store that any number of processes share."""
+LOCAL_CACHE = "~/.cache/vlm-shards"
+"""Where images are kept by default; and what has to be on a disk, where they are in a store."""
 
-    def __init__(self, root: str | Path) -> None:
-        """Names the folder or URL; a folder is created by the first `put`."""
-        self.url = str(root)
+
+class BlobCache:
+    """Contents by their sha256, in a folder or a store that any number of processes share."""
+
+    def __init__(self, root: str | Path, *, pack_bytes: int = PACK_BYTES) -> None:
+        """Names the folder or URL; a folder is created by the first `put`.
+
+        Args:
+          root: The folder or URL.
+          pack_bytes: Length from which the file is full that contents are appended to.
+        """
+        self.url, self._pack_bytes = str(root), pack_bytes
+        local = storage.local_path(self.url if storage.is_local(self.url) else LOCAL_CACHE)
+        if not storage.is_local(self.url):
+            key = hashlib.sha256(storage.absolute_url(self.url).encode()).hexdigest()[:16]
+            local = local / "stores" / key
+        self._packs = PackStore(self.url, local=local, pack_bytes=pack_bytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # In another process, only what is published is there.
+        return partial(BlobCache, pack_bytes=self._pack_bytes), (self.url,)
 
     @property
     def root(self) -> Path:
         """The folder, where it is a local one."""
         return storage.local_path(self.url)
 
-    def path(self, sha256: str) -> Path:
-        """Names the file of a content in a local folder.
+    def _file_url(self, sha256: str) -> str:
+        """Names the file that older releases had for a content."""
+        return storage.join(self.url, "blobs", sha256[:2], sha256)
+
+    @cached_property
+    def _has_files(self) -> bool:
+        return storage.exists(storage.join(self.url, "blobs"))
+
+    def has(self, sha256: str, *, num_bytes: int | None = None) -> bool:
+        """Returns True if a blob exists (with that length); its content is not read.
 
         Raises:
           ConfigError: `bad_sha256`: not 64 lower-case hexadecimal digits.
         """
-        return storage.local_path(self._blob_url(sha256))
-
-    def _blob_url(self, sha256: str) -> str:
-        if not _SHA256.fullmatch(sha256):
-            raise ConfigError("bad_sha256", got=repr(sha256))
-        return storage.join(self.url, "blobs", sha256[:2], sha256)
-
-    def has(self, sha256: str, *, num_bytes: int | None = None) -> bool:
-        """Returns True if a blob exists (with that length); its content is not read."""
-        got = storage.size(self._blob_url(sha256))
+        if any(num_bytes in (None, place.num_bytes) for place in self._find(sha256)):
+            return True
+        got = storage.size(self._file_url(sha256)) if self._has_files else None
         return got is not None and num_bytes in (None, got)
 
     def put(self, payload: bytes) -> str:
@@ -124,7 +147,8 @@ class BlobCache:
           StorageError: The disk refused; nothing appeared.
         """
         sha256 = hashlib.sha256(payload).hexdigest()
-        storage.publish_bytes(self._blob_url(sha256), payload)
+        if self._read_packed(sha256, damaged=[]) is None:
+            self._packs.append(sha256, payload)
         return sha256
 
     def get(self, sha256: str) -> bytes:
@@ -135,15 +159,71 @@ class BlobCache:
         Raises:
           StorageError: `blob_missing` or `blob_corrupt`.
         """
-        url = self._blob_url(sha256)
+        damaged: list[StorageError] = []
+        payload = self._read_packed(sha256, damaged=damaged)
+        if payload is None:
+            payload = self._read_file(sha256)
+        if payload is None:
+            self._packs.refresh()
+            payload = self._read_packed(sha256, damaged=damaged)
+        if payload is not None:
+            return payload
+        raise damaged[0] if damaged else StorageError("blob_missing", where=self._file_url(sha256))
+
+    def refresh(self) -> None:
+        """Looks for what other processes have put, and what dead ones have left.
+
+        Raises:
+          StorageError: The disk or store refused.
+        """
+        self._packs.refresh()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Shows other processes at the end what was put in the block.
+
+        After an exception, whoever looks for blobs next finds what was put: to publish it could
+        take long, or fail for the same reason.
+
+        Raises:
+          StorageError: The disk or store refused.
+        """
+        try:
+            yield
+        except BaseException:
+            self._packs.release()
+            raise
+        self._packs.flush()
+
+    def _find(self, sha256: str) -> list[Place]:
+        if not _SHA256.fullmatch(sha256):
+            raise ConfigError("bad_sha256", got=repr(sha256))
+        return self._packs.find(sha256)
+
+    def _read_packed(self, sha256: str, *, damaged: list[StorageError]) -> bytes | None:
+        """Reads the first copy that is right; the others that it met are marked, and listed."""
+        for place in self._find(sha256):
+            payload = self._packs.read(place)
+            if payload is None:
+                continue
+            got = hashlib.sha256(payload).hexdigest()
+            if got == sha256:
+                return payload
+            self._packs.mark_damaged(place)
+            damaged.append(_corrupt(f"{self._packs.pack_url(place.pack)}:{place.start}", payload))
+        return None
+
+    def _read_file(self, sha256: str) -> bytes | None:
+        if not self._has_files:
+            return None
+        url = self._file_url(sha256)
         try:
             payload = storage.read_bytes(url)
-        except FileNotFoundError as error:
-            raise StorageError("blob_missing", where=url) from error
-        got = hashlib.sha256(payload).hexdigest()
-        if got != sha256:
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(payload).hexdigest() != sha256:
             storage.delete(url)
-            raise StorageError("blob_corrupt", where=url, got_sha256=got, num_bytes=len(payload))
+            raise _corrupt(url, payload)
         return payload
 
     def leave_token(self, name: str) -> None:
@@ -298,14 +378,19 @@ def _parse(path: Path) -> tuple[dict[str, FetchResult], int]:
     return results, good_bytes
 
 
+def _corrupt(where: str, payload: bytes) -> StorageError:
+    got = hashlib.sha256(payload).hexdigest()
+    return StorageError("blob_corrupt", where=where, got_sha256=got, num_bytes=len(payload))
+
+
 def _lock(fd: int, path: Path) -> None:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StorageError("ledger_locked", where=str(path)) from error
+        lock = lock_file(fd)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise _io_error(path, error) from error
+        raise _io_error(path, error) from error
+    if lock == "busy":
+        raise StorageError("ledger_locked", where=str(path))
+    if lock == "no_locks":
         logger.warning("this file system has no locks: see that only one job writes %s", path)
 
 

@@ -61,7 +61,7 @@ from yarl import URL
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
 from preprocess.fetch.hosts import Host, bare, group_by_host, text_key
 from preprocess.fetch.policy import FetchPolicy, ShaPolicy
-from preprocess.fetch.robots import KEPT_S, MAX_BYTES, Robots, forbids_use
+from preprocess.fetch.robots import Robots, forbids_use
 from preprocess.media import ImageLimits, open_source
 from shardspec.errors import BudgetError, ConfigError, SampleError, nearest
 from shardspec.image_file import check_image_file
@@ -105,6 +105,9 @@ _NOT_REACHED = frozenset(
 )
 """Failures of robots.txt that are the host's, whatever is requested of it."""
 _DAY_S = 24 * 3600
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_VIDEO_BYTES = 512 * 2**20
+"""What `max_bytes` is by default. A body is in memory until it is complete."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WORKERS_PER_SLOT = 4
 """Workers that wait out a backoff or a pause hold no slot; this many let others continue
@@ -175,21 +178,10 @@ def fetch_all(
         on_result=on_result or _ignore,
         clock=clock,
     )
-    todo = []
-    for name, url in {name: url for url, name in names.items()}.items():
-        known = ledger.get(name)
-        if known is not None and run.is_settled(known):
-            run.results[name] = known
-            run.on_result(known)
-        else:
-            todo.append(url)
-    if todo:
-        try:
-            asyncio.run(run.fetch(group_by_host(todo)))
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None  # see _cancel_on_sigint
+    with cache.writing():
+        num_requested = run.fetch_missing(names)
     counts = Counter(result.reason or result.status for result in run.results.values())
-    logger.info("%d URLs, %d requested: %s", len(run.results), len(todo), dict(counts))
+    logger.info("%d URLs, %d requested: %s", len(run.results), num_requested, dict(counts))
     return {url: run.results[name] for url, name in names.items()}
 
 
@@ -340,6 +332,7 @@ class _Run:
     results: dict[str, FetchResult] = field(default_factory=dict)
     _stopped: bool = False
     _breaker: _Breaker = field(init=False)
+    _max_bytes: int = field(init=False)
     _hosts: dict[str, Host] = field(default_factory=dict)
     """Also those that only redirects lead to."""
     _robots: dict[URL, asyncio.Task[tuple[Robots, float]]] = field(default_factory=dict)
@@ -349,6 +342,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._breaker = _Breaker(self.policy)
+        usual = MAX_VIDEO_BYTES if self.videos else MAX_IMAGE_BYTES
+        self._max_bytes = self.policy.max_bytes or usual
 
     def is_settled(self, known: FetchResult) -> bool:
         """Returns True if the result of an earlier run is kept."""
@@ -368,6 +363,25 @@ class _Run:
             return not self.policy.ignored_opt_outs
         return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
 
+    def fetch_missing(self, names: Mapping[str, str]) -> int:
+        """Fetches what no earlier run has settled, of redacted names by URL; returns its number."""
+        todo = []
+        if names:
+            self.cache.refresh()
+        for name, url in {name: url for url, name in names.items()}.items():
+            known = self.ledger.get(name)
+            if known is not None and self.is_settled(known):
+                self.results[name] = known
+                self.on_result(known)
+            else:
+                todo.append(url)
+        if todo:
+            try:
+                asyncio.run(self.fetch(group_by_host(todo)))
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None  # see _cancel_on_sigint
+        return len(todo)
+
     async def fetch(self, hosts: list[Host]) -> None:
         """Fetches all URLs of the hosts."""
         _cancel_on_sigint()
@@ -384,8 +398,9 @@ class _Run:
         connector = aiohttp.TCPConnector(
             resolver=_PublicResolver(policy.allow_hosts),
             limit=policy.concurrency,
-            ttl_dns_cache=300,
-            keepalive_timeout=2.0,  # idle sockets of a thousand hosts are a thousand descriptors
+            use_dns_cache=policy.dns_cache_s > 0,
+            ttl_dns_cache=policy.dns_cache_s,
+            keepalive_timeout=policy.keepalive_s,
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -421,7 +436,8 @@ class _Run:
             known = (self.ledger.get(url) for url in host.urls)
             until = max((each.not_before_unix_s for each in known if each), default=0)
             if until > now_unix_s:
-                host.pause(until - now_unix_s, now_s=now_s)
+                pause_s = min(until - now_unix_s, self.policy.longest_pause_s)
+                host.pause(pause_s, now_s=now_s)
 
     async def _work(self, ring: deque[Host]) -> None:
         # A worker that finds no ticket may leave: every other ticket is held by a worker that will
@@ -564,7 +580,8 @@ class _Run:
                         yield began_s
                     except _Failure as failure:
                         if failure.pause_s:
-                            host.pause(failure.pause_s, now_s=now_s())
+                            pause_s = min(failure.pause_s, self.policy.longest_pause_s)
+                            host.pause(pause_s, now_s=now_s())
                         raise
                     return
 
@@ -586,10 +603,11 @@ class _Run:
         url = origin / "robots.txt"
         name, host = str(url), bare(url.host or "")
         known = self.ledger.get(name)
-        age_s = KEPT_S if known is None else self.clock() - known.finished_unix_s
+        kept_s = self.policy.robots_age_s
+        age_s = kept_s if known is None else self.clock() - known.finished_unix_s
         blob = known.sha256 if known is not None else None
         try:
-            if age_s >= KEPT_S or (blob is not None and not self.cache.has(blob)):
+            if age_s >= kept_s or (blob is not None and not self.cache.has(blob)):
                 known, age_s = await self._request_robots(url, name=name), 0.0
                 self.ledger.append(known)
         except _Failure as failure:
@@ -600,10 +618,10 @@ class _Run:
         if known is not None and known.sha256:
             loop = asyncio.get_running_loop()
             body = await loop.run_in_executor(None, self.cache.get, known.sha256)
-        robots = Robots(body, self.policy.user_agent)
+        robots = Robots(body, self.policy.user_agent, self.policy.robots_bytes)
         delayed = self._hosts.setdefault(host, Host(host))
         delayed.crawl_delay_s = max(delayed.crawl_delay_s, robots.delay_s)
-        return robots, asyncio.get_running_loop().time() + KEPT_S - age_s
+        return robots, asyncio.get_running_loop().time() + kept_s - age_s
 
     async def _request_robots(self, url: URL, *, name: str) -> FetchResult:
         """Requests a robots.txt; a file that does not exist is a result too."""
@@ -710,15 +728,15 @@ class _Run:
             asked = {name: response.headers.getall(name, []) for name in names}
             if forbids_use(asked, user_agent=policy.user_agent):
                 raise _Failure("x_robots", http_status=status)
-        if not robots and (response.content_length or 0) > policy.max_bytes:
+        if not robots and (response.content_length or 0) > self._max_bytes:
             raise _Failure("too_big", http_status=status)
         body = bytearray()
         try:
             async for chunk in response.content.iter_any():
                 body += chunk
-                if robots and len(body) > MAX_BYTES:
+                if robots and len(body) > policy.robots_bytes:
                     break
-                if len(body) > policy.max_bytes and not robots:
+                if len(body) > self._max_bytes and not robots:
                     raise _Failure("too_big", http_status=status)
         except (aiohttp.ClientError, OSError) as error:
             # Any error in the middle of a body leaves a part of it.

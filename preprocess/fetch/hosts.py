@@ -13,9 +13,6 @@ from urllib.parse import urlsplit
 
 from shardspec.keyed import hash_text
 
-LONGEST_PAUSE_S = 24 * 3600.0
-"""A host that asks for more is taken to mean this."""
-
 
 @dataclass(slots=True)
 class Host:
@@ -37,7 +34,7 @@ class Host:
 
     def pause(self, pause_s: float, *, now_s: float) -> None:
         """Asks for no request in this time; a longer pause that is held already stays."""
-        self.resume_at_s = max(self.resume_at_s, now_s + min(pause_s, LONGEST_PAUSE_S))
+        self.resume_at_s = max(self.resume_at_s, now_s + pause_s)
 
     def wait_s(self, *, now_s: float) -> float:
         """Gives the seconds until a request may begin; 0.0: at once."""

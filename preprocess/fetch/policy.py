@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from preprocess.fetch.packs import PACK_BYTES
 from preprocess.settings import Setting
 from preprocess.sizes import parse_bytes
 from shardspec.errors import ConfigError
@@ -27,6 +28,7 @@ _CHOICES = {
 _MAY_BE_ZERO = {
     "max_redirects",
     "backoff_s",
+    "dns_cache_s",
     "host_rate",
     "breaker_success",
     "placeholder_urls",
@@ -58,6 +60,23 @@ class FetchPolicy:
     robots_txt: Annotated[
         OptOuts, Setting("what robots.txt of a host forbids; the manifest says so", group=_GROUP)
     ] = "obey"
+    robots_age_s: Annotated[
+        float,
+        Setting("how long a robots.txt is used, in seconds", flag="robots-age", group=_GROUP),
+    ] = 24 * 3600.0
+    """RFC 9309, 2.4: no longer than that."""
+    robots_bytes: Annotated[
+        int,
+        Setting(
+            "as much of a robots.txt is read",
+            flag="robots-size",
+            group=_GROUP,
+            metavar="SIZE",
+            parse=parse_bytes,
+            shown="500KiB",
+        ),
+    ] = 500 * 2**10
+    """RFC 9309, 2.5: no less than that."""
     x_robots_tag: Annotated[
         OptOuts,
         Setting(
@@ -81,6 +100,14 @@ class FetchPolicy:
             group=_GROUP,
         ),
     ] = 120.0
+    longest_pause_s: Annotated[
+        float,
+        Setting(
+            "a host that asks for a longer pause is taken to mean this, in seconds",
+            flag="longest-pause",
+            group=_GROUP,
+        ),
+    ] = 24 * 3600.0
     host_failures: Annotated[
         int,
         Setting("failures of a host in a row after which it is left for a later run", group=_GROUP),
@@ -107,17 +134,42 @@ class FetchPolicy:
         Setting("longest download of one image, in seconds", flag="wall-timeout", group=_GROUP),
     ] = 60.0
     """Of one attempt: all its redirects, and slow bodies, but not pauses in front of requests."""
-    max_bytes: Annotated[
+    dns_cache_s: Annotated[
         int,
+        Setting(
+            "how long the addresses of a host are used, in seconds; 0 looks them up each time",
+            flag="dns-cache",
+            group=_GROUP,
+        ),
+    ] = 300
+    """Of a connection that is made; one that is open stays."""
+    keepalive_s: Annotated[
+        float,
+        Setting("how long an idle connection is kept, in seconds", flag="keepalive", group=_GROUP),
+    ] = 2.0
+    """Idle sockets of a thousand hosts are a thousand descriptors."""
+    max_bytes: Annotated[
+        int | None,
         Setting(
             "largest file of an image",
             flag="max-download",
             group=_GROUP,
             metavar="SIZE",
             parse=parse_bytes,
-            shown="64MiB",
+            shown="64MiB, of datasets with videos 512MiB",
         ),
-    ] = 64 * 2**20
+    ] = None
+    pack_bytes: Annotated[
+        int,
+        Setting(
+            "length from which a file of CACHE is full that images are appended to",
+            flag="pack-size",
+            group=_GROUP,
+            metavar="SIZE",
+            parse=parse_bytes,
+            shown="512MiB",
+        ),
+    ] = PACK_BYTES
     max_redirects: Annotated[int, Setting("most redirects that are followed", group=_GROUP)] = 5
     retry: Annotated[
         Retry, Setting("which failures of earlier runs are tried again", group=_GROUP)

@@ -16,12 +16,6 @@ from protego import Protego
 
 from preprocess.fetch.policy import PRODUCT
 
-MAX_BYTES = 500 * 2**10
-"""As much of robots.txt is read (RFC 9309, 2.5)."""
-
-KEPT_S = 24 * 3600.0
-"""As long a robots.txt is used (RFC 9309, 2.4)."""
-
 _BOM = "\ufeff"
 _TOKEN = re.compile(r"[a-z_-]+", re.IGNORECASE)
 _AGENT = re.compile(r"[a-z0-9_*-]+")
@@ -50,6 +44,8 @@ class Robots:
     body: bytes
     """Of the file; empty where there is none."""
     user_agent: str
+    max_bytes: int
+    """As much of the file is read."""
 
     def allows(self, url: str) -> bool:
         """Returns True if a URL of the site may be requested."""
@@ -67,13 +63,15 @@ class Robots:
     @cached_property
     def _rules(self) -> Protego:
         # Protego takes a mark in front of the first line for a part of it.
-        return Protego.parse(_whole_lines(self.body).decode("utf-8", "replace").lstrip(_BOM))
+        return Protego.parse(
+            _whole_lines(self.body, self.max_bytes).decode("utf-8", "replace").lstrip(_BOM)
+        )
 
 
-def _whole_lines(body: bytes) -> bytes:
-    if len(body) <= MAX_BYTES:
+def _whole_lines(body: bytes, max_bytes: int) -> bytes:
+    if len(body) <= max_bytes:
         return body
-    cut = body[:MAX_BYTES]
+    cut = body[:max_bytes]
     return cut[: max(cut.rfind(b"\n"), cut.rfind(b"\r")) + 1]
 
 

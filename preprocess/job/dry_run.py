@@ -163,6 +163,8 @@ def _at_hand(
     result = known.get(image)
     if result is None or result.status != "ok" or result.sha256 is None:
         return None
+    if not job.blobs.has(result.sha256):
+        return None
     try:
         return job.blobs.get(result.sha256)
     except StorageError:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Protocol
 import PIL.features
 
 from preprocess.datasets import DatasetBase, OwnDataset, Unmatched, dataset_class, is_own
-from preprocess.fetch import BlobCache, FetchPolicy
+from preprocess.fetch import LOCAL_CACHE, BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.generation import Growth, RowMarks
 from preprocess.job.plan import Part, generation_name, is_name, parse_part
@@ -42,9 +42,6 @@ says: 0 allows none."""
 DEAD_LINKS_SHARE = 0.4
 """In 2025, 22.5 % of PixMo-Cap's image URLs had died."""
 FAILED_ROWS_SHARE = 0.01
-
-LOCAL_CACHE = "~/.cache/vlm-shards"
-"""Where a machine keeps what others need not see, if the image cache is a store."""
 
 Duplicates = Literal["drop", "keep"]
 OwnDisk = Literal["refuse", "allow"]
@@ -405,7 +402,8 @@ class Job:
         local = storage.is_local(settings.cache)
         self.local_cache = storage.local_path(settings.cache if local else LOCAL_CACHE)
         """Local folder for ledgers, locks and unfinished files."""
-        self.blobs = BlobCache(self.local_cache if local else settings.cache)
+        root = self.local_cache if local else settings.cache
+        self.blobs = BlobCache(root, pack_bytes=settings.fetch.pack_bytes)
         model: ChatModel | None = None
         if settings.model:
             model = load_model(

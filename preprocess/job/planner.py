@@ -102,9 +102,6 @@ from shardspec.manifest import canonical_json, differences, fingerprint, load_ma
 
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:[/\\]{2}\S+\s*", re.IGNORECASE)
 
-MAX_VIDEO_BYTES = 2**29
-"""Largest video that is downloaded. A body is in memory until it is complete."""
-
 PROBE_ROWS = 32
 """Samples built before the plan, to estimate bytes and to stop early if nothing works."""
 
@@ -470,7 +467,8 @@ def _spool_rows(
         row = {"key": f"row-{number}", "image": None, "example": {}, **_origin(job, [number])}
         lost.add(canonical_json(quarantine_line(row, stage="read", error=error)))
     report.stage("plan", len(job.examples))
-    spool.write(good_rows())
+    with job.blobs.writing():
+        spool.write(good_rows())
     if warned:
         report.note(f"{warned:,} images are not those that were annotated (SHA256=warn)")
     if not keys:
@@ -982,9 +980,6 @@ def fetch_images(
     policy = job.settings.fetch
     if not again:
         policy = dataclasses.replace(policy, retry="none")
-    if job.dataset.videos:
-        most = max(policy.max_bytes, MAX_VIDEO_BYTES)
-        policy = dataclasses.replace(policy, max_bytes=most)
     report.stage("fetch", len(set(urls)))
     with Ledger(job.ledger_path()) as ledger:
         _copy_known(job, ledger, urls)

@@ -44,6 +44,7 @@ from shardspec.storage.files import (
     read_bytes,
     resolve,
     size,
+    sync_folder,
     translate_errors,
     version,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "resolve_place",
     "retry_after_s",
     "size",
+    "sync_folder",
     "translate_errors",
     "version",
     "whole_file",

@@ -453,6 +453,15 @@ def make_folder(path: Path) -> None:
         raise OSError(errno.EACCES, "folder cannot be made", str(path)) from error
 
 
+def sync_folder(path: Path) -> None:
+    """Flushes a local folder to disk: which names it has survives a power cut from here on."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def _publish_local(path: Path, source: Path) -> None:
     with _replacing(path) as temporary:
         try:
@@ -517,7 +526,7 @@ def _create_local(path: Path, payload: bytes) -> bool:
             return path.read_bytes() == payload
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -530,15 +539,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _write_synced(path: Path, payload: bytes) -> None:

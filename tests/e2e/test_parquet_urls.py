@@ -15,6 +15,7 @@ from preprocess.datasets.pixmo_cap import PixMoCap
 from preprocess.fetch.blobs import read_ledger
 from shardspec.keyed import hash_text
 from shardspec.manifest import load_manifest
+from tests.preprocess.fetch.damage import blobs_of, damage_blob
 from tests.preprocess.fetch.faulty_http import FaultyServer
 
 
@@ -235,7 +236,7 @@ def test_picture_files_that_are_missing_or_broken_are_listed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ("gone", "rotten"))
+@pytest.mark.parametrize("damage", ("truncate", "flip"))
 def test_lost_blob_costs_a_download_and_no_sample(cli, server, write_parquet, tmp_path, damage):
     source = write_parquet(tmp_path / "source", captioned(take(40, server.url("/jpeg"))))
     arguments = job(source, tmp_path / "lost", "--num-shards", 20)
@@ -250,11 +251,11 @@ def test_lost_blob_costs_a_download_and_no_sample(cli, server, write_parquet, tm
         if not (receipts / f"pixmo_cap-train-{path.stem[-5:]}-of-00020.json").exists()
         for line in path.read_text().splitlines()
     ]
-    blob = tmp_path / "lost" / "cache" / "blobs" / planned[0][:2] / planned[0]
-    if damage == "gone":
-        blob.unlink()
-    else:
-        blob.write_bytes(blob.read_bytes()[::-1])
+    cache, lost = tmp_path / "lost" / "cache", planned[0]
+    if damage == "truncate":  # of what is left to build, what is last in its pack
+        places = blobs_of(cache)
+        lost = max(planned, key=lambda sha256: places[sha256].start)
+    damage_blob(cache, lost, damage)
     server.requests.clear()
 
     finished = cli.run(*arguments)

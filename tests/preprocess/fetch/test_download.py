@@ -25,6 +25,7 @@ from preprocess.fetch.hosts import group_by_host
 from preprocess.fetch.policy import FetchPolicy
 from preprocess.media import ImageLimits
 from shardspec.errors import BudgetError, ConfigError, StorageError
+from tests.preprocess.fetch.damage import blobs_of, damage_blob
 from tests.preprocess.fetch.faulty_http import FaultyServer, picture
 
 POLICY = FetchPolicy(
@@ -152,7 +153,7 @@ def test_duplicate_urls_are_requested_once(server, run):
 def test_equal_contents_of_two_urls_are_one_blob(server, run, cache):
     results = run(server.url("/ok/a.png?1"), server.url("/ok/a.png?2"))
     assert len({result.sha256 for result in results.values()}) == 1
-    assert sum(path.is_file() for path in cache.root.rglob("*")) == 1
+    assert len(blobs_of(cache.root)) == 1
 
 
 def test_user_agent_is_sent(server, run):
@@ -466,14 +467,9 @@ def test_permanent_failures_are_tried_again_only_on_demand(server, run):
 def test_damaged_blob_is_noticed_and_fetched_again(server, run, cache, damage):
     url = server.url("/ok/a.png")
     result = one(run(url))
-    path = cache.path(result.sha256)
-    body = path.read_bytes()
-    if damage == "delete":
-        path.unlink()
-    elif damage == "truncate":
-        path.write_bytes(body[:-1])
-    else:
-        path.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+    body = cache.get(result.sha256)
+    damage_blob(cache.root, result.sha256, damage)
+    if damage == "flip":
         with pytest.raises(StorageError):
             cache.get(result.sha256)
     assert one(run(url)) == result
@@ -507,6 +503,41 @@ def test_limit_of_a_host_holds_after_redirects_from_other_hosts(run):
         results = run(*urls, per_host=2, allow_hosts=frozenset(hosts))
         assert {result.status for result in results.values()} == {"ok"}
         assert server.most_running[f"127.0.0.1:{server.ports['127.0.0.1']}"] == 2
+
+
+@pytest.mark.parametrize("seconds, lookups", [(300, 1), (0, 4)])
+def test_the_addresses_of_a_name_are_looked_up_once_or_each_time(
+    server, run, monkeypatch, seconds, lookups
+):
+    asked = []
+
+    def getaddrinfo(host, port, *args, **kwargs):  # noqa: ARG001
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    urls = [server.url(f"/slow/{i}.png", host="pictures.test") for i in range(8)]
+    allowed = frozenset({"pictures.test"})
+    # Connections stay open, so there are as many as requests at a time.
+    results = run(*urls, per_host=4, keepalive_s=60.0, dns_cache_s=seconds, allow_hosts=allowed)
+    assert {result.status for result in results.values()} == {"ok"}
+    assert asked == ["pictures.test"] * lookups
+
+
+@pytest.mark.parametrize(
+    "videos, max_bytes, status",
+    [(False, None, "failed"), (True, None, "ok"), (True, 10, "failed"), (False, 10_000, "ok")],
+)
+def test_the_largest_file_is_what_was_set_else_it_depends_on_videos(
+    server, cache, tmp_path, monkeypatch, videos, max_bytes, status
+):
+    monkeypatch.setattr(fetch, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(fetch, "MAX_VIDEO_BYTES", 10_000)
+    policy = dataclasses.replace(POLICY, max_bytes=max_bytes)
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        urls = [server.url("/ok/a.png")]
+        found = fetch_all(urls, cache=cache, ledger=ledger, policy=policy, videos=videos)
+    assert one(found).status == status
 
 
 def test_hosts_are_asked_side_by_side_up_to_the_limit_of_all(run):
@@ -739,7 +770,7 @@ def test_callback_that_raised_is_not_called_again(run):
 
 def test_disk_that_refuses_a_blob_ends_the_run_and_blames_no_url(server, run, cache, tmp_path):
     cache.root.mkdir()
-    (cache.root / "blobs").write_text("a file where the directory should be")
+    (cache.root / "open").write_text("a file where the directory should be")
     with pytest.raises(StorageError):
         run(server.url("/ok/a.png"))
     assert read_ledger(tmp_path / "ledger.jsonl") == {}

@@ -3,14 +3,29 @@
 Judged from the server's log, in virtual time.
 """
 
+import ast
+import dataclasses
 import itertools
 from collections import Counter, defaultdict
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from preprocess.fetch import BlobCache, FetchPolicy, Ledger, fetch_all, mark_placeholders
+from preprocess.fetch import (
+    BlobCache,
+    FetchPolicy,
+    Ledger,
+    download,
+    fetch_all,
+    hosts,
+    mark_placeholders,
+    placeholders,
+    robots,
+)
 from preprocess.fetch.download import TRANSIENT
-from preprocess.fetch.robots import MAX_BYTES, Robots, forbids_use
+from preprocess.fetch.robots import Robots, forbids_use
+from preprocess.settings import Setting
 from tests.preprocess.fetch.virtual_time import virtual_server  # noqa: F401
 
 PLAIN, STRICT, NONE, DOWN, SILENT, SLOW, LIMITED, CLOSED = HOSTS = [
@@ -203,6 +218,45 @@ def test_a_long_pause_leaves_the_host_for_a_later_run_that_holds_it(site):
     assert len(log) == len(left) + 1
 
 
+def test_a_pause_is_held_no_longer_than_was_set(site):
+    busy = site.server.url("/flaky/429/1/a?after=3600", host=LIMITED)
+    settings = {"robots_txt": "ignore", "longest_pause_s": 600.0}
+    assert site.fetch(busy, **settings)[0] == {busy: "http_429"}
+    site.server.now_s += 300
+    assert site.fetch(busy, **settings)[0] == {busy: "host_busy"}
+    site.server.now_s += 600
+    assert site.fetch(busy, **settings)[0] == {busy: "ok"}
+
+
+def test_only_as_much_of_robots_txt_is_read_as_was_set(site):
+    site.server.robots[SLOW] = (200, "User-agent: *\nDisallow: /a\nDisallow: /ok\n")
+    url = site.server.url("/ok/1.png", host=SLOW)
+    assert site.fetch(url, robots_bytes=30)[0] == {url: "ok"}
+    other = site.server.url("/ok/2.png", host=SLOW)
+    assert site.fetch(other)[0] == {other: "robots"}
+
+
+def test_every_limit_of_the_module_that_requests_is_a_setting():
+    """Numbers of modules are the defaults of settings, units, or named here with what they are."""
+    known = {
+        "MAX_IMAGE_BYTES": "default of MAX_DOWNLOAD",
+        "MAX_VIDEO_BYTES": "the same",
+        "_DAY_S": "a unit",
+        "_WORKERS_PER_SLOT": "tasks, which request nothing by themselves",
+    }
+    found = set()
+    for module in (download, hosts, robots, placeholders):
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            if isinstance(node, ast.Assign) and isinstance(
+                getattr(module, node.targets[0].id, None), (int, float)
+            ):
+                found.add(node.targets[0].id)
+    assert found == set(known)
+    hints = get_type_hints(FetchPolicy, include_extras=True)
+    for each in dataclasses.fields(FetchPolicy):
+        assert isinstance(hints[each.name].__metadata__[0], Setting)
+
+
 def test_an_opt_out_that_was_ignored_is_obeyed_when_asked_to(site):
     site.server.robots[PLAIN] = (200, "User-agent: *\nDisallow: /ok/\n")
     url = site.server.url("/ok/a.png", host=PLAIN)
@@ -215,12 +269,13 @@ def test_an_opt_out_that_was_ignored_is_obeyed_when_asked_to(site):
     assert site.fetch(tagged)[0] == {tagged: "x_robots"}
 
 
-def test_robots_txt_is_kept_for_a_day(site):
+@pytest.mark.parametrize("settings, kept_s", [({}, DAY_S), ({"robots_age_s": 3600.0}, 3600)])
+def test_robots_txt_is_kept_for_a_day_or_as_long_as_was_set(site, settings, kept_s):
     urls = [site.server.url(f"/ok/{i}.png", host=SLOW) for i in range(3)]
     site.server.robots[SLOW] = (200, "User-agent: *\nDisallow: /private\n")
-    for url, later_s, asked in ((urls[0], 0, 1), (urls[1], DAY_S - 60, 0), (urls[2], 120, 1)):
+    for url, later_s, asked in ((urls[0], 0, 1), (urls[1], kept_s - 60, 0), (urls[2], 120, 1)):
         site.server.now_s += later_s
-        _, log = site.fetch(url)
+        _, log = site.fetch(url, **settings)
         assert [line.path for line in log].count("/robots.txt") == asked
 
 
@@ -272,14 +327,14 @@ CASES = [
 
 @pytest.mark.parametrize("text, path, allowed", CASES)
 def test_robots_txt_is_read_as_the_standard_says(text, path, allowed):
-    robots = Robots(text.encode(), "TestBot/2.0 (me@example.com)")
+    robots = Robots(text.encode(), "TestBot/2.0 (me@example.com)", 10_000)
     assert robots.allows(f"http://h{path}") == allowed
 
 
 def test_a_huge_robots_txt_is_read_up_to_its_last_whole_line():
     line = b"Disallow: /nothing/of/this\n"
-    body = b"User-agent: *\nDisallow: /a\n" + line * (MAX_BYTES // len(line)) + b"Disallow: /b\n"
-    robots = Robots(body, "me")
+    body = b"User-agent: *\nDisallow: /a\n" + line * 100 + b"Disallow: /b\n"
+    robots = Robots(body, "me", 100 * len(line))
     assert not robots.allows("http://h/a")
     assert robots.allows("http://h/b")
 

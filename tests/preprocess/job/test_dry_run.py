@@ -38,7 +38,7 @@ def test_downloads_and_the_time_that_they_take_at_least_are_told(settings, small
     assert "32.0 s: 16 of a.org, 0.5 in a second" in _dry_run_text(settings, found)
 
     job = Job(settings)
-    with Ledger(job.ledger_path()) as ledger:
+    with Ledger(job.ledger_path()) as ledger, job.blobs.writing():
         for i in range(8):
             url = f"http://{'ab'[i % 3 == 2]}.org/{i}.jpg"
             dead = FetchResult(url=url, status="failed", reason="http_404")

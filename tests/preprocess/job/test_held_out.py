@@ -2,10 +2,11 @@
 
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 
-from preprocess.fetch import FetchResult
+from preprocess.fetch import FetchPolicy, FetchResult
 from preprocess.job import count_rows, part_run, planner
 from preprocess.job.job import JobSettings
 from preprocess.job.part_run import run_part
@@ -89,6 +90,20 @@ def test_a_picture_under_several_names_is_in_one_split(tmp_path, names, settings
     lost = count_rows(train.split).left_out
     assert lost == {"held_out": NUM_NAMES - sum(map(len, found.values()))} != {"held_out": 0}
     assert any("several URLs" in note for note in told.notes) == names[0].startswith("http")
+
+
+def test_placeholders_are_reported_with_an_example():
+    results = {
+        url: FetchResult(url=url, status="ok", sha256=sha256 * 64)
+        for sha256, urls in {"a": ["http://x/1", "http://x/2"], "b": ["http://x/3"]}.items()
+        for url in urls
+    }
+    job = SimpleNamespace(settings=SimpleNamespace(fetch=FetchPolicy(placeholder_urls=2)))
+    told = Quiet()
+    marked = planner._without_placeholders(job, results, told)
+    assert [each.reason for each in marked.values()] == ["placeholder", "placeholder", ""]
+    (note,) = told.notes
+    assert note.startswith(f"2 URLs give one image ({'a' * 16}, for example http://x/1)")
 
 
 @pytest.mark.slow

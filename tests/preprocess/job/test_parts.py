@@ -490,7 +490,8 @@ def urls(write_parquet, tmp_path, small_jpeg, monkeypatch):
             if number % 11 == 3:
                 results[url] = FetchResult(url=url, status="failed", reason="http_404")
             else:
-                sha256 = cache.put(small_jpeg(number))
+                with cache.writing():
+                    sha256 = cache.put(small_jpeg(number))
                 results[url] = FetchResult(url=url, status="ok", sha256=sha256, num_bytes=1)
             ledger.append(results[url])
         return results
@@ -581,7 +582,7 @@ def test_images_may_be_in_a_store_that_all_parts_see(tmp_path, urls, s3_server, 
         cache = f"{s3_server.bucket}/{tmp_path.name}/cache"
         chosen = url_job(tmp_path, source, "0/1", cache=cache)
         assert run(chosen).result.sha256 == one
-        assert len([name for name in names(cache) if name.startswith("blobs/")]) == 22
+        assert len([name for name in names(cache) if name.startswith("packs/")]) == 2 * 22
         assert not [name for name in names(cache) if name.startswith("tokens/")]
 
 
