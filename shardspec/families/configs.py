@@ -145,6 +145,24 @@ class _Files:
         """Features that the model drops."""
         return int(self.look("vision_feature_select_strategy") in ("default", None))
 
+    def sliding_window(self, kind: str, *, without: str = "") -> int | None:
+        """Gives how many tokens the sliding layers of the text model see.
+
+        Args:
+          kind: Of a text model that has such layers; the default.
+          without: Of one that has none: 0.
+
+        Returns:
+          None of other kinds, whose masks are not known here.
+        """
+        text = self.model.config.get("text_config") or {}
+        own = text.get("model_type", without or kind)
+        if own not in (kind, without):
+            return None
+        # 4096 is what both classes have where no file says otherwise.
+        found = text.get("sliding_window", 4096 if own == kind else 0)
+        return int(found or 0)
+
     def square(self, size: object, name: str) -> int | None:
         """Gives the side of {"height": S, "width": S} or S."""
         if isinstance(size, int):
@@ -349,6 +367,7 @@ def _internvl(files: _Files) -> Family:
 
 def _gemma3(files: _Files) -> Family:
     images, standard, tokens = files.images, Gemma3(), files.model.tokens
+    both_ways = files.look("text_config.use_bidirectional_attention")
     crops = None
     if images.get("do_pan_and_scan"):
         # Files have nulls where the processor's own numbers hold.
@@ -364,6 +383,8 @@ def _gemma3(files: _Files) -> Family:
         start_token=tokens.get("boi_token", standard.start_token),
         end_token=tokens.get("eoi_token", standard.end_token),
         pan_and_scan=crops,
+        # A text model that sees both ways has other masks.
+        sliding_window=None if both_ways else files.sliding_window("gemma3_text"),
         **files.resize_by(2, mean=standard.mean, std=standard.std),
         **files.token,
     )
@@ -378,6 +399,7 @@ def _paligemma(files: _Files) -> Family:
     return PaliGemma(
         size_px=side,
         num_tokens=tokens,
+        sliding_window=files.sliding_window("gemma2", without="gemma"),
         **files.resize_by(3, mean=standard.mean, std=standard.std),
         **files.token,
     )

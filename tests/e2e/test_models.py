@@ -323,7 +323,13 @@ def rows_of(batch, name):
         pictures["pixel_values"] = torch.cat(cut)
     pictures = [each.flatten() for each in pictures.values()]
     columns = {k: v.movedim(-2, 0) for k, v in columns.items()}
-    return [(k, *(v[r].tolist() for v in columns.values())) for r, k in enumerate(keys)], pictures
+    found = batch.get("attention_mask")
+    masks = list(found.values()) if isinstance(found, dict) else []  # of packs of Gemma 3
+    rows = [
+        (k, *(v[r].tolist() for v in columns.values()), *(m[r].numpy().tobytes() for m in masks))
+        for r, k in enumerate(keys)
+    ]
+    return rows, pictures
 
 
 def run(datasets, name, *, world_size, count, state=None, **options):
@@ -363,15 +369,12 @@ def equal(one, other):
     )
 
 
-PACKED = tuple(name for name in FAMILIES if name != "gemma3")
-
-
 @pytest.mark.parametrize("name", mostly_slow("gemma3", "pixtral"))
 def test_every_number_of_ranks_and_every_resume_gives_the_same_rows(datasets, name):
     same_for_every_number_of_ranks(datasets, name, pack=False)
 
 
-@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "llava_onevision", known=PACKED))
+@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "llava_onevision"))
 def test_every_number_of_ranks_and_every_resume_gives_the_same_packs(datasets, name):
     same_for_every_number_of_ranks(datasets, name, pack=True)
 
@@ -437,9 +440,6 @@ def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
         for mine, parameter in zip(gradients, model.parameters(), strict=True):
             if parameter.grad is not None:
                 torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-6)
-    if name == "gemma3":
-        refused("loader_options", lambda: batches(dataset, pack=True))
-        return
     (packed,) = batches(
         dataset,
         global_batch_size=1,
@@ -448,7 +448,7 @@ def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
         extra_keys=("subsegment_ids",),
     )
     assert len(packed["metadata"][0]["examples"]) == len(CHATS)
-    assert "attention_mask" not in packed
+    assert ("attention_mask" in packed) == (name == "gemma3")
     if name != "internvl":
         for key, losses in token_losses(model, packed).items():
             torch.testing.assert_close(losses, alone[key], rtol=1e-4, atol=2e-5)
@@ -710,8 +710,9 @@ def test_any_conversation_has_the_ids_of_the_processor_with_qwens_own_tokenizer(
 
 
 @pytest.mark.slow
-def test_worker_processes_make_the_same_batches(datasets):
-    dataset = open_dataset(datasets, "qwen2_vl")
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
+def test_worker_processes_make_the_same_batches(datasets, name):
+    dataset = open_dataset(datasets, name)
     (want,) = batches(dataset, pack=True, global_batch_size=2)
     (got,) = batches(dataset, pack=True, global_batch_size=2, workers=1)
     assert set(got) == set(want)
@@ -719,6 +720,8 @@ def test_worker_processes_make_the_same_batches(datasets):
     for key, value in want.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, got[key])
+        elif isinstance(value, dict):
+            assert all(torch.equal(mask, got[key][kind]) for kind, mask in value.items())
 
 
 # Evaluations, and functions of the user's

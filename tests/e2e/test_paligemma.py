@@ -13,6 +13,7 @@ from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from tests import model_folders
+from tests.e2e.test_model_videos import losses_of
 from tests.e2e.test_models import picture
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -48,9 +49,9 @@ def built(tmp_path_factory, inline_cli):
     return folder
 
 
-def batch_of(folder, **options):
+def batch_of(folder, view=None, **options):
     url = str(folder / "out")
-    view = View(model=model_view(url, backend="pil"))
+    view = view or View(model=model_view(url, backend="pil"))
     dataset = StreamingDataset(url, view=view, shuffle=False)
     loader = make_dataloader(
         dataset, sequence_length=256, decode_threads=0, pad_mode="batch_max", **options
@@ -114,11 +115,34 @@ def test_documents_are_not_rendered_as_chats(built):
     assert caught.value.reason == "loss_span"
 
 
-def test_packs_and_positions_are_refused(built):
-    for options, reason in (
-        ({"pack": True}, "loader_options"),
-        ({"extra_keys": ("position_ids",)}, "extra_positions"),
-    ):
+def test_packs_that_its_masks_cannot_tell_are_refused(built):
+    url = str(built / "out")
+    for window, told in ((None, "does not say how many"), (255, "255 tokens, and sequence_length")):
+        view = View(model=model_view(url, sliding_window=window))
         with pytest.raises(ConfigError) as caught:
-            batch_of(built, global_batch_size=1, **options)
-        assert caught.value.reason == reason
+            batch_of(built, global_batch_size=1, pack=True, view=view)
+        assert caught.value.reason == "loader_options"
+        assert told in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "attention"), [("gemma", "eager"), ("gemma", "sdpa"), ("gemma2", "eager")]
+)
+def test_a_pack_has_the_losses_of_its_examples(built, tmp_path, text, attention):
+    folder = model_folders.paligemma(tmp_path / "m", text=text)
+    tokenizer = load_tokenizer(str(folder))
+    assert load_model(str(folder), tokenizer=tokenizer).stored.family.sliding_window == (
+        256 if text == "gemma2" else 0
+    )
+    model = model_folders.model("paligemma", folder)
+    model.set_attn_implementation(attention)
+    options = {"extra_keys": ("subsegment_ids", "position_ids"), "with_metadata": True}
+    alone = losses_of(model, batch_of(built, global_batch_size=3, **options))
+    packed = batch_of(built, global_batch_size=1, pack=True, **options)
+    assert packed["input_ids"].shape[0] == 1
+    together = losses_of(model, packed)
+    assert set(together) == set(alone)
+    assert len(together) == 3
+    for key, losses in together.items():
+        torch.testing.assert_close(losses, alone[key], rtol=1e-4, atol=2e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from loader.assembly.families.collate import ModelCollator
 from loader.assembly.families.processor import joined, processed
 from preprocess.model import load_model, render
 from preprocess.model.processor import open_processor, read_processor
@@ -137,6 +138,19 @@ def test_models_that_are_packed_compute_of_a_row_what_they_compute_of_its_sample
             **joined(pictures),
         )
     torch.testing.assert_close(packed.logits, torch.cat(alone, 1), atol=2e-6, rtol=1e-5)
+
+
+def test_positions_that_only_the_model_knows_are_refused():
+    family = Processor(
+        model_type="glm4v",
+        image_processor="Glm4vImageProcessor",
+        settings="{}",
+        image_token="<|image|>",
+        marker="<|image|>",
+    )
+    with pytest.raises(ConfigError) as caught:
+        ModelCollator(family, sequence_length=9, extra_keys=("position_ids",))
+    assert caught.value.reason == "extra_positions"
 
 
 def test_a_picture_that_the_processor_refuses_is_a_row_that_is_left_out(tmp_path, monkeypatch):

@@ -420,8 +420,8 @@ class ModelDraft:
         time, height and width.
         """
         text = np.arange(self.num_tokens)
-        if self.stored.family.positions == "plain":
-            return text
+        if self.stored.family.positions != "mrope":
+            return text + (self.stored.family.positions == "from_one")
         found = np.empty((4, self.num_tokens), np.int64)
         found[0] = text
         merge = getattr(self.view.family, "merge", 1)
