@@ -1,6 +1,7 @@
 """Rendering conversations by a model's own template, and finding what is learned in them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,20 @@ def test_a_template_is_found_wherever_a_model_keeps_it(folder, tmp_path):
     Path(older, "chat_template.jinja").unlink()
     Path(older, "chat_template.json").write_text(json.dumps({"chat_template": path.read_text()}))
     assert load(older).describe() == usual.describe()
+
+
+def test_of_several_files_that_say_the_same_the_one_of_transformers_is_taken(folder, tmp_path):
+    usual = load(folder)
+    again = json.loads((folder / "preprocessor_config.json").read_text()) | {"min_pixels": 56 * 56}
+    where = changed(
+        folder, tmp_path, "processor_config.json", json.dumps({"image_processor": again})
+    )
+    older = (folder / "chat_template.jinja").read_text().replace("helpful", "humble")
+    Path(where, "chat_template.json").write_text(json.dumps({"chat_template": older}))
+    Path(where, "chat_template.jinja").write_text("another")
+    model = load(where)
+    assert model.stored.family == replace(usual.stored.family, min_pixels=56 * 56)
+    assert model.template == usual.template.replace("helpful", "humble")
 
 
 def test_templates_of_texts_get_texts(folder, tmp_path):
