@@ -21,6 +21,7 @@ from shardspec.errors import SampleError
 from shardspec.families import family_from_dict, family_to_dict
 from tests import model_folders, video_processors
 from tests.chat_shapes import QWEN3_VL
+from tests.e2e.test_models import same_for_every_number_of_ranks
 
 KINDS = (pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl", "qwen3_vl")
 """Qwen2.5-VL has all that Qwen2-VL has, and times."""
@@ -368,3 +369,20 @@ def test_videos_go_from_files_through_shards_into_packs(inline_cli, tmp_path):
     finished = inline_cli.run(*command, "--model", other, "--out", tmp_path / "other")
     assert finished.code
     assert "model_videos" in finished.out + finished.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_every_number_of_ranks_and_every_resume_gives_the_same_videos(inline_cli, tmp_path, kind):
+    pytest.importorskip("av")
+    template = QWEN3_VL if kind == "qwen3_vl" else model_folders.QWEN2_VL_VIDEOS
+    folder = model_folders.qwen2_vl(tmp_path / "m", kind=kind, template=template)
+    size = {"size": BOUNDS[kind], "patch_size": 14, **model_folders.CLIP}
+    model_folders.write_json(folder / "video_preprocessor_config.json", size)
+    inline_cli.good(
+        *("shards", "moving_shapes", "--source", "sample", "--limit", 8, "--workers", 1),
+        *("--max-frames", 5, "--codec", "png", "--cache", tmp_path / "cache", "--num-shards", 2),
+        *("--model", folder, "--out", tmp_path / "out"),
+    )
+    for pack in (False, True):
+        same_for_every_number_of_ranks(tmp_path, "out", pack=pack, sequence_length=1024)

@@ -14,7 +14,12 @@ from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from tests import model_folders
 from tests.e2e.test_model_videos import losses_of
-from tests.e2e.test_models import picture
+from tests.e2e.test_models import (
+    open_dataset,
+    picture,
+    same_as_unsharded,
+    same_for_every_number_of_ranks,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -31,12 +36,16 @@ REFUSED = (
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, inline_cli):
-    folder = tmp_path_factory.mktemp("paligemma")
+    rows = (*((p, [q, a]) for p, q, a in CHATS), *REFUSED)
+    return build(tmp_path_factory.mktemp("paligemma"), inline_cli, rows)
+
+
+def build(folder, inline_cli, rows):
     model_folders.paligemma(folder / "model")
     for i in range(5):
         picture(i).save(folder / f"{i}.png")
     lines = []
-    for pictures, texts in (*((p, [q, a]) for p, q, a in CHATS), *REFUSED):
+    for pictures, texts in rows:
         sides = itertools.cycle(("user", "assistant"))
         turns = [{"role": r, "content": t} for r, t in zip(sides, texts, strict=False)]
         row = {"messages": turns, "images": [f"{i}.png" for i in pictures]}
@@ -113,6 +122,21 @@ def test_documents_are_not_rendered_as_chats(built):
     with pytest.raises(SampleError) as caught:
         prepare({"message_list": [{"style": "interleaved", "text": "A text."}]}, key="k")
     assert caught.value.reason == "loss_span"
+
+
+@pytest.mark.slow
+def test_shards_ranks_and_resumes_are_those_of_every_family(tmp_path, inline_cli):
+    rows = [([i % 5], ["What is it?", f"It is {i}" + " and more" * i]) for i in range(8)]
+    build(tmp_path, inline_cli, rows)
+    for pack in (False, True):
+        same_for_every_number_of_ranks(tmp_path, "out", pack=pack)
+    dataset = open_dataset(tmp_path, "out")
+
+    def pictures_of(i):
+        answer = dataset.reader.record(i)["message_list"][0]["messages"][-1]
+        return [int(answer.split()[2]) % 5]
+
+    same_as_unsharded(dataset, tmp_path / "model", pictures_of)
 
 
 def test_packs_that_its_masks_cannot_tell_are_refused(built):
