@@ -307,7 +307,8 @@ class Preparer:
                 video.read() if isinstance(video, SceneVideo) else video,
                 clip=clip,
                 geometry=geometry,
-                draws=number >= named,
+                # The tokens of a model's video are those of its frames: they are not drawn.
+                draws=number >= named and self.model is None,
                 where=key,
             )
             for number, (video, clip) in enumerate(zip(videos, clips, strict=True))
