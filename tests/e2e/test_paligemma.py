@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,31 @@ def test_a_batch_is_what_the_processor_makes_of_prompts_and_suffixes(built):
             for own in rows
         )
         assert float(model(**batch).loss) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_any_conversation_has_the_ids_of_the_processor(built):
+    folder = built / "model"
+    chat = load_model(str(folder), tokenizer=load_tokenizer(str(folder)))
+    processor = model_folders.processor("paligemma", folder)
+    rng = np.random.RandomState(3)
+    words = ["a", " red", "ball\n", "  ", "naïve", "你好", "👩‍👩‍👧", "1.", "- x", "def f():\n\t"]
+    for _ in range(40):
+        count = rng.randint(1, 4)
+        asked, said = ("".join(rng.choice(words, rng.randint(1, 9))) + "w" for _ in range(2))
+        turns = [chat.message("user", asked, images=count), chat.message("assistant", said)]
+        got = chat.tokenize(turns, sizes=[(97, 61)] * count)
+        own = processor(
+            text="<image>" * count + asked,
+            images=[[picture(0)] * count],
+            suffix=said,
+            return_tensors="np",
+        )
+        soft = own["input_ids"][0] == chat.stored.soft_id
+        assert soft.sum() == 16 * count
+        text = own["input_ids"][0][~soft].tolist()
+        assert got.ids[got.ids != chat.stored.placeholder].tolist() == text
+        assert got.learned[count:].tolist() == (own["labels"][0][~soft] != -100).tolist()
 
 
 def test_a_caption_that_nobody_asked_for_is_what_the_processor_makes_of_it(built):

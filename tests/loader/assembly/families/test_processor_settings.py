@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from loader.assembly.families.kernels import unit_shape, write_units
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, SampleError
 from shardspec.families import ModelConfig, read_family
 from shardspec.families.settings import CLASSES, OF_MODELS
 from tests import model_folders, video_processors
@@ -156,7 +156,7 @@ class Files:
             )
         )
 
-    def same(self, family, images):
+    def same(self, family, images, sizes=SIZES):
         """Compares a family with the processor; False if the processor takes no such settings."""
         given = {k: v for k, v in images.items() if k != "image_processor_type"}
         marker = getattr(self.theirs, "boi_token", None) or self.token
@@ -168,11 +168,11 @@ class Files:
                 self.theirs(
                     text=[marker], images=[[picture(size)]], return_tensors="np", **more(self.title)
                 )
-                for size in SIZES
+                for size in sizes
             ]
         except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
             return False
-        for size, own in zip(SIZES, made, strict=True):
+        for size, own in zip(sizes, made, strict=True):
             plan = family.plan(size)
             soft = sum(count for symbol, count in plan.layout if symbol == family.image_token)
             assert soft * plan.num_blocks == (own["input_ids"] == self.soft_id).sum()
@@ -217,3 +217,24 @@ def test_every_setting_is_the_processors_or_refused(tmp_path, name):
         except AssertionError as error:
             raise AssertionError(f"{name} with {case} is another") from error
     assert min(done["the same"], done["family_setting"]) > 5
+
+
+EXTREME = [(1, 1), (1, 2), (2, 1), (1, 97), (97, 1), (3, 500), (500, 3), (28, 5600), (8000, 41)]
+EXTREME += [(41, 8000), (7, 7), (29, 28), (1, 8000), (8000, 1)]
+MANY = [*EXTREME, *map(tuple, np.random.RandomState(5).randint(1, 300, (300, 2)).tolist())]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_size_is_what_the_processor_makes_of_it(tmp_path, name):
+    files = Files(name, tmp_path / "m")
+    family, refused = files.family(files.base), []
+    for size in MANY:
+        try:
+            # Refused when it is stored: the centre of a picture of millions of pixels.
+            family.plan(size), family.stored_size(size)
+        except SampleError as error:
+            refused.append((size, error.reason))
+            continue
+        assert files.same(family, files.base, [size]), size
+    assert {reason for _, reason in refused} <= {"picture_shape"}
+    assert {size for size, _ in refused} <= {*EXTREME}
