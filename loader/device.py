@@ -137,9 +137,9 @@ class DevicePrefetcher:
         sent: dict[str, Any] = {}
         with torch.cuda.stream(stream):
             for name, value in batch.items():
-                sent[name] = value
-                if isinstance(value, torch.Tensor):
-                    sent[name] = self._staging.send(value, self.device, stream)
+                sent[name] = _each_tensor(
+                    value, lambda tensor: self._staging.send(tensor, self.device, stream)
+                )
             sent = self._finished(sent)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(stream)
@@ -148,14 +148,12 @@ class DevicePrefetcher:
     def _arrived(self, batch: dict[str, Any], done: torch.cuda.Event) -> dict[str, Any]:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(done)
-        for value in batch.values():
-            if isinstance(value, torch.Tensor):
-                # Its memory belongs to the copying stream: it must outlive the consumer's work too.
-                value.record_stream(current)
+        # Its memory belongs to the copying stream: it must outlive the consumer's work too.
+        _each_tensor(batch, lambda tensor: tensor.record_stream(current))
         return batch
 
     def _moved(self, value: Any) -> Any:
-        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+        return _each_tensor(value, lambda tensor: tensor.to(self.device))
 
     def _finished(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Normalises and converts the pictures where they are; all tensors contiguous."""
@@ -166,10 +164,16 @@ class DevicePrefetcher:
             if self.dtype is not None:
                 images = images.to(self.dtype)
             batch["images"] = images
-        return {
-            name: value.contiguous() if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        return {name: _each_tensor(v, torch.Tensor.contiguous) for name, v in batch.items()}
+
+
+def _each_tensor(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Changes a tensor, or those of a dictionary: the masks of Gemma 3's packs."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _each_tensor(each, change) for name, each in value.items()}
+    return value
 
 
 def _require_device(device: torch.device | str) -> torch.device:

@@ -78,10 +78,10 @@ from preprocess.text import (
     word_groups,
 )
 from shardspec.errors import ConfigError, SampleError
-from shardspec.families import family_to_dict
+from shardspec.families import family_to_dict, plan_videos
 from shardspec.index import longest_sequence
 from shardspec.manifest import canonical_json
-from shardspec.sample import Geometry, PreparedSample, spans_table, video_rows
+from shardspec.sample import Geometry, PreparedSample, image_rows, spans_table, video_rows
 from shardspec.tiling import FrameView, num_image_tokens
 
 KEY_BYTES = 12
@@ -307,7 +307,8 @@ class Preparer:
                 video.read() if isinstance(video, SceneVideo) else video,
                 clip=clip,
                 geometry=geometry,
-                draws=number >= named,
+                # The tokens of a model's video are those of its frames: they are not drawn.
+                draws=number >= named and self.model is None,
                 where=key,
             )
             for number, (video, clip) in enumerate(zip(videos, clips, strict=True))
@@ -374,6 +375,10 @@ class Preparer:
             points=tokenized.points,
             named=named,
         )
+        if self.model is not None and prepared_clips:
+            # Refuses what frames are refused for when they are resized.
+            shapes = [(int(row[3]), int(row[2])) for row in image_rows(spans)]
+            plan_videos(self.model.stored.family, shapes, [row[:2] for row in rows])
         record = {
             "key": key,
             "message_list": told,

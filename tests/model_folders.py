@@ -463,15 +463,16 @@ def pixtral(folder, *, real=False):
     return folder
 
 
-def paligemma(folder):
-    """Writes the folder of a tiny PaliGemma: pictures of 56 px, 16 tokens."""
+def paligemma(folder, *, text="gemma"):
+    """Writes the folder of a tiny PaliGemma, or 2: pictures of 56 px, 16 tokens."""
     from transformers import PaliGemmaConfig
 
     folder.mkdir(parents=True)
     named = {"image_token": "<image>"}
     loaded = tokenizer(folder, template=None, named=named, bos="<bos>")
     config = PaliGemmaConfig(
-        text_config={**text_config(len(loaded) + 1200), "model_type": "gemma", "head_dim": 8},
+        text_config={**text_config(len(loaded) + 1200), "model_type": text, "head_dim": 8}
+        | ({"sliding_window": 256} if text == "gemma2" else {}),
         vision_config={**TOWER, "image_size": 56, "patch_size": 14, "vision_use_head": False}
         | {"model_type": "siglip_vision_model", "projection_dim": 32},
         image_token_index=loaded.convert_tokens_to_ids("<image>"),

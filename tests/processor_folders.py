@@ -97,6 +97,10 @@ def _tower(kind, size=56, patch=14, **more):
 
 
 SIGLIP = _tower("siglip_vision_model", vision_use_head=False)
+QWEN = {
+    **{"depth": 2, "num_heads": 4, "patch_size": 14, "fullatt_block_indexes": [1]},
+    **{"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48},
+}
 CONFIGS = {
     "aya_vision": {"vision_config": SIGLIP, "downsample_factor": 2},
     "deepseek_vl": {"vision_config": _tower("siglip_vision_model", patch=28)},
@@ -104,12 +108,34 @@ CONFIGS = {
         "vision_config": _tower("ovis2_visual", hidden_stride=2, vocab_size=32),
         "hidden_size": 32,
     },
+    "exaone4_5": {
+        "vision_config": {"model_type": "exaone4_5_vision", "num_key_value_heads": 4, **QWEN}
+    },
+    "hyperclovax_vision_v2": {"vision_config": {"model_type": "qwen2_5_vl_vision", **QWEN}},
+    "lighton_ocr": {
+        "vision_config": _tower("pixtral", 112, head_dim=8),
+        "spatial_merge_size": 2,
+    },
+    "qianfan_ocr": {
+        "vision_config": _tower("qianfan_ocr_vision", [56, 56], [14, 14]),
+        "image_seq_length": 4,
+    },
+    "video_llama_3": {"vision_config": _tower("video_llama_3_vision")},
     "vipllava": {
         "vision_config": _tower("clip_vision_model", projection_dim=32),
         "vision_feature_layers": [-2, -1],
     },
 }
-"""What the configurations of tiny models have; the text model is Llama's."""
+"""What the configurations of tiny models have."""
+
+TEXTS = {
+    "exaone4_5": "exaone4",
+    "hyperclovax_vision_v2": "hyperclovax",
+    "lighton_ocr": "qwen3",
+    "qianfan_ocr": "qwen3",
+    "video_llama_3": "qwen2",
+}
+"""Their text models, where those are not Llama's."""
 
 
 MARKERS = {
@@ -122,7 +148,7 @@ MARKERS = {
 }
 """What a template writes, where it is not the token that features replace."""
 
-SOFT = {"aya_vision": "<|IMG_PATCH|>", "ovis2": "<IMG_ATOM>"}
+SOFT = {"aya_vision": "<|IMG_PATCH|>", "ovis2": "<IMG_ATOM>", "qianfan_ocr": "<IMG_CONTEXT>"}
 
 
 def write(kind, folder):
@@ -139,7 +165,7 @@ def write(kind, folder):
     loaded.save_pretrained(str(folder))
     config = {"model_type": kind}
     if kind in CONFIGS:
-        text = {**text_config(len(loaded) + 8), "model_type": "llama"}
+        text = {**text_config(len(loaded) + 8), "model_type": TEXTS.get(kind, "llama")}
         soft = SOFT.get(kind, marker)
         made = AutoConfig.for_model(kind, text_config=text, **CONFIGS[kind])
         made.image_token_id = loaded.convert_tokens_to_ids(soft)

@@ -59,7 +59,7 @@ def _torchvision():
 
 
 @functools.cache
-def _class(kind):
+def video_class(kind):
     """Loads the file of a processor past the check for torchvision."""
     import transformers
 
@@ -79,7 +79,7 @@ def _class(kind):
 def video_processor(kind, **settings):
     """Makes the video processor of Qwen2-VL, 2.5 or 3."""
     own = "qwen3_vl" if kind == "qwen3_vl" else "qwen2_vl"
-    return _class(own)(**settings, do_sample_frames=False, cap_pixels_per_frame=False)
+    return video_class(own)(**settings, do_sample_frames=False, cap_pixels_per_frame=False)
 
 
 def processor(kind, folder, *, videos):

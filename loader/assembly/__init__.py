@@ -19,6 +19,7 @@ from loader.assembly.families.example import (
     ModelView,
 )
 from loader.assembly.families.kernels import Backend, unit_shape, write_units
+from loader.assembly.families.masks import num_masks
 from loader.assembly.families.unsharded import ModelPreprocessor, assemble_for_model
 from loader.assembly.layout import TokenIds
 from loader.assembly.ocr_boxes import ocr_boxes
@@ -79,6 +80,7 @@ __all__ = [
     "patchify",
     "render",
     "render_image",
+    "num_masks",
     "unit_shape",
     "view_collator",
     "write_units",

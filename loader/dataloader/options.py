@@ -23,6 +23,7 @@ from loader.stream import (
     whole_argument,
 )
 from shardspec.errors import ConfigError
+from shardspec.families import Family, Gemma3, PaliGemma
 
 DECODE_THREADS = 2
 """Default number of threads."""
@@ -193,8 +194,8 @@ class LoaderOptions:
         if self.pack and self.bucket_steps:
             raise ConfigError("packing_and_buckets", bucket_steps=self.bucket_steps)
         if view.model is not None:
-            if self.pack and not view.model.family.packs:
-                raise ConfigError("loader_options.packs", family=view.model.family.kind)
+            if self.pack:
+                _require_packs(view.model.family, sequence_length=self.sequence_length)
             wrong: dict[str, object] = {
                 "min_images": self.min_images,
                 "max_images": self.max_images or 0,
@@ -225,3 +226,19 @@ class LoaderOptions:
         """Most crops in a pack; None: any number."""
         limits = [limit for limit in (self.max_crops, self.max_images) if limit is not None]
         return min(limits, default=None)
+
+
+def _require_packs(family: Family, *, sequence_length: int) -> None:
+    """Refuses packed rows of which a model computes something else than of their examples.
+
+    Raises:
+      ConfigError: `loader_options`.
+    """
+    if not family.packs and isinstance(family, Gemma3 | PaliGemma):
+        raise ConfigError("loader_options.window", family=family.kind)
+    if not family.packs:
+        raise ConfigError("loader_options.packs", family=family.kind)
+    window = family.sliding_window if isinstance(family, PaliGemma) else 0
+    if window and sequence_length > window:
+        # Its model takes one mask for all layers.
+        raise ConfigError("loader_options.long_rows", window=window, got=sequence_length)

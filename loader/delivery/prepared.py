@@ -30,6 +30,7 @@ from loader.assembly import (
     finished,
     finished_for_model,
     fitting,
+    num_masks,
     unit_shape,
 )
 from loader.buffers import Allocate
@@ -244,7 +245,10 @@ class PreparedBatches:
         if view.model is not None:
             family = view.model.family
             plan = family.plan((1000, 1000))
-            return int(num_rows * plan.num_units * math.prod(unit_shape(family, [plan])) * 4)
+            row = plan.num_units * math.prod(unit_shape(family, [plan]))
+            if self.packing is not None:
+                row += num_masks(family) * self.packing.sequence_length**2
+            return int(num_rows * row * 4)
         crop_bytes = view.image.size_px**2 * 3 * (1 if view.normalize is None else 4)
         return num_rows * image_bounds(view.image).num_crops * crop_bytes
 

@@ -359,6 +359,8 @@ class PreparedBuilder:
             draft = ModelDraft(
                 plan,
                 sources,
+                clips=stored.clips,
+                limits=self._clips,
                 view=self.view.model,
                 stored=self.model,
                 key=stored.key,

@@ -424,8 +424,6 @@ class Job:
         self.kind = kind
         self.name = settings.name or kind.name
         """Of the result: in the manifest, in the names of its files, and for seeds."""
-        if model is not None and kind.videos and settings.recipe.video.store == "clip":
-            raise ConfigError("model_clips", where=kind.name)
         self.preparer.check_styles()
         _ = self.preparer.digits  # refuses what cannot be movable before anything is read
         if issubclass(kind, OwnDataset):

@@ -59,7 +59,8 @@ def load_model(
     if config is None:
         raise ConfigError("model_file", where=name, file="config.json")
     processor = _document(name, "processor_config.json") or {}
-    images = _document(name, "preprocessor_config.json") or processor.get("image_processor")
+    # Folders that were saved by several releases of transformers have both; this is its order.
+    images = processor.get("image_processor") or _document(name, "preprocessor_config.json")
     if images is None:
         raise ConfigError("model_file", where=name, file="preprocessor_config.json")
     loaded: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -177,11 +178,13 @@ def _problem(model: ChatModel, loaded: Any) -> str:
 
 
 def _template(name: str, processor: Mapping[str, Any], loaded: Any) -> str:
-    path = _file(name, "chat_template.jinja")
+    """Finds the chat template; of several the one that transformers' processors take."""
+    older = (_document(name, "chat_template.json") or {}).get("chat_template")
+    found = processor.get("chat_template") or older
+    path = None if found else _file(name, "chat_template.jinja")
     if path is not None:
         return path.read_text(encoding="utf-8")
-    older = (_document(name, "chat_template.json") or {}).get("chat_template")
-    found = older or processor.get("chat_template") or getattr(loaded, "chat_template", None)
+    found = found or getattr(loaded, "chat_template", None)
     if isinstance(found, Mapping):
         found = found.get("default")
     if not found:

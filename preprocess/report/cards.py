@@ -28,7 +28,15 @@ from shardspec.families import PicturePlan, StoredModel, plan_pictures, plan_vid
 from shardspec.features import FEATURES
 from shardspec.manifest import Manifest
 from shardspec.media import decode_stored
-from shardspec.sample import WEIGHT_ONE, Geometry, clip_rows, lead_rows, text_rows, video_rows
+from shardspec.sample import (
+    WEIGHT_ONE,
+    Geometry,
+    clip_rows,
+    image_rows,
+    lead_rows,
+    text_rows,
+    video_rows,
+)
 from shardspec.tiling import (
     ImageView,
     canvas_size,
@@ -144,7 +152,8 @@ def _seen(sample: Sample, manifest: Manifest) -> list[tuple[str, ImageView | Non
     sizes = [image.source_size for image in sample.images]
     if "model" in manifest.recipe:
         family = StoredModel.from_dict(manifest.recipe["model"]).family
-        shapes = [(height, width) for width, height in sizes]
+        # Those of the frames of clips too.
+        shapes = [(int(row[3]), int(row[2])) for row in image_rows(sample.spans)]
         videos = [(int(row[2]), int(row[3])) for row in video_rows(sample.spans)]
         pictures = shapes[: videos[0][0]] if videos else shapes
         told = [_plan_text(plan) for plan in plan_pictures(family, pictures)]

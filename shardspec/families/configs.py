@@ -20,9 +20,7 @@ from shardspec.families.paligemma import PaliGemma
 from shardspec.families.pixtral import Pixtral
 from shardspec.families.plan import Family, Filter, VideoSide
 from shardspec.families.qwen2_vl import Qwen2VL
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from shardspec.families.settings import CLASSES, OF_MODELS
 
 _FILTERS: Mapping[Any, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers."""
@@ -72,14 +70,24 @@ class _Files:
 
     def __init__(self, model: ModelConfig, where: str) -> None:
         self.model, self.where = model, where
-        self.images = model.image_processor
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            # None: an older file, whose class decides; all of them do.
-            if self.images.get(name) is False:
-                self.refuse(name, False)
-        factor = self.images.get("rescale_factor")
-        if factor is not None and abs(factor * 255 - 1) > 1e-9:
-            self.refuse("rescale_factor", factor)
+        kind, given = str(model.config["model_type"]), model.image_processor
+        classes = OF_MODELS[kind]
+        if kind == "llava" and self.look("vision_config.model_type") == "pixtral":
+            classes = OF_MODELS["mistral3"]
+        title = str(given.get("image_processor_type") or classes[0])
+        name = title.removesuffix("Pil").removesuffix("Fast").removesuffix("ImageProcessor")
+        if name not in classes:
+            self.refuse("image_processor_type", title)
+        self.images = CLASSES[name].complete(given)
+        """The settings of the image processor, with those that files leave out."""
+        if unread := CLASSES[name].unread(self.images):
+            self.refuse(unread, self.images[unread])
+        if abs((self.images["rescale_factor"] or 0) * 255 - 1) > 1e-9:
+            self.refuse("rescale_factor", self.images["rescale_factor"])
+        # Without them nothing can be done: transformers fails too.
+        for name in ("size", "image_mean", "image_std", "max_image_size", "image_grid_pinpoints"):
+            if name in self.images and not self.images[name]:
+                self.refuse(name, given.get(name))
 
     def refuse(self, name: str, value: object) -> NoReturn:
         raise ConfigError("family_setting", where=self.where, name=name, got=repr(value))
@@ -98,25 +106,14 @@ class _Files:
     @property
     def resize(self) -> dict[str, Any]:
         """Filter, mean and standard deviation."""
-        return self.resize_by(3, mean=CLIP_MEAN, std=CLIP_STD)
-
-    def resize_by(
-        self,
-        number: int,
-        *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        lanczos: bool = False,
-    ) -> dict[str, Any]:
-        """Gives the same with other defaults."""
-        number = self.images.get("resample", number)
+        number = self.images["resample"]
         # Only one family is tried with LANCZOS.
-        if number not in _FILTERS or (_FILTERS[number] == "lanczos") > lanczos:
+        if number not in _FILTERS or (number == 1 and "max_image_size" not in self.images):
             self.refuse("resample", number)
         return {
             "filter": _FILTERS[number],
-            "mean": tuple(self.images.get("image_mean") or mean),
-            "std": tuple(self.images.get("image_std") or std),
+            "mean": tuple(self.images["image_mean"]),
+            "std": tuple(self.images["image_std"]),
         }
 
     @property
@@ -145,10 +142,26 @@ class _Files:
         """Features that the model drops."""
         return int(self.look("vision_feature_select_strategy") in ("default", None))
 
+    def sliding_window(self, kind: str, *, without: str = "") -> int | None:
+        """Gives how many tokens the sliding layers of the text model see.
+
+        Args:
+          kind: Of a text model that has such layers; the default.
+          without: Of one that has none: 0.
+
+        Returns:
+          None of other kinds, whose masks are not known here.
+        """
+        text = self.model.config.get("text_config") or {}
+        own = text.get("model_type", without or kind)
+        if own not in (kind, without):
+            return None
+        # 4096 is what both classes have where no file says otherwise.
+        found = text.get("sliding_window", 4096 if own == kind else 0)
+        return int(found or 0)
+
     def square(self, size: object, name: str) -> int | None:
-        """Gives the side of {"height": S, "width": S} or S."""
-        if isinstance(size, int):
-            return size
+        """Gives the side of {"height": S, "width": S}."""
         if isinstance(size, Mapping) and "height" in size:
             if size["height"] != size.get("width"):
                 self.refuse(name, dict(size))
@@ -157,16 +170,17 @@ class _Files:
 
 
 def _qwen2_vl(files: _Files) -> Family:
-    images, size = files.images, files.images.get("size") or {}
-    standard = Qwen2VL()
+    images, size = files.images, files.images["size"]
     least = images.get("min_pixels", size.get("shortest_edge", size.get("min_pixels")))
     most = images.get("max_pixels", size.get("longest_edge", size.get("max_pixels")))
+    if least is None or most is None:
+        files.refuse("size", size)
     return Qwen2VL(
-        patch_px=images.get("patch_size", standard.patch_px),
-        merge=images.get("merge_size", standard.merge),
-        temporal_patch=images.get("temporal_patch_size", standard.temporal_patch),
-        min_pixels=standard.min_pixels if least is None else least,
-        max_pixels=standard.max_pixels if most is None else most,
+        patch_px=images["patch_size"],
+        merge=images["merge_size"],
+        temporal_patch=images["temporal_patch_size"],
+        min_pixels=least,
+        max_pixels=most,
         video=_qwen_videos(files) if files.model.video_token else None,
         **files.resize,
         **files.token,
@@ -175,23 +189,22 @@ def _qwen2_vl(files: _Files) -> Family:
 
 def _qwen_videos(files: _Files) -> VideoSide:
     """Reads what `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor` make of videos."""
-    images, videos = files.images, files.model.video_processor
     kind = str(files.model.config.get("model_type"))
     newer = kind.startswith("qwen3")
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if videos.get(name) is False:
-            files.refuse(f"video_processor.{name}", False)
+    videos = CLASSES["Qwen3VLVideo" if newer else "Qwen2VLVideo"].complete(
+        files.model.video_processor
+    )
     shared = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
     for name in (*shared, "resample", "rescale_factor"):
-        if None not in (images.get(name), videos.get(name)) and images[name] != videos[name]:
+        if files.images[name] != videos[name]:
             files.refuse(f"video_processor.{name}", videos[name])
-    if videos.get("cap_pixels_per_frame"):
-        files.refuse("video_processor.cap_pixels_per_frame", True)
-    # Those of the classes, where no file says otherwise.
-    size = videos.get("size") or {}
-    unit = 32 * 32 if newer else 28 * 28
-    least = videos.get("min_pixels") or size.get("shortest_edge") or 128 * unit
-    most = videos.get("max_pixels") or size.get("longest_edge") or 768 * unit
+    if unread := CLASSES["Qwen2VLVideo"].unread(videos):
+        files.refuse(f"video_processor.{unread}", videos[unread])
+    size = videos["size"]
+    least = videos.get("min_pixels") or size.get("shortest_edge")
+    most = videos.get("max_pixels") or size.get("longest_edge")
+    if not least or not most or (newer and {"min_pixels", "max_pixels"} & videos.keys()):
+        files.refuse("video_processor.size", size)
     rate = None
     if kind == "qwen2_5_vl":
         rate = files.look("vision_config.tokens_per_second") or 4
@@ -210,22 +223,19 @@ def _llava(files: _Files) -> Family:
     images = files.images
     if files.look("vision_config.model_type") == "pixtral":
         return _pixtral(files)
-    if images.get("do_pad"):
-        files.refuse("do_pad", True)
-    size = images.get("size", 224)
-    crop = files.square(images.get("crop_size"), "crop_size")
-    crops = bool(images.get("do_center_crop", crop is not None))
-    short = size.get("shortest_edge") if isinstance(size, Mapping) else size
-    side = files.square(size, "size") if isinstance(size, Mapping) else None
+    size, crops = images["size"], bool(images["do_center_crop"])
+    crop = files.square(images["crop_size"], "crop_size")
+    side = files.square(size, "size")
     if side is None:
-        if not crops or crop != short or not isinstance(short, int):
+        short = size.get("shortest_edge")
+        if not crops or crop != short or not isinstance(short, int) or "longest_edge" in size:
             files.refuse("size", size)
         side = short
     elif crops and crop != side:
-        files.refuse("crop_size", images.get("crop_size"))
+        files.refuse("crop_size", images["crop_size"])
     return FixedSize(
         size_px=side,
-        fit="squash" if isinstance(size, Mapping) and "height" in size else "center-crop",
+        fit="squash" if "height" in size else "center-crop",
         num_tokens=files.patches(side) ** 2 + files.more_tokens - files.fewer_tokens,
         **files.resize,
         **files.token,
@@ -270,29 +280,31 @@ def _llava_onevision(files: _Files) -> Family:
 def _tiles(files: _Files) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Reads the side of a tile and what tiles may cover."""
     images = files.images
-    size, crop = images.get("size"), files.square(images.get("crop_size"), "crop_size")
-    short = size.get("shortest_edge") if isinstance(size, Mapping) else None
-    side = files.square(size, "size") or short
-    if not isinstance(side, int):
+    size, crop = images["size"], files.square(images["crop_size"], "crop_size")
+    side = files.square(size, "size") or size.get("shortest_edge")
+    if not isinstance(side, int) or "longest_edge" in size:
         files.refuse("size", size)
-    if images.get("do_center_crop") and crop != side:
-        files.refuse("crop_size", images.get("crop_size"))
+    # Pictures are cut into tiles of the one and each is resized to the other.
+    if crop not in (None, side) or (images["do_center_crop"] and crop is None):
+        files.refuse("crop_size", images["crop_size"])
     if files.look("vision_config.image_size") not in (None, side):
         files.refuse("size", size)
-    found = images.get("image_grid_pinpoints") or files.look("image_grid_pinpoints")
-    if not found:
-        files.refuse("image_grid_pinpoints", found)
-    return side, tuple((int(high), int(wide)) for high, wide in found)
+    resolutions = tuple((int(high), int(wide)) for high, wide in images["image_grid_pinpoints"])
+    # The processor cuts pictures by its own, and the model reads the tiles by its.
+    own = files.model.config.get("image_grid_pinpoints")
+    if own is not None and [*map(list, resolutions)] != [*map(list, own)]:
+        files.refuse("image_grid_pinpoints", images["image_grid_pinpoints"])
+    return side, resolutions
 
 
 def _idefics3(files: _Files) -> Family:
     images, standard = files.images, Idefics3()
-    longest = (images.get("size") or {}).get("longest_edge")
-    side = (images.get("max_image_size") or {}).get("longest_edge")
+    longest = images["size"].get("longest_edge")
+    side = images["max_image_size"].get("longest_edge")
     if not isinstance(longest, int):
-        files.refuse("size", images.get("size"))
+        files.refuse("size", images["size"])
     if not isinstance(side, int):
-        files.refuse("max_image_size", images.get("max_image_size"))
+        files.refuse("max_image_size", images["max_image_size"])
     scale = files.look("scale_factor")
     tokens = files.look("image_seq_len")
     if tokens is None and scale:
@@ -300,17 +312,17 @@ def _idefics3(files: _Files) -> Family:
     return Idefics3(
         size_px=side,
         longest_px=longest,
-        splits=images.get("do_image_splitting") is not False,
+        splits=bool(images["do_image_splitting"]),
         tokens_per_tile=tokens or standard.tokens_per_tile,
-        **files.resize_by(1, mean=standard.mean, std=standard.std, lanczos=True),
+        **files.resize,
         **files.token,
     )
 
 
 def _pixtral(files: _Files) -> Family:
     images, standard, processor = files.images, Pixtral(), files.model.processor
-    size = images.get("size") or {}
-    longest = size.get("longest_edge", files.square(size, "size"))
+    size = images["size"]
+    longest = size.get("longest_edge") or files.square(size, "size")
     patch = files.look("patch_size", "vision_config.patch_size")
     if not isinstance(longest, int):
         files.refuse("size", size)
@@ -329,16 +341,14 @@ def _pixtral(files: _Files) -> Family:
 
 def _internvl(files: _Files) -> Family:
     images, standard = files.images, InternVL()
-    if not images.get("crop_to_patches", True):
-        files.refuse("crop_to_patches", False)
-    side = files.square(images.get("size", standard.size_px), "size")
+    side = files.square(images["size"], "size")
     tokens = files.model.tokens
     if side is None:
-        files.refuse("size", images.get("size"))
+        files.refuse("size", images["size"])
     return InternVL(
         size_px=side,
-        min_tiles=images.get("min_patches", standard.min_tiles),
-        max_tiles=images.get("max_patches", standard.max_tiles),
+        min_tiles=images["min_patches"],
+        max_tiles=images["max_patches"],
         tokens_per_tile=files.look("image_seq_length") or standard.tokens_per_tile,
         start_token=tokens.get("start_image_token", standard.start_token),
         end_token=tokens.get("end_image_token", standard.end_token),
@@ -349,36 +359,39 @@ def _internvl(files: _Files) -> Family:
 
 def _gemma3(files: _Files) -> Family:
     images, standard, tokens = files.images, Gemma3(), files.model.tokens
+    both_ways = files.look("text_config.use_bidirectional_attention")
     crops = None
-    if images.get("do_pan_and_scan"):
-        # Files have nulls where the processor's own numbers hold.
-        usual = {"min_crop_size": 256, "max_num_crops": 4, "min_ratio_to_activate": 1.2}
-        least, most, ratio = (images.get(f"pan_and_scan_{n}") or v for n, v in usual.items())
+    if images["do_pan_and_scan"]:
+        names = ("min_crop_size", "max_num_crops", "min_ratio_to_activate")
+        least, most, ratio = (images[f"pan_and_scan_{name}"] for name in names)
         crops = (int(least), int(most), float(ratio))
-    side = files.square(images.get("size", standard.size_px), "size")
+    side = files.square(images["size"], "size")
     if side is None:
-        files.refuse("size", images.get("size"))
+        files.refuse("size", images["size"])
     return Gemma3(
         size_px=side,
         num_tokens=files.look("image_seq_length", "mm_tokens_per_image") or standard.num_tokens,
         start_token=tokens.get("boi_token", standard.start_token),
         end_token=tokens.get("eoi_token", standard.end_token),
         pan_and_scan=crops,
-        **files.resize_by(2, mean=standard.mean, std=standard.std),
+        # A text model that sees both ways has other masks.
+        sliding_window=None if both_ways else files.sliding_window("gemma3_text"),
+        **files.resize,
         **files.token,
     )
 
 
 def _paligemma(files: _Files) -> Family:
-    images, standard = files.images, PaliGemma()
-    side = files.square(images.get("size", standard.size_px), "size")
+    images = files.images
+    side = files.square(images["size"], "size")
     if side is None:
-        files.refuse("size", images.get("size"))
+        files.refuse("size", images["size"])
     tokens = images.get("image_seq_length") or files.patches(side) ** 2
     return PaliGemma(
         size_px=side,
         num_tokens=tokens,
-        **files.resize_by(3, mean=standard.mean, std=standard.std),
+        sliding_window=files.sliding_window("gemma2", without="gemma"),
+        **files.resize,
         **files.token,
     )
 

@@ -30,10 +30,6 @@ class Gemma3:
     kind: ClassVar[str] = "gemma3"
     positions: ClassVar[Positions] = "plain"
     type_ids: ClassVar[str] = "token_type_ids"
-    packs: ClassVar[bool] = False
-    """The masks that transformers 5.23 makes for the sliding layers of packed rows let some tokens
-    see what follows them."""
-
     size_px: int = 896
     num_tokens: int = 256
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -45,9 +41,16 @@ class Gemma3:
     pan_and_scan: tuple[int, int, float] | None = None
     """Shortest side of a crop in pixels, most crops, and the least ratio of sides of a picture that
     has any; None for none."""
+    sliding_window: int | None = None
+    """How many tokens the model's sliding layers see, for the masks of packed rows; None where it
+    is not known."""
 
     def __post_init__(self) -> None:
         require_numbers(self, size_px=1, num_tokens=1)
+
+    @property
+    def packs(self) -> bool:
+        return self.sliding_window is not None
 
     @property
     def tokens(self) -> PictureTokens:
@@ -104,4 +107,4 @@ class Gemma3:
         return keep_smaller(size, (self.size_px, self.size_px))
 
     def unlike(self, stored: Family) -> dict[str, str]:
-        return different(self, stored, free={"mean": False, "std": False})
+        return different(self, stored, free={"mean": False, "std": False, "sliding_window": False})

@@ -26,20 +26,24 @@ class PaliGemma:
     """The picture side of PaliGemma and PaliGemma 2."""
 
     kind: ClassVar[str] = "paligemma"
-    positions: ClassVar[Positions] = "plain"
+    positions: ClassVar[Positions] = "from_one"
     type_ids: ClassVar[str] = "token_type_ids"
-    packs: ClassVar[bool] = False
-    """All that is not of an answer sees all of the row."""
-
     size_px: int = 224
     num_tokens: int = 256
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_token: str = "<image>"  # noqa: S105 - a token of text
     filter: Filter = "bicubic"
+    sliding_window: int | None = None
+    """How many tokens the sliding layers of PaliGemma 2 see; 0 where there are none, None where it
+    is not known."""
 
     def __post_init__(self) -> None:
         require_numbers(self, size_px=1, num_tokens=1)
+
+    @property
+    def packs(self) -> bool:
+        return self.sliding_window is not None
 
     @property
     def tokens(self) -> PictureTokens:
@@ -60,4 +64,4 @@ class PaliGemma:
         return keep_smaller(size, (self.size_px, self.size_px))
 
     def unlike(self, stored: Family) -> dict[str, str]:
-        return different(self, stored, free={"mean": False, "std": False})
+        return different(self, stored, free={"mean": False, "std": False, "sliding_window": False})

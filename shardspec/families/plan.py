@@ -22,9 +22,9 @@ Size = tuple[int, int]
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
 
-Positions = Literal["plain", "mrope"]
-"""How a model counts positions: one number per token, or three (time, height, width) for pictures
-as in multimodal rotary embeddings."""
+Positions = Literal["plain", "from_one", "mrope"]
+"""How a model counts positions: one number per token, from 0 or from 1, or three (time, height,
+width) for pictures as in multimodal rotary embeddings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,12 @@ _REFUSED: Mapping[str, str] = {
 _STATEFUL = ("linear_attention", "conv", "mamba", "mamba2", "recurrent")
 """Layers that are not attention, as configurations name them."""
 
-_PACKED = frozenset({"aya_vision", "deepseek_vl", "ovis2", "vipllava"})
+_PACKED = frozenset(
+    {
+        *("aya_vision", "deepseek_vl", "exaone4_5", "hyperclovax_vision_v2", "lighton_ocr"),
+        *("ovis2", "qianfan_ocr", "video_llama_3", "vipllava"),
+    }
+)
 """Plain decoders whose packed rows were compared with their samples alone."""
 
 

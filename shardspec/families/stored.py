@@ -33,7 +33,7 @@ def family_to_dict(family: Family) -> dict[str, Any]:
     """Lists a family's fields in plain JSON types, with its kind."""
     values = {f.name: getattr(family, f.name) for f in fields(family)}  # type: ignore[arg-type]
     # What came later is told where it is used: manifests without it stay as they are.
-    later = ("video", "pan_and_scan")
+    later = ("video", "pan_and_scan", "sliding_window")
     values = {name: v for name, v in values.items() if not (name in later and v is None)}
     return {"kind": family.kind, **{name: _plain(v) for name, v in values.items()}}
 

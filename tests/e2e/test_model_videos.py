@@ -21,6 +21,7 @@ from shardspec.errors import SampleError
 from shardspec.families import family_from_dict, family_to_dict
 from tests import model_folders, video_processors
 from tests.chat_shapes import QWEN3_VL
+from tests.e2e.test_models import equal, run, same_for_every_number_of_ranks
 
 KINDS = (pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl", "qwen3_vl")
 """Qwen2.5-VL has all that Qwen2-VL has, and times."""
@@ -368,3 +369,28 @@ def test_videos_go_from_files_through_shards_into_packs(inline_cli, tmp_path):
     finished = inline_cli.run(*command, "--model", other, "--out", tmp_path / "other")
     assert finished.code
     assert "model_videos" in finished.out + finished.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_clips_and_frames_give_the_same_rows_on_every_number_of_ranks(inline_cli, tmp_path, kind):
+    pytest.importorskip("av")
+    template = QWEN3_VL if kind == "qwen3_vl" else model_folders.QWEN2_VL_VIDEOS
+    folder = model_folders.qwen2_vl(tmp_path / "m", kind=kind, template=template)
+    size = {"size": BOUNDS[kind], "patch_size": 14, **model_folders.CLIP}
+    model_folders.write_json(folder / "video_preprocessor_config.json", size)
+    found = []
+    for store in ("frames", "clip"):
+        inline_cli.good(
+            *("shards", "moving_shapes", "--source", "sample", "--limit", 8, "--workers", 1),
+            *("--max-frames", 5, "--codec", "png", "--cache", tmp_path / "cache"),
+            *("--num-shards", 2, "--model", folder, "--out", tmp_path / store),
+            *("--video-store", store),
+        )
+        found.append(run(tmp_path, store, world_size=1, count=2, sequence_length=1024)[0])
+    assert equal(*found)
+    for pack, store in enumerate(("frames", "clip")):
+        options = {"pack": bool(pack), "sequence_length": 1024}
+        same_for_every_number_of_ranks(tmp_path, store, **options)
+    inline_cli.good("verify", tmp_path / "clip")
+    inline_cli.good("report", tmp_path / "clip")

@@ -161,6 +161,7 @@ ENDS = dict.fromkeys(FAMILIES, "<|im_end|>") | {
 }
 
 PICTURES = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+VIDEOS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
 
 def open_dataset(datasets, name, *, backend="pil", **options):
@@ -290,9 +291,13 @@ def test_answers_and_what_ends_them_are_learned_and_nothing_else(datasets, proce
 @pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "llava_onevision", "pixtral"))
 def test_shards_equal_the_unsharded_path(datasets, folders, name):
     dataset = open_dataset(datasets, name)
-    folder = str(folders / name)
-    tokenizer = load_tokenizer(folder, policy=TextPolicy(message_format="none"))
-    model = load_model(folder, tokenizer=tokenizer)
+    same_as_unsharded(dataset, folders / name, lambda i: chat_of(dataset, i)[0])
+
+
+def same_as_unsharded(dataset, folder, pictures_of):
+    """Compares a dataset with what its records and pictures become without shards."""
+    tokenizer = load_tokenizer(str(folder), policy=TextPolicy(message_format="none"))
+    model = load_model(str(folder), tokenizer=tokenizer)
     image = ImagePolicy(
         views=(), family=model.stored.family, codec="png", resample=model.stored.family.filter
     )
@@ -302,7 +307,7 @@ def test_shards_equal_the_unsharded_path(datasets, folders, name):
     seed = dataset_seed(3, "chats", "train")
     for i in range(dataset.num_samples):
         record = dataset.reader.record(i)
-        pictures = [np.asarray(picture(n)) for n in chat_of(dataset, i)[0]]
+        pictures = [np.asarray(picture(n)) for n in pictures_of(i)]
         example = {"message_list": record["message_list"], "image": pictures}
         rng = SampleRng()(sample_seed(seed, idx=i, length=dataset.num_samples, epoch=0))
         want, got = unsharded(example, rng), dataset.example(i)
@@ -316,14 +321,23 @@ def rows_of(batch, name):
     """The rows of a batch in a form that can be compared, and its pictures."""
     keys = [each["key"] for each in batch["metadata"]]
     columns = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
-    pictures = {k: columns.pop(k) for k in PICTURES if k in columns}
+    pictures = {k: columns.pop(k) for k in (*PICTURES, *VIDEOS) if k in columns}
     if name == "pixtral" and pictures:  # padded to the largest of a rank's batch
         pixels, sizes = pictures["pixel_values"], pictures["image_sizes"].tolist()
         cut = [each[:, :h, :w].flatten() for each, (h, w) in zip(pixels, sizes, strict=True)]
         pictures["pixel_values"] = torch.cat(cut)
     pictures = [each.flatten() for each in pictures.values()]
+    found, masks = batch.get("attention_mask"), []
+    if isinstance(found, dict):  # of packs of Gemma 3
+        masks = list(found.values())
+    elif found is not None and found.ndim == 4:  # and of PaliGemma
+        masks = [columns.pop("attention_mask")]
     columns = {k: v.movedim(-2, 0) for k, v in columns.items()}
-    return [(k, *(v[r].tolist() for v in columns.values())) for r, k in enumerate(keys)], pictures
+    rows = [
+        (k, *(v[r].tolist() for v in columns.values()), *(m[r].numpy().tobytes() for m in masks))
+        for r, k in enumerate(keys)
+    ]
+    return rows, pictures
 
 
 def run(datasets, name, *, world_size, count, state=None, **options):
@@ -334,7 +348,7 @@ def run(datasets, name, *, world_size, count, state=None, **options):
         loader = make_dataloader(
             dataset,
             global_batch_size=4,
-            sequence_length=400,
+            sequence_length=options.get("sequence_length", 400),
             pad_mode="max_len",
             with_metadata=True,
             decode_threads=options.get("decode_threads", 0),
@@ -363,28 +377,25 @@ def equal(one, other):
     )
 
 
-PACKED = tuple(name for name in FAMILIES if name != "gemma3")
-
-
 @pytest.mark.parametrize("name", mostly_slow("gemma3", "pixtral"))
 def test_every_number_of_ranks_and_every_resume_gives_the_same_rows(datasets, name):
     same_for_every_number_of_ranks(datasets, name, pack=False)
 
 
-@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "llava_onevision", known=PACKED))
+@pytest.mark.parametrize("name", mostly_slow("qwen2_vl", "llava_onevision"))
 def test_every_number_of_ranks_and_every_resume_gives_the_same_packs(datasets, name):
     same_for_every_number_of_ranks(datasets, name, pack=True)
 
 
-def same_for_every_number_of_ranks(datasets, name, *, pack):
-    want, _ = run(datasets, name, world_size=1, count=5, pack=pack)
+def same_for_every_number_of_ranks(datasets, name, **options):
+    want, _ = run(datasets, name, world_size=1, count=5, **options)
     for world_size, threads in ((2, 0), (4, 2)):
         got, _ = run(
-            datasets, name, world_size=world_size, count=5, pack=pack, decode_threads=threads
+            datasets, name, world_size=world_size, count=5, decode_threads=threads, **options
         )
         assert equal(got, want)
-    _, state = run(datasets, name, world_size=2, count=2, pack=pack)
-    rest, _ = run(datasets, name, world_size=4, count=3, pack=pack, state=state)
+    _, state = run(datasets, name, world_size=2, count=2, **options)
+    rest, _ = run(datasets, name, world_size=4, count=3, state=state, **options)
     assert equal(rest, want[2:])
 
 
@@ -437,9 +448,6 @@ def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
         for mine, parameter in zip(gradients, model.parameters(), strict=True):
             if parameter.grad is not None:
                 torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-6)
-    if name == "gemma3":
-        refused("loader_options", lambda: batches(dataset, pack=True))
-        return
     (packed,) = batches(
         dataset,
         global_batch_size=1,
@@ -448,7 +456,7 @@ def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
         extra_keys=("subsegment_ids",),
     )
     assert len(packed["metadata"][0]["examples"]) == len(CHATS)
-    assert "attention_mask" not in packed
+    assert ("attention_mask" in packed) == (name == "gemma3")
     if name != "internvl":
         for key, losses in token_losses(model, packed).items():
             torch.testing.assert_close(losses, alone[key], rtol=1e-4, atol=2e-5)
@@ -710,8 +718,9 @@ def test_any_conversation_has_the_ids_of_the_processor_with_qwens_own_tokenizer(
 
 
 @pytest.mark.slow
-def test_worker_processes_make_the_same_batches(datasets):
-    dataset = open_dataset(datasets, "qwen2_vl")
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
+def test_worker_processes_make_the_same_batches(datasets, name):
+    dataset = open_dataset(datasets, name)
     (want,) = batches(dataset, pack=True, global_batch_size=2)
     (got,) = batches(dataset, pack=True, global_batch_size=2, workers=1)
     assert set(got) == set(want)
@@ -719,6 +728,8 @@ def test_worker_processes_make_the_same_batches(datasets):
     for key, value in want.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, got[key])
+        elif isinstance(value, dict):
+            assert all(torch.equal(mask, got[key][kind]) for kind, mask in value.items())
 
 
 # Evaluations, and functions of the user's

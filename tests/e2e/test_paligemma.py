@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,13 @@ from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.errors import ConfigError, SampleError
 from tests import model_folders
-from tests.e2e.test_models import picture
+from tests.e2e.test_model_videos import losses_of
+from tests.e2e.test_models import (
+    open_dataset,
+    picture,
+    same_as_unsharded,
+    same_for_every_number_of_ranks,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -30,12 +37,16 @@ REFUSED = (
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, inline_cli):
-    folder = tmp_path_factory.mktemp("paligemma")
+    rows = (*((p, [q, a]) for p, q, a in CHATS), *REFUSED)
+    return build(tmp_path_factory.mktemp("paligemma"), inline_cli, rows)
+
+
+def build(folder, inline_cli, rows):
     model_folders.paligemma(folder / "model")
     for i in range(5):
         picture(i).save(folder / f"{i}.png")
     lines = []
-    for pictures, texts in (*((p, [q, a]) for p, q, a in CHATS), *REFUSED):
+    for pictures, texts in rows:
         sides = itertools.cycle(("user", "assistant"))
         turns = [{"role": r, "content": t} for r, t in zip(sides, texts, strict=False)]
         row = {"messages": turns, "images": [f"{i}.png" for i in pictures]}
@@ -48,9 +59,9 @@ def built(tmp_path_factory, inline_cli):
     return folder
 
 
-def batch_of(folder, **options):
+def batch_of(folder, view=None, **options):
     url = str(folder / "out")
-    view = View(model=model_view(url, backend="pil"))
+    view = view or View(model=model_view(url, backend="pil"))
     dataset = StreamingDataset(url, view=view, shuffle=False)
     loader = make_dataloader(
         dataset, sequence_length=256, decode_threads=0, pad_mode="batch_max", **options
@@ -90,6 +101,31 @@ def test_a_batch_is_what_the_processor_makes_of_prompts_and_suffixes(built):
         assert float(model(**batch).loss) == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_any_conversation_has_the_ids_of_the_processor(built):
+    folder = built / "model"
+    chat = load_model(str(folder), tokenizer=load_tokenizer(str(folder)))
+    processor = model_folders.processor("paligemma", folder)
+    rng = np.random.RandomState(3)
+    words = ["a", " red", "ball\n", "  ", "naïve", "你好", "👩‍👩‍👧", "1.", "- x", "def f():\n\t"]
+    for _ in range(40):
+        count = rng.randint(1, 4)
+        asked, said = ("".join(rng.choice(words, rng.randint(1, 9))) + "w" for _ in range(2))
+        turns = [chat.message("user", asked, images=count), chat.message("assistant", said)]
+        got = chat.tokenize(turns, sizes=[(97, 61)] * count)
+        own = processor(
+            text="<image>" * count + asked,
+            images=[[picture(0)] * count],
+            suffix=said,
+            return_tensors="np",
+        )
+        soft = own["input_ids"][0] == chat.stored.soft_id
+        assert soft.sum() == 16 * count
+        text = own["input_ids"][0][~soft].tolist()
+        assert got.ids[got.ids != chat.stored.placeholder].tolist() == text
+        assert got.learned[count:].tolist() == (own["labels"][0][~soft] != -100).tolist()
+
+
 def test_a_caption_that_nobody_asked_for_is_what_the_processor_makes_of_it(built):
     folder = built / "model"
     chat = load_model(str(folder), tokenizer=load_tokenizer(str(folder)))
@@ -114,11 +150,49 @@ def test_documents_are_not_rendered_as_chats(built):
     assert caught.value.reason == "loss_span"
 
 
-def test_packs_and_positions_are_refused(built):
-    for options, reason in (
-        ({"pack": True}, "loader_options"),
-        ({"extra_keys": ("position_ids",)}, "extra_positions"),
-    ):
+@pytest.mark.slow
+def test_shards_ranks_and_resumes_are_those_of_every_family(tmp_path, inline_cli):
+    rows = [([i % 5], ["What is it?", f"It is {i}" + " and more" * i]) for i in range(8)]
+    build(tmp_path, inline_cli, rows)
+    for pack in (False, True):
+        same_for_every_number_of_ranks(tmp_path, "out", pack=pack)
+    dataset = open_dataset(tmp_path, "out")
+
+    def pictures_of(i):
+        answer = dataset.reader.record(i)["message_list"][0]["messages"][-1]
+        return [int(answer.split()[2]) % 5]
+
+    same_as_unsharded(dataset, tmp_path / "model", pictures_of)
+
+
+def test_packs_that_its_masks_cannot_tell_are_refused(built):
+    url = str(built / "out")
+    for window, told in ((None, "does not say how many"), (255, "255 tokens, and sequence_length")):
+        view = View(model=model_view(url, sliding_window=window))
         with pytest.raises(ConfigError) as caught:
-            batch_of(built, global_batch_size=1, **options)
-        assert caught.value.reason == reason
+            batch_of(built, global_batch_size=1, pack=True, view=view)
+        assert caught.value.reason == "loader_options"
+        assert told in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "attention"), [("gemma", "eager"), ("gemma", "sdpa"), ("gemma2", "eager")]
+)
+def test_a_pack_has_the_losses_of_its_examples(built, tmp_path, text, attention):
+    folder = model_folders.paligemma(tmp_path / "m", text=text)
+    tokenizer = load_tokenizer(str(folder))
+    assert load_model(str(folder), tokenizer=tokenizer).stored.family.sliding_window == (
+        256 if text == "gemma2" else 0
+    )
+    model = model_folders.model("paligemma", folder)
+    model.set_attn_implementation(attention)
+    options = {"extra_keys": ("subsegment_ids", "position_ids"), "with_metadata": True}
+    alone = losses_of(model, batch_of(built, global_batch_size=3, **options))
+    packed = batch_of(built, global_batch_size=1, pack=True, **options)
+    assert packed["input_ids"].shape[0] == 1
+    together = losses_of(model, packed)
+    assert set(together) == set(alone)
+    assert len(together) == 3
+    for key, losses in together.items():
+        torch.testing.assert_close(losses, alone[key], rtol=1e-4, atol=2e-5)

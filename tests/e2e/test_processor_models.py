@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from loader.assembly.families.collate import ModelCollator
 from loader.assembly.families.processor import joined, processed
 from preprocess.model import load_model, render
 from preprocess.model.processor import open_processor, read_processor
@@ -113,6 +114,33 @@ def test_any_size_is_what_the_processor_makes_of_it(tmp_path, kind):
     same_as_processor(kind, tmp_path / "m", MANY[-12:] if kind == "aria" else MANY)
 
 
+EXTREME = ((1, 1), (1, 97), (97, 1), (3, 500), (1, 5000), (8000, 41), (41, 8000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", processor_folders.KINDS)
+def test_extreme_sizes_are_what_the_processor_makes_of_them_or_left_out(tmp_path, kind):
+    model = load(kind, tmp_path / "m")
+    theirs = processor_folders.processor(kind, tmp_path / "m")
+    messages = [model.message("user", "What is it?", images=1), model.message("assistant", "2")]
+    text, _ = model.render(messages)
+    done = 0
+    for size in EXTREME:
+        images = [[Image.fromarray(picture(size))]]
+        try:
+            want = theirs(text=[text], images=images, return_tensors="pt")
+        except (ArithmeticError, RuntimeError, TypeError, ValueError):
+            with pytest.raises(SampleError) as caught:
+                model.tokenize(messages, sizes=[size])
+            assert caught.value.reason == "picture_processor"
+            continue
+        found = model.tokenize(messages, sizes=[size])
+        assert found.ids.tolist() == want["input_ids"][0].tolist()
+        same(processed(model.stored.family, [picture(size)], backend="pil"), want)
+        done += 1
+    assert done > 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", processor_folders.CONFIGS)
 def test_models_that_are_packed_compute_of_a_row_what_they_compute_of_its_samples(tmp_path, kind):
@@ -137,6 +165,19 @@ def test_models_that_are_packed_compute_of_a_row_what_they_compute_of_its_sample
             **joined(pictures),
         )
     torch.testing.assert_close(packed.logits, torch.cat(alone, 1), atol=2e-6, rtol=1e-5)
+
+
+def test_positions_that_only_the_model_knows_are_refused():
+    family = Processor(
+        model_type="glm4v",
+        image_processor="Glm4vImageProcessor",
+        settings="{}",
+        image_token="<|image|>",
+        marker="<|image|>",
+    )
+    with pytest.raises(ConfigError) as caught:
+        ModelCollator(family, sequence_length=9, extra_keys=("position_ids",))
+    assert caught.value.reason == "extra_positions"
 
 
 def test_a_picture_that_the_processor_refuses_is_a_row_that_is_left_out(tmp_path, monkeypatch):

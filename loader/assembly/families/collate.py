@@ -6,6 +6,8 @@
     attention_mask    int64   [B, L]         without packs only
     position_ids      int64   [B, L]         with packs: restarting with each example, which keeps
                               or [4, B, L]   them apart; four rows for multimodal positions
+    attention_mask    float32 [B, 1, L, L]   with packs of PaliGemma: added to the scores of the
+                              attention. Gemma 3 has two of them, by kind of layer
     use_cache         False                  with packs: models with a cache ignore the restarts
     mm_token_type_ids int64   [B, L]         1 for tokens of pictures, 2 of videos: qwen2_vl; Gemma
                                              3 calls it token_type_ids, PaliGemma's are 1 for
@@ -41,11 +43,21 @@ import torch
 from loader.assembly.collate import IGNORE_INDEX, PadSide, parse_pad_mode
 from loader.assembly.families.example import ModelDraft, ModelPack
 from loader.assembly.families.kernels import unit_shape
+from loader.assembly.families.masks import packed_masks
 from loader.assembly.families.processor import joined
 from loader.assembly.features import IMAGE_FEATURES, as_tensor
 from loader.buffers import Allocate
 from shardspec.errors import ConfigError, SampleError, nearest
-from shardspec.families import AnyRes, Family, Idefics3, PaliGemma, Pixtral, Processor, Qwen2VL
+from shardspec.families import (
+    AnyRes,
+    Family,
+    Gemma3,
+    Idefics3,
+    PaliGemma,
+    Pixtral,
+    Processor,
+    Qwen2VL,
+)
 from shardspec.features import StoredFeatures
 
 _Example: TypeAlias = "ModelDraft | ModelPack | _Finished"
@@ -101,7 +113,7 @@ class ModelCollator:
         self.with_metadata, self.with_real = with_metadata, with_real
         self.pad_side, self.features = pad_side, features
         self._multiple = parse_pad_mode(pad_mode, sequence_length=sequence_length)
-        unknown = isinstance(family, PaliGemma | Processor) and not family.packs
+        unknown = isinstance(family, Processor) and not family.packs
         if unknown and "position_ids" in extra_keys:
             raise ConfigError("extra_positions")
         self._positions = packed or "position_ids" in extra_keys
@@ -155,6 +167,10 @@ class ModelCollator:
             # With a cache, models do not look at where positions restart, and examples see each
             # other: transformers, masking_utils.py.
             batch["use_cache"] = False
+            if isinstance(self.family, Gemma3 | PaliGemma):
+                # Its tokens see some of what follows them.
+                types = [[p.column(self.family.type_ids) for p in e.parts] for e in examples]
+                batch["attention_mask"] = packed_masks(self.family, types, width)
         batch |= self._pictures(examples, allocate)
         if self.with_metadata:
             batch["metadata"] = [example.metadata() for example in examples]

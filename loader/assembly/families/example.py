@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from loader.assembly.clip import Clip, ClipFrame, PictureSource, sources_of
 from loader.assembly.families.kernels import Backend, write_frame, write_units
 from loader.assembly.families.processor import processed
 from loader.assembly.features import write_features
@@ -50,6 +51,7 @@ from shardspec.sample import (
     video_units,
     window_images,
 )
+from shardspec.video import DEFAULT_LIMITS, ClipLimits
 
 Purpose = Literal["train", "inference", "evaluation"]
 
@@ -335,9 +337,6 @@ class ModelPlanner:
         return ModelSequence(ids=all_ids, targets=all_targets, weight=1.0, starts=starts)
 
 
-PictureSource = tuple["np.ndarray | Encoded", "np.ndarray | Encoded | None"]
-
-
 class ModelDraft:
     """The example of one sample before its arrays are made; see `loader.assembly.Draft`."""
 
@@ -354,11 +353,9 @@ class ModelDraft:
             "plan",
             "real",
         ),
-        *("features", "render_s", "scratch", "sources", "stored", "substitutes", "view"),
+        *("features", "read_s", "render_s", "scratch", "sources", "stored", "substitutes", "view"),
+        *("_clips_s", "_limits"),
     )
-
-    read_s = 0.0
-    """Seconds of reading after it was planned: nothing is read then."""
 
     def __init__(
         self,
@@ -370,21 +367,26 @@ class ModelDraft:
         key: str,
         scratch: Scratch,
         features: StoredFeatures | None = None,
+        clips: Sequence[Clip] = (),
+        limits: ClipLimits = DEFAULT_LIMITS,
     ) -> None:
         """Joins what was planned and the pictures.
 
         Args:
           plan: As a `ModelPlanner` of the same view makes it.
-          sources: A picture for each image of the sample, of which the plan has some or all;
-            overviews are not used.
+          sources: A picture for each image of the sample, of which the plan has some or all, but
+            for frames of clips; overviews are not used.
           view: What the run wants.
           stored: What the dataset knows of its model.
           key: The sample's.
           scratch: Memory for decoding.
           features: Of a dataset that stores them instead of pictures.
+          clips: Whose frames are the images after those.
+          limits: Of decoding clips.
         """
         self.plan, self.view, self.stored = plan, view, stored
-        self.sources = [[sources[i] for i in images] for images in plan.images]
+        self.sources = [sources_of(images, sources, clips) for images in plan.images]
+        self._limits = limits
         self.features = features
         self.key, self.scratch = key, scratch
         self.num_tokens = len(plan.sequence.ids)
@@ -400,7 +402,9 @@ class ModelDraft:
         """Further metadata."""
         self.real = True
         self.error: ShardsError | None = None
-        self.render_s = 0.0
+        self.render_s = self._clips_s = 0.0
+        self.read_s = 0.0
+        """Seconds of reading clips, after it was planned."""
 
     @property
     def parts(self) -> tuple[ModelDraft, ...]:
@@ -411,7 +415,7 @@ class ModelDraft:
     def decode_s(self) -> float:
         """Seconds of decoding."""
         shown = [one for each in self.sources for one, _ in each]
-        return sum([one.decode_s for one in shown if type(one) is Encoded])
+        return self._clips_s + sum([one.decode_s for one in shown if type(one) is Encoded])
 
     def positions(self) -> np.ndarray:
         """Counts positions: int64 [L], or [4, L] with multimodal ones.
@@ -420,8 +424,8 @@ class ModelDraft:
         time, height and width.
         """
         text = np.arange(self.num_tokens)
-        if self.stored.family.positions == "plain":
-            return text
+        if self.stored.family.positions != "mrope":
+            return text + (self.stored.family.positions == "from_one")
         found = np.empty((4, self.num_tokens), np.int64)
         found[0] = text
         merge = getattr(self.view.family, "merge", 1)
@@ -492,12 +496,26 @@ class ModelDraft:
                 start = done[is_video]
                 done[is_video] += plan.num_units
                 rows = (out, videos)[is_video][start : start + plan.num_units]
+                in_clip = [one for one, _ in sources if isinstance(one, ClipFrame)]
+                if in_clip:
+                    self._write_clip(plan, in_clip, rows)
+                    continue
                 for i, (picture, _) in enumerate(sources):
                     pixels = self._pixels(picture)
                     if is_video:
                         write_frame(family, plan, i, pixels, rows, backend=backend)
                     else:
                         write_units(family, plan, pixels, rows, backend=backend)
+
+    def _write_clip(self, plan: PicturePlan, frames: Sequence[ClipFrame], out: np.ndarray) -> None:
+        def put(i: int, pixels: np.ndarray) -> None:
+            write_frame(self.view.family, plan, i, pixels, out, backend=self.view.backend)
+
+        decode_s, read_s = frames[0].clip.frames(
+            [frame.number for frame in frames], put, scratch=self.scratch, limits=self._limits
+        )
+        self._clips_s += decode_s
+        self.read_s += read_s
 
     def feature_rows(self) -> list[int]:
         """Counts the rows of features of each picture."""
@@ -539,21 +557,22 @@ class ModelDraft:
             pictures = [self._pixels(picture).copy() for ((picture, _),) in self.sources]
             return processed(family, pictures, backend=backend)
 
-    def _pixels(self, picture: np.ndarray | Encoded) -> np.ndarray:
+    def _pixels(self, picture: np.ndarray | Encoded | ClipFrame) -> np.ndarray:
         if isinstance(picture, Encoded):
             return picture.pixels(self.scratch, "picture")
+        assert not isinstance(picture, ClipFrame)
         return picture
 
     @contextmanager
     def _rendering(self) -> Iterator[None]:
         """Takes the time, and keeps an error of a picture."""
-        start_s = perf_counter()
+        start_s, read_s = perf_counter(), self.read_s
         try:
             yield
         except (ShardError, SampleError) as error:
             self.error = error
             raise
-        self.render_s += perf_counter() - start_s
+        self.render_s += perf_counter() - start_s - (self.read_s - read_s)
 
     def metadata(self) -> dict[str, Any]:
         """Describes the example."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from loader.assembly.clip import prepared_clips
 from loader.assembly.families.collate import finished_for_model
 from loader.assembly.families.example import ModelDraft, ModelPlanner, ModelView, Purpose
 from loader.buffers import Scratch
@@ -37,7 +38,10 @@ def assemble_for_model(
     planner = ModelPlanner(stored, view, limit=None, max_images=None, weight=1.0, purpose=purpose)
     plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key)
     sources = [(image.pixels, None) for image in sample.images]
-    draft = ModelDraft(plan, sources, view=view, stored=stored, key=sample.key, scratch=Scratch())
+    clips = prepared_clips(sample)
+    draft = ModelDraft(
+        plan, sources, clips=clips, view=view, stored=stored, key=sample.key, scratch=Scratch()
+    )
     return finished_for_model(draft)
 
 

@@ -1,6 +1,7 @@
 """Rendering conversations by a model's own template, and finding what is learned in them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,20 @@ def test_a_template_is_found_wherever_a_model_keeps_it(folder, tmp_path):
     assert load(older).describe() == usual.describe()
 
 
+def test_of_several_files_that_say_the_same_the_one_of_transformers_is_taken(folder, tmp_path):
+    usual = load(folder)
+    again = json.loads((folder / "preprocessor_config.json").read_text()) | {"min_pixels": 56 * 56}
+    where = changed(
+        folder, tmp_path, "processor_config.json", json.dumps({"image_processor": again})
+    )
+    older = (folder / "chat_template.jinja").read_text().replace("helpful", "humble")
+    Path(where, "chat_template.json").write_text(json.dumps({"chat_template": older}))
+    Path(where, "chat_template.jinja").write_text("another")
+    model = load(where)
+    assert model.stored.family == replace(usual.stored.family, min_pixels=56 * 56)
+    assert model.template == usual.template.replace("helpful", "humble")
+
+
 def test_templates_of_texts_get_texts(folder, tmp_path):
     text = "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
     model = load(changed(folder, tmp_path, "chat_template.jinja", text))
@@ -328,17 +343,13 @@ def test_settings_that_the_model_decides_are_refused_beside_it(folder):
     assert "transformers" in job.libraries
 
 
-def test_videos_for_a_model_are_stored_as_frames_and_need_a_template_for_them(folder):
+def test_videos_for_a_model_need_a_template_for_them(folder):
     settings = {"source": "sample", "out": "out", "model": str(folder)}
     recipe = Recipe(video=VideoPolicy(store="clip"))
     with pytest.raises(ConfigError) as caught:
         Job(JobSettings(dataset="moving_shapes", recipe=recipe, **settings))
     assert caught.value.reason == "model_template"
     assert "<|video_pad|>" in str(caught.value)
-    (folder / "chat_template.jinja").write_text(model_folders.QWEN2_VL_VIDEOS)
-    with pytest.raises(ConfigError) as caught:
-        Job(JobSettings(dataset="moving_shapes", recipe=recipe, **settings))
-    assert caught.value.reason == "model_clips"
 
 
 CALLED = [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]

@@ -368,6 +368,48 @@ def test_llava_follows_its_tower_and_its_processor():
         assert caught.value.reason == "family_setting"
 
 
+SIGLIP = {**LLAVA, "model_type": "paligemma"}
+NEXT = {**LLAVA, "model_type": "llava_next"}
+SMOL = {"model_type": "smolvlm", "vision_config": {"patch_size": 14}, "scale_factor": 1}
+SQUARE = {"height": 224, "width": 224}
+
+IGNORED_BEFORE = {
+    "a class of another kind": (LLAVA, {"image_processor_type": "ViTImageProcessor"}),
+    "a null that means no": (LLAVA, {"do_normalize": None}),
+    "no crop of a picture whose short side is given": (LLAVA, {"do_center_crop": None}),
+    "a crop": (SIGLIP, {"do_center_crop": True, "crop_size": SQUARE}),
+    "a short side": (SIGLIP, {"size": 224}),
+    "tiles of another size": (NEXT, {"do_center_crop": False, "crop_size": SQUARE, "size": 336}),
+    "no filter": (SMOL, {"resample": None}),
+    "no mean": (SMOL, {"image_mean": None}),
+    "an order of axes": (SMOL, {"data_format": "channels_last"}),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED_BEFORE)
+def test_what_no_family_would_heed_is_refused_by_name(name):
+    config, images = IGNORED_BEFORE[name]
+    with pytest.raises(ConfigError) as caught:
+        read_family(ModelConfig(config=config, image_processor=images, image_token="<image>"))
+    assert caught.value.reason == "family_setting"
+    assert any(each in str(caught.value) for each in (*images, "size"))
+
+
+def test_what_files_leave_out_is_what_the_class_has():
+    def read(config, images):
+        return read_family(
+            ModelConfig(config=config, image_processor=images, image_token="<image>")
+        )
+
+    assert read(LLAVA, {}) == FixedSize(size_px=224, num_tokens=256)
+    assert read(SIGLIP, {}) == PaliGemma(image_token="<image>", sliding_window=0)
+    assert read({"model_type": "gemma3"}, {}).size_px == 224
+    assert not read(SMOL, {"do_image_splitting": None}).splits
+    assert read(SMOL, {"do_convert_rgb": None, "image_mean": 0.5}).mean == HALF
+    # Its processor cuts pictures whatever the file says.
+    assert read({"model_type": "internvl"}, {"crop_to_patches": False}).max_tiles == 12
+
+
 def test_a_model_of_another_family_is_refused_with_the_list_of_those_that_are_known():
     for kind in ("mllama", "gemma4", "qwen3_5", ""):
         with pytest.raises(ConfigError) as caught:
