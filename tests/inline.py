@@ -30,11 +30,11 @@ class Quiet:
         self.notes.append(text)
 
 
-def run(tasks, *, work, context, num_workers):  # noqa: ARG001 - as preprocess.job.engines.local.run
+def run(tasks, *, work, context, num_workers, given=local.number_only):  # noqa: ARG001 - as local.run
     """Runs tasks in this process, one after the other: a process takes half a second to start."""
     for task in tasks:
         noted = []
-        value = work(context, task, noted.append)
+        value = work(context, given(task), noted.append)
         if isinstance(value, Deferred):
             value = value.finish()
         yield from (TaskProgress(task=task, note=note) for note in noted)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.fetch import FetchPolicy, FetchResult, decode_results, encode_results, host_key
-from preprocess.job import lease, part_run, planner, read_status
+from preprocess.job import fetching, lease, part_run, read_status
 from preprocess.job.board import MAX_REASONS, MAX_SLOWEST, Board
 from preprocess.job.job import Job, JobSettings
 from preprocess.job.lease import LEASE_NAME, output_lock, part_name, parts_folder, read_lease
@@ -495,7 +495,7 @@ def urls(write_parquet, tmp_path, small_jpeg, monkeypatch):
             ledger.append(results[url])
         return results
 
-    monkeypatch.setattr(planner, "fetch_all", fetch_all)
+    monkeypatch.setattr(fetching, "fetch_all", fetch_all)
     return source, requests
 
 

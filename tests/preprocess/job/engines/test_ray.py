@@ -11,6 +11,7 @@ import pytest
 
 from preprocess.job import pipeline, run_job
 from preprocess.job.engines import ray_cluster
+from preprocess.job.engines.engine import Engine, _Proven, check_node, node_proof
 from preprocess.job.engines.local import Deferred, TaskDone, TaskProgress
 from preprocess.job.job import Job, JobSettings
 from shardspec import storage
@@ -33,20 +34,21 @@ def settings(folder, **more):
 
 def test_without_ray_the_engine_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError) as caught:
-        list(ray_cluster.run([0], work=abs, context=None, num_workers=1))
+    with pytest.raises(ConfigError) as caught, ray_cluster.connected("", 1):
+        pass
     assert caught.value.reason == "ray_missing"
 
 
-def test_a_cluster_that_does_not_answer_is_named():
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     def init(**known):
         raise ConnectionError(f"nobody at {known['address']}")
 
     ray = mock.Mock(**{"is_initialized.return_value": False})
     ray.init = init
+    monkeypatch.setitem(sys.modules, "ray", ray)
     with (
         pytest.raises(StorageError, match="ray://there:1") as caught,
-        ray_cluster._connected(ray, "ray://there:1", 2),
+        ray_cluster.connected("ray://there:1", 2),
     ):
         pass
     assert caught.value.reason == "ray_unreachable"
@@ -59,39 +61,35 @@ def test_what_a_task_reports_comes_with_its_result():
         report("bad")
         return Deferred(finish=lambda: context + task)
 
-    assert ray_cluster._run_task(work, 40, 2) == ([("", 2), ("bad", 1)], 42)
+    assert ray_cluster._run_task(work, 40, 7, 2) == ([("", 2), ("bad", 1)], 42)
 
 
-@pytest.fixture
-def cluster_task(tmp_path):
-    """A planned job, and a function that runs a task of it as a node would, with other facts."""
-    job = Job(settings(tmp_path, num_shards=1, limit=2))
-    plan = pipeline.make_plan(job, Quiet())
-    cluster = pipeline._Cluster(
-        context=pipeline.build_context(job, plan),
-        dataset="pixmo_cap",
-        libraries=job.libraries,
-        plan_url=pipeline.plan_url(job),
-        cache_token="",
+def test_a_machine_proves_what_it_has_in_common_before_it_works(tmp_path):
+    (tmp_path / "mark").write_text("a plan")
+    proof = node_proof(
+        str(tmp_path), str(tmp_path / "mark"), dataset="pixmo_cap", cache=str(tmp_path)
     )
-    return lambda **other: pipeline._cluster_task(replace(cluster, **other), 0, lambda note: None)
-
-
-def test_a_node_refuses_what_it_cannot_build_rightly(cluster_task):
-    with pytest.raises(ConflictError) as caught:
-        cluster_task(libraries={"numpy": "0.1"})
-    assert caught.value.reason == "mixed_cluster"
+    done = []
+    proven = _Proven(work=lambda *given: done.append(given), proof=proof)
+    proven("context", 3, "report")
+    assert done == [("context", 3, "report")]
+    check_node(replace(proof, mark="", mark_sha256=""))
     for other, reason in (
-        ({"plan_url": "/nowhere/plan.json"}, "output_not_shared"),
+        ({"libraries": (("numpy", "0.1"),)}, "mixed_cluster"),
+        ({"mark": "/nowhere/plan.json"}, "output_not_shared"),
+        ({"mark_sha256": "0" * 64}, "output_not_shared"),
         ({"cache_token": "left-by-the-planner"}, "cache_not_shared"),
     ):
-        with pytest.raises(StorageError) as caught:
-            cluster_task(**other)
+        with pytest.raises((ConflictError, StorageError)) as caught:
+            replace(proven, proof=replace(proof, **other))("context", 4, "report")
         assert caught.value.reason == reason
+    assert len(done) == 1
 
 
-def test_two_attempts_at_a_shard_are_one(cluster_task, tmp_path):
-    first, second = (cluster_task() for _ in range(2))
+def test_two_attempts_at_a_shard_are_one(tmp_path):
+    job = Job(settings(tmp_path, num_shards=1, limit=2))
+    context = pipeline.build_context(job, pipeline.make_plan(job, Quiet()))
+    first, second = (pipeline._build_task(context, 0, lambda note: None) for _ in range(2))
     receipt = first.finish()
     (name,) = storage.list_names(str(tmp_path / "out" / "receipts"))
     url = str(tmp_path / "out" / "receipts" / name)
@@ -167,9 +165,14 @@ def test_a_node_that_is_killed_in_the_middle_changes_no_byte(two_nodes, tmp_path
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(120)
-def test_a_cluster_is_started_and_ended_where_none_is_named():
+def test_a_cluster_is_started_and_ended_where_none_is_named(tmp_path):
     ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
-    events = list(ray_cluster.run(range(5), work=echo, context=10, num_workers=2))
+    chosen = settings(tmp_path, engine="ray", num_workers=2)
+    (tmp_path / "mark").write_text("a plan")
+    with Engine(chosen) as engine:
+        assert engine.num_nodes == 1
+        proof = node_proof(str(tmp_path), str(tmp_path / "mark"))
+        events = list(engine.run(range(5), work=echo, context=10, proof=proof))
     done = {each.task: each.value for each in events if isinstance(each, TaskDone)}
     assert done == {task: 10 * task for task in range(5)}
     assert sorted(e.note for e in events if isinstance(e, TaskProgress)) == list(range(5))
