@@ -1,10 +1,11 @@
 """Jobs without processes and without a screen, for tests and benchmarks of what the jobs do."""
 
 import contextlib
+import pickle
 from unittest import mock
 
 from preprocess.job import lease
-from preprocess.job.engines import local
+from preprocess.job.engines import local, ray_cluster
 from preprocess.job.engines.local import Deferred, TaskDone, TaskProgress
 from shardspec import storage
 
@@ -39,6 +40,29 @@ def run(tasks, *, work, context, num_workers, given=local.number_only):  # noqa:
             value = value.finish()
         yield from (TaskProgress(task=task, note=note) for note in noted)
         yield TaskDone(task=task, value=value)
+
+
+@contextlib.contextmanager
+def cluster(num_nodes):
+    """Makes ENGINE=ray run in this process, as on some machines; gives what each task was sent.
+
+    Everything crosses as bytes, as it would between machines.
+    """
+    sent = []
+
+    def on_nodes(ray, tasks, *, work, context, given):  # noqa: ARG001 - as ray_cluster.run
+        work, context = pickle.loads(pickle.dumps((work, context)))
+        for task in tasks:
+            own = pickle.loads(pickle.dumps(given(task)))
+            sent.append(own)
+            yield from run([task], work=work, context=context, num_workers=1, given={task: own}.get)
+
+    with (
+        mock.patch.object(ray_cluster, "connected", return_value=contextlib.nullcontext()),
+        mock.patch.object(ray_cluster, "num_nodes", return_value=num_nodes),
+        mock.patch.object(ray_cluster, "run", on_nodes),
+    ):
+        yield sent
 
 
 @contextlib.contextmanager

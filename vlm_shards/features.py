@@ -395,13 +395,13 @@ def _make(
     publish_tokenizer(plan.source, report)
     manifest = _manifest(plan, entries, columns)
     require_held()
-    job.publish_manifest(manifest)
+    fresh = job.publish_manifest(manifest)
     job.tidy(scratch_of(out))
     return FeatureOutcome(
         manifest=manifest,
         sha256=hashlib.sha256(manifest.encode()).hexdigest(),
         made_shards=len(missing),
-        fresh=True,
+        fresh=fresh,
     )
 
 

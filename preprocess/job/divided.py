@@ -149,16 +149,20 @@ class DividedJob:
             }
             storage.publish_bytes(self.note_url(split), canonical_json(note, indent=1))
 
-    def publish_manifest(self, manifest: Manifest) -> None:
-        """Completes the dataset; two parts that do so at once write the same bytes.
+    def publish_manifest(self, manifest: Manifest) -> bool:
+        """Completes the dataset.
+
+        Returns:
+          Whether this has; False: another part was first, with the same bytes.
 
         Raises:
           ConflictError: `manifest_conflict`: another job has.
         """
         url, payload = storage.join(self.out, MANIFEST_NAME), manifest.encode()
-        written = storage.compare_and_swap(url, payload, replacing=None)
-        if not written and storage.read_bytes(url) != payload:
+        fresh = not storage.exists(url)
+        if not storage.compare_and_swap(url, payload, replacing=None):
             raise ConflictError("manifest_conflict.overtaken", where=self.out)
+        return fresh
 
     def tidy(self, scratch: str) -> None:
         """Removes what only an unfinished job needs, this one or an abandoned one."""

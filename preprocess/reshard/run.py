@@ -148,13 +148,13 @@ def _reshard(
     manifest = _manifest(plan, shards, view, columns)
     publish_tokenizer(plan, report)
     require_held()
-    job.publish_manifest(manifest)
+    fresh = job.publish_manifest(manifest)
     job.tidy(scratch_of(out))
     return Resharded(
         manifest=manifest,
         sha256=hashlib.sha256(manifest.encode()).hexdigest(),
         copied_shards=copied,
-        fresh=True,
+        fresh=fresh,
     )
 
 
