@@ -197,7 +197,11 @@ def _opened(path: Path) -> Ledger:
         except StorageError as error:
             if error.reason != "ledger_locked" or time.monotonic() >= until_s:
                 raise
-        threading.Event().wait(1.0)
+        _pause()
+
+
+def _pause() -> None:
+    threading.Event().wait(1.0)
 
 
 def _results(ledger: Ledger, urls: Iterable[str]) -> dict[str, FetchResult]:

@@ -3,17 +3,25 @@
 Ray is an extra that CI does not install; without it, only the refusal is tested.
 """
 
+import json
 import sys
+import threading
+from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
 import pytest
 
-from preprocess.job import pipeline, run_job
+from preprocess.fetch import FetchPolicy
+from preprocess.job import pipeline, run_job, verify
 from preprocess.job.engines import ray_cluster
 from preprocess.job.engines.engine import Engine, _Proven, check_node, node_proof
 from preprocess.job.engines.local import Deferred, TaskDone, TaskProgress
 from preprocess.job.job import Job, JobSettings
+from preprocess.job.part_run import run_part
+from preprocess.job.plan import Part
+from preprocess.reshard import ReshardSettings, plan_reshard, reshard
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, StorageError
 from tests.inline import Quiet
@@ -129,23 +137,64 @@ def two_nodes():
         cluster.shutdown()
 
 
-class KillsAtFirstShard(Quiet):
-    def __init__(self, kill):
-        super().__init__()
-        self.kill, self.stage_name = kill, ""
-
-    def step(self, reason):
-        if self.stage_name == "build" and self.kill:
-            kill, self.kill = self.kill, None
-            kill()
-
-    def stage(self, name, total):
-        self.stage_name = name
-
-
 def echo(context, task, report):
     report(task)
     return context * task
+
+
+class Once(Quiet):
+    """A reporter that does something once, at the first step of a stage."""
+
+    def __init__(self, stage, act):
+        super().__init__()
+        self.wanted, self.act, self.name, self.stages = stage, act, "", []
+
+    def stage(self, name, total):
+        self.name = name
+        self.stages.append(name)
+
+    def step(self, reason):
+        super().step(reason)
+        if self.name == self.wanted and self.act:
+            act, self.act = self.act, None
+            act()
+
+
+@pytest.fixture
+def web(small_jpeg, write_parquet, tmp_path):
+    """A source of twelve URLs on four hosts, which are one server; gives what it was asked for."""
+    asked = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked[self.headers["Host"].partition(":")[0], self.path] += 1
+            number = self.path.strip("/").removesuffix(".jpg")
+            body = small_jpeg(int(number)) if number.isdigit() else b""
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    hosts = [f"127.0.0.{i}" for i in range(1, 5)]
+    server = ThreadingHTTPServer(("0.0.0.0", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    rows = [
+        {
+            "image_url": f"http://{hosts[i % 4]}:{server.server_port}/{i}.jpg",
+            "caption": f"number {i}",
+            "transcripts": [],
+        }
+        for i in range(12)
+    ]
+    policy = FetchPolicy(allow_hosts=frozenset(hosts), host_rate=2.0)
+    yield {"source": str(write_parquet(tmp_path / "rows", rows)), "fetch": policy}, asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.mark.slow
@@ -155,11 +204,103 @@ def test_a_node_that_is_killed_in_the_middle_changes_no_byte(two_nodes, tmp_path
     address, kill = two_nodes
     want = run_job(settings(tmp_path / "local"), Quiet()).result.sha256
     on_ray = settings(tmp_path / "ray", engine="ray", ray_address=address)
-    got = run_job(on_ray, KillsAtFirstShard(kill))
+    got = run_job(on_ray, Once("build", kill))
     assert got.result.sha256 == want
     assert got.built_shards == 12
     again = run_job(on_ray, Quiet())
     assert (again.fresh, again.result.sha256) == (False, want)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_a_node_is_killed_while_it_downloads_and_the_same_dataset_comes(two_nodes, web, tmp_path):
+    address, kill = two_nodes
+    more, asked = web
+    job = {**more, "limit": None, "num_shards": 4}
+    want = run_job(settings(tmp_path / "local", **job), Quiet()).result.sha256
+    once, asked_before = dict(asked), asked.clear()
+    killer = threading.Timer(1.0, kill)  # some of its downloads are done, most are not
+    killer.start()
+    watched = Once("", None)
+    on_ray = settings(tmp_path / "ray", engine="ray", ray_address=address, **job)
+    got = run_job(on_ray, watched)
+    killer.join()
+    assert asked_before is None
+    assert got.result.sha256 == want
+    assert set(asked) == set(once)
+    # Both nodes keep their ledgers in one folder, so that what was done is not done again.
+    assert sum(asked.values()) <= sum(once.values()) + 4
+    assert watched.steps.count("") >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_a_node_is_killed_while_it_copies_and_while_it_verifies(
+    two_nodes, tiny_sample, write_dataset, tmp_path
+):
+    address, kill = two_nodes
+    source = write_dataset(tmp_path / "source", [tiny_sample(i) for i in range(24)], num_shards=4)
+    wanted = ReshardSettings(
+        sources=(source,),
+        out=str(tmp_path / "local"),
+        form="copy",
+        num_shards=12,
+        seed=5,
+        order="shuffle",
+        sha256=True,
+    )
+    want = reshard(plan_reshard(wanted, Quiet()), Quiet()).sha256
+    on_ray = replace(wanted, out=str(tmp_path / "ray"), engine="ray", ray_address=address)
+    plan = plan_reshard(on_ray, Quiet())
+    with Engine(on_ray) as engine:
+        assert engine.num_nodes == 2
+        assert reshard(plan, Once("copy", kill)).sha256 == want
+        assert {error.reason for error in verify(on_ray.out, Quiet(), engine=engine)} == {
+            error.reason for error in verify(wanted.out, Quiet())
+        }
+    assert reshard(plan, Quiet()).fresh is False
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_parts_append_rows_on_a_cluster(two_nodes, tmp_path):
+    """A generation, in two parts, each of them on the cluster."""
+    address, _ = two_nodes
+    source = tmp_path / "rows.jsonl"
+    turns = ({"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."})
+    sha256 = []
+    for name, engine in (("local", "local"), ("ray", "ray")):
+        for count in (6, 15):
+            source.write_text(
+                "".join(
+                    json.dumps({"messages": [{**turns[0], "content": f"Count {i}."}, turns[1]]})
+                    + "\n"
+                    for i in range(count)
+                )
+            )
+            chosen = settings(
+                tmp_path / name,
+                dataset=str(source),
+                source=str(source),
+                limit=None,
+                num_shards=4,
+                new_rows="append",
+                own_disk="allow",
+                engine=engine,
+                ray_address=address if engine == "ray" else "",
+            )
+            if engine == "local":
+                run_job(chosen, Quiet())
+            else:
+                ended = [
+                    run_part(replace(chosen, part=Part(index=i, count=2)), Quiet()) for i in (1, 0)
+                ]
+                assert ended[1].fresh
+        sha256.append(storage.read_bytes(f"{chosen.out}/manifest.json"))
+    assert sha256[0] == sha256[1]
 
 
 @pytest.mark.slow
