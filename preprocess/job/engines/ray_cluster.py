@@ -79,7 +79,10 @@ def connected(address: str, num_workers: int) -> Iterator[Any]:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keeps this program's answer to SIGTERM: Ray puts its own in place, with another exit code."""
+    """Keeps this program's answer to SIGTERM: Ray puts its own in place, with another exit code.
+
+    In the block it is Ray's: its core sets a handler for all threads.
+    """
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
