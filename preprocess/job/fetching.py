@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ MAX_VIDEO_BYTES = 2**29
 WHOLE = Part(index=0, count=1)
 """Of a job without parts."""
 
-LOCK_WAIT_S = 60.0
+LOCK_WAIT_S = 60
 """How long a task waits for the ledger that an earlier attempt at it holds."""
 
 
@@ -190,14 +189,14 @@ def fetch_share(context: FetchContext, share: HostShare, report: Callable[[str],
 
 def _opened(path: Path) -> Ledger:
     """Opens a ledger; one that is held may be an earlier attempt's, whose machine was cut off."""
-    until_s = time.monotonic() + LOCK_WAIT_S
-    while True:
+    for _ in range(LOCK_WAIT_S):
         try:
             return Ledger(path)
         except StorageError as error:
-            if error.reason != "ledger_locked" or time.monotonic() >= until_s:
+            if error.reason != "ledger_locked":
                 raise
         _pause()
+    return Ledger(path)
 
 
 def _pause() -> None:

@@ -770,12 +770,12 @@ def test_a_machine_that_does_not_see_the_image_cache_downloads_nothing(tmp_path,
 
 
 def test_a_ledger_that_an_earlier_attempt_holds_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetching, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(fetching, "LOCK_WAIT_S", 0)
     with Ledger(tmp_path / "own.jsonl"), pytest.raises(StorageError) as caught:
         fetching._opened(tmp_path / "own.jsonl")
     assert caught.value.reason == "ledger_locked"
     with ExitStack() as stack:
         held = stack.enter_context(Ledger(tmp_path / "own.jsonl"))
-        monkeypatch.setattr(fetching, "LOCK_WAIT_S", 60.0)
+        monkeypatch.setattr(fetching, "LOCK_WAIT_S", 2)
         monkeypatch.setattr(fetching, "_pause", held.close)
         fetching._opened(tmp_path / "own.jsonl").close()
