@@ -24,7 +24,7 @@ run_verb = $(call run_of,preprocess)
 only     = @:$(foreach v,$(filter-out $1,$(given)),$(error make $@ has no variable $v; it has: $(or $1,none)))
 
 .DEFAULT_GOAL := help
-.PHONY: help shards retry plan commit status verify report gc reshard merge split filter annotate features import export-index datasets doctor stream preview train docs test check bench setup
+.PHONY: help shards retry plan commit status verify report gc reshard merge split filter annotate features import export-index datasets doctor stream preview train docs test test-ray check bench setup
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,10 @@ test: $(VENV)/ready-dev ## the test suite, on all cores; ARGS= goes to pytest
 	$(call only,ARGS)
 	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
+test-ray: $(VENV)/ready-ray ## the tests on Ray clusters, which `make setup` does not install (242 MB)
+	$(call only,ARGS)
+	@$(PY) -m pytest -m slow tests/preprocess/job/engines/test_ray.py $(ARGS)
+
 check: $(VENV)/ready-dev ## lint, format, types and tests
 	$(call only,ARGS)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(MAKE) --no-print-directory test ARGS=$(call quote,$(ARGS))
@@ -124,6 +128,10 @@ $(VENV)/ready-bench: $(VENV)/ready-dev
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(PY) -m pip uninstall --quiet --yes torchvision
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps mosaicml-streaming
+	@touch $@
+
+$(VENV)/ready-ray: $(VENV)/ready-dev
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	@touch $@
 
 $(VENV)/ready-docs: $(VENV)/ready-dev

@@ -1,10 +1,11 @@
 """Jobs without processes and without a screen, for tests and benchmarks of what the jobs do."""
 
 import contextlib
+import pickle
 from unittest import mock
 
 from preprocess.job import lease
-from preprocess.job.engines import local
+from preprocess.job.engines import local, ray_cluster
 from preprocess.job.engines.local import Deferred, TaskDone, TaskProgress
 from shardspec import storage
 
@@ -30,15 +31,38 @@ class Quiet:
         self.notes.append(text)
 
 
-def run(tasks, *, work, context, num_workers):  # noqa: ARG001 - as preprocess.job.engines.local.run
+def run(tasks, *, work, context, num_workers, given=local.number_only):  # noqa: ARG001 - as local.run
     """Runs tasks in this process, one after the other: a process takes half a second to start."""
     for task in tasks:
         noted = []
-        value = work(context, task, noted.append)
+        value = work(context, given(task), noted.append)
         if isinstance(value, Deferred):
             value = value.finish()
         yield from (TaskProgress(task=task, note=note) for note in noted)
         yield TaskDone(task=task, value=value)
+
+
+@contextlib.contextmanager
+def cluster(num_nodes):
+    """Makes ENGINE=ray run in this process, as on some machines; gives what each task was sent.
+
+    Everything crosses as bytes, as it would between machines.
+    """
+    sent = []
+
+    def on_nodes(ray, tasks, *, work, context, given):  # noqa: ARG001 - as ray_cluster.run
+        work, context = pickle.loads(pickle.dumps((work, context)))
+        for task in tasks:
+            own = pickle.loads(pickle.dumps(given(task)))
+            sent.append(own)
+            yield from run([task], work=work, context=context, num_workers=1, given={task: own}.get)
+
+    with (
+        mock.patch.object(ray_cluster, "connected", return_value=contextlib.nullcontext()),
+        mock.patch.object(ray_cluster, "num_nodes", return_value=num_nodes),
+        mock.patch.object(ray_cluster, "run", on_nodes),
+    ):
+        yield sent
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Mapping
 
 from preprocess.__main__ import made_by_make, run_program
-from preprocess.cli import Console, add_settings, read_settings
+from preprocess.cli import Console, add_settings, others_text, read_settings
+from preprocess.job import OthersMissing
 from shardspec.errors import redacted
 from vlm_shards.features import FeatureSettings, make_features, plan_features
 
@@ -30,7 +31,7 @@ def command_line() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     features = verbs.add_parser(
         "features", help="store what a frozen vision backbone makes of a dataset's pictures"
     )
-    add_settings(features, FeatureSettings)
+    add_settings(features, FeatureSettings, verb="features", groups=("the job",))
     return parser, {"features": features}
 
 
@@ -38,6 +39,9 @@ def _features(options: argparse.Namespace, console: Console) -> int:
     settings = read_settings(FeatureSettings, options)
     plan = plan_features(settings, console)
     done = make_features(plan, console)
+    if isinstance(done, OthersMissing):
+        console.show(others_text(settings.out, done))
+        return 0
     made = plan.features
     shape = ", ".join(map(str, made.row_shape))
     lines = [f"{redacted(settings.out)}: {made.dtype} [{shape}] for each row of a picture"]

@@ -7,8 +7,10 @@ shards are those of the source, and whatever reads shards reads these.
 1. The source is read as a reshard in its own order reads it. The backbone is loaded and shown the
    first picture, which says the shape of a row.
 2. Each shard of the source gives one of the same name: tar, index, and last a receipt. A shard with
-   a receipt of the same job is done: the same command resumes after any interruption.
-3. The manifest is written last, once all sources are still the versions that were planned with.
+   a receipt of the same job is done: the same command resumes after any interruption. A part of the
+   job makes every `count`-th shard.
+3. The manifest is written last, once all sources are still the versions that were planned with, by
+   the process after whose last shard none is missing.
 
 Bytes follow from the source, the weights, the settings and the machine's arithmetic: not from
 interruptions.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,26 +35,28 @@ from loader.features import Backbone, extract, load_backbone, show_pictures
 from loader.reading import ShardReader, StoredSample
 from loader.stream import stored_model, stored_view
 from preprocess.job import (
+    DividedJob,
+    OthersMissing,
+    OwnDiskOption,
+    PartOption,
     Reporter,
-    output_lock,
+    check_unfinished,
     publish_columns,
     read_columns,
     require_same_result,
     scratch_folder,
-    valid_receipts,
 )
 from preprocess.reshard import (
     ReshardPlan,
     ReshardSettings,
     check_sources,
-    check_unfinished,
     plan_reshard,
     publish_tokenizer,
     scratch_of,
 )
 from preprocess.settings import Setting
 from shardspec import storage
-from shardspec.errors import ConfigError, ConflictError, SampleError
+from shardspec.errors import ConfigError, SampleError, StorageError
 from shardspec.families import Pixtral, Processor
 from shardspec.features import FEATURES, FeatureType, StoredFeatures
 from shardspec.index import encode_index
@@ -127,6 +131,8 @@ class FeatureSettings:
     ] = "float32"
     device: Annotated[str, Setting("where it runs, such as cuda:0", metavar="DEVICE")] = "cpu"
     batch: Annotated[int, Setting("most pictures that it is shown at a time")] = 1
+    part: PartOption = None
+    own_disk: OwnDiskOption = "refuse"
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -310,62 +316,92 @@ def _rows(source: ReshardPlan, split: str) -> np.ndarray:
     )
 
 
-def make_features(plan: FeaturePlan, report: Reporter) -> FeatureOutcome:
-    """Writes the dataset, or finishes what an interrupted run began.
+def make_features(plan: FeaturePlan, report: Reporter) -> FeatureOutcome | OthersMissing:
+    """Writes the dataset or a part of it, or finishes what an interrupted run began.
+
+    Returns:
+      How it ended; `OthersMissing`: the shards of the part are made, while others are not.
 
     Raises:
       ConflictError: `job_conflict`: the output holds something else.
       ConfigError: `features_backbone`: it fails, or gives other rows than of the first picture.
       ShardError: A file of the source is damaged, or is not what it was.
       SampleError: `features_value`.
-      StorageError: The output cannot be written.
+      StorageError: The output cannot be written; `own_disk`, `part_busy`.
     """
-    out = plan.settings.out
+    job = _divided(plan)
     done = _finished(plan)
     if done is not None:
+        job.tidy_finished(scratch_of(job.out))
         return done
-    with output_lock(out) as require_held:
-        done = _finished(plan)  # once more: another job may have ended in between
-        if done is not None:
-            return done
-        check_unfinished(out)
-        storage.delete(scratch_of(out))
-        names = {_name(shard): shard for shard in _shards(plan)}
-        keys = {plan.build_key(split) for split in plan.splits}
-        found = valid_receipts(out, names, keys=keys)
-        missing = [shard for name, shard in names.items() if name not in found]
-        if len(missing) < len(names):
-            report.note(f"{len(names) - len(missing)} of {len(names)} shards are finished")
-        report.stage(FEATURES, sum(shard.nsamples for shard in missing))
-        for split in plan.splits:
-            reader = ShardReader(plan.settings.src, plan.manifest, split=split)
-            rows, first = _rows(plan.source, split), 0
-            for shard in plan.manifest.select(split):
-                numbers = range(first, first + shard.nsamples)
-                first += shard.nsamples
-                if _name(shard) in found:
-                    continue
-                samples = (reader.stored(number) for number in numbers)
-                own = rows[numbers.start : numbers.stop].copy()
-                found[_name(shard)] = _make_shard(plan, shard, samples, own, report)
-                require_held()
-        entries = tuple(found[name].shard for name in names)
-        columns = _columns(plan)
-        check_sources(plan.source)
-        publish_tokenizer(plan.source, report)
-        manifest = _manifest(plan, entries, columns)
-        payload = manifest.encode()
-        require_held()
-        if not storage.compare_and_swap(storage.join(out, MANIFEST_NAME), payload, replacing=None):
-            raise ConflictError("manifest_conflict.overtaken", where=out)
-        storage.delete(scratch_of(out))
-        if storage.is_local(out):
-            storage.delete_temporaries(out)
+    try:
+        with job.held(report) as (board, require_held):
+            # Once more: another job may have ended in between.
+            return _finished(plan) or _make(plan, job, board, require_held)
+    except StorageError as error:
+        done = _finished(plan) if job.has_ended(error) else None
+        if done is None:
+            raise
+        return done
+
+
+def _divided(plan: FeaturePlan) -> DividedJob:
+    return DividedJob(
+        out=plan.settings.out,
+        kind="features of",
+        dataset=plan.manifest.dataset,
+        names={
+            split: [_name(shard) for shard in plan.manifest.select(split)] for split in plan.splits
+        },
+        build_keys={split: plan.build_key(split) for split in plan.splits},
+        sources={split: plan.source_of(split) for split in plan.splits},
+        part=plan.settings.part,
+        own_disk=plan.settings.own_disk,
+    )
+
+
+def _make(
+    plan: FeaturePlan, job: DividedJob, report: Reporter, require_held: Callable[[], None]
+) -> FeatureOutcome | OthersMissing:
+    out = job.out
+    check_unfinished(out)
+    storage.delete(scratch_of(out, job.part))
+    job.publish_notes()
+    own, found = job.own_names, job.receipts()
+    missing = {name for name in own if name not in found}
+    if len(missing) < len(own):
+        report.note(f"{len(own) - len(missing)} of {len(own)} shards are finished")
+    shards = _shards(plan)
+    report.stage(FEATURES, sum(shard.nsamples for shard in shards if _name(shard) in missing))
+    for split in plan.splits:
+        reader = ShardReader(plan.settings.src, plan.manifest, split=split)
+        rows, first = _rows(plan.source, split), 0
+        for shard in plan.manifest.select(split):
+            numbers = range(first, first + shard.nsamples)
+            first += shard.nsamples
+            if _name(shard) not in missing:
+                continue
+            samples = (reader.stored(number) for number in numbers)
+            index = rows[numbers.start : numbers.stop].copy()
+            found[_name(shard)] = _make_shard(plan, shard, samples, index, report)
+            require_held()
+    found = found if job.part is None else job.receipts()
+    others = job.others_missing(found)
+    if others is not None:
+        return others
+    entries = tuple(found[name].shard for name in job.all_names)
+    columns = _columns(plan)
+    check_sources(plan.source)
+    publish_tokenizer(plan.source, report)
+    manifest = _manifest(plan, entries, columns)
+    require_held()
+    fresh = job.publish_manifest(manifest)
+    job.tidy(scratch_of(out))
     return FeatureOutcome(
         manifest=manifest,
-        sha256=hashlib.sha256(payload).hexdigest(),
+        sha256=hashlib.sha256(manifest.encode()).hexdigest(),
         made_shards=len(missing),
-        fresh=True,
+        fresh=fresh,
     )
 
 
@@ -390,7 +426,7 @@ def _make_shard(
     made = extract(samples, plan.view, plan.backbone, batch=plan.settings.batch)
     receipt_url = storage.join(out, "receipts", f"{_name(shard)}.json")
     with ExitStack() as stack:
-        folder = stack.enter_context(scratch_folder(scratch_of(out)))
+        folder = stack.enter_context(scratch_folder(scratch_of(out, plan.settings.part)))
         path = folder / "shard.tar"
         with storage.translate_errors(str(path)), path.open("wb") as stream:
             writer = TarWriter(stream)

@@ -21,6 +21,7 @@ from preprocess.annotate.join import Joined, UnknownKeys, join, parse_fills
 from preprocess.annotate.table import ColumnTable, read_table
 from preprocess.job import (
     Reporter,
+    check_unfinished,
     output_lock,
     publish_columns,
     read_columns,
@@ -30,7 +31,6 @@ from preprocess.reshard import (
     ReshardPlan,
     ReshardSettings,
     check_sources,
-    check_unfinished,
     plan_reshard,
     portable_url,
     publish_tokenizer,

@@ -8,7 +8,7 @@ from preprocess.cli import annotate, build, care, doctor, exchange, own, reshard
 from preprocess.cli.config import with_files
 from preprocess.cli.make import make_arguments, make_variables
 from preprocess.cli.options import add_settings, read_settings
-from preprocess.cli.verbs import Console, Verb
+from preprocess.cli.verbs import Console, Verb, others_text
 
 VERBS = (
     *build.VERBS,
@@ -28,6 +28,7 @@ __all__ = [
     "add_settings",
     "make_arguments",
     "make_variables",
+    "others_text",
     "read_settings",
     "with_files",
 ]

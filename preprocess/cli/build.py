@@ -10,14 +10,13 @@ from typing import Annotated
 
 from preprocess.cli.config import add_config
 from preprocess.cli.options import add_settings, read_settings
-from preprocess.cli.verbs import Console, Verb, default_output
+from preprocess.cli.verbs import Console, Verb, default_output, others_text
 from preprocess.datasets import dataset_class, dataset_names
 from preprocess.job import (
     Downloads,
     DryRun,
     JobSettings,
     Outcome,
-    PartOutcome,
     commit_job,
     count_rows,
     dry_run,
@@ -171,7 +170,7 @@ def _shards(options: argparse.Namespace, console: Console) -> int:
         return 0
     part = run_part(settings, console)
     if part.result is None:
-        console.show(_part_text(settings, part))
+        console.show(others_text(settings.out, part))
     else:
         done = Outcome(
             result=part.result, built_shards=part.built_shards, fresh=part.fresh, seconds=0.0
@@ -193,14 +192,6 @@ def _commit(options: argparse.Namespace, console: Console) -> int:
     settings = job_settings(options)
     console.show(_outcome_text(settings, commit_job(settings, console)))
     return 0
-
-
-def _part_text(settings: JobSettings, outcome: PartOutcome) -> str:
-    return (
-        f"{redacted(settings.out)}: part {outcome.part} has built its {outcome.num_shards} shards; "
-        f"{outcome.missing_shards} of other parts are missing, and whoever builds the last of them "
-        "commits"
-    )
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:

@@ -11,6 +11,10 @@ from typing import Annotated
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb
 from preprocess.job import (
+    Engine,
+    EngineOption,
+    PartOption,
+    RayAddressOption,
     State,
     find_strays,
     output_lock,
@@ -20,7 +24,7 @@ from preprocess.job import (
     verify,
 )
 from preprocess.report import ReportSettings, make_report
-from preprocess.settings import Setting
+from preprocess.settings import Setting, usable_cores
 from preprocess.sizes import age_text, parse_age_s, size_text
 from shardspec import storage
 from shardspec.errors import redacted
@@ -32,6 +36,19 @@ class VerifySettings:
 
     out: Annotated[str, Setting("folder or URL of the dataset", positional=True)]
     deep: Annotated[bool, Setting("decode every image as well")] = False
+    num_workers: Annotated[
+        int,
+        Setting(
+            "number of processes, for datasets that are worth it",
+            flag="workers",
+            group="the job",
+            shown="all cores",
+            unset=usable_cores,
+        ),
+    ] = 1
+    engine: EngineOption = "local"
+    ray_address: RayAddressOption = ""
+    part: PartOption = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +89,16 @@ def _status(options: argparse.Namespace, console: Console) -> int:
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
     settings = read_settings(VerifySettings, options)
-    findings = verify(settings.out, console, deep=settings.deep)
+    with Engine(settings) as engine:
+        findings = verify(
+            settings.out, console, deep=settings.deep, part=settings.part, engine=engine
+        )
     for error in findings:
         console.fail(error)
     if findings:
         return findings[0].exit_code
-    console.show(f"{redacted(settings.out)}: every shard matches the manifest")
+    whose = "" if settings.part is None else f" of part {settings.part}"
+    console.show(f"{redacted(settings.out)}: every shard{whose} matches the manifest")
     return 0
 
 
@@ -115,7 +136,7 @@ VERBS = (
     Verb(
         name="verify",
         help="compare every stored byte with the manifest",
-        add=lambda parser: add_settings(parser, VerifySettings),
+        add=lambda parser: add_settings(parser, VerifySettings, verb="verify", groups=("the job",)),
         run=_verify,
     ),
     Verb(

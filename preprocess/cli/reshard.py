@@ -8,20 +8,21 @@ from functools import partial
 from typing import Annotated
 
 from preprocess.cli.options import add_settings, read_settings
-from preprocess.cli.verbs import Console, Verb
+from preprocess.cli.verbs import Console, Verb, others_text
+from preprocess.job import OthersMissing
 from preprocess.reshard import (
     ReaderCluster,
     Resharded,
     ReshardPlan,
     ReshardSettings,
     plan_reshard,
-    reshard,
+    reshard_part,
 )
 from preprocess.settings import Setting
 from preprocess.sizes import size_text
 from shardspec.errors import ConfigError, redacted
 
-_GROUPS = ("what to make", "how")
+_GROUPS = ("what to make", "how", "the job")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,11 @@ def _reshard(options: argparse.Namespace, console: Console) -> int:
     plan = plan_reshard(reshard_settings(options), console)
     console.show(plan_text(plan))
     if not options.dry_run:
-        console.show(outcome_text(plan, reshard(plan, console)))
+        outcome = reshard_part(plan, console)
+        if isinstance(outcome, OthersMissing):
+            console.show(others_text(plan.settings.out, outcome))
+        else:
+            console.show(outcome_text(plan, outcome))
     return 0
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from preprocess.job import Reporter
+from preprocess.job import Part, Reporter
+from shardspec.errors import redacted
 
 
 class Console(Reporter, Protocol):
@@ -36,3 +37,28 @@ class Verb:
 def default_output(dataset: str) -> str:
     """Names the output of a dataset for which no other is given."""
     return f"shards/{dataset}"
+
+
+class OthersMissing(Protocol):
+    """A part whose own shards are done, while others are not."""
+
+    @property
+    def part(self) -> Part:
+        """Which."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of this part."""
+
+    @property
+    def missing_shards(self) -> int:
+        """Shards of other parts."""
+
+
+def others_text(out: str, outcome: OthersMissing) -> str:
+    """Describes how such a part has ended."""
+    return (
+        f"{redacted(out)}: part {outcome.part} has built its {outcome.num_shards} shards; "
+        f"{outcome.missing_shards} of other parts are missing, and whoever builds the last of them "
+        "commits"
+    )

@@ -30,12 +30,13 @@ from preprocess.job import (
     Reporter,
     find_differences,
     output_lock,
+    read_notes,
     require_name,
     shard_name,
     table,
 )
 from preprocess.job.engines import local
-from preprocess.reshard import portable_url, read_notes, repeated_key
+from preprocess.reshard import portable_url, repeated_key
 from preprocess.settings import Setting, usable_cores
 from shardspec import storage
 from shardspec.checksum import crc32

@@ -13,9 +13,23 @@ from preprocess.job.build import (
 )
 from preprocess.job.columns import publish_columns, read_columns
 from preprocess.job.conflicts import Difference, find_differences, require_same_result, table
+from preprocess.job.divided import (
+    DividedJob,
+    OthersMissing,
+    check_unfinished,
+    read_notes,
+)
 from preprocess.job.dry_run import Downloads, DryRun, dry_run
+from preprocess.job.engines.engine import Engine, NodeProof, node_proof
 from preprocess.job.gc import find_strays, remove_strays
-from preprocess.job.job import JobSettings, Reporter
+from preprocess.job.job import (
+    EngineOption,
+    JobSettings,
+    OwnDiskOption,
+    PartOption,
+    RayAddressOption,
+    Reporter,
+)
 from preprocess.job.lease import output_lock
 from preprocess.job.part_run import PartOutcome, run_part
 from preprocess.job.pipeline import Outcome, commit_job, run_job
@@ -37,7 +51,18 @@ from preprocess.job.status import State, read_status, status_text
 from preprocess.job.verify import verify
 
 __all__ = [
+    "DividedJob",
+    "Engine",
+    "EngineOption",
     "JobSettings",
+    "NodeProof",
+    "OthersMissing",
+    "OwnDiskOption",
+    "PartOption",
+    "RayAddressOption",
+    "check_unfinished",
+    "node_proof",
+    "read_notes",
     "Outcome",
     "Part",
     "PartOutcome",

@@ -23,7 +23,7 @@ from preprocess.datasets import DatasetBase, OwnDataset, Unmatched, dataset_clas
 from preprocess.fetch import LOCAL_CACHE, BlobCache, FetchPolicy
 from preprocess.job.build import rows_url, scratch_root
 from preprocess.job.generation import Growth, RowMarks
-from preprocess.job.plan import Part, generation_name, is_name, parse_part
+from preprocess.job.plan import OwnDisk, Part, generation_name, is_name, parse_part
 from preprocess.job.stamps import Compare, Compared, RowFiles, compare_files
 from preprocess.media import MemoryBudget
 from preprocess.model import ChatModel, load_model
@@ -43,10 +43,46 @@ DEAD_LINKS_SHARE = 0.4
 """In 2025, 22.5 % of PixMo-Cap's image URLs had died."""
 FAILED_ROWS_SHARE = 0.01
 
+NODES_FOLDER = "nodes"
+"""Folder, among the ledgers, of those that tasks on other machines write."""
+
 Duplicates = Literal["drop", "keep"]
-OwnDisk = Literal["refuse", "allow"]
 NewRows = Literal["refuse", "append"]
-Engine = Literal["local", "ray"]
+EngineName = Literal["local", "ray"]
+
+_DIVIDED = ("shards", "reshard", "merge", "split", "filter", "verify", "features")
+"""Verbs that many machines may share."""
+
+EngineOption = Annotated[
+    EngineName,
+    Setting("where the work is done: processes of this machine, or a Ray cluster", group="the job"),
+]
+RayAddressOption = Annotated[
+    str,
+    Setting(
+        "address of the Ray cluster, for example auto; else one of WORKERS cores is started",
+        group="the job",
+        metavar="ADDRESS",
+    ),
+]
+PartOption = Annotated[
+    Part | None,
+    Setting(
+        "do one of N equal parts only, numbered from 0; each runs on a machine of its own",
+        group="the job",
+        metavar="I/N",
+        parse=parse_part,
+        verbs=_DIVIDED,
+    ),
+]
+OwnDiskOption = Annotated[
+    OwnDisk,
+    Setting(
+        "whether the output of a job in parts may be on a disk that other machines do not see",
+        group="the job",
+        verbs=_DIVIDED,
+    ),
+]
 
 
 class Reporter(Protocol):
@@ -181,30 +217,9 @@ class JobSettings:
             unset=usable_cores,
         ),
     ] = 1
-    engine: Annotated[
-        Engine,
-        Setting(
-            "who builds the shards: processes of this machine, or a Ray cluster", group="the job"
-        ),
-    ] = "local"
-    ray_address: Annotated[
-        str,
-        Setting(
-            "address of the Ray cluster, for example auto; else one of WORKERS cores is started",
-            group="the job",
-            metavar="ADDRESS",
-        ),
-    ] = ""
-    part: Annotated[
-        Part | None,
-        Setting(
-            "build one of N equal parts only, numbered from 0; each runs on a machine of its own",
-            group="the job",
-            metavar="I/N",
-            parse=parse_part,
-            verbs=("shards",),
-        ),
-    ] = None
+    engine: EngineOption = "local"
+    ray_address: RayAddressOption = ""
+    part: PartOption = None
     events: Annotated[
         str | None,
         Setting(
@@ -230,14 +245,7 @@ class JobSettings:
             verbs=("shards",),
         ),
     ] = 600.0
-    own_disk: Annotated[
-        OwnDisk,
-        Setting(
-            "whether the output of a job in parts may be on a disk that other machines do not see",
-            group="the job",
-            verbs=("shards",),
-        ),
-    ] = "refuse"
+    own_disk: OwnDiskOption = "refuse"
     cache: Annotated[
         str,
         Setting(
@@ -400,7 +408,7 @@ class Job:
             settings.model or settings.tokenizer, pad_to=settings.pad_to, policy=recipe.text
         )
         local = storage.is_local(settings.cache)
-        self.local_cache = storage.local_path(settings.cache if local else LOCAL_CACHE)
+        self.local_cache = local_cache(settings.cache)
         """Local folder for ledgers, locks and unfinished files."""
         root = self.local_cache if local else settings.cache
         self.blobs = BlobCache(root, pack_bytes=settings.fetch.pack_bytes)
@@ -554,7 +562,7 @@ class Job:
         """Local folder for unfinished files, emptied when the job (or this part of it) starts."""
         part = self.settings.part
         root = Path(self.scratch_of_all)
-        return str(root if part is None else root / f"part-{part.index:05d}-of-{part.count:05d}")
+        return str(root if part is None else root / f"part-{part.stem}")
 
     @property
     def scratch_of_all(self) -> str:
@@ -583,14 +591,24 @@ class Job:
     def ledger_path(self) -> Path:
         """Where the results of this dataset's URLs are kept; a part has those of its hosts."""
         part = self.settings.part
-        name = self.name if part is None else f"{self.name}.{part.index:05d}-of-{part.count:05d}"
+        name = self.name if part is None else f"{self.name}.{part.stem}"
         return self.local_cache / "ledgers" / f"{name}.jsonl"
 
     def other_ledger_paths(self) -> list[Path]:
         """Lists the ledgers of this dataset from runs in another number of parts."""
         folder = self.local_cache / "ledgers"
-        found = [folder / f"{self.name}.jsonl", *folder.glob(f"{self.name}.?????-of-?????.jsonl")]
+        of_parts = f"{self.name}.?????-of-?????.jsonl"
+        found = [
+            folder / f"{self.name}.jsonl",
+            *folder.glob(of_parts),
+            *(folder / NODES_FOLDER).glob(of_parts),
+        ]
         return sorted(path for path in found if path.exists() and path != self.ledger_path())
+
+
+def local_cache(cache: str) -> Path:
+    """Names the folder for what a machine keeps of an image cache: its own, if that is a folder."""
+    return storage.local_path(cache if storage.is_local(cache) else LOCAL_CACHE)
 
 
 def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:
@@ -601,13 +619,13 @@ def library_versions(dataset: type[DatasetBase]) -> dict[str, str]:
     code = _own_code().copy()
     for path in dataset.code_files():
         code.update(path.read_bytes())
-    versions = {name: _version(name) for name in ("numpy", "pillow", "tokenizers")}
+    versions = {name: version_of(name) for name in ("numpy", "pillow", "tokenizers")}
     if dataset.videos:
         # Not imported here: the process that decodes has a compiled library of its own version.
-        versions["av"] = _version("av")
+        versions["av"] = version_of("av")
     for feature in ("libjpeg_turbo", "zlib", "webp", "littlecms2"):
         versions[feature] = str(PIL.features.version(feature))
-    versions["simplejpeg"] = _version("simplejpeg")
+    versions["simplejpeg"] = version_of("simplejpeg")
     return {**versions, "code_sha256": code.hexdigest()}
 
 
@@ -621,7 +639,8 @@ def _own_code() -> hashlib._Hash:
 
 
 @functools.cache
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Gives the version of an installed package, or "absent"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

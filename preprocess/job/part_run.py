@@ -24,10 +24,18 @@ from preprocess.fetch import FetchResult, host_key, redact
 from preprocess.job.board import Board
 from preprocess.job.build import find_receipts
 from preprocess.job.commit import Committed, check_bad_samples, commit, committed
+from preprocess.job.engines.engine import Engine
+from preprocess.job.fetching import fetch_images
 from preprocess.job.generation import RowMarks
 from preprocess.job.job import Job, JobSettings, Reporter
 from preprocess.job.lease import LEASE_NAME, read_lease
-from preprocess.job.parts import HeldPart, PartOfJob, forget_parts, join_job
+from preprocess.job.parts import (
+    HeldPart,
+    PartOfJob,
+    forget_parts,
+    join_job,
+    require_shared,
+)
 from preprocess.job.pipeline import (
     Outcome,
     build_context,
@@ -44,7 +52,6 @@ from preprocess.job.plan import Part
 from preprocess.job.planner import (
     Plan,
     drop_plan,
-    fetch_images,
     image_urls,
     load_plan,
     make_plan,
@@ -95,7 +102,7 @@ def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
     if result is not None and job.growth is None:
         tidy_finished(job)
         return _finished(part, result)
-    _require_shared(job, part)
+    require_shared(settings.out, part, settings.own_disk)
     board = make_board(job, report)
     me = PartOfJob(
         part=part,
@@ -133,14 +140,21 @@ def _finished(part: Part, result: Committed) -> PartOutcome:
 
 def _work(job: Job, part: Part, held: HeldPart, board: Board) -> PartOutcome:
     storage.delete(job.scratch)
-    plan = _agree_on_plan(job, held, board)
+    with Engine(job.settings) as engine:
+        return _work_on(job, part, held, board, engine)
+
+
+def _work_on(job: Job, part: Part, held: HeldPart, board: Board, engine: Engine) -> PartOutcome:
+    plan = _agree_on_plan(job, held, board, engine)
     if plan is None:
         result = committed(job)
         assert result is not None
         return _finished(part, result)
     if plan.cache_token and not job.blobs.has_token(plan.cache_token):
         raise StorageError("cache_not_shared.part", where=job.blobs.url, part=str(part))
-    _, built = build_missing(job, plan, board, held.check, part=part, on_shard=board.shard)
+    _, built = build_missing(
+        job, plan, board, held.check, engine=engine, part=part, on_shard=board.shard
+    )
     storage.delete(job.scratch)
     storage.delete_if_empty(job.scratch_of_all)
     mine = len(part.shards(plan.num_shards))
@@ -172,18 +186,7 @@ def _work(job: Job, part: Part, held: HeldPart, board: Board) -> PartOutcome:
     )
 
 
-def _require_shared(job: Job, part: Part) -> None:
-    """Refuses an output that parts on other machines cannot see: each would begin one of its own.
-
-    That a part sees the same output as the others shows when it joins them; whether there are
-    others that it does not see shows nowhere.
-    """
-    s = job.settings
-    if part.count > 1 and s.own_disk == "refuse" and storage.is_own_disk(s.out):
-        raise StorageError("own_disk", where=s.out, part=str(part))
-
-
-def _agree_on_plan(job: Job, held: HeldPart, board: Board) -> Plan | None:
+def _agree_on_plan(job: Job, held: HeldPart, board: Board, engine: Engine) -> Plan | None:
     """Gives the frozen plan, which this part or another has made; None if the job has ended."""
     urls: list[str] | None = None
     marks = job.row_marks()
@@ -199,7 +202,7 @@ def _agree_on_plan(job: Job, held: HeldPart, board: Board) -> Plan | None:
         if urls is None:
             urls = image_urls(job, board, marks)
             if urls:
-                _fetch_share(job, urls, held, board)
+                _fetch_share(job, urls, held, board, engine)
         missing = held.not_fetched() if urls else []
         if not missing:
             if not _try_to_plan(job, urls, marks, held, board):
@@ -230,11 +233,13 @@ def _pause(turn: int) -> None:
     threading.Event().wait(POLL_S * min(1 + turn / 10, 5))
 
 
-def _fetch_share(job: Job, urls: list[str], held: HeldPart, board: Board) -> None:
+def _fetch_share(job: Job, urls: list[str], held: HeldPart, board: Board, engine: Engine) -> None:
     """Downloads the images of this part's hosts, and hands in how that ended."""
     part = held.me.part
     mine = [url for url in urls if part.has_host(host_key(url))]
-    results = fetch_images(job, mine, board, again=check_conflict(job) is None)
+    again = check_conflict(job) is None
+    token = cache_token(job)
+    results = fetch_images(job, mine, board, again=again, engine=engine, cache_token=token)
     held.check()
     held.publish_fetched(results)
 

@@ -42,7 +42,7 @@ from preprocess.job.lease import (
     read_lease,
     require_no_parts,
 )
-from preprocess.job.plan import Part
+from preprocess.job.plan import OwnDisk, Part
 from shardspec import storage
 from shardspec.documents import read_json
 from shardspec.errors import ConflictError, ShardsError, StorageError
@@ -296,6 +296,19 @@ def join_job(
         raise
     finally:
         held.end(outcome)
+
+
+def require_shared(output: str, part: Part, own_disk: OwnDisk) -> None:
+    """Refuses an output that parts on other machines cannot see: each would begin one of its own.
+
+    That a part sees the same output as the others shows when it joins them; whether there are
+    others that it does not see shows nowhere.
+
+    Raises:
+      StorageError: `own_disk`.
+    """
+    if part.count > 1 and own_disk == "refuse" and storage.is_own_disk(output):
+        raise StorageError("own_disk", where=output, part=str(part))
 
 
 def forget_parts(output: str, job: str) -> None:

@@ -26,8 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from preprocess.datasets import dataset_class
-from preprocess.fetch import BlobCache
 from preprocess.job.board import Board, ShardEvent
 from preprocess.job.build import (
     BuildContext,
@@ -44,11 +42,12 @@ from preprocess.job.commit import (
     withdraw_split,
 )
 from preprocess.job.conflicts import check_same, find_differences, table
-from preprocess.job.engines import local, ray_cluster
+from preprocess.job.engines import local
+from preprocess.job.engines.engine import Engine, node_proof
 from preprocess.job.events import EventLog
 from preprocess.job.generation import generation_of
 from preprocess.job.grown import find_growth, require_same_files
-from preprocess.job.job import Job, JobSettings, Reporter, library_versions
+from preprocess.job.job import Job, JobSettings, Reporter
 from preprocess.job.lease import output_lock
 from preprocess.job.parts import forget_parts
 from preprocess.job.plan import Part, shard_borders
@@ -172,14 +171,18 @@ def _make(
 ) -> tuple[Committed, int]:
     """Plans, builds and commits what is missing; returns the result and the shards built."""
     storage.delete(job.scratch)
-    token = cache_token(job) if job.settings.engine == "ray" else ""
-    plan = load_plan(job, board) or make_plan(job, board, promised=promised, cache_token=token)
-    try:
-        receipts, built = build_missing(job, plan, board, check_held, on_shard=board.shard)
-    except StorageError as error:
-        if error.reason in ("blob_missing", "blob_corrupt"):
-            drop_plan(job)  # so that the same command fetches it again
-        raise
+    with Engine(job.settings) as engine:
+        plan = load_plan(job, board) or make_plan(
+            job, board, promised=promised, cache_token=cache_token(job), engine=engine
+        )
+        try:
+            receipts, built = build_missing(
+                job, plan, board, check_held, engine=engine, on_shard=board.shard
+            )
+        except StorageError as error:
+            if error.reason in ("blob_missing", "blob_corrupt"):
+                drop_plan(job)  # so that the same command fetches it again
+            raise
     check_bad_samples(job, plan, receipts)
     check_held()
     result = commit(job, plan, receipts)
@@ -344,6 +347,7 @@ def build_missing(
     report: Reporter,
     check_held: Callable[[], None],
     *,
+    engine: Engine,
     part: Part | None = None,
     on_shard: Callable[[int, ShardEvent], None] = lambda shard, what: None,  # noqa: ARG005
 ) -> tuple[list[Receipt], int]:
@@ -354,6 +358,7 @@ def build_missing(
       plan: What to build.
       report: Gets the progress.
       check_held: Raises where another job may have taken the output.
+      engine: Where.
       part: Whose shards are built; None for all.
       on_shard: Called with what happens to each shard.
 
@@ -368,7 +373,16 @@ def build_missing(
         report.note(f"{len(receipts)} of {len(wanted)} shards are finished")
     borders = plan.borders or shard_borders(plan.num_samples, num_shards=plan.num_shards)
     report.stage("build", int(sum(borders[shard + 1] - borders[shard] for shard in missing)))
-    for event in _run(job, plan, missing, context):
+    proof = None
+    if missing and not engine.is_local:
+        proof = node_proof(
+            job.settings.out,
+            plan_url(job),
+            dataset=job.settings.dataset,
+            cache=job.blobs.url,
+            cache_token=plan.cache_token,
+        )
+    for event in engine.run(missing, work=_build_task, context=context, proof=proof):
         check_held()
         on_shard(event.task, _SHARD_EVENTS[type(event)])
         if isinstance(event, local.TaskLost):
@@ -380,57 +394,6 @@ def build_missing(
         else:
             report.step(event.note)
     return [receipts[shard] for shard in wanted], len(missing)
-
-
-def _run(job: Job, plan: Plan, missing: list[int], context: BuildContext) -> Iterator[local.Event]:
-    """Runs the tasks of a plan on the engine of the job."""
-    workers = job.settings.num_workers
-    if job.settings.engine == "local":
-        return local.run(missing, work=_build_task, context=context, num_workers=workers)
-    cluster = _Cluster(
-        context=context,
-        dataset=job.settings.dataset,
-        libraries=job.libraries,
-        plan_url=plan_url(job),
-        cache_token=plan.cache_token,
-    )
-    return ray_cluster.run(
-        missing,
-        work=_cluster_task,
-        context=cluster,
-        num_workers=workers,
-        address=job.settings.ray_address,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Cluster:
-    """What every task on another machine shares, and how it tells that it may work."""
-
-    context: BuildContext
-    dataset: str
-    libraries: Mapping[str, str]
-    """Of the process that has planned."""
-    plan_url: str
-    cache_token: str
-
-
-def _cluster_task(
-    cluster: _Cluster, shard: int, report: Callable[[str | int], None]
-) -> local.Deferred:
-    """Builds a shard on a machine that must have the same code, libraries and storage."""
-    where = platform.node()
-    found = find_differences(cluster.libraries, library_versions(dataset_class(cluster.dataset)))
-    if found:
-        raise ConflictError(
-            "mixed_cluster", where=where, table=table(found, heads=("of the job", "on this node"))
-        )
-    plan, cache = read_json(cluster.plan_url) or {}, BlobCache(cluster.context.blobs)
-    if plan.get("build_key") != cluster.context.build_key:
-        raise StorageError("output_not_shared", where=cluster.context.out, node=where)
-    if cluster.cache_token and not cache.has_token(cluster.cache_token):
-        raise StorageError("cache_not_shared.node", where=cluster.context.blobs, node=where)
-    return _build_task(cluster.context, shard, report)
 
 
 def _intact(

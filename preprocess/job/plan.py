@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +26,10 @@ MAX_PARTS = 10_000
 
 MIN_SHARD_BYTES = 4 * 2**20
 """Shards are not made smaller than this to reach a multiple."""
+
+
+OwnDisk = Literal["refuse", "allow"]
+"""What a job in parts does with an output that other machines do not see."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,26 @@ class Part:
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
+
+    @property
+    def stem(self) -> str:
+        """Its name in those of files.
+
+        >>> Part(index=3, count=64).stem
+        '00003-of-00064'
+        """
+        return f"{self.index:05d}-of-{self.count:05d}"
+
+    def divide(self, count: int) -> list[Part]:
+        """Divides a part; each host of it belongs to one of the results.
+
+        >>> [str(each) for each in Part(index=1, count=3).divide(2)]
+        ['1/6', '4/6']
+        """
+        most = max(1, min(count, MAX_PARTS // self.count))
+        return [
+            Part(index=self.index + self.count * i, count=self.count * most) for i in range(most)
+        ]
 
     def shards(self, num_shards: int) -> range:
         """Gives the shards of this part.

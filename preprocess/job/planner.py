@@ -46,13 +46,12 @@ from preprocess.datasets import (
 from preprocess.documents import page_identity
 from preprocess.fetch import (
     FetchResult,
-    Ledger,
-    fetch_all,
     mark_placeholders,
-    read_ledger,
     redact,
 )
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
+from preprocess.job.engines.engine import Engine
+from preprocess.job.fetching import fetch_images
 from preprocess.job.generation import RowMarks, StoredMarks, encode_marks
 from preprocess.job.job import (
     DEAD_LINKS_SHARE,
@@ -189,6 +188,7 @@ def make_plan(
     fetched: Mapping[str, FetchResult] | None = None,
     marks: RowMarks | None = None,
     cache_token: str = "",
+    engine: Engine | None = None,
     check_held: Callable[[], None] = lambda: None,
 ) -> Plan:
     """Fetches the images and freezes a plan.
@@ -218,7 +218,15 @@ def make_plan(
     if results is None or marks is None:
         urls = image_urls(job, report, marks := job.row_marks())
         if results is None:
-            results = fetch_images(job, urls, report, again=promised is None)
+            results = fetch_images(
+                job,
+                urls,
+                report,
+                again=promised is None,
+                engine=engine,
+                cache_token=cache_token,
+                mark=job.identity_url,
+            )
     held = _held_out_urls(job)
     own = {url: result for url, result in results.items() if url not in held}
     marked = _without_placeholders(job, own, report)
@@ -959,54 +967,6 @@ def image_urls(job: Job, report: Reporter, marks: RowMarks | None = None) -> lis
             marks.add(example)
         report.step("")
     return [*urls, *sorted(_held_out_urls(job))]
-
-
-def fetch_images(
-    job: Job, urls: Sequence[str], report: Reporter, *, again: bool
-) -> dict[str, FetchResult]:
-    """Downloads images into the cache.
-
-    Args:
-      job: The job.
-      urls: What to download.
-      report: Gets the progress.
-      again: Whether transient failures of earlier runs are requested again.
-
-    Returns:
-      How each URL has ended.
-    """
-    if not urls:
-        return {}
-    policy = job.settings.fetch
-    if not again:
-        policy = dataclasses.replace(policy, retry="none")
-    report.stage("fetch", len(set(urls)))
-    with Ledger(job.ledger_path()) as ledger:
-        _copy_known(job, ledger, urls)
-        return fetch_all(
-            urls,
-            cache=job.blobs,
-            ledger=ledger,
-            policy=policy,
-            limits=job.settings.recipe.image.limits,
-            videos=job.dataset.videos,
-            ocr_files=job.dataset.ocr_files,
-            on_result=lambda result: report.step(result.reason),
-        )
-
-
-def _copy_known(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
-    """Copies what runs in another number of parts know of some URLs, so that none is fetched twice.
-
-    Only URLs that the ledger lacks: this is done when a part is first run.
-    """
-    others = job.other_ledger_paths()
-    wanted = {name for name in map(redact, urls) if ledger.get(name) is None} if others else set()
-    for path in others if wanted else ():
-        known = read_ledger(path)
-        for name in sorted(wanted & known.keys()):
-            ledger.append(known[name])
-        wanted -= known.keys()
 
 
 def _without_placeholders(

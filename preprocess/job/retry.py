@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 
 from preprocess.fetch import read_ledger, redact
 from preprocess.job.commit import committed
+from preprocess.job.engines.engine import Engine
+from preprocess.job.fetching import fetch_images
 from preprocess.job.job import Job, JobSettings, Reporter
 from preprocess.job.lease import output_lock
-from preprocess.job.pipeline import Outcome, check_conflict, run_job
-from preprocess.job.planner import drop_plan, fetch_images, image_urls
+from preprocess.job.pipeline import Outcome, cache_token, check_conflict, run_job
+from preprocess.job.planner import drop_plan, image_urls
 from shardspec.errors import ConfigError
 
 
@@ -48,7 +50,10 @@ def retry_job(settings: JobSettings, report: Reporter) -> Retried:
         except FileNotFoundError:
             known = {}
         failed = {name for name in names if name not in known or known[name].status != "ok"}
-        results = fetch_images(job, urls, report, again=True)
+        with Engine(settings) as engine:
+            results = fetch_images(
+                job, urls, report, again=True, engine=engine, cache_token=cache_token(job)
+            )
         came = {result.url for result in results.values() if result.status == "ok"} & failed
         if came:
             drop_plan(job)

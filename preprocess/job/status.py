@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,11 +143,12 @@ def read_status(out: str) -> OutputStatus:
         }
     listed = storage.list_names(storage.join(out, "plan"))
     begun = {name.removesuffix(".json") for name in listed if re.fullmatch(r"[\w-]+\.json", name)}
-    planned = {name for name in listed if _plan(out, name) is not None}
+    plans = {name: plan for name in listed if (plan := _plan(out, name)) is not None}
+    copied = {name for name, plan in plans.items() if plan.get("kind") == "reshard"}
     record = read_lease(storage.join(out, LEASE_NAME)) or {}
-    open_splits = sorted((begun - splits.keys()) | (planned & begun))
+    open_splits = sorted((begun - splits.keys()) | (plans.keys() & begun) | copied)
     in_parts = record.get("split") if "parts" in record else None
-    if in_parts is not None and in_parts not in splits and in_parts not in open_splits:
+    if in_parts and in_parts not in splits and in_parts not in open_splits:
         open_splits.append(str(in_parts))
     jobs = tuple(_job_status(out, split, record) for split in open_splits)
     if manifest is None and not jobs and not record:
@@ -169,15 +170,23 @@ def _job_status(out: str, split: str, record: Mapping[str, Any]) -> JobStatus:
     identity = read_json(storage.join(out, "plan", f"{split}.json")) or {}
     plan = _plan(out, split) or {}
     # The name of the result, which shards and receipts have.
-    dataset = str(identity.get("name") or identity.get("dataset", record.get("dataset", "")))
+    dataset = str(
+        identity.get("name")
+        or identity.get("dataset")
+        or plan.get("dataset")
+        or record.get("dataset", "")
+    )
     num_shards = plan.get("num_shards")
     num_shards = num_shards if isinstance(num_shards, int) else None
     generation = plan.get("generation", 0)
-    done = _finished_shards(
-        out, dataset, split, num_shards, generation if isinstance(generation, int) else 0
-    )
+    names = plan.get("names")
+    if not isinstance(names, list):
+        number = generation if isinstance(generation, int) else 0
+        names = _shard_names(dataset, split, num_shards, number)
+    done = _finished_shards(out, names)
     title = f"{dataset}, split {split}"
-    if "parts" not in record or record.get("split") != split:
+    # The parts of a reshard do all of its splits.
+    if "parts" not in record or record.get("split") not in (split, ""):
         life = Watch().look(storage.join(out, LEASE_NAME))[0] if record else "absent"
         return _single(record, life, title=title, num_shards=num_shards, shards_done=len(done))
     count, folder = int(record["parts"]), storage.join(out, parts_folder(str(record["job"])))
@@ -214,19 +223,18 @@ def _single(
     )
 
 
-def _finished_shards(
-    out: str, dataset: str, split: str, num_shards: int | None, generation: int
-) -> set[int]:
+def _shard_names(dataset: str, split: str, num_shards: int | None, generation: int) -> list[str]:
+    count = num_shards or 0
+    return [
+        shard_name(dataset, split, shard, num_shards=count, generation=generation)
+        for shard in range(count)
+    ]
+
+
+def _finished_shards(out: str, names: Sequence[object]) -> set[int]:
     """Lists the shards with a receipt."""
-    if num_shards is None:
-        return set()
-    names = set(storage.list_names(storage.join(out, "receipts")))
-    return {
-        shard
-        for shard in range(num_shards)
-        if shard_name(dataset, split, shard, num_shards=num_shards, generation=generation) + ".json"
-        in names
-    }
+    found = set(storage.list_names(storage.join(out, "receipts"))) if names else set()
+    return {shard for shard, name in enumerate(names) if f"{name}.json" in found}
 
 
 def _look(folder: str, count: int) -> list[tuple[Life, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """VERIFY: reads a finished dataset and compares every byte with what the manifest promises.
 
-Shards of object stores are copied to the local disk for it, one at a time; none is held in memory.
+A task reads one file. Shards of object stores are copied to the local disk for it, one at a time;
+none is held in memory. Nothing is written, so parts need to know nothing of each other.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,13 +19,22 @@ from typing import IO, Any
 import numpy as np
 
 from preprocess.job.columns import read_columns
+from preprocess.job.engines.engine import Engine, node_proof
+from preprocess.job.engines.local import Event, TaskDone, TaskLost
 from preprocess.job.job import Reporter
+from preprocess.job.plan import Part
 from shardspec import storage
 from shardspec.checksum import crc32
 from shardspec.errors import ShardError, ShardsError
 from shardspec.features import FEATURES, StoredFeatures
 from shardspec.index import open_index, sample_layout
-from shardspec.manifest import TOKENIZER_NAME, FileEntry, Manifest, require_manifest
+from shardspec.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    FileEntry,
+    Manifest,
+    require_manifest,
+)
 from shardspec.media import decode_stored
 from shardspec.probe import check_stored_tokenizer
 from shardspec.sample import (
@@ -45,42 +56,89 @@ from shardspec.video import read_frames
 _Decode = Callable[..., np.ndarray]
 """Reads an image as it is stored: (payload, where=)."""
 
+PROCESS_BYTES = 512 * 2**20
+"""Smaller datasets are read in this process, before others would have begun."""
 
-def verify(url: str, report: Reporter, *, deep: bool = False) -> list[ShardsError]:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyContext:
+    """What every task shares."""
+
+    url: str
+    manifest: Manifest
+    deep: bool
+
+
+def verify(
+    url: str,
+    report: Reporter,
+    *,
+    deep: bool = False,
+    part: Part | None = None,
+    engine: Engine | None = None,
+) -> list[ShardsError]:
     """Checks every shard of a dataset.
 
     Args:
       url: The dataset.
       report: Gets a step per shard.
       deep: Decode every image, or read its features, as well.
+      part: Which of the files are read, every `count`-th; None for all.
+      engine: Where they are read; None for this process.
 
     Returns:
       What is wrong, at most one finding a file; [] where all is as promised.
 
     Raises:
       ManifestError: There is no readable manifest.
+      StorageError: A worker died again and again.
     """
     manifest = require_manifest(url)
+    part = part or Part(index=0, count=1)
     findings: list[ShardsError] = []
-    if not manifest.raw:
+    if not manifest.raw and part.index == 0:
         try:
             _verify_tokenizer(manifest, storage.join(url, TOKENIZER_NAME))
         except ShardError as error:
             findings.append(error)
     if manifest.columns is not None:
-        for shard in manifest.shards:
+        for shard in part.shards(len(manifest.shards)):
             try:
-                read_columns(url, manifest, shard)
+                read_columns(url, manifest, manifest.shards[shard])
             except ShardError as error:
                 findings.append(error)
-    report.stage("verify", len(manifest.files))
-    for file in manifest.files:
-        try:
-            _verify_file(url, file, manifest, decode=_decoder(manifest) if deep else None)
-        except ShardsError as error:
-            findings.append(error)
-        report.step(findings[-1].reason if findings and findings[-1].where else "")
-    return findings
+    files = part.shards(len(manifest.files))
+    report.stage("verify", len(files))
+    context = VerifyContext(url=url, manifest=manifest, deep=deep)
+    by_file: dict[int, list[ShardsError]] = {}
+    for event in _run(context, files, engine):
+        if isinstance(event, TaskLost):
+            report.note(f"a worker died (exit code {event.exit_code}); its shard is read again")
+        elif isinstance(event, TaskDone):
+            by_file[event.task] = event.value
+            report.step("".join(error.reason for error in event.value))
+    return [*findings, *(error for file in files for error in by_file[file])]
+
+
+def _run(context: VerifyContext, files: Sequence[int], engine: Engine | None) -> Iterator[Event]:
+    num_bytes = sum(context.manifest.files[file].num_bytes for file in files)
+    if engine is None or (engine.is_local and num_bytes < PROCESS_BYTES):
+        return (TaskDone(task=file, value=verify_file(context, file, _ignored)) for file in files)
+    proof = None
+    if not engine.is_local:
+        proof = node_proof(context.url, storage.join(context.url, MANIFEST_NAME))
+    return engine.run(files, work=verify_file, context=context, proof=proof)
+
+
+def verify_file(context: VerifyContext, task: int, report: object) -> list[ShardsError]:  # noqa: ARG001
+    """Checks one file; gives what is wrong with it, if anything."""
+    manifest = context.manifest
+    try:
+        decode = _decoder(manifest) if context.deep else None
+        _verify_file(context.url, manifest.files[task], manifest, decode=decode)
+    except ShardsError as error:
+        return [error]
+    return []
 
 
 def _decoder(manifest: Manifest) -> _Decode | None:
@@ -218,8 +276,8 @@ def windows_fit(spans: np.ndarray) -> bool:
     return len(sizes) == 1 and sizes != {()}
 
 
-def _ignored(_: int, pixels: np.ndarray) -> None:
-    """Takes a frame that need only be decoded."""
+def _ignored(*_: object) -> None:
+    """Takes frames that need only be decoded, and reports that nobody reads."""
 
 
 def _verify_tokens(tokens: np.ndarray, row: np.void, *, embedding_size: int, where: str) -> None:

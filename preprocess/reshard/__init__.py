@@ -16,11 +16,10 @@ from preprocess.reshard.plan import (
 from preprocess.reshard.run import (
     Resharded,
     check_sources,
-    check_unfinished,
     portable_url,
     publish_tokenizer,
-    read_notes,
     reshard,
+    reshard_part,
 )
 
 __all__ = [
@@ -31,14 +30,13 @@ __all__ = [
     "SampleOrder",
     "Through",
     "check_sources",
-    "check_unfinished",
     "parse_shares",
     "plan_reshard",
     "portable_url",
     "publish_tokenizer",
-    "read_notes",
     "repeated_key",
     "reshard",
+    "reshard_part",
     "scratch_of",
     "split_keys",
 ]

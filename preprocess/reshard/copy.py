@@ -1,8 +1,8 @@
 """COPY: one task makes one new shard out of byte ranges of old ones: tar, index, receipt.
 
 Ranges are whole samples, as long as possible; index rows are taken over with new offsets, nothing
-is parsed. The planned rows wait in a local folder, so that a task reads no source's index. As with
-BUILD, files appear whole under their final names, the receipt last.
+is parsed. A task brings its planned rows along, so that it reads no source's index. As with BUILD,
+files appear whole under their final names, the receipt last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.job import scratch_folder, scratch_root
+from preprocess.job import Part, scratch_folder, scratch_root
 from preprocess.job.engines.local import Deferred
 from preprocess.reshard.plan import Through
 from shardspec import storage
@@ -46,6 +46,10 @@ class CopyTask:
     split: str
     name: str
     build_key: str
+    rows: np.ndarray
+    """[n], rows of the sources' indexes."""
+    files: np.ndarray
+    """int64 [n], the file of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +57,20 @@ class CopyContext:
     """What every task of a copy shares; sent to worker processes."""
 
     out: str
-    tasks: tuple[CopyTask, ...]
     urls: tuple[str, ...]
     """Of the sources' tars, by number."""
     stamps: Mapping[str, ObjectVersion]
-    folder: str
-    """Local folder with the planned rows of each shard."""
+    part: Part | None
     through: Through
     sha256: bool
     source_sha256: Mapping[str, str]
 
-    def receipt_url(self, shard: int) -> str:
+    def receipt_url(self, task: CopyTask) -> str:
         """URL of a shard's receipt."""
-        return storage.join(self.out, "receipts", self.tasks[shard].name + ".json")
+        return storage.join(self.out, "receipts", task.name + ".json")
 
 
-def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -> Deferred:
+def copy_shard(context: CopyContext, task: CopyTask, report: Callable[[int], None]) -> Deferred:
     """Copies one shard; what it returns publishes tar, index and receipt, and gives the receipt.
 
     Disks and stores take their time for that: the next shard is copied meanwhile. Reports a number
@@ -78,11 +80,9 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -
       ShardError: `sample_crc`, `tar_truncated`, `source_changed`.
       StorageError: The output cannot be written.
     """
-    own = context.tasks[task]
-    rows = np.load(Path(context.folder) / f"{task}.rows.npy", allow_pickle=False)
-    files = np.load(Path(context.folder) / f"{task}.files.npy", allow_pickle=False)
-    pieces = find_pieces(rows, files, context.urls)
-    name = f"{own.split}/{own.name}"
+    rows = task.rows
+    pieces = find_pieces(rows, task.files, context.urls)
+    name = f"{task.split}/{task.name}"
     url = storage.join(context.out, name + ".tar")
     whole = whole_file(pieces, context.stamps)
     sha256 = "" if whole is None else context.source_sha256[whole]
@@ -91,7 +91,8 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -
     path: Path | None = None
     with ExitStack() as stack:
         if not _stays_in_store(context, url, pieces):
-            path = stack.enter_context(scratch_folder(scratch_of(context.out))) / "shard.tar"
+            folder = scratch_folder(scratch_of(context.out, context.part))
+            path = stack.enter_context(folder) / "shard.tar"
             if context.through == "store":
                 concat_local(path, pieces)
             else:
@@ -106,30 +107,33 @@ def copy_shard(context: CopyContext, task: int, report: Callable[[int], None]) -
                 multipart_copy(url, pieces, context.stamps, on_part=report)
             else:
                 storage.publish_file(url, path, on_part=report)
-        return _publish_rows(context, task, rows, sha256=sha256)
+        return _publish_rows(context, task, sha256=sha256)
 
     return Deferred(finish=publish)
 
 
-def _publish_rows(context: CopyContext, task: int, rows: np.ndarray, *, sha256: str) -> Receipt:
+def _publish_rows(context: CopyContext, task: CopyTask, *, sha256: str) -> Receipt:
     """Publishes index and receipt of a shard whose tar exists."""
-    own = context.tasks[task]
-    name = f"{own.split}/{own.name}"
+    name, rows = f"{task.split}/{task.name}", task.rows.copy()  # Ray's arrays are read-only
     sizes = rows["num_bytes"].astype(np.int64)
     rows["offset"] = np.cumsum(sizes) - sizes
     index = encode_index(rows)
     storage.publish_bytes(storage.join(context.out, name + INDEX_SUFFIX), index)
-    entry = shard_entry(rows, url=name + ".tar", split=own.split, sha256=sha256, index=index)
-    receipt = Receipt(build_key=own.build_key, shard=entry)
+    entry = shard_entry(rows, url=name + ".tar", split=task.split, sha256=sha256, index=index)
+    receipt = Receipt(build_key=task.build_key, shard=entry)
     storage.publish_bytes(context.receipt_url(task), encode_receipt(receipt))
     return receipt
 
 
-def scratch_of(out: str) -> str:
-    """Names the local folder of an output's unfinished files, which is emptied at each start."""
+def scratch_of(out: str, part: Part | None = None) -> str:
+    """Names the local folder of the unfinished files of an output, or of a part of its job.
+
+    It is emptied at each start.
+    """
     # The machine's folder is everybody's: what another user has made there cannot be written to.
     own = f"vlm-shards-{os.getuid()}"
-    return str(scratch_root(out, cache=Path(tempfile.gettempdir()) / own))
+    root = Path(scratch_root(out, cache=Path(tempfile.gettempdir()) / own))
+    return str(root if part is None else root / f"part-{part.stem}")
 
 
 def find_pieces(rows: np.ndarray, files: np.ndarray, urls: Sequence[str]) -> list[ByteRange]:

@@ -19,6 +19,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from preprocess.job import (
+    EngineOption,
+    OwnDiskOption,
+    PartOption,
+    RayAddressOption,
     Reporter,
     ShardCount,
     find_differences,
@@ -204,6 +208,10 @@ class ReshardSettings:
             unset=usable_cores,
         ),
     ] = 1
+    engine: EngineOption = "local"
+    ray_address: RayAddressOption = ""
+    part: PartOption = None
+    own_disk: OwnDiskOption = "refuse"
 
     def __post_init__(self) -> None:
         counts = {"shards": self.num_shards, "jobs": self.num_workers}
@@ -214,6 +222,8 @@ class ReshardSettings:
             raise ConfigError("reshard_settings.shard_size", got=self.shard_bytes)
         if self.sha256 and self.through == "store":
             raise ConfigError("reshard_settings.sha256")
+        if self.form == "view" and self.part is not None:
+            raise ConfigError("reshard_settings.part", part=str(self.part))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +303,8 @@ class ReshardPlan:
     @property
     def view(self) -> bool:
         """Whether the result is a view."""
+        if self.settings.part is not None:
+            return False  # there is nothing to divide
         return self.settings.form == "view" or (self.settings.form == "auto" and self.advice.view)
 
     def name(self, plan: SplitPlan, shard: int) -> str:

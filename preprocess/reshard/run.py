@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
 
 from preprocess.job import (
+    DividedJob,
+    Engine,
+    OthersMissing,
     Reporter,
+    check_unfinished,
     is_in_place,
-    output_lock,
+    node_proof,
     publish_columns,
-    read_json,
     require_same_result,
     require_space,
-    scratch_folder,
     stored_sizes,
-    valid_receipts,
 )
 from preprocess.job.engines import local
 from preprocess.reshard.copy import (
@@ -42,7 +39,7 @@ from preprocess.reshard.copy import (
 )
 from preprocess.reshard.plan import ReshardPlan, SplitPlan, shard_rows
 from shardspec import storage
-from shardspec.errors import ConfigError, ConflictError, ShardError, redacted
+from shardspec.errors import ConfigError, ShardError, StorageError, redacted
 from shardspec.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -52,7 +49,6 @@ from shardspec.manifest import (
     ShardEntry,
     SplitEntry,
     View,
-    canonical_json,
     load_manifest,
 )
 from shardspec.probe import check_stored_tokenizer
@@ -83,88 +79,83 @@ def reshard(plan: ReshardPlan, report: Reporter) -> Resharded:
         what it was.
       StorageError: `no_space`; the output cannot be written.
     """
-    out = plan.settings.out
+    assert plan.settings.part is None
+    outcome = reshard_part(plan, report)
+    assert isinstance(outcome, Resharded)
+    return outcome
+
+
+def reshard_part(plan: ReshardPlan, report: Reporter) -> Resharded | OthersMissing:
+    """Does the same for the part of the settings; the last part to end completes the dataset.
+
+    Raises:
+      What `reshard` raises; StorageError: `own_disk`, `part_busy`.
+    """
+    job = _divided(plan)
+    scratch = scratch_of(job.out)
     done = _finished(plan)
     if done is not None:
-        if any(map(_is_reshard, read_notes(out).values())):
-            with output_lock(out):  # a run ended between its commit and here
-                _tidy(out)
+        job.tidy_finished(scratch)
         return done
-    with output_lock(out) as require_held:
-        done = _finished(plan)  # once more: another job may have ended in between
-        if done is not None:
-            return done
-        check_unfinished(out)
-        storage.delete(scratch_of(out))
-        if plan.view:
-            shards, view, copied = [], _view(plan), 0
-            for each in plan.splits:
-                shards += [_view_entry(plan, each, shard) for shard in range(each.num_shards)]
-        else:
-            view = None
-            for split in plan.splits:
-                note = {"kind": "reshard", "build_key": plan.build_key(split)}
-                storage.publish_bytes(_note_url(plan, split), canonical_json(note, indent=1))
-            receipts, copied = _copy(plan, report, require_held)
-            shards = [receipt.shard for receipt in receipts]
-        columns = _publish_columns(plan)
-        check_sources(plan)
-        manifest = _manifest(plan, shards, view, columns)
-        publish_tokenizer(plan, report)
-        payload = manifest.encode()
-        require_held()
-        if not storage.compare_and_swap(storage.join(out, MANIFEST_NAME), payload, replacing=None):
-            raise ConflictError("manifest_conflict.overtaken", where=out)
-        _tidy(out)
-    return Resharded(
-        manifest=manifest,
-        sha256=hashlib.sha256(payload).hexdigest(),
-        copied_shards=copied,
-        fresh=True,
+    try:
+        with job.held(report) as (board, require_held):
+            # Once more: another job may have ended in between.
+            return _finished(plan) or _reshard(plan, job, board, require_held)
+    except StorageError as error:
+        done = _finished(plan) if job.has_ended(error) else None
+        if done is None:
+            raise
+        return done
+
+
+def _divided(plan: ReshardPlan) -> DividedJob:
+    s = plan.settings
+    return DividedJob(
+        out=s.out,
+        kind="reshard of",
+        dataset=plan.dataset,
+        names={
+            split.split: [plan.name(split, shard) for shard in range(split.num_shards)]
+            for split in plan.splits
+        },
+        build_keys={split.split: plan.build_key(split) for split in plan.splits},
+        sources={split.split: plan.source_of(split) for split in plan.splits},
+        part=s.part,
+        own_disk=s.own_disk,
     )
 
 
-def _note_url(plan: ReshardPlan, split: SplitPlan) -> str:
-    """Where the output says what copy is under way, for `gc` and for other jobs."""
-    return storage.join(plan.settings.out, "plan", split.split, "plan.json")
-
-
-def read_notes(out: str) -> dict[str, dict[str, Any]]:
-    """Reads what the output's `plan` folder says of jobs under way: URL -> document.
-
-    Of a `make shards` that is SPLIT.json, from its begin, and SPLIT/plan.json, when it has fetched;
-    of a reshard only the latter. A broken one is {}: its owner is unknown.
-    """
-    folder = storage.join(out, "plan")
-    names = [each.name for each in storage.list_objects(folder)]
-    urls = [storage.join(folder, n) for n in names if re.fullmatch(r"[^/]+(/plan)?\.json", n)]
-    return {url: read_json(url) or {} for url in urls}
-
-
-def _is_reshard(note: Mapping[str, Any]) -> bool:
-    return note.get("kind") == "reshard"
-
-
-def check_unfinished(out: str) -> None:
-    """Refuses an output with an unfinished `make shards`; an abandoned copy does not count.
-
-    Raises:
-      ConflictError: `job_conflict`.
-    """
-    for url, note in read_notes(out).items():
-        if not _is_reshard(note):
-            raise ConflictError("job_conflict.unfinished", where=url)
-
-
-def _tidy(out: str) -> None:
-    """Removes what only an unfinished copy needs, this one or an abandoned one."""
-    storage.delete(scratch_of(out))
-    if storage.is_local(out):
-        storage.delete_temporaries(out)
-    # Last: while there is a note, the next run of the same command tidies up.
-    for url, note in read_notes(out).items():
-        if _is_reshard(note):
-            storage.delete(posixpath.dirname(url))
+def _reshard(
+    plan: ReshardPlan, job: DividedJob, report: Reporter, require_held: Callable[[], None]
+) -> Resharded | OthersMissing:
+    out = job.out
+    check_unfinished(out)
+    storage.delete(scratch_of(out, job.part))
+    if plan.view:
+        shards, view, copied = [], _view(plan), 0
+        for each in plan.splits:
+            shards += [_view_entry(plan, each, shard) for shard in range(each.num_shards)]
+    else:
+        view = None
+        job.publish_notes()
+        receipts, copied = _copy(plan, job, report, require_held)
+        missing = job.others_missing(receipts)
+        if missing is not None:
+            return missing
+        shards = [receipts[name].shard for name in job.all_names]
+    columns = _publish_columns(plan)
+    check_sources(plan)
+    manifest = _manifest(plan, shards, view, columns)
+    publish_tokenizer(plan, report)
+    require_held()
+    fresh = job.publish_manifest(manifest)
+    job.tidy(scratch_of(out))
+    return Resharded(
+        manifest=manifest,
+        sha256=hashlib.sha256(manifest.encode()).hexdigest(),
+        copied_shards=copied,
+        fresh=fresh,
+    )
 
 
 def _view(plan: ReshardPlan) -> View:
@@ -228,43 +219,50 @@ def _shard_url(plan: ReshardPlan, split: SplitPlan, shard: int) -> str:
 
 
 def _copy(
-    plan: ReshardPlan, report: Reporter, require_held: Callable[[], None]
-) -> tuple[list[Receipt], int]:
-    """Copies what has no receipt; returns every receipt in order, and how many are new."""
-    tasks = tuple(
-        CopyTask(split=split.split, name=plan.name(split, shard), build_key=key)
+    plan: ReshardPlan, job: DividedJob, report: Reporter, require_held: Callable[[], None]
+) -> tuple[dict[str, Receipt], int]:
+    """Copies what has no receipt; returns all receipts that there are, and how many are new."""
+    s = plan.settings
+    outputs = {
+        plan.name(split, shard): (split, shard)
         for split in plan.splits
-        for key in [plan.build_key(split)]
         for shard in range(split.num_shards)
+    }
+    own = job.own_names
+    receipts = job.receipts()
+    missing = [name for name in own if name not in receipts]
+    if len(missing) < len(own):
+        report.note(f"{len(own) - len(missing)} of {len(own)} shards are finished")
+    require_space(job.out, sum(plan.shard_bytes(*outputs[name]) for name in missing))
+
+    def task(number: int) -> CopyTask:
+        split, shard = outputs[missing[number]]
+        rows, files = shard_rows(plan, split, shard)
+        return CopyTask(
+            split=split.split,
+            name=missing[number],
+            build_key=job.build_keys[split.split],
+            rows=rows,
+            files=files,
+        )
+
+    entries = {url: file for split in plan.splits for url, file in split.files.items()}
+    context = CopyContext(
+        out=job.out,
+        urls=tuple(plan.tables),
+        stamps=plan.stamps,
+        part=job.part,
+        through=s.through,
+        sha256=s.sha256,
+        source_sha256={url: file.sha256 for url, file in entries.items()},
     )
-    outputs = [(split, shard) for split in plan.splits for shard in range(split.num_shards)]
-    files = {url: file for split in plan.splits for url, file in split.files.items()}
-    with scratch_folder(scratch_of(plan.settings.out)) as folder:
-        context = CopyContext(
-            out=plan.settings.out,
-            tasks=tasks,
-            urls=tuple(plan.tables),
-            stamps=plan.stamps,
-            folder=str(folder),
-            through=plan.settings.through,
-            sha256=plan.settings.sha256,
-            source_sha256={url: file.sha256 for url, file in files.items()},
-        )
-        found = valid_receipts(
-            context.out, [task.name for task in tasks], keys={task.build_key for task in tasks}
-        )
-        receipts = {i: found.get(task.name) for i, task in enumerate(tasks)}
-        missing = [i for i, receipt in receipts.items() if receipt is None]
-        if len(missing) < len(tasks):
-            report.note(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished")
-        require_space(context.out, sum(plan.shard_bytes(*outputs[i]) for i in missing))
-        for i in missing:
-            rows, numbers = shard_rows(plan, *outputs[i])
-            np.save(folder / f"{i}.rows.npy", rows, allow_pickle=False)
-            np.save(folder / f"{i}.files.npy", numbers, allow_pickle=False)
-        report.stage("copy", len(missing))
-        for event in local.run(
-            missing, work=copy_shard, context=context, num_workers=plan.settings.num_workers
+    report.stage("copy", len(missing))
+    with Engine(s) as engine:
+        proof = None
+        if not engine.is_local:
+            proof = node_proof(job.out, job.note_url(plan.splits[0].split))
+        for event in engine.run(
+            range(len(missing)), work=copy_shard, context=context, given=task, proof=proof
         ):
             require_held()
             if isinstance(event, local.TaskLost):
@@ -272,11 +270,11 @@ def _copy(
                     f"a worker died (exit code {event.exit_code}); its shard is copied again"
                 )
             elif isinstance(event, local.TaskDone):
-                receipts[event.task] = event.value
+                receipts[missing[event.task]] = event.value
                 report.step("")
             else:
                 report.sent(event.note)
-    return [receipt for receipt in receipts.values() if receipt is not None], len(missing)
+    return (receipts if job.part is None else job.receipts()), len(missing)
 
 
 def _manifest(

@@ -24,7 +24,7 @@ from loader import (
 from loader.assembly import Augment
 from loader.features import Backbone, check_backbone, load_backbone
 from preprocess.annotate import AnnotateSettings, annotate, plan_annotation
-from preprocess.job import verify
+from preprocess.job import Part, read_status, verify
 from preprocess.reshard import ReshardSettings, plan_reshard, reshard
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, SampleError, ShardError
@@ -117,6 +117,25 @@ def stored(source, tmp_path_factory):
         return found[dtype]
 
     return get
+
+
+def test_parts_of_features_are_the_dataset_of_one_process(source, stored, tmp_path):
+    """The last part to end completes it; one that never began is named."""
+    more = {"own_disk": "allow"}
+    first = make(source, tmp_path / "out", part=Part(index=1, count=2), **more)
+    assert (first.num_shards, first.missing_shards) == (1, 1)
+    found = read_status(str(tmp_path / "out"))
+    (status,) = found.jobs
+    assert found.state == "stopped"
+    assert [(each.life, each.shards_done) for each in status.parts] == [("absent", 0), ("ended", 1)]
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert make(source, tmp_path / "out", part=Part(index=0, count=2), **more).fresh
+    assert not make(source, tmp_path / "out", part=Part(index=1, count=2), **more).fresh
+    want = Path(stored("float32"))
+    names = {path.relative_to(want) for path in want.rglob("*") if path.is_file()}
+    got = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert got == names
+    assert all((want / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in got)
 
 
 def open_pictures(source, **options):

@@ -341,12 +341,12 @@ def test_what_is_told_to_end_in_the_middle_of_an_upload_leaves_nothing(large, s3
     """As Ctrl-C does: the next thing that a worker reports raises SystemExit."""
     bucket = s3_server.make_bucket()
 
-    def run(tasks, *, work, context, num_workers):
+    def run(tasks, *, work, context, num_workers, given):
         def report(num_bytes):
             arrived.append(num_bytes)
             raise SystemExit
 
-        work(context, tasks[0], report).finish()
+        work(context, given(tasks[0]), report).finish()
         yield
 
     arrived = []

@@ -67,7 +67,14 @@ class TaskLost:
 
 
 Event = TaskDone | TaskProgress | TaskLost
-Work = Callable[[Any, int, Callable[[Any], None]], Any]
+Work = Callable[[Any, Any, Callable[[Any], None]], Any]
+"""`(context, task, report) -> value`; the task is its number, or what `given` makes of that."""
+Given = Callable[[int], Any]
+
+
+def number_only(task: int) -> int:
+    """Gives a task no more than its number."""
+    return task
 
 
 @dataclass(eq=False)
@@ -94,6 +101,7 @@ class _WorkerPool:
 
     work: Work
     context: Any
+    given: Given
     workers: list[_Worker] = field(default_factory=list)
 
     def start(self) -> None:
@@ -125,7 +133,14 @@ class _WorkerPool:
         self.workers.clear()
 
 
-def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> Iterator[Event]:
+def run(
+    tasks: Sequence[int],
+    *,
+    work: Work,
+    context: Any,
+    num_workers: int,
+    given: Given = number_only,
+) -> Iterator[Event]:
     """Runs tasks in any order and yields what happens.
 
     Args:
@@ -134,6 +149,7 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
         that follows later; `report` sends progress.
       context: Sent to each worker once, pickled.
       num_workers: Processes, >= 1.
+      given: Makes what is sent with a task, pickled, when a worker begins it.
 
     Raises:
       ShardsError: A task raised it; the other workers are terminated.
@@ -141,7 +157,7 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
     todo = deque(tasks)
     attempts = dict.fromkeys(tasks, 0)
     left = len(attempts)
-    pool = _WorkerPool(work=work, context=context)
+    pool = _WorkerPool(work=work, context=context, given=given)
     try:
         for _ in range(min(num_workers, len(todo))):
             pool.start()
@@ -171,7 +187,7 @@ def run(tasks: Sequence[int], *, work: Work, context: Any, num_workers: int) -> 
                         worker.deferred.remove(task)
                     yield TaskDone(task=task, value=value)
                 if worker.task is None:
-                    _assign(worker, todo)
+                    _assign(pool, worker, todo)
     finally:
         pool.stop()
 
@@ -181,7 +197,7 @@ def _begin(pool: _WorkerPool, worker: _Worker, todo: deque[int]) -> None:
     # sending more than fits to a child that dies at its start would wait forever.
     with suppress(ConnectionError):
         worker.pipe.send(pool.context)
-    _assign(worker, todo)
+    _assign(pool, worker, todo)
 
 
 @contextmanager
@@ -209,11 +225,12 @@ def _sigint_held() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _assign(worker: _Worker, todo: deque[int]) -> None:
+def _assign(pool: _WorkerPool, worker: _Worker, todo: deque[int]) -> None:
     worker.task = todo.popleft() if todo else None
     if worker.task is not None:
+        own = pool.given(worker.task)
         with suppress(ConnectionError):  # it died between tasks: `wait` reports its pipe
-            worker.pipe.send(worker.task)
+            worker.pipe.send((worker.task, own))
 
 
 def _requeue(
@@ -265,8 +282,8 @@ def _serve(pipe: Connection, work: Work) -> None:
     with ThreadPoolExecutor(1, thread_name_prefix="deferred") as thread:
         try:
             while True:
-                task = pipe.recv()
-                value = value_of(task, partial(work, context, task, partial(report, task)))
+                task, own = pipe.recv()
+                value = value_of(task, partial(work, context, own, partial(report, task)))
                 if rest is not None:
                     rest.result()  # no more than one waits for storage
                     rest = None

@@ -9,6 +9,8 @@ end the run at once. Results are small: a task returns what it has published, no
 from __future__ import annotations
 
 import itertools
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +20,11 @@ from preprocess.job.engines.local import (
     MAX_ATTEMPTS,
     Deferred,
     Event,
+    Given,
     TaskDone,
     TaskProgress,
     Work,
+    number_only,
     value_of,
 )
 from shardspec.errors import ConfigError, StorageError
@@ -32,55 +36,27 @@ WAIT_S = 5.0
 """Between two looks at how many cores the cluster has."""
 
 
-def run(
-    tasks: Sequence[int], *, work: Work, context: Any, num_workers: int, address: str = ""
-) -> Iterator[Event]:
-    """Runs tasks in any order and yields what happens.
+@contextmanager
+def connected(address: str, num_workers: int) -> Iterator[Any]:
+    """Connects this process to a cluster, unless the program around it has done that.
 
     Args:
-      tasks: Numbers of the tasks.
-      work: As of `local.run`.
-      context: Sent to each node once, pickled.
-      num_workers: Tasks at a time, if the cluster is started here; another one has as many as
-        cores.
-      address: Of a running cluster; "" starts one on this machine, and ends it.
+      address: Of a running cluster; "" starts one on this machine, and ends it with the block.
+      num_workers: Cores of a cluster that is started here.
+
+    Yields:
+      The module `ray`.
 
     Raises:
-      ShardsError: A task raised it; ConfigError `ray_missing`, StorageError `ray_unreachable`,
-        `worker_died`.
+      ConfigError: `ray_missing`.
+      StorageError: `ray_unreachable`.
     """
-    if not tasks:
-        return
     try:
         import ray
     except ImportError as error:
         raise ConfigError("ray_missing") from error
-    with _connected(ray, address, num_workers):
-        remote = ray.remote(num_cpus=1, max_retries=MAX_ATTEMPTS)(_run_task)
-        shared = ray.put(context)
-        todo = deque(tasks)
-        running: dict[Any, int] = {}
-        try:
-            while todo or running:
-                # Twice the cores: none waits for the driver, and an autoscaler sees the demand.
-                window = max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))
-                while todo and len(running) < window:
-                    task = todo.popleft()
-                    running[remote.remote(work, shared, task)] = task
-                ready, _ = ray.wait([*running], num_returns=1, timeout=WAIT_S)
-                for each in ready:
-                    task = running.pop(each)
-                    yield from _events(ray, each, task)
-        finally:
-            for each in running:
-                ray.cancel(each, force=True)
-
-
-@contextmanager
-def _connected(ray: Any, address: str, num_workers: int) -> Iterator[None]:
-    """Connects this process to a cluster, unless the program around it has done that."""
     if ray.is_initialized():
-        yield
+        yield ray
         return
     known: dict[str, Any] = {"address": address}
     if not address:
@@ -91,13 +67,70 @@ def _connected(ray: Any, address: str, num_workers: int) -> Iterator[None]:
             "include_dashboard": False,
         }
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **known)
+        with _own_sigterm():
+            ray.init(log_to_driver=False, logging_level="ERROR", **known)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise StorageError("ray_unreachable", where=address or "local", error=error) from error
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps this program's answer to SIGTERM: Ray puts its own in place, with another exit code.
+
+    In the block it is Ray's: its core sets a handler for all threads.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def num_nodes(ray: Any) -> int:
+    """Counts the machines of a cluster that are alive."""
+    return max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
+
+
+def run(
+    ray: Any, tasks: Sequence[int], *, work: Work, context: Any, given: Given = number_only
+) -> Iterator[Event]:
+    """Runs tasks in any order and yields what happens.
+
+    Args:
+      ray: What `connected` gives.
+      tasks: Numbers of the tasks.
+      work, given: As of `local.run`.
+      context: Sent to each node once, pickled.
+
+    Raises:
+      ShardsError: A task raised it; StorageError `worker_died`.
+    """
+    # Spread: tasks of which there is one for each node wait for the network, not for a core.
+    remote = ray.remote(num_cpus=1, max_retries=MAX_ATTEMPTS, scheduling_strategy="SPREAD")(
+        _run_task
+    )
+    shared = ray.put(context)
+    todo = deque(tasks)
+    running: dict[Any, int] = {}
+    try:
+        while todo or running:
+            # Twice the cores: none waits for the driver, and an autoscaler sees the demand.
+            window = max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))
+            while todo and len(running) < window:
+                task = todo.popleft()
+                running[remote.remote(work, shared, task, given(task))] = task
+            ready, _ = ray.wait([*running], num_returns=1, timeout=WAIT_S)
+            for each in ready:
+                task = running.pop(each)
+                yield from _events(ray, each, task)
+    finally:
+        for each in running:
+            ray.cancel(each, force=True)
 
 
 def _events(ray: Any, reference: Any, task: int) -> Iterator[Event]:
@@ -118,12 +151,12 @@ def _events(ray: Any, reference: Any, task: int) -> Iterator[Event]:
     yield TaskDone(task=task, value=value)
 
 
-def _run_task(work: Work, context: Any, task: int) -> tuple[list[tuple[Any, int]], Any]:
+def _run_task(work: Work, context: Any, task: int, own: Any) -> tuple[list[tuple[Any, int]], Any]:
     """Runs a task where Ray has put it; returns what it reported, in runs, and its value."""
     notes: list[Any] = []
 
     def both_parts() -> Any:
-        value = work(context, task, notes.append)
+        value = work(context, own, notes.append)
         return value.finish() if isinstance(value, Deferred) else value
 
     value = value_of(task, both_parts)

@@ -731,6 +731,8 @@ PASSIVE = (
     "preprocess/datasets/__init__.py",
     "preprocess/datasets/code.py",
     "preprocess/fetch/*.py",
+    "preprocess/job/engines/*.py",
+    "preprocess/job/fetching.py",
     "preprocess/job/job.py",
     "preprocess/job/stamps.py",
     "preprocess/settings.py",

@@ -28,7 +28,7 @@ from shardspec import storage
 from shardspec.errors import BudgetError, ConflictError, StorageError
 from shardspec.index import open_index
 from shardspec.manifest import load_manifest
-from tests.inline import Processes, Quiet
+from tests.inline import Processes, Quiet, cluster
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -347,6 +347,16 @@ def test_parts_append_what_one_process_does(grown):
     assert read_status(last.out).jobs[0].shards_done == 2
     assert find_strays(last.out).objects == ()
     assert commit_job(last, Quiet()).result.sha256 == want
+
+
+def test_a_cluster_appends_what_one_process_does(grown):
+    make, want = grown
+    for name, parts in (("whole", [None]), ("parts", [parse_part("0/2"), parse_part("1/2")])):
+        chosen = replace(make(name), engine="ray")
+        with cluster(2) as sent:
+            ended = [run(replace(chosen, part=part)) for part in parts]
+        assert sent == [0, 1]
+        assert ended[-1].result.sha256 == storage_sha256(chosen) == want
 
 
 @pytest.mark.slow

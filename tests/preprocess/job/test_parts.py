@@ -14,9 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.fetch import FetchPolicy, FetchResult, decode_results, encode_results, host_key
-from preprocess.job import lease, part_run, planner, read_status
+from preprocess.fetch import (
+    FetchPolicy,
+    FetchResult,
+    Ledger,
+    decode_results,
+    encode_results,
+    host_key,
+)
+from preprocess.job import fetching, lease, part_run, read_status
 from preprocess.job.board import MAX_REASONS, MAX_SLOWEST, Board
+from preprocess.job.engines.engine import node_proof
 from preprocess.job.job import Job, JobSettings
 from preprocess.job.lease import LEASE_NAME, output_lock, part_name, parts_folder, read_lease
 from preprocess.job.part_run import run_part
@@ -27,7 +35,7 @@ from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ShardsError, StorageError
-from tests.inline import Processes, Quiet
+from tests.inline import Processes, Quiet, cluster
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -496,7 +504,7 @@ def urls(write_parquet, tmp_path, small_jpeg, monkeypatch):
             ledger.append(results[url])
         return results
 
-    monkeypatch.setattr(planner, "fetch_all", fetch_all)
+    monkeypatch.setattr(fetching, "fetch_all", fetch_all)
     return source, requests
 
 
@@ -695,3 +703,80 @@ def test_the_exit_code_of_status_says_what_is_to_be_done(inline_cli, tmp_path, c
         finished = inline_cli.run("status", out)
     assert finished.code == code, finished.out
     assert ("PART=1/2" in finished.out) is (code == 6)
+
+
+# --- on a cluster
+
+
+@pytest.mark.parametrize("part", [None, "1/2"])
+def test_hosts_are_dealt_to_the_machines_of_a_cluster(tmp_path, urls, part):
+    source, requests = urls
+    one = run_job(
+        url_job(tmp_path, source, out=str(tmp_path / "one"), cache=str(tmp_path / "own")), Quiet()
+    )
+    whole, requests[:] = Counter(url for _, url in requests), []
+    chosen = url_job(tmp_path, source, part, engine="ray", part_wait_s=0.0)
+    with cluster(3) as sent:
+        if part is None:
+            assert run_job(chosen, Quiet()).result.sha256 == one.result.sha256
+        else:
+            with pytest.raises(StorageError):  # the downloads of the other part are missing
+                run(chosen)
+            run_part(url_job(tmp_path, source, "0/2", engine="ray"), Quiet())
+            assert run(chosen).result.sha256 == one.result.sha256
+    assert Counter(url for _, url in requests) == whole
+    owners = {(urlsplit(url).hostname, ledger) for ledger, url in requests}
+    assert len(owners) == len({host for host, _ in owners})
+    shares = [each for each in sent if not isinstance(each, int)]
+    assert {each.part.count for each in shares} == {3 if part is None else 6}
+    assert len({ledger for ledger, _ in requests}) == len({each.part.index for each in shares}) > 1
+    assert not list((tmp_path / "cache" / "tokens").glob("*"))
+
+    requests.clear()  # what machines have found is known to whoever comes without them
+    run_job(url_job(tmp_path, source, out=str(tmp_path / "again")), Quiet())
+    for ledger in (tmp_path / "cache" / "ledgers" / "nodes").iterdir():
+        ledger.unlink()  # of machines that are gone, with their disks
+    with cluster(4):
+        run_job(url_job(tmp_path, source, engine="ray", out=str(tmp_path / "other")), Quiet())
+    assert requests == []
+
+
+def test_a_machine_that_dies_costs_what_it_was_fetching_alone(tmp_path, urls, monkeypatch):
+    source, requests = urls
+    real = fetching.fetch_all
+
+    def dies(found, *, ledger, **more):
+        real(found[:1], ledger=ledger, **more)
+        raise KeyboardInterrupt
+
+    chosen = url_job(tmp_path, source, engine="ray")
+    with cluster(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(fetching, "fetch_all", dies)
+            with pytest.raises(KeyboardInterrupt):
+                run_job(chosen, Quiet())
+        assert len(requests) == 1
+        run_job(chosen, Quiet())
+    assert max(Counter(url for _, url in requests).values()) == 1
+
+
+def test_a_machine_that_does_not_see_the_image_cache_downloads_nothing(tmp_path, urls, monkeypatch):
+    source, requests = urls
+    monkeypatch.setattr(
+        fetching, "node_proof", lambda *a, **k: replace(node_proof(*a, **k), cache="/nowhere")
+    )
+    with cluster(2), pytest.raises(StorageError) as caught:
+        run_job(url_job(tmp_path, source, engine="ray"), Quiet())
+    assert (caught.value.reason, requests) == ("cache_not_shared", [])
+
+
+def test_a_ledger_that_an_earlier_attempt_holds_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "LOCK_WAIT_S", 0)
+    with Ledger(tmp_path / "own.jsonl"), pytest.raises(StorageError) as caught:
+        fetching._opened(tmp_path / "own.jsonl")
+    assert caught.value.reason == "ledger_locked"
+    with ExitStack() as stack:
+        held = stack.enter_context(Ledger(tmp_path / "own.jsonl"))
+        monkeypatch.setattr(fetching, "LOCK_WAIT_S", 2)
+        monkeypatch.setattr(fetching, "_pause", held.close)
+        fetching._opened(tmp_path / "own.jsonl").close()

@@ -1,18 +1,29 @@
 """The Ray engine: the same manifest as one machine's, also where a node dies in the middle.
 
-Ray is an extra that CI does not install; without it, only the refusal is tested.
+Ray is an extra that `make test-ray` installs; without it, what needs no cluster is tested.
 """
 
+import hashlib
+import json
+import signal
 import sys
+import threading
+from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
 import pytest
 
-from preprocess.job import pipeline, run_job
+from preprocess.fetch import FetchPolicy
+from preprocess.job import pipeline, run_job, verify
 from preprocess.job.engines import ray_cluster
+from preprocess.job.engines.engine import Engine, _Proven, check_node, node_proof
 from preprocess.job.engines.local import Deferred, TaskDone, TaskProgress
 from preprocess.job.job import Job, JobSettings
+from preprocess.job.part_run import run_part
+from preprocess.job.plan import Part
+from preprocess.reshard import ReshardSettings, plan_reshard, reshard
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, StorageError
 from tests.inline import Quiet
@@ -33,20 +44,21 @@ def settings(folder, **more):
 
 def test_without_ray_the_engine_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError) as caught:
-        list(ray_cluster.run([0], work=abs, context=None, num_workers=1))
+    with pytest.raises(ConfigError) as caught, ray_cluster.connected("", 1):
+        pass
     assert caught.value.reason == "ray_missing"
 
 
-def test_a_cluster_that_does_not_answer_is_named():
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     def init(**known):
         raise ConnectionError(f"nobody at {known['address']}")
 
     ray = mock.Mock(**{"is_initialized.return_value": False})
     ray.init = init
+    monkeypatch.setitem(sys.modules, "ray", ray)
     with (
         pytest.raises(StorageError, match="ray://there:1") as caught,
-        ray_cluster._connected(ray, "ray://there:1", 2),
+        ray_cluster.connected("ray://there:1", 2),
     ):
         pass
     assert caught.value.reason == "ray_unreachable"
@@ -59,39 +71,35 @@ def test_what_a_task_reports_comes_with_its_result():
         report("bad")
         return Deferred(finish=lambda: context + task)
 
-    assert ray_cluster._run_task(work, 40, 2) == ([("", 2), ("bad", 1)], 42)
+    assert ray_cluster._run_task(work, 40, 7, 2) == ([("", 2), ("bad", 1)], 42)
 
 
-@pytest.fixture
-def cluster_task(tmp_path):
-    """A planned job, and a function that runs a task of it as a node would, with other facts."""
-    job = Job(settings(tmp_path, num_shards=1, limit=2))
-    plan = pipeline.make_plan(job, Quiet())
-    cluster = pipeline._Cluster(
-        context=pipeline.build_context(job, plan),
-        dataset="pixmo_cap",
-        libraries=job.libraries,
-        plan_url=pipeline.plan_url(job),
-        cache_token="",
+def test_a_machine_proves_what_it_has_in_common_before_it_works(tmp_path):
+    (tmp_path / "mark").write_text("a plan")
+    proof = node_proof(
+        str(tmp_path), str(tmp_path / "mark"), dataset="pixmo_cap", cache=str(tmp_path)
     )
-    return lambda **other: pipeline._cluster_task(replace(cluster, **other), 0, lambda note: None)
-
-
-def test_a_node_refuses_what_it_cannot_build_rightly(cluster_task):
-    with pytest.raises(ConflictError) as caught:
-        cluster_task(libraries={"numpy": "0.1"})
-    assert caught.value.reason == "mixed_cluster"
+    done = []
+    proven = _Proven(work=lambda *given: done.append(given), proof=proof)
+    proven("context", 3, "report")
+    assert done == [("context", 3, "report")]
+    check_node(replace(proof, mark="", mark_sha256=""))
     for other, reason in (
-        ({"plan_url": "/nowhere/plan.json"}, "output_not_shared"),
+        ({"libraries": (("numpy", "0.1"),)}, "mixed_cluster"),
+        ({"mark": "/nowhere/plan.json"}, "output_not_shared"),
+        ({"mark_sha256": "0" * 64}, "output_not_shared"),
         ({"cache_token": "left-by-the-planner"}, "cache_not_shared"),
     ):
-        with pytest.raises(StorageError) as caught:
-            cluster_task(**other)
+        with pytest.raises((ConflictError, StorageError)) as caught:
+            replace(proven, proof=replace(proof, **other))("context", 4, "report")
         assert caught.value.reason == reason
+    assert len(done) == 1
 
 
-def test_two_attempts_at_a_shard_are_one(cluster_task, tmp_path):
-    first, second = (cluster_task() for _ in range(2))
+def test_two_attempts_at_a_shard_are_one(tmp_path):
+    job = Job(settings(tmp_path, num_shards=1, limit=2))
+    context = pipeline.build_context(job, pipeline.make_plan(job, Quiet()))
+    first, second = (pipeline._build_task(context, 0, lambda note: None) for _ in range(2))
     receipt = first.finish()
     (name,) = storage.list_names(str(tmp_path / "out" / "receipts"))
     url = str(tmp_path / "out" / "receipts" / name)
@@ -107,9 +115,12 @@ def test_two_attempts_at_a_shard_are_one(cluster_task, tmp_path):
         assert second.finish() == receipt
 
 
-@pytest.fixture
-def two_nodes():
-    """A cluster of two raylets with a core each; gives its address, and kills the second."""
+SMALL = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A cluster of one raylet with one core."""
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (
@@ -122,32 +133,90 @@ def two_nodes():
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
-        small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
         cluster = Cluster(
-            initialize_head=True, head_node_args={**small, "include_dashboard": False}
+            initialize_head=True, head_node_args={**SMALL, "include_dashboard": False}
         )
-        second = cluster.add_node(**small)
-        yield cluster.address, lambda: cluster.remove_node(second, allow_graceful=False)
+        yield cluster
         cluster.shutdown()
 
 
-class KillsAtFirstShard(Quiet):
-    def __init__(self, kill):
-        super().__init__()
-        self.kill, self.stage_name = kill, ""
+@pytest.fixture
+def two_nodes(head):
+    """The cluster with a second raylet; gives its address, and kills the second."""
+    second = [head.add_node(**SMALL)]
 
-    def step(self, reason):
-        if self.stage_name == "build" and self.kill:
-            kill, self.kill = self.kill, None
-            kill()
+    def kill():
+        if second:
+            head.remove_node(second.pop(), allow_graceful=False)
 
-    def stage(self, name, total):
-        self.stage_name = name
+    yield head.address, kill
+    kill()
 
 
 def echo(context, task, report):
     report(task)
     return context * task
+
+
+class Once(Quiet):
+    """A reporter that does something once, at the first step of a stage."""
+
+    def __init__(self, stage, act):
+        super().__init__()
+        self.wanted, self.act, self.name, self.stages = stage, act, "", []
+
+    def stage(self, name, total):
+        self.name = name
+        self.stages.append(name)
+
+    def step(self, reason):
+        super().step(reason)
+        if self.name == self.wanted and self.act:
+            act, self.act = self.act, None
+            act()
+
+
+@pytest.fixture
+def web(small_jpeg, write_parquet, tmp_path):
+    """A source of twelve URLs on four hosts, which are one server.
+
+    Gives the source, what was asked for, and what is called at which of all requests.
+    """
+    asked, calls = Counter(), {"at": 0, "what": None}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked[self.headers["Host"].partition(":")[0], self.path] += 1
+            number = self.path.strip("/").removesuffix(".jpg")
+            body = small_jpeg(int(number)) if number.isdigit() else b""
+            if sum(asked.values()) == calls["at"]:
+                calls["what"]()
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    hosts = [f"127.0.0.{i}" for i in range(1, 5)]
+    server = ThreadingHTTPServer(("0.0.0.0", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    rows = [
+        {
+            "image_url": f"http://{hosts[i % 4]}:{server.server_port}/{i}.jpg",
+            "caption": f"number {i}",
+            "transcripts": [],
+        }
+        for i in range(12)
+    ]
+    # One request at a time: no more than one of each host is lost with a machine.
+    policy = FetchPolicy(allow_hosts=frozenset(hosts), host_rate=2.0, per_host=1)
+    yield {"source": str(write_parquet(tmp_path / "rows", rows)), "fetch": policy}, asked, calls
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.mark.slow
@@ -157,7 +226,7 @@ def test_a_node_that_is_killed_in_the_middle_changes_no_byte(two_nodes, tmp_path
     address, kill = two_nodes
     want = run_job(settings(tmp_path / "local"), Quiet()).result.sha256
     on_ray = settings(tmp_path / "ray", engine="ray", ray_address=address)
-    got = run_job(on_ray, KillsAtFirstShard(kill))
+    got = run_job(on_ray, Once("build", kill))
     assert got.result.sha256 == want
     assert got.built_shards == 12
     again = run_job(on_ray, Quiet())
@@ -166,10 +235,132 @@ def test_a_node_that_is_killed_in_the_middle_changes_no_byte(two_nodes, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_a_node_is_killed_while_it_downloads_and_the_same_dataset_comes(two_nodes, web, tmp_path):
+    address, kill = two_nodes
+    more, asked, calls = web
+    job = {**more, "limit": None, "num_shards": 4}
+    want = run_job(settings(tmp_path / "local", **job), Quiet()).result.sha256
+    once = dict(asked)
+    asked.clear()
+    calls.update(at=9, what=kill)  # the four robots.txt, and some of the pictures
+    on_ray = settings(tmp_path / "ray", engine="ray", ray_address=address, **job)
+    assert run_job(on_ray, Quiet()).result.sha256 == want
+    assert set(asked) == set(once)
+    # The nodes keep their ledgers in one folder, so that what was done is not done again.
+    assert sum(asked.values()) <= sum(once.values()) + 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_a_node_is_killed_while_it_copies_and_while_it_verifies(
+    two_nodes, tiny_sample, write_dataset, tmp_path
+):
+    address, kill = two_nodes
+    source = write_dataset(tmp_path / "source", [tiny_sample(i) for i in range(24)], num_shards=4)
+    wanted = ReshardSettings(
+        sources=(source,),
+        out=str(tmp_path / "local"),
+        form="copy",
+        num_shards=12,
+        seed=5,
+        order="shuffle",
+        sha256=True,
+    )
+    want = reshard(plan_reshard(wanted, Quiet()), Quiet()).sha256
+    on_ray = replace(wanted, out=str(tmp_path / "ray"), engine="ray", ray_address=address)
+    plan = plan_reshard(on_ray, Quiet())
+    with Engine(on_ray) as engine:
+        assert engine.num_nodes == 2
+        assert reshard(plan, Once("copy", kill)).sha256 == want
+        assert {error.reason for error in verify(on_ray.out, Quiet(), engine=engine)} == {
+            error.reason for error in verify(wanted.out, Quiet())
+        }
+    assert reshard(plan, Quiet()).fresh is False
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_parts_append_rows_on_a_cluster(two_nodes, tmp_path):
+    """A generation, in two parts, each of them on the cluster."""
+    address, _ = two_nodes
+    source = tmp_path / "rows.jsonl"
+    turns = ({"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."})
+    sha256 = []
+    for name, engine in (("local", "local"), ("ray", "ray")):
+        for count in (6, 15):
+            source.write_text(
+                "".join(
+                    json.dumps({"messages": [{**turns[0], "content": f"Count {i}."}, turns[1]]})
+                    + "\n"
+                    for i in range(count)
+                )
+            )
+            chosen = settings(
+                tmp_path / name,
+                dataset=str(source),
+                source=str(source),
+                limit=None,
+                num_shards=4,
+                new_rows="append",
+                own_disk="allow",
+                engine=engine,
+                ray_address=address if engine == "ray" else "",
+            )
+            if engine == "local":
+                run_job(chosen, Quiet())
+            else:
+                ended = [
+                    run_part(replace(chosen, part=Part(index=i, count=2)), Quiet()) for i in (1, 0)
+                ]
+                assert ended[1].fresh
+        sha256.append(storage.read_bytes(f"{chosen.out}/manifest.json"))
+    assert sha256[0] == sha256[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_a_driver_that_is_interrupted_or_killed_is_started_again(two_nodes, cli, tmp_path):
+    address, _ = two_nodes
+    command = ["shards", "pixmo_cap", "--source", "sample", "--limit", 36, "--num-shards", 36]
+    want = run_job(
+        settings(tmp_path / "local", limit=36, num_shards=36, out=str(tmp_path / "local")), Quiet()
+    )
+    out = tmp_path / "out"
+    events = tmp_path / "events.jsonl"
+    command += ["--out", out, "--cache", tmp_path / "cache", "--ray-address", address]
+    command += ["--engine", "ray", "--events", events]
+
+    def built():
+        return events.read_bytes().count(b'"shard"') if events.exists() else 0
+
+    for kind, code in ((signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)):
+        before = built()
+        running = cli.start(*command)
+        running.wait_until(lambda before=before: built() > before, timeout_s=120)
+        running.process.send_signal(kind)
+        ended = running.wait(60)
+        assert ended.code == code, ended.err
+        assert not (out / "manifest.json").exists()
+    cli.good(*command)
+    manifest = storage.read_bytes(str(out / "manifest.json"))
+    assert hashlib.sha256(manifest).hexdigest() == want.result.sha256
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(120)
-def test_a_cluster_is_started_and_ended_where_none_is_named():
+def test_a_cluster_is_started_and_ended_where_none_is_named(tmp_path):
     ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
-    events = list(ray_cluster.run(range(5), work=echo, context=10, num_workers=2))
+    chosen = settings(tmp_path, engine="ray", num_workers=2)
+    (tmp_path / "mark").write_text("a plan")
+    with Engine(chosen) as engine:
+        assert engine.num_nodes == 1
+        proof = node_proof(str(tmp_path), str(tmp_path / "mark"))
+        events = list(engine.run(range(5), work=echo, context=10, proof=proof))
     done = {each.task: each.value for each in events if isinstance(each, TaskDone)}
     assert done == {task: 10 * task for task in range(5)}
     assert sorted(e.note for e in events if isinstance(e, TaskProgress)) == list(range(5))
