@@ -25,7 +25,7 @@ from shardspec.errors import SampleError, ShardsError, SourceError
 
 Piece = Sequence[Mapping[str, Any]]
 
-HELD_BYTES = 2**30
+HELD_BYTES = 3 * 2**28
 """Pieces kept: all of PixMo-Points (669 MB), whose rows are read image by image in any order."""
 
 ROWS_AT_ONCE = 16
@@ -112,6 +112,10 @@ class Rows(Sequence[Mapping[str, Any]]):
         i -= self._starts[p]
         row_number = getattr(self._piece(p), "row_number", None)  # a row may be several examples
         return file, first + (i if row_number is None else row_number(i))
+
+    def release(self) -> None:
+        """Frees the pieces that are held; the next row is read again."""
+        self._held.clear()
 
     def _piece(self, p: int) -> Piece:
         if p not in self._held:
