@@ -186,14 +186,14 @@ def _run_job(driver):
     try:
         run(driver.settings, reporter)
     except ShardsError as error:
-        print(f"refused: {error.reason}")
-        traceback.print_exc()
-        return _REFUSED
+        refused = f"refused: {error.reason}\n{error}"
+    else:
+        refused = ""
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-        print(*reporter.notes, sep="\n")
-    print(f"changes {_faults.changes}")
-    return 0
+    print(*reporter.notes, sep="\n")
+    print(refused or f"changes {_faults.changes}")
+    return _REFUSED if refused else 0
 
 
 class _Faults:
