@@ -329,13 +329,14 @@ def _encode_view(view: View) -> dict[str, Any]:
     return {"files": [asdict(file) for file in view.files], "parts": parts}
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
 def canonical_json(value: object, *, indent: int | None = None) -> bytes:
     """Serialises plain JSON types canonically: sorted keys, UTF-8, a final newline."""
-    separators = (",", ": ") if indent else (",", ":")
-    text = json.dumps(
-        value, sort_keys=True, ensure_ascii=False, indent=indent, separators=separators
-    )
-    return text.encode() + b"\n"
+    if indent is None:
+        return _CANONICAL.encode(value).encode() + b"\n"
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=indent).encode() + b"\n"
 
 
 def fingerprint(value: object) -> str:

@@ -369,8 +369,8 @@ class DatasetBase(Dataset):
         if item + 1 >= len(self._borders):
             num_examples = len(self._borders) - 1
             raise ConfigError("dataset_code.length", where=self.name, examples=num_examples)
-        numbers: list[int] = self._numbers[self._borders[item] : self._borders[item + 1]].tolist()
-        return numbers
+        numbers = self._numbers[self._borders[item] : self._borders[item + 1]]
+        return list(numbers) if isinstance(numbers, range) else numbers.tolist()
 
     def left_out_rows(self) -> Iterator[tuple[int, SampleError]]:
         """Reads the rows again that were left out on opening, to say of each why."""
@@ -475,7 +475,7 @@ class DatasetBase(Dataset):
             kind={"kind": "sample", "seed": seed},
         )
 
-    def _select(self, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _select(self, limit: int | None) -> tuple[np.ndarray | range, np.ndarray | range]:
         """Chooses the rows of the split, and groups them where the dataset is grouped.
 
         Returns:
@@ -486,7 +486,7 @@ class DatasetBase(Dataset):
         if not (self.grouped or divided):
             num_rows = len(self.rows) if limit is None else min(limit, len(self.rows))
             self.num_rows_read = num_rows
-            return np.arange(num_rows), np.arange(num_rows + 1)
+            return range(num_rows), range(num_rows + 1)
         found, marks = array("q"), array("Q")
         for number, mark, named in self._marks():
             side = "validation" if mark / 2**64 < self.validation_share else "train"
@@ -502,7 +502,7 @@ class DatasetBase(Dataset):
                 marks.append(mark)
         numbers = np.frombuffer(found, dtype=np.int64) if found else np.zeros(0, dtype=np.int64)
         if not self.grouped or not found:
-            return numbers, np.arange(len(numbers) + 1)
+            return numbers, range(len(numbers) + 1)
         _, first, group = np.unique(
             np.frombuffer(marks, dtype=np.uint64), return_index=True, return_inverse=True
         )

@@ -4,9 +4,9 @@ The folder may be in an object store: of a Parquet file there the row groups are
 needed, an Arrow file is copied.
 
 `Rows` is a sequence made of *pieces* (a Parquet row group, an Arrow record batch). Arrow pieces
-stay in memory as they are stored, up to `HELD_BYTES`; of other pieces one. So reading in order
-costs one pass whatever the size, and reading at random a piece per jump only where the source is
-larger than that.
+stay in memory as they are stored, up to `PASSED_BYTES` while they are read in order, and up to
+`HELD_BYTES` from the first jump on; of other pieces one. So reading in order costs one pass
+whatever the size, and reading at random a piece per jump only where the source is larger than that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ Piece = Sequence[Mapping[str, Any]]
 
 HELD_BYTES = 2**30
 """Pieces kept: all of PixMo-Points (669 MB), whose rows are read image by image in any order."""
+
+PASSED_BYTES = 2**27
+"""Pieces kept where rows are read in order: nothing of them is read again before the next pass."""
 
 ROWS_AT_ONCE = 16
 """Rows of an Arrow piece that become Python objects together; they may hold images of megabytes."""
@@ -62,6 +65,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         for length in lengths:
             self._starts.append(self._starts[-1] + length)
         self._held: dict[int, Piece] = {}
+        self._last, self._jumped = 0, False
         self.kind = dict(kind)
         self.base = base
         self.layout = layout
@@ -113,9 +117,17 @@ class Rows(Sequence[Mapping[str, Any]]):
         row_number = getattr(self._piece(p), "row_number", None)  # a row may be several examples
         return file, first + (i if row_number is None else row_number(i))
 
+    def release(self) -> None:
+        """Frees the pieces that are held; the next row is read again."""
+        self._held.clear()
+
     def _piece(self, p: int) -> Piece:
+        following = 0 if self._last == len(self._pieces) - 1 else self._last + 1
+        self._jumped = self._jumped or p not in (self._last, following)
+        self._last = p
         if p not in self._held:
-            while sum(map(_num_bytes, self._held.values())) >= HELD_BYTES:
+            most = HELD_BYTES if self._jumped else PASSED_BYTES
+            while sum(map(_num_bytes, self._held.values())) >= most:
                 del self._held[next(iter(self._held))]  # old pieces go before the new one comes
             self._held[p] = self._pieces[p]()
         return self._held[p]

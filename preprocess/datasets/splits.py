@@ -45,7 +45,7 @@ _WORD = re.compile(
     rf"(?<![^\-._ 0-9])(?:{'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?![^\-._ 0-9])",
     re.IGNORECASE,
 )
-_NUMBERED = re.compile(r"(?P<name>\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
+_NUMBERED = re.compile(r"(?P<name>\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}[^/]*")
 _NO_SPLIT = frozenset({"data", "part", "shard", "chunk", "file"})
 """What tools call the pieces of anything: `data-00000-of-00002.arrow` is of no split "data"."""
 

@@ -472,7 +472,8 @@ def scratch_folder(root: str) -> Iterator[Path]:
     """Makes a new folder for unfinished files."""
     with storage.translate_errors(root):
         storage.make_folder(Path(root))
-    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
+        made = tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True)
+    with made as folder:
         yield Path(folder)
 
 

@@ -43,6 +43,7 @@ class RowMarks:
     def __init__(self) -> None:
         """Begins before the first example."""
         self._hash = hashlib.sha256()
+        self._json = json.JSONEncoder(default=self._described)
         self.num_examples = 0
         self.blocks: list[str] = []
         self.groups: set[int] = set()
@@ -64,7 +65,7 @@ class RowMarks:
         if group:
             self.groups.add(hash_text(str(group)))
         try:
-            text = json.dumps(example, default=self._described)
+            text = self._json.encode(example)
         except (TypeError, ValueError, RecursionError):
             text = "no JSON"  # PLAN refuses the row
         self._hash.update(text.encode() + b"\n")

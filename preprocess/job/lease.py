@@ -232,17 +232,19 @@ class Lease:
         Raises:
           StorageError: `lease_lost`.
         """
-        for _ in range(_LATE_RENEWALS):
-            if self._lost.is_set() or not self._is_old():
+        for renewals_left in range(_LATE_RENEWALS, -1, -1):
+            if self._lost.is_set():
                 break
+            if not self._is_old():
+                return
             renewed_s = self._renewed_s
-            self._renew(only_if_old=True)
+            if renewals_left:
+                self._renew(only_if_old=True)
             # One that succeeded but lasted for `TTL_S` does not count: another job may have taken
             # the lease since. The next one finds out.
             if self._renewed_s == renewed_s:
                 break
-        if self._lost.is_set() or self._is_old():
-            raise StorageError("lease_lost", where=self._output)
+        raise StorageError("lease_lost", where=self._output)
 
     def give_back(self) -> None:
         """Removes the lease."""

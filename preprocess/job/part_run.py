@@ -115,9 +115,11 @@ def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
     try:
         with telling_end(board), join_job(settings.out, me, state=board.snapshot) as held:
             outcome = _work(job, part, held, board)
-    except StorageError as error:
-        # The part that committed has removed what the others hold.
-        result = committed(job) if error.reason in ("lease_lost", "output_removed") else None
+    except (StorageError, FileNotFoundError) as error:
+        # The part that committed has removed what the others hold, or are about to look for.
+        gone = ("lease_lost", "output_removed", "cache_not_shared")
+        is_gone = isinstance(error, FileNotFoundError) or error.reason in gone
+        result = committed(job) if is_gone else None
         if result is None:
             raise
         return _finished(part, result)

@@ -166,15 +166,21 @@ def shard_borders(num_samples: int, *, num_shards: int) -> np.ndarray:
 def shard_name(
     dataset: str, split: str, shard: int, *, num_shards: int, generation: int = 0
 ) -> str:
-    """Names a shard, without its suffix; generations sort one after the other.
+    """Names a shard, without its suffix; as texts, names sort by generation, then by number.
+
+    Numbers have five digits, or as many as their total has: without zeros, 100,000 would sort
+    before 10,001.
 
     >>> shard_name("pixmo_cap", "train", 17, num_shards=256)
     'pixmo_cap-train-00017-of-00256'
     >>> shard_name("pixmo_cap", "train", 0, num_shards=8, generation=1)
     'pixmo_cap-train-g00001-00000-of-00008'
+    >>> shard_name("web", "train", 17, num_shards=250_000)
+    'web-train-000017-of-250000'
     """
     of = generation_name(f"{dataset}-{split}", generation)
-    return f"{of}-{shard:05d}-of-{num_shards:05d}"
+    digits = max(5, len(str(num_shards)))
+    return f"{of}-{shard:0{digits}d}-of-{num_shards:0{digits}d}"
 
 
 def generation_name(name: str, generation: int) -> str:

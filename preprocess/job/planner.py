@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -106,6 +106,8 @@ PROBE_ROWS = 32
 
 HELD_BYTES = 64 * 2**20
 """Rows held in memory before they are appended to their shards' files."""
+
+_SPOOL_STEP = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +243,7 @@ def make_plan(
             for stamp in named_stamps(job.files_url(job.generation - 1)) if job.growth else ():
                 stamps.add(stamp)
             rows = _spool_rows(job, results, spool, lost, stamps, report)
+        job.dataset.rows.release()
         if len(stamps):
             storage.publish_file(job.files_url(job.generation), folder / "files")
         else:
@@ -253,10 +256,10 @@ def make_plan(
             target_bytes=job.settings.shard_bytes,
             num_samples=rows.num_groups,
             num_shards=job.settings.num_shards,
-            unit="group" if any(rows.groups) else "sample",
+            unit="group" if rows.groups else "sample",
         )
         borders: list[int] = []
-        if any(rows.groups):
+        if rows.groups:
             order, borders = plan_groups(
                 rows.keys,
                 rows.groups,
@@ -360,22 +363,96 @@ class _Spool:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._starts = array("Q", [0])
+        self._starts = array("Q")
+        """Of each `_SPOOL_STEP`-th row."""
 
-    def write(self, rows: Iterator[bytes]) -> None:
+    def write(self, rows: Iterator[_SpooledRow]) -> None:
+        start = 0
         with storage.translate_errors(str(self._path)), self._path.open("wb") as stream:
-            for line in rows:
-                self._starts.append(self._starts[-1] + stream.write(line))
+            for i, row in enumerate(rows):
+                if i % _SPOOL_STEP == 0:
+                    self._starts.append(start)
+                start += stream.write(row.encode())
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[_SpooledRow]:
         with self._path.open("rb") as stream:
-            yield from map(json.loads, stream)
+            yield from map(_SpooledRow.decode, stream)
 
     def read(self, i: int) -> dict[str, Any]:
         with self._path.open("rb") as stream:
-            stream.seek(self._starts[i])
-            row: dict[str, Any] = json.loads(stream.readline())
+            stream.seek(self._starts[i // _SPOOL_STEP])
+            line = next(islice(stream, i % _SPOOL_STEP, None))
+        return _SpooledRow.decode(line).read()
+
+
+class _SpooledRow(NamedTuple):
+    """A planned row as pieces of its canonical JSON, to be joined when its position is known.
+
+    So a row is encoded once: joining texts takes a fraction of the time of JSON.
+    """
+
+    head: bytes
+    """Fields before `group`; all before `origin` where there is no group."""
+    group: bytes
+    body: bytes
+    """Fields from `group` on and before `origin`."""
+    origin: bytes
+    tail: bytes
+    """Fields after `position`."""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> _SpooledRow:
+        """Encodes a row; its names are in order: "group" < "origin" < "position"."""
+        has_group = "group" in row
+        split = "group" if has_group else "origin"
+        inside = [name for name in row if split < name < "origin"]
+        return cls(
+            head=_inner_json(row, [name for name in row if name < split]),
+            group=canonical_json(row["group"])[:-1] if has_group else b"",
+            body=_inner_json(row, inside),
+            origin=canonical_json(row["origin"])[:-1],
+            tail=_inner_json(row, [name for name in row if name > "position"]),
+        )
+
+    def encode(self) -> bytes:
+        """Gives a line; no piece has a NUL, which JSON escapes."""
+        return b"\0".join(self) + b"\n"
+
+    @classmethod
+    def decode(cls, line: bytes) -> _SpooledRow:
+        """Reads what `encode` has written."""
+        return cls(*line[:-1].split(b"\0"))
+
+    def read(self) -> dict[str, Any]:
+        """Gives the row, without a position."""
+        fields = [*self._front(self.group), b'"origin":' + self.origin, self.tail]
+        row: dict[str, Any] = json.loads(_join_json(fields))
         return row
+
+    def place(self, position: int, *, group: bytes) -> tuple[bytes, bytes]:
+        """Gives the canonical JSON of the row in its shard, without and with its origin.
+
+        Args:
+          position: Of the sample in the stored order.
+          group: JSON of the group's name in the plan; not used where the row has none.
+        """
+        front, placed = self._front(group), b'"position":%d' % position
+        origin = b'"origin":' + self.origin
+        return (
+            _join_json([*front, placed, self.tail]),
+            _join_json([*front, origin, placed, self.tail]),
+        )
+
+    def _front(self, group: bytes) -> list[bytes]:
+        return [self.head, *([b'"group":' + group] if self.group else []), self.body]
+
+
+def _inner_json(row: Mapping[str, Any], names: list[str]) -> bytes:
+    return canonical_json({name: row[name] for name in names})[1:-2] if names else b""
+
+
+def _join_json(fields: list[bytes]) -> bytes:
+    return b"{" + b",".join(filter(None, fields)) + b"}\n"
 
 
 class _LostRows:
@@ -403,8 +480,8 @@ class _LostRows:
 class _Rows:
     keys: KeyList
     """Of the rows in the spool, in its order."""
-    groups: list[str]
-    """Of each its group; "" for none."""
+    groups: Sequence[str]
+    """Of each its group, "" for none; () where none has one."""
     num_lost: int
     """Rows of the quarantine list."""
     reasons: Counter[str]
@@ -417,6 +494,8 @@ class _Rows:
     @property
     def num_groups(self) -> int:
         """Groups, each of which is in one shard; samples of none are groups of their own."""
+        if not self.groups:
+            return len(self.keys)
         return len({*self.groups} - {""}) + self.groups.count("")
 
 
@@ -431,6 +510,7 @@ def _spool_rows(
     keys = KeyList()
     before = _stored_keys(job)
     groups: list[str] = []
+    names: dict[str, str] = {}
     stored = job.growth.stored if job.growth else None
     num_read = job.dataset.num_rows_read - (stored.num_rows_read if stored else 0)
     reasons = Counter(job.dataset.left_out)
@@ -444,7 +524,7 @@ def _spool_rows(
     first = ""  # error of the first row that is lost
     warned = 0
 
-    def good_rows() -> Iterator[bytes]:
+    def good_rows() -> Iterator[_SpooledRow]:
         nonlocal dead_rows, num_rows, has_blobs, first, warned
         for row, error in _planned_rows(job, results, stamps):
             if error is None and held_out and not held_out.isdisjoint(_contents(row)):
@@ -460,12 +540,15 @@ def _spool_rows(
                 reasons[error.reason] += count
                 dead_rows += count if _is_link(error) else 0
                 continue
-            groups.append(row.get("group", ""))
+            group = row.get("group", "")
+            if group or groups:
+                groups.extend([""] * (len(keys) - 1 - len(groups)))  # none of those before has one
+                groups.append(names.setdefault(group, group))
             if job.growth is not None:
-                _check_group(job, groups[-1], job.growth.marks.groups)
+                _check_group(job, group, job.growth.marks.groups)
             num_rows += count
             has_blobs = has_blobs or _has_blobs(row)
-            yield canonical_json(row)
+            yield _SpooledRow.of(row)
 
     for reason, count in sorted(reasons.items()):
         report.note(f"{count} rows of the source left out: {reason}")
@@ -914,14 +997,12 @@ def _write_rows(
                 stream.writelines(lines)
         waiting.clear()
 
+    names = {canonical_json(name)[:-1]: canonical_json(key)[:-1] for name, key in groups.items()}
     for i, row in enumerate(spool):
-        origin = row.pop("origin")
-        row["position"] = int(position[i])
-        if "group" in row:
-            row["group"] = groups[row["group"]]
-        shard = bisect.bisect_right(borders, row["position"]) - 1
-        hashes[shard].update(canonical_json(row))
-        line = canonical_json({**row, "origin": origin})
+        at = int(position[i])
+        shard = bisect.bisect_right(borders, at) - 1
+        hashed, line = row.place(at, group=names.get(row.group, b""))
+        hashes[shard].update(hashed)
         report.step("")
         waiting.setdefault(shard, []).append(line)
         held_bytes += len(line)

@@ -404,6 +404,19 @@ def test_pieces_beyond_the_bound_are_dropped_oldest_first(monkeypatch):
     assert reads == [0, 1, 2, 0]
 
 
+def test_rows_in_order_pass_by_and_jumps_keep_what_they_may_need_again(monkeypatch):
+    reads = []
+    rows = scattered_rows(reads)
+    monkeypatch.setattr("preprocess.datasets.rows.PASSED_BYTES", 100 * 8)
+    passes = [*range(1000), *range(1000)]
+    assert [rows[i]["i"] for i in passes] == passes
+    assert reads == [*range(10), *range(10)]
+    del reads[:]
+    for i in (500, 100, 500, 100, 999):
+        assert rows[i]["i"] == i
+    assert reads == [5, 1]
+
+
 # Rows that cannot become examples
 
 

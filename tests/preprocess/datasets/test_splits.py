@@ -26,6 +26,13 @@ LAYOUTS = {
         },
         None,
     ),
+    "hub, more than 99,999 files": (
+        {
+            "data/odd-099999-of-100001.parquet": "odd",
+            "data/odd-100000-of-100001.parquet": "odd",
+        },
+        "it knows numbers of five digits only",
+    ),
     "hub, splits of other names": (
         {
             "data/train_sft-00000-of-00001.parquet": "train_sft",

@@ -6,8 +6,11 @@ Hours of pauses pass in milliseconds, and what the server's log says of time is 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import selectors
 import socket
+import struct
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -15,7 +18,7 @@ import pytest
 from aiohttp import web
 
 from preprocess.fetch import download
-from tests.preprocess.fetch.faulty_http import FaultyServer
+from tests.preprocess.fetch.faulty_http import FaultyServer, picture
 
 GRACE_S = 0.002
 """Real seconds in which the kernel brings what has been sent over loopback."""
@@ -153,6 +156,48 @@ class VirtualServer(FaultyServer):
         while True:
             await response.write(b"x")
             await asyncio.sleep(5)
+
+    async def _chain(self, request: web.Request) -> web.Response:
+        """/chain/NUM: redirects to the next number, for ever."""
+        following = int(request.path.split("/")[2]) + 1
+        return web.Response(status=307, headers={"Location": f"/chain/{following}"})
+
+    async def _cut(self, request: web.Request) -> web.Response:
+        """A file that ends early, with the length that it has."""
+        return web.Response(body=picture(request.path)[:-20], content_type="image/png")
+
+    async def _claims(self, request: web.Request) -> web.Response:
+        """/claims/SIDE: a small file whose header says that it is a huge picture."""
+        body = picture(request.path)
+        head = b"IHDR" + struct.pack(">II", *[int(request.path.split("/")[2])] * 2) + body[24:29]
+        return web.Response(body=body[:12] + head + struct.pack(">I", zlib.crc32(head)) + body[33:])
+
+    async def _typed(self, request: web.Request) -> web.Response:
+        """A picture that is called a page."""
+        return web.Response(body=picture(request.path), content_type="text/html")
+
+    async def _zipped(self, request: web.Request) -> web.Response:
+        """Compressed, though that was not accepted."""
+        body = gzip.compress(picture(request.path))
+        return web.Response(body=body, headers={"Content-Encoding": "gzip"})
+
+    async def _inflates(self, request: web.Request) -> web.Response:  # noqa: ARG002
+        """Few bytes that become many."""
+        body = gzip.compress(bytes(10_000_000))
+        return web.Response(body=body, headers={"Content-Encoding": "gzip"})
+
+    async def _overruns(self, request: web.Request) -> web.Response:
+        """Sends more than it has announced."""
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: 10\r\n\r\n"
+        request.transport.write(head + picture(request.path))
+        request.transport.close()
+        return web.Response()
+
+    async def _heads(self, request: web.Request) -> web.Response:
+        """A header without end."""
+        response = await self._ok(request)
+        response.headers["X-Long"] = "x" * 100_000
+        return response
 
     async def _gone(self, request: web.Request) -> web.Response:
         """The same picture whatever the path."""

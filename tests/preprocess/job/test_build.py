@@ -1,12 +1,16 @@
-"""What samples cost: the bytes of baked variants."""
+"""What samples cost: the bytes of baked variants; and where unfinished files are."""
+
+import errno
+import tempfile
 
 import pytest
 
 from preprocess.fetch.blobs import BlobCache
-from preprocess.job.build import sample_size, variant_bytes
+from preprocess.job.build import sample_size, scratch_folder, variant_bytes
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
+from shardspec.errors import StorageError
 from shardspec.sample import spans_table
 
 ONE = 1_000_000
@@ -36,3 +40,13 @@ def test_measured_sample_counts_the_variants_of_the_recipe(tmp_path, num_variant
     assert (size.variant_bytes > 0) == (num_variants > 1)
     # The response is stored once: far less than eight times its tokens.
     assert size.variant_bytes < 4 * size.num_tokens
+
+
+def test_a_disk_that_has_no_room_for_a_folder_is_full(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(StorageError) as caught, scratch_folder(str(tmp_path / "scratch")):
+        pass
+    assert caught.value.reason == "no_space"

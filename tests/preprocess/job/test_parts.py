@@ -205,6 +205,22 @@ def _killed(*args, **more):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize(
+    "error", [StorageError("cache_not_shared.part", where="cache", part="1/3"), FileNotFoundError()]
+)
+def test_what_a_part_misses_after_the_commit_of_another_is_no_failure(
+    tmp_path, undisturbed, monkeypatch, error
+):
+    def work(*args):
+        raise error
+
+    run_job(settings(tmp_path), Quiet())
+    real, not_yet = part_run.committed, iter([None])
+    monkeypatch.setattr(part_run, "committed", lambda job: next(not_yet, real(job)))
+    monkeypatch.setattr(part_run, "_work", work)
+    assert run(settings(tmp_path, "1/3")).result.sha256 == undisturbed
+
+
 def test_the_verb_commit_completes_what_nobody_has_committed(tmp_path, undisturbed):
     with pytest.raises(StorageError) as caught:
         commit_job(settings(tmp_path), Quiet())

@@ -153,10 +153,15 @@ def test_places_are_spread_evenly():
     assert np.all(np.abs(found - 1000) < 4 * 31)
 
 
-def test_shard_names_sort_in_order():
-    names = [shard_name("d", "train", shard, num_shards=11) for shard in range(11)]
+@pytest.mark.parametrize("num_shards", [1, 11, 99_999, 100_000, 100_001, 1_234_567])
+def test_shard_names_sort_in_order(num_shards):
+    around = {0, *(10**n + k for n in range(7) for k in (-1, 0, 1)), num_shards - 1}
+    shards = sorted(shard for shard in around if 0 <= shard < num_shards)
+    names = [shard_name("d", "train", shard, num_shards=num_shards) for shard in shards]
+    names.append(shard_name("d", "train", 0, num_shards=8, generation=1))
     assert names == sorted(names)
-    assert names[10] == "d-train-00010-of-00011"
+    if num_shards < 100_000:
+        assert names[:-1] == [f"d-train-{shard:05d}-of-{num_shards:05d}" for shard in shards]
 
 
 @given(keys, st.integers(1, 12), st.integers(1, 8), st.integers(0, 2**32))
