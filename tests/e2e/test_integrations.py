@@ -128,8 +128,3 @@ def test_a_killed_run_on_a_mesh_resumes_on_another_one_as_if_nothing_had_happene
             assert all(part < loss / 2 for _, part in ranks.values())
         else:
             assert ranks[0] == ranks[1] == (keys, pytest.approx(loss, abs=2e-3))
-
-
-@pytest.mark.parametrize("name", [*EXAMPLES, "hf_trainer"])
-def test_an_example_is_short(name):
-    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 60
