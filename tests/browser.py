@@ -41,27 +41,23 @@ class Browser:
         )
         os.close(commands)
         os.close(answers)
-        self._stream = os.fdopen(self._answers, "rb")
-        self._number, self._session = 0, None
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        self._call("Page.enable")
+        self._number, self._session, self._read = 0, None, b""
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         os.close(self._commands)  # ends the browser
-        self._stream.close()
+        os.close(self._answers)
         self._process.wait()
 
     def _receive(self):
-        parts = []
-        while (byte := self._stream.read(1)) != b"\0":
-            assert byte, "the browser has ended"
-            parts.append(byte)
-        return json.loads(b"".join(parts))
+        while b"\0" not in self._read:
+            part = os.read(self._answers, 1 << 20)
+            assert part, "the browser has ended"
+            self._read += part
+        message, _, self._read = self._read.partition(b"\0")
+        return json.loads(message)
 
     def _call(self, method, **params):
         self._number += 1
@@ -75,7 +71,14 @@ class Browser:
         return answer["result"]
 
     def open(self, path, *, width_px, scheme):
-        """Shows a file, as a window of some width in a light or dark scheme does."""
+        """Shows a file to a new visitor, in a window of some width and a light or dark scheme."""
+        self._session = None
+        visitor = self._call("Target.createBrowserContext")["browserContextId"]
+        blank = {"url": "about:blank", "browserContextId": visitor}
+        target = self._call("Target.createTarget", **blank)["targetId"]
+        attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        self._call("Page.enable")
         size = {"width": width_px, "height": 900, "deviceScaleFactor": 1, "mobile": width_px < 500}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         feature = {"name": "prefers-color-scheme", "value": scheme}

@@ -133,9 +133,9 @@ def card(title: str, *children: Child, meta: Child = None) -> Markup:
 
 
 def _visible(text: str) -> str:
-    """Makes spaces and ends of lines seen.
+    """Makes spaces and ends of lines seen; a line may end in front of a space.
 
     >>> _visible(" a\\n")
-    '·a⏎'
+    '\\u200b·a⏎'
     """
-    return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return text.replace(" ", "\u200b·").replace("\n", "⏎").replace("\t", "⇥")

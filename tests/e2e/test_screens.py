@@ -120,14 +120,17 @@ def test_pages_are_whole_on_a_laptop_and_a_phone_light_and_dark(browser, pages, 
 
 
 @pytest.mark.skipif(not SITE.exists(), reason="`make docs` was not run")
-@pytest.mark.parametrize("page", ["", "tutorial", "concepts", "errors", "loader", "format"])
+@pytest.mark.parametrize("page", ["", "tutorial", "concepts", "errors", "api/loader", "format"])
 def test_pages_of_the_site_are_whole_too(browser, page):
     path = SITE / page / "index.html"
+    assert path.exists()
     heads = set()
     for scheme, width in itertools.product(("light", "dark"), WIDTHS):
         # Colours, sizes and focus are the theme's.
         but = ("contrast", "letters", "scrolls")
         outline, _ = shown(browser, f"site {page}", path, scheme, width, but=but)
+        style = "default" if scheme == "light" else "slate"
+        assert browser.run("document.body.dataset.mdColorScheme") == style
         heads.add(tuple(name for role, _, name in outline if role == "heading"))
     assert len(heads) == 1
     assert all(heads)
