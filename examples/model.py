@@ -15,7 +15,10 @@ The smallest model that uses a batch the way large ones do:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,10 +37,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x_BLD: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, visible: Tensor | None = None, context: Any = None) -> Tensor:
         """Mixes and maps tokens; `visible` is bool [B, 1, L, L], None lets all see all."""
         q, k, v = self.qkv(self.attention_norm(x_BLD)).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        if context is not None:
+            k, v = (Gather.apply(part, context) for part in (k, v))
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         x_BLD = x_BLD + self.out(mixed.transpose(1, 2).flatten(2))
         mapped: Tensor = self.mlp(self.mlp_norm(x_BLD))
@@ -131,6 +136,7 @@ class VisionLanguageModel(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor | None = None,
         subsegment_ids: Tensor | None = None,
+        context: Any = None,
     ) -> Tensor:
         """Sums the cross entropy over the batch's targets.
 
@@ -143,9 +149,11 @@ class VisionLanguageModel(nn.Module):
           image_masks: float32 [B, M, patches].
           image_input_idx: int64 [B, M], first patch token of each picture, -1 for none.
           position_ids, subsegment_ids: int64 [B, L]; without them a sequence is one conversation.
+          context: The process group of ranks that got the same batch and divide its sequences: each
+            maps its slice of the tokens and sees the keys of all. Their number divides L.
 
         Returns:
-          float32 [].
+          float32 [], with `context` that of the slice.
         """
         length = input_ids.shape[1]
         if position_ids is None:
@@ -155,11 +163,15 @@ class VisionLanguageModel(nn.Module):
         x = self._place_images(self.tokens(input_ids), images, image_masks, image_input_idx)
         x = x + self.positions(position_ids)
         visible = visibility(subsegment_ids)
+        if context is not None:
+            size, rank = dist.get_world_size(context), dist.get_rank(context)
+            x, labels = (part.chunk(size, dim=1)[rank] for part in (x, labels))
+            visible = visible.chunk(size, dim=2)[rank]
         for block in self.blocks:
-            x = block(x, visible)
+            x = block(x, visible, context)
         logits = self.head(self.norm(x))
         return functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+            logits.flatten(0, 1), labels.reshape(-1), ignore_index=-100, reduction="sum"
         )
 
     def _place_images(
@@ -174,6 +186,23 @@ class VisionLanguageModel(nn.Module):
         start_N1 = image_input_idx[example_N, image_N][:, None]
         places = start_N1 + torch.arange(features.shape[1], device=start_N1.device)
         return x_BLD.index_put((example_N[:, None], places), features)
+
+
+class Gather(torch.autograd.Function):
+    """Joins the slices [B, H, L / ranks, D] of the ranks of a group: the keys that each sees."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)  # each rank's queries have seen this slice
+        return grad.chunk(dist.get_world_size(ctx.group), dim=2)[dist.get_rank(ctx.group)], None
 
 
 def visibility(subsegment_ids: Tensor) -> Tensor:

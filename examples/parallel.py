@@ -1,15 +1,12 @@
-"""Trains on a mesh: FSDP over data-parallel groups, whose other ranks share each batch.
+"""Trains with FSDP, tensor and context parallelism; the same command again resumes, on any mesh.
 
-    torchrun --standalone --nproc_per_node=4 examples/parallel.py shards/pixmo_cap --shared 2
+    torchrun --nproc_per_node=4 examples/parallel.py shards/pixmo_cap --data 2 --context 2
 
-With `--shared 2` pairs of ranks get the same rows, as tensor, context or pipeline parallelism needs
-it. Checkpoints are PyTorch's distributed ones; a run resumes on any mesh whose number of groups
-divides the batch.
+Ranks of a tensor or context group get the same batch; each of a context group maps its slice.
 """
 
-from __future__ import annotations
-
 import argparse
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
@@ -19,56 +16,45 @@ from model import VisionLanguageModel
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from loader import StreamingDataset, make_dataloader
+from loader import DevicePrefetcher, StreamingDataset, make_dataloader
 from loader.integrations import DistributedState
 
 parser = argparse.ArgumentParser()
 parser.add_argument("shards")
-parser.add_argument("--shared", type=int, default=1, help="ranks that share each batch")
-parser.add_argument("--steps", type=int, default=8)
-parser.add_argument("--checkpoint", type=Path, default=Path("checkpoint"))
+for name, value in dict(data=1, context=1, tensor=1, steps=8, out="runs/mesh").items():
+    parser.add_argument(f"--{name}", type=type(value), default=value)
 options = parser.parse_args()
-
-kind = "cuda" if torch.cuda.is_available() else "cpu"
-dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-shape = (dist.get_world_size() // options.shared, options.shared)
-mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "shared"))
-data = mesh["data"]
-
-# The one line that differs: the rank among data-parallel groups, not among all processes.
-rank, world_size = data.get_local_rank(), data.size()
-dataset = StreamingDataset(options.shards, seed=0, rank=rank, world_size=world_size)
-loader = make_dataloader(dataset, global_batch_size=4, sequence_length=512, with_metadata=True)
-
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+shape = {name: getattr(options, name) for name in ("context", "data", "tensor")}
+mesh = init_device_mesh(device.type, (*shape.values(),), mesh_dim_names=(*shape,))
+data = mesh["data"]  # the rank that counts is among these groups, not among all processes
+dataset = StreamingDataset(options.shards, rank=data.get_local_rank(), world_size=data.size())
+rows = {"global_batch_size": 4, "sequence_length": 512, "pad_mode": "to_128"}
+loader = DevicePrefetcher(make_dataloader(dataset, **rows, with_metadata=True), device)
 torch.manual_seed(0)
-vocab_size = dataset.manifest.tokenizer.embedding_size
-model = VisionLanguageModel(dataset.view.image, vocab_size=vocab_size, sequence_length=512)
-fully_shard(model.to(kind), mesh=data)
+size = dataset.manifest.tokenizer.embedding_size
+model = VisionLanguageModel(dataset.view.image, vocab_size=size, sequence_length=512).to(device)
+plan = {"blocks.*.mlp.0": ColwiseParallel(), "blocks.*.mlp.2": RowwiseParallel()}
+fully_shard(parallelize_module(model, mesh["tensor"], plan), mesh=mesh["context", "data"])
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-model_state, optimizer_state = get_state_dict(model, optimizer)
-saved = {"model": model_state, "optimizer": optimizer_state, "loader": DistributedState(loader)}
-if options.checkpoint.exists():
-    dcp.load(saved, checkpoint_id=options.checkpoint)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-
-while loader.step < options.steps:
-    for batch in loader:
-        keys = [row["key"] for row in batch.pop("metadata")]
-        batch = {name: tensor.to(kind) for name, tensor in batch.items()}
-        num_targets = (batch["labels"] != -100).sum()
-        dist.all_reduce(num_targets, group=data.get_group())
-        loss = model(**batch) / num_targets * world_size  # FSDP divides gradients by the groups
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        print(
-            f"step {loader.step} group {rank} loss {loss.item():.4f} {' '.join(keys)}", flush=True
-        )
-        if loader.step == options.steps:
-            break
-
-saved["model"], saved["optimizer"] = get_state_dict(model, optimizer)
-dcp.save(saved, checkpoint_id=options.checkpoint)
+weights, moments = get_state_dict(model, optimizer)
+saved = {"model": weights, "optimizer": moments, "loader": DistributedState(loader)}
+for last in sorted(Path(options.out).glob("step-*/.metadata"))[-1:]:  # which is written last
+    dcp.load(saved, checkpoint_id=last.parent)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+steps = range(loader.state_dict()["step"] + 1, options.steps + 1)
+for step, batch in zip(steps, chain.from_iterable(repeat(loader)), strict=False):
+    keys = " ".join(row["key"] for row in batch.pop("metadata"))
+    num_targets = (batch["labels"] != -100).sum()
+    dist.all_reduce(num_targets, group=data.get_group())
+    loss = model(**batch, context=mesh["context"].get_group()) / num_targets
+    (loss * options.data * options.context).backward()  # FSDP divides gradients by its ranks
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step} rank {dist.get_rank()} {keys} loss {loss:.4f}", flush=True)
+    if step % 2 == 0:
+        saved["model"], saved["optimizer"] = get_state_dict(model, optimizer)
+        dcp.save(saved, checkpoint_id=f"{options.out}/step-{step:06}")
 dist.destroy_process_group()

@@ -101,6 +101,7 @@ PURE = {
     "preprocess/page/charts.py",
     "preprocess/page/html.py",
     "preprocess/page/parts.py",
+    "preprocess/report/actions.py",
     "preprocess/report/marks.py",
     "preprocess/report/survey.py",
     "preprocess/sizes.py",

@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> str:
         f"{len(loader):,} steps of {options.batch_size} per epoch"
     )
     shown = [f"--- {key}\n{row}" for key, row in zip(keys, rows, strict=True)]
-    legend = "tokens under loss stand between ⟦ and ⟧"
+    legend = "tokens under loss are between ⟦ and ⟧"
     return "\n".join([head, "", describe_batch(batch), "", legend, *shown])
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from loader.buffers import BufferPool
 from loader.dataloader.planning import Lengths, patches_per_crop
 from loader.delivery import (
+    SAMPLES_OF,
     AheadLimit,
     BatchBuilder,
     BatchMaker,
@@ -194,7 +195,7 @@ class StreamLoader:
                 self._streams = plan.delivered()
                 batch = made.batch
                 self._stats.timings += made.timings
-                self._counters.update(made.counters)
+                self._counters.update(self._counted(made))
                 self._stats.wait_s += given_s - begin_s
                 self._stats.ready += ready
                 del made
@@ -502,6 +503,16 @@ class StreamLoader:
             self._planned = self.step
             if resumed.leaves_out and self._stream.topology.rank == 0:
                 logger.warning(_LEFT_OUT, resumed.leaves_out)
+
+    def _counted(self, made: MadeBatch) -> Counter[str]:
+        """Counts what a batch adds to the statistics: reading, substitutes, samples of datasets."""
+        counted = Counter(made.counters)
+        if made.bad:
+            counted["substituted"] = len(made.bad)
+        if len(self._stream.parts) > 1:
+            for number, num_samples in made.members.items():
+                counted[f"{SAMPLES_OF}{self._stream.parts[number].data.title}"] = num_samples
+        return counted
 
     def _note_bad(self, records: Sequence[Mapping[str, Any]]) -> None:
         room = MOST_RECORDS - len(self.bad_samples)

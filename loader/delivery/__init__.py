@@ -7,7 +7,7 @@ from loader.delivery.batches import BatchBuilder, BatchMaker, MadeBatch, Task
 from loader.delivery.plan import TaskPlan
 from loader.delivery.prepared import MapExample, PreparedBatches
 from loader.delivery.raw import Collate, RawBatches
-from loader.delivery.stats import STAGES, Stats
+from loader.delivery.stats import SAMPLES_OF, SHARE_OF, STAGES, Stats
 from loader.delivery.threads import AheadLimit, make_in_threads
 from loader.delivery.workers import WorkerCrew
 
@@ -20,6 +20,8 @@ __all__ = [
     "MapExample",
     "PreparedBatches",
     "RawBatches",
+    "SAMPLES_OF",
+    "SHARE_OF",
     "STAGES",
     "Stats",
     "Task",

@@ -8,8 +8,9 @@ process makes which batch has no influence on what is in it.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from loader.buffers import Allocate
@@ -40,6 +41,8 @@ class MadeBatch:
     counters: Mapping[str, int] = field(default_factory=dict)
     """What a worker process has counted of its reading since its last batch; threads count where
     the consumer can look."""
+    members: Mapping[int, int] = field(default_factory=dict)
+    """How many samples each dataset of a mixture has in it, by its number."""
 
 
 class BatchBuilder(Protocol):
@@ -100,4 +103,5 @@ class BatchMaker:
         self.announce(task)
         made = self._builder.build(task.rows, allocate=allocate, unwanted=unwanted)
         self._ahead.release(task.step)
-        return made
+        members = Counter([ref.dataset for row in task.rows for ref in row])
+        return replace(made, members=members)

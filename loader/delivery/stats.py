@@ -78,6 +78,10 @@ class StageTimings:
 _TIMED = fields(StageTimings)
 
 
+SAMPLES_OF, SHARE_OF = "samples_of_", "share_of_"
+"""How names begin of the numbers of each dataset of a mixture."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Stats:
     """Totals of a loader since it was made, or since earlier ones (`since`)."""
@@ -98,7 +102,7 @@ class Stats:
     """Batches that were ready after the delivered one, summed over deliveries."""
     counters: Mapping[str, int] = field(default_factory=dict)
     """What the readers count, such as requests, bytes and retries, in this process and in worker
-    processes."""
+    processes; `substituted` samples; of a mixture `samples_of_NAME` of each dataset."""
 
     def since(self, earlier: Stats) -> Stats:
         """Gives the difference to earlier totals of the same loader."""
@@ -195,4 +199,9 @@ class Stats:
         flat: dict[str, float] = dict(asdict(self.timings))
         for name in ("plan_s", "wait_s", "use_s", *_RATES):
             flat[name] = getattr(self, name)
-        return {**flat, **self.counters}
+        shares = {
+            name.replace(SAMPLES_OF, SHARE_OF, 1): count / max(1, self.timings.samples)
+            for name, count in self.counters.items()
+            if name.startswith(SAMPLES_OF)
+        }
+        return {**flat, **self.counters, **shares}

@@ -31,7 +31,7 @@ import threading
 import traceback
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import reduction
@@ -126,6 +126,8 @@ class _Answer:
     timings: StageTimings = field(default_factory=StageTimings)
     counters: dict[str, int] = field(default_factory=dict)
     """See `MadeBatch.counters`."""
+    members: Mapping[int, int] = field(default_factory=dict)
+    """See `MadeBatch.members`."""
     new: list[tuple[int, int]] = field(default_factory=list)
     """(Buffer, bytes)."""
     dropped: list[int] = field(default_factory=list)
@@ -326,9 +328,8 @@ class _Worker:
         if answer.crash:
             raise WorkerError("worker_crash", crash=answer.crash)
         batch = _each_value(answer.batch, self._opened)
-        return MadeBatch(
-            batch=batch, bad=answer.bad, timings=answer.timings, counters=answer.counters
-        )
+        named = {name: getattr(answer, name) for name in ("bad", "timings", "counters", "members")}
+        return MadeBatch(batch=batch, **named)
 
     def _receive(self) -> _Answer:
         try:
@@ -491,7 +492,8 @@ def _answered(maker: BatchMaker, task: Task, memory: _SharedMemory) -> _Answer:
         return _Answer(error=error)
     except Exception:  # noqa: BLE001 - the border of the process: the consumer raises it
         return _Answer(crash=traceback.format_exc())
-    return _Answer(batch=memory.described(made.batch), bad=made.bad, timings=made.timings)
+    batch = memory.described(made.batch)
+    return _Answer(batch=batch, bad=made.bad, timings=made.timings, members=made.members)
 
 
 class _SharedMemory:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loader.delivery import Stats
+from loader.delivery import SHARE_OF, Stats
 from shardspec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _GAUGES = frozenset(
     ("wait_share", "busy_share", "padding_share", "mean_ready")
     + ("samples_per_s", "tokens_per_s", "loss_tokens_per_s")
 )
-"""Of the last steps; all other numbers are sums."""
+"""Of the last steps, as shares of a mixture are; all other numbers are sums."""
 
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
@@ -112,9 +112,9 @@ class WandB(_Writer):
 class Prometheus(_Writer):
     """Keeps a text file for Prometheus' node exporter (`--collector.textfile.directory`).
 
-    The file is in the text format of Prometheus and ends as OpenMetrics wants it, and is replaced
-    as a whole. Sums are counters since this object was made, all other numbers gauges of the last
-    steps.
+    The file is OpenMetrics, which collectors of Prometheus' own text format read too, and is
+    replaced as a whole. Sums are counters since this object was made, all other numbers gauges of
+    the last steps.
     """
 
     def __init__(self, path: str | Path, *, labels: Mapping[str, str] | None = None) -> None:
@@ -139,11 +139,11 @@ class Prometheus(_Writer):
     def _write(self, step: int, stats: Stats) -> None:
         numbers = stats.to_dict()
         # First, so that no sum is lost where the file cannot be written.
-        self._totals.update({n: v for n, v in numbers.items() if n not in _GAUGES})
+        gauges = [name for name in numbers if name in _GAUGES or name.startswith(SHARE_OF)]
+        self._totals.update({n: v for n, v in numbers.items() if n not in gauges})
         lines = self._metric("step", step, kind="gauge")
-        for name, value in numbers.items():
-            if name in _GAUGES:
-                lines += self._metric(name, value, kind="gauge")
+        for name in gauges:
+            lines += self._metric(name, numbers[name], kind="gauge")
         for name, value in self._totals.items():
             lines += self._metric(name, value, kind="counter")
         text = "\n".join([*lines, "# EOF", ""])
@@ -157,10 +157,7 @@ class Prometheus(_Writer):
                 name = name.removesuffix(short) + long
         full = "vlm_shards_loader_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
         sample = f"{full}_total" if kind == "counter" else full
-        return [
-            f"# TYPE {sample if kind == 'counter' else full} {kind}",
-            f"{sample}{self._labels} {value!r}",
-        ]
+        return [f"# TYPE {full} {kind}", f"{sample}{self._labels} {value!r}"]
 
 
 class Fanout:

@@ -148,6 +148,8 @@ def _add(group: Any, each: _Field, setting: Setting) -> None:
         shown = "" if each.default is False else str(each.default)
     text = f"{setting.help} (default: {shown})" if shown else setting.help
     if setting.positional:
+        if not required and not several:
+            known["nargs"] = "?"
         group.add_argument(each.dest, help=text, **known)
         return
     if required:

@@ -31,7 +31,7 @@ class Shape(NamedTuple):
     """Something drawn on a picture, in pixels of the picture as it is shown."""
 
     kind: str
-    """"crop", "box" or "point"."""
+    """"crop", "box", "point" or "word"."""
     at: tuple[float, ...]
     label: str = ""
 
@@ -100,6 +100,8 @@ def _drawn(shape: Shape) -> list[Markup]:
         "width": f"{max(0.0, x2 - x1):.1f}",
         "height": f"{max(0.0, y2 - y1):.1f}",
     }
+    if shape.kind == "word":  # of which a page has hundreds
+        return [element("rect", **box, class_="word")]
     # The dark line below it is seen on bright pictures.
     lines = [
         element("rect", **box, class_="halo", stroke_width=4),
@@ -131,9 +133,9 @@ def card(title: str, *children: Child, meta: Child = None) -> Markup:
 
 
 def _visible(text: str) -> str:
-    """Makes spaces and ends of lines seen.
+    """Makes spaces and ends of lines seen; a line may end in front of a space.
 
     >>> _visible(" a\\n")
-    '·a⏎'
+    '\\u200b·a⏎'
     """
-    return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return text.replace(" ", "\u200b·").replace("\n", "⏎").replace("\t", "⇥")

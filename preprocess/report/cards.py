@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from preprocess.page import (
     loss_text,
     picture_uri,
 )
-from preprocess.report.marks import Mark, marks
+from preprocess.report.actions import action_table
+from preprocess.report.marks import Mark, marks, words
 from preprocess.report.stored import Sample, SampleReader
 from preprocess.report.styles import style_names
 from preprocess.text import Tokenizer
@@ -78,6 +80,7 @@ def sample_card(sample: Sample, reader: SampleReader, tokenizer: Tokenizer, *, w
     return card(
         sample.key,
         *_pictures(sample, reader),
+        *action_table(sample.record, _robot(sample, reader.manifest).get("action_names") or ()),
         *_texts(sample, tokenizer),
         element(
             "details",
@@ -94,12 +97,19 @@ def sample_card(sample: Sample, reader: SampleReader, tokenizer: Tokenizer, *, w
     )
 
 
+def _robot(sample: Sample, manifest: Manifest) -> Mapping[str, Any]:
+    """What the source says of its robot; {} where it has none."""
+    return manifest.splits[sample.split].source.get("robot") or {}
+
+
 def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
     sizes = [image.source_size for image in sample.images]
     if reader.codec == FEATURES:
         told = ", ".join(f"{width}×{height}" for width, height in sizes)
         return [element("p", f"Features of pictures of {told}.", class_="note")] if told else []
     found = marks(sample.record, sizes)
+    printed = words(sample.record, num_images=len(sizes))
+    views = (sample.record.get("metadata") or {}).get("views") or ()
     seen = _seen(sample, reader.manifest)
     shown: list[Child] = []
     for i, image in enumerate(sample.images[:_MOST_IMAGES]):
@@ -108,25 +118,29 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
         longest_px = PICTURE_PX if len(sample.images) <= 2 else _SMALL_PX
         uri, width, height = picture_uri(pixels, longest_px=longest_px)
         own = [mark for mark in found if mark.image == i]
-        told, view = seen[i]
-        crops = [] if view is None else crop_shapes(image.source_size, view, (width, height))
-        shapes = [*crops, *(_mark_shape(mark, (width, height)) for mark in own)]
+        told, cut = seen[i]
+        crops = [] if cut is None else crop_shapes(image.source_size, cut, (width, height))
+        page = [mark for mark in printed if mark.image == i]
+        shapes = [_mark_shape(word, (width, height), kind="word") for word in page]
+        shapes += [*crops, *(_mark_shape(mark, (width, height)) for mark in own)]
         size = f"{image.source_size[0]}×{image.source_size[1]}"
         stored = f"{image.stored_size[0]}×{image.stored_size[1]}"
         geometry = Geometry(int(sample.row["geometry"])).name or "none"
         number = f" {i + 1} of {len(sample.images)}" if len(sample.images) > 1 else ""
+        view = f"view {views[i]}; " if i < len(views) else ""
         named = sorted({mark.label for mark in own if mark.label})
         marked = (
             (f", {len(own)} marked" + (f": {', '.join(named)}" if named else "")) if own else ""
         )
+        marked = (f", {len(page)} words" if page else "") + marked
         shown.append(
             drawing(
                 uri,
                 width,
                 height,
                 shapes,
-                alt=f"Picture{number} of sample {sample.key}, {size} pixels, {told}{marked}",
-                caption=f"{size}, stored as {stored}, {len(image.payload):,} bytes; {told}; "
+                alt=f"Picture{number} of sample {sample.key}, {view}{size} pixels, {told}{marked}",
+                caption=f"{view}{size}, stored as {stored}, {len(image.payload):,} bytes; {told}; "
                 f"may change: {geometry.lower().replace('|', ', ')}{marked}",
             )
         )
@@ -166,11 +180,11 @@ def _seen(sample: Sample, manifest: Manifest) -> list[tuple[str, ImageView | Non
     views = [ImageView.from_dict(v) for v in manifest.recipe["image"]["views"]]
     found: list[tuple[str, ImageView | None]] = []
     for size in sizes:
-        told = [
-            f"{num_crops(*size, view)} crops and {num_image_tokens(*size, view):,} image tokens at "
-            f"{view.size_px} px"
-            for view in views
-        ]
+        told = []
+        for view in views:
+            crops, tokens = num_crops(*size, view), num_image_tokens(*size, view)
+            several = "1 crop" if crops == 1 else f"{crops} crops"
+            told.append(f"{several} and {tokens:,} image tokens at {view.size_px} px")
         found.append(("; ".join(told), views[-1]))
     times = {int(row[1]): int(row[6]) / 1000 for row in lead_rows(sample.spans)}
     for _, video, first, count, *_ in video_rows(sample.spans).tolist():
@@ -208,8 +222,10 @@ def crop_shapes(source: tuple[int, int], view: ImageView, shown: tuple[int, int]
     return shapes
 
 
-def _mark_shape(mark: Mark, shown: tuple[int, int]) -> Shape:
+def _mark_shape(mark: Mark, shown: tuple[int, int], *, kind: str = "box") -> Shape:
     at = tuple(min(max(v, 0.0), 1.0) * shown[k % 2] for k, v in enumerate(mark.at))
+    if kind == "word":
+        return Shape(kind, at)
     return Shape("point" if len(at) == 2 else "box", at, mark.label if len(at) == 4 else "")
 
 

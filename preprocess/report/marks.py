@@ -3,7 +3,7 @@
 Reads what styles of pointing and of boxes have, wherever it is nested: `points` (pairs, or a list
 of pairs for each image), `boxes` (four corners) and `answer_annotations`. The unit is
 `point_scale`; without one it is the pixels of the image, and of annotations percent. What has
-another form is left out: a report shows what it can.
+another form is left out: a report shows what it can. The words of a document's pages are boxes too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,28 @@ def marks(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> list[M
       sizes: Width and height of each image's original.
     """
     return list(_walk(record.get("message_list"), sizes, unit=None)) if sizes else []
+
+
+def words(record: Mapping[str, Any], *, num_images: int) -> list[Mark]:
+    """Lists the words of a document's pages, of which each is an image.
+
+    Args:
+      record: Of a sample; `ocr` of its metadata are the pages.
+      num_images: Of the sample.
+    """
+    pages = (record.get("metadata") or {}).get("ocr")
+    found: list[Mark] = []
+    for image, page in enumerate(pages[:num_images] if isinstance(pages, list) else ()):
+        if not isinstance(page, Mapping):
+            continue
+        full: list[Any] = [page.get("width"), page.get("height")]
+        if not all(_is_number(side) and side > 0 for side in full):
+            continue
+        for word in page.get("words") or ():
+            if _is_list(word) and len(word) > 4 and all(map(_is_number, word[1:5])):
+                at = tuple(value / full[k % 2] for k, value in enumerate(word[1:5]))
+                found.append(Mark(image, str(word[0]), at))
+    return found
 
 
 def _walk(value: Any, sizes: Sequence[tuple[int, int]], *, unit: float | None) -> Iterator[Mark]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from loader import StreamingDataset, make_dataloader
 from loader.integrations import DistributedState, hf
 from shardspec.errors import ConfigError
 from tests import model_folders
+from tests.programs import KILLING
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -103,6 +105,31 @@ def run_example(built, monkeypatch):
     return run
 
 
+KILLED_IN_STEP = """
+import os, runpy, signal, sys
+from transformers import Trainer
+last, calls, training_step = int(sys.argv.pop(1)), [], Trainer.training_step
+def step(*words, **named):
+    calls.append(1)
+    if len(calls) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return training_step(*words, **named)
+Trainer.training_step = step
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""As `python -c KILLED_IN_STEP N PROGRAM ...`, the process dies in the Nth step of its Trainer."""
+
+
+def killed(*words):
+    """Runs a program of Python that kills itself; gives the lines that it printed."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", *map(str, words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return done.stdout.splitlines()
+
+
 def weights(folder):
     from safetensors.torch import load_file
 
@@ -115,7 +142,7 @@ def weights(folder):
     [(), ("--trl",), ("--trl", "--pack", "--batch-size", 1)],
     ids=["trainer", "trl", "packed"],
 )
-def test_a_resumed_trainer_gets_the_batches_of_the_undisturbed_run(
+def test_a_killed_trainer_resumes_with_the_batches_of_the_undisturbed_run(
     built, run_example, flags, tmp_path
 ):
     whole = run_example(tmp_path / "whole", STEPS, *flags)
@@ -125,10 +152,11 @@ def test_a_resumed_trainer_gets_the_batches_of_the_undisturbed_run(
     while len(expected) < STEPS:
         expected += [copied(batch) for batch in loader]
     assert same(whole, expected[:STEPS])
-    first = run_example(tmp_path / "halves", STEPS // 2, *flags)
-    rest = run_example(tmp_path / "halves", STEPS, *flags)
-    assert same(first + rest, whole)
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    program = (ROOT / "examples" / "hf_trainer.py", built / "shards", built / "model", "--random")
+    options = (*flags, "--steps", STEPS, "--out", tmp_path / "killed")
+    killed(KILLED_IN_STEP, 5, *program, *options)  # saved after step 4
+    assert same(run_example(tmp_path / "killed", STEPS, *flags), whole[4:])
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
 
@@ -161,7 +189,11 @@ def test_two_ranks_of_which_one_has_no_picture_train_as_one_does(built, run_exam
     assert losses == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["hf_trainer", "plain_loop", "dataset_and_collator"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", "parallel", "stateful_loader", "accelerate_loop", "lightning_fit", "ray_train"]
+    + ["hf_trainer", "plain_loop", "dataset_and_collator"],
+)
 def test_examples_of_trainers_are_short(name):
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 60
 
@@ -174,17 +206,32 @@ def run_program(monkeypatch, built, name, *flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--pack",)], ids=["padded", "packed"])
-def test_a_plain_loop_resumes_to_the_losses_of_the_undisturbed_run(
+def test_a_killed_plain_loop_resumes_with_the_batches_and_losses_of_the_undisturbed_run(
     built, monkeypatch, capsys, tmp_path, flags
 ):
+    from transformers import Qwen2VLForConditionalGeneration
+
     def losses(out, steps):
         options = (*flags, "--steps", steps, "--out", tmp_path / out)
         run_program(monkeypatch, built, "plain_loop", *options)
         return capsys.readouterr().out.splitlines()
 
-    whole = losses("whole", STEPS)
+    seen = []
+    kind = Qwen2VLForConditionalGeneration
+    forward = kind.forward
+    monkeypatch.setattr(
+        kind,
+        "forward",
+        lambda self, **batch: (seen.append(copied(batch)), forward(self, **batch))[1],
+    )
+    whole, batches = losses("whole", STEPS), list(seen)
     assert len(whole) == STEPS
-    assert losses("halves", 3) + losses("halves", STEPS) == whole
+    program = (ROOT / "examples" / "plain_loop.py", built / "shards", built / "model", "--random")
+    options = (*flags, "--steps", STEPS, "--out", tmp_path / "killed")
+    assert killed(KILLING, "step 5 ", *program, *options) == whole[:5]  # saved after step 4
+    seen.clear()
+    assert losses("killed", STEPS) == whole[4:]
+    assert same(seen, batches[4:])
 
 
 @pytest.mark.slow

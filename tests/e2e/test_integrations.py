@@ -10,29 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import KILLING
+from tests.programs import KILLING, LEAVING
 
 ROOT = Path(__file__).parents[2]
-STEP = re.compile(r"step (\d+) rank (\d+) ([0-9a-f ]+)")
+STEP = re.compile(r"step (\d+) rank (\d+) ([0-9a-f ]+)(?:loss (\S+))?")
 STEPS, SAVED = 8, 4
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+TORCHRUN = (*("-m", "torch.distributed.run", "--standalone"), "--nproc_per_node")
 
-def launched(ranks):
-    # Workers of torchrun outlive a launcher that was killed, so a run to be killed has none.
-    if ranks == 1:
-        return ()
-    return (*("-m", "torch.distributed.run", "--standalone"), f"--nproc_per_node={ranks}")
-
-
-# What starts each example on some ranks, and the argument that says where it saves.
+# What says where each example saves, and the arguments that give it some ranks.
 EXAMPLES = {
-    "lightning_fit": lambda ranks: ((), ("--devices", ranks), "--out"),
-    "accelerate_loop": lambda ranks: (launched(ranks), (), "--out"),
-    "stateful_loader": lambda ranks: ((), (), "--checkpoint"),
-    "ray_train": lambda ranks: ((), ("--workers", ranks), "--out"),
+    "ddp": ("--out", lambda ranks: ()),
+    "lightning_fit": ("--out", lambda ranks: ("--devices", ranks)),
+    "accelerate_loop": ("--out", lambda ranks: ()),
+    "stateful_loader": ("--checkpoint", lambda ranks: ()),
+    "ray_train": ("--out", lambda ranks: ("--workers", ranks)),
+    "parallel": ("--out", lambda ranks: ()),
 }
+LAUNCHED = ("ddp", "accelerate_loop", "parallel")
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +41,27 @@ def shards(tmp_path_factory, inline_cli):
     return out
 
 
-def run(name, shards, saved, *, ranks=1, kill_at=None):
-    """Runs an example, to a step if it is to be killed; gives {step: its keys, rank by rank}."""
-    before, after, flag = EXAMPLES[name](ranks)
+def run(name, shards, saved, *flags, ranks=1, kill_at=None):
+    """Runs an example, to a step if it is to be killed; gives {step: {rank: (keys, loss)}}."""
+    flag, counted = EXAMPLES[name]
+    program = [str(ROOT / "examples" / f"{name}.py"), str(shards)]
     if kill_at and name != "ray_train":  # whose workers are other processes
-        before = ("-c", KILLING, f"step {kill_at} ")
+        program = [f"{saved}-killing.py", f"step {kill_at} ", *program]
+        Path(program[0]).write_text(KILLING)
+    elif name == "parallel":
+        program = [f"{saved}-leaving.py", *program]
+        Path(program[0]).write_text(LEAVING)
+    if name in LAUNCHED:
+        program = [*TORCHRUN, ranks, *program]
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
     env = {key: value for key, value in os.environ.items() if key not in names}
     paths = os.pathsep.join((str(ROOT), str(ROOT / "examples")))
     env |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     env |= {"RAY_DEDUP_LOGS": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [*program, *counted(ranks), *flags, flag, saved, "--steps", STEPS]
     with (saved.parent / f"{saved.name}.err").open("ab") as errors:
         program = subprocess.Popen(
-            [
-                *(sys.executable, *before, str(ROOT / "examples" / f"{name}.py"), str(shards)),
-                *(str(value) for value in (*after, flag, saved, "--steps", STEPS)),
-            ],
+            [sys.executable, *map(str, command)],
             env=env,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -70,38 +72,59 @@ def run(name, shards, saved, *, ranks=1, kill_at=None):
         seen = {}
         try:
             for line in program.stdout:
-                for step, rank, keys in STEP.findall(line):
-                    seen.setdefault(int(step), {})[int(rank)] = keys.split()
+                for step, rank, keys, loss in STEP.findall(line):
+                    seen.setdefault(int(step), {})[int(rank)] = keys.split(), float(loss or 0)
                 if name == "ray_train" and kill_at in seen:
                     break
             else:
-                want = -signal.SIGKILL if kill_at else 0
-                assert program.wait() == want, Path(errors.name).read_text()[-4000:]
+                ended, of_rank = program.wait(), -signal.SIGKILL
+                # torchrun ends the other ranks, and fails.
+                want = (1 if name in LAUNCHED else of_rank) if kill_at else 0
+                assert ended == want, Path(errors.name).read_text()[-4000:]
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
             program.stdout.close()
             program.wait()
+    return seen
+
+
+def batches(seen):
+    """The keys of each step, rank by rank."""
     return {
-        step: [key for rank in sorted(keys) for key in keys[rank]] for step, keys in seen.items()
+        step: sum((ranks[rank][0] for rank in sorted(ranks)), []) for step, ranks in seen.items()
     }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "parallel"])
 def test_an_example_that_was_killed_resumes_with_the_exact_batches(name, shards, tmp_path):
     if name == "ray_train":
         pytest.importorskip("ray")
-    whole = run(name, shards, tmp_path / "whole")
+    whole = batches(run(name, shards, tmp_path / "whole"))
     assert sorted(whole) == list(range(1, STEPS + 1))
     # The checkpoint of step 4 is complete when step 5 begins; the process may be killed later.
-    killed = run(name, shards, tmp_path / "killed", kill_at=SAVED + 1)
+    killed = batches(run(name, shards, tmp_path / "killed", kill_at=SAVED + 1))
     assert all(whole[step] == keys for step, keys in killed.items())
     ranks = 1 if name == "stateful_loader" else 2
-    resumed = run(name, shards, tmp_path / "killed", ranks=ranks)
+    resumed = batches(run(name, shards, tmp_path / "killed", ranks=ranks))
     assert min(resumed) > SAVED
     assert resumed == {step: whole[step] for step in range(min(resumed), STEPS + 1)}
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, "hf_trainer"])
-def test_an_example_is_short(name):
-    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 60
+def test_a_killed_run_on_a_mesh_resumes_on_another_one_as_if_nothing_had_happened(shards, tmp_path):
+    whole = run("parallel", shards, tmp_path / "whole")
+    two_by_two = ("--data", 2, "--context", 2)
+    killed = run("parallel", shards, tmp_path / "killed", *two_by_two, ranks=4, kill_at=SAVED + 1)
+    resumed = run("parallel", shards, tmp_path / "killed", "--tensor", 2, ranks=2)
+    assert sorted(killed)[:SAVED] == list(range(1, SAVED + 1))
+    assert sorted(resumed) == list(range(SAVED + 1, STEPS + 1))
+    for step in range(1, STEPS + 1):
+        (keys, loss), ranks = whole[step][0], killed[step] if step <= SAVED else resumed[step]
+        if step <= SAVED:  # ranks 0 and 2 are a context group, and so are 1 and 3
+            assert (ranks[0][0], ranks[1][0]) == (ranks[2][0], ranks[3][0])
+            assert ranks[0][0] + ranks[1][0] == keys
+            # Each has the loss of its slice of the sequences, of the same global mean.
+            assert sum(part for _, part in ranks.values()) == pytest.approx(loss, abs=2e-3)
+            assert all(part < loss / 2 for _, part in ranks.values())
+        else:
+            assert ranks[0] == ranks[1] == (keys, pytest.approx(loss, abs=2e-3))

@@ -82,7 +82,7 @@ def test_learned_text_is_what_peek_marks(preview, tiny_dataset, capsys):
     peeked = re.findall("⟦(.*?)⟧", capsys.readouterr().out, re.DOTALL)[1:]  # after the legend
 
     def shown(text):
-        return text.replace(" ", "·").replace("\n", "⏎")
+        return text.replace(" ", "\u200b·").replace("\n", "⏎")
 
     assert [html.unescape(text) for text in marked[1:]] == [shown(text) for text in peeked]
 

@@ -195,6 +195,7 @@ def test_samples_of_a_batch_that_a_failing_logger_held_back_are_listed_once(
     plain = make_broken()
     list(plain)
     assert plain.bad_samples
+    assert plain.stats().to_dict()["substituted"] == len(plain.bad_samples)
     loader = make_broken()
     failures = []
 

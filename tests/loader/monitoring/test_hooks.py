@@ -3,11 +3,12 @@
 import json
 import logging
 import re
+from collections import Counter
 
 import pytest
 import torch
 
-from loader import StreamingDataset, View, make_dataloader
+from loader import IterableDatasetMixture, StreamingDataset, View, make_dataloader
 from loader.delivery import Stats
 from loader.delivery.stats import StageTimings
 from loader.monitoring import Fanout, JsonLines, Prometheus, TensorBoard, WandB
@@ -28,13 +29,14 @@ def stats(samples=4, **counters):
 
 
 def parsed(text):
-    """Reads the text format of Prometheus: {name: (type, labels, value)}."""
+    """Reads OpenMetrics: {name: (type, labels, value)}."""
     *lines, end = text.splitlines()
     assert end == "# EOF"
     found = {}
     for head, line in zip(lines[::2], lines[1::2], strict=True):
         name, labels, value = SAMPLE.fullmatch(line).groups()
-        kind = re.fullmatch(rf"# TYPE {name} (gauge|counter)", head)[1]
+        family, kind = re.fullmatch(r"# TYPE (\w+) (gauge|counter)", head).groups()
+        assert name == (f"{family}_total" if kind == "counter" else family)
         assert name not in found
         found[name] = kind, labels or "", float(value)
     return found
@@ -140,6 +142,42 @@ def test_tokens_of_a_run_are_those_of_its_batches(write_dataset, tiny_sample, tm
         )
         for batch in batches
     ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pack": True}, pytest.param({"workers": 1}, marks=pytest.mark.slow)],
+    ids=["rows", "packed", "workers"],
+)
+def test_numbers_of_a_mixture_are_those_of_its_batches(
+    write_dataset, tiny_sample, tmp_path, options
+):
+    parts = []
+    for name in ("caps", "vqa"):
+        samples = [tiny_sample(i) for i in range(12)]
+        url = write_dataset(tmp_path / name, samples, name=name)
+        view = View(image=ImageView(size_px=28, patch_px=14, pool=(1, 1)))
+        parts.append(StreamingDataset(url, view=view))
+    mixture = IterableDatasetMixture(parts, weights=[0.75, 0.25], seed=0)
+    loader = make_dataloader(
+        mixture, global_batch_size=4, sequence_length=64, with_metadata=True, **options
+    )
+    hook = Fanout(JsonLines(tmp_path / "a.jsonl"), Prometheus(tmp_path / "a.prom"))
+    loader.watch(hook, every_steps=1)
+    seen = Counter()
+    for batch in loader:
+        rows = [part for row in batch["metadata"] for part in row.get("examples", [row])]
+        seen.update(part["dataset"] for part in rows)
+        if loader.step == 4:
+            break
+    loader.close()
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    for name in ("caps", "vqa"):
+        assert sum(line.get(f"samples_of_{name}", 0) for line in lines) == seen[name]
+    assert all(line["share_of_caps"] == line["samples_of_caps"] / line["samples"] for line in lines)
+    found = parsed((tmp_path / "a.prom").read_text())
+    assert found["vlm_shards_loader_samples_of_caps_total"] == ("counter", "", seen["caps"])
+    assert found["vlm_shards_loader_share_of_caps"] == ("gauge", "", lines[-1]["share_of_caps"])
 
 
 def test_batches_of_the_users_own_are_counted_as_far_as_they_say(

@@ -57,6 +57,13 @@ def test_limit_of_a_container_is_read(text, cores, tmp_path):
     assert doctor._cpu_quota(tmp_path / "none") is None
 
 
+@pytest.mark.parametrize("command", [("doctor",), ("make", "doctor")])
+def test_doctor_needs_no_store(command, inline_cli):
+    done = inline_cli.good(*command)
+    assert "open files" in done.out
+    assert "store" not in done.out
+
+
 def test_doctor_reads_a_dataset_and_writes_where_it_is_told(tiny_dataset, tmp_path, inline_cli):
     done = inline_cli.good("doctor", tiny_dataset)
     assert "samples: 24 train" in done.out

@@ -1,8 +1,11 @@
 """Marks: points and boxes of every form that records have, as fractions."""
 
+import re
+
 import pytest
 
-from preprocess.report.marks import Mark, marks
+from preprocess.report.actions import action_table
+from preprocess.report.marks import Mark, marks, words
 
 SIZES = [(200, 100), (50, 50)]
 
@@ -47,3 +50,27 @@ def test_marks_are_fractions_of_their_image(form):
 @pytest.mark.parametrize("record", [{}, {"message_list": None}, {"message_list": ["a", 1]}])
 def test_records_without_messages_have_none(record):
     assert marks(record, SIZES) == []
+
+
+def test_words_of_pages_are_boxes_and_what_has_another_form_is_left_out():
+    page = {"width": 200, "height": 100, "words": [["Sum", 50, 25, 100, 50, 0], ["no box"], "Sum"]}
+    record = {"metadata": {"ocr": [page, None, {"words": page["words"]}, {**page, "height": 50}]}}
+    first = Mark(0, "Sum", (0.25, 0.25, 0.5, 0.5))
+    assert words(record, num_images=1) == [first]
+    assert words(record, num_images=4) == [first, Mark(3, "Sum", (0.25, 0.5, 0.5, 1.0))]
+    for metadata in (None, {}, {"ocr": "Sum"}, {"ocr": [3]}):
+        assert words({"metadata": metadata}, num_images=1) == []
+
+
+def test_actions_are_a_table_of_the_first_window():
+    runs = {"actions": [[0.5, 1], [0.25, 1], [0.25, 0]], "action_mask": [True, True, False]}
+    each = {"step": [7, 8]}
+    windows = {"each": each, "first": [1, 0], "rows": 2, "runs": runs}
+    (shown, rest) = action_table({"metadata": {"windows": windows}}, ["x"])
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", str(shown))
+    assert cells == ["step", "x", "2", "7", "0.25", "1", "8, after the end", "0.25", "0"]
+    assert "1 more windows." in str(rest)
+    lone = {"metadata": {**runs, "step": 7}}
+    assert str(action_table(lone, [])[0]).count("<tr>") == 4
+    for metadata in (None, {}, {"actions": "left"}, {"actions": [["a"]]}):
+        assert action_table({"metadata": metadata}, []) == []
