@@ -46,8 +46,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SIDE_PX, QUALITY = 336, 95
 SCENES = 16
-PICTURES = {1280: (8, 24), 4000: (4, 12)}
-"""Longer side of the sources: the two numbers of pictures."""
+PICTURES = {1280: (32, 224), 4000: (32, 64)}
+"""Longer side of the sources: the two numbers of pictures. From 32 on the job's sample for its
+estimates has the same size."""
 
 CAPTION = "A scene with shapes of several colours before a plain background, number {}."
 
