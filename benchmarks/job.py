@@ -3,9 +3,10 @@
     python benchmarks/job.py
 
 The bare loop decodes, resizes and encodes the same JPEG files from memory, with the same decoder,
-resizer and encoder, and does nothing else. A ratio of 1 would mean that reading, hashing,
-formatting, tokenizing, packing and publishing are free. Ratios are of processor time, so that other
-programs on the machine disturb them little; waiting for the disk is in the wall's column.
+resizer and encoder, and does nothing else; where the job stores an overview, so does it. A ratio
+of 1 would mean that reading, hashing, formatting, tokenizing, packing and publishing are free.
+Ratios are of processor time, so that other programs on the machine disturb them little; waiting for
+the disk is in the wall's column.
 
 * one core: a build task in this process, from planned rows to a published shard with its index;
 * whole job: `run_job` from a Parquet folder to the committed manifest, with the rows' planning, the
@@ -28,7 +29,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,13 +44,14 @@ from preprocess.media.image import Decoding, ImagePolicy
 from preprocess.recipe import Recipe
 from preprocess.synthetic.scenes import make_scene
 from shardspec.media import decode_stored, encode_stored
-from shardspec.tiling import ImageView, stored_size
+from shardspec.tiling import ImageView, overview_size, stored_size
 
 PICTURES = 64
 JOB_ROWS = 512
 CORE_ROUNDS, JOB_ROUNDS = 7, 3
 
 TILED = ImageView(size_px=378, crop_mode="overlap-and-resize-c2", max_crops=8)
+LARGE = replace(TILED, max_crops=24)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +64,16 @@ class Case:
     """Longer side of the source pictures."""
     decode: Decoding = "full"
     """Of the job; the bare loop decodes them whole."""
+    overview: Literal["stored", "resized"] = "stored"
+    """Counts for views that tile."""
 
 
 CASES = (
     Case(name="336 px canvas", view=ImageView(), side_px=1280),
     Case(name="378 px, 8 + 1 crops", view=TILED, side_px=1280),
     Case(name="kept files (640 px)", view=TILED, side_px=640),
+    Case(name="kept, no overview", view=TILED, side_px=640, overview="resized"),
+    Case(name="kept, 1280 px, no overview", view=LARGE, side_px=1280, overview="resized"),
     Case(name="12 MP to 336, reduced", view=ImageView(), side_px=4000, decode="reduced"),
 )
 
@@ -146,7 +152,7 @@ def one_core(folder: Path) -> None:
         )
         seconds = paired(
             {
-                "bare": lambda files=files, case=case: bare(files, case.view),
+                "bare": lambda files=files, case=case: bare(files, case),
                 "job": lambda context=context: build_and_publish(context),
             },
             rounds=CORE_ROUNDS,
@@ -179,7 +185,7 @@ def whole_job(folder: Path) -> None:
         runs.append((num_workers, stages))
 
     seconds = paired(
-        {"bare": lambda: bare(files, case.view), "1": lambda: job(1), "2": lambda: job(2)},
+        {"bare": lambda: bare(files, case), "1": lambda: job(1), "2": lambda: job(2)},
         rounds=JOB_ROUNDS,
         warm=False,
     )
@@ -199,15 +205,19 @@ def whole_job(folder: Path) -> None:
         )
 
 
-def bare(files: list[bytes], view: ImageView) -> None:
+def bare(files: list[bytes], case: Case) -> None:
     """Decodes, resizes and encodes; a picture that has its stored size already is only decoded."""
+    view = case.view
     for payload in files:
         pixels = decode_stored(payload, codec="jpeg")
         size = (pixels.shape[1], pixels.shape[0])
-        stored = stored_size(*size, [view])
-        if stored != size:
-            image = Image.fromarray(pixels).resize(stored, Image.Resampling.LANCZOS)
-            encode_stored(np.asarray(image), codec="jpeg", quality=95)
+        wanted = {stored_size(*size, [view])} - {size}
+        if view.crop_mode != "resize" and case.overview == "stored":
+            wanted.add(overview_size(*size, view))
+        image = Image.fromarray(pixels) if wanted else None
+        for each in wanted:
+            resized = np.asarray(image.resize(each, Image.Resampling.LANCZOS))
+            encode_stored(resized, codec="jpeg", quality=95)
 
 
 def draw(side_px: int) -> list[bytes]:
@@ -249,7 +259,9 @@ def write_source(folder: Path, files: list[bytes], *, rows: int, case: Case) -> 
         out=str(folder / "out"),
         source=str(source),
         cache=str(folder / "cache"),
-        recipe=Recipe(image=ImagePolicy(views=(case.view,), decode=case.decode)),
+        recipe=Recipe(
+            image=ImagePolicy(views=(case.view,), decode=case.decode, overview=case.overview)
+        ),
         num_shards=max(1, rows // PICTURES),
     )
 

@@ -226,7 +226,7 @@ class Preparer:
         """The image half."""
         return ImagePreprocessor(self.recipe.image, memory=self.memory)
 
-    @property
+    @cached_property
     def frame_view(self) -> FrameView:
         """How the frames of videos are seen."""
         return FrameView(pool=(self.recipe.video.pool, self.recipe.video.pool))

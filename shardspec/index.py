@@ -11,6 +11,7 @@ No file is memory-mapped: reading a map of a file that was truncated in place en
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -101,6 +102,7 @@ def raw_index_dtype(key_bytes: int) -> np.dtype:
     return np.dtype([*own, ("num_members", "<u4"), ("key", f"S{max(1, key_bytes)}")])
 
 
+@functools.lru_cache(maxsize=64)
 def index_dtype(num_views: int, *, clips: bool = False) -> np.dtype:
     """Returns the row type of a dataset whose recipe has `num_views` and may store clips.
 
@@ -262,7 +264,7 @@ def index_row(
             num_frames += most if table_bytes else count
         for v, view in enumerate(views):
             image_tokens = sum(num_image_tokens(*size, view) for size in sizes)
-            if frames is not None:
+            if frames is not None and num_frames:
                 image_tokens += num_frames * frames.num_tokens(view)
             row["view_length"][0, v] = text + image_tokens
             row["view_crops"][0, v] = num_frames + sum(num_crops(*size, view) for size in sizes)
@@ -314,11 +316,14 @@ def longest_sequence(
     positions: dict[tuple[int, int], int] = {}
     loss: dict[tuple[int, int], int] = {}
     room = _room_of_numbers(spans)
+    marked = np.flatnonzero(tokens == placeholder)
     for _, branch, turn, prompt_start, prompt_stop, start, stop, _ in text_rows(spans).tolist():
         at = (branch, turn)
-        marks = np.count_nonzero(tokens[prompt_start:prompt_stop] == placeholder)
         response = stop - start + room(start, stop)
-        length = prompt_stop - prompt_start + response - int(marks)
+        length = prompt_stop - prompt_start + response
+        if len(marked):
+            begin, end = np.searchsorted(marked, (prompt_start, prompt_stop))
+            length -= int(end - begin)
         positions[at] = max(positions.get(at, 0), length)
         loss[at] = max(loss.get(at, 0), response + 1)
     lengths = [
@@ -411,6 +416,8 @@ def _room_of_numbers(spans: np.ndarray) -> Callable[[int, int], int]:
         for row in each.points
         for start, stop in (row[:2], row[2:4])
     ]
+    if not growth:
+        return lambda _start, _stop: 0
     return lambda start, stop: sum(more for at, more in growth if start <= at < stop)
 
 

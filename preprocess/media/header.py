@@ -203,14 +203,14 @@ def open_source(payload: bytes, *, limits: ImageLimits, where: str = "") -> Imag
         require_payload(payload)
     except ValueError as error:
         refuse_file(error, where)
-    reduce = 1
+    reduce, held = 1, 0.0
     if is_jpeg(image):
         scans = payload.count(JPEG_SCAN)
         if scans > MAX_SCANS:
             raise SampleError("image_bomb.scans", where=where, most_scans=MAX_SCANS, scans=scans)
-        reduce = max(REDUCTIONS)
+        reduce, held = max(REDUCTIONS), coefficient_bytes(payload, scans=scans)
     # At least this much: what is stored of it is not known here.
-    need_bytes = decode_bytes(image, payload, reduce=reduce, resized=(0, 0))
+    need_bytes = decode_bytes(image, payload, reduce=reduce, resized=(0, 0), coefficients=held)
     limits.check_memory(image, need_bytes, where=where)
     return image
 
@@ -226,6 +226,7 @@ def decode_bytes(
     *,
     reduce: int = 1,
     resized: tuple[int, int] | None = None,
+    coefficients: float | None = None,
 ) -> int:
     """Estimates the most memory that decoding, converting and resizing an image takes.
 
@@ -234,6 +235,7 @@ def decode_bytes(
       payload: Its file.
       reduce: Of a JPEG: it is decoded at 1/reduce of its sides.
       resized: (width, height) to resize to afterwards; None where it stays as it is.
+      coefficients: What `coefficient_bytes` says of a JPEG; None to count, which reads the file.
 
     Returns:
       Bytes, beside the file itself.
@@ -242,7 +244,8 @@ def decode_bytes(
     fixed = 0
     if is_jpeg(image):
         # Coefficients are held at full size, whatever comes of them.
-        fixed = round(image.width * image.height * coefficient_bytes(payload))
+        held = coefficient_bytes(payload) if coefficients is None else coefficients
+        fixed = round(image.width * image.height * held)
         decoder = 4 if image.mode == "CMYK" else 3
     else:
         decoder = _DECODER_BYTES.get(image.format or "", 0)
@@ -262,12 +265,19 @@ def decode_bytes(
     return fixed + width * height * per_pixel + rest
 
 
-def coefficient_bytes(payload: bytes) -> float:
-    """Bytes per pixel of the coefficients that a decoder keeps: those of files in several scans."""
+def coefficient_bytes(payload: bytes, *, scans: int | None = None) -> float:
+    """Bytes per pixel of the coefficients that a decoder keeps: those of files in several scans.
+
+    Args:
+      payload: The file of a JPEG.
+      scans: How often `JPEG_SCAN` is in it; None to count.
+    """
     frame = jpeg_frame(payload)
     if frame is None:
         return 0.0
-    several = not frame.is_sequential or payload.count(JPEG_SCAN) > 1
+    if frame.is_sequential and scans is None:
+        scans = payload.count(JPEG_SCAN)
+    several = not frame.is_sequential or (scans or 0) > 1
     return 2.0 * frame.samples_per_pixel if several else 0.0
 
 

@@ -316,12 +316,16 @@ class ImagePreprocessor:
         resized = None if stored == size else stored
         stored_w, stored_h = stored[::-1] if turn in _SWAPPING else stored
         limits = self.policy.limits
-        whole_bytes = decode_bytes(image, payload, resized=resized)
+        held = coefficient_bytes(payload) if is_jpeg(image) else 0.0
+        estimate = functools.partial(
+            decode_bytes, image, payload, resized=resized, coefficients=held
+        )
+        whole_bytes = estimate()
         reduces = self.policy.decode == "reduced"
         if (reduces or whole_bytes > limits.max_decode_bytes) and is_jpeg(image):
             # The least that memory asks for, or the most that keeps the detail.
             for reduce in reversed(REDUCTIONS) if reduces else REDUCTIONS:
-                num_bytes = decode_bytes(image, payload, reduce=reduce, resized=resized)
+                num_bytes = estimate(reduce=reduce)
                 # Half of what is left at least goes in the resize, as in Pillow's own drafts.
                 detailed = image.width >= 2 * reduce * stored_w
                 detailed = detailed and image.height >= 2 * reduce * stored_h

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ def num_crops(width: int, height: int, view: ImageView) -> int:
     return 1 + rows * cols
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def num_image_tokens(width: int, height: int, view: ImageView) -> int:
     """Counts the tokens of an image's block, start, end and column tokens included.
 

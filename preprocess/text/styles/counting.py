@@ -27,7 +27,10 @@ def asks_for_count(text: str) -> bool:
     >>> asks_for_count("How many dogs are there?"), asks_for_count("What is the dog doing?")
     (True, False)
     """
-    return bool(_COUNTING.search(text))
+    lowered = text.lower()
+    # Without one of these nothing matches; to look for them takes a tenth of the time.
+    asked = "many" in lowered or "count" in lowered or "number" in lowered
+    return asked and bool(_COUNTING.search(text))
 
 
 def _counting(

@@ -108,16 +108,22 @@ def test_lock_of_a_dead_process_is_free(tmp_path):
         assert locked(tmp_path / "locks") == ["image-000.lock"]
 
 
-def test_preprocessor_holds_what_a_large_image_takes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "options", "at_least"),
+    [("PNG", {}, 4), ("JPEG", {}, 4), ("JPEG", {"progressive": True}, 10)],
+)
+def test_preprocessor_holds_what_a_large_image_takes(
+    tmp_path, monkeypatch, kind, options, at_least
+):
     held = []
     hold = MemoryBudget.hold
     monkeypatch.setattr(MemoryBudget, "hold", lambda self, num: held.append(num) or hold(self, num))
     policy = ImagePolicy()
-    payload = saved(scene(400, 500), "PNG")
+    payload = saved(scene(400, 500), kind, **options)
     ImagePreprocessor(policy, memory=budget(tmp_path))(payload)
     image = open_source(payload, limits=policy.limits)
     assert held == [decode_bytes(image, payload, resized=(336, 336))]
-    assert held[0] > 400 * 500 * 4
+    assert held[0] > 400 * 500 * at_least
 
 
 def test_memory_that_the_machine_refuses_names_the_row(monkeypatch):

@@ -625,6 +625,11 @@ def test_other_questions_are_not_taken_for_a_count(question):
     assert not asks_for_count(question)
 
 
+@pytest.mark.parametrize("question", ["HOW MANY dogs?", "COUNT them", "The Number Of dogs?"])
+def test_requests_for_a_count_are_found_in_any_case(question):
+    assert asks_for_count(question)
+
+
 # --- robot
 
 

@@ -104,6 +104,16 @@ def test_pad_to_below_the_vocabulary_is_refused_with_both_numbers():
     }
 
 
+def test_ids_of_a_repeated_text_are_the_callers_own():
+    # Short texts are remembered: what a caller does to their ids must not reach the next one.
+    for text in ("What is this?", "", "long " * 100):
+        first = TOKENIZER.encode(text)
+        want = list(first)
+        first.append(-1)
+        assert TOKENIZER.encode(text) == want
+        assert pickle.loads(pickle.dumps(TOKENIZER)).encode(text) == want
+
+
 def test_bos_and_pad_are_eos_where_the_tokenizer_has_none(tmp_path):
     name = make_folder(tmp_path / "t", config={"bos_token": None, "pad_token": None})
     ids = load_tokenizer(name).special_ids
