@@ -7,10 +7,15 @@ import sys
 
 from loader.cli import VERBS
 from shardspec.errors import ShardsError
+from shardspec.program import exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
+    return exit_code(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     options = _parser().parse_args(argv)
     run = next(verb.run for verb in VERBS if verb.name == options.verb)
     try:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from preprocess.cli import VERBS, make_arguments, with_files
 from preprocess.sizes import size_text
 from shardspec.errors import ShardsError
+from shardspec.program import exit_code
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it (128 + SIGINT)."""
@@ -38,6 +39,7 @@ exit codes:
   0 done (or nothing to do)      1 the request cannot be honoured
   2 too many failures            3 the output holds the result of another job
   4 stored data is damaged     130 interrupted: run the same command to resume
+141 nobody reads the output any more, as after `| head -1`
   of `status`: 0 complete, 5 all that is left is being done, 6 something is to be started
 """
 
@@ -175,7 +177,10 @@ def run_program(run: Callable[[TerminalConsole], int]) -> int:
       run: Reads the command line, does what it says, and gives the exit code.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    console = TerminalConsole()
+    return exit_code(lambda: _run(run, TerminalConsole()))
+
+
+def _run(run: Callable[[TerminalConsole], int], console: TerminalConsole) -> int:
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         return run(console)

@@ -192,7 +192,7 @@ ENVIRONMENT = {"loader/topology.py", "shardspec/storage/stores.py"}
 FLOORS = {
     "shardspec": (
         {"documents", "keyed", "toml", "checksum"},
-        {"messages"},
+        {"messages", "program"},
         {"coordinates", "errors", "image_file"},
         {"actions", "child", "families"},
         {"expression", "sample", "tar", "tiling"},
