@@ -17,7 +17,7 @@ class Opened:
     """What is streamed, and what it was built for."""
 
     dataset: StreamingDataset | IterableDatasetMixture
-    """With the view that each dataset was built for."""
+    """With the view that the first dataset was built for."""
     manifest: Manifest
     """Of the first dataset; all of a mixture have the same tokenizer."""
     model: StoredModel | None
@@ -49,11 +49,15 @@ def open_dataset(
     urls = [options.shards, *getattr(options, "others", ())]
     manifests = [require_manifest(url) for url in urls]
     models = [stored_model(each, where=url) for url, each in zip(urls, manifests, strict=True)]
+    # One for all, as in training: shards for larger images have the pixels of a smaller view.
+    images = [
+        stored_view(each) for each, model in zip(manifests, models, strict=True) if model is None
+    ]
     datasets = []
-    for url, manifest, model in zip(urls, manifests, models, strict=True):
+    for url, model in zip(urls, models, strict=True):
         view = View(augment=augment)
         if model is None:
-            view = View(image=stored_view(manifest), augment=augment)
+            view = View(image=images[0], augment=augment)
         datasets.append(
             StreamingDataset(
                 url,

@@ -169,15 +169,19 @@ def test_text_only_rows_have_no_crops():
     assert "2 tokens and 1 of padding; 1 under loss; 0 crops" in page.text
 
 
-def test_page_of_a_mixture_shows_the_batch_of_the_run(preview, tiny_dataset, inline_cli, tmp_path):
+def test_page_of_a_mixture_shows_the_batch_of_the_run(
+    preview, tiny_dataset, inline_cli, tmp_path, capsys
+):
+    """Also where the other was built for larger images: those of the run have one view."""
     other = tmp_path / "other"
     source = ("--source", "sample", "--limit", 6, "--name", "other", "--cache", tmp_path / "cache")
-    inline_cli.good("shards", "pixmo_cap", *source, "--out", other)
+    inline_cli.good("shards", "pixmo_cap", *source, "--image-size", 448, "--out", other)
     page = preview(
         *("--with", other, "--weights", "0.5,0.5", "--step", 1, "--seed", 3),
         *("--global-batch", 4),
     )
-    datasets = [StreamingDataset(str(url), seed=3) for url in (tiny_dataset, other)]
+    view = View(image=stored_view(require_manifest(str(tiny_dataset))))
+    datasets = [StreamingDataset(str(url), seed=3, view=view) for url in (tiny_dataset, other)]
     loader = make_dataloader(
         IterableDatasetMixture(datasets, [0.5, 0.5], seed=3),
         global_batch_size=4, sequence_length=2048, with_metadata=True,
@@ -186,3 +190,8 @@ def test_page_of_a_mixture_shows_the_batch_of_the_run(preview, tiny_dataset, inl
     next(batches)
     rows = page.document.split('id="rows"')[1]
     assert re.findall(r'aria-label="Text of (\w{24});', rows) == keys_of(next(batches))
+
+    assert main(["preview", str(other), "--with", str(tiny_dataset)]) == 1
+    refusal = capsys.readouterr().err
+    assert "view needs more pixels than the shards have" in refusal
+    assert f"where: {tiny_dataset}" in refusal
