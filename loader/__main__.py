@@ -7,7 +7,7 @@ import sys
 
 from loader.cli import VERBS
 from shardspec.errors import ShardsError
-from shardspec.program import exit_code
+from shardspec.program import INTERRUPTED, exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +23,9 @@ def _run(argv: list[str] | None) -> int:
     except ShardsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -15,10 +15,7 @@ from tqdm import tqdm
 from preprocess.cli import VERBS, make_arguments, with_files
 from preprocess.sizes import size_text
 from shardspec.errors import ShardsError
-from shardspec.program import exit_code
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM, as shells have it (128 + SIGINT)."""
+from shardspec.program import INTERRUPTED, exit_code
 
 _EPILOG = """
 examples:

@@ -15,6 +15,9 @@ from typing import TextIO
 READER_GONE = 141
 """Exit code of it, as shells have it (128 + SIGPIPE)."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it (128 + SIGINT)."""
+
 
 def exit_code(run: Callable[[], int]) -> int:
     """Runs a program to its end, its output written, and returns its exit code.

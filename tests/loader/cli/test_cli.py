@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loader import cli
 from loader.__main__ import main
 from loader.reading.reader import ShardReader
 from shardspec.manifest import require_manifest
@@ -138,3 +140,13 @@ def test_importing_the_loader_loads_nothing_of_the_offline_half():
     finished = run_python("-c", code)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == "[]\n"
+
+
+def test_ctrl_c_ends_a_verb_in_a_word(monkeypatch, capsys):
+    def run(_options):
+        raise KeyboardInterrupt
+
+    stopped = [dataclasses.replace(verb, run=run) for verb in cli.VERBS]
+    monkeypatch.setattr("loader.__main__.VERBS", stopped)
+    assert main(["peek", "nowhere"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
