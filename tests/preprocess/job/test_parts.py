@@ -724,7 +724,7 @@ def test_the_exit_code_of_status_says_what_is_to_be_done(inline_cli, tmp_path, c
 # --- on a cluster
 
 
-@pytest.mark.parametrize("part", [None, "1/2"])
+@pytest.mark.parametrize("part", [None, pytest.param("1/2", marks=pytest.mark.slow)])
 def test_hosts_are_dealt_to_the_machines_of_a_cluster(tmp_path, urls, part):
     source, requests = urls
     one = run_job(

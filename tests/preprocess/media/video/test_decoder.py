@@ -113,7 +113,7 @@ def test_video_that_takes_too_long_ends_the_process_by_itself(file):
         process = decoder.decoding.process
         os.kill(process.pid, signal.SIGSTOP)  # a decoder that hangs
         with (
-            mock.patch("shardspec.child._GRACE_S", -0.9),
+            mock.patch("shardspec.child._GRACE_S", -59.9),  # leaves 0.1 s
             pytest.raises(SampleError, match="takes too long"),
         ):
             stamps(decoder, file)
