@@ -47,7 +47,7 @@ _BLOCK_ROWS = 64
 _RANGE_ROWS = 2**18
 """Rows that a merge holds at a time, about: 14 MB, some three times over."""
 _GROWTH = 4
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _REMOVED = (errno.ENOENT, errno.ESTALE)
 _TRIES = 5
 _T = TypeVar("_T")
@@ -270,7 +270,7 @@ def _allow_read_only() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _READ_ONLY:
+        if error.errno not in READ_ONLY:
             raise
 
 

@@ -24,6 +24,7 @@ Nothing of a published pack ever changes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import logging
@@ -42,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 
 from preprocess.fetch.locks import lock_file
-from preprocess.fetch.pack_index import LEDGER_ROW, PackIndex
+from preprocess.fetch.pack_index import LEDGER_ROW, READ_ONLY, PackIndex
 from shardspec import storage
 from shardspec.errors import ShardError
 
@@ -222,7 +223,10 @@ class PackStore:
         try:
             _publish_file(self.pack_url(writer.name), writer.pack)
             _publish_file(self._ledger_url(writer.name), writer.ledger)
-        except FileNotFoundError:  # removed, or published as it was by another machine
+        except FileNotFoundError:
+            if writer.pack.exists() and writer.ledger.exists():
+                raise
+            # Removed, or published as it was by another machine.
             self._publish(self._copied(writer))
             return
         with self._lock, storage.translate_errors(str(self._local)):
@@ -245,7 +249,9 @@ class PackStore:
         """Publishes what is whole of an open pack, if its writer is dead."""
         try:
             descriptor = os.open(ledger, os.O_RDWR)
-        except (FileNotFoundError, PermissionError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *READ_ONLY):
+                raise
             return  # finished by another, or of another user
         try:
             # Without locks nobody knows who is alive: what was written is fetched again.

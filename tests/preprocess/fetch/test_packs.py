@@ -97,6 +97,9 @@ def test_a_full_pack_is_published_and_small_blobs_fill_one_too(tmp_path):
 def test_a_missing_blob_is_a_named_error(tmp_path):
     assert found(tmp_path, ["0" * 64]) == ["blob_missing"]
     assert files(tmp_path) == []
+    with pytest.raises(StorageError) as caught:
+        BlobCache(tmp_path).get("0" * 64)
+    assert caught.value.where == f"{tmp_path} (sha256 {'0' * 64})"
 
 
 @pytest.mark.parametrize("torn", ["pack", "ledger"])
@@ -185,6 +188,29 @@ def test_without_locks_the_packs_of_others_are_left_alone(tmp_path, monkeypatch)
     assert found(tmp_path) == ["blob_missing"] * 4
     monkeypatch.undo()
     assert found(tmp_path) == CONTENTS
+
+
+def test_the_pack_of_a_dead_writer_on_a_disk_that_is_read_only_is_left_alone(tmp_path, monkeypatch):
+    fill(tmp_path, CONTENTS[:2])
+    leave_open(tmp_path, CONTENTS[2:])
+    really_open = os.open
+
+    def refuse(path, flags, *mode):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, "read-only file system")
+        return really_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert found(tmp_path) == [*CONTENTS[:2], "blob_missing", "blob_missing"]
+
+
+def test_a_store_without_its_bucket_is_not_tried_for_ever(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise FileNotFoundError("no such bucket")
+
+    monkeypatch.setattr(packs, "_publish_file", refuse)
+    with pytest.raises(FileNotFoundError):
+        fill(tmp_path)
 
 
 @pytest.mark.parametrize("age_s", [packs.DEAD_AFTER_S - 60, packs.DEAD_AFTER_S + 60])
