@@ -168,7 +168,8 @@ class BlobCache:
             payload = self._read_packed(sha256, damaged=damaged)
         if payload is not None:
             return payload
-        raise damaged[0] if damaged else StorageError("blob_missing", where=self._file_url(sha256))
+        where = f"{self.url} (sha256 {sha256})"
+        raise damaged[0] if damaged else StorageError("blob_missing", where=where)
 
     def refresh(self) -> None:
         """Looks for what other processes have put, and what dead ones have left.

@@ -9,7 +9,9 @@ too.
 
 All of it is derived from the ledgers of packs, on a local disk: what is damaged or missing is made
 again. Processes change it under the kernel's lock of a file; readers have files open that another
-process may remove, which changes nothing for them.
+process may remove, which changes nothing for them. On a network disk, it may end what another
+machine has open, and the lock may be known to one machine only: then all is opened again, and rows
+are at worst in the index twice.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ import os
 import struct
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -45,7 +47,10 @@ _BLOCK_ROWS = 64
 _RANGE_ROWS = 2**18
 """Rows that a merge holds at a time, about: 14 MB, some three times over."""
 _GROWTH = 4
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_REMOVED = (errno.ENOENT, errno.ESTALE)
+_TRIES = 5
+_T = TypeVar("_T")
 _SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
@@ -67,8 +72,20 @@ class PackIndex:
 
     def find(self, sha256: bytes) -> Iterator[tuple[str, int, int]]:
         """Gives pack, start and length of each copy of a content."""
-        for each in self._all():
-            yield from each.find(sha256)
+        yield from self._retried(
+            lambda: [place for each in self._all() for place in each.find(sha256)]
+        )
+
+    def _retried(self, action: Callable[[], _T]) -> _T:
+        """Does something again where another machine has removed segments under it."""
+        for _ in range(_TRIES - 1):
+            try:
+                return action()
+            except OSError as error:
+                if error.errno not in _REMOVED:
+                    raise
+            self.load()
+        return action()
 
     def _all(self) -> list[_Segment | _NewRows]:
         return [*self._segments, *self._unwritten]
@@ -86,12 +103,15 @@ class PackIndex:
           ledgers: Rows (`LEDGER_ROW`) by the name of their pack; those that are here are skipped.
         """
         with _allow_read_only():
-            storage.make_folder(self._folder)
-            with self._locked():
-                self._load()
-                self._merge(self._unknown(ledgers))
+            self._retried(lambda: self._add(ledgers))
             return
         self._unwritten.append(_NewRows(self._unknown(ledgers)))
+
+    def _add(self, ledgers: Mapping[str, np.ndarray]) -> None:
+        storage.make_folder(self._folder)
+        with self._locked():
+            self._load()
+            self._merge(self._unknown(ledgers))
 
     def _unknown(self, ledgers: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         known = self.packs
@@ -106,6 +126,9 @@ class PackIndex:
             kept -= 1
             num_rows += self._segments[kept].num_rows
         old = self._segments[kept:]
+        if storage.is_own_disk(str(self._folder)):  # so whoever left these was killed
+            for left in self._folder.glob("*.tmp"):
+                left.unlink(missing_ok=True)
         path = self._folder / f"{uuid.uuid4().hex}.segment"
         _write_segment(path, [new, *old])
         self._segments[kept:] = [_Segment(path)]
@@ -121,6 +144,9 @@ class PackIndex:
             except ValueError:
                 with _allow_read_only():
                     path.unlink(missing_ok=True)
+            except OSError as error:
+                if error.errno not in _REMOVED:
+                    raise
         for gone in known.values():
             gone.close()
         found.sort(key=lambda segment: (-segment.num_rows, segment.path.name))
@@ -244,7 +270,7 @@ def _allow_read_only() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _READ_ONLY:
+        if error.errno not in READ_ONLY:
             raise
 
 

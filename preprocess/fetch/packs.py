@@ -3,7 +3,7 @@
     <root>/packs/<name>.pack       contents, one directly after another
     <root>/packs/<name>.ledger     a row of 48 bytes for each: sha256, where it begins, its length
     <root>/damaged/<name>@<start>  mark of a content that is not what its row says
-    <local>/open/<name>.*          a pack that is being written
+    <local>/open/<machine>/<name>.*  a pack that is being written
     <local>/index/                 the rows of all packs (`preprocess.fetch.pack_index`); derived
 
 1. Each writer has a pack of its own, so no writer waits for another, on any machine. A content is
@@ -13,7 +13,9 @@
    whole. Only published packs are read by others. On a store, both are uploaded.
 3. The writer holds the kernel's lock of its open ledger. Whoever looks for packs finishes those of
    dead writers on this disk: contents are compared with their rows, what is torn or differs is
-   dropped and counted, the rest is published. What was dropped is fetched again.
+   dropped and counted, the rest is published. What was dropped is fetched again. Locks of a network
+   disk may be known to one machine only: there, a pack of another machine has to be unchanged for
+   `DEAD_AFTER_S` too. A writer whose pack was taken nevertheless publishes a copy of it.
 4. A row counts where its pack is long enough. A content is used only if its sha256 is right; one
    that is not is marked, and from then on does not exist.
 
@@ -22,24 +24,26 @@ Nothing of a published pack ever changes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import logging
 import os
+import platform
 import struct
 import threading
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from preprocess.fetch.locks import lock_file
-from preprocess.fetch.pack_index import LEDGER_ROW, PackIndex
+from preprocess.fetch.pack_index import LEDGER_ROW, READ_ONLY, PackIndex
 from shardspec import storage
 from shardspec.errors import ShardError
 
@@ -50,6 +54,9 @@ PACK_BYTES = 512 * 2**20
 LEAST_BYTES = 4096
 """A content counts for at least this much, so that a pack has at most 131,072 of them: their rows
 are in memory while it is written."""
+DEAD_AFTER_S = 3600
+"""How long another machine's open pack is unchanged, on a disk that both see, until its writer
+counts as dead."""
 
 _ROW = struct.Struct("<32sQQ")
 _ROWS_AT_ONCE = 2**20
@@ -141,8 +148,7 @@ class PackStore:
         with self._lock:
             with storage.translate_errors(str(self._local)):
                 if self._writer is None:
-                    self._writer = _Writer(self._local / "open")
-                    self._own[self._writer.name] = self._writer
+                    self._writer = self._open()
                 writer = self._writer
                 writer.append(sha256, payload)
             if not writer.is_full(self._pack_bytes):
@@ -171,7 +177,7 @@ class PackStore:
           StorageError: The disk or store refused.
         """
         with self._lock, storage.translate_errors(str(self._local)):
-            for ledger in sorted((self._local / "open").glob("*.ledger")):
+            for ledger in sorted((self._local / "open").rglob("*.ledger")):
                 if ledger.stem not in self._own:
                     self._finish_dead(ledger)
             listed = storage.list_objects(storage.join(self._url, "packs"))
@@ -207,26 +213,51 @@ class PackStore:
             payload = b""
         return np.frombuffer(payload[: len(payload) // _ROW.size * _ROW.size], LEDGER_ROW)
 
+    def _open(self) -> _Writer:
+        writer = _Writer(self._local / "open" / _this_machine())
+        self._own[writer.name] = writer
+        return writer
+
     def _publish(self, writer: _Writer) -> None:
         ledger = np.frombuffer(writer.finish(), LEDGER_ROW)
-        _publish_file(self.pack_url(writer.name), writer.pack)
-        _publish_file(self._ledger_url(writer.name), writer.ledger)
+        try:
+            _publish_file(self.pack_url(writer.name), writer.pack)
+            _publish_file(self._ledger_url(writer.name), writer.ledger)
+        except FileNotFoundError:
+            if writer.pack.exists() and writer.ledger.exists():
+                raise
+            # Removed, or published as it was by another machine.
+            self._publish(self._copied(writer))
+            return
         with self._lock, storage.translate_errors(str(self._local)):
             if self._own.pop(writer.name, None) is not None:
                 writer.close()
             self._sizes[writer.name] = writer.num_bytes
             self._index.add({writer.name: ledger})
 
+    def _copied(self, writer: _Writer) -> _Writer:
+        """Writes what is in an open pack to another."""
+        with self._lock, storage.translate_errors(str(self._local)):
+            copy = self._open()
+            for sha256, place in writer.rows.items():
+                copy.append(sha256, writer.read(place))
+            self._own.pop(writer.name, None)
+            writer.close()
+            return copy
+
     def _finish_dead(self, ledger: Path) -> None:
         """Publishes what is whole of an open pack, if its writer is dead."""
         try:
             descriptor = os.open(ledger, os.O_RDWR)
-        except (FileNotFoundError, PermissionError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *READ_ONLY):
+                raise
             return  # finished by another, or of another user
         try:
             # Without locks nobody knows who is alive: what was written is fetched again.
-            if lock_file(descriptor) == "held" and ledger.exists():
-                with storage.translate_errors(str(ledger)):
+            if lock_file(descriptor) == "held" and ledger.exists() and _is_of_dead(ledger):
+                # Without a common lock, another machine may finish it too.
+                with suppress(FileNotFoundError), storage.translate_errors(str(ledger)):
                     self._finish(ledger, descriptor)
         finally:
             os.close(descriptor)
@@ -300,6 +331,27 @@ class _Writer:
         num_bytes = self._num_rows * _ROW.size
         os.ftruncate(self._ledger, num_bytes)
         return os.pread(self._ledger, num_bytes, 0)
+
+
+def _this_machine() -> str:
+    """Names the kernel, whose locks are known to all its processes."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        kernel = platform.node()
+    return hashlib.sha256(kernel.encode()).hexdigest()[:16]
+
+
+def _is_of_dead(ledger: Path) -> bool:
+    """Whether an open pack that this process could lock has no writer on any machine."""
+    folder = ledger.parent
+    if folder.name == _this_machine() or storage.is_own_disk(str(folder)):
+        return True
+    try:
+        os.utime(folder)  # to the time of the disk, which machines' clocks differ from
+        return folder.stat().st_mtime - ledger.stat().st_mtime > DEAD_AFTER_S
+    except (FileNotFoundError, PermissionError):
+        return False
 
 
 def _publish_file(url: str, path: Path) -> None:

@@ -45,7 +45,7 @@ def die_writing(cache, contents):
 def leave_open(root, contents=CONTENTS):
     """Puts contents into a cache as a process does that dies then; returns pack and ledger."""
     die_writing(BlobCache(root), contents)
-    (ledger,) = (root / "open").glob("*.ledger")
+    (ledger,) = (root / "open").rglob("*.ledger")
     return ledger.with_suffix(".pack"), ledger
 
 
@@ -97,6 +97,9 @@ def test_a_full_pack_is_published_and_small_blobs_fill_one_too(tmp_path):
 def test_a_missing_blob_is_a_named_error(tmp_path):
     assert found(tmp_path, ["0" * 64]) == ["blob_missing"]
     assert files(tmp_path) == []
+    with pytest.raises(StorageError) as caught:
+        BlobCache(tmp_path).get("0" * 64)
+    assert caught.value.where == f"{tmp_path} (sha256 {'0' * 64})"
 
 
 @pytest.mark.parametrize("torn", ["pack", "ledger"])
@@ -187,6 +190,62 @@ def test_without_locks_the_packs_of_others_are_left_alone(tmp_path, monkeypatch)
     assert found(tmp_path) == CONTENTS
 
 
+def test_the_pack_of_a_dead_writer_on_a_disk_that_is_read_only_is_left_alone(tmp_path, monkeypatch):
+    fill(tmp_path, CONTENTS[:2])
+    leave_open(tmp_path, CONTENTS[2:])
+    really_open = os.open
+
+    def refuse(path, flags, *mode):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, "read-only file system")
+        return really_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert found(tmp_path) == [*CONTENTS[:2], "blob_missing", "blob_missing"]
+
+
+def test_a_store_without_its_bucket_is_not_tried_for_ever(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise FileNotFoundError("no such bucket")
+
+    monkeypatch.setattr(packs, "_publish_file", refuse)
+    with pytest.raises(FileNotFoundError):
+        fill(tmp_path)
+
+
+@pytest.mark.parametrize("age_s", [packs.DEAD_AFTER_S - 60, packs.DEAD_AFTER_S + 60])
+def test_a_lock_that_other_machines_do_not_see_is_not_believed(age_s, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "is_own_disk", lambda _: False)
+    monkeypatch.setattr(packs, "lock_file", lambda _: "held")
+    writer = BlobCache(tmp_path)
+    with writer.writing():
+        for content in CONTENTS[:2]:
+            writer.put(content)
+        with monkeypatch.context() as other:
+            other.setattr(packs, "_this_machine", lambda: "another")
+            assert found(tmp_path) == ["blob_missing"] * 4
+            (ledger,) = (tmp_path / "open").rglob("*.ledger")
+            written_s = ledger.stat().st_mtime - age_s
+            os.utime(ledger, (written_s, written_s))
+            taken = age_s > packs.DEAD_AFTER_S
+            assert (found(tmp_path)[:2] == CONTENTS[:2]) == taken
+        for content in CONTENTS[2:]:
+            writer.put(content)
+    assert found(tmp_path) == CONTENTS
+    assert [writer.get(name) for name in NAMES] == CONTENTS
+    assert files(tmp_path).count("packs") == (4 if taken else 2)
+    assert "open" not in files(tmp_path)
+
+
+def test_what_is_put_survives_the_removal_of_the_cache(tmp_path):
+    cache = BlobCache(tmp_path / "cache")
+    with cache.writing():
+        cache.put(CONTENTS[0])
+        shutil.rmtree(tmp_path / "cache")
+        cache.put(CONTENTS[1])
+    assert found(tmp_path / "cache", NAMES[:2]) == CONTENTS[:2]
+
+
 def test_a_full_disk_is_an_error_and_what_it_left_is_overwritten(tmp_path, monkeypatch):
     cache = BlobCache(tmp_path)
     pwrite, left = os.pwrite, [10]
@@ -270,6 +329,42 @@ def test_a_damaged_index_is_made_again(damage, tmp_path):
     assert found(tmp_path) == CONTENTS
 
 
+def test_an_index_whose_files_another_machine_removes_is_opened_again(tmp_path, monkeypatch):
+    fill(tmp_path, CONTENTS[:2])
+    reader = BlobCache(tmp_path)
+    assert reader.has(NAMES[0])
+    (left,) = (tmp_path / "index").glob("*.segment")
+    pread = os.pread
+
+    def read(descriptor, *rest):
+        if not os.fstat(descriptor).st_nlink:  # as network disks do
+            raise OSError(errno.ESTALE, "stale file handle")
+        return pread(descriptor, *rest)
+
+    fill(tmp_path, CONTENTS[2:])
+    assert not left.exists()
+    monkeypatch.setattr(os, "pread", read)
+    assert [reader.get(name) for name in NAMES] == CONTENTS
+    # One that is removed while others are opened.
+    opened = pack_index._Segment
+
+    def open_late(path):
+        monkeypatch.setattr(pack_index, "_Segment", opened)
+        fill(tmp_path, [b"more"])
+        return opened(path)
+
+    monkeypatch.setattr(pack_index, "_Segment", open_late)
+    monkeypatch.setattr(pack_index, "lock_file", lambda *_, **__: "held")
+    assert found(tmp_path) == CONTENTS
+
+
+def test_what_a_killed_merge_has_left_is_removed(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "index" / "left.tmp").write_bytes(b"rows")
+    fill(tmp_path, [b"more"])
+    assert not [*(tmp_path / "index").glob("*.tmp")]
+
+
 @pytest.mark.parametrize("what", ["lock", "segment"])
 def test_a_cache_that_may_not_be_written_to_is_read(what, tmp_path, monkeypatch):
     fill(tmp_path)
@@ -345,7 +440,7 @@ def test_what_was_put_survives_any_number_of_killed_writers(tmp_path):
     cache = BlobCache(tmp_path)
     assert all(hashlib.sha256(cache.get(name)).hexdigest() == name for name in names)
     assert len(names) > 100
-    assert not [*(tmp_path / "open").glob("*.ledger")]
+    assert not [*(tmp_path / "open").rglob("*.ledger")]
 
 
 @pytest.mark.slow
