@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from loader import StreamingDataset, make_dataloader
+from loader import StreamingDataset, View, make_dataloader, model_view
 from loader.assembly import ModelPlanner, ModelView, assemble_for_model
 from loader.assembly.families.collate import ModelCollator
 from loader.cli.preview import preview_page
@@ -21,7 +21,12 @@ from shardspec.errors import SampleError
 from shardspec.families import family_from_dict, family_to_dict
 from tests import model_folders, video_processors
 from tests.chat_shapes import QWEN3_VL
-from tests.e2e.test_models import equal, run, same_for_every_number_of_ranks
+from tests.e2e.test_models import (
+    equal,
+    run,
+    same_as_the_unsharded_path,
+    same_for_every_number_of_ranks,
+)
 
 KINDS = (pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl", "qwen3_vl")
 """Qwen2.5-VL has all that Qwen2-VL has, and times."""
@@ -371,6 +376,10 @@ def test_videos_go_from_files_through_shards_into_packs(inline_cli, tmp_path):
     assert "model_videos" in finished.out + finished.err
 
 
+def text_of(row):
+    return row["message_list"][0]["text"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_clips_and_frames_give_the_same_rows_on_every_number_of_ranks(inline_cli, tmp_path, kind):
@@ -379,7 +388,8 @@ def test_clips_and_frames_give_the_same_rows_on_every_number_of_ranks(inline_cli
     folder = model_folders.qwen2_vl(tmp_path / "m", kind=kind, template=template)
     size = {"size": BOUNDS[kind], "patch_size": 14, **model_folders.CLIP}
     model_folders.write_json(folder / "video_preprocessor_config.json", size)
-    found = []
+    rows = get_dataset("moving_shapes", source="sample", limit=8)
+    found, raw = [], {text_of(rows.get(i)): rows.get(i) for i in range(8)}
     for store in ("frames", "clip"):
         inline_cli.good(
             *("shards", "moving_shapes", "--source", "sample", "--limit", 8, "--workers", 1),
@@ -388,6 +398,14 @@ def test_clips_and_frames_give_the_same_rows_on_every_number_of_ranks(inline_cli
             *("--video-store", store),
         )
         found.append(run(tmp_path, store, world_size=1, count=2, sequence_length=1024)[0])
+        view = View(model=model_view(str(tmp_path / store), backend="pil"))
+        dataset = StreamingDataset(str(tmp_path / store), view=view, seed=3)
+        texts = [text_of(dataset.reader.record(i)) for i in range(8)]
+        policy = VideoPolicy(max_frames=5, store=store)
+        # Frames in the two ways to store them become the rows of the unsharded path.
+        same_as_the_unsharded_path(
+            dataset, folder, [raw[t] for t in texts].__getitem__, video=policy
+        )
     assert equal(*found)
     for pack, store in enumerate(("frames", "clip")):
         options = {"pack": bool(pack), "sequence_length": 1024}
