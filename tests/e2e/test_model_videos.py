@@ -23,6 +23,8 @@ from tests import model_folders, video_processors
 from tests.chat_shapes import QWEN3_VL
 from tests.e2e.test_models import (
     equal,
+    open_dataset,
+    refused,
     run,
     same_as_the_unsharded_path,
     same_for_every_number_of_ranks,
@@ -374,6 +376,22 @@ def test_videos_go_from_files_through_shards_into_packs(inline_cli, tmp_path):
     finished = inline_cli.run(*command, "--model", other, "--out", tmp_path / "other")
     assert finished.code
     assert "model_videos" in finished.out + finished.err
+
+
+@pytest.mark.slow
+def test_the_frame_of_a_video_is_not_counted_as_a_picture(inline_cli, tmp_path):
+    pytest.importorskip("av")
+    folder = model_folders.qwen2_vl(tmp_path / "m", template=model_folders.QWEN2_VL_VIDEOS)
+    inline_cli.good(
+        *("shards", "moving_shapes", "--source", "sample", "--limit", 2, "--workers", 1),
+        *("--max-frames", 1, "--model", folder, "--out", tmp_path / "out"),
+        *("--cache", tmp_path / "cache"),
+    )
+    dataset = open_dataset(tmp_path, "out", changes={"max_pixels": 28 * 28 * 4})
+    builder = dataset._stream.parts[0].builder
+    refused("view_lengths", lambda: builder.lengths(np.arange(2)))
+    lengths, _ = open_dataset(tmp_path, "out")._stream.parts[0].builder.lengths(np.arange(2))
+    assert lengths.tolist() == [len(dataset.example(i)["input_ids"]) for i in range(2)]
 
 
 def text_of(row):

@@ -556,6 +556,16 @@ def test_fewer_pixels_need_no_new_shards_and_more_are_refused(datasets, processo
     assert batch["image_grid_thw"].prod(1).max() <= 36
 
 
+def test_what_changes_no_tokens_leaves_lengths_known(datasets):
+    changes = {"sliding_window": 5, "mean": (0.4, 0.4, 0.4)}
+    options = {"pack": True, "sequence_length": 256, "global_batch_size": 1}
+    (want,), (got,) = (
+        batches(open_dataset(datasets, "gemma3", changes=each), **options) for each in ({}, changes)
+    )
+    assert torch.equal(got["input_ids"], want["input_ids"])
+    assert not torch.equal(*got["attention_mask"].values())
+
+
 def test_settings_of_the_other_kind_are_refused_by_name(datasets, tiny_dataset):
     url = str(datasets / "qwen2_vl")
     model = model_view(url)
