@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from preprocess.text.tokens import EMBEDDED_PATH
+from tests.chat_shapes import QWEN3_VL
 
 QWEN2_VL = (
     "{% set image_count = namespace(value=0) %}{% for message in messages %}"
@@ -497,6 +500,13 @@ WRITERS = {
     "pixtral": pixtral,
 }
 
+RELATIVES = {
+    "qwen2_5_vl": partial(qwen2_vl, kind="qwen2_5_vl"),
+    "qwen3_vl": partial(qwen2_vl, kind="qwen3_vl", template=QWEN3_VL),
+    "smolvlm": partial(idefics3, kind="smolvlm"),
+}
+"""Models that share a family with one of `WRITERS`."""
+
 
 def pixtral_processor_class():
     """Imports the processor of Pixtral without torchvision."""
@@ -511,6 +521,8 @@ def pixtral_processor_class():
 
 PROCESSORS = {
     "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLImageProcessorPil", {}),
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLImageProcessorPil", {}),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen2VLImageProcessorPil", {}),
     "llava": (
         "LlavaProcessor",
         "CLIPImageProcessorPil",
@@ -540,6 +552,7 @@ PROCESSORS = {
     ),
     "internvl": ("InternVLProcessor", "GotOcr2ImageProcessorPil", {"image_seq_length": 4}),
     "idefics3": ("Idefics3Processor", "Idefics3ImageProcessorPil", {"image_seq_len": 1}),
+    "smolvlm": ("SmolVLMProcessor", "SmolVLMImageProcessorPil", {"image_seq_len": 1}),
     "gemma3": ("Gemma3Processor", "Gemma3ImageProcessorPil", {"image_seq_length": 4}),
     "paligemma": ("PaliGemmaProcessor", "SiglipImageProcessorPil", {}),
     "pixtral": (
@@ -576,6 +589,9 @@ def processor_of(kind, image_kind, settings, folder):
     with pytest.MonkeyPatch.context() as patch:
         # Without torchvision there is no class of video processors to compare None with.
         patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+        if hasattr(sys.modules[kind.__module__], "num2words"):  # SmolVLM's, for videos alone
+            patch.setattr(sys.modules[kind.__module__], "num2words", True)
+            parts["video_processor"] = SimpleNamespace(num_frames=None, fps=None, size=None)
         arguments = {part: parts.get(part) for part in kind.get_attributes()}
         return kind(**arguments, **settings, chat_template=loaded.chat_template)
 

@@ -37,7 +37,7 @@ from loader.state import view_fingerprint
 from loader.stream.options import require_used
 from loader.stream.split import OpenSplit
 from shardspec.errors import ConfigError, SampleError, ShardError, ShardsError
-from shardspec.families import Family, StoredModel, plan_pictures
+from shardspec.families import Family, StoredModel, plan_pictures, same_tokens
 from shardspec.features import FEATURES, StoredFeatures
 from shardspec.keyed import SampleRng, dataset_seed, keyed, sample_seed
 from shardspec.manifest import Manifest
@@ -256,10 +256,11 @@ class PreparedBuilder:
         column = self.data.reader.column
         tokens = column("view_length", sample)[:, 0].astype(np.int64)
         visual = column("view_crops", sample)[:, 0].astype(np.int64)
-        if family == model.family:
+        if same_tokens(family, model.family):
             return tokens, visual
         num_images = column("num_images", sample)
-        if num_images.max(initial=0) > 1:
+        # The one frame of a video has not the tokens of a picture.
+        if num_images.max(initial=0) > 1 or self.data.manifest.recipe.get("video") is not None:
             raise ConfigError("view_lengths.pictures", where=self.data.url)
         sides = [column(name, sample).tolist() for name in ("height", "width")]
         own = [

@@ -20,6 +20,7 @@ from shardspec.families.plan import (
     PictureTokens,
     Size,
     VideoSide,
+    same_tokens,
 )
 from shardspec.families.processor import Processor, packs_as_plain_decoder, refusal
 from shardspec.families.qwen2_vl import Qwen2VL
@@ -57,4 +58,5 @@ __all__ = [
     "plan_videos",
     "read_family",
     "refusal",
+    "same_tokens",
 ]

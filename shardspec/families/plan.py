@@ -187,6 +187,12 @@ def different(view: Family, stored: Family, *, free: Mapping[str, bool]) -> dict
     return wrong
 
 
+def same_tokens(view: Family, stored: Family) -> bool:
+    """Tells whether pictures have the tokens that they were stored with, as fields show."""
+    others = ("mean", "std", "sliding_window")
+    return not different(view, stored, free=dict.fromkeys(others, False))
+
+
 def require_numbers(family: Family, **least: int) -> None:
     """Refuses fields that are no whole numbers of at least so much.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from loader import StreamingDataset, make_dataloader
+from loader import StreamingDataset, View, make_dataloader, model_view
 from loader.assembly import ModelPlanner, ModelView, assemble_for_model
 from loader.assembly.families.collate import ModelCollator
 from loader.cli.preview import preview_page
@@ -21,7 +21,14 @@ from shardspec.errors import SampleError
 from shardspec.families import family_from_dict, family_to_dict
 from tests import model_folders, video_processors
 from tests.chat_shapes import QWEN3_VL
-from tests.e2e.test_models import equal, run, same_for_every_number_of_ranks
+from tests.e2e.test_models import (
+    equal,
+    open_dataset,
+    refused,
+    run,
+    same_as_the_unsharded_path,
+    same_for_every_number_of_ranks,
+)
 
 KINDS = (pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl", "qwen3_vl")
 """Qwen2.5-VL has all that Qwen2-VL has, and times."""
@@ -372,6 +379,26 @@ def test_videos_go_from_files_through_shards_into_packs(inline_cli, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_frame_of_a_video_is_not_counted_as_a_picture(inline_cli, tmp_path):
+    pytest.importorskip("av")
+    folder = model_folders.qwen2_vl(tmp_path / "m", template=model_folders.QWEN2_VL_VIDEOS)
+    inline_cli.good(
+        *("shards", "moving_shapes", "--source", "sample", "--limit", 2, "--workers", 1),
+        *("--max-frames", 1, "--model", folder, "--out", tmp_path / "out"),
+        *("--cache", tmp_path / "cache"),
+    )
+    dataset = open_dataset(tmp_path, "out", changes={"max_pixels": 28 * 28 * 4})
+    builder = dataset._stream.parts[0].builder
+    refused("view_lengths", lambda: builder.lengths(np.arange(2)))
+    lengths, _ = open_dataset(tmp_path, "out")._stream.parts[0].builder.lengths(np.arange(2))
+    assert lengths.tolist() == [len(dataset.example(i)["input_ids"]) for i in range(2)]
+
+
+def text_of(row):
+    return row["message_list"][0]["text"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_clips_and_frames_give_the_same_rows_on_every_number_of_ranks(inline_cli, tmp_path, kind):
     pytest.importorskip("av")
@@ -379,7 +406,8 @@ def test_clips_and_frames_give_the_same_rows_on_every_number_of_ranks(inline_cli
     folder = model_folders.qwen2_vl(tmp_path / "m", kind=kind, template=template)
     size = {"size": BOUNDS[kind], "patch_size": 14, **model_folders.CLIP}
     model_folders.write_json(folder / "video_preprocessor_config.json", size)
-    found = []
+    rows = get_dataset("moving_shapes", source="sample", limit=8)
+    found, raw = [], {text_of(rows.get(i)): rows.get(i) for i in range(8)}
     for store in ("frames", "clip"):
         inline_cli.good(
             *("shards", "moving_shapes", "--source", "sample", "--limit", 8, "--workers", 1),
@@ -388,6 +416,14 @@ def test_clips_and_frames_give_the_same_rows_on_every_number_of_ranks(inline_cli
             *("--video-store", store),
         )
         found.append(run(tmp_path, store, world_size=1, count=2, sequence_length=1024)[0])
+        view = View(model=model_view(str(tmp_path / store), backend="pil"))
+        dataset = StreamingDataset(str(tmp_path / store), view=view, seed=3)
+        texts = [text_of(dataset.reader.record(i)) for i in range(8)]
+        policy = VideoPolicy(max_frames=5, store=store)
+        # Frames in the two ways to store them become the rows of the unsharded path.
+        same_as_the_unsharded_path(
+            dataset, folder, [raw[t] for t in texts].__getitem__, video=policy
+        )
     assert equal(*found)
     for pack, store in enumerate(("frames", "clip")):
         options = {"pack": bool(pack), "sequence_length": 1024}

@@ -33,6 +33,7 @@ from shardspec.keyed import SampleRng, dataset_seed, sample_seed
 from shardspec.manifest import require_manifest
 from tests import model_folders, processor_folders
 
+WRITERS = model_folders.WRITERS | model_folders.RELATIVES
 NATIVE = tuple(model_folders.WRITERS)
 THROUGH = ("aya_vision",)
 """Goes through its own processor."""
@@ -127,18 +128,22 @@ def datasets(build_once, inline_cli, folders):
     """The chats as a dataset for each family, with lossless pictures, in two shards."""
 
     def build(folder):
-        for i in range(len(SIZES)):
-            picture(i).save(folder / f"{i}.png")
-        lines = [json.dumps(row) for row in rows()]
-        (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
-        for name in FAMILIES:
-            inline_cli.good(
-                *("shards", folder / "chats.jsonl", "--model", folders / name),
-                *("--out", folder / name, "--cache", folder / "cache", "--codec", "png"),
-                *("--workers", 1, "--num-shards", 2),
-            )
+        build_chats(inline_cli, folder, {name: folders / name for name in FAMILIES})
 
     return build_once("model-datasets", build)
+
+
+def build_chats(inline_cli, folder, models):
+    for i in range(len(SIZES)):
+        picture(i).save(folder / f"{i}.png")
+    lines = [json.dumps(row) for row in rows()]
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    for name, model in models.items():
+        inline_cli.good(
+            *("shards", folder / "chats.jsonl", "--model", model),
+            *("--out", folder / name, "--cache", folder / "cache", "--codec", "png"),
+            *("--workers", 1, "--num-shards", 2),
+        )
 
 
 @pytest.fixture(scope="session")
@@ -296,21 +301,29 @@ def test_shards_equal_the_unsharded_path(datasets, folders, name):
 
 def same_as_unsharded(dataset, folder, pictures_of):
     """Compares a dataset with what its records and pictures become without shards."""
+
+    def example_of(i):
+        pictures = [np.asarray(picture(n)) for n in pictures_of(i)]
+        return {"message_list": dataset.reader.record(i)["message_list"], "image": pictures}
+
+    same_as_the_unsharded_path(dataset, folder, example_of)
+
+
+def same_as_the_unsharded_path(dataset, folder, example_of, **recipe):
+    """Compares a dataset with what raw examples, by stored number, become without shards."""
     tokenizer = load_tokenizer(str(folder), policy=TextPolicy(message_format="none"))
-    model = load_model(str(folder), tokenizer=tokenizer)
+    model = load_model(str(folder), tokenizer=tokenizer, videos="video" in recipe)
     image = ImagePolicy(
         views=(), family=model.stored.family, codec="png", resample=model.stored.family.filter
     )
     text = TextPolicy(message_format="none", system_prompt="none")
-    prepare = Preparer(recipe=Recipe(text=text, image=image), tokenizer=tokenizer, model=model)
+    made = Recipe(text=text, image=image, **recipe)
+    prepare = Preparer(recipe=made, tokenizer=tokenizer, model=model)
     unsharded = ModelPreprocessor(prepare, stored=model.stored, view=dataset.view.model)
-    seed = dataset_seed(3, "chats", "train")
+    seed = dataset_seed(3, dataset.manifest.dataset, "train")
     for i in range(dataset.num_samples):
-        record = dataset.reader.record(i)
-        pictures = [np.asarray(picture(n)) for n in pictures_of(i)]
-        example = {"message_list": record["message_list"], "image": pictures}
         rng = SampleRng()(sample_seed(seed, idx=i, length=dataset.num_samples, epoch=0))
-        want, got = unsharded(example, rng), dataset.example(i)
+        want, got = unsharded(example_of(i), rng), dataset.example(i)
         assert set(want) == set(got)
         for key, value in got.items():
             if key != "metadata":
@@ -397,6 +410,17 @@ def same_for_every_number_of_ranks(datasets, name, **options):
     _, state = run(datasets, name, world_size=2, count=2, **options)
     rest, _ = run(datasets, name, world_size=4, count=3, state=state, **options)
     assert equal(rest, want[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", model_folders.RELATIVES)
+def test_models_that_share_a_family_have_the_same_rows_everywhere(inline_cli, tmp_path, name):
+    folder = model_folders.RELATIVES[name](tmp_path / "m")
+    build_chats(inline_cli, tmp_path, {name: folder})
+    for pack in (False, True):
+        same_for_every_number_of_ranks(tmp_path, name, pack=pack)
+    dataset = open_dataset(tmp_path, name)
+    same_as_unsharded(dataset, folder, lambda i: chat_of(dataset, i)[0])
 
 
 def token_losses(model, batch):
@@ -530,6 +554,16 @@ def test_fewer_pixels_need_no_new_shards_and_more_are_refused(datasets, processo
     (batch,) = batches(one, pack=True, global_batch_size=1)
     assert len(batch["metadata"][0]["examples"]) == one.num_samples
     assert batch["image_grid_thw"].prod(1).max() <= 36
+
+
+def test_what_changes_no_tokens_leaves_lengths_known(datasets):
+    changes = {"sliding_window": 5, "mean": (0.4, 0.4, 0.4)}
+    options = {"pack": True, "sequence_length": 256, "global_batch_size": 1}
+    (want,), (got,) = (
+        batches(open_dataset(datasets, "gemma3", changes=each), **options) for each in ({}, changes)
+    )
+    assert torch.equal(got["input_ids"], want["input_ids"])
+    assert not torch.equal(*got["attention_mask"].values())
 
 
 def test_settings_of_the_other_kind_are_refused_by_name(datasets, tiny_dataset):
@@ -686,9 +720,9 @@ def _conversations(count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", WRITERS)
 def test_any_conversation_has_the_ids_of_the_processor_with_qwens_own_tokenizer(tmp_path, name):
-    folder = model_folders.WRITERS[name](tmp_path / "m", real=True)
+    folder = WRITERS[name](tmp_path / "m", real=True)
     tokenizer = load_tokenizer(str(folder), policy=TextPolicy(message_format="none"))
     model = load_model(str(folder), tokenizer=tokenizer)
     processor = model_folders.processor(name, folder)
