@@ -178,7 +178,10 @@ def _end(
         work.put(None)
     stop_s = monotonic() + wait_s
     for thread in threads:
-        thread.join(max(0.0, stop_s - monotonic()))
+        # Garbage is collected in whichever thread allocates next: a pass that nobody holds any more
+        # may be ended by one of its own threads, which cannot wait for itself.
+        if thread is not threading.current_thread():
+            thread.join(max(0.0, stop_s - monotonic()))
 
 
 def _serve(work: queue.SimpleQueue[_Job | None], ready: threading.Semaphore) -> None:

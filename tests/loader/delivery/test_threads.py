@@ -1,3 +1,4 @@
+import gc
 import signal
 import subprocess
 import sys
@@ -151,6 +152,36 @@ def test_leaving_a_pass_waits_for_no_more_than_the_samples_at_hand(url, monkeypa
     left.set()
     batches.close()
     assert len(late) <= 4  # one sample in each thread, or two where the flag came in between
+
+
+def test_a_pass_that_one_of_its_own_threads_collects_as_garbage_ends_without_an_error(
+    url, monkeypatch
+):
+    ignored, dropped, collected = [], threading.Event(), threading.Event()
+    stored = ShardReader.stored
+    number = iter(range(NUM))
+
+    def collecting(self, sample_id):
+        if next(number) == BATCH:  # of the second batch; the first one is handed out
+            dropped.wait(60)
+            gc.collect()
+            collected.set()
+        return stored(self, sample_id)
+
+    monkeypatch.setattr(ShardReader, "stored", collecting)
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    gc.disable()  # or this thread may find the garbage
+    try:
+        batches = iter(make(stream(url), decode_threads=1))
+        next(batches)
+        cycle = [batches]
+        cycle.append(cycle)
+        del batches, cycle
+        dropped.set()
+        assert collected.wait(60)
+    finally:
+        gc.enable()
+    assert [str(each.exc_value) for each in ignored] == []
 
 
 def test_torch_starts_no_threads_in_ours_and_as_many_as_before_elsewhere(url, monkeypatch):
