@@ -24,7 +24,7 @@ from _pytest.assertion import rewrite
 from hypothesis import settings
 from PIL import Image
 
-from preprocess.__main__ import main
+from preprocess.__main__ import INTERRUPTED, main
 from preprocess.datasets.base import SceneImage
 from tests import inline, servers
 
@@ -364,6 +364,8 @@ class InlineCommandLine:
                 code = ended.code
             finally:
                 signal.signal(signal.SIGTERM, handler)
+        if code == INTERRUPTED:  # Ctrl-C or SIGTERM is for the suite, which would else go on
+            raise KeyboardInterrupt(err.getvalue())
         return Finished(code=code, out=out.getvalue(), err=err.getvalue())
 
     def good(self, *args):

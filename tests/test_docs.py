@@ -192,6 +192,7 @@ def datasets(tiny_dataset, movable_dataset, inline_cli, tmp_path_factory):
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_of_a_page_runs_from_top_to_bottom(page, datasets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where files are kept by default
     names: dict = {}
     for code in blocks(PAGES[page], "python"):
         for url, path in datasets.items():

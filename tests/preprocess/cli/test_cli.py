@@ -167,6 +167,14 @@ def test_bad_flag_is_code_1_with_usage_and_a_remedy(capsys, args):
     check_one_block(printed.err)
 
 
+def test_a_suite_that_is_ended_inside_a_command_ends(inline_cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "preprocess.__main__.with_files", lambda *_: signal.raise_signal(signal.SIGTERM)
+    )
+    with pytest.raises(KeyboardInterrupt, match="interrupted"):
+        inline_cli.run("verify", tmp_path)
+
+
 def test_verify_without_a_dataset_is_code_1(inline_cli, tmp_path):
     finished = inline_cli.run("verify", tmp_path / "none")
     assert (finished.code, finished.out) == (1, "")
