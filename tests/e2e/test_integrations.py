@@ -13,7 +13,7 @@ import pytest
 from tests.programs import KILLING, LEAVING
 
 ROOT = Path(__file__).parents[2]
-STEP = re.compile(r"step (\d+) rank (\d+) ([0-9a-f ]+)(?:loss (\S+))?")
+STEP = re.compile(r"step (\d+) rank (\d+) ([0-9a-f ]+)(?:loss ([\d.]+))?")
 STEPS, SAVED = 8, 4
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
