@@ -1,10 +1,23 @@
-"""Programs that run another program of Python, and end it in a way of their own."""
+"""Programs that run another program of Python, on several ranks or to an end of their own."""
+
+import sys
+
+
+def torchrun(ranks):
+    """Arguments of Python in front of those of a program, which runs on that many ranks.
+
+    By default torchrun starts programs unbuffered, and print then writes a line and its end one
+    after the other: lines of ranks that share a pipe run into each other.
+    """
+    launched = ("--standalone", f"--nproc_per_node={ranks}", "--no_python", sys.executable)
+    return ["-m", "torch.distributed.run", *launched]
+
 
 KILLING = """
 import builtins, os, runpy, signal, sys
 shown, text = print, sys.argv.pop(1)
 def show(*words, **named):
-    shown(*words, **named)
+    shown(*words, **{**named, "flush": True})
     if words[0].startswith(text):
         os.kill(os.getpid(), signal.SIGKILL)
 builtins.print = show

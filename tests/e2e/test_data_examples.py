@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.programs import torchrun
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 KEY = re.compile(r"[0-9a-f]{24}")
@@ -107,9 +109,8 @@ def test_mixture_resumes_on_two_processes(run, mixed, tmp_path):
     whole = steps(run("mixture", *mixed, "--checkpoint", tmp_path / "whole.pt"))
     checkpoint = ("--checkpoint", tmp_path / "halves.pt")
     run("mixture", *mixed, *checkpoint, "--steps", 4)
-    flags = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     rest = subprocess.run(
-        [sys.executable, *flags, EXAMPLES / "mixture.py", *mixed, *checkpoint],
+        [sys.executable, *torchrun(2), EXAMPLES / "mixture.py", *mixed, *checkpoint],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import programs
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
@@ -78,8 +80,7 @@ def torchrun(tmp_path, kind, urls, *, processes, count, state=None):
         old.write_text(json.dumps(state))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={processes}", str(program)),
+            *(sys.executable, *programs.torchrun(processes), str(program)),
             *(kind, str(count), str(old), str(out), *urls),
         ],
         cwd=tmp_path,

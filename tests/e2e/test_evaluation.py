@@ -22,6 +22,7 @@ from loader.evaluation import (
 )
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import ConfigError, SampleError
+from tests.programs import torchrun
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -218,7 +219,7 @@ def questions(tmp_path_factory, inline_cli):
 def run_example(questions, out, *, processes):
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += torchrun(processes)
     done = subprocess.run(
         [*command, str(EXAMPLES / "evaluate.py"), questions, str(out)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.programs import KILLING
+from tests.programs import KILLING, torchrun
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -37,7 +37,7 @@ def run_training(shards, *flags, processes=1, killed_at=None):
     if killed_at is not None:
         command += ["-c", KILLING, f"step {killed_at:4d} "]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += torchrun(processes)
     command += [str(EXAMPLES / "train.py"), str(shards), "--batch-size", "4", *map(str, flags)]
     # One thread everywhere, as torchrun sets it: two processes share this machine's two cores.
     paths = os.pathsep.join((str(ROOT), str(EXAMPLES)))

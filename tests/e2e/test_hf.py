@@ -18,7 +18,7 @@ from loader import StreamingDataset, make_dataloader
 from loader.integrations import DistributedState, hf
 from shardspec.errors import ConfigError
 from tests import model_folders
-from tests.programs import KILLING
+from tests.programs import KILLING, torchrun
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -173,7 +173,7 @@ def test_two_ranks_of_which_one_has_no_picture_train_as_one_does(built, run_exam
     steps = run_example(tmp_path / "one", STEPS, "--trl", "--batch-size", 2)
     counts = [len(batch.get("image_grid_thw", ())) for batch in steps]
     assert 1 in counts  # one rank alone has a picture
-    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launched = [sys.executable, *torchrun(2)]
     flags = ("--random", "--trl", "--batch-size", 2, "--steps", STEPS, "--out", tmp_path / "two")
     program = (ROOT / "examples" / "hf_trainer.py", built / "shards", built / "model", *flags)
     done = subprocess.run(

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import KILLING, LEAVING
+from tests.programs import KILLING, LEAVING, torchrun
 
 ROOT = Path(__file__).parents[2]
-STEP = re.compile(r"step (\d+) rank (\d+) ([0-9a-f ]+)(?:loss ([\d.]+))?")
+STEP = re.compile(r"step (\d+) rank (\d+) ([0-9a-f ]+)(?:loss (\S+))?")
 STEPS, SAVED = 8, 4
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-TORCHRUN = (*("-m", "torch.distributed.run", "--standalone"), "--nproc_per_node")
 
 # What says where each example saves, and the arguments that give it some ranks.
 EXAMPLES = {
@@ -52,7 +50,7 @@ def run(name, shards, saved, *flags, ranks=1, kill_at=None):
         program = [f"{saved}-leaving.py", *program]
         Path(program[0]).write_text(LEAVING)
     if name in LAUNCHED:
-        program = [*TORCHRUN, ranks, *program]
+        program = [*torchrun(ranks), *program]
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
     env = {key: value for key, value in os.environ.items() if key not in names}
     paths = os.pathsep.join((str(ROOT), str(ROOT / "examples")))

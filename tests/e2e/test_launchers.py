@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import torchrun
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "e2e" / "launched.py"
 NUM = 39
@@ -59,10 +61,9 @@ def joined(found, name):
 
 
 def test_every_trainer_on_two_ranks_sees_each_sample_once_or_refuses(url, run, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     scenarios = ("late_group", "accelerate_plain", "accelerate_alone")
     scenarios += ("accelerate_recipe", "trainer_plain", "trainer_adapter")
-    found = start(torchrun, tmp_path / "out", url, *scenarios)
+    found = start(torchrun(2), tmp_path / "out", url, *scenarios)
     epoch = run[: NUM // BATCH + 1]
     assert len(set(sum(epoch, [])[:NUM])) == NUM
     for name in ONCE:
@@ -93,8 +94,7 @@ def test_a_sharded_model_steps_where_only_some_ranks_have_pictures(
 ):
     samples = [tiny_sample(i, num_images=i % 5 < 2) for i in range(NUM)]
     url = write_dataset(tmp_path / "set", samples, num_shards=3, several=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    found = start(torchrun, tmp_path / "out", url, "fsdp")
+    found = start(torchrun(2), tmp_path / "out", url, "fsdp")
     lone = {}
     for name in ("least", "fixed", "shared"):
         one, other = (found[f"fsdp_{name}.{rank}"] for rank in range(2))
