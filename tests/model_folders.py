@@ -144,8 +144,13 @@ def qwen2_vl(folder, *, kind="qwen2_vl", template=QWEN2_VL, real=False, **images
         vision_end_token_id=loaded.convert_tokens_to_ids("<|vision_end|>"),
     )
     document = {**config.to_dict(), "model_type": kind}
+    vision = document["vision_config"]
+    if kind != "qwen2_vl":
+        vision |= {"out_hidden_size": 32, "intermediate_size": 64}
     if kind == "qwen2_5_vl":
-        document["vision_config"]["tokens_per_second"] = 4
+        vision |= {"tokens_per_second": 4, "fullatt_block_indexes": [1]}
+    if kind == "qwen3_vl":
+        vision |= {"deepstack_visual_indexes": [0]}
     write_json(folder / "config.json", document)
     write_json(
         folder / "preprocessor_config.json",
@@ -604,6 +609,8 @@ def model(name, folder):
     torch.manual_seed(0)
     kinds = {
         "qwen2_vl": "Qwen2VLForConditionalGeneration",
+        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
         "llava": "LlavaForConditionalGeneration",
         "internvl": "InternVLForConditionalGeneration",
         "gemma3": "Gemma3ForConditionalGeneration",

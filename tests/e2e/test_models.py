@@ -421,6 +421,10 @@ def test_models_that_share_a_family_have_the_same_rows_everywhere(inline_cli, tm
         same_for_every_number_of_ranks(tmp_path, name, pack=pack)
     dataset = open_dataset(tmp_path, name)
     same_as_unsharded(dataset, folder, lambda i: chat_of(dataset, i)[0])
+    model, processor = (
+        make(name, folder) for make in (model_folders.model, model_folders.processor)
+    )
+    same_losses(dataset, name, model, processor)
 
 
 def token_losses(model, batch):
@@ -448,8 +452,12 @@ def token_losses(model, batch):
 def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
     datasets, folders, processors, name
 ):
-    dataset = open_dataset(datasets, name)
     model = (processor_folders if name in THROUGH else model_folders).model(name, folders / name)
+    same_losses(open_dataset(datasets, name), name, model, processors(name))
+
+
+def same_losses(dataset, name, model, processor):
+    """Compares losses and gradients of our batch, packed or not, with those of the processor's."""
     (batch,) = batches(dataset)
     numbers = order_of(dataset, batch)
     metadata = batch.pop("metadata")
@@ -461,7 +469,7 @@ def test_a_model_has_the_loss_of_its_processors_batch_packed_or_not(
     count = int((batch["labels"][:, 1:] != -100).sum())
     total, alone = 0.0, {}
     for row, i in enumerate(numbers):
-        own = theirs(processors(name), chat_of(dataset, i))
+        own = theirs(processor, chat_of(dataset, i))
         labels = batch["labels"][row : row + 1, : own["input_ids"].shape[1]]
         loss = model(**own, labels=labels).loss * int((labels[:, 1:] != -100).sum()) / count
         loss.backward()
