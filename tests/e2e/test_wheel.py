@@ -36,8 +36,6 @@ def test_files_beside_the_code_are_package_data(package):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Builds the wheel from a copy of the sources: setuptools writes beside them."""
-    pytest.importorskip("pip", minversion="22.3")
-    pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
     for package in PACKAGES:
         ignore = shutil.ignore_patterns("__pycache__")
