@@ -293,10 +293,14 @@ def test_ranges_of_one_object_share_connections(s3_server):
     s3_server.client().pipe_file(url, PAYLOAD)
     with s3_server.entered():
         reader = RangeReader(QUICK)
+        assert reader.read(url, 0, 9) == PAYLOAD[:9]
+        # The process has one pool for a server: what other tests have left in it is closed.
+        pool = reader._reader(url)[0].urls.connections
+        for server in [*pool._idle]:
+            pool._drop(server)
         for start in range(0, 900_000, 100_000):
             assert reader.read(url, start, start + 9) == PAYLOAD[start : start + 9]
-        idle = reader._reader(url)[0].urls.connections._idle
-        assert [len(connections) for connections in idle.values()] == [1]
+        assert [len(connections) for connections in pool._idle.values()] == [1]
 
 
 def test_an_object_that_was_replaced_is_refused(store):
