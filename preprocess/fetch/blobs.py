@@ -82,7 +82,7 @@ class FetchResult:
     content_type: str = ""
     """As the server reports it; nothing depends on it."""
     final_url: str = ""
-    """Where the redirects led, redacted; "" where no answer came."""
+    """Where the redirects led, redacted; of a failure, whose host asked for a pause; else ""."""
     finished_unix_s: int = 0
     """When this was written, for failures that expire; 0 in ledgers of older releases."""
     not_before_unix_s: int = 0

@@ -59,7 +59,7 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
-from preprocess.fetch.hosts import Host, bare, group_by_host, text_key
+from preprocess.fetch.hosts import Host, bare, group_by_host, host_of, text_key
 from preprocess.fetch.policy import FetchPolicy, ShaPolicy
 from preprocess.fetch.robots import Robots, forbids_use
 from preprocess.media import ImageLimits, open_source
@@ -114,6 +114,8 @@ _WORKERS_PER_SLOT = 4
 meanwhile."""
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 """A last label that makes a host an IPv4 address (URL standard, "ends in a number checker")."""
+_RAW_BYTE = re.compile("[\udc80-\udcff]")
+"""A byte of a header that is not UTF-8, as aiohttp gives it."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """The well-known prefix under which IPv6-only networks reach IPv4 (RFC 6052)."""
 
@@ -238,6 +240,7 @@ class _Failure(Exception):
         http_status: int | None = None,
         pause_s: float = 0.0,
         attempts: int | None = None,
+        busy: URL | None = None,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -245,6 +248,8 @@ class _Failure(Exception):
         self.pause_s = pause_s
         self.attempts = attempts
         """If another attempt now is pointless: how many have been made."""
+        self.busy = busy
+        """What was not requested, or not again, because its host has asked for a pause."""
 
 
 class _RefusedError(OSError):
@@ -432,12 +437,12 @@ class _Run:
     def _remember_pauses(self, hosts: Iterable[Host]) -> None:
         """Holds the pauses that hosts have asked an earlier run for."""
         now_s, now_unix_s = asyncio.get_running_loop().time(), self.clock()
-        for host in hosts:
-            known = (self.ledger.get(url) for url in host.urls)
-            until = max((each.not_before_unix_s for each in known if each), default=0)
-            if until > now_unix_s:
-                pause_s = min(until - now_unix_s, self.policy.longest_pause_s)
-                host.pause(pause_s, now_s=now_s)
+        for url in (url for host in hosts for url in host.urls):
+            known = self.ledger.get(url)
+            if known is not None and known.not_before_unix_s > now_unix_s:
+                pause_s = min(known.not_before_unix_s - now_unix_s, self.policy.longest_pause_s)
+                name = host_of(known.final_url or url)
+                self._hosts.setdefault(name, Host(name)).pause(pause_s, now_s=now_s)
 
     async def _work(self, ring: deque[Host]) -> None:
         # A worker that finds no ticket may leave: every other ticket is held by a worker that will
@@ -514,13 +519,15 @@ class _Run:
 
     def _failed(self, name: str, host: Host, failure: _Failure, *, attempts: int) -> FetchResult:
         now_unix_s = self.clock()
-        pause_s = host.resume_at_s - asyncio.get_running_loop().time()
+        busy = failure.busy and self._hosts[bare(failure.busy.host or "")]
+        pause_s = (busy or host).resume_at_s - asyncio.get_running_loop().time()
         return FetchResult(
             url=name,
             status="failed",
             reason=failure.reason,
             http_status=failure.http_status,
             attempts=attempts,
+            final_url=redact(str(failure.busy)) if failure.busy else "",
             finished_unix_s=int(now_unix_s),
             not_before_unix_s=int(now_unix_s + pause_s) + 1 if pause_s > 0 else 0,
         )
@@ -568,7 +575,7 @@ class _Run:
             while True:
                 wait_s = host.wait_s(now_s=now_s())
                 if wait_s > self.policy.max_pause_s:
-                    raise _Failure("host_busy", attempts=0)
+                    raise _Failure("host_busy", attempts=0, busy=url)
                 if wait_s:
                     await asyncio.sleep(wait_s)
                 async with self._slots:
@@ -580,6 +587,7 @@ class _Run:
                         yield began_s
                     except _Failure as failure:
                         if failure.pause_s:
+                            failure.busy = url
                             pause_s = min(failure.pause_s, self.policy.longest_pause_s)
                             host.pause(pause_s, now_s=now_s())
                         raise
@@ -613,7 +621,7 @@ class _Run:
         except _Failure as failure:
             reached = failure.reason not in _NOT_REACHED
             reason = "robots_unreachable" if reached else failure.reason
-            raise _Failure(reason, attempts=failure.attempts) from failure
+            raise _Failure(reason, attempts=failure.attempts, busy=failure.busy) from failure
         body = b""
         if known is not None and known.sha256:
             loop = asyncio.get_running_loop()
@@ -714,7 +722,8 @@ class _Run:
                     return await self._read(response, robots=robots)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _Failure(_reason_of(error)) from error
-        return _checked_url(location, base=url, allow_hosts=self.policy.allow_hosts)
+        text = _RAW_BYTE.sub(lambda found: f"%{ord(found[0]) - 0xDC00:02X}", location)
+        return _checked_url(text, base=url, allow_hosts=self.policy.allow_hosts)
 
     async def _read(self, response: aiohttp.ClientResponse, *, robots: bool) -> _Answer:
         status = response.status
@@ -756,6 +765,7 @@ def _checked_url(text: str, *, allow_hosts: frozenset[str], base: URL | None = N
       _Failure: bad_url, bad_scheme or private_addr.
     """
     try:
+        text.encode()  # the library leaves out what has no bytes, and would request another URL
         url = URL(text.strip())
         url = base.join(url) if base is not None else url
         scheme, host = url.scheme, bare(url.host or "")

@@ -7,11 +7,17 @@ apart, and none begins before the time that the host has asked for.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from yarl import URL
+
 from shardspec.keyed import hash_text
+
+_PLAIN = re.compile(r"(?!.*xn--)[a-z0-9_.-]+")
+"""A name that every library reads alike; other spellings of a host are many."""
 
 
 @dataclass(slots=True)
@@ -76,9 +82,14 @@ def host_key(url: str) -> int:
 
 
 def host_of(url: str) -> str:
-    """Names the host of a URL; "" where there is none."""
+    """Names the host of a URL as the client does; "" where there is none.
+
+    >>> host_of("http://xn--bcher-kva.example/1"), host_of("http://[0:0::1]/")
+    ('bücher.example', '::1')
+    """
     try:
-        return bare(urlsplit(url).hostname or "")
+        name = bare(urlsplit(url).hostname or "")
+        return name if _PLAIN.fullmatch(name) else bare(URL(url.strip()).host or "")
     except ValueError:
         return ""
 

@@ -171,5 +171,12 @@ class FaultyServer:
         """/to?url=...: redirects there."""
         return web.Response(status=302, headers={"Location": request.query["url"]})
 
+    async def _latin(self, request: web.Request) -> web.Response:
+        """Redirects to a path in Latin-1."""
+        head = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nConnection: close\r\n"
+        request.transport.write(head + b"Location: /ok/\xe4.png\r\n\r\n")
+        request.transport.close()
+        return web.Response()
+
     async def _loop(self, request: web.Request) -> web.Response:
         return web.Response(status=301, headers={"Location": request.path})

@@ -21,7 +21,7 @@ from PIL import Image
 from preprocess.fetch import download as fetch
 from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, read_ledger
 from preprocess.fetch.download import TRANSIENT, fetch_all, image_fault, is_public
-from preprocess.fetch.hosts import group_by_host
+from preprocess.fetch.hosts import group_by_host, host_of
 from preprocess.fetch.policy import FetchPolicy
 from preprocess.media import ImageLimits
 from shardspec.errors import BudgetError, ConfigError, StorageError
@@ -242,6 +242,11 @@ def test_images_above_the_limits_are_bombs(server, run):
     assert one(run(server.url("/wide"), limits=enough)).status == "ok"
 
 
+def test_redirect_in_another_encoding_leads_where_its_bytes_say(server, run):
+    result = one(run(server.url("/latin/1.png")))
+    assert (result.status, result.final_url) == ("ok", server.url("/ok/%E4.png"))
+
+
 def test_redirect_loop_ends_at_the_limit(server, run):
     result = one(run(server.url("/loop"), max_redirects=3))
     assert (result.status, result.reason, result.attempts) == ("failed", "too_many_redirects", 1)
@@ -268,6 +273,7 @@ def test_exactly_the_allowed_redirects_are_followed(server, run):
         ("http://", "bad_url"),
         ("http://h:99999/", "bad_url"),
         ("http://\ud800/", "bad_url"),
+        ("http://example.com/\ud800.png", "bad_url"),
         ("http://[::1/", "bad_url"),
         ("http://2130706433/", "bad_url"),
         ("http://127.1/", "bad_url"),
@@ -324,6 +330,18 @@ def test_resolver_keeps_the_public_ones_of_mixed_addresses(fake_dns):
 
     assert asyncio.run(resolve([])) == ["8.8.8.8"]
     assert asyncio.run(resolve(["mixed.test"])) == ["10.0.0.1", "8.8.8.8", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://B\u00fccher.example/1",
+        "http://xn--bcher-kva.example./2",
+        "http://\uff42\u00fccher\u3002example/4",
+    ],
+)
+def test_all_spellings_of_a_host_are_one_host(url):
+    assert host_of(url) == host_of("http://b\u00fccher.example")
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"])

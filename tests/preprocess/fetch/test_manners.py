@@ -239,6 +239,21 @@ def test_a_long_pause_leaves_the_host_for_a_later_run_that_holds_it(site):
     assert len(log) == len(left) + 1
 
 
+def test_a_later_run_holds_the_pause_of_a_host_that_redirects_lead_to(site):
+    server = site.server
+    busy = f"http://{LIMITED}:{server.ports[LIMITED]}/flaky/429/1/a?after=3600"
+    url, other = server.url(f"/to?url={busy}", host=PLAIN), server.url("/ok/a.png", host=PLAIN)
+    settings = {"robots_txt": "ignore"}
+    assert site.fetch(url, **settings)[0] == {url: "http_429"}
+    for _ in range(2):
+        server.now_s += 1200
+        got, log = site.fetch(url, other, **settings)
+        assert got == {url: "host_busy", other: "ok"}  # only the host that has asked is left alone
+        assert LIMITED not in by_host(log)
+    server.now_s += 1300
+    assert site.fetch(url, **settings)[0] == {url: "ok"}
+
+
 def test_a_pause_is_held_no_longer_than_was_set(site):
     busy = site.server.url("/flaky/429/1/a?after=3600", host=LIMITED)
     settings = {"robots_txt": "ignore", "longest_pause_s": 600.0}
