@@ -112,6 +112,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WORKERS_PER_SLOT = 4
 """Workers that wait out a backoff or a pause hold no slot; this many let others continue
 meanwhile."""
+_ROBOTS_IN_MEMORY = 1000
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 """A last label that makes a host an IPv4 address (URL standard, "ends in a number checker")."""
 _RAW_BYTE = re.compile("[\udc80-\udcff]")
@@ -340,8 +341,11 @@ class _Run:
     _max_bytes: int = field(init=False)
     _hosts: dict[str, Host] = field(default_factory=dict)
     """Also those that only redirects lead to."""
-    _robots: dict[URL, asyncio.Task[tuple[Robots, float]]] = field(default_factory=dict)
-    """By origin: each robots.txt, and the loop time until which it is used."""
+    _robots: dict[URL, asyncio.Task[tuple[Robots | _Failure, float]]] = field(default_factory=dict)
+    """By origin, the last used last: robots.txt, and the loop time until which it is used. Those
+    that were used last: a parsed file takes 100 kB, and the ledger knows the others."""
+    _no_robots: dict[URL, _Failure] = field(default_factory=dict)
+    """By origin: why robots.txt could not be had in this run."""
     _slots: asyncio.Semaphore = field(init=False)
     _session: aiohttp.ClientSession = field(init=False)
 
@@ -600,14 +604,28 @@ class _Run:
           _Failure: It cannot be had.
         """
         origin, now_s = url.origin(), asyncio.get_running_loop().time()
-        task = self._robots.get(origin)
-        if task is not None and task.done() and not task.exception() and task.result()[1] < now_s:
-            task = None
-        if task is None:
-            task = self._robots[origin] = asyncio.create_task(self._load_robots(origin))
-        return (await asyncio.shield(task))[0]
+        found: Robots | _Failure | None = self._no_robots.get(origin)
+        if found is None:
+            task = self._robots.pop(origin, None)
+            if task is None or (task.done() and task.result()[1] < now_s):
+                self._forget_robots()
+                task = asyncio.create_task(self._load_robots(origin))
+            self._robots[origin] = task
+            found = (await asyncio.shield(task))[0]
+        if isinstance(found, Robots):
+            return found
+        self._no_robots[origin] = found
+        self._robots.pop(origin, None)
+        raise _Failure(found.reason, attempts=found.attempts, busy=found.busy)
 
-    async def _load_robots(self, origin: URL) -> tuple[Robots, float]:
+    def _forget_robots(self) -> None:
+        """Makes room for a robots.txt."""
+        if len(self._robots) >= _ROBOTS_IN_MEMORY:
+            origin, task = next(iter(self._robots.items()))
+            if task.done():
+                del self._robots[origin]
+
+    async def _load_robots(self, origin: URL) -> tuple[Robots | _Failure, float]:
         url = origin / "robots.txt"
         name, host = str(url), bare(url.host or "")
         known = self.ledger.get(name)
@@ -621,7 +639,7 @@ class _Run:
         except _Failure as failure:
             reached = failure.reason not in _NOT_REACHED
             reason = "robots_unreachable" if reached else failure.reason
-            raise _Failure(reason, attempts=failure.attempts, busy=failure.busy) from failure
+            return _Failure(reason, attempts=failure.attempts, busy=failure.busy), 0.0
         body = b""
         if known is not None and known.sha256:
             loop = asyncio.get_running_loop()

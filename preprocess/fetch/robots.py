@@ -19,6 +19,8 @@ from preprocess.fetch.policy import PRODUCT
 _BOM = "\ufeff"
 _TOKEN = re.compile(r"[a-z_-]+", re.IGNORECASE)
 _AGENT = re.compile(r"[a-z0-9_*-]+")
+_AGENT_LINE = re.compile(r"\s*user[- ]?agent(?:\s*:|\s)\s*([^#]*)", re.IGNORECASE)
+_ANOTHER = "another"
 _FORBIDS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 _WITH_VALUE = frozenset(
     {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
@@ -49,23 +51,38 @@ class Robots:
 
     def allows(self, url: str) -> bool:
         """Returns True if a URL of the site may be requested."""
-        return self._rules.can_fetch(url, self._agent)
+        return self._rules.can_fetch(url, PRODUCT)
 
     @property
     def delay_s(self) -> float:
         """Seconds between two requests that the site asks for; 0.0 for none."""
-        return max(0.0, self._rules.crawl_delay(self._agent) or 0.0)
-
-    @property
-    def _agent(self) -> str:
-        return " ".join(product_tokens(self.user_agent))
+        return max(0.0, self._rules.crawl_delay(PRODUCT) or 0.0)
 
     @cached_property
     def _rules(self) -> Protego:
+        text = _whole_lines(self.body, self.max_bytes).decode("utf-8", "replace")
+        names = product_tokens(self.user_agent)
         # Protego takes a mark in front of the first line for a part of it.
-        return Protego.parse(
-            _whole_lines(self.body, self.max_bytes).decode("utf-8", "replace").lstrip(_BOM)
-        )
+        lines = [_renamed(line, names) for line in text.lstrip(_BOM).splitlines()]
+        return Protego.parse("\n".join(lines))
+
+
+def _renamed(line: str, names: Iterable[str]) -> str:
+    """Gives all groups that are for us one name, and those for others another.
+
+    Protego compares names with their versions, and finds them in parts of ours.
+
+    >>> _renamed("User-agent: MyBot/2 # me", ["mybot"]), _renamed("user-agent: Bot", ["mybot"])
+    ('User-agent: vlm-shards', 'User-agent: another')
+    """
+    found = _AGENT_LINE.match(line)
+    if found is None:
+        return line
+    value = found[1].strip()
+    if value.split()[:1] == ["*"]:
+        return "User-agent: *"
+    token = _TOKEN.match(value)
+    return f"User-agent: {PRODUCT if token and token[0].lower() in names else _ANOTHER}"
 
 
 def _whole_lines(body: bytes, max_bytes: int) -> bytes:

@@ -278,6 +278,7 @@ def test_every_limit_of_the_module_that_requests_is_a_setting():
         "MAX_IMAGE_BYTES": "default of MAX_DOWNLOAD",
         "MAX_VIDEO_BYTES": "the same",
         "_DAY_S": "a unit",
+        "_ROBOTS_IN_MEMORY": "files of which more are read again from the cache",
         "_WORKERS_PER_SLOT": "tasks, which request nothing by themselves",
     }
     found = set()
@@ -315,6 +316,24 @@ def test_robots_txt_is_kept_for_a_day_or_as_long_as_was_set(site, settings, kept
         assert [line.path for line in log].count("/robots.txt") == asked
 
 
+def test_few_robots_txt_are_in_memory_and_each_is_requested_once(site, monkeypatch):
+    monkeypatch.setattr(download, "_ROBOTS_IN_MEMORY", 2)
+    get, read = BlobCache.get, []
+    monkeypatch.setattr(BlobCache, "get", lambda self, sha: read.append(sha) or get(self, sha))
+    paths = {f"/{kind}/{i}.png": c for i in "ab" for kind, c in (("ok", "ok"), ("no", "robots"))}
+    want = {}
+    for host in (PLAIN, STRICT, NONE, LIMITED):
+        site.server.robots[host] = (200, "User-agent: *\nDisallow: /no\n")
+        want |= {site.server.url(path, host=host): reason for path, reason in paths.items()}
+    site.server.robots[DOWN] = (503, "")
+    want |= {site.server.url(f"/ok/{i}", host=DOWN): "robots_unreachable" for i in range(3)}
+    got, log = site.fetch(*want, per_host=1, concurrency=1)
+    assert got == want
+    assert len(read) > 4
+    asked = Counter(line.host for line in log if line.path == "/robots.txt")
+    assert asked == {PLAIN: 1, STRICT: 1, NONE: 1, LIMITED: 1, DOWN: POLICY.attempts}
+
+
 def test_placeholders_are_found_among_the_results(site):
     gone = [site.server.url(f"/gone/{i}.png", host=NONE) for i in range(5)]
     good = [site.server.url(f"/ok/{i}.png", host=NONE) for i in range(5)]
@@ -341,6 +360,10 @@ CASES = [
     ("user-AGENT: TestBot\ndisallow: /", "/a", False),
     ("User-agent: other\nDisallow: /", "/a", True),
     ("User-agent: testbots\nDisallow: /", "/a", True),
+    ("User-agent: TestBot/1.0 (old)\nDisallow: /", "/a", False),
+    ("User-agent: test\nAllow: /\nUser-agent: *\nDisallow: /", "/a", False),
+    ("User-agent: vlm\nDisallow: /", "/a", True),
+    ("User-agent: testbot\nDisallow: /a\nUser-agent: vlm-shards\nDisallow: /b", "/a", False),
     ("User-agent: testbot\nAllow: /\nUser-agent: *\nDisallow: /", "/a", True),
     ("User-agent: vlm-shards\nDisallow: /\nUser-agent: *\nAllow: /", "/a", False),
     ("User-agent: testbot\nDisallow: /a\nUser-agent: testbot\nDisallow: /b", "/b", False),
@@ -358,6 +381,7 @@ CASES = [
     ("\ufeffUser-agent: *\nDisallow: /a", "/a", False),
     ("<html>not found</html>", "/a", True),
     ("User-agent: *\nDisallow: /a\r\nDisallow: /b", "/b", False),
+    ("User-agent: *\nDisallow: /" + "*a" * 20 + "b", "/" + "a" * 60, True),
 ]
 
 
