@@ -82,11 +82,13 @@ class FetchResult:
     content_type: str = ""
     """As the server reports it; nothing depends on it."""
     final_url: str = ""
-    """Where the redirects led, redacted; of a failure, whose host asked for a pause; else ""."""
+    """Where the redirects led, redacted; or whose host asked for a pause or is private; else ""."""
     finished_unix_s: int = 0
     """When this was written, for failures that expire; 0 in ledgers of older releases."""
     not_before_unix_s: int = 0
     """When the host may be asked again, if it has asked for a pause that is not over; else 0."""
+    limit: int = 0
+    """Of "too_big" and "too_many_redirects": what was set."""
     opt_outs_ignored: bool = False
     """Whether robots.txt or X-Robots-Tag were not looked at."""
 

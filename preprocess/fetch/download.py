@@ -241,7 +241,7 @@ class _Failure(Exception):
         http_status: int | None = None,
         pause_s: float = 0.0,
         attempts: int | None = None,
-        busy: URL | None = None,
+        at: URL | None = None,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -249,8 +249,8 @@ class _Failure(Exception):
         self.pause_s = pause_s
         self.attempts = attempts
         """If another attempt now is pointless: how many have been made."""
-        self.busy = busy
-        """What was not requested, or not again, because its host has asked for a pause."""
+        self.at = at
+        """What was not requested: its host has asked for a pause, or has a private address."""
 
 
 class _RefusedError(OSError):
@@ -339,6 +339,8 @@ class _Run:
     _stopped: bool = False
     _breaker: _Breaker = field(init=False)
     _max_bytes: int = field(init=False)
+    _limits: Mapping[str, int] = field(init=False)
+    """By the class of failures that end at one."""
     _hosts: dict[str, Host] = field(default_factory=dict)
     """Also those that only redirects lead to."""
     _robots: dict[URL, asyncio.Task[tuple[Robots | _Failure, float]]] = field(default_factory=dict)
@@ -353,6 +355,10 @@ class _Run:
         self._breaker = _Breaker(self.policy)
         usual = MAX_VIDEO_BYTES if self.videos else MAX_IMAGE_BYTES
         self._max_bytes = self.policy.max_bytes or usual
+        self._limits = {
+            "too_big": self._max_bytes,
+            "too_many_redirects": self.policy.max_redirects,
+        }
 
     def is_settled(self, known: FetchResult) -> bool:
         """Returns True if the result of an earlier run is kept."""
@@ -370,6 +376,10 @@ class _Run:
             return differs
         if known.reason in ("robots", "x_robots"):
             return not self.policy.ignored_opt_outs
+        if known.reason == "private_addr":
+            return host_of(known.final_url or known.url) not in self.policy.allow_hosts
+        if known.reason in self._limits:
+            return known.limit >= self._limits[known.reason]
         return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
 
     def fetch_missing(self, names: Mapping[str, str]) -> int:
@@ -523,15 +533,17 @@ class _Run:
 
     def _failed(self, name: str, host: Host, failure: _Failure, *, attempts: int) -> FetchResult:
         now_unix_s = self.clock()
-        busy = failure.busy and self._hosts[bare(failure.busy.host or "")]
-        pause_s = (busy or host).resume_at_s - asyncio.get_running_loop().time()
+        if failure.at is not None:
+            host = self._hosts.get(bare(failure.at.host or ""), host)
+        pause_s = host.resume_at_s - asyncio.get_running_loop().time()
         return FetchResult(
             url=name,
             status="failed",
             reason=failure.reason,
             http_status=failure.http_status,
             attempts=attempts,
-            final_url=redact(str(failure.busy)) if failure.busy else "",
+            limit=self._limits.get(failure.reason, 0),
+            final_url=redact(str(failure.at)) if failure.at else "",
             finished_unix_s=int(now_unix_s),
             not_before_unix_s=int(now_unix_s + pause_s) + 1 if pause_s > 0 else 0,
         )
@@ -579,7 +591,7 @@ class _Run:
             while True:
                 wait_s = host.wait_s(now_s=now_s())
                 if wait_s > self.policy.max_pause_s:
-                    raise _Failure("host_busy", attempts=0, busy=url)
+                    raise _Failure("host_busy", attempts=0, at=url)
                 if wait_s:
                     await asyncio.sleep(wait_s)
                 async with self._slots:
@@ -591,7 +603,7 @@ class _Run:
                         yield began_s
                     except _Failure as failure:
                         if failure.pause_s:
-                            failure.busy = url
+                            failure.at = url
                             pause_s = min(failure.pause_s, self.policy.longest_pause_s)
                             host.pause(pause_s, now_s=now_s())
                         raise
@@ -616,7 +628,7 @@ class _Run:
             return found
         self._no_robots[origin] = found
         self._robots.pop(origin, None)
-        raise _Failure(found.reason, attempts=found.attempts, busy=found.busy)
+        raise _Failure(found.reason, attempts=found.attempts, at=found.at)
 
     def _forget_robots(self) -> None:
         """Makes room for a robots.txt."""
@@ -639,7 +651,7 @@ class _Run:
         except _Failure as failure:
             reached = failure.reason not in _NOT_REACHED
             reason = "robots_unreachable" if reached else failure.reason
-            return _Failure(reason, attempts=failure.attempts, busy=failure.busy), 0.0
+            return _Failure(reason, attempts=failure.attempts, at=failure.at), 0.0
         body = b""
         if known is not None and known.sha256:
             loop = asyncio.get_running_loop()
@@ -739,7 +751,8 @@ class _Run:
                 if response.status not in _REDIRECTS or location is None:
                     return await self._read(response, robots=robots)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise _Failure(_reason_of(error)) from error
+            reason = _reason_of(error)
+            raise _Failure(reason, at=url if reason == "private_addr" else None) from error
         text = _RAW_BYTE.sub(lambda found: f"%{ord(found[0]) - 0xDC00:02X}", location)
         return _checked_url(text, base=url, allow_hosts=self.policy.allow_hosts)
 
@@ -802,7 +815,7 @@ def _checked_url(text: str, *, allow_hosts: frozenset[str], base: URL | None = N
             raise _Failure("bad_url") from None
         return url
     if not public and host not in allow_hosts:
-        raise _Failure("private_addr")
+        raise _Failure("private_addr", at=url)
     return url
 
 

@@ -205,10 +205,16 @@ def test_reset_connection_is_a_connect_failure(server, run):
     assert one(run(server.url("/reset"), attempts=1)).reason == "connect"
 
 
-def test_closed_port_is_a_connect_failure(run):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    assert one(run(f"http://127.0.0.1:{port}/a.png")).reason == "connect"
+@pytest.fixture(scope="module")
+def closed_port():
+    """A port that refuses connections and that no other process gets, at any address."""
+    with socket.socket() as bound:
+        bound.bind(("", 0))
+        yield bound.getsockname()[1]
+
+
+def test_closed_port_is_a_connect_failure(run, closed_port):
+    assert one(run(f"http://127.0.0.1:{closed_port}/a.png")).reason == "connect"
 
 
 def test_https_of_a_plain_server_is_a_tls_failure(server, run):
@@ -481,6 +487,25 @@ def test_permanent_failures_are_tried_again_only_on_demand(server, run):
     assert server.requests["/flaky/404/1/a.png"] == 2
 
 
+@pytest.mark.parametrize(
+    "path, before, same, after",
+    [
+        ("/ok/a.png", {"max_bytes": 20}, {"max_bytes": 10}, {}),
+        ("/to?url=/ok/a.png", {"max_redirects": 0}, {"max_redirects": 0}, {}),
+        ("/ok/a.png", {"allow_hosts": frozenset()}, {"allow_hosts": frozenset()}, {}),
+    ],
+)
+def test_what_a_setting_refused_is_requested_when_the_setting_allows_it(
+    server, run, path, before, same, after
+):
+    url = server.url(path)
+    assert one(run(url, **before)).status == "failed"
+    server.requests.clear()
+    assert one(run(url, **same)).status == "failed"
+    assert not server.requests
+    assert one(run(url, **after)).status == "ok"
+
+
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])
 def test_damaged_blob_is_noticed_and_fetched_again(server, run, cache, damage):
     url = server.url("/ok/a.png")
@@ -639,17 +664,15 @@ IN_TURN = {"concurrency": 1, "per_host": 1}
 """One request at a time: the hosts strictly take turns, so windows hold all of them."""
 
 
-def offline_urls(num_hosts, num_urls):
+def offline_urls(port, num_hosts, num_urls):
     """URLs at loopback addresses where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
     hosts = [f"127.0.0.{2 + i % num_hosts}" for i in range(num_urls)]
     urls = [f"http://{host}:{port}/{i}.png" for i, host in enumerate(hosts)]
     return urls, {"host_failures": 1000, "attempts": 1, **IN_TURN, "allow_hosts": frozenset(hosts)}
 
 
-def test_dead_network_stops_the_run_early(run, tmp_path):
-    urls, settings = offline_urls(num_hosts=10, num_urls=500)
+def test_dead_network_stops_the_run_early(run, tmp_path, closed_port):
+    urls, settings = offline_urls(closed_port, num_hosts=10, num_urls=500)
     seen = []
     with pytest.raises(BudgetError) as caught:
         run(*urls, on_result=seen.append, **settings)
@@ -676,13 +699,13 @@ def test_nothing_of_a_dead_window_is_permanent(run, tmp_path):
         assert {result.reason for result in results.values()} == {"not_image"}
 
 
-def test_few_dead_hosts_are_not_a_dead_network(run):
-    urls, settings = offline_urls(num_hosts=9, num_urls=250)
+def test_few_dead_hosts_are_not_a_dead_network(run, closed_port):
+    urls, settings = offline_urls(closed_port, num_hosts=9, num_urls=250)
     assert len(run(*urls, **settings)) == 250
 
 
-def test_known_failures_do_not_stop_a_later_run(run):
-    urls, settings = offline_urls(num_hosts=10, num_urls=220)
+def test_known_failures_do_not_stop_a_later_run(run, closed_port):
+    urls, settings = offline_urls(closed_port, num_hosts=10, num_urls=220)
     first = run(*urls, **settings, breaker_success=0.0)
     assert run(*urls, **settings) == first
 
@@ -772,8 +795,8 @@ def test_error_in_the_callback_ends_the_run_and_leaves_no_task(server, run, tmp_
     assert len(read_ledger(tmp_path / "ledger.jsonl")) == 1
 
 
-def test_callback_that_raised_is_not_called_again(run):
-    urls, settings = offline_urls(num_hosts=10, num_urls=500)
+def test_callback_that_raised_is_not_called_again(run, closed_port):
+    urls, settings = offline_urls(closed_port, num_hosts=10, num_urls=500)
     calls = []
 
     def refuse(result):
