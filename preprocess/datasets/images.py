@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ import numpy as np
 
 from shardspec import storage
 from shardspec.errors import SampleError
+
+_WEB = re.compile(r"\s*https?://", re.IGNORECASE)
+"""What FETCH takes for a URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ def resolve_image(image: Any, *, base: str) -> bytes | str | Path | RemoteImage:
       base: Folder or URL that names start from.
 
     Raises:
-      SampleError: `row_image`, `row_image_data`.
+      SampleError: `row_image`, `row_image_data`, `row_image_scheme`, `row_encoding`.
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
@@ -80,11 +84,17 @@ def resolve_image(image: Any, *, base: str) -> bytes | str | Path | RemoteImage:
         return bytes(image)
     if not isinstance(image, str):
         raise SampleError("row_image", fields=[], got=type(image).__name__)
-    if image.startswith(("http://", "https://")):
+    try:
+        image.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("row_encoding.surrogate", got=ascii(error.object[error.start])) from error
+    if _WEB.match(image):
         return str(image)
     if image.startswith("data:"):
         return _data(image)
     if "://" in image and not image.startswith("file://"):
+        if not storage.is_store(image, base=base):
+            raise SampleError("row_image_scheme", where=image)
         return RemoteImage(image)
     image = image.removeprefix("file://")
     if "://" in base and not image.startswith("/"):

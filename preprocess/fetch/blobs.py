@@ -57,7 +57,9 @@ def redact(url: str) -> str:
     >>> redact("https://me:secret@example.com/a.jpg?size=@2x")
     'https://***@example.com/a.jpg?size=@2x'
     """
-    return redacted_url(_USERINFO.sub(r"\1***@", url))
+    text = redacted_url(_USERINFO.sub(r"\1***@", url))
+    # Of half a character, no line of a ledger could be read again.
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

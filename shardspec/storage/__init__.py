@@ -48,7 +48,7 @@ from shardspec.storage.files import (
     translate_errors,
     version,
 )
-from shardspec.storage.places import resolve_place
+from shardspec.storage.places import is_store, resolve_place
 from shardspec.storage.ranges import RangeReader
 from shardspec.storage.retries import RetryPolicy, retry_after_s
 
@@ -78,6 +78,7 @@ __all__ = [
     "free_bytes",
     "is_local",
     "is_own_disk",
+    "is_store",
     "join",
     "list_names",
     "list_objects",

@@ -23,6 +23,8 @@ from shardspec.storage.stores import HOSTS_VARIABLE, allowed_hosts, named_stores
 _ALIASES = {"s3a": "s3", "gcs": "gs"}
 _BUCKETS = frozenset({"s3", "gs", "hf"})
 """Schemes whose URLs name a bucket, and no host."""
+_STORES = _BUCKETS | {"abfs", "abfss", "az", "memory", "oss"}
+"""Schemes of object stores."""
 _HUB_PARTS = 3
 """datasets/owner/name."""
 
@@ -63,6 +65,20 @@ def resolve_place(base: str, url: str) -> str:
         bucket=_bucket(resolved),
         variable=HOSTS_VARIABLE,
     )
+
+
+def is_store(url: str, *, base: str) -> bool:
+    """Returns True if a URL that a row names is one of a store, or of the source's own kind.
+
+    Others, such as ftp:// and all that chain file systems, would let a row choose hosts.
+
+    >>> is_store("s3://bucket/a.jpg", base=""), is_store("simplecache::http://10.0.0.1/", base="")
+    (True, False)
+    """
+    scheme, _ = _split(url)
+    if "::" in url:
+        return False
+    return scheme in _STORES or scheme == _split(base)[0] or scheme in _stores()
 
 
 def _place(url: str) -> tuple[str, str]:

@@ -442,6 +442,9 @@ def test_open_dataset_travels_to_another_process(data):
         ("/b/a.png", "/data", "/b/a.png"),
         ("file:///b/a.png", "/data", "/b/a.png"),
         ("http://x/a.png", "/data", "http://x/a.png"),
+        (" HTTPS://x/a.png\n", "/data", " HTTPS://x/a.png\n"),
+        ("az://x/a.png", "/data", "RemoteImage(url='az://x/a.png')"),
+        ("ftp://x/a.png", "ftp://x", "RemoteImage(url='ftp://x/a.png')"),
         ("a.png", "https://x/y/", "https://x/y/a.png"),
         ({"bytes": None, "path": "a.png"}, "/data", "/data/a.png"),
         ({"bytes": b"x", "path": "a.png"}, "/data", "b'x'"),
@@ -461,6 +464,11 @@ def test_image_of_a_row_is_found(image, base, want):
         ("data:image/png;base64,%%%", "row_image_data"),
         ("data:image/svg+xml,%3Csvg/%3E", "row_image_data"),
         (3, "row_image"),
+        ("ftp://x/a.png", "row_image_scheme"),
+        ("simplecache::http://10.0.0.1/a.png", "row_image_scheme"),
+        ("s3://x/a.zip::http://10.0.0.1/a.png", "row_image_scheme"),
+        ("https://x/\ud800.png", "row_encoding"),
+        ("\ud800.png", "row_encoding"),
     ],
 )
 def test_image_that_is_none_is_one_bad_row(image, reason):

@@ -487,6 +487,13 @@ def test_permanent_failures_are_tried_again_only_on_demand(server, run):
     assert server.requests["/flaky/404/1/a.png"] == 2
 
 
+def test_a_url_of_half_a_character_leaves_a_ledger_that_can_be_read(run, tmp_path):
+    url = "http://example.com/\ud800.png"
+    assert run(url)[url].reason == "bad_url"
+    (line,) = read_ledger(tmp_path / "ledger.jsonl").values()
+    assert run(url)[url] == line
+
+
 @pytest.mark.parametrize(
     "path, before, same, after",
     [
