@@ -5,9 +5,10 @@ its results are frozen in the ledger, and everything after is a function of that
 
 1. URLs are made unique, and those that an earlier run settled are left alone: "ok" with the blob in
    place, or failed for a reason that another request would not change, until it expires.
-2. The rest is fetched host by host. A host has up to `per_host` *tickets* in one ring; a worker
-   that takes a ticket fetches that host's next URL and puts the ticket back. So hosts take turns,
-   a slow one delays no other, and there are as many tasks as workers however many URLs there are.
+2. The rest is fetched host by host. A host has up to `per_host` *tickets*; a worker takes one of
+   the host that may be asked first, fetches that host's next URL and puts the ticket back. So hosts
+   take turns, a slow one delays no other, and there are as many tasks as workers however many URLs
+   there are.
 3. Each request, redirects and robots.txt included, waits until its host has fewer than `per_host`
    others, until the host's rate and Crawl-delay allow it, and until a Retry-After of the host is
    over. A host that asks for more than `max_pause_s` is left for a later run (`host_busy`), which
@@ -39,7 +40,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import heapq
 import ipaddress
+import itertools
 import logging
 import re
 import signal
@@ -321,6 +324,42 @@ class _Breaker:
         return failed if len({host for host, _ in window}) >= self._policy.breaker_hosts else []
 
 
+class _Tickets:
+    """Tickets of hosts, by when their host may be asked; equal ones in the order of putting."""
+
+    def __init__(self, max_pause_s: float) -> None:
+        self._max_pause_s = max_pause_s
+        self._numbers = itertools.count()
+        self._heap: list[tuple[float, int, Host]] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def clear(self) -> None:
+        self._heap.clear()
+
+    def put(self, host: Host) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._put(host, now_s + self._wait_s(host, now_s))
+
+    def _put(self, host: Host, from_s: float) -> None:
+        heapq.heappush(self._heap, (from_s, next(self._numbers), host))
+
+    def take(self) -> Host:
+        """Takes the first; a host's other tickets may have made it wait since this one was put."""
+        now_s = asyncio.get_running_loop().time()
+        while True:
+            _, _, host = heapq.heappop(self._heap)
+            wait_s = self._wait_s(host, now_s)
+            if not wait_s or not self._heap or now_s + wait_s <= self._heap[0][0]:
+                return host
+            self._put(host, now_s + wait_s)
+
+    def _wait_s(self, host: Host, now_s: float) -> float:
+        wait_s = host.wait_s(now_s=now_s)
+        return wait_s if wait_s <= self._max_pause_s else 0.0  # else its URLs end at once
+
+
 @dataclass(slots=True, kw_only=True)
 class _Run:
     """One call of `fetch_all`."""
@@ -407,9 +446,11 @@ class _Run:
         policy = self.policy
         self._hosts = {host.name: host for host in hosts}
         self._remember_pauses(hosts)
-        ring = deque(
-            host for turn in range(policy.per_host) for host in hosts if len(host.urls) > turn
-        )
+        tickets = _Tickets(policy.max_pause_s)
+        for turn in range(policy.per_host):
+            for host in hosts:
+                if len(host.urls) > turn:
+                    tickets.put(host)
         # Host names are looked up, and blobs stored, in threads; a slot needs at most one.
         threads = ThreadPoolExecutor(policy.concurrency, thread_name_prefix="fetch")
         asyncio.get_running_loop().set_default_executor(threads)
@@ -434,13 +475,13 @@ class _Run:
             # A connection that breaks is an attempt like others: a request that aiohttp repeats by
             # itself would come at once, whatever the host's rate.
             self._session._retry_connection = False
-        num_workers = min(len(ring), policy.concurrency * _WORKERS_PER_SLOT)
+        num_workers = min(len(tickets), policy.concurrency * _WORKERS_PER_SLOT)
         async with self._session:
-            workers = [asyncio.create_task(self._work(ring)) for _ in range(num_workers)]
+            workers = [asyncio.create_task(self._work(tickets)) for _ in range(num_workers)]
             try:
                 await asyncio.gather(*workers)
             finally:
-                ring.clear()
+                tickets.clear()
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
@@ -458,11 +499,11 @@ class _Run:
                 name = host_of(known.final_url or url)
                 self._hosts.setdefault(name, Host(name)).pause(pause_s, now_s=now_s)
 
-    async def _work(self, ring: deque[Host]) -> None:
+    async def _work(self, tickets: _Tickets) -> None:
         # A worker that finds no ticket may leave: every other ticket is held by a worker that will
         # put it back.
-        while ring:
-            host = ring.popleft()
+        while tickets:
+            host = tickets.take()
             if not host.urls:
                 continue
             url = host.urls.pop()
@@ -476,7 +517,7 @@ class _Run:
                 self._stopped = True
                 raise
             if host.urls:
-                ring.append(host)
+                tickets.put(host)
 
     def _finish(self, result: FetchResult, host: Host) -> None:
         before = self.ledger.get(result.url)

@@ -197,6 +197,19 @@ def test_each_url_has_its_class_and_the_log_shows_good_manners(site):
     assert {line.user_agent for line in log} == {"testbot/1.0 (me@example.com) vlm-shards"}
 
 
+def test_hosts_that_ask_for_long_delays_hold_up_no_others(site):
+    slow, fast = HOSTS[:8], HOSTS[8:10]
+    for host in slow:
+        site.server.robots[host] = (200, "User-agent: *\nCrawl-delay: 20\n")
+    want = {host: 4 for host in slow} | {host: 24 for host in fast}
+    urls = [site.server.url(f"/ok/{i}.png", host=host) for host in want for i in range(want[host])]
+    got, log = site.fetch(*urls, per_host=2, concurrency=1)
+    assert set(got.values()) == {"ok"}
+    ends_s = {host: lines[-1].at_s - log[0].at_s for host, lines in by_host(log).items()}
+    assert max(ends_s[host] for host in fast) < 12  # 25 requests at 4 a second
+    assert max(ends_s[host] for host in slow) < 90  # 4 requests, 20 s apart
+
+
 def test_later_runs_ask_only_for_what_may_have_changed(site):
     want = misbehaving(site.server)
     site.fetch(*want)
