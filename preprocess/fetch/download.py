@@ -270,6 +270,8 @@ class _Answer:
     status: int
     content_type: str
     url: URL
+    has_length: bool
+    """Whether its end can be told from the end of a broken connection."""
 
 
 class _PublicResolver(AbstractResolver):
@@ -753,6 +755,8 @@ class _Run:
     async def _stored(self, answer: _Answer, *, name: str, attempt: int) -> FetchResult:
         loop = asyncio.get_running_loop()
         reason, sha256 = await loop.run_in_executor(None, self._keep, name, answer.body)
+        if reason == "incomplete" and not answer.has_length:
+            raise _Failure("truncated", http_status=answer.status)
         only_warned = reason == "sha_mismatch" and self.sha_policy == "warn"
         return FetchResult(
             url=name,
@@ -826,7 +830,13 @@ class _Run:
                 "timeout" if reason == "timeout" else "truncated", http_status=status
             ) from error
         return _Answer(
-            body=bytes(body), status=status, content_type=response.content_type, url=response.url
+            body=bytes(body),
+            status=status,
+            content_type=response.content_type,
+            url=response.url,
+            has_length=any(
+                name in response.headers for name in ("Content-Length", "Transfer-Encoding")
+            ),
         )
 
 

@@ -130,6 +130,12 @@ class FaultyServer:
         request.transport.close()
         return response
 
+    async def _close(self, request: web.Request) -> web.Response:
+        """Announces no length, and ends the connection before the end."""
+        request.transport.write(b"HTTP/1.1 200 OK\r\n\r\n" + picture(request.path)[:-20])
+        request.transport.close()
+        return web.Response()
+
     async def _chop(self, request: web.Request) -> web.StreamResponse:
         """Ends the connection in the middle of a chunked body."""
         response = web.StreamResponse()

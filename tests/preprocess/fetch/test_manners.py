@@ -65,6 +65,7 @@ PATHS = {
     "/trickle": "timeout",
     "/short/a.png": "truncated",
     "/chop/a.png": "truncated",
+    "/close/a.png": "truncated",
     "/garbage": "protocol",
     "/reset": "connect",
     "/html": "not_image",
