@@ -12,7 +12,7 @@ KNOWN = set(
         r"\w+",
         """html head meta title style body header nav main section article h1 h2 h3 h4 p a ul li
         dl dt dd div span b mark br figure figcaption img table caption thead tbody tr th td details
-        summary svg image rect line circle text""",
+        summary svg g image path rect line circle text""",
     )
 )
 PARENTS = {
@@ -29,7 +29,7 @@ PARENTS = {
     "dd": {"div", "dl"},
     "title": {"head"},
     "style": {"head"},
-    **dict.fromkeys(("image", "rect", "line", "circle", "text"), {"svg"}),
+    **dict.fromkeys(("g", "image", "path", "rect", "line", "circle", "text"), {"svg", "g"}),
 }
 PHRASING_ONLY = {"p", "h1", "h2", "h3", "h4", "span", "b", "mark", "summary", "a", "caption", "dt"}
 BLOCKS = {"div", "p", "ul", "table", "section", "article", "figure", "details", "h2", "h3", "h4"}
@@ -116,7 +116,9 @@ class Page(HTMLParser):
                 say("img without alt")
             if tag == "svg" and not (attrs.get("role") == "img" and attrs.get("aria-label")):
                 say("svg without a name")
-            if "role" in attrs and not (attrs.get("aria-label") or attrs.get("aria-labelledby")):
+            # What a named picture consists of is not read.
+            named = attrs.get("aria-label") or attrs.get("aria-labelledby") or "svg" in path
+            if "role" in attrs and not named:
                 say(f"{tag} with a role has no name")
             if tag == "th" and attrs.get("scope") not in ("row", "col"):
                 say("th without scope")

@@ -580,6 +580,7 @@ def test_no_module_is_a_drawer():
 
 
 HEAVY = {"torch", "torchvision", "transformers", "datasets", "webdataset", "pandas", "ray"}
+HEAVY |= {"vl_convert"}
 
 
 CHAINS = (

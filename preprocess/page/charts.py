@@ -1,27 +1,50 @@
 """Histograms: counts of whole numbers in bounded memory, and charts of them as inline SVG.
 
 `Counts` keeps 10,000 bins of one width, a power of ten that only follows from the largest value:
-the same values give the same bins in any order. Charts take their colours from the page, so that
-they follow its light or dark scheme, and the numbers of each are below it as a table.
+the same values give the same bins in any order. Vega-Lite draws the charts. They take their
+colours from the page, so that they follow its light or dark scheme, and the numbers of each are
+below it as a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from preprocess.page.html import Markup, element, join, table
+from preprocess.page.html import Markup, element, escape, table
 
 _NUM_BINS = 10_000
 _MOST_BARS = 20
 _TAIL = 0.995
 """Share of the values that bars of equal width cover; what is above them is in the last bar."""
 
-_WIDTH, _HEIGHT = 340, 180
+_WIDTH, _HEIGHT = 288, 132
+"""Of the area of the bars, in pixels."""
 _MOST_BAR = 80
-_LEFT, _RIGHT, _TOP, _BOTTOM = 6, 6, 18, 22
+_PADDING = {"left": 38, "right": 18, "top": 24, "bottom": 22}
+_MOST_TICKS = 6
+
+_VEGA_LITE = "5.20"
+"""Its version, which wheels of several versions have in common."""
+_CONFIG = {
+    "aria": False,  # The chart is one picture with one name.
+    "font": "inherit",
+    "axis": {
+        **{f"{name}Color": "var(--line)" for name in ("domain", "grid", "tick")},
+        **{f"{name}Color": "var(--soft)" for name in ("label", "title")},
+        **{f"{name}FontSize": 11 for name in ("label", "title")},
+        "labelOverlap": False,
+        "title": None,
+        "titleFontWeight": "normal",
+    },
+    "bar": {"color": "var(--bar)"},
+    "view": {"stroke": None},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +146,14 @@ class BarChart:
     """What is counted: "samples"."""
     bars: Sequence[tuple[str, int]]
     """Name and count of each."""
-    ticks: Sequence[str]
-    """Below the first, the middle and the last bar; () for none."""
+    ticks: Mapping[float, str]
+    """Texts below the bars: 0 is the left edge of the first one, 1 its right edge."""
     note: str = ""
 
 
 def histogram_chart(title: str, counts: Counts, *, unit: str, note: str = "") -> Markup:
     """Draws counts as bars, with their mean and quantiles."""
     bars = counts.bars()
-    ticks: list[str] = []
-    if bars:
-        middle = bars[len(bars) // 2]
-        ticks = [f"{bars[0].start:,}", f"{middle.start:,}" if len(bars) > 2 else "", _last(bars)]
-        ticks = ticks if len(bars) > 1 else ticks[:1]
     told = (
         f"{counts.count:,} {unit}: {counts.least:,} to {counts.most:,}, mean {counts.mean:,.1f}, "
         f"half below {counts.quantile(0.5):,}, 95 % below {counts.quantile(0.95):,}."
@@ -145,7 +163,7 @@ def histogram_chart(title: str, counts: Counts, *, unit: str, note: str = "") ->
             title=title,
             unit=unit,
             bars=[(bar.name, bar.count) for bar in bars],
-            ticks=ticks,
+            ticks=_ticks(bars),
             note=f"{told} {note}".strip(),
         )
     )
@@ -173,56 +191,89 @@ def bar_chart(chart: BarChart) -> Markup:
     )
 
 
+def _ticks(bars: Sequence[Bar]) -> dict[float, str]:
+    """Chooses the bars whose first value is written: round ones, and one that is open."""
+    if not bars:
+        return {}
+    size = (bars[0].stop or 0) - bars[0].start
+    every = next(n for n in (1, 2, 5, 10) if len(bars) <= n * _MOST_TICKS)
+    last = len(bars) - 1
+    chosen = [i for i, bar in enumerate(bars) if bar.start // size % every == 0]
+    if bars[last].stop is None:
+        chosen = [*(i for i in chosen if last - i >= every), last]
+    # A value of its own is in the middle of its bar, the first one of several at its edge.
+    shift = 0.5 if size == 1 else 0
+    return {i + shift: _short(bars[i].start) + "+" * (bars[i].stop is None) for i in chosen}
+
+
 def _svg(chart: BarChart) -> Markup:
-    most = max(count for _, count in chart.bars)
-    room, floor = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
-    pitch = min(room / len(chart.bars), _MOST_BAR)
-    drawn = []
-    for i, (_, count) in enumerate(chart.bars):
-        height = (floor - _TOP) * count / max(1, most)
-        # A bar of few among many stays visible.
-        height = max(height, 1.5) if count else 0.0
-        drawn.append(
-            element(
-                "rect",
-                x=_number(_LEFT + i * pitch + 0.5),
-                y=_number(floor - height),
-                width=_number(max(1.0, pitch - 1)),
-                height=_number(height),
-            )
-            if count
-            else None
-        )
-    lines = [element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y) for y in (_TOP, floor)]
-    texts = [element("text", f"{most:,} {chart.unit}", x=_LEFT, y=_TOP - 5)]
-    end = _LEFT + pitch * len(chart.bars)
-    places = ((_LEFT, "start"), ((_LEFT + end) / 2, "middle"), (end, "end"))
-    for tick, (x, anchor) in zip(chart.ticks, places, strict=False):
-        if tick:
-            texts.append(element("text", tick, x=_number(x), y=_HEIGHT - 6, text_anchor=anchor))
+    drawn = _drawn(json.dumps(_vega_lite(chart)))
     name, count = max(chart.bars, key=lambda bar: bar[1])
     told = f"{chart.title}: bar chart of {len(chart.bars)} bars, the highest {name} with {count:,}"
-    return element(
-        "svg",
-        join([*lines, *drawn, *texts]),
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-        aria_label=f"{told} {chart.unit}. The numbers are in the table below.",
-    )
+    told = f"{told} {chart.unit}. The numbers are in the table below."
+    return Markup(drawn.replace("<svg", f'<svg role="img" aria-label="{escape(told)}"', 1))
 
 
-def _last(bars: Sequence[Bar]) -> str:
-    bar = bars[-1]
-    return f"{bar.start:,}+" if bar.stop is None else f"{bar.stop - 1:,}"
+@functools.lru_cache(maxsize=64)  # splits and views of a dataset have charts in common
+def _drawn(vega_lite: str) -> str:
+    import vl_convert  # starts a JavaScript engine, in 0.4 s
+
+    svg: str = vl_convert.vegalite_to_svg(vega_lite, vl_version=_VEGA_LITE)
+    return svg
 
 
-def _number(value: float) -> str:
-    """Writes a coordinate shortly.
+def _vega_lite(chart: BarChart) -> dict[str, Any]:
+    """Describes a chart; nothing of it depends on the fonts of the machine."""
+    most, num = max(count for _, count in chart.bars), len(chart.bars)
+    # A bar of few among many stays visible.
+    bars = [
+        {"start": i, "stop": i + 1, "count": max(count, most / 100)}
+        for i, (_, count) in enumerate(chart.bars)
+        if count
+    ]
+    width = min(_WIDTH, num * _MOST_BAR)
+    across = {
+        "values": list(chart.ticks),
+        "labelExpr": f"{json.dumps(chart.ticks)}[datum.value]",
+        "grid": False,
+    }
+    up = {
+        "labelExpr": "format(datum.value, datum.value < 1e4 ? ',' : '~s')",
+        "tickCount": min(3, most),
+        "ticks": False,
+        "domain": False,
+        "title": chart.unit,
+        **{"titleAngle": 0, "titleAlign": "left", "titleX": -38, "titleY": -12},
+    }
+    return {
+        **{"width": width, "height": _HEIGHT, "autosize": "none", "background": None},
+        "padding": {**_PADDING, "right": _PADDING["right"] + _WIDTH - width},
+        "data": {"values": bars},
+        "mark": "bar",
+        "encoding": {
+            "x": {
+                "field": "start",
+                "bin": "binned",
+                "scale": {"domain": [0, num], "nice": False},
+                "axis": across,
+            },
+            "x2": {"field": "stop"},
+            "y": {"field": "count", "type": "quantitative", "axis": up},
+        },
+        "config": _CONFIG,
+    }
 
-    >>> _number(12.0), _number(1.2345)
-    ('12', '1.23')
+
+def _short(value: int) -> str:
+    """Writes a large round number shortly.
+
+    >>> [_short(value) for value in (7_500, 20_000, 1_240_000, 5_000_000, 12_345)]
+    ['7,500', '20k', '1,240k', '5M', '12,345']
     """
-    return f"{value:.2f}".rstrip("0").rstrip(".")
+    for power, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= max(power, 10_000) and value % (power // 10) == 0:
+            return f"{value / power:,g}{letter}"
+    return f"{value:,}"
 
 
 def _round_up(step: int) -> int:

@@ -313,7 +313,7 @@ def _distributions(found: Survey, texts: TextCounts, *, crops: str) -> Markup:
                     title="Shape of the first image, width to height",
                     unit="images",
                     bars=bars,
-                    ticks=("taller", "square", "wider"),
+                    ticks={0.5: "taller", 4.5: "square", 8.5: "wider"},
                 )
             )
         )

@@ -101,3 +101,8 @@ def test_programs_of_an_installed_wheel_run_from_an_empty_folder(installed, envi
     source = ("--source", "sample", "--limit", 2, "--workers", 1)
     installed("vlm-shards", "shards", "pixmo_cap", *source, "--out", "shards")
     assert "input_ids" in installed("python", "-m", "loader", "peek", "shards")
+    pages = [tmp_path / f"{name}.html" for name in "ab"]
+    for page in pages:
+        installed("vlm-shards", "report", "shards", "--to", page)
+    assert "bar chart of" in pages[0].read_text()
+    assert pages[0].read_bytes() == pages[1].read_bytes()

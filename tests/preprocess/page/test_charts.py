@@ -3,10 +3,11 @@
 import re
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.page import BarChart, Counts, bar_chart, histogram_chart
+from preprocess.page import BarChart, Counts, bar_chart, charts, histogram_chart
 from tests.pages import Page
 
 VALUES = st.lists(st.integers(0, 10**12), min_size=1, max_size=60)
@@ -57,7 +58,7 @@ def test_a_long_tail_is_one_bar():
 
 def test_chart_has_a_bar_for_each_count_and_says_its_numbers():
     chart = histogram_chart("Lengths", counted([1, 1, 2, 4]), unit="samples")
-    heights = [float(h) for h in re.findall(r'<rect [^>]*height="([\d.]+)"', chart)]
+    heights = [float(h) for h in re.findall(r'<path d="M[^"]*v([\d.]+)h[^"]*" fill=', chart)]
     assert len(heights) == 3, "nothing is drawn for 3"
     assert heights[0] == 2 * heights[1] == 2 * heights[2]
     page = Page(chart)
@@ -68,7 +69,31 @@ def test_chart_has_a_bar_for_each_count_and_says_its_numbers():
 
 def test_charts_take_their_colours_from_the_page():
     chart = histogram_chart("Lengths", counted([1, 1, 2, 4]), unit="samples")
-    assert not re.search(r"#[0-9a-f]{3,6}|fill=|stroke=", chart)
+    colours = set(re.findall(r'(?:fill|stroke)="([^"]*)"', chart))
+    assert colours == {"none", "var(--bar)", "var(--line)", "var(--soft)"}
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ([1, 2, 4], ["1", "2", "3", "4"]),
+        (range(13), ["0", "5", "10"]),
+        (range(0, 2_000_000, 10_000), ["0", "500k", "1M", "1.5M"]),
+        ([5] * 500 + [7] * 500 + [30_000], ["0", "10+"]),
+        ([], []),
+    ],
+)
+def test_round_bars_and_an_open_one_have_their_values_below(values, told):
+    assert list(charts._ticks(counted(values).bars()).values()) == told
+
+
+def test_charts_say_the_same_each_time_and_have_nothing_that_must_be_once_on_a_page():
+    counts = counted(range(70))
+    drawn = histogram_chart("<Lengths>", counts, unit="samples")
+    charts._drawn.cache_clear()
+    assert histogram_chart("<Lengths>", counts, unit="samples") == drawn
+    picture = drawn.split("</svg>")[0]
+    assert not re.search(" (id|style)=|href=|<style|<script|url\\(", picture)
 
 
 def test_empty_chart_says_so():
